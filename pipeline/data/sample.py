@@ -1,0 +1,47 @@
+"""What one training sample is: a query and its target, each a text with its images."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+
+IMAGE_MARK = "<image>"
+VIDEO_MARK = "<video>"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to embed.
+
+    text: says by `<image>` (`<video>`) where each image (the video) goes.
+    images: encoded bytes (PNG, JPEG, ...), in the order of their marks.
+    video: encoded bytes, or None.
+    """
+
+    text: str
+    images: tuple[bytes, ...] = ()
+    video: bytes | None = None
+
+    @cached_property
+    def content_hash(self) -> int:
+        """64 bits that two items share when, and in practice only when, their text and bytes are the same."""
+        digest = blake2b(digest_size=8)
+        for part in (self.text.encode(), *self.images, self.video or b""):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return int.from_bytes(digest.digest(), "little")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training sample: `target` answers `query`; `negatives` look as if they did."""
+
+    key: str
+    dataset: str
+    task: str
+    query: Item
+    target: Item
+    negatives: tuple[Item, ...] = ()
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        return (self.query, self.target, *self.negatives)
