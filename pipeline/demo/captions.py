@@ -1,0 +1,293 @@
+"""What can be said of a scene, in English, German, French and Chinese.
+
+Grammar is in tables: a noun brings its gender, an adjective its forms, a language its sentences.
+"""
+
+from itertools import combinations
+from typing import Literal
+
+from pipeline.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
+
+Language = Literal["en", "de", "fr", "zh"]
+# How a thing stands in its sentence: "a star", "the star", what follows "left of" (German: dative; French:
+# "de" with the article), and "a star, which is small and red" (German: adjectives without endings).
+Form = Literal["indefinite", "definite", "relative", "predicate"]
+
+LANGUAGES: tuple[Language, ...] = ("en", "de", "fr", "zh")
+
+# Noun and gender.
+_SHAPES = {
+    "en": {shape: (shape, "n") for shape in SHAPES},
+    "de": {
+        "circle": ("Kreis", "m"),
+        "square": ("Quadrat", "n"),
+        "triangle": ("Dreieck", "n"),
+        "star": ("Stern", "m"),
+        "cross": ("Kreuz", "n"),
+        "ring": ("Ring", "m"),
+        "diamond": ("Raute", "f"),
+        "heart": ("Herz", "n"),
+    },
+    "fr": {
+        "circle": ("cercle", "m"),
+        "square": ("carré", "m"),
+        "triangle": ("triangle", "m"),
+        "star": ("étoile", "f"),
+        "cross": ("croix", "f"),
+        "ring": ("anneau", "m"),
+        "diamond": ("losange", "m"),
+        "heart": ("cœur", "m"),
+    },
+    "zh": {
+        "circle": ("圆形", "n"),
+        "square": ("正方形", "n"),
+        "triangle": ("三角形", "n"),
+        "star": ("五角星", "n"),
+        "cross": ("十字形", "n"),
+        "ring": ("圆环", "n"),
+        "diamond": ("菱形", "n"),
+        "heart": ("心形", "n"),
+    },
+}
+
+# German: the stem. French: masculine, feminine.
+_ADJECTIVES = {
+    "en": {word: word for word in (*SIZES, *COLOURS)},
+    "de": {
+        "small": "klein",
+        "large": "groß",
+        "red": "rot",
+        "orange": "orangefarben",
+        "yellow": "gelb",
+        "green": "grün",
+        "turquoise": "türkisfarben",
+        "blue": "blau",
+        "purple": "violett",
+        "pink": "rosa",
+    },
+    "fr": {
+        "small": ("petit", "petite"),
+        "large": ("grand", "grande"),
+        "red": ("rouge", "rouge"),
+        "orange": ("orange", "orange"),
+        "yellow": ("jaune", "jaune"),
+        "green": ("vert", "verte"),
+        "turquoise": ("turquoise", "turquoise"),
+        "blue": ("bleu", "bleue"),
+        "purple": ("violet", "violette"),
+        "pink": ("rose", "rose"),
+    },
+    "zh": {
+        "small": "小",
+        "large": "大",
+        "red": "红色",
+        "orange": "橙色",
+        "yellow": "黄色",
+        "green": "绿色",
+        "turquoise": "青色",
+        "blue": "蓝色",
+        "purple": "紫色",
+        "pink": "粉色",
+    },
+}
+_INDECLINABLE = {"rosa"}
+_DATIVES = {"Herz": "Herzen"}  # the other nouns keep their form
+
+_ARTICLES = {
+    "en": {
+        "indefinite": {"n": "a"},
+        "definite": {"n": "the"},
+        "relative": {"n": "the"},
+        "predicate": {"n": "a"},
+    },
+    "de": {
+        "indefinite": {"m": "ein", "f": "eine", "n": "ein"},
+        "definite": {"m": "der", "f": "die", "n": "das"},
+        "relative": {"m": "dem", "f": "der", "n": "dem"},
+        "predicate": {"m": "ein", "f": "eine", "n": "ein"},
+    },
+    "fr": {
+        "indefinite": {"m": "un", "f": "une"},
+        "definite": {"m": "le", "f": "la"},
+        "relative": {"m": "du", "f": "de la"},
+        "predicate": {"m": "un", "f": "une"},
+    },
+    "zh": {
+        "indefinite": {"n": "一个"},
+        "definite": {"n": ""},
+        "relative": {"n": ""},
+        "predicate": {"n": "一个"},
+    },
+}
+# What a German adjective ends in after each of these articles.
+_ENDINGS = {
+    "indefinite": {"m": "er", "f": "e", "n": "es"},
+    "definite": {"m": "e", "f": "e", "n": "e"},
+    "relative": {"m": "en", "f": "en", "n": "en"},
+    "predicate": {"m": "", "f": "", "n": ""},
+}
+
+_PLACES = {
+    "en": {place: f"at the {place}" for place in PLACES},
+    "de": {
+        "top left": "oben links",
+        "top right": "oben rechts",
+        "bottom left": "unten links",
+        "bottom right": "unten rechts",
+    },
+    "fr": {
+        "top left": "en haut à gauche",
+        "top right": "en haut à droite",
+        "bottom left": "en bas à gauche",
+        "bottom right": "en bas à droite",
+    },
+    "zh": {
+        "top left": "左上角",
+        "top right": "右上角",
+        "bottom left": "左下角",
+        "bottom right": "右下角",
+    },
+}
+_BACKGROUNDS = {
+    "en": {name: name for name in BACKGROUNDS},
+    "de": {
+        "white": "weißen",
+        "light grey": "hellgrauen",
+        "dark grey": "dunkelgrauen",
+        "black": "schwarzen",
+    },
+    "fr": {"white": "blanc", "light grey": "gris clair", "dark grey": "gris foncé", "black": "noir"},
+    "zh": {"white": "白色", "light grey": "浅灰色", "dark grey": "深灰色", "black": "黑色"},
+}
+_NUMBERS = {
+    "en": {2: "two", 3: "three"},
+    "de": {2: "zwei", 3: "drei"},
+    "fr": {2: "deux", 3: "trois"},
+    "zh": {2: "两", 3: "三"},
+}
+
+# and, last: join the things of a list; or: joins free places; between: joins sentences.
+_SENTENCES = {
+    "en": {
+        "phrase": "{article} {size} {colour} {shape}",
+        "short": "{thing} {place}",
+        "and": ", ",
+        "last": " and ",
+        "opening": "This picture shows {number} objects on a plain {background} background.",
+        "object": "{place} there is {article} {shape}, which is {size} and {colour}.",
+        "left": "{thing} is to the left of {other}.",
+        "above": "{thing} is above {other}.",
+        "free": "There is nothing {places}.",
+        "or": " or ",
+        "between": " ",
+    },
+    "de": {
+        "phrase": "{article} {size} {colour} {shape}",
+        "short": "{thing} {place}",
+        "and": ", ",
+        "last": " und ",
+        "opening": "Dieses Bild zeigt {number} Objekte auf einem einfarbigen {background} Hintergrund.",
+        "object": "{place} ist {article} {shape} zu sehen, {which} {size} und {colour} ist.",
+        "left": "{thing} befindet sich links von {other}.",
+        "above": "{thing} befindet sich über {other}.",
+        "free": "{places} ist nichts zu sehen.",
+        "or": " und ",
+        "between": " ",
+    },
+    "fr": {
+        "phrase": "{article} {size} {shape} {colour}",
+        "short": "{thing} {place}",
+        "and": ", ",
+        "last": " et ",
+        "opening": "Cette image montre {number} objets sur un fond {background} uni.",
+        "object": "{place} se trouve {article} {shape}, qui est {size} et {colour}.",
+        "left": "{thing} se trouve à gauche {other}.",
+        "above": "{thing} se trouve au-dessus {other}.",
+        "free": "Il n'y a rien {places}.",
+        "or": " ni ",
+        "between": " ",
+    },
+    "zh": {
+        "phrase": "{article}{colour}的{size}{shape}",
+        "short": "{place}有{thing}",
+        "and": "，",
+        "last": "，",
+        "opening": "这张图片里有{number}个物体，背景是单一的{background}。",
+        "object": "{place}有{article}{shape}，它的颜色是{colour}，尺寸比较{size}。",
+        "left": "{thing}在{other}的左边。",
+        "above": "{thing}在{other}的上方。",
+        "free": "{places}什么也没有。",
+        "or": "和",
+        "between": "",
+    },
+}
+
+
+def label(thing: Thing) -> str:
+    """The English class name of a thing, without its size: "red star"."""
+    return f"{thing.colour} {thing.shape}"
+
+
+def phrase(thing: Thing, language: Language, form: Form = "indefinite") -> str:
+    """A noun phrase with the thing's size, colour and shape: "a small red star"."""
+    return _SENTENCES[language]["phrase"].format(**_words(thing, language, form))
+
+
+def short(scene: Scene, language: Language) -> str:
+    """Every thing and its place, in one line without a full stop."""
+    template = _SENTENCES[language]["short"]
+    parts = [
+        template.format(thing=phrase(thing, language), place=_PLACES[language][thing.place]) for thing in scene.things
+    ]
+    return _listed(parts, language, "last")
+
+
+def long(scene: Scene, language: Language) -> str:
+    """Several sentences: the background, every attribute, how the things lie, which places are free."""
+    sentences = _SENTENCES[language]
+    number = _NUMBERS[language][len(scene.things)]
+    said = [sentences["opening"].format(number=number, background=_BACKGROUNDS[language][scene.background])]
+    for thing in scene.things:
+        place = _PLACES[language][thing.place]
+        said.append(sentences["object"].format(place=place, **_words(thing, language, "predicate")))
+    for first, second in combinations(scene.things, 2):
+        left, right = sorted((first, second), key=lambda thing: PLACES[thing.place][0])
+        if PLACES[left.place][0] != PLACES[right.place][0]:
+            said.append(_relation("left", left, right, language))
+        # Things are in reading order: the second is never above the first.
+        if PLACES[first.place][1] != PLACES[second.place][1]:
+            said.append(_relation("above", first, second, language))
+    taken = {thing.place for thing in scene.things}
+    free = [words for place, words in _PLACES[language].items() if place not in taken]
+    said.append(sentences["free"].format(places=_listed(free, language, "or")))
+    return sentences["between"].join(sentence[0].upper() + sentence[1:] for sentence in said)
+
+
+def _words(thing: Thing, language: Language, form: Form) -> dict[str, str]:
+    """The words for a thing, each as the noun's gender and the form ask for."""
+    noun, gender = _SHAPES[language][thing.shape]
+    if language == "de" and form == "relative":
+        noun = _DATIVES.get(noun, noun)
+    words = {"article": _ARTICLES[language][form][gender], "shape": noun}
+    for name, value in (("size", thing.size), ("colour", thing.colour)):
+        adjective = _ADJECTIVES[language][value]
+        if language == "de" and adjective not in _INDECLINABLE:
+            adjective += _ENDINGS[form][gender]
+        elif language == "fr":
+            adjective = adjective[gender == "f"]
+        words[name] = adjective
+    if language == "de":
+        words["which"] = _ARTICLES["de"]["definite"][gender]  # articles serve as relative pronouns
+    return words
+
+
+def _relation(kind: str, thing: Thing, other: Thing, language: Language) -> str:
+    return _SENTENCES[language][kind].format(
+        thing=phrase(thing, language, "definite"), other=phrase(other, language, "relative")
+    )
+
+
+def _listed(parts: list[str], language: Language, last: str) -> str:
+    """The parts in a row, the last joined by the language's word for `last`."""
+    *others, final = parts
+    return _SENTENCES[language]["and"].join(others) + (_SENTENCES[language][last] if others else "") + final

@@ -1,0 +1,89 @@
+"""Clips: one thing that moves from one quadrant to the next, and what that is called in four languages."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from pipeline.demo.captions import Language, phrase
+from pipeline.demo.scenes import (
+    OVERSAMPLING,
+    PLACES,
+    QUADRANT,
+    SIZES,
+    Thing,
+    centre,
+    paint,
+    random_background,
+    random_thing,
+)
+
+DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+
+_CAPTIONS = {
+    "en": {
+        "right": "{thing} moves from left to right",
+        "left": "{thing} moves from right to left",
+        "down": "{thing} moves from top to bottom",
+        "up": "{thing} moves from bottom to top",
+    },
+    "de": {
+        "right": "{thing} bewegt sich von links nach rechts",
+        "left": "{thing} bewegt sich von rechts nach links",
+        "down": "{thing} bewegt sich von oben nach unten",
+        "up": "{thing} bewegt sich von unten nach oben",
+    },
+    "fr": {
+        "right": "{thing} se déplace de gauche à droite",
+        "left": "{thing} se déplace de droite à gauche",
+        "down": "{thing} se déplace de haut en bas",
+        "up": "{thing} se déplace de bas en haut",
+    },
+    "zh": {
+        "right": "{thing}从左向右移动",
+        "left": "{thing}从右向左移动",
+        "down": "{thing}从上向下移动",
+        "up": "{thing}从下向上移动",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A thing that starts in its place and moves, in one direction, to the next quadrant."""
+
+    thing: Thing
+    direction: str
+    background: str
+
+    @property
+    def start(self) -> str:
+        return self.thing.place
+
+
+def random_clip(rng: np.random.Generator) -> Clip:
+    """A clip of a thing that is no held-out combination."""
+    direction = tuple(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
+    starts = [place for place in PLACES if _can_start(place, direction)]
+    size = tuple(SIZES)[rng.integers(len(SIZES))]
+    thing = random_thing(rng, starts[rng.integers(len(starts))], size, held_out=False)
+    return Clip(thing, direction, random_background(rng))
+
+
+def frames(clip: Clip, count: int = 8) -> list[Image.Image]:
+    """The clip as `count` (two or more) RGB images of 48 x 48 pixels, evenly spaced from start to end."""
+    x, y = centre(clip.thing)
+    dx, dy = (QUADRANT * OVERSAMPLING * part for part in DIRECTIONS[clip.direction])
+    steps = [i / (count - 1) for i in range(count)]
+    return [paint(clip.background, [(clip.thing, (x + round(dx * t), y + round(dy * t)))]) for t in steps]
+
+
+def caption(clip: Clip, language: Language) -> str:
+    """What moves and which way, without a full stop."""
+    return _CAPTIONS[language][clip.direction].format(thing=phrase(clip.thing, language))
+
+
+def _can_start(place: str, direction: str) -> bool:
+    """Whether there is a quadrant to move to."""
+    column, row = (a + b for a, b in zip(PLACES[place], DIRECTIONS[direction], strict=True))
+    return (column, row) in PLACES.values()

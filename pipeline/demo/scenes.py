@@ -1,0 +1,238 @@
+"""Scenes: a plain background and two or three things on it, each in its own quadrant.
+
+All choices come from a generator that the caller makes, `np.random.default_rng([seed, stream, index])`:
+scene i never depends on the scenes before it.
+"""
+
+import io
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from hashlib import blake2b
+from itertools import chain, product, zip_longest
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE = 48  # pixels of a scene
+QUADRANT = SIDE // 2  # pixels of a crop
+OVERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
+JITTER = 6  # at most, in oversampled pixels: a thing sits up to 1.5 pixels off its quadrant's centre
+
+COLOURS = {
+    "red": (220, 30, 40),
+    "orange": (250, 130, 10),
+    "yellow": (245, 210, 0),
+    "green": (30, 160, 60),
+    "turquoise": (20, 195, 190),
+    "blue": (40, 80, 230),
+    "purple": (145, 55, 200),
+    "pink": (255, 130, 195),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
+SIZES = {"small": 10, "large": 20}  # pixels across
+PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
+BACKGROUNDS = {
+    "white": (250, 250, 250),
+    "light grey": (200, 200, 200),
+    "dark grey": (65, 65, 65),
+    "black": (15, 15, 15),
+}
+ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "place": tuple(PLACES)}
+
+# 3 has an inverse modulo 8: every colour and every shape is in exactly one of the eight combinations.
+HELD_OUT = frozenset((tuple(COLOURS)[(3 * i + 5) % 8], shape) for i, shape in enumerate(SHAPES))
+_HELD_OUT = sorted(HELD_OUT)
+_TRAINED = sorted(set(product(COLOURS, SHAPES)) - HELD_OUT)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn object. `jitter`: its offset from the centre of its quadrant, in oversampled pixels."""
+
+    colour: str
+    shape: str
+    size: str
+    place: str
+    jitter: tuple[int, int] = (0, 0)
+
+    @property
+    def looks(self) -> tuple[str, str, str]:
+        """What a phrase such as "the small red star" says of it."""
+        return (self.size, self.colour, self.shape)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether its colour and shape never occur together in training."""
+        return (self.colour, self.shape) in HELD_OUT
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Two or three things in reading order, no two in one place and no two of the same looks."""
+
+    things: tuple[Thing, ...]
+    background: str
+
+    @cached_property
+    def content(self) -> tuple[tuple[str, str, str, str], ...]:
+        """What a short caption says: scenes that differ only in background or jitter share it."""
+        return tuple((*thing.looks, thing.place) for thing in self.things)
+
+    @property
+    def held_out(self) -> bool:
+        return any(thing.held_out for thing in self.things)
+
+    @cached_property
+    def reserved(self) -> bool:
+        """Whether it is kept for evaluation: one content in eight, the same ones whatever the seed.
+
+        Another random stream would not be enough, since two things offer only some 75,000 contents:
+        a large training set would hold most of them.
+        """
+        return blake2b(repr(self.content).encode(), digest_size=1).digest()[0] % 8 == 0
+
+
+def in_reading_order(things: Iterable[Thing]) -> tuple[Thing, ...]:
+    return tuple(sorted(things, key=lambda thing: PLACES[thing.place][::-1]))
+
+
+def random_thing(rng: np.random.Generator, place: str, size: str, held_out: bool) -> Thing:
+    """A thing of any colour and shape whose combination is, or is not, a held-out one."""
+    combinations = _HELD_OUT if held_out else _TRAINED
+    colour, shape = combinations[rng.integers(len(combinations))]
+    jitter = tuple(rng.integers(-JITTER, JITTER + 1, 2).tolist())
+    return Thing(colour, shape, size, place, jitter)
+
+
+def random_scene(rng: np.random.Generator, held_out: bool, one_large: bool = False) -> Scene:
+    """Draw two or three things.
+
+    held_out: one of them has a held-out combination of colour and shape; otherwise none has.
+    one_large: exactly one thing is large, and it is the held-out one where there is one.
+    """
+    places = rng.permutation(list(PLACES))[: rng.integers(2, 4)].tolist()
+    things: list[Thing] = []
+    while len(things) < len(places):
+        first = not things
+        large = first if one_large else rng.integers(2) == 1
+        thing = random_thing(rng, places[len(things)], "large" if large else "small", held_out and first)
+        if thing.looks not in [other.looks for other in things]:
+            things.append(thing)
+    return Scene(in_reading_order(things), random_background(rng))
+
+
+def random_background(rng: np.random.Generator) -> str:
+    return tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+
+
+def replaced(scene: Scene, old: Thing, new: Thing) -> Scene:
+    """The scene with `new` where `old` was."""
+    return replace(scene, things=in_reading_order(new if thing is old else thing for thing in scene.things))
+
+
+def variants(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> Iterator[Scene]:
+    """All scenes that differ in one attribute of one thing, in random order.
+
+    The attributes take turns, so that the first few variants are not all about colour and shape.
+    held_out: also those in which a thing becomes a held-out combination.
+    """
+    turns = []
+    for attribute in rng.permutation(list(ATTRIBUTES)).tolist():
+        changes = [
+            (thing, replace(thing, **{attribute: value}))
+            for thing in scene.things
+            for value in ATTRIBUTES[attribute]
+            if value != getattr(thing, attribute)
+        ]
+        turns.append(_applied(scene, [changes[i] for i in rng.permutation(len(changes))], held_out))
+    return (variant for variant in chain.from_iterable(zip_longest(*turns)) if variant is not None)
+
+
+def _applied(scene: Scene, changes: list[tuple[Thing, Thing]], held_out: bool) -> Iterator[Scene]:
+    """The scene with each of the changes that keep it well-formed."""
+    for old, new in changes:
+        if new.held_out and not old.held_out and not held_out:
+            continue
+        others = [thing for thing in scene.things if thing is not old]
+        if all(new.place != other.place and new.looks != other.looks for other in others):
+            yield replaced(scene, old, new)
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The scene as an RGB image of 48 x 48 pixels."""
+    return paint(scene.background, ((thing, centre(thing)) for thing in scene.things))
+
+
+def crop(scene: Scene, thing: Thing) -> Image.Image:
+    """The thing's quadrant of the scene: 24 x 24 pixels, nothing else in it."""
+    column, row = (QUADRANT * part for part in PLACES[thing.place])
+    return draw(scene).crop((column, row, column + QUADRANT, row + QUADRANT))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)  # a third of the time of level 6, for these pictures
+    return buffer.getvalue()
+
+
+def centre(thing: Thing) -> tuple[int, int]:
+    """Where the middle of a thing is, in oversampled pixels."""
+    column, row = PLACES[thing.place]
+    step = QUADRANT * OVERSAMPLING
+    return column * step + step // 2 + thing.jitter[0], row * step + step // 2 + thing.jitter[1]
+
+
+def paint(background: str, placed: Iterable[tuple[Thing, tuple[int, int]]]) -> Image.Image:
+    """Things at given centres (oversampled pixels) on a plain background, reduced to 48 x 48 pixels."""
+    canvas = Image.new("RGB", (SIDE * OVERSAMPLING,) * 2, BACKGROUNDS[background])
+    for thing, (x, y) in placed:
+        mask = _mask(thing.shape, SIZES[thing.size] * OVERSAMPLING // 2)
+        canvas.paste(COLOURS[thing.colour], (x - mask.width // 2, y - mask.height // 2), mask)
+    return canvas.reduce(OVERSAMPLING)
+
+
+@cache
+def _mask(shape: str, radius: int) -> Image.Image:
+    """The shape in white on black, in a square of 2 radius + 1 pixels."""
+    mask = Image.new("L", (2 * radius + 1,) * 2)
+    pen = ImageDraw.Draw(mask)
+    if shape in ("circle", "ring"):
+        pen.ellipse((0, 0, 2 * radius, 2 * radius), fill=255)
+        if shape == "ring":
+            rim = round(0.44 * radius)
+            pen.ellipse((rim, rim, 2 * radius - rim, 2 * radius - rim), fill=0)
+    else:
+        pen.polygon([(round(radius + radius * x), round(radius + radius * y)) for x, y in _outline(shape)], 255)
+    return mask
+
+
+def _outline(shape: str) -> list[tuple[float, float]]:
+    """The corners of a shape inside the square from -1 to 1, y downwards."""
+    match shape:
+        case "square":
+            return [(-0.95, -0.95), (0.95, -0.95), (0.95, 0.95), (-0.95, 0.95)]
+        case "triangle":
+            return [(0, -0.95), (1, 0.8), (-1, 0.8)]
+        case "diamond":
+            return [(0, -1), (0.74, 0), (0, 1), (-0.74, 0)]
+        case "cross":
+            w = 0.3
+            return [
+                *[(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w)],
+                *[(w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)],
+            ]
+        case "star":
+            reach = [1.0 if i % 2 == 0 else 0.42 for i in range(10)]
+            angle = [math.pi * i / 5 for i in range(10)]
+            return [(r * math.sin(a), 0.08 - r * math.cos(a)) for r, a in zip(reach, angle, strict=True)]
+        case "heart":
+            return [_heart(math.pi * i / 32) for i in range(64)]
+    raise ValueError(f"no such shape: {shape}")
+
+
+def _heart(t: float) -> tuple[float, float]:
+    """The heart curve, https://mathworld.wolfram.com/HeartCurve.html, scaled and with y downwards."""
+    y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+    return math.sin(t) ** 3, -y / 16 - 0.1

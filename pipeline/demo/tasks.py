@@ -1,0 +1,338 @@
+"""A small MMEB: five datasets of pairs about drawn scenes, over MMEB's four meta-tasks.
+
+For evaluation each dataset has an in-distribution part, and a held-out part (`-OOD`) in which every
+question is about a combination of colour and shape that training never shows. Rows are as in
+https://huggingface.co/datasets/TIGER-Lab/MMEB-eval: the first of a row's candidates is the right one.
+"""
+
+import json
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, islice, product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.sample import IMAGE_MARK, Item, Pair
+from pipeline.demo import captions
+from pipeline.demo.scenes import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    crop,
+    draw,
+    png,
+    random_scene,
+    replaced,
+    variants,
+)
+
+Part = Literal["train", "in-distribution", "held-out"]
+
+DATASETS = {
+    "Scene-CLS": "classification",
+    "Scene-VQA": "vqa",
+    "Scene-T2I": "retrieval",
+    "Scene-I2T": "retrieval",
+    "Scene-Ground": "grounding",
+}
+# Name of an evaluation set -> its meta-task, and whether it is in distribution.
+TASKS = {name: (task, True) for name, task in DATASETS.items()} | {
+    f"{name}-OOD": (task, False) for name, task in DATASETS.items()
+}
+CANDIDATES = {"classification": 64, "vqa": 64, "retrieval": 128, "grounding": 64}
+QUERIES = 200
+POOL = 200  # scenes an evaluation set's easier candidates come from: few, so that encoding is fast
+HARD_SCENES = 6  # one-attribute variants among the candidates of a retrieval query
+HARD_CROPS = 3  # crops of the query's own scene, or of it with one attribute changed
+
+MMEB_IMAGE_MARK = "<|image_1|>"
+
+# One random stream each. Which candidates a row has says nothing about the scenes of other rows.
+_STREAMS = [*(f"{name} train" for name in DATASETS), *TASKS, *(f"{name} candidates" for name in TASKS)]
+_SCHEMA = pa.schema(
+    {
+        "qry_text": pa.string(),
+        "qry_img_path": pa.string(),
+        "tgt_text": pa.list_(pa.string()),
+        "tgt_img_path": pa.list_(pa.string()),
+    }
+)
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture still to be drawn: a scene, or one thing's crop of it. `name` tells it from its siblings."""
+
+    scene: Scene
+    name: str = ""
+    thing: Thing | None = None
+
+    def png(self) -> bytes:
+        return png(draw(self.scene) if self.thing is None else crop(self.scene, self.thing))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A text with its picture, if any. Candidates of one `key` answer the same queries."""
+
+    text: str
+    picture: _Picture | None = None
+    key: Hashable = None
+
+    def item(self) -> Item:
+        return Item(self.text, (self.picture.png(),) if self.picture else ())
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A query, its answer, and wrong answers that differ little from it, the best for training first."""
+
+    query: _Side
+    right: _Side
+    hard: Iterable[_Side]
+
+
+def training_pair(dataset: str, seed: int, index: int, image_negatives_every: int = 4) -> Pair:
+    """The pair number `index` of a training set; it has one hard negative, or none.
+
+    image_negatives_every: a negative that is a picture costs a pass through the vision tower, so only
+        every `image_negatives_every`-th pair has one. Negatives that are texts are always given.
+    """
+    question = _ask(dataset, "train", _rng(f"{dataset} train", seed, index))
+    hard = next(iter(question.hard))
+    wanted = hard.picture is None or index % image_negatives_every == 0
+    return Pair(
+        key=f"{index:08d}",
+        dataset=dataset,
+        task=DATASETS[dataset],
+        query=question.query.item(),
+        target=question.right.item(),
+        negatives=(hard.item(),) if wanted else (),
+    )
+
+
+def training_pairs(dataset: str, seed: int, count: int, image_negatives_every: int = 4) -> Iterator[Pair]:
+    """The first `count` pairs of a training set; see `training_pair`."""
+    return (training_pair(dataset, seed, index, image_negatives_every) for index in range(count))
+
+
+def evaluation_rows(dataset: str, seed: int, count: int = QUERIES) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """The rows of an evaluation set (a name in `TASKS`), and its pictures: path -> PNG bytes."""
+    task, in_distribution = TASKS[dataset]
+    base = dataset.removesuffix("-OOD")
+    part: Part = "in-distribution" if in_distribution else "held-out"
+    questions = [_ask(base, part, _rng(dataset, seed, index)) for index in range(max(count, POOL))]
+    questions = [_named(question, f"{dataset}/{index:06d}") for index, question in enumerate(questions)]
+    pool = _pool(base, questions[:POOL])
+    rows, pictures = [], {}
+    for index, question in enumerate(questions[:count]):
+        rng = _rng(f"{dataset} candidates", seed, index)
+        candidates = _candidates(question, pool, CANDIDATES[task], rng)
+        query_text, query_path = _mmeb(question.query)
+        texts, paths = zip(*map(_mmeb, candidates), strict=True)
+        rows.append(
+            {
+                "qry_text": query_text,
+                "qry_img_path": query_path,
+                "tgt_text": list(texts),
+                "tgt_img_path": list(paths),
+            }
+        )
+        for side in (question.query, *candidates):
+            if side.picture and side.picture.name not in pictures:
+                pictures[side.picture.name] = side.picture.png()
+    return rows, pictures
+
+
+def write_evaluation(folder: Path, seed: int, count: int = QUERIES) -> None:
+    """Write every evaluation set as FOLDER/NAME/*.parquet, with FOLDER/images and FOLDER/tasks.json."""
+    for dataset in TASKS:
+        rows, pictures = evaluation_rows(dataset, seed, count)
+        (folder / dataset).mkdir(parents=True, exist_ok=True)
+        (folder / "images" / dataset).mkdir(parents=True, exist_ok=True)
+        table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+        pq.write_table(table, folder / dataset / "test-00000-of-00001.parquet")
+        for path, content in pictures.items():
+            (folder / "images" / path).write_bytes(content)
+    tasks = {
+        name: {"task": task, "in_distribution": in_distribution} for name, (task, in_distribution) in TASKS.items()
+    }
+    (folder / "tasks.json").write_text(json.dumps(tasks, indent=2) + "\n")
+
+
+def _rng(stream: str, seed: int, index: int) -> np.random.Generator:
+    return np.random.default_rng([seed, _STREAMS.index(stream), index])
+
+
+def _ask(dataset: str, part: Part, rng: np.random.Generator) -> _Question:
+    """Draw a scene and put the dataset's question about it."""
+    scene = random_scene(rng, held_out=part == "held-out", one_large=dataset == "Scene-CLS")
+    # Whatever holds a held-out combination is unseen anyhow.
+    while part != "held-out" and scene.reserved != (part == "in-distribution"):
+        scene = random_scene(rng, held_out=False, one_large=dataset == "Scene-CLS")
+    if dataset == "Scene-Ground":
+        # One background for all: else it would tell the scene's own crops from most others.
+        scene = replace(scene, background=next(iter(BACKGROUNDS)))
+    match dataset:
+        case "Scene-CLS":
+            return _classification(scene, part, rng)
+        case "Scene-VQA":
+            return _vqa(scene, part, rng)
+        case "Scene-T2I":
+            return _text_to_image(scene, part, rng)
+        case "Scene-I2T":
+            return _image_to_text(scene, part, rng)
+        case "Scene-Ground":
+            return _grounding(scene, part, rng)
+    raise ValueError(f"no such dataset: {dataset}")
+
+
+def _classification(scene: Scene, part: Part, rng: np.random.Generator) -> _Question:
+    large = next(thing for thing in scene.things if thing.size == "large")
+    query = _Side(f"{IMAGE_MARK}\nClassify the large object.", _Picture(scene))
+    near = _near(large, part, rng, ("colour", "shape"))
+    return _Question(query, _label(large), [_label(thing) for thing in near])
+
+
+def _vqa(scene: Scene, part: Part, rng: np.random.Generator) -> _Question:
+    asked = _asked(scene, rng)
+    # One question in four is about how two things lie, where there are two in a row or a column.
+    relations = [
+        f"{words} {captions.phrase(other, 'en', 'definite')}"
+        for other in scene.things
+        if (words := _relation(asked, other))
+    ]
+    about = f"at the {asked.place}"
+    if relations and rng.integers(4) == 0:
+        about = relations[rng.integers(len(relations))]
+    query = _Side(f"{IMAGE_MARK}\nAnswer: what is {about}?", _Picture(scene))
+    near = _near(asked, part, rng, ("colour", "shape", "size"))
+    others = (thing for thing in scene.things if thing is not asked)
+    return _Question(query, _answer(asked), [_answer(thing) for thing in (*near, *others)])
+
+
+def _text_to_image(scene: Scene, part: Part, rng: np.random.Generator) -> _Question:
+    query = _Side(f"Find the image: {captions.short(scene, 'en')}")
+    hard = (_image(other, f"-v{i}") for i, other in enumerate(_siblings(scene, part, rng), 1))
+    return _Question(query, _image(scene), hard)
+
+
+def _image_to_text(scene: Scene, part: Part, rng: np.random.Generator) -> _Question:
+    query = _Side(f"{IMAGE_MARK}\nFind the caption.", _Picture(scene))
+    return _Question(query, _caption(scene), (_caption(other) for other in _siblings(scene, part, rng)))
+
+
+def _grounding(scene: Scene, part: Part, rng: np.random.Generator) -> _Question:
+    asked = _asked(scene, rng)
+    phrase = captions.phrase(asked, "en", "definite")
+    query = _Side(f"{IMAGE_MARK}\nSelect the part: {phrase}", _Picture(scene))
+    others = (_part(scene, thing) for thing in scene.things if thing is not asked)
+    looks = [thing.looks for thing in scene.things]
+    near = [new for new in _near(asked, part, rng, ("colour", "shape", "size")) if new.looks not in looks]
+    changed = (_part(replaced(scene, asked, new), new, f"-v{i}") for i, new in enumerate(near, 1))
+    return _Question(query, _part(scene, asked), islice(chain(others, changed), HARD_CROPS))
+
+
+def _asked(scene: Scene, rng: np.random.Generator) -> Thing:
+    """The thing a question is about: the held-out one where there is one."""
+    things = [thing for thing in scene.things if thing.held_out] or scene.things
+    return things[rng.integers(len(things))]
+
+
+def _near(thing: Thing, part: Part, rng: np.random.Generator, attributes: tuple[str, ...]) -> list[Thing]:
+    """Things that differ from this one in one attribute, in random order."""
+    near = [
+        replace(thing, **{attribute: value})
+        for attribute in attributes
+        for value in ATTRIBUTES[attribute]
+        if value != getattr(thing, attribute)
+    ]
+    near = [other for other in near if part == "held-out" or not other.held_out]
+    return [near[i] for i in rng.permutation(len(near))]
+
+
+def _siblings(scene: Scene, part: Part, rng: np.random.Generator) -> Iterator[Scene]:
+    """The few variants of a scene that serve as wrong answers; in training none kept for evaluation."""
+    found = variants(scene, rng, held_out=part == "held-out")
+    return islice((other for other in found if part != "train" or not other.reserved), HARD_SCENES)
+
+
+def _relation(thing: Thing, other: Thing) -> str:
+    """How a thing lies next to another one in its row or column; empty where it does not."""
+    (column, row), (other_column, other_row) = PLACES[thing.place], PLACES[other.place]
+    return {(-1, 0): "left of", (1, 0): "right of", (0, -1): "above", (0, 1): "below"}.get(
+        (column - other_column, row - other_row), ""
+    )
+
+
+def _label(thing: Thing) -> _Side:
+    text = captions.label(thing)
+    return _Side(text, key=text)
+
+
+def _answer(thing: Thing) -> _Side:
+    text = captions.phrase(thing, "en")
+    return _Side(text, key=text)
+
+
+def _image(scene: Scene, name: str = "") -> _Side:
+    return _Side(f"{IMAGE_MARK}\nRepresent the image.", _Picture(scene, name), scene.content)
+
+
+def _caption(scene: Scene) -> _Side:
+    return _Side(captions.short(scene, "en"), key=scene.content)
+
+
+def _part(scene: Scene, thing: Thing, name: str = "") -> _Side:
+    picture = _Picture(scene, name or "-" + thing.place.replace(" ", "-"), thing)
+    # Without the place: the phrase in the query does not say it.
+    return _Side(f"{IMAGE_MARK}\nRepresent the part.", picture, thing.looks)
+
+
+def _named(question: _Question, stem: str) -> _Question:
+    """The question with its pictures called after the row: "Scene-T2I/000123-v2.png"."""
+
+    def named(side: _Side) -> _Side:
+        if side.picture is None:
+            return side
+        return replace(side, picture=replace(side.picture, name=f"{stem}{side.picture.name}.png"))
+
+    return _Question(named(question.query), named(question.right), [named(side) for side in question.hard])
+
+
+def _pool(dataset: str, questions: list[_Question]) -> list[_Side]:
+    """What a dataset's easier candidates are drawn from."""
+    things = (Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))
+    match dataset:
+        case "Scene-CLS":
+            return [_label(thing) for thing in things]
+        case "Scene-VQA":
+            return [_answer(thing) for thing in things]
+        case "Scene-Ground":
+            return [side for question in questions for side in (question.right, *question.hard)]
+    return [question.right for question in questions]
+
+
+def _candidates(question: _Question, pool: list[_Side], count: int, rng: np.random.Generator) -> list[_Side]:
+    """The right answer, the hard ones, and others from the pool; no two of one key."""
+    shuffled = (pool[i] for i in rng.permutation(len(pool)))
+    chosen: dict[Hashable, _Side] = {}
+    for side in chain((question.right, *question.hard), shuffled):
+        if len(chosen) < count:
+            chosen.setdefault(side.key, side)
+    assert len(chosen) == count, f"{len(chosen)} candidates where {count} are needed"
+    return list(chosen.values())
+
+
+def _mmeb(side: _Side) -> tuple[str, str]:
+    """MMEB's text and image path; an empty path stands for no image."""
+    return side.text.replace(IMAGE_MARK, MMEB_IMAGE_MARK), side.picture.name if side.picture else ""

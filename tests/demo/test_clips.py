@@ -1,0 +1,54 @@
+"""Clips: things move the way their captions say."""
+
+import numpy as np
+import pytest
+
+from pipeline.demo import clips
+from pipeline.demo.clips import DIRECTIONS, Clip
+from pipeline.demo.scenes import BACKGROUNDS, Thing
+
+
+def middle(clip: Clip, index: int) -> np.ndarray:
+    """The (x, y) around which the pixels that are not background lie."""
+    pixels = np.asarray(clips.frames(clip)[index])
+    y, x = np.nonzero((pixels != BACKGROUNDS[clip.background]).any(-1))
+    return np.array([x.mean(), y.mean()])
+
+
+def random_clips(count: int) -> list[Clip]:
+    return [clips.random_clip(np.random.default_rng([1, 0, i])) for i in range(count)]
+
+
+def test_things_move_their_way() -> None:
+    ways = {"right": (24, 0), "left": (-24, 0), "down": (0, 24), "up": (0, -24)}
+    for clip in random_clips(40):
+        way = middle(clip, 7) - middle(clip, 0)
+        np.testing.assert_allclose(way, ways[clip.direction], atol=0.5)
+
+
+def test_every_step_moves() -> None:
+    for clip in random_clips(10):
+        pictures = clips.frames(clip)
+        assert len(pictures) == 8
+        assert len({picture.tobytes() for picture in pictures}) == 8
+
+
+def test_deterministic_and_without_held_out_combinations() -> None:
+    assert random_clips(200) == random_clips(200)
+    assert not any(clip.thing.held_out for clip in random_clips(200))
+    assert {clip.direction for clip in random_clips(200)} == set(DIRECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("direction", "language", "expected"),
+    [
+        ("right", "en", "a small red star moves from left to right"),
+        ("left", "de", "ein kleiner roter Stern bewegt sich von rechts nach links"),
+        ("down", "fr", "une petite étoile rouge se déplace de haut en bas"),
+        ("up", "zh", "一个红色的小五角星从下向上移动"),
+    ],
+)
+def test_captions(direction: str, language: str, expected: str) -> None:
+    clip = Clip(Thing("red", "star", "small", "top left"), direction, "white")
+    assert clip.start == "top left"
+    assert clips.caption(clip, language) == expected
