@@ -1,0 +1,40 @@
+"""Two gloo processes that run a function of a test module, and never hang."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SECONDS = 60
+
+
+def _process(rank: int, folder: str, function: Callable) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=SECONDS),
+    )
+    torch.save(function(rank), Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def on_two_ranks(function: Callable) -> list:
+    """[function(0), function(1)], each in its own process of one group."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = mp.spawn(_process, (folder, function), nprocs=2, join=False)
+        end = time.monotonic() + SECONDS
+        try:
+            while not ranks.join(timeout=1):
+                assert time.monotonic() < end, f"two processes took more than {SECONDS} s"
+        finally:
+            for process in ranks.processes:
+                process.kill()
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(2)]
