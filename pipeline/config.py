@@ -1,0 +1,276 @@
+"""A recipe: what one run trains, on what, and how. Typed, validated, with `key=value` overrides.
+
+A recipe is a YAML file (see `pipeline/recipes/`). Every value of it can be set on the command line
+by its dotted name: `optimizer.lr=2e-5 data.url=s3://bucket/prefix`. An unknown name, a wrong type or
+values that cannot work together are errors that name the field, before anything is started.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import PipelineError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def describe(cls) -> str:
+        """The fields with their defaults, a line each, for --help."""
+        return "\n".join(f"  {name}={f.default}  {f.description or ''}" for name, f in cls.model_fields.items())
+
+
+class Architecture(Section):
+    """The shape of a LLaVA-OneVision model that starts from random weights."""
+
+    vision: dict[str, Any] = Field(description="transformers' SiglipVisionConfig")
+    text: dict[str, Any] = Field(description="transformers' Qwen2Config; vocab_size is the tokenizer's, trained")
+    image_grid_pinpoints: list[tuple[int, int]] = Field(description="sizes (height, width) an image is tiled to")
+
+
+class Model(Section):
+    path: str | None = Field(None, description="a folder or hub name in LLaVA-OneVision's transformers format")
+    architecture: Architecture | None = Field(None, description="or: random weights of this shape")
+    max_tokens: int = Field(4096, gt=0, description="longest sample, in tokens; texts are cut to fit")
+
+    @model_validator(mode="after")
+    def one_source(self) -> "Model":
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("give either model.path or model.architecture, not both and not neither")
+        return self
+
+
+class Data(Section):
+    url: str = Field(description="s3://bucket/prefix or a folder: an index.json, or one per dataset below it")
+    datasets: list[str] = Field([], description="the datasets below url; empty: url is itself one")
+    lanes: int = Field(8, gt=0, description="parallel readers of an epoch; the world size must divide it")
+    block_samples: int = Field(64, gt=0, description="consecutive samples fetched by one ranged read")
+    window_blocks: int = Field(16, gt=0, description="blocks a lane shuffles together")
+    workers: int = Field(2, ge=0, description="decoding processes per rank; 0: in the training process")
+    max_bad_fraction: float = Field(0.001, ge=0, le=1, description="of all samples so far; above it the run stops")
+
+
+class Batch(Section):
+    global_batch: int = Field(gt=1, description="pairs per optimizer step, over all ranks: the contrastive batch")
+    chunk_tokens: int = Field(gt=0, description="tokens a forward pass holds at once; changes no result")
+
+
+class Loss(Section):
+    alpha: float = Field(9.0, ge=0, description="hardness weighting of LLaVE; 0 is plain InfoNCE")
+    temperature: float = Field(0.02, gt=0)
+    margin: float | None = Field(None, description="mask negatives more similar than the positive by this much")
+
+
+class Optimizer(Section):
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps in which lr rises linearly")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: never")
+
+
+class Evaluation(Section):
+    urls: list[str] = Field(description="evaluation sets: folders or s3:// prefixes (pipeline/evaluation/tasks.py)")
+    every: int | None = Field(None, gt=0, description="steps; besides, always before the first and after the last")
+
+
+class Checkpoint(Section):
+    every: int = Field(gt=0, description="steps between checkpoints")
+    keep: int = Field(2, gt=0, description="how many of the newest stay on disk")
+
+
+class Recipe(Section):
+    run: str = Field(description="the run directory: checkpoints, metrics, TensorBoard, the exported model")
+    seed: int = Field(0, ge=0)
+    steps: int | None = Field(None, gt=0, description="optimizer steps; or give epochs")
+    epochs: float | None = Field(None, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    deepspeed: str = Field(description="a DeepSpeed config; its `auto` values are filled from the recipe")
+    model: Model
+    data: Data
+    batch: Batch
+    loss: Loss = Loss()
+    optimizer: Optimizer
+    checkpoint: Checkpoint
+    evaluation: Evaluation | None = None
+    ledger: bool = Field(False, description="write the sample keys of every step to RUN/ledger")
+    timeout_minutes: float = Field(15, gt=0, description="a collective that waits longer ends the job")
+
+    @model_validator(mode="after")
+    def works_together(self) -> "Recipe":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs, not both and not neither")
+        if self.batch.global_batch % self.data.lanes:
+            fitting = [n for n in range(1, self.batch.global_batch + 1) if self.batch.global_batch % n == 0]
+            near = sorted(sorted(fitting, key=lambda n: abs(n - self.data.lanes))[:5])
+            raise ValueError(
+                f"data.lanes={self.data.lanes} does not divide batch.global_batch={self.batch.global_batch}; "
+                f"lanes that do: {', '.join(map(str, near))}"
+            )
+        return self
+
+
+class EvaluationRun(Section):
+    """The options of `python -m pipeline.evaluate`."""
+
+    out: str | None = Field(None, description="write the report to this JSON file")
+    against: str | None = Field(None, description="an earlier report (JSON) to print beside this one")
+    example: str | None = Field(None, description="a dataset whose first query is shown with its best candidates")
+    precision: Literal["bf16", "fp32"] = Field("fp32", description="of the weights: bf16 or fp32")
+    chunk_tokens: int = Field(16384, gt=0, description="tokens a forward pass holds at once")
+    max_tokens: int = Field(4096, gt=0, description="longest item, in tokens; texts are cut to fit")
+    timeout_minutes: float = Field(15, gt=0, description="a collective that waits longer ends the job")
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
+    """Read a recipe and apply `key=value` overrides (values are YAML). Errors name the field and a near miss."""
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "pipeline/recipes").glob("*.yaml")))
+        raise PipelineError(f"no recipe at {path}; the project's own are {known}")
+    values = _safe_yaml(path.read_text(), str(path))
+    if not isinstance(values, dict):
+        raise PipelineError(f"{path} is not a recipe: expected `key: value` lines")
+    return _validated(Recipe, _overridden(values, overrides), f"{path}: ")
+
+
+def parse_options(section: type[SectionType], options: list[str]) -> SectionType:
+    """`key=value` arguments as a section; errors as of `load_recipe`."""
+    return _validated(section, _overridden({}, options), "")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """Read the recipe's DeepSpeed config, fill each "auto" from the recipe, refuse what contradicts it.
+
+    The contrastive batch is cut into chunks inside one optimizer step (pipeline/training/step.py), so for
+    DeepSpeed a rank's share of the global batch is one micro-batch.
+    """
+    path = Path(recipe.deepspeed)
+    path = path if path.is_file() else ROOT / recipe.deepspeed
+    if not path.is_file():
+        known = ", ".join(sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
+        raise PipelineError(f"no DeepSpeed config at {recipe.deepspeed}; ds_configs/ holds {known}")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise PipelineError(f"{path} is not JSON: {error}") from None
+    for name in ("optimizer", "scheduler", "fp16"):
+        if name in config:
+            raise PipelineError(f"{path}: {name!r} is not set here; the recipe's optimizer and precision decide it")
+
+    batch = recipe.batch.global_batch
+    if batch % world_size:
+        raise PipelineError(f"{world_size} processes do not divide batch.global_batch={batch}")
+    filled = [
+        (("train_batch_size",), batch, "batch.global_batch"),
+        (("train_micro_batch_size_per_gpu",), batch // world_size, "batch.global_batch / processes"),
+        (("gradient_accumulation_steps",), 1, "the gradient cache, which chunks the batch itself"),
+        (("gradient_clipping",), recipe.optimizer.max_grad_norm, "optimizer.max_grad_norm"),
+        (("bf16", "enabled"), recipe.precision == "bf16", "precision"),
+    ]
+    for keys, value, source in filled:
+        section = config
+        for key in keys[:-1]:
+            section = section.setdefault(key, {})
+        given = section.get(keys[-1], "auto")
+        if given not in ("auto", value):
+            raise PipelineError(
+                f"{path}: {'.'.join(keys)}={json.dumps(given)} contradicts the recipe, where {source} gives "
+                f'{json.dumps(value)}; write "auto" there or change the recipe'
+            )
+        section[keys[-1]] = value
+    _refuse_auto(config, path, ())
+    return config
+
+
+def _overridden(values: dict, overrides: list[str]) -> dict:
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise PipelineError(f"cannot read {override!r}: write it as key=value, e.g. optimizer.lr=2e-5")
+        _set(values, key.split("."), _safe_yaml(text, override), override)
+    return values
+
+
+def _validated(section: type[SectionType], values: dict, where: str) -> SectionType:
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise PipelineError(where + "; ".join(_explain(section, e) for e in error.errors())) from None
+
+
+def _safe_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PipelineError(f"cannot read {where}: {' '.join(str(error).split())}") from None
+
+
+def _set(values: dict, keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, dict):
+            raise PipelineError(f"cannot set {override!r}: {key} is a single value, not a section")
+    values[keys[-1]] = value
+
+
+def _explain(root: type[Section], error: dict) -> str:
+    """One pydantic error as a sentence; for an unknown field, with the names that come near."""
+    place = [str(part) for part in error["loc"]]
+    name = ".".join(place)
+    if error["type"] == "extra_forbidden":
+        fields = list(_fields_at(root, place[:-1]))
+        near = difflib.get_close_matches(place[-1], fields, n=2, cutoff=0.5)
+        elsewhere = [other for other in _all_fields(root) if other.split(".")[-1] == place[-1]]
+        hint = " or ".join(elsewhere or [".".join([*place[:-1], field]) for field in near])
+        known = f"did you mean {hint}?" if hint else f"known here: {', '.join(fields)}"
+        return f"unknown field {name}; {known}"
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    return f"{name}: {error['msg']}, got {error['input']!r}"
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    options = [annotation, *getattr(annotation, "__args__", ())]
+    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+
+
+def _fields_at(section: type[Section] | None, place: list[str]) -> list[str]:
+    for key in place:
+        section = _section_of(section.model_fields[key].annotation) if section else None
+    return list(section.model_fields) if section else []
+
+
+def _all_fields(section: type[Section], prefix: str = "") -> list[str]:
+    names = []
+    for key, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        names += _all_fields(inner, f"{prefix}{key}.") if inner else [prefix + key]
+    return names
+
+
+def _refuse_auto(config: dict, path: Path, above: tuple[str, ...]) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_auto(value, path, (*above, key))
+        elif value == "auto":
+            raise PipelineError(f'{path}: the recipe has nothing for {".".join((*above, key))}="auto"; give a value')

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from pipeline.config import dump_recipe, load_ds_config, load_recipe
+from pipeline.errors import PipelineError
+
+DEMO = "pipeline/recipes/demo.yaml"
+
+
+def error_of(*overrides: str) -> str:
+    with pytest.raises(PipelineError) as error:
+        load_recipe(DEMO, list(overrides))
+    return str(error.value)
+
+
+def test_overrides_are_typed_and_survive_a_dump(tmp_path):
+    recipe = load_recipe(DEMO, ["optimizer.lr=2e-5", "data.url=s3://b/p", "loss.margin=0.1", "evaluation=null"])
+    assert recipe.optimizer.lr == 2e-5
+    assert (recipe.data.url, recipe.loss.margin, recipe.evaluation) == ("s3://b/p", 0.1, None)
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml", []) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optimiser.lr=1", "unknown field optimiser; did you mean optimizer?"),
+        ("optimizer.learning_rate=1", "unknown field optimizer.learning_rate; known here: lr, betas"),
+        ("lr=1", "unknown field lr; did you mean optimizer.lr?"),
+        ("data.lane=4", "did you mean data.lanes?"),
+        ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number"),
+        ("model.path=x", "either model.path or model.architecture"),
+        ("steps=null", "either steps or epochs"),
+        ("data.lanes=6", "lanes that do: 1, 2, 4, 8, 16"),
+        ("data.lanes", "write it as key=value"),
+        ("seed.x=1", "seed is a single value"),
+        ("data.url=[", "cannot read"),
+    ],
+)
+def test_errors_name_the_field_and_what_to_do(override, named):
+    assert named in error_of(override)
+
+
+def test_a_missing_recipe_names_those_there_are():
+    with pytest.raises(PipelineError, match=r"demo\.yaml"):
+        load_recipe("nowhere.yaml", [])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ds_configs_are_filled_from_the_recipe(stage):
+    recipe = load_recipe(DEMO, [f"deepspeed=ds_configs/zero{stage}.json", "optimizer.max_grad_norm=0.5"])
+    config = load_ds_config(recipe, 4)
+    assert config["zero_optimization"]["stage"] == stage
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (128, 32)
+    assert config["gradient_clipping"] == 0.5
+    assert config["bf16"]["enabled"] is False
+    assert "auto" not in json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"gradient_clipping": 0.5}, ["gradient_clipping=0.5", "optimizer.max_grad_norm", "1.0"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled=true", "precision", "false"]),
+        ({"train_batch_size": 64}, ["train_batch_size=64", "batch.global_batch", "128"]),
+        ({"optimizer": {"type": "Adam"}}, ["'optimizer'", "recipe"]),
+        ({"zero_optimization": {"stage": "auto"}}, ["zero_optimization.stage"]),
+    ],
+)
+def test_a_ds_config_that_contradicts_the_recipe_is_refused(tmp_path, changed, named):
+    config = {"zero_optimization": {"stage": 1}} | changed
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    recipe = load_recipe(DEMO, [f"deepspeed={tmp_path / 'ds.json'}"])
+    with pytest.raises(PipelineError) as error:
+        load_ds_config(recipe, 1)
+    assert all(name in str(error.value) for name in named)
