@@ -27,6 +27,7 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
             if rank:
                 time.sleep(5)
             where = f" (rank {rank})" if rank else ""
+            sys.stdout.flush()
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
             # Not sys.exit: a process group or a loader thread must not keep a failed process alive.
             os._exit(2)

@@ -45,3 +45,7 @@ class Pair:
     @property
     def items(self) -> tuple[Item, ...]:
         return (self.query, self.target, *self.negatives)
+
+
+class BadSample(Exception):
+    """A sample that cannot be used as it was written; it becomes an invalid row, counted and logged."""

@@ -1,0 +1,90 @@
+"""An encoded image -> the uint8 tiles that LLaVA-OneVision's vision tower sees, and how many tokens they become.
+
+The same resize, tiles and token counts as transformers' LlavaOnevisionImageProcessor, less its float work:
+tiles stay uint8 until the device normalises them.
+"""
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+
+from pipeline.data.sample import BadSample
+
+Image.init()
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How images become tiles: LLaVA's "anyres_max_N" with `spatial_unpad`.
+
+    size: pixels of a tile's side.
+    patches: patches along a tile's side, hence patches² tokens a tile.
+    pinpoints: the (height, width) an image may be resized and padded to, multiples of `size`.
+    max_tiles: N; more tokens than N tiles hold are reduced by interpolation.
+    """
+
+    size: int
+    patches: int
+    pinpoints: tuple[tuple[int, int], ...]
+    max_tiles: int = 9
+
+    def tokens(self, height: int, width: int, *, anyres: bool) -> int:
+        """Tokens an image of this size takes: the base tile, then the unpadded grid with a newline per row.
+
+        `anyres` is false where a sample has several images: then each is one tile and one newline.
+        """
+        base = self.patches**2
+        if not anyres:
+            return base + 1
+        grid_height, grid_width = select_best_resolution((height, width), self.pinpoints)
+        rows, columns = self.patches * grid_height // self.size, self.patches * grid_width // self.size
+        if width / height > columns / rows:
+            rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
+        else:
+            columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+        ratio = math.sqrt(rows * columns / (self.max_tiles * base))
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+        return base + rows * (columns + 1)
+
+    def cut(self, image: Image.Image, *, anyres: bool) -> np.ndarray:
+        """RGB image -> (tiles, 3, size, size) uint8: the whole image first, then its grid row by row."""
+        side = (self.size, self.size)
+        if not anyres:
+            return _channels_first(_pad_to_square(image).resize(side, Image.Resampling.BICUBIC))[None]
+        target = select_best_resolution((image.height, image.width), self.pinpoints)
+        channels_first = np.empty((3, image.height, image.width), np.uint8)  # only its shape is looked at
+        height, width = get_patch_output_size(channels_first, target, input_data_format="channels_first")
+        grid = Image.new("RGB", (target[1], target[0]))
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        grid.paste(resized, ((target[1] - width) // 2, (target[0] - height) // 2))
+        rows, columns = target[0] // self.size, target[1] // self.size
+        tiles = _channels_first(grid).reshape(3, rows, self.size, columns, self.size)
+        tiles = tiles.transpose(1, 3, 0, 2, 4).reshape(-1, 3, self.size, self.size)
+        return np.concatenate([_channels_first(image.resize(side, Image.Resampling.BICUBIC))[None], tiles])
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Encoded bytes -> RGB image; `BadSample` if Pillow cannot decode it or holds it for a decompression bomb."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data)).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged input
+        raise BadSample(f"undecodable image: {type(error).__name__}: {error}") from None
+
+
+def _pad_to_square(image: Image.Image) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (127, 127, 127))  # SigLIP's mean, as transformers truncates it
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _channels_first(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).transpose(2, 0, 1)

@@ -1,0 +1,69 @@
+"""Many items through a model, in chunks that every rank runs in step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.data.collate import Encoded, Packed, pack
+
+_DUMMY = Encoded(np.zeros(1, np.int32))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some of the items, packed; `rows` says which. with_images: some rank's chunk of this number has an image."""
+
+    rows: torch.Tensor
+    packed: Packed
+    with_images: bool
+
+
+def plan_chunks(items: Sequence[Encoded], chunk_tokens: int, device: torch.device) -> list[Chunk]:
+    """Cut items into chunks of at most `chunk_tokens` tokens (or one item), the longest first.
+
+    All ranks get the same number of chunks, the last ones empty where a rank has fewer items, and agree on which
+    chunks run the vision tower: under ZeRO-3 a rank that ran other modules than the rest would hang the job.
+    """
+    lengths = np.array([len(item.input_ids) for item in items])
+    cuts: list[list[int]] = []
+    room = 0
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        if not cuts or lengths[row] > room:
+            cuts.append([])
+            room = chunk_tokens
+        cuts[-1].append(row)
+        room -= lengths[row]
+    images = [any(items[row].images for row in rows) for rows in cuts]
+    if dist.is_initialized():
+        count = torch.tensor(len(cuts), device=device)
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        cuts += [[]] * (int(count) - len(cuts))
+        flags = torch.tensor(images + [False] * (len(cuts) - len(images)), dtype=torch.int32, device=device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        images = flags.bool().tolist()
+    return [
+        Chunk(
+            torch.tensor(rows, dtype=torch.long, device=device),
+            pack([items[r] for r in rows] or [_DUMMY]),
+            flag,
+        )
+        for rows, flag in zip(cuts, images, strict=True)
+    ]
+
+
+def run_chunk(model: Callable[..., torch.Tensor], chunk: Chunk) -> torch.Tensor:
+    """The embeddings of a chunk's items, (len(rows), hidden)."""
+    return model(chunk.packed.to(chunk.rows.device), chunk.with_images)[: len(chunk.rows)]
+
+
+@torch.no_grad()
+def embed_chunks(model: Callable[..., torch.Tensor], chunks: Sequence[Chunk], count: int) -> torch.Tensor:
+    """All `count` items' embeddings in the items' order, (count, hidden) float32, without a graph."""
+    parts = [run_chunk(model, chunk) for chunk in chunks]
+    embeddings = parts[0].new_empty(count, parts[0].shape[1])
+    for chunk, part in zip(chunks, parts, strict=True):
+        embeddings[chunk.rows] = part
+    return embeddings

@@ -1,0 +1,239 @@
+"""LLaVE: LLaVA-OneVision as an embedder (arXiv 2503.04812).
+
+An item's embedding is the language model's last hidden state at the prompt's last token, as a unit vector.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+from pipeline.config import Architecture
+from pipeline.data.collate import Encoded, Image, Packed
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
+from pipeline.data.tiles import Tiling, decode_image
+from pipeline.errors import PipelineError
+from pipeline.models.attention import PACKED, Segments
+
+# The published prompt: the assistant's turn is one newline, and so is the last token, which is pooled.
+PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_MARK, VIDEO_MARK)
+MEAN = STD = 0.5  # SigLIP's
+
+
+def prompt(text: str) -> str:
+    return PREFIX + text.strip() + SUFFIX
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Items -> token ids and tiles, as LLaVE reads them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tiling: Tiling
+    image_token_id: int
+    max_tokens: int
+
+    @classmethod
+    def load(cls, path: str, max_tokens: int) -> "Processor":
+        """The processor of a model folder or hub name."""
+        config = _load_config(path)
+        vision = config.vision_config
+        tiling = Tiling(
+            size=vision.image_size,
+            patches=vision.image_size // vision.patch_size,
+            pinpoints=tuple(tuple(size) for size in config.image_grid_pinpoints),
+            max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
+        )
+        return cls(AutoTokenizer.from_pretrained(path), tiling, config.image_token_id, max_tokens)
+
+    def encode(self, item: Item) -> Encoded:
+        """Token ids with one placeholder per image token. A text too long is cut at its end, never its images.
+
+        Raises `BadSample` if an image is undecodable, or does not fit `max_tokens`, or marks and images differ.
+        """
+        if item.video is not None or VIDEO_MARK in item.text:
+            raise BadSample("this model does not read video yet")
+        texts = prompt(item.text).split(IMAGE_MARK)
+        if len(texts) != len(item.images) + 1:
+            raise BadSample(f"{len(texts) - 1} {IMAGE_MARK} marks in the text, {len(item.images)} images")
+        anyres = len(item.images) == 1
+        images, pieces = [], [self._tokenize(texts[0])]
+        for data, text in zip(item.images, texts[1:], strict=True):
+            image = decode_image(data)
+            tokens = self.tiling.tokens(image.height, image.width, anyres=anyres)
+            images.append(Image(self.tiling.cut(image, anyres=anyres), image.height, image.width))
+            pieces += [[self.image_token_id] * tokens, self._tokenize(text)]
+        ids = np.array([token for piece in pieces for token in piece], np.int32)
+        if len(ids) > self.max_tokens:
+            kept, cut = np.split(ids, [self.max_tokens - len(self._suffix)])
+            if self.image_token_id in cut:
+                raise BadSample(f"{len(ids)} tokens with its images, of {self.max_tokens} at most")
+            ids = np.concatenate([kept, self._suffix])
+        return Encoded(ids, tuple(images))
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    @cached_property
+    def _suffix(self) -> np.ndarray:
+        return np.array(self._tokenize(SUFFIX), np.int32)
+
+
+class Llave(LlavaOnevisionModel):
+    """LLaVA-OneVision without an LM head, from packed items to unit vectors."""
+
+    @classmethod
+    def load(cls, path: str, dtype: torch.dtype) -> "Llave":
+        """From a folder or hub name in transformers' format (under ZeRO-3 straight into its partitions)."""
+        if _load_config(path).vision_feature_layer != -1:
+            raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
+        attention = {"text_config": PACKED, "vision_config": "sdpa"}
+        model, loaded = cls.from_pretrained(path, dtype=dtype, attn_implementation=attention, output_loading_info=True)
+        if missing := sorted(loaded["missing_keys"]):
+            raise PipelineError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]} the first")
+        # The embedding reads the tower before its final norm, which so has no gradient.
+        model.vision_tower.post_layernorm.requires_grad_(False)
+        return model
+
+    def forward(self, packed: Packed, with_images: bool) -> torch.Tensor:
+        """N packed items -> (N, hidden) float32 unit rows.
+
+        with_images: whether any rank has an image in this forward pass. A rank that has none then sends one
+        dummy tile through tower and projector, times zero: under ZeRO-3 every rank must run the same modules.
+        """
+        embeds = self.language_model.embed_tokens(packed.input_ids)
+        if packed.image_sizes:
+            features = self.image_tokens(packed)
+            embeds = embeds.index_copy(0, (packed.input_ids == self.config.image_token_id).nonzero()[:, 0], features)
+        elif with_images:
+            size = self.config.vision_config.image_size
+            dummy = self.tile_features(embeds.new_zeros(1, 3, size, size))
+            embeds = embeds + 0 * (dummy.sum() + self.image_newline.sum())
+        hidden = self.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=packed.position_ids[None],
+            segments=Segments.of(packed.lengths, embeds.device),
+            use_cache=False,
+        ).last_hidden_state[0]
+        last = torch.tensor(packed.lengths, device=hidden.device).cumsum(0) - 1
+        return F.normalize(hidden[last].float(), dim=-1)
+
+    def image_tokens(self, packed: Packed) -> torch.Tensor:
+        """All images' rows, in the order of their placeholders: (image tokens, hidden)."""
+        pixels = packed.tiles.to(self.image_newline.dtype).div_(255).sub_(MEAN).div_(STD)
+        features, _ = self.pack_image_features(
+            self.tile_features(pixels).split(packed.image_tiles),
+            packed.image_sizes,
+            image_newline=self.image_newline,
+            vision_aspect_ratio=self.config.vision_aspect_ratio,
+        )
+        return torch.cat(features)
+
+    def tile_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(tiles, 3, size, size) normalised -> (tiles, patches², hidden), projected."""
+        tower = self.vision_tower
+        return self.multi_modal_projector(tower.encoder(tower.embeddings(pixels)).last_hidden_state)
+
+
+# transformers finds a class's checkpoint names by the name of the class.
+register_checkpoint_conversion_mapping("Llave", get_checkpoint_conversion_mapping("LlavaOnevisionModel"))
+
+
+def build(architecture: Architecture, texts: Iterable[str], seed: int, folder: Path) -> None:
+    """Write a model of random weights, with a tokenizer trained on `texts`, as a folder that `load` reads.
+
+    It is written once and then loaded by every rank, which is also the one way to ZeRO-3's partitions.
+    """
+    tokenizer = train_tokenizer(texts, int(architecture.text["vocab_size"]))
+    text = architecture.text | {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**architecture.vision, vision_use_head=False),
+        text_config=Qwen2Config(**text),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_MARK),
+        video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_MARK),
+        image_grid_pinpoints=[list(size) for size in architecture.image_grid_pinpoints],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlavaOnevisionModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+    LlavaOnevisionImageProcessorPil(
+        size=size,
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        image_mean=[MEAN] * 3,
+        image_std=[STD] * 3,
+    ).save_pretrained(folder)
+
+
+def save_folder(model: Llave, weights: dict[str, torch.Tensor], source: str, folder: Path) -> None:
+    """Write `weights` (the model's parameters by name) as a folder in transformers' format.
+
+    Tokenizer and image processor are those of `source`, a folder or hub name.
+    """
+    model.save_pretrained(folder, state_dict=weights)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["LlavaOnevisionModel"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    LlavaOnevisionImageProcessorPil.from_pretrained(source).save_pretrained(folder)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens with Qwen2's special tokens and pre-tokenization."""
+    tokenizer = Tokenizer(models.BPE())
+    # Qwen2's split, except that the prompt's runs of newlines and the words behind stay apart as there.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((prompt(text) for text in texts), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+    )
+
+
+def _load_config(path: str) -> LlavaOnevisionConfig:
+    try:
+        config = LlavaOnevisionConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"no model at {path!r}: {str(error).splitlines()[0]}") from None
+    if config.model_type != "llava_onevision":
+        raise PipelineError(f"{path} is a {config.model_type} model; expected llava_onevision")
+    return config

@@ -1,0 +1,130 @@
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image as Picture
+from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
+
+from pipeline.data.collate import pack
+from pipeline.data.sample import BadSample, Item
+from pipeline.data.tiles import Tiling
+from pipeline.errors import PipelineError
+from pipeline.models.llave import Llave, Processor, prompt, save_folder
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = json.loads((GOLDEN / "cases.json").read_text())
+MARK = -200  # what the original code writes for an image
+
+
+def png(width: int, height: int, seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Picture.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def items() -> list[Item]:
+    return [
+        Item("red star"),
+        Item("<image>\nRepresent the image.", (png(48, 48),)),
+        Item("a longer text " * 9),
+        Item("<image>\nFind the caption.", (png(24, 30),)),
+        Item("<image>\nwide", (png(90, 31),)),
+        Item("<image>\na thread", (png(2000, 1),)),
+        Item("between <image> and <image> two", (png(24, 30), png(40, 20))),
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_prompts_and_token_ids(case):
+    assert prompt(case["text"]) == case["prompt"]
+    tiling = Tiling(size=16, patches=2, pinpoints=((16, 16),))
+    processor = Processor(AutoTokenizer.from_pretrained(GOLDEN), tiling, image_token_id=MARK, max_tokens=4096)
+    images = (png(16, 16),) * case["text"].count("<image>")
+    ids = processor.encode(Item(case["text"], images)).input_ids.tolist()
+    # An image is one mark there, a placeholder per token of it here.
+    collapsed = [token for i, token in enumerate(ids) if token != MARK or ids[i - 1] != MARK]
+    assert collapsed == case["input_ids"]
+
+
+def test_tiles_and_embeddings_are_those_of_transformers(tiny_model, items):
+    processor, model = Processor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32).eval()
+    theirs = LlavaOnevisionModel.from_pretrained(tiny_model).eval()
+    raw = LlavaOnevisionImageProcessorPil.from_pretrained(tiny_model, do_rescale=False, do_normalize=False)
+    floats = LlavaOnevisionImageProcessorPil.from_pretrained(tiny_model)
+    with torch.no_grad():
+        embeddings = model(pack([processor.encode(item) for item in items]), True)
+        for item, embedding in zip(items, embeddings, strict=True):
+            encoded, inputs = processor.encode(item), {}
+            if item.images:
+                pictures = [Picture.open(io.BytesIO(image)).convert("RGB") for image in item.images]
+                for image, tiles in zip(encoded.images, raw([pictures])["pixel_values"], strict=True):
+                    assert np.array_equal(image.tiles, tiles[: len(image.tiles)])
+                inputs = dict(floats([pictures], return_tensors="pt"))
+            ids = torch.from_numpy(encoded.input_ids).long()[None]
+            hidden = theirs(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+            torch.testing.assert_close(F.normalize(hidden[0, -1], dim=-1), embedding, atol=1e-6, rtol=0)
+
+
+def test_a_packed_item_does_not_see_its_neighbours(tiny_model, items):
+    processor, model = Processor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32).eval()
+    encoded = [processor.encode(item) for item in items]
+    with torch.no_grad():
+        alone = torch.cat([model(pack([one]), True) for one in encoded])
+        together = model(pack(encoded[::-1]), True).flip(0)
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+
+
+def test_a_long_text_is_cut_before_the_prompts_end(tiny_model):
+    whole, cut = (Processor.load(tiny_model, n).encode(Item("star " * 200)).input_ids for n in (4096, 64))
+    suffix = Processor.load(tiny_model, 64).encode(Item("")).input_ids[-8:]
+    assert len(cut) == 64 < len(whole)
+    assert cut[-8:].tolist() == whole[-8:].tolist() == suffix.tolist()
+    assert cut[:50].tolist() == whole[:50].tolist()
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        (Item("<image>\nbroken", (b"no image",)), "undecodable"),
+        (Item("no mark", (png(8, 8),)), "0 <image> marks in the text, 1 images"),
+        (Item("<image> <image>", (png(8, 8),)), "2 <image> marks in the text, 1 images"),
+        (Item("<image>\nbig", (png(48, 48),)), "tokens with its images"),
+        (Item("<image>\ncut off", (png(48, 48)[:500],)), "undecodable"),
+        (Item("<video>", video=b""), "video"),
+    ],
+)
+def test_unusable_items_are_bad_samples(tiny_model, item, reason):
+    with pytest.raises(BadSample, match=reason):
+        Processor.load(tiny_model, 60).encode(item)
+
+
+def test_a_saved_folder_loads_in_transformers_and_here(tiny_model, items, tmp_path):
+    model = Llave.load(tiny_model, torch.float32)
+    with torch.no_grad():
+        model.image_newline.add_(1)
+    save_folder(model, dict(model.named_parameters()), tiny_model, tmp_path / "saved")
+    again = Llave.load(str(tmp_path / "saved"), torch.float32)
+    theirs = LlavaOnevisionModel.from_pretrained(tmp_path / "saved")
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(parameter, dict(model.named_parameters())[name], atol=0, rtol=0)
+        torch.testing.assert_close(parameter, dict(again.named_parameters())[name], atol=0, rtol=0)
+    encoded = Processor.load(str(tmp_path / "saved"), 512).encode(items[1])
+    assert np.array_equal(encoded.input_ids, Processor.load(tiny_model, 512).encode(items[1]).input_ids)
+    assert json.loads((tmp_path / "saved/config.json").read_text())["architectures"] == ["LlavaOnevisionModel"]
+
+
+def test_missing_models_and_weights_are_clear_errors(tiny_model, tmp_path):
+    with pytest.raises(PipelineError, match="no model at"):
+        Llave.load(str(tmp_path / "nothing"), torch.float32)
+    model = Llave.load(tiny_model, torch.float32)
+    weights = dict(model.named_parameters())
+    del weights["multi_modal_projector.linear_1.weight"]
+    save_folder(model, weights, tiny_model, tmp_path / "partial")
+    with pytest.raises(PipelineError, match="lacks 1 of the model's weights"):
+        Llave.load(str(tmp_path / "partial"), torch.float32)
