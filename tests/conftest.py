@@ -1,0 +1,60 @@
+"""Fixtures shared by all tests."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.config import Architecture
+from pipeline.models.llave import Llave, build, save_folder
+from tools.s3_server import S3Server
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A real S3 server with the bucket `pipeline-tests`; the environment points at it from here on."""
+    with S3Server("pipeline-tests") as server, pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a LLaVA-OneVision of random weights, some 100,000 parameters."""
+    architecture = Architecture(
+        vision={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 24,
+            "patch_size": 8,
+        },
+        text={
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 320,
+        },
+        image_grid_pinpoints=[(24, 24), (24, 48), (48, 24), (48, 48)],
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build(architecture, ["a small red star at the top left", "a large blue ring"], seed=1, folder=folder)
+    # Biases begin at zero, where a relative difference means nothing; a trained model's do not lie there.
+    model = Llave.load(str(folder), torch.float32)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.05)
+    save_folder(model, dict(model.named_parameters()), str(folder), folder)
+    return str(folder)

@@ -1,0 +1,247 @@
+import json
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from pipeline.data import objects
+from pipeline.data.index import Index, load_sidecar, read_samples
+from pipeline.data.objects import ObjectError
+from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.data.shards import image_format, parse_sample, sample_bytes, write_shards
+from pipeline.errors import PipelineError
+
+
+def picture(number: int, format: str = "PNG") -> bytes:
+    buffer = BytesIO()
+    Image.new("RGB", (10 + number, 20 + number), (number, 0, 0)).save(buffer, format)
+    return buffer.getvalue()
+
+
+def make_pairs(count: int = 23) -> list[Pair]:
+    formats = ("PNG", "JPEG", "WEBP", "GIF")
+    pairs = []
+    for number in range(count):
+        images = tuple(picture(number + i, formats[(number + i) % 4]) for i in range(number % 13))
+        negatives = tuple(Item(f"<image> no {i}", (picture(50 + i),)) for i in range(number % 3))
+        query = Item("<image>" * len(images) + f"Frage {number} ü 图", images)
+        target = Item(f"answer {number}", video=b"film" if number == 4 else None)
+        pairs.append(Pair(f"{number:06d}", "Mixed", "vqa", query, target, negatives))
+    return pairs
+
+
+@pytest.fixture(params=["file", "s3"])
+def dataset(request, tmp_path):
+    """URL and pairs of a dataset of several shards."""
+    pairs = make_pairs()
+    index = write_shards(iter(pairs), tmp_path / "data", dataset="Mixed", shard_bytes=60_000)
+    assert len(index.shards) > 2
+    if request.param == "file":
+        return str(tmp_path / "data"), pairs
+    request.getfixturevalue("s3")
+    url = f"s3://pipeline-tests/shards/{tmp_path.name}"
+    for path in (tmp_path / "data").iterdir():
+        objects.write(objects.join(url, path.name), path)
+    return url, pairs
+
+
+def test_round_trip(dataset):
+    url, pairs = dataset
+    index = Index.load(url)
+    assert (index.dataset, index.samples) == ("Mixed", len(pairs))
+    read = []
+    for shard in index.shards:
+        sidecar = load_sidecar(url, shard)
+        assert objects.size(objects.join(url, shard.file)) == shard.bytes
+        read += map(parse_sample, read_samples(url, shard, sidecar, 0, shard.samples))
+        assert read_samples(url, shard, sidecar, 1, 1) == []
+        for start in range(shard.samples):
+            (one,) = read_samples(url, shard, sidecar, start, start + 1)
+            assert parse_sample(one) == read[start - shard.samples]
+    assert read == pairs
+
+
+def test_sidecar_describes_samples(dataset):
+    url, pairs = dataset
+    records = [record for shard in Index.load(url).shards for record in load_sidecar(url, shard)]
+    for pair, record in zip(pairs, records, strict=True):
+        assert record["query_hash"] == pair.query.content_hash
+        assert record["target_hash"] == pair.target.content_hash
+        assert record["query_chars"] == len(pair.query.text)
+        assert record["negative_chars"] == sum(len(item.text) for item in pair.negatives)
+        assert (record["query_images"], record["target_images"]) == (len(pair.query.images), 0)
+        assert record["negatives"] == len(pair.negatives)
+        sizes = [image_format(image)[1:] for item in pair.items for image in item.images]
+        assert record["image_sizes"][: len(sizes)].tolist() == [list(size) for size in sizes]
+        assert not record["image_sizes"][len(sizes) :].any()
+
+
+def test_one_ranged_read(dataset, monkeypatch):
+    url, _ = dataset
+    shard = Index.load(url).shards[0]
+    sidecar = load_sidecar(url, shard)
+    asked = []
+    original = objects.read
+    monkeypatch.setattr(objects, "read", lambda *arguments: asked.append(arguments) or original(*arguments))
+    read_samples(url, shard, sidecar, 1, 4)
+    begin, end = int(sidecar["offset"][1]), int(sidecar["offset"][4])
+    assert asked == [(objects.join(url, shard.file), begin, end - begin)]
+
+
+def test_webdataset_reads_our_shards(tmp_path):
+    pairs = make_pairs()
+    index = write_shards(pairs, tmp_path, dataset="Mixed", shard_bytes=60_000)
+    urls = [str(tmp_path / shard.file) for shard in index.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [pair.key for pair in pairs]
+    for sample, pair in zip(samples, pairs, strict=True):
+        assert json.loads(sample["json"])["query"]["text"] == pair.query.text
+        for number, image in enumerate(pair.query.images):
+            assert sample[f"query.{number}.{image_format(image)[0]}"] == image
+    decoded = next(iter(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8").slice(1, 2)))
+    assert decoded["query.0.jpg"].shape == (21, 11, 3)
+
+
+def test_same_samples_same_bytes(tmp_path):
+    for name in "ab":
+        write_shards(make_pairs(), tmp_path / name, dataset="Mixed", shard_bytes=60_000)
+    first, second = (sorted((tmp_path / name).iterdir()) for name in "ab")
+    assert [path.name for path in first] == [path.name for path in second]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_without_images(tmp_path):
+    pair = Pair("a", "Texts", "", Item("q"), Item("t"))
+    (shard,) = write_shards([pair], tmp_path, dataset="Texts").shards
+    sidecar = load_sidecar(str(tmp_path), shard)
+    assert sidecar["image_sizes"].shape == (1, 0, 2)
+    assert parse_sample(read_samples(str(tmp_path), shard, sidecar, 0, 1)[0]) == pair
+
+
+def test_unreadable_image_has_no_size(tmp_path):
+    pair = Pair("a", "Broken", "", Item("<image>", (b"no image",)), Item("t"))
+    (shard,) = write_shards([pair], tmp_path, dataset="Broken").shards
+    sidecar = load_sidecar(str(tmp_path), shard)
+    assert sidecar["image_sizes"].tolist() == [[[0, 0]]]
+    assert parse_sample(read_samples(str(tmp_path), shard, sidecar, 0, 1)[0]) == pair
+
+
+def test_finished_names_nothing_yet_to_come(tmp_path):
+    done = []
+    index = write_shards(make_pairs(), tmp_path, dataset="Mixed", shard_bytes=60_000, finished=done.append)
+    expected = [name for shard in index.shards for name in (shard.file, shard.sidecar)]
+    assert [path.name for path in done] == [*expected, "index.json"]
+    assert sorted(done) == sorted(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("pairs", "reason"),
+    [
+        ([], "no samples"),
+        ([Pair("a.b", "X", "", Item("q"), Item("t"))], "'a.b'"),
+        ([Pair("a", "X", "", Item("q"), Item("t"))] * 2, "two samples in a row"),
+        ([Pair("a", "X", "", Item("q", (b"",) * 256), Item("t"))], "256 query's images"),
+    ],
+)
+def test_refused_samples(tmp_path, pairs, reason):
+    with pytest.raises(PipelineError, match=reason):
+        write_shards(pairs, tmp_path, dataset="X")
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_damaged_shard_names_object_and_range(dataset):
+    url, _ = dataset
+    shard = Index.load(url).shards[1]
+    sidecar = load_sidecar(url, shard)
+    name = objects.join(url, shard.file)
+    data = bytearray(objects.read(name))
+    begin, end = int(sidecar["offset"][2]), int(sidecar["offset"][2] + sidecar["length"][2])
+    data[end - 700] ^= 1
+    objects.write(name, bytes(data))
+    assert len(read_samples(url, shard, sidecar, 0, 2)) == 2
+    with pytest.raises(ObjectError) as caught:
+        read_samples(url, shard, sidecar, 0, 4)
+    text = str(caught.value)
+    assert f"{name} is damaged: bytes {begin}-{end - 1}" in text
+    assert "delete and upload it again" in text
+
+    objects.write(name, bytes(data[: begin + 10]))
+    with pytest.raises(ObjectError, match="out of bounds"):
+        read_samples(url, shard, sidecar, 0, 4)
+
+
+def test_damaged_sidecar(dataset):
+    url, _ = dataset
+    shard = Index.load(url).shards[0]
+    name = objects.join(url, shard.sidecar)
+    data = bytearray(objects.read(name))
+    data[-1] ^= 1
+    objects.write(name, bytes(data))
+    with pytest.raises(ObjectError, match=f"{name} is damaged"):
+        load_sidecar(url, shard)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda index: index | {"format": 2}, "has format 2, this version reads format 1"),
+        (lambda index: [], "has format None"),
+        (lambda index: index | {"samples": 9}, "samples is not the sum"),
+        (lambda index: index | {"shards": [{"file": "0.tar"}]}, "shard 0: 'samples' is missing"),
+        (lambda index: index | {"shards": [index["shards"][0] | {"file": "../0.tar"}]}, "lies beside"),
+        (lambda index: {k: v for k, v in index.items() if k != "dataset"}, "'dataset' is missing"),
+    ],
+)
+def test_malformed_index(tmp_path, change, reason):
+    write_shards(make_pairs(1), tmp_path, dataset="X")
+    path = tmp_path / "index.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ObjectError, match=reason) as caught:
+        Index.load(str(tmp_path))
+    assert str(path) in str(caught.value)
+
+
+def test_index_that_is_no_json(tmp_path):
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(ObjectError, match="is no JSON"):
+        Index.load(str(tmp_path))
+    with pytest.raises(ObjectError, match="there is no such file"):
+        Index.load(str(tmp_path / "none"))
+
+
+def tar_of(members: dict[str, bytes], path: Path, key: str = "a") -> bytes:
+    with webdataset.TarWriter(str(path), encoder=False) as writer:
+        writer.write({"__key__": key} | members)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"query.0.png": b"x"}, "a: 'json' is missing"),
+        ({"json": b"{"}, "a: its json is malformed"),
+        ({"json": b"[]"}, "a: its json is malformed"),
+        ({"json": b'{"dataset": "X", "task": "", "query": {"text": 1}}'}, "query has no text"),
+        (
+            {"json": b'{"dataset": "X", "task": "", "query": {"text": "<image>", "images": 1}}'},
+            "a: 'query.0' is missing",
+        ),
+    ],
+)
+def test_bad_sample(tmp_path, members, reason):
+    with pytest.raises(BadSample, match=reason):
+        parse_sample(tar_of(members, tmp_path / "bad.tar"))
+
+
+def test_bytes_that_are_no_sample():
+    one = sample_bytes(make_pairs(3)[2])
+    other = sample_bytes(make_pairs(3)[1])
+    for data, reason in ((b"", "no tar"), (np.random.default_rng(0).bytes(2048), "no tar"), (one + other, "2 samples")):
+        with pytest.raises(BadSample, match=reason):
+            parse_sample(data)
+    for cut in range(0, len(one), 100):
+        with pytest.raises(BadSample):
+            parse_sample(one[:cut])
