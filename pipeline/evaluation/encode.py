@@ -1,0 +1,55 @@
+"""A collection's items -> embeddings, on all processes."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from pipeline.data.collate import Encoded
+from pipeline.data.sample import BadSample, Item
+from pipeline.errors import PipelineError
+from pipeline.evaluation.tasks import Collection
+from pipeline.losses.gather import rank_and_world
+from pipeline.models.chunks import embed_chunks, plan_chunks
+
+_GROUP = 512  # items a rank holds decoded at a time
+
+
+def embed_collection(
+    model: Callable[..., torch.Tensor],
+    encode: Callable[[Item], Encoded],
+    collection: Collection,
+    *,
+    chunk_tokens: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Embeddings of all items, (items, hidden) float32 on every rank.
+
+    `model` may be a ZeRO-3 engine: all ranks run the same number of forward passes. An item that cannot be
+    used raises PipelineError: a score without it would be of another test.
+    """
+    rank, world = rank_and_world()
+    count = len(collection.items)
+    groups = -(-count // (_GROUP * world))
+    embeddings = None
+    with ThreadPoolExecutor(16) as pool:
+        for group in tqdm(range(groups), desc="embedding", unit_scale=_GROUP * world, unit="item", disable=rank > 0):
+            rows = list(range(group * _GROUP * world + rank, min((group + 1) * _GROUP * world, count), world))
+            items = pool.map(lambda row: collection.items[row](), rows)
+            encoded = [_encode(encode, item, collection.names[row]) for row, item in zip(rows, items, strict=True)]
+            part = embed_chunks(model, plan_chunks(encoded, chunk_tokens, device), len(rows))
+            if embeddings is None:
+                embeddings = part.new_zeros(count, part.shape[1])
+            embeddings[rows] = part
+    if world > 1:
+        dist.all_reduce(embeddings)  # every row is zero on all ranks but one
+    return embeddings
+
+
+def _encode(encode: Callable[[Item], Encoded], item: Item, name: str) -> Encoded:
+    try:
+        return encode(item)
+    except BadSample as reason:
+        raise PipelineError(f"evaluation item {name}: {reason}") from None

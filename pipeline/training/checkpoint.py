@@ -1,0 +1,96 @@
+"""Checkpoints that are whole or not there at all.
+
+RUN/checkpoints/step-00000100/ is written under another name, flushed to the disk, and renamed; `latest` then
+names it. Whatever moment a run is killed at, `latest` names a whole checkpoint or there is none.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from pipeline.errors import PipelineError
+
+LATEST = "latest"
+
+# What DeepSpeed's own files hold besides tensors and plain values; nothing else is unpickled.
+_DEEPSPEED_TYPES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
+
+
+def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict, keep: int) -> None:
+    """Write the engine's state after `step` steps, with `state` (plain values); remove all but the `keep` newest."""
+    name, unfinished = f"step-{step:08d}", f"unfinished-{step:08d}"
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("unfinished-*"):
+            shutil.rmtree(left)
+    dist.barrier()
+    engine.save_checkpoint(str(folder), tag=unfinished, client_state=state | {"step": step}, save_latest=False)
+    _flush(folder / unfinished)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+        (folder / unfinished).rename(folder / name)
+        _flush_path(folder)
+        pointer = folder / f"{LATEST}.unfinished"
+        pointer.write_text(name + "\n")
+        _flush_path(pointer)
+        pointer.rename(folder / LATEST)
+        _flush_path(folder)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None where there is none yet."""
+    pointer = folder / LATEST
+    if not pointer.is_file():
+        return None
+    checkpoint = folder / pointer.read_text().strip()
+    if not checkpoint.is_dir():
+        raise PipelineError(f"{pointer} names {checkpoint.name}, which is not there; write another's name into it")
+    return checkpoint
+
+
+def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict:
+    """Bring the engine to a checkpoint; returns the state saved with it, `step` among it."""
+    with _weights_only():
+        path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if path is None:
+        raise PipelineError(f"{checkpoint} holds no checkpoint that DeepSpeed can read")
+    return state
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Have torch.load refuse arbitrary pickles, also where DeepSpeed asks it not to."""
+    with (
+        mock.patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}),
+        torch.serialization.safe_globals(_DEEPSPEED_TYPES),
+    ):
+        yield
+
+
+def _flush(folder: Path) -> None:
+    """Have this machine's writes below `folder` reach the disk: every rank flushes, for its node wrote them."""
+    for path in (folder, *folder.rglob("*")):
+        _flush_path(path)
+
+
+def _flush_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

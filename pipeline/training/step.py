@@ -1,0 +1,90 @@
+"""One optimizer step over the whole global batch: the gradient cache (GradCache, arXiv 2101.06983) inside DeepSpeed.
+
+The contrastive loss couples all B pairs of the global batch, which do not fit in memory with their activations.
+So embed everything without a graph, take the loss's gradient with respect to the embeddings, and embed again
+chunk by chunk, giving each chunk its rows of that gradient: the sum of the chunks' gradients is the batch's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import deepspeed
+import numpy as np
+import torch
+
+from pipeline.config import Loss
+from pipeline.data.collate import Batch
+from pipeline.losses.contrastive import LossOutput, hardness_weighted_loss
+from pipeline.models.chunks import Chunk, embed_chunks, plan_chunks, run_chunk
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: LossOutput
+    grad_norm: float
+    tokens: int
+
+
+def train_step(
+    engine: deepspeed.DeepSpeedEngine, batch: Batch, loss: Loss, *, chunk_tokens: int, lr: float
+) -> StepResult:
+    """Take one step with this rank's part of the global batch.
+
+    Parameters end as if one process had embedded the whole global batch at once, whatever the ZeRO stage,
+    the chunks and the number of ranks.
+    """
+    chunks = plan_chunks(list(batch.items.values()), chunk_tokens, engine.device)
+    embeddings = embed_chunks(engine, chunks, len(batch.items)).requires_grad_()
+    output = contrastive_loss(embeddings, batch, loss)
+    (gradient,) = torch.autograd.grad(output.loss, embeddings)
+    backward_chunks(engine, chunks, gradient)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    norm = _unsharded_norm(engine)
+    engine.step()
+    tokens = sum(len(item.input_ids) for item in batch.items.values())
+    return StepResult(output, float(engine.get_global_grad_norm() if norm is None else norm), tokens)
+
+
+def contrastive_loss(embeddings: torch.Tensor, batch: Batch, loss: Loss) -> LossOutput:
+    """The batch's loss as a function of its distinct items' embeddings, (items, hidden)."""
+    row = {content: i for i, content in enumerate(batch.items)}
+    device = embeddings.device
+
+    def rows(hashes: Sequence[int]) -> torch.Tensor:
+        return embeddings[torch.tensor([row[h] for h in hashes], dtype=torch.long, device=device)]
+
+    def ids(hashes: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(np.array(hashes, np.uint64).view(np.int64)).to(device)
+
+    return hardness_weighted_loss(
+        rows(batch.query),
+        rows(batch.target),
+        alpha=loss.alpha,
+        temperature=loss.temperature,
+        margin=loss.margin,
+        negatives=rows(batch.negatives),
+        query_ids=ids(batch.query),
+        target_ids=ids(batch.target),
+        negative_ids=ids(batch.negatives),
+        valid=torch.tensor(batch.valid, device=device),
+    )
+
+
+def backward_chunks(engine: deepspeed.DeepSpeedEngine, chunks: Sequence[Chunk], gradient: torch.Tensor) -> None:
+    """Bring d loss / d embeddings (items, hidden) to the parameters' gradients, chunk by chunk.
+
+    DeepSpeed averages gradients over ranks, and each rank's loss is made so that the mean of them all is the
+    global batch's. Within the step nothing is averaged: chunks are parts of a sum.
+    """
+    for number, chunk in enumerate(chunks, 1):
+        engine.set_gradient_accumulation_boundary(number == len(chunks))
+        surrogate = (run_chunk(engine, chunk) * gradient[chunk.rows]).sum()
+        engine.backward(surrogate, scale_wrt_gas=False)
+
+
+def _unsharded_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | None:
+    """The gradient's norm where nothing is sharded (ZeRO 0 in fp32), which is where DeepSpeed does not keep it."""
+    if not isinstance(engine.optimizer, torch.optim.Optimizer):
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

@@ -1,0 +1,171 @@
+"""One rank of the exactness tests: `python exactness.py MODEL STAGE OUT [no-guard]`.
+
+Takes optimizer steps through the engine and, beside it, the same steps in one process with the whole global
+batch, item by item, the loss as one B x B formula, plain autograd and torch's AdamW. Writes the differences.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+
+from pipeline.config import load_recipe
+from pipeline.data.collate import Batch, encode_pairs, pack
+from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.models import chunks as chunks_module
+from pipeline.models.llave import Llave, Processor
+from pipeline.training import step as step_module
+from pipeline.training.engine import build_engine, start_distributed
+from pipeline.training.step import train_step
+
+PAIRS = 16
+STEPS = 2
+LR = 2e-4
+INVALID = {3, 9}
+MIXES = ("images", "text", "mixed")
+CHUNK_TOKENS = (1, 200, 100_000)  # one item a chunk, a few, all
+
+
+def picture(rng: np.random.Generator) -> bytes:
+    size = [int(n) for n in rng.choice([16, 24, 48], 2)]
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_pairs(mix: str, seed: int) -> list[Pair]:
+    """Pairs with explicit negatives for some, a query and targets that occur twice, and texts of unlike lengths."""
+    rng = np.random.default_rng(seed)
+
+    def item(name: str, with_image: bool) -> Item:
+        words = " ".join(["star"] * int(rng.integers(1, 12)))
+        return Item(f"<image>\n{name} {words}", (picture(rng),)) if with_image else Item(f"{name} {words}")
+
+    # "mixed": images in the first half only, so that of two ranks one has none.
+    images = [mix == "images" or (mix == "mixed" and i < PAIRS // 2 and i % 2 == 0) for i in range(PAIRS)]
+    targets = [item(f"target {i}", images[i] and i % 3 == 0) for i in range(PAIRS)]
+    targets[5] = targets[1]
+    queries = [item(f"query {i}", images[i]) for i in range(PAIRS)]
+    queries[6] = queries[2]
+    negatives = [
+        (item(f"negative {i}", images[i] and i % 4 == 0),) if i % 3 == 0 or i < 5 else () for i in range(PAIRS)
+    ]
+    return [Pair(str(i), "d", "t", queries[i], targets[i], negatives[i]) for i in range(PAIRS)]
+
+
+def batch_of(pairs: list[Pair], processor: Processor) -> Batch:
+    def parse(pair: Pair) -> Pair:
+        if int(pair.key) in INVALID:
+            raise BadSample("made so")
+        return pair
+
+    return encode_pairs([(pair.key, lambda pair=pair: parse(pair)) for pair in pairs], processor.encode)
+
+
+def formula(model: Llave, pairs: list[Pair], processor: Processor, alpha: float, temperature: float) -> torch.Tensor:
+    """The loss of DESIGN in one B x B matrix, each item embedded by itself."""
+    pairs = [pair for pair in pairs if int(pair.key) not in INVALID]
+
+    def embed(items: list[Item]) -> torch.Tensor:
+        return torch.cat([model(pack([processor.encode(item)]), bool(item.images)) for item in items])
+
+    queries, targets = embed([p.query for p in pairs]), embed([p.target for p in pairs])
+    negatives = embed([n for p in pairs for n in p.negatives])
+    same = torch.tensor([[a.query == b.query or a.target == b.target for b in pairs] for a in pairs]) & ~torch.eye(
+        len(pairs), dtype=torch.bool
+    )
+
+    def direction(similarity: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        own = torch.eye(*similarity.shape, dtype=torch.bool)
+        logits = similarity / temperature + torch.where(own, 0, alpha * similarity.detach())
+        logits = logits.masked_fill(masked, -torch.inf)
+        return F.cross_entropy(logits, torch.arange(len(pairs)))
+
+    forth = torch.cat([queries @ targets.T, queries @ negatives.T], dim=1)
+    unmasked = torch.zeros(len(pairs), len(negatives), dtype=torch.bool)
+    return (direction(forth, torch.cat([same, unmasked], dim=1)) + direction(targets @ queries.T, same)) / 2
+
+
+def largest_difference(engine: deepspeed.DeepSpeedEngine, reference: Llave) -> float:
+    """The largest difference of a parameter, relative to the largest value of its tensor."""
+    largest = 0.0
+    theirs = dict(reference.named_parameters())
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            scale = float(theirs[name].detach().abs().max())
+            largest = max(largest, float((parameter.detach() - theirs[name].detach()).abs().max()) / scale)
+    return largest
+
+
+def compare(model: str, stage: str, mix: str, chunk_tokens: int) -> dict:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    recipe = load_recipe(
+        "pipeline/recipes/demo.yaml",
+        [
+            f"deepspeed={stage}",
+            f"batch.global_batch={PAIRS}",
+            "data.lanes=2",
+            # Where the true gradient is zero (a bias all keys share), Adam would blow rounding up to a full step.
+            "optimizer.eps=1e-4",
+            "optimizer.weight_decay=0.1",
+            "optimizer.max_grad_norm=1.0",
+        ],
+    )
+    engine, processor = build_engine(recipe, model), Processor.load(model, 512)
+    reference = Llave.load(model, torch.float32)
+    matrices = [p for p in reference.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in reference.parameters() if p.requires_grad and p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}], lr=LR, eps=1e-4
+    )
+    result = {"mix": mix, "chunk_tokens": chunk_tokens, "loss": 0.0, "grad_norm": 0.0}
+    for step in range(STEPS):
+        pairs = make_pairs(mix, seed=step)
+        own = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
+        ours = train_step(engine, own, recipe.loss, chunk_tokens=chunk_tokens, lr=LR)
+        loss = ours.loss.loss.detach().clone()
+        dist.all_reduce(loss)
+
+        expected = formula(reference, pairs, processor, recipe.loss.alpha, recipe.loss.temperature)
+        optimizer.zero_grad()
+        expected.backward()
+        for parameter in matrices + vectors:
+            # What no item of the batch runs through has a zero gradient, and weight decay.
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        norm = torch.nn.utils.clip_grad_norm_(matrices + vectors, 1.0)
+        optimizer.step()
+        result["loss"] = max(result["loss"], abs(float(loss) / world / float(expected.detach()) - 1))
+        result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / float(norm) - 1))
+    result["parameters"] = largest_difference(engine, reference)
+    engine.destroy()
+    return result
+
+
+def main() -> None:
+    model, stage, out, *flags = sys.argv[1:]
+    start_distributed(timeout_minutes=0.5)
+    mixes, budgets = MIXES, CHUNK_TOKENS
+    if "no-guard" in flags:
+        # Each rank runs the tower only for chunks that have an image themselves.
+        def unguarded(*arguments):
+            chunks = chunks_module.plan_chunks(*arguments)
+            return [chunks_module.Chunk(c.rows, c.packed, bool(c.packed.image_sizes)) for c in chunks]
+
+        step_module.plan_chunks = unguarded
+        mixes, budgets = ("mixed",), (200,)
+    results = [compare(model, stage, mix, tokens) for mix in mixes for tokens in budgets]
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

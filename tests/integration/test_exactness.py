@@ -1,0 +1,41 @@
+"""The step equals one process with one big batch: every ZeRO stage, world size, chunking and kind of batch."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launch import launch
+
+WORKER = str(Path(__file__).with_name("exactness.py"))
+
+
+def zero_config(stage: int, folder: Path) -> str:
+    """The project's config, with ZeRO-3 partitioning every parameter: by default it leaves small ones whole."""
+    config = json.loads(Path(f"ds_configs/zero{stage}.json").read_text())
+    if stage == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = folder / "ds.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_equals_one_process_with_the_whole_batch(stage, world, tiny_model, tmp_path):
+    out = tmp_path / "out.json"
+    ended = launch([WORKER, tiny_model, zero_config(stage, tmp_path), str(out)], world, seconds=200)
+    assert ended.status == [0] * world, ended.output[-4000:]
+    results = json.loads(out.read_text())
+    assert len(results) == 9
+    for result in results:
+        assert result["loss"] < 1e-5, result
+        assert result["grad_norm"] < 1e-5, result
+        assert result["parameters"] < 1e-5, result
+
+
+def test_without_the_dummy_tile_a_rank_without_images_breaks_zero_3(tiny_model, tmp_path):
+    """The guard the test above relies on in its mixed batches, where the second of two ranks has no image."""
+    out = tmp_path / "out.json"
+    ended = launch([WORKER, tiny_model, zero_config(3, tmp_path), str(out), "no-guard"], 2, seconds=60)
+    assert ended.status != [0, 0]
+    assert not out.exists()
