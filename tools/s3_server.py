@@ -107,7 +107,7 @@ class S3Server:
         command += [f"-{service}.port={port}" for service, port in self._ports.items()]
         command += [f"-{service}.port.grpc={port + 10000}" for service, port in self._ports.items()]
         command += ["-filer", "-s3", f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        command += ["-master.peers=none", "-master.volumeSizeLimitMB=256", "-volume.max=100", "-master.telemetry=false"]
+        command += ["-master.volumeSizeLimitMB=256", "-volume.max=100", "-master.telemetry=false"]
         command += ["-master.peers=none"]  # no election, which makes some starts 5 s longer
         if setpriv := shutil.which("setpriv"):  # if we are killed outright, the kernel ends the server
             command = [setpriv, "--pdeathsig", "KILL", *command]

@@ -80,10 +80,11 @@ class Report:
     def read(cls, path: Path) -> "Report":
         try:
             content = json.loads(path.read_text())
-            datasets = {
-                name: Dataset(**(values | {"example": Example(**values["example"])}))
-                for name, values in content["datasets"].items()
-            }
+            datasets = {}
+            for name, values in content["datasets"].items():
+                example = values.pop("example")
+                best = [tuple(candidate) for candidate in example.pop("best")]
+                datasets[name] = Dataset(**values, example=Example(**example, best=best))
             return cls(content["model"], datasets)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PipelineError(f"{path} is not an evaluation's report: {error}") from None

@@ -51,7 +51,7 @@ class Monitor:
         self.speed.write({"step": metrics["step"]} | speed)
         for group, values in (("train", metrics), ("speed", speed)):
             for name, value in values.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self.board.add_scalar(f"{group}/{name}", value, metrics["step"])
         for name, values in histograms.items():
             if len(values):

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,27 +20,17 @@ class Ended:
     output: str
 
 
-def launch(arguments: list[str], world: int, seconds: float, environment: dict[str, str] | None = None) -> Ended:
+def launch(arguments: list[str], world: int, seconds: float) -> Ended:
     """Run `python ARGUMENTS` on `world` ranks. As under a launcher, a rank that fails ends the others."""
-    ranks = start(arguments, world, environment)
-    deadline = time.monotonic() + seconds
-    status: list[int | None] = [None] * world
-    while time.monotonic() < deadline and None in (status := [rank.poll() for rank in ranks]):
-        if any(status):
-            # Leave the others a moment: what they say of the failure is of interest.
-            deadline = min(deadline, time.monotonic() + 5)
-        time.sleep(0.05)
-    for rank in ranks:
-        rank.kill()
-    outputs = [rank.communicate()[0] for rank in ranks]
-    return Ended(status, "\n".join(f"--- rank {i}\n{output}" for i, output in enumerate(outputs)))
+    return wait(start(arguments, world), seconds)
 
 
-def start(arguments: list[str], world: int, environment: dict[str, str] | None = None) -> list[subprocess.Popen]:
+def start(arguments: list[str], world: int) -> list[subprocess.Popen]:
+    """Start the ranks; their output goes to files, so that nobody has to read it while they run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = os.environ | {
+    environment = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
@@ -47,15 +38,35 @@ def start(arguments: list[str], world: int, environment: dict[str, str] | None =
         "WORLD_SIZE": str(world),
         "PYTHONPATH": str(ROOT),
     }
-    return [
-        subprocess.Popen(
+    ranks = []
+    for rank in range(world):
+        output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process's object)
+        process = subprocess.Popen(
             [sys.executable, *arguments],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (environment or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdin=subprocess.DEVNULL,
-            text=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
             cwd=ROOT,
         )
-        for rank in range(world)
-    ]
+        process.output = output
+        ranks.append(process)
+    return ranks
+
+
+def wait(ranks: list[subprocess.Popen], seconds: float) -> Ended:
+    """Wait for the ranks to end; kill what is left 10 seconds after a failure, or at the time limit."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and None in (status := [rank.poll() for rank in ranks]):
+        if any(status):
+            deadline = min(deadline, time.monotonic() + 10)
+        time.sleep(0.05)
+    status = [rank.poll() for rank in ranks]
+    texts = []
+    for number, rank in enumerate(ranks):
+        rank.kill()
+        rank.wait()
+        rank.output.seek(0)
+        texts.append(f"--- rank {number}\n{rank.output.read()}")
+        rank.output.close()
+    return Ended(status, "\n".join(texts))

@@ -1,0 +1,160 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import torch
+
+from pipeline.data.collate import Encoded, pack
+from pipeline.data.sample import Item, Pair
+from pipeline.data.shards import write_shards
+from pipeline.errors import PipelineError
+from pipeline.evaluation.encode import embed_collection
+from pipeline.evaluation.metrics import precision_at_1, rank_candidates
+from pipeline.evaluation.report import Dataset, Example, Report
+from pipeline.evaluation.tasks import Collection
+
+
+def scores(*rows: list[float]) -> list[np.ndarray]:
+    return [np.array(row, np.float32) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "precision", "ties"),
+    [
+        (scores([0.9, 0.1], [0.2, 0.3]), 0.5, 0),
+        (scores([0.5, 0.5, 0.1]), 1.0, 1),  # an equal one does not make it wrong, but is told
+        (scores([0.5, 0.6, 0.5]), 0.0, 0),
+        (scores([-0.5]), 1.0, 0),  # the only candidate
+    ],
+)
+def test_precision_at_1_as_mmeb_counts_it(rows, precision, ties):
+    assert precision_at_1(rows) == (precision, ties)
+
+
+def report_of(**datasets: tuple[str, bool, float]) -> Report:
+    example = Example("q", "r", [("r", 1.0)])
+    return Report(
+        "m", {name: Dataset(task, ind, 10, p, 0.1, 0, example) for name, (task, ind, p) in datasets.items()}
+    )
+
+
+def test_averages_are_over_datasets_and_leave_out_what_is_missing():
+    report = report_of(a=("vqa", True, 0.2), b=("vqa", False, 0.4), c=("retrieval", True, 0.9))
+    assert report.averages() == pytest.approx(
+        {
+            "vqa": 0.3,
+            "retrieval": 0.9,
+            "in distribution": 0.55,
+            "out of distribution": 0.4,
+            "overall": 0.5,
+        }
+    )
+
+
+def test_a_report_survives_its_file_and_prints_before_and_after(tmp_path, capsys):
+    before, after = report_of(a=("vqa", True, 0.1)), report_of(a=("vqa", True, 0.7))
+    after.write(tmp_path / "r.json")
+    again = Report.read(tmp_path / "r.json")
+    assert again == after
+    again.print(before)
+    printed = capsys.readouterr().out
+    assert all(figure in printed for figure in ("before", "after", "10.0", "70.0", "7.0"))
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(PipelineError, match="not an evaluation's report"):
+        Report.read(tmp_path / "r.json")
+
+
+@pytest.fixture
+def mmeb(tmp_path):
+    """Two datasets in MMEB's layout that share an image."""
+    (tmp_path / "images/x").mkdir(parents=True)
+    for name in "ab":
+        (tmp_path / f"images/x/{name}.png").write_bytes(name.encode())
+    rows = {
+        "VQA": [{"q": ("<|image_1|>\nWhat?", "x/a.png"), "t": [("a cat", ""), ("a dog", "")]}],
+        "T2I": [
+            {"q": ("find a", ""), "t": [("<|image_1|>\n", "x/a.png"), ("<|image_1|>\n", "x/b.png")]},
+            {"q": ("find b", ""), "t": [("<|image_1|>\n", "x/b.png"), ("<|image_1|>\n", "x/a.png")]},
+        ],
+    }
+    tasks = {"VQA": {"task": "vqa", "in_distribution": True}, "T2I": {"task": "retrieval", "in_distribution": False}}
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    for name, listed in rows.items():
+        (tmp_path / name).mkdir()
+        table = pa.Table.from_pylist(
+            [
+                {
+                    "qry_text": row["q"][0],
+                    "qry_img_path": row["q"][1],
+                    "tgt_text": [text for text, _ in row["t"]],
+                    "tgt_img_path": [path for _, path in row["t"]],
+                }
+                for row in listed
+            ]
+        )
+        parquet.write_table(table, tmp_path / name / "test-00000-of-00001.parquet")
+    return tmp_path
+
+
+def test_mmebs_rows_become_tasks_over_distinct_items(mmeb):
+    collection = Collection.load([str(mmeb)])
+    vqa, t2i = collection.tasks
+    assert (vqa.name, vqa.meta_task, vqa.in_distribution) == ("VQA", "vqa", True)
+    assert (t2i.meta_task, t2i.in_distribution) == ("retrieval", False)
+    items = [item() for item in collection.items]
+    assert len(items) == len(set(items)) == 7
+    assert items[vqa.queries[0]] == Item("<image>\nWhat?", (b"a",))
+    assert [items[row].text for row in vqa.candidates[0]] == ["a cat", "a dog"]
+    assert [[items[row].images for row in candidates] for candidates in t2i.candidates] == [
+        [(b"a",), (b"b",)],
+        [(b"b",), (b"a",)],
+    ]
+
+
+def test_shards_of_pairs_are_a_task_where_each_query_seeks_its_target_among_all(tmp_path):
+    texts = [("q0", "t0"), ("q1", "t1"), ("q1", "t2"), ("q3", "t0")]  # q1 has two right answers, t0 two queries
+    pairs = [Pair(str(i), "d", "grounding", Item(q), Item(t)) for i, (q, t) in enumerate(texts)]
+    write_shards(pairs, tmp_path, dataset="pairs")
+    (task,) = (collection := Collection.load([str(tmp_path)])).tasks
+    items = [item().text for item in collection.items]
+    assert (task.name, task.meta_task) == ("pairs", "grounding")
+    assert [
+        (items[query], [items[row] for row in rows]) for query, rows in zip(task.queries, task.candidates, strict=True)
+    ] == [
+        ("q0", ["t0", "t1", "t2"]),
+        ("q1", ["t1", "t0"]),
+        ("q1", ["t2", "t0"]),
+        ("q3", ["t0", "t1", "t2"]),
+    ]
+
+
+def test_what_is_no_evaluation_set_is_a_clear_error(mmeb, tmp_path):
+    with pytest.raises(PipelineError, match=r"neither tasks\.json nor index\.json"):
+        Collection.load([str(tmp_path / "nowhere")])
+    with pytest.raises(PipelineError, match="two evaluation sets are called"):
+        Collection.load([str(mmeb), str(mmeb)])
+    (mmeb / "tasks.json").write_text('{"VQA": {"task": "guessing", "in_distribution": true}}')
+    with pytest.raises(PipelineError, match="guessing"):
+        Collection.load([str(mmeb)])
+
+
+def test_similarities_stand_in_the_candidates_order(mmeb):
+    collection = Collection.load([str(mmeb)])
+
+    def encode(item: Item) -> Encoded:
+        return Encoded(np.frombuffer(item.text.encode() + b"".join(item.images), np.uint8).astype(np.int32))
+
+    def model(packed, with_images):  # an embedding that tells the items apart
+        parts = packed.input_ids.double().split(packed.lengths)
+        return torch.stack([torch.stack([p.sin().sum(), p.cos().sum()]) for p in parts]).float()
+
+    embeddings = embed_collection(model, encode, collection, chunk_tokens=20, device=torch.device("cpu"))
+    expected = torch.cat([model(pack([encode(item())]), False) for item in collection.items])
+    torch.testing.assert_close(embeddings, expected)
+    for task in collection.tasks:
+        for query, candidates, row in zip(
+            task.queries, task.candidates, rank_candidates(task, embeddings), strict=True
+        ):
+            np.testing.assert_allclose(row, (expected[candidates] @ expected[query]).numpy(), rtol=1e-5)

@@ -1,0 +1,64 @@
+"""What a user gets wrong: one clear line, a status that is not zero, and no traceback."""
+
+import pytest
+from launch import launch
+
+from pipeline.data import objects
+from pipeline.demo.tasks import training_pairs
+from tools.make_shards import make_dataset
+
+URL = "s3://pipeline-tests/errors"
+
+
+@pytest.fixture(scope="module")
+def dataset(s3) -> str:
+    """A dataset in S3, one shard of which was damaged after it was uploaded."""
+    make_dataset(training_pairs("Scene-CLS", 0, 60), 60, URL, "Scene-CLS", 1 << 20)
+    shard = f"{URL}/000000.tar"
+    content = bytearray(objects.read(shard))
+    content[len(content) // 3] ^= 1
+    objects.write(shard, bytes(content))
+    return URL
+
+
+def error_of(overrides: list[str], world: int = 1) -> str:
+    common = ["data.datasets=[]", f"data.url={URL}", "evaluation=null", "batch.global_batch=16", "steps=3"]
+    ended = launch(["-m", "pipeline.train", "pipeline/recipes/demo.yaml", *common, *overrides], world, seconds=60)
+    assert all(status not in (0, None) for status in ended.status), ended.output[-3000:]
+    assert "Traceback" not in ended.output, ended.output[-3000:]
+    errors = [line for line in ended.output.splitlines() if line.startswith("error")]
+    assert len(errors) == world, ended.output[-3000:]
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["optimiser.lr=1"], "did you mean optimizer?"),
+        (["data.url=s3://pipeline-nowhere/x"], "pipeline-nowhere"),
+        (["data.lanes=5"], "lanes that do: 1, 2, 4, 8"),
+        (["deepspeed=ds_configs/zero9.json"], "zero3.json"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(dataset, tmp_path, overrides, named):
+    assert named in error_of([f"run={tmp_path}/run", *overrides])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_secret_is_named_and_not_shown(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-and-not-to-be-shown")
+    error = error_of([f"run={tmp_path}/run"])
+    assert "AWS_SECRET_ACCESS_KEY" in error
+    assert "not-to-be-shown" not in error
+
+
+def test_a_number_of_processes_that_cannot_share_the_lanes_is_refused(dataset, tmp_path):
+    error = error_of([f"run={tmp_path}/run", "batch.global_batch=24", "data.lanes=8"], world=3)
+    assert "could be 1, 2, 4, 8" in error
+
+
+def test_a_damaged_shard_stops_the_run_and_is_named(dataset, tmp_path, tiny_model):
+    error = error_of(
+        [f"run={tmp_path}/run", "model.architecture=null", f"model.path={tiny_model}", "data.workers=1"], world=2
+    )
+    assert "000000.tar is damaged" in error

@@ -1,0 +1,142 @@
+"""Whole runs of `python -m pipeline.train` on two processes that stream from S3: killed, resumed, evaluated."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import launch, start, wait
+from safetensors.torch import load_file
+
+from pipeline.demo.tasks import training_pairs
+from tools.make_shards import make_dataset
+
+STEPS = 12
+EVERY = 4
+
+
+@pytest.fixture(scope="module")
+def recipe(s3, tiny_model) -> list[str]:
+    """The demo's recipe on few samples in S3, from a model that exists already."""
+    for name in ("Scene-T2I", "Scene-CLS"):
+        make_dataset(training_pairs(name, 0, 90), 90, f"s3://pipeline-tests/training/{name}", name, 200_000)
+    return [
+        "pipeline/recipes/demo.yaml",
+        "model.architecture=null",
+        f"model.path={tiny_model}",
+        "data.url=s3://pipeline-tests/training",
+        "data.datasets=[Scene-T2I, Scene-CLS]",
+        "data.lanes=4",
+        "data.block_samples=8",
+        "data.window_blocks=2",
+        "batch.global_batch=24",
+        "batch.chunk_tokens=500",
+        f"steps={STEPS}",
+        f"checkpoint.every={EVERY}",
+        "evaluation.urls=[s3://pipeline-tests/training/Scene-T2I]",
+        "ledger=true",
+        "timeout_minutes=1",
+    ]
+
+
+def command(recipe: list[str], run: Path, *overrides: str) -> list[str]:
+    return ["-m", "pipeline.train", *recipe, f"run={run}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory) -> Path:
+    """A run that nothing disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    ended = launch(command(recipe, run), world=2, seconds=120)
+    assert ended.status == [0, 0], ended.output[-4000:]
+    return run
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(finished, recipe):
+    metrics = lines(finished / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    assert [line["samples"] for line in metrics] == [24 * step for step in range(1, STEPS + 1)]
+    assert {line["epoch"] for line in metrics} == {0, 1}  # 180 samples are 7 steps
+    assert all(np.isfinite(line[name]) for line in metrics for name in ("loss", "grad_norm", "lr"))
+    assert [line["step"] for line in lines(finished / "speed.jsonl")] == list(range(1, STEPS + 1))
+    assert any((finished / "tensorboard").iterdir())
+    assert sorted(path.name for path in (finished / "checkpoints").glob("step-*")) == ["step-00000008", "step-00000012"]
+    assert sorted(path.name for path in (finished / "evaluation").iterdir()) == [
+        "step-00000000.json",
+        "step-00000012.json",
+    ]
+    kept = (finished / "recipe.yaml").read_text()
+    assert "torch" in kept.splitlines()[0]
+    for secret in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        for file in finished.rglob("*"):
+            assert not file.is_file() or os.environ[secret].encode() not in file.read_bytes()
+    seen = [key for rank in range(2) for line in lines(finished / f"ledger/rank{rank}.jsonl") for key in line["keys"]]
+    assert len(seen) == 24 * STEPS
+    first_epoch = [
+        key
+        for rank in range(2)
+        for line in lines(finished / f"ledger/rank{rank}.jsonl")
+        if line["step"] <= 7
+        for key in line["keys"]
+    ]
+    assert len(first_epoch) == len(set(first_epoch)) == 24 * 7
+
+
+def test_killed_in_the_middle_a_run_ends_as_if_it_had_not_been(finished, recipe, tmp_path):
+    run = tmp_path / "killed"
+    metrics = run / "metrics.jsonl"
+    # Another number of workers, too, must change nothing.
+    ranks = start(command(recipe, run, "data.workers=2"), world=2)
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < EVERY + 2:
+        assert time.monotonic() < deadline
+        assert [rank.poll() for rank in ranks] == [None, None]
+        time.sleep(0.01)
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    ended = wait(ranks, seconds=60)
+    assert ended.status[1] == -signal.SIGKILL
+    assert (run / "checkpoints/latest").read_text() in ("step-00000004\n", "step-00000008\n")
+    assert len(metrics.read_text().splitlines()) < STEPS
+
+    ended = launch(command(recipe, run, "data.workers=2"), world=2, seconds=120)
+    assert ended.status == [0, 0], ended.output[-4000:]
+    for name in ("metrics.jsonl", "ledger/rank0.jsonl", "ledger/rank1.jsonl"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes(), name
+    ours, theirs = (load_file(folder / "export/model.safetensors") for folder in (run, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_exported_model_scores_what_training_said(finished, tmp_path):
+    out = tmp_path / "report.json"
+    arguments = [str(finished / "export"), "s3://pipeline-tests/training/Scene-T2I", f"out={out}"]
+    ended = launch(["-m", "pipeline.evaluate", *arguments], world=2, seconds=60)
+    assert ended.status == [0, 0], ended.output[-4000:]
+    assert "Precision@1" in ended.output
+    ours, theirs = (json.loads(path.read_text()) for path in (out, finished / "evaluation/step-00000012.json"))
+    assert ours["datasets"] == theirs["datasets"]
+
+
+def test_a_run_is_not_continued_with_another_order(finished, recipe):
+    ended = launch(command(recipe, finished, "seed=7"), world=1, seconds=60)
+    assert ended.status == [2]
+    assert "was begun with another recipe: seed=7 (was 0)" in ended.output
+
+
+def test_a_checkpoint_in_the_making_does_not_count(finished, recipe, tmp_path):
+    """What a kill during a save leaves: files under another name, and `latest` as it was."""
+    from pipeline.training import checkpoint
+
+    folder = tmp_path / "checkpoints"
+    (folder / "unfinished-00000008").mkdir(parents=True)
+    assert checkpoint.latest(folder) is None
+    (folder / "step-00000004").mkdir()
+    (folder / "latest").write_text("step-00000004\n")
+    assert checkpoint.latest(folder) == folder / "step-00000004"

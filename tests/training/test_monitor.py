@@ -1,0 +1,33 @@
+import json
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.training.monitor import Monitor, StepLog
+
+
+def test_a_continued_log_drops_the_steps_taken_again_and_a_torn_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = StepLog(path, 0)
+    for step in range(1, 6):
+        log.write({"step": step, "try": 1})
+    with path.open("a") as file:
+        file.write('{"step": 6, "tr')
+    log = StepLog(path, 3)
+    log.write({"step": 4, "try": 2})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["try"]) for line in lines] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+
+
+def test_tensorboard_shows_metrics_speed_and_histograms(tmp_path):
+    monitor = Monitor(tmp_path, 0, 2)
+    for step in (1, 2):
+        monitor.step({"step": step, "loss": 1 / step, "positive_similarity": None}, {"seconds": 0.5}, {"positive": [0.1]})
+    monitor.evaluation(2, {"vqa": 0.5}, {"Scene-VQA": 0.5})
+    monitor.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in board.Scalars("train/loss")] == [1.0, 0.5]
+    assert [event.value for event in board.Scalars("evaluation/vqa")] == [0.5]
+    tags = board.Tags()
+    assert {"speed/seconds", "evaluation_datasets/Scene-VQA"} <= set(tags["scalars"])
+    assert tags["histograms"] == ["similarity/positive"]
+    assert "train/positive_similarity" not in tags["scalars"]
