@@ -22,9 +22,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @classmethod
-    def describe(cls) -> str:
-        """The fields with their defaults, a line each, for --help."""
-        return "\n".join(f"  {name}={f.default}  {f.description or ''}" for name, f in cls.model_fields.items())
+    def describe(cls, prefix: str = "") -> str:
+        """All fields with their defaults and meanings, a line each, for --help."""
+        lines = []
+        for name, field in cls.model_fields.items():
+            default = "" if field.is_required() else json.dumps(field.get_default(), default=lambda _: None)
+            if section := _section_of(field.annotation):
+                lines.append(section.describe(f"{prefix}{name}."))
+            else:
+                lines.append(f"  {prefix + name + '=' + default:<34} {field.description or ''}".rstrip())
+        return "\n".join(lines)
 
 
 class Architecture(Section):

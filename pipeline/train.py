@@ -3,7 +3,7 @@
     python -m pipeline.train pipeline/recipes/demo.yaml
     torchrun --nproc-per-node 8 -m pipeline.train pipeline/recipes/demo.yaml optimizer.lr=2e-5
 
-Started again, a run continues from its newest checkpoint, with the same batches on any number of processes.
+Started again on as many processes, a run continues from its newest checkpoint.
 """
 
 import argparse
@@ -35,7 +35,11 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "webdataset")
 
 @command_line
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="a recipe's fields, with their defaults:\n" + Recipe.describe(),
+    )
     parser.add_argument("recipe", help="a YAML file; pipeline/recipes/ has the project's own")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a recipe's field by its dotted name")
     parser.add_argument(

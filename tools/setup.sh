@@ -28,9 +28,11 @@ setup_failed() {
     exit 1
 }
 
-# Processes to start, and what each may use: one per GPU, or two on the CPU.
+# Processes to start, and what each may use: one per GPU (the demo's eight lanes divide by 1, 2, 4 and 8), or two
+# on the CPU.
 choose_processes() {
-    PROCESSES=$(python -c 'import torch; print(torch.cuda.device_count())')
+    PROCESSES=$(python -c 'import torch
+print(max((n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()), default=0))')
     if [ "$PROCESSES" = 0 ]; then
         PROCESSES=2
         export DS_ACCELERATOR=cpu

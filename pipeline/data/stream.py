@@ -136,10 +136,16 @@ def batches(
     shares = Shares(source, order, lanes, steps, encode)
     loader = DataLoader(shares, batch_size=None, num_workers=workers, timeout=timeout if workers else 0)
     waiting = []
-    for share in loader:
-        if isinstance(share, PipelineError):
-            raise share
-        waiting.append(share)
-        if len(waiting) == max(workers, 1):
-            yield merge(waiting)
-            waiting = []
+    try:
+        for share in loader:
+            if isinstance(share, PipelineError):
+                raise share
+            waiting.append(share)
+            if len(waiting) == max(workers, 1):
+                yield merge(waiting)
+                waiting = []
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        # A worker that was killed (often: out of memory), or brought nothing for too long.
+        raise PipelineError(f"the data workers: {str(error).splitlines()[0]}") from error

@@ -153,11 +153,11 @@ _BACKGROUNDS = {
     "de": {
         "white": "weißen",
         "light grey": "hellgrauen",
-        "dark grey": "dunkelgrauen",
-        "black": "schwarzen",
+        "beige": "beigen",
+        "light blue": "hellblauen",
     },
-    "fr": {"white": "blanc", "light grey": "gris clair", "dark grey": "gris foncé", "black": "noir"},
-    "zh": {"white": "白色", "light grey": "浅灰色", "dark grey": "深灰色", "black": "黑色"},
+    "fr": {"white": "blanc", "light grey": "gris clair", "beige": "beige", "light blue": "bleu clair"},
+    "zh": {"white": "白色", "light grey": "浅灰色", "beige": "米色", "light blue": "浅蓝色"},
 }
 _NUMBERS = {
     "en": {2: "two", 3: "three"},

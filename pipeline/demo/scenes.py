@@ -31,13 +31,13 @@ COLOURS = {
     "pink": (255, 130, 195),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
-SIZES = {"small": 10, "large": 20}  # pixels across
+SIZES = {"small": 13, "large": 20}  # pixels across
 PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 BACKGROUNDS = {
     "white": (250, 250, 250),
-    "light grey": (200, 200, 200),
-    "dark grey": (65, 65, 65),
-    "black": (15, 15, 15),
+    "light grey": (215, 215, 215),
+    "beige": (240, 230, 210),
+    "light blue": (210, 225, 245),
 }
 ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "place": tuple(PLACES)}
 

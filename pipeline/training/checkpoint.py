@@ -4,6 +4,7 @@ RUN/checkpoints/step-00000100/ is written under another name, flushed to the dis
 names it. Whatever moment a run is killed at, `latest` names a whole checkpoint or there is none.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from pipeline.errors import PipelineError
 
 LATEST = "latest"
+WRITTEN_BY = "written_by.json"
 
 # What DeepSpeed's own files hold besides tensors and plain values; nothing else is unpickled.
 _DEEPSPEED_TYPES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
@@ -35,6 +37,8 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
             shutil.rmtree(left)
     dist.barrier()
     engine.save_checkpoint(str(folder), tag=unfinished, client_state=state | {"step": step}, save_latest=False)
+    if dist.get_rank() == 0:
+        (folder / unfinished / WRITTEN_BY).write_text(json.dumps({"processes": dist.get_world_size()}))
     _flush(folder / unfinished)
     dist.barrier()
     if dist.get_rank() == 0:
@@ -65,6 +69,12 @@ def latest(folder: Path) -> Path | None:
 
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict:
     """Bring the engine to a checkpoint; returns the state saved with it, `step` among it."""
+    processes = json.loads((checkpoint / WRITTEN_BY).read_text())["processes"]
+    if processes != dist.get_world_size():
+        raise PipelineError(
+            f"{checkpoint} was written by {processes} processes, and these are {dist.get_world_size()}: DeepSpeed "
+            f"continues it on {processes} only"
+        )
     with _weights_only():
         path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:

@@ -110,7 +110,7 @@ def test_long(language: str, expected: str) -> None:
 
 
 def test_left_of_when_the_left_thing_is_read_second() -> None:
-    text = captions.long(Scene((DIAMOND, HEART), "black"), "en")
+    text = captions.long(Scene((DIAMOND, HEART), "light blue"), "en")
     assert "The large pink heart is to the left of the small purple diamond." in text
     assert "The small purple diamond is above the large pink heart." in text
 

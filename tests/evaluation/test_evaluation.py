@@ -35,9 +35,7 @@ def test_precision_at_1_as_mmeb_counts_it(rows, precision, ties):
 
 def report_of(**datasets: tuple[str, bool, float]) -> Report:
     example = Example("q", "r", [("r", 1.0)])
-    return Report(
-        "m", {name: Dataset(task, ind, 10, p, 0.1, 0, example) for name, (task, ind, p) in datasets.items()}
-    )
+    return Report("m", {name: Dataset(task, ind, 10, p, 0.1, 0, example) for name, (task, ind, p) in datasets.items()})
 
 
 def test_averages_are_over_datasets_and_leave_out_what_is_missing():

@@ -13,6 +13,7 @@ from launch import launch, start, wait
 from safetensors.torch import load_file
 
 from pipeline.demo.tasks import training_pairs
+from pipeline.training import checkpoint
 from tools.make_shards import make_dataset
 
 STEPS = 12
@@ -130,10 +131,14 @@ def test_a_run_is_not_continued_with_another_order(finished, recipe):
     assert "was begun with another recipe: seed=7 (was 0)" in ended.output
 
 
-def test_a_checkpoint_in_the_making_does_not_count(finished, recipe, tmp_path):
-    """What a kill during a save leaves: files under another name, and `latest` as it was."""
-    from pipeline.training import checkpoint
+def test_a_run_is_not_continued_on_another_number_of_processes(finished, recipe):
+    ended = launch(command(recipe, finished), world=1, seconds=60)
+    assert ended.status == [2]
+    assert "was written by 2 processes, and these are 1" in ended.output
 
+
+def test_a_checkpoint_in_the_making_does_not_count(tmp_path):
+    """What a kill during a save leaves: files under another name, and `latest` as it was."""
     folder = tmp_path / "checkpoints"
     (folder / "unfinished-00000008").mkdir(parents=True)
     assert checkpoint.latest(folder) is None

@@ -21,7 +21,9 @@ def test_a_continued_log_drops_the_steps_taken_again_and_a_torn_line(tmp_path):
 def test_tensorboard_shows_metrics_speed_and_histograms(tmp_path):
     monitor = Monitor(tmp_path, 0, 2)
     for step in (1, 2):
-        monitor.step({"step": step, "loss": 1 / step, "positive_similarity": None}, {"seconds": 0.5}, {"positive": [0.1]})
+        monitor.step(
+            {"step": step, "loss": 1 / step, "positive_similarity": None}, {"seconds": 0.5}, {"positive": [0.1]}
+        )
     monitor.evaluation(2, {"vqa": 0.5}, {"Scene-VQA": 0.5})
     monitor.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
