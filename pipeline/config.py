@@ -45,7 +45,7 @@ class Architecture(Section):
 class Model(Section):
     path: str | None = Field(None, description="a folder or hub name in LLaVA-OneVision's transformers format")
     architecture: Architecture | None = Field(None, description="or: random weights of this shape")
-    max_tokens: int = Field(4096, gt=0, description="longest sample, in tokens; texts are cut to fit")
+    max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
 
     @model_validator(mode="after")
     def one_source(self) -> "Model":
@@ -59,14 +59,18 @@ class Data(Section):
     datasets: list[str] = Field([], description="the datasets below url; empty: url is itself one")
     lanes: int = Field(8, gt=0, description="parallel readers of an epoch; the world size must divide it")
     block_samples: int = Field(64, gt=0, description="consecutive samples fetched by one ranged read")
-    window_blocks: int = Field(16, gt=0, description="blocks a lane shuffles together")
+    window_blocks: int = Field(
+        16, gt=0, description="blocks a lane shuffles together; it holds two such windows in memory"
+    )
     workers: int = Field(2, ge=0, description="decoding processes per rank; 0: in the training process")
-    max_bad_fraction: float = Field(0.001, ge=0, le=1, description="of all samples so far; above it the run stops")
+    max_bad_fraction: float = Field(
+        0.001, ge=0, le=1, description="of the samples so far, 10,000 at least; above it the run stops"
+    )
 
 
 class Batch(Section):
     global_batch: int = Field(gt=1, description="pairs per optimizer step, over all ranks: the contrastive batch")
-    chunk_tokens: int = Field(gt=0, description="tokens a forward pass holds at once; changes no result")
+    chunk_tokens: int = Field(gt=0, description="tokens a forward pass holds at once, padded; changes no result")
 
 
 class Loss(Section):
@@ -131,13 +135,21 @@ class EvaluationRun(Section):
     out: str | None = Field(None, description="write the report to this JSON file")
     against: str | None = Field(None, description="an earlier report (JSON) to print beside this one")
     example: str | None = Field(None, description="a dataset whose first query is shown with its best candidates")
-    precision: Literal["bf16", "fp32"] = Field("fp32", description="of the weights: bf16 or fp32")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16, fp32, or auto: the folder's own")
     chunk_tokens: int = Field(16384, gt=0, description="tokens a forward pass holds at once")
-    max_tokens: int = Field(4096, gt=0, description="longest item, in tokens; texts are cut to fit")
+    max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
     timeout_minutes: float = Field(15, gt=0, description="a collective that waits longer ends the job")
 
 
 SectionType = TypeVar("SectionType", bound=Section)
+
+# A field set on the command line takes the place of its alternative in the recipe.
+_ALTERNATIVES = {
+    "steps": "epochs",
+    "epochs": "steps",
+    "model.path": "model.architecture",
+    "model.architecture": "model.path",
+}
 
 
 def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
@@ -189,6 +201,9 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         (("gradient_accumulation_steps",), 1, "the gradient cache, which chunks the batch itself"),
         (("gradient_clipping",), recipe.optimizer.max_grad_norm, "optimizer.max_grad_norm"),
         (("bf16", "enabled"), recipe.precision == "bf16", "precision"),
+        # In bf16 a sum of many chunks' gradients would lose more than any of them.
+        (("data_types", "grad_accum_dtype"), "fp32", "the gradient cache, which sums the chunks' gradients"),
+        (("zero_optimization", "stage"), config.get("zero_optimization", {}).get("stage", 0), "no `stage`, which"),
     ]
     for keys, value, source in filled:
         section = config
@@ -202,6 +217,8 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
             )
         section[keys[-1]] = value
     _refuse_auto(config, path, ())
+    if recipe.precision == "bf16" and config["zero_optimization"]["stage"] == 0:
+        raise PipelineError(f"{path}: DeepSpeed cannot sum bf16 gradients in fp32 at ZeRO 0; use ds_configs/zero1.json")
     return config
 
 
@@ -210,7 +227,10 @@ def _overridden(values: dict, overrides: list[str]) -> dict:
         key, sign, text = override.partition("=")
         if not sign or not key:
             raise PipelineError(f"cannot read {override!r}: write it as key=value, e.g. optimizer.lr=2e-5")
-        _set(values, key.split("."), _safe_yaml(text, override), override)
+        value = _safe_yaml(text, override)
+        _set(values, key.split("."), value, override)
+        if value is not None and key in _ALTERNATIVES:
+            _set(values, _ALTERNATIVES[key].split("."), None, override)
     return values
 
 

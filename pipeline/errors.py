@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 
@@ -16,6 +17,7 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
 
     Every rank of a job usually meets the same error. The first rank reports at once; the others wait
     a moment, so that the launcher ends them before they repeat it, and speak only if they failed alone.
+    Of several ranks one that fails otherwise ends at once, too: what waits for it must not wait for its clean-up.
     """
 
     @functools.wraps(main)
@@ -31,5 +33,11 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
             # Not sys.exit: a process group or a loader thread must not keep a failed process alive.
             os._exit(2)
+        except Exception:
+            if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+                raise
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
 
     return wrapped

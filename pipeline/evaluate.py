@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import EvaluationRun, parse_options
-from pipeline.errors import command_line
+from pipeline.errors import PipelineError, command_line
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.tasks import Collection
@@ -36,19 +36,22 @@ def main() -> None:
     options = parse_options(EvaluationRun, arguments.options)
     before = Report.read(Path(options.against)) if options.against else None
     collection = Collection.load(arguments.tasks.split(","))
+    names = [task.name for task in collection.tasks]
+    if options.example and options.example not in names:
+        raise PipelineError(f"example={options.example} is not evaluated here; there are {', '.join(names)}")
 
     device = start_distributed(options.timeout_minutes)
     processor = Processor.load(arguments.model, options.max_tokens)
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": "auto"}[options.precision]
     model = Llave.load(arguments.model, dtype).to(device)
     embeddings = embed_collection(model, processor.encode, collection, chunk_tokens=options.chunk_tokens, device=device)
     if dist.get_rank() == 0:
         report = Report.of(arguments.model, collection, embeddings)
+        if options.out:
+            report.write(Path(options.out))
         report.print(before)
         if options.example:
             report.print_example(options.example)
-        if options.out:
-            report.write(Path(options.out))
     dist.destroy_process_group()
 
 

@@ -9,14 +9,17 @@ Started again on as many processes, a run continues from its newest checkpoint.
 import argparse
 import os
 import platform
+import shutil
 from collections.abc import Iterator
-from functools import partial
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import torch.distributed as dist
 
 from pipeline.config import Recipe, dump_recipe, load_ds_config, load_recipe
+from pipeline.data.collate import Batch
+from pipeline.data.sample import BadSample
 from pipeline.data.shards import parse_sample
 from pipeline.data.stream import Source, batches
 from pipeline.errors import PipelineError, command_line
@@ -49,51 +52,78 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    folder = Path(recipe.run)
-    if arguments.no_resume and checkpoint.latest(folder / "checkpoints"):
-        raise PipelineError(f"{folder} has a checkpoint already; set run= to another directory or leave --no-resume")
 
-    # All that can be wrong is found before a model is loaded.
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    load_ds_config(recipe, world)
+    # What is wrong is found here, on every rank, before processes meet and a model is loaded.
+    folder, world = Path(recipe.run), int(os.environ.get("WORLD_SIZE", 1))
+    if recipe.model.architecture:
+        llave.check_architecture(recipe.model.architecture)
+    ds_config = load_ds_config(recipe, world)
     source = Source.open(recipe.data)
     order = source.order(recipe.data, recipe.batch.global_batch, recipe.seed)
     order.check_world(world)
+    steps = recipe.steps or round(recipe.epochs * order.steps_per_epoch)
+    if steps < 1:
+        raise PipelineError(f"epochs={recipe.epochs} of {order.steps_per_epoch} steps is less than a step")
+    conditions = _conditions(recipe, source, world, ds_config["zero_optimization"]["stage"])
+    if start := checkpoint.latest(folder / "checkpoints"):
+        if arguments.no_resume:
+            raise PipelineError(f"{folder} has a checkpoint already; set run= to another directory, or resume")
+        checkpoint.check(start, conditions)
     collection = Collection.load(recipe.evaluation.urls) if recipe.evaluation else None
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it does not survive the loader's forks
     device = start_distributed(recipe.timeout_minutes)
-    if dist.get_rank() == 0:
+    rank = dist.get_rank()
+    # One rank's word counts: on a shared file system another may not yet see the newest checkpoint.
+    decision = [start]
+    dist.broadcast_object_list(decision)
+    (start,) = decision
+    if rank == 0:
         _write_recipe(recipe, folder, world)
-    model_path = recipe.model.path or _initial_model(recipe, source, folder / "init")
+    model_path = recipe.model.path or _initial_model(recipe, source, folder / "init", anew=start is None)
     processor = llave.Processor.load(model_path, recipe.model.max_tokens)
     engine = build_engine(recipe, model_path)
-    embed = partial(embed_collection, engine, processor.encode, chunk_tokens=recipe.batch.chunk_tokens, device=device)
-    run = Run(
-        recipe=recipe,
-        order=order,
-        steps=recipe.steps or round(recipe.epochs * order.steps_per_epoch),
-        batches=partial(
-            batches,
-            source,
-            order,
-            processor.encode,
-            rank=dist.get_rank(),
-            world=world,
-            workers=recipe.data.workers,
-            timeout=60 * recipe.timeout_minutes,
-        ),
-        evaluate=lambda: Report.of(recipe.run, collection, embed(collection)) if collection else None,
-    )
-    train(engine, run)
+
+    def evaluate() -> Report | None:
+        if collection is None:
+            return None
+        budget = recipe.batch.chunk_tokens
+        embeddings = embed_collection(engine, processor.encode, collection, chunk_tokens=budget, device=device)
+        return Report.of(recipe.run, collection, embeddings) if rank == 0 else None
+
+    def batches_of(steps: range) -> Iterator[Batch]:
+        workers, timeout = recipe.data.workers, 60 * recipe.timeout_minutes
+        options = {"rank": rank, "world": world, "workers": workers, "timeout": timeout}
+        return batches(source, order, processor.encode, steps, **options)
+
+    train(engine, Run(recipe, order, steps, start, conditions, batches_of, evaluate))
     export(engine, model_path, folder / "export")
+    if rank == 0:
+        print(f"the model: {folder}/export    the curves: tensorboard --logdir {folder}/tensorboard")
     dist.destroy_process_group()
 
 
-def _initial_model(recipe: Recipe, source: Source, folder: Path) -> str:
-    """Random weights and a tokenizer of the data's texts, written once by the first rank."""
-    if dist.get_rank() == 0 and not folder.exists():
+def _conditions(recipe: Recipe, source: Source, world: int, stage: int) -> dict:
+    """What must be the same for a checkpoint to be continued, with the same batches."""
+    names = ("lanes", "block_samples", "window_blocks")
+    return {f"data.{name}": getattr(recipe.data, name) for name in names} | {
+        "the data's fingerprint": source.fingerprint,
+        "the number of processes": world,
+        "the ZeRO stage": stage,
+        "seed": recipe.seed,
+        "precision": recipe.precision,
+        "batch.global_batch": recipe.batch.global_batch,
+        "model": recipe.model.model_dump(mode="json", include={"path", "architecture"}),
+    }
+
+
+def _initial_model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> str:
+    """Random weights and a tokenizer of the data's texts, written by the first rank where a run begins anew."""
+    if dist.get_rank() == 0 and (anew or not folder.exists()):
         unfinished = folder.with_name("init.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
         llave.build(recipe.model.architecture, _texts(source), recipe.seed, unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     dist.barrier()
     return str(folder)
@@ -104,36 +134,18 @@ def _texts(source: Source) -> Iterator[str]:
     share = -(-_TOKENIZER_SAMPLES // len(source.shards))
     for number, (_, shard) in enumerate(source.shards):
         for sample in source.read(number, 0, min(share, shard.samples)):
-            yield from (item.text for item in parse_sample(sample).items)
+            with suppress(BadSample):  # training counts it
+                yield from (item.text for item in parse_sample(sample).items)
 
 
 def _write_recipe(recipe: Recipe, folder: Path, world: int) -> None:
-    """Keep the resolved recipe with the run; refuse to continue one whose batches would be others."""
-    path = folder / "recipe.yaml"
-    if path.exists() and checkpoint.latest(folder / "checkpoints"):
-        before, now = (_decisive(r) for r in (load_recipe(path, []), recipe))
-        if changed := [name for name in now if now[name] != before[name]]:
-            changes = ", ".join(f"{name}={now[name]} (was {before[name]})" for name in changed)
-            raise PipelineError(f"{folder} was begun with another recipe: {changes}; set run= to another directory")
+    """Keep the resolved recipe with the run, and what ran it."""
     folder.mkdir(parents=True, exist_ok=True)
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     header = f"# {world} processes; Python {platform.python_version()}, {versions}\n"
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = folder / "recipe.unfinished"
     unfinished.write_text(header + dump_recipe(recipe))
-    unfinished.rename(path)
-
-
-def _decisive(recipe: Recipe) -> dict[str, object]:
-    """What decides the batches and the parameters' shapes."""
-    data = {
-        f"data.{name}": getattr(recipe.data, name) for name in ("datasets", "lanes", "block_samples", "window_blocks")
-    }
-    return data | {
-        "seed": recipe.seed,
-        "batch.global_batch": recipe.batch.global_batch,
-        "model.path": recipe.model.path,
-        "model.architecture": recipe.model.architecture,
-    }
+    unfinished.rename(folder / "recipe.yaml")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pipeline.config import dump_recipe, load_ds_config, load_recipe
 from pipeline.errors import PipelineError
 
 DEMO = "pipeline/recipes/demo.yaml"
+BATCH = ["batch.global_batch=128", "precision=fp32"]
 
 
 def error_of(*overrides: str) -> str:
@@ -30,9 +31,9 @@ def test_overrides_are_typed_and_survive_a_dump(tmp_path):
         ("lr=1", "unknown field lr; did you mean optimizer.lr?"),
         ("data.lane=4", "did you mean data.lanes?"),
         ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number"),
-        ("model.path=x", "either model.path or model.architecture"),
-        ("steps=null", "either steps or epochs"),
-        ("data.lanes=6", "lanes that do: 1, 2, 4, 8, 16"),
+        ("model.architecture=null", "either model.path or model.architecture"),
+        ("epochs=null", "either steps or epochs"),
+        ("data.lanes=6", "lanes that do: 1, 2, 4, 8"),
         ("data.lanes", "write it as key=value"),
         ("seed.x=1", "seed is a single value"),
         ("data.url=[", "cannot read"),
@@ -42,6 +43,20 @@ def test_errors_name_the_field_and_what_to_do(override, named):
     assert named in error_of(override)
 
 
+def test_an_override_takes_the_place_of_its_alternative():
+    recipe = load_recipe(DEMO, ["steps=7", "model.path=folder"])
+    assert (recipe.steps, recipe.epochs) == (7, None)
+    assert (recipe.model.path, recipe.model.architecture) == ("folder", None)
+    again = load_recipe(DEMO, ["steps=7", "epochs=2"])
+    assert (again.steps, again.epochs) == (None, 2)
+
+
+def test_bf16_gradients_are_summed_in_fp32_or_refused():
+    assert load_ds_config(load_recipe(DEMO, ["precision=bf16"]), 1)["data_types"] == {"grad_accum_dtype": "fp32"}
+    with pytest.raises(PipelineError, match="ZeRO 0"):
+        load_ds_config(load_recipe(DEMO, ["precision=bf16", "deepspeed=ds_configs/zero0.json"]), 1)
+
+
 def test_a_missing_recipe_names_those_there_are():
     with pytest.raises(PipelineError, match=r"demo\.yaml"):
         load_recipe("nowhere.yaml", [])
@@ -49,7 +64,7 @@ def test_a_missing_recipe_names_those_there_are():
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_ds_configs_are_filled_from_the_recipe(stage):
-    recipe = load_recipe(DEMO, [f"deepspeed=ds_configs/zero{stage}.json", "optimizer.max_grad_norm=0.5"])
+    recipe = load_recipe(DEMO, [f"deepspeed=ds_configs/zero{stage}.json", "optimizer.max_grad_norm=0.5", *BATCH])
     config = load_ds_config(recipe, 4)
     assert config["zero_optimization"]["stage"] == stage
     assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (128, 32)
@@ -71,7 +86,7 @@ def test_ds_configs_are_filled_from_the_recipe(stage):
 def test_a_ds_config_that_contradicts_the_recipe_is_refused(tmp_path, changed, named):
     config = {"zero_optimization": {"stage": 1}} | changed
     (tmp_path / "ds.json").write_text(json.dumps(config))
-    recipe = load_recipe(DEMO, [f"deepspeed={tmp_path / 'ds.json'}"])
+    recipe = load_recipe(DEMO, [f"deepspeed={tmp_path / 'ds.json'}", *BATCH])
     with pytest.raises(PipelineError) as error:
         load_ds_config(recipe, 1)
     assert all(name in str(error.value) for name in named)

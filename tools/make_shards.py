@@ -242,7 +242,7 @@ def main() -> None:
     for command in (demo, jsonl):
         command.add_argument("dest", metavar="DEST", help="a folder or s3://bucket/prefix")
         command.add_argument("--shard-mb", type=positive, default=256, metavar="N", help="MiB a shard (256)")
-    demo.add_argument("--pairs", type=positive, default=2400, metavar="N", help="pairs a dataset (2400)")
+    demo.add_argument("--pairs", type=positive, default=4800, metavar="N", help="pairs a dataset (4800)")
     demo.add_argument("--queries", type=positive, default=200, metavar="N", help="queries a dataset (200)")
     jsonl.add_argument("--images", type=Path, metavar="FOLDER", help="folder of the images (the jsonl's)")
     jsonl.add_argument("--dataset", metavar="NAME", help="dataset of rows that name none (the file's stem)")

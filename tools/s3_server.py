@@ -205,19 +205,22 @@ def free_ports(count: int) -> list[int]:
 def run_beside(server: S3Server, command: list[str]) -> int:
     """Run the command with the server's environment; its exit status, 128 + N if signal N ended it."""
     try:
-        child = subprocess.Popen(command, env=os.environ | server.environment())
+        # A process group of its own: whatever the command starts in turn is stopped with it.
+        child = subprocess.Popen(command, env=os.environ | server.environment(), process_group=0)
     except OSError as error:
         raise PipelineError(f"{command[0]}: {error.strerror}") from error
     try:
         status = child.wait()
     finally:
-        if child.poll() is None:
-            child.terminate()
-            try:
-                child.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+            deadline = time.monotonic() + STOP_SECONDS
+            while time.monotonic() < deadline:
+                child.poll()  # reaps it, so that the group can vanish
+                os.killpg(child.pid, 0)
+                time.sleep(0.1)
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
     return status if status >= 0 else 128 - status
 
 

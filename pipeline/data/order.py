@@ -110,7 +110,7 @@ class Order:
         if world < 1 or self.lanes % world:
             raise PipelineError(
                 f"{world} processes cannot share {self.lanes} lanes equally: "
-                f"the number of processes could be {_divisors(self.lanes)}"
+                f"the number of processes could be {_divisors(self.lanes)}, or set data.lanes to a multiple of {world}"
             )
 
     def lanes_of(self, rank: int, world: int) -> range:

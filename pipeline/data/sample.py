@@ -6,6 +6,7 @@ from hashlib import blake2b
 
 IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
+MMEB_IMAGE_MARK = "<|image_1|>"  # what MMEB's own rows write for it
 
 
 @dataclass(frozen=True)

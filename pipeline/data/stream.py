@@ -1,5 +1,6 @@
 """A run's batches: the order says which samples, the object store brings their blocks, workers decode them."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ class Source:
         shards = tuple((url, shard) for url in urls for shard in Index.load(url).shards)
         return cls(shards)
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells these shards from any others, in content and order."""
+        return hashlib.sha256("".join(shard.sha256 for _, shard in self.shards).encode()).hexdigest()
+
     def order(self, data: Data, global_batch: int, seed: int) -> Order:
         samples = [shard.samples for _, shard in self.shards]
         return Order(samples, global_batch, data.lanes, data.block_samples, data.window_blocks, seed)
@@ -44,7 +50,7 @@ class Source:
         return f"{objects.join(url, info.file)}#{sample}"
 
 
-@lru_cache(maxsize=4096)  # 64 bytes a sample
+@lru_cache(maxsize=256)
 def _sidecar(url: str, shard: Shard):
     return load_sidecar(url, shard)
 
@@ -145,7 +151,7 @@ def batches(
                 yield merge(waiting)
                 waiting = []
     except RuntimeError as error:
-        if "DataLoader" not in str(error):
+        if not any(words in str(error) for words in ("exited unexpectedly", "killed by signal", "timed out")):
             raise
-        # A worker that was killed (often: out of memory), or brought nothing for too long.
-        raise PipelineError(f"the data workers: {str(error).splitlines()[0]}") from error
+        # Out of memory, often; else it brought nothing for too long.
+        raise PipelineError(f"a data worker failed: {str(error).splitlines()[0]}") from error

@@ -6,7 +6,6 @@ tiles stay uint8 until the device normalises them.
 
 import io
 import math
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from transformers.image_processing_utils import get_patch_output_size, select_be
 
 from pipeline.data.sample import BadSample
 
-Image.init()
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,12 @@ class Tiling:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Encoded bytes -> RGB image; `BadSample` if Pillow cannot decode it or holds it for a decompression bomb."""
+    """Encoded bytes -> RGB image; `BadSample` if it cannot be decoded or has more pixels than Pillow finds safe."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data)).convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, {Image.MAX_IMAGE_PIXELS} at most")
+        return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds on damaged input
         raise BadSample(f"undecodable image: {type(error).__name__}: {error}") from None
 

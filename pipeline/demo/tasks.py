@@ -16,13 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.sample import IMAGE_MARK, Item, Pair
+from pipeline.data.sample import IMAGE_MARK, MMEB_IMAGE_MARK, Item, Pair
 from pipeline.demo import captions
 from pipeline.demo.scenes import (
     ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
-    PLACES,
     SHAPES,
     SIZES,
     Scene,
@@ -53,8 +52,6 @@ QUERIES = 200
 POOL = 200  # scenes an evaluation set's easier candidates come from: few, so that encoding is fast
 HARD_SCENES = 6  # one-attribute variants among the candidates of a retrieval query
 HARD_CROPS = 3  # crops of the query's own scene, or of it with one attribute changed
-
-MMEB_IMAGE_MARK = "<|image_1|>"
 
 # One random stream each. Which candidates a row has says nothing about the scenes of other rows.
 _STREAMS = [*(f"{name} train" for name in DATASETS), *TASKS, *(f"{name} candidates" for name in TASKS)]
@@ -205,16 +202,7 @@ def _classification(scene: Scene, part: Part, rng: np.random.Generator) -> _Ques
 
 def _vqa(scene: Scene, part: Part, rng: np.random.Generator) -> _Question:
     asked = _asked(scene, rng)
-    # One question in four is about how two things lie, where there are two in a row or a column.
-    relations = [
-        f"{words} {captions.phrase(other, 'en', 'definite')}"
-        for other in scene.things
-        if (words := _relation(asked, other))
-    ]
-    about = f"at the {asked.place}"
-    if relations and rng.integers(4) == 0:
-        about = relations[rng.integers(len(relations))]
-    query = _Side(f"{IMAGE_MARK}\nAnswer: what is {about}?", _Picture(scene))
+    query = _Side(f"{IMAGE_MARK}\nAnswer: what is at the {asked.place}?", _Picture(scene))
     near = _near(asked, part, rng, ("colour", "shape", "size"))
     others = (thing for thing in scene.things if thing is not asked)
     return _Question(query, _answer(asked), [_answer(thing) for thing in (*near, *others)])
@@ -264,14 +252,6 @@ def _siblings(scene: Scene, part: Part, rng: np.random.Generator) -> Iterator[Sc
     """The few variants of a scene that serve as wrong answers; in training none kept for evaluation."""
     found = variants(scene, rng, held_out=part == "held-out")
     return islice((other for other in found if part != "train" or not other.reserved), HARD_SCENES)
-
-
-def _relation(thing: Thing, other: Thing) -> str:
-    """How a thing lies next to another one in its row or column; empty where it does not."""
-    (column, row), (other_column, other_row) = PLACES[thing.place], PLACES[other.place]
-    return {(-1, 0): "left of", (1, 0): "right of", (0, -1): "above", (0, 1): "below"}.get(
-        (column - other_column, row - other_row), ""
-    )
 
 
 def _label(thing: Thing) -> _Side:

@@ -37,8 +37,7 @@ def embed_collection(
     with ThreadPoolExecutor(16) as pool:
         for group in tqdm(range(groups), desc="embedding", unit_scale=_GROUP * world, unit="item", disable=rank > 0):
             rows = list(range(group * _GROUP * world + rank, min((group + 1) * _GROUP * world, count), world))
-            items = pool.map(lambda row: collection.items[row](), rows)
-            encoded = [_encode(encode, item, collection.names[row]) for row, item in zip(rows, items, strict=True)]
+            encoded = list(pool.map(lambda row: _encode(encode, collection, row), rows))
             part = embed_chunks(model, plan_chunks(encoded, chunk_tokens, device), len(rows))
             if embeddings is None:
                 embeddings = part.new_zeros(count, part.shape[1])
@@ -48,8 +47,8 @@ def embed_collection(
     return embeddings
 
 
-def _encode(encode: Callable[[Item], Encoded], item: Item, name: str) -> Encoded:
+def _encode(encode: Callable[[Item], Encoded], collection: Collection, row: int) -> Encoded:
     try:
-        return encode(item)
+        return encode(collection.items[row]())
     except BadSample as reason:
-        raise PipelineError(f"evaluation item {name}: {reason}") from None
+        raise PipelineError(f"evaluation item {collection.names[row]}: {reason}") from None

@@ -1,6 +1,7 @@
 """An evaluation's numbers: JSON for programs, a table for people."""
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,8 +93,8 @@ class Report:
     def print(self, before: "Report | None" = None) -> None:
         """Precision@1 in percent, by dataset and averaged, beside chance and, if given, an earlier report."""
         table = Table(title=f"Precision@1 (%) of {self.model}", title_justify="left", title_style="bold")
-        table.add_column("")
-        table.add_column("task")
+        table.add_column("", no_wrap=True)
+        table.add_column("task", no_wrap=True)
         for column in (
             "queries",
             "chance",
@@ -128,9 +129,11 @@ class Report:
         chances, earlier = self.averages("chance"), before.averages() if before else {}
         for name, value in self.averages().items():
             add(f"mean: {name}", "", "", chances[name], value, earlier.get(name))
-        Console().print(table)
+        # In a log file there is no width to fit.
+        console = Console() if sys.stdout.isatty() else Console(width=120)
+        console.print(table)
         if ties := sum(d.ties for d in self.datasets.values()):
-            Console().print(f"{ties} queries had a wrong candidate as similar as the right one; these count as right.")
+            console.print(f"{ties} queries had a wrong candidate as similar as the right one; these count as right.")
 
     def print_example(self, name: str) -> None:
         """One query of a dataset with its best candidates."""

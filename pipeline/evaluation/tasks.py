@@ -18,12 +18,11 @@ import pyarrow.parquet as parquet
 
 from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE, Index, load_sidecar, read_samples
-from pipeline.data.sample import IMAGE_MARK, Item
+from pipeline.data.sample import IMAGE_MARK, MMEB_IMAGE_MARK, BadSample, Item, Pair
 from pipeline.data.shards import parse_sample
 from pipeline.errors import PipelineError
 
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
-_MMEB_IMAGE_MARK = "<|image_1|>"
 _COLUMNS = ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
 
 
@@ -87,7 +86,7 @@ class Collection:
             self.tasks.append(Task(dataset, meta_task, in_distribution, np.array(queries), candidates))
 
     def _mmeb_row(self, url: str, text: str, image: str) -> int:
-        text = text.replace(_MMEB_IMAGE_MARK, IMAGE_MARK)
+        text = text.replace(MMEB_IMAGE_MARK, IMAGE_MARK)
         if image and IMAGE_MARK not in text:
             text = f"{IMAGE_MARK}\n{text}"
         return self._row((url, text, image), image or text, partial(_read_item, url, text, image))
@@ -95,9 +94,9 @@ class Collection:
     def _add_pairs(self, url: str) -> None:
         index = Index.load(url)
         pairs = [
-            parse_sample(sample)
+            _parse(f"{objects.join(url, shard.file)}#{number}", sample)
             for shard in index.shards
-            for sample in read_samples(url, shard, load_sidecar(url, shard), 0, shard.samples)
+            for number, sample in enumerate(read_samples(url, shard, load_sidecar(url, shard), 0, shard.samples))
         ]
         rows = {
             item.content_hash: self._row(item.content_hash, f"{pair.key}: {item.text}", partial(_same, item))
@@ -123,6 +122,13 @@ class Collection:
             self.items.append(item)
             self.names.append(name)
         return self._rows[key]
+
+
+def _parse(key: str, sample: bytes) -> Pair:
+    try:
+        return parse_sample(sample)
+    except BadSample as reason:
+        raise PipelineError(f"{key} cannot be evaluated: {reason}") from None
 
 
 def _read_rows(file: str) -> list[dict]:

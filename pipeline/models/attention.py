@@ -45,9 +45,8 @@ def packed_sdpa(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each segment, by torch's SDPA on rows of the longest item's length.
 
-    query (1, heads, T, d), key and value (1, key-value heads, T, d) -> (1, T, heads, d). Items of a chunk are of
-    about equal length (see chunks.py), so little of the rows is empty; what is empty comes last in its row,
-    where no token of the item looks.
+    query (1, heads, T, d), key and value (1, key-value heads, T, d) -> (1, T, heads, d). Chunks are cut so that
+    little of the rows is empty (see chunks.py); what is empty comes last in its row, where no token of the item looks.
     """
 
     def spread(x: torch.Tensor) -> torch.Tensor:

@@ -22,20 +22,20 @@ class Chunk:
 
 
 def plan_chunks(items: Sequence[Encoded], chunk_tokens: int, device: torch.device) -> list[Chunk]:
-    """Cut items into chunks of at most `chunk_tokens` tokens (or one item), the longest first.
+    """Cut items into chunks, the longest first; padded to its longest item, a chunk has at most `chunk_tokens` tokens.
+
+    An item longer than that is a chunk by itself.
 
     All ranks get the same number of chunks, the last ones empty where a rank has fewer items, and agree on which
     chunks run the vision tower: under ZeRO-3 a rank that ran other modules than the rest would hang the job.
     """
     lengths = np.array([len(item.input_ids) for item in items])
     cuts: list[list[int]] = []
-    room = 0
     for row in np.argsort(-lengths, kind="stable").tolist():
-        if not cuts or lengths[row] > room:
+        # Attention pads (models/attention.py): what counts is the longest item, which is the chunk's first.
+        if not cuts or (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] > chunk_tokens:
             cuts.append([])
-            room = chunk_tokens
         cuts[-1].append(row)
-        room -= lengths[row]
     images = [any(items[row].images for row in rows) for rows in cuts]
     if dist.is_initialized():
         count = torch.tensor(len(cuts), device=device)

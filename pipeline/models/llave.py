@@ -3,24 +3,25 @@
 An item's embedding is the language model's last hidden state at the prompt's last token, as a unit vector.
 """
 
+import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
     LlavaOnevisionConfig,
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2Tokenizer,
     SiglipVisionConfig,
 )
 from transformers.conversion_mapping import (
@@ -38,7 +39,6 @@ from pipeline.models.attention import PACKED, Segments
 # The published prompt: the assistant's turn is one newline, and so is the last token, which is pooled.
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_MARK, VIDEO_MARK)
 MEAN = STD = 0.5  # SigLIP's
 
 
@@ -105,8 +105,11 @@ class Llave(LlavaOnevisionModel):
     """LLaVA-OneVision without an LM head, from packed items to unit vectors."""
 
     @classmethod
-    def load(cls, path: str, dtype: torch.dtype) -> "Llave":
-        """From a folder or hub name in transformers' format (under ZeRO-3 straight into its partitions)."""
+    def load(cls, path: str, dtype: torch.dtype | Literal["auto"]) -> "Llave":
+        """From a folder or hub name in transformers' format (under ZeRO-3 straight into its partitions).
+
+        dtype: of the weights; "auto" is the one they are stored in.
+        """
         if _load_config(path).vision_feature_layer != -1:
             raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
         attention = {"text_config": PACKED, "vision_config": "sdpa"}
@@ -142,7 +145,8 @@ class Llave(LlavaOnevisionModel):
 
     def image_tokens(self, packed: Packed) -> torch.Tensor:
         """All images' rows, in the order of their placeholders: (image tokens, hidden)."""
-        pixels = packed.tiles.to(self.image_newline.dtype).div_(255).sub_(MEAN).div_(STD)
+        # In float32, whatever the model's dtype: bf16 has but eight bits for what an image tells.
+        pixels = packed.tiles.float().div_(255).sub_(MEAN).div_(STD).to(self.image_newline.dtype)
         features, _ = self.pack_image_features(
             self.tile_features(pixels).split(packed.image_tiles),
             packed.image_sizes,
@@ -208,25 +212,30 @@ def save_folder(model: Llave, weights: dict[str, torch.Tensor], source: str, fol
     LlavaOnevisionImageProcessorPil.from_pretrained(source).save_pretrained(folder)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens with Qwen2's special tokens and pre-tokenization."""
-    tokenizer = Tokenizer(models.BPE())
-    # Qwen2's split, except that the prompt's runs of newlines and the words behind stay apart as there.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
+    """Qwen2's byte-level BPE and special tokens, with at most `vocab_size` tokens, of these texts in their prompt."""
+    return Qwen2Tokenizer().train_new_from_iterator(
+        (prompt(text) for text in texts),
+        vocab_size,
+        new_special_tokens=["<|im_start|>", "<|im_end|>", IMAGE_MARK, VIDEO_MARK],
         show_progress=False,
     )
-    tokenizer.train_from_iterator((prompt(text) for text in texts), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
-    )
+
+
+def check_architecture(architecture: Architecture) -> None:
+    """Refuse what transformers' configurations do not know: they would take it and ignore it."""
+    for name, given, config in (
+        ("vision", architecture.vision, SiglipVisionConfig),
+        ("text", architecture.text, Qwen2Config),
+    ):
+        known = config().to_dict()
+        for key in given:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                raise PipelineError(f"unknown field model.architecture.{name}.{key}{hint}")
+    if "vocab_size" not in architecture.text:
+        raise PipelineError("model.architecture.text.vocab_size is missing: the size of the tokenizer to train")
 
 
 def _load_config(path: str) -> LlavaOnevisionConfig:

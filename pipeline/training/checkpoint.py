@@ -22,14 +22,17 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from pipeline.errors import PipelineError
 
 LATEST = "latest"
-WRITTEN_BY = "written_by.json"
+CONDITIONS = "conditions.json"
 
 # What DeepSpeed's own files hold besides tensors and plain values; nothing else is unpickled.
 _DEEPSPEED_TYPES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
 
 
-def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict, keep: int) -> None:
-    """Write the engine's state after `step` steps, with `state` (plain values); remove all but the `keep` newest."""
+def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict, conditions: dict, keep: int) -> None:
+    """Write the engine's state after `step` steps, with `state` (plain values); remove all but the `keep` newest.
+
+    conditions: what must be the same to continue from here, by name; see `check`.
+    """
     name, unfinished = f"step-{step:08d}", f"unfinished-{step:08d}"
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,12 +41,12 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
     dist.barrier()
     engine.save_checkpoint(str(folder), tag=unfinished, client_state=state | {"step": step}, save_latest=False)
     if dist.get_rank() == 0:
-        (folder / unfinished / WRITTEN_BY).write_text(json.dumps({"processes": dist.get_world_size()}))
+        (folder / unfinished / CONDITIONS).write_text(json.dumps(conditions))
     _flush(folder / unfinished)
     dist.barrier()
     if dist.get_rank() == 0:
         if (folder / name).exists():
-            shutil.rmtree(folder / name)
+            shutil.rmtree((folder / name).rename(folder / f"unfinished-old-{step:08d}"))
         (folder / unfinished).rename(folder / name)
         _flush_path(folder)
         pointer = folder / f"{LATEST}.unfinished"
@@ -51,8 +54,10 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
         _flush_path(pointer)
         pointer.rename(folder / LATEST)
         _flush_path(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        for old in [path for path in sorted(folder.glob("step-*")) if path.name <= name][:-keep]:
+            doomed = old.with_name(old.name.replace("step", "unfinished"))
+            old.rename(doomed)  # under its own name it must not be there in parts
+            shutil.rmtree(doomed)
     dist.barrier()
 
 
@@ -67,14 +72,16 @@ def latest(folder: Path) -> Path | None:
     return checkpoint
 
 
+def check(checkpoint: Path, conditions: dict) -> None:
+    """Raise PipelineError unless a run under these conditions continues what the checkpoint's run began."""
+    before = json.loads((checkpoint / CONDITIONS).read_text())
+    if changed := [name for name, value in conditions.items() if before.get(name) != value]:
+        changes = "; ".join(f"{name} is {conditions[name]} and was {before.get(name)}" for name in changed)
+        raise PipelineError(f"{checkpoint} cannot be continued: {changes}. Change it back, or set run= anew")
+
+
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict:
     """Bring the engine to a checkpoint; returns the state saved with it, `step` among it."""
-    processes = json.loads((checkpoint / WRITTEN_BY).read_text())["processes"]
-    if processes != dist.get_world_size():
-        raise PipelineError(
-            f"{checkpoint} was written by {processes} processes, and these are {dist.get_world_size()}: DeepSpeed "
-            f"continues it on {processes} only"
-        )
     with _weights_only():
         path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:

@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pipeline.config import Optimizer, Recipe, load_ds_config
+from pipeline.errors import PipelineError
 from pipeline.models.llave import Llave
 
 
@@ -25,6 +26,8 @@ def start_distributed(timeout_minutes: float) -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed still calls collectives by the names they had before torch 2.13, several a step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        raise PipelineError("several tasks of srun, but no RANK: start torchrun as one task of each node")
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -62,6 +65,13 @@ def build_engine(recipe: Recipe, model_path: str) -> deepspeed.DeepSpeedEngine:
         model = Llave.load(model_path, dtype)
     engine, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, recipe.optimizer), config=config)
     return engine
+
+
+def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, optimizer: Optimizer) -> None:
+    """Give the recipe's to an engine that has loaded a checkpoint, and with it those it was written with."""
+    matrices, vectors = engine.optimizer.param_groups
+    for group, weight_decay in ((matrices, optimizer.weight_decay), (vectors, 0.0)):
+        group.update(betas=optimizer.betas, eps=optimizer.eps, weight_decay=weight_decay)
 
 
 def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:

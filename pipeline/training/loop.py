@@ -1,7 +1,6 @@
 """The training loop: batches, steps, evaluation, checkpoints, until done."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.report import Report
 from pipeline.losses.gather import all_gather_constant
 from pipeline.training import checkpoint
-from pipeline.training.engine import learning_rate
-from pipeline.training.monitor import Monitor, StepLog
+from pipeline.training.engine import learning_rate, set_hyperparameters
+from pipeline.training.monitor import Monitor
 from pipeline.training.step import StepResult, train_step
 
 
@@ -27,12 +26,15 @@ from pipeline.training.step import StepResult, train_step
 class Run:
     """What the loop needs besides the engine.
 
-    batches: this rank's batches of a range of steps. evaluate: a report at the present weights, or None.
+    start: the checkpoint to continue from, or None. conditions: see checkpoint.check.
+    batches: this rank's batches of a range of steps. evaluate: a report at the present weights, on rank 0.
     """
 
     recipe: Recipe
     order: Order
     steps: int
+    start: Path | None
+    conditions: dict
     batches: Callable[[range], Iterator[Batch]]
     evaluate: Callable[[], Report | None]
 
@@ -42,62 +44,54 @@ class Run:
 
 
 def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
-    """Train to the last step, from the newest checkpoint if the run has one."""
-    recipe, rank = run.recipe, dist.get_rank()
-    checkpoints = run.folder / "checkpoints"
-    found = checkpoint.latest(checkpoints)
-    state = checkpoint.load(engine, found) if found else {"step": 0, "bad_samples": 0}
+    """Train to the last step."""
+    recipe = run.recipe
+    state = checkpoint.load(engine, run.start) if run.start else {"step": 0, "bad_samples": 0}
+    set_hyperparameters(engine, recipe.optimizer)
     start, bad_samples = state["step"], state["bad_samples"]
-    monitor = Monitor(run.folder, start, run.steps) if rank == 0 else None
-    ledger = StepLog(run.folder / "ledger" / f"rank{rank}.jsonl", start) if recipe.ledger else None
-    bad_log = StepLog(run.folder / "bad_samples" / f"rank{rank}.jsonl", start)
+    with Monitor(run.folder, dist.get_rank(), start, run.steps, ledger=recipe.ledger) as monitor:
+        if start == 0:
+            _evaluate(run, monitor, 0)
+        batches = run.batches(range(start, run.steps))
+        for step in range(start, run.steps):
+            began = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - began
+            lr = learning_rate(step, run.steps, recipe.optimizer)
+            result = train_step(engine, batch, recipe.loss, chunk_tokens=recipe.batch.chunk_tokens, lr=lr)
 
-    if start == 0:
-        _evaluate(run, monitor, 0)
-    batches = run.batches(range(start, run.steps))
-    for step in range(start, run.steps):
-        began = time.perf_counter()
-        batch = next(batches)
-        received = time.perf_counter()
-        lr = learning_rate(step, run.steps, recipe.optimizer)
-        result = train_step(engine, batch, recipe.loss, chunk_tokens=recipe.batch.chunk_tokens, lr=lr)
-        done = step + 1
-
-        metrics, histograms, tokens = _summary(run.order, done, lr, batch, result)
-        seconds = time.perf_counter() - began
-        speed = {
-            "seconds": seconds,
-            "waiting_for_data": received - began,
-            "samples_per_second": recipe.batch.global_batch / seconds,
-            "tokens_per_second": tokens / seconds,
-        }
-        if monitor:
+            done = step + 1
+            monitor.batch(done, batch)
+            metrics, histograms = _metrics(run.order, done, lr, batch, result)
+            tokens, waited = _over_ranks(result, waited)
+            bad_samples += recipe.batch.global_batch - metrics["valid"]
+            _check(recipe, metrics, bad_samples, run.folder)
+            seconds = time.perf_counter() - began
+            speed = {
+                "seconds": seconds,
+                "waiting_for_data": waited,
+                "samples_per_second": recipe.batch.global_batch / seconds,
+                "tokens_per_second": tokens / seconds,
+            }
             monitor.step(metrics, speed, histograms)
-        if ledger:
-            ledger.write({"step": done, "keys": batch.keys})
-        for key, reason in batch.bad:
-            bad_log.write({"step": done, "key": key, "reason": reason})
-            print(f"bad sample {key}: {reason}", file=sys.stderr)
-        bad_samples += recipe.batch.global_batch - metrics["valid"]
-        _check(recipe, metrics, bad_samples, run.folder)
 
-        last = done == run.steps
-        if last or (recipe.evaluation and recipe.evaluation.every and done % recipe.evaluation.every == 0):
-            _evaluate(run, monitor, done)
-        if last or done % recipe.checkpoint.every == 0:
-            checkpoint.save(engine, checkpoints, done, {"bad_samples": bad_samples}, recipe.checkpoint.keep)
-    if monitor:
-        monitor.close()
+            last = done == run.steps
+            if last or (recipe.evaluation and recipe.evaluation.every and done % recipe.evaluation.every == 0):
+                _evaluate(run, monitor, done)
+            if last or done % recipe.checkpoint.every == 0:
+                monitor.flush()
+                kept = {"bad_samples": bad_samples}
+                folder = run.folder / "checkpoints"
+                checkpoint.save(engine, folder, done, kept, run.conditions, recipe.checkpoint.keep)
 
 
-def _summary(order: Order, done: int, lr: float, batch: Batch, result: StepResult) -> tuple[dict, dict, int]:
-    """The global batch's metrics, the values of its similarities' histograms, and its number of tokens."""
+def _metrics(order: Order, done: int, lr: float, batch: Batch, result: StepResult) -> tuple[dict, dict]:
+    """The global batch's metrics, and the similarities for its histograms."""
     output = result.loss
     valid = torch.tensor(batch.valid, device=output.positive.device)
-    of_rank = torch.stack([output.loss.detach(), output.loss.new_tensor(result.tokens)]).expand(len(valid), 2)
-    rows = torch.stack([output.positive, output.hardest_negative, valid], dim=1)
-    rows = all_gather_constant(torch.cat([rows, of_rank], dim=1))
-    positive, hardest, valid, loss, tokens = rows.double().cpu().numpy().T
+    loss = output.loss.detach().expand(len(valid))
+    rows = torch.stack([output.positive, output.hardest_negative, valid, loss], dim=1)
+    positive, hardest, valid, loss = all_gather_constant(rows).double().cpu().numpy().T
     positive, hardest = positive[valid == 1], hardest[(valid == 1) & (hardest > -math.inf)]
     metrics = {
         "step": done,
@@ -111,7 +105,14 @@ def _summary(order: Order, done: int, lr: float, batch: Batch, result: StepResul
         "masked_pairs": float(output.masked_pairs),
         "valid": int(valid.sum()),
     }
-    return metrics, {"positive": positive, "hardest_negative": hardest}, int(tokens[:: len(batch.keys)].sum())
+    return metrics, {"positive": positive, "hardest_negative": hardest}
+
+
+def _over_ranks(result: StepResult, waited: float) -> tuple[float, float]:
+    """(tokens of all ranks, seconds the slowest rank waited for data)."""
+    ours = torch.tensor([[result.tokens, waited]], dtype=torch.float32, device=result.loss.loss.device)
+    ranks = all_gather_constant(ours)
+    return float(ranks[:, 0].sum()), float(ranks[:, 1].max())
 
 
 def _check(recipe: Recipe, metrics: dict, bad_samples: int, folder: Path) -> None:
@@ -130,11 +131,6 @@ def _check(recipe: Recipe, metrics: dict, bad_samples: int, folder: Path) -> Non
         )
 
 
-def _evaluate(run: Run, monitor: Monitor | None, step: int) -> None:
-    report = run.evaluate()
-    if report and monitor:
-        report.write(run.folder / "evaluation" / f"step-{step:08d}.json")
-        datasets = {name: dataset.precision_at_1 for name, dataset in report.datasets.items()}
-        monitor.evaluation(step, report.averages(), datasets)
-        averages = ", ".join(f"{name} {value:.1%}" for name, value in report.averages().items())
-        monitor.bar.write(f"step {step}, Precision@1: {averages}", file=sys.stderr)
+def _evaluate(run: Run, monitor: Monitor, step: int) -> None:
+    if report := run.evaluate():
+        monitor.evaluation(step, report)

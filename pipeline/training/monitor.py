@@ -1,12 +1,16 @@
 """What a run shows of itself: metrics.jsonl, TensorBoard, the progress bar, and each rank's ledger."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from pipeline.data.collate import Batch
+from pipeline.evaluation.report import Report
 
 
 class StepLog:
@@ -26,6 +30,9 @@ class StepLog:
     def write(self, record: dict) -> None:
         self.file.write(json.dumps(record) + "\n")
 
+    def flush(self) -> None:
+        os.fsync(self.file.fileno())
+
 
 def _lines(path: Path) -> list[str]:
     """The file's whole lines: a process may have been killed while it wrote the last."""
@@ -34,19 +41,48 @@ def _lines(path: Path) -> list[str]:
 
 
 class Monitor:
-    """The first rank's view of a run, from step `start` of `steps`."""
+    """One rank's view of a run in `folder`, from step `start` of `steps`; what concerns all ranks, rank 0 shows."""
 
-    def __init__(self, run: Path, start: int, steps: int) -> None:
-        # metrics.jsonl holds what the recipe, seed and world size decide, so two runs can be compared bit
-        # for bit; how fast it went has a file of its own.
-        self.metrics = StepLog(run / "metrics.jsonl", start)
-        self.speed = StepLog(run / "speed.jsonl", start)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
-        # In a log file a bar that redraws itself ten times a second would be all there is to read.
-        pace = 0.1 if sys.stderr.isatty() else 10
-        self.bar = tqdm(initial=start, total=steps, desc="training", unit="step", mininterval=pace, ncols=100)
+    def __init__(self, folder: Path, rank: int, start: int, steps: int, *, ledger: bool) -> None:
+        self.folder = folder
+        self.bad_samples = StepLog(folder / "bad_samples" / f"rank{rank}.jsonl", start)
+        self.logs = [self.bad_samples]
+        self.ledger = None
+        if ledger:
+            self.ledger = StepLog(folder / "ledger" / f"rank{rank}.jsonl", start)
+            self.logs.append(self.ledger)
+        self.leads = rank == 0
+        if self.leads:
+            # metrics.jsonl holds what recipe, seed and world size decide, so that two runs can be compared bit
+            # for bit; how fast it went has a file of its own.
+            self.metrics = StepLog(folder / "metrics.jsonl", start)
+            self.speed = StepLog(folder / "speed.jsonl", start)
+            self.logs += [self.metrics, self.speed]
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
+            # In a log file a bar that redraws itself ten times a second would be all there is to read.
+            pace = 0.1 if sys.stderr.isatty() else 10
+            self.bar = tqdm(initial=start, total=steps, desc="training", unit="step", mininterval=pace, ncols=100)
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.leads:
+            self.bar.close()
+            self.board.close()
+
+    def batch(self, step: int, batch: Batch) -> None:
+        """Note what this rank consumed in `step`, and what of it could not be used."""
+        if self.ledger:
+            self.ledger.write({"step": step, "keys": batch.keys})
+        for key, reason in batch.bad:
+            self.bad_samples.write({"step": step, "key": key, "reason": reason})
+            tqdm.write(f"bad sample {key}: {reason}", file=sys.stderr)
 
     def step(self, metrics: dict, speed: dict, histograms: dict[str, np.ndarray]) -> None:
+        """Show a step's figures; a metric that is None has no value in this step."""
+        if not self.leads:
+            return
         self.metrics.write(metrics)
         self.speed.write({"step": metrics["step"]} | speed)
         for group, values in (("train", metrics), ("speed", speed)):
@@ -59,13 +95,17 @@ class Monitor:
         self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
         self.bar.update()
 
-    def evaluation(self, step: int, averages: dict[str, float], datasets: dict[str, float]) -> None:
-        """Precision@1 by meta-task and by dataset, after `step` steps."""
-        for group, values in (("evaluation", averages), ("evaluation_datasets", datasets)):
-            for name, value in values.items():
-                self.board.add_scalar(f"{group}/{name}", value, step)
-        self.board.flush()
+    def evaluation(self, step: int, report: Report) -> None:
+        """Show and keep an evaluation after `step` steps."""
+        report.write(self.folder / "evaluation" / f"step-{step:08d}.json")
+        for name, value in report.averages().items():
+            self.board.add_scalar(f"evaluation/{name}", value, step)
+        for name, dataset in report.datasets.items():
+            self.board.add_scalar(f"evaluation_datasets/{name}", dataset.precision_at_1, step)
+        averages = ", ".join(f"{name} {value:.1%}" for name, value in report.averages().items())
+        tqdm.write(f"step {step}, Precision@1: {averages}", file=sys.stderr)
 
-    def close(self) -> None:
-        self.bar.close()
-        self.board.close()
+    def flush(self) -> None:
+        """Bring the logs to the disk, as a checkpoint does with itself: the two must not part in a crash."""
+        for log in self.logs:
+            log.flush()

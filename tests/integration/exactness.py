@@ -1,4 +1,4 @@
-"""One rank of the exactness tests: `python exactness.py MODEL STAGE OUT [no-guard]`.
+"""One rank of the exactness tests: `python exactness.py MODEL DS_CONFIG OUT [no-guard MIX]`.
 
 Takes optimizer steps through the engine and, beside it, the same steps in one process with the whole global
 batch, item by item, the loss as one B x B formula, plain autograd and torch's AdamW. Writes the differences.
@@ -27,7 +27,8 @@ from pipeline.training.step import train_step
 
 PAIRS = 16
 STEPS = 2
-LR = 2e-4
+LR = 0.1
+EPS = 1.0  # so that a step is nearly proportional to the gradient: Adam otherwise hides its scale
 INVALID = {3, 9}
 MIXES = ("images", "text", "mixed")
 CHUNK_TOKENS = (1, 200, 100_000)  # one item a chunk, a few, all
@@ -70,7 +71,7 @@ def batch_of(pairs: list[Pair], processor: Processor) -> Batch:
 
 
 def formula(model: Llave, pairs: list[Pair], processor: Processor, alpha: float, temperature: float) -> torch.Tensor:
-    """The loss of DESIGN in one B x B matrix, each item embedded by itself."""
+    """LLaVE's loss (arXiv 2503.04812) as one B x B matrix, each item embedded by itself."""
     pairs = [pair for pair in pairs if int(pair.key) not in INVALID]
 
     def embed(items: list[Item]) -> torch.Tensor:
@@ -112,8 +113,7 @@ def compare(model: str, stage: str, mix: str, chunk_tokens: int) -> dict:
             f"deepspeed={stage}",
             f"batch.global_batch={PAIRS}",
             "data.lanes=2",
-            # Where the true gradient is zero (a bias all keys share), Adam would blow rounding up to a full step.
-            "optimizer.eps=1e-4",
+            f"optimizer.eps={EPS}",
             "optimizer.weight_decay=0.1",
             "optimizer.max_grad_norm=1.0",
         ],
@@ -123,7 +123,7 @@ def compare(model: str, stage: str, mix: str, chunk_tokens: int) -> dict:
     matrices = [p for p in reference.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in reference.parameters() if p.requires_grad and p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}], lr=LR, eps=1e-4
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}], lr=LR, eps=EPS
     )
     result = {"mix": mix, "chunk_tokens": chunk_tokens, "loss": 0.0, "grad_norm": 0.0}
     for step in range(STEPS):
@@ -159,7 +159,7 @@ def main() -> None:
             return [chunks_module.Chunk(c.rows, c.packed, bool(c.packed.image_sizes)) for c in chunks]
 
         step_module.plan_chunks = unguarded
-        mixes, budgets = ("mixed",), (200,)
+        mixes, budgets = (flags[1],), (200,)
     results = [compare(model, stage, mix, tokens) for mix in mixes for tokens in budgets]
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))

@@ -58,7 +58,16 @@ def test_a_number_of_processes_that_cannot_share_the_lanes_is_refused(dataset, t
 
 
 def test_a_damaged_shard_stops_the_run_and_is_named(dataset, tmp_path, tiny_model):
-    error = error_of(
-        [f"run={tmp_path}/run", "model.architecture=null", f"model.path={tiny_model}", "data.workers=1"], world=2
-    )
+    error = error_of([f"run={tmp_path}/run", f"model.path={tiny_model}", "data.workers=1"], world=2)
     assert "000000.tar is damaged" in error
+
+
+def test_under_torchrun_the_error_comes_first(dataset, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    recipe = ["pipeline.train", "pipeline/recipes/demo.yaml", f"run={tmp_path}/run", "data.url=s3://pipeline-nowhere/x"]
+    ended = launch([*torchrun, *recipe], 1, seconds=60)
+    assert ended.status not in ([0], [None])
+    before, error, _ = ended.output.partition("error: s3://pipeline-nowhere")
+    assert error
+    assert "Traceback" not in before
+    assert ended.output.count("error: s3://") == 1  # not once a rank

@@ -35,7 +35,11 @@ def test_a_step_equals_one_process_with_the_whole_batch(stage, world, tiny_model
 
 def test_without_the_dummy_tile_a_rank_without_images_breaks_zero_3(tiny_model, tmp_path):
     """The guard the test above relies on in its mixed batches, where the second of two ranks has no image."""
-    out = tmp_path / "out.json"
-    ended = launch([WORKER, tiny_model, zero_config(3, tmp_path), str(out), "no-guard"], 2, seconds=60)
-    assert ended.status != [0, 0]
-    assert not out.exists()
+    config = zero_config(3, tmp_path)
+    for mix, works in (("images", True), ("mixed", False)):
+        out = tmp_path / f"{mix}.json"
+        ended = launch([WORKER, tiny_model, config, str(out), "no-guard", mix], 2, seconds=60)
+        assert (ended.status == [0, 0]) == works, ended.output[-4000:]
+        assert out.exists() == works
+        assert "TypeError" not in ended.output
+        assert "AttributeError" not in ended.output

@@ -20,8 +20,13 @@ def test_chunks_hold_every_item_once_within_the_budget(budget):
     assert sorted(torch.cat([chunk.rows for chunk in chunks]).tolist()) == list(range(50))
     for chunk in chunks:
         assert chunk.packed.lengths == tuple(lengths[row] for row in chunk.rows)
-        assert len(chunk.rows) == 1 or sum(chunk.packed.lengths) <= budget
-    assert len(chunks) >= sum(lengths) / budget
+        assert len(chunk.rows) == 1 or len(chunk.rows) * max(chunk.packed.lengths) <= budget
+
+
+def test_short_items_do_not_share_a_chunk_with_a_long_one():
+    """Attention pads a chunk's items to its longest: 100 short ones beside one of 3000 would be 300,000 tokens."""
+    chunks = plan_chunks([encoded(40)] * 100 + [encoded(3000)], 4000, CPU)
+    assert [len(chunk.rows) for chunk in chunks] == [1, 100]
 
 
 def test_chunks_say_whether_they_have_images():

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from PIL import Image as Picture
 from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
 
+from pipeline.config import Architecture
 from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.tiles import Tiling
 from pipeline.errors import PipelineError
-from pipeline.models.llave import Llave, Processor, prompt, save_folder
+from pipeline.models.llave import SUFFIX, Llave, Processor, check_architecture, prompt, save_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -82,10 +83,10 @@ def test_a_packed_item_does_not_see_its_neighbours(tiny_model, items):
 
 def test_a_long_text_is_cut_before_the_prompts_end(tiny_model):
     whole, cut = (Processor.load(tiny_model, n).encode(Item("star " * 200)).input_ids for n in (4096, 64))
-    suffix = Processor.load(tiny_model, 64).encode(Item("")).input_ids[-8:]
+    end = len(Processor.load(tiny_model, 64).tokenizer(SUFFIX)["input_ids"])
     assert len(cut) == 64 < len(whole)
-    assert cut[-8:].tolist() == whole[-8:].tolist() == suffix.tolist()
-    assert cut[:50].tolist() == whole[:50].tolist()
+    assert cut[-end:].tolist() == whole[-end:].tolist()
+    assert cut[:-end].tolist() == whole[: 64 - end].tolist()
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,22 @@ def test_a_saved_folder_loads_in_transformers_and_here(tiny_model, items, tmp_pa
     encoded = Processor.load(str(tmp_path / "saved"), 512).encode(items[1])
     assert np.array_equal(encoded.input_ids, Processor.load(tiny_model, 512).encode(items[1]).input_ids)
     assert json.loads((tmp_path / "saved/config.json").read_text())["architectures"] == ["LlavaOnevisionModel"]
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "named"),
+    [
+        ("text", "hidden_sise", "did you mean hidden_size"),
+        ("vision", "layers", "model.architecture.vision.layers"),
+        ("text", None, "vocab_size is missing"),
+    ],
+)
+def test_an_architecture_that_transformers_does_not_know_is_refused(part, key, named):
+    parts = {"vision": {}, "text": {"vocab_size": 300} if key else {}}
+    if key:
+        parts[part] = parts[part] | {key: 7}
+    with pytest.raises(PipelineError, match=named):
+        check_architecture(Architecture(**parts, image_grid_pinpoints=[(8, 8)]))
 
 
 def test_missing_models_and_weights_are_clear_errors(tiny_model, tmp_path):

@@ -1,7 +1,9 @@
 import json
 
+import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.evaluation.report import Dataset, Example, Report
 from pipeline.training.monitor import Monitor, StepLog
 
 
@@ -19,13 +21,13 @@ def test_a_continued_log_drops_the_steps_taken_again_and_a_torn_line(tmp_path):
 
 
 def test_tensorboard_shows_metrics_speed_and_histograms(tmp_path):
-    monitor = Monitor(tmp_path, 0, 2)
-    for step in (1, 2):
-        monitor.step(
-            {"step": step, "loss": 1 / step, "positive_similarity": None}, {"seconds": 0.5}, {"positive": [0.1]}
-        )
-    monitor.evaluation(2, {"vqa": 0.5}, {"Scene-VQA": 0.5})
-    monitor.close()
+    with Monitor(tmp_path, 0, 0, 2, ledger=False) as monitor:
+        for step in (1, 2):
+            metrics = {"step": step, "loss": 1 / step, "positive_similarity": None}
+            monitor.step(metrics, {"seconds": 0.5}, {"positive": np.array([0.1])})
+        dataset = Dataset("vqa", True, 10, 0.5, 0.1, 0, Example("q", "r", [("r", 1.0)]))
+        monitor.evaluation(2, Report("model", {"Scene-VQA": dataset}))
+    assert Report.read(tmp_path / "evaluation/step-00000002.json").averages()["vqa"] == 0.5
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in board.Scalars("train/loss")] == [1.0, 0.5]
     assert [event.value for event in board.Scalars("evaluation/vqa")] == [0.5]
