@@ -15,29 +15,37 @@ class PipelineError(Exception):
 def command_line(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a `main` so that a `PipelineError` ends the process with one clear line and status 2.
 
-    Every rank of a job usually meets the same error. The first rank reports at once; the others wait
-    a moment, so that the launcher ends them before they repeat it, and speak only if they failed alone.
-    Of several ranks one that fails otherwise ends at once, too: what waits for it must not wait for its clean-up.
+    Of several ranks the first reports at once. The others, who usually met the same error or only lost the
+    connection to the first, wait a moment, so that the launcher ends them before they speak. None of them takes
+    leave in order: what waits for a failed rank must not wait for its clean-up.
     """
 
     @functools.wraps(main)
     def wrapped() -> None:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         try:
             main()
         except PipelineError as error:
-            rank = int(os.environ.get("RANK", 0))
-            if rank:
-                time.sleep(5)
-            where = f" (rank {rank})" if rank else ""
-            sys.stdout.flush()
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
-            # Not sys.exit: a process group or a loader thread must not keep a failed process alive.
-            os._exit(2)
-        except Exception:
-            if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            message, lost = str(error), False
+        except Exception as error:
+            if world == 1:
                 raise
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
+            if not any(words in str(error) for words in _LOST_PEER):
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            message, lost = "the connection to another rank is lost; what that one says is the cause", True
+        else:
+            return
+        if rank or lost:
+            time.sleep(5)
+        sys.stdout.flush()
+        where = f" (rank {rank})" if rank else ""
+        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
 
     return wrapped
+
+
+# How gloo and NCCL say that another process is gone.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
