@@ -5,27 +5,37 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup.sh
+
+case "${1:-}" in -h | --help) sed -n '2,4s/^# \{0,1\}//p' "$0"; exit ;; esac
+for override in "$@"; do
+    case $override in run=*) setup_failed "the quickstart writes runs/quickstart, always anew; leave $override" ;; esac
+done
+
 setup_environment
 choose_processes
+export PROCESSES run=runs/quickstart
 began=$SECONDS
-
-export run=${QUICKSTART_RUN:-runs/demo}
 rm -rf "$run"
 
 train_and_evaluate() {
     echo "== Drawing the demo world and uploading its shards to $AWS_ENDPOINT_URL"
     python tools/make_shards.py demo 0 s3://pipeline-demo
     echo "== Training on $PROCESSES processes"
-    torchrun --standalone --nproc-per-node "$PROCESSES" -m pipeline.train pipeline/recipes/demo.yaml run="$run" "$@"
+    torchrun --standalone --nproc-per-node "$PROCESSES" -m pipeline.train pipeline/recipes/demo.yaml "$@" run="$run"
     echo "== Evaluating the exported model"
     torchrun --standalone --nproc-per-node "$PROCESSES" -m pipeline.evaluate "$run/export" s3://pipeline-demo/eval \
         against="$run/evaluation/step-00000000.json" example=Scene-T2I out="$run/evaluation/export.json"
 }
 export -f train_and_evaluate
-export PROCESSES
 
 echo "== Starting an S3 server"
-python tools/s3_server.py --bucket pipeline-demo -- bash -euo pipefail -c 'train_and_evaluate "$@"' quickstart "$@"
+python tools/s3_server.py --bucket pipeline-demo -- \
+    bash -euo pipefail -c 'train_and_evaluate "$@"' quickstart "$@" &
+server=$!
+# The server stops everything beside it, and itself, however this script ends.
+trap 'kill -TERM $server 2>/dev/null; wait $server' EXIT
+trap 'exit 130' INT TERM HUP
+wait $server
 
 echo
 echo "Set-up aside this took $((SECONDS - began)) seconds."

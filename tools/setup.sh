@@ -14,8 +14,7 @@ setup_environment() {
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
             setup_failed "Python's headers are missing, which DeepSpeed's kernels need: apt-get install python3-dev"
         echo "Setting up .venv with $("$python" --version): a few minutes, once."
-        rm -rf .venv
-        "$python" -m venv .venv
+        "$python" -m venv .venv  # what an earlier .venv holds besides stays
         .venv/bin/pip install -q --disable-pip-version-check -c constraints.txt \
             -r requirements.txt -r requirements-dev.txt
         echo "$wanted" >.venv/.installed

@@ -1,6 +1,9 @@
 """A run's batches: the order says which samples, the object store brings their blocks, workers decode them."""
 
+import ctypes
 import hashlib
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -122,6 +125,13 @@ class Shares(IterableDataset):
                 yield error
 
 
+def _end_with_parent(worker: int) -> None:
+    """Have Linux end this worker with its rank: one that was killed leaves it waiting to hand over its batch."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def batches(
     source: Source,
     order: Order,
@@ -140,7 +150,13 @@ def batches(
     lanes = order.lanes_of(rank, world)
     workers = min(workers, len(lanes))
     shares = Shares(source, order, lanes, steps, encode)
-    loader = DataLoader(shares, batch_size=None, num_workers=workers, timeout=timeout if workers else 0)
+    loader = DataLoader(
+        shares,
+        batch_size=None,
+        num_workers=workers,
+        timeout=timeout if workers else 0,
+        worker_init_fn=_end_with_parent,
+    )
     waiting = []
     try:
         for share in loader:

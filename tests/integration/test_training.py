@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from launch import launch, start, wait
@@ -104,6 +105,8 @@ def test_killed_in_the_middle_a_run_ends_as_if_it_had_not_been(finished, recipe,
     os.kill(ranks[1].pid, signal.SIGKILL)
     ended = wait(ranks, seconds=60)
     assert ended.status[1] == -signal.SIGKILL
+    left = [process for process in psutil.process_iter(["cmdline"]) if f"run={run}" in (process.info["cmdline"] or [])]
+    assert not psutil.wait_procs(left, timeout=10)[1], "data workers outlived their ranks"
     assert (run / "checkpoints/latest").read_text() in ("step-00000004\n", "step-00000008\n")
     assert len(metrics.read_text().splitlines()) < STEPS
     first_evaluation = (run / "evaluation/step-00000000.json").stat().st_mtime_ns
