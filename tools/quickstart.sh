@@ -33,7 +33,7 @@ python tools/s3_server.py --bucket pipeline-demo -- \
     bash -euo pipefail -c 'train_and_evaluate "$@"' quickstart "$@" &
 server=$!
 # The server stops everything beside it, and itself, however this script ends.
-trap 'kill -TERM $server 2>/dev/null; wait $server' EXIT
+trap 'kill -TERM $server 2>/dev/null && wait $server || true' EXIT
 trap 'exit 130' INT TERM HUP
 wait $server
 
