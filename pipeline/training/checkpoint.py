@@ -4,6 +4,7 @@ RUN/checkpoints/step-00000100/ is written under another name, flushed to the dis
 names it. Whatever moment a run is killed at, `latest` names a whole checkpoint or there is none.
 """
 
+import copyreg
 import json
 import os
 import shutil
@@ -26,6 +27,8 @@ CONDITIONS = "conditions.json"
 
 # What DeepSpeed's own files hold besides tensors and plain values; nothing else is unpickled.
 _DEEPSPEED_TYPES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
+# Python before 3.11.4 would pickle an enumeration through `getattr`, which must stay forbidden.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict, conditions: dict, keep: int) -> None:
