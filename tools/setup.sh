@@ -15,6 +15,8 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
             setup_failed "Python's headers are missing, which DeepSpeed's kernels need: apt-get install python3-dev"
         echo "Setting up .venv with $("$python" --version): a few minutes, once."
         "$python" -m venv .venv  # what an earlier .venv holds besides stays
+        # DeepSpeed comes as source, of which older pips make no wheel without `wheel`.
+        .venv/bin/pip install -q --disable-pip-version-check setuptools wheel
         .venv/bin/pip install -q --disable-pip-version-check -c constraints.txt \
             -r requirements.txt -r requirements-dev.txt
         echo "$wanted" >.venv/.installed

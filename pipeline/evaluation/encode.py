@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from pipeline.data.collate import Encoded
 from pipeline.data.sample import BadSample, Item
@@ -13,6 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.tasks import Collection
 from pipeline.losses.gather import rank_and_world
 from pipeline.models.chunks import embed_chunks, plan_chunks
+from pipeline.progress import progress_bar
 
 _GROUP = 512  # items a rank holds decoded at a time
 
@@ -34,14 +34,17 @@ def embed_collection(
     count = len(collection.items)
     groups = -(-count // (_GROUP * world))
     embeddings = None
-    with ThreadPoolExecutor(16) as pool:
-        for group in tqdm(range(groups), desc="embedding", unit_scale=_GROUP * world, unit="item", disable=rank > 0):
-            rows = list(range(group * _GROUP * world + rank, min((group + 1) * _GROUP * world, count), world))
+    bar = progress_bar(total=count, desc="embedding", unit="item", disable=rank > 0)
+    with bar, ThreadPoolExecutor(16) as pool:
+        for group in range(groups):
+            first, last = group * _GROUP * world, min((group + 1) * _GROUP * world, count)
+            rows = list(range(first + rank, last, world))
             encoded = list(pool.map(lambda row: _encode(encode, collection, row), rows))
             part = embed_chunks(model, plan_chunks(encoded, chunk_tokens, device), len(rows))
             if embeddings is None:
                 embeddings = part.new_zeros(count, part.shape[1])
             embeddings[rows] = part
+            bar.update(last - first)
     if world > 1:
         dist.all_reduce(embeddings)  # every row is zero on all ranks but one
     return embeddings

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from pipeline.data.collate import Batch
 from pipeline.evaluation.report import Report
+from pipeline.progress import progress_bar
 
 
 class StepLog:
@@ -59,9 +60,7 @@ class Monitor:
             self.speed = StepLog(folder / "speed.jsonl", start)
             self.logs += [self.metrics, self.speed]
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
-            # In a log file a bar that redraws itself ten times a second would be all there is to read.
-            pace = 0.1 if sys.stderr.isatty() else 10
-            self.bar = tqdm(initial=start, total=steps, desc="training", unit="step", mininterval=pace, ncols=100)
+            self.bar = progress_bar(initial=start, total=steps, desc="training", unit="step")
 
     def __enter__(self) -> "Monitor":
         return self

@@ -81,6 +81,10 @@ def test_a_packed_item_does_not_see_its_neighbours(tiny_model, items):
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
 
 
+def test_a_text_is_stripped_as_the_original_code_does():
+    assert prompt("  <image>\nwhat? \n") == prompt("<image>\nwhat?")
+
+
 def test_a_long_text_is_cut_before_the_prompts_end(tiny_model):
     whole, cut = (Processor.load(tiny_model, n).encode(Item("star " * 200)).input_ids for n in (4096, 64))
     end = len(Processor.load(tiny_model, 64).tokenizer(SUFFIX)["input_ids"])
