@@ -233,7 +233,7 @@ def main() -> None:
     described = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(**described)
     formats = parser.add_subparsers(metavar="FORMAT", required=True)
-    demo = formats.add_parser("demo", help="the demo world")
+    demo = formats.add_parser("demo", help="the demo world", **described)
     demo.add_argument("source", metavar="SOURCE", type=int, help="the seed")
     demo.set_defaults(make=make_demo)
     jsonl = formats.add_parser("jsonl", help="one pair a line", **described)

@@ -17,7 +17,7 @@ from pipeline.demo.tasks import training_pairs
 from pipeline.training import checkpoint
 from tools.make_shards import make_dataset
 
-STEPS = 12
+STEPS = 24
 EVERY = 4
 
 
@@ -66,14 +66,14 @@ def test_a_run_leaves_what_it_promises(finished, recipe):
     metrics = lines(finished / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert [line["samples"] for line in metrics] == [24 * step for step in range(1, STEPS + 1)]
-    assert {line["epoch"] for line in metrics} == {0, 1}  # 180 samples are 7 steps
+    assert {line["epoch"] for line in metrics} == {0, 1, 2, 3}  # 180 samples are 7 steps
     assert all(np.isfinite(line[name]) for line in metrics for name in ("loss", "grad_norm", "lr"))
     assert [line["step"] for line in lines(finished / "speed.jsonl")] == list(range(1, STEPS + 1))
     assert any((finished / "tensorboard").iterdir())
-    assert sorted(path.name for path in (finished / "checkpoints").glob("step-*")) == ["step-00000008", "step-00000012"]
+    assert sorted(path.name for path in (finished / "checkpoints").glob("step-*")) == ["step-00000020", "step-00000024"]
     assert sorted(path.name for path in (finished / "evaluation").iterdir()) == [
         "step-00000000.json",
-        "step-00000012.json",
+        "step-00000024.json",
     ]
     kept = (finished / "recipe.yaml").read_text()
     assert "torch" in kept.splitlines()[0]
@@ -127,7 +127,7 @@ def test_the_exported_model_scores_what_training_said(finished, tmp_path):
     ended = launch(["-m", "pipeline.evaluate", *arguments], world=2, seconds=60)
     assert ended.status == [0, 0], ended.output[-4000:]
     assert "Precision@1" in ended.output
-    ours, theirs = (json.loads(path.read_text()) for path in (out, finished / "evaluation/step-00000012.json"))
+    ours, theirs = (json.loads(path.read_text()) for path in (out, finished / "evaluation/step-00000024.json"))
     assert ours["datasets"] == theirs["datasets"]
 
 
