@@ -28,6 +28,7 @@ def test_a_step_equals_one_process_with_the_whole_batch(stage, world, tiny_model
     results = json.loads(out.read_text())
     assert len(results) == 9
     for result in results:
+        print(f"ZeRO {stage}, {world} processes: {result}")
         assert result["loss"] < 1e-5, result
         assert result["grad_norm"] < 1e-5, result
         assert result["parameters"] < 1e-5, result
