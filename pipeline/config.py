@@ -192,6 +192,7 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         if name in config:
             raise PipelineError(f"{path}: {name!r} is not set here; the recipe's optimizer and precision decide it")
 
+    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     batch = recipe.batch.global_batch
     if batch % world_size:
         raise PipelineError(f"{world_size} processes do not divide batch.global_batch={batch}")
@@ -203,7 +204,6 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         (("bf16", "enabled"), recipe.precision == "bf16", "precision"),
         # In bf16 a sum of many chunks' gradients would lose more than any of them.
         (("data_types", "grad_accum_dtype"), "fp32", "the gradient cache, which sums the chunks' gradients"),
-        (("zero_optimization", "stage"), config.get("zero_optimization", {}).get("stage", 0), "no `stage`, which"),
     ]
     for keys, value, source in filled:
         section = config
