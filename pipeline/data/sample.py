@@ -8,6 +8,9 @@ IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
 MMEB_IMAGE_MARK = "<|image_1|>"  # what MMEB's own rows write for it
 
+# The image formats that samples hold, as Pillow names them, with the suffix of their files.
+IMAGE_SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}
+
 
 @dataclass(frozen=True)
 class Item:

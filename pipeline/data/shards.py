@@ -20,19 +20,18 @@ from PIL import Image
 
 from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE, Index, Shard, sidecar_dtype
-from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.data.sample import IMAGE_SUFFIXES, BadSample, Item, Pair
 from pipeline.errors import PipelineError
 
-_SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}
 _END = bytes(2 * tarfile.BLOCKSIZE)  # two empty blocks end a tar
 
 
 def image_format(data: bytes) -> tuple[str, int, int]:
     """(suffix by content, width, height in pixels); ("bin", 0, 0) for what is no PNG, JPEG, WebP or GIF."""
     with suppress(Exception):  # Pillow raises nearly anything on bytes made to confuse it
-        image = Image.open(BytesIO(data), formats=tuple(_SUFFIXES))
+        image = Image.open(BytesIO(data), formats=tuple(IMAGE_SUFFIXES))
         fits = max(image.size) <= np.iinfo(np.uint16).max  # the sidecar's field
-        return _SUFFIXES[image.format], *(image.size if fits else (0, 0))
+        return IMAGE_SUFFIXES[image.format], *(image.size if fits else (0, 0))
     return "bin", 0, 0
 
 

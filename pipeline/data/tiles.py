@@ -12,9 +12,7 @@ import numpy as np
 from PIL import Image
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 
-from pipeline.data.sample import BadSample
-
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+from pipeline.data.sample import IMAGE_SUFFIXES, BadSample
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Tiling:
 def decode_image(data: bytes) -> Image.Image:
     """Encoded bytes -> RGB image; `BadSample` if it cannot be decoded or has more pixels than Pillow finds safe."""
     try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=tuple(IMAGE_SUFFIXES))
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels, {Image.MAX_IMAGE_PIXELS} at most")
         return image.convert("RGB")
