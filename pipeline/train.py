@@ -82,7 +82,7 @@ def main() -> None:
         _write_recipe(recipe, folder, world)
     model_path = recipe.model.path or _initial_model(recipe, source, folder / "init", anew=start is None)
     processor = llave.Processor.load(model_path, recipe.model.max_tokens)
-    engine = build_engine(recipe, model_path)
+    engine = build_engine(recipe, ds_config, model_path)
 
     def evaluate() -> Report | None:
         if collection is None:

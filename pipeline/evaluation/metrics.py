@@ -6,7 +6,7 @@ import torch
 from pipeline.evaluation.tasks import Task
 
 
-def rank_candidates(task: Task, embeddings: torch.Tensor) -> list[np.ndarray]:
+def candidate_similarities(task: Task, embeddings: torch.Tensor) -> list[np.ndarray]:
     """Similarities of each query to its candidates, float32, in the candidates' order: the right one first.
 
     embeddings: (items of the collection, hidden), unit rows.

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.errors import PipelineError
-from pipeline.evaluation.metrics import precision_at_1, rank_candidates
+from pipeline.evaluation.metrics import candidate_similarities, precision_at_1
 from pipeline.evaluation.tasks import META_TASKS, Collection
 
 
@@ -48,7 +48,7 @@ class Report:
         """embeddings: (items of the collection, hidden), unit rows."""
         datasets = {}
         for task in collection.tasks:
-            similarities = rank_candidates(task, embeddings)
+            similarities = candidate_similarities(task, embeddings)
             precision, ties = precision_at_1(similarities)
             first = np.argsort(-similarities[0], kind="stable")[:3]
             names = [collection.names[row] for row in task.candidates[0]]

@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
@@ -12,7 +13,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from pipeline.config import Optimizer, Recipe, load_ds_config
+from pipeline.config import Optimizer, Recipe
 from pipeline.errors import PipelineError
 from pipeline.models.llave import Llave
 
@@ -50,10 +51,11 @@ def start_distributed(timeout_minutes: float) -> torch.device:
     return torch.device(accelerator.device_name(local_rank) if backend != "gloo" else "cpu")
 
 
-def build_engine(recipe: Recipe, model_path: str) -> deepspeed.DeepSpeedEngine:
-    """Load the model (under ZeRO-3 straight into its partitions) and give it an optimizer and its sharding."""
-    world = int(os.environ["WORLD_SIZE"])
-    config = load_ds_config(recipe, world)
+def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> deepspeed.DeepSpeedEngine:
+    """Load the model (under ZeRO-3 straight into its partitions) and give it an optimizer and its sharding.
+
+    config: DeepSpeed's, as `load_ds_config` fills it.
+    """
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     if config["zero_optimization"]["stage"] == 3:
         # While this object lives, from_pretrained partitions each weight as it reads it.
@@ -67,9 +69,10 @@ def build_engine(recipe: Recipe, model_path: str) -> deepspeed.DeepSpeedEngine:
     return engine
 
 
-def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, optimizer: Optimizer) -> None:
-    """Give the recipe's to an engine that has loaded a checkpoint, and with it those it was written with."""
-    matrices, vectors = engine.optimizer.param_groups
+def set_hyperparameters(param_groups: list[dict], optimizer: Optimizer) -> None:
+    """Give the recipe's to (matrices, vectors): a new optimizer's, or one's that a checkpoint brought its own."""
+    matrices, vectors = param_groups
+    # Vectors (norms, biases) are spared weight decay, as is the custom.
     for group, weight_decay in ((matrices, optimizer.weight_decay), (vectors, 0.0)):
         group.update(betas=optimizer.betas, eps=optimizer.eps, weight_decay=weight_decay)
 
@@ -83,14 +86,12 @@ def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
 
 
 def _adamw(model: torch.nn.Module, optimizer: Optimizer) -> torch.optim.AdamW:
-    """AdamW that spares vectors (norms, biases) weight decay, as is the custom."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrix = [len(getattr(p, "ds_shape", p.shape)) > 1 for p in trained]  # a ZeRO-3 partition is always flat
-    groups = [
-        {
-            "params": [p for p, m in zip(trained, matrix, strict=True) if m],
-            "weight_decay": optimizer.weight_decay,
-        },
-        {"params": [p for p, m in zip(trained, matrix, strict=True) if not m], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
+    groups = [[p for p in trained if _is_matrix(p)], [p for p in trained if not _is_matrix(p)]]
+    adamw = torch.optim.AdamW([{"params": group} for group in groups], lr=optimizer.lr)
+    set_hyperparameters(adamw.param_groups, optimizer)
+    return adamw
+
+
+def _is_matrix(parameter: torch.nn.Parameter) -> bool:
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # a ZeRO-3 partition is always flat

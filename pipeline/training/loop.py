@@ -46,8 +46,10 @@ class Run:
 def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
     """Train to the last step."""
     recipe = run.recipe
-    state = checkpoint.load(engine, run.start) if run.start else {"step": 0, "bad_samples": 0}
-    set_hyperparameters(engine, recipe.optimizer)
+    state = {"step": 0, "bad_samples": 0}
+    if run.start:
+        state = checkpoint.load(engine, run.start)
+        set_hyperparameters(engine.optimizer.param_groups, recipe.optimizer)
     start, bad_samples = state["step"], state["bad_samples"]
     with Monitor(run.folder, dist.get_rank(), start, run.steps, ledger=recipe.ledger) as monitor:
         if start == 0:

@@ -11,7 +11,7 @@ from pipeline.data.sample import Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encode import embed_collection
-from pipeline.evaluation.metrics import precision_at_1, rank_candidates
+from pipeline.evaluation.metrics import candidate_similarities, precision_at_1
 from pipeline.evaluation.report import Dataset, Example, Report
 from pipeline.evaluation.tasks import Collection
 
@@ -153,6 +153,6 @@ def test_similarities_stand_in_the_candidates_order(mmeb):
     torch.testing.assert_close(embeddings, expected)
     for task in collection.tasks:
         for query, candidates, row in zip(
-            task.queries, task.candidates, rank_candidates(task, embeddings), strict=True
+            task.queries, task.candidates, candidate_similarities(task, embeddings), strict=True
         ):
             np.testing.assert_allclose(row, (expected[candidates] @ expected[query]).numpy(), rtol=1e-5)

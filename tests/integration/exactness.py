@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline.config import load_recipe
+from pipeline.config import load_ds_config, load_recipe
 from pipeline.data.collate import Batch, encode_pairs, pack
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.models import chunks as chunks_module
@@ -118,7 +118,7 @@ def compare(model: str, stage: str, mix: str, chunk_tokens: int) -> dict:
             "optimizer.max_grad_norm=1.0",
         ],
     )
-    engine, processor = build_engine(recipe, model), Processor.load(model, 512)
+    engine, processor = build_engine(recipe, load_ds_config(recipe, world), model), Processor.load(model, 512)
     reference = Llave.load(model, torch.float32)
     matrices = [p for p in reference.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in reference.parameters() if p.requires_grad and p.ndim == 1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 from exactness import batch_of, make_pairs
 
-from pipeline.config import load_recipe
+from pipeline.config import load_ds_config, load_recipe
 from pipeline.models.llave import Processor
 from pipeline.training import checkpoint
 from pipeline.training.engine import build_engine, start_distributed
@@ -28,11 +28,12 @@ def main() -> None:
         result = train_step(engine, batch, recipe.loss, chunk_tokens=200, lr=1e-3)
         return float(result.loss.loss.detach()), result.grad_norm
 
-    engine = build_engine(recipe, model)
+    ds_config = load_ds_config(recipe, world_size=1)
+    engine = build_engine(recipe, ds_config, model)
     losses = [step(engine, batch) for batch in batches[:2]]
     checkpoint.save(engine, Path(folder), 2, {"bad_samples": 0}, {}, keep=1)
     losses.append(step(engine, batches[2]))
-    again = build_engine(recipe, model)
+    again = build_engine(recipe, ds_config, model)
     assert checkpoint.load(again, checkpoint.latest(Path(folder)))["step"] == 2
     print(json.dumps({"losses": losses, "resumed": step(again, batches[2])}))
     dist.destroy_process_group()
