@@ -1,33 +1,47 @@
-"""A dataset's index: `index.json` and, beside every shard, a sidecar with one record a sample.
+"""A dataset's index: `index.json` and, beside it, a sidecar for every shard with one record a sample.
 
-The order of samples needs only `index.json`; a sidecar is read when its shard is first touched, and
-says where each sample's bytes are, whether they are intact, and what sets its length in tokens.
+The order of samples needs only `index.json`. A sidecar says where each sample's bytes are, whether they are
+intact, and what sets its length in tokens; its records are read by the block, with the samples themselves.
 """
 
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from typing import TypeVar
 
 import numpy as np
 
 from pipeline.data import objects
 from pipeline.data.objects import ObjectError
 
-FORMAT = 1
+FORMAT = 2
 INDEX_FILE = "index.json"
+_ATTEMPTS = 3  # what arrives damaged may have been damaged on its way
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar beside the index: file name, samples, bytes, SHA-256 (hex) of the tar and of its sidecar."""
+    """One tar: its file name, samples, bytes, SHA-256 (hex) of the tar and of its sidecar, whose size is also said.
+
+    For estimates before any sidecar is read: text_bytes (UTF-8), images and videos in all samples together;
+    image_sizes, some of the images' (width, height), evenly spaced when they are sorted by area.
+    max_images: of one sample; it sets the width of the sidecar's records.
+    """
 
     file: str
     samples: int
     bytes: int
     sha256: str
     sidecar_sha256: str
+    sidecar_bytes: int
+    text_bytes: int
+    images: int
+    videos: int
+    image_sizes: tuple[tuple[int, int], ...]
+    max_images: int
 
     @property
     def sidecar(self) -> str:
@@ -35,11 +49,29 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Captions:
+    """How tars in img2dataset's layout are read as pairs: the image asks, a caption answers.
+
+    query: the query's text, with one `<image>`. columns: where captions are: "txt" is the member KEY.txt, any
+    other name a column of KEY.json, a text or a list of texts. task: of all samples.
+    """
+
+    query: str
+    columns: tuple[str, ...]
+    task: str
+
+
+@dataclass(frozen=True)
 class Index:
-    """What a dataset consists of."""
+    """What a dataset consists of.
+
+    captions: None for shards in our own layout.  shards_url: where the tars are, if not beside the index.
+    """
 
     dataset: str
     shards: tuple[Shard, ...]
+    captions: Captions | None = None
+    shards_url: str = ""
 
     @property
     def samples(self) -> int:
@@ -50,56 +82,59 @@ class Index:
         return sum(shard.bytes for shard in self.shards)
 
     def to_json(self) -> str:
-        content = {
-            "format": FORMAT,
-            "dataset": self.dataset,
-            "samples": self.samples,
-            "bytes": self.bytes,
-            "shards": [asdict(shard) for shard in self.shards],
-        }
-        return json.dumps(content, indent=1) + "\n"
+        content = {"format": FORMAT, "dataset": self.dataset, "samples": self.samples, "bytes": self.bytes}
+        content |= {"captions": self.captions and asdict(self.captions), "shards_url": self.shards_url}
+        content["shards"] = [asdict(shard) for shard in self.shards]
+        return json.dumps(content | {"checksum": _checksum(content)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def load(cls, url: str) -> "Index":
-        """Read the index in the folder `url`; ObjectError if missing, malformed or of another format."""
+        """Read the index in the folder `url`; ObjectError if missing, malformed, damaged or of another format."""
         name = objects.join(url, INDEX_FILE)
+
+        def read() -> dict | None:
+            try:
+                content = json.loads(objects.read(name))
+            except ValueError:
+                return None
+            version = content.get("format") if isinstance(content, dict) else None
+            if version != FORMAT:
+                raise ObjectError(
+                    f"{name} has format {version!r}, this version reads format {FORMAT}: make the shards again"
+                )
+            return content if content.pop("checksum", None) == _checksum(content) else None
+
+        content = _intact(read, f"{name} is damaged (it is no JSON, or its checksum differs): make the shards again")
         try:
-            content = json.loads(objects.read(name))
-        except ValueError as error:
-            raise ObjectError(f"{name} is no JSON ({error}): make the shards again") from error
-        version = content.get("format") if isinstance(content, dict) else None
-        if version != FORMAT:
-            raise ObjectError(f"{name} has format {version!r}, this version reads format {FORMAT}")
-        dataset, entries = _field(name, content, "dataset", str), _field(name, content, "shards", list)
-        index = cls(dataset, tuple(_shard(name, number, entry) for number, entry in enumerate(entries)))
-        for total in ("samples", "bytes"):
-            if _field(name, content, total, int) != getattr(index, total):
-                raise ObjectError(f"{name}: {total} is not the sum of its shards: make the shards again")
-        return index
+            shards = tuple(_shard(name, entry) for entry in content["shards"])
+            captions = content["captions"]
+            if captions is not None:
+                captions = Captions(captions["query"], tuple(captions["columns"]), captions["task"])
+            return cls(content["dataset"], shards, captions, content["shards_url"])
+        except (KeyError, TypeError) as error:
+            raise ObjectError(f"{name} is no index of ours ({error!r}): make the shards again") from error
 
 
-def _shard(name: str, number: int, entry: object) -> Shard:
-    where = f"{name}, shard {number}"
-    shard = Shard(**{field: _field(where, entry, field, kind) for field, kind in Shard.__annotations__.items()})
+def _shard(name: str, entry: dict) -> Shard:
+    shard = Shard(**entry | {"image_sizes": tuple(map(tuple, entry["image_sizes"]))})
     if "/" in shard.file or shard.file.startswith("."):
-        raise ObjectError(f"{where}: a shard lies beside its index, {shard.file!r} does not")
+        raise ObjectError(f"{name}: {shard.file!r} is no name of a shard")
     return shard
 
 
-def _field(where: str, content: object, field: str, kind: type):
-    value = content.get(field) if isinstance(content, dict) else None
-    if type(value) is not kind or (kind is int and value < 0):
-        raise ObjectError(f"{where}: {field!r} is missing or no {kind.__name__}: make the shards again")
-    return value
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def sidecar_dtype(images: int) -> np.dtype:
-    """One record of a sidecar, for a shard whose samples have at most `images` images.
+def sidecar_dtype(max_images: int) -> np.dtype:
+    """One record of a sidecar, for a shard whose samples have at most `max_images` images.
 
     offset, length: of the sample's bytes (tar headers included) in the tar; crc32 is of these bytes.
-    query_hash, target_hash: Item.content_hash. negative_chars: of all negatives together.
+    query_hash, target_hash: Item.content_hash; of a Single, its item is the query and target_hash 0.
+    *_text: UTF-8 bytes, of the target the longest of its texts, of all negatives together.
     image_sizes: (width, height) in pixels of the query's, the target's, then the negatives' images, the rest
     zero; (0, 0) is also an image whose size cannot be read.
+    checksum: CRC-32 of the record's other bytes.
     """
     return np.dtype(
         [
@@ -108,56 +143,93 @@ def sidecar_dtype(images: int) -> np.dtype:
             ("crc32", "<u4"),
             ("query_hash", "<u8"),
             ("target_hash", "<u8"),
-            ("query_chars", "<u4"),
-            ("target_chars", "<u4"),
-            ("negative_chars", "<u4"),
+            ("query_text", "<u4"),
+            ("target_text", "<u4"),
+            ("negative_text", "<u4"),
             ("query_images", "u1"),
             ("target_images", "u1"),
+            ("negative_images", "u1"),
             ("negatives", "u1"),
-            ("image_sizes", "<u2", (images, 2)),
+            ("videos", "u1"),
+            ("image_sizes", "<u2", (max_images, 2)),
+            ("checksum", "<u4"),
         ]
     )
+
+
+def record_checksums(records: np.ndarray) -> np.ndarray:
+    """(n,) records -> (n,) uint32, what each record's checksum should be."""
+    rows = memoryview(np.ascontiguousarray(records).view(np.uint8))
+    width = records.dtype.itemsize
+    sums = [zlib.crc32(rows[start : start + width - 4]) for start in range(0, len(rows), width)]
+    return np.array(sums, np.uint32)
 
 
 def load_sidecar(url: str, shard: Shard) -> np.ndarray:
     """(shard.samples,) records of `sidecar_dtype`. Raises ObjectError if the bytes are not those indexed."""
     name = objects.join(url, shard.sidecar)
-    data = objects.read(name)
-    if hashlib.sha256(data).hexdigest() != shard.sidecar_sha256:
-        raise ObjectError(f"{name} is damaged (its sha256 differs from the index's): delete and upload it again")
+
+    def read() -> bytes | None:
+        data = objects.read(name)
+        return data if hashlib.sha256(data).hexdigest() == shard.sidecar_sha256 else None
+
+    data = _intact(read, f"{name} is damaged (its sha256 differs from the index's): delete and upload it again")
     try:
         sidecar = np.load(BytesIO(data), allow_pickle=False)
-        known = sidecar.dtype == sidecar_dtype(sidecar.dtype["image_sizes"].shape[0])
-    except (ValueError, KeyError, IndexError) as error:
-        raise ObjectError(f"{name} is no sidecar of this format ({error}): make the shards again") from error
-    if not known or sidecar.shape != (shard.samples,):
+    except ValueError as error:
+        raise ObjectError(f"{name} is no sidecar ({error}): make the shards again") from error
+    if sidecar.dtype != sidecar_dtype(shard.max_images) or sidecar.shape != (shard.samples,):
         raise ObjectError(f"{name} is no sidecar of {shard.samples} samples: make the shards again")
     return sidecar
 
 
-def read_samples(url: str, shard: Shard, sidecar: np.ndarray, start: int, stop: int) -> list[bytes]:
-    """The bytes of samples start..stop-1 of a shard, by one ranged read.
+def read_records(url: str, shard: Shard, start: int, stop: int) -> np.ndarray:
+    """Records start..stop-1 of a shard's sidecar, by one ranged read. ObjectError if they are damaged."""
+    name = objects.join(url, shard.sidecar)
+    dtype = sidecar_dtype(shard.max_images)
+    first = shard.sidecar_bytes - (shard.samples - start) * dtype.itemsize  # a header precedes the records
+
+    def read() -> np.ndarray | None:
+        records = np.frombuffer(objects.read(name, first, (stop - start) * dtype.itemsize), dtype)
+        return records if (record_checksums(records) == records["checksum"]).all() else None
+
+    return _intact(read, f"{name} is damaged (records {start}-{stop - 1}): delete and upload it again")
+
+
+def read_samples(url: str, shard: Shard, records: np.ndarray) -> list[bytes]:
+    """The bytes of consecutive samples of a shard, given their records, by one ranged read.
 
     Raises ObjectError when a sample's CRC-32 is not the indexed one: damaged bytes must never be taken
     for a bad sample, which training would only mask.
     """
-    if start >= stop:
+    if not len(records):
         return []
     name = objects.join(url, shard.file)
-    # Python integers: u8 + u4 in numpy would wrap or become float.
-    spans = [
-        (offset, offset + length)
-        for offset, length in zip(
-            sidecar["offset"][start:stop].tolist(), sidecar["length"][start:stop].tolist(), strict=True
-        )
-    ]
-    first = spans[0][0]
-    block = memoryview(objects.read(name, first, spans[-1][1] - first))
-    samples = [bytes(block[begin - first : end - first]) for begin, end in spans]
-    for number, (span, sample) in enumerate(zip(spans, samples, strict=True), start):
-        if zlib.crc32(sample) != sidecar["crc32"][number]:
-            raise ObjectError(
-                f"{name} is damaged: bytes {span[0]}-{span[1] - 1} (sample {number}) differ from what was "
-                "indexed; delete and upload it again"
-            )
-    return samples
+    offsets = records["offset"].tolist()  # Python integers: u8 + u4 in numpy would wrap or become float
+    ends = [offset + length for offset, length in zip(offsets, records["length"].tolist(), strict=True)]
+    first = offsets[0]
+    damaged = ""
+
+    def read() -> list[bytes] | None:
+        nonlocal damaged
+        block = memoryview(objects.read(name, first, ends[-1] - first))
+        samples = [bytes(block[begin - first : end - first]) for begin, end in zip(offsets, ends, strict=True)]
+        wrong = [i for i, sample in enumerate(samples) if zlib.crc32(sample) != records["crc32"][i]]
+        if wrong:
+            damaged = f"bytes {offsets[wrong[0]]}-{ends[wrong[0]] - 1}"
+        return None if wrong else samples
+
+    return _intact(
+        read, lambda: f"{name} is damaged: {damaged} differ from what was indexed; delete and upload it again"
+    )
+
+
+Content = TypeVar("Content")
+
+
+def _intact(read: Callable[[], Content | None], complaint: str | Callable[[], str]) -> Content:
+    """What `read` returns, tried again while that is None: for "damaged"; in the end an ObjectError."""
+    for _ in range(_ATTEMPTS):
+        if (content := read()) is not None:
+            return content
+    raise ObjectError(complaint if isinstance(complaint, str) else complaint())

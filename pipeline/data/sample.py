@@ -1,4 +1,4 @@
-"""What one training sample is: a query and its target, each a text with its images."""
+"""What one sample is: a query and its target, or one item alone; each item a text with its images or video."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +10,7 @@ MMEB_IMAGE_MARK = "<|image_1|>"  # what MMEB's own rows write for it
 
 # The image formats that samples hold, as Pillow names them, with the suffix of their files.
 IMAGE_SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}
+VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Pair:
-    """One training sample: `target` answers `query`; `negatives` look as if they did."""
+    """One training sample: `target` answers `query`; `negatives` look as if they did.
+
+    alternatives: texts that may stand in the place of the target's: an image's other captions, of which
+        each step that takes the sample draws one.
+    """
 
     key: str
     dataset: str
@@ -45,10 +50,35 @@ class Pair:
     query: Item
     target: Item
     negatives: tuple[Item, ...] = ()
+    alternatives: tuple[str, ...] = ()
 
     @property
     def items(self) -> tuple[Item, ...]:
         return (self.query, self.target, *self.negatives)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The target's texts, of which one is drawn."""
+        return (self.target.text, *self.alternatives)
+
+    def drawn(self, number: int) -> "Pair":
+        """The pair with its target's text number `number`, and no others."""
+        target = Item(self.texts[number], self.target.images, self.target.video)
+        return Pair(self.key, self.dataset, self.task, self.query, target, self.negatives)
+
+
+@dataclass(frozen=True)
+class Single:
+    """One item by itself: a query or a candidate of an evaluation set."""
+
+    key: str
+    dataset: str
+    task: str
+    item: Item
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        return (self.item,)
 
 
 class BadSample(Exception):

@@ -1,14 +1,15 @@
-"""Samples as WebDataset tars: writing shards with their index, and reading a sample's bytes back.
+"""Samples as WebDataset tars: writing shards with their sidecars, and reading a sample's bytes back.
 
 Members of one sample share the key before the first dot: KEY.json says what the sample is, KEY.query.0.jpg,
-KEY.target.0.png, KEY.negative.0.0.jpg are images in order, KEY.query.mp4 a video.
+KEY.target.0.png, KEY.negative.0.0.jpg are images in order, KEY.query.mp4 a video; KEY.item.0.jpg is an image
+of an item by itself. Tars in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json) are read as pairs as they are.
 """
 
 import hashlib
 import json
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from io import BytesIO
 from itertools import chain
@@ -19,11 +20,13 @@ import webdataset
 from PIL import Image
 
 from pipeline.data import objects
-from pipeline.data.index import INDEX_FILE, Index, Shard, sidecar_dtype
-from pipeline.data.sample import IMAGE_SUFFIXES, BadSample, Item, Pair
+from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, record_checksums, sidecar_dtype
+from pipeline.data.sample import IMAGE_SUFFIXES, BadSample, Item, Pair, Single
+from pipeline.data.video import video_format
 from pipeline.errors import PipelineError
 
 _END = bytes(2 * tarfile.BLOCKSIZE)  # two empty blocks end a tar
+_KEPT_SIZES = 16  # of a shard's images, in the index
 
 
 def image_format(data: bytes) -> tuple[str, int, int]:
@@ -35,23 +38,25 @@ def image_format(data: bytes) -> tuple[str, int, int]:
     return "bin", 0, 0
 
 
-def sample_bytes(pair: Pair) -> bytes:
+def sample_bytes(sample: Pair | Single) -> bytes:
     """The tar members of one sample, headers included, without the end of an archive."""
-    if not pair.key or "." in pair.key or "/" in pair.key:
-        raise PipelineError(f"{pair.dataset}: sample key {pair.key!r} must be a name without dots and slashes")
-    description = {
-        "dataset": pair.dataset,
-        "task": pair.task,
-        "query": _description(pair.query),
-        "target": _description(pair.target),
-        "negatives": [_description(item) for item in pair.negatives],
-    }
-    members = {"__key__": pair.key, "json": json.dumps(description, ensure_ascii=False).encode()}
-    for role, item in _roles(pair):
+    if not sample.key or "." in sample.key or "/" in sample.key:
+        raise PipelineError(f"{sample.dataset}: sample key {sample.key!r} must be a name without dots and slashes")
+    description = {"dataset": sample.dataset, "task": sample.task}
+    if isinstance(sample, Single):
+        description["item"] = _description(sample.item)
+    else:
+        description["query"] = _description(sample.query)
+        description["target"] = _description(sample.target)
+        if sample.alternatives:
+            description["target"]["alternatives"] = sample.alternatives
+        description["negatives"] = [_description(item) for item in sample.negatives]
+    members = {"__key__": sample.key, "json": json.dumps(description, ensure_ascii=False).encode()}
+    for role, item in _roles(sample):
         for number, image in enumerate(item.images):
             members[f"{role}.{number}.{image_format(image)[0]}"] = image
         if item.video is not None:
-            members[f"{role}.mp4"] = item.video
+            members[f"{role}.{video_format(item.video)}"] = item.video
     buffer = BytesIO()
     # Fixed owner and time: the same samples give the same bytes.
     with webdataset.TarWriter(buffer, encoder=False, mtime=0, user="pipeline", group="pipeline") as writer:
@@ -64,140 +69,209 @@ def _description(item: Item) -> dict:
     return {"text": item.text, "images": len(item.images), "video": int(item.video is not None)}
 
 
-def _roles(pair: Pair) -> Iterator[tuple[str, Item]]:
-    yield "query", pair.query
-    yield "target", pair.target
-    for number, item in enumerate(pair.negatives):
-        yield f"negative.{number}", item
+def _roles(sample: Pair | Single) -> Iterator[tuple[str, Item]]:
+    if isinstance(sample, Single):
+        yield "item", sample.item
+    else:
+        yield "query", sample.query
+        yield "target", sample.target
+        for number, item in enumerate(sample.negatives):
+            yield f"negative.{number}", item
 
 
-def parse_sample(data: bytes) -> Pair:
+def parse_sample(data: bytes, captions: Captions | None = None) -> Pair | Single:
     """The sample in these bytes of a shard (no end of an archive needed).
 
+    captions: for tars in img2dataset's layout, of which every sample is a pair.
     Raises BadSample with the reason when the bytes, intact as they are, hold no sample.
     """
-    try:
-        with tarfile.open(fileobj=BytesIO(data), mode="r:") as tar:
-            named = [(member.name, tar.extractfile(member).read()) for member in tar if member.isreg()]
-    except (tarfile.TarError, OSError) as error:
-        raise BadSample(f"no tar ({error})") from error
-    keys = {name.partition(".")[0] for name, _ in named}
-    if len(keys) != 1:
-        raise BadSample(f"members of {len(keys)} samples, where one was expected: {sorted(keys)[:3]}")
-    key = keys.pop()
-    members = {name.partition(".")[2]: content for name, content in named}
-    # Images are found without their suffix: "query.0.jpg" as "query.0".
+    key, members = _members(data)
+    # Images and videos are found without their suffix: "query.0.jpg" as "query.0".
     stems = {name.rpartition(".")[0]: content for name, content in members.items()}
 
     def item(role: str, entry: dict) -> Item:
-        if not isinstance(entry["text"], str):
-            raise TypeError(f"{role} has no text")
+        text = _text(entry["text"])
         images = tuple(stems[f"{role}.{number}"] for number in range(entry["images"]))
-        return Item(entry["text"], images, members[f"{role}.mp4"] if entry.get("video") else None)
+        return Item(text, images, stems[role] if entry.get("video") else None)
 
     try:
+        if captions is not None:
+            return _captioned(key, members, captions)
         description = json.loads(members["json"])
-        return Pair(
-            key,
-            str(description["dataset"]),
-            str(description["task"]),
-            item("query", description["query"]),
-            item("target", description["target"]),
-            tuple(item(f"negative.{number}", entry) for number, entry in enumerate(description["negatives"])),
-        )
+        name = str(description["dataset"]), str(description["task"])
+        if "item" in description:
+            return Single(key, *name, item("item", description["item"]))
+        query, target = item("query", description["query"]), item("target", description["target"])
+        negatives = (item(f"negative.{number}", entry) for number, entry in enumerate(description["negatives"]))
+        alternatives = map(_text, description["target"].get("alternatives", ()))
+        return Pair(key, *name, query, target, tuple(negatives), tuple(alternatives))
     except KeyError as error:
-        raise BadSample(f"{key}: {error.args[0]!r} is missing") from error
+        raise BadSample(f"{error.args[0]!r} is missing") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise BadSample(f"{key}: its json is malformed ({error})") from error
+        raise BadSample(f"its json is malformed ({error})") from error
+
+
+def sample_key(data: bytes) -> str:
+    """The key in a sample's first tar header, for messages; "" if there is none to be read."""
+    with suppress(tarfile.TarError):
+        return tarfile.TarInfo.frombuf(data[: tarfile.BLOCKSIZE], "utf-8", "replace").name.partition(".")[0]
+    return ""
+
+
+def _members(data: bytes) -> tuple[str, dict[str, bytes]]:
+    """A sample's key, and its members by their names without it."""
+    try:
+        with tarfile.open(fileobj=BytesIO(data), mode="r:") as tar:
+            files = [member for member in tar if member.isreg()]
+            if any(member.issparse() for member in files):  # a few bytes may claim to be terabytes
+                raise BadSample("a sparse file in the tar")
+            named = [(split_name(member.name), tar.extractfile(member).read()) for member in files]
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise BadSample(f"no tar ({error})") from error
+    keys = {key for (key, _), _ in named}
+    if len(keys) != 1:
+        raise BadSample(f"members of {len(keys)} samples, where one was expected: {sorted(keys)[:3]}")
+    return keys.pop(), {name: content for (_, name), content in named}
+
+
+def split_name(path: str) -> tuple[str, str]:
+    """A member's (key, name): as webdataset has it, the key ends at the first dot after the last slash."""
+    folder, slash, file = path.rpartition("/")
+    key, _, name = file.partition(".")
+    return folder + slash + key, name
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    value.encode()  # half of a surrogate pair, which JSON can hold, is none either
+    return value
+
+
+def _captioned(key: str, members: dict[str, bytes], captions: Captions) -> Pair:
+    """A sample of img2dataset's: KEY.jpg (or another image), and KEY.txt and KEY.json with the captions."""
+    image = next((content for name, content in members.items() if name in _IMAGE_NAMES), None)
+    if image is None:
+        raise BadSample("no image")
+    texts = []
+    described = json.loads(members.get("json", b"{}"))
+    for column in captions.columns:
+        found = members.get("txt", b"").decode() if column == "txt" else described.get(column)
+        texts += [text.strip() for text in map(_text, found if isinstance(found, list) else [found or ""])]
+    texts = list(dict.fromkeys(filter(None, texts)))
+    if not texts:
+        raise BadSample(f"no caption in {', '.join(captions.columns)}")
+    query, target = Item(captions.query, (image,)), Item(texts[0])
+    return Pair(key, "", captions.task, query, target, alternatives=tuple(texts[1:]))
+
+
+_IMAGE_NAMES = {*IMAGE_SUFFIXES.values(), "jpeg"}
+
+
+class ShardRecords:
+    """Collects what the index and a shard's sidecar say of its samples."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple] = []
+        self._sizes: list[list[tuple[int, int]]] = []
+        self._text_bytes = 0
+        self._videos = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, sample: Pair | Single, offset: int, data: bytes) -> None:
+        """Note the next sample, whose bytes in the tar are `data`, at `offset`."""
+        query, target, *negatives = (*sample.items, Item("")) if isinstance(sample, Single) else sample.items
+        texts = [len(query.text.encode()), len(target.text.encode())]
+        if isinstance(sample, Pair):
+            texts[1] = max(len(text.encode()) for text in sample.texts)
+        texts.append(sum(len(item.text.encode()) for item in negatives))
+        counts = {
+            "images of the query": len(query.images),
+            "images of the target": len(target.images),
+            "images of negatives": sum(len(item.images) for item in negatives),
+            "negatives": len(negatives),
+            "videos": sum(item.video is not None for item in sample.items),
+        }
+        for name, count in counts.items():
+            if count > 255:
+                raise PipelineError(f"{sample.dataset}, sample {sample.key}: {count} {name}, 255 at most")
+        hashes = query.content_hash, 0 if isinstance(sample, Single) else target.content_hash
+        self._rows.append((offset, len(data), zlib.crc32(data), *hashes, *texts, *counts.values()))
+        self._sizes.append([image_format(image)[1:] for item in sample.items for image in item.images])
+        self._text_bytes += sum(texts)
+        self._videos += counts["videos"]
+
+    def finish(self, file: str, size: int, sha256: str) -> tuple[Shard, bytes]:
+        """The shard's entry in the index and the bytes of its sidecar; size and sha256 are the tar's."""
+        max_images = max(map(len, self._sizes), default=0)
+        records = np.zeros(len(self._rows), sidecar_dtype(max_images))
+        for number, (row, sizes) in enumerate(zip(self._rows, self._sizes, strict=True)):
+            records[number] = (*row, 0, 0)
+            if sizes:
+                records["image_sizes"][number, : len(sizes)] = sizes
+        records["checksum"] = record_checksums(records)
+        buffer = BytesIO()
+        np.save(buffer, records, allow_pickle=False)
+        sidecar = buffer.getvalue()
+        all_sizes = sorted(chain.from_iterable(self._sizes), key=lambda size: (size[0] * size[1], size))
+        kept = min(len(all_sizes), _KEPT_SIZES)
+        shard = Shard(
+            file=file,
+            samples=len(records),
+            bytes=size,
+            sha256=sha256,
+            sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
+            sidecar_bytes=len(sidecar),
+            text_bytes=self._text_bytes,
+            images=len(all_sizes),
+            videos=self._videos,
+            image_sizes=tuple(all_sizes[(2 * i + 1) * len(all_sizes) // (2 * kept)] for i in range(kept)),
+            max_images=max_images,
+        )
+        return shard, sidecar
+
+
+def write_shard(samples: Iterable[Pair | Single], path: Path, shard_bytes: int | None = None) -> Shard:
+    """Write one tar and its sidecar, each beside its place and renamed when whole.
+
+    shard_bytes: stop taking samples when the tar has as many (at least one sample); without, take them all.
+    """
+    records, offset, digest, last_key = ShardRecords(), 0, hashlib.sha256(), None
+    partial = path.with_suffix(".tar.partial")
+    with partial.open("wb") as file:
+        for sample in samples:
+            if sample.key == last_key:
+                raise PipelineError(f"{sample.dataset}: two samples in a row have the key {sample.key!r}")
+            last_key, data = sample.key, sample_bytes(sample)
+            file.write(data)
+            digest.update(data)
+            records.add(sample, offset, data)
+            offset += len(data)
+            if shard_bytes is not None and offset >= shard_bytes:
+                break
+        file.write(_END)
+        digest.update(_END)
+    shard, sidecar = records.finish(path.name, offset + len(_END), digest.hexdigest())
+    partial.replace(path)
+    objects.write(str(path.with_name(shard.sidecar)), sidecar)
+    return shard
 
 
 def write_shards(
-    pairs: Iterable[Pair],
-    folder: Path,
-    *,
-    dataset: str,
-    shard_bytes: int = 256 << 20,
-    finished: Callable[[Path], None] = lambda path: None,
+    samples: Iterable[Pair | Single], folder: Path, *, dataset: str, shard_bytes: int = 256 << 20
 ) -> Index:
-    """Write samples as tars of about `shard_bytes` (at least one sample each), sidecars and an index.
-
-    finished: called with each file once it is whole, in an order in which no file names one that is yet
-    to come (the index is last); it may move the file away, so that a dataset need not fit on the disk.
-    """
+    """Write samples from Python, in their order, as tars of about `shard_bytes`, with sidecars and an index."""
     folder.mkdir(parents=True, exist_ok=True)
     # An index of earlier shards would name files that are about to change.
     (folder / INDEX_FILE).unlink(missing_ok=True)
     shards: list[Shard] = []
-    pairs = iter(pairs)
-    for first in pairs:
-        path = folder / f"{len(shards):06d}.tar"
-        shard, sidecar = _write_shard(chain([first], pairs), path, shard_bytes)
-        shards.append(shard)
-        finished(path)
-        finished(sidecar)
-    index = Index(dataset, tuple(shards))
+    samples = iter(samples)
+    for first in samples:
+        shards.append(write_shard(chain([first], samples), folder / f"{len(shards):06d}.tar", shard_bytes))
     if not shards:
         raise PipelineError(f"{dataset}: there are no samples to write")
+    index = Index(dataset, tuple(shards))
     objects.write(str(folder / INDEX_FILE), index.to_json().encode())
-    finished(folder / INDEX_FILE)
     return index
-
-
-def _write_shard(pairs: Iterable[Pair], path: Path, shard_bytes: int) -> tuple[Shard, Path]:
-    """Take samples from the iterator until the tar is full."""
-    records, sizes, offset, digest, last_key = [], [], 0, hashlib.sha256(), None
-    partial = path.with_suffix(".tar.partial")
-    with partial.open("wb") as file:
-        for pair in pairs:
-            if pair.key == last_key:
-                raise PipelineError(f"{pair.dataset}: two samples in a row have the key {pair.key!r}")
-            last_key, data = pair.key, sample_bytes(pair)
-            file.write(data)
-            digest.update(data)
-            records.append(_record(pair, offset, data))
-            sizes.append([image_format(image)[1:] for item in pair.items for image in item.images])
-            offset += len(data)
-            if offset >= shard_bytes:
-                break
-        file.write(_END)
-        digest.update(_END)
-    sidecar = np.zeros(len(records), sidecar_dtype(max(map(len, sizes))))
-    for number, record in enumerate(records):
-        sidecar[number] = (*record, 0)
-        if sizes[number]:
-            sidecar["image_sizes"][number, : len(sizes[number])] = sizes[number]
-    buffer = BytesIO()
-    np.save(buffer, sidecar, allow_pickle=False)
-    shard = Shard(
-        path.name,
-        len(records),
-        offset + len(_END),
-        digest.hexdigest(),
-        hashlib.sha256(buffer.getvalue()).hexdigest(),
-    )
-    partial.replace(path)
-    objects.write(str(path.with_name(shard.sidecar)), buffer.getvalue())
-    return shard, path.with_name(shard.sidecar)
-
-
-def _record(pair: Pair, offset: int, data: bytes) -> tuple[int, ...]:
-    """The fields of `sidecar_dtype` before image_sizes, in their order."""
-    counts = {
-        "query's images": len(pair.query.images),
-        "target's images": len(pair.target.images),
-        "negatives": len(pair.negatives),
-    }
-    for name, count in counts.items():
-        if count > 255:
-            raise PipelineError(f"{pair.dataset}, sample {pair.key}: {count} {name}, an index holds 255 at most")
-    return (
-        offset,
-        len(data),
-        zlib.crc32(data),
-        pair.query.content_hash,
-        pair.target.content_hash,
-        len(pair.query.text),
-        len(pair.target.text),
-        sum(len(item.text) for item in pair.negatives),
-        *counts.values(),
-    )

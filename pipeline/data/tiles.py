@@ -1,16 +1,16 @@
-"""An encoded image -> the uint8 tiles that LLaVA-OneVision's vision tower sees, and how many tokens they become.
+"""Images and video frames -> the uint8 tiles that LLaVA-OneVision's vision tower sees, and how many tokens they become.
 
-The same resize, tiles and token counts as transformers' LlavaOnevisionImageProcessor, less its float work:
-tiles stay uint8 until the device normalises them.
+The same resize, tiles and token counts as transformers' LlavaOnevisionImageProcessor and -VideoProcessor, less
+their float work: tiles stay uint8 until the device normalises them.
 """
 
 import io
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 
 from pipeline.data.sample import IMAGE_SUFFIXES, BadSample
 
@@ -38,7 +38,7 @@ class Tiling:
         base = self.patches**2
         if not anyres:
             return base + 1
-        grid_height, grid_width = select_best_resolution((height, width), self.pinpoints)
+        grid_height, grid_width = self._grid(height, width)
         rows, columns = self.patches * grid_height // self.size, self.patches * grid_width // self.size
         if width / height > columns / rows:
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
@@ -49,21 +49,42 @@ class Tiling:
             rows, columns = int(rows // ratio), int(columns // ratio)
         return base + rows * (columns + 1)
 
+    def video_tokens(self, frames: int) -> int:
+        """Tokens of a video: each frame's patches, pooled 2x2, and one newline at the very end."""
+        return frames * math.ceil(self.patches / 2) ** 2 + 1
+
     def cut(self, image: Image.Image, *, anyres: bool) -> np.ndarray:
         """RGB image -> (tiles, 3, size, size) uint8: the whole image first, then its grid row by row."""
-        side = (self.size, self.size)
         if not anyres:
-            return _channels_first(_pad_to_square(image).resize(side, Image.Resampling.BICUBIC))[None]
-        target = select_best_resolution((image.height, image.width), self.pinpoints)
+            return self._tile(_pad_to_square(image))[None]
+        from transformers.image_processing_utils import get_patch_output_size
+
+        target = self._grid(image.height, image.width)
         channels_first = np.empty((3, image.height, image.width), np.uint8)  # only its shape is looked at
         height, width = get_patch_output_size(channels_first, target, input_data_format="channels_first")
         grid = Image.new("RGB", (target[1], target[0]))
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         grid.paste(resized, ((target[1] - width) // 2, (target[0] - height) // 2))
         rows, columns = target[0] // self.size, target[1] // self.size
-        tiles = _channels_first(grid).reshape(3, rows, self.size, columns, self.size)
-        tiles = tiles.transpose(1, 3, 0, 2, 4).reshape(-1, 3, self.size, self.size)
-        return np.concatenate([_channels_first(image.resize(side, Image.Resampling.BICUBIC))[None], tiles])
+        tiles = np.empty((1 + rows * columns, 3, self.size, self.size), np.uint8)
+        tiles[0] = self._tile(image)
+        cells = _channels_first(grid).reshape(3, rows, self.size, columns, self.size).transpose(1, 3, 0, 2, 4)
+        tiles[1:].reshape(cells.shape)[:] = cells  # one copy
+        return tiles
+
+    def cut_frames(self, frames: Iterable[Image.Image]) -> np.ndarray:
+        """RGB frames of a video -> (frames, 3, size, size) uint8: each is one tile, without regard to its shape."""
+        return np.stack([self._tile(frame) for frame in frames])
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """The pinpoint that suits an image."""
+        # It takes two seconds to import, which programs that cut no images need not wait for.
+        from transformers.image_processing_utils import select_best_resolution
+
+        return select_best_resolution((height, width), self.pinpoints)
+
+    def _tile(self, image: Image.Image) -> np.ndarray:
+        return _channels_first(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -85,4 +106,4 @@ def _pad_to_square(image: Image.Image) -> Image.Image:
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.stack([np.asarray(band) for band in image.split()])  # faster than transposing the pixels

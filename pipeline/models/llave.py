@@ -5,6 +5,7 @@ An item's embedding is the language model's last hidden state at the prompt's la
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,10 +30,11 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from pipeline.config import Architecture
+from pipeline.config import Architecture, Model
 from pipeline.data.collate import Encoded, Image, Packed
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
 from pipeline.data.tiles import Tiling, decode_image
+from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.models.attention import PACKED, Segments
 
@@ -41,6 +43,8 @@ PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 MEAN = STD = 0.5  # SigLIP's
 
+_MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
+
 
 def prompt(text: str) -> str:
     return PREFIX + text.strip() + SUFFIX
@@ -48,48 +52,53 @@ def prompt(text: str) -> str:
 
 @dataclass(frozen=True)
 class Processor:
-    """Items -> token ids and tiles, as LLaVE reads them."""
+    """Items -> token ids and tiles, as LLaVE reads them; of a video, `video_frames` frames."""
 
     tokenizer: PreTrainedTokenizerBase
     tiling: Tiling
     image_token_id: int
+    video_token_id: int
     max_tokens: int
+    video_frames: int = 8
 
     @classmethod
-    def load(cls, path: str, max_tokens: int) -> "Processor":
+    def load(cls, path: str, max_tokens: int, video_frames: int = 8) -> "Processor":
         """The processor of a model folder or hub name."""
         config = _load_config(path)
-        vision = config.vision_config
-        tiling = Tiling(
-            size=vision.image_size,
-            patches=vision.image_size // vision.patch_size,
-            pinpoints=tuple(tuple(size) for size in config.image_grid_pinpoints),
-            max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
-        )
-        return cls(AutoTokenizer.from_pretrained(path), tiling, config.image_token_id, max_tokens)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        return cls(tokenizer, _tiling(config), config.image_token_id, config.video_token_id, max_tokens, video_frames)
 
     def encode(self, item: Item) -> Encoded:
-        """Token ids with one placeholder per image token. A text too long is cut at its end, never its images.
+        """Token ids with a placeholder for each image or video token. A text too long is cut at its end, images never.
 
-        Raises `BadSample` if an image is undecodable, or does not fit `max_tokens`, or marks and images differ.
+        Raises `BadSample` if an image or the video is undecodable or does not fit `max_tokens`, or if the text's
+        marks are not as many as they are.
         """
-        if item.video is not None or VIDEO_MARK in item.text:
-            raise BadSample("this model does not read video yet")
-        texts = prompt(item.text).split(IMAGE_MARK)
-        if len(texts) != len(item.images) + 1:
-            raise BadSample(f"{len(texts) - 1} {IMAGE_MARK} marks in the text, {len(item.images)} images")
+        pieces = _MARKS.split(prompt(item.text))
+        for mark, name, count in (
+            (IMAGE_MARK, "images", len(item.images)),
+            (VIDEO_MARK, "videos", int(item.video is not None)),
+        ):
+            if pieces.count(mark) != count:
+                raise BadSample(f"{pieces.count(mark)} {mark} marks in the text, {count} {name}")
         anyres = len(item.images) == 1
-        images, pieces = [], [self._tokenize(texts[0])]
-        for data, text in zip(item.images, texts[1:], strict=True):
-            image = decode_image(data)
-            tokens = self.tiling.tokens(image.height, image.width, anyres=anyres)
-            images.append(Image(self.tiling.cut(image, anyres=anyres), image.height, image.width))
-            pieces += [[self.image_token_id] * tokens, self._tokenize(text)]
-        ids = np.array([token for piece in pieces for token in piece], np.int32)
+        images, ids, pictures = [], [], map(decode_image, item.images)
+        for piece in pieces:
+            if piece == IMAGE_MARK:
+                picture = next(pictures)
+                images.append(Image(self.tiling.cut(picture, anyres=anyres), picture.height, picture.width))
+                ids += [self.image_token_id] * self.tiling.tokens(picture.height, picture.width, anyres=anyres)
+            elif piece == VIDEO_MARK:
+                frames = sample_frames(item.video, self.video_frames)
+                images.append(Image(self.tiling.cut_frames(frames), frames[0].height, frames[0].width, video=True))
+                ids += [self.video_token_id] * self.tiling.video_tokens(len(frames))
+            else:
+                ids += self._tokenize(piece)
+        ids = np.array(ids, np.int32)
         if len(ids) > self.max_tokens:
             kept, cut = np.split(ids, [self.max_tokens - len(self._suffix)])
-            if self.image_token_id in cut:
-                raise BadSample(f"{len(ids)} tokens with its images, of {self.max_tokens} at most")
+            if np.isin(cut, (self.image_token_id, self.video_token_id)).any():
+                raise BadSample(f"{len(ids)} tokens with its images and video, of {self.max_tokens} at most")
             ids = np.concatenate([kept, self._suffix])
         return Encoded(ids, tuple(images))
 
@@ -123,13 +132,14 @@ class Llave(LlavaOnevisionModel):
     def forward(self, packed: Packed, with_images: bool) -> torch.Tensor:
         """N packed items -> (N, hidden) float32 unit rows.
 
-        with_images: whether any rank has an image in this forward pass. A rank that has none then sends one
+        with_images: whether any rank has an image or video in this forward pass. A rank that has none then sends one
         dummy tile through tower and projector, times zero: under ZeRO-3 every rank must run the same modules.
         """
         embeds = self.language_model.embed_tokens(packed.input_ids)
         if packed.image_sizes:
-            features = self.image_tokens(packed)
-            embeds = embeds.index_copy(0, (packed.input_ids == self.config.image_token_id).nonzero()[:, 0], features)
+            placeholders = packed.input_ids == self.config.image_token_id
+            placeholders |= packed.input_ids == self.config.video_token_id
+            embeds = embeds.index_copy(0, placeholders.nonzero()[:, 0], self.image_tokens(packed))
         elif with_images:
             size = self.config.vision_config.image_size
             dummy = self.tile_features(embeds.new_zeros(1, 3, size, size))
@@ -144,16 +154,22 @@ class Llave(LlavaOnevisionModel):
         return F.normalize(hidden[last].float(), dim=-1)
 
     def image_tokens(self, packed: Packed) -> torch.Tensor:
-        """All images' rows, in the order of their placeholders: (image tokens, hidden)."""
+        """All images' and videos' rows, in the order of their placeholders: (placeholders, hidden)."""
         # In float32, whatever the model's dtype: bf16 has but eight bits for what an image tells.
         pixels = packed.tiles.float().div_(255).sub_(MEAN).div_(STD).to(self.image_newline.dtype)
-        features, _ = self.pack_image_features(
-            self.tile_features(pixels).split(packed.image_tiles),
-            packed.image_sizes,
-            image_newline=self.image_newline,
-            vision_aspect_ratio=self.config.vision_aspect_ratio,
-        )
-        return torch.cat(features)
+        features = self.tile_features(pixels).split(packed.image_tiles)
+        rows = []
+        for tiles, size, video in zip(features, packed.image_sizes, packed.image_videos, strict=True):
+            if video:
+                rows += [self.apply_pooling(tiles).flatten(0, 1), self.image_newline[None]]
+            else:
+                rows += self.pack_image_features(
+                    [tiles],
+                    [size],
+                    image_newline=self.image_newline,
+                    vision_aspect_ratio=self.config.vision_aspect_ratio,
+                )[0]
+        return torch.cat(rows)
 
     def tile_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """(tiles, 3, size, size) normalised -> (tiles, patches², hidden), projected."""
@@ -197,6 +213,25 @@ def build(architecture: Architecture, texts: Iterable[str], seed: int, folder: P
         image_mean=[MEAN] * 3,
         image_std=[STD] * 3,
     ).save_pretrained(folder)
+
+
+def tiling(model: Model) -> Tiling:
+    """How the recipe's model cuts images, before there is a model."""
+    if model.path:
+        return _tiling(_load_config(model.path))
+    architecture = model.architecture
+    vision = SiglipVisionConfig(**architecture.vision)
+    return _tiling(LlavaOnevisionConfig(vision_config=vision, image_grid_pinpoints=architecture.image_grid_pinpoints))
+
+
+def _tiling(config: LlavaOnevisionConfig) -> Tiling:
+    vision = config.vision_config
+    return Tiling(
+        size=vision.image_size,
+        patches=vision.image_size // vision.patch_size,
+        pinpoints=tuple(tuple(size) for size in config.image_grid_pinpoints),
+        max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
+    )
 
 
 def save_folder(model: Llave, weights: dict[str, torch.Tensor], source: str, folder: Path) -> None:

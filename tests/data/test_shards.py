@@ -1,4 +1,7 @@
+import hashlib
 import json
+import os
+import subprocess
 from io import BytesIO
 from pathlib import Path
 
@@ -8,9 +11,9 @@ import webdataset
 from PIL import Image
 
 from pipeline.data import objects
-from pipeline.data.index import Index, load_sidecar, read_samples
+from pipeline.data.index import Captions, Index, load_sidecar, read_records, read_samples
 from pipeline.data.objects import ObjectError
-from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.data.sample import BadSample, Item, Pair, Single
 from pipeline.data.shards import image_format, parse_sample, sample_bytes, write_shards
 from pipeline.errors import PipelineError
 
@@ -29,7 +32,8 @@ def make_pairs(count: int = 23) -> list[Pair]:
         negatives = tuple(Item(f"<image> no {i}", (picture(50 + i),)) for i in range(number % 3))
         query = Item("<image>" * len(images) + f"Frage {number} ü 图", images)
         target = Item(f"answer {number}", video=b"film" if number == 4 else None)
-        pairs.append(Pair(f"{number:06d}", "Mixed", "vqa", query, target, negatives))
+        alternatives = tuple(f"{'ü' * i} answer {number}" for i in range(number % 4))
+        pairs.append(Pair(f"{number:06d}", "Mixed", "vqa", query, target, negatives, alternatives))
     return pairs
 
 
@@ -56,10 +60,12 @@ def test_round_trip(dataset):
     for shard in index.shards:
         sidecar = load_sidecar(url, shard)
         assert objects.size(objects.join(url, shard.file)) == shard.bytes
-        read += map(parse_sample, read_samples(url, shard, sidecar, 0, shard.samples))
-        assert read_samples(url, shard, sidecar, 1, 1) == []
+        read += map(parse_sample, read_samples(url, shard, sidecar))
+        assert read_samples(url, shard, sidecar[1:1]) == []
         for start in range(shard.samples):
-            (one,) = read_samples(url, shard, sidecar, start, start + 1)
+            records = read_records(url, shard, start, start + 1)
+            assert records == sidecar[start : start + 1]
+            (one,) = read_samples(url, shard, records)
             assert parse_sample(one) == read[start - shard.samples]
     assert read == pairs
 
@@ -70,10 +76,12 @@ def test_sidecar_describes_samples(dataset):
     for pair, record in zip(pairs, records, strict=True):
         assert record["query_hash"] == pair.query.content_hash
         assert record["target_hash"] == pair.target.content_hash
-        assert record["query_chars"] == len(pair.query.text)
-        assert record["negative_chars"] == sum(len(item.text) for item in pair.negatives)
+        assert record["query_text"] == len(pair.query.text.encode())
+        assert record["target_text"] == max(len(text.encode()) for text in (pair.target.text, *pair.alternatives))
+        assert record["negative_text"] == sum(len(item.text.encode()) for item in pair.negatives)
         assert (record["query_images"], record["target_images"]) == (len(pair.query.images), 0)
-        assert record["negatives"] == len(pair.negatives)
+        assert record["negative_images"] == record["negatives"] == len(pair.negatives)
+        assert record["videos"] == (pair.target.video is not None)
         sizes = [image_format(image)[1:] for item in pair.items for image in item.images]
         assert record["image_sizes"][: len(sizes)].tolist() == [list(size) for size in sizes]
         assert not record["image_sizes"][len(sizes) :].any()
@@ -86,7 +94,7 @@ def test_one_ranged_read(dataset, monkeypatch):
     asked = []
     original = objects.read
     monkeypatch.setattr(objects, "read", lambda *arguments: asked.append(arguments) or original(*arguments))
-    read_samples(url, shard, sidecar, 1, 4)
+    read_samples(url, shard, sidecar[1:4])
     begin, end = int(sidecar["offset"][1]), int(sidecar["offset"][4])
     assert asked == [(objects.join(url, shard.file), begin, end - begin)]
 
@@ -118,7 +126,7 @@ def test_without_images(tmp_path):
     (shard,) = write_shards([pair], tmp_path, dataset="Texts").shards
     sidecar = load_sidecar(str(tmp_path), shard)
     assert sidecar["image_sizes"].shape == (1, 0, 2)
-    assert parse_sample(read_samples(str(tmp_path), shard, sidecar, 0, 1)[0]) == pair
+    assert parse_sample(read_samples(str(tmp_path), shard, sidecar)[0]) == pair
 
 
 def test_unreadable_image_has_no_size(tmp_path):
@@ -126,15 +134,28 @@ def test_unreadable_image_has_no_size(tmp_path):
     (shard,) = write_shards([pair], tmp_path, dataset="Broken").shards
     sidecar = load_sidecar(str(tmp_path), shard)
     assert sidecar["image_sizes"].tolist() == [[[0, 0]]]
-    assert parse_sample(read_samples(str(tmp_path), shard, sidecar, 0, 1)[0]) == pair
+    assert parse_sample(read_samples(str(tmp_path), shard, sidecar)[0]) == pair
 
 
-def test_finished_names_nothing_yet_to_come(tmp_path):
-    done = []
-    index = write_shards(make_pairs(), tmp_path, dataset="Mixed", shard_bytes=60_000, finished=done.append)
-    expected = [name for shard in index.shards for name in (shard.file, shard.sidecar)]
-    assert [path.name for path in done] == [*expected, "index.json"]
-    assert sorted(done) == sorted(tmp_path.iterdir())
+def test_the_index_sums_up_its_sidecars(dataset):
+    url, _ = dataset
+    for shard in Index.load(url).shards:
+        records = load_sidecar(url, shard)
+        sizes = sorted((w * h, (w, h)) for w, h in records["image_sizes"].reshape(-1, 2).tolist() if w)
+        assert shard.images == len(sizes)
+        assert shard.text_bytes == sum(int(records[f"{role}_text"].sum()) for role in ("query", "target", "negative"))
+        assert shard.videos == records["videos"].sum()
+        assert shard.max_images == records["image_sizes"].shape[1]
+        assert shard.image_sizes == tuple(sizes[(2 * i + 1) * len(sizes) // 32][1] for i in range(16))
+
+
+def test_an_item_alone(tmp_path):
+    samples = [Single("a", "X", "vqa", Item("<image> q", (picture(1),))), Single("b", "X", "vqa", Item("t"))]
+    (shard,) = write_shards(samples, tmp_path, dataset="X").shards
+    records = load_sidecar(str(tmp_path), shard)
+    assert [parse_sample(data) for data in read_samples(str(tmp_path), shard, records)] == samples
+    assert records["query_hash"].tolist() == [sample.item.content_hash for sample in samples]
+    assert records["target_hash"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +164,7 @@ def test_finished_names_nothing_yet_to_come(tmp_path):
         ([], "no samples"),
         ([Pair("a.b", "X", "", Item("q"), Item("t"))], "'a.b'"),
         ([Pair("a", "X", "", Item("q"), Item("t"))] * 2, "two samples in a row"),
-        ([Pair("a", "X", "", Item("q", (b"",) * 256), Item("t"))], "256 query's images"),
+        ([Pair("a", "X", "", Item("q", (b"",) * 256), Item("t"))], "256 images of the query"),
     ],
 )
 def test_refused_samples(tmp_path, pairs, reason):
@@ -161,16 +182,35 @@ def test_damaged_shard_names_object_and_range(dataset):
     begin, end = int(sidecar["offset"][2]), int(sidecar["offset"][2] + sidecar["length"][2])
     data[end - 700] ^= 1
     objects.write(name, bytes(data))
-    assert len(read_samples(url, shard, sidecar, 0, 2)) == 2
+    assert len(read_samples(url, shard, sidecar[:2])) == 2
     with pytest.raises(ObjectError) as caught:
-        read_samples(url, shard, sidecar, 0, 4)
+        read_samples(url, shard, sidecar[:4])
     text = str(caught.value)
     assert f"{name} is damaged: bytes {begin}-{end - 1}" in text
     assert "delete and upload it again" in text
 
     objects.write(name, bytes(data[: begin + 10]))
     with pytest.raises(ObjectError, match="out of bounds"):
-        read_samples(url, shard, sidecar, 0, 4)
+        read_samples(url, shard, sidecar[:4])
+
+
+def test_what_was_damaged_on_its_way_is_read_again(dataset, monkeypatch):
+    url, pairs = dataset
+    original, calls = objects.read, []
+
+    def flipping(*arguments: object) -> bytes:
+        data = bytearray(original(*arguments))
+        calls.append(arguments)
+        if len(calls) % 3:
+            data[len(data) // 2] ^= 1
+        return bytes(data)
+
+    monkeypatch.setattr(objects, "read", flipping)
+    shard = Index.load(url).shards[0]
+    records = read_records(url, shard, 0, shard.samples)
+    assert parse_sample(read_samples(url, shard, records)[0]) == pairs[0]
+    assert (load_sidecar(url, shard) == records).all()
+    assert len(calls) == 12
 
 
 def test_damaged_sidecar(dataset):
@@ -182,17 +222,25 @@ def test_damaged_sidecar(dataset):
     objects.write(name, bytes(data))
     with pytest.raises(ObjectError, match=f"{name} is damaged"):
         load_sidecar(url, shard)
+    assert len(read_records(url, shard, 0, shard.samples - 1)) == shard.samples - 1
+    with pytest.raises(ObjectError, match=f"{name} is damaged"):
+        read_records(url, shard, 0, shard.samples)
+
+
+def signed(content: dict) -> dict:
+    content.pop("checksum")
+    return content | {"checksum": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda index: index | {"format": 2}, "has format 2, this version reads format 1"),
+        (lambda index: index | {"format": 1}, "has format 1, this version reads format 2"),
         (lambda index: [], "has format None"),
-        (lambda index: index | {"samples": 9}, "samples is not the sum"),
-        (lambda index: index | {"shards": [{"file": "0.tar"}]}, "shard 0: 'samples' is missing"),
-        (lambda index: index | {"shards": [index["shards"][0] | {"file": "../0.tar"}]}, "lies beside"),
-        (lambda index: {k: v for k, v in index.items() if k != "dataset"}, "'dataset' is missing"),
+        (lambda index: index | {"samples": 9}, "its checksum differs"),
+        (lambda index: signed(index | {"shards": [{"file": "0.tar"}]}), "no index of ours"),
+        (lambda index: signed(index | {"shards": [index["shards"][0] | {"file": "../0.tar"}]}), "no name of a shard"),
+        (lambda index: signed({k: v for k, v in index.items() if k != "dataset"}), "'dataset'"),
     ],
 )
 def test_malformed_index(tmp_path, change, reason):
@@ -206,7 +254,7 @@ def test_malformed_index(tmp_path, change, reason):
 
 def test_index_that_is_no_json(tmp_path):
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(ObjectError, match="is no JSON"):
+    with pytest.raises(ObjectError, match="it is no JSON"):
         Index.load(str(tmp_path))
     with pytest.raises(ObjectError, match="there is no such file"):
         Index.load(str(tmp_path / "none"))
@@ -221,13 +269,13 @@ def tar_of(members: dict[str, bytes], path: Path, key: str = "a") -> bytes:
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        ({"query.0.png": b"x"}, "a: 'json' is missing"),
-        ({"json": b"{"}, "a: its json is malformed"),
-        ({"json": b"[]"}, "a: its json is malformed"),
-        ({"json": b'{"dataset": "X", "task": "", "query": {"text": 1}}'}, "query has no text"),
+        ({"query.0.png": b"x"}, "'json' is missing"),
+        ({"json": b"{"}, "its json is malformed"),
+        ({"json": b"[]"}, "its json is malformed"),
+        ({"json": b'{"dataset": "X", "task": "", "query": {"text": 1}}'}, "1 is no text"),
         (
             {"json": b'{"dataset": "X", "task": "", "query": {"text": "<image>", "images": 1}}'},
-            "a: 'query.0' is missing",
+            "'query.0' is missing",
         ),
     ],
 )
@@ -245,3 +293,48 @@ def test_bytes_that_are_no_sample():
     for cut in range(0, len(one), 100):
         with pytest.raises(BadSample):
             parse_sample(one[:cut])
+
+
+CAPTIONS = Captions("<image>\nWhat is this?", ("txt", "long"), "retrieval")
+
+
+def test_img2dataset_layout(tmp_path):
+    members = {
+        "jpg": picture(1, "JPEG"),
+        "txt": "kurz ü".encode(),
+        "json": b'{"long": ["lang", "laenger", "lang", ""]}',
+    }
+    pair = parse_sample(tar_of(members, tmp_path / "a.tar", "folder/000000012"), CAPTIONS)
+    assert (pair.key, pair.task) == ("folder/000000012", "retrieval")
+    assert pair.query == Item(CAPTIONS.query, (members["jpg"],))
+    assert pair.texts == ("kurz ü", "lang", "laenger")
+    assert pair.drawn(2).target.text == "laenger"
+    assert not pair.drawn(2).alternatives
+    del members["json"]
+    assert parse_sample(tar_of(members, tmp_path / "a.tar"), CAPTIONS).texts == ("kurz ü",)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"jpg": None}, "no image"),
+        ({"txt": b" "}, "no caption in txt, long"),
+        ({"txt": b"\xff"}, "malformed"),
+        ({"json": b'{"long": 7}'}, "7 is no text"),
+        ({"json": b'{"long": "\\ud800"}'}, "surrogates not allowed"),
+        ({"json": b"{"}, "malformed"),
+    ],
+)
+def test_img2dataset_sample_that_is_none(tmp_path, change, reason):
+    members = {"jpg": picture(1, "JPEG"), "txt": b"short"} | change
+    members = {name: content for name, content in members.items() if content is not None}
+    with pytest.raises(BadSample, match=reason):
+        parse_sample(tar_of(members, tmp_path / "a.tar"), CAPTIONS)
+
+
+def test_a_sparse_file_claims_no_memory(tmp_path):
+    (tmp_path / "huge.jpg").touch()
+    os.truncate(tmp_path / "huge.jpg", 1 << 40)
+    subprocess.run(["tar", "--sparse", "-cf", "bomb.tar", "huge.jpg"], cwd=tmp_path, check=True)
+    with pytest.raises(BadSample, match="sparse file"):
+        parse_sample((tmp_path / "bomb.tar").read_bytes(), CAPTIONS)

@@ -2,6 +2,7 @@ import io
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pipeline.config import Architecture
 from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.tiles import Tiling
+from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.models.llave import SUFFIX, Llave, Processor, check_architecture, prompt, save_folder
 
@@ -28,6 +30,17 @@ def png(width: int, height: int, seed: int = 0) -> bytes:
     return buffer.getvalue()
 
 
+def mp4(width: int, height: int, frames: int, seed: int = 0) -> bytes:
+    buffer, rng = io.BytesIO(), np.random.default_rng(seed)
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=5, width=width, height=height, pix_fmt="yuv420p")
+        for _ in range(frames):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
 @pytest.fixture(scope="module")
 def items() -> list[Item]:
     return [
@@ -38,6 +51,9 @@ def items() -> list[Item]:
         Item("<image>\nwide", (png(90, 31),)),
         Item("<image>\na thread", (png(2000, 1),)),
         Item("between <image> and <image> two", (png(24, 30), png(40, 20))),
+        Item("<video>\nWhat moves?", video=mp4(64, 32, 20)),
+        Item("<video> short, after it <image>", (png(48, 48),), mp4(16, 48, 3)),
+        Item("<image> and then <video>", (png(30, 48),), mp4(32, 32, 9, seed=1)),
     ]
 
 
@@ -45,7 +61,8 @@ def items() -> list[Item]:
 def test_golden_prompts_and_token_ids(case):
     assert prompt(case["text"]) == case["prompt"]
     tiling = Tiling(size=16, patches=2, pinpoints=((16, 16),))
-    processor = Processor(AutoTokenizer.from_pretrained(GOLDEN), tiling, image_token_id=MARK, max_tokens=4096)
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN)
+    processor = Processor(tokenizer, tiling, image_token_id=MARK, video_token_id=MARK - 1, max_tokens=4096)
     images = (png(16, 16),) * case["text"].count("<image>")
     ids = processor.encode(Item(case["text"], images)).input_ids.tolist()
     # An image is one mark there, a placeholder per token of it here.
@@ -64,12 +81,40 @@ def test_tiles_and_embeddings_are_those_of_transformers(tiny_model, items):
             encoded, inputs = processor.encode(item), {}
             if item.images:
                 pictures = [Picture.open(io.BytesIO(image)).convert("RGB") for image in item.images]
-                for image, tiles in zip(encoded.images, raw([pictures])["pixel_values"], strict=True):
+                ours = [image for image in encoded.images if not image.video]
+                for image, tiles in zip(ours, raw([pictures])["pixel_values"], strict=True):
                     assert np.array_equal(image.tiles, tiles[: len(image.tiles)])
                 inputs = dict(floats([pictures], return_tensors="pt"))
+            if item.video:
+                inputs["pixel_values_videos"] = video_pixels(item.video, frames=8, size=24)
             ids = torch.from_numpy(encoded.input_ids).long()[None]
             hidden = theirs(input_ids=ids, use_cache=False, **inputs).last_hidden_state
             torch.testing.assert_close(F.normalize(hidden[0, -1], dim=-1), embedding, atol=1e-6, rtol=0)
+
+
+def video_pixels(data: bytes, frames: int, size: int) -> torch.Tensor:
+    """What transformers' LlavaOnevisionVideoProcessor, which needs torchvision, makes of a video."""
+    pictures = [frame.resize((size, size), Picture.Resampling.BICUBIC) for frame in sample_frames(data, frames)]
+    pixels = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32)
+    return torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)[None]
+
+
+def test_a_chunk_with_only_a_video_trains_what_one_with_an_image_does(tiny_model, items):
+    processor, model = Processor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32)
+    trained = {}
+    for name, item in (("text", items[0]), ("image", items[1]), ("video", items[7])):
+        model.zero_grad(set_to_none=True)
+        model(pack([processor.encode(item)]), True).sum().backward()
+        trained[name] = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained["video"] == trained["image"] == trained["text"]
+
+
+def test_the_number_of_video_frames_is_the_processors(tiny_model, items):
+    placeholder = AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids("<video>")
+    for frames in (1, 3, 8):
+        encoded = Processor.load(tiny_model, 512, video_frames=frames).encode(items[7])
+        assert encoded.images[0].tiles.shape == (frames, 3, 24, 24)
+        assert (encoded.input_ids == placeholder).sum() == frames * 2 * 2 + 1  # 3x3 patches pooled 2x2
 
 
 def test_a_packed_item_does_not_see_its_neighbours(tiny_model, items):
@@ -101,7 +146,12 @@ def test_a_long_text_is_cut_before_the_prompts_end(tiny_model):
         (Item("<image> <image>", (png(8, 8),)), "2 <image> marks in the text, 1 images"),
         (Item("<image>\nbig", (png(48, 48),)), "tokens with its images"),
         (Item("<image>\ncut off", (png(48, 48)[:500],)), "undecodable"),
-        (Item("<video>", video=b""), "video"),
+        (Item("<video>", video=b""), "not a video in one of the formats"),
+        (Item("<video>"), "1 <video> marks in the text, 0 videos"),
+        (Item("no mark", video=mp4(16, 16, 1)), "0 <video> marks in the text, 1 videos"),
+        (Item("<video> <video>", video=mp4(16, 16, 1)), "2 <video> marks in the text, 1 videos"),
+        (Item("<image>", video=mp4(16, 16, 1)), "1 <image> marks in the text, 0 images"),
+        (Item("star " * 20 + "<video>", video=mp4(16, 16, 1)), "tokens with its images and video"),
     ],
 )
 def test_unusable_items_are_bad_samples(tiny_model, item, reason):

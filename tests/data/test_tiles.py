@@ -1,0 +1,146 @@
+"""Tiles and token counts are those of transformers' image processor; what is no image is refused."""
+
+import io
+import resource
+import struct
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
+from transformers.image_processing_utils import select_best_resolution
+
+from pipeline.data.sample import BadSample
+from pipeline.data.tiles import Tiling, decode_image
+
+PINPOINTS = ((384, 384), (384, 768), (768, 384), (768, 768))  # LLaVE's
+WIDE = (*PINPOINTS, (384, 1152), (1152, 384))
+SIGHTED = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # SigLIP's
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Noise, which shows every difference in how it is resized."""
+    shape = (len(Image.new(mode, (1, 1)).getbands()), height, width)
+    bands = np.random.default_rng(shape).integers(0, 256, shape, dtype=np.uint8)
+    return Image.merge(mode, [Image.fromarray(band) for band in bands])
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def sideways() -> bytes:
+    """A JPEG of a camera that was turned by a quarter."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(picture(300, 200), "JPEG", exif=exif)
+
+
+IMAGES = {
+    "square": encoded(picture(384, 384)),
+    "landscape": encoded(picture(640, 480)),
+    "portrait": encoded(picture(427, 640)),
+    "odd sides": encoded(picture(501, 333)),
+    "larger than the grid": encoded(picture(1200, 900)),
+    "smaller than a tile": encoded(picture(31, 17)),
+    "one pixel high": encoded(picture(700, 1)),
+    "one pixel wide": encoded(picture(1, 700)),
+    "one pixel": encoded(picture(1, 1)),
+    "grey": encoded(picture(320, 240, "L")),
+    "with alpha": encoded(picture(320, 240, "RGBA")),
+    "grey with alpha": encoded(picture(120, 240, "LA")),
+    "palette": encoded(picture(240, 320).quantize(17)),
+    "palette with transparency": encoded(picture(240, 320).quantize(17), transparency=3),
+    "black and white": encoded(picture(240, 320).convert("1")),
+    "jpeg": encoded(picture(640, 480), "JPEG"),
+    "cmyk jpeg": encoded(picture(320, 240, "CMYK"), "JPEG"),
+    "webp": encoded(picture(320, 240), "WEBP"),
+    "gif": encoded(picture(320, 240), "GIF"),
+    "turned by exif": sideways(),
+}
+
+
+def assert_like_transformers(images: list[bytes], pinpoints: tuple[tuple[int, int], ...]) -> None:
+    """As one sample, these images become the same pixels."""
+    theirs = LlavaOnevisionImageProcessorPil(image_grid_pinpoints=[list(size) for size in pinpoints], **SIGHTED)
+    tiling = Tiling(384, 27, pinpoints)
+    anyres = len(images) == 1
+    outputs = theirs([[Image.open(io.BytesIO(data)) for data in images]])["pixel_values"]
+    for data, pixels in zip(images, outputs, strict=True):
+        tiles = tiling.cut(decode_image(data), anyres=anyres)
+        assert tiles.dtype == np.uint8
+        assert tiles.shape == pixels.shape
+        normalised = (tiles.astype(np.float32) / 255 - 0.5) / 0.5
+        assert np.abs(normalised - pixels).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_alone_is_cut_as_transformers_cuts_it(name):
+    assert_like_transformers([IMAGES[name]], PINPOINTS)
+
+
+@pytest.mark.parametrize("size", [(1000, 300), (250, 900)])
+def test_other_grids(size):
+    assert_like_transformers([encoded(picture(*size))], WIDE)
+
+
+def test_one_of_several_images_is_a_padded_square():
+    names = ("square", "landscape", "portrait", "smaller than a tile", "one pixel wide", "with alpha", "turned by exif")
+    assert_like_transformers([IMAGES[name] for name in names], PINPOINTS)
+
+
+@pytest.mark.parametrize("pinpoints", [PINPOINTS, WIDE])
+def test_tokens_are_as_many_as_the_model_makes_of_the_tiles(pinpoints):
+    config = LlavaOnevisionConfig(image_grid_pinpoints=[list(size) for size in pinpoints])
+    model, tiling = SimpleNamespace(config=config), Tiling(384, 27, pinpoints, max_tiles=2)
+    newline, options = torch.zeros(1), {"vision_aspect_ratio": "anyres_max_2"}
+    sizes = np.random.default_rng(0).integers(1, 1500, (60, 2)).tolist()
+    for height, width in [*sizes, (1, 1), (1, 1500), (1500, 1), (384, 384), (768, 768)]:
+        grid = select_best_resolution((height, width), pinpoints)
+        tiles = torch.zeros(1 + grid[0] * grid[1] // 384**2, 27 * 27, 1)
+        _, tokens = LlavaOnevisionModel.pack_image_features(model, [tiles], [(height, width)], newline, **options)
+        assert tiling.tokens(height, width, anyres=True) == tokens
+
+
+def test_a_frame_is_resized_without_regard_to_its_shape():
+    frames = [picture(64, 32), picture(17, 40), picture(24, 24)]
+    tiles = Tiling(24, 3, ((24, 24),)).cut_frames(frames)
+    assert tiles.shape == (3, 3, 24, 24)
+    for tile, frame in zip(tiles, frames, strict=True):
+        assert np.array_equal(tile.transpose(1, 2, 0), np.asarray(frame.resize((24, 24), Image.Resampling.BICUBIC)))
+
+
+def test_tokens_of_a_video():
+    assert Tiling(384, 27, PINPOINTS).video_tokens(32) == 32 * 14 * 14 + 1
+    assert Tiling(56, 4, ((56, 56),)).video_tokens(1) == 2 * 2 + 1
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that is whole but for its pixels: a few bytes that claim to be an image of this size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("side", "reason"), [(60_000, "DecompressionBombError.*3600000000 pixels"), (12_000, "12000x12000 pixels")]
+)
+def test_a_decompression_bomb_is_refused_before_it_is_allocated(side, reason):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadSample, match=reason):
+        decode_image(png_of(side, side))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", IMAGES["jpeg"][:3000], encoded(picture(8, 8), "BMP")])
+def test_what_is_no_whole_image_in_a_known_format_is_refused(data):
+    with pytest.raises(BadSample, match="undecodable image"):
+        decode_image(data)
