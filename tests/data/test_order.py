@@ -1,82 +1,198 @@
-"""The order: every sample once an epoch, the same batches at every world size, any step at once."""
+"""The order: every epoch takes what it should, the same batches at every world size, equal ranks, any step at once."""
+
+import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.order import Order
+from pipeline.data.order import Dataset, Order, Stream
 from pipeline.errors import PipelineError
+
+
+def scattered_lengths(shard: int, start: int, stop: int) -> np.ndarray:
+    return 1 + (shard * 1009 + np.arange(start, stop) * 7919) % 997
+
+
+@st.composite
+def datasets(draw, name: str) -> Dataset:
+    shard_samples = draw(st.lists(st.integers(0, 60), min_size=1, max_size=6))
+    assume(sum(shard_samples))
+    cap = draw(st.none() | st.integers(4, 80))
+    lengths = draw(st.none() | st.lists(st.integers(0, 3), min_size=len(shard_samples), max_size=len(shard_samples)))
+    weight = draw(st.sampled_from([1.0, 1.0, 0.4, 1.5, 2.0]))
+    assume(round(weight * min(cap or 60, sum(shard_samples))))
+    return Dataset(name, shard_samples, lengths and [1000 * length for length in lengths], weight, cap)
 
 
 @st.composite
 def orders(draw) -> Order:
-    shard_samples = draw(st.lists(st.integers(0, 60), min_size=1, max_size=12))
-    lanes = draw(st.integers(1, 12))
-    global_batch = lanes * draw(st.integers(1, 8))
-    assume(sum(shard_samples) >= global_batch)
+    parts = draw(st.none() | st.integers(1, 4))
+    lanes, share = draw(st.integers(1, 8)), draw(st.integers(1, 6))
+    chosen = tuple(draw(datasets(name)) for name in "abc"[: draw(st.integers(1, 3))])
+    quotas = [dataset.quota for dataset in chosen]
+    takes = [quota // (lanes * share) for quota in (quotas if parts else [sum(quotas)])]
+    assume(min(takes) > 0 and sum(takes) >= (parts or 1))
     return Order(
-        shard_samples=tuple(shard_samples),
-        global_batch=global_batch,
+        chosen,
+        global_batch=lanes * share * (parts or 1),
         lanes=lanes,
         block_samples=draw(st.integers(1, 40)),
         window_blocks=draw(st.integers(1, 6)),
         seed=draw(st.integers(0, 2**32 - 1)),
+        parts=parts,
+        lengths=scattered_lengths,
     )
 
 
-def every_sample(order: Order) -> set[tuple[int, int]]:
-    return {(shard, i) for shard, size in enumerate(order.shard_samples.tolist()) for i in range(size)}
+def one(shard_samples, *sizes, **named) -> Order:
+    """An order over one dataset."""
+    return Order((Dataset("one", shard_samples),), *sizes, **named)
+
+
+def inside(pieces: np.ndarray) -> Counter:
+    """The samples of pieces, with how often each is in them."""
+    return Counter((shard, i) for shard, start, stop in pieces.tolist() for i in range(start, stop))
+
+
+def rows(samples: np.ndarray) -> list[tuple[int, int]]:
+    return [tuple(row) for row in samples.reshape(-1, 2).tolist()]
 
 
 def epoch_samples(order: Order, epoch: int) -> list[tuple[int, int]]:
     steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
-    return [tuple(row) for step in steps for row in order.batch(step).tolist()]
+    return [row for step in steps for row in rows(order.batch(step))]
 
 
-def lane_windows(order: Order, epoch: int, lane: int) -> list:
-    windows = []
-    while True:
-        try:
-            windows.append(order.window(epoch, lane, len(windows)))
-        except IndexError:
-            return windows
+def lane_takes(stream: Stream, epoch: int, lane: int) -> np.ndarray:
+    """The lane's takes of an epoch, window by window, as a reader comes by them: (takes, share, 2)."""
+    windows = range(stream.windows(epoch, lane))
+    return np.concatenate([stream.deal(epoch, lane, index)[:, :, 1:] for index in windows])
 
 
-@settings(deadline=None, max_examples=200)
+def every_sample(dataset: Dataset, first_shard: int = 0) -> Counter:
+    sizes = enumerate(dataset.shard_samples.tolist(), start=first_shard)
+    return Counter((shard, i) for shard, size in sizes for i in range(size))
+
+
+def dataset_of(order: Order, shards: np.ndarray) -> np.ndarray:
+    """The number of the dataset that each shard belongs to."""
+    return np.searchsorted(np.cumsum([len(dataset.shard_samples) for dataset in order.datasets]), shards, side="right")
+
+
+# What an epoch takes
+
+
+@settings(deadline=None, max_examples=50)
 @given(orders(), st.integers(0, 3))
-def test_an_epoch_has_every_sample_once_but_for_n_mod_b(order, epoch):
-    seen = epoch_samples(order, epoch)
-    assert len(seen) == len(set(seen)) == order.steps_per_epoch * order.global_batch
-    unseen = every_sample(order) - set(seen)
-    assert set(seen) <= every_sample(order)
-    assert len(unseen) == order.samples % order.global_batch
+def test_an_epoch_takes_the_quota_of_each_dataset_less_what_is_left_over(order, epoch):
+    seen = Counter(epoch_samples(order, epoch))
+    assert seen.total() == order.steps_per_epoch * order.global_batch
+    part = order.lanes * order.share
+    for stream in order.streams:
+        pieces = stream.pieces(epoch)
+        for number in stream.datasets:
+            mine = pieces[dataset_of(order, pieces[:, 0]) == number]
+            assert (mine[:, 2] - mine[:, 1]).sum() == order.datasets[number].quota
+        seen -= inside(pieces)
+    assert not seen  # nothing else, and nothing more often
+    left_over_takes = sum(stream.takes for stream in order.streams) - order.steps_per_epoch * order.takes_per_step
+    assert 0 <= left_over_takes < order.takes_per_step
+    assert all(0 <= stream.samples - stream.takes * part < part for stream in order.streams)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=50)
+@given(orders())
+def test_no_sample_is_taken_again_before_all_others_of_its_dataset(order):
+    """Over any number of epochs from the start, how often samples were taken differs by one at most."""
+    first_shards = np.cumsum([0] + [len(dataset.shard_samples) for dataset in order.datasets])
+    taken = Counter()
+    for epoch in range(5):
+        for stream in order.streams:
+            taken += inside(stream.pieces(epoch))
+        for dataset, first_shard in zip(order.datasets, first_shards, strict=False):
+            counts = [taken[sample] for sample in every_sample(dataset, int(first_shard))]
+            assert sum(counts) == (epoch + 1) * dataset.quota
+            assert max(counts) - min(counts) <= 1
+
+
+def test_weights_and_caps():
+    def taken(epoch: int, **settings) -> Counter:
+        order = Order((Dataset("one", (60, 40), **settings),), 4, 1, 16, 4, seed=0)
+        return inside(order.streams[0].pieces(epoch))
+
+    everything = every_sample(Dataset("one", (60, 40)))
+    assert taken(0) == taken(1) == everything
+    assert taken(1, weight=2) == everything + everything
+    assert taken(1, weight=1.5) > everything
+    assert taken(0, cap=40).total() == taken(0, cap=80, weight=0.5).total() == 40
+    assert not taken(0, cap=40) & taken(1, cap=40)
+    assert taken(0, weight=0.5) + taken(1, weight=0.5) == everything
+    assert taken(0, weight=0.5) != taken(2, weight=0.5)  # each pass is shuffled anew
+    assert taken(3, cap=200) == everything
+
+
+@settings(deadline=None, max_examples=50)
 @given(orders(), st.integers(0, 3))
-def test_pieces_of_all_windows_partition_every_shard(order, epoch):
-    read = []
+def test_windows_hold_what_the_epoch_takes_once_in_whole_takes(order, epoch):
+    for stream in order.streams:
+        read = Counter()
+        for lane in range(order.lanes):
+            next_take = 0
+            for index in range(stream.windows(epoch, lane)):
+                window = stream.window(epoch, lane, index)
+                dealt = stream.deal(epoch, lane, index)
+                assert window.first == next_take
+                assert dealt.shape[0] > 0 and dealt.shape[1:] == (order.share, 3)
+                assert Counter(rows(dealt[:, :, 1:])) == inside(window.pieces)
+                for number, piece in enumerate(window.pieces):
+                    assert Counter(rows(dealt[dealt[:, :, 0] == number, 1:])) == inside(piece[None])
+                assert all(0 < stop - start <= order.block_samples for _, start, stop in window.pieces.tolist())
+                next_take += len(dealt)
+                takes = range(window.first, next_take)
+                assert {stream.window_at(epoch, lane, take) for take in takes} == {index}
+                read += inside(window.pieces)
+            assert next_take == stream.takes
+        assert read.total() == stream.takes * order.share * order.lanes
+        assert read <= inside(stream.pieces(epoch))
+
+
+def test_windows_are_no_larger_than_asked_for():
+    """A reader holds them in memory: `window_blocks` blocks, and at most a part of one more to fill the last take."""
+    order = one((1000,) * 50, 128, 8, block_samples=30, window_blocks=4, seed=1)
+    stream = order.streams[0]
     for lane in range(order.lanes):
-        end = 0
-        for window in lane_windows(order, epoch, lane):
-            assert window.first == end
-            assert len(window.pieces) <= order.window_blocks
-            inside = [(shard, i) for shard, start, stop in window.pieces.tolist() for i in range(start, stop)]
-            assert sorted(inside) == sorted(map(tuple, window.samples.tolist()))
-            assert all(0 < stop - start <= order.block_samples for _, start, stop in window.pieces.tolist())
-            assert all(
-                order.window_at(epoch, lane, offset) == order.window_at(epoch, lane, window.first)
-                for offset in range(end, end + len(inside))
-            )
-            end += len(inside)
-            read += inside
-        assert end in (order.samples // order.lanes, order.samples // order.lanes + 1)
-    assert len(read) == order.samples
-    assert set(read) == every_sample(order)
+        sizes = [len(stream.window(0, lane, index).pieces) for index in range(stream.windows(0, lane))]
+        assert max(sizes[:-1]) <= 4 + 2
+        assert sizes[-1] <= 4 + 4  # and what evens out the lanes
 
 
-@settings(deadline=None, max_examples=100)
+def test_a_window_is_known_without_the_lengths_of_its_samples():
+    def unknown(shard: int, start: int, stop: int) -> np.ndarray:
+        raise AssertionError("not needed")
+
+    order = one((100, 60), 16, 2, 8, 2, 0, lengths=unknown)
+    assert len(order.streams[0].window(0, 1, 1).pieces)
+    with pytest.raises(AssertionError):
+        order.streams[0].deal(0, 1, 1)
+
+
+# Steps
+
+
+@settings(deadline=None, max_examples=50)
+@given(orders(), st.data())
+def test_the_last_take_of_a_stream_is_the_last_that_steps_consume(order, data):
+    stop = data.draw(st.integers(0, 2 * order.steps_per_epoch + 1))
+    last = dict.fromkeys(range(len(order.streams)), (-1, -1))
+    for step in range(stop):
+        last |= {number: (epoch, take) for number, epoch, take in order.takes(step)}
+    assert {number: order.last_take(number, stop) for number in last} == last
+
+
+@settings(deadline=None, max_examples=50)
 @given(orders(), st.data())
 def test_every_world_size_sees_the_same_batches(order, data):
     step = data.draw(st.integers(0, 3 * order.steps_per_epoch))
@@ -87,25 +203,43 @@ def test_every_world_size_sees_the_same_batches(order, data):
         np.testing.assert_array_equal(np.concatenate(shares), whole)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
+@given(orders(), st.integers(0, 2))
+def test_any_step_equals_that_step_of_a_run_from_the_start(order, epoch):
+    """The run from the start reads each stream lane by lane, window by window, as a reader does."""
+    unread = {
+        (stream.number, lane): iter(lane_takes(stream, epoch, lane))
+        for stream in order.streams
+        for lane in range(order.lanes)
+    }
+    for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
+        expected = [next(unread[stream, lane]) for lane in range(order.lanes) for stream, _, _ in order.takes(step)]
+        np.testing.assert_array_equal(order.batch(step), np.concatenate(expected), strict=True)
+
+
+@settings(deadline=None, max_examples=50)
 @given(orders(), st.data())
-def test_any_step_equals_that_step_of_a_run_from_the_start(order, data):
-    """The run from the start reads lane by lane, window by window, as a reader does."""
-    epoch = data.draw(st.integers(0, 2))
-    step = data.draw(st.integers(0, order.steps_per_epoch - 1))
-    size = order.lane_batch_size
-    expected = []
-    for lane in range(order.lanes):
-        streamed = np.concatenate([window.samples for window in lane_windows(order, epoch, lane)])
-        expected.append(streamed[step * size : (step + 1) * size])
-    np.testing.assert_array_equal(
-        order.batch(epoch * order.steps_per_epoch + step), np.concatenate(expected), strict=True
-    )
+def test_every_part_of_a_batch_is_of_one_dataset(order, data):
+    step = data.draw(st.integers(0, 3 * order.steps_per_epoch))
+    assume(order.parts is not None)
+    takes = order.takes(step)
+    assert len(takes) == order.parts
+    found = dataset_of(order, order.batch(step)[:, 0]).reshape(order.lanes, order.parts, order.share)
+    assert (found == np.array([stream for stream, _, _ in takes])[None, :, None]).all()
+
+
+def test_parts_are_drawn_as_often_as_their_datasets_have_samples():
+    chosen = tuple(Dataset(name, (size,)) for name, size in (("a", 400), ("b", 800), ("c", 200)))
+    order = Order(chosen, 40, 2, 8, 4, seed=0, parts=2)
+    drawn = [stream for step in range(order.steps_per_epoch) for stream, _, _ in order.takes(step)]
+    assert Counter(drawn) == {0: 20, 1: 40, 2: 10}
+    assert len(set(drawn[:20])) == 3  # and not one dataset after the other
+    assert drawn != [stream for step in range(order.steps_per_epoch, 70) for stream, _, _ in order.takes(step)]
 
 
 def test_epochs_and_seeds_differ_and_so_do_the_left_over_samples():
     def order(seed: int) -> Order:
-        return Order((100, 60, 87), 48, 4, block_samples=8, window_blocks=4, seed=seed)
+        return one((100, 60, 87), 48, 4, block_samples=8, window_blocks=4, seed=seed)
 
     first, second = epoch_samples(order(0), 0), epoch_samples(order(0), 1)
     assert first != second
@@ -117,14 +251,40 @@ def test_epochs_and_seeds_differ_and_so_do_the_left_over_samples():
 @pytest.mark.parametrize("block_samples", [1, 64], ids=["blocks alone", "samples alone"])
 def test_either_shuffle_changes_with_epoch_and_seed(block_samples):
     def samples(epoch: int, seed: int) -> list:
-        return epoch_samples(Order((64,), 32, 1, block_samples, window_blocks=1, seed=seed), epoch)
+        return epoch_samples(one((64,), 32, 1, block_samples, window_blocks=1, seed=seed), epoch)
 
     assert len({tuple(samples(epoch, seed)) for epoch in range(3) for seed in range(3)}) == 9
 
 
+@pytest.mark.parametrize("block_samples", [1, 2, 12], ids=["one by one", "in pairs", "in one block"])
+def test_what_is_equally_long_is_shuffled_evenly(block_samples):
+    """Over seeds, each of 12 samples comes equally often to each of 12 places, and with each other in one take."""
+    seeds, places, together = 600, np.zeros((12, 12), dtype=np.int64), np.zeros((12, 12), dtype=np.int64)
+    for seed in range(seeds):
+        order = one((12,), 6, 1, block_samples, window_blocks=12, seed=seed)
+        takes = lane_takes(order.streams[0], 0, 0)[..., 1]
+        places[takes.reshape(-1), np.arange(12)] += 1
+        for take in takes:
+            together[np.ix_(take, take)] += 1
+    assert np.abs(places - seeds / 12).max() < 5 * np.sqrt(seeds / 12)
+    others = together[~np.eye(12, dtype=bool)]
+    assert np.abs(others - seeds * 5 / 11).max() < 5 * np.sqrt(seeds / 4)
+
+
+def test_what_is_long_comes_to_every_lane_take_and_place_equally_often():
+    seeds, counts = 1600, np.zeros((16, 2, 4, 2), dtype=np.int64)  # shard, lane, take, place
+    lanes, takes, places = np.indices((2, 4, 2))
+    for seed in range(seeds):
+        shards = Dataset("one", [1] * 16, range(100, 1700, 100))
+        order = Order((shards,), 4, 2, 1, 4, seed, lengths=lambda shard, start, stop: np.array([100 + 100 * shard]))
+        samples = np.stack([lane_takes(order.streams[0], 0, lane) for lane in range(2)])
+        counts[samples[..., 0], lanes, takes, places] += 1
+    assert np.abs(counts - seeds / 16).max() < 5 * np.sqrt(seeds / 16)
+
+
 def test_neighbours_in_a_shard_are_spread():
     """Windows mix blocks of several shards: a batch is not a run of one shard's samples."""
-    order = Order((1000,) * 20, 128, 8, block_samples=50, window_blocks=4, seed=0)
+    order = one((1000,) * 20, 128, 8, block_samples=50, window_blocks=4, seed=0)
     batch = order.batch(30)
     assert len(np.unique(batch[:, 0])) >= 10
     for lane in range(8):
@@ -132,58 +292,276 @@ def test_neighbours_in_a_shard_are_spread():
         assert not (np.diff(samples[:, 1]) == 1).all()
 
 
+def test_a_sample_draws_another_alternative_each_time():
+    order = one((100,), 10, 1, 8, 4, seed=0)
+    drawn = [order.draw(step, 0, sample, 3) for step in range(20) for sample in range(60)]
+    assert np.abs(np.bincount(drawn, minlength=3) - 400).max() < 60
+    keys = ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))
+    assert len({order.draw(*key, 10**9) for key in keys}) == len(keys)
+    assert order.draw(1, 2, 3, 10**9) != one((100,), 10, 1, 8, 4, seed=1).draw(1, 2, 3, 10**9)
+    assert order.draw(5, 0, 0, 1) == 0
+
+
+# Equal ranks
+
+
+class Mixture:
+    """Twenty datasets of very different sizes, one of five with two images a sample, as MMEB's training set has.
+
+    texts: whether a quarter of the datasets has no images at all.
+    """
+
+    def __init__(self, *, texts: bool, block_samples: int = 64) -> None:
+        random = np.random.default_rng(0)
+        self.datasets, self.tokens = [], []
+        for number in range(20):
+            count = int(random.integers(60, 400)) * block_samples - int(random.integers(0, block_samples))
+            shard_samples = [1000] * (count // 1000) + [count % 1000] * (count % 1000 > 0)
+            images = 0 if texts and number % 4 == 3 else 2 if number % 5 == 1 else 1
+            tokens = []
+            for samples in shard_samples:
+                text, image = random.integers(20, 121, samples), random.integers(1200, 3601, (images, samples))
+                tokens.append(text + image.sum(axis=0))
+            means = [round(shard.mean()) for shard in tokens]
+            self.datasets.append(Dataset(str(number), shard_samples, means))
+            self.tokens += tokens
+
+    def order(self, lanes: int, window_blocks: int, parts: int | None = None) -> Order:
+        def lengths(shard: int, start: int, stop: int) -> np.ndarray:
+            return self.tokens[shard][start:stop]
+
+        return Order(tuple(self.datasets), 1024, lanes, 64, window_blocks, seed=1, parts=parts, lengths=lengths)
+
+    def of(self, samples: np.ndarray) -> np.ndarray:
+        """The tokens of each of these samples, (..., 2) -> (...)."""
+        flat = np.concatenate(self.tokens)
+        starts = np.cumsum([0] + [len(shard) for shard in self.tokens])
+        return flat[starts[samples[..., 0]] + samples[..., 1]]
+
+    def lane_tokens(self, order: Order) -> np.ndarray:
+        """The tokens of every lane in every step of epoch 0, (steps, lanes)."""
+        takes = [
+            np.stack([self.of(lane_takes(stream, 0, lane)).sum(axis=1) for lane in range(order.lanes)], axis=1)
+            for stream in order.streams
+        ]
+        steps = range(order.steps_per_epoch)
+        return np.stack([sum(takes[stream][take] for stream, _, take in order.takes(step)) for step in steps])
+
+
+@pytest.fixture(scope="module")
+def images() -> Mixture:
+    return Mixture(texts=False)
+
+
+@pytest.fixture(scope="module")
+def images_and_texts() -> Mixture:
+    return Mixture(texts=True)
+
+
+@pytest.mark.parametrize(("lanes", "worlds"), [(8, [8]), (64, [8, 64])])
+@pytest.mark.parametrize(
+    ("mixture", "window_blocks", "parts", "most"),
+    [
+        ("images", 16, None, 1.06),
+        ("images", 16, 4, 1.10),
+        ("images", 16, 1, 1.10),
+        ("images_and_texts", 16, None, 1.05),
+        ("images_and_texts", 32, None, 1.04),
+        ("images_and_texts", 16, 4, 1.10),
+        ("images_and_texts", 16, 1, 1.20),  # where a lane has one block of a small dataset, nothing evens it out
+    ],
+)
+def test_no_rank_has_many_more_tokens_than_the_mean(request, mixture, window_blocks, parts, most, lanes, worlds):
+    """Of any step of the epoch, its last ones included."""
+    mixture = request.getfixturevalue(mixture)
+    lane_tokens = mixture.lane_tokens(mixture.order(lanes, window_blocks, parts))
+    for world in worlds:
+        ranks = lane_tokens.reshape(len(lane_tokens), world, -1).sum(axis=2)
+        assert (ranks.max(axis=1) / ranks.mean(axis=1)).max() < most
+
+
+def test_steps_are_alike_where_batches_are_mixed(images_and_texts):
+    steps = images_and_texts.lane_tokens(images_and_texts.order(64, 16)).sum(axis=1)
+    assert steps.max() / steps.mean() < 1.04
+
+
+def test_a_place_says_nothing_about_the_length(images_and_texts):
+    """Neither a place in the share that a step takes from a lane, nor a lane, nor the time in the epoch."""
+    order = images_and_texts.order(16, 8)
+    lanes = [lane_takes(order.streams[0], 0, lane) for lane in range(order.lanes)]
+    tokens = images_and_texts.of(np.stack(lanes)).astype(float)  # (lanes, takes, places)
+    lanes, takes, places = tokens.shape
+    assert places == 64
+    deviation = tokens.std() / np.sqrt(lanes * takes)
+    assert np.abs(tokens.mean(axis=(0, 1)) - tokens.mean()).max() < 4 * deviation
+    assert np.abs(tokens.mean(axis=(1, 2)) / tokens.mean() - 1).max() < 0.01
+    halves = [half.mean() / tokens.mean() for half in np.array_split(tokens, 2, axis=1)]
+    assert halves == pytest.approx([1, 1], abs=0.01)
+
+
+def test_windows_are_other_mixtures_of_shards_each_epoch(images):
+    """Long and short are dealt, but not the same with the same: two shards rarely meet in one lane's window again."""
+
+    def meetings(epoch: int) -> set[tuple[int, int]]:
+        stream = images.order(8, 8).streams[0]
+        windows = [stream.window(epoch, lane, i) for lane in range(8) for i in range(stream.windows(epoch, lane))]
+        shards = [np.unique(window.pieces[:, 0]).tolist() for window in windows]
+        return {(a, b) for window in shards for a in window for b in window if a < b}
+
+    first, second = meetings(0), meetings(1)
+    possible = len(images.tokens) * (len(images.tokens) - 1) / 2
+    by_chance = len(first) * len(second) / possible
+    assert len(first & second) < 1.5 * by_chance
+
+
+# The format
+
+
 def test_the_order_is_pinned():
     """Runs resume by this order: if it changes, every run that is under way sees other samples."""
-    order = Order((5, 0, 4, 6), global_batch=6, lanes=2, block_samples=3, window_blocks=2, seed=7)
+    order = one((5, 0, 4, 6), global_batch=6, lanes=2, block_samples=3, window_blocks=2, seed=7)
     assert [order.batch(step).tolist() for step in range(4)] == [
-        [[0, 4], [3, 5], [3, 4], [2, 2], [3, 1], [3, 2]],
-        [[3, 3], [0, 3], [2, 0], [3, 0], [0, 0], [0, 1]],
-        [[2, 3], [3, 1], [3, 0], [3, 3], [3, 4], [0, 2]],
-        [[3, 2], [0, 3], [0, 0], [0, 1], [3, 5], [2, 2]],
+        [[3, 2], [2, 0], [3, 1], [0, 3], [2, 3], [0, 4]],
+        [[2, 2], [3, 0], [2, 1], [0, 2], [0, 1], [0, 0]],
+        [[3, 4], [3, 3], [3, 5], [0, 0], [0, 1], [0, 2]],
+        [[3, 1], [3, 0], [3, 2], [2, 1], [2, 0], [2, 2]],
     ]
 
 
+def test_the_order_of_weights_caps_and_lengths_is_pinned():
+    order = Order(
+        (Dataset("a", (5, 6), (30, 10), weight=1.5, cap=4), Dataset("b", (7,), (20,), weight=0.5)),
+        global_batch=4,
+        lanes=2,
+        block_samples=2,
+        window_blocks=2,
+        seed=7,
+        lengths=scattered_lengths,
+    )
+    assert [order.batch(step).tolist() for step in range(5)] == [
+        [[1, 0], [1, 1], [2, 6], [1, 2]],
+        [[2, 3], [2, 2], [1, 3], [0, 2]],
+        [[1, 5], [1, 4], [2, 6], [2, 1]],
+        [[0, 0], [0, 1], [2, 4], [2, 5]],
+        [[1, 3], [0, 2], [2, 2], [2, 3]],
+    ]
+
+
+def test_the_order_of_parts_is_pinned():
+    order = Order(
+        (Dataset("a", (5, 4)), Dataset("b", (6,)), Dataset("c", (2,), weight=2)),
+        global_batch=4,
+        lanes=1,
+        block_samples=2,
+        window_blocks=2,
+        seed=7,
+        parts=2,
+        lengths=scattered_lengths,
+    )
+    assert [order.takes(step) for step in range(5)] == [
+        [(0, 0, 0), (1, 0, 0)],
+        [(2, 0, 0), (0, 0, 1)],
+        [(0, 0, 2), (1, 0, 1)],
+        [(2, 0, 1), (1, 0, 2)],
+        [(0, 1, 0), (0, 1, 1)],
+    ]
+    assert [order.batch(step).tolist() for step in range(5)] == [
+        [[1, 0], [0, 4], [2, 4], [2, 5]],
+        [[3, 0], [3, 1], [0, 0], [0, 1]],
+        [[0, 2], [1, 2], [2, 3], [2, 2]],
+        [[3, 1], [3, 0], [2, 1], [2, 0]],
+        [[0, 4], [1, 3], [0, 0], [1, 2]],
+    ]
+
+
+def test_draws_are_pinned():
+    order = one((100,), 10, 1, 8, 4, seed=7)
+    assert [order.draw(step, 3, 5, 5) for step in range(12)] == [0, 4, 0, 3, 4, 2, 3, 4, 4, 4, 4, 1]
+
+
+def test_an_order_can_be_sent_to_another_process():
+    order = Order((Dataset("a", (50, 9), (3, 4)), Dataset("b", (30,))), 8, 2, 4, 4, seed=0, parts=2)
+    before = order.batch(3)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(order)).batch(3), before)
+
+
 def test_a_hundred_million_samples_start_at_any_step():
-    order = Order(np.full(10_000, 10_000), 1024, 128, block_samples=256, window_blocks=16, seed=3)
+    lengths = np.random.default_rng(0).integers(10, 4000, 5_000)
+    halves = tuple(Dataset(name, np.full(5_000, 10_000), lengths) for name in "ab")
+    order = Order(halves, 1024, 128, block_samples=64, window_blocks=16, seed=3)
     assert order.locate(100_000) == (1, 100_000 - 97_656)
     batch = order.batch(100_000)
     assert len(np.unique(batch, axis=0)) == 1024
 
 
+# Errors
+
+FITS = {
+    "datasets": (Dataset("one", (1001,)),),
+    "global_batch": 128,
+    "lanes": 8,
+    "block_samples": 16,
+    "window_blocks": 2,
+    "seed": 0,
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"lanes": 6},
-            "lanes 6 does not divide global batch 128: lanes could be 1, 2, 4, 8, 16, 32, 64, 128",
-        ),
+        ({"lanes": 6}, "lanes 6 does not divide global batch 128: lanes could be 1, 2, 4, 8, 16, 32, 64, 128"),
+        ({"parts": 3}, "parts 3 does not divide 16, a lane's samples of a batch: parts could be 1, 2, 4, 8, 16"),
         (
             {"global_batch": 2048},
-            "more than the dataset's 1001 samples: it could be at most 1000 with 8 lanes",
+            "global batch 2048 is more than the 1001 samples of an epoch: "
+            "global_batch could be at most 1000 with 8 lanes, or weights larger",
         ),
-        ({"shard_samples": (5,)}, "the dataset's 5 samples: it could be smaller, with fewer lanes"),
-        ({"shard_samples": ()}, "0 samples: are the shards empty"),
-        ({"shard_samples": (500, -1)}, "shard 1 has -1 samples"),
+        (
+            {"datasets": (Dataset("one", (5,)),)},
+            "global batch 128 is more than the 5 samples of an epoch: global_batch and lanes must be smaller",
+        ),
+        (
+            {"datasets": (Dataset("one", (1001,)), Dataset("two", (100,), cap=40)), "parts": 2},
+            "a part of 64 samples is more than the 40 of dataset two in an epoch: "
+            "parts could be 4, 8, 16, or global_batch could be at most 80 with 8 lanes, or weights larger",
+        ),
+        (
+            {"datasets": (Dataset("one", (100,)),), "parts": 4},
+            "a batch of 4 parts is more than the 3 of 32 samples in an epoch: "
+            "global_batch could be at most 96 with 8 lanes, or weights larger",
+        ),
         ({"block_samples": 0}, "block_samples is 0: it must be 1 or more"),
+        ({"parts": 0}, "parts is 0: it must be 1 or more"),
         ({"seed": -1}, "seed -1 is not between 0 and 4294967295"),
     ],
 )
 def test_what_does_not_fit_names_what_would(changes, message):
-    fits = {
-        "shard_samples": (1001,),
-        "global_batch": 128,
-        "lanes": 8,
-        "block_samples": 16,
-        "window_blocks": 2,
-        "seed": 0,
-    }
     with pytest.raises(PipelineError) as error:
-        Order(**(fits | changes))
+        Order(**(FITS | changes))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shard_samples": ()}, "dataset one has 0 samples: are the shards empty?"),
+        ({"shard_samples": (500, -1)}, "dataset one: shard 1 has -1 samples: 0 is the least"),
+        ({"shard_lengths": (10, -2)}, "dataset one: shard 1 has -2 tokens a sample: 0 is the least"),
+        ({"shard_lengths": (10,)}, "dataset one has 2 shards, but mean lengths of 1"),
+        ({"weight": 0.0}, "dataset one: weight is 0.0: it must be more than 0.005"),
+        ({"weight": float("nan")}, "weight is nan: it must be more than 0.005"),
+        ({"weight": 0.01, "cap": 20}, "weight is 0.01: it must be more than 0.025"),
+        ({"cap": 0}, "dataset one: cap is 0: it must be 1 or more"),
+    ],
+)
+def test_a_dataset_of_which_nothing_can_be_taken_says_why(settings, message):
+    with pytest.raises(PipelineError) as error:
+        Dataset(**({"name": "one", "shard_samples": (60, 40)} | settings))
     assert message in str(error.value)
 
 
 def test_a_world_that_does_not_divide_the_lanes_is_named_with_those_that_do():
-    order = Order((1001,), 128, 8, block_samples=16, window_blocks=2, seed=0)
+    order = Order(**FITS)
     order.check_world(4)
     for world in (0, 3, 16):
         with pytest.raises(PipelineError, match="the number of processes could be 1, 2, 4, 8"):
@@ -191,7 +569,7 @@ def test_a_world_that_does_not_divide_the_lanes_is_named_with_those_that_do():
 
 
 def test_lanes_and_windows_out_of_range_are_errors():
-    order = Order((1001,), 128, 8, block_samples=16, window_blocks=2, seed=0)
-    for lane, index in ((-1, 0), (8, 0), (0, -1), (0, 1000)):
+    stream = Order(**FITS).streams[0]
+    for lane, index in ((-1, 0), (8, 0), (0, -1), (0, stream.windows(0, 0))):
         with pytest.raises(IndexError):
-            order.window(0, lane, index)
+            stream.window(0, lane, index)
