@@ -66,7 +66,8 @@ class S3Server:
         try:
             # Between choosing ports and opening them another program may take one: then choose again.
             for attempt in range(3):
-                self._start()
+                self._prepare()
+                self._launch()
                 try:
                     self._wait_until_ready()
                     return self
@@ -82,7 +83,8 @@ class S3Server:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
-    def _start(self) -> None:
+    def _prepare(self) -> None:
+        """Choose folder, credentials' file and ports."""
         if self.parent:
             self.parent.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="s3-server-", dir=self.parent)).resolve()  # mode 0700
@@ -97,6 +99,8 @@ class S3Server:
         (self._folder / "data").mkdir()
         self._ports = dict(zip(SERVICES, free_ports(len(SERVICES)), strict=True))
         self.endpoint = f"http://127.0.0.1:{self._ports['s3']}"
+
+    def _launch(self) -> None:
         command = [
             str(find_weed()),
             "server",
@@ -106,12 +110,12 @@ class S3Server:
         ]
         command += [f"-{service}.port={port}" for service, port in self._ports.items()]
         command += [f"-{service}.port.grpc={port + 10000}" for service, port in self._ports.items()]
-        command += ["-filer", "-s3", f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        command += ["-filer", "-s3", f"-s3.config={self._folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += ["-master.volumeSizeLimitMB=256", "-volume.max=100", "-master.telemetry=false"]
         command += ["-master.peers=none"]  # no election, which makes some starts 5 s longer
         if setpriv := shutil.which("setpriv"):  # if we are killed outright, the kernel ends the server
             command = [setpriv, "--pdeathsig", "KILL", *command]
-        with (self._folder / "log").open("wb") as log:
+        with (self._folder / "log").open("ab") as log:
             # Its own session: Ctrl-C is for the command; the server stops after it.
             self._process = subprocess.Popen(
                 command,
@@ -157,6 +161,13 @@ class S3Server:
                 problem = error
                 time.sleep(0.1)
         raise PipelineError(f"the S3 server did not answer within {START_SECONDS} s ({problem}):\n{self._log_tail()}")
+
+    def restart(self) -> None:
+        """Kill it outright and start it again with the data it has, as if its machine had failed."""
+        self._process.kill()
+        self._process.wait()
+        self._launch()
+        self._wait_until_ready()
 
     def _log_tail(self) -> str:
         return "\n".join((self._folder / "log").read_text(errors="replace").splitlines()[-15:])

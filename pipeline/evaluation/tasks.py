@@ -1,29 +1,28 @@
-"""Evaluation sets: queries, each with its candidates, from MMEB's layout or from shards of pairs.
+"""Evaluation sets: queries, each with its candidates, from MMEB's files, as they are or converted, or from pairs.
 
-    URL/tasks.json                         {"Scene-VQA": {"task": "vqa", "in_distribution": true}, ...}
-    URL/<dataset>/*.parquet                MMEB's rows: qry_text, qry_img_path, tgt_text, tgt_img_path
-    URL/images/<path>                      the pictures the rows name
-
-or URL/index.json: shards of pairs as one trains on. Each query then looks for its target among all targets.
+A folder with tasks.json is a collection in the layout of pipeline/data/mmeb.py. One with index.json is shards of
+pairs as one trains on: each query then looks for its target among all targets.
 """
 
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from io import BytesIO
+from itertools import pairwise
+from threading import Lock
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from pipeline.data import objects
-from pipeline.data.index import INDEX_FILE, Index, load_sidecar, read_samples
-from pipeline.data.sample import IMAGE_MARK, MMEB_IMAGE_MARK, BadSample, Item, Pair
+from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, load_sidecar, read_samples
+from pipeline.data.mmeb import ITEMS_FILE, META_TASKS, ROWS_FILE, TASKS_FILE, Side, evaluation_rows, read_tasks
+from pipeline.data.sample import BadSample, Item, Pair, Single
 from pipeline.data.shards import parse_sample
 from pipeline.errors import PipelineError
 
-META_TASKS = ("classification", "vqa", "retrieval", "grounding")
-_COLUMNS = ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
+_BLOCK_BYTES = 256 << 10  # of a shard that are read together: one picture, or a hundred texts
 
 
 @dataclass(frozen=True)
@@ -54,50 +53,55 @@ class Collection:
     def load(cls, urls: Sequence[str]) -> "Collection":
         collection = cls()
         for url in urls:
-            if objects.exists(objects.join(url, "tasks.json")):
+            if objects.exists(objects.join(url, TASKS_FILE)):
                 collection._add_mmeb(url)
             elif objects.exists(objects.join(url, INDEX_FILE)):
                 collection._add_pairs(url)
             else:
-                raise PipelineError(f"nothing to evaluate at {url}: it has neither tasks.json nor {INDEX_FILE}")
+                raise PipelineError(f"nothing to evaluate at {url}: it has neither {TASKS_FILE} nor {INDEX_FILE}")
         names = [task.name for task in collection.tasks]
         if twice := {name for name in names if names.count(name) > 1}:
             raise PipelineError(f"two evaluation sets are called {', '.join(sorted(twice))}")
         return collection
 
     def _add_mmeb(self, url: str) -> None:
-        name = objects.join(url, "tasks.json")
-        try:
-            listed = json.loads(objects.read(name))
-            kinds = {dataset: (kind["task"], kind["in_distribution"]) for dataset, kind in listed.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PipelineError(f"{name} does not give each dataset's task and in_distribution: {error!r}") from None
-        for dataset, (meta_task, in_distribution) in kinds.items():
-            if meta_task not in META_TASKS:
-                raise PipelineError(f"{name}: {dataset} has task {meta_task!r}; known: {', '.join(META_TASKS)}")
-            files = [f for f in objects.list_under(objects.join(url, dataset)) if f.endswith(".parquet")]
-            if not files:
-                raise PipelineError(f"{objects.join(url, dataset)} holds no .parquet file with MMEB's rows")
-            queries, candidates = [], []
-            for row in (row for file in files for row in _read_rows(file)):
-                queries.append(self._mmeb_row(url, row["qry_text"], row["qry_img_path"]))
-                targets = zip(row["tgt_text"], row["tgt_img_path"], strict=True)
-                candidates.append(np.array([self._mmeb_row(url, *target) for target in targets]))
+        for dataset, (meta_task, in_distribution) in read_tasks(url).items():
+            folder = objects.join(url, dataset)
+            converted = objects.exists(objects.join(folder, INDEX_FILE))
+            queries, candidates = self._converted_rows(folder) if converted else self._mmeb_rows(url, folder)
             self.tasks.append(Task(dataset, meta_task, in_distribution, np.array(queries), candidates))
 
-    def _mmeb_row(self, url: str, text: str, image: str) -> int:
-        text = text.replace(MMEB_IMAGE_MARK, IMAGE_MARK)
-        if image and IMAGE_MARK not in text:
-            text = f"{IMAGE_MARK}\n{text}"
-        return self._row((url, text, image), image or text, partial(_read_item, url, text, image))
+    def _mmeb_rows(self, url: str, folder: str) -> tuple[list[int], list[np.ndarray]]:
+        def row(side: Side) -> int:
+            text, image = side
+            return self._row((url, side), image or text, partial(_read_item, url, text, image))
+
+        rows = [(row(query), np.array([row(side) for side in sides])) for query, sides in evaluation_rows(folder)]
+        return [query for query, _ in rows], [candidates for _, candidates in rows]
+
+    def _converted_rows(self, folder: str) -> tuple[np.ndarray, list[np.ndarray]]:
+        index = Index.load(folder)
+        names = _table(folder, ITEMS_FILE)["name"].to_pylist()
+        if len(names) != index.samples:
+            raise PipelineError(f"{folder}: {ITEMS_FILE} and {INDEX_FILE} are of different conversions: convert again")
+        contents, readers = [], []
+        for shard in index.shards:
+            records = load_sidecar(folder, shard)
+            starts = np.flatnonzero(np.diff(records["offset"].astype(np.int64) // _BLOCK_BYTES, prepend=-1))
+            for start, stop in pairwise([*starts.tolist(), len(records)]):
+                block = _Block(index.shards_url or folder, shard, records[start:stop])
+                contents += block.records["query_hash"].tolist()
+                readers += [partial(block.item, number) for number in range(stop - start)]
+        items = np.array([self._row(*item) for item in zip(contents, names, readers, strict=True)])
+        rows = _table(folder, ROWS_FILE)
+        return items[rows["query"].to_numpy()], [items[numbers] for numbers in rows["candidates"].to_numpy()]
 
     def _add_pairs(self, url: str) -> None:
         index = Index.load(url)
-        pairs = [
-            _parse(f"{objects.join(url, shard.file)}#{number}", sample)
-            for shard in index.shards
-            for number, sample in enumerate(read_samples(url, shard, load_sidecar(url, shard), 0, shard.samples))
-        ]
+        pairs = []
+        for shard in index.shards:
+            for number, data in enumerate(read_samples(index.shards_url or url, shard, load_sidecar(url, shard))):
+                pairs.append(_parse(f"{objects.join(url, shard.file)}#{number}", data, index.captions))
         rows = {
             item.content_hash: self._row(item.content_hash, f"{pair.key}: {item.text}", partial(_same, item))
             for pair in pairs
@@ -124,18 +128,14 @@ class Collection:
         return self._rows[key]
 
 
-def _parse(key: str, sample: bytes) -> Pair:
+def _parse(key: str, sample: bytes, captions: Captions | None) -> Pair:
     try:
-        return parse_sample(sample)
+        pair = parse_sample(sample, captions)
     except BadSample as reason:
         raise PipelineError(f"{key} cannot be evaluated: {reason}") from None
-
-
-def _read_rows(file: str) -> list[dict]:
-    try:
-        return parquet.read_table(io.BytesIO(objects.read(file)), columns=_COLUMNS).to_pylist()
-    except (ValueError, KeyError, OSError) as error:
-        raise PipelineError(f"{file} does not hold MMEB's rows ({', '.join(_COLUMNS)}): {error}") from None
+    if not isinstance(pair, Pair):
+        raise PipelineError(f"{key} is an item of an evaluation set: name the folder above, with its {TASKS_FILE}")
+    return pair
 
 
 def _read_item(url: str, text: str, image: str) -> Item:
@@ -144,3 +144,34 @@ def _read_item(url: str, text: str, image: str) -> Item:
 
 def _same(item: Item) -> Item:
     return item
+
+
+def _table(folder: str, name: str) -> pa.Table:
+    file = objects.join(folder, name)
+    try:
+        return parquet.read_table(BytesIO(objects.read(file)))
+    except (ValueError, OSError) as error:
+        raise PipelineError(f"{file} is damaged ({error}): convert the evaluation set again") from None
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Consecutive items of a shard that are read together."""
+
+    url: str
+    shard: Shard
+    records: np.ndarray
+    lock: Lock = field(default_factory=Lock)
+
+    def item(self, number: int) -> Item:
+        with self.lock:  # while one thread reads, those that want the block's other items wait
+            data = _samples(self)[number]
+        single = parse_sample(data)
+        if not isinstance(single, Single):
+            raise BadSample("a pair, where an item by itself was expected")
+        return single.item
+
+
+@lru_cache(maxsize=64)
+def _samples(block: _Block) -> list[bytes]:
+    return read_samples(block.url, block.shard, block.records)

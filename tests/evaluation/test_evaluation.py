@@ -1,13 +1,20 @@
+import argparse
+import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
+import webdataset
+from PIL import Image
 
+from pipeline.convert import img2dataset
+from pipeline.data import objects
 from pipeline.data.collate import Encoded, pack
-from pipeline.data.sample import Item, Pair
+from pipeline.data.sample import Item, Pair, Single
 from pipeline.data.shards import write_shards
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encode import embed_collection
@@ -126,6 +133,62 @@ def test_shards_of_pairs_are_a_task_where_each_query_seeks_its_target_among_all(
         ("q1", ["t2", "t0"]),
         ("q3", ["t0", "t1", "t2"]),
     ]
+
+
+def test_tars_with_captions_elsewhere_are_a_task_too(tmp_path):
+    (tmp_path / "tars").mkdir()
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    with webdataset.TarWriter(str(tmp_path / "tars/0.tar"), encoder=False) as writer:
+        for number in range(3):
+            image.seek(0)
+            writer.write({"__key__": str(number), "png": image.getvalue() + bytes(number), "txt": f"{number}".encode()})
+    parser = argparse.ArgumentParser()
+    img2dataset.COMMAND.add_arguments(parser)
+    img2dataset.COMMAND.run(parser.parse_args([str(tmp_path / "tars"), str(tmp_path / "index"), "--processes", "1"]))
+    (task,) = (collection := Collection.load([str(tmp_path / "index")])).tasks
+    assert (task.name, task.meta_task, len(task.queries)) == ("tars", "retrieval", 3)
+    items = [item() for item in collection.items]
+    for number, (query, candidates) in enumerate(zip(task.queries, task.candidates, strict=True)):
+        assert items[query].images == (image.getvalue() + bytes(number),)
+        assert items[candidates[0]].text == f"{number}"
+        assert {items[row].text for row in candidates} == {"0", "1", "2"}
+
+
+@pytest.fixture
+def singles(tmp_path):
+    """A converted set of 600 items, in blocks of a few hundred."""
+    folder = tmp_path / "collection/Set"
+    samples = [Single(f"{number}", "Set", "vqa", Item(f"item {number}")) for number in range(600)]
+    write_shards(samples, folder, dataset="Set", shard_bytes=1 << 20)
+    rows = {"query": pa.array([0, 599], pa.int32()), "candidates": pa.array([[1, 2], [3]], pa.list_(pa.int32()))}
+    parquet.write_table(pa.table(rows), folder / "rows.parquet")
+    parquet.write_table(pa.table({"name": [f"name {number}" for number in range(600)]}), folder / "items.parquet")
+    (tmp_path / "collection/tasks.json").write_text('{"Set": {"task": "vqa", "in_distribution": true}}')
+    return tmp_path / "collection"
+
+
+def test_converted_items_are_read_by_the_block_and_each_block_once(singles, monkeypatch):
+    read, original = [], objects.read
+    monkeypatch.setattr(objects, "read", lambda url, *arguments: read.append(url) or original(url, *arguments))
+    collection = Collection.load([str(singles)])
+    assert not [url for url in read if url.endswith(".tar")]
+    with ThreadPoolExecutor(16) as pool:
+        items = list(pool.map(lambda item: item(), collection.items))
+    assert [item.text for item in items] == [f"item {number}" for number in range(600)]
+    size = sum(path.stat().st_size for path in singles.glob("Set/*.tar"))
+    assert 2 <= len([url for url in read if url.endswith(".tar")]) <= size / (256 << 10) + 3
+    assert collection.names[17] == "name 17"
+    (task,) = collection.tasks
+    assert (task.queries.tolist(), [row.tolist() for row in task.candidates]) == ([0, 599], [[1, 2], [3]])
+
+
+def test_a_converted_set_whose_parts_do_not_fit_is_a_clear_error(singles):
+    with pytest.raises(PipelineError, match=r"item of an evaluation set: name the folder above, with its tasks\.json"):
+        Collection.load([str(singles / "Set")])
+    parquet.write_table(pa.table({"name": ["one"]}), singles / "Set/items.parquet")
+    with pytest.raises(PipelineError, match="of different conversions"):
+        Collection.load([str(singles)])
 
 
 def test_what_is_no_evaluation_set_is_a_clear_error(mmeb, tmp_path):

@@ -1,0 +1,100 @@
+"""Images with several captions each, as Karpathy split COCO and Flickr30k."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.convert.command import add_images, conversion, image_folder
+from pipeline.convert.rows import ImageFolder, Rejection, checked_text, member_bytes
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Item, Pair
+from pipeline.errors import PipelineError
+
+QUERY = f"{IMAGE_MARK}\nFind an image caption describing the given everyday image."  # MMEB's
+_TEXT_BYTES = 512  # of a pair's texts, about
+
+DESCRIPTION = """\
+images with their captions, as Karpathy split COCO and Flickr30k
+
+SOURCE is dataset_coco.json or dataset_flickr30k.json, or another file in their form:
+
+    {"images": [{"filepath": "train2014", "filename": "COCO_train2014_000000000009.jpg", "split": "train",
+                 "sentences": [{"raw": "A plate of food."}, ...]}, ...]}
+
+Images are looked for as IMAGES/filepath/filename; filepath may be left out. Each becomes one pair: the query is
+--query with the image, the target its first caption; a training step that takes the pair draws one of all its
+captions.
+
+    python tools/make_shards.py coco-captions dataset_coco.json s3://bucket/coco --images coco
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="the .json file")
+    parser.add_argument("--split", default="train", metavar="NAME", help="train (with restval), val or test (train)")
+    parser.add_argument("--query", default=QUERY, metavar="TEXT", help=f"of all pairs ({QUERY!r})")
+    parser.add_argument("--dataset", metavar="NAME", help="the dataset's name (the file's stem)")
+    add_images(parser, "SOURCE's")
+
+
+def datasets(arguments: argparse.Namespace) -> dict[str, "Captions"]:
+    """The one dataset of the source, by its URL."""
+    if (arguments.query.count(IMAGE_MARK), arguments.query.count(VIDEO_MARK)) != (1, 0):
+        raise PipelineError(f"--query {arguments.query!r} must have one {IMAGE_MARK}, and no {VIDEO_MARK}")
+    folder = image_folder(arguments, arguments.images or arguments.source.parent)
+    try:
+        images = json.loads(arguments.source.read_bytes())["images"]
+        wanted = {arguments.split} | ({"restval"} if arguments.split == "train" else set())
+        rows = [
+            (
+                f"{image.get('filepath', '')}/{image['filename']}".lstrip("/"),
+                [each["raw"] for each in image["sentences"]],
+            )
+            for image in images
+            if image["split"] in wanted
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PipelineError(f"{arguments.source} is not in the form that --help describes: {error!r}") from None
+    if not rows:
+        splits = sorted({str(image["split"]) for image in images})
+        raise PipelineError(f"{arguments.source} has no split {arguments.split!r}: it has {', '.join(splits)}")
+    return {arguments.dest: Captions(arguments.dataset or arguments.source.stem, folder, rows, arguments.query)}
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Rows of (path of an image, its captions)."""
+
+    dataset: str
+    images: ImageFolder
+    rows: list[tuple[str, list[str]]]
+    query: str
+
+    def sizes(self) -> np.ndarray:
+        """(rows,) int64."""
+        files = np.array([self.images.size(path) for path, _ in self.rows], np.int64)
+        return member_bytes(files) + member_bytes(_TEXT_BYTES)
+
+    def name(self, number: int) -> str:
+        return self.rows[number][0]
+
+    def sample(self, number: int) -> Pair:
+        path, captions = self.rows[number]
+        if not all(isinstance(text, str) for text in captions):
+            raise Rejection("wrong fields", "a caption that is no text")
+        texts = list(dict.fromkeys(text.strip() for text in captions if text.strip()))
+        if not texts:
+            raise Rejection("empty text", "no caption")
+        for text in texts:
+            checked_text(text, 0, IMAGE_MARK)
+            checked_text(text, 0, VIDEO_MARK)
+        query, target = Item(self.query, (self.images.read(path),)), Item(texts[0])
+        return Pair(f"{number:08d}", self.dataset, "retrieval", query, target, alternatives=tuple(texts[1:]))
+
+    def files(self) -> dict[str, bytes]:
+        return {}
+
+
+COMMAND = conversion(DESCRIPTION, add_arguments, datasets)

@@ -1,0 +1,69 @@
+"""The demo world: training pairs and evaluation sets drawn from a seed."""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.convert.command import conversion, positive
+from pipeline.data import objects
+from pipeline.data.sample import Pair
+from pipeline.demo import tasks
+
+DESCRIPTION = """\
+a small world of drawn scenes, to try everything out
+
+Its training pairs go to DEST/train/<dataset>/, its evaluation sets to DEST/eval/; one seed always draws the same.
+
+    python tools/make_shards.py demo 0 s3://bucket/demo
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SEED", type=int, help="the seed, a number from 0 on")
+    parser.add_argument("--pairs", type=positive, default=4800, metavar="N", help="pairs a dataset (4800)")
+    parser.add_argument("--queries", type=positive, default=200, metavar="N", help="queries a dataset (200)")
+
+
+def datasets(arguments: argparse.Namespace) -> dict[str, "TrainingPairs"]:
+    """The training sets by the URLs they go to."""
+    return {
+        objects.join(arguments.dest, "train", name): TrainingPairs(name, arguments.source, arguments.pairs)
+        for name in tasks.DATASETS
+    }
+
+
+def evaluation_files(arguments: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
+    """(URL, content) of all evaluation files."""
+    with tempfile.TemporaryDirectory(prefix="make-shards-", dir=arguments.tmp) as folder:
+        tasks.write_evaluation(Path(folder), arguments.source, arguments.queries)
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            yield objects.join(arguments.dest, "eval", path.relative_to(folder).as_posix()), path.read_bytes()
+
+
+@dataclass(frozen=True)
+class TrainingPairs:
+    """The first `count` pairs of a training set of the demo world."""
+
+    dataset: str
+    seed: int
+    count: int
+
+    def sizes(self) -> np.ndarray:
+        """(count,) int64; drawn pictures compress to next to nothing."""
+        return np.full(self.count, 4096)
+
+    def name(self, number: int) -> str:
+        return f"pair {number}"
+
+    def sample(self, number: int) -> Pair:
+        return tasks.training_pair(self.dataset, self.seed, number)
+
+    def files(self) -> dict[str, bytes]:
+        return {}
+
+
+COMMAND = conversion(DESCRIPTION, add_arguments, datasets, evaluation_files)

@@ -1,0 +1,314 @@
+"""Conversions that may be interrupted anywhere: shards are jobs, each recorded when its files are in their place.
+
+DEST/.unfinished/plan.json says what is being converted, DEST/.unfinished/NAME.json what became of the job NAME. The
+same conversion started again does the jobs that have no record, and ends with the same bytes as an undisturbed one.
+"""
+
+import json
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from pipeline.convert.workers import Report, job_threads, run_job, workers
+from pipeline.data import objects
+from pipeline.data.index import INDEX_FILE, Index, Shard
+from pipeline.data.objects import ObjectError
+from pipeline.errors import PipelineError
+from pipeline.progress import progress_bar
+
+UNFINISHED = ".unfinished"
+REJECTED_FILE = "rejected.jsonl"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job.
+
+    shard: its entry in the index; None if no row of it could be used.
+    rows: how many it had. rejected: of these, {"row", "cause", "detail"} of each that is left out, in order.
+    files: name -> bytes of the files that it wrote into its folder and that belong into DEST.
+    """
+
+    shard: Shard | None
+    rows: int
+    rejected: list[dict[str, str]]
+    files: dict[str, int]
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Result":
+        content = json.loads(data)
+        if shard := content["shard"]:
+            content["shard"] = Shard(**shard | {"image_sizes": tuple(map(tuple, shard["image_sizes"]))})
+        return cls(**content)
+
+
+class Work(Protocol):
+    """The conversion of one dataset, cut into jobs that depend on nothing but themselves; sent to other processes.
+
+    dataset: its name.
+    plan: all that decides the outcome, as JSON holds it: only the same is gone on with.
+    jobs: name -> how much there is to do, in the unit of the progress bar, in the order of their shards.
+    rows: in all jobs together; None if only the jobs find out.
+    """
+
+    dataset: str
+    plan: dict[str, object]
+    jobs: Mapping[str, int]
+    rows: int | None
+
+    def run(self, job: str, folder: Path, report: Report) -> Result:
+        """Do a job in `folder`, and report whenever some of it is done. May raise TooManyRejected."""
+        ...
+
+    def index(self, shards: tuple[Shard, ...]) -> Index: ...
+
+    def files(self) -> dict[str, bytes]:
+        """Further files for DEST, by name."""
+        ...
+
+
+class TooManyRejected(Exception):
+    """A job's rejected rows alone, its argument, are more than all jobs together may have."""
+
+
+def allowed(max_rejected: float, rows: int) -> int:
+    """How many of so many rows may be rejected. 0.29 of 100 are 29, though the product is a little less."""
+    return math.floor(max_rejected * rows * (1 + 1e-12))
+
+
+def refuse_occupied(dest: str) -> None:
+    """PipelineError where a finished dataset is, ObjectError where `dest` is out of reach."""
+    if objects.exists(objects.join(dest, INDEX_FILE)) and not objects.exists(_plan_url(dest)):
+        raise PipelineError(f"{dest} holds a dataset already: delete it or choose another DEST")
+
+
+def carry_out(
+    works: Mapping[str, Work],
+    *,
+    unit: str,
+    processes: int,
+    max_rejected: float,
+    tmp: Path | None = None,
+    files: Iterable[tuple[str, bytes]] = (),
+) -> dict[str, Index]:
+    """Do all jobs of all works, each work's into the folder (or S3 prefix) it is keyed by. Returns their indexes.
+
+    unit: of the jobs' sizes, for the progress bar. processes: 1 is this one. tmp: where files wait for their upload
+    to S3, at most those of processes + 2 jobs. max_rejected: the fraction of a dataset's rows that may be left out.
+    files: (URL, content) of what belongs to no dataset; written first.
+
+    Raises PipelineError if a folder holds a dataset, or an unfinished conversion of another plan, and when more rows
+    than allowed are rejected; ObjectError if anything cannot be written. What was finished stays, to be gone on with.
+    """
+    conversions = _open(works, max_rejected)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda file: objects.write(*file), files))
+    todo = [(conversion, job) for conversion in conversions for job in conversion.todo]
+    total = sum(sum(conversion.work.jobs.values()) for conversion in conversions)
+    initial = total - sum(conversion.work.jobs[job] for conversion, job in todo)
+    with (
+        progress_bar(total=total, initial=initial, unit=unit, unit_scale=True, desc="converting") as bar,
+        _folders(conversions, tmp),
+        job_threads(processes + 2) as threads,
+        workers(processes, [conversion.work.run for conversion in conversions], len(todo)) as (pool, progress),
+    ):
+        for conversion in conversions:
+            conversion.check()
+            if conversion.complete:
+                bar.write(conversion.finish())
+        outcomes: SimpleQueue[Future] = SimpleQueue()
+        for number, (conversion, job) in enumerate(todo):
+            threads.submit(conversion.do, job, number, pool).add_done_callback(outcomes.put)
+        waiting = len(todo)
+        while waiting:
+            bar.update(initial + int(progress.sum()) - bar.n)
+            try:
+                outcome = outcomes.get(timeout=0.3)
+            except Empty:
+                continue
+            waiting -= 1
+            conversion, job, result = outcome.result()
+            conversion.results[job] = result
+            conversion.check()
+            if conversion.complete:
+                bar.write(conversion.finish())
+        bar.update(total - bar.n)
+    return {dest: Index.load(dest) for dest in works}
+
+
+class _Conversion:
+    """A work and what has been done of it. results: of the jobs that are recorded. folder: where jobs write."""
+
+    folder: Path
+
+    def __init__(self, number: int, dest: str, work: Work, max_rejected: float) -> None:
+        self.number, self.dest, self.work = number, dest, work
+        self._max_rejected = max_rejected
+        self._began = math.inf
+        recorded = {url.rpartition("/")[2] for url in objects.list_under(objects.join(dest, UNFINISHED))}
+        jobs = [job for job in work.jobs if f"{job}.json" in recorded]
+        with ThreadPoolExecutor(16) as threads:
+            results = zip(jobs, threads.map(self._recorded, jobs), strict=True)
+            self.results = {job: result for job, result in results if result}
+        self._samples_before = sum(result.shard.samples for result in self.results.values() if result.shard)
+
+    @property
+    def todo(self) -> list[str]:
+        return [job for job in self.work.jobs if job not in self.results]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.results) == len(self.work.jobs)
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.dest
+
+    def _recorded(self, job: str) -> Result | None:
+        """What the job's record says, if the files are there too."""
+        result = Result.from_json(objects.read(self._record_url(job)))
+        urls = {objects.join(self.dest, name): size for name, size in result.files.items()}
+        return result if all(objects.exists(url) and objects.size(url) == size for url, size in urls.items()) else None
+
+    def _record_url(self, job: str) -> str:
+        return objects.join(self.dest, UNFINISHED, f"{job}.json")
+
+    def do(self, job: str, number: int, pool: Executor) -> tuple["_Conversion", str, Result]:
+        """Have the job done in `pool` (it is of this number among all), bring its files to DEST, record it."""
+        self._began = min(self._began, time.monotonic())
+        try:
+            result = pool.submit(run_job, self.number, job, number, self.folder).result()
+        except TooManyRejected as error:
+            raise self._refusal(error.args[0]) from None
+        except BrokenProcessPool:
+            raise PipelineError("a process was killed; if memory ran out, choose fewer --processes") from None
+        if self.remote:
+            for name, size in result.files.items():
+                url, path = objects.join(self.dest, name), self.folder / name
+                objects.write(url, path)
+                if (stored := objects.size(url)) != size:
+                    raise ObjectError(f"{url} has {stored} bytes where {size} were written: start again")
+                path.unlink()
+        objects.write(self._record_url(job), _json(asdict(result)))
+        return self, job, result
+
+    def check(self) -> None:
+        """PipelineError as soon as it is certain that too many rows are rejected."""
+        rows = self.work.rows
+        if rows is None:
+            if not self.complete:
+                return
+            rows = sum(result.rows for result in self.results.values())
+        if sum(len(result.rejected) for result in self.results.values()) > allowed(self._max_rejected, rows):
+            raise self._refusal()
+
+    def _refusal(self, more: Iterable[dict[str, str]] = ()) -> PipelineError:
+        rejected = [*self._rejected(), *more]
+        first = "; ".join(f"{each['row']}: {each['cause']}: {each['detail']}" for each in rejected[:3])
+        return PipelineError(
+            f"{self.dest}: rows are rejected, more than --max-rejected {self._max_rejected} allows: "
+            f"{_causes(rejected)}; the first: {first}. Raise --max-rejected to go on without them, or mend them, "
+            "delete DEST and start again"
+        )
+
+    def _rejected(self) -> list[dict[str, str]]:
+        """The rejected rows known so far, in order."""
+        results = (self.results.get(job) for job in self.work.jobs)
+        return [each for result in results if result for each in result.rejected]
+
+    def finish(self) -> str:
+        """Write what belongs to the dataset as a whole, its index last. Returns a summary of one line."""
+        results = [self.results[job] for job in self.work.jobs]
+        shards = tuple(result.shard for result in results if result.shard)
+        rejected = self._rejected()
+        objects.write(objects.join(self.dest, REJECTED_FILE), b"".join(_json(each) + b"\n" for each in rejected))
+        if not shards:
+            raise PipelineError(f"{self.dest}: no row can be used, see {REJECTED_FILE} there")
+        for name, content in self.work.files().items():
+            objects.write(objects.join(self.dest, name), content)
+        index = self.work.index(shards)
+        objects.write(objects.join(self.dest, INDEX_FILE), index.to_json().encode())
+        _remove_unfinished(self.dest)
+        seconds = max(time.monotonic() - self._began, 1e-3)  # all may have been done before
+        return (
+            f"{self.dest}: {index.samples} samples in {len(shards)} shards, {index.bytes / 1e6:.1f} MB, "
+            f"{seconds:.1f} s, {(index.samples - self._samples_before) / seconds:.0f} samples/s, "
+            f"{len(rejected)} rejected" + (f" ({_causes(rejected)})" if rejected else "")
+        )
+
+
+def _open(works: Mapping[str, Work], max_rejected: float) -> list[_Conversion]:
+    """The conversions that are not finished, each with its plan written and its records read.
+
+    A dataset that is finished is one of an earlier start of the same command if any of the command's plans is still
+    there: plans are written before all else, and one goes only when its dataset is finished.
+    """
+    plans = {}
+    for dest, work in works.items():
+        plans[dest] = json.loads(objects.read(_plan_url(dest))) if objects.exists(_plan_url(dest)) else None
+        wanted = json.loads(_json(work.plan))
+        for name in wanted if plans[dest] is not None else ():
+            if (was := plans[dest].get(name)) != wanted[name]:
+                raise PipelineError(
+                    f"{dest} holds an unfinished conversion whose {name} was {was!r} and is {wanted[name]!r} now: "
+                    "give the same command with the same source, or delete DEST"
+                )
+    finished = [dest for dest in works if objects.exists(objects.join(dest, INDEX_FILE))]
+    if not any(plans.values()):
+        for dest in finished:
+            refuse_occupied(dest)
+    unfinished = {dest: work for dest, work in works.items() if dest not in finished}
+    for dest, work in unfinished.items():
+        objects.write(_plan_url(dest), _json(work.plan))
+    for dest in finished:
+        _remove_unfinished(dest)
+    return [_Conversion(number, dest, work, max_rejected) for number, (dest, work) in enumerate(unfinished.items())]
+
+
+def _plan_url(dest: str) -> str:
+    return objects.join(dest, UNFINISHED, "plan.json")
+
+
+def _remove_unfinished(dest: str) -> None:
+    """Remove what only an unfinished conversion needs, the plan last."""
+    plan = _plan_url(dest)
+    records = [url for url in objects.list_under(objects.join(dest, UNFINISHED)) if not url.endswith("/plan.json")]
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(objects.delete, records))
+    objects.delete(plan)
+    if "://" not in dest:
+        for partial in Path(dest).glob(".*.partial"):  # of a process that was killed
+            partial.unlink()
+        with suppress(FileNotFoundError):
+            Path(dest, UNFINISHED).rmdir()
+
+
+@contextmanager
+def _folders(conversions: list[_Conversion], tmp: Path | None) -> Iterator[None]:
+    """Give each conversion the folder in which its jobs write: DEST itself, or one from which they are uploaded."""
+    with ExitStack() as stack:
+        for conversion in conversions:
+            conversion.folder = Path(conversion.dest)
+            if conversion.remote:
+                # A process may still be writing when all is over early.
+                folder = tempfile.TemporaryDirectory(prefix="make-shards-", dir=tmp, ignore_cleanup_errors=True)
+                conversion.folder = Path(stack.enter_context(folder))
+        yield
+
+
+def _causes(rejected: list[dict[str, str]]) -> str:
+    return ", ".join(f"{count} {cause}" for cause, count in Counter(each["cause"] for each in rejected).most_common())
+
+
+def _json(content: object) -> bytes:
+    # Half a surrogate pair, which a name may hold, is written as JSON writes it.
+    return json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace")

@@ -1,0 +1,364 @@
+"""Looking into datasets: is every byte intact, what is one sample, what is in all of them."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, fields
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from pipeline.convert.command import Command, add_processes
+from pipeline.convert.img2dataset import Tape, read_tape
+from pipeline.convert.workers import Report, job_threads, run_job, workers
+from pipeline.data import objects
+from pipeline.data.index import INDEX_FILE, Index, Shard, load_sidecar, read_records, read_samples, record_checksums
+from pipeline.data.lengths import Lengths
+from pipeline.data.sample import BadSample, Item, Pair, Single
+from pipeline.data.shards import ShardRecords, image_format, parse_sample
+from pipeline.data.tiles import Tiling, decode_image
+from pipeline.data.video import sample_frames, video_format
+from pipeline.errors import PipelineError
+from pipeline.progress import progress_bar
+
+# Token lengths are estimated for LLaVA-OneVision, with 8 frames of a video.
+_PINPOINTS = ((384, 384), (384, 768), (768, 384), (768, 768))
+_LENGTHS = Lengths(Tiling(size=384, patches=27, pinpoints=_PINPOINTS, max_tiles=9), video_frames=8)
+_SHOWN = 10  # of what is wrong
+_BARS = 40  # characters of the longest
+_PERCENTILES = (1, 10, 50, 90, 99)
+
+
+def _add_dest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dest", metavar="DEST", help="a dataset, or a folder (or s3:// prefix) of several")
+
+
+def _indexes(dest: str) -> dict[str, Index]:
+    """URL -> index of the dataset that `dest` is, or of all below it."""
+    if objects.exists(objects.join(dest, INDEX_FILE)):
+        return {dest: Index.load(dest)}
+    ending = f"/{INDEX_FILE}"
+    urls = [url.removesuffix(ending) for url in objects.list_under(dest) if url.endswith(ending)]
+    if not urls:
+        raise PipelineError(f"{dest} holds no {INDEX_FILE}, nor does any folder below it")
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(urls, pool.map(Index.load, urls), strict=True))
+
+
+# verify
+
+_VERIFY = """\
+read datasets back, and check all that their indexes say
+
+Every tar and sidecar is read whole: their sizes and sha256, every sample's place and CRC-32, texts, hashes and sizes
+of images against its record, every image decoded, every video opened; and webdataset must find the same samples in
+the same order. Ends with one line, or with status 2 and what is wrong.
+
+    python tools/make_shards.py verify s3://bucket/my-data
+"""
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    _add_dest(parser)
+    add_processes(parser)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    datasets = _indexes(arguments.dest)
+    checks = [Check(url, index) for url, index in datasets.items()]
+    jobs = [(dataset, shard.file) for dataset, check in enumerate(checks) for shard in check.index.shards]
+    size = sum(index.bytes for index in datasets.values())
+    with (
+        progress_bar(total=size, unit="B", unit_scale=True, desc="verifying") as bar,
+        job_threads(arguments.processes) as threads,
+        workers(arguments.processes, [check.run for check in checks], len(jobs)) as (pool, progress),
+    ):
+
+        def check(number: int) -> list[str]:
+            try:
+                return pool.submit(run_job, *jobs[number], number, Path()).result()
+            except BrokenProcessPool:
+                raise PipelineError("a process was killed; if memory ran out, choose fewer --processes") from None
+
+        outcomes = [threads.submit(check, number) for number in range(len(jobs))]
+        waiting = set(outcomes)
+        while waiting:
+            _, waiting = wait(waiting, timeout=0.3)
+            bar.update(int(progress.sum()) - bar.n)
+    faults = list(chain.from_iterable(outcome.result() for outcome in outcomes))
+    if faults:
+        more = f"\n(and {len(faults) - _SHOWN} more)" if len(faults) > _SHOWN else ""
+        raise PipelineError(f"{arguments.dest} is not intact:\n" + "\n".join(faults[:_SHOWN]) + more)
+    samples = sum(index.samples for index in datasets.values())
+    print(f"{arguments.dest}: {samples} samples in {len(jobs)} shards are intact", flush=True)
+
+
+@dataclass(frozen=True)
+class Check:
+    """The check of a dataset, shard by shard."""
+
+    url: str
+    index: Index
+
+    def run(self, file: str, folder: Path, report: Report) -> list[str]:
+        """What is wrong with a shard, one line each."""
+        shard = next(shard for shard in self.index.shards if shard.file == file)
+        name = objects.join(self.index.shards_url or self.url, file)
+        try:
+            tape = Tape(name, report)
+            if tape.size != shard.bytes:
+                return [f"{name}: {tape.size} bytes, where the index says {shard.bytes}"]
+            records = load_sidecar(self.url, shard)
+            if (record_checksums(records) != records["checksum"]).any() or not self._in_order(shard, records):
+                return [f"{objects.join(self.url, shard.sidecar)}: its records make no sense; make the shards again"]
+            return [f"{name}{fault}" for fault in self._faults(shard, records, tape)]
+        except PipelineError as error:
+            return [str(error)]
+
+    def _in_order(self, shard: Shard, records: np.ndarray) -> bool:
+        """Whether samples follow one another; in our own layout, without a gap."""
+        starts = records["offset"].astype(np.int64)
+        reached = np.append(0, starts + records["length"])
+        if self.index.captions is None:  # two empty blocks end the tar
+            return np.array_equal(starts, reached[:-1]) and reached[-1] == shard.bytes - 1024
+        return bool((starts >= reached[:-1]).all() and reached[-1] <= shard.bytes)
+
+    def _faults(self, shard: Shard, records: np.ndarray, tape: Tape) -> Iterator[str]:
+        begins, lengths = records["offset"].tolist(), records["length"].tolist()
+        again, good, keys = ShardRecords(), [], []
+        complaints: list[str] = []
+        plain, plain_keys = self._plain_keys(tape, complaints), []
+        for number, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
+            tape.keep_from, end = begin, begin + length
+            while tape.tell() < end and (key := next(plain, None)) is not None:
+                plain_keys.append(key)
+            tape.seek(max(end, tape.tell()))  # webdataset may have given up
+            data = tape.between(begin, end)
+            try:
+                sample = parse_sample(data, self.index.captions)
+                _decode(sample)
+            except BadSample as reason:
+                yield f"#{number}: {reason}"
+            else:
+                again.add(sample, begin, data)
+                good.append(number)
+                keys.append(sample.key)
+        plain_keys += plain
+        tape.keep_from = tape.size
+        while tape.read(1 << 24):
+            pass
+        if tape.sha256.hexdigest() != shard.sha256:
+            yield ": its sha256 is not the index's"
+        entry, sidecar = again.finish(shard.file, tape.size, tape.sha256.hexdigest())
+        found = np.load(BytesIO(sidecar))
+        for name in found.dtype.names[:-1]:  # all but the checksum
+            if found[name].shape == records[good][name].shape:
+                differ = found[name] != records[good][name]
+                places = np.flatnonzero(differ.any(axis=tuple(range(1, differ.ndim))))
+                yield from (f"#{good[place]}: its record's {name} is wrong" for place in places)
+        yield from (f": {complaint}" for complaint in complaints)
+        if len(good) < len(records):
+            return
+        for name in (field.name for field in fields(Shard)):
+            if name != "sha256" and getattr(entry, name) != getattr(shard, name):
+                yield f": the index's {name} is wrong"
+        # Beside the samples of tars that are not ours may be others, which cannot be used.
+        rest = iter(plain_keys)
+        if not (plain_keys == keys or (self.index.captions and all(key in rest for key in keys))):
+            yield ": webdataset reads other samples, or in another order"
+
+    def _plain_keys(self, tape: Tape, complaints: list[str]) -> Iterator[str]:
+        """Keys in the order in which webdataset.WebDataset has them; what stops it becomes a complaint."""
+        handler = webdataset.reraise_exception if self.index.captions is None else webdataset.ignore_and_continue
+        try:
+            files = tar_file_expander([{"url": tape.url, "stream": tape}], handler=handler)
+            yield from (sample["__key__"] for sample in group_by_keys(files, handler=handler))
+        except Exception as error:  # it raises whatever it meets
+            complaints.append(f"webdataset cannot read it ({type(error).__name__}: {error})")
+
+
+def _decode(sample: Pair | Single) -> None:
+    """BadSample if an image or a video of it cannot be decoded."""
+    for item in sample.items:
+        for image in item.images:
+            decode_image(image)
+        if item.video is not None:
+            sample_frames(item.video, 1)
+
+
+# show
+
+_SHOW = """\
+print one sample: where it is, its texts, images and videos
+
+    python tools/make_shards.py show s3://bucket/my-data 17
+    python tools/make_shards.py show data/cc3m --key 000000017
+"""
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dest", metavar="DEST", help="a dataset: a folder or s3://bucket/prefix")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("number", metavar="N", type=int, nargs="?", help="the sample's number in the dataset, from 0")
+    which.add_argument("--key", metavar="KEY", help="its key instead; the tars are read up to it")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    url, index = arguments.dest, Index.load(arguments.dest)
+    shard, number = (
+        _numbered(url, index, arguments.number) if arguments.key is None else _keyed(url, index, arguments.key)
+    )
+    record = read_records(url, shard, number, number + 1)
+    (data,) = read_samples(index.shards_url or url, shard, record)
+    try:
+        sample = parse_sample(data, index.captions)
+    except BadSample as reason:
+        raise PipelineError(f"{shard.file}#{number} of {url} is no sample: {reason}") from None
+    table = Table.grid(padding=(0, 2))
+    offset, length = int(record["offset"][0]), len(data)
+    table.add_row("shard", f"{objects.join(index.shards_url or url, shard.file)}, its sample {number}")
+    table.add_row("bytes", f"{offset:,} to {offset + length - 1:,}: {length:,}")
+    # repr: what is in a dataset must not reach the terminal as control characters.
+    table.add_row("key", Text(repr(sample.key)))
+    table.add_row("dataset", Text(repr(index.dataset)))
+    table.add_row("task", Text(repr(sample.task)))
+    table.add_row("tokens", f"{_LENGTHS.of_records(record)[0]:,}, about, of LLaVA-OneVision")
+    roles = ("item",) if isinstance(sample, Single) else ("query", "target", *("negative" for _ in sample.negatives))
+    for role, item in zip(roles, sample.items, strict=True):
+        table.add_row()
+        for label, value in ((role, Text(repr(item.text))), *_details(item)):
+            table.add_row(label, value)
+        if role == "target":
+            for text in sample.alternatives:
+                table.add_row("  or", Text(repr(text)))
+    _console().print(table)
+
+
+def _numbered(url: str, index: Index, number: int) -> tuple[Shard, int]:
+    """(shard, number in it) of the dataset's sample `number`."""
+    if not 0 <= number < index.samples:
+        raise PipelineError(f"{url} has samples 0 to {index.samples - 1}, so none has number {number}")
+    for shard in index.shards:
+        if number < shard.samples:
+            return shard, number
+        number -= shard.samples
+    raise AssertionError("unreachable")
+
+
+def _keyed(url: str, index: Index, key: str) -> tuple[Shard, int]:
+    for shard in index.shards:
+        for sample in read_tape(Tape(objects.join(index.shards_url or url, shard.file))):
+            if sample.key == key:
+                at = np.flatnonzero(load_sidecar(url, shard)["offset"] == sample.begin)
+                if not len(at):
+                    raise PipelineError(f"{key} in {shard.file} was left out: see rejected.jsonl")
+                return shard, int(at[0])
+    raise PipelineError(f"{url} has no sample with key {key!r}")
+
+
+def _details(item: Item) -> Iterator[tuple[str, str]]:
+    for image in item.images:
+        suffix, width, height = image_format(image)
+        yield "  image", f"{suffix}, {width} x {height}, {len(image):,} bytes"
+    if item.video is not None:
+        width, height = sample_frames(item.video, 1)[0].size
+        yield "  video", f"{video_format(item.video)}, {width} x {height}, {len(item.video):,} bytes"
+    yield "  hash", f"{item.content_hash:016x}"
+
+
+def _console() -> Console:
+    # In a log file there is no width to fit.
+    return Console(highlight=False) if sys.stdout.isatty() else Console(width=120, highlight=False)
+
+
+# stats
+
+_STATS = """\
+what is in datasets: sizes, lengths, duplicates
+
+Read are indexes and sidecars only, not the tars, so tasks are not told. A histogram's bins are powers of two; token
+lengths are estimated for LLaVA-OneVision with 8 frames of a video.
+
+    python tools/make_shards.py stats s3://bucket/my-data
+"""
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+    datasets = _indexes(arguments.dest)
+    columns = ("samples", "shards", "MB", "images", "videos")
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("dataset")
+    for column in columns:
+        table.add_column(column, justify="right")
+    totals = np.zeros(len(columns))
+    for index in datasets.values():
+        images, videos = (sum(getattr(shard, name) for shard in index.shards) for name in ("images", "videos"))
+        row = np.array([index.samples, len(index.shards), index.bytes / 1e6, images, videos])
+        totals += row
+        table.add_row(Text(index.dataset), *(f"{value:,.10g}" for value in row.round(1)))
+    table.add_section()
+    table.add_row("all", *(f"{value:,.10g}" for value in totals.round(1)))
+    console = _console()
+    console.print(table)
+    with ThreadPoolExecutor(8) as pool:
+        sidecars = [(url, shard) for url, index in datasets.items() for shard in index.shards]
+        facts = list(pool.map(lambda sidecar: _facts(load_sidecar(*sidecar)), sidecars))
+    facts = {name: np.concatenate([each[name] for each in facts]) for name in facts[0]}
+    queries, targets = facts.pop("query hash"), facts.pop("target hash")
+    for name, values in facts.items():
+        if values.any():
+            spread = ", ".join(f"p{percent} {np.percentile(values, percent):,.0f}" for percent in _PERCENTILES)
+            console.print(f"[bold]{name}[/bold]: mean {values.mean():,.1f}, {spread}, most {values.max():,}")
+            console.print(_histogram(values))
+    pairs = np.stack([queries, targets], axis=1)
+    for name, hashes in (("queries", queries), ("targets", targets), ("pairs", pairs)):
+        distinct = len(np.unique(hashes, axis=0))
+        console.print(f"{name}: {distinct:,} distinct, {len(hashes) - distinct:,} of {len(hashes):,} come again")
+
+
+def _facts(records: np.ndarray) -> dict[str, np.ndarray]:
+    """What is told of a shard's samples, or of their images: one number each."""
+    counts = records["query_images"].astype(np.int64) + records["target_images"] + records["negative_images"]
+    sizes = records["image_sizes"].astype(np.int64)
+    sizes = sizes[np.arange(sizes.shape[1]) < counts[:, None]]
+    return {
+        "query hash": records["query_hash"],
+        "target hash": records["target_hash"],
+        "tokens of a sample, about": _LENGTHS.of_records(records),
+        "bytes of the query's text": records["query_text"],
+        "bytes of the target's text": records["target_text"],
+        "bytes of the negatives' texts": records["negative_text"],
+        "images of a sample": counts,
+        "pixels of an image": sizes.prod(axis=1),
+        "longer side of an image": sizes.max(axis=1, initial=0),
+        "shorter side of an image": sizes.min(axis=1, initial=1 << 16),
+    }
+
+
+def _histogram(values: np.ndarray) -> Table:
+    """How many of the values have as many binary digits."""
+    table = Table(box=None, show_header=False)
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column(no_wrap=True)
+    counts = np.bincount(np.frexp(values)[1])
+    for digits in range(np.flatnonzero(counts)[0], len(counts)):
+        low, high = (1 << digits) // 2, (1 << digits) - 1
+        bar = "█" * round(_BARS * counts[digits] / counts.max())
+        table.add_row(f"{low:,} - {high:,}" if high > low else f"{low}", f"{counts[digits]:,}", bar)
+    return table
+
+
+VERIFY = Command(_VERIFY, _add_verify, _verify)
+SHOW = Command(_SHOW, _add_show, _show)
+STATS = Command(_STATS, _add_dest, _stats)

@@ -1,0 +1,204 @@
+"""Pairs of one's own: a JSON object a line."""
+
+import argparse
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from pipeline.convert.command import add_images, conversion, image_folder
+from pipeline.convert.rows import ImageFolder, Rejection, checked_text, member_bytes
+from pipeline.data import objects
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Item, Pair
+from pipeline.errors import PipelineError
+from pipeline.progress import progress_bar
+
+DESCRIPTION = """\
+pairs of your own, a JSON object a line
+
+SOURCE is a file of lines as
+
+    {"query":     {"text": "<image>\\nFind the caption of this picture.", "images": ["cats/1.jpg"]},
+     "target":    {"text": "A cat on a mat.", "alternatives": ["On a mat lies a cat."]},
+     "negatives": [{"text": "A dog on a mat."}],
+     "dataset":   "Captions",
+     "task":      "retrieval"}
+
+    query, target  text, with `images` (paths of PNG, JPEG, WebP or GIF files), with a `video` (path of an MP4, MOV,
+                   WebM, MKV or AVI file), or without. The text says by <image> where each image goes, by <video>
+                   where the video, so it has as many marks as there are files.
+    alternatives   optional: texts that may stand in the place of the target's; training draws one
+    negatives      optional: what looks as if it answered the query, and does not
+    dataset        optional: as soon as a row names one, every dataset becomes DEST/<dataset>/
+    task           optional: a free name of what is asked
+
+Paths are relative to the folder of SOURCE, or to --images, and may not lead out of it. A sample's key is its line
+number. A row that cannot be read counts with the dataset of the row before it.
+
+    python tools/make_shards.py jsonl pairs.jsonl s3://bucket/my-data --images photos
+"""
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a dataset: it becomes a folder
+MAX_LINE = 16 << 20  # bytes; a file without line ends must not fill the memory
+MAX_COUNT = 255  # of images, videos and negatives: what the index can say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="the .jsonl file")
+    parser.add_argument("--dataset", metavar="NAME", help="dataset of rows that name none (the file's stem)")
+    add_images(parser, "SOURCE's")
+
+
+def datasets(arguments: argparse.Namespace) -> dict[str, "Lines"]:
+    """The file's datasets by the URLs they go to."""
+    fallback = arguments.dataset or arguments.source.stem
+    if not re.fullmatch(NAME, fallback):
+        raise PipelineError(f"{fallback!r} cannot name a dataset: give --dataset letters, digits, '.', '_', '-'")
+    images = image_folder(arguments, arguments.images or arguments.source.parent)
+    places, named = _scan(arguments.source, images, fallback)
+    if not places:
+        raise PipelineError(f"{arguments.source} has no rows")
+    return {
+        objects.join(arguments.dest, name) if named else arguments.dest: Lines(name, arguments.source, images, rows)
+        for name, rows in places.items()
+    }
+
+
+class Entry(BaseModel, extra="forbid", strict=True):
+    """A query or a negative, as a row says it."""
+
+    text: str
+    images: tuple[str, ...] = Field((), max_length=MAX_COUNT)
+    video: str | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return self.images if self.video is None else (*self.images, self.video)
+
+
+class Target(Entry):
+    alternatives: tuple[str, ...] = ()
+
+
+class Row(BaseModel, extra="forbid", strict=True):
+    """One line of the file."""
+
+    query: Entry
+    target: Target
+    negatives: tuple[Entry, ...] = Field((), max_length=MAX_COUNT)
+    dataset: str = Field("", pattern=NAME)
+    task: str = ""
+
+    @model_validator(mode="after")
+    def files_can_be_counted(self) -> "Row":
+        images = sum(len(entry.images) for entry in self.negatives)
+        videos = sum(entry.video is not None for entry in self.entries)
+        if max(images, videos) > MAX_COUNT:
+            raise ValueError(f"has more than {MAX_COUNT} negatives' images or videos")
+        return self
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return (self.query, self.target, *self.negatives)
+
+    @classmethod
+    def parse(cls, line: bytes) -> "Row":
+        """The row in a line, if it is one; else a Rejection. Of its files nothing is looked at."""
+        if len(line) > MAX_LINE:
+            raise Rejection("line too long", f"more than {MAX_LINE >> 20} MiB")
+        try:
+            return cls.model_validate_json(line.decode().strip())
+        except UnicodeDecodeError as error:
+            raise Rejection("not UTF-8", f"byte {error.start + 1} of the line") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            if first["type"] == "json_invalid":
+                raise Rejection("not JSON", first["msg"].replace(" at line 1 column", " at column")) from None
+            if first["type"] == "extra_forbidden":
+                raise Rejection("wrong fields", f"unknown field {where!r}") from None
+            raise Rejection("wrong fields", f"{where} {first['msg'].removeprefix('Value error, ')}".strip()) from None
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The rows of one dataset. places: (rows, 3) int64: line number, from 1, its byte offset, its bytes in a shard."""
+
+    dataset: str
+    file: Path
+    source: ImageFolder
+    places: np.ndarray
+
+    def sizes(self) -> np.ndarray:
+        return self.places[:, 2]
+
+    def name(self, number: int) -> str:
+        return f"line {self.places[number, 0]}"
+
+    def sample(self, number: int) -> Pair:
+        line_number, offset, _ = self.places[number].tolist()
+        with self.file.open("rb") as file:
+            file.seek(offset)
+            row = Row.parse(file.readline(MAX_LINE + 1))
+        query, target, *negatives = map(self._item, row.entries)
+        for text in row.target.alternatives:
+            _check_text(text, row.target)
+        key = f"{line_number:08d}"
+        return Pair(key, self.dataset, row.task, query, target, tuple(negatives), row.target.alternatives)
+
+    def _item(self, entry: Entry) -> Item:
+        _check_text(entry.text, entry)
+        images = tuple(self.source.read(name) for name in entry.images)
+        return Item(entry.text, images, None if entry.video is None else self.source.read_video(entry.video))
+
+    def files(self) -> dict[str, bytes]:
+        return {}
+
+
+def _check_text(text: str, entry: Entry) -> None:
+    checked_text(text, len(entry.images), IMAGE_MARK)
+    checked_text(text, int(entry.video is not None), VIDEO_MARK)
+
+
+def _scan(path: Path, source: ImageFolder, fallback: str) -> tuple[dict[str, np.ndarray], bool]:
+    """The places of each dataset's rows (see `Lines`), and whether any row names its dataset."""
+    places: dict[str | None, array] = {}
+    name, named = None, False
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        with progress_bar(total=size, unit="B", unit_scale=True, desc="reading") as bar:
+            for number, (offset, line) in enumerate(_lines(file), 1):
+                bar.update(offset - bar.n)
+                if not line.strip():
+                    continue
+                shard_bytes = member_bytes(len(line))
+                with suppress(Rejection):
+                    row = Row.parse(line)
+                    name, named = row.dataset or fallback, named or bool(row.dataset)
+                    paths = (path for entry in row.entries for path in entry.paths)
+                    shard_bytes += sum(member_bytes(source.size(path)) for path in paths)
+                places.setdefault(name, array("q")).extend((number, offset, shard_bytes))
+            bar.update(size - bar.n)
+    if None in places:  # rows before the first that can be read
+        first = places.pop(None)
+        name = next(iter(places), fallback)
+        places[name] = first + places.get(name, array("q"))
+    return {name: np.array(flat).reshape(-1, 3) for name, flat in places.items()}, named
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Offset and content of each line; of one that is too long, only so much as shows it."""
+    while line := file.readline(MAX_LINE + 1):
+        yield file.tell() - len(line), line
+        while len(line) > MAX_LINE and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE + 1)
+
+
+COMMAND = conversion(DESCRIPTION, add_arguments, datasets)

@@ -1,0 +1,165 @@
+"""MMEB's training set, or others in its layout."""
+
+import argparse
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as parquet
+
+from pipeline.convert.command import add_images, conversion, image_folder, positive
+from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
+from pipeline.data import objects
+from pipeline.data.mmeb import MMEB_TASKS, mmeb_text
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Item, Pair
+from pipeline.errors import PipelineError
+
+DESCRIPTION = """\
+MMEB's training set, or others in its layout
+
+SOURCE is laid out as https://huggingface.co/datasets/TIGER-Lab/MMEB-train:
+
+    SOURCE/<subset>/original-*.parquet              rows: qry, qry_image_path, pos_text, pos_image_path,
+    SOURCE/<subset>/diverse_instruction-*.parquet         neg_text, neg_image_path
+    SOURCE/<path>, or SOURCE/images/<path>          the images that the rows name
+
+Each subset becomes DEST/<subset>/: from every row a pair whose query is qry, whose target is the positive, and
+whose hard negative is the negative, if that is not empty. Texts say by <image> where their image goes: at the
+front, if the row names an image and its text has no <|image_1|>. Where it names none, as WebQA's queries, the mark
+is taken out, with the white space after it.
+
+    python tools/make_shards.py mmeb-train MMEB-train s3://bucket/mmeb --split diverse_instruction
+"""
+
+_SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))
+_COLUMNS = [column for side in _SIDES for column in side]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="the folder with a folder for each subset")
+    parser.add_argument("--subset", nargs="+", metavar="NAME", help="only these subsets (all)")
+    parser.add_argument("--split", choices=("original", "diverse_instruction"), default="original", help="(original)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each subset")
+    add_images(parser, "SOURCE/images or SOURCE, wherever the first image is")
+
+
+def datasets(arguments: argparse.Namespace) -> dict[str, "Subset"]:
+    """The subsets asked for by the URLs they go to."""
+    source = folder(arguments.source)
+    files: dict[str, list[Path]] = {}
+    for file in sorted(source.glob(f"*/{arguments.split}-*.parquet")):
+        files.setdefault(file.parent.name, []).append(file)
+    if not files:
+        raise PipelineError(f"{source} has no <subset>/{arguments.split}-*.parquet: see --help for the layout")
+    names = arguments.subset or list(files)
+    if unknown := [name for name in names if name not in files]:
+        raise PipelineError(f"--subset: no {', '.join(unknown)} in {source}; there are {', '.join(files)}")
+    groups = {name: tuple(group for file in files[name] for group in _row_groups(file)) for name in names}
+    images = image_folder(arguments, arguments.images or _image_place(source, chain(*groups.values())))
+    return {objects.join(arguments.dest, name): Subset(name, images, groups[name], arguments.limit) for name in names}
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A piece of a parquet file, which is read as a whole."""
+
+    file: Path
+    number: int
+    rows: int
+
+
+def _row_groups(file: Path) -> list[RowGroup]:
+    with _readable(file):
+        metadata = parquet.read_metadata(file)
+        if missing := set(_COLUMNS) - set(metadata.schema.to_arrow_schema().names):
+            raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+    return [RowGroup(file, number, metadata.row_group(number).num_rows) for number in range(metadata.num_row_groups)]
+
+
+@lru_cache(maxsize=2)  # rows are asked for in their order
+def _table(group: RowGroup) -> pa.Table:
+    """A group's rows: strings in every column, "" where nothing is."""
+    with _readable(group.file), parquet.ParquetFile(group.file) as file:
+        table = file.read_row_group(group.number, columns=_COLUMNS)
+        return pa.table({name: pc.fill_null(table[name].cast(pa.string()), "") for name in _COLUMNS})
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise PipelineError(f"{file} does not hold MMEB's rows: {error}; see --help for the layout") from None
+
+
+def _image_place(source: Path, groups: Iterable[RowGroup]) -> Path:
+    """Where the first image is. The published paths begin with "images/"; in some copies they do not."""
+    columns = (_table(group)[column].cast(pa.binary()) for group in groups for _, column in _SIDES)
+    first = next((path for column in columns for path in column.to_pylist() if path), b"")
+    return source / "images" if ImageFolder(source / "images").size(os.fsdecode(first)) else source
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The rows of one subset, or the first `limit` of them."""
+
+    dataset: str
+    images: ImageFolder
+    groups: tuple[RowGroup, ...]
+    limit: int | None
+
+    def sizes(self) -> np.ndarray:
+        """(rows,) int64."""
+        sizes = np.concatenate([np.zeros(0, np.int64), *map(self._group_sizes, self.groups)])
+        return sizes[: self.limit]
+
+    def _group_sizes(self, group: RowGroup) -> np.ndarray:
+        table = _table(group)
+        sizes = member_bytes(sum(pc.binary_length(table[text]).to_numpy().astype(np.int64) for text, _ in _SIDES))
+        for _, column in _SIDES:
+            paths = table[column].cast(pa.binary()).combine_chunks().dictionary_encode()  # many rows share an image
+            known = [self._image_bytes(os.fsdecode(path)) for path in paths.dictionary.to_pylist()]
+            sizes += np.array(known, np.int64)[paths.indices.to_numpy()]
+        return sizes
+
+    def _image_bytes(self, path: str) -> int:
+        return member_bytes(self.images.size(path)) if path else 0
+
+    def name(self, number: int) -> str:
+        return f"row {number}"
+
+    def sample(self, number: int) -> Pair:
+        query, target, negative = self._sides(number)
+        negatives = (self._item(*negative),) if negative[0].strip() else ()  # with an image, it has a mark
+        task, _ = MMEB_TASKS.get(self.dataset, ("", True))
+        return Pair(f"{number:08d}", self.dataset, task, self._item(*query), self._item(*target), negatives)
+
+    def _sides(self, number: int) -> list[tuple[str, str]]:
+        """Text, with our marks, and image path of the row's query, positive and negative."""
+        for group in self.groups:
+            if number < group.rows:
+                break
+            number -= group.rows
+        try:
+            (row,) = _table(group).slice(number, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            raise Rejection("not UTF-8", str(error)) from None
+        return [(mmeb_text(row[text], bool(row[path])), row[path]) for text, path in _SIDES]
+
+    def _item(self, text: str, path: str) -> Item:
+        checked_text(text, int(bool(path)), IMAGE_MARK)
+        checked_text(text, 0, VIDEO_MARK)
+        return Item(text, (self.images.read(path),) if path else ())
+
+    def files(self) -> dict[str, bytes]:
+        return {}
+
+
+COMMAND = conversion(DESCRIPTION, add_arguments, datasets)

@@ -1,0 +1,104 @@
+"""Rows to shards: which rows make which shard is settled before the first is read, so that each is a job by itself."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.convert.engine import Result, TooManyRejected, allowed, carry_out
+from pipeline.convert.rows import Rejection, Rows
+from pipeline.convert.workers import Report
+from pipeline.data.index import Index, Shard
+from pipeline.data.sample import Pair, Single
+from pipeline.data.shards import write_shard
+from pipeline.errors import PipelineError
+from pipeline.progress import progress_bar
+
+MAX_SAMPLE_BYTES = 1 << 30  # every process has a sample in memory as a whole
+
+
+def convert(
+    datasets: Mapping[str, Rows],
+    *,
+    options: Mapping[str, object],
+    shard_bytes: int = 256 << 20,
+    shards: int | None = None,
+    processes: int = 1,
+    max_rejected: float = 0.01,
+    tmp: Path | None = None,
+    files: Iterable[tuple[str, bytes]] = (),
+) -> dict[str, Index]:
+    """Write each dataset's rows, in their order, as shards with an index to the folder (or S3 prefix) it is keyed by.
+
+    options: what else decides the outcome, as JSON holds it; a conversion is gone on with only under the same.
+    shard_bytes: of each shard, by the estimate of `Rows.sizes`. shards: so many with equal numbers of rows, instead.
+    For the rest, and the errors, see `carry_out`.
+    """
+    plan = dict(options) | {"shard_bytes": shard_bytes, "shards": shards}
+    found = progress_bar(iterable=datasets.items(), unit=" datasets", desc="planning")
+    works = {dest: RowsWork(rows, plan, shard_bytes, shards, max_rejected) for dest, rows in found}
+    return carry_out(works, unit=" rows", processes=processes, max_rejected=max_rejected, tmp=tmp, files=files)
+
+
+class RowsWork:
+    """Work on the rows of a dataset: every job makes a shard of consecutive ones."""
+
+    def __init__(
+        self, rows: Rows, options: dict[str, object], shard_bytes: int, shards: int | None, max_rejected: float
+    ) -> None:
+        sizes = rows.sizes()
+        if not len(sizes):
+            raise PipelineError(f"{rows.dataset}: the source has no rows")
+        self.dataset, self._rows = rows.dataset, rows
+        self.rows = len(sizes)
+        self._allowed = allowed(max_rejected, self.rows)
+        self._cuts = _equal_cuts(self.rows, shards) if shards else _size_cuts(sizes, shard_bytes)
+        self.jobs = {f"{shard:06d}": int(rows) for shard, rows in enumerate(np.diff(self._cuts))}
+        self._too_large = set(np.flatnonzero(sizes > MAX_SAMPLE_BYTES).tolist())
+        source = {"rows": self.rows, "row_sizes": sha256(sizes.astype("<i8").tobytes()).hexdigest()}
+        self.plan = {**options, "dataset": rows.dataset, **source}
+
+    def run(self, job: str, folder: Path, report: Report) -> Result:
+        rows = range(*self._cuts[int(job) : int(job) + 2].tolist())
+        rejected: list[dict[str, str]] = []
+        samples = self._samples(rows, rejected, report)
+        first = next(samples, None)
+        if first is None:
+            return Result(None, len(rows), rejected, {})
+        shard = write_shard(chain([first], samples), folder / f"{job}.tar")
+        return Result(shard, len(rows), rejected, {shard.file: shard.bytes, shard.sidecar: shard.sidecar_bytes})
+
+    def _samples(self, rows: range, rejected: list[dict[str, str]], report: Report) -> Iterator[Pair | Single]:
+        for row in rows:
+            try:
+                if row in self._too_large:
+                    raise Rejection("too large", f"more than {MAX_SAMPLE_BYTES >> 20} MiB")
+                sample = self._rows.sample(row)
+            except Rejection as reason:
+                rejected.append({"row": self._rows.name(row), "cause": reason.cause, "detail": reason.detail})
+                if len(rejected) > self._allowed:
+                    raise TooManyRejected(rejected) from None
+            else:
+                yield sample
+            report(1)
+
+    def index(self, shards: tuple[Shard, ...]) -> Index:
+        return Index(self.dataset, shards)
+
+    def files(self) -> dict[str, bytes]:
+        return self._rows.files()
+
+
+def _equal_cuts(rows: int, shards: int) -> np.ndarray:
+    """(shards + 1,) first row of each shard, then the number of rows; there is no shard without a row."""
+    shards = min(shards, rows)
+    return np.arange(shards + 1) * rows // shards
+
+
+def _size_cuts(sizes: np.ndarray, shard_bytes: int) -> np.ndarray:
+    """As `_equal_cuts`: a shard ends with the row in which the bytes so far pass a multiple of `shard_bytes`."""
+    starts = np.cumsum(sizes) - sizes
+    first = np.flatnonzero(np.diff(starts // shard_bytes, prepend=-1))
+    return np.append(first, len(sizes))

@@ -1,0 +1,160 @@
+"""A folder of videos and a file of their captions: each video asks, a caption answers."""
+
+import argparse
+import csv
+import json
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.convert.command import conversion
+from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, VIDEO_SUFFIXES, Item, Pair
+from pipeline.errors import PipelineError
+
+DESCRIPTION = """\
+videos with captions: MSR-VTT, MSVD, or described by a JSON file
+
+SOURCE is a folder of videos, --captions the file that describes them, as published or one's own:
+
+    MSR-VTT    .json             {"videos": [{"video_id", "split"}], "sentences": [{"video_id", "caption"}]}
+    MSR-VTT    .csv (1k-A)       columns video_id, sentence
+    MSVD       video_corpus.csv  columns VideoID, Start, End, Language, Description: VideoID_Start_End.avi
+    your own   .json             [{"video": "clips/1.mp4", "caption": "..." or ["...", ...]}, ...]
+    your own   .json             {"clips/1.mp4": ["...", ...], ...}
+
+A video is named by its path below SOURCE, with or without suffix (mp4, webm, mkv, avi, mov). Each becomes one
+pair: the query is --query with the video, the target its first caption, and a training step that takes the pair
+draws one of all its captions. A video that is missing or undecodable is rejected.
+
+    python tools/make_shards.py video-captions MSRVTT/videos s3://bucket/msr-vtt \\
+        --captions MSR_VTT.json --list train_list.txt
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="the folder of videos")
+    parser.add_argument("--captions", type=Path, required=True, metavar="FILE", help="JSON or CSV, as above")
+    parser.add_argument("--split", metavar="NAME", help="only MSR-VTT's videos of this split: train, validate, test")
+    parser.add_argument("--list", type=Path, metavar="FILE", help="only the videos that FILE names, one a line")
+    parser.add_argument("--language", default="English", metavar="NAME", help="of MSVD's captions (%(default)s)")
+    query = f"{VIDEO_MARK}\nDescribe the video."
+    parser.add_argument("--query", default=query, metavar="TEXT", help=f"of all pairs ({query!r})")
+    parser.add_argument("--dataset", metavar="NAME", help="the dataset's name (the folder's)")
+
+
+def datasets(arguments: argparse.Namespace) -> dict[str, "VideoCaptions"]:
+    """The one dataset of the source, by its URL."""
+    videos = folder(arguments.source)
+    if (arguments.query.count(VIDEO_MARK), arguments.query.count(IMAGE_MARK)) != (1, 0):
+        raise PipelineError(f"--query {arguments.query!r} must have one {VIDEO_MARK}, and no {IMAGE_MARK}")
+    captions = _captions(arguments.captions, arguments.split, arguments.language)
+    if arguments.list is not None:
+        wanted = {_without_suffix(line.strip()) for line in _text(arguments.list).splitlines()}
+        captions = {video: texts for video, texts in captions.items() if _without_suffix(video) in wanted}
+    if not captions:
+        raise PipelineError(f"{arguments.captions} has no captions of the videos asked for")
+    dataset = arguments.dataset or videos.resolve().name
+    return {arguments.dest: VideoCaptions(dataset, ImageFolder(videos), list(captions.items()), arguments.query)}
+
+
+@dataclass(frozen=True)
+class VideoCaptions:
+    """Rows of (video's name, its captions), in the order of their first appearance."""
+
+    dataset: str
+    source: ImageFolder
+    videos: list[tuple[str, list[str]]]
+    query: str
+
+    def sizes(self) -> np.ndarray:
+        """(videos,) int64 bytes in a shard, about."""
+        sizes = [self.source.size(self._file(video)) for video, _ in self.videos]
+        return 1024 + member_bytes(np.array(sizes, np.int64))
+
+    def name(self, number: int) -> str:
+        return f"video {self.videos[number][0]}"
+
+    def sample(self, number: int) -> Pair:
+        video, captions = self.videos[number]
+        texts = list(dict.fromkeys(text.strip() for text in captions if text.strip()))
+        if not texts:
+            raise Rejection("no caption", video)
+        for text in texts:
+            checked_text(checked_text(text, 0, VIDEO_MARK), 0, IMAGE_MARK)
+        data = self.source.read_video(self._file(video))
+        query, target = Item(self.query, video=data), Item(texts[0])
+        return Pair(f"{number:08d}", self.dataset, "retrieval", query, target, alternatives=tuple(texts[1:]))
+
+    def files(self) -> dict[str, bytes]:
+        return {}
+
+    def _file(self, video: str) -> str:
+        """The path of the video's file, whose suffix its name may lack."""
+        if _without_suffix(video) != video:
+            return video
+        files = (f"{video}.{suffix}" for suffix in VIDEO_SUFFIXES)
+        return next((file for file in files if self.source.size(file)), video)
+
+
+def _captions(file: Path, split: str | None, language: str) -> dict[str, list[str]]:
+    """Video -> its captions, from a file in one of the forms above."""
+    if file.suffix not in (".json", ".csv"):
+        raise PipelineError(
+            f"{file} is neither .json nor .csv; of MSVD take video_corpus.csv, for a pickle runs what code it holds"
+        )
+    splits: dict[str, str] = {}
+    try:
+        if file.suffix == ".csv":
+            pairs = _csv_pairs(_text(file), language)
+        else:
+            match json.loads(_text(file)):
+                case {"videos": list(videos), "sentences": list(sentences)}:
+                    splits = {video["video_id"]: video["split"] for video in videos}
+                    pairs = [(sentence["video_id"], sentence["caption"]) for sentence in sentences]
+                case dict(videos):
+                    pairs = list(videos.items())
+                case videos:
+                    pairs = [(video["video"], video["caption"]) for video in videos]
+        captions: dict[str, list[str]] = {}
+        for video, texts in pairs:
+            if split is None or splits.get(video) == split:
+                captions.setdefault(video, []).extend([texts] if isinstance(texts, str) else texts)
+        if not all(isinstance(text, str) for video, texts in captions.items() for text in (video, *texts)):
+            raise ValueError("what should be a text is none")
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise PipelineError(f"{file} is in none of the forms that --help describes: {error!r}") from None
+    if split is not None and split not in splits.values():
+        raise PipelineError(
+            f"{file} has no split {split!r}: it has {', '.join(sorted(set(splits.values()))) or 'none'}"
+        )
+    return captions
+
+
+def _csv_pairs(text: str, language: str) -> list[tuple[str, str]]:
+    rows = list(csv.DictReader(StringIO(text)))
+    if rows and "sentence" in rows[0]:
+        return [(row["video_id"], row["sentence"]) for row in rows]
+    # MSVD's workers left some descriptions empty.
+    return [
+        (f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"] or "")
+        for row in rows
+        if row["Language"] == language
+    ]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{file}: {error}") from None
+
+
+def _without_suffix(video: str) -> str:
+    stem, _, suffix = video.rpartition(".")
+    return stem if suffix.lower() in VIDEO_SUFFIXES else video
+
+
+COMMAND = conversion(DESCRIPTION, add_arguments, datasets)

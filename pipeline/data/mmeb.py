@@ -1,0 +1,109 @@
+"""MMEB (https://huggingface.co/TIGER-Lab): its datasets, and the files its evaluation sets consist of.
+
+    URL/tasks.json          {"Scene-VQA": {"task": "vqa", "in_distribution": true}, ...}; ours, MMEB has none
+    URL/<dataset>/*.parquet rows: qry_text, qry_img_path, tgt_text, tgt_img_path; the first target is the right one
+    URL/images/<path>       the pictures the rows name
+
+or, converted, with the queries and candidates as items in shards:
+
+    URL/tasks.json                  the same
+    URL/<dataset>/index.json        each distinct query and candidate, once
+    URL/<dataset>/rows.parquet      query, candidates: numbers of items
+    URL/<dataset>/items.parquet     name: what a person would call each item
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from io import BytesIO
+
+import pyarrow.parquet as parquet
+
+from pipeline.data import objects
+from pipeline.data.sample import IMAGE_MARK, MMEB_IMAGE_MARK
+from pipeline.errors import PipelineError
+
+TASKS_FILE, ROWS_FILE, ITEMS_FILE = "tasks.json", "rows.parquet", "items.parquet"
+META_TASKS = ("classification", "vqa", "retrieval", "grounding")
+
+# By meta-task: the datasets that training has too (in distribution), then those of evaluation alone.
+_NAMES = {
+    "classification": (
+        "ImageNet-1K N24News HatefulMemes VOC2007 SUN397",
+        "Place365 ImageNet-A ImageNet-R ObjectNet Country211",
+    ),
+    "vqa": (
+        "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W",
+        "ScienceQA VizWiz GQA TextVQA",
+    ),
+    "retrieval": (
+        "VisDial CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA",
+        "OVEN FashionIQ EDIS Wiki-SS-NQ",
+    ),
+    "grounding": ("MSCOCO", "RefCOCO RefCOCO-Matching Visual7W-Pointing"),
+}
+# Name -> meta-task, and whether it is in distribution.
+MMEB_TASKS = {
+    name: (meta_task, part == 0)
+    for meta_task, parts in _NAMES.items()
+    for part, names in enumerate(parts)
+    for name in names.split()
+}
+MMEB_TASKS["ImageNet_1K"] = MMEB_TASKS["ImageNet-1K"]  # so called in the training set
+
+_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+
+Side = tuple[str, str]  # a text, and the path of its image or ""
+
+
+def mmeb_text(text: str, has_image: bool) -> str:
+    """A row's text with `<image>` where its image goes: at the front, if the text does not say.
+
+    A mark without an image is taken out, with the white space after it.
+    """
+    if not has_image:
+        return re.sub(rf"{re.escape(MMEB_IMAGE_MARK)}\s*", "", text)
+    text = text.replace(MMEB_IMAGE_MARK, IMAGE_MARK)
+    return text if IMAGE_MARK in text else f"{IMAGE_MARK}\n{text}"
+
+
+def read_tasks(url: str) -> dict[str, tuple[str, bool]]:
+    """What `url`/tasks.json says: name -> meta-task, and whether it is in distribution."""
+    file = objects.join(url, TASKS_FILE)
+    try:
+        listed = json.loads(objects.read(file))
+        tasks = {name: (entry["task"], entry["in_distribution"]) for name, entry in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PipelineError(f"{file} does not give each dataset's task and in_distribution: {error!r}") from None
+    for name, (meta_task, _) in tasks.items():
+        if meta_task not in META_TASKS:
+            raise PipelineError(f"{file}: {name} has task {meta_task!r}; known: {', '.join(META_TASKS)}")
+    return tasks
+
+
+def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
+    """Each query with its candidates, the right one first, from the .parquet files below the folder `url`."""
+    files = [file for file in objects.list_under(url) if file.endswith(".parquet")]
+    if not files:
+        raise PipelineError(f"{url} holds no .parquet file with MMEB's rows")
+    for file in files:
+        try:
+            table = parquet.ParquetFile(BytesIO(objects.read(file)))
+            for batch in table.iter_batches(batch_size=64, columns=_COLUMNS):
+                for row in batch.to_pylist():
+                    text, image, texts, images = (row[column] for column in _COLUMNS)
+                    # A single candidate may stand without a list around it.
+                    candidates = [_side(*side) for side in zip(_listed(texts), _listed(images), strict=True)]
+                    if not candidates:
+                        raise ValueError("a row has no candidates")
+                    yield _side(text, image), candidates
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise PipelineError(f"{file} does not hold MMEB's rows ({', '.join(_COLUMNS)}): {error}") from None
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _side(text: str, image: str | None) -> Side:
+    return mmeb_text(text, bool(image)), image or ""

@@ -1,0 +1,65 @@
+"""What the tests of several formats need: the command line in this process and in another, and what it wrote."""
+
+import os
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.data import objects
+from pipeline.data.index import Index, load_sidecar, read_samples
+from pipeline.data.sample import Pair, Single
+from pipeline.data.shards import parse_sample
+from pipeline.errors import PipelineError
+from tools import make_shards as tool
+
+COMMAND = [sys.executable, str(Path(tool.__file__).resolve())]
+
+
+def make_shards(*arguments: object) -> None:
+    """Run the command line in this process, which does all the work if the arguments do not say otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        more = () if "--processes" in arguments else ("--processes", "1")
+        patch.setattr(sys, "argv", ["make_shards.py", *map(str, arguments), *more])
+        tool.main.__wrapped__()
+
+
+def error_of(*arguments: object) -> str:
+    """The one line with which the command line fails."""
+    with pytest.raises(PipelineError) as caught:
+        make_shards(*arguments)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    """Start the command line in a process of its own, in a folder that is not the repository."""
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", env=os.environ)
+
+
+def read_all(url: str) -> list[Pair | Single]:
+    """All samples of a dataset, in order."""
+    samples = []
+    for shard in Index.load(url).shards:
+        samples += map(parse_sample, read_samples(url, shard, load_sidecar(url, shard)))
+    return samples
+
+
+def content(url: str) -> dict[str, bytes]:
+    """Name -> bytes of every object below `url`."""
+    return {name.removeprefix(url): objects.read(name) for name in objects.list_under(url)}
+
+
+def picture(width: int, height: int, seed: int = 0, format: str = "PNG") -> bytes:
+    """An encoded image, of noise so that it does not compress away."""
+    import numpy as np
+
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()

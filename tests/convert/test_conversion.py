@@ -1,0 +1,324 @@
+"""The engine: same bytes on any number of processes and after any end; what is left out is said, or stops it all."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conversion import content, error_of, make_shards, picture, read_all, start
+
+from pipeline.convert.engine import allowed
+from pipeline.convert.rows import Rejection
+from pipeline.convert.sharding import convert
+from pipeline.data import objects
+from pipeline.data.index import Index
+from pipeline.data.sample import Item, Pair
+from pipeline.errors import PipelineError
+
+ROWS = 400
+BROKEN = 7  # number of the row whose image is none
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A jsonl file of two datasets whose conversion makes many shards and leaves one row out."""
+    folder = tmp_path_factory.mktemp("source")
+    for number in range(20):
+        (folder / f"{number}.png").write_bytes(picture(60 + number, 60, number))
+    (folder / f"{BROKEN}.png").write_bytes(b"none")
+    (folder / "none.png").write_bytes(b"none")
+    rows = []
+    for number in range(ROWS):
+        image = f"{number % 20}.png" if number % 20 != BROKEN else "1.png"
+        query = {"text": f"<image>\nquery {number}", "images": ["none.png" if number == BROKEN else image]}
+        rows.append({"query": query, "target": {"text": f"target {number}"}, "dataset": "AB"[number // 280]})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pairs.jsonl"
+
+
+def arguments(source: Path, dest: str, *more: object) -> tuple:
+    return ("jsonl", source, dest, "--shards", 12, *more)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory) -> dict[str, bytes]:
+    """What a conversion by one process writes."""
+    dest = str(tmp_path_factory.mktemp("dest") / "out")
+    make_shards(*arguments(source, dest))
+    written = content(dest)
+    assert len(written) == 2 * (2 * 12 + 2)
+    assert not any(path.name == ".unfinished" for path in Path(dest).rglob("*"))
+    return written
+
+
+def test_samples_are_the_rows_in_order(source, tmp_path):
+    dest = tmp_path / "out"
+    make_shards("jsonl", source, dest, "--shard-mb", 1)
+    samples = {name: read_all(str(dest / name)) for name in "AB"}
+    for name, numbers in (("A", range(280)), ("B", range(280, ROWS))):
+        kept = [number for number in numbers if number != BROKEN]
+        assert [sample.key for sample in samples[name]] == [f"{number + 1:08d}" for number in kept]
+        assert [sample.target.text for sample in samples[name]] == [f"target {number}" for number in kept]
+        sizes = [shard.bytes for shard in Index.load(str(dest / name)).shards]
+        assert len(sizes) > 1
+        assert all(0.9 < size / (1 << 20) < 1.1 for size in sizes[:-1])
+    (listed,) = map(json.loads, (dest / "A/rejected.jsonl").read_text().splitlines())
+    assert (listed["row"], listed["cause"]) == ("line 8", "broken image")
+    assert listed["detail"].startswith("none.png: undecodable image")
+    assert (dest / "B/rejected.jsonl").read_bytes() == b""
+
+
+def state(path: str | Path) -> tuple[int, int]:
+    """What changes when a file is written again."""
+    found = Path(path).stat()
+    return found.st_ino, found.st_mtime_ns
+
+
+def records(dest: str) -> list[str]:
+    return [name for name in objects.list_under(dest) if "/.unfinished/0" in name and name.endswith(".json")]
+
+
+def wait_for_records(process: subprocess.Popen, dest: str, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(records(dest)) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_in_the_middle_it_goes_on_and_nothing_is_done_twice(source, undisturbed, tmp_path):
+    """Begun by two processes, ended by three: the same bytes as by one."""
+    dest = str(tmp_path / "out")
+    process = start(*arguments(source, dest, "--processes", 2))
+    wait_for_records(process, dest, 5)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+    done = [name.replace("/.unfinished", "").replace(".json", ".tar") for name in records(dest)]
+    assert 5 <= len(done) < 24
+    before = {name: state(name) for name in done}
+    assert not Path(dest, "B/index.json").exists()
+
+    make_shards(*arguments(source, dest, "--processes", 3))
+    assert content(dest) == undisturbed
+    assert {name: state(name) for name in done} == before
+
+
+def test_interrupted_on_the_way_to_s3_it_ends_at_once_and_goes_on(s3, source, undisturbed, tmp_path):
+    dest = f"s3://pipeline-tests/engine/{tmp_path.name}"
+    (tmp_path / "tmp").mkdir()
+    process = start(*arguments(source, dest, "--processes", 2, "--tmp", tmp_path / "tmp"))
+    wait_for_records(process, dest, 3)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert output[1].splitlines()[-1] == "interrupted: the same command goes on from here"
+    assert "Traceback" not in output[1]
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+    first, second, *others = records(dest)
+    assert len(others) < 22
+    kept, lost = (name.replace("/.unfinished", "").replace(".json", ".tar") for name in (first, second))
+    objects.write(kept, bytes(objects.size(kept)))  # would be mended if it were converted again
+    objects.delete(lost)
+    make_shards(*arguments(source, dest))
+    written = content(dest)
+    assert written.pop(kept.removeprefix(dest)).strip(b"\0") == b""
+    assert written == {name: data for name, data in undisturbed.items() if name != kept.removeprefix(dest)}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Rows that are their number, of which some are rejected."""
+
+    count: int
+    rejected: frozenset[int] = frozenset()
+    dataset: str = "Numbers"
+    size: int = 1000
+
+    def sizes(self) -> np.ndarray:
+        return np.full(self.count, self.size)
+
+    def name(self, number: int) -> str:
+        return f"number {number}"
+
+    def sample(self, number: int) -> Pair:
+        if number in self.rejected:
+            raise Rejection("even" if number % 2 == 0 else "odd", f"{number}\nis not wanted " + "x" * 1000)
+        return Pair(f"{number:08d}", self.dataset, "", Item(f"q{number}"), Item(f"t{number}"))
+
+    def files(self) -> dict[str, bytes]:
+        return {"more.bin": b"more"}
+
+
+def test_rejected_rows_are_listed_in_order_and_their_shards_may_be_missing(tmp_path, capsys):
+    rows = Numbers(100, frozenset({3, 50, *range(20, 30)}))
+    dest = str(tmp_path / "out")
+    (index,) = convert({dest: rows}, options={}, shards=10, max_rejected=0.12).values()
+    assert [shard.file for shard in index.shards] == [f"{n:06d}.tar" for n in range(10) if n != 2]
+    assert not (tmp_path / "out/000002.tar").exists()
+    listed = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+    assert [each["row"] for each in listed] == [f"number {n}" for n in (3, *range(20, 30), 50)]
+    assert listed[0]["cause"] == "odd"
+    assert listed[0]["detail"].startswith("3 is not wanted xxx")
+    assert len(listed[0]["detail"]) == 300
+    assert [int(sample.key) for sample in read_all(dest)] == [n for n in range(100) if n not in rows.rejected]
+    assert (tmp_path / "out/more.bin").read_bytes() == b"more"
+    summary = capsys.readouterr().out
+    assert f"{dest}: 88 samples in 9 shards, " in summary
+    assert summary.endswith("12 rejected (6 odd, 6 even)\n")
+
+
+def test_too_many_rejected_rows_stop_it_and_a_higher_limit_goes_on(tmp_path):
+    dest = str(tmp_path / "out")
+    rows = Numbers(100, frozenset({13, 14, 33, 75}))
+    with pytest.raises(PipelineError) as caught:
+        convert({dest: rows}, options={}, shards=10, max_rejected=0.02)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "more than --max-rejected 0.02 allows: 2 odd, 1 even; the first: number 13: odd: 13 is not wanted" in text
+    assert "number 14: even" in text
+    assert "Raise --max-rejected" in text
+    done = records(dest)
+    assert [name[-11:] for name in done[:3]] == ["000000.json", "000001.json", "000002.json"]
+    assert "000007" not in done[-1]  # it stopped when it was certain
+    before = state(tmp_path / "out/000001.tar")
+    convert({dest: rows}, options={}, shards=10, max_rejected=0.04)
+    assert state(tmp_path / "out/000001.tar") == before
+    assert len(read_all(dest)) == 96
+
+
+def test_a_shard_stops_as_soon_as_it_is_certain(tmp_path):
+    class Counted(Numbers):
+        asked = 0
+
+        def sample(self, number: int) -> Pair:
+            Counted.asked += 1
+            return super().sample(number)
+
+    with pytest.raises(PipelineError, match="3 even, 3 odd; the first: number 0"):
+        convert({str(tmp_path / "out"): Counted(100, frozenset(range(100)))}, options={}, max_rejected=0.05)
+    assert Counted.asked == 6
+
+
+def test_what_the_fraction_allows():
+    assert [allowed(0.01, rows) for rows in (0, 99, 100, 199, 200)] == [0, 0, 1, 1, 2]
+    assert all(allowed(n / 100, 100) == n for n in range(101))
+    assert allowed(0.0, 10**9) == 0
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    with pytest.raises(PipelineError, match="no row can be used"):
+        convert({str(tmp_path / "out"): Numbers(5, frozenset(range(5)))}, options={}, max_rejected=1)
+    assert len((tmp_path / "out/rejected.jsonl").read_text().splitlines()) == 5
+    with pytest.raises(PipelineError, match="Numbers: the source has no rows"):
+        convert({str(tmp_path / "out"): Numbers(0)}, options={})
+
+
+def test_a_sample_too_large_for_memory_is_rejected_unread(tmp_path, monkeypatch):
+    with pytest.raises(PipelineError, match="3 too large; the first: number 0: too large: more than 1024 MiB"):
+        convert({str(tmp_path / "out"): Numbers(3, size=(1 << 30) + 1)}, options={}, shards=1, max_rejected=0.7)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"options": {"query": "b"}}, "whose query was 'a' and is 'b' now"),
+        ({"shards": 5}, "whose shards was 10 and is 5 now"),
+        ({"rows": Numbers(101)}, "whose rows was 100 and is 101 now"),
+        ({"rows": Numbers(100, size=1001)}, "whose row_sizes was"),
+        ({"rows": Numbers(100, dataset="Other")}, "whose dataset was 'Numbers' and is 'Other' now"),
+    ],
+)
+def test_another_conversion_is_not_gone_on_with(tmp_path, change, named):
+    dest = str(tmp_path / "out")
+    with pytest.raises(PipelineError, match="max-rejected"):
+        convert({dest: Numbers(100, frozenset({55}))}, options={"query": "a"}, shards=10, max_rejected=0)
+    left = content(dest)
+    given = {"rows": Numbers(100), "options": {"query": "a"}, "shards": 10} | change
+    with pytest.raises(PipelineError) as caught:
+        convert({dest: given.pop("rows")}, **given)
+    assert f"{dest} holds an unfinished conversion {named}" in str(caught.value)
+    assert "give the same command with the same source, or delete DEST" in str(caught.value)
+    assert content(dest) == left
+
+
+def test_a_finished_dataset_is_refused(tmp_path):
+    dest = str(tmp_path / "out")
+    convert({dest: Numbers(10)}, options={})
+    before = content(dest)
+    with pytest.raises(PipelineError, match="out holds a dataset already: delete it or choose another DEST"):
+        convert({str(tmp_path / "new"): Numbers(10), dest: Numbers(10)}, options={})
+    assert content(dest) == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("tidy", [True, False])
+def test_of_several_datasets_the_finished_ones_are_not_done_again(tmp_path, tidy):
+    """Also (not tidy) when the end came between a dataset's index and the removal of its plan."""
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    both = {first: Numbers(10, dataset="first"), second: Numbers(10, frozenset({5}), dataset="second")}
+    with pytest.raises(PipelineError, match="second: rows are rejected"):
+        convert(both, options={}, max_rejected=0)
+    assert (tmp_path / "first/index.json").exists()
+    assert not (tmp_path / "first/.unfinished").exists()
+    if not tidy:
+        plan = (tmp_path / "second/.unfinished/plan.json").read_bytes()
+        objects.write(f"{first}/.unfinished/plan.json", plan.replace(b"second", b"first"))
+    before = state(tmp_path / "first/000000.tar")
+    indexes = convert(both, options={}, max_rejected=0.1)
+    assert state(tmp_path / "first/000000.tar") == before
+    assert [index.samples for index in indexes.values()] == [10, 9]
+    assert not (tmp_path / "first/.unfinished").exists()
+    with pytest.raises(PipelineError, match="first holds a dataset already"):
+        convert(both, options={}, max_rejected=0.1)
+
+
+def test_a_shard_that_is_gone_or_cut_short_is_made_again(tmp_path):
+    dest, whole = tmp_path / "out", tmp_path / "whole"
+    convert({str(whole): Numbers(100)}, options={}, shards=10)
+    with pytest.raises(PipelineError):
+        convert({str(dest): Numbers(100, frozenset({95}))}, options={}, shards=10, max_rejected=0)
+    (dest / "000002.tar").unlink()
+    (dest / "000004.idx.npy").write_bytes(b"short")
+    (dest / ".000004.idx.npy.1.partial").write_bytes(b"what a kill leaves")
+    (dest / ".unfinished/.000009.json.1.partial").write_bytes(b"what a kill leaves")
+    convert({str(dest): Numbers(100)}, options={}, shards=10)
+    assert content(str(dest)) == content(str(whole))
+
+
+@dataclass(frozen=True)
+class Deadly(Numbers):
+    def sample(self, number: int) -> Pair:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_one_clear_error(tmp_path):
+    with pytest.raises(PipelineError, match="a process was killed; if memory ran out, choose fewer --processes"):
+        convert({str(tmp_path / "out"): Deadly(10)}, options={}, shards=2, processes=2)
+
+
+def test_mistakes_of_the_command_line(source, tmp_path):
+    for arguments, reason in [
+        (("jsonl", tmp_path / "none.jsonl", tmp_path / "out"), "none.jsonl: No such file"),
+        (("jsonl", source, tmp_path / "out", "--images", tmp_path / "none"), "none: there is no such folder"),
+        (("jsonl", source, tmp_path / "out", "--dataset", "a b"), "cannot name a dataset"),
+        (("jsonl", source, "/proc/none/out"), "/proc/none"),
+        (("jsonl", source, "s3://me:hidden@bucket/x"), "carries credentials"),
+    ]:
+        text = error_of(*arguments)
+        assert reason in text
+        assert "hidden" not in text
+    assert list(tmp_path.iterdir()) == []

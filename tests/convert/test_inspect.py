@@ -1,0 +1,311 @@
+import argparse
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from pipeline.convert import img2dataset, inspect
+from pipeline.convert.command import Command
+from pipeline.data import objects
+from pipeline.data.index import Index, load_sidecar, record_checksums
+from pipeline.data.sample import Item, Pair, Single
+from pipeline.data.shards import sample_bytes, write_shards
+from pipeline.errors import PipelineError
+
+
+def run(command: Command, *arguments: str | Path) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def verify(dest: str | Path) -> None:
+    run(inspect.VERIFY, dest, "--processes", "1")
+
+
+def picture(number: int, format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (10 + number, 40), (number, 0, 0)).save(buffer, format)
+    return buffer.getvalue()
+
+
+def film() -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="avi") as file:
+        stream = file.add_stream("mpeg4", rate=5, width=48, height=32, pix_fmt="yuv420p")
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8))))
+        file.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def make_pairs() -> list[Pair]:
+    pairs = [
+        Pair(
+            f"{number:08d}",
+            "Pairs",
+            "vqa",
+            Item("<image>" * (number % 3) + f"question {number} 图", tuple(map(picture, range(number % 3)))),
+            Item(f"answer {number // 2}"),
+            (Item("<image>\nwrong", (picture(20, "JPEG"),)),) * (number % 2),
+            ("another answer",) * (number % 2),
+        )
+        for number in range(12)
+    ]
+    pairs[5] = replace(pairs[5], query=Item("<video>\nWhat?", video=film()))
+    return pairs
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A dataset of pairs in three shards, in a folder beside one of single items and one of img2dataset's tars."""
+    pairs = make_pairs()
+    index = write_shards(pairs, tmp_path / "all/pairs", dataset="Pairs", shard_bytes=sum(map(size, pairs)) * 3 // 10)
+    assert len(index.shards) == 3
+    singles = [Single(str(number), "Singles", "vqa", Item(f"item {number}")) for number in range(3)]
+    write_shards(singles, tmp_path / "all/singles", dataset="Singles")
+    (tmp_path / "cc").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "cc/00000.tar"), encoder=False) as writer:
+        for number in range(4):
+            image = picture(number, "JPEG") if number != 2 else b"broken"
+            writer.write({"__key__": f"{number}", "jpg": image, "txt": f"caption {number}".encode()})
+    run(img2dataset.COMMAND, tmp_path / "cc", tmp_path / "all/cc", "--processes", "1", "--max-rejected", "0.5")
+    return tmp_path / "all"
+
+
+def size(pair: Pair) -> int:
+    return len(sample_bytes(pair))
+
+
+def test_intact_datasets_are_one_line(folder, capsys):
+    capsys.readouterr()
+    verify(folder)
+    assert capsys.readouterr().out == f"{folder}: 18 samples in 5 shards are intact\n"
+    verify(folder / "pairs")
+    assert capsys.readouterr().out == f"{folder / 'pairs'}: 12 samples in 3 shards are intact\n"
+
+
+def test_on_s3_by_several_processes(folder, s3, capsys):
+    dest = f"s3://pipeline-tests/inspect/{folder.parent.name}"
+    for path in (folder / "pairs").iterdir():
+        objects.write(f"{dest}/pairs/{path.name}", path)
+    capsys.readouterr()
+    run(inspect.VERIFY, dest, "--processes", "2")
+    assert capsys.readouterr().out == f"{dest}: 12 samples in 3 shards are intact\n"
+    objects.delete(f"{dest}/pairs/000001.tar")
+    with pytest.raises(PipelineError, match=r"pairs/000001\.tar: there is no such"):
+        verify(dest)
+
+
+def change(path: Path, edit: Callable[[bytearray], object]) -> None:
+    data = bytearray(path.read_bytes())
+    edit(data)
+    path.write_bytes(data)
+
+
+def flip(place: int) -> Callable[[bytearray], object]:
+    return lambda data: data.__setitem__(place, data[place] ^ 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "faults"),
+    [
+        ("000000.tar", flip(-1), [r": its sha256 is not the index's"]),
+        ("000001.tar", lambda data: data.__delitem__(slice(-512, None)), [r": \d+ bytes, where the index says \d+"]),
+        ("000002.tar", lambda data: data.clear(), [": 0 bytes, where the index says"]),
+        ("000001.idx.npy", flip(-9), ["is damaged"]),
+        # In the middle of a picture: its content is another, and may no longer decode.
+        ("000000.tar", lambda data: flip(data.index(b"IDAT") + 6)(data), [r"#\d: ", "its sha256 is not"]),
+        # In the padding after a text.
+        ("000000.tar", lambda data: flip(data.index(b"negatives") + 300)(data), ["#0: its record's crc32 is wrong"]),
+        # A letter of a text.
+        (
+            "000000.tar",
+            lambda data: flip(data.index(b"answer"))(data),
+            ["#0: its record's crc32 is wrong", "#0: its record's target_hash is wrong", "its sha256 is not"],
+        ),
+        # A header's checksum.
+        ("000000.tar", flip(150), ["#0: no tar", "webdataset cannot read it", "its sha256 is not"]),
+    ],
+)
+def test_what_is_damaged_is_listed(folder, file, edit, faults):
+    change(folder / "pairs" / file, edit)
+    with pytest.raises(PipelineError, match=r"is not intact:\n") as caught:
+        verify(folder)
+    for fault in faults:
+        caught.match(f"pairs/{file}.*{fault}")
+    assert "singles" not in str(caught.value) and "cc" not in str(caught.value)
+
+
+def forge(folder: Path, edit: Callable[[np.ndarray], object] = len, **entry: object) -> None:
+    """Let the first shard's records and entry be others, with all their checksums."""
+    index = Index.load(str(folder))
+    shard = index.shards[0]
+    records = load_sidecar(str(folder), shard).copy()
+    edit(records)
+    records["checksum"] = record_checksums(records)
+    np.save(folder / shard.sidecar, records)
+    sidecar = (folder / shard.sidecar).read_bytes()
+    shard = replace(shard, sidecar_sha256=hashlib.sha256(sidecar).hexdigest(), sidecar_bytes=len(sidecar), **entry)
+    (folder / "index.json").write_text(replace(index, shards=(shard, *index.shards[1:])).to_json())
+
+
+def put(field: str, value: object, place: object = 1) -> Callable[[np.ndarray], object]:
+    return lambda records: records[field].__setitem__(place, value)
+
+
+@pytest.mark.parametrize("dataset", ["pairs", "singles", "cc"])
+def test_forging_alone_changes_nothing(folder, dataset):
+    forge(folder / dataset)
+    verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "changed", "fault"),
+    [
+        ("pairs", {"edit": put("query_hash", 7)}, "#1: its record's query_hash is wrong"),
+        ("pairs", {"edit": put("target_hash", 7)}, "#1: its record's target_hash is wrong"),
+        ("pairs", {"edit": put("negative_text", 7)}, "#1: its record's negative_text is wrong"),
+        ("pairs", {"edit": put("query_images", 7)}, "#1: its record's query_images is wrong"),
+        ("pairs", {"edit": put("image_sizes", (7, 7), (1, 0))}, "#1: its record's image_sizes is wrong"),
+        ("singles", {"edit": put("target_hash", 7)}, "#1: its record's target_hash is wrong"),
+        ("cc", {"edit": put("target_text", 7)}, "#1: its record's target_text is wrong"),
+        ("pairs", {"edit": put("length", 512)}, "its records make no sense"),
+        ("pairs", {"edit": put("offset", 0)}, "its records make no sense"),
+        ("singles", {"edit": put("offset", 1 << 40, 2)}, "its records make no sense"),
+        ("cc", {"edit": put("offset", 0)}, "its records make no sense"),
+        ("cc", {"edit": put("length", 1 << 20, 2)}, "its records make no sense"),
+        ("pairs", {"text_bytes": 7}, "the index's text_bytes is wrong"),
+        ("pairs", {"videos": 7}, "the index's videos is wrong"),
+        ("cc", {"image_sizes": ((7, 7),)}, "the index's image_sizes is wrong"),
+    ],
+)
+def test_an_index_that_says_other_things_than_the_tars(folder, dataset, changed, fault):
+    forge(folder / dataset, **changed)
+    with pytest.raises(PipelineError, match=f"all/{dataset}/.*{fault}" if dataset != "cc" else fault):
+        verify(folder)
+
+
+def test_samples_that_webdataset_reads_otherwise(folder):
+    pairs = make_pairs()
+    pairs[1] = replace(pairs[1], key=pairs[0].key)
+    write_shards(pairs[:1], folder / "one", dataset="One")
+    data = sample_bytes(pairs[0]) + sample_bytes(pairs[1])
+    # A tar as no writer of ours makes it, indexed as if one had.
+    (folder / "one/000000.tar").write_bytes(data + bytes(1024))
+    index = Index.load(str(folder / "one"))
+    records = inspect.ShardRecords()
+    records.add(pairs[0], 0, sample_bytes(pairs[0]))
+    records.add(pairs[1], size(pairs[0]), sample_bytes(pairs[1]))
+    shard, sidecar = records.finish("000000.tar", len(data) + 1024, hashlib.sha256(data + bytes(1024)).hexdigest())
+    (folder / "one" / shard.sidecar).write_bytes(sidecar)
+    (folder / "one/index.json").write_text(replace(index, shards=(shard,)).to_json())
+    with pytest.raises(PipelineError, match=r"000000\.tar: webdataset cannot read it .*duplicate file name"):
+        verify(folder / "one")
+
+
+def test_samples_that_webdataset_leaves_out(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "0.tar"), encoder=False) as writer:
+        for number, folder in enumerate(("", "__meta__/", "")):
+            writer.write({"__key__": f"{folder}{number}", "jpg": picture(1, "JPEG"), "txt": b"a caption"})
+    run(img2dataset.COMMAND, tmp_path, tmp_path, "--processes", "1")
+    with pytest.raises(PipelineError, match=r"0\.tar: webdataset reads other samples, or in another order"):
+        verify(tmp_path)
+
+
+def test_samples_that_cannot_be_decoded_and_no_more_than_ten_lines(folder):
+    pair = make_pairs()[1]
+    broken = [
+        replace(pair, key=f"{number}", query=Item("<image>", (picture(3)[:60],)), negatives=()) for number in range(15)
+    ]
+    write_shards(broken, folder / "broken", dataset="Broken")
+    with pytest.raises(PipelineError) as caught:
+        verify(folder / "broken")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 12 and "000000.tar#9: undecodable image" in lines[10]
+    assert lines[11] == "(and 5 more)"
+
+
+def test_where_nothing_is(tmp_path):
+    for command in (inspect.VERIFY, inspect.STATS):
+        with pytest.raises(PipelineError, match=r"holds no index\.json, nor does any folder below it"):
+            run(command, tmp_path)
+    with pytest.raises(PipelineError, match="there is no such file"):
+        run(inspect.SHOW, tmp_path, "0")
+
+
+def shown(capsys, *arguments: str | Path) -> str:
+    capsys.readouterr()
+    run(inspect.SHOW, *arguments)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_show(folder, capsys):
+    for number, pair in enumerate(make_pairs()):
+        printed = shown(capsys, folder / "pairs", number)
+        assert f"key '{pair.key}'" in printed and "task 'vqa'" in printed
+        assert f"query {pair.query.text!r}" in printed and f"target {pair.target.text!r}" in printed
+        assert all(f"hash {item.content_hash:016x}" in printed for item in pair.items)
+        assert printed.count("another answer") == len(pair.alternatives)
+        assert shown(capsys, folder / "pairs", "--key", pair.key) == printed
+    assert "image jpg, 30 x 40," in printed  # the last one's negative
+    assert "video avi, 48 x 32," in shown(capsys, folder / "pairs", 5)
+    assert "item 'item 2'" in shown(capsys, folder / "singles", 2)
+    assert "cc/00000.tar, its sample 2" in (printed := shown(capsys, folder / "cc", "--key", "3"))
+    assert "target 'caption 3'" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["pairs", "12"], "has samples 0 to 11"),
+        (["pairs", "--key", "x"], "has no sample with key 'x'"),
+        (["cc", "--key", "2"], r"2 in 00000\.tar was left out: see rejected\.jsonl"),
+    ],
+)
+def test_show_of_what_is_not_there(folder, arguments, reason):
+    with pytest.raises(PipelineError, match=reason):
+        run(inspect.SHOW, folder / arguments[0], *arguments[1:])
+
+
+def test_show_keeps_control_characters_from_the_terminal(tmp_path, capsys):
+    write_shards([Pair("k", "d", "\x1b[31m", Item("a\x1b[2Jb [red]c"), Item("\x9b2J"))], tmp_path, dataset="D")
+    printed = shown(capsys, tmp_path, 0)
+    assert "\x1b" not in printed and "\x9b" not in printed
+    assert r"'a\x1b[2Jb [red]c'" in printed
+
+
+def test_stats(folder, capsys):
+    capsys.readouterr()
+    run(inspect.STATS, folder)
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    pairs = make_pairs()
+    images = sum(len(item.images) for pair in pairs for item in pair.items)
+    assert f"Pairs 12 3 0 {images} 1" in printed
+    assert f"all 18 5 0.1 {images + 3} 1" in printed
+    assert any(line.startswith("images of a sample: mean") and line.endswith("most 3") for line in printed)
+    place = next(number for number, line in enumerate(printed) if line.startswith("longer side of an image"))
+    assert printed[place + 1].startswith(f"32 - 63 {images + 3} █")
+    assert "queries: 18 distinct, 0 of 18 come again" in printed
+    assert "targets: 10 distinct, 8 of 18 come again" in printed
+    assert "pairs: 18 distinct, 0 of 18 come again" in printed
+
+
+def test_a_histogram_counts_by_powers_of_two():
+    table = inspect._histogram(np.array([1, 2, 3, 4, 1023, 1024, 1 << 40]))
+    labels, counts, _ = (list(column.cells) for column in table.columns)
+    found = {label: count for label, count in zip(labels, counts, strict=True) if count != "0"}
+    assert found == {
+        "1": "1",
+        "2 - 3": "2",
+        "4 - 7": "1",
+        "512 - 1,023": "1",
+        "1,024 - 2,047": "1",
+        "1,099,511,627,776 - 2,199,023,255,551": "1",
+    }

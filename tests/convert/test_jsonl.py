@@ -1,0 +1,231 @@
+"""The jsonl format: every field and every file reach the shards; every bad row is rejected by its line and a cause."""
+
+import io
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from conversion import content, error_of, make_shards, picture, read_all
+from PIL import Image
+
+from pipeline.convert import jsonl
+from pipeline.data.index import Index
+from pipeline.data.sample import Item, Pair
+
+
+def clip() -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=5, width=32, height=32, pix_fmt="yuv420p")
+        for shade in (0, 80, 160):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), shade, np.uint8))
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def row(number: int, **more: object) -> dict:
+    query = {"text": "<image>\nWhat is it?", "images": [f"photos/{number}.png"]}
+    return {"query": query, "target": {"text": f"thing {number} ü"}, **more}
+
+
+def write(folder: Path, *rows: dict | bytes) -> Path:
+    """A jsonl file of these rows, or raw lines."""
+    lines = [each if isinstance(each, bytes) else json.dumps(each).encode() for each in rows]
+    (folder / "pairs.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return folder / "pairs.jsonl"
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A folder in which three pictures, a clip and what is neither lie."""
+    folder = tmp_path / "source"
+    (folder / "photos").mkdir(parents=True)
+    for number in range(3):
+        (folder / f"photos/{number}.png").write_bytes(picture(8 + number, 8))
+    (folder / "clip.mp4").write_bytes(clip())
+    return folder
+
+
+def test_all_fields(source, tmp_path):
+    negative = {"text": "<image> or <image>", "images": ["photos/2.png", "photos/1.png"]}
+    target = {"text": "<video> so", "video": "clip.mp4", "alternatives": ["other <video>", "<video>"]}
+    file = write(
+        source,
+        row(0),
+        b"",
+        row(1, negatives=[negative, {"text": "no"}], task="vqa"),
+        b"  ",
+        {"query": {"text": "Frage\n图"}, "target": target},
+    )
+    make_shards("jsonl", file, tmp_path / "out")
+    pictures = [(source / f"photos/{number}.png").read_bytes() for number in range(3)]
+    asked = [Item("<image>\nWhat is it?", (each,)) for each in pictures]
+    negatives = (Item("<image> or <image>", (pictures[2], pictures[1])), Item("no"))
+    film = Item("<video> so", video=(source / "clip.mp4").read_bytes())
+    assert read_all(str(tmp_path / "out")) == [
+        Pair("00000001", "pairs", "", asked[0], Item("thing 0 ü")),
+        Pair("00000003", "pairs", "vqa", asked[1], Item("thing 1 ü"), negatives),
+        Pair("00000005", "pairs", "", Item("Frage\n图"), film, alternatives=("other <video>", "<video>")),
+    ]
+    assert (tmp_path / "out/rejected.jsonl").read_bytes() == b""
+
+
+def test_several_datasets(source, tmp_path):
+    """A row that cannot be read counts with the one before it, the first ones with the first that can."""
+    rows = [b"?", row(0, dataset="B"), row(1), b"?", row(2, dataset="A"), row(0, dataset="B"), b"?"]
+    file = write(source, *rows)
+    make_shards("jsonl", file, tmp_path / "out", "--dataset", "Rest", "--images", source, "--max-rejected", 0.9)
+    keys = {name: [pair.key for pair in read_all(str(tmp_path / "out" / name))] for name in ("A", "B", "Rest")}
+    assert keys == {"A": ["00000005"], "B": ["00000002", "00000006"], "Rest": ["00000003"]}
+    rejected = {name: lines(tmp_path / "out" / name) for name in keys}
+    assert rejected == {"A": [], "B": ["line 1", "line 7"], "Rest": ["line 4"]}
+    assert Index.load(str(tmp_path / "out/B")).dataset == "B"
+
+
+def lines(folder: Path) -> list[str]:
+    return [json.loads(line)["row"] for line in (folder / "rejected.jsonl").read_text().splitlines()]
+
+
+TEXT = {"text": "t"}
+
+
+def asking(text: str, **files: object) -> dict:
+    return {"query": {"text": text, **files}, "target": TEXT}
+
+
+BAD_ROWS = [
+    (b'{"query": ', "not JSON", "EOF while parsing a value at column"),
+    (b'{"query": {"text": "\\ud800"}, "target": {"text": "t"}}', "not JSON", "hex escape at column 27"),
+    (b"[" * 100_000, "not JSON", "recursion"),
+    (b'{"query": {"text": "\xff"}, "target": {"text": "t"}}', "not UTF-8", "byte 21 of the line"),
+    (b"[]", "wrong fields", "object"),
+    ({"query": TEXT}, "wrong fields", "target Field required"),
+    ({"query": TEXT, "target": TEXT, "negative": []}, "wrong fields", "unknown field 'negative'"),
+    ({"query": TEXT, "target": {"text": "t", "image": "x"}}, "wrong fields", "unknown field 'target.image'"),
+    (
+        {"query": {"text": "t", "alternatives": []}, "target": TEXT},
+        "wrong fields",
+        "unknown field 'query.alternatives'",
+    ),
+    ({"query": TEXT, "target": {"text": 1}}, "wrong fields", "target.text"),
+    ({"query": TEXT, "target": TEXT, "dataset": "../up"}, "wrong fields", "dataset"),
+    ({"query": TEXT, "target": TEXT, "negatives": [TEXT] * 256}, "wrong fields", "negatives"),
+    (asking("<image>" * 256, images=["photos/0.png"] * 256), "wrong fields", "query.images"),
+    (
+        {"query": TEXT, "target": TEXT, "negatives": 2 * [{"text": "<image>" * 128, "images": ["photos/0.png"] * 128}]},
+        "wrong fields",
+        "more than 255",
+    ),
+    ({"query": TEXT, "target": {"text": " "}}, "empty text", "' '"),
+    ({"query": TEXT, "target": TEXT, "negatives": [TEXT, {"text": ""}]}, "empty text", "''"),
+    ({"query": TEXT, "target": {"text": "t", "alternatives": [""]}}, "empty text", "''"),
+    (asking("<image>"), "marks and files differ", "1 <image> for 0 files"),
+    (asking("t", images=["photos/0.png"]), "marks and files differ", "0 <image> for 1 files"),
+    (asking("<video>"), "marks and files differ", "1 <video> for 0 files"),
+    (asking("t", video="clip.mp4"), "marks and files differ", "0 <video> for 1 files"),
+    ({"query": TEXT, "target": {"text": "t", "alternatives": ["<image>"]}}, "marks and files differ", "1 <image>"),
+    (row(9), "missing file", "photos/9.png"),
+    (asking("<image>", images=["photos"]), "missing file", "photos"),
+    (asking("<image>", images=["photos/0\0.png"]), "missing file", "'photos/0\\x00.png'"),
+    (asking("<image>", images=["circle"]), "missing file", "circle"),
+    (asking("<image>", images=["x" * 260]), "unreadable file", "File name too long"),
+    (asking("<image>", images=["pipe"]), "missing file", "pipe"),
+    (asking("<video>", video="photos/9.mp4"), "missing file", "photos/9.mp4"),
+    (asking("<image>", images=["../secret.png"]), "path leaves the source", "../secret.png"),
+    (asking("<image>", images=["{secret}"]), "path leaves the source", "/secret.png"),
+    (asking("<image>", images=["photos/link.png"]), "path leaves the source", "photos/link.png"),
+    (asking("<video>", video="../secret.png"), "path leaves the source", "../secret.png"),
+    (asking("<image>", images=["broken.png"]), "broken image", "broken.png"),
+    (asking("<image>", images=["cut.png"]), "broken image", "cut.png"),
+    (asking("<image>", images=["huge.png"]), "broken image", "huge.png"),
+    (asking("<image>", images=["clip.mp4"]), "broken image", "clip.mp4"),
+    (asking("<video>", video="photos/0.png"), "broken video", "photos/0.png"),
+]
+
+
+def huge_png() -> bytes:
+    """The header of an image of 60,000 x 60,000 pixels, which would be 10 GB."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def test_hostile_rows_are_rejected_and_nothing_outside_is_touched(source, tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(picture(9, 9))
+    (source / "photos/link.png").symlink_to(secret)
+    (source / "circle").symlink_to(source / "circle")
+    (source / "broken.png").write_bytes(b"no picture")
+    (source / "cut.png").write_bytes(picture(64, 64)[:-2000])
+    (source / "huge.png").write_bytes(huge_png())
+    os.mkfifo(source / "pipe")
+    rows = [bad for bad, _, _ in BAD_ROWS]
+    file = write(source, *rows, row(0))
+    file.write_bytes(file.read_bytes().replace(b"{secret}", str(secret).encode()))
+    before = listing(tmp_path)
+    dest = tmp_path / "out"
+    make_shards("jsonl", file, dest, "--max-rejected", 0.99)
+    assert {name: data for name, data in listing(tmp_path).items() if not name.startswith("out/")} == before
+    assert [each.target.text for each in read_all(str(dest))] == ["thing 0 ü"]
+    rejected = [json.loads(line) for line in (dest / "rejected.jsonl").read_text().splitlines()]
+    assert [(each["row"], each["cause"]) for each in rejected] == [
+        (f"line {number}", cause) for number, (_, cause, _) in enumerate(BAD_ROWS, 1)
+    ]
+    for each, (_, _, detail) in zip(rejected, BAD_ROWS, strict=True):
+        assert detail in each["detail"]
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_a_line_without_end_does_not_fill_the_memory(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_LINE", 200)
+    for length in (200, 201, 399, 402, 403, 1000):
+        file = write(source, row(0), b"x" * length, row(1), b"y" * length)
+        places, _ = jsonl._scan(file, jsonl.ImageFolder(source), "pairs")
+        assert places["pairs"][:, 0].tolist() == [1, 2, 3, 4]
+        with file.open("rb") as opened:
+            assert all(len(line) <= 201 for _, line in jsonl._lines(opened))
+    make_shards("jsonl", file, tmp_path / "out", "--max-rejected", 0.5)
+    assert [pair.key for pair in read_all(str(tmp_path / "out"))] == ["00000001", "00000003"]
+    assert '"line 2", "cause": "line too long"' in (tmp_path / "out/rejected.jsonl").read_text()
+
+
+def test_re_encoding_touches_only_larger_images(source, tmp_path):
+    Image.new("RGBA", (300, 100), (200, 0, 0, 255)).save(source / "wide.png")
+    (source / "edge.png").write_bytes(picture(150, 20))
+    rows = [asking("<image>", images=[name]) for name in ("wide.png", "edge.png", "photos/0.png")]
+    file = write(source, *rows)
+    make_shards("jsonl", file, tmp_path / "out", "--image-max-side", 150, "--image-quality", 40)
+    wide, edge, small = (pair.query.images[0] for pair in read_all(str(tmp_path / "out")))
+    assert edge == (source / "edge.png").read_bytes()
+    assert small == (source / "photos/0.png").read_bytes()
+    scaled = Image.open(io.BytesIO(wide))
+    assert (scaled.format, scaled.size, scaled.mode) == ("JPEG", (150, 50), "RGB")
+    assert np.abs(np.asarray(scaled).astype(int) - [200, 0, 0]).max() <= 4
+    make_shards("jsonl", file, tmp_path / "plain")
+    assert read_all(str(tmp_path / "plain"))[0].query.images[0] == (source / "wide.png").read_bytes()
+
+
+def test_shards_are_as_large_as_asked_for(source, tmp_path):
+    (source / "large.png").write_bytes(picture(100, 100))
+    file = write(source, *[asking("<image>", images=["large.png"])] * 110)
+    make_shards("jsonl", file, tmp_path / "out", "--shard-mb", 1)
+    sizes = [shard.bytes for shard in Index.load(str(tmp_path / "out")).shards]
+    assert len(sizes) == 4
+    assert all(abs(size - (1 << 20)) < 40_000 for size in sizes[:-1])
+
+
+def test_no_rows(source, tmp_path):
+    assert "pairs.jsonl has no rows" in error_of("jsonl", write(source, b"", b" "), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    text = error_of("jsonl", write(source, b"{", row(0)), tmp_path / "out")
+    assert "1 not JSON; the first: line 1: not JSON: Invalid JSON" in text
+    assert content(str(tmp_path / "out")).keys() == {"/.unfinished/plan.json"}

@@ -1,0 +1,194 @@
+import argparse
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from PIL import Image
+
+from pipeline.convert import mmeb_eval
+from pipeline.data import objects
+from pipeline.data.index import Index, load_sidecar, read_samples
+from pipeline.data.mmeb import MMEB_TASKS, mmeb_text
+from pipeline.data.sample import Item, Single
+from pipeline.data.shards import parse_sample
+from pipeline.demo.tasks import write_evaluation
+from pipeline.errors import PipelineError
+from pipeline.evaluation.tasks import Collection
+
+
+def convert(*arguments: str | Path) -> None:
+    parser = argparse.ArgumentParser()
+    mmeb_eval.COMMAND.add_arguments(parser)
+    mmeb_eval.COMMAND.run(parser.parse_args([*map(str, arguments), "--processes", "1"]))
+
+
+def picture(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Two of MMEB's datasets as they are published."""
+    folder = tmp_path / "MMEB-eval"
+    for name in ("red", "blue"):
+        path = folder / f"images/NIGHTS/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(name))
+    asked = "<|image_1|>\nFind a day-to-day image that looks similar to the provided image.\n"
+    shown = "<|image_1|>\nRepresent the given image."
+    red, blue = "NIGHTS/red.png", "NIGHTS/blue.png"
+    rows = {
+        "NIGHTS": [
+            {"qry_text": asked, "qry_img_path": red, "tgt_text": [shown, shown], "tgt_img_path": [blue, red]},
+            {"qry_text": asked, "qry_img_path": blue, "tgt_text": [shown, shown], "tgt_img_path": [red, blue]},
+        ],
+        "GQA": [
+            {"qry_text": "What is 图?", "qry_img_path": red, "tgt_text": "a red one", "tgt_img_path": ""},
+            {"qry_text": "What is 图?", "qry_img_path": blue, "tgt_text": "a blue one", "tgt_img_path": ""},
+        ],
+    }
+    for name, listed in rows.items():
+        (folder / name).mkdir()
+        parquet.write_table(pa.Table.from_pylist(listed), folder / name / "test-00000-of-00001.parquet")
+    return folder
+
+
+def items_of(folder: Path) -> list[Single]:
+    index = Index.load(str(folder))
+    return [
+        parse_sample(data)
+        for shard in index.shards
+        for data in read_samples(str(folder), shard, load_sidecar(str(folder), shard))
+    ]
+
+
+def test_distinct_sides_become_items_and_rows_say_their_numbers(source, tmp_path):
+    convert(source, tmp_path / "dest")
+    asked = "<image>\nFind a day-to-day image that looks similar to the provided image.\n"
+    shown = "<image>\nRepresent the given image."
+    red, blue = (picture("red"),), (picture("blue"),)
+    singles = items_of(tmp_path / "dest/NIGHTS")
+    assert [single.item for single in singles] == [
+        Item(asked, red),
+        Item(asked, blue),
+        Item(shown, blue),
+        Item(shown, red),
+    ]
+    assert {(single.dataset, single.task) for single in singles} == {("NIGHTS", "retrieval")}
+    rows = parquet.read_table(tmp_path / "dest/NIGHTS/rows.parquet")
+    assert rows.to_pydict() == {"query": [0, 1], "candidates": [[2, 3], [3, 2]]}
+    assert rows.schema.types == [pa.int32(), pa.list_(pa.int32())]
+    assert [single.item.text for single in items_of(tmp_path / "dest/GQA")] == [
+        "<image>\nWhat is 图?",
+        "<image>\nWhat is 图?",
+        "a red one",
+        "a blue one",
+    ]
+    assert json.loads((tmp_path / "dest/tasks.json").read_text()) == {
+        "GQA": {"task": "vqa", "in_distribution": False},
+        "NIGHTS": {"task": "retrieval", "in_distribution": True},
+    }
+
+
+def test_items_are_called_as_those_of_the_published_files(source, tmp_path):
+    convert(source, tmp_path / "dest")
+    (source / "tasks.json").write_bytes((tmp_path / "dest/tasks.json").read_bytes())
+    published, converted = Collection.load([str(source)]), Collection.load([str(tmp_path / "dest")])
+    assert sorted(converted.names) == sorted(published.names)
+    assert {"NIGHTS/red.png", "a red one"} < set(converted.names)
+
+
+def test_subset_limit_and_images_elsewhere(source, tmp_path):
+    (source / "images").rename(tmp_path / "pictures")
+    convert(source, tmp_path / "dest", "--subset", "NIGHTS", "--limit", "1", "--images", tmp_path / "pictures")
+    assert {path.name for path in (tmp_path / "dest").iterdir()} == {"NIGHTS", "tasks.json"}
+    (task,) = Collection.load([str(tmp_path / "dest")]).tasks
+    assert (task.queries.tolist(), [row.tolist() for row in task.candidates]) == ([0], [[1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda source: (source / "images/NIGHTS/red.png").unlink(), r"GQA: missing file: NIGHTS/red.png; .* whole"),
+        (lambda source: (source / "images/NIGHTS/red.png").write_bytes(b"x"), "GQA: broken image: NIGHTS/red.png"),
+        (lambda source: (source / "NIGHTS").rename(source / "Nights"), "Nights: not among .*tasks.json or MMEB's 36"),
+        (lambda source: (source / "GQA/x.parquet").write_bytes(b"x"), "GQA/x.parquet does not hold MMEB's rows"),
+        (lambda source: [path.unlink() for path in source.glob("*/*.parquet")], r"has no <dataset>/\*.parquet"),
+    ],
+)
+def test_an_evaluation_set_is_converted_whole_or_not_at_all(source, tmp_path, spoil, reason):
+    spoil(source)
+    with pytest.raises(PipelineError, match=reason):
+        convert(source, tmp_path / "dest", "--max-rejected", "1")
+    assert not list((tmp_path / "dest").glob("*/index.json"))
+
+
+@pytest.mark.parametrize("row", [{"tgt_text": ["a"], "tgt_img_path": ["", ""]}, {"tgt_text": [], "tgt_img_path": []}])
+def test_rows_whose_candidates_do_not_make_sense(source, tmp_path, row):
+    table = pa.Table.from_pylist([{"qry_text": "q", "qry_img_path": ""} | row])
+    parquet.write_table(table, source / "GQA/test-00000-of-00001.parquet")
+    with pytest.raises(PipelineError, match="does not hold MMEB's rows"):
+        convert(source, tmp_path / "dest")
+
+
+@pytest.mark.parametrize(
+    ("text", "has_image", "converted"),
+    [
+        ("<|image_1|>\nWhat?", True, "<image>\nWhat?"),
+        ("What?", True, "<image>\nWhat?"),
+        ("Before <|image_1|> after", True, "Before <image> after"),
+        ("<|image_1|>\n A text alone.", False, "A text alone."),
+        ("A text alone.", False, "A text alone."),
+    ],
+)
+def test_where_an_image_goes(text, has_image, converted):
+    assert mmeb_text(text, has_image) == converted
+
+
+def test_the_36_datasets():
+    names = MMEB_TASKS.keys() - {"ImageNet_1K"}
+    assert len(names) == 36 and sum(MMEB_TASKS[name][1] for name in names) == 20
+    counts = {task: sum(MMEB_TASKS[name][0] == task for name in names) for task in ("classification", "vqa")}
+    assert counts == {"classification": 10, "vqa": 10}
+    assert MMEB_TASKS["MSCOCO"] == ("grounding", True) and MMEB_TASKS["OVEN"] == ("retrieval", False)
+
+
+def content(collection: Collection) -> list[tuple]:
+    """What a collection asks, in items and not their numbers."""
+    items = [read() for read in collection.items]
+    return [
+        (task.name, task.meta_task, task.in_distribution, items[query], [items[row] for row in candidates])
+        for task in collection.tasks
+        for query, candidates in zip(task.queries, task.candidates, strict=True)
+    ]
+
+
+@pytest.fixture(params=["file", "s3"])
+def dest(request, tmp_path) -> str:
+    if request.param == "file":
+        return str(tmp_path / "converted")
+    request.getfixturevalue("s3")
+    return f"s3://pipeline-tests/mmeb-eval/{tmp_path.name}"
+
+
+@pytest.mark.parametrize("file", ["rows.parquet", "items.parquet", "000000.tar"])
+def test_a_converted_set_that_was_spoilt_is_an_error_by_name(source, tmp_path, file):
+    convert(source, tmp_path / "dest")
+    (tmp_path / "dest/GQA" / file).write_bytes(bytes(1 << 16))
+    with pytest.raises(PipelineError, match=f"dest/GQA/{file}"):
+        for read in Collection.load([str(tmp_path / "dest")]).items:
+            read()
+
+
+def test_the_converted_demo_is_the_same_evaluation(tmp_path, dest):
+    write_evaluation(tmp_path / "demo", seed=0, count=2)
+    convert(tmp_path / "demo", dest, "--shards", "2")
+    assert objects.exists(f"{dest}/Scene-CLS/000001.tar")
+    as_published, converted = Collection.load([str(tmp_path / "demo")]), Collection.load([dest])
+    assert content(converted) == content(as_published)
+    assert len(converted.items) < len(as_published.items)  # pictures of several names and one content are one item
