@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import PipelineError
 
@@ -54,18 +54,74 @@ class Model(Section):
         return self
 
 
-class Data(Section):
+class Store(Section):
+    """How objects are read; endpoint and credentials come from the usual AWS environment."""
+
+    timeout_s: float = Field(120, gt=0, description="seconds without a byte after which a read is an error")
+    requester_pays: bool = Field(False, description="pay for reading from somebody else's requester-pays bucket")
+    addressing: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="path: server/bucket/key; virtual: bucket.server/key; auto: path unless it is AWS"
+    )
+
+    def store(self) -> dict[str, Any]:
+        """What `pipeline.data.objects.configure` takes."""
+        return self.model_dump(include=set(Store.model_fields))
+
+
+class Part(Section):
+    """A dataset in a mixture."""
+
+    name: str
+    weight: float = Field(1.0, gt=0, description="how often an epoch takes each of its samples")
+    cap: int | None = Field(None, gt=0, description="samples an epoch takes at most; the next epoch takes others")
+
+
+class Data(Store):
     url: str = Field(description="s3://bucket/prefix or a folder: an index.json, or one per dataset below it")
-    datasets: list[str] = Field([], description="the datasets below url; empty: url is itself one")
+    datasets: list[Part] = Field(
+        [], description="datasets below url: NAME or {name: NAME, weight: 1, cap: 50000}; empty: url is itself one"
+    )
+    cap: int | None = Field(None, gt=0, description="samples an epoch takes at most of a dataset that names no cap")
+    batches: str = Field(
+        "mixed",
+        pattern=r"^(mixed|homogeneous|interleaved: ?[1-9][0-9]*)$",
+        description="mixed: from all datasets; homogeneous: from one; interleaved:K: K equal parts from one each",
+    )
     lanes: int = Field(8, gt=0, description="parallel readers of an epoch; the world size must divide it")
     block_samples: int = Field(64, gt=0, description="consecutive samples fetched by one ranged read")
     window_blocks: int = Field(
-        16, gt=0, description="blocks a lane shuffles together; it holds two such windows in memory"
+        16, gt=0, description="blocks a lane shuffles together, and deals out in equal numbers of tokens"
     )
+    memory_mb: int = Field(4096, gt=0, description="encoded samples a rank holds, read ahead included (MiB)")
     workers: int = Field(2, ge=0, description="decoding processes per rank; 0: in the training process")
     max_bad_fraction: float = Field(
         0.001, ge=0, le=1, description="of the samples so far, 10,000 at least; above it the run stops"
     )
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def names_are_parts(cls, datasets: Any) -> Any:
+        if not isinstance(datasets, list):
+            return datasets
+        return [{"name": each} if isinstance(each, str) else each for each in datasets]
+
+    @field_validator("batches", mode="before")
+    @classmethod
+    def mapping_is_text(cls, batches: Any) -> Any:
+        if isinstance(batches, dict) and len(batches) == 1:  # what YAML makes of `interleaved: 4`
+            batches = ": ".join(str(part) for part in next(iter(batches.items())))
+        return batches
+
+    @property
+    def parts(self) -> int | None:
+        """Homogeneous parts of a batch; None: it is mixed."""
+        if self.batches == "mixed":
+            return None
+        return 1 if self.batches == "homogeneous" else int(self.batches.partition(":")[2])
+
+
+class Video(Section):
+    frames: int = Field(8, gt=0, description="frames of a video that the model sees, evenly spaced")
 
 
 class Batch(Section):
@@ -107,6 +163,7 @@ class Recipe(Section):
     deepspeed: str = Field(description="a DeepSpeed config; its `auto` values are filled from the recipe")
     model: Model
     data: Data
+    video: Video = Video()
     batch: Batch
     loss: Loss = Loss()
     optimizer: Optimizer
@@ -129,7 +186,7 @@ class Recipe(Section):
         return self
 
 
-class EvaluationRun(Section):
+class EvaluationRun(Store):
     """The options of `python -m pipeline.evaluate`."""
 
     out: str | None = Field(None, description="write the report to this JSON file")
@@ -138,6 +195,7 @@ class EvaluationRun(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16, fp32, or auto: the folder's own")
     chunk_tokens: int = Field(16384, gt=0, description="tokens a forward pass holds at once")
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
+    video: Video = Video()
     timeout_minutes: float = Field(15, gt=0, description="a collective that waits longer ends the job")
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import EvaluationRun, parse_options
+from pipeline.data import objects
 from pipeline.errors import PipelineError, command_line
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.report import Report
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*", metavar="key=value", help="see below")
     arguments = parser.parse_args()
     options = parse_options(EvaluationRun, arguments.options)
+    objects.configure(**options.store())
     before = Report.read(Path(options.against)) if options.against else None
     collection = Collection.load(arguments.tasks.split(","))
     names = [task.name for task in collection.tasks]
@@ -41,7 +43,7 @@ def main() -> None:
         raise PipelineError(f"example={options.example} is not evaluated here; there are {', '.join(names)}")
 
     device = start_distributed(options.timeout_minutes)
-    processor = Processor.load(arguments.model, options.max_tokens)
+    processor = Processor.load(arguments.model, options.max_tokens, options.video.frames)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": "auto"}[options.precision]
     model = Llave.load(arguments.model, dtype).to(device)
     embeddings = embed_collection(model, processor.encode, collection, chunk_tokens=options.chunk_tokens, device=device)

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pipeline.config import Recipe, dump_recipe, load_ds_config, load_recipe
-from pipeline.data.collate import Batch
+from pipeline.data.batch import Batch
+from pipeline.data.lengths import Lengths
 from pipeline.data.sample import BadSample
-from pipeline.data.shards import parse_sample
-from pipeline.data.stream import Source, batches
+from pipeline.data.source import Source
+from pipeline.data.stream import batches
 from pipeline.errors import PipelineError, command_line
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.report import Report
@@ -59,8 +60,10 @@ def main() -> None:
         llave.check_architecture(recipe.model.architecture)
     ds_config = load_ds_config(recipe, world)
     source = Source.open(recipe.data)
-    order = source.order(recipe.data, recipe.batch.global_batch, recipe.seed)
+    lengths = Lengths(llave.tiling(recipe.model), recipe.video.frames)
+    order = source.order(recipe.batch.global_batch, recipe.seed, lengths)
     order.check_world(world)
+    source.check_memory(order, world)
     steps = recipe.steps or round(recipe.epochs * order.steps_per_epoch)
     if steps < 1:
         raise PipelineError(f"epochs={recipe.epochs} of {order.steps_per_epoch} steps is less than a step")
@@ -81,7 +84,7 @@ def main() -> None:
     if rank == 0:
         _write_recipe(recipe, folder, world)
     model_path = recipe.model.path or _initial_model(recipe, source, folder / "init", anew=start is None)
-    processor = llave.Processor.load(model_path, recipe.model.max_tokens)
+    processor = llave.Processor.load(model_path, recipe.model.max_tokens, recipe.video.frames)
     engine = build_engine(recipe, ds_config, model_path)
 
     def evaluate() -> Report | None:
@@ -92,9 +95,8 @@ def main() -> None:
         return Report.of(recipe.run, collection, embeddings) if rank == 0 else None
 
     def batches_of(steps: range) -> Iterator[Batch]:
-        workers, timeout = recipe.data.workers, 60 * recipe.timeout_minutes
-        options = {"rank": rank, "world": world, "workers": workers, "timeout": timeout}
-        return batches(source, order, processor.encode, steps, **options)
+        timeout = 60 * recipe.timeout_minutes
+        return batches(source, order, processor.encode, steps, rank=rank, world=world, timeout=timeout)
 
     train(engine, Run(recipe, order, steps, start, conditions, batches_of, evaluate))
     export(engine, model_path, folder / "export")
@@ -105,8 +107,9 @@ def main() -> None:
 
 def _conditions(recipe: Recipe, source: Source, world: int, stage: int) -> dict:
     """What must be the same for a checkpoint to be continued, with the same batches."""
-    names = ("lanes", "block_samples", "window_blocks")
+    names = ("lanes", "block_samples", "window_blocks", "batches", "cap")
     return {f"data.{name}": getattr(recipe.data, name) for name in names} | {
+        "data.datasets": [part.model_dump() for part in recipe.data.datasets],
         "the data's fingerprint": source.fingerprint,
         "the number of processes": world,
         "the ZeRO stage": stage,
@@ -135,7 +138,9 @@ def _texts(source: Source) -> Iterator[str]:
     for number, (_, shard) in enumerate(source.shards):
         for sample in source.read(number, 0, min(share, shard.samples)):
             with suppress(BadSample):  # training counts it
-                yield from (item.text for item in parse_sample(sample).items)
+                pair = source.parse(number, sample)
+                yield from (item.text for item in pair.items)
+                yield from pair.alternatives
 
 
 def _write_recipe(recipe: Recipe, folder: Path, world: int) -> None:

@@ -1,128 +1,184 @@
-"""A run's batches: the order says which samples, the object store brings their blocks, workers decode them."""
+"""A run's batches: the order says which samples, threads bring their blocks, worker processes decode them."""
 
 import ctypes
-import hashlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import partial
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from pipeline.config import Data
 from pipeline.data import objects
-from pipeline.data.collate import Batch, Encoded, encode_pairs, merge
-from pipeline.data.index import Index, Shard, load_sidecar, read_samples
-from pipeline.data.order import Order
-from pipeline.data.sample import Item
-from pipeline.data.shards import parse_sample
+from pipeline.data.batch import Batch, RawSample, Share, encode_rows
+from pipeline.data.collate import Encoded
+from pipeline.data.order import Order, Stream
+from pipeline.data.sample import Item, Pair
+from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 
-
-@dataclass(frozen=True)
-class Source:
-    """All shards of a run's datasets, in one list: (URL of the dataset, its shard)."""
-
-    shards: tuple[tuple[str, Shard], ...]
-
-    @classmethod
-    def open(cls, data: Data) -> "Source":
-        """Read the datasets' indexes; nothing else is touched until a sample is needed."""
-        urls = [objects.join(data.url, name) for name in data.datasets] or [data.url]
-        shards = tuple((url, shard) for url in urls for shard in Index.load(url).shards)
-        return cls(shards)
-
-    @property
-    def fingerprint(self) -> str:
-        """What tells these shards from any others, in content and order."""
-        return hashlib.sha256("".join(shard.sha256 for _, shard in self.shards).encode()).hexdigest()
-
-    def order(self, data: Data, global_batch: int, seed: int) -> Order:
-        samples = [shard.samples for _, shard in self.shards]
-        return Order(samples, global_batch, data.lanes, data.block_samples, data.window_blocks, seed)
-
-    def read(self, shard: int, start: int, stop: int) -> list[bytes]:
-        """Samples start..stop of a shard, by one ranged read."""
-        url, info = self.shards[shard]
-        return read_samples(url, info, _sidecar(url, info), start, stop)
-
-    def key(self, shard: int, sample: int) -> str:
-        url, info = self.shards[shard]
-        return f"{objects.join(url, info.file)}#{sample}"
+_THREADS = 4  # of a worker, that read
 
 
-@lru_cache(maxsize=256)
-def _sidecar(url: str, shard: Shard):
-    return load_sidecar(url, shard)
+@dataclass
+class Reading:
+    """A window on its way to memory.
+
+    first: the first take it serves.  pieces: (shard, start, stop) by number, of those that this worker reads.
+    rows: resolves to (T, share, 3): for each take, (piece, shard, sample) as they are consumed.
+    samples: of a piece; resolve to its samples' bytes by their numbers in the shard.  held: bytes asked for, not taken.
+    """
+
+    first: int
+    pieces: dict[int, tuple[int, int, int]]
+    rows: Future
+    samples: dict[int, Future] = field(default_factory=dict)
+    held: int = 0
 
 
+@dataclass
 class Lane:
-    """Reads one lane's samples in order, one window ahead, in a thread of `pool`."""
+    """Reads one lane of one stream: the window being consumed, and as much of the next one as `limit` bytes allow.
 
-    def __init__(self, source: Source, order: Order, lane: int, pool: ThreadPoolExecutor) -> None:
-        self.source, self.order, self.lane, self.pool = source, order, lane, pool
-        self.windows: dict[tuple[int, int], Future] = {}
+    Of each window, this worker (number `worker` of `workers`) reads and decodes every `workers`-th piece.
+    last: (epoch, window) after which the run needs none.
+    """
 
-    def take(self, step: int) -> list[tuple[str, bytes]]:
-        """The key and bytes of each sample that `step` takes from the lane."""
-        epoch, in_epoch = self.order.locate(step)
-        count = self.order.lane_batch_size
-        offset, taken = in_epoch * count, []
-        while len(taken) < count:
-            index = self.order.window_at(epoch, self.lane, offset + len(taken))
-            first, samples = self._window(epoch, index)
-            begin = offset + len(taken) - first
-            taken += samples[begin : begin + count - len(taken)]
-        return taken
+    source: Source
+    stream: Stream
+    lane: int
+    last: tuple[int, int]
+    worker: int
+    workers: int
+    limit: int
+    pool: ThreadPoolExecutor
+    windows: dict[tuple[int, int], Reading] = field(default_factory=dict)
 
-    def _window(self, epoch: int, index: int) -> tuple[int, list[tuple[str, bytes]]]:
-        here, ahead = (epoch, index), self._after(epoch, index)
-        for wanted in (here, ahead):
-            if wanted not in self.windows:
-                self.windows[wanted] = self.pool.submit(self._read, *wanted)
-        for old in [key for key in self.windows if key not in (here, ahead)]:
-            del self.windows[old]
-        return self.windows[here].result()
+    def begin(self, epoch: int, take: int) -> tuple[int, int]:
+        """Have the window of a take worked out, for which its sidecars' records are read. Returns (epoch, window)."""
+        return self._begin(epoch, self.stream.window_at(epoch, self.lane, take))
 
-    def _after(self, epoch: int, index: int) -> tuple[int, int]:
-        last = self.order.window_at(epoch, self.lane, self.order.steps_per_epoch * self.order.lane_batch_size - 1)
-        return (epoch, index + 1) if index < last else (epoch + 1, 0)
+    def require(self, epoch: int, take: int) -> None:
+        """Ask for all that a take needs, whatever memory is left."""
+        self._read(self.windows[self.begin(epoch, take)], unlimited=True)
 
-    def _read(self, epoch: int, index: int) -> tuple[int, list[tuple[str, bytes]]]:
-        window = self.order.window(epoch, self.lane, index)
-        data = {}
-        for shard, start, stop in window.pieces.tolist():
-            samples = self.source.read(shard, start, stop)
-            data |= {(shard, start + i): sample for i, sample in enumerate(samples)}
-        keys = map(tuple, window.samples.tolist())
-        return window.first, [(self.source.key(*key), data[key]) for key in keys]
+    def take(self, epoch: int, take: int) -> Iterator[tuple[int, int, int, bytes]]:
+        """(place in the lane's share, shard, sample, bytes) of this worker's samples of a take, the next of the run."""
+        here = epoch, self.stream.window_at(epoch, self.lane, take)
+        self.windows = {key: window for key, window in self.windows.items() if key >= here}
+        window = self.windows[here]
+        for place, (piece, shard, sample) in enumerate(window.rows.result()[take - window.first].tolist()):
+            if piece in window.samples:
+                data = window.samples[piece].result().pop(sample)
+                window.held -= len(data)
+                yield place, shard, sample, data
+
+    def read_ahead(self) -> None:
+        """Ask for what comes after the window being consumed, as far as memory is left."""
+        epoch, index = min(self.windows)
+        index += 1
+        if index == self.stream.windows(epoch, self.lane):
+            epoch, index = epoch + 1, 0
+        if (epoch, index) <= self.last:
+            window = self.windows[self._begin(epoch, index)]
+            if window.rows.done():
+                self._read(window, unlimited=False)
+
+    def _begin(self, epoch: int, index: int) -> tuple[int, int]:
+        if (epoch, index) not in self.windows:
+            window = self.stream.window(epoch, self.lane, index)
+            mine = range((self.worker - self.lane - index) % self.workers, len(window.pieces), self.workers)
+            pieces = {number: tuple(window.pieces[number].tolist()) for number in mine}
+            rows = self.pool.submit(self.stream.deal, epoch, self.lane, index)
+            self.windows[epoch, index] = Reading(window.first, pieces, rows)
+        return epoch, index
+
+    def _read(self, window: Reading, unlimited: bool) -> None:
+        window.rows.result()  # from here on the records are at hand
+        for number, piece in window.pieces.items():
+            if number not in window.samples:
+                size = int(self.source.records(*piece)["length"].sum())
+                if not unlimited and sum(each.held for each in self.windows.values()) + size > self.limit:
+                    return
+                window.held += size
+                window.samples[number] = self.pool.submit(self._samples, *piece)
+
+    def _samples(self, shard: int, start: int, stop: int) -> dict[int, bytes]:
+        return dict(enumerate(self.source.read(shard, start, stop), start))
 
 
+@dataclass
 class Shares(IterableDataset):
-    """Each worker's share of every step: it owns a run of the rank's lanes.
+    """Of every step, each worker's share of a rank's part: the samples of the pieces that it reads.
 
     Workers yield in turn, so that consecutive shares, as many as there are workers, make up one step.
     """
 
-    def __init__(self, source: Source, order: Order, lanes: range, steps: range, encode: Callable[[Item], Encoded]):
-        self.source, self.order, self.lanes, self.steps, self.encode = source, order, lanes, steps, encode
+    source: Source
+    order: Order
+    lanes: range
+    steps: range
+    encode: Callable[[Item], Encoded]
 
-    def __iter__(self) -> Iterator[Batch | PipelineError]:
+    def __iter__(self) -> Iterator[Share | PipelineError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        cut = [len(self.lanes) * w // workers for w in (worker, worker + 1)]
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            lanes = [Lane(self.source, self.order, lane, pool) for lane in self.lanes[slice(*cut)]]
-            try:
-                for step in self.steps:
-                    samples = [sample for lane in lanes for sample in lane.take(step)]
-                    pairs = [(key, partial(parse_sample, data)) for key, data in samples]
-                    yield encode_pairs(pairs, self.encode)
-            except PipelineError as error:
-                # As a value: a loader would raise it wrapped in its own traceback.
-                yield error
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
+            lanes = self._lanes(worker, workers, pool)
+            received = objects.bytes_received()
+            for step in self.steps:
+                share = encode_rows(list(self._samples(step, lanes)), self.encode)
+                before, received = received, objects.bytes_received()
+                share.received = received - before
+                yield share
+        except PipelineError as error:
+            # As a value: a loader would raise it wrapped in its own traceback.
+            yield error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _lanes(self, worker: int, workers: int, pool: ThreadPoolExecutor) -> list[list[Lane]]:
+        """The readers by lane and stream, of which the first windows are already asked for."""
+        streams = self.order.streams
+        limit = (self.source.data.memory_mb << 20) // (workers * len(streams) * len(self.lanes))
+        last = [self.order.last_take(number, self.steps.stop) for number in range(len(streams))]
+        lanes = [
+            [
+                Lane(
+                    self.source,
+                    stream,
+                    lane,
+                    (epoch, stream.window_at(epoch, lane, take)),
+                    worker,
+                    workers,
+                    limit,
+                    pool,
+                )
+                for stream, (epoch, take) in zip(streams, last, strict=True)
+            ]
+            for lane in self.lanes
+        ]
+        for number, epoch, take in self.order.takes(self.steps.start):
+            for readers in lanes:
+                readers[number].begin(epoch, take)
+        return lanes
+
+    def _samples(self, step: int, lanes: list[list[Lane]]) -> Iterator[RawSample]:
+        takes = [(readers[number], epoch, take) for readers in lanes for number, epoch, take in self.order.takes(step)]
+        for reader, epoch, take in takes:
+            reader.require(epoch, take)
+        for number, (reader, epoch, take) in enumerate(takes):
+            for place, shard, sample, data in reader.take(epoch, take):
+                origin = self.source.origin(shard, sample)
+                place += number * self.order.share
+                yield RawSample(place, origin, data, partial(self._pair, step, shard, sample))
+            reader.read_ahead()
+
+    def _pair(self, step: int, shard: int, sample: int, data: bytes) -> Pair:
+        pair = self.source.parse(shard, data)
+        return pair.drawn(self.order.draw(step, shard, sample, len(pair.texts))) if pair.alternatives else pair
 
 
 def _end_with_parent(worker: int) -> None:
@@ -140,22 +196,22 @@ def batches(
     *,
     rank: int,
     world: int,
-    workers: int,
     timeout: float,
 ) -> Iterator[Batch]:
     """What `rank` of `world` consumes in each of `steps`, ahead of time if there are workers.
 
-    Raises PipelineError for damaged or missing objects, and where no batch comes for `timeout` seconds.
+    timeout: seconds that decoding may take besides reading, which has its own limit.
+    Raises PipelineError for damaged, missing or unreachable objects, and for workers that die or hang.
     """
-    lanes = order.lanes_of(rank, world)
-    workers = min(workers, len(lanes))
-    shares = Shares(source, order, lanes, steps, encode)
+    source.check_memory(order, world)
+    workers = source.data.workers
     loader = DataLoader(
-        shares,
+        Shares(source, order, order.lanes_of(rank, world), steps, encode),
         batch_size=None,
         num_workers=workers,
-        timeout=timeout if workers else 0,
+        timeout=timeout + source.data.timeout_s if workers else 0,
         worker_init_fn=_end_with_parent,
+        multiprocessing_context="fork" if workers else None,  # they begin with the source and the order as they are
     )
     waiting = []
     try:
@@ -164,7 +220,7 @@ def batches(
                 raise share
             waiting.append(share)
             if len(waiting) == max(workers, 1):
-                yield merge(waiting)
+                yield Batch.of(waiting)
                 waiting = []
     except RuntimeError as error:
         if not any(words in str(error) for words in ("exited unexpectedly", "killed by signal", "timed out")):

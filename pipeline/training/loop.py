@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Recipe
-from pipeline.data.collate import Batch
+from pipeline.data.batch import Batch
 from pipeline.data.order import Order
 from pipeline.errors import PipelineError
 from pipeline.evaluation.report import Report
@@ -63,9 +63,11 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
             result = train_step(engine, batch, recipe.loss, chunk_tokens=recipe.batch.chunk_tokens, lr=lr)
 
             done = step + 1
-            monitor.batch(done, batch)
+            monitor.consumed(done, batch.origins)
             metrics, histograms = _metrics(run.order, done, lr, batch, result)
-            tokens, waited = _over_ranks(result, waited)
+            if metrics["valid"] < recipe.batch.global_batch:
+                _note_bad(monitor, done, batch)
+            tokens, heaviest, received, waited = _over_ranks(result, batch, waited)
             bad_samples += recipe.batch.global_batch - metrics["valid"]
             _check(recipe, metrics, bad_samples, run.folder)
             seconds = time.perf_counter() - began
@@ -74,6 +76,8 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
                 "waiting_for_data": waited,
                 "samples_per_second": recipe.batch.global_batch / seconds,
                 "tokens_per_second": tokens / seconds,
+                "heaviest_rank": heaviest,
+                "read_mb_per_second": received / 1e6 / seconds,
             }
             monitor.step(metrics, speed, histograms)
 
@@ -110,11 +114,19 @@ def _metrics(order: Order, done: int, lr: float, batch: Batch, result: StepResul
     return metrics, {"positive": positive, "hardest_negative": hardest}
 
 
-def _over_ranks(result: StepResult, waited: float) -> tuple[float, float]:
-    """(tokens of all ranks, seconds the slowest rank waited for data)."""
-    ours = torch.tensor([[result.tokens, waited]], dtype=torch.float32, device=result.loss.loss.device)
-    ranks = all_gather_constant(ours)
-    return float(ranks[:, 0].sum()), float(ranks[:, 1].max())
+def _over_ranks(result: StepResult, batch: Batch, waited: float) -> tuple[float, float, float, float]:
+    """(tokens of all ranks, the heaviest's by the mean, bytes read by all, seconds the slowest waited for data)."""
+    ours = torch.tensor([[result.tokens, batch.received, waited]], device=result.loss.loss.device)
+    tokens, received, waited = all_gather_constant(ours).double().cpu().T
+    return float(tokens.sum()), float(tokens.max() / tokens.mean()), float(received.sum()), float(waited.max())
+
+
+def _note_bad(monitor: Monitor, step: int, batch: Batch) -> None:
+    """Bring all ranks' bad samples of a step to the first rank, which keeps them."""
+    ranks = [None] * dist.get_world_size() if monitor.leads else None
+    dist.gather_object(batch.bad, ranks)
+    if monitor.leads:
+        monitor.bad(step, [bad for rank in ranks for bad in rank])
 
 
 def _check(recipe: Recipe, metrics: dict, bad_samples: int, folder: Path) -> None:
@@ -129,7 +141,7 @@ def _check(recipe: Recipe, metrics: dict, bad_samples: int, folder: Path) -> Non
     if bad_samples > recipe.data.max_bad_fraction * max(metrics["samples"], 10_000):
         raise PipelineError(
             f"{bad_samples} of {metrics['samples']} samples so far could not be used, more than "
-            f"data.max_bad_fraction={recipe.data.max_bad_fraction}; {folder / 'bad_samples'} says which and why"
+            f"data.max_bad_fraction={recipe.data.max_bad_fraction}; {folder / 'bad_samples.jsonl'} says which and why"
         )
 
 

@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pipeline.data.collate import Batch
+from pipeline.data.batch import Bad, Origin
 from pipeline.evaluation.report import Report
 from pipeline.progress import progress_bar
 
@@ -46,8 +47,7 @@ class Monitor:
 
     def __init__(self, folder: Path, rank: int, start: int, steps: int, *, ledger: bool) -> None:
         self.folder = folder
-        self.bad_samples = StepLog(folder / "bad_samples" / f"rank{rank}.jsonl", start)
-        self.logs = [self.bad_samples]
+        self.logs = []
         self.ledger = None
         if ledger:
             self.ledger = StepLog(folder / "ledger" / f"rank{rank}.jsonl", start)
@@ -58,7 +58,8 @@ class Monitor:
             # for bit; how fast it went has a file of its own.
             self.metrics = StepLog(folder / "metrics.jsonl", start)
             self.speed = StepLog(folder / "speed.jsonl", start)
-            self.logs += [self.metrics, self.speed]
+            self.bad_samples = StepLog(folder / "bad_samples.jsonl", start)
+            self.logs += [self.metrics, self.speed, self.bad_samples]
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
             self.bar = progress_bar(initial=start, total=steps, desc="training", unit="step")
 
@@ -70,13 +71,17 @@ class Monitor:
             self.bar.close()
             self.board.close()
 
-    def batch(self, step: int, batch: Batch) -> None:
-        """Note what this rank consumed in `step`, and what of it could not be used."""
+    def consumed(self, step: int, origins: Iterable[Origin]) -> None:
+        """Note where the samples came from that this rank consumed in `step`."""
         if self.ledger:
-            self.ledger.write({"step": step, "keys": batch.keys})
-        for key, reason in batch.bad:
-            self.bad_samples.write({"step": step, "key": key, "reason": reason})
-            tqdm.write(f"bad sample {key}: {reason}", file=sys.stderr)
+            self.ledger.write({"step": step, "keys": list(map(str, origins))})
+
+    def bad(self, step: int, samples: Iterable[Bad]) -> None:
+        """Note, on the first rank, what of a step could not be used."""
+        for bad in samples:
+            record = {"step": step, "shard": bad.origin.shard, "sample": bad.origin.sample, "key": bad.key}
+            self.bad_samples.write(record | {"reason": bad.reason})
+            tqdm.write(f"bad sample {bad.origin}, key {bad.key}: {bad.reason}", file=sys.stderr)
 
     def step(self, metrics: dict, speed: dict, histograms: dict[str, np.ndarray]) -> None:
         """Show a step's figures; a metric that is None has no value in this step."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.config import Loss
-from pipeline.data.collate import Batch
+from pipeline.data.batch import Batch
 from pipeline.losses.contrastive import LossOutput, hardness_weighted_loss
 from pipeline.models.chunks import Chunk, embed_chunks, plan_chunks, run_chunk
 

@@ -1,22 +1,33 @@
+"""The reader beside the order: the same samples at every number of ranks and workers, and none read twice."""
+
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from pipeline.config import Data
+from pipeline.data import source, stream
+from pipeline.data.batch import Batch
 from pipeline.data.collate import Encoded
-from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.data.lengths import Lengths
+from pipeline.data.sample import BadSample, Item, Pair, Single
 from pipeline.data.shards import write_shards
-from pipeline.data.stream import Source, batches
+from pipeline.data.source import Source
+from pipeline.data.stream import batches
+from pipeline.data.tiles import Tiling
 from pipeline.errors import PipelineError
 
+LENGTHS = Lengths(Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48))), 8)
 SAMPLES = {"first": 70, "second": 53}
 BATCH = 12
 
 
 def pair(dataset: str, number: int) -> Pair:
     negatives = (Item(f"{dataset} no {number}"),) if number % 3 == 0 else ()
-    return Pair(
-        f"{number:04d}", dataset, "retrieval", Item(f"{dataset} {number}"), Item(f"answer {number % 20}"), negatives
-    )
+    alternatives = tuple(f"answer {number} {i}" for i in range(number % 4))
+    target = Item(f"answer {number}")
+    return Pair(f"{number:04d}", dataset, "retrieval", Item(f"{dataset} {number}"), target, negatives, alternatives)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +36,8 @@ def data(tmp_path_factory) -> Data:
     for dataset, count in SAMPLES.items():
         pairs = (pair(dataset, number) for number in range(count))
         write_shards(pairs, folder / dataset, dataset=dataset, shard_bytes=30_000)
-    return Data(url=str(folder), datasets=list(SAMPLES), lanes=4, block_samples=8, window_blocks=2)
+    parts = [{"name": name} for name in SAMPLES]
+    return Data(url=str(folder), datasets=parts, lanes=4, block_samples=8, window_blocks=2, workers=0)
 
 
 def encode(item: Item) -> Encoded:
@@ -34,43 +46,83 @@ def encode(item: Item) -> Encoded:
     return Encoded(np.frombuffer(item.text.encode(), np.uint8).astype(np.int32))
 
 
-def read(data: Data, steps: range, rank: int = 0, world: int = 1, workers: int = 0):
-    source = Source.open(data)
-    order = source.order(data, BATCH, seed=5)
-    return list(batches(source, order, encode, steps, rank=rank, world=world, workers=workers, timeout=60))
+def text(batch: Batch, content: int) -> str:
+    return bytes(batch.items[content].input_ids.astype(np.uint8)).decode()
 
 
-def test_every_world_and_number_of_workers_sees_the_batches_of_the_order(data):
-    source = Source.open(data)
-    order = source.order(data, BATCH, seed=5)
-    steps = range(7, 7 + order.steps_per_epoch)  # over an epoch's border
-    expected = [[source.key(*row) for row in order.batch(step).tolist()] for step in steps]
+def changed(data: Data, **changes: object) -> Data:
+    return Data.model_validate(data.model_dump() | changes)
+
+
+def read(data: Data, steps: range, rank: int = 0, world: int = 1) -> list[Batch]:
+    opened = Source.open(data)
+    order = opened.order(BATCH, 5, LENGTHS)
+    return list(batches(opened, order, encode, steps, rank=rank, world=world, timeout=60))
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        {},
+        {"batches": "homogeneous"},
+        {"batches": "interleaved:3", "cap": 30},
+        {"datasets": [{"name": "first", "weight": 2.5}, {"name": "second", "cap": 20}]},
+    ],
+    ids=["mixed", "homogeneous", "interleaved", "weights"],
+)
+def test_every_world_and_number_of_workers_sees_the_batches_of_the_order(data, mixture):
+    data = changed(data, **mixture)
+    opened = Source.open(data)
+    order = opened.order(BATCH, 5, LENGTHS)
+    steps = range(3, 3 + 2 * order.steps_per_epoch)  # over epochs' borders
+    expected = [[opened.origin(*row) for row in order.batch(step).tolist()] for step in steps]
+    contents = None
     for world, workers in [(1, 0), (1, 3), (2, 0), (2, 2), (4, 1)]:
-        ranks = [read(data, steps, rank, world, workers) for rank in range(world)]
+        ranks = [read(changed(data, workers=workers), steps, rank, world) for rank in range(world)]
+        rows = []
         for step, wanted in enumerate(expected):
-            assert [key for rank in ranks for key in rank[step].keys] == wanted, (world, workers, step)
+            parts = [rank[step] for rank in ranks]
+            assert [origin for part in parts for origin in part.origins] == wanted, (world, workers, step)
+            rows.append([(part.query, part.target, part.negatives, part.valid) for part in parts])
+            for part in parts:
+                assert set(part.items) == {*part.query, *part.target, *part.negatives}
+        if world == 1:
+            assert contents in (None, rows)
+            contents = rows
 
 
 def test_a_batch_holds_what_was_written(data):
-    texts = {}
+    origins = {}
     for batch in read(data, range(10)):
-        decoded = {key: bytes(item.input_ids.astype(np.uint8)).decode() for key, item in batch.items.items()}
-        assert len(batch.items) == len(set(batch.query + batch.target + batch.negatives))
-        for key, query, target, valid in zip(batch.keys, batch.query, batch.target, batch.valid, strict=True):
-            if valid:
-                dataset, number = decoded[query].split()
-                assert decoded[target] == f"answer {int(number) % 20}"
-                assert f"/{dataset}/" in key
-                texts[decoded[query]] = key
-    assert len(texts) == 119  # 10 steps of 12, each sample once, less the one that cannot be encoded
+        rows = zip(batch.origins, batch.query, batch.target, batch.valid, strict=True)
+        for origin, query, target, _ in (row for row in rows if row[3]):
+            dataset, number = text(batch, query).split()
+            assert text(batch, target).split()[:2] == ["answer", number]
+            assert f"/{dataset}/" in origin.shard
+            origins[text(batch, query)] = origin
+    assert len(origins) == 119  # 10 steps of 12, each sample once, less the one that cannot be encoded
 
 
-def test_a_bad_sample_is_an_invalid_row_with_its_key_and_reason(data):
+def test_each_step_draws_one_of_the_alternatives(data):
+    drawn = Counter()
+    for batch in read(data, range(100)):
+        for target in batch.target:
+            _, number, *alternative = (text(batch, target) or "none 0").split()
+            if int(number) % 4 == 2:
+                drawn[tuple(alternative)] += 1
+    assert drawn.keys() == {(), ("0",), ("1",)}
+    assert min(drawn.values()) > 0.8 * drawn.total() / 3
+    again = [batch.target for batch in read(data, range(50, 60))]
+    assert again == [batch.target for batch in read(data, range(60))][50:]
+
+
+def test_a_bad_sample_is_an_invalid_row_with_its_origin_and_reason(data):
     found = [batch for batch in read(data, range(10)) if not all(batch.valid)]
     assert len(found) == 1
     (batch,) = found
     row = batch.valid.index(False)
-    assert batch.bad == [(batch.keys[row], "made so")]
+    (bad,) = batch.bad
+    assert (bad.origin, bad.key, bad.reason) == (batch.origins[row], "0007", "made so")
     assert batch.query[row] == batch.target[row] == Item("").content_hash
     assert len(batch.query) == len(batch.target) == len(batch.valid) == BATCH
 
@@ -81,14 +133,59 @@ def test_damaged_bytes_are_an_error_that_names_them_not_a_bad_sample(data, tmp_p
     write_shards(pairs, tmp_path, dataset="first")
     shard = tmp_path / "000000.tar"
     content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
+    for place in range(len(content) // 4, len(content), len(content) // 4):
+        content[place] ^= 1
     shard.write_bytes(content)
     with pytest.raises(PipelineError, match=r"000000\.tar is damaged: bytes \d+-\d+"):
-        read(data.model_copy(update={"url": str(tmp_path), "datasets": []}), range(3), workers=workers)
+        read(changed(data, url=str(tmp_path), datasets=[], workers=workers), range(3))
 
 
-def test_lanes_that_do_not_divide_are_refused(data):
-    source = Source.open(data)
-    order = source.order(data, BATCH, seed=5)
+def test_an_item_of_an_evaluation_set_is_no_pair(data, tmp_path):
+    write_shards((Single(str(i), "d", "vqa", Item(str(i))) for i in range(12)), tmp_path, dataset="d")
+    (batch,) = read(changed(data, url=str(tmp_path), datasets=[]), range(1))
+    assert not any(batch.valid)
+    assert "no pair to train on" in batch.bad[0].reason
+
+
+def test_what_cannot_work_is_refused_before_it_begins(data):
+    opened = Source.open(data)
+    order = opened.order(BATCH, 5, LENGTHS)
     with pytest.raises(PipelineError, match="could be 1, 2, 4"):
-        list(batches(source, order, encode, range(1), rank=0, world=3, workers=0, timeout=60))
+        list(batches(opened, order, encode, range(1), rank=0, world=3, timeout=60))
+    large = replace(opened, data=changed(data, memory_mb=1), indexes=tuple((u, _heavy(i)) for u, i in opened.indexes))
+    with pytest.raises(PipelineError, match=r"memory_mb=1 is too little: a rank's 4 windows .* take about \d+ MiB"):
+        large.check_memory(order, 1)
+
+
+def _heavy(index):
+    return replace(index, shards=tuple(replace(shard, bytes=shard.bytes * 1000) for shard in index.shards))
+
+
+def test_an_epoch_reads_each_sample_once_and_holds_no_more_than_it_may(data, tmp_path, monkeypatch):
+    """Blocks are read ahead while there is room, and none is read twice."""
+    noise = np.random.default_rng(0)
+    pairs = (Pair(str(i), "d", "", Item("<image>", (noise.bytes(50_000),)), Item(str(i))) for i in range(160))
+    write_shards(pairs, tmp_path, dataset="d")
+    asked, held = [], []
+    read_samples, read_ahead = source.read_samples, stream.Lane.read_ahead
+
+    def noting_asked(url, shard, records):
+        asked.extend(records["offset"].tolist())
+        return read_samples(url, shard, records)
+
+    def noting_held(lane):
+        read_ahead(lane)
+        held.append(sum(window.held for window in lane.windows.values()))
+
+    monkeypatch.setattr(source, "read_samples", noting_asked)
+    monkeypatch.setattr(stream.Lane, "read_ahead", noting_held)
+    small = {"url": str(tmp_path), "datasets": [], "lanes": 2, "block_samples": 2, "window_blocks": 4}
+    room = 1 << 19  # of one of the two lanes, in bytes, if there is 1 MiB
+    for memory_mb, more in ((1, False), (100, True)):
+        asked.clear(), held.clear()
+        opened = Source.open(changed(data, **small, memory_mb=memory_mb))
+        order = opened.order(6, 5, LENGTHS)
+        steps = range(order.steps_per_epoch)
+        assert len(list(batches(opened, order, encode, steps, rank=0, world=1, timeout=60))) == 26
+        assert len(asked) == len(set(asked)) == 26 * 6
+        assert (max(held) > room) == more

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipeline.config import load_ds_config, load_recipe
-from pipeline.data.collate import Batch, encode_pairs, pack
+from pipeline.data.batch import Batch, Origin, RawSample, encode_rows
+from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.models import chunks as chunks_module
 from pipeline.models.llave import Llave, Processor
@@ -67,7 +68,8 @@ def batch_of(pairs: list[Pair], processor: Processor) -> Batch:
             raise BadSample("made so")
         return pair
 
-    return encode_pairs([(pair.key, lambda pair=pair: parse(pair)) for pair in pairs], processor.encode)
+    samples = [RawSample(i, Origin("", i), b"", lambda _, pair=pair: parse(pair)) for i, pair in enumerate(pairs)]
+    return Batch.of([encode_rows(samples, processor.encode)])
 
 
 def formula(model: Llave, pairs: list[Pair], processor: Processor, alpha: float, temperature: float) -> torch.Tensor:

@@ -3,9 +3,9 @@
 import pytest
 from launch import launch
 
+from pipeline.convert.demo import TrainingPairs
+from pipeline.convert.sharding import convert
 from pipeline.data import objects
-from pipeline.demo.tasks import training_pairs
-from tools.make_shards import make_dataset
 
 URL = "s3://pipeline-tests/errors"
 
@@ -13,7 +13,7 @@ URL = "s3://pipeline-tests/errors"
 @pytest.fixture(scope="module")
 def dataset(s3) -> str:
     """A dataset in S3, one shard of which was damaged after it was uploaded."""
-    make_dataset(training_pairs("Scene-CLS", 0, 60), 60, URL, "Scene-CLS", 1 << 20)
+    convert({URL: TrainingPairs("Scene-CLS", 0, 60)}, options={})
     shard = f"{URL}/000000.tar"
     content = bytearray(objects.read(shard))
     content[len(content) // 3] ^= 1

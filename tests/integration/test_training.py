@@ -13,9 +13,9 @@ import torch
 from launch import launch, start, wait
 from safetensors.torch import load_file
 
-from pipeline.demo.tasks import training_pairs
+from pipeline.convert.demo import TrainingPairs
+from pipeline.convert.sharding import convert
 from pipeline.training import checkpoint
-from tools.make_shards import make_dataset
 
 STEPS = 24
 EVERY = 4
@@ -24,8 +24,9 @@ EVERY = 4
 @pytest.fixture(scope="module")
 def recipe(s3, tiny_model) -> list[str]:
     """The demo's recipe on few samples in S3, from a model that exists already."""
-    for name in ("Scene-T2I", "Scene-CLS"):
-        make_dataset(training_pairs(name, 0, 90), 90, f"s3://pipeline-tests/training/{name}", name, 200_000)
+    names = ("Scene-T2I", "Scene-CLS")
+    datasets = {f"s3://pipeline-tests/training/{name}": TrainingPairs(name, 0, 90) for name in names}
+    convert(datasets, options={}, shard_bytes=200_000)
     return [
         "pipeline/recipes/demo.yaml",
         f"model.path={tiny_model}",

@@ -1,0 +1,203 @@
+"""How fast is the data plane, beside plain webdataset and transformers' image processor, in one run?
+
+    python benchmarks/data.py --work /tmp/data [--images 5000] [--rounds 3]
+
+Draws JPEGs of 640x480 with captions and converts them to shards in --work, which it uploads to a real S3 server. Then,
+in turns, with the same number of decoding workers on both sides:
+
+    reading     an epoch's samples, no decoding: samples/s of pipeline/data/stream.py beside
+                webdataset.WebDataset(...).shuffle(1000), from files and from S3 (webdataset by presigned URLs and curl)
+    loading     the same with every image decoded and cut into LLaVA-OneVision's 384-pixel tiles, by the same functions
+    tiles       one core: JPEG -> tiles beside transformers' LlavaOnevisionImageProcessorPil
+    bytes       what an epoch reads from S3 at 1, 2 and 4 ranks, by the dataset's bytes
+
+Figures are medians over the rounds, ratios those of the medians; both sides run in every round.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import boto3
+import numpy as np
+import torch
+import webdataset
+from botocore.config import Config
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import LlavaOnevisionImageProcessorPil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from pipeline.config import Data
+from pipeline.data import objects
+from pipeline.data.collate import Encoded
+from pipeline.data.collate import Image as Tiles
+from pipeline.data.index import Index
+from pipeline.data.lengths import Lengths
+from pipeline.data.sample import IMAGE_MARK, Item, Pair
+from pipeline.data.shards import write_shards
+from pipeline.data.source import Source
+from pipeline.data.stream import batches
+from pipeline.data.tiles import Tiling, decode_image
+from pipeline.errors import PipelineError, command_line
+from tools.s3_server import S3Server
+
+BUCKET = "pipeline-data"
+PINPOINTS = ((384, 384), (384, 768), (768, 384), (768, 768))
+TILING = Tiling(size=384, patches=27, pinpoints=PINPOINTS)
+GLOBAL_BATCH = 64
+
+
+def picture(number: int) -> bytes:
+    """A JPEG of 640x480: coloured clouds with the grain of a photograph, about 90 kB."""
+    rng = np.random.default_rng(number)
+    clouds = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
+    grain = rng.normal(0, 6, (480, 640, 1))
+    buffer = BytesIO()
+    Image.fromarray(np.clip(np.asarray(clouds) + grain, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
+
+
+def make_dataset(folder: Path, count: int) -> Index:
+    with ProcessPoolExecutor() as pool:
+        pictures = tqdm(pool.map(picture, range(count), chunksize=32), total=count, desc="drawing", unit=" images")
+        pairs = (
+            Pair(f"{i:06d}", "Clouds", "", Item(f"{IMAGE_MARK}\nWhich?", (data,)), Item(f"cloud number {i}"))
+            for i, data in enumerate(pictures)
+        )
+        return write_shards(pairs, folder, dataset="Clouds", shard_bytes=32 << 20)
+
+
+def tiles_of(data: bytes) -> np.ndarray:
+    return TILING.cut(decode_image(data), anyres=True)
+
+
+def encode(item: Item, decoding: bool) -> Encoded:
+    ids = np.frombuffer(item.text.encode(), np.uint8).astype(np.int32)
+    images = tuple(Tiles(tiles_of(image), 480, 640) for image in item.images) if decoding else ()
+    return Encoded(ids, images)
+
+
+def ours(url: str, workers: int, decoding: bool, rank: int = 0, world: int = 1) -> Iterator[int]:
+    """Samples, batch by batch, of an epoch."""
+    source = Source.open(Data(url=url, workers=workers))
+    order = source.order(GLOBAL_BATCH, 0, Lengths(TILING, 8))
+    steps = range(order.steps_per_epoch)
+    for batch in batches(source, order, partial(encode, decoding=decoding), steps, rank=rank, world=world, timeout=60):
+        assert all(batch.valid)
+        yield len(batch.origins)
+
+
+def theirs(urls: list[str], workers: int, decoding: bool) -> Iterator[int]:
+    def read(sample: dict) -> tuple[bytes, torch.Tensor | bytes]:
+        image = sample["query.0.jpg"]
+        return sample["json"], torch.from_numpy(tiles_of(image)) if decoding else image
+
+    dataset = webdataset.WebDataset(urls, shardshuffle=100, workersplitter=webdataset.split_by_worker)
+    dataset = dataset.shuffle(1000).map(read)
+    for _ in webdataset.WebLoader(dataset, batch_size=None, num_workers=workers):
+        yield 1
+
+
+def rate(samples: Callable[[], Iterator[int]]) -> float:
+    """Samples per second of a whole epoch, the workers' start included."""
+    began = time.perf_counter()
+    count = sum(samples())
+    return count / (time.perf_counter() - began)
+
+
+def presigned(url: str, index: Index) -> list[str]:
+    """The shards' URLs for anybody, for an hour."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    config = Config(s3={"addressing_style": "path"}, signature_version="s3v4")
+    sign = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], config=config).generate_presigned_url
+    keys = [{"Bucket": bucket, "Key": f"{prefix}/{shard.file}"} for shard in index.shards]
+    return [sign("get_object", Params=key, ExpiresIn=3600) for key in keys]
+
+
+def measure_readers(places: dict[str, str], index: Index, rounds: int, workers: int) -> Table:
+    table = Table("", "ours, samples/s", "webdataset", "ratio", title=f"median of {rounds} rounds, {workers} workers")
+    for decoding in (False, True):
+        for name, url in places.items():
+            shards = presigned(url, index) if "://" in url else [f"{url}/{shard.file}" for shard in index.shards]
+            pairs = [
+                (rate(partial(ours, url, workers, decoding)), rate(partial(theirs, shards, workers, decoding)))
+                for _ in tqdm(range(rounds), desc=f"{'loading' if decoding else 'reading'} from {name}")
+            ]
+            mine, other = map(statistics.median, zip(*pairs, strict=True))
+            kind = "loading" if decoding else "reading"
+            table.add_row(f"{kind} from {name}", f"{mine:.0f}", f"{other:.0f}", f"{mine / other:.2f}")
+    return table
+
+
+def measure_tiles(rounds: int) -> Table:
+    torch.set_num_threads(1)
+    images = [picture(number) for number in range(20)]
+    processor = LlavaOnevisionImageProcessorPil(image_grid_pinpoints=[list(size) for size in PINPOINTS])
+
+    def milliseconds(run: Callable[[bytes], object]) -> float:
+        began = time.perf_counter()
+        for image in images:
+            run(image)
+        return (time.perf_counter() - began) / len(images) * 1e3
+
+    pairs = [(milliseconds(tiles_of), milliseconds(lambda data: processor(decode_image(data)))) for _ in range(rounds)]
+    mine, other = map(statistics.median, zip(*pairs, strict=True))
+    table = Table("", "ours, ms", "transformers", "ratio", title=f"median of {rounds} rounds, one core")
+    table.add_row("640x480 JPEG -> 5 tiles", f"{mine:.1f}", f"{other:.1f}", f"{other / mine:.1f}")
+    return table
+
+
+def measure_bytes(url: str, index: Index, workers: int) -> Table:
+    table = Table("ranks", "bytes read / dataset's", title="an epoch from S3")
+    for world in (1, 2, 4):
+        received = 0
+        for rank in range(world):
+            before = objects.bytes_received()
+            sum(ours(url, 0, False, rank, world))
+            received += objects.bytes_received() - before
+        table.add_row(str(world), f"{received / index.bytes:.4f}")
+    return table
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="a folder for the dataset; made if it is not there")
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2, help="decoding processes, on both sides")
+    arguments = parser.parse_args()
+    folder = arguments.work / f"clouds-{arguments.images}"
+    index = Index.load(str(folder)) if (folder / "index.json").exists() else make_dataset(folder, arguments.images)
+    if index.samples != arguments.images:
+        raise PipelineError(f"{folder} holds {index.samples} images: delete it or choose another --work")
+    with S3Server(BUCKET, folder=arguments.work) as server:
+        os.environ |= server.environment()
+        url = f"s3://{BUCKET}/clouds"
+        for path in sorted(folder.iterdir()):
+            objects.write(objects.join(url, path.name), path)
+        tables = [
+            measure_tiles(arguments.rounds),
+            measure_bytes(url, index, arguments.workers),
+            measure_readers({"files": str(folder), "S3": url}, index, arguments.rounds, arguments.workers),
+        ]
+    console = Console(width=100)
+    console.print(f"{index.samples} images, {index.bytes / 1e6:.0f} MB, {len(index.shards)} shards")
+    for table in tables:
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""A step's pairs: decoded in shares by several workers, put together as one rank's part of the global batch."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from pipeline.data.collate import Encoded
+from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.data.shards import sample_key
+
+_STAND_IN = Pair("", "", "", Item(""), Item(""))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a sample came from: its shard's URL and its number in it."""
+
+    shard: str
+    sample: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}#{self.sample}"
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it lies in its shard. place: its row in the rank's part of the batch."""
+
+    place: int
+    origin: Origin
+    data: bytes
+    parse: Callable[[bytes], Pair]
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A sample that could not be used. key: in its shard."""
+
+    origin: Origin
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair by its items' content hashes. place: its row in the rank's part of the batch.  bad: why it has none."""
+
+    place: int
+    origin: Origin
+    query: int
+    target: int
+    negatives: tuple[int, ...] = ()
+    bad: Bad | None = None
+
+
+@dataclass
+class Share:
+    """The rows of a step that one worker decoded, with their distinct items by content hash.
+
+    received: bytes that came from the object store since the worker's last share.
+    """
+
+    rows: list[Row]
+    items: dict[int, Encoded]
+    received: int = 0
+
+    # A share goes from process to process with all tiles in one tensor, which is shared memory, not copied.
+    def __getstate__(self) -> tuple:
+        images = [image for item in self.items.values() for image in item.images]
+        tiles = torch.from_numpy(np.concatenate([image.tiles for image in images])) if images else None
+        counted = {
+            key: replace(item, images=tuple(replace(image, tiles=len(image.tiles)) for image in item.images))
+            for key, item in self.items.items()
+        }
+        return self.rows, counted, self.received, tiles
+
+    def __setstate__(self, state: tuple) -> None:
+        self.rows, counted, self.received, tiles = state
+        left = iter(() if tiles is None else np.split(tiles.numpy(), _tile_ends(counted)[:-1]))
+        self.items = {
+            key: replace(item, images=tuple(replace(image, tiles=next(left)) for image in item.images))
+            for key, item in counted.items()
+        }
+
+
+def _tile_ends(counted: dict[int, Encoded]) -> np.ndarray:
+    return np.cumsum([image.tiles for item in counted.values() for image in item.images])
+
+
+def encode_rows(samples: Iterable[RawSample], encode: Callable[[Item], Encoded]) -> Share:
+    """Parse and encode samples; a `BadSample` becomes an invalid row, for which an empty text stands in."""
+    share = Share([], {})
+    for sample in samples:
+        origin, bad = sample.origin, None
+        try:
+            pair = sample.parse(sample.data)
+            encoded = {i.content_hash: encode(i) for i in pair.items if i.content_hash not in share.items}
+        except BadSample as reason:
+            pair, bad = _STAND_IN, Bad(origin, sample_key(sample.data), str(reason))
+            encoded = {item.content_hash: encode(item) for item in pair.items}
+        share.items.update(encoded)
+        hashes = pair.query.content_hash, pair.target.content_hash
+        negatives = tuple(item.content_hash for item in pair.negatives)
+        share.rows.append(Row(sample.place, origin, *hashes, negatives, bad))
+    return share
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's part of a global batch, as distinct items and where each pair finds its own.
+
+    items: the distinct items by content hash; what occurs twice is embedded once.
+    query, target: each pair's items, by hash.  negatives: all pairs' explicit negatives, by hash.
+    valid: False for a pair that could not be used; an empty text stands in for its items.
+    origins: where each pair came from.  bad: the invalid ones.
+    received: bytes that came from the object store meanwhile.
+    """
+
+    items: dict[int, Encoded]
+    query: list[int]
+    target: list[int]
+    negatives: list[int]
+    valid: list[bool]
+    origins: list[Origin]
+    bad: list[Bad]
+    received: int
+
+    @classmethod
+    def of(cls, shares: Sequence[Share]) -> "Batch":
+        """Put the shares' rows in their places; they do not tell which worker decoded them."""
+        rows = sorted((row for share in shares for row in share.rows), key=lambda row: row.place)
+        encoded = {key: item for share in shares for key, item in share.items.items()}
+        used = dict.fromkeys(key for row in rows for key in (row.query, row.target, *row.negatives))
+        return cls(
+            items={key: encoded[key] for key in used},
+            query=[row.query for row in rows],
+            target=[row.target for row in rows],
+            negatives=[key for row in rows for key in row.negatives],
+            valid=[row.bad is None for row in rows],
+            origins=[row.origin for row in rows],
+            bad=[row.bad for row in rows if row.bad],
+            received=sum(share.received for share in shares),
+        )

@@ -1,0 +1,55 @@
+"""How many tokens samples take, from what the index and the sidecars say of them: no sample is opened."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pipeline.data.index import Shard
+from pipeline.data.tiles import Tiling
+
+_PROMPT = 21  # tokens around an item's text
+_TEXT_BYTES = 4  # of UTF-8 a token holds, about: English has 4 letters, Chinese 1 or 2 characters
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Token lengths for a model that tiles images so and sees so many frames of a video.
+
+    Images count exactly, texts about; a text that is cut to fit counts as a whole.
+    """
+
+    tiling: Tiling
+    video_frames: int
+
+    def of_records(self, records: np.ndarray) -> np.ndarray:
+        """(n,) records of a sidecar -> (n,) int64 tokens of all items of each sample."""
+        counts = {name: records[name].astype(np.int64) for name in records.dtype.names if name != "image_sizes"}
+        texts = counts["query_text"] + counts["target_text"] + counts["negative_text"]
+        lengths = (2 + counts["negatives"]) * _PROMPT + texts // _TEXT_BYTES
+        lengths += counts["videos"] * self.tiling.video_tokens(self.video_frames)
+        queries, targets = counts["query_images"][:, None], counts["target_images"][:, None]
+        place = np.arange(records["image_sizes"].shape[1])[None]
+        present = place < queries + targets + counts["negative_images"][:, None]
+        # An item of several images has one tile of each; negatives are taken to have one image each.
+        alone = np.where(place < queries, queries == 1, (place >= queries + targets) | (targets == 1))
+        sizes = np.concatenate([records["image_sizes"], alone[:, :, None].astype(np.uint16)], axis=2)
+        kinds, which = np.unique(sizes.reshape(-1, 3), axis=0, return_inverse=True)
+        tokens = np.array([_image_tokens(self.tiling, *map(int, kind)) for kind in kinds], np.int64)
+        if len(tokens):
+            lengths += (tokens[which.reshape(present.shape)] * present).sum(axis=1)
+        return lengths
+
+    def of_shard(self, shard: Shard) -> int:
+        """Tokens of the shard's average sample."""
+        sizes = [_image_tokens(self.tiling, width, height, True) for width, height in shard.image_sizes]
+        images = shard.images * sum(sizes) // max(len(sizes), 1)
+        videos = shard.videos * self.tiling.video_tokens(self.video_frames)
+        return 2 * _PROMPT + (shard.text_bytes // _TEXT_BYTES + images + videos) // max(shard.samples, 1)
+
+
+@lru_cache(maxsize=1 << 16)
+def _image_tokens(tiling: Tiling, width: int, height: int, alone: bool) -> int:
+    if not width or not height:  # it cannot be read: its sample will be a bad one
+        return 0
+    return tiling.tokens(height, width, anyres=bool(alone))

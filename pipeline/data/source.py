@@ -1,0 +1,107 @@
+"""All shards of a run's datasets, in one list: what they hold, and their samples' bytes."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pipeline.config import Data
+from pipeline.data import objects
+from pipeline.data.batch import Origin
+from pipeline.data.index import Index, Shard, read_records, read_samples
+from pipeline.data.lengths import Lengths
+from pipeline.data.order import Dataset, Order
+from pipeline.data.sample import BadSample, Pair
+from pipeline.data.shards import parse_sample
+from pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The datasets of a recipe. indexes: (URL, index) of each; shards: (number of the dataset, shard) of each."""
+
+    data: Data
+    indexes: tuple[tuple[str, Index], ...]
+    shards: tuple[tuple[int, Shard], ...]
+
+    @classmethod
+    def open(cls, data: Data) -> "Source":
+        """Read the datasets' indexes; nothing else is touched until a sample is needed."""
+        objects.configure(**data.store())
+        urls = [objects.join(data.url, part.name) for part in data.datasets] or [data.url]
+        with ThreadPoolExecutor(8) as pool:
+            indexes = tuple(zip(urls, pool.map(Index.load, urls), strict=True))
+        shards = tuple((number, shard) for number, (_, index) in enumerate(indexes) for shard in index.shards)
+        return cls(data, indexes, shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these shards from any others, in content and order."""
+        return hashlib.sha256("".join(shard.sha256 for _, shard in self.shards).encode()).hexdigest()
+
+    def order(self, global_batch: int, seed: int, lengths: Lengths) -> Order:
+        """The order in which a run consumes them."""
+        data = self.data
+        datasets = []
+        for number, (_, index) in enumerate(self.indexes):
+            part = data.datasets[number] if data.datasets else None
+            datasets.append(
+                Dataset(
+                    name=part.name if part else index.dataset,
+                    shard_samples=np.array([shard.samples for shard in index.shards]),
+                    shard_lengths=np.array([lengths.of_shard(shard) for shard in index.shards]),
+                    weight=part.weight if part else 1.0,
+                    cap=part.cap if part and part.cap else data.cap,
+                )
+            )
+        return Order(
+            datasets=tuple(datasets),
+            global_batch=global_batch,
+            lanes=data.lanes,
+            block_samples=data.block_samples,
+            window_blocks=data.window_blocks,
+            seed=seed,
+            parts=data.parts,
+            lengths=lambda shard, start, stop: lengths.of_records(self.records(shard, start, stop)),
+        )
+
+    def records(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """What the sidecar says of samples start..stop-1 of a shard; those of late are remembered."""
+        number, info = self.shards[shard]
+        return _records(self.indexes[number][0], info, start, stop)
+
+    def read(self, shard: int, start: int, stop: int) -> list[bytes]:
+        """Samples start..stop-1 of a shard, by one ranged read."""
+        return read_samples(self._tars(shard), self.shards[shard][1], self.records(shard, start, stop))
+
+    def origin(self, shard: int, sample: int) -> Origin:
+        return Origin(objects.join(self._tars(shard), self.shards[shard][1].file), sample)
+
+    def parse(self, shard: int, data: bytes) -> Pair:
+        """A sample's bytes as a pair; BadSample if they are none."""
+        _, index = self.indexes[self.shards[shard][0]]
+        pair = parse_sample(data, index.captions)
+        if not isinstance(pair, Pair):
+            raise BadSample("an item of an evaluation set, no pair to train on")
+        return pair
+
+    def _tars(self, shard: int) -> str:
+        url, index = self.indexes[self.shards[shard][0]]
+        return index.shards_url or url
+
+    def check_memory(self, order: Order, world: int) -> None:
+        """Refuse windows that `data.memory_mb` cannot hold; it must hold one of every lane and stream of a rank."""
+        data, mean = self.data, sum(index.bytes for _, index in self.indexes) / max(order.samples, 1)
+        windows = len(order.streams) * data.lanes // world
+        samples = min(windows * data.window_blocks * data.block_samples, -(-order.samples // world))
+        if (needed := int(samples * mean) >> 20) > data.memory_mb:
+            raise PipelineError(
+                f"data.memory_mb={data.memory_mb} is too little: a rank's {windows} windows of {data.window_blocks} "
+                f"blocks of {data.block_samples} samples take about {needed} MiB; raise it, or lower "
+                "data.window_blocks or data.block_samples"
+            )
+
+
+_records = lru_cache(maxsize=2048)(read_records)

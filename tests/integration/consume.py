@@ -1,0 +1,114 @@
+"""A job of ranks that only read: each writes what every step brought to a ledger, as fast as the data come."""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import Data, parse_options
+from pipeline.data import objects
+from pipeline.data.batch import Batch
+from pipeline.data.collate import Encoded
+from pipeline.data.lengths import Lengths
+from pipeline.data.order import Order
+from pipeline.data.sample import Item
+from pipeline.data.source import Source
+from pipeline.data.stream import batches
+from pipeline.data.tiles import Tiling
+from pipeline.errors import command_line
+
+GLOBAL_BATCH = 16
+TILING = Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48)))
+
+
+def encode(item: Item) -> Encoded:
+    """An item's content, not its tokens: what a test compares."""
+    return Encoded(np.frombuffer(item.content_hash.to_bytes(8, "little"), np.uint8).astype(np.int32))
+
+
+def open_order(data: Data) -> tuple[Source, Order]:
+    source = Source.open(data)
+    return source, source.order(GLOBAL_BATCH, 7, Lengths(TILING, 8))
+
+
+def rows(batch: Batch) -> list:
+    """Where each of the batch's samples came from, and what it is."""
+    return [list(row) for row in zip(map(str, batch.origins), batch.query, batch.target, batch.valid, strict=True)]
+
+
+def consume(steps: range, folder: Path, options: list[str]) -> None:
+    """Note each of the steps in FOLDER/rankR.jsonl, and in the end the bytes received. options: fields of Data."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    data = parse_options(Data, options)
+    source, order = open_order(data)
+    received = 0  # by the workers
+    with (folder / f"rank{rank}.jsonl").open("a", buffering=1) as ledger:
+        read = batches(source, order, encode, steps, rank=rank, world=world, timeout=60)
+        for step, batch in zip(steps, read, strict=True):
+            received += batch.received if data.workers else 0
+            ledger.write(json.dumps({"step": step, "rows": rows(batch)}) + "\n")
+    (folder / f"received{rank}").write_text(str(received + objects.bytes_received()))
+
+
+def run_rank(environment: dict[str, str], steps: range, folder: Path, options: list[str]) -> None:
+    """A rank's process, from its start to its end."""
+    os.environ |= environment
+    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(output, stream.fileno())
+    command_line(lambda: consume(steps, folder, options))()
+
+
+class Job:
+    """The ranks as real processes, forked from one that has imported everything, so that they start at once."""
+
+    def __init__(self, world: int, steps: range, folder: Path, options: list[str]) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        self.ranks = []
+        for rank in range(world):
+            own = environment | {"RANK": str(rank), "WORLD_SIZE": str(world)}
+            self.ranks.append(context.Process(target=run_rank, args=(own, steps, folder, options)))
+            self.ranks[-1].start()
+
+    @property
+    def runs(self) -> bool:
+        return any(rank.is_alive() for rank in self.ranks)
+
+    def ledger(self) -> list[list]:
+        """The rows of each step that all ranks have noted, the ranks' end to end."""
+        ranks = []
+        for rank in range(len(self.ranks)):
+            path = self.folder / f"rank{rank}.jsonl"
+            text = path.read_text() if path.exists() else ""
+            ranks.append([json.loads(line)["rows"] for line in text.splitlines(keepends=True) if line.endswith("\n")])
+        return [[row for part in parts for row in part] for parts in zip(*ranks, strict=False)]
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+        self.wait(10)
+
+    def wait(self, seconds: float) -> list[int | None]:
+        """The ranks' exit statuses; what still runs after so many seconds, or 10 after a failure, is killed."""
+        deadline = time.monotonic() + seconds
+        while self.runs and time.monotonic() < deadline:
+            if any(rank.exitcode for rank in self.ranks):
+                deadline = min(deadline, time.monotonic() + 10)
+            time.sleep(0.02)
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
+        return [rank.exitcode for rank in self.ranks]
+
+    @property
+    def output(self) -> str:
+        path = self.folder / "output"
+        return path.read_text() if path.exists() else ""

@@ -1,0 +1,162 @@
+"""Jobs of several ranks that only read from a real S3 server: killed, disturbed, counted, with the same batches."""
+
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from consume import Job, encode, open_order, rows
+from fault_proxy import FLIP, RESET, TRUNCATE, UNAVAILABLE, Fault, FaultProxy, stall
+
+from pipeline.config import Data, parse_options
+from pipeline.data import objects
+from pipeline.data.sample import Item, Pair
+from pipeline.data.shards import write_shards
+from pipeline.data.stream import batches
+from tools.s3_server import S3Server
+
+BUCKET = "s3://pipeline-stream"
+SAMPLES = {"first": 371, "second": 145}
+DATA = [
+    "datasets=[{name: first}, {name: second, weight: 1.5}]",
+    "lanes=4",
+    "block_samples=8",
+    "window_blocks=3",
+    "workers=1",
+    "timeout_s=30",
+]
+
+
+def pair(dataset: str, number: int) -> Pair:
+    noise = random.Random(f"{dataset} {number}")
+    image = noise.randbytes(noise.randrange(2_000, 6_000))  # no picture, but nobody looks
+    texts = tuple(f"{dataset} {number} {i}" for i in range(number % 3))
+    return Pair(f"{number:06d}", dataset, "", Item("<image> what?", (image,)), Item("x" * number), (), texts)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server of this module's own, since it is killed at times; the environment points at it."""
+    folder = tmp_path_factory.mktemp("stream")
+    with S3Server("pipeline-stream") as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        for name, count in SAMPLES.items():
+            index = write_shards(
+                (pair(name, i) for i in range(count)), folder / name, dataset=name, shard_bytes=200_000
+            )
+            assert len(index.shards) > 2
+            for path in (folder / name).iterdir():
+                objects.write(f"{BUCKET}/{name}/{path.name}", path)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server) -> list[list]:
+    """The rows of every step of two epochs, as one process reads them."""
+    source, order = open_order(parse_options(Data, [f"url={BUCKET}", *DATA, "workers=0"]))
+    steps = range(2 * order.steps_per_epoch)
+    return [rows(batch) for batch in batches(source, order, encode, steps, rank=0, world=1, timeout=60)]
+
+
+def job(world: int, steps: range, folder: Path, *overrides: str) -> Job:
+    return Job(world, steps, folder, [f"url={BUCKET}", *DATA, *overrides])
+
+
+def test_killed_ten_times_on_changing_numbers_of_ranks(undisturbed, tmp_path):
+    chance = random.Random(3)
+    steps, seen = len(undisturbed), []
+    for number in range(11):
+        began = job(chance.choice([1, 2, 4]), range(len(seen), steps), tmp_path / str(number))
+        if number < 10:
+            enough = chance.randrange(1, (steps - len(seen)) // (11 - number))
+            while len(began.ledger()) < enough and began.runs:
+                time.sleep(0.005)
+            began.kill()
+        assert not any(status > 0 for status in began.wait(60)), began.output
+        seen += began.ledger()
+        assert number == 10 or len(seen) < steps, "it was over before it was killed"
+    assert seen == undisturbed
+
+
+def test_an_epoch_takes_every_sample_as_often_as_its_weight_says(undisturbed):
+    _, order = open_order(parse_options(Data, [f"url={BUCKET}", *DATA]))
+    for epoch in (0, 1):
+        steps = undisturbed[epoch * order.steps_per_epoch : (epoch + 1) * order.steps_per_epoch]
+        keys = [row[0] for step in steps for row in step]
+        left_over = sum(dataset.quota for dataset in order.datasets) - len(keys)
+        assert left_over == (371 + round(1.5 * 145)) % order.global_batch
+        first = [key for key in keys if "/first/" in key]
+        assert len(first) == len(set(first)) >= 371 - left_over
+        assert len({key for key in keys if "/second/" in key}) >= 145 - left_over
+    second = Counter(row[0] for step in undisturbed for row in step if "/second/" in row[0])
+    assert max(second.values()) == 4  # 3 epochs' worth and one sample, in 2 epochs
+    assert sum(second.values()) >= 3 * 145 + 1 - 2 * left_over
+    assert not [row for step in undisturbed for row in step if not row[3]]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_an_epoch_reads_each_byte_once(server, tmp_path, world):
+    data = ["datasets=[first, second]", f"workers={2 if world < 4 else 0}"]
+    source, order = open_order(parse_options(Data, [f"url={BUCKET}", *DATA, *data]))
+    size = sum(index.bytes for _, index in source.indexes)
+    read = job(world, range(order.steps_per_epoch), tmp_path, *data)
+    assert read.wait(60) == [0] * world, read.output
+    received = [int((tmp_path / f"received{rank}").read_text()) for rank in range(world)]
+    assert size <= sum(received) + 64 * 6_000  # but for the samples that fill no batch
+    assert sum(received) <= 1.05 * size
+
+
+def test_faults_do_not_show(undisturbed, server, tmp_path, monkeypatch):
+    """Resets, bursts of 503, stalls of 5 s, truncated bodies, flipped bits: the batches are the same."""
+    injected = Counter()
+
+    def plan(number: int, method: str, path: str) -> Fault | None:
+        fault = (RESET, UNAVAILABLE, TRUNCATE, FLIP, stall(5))[number // 7 % 5]
+        if fault.kind == "stall" and injected["stall"] == 3:
+            return None
+        if number % 7 >= (1 if fault is FLIP else 3):  # three in a row, so that second attempts are hit as well
+            return None
+        injected[fault.kind] += 1
+        return fault
+
+    with FaultProxy(server.endpoint, plan) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        read = job(2, range(len(undisturbed)), tmp_path)
+        assert read.wait(120) == [0, 0], read.output
+    assert read.ledger() == undisturbed
+    assert injected["stall"] == 3
+    assert all(injected[fault.kind] > 5 for fault in (RESET, UNAVAILABLE, TRUNCATE, FLIP))
+
+
+def test_a_server_that_is_killed_and_comes_back_does_not_show(undisturbed, server, tmp_path):
+    read = job(2, range(len(undisturbed)), tmp_path)
+    while len(read.ledger()) < len(undisturbed) // 4 and read.runs:
+        time.sleep(0.005)
+    assert read.runs, "it was over before the server was killed"
+    server.restart()
+    assert read.wait(120) == [0, 0], read.output
+    assert read.ledger() == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [
+        (FLIP, "first/000001.tar is damaged: bytes "),
+        (UNAVAILABLE, "first/000001.tar"),
+        (stall(60), "first/000001.tar"),
+    ],
+    ids=["flipped", "unavailable", "stalled"],
+)
+def test_a_fault_that_stays_is_one_error_that_names_the_object(server, tmp_path, monkeypatch, fault, complaint):
+    def plan(number: int, method: str, path: str) -> Fault | None:
+        return fault if "first/000001.tar" in path else None
+
+    with FaultProxy(server.endpoint, plan) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        read = job(1, range(100), tmp_path, "timeout_s=1")
+        assert read.wait(60) == [2], read.output
+    error, *_ = [line for line in read.output.splitlines() if line.startswith("error")]
+    assert complaint in error
+    assert "Traceback" not in read.output
