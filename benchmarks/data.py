@@ -76,7 +76,7 @@ def make_dataset(folder: Path, count: int) -> Index:
             Pair(f"{i:06d}", "Clouds", "", Item(f"{IMAGE_MARK}\nWhich?", (data,)), Item(f"cloud number {i}"))
             for i, data in enumerate(pictures)
         )
-        return write_shards(pairs, folder, dataset="Clouds", shard_bytes=32 << 20)
+        return write_shards(pairs, folder, dataset="Clouds", shard_bytes=16 << 20)
 
 
 def tiles_of(data: bytes) -> np.ndarray:

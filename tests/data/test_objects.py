@@ -1,11 +1,13 @@
 import os
 import threading
 import time
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from pipeline.data import objects
+from pipeline.data import s3 as client
 from pipeline.data.objects import ObjectError
 
 ROOT = "s3://pipeline-tests/objects"
@@ -48,10 +50,26 @@ def test_write_read_list(root, tmp_path):
     assert objects.size(large) == 40 << 20
     assert objects.read(large, 17 << 20, 1000) == source.read_bytes()[17 << 20 :][:1000]
     source.unlink()
+    objects.write(large, bytes(40 << 20))
+    assert objects.read(large) == bytes(40 << 20)
 
     objects.write(objects.join(root, "folder-beside", "x"), b"x")
     assert objects.list_under(objects.join(root, "folder")) == [name, large]
     assert objects.list_under(objects.join(root, "none")) == []
+    for _ in range(2):  # the second time there is nothing to delete
+        objects.delete(large)
+        assert not objects.exists(large)
+    assert objects.exists(name)
+
+
+def test_bytes_received(root):
+    name = objects.join(root, "counted")
+    objects.write(name, bytes(1000))
+    before = objects.bytes_received()
+    objects.read(name)
+    objects.read(name, 10, 5)
+    objects.size(name)
+    assert objects.bytes_received() - before == 1005
 
 
 def test_list_is_paginated(s3):
@@ -90,7 +108,7 @@ def test_write_is_whole_or_absent(tmp_path, monkeypatch):
         ({"AWS_ACCESS_KEY_ID": "unknown-key"}, f"{ROOT}/key", "AWS_ACCESS_KEY_ID"),
         ({"AWS_PROFILE": "no-such-profile"}, f"{ROOT}/key", "no-such-profile"),
         (
-            {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "2"},
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
             f"{ROOT}/key",
             "no answer from http://127.0.0.1:9",
         ),
@@ -106,6 +124,7 @@ def test_write_is_whole_or_absent(tmp_path, monkeypatch):
 def test_one_clear_error(s3, monkeypatch, environment, url, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(client, "FIRST_ANSWER_S", 0.5)
     began = time.monotonic()
     for action in (objects.read, objects.size):
         text = message(action, url)
@@ -130,40 +149,139 @@ def test_no_credentials(s3, monkeypatch, tmp_path):
 
 def test_a_forked_child_reads(s3):
     objects.write(f"{ROOT}/forked", b"data")
-    parent = objects._client()
+    objects.read(f"{ROOT}/forked")
+    parent = client._client()
     child = os.fork()
     if child == 0:
-        os._exit(0 if objects.read(f"{ROOT}/forked") == b"data" and objects._client() is not parent else 1)
+        right = objects.read(f"{ROOT}/forked") == b"data" and client._client() is not parent
+        os._exit(0 if right and objects.bytes_received() == 4 else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert objects._client() is parent
+    assert client._client() is parent
+
+
+@pytest.fixture
+def configured():
+    """`objects.configure`, undone after the test."""
+    yield objects.configure
+    objects.configure()
+
+
+def test_settings(configured):
+    assert asdict(objects.settings()) == {"timeout_s": 120.0, "requester_pays": False, "addressing": "auto"}
+    configured(timeout_s=5, requester_pays=True, addressing="path")
+    changed = objects.settings()
+    configured(addressing="virtual")
+    assert objects.settings() == objects.Settings(120.0, False, "virtual")
+    configured(**asdict(changed))
+    assert objects.settings() == changed
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_requester_pays(s3, configured, pays):
+    configured(requester_pays=pays)
+    sent = {}
+
+    def note(request, event_name, **_):
+        sent[event_name.rpartition(".")[2]] = request.headers.get("x-amz-request-payer")
+
+    client._client().meta.events.register("before-send.s3", note)
+    url = f"{ROOT}/requester-pays"
+    stale = client._client().create_multipart_upload(Bucket="pipeline-tests", Key="objects/requester-pays")
+    objects.write(url, b"data")
+    objects.write(url, bytes(client.MULTIPART_BYTES))
+    objects.read(url, 0, 1)
+    objects.list_under(ROOT)
+    objects.delete(url)
+    assert stale["UploadId"]
+    operations = "CreateMultipartUpload UploadPart CompleteMultipartUpload AbortMultipartUpload ListMultipartUploads "
+    operations += "ListParts PutObject HeadObject GetObject ListObjectsV2 DeleteObject"
+    expected = dict.fromkeys(operations.split(), b"requester" if pays else None)
+    assert sent == expected
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "addressing", "expected"),
+    [
+        (None, "auto", "https://bucket.s3.amazonaws.com/key"),
+        (None, "path", "https://s3.amazonaws.com/bucket/key"),
+        (None, "virtual", "https://bucket.s3.amazonaws.com/key"),
+        ("https://store.example", "auto", "https://store.example/bucket/key"),
+        ("https://store.example", "path", "https://store.example/bucket/key"),
+        ("https://store.example", "virtual", "https://bucket.store.example/key"),
+    ],
+)
+def test_addressing(s3, configured, monkeypatch, endpoint, addressing, expected):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    if endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    configured(addressing=addressing)
+    signed = client._client().generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "key"})
+    assert signed.partition("?")[0] == expected
+
+
+class OddServer(ThreadingHTTPServer):
+    """A server that answers GETs of bytes 10-19 in ways that the real one does not; `requests` are their ranges."""
+
+    def __init__(self, cut: int = 10, announced: bool = True, status: int = 206, overwritten: bool = False) -> None:
+        requests = self.requests = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                requests.append(self.headers["Range"])
+                first = int(self.headers["Range"][len("bytes=") :].partition("-")[0])
+                body = b"0123456789"[first - 10 :]
+                self.send_response(status)
+                if status == 206:
+                    self.send_header("Content-Range", f"bytes {first}-19/100")
+                if overwritten:
+                    self.send_header("ETag", f'"{len(requests)}"')
+                self.send_header("Content-Length", str(min(cut, len(body)) if announced else len(body)))
+                self.end_headers()
+                self.wfile.write(body[:cut])
+
+            def log_message(self, *_):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+@pytest.fixture
+def odd(s3, monkeypatch):
+    """A function that starts an OddServer and points this process at it."""
+    started = []
+
+    def start(**behaviour) -> OddServer:
+        server = OddServer(**behaviour)
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.mark.parametrize("announced", [True, False])
-@pytest.mark.parametrize("broken", [2, 99])
-def test_short_bodies_are_read_again(s3, monkeypatch, broken, announced):
-    """A server that cuts its first `broken` bodies short, and says so in Content-Length or breaks off."""
-    requests = []
+def test_short_bodies_are_resumed(odd, announced):
+    """A server that cuts its bodies short, and says so in Content-Length or breaks off."""
+    server = odd(cut=4, announced=announced)
+    assert objects.read("s3://bucket/key", 10, 10) == b"0123456789"
+    assert server.requests == ["bytes=10-19", "bytes=14-19", "bytes=18-19"]
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.headers["Range"])
-            body = b"0123456789"[: 4 if len(requests) <= broken else 10]
-            self.send_response(206)
-            self.send_header("Content-Range", "bytes 10-19/100")
-            self.send_header("Content-Length", str(len(body) if announced else 10))
-            self.end_headers()
-            self.wfile.write(body)
 
-        def log_message(self, *_):
-            pass
+def test_empty_bodies_are_an_error(odd, configured):
+    configured(timeout_s=0.6)
+    odd(cut=0)
+    assert "bytes 10-19: no progress" in message(objects.read, "s3://bucket/key", 10, 10)
 
-    monkeypatch.setattr(objects, "READ_ATTEMPTS", 3)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        if broken < 3:
-            assert objects.read("s3://bucket/key", 10, 10) == b"0123456789"
-        else:
-            assert "3 times in a row" in message(objects.read, "s3://bucket/key", 10, 10)
-        server.shutdown()
-    assert requests == ["bytes=10-19"] * 3
+
+def test_a_server_without_ranges(odd):
+    odd(status=200)
+    assert "ignores byte ranges" in message(objects.read, "s3://bucket/key", 10, 10)
+
+
+def test_a_server_that_ignores_if_match(odd):
+    odd(cut=4, overwritten=True)
+    assert "was overwritten" in message(objects.read, "s3://bucket/key", 10, 10)
