@@ -107,6 +107,8 @@ def parse_sample(data: bytes, captions: Captions | None = None) -> Pair | Single
         return Pair(key, *name, query, target, tuple(negatives), tuple(alternatives))
     except KeyError as error:
         raise BadSample(f"{error.args[0]!r} is missing") from error
+    except UnicodeError as error:
+        raise BadSample(f"a text that is not UTF-8 ({error})") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise BadSample(f"its json is malformed ({error})") from error
 
@@ -150,6 +152,7 @@ def _text(value: object) -> str:
 
 def _captioned(key: str, members: dict[str, bytes], captions: Captions) -> Pair:
     """A sample of img2dataset's: KEY.jpg (or another image), and KEY.txt and KEY.json with the captions."""
+    members = {name.lower(): content for name, content in members.items()}  # as webdataset reads them
     image = next((content for name, content in members.items() if name in _IMAGE_NAMES), None)
     if image is None:
         raise BadSample("no image")

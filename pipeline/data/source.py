@@ -93,7 +93,8 @@ class Source:
 
     def check_memory(self, order: Order, world: int) -> None:
         """Refuse windows that `data.memory_mb` cannot hold; it must hold one of every lane and stream of a rank."""
-        data, mean = self.data, sum(index.bytes for _, index in self.indexes) / max(order.samples, 1)
+        data = self.data
+        mean = sum(index.bytes for _, index in self.indexes) / sum(index.samples for _, index in self.indexes)
         windows = len(order.streams) * data.lanes // world
         samples = min(windows * data.window_blocks * data.block_samples, -(-order.samples // world))
         if (needed := int(samples * mean) >> 20) > data.memory_mb:

@@ -310,6 +310,7 @@ def test_img2dataset_layout(tmp_path):
     assert pair.texts == ("kurz ü", "lang", "laenger")
     assert pair.drawn(2).target.text == "laenger"
     assert not pair.drawn(2).alternatives
+    members["JPG"] = members.pop("jpg")
     del members["json"]
     assert parse_sample(tar_of(members, tmp_path / "a.tar"), CAPTIONS).texts == ("kurz ü",)
 
@@ -319,7 +320,7 @@ def test_img2dataset_layout(tmp_path):
     [
         ({"jpg": None}, "no image"),
         ({"txt": b" "}, "no caption in txt, long"),
-        ({"txt": b"\xff"}, "malformed"),
+        ({"txt": b"\xff"}, "not UTF-8"),
         ({"json": b'{"long": 7}'}, "7 is no text"),
         ({"json": b'{"long": "\\ud800"}'}, "surrogates not allowed"),
         ({"json": b"{"}, "malformed"),
