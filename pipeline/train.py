@@ -111,6 +111,7 @@ def _conditions(recipe: Recipe, source: Source, world: int, stage: int) -> dict:
     return {f"data.{name}": getattr(recipe.data, name) for name in names} | {
         "data.datasets": [part.model_dump() for part in recipe.data.datasets],
         "the data's fingerprint": source.fingerprint,
+        "video.frames": recipe.video.frames,
         "the number of processes": world,
         "the ZeRO stage": stage,
         "seed": recipe.seed,

@@ -9,6 +9,7 @@ import torch
 from pipeline.data.collate import Encoded
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import sample_key
+from pipeline.errors import PipelineError
 
 _STAND_IN = Pair("", "", "", Item(""), Item(""))
 
@@ -66,7 +67,7 @@ class Share:
     items: dict[int, Encoded]
     received: int = 0
 
-    # A share goes from process to process with all tiles in one tensor, which is shared memory, not copied.
+    # A share goes from process to process with all tiles in one tensor, which torch hands over in shared memory.
     def __getstate__(self) -> tuple:
         images = [image for item in self.items.values() for image in item.images]
         tiles = torch.from_numpy(np.concatenate([image.tiles for image in images])) if images else None
@@ -97,6 +98,8 @@ def encode_rows(samples: Iterable[RawSample], encode: Callable[[Item], Encoded])
         try:
             pair = sample.parse(sample.data)
             encoded = {i.content_hash: encode(i) for i in pair.items if i.content_hash not in share.items}
+        except MemoryError:
+            raise PipelineError(f"{origin}, key {sample_key(sample.data)}: no memory left to decode it") from None
         except BadSample as reason:
             pair, bad = _STAND_IN, Bad(origin, sample_key(sample.data), str(reason))
             encoded = {item.content_hash: encode(item) for item in pair.items}
@@ -128,7 +131,7 @@ class Batch:
     received: int
 
     @classmethod
-    def of(cls, shares: Sequence[Share]) -> "Batch":
+    def of(cls, shares: Sequence[Share], received: int = 0) -> "Batch":
         """Put the shares' rows in their places; they do not tell which worker decoded them."""
         rows = sorted((row for share in shares for row in share.rows), key=lambda row: row.place)
         encoded = {key: item for share in shares for key, item in share.items.items()}
@@ -141,5 +144,5 @@ class Batch:
             valid=[row.bad is None for row in rows],
             origins=[row.origin for row in rows],
             bad=[row.bad for row in rows if row.bad],
-            received=sum(share.received for share in shares),
+            received=received,
         )

@@ -112,7 +112,7 @@ class Dataset:
         if self.cap is not None and self.cap < 1:
             raise PipelineError(f"dataset {self.name}: cap is {self.cap}: it must be 1 or more")
         if not (isfinite(self.weight) and self.weight > 0 and self.quota):
-            least = 0.5 / min(self.cap or self.samples, self.samples)
+            least = 0.5 / self.samples
             raise PipelineError(f"dataset {self.name}: weight is {self.weight}: it must be more than {least:g}")
 
     @cached_property
@@ -123,7 +123,8 @@ class Dataset:
     @cached_property
     def quota(self) -> int:
         """The samples an epoch takes."""
-        return round(self.weight * min(self.cap or self.samples, self.samples))
+        weighted = round(self.weight * self.samples)
+        return weighted if self.cap is None else min(weighted, self.cap)
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,16 +261,6 @@ class Order:
         epoch, step = self.locate(step)
         chosen = slice(step * self.takes_per_step, (step + 1) * self.takes_per_step)
         return [(stream, epoch, take) for stream, take in _schedule(self, epoch)[chosen].tolist()]
-
-    def last_take(self, stream: int, stop: int) -> tuple[int, int]:
-        """The last take of a stream that steps before `stop` consume: (epoch, take), (-1, -1) if there is none."""
-        if stop == 0:
-            return -1, -1
-        epoch, step = self.locate(stop - 1)
-        used = _schedule(self, epoch)[: (step + 1) * self.takes_per_step]
-        if len(own := used[used[:, 0] == stream, 1]):
-            return epoch, int(own[-1])
-        return self.last_take(stream, epoch * self.steps_per_epoch)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """What `rank` consumes in `step`: int64 (B/W, 2) rows of (shard, sample), lane after lane."""

@@ -38,8 +38,8 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """What tells these shards from any others, in content and order."""
-        return hashlib.sha256("".join(shard.sha256 for _, shard in self.shards).encode()).hexdigest()
+        """What tells these datasets from any others, in content, in order, and in how they are read."""
+        return hashlib.sha256("".join(index.to_json() for _, index in self.indexes).encode()).hexdigest()
 
     def order(self, global_batch: int, seed: int, lengths: Lengths) -> Order:
         """The order in which a run consumes them."""
@@ -72,9 +72,9 @@ class Source:
         number, info = self.shards[shard]
         return _records(self.indexes[number][0], info, start, stop)
 
-    def read(self, shard: int, start: int, stop: int) -> list[bytes]:
-        """Samples start..stop-1 of a shard, by one ranged read."""
-        return read_samples(self._tars(shard), self.shards[shard][1], self.records(shard, start, stop))
+    def read(self, shard: int, records: np.ndarray) -> list[bytes]:
+        """The samples of these consecutive records of a shard, by one ranged read."""
+        return read_samples(self._tars(shard), self.shards[shard][1], records)
 
     def origin(self, shard: int, sample: int) -> Origin:
         return Origin(objects.join(self._tars(shard), self.shards[shard][1].file), sample)
@@ -93,16 +93,18 @@ class Source:
 
     def check_memory(self, order: Order, world: int) -> None:
         """Refuse windows that `data.memory_mb` cannot hold; it must hold one of every lane and stream of a rank."""
-        data = self.data
-        mean = sum(index.bytes for _, index in self.indexes) / sum(index.samples for _, index in self.indexes)
-        windows = len(order.streams) * data.lanes // world
-        samples = min(windows * data.window_blocks * data.block_samples, -(-order.samples // world))
-        if (needed := int(samples * mean) >> 20) > data.memory_mb:
+        data, needed = self.data, 0.0
+        for stream in order.streams:
+            indexes = [self.indexes[number][1] for number in stream.datasets]
+            mean = sum(index.bytes for index in indexes) / sum(index.samples for index in indexes)
+            lane = min(data.window_blocks * data.block_samples, stream.samples // data.lanes)
+            needed += mean * lane * data.lanes / world / 2**20
+        if needed > data.memory_mb:
             raise PipelineError(
-                f"data.memory_mb={data.memory_mb} is too little: a rank's {windows} windows of {data.window_blocks} "
-                f"blocks of {data.block_samples} samples take about {needed} MiB; raise it, or lower "
-                "data.window_blocks or data.block_samples"
+                f"data.memory_mb={data.memory_mb} is too little: a rank's {len(order.streams) * data.lanes // world} "
+                f"windows of {data.window_blocks} blocks of {data.block_samples} samples take about {needed:.0f} MiB; "
+                "raise it, or lower data.window_blocks or data.block_samples"
             )
 
 
-_records = lru_cache(maxsize=2048)(read_records)
+_records = lru_cache(maxsize=256)(read_records)  # those of a window are needed twice

@@ -1,111 +1,210 @@
-"""A run's batches: the order says which samples, threads bring their blocks, worker processes decode them."""
+"""A run's batches: the rank's process plans which samples, threads bring their blocks, worker processes decode them.
+
+plan     the rank works out, window after window as steps will need them, the order of the samples, for which
+         it reads the sidecars' records: once a rank, however many workers there are
+read     every worker reads its pieces of these windows in the same order, as far ahead as memory allows
+decode   what it read; of every step each worker hands over its share, which the rank puts together
+"""
 
 import ctypes
+import multiprocessing
+import queue
 import signal
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.data import objects
 from pipeline.data.batch import Batch, RawSample, Share, encode_rows
 from pipeline.data.collate import Encoded
-from pipeline.data.order import Order, Stream
+from pipeline.data.order import Order
 from pipeline.data.sample import Item, Pair
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 
-_THREADS = 4  # of a worker, that read
+_THREADS = 4  # that read, in each process
+_READ_BYTES = 16 << 20  # of one ranged read, at most, unless a sample is larger
+_STEPS_AHEAD = 64  # that a worker knows, and may read for
+_PLANNED_AHEAD = 64  # windows and steps that wait for a worker to take them up
+
+
+@dataclass(frozen=True)
+class Window:
+    """A lane's window, planned.
+
+    pieces: (P, 3) rows of (shard, start, stop), one ranged read each.  records: what the sidecars say of each.
+    rows: (T, share, 3) of (piece, shard, sample), in the order they are consumed.
+    """
+
+    number: int
+    epoch: int
+    pieces: np.ndarray
+    records: list[np.ndarray]
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step takes: (number of the window, which of its takes, the place of the first sample in the batch)."""
+
+    step: int
+    epoch: int
+    takes: list[tuple[int, int, int]]
+
+
+@dataclass
+class Planner:
+    """The windows and steps of a rank, in the order in which they are needed."""
+
+    source: Source
+    order: Order
+    lanes: range
+    steps: range
+    workers: int
+
+    def __iter__(self) -> Iterator[Window | Step]:
+        """Every step, after the windows that it is the first to need; several windows are planned at a time."""
+        known: dict[tuple, tuple[int, int]] = {}  # stream, lane, epoch, index -> number, the first take that is needed
+        waiting: deque[Future | Step] = deque()
+        windows = 0
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for step in self.steps:
+                takes = []
+                for lane in self.lanes:
+                    for number, epoch, take in self.order.takes(step):
+                        stream = self.order.streams[number]
+                        index = stream.window_at(epoch, lane, take)
+                        key = number, lane, epoch, index
+                        if key not in known:
+                            known = {old: value for old, value in known.items() if old[2] >= epoch - 1}
+                            known[key] = windows, take
+                            waiting.append(pool.submit(self._window, windows, number, lane, epoch, index, take))
+                            windows += 1
+                        window, first = known[key]
+                        takes.append((window, take - first, len(takes) * self.order.share))
+                waiting.append(Step(step, self.order.locate(step)[0], takes))
+                while len(waiting) > 2 * _THREADS:
+                    yield _result(waiting.popleft())
+            while waiting:
+                yield _result(waiting.popleft())
+
+    def _window(self, number: int, stream: int, lane: int, epoch: int, index: int, first_take: int) -> Window:
+        """Plan a window from its take number `first_take` on: a run that goes on may begin in its middle."""
+        stream = self.order.streams[stream]
+        window = stream.window(epoch, lane, index)
+        rows = stream.deal(epoch, lane, index)[first_take - window.first :]
+        pieces, records, cut_rows = [], [], np.empty_like(rows)
+        cut_rows[..., 1:] = rows[..., 1:]
+        for piece, (shard, start, stop) in enumerate(window.pieces.tolist()):
+            mine = rows[..., 0] == piece
+            samples = rows[mine][:, 2]
+            if not len(samples):
+                continue  # all of it was consumed before the run went on
+            start, stop = int(samples.min()), int(samples.max()) + 1
+            known = self.source.records(shard, start, stop)
+            cuts = self._cuts(known["length"].astype(np.int64), len(window.pieces))
+            cut_rows[mine, 0] = len(pieces) + np.searchsorted(cuts, samples - start, side="right") - 1
+            for begin, end in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+                pieces.append((shard, start + begin, start + end))
+                records.append(known[begin:end])
+        return Window(number, epoch, np.array(pieces), records, cut_rows)
+
+    def _cuts(self, lengths: np.ndarray, pieces: int) -> np.ndarray:
+        """Where to cut a piece into ranged reads: not too large for memory, and enough for all workers."""
+        by_bytes = np.cumsum(lengths) // _READ_BYTES
+        by_count = np.arange(len(lengths)) * -(-2 * self.workers // pieces) // len(lengths)
+        begins = np.diff(by_bytes, prepend=-1).astype(bool) | np.diff(by_count, prepend=-1).astype(bool)
+        return np.append(np.flatnonzero(begins), len(lengths))
+
+
+def _result(planned: Future | Step) -> Window | Step:
+    return planned.result() if isinstance(planned, Future) else planned
 
 
 @dataclass
 class Reading:
-    """A window on its way to memory.
+    """A window on its way to memory. samples: of each piece asked for, resolves to the bytes by sample number."""
 
-    first: the first take it serves.  pieces: (shard, start, stop) by number, of those that this worker reads.
-    rows: resolves to (T, share, 3): for each take, (piece, shard, sample) as they are consumed.
-    samples: of a piece; resolve to its samples' bytes by their numbers in the shard.  held: bytes asked for, not taken.
-    """
-
-    first: int
-    pieces: dict[int, tuple[int, int, int]]
-    rows: Future
+    window: Window
     samples: dict[int, Future] = field(default_factory=dict)
-    held: int = 0
 
 
-@dataclass
-class Lane:
-    """Reads one lane of one stream: the window being consumed, and as much of the next one as `limit` bytes allow.
+class Reader:
+    """Reads a worker's pieces in the order of need: what a step needs, and ahead while few enough bytes are held."""
 
-    Of each window, this worker (number `worker` of `workers`) reads and decodes every `workers`-th piece.
-    last: (epoch, window) after which the run needs none.
-    """
+    def __init__(self, source: Source, plan: queue.Queue, worker: int, workers: int) -> None:
+        self.source, self.plan, self.worker, self.workers = source, plan, worker, workers
+        self.limit = (source.data.memory_mb << 20) // workers
+        self.held = 0  # bytes of samples that were asked for and not yet taken
+        self.pool = ThreadPoolExecutor(_THREADS)
+        self.readings: dict[int, Reading] = {}
+        self.steps: deque[Step] = deque()
 
-    source: Source
-    stream: Stream
-    lane: int
-    last: tuple[int, int]
-    worker: int
-    workers: int
-    limit: int
-    pool: ThreadPoolExecutor
-    windows: dict[tuple[int, int], Reading] = field(default_factory=dict)
+    def take(self) -> tuple[int, list[tuple[int, int, int, bytes]]]:
+        """The next step, and (place, shard, sample, bytes) of this worker's samples of it."""
+        while not self.steps:
+            self._hear(wait=True)
+        step = self.steps.popleft()
+        self.readings = {n: reading for n, reading in self.readings.items() if reading.window.epoch >= step.epoch}
+        rows = [
+            (number, place + i, *row)
+            for number, take, place in step.takes
+            for i, row in enumerate(self.readings[number].window.rows[take].tolist())
+            if self._is_mine(number, row[0])
+        ]
+        for number, _, piece, _, _ in rows:
+            self._ask(self.readings[number], piece)
+        taken = []
+        for number, place, piece, shard, sample in rows:
+            taken.append((place, shard, sample, self.readings[number].samples[piece].result().pop(sample)))
+            self.held -= len(taken[-1][-1])
+        self._read_ahead()
+        return step.step, taken
 
-    def begin(self, epoch: int, take: int) -> tuple[int, int]:
-        """Have the window of a take worked out, for which its sidecars' records are read. Returns (epoch, window)."""
-        return self._begin(epoch, self.stream.window_at(epoch, self.lane, take))
+    def _is_mine(self, window: int, piece: int) -> bool:
+        return (window + piece) % self.workers == self.worker
 
-    def require(self, epoch: int, take: int) -> None:
-        """Ask for all that a take needs, whatever memory is left."""
-        self._read(self.windows[self.begin(epoch, take)], unlimited=True)
+    def _hear(self, wait: bool) -> None:
+        """Take up the next of the plan. Raises queue.Empty if it has none and is not waited for."""
+        heard = self.plan.get(block=wait)
+        if isinstance(heard, PipelineError):
+            raise heard
+        if isinstance(heard, Step):
+            self.steps.append(heard)
+        else:
+            self.readings[heard.number] = Reading(heard)
 
-    def take(self, epoch: int, take: int) -> Iterator[tuple[int, int, int, bytes]]:
-        """(place in the lane's share, shard, sample, bytes) of this worker's samples of a take, the next of the run."""
-        here = epoch, self.stream.window_at(epoch, self.lane, take)
-        self.windows = {key: window for key, window in self.windows.items() if key >= here}
-        window = self.windows[here]
-        for place, (piece, shard, sample) in enumerate(window.rows.result()[take - window.first].tolist()):
-            if piece in window.samples:
-                data = window.samples[piece].result().pop(sample)
-                window.held -= len(data)
-                yield place, shard, sample, data
-
-    def read_ahead(self) -> None:
-        """Ask for what comes after the window being consumed, as far as memory is left."""
-        epoch, index = min(self.windows)
-        index += 1
-        if index == self.stream.windows(epoch, self.lane):
-            epoch, index = epoch + 1, 0
-        if (epoch, index) <= self.last:
-            window = self.windows[self._begin(epoch, index)]
-            if window.rows.done():
-                self._read(window, unlimited=False)
-
-    def _begin(self, epoch: int, index: int) -> tuple[int, int]:
-        if (epoch, index) not in self.windows:
-            window = self.stream.window(epoch, self.lane, index)
-            mine = range((self.worker - self.lane - index) % self.workers, len(window.pieces), self.workers)
-            pieces = {number: tuple(window.pieces[number].tolist()) for number in mine}
-            rows = self.pool.submit(self.stream.deal, epoch, self.lane, index)
-            self.windows[epoch, index] = Reading(window.first, pieces, rows)
-        return epoch, index
-
-    def _read(self, window: Reading, unlimited: bool) -> None:
-        window.rows.result()  # from here on the records are at hand
-        for number, piece in window.pieces.items():
-            if number not in window.samples:
-                size = int(self.source.records(*piece)["length"].sum())
-                if not unlimited and sum(each.held for each in self.windows.values()) + size > self.limit:
+    def _read_ahead(self) -> None:
+        """Ask for what comes next, in the order of need, as far as memory is left."""
+        for reading in self.readings.values():
+            for piece in range(len(reading.window.pieces)):
+                if self._is_mine(reading.window.number, piece) and not self._ask(reading, piece, self.limit):
                     return
-                window.held += size
-                window.samples[number] = self.pool.submit(self._samples, *piece)
+        with suppress(queue.Empty):
+            while len(self.steps) < _STEPS_AHEAD:
+                self._hear(wait=False)
 
-    def _samples(self, shard: int, start: int, stop: int) -> dict[int, bytes]:
-        return dict(enumerate(self.source.read(shard, start, stop), start))
+    def _ask(self, reading: Reading, piece: int, limit: int | None = None) -> bool:
+        """Have a piece read, unless it is already; False if that would be more than `limit` bytes held."""
+        if piece not in reading.samples:
+            records = reading.window.records[piece]
+            size = int(records["length"].sum())
+            if limit is not None and self.held + size > limit:
+                return False
+            self.held += size
+            reading.samples[piece] = self.pool.submit(self._read, *reading.window.pieces[piece].tolist(), records)
+        return True
+
+    def _read(self, shard: int, start: int, stop: int, records: np.ndarray) -> dict[int, bytes]:
+        return dict(zip(range(start, stop), self.source.read(shard, records), strict=True))
 
 
 @dataclass
@@ -113,23 +212,24 @@ class Shares(IterableDataset):
     """Of every step, each worker's share of a rank's part: the samples of the pieces that it reads.
 
     Workers yield in turn, so that consecutive shares, as many as there are workers, make up one step.
+    plans: one for each worker.
     """
 
     source: Source
     order: Order
-    lanes: range
     steps: range
     encode: Callable[[Item], Encoded]
+    plans: list[queue.Queue]
 
     def __iter__(self) -> Iterator[Share | PipelineError]:
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        pool = ThreadPoolExecutor(_THREADS)
+        worker = info.id if info else 0
+        reader = Reader(self.source, self.plans[worker], worker, len(self.plans))
+        received = objects.bytes_received()
         try:
-            lanes = self._lanes(worker, workers, pool)
-            received = objects.bytes_received()
-            for step in self.steps:
-                share = encode_rows(list(self._samples(step, lanes)), self.encode)
+            for _ in self.steps:
+                step, samples = reader.take()
+                share = encode_rows([self._raw(step, *sample) for sample in samples], self.encode)
                 before, received = received, objects.bytes_received()
                 share.received = received - before
                 yield share
@@ -137,48 +237,35 @@ class Shares(IterableDataset):
             # As a value: a loader would raise it wrapped in its own traceback.
             yield error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            reader.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _lanes(self, worker: int, workers: int, pool: ThreadPoolExecutor) -> list[list[Lane]]:
-        """The readers by lane and stream, of which the first windows are already asked for."""
-        streams = self.order.streams
-        limit = (self.source.data.memory_mb << 20) // (workers * len(streams) * len(self.lanes))
-        last = [self.order.last_take(number, self.steps.stop) for number in range(len(streams))]
-        lanes = [
-            [
-                Lane(
-                    self.source,
-                    stream,
-                    lane,
-                    (epoch, stream.window_at(epoch, lane, take)),
-                    worker,
-                    workers,
-                    limit,
-                    pool,
-                )
-                for stream, (epoch, take) in zip(streams, last, strict=True)
-            ]
-            for lane in self.lanes
-        ]
-        for number, epoch, take in self.order.takes(self.steps.start):
-            for readers in lanes:
-                readers[number].begin(epoch, take)
-        return lanes
-
-    def _samples(self, step: int, lanes: list[list[Lane]]) -> Iterator[RawSample]:
-        takes = [(readers[number], epoch, take) for readers in lanes for number, epoch, take in self.order.takes(step)]
-        for reader, epoch, take in takes:
-            reader.require(epoch, take)
-        for number, (reader, epoch, take) in enumerate(takes):
-            for place, shard, sample, data in reader.take(epoch, take):
-                origin = self.source.origin(shard, sample)
-                place += number * self.order.share
-                yield RawSample(place, origin, data, partial(self._pair, step, shard, sample))
-            reader.read_ahead()
+    def _raw(self, step: int, place: int, shard: int, sample: int, data: bytes) -> RawSample:
+        return RawSample(place, self.source.origin(shard, sample), data, partial(self._pair, step, shard, sample))
 
     def _pair(self, step: int, shard: int, sample: int, data: bytes) -> Pair:
         pair = self.source.parse(shard, data)
         return pair.drawn(self.order.draw(step, shard, sample, len(pair.texts))) if pair.alternatives else pair
+
+
+def _plan_ahead(planner: Planner, plans: list[queue.Queue], stop: threading.Event) -> None:
+    """Send the plan to all workers, as far as their queues have room; an error as its last part."""
+
+    def send(message: Window | Step | PipelineError) -> None:
+        for plan in plans:
+            while not stop.is_set():
+                with suppress(queue.Full):
+                    plan.put(message, timeout=1)
+                    break
+
+    try:
+        for message in planner:
+            if stop.is_set():
+                return
+            send(message)
+    except PipelineError as error:
+        send(error)
+    except Exception as error:
+        send(PipelineError(f"the order could not be worked out: {error!r}"))
 
 
 def _end_with_parent(worker: int) -> None:
@@ -204,26 +291,44 @@ def batches(
     Raises PipelineError for damaged, missing or unreachable objects, and for workers that die or hang.
     """
     source.check_memory(order, world)
-    workers = source.data.workers
-    loader = DataLoader(
-        Shares(source, order, order.lanes_of(rank, world), steps, encode),
-        batch_size=None,
-        num_workers=workers,
-        timeout=timeout + source.data.timeout_s if workers else 0,
-        worker_init_fn=_end_with_parent,
-        multiprocessing_context="fork" if workers else None,  # they begin with the source and the order as they are
+    workers, forking = source.data.workers, multiprocessing.get_context("fork")
+    if workers:
+        plans = [forking.Queue(_PLANNED_AHEAD) for _ in range(workers)]
+        for plan in plans:
+            plan.cancel_join_thread()  # nobody reads on when the rank ends
+    else:
+        plans = [queue.Queue(_PLANNED_AHEAD)]
+    loader = iter(
+        DataLoader(
+            Shares(source, order, steps, encode, plans),
+            batch_size=None,
+            num_workers=workers,
+            timeout=timeout + source.data.timeout_s if workers else 0,
+            worker_init_fn=_end_with_parent,
+            multiprocessing_context=forking if workers else None,  # they begin with the source as it is
+        )
     )
-    waiting = []
+    stop = threading.Event()
+    planner = Planner(source, order, order.lanes_of(rank, world), steps, len(plans))
+    # After the workers were forked, which begin without this thread.
+    threading.Thread(target=_plan_ahead, args=(planner, plans, stop), daemon=True).start()
+    received, waiting = objects.bytes_received(), []
     try:
         for share in loader:
             if isinstance(share, PipelineError):
                 raise share
             waiting.append(share)
-            if len(waiting) == max(workers, 1):
-                yield Batch.of(waiting)
+            if len(waiting) == len(plans):
+                before, received = received, objects.bytes_received()
+                by_workers = sum(share.received for share in waiting) if workers else 0
+                yield Batch.of(waiting, by_workers + received - before)
                 waiting = []
     except RuntimeError as error:
         if not any(words in str(error) for words in ("exited unexpectedly", "killed by signal", "timed out")):
             raise
-        # Out of memory, often; else it brought nothing for too long.
-        raise PipelineError(f"a data worker failed: {str(error).splitlines()[0]}") from error
+        raise PipelineError(
+            f"a data worker failed: {str(error).splitlines()[0]}; if it ran out of memory (or of /dev/shm), lower "
+            "data.workers or data.memory_mb"
+        ) from error
+    finally:
+        stop.set()

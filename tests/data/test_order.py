@@ -184,16 +184,6 @@ def test_a_window_is_known_without_the_lengths_of_its_samples():
 
 @settings(deadline=None, max_examples=50)
 @given(orders(), st.data())
-def test_the_last_take_of_a_stream_is_the_last_that_steps_consume(order, data):
-    stop = data.draw(st.integers(0, 2 * order.steps_per_epoch + 1))
-    last = dict.fromkeys(range(len(order.streams)), (-1, -1))
-    for step in range(stop):
-        last |= {number: (epoch, take) for number, epoch, take in order.takes(step)}
-    assert {number: order.last_take(number, stop) for number in last} == last
-
-
-@settings(deadline=None, max_examples=50)
-@given(orders(), st.data())
 def test_every_world_size_sees_the_same_batches(order, data):
     step = data.draw(st.integers(0, 3 * order.steps_per_epoch))
     whole = order.batch(step)

@@ -167,20 +167,19 @@ def test_an_epoch_reads_each_sample_once_and_holds_no_more_than_it_may(data, tmp
     pairs = (Pair(str(i), "d", "", Item("<image>", (noise.bytes(50_000),)), Item(str(i))) for i in range(160))
     write_shards(pairs, tmp_path, dataset="d")
     asked, held = [], []
-    read_samples, read_ahead = source.read_samples, stream.Lane.read_ahead
+    read_samples, read_ahead = source.read_samples, stream.Reader._read_ahead
 
     def noting_asked(url, shard, records):
         asked.extend(records["offset"].tolist())
         return read_samples(url, shard, records)
 
-    def noting_held(lane):
-        read_ahead(lane)
-        held.append(sum(window.held for window in lane.windows.values()))
+    def noting_held(reader):
+        read_ahead(reader)
+        held.append(reader.held)
 
     monkeypatch.setattr(source, "read_samples", noting_asked)
-    monkeypatch.setattr(stream.Lane, "read_ahead", noting_held)
+    monkeypatch.setattr(stream.Reader, "_read_ahead", noting_held)
     small = {"url": str(tmp_path), "datasets": [], "lanes": 2, "block_samples": 2, "window_blocks": 4}
-    room = 1 << 19  # of one of the two lanes, in bytes, if there is 1 MiB
     for memory_mb, more in ((1, False), (100, True)):
         asked.clear(), held.clear()
         opened = Source.open(changed(data, **small, memory_mb=memory_mb))
@@ -188,4 +187,48 @@ def test_an_epoch_reads_each_sample_once_and_holds_no_more_than_it_may(data, tmp
         steps = range(order.steps_per_epoch)
         assert len(list(batches(opened, order, encode, steps, rank=0, world=1, timeout=60))) == 26
         assert len(asked) == len(set(asked)) == 26 * 6
-        assert (max(held) > room) == more
+        assert (max(held) > 1 << 20) == more
+
+
+@pytest.mark.parametrize("mixture", ["mixed", "homogeneous", "interleaved:3"])
+def test_a_short_run_from_any_step_reads_only_what_it_takes(data, monkeypatch, mixture):
+    """Also of windows that were begun before, and where no step takes of some dataset."""
+    opened = Source.open(changed(data, batches=mixture))
+    order = opened.order(BATCH, 5, LENGTHS)
+    asked = []
+    read_samples = source.read_samples
+    monkeypatch.setattr(source, "read_samples", lambda *args: asked.extend(args[2]) or read_samples(*args))
+    for first in range(order.steps_per_epoch):
+        asked.clear()
+        steps = range(first, order.steps_per_epoch)
+        list(batches(opened, order, encode, steps, rank=0, world=1, timeout=60))
+        assert BATCH * len(steps) <= len(asked) <= BATCH * len(steps) + order.lanes * data.block_samples
+        list(batches(opened, order, encode, range(first, first + 1), rank=0, world=1, timeout=60))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 5])
+def test_what_is_read_of_sidecars_does_not_grow_with_the_workers(data, workers):
+    opened = Source.open(changed(data, workers=workers))
+    order = opened.order(BATCH, 5, LENGTHS)
+    steps = range(order.steps_per_epoch)
+    received = sum(b.received for b in batches(opened, order, encode, steps, rank=0, world=1, timeout=60))
+    tars = sum(index.bytes for _, index in opened.indexes)
+    sidecars = sum(shard.sidecar_bytes for _, shard in opened.shards)
+    assert 0.85 * (tars + sidecars) < received <= tars + sidecars
+
+
+@pytest.mark.parametrize("workers", [1, 7])
+def test_pieces_are_cut_for_memory_and_for_all_workers(data, workers, monkeypatch):
+    monkeypatch.setattr(stream, "_READ_BYTES", 6_000)
+    opened = Source.open(data)
+    order = opened.order(BATCH, 5, LENGTHS)
+    planner = stream.Planner(opened, order, order.lanes_of(0, 2), range(order.steps_per_epoch), workers)
+    windows = [planned for planned in planner if isinstance(planned, stream.Window)]
+    for window in windows:
+        assert len(window.pieces) >= min(workers, window.rows[..., 0].size)
+        for number, ((shard, start, stop), records) in enumerate(zip(window.pieces, window.records, strict=True)):
+            mine = window.rows[window.rows[:, :, 0] == number]
+            assert sorted(mine[:, 2]) == list(range(start, stop))
+            assert set(mine[:, 1]) == {shard}
+            np.testing.assert_array_equal(records, opened.records(int(shard), int(start), int(stop)))
+            assert stop - start == 1 or records["length"].sum() <= 2 * 6_000

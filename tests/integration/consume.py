@@ -45,13 +45,13 @@ def consume(steps: range, folder: Path, options: list[str]) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     data = parse_options(Data, options)
     source, order = open_order(data)
-    received = 0  # by the workers
+    received = objects.bytes_received()  # the indexes
     with (folder / f"rank{rank}.jsonl").open("a", buffering=1) as ledger:
         read = batches(source, order, encode, steps, rank=rank, world=world, timeout=60)
         for step, batch in zip(steps, read, strict=True):
-            received += batch.received if data.workers else 0
+            received += batch.received
             ledger.write(json.dumps({"step": step, "rows": rows(batch)}) + "\n")
-    (folder / f"received{rank}").write_text(str(received + objects.bytes_received()))
+    (folder / f"received{rank}").write_text(str(received))
 
 
 def run_rank(environment: dict[str, str], steps: range, folder: Path, options: list[str]) -> None:
