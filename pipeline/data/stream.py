@@ -140,8 +140,8 @@ class Reading:
 class Reader:
     """Reads a worker's pieces in the order of need: what a step needs, and ahead while few enough bytes are held."""
 
-    def __init__(self, source: Source, plan: queue.Queue, worker: int, workers: int) -> None:
-        self.source, self.plan, self.worker, self.workers = source, plan, worker, workers
+    def __init__(self, source: Source, plan: queue.Queue, stop: threading.Event, worker: int, workers: int) -> None:
+        self.source, self.plan, self.stop, self.worker, self.workers = source, plan, stop, worker, workers
         self.limit = (source.data.memory_mb << 20) // workers
         self.held = 0  # bytes of samples that were asked for and not yet taken
         self.pool = ThreadPoolExecutor(_THREADS)
@@ -174,7 +174,15 @@ class Reader:
 
     def _hear(self, wait: bool) -> None:
         """Take up the next of the plan. Raises queue.Empty if it has none and is not waited for."""
-        heard = self.plan.get(block=wait)
+        while True:
+            try:
+                heard = self.plan.get(block=wait, timeout=1)
+                break
+            except queue.Empty:
+                if not wait:
+                    raise
+                if self.stop.is_set():
+                    raise PipelineError("the batches are no longer wanted") from None
         if isinstance(heard, PipelineError):
             raise heard
         if isinstance(heard, Step):
@@ -212,7 +220,7 @@ class Shares(IterableDataset):
     """Of every step, each worker's share of a rank's part: the samples of the pieces that it reads.
 
     Workers yield in turn, so that consecutive shares, as many as there are workers, make up one step.
-    plans: one for each worker.
+    plans: one for each worker.  stop: set when no more is wanted.
     """
 
     source: Source
@@ -220,11 +228,12 @@ class Shares(IterableDataset):
     steps: range
     encode: Callable[[Item], Encoded]
     plans: list[queue.Queue]
+    stop: threading.Event
 
     def __iter__(self) -> Iterator[Share | PipelineError]:
         info = get_worker_info()
         worker = info.id if info else 0
-        reader = Reader(self.source, self.plans[worker], worker, len(self.plans))
+        reader = Reader(self.source, self.plans[worker], self.stop, worker, len(self.plans))
         received = objects.bytes_received()
         try:
             for _ in self.steps:
@@ -292,6 +301,7 @@ def batches(
     """
     source.check_memory(order, world)
     workers, forking = source.data.workers, multiprocessing.get_context("fork")
+    stop = forking.Event()
     if workers:
         plans = [forking.Queue(_PLANNED_AHEAD) for _ in range(workers)]
         for plan in plans:
@@ -300,7 +310,7 @@ def batches(
         plans = [queue.Queue(_PLANNED_AHEAD)]
     loader = iter(
         DataLoader(
-            Shares(source, order, steps, encode, plans),
+            Shares(source, order, steps, encode, plans, stop),
             batch_size=None,
             num_workers=workers,
             timeout=timeout + source.data.timeout_s if workers else 0,
@@ -308,7 +318,6 @@ def batches(
             multiprocessing_context=forking if workers else None,  # they begin with the source as it is
         )
     )
-    stop = threading.Event()
     planner = Planner(source, order, order.lanes_of(rank, world), steps, len(plans))
     # After the workers were forked, which begin without this thread.
     threading.Thread(target=_plan_ahead, args=(planner, plans, stop), daemon=True).start()
