@@ -7,8 +7,9 @@ values that cannot work together are errors that name the field, before anything
 
 import difflib
 import json
+import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -27,7 +28,7 @@ class Section(BaseModel):
         lines = []
         for name, field in cls.model_fields.items():
             default = "" if field.is_required() else json.dumps(field.get_default(), default=lambda _: None)
-            if section := _section_of(field.annotation):
+            if (section := _section_of(field.annotation)) and get_origin(field.annotation) is not list:
                 lines.append(section.describe(f"{prefix}{name}."))
             else:
                 lines.append(f"  {prefix + name + '=' + default:<34} {field.description or ''}".rstrip())
@@ -71,9 +72,11 @@ class Store(Section):
 class Part(Section):
     """A dataset in a mixture."""
 
-    name: str
+    name: str = Field(pattern=r"^[^./][^/]*$", description="its folder below data.url")
     weight: float = Field(1.0, gt=0, description="how often an epoch takes each of its samples")
-    cap: int | None = Field(None, gt=0, description="samples an epoch takes at most; the next epoch takes others")
+    cap: int | None = Field(
+        None, gt=0, description="samples an epoch takes at most, weighted or not; the next takes others"
+    )
 
 
 class Data(Store):
@@ -83,16 +86,14 @@ class Data(Store):
     )
     cap: int | None = Field(None, gt=0, description="samples an epoch takes at most of a dataset that names no cap")
     batches: str = Field(
-        "mixed",
-        pattern=r"^(mixed|homogeneous|interleaved: ?[1-9][0-9]*)$",
-        description="mixed: from all datasets; homogeneous: from one; interleaved:K: K equal parts from one each",
+        "mixed", description="mixed: from all datasets; homogeneous: from one; interleaved:K: K equal parts of one each"
     )
     lanes: int = Field(8, gt=0, description="parallel readers of an epoch; the world size must divide it")
     block_samples: int = Field(64, gt=0, description="consecutive samples fetched by one ranged read")
     window_blocks: int = Field(
         16, gt=0, description="blocks a lane shuffles together, and deals out in equal numbers of tokens"
     )
-    memory_mb: int = Field(4096, gt=0, description="encoded samples a rank holds, read ahead included (MiB)")
+    memory_mb: int = Field(4096, gt=0, description="encoded samples that a rank holds, about, read ahead included")
     workers: int = Field(2, ge=0, description="decoding processes per rank; 0: in the training process")
     max_bad_fraction: float = Field(
         0.001, ge=0, le=1, description="of the samples so far, 10,000 at least; above it the run stops"
@@ -105,11 +106,23 @@ class Data(Store):
             return datasets
         return [{"name": each} if isinstance(each, str) else each for each in datasets]
 
+    @field_validator("datasets")
+    @classmethod
+    def names_differ(cls, datasets: list[Part]) -> list[Part]:
+        names = [part.name for part in datasets]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"data.datasets names {', '.join(twice)} twice; to take more of it, give it a weight")
+        return datasets
+
     @field_validator("batches", mode="before")
     @classmethod
-    def mapping_is_text(cls, batches: Any) -> Any:
+    def batches_are_known(cls, batches: Any) -> Any:
         if isinstance(batches, dict) and len(batches) == 1:  # what YAML makes of `interleaved: 4`
-            batches = ": ".join(str(part) for part in next(iter(batches.items())))
+            batches = ":".join(str(part) for part in next(iter(batches.items())))
+        if not re.fullmatch(r"mixed|homogeneous|interleaved: *[1-9][0-9]*", str(batches)):
+            raise ValueError(
+                f"data.batches is {batches!r}; it can be mixed, homogeneous or interleaved:K, as interleaved:4"
+            )
         return batches
 
     @property
@@ -340,7 +353,7 @@ def _section_of(annotation: Any) -> type[Section] | None:
 
 
 def _fields_at(section: type[Section] | None, place: list[str]) -> list[str]:
-    for key in place:
+    for key in (key for key in place if not key.isdecimal()):  # a number is a place in a list
         section = _section_of(section.model_fields[key].annotation) if section else None
     return list(section.model_fields) if section else []
 

@@ -11,10 +11,12 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 from pipeline.config import Recipe, dump_recipe, load_ds_config, load_recipe
@@ -33,7 +35,7 @@ from pipeline.training.engine import build_engine, start_distributed
 from pipeline.training.export import export
 from pipeline.training.loop import Run, train
 
-_TOKENIZER_SAMPLES = 4096
+_TOKENIZER_SAMPLES, _TOKENIZER_SHARDS = 4096, 64
 _PACKAGES = ("torch", "deepspeed", "transformers", "webdataset")
 
 
@@ -134,14 +136,21 @@ def _initial_model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> 
 
 
 def _texts(source: Source) -> Iterator[str]:
-    """The texts of some thousand samples, from the start of every shard."""
-    share = -(-_TOKENIZER_SAMPLES // len(source.shards))
-    for number, (_, shard) in enumerate(source.shards):
-        for sample in source.read(number, 0, min(share, shard.samples)):
-            with suppress(BadSample):  # training counts it
-                pair = source.parse(number, sample)
-                yield from (item.text for item in pair.items)
-                yield from pair.alternatives
+    """The texts of some thousand samples, from the start of shards spread over all datasets."""
+    chosen = np.linspace(0, len(source.shards), min(len(source.shards), _TOKENIZER_SHARDS), endpoint=False, dtype=int)
+    share = -(-_TOKENIZER_SAMPLES // len(chosen))
+
+    def read(number: int) -> list[bytes]:
+        _, shard = source.shards[number]
+        return source.read(number, source.records(number, 0, min(share, shard.samples)))
+
+    with ThreadPoolExecutor(8) as pool:
+        for number, samples in zip(chosen.tolist(), pool.map(read, chosen.tolist()), strict=True):
+            for sample in samples:
+                with suppress(BadSample):  # training counts it
+                    pair = source.parse(number, sample)
+                    yield from (item.text for item in pair.items)
+                    yield from pair.alternatives
 
 
 def _write_recipe(recipe: Recipe, folder: Path, world: int) -> None:

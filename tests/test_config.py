@@ -90,3 +90,27 @@ def test_a_ds_config_that_contradicts_the_recipe_is_refused(tmp_path, changed, n
     with pytest.raises(PipelineError) as error:
         load_ds_config(recipe, 1)
     assert all(name in str(error.value) for name in named)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("data.datasets=[{name: a, wieght: 2}]", "unknown field data.datasets.0.wieght; did you mean"),
+        ("data.datasets=[a, {name: a, weight: 2}]", "data.datasets names a twice"),
+        ("data.datasets=[../other]", "data.datasets.0.name"),
+        ("data.batches=interleaved", "it can be mixed, homogeneous or interleaved:K"),
+        ("data.batches=interleaved:0", "it can be mixed"),
+    ],
+)
+def test_a_mistake_in_a_mixture_is_named(override, reason):
+    with pytest.raises(PipelineError) as error:
+        load_recipe(DEMO, [override])
+    assert reason in str(error.value)
+
+
+def test_mixtures():
+    data = load_recipe(DEMO, ["data.datasets=[a, {name: b, weight: 2, cap: 9}]", "data.batches=interleaved: 4"]).data
+    assert [(part.name, part.weight, part.cap) for part in data.datasets] == [("a", 1, None), ("b", 2, 9)]
+    assert data.parts == 4
+    assert load_recipe(DEMO, ["data.batches=homogeneous"]).data.parts == 1
+    assert load_recipe(DEMO, []).data.parts is None

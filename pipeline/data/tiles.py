@@ -100,6 +100,8 @@ def decode_image(data: bytes) -> Image.Image:
 
 def _pad_to_square(image: Image.Image) -> Image.Image:
     side = max(image.size)
+    if side**2 > Image.MAX_IMAGE_PIXELS:
+        raise BadSample(f"{image.width}x{image.height} pixels, too long to be padded to a square")
     square = Image.new("RGB", (side, side), (127, 127, 127))  # SigLIP's mean, as transformers truncates it
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

@@ -144,3 +144,9 @@ def test_a_decompression_bomb_is_refused_before_it_is_allocated(side, reason):
 def test_what_is_no_whole_image_in_a_known_format_is_refused(data):
     with pytest.raises(BadSample, match="undecodable image"):
         decode_image(data)
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (9_500, 100)])
+def test_a_long_image_is_not_padded_to_a_huge_square(size):
+    with pytest.raises(BadSample, match=f"{size[0]}x{size[1]} pixels, too long"):
+        Tiling(24, 3, ((24, 24),)).cut(Image.new("RGB", size), anyres=False)
