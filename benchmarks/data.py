@@ -6,12 +6,14 @@ Draws JPEGs of 640x480 with captions and converts them to shards in --work, whic
 in turns, with the same number of decoding workers on both sides:
 
     reading     an epoch's samples, no decoding: samples/s of pipeline/data/stream.py beside
-                webdataset.WebDataset(...).shuffle(1000), from files and from S3 (webdataset by presigned URLs and curl)
+                webdataset.WebDataset(...).shuffle(1000).batched(...), from files and from S3 (webdataset by presigned
+                URLs and curl)
     loading     the same with every image decoded and cut into LLaVA-OneVision's 384-pixel tiles, by the same functions
     tiles       one core: JPEG -> tiles beside transformers' LlavaOnevisionImageProcessorPil
-    bytes       what an epoch reads from S3 at 1, 2 and 4 ranks, by the dataset's bytes
+    bytes       what an epoch reads from S3 at 1, 2 and 4 ranks with as many workers each, by the dataset's bytes
 
-Figures are medians over the rounds, ratios those of the medians; both sides run in every round.
+Figures are medians over the rounds, ratios those of the medians; both sides run in every round, in turns first. An
+epoch is timed with the start of the workers, and from the first batch on.
 """
 
 import argparse
@@ -41,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.config import Data
 from pipeline.data import objects
+from pipeline.data.batch import Batch
 from pipeline.data.collate import Encoded
 from pipeline.data.collate import Image as Tiles
 from pipeline.data.index import Index
@@ -89,12 +92,16 @@ def encode(item: Item, decoding: bool) -> Encoded:
     return Encoded(ids, images)
 
 
-def ours(url: str, workers: int, decoding: bool, rank: int = 0, world: int = 1) -> Iterator[int]:
-    """Samples, batch by batch, of an epoch."""
+def epoch(url: str, workers: int, decoding: bool, rank: int = 0, world: int = 1) -> Iterator[Batch]:
     source = Source.open(Data(url=url, workers=workers))
     order = source.order(GLOBAL_BATCH, 0, Lengths(TILING, 8))
     steps = range(order.steps_per_epoch)
-    for batch in batches(source, order, partial(encode, decoding=decoding), steps, rank=rank, world=world, timeout=60):
+    return batches(source, order, partial(encode, decoding=decoding), steps, rank=rank, world=world, timeout=60)
+
+
+def ours(url: str, workers: int, decoding: bool) -> Iterator[int]:
+    """Samples, batch by batch, of an epoch."""
+    for batch in epoch(url, workers, decoding):
         assert all(batch.valid)
         yield len(batch.origins)
 
@@ -105,16 +112,20 @@ def theirs(urls: list[str], workers: int, decoding: bool) -> Iterator[int]:
         return sample["json"], torch.from_numpy(tiles_of(image)) if decoding else image
 
     dataset = webdataset.WebDataset(urls, shardshuffle=100, workersplitter=webdataset.split_by_worker)
-    dataset = dataset.shuffle(1000).map(read)
-    for _ in webdataset.WebLoader(dataset, batch_size=None, num_workers=workers):
-        yield 1
+    dataset = dataset.shuffle(1000).map(read).batched(GLOBAL_BATCH // workers, collation_fn=list)
+    for batch in webdataset.WebLoader(dataset, batch_size=None, num_workers=workers):
+        yield len(batch)
 
 
-def rate(samples: Callable[[], Iterator[int]]) -> float:
-    """Samples per second of a whole epoch, the workers' start included."""
+def rates(samples: Callable[[], Iterator[int]]) -> tuple[float, float]:
+    """Samples per second of a whole epoch, and after its first batch."""
     began = time.perf_counter()
-    count = sum(samples())
-    return count / (time.perf_counter() - began)
+    batches = samples()
+    first = next(batches)
+    ready = time.perf_counter()
+    rest = sum(batches)
+    ended = time.perf_counter()
+    return (first + rest) / (ended - began), rest / (ended - ready)
 
 
 def presigned(url: str, index: Index) -> list[str]:
@@ -127,18 +138,26 @@ def presigned(url: str, index: Index) -> list[str]:
 
 
 def measure_readers(places: dict[str, str], index: Index, rounds: int, workers: int) -> Table:
-    table = Table("", "ours, samples/s", "webdataset", "ratio", title=f"median of {rounds} rounds, {workers} workers")
-    for decoding in (False, True):
+    table = Table(
+        *("", "ours, samples/s", "webdataset", "ratio", "after the first batch: ours", "webdataset", "ratio"),
+        title=f"median of {rounds} rounds, {workers} workers",
+    )
+    for decoding in (True, False):
         for name, url in places.items():
+            kind = f"{'loading' if decoding else 'reading'} from {name}"
             shards = presigned(url, index) if "://" in url else [f"{url}/{shard.file}" for shard in index.shards]
-            pairs = [
-                (rate(partial(ours, url, workers, decoding)), rate(partial(theirs, shards, workers, decoding)))
-                for _ in tqdm(range(rounds), desc=f"{'loading' if decoding else 'reading'} from {name}")
-            ]
-            mine, other = map(statistics.median, zip(*pairs, strict=True))
-            kind = "loading" if decoding else "reading"
-            table.add_row(f"{kind} from {name}", f"{mine:.0f}", f"{other:.0f}", f"{mine / other:.2f}")
+            sides = [partial(ours, url, workers, decoding), partial(theirs, shards, workers, decoding)]
+            measured = []
+            for number in tqdm(range(rounds), desc=kind):
+                turn = {side: rates(sides[side]) for side in ((0, 1) if number % 2 == 0 else (1, 0))}
+                measured.append((*turn[0], *turn[1]))
+            mine, mine_after, other, other_after = map(statistics.median, zip(*measured, strict=True))
+            table.add_row(kind, *_beside(mine, other), *_beside(mine_after, other_after))
     return table
+
+
+def _beside(mine: float, other: float) -> tuple[str, str, str]:
+    return f"{mine:.0f}", f"{other:.0f}", f"{mine / other:.2f}"
 
 
 def measure_tiles(rounds: int) -> Table:
@@ -161,13 +180,10 @@ def measure_tiles(rounds: int) -> Table:
 
 def measure_bytes(url: str, index: Index, workers: int) -> Table:
     table = Table("ranks", "bytes read / dataset's", title="an epoch from S3")
+    size = index.bytes + sum(shard.sidecar_bytes for shard in index.shards)
     for world in (1, 2, 4):
-        received = 0
-        for rank in range(world):
-            before = objects.bytes_received()
-            sum(ours(url, 0, False, rank, world))
-            received += objects.bytes_received() - before
-        table.add_row(str(world), f"{received / index.bytes:.4f}")
+        received = sum(batch.received for rank in range(world) for batch in epoch(url, workers, False, rank, world))
+        table.add_row(str(world), f"{received / size:.4f}")
     return table
 
 
@@ -175,9 +191,11 @@ def measure_bytes(url: str, index: Index, workers: int) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder for the dataset; made if it is not there")
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2, help="decoding processes, on both sides")
+    parser.add_argument("--images", type=int, default=5000, metavar="N", help="JPEGs in the dataset (5000)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, choices=range(1, 100), metavar="N", help="of each measurement (3)"
+    )
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="decoding processes, on both sides (2)")
     arguments = parser.parse_args()
     folder = arguments.work / f"clouds-{arguments.images}"
     index = Index.load(str(folder)) if (folder / "index.json").exists() else make_dataset(folder, arguments.images)
@@ -193,7 +211,7 @@ def main() -> None:
             measure_bytes(url, index, arguments.workers),
             measure_readers({"files": str(folder), "S3": url}, index, arguments.rounds, arguments.workers),
         ]
-    console = Console(width=100)
+    console = Console(width=120)
     console.print(f"{index.samples} images, {index.bytes / 1e6:.0f} MB, {len(index.shards)} shards")
     for table in tables:
         console.print(table)

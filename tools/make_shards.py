@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.convert import coco, demo, img2dataset, inspect, jsonl, mmeb, mmeb_eval, video_captions
 from pipeline.errors import PipelineError, command_line
 
-COMMANDS = {
+CONVERSIONS = {
     "jsonl": jsonl.COMMAND,
     "mmeb-train": mmeb.COMMAND,
     "coco-captions": coco.COMMAND,
@@ -30,10 +30,9 @@ COMMANDS = {
     "img2dataset": img2dataset.COMMAND,
     "mmeb-eval": mmeb_eval.COMMAND,
     "video-captions": video_captions.COMMAND,
-    "verify": inspect.VERIFY,
-    "show": inspect.SHOW,
-    "stats": inspect.STATS,
 }
+INSPECTIONS = {"verify": inspect.VERIFY, "show": inspect.SHOW, "stats": inspect.STATS}
+COMMANDS = CONVERSIONS | INSPECTIONS
 
 
 @command_line
@@ -51,7 +50,8 @@ def main() -> None:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr, flush=True)
+        goes_on = "" if arguments.command in INSPECTIONS else ": the same command goes on from here"
+        print(f"\ninterrupted{goes_on}", file=sys.stderr, flush=True)
         os._exit(130)  # without waiting for uploads under way, which would be done anew anyhow
     except OSError as error:
         raise PipelineError(f"{error.filename or 'writing'}: {error.strerror or error}") from error

@@ -55,7 +55,7 @@ def datasets(arguments: argparse.Namespace) -> dict[str, "Captions"]:
             for image in images
             if image["split"] in wanted
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PipelineError(f"{arguments.source} is not in the form that --help describes: {error!r}") from None
     if not rows:
         splits = sorted({str(image["split"]) for image in images})

@@ -23,9 +23,15 @@ Its training pairs go to DEST/train/<dataset>/, its evaluation sets to DEST/eval
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SEED", type=int, help="the seed, a number from 0 on")
-    parser.add_argument("--pairs", type=positive, default=4800, metavar="N", help="pairs a dataset (4800)")
-    parser.add_argument("--queries", type=positive, default=200, metavar="N", help="queries a dataset (200)")
+    parser.add_argument("source", metavar="SEED", type=_seed, help="the seed, a number from 0 on")
+    parser.add_argument("--pairs", type=positive, default=4800, metavar="N", help="pairs a dataset (default 4800)")
+    parser.add_argument("--queries", type=positive, default=200, metavar="N", help="queries a dataset (default 200)")
+
+
+def _seed(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
 
 
 def datasets(arguments: argparse.Namespace) -> dict[str, "TrainingPairs"]:

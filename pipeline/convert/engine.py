@@ -6,6 +6,9 @@ same conversion started again does the jobs that have no record, and ends with t
 
 import json
 import math
+import os
+import platform
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -13,20 +16,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from tqdm import tqdm
+
 from pipeline.convert.workers import Report, job_threads, run_job, workers
 from pipeline.data import objects
-from pipeline.data.index import INDEX_FILE, Index, Shard
+from pipeline.data.index import INDEX_FILE, File, Index, Shard
 from pipeline.data.objects import ObjectError
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 
 UNFINISHED = ".unfinished"
 REJECTED_FILE = "rejected.jsonl"
+SOURCE_STATE = ("content", "rows", "row_sizes")  # what a plan says of the source's content
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Work(Protocol):
 
 
 class TooManyRejected(Exception):
-    """A job's rejected rows alone, its argument, are more than all jobs together may have."""
+    """A job's rejected rows alone are more than all jobs together may have. Its argument: the Result so far."""
 
 
 def allowed(max_rejected: float, rows: int) -> int:
@@ -88,7 +95,10 @@ def allowed(max_rejected: float, rows: int) -> int:
 def refuse_occupied(dest: str) -> None:
     """PipelineError where a finished dataset is, ObjectError where `dest` is out of reach."""
     if objects.exists(objects.join(dest, INDEX_FILE)) and not objects.exists(_plan_url(dest)):
-        raise PipelineError(f"{dest} holds a dataset already: delete it or choose another DEST")
+        raise PipelineError(
+            f"{dest} holds a dataset already: choose another DEST, or delete {INDEX_FILE}, {REJECTED_FILE} and "
+            "*.idx.npy there, and the *.tar if they are not SOURCE"
+        )
 
 
 def carry_out(
@@ -109,46 +119,63 @@ def carry_out(
     Raises PipelineError if a folder holds a dataset, or an unfinished conversion of another plan, and when more rows
     than allowed are rejected; ObjectError if anything cannot be written. What was finished stays, to be gone on with.
     """
-    conversions = _open(works, max_rejected)
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda file: objects.write(*file), files))
-    todo = [(conversion, job) for conversion in conversions for job in conversion.todo]
-    total = sum(sum(conversion.work.jobs.values()) for conversion in conversions)
-    initial = total - sum(conversion.work.jobs[job] for conversion, job in todo)
-    with (
-        progress_bar(total=total, initial=initial, unit=unit, unit_scale=True, desc="converting") as bar,
-        _folders(conversions, tmp),
-        job_threads(processes + 2) as threads,
-        workers(processes, [conversion.work.run for conversion in conversions], len(todo)) as (pool, progress),
-    ):
-        for conversion in conversions:
-            conversion.check()
-            if conversion.complete:
-                bar.write(conversion.finish())
+    files = list(files)  # where they cannot be made, nothing is begun
+    with _locked(works):
+        conversions = _open(works, max_rejected, files)
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda file: objects.write(*file), files))
+        todo = [(conversion, job) for conversion in conversions for job in conversion.todo]
+        total = sum(sum(conversion.work.jobs.values()) for conversion in conversions)
+        initial = total - sum(conversion.work.jobs[job] for conversion, job in todo)
         outcomes: SimpleQueue[Future] = SimpleQueue()
-        for number, (conversion, job) in enumerate(todo):
-            threads.submit(conversion.do, job, number, pool).add_done_callback(outcomes.put)
-        waiting = len(todo)
-        while waiting:
-            bar.update(initial + int(progress.sum()) - bar.n)
+        with (
+            progress_bar(total=total, initial=initial, unit=unit, unit_scale=True, desc="converting") as bar,
+            _folders(conversions, tmp),
+        ):
             try:
-                outcome = outcomes.get(timeout=0.3)
-            except Empty:
-                continue
-            waiting -= 1
-            conversion, job, result = outcome.result()
-            conversion.results[job] = result
-            conversion.check()
-            if conversion.complete:
-                bar.write(conversion.finish())
-        bar.update(total - bar.n)
+                with (
+                    job_threads(processes + 2) as threads,
+                    workers(processes, [each.work.run for each in conversions], len(todo)) as (pool, progress),
+                ):
+                    for conversion in conversions:
+                        conversion.settle(bar)
+                    for number, (conversion, job) in enumerate(todo):
+                        threads.submit(conversion.do, job, number, pool).add_done_callback(outcomes.put)
+                    waiting = len(todo)
+                    while waiting:
+                        bar.update(initial + int(progress.sum()) - bar.n)
+                        try:
+                            outcome = outcomes.get(timeout=0.3)
+                        except Empty:
+                            continue
+                        waiting -= 1
+                        conversion, job, result = outcome.result()
+                        conversion.results[job] = result
+                        conversion.settle(bar)
+                bar.update(total - bar.n)
+            except PipelineError:
+                _save_others(conversions, outcomes, bar)
+                raise
     return {dest: Index.load(dest) for dest in works}
 
 
+def _save_others(conversions: list["_Conversion"], outcomes: SimpleQueue[Future], bar: tqdm) -> None:
+    """After an error, when all jobs have ended: finish the conversions that have all of theirs."""
+    while not outcomes.empty():
+        outcome = outcomes.get()
+        if not outcome.cancelled() and outcome.exception() is None:
+            conversion, job, result = outcome.result()
+            conversion.results[job] = result
+    for conversion in conversions:
+        with suppress(PipelineError):  # the first error is the one to report
+            conversion.settle(bar)
+
+
 class _Conversion:
-    """A work and what has been done of it. results: of the jobs that are recorded. folder: where jobs write."""
+    """A work and what has been done of it. results: of the jobs that have ended. folder: where jobs write."""
 
     folder: Path
+    finished = False
 
     def __init__(self, number: int, dest: str, work: Work, max_rejected: float) -> None:
         self.number, self.dest, self.work = number, dest, work
@@ -188,7 +215,7 @@ class _Conversion:
         try:
             result = pool.submit(run_job, self.number, job, number, self.folder).result()
         except TooManyRejected as error:
-            raise self._refusal(error.args[0]) from None
+            return self, job, error.args[0]  # not recorded; `settle` refuses it
         except BrokenProcessPool:
             raise PipelineError("a process was killed; if memory ran out, choose fewer --processes") from None
         if self.remote:
@@ -201,41 +228,45 @@ class _Conversion:
         objects.write(self._record_url(job), _json(asdict(result)))
         return self, job, result
 
-    def check(self) -> None:
-        """PipelineError as soon as it is certain that too many rows are rejected."""
-        rows = self.work.rows
-        if rows is None:
-            if not self.complete:
-                return
-            rows = sum(result.rows for result in self.results.values())
-        if sum(len(result.rejected) for result in self.results.values()) > allowed(self._max_rejected, rows):
-            raise self._refusal()
+    def settle(self, bar: tqdm) -> None:
+        """Finish it if all jobs are done. PipelineError as soon as it is certain that too many rows are rejected."""
+        read = sum(result.rows for result in self.results.values())
+        rejected = self._rejected()
+        if self.work.rows is None and not self.complete:
+            return
+        if len(rejected) > allowed(self._max_rejected, self.work.rows or read):
+            self._write_rejected(rejected)
+            first = "; ".join(f"{each['row']}: {each['cause']}: {each['detail']}" for each in rejected[:3])
+            raise PipelineError(
+                f"{self.dest}: {len(rejected)} rows are rejected so far, of {read} rows read, more than --max-rejected "
+                f"{self._max_rejected} allows: {_causes(rejected)}; the first: {first}. They are in {REJECTED_FILE} "
+                "there: raise --max-rejected to go on without them, or mend them, delete DEST and start again"
+            )
+        if self.complete and not self.finished:
+            bar.write(self._finish())
+            self.finished = True
 
-    def _refusal(self, more: Iterable[dict[str, str]] = ()) -> PipelineError:
-        rejected = [*self._rejected(), *more]
-        first = "; ".join(f"{each['row']}: {each['cause']}: {each['detail']}" for each in rejected[:3])
-        return PipelineError(
-            f"{self.dest}: rows are rejected, more than --max-rejected {self._max_rejected} allows: "
-            f"{_causes(rejected)}; the first: {first}. Raise --max-rejected to go on without them, or mend them, "
-            "delete DEST and start again"
-        )
+    def _write_rejected(self, rejected: list[dict[str, str]]) -> None:
+        objects.write(objects.join(self.dest, REJECTED_FILE), b"".join(_json(each) + b"\n" for each in rejected))
 
     def _rejected(self) -> list[dict[str, str]]:
         """The rejected rows known so far, in order."""
         results = (self.results.get(job) for job in self.work.jobs)
         return [each for result in results if result for each in result.rejected]
 
-    def finish(self) -> str:
+    def _finish(self) -> str:
         """Write what belongs to the dataset as a whole, its index last. Returns a summary of one line."""
         results = [self.results[job] for job in self.work.jobs]
         shards = tuple(result.shard for result in results if result.shard)
         rejected = self._rejected()
-        objects.write(objects.join(self.dest, REJECTED_FILE), b"".join(_json(each) + b"\n" for each in rejected))
+        self._write_rejected(rejected)
         if not shards:
-            raise PipelineError(f"{self.dest}: no row can be used, see {REJECTED_FILE} there")
-        for name, content in self.work.files().items():
+            why = f"see {REJECTED_FILE} there" if rejected else "SOURCE has none"
+            raise PipelineError(f"{self.dest}: no row can be used, {why}")
+        files = self.work.files()
+        for name, content in files.items():
             objects.write(objects.join(self.dest, name), content)
-        index = self.work.index(shards)
+        index = replace(self.work.index(shards), files={name: File.of(content) for name, content in files.items()})
         objects.write(objects.join(self.dest, INDEX_FILE), index.to_json().encode())
         _remove_unfinished(self.dest)
         seconds = max(time.monotonic() - self._began, 1e-3)  # all may have been done before
@@ -246,32 +277,86 @@ class _Conversion:
         )
 
 
-def _open(works: Mapping[str, Work], max_rejected: float) -> list[_Conversion]:
+@contextmanager
+def _locked(dests: Iterable[str]) -> Iterator[None]:
+    """Hold each DEST for this process alone: DEST/.unfinished/lock.HOST.PID is there as long as it may write.
+
+    Each process writes its own lock before it looks for others: of two that begin at once both may be refused, but
+    never are both let in, on S3 neither. A lock that a dead process of this host has left is removed.
+    """
+    host = platform.node()
+    with ExitStack() as stack:
+        for dest in dests:
+            folder = objects.join(dest, UNFINISHED)
+            own = objects.join(folder, f"lock.{host}.{os.getpid()}")
+            objects.write(own, b"")
+            stack.callback(_unlock, folder, own)
+            for url in objects.list_under(folder):
+                kind, _, holder = url.rpartition("/")[2].partition(".")
+                its_host, _, pid = holder.rpartition(".")
+                if kind != "lock" or (its_host, pid) == (host, str(os.getpid())):
+                    continue
+                if its_host != host or Path("/proc", pid).exists():
+                    raise PipelineError(
+                        f"{dest} is being converted by process {pid} on {its_host}: wait for it, or delete {url} "
+                        "if that process is dead"
+                    )
+                objects.delete(url)
+        yield
+
+
+def _unlock(folder: str, lock: str) -> None:
+    objects.delete(lock)
+    if "://" not in folder:
+        with suppress(OSError):  # it holds an unfinished conversion, or is gone with a finished one
+            Path(folder).rmdir()
+
+
+def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str, bytes]]) -> list[_Conversion]:
     """The conversions that are not finished, each with its plan written and its records read.
 
     A dataset that is finished is one of an earlier start of the same command if any of the command's plans is still
-    there: plans are written before all else, and one goes only when its dataset is finished.
+    there: plans are written before all else, and one goes only when its dataset is finished. Where none of them is,
+    nothing that the command would write may be there.
     """
     plans = {}
     for dest, work in works.items():
         plans[dest] = json.loads(objects.read(_plan_url(dest))) if objects.exists(_plan_url(dest)) else None
         wanted = json.loads(_json(work.plan))
         for name in wanted if plans[dest] is not None else ():
-            if (was := plans[dest].get(name)) != wanted[name]:
+            if (was := plans[dest].get(name)) == wanted[name]:
+                continue
+            if name in SOURCE_STATE:
                 raise PipelineError(
-                    f"{dest} holds an unfinished conversion whose {name} was {was!r} and is {wanted[name]!r} now: "
-                    "give the same command with the same source, or delete DEST"
+                    f"{dest} holds an unfinished conversion, and SOURCE has changed since: restore it, or delete "
+                    f"{UNFINISHED}, {REJECTED_FILE}, *.tar and *.idx.npy in DEST and start again"
                 )
+            raise PipelineError(
+                f"{dest} holds an unfinished conversion whose {name} was {was!r} and is {wanted[name]!r} now: "
+                "give the same command with the same source, or delete DEST"
+            )
     finished = [dest for dest in works if objects.exists(objects.join(dest, INDEX_FILE))]
     if not any(plans.values()):
         for dest in finished:
             refuse_occupied(dest)
+        _refuse_overwriting([url for url, _ in files])
+    for dest, work in works.items():
+        if plans[dest] is None and dest not in finished:
+            names = (REJECTED_FILE, *work.files(), *(job + end for job in work.jobs for end in (".tar", ".idx.npy")))
+            _refuse_overwriting([objects.join(dest, name) for name in names])
     unfinished = {dest: work for dest, work in works.items() if dest not in finished}
     for dest, work in unfinished.items():
         objects.write(_plan_url(dest), _json(work.plan))
     for dest in finished:
         _remove_unfinished(dest)
     return [_Conversion(number, dest, work, max_rejected) for number, (dest, work) in enumerate(unfinished.items())]
+
+
+def _refuse_overwriting(urls: list[str]) -> None:
+    with ThreadPoolExecutor(16) as threads:
+        for url, there in zip(urls, threads.map(objects.exists, urls), strict=True):
+            if there:
+                raise PipelineError(f"{url} is there already and would be overwritten: move it or choose another DEST")
 
 
 def _plan_url(dest: str) -> str:
@@ -286,22 +371,36 @@ def _remove_unfinished(dest: str) -> None:
         list(threads.map(objects.delete, records))
     objects.delete(plan)
     if "://" not in dest:
-        for partial in Path(dest).glob(".*.partial"):  # of a process that was killed
-            partial.unlink()
+        _remove_partial(Path(dest))
         with suppress(FileNotFoundError):
             Path(dest, UNFINISHED).rmdir()
 
 
+def _remove_partial(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write."""
+    for pattern in (".*.partial", "*.tar.partial"):
+        for partial in folder.glob(pattern):
+            partial.unlink()
+
+
 @contextmanager
 def _folders(conversions: list[_Conversion], tmp: Path | None) -> Iterator[None]:
-    """Give each conversion the folder in which its jobs write: DEST itself, or one from which they are uploaded."""
+    """Give each conversion the folder in which its jobs write: DEST itself, or one from which they are uploaded.
+
+    What an earlier start left there when it was killed is removed.
+    """
     with ExitStack() as stack:
         for conversion in conversions:
             conversion.folder = Path(conversion.dest)
             if conversion.remote:
+                name = f"make-shards-{os.getuid()}-{sha256(conversion.dest.encode()).hexdigest()[:16]}"
+                conversion.folder = Path(tmp or tempfile.gettempdir(), name)
+                shutil.rmtree(conversion.folder, ignore_errors=True)
+                conversion.folder.mkdir(mode=0o700)
                 # A process may still be writing when all is over early.
-                folder = tempfile.TemporaryDirectory(prefix="make-shards-", dir=tmp, ignore_cleanup_errors=True)
-                conversion.folder = Path(stack.enter_context(folder))
+                stack.callback(shutil.rmtree, conversion.folder, ignore_errors=True)
+            else:
+                _remove_partial(conversion.folder)
         yield
 
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.convert.command import Command, add_dest, add_work
 from pipeline.convert.engine import Result, carry_out, refuse_occupied
-from pipeline.convert.rows import Rejection
+from pipeline.convert.rows import Rejection, checked_text
 from pipeline.convert.workers import Report
 from pipeline.data import objects
 from pipeline.data.index import Captions, Index, Shard
@@ -35,8 +35,8 @@ another:
 Each becomes a pair: the query is --query with the image, the target its first caption; a training step that takes
 the pair draws one of all its captions. Only the index and a sidecar for each tar are written, to DEST, which may be
 SOURCE itself. The tars must stay where they are then. Every tar is read once. A sample without image or caption,
-undecodable or larger than 256 MiB is left out and listed in DEST/rejected.jsonl; a broken or compressed tar is an
-error.
+undecodable, larger than 256 MiB, or with <image> or <video> in a caption is left out and listed in
+DEST/rejected.jsonl; a broken or compressed tar is an error.
 
     python tools/make_shards.py img2dataset s3://bucket/cc3m s3://bucket/cc3m --captions txt caption_long
 """
@@ -112,7 +112,7 @@ def _check_columns(url: str, captions: Captions) -> None:
 
 def _columns(data: bytes) -> set[str]:
     columns = set()
-    with suppress(ValueError), tarfile.open(fileobj=BytesIO(data)) as tar:
+    with suppress(ValueError, RecursionError), tarfile.open(fileobj=BytesIO(data)) as tar:
         for member in tar:
             name = split_name(member.name)[1]
             if not member.isreg() or member.issparse():
@@ -175,6 +175,9 @@ def _pair(data: bytes, captions: Captions) -> Pair:
         pair = parse_sample(data, captions)
     except BadSample as reason:
         raise Rejection(str(reason).partition(" (")[0], str(reason)) from None
+    for text in pair.texts:
+        checked_text(text, 0, IMAGE_MARK)
+        checked_text(text, 0, VIDEO_MARK)
     try:
         decode_image(pair.query.images[0])
     except BadSample as reason:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +25,7 @@ from pipeline.convert.workers import Report, job_threads, run_job, workers
 from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE, Index, Shard, load_sidecar, read_records, read_samples, record_checksums
 from pipeline.data.lengths import Lengths
+from pipeline.data.mmeb import ROWS_FILE, TASKS_FILE, converted_rows, read_tasks
 from pipeline.data.sample import BadSample, Item, Pair, Single
 from pipeline.data.shards import ShardRecords, image_format, parse_sample
 from pipeline.data.tiles import Tiling, decode_image
@@ -43,14 +45,20 @@ def _add_dest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dest", metavar="DEST", help="a dataset, or a folder (or s3:// prefix) of several")
 
 
-def _indexes(dest: str) -> dict[str, Index]:
-    """URL -> index of the dataset that `dest` is, or of all below it."""
+def _datasets(dest: str) -> list[str]:
+    """URLs of the dataset that `dest` is, or of all below it."""
     if objects.exists(objects.join(dest, INDEX_FILE)):
-        return {dest: Index.load(dest)}
+        return [dest]
     ending = f"/{INDEX_FILE}"
     urls = [url.removesuffix(ending) for url in objects.list_under(dest) if url.endswith(ending)]
     if not urls:
         raise PipelineError(f"{dest} holds no {INDEX_FILE}, nor does any folder below it")
+    return urls
+
+
+def _indexes(dest: str) -> dict[str, Index]:
+    """URL -> index, of the same."""
+    urls = _datasets(dest)
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(urls, pool.map(Index.load, urls), strict=True))
 
@@ -62,7 +70,8 @@ read datasets back, and check all that their indexes say
 
 Every tar and sidecar is read whole: their sizes and sha256, every sample's place and CRC-32, texts, hashes and sizes
 of images against its record, every image decoded, every video opened; and webdataset must find the same samples in
-the same order. Ends with one line, or with status 2 and what is wrong.
+the same order. An evaluation set's rows must be those converted, of items that there are. Ends with one line, or with
+status 2 and what is wrong.
 
     python tools/make_shards.py verify s3://bucket/my-data
 """
@@ -96,6 +105,7 @@ def _verify(arguments: argparse.Namespace) -> None:
             _, waiting = wait(waiting, timeout=0.3)
             bar.update(int(progress.sum()) - bar.n)
     faults = list(chain.from_iterable(outcome.result() for outcome in outcomes))
+    faults += chain.from_iterable(check.files(arguments.dest) for check in checks)
     if faults:
         more = f"\n(and {len(faults) - _SHOWN} more)" if len(faults) > _SHOWN else ""
         raise PipelineError(f"{arguments.dest} is not intact:\n" + "\n".join(faults[:_SHOWN]) + more)
@@ -124,6 +134,20 @@ class Check:
             return [f"{name}{fault}" for fault in self._faults(shard, records, tape)]
         except PipelineError as error:
             return [str(error)]
+
+    def files(self, dest: str) -> list[str]:
+        """What is wrong with the files beside the shards; of an evaluation set below `dest`, with tasks.json too."""
+        try:
+            for name in self.index.files:
+                self.index.read_file(self.url, name)
+            if ROWS_FILE in self.index.files:
+                converted_rows(self.url, self.index)
+                folder, _, name = self.url.rpartition("/")
+                if self.url != dest and name not in read_tasks(folder := folder or "."):
+                    return [f"{objects.join(folder, TASKS_FILE)} does not name {name}"]
+        except PipelineError as error:
+            return [str(error)]
+        return []
 
     def _in_order(self, shard: Shard, records: np.ndarray) -> bool:
         """Whether samples follow one another; in our own layout, without a gap."""
@@ -214,7 +238,10 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    url, index = arguments.dest, Index.load(arguments.dest)
+    url, *more = _datasets(arguments.dest)
+    if url != arguments.dest:
+        raise PipelineError(f"{arguments.dest} is no dataset; show one of those below it: {', '.join([url, *more])}")
+    index = Index.load(url)
     shard, number = (
         _numbered(url, index, arguments.number) if arguments.key is None else _keyed(url, index, arguments.key)
     )
@@ -284,10 +311,11 @@ def _console() -> Console:
 # stats
 
 _STATS = """\
-what is in datasets: sizes, lengths, duplicates
+what is in datasets: tasks, sizes, lengths, duplicates
 
-Read are indexes and sidecars only, not the tars, so tasks are not told. A histogram's bins are powers of two; token
-lengths are estimated for LLaVA-OneVision with 8 frames of a video.
+Every task of a dataset has a row with its samples; the other columns stand in the first, for all of them together.
+Read are indexes and sidecars only, not the tars. A histogram's bins are powers of two; token lengths are estimated for
+LLaVA-OneVision with 8 frames of a video.
 
     python tools/make_shards.py stats s3://bucket/my-data
 """
@@ -296,8 +324,7 @@ lengths are estimated for LLaVA-OneVision with 8 frames of a video.
 def _stats(arguments: argparse.Namespace) -> None:
     datasets = _indexes(arguments.dest)
     columns = ("samples", "shards", "MB", "images", "videos")
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("dataset")
+    table = Table("dataset", "task", box=SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, justify="right")
     totals = np.zeros(len(columns))
@@ -305,9 +332,13 @@ def _stats(arguments: argparse.Namespace) -> None:
         images, videos = (sum(getattr(shard, name) for shard in index.shards) for name in ("images", "videos"))
         row = np.array([index.samples, len(index.shards), index.bytes / 1e6, images, videos])
         totals += row
-        table.add_row(Text(index.dataset), *(f"{value:,.10g}" for value in row.round(1)))
+        tasks = sum((Counter(shard.tasks) for shard in index.shards), Counter()).most_common()
+        rest = [f"{value:,.10g}" for value in row[1:].round(1)]
+        for number, (task, samples) in enumerate(tasks):
+            name, more = (repr(index.dataset), rest) if number == 0 else ("", [])
+            table.add_row(Text(name), Text(repr(task)), f"{samples:,}", *more)
     table.add_section()
-    table.add_row("all", *(f"{value:,.10g}" for value in totals.round(1)))
+    table.add_row("all", "", *(f"{value:,.10g}" for value in totals.round(1)))
     console = _console()
     console.print(table)
     with ThreadPoolExecutor(8) as pool:
@@ -320,10 +351,13 @@ def _stats(arguments: argparse.Namespace) -> None:
             spread = ", ".join(f"p{percent} {np.percentile(values, percent):,.0f}" for percent in _PERCENTILES)
             console.print(f"[bold]{name}[/bold]: mean {values.mean():,.1f}, {spread}, most {values.max():,}")
             console.print(_histogram(values))
-    pairs = np.stack([queries, targets], axis=1)
-    for name, hashes in (("queries", queries), ("targets", targets), ("pairs", pairs)):
-        distinct = len(np.unique(hashes, axis=0))
-        console.print(f"{name}: {distinct:,} distinct, {len(hashes) - distinct:,} of {len(hashes):,} come again")
+    single = targets == 0
+    pairs = np.stack([queries, targets], axis=1)[~single]
+    contents = {"items": queries[single], "queries": pairs[:, 0], "targets": pairs[:, 1], "pairs": pairs}
+    for name, hashes in contents.items():
+        if len(hashes):
+            distinct = len(np.unique(hashes, axis=0))
+            console.print(f"{name}: {distinct:,} distinct, {len(hashes) - distinct:,} of {len(hashes):,} come again")
 
 
 def _facts(records: np.ndarray) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from pipeline.convert.command import add_images, conversion, image_folder
+from pipeline.convert.command import add_images, conversion, filled, image_folder
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, member_bytes
 from pipeline.data import objects
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Item, Pair
@@ -51,8 +52,8 @@ MAX_COUNT = 255  # of images, videos and negatives: what the index can say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="the .jsonl file")
-    parser.add_argument("--dataset", metavar="NAME", help="dataset of rows that name none (the file's stem)")
+    parser.add_argument("source", metavar="SOURCE", type=lambda text: Path(filled(text)), help="the .jsonl file")
+    parser.add_argument("--dataset", metavar="NAME", help="dataset of rows that name none (default: the file's stem)")
     add_images(parser, "SOURCE's")
 
 
@@ -194,7 +195,9 @@ def _scan(path: Path, source: ImageFolder, fallback: str) -> tuple[dict[str, np.
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Offset and content of each line; of one that is too long, only so much as shows it."""
+    """Offset and content of each line; of one that is too long, only so much as shows it. A BOM belongs to none."""
+    if file.read(len(BOM_UTF8)) != BOM_UTF8:
+        file.seek(0)
     while line := file.readline(MAX_LINE + 1):
         yield file.tell() - len(line), line
         while len(line) > MAX_LINE and not line.endswith(b"\n"):

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -61,14 +61,14 @@ def datasets(arguments: argparse.Namespace) -> dict[str, "Subset"]:
     names = arguments.subset or list(files)
     if unknown := [name for name in names if name not in files]:
         raise PipelineError(f"--subset: no {', '.join(unknown)} in {source}; there are {', '.join(files)}")
-    groups = {name: tuple(group for file in files[name] for group in _row_groups(file)) for name in names}
+    groups = {name: _first_rows(chain.from_iterable(map(_row_groups, files[name])), arguments.limit) for name in names}
     images = image_folder(arguments, arguments.images or _image_place(source, chain(*groups.values())))
-    return {objects.join(arguments.dest, name): Subset(name, images, groups[name], arguments.limit) for name in names}
+    return {objects.join(arguments.dest, name): Subset(name, images, groups[name]) for name in names}
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A piece of a parquet file, which is read as a whole."""
+    """A piece of a parquet file, which is read as a whole. rows: how many of it are wanted, from the first."""
 
     file: Path
     number: int
@@ -83,11 +83,24 @@ def _row_groups(file: Path) -> list[RowGroup]:
     return [RowGroup(file, number, metadata.row_group(number).num_rows) for number in range(metadata.num_row_groups)]
 
 
+def _first_rows(groups: Iterable[RowGroup], limit: int | None) -> tuple[RowGroup, ...]:
+    """The groups with the first `limit` rows, and no row more."""
+    if limit is None:
+        return tuple(groups)
+    kept = []
+    for group in groups:
+        kept.append(replace(group, rows=min(group.rows, limit)))
+        limit -= kept[-1].rows
+        if not limit:
+            break
+    return tuple(kept)
+
+
 @lru_cache(maxsize=2)  # rows are asked for in their order
 def _table(group: RowGroup) -> pa.Table:
     """A group's rows: strings in every column, "" where nothing is."""
     with _readable(group.file), parquet.ParquetFile(group.file) as file:
-        table = file.read_row_group(group.number, columns=_COLUMNS)
+        table = file.read_row_group(group.number, columns=_COLUMNS).slice(0, group.rows)
         return pa.table({name: pc.fill_null(table[name].cast(pa.string()), "") for name in _COLUMNS})
 
 
@@ -108,17 +121,15 @@ def _image_place(source: Path, groups: Iterable[RowGroup]) -> Path:
 
 @dataclass(frozen=True)
 class Subset:
-    """The rows of one subset, or the first `limit` of them."""
+    """The rows of one subset."""
 
     dataset: str
     images: ImageFolder
     groups: tuple[RowGroup, ...]
-    limit: int | None
 
     def sizes(self) -> np.ndarray:
         """(rows,) int64."""
-        sizes = np.concatenate([np.zeros(0, np.int64), *map(self._group_sizes, self.groups)])
-        return sizes[: self.limit]
+        return np.concatenate([np.zeros(0, np.int64), *map(self._group_sizes, self.groups)])
 
     def _group_sizes(self, group: RowGroup) -> np.ndarray:
         table = _table(group)

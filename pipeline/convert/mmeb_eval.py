@@ -69,14 +69,15 @@ def tasks_file(arguments: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
 def _tasks(arguments: argparse.Namespace) -> dict[str, tuple[str, bool]]:
     """Name -> meta-task and whether it is in distribution, of the sets asked for."""
     source = folder(arguments.source)
-    known = read_tasks(str(source)) if (source / TASKS_FILE).is_file() else MMEB_TASKS
+    file = source / TASKS_FILE
+    known, where = (read_tasks(str(source)), file) if file.is_file() else (MMEB_TASKS, "MMEB's 36 datasets")
     names = set(arguments.subset or (file.parent.name for file in source.glob("*/*.parquet")))
     if not names:
         raise PipelineError(f"{source} has no <dataset>/*.parquet: see --help for the layout")
     if unknown := names - known.keys():
         raise PipelineError(
-            f"{', '.join(sorted(unknown))}: not among {source / TASKS_FILE} or MMEB's 36 datasets; name others by "
-            "--subset, or give their meta-task in tasks.json"
+            f"{', '.join(sorted(unknown))}: not in {where}; choose others by --subset, or give the meta-task of each "
+            f"dataset in {file}: see --help"
         )
     return {name: kind for name, kind in known.items() if name in names}
 
@@ -107,7 +108,13 @@ class EvaluationSet:
         return 1024 + member_bytes(np.array(sizes, np.int64))
 
     def name(self, number: int) -> str:
-        return f"item {number}"
+        """Where the item comes first in the rows."""
+        for row, (query, candidates) in enumerate(zip(self.queries, self.candidates, strict=True)):
+            if query == number:
+                return f"row {row}, query"
+            if number in candidates:
+                return f"row {row}, candidate {candidates.index(number)}"
+        raise AssertionError("unreachable")
 
     def sample(self, number: int) -> Single:
         text, image = self.items[number]
@@ -116,7 +123,8 @@ class EvaluationSet:
             item = Item(text, (self.images.read(image),) if image else ())
         except Rejection as reason:
             raise PipelineError(
-                f"{self.dataset}: {reason}; an evaluation set is converted whole: mend it, or choose others by --subset"
+                f"{self.dataset}, {self.name(number)}: {reason}; an evaluation set is converted whole: mend it, or "
+                "choose others by --subset"
             ) from None
         return Single(f"{number:08d}", self.dataset, self.task, item)
 

@@ -79,7 +79,7 @@ class RowsWork:
             except Rejection as reason:
                 rejected.append({"row": self._rows.name(row), "cause": reason.cause, "detail": reason.detail})
                 if len(rejected) > self._allowed:
-                    raise TooManyRejected(rejected) from None
+                    raise TooManyRejected(Result(None, row - rows.start + 1, rejected, {})) from None
             else:
                 yield sample
             report(1)

@@ -27,7 +27,7 @@ SOURCE is a folder of videos, --captions the file that describes them, as publis
 
 A video is named by its path below SOURCE, with or without suffix (mp4, webm, mkv, avi, mov). Each becomes one
 pair: the query is --query with the video, the target its first caption, and a training step that takes the pair
-draws one of all its captions. A video that is missing or undecodable is rejected.
+draws one of all its captions. A video that is missing or undecodable, or listed without a caption, is rejected.
 
     python tools/make_shards.py video-captions MSRVTT/videos s3://bucket/msr-vtt \\
         --captions MSR_VTT.json --list train_list.txt
@@ -52,9 +52,12 @@ def datasets(arguments: argparse.Namespace) -> dict[str, "VideoCaptions"]:
         raise PipelineError(f"--query {arguments.query!r} must have one {VIDEO_MARK}, and no {IMAGE_MARK}")
     captions = _captions(arguments.captions, arguments.split, arguments.language)
     if arguments.list is not None:
-        wanted = {_without_suffix(line.strip()) for line in _text(arguments.list).splitlines()}
+        names = (line.strip() for line in _text(arguments.list).splitlines())
+        wanted = dict.fromkeys(_without_suffix(name) for name in names if name)
         captions = {video: texts for video, texts in captions.items() if _without_suffix(video) in wanted}
-    if not captions:
+        found = set(map(_without_suffix, captions))
+        captions |= {name: [] for name in wanted if name not in found}  # which will be rejected
+    if not any(captions.values()):
         raise PipelineError(f"{arguments.captions} has no captions of the videos asked for")
     dataset = arguments.dataset or videos.resolve().name
     return {arguments.dest: VideoCaptions(dataset, ImageFolder(videos), list(captions.items()), arguments.query)}
@@ -112,7 +115,7 @@ def _captions(file: Path, split: str | None, language: str) -> dict[str, list[st
         else:
             match json.loads(_text(file)):
                 case {"videos": list(videos), "sentences": list(sentences)}:
-                    splits = {video["video_id"]: video["split"] for video in videos}
+                    splits = {video["video_id"]: str(video.get("split") or "") for video in videos}
                     pairs = [(sentence["video_id"], sentence["caption"]) for sentence in sentences]
                 case dict(videos):
                     pairs = list(videos.items())
@@ -120,15 +123,17 @@ def _captions(file: Path, split: str | None, language: str) -> dict[str, list[st
                     pairs = [(video["video"], video["caption"]) for video in videos]
         captions: dict[str, list[str]] = {}
         for video, texts in pairs:
+            if not isinstance(texts, str | list):
+                raise ValueError(f"captions of {video!r} that are neither a text nor a list of texts")
             if split is None or splits.get(video) == split:
                 captions.setdefault(video, []).extend([texts] if isinstance(texts, str) else texts)
         if not all(isinstance(text, str) for video, texts in captions.items() for text in (video, *texts)):
             raise ValueError("what should be a text is none")
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise PipelineError(f"{file} is in none of the forms that --help describes: {error!r}") from None
     if split is not None and split not in splits.values():
         raise PipelineError(
-            f"{file} has no split {split!r}: it has {', '.join(sorted(set(splits.values()))) or 'none'}"
+            f"{file} has no split {split!r}: it has {', '.join(sorted(set(splits.values()) - {''})) or 'none'}"
         )
     return captions
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from typing import TypeVar
 
@@ -28,7 +28,7 @@ class Shard:
 
     For estimates before any sidecar is read: text_bytes (UTF-8), images and videos in all samples together;
     image_sizes, some of the images' (width, height), evenly spaced when they are sorted by area.
-    max_images: of one sample; it sets the width of the sidecar's records.
+    max_images: of one sample; it sets the width of the sidecar's records. tasks: task -> its samples.
     """
 
     file: str
@@ -42,6 +42,7 @@ class Shard:
     videos: int
     image_sizes: tuple[tuple[int, int], ...]
     max_images: int
+    tasks: dict[str, int] = field(hash=False)  # so that a shard can be a key of caches
 
     @property
     def sidecar(self) -> str:
@@ -62,16 +63,30 @@ class Captions:
 
 
 @dataclass(frozen=True)
+class File:
+    """A further file beside the index: its bytes and their SHA-256 (hex)."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, content: bytes) -> "File":
+        return cls(len(content), hashlib.sha256(content).hexdigest())
+
+
+@dataclass(frozen=True)
 class Index:
     """What a dataset consists of.
 
     captions: None for shards in our own layout.  shards_url: where the tars are, if not beside the index.
+    files: by name, what else belongs to the dataset: of a converted evaluation set, its rows.
     """
 
     dataset: str
     shards: tuple[Shard, ...]
     captions: Captions | None = None
     shards_url: str = ""
+    files: dict[str, File] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -84,6 +99,7 @@ class Index:
     def to_json(self) -> str:
         content = {"format": FORMAT, "dataset": self.dataset, "samples": self.samples, "bytes": self.bytes}
         content |= {"captions": self.captions and asdict(self.captions), "shards_url": self.shards_url}
+        content["files"] = {name: asdict(file) for name, file in self.files.items()}
         content["shards"] = [asdict(shard) for shard in self.shards]
         return json.dumps(content | {"checksum": _checksum(content)}, indent=1, ensure_ascii=False) + "\n"
 
@@ -95,7 +111,7 @@ class Index:
         def read() -> dict | None:
             try:
                 content = json.loads(objects.read(name))
-            except ValueError:
+            except (ValueError, RecursionError):
                 return None
             version = content.get("format") if isinstance(content, dict) else None
             if version != FORMAT:
@@ -110,9 +126,22 @@ class Index:
             captions = content["captions"]
             if captions is not None:
                 captions = Captions(captions["query"], tuple(captions["columns"]), captions["task"])
-            return cls(content["dataset"], shards, captions, content["shards_url"])
-        except (KeyError, TypeError) as error:
+            files = {file: File(**entry) for file, entry in content["files"].items()}
+            return cls(content["dataset"], shards, captions, content["shards_url"], files)
+        except (KeyError, TypeError, AttributeError) as error:
             raise ObjectError(f"{name} is no index of ours ({error!r}): make the shards again") from error
+
+    def read_file(self, url: str, name: str) -> bytes:
+        """The further file `name` of the dataset in the folder `url`. ObjectError if it is not the one indexed."""
+        place = objects.join(url, name)
+        if name not in self.files:
+            raise ObjectError(f"{objects.join(url, INDEX_FILE)} names no {name}: make the shards again")
+
+        def read() -> bytes | None:
+            data = objects.read(place)
+            return data if File.of(data) == self.files[name] else None
+
+        return _intact(read, f"{place} is damaged (its sha256 differs from the index's): make the shards again")
 
 
 def _shard(name: str, entry: dict) -> Shard:

@@ -17,9 +17,12 @@ import re
 from collections.abc import Iterator
 from io import BytesIO
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from pipeline.data import objects
+from pipeline.data.index import Index
 from pipeline.data.sample import IMAGE_MARK, MMEB_IMAGE_MARK
 from pipeline.errors import PipelineError
 
@@ -73,7 +76,7 @@ def read_tasks(url: str) -> dict[str, tuple[str, bool]]:
     try:
         listed = json.loads(objects.read(file))
         tasks = {name: (entry["task"], entry["in_distribution"]) for name, entry in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PipelineError(f"{file} does not give each dataset's task and in_distribution: {error!r}") from None
     for name, (meta_task, _) in tasks.items():
         if meta_task not in META_TASKS:
@@ -89,21 +92,42 @@ def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
     for file in files:
         try:
             table = parquet.ParquetFile(BytesIO(objects.read(file)))
-            for batch in table.iter_batches(batch_size=64, columns=_COLUMNS):
-                for row in batch.to_pylist():
-                    text, image, texts, images = (row[column] for column in _COLUMNS)
-                    # A single candidate may stand without a list around it.
-                    candidates = [_side(*side) for side in zip(_listed(texts), _listed(images), strict=True)]
-                    if not candidates:
-                        raise ValueError("a row has no candidates")
-                    yield _side(text, image), candidates
+            batches = table.iter_batches(batch_size=64, columns=_COLUMNS)
+            for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                yield _sides(number, *(row[column] for column in _COLUMNS))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise PipelineError(f"{file} does not hold MMEB's rows ({', '.join(_COLUMNS)}): {error}") from None
 
 
-def _listed(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
+def _sides(number: int, text: object, image: object, texts: object, images: object) -> tuple[Side, list[Side]]:
+    """A row's query and candidates; ValueError, by the row's number, if they are none."""
+    # A single candidate may stand without a list around it.
+    texts, images = (value if isinstance(value, list) else [value] for value in (texts, images))
+    if not texts or len(texts) != len(images):
+        raise ValueError(f"row {number} has {len(texts)} tgt_text and {len(images)} tgt_img_path")
+    for value in (text, image, *texts, *images):
+        if not isinstance(value, str | None):
+            raise ValueError(f"row {number} has {value!r} where a text should be")
+    query, *candidates = (
+        (mmeb_text(text or "", bool(image)), image or "")
+        for text, image in zip([text, *texts], [image, *images], strict=True)
+    )
+    return query, candidates
 
 
-def _side(text: str, image: str | None) -> Side:
-    return mmeb_text(text, bool(image)), image or ""
+def converted_rows(url: str, index: Index) -> tuple[list[str], np.ndarray, list[np.ndarray]]:
+    """A converted set: what each item is called, the number of each query, and those of its candidates.
+
+    Raises ObjectError if a file is not the one indexed, PipelineError if the numbers are not those of items.
+    """
+    names = _table(url, index, ITEMS_FILE)["name"].to_pylist()
+    rows = _table(url, index, ROWS_FILE)
+    queries, candidates = rows["query"].to_numpy(), rows["candidates"].to_numpy()
+    numbers = np.concatenate([queries, *candidates])
+    if len(names) != index.samples or numbers.min() < 0 or numbers.max() >= index.samples:
+        raise PipelineError(f"{url}: {ROWS_FILE} or {ITEMS_FILE} is not of its {index.samples} items: convert again")
+    return names, queries, list(candidates)
+
+
+def _table(url: str, index: Index, name: str) -> pa.Table:
+    return parquet.read_table(BytesIO(index.read_file(url, name)))

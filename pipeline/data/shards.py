@@ -7,8 +7,10 @@ of an item by itself. Tars in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json) 
 
 import hashlib
 import json
+import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from io import BytesIO
@@ -109,7 +111,7 @@ def parse_sample(data: bytes, captions: Captions | None = None) -> Pair | Single
         raise BadSample(f"{error.args[0]!r} is missing") from error
     except UnicodeError as error:
         raise BadSample(f"a text that is not UTF-8 ({error})") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadSample(f"its json is malformed ({error})") from error
 
 
@@ -179,6 +181,7 @@ class ShardRecords:
         self._sizes: list[list[tuple[int, int]]] = []
         self._text_bytes = 0
         self._videos = 0
+        self._tasks: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -205,6 +208,7 @@ class ShardRecords:
         self._sizes.append([image_format(image)[1:] for item in sample.items for image in item.images])
         self._text_bytes += sum(texts)
         self._videos += counts["videos"]
+        self._tasks[sample.task] += 1
 
     def finish(self, file: str, size: int, sha256: str) -> tuple[Shard, bytes]:
         """The shard's entry in the index and the bytes of its sidecar; size and sha256 are the tar's."""
@@ -232,6 +236,7 @@ class ShardRecords:
             videos=self._videos,
             image_sizes=tuple(all_sizes[(2 * i + 1) * len(all_sizes) // (2 * kept)] for i in range(kept)),
             max_images=max_images,
+            tasks=dict(self._tasks),
         )
         return shard, sidecar
 
@@ -242,7 +247,7 @@ def write_shard(samples: Iterable[Pair | Single], path: Path, shard_bytes: int |
     shard_bytes: stop taking samples when the tar has as many (at least one sample); without, take them all.
     """
     records, offset, digest, last_key = ShardRecords(), 0, hashlib.sha256(), None
-    partial = path.with_suffix(".tar.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("wb") as file:
         for sample in samples:
             if sample.key == last_key:

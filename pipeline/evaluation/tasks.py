@@ -7,17 +7,14 @@ pairs as one trains on: each query then looks for its target among all targets.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from io import BytesIO
 from itertools import pairwise
 from threading import Lock
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as parquet
 
 from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, load_sidecar, read_samples
-from pipeline.data.mmeb import ITEMS_FILE, META_TASKS, ROWS_FILE, TASKS_FILE, Side, evaluation_rows, read_tasks
+from pipeline.data.mmeb import META_TASKS, TASKS_FILE, Side, converted_rows, evaluation_rows, read_tasks
 from pipeline.data.sample import BadSample, Item, Pair, Single
 from pipeline.data.shards import parse_sample
 from pipeline.errors import PipelineError
@@ -81,9 +78,7 @@ class Collection:
 
     def _converted_rows(self, folder: str) -> tuple[np.ndarray, list[np.ndarray]]:
         index = Index.load(folder)
-        names = _table(folder, ITEMS_FILE)["name"].to_pylist()
-        if len(names) != index.samples:
-            raise PipelineError(f"{folder}: {ITEMS_FILE} and {INDEX_FILE} are of different conversions: convert again")
+        names, queries, candidates = converted_rows(folder, index)
         contents, readers = [], []
         for shard in index.shards:
             records = load_sidecar(folder, shard)
@@ -93,8 +88,7 @@ class Collection:
                 contents += block.records["query_hash"].tolist()
                 readers += [partial(block.item, number) for number in range(stop - start)]
         items = np.array([self._row(*item) for item in zip(contents, names, readers, strict=True)])
-        rows = _table(folder, ROWS_FILE)
-        return items[rows["query"].to_numpy()], [items[numbers] for numbers in rows["candidates"].to_numpy()]
+        return items[queries], [items[numbers] for numbers in candidates]
 
     def _add_pairs(self, url: str) -> None:
         index = Index.load(url)
@@ -144,14 +138,6 @@ def _read_item(url: str, text: str, image: str) -> Item:
 
 def _same(item: Item) -> Item:
     return item
-
-
-def _table(folder: str, name: str) -> pa.Table:
-    file = objects.join(folder, name)
-    try:
-        return parquet.read_table(BytesIO(objects.read(file)))
-    except (ValueError, OSError) as error:
-        raise PipelineError(f"{file} is damaged ({error}): convert the evaluation set again") from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,7 +89,7 @@ def test_mistakes_are_clear_errors(source, tmp_path):
         "coco-captions", source, dest, "--images", tmp_path, "--split", "dev"
     )
     assert "must have one <image>" in error_of("coco-captions", source, dest, "--query", "Describe.")
-    for text in ("[]", "{", '{"images": [{"filename": "a"}]}', '{"images": 3}'):
+    for text in ("[]", "{", '{"images": [{"filename": "a"}]}', '{"images": 3}', "[" * 200_000):
         source.write_text(text)
         assert "is not in the form that --help describes" in error_of("coco-captions", source, dest)
     assert not dest.exists()

@@ -2,9 +2,13 @@
 
 import json
 import os
+import platform
+import re
 import signal
 import subprocess
+import tarfile
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import psutil
 import pytest
 from conversion import content, error_of, make_shards, picture, read_all, start
 
+from pipeline.convert.command import _content
 from pipeline.convert.engine import allowed
 from pipeline.convert.rows import Rejection
 from pipeline.convert.sharding import convert
@@ -185,18 +190,22 @@ def test_too_many_rejected_rows_stop_it_and_a_higher_limit_goes_on(tmp_path):
     dest = str(tmp_path / "out")
     rows = Numbers(100, frozenset({13, 14, 33, 75}))
     with pytest.raises(PipelineError) as caught:
-        convert({dest: rows}, options={}, shards=10, max_rejected=0.02)
+        convert({dest: rows}, options={}, shards=100, max_rejected=0.02)
     text = str(caught.value)
     assert "\n" not in text
     assert "more than --max-rejected 0.02 allows: 2 odd, 1 even; the first: number 13: odd: 13 is not wanted" in text
     assert "number 14: even" in text
-    assert "Raise --max-rejected" in text
-    done = records(dest)
-    assert [name[-11:] for name in done[:3]] == ["000000.json", "000001.json", "000002.json"]
-    assert "000007" not in done[-1]  # it stopped when it was certain
-    before = state(tmp_path / "out/000001.tar")
-    convert({dest: rows}, options={}, shards=10, max_rejected=0.04)
-    assert state(tmp_path / "out/000001.tar") == before
+    assert "raise --max-rejected" in text
+    read = re.search("out: 3 rows are rejected so far, of ([0-9]+) rows read, ", text)
+    assert 3 <= int(read[1]) < 100
+    listed = [json.loads(line)["row"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+    assert listed[:3] == ["number 13", "number 14", "number 33"]
+    done = {name[-11:-5] for name in records(dest)}
+    assert {"000013", "000014", "000033"} <= done
+    assert len(done) < 100  # it stopped when it was certain
+    before = state(tmp_path / "out/000012.tar")
+    convert({dest: rows}, options={}, shards=100, max_rejected=0.04)
+    assert state(tmp_path / "out/000012.tar") == before
     assert len(read_all(dest)) == 96
 
 
@@ -211,6 +220,7 @@ def test_a_shard_stops_as_soon_as_it_is_certain(tmp_path):
     with pytest.raises(PipelineError, match="3 even, 3 odd; the first: number 0"):
         convert({str(tmp_path / "out"): Counted(100, frozenset(range(100)))}, options={}, max_rejected=0.05)
     assert Counted.asked == 6
+    assert len((tmp_path / "out/rejected.jsonl").read_text().splitlines()) == 6
 
 
 def test_what_the_fraction_allows():
@@ -223,6 +233,9 @@ def test_nothing_left_is_an_error(tmp_path):
     with pytest.raises(PipelineError, match="no row can be used"):
         convert({str(tmp_path / "out"): Numbers(5, frozenset(range(5)))}, options={}, max_rejected=1)
     assert len((tmp_path / "out/rejected.jsonl").read_text().splitlines()) == 5
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    assert "no row can be used, SOURCE has none" in error_of("img2dataset", tmp_path, tmp_path / "none")
     with pytest.raises(PipelineError, match="Numbers: the source has no rows"):
         convert({str(tmp_path / "out"): Numbers(0)}, options={})
 
@@ -237,8 +250,6 @@ def test_a_sample_too_large_for_memory_is_rejected_unread(tmp_path, monkeypatch)
     [
         ({"options": {"query": "b"}}, "whose query was 'a' and is 'b' now"),
         ({"shards": 5}, "whose shards was 10 and is 5 now"),
-        ({"rows": Numbers(101)}, "whose rows was 100 and is 101 now"),
-        ({"rows": Numbers(100, size=1001)}, "whose row_sizes was"),
         ({"rows": Numbers(100, dataset="Other")}, "whose dataset was 'Numbers' and is 'Other' now"),
     ],
 )
@@ -259,10 +270,112 @@ def test_a_finished_dataset_is_refused(tmp_path):
     dest = str(tmp_path / "out")
     convert({dest: Numbers(10)}, options={})
     before = content(dest)
-    with pytest.raises(PipelineError, match="out holds a dataset already: delete it or choose another DEST"):
+    named = "choose another DEST, or delete index.json, rejected.jsonl and *.idx.npy there, and the *.tar if"
+    with pytest.raises(PipelineError, match="out holds a dataset already: " + re.escape(named)):
         convert({str(tmp_path / "new"): Numbers(10), dest: Numbers(10)}, options={})
     assert content(dest) == before
-    assert not (tmp_path / "new").exists()
+    assert content(str(tmp_path / "new")) == {}
+
+
+@pytest.mark.parametrize("rows", [Numbers(101), Numbers(100, size=1001)])
+def test_a_changed_source_is_not_gone_on_with(tmp_path, rows):
+    dest = str(tmp_path / "out")
+    with pytest.raises(PipelineError, match="max-rejected"):
+        convert({dest: Numbers(100, frozenset({55}))}, options={}, shards=10, max_rejected=0)
+    with pytest.raises(PipelineError, match="SOURCE has changed since: restore it, or delete"):
+        convert({dest: rows}, options={}, shards=10)
+
+
+def test_a_changed_line_of_the_same_length_is_a_changed_source(source, tmp_path):
+    file, dest = tmp_path / "pairs.jsonl", tmp_path / "out"
+    given = ("jsonl", file, dest, "--images", source.parent)
+    file.write_bytes(source.read_bytes())
+    error_of(*given, "--max-rejected", 0)
+    file.write_bytes(source.read_bytes().replace(b"target 399", b"target 398"))
+    assert "SOURCE has changed since" in error_of(*given)
+    file.write_bytes(source.read_bytes())
+    make_shards(*given)
+
+
+def test_a_parquet_file_written_anew_is_a_changed_source(tmp_path):
+    (tmp_path / "set").mkdir()
+    file = tmp_path / "set/rows.parquet"
+    file.write_bytes(b"rows")
+    before = _content(Namespace(source=tmp_path))
+    assert before == _content(Namespace(source=tmp_path))
+    os.utime(file, ns=(1, 1))
+    assert _content(Namespace(source=tmp_path)) != before
+
+
+@pytest.mark.parametrize("name", ["000001.tar", "000001.idx.npy", "rejected.jsonl", "more.bin"])
+def test_files_of_others_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_bytes(b"precious")
+    with pytest.raises(PipelineError, match=f"{re.escape(name)} is there already and would be overwritten"):
+        convert({str(tmp_path): Numbers(10)}, options={}, shards=2)
+    assert content(str(tmp_path)) == {f"/{name}": b"precious"}
+    with pytest.raises(PipelineError, match=f"{re.escape(name)} is there already and would be overwritten"):
+        convert({str(tmp_path / "out"): Numbers(10)}, options={}, files=[(str(tmp_path / name), b"")])
+
+
+def test_only_one_process_converts_into_a_folder(s3, tmp_path):
+    """It goes on after one of this host that is dead, not of another host, where nobody can tell."""
+    host, dead = platform.node(), subprocess.Popen(["true"])
+    dead.wait()
+    for dest in (str(tmp_path / "out"), f"s3://pipeline-tests/lock/{tmp_path.name}"):
+        for holder, pid in ((host, os.getppid()), ("other.host", dead.pid)):
+            lock = f"{dest}/.unfinished/lock.{holder}.{pid}"
+            objects.write(lock, b"")
+            with pytest.raises(PipelineError) as caught:
+                convert({dest: Numbers(10)}, options={})
+            assert f"{dest} is being converted by process {pid} on {holder}: wait for it, or delete {lock}" in str(
+                caught.value
+            )
+            assert objects.list_under(dest) == [lock]
+            objects.delete(lock)
+        objects.write(f"{dest}/.unfinished/lock.{host}.{dead.pid}", b"")
+        convert({dest: Numbers(10)}, options={})
+        assert not [name for name in objects.list_under(dest) if "unfinished" in name]
+
+
+def test_the_lock_is_held_as_long_as_it_may_write(tmp_path):
+    class Looking(Numbers):
+        def sample(self, number: int) -> Pair:
+            found.update(path.name for path in (tmp_path / "out/.unfinished").glob("lock.*"))
+            return super().sample(number)
+
+    found: set[str] = set()
+    convert({str(tmp_path / "out"): Looking(3)}, options={})
+    assert found == {f"lock.{platform.node()}.{os.getpid()}"}
+
+
+def test_a_killed_upload_leaves_no_folder_behind_once_it_is_gone_on_with(s3, source, tmp_path):
+    dest, tmp = f"s3://pipeline-tests/killed/{tmp_path.name}", tmp_path / "tmp"
+    tmp.mkdir()
+    process = start(*arguments(source, dest, "--processes", 2, "--tmp", tmp))
+    wait_for_records(process, dest, 3)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+    assert len(list(tmp.iterdir())) == 2  # one a dataset
+    make_shards(*arguments(source, dest, "--tmp", tmp))
+    assert list(tmp.iterdir()) == []
+
+
+def test_what_can_be_finished_is_finished_before_an_error_is_raised(tmp_path):
+    """The first dataset's record, being long, is still on its way when the second fails."""
+
+    class Failing(Numbers):
+        def sample(self, number: int) -> Pair:
+            raise PipelineError("no more")
+
+    many = Numbers(20_000, frozenset(range(1, 20_000)), dataset="many")
+    with pytest.raises(PipelineError, match="no more"):
+        convert({str(tmp_path / "many"): many, str(tmp_path / "none"): Failing(1)}, options={}, max_rejected=1)
+    assert Index.load(str(tmp_path / "many")).samples == 1
+    assert not (tmp_path / "many/.unfinished").exists()
+    assert (tmp_path / "none/.unfinished/plan.json").exists()
 
 
 @pytest.mark.parametrize("tidy", [True, False])
@@ -270,7 +383,7 @@ def test_of_several_datasets_the_finished_ones_are_not_done_again(tmp_path, tidy
     """Also (not tidy) when the end came between a dataset's index and the removal of its plan."""
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     both = {first: Numbers(10, dataset="first"), second: Numbers(10, frozenset({5}), dataset="second")}
-    with pytest.raises(PipelineError, match="second: rows are rejected"):
+    with pytest.raises(PipelineError, match="second: 1 rows are rejected so far, of 6 rows read"):
         convert(both, options={}, max_rejected=0)
     assert (tmp_path / "first/index.json").exists()
     assert not (tmp_path / "first/.unfinished").exists()
@@ -294,6 +407,7 @@ def test_a_shard_that_is_gone_or_cut_short_is_made_again(tmp_path):
     (dest / "000002.tar").unlink()
     (dest / "000004.idx.npy").write_bytes(b"short")
     (dest / ".000004.idx.npy.1.partial").write_bytes(b"what a kill leaves")
+    (dest / "000004.tar.partial").write_bytes(b"what a kill leaves")
     (dest / ".unfinished/.000009.json.1.partial").write_bytes(b"what a kill leaves")
     convert({str(dest): Numbers(100)}, options={}, shards=10)
     assert content(str(dest)) == content(str(whole))
@@ -317,6 +431,9 @@ def test_mistakes_of_the_command_line(source, tmp_path):
         (("jsonl", source, tmp_path / "out", "--dataset", "a b"), "cannot name a dataset"),
         (("jsonl", source, "/proc/none/out"), "/proc/none"),
         (("jsonl", source, "s3://me:hidden@bucket/x"), "carries credentials"),
+        (("jsonl", "s3://bucket/p.jsonl", tmp_path / "out"), "SOURCE s3://bucket/p.jsonl must be a local file"),
+        (("mmeb-train", tmp_path, f"{tmp_path}/"), "is SOURCE: choose another DEST"),
+        (("jsonl", source, tmp_path / "out", "--image-quality", 80), "give that too, or neither"),
     ]:
         text = error_of(*arguments)
         assert reason in text

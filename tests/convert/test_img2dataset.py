@@ -48,6 +48,8 @@ BAD = {
     "latin": {"jpg": picture(5), "txt": "Bär".encode("latin-1"), "json": b"{}"},
     "../escape": {"jpg": picture(6), "txt": b"a caption"},
     "/absolute": {"jpg": picture(7), "txt": b"a caption"},
+    "image": {"jpg": picture(8), "txt": b"see <image> here"},
+    "video": {"jpg": picture(9), "txt": b"a caption", "json": b'{"caption_long": ["good", "a <video> clip"]}'},
 }
 
 
@@ -134,7 +136,7 @@ def test_every_good_sample_is_read_back_and_every_bad_one_is_listed(places):
     rejected = [json.loads(line) for line in objects.read(objects.join(dest, "rejected.jsonl")).splitlines()]
     assert [line["row"] for line in rejected] == [f"00001.tar: {key}" for key in BAD]
     assert [line["cause"] for line in rejected][:3] == ["no image", "broken image", "no caption in txt, caption_long"]
-    assert [line["cause"] for line in rejected][4:] == ["unsafe name", "unsafe name"]
+    assert [line["cause"] for line in rejected][4:] == ["unsafe name"] * 2 + ["marks and files differ"] * 2
     after = {url: objects.read(url) for url in objects.list_under(source)}
     assert before.items() <= after.items()
     written = {"index.json", "rejected.jsonl", *(f"{tar:05d}.idx.npy" for tar in range(3))}
@@ -249,6 +251,12 @@ def test_a_tar_without_samples_is_left_out(tmp_path):
     write_tar(tmp_path / "00001.tar", {"a": members(1)})
     index(tmp_path, tmp_path, "--processes", "1")
     assert list(pairs_of(str(tmp_path))) == ["00001.tar"]
+
+
+def test_json_too_deep_to_be_read_costs_its_sample_alone(tmp_path):
+    write_tar(tmp_path / "0.tar", {"deep": members(0) | {"json": b"[" * 200_000}, "good": members(1)})
+    index(tmp_path, tmp_path, *OPTIONS)
+    assert [pair.key for pair in pairs_of(str(tmp_path))["0.tar"]] == ["good"]
 
 
 def test_what_is_no_folder_of_tars_is_an_error(tmp_path):

@@ -182,6 +182,7 @@ def test_forging_alone_changes_nothing(folder, dataset):
         ("cc", {"edit": put("offset", 0)}, "its records make no sense"),
         ("cc", {"edit": put("length", 1 << 20, 2)}, "its records make no sense"),
         ("pairs", {"text_bytes": 7}, "the index's text_bytes is wrong"),
+        ("pairs", {"tasks": {"vqa": 7}}, "the index's tasks is wrong"),
         ("pairs", {"videos": 7}, "the index's videos is wrong"),
         ("cc", {"image_sizes": ((7, 7),)}, "the index's image_sizes is wrong"),
     ],
@@ -233,11 +234,9 @@ def test_samples_that_cannot_be_decoded_and_no_more_than_ten_lines(folder):
 
 
 def test_where_nothing_is(tmp_path):
-    for command in (inspect.VERIFY, inspect.STATS):
+    for command, more in ((inspect.VERIFY, ()), (inspect.STATS, ()), (inspect.SHOW, ("0",))):
         with pytest.raises(PipelineError, match=r"holds no index\.json, nor does any folder below it"):
-            run(command, tmp_path)
-    with pytest.raises(PipelineError, match="there is no such file"):
-        run(inspect.SHOW, tmp_path, "0")
+            run(command, tmp_path, *more)
 
 
 def shown(capsys, *arguments: str | Path) -> str:
@@ -266,6 +265,7 @@ def test_show(folder, capsys):
     [
         (["pairs", "12"], "has samples 0 to 11"),
         (["pairs", "--key", "x"], "has no sample with key 'x'"),
+        (["", "0"], r"all is no dataset; show one of those below it: \S+all/cc, \S+all/pairs, \S+all/singles$"),
         (["cc", "--key", "2"], r"2 in 00000\.tar was left out: see rejected\.jsonl"),
     ],
 )
@@ -287,14 +287,31 @@ def test_stats(folder, capsys):
     printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     pairs = make_pairs()
     images = sum(len(item.images) for pair in pairs for item in pair.items)
-    assert f"Pairs 12 3 0 {images} 1" in printed
+    assert f"'Pairs' 'vqa' 12 3 0 {images} 1" in printed
     assert f"all 18 5 0.1 {images + 3} 1" in printed
     assert any(line.startswith("images of a sample: mean") and line.endswith("most 3") for line in printed)
     place = next(number for number, line in enumerate(printed) if line.startswith("longer side of an image"))
     assert printed[place + 1].startswith(f"32 - 63 {images + 3} █")
-    assert "queries: 18 distinct, 0 of 18 come again" in printed
-    assert "targets: 10 distinct, 8 of 18 come again" in printed
-    assert "pairs: 18 distinct, 0 of 18 come again" in printed
+    assert "items: 3 distinct, 0 of 3 come again" in printed
+    assert "queries: 15 distinct, 0 of 15 come again" in printed
+    assert "targets: 9 distinct, 6 of 15 come again" in printed
+    assert "pairs: 15 distinct, 0 of 15 come again" in printed
+
+
+def test_stats_count_by_task_and_keep_control_characters_from_the_terminal(tmp_path, capsys):
+    tasks = ["\x1b[31m", "vqa", "vqa", "vqa", "\x1b[31m", "retrieval"]
+    pairs = [Pair(str(number), "D", task, Item(f"q{number}"), Item("a")) for number, task in enumerate(tasks)]
+    assert len(write_shards(pairs, tmp_path, dataset="\x1b[2J", shard_bytes=4096).shards) > 1
+    capsys.readouterr()
+    run(inspect.STATS, tmp_path)
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    start = next(number for number, line in enumerate(lines) if line[:1] == [r"'\x1b[2J'"])
+    assert lines[start][1:3] == ["'vqa'", "3"]
+    assert lines[start + 1 : start + 3] == [[r"'\x1b[31m'", "2"], ["'retrieval'", "1"]]
+    assert "\x1b" not in printed
+    assert any(line.startswith("targets: 1 distinct, 5 of 6") for line in printed.splitlines())
+    assert "items:" not in printed
 
 
 def test_a_histogram_counts_by_powers_of_two():

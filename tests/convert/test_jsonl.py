@@ -228,4 +228,12 @@ def test_no_rows(source, tmp_path):
     assert not (tmp_path / "out").exists()
     text = error_of("jsonl", write(source, b"{", row(0)), tmp_path / "out")
     assert "1 not JSON; the first: line 1: not JSON: Invalid JSON" in text
-    assert content(str(tmp_path / "out")).keys() == {"/.unfinished/plan.json"}
+    assert content(str(tmp_path / "out")).keys() == {"/.unfinished/plan.json", "/rejected.jsonl"}
+    assert lines(tmp_path / "out") == ["line 1"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(source, tmp_path):
+    file = write(source, row(0), row(1))
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    make_shards("jsonl", file, tmp_path / "out", "--max-rejected", 0)
+    assert [pair.key for pair in read_all(str(tmp_path / "out"))] == ["00000001", "00000002"]

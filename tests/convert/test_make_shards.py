@@ -1,8 +1,13 @@
 """The command line: every command explains itself; folders and S3 alike; one clear line for a mistake."""
 
-import pytest
-from conversion import content, error_of, make_shards, read_all
+import signal
+import socket
+from collections.abc import Iterator
 
+import pytest
+from conversion import content, error_of, make_shards, read_all, start
+
+from pipeline.convert.engine import carry_out
 from pipeline.demo import tasks
 from tools import make_shards as tool
 
@@ -48,3 +53,53 @@ def test_a_missing_bucket_is_found_before_the_source_is_read(s3, tmp_path):
 def test_an_occupied_folder_is_found_before_the_source_is_read(tmp_path):
     (tmp_path / "index.json").write_text("{}")
     assert "holds a dataset already" in error_of("jsonl", tmp_path / "none.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("jsonl", "", "out"), "argument SOURCE: it is empty"),
+        (("jsonl", "pairs.jsonl", ""), "argument DEST: it is empty"),
+        (("img2dataset", "tars", ""), "argument DEST: it is empty"),
+        (("demo", "-1", "out"), "-1"),
+        (("jsonl", "x", "out", "--max-rejected", "1%"), "argument --max-rejected: 1% is no number between 0 and 1"),
+        (("jsonl", "x", "out", "--image-max-side", 9, "--image-quality", 96), "96 is not between 1 and 95"),
+        (("jsonl", "x", "out", "--shards", 2, "--shard-mb", 2), "not allowed with argument"),
+    ],
+)
+def test_mistakes_that_the_arguments_show(arguments, reason, capsys):
+    with pytest.raises(SystemExit) as ended:
+        make_shards(*arguments)
+    assert ended.value.code == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_cannot_be_drawn_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="nothing"):
+
+        def files() -> Iterator[tuple[str, bytes]]:
+            raise ValueError("nothing")
+            yield
+
+        carry_out({str(tmp_path / "out"): None}, unit="", processes=1, max_rejected=0, files=files())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("verify", "interrupted"), ("jsonl", "interrupted: the same command goes on from here")],
+)
+def test_only_a_conversion_goes_on_after_an_interruption(command, said, tmp_path, monkeypatch):
+    """Both wait for a server that does not answer."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    source = ("pairs.jsonl",) if command == "jsonl" else ()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        process = start(command, *source, "s3://bucket/x")
+        with server.accept()[0]:
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error.endswith(f"\n{said}\n")

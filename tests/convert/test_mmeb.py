@@ -8,6 +8,7 @@ import pyarrow.parquet as parquet
 import pytest
 from conversion import error_of, make_shards, picture, read_all
 
+from pipeline.convert.rows import ImageFolder
 from pipeline.data.sample import Item, Pair
 
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
@@ -103,6 +104,18 @@ def test_split_subset_and_limit(source, tmp_path):
     make_shards("mmeb-train", source, tmp_path / "b", "--limit", 4)
     lengths = {subset: len(read_all(str(tmp_path / "b" / subset))) for subset in ROWS}
     assert lengths == {"ImageNet_1K": 4, "VisDial": 4, "WebQA": 4, "Own": 3}
+
+
+def test_a_limit_leaves_the_other_rows_images_alone(source, tmp_path, monkeypatch):
+    images(source)
+    sized, original = set(), ImageFolder.size
+    monkeypatch.setattr(ImageFolder, "size", lambda self, name: sized.add(name) or original(self, name))
+    for limit, seen in ((1, {"a.jpg"}), (3, {"a.jpg"}), (4, {"a.jpg", "b.png"})):
+        make_shards("mmeb-train", source, tmp_path / f"{limit}", "--subset", "ImageNet_1K", "--limit", limit)
+        assert sized == {f"images/ImageNet_1K/{name}" for name in seen}
+        assert len(read_all(str(tmp_path / f"{limit}/ImageNet_1K"))) == limit
+    (source / "ImageNet_1K/original-00001-of-00002.parquet").write_bytes(b"not opened")
+    make_shards("mmeb-train", source, tmp_path / "first file", "--subset", "ImageNet_1K", "--limit", 3)
 
 
 def test_bad_rows_are_rejected(source, tmp_path):

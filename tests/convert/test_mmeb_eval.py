@@ -1,16 +1,18 @@
 import argparse
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from conversion import make_shards
 from PIL import Image
 
 from pipeline.convert import mmeb_eval
 from pipeline.data import objects
-from pipeline.data.index import Index, load_sidecar, read_samples
+from pipeline.data.index import File, Index, load_sidecar, read_samples
 from pipeline.data.mmeb import MMEB_TASKS, mmeb_text
 from pipeline.data.sample import Item, Single
 from pipeline.data.shards import parse_sample
@@ -56,6 +58,13 @@ def source(tmp_path):
         (folder / name).mkdir()
         parquet.write_table(pa.Table.from_pylist(listed), folder / name / "test-00000-of-00001.parquet")
     return folder
+
+
+def put_rows(source: Path, rows: list[tuple]) -> None:
+    """Let these be GQA's rows: (qry_text, qry_img_path, tgt_text, tgt_img_path)."""
+    columns = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+    table = pa.Table.from_pylist([dict(zip(columns, row, strict=True)) for row in rows])
+    parquet.write_table(table, source / "GQA/test-00000-of-00001.parquet")
 
 
 def items_of(folder: Path) -> list[Single]:
@@ -114,9 +123,21 @@ def test_subset_limit_and_images_elsewhere(source, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda source: (source / "images/NIGHTS/red.png").unlink(), r"GQA: missing file: NIGHTS/red.png; .* whole"),
-        (lambda source: (source / "images/NIGHTS/red.png").write_bytes(b"x"), "GQA: broken image: NIGHTS/red.png"),
-        (lambda source: (source / "NIGHTS").rename(source / "Nights"), "Nights: not among .*tasks.json or MMEB's 36"),
+        (
+            lambda source: (source / "images/NIGHTS/red.png").unlink(),
+            "GQA, row 0, query: missing file: NIGHTS/red.png; .* whole",
+        ),
+        (
+            lambda source: put_rows(source, [("q", "", ["a"], [""]), ("r", None, ["a", " "], ["", None])]),
+            "GQA, row 1, candidate 1: empty text",
+        ),
+        (lambda source: put_rows(source, [("q", "", ["a"], [""]), (None, None, ["b"], [""])]), "GQA, row 1, query: em"),
+        (
+            lambda source: (source / "images/NIGHTS/red.png").write_bytes(b"x"),
+            "GQA, row 0, query: broken image: NIGHTS/red.png",
+        ),
+        (lambda source: (source / "NIGHTS").rename(source / "Nights"), "Nights: not in MMEB's 36 datasets; choose"),
+        (lambda source: (source / "tasks.json").write_text("{}"), "GQA, NIGHTS: not in .*MMEB-eval/tasks.json; choose"),
         (lambda source: (source / "GQA/x.parquet").write_bytes(b"x"), "GQA/x.parquet does not hold MMEB's rows"),
         (lambda source: [path.unlink() for path in source.glob("*/*.parquet")], r"has no <dataset>/\*.parquet"),
     ],
@@ -128,12 +149,29 @@ def test_an_evaluation_set_is_converted_whole_or_not_at_all(source, tmp_path, sp
     assert not list((tmp_path / "dest").glob("*/index.json"))
 
 
-@pytest.mark.parametrize("row", [{"tgt_text": ["a"], "tgt_img_path": ["", ""]}, {"tgt_text": [], "tgt_img_path": []}])
-def test_rows_whose_candidates_do_not_make_sense(source, tmp_path, row):
-    table = pa.Table.from_pylist([{"qry_text": "q", "qry_img_path": ""} | row])
-    parquet.write_table(table, source / "GQA/test-00000-of-00001.parquet")
-    with pytest.raises(PipelineError, match="does not hold MMEB's rows"):
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (("q", "", ["a"], ["", ""]), "row 70 has 1 tgt_text and 2 tgt_img_path"),
+        (("q", "", [], []), "row 70 has 0 tgt_text and 0 tgt_img_path"),
+    ],
+)
+def test_rows_whose_candidates_do_not_make_sense(source, tmp_path, row, reason):
+    put_rows(source, [("q", "", ["a"], [""])] * 70 + [row])
+    with pytest.raises(PipelineError, match=f"GQA/.* does not hold MMEB's rows .*: {reason}"):
         convert(source, tmp_path / "dest")
+
+
+def test_what_is_no_text_is_an_error_by_its_row(source, tmp_path):
+    put_rows(source, [(7, "", ["a"], [""])])
+    with pytest.raises(PipelineError, match="row 0 has 7 where a text should be"):
+        convert(source, tmp_path / "dest")
+
+
+def test_null_is_an_empty_text(source, tmp_path):
+    put_rows(source, [(None, "NIGHTS/red.png", "a", None)])
+    convert(source, tmp_path / "dest", "--subset", "GQA")
+    assert [single.item.text for single in items_of(tmp_path / "dest/GQA")] == ["<image>\n", "a"]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +221,39 @@ def test_a_converted_set_that_was_spoilt_is_an_error_by_name(source, tmp_path, f
     with pytest.raises(PipelineError, match=f"dest/GQA/{file}"):
         for read in Collection.load([str(tmp_path / "dest")]).items:
             read()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda dest: (dest / "GQA/rows.parquet").unlink(), r"GQA/rows\.parquet: there is no such file"),
+        (lambda dest: (dest / "GQA/items.parquet").write_bytes(b""), r"GQA/items\.parquet is damaged"),
+        (
+            lambda dest: (dest / "GQA/rows.parquet").write_bytes((dest / "NIGHTS/rows.parquet").read_bytes()),
+            r"GQA/rows\.parquet is damaged",
+        ),
+        (lambda dest: renumber(dest / "GQA"), r"GQA: rows\.parquet or items\.parquet is not of its 4 items"),
+        (lambda dest: (dest / "tasks.json").unlink(), r"dest/tasks\.json: there is no such file"),
+        (lambda dest: (dest / "tasks.json").write_text("{}"), r"dest/tasks\.json does not name GQA"),
+    ],
+)
+def test_verify_looks_at_what_is_beside_the_shards(source, tmp_path, spoil, reason):
+    dest = tmp_path / "dest"
+    convert(source, dest)
+    make_shards("verify", dest)
+    make_shards("verify", dest / "GQA")
+    spoil(dest)
+    with pytest.raises(PipelineError, match=reason):
+        make_shards("verify", dest)
+
+
+def renumber(folder: Path) -> None:
+    """Let a row ask for an item that is not there, and the index say so."""
+    rows = parquet.read_table(folder / "rows.parquet").to_pydict()
+    parquet.write_table(pa.table(rows | {"query": [0, 9999]}), folder / "rows.parquet")
+    index = Index.load(str(folder))
+    files = index.files | {"rows.parquet": File.of((folder / "rows.parquet").read_bytes())}
+    (folder / "index.json").write_text(replace(index, files=files).to_json())
 
 
 def test_the_converted_demo_is_the_same_evaluation(tmp_path, dest):

@@ -60,6 +60,10 @@ MSRVTT = {
         {"video_id": "video1", "caption": "second"},
     ],
 }
+NO_SPLIT = {
+    "videos": [{"video_id": "video0"}, {"video_id": "video1", "split": "test"}, {"video_id": "video2", "split": None}],
+    "sentences": [{"video_id": "video0", "caption": "first"}],
+}
 ONE_K_A = 'key,vid_key,video_id,sentence\nret0,msr1,video2,a man\nret1,msr2,video0,"one, two"\n'
 MSVD = """VideoID,Start,End,WorkerID,Source,AnnotationTime,Language,Description
 id-1,2,10,1,clean,5,English,A bird.
@@ -74,6 +78,7 @@ id-1,2,10,3,clean,5,English,A bird flies.
     [
         ("all.json", MSRVTT, ["--split", "train"], {"video1.mp4": ("second", "第二"), "video0.mp4": ("first",)}),
         ("all.json", MSRVTT, ["--list", "LIST"], {"video0.mp4": ("first",), "video2.mp4": ("third",)}),
+        ("all.json", NO_SPLIT, [], {"video0.mp4": ("first",)}),
         ("1kA.csv", ONE_K_A, [], {"video2.mp4": ("a man",), "video0.mp4": ("one, two",)}),
         ("video_corpus.csv", MSVD, [], {"id-1_2_10.avi": ("A bird.", "A bird flies.")}),
         ("video_corpus.csv", MSVD, ["--language", "German"], {"id-1_2_10.avi": ("Ein Vogel.",)}),
@@ -127,13 +132,33 @@ def test_videos_that_cannot_be_used_are_listed(videos, tmp_path):
     ]
 
 
+def test_listed_videos_without_captions_are_rejected_by_name(videos, tmp_path):
+    (tmp_path / "all.json").write_text(json.dumps(MSRVTT))
+    (tmp_path / "list.txt").write_text("video9\nvideo1.mp4\n\nclips/a.mkv\nvideo0\nvideo9\n")
+    more = ("--captions", tmp_path / "all.json", "--list", tmp_path / "list.txt")
+    pairs = convert(videos, tmp_path / "dest", *more, "--max-rejected", "0.5")
+    assert [pair.target.text for pair in pairs] == ["second", "first"]
+    rejected = [json.loads(line) for line in (tmp_path / "dest/rejected.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["cause"]) for line in rejected] == [
+        ("video video9", "no caption"),
+        ("video clips/a", "no caption"),
+    ]
+    (tmp_path / "list.txt").write_text("video9\n")
+    with pytest.raises(PipelineError, match="has no captions of the videos asked for"):
+        convert(videos, tmp_path / "other", *more)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "options", "reason"),
     [
         ("raw-captions.pkl", "", [], r"of MSVD take video_corpus\.csv"),
         ("all.json", "{", [], r"all\.json is in none of the forms"),
+        pytest.param("all.json", "[" * 200_000, [], r"all\.json is in none of the forms", id="deep"),
         ("all.json", "[1]", [], r"all\.json is in none of the forms"),
+        ("all.json", '{"a": {"en": "hello"}}', [], r"captions of 'a' that are neither a text nor a list"),
+        ("all.json", json.dumps(NO_SPLIT), ["--split", "train"], "has no split 'train': it has test$"),
         ("all.json", '{"a": [1]}', [], r"all\.json is in none of the forms"),
+        ("all.json", '[{"video": "a", "caption": {"en": "hello"}}]', [], r"captions of 'a' that are neither"),
         ("all.json", '{"videos": [{}], "sentences": []}', [], r"all\.json is in none of the forms"),
         ("all.csv", "a,b\n1,2\n", [], r"all\.csv is in none of the forms"),
         ("all.csv", "", [], "has no captions of the videos asked for"),

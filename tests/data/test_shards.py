@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import subprocess
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from pipeline.data.objects import ObjectError
 from pipeline.data.sample import BadSample, Item, Pair, Single
 from pipeline.data.shards import image_format, parse_sample, sample_bytes, write_shards
 from pipeline.errors import PipelineError
+
+DEEP = b"[" * 200_000 + b"]" * 200_000  # JSON, but nobody can read it
 
 
 def picture(number: int, format: str = "PNG") -> bytes:
@@ -60,6 +63,7 @@ def test_round_trip(dataset):
     for shard in index.shards:
         sidecar = load_sidecar(url, shard)
         assert objects.size(objects.join(url, shard.file)) == shard.bytes
+        assert hash(shard) == hash(replace(shard))  # caches of what was read are keyed by shards
         read += map(parse_sample, read_samples(url, shard, sidecar))
         assert read_samples(url, shard, sidecar[1:1]) == []
         for start in range(shard.samples):
@@ -147,6 +151,14 @@ def test_the_index_sums_up_its_sidecars(dataset):
         assert shard.videos == records["videos"].sum()
         assert shard.max_images == records["image_sizes"].shape[1]
         assert shard.image_sizes == tuple(sizes[(2 * i + 1) * len(sizes) // 32][1] for i in range(16))
+
+
+def test_a_shard_counts_its_samples_by_task(tmp_path):
+    tasks = ["vqa", "", "vqa", "retrieval"]
+    pairs = [Pair(str(number), "X", task, Item("q"), Item("a")) for number, task in enumerate(tasks)]
+    write_shards(pairs, tmp_path, dataset="X")
+    (shard,) = Index.load(str(tmp_path)).shards
+    assert shard.tasks == {"vqa": 2, "": 1, "retrieval": 1}
 
 
 def test_an_item_alone(tmp_path):
@@ -253,9 +265,10 @@ def test_malformed_index(tmp_path, change, reason):
 
 
 def test_index_that_is_no_json(tmp_path):
-    (tmp_path / "index.json").write_text("{")
-    with pytest.raises(ObjectError, match="it is no JSON"):
-        Index.load(str(tmp_path))
+    for content in (b"{", DEEP):
+        (tmp_path / "index.json").write_bytes(content)
+        with pytest.raises(ObjectError, match="it is no JSON"):
+            Index.load(str(tmp_path))
     with pytest.raises(ObjectError, match="there is no such file"):
         Index.load(str(tmp_path / "none"))
 
@@ -271,6 +284,7 @@ def tar_of(members: dict[str, bytes], path: Path, key: str = "a") -> bytes:
     [
         ({"query.0.png": b"x"}, "'json' is missing"),
         ({"json": b"{"}, "its json is malformed"),
+        ({"json": DEEP}, "its json is malformed"),
         ({"json": b"[]"}, "its json is malformed"),
         ({"json": b'{"dataset": "X", "task": "", "query": {"text": 1}}'}, "1 is no text"),
         (
@@ -324,6 +338,7 @@ def test_img2dataset_layout(tmp_path):
         ({"json": b'{"long": 7}'}, "7 is no text"),
         ({"json": b'{"long": "\\ud800"}'}, "surrogates not allowed"),
         ({"json": b"{"}, "malformed"),
+        ({"json": DEEP}, "malformed"),
     ],
 )
 def test_img2dataset_sample_that_is_none(tmp_path, change, reason):

@@ -2,6 +2,7 @@ import argparse
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from PIL import Image
 from pipeline.convert import img2dataset
 from pipeline.data import objects
 from pipeline.data.collate import Encoded, pack
+from pipeline.data.index import File, Index
 from pipeline.data.sample import Item, Pair, Single
 from pipeline.data.shards import write_shards
 from pipeline.errors import PipelineError
@@ -155,15 +157,22 @@ def test_tars_with_captions_elsewhere_are_a_task_too(tmp_path):
         assert {items[row].text for row in candidates} == {"0", "1", "2"}
 
 
+def put_rows(folder, queries: list[int], candidates: list[list[int]], items: int) -> None:
+    """Write an evaluation set's rows and names, and index them."""
+    rows = {"query": pa.array(queries, pa.int32()), "candidates": pa.array(candidates, pa.list_(pa.int32()))}
+    parquet.write_table(pa.table(rows), folder / "rows.parquet")
+    parquet.write_table(pa.table({"name": [f"name {number}" for number in range(items)]}), folder / "items.parquet")
+    files = {name: File.of((folder / name).read_bytes()) for name in ("rows.parquet", "items.parquet")}
+    (folder / "index.json").write_text(replace(Index.load(str(folder)), files=files).to_json())
+
+
 @pytest.fixture
 def singles(tmp_path):
     """A converted set of 600 items, in blocks of a few hundred."""
     folder = tmp_path / "collection/Set"
     samples = [Single(f"{number}", "Set", "vqa", Item(f"item {number}")) for number in range(600)]
     write_shards(samples, folder, dataset="Set", shard_bytes=1 << 20)
-    rows = {"query": pa.array([0, 599], pa.int32()), "candidates": pa.array([[1, 2], [3]], pa.list_(pa.int32()))}
-    parquet.write_table(pa.table(rows), folder / "rows.parquet")
-    parquet.write_table(pa.table({"name": [f"name {number}" for number in range(600)]}), folder / "items.parquet")
+    put_rows(folder, [0, 599], [[1, 2], [3]], 600)
     (tmp_path / "collection/tasks.json").write_text('{"Set": {"task": "vqa", "in_distribution": true}}')
     return tmp_path / "collection"
 
@@ -186,8 +195,15 @@ def test_converted_items_are_read_by_the_block_and_each_block_once(singles, monk
 def test_a_converted_set_whose_parts_do_not_fit_is_a_clear_error(singles):
     with pytest.raises(PipelineError, match=r"item of an evaluation set: name the folder above, with its tasks\.json"):
         Collection.load([str(singles / "Set")])
-    parquet.write_table(pa.table({"name": ["one"]}), singles / "Set/items.parquet")
-    with pytest.raises(PipelineError, match="of different conversions"):
+    for queries, candidates, items in (([0], [[1]], 599), ([600], [[1]], 600), ([0], [[1, -1]], 600)):
+        put_rows(singles / "Set", queries, candidates, items)
+        with pytest.raises(PipelineError, match=r"rows\.parquet or items\.parquet is not of its 600 items"):
+            Collection.load([str(singles)])
+    put_rows(singles / "Set", [599], [[599]], 600)
+    Collection.load([str(singles)])
+    index = Index.load(str(singles / "Set"))
+    (singles / "Set/index.json").write_text(replace(index, files={}).to_json())
+    with pytest.raises(PipelineError, match=r"Set/index\.json names no items\.parquet: make the shards again"):
         Collection.load([str(singles)])
 
 
@@ -196,6 +212,9 @@ def test_what_is_no_evaluation_set_is_a_clear_error(mmeb, tmp_path):
         Collection.load([str(tmp_path / "nowhere")])
     with pytest.raises(PipelineError, match="two evaluation sets are called"):
         Collection.load([str(mmeb), str(mmeb)])
+    (mmeb / "tasks.json").write_text("[" * 200_000)
+    with pytest.raises(PipelineError, match="does not give each dataset's task"):
+        Collection.load([str(mmeb)])
     (mmeb / "tasks.json").write_text('{"VQA": {"task": "guessing", "in_distribution": true}}')
     with pytest.raises(PipelineError, match="guessing"):
         Collection.load([str(mmeb)])
