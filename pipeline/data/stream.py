@@ -131,10 +131,14 @@ def _result(planned: Future | Step) -> Window | Step:
 
 @dataclass
 class Reading:
-    """A window on its way to memory. samples: of each piece asked for, resolves to the bytes by sample number."""
+    """A window on its way to memory.
+
+    samples: of each piece asked for, resolves to the bytes by sample number.  held: bytes asked for and not yet taken.
+    """
 
     window: Window
     samples: dict[int, Future] = field(default_factory=dict)
+    held: int = 0
 
 
 class Reader:
@@ -143,10 +147,14 @@ class Reader:
     def __init__(self, source: Source, plan: queue.Queue, stop: threading.Event, worker: int, workers: int) -> None:
         self.source, self.plan, self.stop, self.worker, self.workers = source, plan, stop, worker, workers
         self.limit = (source.data.memory_mb << 20) // workers
-        self.held = 0  # bytes of samples that were asked for and not yet taken
         self.pool = ThreadPoolExecutor(_THREADS)
         self.readings: dict[int, Reading] = {}
         self.steps: deque[Step] = deque()
+
+    @property
+    def held(self) -> int:
+        """Bytes of samples that were asked for and not yet taken."""
+        return sum(reading.held for reading in self.readings.values())
 
     def take(self) -> tuple[int, list[tuple[int, int, int, bytes]]]:
         """The next step, and (place, shard, sample, bytes) of this worker's samples of it."""
@@ -164,8 +172,12 @@ class Reader:
             self._ask(self.readings[number], piece)
         taken = []
         for number, place, piece, shard, sample in rows:
-            taken.append((place, shard, sample, self.readings[number].samples[piece].result().pop(sample)))
-            self.held -= len(taken[-1][-1])
+            data = self.readings[number].samples[piece].result().pop(sample)
+            self.readings[number].held -= len(data)
+            taken.append((place, shard, sample, data))
+        for number, take, _ in step.takes:
+            if take + 1 == len(self.readings[number].window.rows):
+                del self.readings[number]
         self._read_ahead()
         return step.step, taken
 
@@ -207,7 +219,7 @@ class Reader:
             size = int(records["length"].sum())
             if limit is not None and self.held + size > limit:
                 return False
-            self.held += size
+            reading.held += size
             reading.samples[piece] = self.pool.submit(self._read, *reading.window.pieces[piece].tolist(), records)
         return True
 

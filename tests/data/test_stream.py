@@ -232,3 +232,20 @@ def test_pieces_are_cut_for_memory_and_for_all_workers(data, workers, monkeypatc
             assert set(mine[:, 1]) == {shard}
             np.testing.assert_array_equal(records, opened.records(int(shard), int(start), int(stop)))
             assert stop - start == 1 or records["length"].sum() <= 2 * 6_000
+
+
+def test_a_window_is_forgotten_with_its_last_take(data, monkeypatch):
+    """Else memory, and the time of every step, would grow over an epoch."""
+    monkeypatch.setattr(stream, "_STEPS_AHEAD", 1)
+    known, read_ahead = [], stream.Reader._read_ahead
+
+    def noting_known(reader):
+        known.append(len(reader.readings))
+        read_ahead(reader)
+
+    monkeypatch.setattr(stream.Reader, "_read_ahead", noting_known)
+    opened = Source.open(changed(data, window_blocks=1, block_samples=3))
+    order = opened.order(BATCH, 5, LENGTHS)
+    steps = range(order.steps_per_epoch)
+    assert len(list(batches(opened, order, encode, steps, rank=0, world=1, timeout=60))) == len(steps)
+    assert max(known) <= 2 * order.lanes
