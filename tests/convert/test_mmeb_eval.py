@@ -146,7 +146,7 @@ def test_an_evaluation_set_is_converted_whole_or_not_at_all(source, tmp_path, sp
     spoil(source)
     with pytest.raises(PipelineError, match=reason):
         convert(source, tmp_path / "dest", "--max-rejected", "1")
-    assert not list((tmp_path / "dest").glob("*/index.json"))
+    assert not (tmp_path / "dest/GQA/index.json").exists()  # another process may have done the other, which is sound
 
 
 @pytest.mark.parametrize(
