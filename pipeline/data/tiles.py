@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from pipeline.data.resize import Pixels
 from pipeline.data.sample import IMAGE_SUFFIXES, BadSample
 
 
@@ -56,25 +57,25 @@ class Tiling:
     def cut(self, image: Image.Image, *, anyres: bool) -> np.ndarray:
         """RGB image -> (tiles, 3, size, size) uint8: the whole image first, then its grid row by row."""
         if not anyres:
-            return self._tile(_pad_to_square(image))[None]
+            return self._tile(Pixels(_pad_to_square(image)))[None]
         from transformers.image_processing_utils import get_patch_output_size
 
         target = self._grid(image.height, image.width)
         channels_first = np.empty((3, image.height, image.width), np.uint8)  # only its shape is looked at
         height, width = get_patch_output_size(channels_first, target, input_data_format="channels_first")
-        grid = Image.new("RGB", (target[1], target[0]))
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        grid.paste(resized, ((target[1] - width) // 2, (target[0] - height) // 2))
+        pixels, grid = Pixels(image), np.zeros((3, *target), np.uint8)
+        top, left = (target[0] - height) // 2, (target[1] - width) // 2
+        grid[:, top : top + height, left : left + width] = pixels.resized(height, width)
         rows, columns = target[0] // self.size, target[1] // self.size
         tiles = np.empty((1 + rows * columns, 3, self.size, self.size), np.uint8)
-        tiles[0] = self._tile(image)
-        cells = _channels_first(grid).reshape(3, rows, self.size, columns, self.size).transpose(1, 3, 0, 2, 4)
+        tiles[0] = self._tile(pixels)
+        cells = grid.reshape(3, rows, self.size, columns, self.size).transpose(1, 3, 0, 2, 4)
         tiles[1:].reshape(cells.shape)[:] = cells  # one copy
         return tiles
 
     def cut_frames(self, frames: Iterable[Image.Image]) -> np.ndarray:
         """RGB frames of a video -> (frames, 3, size, size) uint8: each is one tile, without regard to its shape."""
-        return np.stack([self._tile(frame) for frame in frames])
+        return np.stack([self._tile(Pixels(frame)) for frame in frames])
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """The pinpoint that suits an image."""
@@ -83,8 +84,8 @@ class Tiling:
 
         return select_best_resolution((height, width), self.pinpoints)
 
-    def _tile(self, image: Image.Image) -> np.ndarray:
-        return _channels_first(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
+    def _tile(self, pixels: Pixels) -> np.ndarray:
+        return pixels.resized(self.size, self.size)
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -105,7 +106,3 @@ def _pad_to_square(image: Image.Image) -> Image.Image:
     square = Image.new("RGB", (side, side), (127, 127, 127))  # SigLIP's mean, as transformers truncates it
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def _channels_first(image: Image.Image) -> np.ndarray:
-    return np.stack([np.asarray(band) for band in image.split()])  # faster than transposing the pixels

@@ -32,6 +32,7 @@ from transformers.conversion_mapping import (
 
 from pipeline.config import Architecture, Model
 from pipeline.data.collate import Encoded, Image, Packed
+from pipeline.data.resize import compiled
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
 from pipeline.data.tiles import Tiling, decode_image
 from pipeline.data.video import sample_frames
@@ -64,6 +65,7 @@ class Processor:
     @classmethod
     def load(cls, path: str, max_tokens: int, video_frames: int = 8) -> "Processor":
         """The processor of a model folder or hub name."""
+        compiled()  # once, not in every worker
         config = _load_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         return cls(tokenizer, _tiling(config), config.image_token_id, config.video_token_id, max_tokens, video_frames)
