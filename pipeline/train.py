@@ -140,15 +140,16 @@ def _texts(source: Source) -> Iterator[str]:
     chosen = np.linspace(0, len(source.shards), min(len(source.shards), _TOKENIZER_SHARDS), endpoint=False, dtype=int)
     share = -(-_TOKENIZER_SAMPLES // len(chosen))
 
-    def read(number: int) -> list[bytes]:
+    def read(number: int) -> list[tuple[bytes, np.void]]:
         _, shard = source.shards[number]
-        return source.read(number, source.records(number, 0, min(share, shard.samples)))
+        records = source.records(number, 0, min(share, shard.samples))
+        return list(zip(source.read(number, records), records, strict=True))
 
     with ThreadPoolExecutor(8) as pool:
         for number, samples in zip(chosen.tolist(), pool.map(read, chosen.tolist()), strict=True):
-            for sample in samples:
+            for data, record in samples:
                 with suppress(BadSample):  # training counts it
-                    pair = source.parse(number, sample)
+                    pair = source.parse(number, data, record)
                     yield from (item.text for item in pair.items)
                     yield from pair.alternatives
 

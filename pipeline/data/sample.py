@@ -1,6 +1,6 @@
 """What one sample is: a query and its target, or one item alone; each item a text with its images or video."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 
@@ -35,6 +35,12 @@ class Item:
             digest.update(part)
         return int.from_bytes(digest.digest(), "little")
 
+    def hashed(self, content_hash: int) -> "Item":
+        """The same item, whose content hash is known."""
+        item = replace(self)
+        item.__dict__["content_hash"] = content_hash
+        return item
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -63,8 +69,8 @@ class Pair:
 
     def drawn(self, number: int) -> "Pair":
         """The pair with its target's text number `number`, and no others."""
-        target = Item(self.texts[number], self.target.images, self.target.video)
-        return Pair(self.key, self.dataset, self.task, self.query, target, self.negatives)
+        target = replace(self.target, text=self.texts[number]) if number else self.target
+        return replace(self, target=target, alternatives=())
 
 
 @dataclass(frozen=True)

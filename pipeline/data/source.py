@@ -2,7 +2,7 @@
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -79,13 +79,14 @@ class Source:
     def origin(self, shard: int, sample: int) -> Origin:
         return Origin(objects.join(self._tars(shard), self.shards[shard][1].file), sample)
 
-    def parse(self, shard: int, data: bytes) -> Pair:
-        """A sample's bytes as a pair; BadSample if they are none."""
+    def parse(self, shard: int, data: bytes, record: np.void) -> Pair:
+        """A sample's bytes, of which this is the record, as a pair; BadSample if they are none."""
         _, index = self.indexes[self.shards[shard][0]]
         pair = parse_sample(data, index.captions)
         if not isinstance(pair, Pair):
             raise BadSample("an item of an evaluation set, no pair to train on")
-        return pair
+        query, target = int(record["query_hash"]), int(record["target_hash"])
+        return replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target))
 
     def _tars(self, shard: int) -> str:
         url, index = self.indexes[self.shards[shard][0]]

@@ -156,8 +156,8 @@ class Reader:
         """Bytes of samples that were asked for and not yet taken."""
         return sum(reading.held for reading in self.readings.values())
 
-    def take(self) -> tuple[int, list[tuple[int, int, int, bytes]]]:
-        """The next step, and (place, shard, sample, bytes) of this worker's samples of it."""
+    def take(self) -> tuple[int, list[tuple[int, int, int, bytes, np.void]]]:
+        """The next step, and (place, shard, sample, bytes, record) of this worker's samples of it."""
         while not self.steps:
             self._hear(wait=True)
         step = self.steps.popleft()
@@ -172,9 +172,11 @@ class Reader:
             self._ask(self.readings[number], piece)
         taken = []
         for number, place, piece, shard, sample in rows:
-            data = self.readings[number].samples[piece].result().pop(sample)
-            self.readings[number].held -= len(data)
-            taken.append((place, shard, sample, data))
+            reading = self.readings[number]
+            data = reading.samples[piece].result().pop(sample)
+            reading.held -= len(data)
+            record = reading.window.records[piece][sample - reading.window.pieces[piece, 1]]
+            taken.append((place, shard, sample, data, record))
         for number, take, _ in step.takes:
             if take + 1 == len(self.readings[number].window.rows):
                 del self.readings[number]
@@ -260,11 +262,12 @@ class Shares(IterableDataset):
         finally:
             reader.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _raw(self, step: int, place: int, shard: int, sample: int, data: bytes) -> RawSample:
-        return RawSample(place, self.source.origin(shard, sample), data, partial(self._pair, step, shard, sample))
+    def _raw(self, step: int, place: int, shard: int, sample: int, data: bytes, record: np.void) -> RawSample:
+        parse = partial(self._pair, step, shard, sample, record)
+        return RawSample(place, self.source.origin(shard, sample), data, parse)
 
-    def _pair(self, step: int, shard: int, sample: int, data: bytes) -> Pair:
-        pair = self.source.parse(shard, data)
+    def _pair(self, step: int, shard: int, sample: int, record: np.void, data: bytes) -> Pair:
+        pair = self.source.parse(shard, data, record)
         return pair.drawn(self.order.draw(step, shard, sample, len(pair.texts))) if pair.alternatives else pair
 
 

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import subprocess
+import tarfile
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -354,3 +355,20 @@ def test_a_sparse_file_claims_no_memory(tmp_path):
     subprocess.run(["tar", "--sparse", "-cf", "bomb.tar", "huge.jpg"], cwd=tmp_path, check=True)
     with pytest.raises(BadSample, match="sparse file"):
         parse_sample((tmp_path / "bomb.tar").read_bytes(), CAPTIONS)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("folder", ["", "f" * 60 + "/" + "g" * 60 + "/", "ü/"])
+def test_tars_of_all_kinds_are_read_as_tarfile_reads_them(format, folder):
+    contents = {"json": b"{}", "txt": b"a caption", "jpg": picture(1, "JPEG"), "empty": b"", "block": bytes(512)}
+    buffer = BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(f"{folder}000001.{name}")
+            member.size = len(content)
+            tar.addfile(member, BytesIO(content))
+    whole = buffer.getvalue()
+    for data in (whole, whole[: tar.offset - 2 * tarfile.BLOCKSIZE]):
+        pair = parse_sample(data, CAPTIONS)
+        assert pair.key == f"{folder}000001"
+        assert (pair.query.images, pair.target.text) == ((contents["jpg"],), "a caption")

@@ -103,6 +103,11 @@ def test_a_batch_holds_what_was_written(data):
     assert len(origins) == 119  # 10 steps of 12, each sample once, less the one that cannot be encoded
 
 
+def test_items_are_known_by_the_hashes_of_their_contents(data):
+    for batch in read(data, range(40)):  # those of the index, of alternatives that were drawn, of negatives
+        assert all(Item(text(batch, key)).content_hash == key for key in batch.items)
+
+
 def test_each_step_draws_one_of_the_alternatives(data):
     drawn = Counter()
     for batch in read(data, range(100)):
