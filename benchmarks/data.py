@@ -8,7 +8,8 @@ in turns, with the same number of decoding workers on both sides:
     reading     an epoch's samples, no decoding: samples/s of pipeline/data/stream.py beside
                 webdataset.WebDataset(...).shuffle(1000).batched(...), from files and from S3 (webdataset by presigned
                 URLs and curl)
-    loading     the same with every image decoded and cut into LLaVA-OneVision's 384-pixel tiles, by the same functions
+    loading     the same with every image decoded and cut into LLaVA-OneVision's 384-pixel tiles: by Pillow behind
+                webdataset, which gives the same bytes; and by pipeline/data/tiles.py on both sides
     tiles       one core: JPEG -> tiles beside transformers' LlavaOnevisionImageProcessorPil
     bytes       what an epoch reads from S3 at 1, 2 and 4 ranks with as many workers each, by the dataset's bytes
 
@@ -48,6 +49,7 @@ from pipeline.data.collate import Encoded
 from pipeline.data.collate import Image as Tiles
 from pipeline.data.index import Index
 from pipeline.data.lengths import Lengths
+from pipeline.data.resize import compiled
 from pipeline.data.sample import IMAGE_MARK, Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
@@ -60,6 +62,7 @@ BUCKET = "pipeline-data"
 PINPOINTS = ((384, 384), (384, 768), (768, 384), (768, 768))
 TILING = Tiling(size=384, patches=27, pinpoints=PINPOINTS)
 GLOBAL_BATCH = 64
+Decode = Callable[[bytes], np.ndarray]
 
 
 def picture(number: int) -> bytes:
@@ -82,34 +85,44 @@ def make_dataset(folder: Path, count: int) -> Index:
         return write_shards(pairs, folder, dataset="Clouds", shard_bytes=16 << 20)
 
 
-def tiles_of(data: bytes) -> np.ndarray:
+def our_tiles(data: bytes) -> np.ndarray:
     return TILING.cut(decode_image(data), anyres=True)
 
 
-def encode(item: Item, decoding: bool) -> Encoded:
+def pillow_tiles(data: bytes) -> np.ndarray:
+    """The same of an image of 640x480, as one would write it with Pillow."""
+    image = Image.open(BytesIO(data)).convert("RGB")
+    grid = Image.new("RGB", (768, 768))
+    grid.paste(image.resize((768, 576), Image.BICUBIC), (0, 96))
+    corners = [(0, 0), (384, 0), (0, 384), (384, 384)]
+    parts = [grid.crop((left, top, left + 384, top + 384)) for left, top in corners]
+    tiles = [np.asarray(tile) for tile in (image.resize((384, 384), Image.BICUBIC), *parts)]
+    return np.ascontiguousarray(np.stack(tiles).transpose(0, 3, 1, 2))
+
+
+def encode(item: Item, decode: Decode | None) -> Encoded:
     ids = np.frombuffer(item.text.encode(), np.uint8).astype(np.int32)
-    images = tuple(Tiles(tiles_of(image), 480, 640) for image in item.images) if decoding else ()
-    return Encoded(ids, images)
+    return Encoded(ids, tuple(Tiles(decode(image), 480, 640) for image in item.images) if decode else ())
 
 
-def epoch(url: str, workers: int, decoding: bool, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+def epoch(url: str, workers: int, decode: Decode | None, rank: int = 0, world: int = 1) -> Iterator[Batch]:
     source = Source.open(Data(url=url, workers=workers))
     order = source.order(GLOBAL_BATCH, 0, Lengths(TILING, 8))
     steps = range(order.steps_per_epoch)
-    return batches(source, order, partial(encode, decoding=decoding), steps, rank=rank, world=world, timeout=60)
+    return batches(source, order, partial(encode, decode=decode), steps, rank=rank, world=world, timeout=60)
 
 
-def ours(url: str, workers: int, decoding: bool) -> Iterator[int]:
+def ours(url: str, workers: int, decode: Decode | None) -> Iterator[int]:
     """Samples, batch by batch, of an epoch."""
-    for batch in epoch(url, workers, decoding):
+    for batch in epoch(url, workers, decode):
         assert all(batch.valid)
         yield len(batch.origins)
 
 
-def theirs(urls: list[str], workers: int, decoding: bool) -> Iterator[int]:
+def theirs(urls: list[str], workers: int, decode: Decode | None) -> Iterator[int]:
     def read(sample: dict) -> tuple[bytes, torch.Tensor | bytes]:
         image = sample["query.0.jpg"]
-        return sample["json"], torch.from_numpy(tiles_of(image)) if decoding else image
+        return sample["json"], torch.from_numpy(decode(image)) if decode else image
 
     dataset = webdataset.WebDataset(urls, shardshuffle=100, workersplitter=webdataset.split_by_worker)
     dataset = dataset.shuffle(1000).map(read).batched(GLOBAL_BATCH // workers, collation_fn=list)
@@ -142,17 +155,21 @@ def measure_readers(places: dict[str, str], index: Index, rounds: int, workers: 
         *("", "ours, samples/s", "webdataset", "ratio", "after the first batch: ours", "webdataset", "ratio"),
         title=f"median of {rounds} rounds, {workers} workers",
     )
-    for decoding in (True, False):
+    kinds = {
+        "loading from {}": (our_tiles, pillow_tiles),
+        "loading from {}, our tiles on both sides": (our_tiles, our_tiles),
+        "reading from {}": (None, None),
+    }
+    for kind, (mine, other) in kinds.items():
         for name, url in places.items():
-            kind = f"{'loading' if decoding else 'reading'} from {name}"
             shards = presigned(url, index) if "://" in url else [f"{url}/{shard.file}" for shard in index.shards]
-            sides = [partial(ours, url, workers, decoding), partial(theirs, shards, workers, decoding)]
+            sides = [partial(ours, url, workers, mine), partial(theirs, shards, workers, other)]
             measured = []
-            for number in tqdm(range(rounds), desc=kind):
+            for number in tqdm(range(rounds), desc=kind.format(name)):
                 turn = {side: rates(sides[side]) for side in ((0, 1) if number % 2 == 0 else (1, 0))}
                 measured.append((*turn[0], *turn[1]))
-            mine, mine_after, other, other_after = map(statistics.median, zip(*measured, strict=True))
-            table.add_row(kind, *_beside(mine, other), *_beside(mine_after, other_after))
+            whole, after, their_whole, their_after = map(statistics.median, zip(*measured, strict=True))
+            table.add_row(kind.format(name), *_beside(whole, their_whole), *_beside(after, their_after))
     return table
 
 
@@ -171,7 +188,7 @@ def measure_tiles(rounds: int) -> Table:
             run(image)
         return (time.perf_counter() - began) / len(images) * 1e3
 
-    pairs = [(milliseconds(tiles_of), milliseconds(lambda data: processor(decode_image(data)))) for _ in range(rounds)]
+    pairs = [(milliseconds(our_tiles), milliseconds(lambda data: processor(decode_image(data)))) for _ in range(rounds)]
     mine, other = map(statistics.median, zip(*pairs, strict=True))
     table = Table("", "ours, ms", "transformers", "ratio", title=f"median of {rounds} rounds, one core")
     table.add_row("640x480 JPEG -> 5 tiles", f"{mine:.1f}", f"{other:.1f}", f"{other / mine:.1f}")
@@ -182,7 +199,7 @@ def measure_bytes(url: str, index: Index, workers: int) -> Table:
     table = Table("ranks", "bytes read / dataset's", title="an epoch from S3")
     size = index.bytes + sum(shard.sidecar_bytes for shard in index.shards)
     for world in (1, 2, 4):
-        received = sum(batch.received for rank in range(world) for batch in epoch(url, workers, False, rank, world))
+        received = sum(batch.received for rank in range(world) for batch in epoch(url, workers, None, rank, world))
         table.add_row(str(world), f"{received / size:.4f}")
     return table
 
@@ -201,6 +218,8 @@ def main() -> None:
     index = Index.load(str(folder)) if (folder / "index.json").exists() else make_dataset(folder, arguments.images)
     if index.samples != arguments.images:
         raise PipelineError(f"{folder} holds {index.samples} images: delete it or choose another --work")
+    compiled()  # as `pipeline.models.llave.Processor` does before workers start
+    assert np.array_equal(our_tiles(picture(0)), pillow_tiles(picture(0)))
     with S3Server(BUCKET, folder=arguments.work) as server:
         os.environ |= server.environment()
         url = f"s3://{BUCKET}/clouds"
