@@ -3,11 +3,10 @@
 import argparse
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from pipeline.convert.command import add_images, conversion, image_folder
+from pipeline.convert.command import add_images, conversion, image_folder, local_path
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, member_bytes
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Item, Pair
 from pipeline.errors import PipelineError
@@ -32,7 +31,7 @@ captions.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="the .json file")
+    parser.add_argument("source", metavar="SOURCE", type=local_path, help="the .json file")
     parser.add_argument("--split", default="train", metavar="NAME", help="train (with restval), val or test (train)")
     parser.add_argument("--query", default=QUERY, metavar="TEXT", help=f"of all pairs ({QUERY!r})")
     parser.add_argument("--dataset", metavar="NAME", help="the dataset's name (the file's stem)")

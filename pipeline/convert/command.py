@@ -46,7 +46,10 @@ def conversion(
         cut.add_argument("--shards", type=positive, metavar="N", help="N shards of as many rows each, instead")
         add_work(parser)
         parser.add_argument(
-            "--tmp", type=Path, metavar="FOLDER", help="where shards wait for their upload (default: the system's)"
+            "--tmp",
+            type=local_path,
+            metavar="FOLDER",
+            help="where shards wait for their upload (default: the system's)",
         )
 
     def run(arguments: argparse.Namespace) -> None:
@@ -90,7 +93,9 @@ def add_work(parser: argparse.ArgumentParser) -> None:
 
 def add_images(parser: argparse.ArgumentParser, default: str) -> None:
     """--images and how images are scaled down. default: says where they are looked for without --images."""
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help=f"folder of the images (default: {default})")
+    parser.add_argument(
+        "--images", type=local_path, metavar="FOLDER", help=f"folder of the images (default: {default})"
+    )
     parser.add_argument(
         "--image-max-side",
         type=positive,
@@ -136,9 +141,13 @@ def _check_place(source: Path, dest: str) -> None:
 
 
 def filled(text: str) -> str:
-    if not text:
+    if not text:  # as when a variable of a script was not set
         raise argparse.ArgumentTypeError("it is empty")
     return text
+
+
+def local_path(text: str) -> Path:
+    return Path(filled(text))
 
 
 def _quality(text: str) -> int:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
-from pipeline.convert.command import add_images, conversion, image_folder, positive
+from pipeline.convert.command import add_images, conversion, image_folder, local_path, positive
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
 from pipeline.data import objects
 from pipeline.data.mmeb import MMEB_TASKS, mmeb_text
@@ -43,7 +43,7 @@ _COLUMNS = [column for side in _SIDES for column in side]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="the folder with a folder for each subset")
+    parser.add_argument("source", metavar="SOURCE", type=local_path, help="the folder with a folder for each subset")
     parser.add_argument("--subset", nargs="+", metavar="NAME", help="only these subsets (all)")
     parser.add_argument("--split", choices=("original", "diverse_instruction"), default="original", help="(original)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each subset")

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain, islice
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from pipeline.convert.command import conversion, positive
+from pipeline.convert.command import conversion, local_path, positive
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
 from pipeline.data import objects
 from pipeline.data.mmeb import ITEMS_FILE, MMEB_TASKS, ROWS_FILE, TASKS_FILE, Side, evaluation_rows, read_tasks
@@ -40,9 +39,9 @@ A score over fewer rows would be another benchmark's, so a missing or broken ima
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="the folder with a folder for each dataset")
+    parser.add_argument("source", metavar="SOURCE", type=local_path, help="the folder with a folder for each dataset")
     parser.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="folder of the images (SOURCE/images, else SOURCE)"
+        "--images", type=local_path, metavar="FOLDER", help="folder of the images (SOURCE/images, else SOURCE)"
     )
     parser.add_argument("--subset", nargs="+", metavar="NAME", help="only these datasets (all)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N queries of each dataset")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.convert.command import conversion
+from pipeline.convert.command import conversion, local_path
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, VIDEO_SUFFIXES, Item, Pair
 from pipeline.errors import PipelineError
@@ -35,10 +35,10 @@ draws one of all its captions. A video that is missing or undecodable, or listed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="the folder of videos")
-    parser.add_argument("--captions", type=Path, required=True, metavar="FILE", help="JSON or CSV, as above")
+    parser.add_argument("source", metavar="SOURCE", type=local_path, help="the folder of videos")
+    parser.add_argument("--captions", type=local_path, required=True, metavar="FILE", help="JSON or CSV, as above")
     parser.add_argument("--split", metavar="NAME", help="only MSR-VTT's videos of this split: train, validate, test")
-    parser.add_argument("--list", type=Path, metavar="FILE", help="only the videos that FILE names, one a line")
+    parser.add_argument("--list", type=local_path, metavar="FILE", help="only the videos that FILE names, one a line")
     parser.add_argument("--language", default="English", metavar="NAME", help="of MSVD's captions (%(default)s)")
     query = f"{VIDEO_MARK}\nDescribe the video."
     parser.add_argument("--query", default=query, metavar="TEXT", help=f"of all pairs ({query!r})")

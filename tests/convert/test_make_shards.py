@@ -61,6 +61,8 @@ def test_an_occupied_folder_is_found_before_the_source_is_read(tmp_path):
         (("jsonl", "", "out"), "argument SOURCE: it is empty"),
         (("jsonl", "pairs.jsonl", ""), "argument DEST: it is empty"),
         (("img2dataset", "tars", ""), "argument DEST: it is empty"),
+        (("mmeb-train", "", "out"), "argument SOURCE: it is empty"),
+        (("mmeb-eval", "x", "out", "--images", ""), "argument --images: it is empty"),
         (("demo", "-1", "out"), "-1"),
         (("jsonl", "x", "out", "--max-rejected", "1%"), "argument --max-rejected: 1% is no number between 0 and 1"),
         (("jsonl", "x", "out", "--image-max-side", 9, "--image-quality", 96), "96 is not between 1 and 95"),
