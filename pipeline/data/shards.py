@@ -144,7 +144,10 @@ def _plain_files(data: bytes) -> list[tuple[str, bytes]] | None:
     while place < len(data):
         header = data[place : place + tarfile.BLOCKSIZE]
         name, size, kind, prefix = header[:100], header[124:136].strip(b" \0"), header[156:157], header[345:500]
+        checksum = sum(header[:148]) + sum(header[156:]) + sum(b" " * 8)  # its own field counts as spaces
         if kind not in _PLAIN or not size.isdigit() or prefix.strip(b"\0"):
+            return None
+        if header[148:156].strip(b" \0") != b"%06o" % checksum:
             return None
         begin, length = place + tarfile.BLOCKSIZE, int(size, 8)
         files.append((name.partition(b"\0")[0].decode("utf-8", "surrogateescape"), data[begin : begin + length]))
