@@ -140,6 +140,45 @@ class Video(Section):
 class Batch(Section):
     global_batch: int = Field(gt=1, description="pairs per optimizer step, over all ranks: the contrastive batch")
     chunk_tokens: int = Field(gt=0, description="tokens a forward pass holds at once, padded; changes no result")
+    kept_chunks: int = Field(
+        0, ge=0, description="chunks whose graph is kept from the first pass: memory for time; changes no result"
+    )
+    tower_tiles: int = Field(64, gt=0, description="tiles that a frozen vision tower sees at once")
+    features_mb: int = Field(
+        4096, ge=0, description="a frozen tower's features on the device; further ones wait in the host's memory"
+    )
+
+
+class Lora(Section):
+    """Low-rank adapters in the language model (arXiv 2106.09685), without dropout: both passes must agree."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0, description="the adapters' product is scaled by alpha / rank")
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        description="the linear layers that get one",
+    )
+
+
+class Train(Section):
+    """What is trained: true, false, or a learning rate of its own beside optimizer.lr. The rest is frozen."""
+
+    projector: bool | float = Field(True, description="with the newline's embedding")
+    language_model: bool | float = True
+    vision_tower: bool | float = Field(False, description="frozen, it runs outside the engine, once a step")
+    lora: Lora | None = Field(None, description="adapters take the place of the language model's own weights")
+
+    @model_validator(mode="after")
+    def something_is_trained(self) -> "Train":
+        parts = {name: getattr(self, name) for name in ("projector", "language_model", "vision_tower")}
+        for name, value in parts.items():
+            if value is not True and value is not False and value <= 0:
+                raise ValueError(f"train.{name} is {value}: give true, false or a positive learning rate")
+        if not any(parts.values()):
+            raise ValueError("nothing is trained: set one of train.projector, language_model or vision_tower")
+        if self.lora and not self.language_model:
+            raise ValueError("train.lora needs train.language_model, whose learning rate the adapters have")
+        return self
 
 
 class Loss(Section):
@@ -178,6 +217,7 @@ class Recipe(Section):
     data: Data
     video: Video = Video()
     batch: Batch
+    train: Train = Train()
     loss: Loss = Loss()
     optimizer: Optimizer
     checkpoint: Checkpoint

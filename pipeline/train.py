@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from pipeline.config import Recipe, dump_recipe, load_ds_config, load_recipe
+from pipeline.config import Recipe, Train, dump_recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
 from pipeline.data.lengths import Lengths
 from pipeline.data.sample import BadSample
@@ -30,8 +30,9 @@ from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.tasks import Collection
 from pipeline.models import llave
+from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
-from pipeline.training.engine import build_engine, start_distributed
+from pipeline.training.engine import build_engine, load_tower, start_distributed
 from pipeline.training.export import export
 from pipeline.training.loop import Run, train
 
@@ -87,21 +88,28 @@ def main() -> None:
         _write_recipe(recipe, folder, world)
     model_path = recipe.model.path or _initial_model(recipe, source, folder / "init", anew=start is None)
     processor = llave.Processor.load(model_path, recipe.model.max_tokens, recipe.video.frames)
+    tower = load_tower(recipe, model_path, device)  # before the engine: under ZeRO-3 it must not be partitioned
     engine = build_engine(recipe, ds_config, model_path)
+
+    def features() -> KeptFeatures | None:
+        limit = recipe.batch.features_mb << 20
+        return KeptFeatures(tower, recipe.batch.tower_tiles, limit) if tower else None
 
     def evaluate() -> Report | None:
         if collection is None:
             return None
         budget = recipe.batch.chunk_tokens
-        embeddings = embed_collection(engine, processor.encode, collection, chunk_tokens=budget, device=device)
+        embeddings = embed_collection(
+            engine, processor.encode, collection, chunk_tokens=budget, device=device, features=features
+        )
         return Report.of(recipe.run, collection, embeddings) if rank == 0 else None
 
     def batches_of(steps: range) -> Iterator[Batch]:
         timeout = 60 * recipe.timeout_minutes
         return batches(source, order, processor.encode, steps, rank=rank, world=world, timeout=timeout)
 
-    train(engine, Run(recipe, order, steps, start, conditions, batches_of, evaluate))
-    export(engine, model_path, folder / "export")
+    train(engine, Run(recipe, order, steps, start, conditions, batches_of, evaluate, features))
+    export(engine, tower, recipe.train.lora, model_path, folder / "export")
     if rank == 0:
         print(f"the model: {folder}/export    the curves: tensorboard --logdir {folder}/tensorboard")
     dist.destroy_process_group()
@@ -120,7 +128,14 @@ def _conditions(recipe: Recipe, source: Source, world: int, stage: int) -> dict:
         "precision": recipe.precision,
         "batch.global_batch": recipe.batch.global_batch,
         "model": recipe.model.model_dump(mode="json", include={"path", "architecture"}),
+        "what is trained": _trained(recipe.train),
     }
+
+
+def _trained(train: Train) -> dict:
+    """What has optimizer state; learning rates may change under way."""
+    parts = {name: bool(getattr(train, name)) for name in ("projector", "language_model", "vision_tower")}
+    return parts | {"lora": train.lora.model_dump() if train.lora else None}
 
 
 def _initial_model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> str:

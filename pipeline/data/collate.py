@@ -44,9 +44,9 @@ class Packed:
     image_videos: tuple[bool, ...]
 
     def to(self, device: torch.device) -> "Packed":
-        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids, self.tiles))
-        input_ids, position_ids, tiles = moved
-        return replace(self, input_ids=input_ids, position_ids=position_ids, tiles=tiles)
+        """With the tokens on a device; the tiles, which the vision tower may have seen already, stay where they are."""
+        ids, positions = (t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids))
+        return replace(self, input_ids=ids, position_ids=positions)
 
 
 def pack(items: Sequence[Encoded]) -> Packed:

@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -24,12 +25,14 @@ class Tiling:
     patches: patches along a tile's side, hence patches² tokens a tile.
     pinpoints: the (height, width) an image may be resized and padded to, multiples of `size`.
     max_tiles: N; more tokens than N tiles hold are reduced by interpolation.
+    newline: where a video has newlines: "one_token" at its end, or "grid", after each row of every frame.
     """
 
     size: int
     patches: int
     pinpoints: tuple[tuple[int, int], ...]
     max_tiles: int = 9
+    newline: Literal["one_token", "grid"] = "one_token"
 
     def tokens(self, height: int, width: int, *, anyres: bool) -> int:
         """Tokens an image of this size takes: the base tile, then the unpadded grid with a newline per row.
@@ -51,8 +54,9 @@ class Tiling:
         return base + rows * (columns + 1)
 
     def video_tokens(self, frames: int) -> int:
-        """Tokens of a video: each frame's patches, pooled 2x2, and one newline at the very end."""
-        return frames * math.ceil(self.patches / 2) ** 2 + 1
+        """Tokens of a video: each frame's patches, pooled 2x2, and its newlines."""
+        side = math.ceil(self.patches / 2)
+        return frames * side * (side + 1) if self.newline == "grid" else frames * side**2 + 1
 
     def cut(self, image: Image.Image, *, anyres: bool) -> np.ndarray:
         """RGB image -> (tiles, 3, size, size) uint8: the whole image first, then its grid row by row."""

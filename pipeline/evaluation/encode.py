@@ -11,7 +11,7 @@ from pipeline.data.sample import BadSample, Item
 from pipeline.errors import PipelineError
 from pipeline.evaluation.tasks import Collection
 from pipeline.losses.gather import rank_and_world
-from pipeline.models.chunks import embed_chunks, plan_chunks
+from pipeline.models.chunks import Features, embed_chunks, plan_chunks
 from pipeline.progress import progress_bar
 
 _GROUP = 512  # items a rank holds decoded at a time
@@ -24,11 +24,13 @@ def embed_collection(
     *,
     chunk_tokens: int,
     device: torch.device,
+    features: Callable[[], Features | None] = lambda: None,
 ) -> torch.Tensor:
     """Embeddings of all items, (items, hidden) float32 on every rank.
 
     `model` may be a ZeRO-3 engine: all ranks run the same number of forward passes. An item that cannot be
     used raises PipelineError: a score without it would be of another test.
+    features: for some chunks, those of a vision tower that is not part of the model.
     """
     rank, world = rank_and_world()
     count = len(collection.items)
@@ -40,7 +42,7 @@ def embed_collection(
             first, last = group * _GROUP * world, min((group + 1) * _GROUP * world, count)
             rows = list(range(first + rank, last, world))
             encoded = list(pool.map(lambda row: _encode(encode, collection, row), rows))
-            part = embed_chunks(model, plan_chunks(encoded, chunk_tokens, device), len(rows))
+            part = embed_chunks(model, plan_chunks(encoded, chunk_tokens, device), len(rows), features())
             if embeddings is None:
                 embeddings = part.new_zeros(count, part.shape[1])
             embeddings[rows] = part

@@ -12,7 +12,7 @@ from pipeline.data.collate import Encoded, Packed, pack
 _DUMMY = Encoded(np.zeros(1, np.int32))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """Some of the items, packed; `rows` says which. with_images: some rank's chunk of this number has an image."""
 
@@ -21,13 +21,16 @@ class Chunk:
     with_images: bool
 
 
-def plan_chunks(items: Sequence[Encoded], chunk_tokens: int, device: torch.device) -> list[Chunk]:
+def plan_chunks(
+    items: Sequence[Encoded], chunk_tokens: int, device: torch.device, *, all_with_images: bool = False
+) -> list[Chunk]:
     """Cut items into chunks, the longest first; padded to its longest item, a chunk has at most `chunk_tokens` tokens.
 
     An item longer than that is a chunk by itself.
 
     All ranks get the same number of chunks, the last ones empty where a rank has fewer items, and agree on which
     chunks run the vision tower: under ZeRO-3 a rank that ran other modules than the rest would hang the job.
+    all_with_images: all do.
     """
     lengths = np.array([len(item.input_ids) for item in items])
     cuts: list[list[int]] = []
@@ -36,12 +39,12 @@ def plan_chunks(items: Sequence[Encoded], chunk_tokens: int, device: torch.devic
         if not cuts or (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] > chunk_tokens:
             cuts.append([])
         cuts[-1].append(row)
-    images = [any(items[row].images for row in rows) for rows in cuts]
+    images = [all_with_images or any(items[row].images for row in rows) for rows in cuts]
     if dist.is_initialized():
         count = torch.tensor(len(cuts), device=device)
         dist.all_reduce(count, dist.ReduceOp.MAX)
         cuts += [[]] * (int(count) - len(cuts))
-        flags = torch.tensor(images + [False] * (len(cuts) - len(images)), dtype=torch.int32, device=device)
+        flags = torch.tensor(images + [all_with_images] * (len(cuts) - len(images)), dtype=torch.int32, device=device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         images = flags.bool().tolist()
     return [
@@ -54,16 +57,27 @@ def plan_chunks(items: Sequence[Encoded], chunk_tokens: int, device: torch.devic
     ]
 
 
-def run_chunk(model: Callable[..., torch.Tensor], chunk: Chunk) -> torch.Tensor:
+# The features of a chunk's tiles, of a vision tower that is not part of the model.
+Features = Callable[[Chunk], torch.Tensor]
+
+
+def run_chunk(model: Callable[..., torch.Tensor], chunk: Chunk, features: Features | None = None) -> torch.Tensor:
     """The embeddings of a chunk's items, (len(rows), hidden)."""
-    return model(chunk.packed.to(chunk.rows.device), chunk.with_images)[: len(chunk.rows)]
+    seen = features(chunk) if features and chunk.packed.image_sizes else None
+    return model(chunk.packed.to(chunk.rows.device), chunk.with_images, seen)[: len(chunk.rows)]
 
 
 @torch.no_grad()
-def embed_chunks(model: Callable[..., torch.Tensor], chunks: Sequence[Chunk], count: int) -> torch.Tensor:
+def embed_chunks(
+    model: Callable[..., torch.Tensor], chunks: Sequence[Chunk], count: int, features: Features | None = None
+) -> torch.Tensor:
     """All `count` items' embeddings in the items' order, (count, hidden) float32, without a graph."""
-    parts = [run_chunk(model, chunk) for chunk in chunks]
+    return in_order(chunks, [run_chunk(model, chunk, features) for chunk in chunks], count)
+
+
+def in_order(chunks: Sequence[Chunk], parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """The chunks' embeddings, each (len(rows), hidden), as one (count, hidden) in the items' order."""
     embeddings = parts[0].new_empty(count, parts[0].shape[1])
     for chunk, part in zip(chunks, parts, strict=True):
-        embeddings[chunk.rows] = part
+        embeddings[chunk.rows] = part.detach()
     return embeddings

@@ -5,16 +5,18 @@ An item's embedding is the language model's last hidden state at the prompt's la
 
 import difflib
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image as Picture
 from transformers import (
     AutoTokenizer,
     LlavaOnevisionConfig,
@@ -38,13 +40,51 @@ from pipeline.data.tiles import Tiling, decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.models.attention import PACKED, Segments
+from pipeline.models.tower import MEAN, STD, normalised, refuse_missing, tower_features
 
 # The published prompt: the assistant's turn is one newline, and so is the last token, which is pooled.
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
-MEAN = STD = 0.5  # SigLIP's
+
+NEWLINE_POSITIONS = ("one_token", "grid")
 
 _MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: feature-extraction
+{base_model}tags:
+- llave
+- multimodal
+- embedding
+---
+
+# LLaVE embedder
+
+A LLaVE ([arXiv 2503.04812](https://arxiv.org/abs/2503.04812)) embedder of texts, images and videos: the unit vector
+along the last hidden state at the prompt's last token. The dot product of two is their similarity.
+
+```python
+import torch
+from transformers import AutoTokenizer, LlavaOnevisionModel
+
+FOLDER = "."  # this folder, or its name on the hub
+tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), LlavaOnevisionModel.from_pretrained(FOLDER).eval()
+
+def embed(text: str) -> torch.Tensor:
+    prompt = {prefix!r} + text.strip() + {suffix!r}
+    with torch.no_grad():
+        hidden = model(**tokenizer(prompt, return_tensors="pt"), use_cache=False).last_hidden_state
+    return torch.nn.functional.normalize(hidden[0, -1].float(), dim=-1)
+
+print(embed("A cat and a dog") @ embed("Two animals"))
+```
+
+With an image, the text begins with a line `<image>`, in whose place stand as many `<image>` as the image has tokens,
+and the model also takes the `pixel_values` and `image_sizes` of the folder's `LlavaOnevisionImageProcessor`.
+Images are tiled as the config's `{ratio}`; a video has newlines by `mm_newline_position: {newline}`.{grid}
+"""
 
 
 def prompt(text: str) -> str:
@@ -76,24 +116,35 @@ class Processor:
         Raises `BadSample` if an image or the video is undecodable or does not fit `max_tokens`, or if the text's
         marks are not as many as they are.
         """
-        pieces = _MARKS.split(prompt(item.text))
+        images = [partial(decode_image, image) for image in item.images]
+        frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
+        return self.encode_parts(item.text, images, frames)
+
+    def encode_parts(
+        self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
+    ) -> Encoded:
+        """The same of a text with RGB images, and a video's RGB frames, all of which are used.
+
+        Each is called when its turn comes: one decoded image is in memory at a time, none where the marks are wrong.
+        """
+        pieces = _MARKS.split(prompt(text))
         for mark, name, count in (
-            (IMAGE_MARK, "images", len(item.images)),
-            (VIDEO_MARK, "videos", int(item.video is not None)),
+            (IMAGE_MARK, "images", len(images)),
+            (VIDEO_MARK, "videos", int(frames is not None)),
         ):
             if pieces.count(mark) != count:
                 raise BadSample(f"{pieces.count(mark)} {mark} marks in the text, {count} {name}")
-        anyres = len(item.images) == 1
-        images, ids, pictures = [], [], map(decode_image, item.images)
+        anyres = len(images) == 1
+        encoded, ids, pictures = [], [], (decode() for decode in images)
         for piece in pieces:
             if piece == IMAGE_MARK:
                 picture = next(pictures)
-                images.append(Image(self.tiling.cut(picture, anyres=anyres), picture.height, picture.width))
+                encoded.append(Image(self.tiling.cut(picture, anyres=anyres), picture.height, picture.width))
                 ids += [self.image_token_id] * self.tiling.tokens(picture.height, picture.width, anyres=anyres)
             elif piece == VIDEO_MARK:
-                frames = sample_frames(item.video, self.video_frames)
-                images.append(Image(self.tiling.cut_frames(frames), frames[0].height, frames[0].width, video=True))
-                ids += [self.video_token_id] * self.tiling.video_tokens(len(frames))
+                shown = frames()
+                encoded.append(Image(self.tiling.cut_frames(shown), shown[0].height, shown[0].width, video=True))
+                ids += [self.video_token_id] * self.tiling.video_tokens(len(shown))
             else:
                 ids += self._tokenize(piece)
         ids = np.array(ids, np.int32)
@@ -102,7 +153,7 @@ class Processor:
             if np.isin(cut, (self.image_token_id, self.video_token_id)).any():
                 raise BadSample(f"{len(ids)} tokens with its images and video, of {self.max_tokens} at most")
             ids = np.concatenate([kept, self._suffix])
-        return Encoded(ids, tuple(images))
+        return Encoded(ids, tuple(encoded))
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -121,30 +172,34 @@ class Llave(LlavaOnevisionModel):
 
         dtype: of the weights; "auto" is the one they are stored in.
         """
-        if _load_config(path).vision_feature_layer != -1:
+        config = _load_config(path)
+        if config.vision_feature_layer != -1:
             raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
         attention = {"text_config": PACKED, "vision_config": "sdpa"}
         model, loaded = cls.from_pretrained(path, dtype=dtype, attn_implementation=attention, output_loading_info=True)
-        if missing := sorted(loaded["missing_keys"]):
-            raise PipelineError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]} the first")
-        # The embedding reads the tower before its final norm, which so has no gradient.
-        model.vision_tower.post_layernorm.requires_grad_(False)
+        refuse_missing(path, loaded)
+        model.config.mm_newline_position = _newline_position(config)
+        if model.vision_tower is not None:
+            # The embedding reads the tower before its final norm, which so has no gradient.
+            model.vision_tower.post_layernorm.requires_grad_(False)
         return model
 
-    def forward(self, packed: Packed, with_images: bool) -> torch.Tensor:
+    def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
         """N packed items -> (N, hidden) float32 unit rows.
 
         with_images: whether any rank has an image or video in this forward pass. A rank that has none then sends one
         dummy tile through tower and projector, times zero: under ZeRO-3 every rank must run the same modules.
+        features: (tiles, patches², width) of the tower, where it is not part of the model.
         """
         embeds = self.language_model.embed_tokens(packed.input_ids)
         if packed.image_sizes:
             placeholders = packed.input_ids == self.config.image_token_id
             placeholders |= packed.input_ids == self.config.video_token_id
-            embeds = embeds.index_copy(0, placeholders.nonzero()[:, 0], self.image_tokens(packed))
+            if features is None:
+                features = tower_features(self.vision_tower, normalised(packed.tiles, embeds.device, embeds.dtype))
+            embeds = embeds.index_copy(0, placeholders.nonzero()[:, 0], self.image_tokens(packed, features))
         elif with_images:
-            size = self.config.vision_config.image_size
-            dummy = self.tile_features(embeds.new_zeros(1, 3, size, size))
+            dummy = self.multi_modal_projector(self._dummy_features(embeds))
             embeds = embeds + 0 * (dummy.sum() + self.image_newline.sum())
         hidden = self.language_model(
             inputs_embeds=embeds[None],
@@ -155,14 +210,17 @@ class Llave(LlavaOnevisionModel):
         last = torch.tensor(packed.lengths, device=hidden.device).cumsum(0) - 1
         return F.normalize(hidden[last].float(), dim=-1)
 
-    def image_tokens(self, packed: Packed) -> torch.Tensor:
+    def image_tokens(self, packed: Packed, features: torch.Tensor) -> torch.Tensor:
         """All images' and videos' rows, in the order of their placeholders: (placeholders, hidden)."""
-        # In float32, whatever the model's dtype: bf16 has but eight bits for what an image tells.
-        pixels = packed.tiles.float().div_(255).sub_(MEAN).div_(STD).to(self.image_newline.dtype)
-        features = self.tile_features(pixels).split(packed.image_tiles)
+        features = self.multi_modal_projector(features).split(packed.image_tiles)
         rows = []
         for tiles, size, video in zip(features, packed.image_sizes, packed.image_videos, strict=True):
-            if video:
+            if video and self.config.mm_newline_position == "grid":
+                frames = self.apply_pooling(tiles)
+                side = math.isqrt(frames.shape[1])
+                newlines = self.image_newline.expand(len(frames), side, 1, -1)
+                rows.append(torch.cat([frames.unflatten(1, (side, side)), newlines], dim=2).flatten(0, 2))
+            elif video:
                 rows += [self.apply_pooling(tiles).flatten(0, 1), self.image_newline[None]]
             else:
                 rows += self.pack_image_features(
@@ -173,14 +231,27 @@ class Llave(LlavaOnevisionModel):
                 )[0]
         return torch.cat(rows)
 
-    def tile_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(tiles, 3, size, size) normalised -> (tiles, patches², hidden), projected."""
-        tower = self.vision_tower
-        return self.multi_modal_projector(tower.encoder(tower.embeddings(pixels)).last_hidden_state)
+    def _dummy_features(self, like: torch.Tensor) -> torch.Tensor:
+        """The tower's of one black tile, or zeros where the tower is not part of the model."""
+        vision = self.config.vision_config
+        if self.vision_tower is None:
+            return like.new_zeros(1, 1, vision.hidden_size)
+        return tower_features(self.vision_tower, like.new_zeros(1, 3, vision.image_size, vision.image_size))
+
+
+class TowerlessLlave(Llave):
+    """The model without its vision tower, whose features it is given."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^(model\.)?vision_tower",)
+
+    def __init__(self, config: LlavaOnevisionConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = None
 
 
 # transformers finds a class's checkpoint names by the name of the class.
-register_checkpoint_conversion_mapping("Llave", get_checkpoint_conversion_mapping("LlavaOnevisionModel"))
+for name in ("Llave", "TowerlessLlave"):
+    register_checkpoint_conversion_mapping(name, get_checkpoint_conversion_mapping("LlavaOnevisionModel"))
 
 
 def build(architecture: Architecture, texts: Iterable[str], seed: int, folder: Path) -> None:
@@ -233,11 +304,12 @@ def _tiling(config: LlavaOnevisionConfig) -> Tiling:
         patches=vision.image_size // vision.patch_size,
         pinpoints=tuple(tuple(size) for size in config.image_grid_pinpoints),
         max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
+        newline=_newline_position(config),
     )
 
 
 def save_folder(model: Llave, weights: dict[str, torch.Tensor], source: str, folder: Path) -> None:
-    """Write `weights` (the model's parameters by name) as a folder in transformers' format.
+    """Write `weights` (the model's parameters by name) as a folder in transformers' format, with a model card.
 
     Tokenizer and image processor are those of `source`, a folder or hub name.
     """
@@ -247,6 +319,16 @@ def save_folder(model: Llave, weights: dict[str, torch.Tensor], source: str, fol
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     LlavaOnevisionImageProcessorPil.from_pretrained(source).save_pretrained(folder)
+    newline = _newline_position(model.config)
+    card = _CARD.format(
+        base_model="" if Path(source).exists() else f"base_model: {source}\n",
+        prefix=PREFIX,
+        suffix=SUFFIX,
+        ratio=model.config.vision_aspect_ratio,
+        newline=newline,
+        grid="\ntransformers itself knows only `one_token`." if newline == "grid" else "",
+    )
+    (folder / "README.md").write_text(card)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
@@ -282,4 +364,12 @@ def _load_config(path: str) -> LlavaOnevisionConfig:
         raise PipelineError(f"no model at {path!r}: {str(error).splitlines()[0]}") from None
     if config.model_type != "llava_onevision":
         raise PipelineError(f"{path} is a {config.model_type} model; expected llava_onevision")
+    if (position := _newline_position(config)) not in NEWLINE_POSITIONS:
+        known = " and ".join(NEWLINE_POSITIONS)
+        raise PipelineError(f"{path}: mm_newline_position={position!r} is not supported; {known} are")
     return config
+
+
+def _newline_position(config: LlavaOnevisionConfig) -> str:
+    """Where a video has its newlines: the original's field, without which transformers' checkpoints are one_token."""
+    return getattr(config, "mm_newline_position", "one_token")

@@ -42,7 +42,13 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
         for left in folder.glob("unfinished-*"):
             shutil.rmtree(left)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=unfinished, client_state=state | {"step": step}, save_latest=False)
+    engine.save_checkpoint(
+        str(folder),
+        tag=unfinished,
+        client_state=state | {"step": step},
+        save_latest=False,
+        exclude_frozen_parameters=True,  # they are the initial model's
+    )
     if dist.get_rank() == 0:
         (folder / unfinished / CONDITIONS).write_text(json.dumps(conditions))
     _flush(folder / unfinished)
@@ -86,7 +92,7 @@ def check(checkpoint: Path, conditions: dict) -> None:
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict:
     """Bring the engine to a checkpoint; returns the state saved with it, `step` among it."""
     with _weights_only():
-        path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
     if path is None:
         raise PipelineError(f"{checkpoint} holds no checkpoint that DeepSpeed can read")
     return state

@@ -13,9 +13,11 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from pipeline.config import Optimizer, Recipe
+from pipeline.config import Optimizer, Recipe, Train
 from pipeline.errors import PipelineError
-from pipeline.models.llave import Llave
+from pipeline.models.llave import Llave, TowerlessLlave
+from pipeline.models.lora import add_adapters
+from pipeline.models.tower import FrozenTower
 
 
 def start_distributed(timeout_minutes: float) -> torch.device:
@@ -54,27 +56,72 @@ def start_distributed(timeout_minutes: float) -> torch.device:
 def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> deepspeed.DeepSpeedEngine:
     """Load the model (under ZeRO-3 straight into its partitions) and give it an optimizer and its sharding.
 
+    A vision tower that is not trained is left out: see `load_tower`.
     config: DeepSpeed's, as `load_ds_config` fills it.
     """
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    kind = Llave if recipe.train.vision_tower else TowerlessLlave
     if config["zero_optimization"]["stage"] == 3:
         # While this object lives, from_pretrained partitions each weight as it reads it.
         partitioned = HfDeepSpeedConfig(config)
-        model = Llave.load(model_path, dtype)
+        model = kind.load(model_path, _dtype(recipe))
         del partitioned
         unset_hf_deepspeed_config()
     else:
-        model = Llave.load(model_path, dtype)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, recipe.optimizer), config=config)
+        model = kind.load(model_path, _dtype(recipe))
+    freeze(model, recipe.train)
+    if recipe.train.lora:
+        add_adapters(model.language_model, recipe.train.lora, seed=recipe.seed)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.optimizer.lr)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 
-def set_hyperparameters(param_groups: list[dict], optimizer: Optimizer) -> None:
-    """Give the recipe's to (matrices, vectors): a new optimizer's, or one's that a checkpoint brought its own."""
-    matrices, vectors = param_groups
-    # Vectors (norms, biases) are spared weight decay, as is the custom.
-    for group, weight_decay in ((matrices, optimizer.weight_decay), (vectors, 0.0)):
-        group.update(betas=optimizer.betas, eps=optimizer.eps, weight_decay=weight_decay)
+def load_tower(recipe: Recipe, model_path: str, device: torch.device) -> FrozenTower | None:
+    """The vision tower, where it is not trained and so not part of the engine."""
+    return None if recipe.train.vision_tower else FrozenTower.load(model_path, _dtype(recipe), device)
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+
+
+PARTS = {
+    "projector": ("multi_modal_projector.", "image_newline"),
+    "language_model": ("language_model.",),
+    "vision_tower": ("vision_tower.",),
+}
+
+
+def freeze(model: torch.nn.Module, train: Train) -> None:
+    """Have only what the recipe trains take gradients."""
+    for part, prefixes in PARTS.items():
+        if not getattr(train, part) or (part == "language_model" and train.lora):
+            for name, parameter in model.named_parameters():
+                if name.startswith(prefixes):
+                    parameter.requires_grad_(False)
+
+
+def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
+    """AdamW's groups: of each trained part its matrices, and its vectors, which by custom are spared weight decay.
+
+    lr_scale: the part's learning rate by `optimizer.lr`.
+    """
+    groups, optimizer = [], recipe.optimizer
+    for part, prefixes in PARTS.items():
+        trained = [p for name, p in model.named_parameters() if name.startswith(prefixes) and p.requires_grad]
+        rate = getattr(recipe.train, part)
+        scale = 1.0 if isinstance(rate, bool) else rate / optimizer.lr
+        for matrices, weight_decay in ((True, optimizer.weight_decay), (False, 0.0)):
+            if parameters := [p for p in trained if _is_matrix(p) == matrices]:
+                options = {"betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": weight_decay}
+                groups.append({"params": parameters, "lr_scale": scale} | options)
+    return groups
+
+
+def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, recipe: Recipe) -> None:
+    """Give the recipe's to an optimizer to which a checkpoint brought its own."""
+    for group, wanted in zip(engine.optimizer.param_groups, parameter_groups(engine.module, recipe), strict=True):
+        group.update({name: value for name, value in wanted.items() if name != "params"})
 
 
 def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
@@ -83,14 +130,6 @@ def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
     if step < warmup:
         return optimizer.lr * (step + 1) / warmup
     return optimizer.lr * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
-
-
-def _adamw(model: torch.nn.Module, optimizer: Optimizer) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [[p for p in trained if _is_matrix(p)], [p for p in trained if not _is_matrix(p)]]
-    adamw = torch.optim.AdamW([{"params": group} for group in groups], lr=optimizer.lr)
-    set_hyperparameters(adamw.param_groups, optimizer)
-    return adamw
 
 
 def _is_matrix(parameter: torch.nn.Parameter) -> bool:

@@ -16,6 +16,7 @@ from pipeline.data.order import Order
 from pipeline.errors import PipelineError
 from pipeline.evaluation.report import Report
 from pipeline.losses.gather import all_gather_constant
+from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
 from pipeline.training.engine import learning_rate, set_hyperparameters
 from pipeline.training.monitor import Monitor
@@ -28,6 +29,7 @@ class Run:
 
     start: the checkpoint to continue from, or None. conditions: see checkpoint.check.
     batches: this rank's batches of a range of steps. evaluate: a report at the present weights, on rank 0.
+    features: anew for each step, where the vision tower is not part of the engine.
     """
 
     recipe: Recipe
@@ -37,6 +39,7 @@ class Run:
     conditions: dict
     batches: Callable[[range], Iterator[Batch]]
     evaluate: Callable[[], Report | None]
+    features: Callable[[], KeptFeatures | None]
 
     @property
     def folder(self) -> Path:
@@ -49,7 +52,7 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
     state = {"step": 0, "bad_samples": 0}
     if run.start:
         state = checkpoint.load(engine, run.start)
-        set_hyperparameters(engine.optimizer.param_groups, recipe.optimizer)
+        set_hyperparameters(engine, recipe)
     start, bad_samples = state["step"], state["bad_samples"]
     with Monitor(run.folder, dist.get_rank(), start, run.steps, ledger=recipe.ledger) as monitor:
         if start == 0:
@@ -60,7 +63,7 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
             batch = next(batches)
             waited = time.perf_counter() - began
             lr = learning_rate(step, run.steps, recipe.optimizer)
-            result = train_step(engine, batch, recipe.loss, chunk_tokens=recipe.batch.chunk_tokens, lr=lr)
+            result = train_step(engine, batch, recipe, lr=lr, features=run.features())
 
             done = step + 1
             monitor.consumed(done, batch.origins)

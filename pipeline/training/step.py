@@ -3,6 +3,7 @@
 The contrastive loss couples all B pairs of the global batch, which do not fit in memory with their activations.
 So embed everything without a graph, take the loss's gradient with respect to the embeddings, and embed again
 chunk by chunk, giving each chunk its rows of that gradient: the sum of the chunks' gradients is the batch's.
+Chunks whose graphs do fit in memory keep them from the first pass and need no second.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,10 @@ import deepspeed
 import numpy as np
 import torch
 
-from pipeline.config import Loss
+from pipeline.config import Loss, Recipe
 from pipeline.data.batch import Batch
 from pipeline.losses.contrastive import LossOutput, hardness_weighted_loss
-from pipeline.models.chunks import Chunk, embed_chunks, plan_chunks, run_chunk
+from pipeline.models.chunks import Chunk, Features, in_order, plan_chunks, run_chunk
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,32 @@ class StepResult:
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine, batch: Batch, loss: Loss, *, chunk_tokens: int, lr: float
+    engine: deepspeed.DeepSpeedEngine, batch: Batch, recipe: Recipe, *, lr: float, features: Features | None = None
 ) -> StepResult:
     """Take one step with this rank's part of the global batch.
 
     Parameters end as if one process had embedded the whole global batch at once, whatever the ZeRO stage,
-    the chunks and the number of ranks.
+    the chunks, how many of them keep their graph, and the number of ranks.
+
+    lr: of parts without one of their own.  features: of a vision tower that is not part of the engine.
     """
-    chunks = plan_chunks(list(batch.items.values()), chunk_tokens, engine.device)
-    embeddings = embed_chunks(engine, chunks, len(batch.items)).requires_grad_()
-    output = contrastive_loss(embeddings, batch, loss)
+    items, cut = list(batch.items.values()), recipe.batch
+    # Where texts alone train nothing, a dummy image gives every chunk something to take a gradient of.
+    chunks = plan_chunks(items, cut.chunk_tokens, engine.device, all_with_images=not recipe.train.language_model)
+    kept, again = chunks[: cut.kept_chunks], chunks[cut.kept_chunks :]
+    graphs = [run_chunk(engine, chunk, features) for chunk in kept]
+    with torch.no_grad():
+        parts = graphs + [run_chunk(engine, chunk, features) for chunk in again]
+    embeddings = in_order(chunks, parts, len(items)).requires_grad_()
+    output = contrastive_loss(embeddings, batch, recipe.loss)
     (gradient,) = torch.autograd.grad(output.loss, embeddings)
-    backward_chunks(engine, chunks, gradient)
+    del parts
+    backward_chunks(engine, kept, graphs, again, gradient, features)
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     norm = _unsharded_norm(engine)
     engine.step()
-    tokens = sum(len(item.input_ids) for item in batch.items.values())
+    tokens = sum(len(item.input_ids) for item in items)
     return StepResult(output, float(engine.get_global_grad_norm() if norm is None else norm), tokens)
 
 
@@ -71,15 +81,30 @@ def contrastive_loss(embeddings: torch.Tensor, batch: Batch, loss: Loss) -> Loss
     )
 
 
-def backward_chunks(engine: deepspeed.DeepSpeedEngine, chunks: Sequence[Chunk], gradient: torch.Tensor) -> None:
-    """Bring d loss / d embeddings (items, hidden) to the parameters' gradients, chunk by chunk.
+def backward_chunks(
+    engine: deepspeed.DeepSpeedEngine,
+    kept: Sequence[Chunk],
+    graphs: list[torch.Tensor],
+    again: Sequence[Chunk],
+    gradient: torch.Tensor,
+    features: Features | None,
+) -> None:
+    """Bring d loss / d embeddings (items, hidden) to the parameters' gradients; `graphs` is empty afterwards.
+
+    kept: chunks whose embeddings are `graphs`.  again: those to be embedded once more.
 
     DeepSpeed averages gradients over ranks, and each rank's loss is made so that the mean of them all is the
     global batch's. Within the step nothing is averaged: chunks are parts of a sum.
     """
-    for number, chunk in enumerate(chunks, 1):
-        engine.set_gradient_accumulation_boundary(number == len(chunks))
-        surrogate = (run_chunk(engine, chunk) * gradient[chunk.rows]).sum()
+    surrogates = [(graph * gradient[chunk.rows]).sum() for chunk, graph in zip(kept, graphs, strict=True)]
+    graphs.clear()
+    if surrogates:
+        # All in one backward pass, before any other: under ZeRO-3 every other order loses gradients.
+        engine.set_gradient_accumulation_boundary(not again)
+        engine.backward(torch.stack(surrogates).sum(), scale_wrt_gas=False)
+    for number, chunk in enumerate(again, 1):
+        engine.set_gradient_accumulation_boundary(number == len(again))
+        surrogate = (run_chunk(engine, chunk, features) * gradient[chunk.rows]).sum()
         engine.backward(surrogate, scale_wrt_gas=False)
 
 

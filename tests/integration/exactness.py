@@ -7,6 +7,7 @@ batch, item by item, the loss as one B x B formula, plain autograd and torch's A
 import io
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
@@ -22,8 +23,10 @@ from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.models import chunks as chunks_module
 from pipeline.models.llave import Llave, Processor
+from pipeline.models.lora import add_adapters
+from pipeline.models.tower import KeptFeatures
 from pipeline.training import step as step_module
-from pipeline.training.engine import build_engine, start_distributed
+from pipeline.training.engine import build_engine, freeze, load_tower, start_distributed
 from pipeline.training.step import train_step
 
 PAIRS = 16
@@ -33,6 +36,35 @@ EPS = 1.0  # so that a step is nearly proportional to the gradient: Adam otherwi
 INVALID = {3, 9}
 MIXES = ("images", "text", "mixed")
 CHUNK_TOKENS = (1, 200, 100_000)  # one item a chunk, a few, all
+PARTS = {
+    "multi_modal_projector": "projector",
+    "image_newline": "projector",
+    "language_model": "language_model",
+    "vision_tower": "vision_tower",
+}
+WHOLE = ("train.vision_tower=true",)
+FROZEN = ("batch.tower_tiles=3", "batch.features_mb=0")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of batch, how it is cut, how many chunks keep their graph, and further fields of the recipe."""
+
+    mix: str
+    chunk_tokens: int
+    kept_chunks: int = 0
+    fields: tuple[str, ...] = WHOLE
+
+
+CASES = (
+    *(Case(mix, tokens) for mix in MIXES for tokens in CHUNK_TOKENS),
+    *(Case("mixed", 200, kept) for kept in (1, 2, 3, 1000)),
+    Case("images", 200, 5),
+    *(Case(mix, 200, kept, FROZEN) for mix, kept in (("mixed", 0), ("images", 2), ("text", 1), ("mixed", 1000))),
+    Case("mixed", 200, 1, ("train.language_model=false", "train.projector=0.03")),
+    Case("mixed", 200, 2, ("train.projector=false", "train.vision_tower=0.02")),
+    Case("mixed", 200, 2, ("train.lora.rank=4",)),
+)
 
 
 def picture(rng: np.random.Generator) -> bytes:
@@ -107,7 +139,7 @@ def largest_difference(engine: deepspeed.DeepSpeedEngine, reference: Llave) -> f
     return largest
 
 
-def compare(model: str, stage: str, mix: str, chunk_tokens: int) -> dict:
+def compare(model: str, stage: str, case: Case) -> dict:
     rank, world = dist.get_rank(), dist.get_world_size()
     recipe = load_recipe(
         "pipeline/recipes/demo.yaml",
@@ -115,33 +147,45 @@ def compare(model: str, stage: str, mix: str, chunk_tokens: int) -> dict:
             f"deepspeed={stage}",
             f"batch.global_batch={PAIRS}",
             "data.lanes=2",
+            f"optimizer.lr={LR}",
             f"optimizer.eps={EPS}",
             "optimizer.weight_decay=0.1",
             "optimizer.max_grad_norm=1.0",
+            "train.vision_tower=false",
+            f"batch.chunk_tokens={case.chunk_tokens}",
+            f"batch.kept_chunks={case.kept_chunks}",
+            *case.fields,
         ],
     )
+    tower = load_tower(recipe, model, torch.device("cpu"))
     engine, processor = build_engine(recipe, load_ds_config(recipe, world), model), Processor.load(model, 512)
     reference = Llave.load(model, torch.float32)
-    matrices = [p for p in reference.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in reference.parameters() if p.requires_grad and p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}], lr=LR, eps=EPS
-    )
-    result = {"mix": mix, "chunk_tokens": chunk_tokens, "loss": 0.0, "grad_norm": 0.0}
+    freeze(reference, recipe.train)
+    if recipe.train.lora:
+        add_adapters(reference.language_model, recipe.train.lora, recipe.seed)
+    trained = {name: p for name, p in reference.named_parameters() if p.requires_grad}
+    groups = []
+    for name, parameter in trained.items():
+        rate = getattr(recipe.train, PARTS[name.partition(".")[0]])
+        decay = 0.1 if parameter.ndim > 1 else 0
+        groups.append({"params": [parameter], "weight_decay": decay, "lr": LR if rate is True else rate})
+    optimizer = torch.optim.AdamW(groups, eps=EPS)
+    result = {"case": repr(case), "loss": 0.0, "grad_norm": 0.0}
     for step in range(STEPS):
-        pairs = make_pairs(mix, seed=step)
+        pairs = make_pairs(case.mix, seed=step)
         own = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
-        ours = train_step(engine, own, recipe.loss, chunk_tokens=chunk_tokens, lr=LR)
+        features = KeptFeatures(tower, recipe.batch.tower_tiles, recipe.batch.features_mb << 20) if tower else None
+        ours = train_step(engine, own, recipe, lr=LR, features=features)
         loss = ours.loss.loss.detach().clone()
         dist.all_reduce(loss)
 
         expected = formula(reference, pairs, processor, recipe.loss.alpha, recipe.loss.temperature)
         optimizer.zero_grad()
         expected.backward()
-        for parameter in matrices + vectors:
+        for parameter in trained.values():
             # What no item of the batch runs through has a zero gradient, and weight decay.
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        norm = torch.nn.utils.clip_grad_norm_(matrices + vectors, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         result["loss"] = max(result["loss"], abs(float(loss) / world / float(expected.detach()) - 1))
         result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / float(norm) - 1))
@@ -153,16 +197,16 @@ def compare(model: str, stage: str, mix: str, chunk_tokens: int) -> dict:
 def main() -> None:
     model, stage, out, *flags = sys.argv[1:]
     start_distributed(timeout_minutes=0.5)
-    mixes, budgets = MIXES, CHUNK_TOKENS
+    cases = CASES
     if "no-guard" in flags:
         # Each rank runs the tower only for chunks that have an image themselves.
-        def unguarded(*arguments):
-            chunks = chunks_module.plan_chunks(*arguments)
+        def unguarded(*arguments, **options):
+            chunks = chunks_module.plan_chunks(*arguments, **options)
             return [chunks_module.Chunk(c.rows, c.packed, bool(c.packed.image_sizes)) for c in chunks]
 
         step_module.plan_chunks = unguarded
-        mixes, budgets = (flags[1],), (200,)
-    results = [compare(model, stage, mix, tokens) for mix in mixes for tokens in budgets]
+        cases = (Case(flags[1], 200),)
+    results = [compare(model, stage, case) for case in cases]
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))
     dist.barrier()

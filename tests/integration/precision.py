@@ -1,41 +1,59 @@
-"""`python precision.py MODEL DS_CONFIG PRECISION FOLDER`: two steps, a checkpoint, a third step; then the third step
-again by a new engine that loads the checkpoint. Prints the losses as JSON."""
+"""`python precision.py MODEL DS_CONFIG PRECISION FOLDER [key=value ...]`: two steps, a checkpoint, a third step; then
+the third step again by a new engine that loads the checkpoint, which is then exported. Prints as JSON the losses, and
+the smallest cosine of the exported model's embeddings with the engine's.
+"""
 
 import json
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from exactness import batch_of, make_pairs
 
 from pipeline.config import load_ds_config, load_recipe
-from pipeline.models.llave import Processor
+from pipeline.models.chunks import embed_chunks, plan_chunks
+from pipeline.models.llave import Llave, Processor
+from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
-from pipeline.training.engine import build_engine, start_distributed
+from pipeline.training.engine import build_engine, load_tower, start_distributed
+from pipeline.training.export import export
 from pipeline.training.step import train_step
 
 
 def main() -> None:
-    model, config, precision, folder = sys.argv[1:]
+    model, config, precision, folder, *fields = sys.argv[1:]
     start_distributed(timeout_minutes=0.5)
-    recipe = load_recipe(
-        "pipeline/recipes/demo.yaml", [f"deepspeed={config}", f"precision={precision}", "batch.global_batch=16"]
-    )
+    fields += [f"deepspeed={config}", f"precision={precision}", "batch.global_batch=16", "batch.chunk_tokens=200"]
+    recipe = load_recipe("pipeline/recipes/demo.yaml", fields)
     processor = Processor.load(model, 512)
-    batches = [batch_of(make_pairs("mixed", seed), processor) for seed in range(3)]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    batches = [batch_of(make_pairs("mixed", seed)[rank::world], processor) for seed in range(3)]
 
     def step(engine, batch) -> tuple[float, float]:
-        result = train_step(engine, batch, recipe.loss, chunk_tokens=200, lr=1e-3)
+        features = KeptFeatures(tower, recipe.batch.tower_tiles, 0) if tower else None
+        result = train_step(engine, batch, recipe, lr=1e-3, features=features)
         return float(result.loss.loss.detach()), result.grad_norm
 
-    ds_config = load_ds_config(recipe, world_size=1)
+    tower = load_tower(recipe, model, torch.device("cpu"))
+    ds_config = load_ds_config(recipe, world)
     engine = build_engine(recipe, ds_config, model)
     losses = [step(engine, batch) for batch in batches[:2]]
     checkpoint.save(engine, Path(folder), 2, {"bad_samples": 0}, {}, keep=1)
     losses.append(step(engine, batches[2]))
     again = build_engine(recipe, ds_config, model)
     assert checkpoint.load(again, checkpoint.latest(Path(folder)))["step"] == 2
-    print(json.dumps({"losses": losses, "resumed": step(again, batches[2])}))
+    resumed = step(again, batches[2])
+
+    export(again, tower, recipe.train.lora, model, Path(folder) / "export")
+    items = list(batches[0].items.values())
+    chunks = plan_chunks(items, 200, torch.device("cpu"))
+    features = KeptFeatures(tower, 4, 0) if tower else None
+    trained = embed_chunks(again, chunks, len(items), features)
+    exported = embed_chunks(Llave.load(str(Path(folder) / "export"), "auto"), chunks, len(items))
+    cosine = float((trained * exported).sum(dim=1).min())
+    if rank == 0:
+        print(json.dumps({"losses": losses, "resumed": resumed, "cosine": cosine}))
     dist.destroy_process_group()
 
 

@@ -18,7 +18,21 @@ def test_bf16_follows_fp32_and_both_resume_exactly(stage, tiny_model, tmp_path):
         assert ended.status == [0], ended.output[-4000:]
         results[precision] = json.loads(ended.output.splitlines()[-1])
         assert results[precision]["resumed"] == results[precision]["losses"][2]
+        assert results[precision]["cosine"] > (0.999 if precision == "bf16" else 1 - 1e-6)
     fp32, bf16 = (results[precision]["losses"] for precision in ("fp32", "bf16"))
     for (loss, _), (rounded, _) in zip(fp32, bf16, strict=True):
         assert rounded == pytest.approx(loss, rel=0.02)
     assert fp32 != bf16
+
+
+@pytest.mark.parametrize(("stage", "world"), [(1, 1), (3, 2)])
+def test_adapters_beside_frozen_parts_resume_exactly_and_are_merged_into_the_export(stage, world, tiny_model, tmp_path):
+    fields = ["train.vision_tower=false", "train.projector=false", "train.lora.rank=2", "batch.kept_chunks=1"]
+    config = f"ds_configs/zero{stage}.json"
+    ended = wait(start([WORKER, tiny_model, config, "fp32", str(tmp_path), *fields], world), seconds=60)
+    assert ended.status == [0] * world, ended.output[-4000:]
+    result = json.loads(next(line for line in ended.output.splitlines() if line.startswith("{")))
+    assert result["resumed"] == result["losses"][2]
+    assert result["cosine"] > 1 - 1e-6
+    # What is frozen is not in the checkpoint: 70,000 parameters against 7,000 in the adapters.
+    assert max(path.stat().st_size for path in (tmp_path / "step-00000002").rglob("*.pt")) < 60_000

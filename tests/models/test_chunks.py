@@ -37,7 +37,7 @@ def test_chunks_say_whether_they_have_images():
 def test_embeddings_come_in_the_items_order():
     lengths = [5, 30, 2, 17]
 
-    def model(packed, with_images):
+    def model(packed, with_images, features):
         return torch.tensor(packed.lengths, dtype=torch.float32)[:, None].expand(-1, 3)
 
     chunks = plan_chunks([encoded(n) for n in lengths], 20, CPU)

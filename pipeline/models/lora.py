@@ -1,0 +1,34 @@
+"""Low-rank adapters in the language model (LoRA, arXiv 2106.09685), by peft."""
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+
+from pipeline.config import Lora
+from pipeline.errors import PipelineError
+
+_BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+def add_adapters(model: torch.nn.Module, lora: Lora, seed: int) -> None:
+    """Put adapters beside the targeted linear layers; they alone are then trained. Equal on all ranks, by the seed."""
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as error:
+            raise PipelineError(f"train.lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None
+
+
+def merge_adapters(weights: dict[str, torch.Tensor], lora: Lora) -> dict[str, torch.Tensor]:
+    """Weights by name -> those of the model without adapters that computes the same, up to the weights' dtype."""
+    merged = {}
+    for name, weight in weights.items():
+        if name.endswith((_A, _B)):
+            continue
+        layer, base, leaf = name.partition(_BASE)
+        if base and leaf == "weight":
+            low, high = weights[layer + _A].double(), weights[layer + _B].double()
+            weight = (weight.double() + lora.alpha / lora.rank * (high @ low)).to(weight.dtype)
+        merged[f"{layer}.{leaf}" if base else name] = weight
+    return merged
