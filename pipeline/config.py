@@ -44,7 +44,9 @@ class Architecture(Section):
 
 
 class Model(Section):
-    path: str | None = Field(None, description="a folder or hub name in LLaVA-OneVision's transformers format")
+    path: str | None = Field(
+        None, description="LLaVA-OneVision in transformers' format, a folder or hub name; or an original LLaVE folder"
+    )
     architecture: Architecture | None = Field(None, description="or: random weights of this shape")
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
 

@@ -29,7 +29,7 @@ from pipeline.errors import PipelineError, command_line
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.tasks import Collection
-from pipeline.models import llave
+from pipeline.models import llave, weights
 from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
 from pipeline.training.engine import build_engine, load_tower, start_distributed
@@ -63,7 +63,7 @@ def main() -> None:
         llave.check_architecture(recipe.model.architecture)
     ds_config = load_ds_config(recipe, world)
     source = Source.open(recipe.data)
-    lengths = Lengths(llave.tiling(recipe.model), recipe.video.frames)
+    lengths = Lengths(llave.tiling(weights.config_of(recipe.model)), recipe.video.frames)
     order = source.order(recipe.batch.global_batch, recipe.seed, lengths)
     order.check_world(world)
     source.check_memory(order, world)
@@ -86,7 +86,7 @@ def main() -> None:
     (start,) = decision
     if rank == 0:
         _write_recipe(recipe, folder, world)
-    model_path = recipe.model.path or _initial_model(recipe, source, folder / "init", anew=start is None)
+    model_path = _model(recipe, source, folder, anew=start is None)
     processor = llave.Processor.load(model_path, recipe.model.max_tokens, recipe.video.frames)
     tower = load_tower(recipe, model_path, device)  # before the engine: under ZeRO-3 it must not be partitioned
     engine = build_engine(recipe, ds_config, model_path)
@@ -138,16 +138,25 @@ def _trained(train: Train) -> dict:
     return parts | {"lora": train.lora.model_dump() if train.lora else None}
 
 
-def _initial_model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> str:
-    """Random weights and a tokenizer of the data's texts, written by the first rank where a run begins anew."""
-    if dist.get_rank() == 0 and (anew or not folder.exists()):
-        unfinished = folder.with_name("init.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        llave.build(recipe.model.architecture, _texts(source), recipe.seed, unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    dist.barrier()
-    return str(folder)
+def _model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> str:
+    """The model to begin with, in transformers' format; what is not there yet is made by the first rank.
+
+    An original checkpoint is converted. Without a path: random weights and a tokenizer of the data's texts, written
+    where a run begins anew.
+    """
+    made = folder / "init"
+    path = [recipe.model.path or str(made)]
+    if dist.get_rank() == 0:
+        if recipe.model.path:
+            path = [weights.resolve(recipe.model.path, made)]
+        elif anew or not made.exists():
+            unfinished = folder / "init.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            llave.build(recipe.model.architecture, _texts(source), recipe.seed, unfinished)
+            shutil.rmtree(made, ignore_errors=True)
+            unfinished.rename(made)
+    dist.broadcast_object_list(path)
+    return path[0]
 
 
 def _texts(source: Source) -> Iterator[str]:

@@ -10,7 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Architecture
-from pipeline.models.llave import Llave, build, save_folder
+from pipeline.models.folder import save_folder
+from pipeline.models.llave import Llave, build
 from tools.s3_server import S3Server
 
 

@@ -4,7 +4,6 @@ An item's embedding is the language model's last hidden state at the prompt's la
 """
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +31,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from pipeline.config import Architecture, Model
+from pipeline.config import Architecture
 from pipeline.data.collate import Encoded, Image, Packed
 from pipeline.data.resize import compiled
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
@@ -49,42 +48,6 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 NEWLINE_POSITIONS = ("one_token", "grid")
 
 _MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
-
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: feature-extraction
-{base_model}tags:
-- llave
-- multimodal
-- embedding
----
-
-# LLaVE embedder
-
-A LLaVE ([arXiv 2503.04812](https://arxiv.org/abs/2503.04812)) embedder of texts, images and videos: the unit vector
-along the last hidden state at the prompt's last token. The dot product of two is their similarity.
-
-```python
-import torch
-from transformers import AutoTokenizer, LlavaOnevisionModel
-
-FOLDER = "."  # this folder, or its name on the hub
-tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), LlavaOnevisionModel.from_pretrained(FOLDER).eval()
-
-def embed(text: str) -> torch.Tensor:
-    prompt = {prefix!r} + text.strip() + {suffix!r}
-    with torch.no_grad():
-        hidden = model(**tokenizer(prompt, return_tensors="pt"), use_cache=False).last_hidden_state
-    return torch.nn.functional.normalize(hidden[0, -1].float(), dim=-1)
-
-print(embed("A cat and a dog") @ embed("Two animals"))
-```
-
-With an image, the text begins with a line `<image>`, in whose place stand as many `<image>` as the image has tokens,
-and the model also takes the `pixel_values` and `image_sizes` of the folder's `LlavaOnevisionImageProcessor`.
-Images are tiled as the config's `{ratio}`; a video has newlines by `mm_newline_position: {newline}`.{grid}
-"""
 
 
 def prompt(text: str) -> str:
@@ -106,9 +69,9 @@ class Processor:
     def load(cls, path: str, max_tokens: int, video_frames: int = 8) -> "Processor":
         """The processor of a model folder or hub name."""
         compiled()  # once, not in every worker
-        config = _load_config(path)
+        config = load_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        return cls(tokenizer, _tiling(config), config.image_token_id, config.video_token_id, max_tokens, video_frames)
+        return cls(tokenizer, tiling(config), config.image_token_id, config.video_token_id, max_tokens, video_frames)
 
     def encode(self, item: Item) -> Encoded:
         """Token ids with a placeholder for each image or video token. A text too long is cut at its end, images never.
@@ -172,13 +135,13 @@ class Llave(LlavaOnevisionModel):
 
         dtype: of the weights; "auto" is the one they are stored in.
         """
-        config = _load_config(path)
+        config = load_config(path)
         if config.vision_feature_layer != -1:
             raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
         attention = {"text_config": PACKED, "vision_config": "sdpa"}
         model, loaded = cls.from_pretrained(path, dtype=dtype, attn_implementation=attention, output_loading_info=True)
         refuse_missing(path, loaded)
-        model.config.mm_newline_position = _newline_position(config)
+        model.config.mm_newline_position = newline_position(config)
         if model.vision_tower is not None:
             # The embedding reads the tower before its final norm, which so has no gradient.
             model.vision_tower.post_layernorm.requires_grad_(False)
@@ -277,7 +240,7 @@ def build(architecture: Architecture, texts: Iterable[str], seed: int, folder: P
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        LlavaOnevisionModel(config).save_pretrained(folder)
+        LlavaOnevisionModel(config).save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
     size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
     LlavaOnevisionImageProcessorPil(
@@ -288,47 +251,16 @@ def build(architecture: Architecture, texts: Iterable[str], seed: int, folder: P
     ).save_pretrained(folder)
 
 
-def tiling(model: Model) -> Tiling:
-    """How the recipe's model cuts images, before there is a model."""
-    if model.path:
-        return _tiling(_load_config(model.path))
-    architecture = model.architecture
-    vision = SiglipVisionConfig(**architecture.vision)
-    return _tiling(LlavaOnevisionConfig(vision_config=vision, image_grid_pinpoints=architecture.image_grid_pinpoints))
-
-
-def _tiling(config: LlavaOnevisionConfig) -> Tiling:
+def tiling(config: LlavaOnevisionConfig) -> Tiling:
+    """How a model of this config cuts images."""
     vision = config.vision_config
     return Tiling(
         size=vision.image_size,
         patches=vision.image_size // vision.patch_size,
         pinpoints=tuple(tuple(size) for size in config.image_grid_pinpoints),
         max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
-        newline=_newline_position(config),
+        newline=newline_position(config),
     )
-
-
-def save_folder(model: Llave, weights: dict[str, torch.Tensor], source: str, folder: Path) -> None:
-    """Write `weights` (the model's parameters by name) as a folder in transformers' format, with a model card.
-
-    Tokenizer and image processor are those of `source`, a folder or hub name.
-    """
-    model.save_pretrained(folder, state_dict=weights)
-    config = json.loads((folder / "config.json").read_text())
-    config["architectures"] = ["LlavaOnevisionModel"]
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    LlavaOnevisionImageProcessorPil.from_pretrained(source).save_pretrained(folder)
-    newline = _newline_position(model.config)
-    card = _CARD.format(
-        base_model="" if Path(source).exists() else f"base_model: {source}\n",
-        prefix=PREFIX,
-        suffix=SUFFIX,
-        ratio=model.config.vision_aspect_ratio,
-        newline=newline,
-        grid="\ntransformers itself knows only `one_token`." if newline == "grid" else "",
-    )
-    (folder / "README.md").write_text(card)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
@@ -357,19 +289,22 @@ def check_architecture(architecture: Architecture) -> None:
         raise PipelineError("model.architecture.text.vocab_size is missing: the size of the tokenizer to train")
 
 
-def _load_config(path: str) -> LlavaOnevisionConfig:
+def load_config(path: str) -> LlavaOnevisionConfig:
+    """The config of a folder or hub name; PipelineError if it is of no model that `Llave` reads."""
     try:
         config = LlavaOnevisionConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise PipelineError(f"no model at {path!r}: {str(error).splitlines()[0]}") from None
+    if config.model_type == "llava_qwen":
+        raise PipelineError(f"{path} is an original checkpoint: convert it with tools/convert_weights.py")
     if config.model_type != "llava_onevision":
         raise PipelineError(f"{path} is a {config.model_type} model; expected llava_onevision")
-    if (position := _newline_position(config)) not in NEWLINE_POSITIONS:
+    if (position := newline_position(config)) not in NEWLINE_POSITIONS:
         known = " and ".join(NEWLINE_POSITIONS)
         raise PipelineError(f"{path}: mm_newline_position={position!r} is not supported; {known} are")
     return config
 
 
-def _newline_position(config: LlavaOnevisionConfig) -> str:
+def newline_position(config: LlavaOnevisionConfig) -> str:
     """Where a video has its newlines: the original's field, without which transformers' checkpoints are one_token."""
     return getattr(config, "mm_newline_position", "one_token")

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from pipeline.errors import PipelineError
 
@@ -96,6 +97,21 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict:
     if path is None:
         raise PipelineError(f"{checkpoint} holds no checkpoint that DeepSpeed can read")
     return state
+
+
+def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The trained parameters by name, on the CPU, of a checkpoint of any ZeRO stage and number of processes.
+
+    In the precision of training, or (ZeRO-3) in float32.
+    """
+    with _weights_only():
+        if json.loads((checkpoint / CONDITIONS).read_text())["the ZeRO stage"] == 3:
+            return get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
+            )
+        # Below stage 3 every rank has all parameters, and the first one saves them.
+        state = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", mmap=True)
+        return state["module"]
 
 
 @contextmanager

@@ -19,6 +19,15 @@ from pipeline.models.llave import Llave, TowerlessLlave
 from pipeline.models.lora import add_adapters
 from pipeline.models.tower import FrozenTower
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# What can be trained or frozen: the beginnings of its parameters' names.
+PARTS = {
+    "projector": ("multi_modal_projector.", "image_newline"),
+    "language_model": ("language_model.",),
+    "vision_tower": ("vision_tower.",),
+}
+
 
 def start_distributed(timeout_minutes: float) -> torch.device:
     """Join the process group that the launcher's environment describes; alone, make one of one process.
@@ -63,11 +72,11 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     if config["zero_optimization"]["stage"] == 3:
         # While this object lives, from_pretrained partitions each weight as it reads it.
         partitioned = HfDeepSpeedConfig(config)
-        model = kind.load(model_path, _dtype(recipe))
+        model = kind.load(model_path, DTYPES[recipe.precision])
         del partitioned
         unset_hf_deepspeed_config()
     else:
-        model = kind.load(model_path, _dtype(recipe))
+        model = kind.load(model_path, DTYPES[recipe.precision])
     freeze(model, recipe.train)
     if recipe.train.lora:
         add_adapters(model.language_model, recipe.train.lora, seed=recipe.seed)
@@ -78,18 +87,7 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
 
 def load_tower(recipe: Recipe, model_path: str, device: torch.device) -> FrozenTower | None:
     """The vision tower, where it is not trained and so not part of the engine."""
-    return None if recipe.train.vision_tower else FrozenTower.load(model_path, _dtype(recipe), device)
-
-
-def _dtype(recipe: Recipe) -> torch.dtype:
-    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-
-
-PARTS = {
-    "projector": ("multi_modal_projector.", "image_newline"),
-    "language_model": ("language_model.",),
-    "vision_tower": ("vision_tower.",),
-}
+    return None if recipe.train.vision_tower else FrozenTower.load(model_path, DTYPES[recipe.precision], device)
 
 
 def freeze(model: torch.nn.Module, train: Train) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Lora
-from pipeline.models.llave import save_folder
+from pipeline.models.folder import save_folder
 from pipeline.models.lora import merge_adapters
 from pipeline.models.tower import FrozenTower
 
@@ -22,16 +22,21 @@ def export(
     """
     weights = _gathered(engine)
     if dist.get_rank() == 0:
-        if lora:
-            weights = merge_adapters(weights, lora)
         if tower is not None:
             weights |= {name: parameter.to("cpu") for name, parameter in tower.named_parameters()}
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        save_folder(engine.module, weights, source, unfinished)
         shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        write_folder(engine.module, weights, lora, source, folder)
     dist.barrier()
+
+
+def write_folder(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], lora: Lora | None, source: str, folder: Path
+) -> None:
+    """Write `weights` to a folder that is whole or not there; as `export`, in one process."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_folder(model, merge_adapters(weights, lora) if lora else weights, source, unfinished)
+    unfinished.rename(folder)
 
 
 def _gathered(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:

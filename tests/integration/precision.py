@@ -1,6 +1,6 @@
-"""`python precision.py MODEL DS_CONFIG PRECISION FOLDER [key=value ...]`: two steps, a checkpoint, a third step; then
-the third step again by a new engine that loads the checkpoint, which is then exported. Prints as JSON the losses, and
-the smallest cosine of the exported model's embeddings with the engine's.
+"""`python precision.py MODEL DS_CONFIG PRECISION RUN [key=value ...]`: two steps, a checkpoint, a third step; then a
+new engine that loads the checkpoint, exports it, and takes the third step again. Prints as JSON the losses, and the
+smallest cosine of the exported model's embeddings with the engine's.
 """
 
 import json
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from exactness import batch_of, make_pairs
 
-from pipeline.config import load_ds_config, load_recipe
+from pipeline.config import dump_recipe, load_ds_config, load_recipe
 from pipeline.models.chunks import embed_chunks, plan_chunks
 from pipeline.models.llave import Llave, Processor
 from pipeline.models.tower import KeptFeatures
@@ -22,9 +22,11 @@ from pipeline.training.step import train_step
 
 
 def main() -> None:
-    model, config, precision, folder, *fields = sys.argv[1:]
+    model, config, precision, run, *fields = sys.argv[1:]
+    run = Path(run)
     start_distributed(timeout_minutes=0.5)
     fields += [f"deepspeed={config}", f"precision={precision}", "batch.global_batch=16", "batch.chunk_tokens=200"]
+    fields += [f"model.path={model}", f"run={run}"]
     recipe = load_recipe("pipeline/recipes/demo.yaml", fields)
     processor = Processor.load(model, 512)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -39,21 +41,23 @@ def main() -> None:
     ds_config = load_ds_config(recipe, world)
     engine = build_engine(recipe, ds_config, model)
     losses = [step(engine, batch) for batch in batches[:2]]
-    checkpoint.save(engine, Path(folder), 2, {"bad_samples": 0}, {}, keep=1)
+    conditions = {"the ZeRO stage": ds_config["zero_optimization"]["stage"]}
+    checkpoint.save(engine, run / "checkpoints", 2, {"bad_samples": 0}, conditions, keep=1)
     losses.append(step(engine, batches[2]))
     again = build_engine(recipe, ds_config, model)
-    assert checkpoint.load(again, checkpoint.latest(Path(folder)))["step"] == 2
-    resumed = step(again, batches[2])
-
-    export(again, tower, recipe.train.lora, model, Path(folder) / "export")
+    assert checkpoint.load(again, checkpoint.latest(run / "checkpoints"))["step"] == 2
+    export(again, tower, recipe.train.lora, model, run / "export")
     items = list(batches[0].items.values())
     chunks = plan_chunks(items, 200, torch.device("cpu"))
     features = KeptFeatures(tower, 4, 0) if tower else None
     trained = embed_chunks(again, chunks, len(items), features)
-    exported = embed_chunks(Llave.load(str(Path(folder) / "export"), "auto"), chunks, len(items))
+    exported = embed_chunks(Llave.load(str(run / "export"), "auto"), chunks, len(items))
     cosine = float((trained * exported).sum(dim=1).min())
+    resumed = step(again, batches[2])
     if rank == 0:
+        (run / "recipe.yaml").write_text(dump_recipe(recipe))
         print(json.dumps({"losses": losses, "resumed": resumed, "cosine": cosine}))
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -1,16 +1,31 @@
 """bf16 beside fp32, and checkpoints, at every ZeRO stage."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from launch import start, wait
+from safetensors.torch import load_file
+
+from pipeline.export import main
 
 WORKER = str(Path(__file__).with_name("precision.py"))
 
 
+def assert_exported_alike(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pipeline.export` makes of the checkpoint what the engine made of itself."""
+    monkeypatch.setattr(sys, "argv", ["export", str(run), str(run / "again")])
+    main()
+    files = [run / folder / "model.safetensors" for folder in ("export", "again")]
+    by_engine, by_command = map(load_file, files)
+    assert by_engine.keys() == by_command.keys()
+    assert all(torch.equal(weight, by_command[name]) for name, weight in by_engine.items())
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_follows_fp32_and_both_resume_exactly(stage, tiny_model, tmp_path):
+def test_bf16_follows_fp32_and_both_resume_exactly(stage, tiny_model, tmp_path, monkeypatch):
     results = {}
     for precision in ("fp32", "bf16"):
         config = f"ds_configs/zero{stage}.json"
@@ -19,6 +34,7 @@ def test_bf16_follows_fp32_and_both_resume_exactly(stage, tiny_model, tmp_path):
         results[precision] = json.loads(ended.output.splitlines()[-1])
         assert results[precision]["resumed"] == results[precision]["losses"][2]
         assert results[precision]["cosine"] > (0.999 if precision == "bf16" else 1 - 1e-6)
+        assert_exported_alike(tmp_path / precision, monkeypatch)
     fp32, bf16 = (results[precision]["losses"] for precision in ("fp32", "bf16"))
     for (loss, _), (rounded, _) in zip(fp32, bf16, strict=True):
         assert rounded == pytest.approx(loss, rel=0.02)
@@ -26,7 +42,9 @@ def test_bf16_follows_fp32_and_both_resume_exactly(stage, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(("stage", "world"), [(1, 1), (3, 2)])
-def test_adapters_beside_frozen_parts_resume_exactly_and_are_merged_into_the_export(stage, world, tiny_model, tmp_path):
+def test_adapters_beside_frozen_parts_resume_exactly_and_are_merged_into_the_export(
+    stage, world, tiny_model, tmp_path, monkeypatch
+):
     fields = ["train.vision_tower=false", "train.projector=false", "train.lora.rank=2", "batch.kept_chunks=1"]
     config = f"ds_configs/zero{stage}.json"
     ended = wait(start([WORKER, tiny_model, config, "fp32", str(tmp_path), *fields], world), seconds=60)
@@ -34,5 +52,6 @@ def test_adapters_beside_frozen_parts_resume_exactly_and_are_merged_into_the_exp
     result = json.loads(next(line for line in ended.output.splitlines() if line.startswith("{")))
     assert result["resumed"] == result["losses"][2]
     assert result["cosine"] > 1 - 1e-6
+    assert_exported_alike(tmp_path, monkeypatch)
     # What is frozen is not in the checkpoint: 70,000 parameters against 7,000 in the adapters.
-    assert max(path.stat().st_size for path in (tmp_path / "step-00000002").rglob("*.pt")) < 60_000
+    assert max(path.stat().st_size for path in (tmp_path / "checkpoints/step-00000002").rglob("*.pt")) < 60_000

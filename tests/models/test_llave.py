@@ -16,7 +16,8 @@ from pipeline.data.sample import BadSample, Item
 from pipeline.data.tiles import Tiling
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
-from pipeline.models.llave import SUFFIX, Llave, Processor, check_architecture, prompt, save_folder
+from pipeline.models.folder import save_folder
+from pipeline.models.llave import SUFFIX, Llave, Processor, check_architecture, prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())

@@ -1,9 +1,13 @@
 import math
 
 import pytest
+import torch
 
-from pipeline.config import Optimizer
-from pipeline.training.engine import learning_rate
+from pipeline.config import Optimizer, Recipe, load_recipe
+from pipeline.errors import PipelineError
+from pipeline.models.llave import Llave
+from pipeline.models.lora import add_adapters, merge_adapters
+from pipeline.training.engine import freeze, learning_rate, parameter_groups
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
@@ -17,3 +21,75 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
 def test_short_runs_have_a_rate_too(steps, warmup):
     optimizer = Optimizer(lr=1.0, warmup_ratio=warmup)
     assert all(0 < learning_rate(step, steps, optimizer) <= 1 for step in range(steps))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> Llave:
+    return Llave.load(tiny_model, torch.float32)
+
+
+def names(model: Llave, group: dict) -> set[str]:
+    """The first parts of the names of a group's parameters."""
+    members = {id(parameter) for parameter in group["params"]}
+    return {name.partition(".")[0] for name, parameter in model.named_parameters() if id(parameter) in members}
+
+
+def recipe(*fields: str) -> Recipe:
+    return load_recipe("pipeline/recipes/demo.yaml", ["optimizer.lr=0.1", "optimizer.weight_decay=0.2", *fields])
+
+
+def test_each_part_has_its_learning_rate_and_vectors_no_weight_decay(model):
+    groups = parameter_groups(model, recipe("train.projector=0.3", "train.vision_tower=0.05"))
+    assert [(names(model, group), group["lr_scale"], group["weight_decay"]) for group in groups] == [
+        ({"multi_modal_projector"}, pytest.approx(3.0), 0.2),
+        ({"multi_modal_projector", "image_newline"}, pytest.approx(3.0), 0.0),
+        ({"language_model"}, 1.0, 0.2),
+        ({"language_model"}, 1.0, 0.0),
+        ({"vision_tower"}, pytest.approx(0.5), 0.2),
+        ({"vision_tower"}, pytest.approx(0.5), 0.0),
+    ]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(len(group["params"]) for group in groups) == len(trained)
+
+
+@pytest.mark.parametrize(
+    ("fields", "trained"),
+    [
+        ((), {"multi_modal_projector", "image_newline", "language_model", "vision_tower"}),
+        (("train.vision_tower=false",), {"multi_modal_projector", "image_newline", "language_model"}),
+        (("train.language_model=false", "train.projector=false"), {"vision_tower"}),
+    ],
+)
+def test_what_is_frozen_has_no_optimizer_state(tiny_model, fields, trained):
+    model = Llave.load(tiny_model, torch.float32)
+    chosen = recipe(*fields)
+    freeze(model, chosen.train)
+    assert set().union(*(names(model, group) for group in parameter_groups(model, chosen))) == trained
+
+
+def test_adapters_alone_are_trained_and_begin_as_nothing(tiny_model):
+    model, chosen = Llave.load(tiny_model, torch.float32), recipe("train.projector=false", "train.lora.rank=3")
+    freeze(model, chosen.train)
+    before = dict(model.named_parameters())
+    add_adapters(model.language_model, chosen.train.lora, seed=1)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "tower" not in name}
+    assert len(trained) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
+    assert all("lora_" in name and 3 in parameter.shape for name, parameter in trained.items())
+    merged = merge_adapters(dict(model.named_parameters()), chosen.train.lora)
+    assert merged.keys() == before.keys()
+    assert all(torch.equal(merged[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (["train.projector=false", "train.language_model=false", "train.vision_tower=false"], "nothing is trained"),
+        (["train.projector=-1e-5"], "train.projector is -1e-05: give true, false or a positive learning rate"),
+        (["train.language_model=false", "train.lora.rank=4"], "train.lora needs train.language_model"),
+        (["train.lora.targets=[nothing]"], "train.lora.targets=.*nothing"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tiny_model, fields, reason):
+    with pytest.raises(PipelineError, match=reason):
+        chosen = recipe(*fields)
+        add_adapters(Llave.load(tiny_model, torch.float32).language_model, chosen.train.lora, seed=0)

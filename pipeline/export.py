@@ -1,0 +1,78 @@
+"""A run's newest checkpoint -> a Hugging Face folder: `python -m pipeline.export RUN OUT`, in one process, on the CPU.
+
+    python -m pipeline.export runs/llave_7b llave-7b
+    python -m pipeline.export runs/llave_7b llave-7b-early --step 400
+
+A run that ends writes RUN/export itself; this is for one that was stopped, or for an earlier checkpoint. Any ZeRO
+stage and number of processes will do; adapters are merged. OUT is loaded again and must give the same embedding.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from pipeline.config import load_recipe
+from pipeline.data.collate import pack
+from pipeline.data.sample import Item
+from pipeline.errors import PipelineError, command_line
+from pipeline.models.llave import Llave, Processor
+from pipeline.models.lora import add_adapters
+from pipeline.training import checkpoint
+from pipeline.training.engine import DTYPES, freeze
+from pipeline.training.export import write_folder
+
+_LEAST_COSINE = {"fp32": 0.99999, "bf16": 0.999}  # adapters are merged in the weights' precision
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory of pipeline.train")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not be there")
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint after N steps (default: the newest)")
+    arguments = parser.parse_args()
+    run, out = arguments.run, arguments.out
+    if out.exists():
+        raise PipelineError(f"{out} is there already: name another folder, or delete it")
+    if not (run / "recipe.yaml").is_file():
+        raise PipelineError(f"{run} is no run directory: it has no recipe.yaml")
+    folder = _checkpoint(run / "checkpoints", arguments.step)
+
+    recipe = load_recipe(run / "recipe.yaml", [])
+    source = recipe.model.path or str(run / "init")
+    model = Llave.load(source, DTYPES[recipe.precision]).eval()
+    freeze(model, recipe.train)
+    if recipe.train.lora:
+        add_adapters(model.language_model, recipe.train.lora, recipe.seed)
+    weights = checkpoint.trained_weights(folder)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if differing := sorted(trained ^ weights.keys()):
+        raise PipelineError(f"{folder} does not hold what the recipe trains: {differing[0]} is in only one of them")
+    model.load_state_dict(weights, strict=False)
+    before = _embedding(model, source)
+    write_folder(model, dict(model.named_parameters()), recipe.train.lora, source, out)
+    cosine = float(before @ _embedding(Llave.load(str(out), "auto").eval(), str(out)))
+    if cosine < _LEAST_COSINE[recipe.precision]:
+        raise PipelineError(f"{out} does not give the checkpoint's embedding (cosine {cosine:.6f}): do not use it")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{out}: {folder.name} of {run}, {count / 1e9:.2f} B parameters in {recipe.precision}, cosine {cosine:.6f}")
+
+
+def _checkpoint(folder: Path, step: int | None) -> Path:
+    found = checkpoint.latest(folder) if step is None else folder / f"step-{step:08d}"
+    if found is None or not found.is_dir():
+        there = ", ".join(str(int(path.name[5:])) for path in sorted(folder.glob("step-*"))) or "none"
+        raise PipelineError(f"no such checkpoint in {folder}; steps that have one: {there}")
+    return found
+
+
+@torch.no_grad()
+def _embedding(model: Llave, source: str) -> torch.Tensor:
+    """(hidden,) of a text."""
+    encoded = Processor.load(source, 512).encode(Item("A cat and a dog on a red sofa"))
+    return model(pack([encoded]), False)[0]
+
+
+if __name__ == "__main__":
+    main()

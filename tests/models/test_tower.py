@@ -1,0 +1,67 @@
+"""A frozen tower outside the model: the same embeddings, and it sees each tile once a step."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.collate import Encoded, Image
+from pipeline.errors import PipelineError
+from pipeline.models.chunks import embed_chunks, plan_chunks
+from pipeline.models.folder import save_folder
+from pipeline.models.llave import Llave, Processor, TowerlessLlave
+from pipeline.models.tower import FrozenTower, KeptFeatures, normalised, tower_features
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def items(tiny_model) -> list[Encoded]:
+    """Texts, and images of two and of five tiles."""
+    processor, rng = Processor.load(tiny_model, 512), np.random.default_rng(0)
+    items = []
+    for number in range(9):
+        side = 24 if number % 2 else 48
+        tiles = rng.integers(0, 256, (2 if side == 24 else 5, 3, 24, 24), dtype=np.uint8)
+        images = () if number % 3 == 0 else (Image(tiles, side, side),)
+        tokens = processor.tiling.tokens(side, side, anyres=True) if images else 0
+        ids = [5, *[processor.image_token_id] * tokens, *range(6, 6 + number)]
+        items.append(Encoded(np.array(ids, np.int32), images))
+    return items
+
+
+def test_embeddings_are_those_of_the_whole_model(tiny_model, items):
+    whole, without = Llave.load(tiny_model, torch.float32), TowerlessLlave.load(tiny_model, torch.float32)
+    assert not [name for name, _ in without.named_parameters() if "tower" in name]
+    tower = FrozenTower.load(tiny_model, torch.float32, CPU)
+    assert not [parameter for parameter in tower.parameters() if parameter.requires_grad]
+    chunks = plan_chunks(items, 60, CPU)
+    expected = embed_chunks(whole, chunks, len(items))
+    for limit in (0, 1 << 30):
+        features = KeptFeatures(tower, 2, limit)
+        for _ in range(2):  # as they are made, and as they were kept
+            torch.testing.assert_close(embed_chunks(without, chunks, len(items), features), expected)
+
+
+def test_each_tile_is_seen_once_and_few_at_a_time(tiny_model, items):
+    tower, seen = FrozenTower.load(tiny_model, torch.float32, CPU), []
+    tower.vision_tower.embeddings.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+    features, chunks = KeptFeatures(tower, 2, 0), plan_chunks(items, 60, CPU)
+    with_images = [chunk for chunk in chunks if chunk.packed.image_sizes]
+    assert len(with_images) > 1
+    for _ in range(3):
+        for chunk in with_images:
+            made = features(chunk)
+            pixels = normalised(chunk.packed.tiles, CPU, torch.float32)
+            torch.testing.assert_close(made, tower_features(tower.vision_tower, pixels))
+            seen.pop()  # this test's own
+    assert sum(seen) == sum(len(image.tiles) for item in items for image in item.images)
+    assert max(seen) == 2
+
+
+def test_a_folder_without_the_towers_weights_is_refused(tiny_model, tmp_path):
+    model = Llave.load(tiny_model, torch.float32)
+    weights = {name: p for name, p in model.named_parameters() if "patch_embedding" not in name}
+    save_folder(model, weights, tiny_model, tmp_path / "partial")
+    with pytest.raises(PipelineError, match=r"lacks 2 of the model's weights, .*vision_tower.*patch_embedding"):
+        FrozenTower.load(str(tmp_path / "partial"), torch.float32, CPU)
+    assert TowerlessLlave.load(str(tmp_path / "partial"), torch.float32)

@@ -1,0 +1,363 @@
+import json
+import pickle
+import re
+import resource
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
+
+from pipeline.data.collate import Encoded, pack
+from pipeline.errors import PipelineError
+from pipeline.models import weights
+from pipeline.models.folder import save_folder
+from pipeline.models.llave import Llave, Processor
+from pipeline.models.weights import convert_original, export_original, is_original, resolve
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = json.loads((GOLDEN / "cases.json").read_text())
+TENSORS = load_file(GOLDEN / "model.safetensors")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+
+def checkpoint(
+    folder: Path, tensors: dict[str, torch.Tensor] = TENSORS, files: int = 1, suffix: str = "safetensors", **config
+) -> Path:
+    """An original checkpoint: the golden one with other tensors or config fields (None: without), in several files."""
+    shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("*.png", "model.safetensors"))
+    values = json.loads((GOLDEN / "config.json").read_text()) | config
+    values = {name: value for name, value in values.items() if value is not None or name not in config}
+    (folder / "config.json").write_text(json.dumps(values))
+    stem, weight_map = "model" if suffix == "safetensors" else "pytorch_model", {}
+    for number in range(files):
+        name = f"{stem}.{suffix}" if files == 1 else f"{stem}-{number + 1:05d}-of-{files:05d}.{suffix}"
+        part = {key: tensors[key] for key in list(tensors)[number::files]}
+        save_file(part, folder / name) if suffix == "safetensors" else torch.save(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    if files > 1:
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Converted from checkpoints that say `grid`, and nothing, of a video's newlines."""
+    folder = tmp_path_factory.mktemp("weights")
+    convert_original(GOLDEN, folder / "grid")
+    convert_original(checkpoint(folder / "original", mm_newline_position=None), folder / "one_token")
+    return {name: folder / name for name in ("grid", "one_token")}
+
+
+@cache
+def load(folder: Path) -> tuple[Processor, Llave]:
+    return Processor.load(str(folder), 4096), Llave.load(str(folder), torch.float32).eval()
+
+
+def encode(folder: Path, case: dict) -> Encoded:
+    def opened(name: str) -> Image.Image:
+        return Image.open(GOLDEN / name).convert("RGB")
+
+    if "video" in case:
+        text = case["text"].replace("<image>", "<video>")
+        return load(folder)[0].encode_parts(text, [], lambda: [opened(name) for name in case["video"]])
+    images = [lambda: opened(case["image"])] if "image" in case else []
+    return load(folder)[0].encode_parts(case["text"], images, None)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.get("image") or case.get("newline") or "text")
+def test_an_original_checkpoint_embeds_as_the_original_code_does(folders, case):
+    folder = folders[case.get("newline", "grid")]
+    encoded = encode(folder, case)
+    marks = {load(folder)[0].image_token_id: -200, load(folder)[0].video_token_id: -200}
+    ids = [marks.get(token, token) for token in encoded.input_ids.tolist()]
+    assert [token for i, token in enumerate(ids) if token != -200 or ids[i - 1] != -200] == case["input_ids"]
+    with torch.no_grad():
+        embedding = load(folder)[1](pack([encoded]), True)[0]
+    assert F.cosine_similarity(embedding, torch.tensor(case["embedding"]), dim=0) > 1 - 1e-6
+
+
+def test_videos_of_both_newlines_have_as_many_placeholders_as_tokens(folders):
+    """4 frames of 27x27 patches, pooled to 14x14."""
+    video = next(case for case in CASES if "video" in case)
+    for name, count in (("grid", 4 * 14 * 15), ("one_token", 4 * 14 * 14 + 1)):
+        assert (encode(folders[name], video).input_ids == load(folders[name])[0].video_token_id).sum() == count
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=["text", "image"])
+def test_transformers_alone_loads_the_folder_and_embeds_the_same(folders, case):
+    model, loaded = LlavaOnevisionModel.from_pretrained(folders["grid"], output_loading_info=True)
+    assert not any(loaded.values())
+    inputs = {}
+    if "image" in case:
+        processor = LlavaOnevisionImageProcessorPil.from_pretrained(folders["grid"])
+        inputs = dict(processor([[Image.open(GOLDEN / case["image"]).convert("RGB")]], return_tensors="pt"))
+    ids = torch.from_numpy(encode(folders["grid"], case).input_ids).long()[None]
+    with torch.no_grad():
+        hidden = model.eval()(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+    assert F.cosine_similarity(hidden[0, -1], torch.tensor(case["embedding"]), dim=0) > 1 - 1e-6
+
+
+def test_there_and_back_and_there_again_is_the_same_bit_for_bit(folders, tmp_path):
+    source = checkpoint(tmp_path / "source", image_grid_pinpoints=[[384, 384], [384, 1152]], rope_theta=1234.5)
+    convert_original(source, tmp_path / "hf")
+    export_original(tmp_path / "hf", tmp_path / "back")
+    convert_original(tmp_path / "back", tmp_path / "again")
+    assert same(stored(tmp_path / "back"), TENSORS | {HEAD: TENSORS[EMBEDDING]})
+    assert same(stored(tmp_path / "again"), stored(tmp_path / "hf"))
+    for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
+        assert json.loads((tmp_path / "hf" / name).read_text()) == json.loads((tmp_path / "again" / name).read_text())
+    # Width before height in the original, height before width in transformers.
+    assert json.loads((tmp_path / "hf/config.json").read_text())["image_grid_pinpoints"] == [[384, 384], [1152, 384]]
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "back"))
+    assert {name for name in before.keys() & after.keys() if before[name] != after[name]} == {"mm_tunable_parts"}
+    assert "mm_vision_tower" in after["mm_tunable_parts"]  # else the original reads the tower from elsewhere
+    assert {"mm_projector_type", "mm_vision_tower", "rope_theta", "torch_dtype", "vocab_size"} <= after.keys()
+    tower = json.loads((tmp_path / "back/vision_config.json").read_text())
+    assert tower.items() <= json.loads((GOLDEN / "vision_config.json").read_text()).items()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_checkpoint_in_several_files_becomes_several_files(folders, tmp_path, suffix):
+    source = checkpoint(tmp_path / "source", files=2, suffix=suffix)
+    convert_original(source, tmp_path / "hf")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) == 2
+    assert same(stored(tmp_path / "hf"), stored(folders["grid"]))
+    loaded = dict(Llave.load(str(tmp_path / "hf"), "auto").named_parameters())
+    assert same(loaded, dict(load(folders["grid"])[1].named_parameters()))
+    export_original(tmp_path / "hf", tmp_path / "back")
+    assert same(stored(tmp_path / "back"), TENSORS | {HEAD: TENSORS[EMBEDDING]})
+
+
+def test_the_embedding_grows_for_the_marks_and_the_dtype_stays(tmp_path):
+    tensors = {name: tensor.bfloat16() for name, tensor in TENSORS.items() if name != HEAD}  # as where it is tied
+    tensors[EMBEDDING] = tensors[EMBEDDING][:384].contiguous()  # the tokenizer's own
+    source = checkpoint(tmp_path / "source", tensors, vocab_size=384, tie_word_embeddings=True)
+    convert_original(source, tmp_path / "hf")
+    model, processor = Llave.load(str(tmp_path / "hf"), "auto"), Processor.load(str(tmp_path / "hf"), 4096)
+    rows = model.language_model.embed_tokens.weight
+    assert model.dtype == torch.bfloat16
+    assert {processor.image_token_id, processor.video_token_id} == {384, 385}
+    assert torch.equal(rows, torch.cat([tensors[EMBEDDING], torch.zeros(2, 64, dtype=torch.bfloat16)]))
+    assert processor.tokenizer("<image>")["input_ids"] == [384]
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["dtype"], config["tie_word_embeddings"]) == ("bfloat16", True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"mm_newline_position": "frame"}, "mm_newline_position='frame' is not supported; 'one_token' and 'grid' are"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type='linear'"),
+        ({"mm_patch_merge_type": None}, "mm_patch_merge_type='flat'"),
+        ({"mm_vision_select_layer": -1}, "mm_vision_select_layer=-1"),
+        ({"mm_spatial_pool_mode": "max"}, "mm_spatial_pool_mode='max'"),
+        ({"mm_resampler_type": "qformer"}, "mm_resampler_type='qformer'"),
+        ({"image_aspect_ratio": "pad"}, "image_aspect_ratio='pad'"),
+        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints is not a list"),
+        ({"rope_theta": None}, "lacks rope_theta"),
+        ({"vocab_size": 513}, r"model.embed_tokens.weight is \[512, 64\], but by its config \[513, 64\]"),
+        ({"model_type": "llava"}, "is not an original checkpoint"),
+    ],
+)
+def test_configs_of_other_models_are_refused(tmp_path, fields, named):
+    with pytest.raises(PipelineError, match=named):
+        convert_original(checkpoint(tmp_path / "source", **fields), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_wrong_tensors_are_refused_by_their_names(tmp_path):
+    norm, extra = "model.norm.weight", {"model.faster_token": torch.zeros(64), "head.bias": torch.zeros(2)}
+    towerless = {name: tensor for name, tensor in TENSORS.items() if not name.startswith(TOWER)}
+    for number, (tensors, named) in enumerate(
+        [
+            ({name: tensor for name, tensor in TENSORS.items() if name != norm}, f"lacks 1 of .*: {norm}"),
+            (TENSORS | extra, "has 2 tensors that are not of this model: head.bias, model.faster_token"),
+            (towerless, "has no vision tower"),
+        ]
+    ):
+        with pytest.raises(PipelineError, match=named):
+            convert_original(checkpoint(tmp_path / f"source{number}", tensors), tmp_path / "hf")
+    tower = checkpoint(tmp_path / "other", mm_vision_tower="openai/clip-vit-large-patch14-336")
+    (tower / "vision_config.json").unlink()
+    with pytest.raises(PipelineError, match="clip-vit-large-patch14-336' is not siglip-so400m-patch14-384"):
+        convert_original(tower, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_without_a_config_the_tower_is_so400m(tmp_path):
+    source = checkpoint(tmp_path / "source")
+    (source / "vision_config.json").unlink()
+    vision = weights._config(source).vision_config
+    assert (vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size) == (26, 1152, 4304)
+    with pytest.raises(PipelineError, match=f"lacks .* of the model's tensors: {TOWER}encoder.layers.10"):
+        convert_original(source, tmp_path / "hf")
+
+
+def test_damaged_files_are_refused_and_no_pickle_is_run(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "touched",)
+
+    source = checkpoint(tmp_path / "source", files=2, suffix="bin")
+    second = source / "pytorch_model-00002-of-00002.bin"
+    for content in (pickle.dumps({"x": Harmful()}), b"no weights"):
+        second.write_bytes(content)
+        with pytest.raises(PipelineError, match=f"cannot read {second}"):
+            convert_original(source, tmp_path / "hf")
+    torch.save({"x": Harmful()}, second)
+    with pytest.raises(PipelineError, match=f"cannot read {second}"):
+        convert_original(source, tmp_path / "hf")
+    second.unlink()
+    with pytest.raises(PipelineError, match=f"lacks {second.name}, which pytorch_model.bin.index.json names"):
+        convert_original(source, tmp_path / "hf")
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_memory_for_little_more_than_one_file_is_enough(tmp_path, suffix):
+    """The kernel refuses what exceeds RLIMIT_DATA: the heap and private mappings, which are how both kinds are read."""
+    wide, size = 16384, 3 * 16384 * 64 * 4
+    tensors = dict(TENSORS)
+    for layer in range(3):
+        for name, shape in (("gate", (wide, 64)), ("up", (wide, 64)), ("down", (64, wide))):
+            tensors[f"model.layers.{layer}.mlp.{name}_proj.weight"] = torch.full(shape, float(layer))
+    order = sorted(tensors, key=lambda name: name.split(".mlp.")[-1])  # a layer's big ones fall into different files
+    source = checkpoint(
+        tmp_path / "source", {n: tensors[n] for n in order}, files=3, suffix=suffix, intermediate_size=wide
+    )
+    largest = max(file.stat().st_size for file in source.glob(f"*.{suffix}"))
+    assert size * 0.9 < largest < size * 1.3
+    convert_original(GOLDEN, tmp_path / "small")  # whatever is allocated once
+
+    def limited(spare: float, folder: str) -> None:
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (int(used + spare * largest), before[1]))
+        try:
+            convert_original(source, tmp_path / folder)
+            export_original(tmp_path / folder, tmp_path / f"{folder}-back")
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
+
+    limited(1.4, "hf")
+    assert same(stored(tmp_path / "hf-back"), tensors | {HEAD: tensors[EMBEDDING]})
+    with pytest.raises((PipelineError, MemoryError)):  # the limit is one
+        limited(0.6, "too-little")
+
+
+def test_resolve_converts_an_original_once_and_again_when_it_changed(folders, tmp_path, tiny_model):
+    source, store = checkpoint(tmp_path / "LLaVE-tiny"), tmp_path / "cache"
+    assert resolve(tiny_model, store) == tiny_model
+    assert resolve("zhibinlan/LLaVE-2B", store) == "zhibinlan/LLaVE-2B"
+    assert is_original(source) and not store.exists()
+    first = Path(resolve(str(source), store))
+    assert first.name.startswith("LLaVE-tiny-") and same(stored(first), stored(folders["grid"]))
+    written = (first / "model.safetensors").stat().st_mtime_ns
+    assert resolve(str(source), store) == str(first)
+    assert (first / "model.safetensors").stat().st_mtime_ns == written
+    save_file(TENSORS | {"model.norm.weight": torch.ones(64)}, source / "model.safetensors")  # of the same size
+    second = Path(resolve(str(source), store))
+    assert second != first and stored(second)["language_model.norm.weight"].eq(1).all()
+    assert sorted(store.iterdir()) == sorted([first, second])
+
+
+def test_a_conversion_that_fails_or_comes_second_leaves_nothing(tmp_path, monkeypatch):
+    source, store = checkpoint(tmp_path / "source"), tmp_path / "cache"
+
+    def fails(files, folder, renamed):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "_rewrite", fails)
+        with pytest.raises(OSError, match="disk full"):
+            resolve(str(source), store)
+    assert list(store.iterdir()) == []
+
+    def another_is_faster(source, folder):
+        convert_original(source, folder)
+        shutil.copytree(folder, folder.with_name(re.sub(r"\.unfinished.*", "", folder.name)))
+
+    monkeypatch.setattr(weights, "convert_original", another_is_faster)
+    converted = resolve(str(source), store)
+    assert list(store.iterdir()) == [Path(converted)]
+
+
+def test_a_folder_that_is_there_is_not_written_into(folders, tmp_path):
+    (tmp_path / "hf").mkdir()
+    for write, source in ((convert_original, GOLDEN), (export_original, folders["grid"])):
+        with pytest.raises(PipelineError, match="hf is there already"):
+            write(source, tmp_path / "hf")
+    with pytest.raises(PipelineError, match="is no model to export"):
+        export_original(GOLDEN, tmp_path / "out")
+
+
+@pytest.mark.parametrize("position", ["grid", "one_token"])
+def test_a_saved_folder_keeps_the_newlines_and_its_card_embeds_as_we_do(folders, tmp_path, monkeypatch, position):
+    processor, model = load(folders[position])
+    folder = tmp_path / "saved"
+    save_folder(model, dict(model.named_parameters()), str(folders[position]), folder)
+    assert json.loads((folder / "config.json").read_text())["mm_newline_position"] == position
+    assert Processor.load(str(folder), 4096).tiling == processor.tiling
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "feature-extraction")
+    assert "base_model" not in front
+    monkeypatch.chdir(folder)
+    code = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], code)
+    for case in CASES[:2]:
+        assert F.cosine_similarity(code["embed"](case["text"]), torch.tensor(case["embedding"]), dim=0) > 1 - 1e-6
+
+
+def test_the_card_names_the_model_of_the_hub_that_it_comes_from(folders, tmp_path, monkeypatch):
+    for kind in (AutoTokenizer, LlavaOnevisionImageProcessorPil):
+        local = kind.from_pretrained(folders["grid"])
+        monkeypatch.setattr(kind, "from_pretrained", lambda name, local=local: local)
+    _, model = load(folders["grid"])
+    save_folder(model, dict(model.named_parameters()), "zhibinlan/LLaVE-2B", tmp_path / "saved")
+    front = yaml.safe_load((tmp_path / "saved/README.md").read_text().split("---\n")[1])
+    assert front["base_model"] == "zhibinlan/LLaVE-2B"
+
+
+def test_a_folder_with_unknown_newlines_is_refused(folders, tmp_path):
+    shutil.copytree(folders["grid"], tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text()) | {"mm_newline_position": "frame"}
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    for load_from in (lambda path: Llave.load(path, "auto"), lambda path: Processor.load(path, 4096)):
+        with pytest.raises(PipelineError, match="mm_newline_position='frame' is not supported; one_token and grid are"):
+            load_from(str(tmp_path / "hf"))
+
+
+def test_grid_newlines_stand_at_the_end_of_each_row_of_each_frame(folders):
+    """By the tokens themselves, of videos of one and of three frames beside an image in one row."""
+    processor, model = load(folders["grid"])
+    video = next(case for case in CASES if "video" in case)
+    items = [encode(folders["grid"], CASES[2])]
+    items += [encode(folders["grid"], video | {"video": video["video"][:frames]}) for frames in (1, 3)]
+    packed = pack(items)
+    features = torch.randn(len(packed.tiles), 27 * 27, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = model.image_tokens(packed, features)
+    marks = np.isin(packed.input_ids.numpy(), (processor.image_token_id, processor.video_token_id))
+    assert len(tokens) == marks.sum()
+    frames = tokens[-4 * 14 * 15 :].view(4, 14, 15, -1)
+    assert torch.equal(frames[:, :, 14], model.image_newline.expand(4, 14, -1))
+    assert not frames[:, :, :14].eq(model.image_newline).all(-1).any()
