@@ -1,0 +1,285 @@
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image as Picture
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
+
+from pipeline.config import Recipe, load_recipe
+from pipeline.data.collate import Encoded, Image, Packed, pack
+from pipeline.data.tiles import Tiling
+from pipeline.losses.contrastive import hardness_weighted_loss
+from pipeline.models.attention import PACKED
+from pipeline.models.llave import Llave, TowerlessLlave
+from pipeline.models.tower import normalised, tower_features
+from pipeline.training.memory import (
+    Group,
+    Plan,
+    Work,
+    groups_of,
+    loss_bytes,
+    meta_model,
+    saved_bytes,
+    state_bytes,
+    tokens_per_tile,
+    working_bytes,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "pipeline/recipes/demo.yaml"
+IMAGE = 3  # the placeholder's token id
+
+
+def config(vision: tuple[int, ...], text: tuple[int, ...], image_size: int) -> LlavaOnevisionConfig:
+    """From (hidden, MLP, layers, heads) and, for the language model, key-value heads."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            **dict(zip(names, vision, strict=False)), image_size=image_size, patch_size=8, vision_use_head=False
+        ),
+        text_config=Qwen2Config(**dict(zip(names, text, strict=True)), vocab_size=64),
+        image_token_id=IMAGE,
+        image_grid_pinpoints=[[image_size, image_size]],
+        vision_feature_select_strategy="full",
+    )
+
+
+SHAPES = {
+    "tiny": config((96, 256, 3, 4), (128, 256, 2, 4, 2), 24),
+    "small": config((64, 256, 2, 2), (256, 1400, 4, 8, 2), 56),
+}
+
+
+def random_model(shape: LlavaOnevisionConfig, dtype: torch.dtype) -> Llave:
+    model = Llave(shape).to(dtype)
+    model.set_attn_implementation({"text_config": PACKED, "vision_config": "sdpa"})
+    model.vision_tower.post_layernorm.requires_grad_(False)
+    return model
+
+
+def chunk(shape: LlavaOnevisionConfig) -> tuple[Packed, Work]:
+    """Items with images of two tiles and texts of several lengths."""
+    size = shape.vision_config.image_size
+    side = size // 8
+    image = Image(np.zeros((2, 3, size, size), np.uint8), size, size)
+    marks = [IMAGE] * (side**2 + side * (side + 1))
+    packed = pack([Encoded(np.array(marks + [7] * n, np.int32), (image,)) for n in (50, 60, 40, 50)])
+    return packed, Work(sum(packed.lengths), len(packed.lengths) * max(packed.lengths), 8, 0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make, while they live, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._living: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in given | self._living:
+                self._living.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self._living.discard(key)
+        self.now -= size
+
+
+def measured_saved(model: Llave, packed: Packed, features: torch.Tensor | None) -> int:
+    """Bytes of the distinct storages that autograd saves, parameters excepted."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(packed, True, features)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_chunk_takes_what_is_planned(name, dtype):
+    model = random_model(SHAPES[name], dtype)
+    packed, work = chunk(SHAPES[name])
+    work = Work(work.tokens, work.slots, work.tiles, dtype.itemsize)
+    saved, working = saved_bytes(model.config, work, tower_trained=True), working_bytes(model.config, work)
+    assert saved == pytest.approx(measured_saved(model, packed, None), rel=0.05)
+    with torch.no_grad(), LiveBytes() as live:
+        model(packed, True)
+    assert working == pytest.approx(live.peak, rel=0.05)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # gradients are counted by themselves
+    with LiveBytes() as live:
+        model(packed, True).sum().backward()
+    # A parameter's gradient is there beside the sum for a moment: the largest counts.
+    assert saved + working == pytest.approx(live.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_frozen_tower_keeps_nothing_but_its_features(name):
+    whole, (packed, work) = random_model(SHAPES[name], torch.float32), chunk(SHAPES[name])
+    work = Work(work.tokens, work.slots, work.tiles, 4)
+    with torch.no_grad():
+        features = tower_features(whole.vision_tower, normalised(packed.tiles, whole.device, whole.dtype))
+    model = TowerlessLlave(SHAPES[name])
+    model.set_attn_implementation({"text_config": PACKED})
+    assert saved_bytes(SHAPES[name], work, tower_trained=False) == pytest.approx(
+        measured_saved(model, packed, features), rel=0.05
+    )
+
+
+def test_the_tower_counts_where_it_is_wider_than_the_language_model():
+    shape = config((256, 1024, 2, 4), (32, 64, 2, 2, 1), 56)
+    model, (packed, work) = random_model(shape, torch.float32), chunk(shape)
+    work = Work(work.tokens, work.slots, work.tiles, 4)
+    assert saved_bytes(shape, work, tower_trained=True) == pytest.approx(measured_saved(model, packed, None), rel=0.05)
+    with torch.no_grad(), LiveBytes() as live:
+        model(packed, True)
+    assert working_bytes(shape, work) == pytest.approx(live.peak, rel=0.05)
+    assert working_bytes(shape, work, tiles_at_once=2) < working_bytes(shape, work) / 2
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1024, 256), (3000, 64)])
+def test_the_loss_takes_what_is_planned(rows, width):
+    torch.manual_seed(0)
+    query, target = (F.normalize(torch.randn(rows, width), dim=-1).requires_grad_() for _ in range(2))
+    with LiveBytes() as live:
+        torch.autograd.grad(hardness_weighted_loss(query, target, alpha=9, temperature=0.02).loss, (query, target))
+    shape = config((8, 8, 1, 1), (width, 8, 1, 1, 1), 24)
+    assert loss_bytes(shape, rows, gpus=1) == pytest.approx(live.peak, rel=0.15)
+
+
+def size_of(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def test_without_sharding_states_are_those_of_adamw():
+    model = random_model(SHAPES["tiny"], torch.float32)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = state_bytes(groups_of(model, tower_in_engine=True), stage=0, gpus=2, width=4, zero={})
+    assert states.parameters == size_of(model.parameters())
+    assert states.gradients == size_of(p.grad for p in trained) < states.parameters
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert states.optimizer == size_of(moments)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_device_has_its_share_of_the_states(stage, dtype):
+    """The shares as ZeRO makes them: of the trained parameters end to end, the master weights and moments in fp32."""
+    model, gpus = random_model(SHAPES["tiny"], dtype), 3
+    flat = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    master = flat.chunk(gpus)[0].float().clone().requires_grad_()
+    master.grad = torch.ones_like(master)
+    optimizer = torch.optim.AdamW([master])
+    optimizer.step()
+    moments = [optimizer.state[master][name] for name in ("exp_avg", "exp_avg_sq")]
+    zero = {"reduce_bucket_size": 1000, "stage3_max_live_parameters": 5000}
+    states = state_bytes(
+        groups_of(model, tower_in_engine=True), stage=stage, gpus=gpus, width=dtype.itemsize, zero=zero
+    )
+    assert states.optimizer == size_of([master, *moments])
+    summed = flat.float().nbytes + (flat.nbytes if dtype == torch.bfloat16 else 0) if stage == 1 else master.nbytes
+    assert states.gradients == summed
+    every = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert states.parameters == (every.chunk(gpus)[0] if stage == 3 else every).nbytes
+    assert states.gathered == (5000 * dtype.itemsize if stage == 3 else 0)
+    assert states.buckets == 1000 * (4 if stage == 1 else dtype.itemsize)
+
+
+def test_what_is_frozen_has_neither_gradient_nor_optimizer_state():
+    groups = [Group("tower", 1000, False, in_engine=False), Group("frozen", 600, False), Group("trained", 60, True)]
+    states = state_bytes(groups, stage=3, gpus=2, width=2, zero={})
+    assert states.parameters == 2 * (1000 + 330)
+    assert (states.gradients, states.optimizer) == (4 * 30, 12 * 30)
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(DEMO, ["precision=fp32", *overrides])
+
+
+def test_the_model_on_the_meta_device_is_the_one_that_trains(tiny_model):
+    trains = recipe(f"model.path={tiny_model}", "train.vision_tower=true")
+    loaded, meta = Llave.load(tiny_model, torch.float32), meta_model(trains)
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+    assert groups_of(meta, True) == groups_of(loaded, True)
+    frozen = {name for name, p in meta.named_parameters() if not p.requires_grad}
+    assert frozen == {"vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias"}
+
+
+def test_adapters_take_the_place_of_the_language_model():
+    groups = Plan.of(recipe("train.lora={rank: 4}", "train.vision_tower=false"), 2, videos=False).groups
+    trained = {group.name: group.parameters for group in groups if group.trained}
+    assert set(trained) == {"image_newline", "multi_modal_projector", "language_model"}
+    # Demo: two layers, hidden 128, MLP 256, keys and values 64; in and out of q, k, v, o and the three of the MLP.
+    assert trained["language_model"] == 2 * 4 * (2 * 256 + 2 * 192 + 3 * 384)
+    assert all(not group.in_engine for group in groups if group.name == "vision_tower")
+
+
+def test_the_largest_chunk_fits_and_a_larger_one_does_not():
+    plan = Plan.of(recipe("train.vision_tower=false", "batch.kept_chunks=2", "batch.features_mb=1"), 2, videos=False)
+    states = plan.states(3, {"reduce_bucket_size": 1000})
+    for memory in (1e8, 1e9):
+        largest = plan.largest_chunk(memory, states)
+        assert plan.total(largest, states) <= memory < plan.total(largest + 64, states)
+    # Below one item of max_tokens there is no smaller chunk.
+    assert plan.total(1, states) == plan.total(plan.recipe.model.max_tokens, states)
+    assert plan.largest_chunk(plan.total(1, states) - 1, states) == 0
+
+
+def test_kept_chunks_have_their_graphs_at_the_same_time():
+    plans = [Plan.of(recipe(f"batch.kept_chunks={count}"), 2, videos=False) for count in (0, 1, 3)]
+    none, one, three = (plan.phases(4096, plan.states(3, {}))["a chunk with gradient"] for plan in plans)
+    alone = plans[0].phases(4096, plans[0].states(3, {}))["a chunk without gradient"]
+    assert none == one
+    assert three - one == 2 * (one - alone)
+
+
+def test_tiles_are_those_that_an_image_is_cut_to():
+    tiling = Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48)))
+    tiles = tiling.cut(Picture.new("RGB", (4000, 3000)), anyres=True)
+    assert tokens_per_tile(tiling, videos=False) * len(tiles) == tiling.tokens(3000, 4000, anyres=True)
+    assert tokens_per_tile(tiling, videos=True) * 8 == tiling.video_tokens(8) - 1
+
+
+def plan_memory(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools/plan_memory.py"), str(DEMO), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_program_says_what_fits():
+    done = plan_memory("--gpus", "2", "--memory", "1", "batch.chunk_tokens=1024")
+    assert done.returncode == 0, done.stderr
+    cells = [line.strip("│┃ ").split("│") for line in done.stdout.splitlines()]
+    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
+    # DeepSpeed's bucket of 500 million numbers alone is more.
+    assert rows["fits"] == ["yes", "no", "no", "yes"]
+    assert rows["largest batch.chunk_tokens"][1:3] == ["none", "none"]
+
+
+def test_the_program_names_mistakes():
+    done = plan_memory("--gpus", "3")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: 3 processes do not divide batch.global_batch=64"

@@ -1,0 +1,119 @@
+"""What a recipe takes of each GPU's memory under ZeRO 0, 1, 2 and 3, before one asks for GPUs.
+
+    python tools/plan_memory.py pipeline/recipes/demo.yaml --gpus 2
+    python tools/plan_memory.py RECIPE --gpus 8 --memory 80 batch.chunk_tokens=16384
+
+Only the model's configuration is read, no weights. Sizes are in GB of 10^9 bytes, as vendors of GPUs write them. The
+column of the recipe's own ZeRO stage is of its DeepSpeed config, the others are of ds_configs/. ZeRO 0 takes fp32 only.
+
+A chunk has batch.chunk_tokens tokens, or those of one longest item, model.max_tokens, if that is more; it is taken to
+be full of photographs (4:3), or with --videos of videos, which have more tiles. The parts of a step that take turns
+are in brackets: the largest one counts. The last line says how large batch.chunk_tokens may be; none: not even one item
+of model.max_tokens fits.
+
+What CUDA, NCCL and fragmentation take is not counted: a few GB. Explicit negatives are not either.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing runs here: DeepSpeed need not look for a GPU
+
+from pipeline.config import Recipe, load_ds_config, load_recipe
+from pipeline.errors import PipelineError, command_line
+from pipeline.training.memory import MOST_TOKENS, Plan, States
+
+GB = 1e9
+STAGES = (0, 1, 2, 3)
+
+
+def zero_sections(recipe: Recipe, gpus: int) -> dict[int, dict]:
+    """DeepSpeed's "zero_optimization" by stage; without stage 0 in bf16, which the pipeline refuses."""
+    own = load_ds_config(recipe, gpus)["zero_optimization"]
+    sections = {own["stage"]: own}
+    for stage in STAGES:
+        if stage not in sections and (stage or recipe.precision == "fp32"):
+            other = recipe.model_copy(update={"deepspeed": f"ds_configs/zero{stage}.json"})
+            sections[stage] = load_ds_config(other, gpus)["zero_optimization"]
+    return dict(sorted(sections.items()))
+
+
+def parameter_table(plan: Plan) -> Table:
+    table = Table("", "millions", "trained", title="parameters")
+    for group in plan.groups:
+        how = "yes" if group.trained else "no" if group.in_engine else "no; whole on every GPU"
+        table.add_row(group.name, f"{group.parameters / 1e6:,.2f}", how)
+    return table
+
+
+def memory_table(plan: Plan, sections: dict[int, dict], memory: float) -> Table:
+    chunk_tokens = plan.recipe.batch.chunk_tokens
+    columns = {stage: plan.states(stage, zero) for stage, zero in sections.items()}
+    title = f"GB of one of {plan.gpus} GPUs, {plan.recipe.precision}, chunks of {chunk_tokens:,} tokens"
+    table = Table("", *(f"ZeRO {stage}" for stage in columns), title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def row(name: str, sizes: list[int]) -> None:
+        table.add_row(name, *map(gigabytes, sizes))
+
+    states = list(columns.values())
+    row("parameters", [each.parameters for each in states])
+    row("gradients", [each.gradients for each in states])
+    row("optimizer: moments, master weights", [each.optimizer for each in states])
+    row("buckets of gradients on the way", [each.buckets for each in states])
+    row("gathered parameters, at most", [each.gathered for each in states])
+    for name, size in plan.kept().items():
+        row(name, [size] * len(states))
+    phases = [plan.phases(chunk_tokens, each) for each in states]
+    for name in phases[0]:
+        table.add_row(f"({name})", *(f"({gigabytes(each[name])})" for each in phases))
+    table.add_section()
+    totals = [plan.total(chunk_tokens, each) for each in states]
+    row("in all", totals)
+    table.add_row(f"left of {memory / GB:g}", *(coloured(gigabytes(memory - each), each <= memory) for each in totals))
+    table.add_row("fits", *(coloured("yes" if each <= memory else "no", each <= memory) for each in totals))
+    table.add_row("largest batch.chunk_tokens", *(largest(plan, each, memory) for each in states))
+    return table
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / GB:,.3f}"
+
+
+def coloured(text: str, good: bool) -> str:
+    return f"[{'green' if good else 'red'}]{text}"
+
+
+def largest(plan: Plan, states: States, memory: float) -> str:
+    tokens = plan.largest_chunk(memory, states)
+    text = f"{tokens:,}" + (" or more" if tokens + 64 > MOST_TOKENS else "") if tokens else "none"
+    return coloured(text, bool(tokens))
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a YAML file; pipeline/recipes/ has the project's own")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a recipe's field by its dotted name")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="that the run has, over all nodes")
+    parser.add_argument("--memory", type=float, default=80, metavar="GB", help="of one GPU (80)")
+    parser.add_argument("--videos", action="store_true", help="take chunks to be full of videos")
+    arguments = parser.parse_intermixed_args()
+    if arguments.gpus < 1 or arguments.memory <= 0:
+        raise PipelineError("--gpus and --memory are positive numbers")
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    sections = zero_sections(recipe, arguments.gpus)
+    plan = Plan.of(recipe, arguments.gpus, arguments.videos)
+    console = Console(width=120)
+    console.print(parameter_table(plan), memory_table(plan, sections, arguments.memory * GB))
+
+
+if __name__ == "__main__":
+    main()
