@@ -48,12 +48,17 @@ class Model(Section):
         None, description="LLaVA-OneVision in transformers' format, a folder or hub name; or an original LLaVE folder"
     )
     architecture: Architecture | None = Field(None, description="or: random weights of this shape")
+    image_grid_pinpoints: list[tuple[int, int]] | None = Field(
+        None, description="sizes (height, width) an image is tiled to, if not those in the model's config"
+    )
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
 
     @model_validator(mode="after")
     def one_source(self) -> "Model":
         if (self.path is None) == (self.architecture is None):
             raise ValueError("give either model.path or model.architecture, not both and not neither")
+        if self.architecture and self.image_grid_pinpoints:
+            raise ValueError("model.image_grid_pinpoints is for model.path; the architecture names its own")
         return self
 
 
@@ -141,6 +146,9 @@ class Video(Section):
 
 class Batch(Section):
     global_batch: int = Field(gt=1, description="pairs per optimizer step, over all ranks: the contrastive batch")
+    sub_batch: int | None = Field(
+        None, gt=1, description="pairs that are each other's negatives, if not the whole global batch's"
+    )
     chunk_tokens: int = Field(gt=0, description="tokens a forward pass holds at once, padded; changes no result")
     kept_chunks: int = Field(
         0, ge=0, description="chunks whose graph is kept from the first pass: memory for time; changes no result"
@@ -238,6 +246,15 @@ class Recipe(Section):
                 f"data.lanes={self.data.lanes} does not divide batch.global_batch={self.batch.global_batch}; "
                 f"lanes that do: {', '.join(map(str, near))}"
             )
+        if self.batch.sub_batch and self.batch.sub_batch % self.data.lanes:
+            raise ValueError(
+                f"batch.sub_batch={self.batch.sub_batch} is no multiple of data.lanes={self.data.lanes}, each of which "
+                "gives as many pairs to it"
+            )
+        if self.batch.sub_batch and self.batch.global_batch % self.batch.sub_batch:
+            raise ValueError(
+                f"batch.sub_batch={self.batch.sub_batch} does not divide batch.global_batch={self.batch.global_batch}"
+            )
         return self
 
 
@@ -266,7 +283,10 @@ _ALTERNATIVES = {
 
 
 def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
-    """Read a recipe and apply `key=value` overrides (values are YAML). Errors name the field and a near miss."""
+    """Read a recipe and apply `key=value` overrides (values are YAML). Errors name the field and a near miss.
+
+    `variant=NAME` applies those that the recipe itself lists under `variants`, before all others.
+    """
     path = Path(path)
     if not path.is_file():
         known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "pipeline/recipes").glob("*.yaml")))
@@ -274,6 +294,13 @@ def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
     values = _safe_yaml(path.read_text(), str(path))
     if not isinstance(values, dict):
         raise PipelineError(f"{path} is not a recipe: expected `key: value` lines")
+    variants = values.pop("variants", {})
+    for name in [override.removeprefix("variant=") for override in overrides if override.startswith("variant=")]:
+        if name not in variants:
+            raise PipelineError(f"{path} has no variant {name!r}; it has {', '.join(variants) or 'none'}")
+        for key, value in variants[name].items():
+            _set(values, key.split("."), value, f"variants.{name}.{key}")
+    overrides = [override for override in overrides if not override.startswith("variant=")]
     return _validated(Recipe, _overridden(values, overrides), f"{path}: ")
 
 

@@ -16,6 +16,7 @@ from pipeline.config import load_recipe
 from pipeline.data.collate import pack
 from pipeline.data.sample import Item
 from pipeline.errors import PipelineError, command_line
+from pipeline.models import weights
 from pipeline.models.llave import Llave, Processor
 from pipeline.models.lora import add_adapters
 from pipeline.training import checkpoint
@@ -40,16 +41,16 @@ def main() -> None:
     folder = _checkpoint(run / "checkpoints", arguments.step)
 
     recipe = load_recipe(run / "recipe.yaml", [])
-    source = recipe.model.path or str(run / "init")
-    model = Llave.load(source, DTYPES[recipe.precision]).eval()
+    source = weights.resolve(recipe.model.path, run / "init") if recipe.model.path else str(run / "init")
+    model = Llave.load(source, DTYPES[recipe.precision], recipe.model.image_grid_pinpoints).eval()
     freeze(model, recipe.train)
     if recipe.train.lora:
         add_adapters(model.language_model, recipe.train.lora, recipe.seed)
-    weights = checkpoint.trained_weights(folder)
+    trained_weights = checkpoint.trained_weights(folder)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if differing := sorted(trained ^ weights.keys()):
+    if differing := sorted(trained ^ trained_weights.keys()):
         raise PipelineError(f"{folder} does not hold what the recipe trains: {differing[0]} is in only one of them")
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(trained_weights, strict=False)
     before = _embedding(model, source)
     write_folder(model, dict(model.named_parameters()), recipe.train.lora, source, out)
     cosine = float(before @ _embedding(Llave.load(str(out), "auto").eval(), str(out)))

@@ -87,7 +87,10 @@ def main() -> None:
     if rank == 0:
         _write_recipe(recipe, folder, world)
     model_path = _model(recipe, source, folder, anew=start is None)
-    processor = llave.Processor.load(model_path, recipe.model.max_tokens, recipe.video.frames)
+    model = recipe.model
+    processor = llave.Processor.load(
+        model_path, model.max_tokens, recipe.video.frames, pinpoints=model.image_grid_pinpoints
+    )
     tower = load_tower(recipe, model_path, device)  # before the engine: under ZeRO-3 it must not be partitioned
     engine = build_engine(recipe, ds_config, model_path)
 
@@ -127,7 +130,7 @@ def _conditions(recipe: Recipe, source: Source, world: int, stage: int) -> dict:
         "seed": recipe.seed,
         "precision": recipe.precision,
         "batch.global_batch": recipe.batch.global_batch,
-        "model": recipe.model.model_dump(mode="json", include={"path", "architecture"}),
+        "model": recipe.model.model_dump(mode="json", exclude={"max_tokens"}),
         "what is trained": _trained(recipe.train),
     }
 

@@ -125,7 +125,7 @@ class Batch:
     """A rank's part of a global batch, as distinct items and where each pair finds its own.
 
     items: the distinct items by content hash; what occurs twice is embedded once.
-    query, target: each pair's items, by hash.  negatives: all pairs' explicit negatives, by hash.
+    query, target, negatives: each pair's items, by hash; lane after lane, as many of each.
     valid: False for a pair that could not be used; an empty text stands in for its items.
     origins: where each pair came from.  bad: the invalid ones.
     received: bytes that came from the object store meanwhile.
@@ -134,7 +134,7 @@ class Batch:
     items: dict[int, Encoded]
     query: list[int]
     target: list[int]
-    negatives: list[int]
+    negatives: list[tuple[int, ...]]
     valid: list[bool]
     origins: list[Origin]
     bad: list[Bad]
@@ -150,7 +150,7 @@ class Batch:
             items={key: encoded[key] for key in used},
             query=[row.query for row in rows],
             target=[row.target for row in rows],
-            negatives=[key for row in rows for key in row.negatives],
+            negatives=[row.negatives for row in rows],
             valid=[row.bad is None for row in rows],
             origins=[row.origin for row in rows],
             bad=[row.bad for row in rows if row.bad],

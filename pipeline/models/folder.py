@@ -55,7 +55,9 @@ def save_folder(model: Llave, weights: dict[str, torch.Tensor], source: str, fol
     config["architectures"] = ["LlavaOnevisionModel"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    LlavaOnevisionImageProcessorPil.from_pretrained(source).save_pretrained(folder)
+    pinpoints = [list(size) for size in model.config.image_grid_pinpoints]
+    processor = LlavaOnevisionImageProcessorPil.from_pretrained(source, image_grid_pinpoints=pinpoints)
+    processor.save_pretrained(folder)
     newline = newline_position(model.config)
     card = _CARD.format(
         base_model="" if Path(source).exists() else f"base_model: {source}\n",

@@ -47,6 +47,8 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 NEWLINE_POSITIONS = ("one_token", "grid")
 
+Pinpoints = Sequence[tuple[int, int]]  # (height, width)
+
 _MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
 
 
@@ -66,10 +68,10 @@ class Processor:
     video_frames: int = 8
 
     @classmethod
-    def load(cls, path: str, max_tokens: int, video_frames: int = 8) -> "Processor":
-        """The processor of a model folder or hub name."""
+    def load(cls, path: str, max_tokens: int, video_frames: int = 8, pinpoints: Pinpoints | None = None) -> "Processor":
+        """The processor of a model folder or hub name.  pinpoints: sizes to tile images to, if not the model's own."""
         compiled()  # once, not in every worker
-        config = load_config(path)
+        config = load_config(path, pinpoints)
         tokenizer = AutoTokenizer.from_pretrained(path)
         return cls(tokenizer, tiling(config), config.image_token_id, config.video_token_id, max_tokens, video_frames)
 
@@ -130,16 +132,19 @@ class Llave(LlavaOnevisionModel):
     """LLaVA-OneVision without an LM head, from packed items to unit vectors."""
 
     @classmethod
-    def load(cls, path: str, dtype: torch.dtype | Literal["auto"]) -> "Llave":
+    def load(cls, path: str, dtype: torch.dtype | Literal["auto"], pinpoints: Pinpoints | None = None) -> "Llave":
         """From a folder or hub name in transformers' format (under ZeRO-3 straight into its partitions).
 
         dtype: of the weights; "auto" is the one they are stored in.
+        pinpoints: sizes to tile images to, if not the model's own.
         """
-        config = load_config(path)
+        config = load_config(path, pinpoints)
         if config.vision_feature_layer != -1:
             raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
         attention = {"text_config": PACKED, "vision_config": "sdpa"}
-        model, loaded = cls.from_pretrained(path, dtype=dtype, attn_implementation=attention, output_loading_info=True)
+        model, loaded = cls.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
         refuse_missing(path, loaded)
         model.config.mm_newline_position = newline_position(config)
         if model.vision_tower is not None:
@@ -289,8 +294,10 @@ def check_architecture(architecture: Architecture) -> None:
         raise PipelineError("model.architecture.text.vocab_size is missing: the size of the tokenizer to train")
 
 
-def load_config(path: str) -> LlavaOnevisionConfig:
+def load_config(path: str, pinpoints: Pinpoints | None = None) -> LlavaOnevisionConfig:
     """The config of a folder or hub name; PipelineError if it is of no model that `Llave` reads."""
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():
+        raise PipelineError(f"no model at {path!r}: it has no config.json")  # transformers would take its defaults
     try:
         config = LlavaOnevisionConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -302,6 +309,8 @@ def load_config(path: str) -> LlavaOnevisionConfig:
     if (position := newline_position(config)) not in NEWLINE_POSITIONS:
         known = " and ".join(NEWLINE_POSITIONS)
         raise PipelineError(f"{path}: mm_newline_position={position!r} is not supported; {known} are")
+    if pinpoints:
+        config.image_grid_pinpoints = [list(size) for size in pinpoints]
     return config
 
 

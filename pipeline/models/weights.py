@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import (
     AddedToken,
@@ -99,18 +100,31 @@ def is_original(folder: Path) -> bool:
     return config.is_file() and _json(config).get("model_type") == "llava_qwen"
 
 
+def _original_folder(path: str) -> Path | None:
+    """The folder of an original checkpoint, by its path or hub name, with its config at least; None if it is none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            folder = Path(hf_hub_download(path, "config.json")).parent
+        except (OSError, ValueError):  # whoever loads it next says what is wrong
+            return None
+    return folder if is_original(folder) else None
+
+
 def resolve(path: str, cache: Path) -> str:
     """The folder or hub name that `Llave.load` reads: `path` itself, or an original checkpoint converted in `cache`.
 
     It is converted once, and again when a file of it has another size or time. Several processes may try at once: each
     works in a folder of its own, and the first to rename it has done it for all.
     """
-    source = Path(path)
-    if not is_original(source):
+    source = _original_folder(path)
+    if source is None:
         return path
+    if not Path(path).is_dir():
+        source = Path(snapshot_download(path))
     files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(source.resolve().iterdir())]
     fingerprint = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
-    converted = cache / f"{source.resolve().name}-{fingerprint}"
+    converted = cache / f"{Path(path).resolve().name}-{fingerprint}"
     if not converted.exists():
         unfinished = cache / f"{converted.name}.unfinished-{socket.gethostname()}-{os.getpid()}"
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -127,12 +141,17 @@ def resolve(path: str, cache: Path) -> str:
 
 def config_of(model: Model) -> LlavaOnevisionConfig:
     """The config of the recipe's model, before there is one."""
-    if model.path:
-        source = Path(model.path)
-        return _config(source) if is_original(source) else load_config(model.path)
-    architecture = model.architecture
-    vision = SiglipVisionConfig(**architecture.vision)
-    return LlavaOnevisionConfig(vision_config=vision, image_grid_pinpoints=architecture.image_grid_pinpoints)
+    if model.architecture:
+        vision = SiglipVisionConfig(**model.architecture.vision)
+        pinpoints = model.architecture.image_grid_pinpoints
+        return LlavaOnevisionConfig(vision_config=vision, image_grid_pinpoints=pinpoints)
+    source = _original_folder(model.path)
+    if source is None:
+        return load_config(model.path, model.image_grid_pinpoints)
+    config = _config(source)
+    if model.image_grid_pinpoints:
+        config.image_grid_pinpoints = [list(size) for size in model.image_grid_pinpoints]
+    return config
 
 
 def convert_original(source: Path, folder: Path) -> None:

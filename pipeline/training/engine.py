@@ -72,11 +72,11 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     if config["zero_optimization"]["stage"] == 3:
         # While this object lives, from_pretrained partitions each weight as it reads it.
         partitioned = HfDeepSpeedConfig(config)
-        model = kind.load(model_path, DTYPES[recipe.precision])
+        model = kind.load(model_path, DTYPES[recipe.precision], recipe.model.image_grid_pinpoints)
         del partitioned
         unset_hf_deepspeed_config()
     else:
-        model = kind.load(model_path, DTYPES[recipe.precision])
+        model = kind.load(model_path, DTYPES[recipe.precision], recipe.model.image_grid_pinpoints)
     freeze(model, recipe.train)
     if recipe.train.lora:
         add_adapters(model.language_model, recipe.train.lora, seed=recipe.seed)

@@ -13,7 +13,7 @@ import deepspeed
 import numpy as np
 import torch
 
-from pipeline.config import Loss, Recipe
+from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.losses.contrastive import LossOutput, hardness_weighted_loss
 from pipeline.models.chunks import Chunk, Features, in_order, plan_chunks, run_chunk
@@ -44,7 +44,7 @@ def train_step(
     with torch.no_grad():
         parts = graphs + [run_chunk(engine, chunk, features) for chunk in again]
     embeddings = in_order(chunks, parts, len(items)).requires_grad_()
-    output = contrastive_loss(embeddings, batch, recipe.loss)
+    output = contrastive_loss(embeddings, batch, recipe)
     (gradient,) = torch.autograd.grad(output.loss, embeddings)
     del parts
     backward_chunks(engine, kept, graphs, again, gradient, features)
@@ -56,28 +56,48 @@ def train_step(
     return StepResult(output, float(engine.get_global_grad_norm() if norm is None else norm), tokens)
 
 
-def contrastive_loss(embeddings: torch.Tensor, batch: Batch, loss: Loss) -> LossOutput:
-    """The batch's loss as a function of its distinct items' embeddings, (items, hidden)."""
+def contrastive_loss(embeddings: torch.Tensor, batch: Batch, recipe: Recipe) -> LossOutput:
+    """The batch's loss as a function of its distinct items' embeddings, (items, hidden).
+
+    Where the recipe names a sub-batch: the mean of the losses of the global batch's parts, each of its own negatives.
+    """
     row = {content: i for i, content in enumerate(batch.items)}
-    device = embeddings.device
+    device, loss = embeddings.device, recipe.loss
 
-    def rows(hashes: Sequence[int]) -> torch.Tensor:
-        return embeddings[torch.tensor([row[h] for h in hashes], dtype=torch.long, device=device)]
+    def of(hashes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings and ids."""
+        rows = torch.tensor([row[h] for h in hashes], dtype=torch.long, device=device)
+        return embeddings[rows], torch.from_numpy(np.array(hashes, np.uint64).view(np.int64)).to(device)
 
-    def ids(hashes: Sequence[int]) -> torch.Tensor:
-        return torch.from_numpy(np.array(hashes, np.uint64).view(np.int64)).to(device)
+    def part(pairs: np.ndarray) -> LossOutput:
+        query, query_ids = of([batch.query[i] for i in pairs])
+        target, target_ids = of([batch.target[i] for i in pairs])
+        negatives, negative_ids = of([negative for i in pairs for negative in batch.negatives[i]])
+        return hardness_weighted_loss(
+            query,
+            target,
+            alpha=loss.alpha,
+            temperature=loss.temperature,
+            margin=loss.margin,
+            negatives=negatives,
+            query_ids=query_ids,
+            target_ids=target_ids,
+            negative_ids=negative_ids,
+            valid=torch.tensor([batch.valid[i] for i in pairs], device=device),
+        )
 
-    return hardness_weighted_loss(
-        rows(batch.query),
-        rows(batch.target),
-        alpha=loss.alpha,
-        temperature=loss.temperature,
-        margin=loss.margin,
-        negatives=rows(batch.negatives),
-        query_ids=ids(batch.query),
-        target_ids=ids(batch.target),
-        negative_ids=ids(batch.negatives),
-        valid=torch.tensor(batch.valid, device=device),
+    count = recipe.batch.global_batch // (recipe.batch.sub_batch or recipe.batch.global_batch)
+    # Of every lane an equal part: the sub-batches are the same on any number of ranks.
+    share = recipe.batch.global_batch // recipe.data.lanes
+    parts = np.arange(len(batch.query)).reshape(-1, count, share // count).swapaxes(0, 1).reshape(count, -1)
+    outputs = [part(pairs) for pairs in parts]
+    back = torch.from_numpy(np.argsort(parts.ravel())).to(device)
+    return LossOutput(
+        loss=torch.stack([output.loss for output in outputs]).mean(),
+        positive=torch.cat([output.positive for output in outputs])[back],
+        hardest_negative=torch.cat([output.hardest_negative for output in outputs])[back],
+        masked_pairs=torch.stack([output.masked_pairs for output in outputs]).mean(),
+        valid_count=torch.stack([output.valid_count for output in outputs]).sum(),
     )
 
 

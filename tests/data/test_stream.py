@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_every_world_and_number_of_workers_sees_the_batches_of_the_order(data, m
             assert [origin for part in parts for origin in part.origins] == wanted, (world, workers, step)
             rows.append([(part.query, part.target, part.negatives, part.valid) for part in parts])
             for part in parts:
-                assert set(part.items) == {*part.query, *part.target, *part.negatives}
+                assert set(part.items) == {*part.query, *part.target, *chain.from_iterable(part.negatives)}
         if world == 1:
             assert contents in (None, rows)
             contents = rows

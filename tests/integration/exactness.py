@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline.config import load_ds_config, load_recipe
+from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch, Origin, RawSample, encode_rows
 from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item, Pair
@@ -64,6 +64,7 @@ CASES = (
     Case("mixed", 200, 1, ("train.language_model=false", "train.projector=0.03")),
     Case("mixed", 200, 2, ("train.projector=false", "train.vision_tower=0.02")),
     Case("mixed", 200, 2, ("train.lora.rank=4",)),
+    Case("mixed", 200, 2, (*FROZEN, "batch.sub_batch=4")),
 )
 
 
@@ -102,6 +103,13 @@ def batch_of(pairs: list[Pair], processor: Processor) -> Batch:
 
     samples = [RawSample(i, Origin("", i), b"", lambda _, pair=pair: parse(pair)) for i, pair in enumerate(pairs)]
     return Batch.of([encode_rows(samples, processor.encode)])
+
+
+def sub_batches(pairs: list[Pair], recipe: Recipe) -> list[list[Pair]]:
+    """Of each lane's part of the global batch the first, the next, ... as many."""
+    size = recipe.batch.sub_batch or PAIRS
+    share, piece = PAIRS // recipe.data.lanes, size // recipe.data.lanes
+    return [[pair for i, pair in enumerate(pairs) if i % share // piece == part] for part in range(PAIRS // size)]
 
 
 def formula(model: Llave, pairs: list[Pair], processor: Processor, alpha: float, temperature: float) -> torch.Tensor:
@@ -179,7 +187,9 @@ def compare(model: str, stage: str, case: Case) -> dict:
         loss = ours.loss.loss.detach().clone()
         dist.all_reduce(loss)
 
-        expected = formula(reference, pairs, processor, recipe.loss.alpha, recipe.loss.temperature)
+        parts = sub_batches(pairs, recipe)
+        losses = [formula(reference, part, processor, recipe.loss.alpha, recipe.loss.temperature) for part in parts]
+        expected = torch.stack(losses).mean()
         optimizer.zero_grad()
         expected.backward()
         for parameter in trained.values():

@@ -26,7 +26,7 @@ def test_a_step_equals_one_process_with_the_whole_batch(stage, world, tiny_model
     ended = launch([WORKER, tiny_model, zero_config(stage, tmp_path), str(out)], world, seconds=200)
     assert ended.status == [0] * world, ended.output[-4000:]
     results = json.loads(out.read_text())
-    assert len(results) == 21
+    assert len(results) == 22
     for result in results:
         print(f"ZeRO {stage}, {world} processes: {result}")
         assert result["loss"] < 1e-5, result

@@ -11,16 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
 
+from pipeline.config import Model
 from pipeline.data.collate import Encoded, pack
 from pipeline.errors import PipelineError
 from pipeline.models import weights
 from pipeline.models.folder import save_folder
-from pipeline.models.llave import Llave, Processor
-from pipeline.models.weights import convert_original, export_original, is_original, resolve
+from pipeline.models.llave import Llave, Processor, tiling
+from pipeline.models.weights import config_of, convert_original, export_original, is_original, resolve
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -265,7 +267,6 @@ def test_memory_for_little_more_than_one_file_is_enough(tmp_path, suffix):
 def test_resolve_converts_an_original_once_and_again_when_it_changed(folders, tmp_path, tiny_model):
     source, store = checkpoint(tmp_path / "LLaVE-tiny"), tmp_path / "cache"
     assert resolve(tiny_model, store) == tiny_model
-    assert resolve("zhibinlan/LLaVE-2B", store) == "zhibinlan/LLaVE-2B"
     assert is_original(source) and not store.exists()
     first = Path(resolve(str(source), store))
     assert first.name.startswith("LLaVE-tiny-") and same(stored(first), stored(folders["grid"]))
@@ -276,6 +277,37 @@ def test_resolve_converts_an_original_once_and_again_when_it_changed(folders, tm
     second = Path(resolve(str(source), store))
     assert second != first and stored(second)["language_model.norm.weight"].eq(1).all()
     assert sorted(store.iterdir()) == sorted([first, second])
+
+
+def test_an_original_checkpoint_of_the_hub_is_converted_from_its_snapshot(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    names = {"lab/original": checkpoint(tmp_path / "source"), "lab/converted": folders["grid"]}
+    for name, content in names.items():
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(content, repository / "snapshots/0123abc")
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text("0123abc")
+    assert config_of(Model(path="lab/original")).mm_newline_position == "grid"
+    converted = Path(resolve("lab/original", tmp_path / "cache"))
+    assert converted.name.startswith("original-") and same(stored(converted), stored(folders["grid"]))
+    for name in ("lab/converted", "lab/unknown"):
+        assert resolve(name, tmp_path / "cache") == name
+
+
+def test_a_recipe_may_tile_images_to_other_sizes(folders, tmp_path):
+    pinpoints, source = [(384, 384), (768, 384)], str(checkpoint(tmp_path / "source"))
+    for path in (source, str(folders["grid"])):
+        assert tiling(config_of(Model(path=path, image_grid_pinpoints=pinpoints))).pinpoints == tuple(pinpoints)
+        assert len(tiling(config_of(Model(path=path))).pinpoints) == 4
+    path = str(folders["grid"])
+    model = Llave.load(path, "auto", pinpoints)
+    assert Processor.load(path, 4096, pinpoints=pinpoints).tiling == tiling(model.config)
+    save_folder(model, dict(model.named_parameters()), path, tmp_path / "saved")
+    saved = str(tmp_path / "saved")
+    assert Processor.load(saved, 4096).tiling.pinpoints == tuple(pinpoints)
+    sizes = LlavaOnevisionImageProcessorPil.from_pretrained(saved).image_grid_pinpoints
+    assert [tuple(size) for size in sizes] == pinpoints
 
 
 def test_a_conversion_that_fails_or_comes_second_leaves_nothing(tmp_path, monkeypatch):
@@ -330,7 +362,7 @@ def test_a_saved_folder_keeps_the_newlines_and_its_card_embeds_as_we_do(folders,
 def test_the_card_names_the_model_of_the_hub_that_it_comes_from(folders, tmp_path, monkeypatch):
     for kind in (AutoTokenizer, LlavaOnevisionImageProcessorPil):
         local = kind.from_pretrained(folders["grid"])
-        monkeypatch.setattr(kind, "from_pretrained", lambda name, local=local: local)
+        monkeypatch.setattr(kind, "from_pretrained", lambda name, local=local, **_: local)
     _, model = load(folders["grid"])
     save_folder(model, dict(model.named_parameters()), "zhibinlan/LLaVE-2B", tmp_path / "saved")
     front = yaml.safe_load((tmp_path / "saved/README.md").read_text().split("---\n")[1])
