@@ -51,6 +51,9 @@ class Model(Section):
     image_grid_pinpoints: list[tuple[int, int]] | None = Field(
         None, description="sizes (height, width) an image is tiled to, if not those in the model's config"
     )
+    attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
+        "auto", description="flash-attn, torch's variable-length one, or SDPA; auto: the first of them that runs there"
+    )
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
 
     @model_validator(mode="after")

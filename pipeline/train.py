@@ -130,7 +130,7 @@ def _conditions(recipe: Recipe, source: Source, world: int, stage: int) -> dict:
         "seed": recipe.seed,
         "precision": recipe.precision,
         "batch.global_batch": recipe.batch.global_batch,
-        "model": recipe.model.model_dump(mode="json", exclude={"max_tokens"}),
+        "model": recipe.model.model_dump(mode="json", exclude={"max_tokens", "attention"}),
         "what is trained": _trained(recipe.train),
     }
 

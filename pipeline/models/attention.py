@@ -1,35 +1,68 @@
 """Attention over a packed row: each item attends to itself alone, and no mask of the whole row is made."""
 
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-PACKED = "packed_sdpa"
+from pipeline.errors import PipelineError
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
+    """The kind of attention, by its name in KINDS: the one wanted, or for "auto" the best that runs there.
+
+    device: its type, "cuda" or "cpu".  Raises PipelineError where the one wanted does not run.
+    """
+    why_not = {
+        "flash_attn": _no_flash_attention(device, dtype) or ("" if find_spec("flash_attn") else "it is not installed"),
+        "varlen": _no_flash_attention(device, dtype),
+        "sdpa": "",
+    }
+    if wanted == "auto":
+        return next(kind for kind, reason in why_not.items() if not reason)
+    if reason := why_not[wanted]:
+        raise PipelineError(f"model.attention={wanted} cannot run here: {reason}; choose another, or auto")
+    return wanted
+
+
+def _no_flash_attention(device: str, dtype: torch.dtype) -> str:
+    if device != "cuda":
+        return f"it needs a CUDA device, and this is a {device}"
+    return "" if dtype in HALF else "it is for bf16 only, and the precision is fp32"
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the T tokens of a packed row stand among (items, longest item) slots.
+    """Where the items of a packed row of T tokens are. lengths: tokens of each, sum T."""
 
-    slots: (T,) int64 index into items * longest.
-    """
+    lengths: tuple[int, ...]
+    device: torch.device
 
-    count: int
-    longest: int
-    slots: torch.Tensor
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
 
-    @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device) -> "Segments":
-        longest = max(lengths)
-        starts = accumulate(lengths, initial=0)
+    @cached_property
+    def bounds(self) -> torch.Tensor:
+        """(items + 1,) int32: where each begins, and the end."""
+        return F.pad(torch.tensor(self.lengths).cumsum(0, dtype=torch.int32), (1, 0)).to(self.device, non_blocking=True)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """(T,) int64: the place of each token among (items, longest) slots."""
+        lengths = torch.tensor(self.lengths)
         # Token i of the row stands at i plus the slots left empty by the items before its own.
-        shift = [item * longest - start for item, start in zip(range(len(lengths)), starts, strict=False)]
-        shift = torch.tensor(shift).repeat_interleave(torch.tensor(lengths))
-        slots = torch.arange(sum(lengths)) + shift
-        return cls(len(lengths), longest, slots.to(device, non_blocking=True))
+        shift = torch.arange(len(lengths)) * self.longest - (lengths.cumsum(0) - lengths)
+        return (torch.arange(sum(self.lengths)) + shift.repeat_interleave(lengths)).to(self.device, non_blocking=True)
+
+
+# What transformers calls an attention function with: query (1, heads, T, d), key and value (1, key-value heads, T, d);
+# it returns (1, T, heads, d). All are causal inside each segment.
 
 
 def packed_sdpa(
@@ -43,16 +76,17 @@ def packed_sdpa(
     scaling: float,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each segment, by torch's SDPA on rows of the longest item's length.
+    """By torch's SDPA on rows of the longest item's length.
 
-    query (1, heads, T, d), key and value (1, key-value heads, T, d) -> (1, T, heads, d). Chunks are cut so that
-    little of the rows is empty (see chunks.py); what is empty comes last in its row, where no token of the item looks.
+    Chunks are cut so that little of the rows is empty (see chunks.py); what is empty comes last in its row, where no
+    token of the item looks.
     """
+    count, longest = len(segments.lengths), segments.longest
 
     def spread(x: torch.Tensor) -> torch.Tensor:
         x = x.squeeze(0).transpose(0, 1)
-        rows = x.new_zeros(segments.count * segments.longest, *x.shape[1:]).index_copy(0, segments.slots, x)
-        return rows.view(segments.count, segments.longest, *x.shape[1:]).transpose(1, 2)
+        rows = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, segments.slots, x)
+        return rows.view(count, longest, *x.shape[1:]).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(
         spread(query), spread(key), spread(value), is_causal=True, scale=scaling, enable_gqa=True
@@ -60,4 +94,51 @@ def packed_sdpa(
     return out.transpose(1, 2).flatten(0, 1)[segments.slots][None], None
 
 
-AttentionInterface.register(PACKED, packed_sdpa)
+def packed_varlen(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    segments: Segments,
+    scaling: float,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """By torch's own variable-length FlashAttention."""
+    from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
+
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    bounds, longest = segments.bounds, segments.longest
+    causal = (-1, 0)
+    out = varlen_attn(
+        *(query, key, value, bounds, bounds, longest, longest), scale=scaling, window_size=causal, enable_gqa=True
+    )
+    return out[None], None
+
+
+def packed_flash_attn(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    segments: Segments,
+    scaling: float,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """By the flash-attn package."""
+    from flash_attn import flash_attn_varlen_func  # where it is installed
+
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    bounds, longest = segments.bounds, segments.longest
+    out = flash_attn_varlen_func(
+        *(query, key, value, bounds, bounds, longest, longest), softmax_scale=scaling, causal=True
+    )
+    return out[None], None
+
+
+KINDS = {"flash_attn": packed_flash_attn, "varlen": packed_varlen, "sdpa": packed_sdpa}
+for kind, function in KINDS.items():
+    AttentionInterface.register(f"packed_{kind}", function)

@@ -38,7 +38,7 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
 from pipeline.data.tiles import Tiling, decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
-from pipeline.models.attention import PACKED, Segments
+from pipeline.models.attention import Segments
 from pipeline.models.tower import MEAN, STD, normalised, refuse_missing, tower_features
 
 # The published prompt: the assistant's turn is one newline, and so is the last token, which is pooled.
@@ -132,16 +132,22 @@ class Llave(LlavaOnevisionModel):
     """LLaVA-OneVision without an LM head, from packed items to unit vectors."""
 
     @classmethod
-    def load(cls, path: str, dtype: torch.dtype | Literal["auto"], pinpoints: Pinpoints | None = None) -> "Llave":
+    def load(
+        cls,
+        path: str,
+        dtype: torch.dtype | Literal["auto"],
+        pinpoints: Pinpoints | None = None,
+        attention: str = "sdpa",
+    ) -> "Llave":
         """From a folder or hub name in transformers' format (under ZeRO-3 straight into its partitions).
 
         dtype: of the weights; "auto" is the one they are stored in.
-        pinpoints: sizes to tile images to, if not the model's own.
+        pinpoints: sizes to tile images to, if not the model's own.  attention: see pipeline/models/attention.py.
         """
         config = load_config(path, pinpoints)
         if config.vision_feature_layer != -1:
             raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
-        attention = {"text_config": PACKED, "vision_config": "sdpa"}
+        attention = {"text_config": f"packed_{attention}", "vision_config": "sdpa"}
         model, loaded = cls.from_pretrained(
             path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
@@ -172,7 +178,7 @@ class Llave(LlavaOnevisionModel):
         hidden = self.language_model(
             inputs_embeds=embeds[None],
             position_ids=packed.position_ids[None],
-            segments=Segments.of(packed.lengths, embeds.device),
+            segments=Segments(packed.lengths, embeds.device),
             use_cache=False,
         ).last_hidden_state[0]
         last = torch.tensor(packed.lengths, device=hidden.device).cumsum(0) - 1

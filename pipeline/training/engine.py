@@ -9,12 +9,14 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pipeline.config import Optimizer, Recipe, Train
 from pipeline.errors import PipelineError
+from pipeline.models.attention import choose
 from pipeline.models.llave import Llave, TowerlessLlave
 from pipeline.models.lora import add_adapters
 from pipeline.models.tower import FrozenTower
@@ -69,14 +71,18 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     config: DeepSpeed's, as `load_ds_config` fills it.
     """
     kind = Llave if recipe.train.vision_tower else TowerlessLlave
+    dtype, pinpoints = DTYPES[recipe.precision], recipe.model.image_grid_pinpoints
+    attention = choose(recipe.model.attention, get_accelerator().device_name(), dtype)
+    if dist.get_rank() == 0:
+        print(f"attention: {attention}")
     if config["zero_optimization"]["stage"] == 3:
         # While this object lives, from_pretrained partitions each weight as it reads it.
         partitioned = HfDeepSpeedConfig(config)
-        model = kind.load(model_path, DTYPES[recipe.precision], recipe.model.image_grid_pinpoints)
+        model = kind.load(model_path, dtype, pinpoints, attention)
         del partitioned
         unset_hf_deepspeed_config()
     else:
-        model = kind.load(model_path, DTYPES[recipe.precision], recipe.model.image_grid_pinpoints)
+        model = kind.load(model_path, dtype, pinpoints, attention)
     freeze(model, recipe.train)
     if recipe.train.lora:
         add_adapters(model.language_model, recipe.train.lora, seed=recipe.seed)

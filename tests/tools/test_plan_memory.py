@@ -16,7 +16,6 @@ from pipeline.config import Recipe, load_recipe
 from pipeline.data.collate import Encoded, Image, Packed, pack
 from pipeline.data.tiles import Tiling
 from pipeline.losses.contrastive import hardness_weighted_loss
-from pipeline.models.attention import PACKED
 from pipeline.models.llave import Llave, TowerlessLlave
 from pipeline.models.tower import normalised, tower_features
 from pipeline.training.memory import (
@@ -59,7 +58,7 @@ SHAPES = {
 
 def random_model(shape: LlavaOnevisionConfig, dtype: torch.dtype) -> Llave:
     model = Llave(shape).to(dtype)
-    model.set_attn_implementation({"text_config": PACKED, "vision_config": "sdpa"})
+    model.set_attn_implementation({"text_config": "packed_sdpa", "vision_config": "sdpa"})
     model.vision_tower.post_layernorm.requires_grad_(False)
     return model
 
@@ -140,7 +139,7 @@ def test_a_frozen_tower_keeps_nothing_but_its_features(name):
     with torch.no_grad():
         features = tower_features(whole.vision_tower, normalised(packed.tiles, whole.device, whole.dtype))
     model = TowerlessLlave(SHAPES[name])
-    model.set_attn_implementation({"text_config": PACKED})
+    model.set_attn_implementation({"text_config": "packed_sdpa"})
     assert saved_bytes(SHAPES[name], work, tower_trained=False) == pytest.approx(
         measured_saved(model, packed, features), rel=0.05
     )
