@@ -144,19 +144,20 @@ class Llave(LlavaOnevisionModel):
         dtype: of the weights; "auto" is the one they are stored in.
         pinpoints: sizes to tile images to, if not the model's own.  attention: see pipeline/models/attention.py.
         """
+        config = cls.config_for(path, pinpoints, attention)
+        model, loaded = cls.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+        refuse_missing(path, loaded)
+        return model
+
+    @staticmethod
+    def config_for(path: str, pinpoints: Pinpoints | None, attention: str) -> LlavaOnevisionConfig:
+        """The config with which `load` builds the model."""
         config = load_config(path, pinpoints)
         if config.vision_feature_layer != -1:
             raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
-        attention = {"text_config": f"packed_{attention}", "vision_config": "sdpa"}
-        model, loaded = cls.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
-        )
-        refuse_missing(path, loaded)
-        model.config.mm_newline_position = newline_position(config)
-        if model.vision_tower is not None:
-            # The embedding reads the tower before its final norm, which so has no gradient.
-            model.vision_tower.post_layernorm.requires_grad_(False)
-        return model
+        config.mm_newline_position = newline_position(config)
+        config._attn_implementation = {"text_config": f"packed_{attention}", "vision_config": "sdpa"}
+        return config
 
     def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
         """N packed items -> (N, hidden) float32 unit rows.

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
-from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pipeline.config import Optimizer, Recipe, Train
 from pipeline.errors import PipelineError
@@ -20,6 +19,7 @@ from pipeline.models.attention import choose
 from pipeline.models.llave import Llave, TowerlessLlave
 from pipeline.models.lora import add_adapters
 from pipeline.models.tower import FrozenTower
+from pipeline.training.partitions import load_partitioned
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -76,11 +76,7 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     if dist.get_rank() == 0:
         print(f"attention: {attention}")
     if config["zero_optimization"]["stage"] == 3:
-        # While this object lives, from_pretrained partitions each weight as it reads it.
-        partitioned = HfDeepSpeedConfig(config)
-        model = kind.load(model_path, dtype, pinpoints, attention)
-        del partitioned
-        unset_hf_deepspeed_config()
+        model = load_partitioned(kind, model_path, kind.config_for(model_path, pinpoints, attention), config)
     else:
         model = kind.load(model_path, dtype, pinpoints, attention)
     freeze(model, recipe.train)
@@ -98,6 +94,9 @@ def load_tower(recipe: Recipe, model_path: str, device: torch.device) -> FrozenT
 
 def freeze(model: torch.nn.Module, train: Train) -> None:
     """Have only what the recipe trains take gradients."""
+    if model.vision_tower is not None:
+        # The embedding reads the tower before its final norm, which so has none.
+        model.vision_tower.post_layernorm.requires_grad_(False)
     for part, prefixes in PARTS.items():
         if not getattr(train, part) or (part == "language_model" and train.lora):
             for name, parameter in model.named_parameters():

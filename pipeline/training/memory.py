@@ -75,7 +75,6 @@ def meta_model(recipe: Recipe) -> llave.Llave:
         config = weights.config_of(recipe.model)
     with torch.device("meta"):
         model = llave.Llave(config)
-        model.vision_tower.post_layernorm.requires_grad_(False)  # as `Llave.load` has it
         freeze(model, recipe.train)
         if recipe.train.lora:
             add_adapters(model.language_model, recipe.train.lora, seed=0)

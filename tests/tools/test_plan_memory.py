@@ -18,6 +18,7 @@ from pipeline.data.tiles import Tiling
 from pipeline.losses.contrastive import hardness_weighted_loss
 from pipeline.models.llave import Llave, TowerlessLlave
 from pipeline.models.tower import normalised, tower_features
+from pipeline.training.engine import freeze
 from pipeline.training.memory import (
     Group,
     Plan,
@@ -223,6 +224,7 @@ def test_the_model_on_the_meta_device_is_the_one_that_trains(tiny_model):
     trains = recipe(f"model.path={tiny_model}", "train.vision_tower=true")
     loaded, meta = Llave.load(tiny_model, torch.float32), meta_model(trains)
     assert {p.device.type for p in meta.parameters()} == {"meta"}
+    freeze(loaded, trains.train)
     assert groups_of(meta, True) == groups_of(loaded, True)
     frozen = {name for name, p in meta.named_parameters() if not p.requires_grad}
     assert frozen == {"vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias"}

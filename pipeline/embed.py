@@ -1,0 +1,212 @@
+"""Embed texts, images and videos with a model, and search among them.
+
+    python -m pipeline.embed MODEL --texts captions.txt --images 'photos/**/*.jpg' --out embeddings
+    python -m pipeline.embed MODEL --out embeddings --query "a red star" --top 5
+    python -m pipeline.embed MODEL --out embeddings --query-image star.png
+    python -m pipeline.embed MODEL --videos 'clips/*.mp4' --query "a red star moves to the left"
+
+MODEL is a folder or hub name. --out gets texts.npy, images.npy, videos.npy, float32 (N, D) with unit rows, and beside
+each a .txt with an id a line: the text, or the file's path. A dot product of rows is their similarity. A search is
+among what the same call embeds, or else among all that --out holds; --query and --query-image together are one query.
+
+In Python:
+
+    from pipeline.embed import Embedder
+    embeddings = Embedder.load("runs/demo/export").embed(["a red star", Path("star.png"), {"video": "star.mp4"}])
+"""
+
+import argparse
+import glob
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
+from pipeline.embeddings import KINDS, Identity, Store, best, fingerprint
+from pipeline.errors import PipelineError, command_line
+from pipeline.models.embedder import DTYPES, LEAST_TOKENS, Embedder, Parts
+from pipeline.models.llave import load_config
+from pipeline.progress import progress_bar
+
+__all__ = ["Embedder", "main"]
+
+
+@command_line
+def main() -> None:
+    arguments = _arguments()
+    kinds = {kind: ids for kind in KINDS if (ids := _ids(arguments, kind)) is not None}
+    query = _query(arguments)
+    if not kinds and not query:
+        raise PipelineError("nothing to do: give --texts, --images or --videos to embed, or --query to search")
+    if not arguments.out and not (kinds and query):
+        raise PipelineError(f"--out is missing: the folder {'to search' if query else 'that gets the embeddings'}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise PipelineError("pipeline.embed runs as one process: start it without a launcher")
+    folder = _model_folder(arguments.model)
+    with ExitStack() as stack:
+        out = Store(Path(arguments.out or stack.enter_context(TemporaryDirectory())))
+        if query and not kinds and not out.kinds():
+            raise PipelineError(f"{out.folder} holds no embeddings to search: name the --out of an earlier call")
+        hashed = fingerprint(folder)
+        out.check(arguments.model, hashed, kinds, arguments.overwrite)
+        transformers.logging.disable_progress_bar()
+        embedder = Embedder.load(
+            arguments.model,
+            precision=arguments.precision,
+            max_tokens=arguments.max_tokens,
+            video_frames=arguments.video_frames,
+            chunk_tokens=arguments.chunk_tokens,
+        )
+        identity = Identity(arguments.model, embedder.dimension, hashed)
+        for kind, ids in kinds.items():
+            try:
+                out.write(kind, ids, _rows(embedder, kind, ids), identity)
+            except OSError as error:
+                raise PipelineError(f"{error.filename or out.folder}: {error.strerror or error}") from None
+        if query:
+            vector = embedder.embed([query])[0].numpy()
+            title = " with ".join(filter(None, (arguments.query_image, arguments.query)))
+            for kind in kinds or out.kinds():
+                ids, rows = out.read(kind)
+                _print(f"{kind} most similar to {title}", ids, best(rows, vector, arguments.top))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--texts", metavar="FILE", help="UTF-8, a text a line; an empty line is an error")
+    parser.add_argument("--images", metavar="GLOB", help="image files, quoted; ** stands for any folders")
+    parser.add_argument("--videos", metavar="GLOB", help="video files, likewise")
+    parser.add_argument("--out", metavar="DIR", help="where the embeddings are written, or lie")
+    parser.add_argument("--overwrite", action="store_true", help="what --out holds of the same kinds")
+    parser.add_argument("--query", metavar="TEXT", help="print what is most similar to a text")
+    parser.add_argument("--query-image", metavar="PATH", help="print what is most similar to an image")
+    parser.add_argument("--top", type=_at_least(1), default=10, metavar="N", help="matches to print (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=DTYPES, default="auto", help="of the weights; auto: as they are stored (%(default)s)"
+    )
+    tokens = "of an item; longer texts are cut (%(default)s)"
+    parser.add_argument("--max-tokens", type=_at_least(LEAST_TOKENS), default=4096, metavar="N", help=tokens)
+    frames = "taken from a video, evenly spaced (%(default)s)"
+    parser.add_argument("--video-frames", type=_at_least(1), default=8, metavar="N", help=frames)
+    chunk = "in a forward pass; lower it where memory does not suffice (%(default)s)"
+    parser.add_argument("--chunk-tokens", type=_at_least(1), default=16384, metavar="N", help=chunk)
+    arguments = parser.parse_args()
+    for name, value in vars(arguments).items():
+        if value == "":  # as when a variable of a script was not set
+            parser.error(f"{name} is empty")
+    return arguments
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
+
+
+def _ids(arguments: argparse.Namespace, kind: str) -> list[str] | None:
+    """The texts, or the files' paths; None if the kind was not asked for."""
+    given = getattr(arguments, kind)
+    if given is None:
+        return None
+    return _lines(Path(given)) if kind == "texts" else _files(f"--{kind}", given)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        data = path.read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise PipelineError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise PipelineError(f"{path}, line {number} is not UTF-8: convert the file") from None
+    texts = [line.removesuffix("\r") for line in lines]
+    if not texts[-1]:  # what follows the last line's end
+        texts.pop()
+    if not texts:
+        raise PipelineError(f"{path} has no lines")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise PipelineError(f"{path}, line {number} is empty: remove it")
+        for mark in (IMAGE_MARK, VIDEO_MARK):
+            if mark in text:
+                raise PipelineError(f"{path}, line {number} has {mark}, which stands for a file: remove it")
+    return texts
+
+
+def _files(option: str, pattern: str) -> list[str]:
+    pattern = str(Path(pattern).expanduser())
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    files = sorted(path for path in found if Path(path).is_file())
+    if not files:
+        hint = ": it is a folder, whose files are FOLDER/**/*" if Path(pattern).is_dir() else ""
+        raise PipelineError(f"{option} {pattern!r} matches no file{hint}")
+    if broken := next((path for path in files if "\n" in path), None):
+        raise PipelineError(f"{broken!r} has a line end in its name, which the list of ids could not hold: rename it")
+    return files
+
+
+def _query(arguments: argparse.Namespace) -> Parts:
+    """{} without a query."""
+    query: Parts = {}
+    if arguments.query is not None:
+        query["text"] = arguments.query
+    if arguments.query_image is not None:
+        if not Path(arguments.query_image).is_file():
+            raise PipelineError(f"--query-image: there is no file {arguments.query_image}")
+        query["images"] = [arguments.query_image]
+    return query
+
+
+def _model_folder(model: str) -> Path:
+    """Where a folder's or hub name's files lie; from the hub they are fetched."""
+    load_config(model)  # for its errors
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except OSError as error:
+        raise PipelineError(f"{model} cannot be fetched: {str(error).splitlines()[0]}") from None
+
+
+def _rows(embedder: Embedder, kind: str, ids: Sequence[str]) -> Iterator[torch.Tensor]:
+    wrap = {"texts": lambda text: text, "images": lambda path: {"images": [path]}, "videos": lambda p: {"video": p}}
+    with progress_bar(total=len(ids), desc=f"embedding {kind}", unit=kind.removesuffix("s")) as bar:
+        for part in embedder.stream(map(wrap[kind], ids)):
+            yield part
+            bar.update(len(part))
+
+
+def _print(title: str, ids: Sequence[str], matches: Sequence[tuple[int, float]]) -> None:
+    table = Table(title=_shown(title), title_justify="left", title_style="bold")
+    table.add_column("rank", justify="right")
+    table.add_column("similarity", justify="right")
+    table.add_column("id", overflow="fold")
+    for rank, (row, similarity) in enumerate(matches, 1):
+        table.add_row(str(rank), f"{similarity:.3f}", _shown(ids[row]))
+    width = max([120, *(len(ids[row]) + 40 for row, _ in matches)])  # in a log file there is no width to fit
+    console = Console() if sys.stdout.isatty() else Console(width=width)
+    console.print(table)
+
+
+def _shown(text: str) -> Text:
+    """Not as markup, and without what of a path is not UTF-8."""
+    return Text(text.encode(errors="replace").decode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Texts, images and videos -> unit vectors, with a trained model, in one call."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal, TypedDict
+
+import torch
+from PIL.Image import Image as Picture
+
+from pipeline.data.collate import Encoded
+from pipeline.data.sample import IMAGE_MARK, IMAGE_SUFFIXES, VIDEO_MARK, VIDEO_SUFFIXES, BadSample
+from pipeline.data.shards import image_format
+from pipeline.data.tiles import decode_image
+from pipeline.data.video import sample_frames, video_format
+from pipeline.errors import PipelineError
+from pipeline.models.chunks import embed_chunks, plan_chunks
+from pipeline.models.llave import Llave, Processor
+
+DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+LEAST_TOKENS = 64  # the prompt and some text
+
+_GROUP = 256  # items decoded at a time; as many again are being decoded
+_THREADS = 16
+_LOADING = Lock()  # Pillow reads an opened file's pixels at first use, which two threads must not do at once
+
+
+class Parts(TypedDict, total=False):
+    """An item of several parts. images: paths or pictures; video: a path, or frames, all of which are used."""
+
+    text: str
+    images: Sequence[str | Path | Picture]
+    video: str | Path | Sequence[Picture]
+
+
+Embeddable = str | Picture | Path | Parts
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A model that turns texts, images and videos into vectors of one space."""
+
+    model: Llave
+    processor: Processor
+    device: torch.device
+    chunk_tokens: int
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        precision: Literal["auto", "bf16", "fp32"] = "auto",
+        max_tokens: int = 4096,
+        video_frames: int = 8,
+        chunk_tokens: int = 16384,
+    ) -> "Embedder":
+        """From a folder or hub name.
+
+        device: None is the accelerator, if there is one, else the CPU.
+        precision: of the weights; "auto" is the one they are stored in.
+        max_tokens: of an item, 64 at least; a longer text is cut at its end, a longer image or video is an error.
+        video_frames: taken from a video file, evenly spaced.
+        chunk_tokens: that a forward pass holds at once.
+
+        Raises `PipelineError` where there is no such model, or for an option out of its range.
+        """
+        if precision not in DTYPES:
+            raise PipelineError(f"precision is {precision!r}; it can be {', '.join(DTYPES)}")
+        if max_tokens < LEAST_TOKENS or video_frames < 1:
+            raise PipelineError(
+                f"max_tokens={max_tokens} must be {LEAST_TOKENS} or more, video_frames={video_frames} 1 or more"
+            )
+        device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        processor = Processor.load(str(path), max_tokens, video_frames)
+        model = Llave.load(str(path), DTYPES[precision]).eval().to(device)
+        return cls(model, processor, device, chunk_tokens)
+
+    @property
+    def dimension(self) -> int:
+        return self.model.config.text_config.hidden_size
+
+    def embed(self, items: Iterable[Embeddable]) -> torch.Tensor:
+        """N items -> (N, D) float32 unit rows on the CPU, in their order.
+
+        An item is a text; a picture; the `Path` of an image or video file, which its content tells apart; or a dict of
+        `Parts`. A text says by `<image>` and `<video>` where its images and video go; where it has no mark of a kind,
+        they come first. Without a text they are given an instruction as MMEB has it: "Represent the given image."
+
+        Raises `PipelineError` that names the item, by its number from 0, if it cannot be used. In a process group,
+        all ranks embed, and as many items each.
+        """
+        return torch.cat([torch.empty(0, self.dimension), *self.stream(items)])
+
+    def stream(self, items: Iterable[Embeddable]) -> Iterator[torch.Tensor]:
+        """The same for any number of items: their rows a group at a time, each (n, D).
+
+        While the model embeds one group, threads read and decode the next.
+        """
+        read = (_Item.of(number, item) for number, item in enumerate(items))
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
+            groups = (self._decoding(pool, group) for group in iter(lambda: list(islice(read, _GROUP)), []))
+            following = next(groups, None)
+            while following:
+                group, following = following, next(groups, None)
+                yield self._embedded(*group)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _decoding(self, pool: ThreadPoolExecutor, group: list["_Item"]) -> tuple[list[Future[Encoded]], list[int]]:
+        """(the group's distinct items, being decoded; which of them each item is)."""
+        distinct: dict[tuple, _Item] = {}
+        for item in group:
+            distinct.setdefault(item.key, item)
+        places = {key: place for place, key in enumerate(distinct)}
+        return [pool.submit(self._encode, item) for item in distinct.values()], [places[item.key] for item in group]
+
+    def _embedded(self, decoding: list[Future[Encoded]], rows: list[int]) -> torch.Tensor:
+        encoded = [future.result() for future in decoding]
+        chunks = plan_chunks(encoded, self.chunk_tokens, self.device)
+        return embed_chunks(self.model, chunks, len(encoded)).cpu()[rows]
+
+    def _encode(self, item: "_Item") -> Encoded:
+        try:
+            item = item.told_by_content()
+            images = [partial(_picture, image) for image in item.images]
+            frames = None if item.video is None else partial(self._frames, item.video)
+            return self.processor.encode_parts(item.marked_text(), images, frames)
+        except BadSample as reason:
+            raise PipelineError(f"item {item.number}: {reason}") from None
+
+    def _frames(self, video: "Path | tuple[Picture, ...]") -> list[Picture]:
+        if isinstance(video, Path):
+            return _from_file(video, lambda data: sample_frames(data, self.processor.video_frames))
+        return [_picture(frame) for frame in video]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """An item as it was given, not yet read. file: an image or a video."""
+
+    number: int
+    text: str = ""
+    images: tuple[Path | Picture, ...] = ()
+    video: Path | tuple[Picture, ...] | None = None
+    file: Path | None = None
+
+    @classmethod
+    def of(cls, number: int, given: Any) -> "_Item":
+        """Raises PipelineError if it is nothing that can be embedded."""
+        if isinstance(given, str):
+            item = cls(number, given)
+        elif isinstance(given, Path):
+            item = cls(number, file=given)
+        elif isinstance(given, Picture):
+            item = cls(number, images=(given,))
+        elif isinstance(given, dict):
+            if unknown := given.keys() - Parts.__annotations__.keys():
+                raise PipelineError(f"item {number} has {min(map(repr, unknown))}; it can have text, images and video")
+            item = cls(number, *_parts(number, given.get("text"), given.get("images"), given.get("video")))
+        else:
+            raise PipelineError(f"item {number} is a {type(given).__name__}, not a text, picture, Path or dict of them")
+        if not (item.text.strip() or item.images or item.video or item.file):
+            raise PipelineError(f"item {number} is empty: it has no text, image or video")
+        return item
+
+    @property
+    def key(self) -> tuple:
+        """What two items share only if they are the same; while both are in memory, for pictures by identity."""
+
+        def same(part: Any) -> Any:
+            return id(part) if isinstance(part, Picture) else part
+
+        video = tuple(map(same, self.video)) if isinstance(self.video, tuple) else self.video
+        return self.text, tuple(map(same, self.images)), video, self.file
+
+    def told_by_content(self) -> "_Item":
+        """With the file as an image or as a video."""
+        if self.file is None:
+            return self
+        if _from_file(self.file, _is_video):
+            return replace(self, file=None, video=self.file)
+        return replace(self, file=None, images=(self.file,))
+
+    def marked_text(self) -> str:
+        """The text with a mark for what has none; an instruction where there is no text."""
+        text = self.text
+        if not text.strip():
+            what = ["image" if len(self.images) == 1 else "images"] * bool(self.images) + ["video"] * bool(self.video)
+            text = f"Represent the given {' and '.join(what)}."
+        marks = [IMAGE_MARK] * len(self.images) if IMAGE_MARK not in text else []
+        marks += [VIDEO_MARK] if self.video and VIDEO_MARK not in text else []
+        return "\n".join([*marks, text])
+
+
+def _parts(
+    number: int, text: Any, images: Any, video: Any
+) -> tuple[str, tuple[Path | Picture, ...], Path | tuple[Picture, ...] | None]:
+    if not isinstance(text, str | None):
+        raise PipelineError(f"item {number}: its text is a {type(text).__name__}")
+    images = () if images is None else images
+    if not isinstance(images, list | tuple) or not all(isinstance(image, str | Path | Picture) for image in images):
+        raise PipelineError(f"item {number}: its images must be a list of paths or pictures")
+    images = tuple(Path(image) if isinstance(image, str) else image for image in images)
+    if isinstance(video, str | Path):
+        video = Path(video)
+    elif video is not None:
+        if not isinstance(video, list | tuple) or not video or not all(isinstance(frame, Picture) for frame in video):
+            raise PipelineError(f"item {number}: its video must be a path, or a list of frames as pictures")
+        video = tuple(video)
+    return text or "", images, video
+
+
+def _picture(source: Path | Picture) -> Picture:
+    """As RGB."""
+    if isinstance(source, Path):
+        return _from_file(source, decode_image)
+    try:
+        with _LOADING:
+            source.load()
+        return source.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged input
+        raise BadSample(f"undecodable picture: {type(error).__name__}: {error}") from None
+
+
+def _is_video(data: bytes) -> bool:
+    if video_format(data) in VIDEO_SUFFIXES:
+        return True
+    if image_format(data)[0] in IMAGE_SUFFIXES.values():
+        return False
+    raise BadSample(f"no image or video in one of the formats {', '.join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))}")
+
+
+def _from_file(path: Path, decode: Callable[[bytes], Any]) -> Any:
+    """What `decode` makes of the file's bytes; its BadSample, or one for a file that cannot be read, names the file."""
+    try:
+        return decode(path.read_bytes())
+    except OSError as error:
+        raise BadSample(f"{path}: {error.strerror}") from None
+    except BadSample as reason:
+        raise BadSample(f"{path}: {reason}") from None

@@ -1,0 +1,73 @@
+"""Weights -> ZeRO-3's partitions: of every tensor a rank reads its own part, and no rank ever holds one whole.
+
+transformers would have each process read the whole checkpoint into the host's memory: eight times 16 GB on a node that
+trains a 7B model on eight GPUs.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import LlavaOnevisionConfig
+from transformers.initialization import no_init_weights
+
+from pipeline.errors import PipelineError
+from pipeline.models.llave import Llave
+
+# Names that tensors have in LLaVA-OneVision's checkpoints of earlier and present versions of transformers.
+_RENAMED = (
+    (re.compile(r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)"), ""),
+    (re.compile(r"^language_model\.model\."), "language_model."),
+    (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
+)
+
+
+def load_partitioned(kind: type[Llave], path: str, config: LlavaOnevisionConfig, ds_config: dict[str, Any]) -> Llave:
+    """The model of a folder or hub name in transformers' format, partitioned over all ranks.
+
+    Raises PipelineError where tensors are missing, misshapen, or not in .safetensors files.
+    """
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
+        model = kind(config)
+    wanted = dict(model.named_parameters())
+    for file in _files(path):
+        with safe_open(file, "pt") as tensors:
+            for stored in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                name = stored
+                for pattern, replacement in _RENAMED:
+                    name = pattern.sub(replacement, name)
+                if name in wanted:
+                    _fill(wanted.pop(name), tensors.get_slice(stored), f"{file}: {stored}")
+    if wanted:
+        raise PipelineError(f"{path} lacks {len(wanted)} of the model's weights, {min(wanted)} the first")
+    return model
+
+
+def _files(path: str) -> list[Path]:
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
+    if not (files := sorted(folder.glob("*.safetensors"))):
+        raise PipelineError(f"{path} has no .safetensors files, of which ranks read parts under ZeRO-3")
+    return files
+
+
+def _fill(parameter: torch.nn.Parameter, stored: Any, name: str) -> None:
+    """Copy this rank's part of a tensor, flat from rank * size on, out of the rows that hold it."""
+    shape = stored.get_shape()
+    if shape != list(parameter.ds_shape):
+        raise PipelineError(f"{name} is {shape}, but by its config {list(parameter.ds_shape)}")
+    partition = parameter.ds_tensor
+    start = partition.numel() * dist.get_rank()
+    stop = min(start + partition.numel(), parameter.ds_numel)
+    partition.data.zero_()  # what is past the tensor's end
+    if start < stop:
+        row = parameter.ds_numel // shape[0]
+        first = start // row
+        rows = stored[first : -(-stop // row)].flatten()
+        partition.data[: stop - start].copy_(rows[start - first * row : stop - first * row])
