@@ -1,0 +1,70 @@
+"""`python partitions.py MODEL DS_CONFIG WHOLE`: a model in ZeRO-3's partitions, gathered again, beside its files. Prints the
+largest difference and the share of the weights that this rank read, as JSON."""
+
+import json
+import sys
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pipeline.config import load_ds_config, load_recipe
+from pipeline.models.llave import TowerlessLlave
+from pipeline.training import partitions
+from pipeline.training.engine import start_distributed
+
+read = []
+
+
+class Counting:
+    """A tensor in a file, which notes how much of it is read."""
+
+    def __init__(self, stored) -> None:
+        self.stored, self.get_shape = stored, stored.get_shape
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        part = self.stored[rows]
+        read.append(part.numel())
+        return part
+
+
+class CountingFile:
+    def __init__(self, *arguments: str) -> None:
+        self.file = safe_open(*arguments)
+
+    def __enter__(self) -> "CountingFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def keys(self) -> list[str]:
+        return self.file.keys()
+
+    def get_slice(self, name: str) -> Counting:
+        return Counting(self.file.get_slice(name))
+
+
+def main() -> None:
+    model, config, whole = sys.argv[1:]
+    start_distributed(timeout_minutes=0.5)
+    fields = [f"deepspeed={config}", "batch.global_batch=12", "data.lanes=12"]
+    ds_config = load_ds_config(load_recipe("pipeline/recipes/demo.yaml", fields), dist.get_world_size())
+    partitions.safe_open = CountingFile
+    loaded = partitions.load_partitioned(
+        TowerlessLlave, model, TowerlessLlave.config_for(model, None, "sdpa"), ds_config
+    )
+    expected, difference, count = load_file(f"{whole}/model.safetensors"), 0.0, 0
+    for name, parameter in loaded.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            difference = max(difference, float((parameter - expected[name]).abs().max()))
+            count += parameter.numel()
+    print(json.dumps({"difference": difference, "read": sum(read) / count}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

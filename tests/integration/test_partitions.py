@@ -1,0 +1,64 @@
+"""Under ZeRO-3 every rank reads its own part of the weights, whatever names they have."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from launch import launch
+from safetensors.torch import load_file, save_file
+
+WORKER = str(Path(__file__).with_name("partitions.py"))
+CONFIG = "ds_configs/zero3.json"
+
+
+def stored_as(model: str, folder: Path, rename) -> Path:
+    """The model in two files, with other names; a name of None is left out."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    renamed = {rename(name): weight for name, weight in weights.items() if rename(name)}
+    names = sorted(renamed)
+    for number, some in enumerate((names[::2], names[1::2])):
+        save_file({name: renamed[name] for name in some}, folder / f"model-{number}.safetensors")
+    return folder
+
+
+def of_the_hub(name: str) -> str:
+    """As llava-hf's checkpoints have it."""
+    return name.replace("language_model.", "language_model.model.").replace(
+        "vision_tower.", "vision_tower.vision_model."
+    )
+
+
+@pytest.mark.parametrize("rename", [str, of_the_hub, lambda name: f"model.{of_the_hub(name)}"])
+def test_ranks_read_a_part_each_and_together_have_it_all(tiny_model, tmp_path, rename):
+    folder = stored_as(tiny_model, tmp_path / "model", rename)
+    ended = launch([WORKER, str(folder), CONFIG, tiny_model], 3, seconds=60)
+    assert ended.status == [0] * 3, ended.output[-4000:]
+    results = [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
+    assert [result["difference"] for result in results] == [0, 0, 0]
+    # A part's first and last row are read whole.
+    assert 1 <= sum(result["read"] for result in results) < 1.1
+    assert max(result["read"] for result in results) < 0.4
+
+
+def without_a_layer(name: str) -> str | None:
+    return None if "layers.1.mlp" in name else name
+
+
+def test_what_is_missing_misshapen_or_not_in_safetensors_is_named(tiny_model, tmp_path):
+    lacking = stored_as(tiny_model, tmp_path / "lacking", without_a_layer)
+    misshapen = stored_as(tiny_model, tmp_path / "misshapen", str)
+    weights = load_file(misshapen / "model-0.safetensors")
+    save_file({name: weight[:-1] for name, weight in weights.items()}, misshapen / "model-0.safetensors")
+    empty = stored_as(tiny_model, tmp_path / "empty", str)
+    for file in empty.glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    for folder, reason in (
+        (lacking, "lacks 3 of the model's weights, language_model.layers.1.mlp.down_proj.weight the first"),
+        (misshapen, "image_newline is [47], but by its config [48]"),
+        (empty, "has no .safetensors files"),
+    ):
+        ended = launch([WORKER, str(folder), CONFIG, tiny_model], 1, seconds=60)
+        assert reason in ended.output
