@@ -1,5 +1,7 @@
-"""`python partitions.py MODEL DS_CONFIG WHOLE`: a model in ZeRO-3's partitions, gathered again, beside its files. Prints the
-largest difference and the share of the weights that this rank read, as JSON."""
+"""`python partitions.py MODEL DS_CONFIG WHOLE`: MODEL in ZeRO-3's partitions, gathered again, beside WHOLE's weights.
+
+Each rank prints the largest difference, and the share of the weights that it read, as JSON.
+"""
 
 import json
 import sys
