@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.errors import PipelineError
 
@@ -152,9 +161,11 @@ class Batch(Section):
     sub_batch: int | None = Field(
         None, gt=1, description="pairs that are each other's negatives, if not the whole global batch's"
     )
-    chunk_tokens: int = Field(gt=0, description="tokens a forward pass holds at once, padded; changes no result")
-    kept_chunks: int = Field(
-        0, ge=0, description="chunks whose graph is kept from the first pass: memory for time; changes no result"
+    chunk_tokens: PositiveInt | Literal["auto"] = Field(
+        description="tokens a forward pass holds at once, padded; auto: what fits is found in the first steps"
+    )
+    kept_chunks: NonNegativeInt | Literal["auto"] = Field(
+        0, description="chunks whose graph is kept from the first pass: memory for time; auto: as many as fit"
     )
     tower_tiles: int = Field(64, gt=0, description="tiles that a frozen vision tower sees at once")
     features_mb: int = Field(

@@ -98,12 +98,11 @@ def main() -> None:
         limit = recipe.batch.features_mb << 20
         return KeptFeatures(tower, recipe.batch.tower_tiles, limit) if tower else None
 
-    def evaluate() -> Report | None:
+    def evaluate(chunk_tokens: int) -> Report | None:
         if collection is None:
             return None
-        budget = recipe.batch.chunk_tokens
         embeddings = embed_collection(
-            engine, processor.encode, collection, chunk_tokens=budget, device=device, features=features
+            engine, processor.encode, collection, chunk_tokens=chunk_tokens, device=device, features=features
         )
         return Report.of(recipe.run, collection, embeddings) if rank == 0 else None
 

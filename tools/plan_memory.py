@@ -53,7 +53,7 @@ def parameter_table(plan: Plan) -> Table:
 
 
 def memory_table(plan: Plan, sections: dict[int, dict], memory: float) -> Table:
-    chunk_tokens = plan.recipe.batch.chunk_tokens
+    chunk_tokens = plan.budget.chunk_tokens
     columns = {stage: plan.states(stage, zero) for stage, zero in sections.items()}
     title = f"GB of one of {plan.gpus} GPUs, {plan.recipe.precision}, chunks of {chunk_tokens:,} tokens"
     table = Table("", *(f"ZeRO {stage}" for stage in columns), title=title)

@@ -1,6 +1,7 @@
 """The training loop: batches, steps, evaluation, checkpoints, until done."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pipeline.evaluation.report import Report
 from pipeline.losses.gather import all_gather_constant
 from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
+from pipeline.training.budget import Budget, Memory, Meter
 from pipeline.training.engine import learning_rate, set_hyperparameters
 from pipeline.training.monitor import Monitor
 from pipeline.training.step import StepResult, train_step
@@ -28,7 +30,8 @@ class Run:
     """What the loop needs besides the engine.
 
     start: the checkpoint to continue from, or None. conditions: see checkpoint.check.
-    batches: this rank's batches of a range of steps. evaluate: a report at the present weights, on rank 0.
+    batches: this rank's batches of a range of steps. evaluate: a report at the present weights, on rank 0, by
+        chunks of so many tokens.
     features: anew for each step, where the vision tower is not part of the engine.
     """
 
@@ -38,7 +41,7 @@ class Run:
     start: Path | None
     conditions: dict
     batches: Callable[[range], Iterator[Batch]]
-    evaluate: Callable[[], Report | None]
+    evaluate: Callable[[int], Report | None]
     features: Callable[[], KeptFeatures | None]
 
     @property
@@ -54,16 +57,21 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
         state = checkpoint.load(engine, run.start)
         set_hyperparameters(engine, recipe)
     start, bad_samples = state["step"], state["bad_samples"]
+    budget = Budget.of(recipe.batch, recipe.model.max_tokens, state.get("budget"))
+    meter = Meter(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
     with Monitor(run.folder, dist.get_rank(), start, run.steps, ledger=recipe.ledger) as monitor:
         if start == 0:
-            _evaluate(run, monitor, 0)
+            _evaluate(run, monitor, 0, budget)
         batches = run.batches(range(start, run.steps))
         for step in range(start, run.steps):
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began
             lr = learning_rate(step, run.steps, recipe.optimizer)
-            result = train_step(engine, batch, recipe, lr=lr, features=run.features())
+            meter.start()
+            result = train_step(engine, batch, recipe, budget, lr=lr, features=run.features())
+            if not budget.is_fixed:
+                _learn(budget, *meter.stop(result.largest_chunk))
 
             done = step + 1
             monitor.consumed(done, batch.origins)
@@ -86,10 +94,10 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
 
             last = done == run.steps
             if last or (recipe.evaluation and recipe.evaluation.every and done % recipe.evaluation.every == 0):
-                _evaluate(run, monitor, done)
+                _evaluate(run, monitor, done, budget)
             if last or done % recipe.checkpoint.every == 0:
                 monitor.flush()
-                kept = {"bad_samples": bad_samples}
+                kept = {"bad_samples": bad_samples, "budget": budget.state()}
                 folder = run.folder / "checkpoints"
                 checkpoint.save(engine, folder, done, kept, run.conditions, recipe.checkpoint.keep)
 
@@ -148,6 +156,16 @@ def _check(recipe: Recipe, metrics: dict, bad_samples: int, folder: Path) -> Non
         )
 
 
-def _evaluate(run: Run, monitor: Monitor, step: int) -> None:
-    if report := run.evaluate():
+def _learn(budget: Budget, memory: Memory, largest_chunk: int) -> None:
+    budget.measured(memory, largest_chunk)
+    if dist.get_rank() == 0:
+        how = "from now on" if budget.is_fixed else "next"
+        print(
+            f"a step took {memory.peak / 1e9:.1f} GB of {memory.total / 1e9:.1f}; {how} "
+            f"batch.chunk_tokens={budget.chunk_tokens} batch.kept_chunks={budget.kept_chunks}"
+        )
+
+
+def _evaluate(run: Run, monitor: Monitor, step: int, budget: Budget) -> None:
+    if report := run.evaluate(budget.chunk_tokens):
         monitor.evaluation(step, report)

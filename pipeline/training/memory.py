@@ -17,6 +17,7 @@ from pipeline.config import Recipe
 from pipeline.data.tiles import Tiling
 from pipeline.models import llave, weights
 from pipeline.models.lora import add_adapters
+from pipeline.training.budget import Budget
 from pipeline.training.engine import freeze
 
 FP32 = 4
@@ -266,6 +267,11 @@ class Plan:
         groups = groups_of(model, tower_in_engine=bool(recipe.train.vision_tower))
         return cls(recipe, gpus, model.config, groups, tokens_per_tile(llave.tiling(model.config), videos))
 
+    @property
+    def budget(self) -> Budget:
+        """How the first step is cut: where the recipe says auto, into longest items, of which no graph is kept."""
+        return Budget.of(self.recipe.batch, self.recipe.model.max_tokens)
+
     def states(self, stage: int, zero: dict) -> States:
         return state_bytes(self.groups, stage=stage, gpus=self.gpus, width=self._width, zero=zero)
 
@@ -287,7 +293,7 @@ class Plan:
         saved = saved_bytes(self.config, work, tower_trained)
         return {
             "a chunk without gradient": working,
-            "a chunk with gradient": max(batch.kept_chunks, 1) * saved + working,
+            "a chunk with gradient": max(self.budget.kept_chunks, 1) * saved + working,
             "the loss": loss_bytes(self.config, batch.global_batch, self.gpus),
             "the optimizer's step": states.step,
         }

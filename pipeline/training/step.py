@@ -17,29 +17,40 @@ from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.losses.contrastive import LossOutput, hardness_weighted_loss
 from pipeline.models.chunks import Chunk, Features, in_order, plan_chunks, run_chunk
+from pipeline.training.budget import Budget
 
 
 @dataclass(frozen=True)
 class StepResult:
+    """tokens: of this rank's items.  largest_chunk: tokens of its largest chunk, with attention's padding."""
+
     loss: LossOutput
     grad_norm: float
     tokens: int
+    largest_chunk: int
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine, batch: Batch, recipe: Recipe, *, lr: float, features: Features | None = None
+    engine: deepspeed.DeepSpeedEngine,
+    batch: Batch,
+    recipe: Recipe,
+    budget: Budget,
+    *,
+    lr: float,
+    features: Features | None = None,
 ) -> StepResult:
     """Take one step with this rank's part of the global batch.
 
     Parameters end as if one process had embedded the whole global batch at once, whatever the ZeRO stage,
     the chunks, how many of them keep their graph, and the number of ranks.
 
-    lr: of parts without one of their own.  features: of a vision tower that is not part of the engine.
+    budget: how the batch is cut.  lr: of parts without one of their own.
+    features: of a vision tower that is not part of the engine.
     """
-    items, cut = list(batch.items.values()), recipe.batch
+    items = list(batch.items.values())
     # Where texts alone train nothing, a dummy image gives every chunk something to take a gradient of.
-    chunks = plan_chunks(items, cut.chunk_tokens, engine.device, all_with_images=not recipe.train.language_model)
-    kept, again = chunks[: cut.kept_chunks], chunks[cut.kept_chunks :]
+    chunks = plan_chunks(items, budget.chunk_tokens, engine.device, all_with_images=not recipe.train.language_model)
+    kept, again = chunks[: budget.kept_chunks], chunks[budget.kept_chunks :]
     graphs = [run_chunk(engine, chunk, features) for chunk in kept]
     with torch.no_grad():
         parts = graphs + [run_chunk(engine, chunk, features) for chunk in again]
@@ -53,7 +64,8 @@ def train_step(
     norm = _unsharded_norm(engine)
     engine.step()
     tokens = sum(len(item.input_ids) for item in items)
-    return StepResult(output, float(engine.get_global_grad_norm() if norm is None else norm), tokens)
+    largest = max(len(chunk.packed.lengths) * max(chunk.packed.lengths) for chunk in chunks)
+    return StepResult(output, float(engine.get_global_grad_norm() if norm is None else norm), tokens, largest)
 
 
 def contrastive_loss(embeddings: torch.Tensor, batch: Batch, recipe: Recipe) -> LossOutput:

@@ -26,6 +26,7 @@ from pipeline.models.llave import Llave, Processor
 from pipeline.models.lora import add_adapters
 from pipeline.models.tower import KeptFeatures
 from pipeline.training import step as step_module
+from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze, load_tower, start_distributed
 from pipeline.training.step import train_step
 
@@ -183,7 +184,7 @@ def compare(model: str, stage: str, case: Case) -> dict:
         pairs = make_pairs(case.mix, seed=step)
         own = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
         features = KeptFeatures(tower, recipe.batch.tower_tiles, recipe.batch.features_mb << 20) if tower else None
-        ours = train_step(engine, own, recipe, lr=LR, features=features)
+        ours = train_step(engine, own, recipe, Budget.of(recipe.batch, 512), lr=LR, features=features)
         loss = ours.loss.loss.detach().clone()
         dist.all_reduce(loss)
 

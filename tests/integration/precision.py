@@ -16,6 +16,7 @@ from pipeline.models.chunks import embed_chunks, plan_chunks
 from pipeline.models.llave import Llave, Processor
 from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
+from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_tower, start_distributed
 from pipeline.training.export import export
 from pipeline.training.step import train_step
@@ -34,7 +35,7 @@ def main() -> None:
 
     def step(engine, batch) -> tuple[float, float]:
         features = KeptFeatures(tower, recipe.batch.tower_tiles, 0) if tower else None
-        result = train_step(engine, batch, recipe, lr=1e-3, features=features)
+        result = train_step(engine, batch, recipe, Budget.of(recipe.batch, 512), lr=1e-3, features=features)
         return float(result.loss.loss.detach()), result.grad_norm
 
     tower = load_tower(recipe, model, torch.device("cpu"))

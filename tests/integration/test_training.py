@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from launch import launch, start, wait
 from safetensors.torch import load_file
 
+from pipeline import export
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
 from pipeline.training import checkpoint
@@ -130,6 +132,40 @@ def test_the_exported_model_scores_what_training_said(finished, tmp_path):
     assert "Precision@1" in ended.output
     ours, theirs = (json.loads(path.read_text()) for path in (out, finished / "evaluation/step-00000024.json"))
     assert ours["datasets"] == theirs["datasets"]
+
+
+def test_an_original_checkpoint_with_adapters_and_a_frozen_tower_by_what_fits(recipe, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    fields = ["model.path=tests/golden", "model.max_tokens=4096", "model.image_grid_pinpoints=[[384, 384]]"]
+    fields += ["batch.global_batch=4", "data.lanes=2", "batch.chunk_tokens=auto", "batch.kept_chunks=auto"]
+    fields += ["train.vision_tower=false", "train.lora.rank=2", "checkpoint.every=2", "evaluation=null"]
+    ended = launch(command(recipe, run, *fields, "steps=2"), world=2, seconds=120)
+    assert ended.status == [0, 0], ended.output[-4000:]
+    assert ended.output.count("next batch.chunk_tokens=8192 batch.kept_chunks=0\n") == 1
+    (converted,) = (run / "init").iterdir()
+    written = (converted / "model.safetensors").stat().st_mtime_ns
+    ended = launch(command(recipe, run, *fields, "steps=4"), world=2, seconds=120)
+    assert ended.status == [0, 0], ended.output[-4000:]
+    assert (converted / "model.safetensors").stat().st_mtime_ns == written
+    metrics = lines(run / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert "next batch.chunk_tokens=8192" not in ended.output  # it knows
+
+    monkeypatch.setattr(sys, "argv", ["export", str(run), str(tmp_path / "out")])
+    export.main()
+    assert "step-00000004 of" in capsys.readouterr().out
+    before, by_run, by_command = (
+        load_file(folder / "model.safetensors") for folder in (converted, run / "export", tmp_path / "out")
+    )
+    assert before.keys() == by_run.keys() == by_command.keys()
+    changed = {name for name, weight in by_run.items() if not torch.equal(weight, before[name])}
+    assert {name for name in changed if "_proj.weight" not in name} == {
+        "image_newline",
+        *(f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")),
+    }
+    assert not [name for name in changed if name.startswith("vision_tower")]
+    for name, weight in by_run.items():
+        torch.testing.assert_close(by_command[name], weight, atol=1e-7, rtol=0)
 
 
 def test_a_run_is_not_continued_with_another_order(finished, recipe):
