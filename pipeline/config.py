@@ -54,7 +54,7 @@ class Architecture(Section):
 
 class Model(Section):
     path: str | None = Field(
-        None, description="LLaVA-OneVision in transformers' format, a folder or hub name; or an original LLaVE folder"
+        None, description="LLaVA-OneVision in transformers' format or an original LLaVE: a folder or hub name"
     )
     architecture: Architecture | None = Field(None, description="or: random weights of this shape")
     image_grid_pinpoints: list[tuple[int, int]] | None = Field(
@@ -188,7 +188,7 @@ class Train(Section):
     """What is trained: true, false, or a learning rate of its own beside optimizer.lr. The rest is frozen."""
 
     projector: bool | float = Field(True, description="with the newline's embedding")
-    language_model: bool | float = True
+    language_model: bool | float = Field(True, description="its weights, or adapters")
     vision_tower: bool | float = Field(False, description="frozen, it runs outside the engine, once a step")
     lora: Lora | None = Field(None, description="adapters take the place of the language model's own weights")
 
@@ -308,12 +308,11 @@ def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
     values = _safe_yaml(path.read_text(), str(path))
     if not isinstance(values, dict):
         raise PipelineError(f"{path} is not a recipe: expected `key: value` lines")
-    variants = values.pop("variants", {})
+    variants = values.pop("variants", None) or {}
     for name in [override.removeprefix("variant=") for override in overrides if override.startswith("variant=")]:
         if name not in variants:
             raise PipelineError(f"{path} has no variant {name!r}; it has {', '.join(variants) or 'none'}")
-        for key, value in variants[name].items():
-            _set(values, key.split("."), value, f"variants.{name}.{key}")
+        values = _overridden(values, [f"{key}={json.dumps(value)}" for key, value in variants[name].items()])
     overrides = [override for override in overrides if not override.startswith("variant=")]
     return _validated(Recipe, _overridden(values, overrides), f"{path}: ")
 

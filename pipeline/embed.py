@@ -32,10 +32,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
-from pipeline.embeddings import KINDS, Identity, Store, best, fingerprint
+from pipeline.embeddings import KINDS, Identity, Store, best
 from pipeline.errors import PipelineError, command_line
 from pipeline.models.embedder import DTYPES, LEAST_TOKENS, Embedder, Parts
 from pipeline.models.llave import load_config
+from pipeline.models.weights import fingerprint
 from pipeline.progress import progress_bar
 
 __all__ = ["Embedder", "main"]
@@ -57,7 +58,7 @@ def main() -> None:
         out = Store(Path(arguments.out or stack.enter_context(TemporaryDirectory())))
         if query and not kinds and not out.kinds():
             raise PipelineError(f"{out.folder} holds no embeddings to search: name the --out of an earlier call")
-        hashed = fingerprint(folder)
+        hashed = fingerprint(str(folder))
         out.check(arguments.model, hashed, kinds, arguments.overwrite)
         transformers.logging.disable_progress_bar()
         embedder = Embedder.load(

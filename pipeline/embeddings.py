@@ -1,6 +1,5 @@
 """A folder of embeddings: KIND.npy (N, D), KIND.txt with an id a line, and embeddings.json, which names the model."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,26 +20,6 @@ class Identity:
     model: str
     dimension: int
     fingerprint: str
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 over a model's config, tokenizer and weights; of the latter it reads the size and a sample of 1 MiB.
-
-    Training moves nearly every weight, so the sample tells two states of one model.
-    """
-    digest = hashlib.sha256()
-    for path in (folder / "config.json", folder / "tokenizer.json", *sorted(folder.glob("*.safetensors"))):
-        if path.is_file():
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                if path.suffix == ".json":
-                    digest.update(file.read())
-                    continue
-                for offset in np.linspace(0, size, 256, endpoint=False).astype(int).tolist():
-                    file.seek(offset)
-                    digest.update(file.read(4096))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ stage and number of processes will do; adapters are merged. OUT is loaded again 
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
@@ -42,6 +43,9 @@ def main() -> None:
 
     recipe = load_recipe(run / "recipe.yaml", [])
     source = weights.resolve(recipe.model.path, run / "init") if recipe.model.path else str(run / "init")
+    began_with = checkpoint.conditions_of(folder).get("the model's fingerprint")
+    if began_with != weights.fingerprint(recipe.model.path):
+        raise PipelineError(f"{recipe.model.path} is not what it was when {run} began: restore it")
     model = Llave.load(source, DTYPES[recipe.precision], recipe.model.image_grid_pinpoints).eval()
     freeze(model, recipe.train)
     if recipe.train.lora:
@@ -52,10 +56,14 @@ def main() -> None:
         raise PipelineError(f"{folder} does not hold what the recipe trains: {differing[0]} is in only one of them")
     model.load_state_dict(trained_weights, strict=False)
     before = _embedding(model, source)
-    write_folder(model, dict(model.named_parameters()), recipe.train.lora, source, out)
-    cosine = float(before @ _embedding(Llave.load(str(out), "auto").eval(), str(out)))
+    unverified = out.with_name(out.name + ".unverified")
+    shutil.rmtree(unverified, ignore_errors=True)
+    parameters = dict(model.named_parameters())
+    write_folder(model, parameters, recipe.train.lora, source, recipe.model.path, unverified)
+    cosine = float(before @ _embedding(Llave.load(str(unverified), "auto").eval(), str(unverified)))
     if cosine < _LEAST_COSINE[recipe.precision]:
-        raise PipelineError(f"{out} does not give the checkpoint's embedding (cosine {cosine:.6f}): do not use it")
+        raise PipelineError(f"{unverified} does not give the checkpoint's embedding (cosine {cosine:.6f}): not for use")
+    unverified.rename(out)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {folder.name} of {run}, {count / 1e9:.2f} B parameters in {recipe.precision}, cosine {cosine:.6f}")
 

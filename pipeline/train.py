@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -101,8 +102,9 @@ def main() -> None:
     def evaluate(chunk_tokens: int) -> Report | None:
         if collection is None:
             return None
+        seen = partial(tower.features_of, tiles_at_once=recipe.batch.tower_tiles) if tower else None
         embeddings = embed_collection(
-            engine, processor.encode, collection, chunk_tokens=chunk_tokens, device=device, features=features
+            engine, processor.encode, collection, chunk_tokens=chunk_tokens, device=device, features=seen
         )
         return Report.of(recipe.run, collection, embeddings) if rank == 0 else None
 
@@ -111,7 +113,7 @@ def main() -> None:
         return batches(source, order, processor.encode, steps, rank=rank, world=world, timeout=timeout)
 
     train(engine, Run(recipe, order, steps, start, conditions, batches_of, evaluate, features))
-    export(engine, tower, recipe.train.lora, model_path, folder / "export")
+    export(engine, tower, recipe.train.lora, model_path, recipe.model.path, folder / "export")
     if rank == 0:
         print(f"the model: {folder}/export    the curves: tensorboard --logdir {folder}/tensorboard")
     dist.destroy_process_group()
@@ -129,7 +131,10 @@ def _conditions(recipe: Recipe, source: Source, world: int, stage: int) -> dict:
         "seed": recipe.seed,
         "precision": recipe.precision,
         "batch.global_batch": recipe.batch.global_batch,
+        "batch.sub_batch": recipe.batch.sub_batch,
+        "the loss": recipe.loss.model_dump(),
         "model": recipe.model.model_dump(mode="json", exclude={"max_tokens", "attention"}),
+        "the model's fingerprint": weights.fingerprint(recipe.model.path),
         "what is trained": _trained(recipe.train),
     }
 
@@ -150,6 +155,7 @@ def _model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> str:
     path = [recipe.model.path or str(made)]
     if dist.get_rank() == 0:
         if recipe.model.path:
+            # Converting one takes minutes, which the other ranks wait as in any collective.
             path = [weights.resolve(recipe.model.path, made)]
         elif anew or not made.exists():
             unfinished = folder / "init.unfinished"

@@ -1,5 +1,7 @@
 """The project's recipes for the published models: their values, their size."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlavaOnevisionConfig, LlavaOnevisionModel, Qwen2Config, SiglipVisionConfig
@@ -36,6 +38,7 @@ def test_values_are_the_papers(size):
         assert each.model.image_grid_pinpoints == [(384, 384), (384, 768), (768, 384), (768, 768)]
         assert (each.train.projector, each.train.language_model, each.train.vision_tower) == (True, True, False)
     assert (ours.batch.sub_batch, paper.batch.sub_batch) == (None, 32)
+    assert paper.run == f"{ours.run}_paper"  # it never goes on where the other was
     names = [part.name for part in ours.data.datasets]
     in_distribution = {name for name, (_, known) in MMEB_TASKS.items() if known} - {"ImageNet-1K"}
     assert set(names) == in_distribution and len(names) == 20
@@ -75,7 +78,13 @@ def test_models_have_the_published_number_of_parameters(size):
     )
 
 
-def test_variants():
+def test_variants(tmp_path):
+    text = Path("pipeline/recipes/demo.yaml").read_text()
+    (tmp_path / "a.yaml").write_text(text + "variants: {short: {steps: 3, data.url: here}}\n")
+    short = load_recipe(tmp_path / "a.yaml", ["variant=short"])
+    assert (short.steps, short.epochs, short.data.url) == (3, None, "here")
+    (tmp_path / "b.yaml").write_text(text + "variants:\n")
+    assert load_recipe(tmp_path / "b.yaml", []).steps is None
     with pytest.raises(PipelineError, match=r"demo.yaml has no variant 'paper'; it has none"):
         load_recipe("pipeline/recipes/demo.yaml", ["variant=paper"])
     assert recipe("2b", "batch.sub_batch=64", "variant=paper").batch.sub_batch == 64

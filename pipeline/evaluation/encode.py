@@ -24,13 +24,13 @@ def embed_collection(
     *,
     chunk_tokens: int,
     device: torch.device,
-    features: Callable[[], Features | None] = lambda: None,
+    features: Features | None = None,
 ) -> torch.Tensor:
     """Embeddings of all items, (items, hidden) float32 on every rank.
 
     `model` may be a ZeRO-3 engine: all ranks run the same number of forward passes. An item that cannot be
     used raises PipelineError: a score without it would be of another test.
-    features: for some chunks, those of a vision tower that is not part of the model.
+    features: of a vision tower that is not part of the model.
     """
     rank, world = rank_and_world()
     count = len(collection.items)
@@ -42,7 +42,7 @@ def embed_collection(
             first, last = group * _GROUP * world, min((group + 1) * _GROUP * world, count)
             rows = list(range(first + rank, last, world))
             encoded = list(pool.map(lambda row: _encode(encode, collection, row), rows))
-            part = embed_chunks(model, plan_chunks(encoded, chunk_tokens, device), len(rows), features())
+            part = embed_chunks(model, plan_chunks(encoded, chunk_tokens, device), len(rows), features)
             if embeddings is None:
                 embeddings = part.new_zeros(count, part.shape[1])
             embeddings[rows] = part

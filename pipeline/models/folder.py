@@ -45,10 +45,13 @@ Images are tiled as the config's `{ratio}`; a video has newlines by `mm_newline_
 """
 
 
-def save_folder(model: Llave, weights: dict[str, torch.Tensor], source: str, folder: Path) -> None:
+def save_folder(
+    model: Llave, weights: dict[str, torch.Tensor], source: str, folder: Path, base: str | None = None
+) -> None:
     """Write `weights` (the model's parameters by name) as a folder in transformers' format, with a model card.
 
-    Tokenizer and image processor are those of `source`, a folder or hub name.
+    Tokenizer and image processor are those of `source`, a folder or hub name.  base: the model that training began
+    with, which the card names if it is of the hub.
     """
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)  # names do not depend on ZeRO
     config = json.loads((folder / "config.json").read_text())
@@ -60,7 +63,7 @@ def save_folder(model: Llave, weights: dict[str, torch.Tensor], source: str, fol
     processor.save_pretrained(folder)
     newline = newline_position(model.config)
     card = _CARD.format(
-        base_model="" if Path(source).exists() else f"base_model: {source}\n",
+        base_model=f"base_model: {base}\n" if base and not Path(base).exists() else "",
         prefix=PREFIX,
         suffix=SUFFIX,
         ratio=model.config.vision_aspect_ratio,

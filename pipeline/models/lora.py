@@ -10,14 +10,17 @@ _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weigh
 
 
 def add_adapters(model: torch.nn.Module, lora: Lora, seed: int) -> None:
-    """Put adapters beside the targeted linear layers; they alone are then trained. Equal on all ranks, by the seed."""
+    """Put adapters beside the targeted linear layers; they alone are then trained. Equal on all ranks, by the seed.
+
+    Raises PipelineError for a target that names no linear layer.
+    """
+    linear = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    if wrong := [target for target in lora.targets if target not in linear]:
+        raise PipelineError(f"train.lora.targets has {wrong[0]}; its linear layers are {', '.join(sorted(linear))}")
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            inject_adapter_in_model(config, model)
-        except ValueError as error:
-            raise PipelineError(f"train.lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None
+        inject_adapter_in_model(config, model)
 
 
 def merge_adapters(weights: dict[str, torch.Tensor], lora: Lora) -> dict[str, torch.Tensor]:

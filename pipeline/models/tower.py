@@ -50,6 +50,9 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
         parts = (normalised(part, self.device, self.dtype) for part in tiles.split(tiles_at_once))
         return torch.cat([tower_features(self.vision_tower, part) for part in parts])
 
+    def features_of(self, chunk: "Chunk", tiles_at_once: int) -> torch.Tensor:
+        return self.features(chunk.packed.tiles, tiles_at_once)
+
 
 # transformers finds a class's checkpoint names by the name of the class.
 register_checkpoint_conversion_mapping("FrozenTower", get_checkpoint_conversion_mapping("LlavaOnevisionModel"))
@@ -75,7 +78,8 @@ class KeptFeatures:
         """(tiles of the chunk, patches², width)"""
         if id(chunk) in self._kept:
             return self._kept[id(chunk)].to(self._tower.device, non_blocking=True)
-        features = self._tower.features(chunk.packed.tiles, self._tiles_at_once)
-        self._room -= features.nbytes
-        self._kept[id(chunk)] = features if self._room >= 0 else features.cpu()
+        features = self._tower.features_of(chunk, self._tiles_at_once)
+        fits = features.nbytes <= self._room
+        self._room -= features.nbytes if fits else 0
+        self._kept[id(chunk)] = features if fits else features.cpu()
         return features

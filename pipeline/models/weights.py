@@ -111,6 +111,37 @@ def _original_folder(path: str) -> Path | None:
     return folder if is_original(folder) else None
 
 
+def fingerprint(path: str | None) -> str | None:
+    """sha256 over a folder's config, tokenizer and weights, of which it reads the first 4 KiB of every tensor.
+
+    None for what is no folder. Of .bin files, names and sizes are all that tells them apart.
+    """
+    if path is None or not (folder := Path(path)).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted([folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]):
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            digest.update(file.read_bytes() if file.suffix == ".json" else _samples(file))
+    for file in sorted(folder.glob("*.bin")):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _samples(file: Path) -> bytes:
+    """The header of a .safetensors file and the beginning of each of its tensors."""
+    with file.open("rb") as opened:
+        size = opened.read(8)
+        header = opened.read(int.from_bytes(size, "little"))
+        parts = [header]
+        for name, tensor in sorted(json.loads(header).items()):
+            if name != "__metadata__":
+                begin, end = tensor["data_offsets"]
+                opened.seek(8 + len(header) + begin)
+                parts.append(opened.read(min(end - begin, 4096)))
+    return b"".join(parts)
+
+
 def resolve(path: str, cache: Path) -> str:
     """The folder or hub name that `Llave.load` reads: `path` itself, or an original checkpoint converted in `cache`.
 

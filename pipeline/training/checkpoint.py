@@ -82,9 +82,14 @@ def latest(folder: Path) -> Path | None:
     return checkpoint
 
 
+def conditions_of(checkpoint: Path) -> dict:
+    """Those under which it was written."""
+    return json.loads((checkpoint / CONDITIONS).read_text())
+
+
 def check(checkpoint: Path, conditions: dict) -> None:
     """Raise PipelineError unless a run under these conditions continues what the checkpoint's run began."""
-    before = json.loads((checkpoint / CONDITIONS).read_text())
+    before = conditions_of(checkpoint)
     if changed := [name for name, value in conditions.items() if before.get(name) != value]:
         changes = "; ".join(f"{name} is {conditions[name]} and was {before.get(name)}" for name in changed)
         raise PipelineError(f"{checkpoint} cannot be continued: {changes}. Change it back, or set run= anew")
@@ -105,7 +110,7 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     In the precision of training, or (ZeRO-3) in float32.
     """
     with _weights_only():
-        if json.loads((checkpoint / CONDITIONS).read_text())["the ZeRO stage"] == 3:
+        if conditions_of(checkpoint)["the ZeRO stage"] == 3:
             return get_fp32_state_dict_from_zero_checkpoint(
                 str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
             )

@@ -3,8 +3,11 @@
 import logging
 import math
 import os
+import time
 import warnings
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -12,6 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import _get_build_directory
 
 from pipeline.config import Optimizer, Recipe, Train
 from pipeline.errors import PipelineError
@@ -20,6 +24,8 @@ from pipeline.models.llave import Llave, TowerlessLlave
 from pipeline.models.lora import add_adapters
 from pipeline.models.tower import FrozenTower
 from pipeline.training.partitions import load_partitioned
+
+_LONGEST_BUILD = 600  # seconds
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -50,6 +56,7 @@ def start_distributed(timeout_minutes: float) -> torch.device:
     }.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    _refuse_stale_lock()
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
@@ -62,6 +69,14 @@ def start_distributed(timeout_minutes: float) -> torch.device:
         auto_mpi_discovery=False,
     )
     return torch.device(accelerator.device_name(local_rank) if backend != "gloo" else "cpu")
+
+
+def _refuse_stale_lock() -> None:
+    """PyTorch waits for ever for whoever builds DeepSpeed's kernels, also if that was killed meanwhile."""
+    lock = Path(_get_build_directory("deepspeed_shm_comm_op", verbose=False), "lock")
+    with suppress(FileNotFoundError):
+        if time.time() - lock.stat().st_mtime > _LONGEST_BUILD:
+            raise PipelineError(f"{lock} is left from a build that was killed: delete it and start again")
 
 
 def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> deepspeed.DeepSpeedEngine:

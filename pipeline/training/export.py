@@ -14,28 +14,39 @@ from pipeline.models.tower import FrozenTower
 
 
 def export(
-    engine: deepspeed.DeepSpeedEngine, tower: FrozenTower | None, lora: Lora | None, source: str, folder: Path
+    engine: deepspeed.DeepSpeedEngine,
+    tower: FrozenTower | None,
+    lora: Lora | None,
+    source: str,
+    base: str | None,
+    folder: Path,
 ) -> None:
     """Write the engine's weights, with the tokenizer and image processor of `source`, to `folder`; whole or not.
 
     tower: the vision tower, where it is not part of the engine.  lora: the adapters to be merged.
+    base: the path or hub name that training began with.
     """
     weights = _gathered(engine)
     if dist.get_rank() == 0:
         if tower is not None:
             weights |= {name: parameter.to("cpu") for name, parameter in tower.named_parameters()}
         shutil.rmtree(folder, ignore_errors=True)
-        write_folder(engine.module, weights, lora, source, folder)
+        write_folder(engine.module, weights, lora, source, base, folder)
     dist.barrier()
 
 
 def write_folder(
-    model: torch.nn.Module, weights: dict[str, torch.Tensor], lora: Lora | None, source: str, folder: Path
+    model: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
+    lora: Lora | None,
+    source: str,
+    base: str | None,
+    folder: Path,
 ) -> None:
     """Write `weights` to a folder that is whole or not there; as `export`, in one process."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    save_folder(model, merge_adapters(weights, lora) if lora else weights, source, unfinished)
+    save_folder(model, merge_adapters(weights, lora) if lora else weights, source, unfinished, base)
     unfinished.rename(folder)
 
 

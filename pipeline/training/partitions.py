@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import LlavaOnevisionConfig
@@ -30,10 +31,19 @@ _RENAMED = (
 def load_partitioned(kind: type[Llave], path: str, config: LlavaOnevisionConfig, ds_config: dict[str, Any]) -> Llave:
     """The model of a folder or hub name in transformers' format, partitioned over all ranks.
 
-    Raises PipelineError where tensors are missing, misshapen, or not in .safetensors files.
+    Raises PipelineError where tensors are missing, misshapen, or not in .safetensors files, and for kinds of partitions
+    that are not filled here.
     """
+    zero = ds_config["zero_optimization"]
+    if zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("zero_quantized_weights"):
+        raise PipelineError("zero_hpz_partition_size and zero_quantized_weights are not supported: remove them")
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        raise PipelineError("offload_param to nvme is not supported: use cpu, or none")
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = kind(config)
+    # Init made its frequencies bf16, with which positions beyond some hundred are others.
+    rotary = model.language_model.rotary_emb
+    model.language_model.rotary_emb = type(rotary)(config.text_config).to(get_accelerator().current_device_name())
     wanted = dict(model.named_parameters())
     for file in _files(path):
         with safe_open(file, "pt") as tensors:

@@ -226,7 +226,7 @@ def test_similarities_stand_in_the_candidates_order(mmeb):
     def encode(item: Item) -> Encoded:
         return Encoded(np.frombuffer(item.text.encode() + b"".join(item.images), np.uint8).astype(np.int32))
 
-    def model(packed, with_images):  # an embedding that tells the items apart
+    def model(packed, with_images, features=None):  # an embedding that tells the items apart
         parts = packed.input_ids.double().split(packed.lengths)
         return torch.stack([torch.stack([p.sin().sum(), p.cos().sum()]) for p in parts]).float()
 

@@ -1,6 +1,6 @@
 """`python partitions.py MODEL DS_CONFIG WHOLE`: MODEL in ZeRO-3's partitions, gathered again, beside WHOLE's weights.
 
-Each rank prints the largest difference, and the share of the weights that it read, as JSON.
+Each rank prints which parameters and buffers differ, and the share of the weights that it read, as JSON.
 """
 
 import json
@@ -10,7 +10,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from pipeline.config import load_ds_config, load_recipe
 from pipeline.models.llave import TowerlessLlave
@@ -52,18 +51,25 @@ class CountingFile:
 def main() -> None:
     model, config, whole = sys.argv[1:]
     start_distributed(timeout_minutes=0.5)
-    fields = [f"deepspeed={config}", "batch.global_batch=12", "data.lanes=12"]
+    fields = [f"deepspeed={config}", "batch.global_batch=12", "data.lanes=12", "precision=bf16"]
     ds_config = load_ds_config(load_recipe("pipeline/recipes/demo.yaml", fields), dist.get_world_size())
     partitions.safe_open = CountingFile
     loaded = partitions.load_partitioned(
         TowerlessLlave, model, TowerlessLlave.config_for(model, None, "sdpa"), ds_config
     )
-    expected, difference, count = load_file(f"{whole}/model.safetensors"), 0.0, 0
+    expected = TowerlessLlave.load(whole, torch.bfloat16)
+    parameters, count = dict(expected.named_parameters()), 0
+    same = {}
     for name, parameter in loaded.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
-            difference = max(difference, float((parameter - expected[name]).abs().max()))
+            same[name] = torch.equal(parameter.detach(), parameters.pop(name).detach())
             count += parameter.numel()
-    print(json.dumps({"difference": difference, "read": sum(read) / count}))
+    buffers = dict(expected.named_buffers())
+    for name, buffer in loaded.named_buffers():
+        other = buffers.pop(name)
+        same[name] = buffer.dtype == other.dtype and torch.equal(buffer, other)
+    differing = [name for name, equal in same.items() if not equal] + [*parameters, *buffers]
+    print(json.dumps({"differing": differing, "read": sum(read) / count}))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -364,7 +364,7 @@ def test_the_card_names_the_model_of_the_hub_that_it_comes_from(folders, tmp_pat
         local = kind.from_pretrained(folders["grid"])
         monkeypatch.setattr(kind, "from_pretrained", lambda name, local=local, **_: local)
     _, model = load(folders["grid"])
-    save_folder(model, dict(model.named_parameters()), "zhibinlan/LLaVE-2B", tmp_path / "saved")
+    save_folder(model, dict(model.named_parameters()), "/converted", tmp_path / "saved", base="zhibinlan/LLaVE-2B")
     front = yaml.safe_load((tmp_path / "saved/README.md").read_text().split("---\n")[1])
     assert front["base_model"] == "zhibinlan/LLaVE-2B"
 

@@ -1,4 +1,5 @@
 import math
+import os
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from pipeline.config import Optimizer, Recipe, load_recipe
 from pipeline.errors import PipelineError
 from pipeline.models.llave import Llave
 from pipeline.models.lora import add_adapters, merge_adapters
-from pipeline.training.engine import freeze, learning_rate, parameter_groups
+from pipeline.training.engine import freeze, learning_rate, parameter_groups, start_distributed
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
@@ -86,10 +87,25 @@ def test_adapters_alone_are_trained_and_begin_as_nothing(tiny_model):
         (["train.projector=false", "train.language_model=false", "train.vision_tower=false"], "nothing is trained"),
         (["train.projector=-1e-5"], "train.projector is -1e-05: give true, false or a positive learning rate"),
         (["train.language_model=false", "train.lora.rank=4"], "train.lora needs train.language_model"),
-        (["train.lora.targets=[nothing]"], "train.lora.targets=.*nothing"),
+        (
+            ["train.lora.targets=[q_proj, nothing]"],
+            "targets has nothing; its linear layers are down_proj, gate",
+        ),
+        (["train.lora.targets=[embed_tokens]"], "train.lora.targets has embed_tokens"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(tiny_model, fields, reason):
     with pytest.raises(PipelineError, match=reason):
         chosen = recipe(*fields)
         add_adapters(Llave.load(tiny_model, torch.float32).language_model, chosen.train.lora, seed=0)
+
+
+def test_a_lock_of_a_build_that_was_killed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("RANK", raising=False)
+    lock = tmp_path / "deepspeed_shm_comm_op/lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (0, 0))
+    with pytest.raises(PipelineError, match=r"_op/lock is left from a build that was killed: delete it"):
+        start_distributed(1)
