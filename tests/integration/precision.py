@@ -15,6 +15,7 @@ from pipeline.config import dump_recipe, load_ds_config, load_recipe
 from pipeline.models.chunks import embed_chunks, plan_chunks
 from pipeline.models.llave import Llave, Processor
 from pipeline.models.tower import KeptFeatures
+from pipeline.models.weights import fingerprint
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_tower, start_distributed
@@ -42,12 +43,13 @@ def main() -> None:
     ds_config = load_ds_config(recipe, world)
     engine = build_engine(recipe, ds_config, model)
     losses = [step(engine, batch) for batch in batches[:2]]
-    conditions = {"the ZeRO stage": ds_config["zero_optimization"]["stage"]}
+    stage = ds_config["zero_optimization"]["stage"]
+    conditions = {"the ZeRO stage": stage, "the model's fingerprint": fingerprint(model)}
     checkpoint.save(engine, run / "checkpoints", 2, {"bad_samples": 0}, conditions, keep=1)
     losses.append(step(engine, batches[2]))
     again = build_engine(recipe, ds_config, model)
     assert checkpoint.load(again, checkpoint.latest(run / "checkpoints"))["step"] == 2
-    export(again, tower, recipe.train.lora, model, run / "export")
+    export(again, tower, recipe.train.lora, model, model, run / "export")
     items = list(batches[0].items.values())
     chunks = plan_chunks(items, 200, torch.device("cpu"))
     features = KeptFeatures(tower, 4, 0) if tower else None
