@@ -20,7 +20,7 @@ from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.tasks import Collection
 from pipeline.models.llave import Llave, Processor
-from pipeline.training.engine import start_distributed
+from pipeline.training.engine import end_distributed, start_distributed
 
 
 @command_line
@@ -54,7 +54,7 @@ def main() -> None:
         report.print(before)
         if options.example:
             report.print_example(options.example)
-    dist.destroy_process_group()
+    end_distributed()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from pipeline.evaluation.tasks import Collection
 from pipeline.models import llave, weights
 from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
-from pipeline.training.engine import build_engine, load_tower, start_distributed
+from pipeline.training.engine import build_engine, end_distributed, load_tower, start_distributed
 from pipeline.training.export import export
 from pipeline.training.loop import Run, train
 
@@ -116,7 +116,7 @@ def main() -> None:
     export(engine, tower, recipe.train.lora, model_path, recipe.model.path, folder / "export")
     if rank == 0:
         print(f"the model: {folder}/export    the curves: tensorboard --logdir {folder}/tensorboard")
-    dist.destroy_process_group()
+    end_distributed()
 
 
 def _conditions(recipe: Recipe, source: Source, world: int, stage: int) -> dict:

@@ -27,7 +27,7 @@ from pipeline.models.lora import add_adapters
 from pipeline.models.tower import KeptFeatures
 from pipeline.training import step as step_module
 from pipeline.training.budget import Budget
-from pipeline.training.engine import build_engine, freeze, load_tower, start_distributed
+from pipeline.training.engine import build_engine, end_distributed, freeze, load_tower, start_distributed
 from pipeline.training.step import train_step
 
 PAIRS = 16
@@ -220,8 +220,7 @@ def main() -> None:
     results = [compare(model, stage, case) for case in cases]
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    end_distributed()
 
 
 if __name__ == "__main__":

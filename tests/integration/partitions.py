@@ -14,7 +14,7 @@ from safetensors import safe_open
 from pipeline.config import load_ds_config, load_recipe
 from pipeline.models.llave import TowerlessLlave
 from pipeline.training import partitions
-from pipeline.training.engine import start_distributed
+from pipeline.training.engine import end_distributed, start_distributed
 
 read = []
 
@@ -70,8 +70,7 @@ def main() -> None:
         same[name] = buffer.dtype == other.dtype and torch.equal(buffer, other)
     differing = [name for name, equal in same.items() if not equal] + [*parameters, *buffers]
     print(json.dumps({"differing": differing, "read": sum(read) / count}))
-    dist.barrier()
-    dist.destroy_process_group()
+    end_distributed()
 
 
 if __name__ == "__main__":

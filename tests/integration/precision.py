@@ -18,7 +18,7 @@ from pipeline.models.tower import KeptFeatures
 from pipeline.models.weights import fingerprint
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
-from pipeline.training.engine import build_engine, load_tower, start_distributed
+from pipeline.training.engine import build_engine, end_distributed, load_tower, start_distributed
 from pipeline.training.export import export
 from pipeline.training.step import train_step
 
@@ -60,8 +60,7 @@ def main() -> None:
     if rank == 0:
         (run / "recipe.yaml").write_text(dump_recipe(recipe))
         print(json.dumps({"losses": losses, "resumed": resumed, "cosine": cosine}))
-    dist.barrier()
-    dist.destroy_process_group()
+    end_distributed()
 
 
 if __name__ == "__main__":
