@@ -1,0 +1,599 @@
+"""How fast is a training step on one GPU of 80 GB, beside the published recipe, and is its attention right?
+
+    python benchmarks/gpu_step.py [--models 0.5b,2b,7b] [--pairs 256] [--rounds 3]
+
+LLaVE's three sizes of random weights in bf16, made on the device; 7B with LoRA, which is what one GPU has room for. No
+data and no network are needed. Without a GPU, or with --dry-run, the same code runs on the CPU with tiny shapes, in
+about two minutes: its figures mean nothing, and the memory is the process's.
+
+The pairs are like MMEB-train's: 61 % an image and its text, 25 % a text and its image, 14 % two images, of several
+shapes (1,485 to 3,699 tokens); texts of 10 to 60 tokens besides the prompt. Both sides train with DeepSpeed's ZeRO 1
+and AdamW, the tower frozen in bf16 and outside the engine:
+
+    ours        pipeline/training/step.py; the fastest attention there is (model.attention=auto). Of its chunks none
+                keeps its graph, then as many as fit: 1, 2, 4, ... are tried until memory runs out. All pairs are
+                each other's negatives
+    LLaVE       arXiv 2503.04812 as its code trains it: micro-batches of four pairs, alike in whether their queries
+                have an image, padded on the right to their longest item, queries and targets apart, a dummy tile for
+                each text, activation checkpointing in every layer of the language model, gradients accumulated; SDPA,
+                causal without a mask. A pair has three negatives a side
+
+Each row is measured in a process of its own: one that runs out of memory says so in the table. Seconds are medians
+over the rounds, after a step of four pairs; samples are pairs, tokens those of the items, without padding. Memory is
+the most that torch had allocated on the device, weights and AdamW's moments included. The two sides must agree on the
+embeddings of the same items, or it is an error.
+
+Model FLOPs utilisation counts what a step has to compute, and not how a side does it: neither padding, nor dummy
+tiles, nor what is computed twice. With N the elements of the linear layers' weights (no embedding table):
+
+    language model   an item of T tokens: 2 N T forward, 2 N T for the inputs' gradient, 2 N' T for that of the N' that
+                     are trained (all, or LoRA's alone); and in each layer causal attention, 2 T² width forward,
+                     twice that backward
+    projector        6 N for each patch of a tile
+    vision tower     forward only, once: 2 N for each patch, and in each layer 4 patches² width for each tile
+
+The second table is of attention: items in one packed row, their embeddings and the gradient of sum(embeddings * random
+directions) with respect to the trained parameters, by each kind in pipeline/models/attention.py in bf16 beside SDPA in
+fp32, which is taken as right, and SDPA in bf16, whose own distance from fp32 is what to expect of any.
+"""
+
+import argparse
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from io import StringIO
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
+from transformers.image_processing_utils import select_best_resolution
+from transformers.initialization import no_init_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.loss import llave_loss
+from pipeline.config import Recipe, load_ds_config, load_recipe
+from pipeline.data.batch import Batch
+from pipeline.data.collate import Encoded, Image, Packed, pack
+from pipeline.errors import PipelineError, command_line
+from pipeline.models.attention import KINDS as ATTENTION_KINDS
+from pipeline.models.attention import choose
+from pipeline.models.chunks import embed_chunks, plan_chunks, run_chunk
+from pipeline.models.llave import TowerlessLlave, tiling
+from pipeline.models.lora import add_adapters
+from pipeline.models.tower import FrozenTower, KeptFeatures
+from pipeline.training.budget import Budget
+from pipeline.training.engine import freeze, parameter_groups, start_distributed
+from pipeline.training.step import train_step
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A language model's shape, and the tokens of a chunk for which one GPU has room."""
+
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    mlp: int
+    vocabulary: int
+    chunk_tokens: int
+    lora: bool = False
+
+
+BACKBONES = {
+    "0.5b": Backbone(896, 24, 14, 2, 4864, 151_936, 16_384),
+    "2b": Backbone(1536, 28, 12, 2, 8960, 151_936, 8192),
+    "7b": Backbone(3584, 28, 28, 4, 18_944, 152_064, 4096, lora=True),
+}
+SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 72,
+    "patch_size": 8,
+}
+PROMPT, SHORTEST_TEXT, LONGEST_TEXT = 22, 10, 60  # tokens
+# Image of the query, image of the target: the share of MMEB-train with at most 50,000 pairs of a dataset.
+PAIR_KINDS = {(True, False): 0.61, (False, True): 0.25, (True, True): 0.14}
+# Height and width: photographs, thumbnails, charts, pages, infographics.
+SHAPES = (
+    *((480, 640), (640, 480), (427, 640), (375, 500), (500, 375), (500, 500), (768, 1024)),
+    *((224, 224), (300, 400), (600, 850), (2200, 1700), (2000, 800), (400, 1000)),
+)
+MICRO_BATCH = 4  # pairs
+COMPARED = 8  # items embedded by both sides
+PARITY_PAIRS = 2
+STANDARD_DEVIATION = 0.02  # of the weights
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a table share. dry: of tiny shapes."""
+
+    model: str
+    pairs: int
+    rounds: int
+    chunk_tokens: int
+    dry: bool
+
+    def config(self, attention: str) -> LlavaOnevisionConfig:
+        """attention: transformers' name for it."""
+        backbone, vision = BACKBONES[self.model], TINY if self.dry else SO400M
+        text = Qwen2Config(
+            hidden_size=8 * backbone.heads if self.dry else backbone.hidden,
+            intermediate_size=16 * backbone.heads if self.dry else backbone.mlp,
+            num_hidden_layers=2 if self.dry else backbone.layers,
+            num_attention_heads=backbone.heads,
+            num_key_value_heads=backbone.key_value_heads,
+            vocab_size=320 if self.dry else backbone.vocabulary,
+        )
+        size = vision["image_size"]
+        config = LlavaOnevisionConfig(
+            vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
+            text_config=text,
+            image_token_id=text.vocab_size - 1,
+            video_token_id=text.vocab_size - 2,
+            image_grid_pinpoints=[[size * rows, size * columns] for rows in (1, 2) for columns in (1, 2)],
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+        config._attn_implementation = {"text_config": attention, "vision_config": "sdpa"}
+        return config
+
+    def recipe(self, pairs: int, kept_chunks: int) -> Recipe:
+        options = [
+            "deepspeed=ds_configs/zero1.json",
+            "data.lanes=1",
+            f"batch.global_batch={pairs}",
+            f"batch.chunk_tokens={self.chunk_tokens}",
+            f"batch.kept_chunks={kept_chunks}",
+        ]
+        options += ["train.lora={rank: 16, alpha: 32}"] if BACKBONES[self.model].lora else []
+        return load_recipe(ROOT / f"pipeline/recipes/llave_{self.model}.yaml", options)
+
+
+def draw(config: LlavaOnevisionConfig, pairs: int) -> Batch:
+    """A global batch of distinct items; the same each time."""
+    rng, cutting, size = np.random.default_rng(0), tiling(config), config.vision_config.image_size
+
+    def item(with_image: bool) -> Encoded:
+        # The marks of image and video are the vocabulary's last two.
+        text = rng.integers(0, config.video_token_id, PROMPT + rng.integers(SHORTEST_TEXT, LONGEST_TEXT + 1))
+        if not with_image:
+            return Encoded(text.astype(np.int32))
+        height, width = (side * size // 384 for side in SHAPES[rng.integers(len(SHAPES))])
+        tokens = cutting.tokens(height, width, anyres=True)
+        grid = select_best_resolution((height, width), cutting.pinpoints)
+        tiles = rng.integers(0, 256, (1 + math.prod(grid) // size**2, 3, size, size), dtype=np.uint8)
+        ids = np.concatenate([text[:14], np.full(tokens, config.image_token_id), text[14:]])
+        return Encoded(ids.astype(np.int32), (Image(tiles, height, width),))
+
+    kinds = rng.choice(len(PAIR_KINDS), pairs, p=list(PAIR_KINDS.values()))
+    items = dict(enumerate(item(with_image) for kind in kinds for with_image in list(PAIR_KINDS)[kind]))
+    query, target = (list(range(side, 2 * pairs, 2)) for side in range(2))
+    return Batch(items, query, target, [()] * pairs, [True] * pairs, [], [], 0)
+
+
+def tiles_of(items: Sequence[Encoded]) -> int:
+    return sum(len(image.tiles) for item in items for image in item.images)
+
+
+def tokens_of(items: Sequence[Encoded]) -> int:
+    return sum(len(item.input_ids) for item in items)
+
+
+class PaddedLlave(TowerlessLlave):
+    """The model on right-padded rows, with activation checkpointing in every layer of the language model."""
+
+    def __init__(self, config: LlavaOnevisionConfig) -> None:
+        super().__init__(config)
+        self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, packed: Packed, features: Tensor, dummies: Tensor) -> Tensor:
+        """N items -> (N, hidden) float32 unit rows. dummies: the features of the texts' tiles, which no token takes."""
+        embeds = self.language_model.embed_tokens(packed.input_ids)
+        if packed.image_sizes:
+            placeholders = (packed.input_ids == self.config.image_token_id).nonzero()[:, 0]
+            embeds = embeds.index_copy(0, placeholders, self.image_tokens(packed, features))
+        if len(dummies):
+            embeds = torch.cat([embeds, self.multi_modal_projector(dummies).flatten(0, 1)[:0]])
+        # Under causal attention no token looks at the padding after it, so there is no need of a mask.
+        padded = pad_sequence(embeds.split(packed.lengths), batch_first=True)
+        hidden = self.language_model(inputs_embeds=padded, use_cache=False).last_hidden_state
+        last = torch.tensor(packed.lengths, device=hidden.device) - 1
+        return F.normalize(hidden[torch.arange(len(last), device=hidden.device), last].float(), dim=-1)
+
+
+def make(kind: Callable[[LlavaOnevisionConfig], nn.Module], config: LlavaOnevisionConfig, device: torch.device) -> Any:
+    """A model in bf16, on the device from the start; of one config always the same weights."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with no_init_weights(), device:
+            model = kind(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1)
+            else:
+                parameter.normal_(std=STANDARD_DEVIATION)
+    return model
+
+
+def make_trained(kind: type[TowerlessLlave], setting: Setting, attention: str, device: torch.device) -> TowerlessLlave:
+    """All but the tower; what the recipe trains takes gradients."""
+    model, recipe = make(kind, setting.config(attention), device), setting.recipe(setting.pairs, 0)
+    freeze(model, recipe.train)
+    if recipe.train.lora:
+        add_adapters(model.language_model, recipe.train.lora, seed=0)
+    return model
+
+
+class Side:
+    """An engine and the frozen tower."""
+
+    def __init__(self, setting: Setting, kind: type[TowerlessLlave], attention: str, device: torch.device) -> None:
+        self.setting, self.device = setting, device
+        self.tower = make(FrozenTower, setting.config(attention), device).eval().requires_grad_(False)
+        model, recipe = make_trained(kind, setting, attention, device), setting.recipe(setting.pairs, 0)
+        self.cost = partial(model_flops, model, self.tower)
+        optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.optimizer.lr)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=load_ds_config(recipe, 1))
+
+
+class Ours(Side):
+    def __init__(self, setting: Setting, device: torch.device) -> None:
+        attention = choose("auto", device.type, torch.bfloat16)
+        super().__init__(setting, TowerlessLlave, f"packed_{attention}", device)
+
+    def embed(self, items: Sequence[Encoded]) -> Tensor:
+        chunks = plan_chunks(items, self.setting.chunk_tokens, self.device)
+        return embed_chunks(self.engine, chunks, len(items), self._features(self.setting.recipe(self.setting.pairs, 0)))
+
+    def step(self, batch: Batch, kept_chunks: int) -> None:
+        recipe = self.setting.recipe(len(batch.query), kept_chunks)
+        budget = Budget.of(recipe.batch, recipe.model.max_tokens)
+        train_step(self.engine, batch, recipe, budget, lr=recipe.optimizer.lr, features=self._features(recipe))
+
+    def _features(self, recipe: Recipe) -> KeptFeatures:
+        return KeptFeatures(self.tower, recipe.batch.tower_tiles, recipe.batch.features_mb << 20)
+
+    def most_kept(self, batch: Batch) -> int:
+        """As many chunks as may keep their graph: all of them, or a power of two. Memory may have run out then."""
+        chunks, fitting = len(plan_chunks(list(batch.items.values()), self.setting.chunk_tokens, self.device)), 0
+        while fitting < chunks:
+            tried = min(2 * fitting or 1, chunks)
+            try:
+                self.step(batch, tried)
+            except torch.OutOfMemoryError:
+                break
+            fitting = tried
+        return fitting
+
+
+class Paper(Side):
+    def __init__(self, setting: Setting, device: torch.device) -> None:
+        super().__init__(setting, PaddedLlave, "sdpa", device)
+
+    def embed(self, items: Sequence[Encoded]) -> Tensor:
+        packed, size = pack(items), self.tower.config.vision_config.image_size
+        counts = len(packed.tiles), sum(not item.images for item in items)
+        tiles = torch.cat([packed.tiles.view(counts[0], 3, size, size), torch.zeros(counts[1], 3, size, size).byte()])
+        features = self.tower.features(tiles, len(tiles)).split(counts)
+        return self.engine(packed.to(self.device), *features)
+
+    def step(self, batch: Batch) -> None:
+        parts = micro_batches(batch)
+        for number, (queries, targets) in enumerate(parts, 1):
+            loss = llave_loss(self.embed(queries), self.embed(targets)) / len(parts)
+            self.engine.set_gradient_accumulation_boundary(number == len(parts))
+            self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.step()
+
+
+def micro_batches(batch: Batch) -> list[tuple[list[Encoded], list[Encoded]]]:
+    """Queries and targets of four pairs each; at most one part has queries with and without an image."""
+    pairs = [(batch.items[q], batch.items[t]) for q, t in zip(batch.query, batch.target, strict=True)]
+    pairs.sort(key=lambda pair: not pair[0].images)
+    parts = [pairs[start : start + MICRO_BATCH] for start in range(0, len(pairs), MICRO_BATCH)]
+    return [([query for query, _ in part], [target for _, target in part]) for part in parts]
+
+
+def model_flops(model: TowerlessLlave, tower: FrozenTower, items: Sequence[Encoded]) -> float:
+    """Of a step on these items; by the formulas above."""
+    config = model.config
+    text, vision = config.text_config, config.vision_config
+    tokens, patches = tokens_of(items), (vision.image_size // vision.patch_size) ** 2
+    squares = sum(len(item.input_ids) ** 2 for item in items)
+    language = model.language_model
+    passes = 2 * _weights(language) + _weights(language, trained=True)  # forward, inputs' gradient, weights' gradient
+    causal = 3 * 2 * squares * text.hidden_size * text.num_hidden_layers
+    tower_attention = 4 * patches**2 * vision.hidden_size * vision.num_hidden_layers
+    a_tile = patches * (6 * _weights(model.multi_modal_projector) + 2 * _weights(tower)) + tower_attention
+    return 2 * passes * tokens + causal + tiles_of(items) * a_tile
+
+
+def _weights(module: nn.Module, trained: bool = False) -> int:
+    """Elements of the matrices that inputs are multiplied with; of the trained ones, or of all."""
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    return sum(layer.weight.numel() for layer in layers if layer.weight.requires_grad or not trained)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row. embeddings: (COMPARED, hidden), before the first step; most_kept: of ours without kept graphs."""
+
+    seconds: float
+    peak: int
+    flops: float
+    embeddings: np.ndarray
+    most_kept: int = 0
+
+
+def measure_paper(setting: Setting) -> Measured | None:
+    side = Paper(setting, start_distributed(timeout_minutes=5))
+    return _measure(side, side.step)
+
+
+def measure_ours(setting: Setting, kept_chunks: int) -> Measured | None:
+    side = Ours(setting, start_distributed(timeout_minutes=5))
+    return _measure(side, partial(side.step, kept_chunks=kept_chunks), None if kept_chunks else side.most_kept)
+
+
+def _measure(
+    side: Paper | Ours, step: Callable[[Batch], None], search: Callable[[Batch], int] | None = None
+) -> Measured:
+    setting, device = side.setting, side.device
+    config = side.engine.module.config
+    batch, seconds = draw(config, setting.pairs), []
+    items = list(batch.items.values())
+    flops = side.cost(items)
+    with torch.no_grad():
+        embeddings = side.embed(items[:COMPARED]).cpu().numpy()
+    step(draw(config, MICRO_BATCH))  # AdamW's moments are made in the first step
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(setting.rounds):
+        _wait(device)
+        began = time.perf_counter()
+        step(batch)
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    peak = _peak(device)
+    return Measured(statistics.median(seconds), peak, flops, embeddings, search(batch) if search else 0)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+@dataclass(frozen=True)
+class Differences:
+    """embedding: the largest of an element. gradient: that by the largest element; norm: relative, over all."""
+
+    embedding: float
+    gradient: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """Embeddings (items, hidden), and the gradients of the trained parameters."""
+
+    embeddings: Tensor
+    gradients: list[Tensor]
+
+    def beside(self, right: "Run") -> Differences:
+        pairs = list(zip(self.gradients, right.gradients, strict=True))
+        squares = sum(float((mine.float() - other.float()).square().sum()) for mine, other in pairs)
+        largest = max(float((mine.float() - other.float()).abs().max()) for mine, other in pairs)
+        return Differences(
+            float((self.embeddings - right.embeddings).abs().max()),
+            largest / max(float(other.abs().max()) for _, other in pairs),
+            math.sqrt(squares / sum(float(other.float().square().sum()) for _, other in pairs)),
+        )
+
+
+def measure_attention(setting: Setting) -> dict[str, tuple[Differences, Differences] | str]:
+    """By kind of attention: beside SDPA in fp32 and in bf16; or why it does not run."""
+    device = start_distributed(timeout_minutes=5)
+    model = make_trained(TowerlessLlave, setting, "packed_sdpa", device)
+    model.language_model.gradient_checkpointing_enable({"use_reentrant": False})  # 7B in fp32 fits only so
+    # Random weights look at all tokens alike, and hide what a wrong kernel does: have queries and keys of length.
+    with torch.no_grad():
+        for name, parameter in model.language_model.named_parameters():
+            if name.endswith(".weight") and ("q_proj" in name or "k_proj" in name) and "lora" not in name:
+                parameter.normal_(std=1.5 / math.sqrt(parameter.shape[1]))
+    batch, vision = draw(model.config, PARITY_PAIRS), model.config.vision_config
+    items = list(batch.items.values())
+    (chunk,) = plan_chunks(items, len(items) * max(len(item.input_ids) for item in items), device)
+    torch.manual_seed(1)
+    shape = tiles_of(items), (vision.image_size // vision.patch_size) ** 2, vision.hidden_size
+    features = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    directions = torch.randn(len(items), model.config.text_config.hidden_size, device=device)
+
+    def run(kind: str) -> Run:
+        model.language_model.config._attn_implementation = f"packed_{kind}"
+        embeddings = run_chunk(model, chunk, lambda _: features.to(model.dtype))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad((embeddings * directions).sum(), trained)
+        return Run(embeddings.detach(), list(gradients))
+
+    runs, why_not = {}, {}
+    for kind in ATTENTION_KINDS:
+        try:
+            choose(kind, device.type, torch.bfloat16)
+            runs[kind] = run(kind)
+        except PipelineError as error:
+            why_not[kind] = str(error).partition(": ")[2].partition(";")[0]
+    model.float()  # of the same digits
+    exact = run("sdpa")
+    measured = {kind: (each.beside(exact), each.beside(runs["sdpa"])) for kind, each in runs.items()}
+    return {kind: measured.get(kind) or why_not[kind] for kind in ATTENTION_KINDS}
+
+
+def _survives(function: Callable[..., Result], *arguments: Any) -> Result | None:
+    try:
+        with redirect_stdout(StringIO()):  # DeepSpeed prints what memory there is
+            return function(*arguments)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def fresh(function: Callable[..., Result], *arguments: Any) -> Result | None:
+    """What it returns in a process of its own; None where the device's memory does not do."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_survives, function, *arguments).result()
+
+
+def check(paper: Measured, ours: Measured) -> str:
+    """Raise PipelineError where the sides do not agree; else say how well they do."""
+    mine, other = ours.embeddings, paper.embeddings
+    off = float(np.linalg.norm(mine - other, axis=1).max())
+    apart = np.linalg.norm(mine[:, None] - mine, axis=2)
+    nearest = float(apart[~np.eye(len(mine), dtype=bool)].min())
+    if not off < nearest / 2:
+        raise PipelineError(f"an item's embeddings are {off:.1e} apart, two items' {nearest:.1e} at least")
+    return f"An item's embeddings by the two sides are {off:.0e} apart at most, two items' {nearest:.0e} at least"
+
+
+def compare_steps(setting: Setting, peak_tflops: float, console: Console) -> None:
+    paper = fresh(measure_paper, setting)
+    plain = fresh(measure_ours, setting, 0)
+    rows = {"LLaVE": (MICRO_BATCH - 1, paper), "ours, no graph kept": (setting.pairs - 1, plain)}
+    config = setting.config("sdpa")
+    items = list(draw(config, setting.pairs).items.values())
+    chunks = len(plan_chunks(items, setting.chunk_tokens, torch.device("cpu")))
+    if plain and plain.most_kept:
+        name = f"ours, {plain.most_kept} graphs of {chunks} kept"
+        rows[name] = (setting.pairs - 1, fresh(measure_ours, setting, plain.most_kept))
+    table = Table(
+        *("", "negatives", "seconds", "samples/s", "tokens/s", "ratio", "MFU", "peak, GB", "ratio"),
+        title=f"a step of {setting.model}{' with LoRA' if BACKBONES[setting.model].lora else ''}, "
+        f"chunks of {setting.chunk_tokens:,} tokens, median of {setting.rounds} rounds",
+    )
+    for name, (negatives, row) in rows.items():
+        if row is None:
+            table.add_row(name, str(negatives), "out of memory")
+            continue
+        table.add_row(
+            *(name, str(negatives), f"{row.seconds:.2f}", f"{setting.pairs / row.seconds:.2f}"),
+            f"{tokens_of(items) / row.seconds:,.0f}",
+            f"{paper.seconds / row.seconds:.2f}" if paper else "",
+            f"{row.flops / row.seconds / (peak_tflops * 1e12):.1%}",
+            f"{row.peak / 1e9:.1f}",
+            f"{row.peak / paper.peak:.2f}" if paper else "",
+        )
+    done = next((f", {row.flops / 1e12:,.3g} model TFLOP" for _, row in rows.values() if row), "")
+    console.print(
+        f"{setting.pairs} pairs: {tokens_of(items):,} tokens, {tiles_of(items):,} tiles{done}", highlight=False
+    )
+    console.print(table)
+    if paper and plain:
+        console.print(check(paper, plain), highlight=False)
+
+
+def compare_attention(setting: Setting, console: Console) -> None:
+    measured = fresh(measure_attention, setting)
+    table = Table(
+        *("bf16", "beside", "embeddings", "gradient, largest element", "gradient, norm"),
+        title=f"attention of {setting.model}: largest differences; of the gradient, relative ones",
+    )
+    for kind, row in (measured or dict.fromkeys(ATTENTION_KINDS, "out of memory")).items():
+        if isinstance(row, str):
+            table.add_row(kind, row, "", "", "")
+            continue
+        for name, each in zip(("SDPA, fp32", "SDPA, bf16"), row, strict=True):
+            if (kind, name) != ("sdpa", "SDPA, bf16"):
+                table.add_row(kind, name, f"{each.embedding:.1e}", f"{each.gradient:.1e}", f"{each.norm:.1e}")
+    console.print(table)
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(BACKBONES), metavar="NAMES", help="which (0.5b,2b,7b)")
+    parser.add_argument("--pairs", type=int, metavar="B", help="of the global batch (256; 8 in a dry run)")
+    parser.add_argument(
+        "--rounds", type=int, choices=range(1, 100), metavar="N", help="steps that are timed (3; 1 in a dry run)"
+    )
+    parser.add_argument(
+        "--chunk-tokens",
+        type=int,
+        metavar="T",
+        help="of ours ("
+        + ", ".join(f"{name}: {each.chunk_tokens}" for name, each in BACKBONES.items())
+        + "; 1024 in a dry run)",
+    )
+    parser.add_argument(
+        "--peak-tflops", type=float, default=989, metavar="T", help="the GPU's, dense bf16 (989: that of an H100 SXM)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    arguments = parser.parse_args()
+    names = arguments.models.split(",")
+    if unknown := [name for name in names if name not in BACKBONES]:
+        raise PipelineError(f"--models has {', '.join(unknown)}; there are {', '.join(BACKBONES)}")
+    dry = arguments.dry_run or not torch.cuda.is_available()
+    pairs, rounds = arguments.pairs or (8 if dry else 256), arguments.rounds or (1 if dry else 3)
+    if pairs < MICRO_BATCH:
+        raise PipelineError(f"--pairs is {pairs}; a micro-batch has {MICRO_BATCH}")
+    if dry:
+        # Of the processes to come.
+        os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    console = Console(width=120)
+    device = "the CPU, tiny shapes" if dry else torch.cuda.get_device_name()
+    console.print(f"{device}; torch {torch.__version__}", highlight=False)
+    for name in names:
+        tokens = arguments.chunk_tokens or (1024 if dry else BACKBONES[name].chunk_tokens)
+        setting = Setting(name, pairs, rounds, tokens, dry)
+        with console.status(name):
+            compare_steps(setting, arguments.peak_tflops, console)
+            compare_attention(setting, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,478 @@
+"""What does an optimizer step cost, beside the published recipe and the published gradient cache?
+
+    python benchmarks/step_cost.py [--pairs 64] [--sizes 32 128 512 1024] [--rounds 3]
+
+A LLaVE-0.5B in small, of random weights in float32 on the CPU: widths are an eighth of the recipe's, token counts a
+ninth, layers a third. The pairs are like MMEB-train's 662,000: 61 % an image and its text, 25 % a text and its image,
+14 % two images; images have 1,485 to 3,699 tokens, texts 10 to 60 besides the prompt, before all are divided by nine.
+
+    ours        pipeline/training/step.py on ZeRO 0, the frozen tower outside the engine. Chunks of as many tokens as
+                four of the longest items have, with none, half or all of their graphs kept from the first pass; and
+                chunks of one longest item
+    LLaVE       arXiv 2503.04812 as its code trains it: micro-batches of four pairs, alike in whether their queries have
+                an image (--group_by_modality_length), padded on the right to their longest item, queries and targets
+                apart, a dummy tile for each text, activation checkpointing in every layer, gradients accumulated. A
+                pair's negatives are those of its micro-batch, three a side, not the batch's
+    GradCache   arXiv 2101.06983, the same four pairs at a time: padded alike, all embedded twice, the tower's part
+                included; no activation checkpointing, as ours has none
+
+Both peers run transformers' own modules on the same weights and are spared what they need not have: causal SDPA
+without a mask, no LM head, no list of hidden states; LLaVE the tower's graph, and a layer's last product in the
+recomputation, which reentrant checkpointing would do; GradCache the dummy tiles.
+
+FLOPs are those of torch's FlopCounterMode over the whole step, with the CPU's attention kernel, which it does not
+know, and causal attention as half of the square. Seconds are those of one thread, medians over the rounds, in which all
+take turns to be first. Every side clips the gradient and runs AdamW; the learning rate is 0, so that all steps begin at
+the same weights.
+
+Memory is the most that a step's tensors take at once, gradients included; weights, data and AdamW's moments were there
+before and are not. It is counted tensor by tensor: the process's resident memory also holds what the allocator has
+back and not yet returned, up to three times as much. NumPy's arrays are not in it: of ours, the chunks' copy of the
+batch's tiles. In the second table the global batch grows and the chunk does not. There the tower's kept features are
+shown apart: on a GPU they wait in the host's memory from batch.features_mb on.
+
+All must agree: embeddings to 1e-5, GradCache's loss and gradient norm with ours to 1e-4.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU: the counts are the same, and know the CPU's kernels
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from tqdm import tqdm
+from transformers import LlavaOnevisionModel
+from transformers import logging as transformers_logging
+from transformers.image_processing_utils import select_best_resolution
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.loss import llave_loss
+from pipeline.config import Architecture, Recipe, load_ds_config, load_recipe
+from pipeline.data.batch import Batch
+from pipeline.data.collate import Encoded, Image
+from pipeline.data.tiles import Tiling
+from pipeline.errors import PipelineError, command_line
+from pipeline.models.chunks import embed_chunks, plan_chunks
+from pipeline.models.llave import build, load_config, tiling
+from pipeline.models.tower import KeptFeatures, normalised, tower_features
+from pipeline.training.budget import Budget
+from pipeline.training.engine import build_engine, freeze, load_tower, parameter_groups, start_distributed
+from pipeline.training.step import train_step
+
+transformers_logging.disable_progress_bar()
+CPU = torch.device("cpu")
+TILE, PATCH = 72, 8  # 9 x 9 patches a tile; SigLIP-so400m has 27 x 27 of 384 pixels
+TOKENS = 9  # by how much there are fewer tokens
+ARCHITECTURE = Architecture(
+    vision={
+        "hidden_size": 1152 // 8,
+        "intermediate_size": 4304 // 8,
+        "num_hidden_layers": 9,  # of 26
+        "num_attention_heads": 16,
+        "image_size": TILE,
+        "patch_size": PATCH,
+    },
+    text={
+        "hidden_size": 896 // 8,
+        "intermediate_size": 4864 // 8,
+        "num_hidden_layers": 8,  # of 24
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+    },
+    image_grid_pinpoints=[(TILE, TILE), (TILE, 2 * TILE), (2 * TILE, TILE), (2 * TILE, 2 * TILE)],
+)
+PROMPT, SHORTEST_TEXT, LONGEST_TEXT = 22, 10, 60  # tokens
+# Image of the query, image of the target: the share of MMEB-train with at most 50,000 pairs of a dataset.
+KINDS = {(True, False): 0.61, (False, True): 0.25, (True, True): 0.14}
+# Height and width: photographs, thumbnails, charts, pages, infographics.
+SHAPES = (
+    *((480, 640), (640, 480), (427, 640), (375, 500), (500, 375), (500, 500), (768, 1024)),
+    *((224, 224), (300, 400), (600, 850), (2200, 1700), (2000, 800), (400, 1000)),
+)
+MICRO_BATCH = 4
+PAPER, CACHED = "LLaVE", "GradCache"
+LARGEST_DIFFERENCE = 1e-5  # of two embeddings
+TOLERANCE = 1e-4  # relative
+
+
+def draw(pairs: int, path: str) -> Batch:
+    """A global batch of distinct items."""
+    rng, config = np.random.default_rng(0), load_config(path)
+    cutting, words = tiling(config), np.setdiff1d(np.arange(256), [config.image_token_id, config.video_token_id])
+
+    def item(with_image: bool) -> Encoded:
+        text = rng.choice(words, round((PROMPT + rng.integers(SHORTEST_TEXT, LONGEST_TEXT + 1)) / TOKENS))
+        if not with_image:
+            return Encoded(text.astype(np.int32))
+        height, width = (side * TILE // 384 for side in SHAPES[rng.integers(len(SHAPES))])
+        tokens = cutting.tokens(height, width, anyres=True)
+        grid = select_best_resolution((height, width), cutting.pinpoints)
+        tiles = rng.integers(0, 256, (1 + math.prod(grid) // TILE**2, 3, TILE, TILE), dtype=np.uint8)
+        ids = np.concatenate([text[:2], np.full(tokens, config.image_token_id), text[2:]])
+        return Encoded(ids.astype(np.int32), (Image(tiles, height, width),))
+
+    kinds = rng.choice(len(KINDS), pairs, p=list(KINDS.values()))
+    items = dict(enumerate(item(with_image) for kind in kinds for with_image in list(KINDS)[kind]))
+    query, target = (list(range(side, 2 * pairs, 2)) for side in range(2))
+    return Batch(items, query, target, [()] * pairs, [True] * pairs, [], [], 0)
+
+
+def chunk_tokens(cutting: Tiling, items: int) -> int:
+    """As many as that number of the longest items has."""
+    longest = cutting.tokens(2 * TILE, 2 * TILE, anyres=True)
+    return items * (longest + round((PROMPT + LONGEST_TEXT) / TOKENS))
+
+
+def recipe_of(batch: int) -> Recipe:
+    return load_recipe(
+        ROOT / "pipeline/recipes/demo.yaml",
+        [
+            "deepspeed=ds_configs/zero0.json",
+            "train.vision_tower=false",
+            "data.lanes=1",
+            f"batch.global_batch={batch}",
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class Result:
+    loss: float
+    gradient_norm: float
+
+
+class Ours:
+    """The engine and the frozen tower."""
+
+    def __init__(self, path: str, pairs: int) -> None:
+        start_distributed(timeout_minutes=1)
+        recipe = recipe_of(pairs)
+        self.tiling = tiling(load_config(path))
+        self.tower = load_tower(recipe, path, CPU)
+        self.engine = build_engine(recipe, load_ds_config(recipe, 1), path)
+
+    def features(self, recipe: Recipe) -> KeptFeatures:
+        return KeptFeatures(self.tower, recipe.batch.tower_tiles, recipe.batch.features_mb << 20)
+
+    def step(self, batch: Batch, tokens: int, kept_chunks: int) -> Result:
+        recipe = recipe_of(len(batch.query))
+        budget = Budget(tokens, kept_chunks, chunk_is_fixed=True, kept_is_fixed=True)
+        result = train_step(self.engine, batch, recipe, budget, lr=0.0, features=self.features(recipe))
+        return Result(float(result.loss.loss.detach()), result.grad_norm)
+
+    def embeddings(self, batch: Batch) -> Tensor:
+        """(items, hidden)"""
+        items, tokens = list(batch.items.values()), chunk_tokens(self.tiling, MICRO_BATCH)
+        features = self.features(recipe_of(len(batch.query)))
+        return embed_chunks(self.engine, plan_chunks(items, tokens, CPU), len(items), features)
+
+
+class Padded:
+    """transformers' model on right-padded rows.
+
+    checkpointing: of activations, in every layer of the language model.  dummies: a tile for each text.
+    """
+
+    def __init__(self, path: str, *, checkpointing: bool, dummies: bool) -> None:
+        self.model = LlavaOnevisionModel.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").train()
+        if checkpointing:
+            self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.dummies = dummies
+        recipe = recipe_of(MICRO_BATCH)
+        freeze(self.model, recipe.train)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, recipe), lr=0.0)
+        self.largest_norm = recipe.optimizer.max_grad_norm
+
+    def embed(self, items: Sequence[Encoded]) -> Tensor:
+        """(items, hidden)"""
+        rows = [self.model.language_model.embed_tokens(torch.from_numpy(item.input_ids)) for item in items]
+        for row, projected in self._projected(items).items():
+            tokens, config = projected.flatten(0, 1)[:0], self.model.config
+            if items[row].images:
+                (image,) = items[row].images
+                tokens = self.model.pack_image_features(
+                    [projected],
+                    [(image.height, image.width)],
+                    image_newline=self.model.image_newline,
+                    vision_aspect_ratio=config.vision_aspect_ratio,
+                )[0][0]
+            placeholders = torch.from_numpy(np.flatnonzero(items[row].input_ids == config.image_token_id))
+            rows[row] = rows[row].index_copy(0, placeholders, tokens)
+        # Under causal attention no token looks at the padding after it, so there is no need of a mask.
+        padded = pad_sequence(rows, batch_first=True)
+        hidden = self.model.language_model(inputs_embeds=padded, use_cache=False).last_hidden_state
+        last = torch.tensor([len(row) - 1 for row in rows])
+        return F.normalize(hidden[torch.arange(len(rows)), last], dim=-1)
+
+    def _projected(self, items: Sequence[Encoded]) -> dict[int, Tensor]:
+        """By item, the projector's (tiles, patches², hidden)."""
+        dummy = np.zeros((1, 3, TILE, TILE), np.uint8)
+        tiles = {row: item.images[0].tiles for row, item in enumerate(items) if item.images}
+        if self.dummies:
+            tiles = {row: tiles.get(row, dummy) for row in range(len(items))}
+        if not tiles:
+            return {}
+        with torch.no_grad():
+            pixels = normalised(torch.from_numpy(np.concatenate(list(tiles.values()))), CPU, torch.float32)
+            features = tower_features(self.model.vision_tower, pixels)
+        counts = [len(each) for each in tiles.values()]
+        return dict(zip(tiles, self.model.multi_modal_projector(features).split(counts), strict=True))
+
+    def paper_step(self, batch: Batch) -> Result:
+        parts, loss = micro_batches(batch), 0.0
+        for query, target in parts:
+            part = llave_loss(self.embed(query), self.embed(target)) / len(parts)
+            part.backward()
+            loss += float(part.detach())
+        return Result(loss, self._optimize())
+
+    def cached_step(self, batch: Batch) -> Result:
+        parts = micro_batches(batch)
+        with torch.no_grad():
+            embedded = [torch.cat([self.embed(part[side]) for part in parts]) for side in range(2)]
+        for each in embedded:
+            each.requires_grad_()
+        loss = llave_loss(*embedded)
+        loss.backward()
+        for side in range(2):
+            gradients = embedded[side].grad.split([len(part[side]) for part in parts])
+            for part, gradient in zip(parts, gradients, strict=True):
+                (self.embed(part[side]) * gradient).sum().backward()
+        return Result(float(loss.detach()), self._optimize())
+
+    def _optimize(self) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.largest_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+
+def micro_batches(batch: Batch) -> list[tuple[list[Encoded], list[Encoded]]]:
+    """Queries and targets of four pairs each; at most one part has queries with and without an image."""
+    pairs = [(batch.items[q], batch.items[t]) for q, t in zip(batch.query, batch.target, strict=True)]
+    pairs.sort(key=lambda pair: not pair[0].images)
+    parts = [pairs[start : start + MICRO_BATCH] for start in range(0, len(pairs), MICRO_BATCH)]
+    return [([query for query, _ in part], [target for _, target in part]) for part in parts]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to take a step. keeps_features: the tower's, to the end of the step."""
+
+    name: str
+    negatives: int
+    keeps_features: bool
+    step: Callable[[Batch], Result]
+
+
+def sides_of(ours: Ours, paper: Padded, cached: Padded, batch: Batch) -> list[Side]:
+    pairs, one, four = len(batch.query), chunk_tokens(ours.tiling, 1), chunk_tokens(ours.tiling, MICRO_BATCH)
+    chunks = len(plan_chunks(list(batch.items.values()), four, CPU))
+
+    def own(name: str, tokens: int, kept_chunks: int) -> Side:
+        return Side(name, pairs - 1, True, partial(ours.step, tokens=tokens, kept_chunks=kept_chunks))
+
+    return [
+        Side(PAPER, MICRO_BATCH - 1, False, paper.paper_step),
+        Side(CACHED, pairs - 1, False, cached.cached_step),
+        own(f"ours, chunks of {one} tokens", one, 0),
+        own(f"ours, chunks of {four}", four, 0),
+        own("- half of the graphs kept", four, -(-chunks // 2)),
+        own("- all graphs kept", four, chunks),
+    ]
+
+
+def flops(step: Callable[[], Result]) -> tuple[int, Result]:
+    # Given shapes, in the order of the kernels' arguments.
+    def forward(query: tuple, key: tuple, value: tuple, dropout: float = 0.0, causal: bool = False, **_: object) -> int:
+        return sdpa_flop_count(query, key, value) // (2 if causal else 1)
+
+    def backward(grad, query, key, value, out, sums, dropout: float, causal: bool, **_: object) -> int:
+        # The similarities once more, and two products for each of the forward pass.
+        return sdpa_flop_count(query, key, value) * 5 // (4 if causal else 2)
+
+    kernels = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+        result = step()
+    return counter.get_total_flops(), result
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within it and still there; `peak` is the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._live = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+        given = {_storage(leaf)._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for storage in (_storage(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            key = storage._cdata
+            if key not in given and key not in self._sizes:  # neither a view nor in place
+                self._sizes[key] = storage.nbytes()
+                self._live += storage.nbytes()
+                self.peak = max(self.peak, self._live)
+                weakref.finalize(storage, self._freed, key)
+        return result
+
+    def _freed(self, key: int) -> None:
+        self._live -= self._sizes.pop(key)
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
+def peak_of(step: Callable[[], Result]) -> int:
+    with LiveBytes() as live:
+        step()
+    return live.peak
+
+
+def tiles_of(batch: Batch) -> int:
+    return sum(len(image.tiles) for item in batch.items.values() for image in item.images)
+
+
+def feature_bytes(batch: Batch) -> int:
+    return tiles_of(batch) * (TILE // PATCH) ** 2 * ARCHITECTURE.vision["hidden_size"] * 4
+
+
+def check(batch: Batch, ours: Ours, peers: Sequence[Padded], results: dict[str, Result]) -> str:
+    """Raise PipelineError where the sides do not agree; else say how well they do."""
+    items = list(batch.items.values())
+    mine = ours.embeddings(batch)
+    parts = [items[start : start + MICRO_BATCH] for start in range(0, len(items), MICRO_BATCH)]
+    with torch.no_grad():
+        others = [torch.cat([peer.embed(part) for part in parts]) for peer in peers]
+    off = max(float((other - mine).abs().max()) for other in others)
+    nearest = float((mine[:, None] - mine).abs().amax(2).fill_diagonal_(2).min())
+    if not off <= LARGEST_DIFFERENCE < nearest:
+        raise PipelineError(f"an item's embeddings differ by {off:.1e}, two items' of ours by {nearest:.1e} at least")
+    expected, worst = results[CACHED], 0.0
+    for name in results.keys() - {PAPER, CACHED}:
+        for field in ("loss", "gradient_norm"):
+            worst = max(worst, abs(getattr(results[name], field) / getattr(expected, field) - 1))
+    if not worst <= TOLERANCE:
+        raise PipelineError(f"loss or gradient norm differ by {worst:.1e}: {results}")
+    return (
+        f"An item's embeddings differ by {off:.0e} at most, two items' by {nearest:.0e} at least; ours and GradCache's "
+        f"loss ({expected.loss:.2f}) and gradient norm by {worst:.0e}"
+    )
+
+
+def describe(batch: Batch) -> str:
+    lengths = [[[len(item.input_ids) for item in side] for side in part] for part in micro_batches(batch)]
+    real = sum(sum(side) for part in lengths for side in part)
+    padded = sum(max(side) * len(side) for part in lengths for side in part)
+    texts = sum(not item.images for item in batch.items.values())
+    return (
+        f"{len(batch.query)} pairs: {real:,} tokens, {padded:,} with the peers' padding; {tiles_of(batch)} tiles, "
+        f"LLaVE's dummies {texts} more"
+    )
+
+
+def compare(ours: Ours, path: str, pairs: int, rounds: int) -> tuple[list[str], Table]:
+    batch = draw(pairs, path)
+    paper, cached = Padded(path, checkpointing=True, dummies=True), Padded(path, checkpointing=False, dummies=False)
+    sides = sides_of(ours, paper, cached, batch)
+    for side in sides:
+        side.step(draw(2, path))  # the optimizer's state is made in the first step
+    counted, results, peaks, seconds = {}, {}, {}, {side.name: [] for side in sides}
+    for side in tqdm(sides, desc="FLOPs, bytes", leave=False):
+        counted[side.name], results[side.name] = flops(partial(side.step, batch))
+        peaks[side.name] = peak_of(partial(side.step, batch))
+    lines = [describe(batch), check(batch, ours, (paper, cached), results)]
+    for number in tqdm(range(rounds), desc="seconds", leave=False):
+        first = number % len(sides)
+        for side in sides[first:] + sides[:first]:
+            began = time.perf_counter()
+            side.step(batch)
+            seconds[side.name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    table = Table(
+        *("", "negatives", "TFLOP", "ratio", "seconds", "ratio", "peak, MB", "ratio", "kept features"),
+        title=f"a step of {pairs} pairs; seconds: one thread, median of {rounds} rounds",
+    )
+    for side in sides:
+        cells = []
+        for measured, unit, form in ((counted, 1e12, ".3f"), (medians, 1, ".1f"), (peaks, 1e6, ",.0f")):
+            mine = measured[side.name]
+            cells += [f"{mine / unit:{form}}", f"{mine / measured[PAPER]:.2f}"]
+        kept = f"{feature_bytes(batch) / 1e6:,.0f}" if side.keeps_features else ""
+        table.add_row(side.name, str(side.negatives), *cells, kept)
+    return lines, table
+
+
+def grow(ours: Ours, path: str, sizes: Sequence[int]) -> Table:
+    tokens, first = chunk_tokens(ours.tiling, MICRO_BATCH), None
+    table = Table(
+        *("pairs", "peak, MB", "kept features", "the rest", "ratio to the first", "besides: copy of the tiles"),
+        title=f"ours, chunks of {tokens} tokens, no graph kept",
+    )
+    for pairs in tqdm(sizes, desc="global batch", leave=False):
+        batch = draw(pairs, path)
+        peak, kept = peak_of(partial(ours.step, batch, tokens=tokens, kept_chunks=0)), feature_bytes(batch)
+        first = first or peak - kept
+        cells = [f"{each / 1e6:,.0f}" for each in (peak, kept, peak - kept)]
+        table.add_row(
+            f"{pairs:,}", *cells, f"{(peak - kept) / first:.3f}", f"{tiles_of(batch) * 3 * TILE**2 / 1e6:,.0f}"
+        )
+    return table
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=64, metavar="B", help="of the compared global batch (64)")
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=[32, 128, 512, 1024], metavar="B", help="pairs (32 128 512 1024)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, choices=range(1, 100), metavar="N", help="of the seconds (3)")
+    arguments = parser.parse_args()
+    if min([arguments.pairs, *arguments.sizes]) < MICRO_BATCH:
+        raise PipelineError(f"--pairs and --sizes are {MICRO_BATCH} at least")
+    torch.set_num_threads(1)  # more would spin at every barrier where others use the cores, too
+    console = Console(width=120)
+    with TemporaryDirectory() as folder:
+        path = str(Path(folder, "model"))
+        build(ARCHITECTURE, ["a small red star"], seed=0, folder=Path(path))
+        ours = Ours(path, arguments.pairs)
+        lines, table = compare(ours, path, arguments.pairs, arguments.rounds)
+        for line in lines:
+            console.print(line, highlight=False)
+        console.print(table)
+        if arguments.sizes:
+            console.print(grow(ours, path, arguments.sizes))
+
+
+if __name__ == "__main__":
+    main()
