@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import transformers
 
 from pipeline.config import load_recipe
 from pipeline.data.collate import pack
@@ -41,6 +42,7 @@ def main() -> None:
         raise PipelineError(f"{run} is no run directory: it has no recipe.yaml")
     folder = _checkpoint(run / "checkpoints", arguments.step)
 
+    transformers.logging.disable_progress_bar()
     recipe = load_recipe(run / "recipe.yaml", [])
     source = weights.resolve(recipe.model.path, run / "init") if recipe.model.path else str(run / "init")
     began_with = checkpoint.conditions_of(folder).get("the model's fingerprint")
