@@ -34,8 +34,8 @@ from rich.text import Text
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.embeddings import KINDS, Identity, Store, best
 from pipeline.errors import PipelineError, command_line
-from pipeline.models.embedder import DTYPES, LEAST_TOKENS, Embedder, Parts
-from pipeline.models.llave import load_config
+from pipeline.models.embedder import LEAST_TOKENS, Embedder, Parts
+from pipeline.models.llave import DTYPES, load_config
 from pipeline.models.weights import fingerprint
 from pipeline.progress import progress_bar
 

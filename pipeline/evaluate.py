@@ -10,7 +10,6 @@ MODEL is a folder or hub name; TASKS a folder or s3:// prefix in MMEB's layout (
 import argparse
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from pipeline.config import EvaluationRun, parse_options
@@ -19,7 +18,7 @@ from pipeline.errors import PipelineError, command_line
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.tasks import Collection
-from pipeline.models.llave import Llave, Processor
+from pipeline.models.llave import DTYPES, Llave, Processor
 from pipeline.training.engine import end_distributed, start_distributed
 
 
@@ -44,8 +43,7 @@ def main() -> None:
 
     device = start_distributed(options.timeout_minutes)
     processor = Processor.load(arguments.model, options.max_tokens, options.video.frames)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": "auto"}[options.precision]
-    model = Llave.load(arguments.model, dtype).to(device)
+    model = Llave.load(arguments.model, DTYPES[options.precision]).to(device)
     embeddings = embed_collection(model, processor.encode, collection, chunk_tokens=options.chunk_tokens, device=device)
     if dist.get_rank() == 0:
         report = Report.of(arguments.model, collection, embeddings)

@@ -19,10 +19,10 @@ from pipeline.data.collate import pack
 from pipeline.data.sample import Item
 from pipeline.errors import PipelineError, command_line
 from pipeline.models import weights
-from pipeline.models.llave import Llave, Processor
+from pipeline.models.llave import DTYPES, Llave, Processor
 from pipeline.models.lora import add_adapters
 from pipeline.training import checkpoint
-from pipeline.training.engine import DTYPES, freeze
+from pipeline.training.engine import freeze
 from pipeline.training.export import write_folder
 
 _LEAST_COSINE = {"fp32": 0.99999, "bf16": 0.999}  # adapters are merged in the weights' precision

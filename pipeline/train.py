@@ -33,7 +33,7 @@ from pipeline.evaluation.tasks import Collection
 from pipeline.models import llave, weights
 from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
-from pipeline.training.engine import build_engine, end_distributed, load_tower, start_distributed
+from pipeline.training.engine import PARTS, build_engine, end_distributed, load_tower, start_distributed
 from pipeline.training.export import export
 from pipeline.training.loop import Run, train
 
@@ -141,7 +141,7 @@ def _conditions(recipe: Recipe, source: Source, world: int, stage: int) -> dict:
 
 def _trained(train: Train) -> dict:
     """What has optimizer state; learning rates may change under way."""
-    parts = {name: bool(getattr(train, name)) for name in ("projector", "language_model", "vision_tower")}
+    parts = {name: bool(getattr(train, name)) for name in PARTS}
     return parts | {"lora": train.lora.model_dump() if train.lora else None}
 
 

@@ -1,7 +1,8 @@
 """Attention over a packed row: each item attends to itself alone, and no mask of the whole row is made."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 
 import torch
@@ -108,13 +109,9 @@ def packed_varlen(
     """By torch's own variable-length FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
 
-    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    bounds, longest = segments.bounds, segments.longest
     causal = (-1, 0)
-    out = varlen_attn(
-        *(query, key, value, bounds, bounds, longest, longest), scale=scaling, window_size=causal, enable_gqa=True
-    )
-    return out[None], None
+    attend = partial(varlen_attn, scale=scaling, window_size=causal, enable_gqa=True)
+    return _by_bounds(attend, (query, key, value), segments), None
 
 
 def packed_flash_attn(
@@ -131,12 +128,16 @@ def packed_flash_attn(
     """By the flash-attn package."""
     from flash_attn import flash_attn_varlen_func  # where it is installed
 
-    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    bounds, longest = segments.bounds, segments.longest
-    out = flash_attn_varlen_func(
-        *(query, key, value, bounds, bounds, longest, longest), softmax_scale=scaling, causal=True
-    )
-    return out[None], None
+    attend = partial(flash_attn_varlen_func, softmax_scale=scaling, causal=True)
+    return _by_bounds(attend, (query, key, value), segments), None
+
+
+def _by_bounds(
+    attend: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], segments: Segments
+) -> torch.Tensor:
+    """By a kernel that takes each of query, key and value as (T, heads, d), and where items begin."""
+    rows = (x.squeeze(0).transpose(0, 1) for x in inputs)
+    return attend(*rows, segments.bounds, segments.bounds, segments.longest, segments.longest)[None]
 
 
 KINDS = {"flash_attn": packed_flash_attn, "varlen": packed_varlen, "sdpa": packed_sdpa}

@@ -19,9 +19,8 @@ from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import embed_chunks, plan_chunks
-from pipeline.models.llave import Llave, Processor
+from pipeline.models.llave import DTYPES, Llave, Processor
 
-DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 LEAST_TOKENS = 64  # the prompt and some text
 
 _GROUP = 256  # items decoded at a time; as many again are being decoded

@@ -47,6 +47,9 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 NEWLINE_POSITIONS = ("one_token", "grid")
 
+# A precision by its name in recipes and options; "auto" is the one that the weights are stored in.
+DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+
 Pinpoints = Sequence[tuple[int, int]]  # (height, width)
 
 _MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")

@@ -173,9 +173,11 @@ def resolve(path: str, cache: Path) -> str:
 def config_of(model: Model) -> LlavaOnevisionConfig:
     """The config of the recipe's model, before there is one."""
     if model.architecture:
-        vision = SiglipVisionConfig(**model.architecture.vision)
-        pinpoints = model.architecture.image_grid_pinpoints
-        return LlavaOnevisionConfig(vision_config=vision, image_grid_pinpoints=pinpoints)
+        return LlavaOnevisionConfig(
+            vision_config=SiglipVisionConfig(**model.architecture.vision, vision_use_head=False),
+            text_config=Qwen2Config(**model.architecture.text),
+            image_grid_pinpoints=[list(size) for size in model.architecture.image_grid_pinpoints],
+        )
     source = _original_folder(model.path)
     if source is None:
         return load_config(model.path, model.image_grid_pinpoints)

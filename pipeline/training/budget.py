@@ -35,7 +35,6 @@ class Meter:
         accelerator = get_accelerator()
         self._cpu = accelerator.device_name() == "cpu"
         self._total = accelerator.total_memory() // (local_world if self._cpu else 1)
-        self.start()
 
     def start(self) -> None:
         get_accelerator().reset_peak_memory_stats()

@@ -21,14 +21,12 @@ from torch.utils.cpp_extension import _get_build_directory
 from pipeline.config import Optimizer, Recipe, Train
 from pipeline.errors import PipelineError
 from pipeline.models.attention import choose
-from pipeline.models.llave import Llave, TowerlessLlave
+from pipeline.models.llave import DTYPES, Llave, TowerlessLlave
 from pipeline.models.lora import add_adapters
 from pipeline.models.tower import FrozenTower
 from pipeline.training.partitions import load_partitioned
 
 _LONGEST_BUILD = 600  # seconds
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # What can be trained or frozen: the beginnings of its parameters' names.
 PARTS = {

@@ -68,9 +68,10 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
             batch = next(batches)
             waited = time.perf_counter() - began
             lr = learning_rate(step, run.steps, recipe.optimizer)
-            meter.start()
+            if measuring := not budget.is_fixed:
+                meter.start()
             result = train_step(engine, batch, recipe, budget, lr=lr, features=run.features())
-            if not budget.is_fixed:
+            if measuring:
                 _learn(budget, *meter.stop(result.largest_chunk))
 
             done = step + 1

@@ -65,15 +65,9 @@ def meta_model(recipe: Recipe) -> llave.Llave:
 
     Raises PipelineError if there is no such model, or its architecture is not one.
     """
-    if architecture := recipe.model.architecture:
-        llave.check_architecture(architecture)
-        config = LlavaOnevisionConfig(
-            vision_config=SiglipVisionConfig(**architecture.vision, vision_use_head=False),
-            text_config=Qwen2Config(**architecture.text),
-            image_grid_pinpoints=[list(size) for size in architecture.image_grid_pinpoints],
-        )
-    else:
-        config = weights.config_of(recipe.model)
+    if recipe.model.architecture:
+        llave.check_architecture(recipe.model.architecture)
+    config = weights.config_of(recipe.model)
     with torch.device("meta"):
         model = llave.Llave(config)
         freeze(model, recipe.train)
