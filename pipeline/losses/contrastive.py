@@ -1,11 +1,13 @@
 """Hardness-weighted contrastive loss over the global batch, in row tiles.
 
-Each rank compares its own rows with the columns of all ranks. Loss and gradient of a tile of rows are
-computed at once, so a tile times the columns is all that is ever in memory, and nothing is computed twice.
+Each rank compares its own queries with the targets of all ranks, once for both directions: a row of that matrix is a
+query among all targets; a column, a target among all queries, is summed over ranks. The gradient needs these sums and
+so sees every tile of rows twice: tiles are kept for that up to a bound, past which they are computed again.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.losses.gather import all_gather_constant, all_gather_rows, rank_and_world
+
+KEPT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def hardness_weighted_loss(
     target: Tensor,
     *,
     alpha: float,
-    temperature: float,
+    temperature: float | Tensor,
     negatives: Tensor | None = None,
     negatives_valid: Tensor | None = None,
     query_ids: Tensor | None = None,
@@ -53,7 +57,7 @@ def hardness_weighted_loss(
     reward_target: Tensor | None = None,
     reward_negatives: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    tile: int = 1024,
+    tile: int = 256,
 ) -> LossOutput:
     """LLaVE's loss (arXiv 2503.04812) from query to target and back, the mean of both:
 
@@ -63,6 +67,7 @@ def hardness_weighted_loss(
     what is no negative. With alpha 0 and no mask it is cross entropy (InfoNCE).
 
     query, target: (n, d) unit rows of this rank, of any float dtype; float32 (or float64) is computed with.
+    temperature: a number, or a scalar tensor, which may require grad (a learnt temperature).
     negatives: (m, d) unit rows; further columns for the queries of all ranks. m may differ between ranks.
     query_ids, target_ids, negative_ids: int64 (n,), (n,), (m,) content hashes. For row i, column j is no
         negative where it has the same target or the same query, nor is a negative equal to target i.
@@ -74,10 +79,11 @@ def hardness_weighted_loss(
 
     Requirements: n is the same on all ranks, or ValueError; all ranks call it with the same options; only
     `negatives` and what belongs to them may be missing on some. `query` requires grad on all ranks or on
-    none, likewise `target`. Rewards come for queries, targets and negatives alike, or ValueError.
+    none, likewise `target` and `temperature`. Rewards come for queries, targets and negatives alike, or ValueError.
 
-    Each rank's loss is the sum over its own valid rows / valid rows of all ranks * W. An engine that
-    averages gradients over ranks thus gets exactly the gradient of the global batch's loss.
+    Each rank's loss is the sum over its own valid rows / valid rows of all ranks * W; the mean over ranks is the global
+    batch's. An engine that averages gradients over ranks thus gets exactly the gradient of that mean, of which each
+    rank computes what its own queries bring, in both directions.
     """
     rank, world = rank_and_world(group)
     most = _most_negatives(query, negatives, group)
@@ -92,71 +98,71 @@ def hardness_weighted_loss(
     negatives = torch.cat([negatives, query[:0], target[:0]])
 
     with torch.autocast(query.device.type, enabled=False):
-        # Ids that were not given: a different one for each row, and what no row has; no hash in practice.
-        unlike = torch.arange(len(query), device=query.device) + rank * len(query) + torch.iinfo(torch.int64).min
-        no_row = torch.full((len(negatives),), torch.iinfo(torch.int64).max, device=query.device)
-        pair_ids = [unlike if ids is None else ids for ids in (query_ids, target_ids)]
-        extra_ids = [no_row, no_row if negative_ids is None else negative_ids]
-        queries = _Vectors.of(query, *pair_ids, valid, reward_query)
-        targets = _Vectors.of(target, *pair_ids, valid, reward_target)
-        extra = _Vectors.of(negatives, *extra_ids, negatives_valid, reward_negatives)
+        if negative_ids is None:  # what no row has; no hash in practice
+            negative_ids = torch.full((len(negatives),), torch.iinfo(torch.int64).max, device=query.device)
+        queries = _Vectors.of(query, valid, reward_query, query=query_ids, target=target_ids)
+        targets = _Vectors.of(target, valid, reward_target, query=query_ids, target=target_ids).gathered(group)
+        extra = _Vectors.of(negatives, negatives_valid, reward_negatives, target=negative_ids)
+        extra = extra.padded(most).gathered(group) if most else extra
+        rows, columns = queries.vectors, torch.cat([targets.vectors, extra.vectors])
+        tau = torch.as_tensor(temperature, dtype=rows.dtype, device=rows.device)
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (rows, columns, tau))
 
-        all_queries, all_targets = queries.gathered(group), targets.gathered(group)
-        columns = all_targets.joined(extra.padded(most).gathered(group) if most else extra)
-        valid_count = all_queries.labels[:, 2].sum()
-        weights = queries.labels[:, 2].to(queries.vectors.dtype) * world / (2 * valid_count.clamp(min=1))
-        own, options = rank * len(query), (alpha, temperature, margin, tile)
-        forth, positive, hardest, masked = _one_direction(queries, columns, own, weights, *options)
-        back, *_ = _one_direction(targets, all_queries, own, weights, *options)
+        own = slice(rank * len(rows), (rank + 1) * len(rows))
+        positive = (rows.detach() * columns[own].detach()).sum(dim=1)
+        positives = all_gather_constant(positive, group)
+        matrix = _Matrix(
+            queries, targets, extra, columns.detach(), positives, own, alpha, tau.detach(), margin, tile, group
+        )
+        sums = matrix.sums(KEPT_BYTES if differentiable else 0)
 
-        if world > 1:
-            dist.all_reduce(masked, group=group)
-        pairs = valid_count * (columns.labels[:, 2].sum() - 1)
-        return LossOutput(forth + back, positive, hardest, masked / pairs.clamp(min=1), valid_count)
+        # L = log(1 + exp(excess)), exact where the loss is tiny, too
+        row_excess, column_excess = sums.rows - positive / matrix.tau, sums.columns - positives / matrix.tau
+        valid_count = targets.valid.sum()
+        weights = targets.valid.to(rows.dtype) * world / (2 * valid_count.clamp(min=1))
+        loss = weights[own] @ (F.softplus(row_excess) + F.softplus(column_excess[own]))
+        if differentiable:
+            row_slope = weights[own] * row_excess.sigmoid() / matrix.tau
+            column_slope = weights * column_excess.sigmoid() / matrix.tau
+            loss = _WithGradients.apply(loss, *matrix.gradients(sums, row_slope, column_slope), rows, columns, tau)
+
+        pairs = valid_count * (valid_count + extra.valid.sum() - 1)
+        return LossOutput(loss, positive, sums.hardest, sums.masked / pairs.clamp(min=1), valid_count)
 
 
 @dataclass(frozen=True)
 class _Vectors:
     """One side of a comparison.
 
-    vectors: (k, d), zero where invalid. reward: (k, e) or None.
-    labels: int64 (k, 3), rows of (hash of the query, hash of the target, valid).
+    vectors: (k, d), zero where invalid. valid: bool (k,). reward: (k, e) or None.
+    ids: int64 (k,) hashes of the "query" and of the "target", as far as they are given.
     """
 
     vectors: Tensor
-    labels: Tensor
+    valid: Tensor
     reward: Tensor | None
+    ids: dict[str, Tensor]
 
     @classmethod
-    def of(
-        cls,
-        vectors: Tensor,
-        query_ids: Tensor,
-        target_ids: Tensor,
-        valid: Tensor | None,
-        reward: Tensor | None,
-    ):
-        valid = torch.ones_like(query_ids, dtype=torch.bool) if valid is None else valid
+    def of(cls, vectors: Tensor, valid: Tensor | None, reward: Tensor | None, **ids: Tensor | None) -> "_Vectors":
+        if valid is None:
+            valid = torch.ones(len(vectors), dtype=torch.bool, device=vectors.device)
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         # Zeroed, not only masked: whatever an invalid row holds (NaN, too) ends here.
         vectors = vectors.to(dtype).masked_fill(~valid[:, None], 0)
         reward = None if reward is None else reward.detach().to(dtype).masked_fill(~valid[:, None], 0)
-        return cls(vectors, torch.stack([query_ids, target_ids, valid.long()], dim=1), reward)
+        return cls(vectors, valid, reward, {name: x for name, x in ids.items() if x is not None})
 
     def padded(self, rows: int) -> "_Vectors":
         """With invalid rows at the end, up to `rows`."""
-        return self._map(lambda x: F.pad(x, (0, 0, 0, rows - len(x))))
+        return self._map(lambda x: F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - len(x))))
 
     def gathered(self, group: dist.ProcessGroup | None) -> "_Vectors":
         return self._map(lambda x: (all_gather_rows if x.requires_grad else all_gather_constant)(x, group))
 
-    def joined(self, other: "_Vectors") -> "_Vectors":
-        reward = None if self.reward is None else torch.cat([self.reward, other.reward])
-        vectors, labels = torch.cat([self.vectors, other.vectors]), torch.cat([self.labels, other.labels])
-        return _Vectors(vectors, labels, reward)
-
     def _map(self, f: Callable[[Tensor], Tensor]) -> "_Vectors":
-        return _Vectors(f(self.vectors), f(self.labels), None if self.reward is None else f(self.reward))
+        ids = {name: f(x) for name, x in self.ids.items()}
+        return _Vectors(f(self.vectors), f(self.valid), None if self.reward is None else f(self.reward), ids)
 
 
 def _most_negatives(query: Tensor, negatives: Tensor | None, group: dist.ProcessGroup | None) -> int:
@@ -171,72 +177,181 @@ def _most_negatives(query: Tensor, negatives: Tensor | None, group: dist.Process
     return most
 
 
-def _one_direction(
-    rows: _Vectors,
-    columns: _Vectors,
-    first: int,
-    weights: Tensor,
-    alpha: float,
-    temperature: float,
-    margin: float | None,
-    tile: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row i's positive is column first + i. Returns (sum of weights * L, positive similarities (n,),
-    hardest negatives (n,), number of pairs that content or margin masked); only the first has a gradient.
+@dataclass(frozen=True)
+class _Tile:
+    """Logits of the queries `part`, -inf where there is no negative.
+
+    forth: (rows, N + M), of the queries' losses. back: (rows, N), of the targets'; a part of forth without a margin.
     """
-    x, y = rows.vectors.detach(), columns.vectors.detach()
-    loss, masked_count = x.new_zeros(()), rows.labels.new_zeros(())
-    grad_x, grad_y = torch.empty_like(x), torch.zeros_like(y)
-    all_positive, hardest = x.new_empty(len(x)), x.new_empty(len(x))
-    column_query, column_target, column_valid = columns.labels.T
-    column_valid = column_valid.bool()
-    for start in range(0, len(x), tile):
-        part = slice(start, start + tile)
-        row_query, row_target, row_valid = rows.labels[part, :, None].unbind(1)
-        similarity = x[part] @ y.T  # (tile, columns)
-        index = torch.arange(len(similarity), device=x.device)
-        own = (index, index + first + start)
-        all_positive[part] = positive = similarity[own]
 
-        masked = (row_query == column_query) | (row_target == column_target)
-        if margin is not None:
-            masked |= similarity > positive[:, None] + margin
-        masked[own] = False
-        masked_count += (masked & row_valid.bool() & column_valid).sum()
-        masked |= ~column_valid
-        masked[own] = True
-        hardest[part] = similarity.masked_fill(masked, -torch.inf).amax(dim=1)
+    part: slice
+    forth: Tensor
+    back: Tensor
 
-        reward = similarity if rows.reward is None else rows.reward[part] @ columns.reward.T
-        logits = (similarity / temperature + alpha * reward).masked_fill_(masked, -torch.inf)
-        # L = log(1 + exp(excess)), exact where the loss is tiny, too; the clamp: rows without a negative
-        total = logits.logsumexp(dim=1).clamp(min=torch.finfo(x.dtype).min)
-        excess = total - positive / temperature
-        loss += weights[part] @ F.softplus(excess)
-
-        slope = weights[part] * excess.sigmoid() / temperature
-        gradient = logits.sub_(total[:, None]).exp_().mul_(slope[:, None])
-        gradient[own] = -slope
-        grad_x[part] = gradient @ y
-        grad_y.addmm_(gradient.T, x[part])
-    return (
-        _WithGradient.apply(rows.vectors, columns.vectors, loss, grad_x, grad_y),
-        all_positive,
-        hardest,
-        masked_count,
-    )
+    @property
+    def bytes(self) -> int:
+        return self.forth.nbytes + (0 if self.back.data_ptr() == self.forth.data_ptr() else self.back.nbytes)
 
 
-class _WithGradient(torch.autograd.Function):
-    """A scalar `loss` of rows (n, d) and columns (C, d) whose gradients are known already."""
+@dataclass(frozen=True)
+class _Sums:
+    """rows: (n,) log of the sum over each own query's negatives. columns: (N,) over each target's, of all ranks.
+
+    hardest: (n,) largest similarity of each own query's negatives. masked: pairs masked by content or margin, of all
+    ranks. kept: the first tiles.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    hardest: Tensor
+    masked: Tensor
+    kept: list[_Tile]
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """This rank's n queries (rows) with all ranks' N targets and M extra vectors (columns), a tile of rows at a time.
+
+    own: the targets of the queries. positives: (N,) similarities of all pairs.
+    """
+
+    queries: _Vectors
+    targets: _Vectors
+    extra: _Vectors
+    columns: Tensor
+    positives: Tensor
+    own: slice
+    alpha: float
+    tau: Tensor
+    margin: float | None
+    height: int
+    group: dist.ProcessGroup | None
+
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """(n, k), (N + M, k): their product is the logits s / tau + alpha r."""
+        x, y, reward = self.queries.vectors.detach(), self.columns, self.queries.reward
+        if reward is None:
+            return x * self._scale, y
+        rewards = torch.cat([self.targets.reward, self.extra.reward])
+        return torch.cat([x / self.tau, self.alpha * reward], dim=1), torch.cat([y, rewards], dim=1)
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        """A logit by its similarity, where that is the reward."""
+        return 1 / self.tau + self.alpha
+
+    @cached_property
+    def _bias(self) -> tuple[Tensor, Tensor]:
+        """(n, 1), (1, N + M): 0, or -inf for what is not valid."""
+        valid = self.queries.valid[:, None], torch.cat([self.targets.valid, self.extra.valid])[None]
+        return tuple(torch.zeros_like(x, dtype=self.columns.dtype).masked_fill_(~x, -torch.inf) for x in valid)
+
+    def sums(self, room: int) -> _Sums:
+        """room: bytes of tiles to keep."""
+        n, lowest = len(self.queries.vectors), torch.finfo(self.columns.dtype).min
+        rows, hardest = self.columns.new_empty(n), self.columns.new_empty(n)
+        column_top, columns = torch.full_like(self.positives, lowest), torch.zeros_like(self.positives)
+        all_masked, kept = torch.zeros((), dtype=torch.int64, device=rows.device), []
+        for start in range(0, n, self.height):
+            tile, masked = self._tile(start)
+            all_masked += masked
+            # As logsumexp, without the difference of two -inf, which is no number.
+            top = tile.forth.amax(dim=1)
+            hardest[tile.part] = self._hardest(tile, top)
+            top.clamp_(min=lowest)
+            rows[tile.part] = (tile.forth - top[:, None]).exp_().sum(dim=1).log_().add_(top)
+            top = torch.maximum(column_top, tile.back.amax(dim=0))
+            columns.mul_((column_top - top).exp_()).add_((tile.back - top).exp_().sum(dim=0))
+            column_top = top
+            if len(kept) * self.height == start and tile.bytes <= room:
+                kept.append(tile)
+                room -= tile.bytes
+        if rank_and_world(self.group)[1] > 1:
+            top = column_top.clone()
+            dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
+            columns.mul_((column_top - top).exp_())
+            column_top = top
+            dist.all_reduce(columns, group=self.group)
+            dist.all_reduce(all_masked, group=self.group)
+        columns = columns.log_().add_(column_top)
+        return _Sums(rows.clamp_(min=lowest), columns.clamp_(min=lowest), hardest, all_masked, kept)
+
+    def gradients(self, sums: _Sums, row_slope: Tensor, column_slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the loss by own queries (n, d), by the columns (N + M, d), and by tau: what own queries bring to each.
+
+        row_slope, column_slope: (n,), (N,) derivatives of the loss by each excess, over tau. Takes the kept tiles.
+        """
+        x, y, count = self.queries.vectors.detach(), self.columns, len(self.positives)
+        by_rows, by_columns = torch.empty_like(x), torch.zeros_like(y)
+        positive_slope = -(row_slope + column_slope[self.own])
+        for start in range(0, len(x), self.height):
+            tile = sums.kept.pop(0) if sums.kept else self._tile(start)[0]
+            back = (tile.back - sums.columns).exp_().mul_(column_slope)
+            gradient = tile.forth.sub_(sums.rows[tile.part, None]).exp_().mul_(row_slope[tile.part, None])
+            gradient[:, :count] += back
+            gradient[self._diagonal(start, len(gradient))] = positive_slope[tile.part]
+            by_rows[tile.part] = gradient @ y
+            by_columns.addmm_(gradient.T, x[tile.part])
+        # Of s / tau alone: the reward has no gradient.
+        return by_rows, by_columns, -(x * by_rows).sum() / self.tau
+
+    def _tile(self, start: int) -> tuple[_Tile, Tensor]:
+        """With the number of its pairs that content or margin masked."""
+        part, count = slice(start, start + self.height), len(self.positives)
+        (left, right), (row_bias, column_bias) = self._factors, self._bias
+        forth = (row_bias[part] + column_bias).addmm_(left[part], right.T)
+        diagonal = self._diagonal(start, len(forth))
+        forth[diagonal] = -torch.inf
+        back, masked = forth[:, :count], torch.zeros((), dtype=torch.int64, device=forth.device)
+        if self.queries.ids or self.margin is not None:
+            near = self._alike(part, forth)
+            if self.margin is not None:
+                similarity = self._similarity(part, forth)
+                back = back.masked_fill(
+                    near[:, :count] | (similarity[:, :count] > self.positives + self.margin), -torch.inf
+                )
+                near |= similarity > self.positives[self.own][part, None] + self.margin
+            masked = (near & (forth > -torch.inf)).sum()
+            forth.masked_fill_(near, -torch.inf)
+        return _Tile(part, forth, back), masked
+
+    def _similarity(self, part: slice, logits: Tensor) -> Tensor:
+        """(rows, N + M), where there are logits."""
+        if self.queries.reward is None:
+            return logits / self._scale
+        return self.queries.vectors[part].detach() @ self.columns.T
+
+    def _hardest(self, tile: _Tile, largest: Tensor) -> Tensor:
+        """The largest similarity of each query's negatives, from the largest of their logits: (rows,)."""
+        if self.queries.reward is None:
+            return largest / self._scale
+        return self._similarity(tile.part, tile.forth).masked_fill_(tile.forth == -torch.inf, -torch.inf).amax(dim=1)
+
+    def _alike(self, part: slice, logits: Tensor) -> Tensor:
+        """Bool (rows, N + M): pairs whose content forbids that one is the other's negative."""
+        alike = torch.zeros_like(logits, dtype=torch.bool)
+        for name, ids in self.queries.ids.items():
+            alike[:, : len(self.positives)] |= ids[part, None] == self.targets.ids[name]
+        if "target" in self.queries.ids:
+            alike[:, len(self.positives) :] = self.queries.ids["target"][part, None] == self.extra.ids["target"]
+        return alike
+
+    def _diagonal(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Where a tile has its queries' own targets."""
+        index = torch.arange(rows, device=self.columns.device)
+        return index, index + self.own.start + start
+
+
+class _WithGradients(torch.autograd.Function):
+    """A scalar `loss` whose gradients by rows (n, d), columns (C, d) and tau are known already."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, columns: Tensor, loss: Tensor, grad_rows: Tensor, grad_columns: Tensor) -> Tensor:
-        ctx.save_for_backward(grad_rows, grad_columns)
+    def forward(ctx, loss: Tensor, by_rows: Tensor, by_columns: Tensor, by_tau: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(by_rows, by_columns, by_tau)
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_rows, grad_columns = ctx.saved_tensors
-        return grad * grad_rows, grad * grad_columns, None, None, None
+        return None, None, None, None, *(grad * gradient for gradient in ctx.saved_tensors)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from two_ranks import on_two_ranks
 
+from pipeline.losses import contrastive
 from pipeline.losses.contrastive import hardness_weighted_loss
 
 ALPHA, TEMPERATURE = 9.0, 0.02
@@ -130,7 +131,7 @@ OPTIONS = {
 @pytest.mark.parametrize("explicit", [True, False], ids=["negatives", "no negatives"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_loss_and_gradients_are_the_formula(name, explicit, tile):
-    inputs, options = example(), {"alpha": ALPHA, "temperature": TEMPERATURE, **OPTIONS[name]}
+    inputs, options = example() | {"temperature": torch.tensor(TEMPERATURE).double()}, {"alpha": ALPHA, **OPTIONS[name]}
     if not explicit:
         del inputs["negatives"]
         options = {key: x for key, x in options.items() if "negative" not in key}
@@ -142,6 +143,32 @@ def test_loss_and_gradients_are_the_formula(name, explicit, tile):
     torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
     assert output.masked_pairs.item() == pytest.approx(masked / pairs)
     assert (masked > 0) == (name in ("ids", "margin", "all"))
+
+
+@pytest.mark.parametrize("name", ["ids", "margin"])
+@pytest.mark.parametrize("tiles", [0, 2])
+def test_a_tile_that_was_not_kept_is_computed_again(name, tiles, monkeypatch):
+    """Of four tiles of two rows (the last: one), with 11 logits a row, and 7 more with a margin."""
+    inputs, options = example(), {"alpha": ALPHA, "temperature": TEMPERATURE, **OPTIONS[name], "tile": 2}
+    output, expected = with_gradients(hardness_weighted_loss, inputs, **options)
+    monkeypatch.setattr(contrastive, "KEPT_BYTES", tiles * 2 * (11 + 7 * (name == "margin")) * 8)
+    products = CountProducts()
+    with products:
+        again, gradients = with_gradients(hardness_weighted_loss, inputs, **options)
+    assert again.loss == output.loss
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
+    # Each tile of logits once, and once more unless kept; then two products of its gradient.
+    assert products.count == 4 + (4 - tiles) + 2 * 4
+
+
+class CountProducts(TorchDispatchMode):
+    """Matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -342,9 +369,8 @@ def on_rank(rank: int) -> dict:
         if not counts[rank]:  # a rank without any passes none
             inputs = {key: x for key, x in inputs.items() if "negative" not in key}
             options = {key: x for key, x in options.items() if "negative" not in key}
-        output, gradients = with_gradients(
-            hardness_weighted_loss, inputs, **options, alpha=ALPHA, temperature=TEMPERATURE, tile=4
-        )
+        inputs["temperature"] = torch.tensor(TEMPERATURE)
+        output, gradients = with_gradients(hardness_weighted_loss, inputs, **options, alpha=ALPHA, tile=4)
         results[name] = {"loss": output.loss.detach(), "gradients": gradients, **numbers(output)}
     return results
 
@@ -364,13 +390,17 @@ def of_two_ranks():
 @pytest.mark.parametrize("name", NEGATIVES)
 def test_two_processes_are_one_with_the_whole_batch(of_two_ranks, name):
     inputs, options = global_batch(name)
-    output, expected = with_gradients(hardness_weighted_loss, inputs, **options, alpha=ALPHA, temperature=TEMPERATURE)
+    inputs["temperature"] = torch.tensor(TEMPERATURE)
+    output, expected = with_gradients(hardness_weighted_loss, inputs, **options, alpha=ALPHA)
     ranks = [results[name] for results in of_two_ranks]
     close = {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(torch.stack([r["loss"] for r in ranks]).mean(), output.loss, **close)
     for key, whole in expected.items():
         # An engine averages over ranks: half of what each rank hands on.
         parts = [r["gradients"][key] / 2 for r in ranks if key in r["gradients"]]
+        if key == "temperature":
+            parts = [sum(parts)[None]]
+            whole = whole[None]
         scale = whole.abs().max() if whole.numel() else 1
         torch.testing.assert_close(torch.cat([*parts, whole[:0]]) / scale, whole / scale, **close)
     for key, whole in numbers(output).items():
