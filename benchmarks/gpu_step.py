@@ -76,14 +76,16 @@ from pipeline.data.batch import Batch
 from pipeline.data.collate import Encoded, Image, Packed, pack
 from pipeline.errors import PipelineError, command_line
 from pipeline.models.attention import KINDS as ATTENTION_KINDS
-from pipeline.models.attention import choose
+from pipeline.models.attention import choose, implementation
 from pipeline.models.chunks import embed_chunks, plan_chunks, run_chunk
 from pipeline.models.llave import TowerlessLlave, tiling
 from pipeline.models.lora import add_adapters
 from pipeline.models.tower import FrozenTower, KeptFeatures
 from pipeline.training.budget import Budget
-from pipeline.training.engine import freeze, parameter_groups, start_distributed
+from pipeline.training.distributed import start_distributed
+from pipeline.training.engine import freeze, parameter_groups
 from pipeline.training.step import train_step
+from pipeline.training.temperature import Temperature
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ class PaddedLlave(TowerlessLlave):
     def forward(self, packed: Packed, features: Tensor, dummies: Tensor) -> Tensor:
         """N items -> (N, hidden) float32 unit rows. dummies: the features of the texts' tiles, which no token takes."""
         embeds = self.language_model.embed_tokens(packed.input_ids)
-        if packed.image_sizes:
+        if packed.images:
             placeholders = (packed.input_ids == self.config.image_token_id).nonzero()[:, 0]
             embeds = embeds.index_copy(0, placeholders, self.image_tokens(packed, features))
         if len(dummies):
@@ -278,7 +280,7 @@ class Side:
 class Ours(Side):
     def __init__(self, setting: Setting, device: torch.device) -> None:
         attention = choose("auto", device.type, torch.bfloat16)
-        super().__init__(setting, TowerlessLlave, f"packed_{attention}", device)
+        super().__init__(setting, TowerlessLlave, implementation(attention), device)
 
     def embed(self, items: Sequence[Encoded]) -> Tensor:
         chunks = plan_chunks(items, self.setting.chunk_tokens, self.device)
@@ -287,7 +289,8 @@ class Ours(Side):
     def step(self, batch: Batch, kept_chunks: int) -> None:
         recipe = self.setting.recipe(len(batch.query), kept_chunks)
         budget = Budget.of(recipe.batch, recipe.model.max_tokens)
-        train_step(self.engine, batch, recipe, budget, lr=recipe.optimizer.lr, features=self._features(recipe))
+        temperature, features = Temperature(recipe, self.device), self._features(recipe)
+        train_step(self.engine, batch, recipe, budget, temperature, lr=recipe.optimizer.lr, features=features)
 
     def _features(self, recipe: Recipe) -> KeptFeatures:
         return KeptFeatures(self.tower, recipe.batch.tower_tiles, recipe.batch.features_mb << 20)
@@ -454,7 +457,7 @@ def measure_attention(setting: Setting) -> dict[str, tuple[Differences, Differen
     directions = torch.randn(len(items), model.config.text_config.hidden_size, device=device)
 
     def run(kind: str) -> Run:
-        model.language_model.config._attn_implementation = f"packed_{kind}"
+        model.language_model.config._attn_implementation = implementation(kind)
         embeddings = run_chunk(model, chunk, lambda _: features.to(model.dtype))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad((embeddings * directions).sum(), trained)

@@ -78,8 +78,10 @@ from pipeline.models.chunks import embed_chunks, plan_chunks
 from pipeline.models.llave import build, load_config, tiling
 from pipeline.models.tower import KeptFeatures, normalised, tower_features
 from pipeline.training.budget import Budget
-from pipeline.training.engine import build_engine, freeze, load_tower, parameter_groups, start_distributed
+from pipeline.training.distributed import start_distributed
+from pipeline.training.engine import build_engine, freeze, load_tower, parameter_groups
 from pipeline.training.step import train_step
+from pipeline.training.temperature import Temperature
 
 transformers_logging.disable_progress_bar()
 CPU = torch.device("cpu")
@@ -180,7 +182,8 @@ class Ours:
     def step(self, batch: Batch, tokens: int, kept_chunks: int) -> Result:
         recipe = recipe_of(len(batch.query))
         budget = Budget(tokens, kept_chunks, chunk_is_fixed=True, kept_is_fixed=True)
-        result = train_step(self.engine, batch, recipe, budget, lr=0.0, features=self.features(recipe))
+        temperature, features = Temperature(recipe, CPU), self.features(recipe)
+        result = train_step(self.engine, batch, recipe, budget, temperature, lr=0.0, features=features)
         return Result(float(result.loss.loss.detach()), result.grad_norm)
 
     def embeddings(self, batch: Batch) -> Tensor:

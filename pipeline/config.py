@@ -162,10 +162,14 @@ class Batch(Section):
         None, gt=1, description="pairs that are each other's negatives, if not the whole global batch's"
     )
     chunk_tokens: PositiveInt | Literal["auto"] = Field(
-        description="tokens a forward pass holds at once, padded; auto: what fits is found in the first steps"
+        description="tokens a forward pass holds at once, with SDPA's padding; auto: what fits is found in the first "
+        "steps"
     )
     kept_chunks: NonNegativeInt | Literal["auto"] = Field(
         0, description="chunks whose graph is kept from the first pass: memory for time; auto: as many as fit"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute each layer's activations in backward: for a chunk that fits only so"
     )
     tower_tiles: int = Field(64, gt=0, description="tiles that a frozen vision tower sees at once")
     features_mb: int = Field(
@@ -207,7 +211,8 @@ class Train(Section):
 
 class Loss(Section):
     alpha: float = Field(9.0, ge=0, description="hardness weighting of LLaVE; 0 is plain InfoNCE")
-    temperature: float = Field(0.02, gt=0)
+    temperature: float = Field(0.02, ge=0.01, description="what similarities are divided by")
+    learn_temperature: bool = Field(False, description="train it from there, at optimizer.lr; 0.01 is its lower bound")
     margin: float | None = Field(None, description="mask negatives more similar than the positive by this much")
 
 
@@ -275,6 +280,11 @@ class Recipe(Section):
 class EvaluationRun(Store):
     """The options of `python -m pipeline.evaluate`."""
 
+    part: str | None = Field(
+        None,
+        pattern=r"^[0-9]+/[1-9][0-9]*$",
+        description="i/N: every N-th dataset from the i-th on, counted from 0",
+    )
     out: str | None = Field(None, description="write the report to this JSON file")
     against: str | None = Field(None, description="an earlier report (JSON) to print beside this one")
     example: str | None = Field(None, description="a dataset whose first query is shown with its best candidates")
@@ -370,9 +380,26 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
             )
         section[keys[-1]] = value
     _refuse_auto(config, path, ())
-    if recipe.precision == "bf16" and config["zero_optimization"]["stage"] == 0:
+    zero = config["zero_optimization"]
+    if recipe.precision == "bf16" and zero["stage"] == 0:
         raise PipelineError(f"{path}: DeepSpeed cannot sum bf16 gradients in fp32 at ZeRO 0; use ds_configs/zero1.json")
+    for name in ("offload_optimizer", "offload_param"):
+        device = zero.get(name, {}).get("device", "none")
+        if device not in ("cpu", "none"):
+            raise PipelineError(f"{path}: {name} to {device!r} is not supported; its device is cpu, or none")
+    if is_offloaded(zero) and zero["stage"] < 2:
+        raise PipelineError(f"{path}: offload_optimizer is for ZeRO 2 and 3; use ds_configs/zero3_offload.json")
+    if is_offloaded(zero) and zero["stage"] == 2 and recipe.precision == "bf16":
+        raise PipelineError(
+            f"{path}: DeepSpeed cannot sum offloaded bf16 gradients in fp32 at ZeRO 2; "
+            "use ds_configs/zero3_offload.json"
+        )
     return config
+
+
+def is_offloaded(zero: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed config's "zero_optimization" has the optimizer's state, and its work, on the host."""
+    return zero.get("offload_optimizer", {}).get("device", "none") == "cpu"
 
 
 def _overridden(values: dict, overrides: list[str]) -> dict:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pipeline.config import dump_recipe, load_ds_config, load_recipe
+from pipeline.config import dump_recipe, is_offloaded, load_ds_config, load_recipe
 from pipeline.errors import PipelineError
 
 DEMO = "pipeline/recipes/demo.yaml"
@@ -57,16 +57,24 @@ def test_bf16_gradients_are_summed_in_fp32_or_refused():
         load_ds_config(load_recipe(DEMO, ["precision=bf16", "deepspeed=ds_configs/zero0.json"]), 1)
 
 
+def test_offloaded_bf16_gradients_are_summed_in_fp32_or_refused():
+    fields = ["precision=bf16", "deepspeed=ds_configs/zero{}_offload.json"]
+    assert load_ds_config(load_recipe(DEMO, [field.format(3) for field in fields]), 1)
+    with pytest.raises(PipelineError, match=r"ZeRO 2; use ds_configs/zero3_offload\.json"):
+        load_ds_config(load_recipe(DEMO, [field.format(2) for field in fields]), 1)
+
+
 def test_a_missing_recipe_names_those_there_are():
     with pytest.raises(PipelineError, match=r"demo\.yaml"):
         load_recipe("nowhere.yaml", [])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_ds_configs_are_filled_from_the_recipe(stage):
-    recipe = load_recipe(DEMO, [f"deepspeed=ds_configs/zero{stage}.json", "optimizer.max_grad_norm=0.5", *BATCH])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_ds_configs_are_filled_from_the_recipe(name):
+    recipe = load_recipe(DEMO, [f"deepspeed=ds_configs/{name}.json", "optimizer.max_grad_norm=0.5", *BATCH])
     config = load_ds_config(recipe, 4)
-    assert config["zero_optimization"]["stage"] == stage
+    assert config["zero_optimization"]["stage"] == int(name[4])
+    assert is_offloaded(config["zero_optimization"]) == name.endswith("offload")
     assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (128, 32)
     assert config["gradient_clipping"] == 0.5
     assert config["bf16"]["enabled"] is False
@@ -81,6 +89,15 @@ def test_ds_configs_are_filled_from_the_recipe(stage):
         ({"train_batch_size": 64}, ["train_batch_size=64", "batch.global_batch", "128"]),
         ({"optimizer": {"type": "Adam"}}, ["'optimizer'", "recipe"]),
         ({"zero_optimization": {"stage": "auto"}}, ["zero_optimization.stage"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            ["offload_optimizer to 'nvme'", "cpu"],
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["offload_param to 'nvme'"]),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+            ["ZeRO 2 and 3", "zero3_offload.json"],
+        ),
     ],
 )
 def test_a_ds_config_that_contradicts_the_recipe_is_refused(tmp_path, changed, named):

@@ -9,7 +9,7 @@ column of the recipe's own ZeRO stage is of its DeepSpeed config, the others are
 A chunk has batch.chunk_tokens tokens, or those of one longest item, model.max_tokens, if that is more; it is taken to
 be full of photographs (4:3), or with --videos of videos, which have more tiles. The parts of a step that take turns
 are in brackets: the largest one counts. The last line says how large batch.chunk_tokens may be; none: not even one item
-of model.max_tokens fits.
+of model.max_tokens fits. Where the DeepSpeed config offloads, what is on the host comes below.
 
 What CUDA, NCCL and fragmentation take is not counted: a few GB. Explicit negatives are not either.
 """
@@ -80,6 +80,8 @@ def memory_table(plan: Plan, sections: dict[int, dict], memory: float) -> Table:
     table.add_row(f"left of {memory / GB:g}", *(coloured(gigabytes(memory - each), each <= memory) for each in totals))
     table.add_row("fits", *(coloured("yes" if each <= memory else "no", each <= memory) for each in totals))
     table.add_row("largest batch.chunk_tokens", *(largest(plan, each, memory) for each in states))
+    if any(each.host for each in states):
+        row("of the host's memory, for each GPU", [each.host for each in states])
     return table
 
 

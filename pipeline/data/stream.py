@@ -292,8 +292,14 @@ def _plan_ahead(planner: Planner, plans: list[queue.Queue], stop: threading.Even
         send(PipelineError(f"the order could not be worked out: {error!r}"))
 
 
-def _end_with_parent(worker: int) -> None:
-    """Have Linux end this worker with its rank: one that was killed leaves it waiting to hand over its batch."""
+def _live_with_parent(worker: int) -> None:
+    """Leave it to its rank when this worker ends.
+
+    Slurm's signals, on which a rank finishes its step, reach all its processes. And of a rank that was killed Linux
+    ends the worker, which would wait for ever to hand over its batch.
+    """
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -329,7 +335,7 @@ def batches(
             batch_size=None,
             num_workers=workers,
             timeout=timeout + source.data.timeout_s if workers else 0,
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=_live_with_parent,
             multiprocessing_context=forking if workers else None,  # they begin with the source as it is
         )
     )

@@ -14,6 +14,11 @@ from pipeline.errors import PipelineError
 HALF = (torch.bfloat16, torch.float16)
 
 
+def implementation(kind: str) -> str:
+    """What transformers knows a kind by. Names with "flash" in them it takes for kernels of its own."""
+    return "packed_" + kind.removeprefix("flash_")
+
+
 def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
     """The kind of attention, by its name in KINDS: the one wanted, or for "auto" the best that runs there.
 
@@ -142,4 +147,4 @@ def _by_bounds(
 
 KINDS = {"flash_attn": packed_flash_attn, "varlen": packed_varlen, "sdpa": packed_sdpa}
 for kind, function in KINDS.items():
-    AttentionInterface.register(f"packed_{kind}", function)
+    AttentionInterface.register(implementation(kind), function)

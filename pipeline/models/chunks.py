@@ -14,30 +14,54 @@ _DUMMY = Encoded(np.zeros(1, np.int32))
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some of the items, packed; `rows` says which. with_images: some rank's chunk of this number has an image."""
+    """Some of the items; `rows` says which. A chunk without rows has a dummy item.
+
+    with_images: some rank's chunk of this number has an image.  padded: see `plan_chunks`.
+    """
 
     rows: torch.Tensor
-    packed: Packed
+    items: tuple[Encoded, ...]
     with_images: bool
+    padded: bool
+
+    @property
+    def packed(self) -> Packed:
+        """The items in one row, made at each use: a step's chunks would hold all of its tokens a second time."""
+        return pack(self.items)
+
+    @property
+    def size(self) -> int:
+        """Tokens, as `chunk_tokens` counts them."""
+        lengths = [len(item.input_ids) for item in self.items]
+        return len(lengths) * max(lengths) if self.padded else sum(lengths)
 
 
 def plan_chunks(
-    items: Sequence[Encoded], chunk_tokens: int, device: torch.device, *, all_with_images: bool = False
+    items: Sequence[Encoded],
+    chunk_tokens: int,
+    device: torch.device,
+    *,
+    padded: bool = True,
+    all_with_images: bool = False,
 ) -> list[Chunk]:
-    """Cut items into chunks, the longest first; padded to its longest item, a chunk has at most `chunk_tokens` tokens.
+    """Cut items into chunks of at most `chunk_tokens` tokens, the longest first.
 
     An item longer than that is a chunk by itself.
 
     All ranks get the same number of chunks, the last ones empty where a rank has fewer items, and agree on which
     chunks run the vision tower: under ZeRO-3 a rank that ran other modules than the rest would hang the job.
+    padded: the model's attention pads a chunk's items to its longest (`Llave.pads`), and so many tokens count.
     all_with_images: all do.
     """
     lengths = np.array([len(item.input_ids) for item in items])
     cuts: list[list[int]] = []
+    size = 0
     for row in np.argsort(-lengths, kind="stable").tolist():
-        # Attention pads (models/attention.py): what counts is the longest item, which is the chunk's first.
-        if not cuts or (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] > chunk_tokens:
+        # Padded, an item takes as much as the chunk's longest, which is its first.
+        size += lengths[cuts[-1][0]] if cuts and padded else lengths[row]
+        if not cuts or size > chunk_tokens:
             cuts.append([])
+            size = lengths[row]
         cuts[-1].append(row)
     images = [all_with_images or any(items[row].images for row in rows) for rows in cuts]
     if dist.is_initialized():
@@ -50,8 +74,9 @@ def plan_chunks(
     return [
         Chunk(
             torch.tensor(rows, dtype=torch.long, device=device),
-            pack([items[r] for r in rows] or [_DUMMY]),
+            tuple(items[row] for row in rows) or (_DUMMY,),
             flag,
+            padded,
         )
         for rows, flag in zip(cuts, images, strict=True)
     ]
@@ -63,8 +88,9 @@ Features = Callable[[Chunk], torch.Tensor]
 
 def run_chunk(model: Callable[..., torch.Tensor], chunk: Chunk, features: Features | None = None) -> torch.Tensor:
     """The embeddings of a chunk's items, (len(rows), hidden)."""
-    seen = features(chunk) if features and chunk.packed.image_sizes else None
-    return model(chunk.packed.to(chunk.rows.device), chunk.with_images, seen)[: len(chunk.rows)]
+    packed = chunk.packed.to(chunk.rows.device)
+    seen = features(chunk) if features and packed.images else None
+    return model(packed, chunk.with_images, seen)[: len(chunk.rows)]
 
 
 @torch.no_grad()

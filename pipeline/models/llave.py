@@ -30,6 +30,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.config import Architecture
 from pipeline.data.collate import Encoded, Image, Packed
@@ -38,7 +39,7 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
 from pipeline.data.tiles import Tiling, decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
-from pipeline.models.attention import Segments
+from pipeline.models.attention import Segments, implementation
 from pipeline.models.tower import MEAN, STD, normalised, refuse_missing, tower_features
 
 # The published prompt: the assistant's turn is one newline, and so is the last token, which is pooled.
@@ -132,7 +133,12 @@ class Processor:
 
 
 class Llave(LlavaOnevisionModel):
-    """LLaVA-OneVision without an LM head, from packed items to unit vectors."""
+    """LLaVA-OneVision without an LM head, from packed items to unit vectors.
+
+    always_with_images: every forward pass is as one with images (see `forward`), so that all it trains has a gradient.
+    """
+
+    always_with_images = False
 
     @classmethod
     def load(
@@ -159,8 +165,22 @@ class Llave(LlavaOnevisionModel):
         if config.vision_feature_layer != -1:
             raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
         config.mm_newline_position = newline_position(config)
-        config._attn_implementation = {"text_config": f"packed_{attention}", "vision_config": "sdpa"}
+        config._attn_implementation = {"text_config": implementation(attention), "vision_config": "sdpa"}
         return config
+
+    @property
+    def pads(self) -> bool:
+        """Whether attention pads a chunk's items to the longest of them; kernels of variable length do not."""
+        return self.language_model.config._attn_implementation == implementation("sdpa")
+
+    def checkpoint_activations(self) -> None:
+        """Keep of each layer its input alone, from which backward works out the rest once more (arXiv 1604.06174)."""
+        # Nothing is random here.
+        self.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        self.disable_input_require_grads()  # with which frozen embeddings would be given a gradient
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # it checkpoints so alone; what is in it stays as it is, without dropout
 
     def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
         """N packed items -> (N, hidden) float32 unit rows.
@@ -170,13 +190,13 @@ class Llave(LlavaOnevisionModel):
         features: (tiles, patches², width) of the tower, where it is not part of the model.
         """
         embeds = self.language_model.embed_tokens(packed.input_ids)
-        if packed.image_sizes:
+        if packed.images:
             placeholders = packed.input_ids == self.config.image_token_id
             placeholders |= packed.input_ids == self.config.video_token_id
             if features is None:
                 features = tower_features(self.vision_tower, normalised(packed.tiles, embeds.device, embeds.dtype))
             embeds = embeds.index_copy(0, placeholders.nonzero()[:, 0], self.image_tokens(packed, features))
-        elif with_images:
+        elif with_images or self.always_with_images:
             dummy = self.multi_modal_projector(self._dummy_features(embeds))
             embeds = embeds + 0 * (dummy.sum() + self.image_newline.sum())
         hidden = self.language_model(
@@ -190,20 +210,20 @@ class Llave(LlavaOnevisionModel):
 
     def image_tokens(self, packed: Packed, features: torch.Tensor) -> torch.Tensor:
         """All images' and videos' rows, in the order of their placeholders: (placeholders, hidden)."""
-        features = self.multi_modal_projector(features).split(packed.image_tiles)
+        features = self.multi_modal_projector(features).split([len(image.tiles) for image in packed.images])
         rows = []
-        for tiles, size, video in zip(features, packed.image_sizes, packed.image_videos, strict=True):
-            if video and self.config.mm_newline_position == "grid":
+        for tiles, image in zip(features, packed.images, strict=True):
+            if image.video and self.config.mm_newline_position == "grid":
                 frames = self.apply_pooling(tiles)
                 side = math.isqrt(frames.shape[1])
                 newlines = self.image_newline.expand(len(frames), side, 1, -1)
                 rows.append(torch.cat([frames.unflatten(1, (side, side)), newlines], dim=2).flatten(0, 2))
-            elif video:
+            elif image.video:
                 rows += [self.apply_pooling(tiles).flatten(0, 1), self.image_newline[None]]
             else:
                 rows += self.pack_image_features(
                     [tiles],
-                    [size],
+                    [(image.height, image.width)],
                     image_newline=self.image_newline,
                     vision_aspect_ratio=self.config.vision_aspect_ratio,
                 )[0]

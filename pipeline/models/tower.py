@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, LlavaOnevisionConfig, LlavaOnevisionPreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+from pipeline.data.collate import sent
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ MEAN = STD = 0.5  # SigLIP's
 
 def normalised(tiles: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """(n, 3, size, size) uint8 -> what the tower takes. In float32 on the way: bf16 has but eight bits."""
-    return tiles.to(device, non_blocking=True).float().div_(255).sub_(MEAN).div_(STD).to(dtype)
+    return sent(tiles, device).float().div_(255).sub_(MEAN).div_(STD).to(dtype)
 
 
 def tower_features(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:

@@ -200,7 +200,7 @@ def convert_original(source: Path, folder: Path) -> None:
     if not is_original(source):
         raise PipelineError(f"{source} is not an original checkpoint: expected a config.json of model_type llava_qwen")
     config = _config(source)
-    files = _weight_files(source)
+    files = weight_files(source)
     shapes, dtype = _survey(files, _EMBEDDING)
     if not any(name.startswith(_PREFIXES[0][0]) for name in shapes):
         raise PipelineError(
@@ -256,7 +256,7 @@ def export_original(folder: Path, out: Path) -> None:
         )
     if config.vision_feature_layer != -1:
         raise PipelineError(f"{folder}: only vision_feature_layer=-1, the tower's last layer, can be exported")
-    files = _weight_files(folder)
+    files = weight_files(folder)
     shapes, dtype = _survey(files, _transformers(_EMBEDDING))
     _check(folder, shapes, _expected_shapes(config))
 
@@ -376,7 +376,7 @@ def _original(name: str) -> str:
     return theirs + name.removeprefix(ours)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's tensors, by its index if it has one."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"

@@ -1,24 +1,15 @@
 """A recipe and a DeepSpeed config -> an engine whose parameters are where ZeRO wants them."""
 
-import logging
 import math
-import os
-import sys
-import time
-import warnings
-from contextlib import suppress
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-import transformers
 from deepspeed.accelerator import get_accelerator
-from torch.utils.cpp_extension import _get_build_directory
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from pipeline.config import Optimizer, Recipe, Train
+from pipeline.config import Optimizer, Recipe, Train, is_offloaded
 from pipeline.errors import PipelineError
 from pipeline.models.attention import choose
 from pipeline.models.llave import DTYPES, Llave, TowerlessLlave
@@ -26,68 +17,12 @@ from pipeline.models.lora import add_adapters
 from pipeline.models.tower import FrozenTower
 from pipeline.training.partitions import load_partitioned
 
-_LONGEST_BUILD = 600  # seconds
-
 # What can be trained or frozen: the beginnings of its parameters' names.
 PARTS = {
     "projector": ("multi_modal_projector.", "image_newline"),
     "language_model": ("language_model.",),
     "vision_tower": ("vision_tower.",),
 }
-
-
-def start_distributed(timeout_minutes: float) -> torch.device:
-    """Join the process group that the launcher's environment describes; alone, make one of one process.
-
-    Returns this process's device. A collective that waits longer than the time limit ends the process.
-    """
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed still calls collectives by the names they had before torch 2.13, several a step.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        raise PipelineError("several tasks of srun, but no RANK: start torchrun as one task of each node")
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-    }.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
-    _refuse_stale_lock()
-    accelerator = get_accelerator()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(local_rank)
-    deepspeed.init_distributed(
-        dist_backend=backend,
-        timeout=timedelta(minutes=timeout_minutes),
-        verbose=False,
-        auto_mpi_discovery=False,
-    )
-    return torch.device(accelerator.device_name(local_rank) if backend != "gloo" else "cpu")
-
-
-def end_distributed() -> NoReturn:
-    """End this process with success, when all ranks have come here.
-
-    At once: gloo's threads now and then abort a Python that takes its time to end, after all was done.
-    """
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def _refuse_stale_lock() -> None:
-    """PyTorch waits for ever for whoever builds DeepSpeed's kernels, also if that was killed meanwhile."""
-    lock = Path(_get_build_directory("deepspeed_shm_comm_op", verbose=False), "lock")
-    with suppress(FileNotFoundError):
-        if time.time() - lock.stat().st_mtime > _LONGEST_BUILD:
-            raise PipelineError(f"{lock} is left from a build that was killed: delete it and start again")
 
 
 def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> deepspeed.DeepSpeedEngine:
@@ -108,7 +43,11 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     freeze(model, recipe.train)
     if recipe.train.lora:
         add_adapters(model.language_model, recipe.train.lora, seed=recipe.seed)
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.optimizer.lr)
+    if recipe.batch.activation_checkpointing:
+        model.checkpoint_activations()
+    # Offloaded gradients count where a step's last backward pass has one: what it leaves out would be lost.
+    model.always_with_images = is_offloaded(config["zero_optimization"])
+    optimizer = adamw(parameter_groups(model, recipe), recipe.optimizer.lr, config["zero_optimization"])
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
@@ -145,6 +84,19 @@ def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
                 options = {"betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": weight_decay}
                 groups.append({"params": parameters, "lr_scale": scale} | options)
     return groups
+
+
+def adamw(groups: list[dict], lr: float, zero: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW of where its state is: torch's, one kernel a step on CUDA; on the host, if offloaded to it, DeepSpeed's.
+
+    zero: a DeepSpeed config's "zero_optimization".
+    """
+    if not is_offloaded(zero):
+        return torch.optim.AdamW(groups, lr=lr, fused=get_accelerator().device_name() == "cuda" or None)
+    try:
+        return DeepSpeedCPUAdam(groups, lr=lr)
+    except RuntimeError as error:
+        raise PipelineError(f"offload_optimizer needs a kernel that could not be compiled: {error.__cause__}") from None
 
 
 def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, recipe: Recipe) -> None:

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 from transformers.image_processing_utils import select_best_resolution
 
-from pipeline.config import Recipe
+from pipeline.config import Recipe, is_offloaded
 from pipeline.data.tiles import Tiling
+from pipeline.losses.contrastive import KEPT_BYTES
 from pipeline.models import llave, weights
 from pipeline.models.lora import add_adapters
 from pipeline.training.budget import Budget
@@ -22,7 +23,7 @@ from pipeline.training.engine import freeze
 
 FP32 = 4
 MOST_TOKENS = 1 << 24  # of a chunk: nobody has a device for larger ones
-_LOSS_TILE = 1024  # rows at once, of losses/contrastive.py
+_LOSS_TILE = 256  # rows at once, of losses/contrastive.py
 _PHOTO = (3000, 4000)  # height and width of the image that chunks are taken to be full of
 
 
@@ -32,12 +33,14 @@ class Group:
 
     trained: they have a gradient and an optimizer state.
     in_engine: ZeRO shards them; a frozen vision tower is outside, whole on every device.
+    largest: how many are in one tensor, at most.
     """
 
     name: str
     parameters: int
     trained: bool
     in_engine: bool = True
+    largest: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class States:
 
     buckets: DeepSpeed's buffer for gradients under way.  gathered: parameters that ZeRO-3 has whole, at most.
     step: more that the optimizer needs while it steps, when no chunk is there.
+    host: what is offloaded to the host's memory, of each device.
     """
 
     parameters: int
@@ -54,6 +58,7 @@ class States:
     buckets: int
     gathered: int
     step: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -78,13 +83,12 @@ def meta_model(recipe: Recipe) -> llave.Llave:
 
 def groups_of(model: nn.Module, tower_in_engine: bool) -> list[Group]:
     """The model's parameters by its top modules, the trained ones and the frozen ones apart."""
-    counts: dict[tuple[str, bool], int] = {}
+    counts: dict[tuple[str, bool], list[int]] = {}
     for name, parameter in model.named_parameters():
-        key = name.partition(".")[0], parameter.requires_grad
-        counts[key] = counts.get(key, 0) + parameter.numel()
+        counts.setdefault((name.partition(".")[0], parameter.requires_grad), []).append(parameter.numel())
     return [
-        Group(name, count, trained, tower_in_engine or name != "vision_tower")
-        for (name, trained), count in counts.items()
+        Group(name, sum(numbers), trained, tower_in_engine or name != "vision_tower", max(numbers))
+        for (name, trained), numbers in counts.items()
     ]
 
 
@@ -99,23 +103,37 @@ def state_bytes(groups: Sequence[Group], *, stage: int, gpus: int, width: int, z
     share = math.ceil(trained / gpus)
     parameters = width * (outside + (math.ceil(inside / gpus) if stage == 3 else inside))
     if stage == 0:
-        # Two moments, and in the step their root.
-        return States(parameters, FP32 * trained, 2 * FP32 * trained, 0, 0, FP32 * trained)
+        return States(parameters, FP32 * trained, 2 * FP32 * trained, 0, 0, 0)  # two moments
     # Gradients are summed in fp32: of a device's share, but with stage 1 of all parameters; there bf16 gradients stay
     # beside that sum.
     gradients = FP32 * (trained if stage == 1 else share)
     if stage == 1 and width < FP32:
         gradients += width * trained
+    optimizer = 3 * FP32 * share  # two moments and the master weights, which ZeRO has in fp32 runs, too
+    step = FP32 * share  # the gradients as one tensor
+    host = 0
+    if is_offloaded(zero):
+        # There the gradients' sum is beside those that the optimizer takes; with stage 2 also the parameters on their
+        # way back, and of a gradient on its way a buffer on both sides.
+        host = optimizer + 2 * FP32 * share
+        optimizer = step = gradients = 0
+        if stage == 2:
+            gradients = width * max(group.largest for group in groups if group.trained)
+            host += width * share + gradients
+    if stage == 3 and zero.get("offload_param", {}).get("device") == "cpu":
+        host += width * math.ceil(inside / gpus)
+        parameters = width * outside
     return States(
         parameters=parameters,
         gradients=gradients,
-        optimizer=3 * FP32 * share,  # two moments and the master weights, which ZeRO has in fp32 runs, too
+        optimizer=optimizer,
         # Stage 1 in bf16 reduces fp32 sums.  With overlap_comm stages 1 and 2 fill one while the other is under way.
         buckets=int(zero.get("reduce_bucket_size", 5e8))
         * (FP32 if stage == 1 else width)
         * (2 if stage < 3 and zero.get("overlap_comm") else 1),
         gathered=width * min(inside, int(zero.get("stage3_max_live_parameters", 1e9))) if stage == 3 else 0,
-        step=2 * FP32 * share,  # the gradients as one tensor, and the second moments' root
+        step=step,
+        host=host,
     )
 
 
@@ -133,24 +151,37 @@ class Work:
     width: int
 
 
-def saved_bytes(config: LlavaOnevisionConfig, work: Work, tower_trained: bool) -> int:
+def saved_bytes(config: LlavaOnevisionConfig, work: Work, tower_trained: bool, checkpointing: bool = False) -> int:
     """What autograd keeps of a forward pass with gradient, parameters not counted.
 
+    checkpointing: of each layer its input alone.
     With adapters, or with a language model that is frozen, it is less than that.
     """
     text, vision, width = config.text_config, config.vision_config, work.width
     patches = work.tiles * _patches(config)
+    inputs = work.tokens * text.hidden_size * width, patches * vision.hidden_size * width
+    language_layer, vision_layer = inputs if checkpointing else _layers(config, work)
     kept = (
-        text.num_hidden_layers * _language_layer(text, work)
+        text.num_hidden_layers * language_layer
         + _rms_norm(text, work)  # the last one
         + 2 * work.tokens * _head(text) * width  # cosines and sines of the positions, which all layers share
         + patches * vision.hidden_size * width  # the tower's output, for the projector
         + 3 * patches * text.hidden_size * width  # before and after the projector's GELU, and as the images' tokens
     )
     if tower_trained:
-        kept += vision.num_hidden_layers * _vision_layer(vision, patches, width)
+        kept += vision.num_hidden_layers * vision_layer
         kept += work.tiles * 3 * vision.image_size**2 * width  # pixels, for the patch embedding
     return kept
+
+
+def recomputed_bytes(config: LlavaOnevisionConfig, work: Work, tower_trained: bool) -> int:
+    """What a backward pass has of the layer that activation checkpointing works out again, with its gradients."""
+    language, vision = _layers(config, work)
+    patches = work.tiles * _patches(config)
+    # At the MLP's activation everything is there, and twice a gradient of that width.
+    language += 2 * work.tokens * config.text_config.intermediate_size * work.width
+    vision += 2 * patches * config.vision_config.intermediate_size * work.width
+    return max(language, vision if tower_trained else 0)
 
 
 def working_bytes(config: LlavaOnevisionConfig, work: Work, tiles_at_once: int | None = None) -> int:
@@ -182,13 +213,12 @@ def working_bytes(config: LlavaOnevisionConfig, work: Work, tiles_at_once: int |
 def loss_bytes(config: LlavaOnevisionConfig, global_batch: int, gpus: int) -> int:
     """The most that the loss takes, in float32, while nothing but embeddings is there."""
     width, rows = config.text_config.hidden_size, global_batch // gpus
-    matrices = 4 if rows <= _LOSS_TILE else 5  # one of a tile is still there when the next begins
-    return FP32 * (
-        3 * global_batch * width  # queries and targets of all devices, and the targets once more as columns
-        + 2 * global_batch * width  # both sides' gradient with respect to all rows
-        + 3 * rows * width  # both sides' gradient with respect to own rows, and own rows in order
-        + matrices * min(_LOSS_TILE, rows) * global_batch  # a tile: similarities, logits and what leads to them
+    work = FP32 * (
+        4 * global_batch * width  # targets of all devices, as columns, as a factor of the logits, and their gradient
+        + 3 * rows * width  # own queries, as a factor, and their gradient
+        + 2 * min(_LOSS_TILE, rows) * global_batch  # a tile's gradient, in both directions
     )
+    return work + min(KEPT_BYTES, FP32 * rows * global_batch)  # tiles of logits
 
 
 def embedding_bytes(config: LlavaOnevisionConfig, global_batch: int, gpus: int) -> int:
@@ -202,6 +232,12 @@ def tokens_per_tile(tiling: Tiling, videos: bool) -> float:
         return math.ceil(tiling.patches / 2) ** 2
     height, width = select_best_resolution(_PHOTO, [list(size) for size in tiling.pinpoints])
     return tiling.tokens(*_PHOTO, anyres=True) / (1 + height * width // tiling.size**2)
+
+
+def _layers(config: LlavaOnevisionConfig, work: Work) -> tuple[int, int]:
+    """What autograd keeps of a layer of the language model, and of the vision tower."""
+    patches = work.tiles * _patches(config)
+    return _language_layer(config.text_config, work), _vision_layer(config.vision_config, patches, work.width)
 
 
 def _language_layer(text: Qwen2Config, work: Work) -> int:
@@ -284,10 +320,11 @@ class Plan:
         tokens = max(chunk_tokens, self.recipe.model.max_tokens)
         work = Work(tokens, tokens, math.ceil(tokens / self.tile_tokens), self._width)
         working = working_bytes(self.config, work, None if tower_trained else batch.tower_tiles)
-        saved = saved_bytes(self.config, work, tower_trained)
+        saved = saved_bytes(self.config, work, tower_trained, batch.activation_checkpointing)
+        backward = recomputed_bytes(self.config, work, tower_trained) if batch.activation_checkpointing else working
         return {
             "a chunk without gradient": working,
-            "a chunk with gradient": max(self.budget.kept_chunks, 1) * saved + working,
+            "a chunk with gradient": max(self.budget.kept_chunks, 1) * saved + backward,
             "the loss": loss_bytes(self.config, batch.global_batch, self.gpus),
             "the optimizer's step": states.step,
         }

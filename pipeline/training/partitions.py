@@ -1,7 +1,6 @@
-"""Weights -> ZeRO-3's partitions: of every tensor a rank reads its own part, and no rank ever holds one whole.
+"""Weights -> ZeRO-3's partitions: of every tensor a rank reads its own part, and no other.
 
-transformers would have each process read the whole checkpoint into the host's memory: eight times 16 GB on a node that
-trains a 7B model on eight GPUs.
+transformers would have the first rank read all of it, and send every tensor whole to all others.
 """
 
 import re

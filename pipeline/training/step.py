@@ -18,13 +18,18 @@ from pipeline.data.batch import Batch
 from pipeline.losses.contrastive import LossOutput, hardness_weighted_loss
 from pipeline.models.chunks import Chunk, Features, in_order, plan_chunks, run_chunk
 from pipeline.training.budget import Budget
+from pipeline.training.temperature import Temperature
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """tokens: of this rank's items.  largest_chunk: tokens of its largest chunk, with attention's padding."""
+    """temperature: that of the loss.  tokens: of this rank's items.
+
+    largest_chunk: tokens of its largest chunk, as the budget counts them.
+    """
 
     loss: LossOutput
+    temperature: float
     grad_norm: float
     tokens: int
     largest_chunk: int
@@ -35,6 +40,7 @@ def train_step(
     batch: Batch,
     recipe: Recipe,
     budget: Budget,
+    temperature: Temperature,
     *,
     lr: float,
     features: Features | None = None,
@@ -44,31 +50,38 @@ def train_step(
     Parameters end as if one process had embedded the whole global batch at once, whatever the ZeRO stage,
     the chunks, how many of them keep their graph, and the number of ranks.
 
-    budget: how the batch is cut.  lr: of parts without one of their own.
+    budget: how the batch is cut.  temperature: the loss's; where it is learnt, it takes a step, too.
+    lr: of parts without one of their own.
     features: of a vision tower that is not part of the engine.
     """
     items = list(batch.items.values())
     # Where texts alone train nothing, a dummy image gives every chunk something to take a gradient of.
-    chunks = plan_chunks(items, budget.chunk_tokens, engine.device, all_with_images=not recipe.train.language_model)
+    all_with_images, padded = not recipe.train.language_model, engine.module.pads
+    chunks = plan_chunks(items, budget.chunk_tokens, engine.device, padded=padded, all_with_images=all_with_images)
     kept, again = chunks[: budget.kept_chunks], chunks[budget.kept_chunks :]
     graphs = [run_chunk(engine, chunk, features) for chunk in kept]
     with torch.no_grad():
         parts = graphs + [run_chunk(engine, chunk, features) for chunk in again]
     embeddings = in_order(chunks, parts, len(items)).requires_grad_()
-    output = contrastive_loss(embeddings, batch, recipe)
-    (gradient,) = torch.autograd.grad(output.loss, embeddings)
+    tau = temperature.value
+    output = contrastive_loss(embeddings, batch, recipe, tau)
+    gradient = temperature.gradient(output.loss, embeddings)
     del parts
     backward_chunks(engine, kept, graphs, again, gradient, features)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     norm = _unsharded_norm(engine)
     engine.step()
+    temperature.step(lr)
     tokens = sum(len(item.input_ids) for item in items)
-    largest = max(len(chunk.packed.lengths) * max(chunk.packed.lengths) for chunk in chunks)
-    return StepResult(output, float(engine.get_global_grad_norm() if norm is None else norm), tokens, largest)
+    largest = max(chunk.size for chunk in chunks)
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return StepResult(output, float(tau), float(norm), tokens, largest)
 
 
-def contrastive_loss(embeddings: torch.Tensor, batch: Batch, recipe: Recipe) -> LossOutput:
+def contrastive_loss(
+    embeddings: torch.Tensor, batch: Batch, recipe: Recipe, temperature: float | torch.Tensor
+) -> LossOutput:
     """The batch's loss as a function of its distinct items' embeddings, (items, hidden).
 
     Where the recipe names a sub-batch: the mean of the losses of the global batch's parts, each of its own negatives.
@@ -89,7 +102,7 @@ def contrastive_loss(embeddings: torch.Tensor, batch: Batch, recipe: Recipe) -> 
             query,
             target,
             alpha=loss.alpha,
-            temperature=loss.temperature,
+            temperature=temperature,
             margin=loss.margin,
             negatives=negatives,
             query_ids=query_ids,

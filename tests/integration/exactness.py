@@ -1,4 +1,4 @@
-"""One rank of the exactness tests: `python exactness.py MODEL DS_CONFIG OUT [no-guard MIX]`.
+"""One rank of the exactness tests: `python exactness.py MODEL DS_CONFIG OUT [offloaded | no-guard MIX]`.
 
 Takes optimizer steps through the engine and, beside it, the same steps in one process with the whole global
 batch, item by item, the loss as one B x B formula, plain autograd and torch's AdamW. Writes the differences.
@@ -6,8 +6,9 @@ batch, item by item, the loss as one B x B formula, plain autograd and torch's A
 
 import io
 import json
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import deepspeed
@@ -27,8 +28,10 @@ from pipeline.models.lora import add_adapters
 from pipeline.models.tower import KeptFeatures
 from pipeline.training import step as step_module
 from pipeline.training.budget import Budget
-from pipeline.training.engine import build_engine, end_distributed, freeze, load_tower, start_distributed
+from pipeline.training.distributed import end_distributed, start_distributed
+from pipeline.training.engine import build_engine, freeze, load_tower
 from pipeline.training.step import train_step
+from pipeline.training.temperature import Temperature
 
 PAIRS = 16
 STEPS = 2
@@ -45,6 +48,7 @@ PARTS = {
 }
 WHOLE = ("train.vision_tower=true",)
 FROZEN = ("batch.tower_tiles=3", "batch.features_mb=0")
+CHECKPOINTING = "batch.activation_checkpointing=true"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,17 @@ CASES = (
     Case("mixed", 200, 2, ("train.projector=false", "train.vision_tower=0.02")),
     Case("mixed", 200, 2, ("train.lora.rank=4",)),
     Case("mixed", 200, 2, (*FROZEN, "batch.sub_batch=4")),
+    Case("mixed", 200, 1, (*WHOLE, "loss.learn_temperature=true", "loss.temperature=0.07")),
+    Case("mixed", 200, 0, (*WHOLE, CHECKPOINTING)),
+    Case("mixed", 200, 3, (*WHOLE, CHECKPOINTING)),
+    Case("images", 200, 1000, (*FROZEN, CHECKPOINTING, "train.lora.rank=4")),
+)
+OFFLOADED = (
+    Case("mixed", 200),
+    Case("images", 1, 2),
+    Case("fading", 200, 1),
+    Case("mixed", 200, 1000, FROZEN),
+    Case("mixed", 200, 0, (*FROZEN, CHECKPOINTING, "train.lora.rank=4")),
 )
 
 
@@ -77,15 +92,19 @@ def picture(rng: np.random.Generator) -> bytes:
 
 
 def make_pairs(mix: str, seed: int) -> list[Pair]:
-    """Pairs with explicit negatives for some, a query and targets that occur twice, and texts of unlike lengths."""
+    """Pairs with explicit negatives for some, a query and targets that occur twice, and texts of unlike lengths.
+
+    mix: "images" or "text"; "mixed": images in the first half only, so that of two ranks one has none; "fading": images
+    in the first step only.
+    """
     rng = np.random.default_rng(seed)
 
     def item(name: str, with_image: bool) -> Item:
         words = " ".join(["star"] * int(rng.integers(1, 12)))
         return Item(f"<image>\n{name} {words}", (picture(rng),)) if with_image else Item(f"{name} {words}")
 
-    # "mixed": images in the first half only, so that of two ranks one has none.
-    images = [mix == "images" or (mix == "mixed" and i < PAIRS // 2 and i % 2 == 0) for i in range(PAIRS)]
+    all_images = mix == "images" or (mix == "fading" and seed == 0)
+    images = [all_images or (mix == "mixed" and i < PAIRS // 2 and i % 2 == 0) for i in range(PAIRS)]
     targets = [item(f"target {i}", images[i] and i % 3 == 0) for i in range(PAIRS)]
     targets[5] = targets[1]
     queries = [item(f"query {i}", images[i]) for i in range(PAIRS)]
@@ -113,7 +132,9 @@ def sub_batches(pairs: list[Pair], recipe: Recipe) -> list[list[Pair]]:
     return [[pair for i, pair in enumerate(pairs) if i % share // piece == part] for part in range(PAIRS // size)]
 
 
-def formula(model: Llave, pairs: list[Pair], processor: Processor, alpha: float, temperature: float) -> torch.Tensor:
+def formula(
+    model: Llave, pairs: list[Pair], processor: Processor, alpha: float, temperature: torch.Tensor
+) -> torch.Tensor:
     """LLaVE's loss (arXiv 2503.04812) as one B x B matrix, each item embedded by itself."""
     pairs = [pair for pair in pairs if int(pair.key) not in INVALID]
 
@@ -179,27 +200,34 @@ def compare(model: str, stage: str, case: Case) -> dict:
         decay = 0.1 if parameter.ndim > 1 else 0
         groups.append({"params": [parameter], "weight_decay": decay, "lr": LR if rate is True else rate})
     optimizer = torch.optim.AdamW(groups, eps=EPS)
+    temperature = Temperature(recipe, engine.device)
+    log_scale = torch.tensor(-math.log(recipe.loss.temperature), requires_grad=recipe.loss.learn_temperature)
+    scale_optimizer = torch.optim.AdamW([log_scale], lr=LR, eps=EPS, weight_decay=0)
     result = {"case": repr(case), "loss": 0.0, "grad_norm": 0.0}
     for step in range(STEPS):
         pairs = make_pairs(case.mix, seed=step)
         own = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
         features = KeptFeatures(tower, recipe.batch.tower_tiles, recipe.batch.features_mb << 20) if tower else None
-        ours = train_step(engine, own, recipe, Budget.of(recipe.batch, 512), lr=LR, features=features)
+        ours = train_step(engine, own, recipe, Budget.of(recipe.batch, 512), temperature, lr=LR, features=features)
         loss = ours.loss.loss.detach().clone()
         dist.all_reduce(loss)
 
         parts = sub_batches(pairs, recipe)
-        losses = [formula(reference, part, processor, recipe.loss.alpha, recipe.loss.temperature) for part in parts]
+        losses = [formula(reference, part, processor, recipe.loss.alpha, torch.exp(-log_scale)) for part in parts]
         expected = torch.stack(losses).mean()
         optimizer.zero_grad()
+        scale_optimizer.zero_grad()
         expected.backward()
         for parameter in trained.values():
             # What no item of the batch runs through has a zero gradient, and weight decay.
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
+        scale_optimizer.step()
         result["loss"] = max(result["loss"], abs(float(loss) / world / float(expected.detach()) - 1))
         result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / float(norm) - 1))
+    result["temperature"] = abs(float(temperature.value) / float(torch.exp(-log_scale)) - 1)
+    result["moved"] = abs(float(temperature.value) - recipe.loss.temperature) > 1e-3
     result["parameters"] = largest_difference(engine, reference)
     engine.destroy()
     return result
@@ -213,10 +241,12 @@ def main() -> None:
         # Each rank runs the tower only for chunks that have an image themselves.
         def unguarded(*arguments, **options):
             chunks = chunks_module.plan_chunks(*arguments, **options)
-            return [chunks_module.Chunk(c.rows, c.packed, bool(c.packed.image_sizes)) for c in chunks]
+            return [replace(chunk, with_images=bool(chunk.packed.images)) for chunk in chunks]
 
         step_module.plan_chunks = unguarded
         cases = (Case(flags[1], 200),)
+    if "offloaded" in flags:
+        cases = OFFLOADED
     results = [compare(model, stage, case) for case in cases]
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))

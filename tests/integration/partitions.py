@@ -14,7 +14,7 @@ from safetensors import safe_open
 from pipeline.config import load_ds_config, load_recipe
 from pipeline.models.llave import TowerlessLlave
 from pipeline.training import partitions
-from pipeline.training.engine import end_distributed, start_distributed
+from pipeline.training.distributed import end_distributed, start_distributed
 
 read = []
 

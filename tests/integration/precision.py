@@ -18,9 +18,11 @@ from pipeline.models.tower import KeptFeatures
 from pipeline.models.weights import fingerprint
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
-from pipeline.training.engine import build_engine, end_distributed, load_tower, start_distributed
+from pipeline.training.distributed import end_distributed, start_distributed
+from pipeline.training.engine import build_engine, load_tower
 from pipeline.training.export import export
 from pipeline.training.step import train_step
+from pipeline.training.temperature import Temperature
 
 
 def main() -> None:
@@ -36,7 +38,15 @@ def main() -> None:
 
     def step(engine, batch) -> tuple[float, float]:
         features = KeptFeatures(tower, recipe.batch.tower_tiles, 0) if tower else None
-        result = train_step(engine, batch, recipe, Budget.of(recipe.batch, 512), lr=1e-3, features=features)
+        result = train_step(
+            engine,
+            batch,
+            recipe,
+            Budget.of(recipe.batch, 512),
+            Temperature(recipe, engine.device),
+            lr=1e-3,
+            features=features,
+        )
         return float(result.loss.loss.detach()), result.grad_norm
 
     tower = load_tower(recipe, model, torch.device("cpu"))

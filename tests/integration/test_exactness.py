@@ -9,34 +9,44 @@ from launch import launch
 WORKER = str(Path(__file__).with_name("exactness.py"))
 
 
-def zero_config(stage: int, folder: Path) -> str:
+def zero_config(name: str, folder: Path) -> str:
     """The project's config, with ZeRO-3 partitioning every parameter: by default it leaves small ones whole."""
-    config = json.loads(Path(f"ds_configs/zero{stage}.json").read_text())
-    if stage == 3:
+    config = json.loads(Path(f"ds_configs/{name}.json").read_text())
+    if name.startswith("zero3"):
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     path = folder / "ds.json"
     path.write_text(json.dumps(config))
     return str(path)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_equals_one_process_with_the_whole_batch(stage, world, tiny_model, tmp_path):
-    out = tmp_path / "out.json"
-    ended = launch([WORKER, tiny_model, zero_config(stage, tmp_path), str(out)], world, seconds=200)
+def assert_exact(name: str, world: int, model: str, folder: Path, *flags: str) -> None:
+    out = folder / "out.json"
+    ended = launch([WORKER, model, zero_config(name, folder), str(out), *flags], world, seconds=200)
     assert ended.status == [0] * world, ended.output[-4000:]
     results = json.loads(out.read_text())
-    assert len(results) == 22
     for result in results:
-        print(f"ZeRO {stage}, {world} processes: {result}")
+        print(f"{name}, {world} processes: {result}")
         assert result["loss"] < 1e-5, result
         assert result["grad_norm"] < 1e-5, result
         assert result["parameters"] < 1e-5, result
+        assert result["temperature"] < 1e-5, result
+        assert result["moved"] == ("learn_temperature" in result["case"]), result
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_equals_one_process_with_the_whole_batch(stage, world, tiny_model, tmp_path):
+    assert_exact(f"zero{stage}", world, tiny_model, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_so_does_one_whose_optimizer_is_on_the_host(stage, tiny_model, tmp_path):
+    assert_exact(f"zero{stage}_offload", 2, tiny_model, tmp_path, "offloaded")
 
 
 def test_without_the_dummy_tile_a_rank_without_images_breaks_zero_3(tiny_model, tmp_path):
     """The guard the test above relies on in its mixed batches, where the second of two ranks has no image."""
-    config = zero_config(3, tmp_path)
+    config = zero_config("zero3", tmp_path)
     for mix, works in (("images", True), ("mixed", False)):
         out = tmp_path / f"{mix}.json"
         ended = launch([WORKER, tiny_model, config, str(out), "no-guard", mix], 2, seconds=60)

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.errors import PipelineError
-from pipeline.models.attention import KINDS, Segments, choose
+from pipeline.models.attention import KINDS, Segments, choose, implementation
+from pipeline.models.llave import Llave
 
 LENGTHS = (5, 1, 17, 3)
 
@@ -61,3 +62,13 @@ def test_the_best_that_runs_is_chosen_and_what_does_not_is_refused(monkeypatch):
             choose(kind, "cpu", torch.bfloat16)
         with pytest.raises(PipelineError, match="it is for bf16 only, and the precision is fp32"):
             choose(kind, "cuda", torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_made_with_each_kind(tiny_model, kind):
+    """transformers takes some names for kernels that it would fetch."""
+    config = Llave.config_for(tiny_model, None, kind)
+    with torch.device("meta"):
+        model = Llave(config)
+    assert model.language_model.config._attn_implementation == implementation(kind)
+    assert model.pads == (kind == "sdpa")

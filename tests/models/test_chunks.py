@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -8,25 +10,56 @@ from pipeline.models.chunks import embed_chunks, plan_chunks
 CPU = torch.device("cpu")
 
 
-def encoded(length: int, image: bool = False) -> Encoded:
-    tile = Image(np.zeros((1, 3, 4, 4), np.uint8), 4, 4)
+def encoded(length: int, image: bool = False, size: int = 4) -> Encoded:
+    tile = Image(np.zeros((1, 3, size, size), np.uint8), size, size)
     return Encoded(np.full(length, length, np.int32), (tile,) if image else ())
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
-def test_chunks_hold_every_item_once_within_the_budget(budget):
+def test_chunks_hold_every_item_once_within_the_budget(budget, padded):
     lengths = np.random.default_rng(0).integers(1, 60, 50).tolist()
-    chunks = plan_chunks([encoded(n) for n in lengths], budget, CPU)
+    chunks = plan_chunks([encoded(n) for n in lengths], budget, CPU, padded=padded)
     assert sorted(torch.cat([chunk.rows for chunk in chunks]).tolist()) == list(range(50))
-    for chunk in chunks:
-        assert chunk.packed.lengths == tuple(lengths[row] for row in chunk.rows)
-        assert len(chunk.rows) == 1 or len(chunk.rows) * max(chunk.packed.lengths) <= budget
+    for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+        inside = chunk.packed.lengths
+        assert inside == tuple(lengths[row] for row in chunk.rows)
+        assert chunk.size == (len(inside) * max(inside) if padded else sum(inside))
+        assert len(chunk.rows) == 1 or chunk.size <= budget
+        if following:  # whose longest item did not fit
+            more = following.packed.lengths[0]
+            assert (chunk.size + (max(inside) if padded else more)) > budget
 
 
 def test_short_items_do_not_share_a_chunk_with_a_long_one():
     """Attention pads a chunk's items to its longest: 100 short ones beside one of 3000 would be 300,000 tokens."""
     chunks = plan_chunks([encoded(40)] * 100 + [encoded(3000)], 4000, CPU)
     assert [len(chunk.rows) for chunk in chunks] == [1, 100]
+
+
+def test_kernels_without_padding_take_short_items_beside_a_long_one():
+    chunks = plan_chunks([encoded(40)] * 100 + [encoded(3000)], 4000, CPU, padded=False)
+    assert [len(chunk.rows) for chunk in chunks] == [26, 75]
+
+
+def test_tiles_are_copied_for_one_chunk_at_a_time():
+    size = 512
+    items = [encoded(20, image=True, size=size) for _ in range(30)]
+
+    def model(packed, with_images, features):
+        return packed.tiles[:, 0, 0].float()
+
+    tracemalloc.start()
+    try:
+        chunks = plan_chunks(items, 100, CPU)
+        assert sum(len(chunk.rows) * chunk.size for chunk in chunks) == 30 * 100
+        assert tracemalloc.get_traced_memory()[1] < size**2
+        embed_chunks(model, chunks, len(items))
+        now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 5 * 3 * size**2 <= peak < 6 * 3 * size**2
+    assert now < size**2
 
 
 def test_chunks_say_whether_they_have_images():

@@ -110,6 +110,42 @@ def test_a_chunk_with_only_a_video_trains_what_one_with_an_image_does(tiny_model
     assert trained["video"] == trained["image"] == trained["text"]
 
 
+@pytest.mark.parametrize("frozen", [(), ("language_model.embed_tokens",), ("language_model", "vision_tower")])
+def test_activation_checkpointing_runs_each_layer_again_for_the_same_gradients(tiny_model, items, frozen):
+    processor, model = Processor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32)
+    packed = pack([processor.encode(item) for item in items])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    runs, layers = [], [*model.language_model.layers, *model.vision_tower.encoder.layers]
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            without = model(packed, True)
+        assert runs == [False] * len(layers)
+        runs.clear()
+        embeddings = model(packed, True)
+        assert torch.equal(embeddings, without)
+        embeddings[:, :3].sum().backward()
+        found.append((len(runs), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad()
+        runs.clear()
+        model.checkpoint_activations()
+    assert model.language_model.embed_tokens(packed.input_ids).requires_grad == (not frozen)
+    (once, expected), (twice, gradients) = found
+    assert once == len(layers)
+    # A tower that is frozen needs no backward pass.
+    assert twice == len(layers) + (2 if "vision_tower" in frozen else len(layers))
+    assert gradients.keys() == expected.keys()
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+def test_sdpa_pads_and_kernels_of_variable_length_do_not(tiny_model):
+    assert Llave.load(tiny_model, torch.float32, attention="sdpa").pads
+    assert not Llave.load(tiny_model, torch.float32, attention="varlen").pads
+
+
 def test_the_number_of_video_frames_is_the_processors(tiny_model, items):
     placeholder = AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids("<video>")
     for frames in (1, 3, 8):

@@ -46,7 +46,7 @@ def test_each_tile_is_seen_once_and_few_at_a_time(tiny_model, items):
     tower, seen = FrozenTower.load(tiny_model, torch.float32, CPU), []
     tower.vision_tower.embeddings.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
     features, chunks = KeptFeatures(tower, 2, 0), plan_chunks(items, 60, CPU)
-    with_images = [chunk for chunk in chunks if chunk.packed.image_sizes]
+    with_images = [chunk for chunk in chunks if chunk.packed.images]
     assert len(with_images) > 1
     for _ in range(3):
         for chunk in with_images:

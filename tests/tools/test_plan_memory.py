@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import weakref
@@ -26,6 +27,7 @@ from pipeline.training.memory import (
     groups_of,
     loss_bytes,
     meta_model,
+    recomputed_bytes,
     saved_bytes,
     state_bytes,
     tokens_per_tile,
@@ -133,6 +135,28 @@ def test_a_chunk_takes_what_is_planned(name, dtype):
     assert saved + working == pytest.approx(live.peak, rel=0.15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_with_activation_checkpointing_a_chunk_takes_what_is_planned(name, dtype):
+    model = random_model(SHAPES[name], dtype)
+    model.checkpoint_activations()
+    packed, work = chunk(SHAPES[name])
+    work = Work(work.tokens, work.slots, work.tiles, dtype.itemsize)
+    saved = saved_bytes(model.config, work, tower_trained=True, checkpointing=True)
+    working, backward = working_bytes(model.config, work), recomputed_bytes(model.config, work, tower_trained=True)
+    with torch.no_grad(), LiveBytes() as live:
+        model(packed, True)
+    assert working == pytest.approx(live.peak, rel=0.05)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveBytes() as live:
+        embeddings = model(packed, True)
+        assert saved == pytest.approx(live.now, rel=0.15)
+        embeddings.sum().backward()
+    assert saved + backward == pytest.approx(live.peak, rel=0.15)
+    assert saved < saved_bytes(model.config, work, tower_trained=True) / 5
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_frozen_tower_keeps_nothing_but_its_features(name):
     whole, (packed, work) = random_model(SHAPES[name], torch.float32), chunk(SHAPES[name])
@@ -174,15 +198,19 @@ def size_of(tensors) -> int:
 def test_without_sharding_states_are_those_of_adamw():
     model = random_model(SHAPES["tiny"], torch.float32)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
+    optimizer = torch.optim.AdamW(trained, fused=True)
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+    with LiveBytes() as live:
+        optimizer.step()
+    assert live.peak < 4 * len(trained) * 8  # its steps' numbers
     states = state_bytes(groups_of(model, tower_in_engine=True), stage=0, gpus=2, width=4, zero={})
     assert states.parameters == size_of(model.parameters())
     assert states.gradients == size_of(p.grad for p in trained) < states.parameters
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert states.optimizer == size_of(moments)
+    assert states.step == 0
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -207,6 +235,32 @@ def test_a_device_has_its_share_of_the_states(stage, dtype):
     assert states.parameters == (every.chunk(gpus)[0] if stage == 3 else every).nbytes
     assert states.gathered == (5000 * dtype.itemsize if stage == 3 else 0)
     assert states.buckets == 1000 * (4 if stage == 1 else dtype.itemsize)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_is_offloaded_is_on_the_host(stage):
+    groups = [
+        Group("tower", 1000, False, in_engine=False),
+        Group("frozen", 600, False),
+        Group("trained", 60, True, largest=40),
+    ]
+    zero = json.loads((ROOT / f"ds_configs/zero{stage}_offload.json").read_text())["zero_optimization"]
+    width = 2 if stage == 3 else 4
+    states = state_bytes(groups, stage=stage, gpus=2, width=width, zero=zero)
+    assert (states.optimizer, states.step) == (0, 0)
+    own = 30
+    if stage == 3:
+        assert (states.parameters, states.gradients) == (2 * 1000, 0)
+        # Master weights, two moments, the gradients' sum and as the optimizer takes it; parameters of both kinds.
+        assert states.host == 5 * 4 * own + 2 * 330
+    else:
+        assert (states.parameters, states.gradients) == (4 * 1660, 4 * 40)
+        assert states.host == 5 * 4 * own + 4 * own + 4 * 40
+    without = state_bytes(
+        groups, stage=stage, gpus=2, width=width, zero={"reduce_bucket_size": zero["reduce_bucket_size"]}
+    )
+    assert (states.buckets, states.gathered) == (without.buckets, without.gathered)
+    assert without.host == 0
 
 
 def test_what_is_frozen_has_neither_gradient_nor_optimizer_state():
@@ -256,6 +310,17 @@ def test_kept_chunks_have_their_graphs_at_the_same_time():
     alone = plans[0].phases(4096, plans[0].states(3, {}))["a chunk without gradient"]
     assert none == one
     assert three - one == 2 * (one - alone)
+
+
+def test_with_activation_checkpointing_larger_chunks_fit():
+    plans = [Plan.of(recipe(f"batch.activation_checkpointing={on}"), 2, videos=False) for on in ("false", "true")]
+    without, checkpointing = (plan.largest_chunk(1e9, plan.states(3, {"reduce_bucket_size": 1000})) for plan in plans)
+    assert checkpointing > 1.3 * without
+
+
+def test_the_program_says_what_is_on_the_host():
+    done = plan_memory("--gpus", "2", "deepspeed=ds_configs/zero3_offload.json")
+    assert "of the host's memory, for each GPU" in done.stdout
 
 
 def test_tiles_are_those_that_an_image_is_cut_to():

@@ -3,12 +3,14 @@ import os
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from pipeline.config import Optimizer, Recipe, load_recipe
 from pipeline.errors import PipelineError
 from pipeline.models.llave import Llave
 from pipeline.models.lora import add_adapters, merge_adapters
-from pipeline.training.engine import freeze, learning_rate, parameter_groups, start_distributed
+from pipeline.training.distributed import start_distributed
+from pipeline.training.engine import adamw, freeze, learning_rate, parameter_groups
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
@@ -100,12 +102,23 @@ def test_what_cannot_be_trained_is_refused(tiny_model, fields, reason):
         add_adapters(Llave.load(tiny_model, torch.float32).language_model, chosen.train.lora, seed=0)
 
 
-def test_a_lock_of_a_build_that_was_killed_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", None)])
+def test_adamw_is_one_kernel_on_cuda(model, monkeypatch, device, fused):
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda: device)
+    chosen = recipe("train.projector=0.3")
+    optimizer = adamw(parameter_groups(model, chosen), chosen.optimizer.lr, {"stage": 2})
+    assert type(optimizer) is torch.optim.AdamW
+    assert {group["fused"] for group in optimizer.param_groups} == {fused}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2, 0.0}
+
+
+@pytest.mark.parametrize("kernel", ["deepspeed_shm_comm_op", "cpu_adam"])
+def test_a_lock_of_a_build_that_was_killed_is_named(tmp_path, monkeypatch, kernel):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.delenv("RANK", raising=False)
-    lock = tmp_path / "deepspeed_shm_comm_op/lock"
+    lock = tmp_path / kernel / "lock"
     lock.parent.mkdir()
     lock.touch()
     os.utime(lock, (0, 0))
-    with pytest.raises(PipelineError, match=r"_op/lock is left from a build that was killed: delete it"):
+    with pytest.raises(PipelineError, match=rf"{kernel}/lock is left from a build that was killed: delete it"):
         start_distributed(1)

@@ -1,0 +1,114 @@
+"""The process group: how ranks find each other, and how they part."""
+
+import logging
+import os
+import socket
+import sys
+import time
+import warnings
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import _get_build_directory
+
+from pipeline.errors import PipelineError
+
+_RENDEZVOUS_MINUTES = 10
+_KERNELS = ("deepspeed_shm_comm_op", "cpu_adam")  # that DeepSpeed compiles at their first use
+_LONGEST_BUILD = 600  # seconds
+
+
+def start_distributed(timeout_minutes: float) -> torch.device:
+    """Join the process group that the launcher's environment describes; alone, make one of one process.
+
+    Returns this process's device. A collective that waits longer than the time limit ends the process; so does a rank
+    that does not come within that time, or ten minutes.
+    """
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed still calls collectives by the names they had before torch 2.13, several a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        raise PipelineError(
+            f"the job has {os.environ['SLURM_NTASKS']} tasks, and this is none of them: start it by srun"
+        )
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    _refuse_stale_lock()
+    accelerator = get_accelerator()
+    backend, device = "gloo", torch.device("cpu")
+    if accelerator.device_name() != "cpu":
+        # Slurm may show each task its own GPU alone. DeepSpeed, too, reads LOCAL_RANK.
+        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % accelerator.device_count())
+        backend, device = accelerator.communication_backend_name(), int(os.environ["LOCAL_RANK"])
+        accelerator.set_device(device)
+        device = torch.device(accelerator.device_name(device))
+    store = _meet(min(timeout_minutes, _RENDEZVOUS_MINUTES))
+    limit = timedelta(minutes=timeout_minutes)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False, auto_mpi_discovery=False)
+    return device
+
+
+def _meet(minutes: float) -> dist.Store:
+    """The store that all ranks share, once all have come to it; else PipelineError, which names the missing."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(minutes=minutes)
+    where = f"{address}:{port}"
+    # Under torchrun its agent holds the store, also for ranks that it starts again.
+    holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(address, port, world, holds, limit, wait_for_workers=False)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            why = f"port {port} is taken on {socket.gethostname()}; set MASTER_PORT to a free one"
+        else:
+            why = (
+                f"no rank 0 at {where} within {minutes:g} minutes: its log says why, or set MASTER_ADDR to an address "
+                f"of its node that {socket.gethostname()} reaches"
+            )
+        raise PipelineError(why) from error
+    here = dist.PrefixStore("here", store)
+    here.set(str(rank), socket.gethostname())
+    try:
+        here.wait([str(other) for other in range(world)], limit)
+    except dist.DistStoreError as error:
+        missing = [str(other) for other in range(world) if not here.check([str(other)])]
+        came = sorted({here.get(str(other)).decode() for other in range(world) if str(other) not in missing})
+        raise PipelineError(
+            f"of {world} ranks {', '.join(missing)} did not come to {where} within {minutes:g} minutes; those that did "
+            f"are on {', '.join(came)}. Are the others' nodes up, and do they reach that address?"
+        ) from error
+    return dist.PrefixStore("group", store)
+
+
+def end_distributed() -> NoReturn:
+    """End this process with success, when all ranks have come here.
+
+    At once: gloo's threads now and then abort a Python that takes its time to end, after all was done.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _refuse_stale_lock() -> None:
+    """PyTorch waits for ever for whoever builds DeepSpeed's kernels, also if that was killed meanwhile."""
+    for kernel in _KERNELS:
+        lock = Path(_get_build_directory(kernel, verbose=False), "lock")
+        with suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > _LONGEST_BUILD:
+                raise PipelineError(f"{lock} is left from a build that was killed: delete it and start again")
