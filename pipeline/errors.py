@@ -7,6 +7,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+from pipeline import launch
+
 
 class PipelineError(Exception):
     """Something the person at the keyboard can put right; the message says what and how."""
@@ -22,6 +24,7 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapped() -> None:
+        launch.adopt()
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         try:
             main()
@@ -30,7 +33,7 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
         except Exception as error:
             if world == 1:
                 raise
-            if not any(words in str(error) for words in _LOST_PEER):
+            if not is_of_lost_peer(error):
                 traceback.print_exc()
                 sys.stderr.flush()
                 os._exit(1)
@@ -47,5 +50,16 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
     return wrapped
 
 
+def is_of_lost_peer(error: BaseException) -> bool:
+    """Whether it says no more than that another process is gone."""
+    return any(words in str(error) for words in _LOST_PEER)
+
+
 # How gloo and NCCL say that another process is gone.
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection was likely closed",
+    "Broken pipe",
+    "remote process exited",
+)

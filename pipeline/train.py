@@ -3,7 +3,7 @@
     python -m pipeline.train pipeline/recipes/demo.yaml
     torchrun --nproc-per-node 8 -m pipeline.train pipeline/recipes/demo.yaml optimizer.lr=2e-5
 
-Started again on as many processes, a run continues from its newest checkpoint.
+Started again, a run continues from its newest checkpoint, on any number of processes that divides data.lanes.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from pipeline.config import Recipe, Train, dump_recipe, load_ds_config, load_recipe
+from pipeline import status
+from pipeline.config import Recipe, Train, dump_recipe, is_offloaded, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
 from pipeline.data.lengths import Lengths
 from pipeline.data.sample import BadSample
@@ -33,9 +34,13 @@ from pipeline.evaluation.tasks import Collection
 from pipeline.models import llave, weights
 from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
-from pipeline.training.engine import PARTS, build_engine, end_distributed, load_tower, start_distributed
+from pipeline.training.distributed import end_distributed, start_distributed
+from pipeline.training.engine import PARTS, build_engine, load_tower
 from pipeline.training.export import export
 from pipeline.training.loop import Run, train
+from pipeline.training.monitor import StepLog
+from pipeline.training.preemption import Preemption
+from pipeline.training.universal import for_this_world
 
 _TOKENIZER_SAMPLES, _TOKENIZER_SHARDS = 4096, 64
 _PACKAGES = ("torch", "deepspeed", "transformers", "webdataset")
@@ -56,24 +61,33 @@ def main() -> None:
         help="stop if the run directory has a checkpoint, rather than continue it",
     )
     arguments = parser.parse_args()
+    preemption = Preemption()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    folder = Path(recipe.run)
+    if int(os.environ.get("RANK", 0)) == 0:
+        status.begin(folder)
+    with status.failures_noted(folder):
+        _train(recipe, preemption, resume=not arguments.no_resume)
+    end_distributed()
 
+
+def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
     # What is wrong is found here, on every rank, before processes meet and a model is loaded.
     folder, world = Path(recipe.run), int(os.environ.get("WORLD_SIZE", 1))
     if recipe.model.architecture:
         llave.check_architecture(recipe.model.architecture)
-    ds_config = load_ds_config(recipe, world)
     source = Source.open(recipe.data)
     lengths = Lengths(llave.tiling(weights.config_of(recipe.model)), recipe.video.frames)
     order = source.order(recipe.batch.global_batch, recipe.seed, lengths)
     order.check_world(world)
+    ds_config = load_ds_config(recipe, world)
     source.check_memory(order, world)
     steps = recipe.steps or round(recipe.epochs * order.steps_per_epoch)
     if steps < 1:
         raise PipelineError(f"epochs={recipe.epochs} of {order.steps_per_epoch} steps is less than a step")
-    conditions = _conditions(recipe, source, world, ds_config["zero_optimization"]["stage"])
+    conditions = conditions_of_run(recipe, source, ds_config["zero_optimization"])
     if start := checkpoint.latest(folder / "checkpoints"):
-        if arguments.no_resume:
+        if not resume:
             raise PipelineError(f"{folder} has a checkpoint already; set run= to another directory, or resume")
         checkpoint.check(start, conditions)
     collection = Collection.load(recipe.evaluation.urls) if recipe.evaluation else None
@@ -88,6 +102,12 @@ def main() -> None:
     if rank == 0:
         _write_recipe(recipe, folder, world)
     model_path = _model(recipe, source, folder, anew=start is None)
+    if start:
+        if rank == 0:
+            _shorten_ledgers(folder / "ledger", world, checkpoint.step_of(start))
+        start, as_saved = for_this_world(start, recipe.timeout_minutes), start
+        if start != as_saved:
+            ds_config.setdefault("checkpoint", {})["load_universal"] = True
     model = recipe.model
     processor = llave.Processor.load(
         model_path, model.max_tokens, recipe.video.frames, pinpoints=model.image_grid_pinpoints
@@ -112,22 +132,26 @@ def main() -> None:
         timeout = 60 * recipe.timeout_minutes
         return batches(source, order, processor.encode, steps, rank=rank, world=world, timeout=timeout)
 
-    train(engine, Run(recipe, order, steps, start, conditions, batches_of, evaluate, features))
+    if train(engine, Run(recipe, order, steps, start, conditions, batches_of, evaluate, features, preemption)) < steps:
+        return
     export(engine, tower, recipe.train.lora, model_path, recipe.model.path, folder / "export")
     if rank == 0:
+        status.note(folder, "finished", reason="")
         print(f"the model: {folder}/export    the curves: tensorboard --logdir {folder}/tensorboard")
-    end_distributed()
 
 
-def _conditions(recipe: Recipe, source: Source, world: int, stage: int) -> dict:
-    """What must be the same for a checkpoint to be continued, with the same batches."""
+def conditions_of_run(recipe: Recipe, source: Source, zero: dict) -> dict:
+    """What must be the same for a checkpoint to be continued, with the same batches.
+
+    zero: the DeepSpeed config's "zero_optimization".
+    """
     names = ("lanes", "block_samples", "window_blocks", "batches", "cap")
     return {f"data.{name}": getattr(recipe.data, name) for name in names} | {
         "data.datasets": [part.model_dump() for part in recipe.data.datasets],
         "the data's fingerprint": source.fingerprint,
         "video.frames": recipe.video.frames,
-        "the number of processes": world,
-        "the ZeRO stage": stage,
+        "the ZeRO stage": zero["stage"],
+        "the optimizer is offloaded": is_offloaded(zero),
         "seed": recipe.seed,
         "precision": recipe.precision,
         "batch.global_batch": recipe.batch.global_batch,
@@ -184,6 +208,13 @@ def _texts(source: Source) -> Iterator[str]:
                     pair = source.parse(number, data, record)
                     yield from (item.text for item in pair.items)
                     yield from pair.alternatives
+
+
+def _shorten_ledgers(folder: Path, world: int, step: int) -> None:
+    """Drop what ranks that are there no more noted of the steps after `step`, which others take again."""
+    for path in folder.glob("rank*.jsonl"):
+        if int(path.stem.removeprefix("rank")) >= world:
+            StepLog(path, step)
 
 
 def _write_recipe(recipe: Recipe, folder: Path, world: int) -> None:

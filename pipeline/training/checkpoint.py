@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there at all.
 
 RUN/checkpoints/step-00000100/ is written under another name, flushed to the disk, and renamed; `latest` then
-names it. Whatever moment a run is killed at, `latest` names a whole checkpoint or there is none.
+names it. Whatever moment a run is killed at, `latest` names a whole checkpoint or there is none. On another number of
+processes a checkpoint is loaded through universal.py.
 """
 
 import copyreg
@@ -9,8 +10,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import deepspeed
@@ -20,11 +22,13 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch.utils.serialization import config as serialization
 
 from pipeline.errors import PipelineError
 
 LATEST = "latest"
 CONDITIONS = "conditions.json"
+PROCESSES = "the number of processes"
 
 # What DeepSpeed's own files hold besides tensors and plain values; nothing else is unpickled.
 _DEEPSPEED_TYPES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
@@ -35,7 +39,8 @@ copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict, conditions: dict, keep: int) -> None:
     """Write the engine's state after `step` steps, with `state` (plain values); remove all but the `keep` newest.
 
-    conditions: what must be the same to continue from here, by name; see `check`.
+    conditions: what must be the same to continue from here, by name; see `check`. The number of processes, which need
+        not be, is kept with them.
     """
     name, unfinished = f"step-{step:08d}", f"unfinished-{step:08d}"
     if dist.get_rank() == 0:
@@ -51,8 +56,8 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
         exclude_frozen_parameters=True,  # they are the initial model's
     )
     if dist.get_rank() == 0:
-        (folder / unfinished / CONDITIONS).write_text(json.dumps(conditions))
-    _flush(folder / unfinished)
+        (folder / unfinished / CONDITIONS).write_text(json.dumps(conditions | {PROCESSES: dist.get_world_size()}))
+    flush(folder / unfinished)
     dist.barrier()
     if dist.get_rank() == 0:
         if (folder / name).exists():
@@ -82,6 +87,11 @@ def latest(folder: Path) -> Path | None:
     return checkpoint
 
 
+def step_of(checkpoint: Path) -> int:
+    """How many steps its run had taken."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def conditions_of(checkpoint: Path) -> dict:
     """Those under which it was written."""
     return json.loads((checkpoint / CONDITIONS).read_text())
@@ -96,11 +106,20 @@ def check(checkpoint: Path, conditions: dict) -> None:
 
 
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict:
-    """Bring the engine to a checkpoint; returns the state saved with it, `step` among it."""
-    with _weights_only():
+    """Bring the engine to a checkpoint; returns the state saved with it, `step` among it.
+
+    A converted one (see universal.py), for which the engine's config has {"checkpoint": {"load_universal": true}}, is
+    removed afterwards.
+    """
+    universal = engine.load_universal_checkpoint()
+    with weights_only(), _universal_load(engine.optimizer) if universal else nullcontext():
         path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
     if path is None:
         raise PipelineError(f"{checkpoint} holds no checkpoint that DeepSpeed can read")
+    if universal:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(checkpoint.parent, ignore_errors=True)  # the next save removes what could not be
     return state
 
 
@@ -109,7 +128,7 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
     In the precision of training, or (ZeRO-3) in float32.
     """
-    with _weights_only():
+    with weights_only():
         if conditions_of(checkpoint)["the ZeRO stage"] == 3:
             return get_fp32_state_dict_from_zero_checkpoint(
                 str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
@@ -120,7 +139,7 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _weights_only() -> Iterator[None]:
+def weights_only() -> Iterator[None]:
     """Have torch.load refuse arbitrary pickles, also where DeepSpeed asks it not to."""
     with (
         mock.patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}),
@@ -129,7 +148,41 @@ def _weights_only() -> Iterator[None]:
         yield
 
 
-def _flush(folder: Path) -> None:
+@contextmanager
+def mapped() -> Iterator[None]:
+    """Have torch.load map files into memory, so that of a big one only what is used is read."""
+    with mock.patch.object(serialization.load, "mmap", True):
+        yield
+
+
+@contextmanager
+def _universal_load(optimizer: deepspeed.runtime.base_optimizer.ZeROOptimizer) -> Iterator[None]:
+    """Where DeepSpeed loads a universal checkpoint: read of each file only what is used, and mend its omissions.
+
+    It takes every rank to have something of every group of parameters. At ZeRO 1 and 2 a small group may leave a rank
+    nothing but padding: there a parameter without state stands in.
+
+    It leaves one tensor for the count of steps to all partitions of ZeRO-3, so that each would count up the others',
+    and leaves it on the CPU, where a fused optimizer does not look for it.
+    """
+    # Which of DeepSpeed's optimizers it is depends on stage and precision; that of ZeRO-3 has neither name.
+    groups = getattr(optimizer, "bf16_groups", None) or getattr(optimizer, "bit16_groups", [])
+    stateless = {
+        "_hp_mapping": SimpleNamespace(get_optim_state_keys=list),
+        "load_hp_checkpoint_state": lambda *_, **__: None,
+    }
+    with mapped(), ExitStack() as stack:
+        for group in groups:
+            if all(parameter._hp_mapping is None for parameter in group):
+                stack.enter_context(mock.patch.multiple(group[0], **stateless))
+        yield
+    for partition, state in optimizer.optimizer.state.items():
+        if torch.is_tensor(state.get("step")):
+            device = partition.device if optimizer.optimizer.defaults.get("fused") else "cpu"
+            state["step"] = state["step"].to(device, copy=True)
+
+
+def flush(folder: Path) -> None:
     """Have this machine's writes below `folder` reach the disk: every rank flushes, for its node wrote them."""
     for path in (folder, *folder.rglob("*")):
         _flush_path(path)

@@ -1,4 +1,4 @@
-"""The training loop: batches, steps, evaluation, checkpoints, until done."""
+"""The training loop: batches, steps, checkpoints, evaluation, until done or asked to stop."""
 
 import math
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
@@ -21,8 +22,10 @@ from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget, Memory, Meter
 from pipeline.training.engine import learning_rate, set_hyperparameters
-from pipeline.training.monitor import Monitor
+from pipeline.training.monitor import Monitor, evaluation_file
+from pipeline.training.preemption import Preemption
 from pipeline.training.step import StepResult, train_step
+from pipeline.training.temperature import Temperature
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Run:
     batches: this rank's batches of a range of steps. evaluate: a report at the present weights, on rank 0, by
         chunks of so many tokens.
     features: anew for each step, where the vision tower is not part of the engine.
+    preemption: notes the signals that ask to stop.
     """
 
     recipe: Recipe
@@ -43,14 +47,18 @@ class Run:
     batches: Callable[[range], Iterator[Batch]]
     evaluate: Callable[[int], Report | None]
     features: Callable[[], KeptFeatures | None]
+    preemption: Preemption
 
     @property
     def folder(self) -> Path:
         return Path(self.recipe.run)
 
 
-def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
-    """Train to the last step."""
+def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> int:
+    """Train to the last step, or until some rank is asked to stop; returns the number of steps done.
+
+    Stopped or not, the last step's checkpoint is written.
+    """
     recipe = run.recipe
     state = {"step": 0, "bad_samples": 0}
     if run.start:
@@ -58,10 +66,13 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
         set_hyperparameters(engine, recipe)
     start, bad_samples = state["step"], state["bad_samples"]
     budget = Budget.of(recipe.batch, recipe.model.max_tokens, state.get("budget"))
+    temperature = Temperature(recipe, engine.device)
+    if run.start:
+        temperature.load(state["temperature"])
     meter = Meter(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
     with Monitor(run.folder, dist.get_rank(), start, run.steps, ledger=recipe.ledger) as monitor:
-        if start == 0:
-            _evaluate(run, monitor, 0, budget)
+        if _evaluation_is_due(run, start):
+            _evaluate(run, monitor, start, budget)
         batches = run.batches(range(start, run.steps))
         for step in range(start, run.steps):
             began = time.perf_counter()
@@ -70,16 +81,18 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
             lr = learning_rate(step, run.steps, recipe.optimizer)
             if measuring := not budget.is_fixed:
                 meter.start()
-            result = train_step(engine, batch, recipe, budget, lr=lr, features=run.features())
+            result = train_step(engine, batch, recipe, budget, temperature, lr=lr, features=run.features())
             if measuring:
                 _learn(budget, *meter.stop(result.largest_chunk))
 
             done = step + 1
             monitor.consumed(done, batch.origins)
             metrics, histograms = _metrics(run.order, done, lr, batch, result)
+            if recipe.loss.learn_temperature:
+                metrics["temperature"] = result.temperature
             if metrics["valid"] < recipe.batch.global_batch:
                 _note_bad(monitor, done, batch)
-            tokens, heaviest, received, waited = _over_ranks(result, batch, waited)
+            tokens, heaviest, received, waited, asked = _over_ranks(result, batch, waited, run.preemption.received)
             bad_samples += recipe.batch.global_batch - metrics["valid"]
             _check(recipe, metrics, bad_samples, run.folder)
             seconds = time.perf_counter() - began
@@ -93,14 +106,18 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> None:
             }
             monitor.step(metrics, speed, histograms)
 
-            last = done == run.steps
-            if last or (recipe.evaluation and recipe.evaluation.every and done % recipe.evaluation.every == 0):
-                _evaluate(run, monitor, done, budget)
-            if last or done % recipe.checkpoint.every == 0:
+            # Before an evaluation, which may be cut short: then it is made up for.
+            if asked or done == run.steps or done % recipe.checkpoint.every == 0:
                 monitor.flush()
-                kept = {"bad_samples": bad_samples, "budget": budget.state()}
+                kept = {"bad_samples": bad_samples, "budget": budget.state(), "temperature": temperature.state()}
                 folder = run.folder / "checkpoints"
                 checkpoint.save(engine, folder, done, kept, run.conditions, recipe.checkpoint.keep)
+            if asked and done < run.steps:
+                monitor.stopped(asked)
+                return done
+            if _evaluation_is_due(run, done):
+                _evaluate(run, monitor, done, budget)
+    return run.steps
 
 
 def _metrics(order: Order, done: int, lr: float, batch: Batch, result: StepResult) -> tuple[dict, dict]:
@@ -126,11 +143,14 @@ def _metrics(order: Order, done: int, lr: float, batch: Batch, result: StepResul
     return metrics, {"positive": positive, "hardest_negative": hardest}
 
 
-def _over_ranks(result: StepResult, batch: Batch, waited: float) -> tuple[float, float, float, float]:
-    """(tokens of all ranks, the heaviest's by the mean, bytes read by all, seconds the slowest waited for data)."""
-    ours = torch.tensor([[result.tokens, batch.received, waited]], device=result.loss.loss.device)
-    tokens, received, waited = all_gather_constant(ours).double().cpu().T
-    return float(tokens.sum()), float(tokens.max() / tokens.mean()), float(received.sum()), float(waited.max())
+def _over_ranks(result: StepResult, batch: Batch, waited: float, asked: int) -> tuple[float, float, float, float, int]:
+    """Of all ranks: their tokens, the heaviest's by the mean, bytes read, the most seconds that one waited for data,
+    and the largest signal that asks one to stop, or 0.
+    """
+    ours = torch.tensor([[result.tokens, batch.received, waited, asked]], device=result.loss.loss.device)
+    tokens, received, waited, asked = all_gather_constant(ours).double().cpu().T
+    heaviest = tokens.max() / tokens.mean()
+    return float(tokens.sum()), float(heaviest), float(received.sum()), float(waited.max()), int(asked.max())
 
 
 def _note_bad(monitor: Monitor, step: int, batch: Batch) -> None:
@@ -165,6 +185,16 @@ def _learn(budget: Budget, memory: Memory, largest_chunk: int) -> None:
             f"a step took {memory.peak / 1e9:.1f} GB of {memory.total / 1e9:.1f}; {how} "
             f"batch.chunk_tokens={budget.chunk_tokens} batch.kept_chunks={budget.kept_chunks}"
         )
+
+
+def _evaluation_is_due(run: Run, step: int) -> bool:
+    """Before the first step, after the last, and between as the recipe says; unless it was made before a restart."""
+    evaluation = run.recipe.evaluation
+    if not evaluation or (step not in (0, run.steps) and (not evaluation.every or step % evaluation.every)):
+        return False
+    due = torch.tensor(not evaluation_file(run.folder, step).exists(), device=get_accelerator().current_device_name())
+    dist.broadcast(due, 0)  # on a shared file system another rank may not yet see it
+    return bool(due)
 
 
 def _evaluate(run: Run, monitor: Monitor, step: int, budget: Budget) -> None:

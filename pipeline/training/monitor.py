@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,9 +11,17 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pipeline import status
 from pipeline.data.batch import Bad, Origin
 from pipeline.evaluation.report import Report
 from pipeline.progress import progress_bar
+
+_WHY = {signal.SIGUSR1: "(the time limit is near)", signal.SIGTERM: "(preempted, requeued or cancelled)"}
+
+
+def evaluation_file(run: Path, step: int) -> Path:
+    """The report of the evaluation after `step` steps."""
+    return run / "evaluation" / f"step-{step:08d}.json"
 
 
 class StepLog:
@@ -46,7 +55,7 @@ class Monitor:
     """One rank's view of a run in `folder`, from step `start` of `steps`; what concerns all ranks, rank 0 shows."""
 
     def __init__(self, folder: Path, rank: int, start: int, steps: int, *, ledger: bool) -> None:
-        self.folder = folder
+        self.folder, self.steps = folder, steps
         self.logs = []
         self.ledger = None
         if ledger:
@@ -96,18 +105,26 @@ class Monitor:
         for name, values in histograms.items():
             if len(values):
                 self.board.add_histogram(f"similarity/{name}", values, metrics["step"])
+        status.note(self.folder, "running", step=metrics["step"], steps=self.steps)
         self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
         self.bar.update()
 
     def evaluation(self, step: int, report: Report) -> None:
         """Show and keep an evaluation after `step` steps."""
-        report.write(self.folder / "evaluation" / f"step-{step:08d}.json")
+        report.write(evaluation_file(self.folder, step))
         for name, value in report.averages().items():
             self.board.add_scalar(f"evaluation/{name}", value, step)
         for name, dataset in report.datasets.items():
             self.board.add_scalar(f"evaluation_datasets/{name}", dataset.precision_at_1, step)
         averages = ", ".join(f"{name} {value:.1%}" for name, value in report.averages().items())
         tqdm.write(f"step {step}, Precision@1: {averages}", file=sys.stderr)
+
+    def stopped(self, number: int) -> None:
+        """Note that a signal ended the run for now, with a checkpoint."""
+        if self.leads:
+            reason = f"{signal.Signals(number).name} {_WHY[number]}"
+            status.note(self.folder, "stopped", reason=reason)
+            tqdm.write(f"stopped: {reason}; the same command goes on from here", file=sys.stderr)
 
     def flush(self) -> None:
         """Bring the logs to the disk, as a checkpoint does with itself: the two must not part in a crash."""

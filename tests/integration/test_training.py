@@ -174,12 +174,6 @@ def test_a_run_is_not_continued_with_another_order(finished, recipe):
     assert "seed is 7 and was 0" in ended.output
 
 
-def test_a_run_is_not_continued_on_another_number_of_processes(finished, recipe):
-    ended = launch(command(recipe, finished), world=1, seconds=60)
-    assert ended.status == [2]
-    assert "the number of processes is 1 and was 2" in ended.output
-
-
 def test_a_checkpoint_in_the_making_does_not_count(tmp_path):
     """What a kill during a save leaves: files under another name, and `latest` as it was."""
     folder = tmp_path / "checkpoints"

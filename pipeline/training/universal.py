@@ -1,0 +1,142 @@
+"""A checkpoint for another number of processes: DeepSpeed's universal checkpoint, made where one is needed.
+
+ZeRO's files hold each rank's part of the optimizer, which another number of ranks cannot load. DeepSpeed converts
+them to files of one parameter each (https://www.deepspeed.ai/tutorials/universal-checkpointing/). That happens here by
+itself, beside the checkpoint, which stays as it is; `checkpoint.load` removes the converted one.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
+
+from pipeline.config import ROOT
+from pipeline.errors import PipelineError
+from pipeline.progress import progress_bar
+from pipeline.training import checkpoint
+from pipeline.training.preemption import SIGNALS
+
+_POLL = 5  # seconds
+
+
+def for_this_world(source: Path, timeout_minutes: float) -> Path:
+    """A checkpoint as the present processes can load it: itself, or, of another number of them, converted beside it.
+
+    Every rank calls this. The first one converts, in a process of its own, so that it can tell the others every few
+    seconds that it goes on: however long it takes, none of them waits for long in a collective, and all see the files
+    only when they are whole and on the disk.
+
+    Raises PipelineError, on the first rank, where the conversion fails, or writes nothing for `timeout_minutes`.
+    """
+    leads = dist.get_rank() == 0
+    world = dist.get_world_size()
+    target = source.parent / "unfinished-universal" / source.name
+    conditions = checkpoint.conditions_of(source) if leads else {}
+    # Without ZeRO every rank has all, and the first one saves it.
+    needed = [leads and conditions["the ZeRO stage"] > 0 and conditions[checkpoint.PROCESSES] != world]
+    dist.broadcast_object_list(needed)
+    if not needed[0]:
+        return source
+    if leads:
+        converting = convert(source, target, conditions[checkpoint.PROCESSES], world, timeout_minutes)
+    goes_on = [True]
+    while goes_on[0]:
+        goes_on = [next(converting, False) if leads else None]
+        dist.broadcast_object_list(goes_on)
+    return target
+
+
+def convert(source: Path, target: Path, before: int, world: int, timeout_minutes: float) -> Iterator[bool]:
+    """Convert a checkpoint of `before` processes, in another process; yields True every few seconds until its end.
+
+    Raises PipelineError where there is no room for it, and as `for_this_world` does.
+    """
+    shutil.rmtree(target.parent, ignore_errors=True)  # of one that was killed
+    # The optimizer's state is written in fragments, and again as they are put together; the rest is copied.
+    size = _size(source) + sum(file.stat().st_size for file in source.glob("*_optim_states.pt"))
+    if (free := shutil.disk_usage(source.parent).free) < size:
+        raise PipelineError(
+            f"{source} is of {before} processes: converting it for {world} takes {size / 1e9:.1f} GB, and there are "
+            f"{free / 1e9:.1f} GB free; make room, or continue on {before} processes"
+        )
+    print(f"{source} is of {before} processes: converting it for {world} writes {size / 1e9:.1f} GB", flush=True)
+    command = [sys.executable, "-m", __name__, str(source.absolute()), str(target.absolute())]
+    with (
+        tempfile.TemporaryFile("w+") as output,
+        progress_bar(total=size, desc="converting", unit="B", unit_scale=True) as bar,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=ROOT) as process,
+    ):
+        written, since, is_stalled = 0, time.monotonic(), False
+        while process.poll() is None:
+            yield True
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL)
+            if (now := _size(target.parent)) != written:
+                bar.update(max(min(now, size) - bar.n, 0))
+                written, since = now, time.monotonic()
+            elif time.monotonic() - since > 60 * timeout_minutes:
+                is_stalled = True
+                process.kill()
+        if process.returncode:
+            output.seek(0)
+            said = output.read().strip().splitlines()
+            stalled = f"nothing written for {timeout_minutes:g} minutes"
+            reason = stalled if is_stalled else said[-1] if said else f"status {process.returncode}"
+            raise PipelineError(
+                f"{source} could not be converted for {world} processes: {reason}; continue on {before} processes"
+            )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files below a folder, some of which are being removed."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(parent, name).stat().st_size
+    return total
+
+
+def main() -> None:
+    """`python -m pipeline.training.universal SOURCE TARGET`: convert a checkpoint's folder."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # Slurm sends them to all processes; the rank sees to them afterwards
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+    source, target = map(Path, sys.argv[1:])
+    # DeepSpeed takes paths for patterns, in which a folder's `+` or `[` would be another thing.
+    os.chdir(source.parent)
+    arguments = Namespace(
+        input_folder=source.name,
+        output_folder=str(target.relative_to(source.parent)),
+        # In this process: its pools would outlive it when it is killed.
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,  # that it is no pipeline's or tensor-parallel checkpoint
+    )
+    with checkpoint.weights_only(), checkpoint.mapped():
+        ds_to_universal.main(arguments)
+    checkpoint.flush(target)
+
+
+def _end_with_rank() -> NoReturn:
+    """The standard input ends when the rank that holds its other end does, even if that was killed."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

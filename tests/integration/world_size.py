@@ -1,0 +1,91 @@
+"""`python world_size.py MODEL RUN SAVED_BY FIRST LAST CASE...`: take steps FIRST to LAST in an engine of each case.
+
+Begins anew at step 0; else from the checkpoint that SAVED_BY processes wrote after FIRST steps. Writes a checkpoint
+after each two steps, and prints as JSON each case's losses and gradient norms.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from exactness import PAIRS, batch_of, make_pairs
+
+from pipeline.config import load_ds_config, load_recipe
+from pipeline.models.llave import Processor
+from pipeline.models.tower import KeptFeatures
+from pipeline.training import checkpoint
+from pipeline.training.budget import Budget
+from pipeline.training.distributed import end_distributed, start_distributed
+from pipeline.training.engine import build_engine, load_tower, set_hyperparameters
+from pipeline.training.step import train_step
+from pipeline.training.temperature import Temperature
+from pipeline.training.universal import for_this_world
+
+WHOLE = ("train.vision_tower=true", "train.projector=0.004")  # groups that differ in rate and in weight decay
+ADAPTERS = ("train.vision_tower=false", "train.projector=false", "train.lora.rank=2")
+# By name: DeepSpeed's config, elements of ZeRO-3's sub-groups, precision, and further fields.
+CASES = {
+    "zero0": ("zero0", None, "fp32", WHOLE),
+    "zero1": ("zero1", None, "fp32", WHOLE),
+    "zero2": ("zero2", None, "fp32", (*WHOLE, "loss.learn_temperature=true")),
+    "zero3": ("zero3", 5_000, "fp32", WHOLE),
+    "zero3-adapters": ("zero3", None, "fp32", ADAPTERS),
+    "zero1-bf16": ("zero1", None, "bf16", WHOLE),
+}
+
+
+def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> list[tuple[float, float]]:
+    config, sub_group, precision, fields = CASES[case]
+    fields = [f"deepspeed=ds_configs/{config}.json", f"precision={precision}", f"model.path={model}", *fields]
+    fields += [f"batch.global_batch={PAIRS}", "batch.chunk_tokens=200", "optimizer.weight_decay=1.0"]
+    recipe = load_recipe("pipeline/recipes/demo.yaml", fields)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    config = load_ds_config(recipe, world)
+    if sub_group:
+        config["zero_optimization"]["sub_group_size"] = sub_group
+    checkpoints = folder / case / f"by{saved_by}"
+    if start := checkpoint.latest(checkpoints) if steps.start else None:
+        start = start.with_name(f"step-{steps.start:08d}")
+        as_saved, start = start, for_this_world(start, timeout_minutes=0.5)
+        if start != as_saved:
+            config["checkpoint"] = {"load_universal": True}
+    tower = load_tower(recipe, model, torch.device("cpu"))
+    engine, processor = build_engine(recipe, config, model), Processor.load(model, 512)
+    temperature = Temperature(recipe, engine.device)
+    if start:
+        state = checkpoint.load(engine, start)
+        assert (state["step"], state["bad_samples"], state["budget"]) == (steps.start, 7, {"chunk_tokens": 200})
+        set_hyperparameters(engine, recipe)
+        temperature.load(state["temperature"])
+    results = []
+    for step in steps:
+        pairs = make_pairs("mixed", seed=step)
+        batch = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
+        features = KeptFeatures(tower, recipe.batch.tower_tiles, 0) if tower else None
+        budget = Budget.of(recipe.batch, 512)
+        result = train_step(engine, batch, recipe, budget, temperature, lr=2e-3, features=features)
+        loss = result.loss.loss.detach().clone()
+        dist.all_reduce(loss)
+        results.append((float(loss) / world, result.grad_norm))
+        if (step + 1) % 2 == 0:
+            kept = {"bad_samples": 7, "budget": {"chunk_tokens": 200}, "temperature": temperature.state()}
+            conditions = {"the ZeRO stage": config["zero_optimization"]["stage"]}
+            checkpoint.save(engine, folder / case / f"by{world}", step + 1, kept, conditions, keep=9)
+    engine.destroy()
+    return results
+
+
+def main() -> None:
+    model, folder, saved_by, first, last, *cases = sys.argv[1:]
+    start_distributed(timeout_minutes=0.5)
+    steps = range(int(first), int(last))
+    results = {case: run(case, model, Path(folder), int(saved_by), steps) for case in cases}
+    if dist.get_rank() == 0:
+        print(json.dumps(results))
+    end_distributed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""A conversion that cannot end well ends soon: it runs no code of the files, does not hang, and dies with its rank."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from pipeline.errors import PipelineError
+from pipeline.training.universal import convert
+
+OPTIMIZER = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    folder = tmp_path / "checkpoints" / "step-00000004"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def target(source: Path) -> Path:
+    return source.parent / "unfinished-universal" / source.name
+
+
+class Hostile:
+    """What, unpickled, would make a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+def test_a_file_with_more_than_tensors_is_refused_and_runs_nothing(source):
+    mark = source / "mark"
+    torch.save({"optimizer_state_dict": Hostile(mark)}, source / OPTIMIZER)
+    torch.load(source / OPTIMIZER, weights_only=False)
+    assert mark.exists()
+    mark.unlink()
+    with pytest.raises(PipelineError, match="could not be converted for 1 processes") as error:
+        list(convert(source, target(source), 2, 1, timeout_minutes=0.5))
+    assert "weights_only" in str(error.value) or "WeightsUnpickler" in str(error.value)
+    assert "continue on 2 processes" in str(error.value)
+    assert not mark.exists()
+
+
+def test_one_for_which_there_is_no_room_does_not_begin(source, monkeypatch):
+    (source / OPTIMIZER).write_bytes(bytes(100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=199))
+    with pytest.raises(PipelineError, match="make room, or continue on 2 processes"):
+        next(convert(source, target(source), 2, 1, timeout_minutes=0.5))
+
+
+def test_one_that_writes_nothing_is_ended_at_the_time_limit(source):
+    os.mkfifo(source / OPTIMIZER)  # which nobody writes to
+    began = time.monotonic()
+    with pytest.raises(PipelineError, match=r"nothing written for 0\.05 minutes"):
+        list(convert(source, target(source), 2, 1, timeout_minutes=0.05))
+    assert time.monotonic() - began < 20
+
+
+def test_one_whose_rank_is_killed_ends_with_it(source):
+    os.mkfifo(source / OPTIMIZER)
+    code = (
+        f"from pathlib import Path; from pipeline.training.universal import convert; source = Path({str(source)!r})\n"
+        f"list(convert(source, Path({str(target(source))!r}), 2, 1, timeout_minutes=5))"
+    )
+    rank = psutil.Process(subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).pid)
+    deadline = time.monotonic() + 20
+    while not (children := rank.children()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (child,) = children
+    rank.send_signal(signal.SIGKILL)
+    assert not psutil.wait_procs([child], timeout=10)[1]
