@@ -1,0 +1,158 @@
+"""Whether the recipe's model, batches, memory and checkpoints go together, by the functions that training asks."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import LlavaOnevisionImageProcessorPil, Qwen2Tokenizer
+
+from pipeline.config import Recipe, load_ds_config
+from pipeline.data.lengths import Lengths
+from pipeline.data.source import Source
+from pipeline.errors import PipelineError
+from pipeline.models import llave, weights
+from pipeline.preflight.check import Check, check, green, red, skipped, yellow
+from pipeline.preflight.machine import GB
+from pipeline.train import conditions_of_run
+from pipeline.training import checkpoint
+from pipeline.training.budget import FULL
+from pipeline.training.memory import Plan
+
+
+@dataclass
+class Job:
+    """A recipe on `world` processes, and what the checks so far have opened; None: not, or they failed.
+
+    gpus: of all nodes together.  guessed: nobody said what `world` is.
+    """
+
+    recipe: Recipe
+    world: int
+    gpus: int
+    guessed: bool
+    source: Source | None = None
+    plan: Plan | None = None
+    zero: dict[str, Any] | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.run)
+
+
+@check(
+    "model", seconds=60, if_late="is the file system with the model slow, or the hub? HF_HUB_OFFLINE=1 does without it"
+)
+def model(job: Job) -> Check:
+    """Its files on this node: configuration, weights, tokenizer and, for the export, image processor."""
+    wanted, recipe = job.recipe.model, job.recipe
+    absent = ""
+    if wanted.path:
+        folder = _folder(wanted.path)
+        absent = "" if folder else f"{wanted.path} is no folder, and not whole in the hub's cache"
+        download = f"where there is a network: hf download {wanted.path} (tools/offline.sh), with the job's HF_HOME"
+        if absent and constants.HF_HUB_OFFLINE:
+            return red(f"{absent} (HF_HUB_OFFLINE=1)", download)
+        try:
+            if folder and weights.is_original(folder):
+                weights.config_of(wanted)
+                Qwen2Tokenizer.from_pretrained(folder)
+            else:
+                pinpoints = wanted.image_grid_pinpoints
+                llave.Processor.load(wanted.path, wanted.max_tokens, recipe.video.frames, pinpoints=pinpoints)
+                LlavaOnevisionImageProcessorPil.from_pretrained(wanted.path)
+        except (PipelineError, OSError, ValueError):
+            if absent:
+                return red(f"{absent}; nor can the hub be asked for it from here", download)
+            raise
+    plan = Plan.of(recipe, job.world, videos=_mostly_videos(job.source))
+    trained = sum(group.parameters for group in plan.groups if group.trained)
+    every = sum(group.parameters for group in plan.groups)
+    job.plan = plan
+    if absent:
+        return yellow(f"{absent}: the job would download it", download)
+    source = wanted.path or "random weights"
+    return green(f"{source}: {every / 1e6:,.1f} million parameters, {trained / 1e6:,.1f} million trained")
+
+
+def _folder(path: str) -> Path | None:
+    """Where the model's files are; None if the hub must be asked. Raises PipelineError if there can be none."""
+    folder = Path(path)
+    if folder.is_dir():
+        weights.weight_files(folder)
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise PipelineError(f"there is no folder {path}: correct model.path, which every node must see")
+    try:
+        folder = Path(snapshot_download(path, local_files_only=True))
+        weights.weight_files(folder)
+        return folder
+    except (LocalEntryNotFoundError, PipelineError):
+        return None
+
+
+def _mostly_videos(source: Source | None) -> bool:
+    shards = [shard for _, shard in source.shards] if source else []
+    return sum(shard.videos for shard in shards) > sum(shard.images for shard in shards)
+
+
+@check("processes", seconds=30, if_late="is a dataset of very many shards named? run it again")
+def processes(job: Job) -> Check:
+    """Whether batch, lanes, sub-batch and processes divide, and the data are enough for a step."""
+    recipe, world = job.recipe, job.world
+    job.zero = load_ds_config(recipe, world)["zero_optimization"]
+    if job.source is None or job.plan is None:
+        return skipped("without data and model")
+    lengths = Lengths(llave.tiling(job.plan.config), recipe.video.frames)
+    order = job.source.order(recipe.batch.global_batch, recipe.seed, lengths)
+    order.check_world(world)
+    job.source.check_memory(order, world)
+    steps = recipe.steps or round(recipe.epochs * order.steps_per_epoch)
+    if steps < 1:
+        return red(
+            f"epochs={recipe.epochs} of {order.steps_per_epoch} steps is less than a step", "raise it, or set steps"
+        )
+    found = (
+        f"{world}{' (--world sets it)' if job.guessed else ''}: {recipe.batch.global_batch // world} of "
+        f"{recipe.batch.global_batch} pairs and {order.lanes // world} of {order.lanes} lanes each, {steps:,} steps"
+    )
+    if 0 < job.gpus < world:
+        return red(f"{world} processes on {job.gpus} GPUs", "start one a GPU, or ask for more GPUs")
+    if world < job.gpus:
+        return yellow(found, f"{job.gpus - world} of {job.gpus} GPUs have nothing to do: start one process a GPU")
+    return green(found)
+
+
+@check("memory", seconds=30, if_late="run tools/plan_memory.py")
+def memory(job: Job, gpu_bytes: int) -> Check:
+    """By tools/plan_memory.py's estimate.  gpu_bytes: of the smallest GPU; 0: there is none."""
+    if job.plan is None or job.zero is None:
+        return skipped("without model and processes")
+    if not gpu_bytes:
+        return skipped("no GPU here; tools/plan_memory.py plans for those of your choice")
+    plan, stage = job.plan, job.zero["stage"]
+    states = plan.states(stage, job.zero)
+    needed = plan.total(plan.budget.chunk_tokens, states)
+    found = f"about {needed / GB:.1f} of {gpu_bytes / GB:.1f} GB a GPU, ZeRO {stage}, {job.world} GPUs"
+    largest = plan.largest_chunk(FULL * gpu_bytes, states)
+    lower = f"lower batch.chunk_tokens to {largest:,}" if largest else (
+        "lower model.max_tokens, batch.kept_chunks or batch.features_mb, take more GPUs or a higher ZeRO stage, or "
+        "train adapters (train.lora)"
+    )  # fmt: skip
+    if needed > gpu_bytes:
+        return red(found, lower)
+    # CUDA, NCCL and fragmentation take a few GB besides.
+    return yellow(f"{found}: little is left", lower) if needed > FULL * gpu_bytes else green(found)
+
+
+@check("resuming", seconds=30, if_late="is the file system of the run directory slow?")
+def resuming(job: Job) -> Check:
+    start = checkpoint.latest(job.folder / "checkpoints")
+    if start is None:
+        return green("starts anew")
+    if job.source is None or job.zero is None:
+        return skipped(f"{start.name} is there; whether it can be continued is not known without data and processes")
+    checkpoint.check(start, conditions_of_run(job.recipe, job.source, job.zero))
+    return green(f"continues from {start.name}")
