@@ -19,7 +19,7 @@ from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.tasks import Collection
 from pipeline.models.llave import DTYPES, Llave, Processor
-from pipeline.training.engine import end_distributed, start_distributed
+from pipeline.training.distributed import end_distributed, start_distributed
 
 
 @command_line
@@ -36,8 +36,11 @@ def main() -> None:
     options = parse_options(EvaluationRun, arguments.options)
     objects.configure(**options.store())
     before = Report.read(Path(options.against)) if options.against else None
-    collection = Collection.load(arguments.tasks.split(","))
+    collection = Collection.load(arguments.tasks.split(","), *_part(options.part))
     names = [task.name for task in collection.tasks]
+    if not names:
+        print(f"part={options.part} has no dataset: there are fewer datasets than parts")
+        return
     if options.example and options.example not in names:
         raise PipelineError(f"example={options.example} is not evaluated here; there are {', '.join(names)}")
 
@@ -53,6 +56,13 @@ def main() -> None:
         if options.example:
             report.print_example(options.example)
     end_distributed()
+
+
+def _part(part: str | None) -> tuple[int, int]:
+    number, count = map(int, (part or "0/1").split("/"))
+    if number >= count:
+        raise PipelineError(f"part={part}: parts of {count} are 0/{count} to {count - 1}/{count}")
+    return number, count
 
 
 if __name__ == "__main__":

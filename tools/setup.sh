@@ -1,4 +1,5 @@
 # Sourced by the other scripts: makes .venv with everything in it, once, and puts it on PATH.
+# shellcheck shell=bash
 # Expects to run in the repository's root.
 
 setup_environment() {

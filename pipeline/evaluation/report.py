@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,6 +71,17 @@ class Report:
         groups["out of distribution"] = [d for d in self.datasets.values() if not d.in_distribution]
         groups["overall"] = list(self.datasets.values())
         return {name: float(np.mean([getattr(d, field) for d in group])) for name, group in groups.items() if group}
+
+    @classmethod
+    def merged(cls, reports: Sequence["Report"]) -> "Report":
+        """One of all their datasets; PipelineError where they are of different models or share a dataset."""
+        if len(models := {report.model for report in reports}) != 1:
+            raise PipelineError(f"the reports are of different models: {', '.join(sorted(models))}")
+        names = [name for report in reports for name in report.datasets]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise PipelineError(f"several reports have {', '.join(sorted(twice))}")
+        datasets = {name: dataset for report in reports for name, dataset in report.datasets.items()}
+        return cls(models.pop(), {name: datasets[name] for name in sorted(datasets)})
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,26 +47,28 @@ class Collection:
     _rows: dict[object, int] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, urls: Sequence[str]) -> "Collection":
-        collection = cls()
+    def load(cls, urls: Sequence[str], number: int = 0, count: int = 1) -> "Collection":
+        """Of all datasets at `urls` every `count`-th, from the `number`-th on."""
+        collection, datasets = cls(), []
         for url in urls:
             if objects.exists(objects.join(url, TASKS_FILE)):
-                collection._add_mmeb(url)
+                datasets += [partial(collection._add_mmeb, url, name, *kind) for name, kind in read_tasks(url).items()]
             elif objects.exists(objects.join(url, INDEX_FILE)):
-                collection._add_pairs(url)
+                datasets.append(partial(collection._add_pairs, url))
             else:
                 raise PipelineError(f"nothing to evaluate at {url}: it has neither {TASKS_FILE} nor {INDEX_FILE}")
+        for add in datasets[number::count]:
+            add()
         names = [task.name for task in collection.tasks]
         if twice := {name for name in names if names.count(name) > 1}:
             raise PipelineError(f"two evaluation sets are called {', '.join(sorted(twice))}")
         return collection
 
-    def _add_mmeb(self, url: str) -> None:
-        for dataset, (meta_task, in_distribution) in read_tasks(url).items():
-            folder = objects.join(url, dataset)
-            converted = objects.exists(objects.join(folder, INDEX_FILE))
-            queries, candidates = self._converted_rows(folder) if converted else self._mmeb_rows(url, folder)
-            self.tasks.append(Task(dataset, meta_task, in_distribution, np.array(queries), candidates))
+    def _add_mmeb(self, url: str, dataset: str, meta_task: str, in_distribution: bool) -> None:
+        folder = objects.join(url, dataset)
+        converted = objects.exists(objects.join(folder, INDEX_FILE))
+        queries, candidates = self._converted_rows(folder) if converted else self._mmeb_rows(url, folder)
+        self.tasks.append(Task(dataset, meta_task, in_distribution, np.array(queries), candidates))
 
     def _mmeb_rows(self, url: str, folder: str) -> tuple[list[int], list[np.ndarray]]:
         def row(side: Side) -> int:

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Evaluate a model: the tasks of an array share the datasets, and a job that depends on them gathers the report.
+#     bash slurm/eval_mmeb.sh MODEL TASKS OUT [key=value ...]      submits both; the options are pipeline.evaluate's
+# OUT/report.json has the figures, the second job's output the table. SBATCH_DEPENDENCY=afterok:ID waits for a job.
+#SBATCH --job-name=eval-mmeb
+#SBATCH --array=0-7
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=12
+#SBATCH --time=08:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.out
+set -euo pipefail
+model=${1:?which MODEL?} tasks=${2:?which TASKS?} out=${3:?to which folder OUT?}
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    array=$(sbatch --parsable "${BASH_SOURCE[0]}" "$@")
+    unset SBATCH_DEPENDENCY
+    report=$(sbatch --parsable --dependency="afterok:$array" --kill-on-invalid-dep=yes slurm/gather_report.sh "$out")
+    echo "$array $report"
+    exit
+fi
+
+source slurm/setup.sh
+exec srun --kill-on-bad-exit=1 "${CONTAINER[@]}" python -u -m pipeline.evaluate "$model" "$tasks" "${@:4}" \
+    part="$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" out="$out/part-$SLURM_ARRAY_TASK_ID.json"

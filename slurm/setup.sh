@@ -1,0 +1,19 @@
+# Sourced by every job script, in the repository's root: the site's settings, and what runs Python.
+# shellcheck shell=bash
+set -euo pipefail
+
+# What a program is run by on this cluster, as `CONTAINER=(apptainer exec --nv pipeline.sif)` in site.env; or nothing.
+# shellcheck disable=SC2034
+CONTAINER=()
+SITE_ENV=${SITE_ENV:-slurm/site.env}
+if [ -f "$SITE_ENV" ]; then
+    # shellcheck source=slurm/site.env.example
+    source "$SITE_ENV"
+elif [ -f .venv/bin/activate ]; then
+    # shellcheck source=/dev/null
+    source .venv/bin/activate
+fi
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
+# srun does not take this over from sbatch any more.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}"

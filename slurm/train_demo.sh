@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Train the tiny model of the demo on two nodes, with or without a GPU: does the cluster work?
+#     sbatch slurm/train_demo.sh data.url=s3://bucket/demo/train 'evaluation.urls=[s3://bucket/demo/eval]'
+#SBATCH --job-name=demo
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=1
+#SBATCH --time=00:30:00
+#SBATCH --signal=USR1@60
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+RECIPE=pipeline/recipes/demo.yaml
+source slurm/launch.sh

@@ -1,0 +1,286 @@
+"""A real Slurm of two nodes, n1 and n2, on this machine, with all its files and ports its own."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from tools.s3_server import free_ports
+
+ROOT = Path(__file__).parents[3]
+NODES = ("n1", "n2")
+KILL_WAIT = 15  # seconds from SIGTERM to SIGKILL
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "setpriv")
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+_SECONDS = 60  # for daemons to start, clients to answer, nodes to be free again
+
+# Without cgroups. Nodes are such as the job scripts ask for, whatever the machine is. One that does not answer is down
+# after SlurmdTimeout: seconds, but more than a busy machine needs to answer. One that a test sets down stays so: were
+# ReturnToService 2, it would be back at its next answer. Records of ended jobs are kept.
+_CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
+ReturnToService=1
+JobRequeue=1
+MinJobAge=86400
+KillWait={kill_wait}
+SlurmctldTimeout=15
+SlurmdTimeout=15
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=96 Gres=gpu:8 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=96 Gres=gpu:8 State=UNKNOWN
+PartitionName=test Nodes=n1,n2 Default=YES State=UP
+"""
+
+
+class SlurmFailure(Exception):
+    """A client command failed, or what a test waits for did not come; with what the job or the daemons printed."""
+
+
+def unavailable() -> str:
+    """Why no cluster can run here; empty where one can."""
+    if absent := [name for name in _PROGRAMS if not shutil.which(name, path=_PATH)]:
+        return f"no {', '.join(absent)} here: apt-get install slurm-wlm munge"
+    return "" if os.geteuid() == 0 else "a Slurm of our own runs as root only"
+
+
+class SlurmCluster:
+    """Two nodes, which say that they have 96 CPUs and 8 GPUs each, as a context manager.
+
+    Jobs run as root in the repository's root, with this process's environment, and this Python first in their PATH.
+    The daemons are child processes; they end with the context, and with them every job's processes.
+    folder: all of its files; new, and removed with it. daemons: by name, a slurmd by its node's.
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path()
+        self.daemons: dict[str, subprocess.Popen] = {}
+
+    def __enter__(self) -> "SlurmCluster":
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path must be short
+        try:
+            self._configure()
+            files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+            files = [f"--{option}={self.folder}/munge.{name}" for option, name in files.items()]
+            self._launch("munged", "munged", "--foreground", "--force", *files)
+            self._until((self.folder / "munge.socket").exists, "munged has no socket")
+            self._launch("slurmctld", "slurmctld", "-D")
+            for node in NODES:
+                self._launch(node, "slurmd", "-D", "-N", node)
+            self._until(self._idle, "the nodes are not idle")
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a client's environment must say, cleared of a Slurm job that these tests may run in."""
+        others = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        path = f"{Path(sys.executable).parent}:{_PATH}"
+        return others | {"PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def run(self, *command: str) -> str:
+        """What a client command, such as `sinfo`, prints. Raises SlurmFailure with its words if it fails."""
+        ended = subprocess.run(
+            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=_SECONDS
+        )
+        if ended.returncode:
+            raise SlurmFailure(f"{' '.join(command)}: status {ended.returncode}\n{ended.stdout}{ended.stderr}")
+        return ended.stdout
+
+    def submit(self, script: Path, *arguments: str, **options: str | int | None) -> int:
+        """Submit a script with arguments of its own; the job's number.
+
+        options: sbatch's, as in ntasks_per_node=1; None for one that takes no value. Output is appended to a file of
+        the cluster's unless they say otherwise.
+        """
+        options = {"output": str(self.folder / "%j.out"), "open_mode": "append"} | options
+        flags = [
+            f"--{name.replace('_', '-')}" + ("" if value is None else f"={value}") for name, value in options.items()
+        ]
+        return int(self.run("sbatch", "--parsable", *flags, str(script), *arguments))
+
+    def job(self, job: int) -> dict[str, str]:
+        """What `scontrol show job` says: JobState, Reason, Restarts, NodeList, ExitCode, StdOut, ..."""
+        shown = self.run("scontrol", "--oneliner", "show", "job", str(job))
+        return dict(re.findall(r"(?:^| )([A-Z][\w/:]*)=(\S*)", shown))
+
+    def output(self, job: int) -> str:
+        """What the job has printed so far."""
+        with suppress(FileNotFoundError):
+            return Path(self.job(job)["StdOut"]).read_text(errors="replace")
+        return ""
+
+    def wait(self, job: int, states: str | Collection[str], seconds: float) -> dict[str, str]:
+        """Wait until the job's state is one of these; what `job` says then.
+
+        Raises SlurmFailure with the job's output at the time limit, and as soon as it has ended in another state.
+        """
+        states = {states} if isinstance(states, str) else states
+
+        def reached() -> bool:
+            return self.job(job)["JobState"] in states
+
+        self.wait_until(job, reached, f"is not {' or '.join(states)}", seconds)
+        return self.job(job)
+
+    def wait_output(self, job: int, text: str, seconds: float) -> None:
+        """Wait until the job has printed the text. Raises SlurmFailure as `wait` does."""
+        self.wait_until(job, lambda: text in self.output(job), f"has not printed {text!r}", seconds)
+
+    def release(self, job: int) -> None:
+        """Let a requeued job start in two seconds; by itself it waits two minutes.
+
+        Not sooner: a node refuses a job that was ended there in the same second, and the job has failed.
+        """
+        self._until(lambda: self.job(job)["JobState"] == "PENDING", f"job {job} is not pending")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds")
+
+    def requeue(self, job: int) -> None:
+        self.run("scontrol", "requeue", str(job))
+
+    def cancel(self, job: int) -> None:
+        self.run("scancel", str(job))
+
+    def set_node(self, name: str, state: str, reason: str = "test") -> None:
+        """Set a node's state: down (ends its jobs), drain, resume."""
+        self.run("scontrol", "update", f"NodeName={name}", f"State={state}", f"Reason={reason}")
+
+    def tasks(self, job: int) -> dict[int, list[psutil.Process]]:
+        """The processes of each rank of the job's running step: the task itself, then all that it started."""
+        ranks = {}
+        for process, environment in self._processes():
+            # The batch script has a SLURM_PROCID, too, and srun passes for one of the step.
+            if environment.get("SLURM_JOB_ID") == str(job) and "SLURM_STEP_ID" in environment:
+                with suppress(psutil.Error):
+                    if process.parent().name() == "slurmstepd":
+                        ranks[int(environment["SLURM_PROCID"])] = [process, *process.children(recursive=True)]
+        return ranks
+
+    def clear(self) -> None:
+        """End all jobs at once, and take all nodes back into service."""
+        self.run("scancel", "--user=root")
+        for node in NODES:
+            with suppress(SlurmFailure):  # it is in service
+                self.set_node(node, "resume")
+
+        def free() -> bool:
+            self._kill_jobs()  # what ignores SIGTERM would live for KILL_WAIT
+            return self._idle() and not self.run("squeue", "--noheader")
+
+        self._until(free, "jobs do not end")
+
+    def wait_until(self, job: int, condition: Callable[[], bool], failure: str, seconds: float) -> None:
+        """Wait until the condition holds. Raises SlurmFailure as `wait` does; failure: what is wrong then."""
+        deadline = time.monotonic() + seconds
+        while True:
+            shown = self.job(job)  # before the condition: what an ended job has printed is then all there
+            if condition():
+                return
+            if shown["JobState"] in ENDED or time.monotonic() > deadline:
+                told = ", ".join(f"{name} {shown[name]}" for name in ("JobState", "Reason", "Restarts", "ExitCode"))
+                raise SlurmFailure(f"job {job} {failure}: {told}; its output:\n{self.output(job)[-4000:]}")
+            time.sleep(0.1)
+
+    def _configure(self) -> None:
+        (self.folder / "state").mkdir()
+        (self.folder / "munge.key").touch(mode=0o600)
+        (self.folder / "munge.key").write_bytes(os.urandom(128))
+        ports = dict(zip(("controller", *NODES), free_ports(3), strict=True))
+        host = socket.gethostname().split(".")[0]
+        config = _CONFIG.format(host=host, folder=self.folder, kill_wait=KILL_WAIT, **ports)
+        (self.folder / "slurm.conf").write_text(config)
+        gpus = [self.folder / f"gpu{number}" for number in range(8)]
+        for gpu in gpus:
+            gpu.touch()
+        (self.folder / "gres.conf").write_text("".join(f"Name=gpu File={gpu}\n" for gpu in gpus))
+
+    def _launch(self, name: str, program: str, *arguments: str) -> None:
+        # If we are killed outright, the kernel ends the daemon.
+        command = [shutil.which("setpriv"), "--pdeathsig", "KILL", shutil.which(program, path=_PATH), *arguments]
+        with (self.folder / f"{name}.printed").open("wb") as printed:
+            self.daemons[name] = subprocess.Popen(
+                command,
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _idle(self) -> bool:
+        with suppress(SlurmFailure):  # the controller does not answer yet
+            return self.run("sinfo", "--noheader", "--Node", "--format=%N %T").split() == ["n1", "idle", "n2", "idle"]
+        return False
+
+    def _until(self, condition: Callable[[], bool], failure: str) -> None:
+        """Wait until the condition holds. Raises SlurmFailure at the time limit, or as soon as a daemon has ended."""
+        deadline = time.monotonic() + _SECONDS
+        while not condition():
+            ended = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
+            if ended or time.monotonic() > deadline:
+                printed = {name: (self.folder / f"{name}.printed").read_text(errors="replace") for name in self.daemons}
+                raise SlurmFailure(
+                    f"{failure}; daemons that have ended: {', '.join(ended) or 'none'}\n"
+                    + "\n".join(f"--- {name}\n{text[-2000:]}" for name, text in printed.items())
+                )
+            time.sleep(0.1)
+
+    def _processes(self) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+        """All processes with this cluster's configuration, and their environments."""
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                environment = process.environ()
+                if environment.get("SLURM_CONF") == str(self.folder / "slurm.conf"):
+                    yield process, environment
+
+    def _kill_jobs(self) -> None:
+        for process, environment in self._processes():
+            if "SLURM_JOB_ID" in environment:
+                with suppress(psutil.Error):
+                    process.kill()
+
+    def _stop(self) -> None:
+        for daemon in self.daemons.values():
+            daemon.kill()
+            daemon.wait()
+        self.daemons.clear()
+        for process in psutil.process_iter():  # step daemons overwrite their environment; their folder is slurmd's
+            with suppress(psutil.Error):
+                if process.name() == "slurmstepd" and process.cwd() == str(self.folder):
+                    process.kill()
+        self._kill_jobs()
+        shutil.rmtree(self.folder, ignore_errors=True)

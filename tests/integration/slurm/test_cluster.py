@@ -1,0 +1,120 @@
+"""What our job scripts rely on, as this Slurm does it."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import psutil
+import pytest
+from cluster import KILL_WAIT, SlurmCluster, SlurmFailure
+
+# A rank that says which signal it gets, and goes on.
+PATIENT = """srun --kill-on-bad-exit=1 bash -c '
+    for signal in USR1 TERM; do trap "echo rank $SLURM_PROCID has $signal" $signal; done
+    echo rank $SLURM_PROCID is there
+    while :; do sleep 0.1; done'"""
+ONCE_MORE = """
+    echo attempt ${SLURM_RESTART_COUNT:-0}
+    srun bash -c 'echo rank $SLURM_PROCID is there; [ "$SLURM_RESTART_COUNT" = 1 ] || sleep 300'"""
+
+
+@pytest.fixture
+def submit(slurm, tmp_path) -> Callable[..., int]:
+    """Submit the lines of a script as a job of two ranks on two nodes."""
+
+    def submit(script: str, to: SlurmCluster = slurm, **options: str | int | None) -> int:
+        path = tmp_path / "job.sh"
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        return to.submit(path, **{"nodes": 2, "ntasks_per_node": 1, "time": 5} | options)
+
+    return submit
+
+
+def both_there(slurm: SlurmCluster, job: int) -> None:
+    for rank in range(2):
+        slurm.wait_output(job, f"rank {rank} is there", 30)
+
+
+def alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE  # one that nobody reaps, where process 1 does not
+    return False
+
+
+def test_two_ranks_know_their_places(slurm, submit):
+    words = "$SLURM_PROCID of $SLURM_NTASKS, node $SLURM_NODEID, $SLURMD_NODENAME, local $SLURM_LOCALID"
+    job = submit(f"srun bash -c 'echo {words}'")
+    assert slurm.wait(job, "COMPLETED", 30)["NodeList"] == "n[1-2]"
+    assert sorted(slurm.output(job).splitlines()) == ["0 of 2, node 0, n1, local 0", "1 of 2, node 1, n2, local 0"]
+
+
+def test_two_jobs_share_the_nodes(slurm, submit):
+    for job in [submit(PATIENT), submit(PATIENT)]:
+        both_there(slurm, job)
+        assert slurm.job(job)["JobState"] == "RUNNING"
+
+
+def test_the_signal_before_the_time_limit_reaches_ranks_and_not_the_script(slurm, submit):
+    # Limits are looked at every 30 s: with 59 s of a minute left it comes the first time.
+    job = submit(f"trap 'echo the script has USR1' USR1\n{PATIENT}", time=1, signal="USR1@59")
+    for rank in range(2):
+        slurm.wait_output(job, f"rank {rank} has USR1", 50)
+    for processes in slurm.tasks(job).values():
+        processes[0].kill()
+    slurm.wait(job, "FAILED", 30)  # only now the script would speak
+    assert "the script has" not in slurm.output(job)
+
+
+def test_a_requeued_job_runs_again_and_its_output_is_kept(slurm, submit):
+    job = submit(ONCE_MORE)
+    both_there(slurm, job)
+    slurm.requeue(job)
+    slurm.release(job)
+    assert slurm.wait(job, "COMPLETED", 30)["Restarts"] == "1"
+    attempts = [line for line in slurm.output(job).splitlines() if line.startswith("attempt")]
+    assert attempts == ["attempt 0", "attempt 1"]
+
+
+def test_a_node_that_goes_down_sends_its_jobs_back(slurm, submit):
+    job = submit(ONCE_MORE)
+    both_there(slurm, job)
+    slurm.set_node("n2", "down")
+    slurm.release(job)
+    time.sleep(4)
+    assert slurm.job(job)["JobState"] == "PENDING"  # it stays down
+    slurm.set_node("n2", "resume")
+    assert slurm.wait(job, "COMPLETED", 30)["Restarts"] == "1"
+
+
+def test_a_killed_rank_ends_the_step(slurm, submit):
+    job = submit(f"{PATIENT}\necho srun ended with $?\nexit 7")
+    both_there(slurm, job)
+    (first, *_), (second, *children) = (slurm.tasks(job)[rank] for rank in range(2))
+    assert second.environ()["SLURM_PROCID"] == "1"
+    assert {child.name() for child in children} <= {"sleep"}
+    second.kill()
+    slurm.wait_output(job, "rank 0 has TERM", KILL_WAIT / 2)
+    first.kill()
+    with pytest.raises(SlurmFailure, match=r"ExitCode 7:0; its output:(.|\n)*srun ended with 137"):
+        slurm.wait(job, "COMPLETED", 30)
+
+
+def test_a_second_cluster_ends_with_all_that_ran_on_it(slurm, submit):
+    with SlurmCluster() as other:
+        job = submit(PATIENT, to=other)
+        both_there(other, job)
+        assert not slurm.run("squeue", "--noheader")
+        other.set_node("n1", "down")
+        began = time.monotonic()
+        other.clear()  # the ranks ignore SIGTERM
+        assert time.monotonic() - began < KILL_WAIT / 2
+        job = submit(PATIENT, to=other)
+        both_there(other, job)
+        processes = [process for rank in other.tasks(job).values() for process in rank]
+        processes += [process.parent() for process in processes]
+        processes += [psutil.Process(daemon.pid) for daemon in other.daemons.values()]
+        assert {process.name() for process in processes} >= {"munged", "slurmctld", "slurmd", "slurmstepd", "bash"}
+    _, left = psutil.wait_procs(processes, timeout=2)
+    assert not [process for process in left if alive(process)]
+    assert not other.folder.exists()
+    assert slurm.run("sinfo", "--noheader", "--format=%T").split() == ["idle"]

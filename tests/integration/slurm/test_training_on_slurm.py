@@ -1,0 +1,198 @@
+"""The job scripts on a real Slurm: what becomes of a training that is stopped, killed, or moved to other nodes."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cluster import ROOT, SlurmCluster, SlurmFailure
+
+from pipeline.convert.demo import TrainingPairs
+from pipeline.convert.sharding import convert
+from pipeline.status import Status
+
+STEPS = 150
+EVERY = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def site(tmp_path_factory) -> Iterator[None]:
+    file = tmp_path_factory.mktemp("site") / "site.env"
+    file.write_text("export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SITE_ENV", str(file))
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe(s3, tiny_model) -> list[str]:
+    """The demo's recipe on few samples in S3, from a model that exists already."""
+    convert({"s3://pipeline-tests/slurm": TrainingPairs("Scene-T2I", 0, 400)}, options={}, shard_bytes=200_000)
+    return [
+        f"model.path={tiny_model}",
+        "data.url=s3://pipeline-tests/slurm",
+        "data.datasets=[]",
+        "data.lanes=4",
+        "data.block_samples=8",
+        "data.window_blocks=2",
+        "data.workers=1",
+        "batch.global_batch=24",
+        "batch.chunk_tokens=500",
+        f"steps={STEPS}",
+        f"checkpoint.every={EVERY}",
+        "evaluation=null",
+        "ledger=true",
+        "timeout_minutes=1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe, tmp_path_factory) -> Path:
+    """What all other runs are compared with: one under torchrun, on two processes."""
+    run = tmp_path_factory.mktemp("runs") / "torchrun"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*launcher, "-m", "pipeline.train", "pipeline/recipes/demo.yaml", *recipe, f"run={run}"],
+        cwd=ROOT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return run
+
+
+@pytest.fixture
+def train(slurm, recipe, tmp_path) -> Callable[..., tuple[int, Path]]:
+    """Submit slurm/train_demo.sh; the job and its run directory."""
+
+    def train(*overrides: str, name: str = "run", **options: str | int | None) -> tuple[int, Path]:
+        run = tmp_path / name
+        return slurm.submit(ROOT / "slurm/train_demo.sh", *recipe, f"run={run}", *overrides, **options), run
+
+    return train
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def last_line(slurm: SlurmCluster, job: int) -> str:
+    """Of the job's output, but for Slurm's own."""
+    return [line for line in slurm.output(job).splitlines() if not line.startswith("slurmstepd")][-1]
+
+
+def wait_for_step(slurm: SlurmCluster, job: int, run: Path, step: int, seconds: float = 90) -> None:
+    slurm.wait_until(job, lambda: Status.read(run).step >= step, f"has not made step {step}", seconds)
+
+
+def assert_same(run: Path, other: Path) -> None:
+    for name in ("metrics.jsonl", "ledger/rank0.jsonl", "ledger/rank1.jsonl"):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_two_jobs_on_the_same_nodes_train_as_under_torchrun(slurm, train, undisturbed):
+    (job, run), (other, second) = train(), train("steps=20", name="second")
+    slurm.wait(job, "COMPLETED", 200)
+    slurm.wait(other, "COMPLETED", 60)
+    assert_same(run, undisturbed)
+    assert len(lines(second / "metrics.jsonl")) == 20
+    assert (run / "export/model.safetensors").exists()
+    assert (Status.read(run).state, Status.read(run).step) == ("finished", STEPS)
+    assert slurm.job(job)["NodeList"] == "n[1-2]"
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in slurm.output(job)
+
+
+def test_stopped_by_its_time_limit_requeued_and_killed_it_ends_as_if_it_had_not_been(slurm, train, undisturbed):
+    steps = sorted(random.Random(0).sample(range(3, STEPS // 2), 3))
+    job, run = train()
+
+    # A signal comes at one of Slurm's looks at time limits, every 30 seconds.
+    wait_for_step(slurm, job, run, steps[0])
+    elapsed = sum(int(n) * 60**i for i, n in enumerate(reversed(slurm.job(job)["RunTime"].split(":"))))
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={elapsed // 60 + 1}")
+    slurm.wait(job, "PENDING", 60)
+    status = Status.read(run)
+    assert (status.state, status.reason) == ("stopped", "SIGUSR1 (the time limit is near)")
+    done = len(lines(run / "metrics.jsonl"))
+    assert steps[0] <= done == status.step < STEPS
+    assert (run / "checkpoints/latest").read_text() == f"step-{done:08d}\n"
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    slurm.release(job)
+
+    wait_for_step(slurm, job, run, done + 2)
+    slurm.requeue(job)
+    slurm.wait(job, "PENDING", 60)
+    status = Status.read(run)
+    assert (status.state, status.reason) == ("stopped", "SIGTERM (preempted, requeued or cancelled)")
+    assert (run / "checkpoints/latest").read_text() == f"step-{status.step:08d}\n"
+    slurm.release(job)
+
+    wait_for_step(slurm, job, run, status.step + 2)
+    slurm.tasks(job)[1][0].kill()
+    slurm.wait(job, "PENDING", 60)
+    status = Status.read(run)
+    assert (status.state, len(status.failures)) == ("failed", 1)
+    assert "a rank was killed" in last_line(slurm, job)
+    slurm.release(job)
+
+    slurm.wait(job, "COMPLETED", 120)
+    assert slurm.job(job)["Restarts"] == "3"
+    assert_same(run, undisturbed)
+
+
+def test_without_its_second_node_a_job_goes_on_with_the_same_batches_on_the_first(slurm, train, undisturbed):
+    job, run = train(nodes="1-2", ntasks=2)
+    wait_for_step(slurm, job, run, EVERY + 5)
+    assert slurm.job(job)["NumNodes"] == "2"
+    slurm.set_node("n2", "down")
+    slurm.wait(job, "PENDING", 30)
+    slurm.run("scontrol", "update", f"JobId={job}", "NumTasks=1")  # else it waits for a second node
+    slurm.release(job)
+    assert slurm.wait(job, "COMPLETED", 150)["NodeList"] == "n1"
+    ours, theirs = (lines(folder / "metrics.jsonl") for folder in (run, undisturbed))
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    batches = []
+    for folder in (run, undisturbed):
+        keys = {step: [] for step in range(1, STEPS + 1)}
+        for path in (folder / "ledger").iterdir():
+            for line in lines(path):
+                keys[line["step"]] += line["keys"]
+        batches.append({step: sorted(each) for step, each in keys.items()})
+    assert batches[0] == batches[1]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_what_would_fail_is_found_before_training(slurm, train, small_disk, tmp_path):
+    jobs = {
+        "no-such-bucket": train("data.url=s3://no-such-bucket/train", name="bucket"),
+        "no-such-model": train(f"model.path={tmp_path}/no-such-model", name="model"),
+        "disk space": train(f"run={small_disk}/run", name="disk/run"),
+    }
+    for what, (job, run) in jobs.items():
+        with pytest.raises(SlurmFailure):
+            slurm.wait(job, "COMPLETED", 100)
+        assert slurm.job(job)["JobState"] == "FAILED"
+        assert last_line(slurm, job).startswith("error: preflight: ")
+        assert what in last_line(slurm, job)
+        status = Status.read(run)
+        assert status.state == "failed"
+        assert status.reason.startswith("preflight: ")
+        assert what in status.reason
+        assert not (run / "metrics.jsonl").exists()
