@@ -34,7 +34,7 @@ from pipeline.evaluation.tasks import Collection
 from pipeline.models import llave, weights
 from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
-from pipeline.training.distributed import end_distributed, start_distributed
+from pipeline.training.distributed import end_distributed, on_first_rank, start_distributed
 from pipeline.training.engine import PARTS, build_engine, load_tower
 from pipeline.training.export import export
 from pipeline.training.loop import Run, train
@@ -101,7 +101,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
     (start,) = decision
     if rank == 0:
         _write_recipe(recipe, folder, world)
-    model_path = _model(recipe, source, folder, anew=start is None)
+    model_path = on_first_rank(lambda: _model(recipe, source, folder, anew=start is None))
     if start:
         if rank == 0:
             _shorten_ledgers(folder / "ledger", world, checkpoint.step_of(start))
@@ -120,8 +120,6 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
         return KeptFeatures(tower, recipe.batch.tower_tiles, limit) if tower else None
 
     def evaluate(chunk_tokens: int) -> Report | None:
-        if collection is None:
-            return None
         seen = partial(tower.features_of, tiles_at_once=recipe.batch.tower_tiles) if tower else None
         embeddings = embed_collection(
             engine, processor.encode, collection, chunk_tokens=chunk_tokens, device=device, features=seen
@@ -170,25 +168,21 @@ def _trained(train: Train) -> dict:
 
 
 def _model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> str:
-    """The model to begin with, in transformers' format; what is not there yet is made by the first rank.
+    """The model to begin with, in transformers' format; what is not there yet is made.
 
     An original checkpoint is converted. Without a path: random weights and a tokenizer of the data's texts, written
     where a run begins anew.
     """
     made = folder / "init"
-    path = [recipe.model.path or str(made)]
-    if dist.get_rank() == 0:
-        if recipe.model.path:
-            # Converting one takes minutes, which the other ranks wait as in any collective.
-            path = [weights.resolve(recipe.model.path, made)]
-        elif anew or not made.exists():
-            unfinished = folder / "init.unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            llave.build(recipe.model.architecture, _texts(source), recipe.seed, unfinished)
-            shutil.rmtree(made, ignore_errors=True)
-            unfinished.rename(made)
-    dist.broadcast_object_list(path)
-    return path[0]
+    if recipe.model.path:
+        return weights.resolve(recipe.model.path, made)
+    if anew or not made.exists():
+        unfinished = folder / "init.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        llave.build(recipe.model.architecture, _texts(source), recipe.seed, unfinished)
+        shutil.rmtree(made, ignore_errors=True)
+        unfinished.rename(made)
+    return str(made)
 
 
 def _texts(source: Source) -> Iterator[str]:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Evaluate a model: the tasks of an array share the datasets, and a job that depends on them gathers the report.
-#     bash slurm/eval_mmeb.sh MODEL TASKS OUT [key=value ...]      submits both; the options are pipeline.evaluate's
-# OUT/report.json has the figures, the second job's output the table. SBATCH_DEPENDENCY=afterok:ID waits for a job.
+#     bash slurm/eval_mmeb.sh [sbatch's flags] MODEL TASKS OUT [key=value ...]    submits both, and prints their ids
+# The flags, as --array=0-35 or --dependency=afterok:ID, are the array's; key=value are options of pipeline.evaluate.
+# OUT/report.json has the figures, the second job's output the table.
 #SBATCH --job-name=eval-mmeb
 #SBATCH --array=0-7
 #SBATCH --nodes=1
@@ -13,10 +14,14 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.out
 set -euo pipefail
+flags=()
+while [[ ${1:-} == -* ]]; do
+    flags+=("$1")
+    shift
+done
 model=${1:?which MODEL?} tasks=${2:?which TASKS?} out=${3:?to which folder OUT?}
 if [ -z "${SLURM_JOB_ID:-}" ]; then
-    array=$(sbatch --parsable "${BASH_SOURCE[0]}" "$@")
-    unset SBATCH_DEPENDENCY
+    array=$(sbatch --parsable "${flags[@]}" slurm/eval_mmeb.sh "$@")
     report=$(sbatch --parsable --dependency="afterok:$array" --kill-on-invalid-dep=yes slurm/gather_report.sh "$out")
     echo "$array $report"
     exit

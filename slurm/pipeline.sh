@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Everything as a chain of jobs, each of which waits for the one before: shards, training, evaluation, report.
 #     bash slurm/pipeline.sh --shards "mmeb-train MMEB-train s3://bucket/mmeb-train" --train slurm/train_7b.sh \
-#         --run /scratch/runs/llave-7b --evaluate s3://bucket/mmeb-eval [key=value ...]
-# Leave --shards away where they are made already. Prints the jobs' ids; what SBATCH_... variables say holds for all.
+#         --run /scratch/runs/llave-7b --evaluate s3://bucket/mmeb-eval [--parts 8] [key=value ...]
+# Leave --shards away where they are made already. key=value go to training, --parts jobs share the evaluation's
+# datasets. Prints the jobs' ids; what SBATCH_ACCOUNT, SBATCH_PARTITION and their like say holds for all.
 set -euo pipefail
-shards=() train='' run='' tasks=''
+shards=() train='' run='' tasks='' parts=8
 while [ $# -gt 0 ]; do
     case $1 in
         --shards) read -ra shards <<<"$2" && shift 2 ;;
         --train) train=$2 && shift 2 ;;
         --run) run=$2 && shift 2 ;;
         --evaluate) tasks=$2 && shift 2 ;;
+        --parts) parts=$2 && shift 2 ;;
         *=*) break ;;
-        *) sed -n '2,5s/^# \{0,1\}//p' "$0" && exit 2 ;;
+        *) sed -n '2,6s/^# \{0,1\}//p' "$0" && exit 2 ;;
     esac
 done
 if [ -z "$train" ] || [ -z "$run" ]; then
@@ -31,6 +33,7 @@ fi
 job=$(sbatch --parsable "${after[@]}" "$train" run="$run" "$@")
 echo "training: $job"
 if [ -n "$tasks" ]; then
-    jobs=$(SBATCH_DEPENDENCY="afterok:$job" bash slurm/eval_mmeb.sh "$run/export" "$tasks" "$run/mmeb")
+    jobs=$(bash slurm/eval_mmeb.sh --array="0-$((parts - 1))" --dependency="afterok:$job" --kill-on-invalid-dep=yes \
+        "$run/export" "$tasks" "$run/mmeb")
     echo "evaluation, report: $jobs"
 fi

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.losses.gather import all_gather_constant, all_gather_rows, rank_and_world
 
-KEPT_BYTES = 512 << 20
+KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,13 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import deepspeed
 import torch
@@ -20,7 +23,10 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from pipeline.errors import PipelineError
 
+Result = TypeVar("Result")
+
 _RENDEZVOUS_MINUTES = 10
+_GOES_ON_SECONDS = 5
 _KERNELS = ("deepspeed_shm_comm_op", "cpu_adam")  # that DeepSpeed compiles at their first use
 _LONGEST_BUILD = 600  # seconds
 
@@ -91,6 +97,22 @@ def _meet(minutes: float) -> dist.Store:
             f"are on {', '.join(came)}. Are the others' nodes up, and do they reach that address?"
         ) from error
     return dist.PrefixStore("group", store)
+
+
+def on_first_rank(work: Callable[[], Result]) -> Result:
+    """What `work` returns on the first rank, to all ranks, however long it takes; what it raises, the first one raises.
+
+    The others hear every few seconds that it goes on: in one collective they would wait no longer than its time limit.
+    """
+    leads, said = dist.get_rank() == 0, [False, None]
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work) if leads else None
+        while not said[0]:
+            if leads:
+                futures.wait([future], timeout=_GOES_ON_SECONDS)
+                said = [True, future.result()] if future.done() else [False, None]
+            dist.broadcast_object_list(said)
+    return said[1]
 
 
 def end_distributed() -> NoReturn:

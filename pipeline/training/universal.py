@@ -14,7 +14,6 @@ import tempfile
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -26,6 +25,7 @@ from pipeline.config import ROOT
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 from pipeline.training import checkpoint
+from pipeline.training.distributed import on_first_rank
 from pipeline.training.preemption import SIGNALS
 
 _POLL = 5  # seconds
@@ -34,9 +34,7 @@ _POLL = 5  # seconds
 def for_this_world(source: Path, timeout_minutes: float) -> Path:
     """A checkpoint as the present processes can load it: itself, or, of another number of them, converted beside it.
 
-    Every rank calls this. The first one converts, in a process of its own, so that it can tell the others every few
-    seconds that it goes on: however long it takes, none of them waits for long in a collective, and all see the files
-    only when they are whole and on the disk.
+    Every rank calls this. The first one converts, and the others see the files when they are whole and on the disk.
 
     Raises PipelineError, on the first rank, where the conversion fails, or writes nothing for `timeout_minutes`.
     """
@@ -49,17 +47,12 @@ def for_this_world(source: Path, timeout_minutes: float) -> Path:
     dist.broadcast_object_list(needed)
     if not needed[0]:
         return source
-    if leads:
-        converting = convert(source, target, conditions[checkpoint.PROCESSES], world, timeout_minutes)
-    goes_on = [True]
-    while goes_on[0]:
-        goes_on = [next(converting, False) if leads else None]
-        dist.broadcast_object_list(goes_on)
+    on_first_rank(lambda: convert(source, target, conditions[checkpoint.PROCESSES], world, timeout_minutes))
     return target
 
 
-def convert(source: Path, target: Path, before: int, world: int, timeout_minutes: float) -> Iterator[bool]:
-    """Convert a checkpoint of `before` processes, in another process; yields True every few seconds until its end.
+def convert(source: Path, target: Path, before: int, world: int, timeout_minutes: float) -> None:
+    """Convert a checkpoint of `before` processes, in another process, which does not outlive this one.
 
     Raises PipelineError where there is no room for it, and as `for_this_world` does.
     """
@@ -80,7 +73,6 @@ def convert(source: Path, target: Path, before: int, world: int, timeout_minutes
     ):
         written, since, is_stalled = 0, time.monotonic(), False
         while process.poll() is None:
-            yield True
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL)
             if (now := _size(target.parent)) != written:

@@ -73,6 +73,17 @@ def test_a_report_survives_its_file_and_prints_before_and_after(tmp_path, capsys
         Report.read(tmp_path / "r.json")
 
 
+def test_reports_of_parts_are_one_of_all():
+    whole = report_of(b=("vqa", True, 0.2), a=("vqa", False, 0.4), c=("retrieval", True, 0.9))
+    parts = [Report("m", {name: whole.datasets[name] for name in names}) for names in ("bc", "a")]
+    assert Report.merged(parts) == whole
+    assert list(Report.merged(parts).datasets) == ["a", "b", "c"]
+    with pytest.raises(PipelineError, match="several reports have b, c"):
+        Report.merged([*parts, parts[0]])
+    with pytest.raises(PipelineError, match="different models: m, other"):
+        Report.merged([*parts, Report("other", {})])
+
+
 @pytest.fixture
 def mmeb(tmp_path):
     """Two datasets in MMEB's layout that share an image."""

@@ -47,7 +47,7 @@ def test_a_file_with_more_than_tensors_is_refused_and_runs_nothing(source):
     assert mark.exists()
     mark.unlink()
     with pytest.raises(PipelineError, match="could not be converted for 1 processes") as error:
-        list(convert(source, target(source), 2, 1, timeout_minutes=0.5))
+        convert(source, target(source), 2, 1, timeout_minutes=0.5)
     assert "weights_only" in str(error.value) or "WeightsUnpickler" in str(error.value)
     assert "continue on 2 processes" in str(error.value)
     assert not mark.exists()
@@ -57,14 +57,14 @@ def test_one_for_which_there_is_no_room_does_not_begin(source, monkeypatch):
     (source / OPTIMIZER).write_bytes(bytes(100))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=199))
     with pytest.raises(PipelineError, match="make room, or continue on 2 processes"):
-        next(convert(source, target(source), 2, 1, timeout_minutes=0.5))
+        convert(source, target(source), 2, 1, timeout_minutes=0.5)
 
 
 def test_one_that_writes_nothing_is_ended_at_the_time_limit(source):
     os.mkfifo(source / OPTIMIZER)  # which nobody writes to
     began = time.monotonic()
     with pytest.raises(PipelineError, match=r"nothing written for 0\.05 minutes"):
-        list(convert(source, target(source), 2, 1, timeout_minutes=0.05))
+        convert(source, target(source), 2, 1, timeout_minutes=0.05)
     assert time.monotonic() - began < 20
 
 
@@ -72,7 +72,7 @@ def test_one_whose_rank_is_killed_ends_with_it(source):
     os.mkfifo(source / OPTIMIZER)
     code = (
         f"from pathlib import Path; from pipeline.training.universal import convert; source = Path({str(source)!r})\n"
-        f"list(convert(source, Path({str(target(source))!r}), 2, 1, timeout_minutes=5))"
+        f"convert(source, Path({str(target(source))!r}), 2, 1, timeout_minutes=5)"
     )
     rank = psutil.Process(subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).pid)
     deadline = time.monotonic() + 20
