@@ -27,9 +27,8 @@ the same weights.
 
 Memory is the most that a step's tensors take at once, gradients included; weights, data and AdamW's moments were there
 before and are not. It is counted tensor by tensor: the process's resident memory also holds what the allocator has
-back and not yet returned, up to three times as much. NumPy's arrays are not in it: of ours, the chunks' copy of the
-batch's tiles. In the second table the global batch grows and the chunk does not. There the tower's kept features are
-shown apart: on a GPU they wait in the host's memory from batch.features_mb on.
+back and not yet returned, up to three times as much. In the second table the global batch grows and the chunk does not.
+There the tower's kept features are shown apart: on a GPU they wait in the host's memory from batch.features_mb on.
 
 All must agree: embeddings to 1e-5, GradCache's loss and gradient norm with ours to 1e-4.
 """
@@ -438,7 +437,7 @@ def compare(ours: Ours, path: str, pairs: int, rounds: int) -> tuple[list[str], 
 def grow(ours: Ours, path: str, sizes: Sequence[int]) -> Table:
     tokens, first = chunk_tokens(ours.tiling, MICRO_BATCH), None
     table = Table(
-        *("pairs", "peak, MB", "kept features", "the rest", "ratio to the first", "besides: copy of the tiles"),
+        *("pairs", "peak, MB", "kept features", "the rest", "ratio to the first"),
         title=f"ours, chunks of {tokens} tokens, no graph kept",
     )
     for pairs in tqdm(sizes, desc="global batch", leave=False):
@@ -446,9 +445,7 @@ def grow(ours: Ours, path: str, sizes: Sequence[int]) -> Table:
         peak, kept = peak_of(partial(ours.step, batch, tokens=tokens, kept_chunks=0)), feature_bytes(batch)
         first = first or peak - kept
         cells = [f"{each / 1e6:,.0f}" for each in (peak, kept, peak - kept)]
-        table.add_row(
-            f"{pairs:,}", *cells, f"{(peak - kept) / first:.3f}", f"{tiles_of(batch) * 3 * TILE**2 / 1e6:,.0f}"
-        )
+        table.add_row(f"{pairs:,}", *cells, f"{(peak - kept) / first:.3f}")
     return table
 
 

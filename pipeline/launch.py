@@ -29,8 +29,9 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
     }
     if "MASTER_ADDR" not in environment:
         environment["MASTER_ADDR"] = _address(first_node(environment["SLURM_STEP_NODELIST"]), environment)
-    # Jobs and steps on the same nodes differ in it.
+    # Jobs and steps on the same nodes differ in it; and a job's next start, should it be taken.
     number = 31 * int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+    number += 4001 * int(environment.get("SLURM_RESTART_COUNT", 0))
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + number % _PORTS))
 
 

@@ -3,21 +3,22 @@
     python -m pipeline.requeue RECIPE [key=value ...] --exit-code N [--terminated]
 
 Reads RUN/status.json and srun's exit code, prints a line on what happened and what comes of it, and ends with status
-0 where there is nothing left to do, 75 where the job goes on after a requeue, 1 where it failed for good: in preflight,
-at a step where it had failed before, or for the third time from the same checkpoint. slurm/launch.sh calls it.
+0 where there is nothing left to do, 75 where the job goes on after a requeue, 1 where it failed for good: in preflight
+at its first start, at a step where it had failed before, or too often from the same checkpoint. slurm/launch.sh calls
+it.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import load_recipe
 from pipeline.errors import command_line
-from pipeline.status import Failure, Status
+from pipeline.status import Status
 
 DONE, FAILED, REQUEUE = 0, 1, 75  # 75: EX_TEMPFAIL of sysexits.h
-_FROM_ONE_CHECKPOINT = 3
 
 
 @command_line
@@ -36,39 +37,30 @@ def main() -> None:
 
 def decide(run: Path, exit_code: int, terminated: bool = False) -> tuple[str, int]:
     """What to say, and this program's exit status."""
-    status = Status.read(run)
+    job, status = os.environ.get("SLURM_JOB_ID", ""), Status.read(run)
+    if status.job != job:  # another's: this job did not even begin
+        status = Status("starting", status.step, status.steps, job=job)
     done = f"{status.step} of {status.steps or '?'} steps are done"
     if status.state == "finished" and exit_code == 0:
         return f"{run}: finished", DONE
-    if status.state == "stopped" and exit_code == 0:
-        if status.reason.startswith("SIGUSR1"):
-            return f"{run}: {done}; {status.reason}; the job goes on after a requeue", REQUEUE
-        return f"{run}: {done}; {status.reason}; whoever stopped the job says whether it starts again", DONE
     if terminated:
-        return f"{run}: {done}; Slurm ended the job before it could stop by itself", DONE
-    if status.state == "failed" and status.reason.startswith("preflight: "):
+        if status.state != "stopped":
+            status = replace(status, state="stopped", reason="Slurm ended the job before it could stop by itself")
+            status.write(run)
+        return f"{run}: {done}; {status.reason}; Slurm knows whether the job starts again", DONE
+    if status.state == "stopped" and exit_code == 0:
+        return f"{run}: {done}; {status.reason}; the job goes on after a requeue", REQUEUE
+    if status.state == "refused" and status.start == 0:
         return f"error: {status.reason}", FAILED
 
     reason = status.reason
-    if status.state != "failed":
+    if status.state not in ("failed", "refused"):
         reason = f"srun ended with status {exit_code}" + (", a rank was killed" if exit_code == 137 else "")
-    failure = Failure(status.step, _newest_checkpoint(run))
-    failures = [*status.failures, failure]
-    replace(status, state="failed", reason=reason, failures=failures).write(run)
-    if failure.step in [earlier.step for earlier in status.failures]:
-        return f"error: {run}: failed twice after {status.step} steps and is not started again: {reason}", FAILED
-    if [earlier.checkpoint for earlier in failures].count(failure.checkpoint) == _FROM_ONE_CHECKPOINT:
-        return (
-            f"error: {run}: failed {_FROM_ONE_CHECKPOINT} times on its way from the checkpoint after "
-            f"{failure.checkpoint} steps and is not started again: {reason}",
-            FAILED,
-        )
+    status = status.failed(run, reason)
+    status.write(run)
+    if status.hopeless:
+        return f"error: {run}: {status.hopeless} and is not started again: {reason}", FAILED
     return f"error: {run}: failed after {status.step} steps, goes on after a requeue: {reason}", REQUEUE
-
-
-def _newest_checkpoint(run: Path) -> int:
-    steps = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")]
-    return max(steps, default=0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -11,10 +12,12 @@ from pathlib import Path
 
 from pipeline.errors import PipelineError, is_of_lost_peer
 
+_FROM_ONE_CHECKPOINT = 4  # failures, after which there is no hope
+
 
 @dataclass(frozen=True)
 class Failure:
-    """A job's end that nobody asked for: after how many steps, and from which one the next job goes on."""
+    """A job's end that nobody asked for: after how many steps, and from which one the next start goes on."""
 
     step: int
     checkpoint: int
@@ -22,10 +25,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Status:
-    """state: "starting", "running", "stopped" (by a signal, with a checkpoint), "finished" or "failed".
+    """state: "starting", "running", "stopped" (by a signal, with a checkpoint), "finished", "refused" (by preflight) or
+    "failed".
 
-    step: how many of `steps` are done. reason: why it is stopped or has failed; while it goes, why it last did.
-    job: Slurm's id, where it is a job. failures: of that job, which Slurm may have started several times.
+    step: how many of `steps` are done. reason: why it is stopped, refused or has failed; while it goes, why it last
+    did. job, start: Slurm's id, where it is a job, and how often that was started before. failures: of that job.
     """
 
     state: str
@@ -33,6 +37,7 @@ class Status:
     steps: int | None = None
     reason: str = ""
     job: str = ""
+    start: int = 0
     failures: list[Failure] = field(default_factory=list)
     time: str = ""
 
@@ -54,20 +59,53 @@ class Status:
             unfinished.write_text(json.dumps(asdict(now), indent=1) + "\n")
             unfinished.replace(run / "status.json")
 
+    def failed(self, run: Path, reason: str) -> "Status":
+        """With one failure more."""
+        failure = Failure(self.step, _newest_checkpoint(run))
+        return replace(self, state="failed", reason=reason, failures=[*self.failures, failure])
+
+    @property
+    def hopeless(self) -> str:
+        """Why the job should not be started again after its last failure; empty where it may."""
+        *earlier, last = self.failures
+        if last.step in [failure.step for failure in earlier]:
+            return f"failed twice after {last.step} steps"
+        if (times := [each.checkpoint for each in self.failures].count(last.checkpoint)) >= _FROM_ONE_CHECKPOINT:
+            return f"failed {times} times on its way from the checkpoint after {last.checkpoint} steps"
+        return ""
+
 
 def begin(run: Path) -> None:
-    """Note that a process starts on the run. A job's failures are forgotten where another job takes over."""
-    job, before = os.environ.get("SLURM_JOB_ID", ""), Status.read(run)
-    reason = before.reason
+    """Note that a run starts, or starts again; of a job the first program that comes says it.
+
+    A job's failures are forgotten where another job takes over. An end without a word is one: of a node, say.
+    """
+    job, start = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    before = Status.read(run)
+    if job and (before.job, before.start, before.state) == (job, start, "starting"):
+        return
     if before.state in ("starting", "running"):
-        reason = "it ended without a word: killed, or its node failed"
+        before = before.failed(run, "it ended without a word: killed, or its node failed")
     failures = before.failures if job and job == before.job else []
-    replace(before, state="starting", reason=reason, job=job, failures=failures).write(run)
+    replace(before, state="starting", job=job, start=start, failures=failures).write(run)
 
 
 def note(run: Path, state: str, **changes: object) -> None:
-    """Write the status anew, with these changes."""
-    replace(Status.read(run), state=state, **changes).write(run)
+    """Write the status anew, with these changes. That a rank has failed is not taken back by one that goes on."""
+    before = Status.read(run)
+    if state != "running" or before.state != "failed":
+        replace(before, state=state, **changes).write(run)
+
+
+def other_job(run: Path) -> str:
+    """The id of another job of Slurm's that has this run directory and has not ended; empty where there is none."""
+    job = Status.read(run).job
+    if not job or job == os.environ.get("SLURM_JOB_ID"):
+        return ""
+    command = ["squeue", "--noheader", f"--jobs={job}"]
+    with suppress(OSError, subprocess.SubprocessError):  # no Slurm here, or it has forgotten the job
+        return job if subprocess.run(command, capture_output=True, timeout=30, check=True).stdout.strip() else ""
+    return ""
 
 
 @contextmanager
@@ -79,3 +117,8 @@ def failures_noted(run: Path) -> Iterator[None]:
         if not is_of_lost_peer(error):
             note(run, "failed", reason=str(error) if isinstance(error, PipelineError) else repr(error))
         raise
+
+
+def _newest_checkpoint(run: Path) -> int:
+    steps = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")]
+    return max(steps, default=0)

@@ -122,15 +122,21 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
     def evaluate(chunk_tokens: int) -> Report | None:
         seen = partial(tower.features_of, tiles_at_once=recipe.batch.tower_tiles) if tower else None
         embeddings = embed_collection(
-            engine, processor.encode, collection, chunk_tokens=chunk_tokens, device=device, features=seen
+            engine,
+            processor.encode,
+            collection,
+            chunk_tokens=chunk_tokens,
+            device=device,
+            features=seen,
+            interrupted=lambda: preemption.asked() > 0,
         )
-        return Report.of(recipe.run, collection, embeddings) if rank == 0 else None
+        return Report.of(recipe.run, collection, embeddings) if rank == 0 and embeddings is not None else None
 
     def batches_of(steps: range) -> Iterator[Batch]:
         timeout = 60 * recipe.timeout_minutes
         return batches(source, order, processor.encode, steps, rank=rank, world=world, timeout=timeout)
 
-    if train(engine, Run(recipe, order, steps, start, conditions, batches_of, evaluate, features, preemption)) < steps:
+    if not train(engine, Run(recipe, order, steps, start, conditions, batches_of, evaluate, features, preemption)):
         return
     export(engine, tower, recipe.train.lora, model_path, recipe.model.path, folder / "export")
     if rank == 0:

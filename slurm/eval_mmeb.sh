@@ -9,6 +9,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=12
+#SBATCH --mem=64G
 #SBATCH --time=08:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -20,7 +21,7 @@ while [[ ${1:-} == -* ]]; do
     shift
 done
 model=${1:?which MODEL?} tasks=${2:?which TASKS?} out=${3:?to which folder OUT?}
-if [ -z "${SLURM_JOB_ID:-}" ]; then
+if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
     array=$(sbatch --parsable "${flags[@]}" slurm/eval_mmeb.sh "$@")
     report=$(sbatch --parsable --dependency="afterok:$array" --kill-on-invalid-dep=yes slurm/gather_report.sh "$out")
     echo "$array $report"

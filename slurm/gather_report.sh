@@ -3,6 +3,7 @@
 #SBATCH --job-name=report
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=1
+#SBATCH --mem=4G
 #SBATCH --time=00:10:00
 #SBATCH --output=%x-%j.out
 source slurm/setup.sh

@@ -2,18 +2,41 @@
 # shellcheck shell=bash
 source slurm/setup.sh
 
-# When Slurm ends a job it tells all its processes. This one waits for the training, and says how it ended.
-terminated=()
-trap 'terminated=(--terminated)' TERM
-
 overrides=(${DATA_URL:+"data.url=$DATA_URL"} ${RUNS:+"run=$RUNS/$SLURM_JOB_NAME"} "$@")
 echo "== $(date -Is)  job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST: $RECIPE ${overrides[*]}"
 
-code=0
-srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-    "${CONTAINER[@]}" python -u tools/preflight.py "$RECIPE" "${overrides[@]}" --slurm --world "$SLURM_NTASKS" || code=$?
-if [ "$code" = 0 ]; then
-    srun --kill-on-bad-exit=1 "${CONTAINER[@]}" python -u -m pipeline.train "$RECIPE" "${overrides[@]}" || code=$?
+# When Slurm ends a job it tells all its processes. Past its time limit it would not start it again by itself.
+terminated=()
+interrupted=
+# shellcheck disable=SC2317
+on_term() {
+    terminated=(--terminated)
+    interrupted=yes
+    if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%r)" = TimeLimit ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+}
+trap on_term TERM
+
+# Run a step of the job; $code is its exit status. In the background, for a trap waits for what is in the foreground.
+# The signal before the time limit may come before a program handles it, and then must not end it.
+step() {
+    srun --kill-on-bad-exit=1 "$@" &
+    local pid=$!
+    while :; do
+        interrupted=
+        code=0
+        wait "$pid" || code=$?
+        [ -n "$interrupted" ] || break
+    done
+}
+# shellcheck disable=SC2016
+python=(bash -c 'trap "" USR1; exec "$@"' bash "${CONTAINER[@]}" python -u)
+
+step --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --gpu-bind=none \
+    "${python[@]}" tools/preflight.py "$RECIPE" "${overrides[@]}" --slurm --world "$SLURM_NTASKS"
+if [ "$code" = 0 ] && [ ${#terminated[@]} = 0 ]; then
+    step "${python[@]}" -m pipeline.train "$RECIPE" "${overrides[@]}"
 fi
 
 verdict=0

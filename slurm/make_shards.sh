@@ -6,6 +6,7 @@
 #SBATCH --array=0-3
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=16
+#SBATCH --mem=32G
 #SBATCH --time=12:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -30,4 +31,4 @@ elif [ "$SLURM_ARRAY_TASK_COUNT" != 1 ]; then
     echo "error: $format is not divided among the tasks of an array: submit it with --array=0" >&2
     exit 2
 fi
-exec "${CONTAINER[@]}" python -u tools/make_shards.py "$format" "$source" "$dest" --processes "$SRUN_CPUS_PER_TASK" "$@"
+exec "${CONTAINER[@]}" python -u tools/make_shards.py "$format" "$source" "$dest" --processes "${SLURM_CPUS_PER_TASK:-1}" "$@"

@@ -7,13 +7,16 @@ set -euo pipefail
 CONTAINER=()
 SITE_ENV=${SITE_ENV:-slurm/site.env}
 if [ -f "$SITE_ENV" ]; then
+    set +eu  # what modules and conda run was not written for these
     # shellcheck source=slurm/site.env.example
     source "$SITE_ENV"
+    set -eu
 elif [ -f .venv/bin/activate ]; then
     # shellcheck source=/dev/null
     source .venv/bin/activate
 fi
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
-# srun does not take this over from sbatch any more.
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}"
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # srun does not take it over from sbatch any more
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}"
+fi

@@ -5,6 +5,7 @@
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=1
+#SBATCH --mem=8G
 #SBATCH --time=00:30:00
 #SBATCH --signal=USR1@60
 #SBATCH --requeue

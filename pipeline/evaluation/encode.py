@@ -25,12 +25,14 @@ def embed_collection(
     chunk_tokens: int,
     device: torch.device,
     features: Features | None = None,
-) -> torch.Tensor:
+    interrupted: Callable[[], bool] | None = None,
+) -> torch.Tensor | None:
     """Embeddings of all items, (items, hidden) float32 on every rank.
 
     `model` may be a ZeRO-3 engine: all ranks run the same number of forward passes. An item that cannot be
     used raises PipelineError: a score without it would be of another test.
     features: of a vision tower that is not part of the model.
+    interrupted: asked on all ranks now and then, with the same answer; where it is yes, nothing is returned.
     """
     rank, world = rank_and_world()
     count = len(collection.items)
@@ -39,6 +41,8 @@ def embed_collection(
     bar = progress_bar(total=count, desc="embedding", unit="item", disable=rank > 0)
     with bar, ThreadPoolExecutor(16) as pool:
         for group in range(groups):
+            if interrupted and interrupted():
+                return None
             first, last = group * _GROUP * world, min((group + 1) * _GROUP * world, count)
             rows = list(range(first + rank, last, world))
             encoded = list(pool.map(lambda row: _encode(encode, collection, row), rows))

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.losses.gather import all_gather_constant, all_gather_rows, rank_and_world
 
+TILE = 256  # rows
 KEPT_BYTES = 1 << 30
 
 
@@ -57,7 +58,7 @@ def hardness_weighted_loss(
     reward_target: Tensor | None = None,
     reward_negatives: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    tile: int = 256,
+    tile: int = TILE,
 ) -> LossOutput:
     """LLaVE's loss (arXiv 2503.04812) from query to target and back, the mean of both:
 

@@ -9,6 +9,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import LlavaOnevisionImageProcessorPil, Qwen2Tokenizer
 
+from pipeline import status
 from pipeline.config import Recipe, load_ds_config
 from pipeline.data.lengths import Lengths
 from pipeline.data.source import Source
@@ -145,6 +146,13 @@ def memory(job: Job, gpu_bytes: int) -> Check:
         return red(found, lower)
     # CUDA, NCCL and fragmentation take a few GB besides.
     return yellow(f"{found}: little is left", lower) if needed > FULL * gpu_bytes else green(found)
+
+
+@check("other jobs", seconds=40, if_late="is Slurm's controller slow? squeue says whether one trains the same run")
+def other_jobs(folder: Path) -> Check:
+    if job := status.other_job(folder):
+        return red(f"job {job} trains {folder}", f"scancel {job}, or set run= to another directory")
+    return green(f"none trains {folder}")
 
 
 @check("resuming", seconds=30, if_late="is the file system of the run directory slow?")

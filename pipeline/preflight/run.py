@@ -11,7 +11,7 @@ import transformers
 from pipeline import status
 from pipeline.config import Recipe
 from pipeline.preflight.check import Check
-from pipeline.preflight.job import Job, memory, model, processes, resuming
+from pipeline.preflight.job import Job, memory, model, other_jobs, processes, resuming
 from pipeline.preflight.machine import attention, device, gpus
 from pipeline.preflight.nodes import Nodes, Place, all_reduce, clocks, meet
 from pipeline.preflight.report import over_nodes, show
@@ -29,8 +29,13 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
     began: by time.monotonic.
     """
     transformers.utils.logging.disable_progress_bar()
-    nodes = Nodes(place)
-    checks = [installed, meet(nodes)]
+    run = Path(recipe.run)
+    nodes, checks = Nodes(place), [installed]
+    if begins := slurm and place.node == 0:
+        checks.append(other_jobs(run))
+        if begins := checks[-1].state != "red":
+            status.begin(run)
+    checks.append(meet(nodes))
     together = nodes.met
     if not together:  # then each node looks at itself, and says so itself
         nodes = Nodes(Place(name=place.name))
@@ -38,7 +43,7 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
     checks += [gpus(hardware, nodes, slurm), attention(recipe, device(), slurm)]
     if together:
         checks += [all_reduce(nodes, device()), clocks(nodes)]
-    checks.append(run_directory(Path(recipe.run), nodes))
+    checks.append(run_directory(run, nodes))
 
     sizes = [total for node in hardware for _, total, _ in node["gpus"]]
     count = len(sizes) if together else len(sizes) * place.nodes
@@ -63,8 +68,8 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
     reds = [check for check in merged if check.state == "red"]
     for check in reds:
         print(f"error: {check.error}", file=sys.stderr)
-    if reds and slurm:  # no job follows, to say so
-        status.note(Path(recipe.run), "failed", reason="; ".join(check.error for check in reds))
+    if reds and begins:  # no training follows, to say so
+        status.note(run, "refused", reason="; ".join(check.error for check in reds))
     return 2 if reds else 0
 
 

@@ -104,14 +104,16 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
 
     The others hear every few seconds that it goes on: in one collective they would wait no longer than its time limit.
     """
-    leads, said = dist.get_rank() == 0, [False, None]
-    with ThreadPoolExecutor(1) as pool:
+    leads, said, pool = dist.get_rank() == 0, [False, None], ThreadPoolExecutor(1)
+    try:
         future = pool.submit(work) if leads else None
         while not said[0]:
             if leads:
                 futures.wait([future], timeout=_GOES_ON_SECONDS)
                 said = [True, future.result()] if future.done() else [False, None]
             dist.broadcast_object_list(said)
+    finally:
+        pool.shutdown(wait=False)
     return said[1]
 
 
@@ -128,9 +130,11 @@ def end_distributed() -> NoReturn:
 
 
 def _refuse_stale_lock() -> None:
-    """PyTorch waits for ever for whoever builds DeepSpeed's kernels, also if that was killed meanwhile."""
+    """Wait for whoever builds DeepSpeed's kernels, but not for ever, as PyTorch does, should that have been killed."""
     for kernel in _KERNELS:
         lock = Path(_get_build_directory(kernel, verbose=False), "lock")
         with suppress(FileNotFoundError):
-            if time.time() - lock.stat().st_mtime > _LONGEST_BUILD:
+            while time.time() - lock.stat().st_mtime < _LONGEST_BUILD:
+                time.sleep(1)
+            if lock.exists():
                 raise PipelineError(f"{lock} is left from a build that was killed: delete it and start again")

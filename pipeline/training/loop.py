@@ -54,11 +54,8 @@ class Run:
         return Path(self.recipe.run)
 
 
-def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> int:
-    """Train to the last step, or until some rank is asked to stop; returns the number of steps done.
-
-    Stopped or not, the last step's checkpoint is written.
-    """
+def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
+    """Train to the last step, or until some rank is asked to stop: False. A checkpoint of the last step is there."""
     recipe = run.recipe
     state = {"step": 0, "bad_samples": 0}
     if run.start:
@@ -73,6 +70,9 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> int:
     with Monitor(run.folder, dist.get_rank(), start, run.steps, ledger=recipe.ledger) as monitor:
         if _evaluation_is_due(run, start):
             _evaluate(run, monitor, start, budget)
+        if asked := run.preemption.asked():
+            monitor.stopped(asked)
+            return False
         batches = run.batches(range(start, run.steps))
         for step in range(start, run.steps):
             began = time.perf_counter()
@@ -92,7 +92,7 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> int:
                 metrics["temperature"] = result.temperature
             if metrics["valid"] < recipe.batch.global_batch:
                 _note_bad(monitor, done, batch)
-            tokens, heaviest, received, waited, asked = _over_ranks(result, batch, waited, run.preemption.received)
+            tokens, heaviest, received, waited = _over_ranks(result, batch, waited)
             bad_samples += recipe.batch.global_batch - metrics["valid"]
             _check(recipe, metrics, bad_samples, run.folder)
             seconds = time.perf_counter() - began
@@ -106,18 +106,20 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> int:
             }
             monitor.step(metrics, speed, histograms)
 
-            # Before an evaluation, which may be cut short: then it is made up for.
-            if asked or done == run.steps or done % recipe.checkpoint.every == 0:
+            asked, evaluation_is_due = run.preemption.asked(), _evaluation_is_due(run, done)
+            # Also before an evaluation, which may be cut short: then it is made up for.
+            if asked or evaluation_is_due or done == run.steps or done % recipe.checkpoint.every == 0:
                 monitor.flush()
                 kept = {"bad_samples": bad_samples, "budget": budget.state(), "temperature": temperature.state()}
                 folder = run.folder / "checkpoints"
                 checkpoint.save(engine, folder, done, kept, run.conditions, recipe.checkpoint.keep)
-            if asked and done < run.steps:
-                monitor.stopped(asked)
-                return done
-            if _evaluation_is_due(run, done):
+            if evaluation_is_due and not asked:
                 _evaluate(run, monitor, done, budget)
-    return run.steps
+                asked = run.preemption.asked()
+            if asked:
+                monitor.stopped(asked)
+                return False
+    return True
 
 
 def _metrics(order: Order, done: int, lr: float, batch: Batch, result: StepResult) -> tuple[dict, dict]:
@@ -143,14 +145,11 @@ def _metrics(order: Order, done: int, lr: float, batch: Batch, result: StepResul
     return metrics, {"positive": positive, "hardest_negative": hardest}
 
 
-def _over_ranks(result: StepResult, batch: Batch, waited: float, asked: int) -> tuple[float, float, float, float, int]:
-    """Of all ranks: their tokens, the heaviest's by the mean, bytes read, the most seconds that one waited for data,
-    and the largest signal that asks one to stop, or 0.
-    """
-    ours = torch.tensor([[result.tokens, batch.received, waited, asked]], device=result.loss.loss.device)
-    tokens, received, waited, asked = all_gather_constant(ours).double().cpu().T
-    heaviest = tokens.max() / tokens.mean()
-    return float(tokens.sum()), float(heaviest), float(received.sum()), float(waited.max()), int(asked.max())
+def _over_ranks(result: StepResult, batch: Batch, waited: float) -> tuple[float, float, float, float]:
+    """(tokens of all ranks, the heaviest's by the mean, bytes read by all, seconds the slowest waited for data)."""
+    ours = torch.tensor([[result.tokens, batch.received, waited]], device=result.loss.loss.device)
+    tokens, received, waited = all_gather_constant(ours).double().cpu().T
+    return float(tokens.sum()), float(tokens.max() / tokens.mean()), float(received.sum()), float(waited.max())
 
 
 def _note_bad(monitor: Monitor, step: int, batch: Batch) -> None:

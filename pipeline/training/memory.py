@@ -15,7 +15,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from pipeline.config import Recipe, is_offloaded
 from pipeline.data.tiles import Tiling
-from pipeline.losses.contrastive import KEPT_BYTES
+from pipeline.losses.contrastive import KEPT_BYTES, TILE
 from pipeline.models import llave, weights
 from pipeline.models.lora import add_adapters
 from pipeline.training.budget import Budget
@@ -23,7 +23,6 @@ from pipeline.training.engine import freeze
 
 FP32 = 4
 MOST_TOKENS = 1 << 24  # of a chunk: nobody has a device for larger ones
-_LOSS_TILE = 256  # rows at once, of losses/contrastive.py
 _PHOTO = (3000, 4000)  # height and width of the image that chunks are taken to be full of
 
 
@@ -216,7 +215,7 @@ def loss_bytes(config: LlavaOnevisionConfig, global_batch: int, gpus: int) -> in
     work = FP32 * (
         4 * global_batch * width  # targets of all devices, as columns, as a factor of the logits, and their gradient
         + 3 * rows * width  # own queries, as a factor, and their gradient
-        + 2 * min(_LOSS_TILE, rows) * global_batch  # a tile's gradient, in both directions
+        + 2 * min(TILE, rows) * global_batch  # a tile's gradient, in both directions
     )
     return work + min(KEPT_BYTES, FP32 * rows * global_batch)  # tiles of logits
 

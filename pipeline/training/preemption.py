@@ -3,18 +3,28 @@
 import signal
 from types import FrameType
 
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
 # Slurm: SIGUSR1 some time before the time limit (`#SBATCH --signal`), SIGTERM where the job is preempted, requeued or
 # cancelled, some seconds before SIGKILL.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class Preemption:
-    """From its making on, a signal only sets `received`; the loop asks all ranks whether one of them got any."""
+    """From its making on, signals are only noted."""
 
     def __init__(self) -> None:
-        self.received = 0
+        self._received = 0
         for number in SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = max(self.received, number)
+        self._received = self._received or number
+
+    def asked(self) -> int:
+        """The signal that asks some rank to stop, or 0. Every rank calls this, and all get the same."""
+        asked = torch.tensor(self._received, device=get_accelerator().current_device_name())
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return int(asked)

@@ -383,7 +383,7 @@ def test_nodes_with_clocks_folders_and_secrets_apart(overrides, tmp_path):
     assert [path.name for path in shared.rglob("*")] == ["run", "status.json"]
     kept = Status.read(shared / "run")
     assert (kept.state, kept.reason) == (
-        "failed",
+        "refused",
         "; ".join(line.removeprefix("error: ") for line in errors.splitlines()),
     )
 

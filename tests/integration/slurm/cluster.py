@@ -55,8 +55,8 @@ KillWait={kill_wait}
 SlurmctldTimeout=15
 SlurmdTimeout=15
 GresTypes=gpu
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=96 Gres=gpu:8 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=96 Gres=gpu:8 State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=96 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=96 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
 PartitionName=test Nodes=n1,n2 Default=YES State=UP
 """
 
@@ -111,10 +111,10 @@ class SlurmCluster:
         path = f"{Path(sys.executable).parent}:{_PATH}"
         return others | {"PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def run(self, *command: str) -> str:
+    def run(self, *command: str, **environment: str) -> str:
         """What a client command, such as `sinfo`, prints. Raises SlurmFailure with its words if it fails."""
         ended = subprocess.run(
-            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=_SECONDS
+            command, env=self.environment | environment, cwd=ROOT, capture_output=True, text=True, timeout=_SECONDS
         )
         if ended.returncode:
             raise SlurmFailure(f"{' '.join(command)}: status {ended.returncode}\n{ended.stdout}{ended.stderr}")

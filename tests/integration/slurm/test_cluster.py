@@ -54,17 +54,6 @@ def test_two_jobs_share_the_nodes(slurm, submit):
         assert slurm.job(job)["JobState"] == "RUNNING"
 
 
-def test_the_signal_before_the_time_limit_reaches_ranks_and_not_the_script(slurm, submit):
-    # Limits are looked at every 30 s: with 59 s of a minute left it comes the first time.
-    job = submit(f"trap 'echo the script has USR1' USR1\n{PATIENT}", time=1, signal="USR1@59")
-    for rank in range(2):
-        slurm.wait_output(job, f"rank {rank} has USR1", 50)
-    for processes in slurm.tasks(job).values():
-        processes[0].kill()
-    slurm.wait(job, "FAILED", 30)  # only now the script would speak
-    assert "the script has" not in slurm.output(job)
-
-
 def test_a_requeued_job_runs_again_and_its_output_is_kept(slurm, submit):
     job = submit(ONCE_MORE)
     both_there(slurm, job)

@@ -15,8 +15,8 @@ from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
 from pipeline.status import Status
 
-STEPS = 150
-EVERY = 40
+STEPS = 80
+EVERY = 20
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,41 +108,57 @@ def test_two_jobs_on_the_same_nodes_train_as_under_torchrun(slurm, train, undist
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in slurm.output(job)
 
 
-def test_stopped_by_its_time_limit_requeued_and_killed_it_ends_as_if_it_had_not_been(slurm, train, undisturbed):
-    steps = sorted(random.Random(0).sample(range(3, STEPS // 2), 3))
+def wait_for_requeue(slurm: SlurmCluster, job: int, restarts: int, seconds: float = 60) -> None:
+    def is_back() -> bool:
+        shown = slurm.job(job)
+        return (shown["JobState"], shown["Restarts"]) == ("PENDING", str(restarts))
+
+    slurm.wait_until(job, is_back, "was not requeued", seconds)
+
+
+def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not_been(slurm, train, undisturbed):
+    some = random.Random(0)
     job, run = train()
 
-    # A signal comes at one of Slurm's looks at time limits, every 30 seconds.
-    wait_for_step(slurm, job, run, steps[0])
-    elapsed = sum(int(n) * 60**i for i, n in enumerate(reversed(slurm.job(job)["RunTime"].split(":"))))
-    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={elapsed // 60 + 1}")
-    slurm.wait(job, "PENDING", 60)
-    status = Status.read(run)
-    assert (status.state, status.reason) == ("stopped", "SIGUSR1 (the time limit is near)")
-    done = len(lines(run / "metrics.jsonl"))
-    assert steps[0] <= done == status.step < STEPS
-    assert (run / "checkpoints/latest").read_text() == f"step-{done:08d}\n"
-    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
-    slurm.release(job)
+    def near_the_limit(job: int) -> None:
+        """Slurm looks at limits every 30 seconds: until it sends its signal, which ends a pause, there is no step."""
+        slurm.tasks(job)[0][0].suspend()
+        elapsed = sum(int(n) * 60**i for i, n in enumerate(reversed(slurm.job(job)["RunTime"].split(":"))))
+        slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={elapsed // 60 + 1}")
 
-    wait_for_step(slurm, job, run, done + 2)
-    slurm.requeue(job)
-    slurm.wait(job, "PENDING", 60)
-    status = Status.read(run)
-    assert (status.state, status.reason) == ("stopped", "SIGTERM (preempted, requeued or cancelled)")
-    assert (run / "checkpoints/latest").read_text() == f"step-{status.step:08d}\n"
-    slurm.release(job)
+    def preempt_with_grace(job: int) -> None:
+        """Only the steps are told."""
+        slurm.run("scancel", "--signal=TERM", str(job))
 
-    wait_for_step(slurm, job, run, status.step + 2)
+    preempted = "SIGTERM (preempted, requeued or cancelled)"
+    ways = [
+        (near_the_limit, "SIGUSR1 (the time limit is near)"),
+        (slurm.requeue, preempted),
+        (preempt_with_grace, preempted),
+    ]
+    done = 0
+    for restarts, (stop, reason) in enumerate(ways, 1):
+        wait_for_step(slurm, job, run, done + some.randint(1, 10))
+        stop(job)
+        wait_for_requeue(slurm, job, restarts)
+        status = Status.read(run)
+        assert (status.state, status.reason) == ("stopped", reason)
+        assert done < status.step < STEPS
+        done = status.step
+        assert len(lines(run / "metrics.jsonl")) == done
+        assert (run / "checkpoints/latest").read_text() == f"step-{done:08d}\n"
+        slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+        slurm.release(job)
+
+    wait_for_step(slurm, job, run, done + some.randint(1, 10))
     slurm.tasks(job)[1][0].kill()
-    slurm.wait(job, "PENDING", 60)
+    wait_for_requeue(slurm, job, 4)
     status = Status.read(run)
     assert (status.state, len(status.failures)) == ("failed", 1)
     assert "a rank was killed" in last_line(slurm, job)
     slurm.release(job)
 
     slurm.wait(job, "COMPLETED", 120)
-    assert slurm.job(job)["Restarts"] == "3"
     assert_same(run, undisturbed)
 
 
@@ -169,6 +185,21 @@ def test_without_its_second_node_a_job_goes_on_with_the_same_batches_on_the_firs
     assert batches[0] == batches[1]
 
 
+def test_a_job_that_fails_twice_at_the_same_step_stays_away_and_one_past_its_time_does_not(slurm, train):
+    late, _ = train("steps=100000", name="late", time=1, signal="CONT@1")  # which nobody heeds
+    hopeless, broken = train("optimizer.lr=1e30")
+    wait_for_requeue(slurm, hopeless, 1)
+    slurm.release(hopeless)
+    with pytest.raises(SlurmFailure):
+        slurm.wait(hopeless, "COMPLETED", 60)
+    assert (slurm.job(hopeless)["JobState"], slurm.job(hopeless)["Restarts"]) == ("FAILED", "1")
+    status = Status.read(broken)
+    assert status.failures[0] == status.failures[1]
+    assert "lower optimizer.lr" in status.reason
+    assert "failed twice after" in last_line(slurm, hopeless)
+    wait_for_requeue(slurm, late, 1, seconds=90)
+
+
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     folder = tmp_path / "disk"
@@ -192,7 +223,7 @@ def test_what_would_fail_is_found_before_training(slurm, train, small_disk, tmp_
         assert last_line(slurm, job).startswith("error: preflight: ")
         assert what in last_line(slurm, job)
         status = Status.read(run)
-        assert status.state == "failed"
+        assert status.state == "refused"
         assert status.reason.startswith("preflight: ")
         assert what in status.reason
         assert not (run / "metrics.jsonl").exists()
