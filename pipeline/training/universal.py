@@ -69,7 +69,7 @@ def convert(source: Path, target: Path, before: int, world: int, timeout_minutes
     with (
         tempfile.TemporaryFile("w+") as output,
         progress_bar(total=size, desc="converting", unit="B", unit_scale=True) as bar,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=ROOT) as process,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=output, cwd=ROOT) as process,
     ):
         written, since, is_stalled = 0, time.monotonic(), False
         while process.poll() is None:

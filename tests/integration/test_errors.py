@@ -6,6 +6,7 @@ from launch import launch
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
 from pipeline.data import objects
+from pipeline.status import Status
 
 URL = "s3://pipeline-tests/errors"
 
@@ -42,7 +43,9 @@ def error_of(overrides: list[str], world: int = 1) -> str:
 )
 def test_mistakes_are_found_before_anything_starts(dataset, tmp_path, overrides, named):
     assert named in error_of([f"run={tmp_path}/run", *overrides])
-    assert not (tmp_path / "run").exists()
+    if (tmp_path / "run").exists():  # the recipe, which says where it is, was read
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
+        assert named in Status.read(tmp_path / "run").reason
 
 
 def test_a_wrong_secret_is_named_and_not_shown(dataset, tmp_path, monkeypatch):

@@ -360,7 +360,8 @@ def test_two_nodes_are_fine(overrides, tmp_path):
     assert "gloo: 64 MiB at" in table
     assert "within 0." in table
     assert "4: 4 of 16 pairs and 2 of 8 lanes each" in table
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "status.json"]
+    assert Status.read(tmp_path / "run").state == "starting"
 
 
 def test_nodes_with_clocks_folders_and_secrets_apart(overrides, tmp_path):
@@ -377,7 +378,9 @@ def test_nodes_with_clocks_folders_and_secrets_apart(overrides, tmp_path):
     assert (status, other[2]) == (2, 0)
     clock, folder, data = errors.splitlines()
     assert clock.startswith("error: preflight: clocks: n2 is 60.0 s ahead of n1 - have the nodes' clocks set")
-    assert folder.startswith(f"error: preflight: run directory: n2: {shared} is not the folder that n1 writes - set")
+    assert folder.startswith(
+        f"error: preflight: run directory: n2: {shared}/run is not the folder that n1 writes - set"
+    )
     assert data.startswith("error: preflight: data: n2: s3://pipeline-tests/preflight/index.json: the secret key is wr")
     assert "not-to-be-shown" not in table + errors + "".join(map(str, other))
     assert [path.name for path in shared.rglob("*")] == ["run", "status.json"]

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from cluster import ROOT, SlurmFailure
 
@@ -61,6 +63,19 @@ def test_the_chain_from_a_seed_to_a_report(slurm, s3, site, tmp_path):
     assert gathered.datasets == parts[0].datasets | parts[1].datasets
     assert gathered.model == str(run / "export")
     assert "mean: overall" in slurm.output(report)
+
+
+def test_the_tasks_of_an_array_share_the_subsets(slurm, site, tmp_path):
+    source, out = tmp_path / "MMEB-train", tmp_path / "shards"
+    for number, subset in enumerate(("OK-VQA", "SUN397", "VisDial")):
+        (source / subset).mkdir(parents=True)
+        rows = [{"qry": f"{subset} {i}?", "pos_text": f"answer {i}", "neg_text": "no"} for i in range(5 + number)]
+        rows = [row | {"qry_image_path": "", "pos_image_path": "", "neg_image_path": ""} for row in rows]
+        parquet.write_table(pa.Table.from_pylist(rows), source / subset / "original-00000-of-00001.parquet")
+    (source / "images").mkdir()
+    command = ("sbatch", "--wait", "--array=0-1", "--cpus-per-task=1", "slurm/make_shards.sh", "mmeb-train")
+    slurm.run(*command, str(source), str(out), **site)
+    assert [Index.load(str(out / subset)).samples for subset in ("OK-VQA", "SUN397", "VisDial")] == [5, 6, 7]
 
 
 def test_what_a_failed_job_leaves_undone_is_not_begun(slurm, s3, site, tmp_path):
