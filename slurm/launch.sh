@@ -29,6 +29,10 @@ step() {
         wait "$pid" || code=$?
         [ -n "$interrupted" ] || break
     done
+    if [ "$code" != 0 ]; then
+        sleep 2 & # what ended the step may reach this shell a moment later
+        wait "$!" || true
+    fi
 }
 # shellcheck disable=SC2016
 python=(bash -c 'trap "" USR1; exec "$@"' bash "${CONTAINER[@]}" python -u)
