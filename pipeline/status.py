@@ -17,10 +17,14 @@ _FROM_ONE_CHECKPOINT = 4  # failures, after which there is no hope
 
 @dataclass(frozen=True)
 class Failure:
-    """A job's end that nobody asked for: after how many steps, and from which one the next start goes on."""
+    """A job's end that nobody asked for: after how many steps, and from which one the next start goes on.
+
+    told: false where it ended without a word, as of a node that lost its power.
+    """
 
     step: int
     checkpoint: int
+    told: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,21 @@ class Status:
             unfinished.write_text(json.dumps(asdict(now), indent=1) + "\n")
             unfinished.replace(run / "status.json")
 
-    def failed(self, run: Path, reason: str) -> "Status":
+    def failed(self, run: Path, reason: str, told: bool = True) -> "Status":
         """With one failure more."""
-        failure = Failure(self.step, _newest_checkpoint(run))
+        failure = Failure(self.step, _newest_checkpoint(run), told)
         return replace(self, state="failed", reason=reason, failures=[*self.failures, failure])
 
     @property
     def hopeless(self) -> str:
-        """Why the job should not be started again after its last failure; empty where it may."""
-        *earlier, last = self.failures
-        if last.step in [failure.step for failure in earlier]:
+        """Why the job should not be started again after its last failure; empty where it may.
+
+        Two at one step have one cause, unless the nodes were lost: that takes more.
+        """
+        if not self.failures:
+            return ""
+        last = self.failures[-1]
+        if [each.step for each in self.failures if each.told].count(last.step) > 1:
             return f"failed twice after {last.step} steps"
         if (times := [each.checkpoint for each in self.failures].count(last.checkpoint)) >= _FROM_ONE_CHECKPOINT:
             return f"failed {times} times on its way from the checkpoint after {last.checkpoint} steps"
@@ -85,7 +94,7 @@ def begin(run: Path) -> None:
     if job and (before.job, before.start, before.state) == (job, start, "starting"):
         return
     if before.state in ("starting", "running"):
-        before = before.failed(run, "it ended without a word: killed, or its node failed")
+        before = before.failed(run, "it ended without a word: killed, or its node failed", told=False)
     failures = before.failures if job and job == before.job else []
     replace(before, state="starting", job=job, start=start, failures=failures).write(run)
 

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import status
 from pipeline.errors import PipelineError
+from pipeline.preflight.job import earlier_starts
 from pipeline.requeue import DONE, FAILED, REQUEUE, decide
 from pipeline.status import Failure, Status
 
@@ -107,8 +108,29 @@ def test_an_end_without_a_word_is_a_failure_and_a_job_begins_once(tmp_path, monk
     for _ in range(2):  # preflight, and training
         status.begin(tmp_path)
     kept = Status.read(tmp_path)
-    assert (kept.state, kept.start, kept.failures) == ("starting", 1, [Failure(7, 0)])
+    assert (kept.state, kept.start, kept.failures) == ("starting", 1, [Failure(7, 0, told=False)])
     assert "without a word" in kept.reason
+
+
+def test_what_always_ends_without_a_word_is_not_begun_for_ever(tmp_path, monkeypatch):
+    """Then no job's script lives to decide: preflight does, and after it `decide`."""
+    add_checkpoint(tmp_path, 4)
+    for start in range(4):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        status.begin(tmp_path)
+        assert earlier_starts(tmp_path).state == "green"  # twice at one step, yes: by two power cuts, say
+        status.note(tmp_path, "running", step=7, steps=20)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
+    status.begin(tmp_path)
+    refused = earlier_starts(tmp_path)
+    assert refused.state == "red"
+    assert "failed 4 times on its way from the checkpoint after 4 steps" in refused.found
+    assert "without a word" in refused.found
+    status.note(tmp_path, "refused", reason=refused.error)
+    assert decide(tmp_path, 2)[1] == FAILED
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    status.begin(tmp_path)
+    assert earlier_starts(tmp_path).state == "green"
 
 
 def test_a_failure_is_noted_and_not_taken_back(tmp_path):

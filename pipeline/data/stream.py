@@ -6,8 +6,10 @@ read     every worker reads its pieces of these windows in the same order, as fa
 decode   what it read; of every step each worker hands over its share, which the rank puts together
 """
 
+import atexit
 import ctypes
 import multiprocessing
+import os
 import queue
 import signal
 import sys
@@ -292,14 +294,20 @@ def _plan_ahead(planner: Planner, plans: list[queue.Queue], stop: threading.Even
         send(PipelineError(f"the order could not be worked out: {error!r}"))
 
 
-def _live_with_parent(worker: int) -> None:
+def _live_with_parent(stop: threading.Event, worker: int) -> None:
     """Leave it to its rank when this worker ends.
 
-    Slurm's signals, on which a rank finishes its step, reach all its processes. And of a rank that was killed Linux
-    ends the worker, which would wait for ever to hand over its batch.
+    Slurm's signals, on which a rank finishes its step, reach all its processes; only after `stop` does SIGTERM come
+    from the rank, which then waits for the worker's end. And of a rank that was killed Linux ends the worker, which
+    would wait for ever to hand over its batch.
     """
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+
+    def end_if_stopped(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(0)
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_if_stopped)
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -323,6 +331,7 @@ def batches(
     source.check_memory(order, world)
     workers, forking = source.data.workers, multiprocessing.get_context("fork")
     stop = forking.Event()
+    atexit.register(stop.set)  # for an error leaves this generator unfinished, and the rank would wait for its workers
     if workers:
         plans = [forking.Queue(_PLANNED_AHEAD) for _ in range(workers)]
         for plan in plans:
@@ -335,7 +344,7 @@ def batches(
             batch_size=None,
             num_workers=workers,
             timeout=timeout + source.data.timeout_s if workers else 0,
-            worker_init_fn=_live_with_parent,
+            worker_init_fn=partial(_live_with_parent, stop),
             multiprocessing_context=forking if workers else None,  # they begin with the source as it is
         )
     )
@@ -362,3 +371,5 @@ def batches(
         ) from error
     finally:
         stop.set()
+        atexit.unregister(stop.set)
+        loader = None  # its workers end with it, also where a traceback keeps this frame

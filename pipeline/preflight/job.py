@@ -17,6 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.models import llave, weights
 from pipeline.preflight.check import Check, check, green, red, skipped, yellow
 from pipeline.preflight.machine import GB
+from pipeline.status import Status
 from pipeline.train import conditions_of_run
 from pipeline.training import checkpoint
 from pipeline.training.budget import FULL
@@ -153,6 +154,15 @@ def other_jobs(folder: Path) -> Check:
     if job := status.other_job(folder):
         return red(f"job {job} trains {folder}", f"scancel {job}, or set run= to another directory")
     return green(f"none trains {folder}")
+
+
+@check("earlier starts", seconds=30, if_late="is the file system of the run directory slow?")
+def earlier_starts(folder: Path) -> Check:
+    """Of this job. Where each ended with the job's script, nothing but this one can say that it was the last."""
+    begun = Status.read(folder)
+    if why := begun.hopeless:
+        return red(f"{why}, at last: {begun.reason}", "mend that, then submit it anew: another job begins without them")
+    return green(f"{len(begun.failures)} of {begun.start} failed" if begun.start else "none")
 
 
 @check("resuming", seconds=30, if_late="is the file system of the run directory slow?")

@@ -11,7 +11,7 @@ import transformers
 from pipeline import status
 from pipeline.config import Recipe
 from pipeline.preflight.check import Check
-from pipeline.preflight.job import Job, memory, model, other_jobs, processes, resuming
+from pipeline.preflight.job import Job, earlier_starts, memory, model, other_jobs, processes, resuming
 from pipeline.preflight.machine import attention, device, gpus
 from pipeline.preflight.nodes import Nodes, Place, all_reduce, clocks, meet
 from pipeline.preflight.report import over_nodes, show
@@ -35,6 +35,7 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
         checks.append(other_jobs(run))
         if begins := checks[-1].state != "red":
             status.begin(run)
+            checks.append(earlier_starts(run))
     checks.append(meet(nodes))
     together = nodes.met
     if not together:  # then each node looks at itself, and says so itself

@@ -1,8 +1,14 @@
 """The reader beside the order: the same samples at every number of ranks and workers, and none read twice."""
 
+import multiprocessing
+import os
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,10 +61,14 @@ def changed(data: Data, **changes: object) -> Data:
     return Data.model_validate(data.model_dump() | changes)
 
 
-def read(data: Data, steps: range, rank: int = 0, world: int = 1) -> list[Batch]:
+def reading(data: Data, steps: range, rank: int = 0, world: int = 1) -> Iterator[Batch]:
     opened = Source.open(data)
     order = opened.order(BATCH, 5, LENGTHS)
-    return list(batches(opened, order, encode, steps, rank=rank, world=world, timeout=60))
+    return batches(opened, order, encode, steps, rank=rank, world=world, timeout=60)
+
+
+def read(*arguments) -> list[Batch]:
+    return list(reading(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +154,37 @@ def test_damaged_bytes_are_an_error_that_names_them_not_a_bad_sample(data, tmp_p
     shard.write_bytes(content)
     with pytest.raises(PipelineError, match=r"000000\.tar is damaged: bytes \d+-\d+"):
         read(changed(data, url=str(tmp_path), datasets=[], workers=workers), range(3))
+    assert multiprocessing.active_children() == []
+
+
+_RANK = """
+import multiprocessing, os, signal, sys
+import test_stream
+reading = test_stream.reading(test_stream.Data.model_validate_json(sys.argv[1]), range(9))
+next(reading)
+for worker in multiprocessing.active_children():
+    os.kill(worker.pid, signal.SIGTERM)
+for _ in range(5):
+    next(reading)
+print(len(multiprocessing.active_children()))
+raise RuntimeError("out of memory")
+"""
+
+
+def test_workers_heed_a_signal_to_the_job_no_more_than_the_rank_and_end_with_it(data):
+    """Also where the rank fails in a step of its own, which leaves the reader in the middle."""
+    given = changed(data, workers=2).model_dump_json()
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parents[1])))
+    ended = subprocess.run(
+        [sys.executable, "-c", _RANK, given],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.stdout, ended.returncode) == ("2\n", 1)
+    assert ended.stderr.endswith("RuntimeError: out of memory\n")
 
 
 def test_an_item_of_an_evaluation_set_is_no_pair(data, tmp_path):

@@ -186,6 +186,17 @@ def test_a_checkpoint_is_continued_or_it_is_said_why_not(overrides, tmp_path, ca
     assert "seed is 0 and was None" in errors[0]
 
 
+def test_a_job_whose_starts_all_ended_without_a_word_is_refused(overrides, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for start, expected in ((0, 0), (1, 0), (2, 0), (3, 0), (4, 2)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        status, table, errors = found(capsys, [*overrides, f"run={tmp_path}/run"], slurm=True)
+        assert status == expected, table
+    assert errors[0].startswith("error: preflight: earlier starts: failed 4 times on its way from the checkpoint")
+    kept = Status.read(tmp_path / "run")
+    assert (kept.state, len(kept.failures)) == ("refused", 4)
+
+
 def planned(*overrides: str) -> Job:
     job = Job(load_recipe(DEMO, list(overrides)), 2, 0, False, zero={"stage": 3, "reduce_bucket_size": 1000})
     assert model(job).state == "green"
