@@ -46,7 +46,9 @@ def test_a_node_whose_name_is_no_hosts_is_found_where_srun_runs(monkeypatch):
     assert adopted(SLURM_STEP_NODELIST="no-such-node[1-2]")["MASTER_ADDR"] == "10.0.0.7"
 
 
-def test_jobs_and_steps_have_ports_of_their_own():
+def test_jobs_and_steps_and_starts_have_ports_of_their_own():
+    starts = {adopted(SLURM_RESTART_COUNT=str(start))["MASTER_PORT"] for start in range(4)}
+    assert len(starts) == 4
     ports = {
         int(adopted(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))["MASTER_PORT"])
         for job in range(417, 517)

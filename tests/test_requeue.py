@@ -60,12 +60,13 @@ def test_a_second_failure_at_the_same_step_is_the_last(tmp_path):
 
 
 def test_failures_without_a_checkpoint_between_them_end(tmp_path):
-    add_checkpoint(tmp_path, 4)
+    for step in (4, 2):
+        add_checkpoint(tmp_path, step)
     for step, verdict in ((5, REQUEUE), (9, REQUEUE), (8, REQUEUE), (6, FAILED)):
         reach(tmp_path, "running", step=step)
         message, status = decide(tmp_path, 137)
         assert status == verdict, step
-    assert "4 times" in message
+    assert "4 times on its way from the checkpoint after 4 steps" in message
     assert "a rank was killed" in message
 
 

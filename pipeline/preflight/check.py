@@ -13,6 +13,9 @@ from pipeline.errors import PipelineError
 
 Parameters = ParamSpec("Parameters")
 
+_HURRY_SECONDS = 5
+some_is_late = threading.Event()  # and stops the run: then the others are not waited for long
+
 
 @dataclass(frozen=True)
 class Check:
@@ -73,10 +76,13 @@ def check(
 
             # A thread that hangs, in a driver or on a dead file server, ends with the process.
             threading.Thread(target=work, daemon=True).start()
+            patience = min(seconds, _HURRY_SECONDS) if some_is_late.is_set() else seconds
             try:
-                result = results.get(timeout=seconds)
+                result = results.get(timeout=patience)
             except queue.Empty:
-                result = late(f"no answer within {seconds:g} s", if_late)
+                result = late(f"no answer within {patience:g} s", if_late)
+                if result.state == "red":
+                    some_is_late.set()
             return replace(result, name=name, found=_without_secrets(result.found))
 
         return limited

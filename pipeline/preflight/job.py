@@ -45,7 +45,7 @@ class Job:
 
 
 @check(
-    "model", seconds=60, if_late="is the file system with the model slow, or the hub? HF_HUB_OFFLINE=1 does without it"
+    "model", seconds=40, if_late="is the file system with the model slow, or the hub? HF_HUB_OFFLINE=1 does without it"
 )
 def model(job: Job) -> Check:
     """Its files on this node: configuration, weights, tokenizer and, for the export, image processor."""

@@ -32,7 +32,7 @@ def gpus_here() -> dict[str, Any]:
     return {"driver": driver, "gpus": gpus}
 
 
-@check("GPUs", seconds=60, if_late="nvidia-smi hangs, too, where a GPU or its driver is broken: leave that node out")
+@check("GPUs", seconds=40, if_late="nvidia-smi hangs, too, where a GPU or its driver is broken: leave that node out")
 def gpus(found: list[dict[str, Any]], nodes: Nodes, slurm: bool) -> Check:
     """found: filled with what every node has (see `gpus_here`)."""
     found += nodes.share("gpus", gpus_here())

@@ -16,7 +16,7 @@ from pipeline import launch
 from pipeline.errors import PipelineError
 from pipeline.preflight.check import Check, check, green, red, skipped, yellow
 
-MEET_SECONDS = 60  # imports, too, are slow where all nodes read the same files
+MEET_SECONDS = 45  # imports, too, are slow where all nodes read the same files
 SHARE_SECONDS = 45  # longer than any check before takes on another node
 _SKEW_SECONDS = 5
 _ROUNDS = 5

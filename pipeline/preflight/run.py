@@ -10,7 +10,7 @@ import transformers
 
 from pipeline import status
 from pipeline.config import Recipe
-from pipeline.preflight.check import Check
+from pipeline.preflight.check import Check, some_is_late
 from pipeline.preflight.job import Job, earlier_starts, memory, model, other_jobs, processes, resuming
 from pipeline.preflight.machine import attention, device, gpus
 from pipeline.preflight.nodes import Nodes, Place, all_reduce, clocks, meet
@@ -29,6 +29,7 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
     began: by time.monotonic.
     """
     transformers.utils.logging.disable_progress_bar()
+    some_is_late.clear()
     run = Path(recipe.run)
     nodes, checks = Nodes(place), [installed]
     if begins := slurm and place.node == 0:

@@ -20,6 +20,7 @@ from pipeline.convert.sharding import convert
 from pipeline.data.sample import Single
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
+from pipeline.preflight import check as preflight_check
 from pipeline.preflight import nodes as preflight_nodes
 from pipeline.preflight.check import Check, check, green
 from pipeline.preflight.job import Job, memory, model
@@ -282,9 +283,19 @@ def test_a_check_that_hangs_or_raises_is_red_and_keeps_secrets(monkeypatch):
     def broken() -> Check:
         raise RuntimeError(f"cannot sign in with {os.environ['SOME_TOKEN']}\nand more")
 
+    @check("slow too", seconds=5, if_late="")
+    def slow_too() -> Check:
+        time.sleep(0.3)
+        return green("at last")
+
     monkeypatch.setenv("SOME_TOKEN", "hf_12345")
+    monkeypatch.setattr(preflight_check, "_HURRY_SECONDS", 0.1)
+    preflight_check.some_is_late.clear()
+    assert slow_too() == Check("slow too", "green", "at last")
     assert slow() == Check("slow", "red", "no answer within 0.05 s", "wake it")
     assert broken() == Check("broken", "red", "RuntimeError: cannot sign in with ***")
+    assert slow_too().found == "no answer within 0.1 s"  # one is waited for, not each
+    preflight_check.some_is_late.clear()
 
 
 def test_packages_are_those_that_are_asked_for(monkeypatch):

@@ -93,6 +93,7 @@ class SlurmCluster:
             self._launch("munged", "munged", "--foreground", "--force", *files)
             self._until((self.folder / "munge.socket").exists, "munged has no socket")
             self._launch("slurmctld", "slurmctld", "-D")
+            self._until(self._answers, "slurmctld does not answer")  # a node that comes sooner is long not heard again
             for node in NODES:
                 self._launch(node, "slurmd", "-D", "-N", node)
             self._until(self._idle, "the nodes are not idle")
@@ -240,6 +241,11 @@ class SlurmCluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def _answers(self) -> bool:
+        with suppress(SlurmFailure):
+            return " is UP" in self.run("scontrol", "ping")
+        return False
 
     def _idle(self) -> bool:
         with suppress(SlurmFailure):  # the controller does not answer yet
