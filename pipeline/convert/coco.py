@@ -1,13 +1,13 @@
 """Images with several captions each, as Karpathy split COCO and Flickr30k."""
 
 import argparse
-import json
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.convert.command import add_images, conversion, image_folder, local_path
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, member_bytes
+from pipeline.data.captions import captioned_images
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Item, Pair
 from pipeline.errors import PipelineError
 
@@ -44,21 +44,9 @@ def datasets(arguments: argparse.Namespace) -> dict[str, "Captions"]:
         raise PipelineError(f"--query {arguments.query!r} must have one {IMAGE_MARK}, and no {VIDEO_MARK}")
     folder = image_folder(arguments, arguments.images or arguments.source.parent)
     try:
-        images = json.loads(arguments.source.read_bytes())["images"]
-        wanted = {arguments.split} | ({"restval"} if arguments.split == "train" else set())
-        rows = [
-            (
-                f"{image.get('filepath', '')}/{image['filename']}".lstrip("/"),
-                [each["raw"] for each in image["sentences"]],
-            )
-            for image in images
-            if image["split"] in wanted
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PipelineError(f"{arguments.source} is not in the form that --help describes: {error!r}") from None
-    if not rows:
-        splits = sorted({str(image["split"]) for image in images})
-        raise PipelineError(f"{arguments.source} has no split {arguments.split!r}: it has {', '.join(splits)}")
+        rows = captioned_images(str(arguments.source), arguments.source.read_bytes(), arguments.split)
+    except ValueError as error:
+        raise PipelineError(f"{arguments.source} is not in the form that --help describes: {error}") from None
     return {arguments.dest: Captions(arguments.dataset or arguments.source.stem, folder, rows, arguments.query)}
 
 

@@ -14,7 +14,16 @@ import pyarrow.parquet as parquet
 from pipeline.convert.command import conversion, local_path, positive
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
 from pipeline.data import objects
-from pipeline.data.mmeb import ITEMS_FILE, MMEB_TASKS, ROWS_FILE, TASKS_FILE, Side, evaluation_rows, read_tasks
+from pipeline.data.mmeb import (
+    IMAGE_FOLDERS,
+    ITEMS_FILE,
+    MMEB_TASKS,
+    ROWS_FILE,
+    TASKS_FILE,
+    Side,
+    evaluation_rows,
+    read_tasks,
+)
 from pipeline.data.sample import IMAGE_MARK, Item, Single
 from pipeline.errors import PipelineError
 
@@ -24,7 +33,7 @@ MMEB's evaluation sets, or others in their layout
 SOURCE is laid out as https://huggingface.co/datasets/TIGER-Lab/MMEB-eval:
 
     SOURCE/<dataset>/*.parquet   rows: qry_text, qry_img_path, tgt_text, tgt_img_path; the first target is right
-    SOURCE/images/<path>         the images that the rows name
+    SOURCE/images/<path>         the images that the rows name; or eval_images, as the hub's archive calls it
     SOURCE/tasks.json            only for datasets other than MMEB's 36:
                                  {"My-Set": {"task": "retrieval", "in_distribution": false}, ...}, where task is
                                  classification, vqa, retrieval or grounding
@@ -34,14 +43,14 @@ rows.parquet, which says by their numbers what each query's candidates are. DEST
 A score over fewer rows would be another benchmark's, so a missing or broken image is an error here, whatever
 --max-rejected says.
 
-    python tools/make_shards.py mmeb-eval MMEB-eval s3://bucket/mmeb-eval --images MMEB-eval/eval_images
+    python tools/make_shards.py mmeb-eval MMEB-eval s3://bucket/mmeb-eval
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", type=local_path, help="the folder with a folder for each dataset")
     parser.add_argument(
-        "--images", type=local_path, metavar="FOLDER", help="folder of the images (SOURCE/images, else SOURCE)"
+        "--images", type=local_path, metavar="FOLDER", help="of the images (SOURCE/images or eval_images, else SOURCE)"
     )
     parser.add_argument("--subset", nargs="+", metavar="NAME", help="only these datasets (all)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N queries of each dataset")
@@ -50,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def datasets(arguments: argparse.Namespace) -> dict[str, "EvaluationSet"]:
     """The sets asked for, by the URL of their folder."""
     source = folder(arguments.source)
-    images = source / "images"
-    images = ImageFolder(folder(arguments.images or (images if images.is_dir() else source)))
+    beside = next((source / name for name in IMAGE_FOLDERS if (source / name).is_dir()), source)
+    images = ImageFolder(folder(arguments.images or beside))
     sets = {}
     for name, (meta_task, _) in _tasks(arguments).items():
         rows = list(islice(evaluation_rows(str(source / name)), arguments.limit))

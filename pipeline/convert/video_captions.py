@@ -1,16 +1,14 @@
 """A folder of videos and a file of their captions: each video asks, a caption answers."""
 
 import argparse
-import csv
-import json
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.convert.command import conversion, local_path
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
+from pipeline.data.captions import captioned_videos
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, VIDEO_SUFFIXES, Item, Pair
 from pipeline.errors import PipelineError
 
@@ -108,46 +106,10 @@ def _captions(file: Path, split: str | None, language: str) -> dict[str, list[st
         raise PipelineError(
             f"{file} is neither .json nor .csv; of MSVD take video_corpus.csv, for a pickle runs what code it holds"
         )
-    splits: dict[str, str] = {}
     try:
-        if file.suffix == ".csv":
-            pairs = _csv_pairs(_text(file), language)
-        else:
-            match json.loads(_text(file)):
-                case {"videos": list(videos), "sentences": list(sentences)}:
-                    splits = {video["video_id"]: str(video.get("split") or "") for video in videos}
-                    pairs = [(sentence["video_id"], sentence["caption"]) for sentence in sentences]
-                case dict(videos):
-                    pairs = list(videos.items())
-                case videos:
-                    pairs = [(video["video"], video["caption"]) for video in videos]
-        captions: dict[str, list[str]] = {}
-        for video, texts in pairs:
-            if not isinstance(texts, str | list):
-                raise ValueError(f"captions of {video!r} that are neither a text nor a list of texts")
-            if split is None or splits.get(video) == split:
-                captions.setdefault(video, []).extend([texts] if isinstance(texts, str) else texts)
-        if not all(isinstance(text, str) for video, texts in captions.items() for text in (video, *texts)):
-            raise ValueError("what should be a text is none")
-    except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
-        raise PipelineError(f"{file} is in none of the forms that --help describes: {error!r}") from None
-    if split is not None and split not in splits.values():
-        raise PipelineError(
-            f"{file} has no split {split!r}: it has {', '.join(sorted(set(splits.values()) - {''})) or 'none'}"
-        )
-    return captions
-
-
-def _csv_pairs(text: str, language: str) -> list[tuple[str, str]]:
-    rows = list(csv.DictReader(StringIO(text)))
-    if rows and "sentence" in rows[0]:
-        return [(row["video_id"], row["sentence"]) for row in rows]
-    # MSVD's workers left some descriptions empty.
-    return [
-        (f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"] or "")
-        for row in rows
-        if row["Language"] == language
-    ]
+        return captioned_videos(str(file), _text(file), split, language)
+    except ValueError as error:
+        raise PipelineError(f"{file} is in none of the forms that --help describes: {error}") from None
 
 
 def _text(file: Path) -> str:

@@ -2,7 +2,7 @@
 
     URL/tasks.json          {"Scene-VQA": {"task": "vqa", "in_distribution": true}, ...}; ours, MMEB has none
     URL/<dataset>/*.parquet rows: qry_text, qry_img_path, tgt_text, tgt_img_path; the first target is the right one
-    URL/images/<path>       the pictures the rows name
+    URL/images/<path>       the pictures the rows name; or eval_images, as the hub's archive calls it
 
 or, converted, with the queries and candidates as items in shards:
 
@@ -27,6 +27,7 @@ from pipeline.data.sample import IMAGE_MARK, MMEB_IMAGE_MARK
 from pipeline.errors import PipelineError
 
 TASKS_FILE, ROWS_FILE, ITEMS_FILE = "tasks.json", "rows.parquet", "items.parquet"
+IMAGE_FOLDERS = ("images", "eval_images")
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 
 # By meta-task: the datasets that training has too (in distribution), then those of evaluation alone.

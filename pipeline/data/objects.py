@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.data import s3
@@ -27,6 +27,7 @@ __all__ = [
     "read",
     "settings",
     "size",
+    "stamps",
     "write",
 ]
 
@@ -120,13 +121,35 @@ def delete(url: str) -> None:
 
 def list_under(url: str) -> list[str]:
     """Full URLs of all objects below a folder (a prefix up to a slash), sorted; [] if there are none."""
+    return list(stamps(url))
+
+
+def stamps(url: str) -> dict[str, str]:
+    """Full URL -> stamp of all objects below a folder, sorted; {} if there are none.
+
+    A stamp changes when its object does: a file's size and time of modification, on S3 its size and ETag, which
+    the listing has: no object is asked for. Links to folders are followed, but not back to where they are in.
+    """
     location = _s3_location(url, key_needed=False)
     if location is None:
         with _explained(url):
-            return sorted(str(path) for path in Path(url).rglob("*") if path.is_file())
+            return dict(sorted((str(path), stamp) for path, stamp in _file_stamps(Path(url))))
     bucket, key = location
     prefix = key.rstrip("/") + "/" if key else ""
-    return sorted(f"s3://{bucket}/{key}" for key in s3.keys_under(bucket, prefix) if not key.endswith("/"))
+    listed = s3.stamps_under(bucket, prefix)
+    return dict(sorted((f"s3://{bucket}/{key}", stamp) for key, stamp in listed if not key.endswith("/")))
+
+
+def _file_stamps(folder: Path) -> Iterator[tuple[Path, str]]:
+    for name, folders, files in os.walk(folder, followlinks=True):
+        place = Path(name)
+        above = place.resolve()
+        folders[:] = [each for each in folders if not above.is_relative_to((place / each).resolve())]
+        for path in (place / file for file in files):
+            with suppress(FileNotFoundError):  # removed or renamed since
+                if path.is_file():
+                    found = path.stat()
+                    yield path, f"{found.st_size} {found.st_mtime_ns}"
 
 
 def exists(url: str) -> bool:

@@ -241,12 +241,12 @@ def _checked(data: bytes, md5: bytes) -> dict:
     return {"Body": data, "ContentMD5": b64encode(md5).decode()}
 
 
-def keys_under(bucket: str, prefix: str) -> Iterator[str]:
-    """All keys that begin with `prefix`."""
+def stamps_under(bucket: str, prefix: str) -> Iterator[tuple[str, str]]:
+    """All keys that begin with `prefix`, with the size and the ETag that the listing gives."""
     more = {}
     while more is not None:
         page = _call(f"s3://{bucket}/{prefix}", "list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-        yield from (entry["Key"] for entry in page.get("Contents", []))
+        yield from ((entry["Key"], f"{entry['Size']} {entry['ETag']}") for entry in page.get("Contents", []))
         more = {"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else None
 
 

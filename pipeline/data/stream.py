@@ -8,6 +8,7 @@ decode   what it read; of every step each worker hands over its share, which the
 
 import atexit
 import ctypes
+import mmap
 import multiprocessing
 import os
 import queue
@@ -146,7 +147,7 @@ class Reading:
 class Reader:
     """Reads a worker's pieces in the order of need: what a step needs, and ahead while few enough bytes are held."""
 
-    def __init__(self, source: Source, plan: queue.Queue, stop: threading.Event, worker: int, workers: int) -> None:
+    def __init__(self, source: Source, plan: queue.Queue, stop: "Stop", worker: int, workers: int) -> None:
         self.source, self.plan, self.stop, self.worker, self.workers = source, plan, stop, worker, workers
         self.limit = (source.data.memory_mb << 20) // workers
         self.pool = ThreadPoolExecutor(_THREADS)
@@ -244,7 +245,7 @@ class Shares(IterableDataset):
     steps: range
     encode: Callable[[Item], Encoded]
     plans: list[queue.Queue]
-    stop: threading.Event
+    stop: "Stop"
 
     def __iter__(self) -> Iterator[Share | PipelineError]:
         info = get_worker_info()
@@ -273,7 +274,20 @@ class Shares(IterableDataset):
         return pair.drawn(self.order.draw(step, shard, sample, len(pair.texts))) if pair.alternatives else pair
 
 
-def _plan_ahead(planner: Planner, plans: list[queue.Queue], stop: threading.Event) -> None:
+class Stop:
+    """A flag that processes share after a fork, without a lock: one may end while it asks."""
+
+    def __init__(self) -> None:
+        self._byte = mmap.mmap(-1, 1)
+
+    def set(self) -> None:
+        self._byte[0] = 1
+
+    def is_set(self) -> bool:
+        return self._byte[0] == 1
+
+
+def _plan_ahead(planner: Planner, plans: list[queue.Queue], stop: "Stop") -> None:
     """Send the plan to all workers, as far as their queues have room; an error as its last part."""
 
     def send(message: Window | Step | PipelineError) -> None:
@@ -294,7 +308,7 @@ def _plan_ahead(planner: Planner, plans: list[queue.Queue], stop: threading.Even
         send(PipelineError(f"the order could not be worked out: {error!r}"))
 
 
-def _live_with_parent(stop: threading.Event, worker: int) -> None:
+def _live_with_parent(stop: "Stop", worker: int) -> None:
     """Leave it to its rank when this worker ends.
 
     Slurm's signals, on which a rank finishes its step, reach all its processes; only after `stop` does SIGTERM come
@@ -330,7 +344,7 @@ def batches(
     """
     source.check_memory(order, world)
     workers, forking = source.data.workers, multiprocessing.get_context("fork")
-    stop = forking.Event()
+    stop = Stop()
     atexit.register(stop.set)  # for an error leaves this generator unfinished, and the rank would wait for its workers
     if workers:
         plans = [forking.Queue(_PLANNED_AHEAD) for _ in range(workers)]

@@ -62,6 +62,30 @@ def test_write_read_list(root, tmp_path):
     assert objects.exists(name)
 
 
+def test_stamps_change_with_their_objects(root, monkeypatch):
+    names = [objects.join(root, name) for name in ("a", "folder/b", "folder/c")]
+    for name in names:
+        objects.write(name, b"old")
+    monkeypatch.setattr(client, "_head", None)  # the listing says it all
+    before = objects.stamps(root)
+    assert list(before) == names
+    assert objects.stamps(f"{root}/") == before
+    objects.write(names[1], b"new")
+    after = objects.stamps(root)
+    assert [name for name in names if before[name] != after[name]] == [names[1]]
+    assert objects.stamps(objects.join(root, "none")) == {}
+
+
+def test_stamps_follow_links(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a").write_bytes(b"a")
+    (tmp_path / "set/deeper").mkdir(parents=True)
+    (tmp_path / "set/linked").symlink_to(tmp_path / "images")
+    (tmp_path / "set/deeper/back").symlink_to(tmp_path / "set")
+    (tmp_path / "set/gone").symlink_to(tmp_path / "none")
+    assert list(objects.stamps(str(tmp_path / "set"))) == [str(tmp_path / "set/linked/a")]
+
+
 def test_bytes_received(root):
     name = objects.join(root, "counted")
     objects.write(name, bytes(1000))
