@@ -226,7 +226,7 @@ class Optimizer(Section):
 
 
 class Evaluation(Section):
-    urls: list[str] = Field(description="evaluation sets: folders or s3:// prefixes (pipeline/evaluation/tasks.py)")
+    urls: list[str] = Field(description="evaluation sets: URL or NAME=URL, as pipeline.evaluate takes them")
     every: int | None = Field(None, gt=0, description="steps; besides, always before the first and after the last")
 
 
@@ -280,16 +280,20 @@ class Recipe(Section):
 class EvaluationRun(Store):
     """The options of `python -m pipeline.evaluate`."""
 
+    out: str | None = Field(None, description="folder of embeddings and report (evaluation/MODEL)")
+    against: str | None = Field(None, description="another evaluation's folder, or its report.json, to show beside it")
     part: str | None = Field(
         None,
         pattern=r"^[0-9]+/[1-9][0-9]*$",
-        description="i/N: every N-th dataset from the i-th on, counted from 0",
+        description="i/N: embed only every N-th dataset from the i-th on, counted from 0; a later call reports on all",
     )
-    out: str | None = Field(None, description="write the report to this JSON file")
-    against: str | None = Field(None, description="an earlier report (JSON) to print beside this one")
-    example: str | None = Field(None, description="a dataset whose first query is shown with its best candidates")
+    encoder: str | None = Field(
+        None, description="module:function or file.py:function that makes an Encoder (pipeline/evaluation/encoder.py)"
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16, fp32, or auto: the folder's own")
-    chunk_tokens: int = Field(16384, gt=0, description="tokens a forward pass holds at once")
+    chunk_tokens: int | None = Field(
+        None, gt=0, description="tokens a forward pass holds at once (16384, or 4096 where attention pads)"
+    )
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
     video: Video = Video()
     timeout_minutes: float = Field(15, gt=0, description="a collective that waits longer ends the job")

@@ -100,8 +100,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=_at_least(LEAST_TOKENS), default=4096, metavar="N", help=tokens)
     frames = "taken from a video, evenly spaced (%(default)s)"
     parser.add_argument("--video-frames", type=_at_least(1), default=8, metavar="N", help=frames)
-    chunk = "in a forward pass; lower it where memory does not suffice (%(default)s)"
-    parser.add_argument("--chunk-tokens", type=_at_least(1), default=16384, metavar="N", help=chunk)
+    chunk = "in a forward pass; lower it where memory does not suffice (16384, or 4096 where attention pads)"
+    parser.add_argument("--chunk-tokens", type=_at_least(1), metavar="N", help=chunk)
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():
         if value == "":  # as when a variable of a script was not set

@@ -1,13 +1,26 @@
 """Evaluate a model: `python -m pipeline.evaluate MODEL TASKS [key=value ...]`, on as many processes as started.
 
-    python -m pipeline.evaluate runs/demo/export s3://bucket/eval
-    torchrun --nproc-per-node 8 -m pipeline.evaluate runs/demo/export data/eval out=report.json
+    python -m pipeline.evaluate runs/llave_7b/export mmeb=s3://bucket/mmeb-eval
+    torchrun --nproc-per-node 8 -m pipeline.evaluate llave-7b mmeb/vqa=MMEB-eval,msrvtt=/data/MSRVTT out=results/7b
+    python -m pipeline.evaluate openai/clip-vit-large-patch14 coco=/data/coco out=results/clip against=results/7b
 
-MODEL is a folder or hub name; TASKS a folder or s3:// prefix in MMEB's layout (tasks.json), or shards of pairs
-(index.json), or several of these with commas between.
+MODEL is a folder or hub name: what this project trains, transformers' CLIP or SigLIP, or anything else by encoder=.
+TASKS are, with commas between, NAME=URL, a folder or s3:// prefix each, where NAME is
+
+    mmeb, mmeb/ind, mmeb/ood, mmeb/vqa, ..., mmeb/OK-VQA, ...   MMEB's rows, as on the hub or converted (make_shards.py)
+    msrvtt, msvd                                                text-video retrieval, zero-shot
+    flickr30k, coco, urban1k, docci, sharegpt4v                 text-image retrieval, short and long texts
+    xm3600, flickr-cn, coco-cn                                  in other languages
+    text-video, text-image                                      your own captions.json (pipeline/evaluation/sets)
+    classification                                              folders of images, class names and templates
+
+or a URL alone: of sets in MMEB's layout with their tasks.json, or of shards of pairs (index.json). OUT gets
+report.html, report.json, figures/ and, of MMEB, leaderboard.json. Killed and started again, it goes on with the
+embeddings in OUT.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,11 +28,15 @@ import torch.distributed as dist
 from pipeline.config import EvaluationRun, parse_options
 from pipeline.data import objects
 from pipeline.errors import PipelineError, command_line
+from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
+from pipeline.evaluation.encoders import load_encoder
+from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
-from pipeline.evaluation.tasks import Collection
-from pipeline.models.llave import DTYPES, Llave, Processor
-from pipeline.training.distributed import end_distributed, start_distributed
+from pipeline.evaluation.store import Disk
+from pipeline.training.distributed import end_distributed, on_first_rank, start_distributed
+
+_WORST = 20  # queries a dataset that the report shows
 
 
 @command_line
@@ -36,26 +53,31 @@ def main() -> None:
     options = parse_options(EvaluationRun, arguments.options)
     objects.configure(**options.store())
     before = Report.read(Path(options.against)) if options.against else None
-    collection = Collection.load(arguments.tasks.split(","), *_part(options.part))
-    names = [task.name for task in collection.tasks]
-    if not names:
-        print(f"part={options.part} has no dataset: there are fewer datasets than parts")
-        return
-    if options.example and options.example not in names:
-        raise PipelineError(f"example={options.example} is not evaluated here; there are {', '.join(names)}")
-
+    number, count = _part(options.part)
     device = start_distributed(options.timeout_minutes)
-    processor = Processor.load(arguments.model, options.max_tokens, options.video.frames)
-    model = Llave.load(arguments.model, DTYPES[options.precision]).to(device)
-    embeddings = embed_collection(model, processor.encode, collection, chunk_tokens=options.chunk_tokens, device=device)
-    if dist.get_rank() == 0:
-        report = Report.of(arguments.model, collection, embeddings)
-        if options.out:
-            report.write(Path(options.out))
-        report.print(before)
-        if options.example:
-            report.print_example(options.example)
+    encoder = load_encoder(arguments.model, options, device)
+    wanted = arguments.tasks.split(",")
+    collection = sets.load(wanted, instructed=encoder.instructed, number=number, count=count)
+    out = Path(options.out or Path("evaluation", _plain(arguments.model)))
+    leads, store = dist.get_rank() == 0, None
+    if leads:
+        store = Disk(out / "embeddings" / _plain(encoder.identity), collection.keys, encoder.dimension)
+    embed_collection(encoder, collection, store, device)
+
+    def report() -> None:
+        result = measure(arguments.model, collection, store.take, worst=_WORST, device=device)
+        result.write(out, before)
+        result.print(before)
+        print(f"the report: {out}/report.html")
+
+    if not options.part:
+        on_first_rank(report)
     end_distributed()
+
+
+def _plain(name: str) -> str:
+    """As the name of a folder."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
 
 
 def _part(part: str | None) -> tuple[int, int]:

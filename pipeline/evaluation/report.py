@@ -1,155 +1,304 @@
-"""An evaluation's numbers: JSON for programs, a table for people."""
+"""An evaluation's numbers: JSON for programs, tables and figures for people."""
 
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.data.mmeb import META_TASKS, MMEB_TASKS
 from pipeline.errors import PipelineError
-from pipeline.evaluation.metrics import candidate_similarities, precision_at_1
-from pipeline.evaluation.tasks import META_TASKS, Collection
+from pipeline.evaluation.leaderboard import leaderboard
+from pipeline.evaluation.results import BINS, Result
+
+FORMAT = 1
+REPORT_FILE = "report.json"
+_MMEB_QUERIES = 1000  # of each dataset, as the VLM2Vec paper samples them (arXiv 2410.05160)
+AVERAGES = (*META_TASKS, "in distribution", "out of distribution", "overall")
+_ALIASES = {"ImageNet-1K": "ImageNet_1K"}  # an evaluation may call it as the training set does
+# Name -> meta-task, and whether it is in distribution: each of MMEB's 36 once.
+_MMEB = {name: task for name, task in MMEB_TASKS.items() if name not in _ALIASES.values()}
 
 
 @dataclass(frozen=True)
-class Example:
-    """A query and its best candidates, by name: (name, similarity), best first. right: the name it should find."""
+class Row:
+    """A line of a table of datasets that are not MMEB's.
 
-    query: str
-    right: str
-    best: list[tuple[str, float]]
+    direction: see Retrieval.  queries, chance: None where a line has none: of a mean, of the other direction.
+    metrics: without the direction in their names.  before: the same of an earlier report; empty without one.
+    """
 
-
-@dataclass(frozen=True)
-class Dataset:
-    """One dataset's result. chance: the Precision@1 of guessing. ties: queries with an equal wrong candidate."""
-
-    task: str
-    in_distribution: bool
-    queries: int
-    precision_at_1: float
-    chance: float
-    ties: int
-    example: Example
+    name: str
+    direction: str
+    queries: int | None
+    chance: float | None
+    metrics: dict[str, float]
+    before: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Report:
-    """Results of all datasets of an evaluation of `model`."""
+    """Results of an evaluation of `model`, by dataset: MMEB's in the order of its table, then the others as given."""
 
     model: str
-    datasets: dict[str, Dataset]
+    results: dict[str, Result]
 
-    @classmethod
-    def of(cls, model: str, collection: Collection, embeddings) -> "Report":
-        """embeddings: (items of the collection, hidden), unit rows."""
-        datasets = {}
-        for task in collection.tasks:
-            similarities = candidate_similarities(task, embeddings)
-            precision, ties = precision_at_1(similarities)
-            first = np.argsort(-similarities[0], kind="stable")[:3]
-            names = [collection.names[row] for row in task.candidates[0]]
-            example = Example(
-                query=collection.names[task.queries[0]],
-                right=names[0],
-                best=[(names[place], round(float(similarities[0][place]), 4)) for place in first],
-            )
-            chance = float(np.mean([1 / len(candidates) for candidates in task.candidates]))
-            datasets[task.name] = Dataset(
-                task.meta_task, task.in_distribution, len(task.queries), precision, chance, ties, example
-            )
-        return cls(model, datasets)
+    def __post_init__(self) -> None:
+        places = {name: place for place, name in enumerate(MMEB_TASKS)}
+        places |= {alias: places[name] for name, alias in _ALIASES.items()}
+        ordered = sorted(
+            self.results.items(), key=lambda item: places.get(item[0], len(places)) if item[1].is_mmeb else len(places)
+        )
+        object.__setattr__(self, "results", dict(ordered))
 
-    def averages(self, field: str = "precision_at_1") -> dict[str, float]:
-        """Means over datasets, not queries, as MMEB's table has them; what has no dataset is left out."""
-        groups = {task: [d for d in self.datasets.values() if d.task == task] for task in META_TASKS}
-        groups["in distribution"] = [d for d in self.datasets.values() if d.in_distribution]
-        groups["out of distribution"] = [d for d in self.datasets.values() if not d.in_distribution]
-        groups["overall"] = list(self.datasets.values())
-        return {name: float(np.mean([getattr(d, field) for d in group])) for name, group in groups.items() if group}
+    @property
+    def score(self) -> float:
+        """The mean of all datasets' scores, by which checkpoints are compared that were evaluated on the same sets."""
+        return float(np.mean([result.score for result in self.results.values()]))
 
-    @classmethod
-    def merged(cls, reports: Sequence["Report"]) -> "Report":
-        """One of all their datasets; PipelineError where they are of different models or share a dataset."""
-        if len(models := {report.model for report in reports}) != 1:
-            raise PipelineError(f"the reports are of different models: {', '.join(sorted(models))}")
-        names = [name for report in reports for name in report.datasets]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise PipelineError(f"several reports have {', '.join(sorted(twice))}")
-        datasets = {name: dataset for report in reports for name, dataset in report.datasets.items()}
-        return cls(models.pop(), {name: datasets[name] for name in sorted(datasets)})
+    def mmeb(self) -> dict[str, Result | None]:
+        """MMEB's 36 datasets in the order of its table, None for those that are missing; empty if all are."""
+        ours = {name: result for name, result in self.results.items() if result.is_mmeb}
+        found = {name: ours.get(name) or ours.get(_ALIASES.get(name, "")) for name in _MMEB}
+        return found if any(found.values()) else {}
 
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(asdict(self) | {"averages": self.averages()}, indent=1) + "\n")
-        unfinished.replace(path)
+    def averages(self, of: Callable[[Result], float] = attrgetter("score")) -> dict[str, float]:
+        """Means over datasets, not queries, as MMEB's table has them: by meta-task, by distribution, and overall.
+
+        Where one of MMEB's own datasets is there, each is over MMEB's alone, and only given if it has all of them.
+        """
+        return {
+            group: float(np.mean([of(result) for result in members.values()]))
+            for group, members in self._groups().items()
+            if None not in members.values()
+        }
+
+    def missing(self) -> dict[str, list[str]]:
+        """The averages that are not given -> the datasets that they lack."""
+        lacking = {
+            group: [name for name, result in members.items() if result is None]
+            for group, members in self._groups().items()
+        }
+        return {group: names for group, names in lacking.items() if names}
+
+    def _groups(self) -> dict[str, dict[str, Result | None]]:
+        """What each average is over."""
+        datasets = [(name, *_MMEB[name], result) for name, result in self.mmeb().items()] or [
+            (name, result.group, result.in_distribution, result)
+            for name, result in self.results.items()
+            if result.is_mmeb
+        ]
+        groups: dict[str, dict[str, Result | None]] = {group: {} for group in AVERAGES}
+        for name, task, inside, result in datasets:
+            for group in (task, "in distribution" if inside else "out of distribution", "overall"):
+                groups[group][name] = result
+        return {group: members for group, members in groups.items() if members}
+
+    def others(self, before: "Report | None" = None) -> dict[str, list[Row]]:
+        """Group -> a row for each dataset and direction, for results that are not MMEB's.
+
+        Datasets in several languages are followed by the means over these.
+        """
+        groups: dict[str, list[Row]] = {}
+        for result in self.results.values():
+            if not result.is_mmeb:
+                groups.setdefault(result.group, [])
+        for group, rows in groups.items():
+            families: dict[str, list[list[Row]]] = {}
+            for name, result in self.results.items():
+                if result.group == group:
+                    families.setdefault(_family(name, result.language), []).append(_rows(name, result, before))
+            for family, languages in families.items():
+                rows += [row for language in languages for row in language]
+                if len(languages) > 1:
+                    name = f"mean: {family}, {len(languages)} languages"
+                    rows += [_mean(name, among) for among in zip(*languages, strict=True)]
+        return groups
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON; the file is there whole or not at all."""
+        head = {"format": FORMAT, "model": self.model, "averages": self.averages()}
+        _put(path, json.dumps(head | {"results": {name: asdict(result) for name, result in self.results.items()}}))
 
     @classmethod
     def read(cls, path: Path) -> "Report":
+        """What `save` wrote to a file, or `write` to a folder; PipelineError if that is not a report of this format."""
+        file = path / REPORT_FILE if path.is_dir() else path
         try:
-            content = json.loads(path.read_text())
-            datasets = {}
-            for name, values in content["datasets"].items():
-                example = values.pop("example")
-                best = [tuple(candidate) for candidate in example.pop("best")]
-                datasets[name] = Dataset(**values, example=Example(**example, best=best))
-            return cls(content["model"], datasets)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PipelineError(f"{path} is not an evaluation's report: {error}") from None
+            content = json.loads(file.read_text())
+            version = content.get("format") if isinstance(content, dict) else None
+            if version != FORMAT:
+                raise PipelineError(
+                    f"{file} has format {version!r}, this version reads format {FORMAT} of reports: evaluate again"
+                )
+            results = TypeAdapter(dict[str, Result]).validate_python(content["results"])
+            for name, result in results.items():
+                similarities = result.similarities
+                counts = similarities.positive, similarities.hardest_negative
+                if not result.metrics or {len(each) for each in counts} != {len(BINS) - 1}:
+                    raise ValueError(f"{name} has no metrics, or not {len(BINS) - 1} bins of similarities")
+            return cls(str(content["model"]), results)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise PipelineError(f"{file} is not an evaluation's report: {where}: {first['msg']}") from None
+        except (OSError, ValueError, KeyError, RecursionError) as error:
+            raise PipelineError(f"{file} is not an evaluation's report: {error!r}") from None
+
+    def write(self, folder: Path, before: "Report | None" = None) -> None:
+        """report.json, report.html, figures/*.png, and of MMEB's datasets leaderboard.json.
+
+        before: an earlier report to set beside it.
+        """
+        # Jinja and matplotlib take a third of a second to import, and training, which imports this, draws no report.
+        from pipeline.evaluation import figures, html
+
+        self.save(folder / REPORT_FILE)
+        if datasets := self.mmeb():
+            _put(folder / "leaderboard.json", json.dumps(leaderboard(self.model, datasets), indent=4) + "\n")
+        figures.write(self, folder / "figures", before)
+        _put(folder / "report.html", html.page(self, before))
 
     def print(self, before: "Report | None" = None) -> None:
-        """Precision@1 in percent, by dataset and averaged, beside chance and, if given, an earlier report."""
+        """Tables of all datasets beside chance and, if given, an earlier report; what averages lack, and ties."""
+        # In a log file there is no width to fit. A name may hold brackets, which are no markup.
+        width = None if sys.stdout.isatty() else 120
+        console = Console(width=width, markup=False, emoji=False, highlight=False)
+        if any(result.is_mmeb for result in self.results.values()):
+            console.print(self._precision_table(before))
+        for group, rows in self.others(before).items():
+            console.print(_table(f"{group}, of {self.model}", rows))
+        for sentence in self.remarks():
+            console.print(sentence)
+
+    def remarks(self) -> list[str]:
+        """What a reader of the tables must know: the averages that are not there, and the ties."""
+        said, lacking = [], []
+        for group, names in self.missing().items():
+            listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            lacking.append(f"{group} lacks {listed} of its {len(self._groups()[group])}")
+        if lacking:
+            said.append(f"Means that lack a dataset are not given: {'; '.join(lacking)}.")
+        short = [name for name, result in self.mmeb().items() if result and result.queries[""] < _MMEB_QUERIES]
+        if short:
+            listed = ", ".join(short[:4]) + (f" and {len(short) - 4} more" if len(short) > 4 else "")
+            said.append(f"MMEB has {_MMEB_QUERIES:,} queries a dataset; fewer have {listed}.")
+        if ties := sum(result.ties for result in self.results.values()):
+            said.append(f"{ties} queries had a wrong candidate as similar as the right one; these count as right.")
+        return said
+
+    def _precision_table(self, before: "Report | None") -> Table:
         table = Table(title=f"Precision@1 (%) of {self.model}", title_justify="left", title_style="bold")
         table.add_column("", no_wrap=True)
         table.add_column("task", no_wrap=True)
-        for column in (
-            "queries",
-            "chance",
-            *(["before", "after"] if before else ["Precision@1"]),
-            "× chance",
-        ):
+        for column in ("queries", "chance", *(["before", "after"] if before else ["Precision@1"]), "× chance"):
             table.add_column(column, justify="right")
 
         def add(name: str, task: str, queries: str, chance: float, now: float, then: float | None) -> None:
             earlier = [f"{100 * then:.1f}" if then is not None else "-"] if before else []
             table.add_row(
-                name,
-                task,
-                queries,
-                f"{100 * chance:.1f}",
-                *earlier,
-                f"{100 * now:.1f}",
-                f"{now / chance:.1f}",
+                name, task, queries, f"{100 * chance:.1f}", *earlier, f"{100 * now:.1f}", f"{now / chance:.1f}"
             )
 
-        for name, d in self.datasets.items():
-            then = before.datasets.get(name) if before else None
-            add(
-                name,
-                d.task,
-                str(d.queries),
-                d.chance,
-                d.precision_at_1,
-                then.precision_at_1 if then else None,
-            )
+        for name, result in self.results.items():
+            if result.is_mmeb:
+                then = before.results.get(name) if before else None
+                queries = sum(result.queries.values())
+                add(name, result.group, str(queries), result.chance, result.score, then and then.score)
         table.add_section()
-        chances, earlier = self.averages("chance"), before.averages() if before else {}
-        for name, value in self.averages().items():
-            add(f"mean: {name}", "", "", chances[name], value, earlier.get(name))
-        # In a log file there is no width to fit.
-        console = Console() if sys.stdout.isatty() else Console(width=120)
-        console.print(table)
-        if ties := sum(d.ties for d in self.datasets.values()):
-            console.print(f"{ties} queries had a wrong candidate as similar as the right one; these count as right.")
+        chances, earlier = self.averages(attrgetter("chance")), before.averages() if before else {}
+        for group, value in self.averages().items():
+            add(f"mean: {group}", "", "", chances[group], value, earlier.get(group))
+        return table
 
-    def print_example(self, name: str) -> None:
-        """One query of a dataset with its best candidates."""
-        example = self.datasets[name].example
-        print(f"{name}, its first query: {example.query!r}; right is {example.right!r}. The best three:")
-        for place, (candidate, similarity) in enumerate(example.best, 1):
-            print(f"  {place}. {candidate}  ({similarity:.3f}){'  <- right' if candidate == example.right else ''}")
+
+def shown(metric: str, value: float) -> str:
+    """A metric as people write it: ranks as they are, shares in percent."""
+    return f"{value if is_rank(metric) else 100 * value:.1f}"
+
+
+def changed(metric: str, now: float, before: float) -> str:
+    """The signed difference, in the unit of `shown`."""
+    return f"{(now - before) * (1 if is_rank(metric) else 100):+.1f}"
+
+
+def is_rank(metric: str) -> bool:
+    """Whether it is better when it is lower: of median and mean rank."""
+    return metric.endswith(("MdR", "MnR"))
+
+
+def by_direction(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """{"t2i R@1": 0.5, ...} -> {"t2i": {"R@1": 0.5, ...}, ...}, in the same order; "" has those without direction."""
+    sorted_: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        direction, _, metric = name.rpartition(" ")
+        sorted_.setdefault(direction, {})[metric] = value
+    return sorted_
+
+
+def _family(name: str, language: str) -> str:
+    """A dataset's name without its language, which ends it where there are several: XM3600-de, XM3600/de."""
+    return re.sub(rf"[\W_]*(?<![A-Za-z]){re.escape(language)}\W*$", "", name) or name if language else name
+
+
+def _rows(name: str, result: Result, before: Report | None) -> list[Row]:
+    then = before.results.get(name) if before else None
+    earlier = by_direction(then.metrics) if then else {}
+    return [
+        Row(
+            name,
+            direction,
+            result.queries.get(direction),
+            None if place else result.chance,  # it is of the first metric, so of the first direction
+            metrics,
+            earlier.get(direction, {}),
+        )
+        for place, (direction, metrics) in enumerate(by_direction(result.metrics).items())
+    ]
+
+
+def _mean(name: str, rows: Sequence[Row]) -> Row:
+    """Over languages; beside earlier figures only if all of them have some."""
+    befores = [row.before for row in rows]
+    chance = None if rows[0].chance is None else float(np.mean([row.chance for row in rows]))
+    before = _means(befores) if all(befores) else {}
+    return Row(name, rows[0].direction, None, chance, _means([row.metrics for row in rows]), before)
+
+
+def _means(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([each[name] for each in metrics])) for name in metrics[0]}
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("", overflow="fold")
+    table.add_column("", no_wrap=True)
+    metrics = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
+    for column in ("queries", "chance", *metrics):
+        table.add_column(column, justify="right")
+    for row in rows:
+        figures = [
+            shown(metric, row.metrics[metric])
+            + (f" ({changed(metric, row.metrics[metric], row.before[metric])})" if metric in row.before else "")
+            if metric in row.metrics
+            else ""
+            for metric in metrics
+        ]
+        queries = "" if row.queries is None else str(row.queries)
+        chance = "" if row.chance is None else f"{100 * row.chance:.1f}"
+        table.add_row(row.name, row.direction, queries, chance, *figures)
+    return table
+
+
+def _put(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8", errors="replace")  # a file's name may not be text
+    unfinished.replace(path)

@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 from pipeline.errors import PipelineError
 
 HALF = (torch.bfloat16, torch.float16)
+_AMPERE = (8, 0)  # compute capability
 
 
 def implementation(kind: str) -> str:
@@ -39,6 +40,8 @@ def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
 def _no_flash_attention(device: str, dtype: torch.dtype) -> str:
     if device != "cuda":
         return f"it needs a CUDA device, and this is a {device}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < _AMPERE:
+        return f"it needs an Ampere GPU or a newer one, and this is a {torch.cuda.get_device_name()}"
     return "" if dtype in HALF else "it is for bf16 only, and the precision is fp32"
 
 

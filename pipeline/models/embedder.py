@@ -18,8 +18,9 @@ from pipeline.data.shards import image_format
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError
-from pipeline.models.chunks import embed_chunks, plan_chunks
-from pipeline.models.llave import DTYPES, Llave, Processor
+from pipeline.models.attention import choose
+from pipeline.models.chunks import chunk_tokens_for, embed_chunks, plan_chunks
+from pipeline.models.llave import DTYPES, Llave, Processor, load_config
 
 LEAST_TOKENS = 64  # the prompt and some text
 
@@ -39,6 +40,14 @@ class Parts(TypedDict, total=False):
 Embeddable = str | Picture | Path | Parts
 
 
+def load_model(path: str, precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> Llave:
+    """The model of a folder or hub name on a device, to embed with: by the fastest attention that runs there."""
+    dtype = DTYPES[precision]
+    stored = (load_config(path).dtype or torch.float32) if dtype == "auto" else dtype
+    attention = choose("auto", device.type, stored)
+    return Llave.load(path, dtype, attention=attention).eval().to(device)
+
+
 @dataclass(frozen=True)
 class Embedder:
     """A model that turns texts, images and videos into vectors of one space."""
@@ -56,7 +65,7 @@ class Embedder:
         precision: Literal["auto", "bf16", "fp32"] = "auto",
         max_tokens: int = 4096,
         video_frames: int = 8,
-        chunk_tokens: int = 16384,
+        chunk_tokens: int | None = None,
     ) -> "Embedder":
         """From a folder or hub name.
 
@@ -64,7 +73,7 @@ class Embedder:
         precision: of the weights; "auto" is the one they are stored in.
         max_tokens: of an item, 64 at least; a longer text is cut at its end, a longer image or video is an error.
         video_frames: taken from a video file, evenly spaced.
-        chunk_tokens: that a forward pass holds at once.
+        chunk_tokens: that a forward pass holds at once; None: 16,384, or 4,096 where attention pads.
 
         Raises `PipelineError` where there is no such model, or for an option out of its range.
         """
@@ -76,8 +85,8 @@ class Embedder:
             )
         device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         processor = Processor.load(str(path), max_tokens, video_frames)
-        model = Llave.load(str(path), DTYPES[precision]).eval().to(device)
-        return cls(model, processor, device, chunk_tokens)
+        model = load_model(str(path), precision, device)
+        return cls(model, processor, device, chunk_tokens or chunk_tokens_for(model.pads))
 
     @property
     def dimension(self) -> int:
@@ -121,7 +130,7 @@ class Embedder:
 
     def _embedded(self, decoding: list[Future[Encoded]], rows: list[int]) -> torch.Tensor:
         encoded = [future.result() for future in decoding]
-        chunks = plan_chunks(encoded, self.chunk_tokens, self.device)
+        chunks = plan_chunks(encoded, self.chunk_tokens, self.device, padded=self.model.pads)
         return embed_chunks(self.model, chunks, len(encoded)).cpu()[rows]
 
     def _encode(self, item: "_Item") -> Encoded:

@@ -18,6 +18,7 @@ from pipeline.data.sample import Item, Single
 from pipeline.data.shards import parse_sample
 from pipeline.demo.tasks import write_evaluation
 from pipeline.errors import PipelineError
+from pipeline.evaluation.sets import load
 from pipeline.evaluation.tasks import Collection
 
 
@@ -107,7 +108,7 @@ def test_distinct_sides_become_items_and_rows_say_their_numbers(source, tmp_path
 def test_items_are_called_as_those_of_the_published_files(source, tmp_path):
     convert(source, tmp_path / "dest")
     (source / "tasks.json").write_bytes((tmp_path / "dest/tasks.json").read_bytes())
-    published, converted = Collection.load([str(source)]), Collection.load([str(tmp_path / "dest")])
+    published, converted = load([str(source)]), load([str(tmp_path / "dest")])
     assert sorted(converted.names) == sorted(published.names)
     assert {"NIGHTS/red.png", "a red one"} < set(converted.names)
 
@@ -116,7 +117,7 @@ def test_subset_limit_and_images_elsewhere(source, tmp_path):
     (source / "images").rename(tmp_path / "pictures")
     convert(source, tmp_path / "dest", "--subset", "NIGHTS", "--limit", "1", "--images", tmp_path / "pictures")
     assert {path.name for path in (tmp_path / "dest").iterdir()} == {"NIGHTS", "tasks.json"}
-    (task,) = Collection.load([str(tmp_path / "dest")]).tasks
+    (task,) = load([str(tmp_path / "dest")]).tasks
     assert (task.queries.tolist(), [row.tolist() for row in task.candidates]) == ([0], [[1, 2]])
 
 
@@ -219,7 +220,7 @@ def test_a_converted_set_that_was_spoilt_is_an_error_by_name(source, tmp_path, f
     convert(source, tmp_path / "dest")
     (tmp_path / "dest/GQA" / file).write_bytes(bytes(1 << 16))
     with pytest.raises(PipelineError, match=f"dest/GQA/{file}"):
-        for read in Collection.load([str(tmp_path / "dest")]).items:
+        for read in load([str(tmp_path / "dest")]).items:
             read()
 
 
@@ -260,6 +261,6 @@ def test_the_converted_demo_is_the_same_evaluation(tmp_path, dest):
     write_evaluation(tmp_path / "demo", seed=0, count=2)
     convert(tmp_path / "demo", dest, "--shards", "2")
     assert objects.exists(f"{dest}/Scene-CLS/000001.tar")
-    as_published, converted = Collection.load([str(tmp_path / "demo")]), Collection.load([dest])
+    as_published, converted = load([str(tmp_path / "demo")]), load([dest])
     assert content(converted) == content(as_published)
     assert len(converted.items) < len(as_published.items)  # pictures of several names and one content are one item

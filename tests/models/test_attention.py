@@ -62,6 +62,11 @@ def test_the_best_that_runs_is_chosen_and_what_does_not_is_refused(monkeypatch):
             choose(kind, "cpu", torch.bfloat16)
         with pytest.raises(PipelineError, match="it is for bf16 only, and the precision is fp32"):
             choose(kind, "cuda", torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "V100")
+    for capability, kind in (((7, 0), "sdpa"), ((9, 0), "flash_attn")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert choose("auto", "cuda", torch.bfloat16) == kind
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,87 +1,25 @@
+"""Sets in MMEB's layout, converted and as published, and shards of pairs, as tasks over distinct items."""
+
 import argparse
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-import torch
 import webdataset
 from PIL import Image
 
 from pipeline.convert import img2dataset
 from pipeline.data import objects
-from pipeline.data.collate import Encoded, pack
 from pipeline.data.index import File, Index
+from pipeline.data.mmeb import MMEB_TASKS
 from pipeline.data.sample import Item, Pair, Single
 from pipeline.data.shards import write_shards
 from pipeline.errors import PipelineError
-from pipeline.evaluation.encode import embed_collection
-from pipeline.evaluation.metrics import candidate_similarities, precision_at_1
-from pipeline.evaluation.report import Dataset, Example, Report
-from pipeline.evaluation.tasks import Collection
-
-
-def scores(*rows: list[float]) -> list[np.ndarray]:
-    return [np.array(row, np.float32) for row in rows]
-
-
-@pytest.mark.parametrize(
-    ("rows", "precision", "ties"),
-    [
-        (scores([0.9, 0.1], [0.2, 0.3]), 0.5, 0),
-        (scores([0.5, 0.5, 0.1]), 1.0, 1),  # an equal one does not make it wrong, but is told
-        (scores([0.5, 0.6, 0.5]), 0.0, 0),
-        (scores([-0.5]), 1.0, 0),  # the only candidate
-    ],
-)
-def test_precision_at_1_as_mmeb_counts_it(rows, precision, ties):
-    assert precision_at_1(rows) == (precision, ties)
-
-
-def report_of(**datasets: tuple[str, bool, float]) -> Report:
-    example = Example("q", "r", [("r", 1.0)])
-    return Report("m", {name: Dataset(task, ind, 10, p, 0.1, 0, example) for name, (task, ind, p) in datasets.items()})
-
-
-def test_averages_are_over_datasets_and_leave_out_what_is_missing():
-    report = report_of(a=("vqa", True, 0.2), b=("vqa", False, 0.4), c=("retrieval", True, 0.9))
-    assert report.averages() == pytest.approx(
-        {
-            "vqa": 0.3,
-            "retrieval": 0.9,
-            "in distribution": 0.55,
-            "out of distribution": 0.4,
-            "overall": 0.5,
-        }
-    )
-
-
-def test_a_report_survives_its_file_and_prints_before_and_after(tmp_path, capsys):
-    before, after = report_of(a=("vqa", True, 0.1)), report_of(a=("vqa", True, 0.7))
-    after.write(tmp_path / "r.json")
-    again = Report.read(tmp_path / "r.json")
-    assert again == after
-    again.print(before)
-    printed = capsys.readouterr().out
-    assert all(figure in printed for figure in ("before", "after", "10.0", "70.0", "7.0"))
-    (tmp_path / "r.json").write_text("{}")
-    with pytest.raises(PipelineError, match="not an evaluation's report"):
-        Report.read(tmp_path / "r.json")
-
-
-def test_reports_of_parts_are_one_of_all():
-    whole = report_of(b=("vqa", True, 0.2), a=("vqa", False, 0.4), c=("retrieval", True, 0.9))
-    parts = [Report("m", {name: whole.datasets[name] for name in names}) for names in ("bc", "a")]
-    assert Report.merged(parts) == whole
-    assert list(Report.merged(parts).datasets) == ["a", "b", "c"]
-    with pytest.raises(PipelineError, match="several reports have b, c"):
-        Report.merged([*parts, parts[0]])
-    with pytest.raises(PipelineError, match="different models: m, other"):
-        Report.merged([*parts, Report("other", {})])
+from pipeline.evaluation.sets import load
 
 
 @pytest.fixture
@@ -117,7 +55,7 @@ def mmeb(tmp_path):
 
 
 def test_mmebs_rows_become_tasks_over_distinct_items(mmeb):
-    collection = Collection.load([str(mmeb)])
+    collection = load([str(mmeb)])
     vqa, t2i = collection.tasks
     assert (vqa.name, vqa.meta_task, vqa.in_distribution) == ("VQA", "vqa", True)
     assert (t2i.meta_task, t2i.in_distribution) == ("retrieval", False)
@@ -135,7 +73,7 @@ def test_shards_of_pairs_are_a_task_where_each_query_seeks_its_target_among_all(
     texts = [("q0", "t0"), ("q1", "t1"), ("q1", "t2"), ("q3", "t0")]  # q1 has two right answers, t0 two queries
     pairs = [Pair(str(i), "d", "grounding", Item(q), Item(t)) for i, (q, t) in enumerate(texts)]
     write_shards(pairs, tmp_path, dataset="pairs")
-    (task,) = (collection := Collection.load([str(tmp_path)])).tasks
+    (task,) = (collection := load([str(tmp_path)])).tasks
     items = [item().text for item in collection.items]
     assert (task.name, task.meta_task) == ("pairs", "grounding")
     assert [
@@ -146,6 +84,11 @@ def test_shards_of_pairs_are_a_task_where_each_query_seeks_its_target_among_all(
         ("q1", ["t2", "t0"]),
         ("q3", ["t0", "t1", "t2"]),
     ]
+
+
+def test_pairs_of_mmebs_training_sets_are_not_its_evaluation(tmp_path):
+    write_shards([Pair("0", "d", "vqa", Item("q"), Item("t"))], tmp_path, dataset="OK-VQA")
+    assert [task.name for task in load([str(tmp_path)]).tasks] == ["OK-VQA, pairs"]
 
 
 def test_tars_with_captions_elsewhere_are_a_task_too(tmp_path):
@@ -159,7 +102,7 @@ def test_tars_with_captions_elsewhere_are_a_task_too(tmp_path):
     parser = argparse.ArgumentParser()
     img2dataset.COMMAND.add_arguments(parser)
     img2dataset.COMMAND.run(parser.parse_args([str(tmp_path / "tars"), str(tmp_path / "index"), "--processes", "1"]))
-    (task,) = (collection := Collection.load([str(tmp_path / "index")])).tasks
+    (task,) = (collection := load([str(tmp_path / "index")])).tasks
     assert (task.name, task.meta_task, len(task.queries)) == ("tars", "retrieval", 3)
     items = [item() for item in collection.items]
     for number, (query, candidates) in enumerate(zip(task.queries, task.candidates, strict=True)):
@@ -191,7 +134,7 @@ def singles(tmp_path):
 def test_converted_items_are_read_by_the_block_and_each_block_once(singles, monkeypatch):
     read, original = [], objects.read
     monkeypatch.setattr(objects, "read", lambda url, *arguments: read.append(url) or original(url, *arguments))
-    collection = Collection.load([str(singles)])
+    collection = load([str(singles)])
     assert not [url for url in read if url.endswith(".tar")]
     with ThreadPoolExecutor(16) as pool:
         items = list(pool.map(lambda item: item(), collection.items))
@@ -205,47 +148,68 @@ def test_converted_items_are_read_by_the_block_and_each_block_once(singles, monk
 
 def test_a_converted_set_whose_parts_do_not_fit_is_a_clear_error(singles):
     with pytest.raises(PipelineError, match=r"item of an evaluation set: name the folder above, with its tasks\.json"):
-        Collection.load([str(singles / "Set")])
+        load([str(singles / "Set")])
     for queries, candidates, items in (([0], [[1]], 599), ([600], [[1]], 600), ([0], [[1, -1]], 600)):
         put_rows(singles / "Set", queries, candidates, items)
         with pytest.raises(PipelineError, match=r"rows\.parquet or items\.parquet is not of its 600 items"):
-            Collection.load([str(singles)])
+            load([str(singles)])
     put_rows(singles / "Set", [599], [[599]], 600)
-    Collection.load([str(singles)])
+    load([str(singles)])
     index = Index.load(str(singles / "Set"))
     (singles / "Set/index.json").write_text(replace(index, files={}).to_json())
     with pytest.raises(PipelineError, match=r"Set/index\.json names no items\.parquet: make the shards again"):
-        Collection.load([str(singles)])
+        load([str(singles)])
 
 
 def test_what_is_no_evaluation_set_is_a_clear_error(mmeb, tmp_path):
-    with pytest.raises(PipelineError, match=r"neither tasks\.json nor index\.json"):
-        Collection.load([str(tmp_path / "nowhere")])
+    with pytest.raises(PipelineError, match=r"nothing to evaluate at .*: it has no tasks\.json, index\.json or d"):
+        load([str(tmp_path / "nowhere")])
     with pytest.raises(PipelineError, match="two evaluation sets are called"):
-        Collection.load([str(mmeb), str(mmeb)])
+        load([str(mmeb), str(mmeb)])
     (mmeb / "tasks.json").write_text("[" * 200_000)
     with pytest.raises(PipelineError, match="does not give each dataset's task"):
-        Collection.load([str(mmeb)])
+        load([str(mmeb)])
     (mmeb / "tasks.json").write_text('{"VQA": {"task": "guessing", "in_distribution": true}}')
     with pytest.raises(PipelineError, match="guessing"):
-        Collection.load([str(mmeb)])
+        load([str(mmeb)])
 
 
-def test_similarities_stand_in_the_candidates_order(mmeb):
-    collection = Collection.load([str(mmeb)])
+def test_mmebs_datasets_by_name_and_group(tmp_path):
+    names = {name for name in MMEB_TASKS if name != "ImageNet_1K"}
+    assert len(names) == 36
+    row = {"qry_text": "a?", "qry_img_path": "", "tgt_text": ["b", "c"], "tgt_img_path": ["", ""]}
+    for name in names - {"GQA"}:
+        (tmp_path / name).mkdir()
+        parquet.write_table(pa.Table.from_pylist([row | {"qry_text": name}]), tmp_path / name / "test.parquet")
 
-    def encode(item: Item) -> Encoded:
-        return Encoded(np.frombuffer(item.text.encode() + b"".join(item.images), np.uint8).astype(np.int32))
+    def found(group: str) -> set[str]:
+        return {task.name for task in load([f"{group}={tmp_path}"]).tasks}
 
-    def model(packed, with_images, features=None):  # an embedding that tells the items apart
-        parts = packed.input_ids.double().split(packed.lengths)
-        return torch.stack([torch.stack([p.sin().sum(), p.cos().sum()]) for p in parts]).float()
+    assert found("mmeb") == names - {"GQA"}
+    assert found("mmeb/vqa") == {name for name in names if MMEB_TASKS[name][0] == "vqa"} - {"GQA"}
+    assert found("mmeb/ood") == {name for name in names if not MMEB_TASKS[name][1]} - {"GQA"}
+    assert found("mmeb/ind") == {name for name in names if MMEB_TASKS[name][1]}
+    assert found("mmeb/DocVQA") == {"DocVQA"}
+    assert {task.name for task in load([str(tmp_path)]).tasks} == names - {"GQA"}
+    parts = [{task.name for task in load([str(tmp_path)], number=n, count=3).tasks} for n in range(3)]
+    assert set.union(*parts) == names - {"GQA"}
+    assert sum(map(len, parts)) == 35
+    with pytest.raises(PipelineError, match="it has no dataset of mmeb/GQA"):
+        load([f"mmeb/GQA={tmp_path}"])
+    with pytest.raises(PipelineError, match="mmeb/vqa=/data/folder"):
+        load(["mmeb/vqa"])
+    with pytest.raises(PipelineError, match="no evaluation set 'mmebb'; known are mmeb, text-video"):
+        load([f"mmebb={tmp_path}"])
 
-    embeddings = embed_collection(model, encode, collection, chunk_tokens=20, device=torch.device("cpu"))
-    expected = torch.cat([model(pack([encode(item())]), False) for item in collection.items])
-    torch.testing.assert_close(embeddings, expected)
-    for task in collection.tasks:
-        for query, candidates, row in zip(
-            task.queries, task.candidates, candidate_similarities(task, embeddings), strict=True
-        ):
-            np.testing.assert_allclose(row, (expected[candidates] @ expected[query]).numpy(), rtol=1e-5)
+
+def test_a_picture_that_rows_name_is_missed_at_once_and_found_in_either_folder(mmeb):
+    keys = load([str(mmeb)]).keys
+    assert load([str(mmeb)]).keys == keys
+    (mmeb / "images").rename(mmeb / "eval_images")
+    assert len(set(load([str(mmeb)]).keys) & set(keys)) == 4  # the texts
+    keys = load([str(mmeb)]).keys
+    (mmeb / "eval_images/x/a.png").write_bytes(b"another")
+    assert len(set(load([str(mmeb)]).keys) & set(keys)) == 5  # but for what has that picture
+    (mmeb / "eval_images/x/b.png").unlink()
+    with pytest.raises(PipelineError, match=r"there is no .*/images/x/b\.png or .*/eval_images/x/b\.png"):
+        load([str(mmeb)])

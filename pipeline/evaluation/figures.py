@@ -1,0 +1,231 @@
+"""An evaluation's figures: a bar a dataset, and the distributions of its similarities.
+
+PNGs in a light and a dark theme, for slides and papers; SVG for a page, whose colours are CSS variables of its own.
+"""
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from pipeline.evaluation.report import Report
+from pipeline.evaluation.results import BINS, Result
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours, as #rrggbb. positive and negative are Okabe and Ito's, which the colour-blind tell apart.
+
+    https://jfly.uni-koeln.de/color/
+    """
+
+    background: str
+    ink: str
+    faint: str
+    rule: str
+    positive: str
+    negative: str
+    before: str
+
+
+THEMES = {
+    "light": Theme("#ffffff", "#1a1c20", "#626972", "#dde1e6", "#0072b2", "#d55e00", "#a8aeb8"),
+    "dark": Theme("#14161a", "#e6e8eb", "#99a1ac", "#30343b", "#56b4e9", "#e69f00", "#69717d"),
+}
+
+OUTSIDE = 0.55  # opacity of bars out of distribution
+_SMALL, _TEXT = 7.5, 8.5  # points
+_ROW = 0.25  # inches a bar
+_DRAWN_BINS = 2  # of BINS in one of the figure's
+
+
+def write(report: Report, folder: Path, before: Report | None = None) -> None:
+    """bars-THEME.png and similarities-THEME.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, theme in THEMES.items():
+        _save(_all_bars(report, before, theme), folder / f"bars-{name}.png")
+        _save(_all_similarities(report, theme), folder / f"similarities-{name}.png")
+
+
+def svg_bars(results: dict[str, Result], before: Report | None) -> str:
+    """An SVG element of one group's datasets."""
+    figure = Figure(figsize=(4, 0.4 + _ROW * len(results)), layout="constrained")
+    bars(figure.add_subplot(), results, before, THEMES["light"])
+    return _svg(figure, f"Bars of {', '.join(results)}")
+
+
+def svg_similarities(name: str, result: Result, span: tuple[float, float]) -> str:
+    """An SVG element of one dataset."""
+    figure = Figure(figsize=(1.9, 1))
+    similarities(figure.add_axes((0.06, 0.2, 0.83, 0.78)), result, span, THEMES["light"])
+    return _svg(figure, f"Similarities of {name}")
+
+
+def grouped(report: Report) -> dict[str, dict[str, Result]]:
+    """Group -> its datasets, in the report's order."""
+    groups: dict[str, dict[str, Result]] = {}
+    for name, result in report.results.items():
+        groups.setdefault(result.group, {})[name] = result
+    return groups
+
+
+def span_of(report: Report) -> tuple[float, float]:
+    """The similarities that occur at all, so that all datasets can be drawn to one scale."""
+    counts = sum(
+        np.array(each.similarities.positive) + each.similarities.hardest_negative for each in report.results.values()
+    )
+    seen = np.flatnonzero(counts)
+    return (float(BINS[max(seen[0] - 2, 0)]), float(BINS[min(seen[-1] + 3, len(BINS) - 1)])) if len(seen) else (-1, 1)
+
+
+def bars(axes: Axes, results: dict[str, Result], before: Report | None, theme: Theme) -> None:
+    """The datasets' scores from top to bottom, beside chance and an earlier report's."""
+    for place, (name, result) in enumerate(results.items()):
+        then = before.results.get(name) if before else None
+        top, height = (place - 0.13, 0.46) if then else (place, 0.6)
+        opacity = OUTSIDE if result.in_distribution is False else 1
+        axes.barh(top, 100 * result.score, height, color=theme.background)  # the grid is not to show through
+        axes.barh(top, 100 * result.score, height, color=theme.positive, alpha=opacity)
+        if then:
+            axes.barh(place + 0.24, 100 * then.score, 0.2, color=theme.before)
+        axes.vlines(100 * result.chance, place - 0.42, place + 0.42, color=theme.ink, linewidth=1.2)
+        axes.text(
+            100 * result.score + 1.2, top, f"{100 * result.score:.1f}", color=theme.ink, fontsize=_SMALL, va="center"
+        )
+    axes.set_ylim(len(results) - 0.4, -0.6)
+    axes.set_xlim(0, 106)  # room for the figure beside a bar of 100
+    axes.set_xticks(range(0, 101, 25))
+    axes.set_yticks(range(len(results)), [_brief(name) for name in results])
+    axes.set_axisbelow(True)
+    axes.grid(axis="x", color=theme.rule, linewidth=0.8)
+    _dress(axes, theme)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", labelcolor=theme.ink, labelsize=_TEXT)
+
+
+def similarities(axes: Axes, result: Result, span: tuple[float, float], theme: Theme) -> None:
+    """Shares of the queries by their similarity to the right candidate, and to the hardest wrong one."""
+    pairs = (result.similarities.hardest_negative, theme.negative), (result.similarities.positive, theme.positive)
+    edges = BINS[::_DRAWN_BINS]
+    within = (edges >= span[0] - 0.02) & (edges <= span[1] + 0.02)  # the rest is empty
+    edges, within = edges[within], within[:-1] & within[1:]
+    for counts, colour in pairs:
+        shares = np.reshape(counts, (-1, _DRAWN_BINS)).sum(1)[within] / max(sum(counts), 1)
+        axes.stairs(shares, edges, fill=True, color=colour, alpha=0.3)
+        axes.stairs(shares, edges, color=colour, linewidth=1.1)
+    axes.set_xlim(*span)
+    axes.set_ylim(bottom=0)
+    axes.set_yticks([])
+    axes.locator_params(axis="x", nbins=5)
+    _dress(axes, theme)
+    axes.spines["left"].set_visible(False)
+
+
+def _all_bars(report: Report, before: Report | None, theme: Theme) -> Figure:
+    groups = grouped(report)
+    rows = [len(results) for results in groups.values()]
+    figure = Figure(
+        figsize=(7, _ROW * sum(rows) + 0.55 * len(rows) + 0.7), layout="constrained", facecolor=theme.background
+    )
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    every = figure.subplots(len(groups), height_ratios=rows, squeeze=False)[:, 0]
+    for axes, (group, results) in zip(every, groups.items(), strict=True):
+        bars(axes, results, before, theme)
+        metrics = ", ".join(dict.fromkeys(result.metric for result in results.values()))
+        axes.set_title(f"{group}: {metrics}, %", loc="left", color=theme.ink, fontsize=_TEXT + 1, weight="bold")
+    handles: list[Patch | Line2D] = [Patch(color=theme.positive, label=_brief(report.model, 40))]
+    if any(result.in_distribution is False for result in report.results.values()):
+        handles.append(Patch(color=theme.positive, alpha=OUTSIDE, label="out of distribution"))
+    if before:
+        handles.append(Patch(color=theme.before, label=_brief(before.model, 40)))
+    handles.append(Line2D([], [], color=theme.ink, marker="|", markersize=9, linestyle="", label="chance"))
+    _legend(figure, handles, theme, "outside lower left")
+    return figure
+
+
+def _all_similarities(report: Report, theme: Theme) -> Figure:
+    count = len(report.results)
+    columns = min(count, 6 if count > 12 else 4 if count > 4 else 3)
+    lines = -(-count // columns)
+    width, height = 2.1 * columns + 0.3, 1.4 * lines + 0.6
+    figure = Figure(figsize=(width, height), facecolor=theme.background)
+    edges = {"left": 0.15 / width, "right": 1 - 0.15 / width, "bottom": 0.6 / height, "top": 1 - 0.35 / height}
+    every = figure.subplots(lines, columns, squeeze=False, gridspec_kw=edges | {"wspace": 0.12, "hspace": 0.6}).flat
+    span = span_of(report)
+    for axes, (name, result) in zip(every, report.results.items(), strict=False):
+        similarities(axes, result, span, theme)
+        title = f"{_brief(name)}: {overlap(result)}"
+        axes.set_title(title, loc="left", color=theme.ink, fontsize=_TEXT - 0.5)
+    for axes in list(figure.axes)[count:]:
+        axes.remove()
+    handles = [
+        Patch(color=theme.positive, alpha=0.6, label="positive"),
+        Patch(color=theme.negative, alpha=0.6, label="hardest negative"),
+    ]
+    _legend(figure, handles, theme, "lower left")
+    return figure
+
+
+def overlap(result: Result) -> str:
+    """In percent, as `Similarities.overlap`."""
+    if not sum(result.similarities.hardest_negative):
+        return "no negatives"
+    return f"overlap {100 * result.similarities.overlap:.0f}%"
+
+
+def _dress(axes: Axes, theme: Theme) -> None:
+    axes.set_facecolor("none")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme.rule)
+    axes.tick_params(colors=theme.faint, labelsize=_SMALL, length=0, pad=3)
+
+
+def _legend(figure: Figure, handles: list, theme: Theme, where: str) -> None:
+    figure.legend(
+        handles=handles,
+        loc=where,
+        ncols=len(handles),
+        frameon=False,
+        fontsize=_TEXT,
+        labelcolor=theme.ink,
+        handlelength=1.2,
+    )
+
+
+def _brief(name: str, characters: int = 24) -> str:
+    """It as a label: cut, and with nothing that would be taken for a formula, or is not UTF-8."""
+    name = name if len(name) <= characters else f"{name[: characters - 1]}…"
+    return name.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def _save(figure: Figure, file: Path) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(file, format="png", dpi=160)
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The figure as an element to put into a page, which fills the width there is and has the page's colours."""
+    FigureCanvasSVG(figure)
+    buffer = io.StringIO()
+    options: dict[str, Callable | str] = {"svg.fonttype": "none", "svg.hashsalt": label}
+    with matplotlib.rc_context(options):
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(?<=<svg)[^>]*?( viewBox="[^"]*")[^>]*', r' aria-hidden="true"\1', text, count=1)
+    text = re.sub(r' id="[a-z0-9]+_\d+"', "", text)  # the same in each figure
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)  # each label again
+    for name, colour in asdict(THEMES["light"]).items():
+        text = text.replace(colour, f"var(--{name})")
+    return text

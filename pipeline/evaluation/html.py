@@ -1,0 +1,63 @@
+"""An evaluation's page: one file that needs no network and no script, light or dark as the reader's system is."""
+
+from dataclasses import asdict, dataclass
+from operator import attrgetter
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline.evaluation import figures
+from pipeline.evaluation.published import PUBLISHED, Published
+from pipeline.evaluation.report import AVERAGES, Report, Row, by_direction, changed, is_rank, shown
+
+_TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A signed difference as text; kind: "better", "worse", or "" of none that can be seen."""
+
+    text: str
+    kind: str
+
+    @classmethod
+    def of(cls, metric: str, now: float, before: float) -> "Change":
+        text = changed(metric, now, before)
+        if float(text) == 0:
+            return cls("0.0", "")
+        better = (float(text) > 0) != is_rank(metric)
+        return cls(text.replace("-", "−"), "better" if better else "worse")
+
+
+def page(report: Report, before: Report | None = None) -> str:
+    """The page of a report, beside an earlier one if given. All that comes from data or models is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"shown": shown, "change": Change.of, "overlap": figures.overlap}
+    averages, groups, span = report.averages(), figures.grouped(report), figures.span_of(report)
+    return environment.get_template(_TEMPLATE).render(
+        report=report,
+        before=before,
+        themes={name: asdict(theme) for name, theme in figures.THEMES.items()},
+        outside=figures.OUTSIDE,
+        average_names=[name for name in AVERAGES if name in averages or name in report.missing()],
+        averages=averages,
+        earlier=before.averages() if before else {},
+        chances=report.averages(attrgetter("chance")),
+        papers=PUBLISHED if report.mmeb() else (),
+        groups=groups,
+        others={group: [(row, papers_of(row)) for row in rows] for group, rows in report.others(before).items()},
+        bars={group: figures.svg_bars(results, before) for group, results in groups.items()},
+        similarities={name: figures.svg_similarities(name, result, span) for name, result in report.results.items()},
+    )
+
+
+def papers_of(row: Row) -> list[tuple[Published, dict[str, float]]]:
+    """What papers have for a dataset in one direction, as a row has it."""
+    found = [(paper, by_direction(paper.metrics_of(row.name)).get(row.direction, {})) for paper in PUBLISHED]
+    return [(paper, metrics) for paper, metrics in found if metrics]

@@ -1,0 +1,100 @@
+"""A collection and its items' embeddings -> a report."""
+
+import base64
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL.Image import Image as Picture
+
+from pipeline.data.sample import BadSample
+from pipeline.data.tiles import decode_image
+from pipeline.data.video import sample_frames
+from pipeline.evaluation.encoders import without_marks
+from pipeline.evaluation.metrics import Scores, result_of, scores_of, worst_queries
+from pipeline.evaluation.report import Report
+from pipeline.evaluation.results import Case, Shown
+from pipeline.evaluation.tasks import Collection, Ranking, Task
+from pipeline.progress import progress_bar
+
+_PIXELS = 160  # a shown picture's longer side
+_THREADS = 16
+
+
+def measure(
+    model: str,
+    collection: Collection,
+    take: Callable[[np.ndarray], np.ndarray],
+    *,
+    worst: int = 0,
+    device: torch.device | str = "cpu",
+) -> Report:
+    """The report of a model.
+
+    take: rows of the collection -> (n, D) unit vectors.  worst: how many of each dataset's worst queries are shown.
+    """
+    results = {}
+    shown = _Pictures(collection)
+    names = dict.fromkeys(task.name for task in collection.tasks)
+    for name in progress_bar(iterable=names, desc="scoring", unit="dataset", leave=False):
+        tasks = [task for task in collection.tasks if task.name == name]
+        scores = [scores_of(task, take, device=device) for task in tasks]
+        chosen = [
+            (task, each, query)
+            for task, each in zip(tasks, scores, strict=True)
+            for query in worst_queries(each, worst).tolist()
+        ]
+        chosen.sort(key=lambda case: case[1].positive[case[2]] - case[1].hardest[case[2]])
+        with ThreadPoolExecutor(_THREADS) as pool:
+            cases = list(pool.map(lambda case: shown.case(*case), chosen[:worst]))
+        results[name] = result_of(tasks, scores, cases)
+    return Report(model, results)
+
+
+class _Pictures:
+    """The items as a person sees them."""
+
+    def __init__(self, collection: Collection) -> None:
+        self.collection, self._made = collection, {}
+
+    def case(self, task: Task, scores: Scores, query: int) -> Case:
+        def candidate(number: int) -> Shown:
+            if isinstance(task, Ranking):
+                return self.of(task.candidates[query][number])
+            return Shown(task.names[number]) if task.names else self.of(task.candidates[number])
+
+        found = scores.rank[query] == 1
+        return Case(
+            query=self.of(task.queries[query]),
+            right=candidate(scores.right[query]),
+            first=candidate(scores.first[query]),
+            positive=round(float(scores.positive[query]), 4),
+            similarity=round(float(scores.positive[query] if found else scores.hardest[query]), 4),
+            rank=int(scores.rank[query]),
+            direction=task.direction,
+        )
+
+    def of(self, row: int) -> Shown:
+        """With a small picture of its image, or of its video's middle frame."""
+        if row not in self._made:
+            item, name = self.collection.items[row](), self.collection.names[row]
+            text, picture = without_marks(item.text), ""
+            try:
+                if item.images:
+                    picture = _jpeg(decode_image(item.images[0]))
+                elif item.video is not None:
+                    picture = _jpeg(sample_frames(item.video, 3)[1])
+            except BadSample:  # an embedder of somebody's own may read what ours does not
+                pass
+            seen = item.images or item.video is not None
+            self._made[row] = Shown(f"{text} ({name})" if text and seen else name, picture)
+        return self._made[row]
+
+
+def _jpeg(picture: Picture) -> str:
+    picture.thumbnail((_PIXELS, _PIXELS))
+    data = BytesIO()
+    picture.convert("RGB").save(data, "JPEG", quality=75)
+    return base64.b64encode(data.getvalue()).decode()

@@ -1,0 +1,52 @@
+"""Evaluation sets by the names that people give them, in the layouts that they have on disk or in S3."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from pipeline.data import objects
+from pipeline.data.index import INDEX_FILE
+from pipeline.errors import PipelineError
+from pipeline.evaluation.sets import captions, classification, mmeb, pairs
+from pipeline.evaluation.tasks import Collection
+
+NAMES = (*mmeb.GROUPS, *captions.SETS, *classification.SETS)
+
+
+def load(sets: Sequence[str], *, instructed: bool = True, number: int = 0, count: int = 1) -> Collection:
+    """A collection of every `count`-th dataset, from the `number`-th on, of all that `sets` name.
+
+    sets: each NAME=URL, with a name of NAMES; or a URL alone: of a folder with tasks.json or MMEB's datasets, or of
+        shards of pairs.
+    instructed: see Encoder.
+
+    Raises PipelineError where there is no such set, where a file that it needs is missing, and for two of one name.
+    """
+    collection = Collection()
+    adding = [add for each in sets for add in _datasets(each, instructed)]
+    for add in adding[number::count]:
+        add(collection)
+    times = Counter((task.name, task.direction) for task in collection.tasks)
+    if twice := sorted({name for (name, _), number in times.items() if number > 1}):
+        raise PipelineError(f"two evaluation sets are called {', '.join(twice)}")
+    return collection
+
+
+def _datasets(given: str, instructed: bool) -> list[Callable[[Collection], None]]:
+    name, _, url = given.partition("=")
+    if name in mmeb.GROUPS and url:
+        return list(mmeb.datasets(url, name).values())
+    if (add := (captions.SETS | classification.SETS).get(name)) and url:
+        return [partial(add, url=url, instructed=instructed)]
+    if name in NAMES:
+        raise PipelineError(f"{given}: say where it lies, as {name}=/data/folder or {name}=s3://bucket/folder")
+    if url and "/" not in name:
+        raise PipelineError(f"there is no evaluation set {name!r}; known are {', '.join(_shown())}")
+    if objects.exists(objects.join(given, INDEX_FILE)):
+        return [partial(pairs.add, url=given)]
+    return list(mmeb.datasets(given).values())
+
+
+def _shown() -> list[str]:
+    """Without each of MMEB's by its own name."""
+    return [name for name in NAMES if not name.startswith("mmeb/")] + ["mmeb/GROUP", "mmeb/DATASET"]

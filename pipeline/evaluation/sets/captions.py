@@ -1,0 +1,352 @@
+"""Pictures and videos with captions: each caption seeks its picture, each picture its captions.
+
+Every set is a folder, local or on S3, with its pictures or videos anywhere below it, under the names that its files
+call them, and with these files:
+
+    msrvtt      MSRVTT_JSFUSION_test.csv (video_id, sentence: the 1,000 clips of "1k-A"; Yu et al., 2018)
+                or msrvtt_test_1k.json [{"video": "video7020.mp4", "caption": "..."}, ...]
+    msvd        msvd_test.json [{"video": "ID_START_END.avi", "caption": ["...", ...]}, ...]
+                or test_list.txt (an ID_START_END a line) and AllVideoDescriptions.txt ("ID_START_END caption" a line)
+    flickr30k   dataset_flickr30k.json, Karpathy's, of which the split test is taken
+    coco        dataset_coco.json, likewise; of an image's captions the first five
+    urban1k     caption/N.txt, whose first line is that of image/N.jpg (Zhang et al., Long-CLIP, 2024)
+    docci       docci_descriptions.jsonlines {"split", "image_file", "description"}; the split test
+    sharegpt4v  share-captioner_coco_lcs_sam_1246k_1107.json, or another share*.json:
+                [{"image", "conversations": [{"from", "value"}, ...]}, ...]; the first 1,000, as in Long-CLIP
+    xm3600      captions.jsonl {"image/key", "<language>": {"caption": ["...", ...]}, ...}: a dataset a language
+    flickr-cn   flickr30k_cn_test.txt, or another *flickr*cn*test*.txt: "NAME#0 caption", "NAME#zhm#0 caption" or
+                "NAME.jpg,caption" a line
+    coco-cn     coco-cn_test.txt (a NAME a line) and imageid.human-written-caption.txt ("NAME#0 caption" a line), which
+                others who evaluate it take, not the translated captions; or coco-cn_test.txt with captions itself
+    text-video, text-image
+                your own: captions.json {"NAME": "caption" or ["caption", ...], ...}; called as the folder is.
+
+A set may have a wording.json, too, for models that were trained with other instructions than INSTRUCTED below:
+{"medium": "...", "seeks_caption": "...", "seeks_medium": "..."}.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.data import objects
+from pipeline.data.captions import captioned_images, captioned_videos
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
+from pipeline.errors import PipelineError
+from pipeline.evaluation.sets.folder import PICTURES, VIDEOS, Folder, expecting, plain_text, read_text, read_texts, stem
+from pipeline.evaluation.tasks import Collection, Kind, Retrieval
+
+WORDING_FILE = "wording.json"
+_FIRST_BYTES = 4 << 20  # of a long file; doubled until they hold what is wanted
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The texts that go with the items. seeks_medium: of a caption that is a query, which takes the place of {}."""
+
+    medium: str
+    seeks_caption: str
+    seeks_medium: str = "{}"
+
+
+BARE = {
+    "text-image": Wording(medium=IMAGE_MARK, seeks_caption=IMAGE_MARK),
+    "text-video": Wording(medium=VIDEO_MARK, seeks_caption=VIDEO_MARK),
+}
+# MMEB's, and of videos MMEB-V2's (VLM2Vec-V2, arXiv 2507.04590).
+INSTRUCTED = {
+    "text-image": Wording(
+        seeks_medium="Find me an everyday image that matches the given caption: {}",
+        medium=f"{IMAGE_MARK}\nRepresent the given image.",
+        seeks_caption=f"{IMAGE_MARK}\nFind an image caption describing the given everyday image.",
+    ),
+    "text-video": Wording(
+        seeks_medium="Find a video that contains the following visual content: {}",
+        medium=f"{VIDEO_MARK}\nUnderstand the content of the provided video.",
+        seeks_caption=f"{VIDEO_MARK}\nFind a caption that describes the given video.",
+    ),
+}
+
+
+class Captioned(NamedTuple):
+    """A picture or video by the name that `source`, a file's URL, gives it, and its captions by language."""
+
+    medium: str
+    captions: dict[str, list[str]]
+    source: str
+
+
+def add(
+    collection: Collection,
+    url: str,
+    instructed: bool,
+    *,
+    name: str = "",
+    kind: Kind,
+    read: Callable[[Folder], list[Captioned]],
+) -> None:
+    """Add tasks of both directions for each language of the set at `url`.
+
+    name: of the dataset; {} in it is the language; without one it is the folder's.
+    instructed: see Encoder.
+
+    Each caption is a query of its own, and a candidate, also where it is another's to the letter, as in the papers.
+    Raises PipelineError, with the file, where the set is not whole: a missing picture, an empty caption, a language
+    that a picture lacks.
+    """
+    folder = Folder.of(url)
+    suffixes = VIDEOS if kind == "text-video" else PICTURES
+    calls: dict[str, Captioned] = {}
+    captions: dict[str, dict[str, list[str]]] = {}  # by language and URL
+    for each in read(folder):
+        found = folder.media(plain_text(each.medium, f"{each.source}: the name of a file"), suffixes)
+        first = calls.setdefault(found, each)
+        if stem(first.medium, suffixes) != stem(each.medium, suffixes):
+            raise PipelineError(f"{each.source}: {first.medium} and {each.medium} are both {found}: add the other file")
+        for language, texts in each.captions.items():
+            own = captions.setdefault(language, {}).setdefault(found, [])
+            own += (plain_text(text, f"{each.source}: a caption of {each.medium}") for text in texts)
+    if not captions:
+        raise PipelineError(f"{url}: its files list no captions, or none of the test split")
+    wording = _wording(folder, kind) if instructed else BARE[kind]
+    for language, by_url in captions.items():
+        if missing := [each for found, each in calls.items() if not by_url.get(found)]:
+            raise PipelineError(f"{missing[0].source} has no caption of {missing[0].medium} ({language}): add one")
+        _add(collection, name.format(language) or folder.name, kind, language, by_url, folder.stamps, wording)
+
+
+def _add(
+    collection: Collection,
+    name: str,
+    kind: Kind,
+    language: str,
+    captions: dict[str, list[str]],
+    stamps: dict[str, str],
+    wording: Wording,
+) -> None:
+    """captions: by URL."""
+    item, letter = (collection.video, "v") if kind == "text-video" else (collection.picture, "i")
+    texts = [text for own in captions.values() for text in own]
+    counts = [len(own) for own in captions.values()]
+
+    def media(text: str) -> np.ndarray:
+        return np.array([item(text, url, stamps[url]) for url in captions], np.int64)
+
+    seeking = [collection.text(wording.seeks_medium.replace("{}", text)) for text in texts]
+    owners = np.repeat(np.arange(len(counts)), counts)
+    collection.tasks.append(
+        Retrieval(
+            name,
+            kind,
+            f"t2{letter}",
+            language,
+            queries=np.array(seeking, np.int64),
+            candidates=media(wording.medium),
+            right=list(owners[:, None]),
+        )
+    )
+    collection.tasks.append(
+        Retrieval(
+            name,
+            kind,
+            f"{letter}2t",
+            language,
+            queries=media(wording.seeks_caption),
+            candidates=np.array([collection.text(text) for text in texts], np.int64),
+            right=np.split(np.arange(len(texts)), np.cumsum(counts)[:-1]),
+        )
+    )
+
+
+def _wording(folder: Folder, kind: Kind) -> Wording:
+    if not (file := folder.files.get(WORDING_FILE)):
+        return INSTRUCTED[kind]
+    mark = BARE[kind].medium
+    with expecting(
+        file, f'{{"medium", "seeks_caption", "seeks_medium"}}, the first two with {mark}, the last with {{}}'
+    ):
+        wording = Wording(**json.loads(read_text(file)))
+        if "{}" not in wording.seeks_medium or any(
+            text.count(mark) != 1 for text in (wording.medium, wording.seeks_caption)
+        ):
+            raise ValueError(f"it has {wording}")
+    return wording
+
+
+def _own(folder: Folder) -> list[Captioned]:
+    return _listed(folder.named("captions.json"))
+
+
+def _msrvtt(folder: Folder) -> list[Captioned]:
+    return _listed(folder.named("MSRVTT_JSFUSION_test.csv", "msrvtt_test_1k.json"))
+
+
+def _msvd(folder: Folder) -> list[Captioned]:
+    file = folder.named("msvd_test.json", "test_list.txt")
+    if file.endswith(".json"):
+        return _listed(file)
+    captions: dict[str, list[str]] = {stem(video, VIDEOS): [] for video in read_text(file).split()}
+    descriptions = folder.named("AllVideoDescriptions.txt")
+    for line in read_text(descriptions).split("\n"):
+        video, _, caption = line.partition(" ")
+        if video in captions:
+            captions[video].append(caption)
+    return [Captioned(video, {"en": texts}, descriptions) for video, texts in captions.items()]
+
+
+def _listed(file: str) -> list[Captioned]:
+    with expecting(file, "a list of names with their captions"):
+        captions = captioned_videos(file, read_text(file))
+    return [Captioned(video, {"en": texts}, file) for video, texts in captions.items()]
+
+
+def _karpathy(folder: Folder, *, name: str) -> list[Captioned]:
+    file = folder.named(name)
+    with expecting(file, 'Karpathy\'s {"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}'):
+        images = captioned_images(file, objects.read(file), "test")
+    # COCO's test split has 25,010 captions, of which papers count 25,000 (Long-CLIP's code, for one).
+    return [Captioned(image, {"en": texts[:5]}, file) for image, texts in images]
+
+
+def _urban1k(folder: Folder) -> list[Captioned]:
+    texts = {path: url for path, url in folder.files.items() if re.search(r"(^|/)caption/[^/]+\.txt$", path)}
+    if not texts:
+        raise PipelineError(f"{folder.url} has no caption/N.txt beside its image/N.jpg")
+    names = {re.sub(r"caption/([^/]+)\.txt$", r"image/\1", path): url for path, url in texts.items()}
+    pictures = {folder.media(name, PICTURES) for name in names}
+    for path, url in folder.files.items():
+        if re.search(rf"(^|/)image/[^/]+\.({'|'.join(PICTURES)})$", path, re.IGNORECASE) and url not in pictures:
+            raise PipelineError(f"{url} has no caption: add its caption/N.txt, or remove it")
+    contents = zip(names.items(), read_texts(list(names.values())), strict=True)
+    return [Captioned(name, {"en": text.strip().splitlines()[:1]}, url) for (name, url), text in contents]
+
+
+def _docci(folder: Folder) -> list[Captioned]:
+    file = folder.named("docci_descriptions.jsonlines")
+    with expecting(file, 'lines {"split": "...", "image_file": "...", "description": "..."}'):
+        return [
+            Captioned(row["image_file"], {"en": [row["description"]]}, file)
+            for row in _json_lines(file)
+            if row["split"] == "test"
+        ]
+
+
+def _sharegpt4v(folder: Folder) -> list[Captioned]:
+    file = folder.named("share-captioner_coco_lcs_sam_1246k_1107.json", "share*.json")
+    with expecting(file, 'a list of {"image": "...", "conversations": [{"from": "...", "value": "..."}, ...]}'):
+        return [
+            # As Long-CLIP takes it: the answer, in one line.
+            Captioned(entry["image"], {"en": [entry["conversations"][1]["value"].replace("\n", " ")]}, file)
+            for entry in _first(file, 1000)
+        ]
+
+
+def _xm3600(folder: Folder) -> list[Captioned]:
+    file = folder.named("captions.jsonl")
+    with expecting(file, 'lines {"image/key": "...", "<language>": {"caption": ["...", ...]}, ...}'):
+        return [
+            Captioned(
+                row["image/key"],
+                {language: _list(own["caption"]) for language, own in row.items() if isinstance(own, dict)},
+                file,
+            )
+            for row in _json_lines(file)
+        ]
+
+
+def _list(captions: Any) -> list[Any]:
+    if not isinstance(captions, list):
+        raise ValueError(f"{captions!r} is no list of captions")
+    return captions
+
+
+def _flickr_cn(folder: Folder) -> list[Captioned]:
+    file = folder.named("flickr30k_cn_test.txt", "*flickr*cn*test*.txt")
+    return _named_lines(file, read_text(file))
+
+
+def _coco_cn(folder: Folder) -> list[Captioned]:
+    file = folder.named("coco-cn_test.txt", "*coco*cn*test*.txt")
+    text = read_text(file)
+    if any(_NAMED_LINE.fullmatch(line.strip()) for line in text.split("\n")):
+        return _named_lines(file, text)
+    captions = folder.named("imageid.human-written-caption.txt")
+    by_name = {each.medium: each for each in _named_lines(captions, read_text(captions))}
+    return [by_name.get(name, Captioned(name, {"zh": []}, captions)) for name in text.split()]
+
+
+# "1007129816.jpg#0 caption", "1007129816#zhm#0\tcaption", "1007129816.jpg,caption"
+_NAMED_LINE = re.compile(r"(?P<name>[^\s#,]+)(#\w+)*(\s+|,)(?P<caption>.+)")
+
+
+def _named_lines(file: str, text: str) -> list[Captioned]:
+    captions: dict[str, list[str]] = {}
+    lines = [line.strip() for line in text.split("\n")]
+    with expecting(file, 'lines "NAME#0 caption"'):
+        for number, line in enumerate(lines, 1):
+            if line and (number, line) != (1, "image,caption"):
+                if (found := _NAMED_LINE.fullmatch(line)) is None:
+                    raise ValueError(f"line {number} is {line[:80]!r}")
+                captions.setdefault(found["name"], []).append(found["caption"])
+    return [Captioned(name, {"zh": texts}, file) for name, texts in captions.items()]
+
+
+def _json_lines(file: str) -> list[Any]:
+    # splitlines() would also split at a U+2028 in a text.
+    return [json.loads(line) for line in read_text(file).split("\n") if line.strip()]
+
+
+def _first(file: str, number: int) -> list[Any]:
+    """The first objects of a JSON list, of which little more is read: ShareGPT4V's has 1.5 GB."""
+    size, length = objects.size(file), _FIRST_BYTES
+    while True:
+        data = objects.read(file, 0, min(length, size))
+        try:
+            return _leading(data.decode("utf-8-sig"), number)
+        except ValueError:  # it is cut short, in a letter or an object
+            if length >= size:
+                raise
+            length *= 2
+
+
+def _leading(text: str, number: int) -> list[Any]:
+    """The first objects of a JSON list; ValueError if the text ends before them, and not by the list's end."""
+    start = re.match(r"\s*\[", text)
+    if start is None:
+        raise ValueError("it is no list")
+    entries, position = [], start.end()
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    while len(entries) < number:
+        entry, position = decoder.raw_decode(text, space.match(text, position).end())
+        entries.append(entry)
+        position = space.match(text, position).end()
+        if text[position : position + 1] == "]":
+            break
+        if text[position : position + 1] != ",":
+            raise ValueError(f"no , or ] at character {position + 1}")
+        position += 1
+    return entries
+
+
+_images = partial(add, kind="text-image")
+_videos = partial(add, kind="text-video")
+# Name on the command line -> what adds the set at a URL to a collection: (collection, url, instructed).
+SETS: dict[str, Callable[..., None]] = {
+    "text-video": partial(_videos, read=_own),
+    "text-image": partial(_images, read=_own),
+    "msrvtt": partial(_videos, name="MSR-VTT", read=_msrvtt),
+    "msvd": partial(_videos, name="MSVD", read=_msvd),
+    "flickr30k": partial(_images, name="Flickr30k", read=partial(_karpathy, name="dataset_flickr30k.json")),
+    "coco": partial(_images, name="COCO", read=partial(_karpathy, name="dataset_coco.json")),
+    "urban1k": partial(_images, name="Urban1k", read=_urban1k),
+    "docci": partial(_images, name="DOCCI", read=_docci),
+    "sharegpt4v": partial(_images, name="ShareGPT4V", read=_sharegpt4v),
+    "xm3600": partial(_images, name="XM3600 {}", read=_xm3600),
+    "flickr-cn": partial(_images, name="Flickr30k-CN", read=_flickr_cn),
+    "coco-cn": partial(_images, name="COCO-CN", read=_coco_cn),
+}

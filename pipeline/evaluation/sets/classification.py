@@ -1,0 +1,122 @@
+"""Zero-shot classification of pictures, in ImageNet's layout (Radford et al., arXiv 2103.00020, section 3.1).
+
+URL/<class>/*.jpg, or URL/val/<class>/*.jpg     the pictures, in any format; beside val, others are left alone
+URL/classnames.json     {"n01440764": "tench", "n01443537": ["goldfish", "Carassius auratus"], ...},
+                        or a list of names, in the order of the sorted folders: of numbers, by number
+URL/templates.txt       a template a line, {} where the name goes; without the file, TEMPLATES
+"""
+
+import json
+from collections.abc import Callable
+from itertools import cycle
+
+import numpy as np
+
+from pipeline.data import objects
+from pipeline.data.sample import IMAGE_MARK
+from pipeline.errors import PipelineError
+from pipeline.evaluation.sets.folder import PICTURES, Folder, expecting, plain_text, read_text
+from pipeline.evaluation.tasks import Collection, Retrieval
+
+NAMES_FILE, TEMPLATES_FILE = "classnames.json", "templates.txt"
+INSTRUCTION = f"{IMAGE_MARK}\nRepresent the given image for classification."
+# The seven that CLIP's authors chose out of their 80 (its notebook "Prompt engineering for ImageNet").
+TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+
+
+def add(collection: Collection, url: str, instructed: bool) -> None:
+    """Add the set at `url`, called as its folder: each picture seeks its class, the mean of its prompts.
+
+    Where classes have several names, each class has as many prompts as the one with the most names: per template as
+    many as names there, in which a class's own names take turns.
+
+    instructed: see Encoder.
+
+    Raises PipelineError for a picture outside a class's folder, and for a class without name or pictures.
+    """
+    folder = Folder.of(url)
+    pictures = _pictures(folder)
+    names = _names(objects.join(url, NAMES_FILE), folder, pictures)
+    templates = _templates(objects.join(url, TEMPLATES_FILE), folder)
+    most = max(map(len, names.values()))
+    prompts = []
+    for own in names.values():
+        turns = cycle(own)
+        prompts.append([template.replace("{}", next(turns)) for template in templates for _ in range(most)])
+    text = INSTRUCTION if instructed else IMAGE_MARK
+    queries = [collection.picture(text, file, folder.stamps[file]) for files in pictures.values() for file in files]
+    numbers = np.repeat(np.arange(len(pictures)), [len(files) for files in pictures.values()])
+    collection.tasks.append(
+        Retrieval(
+            name=folder.name,
+            kind="classification",
+            direction="",
+            language="en",
+            queries=np.array(queries, np.int64),
+            candidates=np.array([[collection.text(prompt) for prompt in own] for own in prompts], np.int64),
+            right=list(numbers[:, None]),
+            names=tuple(own[0] for own in names.values()),
+        )
+    )
+
+
+def _pictures(folder: Folder) -> dict[str, list[str]]:
+    """Class's folder -> URLs of its pictures, in the classes' order."""
+    paths = [path for path in folder.files if path.rpartition(".")[2].lower() in PICTURES]
+    paths = [path for path in paths if path.startswith("val/")] or paths
+    if not paths:
+        raise PipelineError(f"{folder.url} has no <class>/*.jpg, nor val/<class>/*.jpg")
+    pictures: dict[str, list[str]] = {}
+    for path in paths:
+        match path.removeprefix("val/").split("/"):
+            case [name, _]:
+                pictures.setdefault(name, []).append(folder.files[path])
+            case _:
+                raise PipelineError(f"{folder.files[path]} should be {folder.url}/<class>/NAME, or val/<class>/NAME")
+    numbered = all(name.isdecimal() for name in pictures)
+    return {name: pictures[name] for name in sorted(pictures, key=int if numbered else str)}
+
+
+def _names(file: str, folder: Folder, pictures: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Class's folder -> its names, at least one, in the order of `pictures`."""
+    if NAMES_FILE not in folder.files:
+        raise PipelineError(f"{file} is missing, which says what the folders of pictures are called")
+    with expecting(file, '{"folder": "name" or ["name", ...], ...}, or a list in the order of the sorted folders'):
+        given = json.loads(read_text(file))
+        if isinstance(given, list):
+            if len(given) != len(pictures):
+                raise ValueError(f"it has {len(given)} names for {len(pictures)} folders of pictures")
+            given = dict(zip(pictures, given, strict=True))
+        if apart := sorted(given.keys() ^ pictures.keys()):
+            lack = "pictures" if apart[0] in given else "a name"
+            raise ValueError(f"the class {apart[0]!r} lacks {lack}")
+        if empty := [name for name in pictures if not given[name]]:
+            raise ValueError(f"the class {empty[0]!r} lacks a name")
+    place = f"{file}: a name of the class"
+    return {
+        name: [plain_text(each, f"{place} {name}") for each in (own if isinstance(own, list) else [own])]
+        for name, own in ((name, given[name]) for name in pictures)
+    }
+
+
+def _templates(file: str, folder: Folder) -> tuple[str, ...]:
+    if TEMPLATES_FILE not in folder.files:
+        return TEMPLATES
+    templates = tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
+    for template in templates:
+        if plain_text(template, f"{file}: a template").count("{}") != 1:
+            raise PipelineError(f"{file}: {template!r} should have one {{}}, where the class's name goes")
+    if not templates:
+        raise PipelineError(f"{file} has no templates: write one a line, or remove it")
+    return templates
+
+
+SETS: dict[str, Callable[..., None]] = {"classification": add}

@@ -1,0 +1,141 @@
+"""The files below an evaluation set's folder, found by the names that the set's own files call them."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from pipeline.data import objects
+from pipeline.data.sample import IMAGE_MARK, IMAGE_SUFFIXES, VIDEO_MARK, VIDEO_SUFFIXES
+from pipeline.errors import PipelineError
+
+PICTURES = frozenset({*IMAGE_SUFFIXES.values(), "jpeg"})
+VIDEOS = frozenset(VIDEO_SUFFIXES)
+_THREADS = 16
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What lies below a folder, hidden files aside.
+
+    url: of the folder.
+    files: path below it -> URL, sorted by URL.
+    stamps: URL -> stamp, see `objects.stamps`.
+    """
+
+    url: str
+    files: dict[str, str]
+    stamps: dict[str, str]
+
+    @classmethod
+    def of(cls, url: str) -> "Folder":
+        """The folder as it is now, a local one or on S3; PipelineError if it holds nothing."""
+        # Archives made on a Mac leave a ._NAME.jpg, which is no picture, for each NAME.jpg.
+        stamps = {each: stamp for each, stamp in objects.stamps(url).items() if not _name(each).startswith(".")}
+        if not stamps:
+            raise PipelineError(f"{url} holds no files: name the folder of the evaluation set")
+        if "://" in url:
+            return cls(url, {each.removeprefix(url.rstrip("/") + "/"): each for each in stamps}, stamps)
+        return cls(url, {Path(each).relative_to(url).as_posix(): each for each in stamps}, stamps)
+
+    @property
+    def name(self) -> str:
+        """What the folder is called, and a set of one's own with it."""
+        return _name(self.url.rstrip("/") if "://" in self.url else str(Path(self.url).resolve()))
+
+    def named(self, *names: str) -> str:
+        """The URL of the file that has, anywhere below, the first of these names that any has; * stands for anything.
+
+        PipelineError if there is none, and if there are several.
+        """
+        for name in names:
+            found = [url for path, url in self.files.items() if fnmatchcase(_name(path), name)]
+            if len(found) > 1:
+                raise PipelineError(f"{self.url} has both {found[0]} and {found[1]}: leave one {name} in it")
+            if found:
+                return found[0]
+        raise PipelineError(f"{self.url} has no {' or '.join(names)}, which says what this evaluation set consists of")
+
+    def media(self, name: str, suffixes: frozenset[str]) -> str:
+        """The URL of a picture or video that a set's file calls `name`, with or without suffix.
+
+        It is the file at that path, be it below a folder that the name leaves out; else the one so called elsewhere.
+        PipelineError if there is none, and if there are several.
+        """
+        wanted = stem(name, suffixes)
+        called = [path for path in self._by_name.get(_name(wanted), []) if _suffix(path) in suffixes]
+        found = [path for path in called if f"/{stem(path, suffixes)}".endswith(f"/{wanted}")] or called
+        if not found:
+            raise PipelineError(
+                f"{self.url} has no file {name} ({', '.join(sorted(suffixes))}), which the evaluation set names: "
+                "a score over fewer would be another set's"
+            )
+        if len(found) > 1:
+            raise PipelineError(f"{self.url}: {name} may be {found[0]} or {found[1]}: leave one of them in it")
+        return self.files[found[0]]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """A picture's or video's name without suffix -> its path, or paths."""
+        paths: dict[str, list[str]] = {}
+        for path in self.files:
+            if _suffix(path) in PICTURES | VIDEOS:
+                paths.setdefault(PurePosixPath(path).stem, []).append(path)
+        return paths
+
+
+def read_text(url: str) -> str:
+    """A file's text; PipelineError if it is not UTF-8."""
+    try:
+        return objects.read(url).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PipelineError(f"{url} is not UTF-8: byte {error.start + 1}") from None
+
+
+def read_texts(urls: Sequence[str]) -> list[str]:
+    """The texts of many small files, several at a time: S3 answers late, not slowly."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(read_text, urls))
+
+
+@contextmanager
+def expecting(url: str, form: str) -> Iterator[None]:
+    """Turn what reading a file of another form raises into a PipelineError that names the file and the form."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        reason = error.args[0] if type(error) is ValueError else repr(error)
+        raise PipelineError(f"{url} is not {form}: {reason}") from None
+
+
+def plain_text(text: object, where: str) -> str:
+    """The text, without white space around it; PipelineError if it is none, empty, or has a picture's mark."""
+    if not isinstance(text, str):
+        raise PipelineError(f"{where} is {text!r}, which is no text")
+    text, wrong = text.strip(), ""
+    if not text:
+        wrong = "it is empty"
+    elif IMAGE_MARK in text or VIDEO_MARK in text:
+        wrong = f"{text!r} has {IMAGE_MARK} or {VIDEO_MARK}, which stands for a file"
+    elif text != text.encode(errors="replace").decode():  # half of a surrogate pair, which JSON can hold
+        wrong = f"{text!r} is not UTF-8"
+    if wrong:
+        raise PipelineError(f"{where} cannot be used: {wrong}; mend it, for a set is taken whole")
+    return text
+
+
+def stem(name: str, suffixes: frozenset[str]) -> str:
+    """The path, without its suffix if that is one of these."""
+    path = PurePosixPath(name)
+    return str(path.with_suffix("") if _suffix(name) in suffixes else path)
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _suffix(path: str) -> str:
+    return PurePosixPath(path).suffix[1:].lower()

@@ -1,0 +1,136 @@
+"""MMEB's datasets, as they lie on the hub or converted, and other sets in their layout (pipeline/data/mmeb.py)."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache, lru_cache, partial
+from itertools import pairwise
+from threading import Lock
+
+import numpy as np
+
+from pipeline.data import objects
+from pipeline.data.index import INDEX_FILE, Index, Shard, load_sidecar, read_samples
+from pipeline.data.mmeb import IMAGE_FOLDERS, MMEB_TASKS, TASKS_FILE, Side, converted_rows, evaluation_rows, read_tasks
+from pipeline.data.sample import BadSample, Item, Single
+from pipeline.data.shards import parse_sample
+from pipeline.errors import PipelineError
+from pipeline.evaluation.tasks import Collection, Ranking, content_key
+
+GROUPS = {
+    "mmeb": lambda meta_task, known: True,
+    "mmeb/ind": lambda meta_task, known: known,
+    "mmeb/ood": lambda meta_task, known: not known,
+    "mmeb/classification": lambda meta_task, known: meta_task == "classification",
+    "mmeb/vqa": lambda meta_task, known: meta_task == "vqa",
+    "mmeb/retrieval": lambda meta_task, known: meta_task == "retrieval",
+    "mmeb/grounding": lambda meta_task, known: meta_task == "grounding",
+} | {f"mmeb/{name}": None for name in MMEB_TASKS}
+
+_BLOCK_BYTES = 256 << 10  # of a shard that are read together: one picture, or a hundred texts
+
+
+def datasets(url: str, group: str | None = None) -> dict[str, Callable[[Collection], None]]:
+    """What adds each dataset at `url` that is of the group, by name.
+
+    group: one of GROUPS; None: all that tasks.json names, or of MMEB's what is there. Raises PipelineError where there
+    is none.
+    """
+    listed = objects.exists(objects.join(url, TASKS_FILE))
+    known = read_tasks(url) if listed else MMEB_TASKS
+    chosen = GROUPS.get(group, GROUPS["mmeb"]) or (lambda *_: False)
+    wanted = {name: kind for name, kind in known.items() if f"mmeb/{name}" == group or chosen(*kind)}
+    there = wanted if listed else {name: kind for name, kind in wanted.items() if _has(objects.join(url, name))}
+    if not there:
+        raise PipelineError(
+            f"nothing to evaluate at {url}: it has no "
+            + (f"dataset of {group}" if group else f"{TASKS_FILE}, {INDEX_FILE} or dataset of MMEB's")
+        )
+    images = _Images(url)
+    return {name: partial(_add, url=url, name=name, kind=kind, images=images) for name, kind in there.items()}
+
+
+def _has(folder: str) -> bool:
+    return bool(objects.list_under(folder))
+
+
+def _add(collection: Collection, url: str, name: str, kind: tuple[str, bool], images: "_Images") -> None:
+    folder = objects.join(url, name)
+    if objects.exists(objects.join(folder, INDEX_FILE)):
+        queries, candidates = _converted(collection, folder)
+    else:
+        queries, candidates = _published(collection, images, evaluation_rows(folder))
+    collection.tasks.append(Ranking(name, *kind, np.array(queries), candidates))
+
+
+class _Images:
+    """The pictures that rows name, by path: their URLs and stamps.
+
+    They lie in a folder for each dataset, of which one is listed when a row first names one of its pictures.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url, self._stamps, self._listed = url, {}, set()
+
+    def find(self, path: str) -> tuple[str, str]:
+        """(URL, stamp); PipelineError where there is none."""
+        top = path.partition("/")[0]
+        if top not in self._listed:
+            self._listed.add(top)
+            for folder in IMAGE_FOLDERS:
+                self._stamps |= objects.stamps(objects.join(self.url, folder, top))
+        for folder in IMAGE_FOLDERS:
+            url = objects.join(self.url, folder, path)
+            if stamp := self._stamps.get(url):
+                return url, stamp
+        looked = " or ".join(objects.join(self.url, folder, path) for folder in IMAGE_FOLDERS)
+        raise PipelineError(f"there is no {looked}, which the rows name: a score without it would be another's")
+
+
+def _published(
+    collection: Collection, images: _Images, rows: Iterable[tuple[Side, list[Side]]]
+) -> tuple[list[int], list[np.ndarray]]:
+    @cache
+    def row(side: Side) -> int:
+        text, image = side
+        return collection.picture(text, *images.find(image), image) if image else collection.text(text)
+
+    numbers = [(row(query), np.array([row(side) for side in sides])) for query, sides in rows]
+    return [query for query, _ in numbers], [candidates for _, candidates in numbers]
+
+
+def _converted(collection: Collection, folder: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    index = Index.load(folder)
+    names, queries, candidates = converted_rows(folder, index)
+    keys, readers = [], []
+    for shard in index.shards:
+        records = load_sidecar(folder, shard)
+        starts = np.flatnonzero(np.diff(records["offset"].astype(np.int64) // _BLOCK_BYTES, prepend=-1))
+        for start, stop in pairwise([*starts.tolist(), len(records)]):
+            block = _Block(index.shards_url or folder, shard, records[start:stop])
+            keys += map(content_key, block.records["query_hash"].tolist())
+            readers += [partial(block.item, number) for number in range(stop - start)]
+    rows = np.array([collection.row(*item) for item in zip(keys, names, readers, strict=True)])
+    return rows[queries], [rows[numbers] for numbers in candidates]
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Consecutive items of a shard that are read together."""
+
+    url: str
+    shard: Shard
+    records: np.ndarray
+    lock: Lock = field(default_factory=Lock)
+
+    def item(self, number: int) -> Item:
+        with self.lock:  # while one thread reads, those that want the block's other items wait
+            data = _samples(self)[number]
+        single = parse_sample(data)
+        if not isinstance(single, Single):
+            raise BadSample("a pair, where an item by itself was expected")
+        return single.item
+
+
+@lru_cache(maxsize=64)
+def _samples(block: _Block) -> list[bytes]:
+    return read_samples(block.url, block.shard, block.records)

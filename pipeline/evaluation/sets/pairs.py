@@ -1,0 +1,67 @@
+"""Shards of pairs, as one trains on: each query seeks its target among all targets."""
+
+from functools import partial
+
+import numpy as np
+
+from pipeline.data import objects
+from pipeline.data.index import Captions, Index, load_sidecar, read_samples
+from pipeline.data.mmeb import META_TASKS, MMEB_TASKS, TASKS_FILE
+from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.data.shards import parse_sample
+from pipeline.errors import PipelineError
+from pipeline.evaluation.tasks import Collection, Ranking, content_key
+
+_SIMILARITIES = 100_000_000
+
+
+def add(collection: Collection, url: str) -> None:
+    """Add the pairs at `url` as a dataset of the meta-task that they name, or else of "retrieval".
+
+    A query with several targets seeks each without the others.
+    """
+    index = Index.load(url)
+    if index.samples**2 > _SIMILARITIES:
+        raise PipelineError(
+            f"{url} has {index.samples:,} pairs, each of which would be compared with all; hold out fewer, "
+            f"{int(_SIMILARITIES**0.5):,} at most"
+        )
+    pairs = []
+    for shard in index.shards:
+        for number, data in enumerate(read_samples(index.shards_url or url, shard, load_sidecar(url, shard))):
+            pairs.append(_parse(f"{objects.join(url, shard.file)}#{number}", data, index.captions))
+    rows = {
+        item.content_hash: collection.row(
+            content_key(item.content_hash), f"{pair.key}: {item.text}", partial(_same, item)
+        )
+        for pair in pairs
+        for item in (pair.query, pair.target)
+    }
+    right: dict[int, set[int]] = {}
+    for pair in pairs:
+        right.setdefault(pair.query.content_hash, set()).add(rows[pair.target.content_hash])
+    targets = np.unique([rows[pair.target.content_hash] for pair in pairs])
+    queries, candidates = [], []
+    for query, own in right.items():
+        others = np.setdiff1d(targets, list(own))
+        for target in sorted(own):
+            queries.append(rows[query])
+            candidates.append(np.concatenate([[target], others]).astype(np.int32))
+    # What is called as one of MMEB's sets is not that one, for which it has other candidates.
+    name = f"{index.dataset}, pairs" if index.dataset in MMEB_TASKS else index.dataset
+    meta_task = pairs[0].task if pairs[0].task in META_TASKS else "retrieval"
+    collection.tasks.append(Ranking(name, meta_task, True, np.array(queries), candidates))
+
+
+def _parse(key: str, sample: bytes, captions: Captions | None) -> Pair:
+    try:
+        pair = parse_sample(sample, captions)
+    except BadSample as reason:
+        raise PipelineError(f"{key} cannot be evaluated: {reason}") from None
+    if not isinstance(pair, Pair):
+        raise PipelineError(f"{key} is an item of an evaluation set: name the folder above, with its {TASKS_FILE}")
+    return pair
+
+
+def _same(item: Item) -> Item:
+    return item

@@ -1,0 +1,283 @@
+"""Scores against cases made by hand, an independent library, and sums that nothing rounds."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import pytrec_eval
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import PipelineError
+from pipeline.evaluation import metrics
+from pipeline.evaluation.metrics import Scores, result_of, scores_of, worst_queries
+from pipeline.evaluation.results import Case, Shown, Similarities
+from pipeline.evaluation.tasks import Ranking, Retrieval
+
+# The 16 unit vectors (+-1/2, +-1/2, +-1/2, +-1/2): their similarities are -1, -0.5, 0, 0.5 and 1, so ties are many.
+CORNERS = np.array(list(product((-0.5, 0.5), repeat=4)), np.float32)
+
+
+def ranking(queries: list[int], candidates: list[list[int]]) -> Ranking:
+    return Ranking("Set", "vqa", True, np.array(queries), [np.array(rows) for rows in candidates])
+
+
+def retrieval(queries: list[int], candidates, right: list[list[int]], direction: str = "t2i", kind="text-image"):
+    return Retrieval(
+        "Set", kind, direction, "en", np.array(queries), np.array(candidates), [np.array(r, np.int64) for r in right]
+    )
+
+
+def taking(rows: np.ndarray):
+    return lambda numbers: rows[numbers]
+
+
+def at(*similarities: float) -> np.ndarray:
+    """Vectors in the plane with these similarities to the first, which is row 0."""
+    return np.array([[1, 0], *([s, math.sqrt(1 - s * s)] for s in similarities)], np.float32)
+
+
+def assert_scores(scores: Scores, **expected) -> None:
+    for name, values in expected.items():
+        np.testing.assert_array_equal(getattr(scores, name), np.array(values), err_msg=name)
+
+
+def test_of_a_ranking_the_first_candidate_is_right():
+    rows = at(0.2, 0.4, 0.4, 0.6)  # rows 2 and 3 are the same vector
+    task = ranking([0] * 6, [[4, 1, 2], [2, 1, 3], [2, 4, 3], [1, 2, 4, 3], [3], [2, 2]])
+    assert_scores(
+        scores_of(task, taking(rows)),
+        rank=[1, 1, 2, 4, 1, 1],
+        tied=[False, True, True, False, False, True],  # the third has an equal one, and a better one
+        positive=np.float32([0.6, 0.4, 0.4, 0.2, 0.4, 0.4]),
+        hardest=np.float32([0.4, 0.4, 0.6, 0.6, -math.inf, 0.4]),
+        right=[0] * 6,
+        first=[0, 0, 1, 2, 0, 0],
+        chance=np.mean([1 / 3, 1 / 3, 1 / 3, 1 / 4, 1, 1 / 2]),
+    )
+
+
+def test_of_several_right_ones_the_best_counts_and_the_others_are_not_in_its_way():
+    rows = at(0.2, 0.4, 0.4, 0.6, 0.8)
+    candidates = [5, 1, 4, 2, 3]
+    right = [[0, 2], [1, 3], [4, 3], [1], [0, 1, 2, 3, 4], [2, 2, 1]]
+    assert_scores(
+        scores_of(retrieval([0] * 6, candidates, right), taking(rows)),
+        rank=[1, 3, 3, 5, 1, 2],
+        tied=[False, True, False, False, False, False],
+        positive=np.float32([0.8, 0.4, 0.4, 0.2, 0.8, 0.6]),
+        hardest=np.float32([0.4, 0.8, 0.8, 0.8, -math.inf, 0.8]),
+        right=[0, 3, 3, 1, 0, 2],  # of equals the one with the lowest number
+        first=[0, 0, 0, 0, 0, 0],
+        chance=np.mean([2 / 5, 2 / 5, 2 / 5, 1 / 5, 1, 2 / 5]),
+    )
+
+
+def recorded(pairs: list[tuple[list[float], set[int]]]) -> list[dict[str, float]]:
+    """pytrec_eval's figures for queries: the candidates' similarities, and the numbers of the right ones.
+
+    It puts equals in descending order of their ids. Only what scores strictly higher precedes a right one here, so
+    the right ones' ids are the higher.
+    """
+    ids = [[f"{'right' if n in right else 'other'}{n}" for n in range(len(row))] for row, right in pairs]
+    judged = {str(i): {name: int(name[0] == "r") for name in names} for i, names in enumerate(ids)}
+    run = {str(i): dict(zip(names, pairs[i][0], strict=True)) for i, names in enumerate(ids)}
+    found = pytrec_eval.RelevanceEvaluator(judged, {"success.1,5,10", "recip_rank"}).evaluate(run)
+    return [found[str(i)] for i in range(len(pairs))]
+
+
+def assert_as_recorded(scores: Scores, pairs: list[tuple[list[float], set[int]]]) -> None:
+    found = recorded(pairs)
+    assert [each["recip_rank"] for each in found] == pytest.approx((1 / scores.rank).tolist())
+    for k in (1, 5, 10):
+        assert metrics.recall_at(scores, k) == pytest.approx(np.mean([each[f"success_{k}"] for each in found]))
+    for query, (row, right) in enumerate(pairs):
+        wrong = {number: s for number, s in enumerate(row) if number not in right}
+        positive, hardest = max(row[number] for number in right), max(wrong.values(), default=-math.inf)
+        assert (scores.positive[query], scores.hardest[query]) == (positive, hardest)
+        assert scores.tied[query] == (positive in wrong.values())
+        assert scores.right[query] == min(number for number in right if row[number] == positive)
+        best = [number for number, s in wrong.items() if s == hardest]
+        assert scores.first[query] == (scores.right[query] if hardest <= positive else best[0])
+
+
+corner = st.integers(0, 15)
+tile_bytes = st.sampled_from([1, 700, 1 << 20])
+checked = settings(max_examples=60, derandomize=True, deadline=None)
+
+
+@checked
+@given(st.data(), st.lists(corner, min_size=1, max_size=5), st.lists(corner, min_size=1, max_size=20), tile_bytes)
+def test_retrieval_agrees_with_pytrec_eval(data, queries, candidates, tile_bytes):
+    number = st.integers(0, len(candidates) - 1)
+    right = [data.draw(st.lists(number, min_size=1, max_size=4)) for _ in queries]
+    scores = scores_of(retrieval(queries, candidates, right), taking(CORNERS), tile_bytes=tile_bytes)
+    similarities = (CORNERS[queries] @ CORNERS[candidates].T).tolist()
+    assert_as_recorded(scores, list(zip(similarities, map(set, right), strict=True)))
+
+
+@checked
+@given(st.lists(st.tuples(corner, st.lists(corner, min_size=1, max_size=15)), min_size=1, max_size=70), tile_bytes)
+def test_a_ranking_agrees_with_pytrec_eval(rows, tile_bytes):
+    queries, lists = zip(*rows, strict=True)
+    scores = scores_of(ranking(queries, lists), taking(CORNERS), tile_bytes=tile_bytes)
+    pairs = [((CORNERS[query] @ CORNERS[list_].T).tolist(), {0}) for query, list_ in rows]
+    assert_as_recorded(scores, pairs)
+
+
+def unit(count: int, dimension: int, seed: int = 0) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, dimension, generator=generator), dim=1).numpy()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_identical_vectors_tie_in_whatever_tile_and_kernel(threads):
+    """In a float32 product some differ in the last digit."""
+    distinct = unit(48, 333)
+    rows = np.tile(distinct, (9, 1))  # item i and i + 48 n are the same
+    queries = list(range(48))
+    # The right ones stand at the end, where a tile has its remainder, and their equals everywhere.
+    flat = retrieval(queries, range(48, 9 * 48), [[8 * 48 - 48 + (q + 1) % 48] for q in queries])
+    listed = ranking(queries, [[8 * 48 + (q + 1) % 48, *range(48 + q, 8 * 48)] for q in queries])
+    for task in (flat, listed):
+        all_scores = []
+        for count, size in ((1, 1), (1, 111_111), (2, 30_000), (2, 1 << 28)):
+            threads(count)
+            all_scores.append(scores_of(task, taking(rows), tile_bytes=size))
+        assert all_scores[0].tied.all()
+        similar = np.array([math.fsum(a * b) for a, b in zip(*exact(distinct[queries], distinct[1:]), strict=False)])
+        np.testing.assert_array_equal(all_scores[0].positive[:47], similar.astype(np.float32))
+        for other in all_scores[1:]:
+            assert_scores(other, **vars(all_scores[0]))
+
+
+def exact(*rows: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.round(each.astype(np.float64) * 2**26) / 2**26 for each in rows)
+
+
+def test_no_order_of_the_dimensions_changes_a_similarity():
+    """In float64 alone it would, by 1e-17, and at a border of two float32 that is a whole digit."""
+    rows = torch.from_numpy(unit(64, 1000)).double()
+    orders = [torch.randperm(1000, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    plain = [rows[:, order] @ rows[:, order].T for order in orders]
+    assert not all(torch.equal(plain[0], each) for each in plain)
+    fixed = [metrics._fixed(rows[:, order]) for order in orders]
+    ours = [each @ each.T for each in fixed] + [(fixed[0][:, None] * fixed[0]).cumsum(dim=2)[..., -1]]
+    assert all(torch.equal(ours[0], each) for each in ours)
+    assert (ours[0] - plain[0]).abs().max() < 3e-8
+
+
+def test_a_candidate_of_several_items_is_their_mean():
+    rows = unit(40, 24)
+    classes = np.arange(10, 40).reshape(10, 3)
+    classes[7] = classes[2][[1, 2, 0]]  # the same prompts
+    task = retrieval(list(range(10)), classes, [[n] for n in range(10)], "", "classification")
+    means = rows[classes].astype(np.float64).mean(axis=1)
+    similar = rows[:10] @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+    scores = scores_of(task, taking(rows))
+    np.testing.assert_allclose(scores.positive, np.diag(similar), rtol=0, atol=1e-7)
+    assert scores.tied.tolist() == [n in (2, 7) for n in range(10)]
+    higher = similar > np.diag(similar)[:, None] + 1e-6
+    np.testing.assert_array_equal(scores.rank, 1 + higher.sum(axis=1))
+    for size in (1, 5000):
+        assert_scores(scores_of(task, taking(rows), tile_bytes=size), **vars(scores))
+    opposite = np.array([[1, 0], [1, 0], [-1, 0]], np.float32)  # a mean of zero is similar to nothing
+    assert scores_of(retrieval([0], [[1, 2]], [[0]]), taking(opposite)).positive == 0
+
+
+def test_what_is_in_memory_at_once_does_not_grow_with_the_task():
+    rows, taken = unit(3000, 64), []
+
+    def take(numbers: np.ndarray) -> np.ndarray:
+        taken.append(len(numbers))
+        return rows[numbers]
+
+    queries = list(range(1000))
+    for task in (
+        retrieval(queries, range(3000), [[q] for q in queries]),
+        retrieval(queries, np.arange(3000).reshape(750, 4), [[q % 750] for q in queries]),
+        ranking(queries, [range(q, q + 1500) for q in queries]),
+    ):
+        taken.clear()
+        scores_of(task, take, tile_bytes=1 << 17)
+        assert max(taken) <= (1 << 17) / (16 * 64)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, 0.9])
+@pytest.mark.parametrize(
+    "task",
+    [ranking([0, 1], [[2, 3], [4, 5]]), retrieval([0, 1], [2, 3, 4, 5], [[0], [1]]), retrieval([0], [[2, 4]], [[0]])],
+)
+def test_a_vector_that_is_not_of_length_1_is_an_error_that_names_its_item(task, value):
+    rows = np.tile(np.float32([1, 0]), (6, 1))
+    rows[4, 0] = value
+    with pytest.raises(PipelineError, match=r"^Set: the embedding of item 4 is no unit vector, its length is "):
+        scores_of(task, taking(rows))
+
+
+def test_what_cannot_be_scored_is_a_clear_error():
+    with pytest.raises(PipelineError, match="Set has no queries"):
+        scores_of(ranking([], []), taking(CORNERS))
+    with pytest.raises(PipelineError, match="Set: query 1 has no right candidate"):
+        scores_of(retrieval([0, 1], [2, 3], [[0], []]), taking(CORNERS))
+
+
+def scores(rank: list[int], tied: int = 0, positive=0.5, hardest=0.25, chance: float = 0.1) -> Scores:
+    count = len(rank)
+    return Scores(
+        rank=np.array(rank),
+        tied=np.arange(count) < tied,
+        positive=np.broadcast_to(np.float32(positive), count),
+        hardest=np.broadcast_to(np.float32(hardest), count),
+        right=np.zeros(count, np.int64),
+        first=np.zeros(count, np.int64),
+        chance=chance,
+    )
+
+
+def test_worst_queries_have_the_lowest_margin_and_keep_their_order():
+    some = scores([1] * 5, positive=[0.5, 0.25, 0.75, 0.25, 0.5], hardest=[0.25, 0.5, 0.5, 0.5, -math.inf])
+    assert worst_queries(some, 4).tolist() == [1, 3, 0, 2]
+    assert worst_queries(some, 9).tolist() == [1, 3, 0, 2, 4]
+    many = scores([1] * 1000, positive=np.tile([0.5, 0.4], 500))
+    assert worst_queries(many, 1000).tolist() == [*range(1, 1000, 2), *range(0, 1000, 2)]
+
+
+WORST = [Case(Shown("q"), Shown("r"), Shown("f"), 0.1, 0.2, 2)]
+
+
+def test_the_result_of_an_mmeb_dataset():
+    result = result_of([ranking([0], [[1]])], [scores([1, 2, 1, 9], tied=2)], WORST)
+    assert (result.group, result.in_distribution, result.language, result.queries) == ("vqa", True, "", {"": 4})
+    assert result.metrics == {"P@1": 0.5}
+    assert (result.score, result.chance, result.ties, result.worst) == (0.5, 0.1, 2, WORST)
+    assert result.similarities == Similarities.of(np.full(4, 0.5), np.full(4, 0.25))
+
+
+def test_the_result_of_both_directions_begins_with_the_texts():
+    back, forth = (retrieval([0], [1], [[0]], direction, "text-video") for direction in ("v2t", "t2v"))
+    of_back, of_forth = scores([1, 11], 1, hardest=0.75, chance=0.5), scores([1, 2, 5, 6, 10, 11], 2)
+    result = result_of([back, forth], [of_back, of_forth], [])
+    assert (result.group, result.in_distribution, result.language) == ("text-video", None, "en")
+    assert result.queries == {"t2v": 6, "v2t": 2}
+    shares = {"R@1": (1 / 6, 1 / 2), "R@5": (3 / 6, 1 / 2), "R@10": (5 / 6, 1 / 2), "MdR": (5.5, 6), "MnR": (35 / 6, 6)}
+    expected = [(f"{way} {name}", both[i]) for i, way in enumerate(("t2v", "v2t")) for name, both in shares.items()]
+    assert list(result.metrics.items()) == [(name, pytest.approx(value)) for name, value in expected]
+    assert (result.chance, result.ties) == (0.1, 3)
+    assert result.similarities == Similarities.of(np.full(8, 0.5), np.array([0.25] * 6 + [0.75] * 2))
+
+
+def test_the_result_of_a_classification():
+    task = retrieval([0], [[1, 2]], [[0]], "", "classification")
+    result = result_of([task], [scores([1, 5, 6, 7])], [])
+    assert (result.group, result.language, result.queries) == ("zero-shot classification", "en", {"": 4})
+    assert result.metrics == {"top-1": 0.25, "top-5": 0.5}

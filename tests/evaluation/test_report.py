@@ -1,0 +1,255 @@
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.mmeb import MMEB_TASKS
+from pipeline.errors import PipelineError
+from pipeline.evaluation.html import Change
+from pipeline.evaluation.published import PUBLISHED
+from pipeline.evaluation.report import Report
+from pipeline.evaluation.results import Case, Result, Shown, Similarities
+
+NAMES = [name for name in MMEB_TASKS if name != "ImageNet_1K"]
+FEW = [name for name in NAMES if MMEB_TASKS[name][0] in ("classification", "grounding")][:-1]
+CASE = Case(Shown("<script>alert(1)</script>"), Shown("a & b", "QUJD"), Shown("c"), 0.25, 0.5, 7)
+
+
+def result(task: str, inside: bool | None, **changes: object) -> Result:
+    values = np.linspace(-0.1, 0.9, 10)
+    similarities = Similarities.of(values, values - 0.2)
+    return replace(Result(task, inside, "", {"": 10}, {"P@1": 0.5}, 0.1, 0, similarities, [CASE]), **changes)
+
+
+def retrieval(language: str = "", shift: float = 0, **changes: object) -> Result:
+    metrics = {}
+    for direction, r1 in (("t2i", 0.4), ("i2t", 0.3)):
+        metrics |= {f"{direction} R@1": r1 + shift, f"{direction} R@5": 0.6, f"{direction} R@10": 0.7}
+        metrics |= {f"{direction} MdR": 2.0, f"{direction} MnR": 11.5 - 10 * shift}
+    queries = {"t2i": 50, "i2t": 10}
+    return result("text-image", None, language=language, queries=queries, metrics=metrics, **changes)
+
+
+def own_sets(**sets: tuple[str, bool, float]) -> Report:
+    return Report("m", {name: result(task, inside, metrics={"P@1": p}) for name, (task, inside, p) in sets.items()})
+
+
+def mmeb(names: list[str] = NAMES) -> dict[str, Result]:
+    """The n-th dataset of MMEB's table scores n %."""
+    scores = {name: (place + 1) / 100 for place, name in enumerate(NAMES)} | {"ImageNet_1K": 0.01}
+    return {name: result(*MMEB_TASKS[name], metrics={"P@1": scores[name]}) for name in names}
+
+
+def test_mmebs_averages_are_over_datasets_however_many_rows_they_have():
+    results = mmeb()
+    results["OVEN"] = replace(results["OVEN"], queries={"": 10**6}, chance=0.3)
+    averages = Report("m", results).averages()
+    # By the table's order: 10 of classification, 10 of VQA, 12 of retrieval, 4 of grounding.
+    expected = {"classification": 5.5, "vqa": 15.5, "retrieval": 26.5, "grounding": 34.5, "overall": 18.5}
+    inside = [*range(1, 6), *range(11, 17), *range(21, 29), 33]
+    assert len(inside) == 20
+    expected["in distribution"] = np.mean(inside)
+    expected["out of distribution"] = np.mean([n for n in range(1, 37) if n not in inside])
+    assert {name: 100 * value for name, value in averages.items()} == pytest.approx(expected)
+    chances = Report("m", results).averages(lambda each: each.chance)
+    assert (chances["vqa"], chances["retrieval"]) == pytest.approx((0.1, (11 * 0.1 + 0.3) / 12))
+
+
+def test_an_average_that_lacks_a_dataset_is_not_given_but_named():
+    report = Report("m", mmeb([name for name in NAMES if name != "GQA"]) | {"Scene": result("vqa", False)})
+    assert set(report.averages()) == {"classification", "retrieval", "grounding", "in distribution"}
+    assert report.missing() == {"vqa": ["GQA"], "out of distribution": ["GQA"], "overall": ["GQA"]}
+    assert "vqa lacks GQA of its 10; out of distribution lacks GQA of its 16" in report.remarks()[0]
+
+
+def test_of_the_sets_out_of_distribution_alone_there_is_their_average_alone():
+    report = Report("m", mmeb([name for name in NAMES if not MMEB_TASKS[name][1]]))
+    assert list(report.averages()) == ["out of distribution"]
+    assert len(report.missing()["overall"]) == 20
+
+
+def test_imagenet_counts_once_by_either_name():
+    whole = Report("m", mmeb()).averages()
+    alias = Report("m", mmeb(["ImageNet_1K", *NAMES[1:]]))
+    assert alias.averages() == whole
+    assert next(iter(alias.results)) == "ImageNet_1K"
+    assert Report("m", mmeb([*NAMES, "ImageNet_1K"])).averages() == whole
+
+
+def test_own_sets_average_over_what_there_is():
+    report = own_sets(a=("vqa", True, 0.2), b=("vqa", False, 0.4), c=("retrieval", True, 0.9))
+    assert report.averages() == pytest.approx(
+        {"vqa": 0.3, "retrieval": 0.9, "in distribution": 0.55, "out of distribution": 0.4, "overall": 0.5}
+    )
+    assert (report.missing(), report.mmeb()) == ({}, {})
+    assert report.score == pytest.approx(0.5)
+    # Nor is a set of captions MMEB's for its name.
+    assert Report("m", {"MSCOCO": retrieval()}).mmeb() == {}
+
+
+def test_results_stand_in_the_tables_order_then_as_given():
+    shuffled = {"z": result("vqa", True), "Flickr30k": retrieval()} | mmeb(["RefCOCO", "OK-VQA", "A-OKVQA", "SUN397"])
+    report = Report("m", shuffled)
+    assert list(report.results) == ["SUN397", "OK-VQA", "A-OKVQA", "RefCOCO", "z", "Flickr30k"]
+
+
+def test_a_report_survives_its_file(tmp_path):
+    report = Report("m", mmeb() | {"XM3600/de": retrieval("de"), "Flickr30k": retrieval()})
+    report.save(tmp_path / "there/report.json")
+    for place in (tmp_path / "there/report.json", tmp_path / "there"):
+        again = Report.read(place)
+        assert again == report
+        assert list(again.results) == list(report.results)
+    assert json.loads((tmp_path / "there/report.json").read_text())["averages"] == report.averages()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: {}, "format None, this version reads format 1"),
+        (lambda content: content | {"format": 2}, "format 2, this version"),
+        (lambda content: {"format": 1, "model": "m"}, "not an evaluation's report: KeyError"),
+        (lambda content: content | {"results": {"a": {"group": "vqa"}}}, "a.in_distribution: Field required"),
+        (lambda content: content["results"]["a"].update(metrics={}) or content, "a has no metrics"),
+        (lambda content: content["results"]["a"]["similarities"]["positive"].clear() or content, "not 200 bins"),
+    ],
+)
+def test_what_is_no_report_is_a_clear_error(tmp_path, change, said):
+    own_sets(a=("vqa", True, 0.1)).save(file := tmp_path / "r.json")
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(PipelineError, match=re.escape(said)) as raised:
+        Report.read(file)
+    assert "\n" not in str(raised.value)
+
+
+def test_no_file_and_no_json_are_clear_errors(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    for path in (tmp_path, tmp_path / "absent.json", tmp_path / "deep.json"):
+        with pytest.raises(PipelineError, match="not an evaluation's report"):
+            Report.read(path)
+
+
+def test_precision_is_printed_before_and_after(capsys):
+    before, after = own_sets(a=("vqa", True, 0.1)), own_sets(**{"a": ("vqa", True, 0.7), "[b]": ("vqa", True, 0.2)})
+    after.print(before)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[1]: line[3::2] for line in lines if len(line) > 3}
+    assert rows["a"] == ["vqa", "10", "10.0", "10.0", "70.0", "7.0"]
+    assert rows["[b]"] == ["vqa", "10", "10.0", "-", "20.0", "2.0"]
+    after.print()
+    printed = capsys.readouterr().out
+    assert "Precision@1" in printed
+    assert "before" not in printed
+
+
+def test_retrieval_is_printed_both_ways_with_means_over_languages(capsys):
+    languages = {"XM3600-de": retrieval("de"), "XM3600-sw": retrieval("sw", -0.2, ties=3)}
+    earlier = {name: replace(each, metrics=retrieval().metrics) for name, each in languages.items()}
+    report = Report("m", languages | {"Flickr30k": retrieval("en")})
+    report.print(Report("n", earlier))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 120
+    (rows,) = report.others(Report("n", earlier)).values()
+    assert [(row.name, row.direction, row.queries, row.chance) for row in rows] == [
+        *[(name, *way) for name in languages for way in (("t2i", 50, 0.1), ("i2t", 10, None))],
+        ("mean: XM3600, 2 languages", "t2i", None, pytest.approx(0.1)),
+        ("mean: XM3600, 2 languages", "i2t", None, None),
+        ("Flickr30k", "t2i", 50, 0.1),
+        ("Flickr30k", "i2t", 10, None),
+    ]
+    assert rows[4].metrics == pytest.approx({"R@1": 0.3, "R@5": 0.6, "R@10": 0.7, "MdR": 2, "MnR": 12.5})
+    for text in ("20.0 (-20.0)", "30.0 (-10.0)", "13.5 (+2.0)", "MdR", "3 queries had a wrong candidate as similar"):
+        assert text in printed
+    # A mean is only set beside one of the same languages.
+    (rows,) = report.others(Report("n", {"XM3600-de": retrieval("de")})).values()
+    assert (bool(rows[0].before), rows[4].before) == (True, {})
+
+
+def test_a_lower_rank_is_better():
+    assert Change.of("R@1", 0.5, 0.4) == Change("+10.0", "better")
+    assert Change.of("R@1", 0.4, 0.5) == Change("−10.0", "worse")
+    assert Change.of("MnR", 3.0, 2.0) == Change("+1.0", "worse")
+    assert Change.of("MdR", 2.0, 2.0) == Change("0.0", "")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The folder of a report of all kinds of sets beside one of some."""
+    folder = tmp_path_factory.mktemp("report")
+    video = {"t2v R@1": 0.4, "t2v R@5": 0.6, "v2t R@1": 0.3, "v2t R@5": 0.5}
+    alone = result("zero-shot classification", None, metrics={"top-1": 0.7, "top-5": 0.9}, worst=[])
+    others = {
+        "MSR-VTT": result("text-video", None, queries={"t2v": 9, "v2t": 9}, metrics=video),
+        "XM3600-de": retrieval("de"),
+        "XM3600-<b>": retrieval("fr"),
+        "ImageNet $x$": replace(alone, similarities=Similarities.of(np.array([0.5]), np.array([-np.inf]))),
+    }
+    report = Report("runs/<i>model</i>", mmeb(FEW) | others)
+    report.write(folder, Report("earlier", mmeb(FEW[::2])))
+    assert Report.read(folder) == report
+    return folder
+
+
+def test_the_page_has_every_dataset_and_takes_nothing_from_elsewhere(written):
+    page = (written / "report.html").read_text()
+    for name in (*FEW, "MSR-VTT", "XM3600-de", "XM3600-&lt;b&gt;", "ImageNet $x$"):
+        assert page.count(name) >= 3, name  # in a table, with its bar, with its similarities
+    assert "&lt;script&gt;alert(1)" in page
+    assert "a &amp; b" in page
+    assert not re.search(r"<(script|link|iframe|object|base|i>model)\b", page)
+    assert "XM3600-<b>" not in page
+    assert not re.search(r"https?:|url\((?!#)|@import", page)
+    assert set(re.findall(r"<img src=\"([^\"]*)", page)) == {"data:image/jpeg;base64,QUJD"}
+    assert not re.search(r"\bsrc=(?!\"data:)", page)
+    assert "default-src 'none'" in page
+
+
+def test_the_page_sets_figures_beside_the_papers(written):
+    page = (written / "report.html").read_text()
+    rows = [re.sub(r"<[^>]+>|&[a-z]+;", " ", row).split() for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]
+    assert ["classification", "5.5", "–", "–", "10.0", "57.4", "62.1", "65.7"] in rows
+    assert ["overall", "–", "–", "–", "–", "59.1", "65.2", "70.3"] in rows
+    assert ["LLaVE-7B", "published,", "arXiv", "2503.04812", "t2v", "46.8", "71.1"] in rows
+    assert ["N24News", "2.0", "–", "–", "10.0", "10", "0"] in rows
+    assert ["HatefulMemes", "3.0", "3.0", "0.0", "10.0", "10", "0"] in rows
+    assert "grounding lacks Visual7W-Pointing of its 4" in page
+
+
+def test_figures_are_drawn_in_both_themes(written):
+    files = sorted(file.name for file in (written / "figures").iterdir())
+    assert files == [f"{what}-{theme}.png" for what in ("bars", "similarities") for theme in ("dark", "light")]
+    for name in files:
+        with Image.open(written / "figures" / name) as picture:
+            assert picture.format == "PNG"
+            corner = sum(picture.convert("RGB").getpixel((0, 0)))
+            assert (corner < 150) if "dark" in name else (corner > 700)
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_the_leaderboards_file_has_mmebs_datasets_alone(written, tmp_path):
+    content = json.loads((written / "leaderboard.json").read_text())
+    assert list(content) == ["metadata", "metrics"]
+    assert content["metadata"]["model_name"] == "runs/<i>model</i>"
+    image = content["metrics"]["image"]
+    assert list(image) == NAMES
+    assert image["N24News"] == {"hit@1": 0.02, "num_pred": 10, "num_data": 10}
+    assert image["Visual7W-Pointing"] == "FILE_N/A"
+    own_sets(a=("vqa", True, 0.2)).write(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["figures", "report.html", "report.json"]
+    assert "LLaVE" not in (tmp_path / "report.html").read_text()
+
+
+def test_what_is_published_agrees_with_itself():
+    """Rounded means of each meta-task and part give the rounded mean of all."""
+    for paper in PUBLISHED:
+        mean = paper.averages
+        tasks = {"classification": 10, "vqa": 10, "retrieval": 12, "grounding": 4}
+        assert sum(mean[task] * count for task, count in tasks.items()) / 36 == pytest.approx(mean["overall"], abs=1e-3)
+        parts = 20 * mean["in distribution"] + 16 * mean["out of distribution"]
+        assert parts / 36 == pytest.approx(mean["overall"], abs=1e-3)
+    assert PUBLISHED[-1].metrics_of("msrvtt")["t2v R@1"] == 0.468
+    assert PUBLISHED[-1].metrics_of("MSVD")["t2v R@10"] == 0.87
+    assert PUBLISHED[-1].metrics_of("MSCOCO") == PUBLISHED[-1].metrics_of("MSVD, my split") == {}

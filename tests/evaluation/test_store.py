@@ -1,0 +1,90 @@
+"""Embeddings on disk: what is counted is there, whenever the process that wrote it was killed."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.evaluation import store
+from pipeline.evaluation.store import Disk
+
+KEYS = [bytes([number]) * 16 for number in range(12)]
+VECTORS = np.random.default_rng(0).standard_normal((12, 6)).astype(np.float32)
+
+
+def rows(*numbers: int) -> np.ndarray:
+    return np.array(numbers)
+
+
+def write(folder) -> None:
+    disk = Disk(folder, KEYS, 6)
+    for dataset, numbers in (("a", rows(3, 1)), ("b c/d", rows(0)), ("a", rows(5, 4, 2))):
+        disk.append(dataset, numbers, VECTORS[numbers])
+
+
+def test_what_was_appended_is_found_again_also_by_others_rows_and_by_numpy_alone(tmp_path):
+    write(tmp_path)
+    disk = Disk(tmp_path, KEYS, 6)
+    assert disk.missing(np.arange(12)).tolist() == [6, 7, 8, 9, 10, 11]
+    np.testing.assert_array_equal(disk.take(rows(2, 0, 3, 3)), VECTORS[[2, 0, 3, 3]])
+    disk.append("b c/d", rows(7), VECTORS[[7]])
+    np.testing.assert_array_equal(disk.take(rows(7, 0, 4)), VECTORS[[7, 0, 4]])
+    other = Disk(tmp_path, [KEYS[4], b"not embedded yet", KEYS[7]], 6)
+    assert other.missing(np.arange(3)).tolist() == [1]
+    np.testing.assert_array_equal(other.take(rows(0, 2)), VECTORS[[4, 7]])
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), VECTORS[[3, 1, 5, 4, 2]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.keys", "a.npy", "b_c_d.keys", "b_c_d.npy"]
+
+
+def test_a_process_killed_at_any_moment_leaves_what_it_counted(tmp_path, monkeypatch):
+    counts = set()
+    for moment in range(20):
+        folder = tmp_path / str(moment)
+        if (process := os.fork()) == 0:
+            _write_and_die(folder, moment, monkeypatch)
+        if os.waitpid(process, 0)[1] != signal.SIGKILL:
+            break
+        disk = Disk(folder, KEYS, 6)
+        there = np.setdiff1d(np.arange(12), disk.missing(np.arange(12)))
+        np.testing.assert_array_equal(disk.take(there), VECTORS[there])
+        counts.add(len(there))
+        disk.append("a", disk.missing(np.arange(12)), VECTORS[disk.missing(np.arange(12))])
+        np.testing.assert_array_equal(Disk(folder, KEYS, 6).take(np.arange(12)), VECTORS)
+    assert counts == {0, 1, 2, 3, 4}  # a key is written in the middle of a write, too
+    assert moment == 9  # three appends, of three writes each
+
+
+def _write_and_die(folder, moment: int, monkeypatch) -> None:
+    """Be killed in the middle of a write."""
+    left, original = iter(range(moment)), store._write
+
+    def dying(file, data: bytes, offset: int) -> None:
+        if next(left, None) is None:
+            original(file, data[: len(data) // 2], offset)
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(file, data, offset)
+
+    monkeypatch.setattr(store, "_write", dying)
+    write(folder)
+    os._exit(0)
+
+
+def test_other_files_and_other_writers_are_refused(tmp_path):
+    write(tmp_path)
+    with pytest.raises(PipelineError, match=r"a\.npy does not hold the 5 vectors of 7 float32 .*: remove both"):
+        Disk(tmp_path, KEYS, 7)
+    first, second = Disk(tmp_path, KEYS, 6), Disk(tmp_path, KEYS, 6)
+    first.append("a", rows(8), VECTORS[[8]])
+    with pytest.raises(PipelineError, match="another evaluation is writing it"):
+        second.append("a", rows(8), VECTORS[[8]])
+    late = Disk(tmp_path, KEYS, 6)
+    first.append("a", rows(9), VECTORS[[9]])
+    del first, second
+    with pytest.raises(PipelineError, match="another evaluation has written it meanwhile; start this one again"):
+        late.append("a", rows(10), VECTORS[[10]])
+    np.testing.assert_array_equal(Disk(tmp_path, KEYS, 6).take(rows(8, 9)), VECTORS[[8, 9]])
+    os.truncate(tmp_path / "a.npy", 128 + 5 * 6 * 4)
+    with pytest.raises(PipelineError, match="does not hold the 7 vectors"):
+        Disk(tmp_path, KEYS, 6)

@@ -1,0 +1,102 @@
+"""MMEB's 36 datasets in their own layout: the same figures on any number of processes, and after a kill."""
+
+import io
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from launch import launch, start, wait
+from PIL import Image
+
+from pipeline.data.mmeb import MMEB_IMAGE_MARK, MMEB_TASKS
+from pipeline.evaluation.report import Report
+
+NAMES = [name for name in MMEB_TASKS if name != "ImageNet_1K"]
+
+
+@pytest.fixture(scope="module")
+def mmeb(tmp_path_factory) -> Path:
+    """Few rows a dataset: queries of a text with or without a picture, candidates of texts or pictures, some shared."""
+    folder, some = tmp_path_factory.mktemp("mmeb"), random.Random(0)
+    for name in NAMES:
+        pictures = folder / "eval_images" / name
+        pictures.mkdir(parents=True)
+        for number in range(6):
+            picture = io.BytesIO()
+            pixels = np.random.default_rng([number, *name.encode()]).integers(0, 256, (6, 8, 3), np.uint8)
+            Image.fromarray(pixels).resize((24, 24)).save(picture, "PNG")
+            (pictures / f"{number}.png").write_bytes(picture.getvalue())
+        rows, asks_for_pictures = [], MMEB_TASKS[name][0] == "retrieval"
+        for number in range(5):
+            if asks_for_pictures:
+                others = some.sample([n for n in range(6) if n != number], 3)
+                texts = [f"{MMEB_IMAGE_MARK} Represent the given image."] * 4
+                images = [f"{name}/{n}.png" for n in (number, *others)]
+            else:
+                texts = [f"answer {n}" for n in some.sample(range(40), 4)]  # which other datasets have, too
+                images = [""] * 4
+            image = "" if asks_for_pictures and number % 2 else f"{name}/{number}.png"
+            text = f"{MMEB_IMAGE_MARK}\n{name}: question {number}?" if image else f"Find picture {number} of {name}."
+            rows.append({"qry_text": text, "qry_img_path": image, "tgt_text": texts, "tgt_img_path": images})
+        (folder / name).mkdir()
+        parquet.write_table(pa.Table.from_pylist(rows), folder / name / "test-00000-of-00001.parquet")
+    return folder
+
+
+def command(model: str, mmeb: Path, out: Path, *options: str) -> list[str]:
+    return ["-m", "pipeline.evaluate", model, f"mmeb={mmeb}", f"out={out}", *options]
+
+
+def embedded(out: Path) -> list[bytes]:
+    """The keys of all items whose embeddings are there."""
+    keys = b"".join(path.read_bytes() for path in sorted(out.glob("embeddings/*/*.keys")))
+    return [keys[start : start + 16] for start in range(0, len(keys), 16)]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model, mmeb, tmp_path_factory) -> Path:
+    """The evaluation of one process, which nothing disturbed."""
+    out = tmp_path_factory.mktemp("evaluations") / "alone"
+    ended = launch(command(tiny_model, mmeb, out), world=1, seconds=90)
+    assert ended.status == [0], ended.output[-4000:]
+    return out
+
+
+def test_all_36_are_measured_and_each_item_is_embedded_once(alone):
+    report = Report.read(alone)
+    assert list(report.results) == NAMES
+    assert len(report.averages()) == 7
+    keys = embedded(alone)
+    assert len(keys) == len(set(keys))
+    assert len(keys) == 24 * 5 + 12 * 5 + 40 + 12 * 6  # queries, and candidates: all answers, all pictures of retrieval
+    board = json.loads((alone / "leaderboard.json").read_text())
+    assert len(board["metrics"]["image"]) == 36
+    assert (alone / "report.html").stat().st_size > 100_000
+
+
+def test_on_two_processes_the_figures_are_the_same(alone, tiny_model, mmeb, tmp_path):
+    ended = launch(command(tiny_model, mmeb, tmp_path), world=2, seconds=90)
+    assert ended.status == [0, 0], ended.output[-4000:]
+    assert Report.read(tmp_path).results == Report.read(alone).results
+    assert sorted(embedded(tmp_path)) == sorted(embedded(alone))
+
+
+def test_killed_in_the_middle_it_goes_on_and_embeds_nothing_twice(alone, tiny_model, mmeb, tmp_path):
+    processes, deadline = start(command(tiny_model, mmeb, tmp_path), world=1), time.monotonic() + 60
+    while len(embedded(tmp_path)) < 100 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    processes[0].send_signal(signal.SIGKILL)
+    assert wait(processes, 10).status == [-signal.SIGKILL]
+    before = embedded(tmp_path)
+    assert 100 <= len(before) < len(embedded(alone))
+    ended = launch(command(tiny_model, mmeb, tmp_path), world=2, seconds=90)
+    assert ended.status == [0, 0], ended.output[-4000:]
+    assert f"{len(before)} of {len(embedded(alone))} items are embedded already" in ended.output
+    assert Report.read(tmp_path).results == Report.read(alone).results
+    assert sorted(embedded(tmp_path)) == sorted(embedded(alone))
