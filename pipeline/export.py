@@ -1,15 +1,16 @@
 """A run's newest checkpoint -> a Hugging Face folder: `python -m pipeline.export RUN OUT`, in one process, on the CPU.
 
     python -m pipeline.export runs/llave_7b llave-7b
-    python -m pipeline.export runs/llave_7b llave-7b-early --step 400
+    python -m pipeline.export runs/llave_7b llave-7b-best --step best
 
-A run that ends writes RUN/export itself; this is for one that was stopped, or for an earlier checkpoint. Any ZeRO
+A run that ends writes RUN/export itself; this is for one that was stopped, or for another checkpoint. Any ZeRO
 stage and number of processes will do; adapters are merged. OUT is loaded again and must give the same embedding.
 """
 
 import argparse
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -33,7 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory of pipeline.train")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not be there")
-    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint after N steps (default: the newest)")
+    parser.add_argument(
+        "--step",
+        type=_step,
+        metavar="N",
+        help="the checkpoint after N steps, or best, the one that evaluation liked best (default: the newest)",
+    )
     arguments = parser.parse_args()
     run, out = arguments.run, arguments.out
     if out.exists():
@@ -70,8 +76,15 @@ def main() -> None:
     print(f"{out}: {folder.name} of {run}, {count / 1e9:.2f} B parameters in {recipe.precision}, cosine {cosine:.6f}")
 
 
-def _checkpoint(folder: Path, step: int | None) -> Path:
-    found = checkpoint.latest(folder) if step is None else folder / f"step-{step:08d}"
+def _step(text: str) -> int | Literal["best"]:
+    return "best" if text == "best" else int(text)
+
+
+def _checkpoint(folder: Path, step: int | Literal["best"] | None) -> Path:
+    if step is None or step == "best":
+        found = (checkpoint.best if step else checkpoint.latest)(folder)
+    else:
+        found = folder / f"step-{step:08d}"
     if found is None or not found.is_dir():
         there = ", ".join(str(int(path.name[5:])) for path in sorted(folder.glob("step-*"))) or "none"
         raise PipelineError(f"no such checkpoint in {folder}; steps that have one: {there}")

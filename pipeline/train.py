@@ -28,9 +28,12 @@ from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.errors import PipelineError, command_line
+from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
+from pipeline.evaluation.encoders import LlaveEncoder
+from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
-from pipeline.evaluation.tasks import Collection
+from pipeline.evaluation.store import Memory
 from pipeline.models import llave, weights
 from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
@@ -90,7 +93,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
         if not resume:
             raise PipelineError(f"{folder} has a checkpoint already; set run= to another directory, or resume")
         checkpoint.check(start, conditions)
-    collection = Collection.load(recipe.evaluation.urls) if recipe.evaluation else None
+    collection = sets.load(recipe.evaluation.urls) if recipe.evaluation else None
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it does not survive the loader's forks
     device = start_distributed(recipe.timeout_minutes)
@@ -121,16 +124,13 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
 
     def evaluate(chunk_tokens: int) -> Report | None:
         seen = partial(tower.features_of, tiles_at_once=recipe.batch.tower_tiles) if tower else None
-        embeddings = embed_collection(
-            engine,
-            processor.encode,
-            collection,
-            chunk_tokens=chunk_tokens,
-            device=device,
-            features=seen,
-            interrupted=lambda: preemption.asked() > 0,
-        )
-        return Report.of(recipe.run, collection, embeddings) if rank == 0 and embeddings is not None else None
+        dimension = engine.module.config.text_config.hidden_size
+        encoder = LlaveEncoder(recipe.run, "", dimension, lambda: engine, processor, chunk_tokens, device, seen)
+        store = Memory(len(collection.items), encoder.dimension) if rank == 0 else None
+        if not embed_collection(encoder, collection, store, device, interrupted=lambda: preemption.asked() > 0):
+            return None
+        report = on_first_rank(lambda: measure(recipe.run, collection, store.take, device=device))
+        return report if rank == 0 else None
 
     def batches_of(steps: range) -> Iterator[Batch]:
         timeout = 60 * recipe.timeout_minutes

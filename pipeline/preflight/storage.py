@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.config import Recipe
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
-from pipeline.evaluation.tasks import Collection
+from pipeline.evaluation import sets
 from pipeline.models import weights
 from pipeline.preflight.check import Check, check, green, red, skipped, yellow
 from pipeline.preflight.job import Job
@@ -22,7 +22,7 @@ _PROBE_BYTES = 64 << 20
 _SEE_SECONDS = 5  # that a file system may take to show other nodes a new file
 
 
-@check("data", seconds=50, if_late="is the endpoint (AWS_ENDPOINT_URL) overloaded, or the network to it?")
+@check("data", seconds=40, if_late="is the endpoint (AWS_ENDPOINT_URL) overloaded, or the network to it?")
 def data(job: Job, nodes: Nodes) -> Check:
     """Credentials, indexes, and one block, of another shard on each node: MB/s of a single read."""
     patience = min(job.recipe.data.timeout_s, _STORE_SECONDS)
@@ -49,11 +49,11 @@ def data(job: Job, nodes: Nodes) -> Check:
 def evaluation(recipe: Recipe) -> Check:
     if not recipe.evaluation:
         return skipped("the recipe has none")
-    collection = Collection.load(recipe.evaluation.urls)
+    collection = sets.load(recipe.evaluation.urls)
     return green(f"{len(collection.tasks)} sets of {len(collection.items):,} items")
 
 
-@check("run directory", seconds=60, if_late="the file system hangs: set run= to another")
+@check("run directory", seconds=40, if_late="the file system hangs: set run= to another")
 def run_directory(folder: Path, nodes: Nodes) -> Check:
     """Each node writes below the folder, or where it will be made, after it saw what the first node wrote there."""
     probe, problem = nearest(folder) / f".preflight-{secrets.token_hex(4)}", ""
@@ -117,7 +117,8 @@ def disk_space(job: Job) -> Check:
     """What checkpoints and models will take, less the checkpoints that are there already."""
     if job.plan is None or job.zero is None:
         return skipped("without model and processes")
-    kept = job.recipe.checkpoint.keep
+    evaluation = job.recipe.evaluation
+    kept = job.recipe.checkpoint.keep + bool(evaluation and evaluation.every)  # the best one's
     one, whole = checkpoint_bytes(job), model_bytes(job)
     there = sum(file.stat().st_size for file in (job.folder / "checkpoints").glob("step-*/**/*") if file.is_file())
     # The oldest goes when the newest is whole.

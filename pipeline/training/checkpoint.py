@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there at all.
 
 RUN/checkpoints/step-00000100/ is written under another name, flushed to the disk, and renamed; `latest` then
-names it. Whatever moment a run is killed at, `latest` names a whole checkpoint or there is none. On another number of
-processes a checkpoint is loaded through universal.py.
+names it. Whatever moment a run is killed at, `latest` names a whole checkpoint or there is none. `best` names the one
+that the run's evaluation liked best, with its score. On another number of processes a checkpoint is loaded through
+universal.py.
 """
 
 import copyreg
@@ -10,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -26,7 +27,7 @@ from torch.utils.serialization import config as serialization
 
 from pipeline.errors import PipelineError
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 CONDITIONS = "conditions.json"
 PROCESSES = "the number of processes"
 
@@ -37,7 +38,7 @@ copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict, conditions: dict, keep: int) -> None:
-    """Write the engine's state after `step` steps, with `state` (plain values); remove all but the `keep` newest.
+    """Write the engine's state after `step` steps, with `state` (plain values); keep `keep` newest ones and the best.
 
     conditions: what must be the same to continue from here, by name; see `check`. The number of processes, which need
         not be, is kept with them.
@@ -64,16 +65,51 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
             shutil.rmtree((folder / name).rename(folder / f"unfinished-old-{step:08d}"))
         (folder / unfinished).rename(folder / name)
         _flush_path(folder)
-        pointer = folder / f"{LATEST}.unfinished"
-        pointer.write_text(name + "\n")
-        _flush_path(pointer)
-        pointer.rename(folder / LATEST)
-        _flush_path(folder)
-        for old in [path for path in sorted(folder.glob("step-*")) if path.name <= name][:-keep]:
+        _point(folder, LATEST, name)
+        remove_old([path for path in sorted(folder.glob("step-*")) if path.name <= name], keep)
+    dist.barrier()
+
+
+def remove_old(checkpoints: list[Path], keep: int) -> None:
+    """Of checkpoints in the order of their steps remove all but the last `keep` and the best."""
+    for old in checkpoints[:-keep]:
+        if old != best(old.parent):
             doomed = old.with_name(old.name.replace("step", "unfinished"))
             old.rename(doomed)  # under its own name it must not be there in parts
             shutil.rmtree(doomed)
-    dist.barrier()
+
+
+def keep_best(folder: Path, step: int, score: float, by: list[str]) -> None:
+    """Keep the checkpoint after `step` steps until another has a higher score; of equal ones the earlier.
+
+    by: what the score is a mean of. A score by anything else is not compared with it.
+    """
+    kept = _best(folder)
+    if not kept or by != kept["by"] or score > kept["score"]:
+        _point(folder, BEST, json.dumps({"checkpoint": f"step-{step:08d}", "score": score, "by": by}))
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the highest score, or None where none has one."""
+    kept = _best(folder)
+    return folder / kept["checkpoint"] if kept else None
+
+
+def _best(folder: Path) -> dict:
+    """What `keep_best` wrote; empty where there is none, or its checkpoint is not there any more."""
+    with suppress(OSError, ValueError):
+        kept = json.loads((folder / BEST).read_text())
+        if (folder / kept["checkpoint"]).is_dir():
+            return kept
+    return {}
+
+
+def _point(folder: Path, pointer: str, text: str) -> None:
+    unfinished = folder / f"{pointer}.unfinished"
+    unfinished.write_text(text + "\n")
+    _flush_path(unfinished)
+    unfinished.rename(folder / pointer)
+    _flush_path(folder)
 
 
 def latest(folder: Path) -> Path | None:

@@ -198,4 +198,6 @@ def _evaluation_is_due(run: Run, step: int) -> bool:
 
 def _evaluate(run: Run, monitor: Monitor, step: int, budget: Budget) -> None:
     if report := run.evaluate(budget.chunk_tokens):
+        if step:  # after which there is a checkpoint
+            checkpoint.keep_best(run.folder / "checkpoints", step, report.score, list(report.results))
         monitor.evaluation(step, report)

@@ -111,13 +111,15 @@ class Monitor:
 
     def evaluation(self, step: int, report: Report) -> None:
         """Show and keep an evaluation after `step` steps."""
-        report.write(evaluation_file(self.folder, step))
-        for name, value in report.averages().items():
+        report.save(evaluation_file(self.folder, step))
+        averages = report.averages()
+        for name, value in averages.items():
             self.board.add_scalar(f"evaluation/{name}", value, step)
-        for name, dataset in report.datasets.items():
-            self.board.add_scalar(f"evaluation_datasets/{name}", dataset.precision_at_1, step)
-        averages = ", ".join(f"{name} {value:.1%}" for name, value in report.averages().items())
-        tqdm.write(f"step {step}, Precision@1: {averages}", file=sys.stderr)
+        for name, result in report.results.items():
+            for metric, value in result.metrics.items():
+                self.board.add_scalar(f"evaluation_datasets/{name}/{metric}", value, step)
+        shown = ", ".join(f"{name} {value:.1%}" for name, value in averages.items())
+        tqdm.write(f"step {step}: score {report.score:.1%}{', ' if shown else ''}{shown}", file=sys.stderr)
 
     def stopped(self, number: int) -> None:
         """Note that a signal ended the run for now, with a checkpoint."""

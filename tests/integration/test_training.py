@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from pipeline import export
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
+from pipeline.evaluation.report import Report
 from pipeline.training import checkpoint
 
 STEPS = 24
@@ -125,13 +127,14 @@ def test_killed_in_the_middle_a_run_ends_as_if_it_had_not_been(finished, recipe,
 
 
 def test_the_exported_model_scores_what_training_said(finished, tmp_path):
-    out = tmp_path / "report.json"
-    arguments = [str(finished / "export"), "s3://pipeline-tests/training/Scene-T2I", f"out={out}"]
+    arguments = [str(finished / "export"), "s3://pipeline-tests/training/Scene-T2I", f"out={tmp_path}"]
     ended = launch(["-m", "pipeline.evaluate", *arguments], world=2, seconds=60)
     assert ended.status == [0, 0], ended.output[-4000:]
     assert "Precision@1" in ended.output
-    ours, theirs = (json.loads(path.read_text()) for path in (out, finished / "evaluation/step-00000024.json"))
-    assert ours["datasets"] == theirs["datasets"]
+    ours, theirs = (Report.read(path) for path in (tmp_path, finished / "evaluation/step-00000024.json"))
+    assert {name: replace(result, worst=[]) for name, result in ours.results.items()} == theirs.results
+    best = json.loads((finished / "checkpoints/best").read_text())
+    assert (best["checkpoint"], best["score"]) == ("step-00000024", theirs.score)
 
 
 def test_an_original_checkpoint_with_adapters_and_a_frozen_tower_by_what_fits(recipe, tmp_path, monkeypatch, capsys):

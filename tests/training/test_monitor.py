@@ -3,7 +3,8 @@ import json
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.evaluation.report import Dataset, Example, Report
+from pipeline.evaluation.report import Report
+from pipeline.evaluation.results import BINS, Result, Similarities
 from pipeline.training.monitor import Monitor, StepLog
 
 
@@ -25,13 +26,16 @@ def test_tensorboard_shows_metrics_speed_and_histograms(tmp_path):
         for step in (1, 2):
             metrics = {"step": step, "loss": 1 / step, "positive_similarity": None}
             monitor.step(metrics, {"seconds": 0.5}, {"positive": np.array([0.1])})
-        dataset = Dataset("vqa", True, 10, 0.5, 0.1, 0, Example("q", "r", [("r", 1.0)]))
-        monitor.evaluation(2, Report("model", {"Scene-VQA": dataset}))
+        none = Similarities(*[[0] * (len(BINS) - 1)] * 2)
+        vqa = Result("vqa", True, "en", {"": 10}, {"P@1": 0.5}, 0.1, 0, none)
+        clips = Result("text-video", None, "en", {"t2v": 10}, {"t2v R@1": 0.3, "t2v MdR": 4.0}, 0.1, 0, none)
+        monitor.evaluation(2, Report("model", {"Scene-VQA": vqa, "clips": clips}))
     assert Report.read(tmp_path / "evaluation/step-00000002.json").averages()["vqa"] == 0.5
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in board.Scalars("train/loss")] == [1.0, 0.5]
     assert [event.value for event in board.Scalars("evaluation/vqa")] == [0.5]
     tags = board.Tags()
-    assert {"speed/seconds", "evaluation_datasets/Scene-VQA"} <= set(tags["scalars"])
+    assert {"speed/seconds", "evaluation_datasets/Scene-VQA/P@1"} <= set(tags["scalars"])
+    assert [event.value for event in board.Scalars("evaluation_datasets/clips/t2v MdR")] == [4.0]
     assert tags["histograms"] == ["similarity/positive"]
     assert "train/positive_similarity" not in tags["scalars"]

@@ -1,0 +1,28 @@
+"""Which checkpoints stay; that they are whole is shown by whole runs (tests/integration)."""
+
+from pipeline.training.checkpoint import best, keep_best, remove_old
+
+
+def test_the_newest_stay_and_the_best(tmp_path):
+    def there() -> list[int]:
+        return [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))]
+
+    left = []
+    for step, score in enumerate((0.2, 0.5, 0.4, 0.5, 0.3), 1):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        remove_old(sorted(tmp_path.glob("step-*")), keep=1)
+        keep_best(tmp_path, step, score, ["Scene-VQA"])
+        left.append(there())
+    assert left == [[1], [1, 2], [2, 3], [2, 4], [2, 5]]
+    assert best(tmp_path).name == "step-00000002"
+    keep_best(tmp_path, 5, 0.1, ["Scene-VQA", "clips"])  # of other sets: the two cannot be compared
+    assert best(tmp_path).name == "step-00000005"
+
+
+def test_a_best_one_that_is_gone_is_none(tmp_path):
+    assert best(tmp_path) is None
+    keep_best(tmp_path, 3, 0.9, ["a"])
+    assert best(tmp_path) is None
+    (tmp_path / "step-00000004").mkdir()
+    keep_best(tmp_path, 4, 0.1, ["a"])
+    assert best(tmp_path).name == "step-00000004"
