@@ -23,8 +23,9 @@ train_and_evaluate() {
     echo "== Training on $PROCESSES processes"
     torchrun --standalone --nproc-per-node "$PROCESSES" -m pipeline.train pipeline/recipes/demo.yaml "$@" run="$run"
     echo "== Evaluating the exported model"
-    torchrun --standalone --nproc-per-node "$PROCESSES" -m pipeline.evaluate "$run/export" s3://pipeline-demo/eval \
-        against="$run/evaluation/step-00000000.json" example=Scene-T2I out="$run/evaluation/export.json"
+    torchrun --standalone --nproc-per-node "$PROCESSES" -m pipeline.evaluate "$run/export" \
+        s3://pipeline-demo/eval,text-video=s3://pipeline-demo/clips \
+        against="$run/evaluation/step-00000000.json" out="$run/report"
 }
 export -f train_and_evaluate
 
@@ -40,4 +41,5 @@ wait $server
 echo
 echo "Set-up aside this took $((SECONDS - began)) seconds."
 echo "The run, with its exported model:  $run"
+echo "Its report:                        $run/report/report.html"
 echo "Its curves:                        .venv/bin/tensorboard --logdir $run/tensorboard"

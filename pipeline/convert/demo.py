@@ -11,12 +11,13 @@ import numpy as np
 from pipeline.convert.command import conversion, positive
 from pipeline.data import objects
 from pipeline.data.sample import Pair
-from pipeline.demo import tasks
+from pipeline.demo import clips, tasks
 
 DESCRIPTION = """\
 a small world of drawn scenes, to try everything out
 
-Its training pairs go to DEST/train/<dataset>/, its evaluation sets to DEST/eval/; one seed always draws the same.
+Its training pairs go to DEST/train/<dataset>/, its evaluation sets to DEST/eval/, and clips of moving things, with
+captions, to DEST/clips/; one seed always draws the same.
 
     python tools/make_shards.py demo 0 s3://bucket/demo
 """
@@ -48,6 +49,8 @@ def evaluation_files(arguments: argparse.Namespace) -> Iterator[tuple[str, bytes
         tasks.write_evaluation(Path(folder), arguments.source, arguments.queries)
         for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             yield objects.join(arguments.dest, "eval", path.relative_to(folder).as_posix()), path.read_bytes()
+    for name, content in clips.evaluation_files(arguments.source, arguments.queries).items():
+        yield objects.join(arguments.dest, "clips", name), content
 
 
 @dataclass(frozen=True)

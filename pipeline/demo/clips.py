@@ -1,7 +1,11 @@
 """Clips: one thing that moves from one quadrant to the next, and what that is called in four languages."""
 
+import json
 from dataclasses import dataclass
+from io import BytesIO
+from itertools import count
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -81,6 +85,42 @@ def frames(clip: Clip, count: int = 8) -> list[Image.Image]:
 def caption(clip: Clip, language: Language) -> str:
     """What moves and which way, without a full stop."""
     return _CAPTIONS[language][clip.direction].format(thing=phrase(clip.thing, language))
+
+
+def evaluation_files(seed: int, number: int) -> dict[str, bytes]:
+    """A set of so many clips, 50 at most: their files by name, captions.json and, in training's words, wording.json.
+
+    All things are large, for frames are seen coarser than pictures; and no two look the same, so that who knows
+    pictures alone may find each, although it cannot know how things move.
+    """
+    clips: dict[str, Clip] = {}
+    for index in count():
+        if len(clips) == min(number, 50):
+            break
+        clip = random_clip(np.random.default_rng([seed, index, *b"clips"]))
+        if clip.thing.size == "large":
+            clips.setdefault(phrase(clip.thing, "en"), clip)
+    files = {f"{place:04d}.mp4": clip for place, clip in enumerate(clips.values())}
+    wording = {
+        "seeks_medium": "Find the image: {}",
+        "medium": "<video>\nRepresent the image.",
+        "seeks_caption": "<video>\nFind the caption.",
+    }
+    listed = {"captions.json": {name: caption(clip, "en") for name, clip in files.items()}, "wording.json": wording}
+    texts = {name: (json.dumps(content, indent=1) + "\n").encode() for name, content in listed.items()}
+    return {name: _mp4(frames(clip)) for name, clip in files.items()} | texts
+
+
+def _mp4(pictures: list[Image.Image]) -> bytes:
+    data = BytesIO()
+    with av.open(data, "w", format="mp4", options={"fflags": "+bitexact"}) as file:  # without the time of day
+        width, height = pictures[0].size
+        best = {"qmin": "1", "qmax": "1"}
+        stream = file.add_stream("mpeg4", rate=8, options=best, width=width, height=height, pix_fmt="yuv420p")
+        for picture in pictures:
+            file.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        file.mux(stream.encode())
+    return data.getvalue()
 
 
 def _can_start(place: str, direction: str) -> bool:

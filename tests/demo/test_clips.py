@@ -1,8 +1,12 @@
 """Clips: things move the way their captions say."""
 
+import json
+
 import numpy as np
 import pytest
+from PIL import ImageChops
 
+from pipeline.data.video import sample_frames
 from pipeline.demo import clips
 from pipeline.demo.clips import DIRECTIONS, Clip
 from pipeline.demo.scenes import BACKGROUNDS, Thing
@@ -52,3 +56,13 @@ def test_captions(direction: str, language: str, expected: str) -> None:
     clip = Clip(Thing("red", "star", "small", "top left"), direction, "white")
     assert clip.start == "top left"
     assert clips.caption(clip, language) == expected
+
+
+def test_evaluation_files_show_another_thing_each_and_are_the_same_each_time() -> None:
+    files = clips.evaluation_files(3, 60)
+    assert files == clips.evaluation_files(3, 60)
+    captions = json.loads(files["captions.json"])
+    assert len(captions) == len(files) - 2 == 50
+    assert len({caption.partition(" moves ")[0] for caption in captions.values()}) == 50
+    first, last = sample_frames(files["0000.mp4"], 2)
+    assert ImageChops.difference(first, last).getbbox() is not None
