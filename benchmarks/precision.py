@@ -83,14 +83,14 @@ def train(run: Run, work: Path, data: Path, steps: int) -> None:
             fields.append(f"model.path={OTHER_SEEDS[SEEDS.index(run.weights)].folder(work)}/init")
         _python(run.name, *torchrun, "pipeline.train", "pipeline/recipes/demo.yaml", *fields)
     for precision in sorted({run.precision, "fp32"}):
-        if not (report := report_of(run, work, precision)).exists():
+        if not ((report := report_of(run, work, precision)) / "report.json").exists():
             options = [f"precision={precision}", f"out={report}"]
             _python(run.name, *torchrun, "pipeline.evaluate", f"{folder}/export", f"{data}/eval", *options)
 
 
 def report_of(run: Run, work: Path, precision: str) -> Path:
     """Of the exported model, embedding in a precision."""
-    return run.folder(work) / f"evaluation/export-{precision}.json"
+    return run.folder(work) / f"evaluation/export-{precision}"
 
 
 def _python(what: str, *arguments: str) -> None:

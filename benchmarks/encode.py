@@ -1,0 +1,285 @@
+"""How fast does an evaluation embed its items, beside the loop of the published evaluation code?
+
+    python benchmarks/encode.py [--pairs 4] [--rounds 3]
+
+A LLaVE-0.5B and a LLaVE-7B in small, of random weights in float32 on one thread of the CPU. In the first the vision
+tower takes half of the work for an image's tokens, in the second a sixteenth; it sees the same tiles on both sides. A
+tile has 14 x 14 patches of 27 x 27, so that texts have 0.27 of the tokens, as pictures have. The items are like MMEB's
+(DATASETS below): of each dataset so many pairs, as JPEGs and texts, all of them distinct. Before that, texts have 10 to
+500 tokens besides the prompt; pictures become 2, 3 or 5 tiles.
+
+    ours        embed_collection with a LlaveEncoder, as pipeline.evaluate runs it: threads prepare the next group while
+                the model embeds one, which is sorted by length and packed in chunks of as many tokens as the longest
+                item and a little more have, as with 4,096 in a LLaVE
+    published   the loop of VLM2Vec's eval.py, which LLaVE's is made from: a dataset's queries in order, then its
+                targets, in batches of 16, prepared by transformers' image processor in the same process, padded on the
+                right to the longest with an attention mask, through transformers' LlavaOnevisionModel
+
+The published loop is spared what it need not have: the LM head, all hidden states, the cache, and the items that occur
+in several datasets, which ours embeds once.
+
+Both begin with JPEGs and texts, and take turns, dataset by dataset, and to be first; a round is all datasets, and a
+ratio the median of the rounds'. CPU seconds are those of all of the process's threads, which other programs on the
+machine do not change as they do the clock's. The embeddings of both must agree to 1e-4.
+"""
+
+import argparse
+import io
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
+from transformers import logging as transformers_logging
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from pipeline.config import Architecture, EvaluationRun
+from pipeline.data.sample import IMAGE_MARK, Item
+from pipeline.data.tiles import Tiling
+from pipeline.errors import PipelineError, command_line
+from pipeline.evaluation.encode import embed_collection
+from pipeline.evaluation.encoders import LlaveEncoder
+from pipeline.evaluation.store import Memory
+from pipeline.evaluation.tasks import Collection, Ranking, item_key
+from pipeline.models.llave import build, prompt
+
+transformers_logging.disable_progress_bar()
+CPU = torch.device("cpu")
+TILE, PATCH = 112, 8  # 14 x 14 patches a tile; SigLIP-so400m has 27 x 27 of 384 pixels
+TOKENS = (TILE / PATCH / 27) ** 2
+
+
+def architecture(tower: tuple[int, int, int, int], text: tuple[int, int, int, int, int]) -> Architecture:
+    """Of (width, MLP, layers, heads) and (width, MLP, layers, heads, key-value heads)."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return Architecture(
+        vision=dict(zip(names, tower, strict=True)) | {"image_size": TILE, "patch_size": PATCH},
+        text=dict(zip((*names, "num_key_value_heads"), text, strict=True)) | {"vocab_size": 1024},
+        image_grid_pinpoints=[(TILE, TILE), (TILE, 2 * TILE), (2 * TILE, TILE), (2 * TILE, 2 * TILE)],
+    )
+
+
+# About an eighth of the widths of SigLIP-so400m and Qwen2-0.5B, a sixteenth of those of SigLIP-so400m and Qwen2-7B;
+# the heads are as wide as theirs and so the fewer, for attention to have about its share of the work.
+MODELS = {
+    "0.5B": architecture((144, 538, 3, 2), (128, 608, 3, 2, 1)),
+    "7B": architecture((72, 269, 2, 1), (256, 1184, 2, 2, 1)),
+}
+BATCH = 16
+CHUNK = int(4096 * TOKENS)
+TOLERANCE = 1e-4
+
+# Height and width.
+PHOTOS = (480, 640), (640, 480), (427, 640), (375, 500), (500, 375), (500, 500), (768, 1024)
+PAGES = (2200, 1700), (600, 850), (2000, 800)
+CROPS = (80, 120), (200, 150), (224, 224), (300, 380), (90, 320)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Queries or targets: what pictures they have, and the fewest and most words of their texts."""
+
+    pictures: tuple[tuple[int, int], ...]
+    words: tuple[int, int]
+
+
+# Queries and targets of MMEB's kinds, and by how many of its 36 datasets they stand for.
+DATASETS = {
+    "classification": (10, Side(PHOTOS, (10, 20)), Side((), (10, 15))),
+    "visual questions": (6, Side(PHOTOS, (15, 40)), Side((), (10, 15))),
+    "document questions": (4, Side(PAGES, (15, 40)), Side((), (10, 15))),
+    "caption to picture": (4, Side((), (15, 60)), Side(PHOTOS, (10, 12))),
+    "picture to caption": (4, Side(PHOTOS, (10, 20)), Side((), (10, 60))),
+    "news, entities": (4, Side(PHOTOS, (20, 60)), Side((), (30, 500))),
+    "grounding": (4, Side(PHOTOS, (15, 40)), Side(CROPS, (10, 12))),
+}
+VOCABULARY = [
+    "red",
+    "blue",
+    "green",
+    "small",
+    "large",
+    "star",
+    "ring",
+    "heart",
+    "cross",
+    "left",
+    "right",
+    "above",
+    "below",
+    "between",
+    "near",
+    "two",
+    "three",
+]
+
+
+def draw(pairs: int) -> dict[str, "Sides"]:
+    """Queries and targets by dataset: `pairs` times its share."""
+    rng = np.random.default_rng(0)
+
+    def item(side: Side) -> Item:
+        low, high = np.log(side.words)
+        count = max(round(np.exp(rng.uniform(low, high)) * TOKENS), 4)
+        text = " ".join(rng.choice(VOCABULARY, count))
+        if not side.pictures:
+            return Item(text)
+        height, width = (round(n * TILE / 384) for n in side.pictures[rng.integers(len(side.pictures))])
+        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)  # as smooth as photographs are
+        Image.fromarray(coarse).resize((width, height)).save(buffer := io.BytesIO(), "JPEG", quality=90)
+        return Item(f"{IMAGE_MARK}\n{text}", (buffer.getvalue(),))
+
+    return {
+        name: tuple([item(side) for _ in range(share * pairs)] for side in sides)
+        for name, (share, *sides) in DATASETS.items()
+    }
+
+
+Sides = tuple[list[Item], list[Item]]  # a dataset's queries and targets
+
+
+class Ours:
+    """embed_collection, with a LlaveEncoder."""
+
+    def __init__(self, path: str, datasets: dict[str, Sides]) -> None:
+        self.encoder = LlaveEncoder.load(path, EvaluationRun(chunk_tokens=CHUNK), CPU)
+        self.collections = {name: _collection(name, *sides) for name, sides in datasets.items()}
+
+    def embed(self, dataset: str) -> torch.Tensor:
+        """(items, D), queries and then targets."""
+        collection = self.collections[dataset]
+        store = Memory(len(collection.items), self.encoder.dimension)
+        embed_collection(self.encoder, collection, store)
+        return torch.from_numpy(store.vectors)
+
+    def tokens(self) -> int:
+        """No padding is embedded; attention alone has it."""
+        items = (item for collection in self.collections.values() for item in collection.items)
+        return sum(len(self.encoder.prepare(item()).input_ids) for item in items)
+
+
+def _collection(name: str, *sides: list[Item]) -> Collection:
+    collection = Collection()
+    queries, targets = (
+        np.array([collection.row(item_key(f"{side} {n}"), "", partial(_same, item)) for n, item in enumerate(items)])
+        for side, items in enumerate(sides)
+    )
+    collection.tasks.append(Ranking(name, "vqa", True, queries, [targets]))
+    return collection
+
+
+def _same(item: Item) -> Item:
+    return item
+
+
+class Published:
+    """The plain loop."""
+
+    def __init__(self, path: str, datasets: dict[str, Sides], tiling: Tiling) -> None:
+        self.datasets, self.tiling = datasets, tiling
+        self.model = LlavaOnevisionModel.from_pretrained(path, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
+        self.images = LlavaOnevisionImageProcessorPil.from_pretrained(path)
+
+    def _batches(self, dataset: str) -> Iterator[dict[str, torch.Tensor]]:
+        for side in self.datasets[dataset]:
+            for start in range(0, len(side), BATCH):
+                yield self._batch(side[start : start + BATCH])
+
+    def _batch(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+        """What the model takes. transformers' own processor for it wants torchvision; this does the same."""
+        pictures = [Image.open(io.BytesIO(image)).convert("RGB") for item in items for image in item.images]
+        counts = iter([self.tiling.tokens(picture.height, picture.width, anyres=True) for picture in pictures])
+        texts = [
+            prompt(item.text.replace(IMAGE_MARK, IMAGE_MARK * next(counts)) if item.images else item.text)
+            for item in items
+        ]
+        inputs = dict(self.tokenizer(texts, padding=True, return_tensors="pt"))
+        return inputs | (dict(self.images(pictures, return_tensors="pt")) if pictures else {})
+
+    @torch.no_grad()
+    def embed(self, dataset: str) -> torch.Tensor:
+        """(items, D), queries and then targets."""
+        rows = []
+        for inputs in self._batches(dataset):
+            hidden = self.model(**inputs, use_cache=False).last_hidden_state
+            last = inputs["attention_mask"].sum(1) - 1
+            rows.append(F.normalize(hidden[torch.arange(len(hidden)), last], dim=-1))
+        return torch.cat(rows)
+
+    def tokens(self) -> int:
+        """With padding."""
+        return sum(inputs["input_ids"].numel() for dataset in self.datasets for inputs in self._batches(dataset))
+
+
+def measure(ours: Ours, published: Published, number: int) -> tuple[np.ndarray, float]:
+    """A round's seconds, (2 sides, datasets, 2): of the clock and of the CPU; the embeddings' largest difference."""
+    seconds, off = np.zeros((2, len(DATASETS), 2)), 0.0
+    for place, dataset in enumerate(DATASETS):
+        found = {}
+        for side in (0, 1) if number % 2 else (1, 0):
+            began = np.array([time.perf_counter(), time.process_time()])
+            found[side] = (ours, published)[side].embed(dataset)
+            seconds[side, place] = np.array([time.perf_counter(), time.process_time()]) - began
+        off = max(off, float((found[0] - found[1]).abs().max()))
+    if not off <= TOLERANCE:
+        raise PipelineError(f"embeddings of the two sides differ by {off:.1e}")
+    return seconds, off
+
+
+def table(name: str, seconds: np.ndarray, pairs: int) -> Table:
+    """seconds: (rounds, 2 sides, datasets, 2)."""
+    table = Table("", "pairs/s, ours", "published", "ratio", "ratio, CPU seconds", title=f"{name}, {pairs} pairs")
+
+    def add(name: str, pairs: int, seconds: np.ndarray) -> None:
+        """seconds: (rounds, 2 sides, 2)."""
+        rates = pairs / np.median(seconds[:, :, 0], axis=0)
+        ratios = np.median(seconds[:, 1] / seconds[:, 0], axis=0)
+        table.add_row(name, *(f"{rate:.1f}" for rate in rates), *(f"{ratio:.2f}" for ratio in ratios))
+
+    for place, (dataset, (share, *_)) in enumerate(DATASETS.items()):
+        add(dataset, pairs * share // 36, seconds[:, :, place])
+    table.add_section()
+    add("all", pairs, seconds.sum(axis=2))
+    return table
+
+
+@command_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=4, choices=range(1, 1001), metavar="N", help="times 36 (4)")
+    parser.add_argument("--rounds", type=int, default=3, choices=range(1, 100), metavar="N", help="(3)")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="(0.5B 7B)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # more would spin at every barrier where others use the cores, too
+    datasets, pairs = draw(arguments.pairs), 36 * arguments.pairs
+    for name in arguments.models:
+        with TemporaryDirectory() as folder:
+            path = str(Path(folder, "model"))
+            build(MODELS[name], [" ".join(VOCABULARY)] * 10, seed=0, folder=Path(path))
+            ours = Ours(path, datasets)
+            published = Published(path, datasets, ours.encoder.processor.tiling)
+            ours.encoder.model()
+        print(f"{pairs} pairs: {ours.tokens():,} tokens, {published.tokens():,} in the padded batches")
+        rounds = []
+        for number in range(arguments.rounds):
+            seconds, off = measure(ours, published, number)
+            rounds.append(seconds)
+            print(f"round {number + 1}: embeddings differ by {off:.0e} at most", flush=True)
+        Console(width=100).print(table(name, np.array(rounds), pairs))
+
+
+if __name__ == "__main__":
+    main()
