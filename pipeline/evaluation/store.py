@@ -127,7 +127,6 @@ class _File:
             # Otherwise it is a file system without locks.
         if os.fstat(named.fileno()).st_size // _KEY_BYTES != self.count:
             raise PipelineError(f"{self.path}: another evaluation has written it meanwhile; start this one again")
-        named.truncate(self.count * _KEY_BYTES)
         return written, named
 
     def _mapped(self) -> np.ndarray:

@@ -88,3 +88,6 @@ def test_other_files_and_other_writers_are_refused(tmp_path):
     os.truncate(tmp_path / "a.npy", 128 + 5 * 6 * 4)
     with pytest.raises(PipelineError, match="does not hold the 7 vectors"):
         Disk(tmp_path, KEYS, 6)
+    np.save(tmp_path / "a.npy", VECTORS[:6])
+    with pytest.raises(PipelineError, match="does not hold the 7 vectors"):
+        Disk(tmp_path, KEYS, 6)
