@@ -1,8 +1,9 @@
 """What the tests of several formats need: the command line in this process and in another, and what it wrote."""
 
-import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def error_of(*arguments: object) -> str:
 
 def start(*arguments: object) -> subprocess.Popen:
     """Start the command line in a process of its own, in a folder that is not the repository."""
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", env=os.environ)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which what runs in the background ignores
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*COMMAND, *map(str, arguments)], **pipes, text=True, cwd="/", preexec_fn=heed)
 
 
 def read_all(url: str) -> list[Pair | Single]:

@@ -4,16 +4,32 @@ import sys
 
 import pytest
 
+_BUILD = "; ".join(
+    [
+        "from deepspeed.accelerator import get_accelerator",
+        "[get_accelerator().create_op_builder(f'{name}Builder').load() for name in ('ShareMemComm', 'CPUAdam')]",
+    ]
+)
+_building = pytest.StashKey[subprocess.Popen]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """DeepSpeed compiles its CPU communication and its CPU Adam once a machine: while other tests run."""
+    if not session.config.option.collectonly:
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+        session.stash[_building] = subprocess.Popen([sys.executable, "-c", _BUILD], **pipes, env=environment)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if building := session.stash.get(_building, None):
+        building.kill()
+        building.wait()
+
 
 @pytest.fixture(scope="session", autouse=True)
-def kernels() -> None:
-    """DeepSpeed compiles its CPU communication and its CPU Adam once a machine: before any test has a time limit."""
-    build = "; ".join(
-        [
-            "from deepspeed.accelerator import get_accelerator",
-            "[get_accelerator().create_op_builder(f'{name}Builder').load() for name in ('ShareMemComm', 'CPUAdam')]",
-        ]
-    )
-    subprocess.run(
-        [sys.executable, "-c", build], env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True, capture_output=True
-    )
+def kernels(request: pytest.FixtureRequest) -> None:
+    """Before any test has a time limit."""
+    building = request.session.stash[_building]
+    errors = building.communicate()[1]
+    assert building.returncode == 0, errors.decode()[-4000:]

@@ -26,7 +26,8 @@ _SECONDS = 60  # for daemons to start, clients to answer, nodes to be free again
 
 # Without cgroups. Nodes are such as the job scripts ask for, whatever the machine is. One that does not answer is down
 # after SlurmdTimeout: seconds, but more than a busy machine needs to answer. One that a test sets down stays so: were
-# ReturnToService 2, it would be back at its next answer. Records of ended jobs are kept.
+# ReturnToService 2, it would be back at its next answer. Records of ended jobs are kept. A job in the partition urgent
+# takes nodes from those in test, whose steps are told so GraceTime seconds before.
 _CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -55,9 +56,12 @@ KillWait={kill_wait}
 SlurmctldTimeout=15
 SlurmdTimeout=15
 GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=96 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=96 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
-PartitionName=test Nodes=n1,n2 Default=YES State=UP
+PartitionName=test Nodes=n1,n2 Default=YES State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 State=UP PriorityTier=2
 """
 
 
@@ -249,7 +253,8 @@ class SlurmCluster:
 
     def _idle(self) -> bool:
         with suppress(SlurmFailure):  # the controller does not answer yet
-            return self.run("sinfo", "--noheader", "--Node", "--format=%N %T").split() == ["n1", "idle", "n2", "idle"]
+            shown = self.run("sinfo", "--noheader", "--Node", "--partition=test", "--format=%N %T")
+            return shown.split() == ["n1", "idle", "n2", "idle"]
         return False
 
     def _until(self, condition: Callable[[], bool], failure: str) -> None:

@@ -133,20 +133,12 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
         elapsed = sum(int(n) * 60**i for i, n in enumerate(reversed(slurm.job(job)["RunTime"].split(":"))))
         slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={elapsed // 60 + 1}")
 
-    def preempt_with_grace(job: int) -> None:
-        """Only the steps are told."""
-        slurm.run("scancel", "--signal=TERM", str(job))
+    done, preempted = 0, "SIGTERM (preempted, requeued or cancelled)"
 
-    preempted = "SIGTERM (preempted, requeued or cancelled)"
-    ways = [
-        (near_the_limit, "SIGUSR1 (the time limit is near)"),
-        (slurm.requeue, preempted),
-        (preempt_with_grace, preempted),
-    ]
-    done = 0
-    for restarts, (stop, reason) in enumerate(ways, 1):
+    def stop(how: Callable[[int], None], restarts: int, reason: str) -> None:
+        nonlocal done
         wait_for_step(slurm, job, run, done + some.randint(1, 10))
-        stop(job)
+        how(job)
         wait_for_requeue(slurm, job, restarts)
         status = Status.read(run)
         assert (status.state, status.reason) == ("stopped", reason)
@@ -155,19 +147,34 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
         assert len(lines(run / "metrics.jsonl")) == done
         assert (run / "checkpoints/latest").read_text() == f"step-{done:08d}\n"
         slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
-        slurm.release(job)
+
+    stop(near_the_limit, 1, "SIGUSR1 (the time limit is near)")
+    slurm.release(job)
+    stop(slurm.requeue, 2, preempted)
+    slurm.release(job)
 
     wait_for_step(slurm, job, run, done + some.randint(1, 10))
     slurm.tasks(job)[1][0].kill()
-    wait_for_requeue(slurm, job, 4)
+    wait_for_requeue(slurm, job, 3)
     status = Status.read(run)
     assert (status.state, len(status.failures)) == ("failed", 1)
     assert "a rank was killed" in last_line(slurm, job)
+    done = status.step
+    wait_for_requeue(slurm, late, 1, 120)
+    slurm.cancel(late)
     slurm.release(job)
 
+    def preempt(job: int) -> None:
+        """By a job that takes both nodes; in the grace time only the steps are told."""
+        (tmp_path / "urgent.sh").write_text("#!/bin/sh\n")
+        urgent.append(slurm.submit(tmp_path / "urgent.sh", partition="urgent", nodes=2, exclusive=None))
+
+    urgent: list[int] = []
+    stop(preempt, 4, preempted)
+    slurm.wait(*urgent, "COMPLETED", 30)
+    slurm.release(job)
     slurm.wait(job, "COMPLETED", 120)
     assert_same(run, undisturbed)
-    wait_for_requeue(slurm, late, 1)
 
 
 def test_without_its_second_node_a_job_goes_on_with_the_same_batches_on_the_first(slurm, train, undisturbed):
