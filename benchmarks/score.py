@@ -87,7 +87,7 @@ def peer(file: Path, candidates: int, queries: int, dim: int) -> Recalls:
         best, kept = torch.cat([best, found], dim=1).topk(min(max(RECALLS), best.shape[1] + found.shape[1]), dim=1)
         places = torch.cat([places, place + start], dim=1).gather(1, kept)
     hits = places == torch.from_numpy(right(candidates, queries))[:, None]
-    return tuple(float(hits[:, :k].any(dim=1).float().mean()) for k in RECALLS)
+    return tuple(float(hits[:, :k].any(dim=1).double().mean()) for k in RECALLS)
 
 
 def measured(score: Callable[..., Recalls], *arguments: object) -> tuple[Recalls, float, float, int]:
