@@ -26,7 +26,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -36,7 +35,7 @@ from pipeline.embeddings import KINDS, Identity, Store, best
 from pipeline.errors import PipelineError, command_line
 from pipeline.models.embedder import LEAST_TOKENS, Embedder, Parts
 from pipeline.models.llave import DTYPES, load_config
-from pipeline.models.weights import fingerprint
+from pipeline.models.weights import fetched, fingerprint
 from pipeline.progress import progress_bar
 
 __all__ = ["Embedder", "main"]
@@ -53,7 +52,8 @@ def main() -> None:
         raise PipelineError(f"--out is missing: the folder {'to search' if query else 'that gets the embeddings'}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise PipelineError("pipeline.embed runs as one process: start it without a launcher")
-    folder = _model_folder(arguments.model)
+    load_config(arguments.model)  # for its errors
+    folder = fetched(arguments.model)
     with ExitStack() as stack:
         out = Store(Path(arguments.out or stack.enter_context(TemporaryDirectory())))
         if query and not kinds and not out.kinds():
@@ -171,17 +171,6 @@ def _query(arguments: argparse.Namespace) -> Parts:
             raise PipelineError(f"--query-image: there is no file {arguments.query_image}")
         query["images"] = [arguments.query_image]
     return query
-
-
-def _model_folder(model: str) -> Path:
-    """Where a folder's or hub name's files lie; from the hub they are fetched."""
-    load_config(model)  # for its errors
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
-    except OSError as error:
-        raise PipelineError(f"{model} cannot be fetched: {str(error).splitlines()[0]}") from None
 
 
 def _rows(embedder: Embedder, kind: str, ids: Sequence[str]) -> Iterator[torch.Tensor]:

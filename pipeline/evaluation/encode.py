@@ -114,7 +114,8 @@ def _plan(collection: Collection, store: Memory | Disk) -> list[tuple[str, np.nd
     """
     groups, planned = [], np.zeros(len(collection.items), bool)
     for task in collection.tasks:
-        rows = task.rows[~planned[task.rows]]
+        rows = task.rows
+        rows = rows[~planned[rows]]
         planned[rows] = True
         for start in range(0, len(rows), _DEALT * GROUP):
             window = rows[start : start + _DEALT * GROUP]

@@ -43,7 +43,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoTokenizer,
@@ -71,11 +70,9 @@ from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, pla
 from pipeline.models.embedder import load_model
 from pipeline.models.llave import DTYPES, Processor, load_config
 from pipeline.models.tower import refuse_missing
-from pipeline.models.weights import fingerprint, weight_files
+from pipeline.models.weights import SETTINGS, fetched, fingerprint, weight_files
 
 _VERSION = 1  # to be raised where prompts, tiles, pooling or anything here changes what vectors an encoder gives
-# What a folder's vectors depend on besides its weights: configurations, tokenizers, processors.
-_SETTINGS = (".json", ".txt", ".model", ".jinja")
 
 
 def load_encoder(path: str, options: EvaluationRun, device: torch.device | None = None) -> Encoder:
@@ -332,16 +329,8 @@ def _peer(model_class: type[PreTrainedModel], path: str, precision: str, device:
 
 
 def _folder(path: str) -> Path:
-    """Where a folder's or hub name's files lie; from the hub they are fetched."""
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            folder = Path(
-                snapshot_download(path, allow_patterns=["*.safetensors", *(f"*{suffix}" for suffix in _SETTINGS)])
-            )
-        except (OSError, ValueError) as error:
-            raise PipelineError(f"{path} cannot be fetched: {str(error).splitlines()[0]}") from None
-    weight_files(folder)
+    folder = fetched(path)
+    weight_files(folder)  # for its errors
     return folder
 
 
@@ -352,7 +341,7 @@ def identity_of(folder: Path, *options: object) -> str:
     """
     digest = hashlib.sha256(json.dumps([_VERSION, fingerprint(str(folder)), *options]).encode())
     for file in sorted([*folder.glob("*.*"), *folder.glob("*/config.json")]):  # of sentence-transformers' modules
-        if file.suffix in _SETTINGS:
+        if file.suffix in SETTINGS:
             digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode() + file.read_bytes())
         elif file.suffix in (".bin", ".pt"):  # of which the fingerprint knows the size alone
             digest.update(f"{file.relative_to(folder)} {file.stat().st_mtime_ns}\n".encode())

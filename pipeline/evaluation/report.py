@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.data import objects
 from pipeline.data.mmeb import META_TASKS, MMEB_TASKS
 from pipeline.errors import PipelineError
 from pipeline.evaluation.leaderboard import leaderboard
@@ -125,7 +126,7 @@ class Report:
     def save(self, path: Path) -> None:
         """Write it as JSON; the file is there whole or not at all."""
         head = {"format": FORMAT, "model": self.model, "averages": self.averages()}
-        _put(path, json.dumps(head | {"results": {name: asdict(result) for name, result in self.results.items()}}))
+        _write(path, json.dumps(head | {"results": {name: asdict(result) for name, result in self.results.items()}}))
 
     @classmethod
     def read(cls, path: Path) -> "Report":
@@ -162,9 +163,9 @@ class Report:
 
         self.save(folder / REPORT_FILE)
         if datasets := self.mmeb():
-            _put(folder / "leaderboard.json", json.dumps(leaderboard(self.model, datasets), indent=4) + "\n")
+            _write(folder / "leaderboard.json", json.dumps(leaderboard(self.model, datasets), indent=4) + "\n")
         figures.write(self, folder / "figures", before)
-        _put(folder / "report.html", html.page(self, before))
+        _write(folder / "report.html", html.page(self, before))
 
     def print(self, before: "Report | None" = None) -> None:
         """Tables of all datasets beside chance and, if given, an earlier report; what averages lack, and ties."""
@@ -297,8 +298,5 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _put(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8", errors="replace")  # a file's name may not be text
-    unfinished.replace(path)
+def _write(path: Path, text: str) -> None:
+    objects.write(str(path), text.encode(errors="replace"))  # a file's name in it may not be text

@@ -81,6 +81,10 @@ _VISION = (
     "hidden_act",
     "layer_norm_eps",
 )
+# Configurations, tokenizers, processors: what the vectors of a model depend on besides its weights.
+SETTINGS = (".json", ".txt", ".model", ".jinja")
+_WANTED = [f"*{suffix}" for suffix in (".safetensors", *SETTINGS)]
+
 _SO400M = "siglip-so400m-patch14-384"
 _SO400M_SHAPE = {
     "hidden_size": 1152,
@@ -109,6 +113,16 @@ def _original_folder(path: str) -> Path | None:
         except (OSError, ValueError):  # whoever loads it next says what is wrong
             return None
     return folder if is_original(folder) else None
+
+
+def fetched(path: str) -> Path:
+    """Where a folder's or hub name's files lie; from the hub they are fetched. PipelineError where they cannot be."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=_WANTED))
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path} cannot be fetched: {str(error).splitlines()[0]}") from None
 
 
 def fingerprint(path: str | None) -> str | None:
