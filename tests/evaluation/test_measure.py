@@ -1,0 +1,77 @@
+"""What a report shows of single queries is what was compared."""
+
+import base64
+import io
+from functools import partial
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.sample import Item
+from pipeline.evaluation.measure import measure
+from pipeline.evaluation.results import Shown
+from pipeline.evaluation.store import Memory
+from pipeline.evaluation.tasks import Collection, Ranking, Retrieval
+
+
+def angled(*degrees: float) -> Memory:
+    """Vectors by their angles, whose differences are easy to compare."""
+    store = Memory(len(degrees), 2)
+    store.vectors[:] = np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
+    return store
+
+
+@pytest.fixture
+def collection() -> Collection:
+    """Two pictures that ask, then five texts."""
+    picture = io.BytesIO()
+    Image.new("RGB", (400, 200), "red").save(picture, "PNG")
+    items = [Item(f"<image>\nWhat is {n}?", (picture.getvalue(),)) for n in range(2)]
+    items += [Item(f"answer {n}") for n in range(5)]
+    collection = Collection()
+    for number, item in enumerate(items):
+        name = f"{number}.png" if item.images else item.text
+        collection.row(bytes([number]) * 16, name, partial(lambda item: item, item))
+    return collection
+
+
+def test_the_worst_queries_with_what_was_right_and_what_came_first(collection):
+    candidates = [np.array([2, 3, 4]), np.array([5, 6, 3])]
+    collection.tasks.append(Ranking("QA", "vqa", True, np.array([0, 1]), candidates))
+    take = angled(0, 100, 50, 10, 70, 100, 130).take
+    report = measure("a model", collection, take, worst=5)
+    assert report.model == "a model"
+    found, wrong = report.results["QA"].worst[1], report.results["QA"].worst[0]
+    assert report.results["QA"].score == 0.5
+    assert (wrong.query.name, wrong.right, wrong.first) == (
+        "What is 0? (0.png)",
+        Shown("answer 0"),
+        Shown("answer 1"),
+    )
+    assert (wrong.rank, wrong.positive, wrong.similarity) == (2, 0.6428, 0.9848)
+    assert (found.right, found.first) == (Shown("answer 3"), Shown("answer 3"))
+    assert (found.rank, found.positive, found.similarity) == (1, 1.0, 1.0)
+    shown = Image.open(io.BytesIO(base64.b64decode(wrong.query.picture)))
+    assert shown.size == (160, 80)
+    assert [case.rank for case in measure("m", collection, take, worst=1).results["QA"].worst] == [2]
+    assert measure("m", collection, take).results["QA"].worst == []
+
+
+def test_the_directions_of_a_set_are_one_result_and_classes_go_by_their_names(collection):
+    right = [np.array([0]), np.array([1])]
+    pictures, texts = np.array([0, 1]), np.array([2, 3])
+    collection.tasks += [
+        Retrieval("both", "text-image", "t2i", "en", texts, pictures, right),
+        Retrieval("both", "text-image", "i2t", "en", pictures, texts, right),
+        Retrieval("classes", "classification", "", "en", pictures, texts[:, None], right, ("cat", "dog")),
+    ]
+    report = measure("m", collection, angled(0, 90, 80, 85, 0, 0, 0).take, worst=20)
+    both, classes = report.results["both"], report.results["classes"]
+    assert both.queries == {"t2i": 2, "i2t": 2}
+    assert [case.direction for case in both.worst] == ["t2i", "i2t", "i2t", "t2i"]
+    margins = [case.positive - case.similarity for case in both.worst]
+    assert margins[0] == min(margins) == pytest.approx(np.cos(np.radians(80)) - np.cos(np.radians(10)), abs=1e-4)
+    assert both.worst[0].query == Shown("answer 0")
+    assert both.worst[0].first.name == "What is 1? (1.png)"
+    assert {(case.right.name, case.first.name) for case in classes.worst} == {("cat", "cat"), ("dog", "dog")}
