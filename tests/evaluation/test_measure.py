@@ -66,7 +66,9 @@ def test_the_directions_of_a_set_are_one_result_and_classes_go_by_their_names(co
         Retrieval("both", "text-image", "i2t", "en", pictures, texts, right),
         Retrieval("classes", "classification", "", "en", pictures, texts[:, None], right, ("cat", "dog")),
     ]
-    report = measure("m", collection, angled(0, 90, 80, 85, 0, 0, 0).take, worst=20)
+    take = angled(0, 90, 80, 85, 0, 0, 0).take
+    report = measure("m", collection, take, worst=20)
+    assert len(measure("m", collection, take, worst=1).results["both"].worst) == 1
     both, classes = report.results["both"], report.results["classes"]
     assert both.queries == {"t2i": 2, "i2t": 2}
     assert [case.direction for case in both.worst] == ["t2i", "i2t", "i2t", "t2i"]
