@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -58,14 +59,29 @@ class Settings:
 _settings = Settings()
 _answered: set[str] = set()  # endpoints that were heard of, be it a refusal
 _making = threading.Lock()  # a client
+_speaking: set[int] = set()  # the system's numbers of the threads that used one
+
+
+def _before_fork() -> None:
+    """Wait for the threads that have ended to be gone.
+
+    For Python they have ended before the system has them clear up, for which they lock OpenSSL's tables: in a child
+    that was forked just then these stay locked, and its first connection would wait for ever.
+    """
+    deadline = time.monotonic() + 5
+    for thread in _speaking - {thread.native_id for thread in threading.enumerate()}:
+        while Path(f"/proc/self/task/{thread}").exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        _speaking.discard(thread)
 
 
 def _after_fork() -> None:
     global _making
     _making = threading.Lock()  # a thread that the child lacks may have held the old one
+    _speaking.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 def configure(
@@ -369,6 +385,7 @@ def _passing(error: Exception) -> str | None:
 def _client():
     """This process's S3 client: after a fork, and when settings or the AWS environment change, a new one."""
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    _speaking.add(threading.get_native_id())
     with _making:  # threads that begin together would each make one
         return _make_client(os.getpid(), frozenset(environment.items()), _settings)
 

@@ -1,13 +1,12 @@
 """A job of ranks that only read: each writes what every step brought to a ledger, as fast as the data come."""
 
 import json
-import multiprocessing
 import os
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from launch import begin, fork_server, say_where
 
 from pipeline.config import Data, parse_options
 from pipeline.data import objects
@@ -47,7 +46,7 @@ def consume(steps: range, folder: Path, options: list[str]) -> None:
     source, order = open_order(data)
     received = objects.bytes_received()  # the indexes
     with (folder / f"rank{rank}.jsonl").open("a", buffering=1) as ledger:
-        read = batches(source, order, encode, steps, rank=rank, world=world, timeout=60)
+        read = batches(source, order, encode, steps, rank=rank, world=world, timeout=15)
         for step, batch in zip(steps, read, strict=True):
             received += batch.received
             ledger.write(json.dumps({"step": step, "rows": rows(batch)}) + "\n")
@@ -56,26 +55,20 @@ def consume(steps: range, folder: Path, options: list[str]) -> None:
 
 def run_rank(environment: dict[str, str], steps: range, folder: Path, options: list[str]) -> None:
     """A rank's process, from its start to its end."""
-    os.environ |= environment
-    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(output, stream.fileno())
+    begin(environment, folder / "output")
     command_line(lambda: consume(steps, folder, options))()
 
 
 class Job:
-    """The ranks as real processes, forked from one that has imported everything, so that they start at once."""
+    """The ranks as processes of the fork server, so that they start at once."""
 
     def __init__(self, world: int, steps: range, folder: Path, options: list[str]) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         self.ranks = []
         for rank in range(world):
-            own = environment | {"RANK": str(rank), "WORLD_SIZE": str(world)}
-            self.ranks.append(context.Process(target=run_rank, args=(own, steps, folder, options)))
+            own = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world)}
+            self.ranks.append(fork_server().Process(target=run_rank, args=(own, steps, folder, options)))
             self.ranks[-1].start()
 
     @property
@@ -103,6 +96,7 @@ class Job:
             if any(rank.exitcode for rank in self.ranks):
                 deadline = min(deadline, time.monotonic() + 10)
             time.sleep(0.02)
+        say_where([rank.pid for rank in self.ranks if rank.is_alive()])
         for rank in self.ranks:
             rank.kill()
             rank.join()

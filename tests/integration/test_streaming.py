@@ -1,8 +1,15 @@
 """Jobs of several ranks that only read from a real S3 server: killed, disturbed, counted, with the same batches."""
 
+import ctypes
+import multiprocessing
+import os
 import random
+import subprocess
+import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -165,3 +172,50 @@ def test_a_fault_that_stays_is_one_error_that_names_the_object(server, tmp_path,
     error, *_ = [line for line in read.output.splitlines() if line.startswith("error")]
     assert complaint in error
     assert "Traceback" not in read.output
+
+
+def test_no_process_is_forked_while_a_thread_that_spoke_to_s3_is_ending(server):
+    """It holds OpenSSL's locks at times, which the process would never get."""
+    libc, key = ctypes.CDLL(None), ctypes.c_uint()
+    libc.pthread_key_create(ctypes.byref(key), ctypes.cast(libc.usleep, ctypes.c_void_p))
+
+    def speak(_: int) -> Path:
+        libc.pthread_setspecific(key, ctypes.c_void_p(300_000))  # how long it takes to end, in microseconds
+        assert objects.exists(f"{BUCKET}/first/000001.tar")
+        return Path(f"/proc/self/task/{threading.get_native_id()}")
+
+    with ThreadPoolExecutor(4) as pool:
+        threads = list(pool.map(speak, range(4)))
+    assert any(thread.exists() for thread in threads)
+    child = multiprocessing.get_context("fork").Process(target=int)
+    child.start()
+    assert not any(thread.exists() for thread in threads)
+    child.join()
+
+
+_RANK = """
+import signal
+import sys
+import consume
+
+def encode(item):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return consume.encode(item)
+
+source, order = consume.open_order(consume.parse_options(consume.Data, sys.argv[1:]))
+read = consume.batches(source, order, encode, range(9), rank=0, world=1, timeout=60)
+next(read)
+raise RuntimeError("out of memory")
+"""
+
+
+def test_a_rank_that_fails_does_not_wait_for_workers_that_heed_nothing(server):
+    ended = subprocess.run(
+        [sys.executable, "-c", _RANK, f"url={BUCKET}", *DATA],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("RuntimeError: out of memory\n"), ended.stderr
