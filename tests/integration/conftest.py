@@ -1,24 +1,25 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from launch import fork_server
 
-_BUILD = "; ".join(
-    [
-        "from deepspeed.accelerator import get_accelerator",
-        "[get_accelerator().create_op_builder(f'{name}Builder').load() for name in ('ShareMemComm', 'CPUAdam')]",
-    ]
-)
+_BUILD = str(Path(__file__).with_name("build_kernels.py"))
 _building = pytest.StashKey[subprocess.Popen]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """DeepSpeed compiles its CPU communication and its CPU Adam once a machine: while other tests run."""
+    """DeepSpeed compiles its CPU communication and its CPU Adam once a machine: while other tests run.
+
+    And the process that ranks are forked from imports what they need.
+    """
     if not session.config.option.collectonly:
+        fork_server()
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-        session.stash[_building] = subprocess.Popen([sys.executable, "-c", _BUILD], **pipes, env=environment)
+        session.stash[_building] = subprocess.Popen([sys.executable, _BUILD], **pipes, env=environment)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import deepspeed
@@ -23,13 +24,13 @@ from pipeline.data.batch import Batch, Origin, RawSample, encode_rows
 from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.models import chunks as chunks_module
+from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave import Llave, Processor
 from pipeline.models.lora import add_adapters
-from pipeline.models.tower import KeptFeatures
 from pipeline.training import step as step_module
 from pipeline.training.budget import Budget
 from pipeline.training.distributed import end_distributed, start_distributed
-from pipeline.training.engine import build_engine, freeze, load_tower
+from pipeline.training.engine import build_engine, freeze, load_frozen
 from pipeline.training.step import train_step
 from pipeline.training.temperature import Temperature
 
@@ -169,28 +170,28 @@ def largest_difference(engine: deepspeed.DeepSpeedEngine, reference: Llave) -> f
     return largest
 
 
-def compare(model: str, stage: str, case: Case) -> dict:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    recipe = load_recipe(
-        "pipeline/recipes/demo.yaml",
-        [
-            f"deepspeed={stage}",
-            f"batch.global_batch={PAIRS}",
-            "data.lanes=2",
-            f"optimizer.lr={LR}",
-            f"optimizer.eps={EPS}",
-            "optimizer.weight_decay=0.1",
-            "optimizer.max_grad_norm=1.0",
-            "train.vision_tower=false",
-            f"batch.chunk_tokens={case.chunk_tokens}",
-            f"batch.kept_chunks={case.kept_chunks}",
-            *case.fields,
-        ],
-    )
-    tower = load_tower(recipe, model, torch.device("cpu"))
-    engine, processor = build_engine(recipe, load_ds_config(recipe, world), model), Processor.load(model, 512)
+def recipe_of(fields: tuple[str, ...]) -> Recipe:
+    common = [f"batch.global_batch={PAIRS}", "data.lanes=2", f"optimizer.lr={LR}", f"optimizer.eps={EPS}"]
+    common += ["optimizer.weight_decay=0.1", "optimizer.max_grad_norm=1.0", "train.vision_tower=false"]
+    return load_recipe("pipeline/recipes/demo.yaml", [*common, *fields])
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one process with the whole batch comes to: each step's loss and gradient norm, and the model after them."""
+
+    losses: list[float]
+    norms: list[float]
+    temperature: float
+    model: Llave
+
+
+@cache
+def expected(model: str, mix: str, fields: tuple[str, ...]) -> Expected:
+    """The same for all cases that differ only in how the work is done."""
+    recipe, processor = recipe_of(fields), Processor.load(model, 512)
     reference = Llave.load(model, torch.float32)
-    freeze(reference, recipe.train)
+    freeze(reference, recipe)
     if recipe.train.lora:
         add_adapters(reference.language_model, recipe.train.lora, recipe.seed)
     trained = {name: p for name, p in reference.named_parameters() if p.requires_grad}
@@ -200,35 +201,47 @@ def compare(model: str, stage: str, case: Case) -> dict:
         decay = 0.1 if parameter.ndim > 1 else 0
         groups.append({"params": [parameter], "weight_decay": decay, "lr": LR if rate is True else rate})
     optimizer = torch.optim.AdamW(groups, eps=EPS)
-    temperature = Temperature(recipe, engine.device)
     log_scale = torch.tensor(-math.log(recipe.loss.temperature), requires_grad=recipe.loss.learn_temperature)
     scale_optimizer = torch.optim.AdamW([log_scale], lr=LR, eps=EPS, weight_decay=0)
+    losses, norms = [], []
+    for step in range(STEPS):
+        parts = sub_batches(make_pairs(mix, seed=step), recipe)
+        of_parts = [formula(reference, part, processor, recipe.loss.alpha, torch.exp(-log_scale)) for part in parts]
+        loss = torch.stack(of_parts).mean()
+        optimizer.zero_grad()
+        scale_optimizer.zero_grad()
+        loss.backward()
+        for parameter in trained.values():
+            # What no item of the batch runs through has a zero gradient, and weight decay.
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        losses.append(float(loss.detach()))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)))
+        optimizer.step()
+        scale_optimizer.step()
+    return Expected(losses, norms, float(torch.exp(-log_scale)), reference)
+
+
+def compare(model: str, stage: str, case: Case) -> dict:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cut = (f"batch.chunk_tokens={case.chunk_tokens}", f"batch.kept_chunks={case.kept_chunks}")
+    recipe = recipe_of((f"deepspeed={stage}", *cut, *case.fields))
+    tower = load_frozen(recipe, model, torch.device("cpu"))
+    engine, processor = build_engine(recipe, load_ds_config(recipe, world), model), Processor.load(model, 512)
+    temperature = Temperature(recipe, engine.device)
+    theirs = expected(model, case.mix, tuple(field for field in case.fields if field not in (*FROZEN, CHECKPOINTING)))
     result = {"case": repr(case), "loss": 0.0, "grad_norm": 0.0}
     for step in range(STEPS):
         pairs = make_pairs(case.mix, seed=step)
         own = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
-        features = KeptFeatures(tower, recipe.batch.tower_tiles, recipe.batch.features_mb << 20) if tower else None
+        features = KeptFeatures(tower, recipe.batch.features_mb << 20) if tower else None
         ours = train_step(engine, own, recipe, Budget.of(recipe.batch, 512), temperature, lr=LR, features=features)
         loss = ours.loss.loss.detach().clone()
         dist.all_reduce(loss)
-
-        parts = sub_batches(pairs, recipe)
-        losses = [formula(reference, part, processor, recipe.loss.alpha, torch.exp(-log_scale)) for part in parts]
-        expected = torch.stack(losses).mean()
-        optimizer.zero_grad()
-        scale_optimizer.zero_grad()
-        expected.backward()
-        for parameter in trained.values():
-            # What no item of the batch runs through has a zero gradient, and weight decay.
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
-        scale_optimizer.step()
-        result["loss"] = max(result["loss"], abs(float(loss) / world / float(expected.detach()) - 1))
-        result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / float(norm) - 1))
-    result["temperature"] = abs(float(temperature.value) / float(torch.exp(-log_scale)) - 1)
+        result["loss"] = max(result["loss"], abs(float(loss) / world / theirs.losses[step] - 1))
+        result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / theirs.norms[step] - 1))
+    result["temperature"] = abs(float(temperature.value) / theirs.temperature - 1)
     result["moved"] = abs(float(temperature.value) - recipe.loss.temperature) > 1e-3
-    result["parameters"] = largest_difference(engine, reference)
+    result["parameters"] = largest_difference(engine, theirs.model)
     engine.destroy()
     return result
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from pipeline.config import load_ds_config, load_recipe
+from pipeline.models.kinds import KINDS
 from pipeline.models.llave import TowerlessLlave
 from pipeline.training import partitions
 from pipeline.training.distributed import end_distributed, start_distributed
@@ -52,11 +53,10 @@ def main() -> None:
     model, config, whole = sys.argv[1:]
     start_distributed(timeout_minutes=0.5)
     fields = [f"deepspeed={config}", "batch.global_batch=12", "data.lanes=12", "precision=bf16"]
-    ds_config = load_ds_config(load_recipe("pipeline/recipes/demo.yaml", fields), dist.get_world_size())
+    recipe = load_recipe("pipeline/recipes/demo.yaml", [*fields, "train.vision_tower=false"])
+    ds_config = load_ds_config(recipe, dist.get_world_size())
     partitions.safe_open = CountingFile
-    loaded = partitions.load_partitioned(
-        TowerlessLlave, model, TowerlessLlave.config_for(model, None, "sdpa"), ds_config
-    )
+    loaded = partitions.load_partitioned(KINDS["llave"], recipe, model, "sdpa", ds_config)
     expected = TowerlessLlave.load(whole, torch.bfloat16)
     parameters, count = dict(expected.named_parameters()), 0
     same = {}

@@ -13,13 +13,13 @@ from exactness import batch_of, make_pairs
 
 from pipeline.config import dump_recipe, load_ds_config, load_recipe
 from pipeline.models.chunks import embed_chunks, plan_chunks
+from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave import Llave, Processor
-from pipeline.models.tower import KeptFeatures
 from pipeline.models.weights import fingerprint
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
 from pipeline.training.distributed import end_distributed, start_distributed
-from pipeline.training.engine import build_engine, load_tower
+from pipeline.training.engine import build_engine, load_frozen
 from pipeline.training.export import export
 from pipeline.training.step import train_step
 from pipeline.training.temperature import Temperature
@@ -37,7 +37,7 @@ def main() -> None:
     batches = [batch_of(make_pairs("mixed", seed)[rank::world], processor) for seed in range(3)]
 
     def step(engine, batch) -> tuple[float, float]:
-        features = KeptFeatures(tower, recipe.batch.tower_tiles, 0) if tower else None
+        features = KeptFeatures(tower, 0) if tower else None
         result = train_step(
             engine,
             batch,
@@ -49,7 +49,7 @@ def main() -> None:
         )
         return float(result.loss.loss.detach()), result.grad_norm
 
-    tower = load_tower(recipe, model, torch.device("cpu"))
+    tower = load_frozen(recipe, model, torch.device("cpu"))
     ds_config = load_ds_config(recipe, world)
     engine = build_engine(recipe, ds_config, model)
     losses = [step(engine, batch) for batch in batches[:2]]
@@ -59,10 +59,10 @@ def main() -> None:
     losses.append(step(engine, batches[2]))
     again = build_engine(recipe, ds_config, model)
     assert checkpoint.load(again, checkpoint.latest(run / "checkpoints"))["step"] == 2
-    export(again, tower, recipe.train.lora, model, model, run / "export")
+    export(again, tower, recipe, model, run / "export")
     items = list(batches[0].items.values())
     chunks = plan_chunks(items, 200, torch.device("cpu"))
-    features = KeptFeatures(tower, 4, 0) if tower else None
+    features = KeptFeatures(tower, 0) if tower else None
     trained = embed_chunks(again, chunks, len(items), features)
     exported = embed_chunks(Llave.load(str(run / "export"), "auto"), chunks, len(items))
     cosine = float((trained * exported).sum(dim=1).min())

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import signal
 import time
@@ -91,7 +92,7 @@ def test_killed_in_the_middle_it_goes_on_and_embeds_nothing_twice(alone, tiny_mo
     processes, deadline = start(command(tiny_model, mmeb, tmp_path), world=1), time.monotonic() + 60
     while len(embedded(tmp_path)) < 100 and time.monotonic() < deadline:
         time.sleep(0.002)
-    processes[0].send_signal(signal.SIGKILL)
+    os.kill(processes[0].pid, signal.SIGKILL)
     assert wait(processes, 10).status == [-signal.SIGKILL]
     before = embedded(tmp_path)
     assert 100 <= len(before) < len(embedded(alone))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import launch
+from launch import Rank, fork, launch, wait
 
 WORKER = str(Path(__file__).with_name("exactness.py"))
 
@@ -14,16 +14,19 @@ def zero_config(name: str, folder: Path) -> str:
     config = json.loads(Path(f"ds_configs/{name}.json").read_text())
     if name.startswith("zero3"):
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path = folder / "ds.json"
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(config))
     return str(path)
 
 
-def assert_exact(name: str, world: int, model: str, folder: Path, *flags: str) -> None:
-    out = folder / "out.json"
-    ended = launch([WORKER, model, zero_config(name, folder), str(out), *flags], world, seconds=200)
+def begin(name: str, world: int, model: str, folder: Path, *flags: str) -> list[Rank]:
+    return fork([WORKER, model, zero_config(name, folder), str(folder / f"{name}.out"), *flags], world)
+
+
+def assert_exact(name: str, ranks: list[Rank], folder: Path) -> None:
+    world, ended = len(ranks), wait(ranks, seconds=200)
     assert ended.status == [0] * world, ended.output[-4000:]
-    results = json.loads(out.read_text())
+    results = json.loads((folder / f"{name}.out").read_text())
     for result in results:
         print(f"{name}, {world} processes: {result}")
         assert result["loss"] < 1e-5, result
@@ -33,15 +36,23 @@ def assert_exact(name: str, world: int, model: str, folder: Path, *flags: str) -
         assert result["moved"] == ("learn_temperature" in result["case"]), result
 
 
-@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_equals_one_process_with_the_whole_batch(stage, world, tiny_model, tmp_path):
-    assert_exact(f"zero{stage}", world, tiny_model, tmp_path)
+def test_a_step_equals_one_process_with_the_whole_batch(stage, tiny_model, tmp_path):
+    assert_exact(f"zero{stage}", begin(f"zero{stage}", 2, tiny_model, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("stages", [(0, 1), (2, 3)])
+def test_so_does_a_step_of_one_process_in_chunks(stages, tiny_model, tmp_path):
+    """Two at a time, a core each."""
+    begun = {f"zero{stage}": begin(f"zero{stage}", 1, tiny_model, tmp_path) for stage in stages}
+    for name, ranks in begun.items():
+        assert_exact(name, ranks, tmp_path)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_so_does_one_whose_optimizer_is_on_the_host(stage, tiny_model, tmp_path):
-    assert_exact(f"zero{stage}_offload", 2, tiny_model, tmp_path, "offloaded")
+    name = f"zero{stage}_offload"
+    assert_exact(name, begin(name, 2, tiny_model, tmp_path, "offloaded"), tmp_path)
 
 
 def test_without_the_dummy_tile_a_rank_without_images_breaks_zero_3(tiny_model, tmp_path):

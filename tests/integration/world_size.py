@@ -13,12 +13,12 @@ import torch.distributed as dist
 from exactness import PAIRS, batch_of, make_pairs
 
 from pipeline.config import load_ds_config, load_recipe
+from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave import Processor
-from pipeline.models.tower import KeptFeatures
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
 from pipeline.training.distributed import end_distributed, start_distributed
-from pipeline.training.engine import build_engine, load_tower, set_hyperparameters
+from pipeline.training.engine import build_engine, load_frozen, set_hyperparameters
 from pipeline.training.step import train_step
 from pipeline.training.temperature import Temperature
 from pipeline.training.universal import for_this_world
@@ -51,7 +51,7 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
         as_saved, start = start, for_this_world(start, timeout_minutes=0.5)
         if start != as_saved:
             config["checkpoint"] = {"load_universal": True}
-    tower = load_tower(recipe, model, torch.device("cpu"))
+    tower = load_frozen(recipe, model, torch.device("cpu"))
     engine, processor = build_engine(recipe, config, model), Processor.load(model, 512)
     temperature = Temperature(recipe, engine.device)
     if start:
@@ -63,7 +63,7 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
     for step in steps:
         pairs = make_pairs("mixed", seed=step)
         batch = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
-        features = KeptFeatures(tower, recipe.batch.tower_tiles, 0) if tower else None
+        features = KeptFeatures(tower, 0) if tower else None
         budget = Budget.of(recipe.batch, 512)
         result = train_step(engine, batch, recipe, budget, temperature, lr=2e-3, features=features)
         loss = result.loss.loss.detach().clone()
