@@ -11,13 +11,20 @@ import numpy as np
 from pipeline.convert.command import conversion, positive
 from pipeline.data import objects
 from pipeline.data.sample import Pair
-from pipeline.demo import clips, tasks
+from pipeline.demo import captioned, clips, tasks
 
 DESCRIPTION = """\
 a small world of drawn scenes, to try everything out
 
-Its training pairs go to DEST/train/<dataset>/, its evaluation sets to DEST/eval/, and clips of moving things, with
-captions, to DEST/clips/; one seed always draws the same.
+One seed always draws the same:
+
+    DEST/train/<dataset>/   training pairs of MMEB's kinds
+    DEST/eval/              their evaluation sets
+    DEST/clips/             clips of moving things, with captions
+    DEST/captions/train/    for LLM2CLIP: images/ with captions, texts/ (pairs of captions), sentences/ (a quarter as
+                            many pairs of sentences); Chinese is in the last two alone
+    DEST/captions/eval/     short/, long/ and chinese/ (pictures and captions, half as many again), classification/,
+                            and separation/ (a caption among those that differ in one word or two)
 
     python tools/make_shards.py demo 0 s3://bucket/demo
 """
@@ -37,10 +44,10 @@ def _seed(text: str) -> int:
 
 def datasets(arguments: argparse.Namespace) -> dict[str, "TrainingPairs"]:
     """The training sets by the URLs they go to."""
-    return {
-        objects.join(arguments.dest, "train", name): TrainingPairs(name, arguments.source, arguments.pairs)
-        for name in tasks.DATASETS
-    }
+    counts = dict.fromkeys(captioned.DATASETS, arguments.pairs) | {"sentences": -(-arguments.pairs // 4)}
+    urls = {objects.join(arguments.dest, "train", name): name for name in tasks.DATASETS}
+    urls |= {objects.join(arguments.dest, "captions/train", name): name for name in captioned.DATASETS}
+    return {url: TrainingPairs(name, arguments.source, counts.get(name, arguments.pairs)) for url, name in urls.items()}
 
 
 def evaluation_files(arguments: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
@@ -51,6 +58,8 @@ def evaluation_files(arguments: argparse.Namespace) -> Iterator[tuple[str, bytes
             yield objects.join(arguments.dest, "eval", path.relative_to(folder).as_posix()), path.read_bytes()
     for name, content in clips.evaluation_files(arguments.source, arguments.queries).items():
         yield objects.join(arguments.dest, "clips", name), content
+    for path, content in captioned.evaluation_files(arguments.source, arguments.queries):
+        yield objects.join(arguments.dest, "captions/eval", path), content
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,8 @@ class TrainingPairs:
         return f"pair {number}"
 
     def sample(self, number: int) -> Pair:
-        return tasks.training_pair(self.dataset, self.seed, number)
+        draw = captioned.training_pair if self.dataset in captioned.DATASETS else tasks.training_pair
+        return draw(self.dataset, self.seed, number)
 
     def files(self) -> dict[str, bytes]:
         return {}

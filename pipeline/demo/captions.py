@@ -13,7 +13,11 @@ Language = Literal["en", "de", "fr", "zh"]
 # "de" with the article), and "a star, which is small and red" (German: adjectives without endings).
 Form = Literal["indefinite", "definite", "relative", "predicate"]
 
+Relation = Literal["left", "right", "above", "below"]
+
 LANGUAGES: tuple[Language, ...] = ("en", "de", "fr", "zh")
+# Each relation, and how the other of the two things lies.
+CONVERSE: dict[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 # Noun and gender.
 _SHAPES = {
@@ -173,10 +177,17 @@ _SENTENCES = {
         "short": "{thing} {place}",
         "and": ", ",
         "last": " and ",
-        "opening": "This picture shows {number} objects on a plain {background} background.",
-        "object": "{place} there is {article} {shape}, which is {size} and {colour}.",
+        "opening": "This picture is a simple drawing that was made by a computer, with flat and even colours, "
+        "without shadows, without outlines and without any writing. It is as wide as it is high, and one can think of "
+        "it as four quarters, of which each holds one object or nothing at all.",
+        "number": "There are {number} objects in it, which do not touch each other.",
+        "size": "The object {place} is {size}.",
+        "kind": "The object {place} is {article} {shape}, which is {colour}.",
+        "background": "All of it lies on a plain {background} background.",
         "left": "{thing} is to the left of {other}.",
+        "right": "{thing} is to the right of {other}.",
         "above": "{thing} is above {other}.",
+        "below": "{thing} is below {other}.",
         "free": "There is nothing {places}.",
         "or": " or ",
         "between": " ",
@@ -186,10 +197,17 @@ _SENTENCES = {
         "short": "{thing} {place}",
         "and": ", ",
         "last": " und ",
-        "opening": "Dieses Bild zeigt {number} Objekte auf einem einfarbigen {background} Hintergrund.",
-        "object": "{place} ist {article} {shape} zu sehen, {which} {size} und {colour} ist.",
+        "opening": "Dieses Bild ist eine einfache Zeichnung, die ein Computer gemacht hat, mit flachen und "
+        "gleichmäßigen Farben, ohne Schatten, ohne Umrisse und ohne jede Schrift. Es ist so breit wie hoch, und man "
+        "kann es sich in vier Viertel geteilt denken, von denen jedes ein Objekt enthält oder ganz leer ist.",
+        "number": "Insgesamt befinden sich darin {number} Objekte, die einander nicht berühren.",
+        "size": "Das Objekt {place} ist {size}.",
+        "kind": "Das Objekt {place} ist {article} {shape}, {which} {colour} ist.",
+        "background": "Das alles liegt auf einem einfarbigen {background} Hintergrund.",
         "left": "{thing} befindet sich links von {other}.",
+        "right": "{thing} befindet sich rechts von {other}.",
         "above": "{thing} befindet sich über {other}.",
+        "below": "{thing} befindet sich unter {other}.",
         "free": "{places} ist nichts zu sehen.",
         "or": " und ",
         "between": " ",
@@ -199,10 +217,17 @@ _SENTENCES = {
         "short": "{thing} {place}",
         "and": ", ",
         "last": " et ",
-        "opening": "Cette image montre {number} objets sur un fond {background} uni.",
-        "object": "{place} se trouve {article} {shape}, qui est {size} et {colour}.",
+        "opening": "Cette image est un dessin simple fait par un ordinateur, avec des couleurs plates et régulières, "
+        "sans ombres, sans contours et sans aucune écriture. Elle est aussi large que haute, et on peut se la figurer "
+        "partagée en quatre quarts, dont chacun contient un objet ou reste entièrement vide.",
+        "number": "On y voit en tout {number} objets, qui ne se touchent pas.",
+        "size": "L'objet {place} est {size}.",
+        "kind": "L'objet {place} est {article} {shape}, qui est {colour}.",
+        "background": "Le tout se trouve sur un fond {background} uni.",
         "left": "{thing} se trouve à gauche {other}.",
+        "right": "{thing} se trouve à droite {other}.",
         "above": "{thing} se trouve au-dessus {other}.",
+        "below": "{thing} se trouve au-dessous {other}.",
         "free": "Il n'y a rien {places}.",
         "or": " ni ",
         "between": " ",
@@ -212,10 +237,16 @@ _SENTENCES = {
         "short": "{place}有{thing}",
         "and": "，",
         "last": "，",
-        "opening": "这张图片里有{number}个物体，背景是单一的{background}。",
-        "object": "{place}有{article}{shape}，它的颜色是{colour}，尺寸比较{size}。",
+        "opening": "这张图片是一幅由电脑绘制的简单图画，颜色均匀平整，没有阴影，没有轮廓线，也没有任何文字。"
+        "它的宽和高相等，可以看作分成四个区域，每个区域里有一个物体，或者什么也没有。",
+        "number": "图中一共有{number}个物体，它们互不接触。",
+        "size": "{place}的物体比较{size}。",
+        "kind": "{place}的物体是{article}{shape}，它的颜色是{colour}。",
+        "background": "它们都在单一的{background}背景上。",
         "left": "{thing}在{other}的左边。",
+        "right": "{thing}在{other}的右边。",
         "above": "{thing}在{other}的上方。",
+        "below": "{thing}在{other}的下方。",
         "free": "{places}什么也没有。",
         "or": "和",
         "between": "",
@@ -243,24 +274,36 @@ def short(scene: Scene, language: Language) -> str:
 
 
 def long(scene: Scene, language: Language) -> str:
-    """Several sentences: the background, every attribute, how the things lie, which places are free."""
-    sentences = _SENTENCES[language]
-    number = _NUMBERS[language][len(scene.things)]
-    said = [sentences["opening"].format(number=number, background=_BACKGROUNDS[language][scene.background])]
+    """Some 140 words: where things are and of which size, then what they are, how they lie, the background.
+
+    Who reads no more than its first 77 words, as CLIP no more than 77 tokens, learns no shape and no colour.
+    """
+    sentences, places = _SENTENCES[language], _PLACES[language]
+    said = [sentences["opening"], sentences["number"].format(number=_NUMBERS[language][len(scene.things)])]
     for thing in scene.things:
-        place = _PLACES[language][thing.place]
-        said.append(sentences["object"].format(place=place, **_words(thing, language, "predicate")))
+        size = _ADJECTIVES[language][thing.size]
+        size = size[0] if language == "fr" else size  # of the masculine "objet"
+        said.append(sentences["size"].format(place=places[thing.place], size=size))
+    taken = {thing.place for thing in scene.things}
+    free = [words for place, words in places.items() if place not in taken]
+    said.append(sentences["free"].format(places=_listed(free, language, "or")))
+    for thing in scene.things:
+        said.append(sentences["kind"].format(place=places[thing.place], **_words(thing, language, "predicate")))
     for first, second in combinations(scene.things, 2):
         left, right = sorted((first, second), key=lambda thing: PLACES[thing.place][0])
         if PLACES[left.place][0] != PLACES[right.place][0]:
-            said.append(_relation("left", left, right, language))
+            said.append(relation("left", left, right, language))
         # Things are in reading order: the second is never above the first.
         if PLACES[first.place][1] != PLACES[second.place][1]:
-            said.append(_relation("above", first, second, language))
-    taken = {thing.place for thing in scene.things}
-    free = [words for place, words in _PLACES[language].items() if place not in taken]
-    said.append(sentences["free"].format(places=_listed(free, language, "or")))
-    return sentences["between"].join(sentence[0].upper() + sentence[1:] for sentence in said)
+            said.append(relation("above", first, second, language))
+    said.append(sentences["background"].format(background=_BACKGROUNDS[language][scene.background]))
+    return sentences["between"].join(map(_capitalised, said))
+
+
+def relation(kind: Relation, thing: Thing, other: Thing, language: Language) -> str:
+    """A sentence of how two things lie: "The small red star is above the large blue circle."."""
+    definite, relative = phrase(thing, language, "definite"), phrase(other, language, "relative")
+    return _capitalised(_SENTENCES[language][kind].format(thing=definite, other=relative))
 
 
 def _words(thing: Thing, language: Language, form: Form) -> dict[str, str]:
@@ -281,10 +324,8 @@ def _words(thing: Thing, language: Language, form: Form) -> dict[str, str]:
     return words
 
 
-def _relation(kind: str, thing: Thing, other: Thing, language: Language) -> str:
-    return _SENTENCES[language][kind].format(
-        thing=phrase(thing, language, "definite"), other=phrase(other, language, "relative")
-    )
+def _capitalised(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
 
 
 def _listed(parts: list[str], language: Language, last: str) -> str:

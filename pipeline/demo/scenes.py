@@ -70,7 +70,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two or three things in reading order, no two in one place and no two of the same looks."""
+    """Two or three things in reading order (one, to classify), no two in one place and no two of the same looks."""
 
     things: tuple[Thing, ...]
     background: str
@@ -121,6 +121,13 @@ def random_scene(rng: np.random.Generator, held_out: bool, one_large: bool = Fal
         if thing.looks not in [other.looks for other in things]:
             things.append(thing)
     return Scene(in_reading_order(things), random_background(rng))
+
+
+def scene_of_part(rng: np.random.Generator, reserved: bool, one_large: bool = False) -> Scene:
+    """A scene without held-out combinations that is, or is not, reserved for evaluation; see `random_scene`."""
+    while (scene := random_scene(rng, held_out=False, one_large=one_large)).reserved != reserved:
+        pass
+    return scene
 
 
 def random_background(rng: np.random.Generator) -> str:

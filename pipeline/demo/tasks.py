@@ -31,6 +31,7 @@ from pipeline.demo.scenes import (
     png,
     random_scene,
     replaced,
+    scene_of_part,
     variants,
 )
 
@@ -55,7 +56,7 @@ HARD_CROPS = 3  # crops of the query's own scene, or of it with one attribute ch
 
 # One random stream each. Which candidates a row has says nothing about the scenes of other rows.
 _STREAMS = [*(f"{name} train" for name in DATASETS), *TASKS, *(f"{name} candidates" for name in TASKS)]
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     {
         "qry_text": pa.string(),
         "qry_img_path": pa.string(),
@@ -156,7 +157,7 @@ def write_evaluation(folder: Path, seed: int, count: int = QUERIES) -> None:
         rows, pictures = evaluation_rows(dataset, seed, count)
         (folder / dataset).mkdir(parents=True, exist_ok=True)
         (folder / "images" / dataset).mkdir(parents=True, exist_ok=True)
-        table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
         pq.write_table(table, folder / dataset / "test-00000-of-00001.parquet")
         for path, content in pictures.items():
             (folder / "images" / path).write_bytes(content)
@@ -172,10 +173,11 @@ def _rng(stream: str, seed: int, index: int) -> np.random.Generator:
 
 def _ask(dataset: str, part: Part, rng: np.random.Generator) -> _Question:
     """Draw a scene and put the dataset's question about it."""
-    scene = random_scene(rng, held_out=part == "held-out", one_large=dataset == "Scene-CLS")
-    # Whatever holds a held-out combination is unseen anyhow.
-    while part != "held-out" and scene.reserved != (part == "in-distribution"):
-        scene = random_scene(rng, held_out=False, one_large=dataset == "Scene-CLS")
+    one_large = dataset == "Scene-CLS"
+    if part == "held-out":  # whatever holds a held-out combination is unseen anyhow
+        scene = random_scene(rng, held_out=True, one_large=one_large)
+    else:
+        scene = scene_of_part(rng, reserved=part == "in-distribution", one_large=one_large)
     if dataset == "Scene-Ground":
         # One background for all: else it would tell the scene's own crops from most others.
         scene = replace(scene, background=next(iter(BACKGROUNDS)))

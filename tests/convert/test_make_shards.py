@@ -8,7 +8,7 @@ import pytest
 from conversion import content, error_of, make_shards, read_all, start
 
 from pipeline.convert.engine import carry_out
-from pipeline.demo import tasks
+from pipeline.demo import captioned, tasks
 from tools import make_shards as tool
 
 
@@ -35,12 +35,18 @@ def test_demo(s3, tmp_path, capsys):
     url = f"s3://pipeline-tests/make-shards/{tmp_path.name}"
     make_shards("demo", 3, url, "--pairs", 20, "--queries", 3)
     summaries = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-    assert summaries.keys() == {f"{url}/train/{name}" for name in tasks.DATASETS}
-    assert all(summary.startswith("20 samples in 1 shards, ") for summary in summaries.values())
+    captions = {f"{url}/captions/train/{name}": name for name in captioned.DATASETS}
+    assert summaries.keys() == {f"{url}/train/{name}" for name in tasks.DATASETS} | captions.keys()
+    for folder, summary in summaries.items():
+        assert summary.startswith(f"{5 if folder.endswith('/sentences') else 20} samples in 1 shards, ")
     for name in tasks.DATASETS:
         assert read_all(f"{url}/train/{name}") == list(tasks.training_pairs(name, 3, 20))
+    for folder, name in captions.items():
+        pairs = read_all(folder)
+        assert pairs == [captioned.training_pair(name, 3, index) for index in range(len(pairs))]
     tasks.write_evaluation(tmp_path, 3, 3)
     assert content(f"{url}/eval") == content(str(tmp_path))
+    assert content(f"{url}/captions/eval/") == dict(captioned.evaluation_files(3, 3))
 
 
 def test_a_missing_bucket_is_found_before_the_source_is_read(s3, tmp_path):
