@@ -8,6 +8,7 @@ of an item by itself. Tars in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json) 
 import hashlib
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections import Counter
@@ -27,7 +28,7 @@ from pipeline.data.sample import IMAGE_SUFFIXES, BadSample, Item, Pair, Single
 from pipeline.data.video import video_format
 from pipeline.errors import PipelineError
 
-_END = bytes(2 * tarfile.BLOCKSIZE)  # two empty blocks end a tar
+END = bytes(2 * tarfile.BLOCKSIZE)  # two empty blocks end a tar
 _KEPT_SIZES = 16  # of a shard's images, in the index
 
 
@@ -87,7 +88,7 @@ def parse_sample(data: bytes, captions: Captions | None = None) -> Pair | Single
     captions: for tars in img2dataset's layout, of which every sample is a pair.
     Raises BadSample with the reason when the bytes, intact as they are, hold no sample.
     """
-    key, members = _members(data)
+    key, members = members_of(data)
     # Images and videos are found without their suffix: "query.0.jpg" as "query.0".
     stems = {name.rpartition(".")[0]: content for name, content in members.items()}
 
@@ -122,7 +123,7 @@ def sample_key(data: bytes) -> str:
     return ""
 
 
-def _members(data: bytes) -> tuple[str, dict[str, bytes]]:
+def members_of(data: bytes) -> tuple[str, dict[str, bytes]]:
     """A sample's key, and its members by their names without it."""
     try:
         files = _plain_files(data) or _files(data)
@@ -150,12 +151,18 @@ def _plain_files(data: bytes) -> list[tuple[str, bytes]] | None:
         if header[148:156].strip(b" \0") != b"%06o" % checksum:
             return None
         begin, length = place + tarfile.BLOCKSIZE, int(size, 8)
-        files.append((name.partition(b"\0")[0].decode("utf-8", "surrogateescape"), data[begin : begin + length]))
+        content = data[begin : begin + length]
+        if kind != tarfile.XHDTYPE:
+            files.append((name.partition(b"\0")[0].decode("utf-8", "surrogateescape"), content))
+        elif not _TIME.fullmatch(content):
+            return None
         place = begin + -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return files if place == len(data) else None
 
 
-_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.XHDTYPE)
+# webdataset's writer, which img2dataset uses, puts before each member what fraction of a second it was written at.
+_TIME = re.compile(rb"[0-9]+ mtime=[0-9.]+\n")
 
 
 def _files(data: bytes) -> list[tuple[str, bytes]]:
@@ -287,9 +294,9 @@ def write_shard(samples: Iterable[Pair | Single], path: Path, shard_bytes: int |
             offset += len(data)
             if shard_bytes is not None and offset >= shard_bytes:
                 break
-        file.write(_END)
-        digest.update(_END)
-    shard, sidecar = records.finish(path.name, offset + len(_END), digest.hexdigest())
+        file.write(END)
+        digest.update(END)
+    shard, sidecar = records.finish(path.name, offset + len(END), digest.hexdigest())
     partial.replace(path)
     objects.write(str(path.with_name(shard.sidecar)), sidecar)
     return shard

@@ -359,13 +359,14 @@ def test_a_sparse_file_claims_no_memory(tmp_path):
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("folder", ["", "f" * 60 + "/" + "g" * 60 + "/", "ü/"])
-def test_tars_of_all_kinds_are_read_as_tarfile_reads_them(format, folder):
+@pytest.mark.parametrize("time", [0, 1795284872.5])  # a fraction is in a header of its own
+def test_tars_of_all_kinds_are_read_as_tarfile_reads_them(format, folder, time):
     contents = {"json": b"{}", "txt": b"a caption", "jpg": picture(1, "JPEG"), "empty": b"", "block": bytes(512)}
     buffer = BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
         for name, content in contents.items():
             member = tarfile.TarInfo(f"{folder}000001.{name}")
-            member.size = len(content)
+            member.size, member.mtime = len(content), time
             tar.addfile(member, BytesIO(content))
     whole = buffer.getvalue()
     for data in (whole, whole[: tar.offset - 2 * tarfile.BLOCKSIZE]):
