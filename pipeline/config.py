@@ -45,20 +45,40 @@ class Section(BaseModel):
 
 
 class Architecture(Section):
-    """The shape of a LLaVA-OneVision model that starts from random weights."""
+    """The shape of a model that starts from random weights, of the parts that its kind has."""
 
-    vision: dict[str, Any] = Field(description="transformers' SiglipVisionConfig")
-    text: dict[str, Any] = Field(description="transformers' Qwen2Config; vocab_size is the tokenizer's, trained")
-    image_grid_pinpoints: list[tuple[int, int]] = Field(description="sizes (height, width) an image is tiled to")
+    vision: dict[str, Any] = Field(
+        {}, description="transformers' SiglipVisionConfig; of clip and llm2clip CLIPVisionConfig"
+    )
+    text: dict[str, Any] = Field(
+        {},
+        description="transformers' Qwen2Config; of caption and mntp also another's, as {model_type: llama}; of clip "
+        "CLIPTextConfig; vocab_size is the tokenizer's, trained",
+    )
+    image_grid_pinpoints: list[tuple[int, int]] = Field(
+        [], description="llave: sizes (height, width) an image is tiled to"
+    )
 
 
 class Model(Section):
+    kind: Literal["llave", "caption", "mntp", "llm2clip", "clip"] = Field(
+        "llave",
+        description="llave; LLM2CLIP's stages, caption (a decoder as text encoder) and llm2clip (a vision encoder that "
+        "it teaches); mntp, before them (a decoder learns to attend both ways by masked next-token prediction); clip, "
+        "both of whose towers are trained",
+    )
     path: str | None = Field(
-        None, description="LLaVA-OneVision in transformers' format or an original LLaVE: a folder or hub name"
+        None,
+        description="folder or hub name. llave: LLaVA-OneVision in transformers' format or an original LLaVE; caption "
+        "and mntp: a decoder; llm2clip: a CLIP, SigLIP or timm vision tower; clip: a CLIP",
     )
     architecture: Architecture | None = Field(None, description="or: random weights of this shape")
     image_grid_pinpoints: list[tuple[int, int]] | None = Field(
-        None, description="sizes (height, width) an image is tiled to, if not those in the model's config"
+        None, description="llave: sizes (height, width) an image is tiled to, if not those in the model's config"
+    )
+    instruction: str = Field("", description="caption: what stands before each text, seen and not pooled")
+    text_encoder: str | None = Field(
+        None, description="llm2clip: folder or hub name of the frozen text encoder, a caption run's export"
     )
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
         "auto", description="flash-attn, torch's variable-length one, or SDPA; auto: the first of them that runs there"
@@ -71,6 +91,24 @@ class Model(Section):
             raise ValueError("give either model.path or model.architecture, not both and not neither")
         if self.architecture and self.image_grid_pinpoints:
             raise ValueError("model.image_grid_pinpoints is for model.path; the architecture names its own")
+        of_one_kind = {"image_grid_pinpoints": "llave", "instruction": "caption", "text_encoder": "llm2clip"}
+        for name, kind in of_one_kind.items():
+            if getattr(self, name) and self.kind != kind:
+                raise ValueError(f"model.{name} is for model.kind={kind}, and this is {self.kind}")
+        if self.kind == "llm2clip" and not self.text_encoder:
+            raise ValueError("model.text_encoder is missing: the export of a run of kind caption")
+        if self.architecture:
+            wanted = {
+                "llave": ("vision", "text", "image_grid_pinpoints"),
+                "caption": ("text",),
+                "mntp": ("text",),
+                "llm2clip": ("vision",),
+                "clip": ("vision", "text"),
+            }[self.kind]
+            for name in Architecture.model_fields:
+                if bool(getattr(self.architecture, name)) != (name in wanted):
+                    what = "is missing" if name in wanted else f"is not for model.kind={self.kind}"
+                    raise ValueError(f"model.architecture.{name} {what}")
         return self
 
 
@@ -102,6 +140,9 @@ class Data(Store):
     url: str = Field(description="s3://bucket/prefix or a folder: an index.json, or one per dataset below it")
     datasets: list[Part] = Field(
         [], description="datasets below url: NAME or {name: NAME, weight: 1, cap: 50000}; empty: url is itself one"
+    )
+    text_embeddings: str | None = Field(
+        None, min_length=1, description="vectors of the captions, by pipeline.embed --shards: its --out, or `beside`"
     )
     cap: int | None = Field(None, gt=0, description="samples an epoch takes at most of a dataset that names no cap")
     batches: str = Field(
@@ -173,7 +214,9 @@ class Batch(Section):
     )
     tower_tiles: int = Field(64, gt=0, description="tiles that a frozen vision tower sees at once")
     features_mb: int = Field(
-        4096, ge=0, description="a frozen tower's features on the device; further ones wait in the host's memory"
+        4096,
+        ge=0,
+        description="what a frozen tower or text encoder gives, on the device; further ones wait in the host's memory",
     )
 
 
@@ -191,22 +234,31 @@ class Lora(Section):
 class Train(Section):
     """What is trained: true, false, or a learning rate of its own beside optimizer.lr. The rest is frozen."""
 
-    projector: bool | float = Field(True, description="with the newline's embedding")
+    projector: bool | float = Field(True, description="llave's, with the newline's embedding")
     language_model: bool | float = Field(True, description="its weights, or adapters")
-    vision_tower: bool | float = Field(False, description="frozen, it runs outside the engine, once a step")
+    vision_tower: bool | float = Field(False, description="llave's, where frozen, runs outside the engine, once a step")
+    adapter: bool | float = Field(True, description="llm2clip's, over the frozen text encoder's vectors")
     lora: Lora | None = Field(None, description="adapters take the place of the language model's own weights")
 
     @model_validator(mode="after")
-    def something_is_trained(self) -> "Train":
-        parts = {name: getattr(self, name) for name in ("projector", "language_model", "vision_tower")}
-        for name, value in parts.items():
-            if value is not True and value is not False and value <= 0:
+    def rates_are_positive(self) -> "Train":
+        for name in Train.model_fields:
+            value = getattr(self, name)
+            if isinstance(value, float) and value <= 0:
                 raise ValueError(f"train.{name} is {value}: give true, false or a positive learning rate")
-        if not any(parts.values()):
-            raise ValueError("nothing is trained: set one of train.projector, language_model or vision_tower")
         if self.lora and not self.language_model:
             raise ValueError("train.lora needs train.language_model, whose learning rate the adapters have")
         return self
+
+
+# Of each kind of model, the parts that can be trained: fields of Train.
+TRAINED_PARTS = {
+    "llave": ("projector", "language_model", "vision_tower"),
+    "caption": ("language_model",),
+    "mntp": ("language_model",),
+    "llm2clip": ("vision_tower", "adapter"),
+    "clip": ("vision_tower", "language_model"),
+}
 
 
 class Loss(Section):
@@ -214,6 +266,19 @@ class Loss(Section):
     temperature: float = Field(0.02, ge=0.01, description="what similarities are divided by")
     learn_temperature: bool = Field(False, description="train it from there, at optimizer.lr; 0.01 is its lower bound")
     margin: float | None = Field(None, description="mask negatives more similar than the positive by this much")
+    mask_rate: float = Field(0.2, gt=0, le=1, description="mntp: tokens that are hidden, to be predicted")
+    mask_random: float = Field(0.1, ge=0, le=1, description="mntp: of these, what any token takes the place of")
+    mask_kept: float = Field(
+        0.1, ge=0, le=1, description="mntp: of these, what stays as it is; a mask token hides the rest"
+    )
+
+    @model_validator(mode="after")
+    def hidden_is_shared_out(self) -> "Loss":
+        if self.mask_random + self.mask_kept > 1:
+            raise ValueError(
+                f"loss.mask_random={self.mask_random} and loss.mask_kept={self.mask_kept} are more than 1 together"
+            )
+        return self
 
 
 class Optimizer(Section):
@@ -227,7 +292,11 @@ class Optimizer(Section):
 
 class Evaluation(Section):
     urls: list[str] = Field(description="evaluation sets: URL or NAME=URL, as pipeline.evaluate takes them")
-    every: int | None = Field(None, gt=0, description="steps; besides, always before the first and after the last")
+    every: int | None = Field(
+        None,
+        gt=0,
+        description="steps; besides, always before the first and after the last. llm2clip loads its text encoder then",
+    )
 
 
 class Checkpoint(Section):
@@ -253,6 +322,37 @@ class Recipe(Section):
     evaluation: Evaluation | None = None
     ledger: bool = Field(False, description="write the sample keys of every step to RUN/ledger")
     timeout_minutes: float = Field(15, gt=0, description="a collective that waits longer ends the job")
+
+    @model_validator(mode="after")
+    def something_is_trained(self) -> "Recipe":
+        """Of the parts that the kind of model has, and nothing is said of others."""
+        parts, kind = TRAINED_PARTS[self.model.kind], self.model.kind
+        every = {part for parts in TRAINED_PARTS.values() for part in parts}
+        for name in sorted(every - set(parts)):
+            if getattr(self.train, name) != Train.model_fields[name].default:
+                raise ValueError(f"train.{name} is not for model.kind={kind}; its parts are {', '.join(parts)}")
+        if kind in ("llm2clip", "clip") and "vision_tower" not in self.train.model_fields_set:
+            raise ValueError(f"say whether train.vision_tower is trained: model.kind={kind} is mostly there for it")
+        if not any(getattr(self.train, name) for name in parts):
+            raise ValueError(f"nothing is trained: set one of train.{', '.join(parts)}")
+        if self.train.lora and kind not in ("llave", "caption", "mntp"):
+            raise ValueError("train.lora is for the language models of llave, caption and mntp")
+        return self
+
+    @model_validator(mode="after")
+    def fields_are_of_the_loss(self) -> "Recipe":
+        """Masked next-token prediction knows no negatives and needs one pass; the contrastive loss masks no tokens."""
+        if self.model.kind == "mntp":
+            fields = [f"loss.{name}" for name in Loss.model_fields if not name.startswith("mask_")]
+            fields, whose = [*fields, "batch.sub_batch", "batch.kept_chunks"], "the contrastive losses"
+        else:
+            fields, whose = [f"loss.{name}" for name in Loss.model_fields if name.startswith("mask_")], "mntp"
+        for field in fields:
+            section, name = field.split(".")
+            given = getattr(self, section)
+            if getattr(given, name) != type(given).model_fields[name].default:
+                raise ValueError(f"{field} is for {whose}, and model.kind is {self.model.kind}")
+        return self
 
     @model_validator(mode="after")
     def works_together(self) -> "Recipe":

@@ -17,10 +17,9 @@ import transformers
 
 from pipeline.config import load_recipe
 from pipeline.data.collate import pack
-from pipeline.data.sample import Item
 from pipeline.errors import PipelineError, command_line
 from pipeline.models import weights
-from pipeline.models.llave import DTYPES, Llave, Processor
+from pipeline.models.kinds import KINDS
 from pipeline.models.lora import add_adapters
 from pipeline.training import checkpoint
 from pipeline.training.engine import freeze
@@ -50,12 +49,14 @@ def main() -> None:
 
     transformers.logging.disable_progress_bar()
     recipe = load_recipe(run / "recipe.yaml", [])
-    source = weights.resolve(recipe.model.path, run / "init") if recipe.model.path else str(run / "init")
-    began_with = checkpoint.conditions_of(folder).get("the model's fingerprint")
-    if began_with != weights.fingerprint(recipe.model.path):
-        raise PipelineError(f"{recipe.model.path} is not what it was when {run} began: restore it")
-    model = Llave.load(source, DTYPES[recipe.precision], recipe.model.image_grid_pinpoints).eval()
-    freeze(model, recipe.train)
+    kind = KINDS[recipe.model.kind]
+    source = kind.resolve(recipe.model.path, run / "init") if recipe.model.path else str(run / "init")
+    began_with = checkpoint.conditions_of(folder)
+    for what, path in (("model", recipe.model.path), ("text encoder", recipe.model.text_encoder)):
+        if path and began_with.get(f"the {what}'s fingerprint") != weights.fingerprint(path):
+            raise PipelineError(f"{path} is not what it was when {run} began: restore it")
+    model = kind.load_whole(recipe, source).eval()
+    freeze(model, recipe)
     if recipe.train.lora:
         add_adapters(model.language_model, recipe.train.lora, recipe.seed)
     trained_weights = checkpoint.trained_weights(folder)
@@ -63,12 +64,14 @@ def main() -> None:
     if differing := sorted(trained ^ trained_weights.keys()):
         raise PipelineError(f"{folder} does not hold what the recipe trains: {differing[0]} is in only one of them")
     model.load_state_dict(trained_weights, strict=False)
-    before = _embedding(model, source)
     unverified = out.with_name(out.name + ".unverified")
     shutil.rmtree(unverified, ignore_errors=True)
-    parameters = dict(model.named_parameters())
-    write_folder(model, parameters, recipe.train.lora, source, recipe.model.path, unverified)
-    cosine = float(before @ _embedding(Llave.load(str(unverified), "auto").eval(), str(unverified)))
+    write_folder(model, dict(model.named_parameters()), recipe, source, unverified)
+    # Of items as the written folder reads them.
+    probe = pack(kind.probe(str(unverified)))
+    written = kind.open_trained(str(unverified))
+    with torch.no_grad():
+        cosine = float((model(probe, True) * written(probe, True)).sum(dim=1).min())
     if cosine < _LEAST_COSINE[recipe.precision]:
         raise PipelineError(f"{unverified} does not give the checkpoint's embedding (cosine {cosine:.6f}): not for use")
     unverified.rename(out)
@@ -89,13 +92,6 @@ def _checkpoint(folder: Path, step: int | Literal["best"] | None) -> Path:
         there = ", ".join(str(int(path.name[5:])) for path in sorted(folder.glob("step-*"))) or "none"
         raise PipelineError(f"no such checkpoint in {folder}; steps that have one: {there}")
     return found
-
-
-@torch.no_grad()
-def _embedding(model: Llave, source: str) -> torch.Tensor:
-    """(hidden,) of a text."""
-    encoded = Processor.load(source, 512).encode(Item("A cat and a dog on a red sofa"))
-    return model(pack([encoded]), False)[0]
 
 
 if __name__ == "__main__":

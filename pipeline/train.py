@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,24 +21,25 @@ import numpy as np
 import torch.distributed as dist
 
 from pipeline import status
-from pipeline.config import Recipe, Train, dump_recipe, is_offloaded, load_ds_config, load_recipe
+from pipeline.config import Recipe, dump_recipe, is_offloaded, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
-from pipeline.data.lengths import Lengths
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.errors import PipelineError, command_line
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
-from pipeline.evaluation.encoders import LlaveEncoder
+from pipeline.evaluation.encoders import ModelEncoder
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import Memory
-from pipeline.models import llave, weights
-from pipeline.models.tower import KeptFeatures
+from pipeline.models import weights
+from pipeline.models.chunks import Features
+from pipeline.models.frozen import KeptFeatures
+from pipeline.models.kinds import KINDS, Processor
 from pipeline.training import checkpoint
 from pipeline.training.distributed import end_distributed, on_first_rank, start_distributed
-from pipeline.training.engine import PARTS, build_engine, load_tower
+from pipeline.training.engine import build_engine, load_frozen
 from pipeline.training.export import export
 from pipeline.training.loop import Run, train
 from pipeline.training.monitor import StepLog
@@ -77,13 +78,14 @@ def main() -> None:
 def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
     # What is wrong is found here, on every rank, before processes meet and a model is loaded.
     folder, world = Path(recipe.run), int(os.environ.get("WORLD_SIZE", 1))
-    if recipe.model.architecture:
-        llave.check_architecture(recipe.model.architecture)
+    kind = KINDS[recipe.model.kind]
+    kind.check(recipe.model)
     source = Source.open(recipe.data)
-    lengths = Lengths(llave.tiling(weights.config_of(recipe.model)), recipe.video.frames)
-    order = source.order(recipe.batch.global_batch, recipe.seed, lengths)
+    kind.check_data(recipe, source)
+    order = source.order(recipe.batch.global_batch, recipe.seed, kind.lengths(recipe))
     order.check_world(world)
     ds_config = load_ds_config(recipe, world)
+    kind.check_stage(ds_config["zero_optimization"]["stage"])
     source.check_memory(order, world)
     steps = recipe.steps or round(recipe.epochs * order.steps_per_epoch)
     if steps < 1:
@@ -93,7 +95,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
         if not resume:
             raise PipelineError(f"{folder} has a checkpoint already; set run= to another directory, or resume")
         checkpoint.check(start, conditions)
-    collection = sets.load(recipe.evaluation.urls) if recipe.evaluation else None
+    collection = sets.load(recipe.evaluation.urls, instructed=kind.instructed) if recipe.evaluation else None
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it does not survive the loader's forks
     device = start_distributed(recipe.timeout_minutes)
@@ -111,21 +113,22 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
         start, as_saved = for_this_world(start, recipe.timeout_minutes), start
         if start != as_saved:
             ds_config.setdefault("checkpoint", {})["load_universal"] = True
-    model = recipe.model
-    processor = llave.Processor.load(
-        model_path, model.max_tokens, recipe.video.frames, pinpoints=model.image_grid_pinpoints
-    )
-    tower = load_tower(recipe, model_path, device)  # before the engine: under ZeRO-3 it must not be partitioned
+    processor = kind.processor(recipe, model_path)
+    frozen = load_frozen(recipe, model_path, device)
     engine = build_engine(recipe, ds_config, model_path)
 
     def features() -> KeptFeatures | None:
-        limit = recipe.batch.features_mb << 20
-        return KeptFeatures(tower, recipe.batch.tower_tiles, limit) if tower else None
+        return KeptFeatures(frozen, recipe.batch.features_mb << 20) if frozen else None
+
+    @cache
+    def reader_and_features() -> tuple[Processor, Features | None]:
+        return kind.for_evaluation(recipe, processor, frozen, device)
 
     def evaluate(chunk_tokens: int) -> Report | None:
-        seen = partial(tower.features_of, tiles_at_once=recipe.batch.tower_tiles) if tower else None
-        dimension = engine.module.config.text_config.hidden_size
-        encoder = LlaveEncoder(recipe.run, "", dimension, lambda: engine, processor, chunk_tokens, device, seen)
+        reader, seen = reader_and_features()
+        encoder = ModelEncoder(
+            recipe.run, "", engine.module.dimension, lambda: (engine, seen), reader, chunk_tokens, device
+        )
         store = Memory(len(collection.items), encoder.dimension) if rank == 0 else None
         if not embed_collection(encoder, collection, store, device, interrupted=lambda: preemption.asked() > 0):
             return None
@@ -134,11 +137,13 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
 
     def batches_of(steps: range) -> Iterator[Batch]:
         timeout = 60 * recipe.timeout_minutes
-        return batches(source, order, processor.encode, steps, rank=rank, world=world, timeout=timeout)
+        return batches(
+            source, order, processor.encode, steps, rank=rank, world=world, timeout=timeout, trained_on=kind.trained_on
+        )
 
     if not train(engine, Run(recipe, order, steps, start, conditions, batches_of, evaluate, features, preemption)):
         return
-    export(engine, tower, recipe.train.lora, model_path, recipe.model.path, folder / "export")
+    export(engine, frozen, recipe, model_path, folder / "export")
     if rank == 0:
         status.note(folder, "finished", reason="")
         print(f"the model: {folder}/export    the curves: tensorboard --logdir {folder}/tensorboard")
@@ -150,27 +155,34 @@ def conditions_of_run(recipe: Recipe, source: Source, zero: dict) -> dict:
     zero: the DeepSpeed config's "zero_optimization".
     """
     names = ("lanes", "block_samples", "window_blocks", "batches", "cap")
-    return {f"data.{name}": getattr(recipe.data, name) for name in names} | {
-        "data.datasets": [part.model_dump() for part in recipe.data.datasets],
-        "the data's fingerprint": source.fingerprint,
-        "video.frames": recipe.video.frames,
-        "the ZeRO stage": zero["stage"],
-        "the optimizer is offloaded": is_offloaded(zero),
-        "seed": recipe.seed,
-        "precision": recipe.precision,
-        "batch.global_batch": recipe.batch.global_batch,
-        "batch.sub_batch": recipe.batch.sub_batch,
-        "the loss": recipe.loss.model_dump(),
-        "model": recipe.model.model_dump(mode="json", exclude={"max_tokens", "attention"}),
-        "the model's fingerprint": weights.fingerprint(recipe.model.path),
-        "what is trained": _trained(recipe.train),
-    }
+    model, loss, llave = recipe.model, recipe.loss, recipe.model.kind == "llave"
+    of_others = {"kind", "instruction", "text_encoder"} if llave else set()
+    masks = {name for name in type(loss).model_fields if name.startswith("mask_")}
+    return (
+        {f"data.{name}": getattr(recipe.data, name) for name in names}
+        | {
+            "data.datasets": [part.model_dump() for part in recipe.data.datasets],
+            "the data's fingerprint": source.fingerprint,
+            "video.frames": recipe.video.frames,
+            "the ZeRO stage": zero["stage"],
+            "the optimizer is offloaded": is_offloaded(zero),
+            "seed": recipe.seed,
+            "precision": recipe.precision,
+            "batch.global_batch": recipe.batch.global_batch,
+            "batch.sub_batch": recipe.batch.sub_batch,
+            "the loss": loss.model_dump(exclude=masks if KINDS[model.kind].contrastive else set()),
+            "model": model.model_dump(mode="json", exclude={"max_tokens", "attention", *of_others}),
+            "the model's fingerprint": weights.fingerprint(model.path),
+            "what is trained": _trained(recipe),
+        }
+        | ({"the text encoder's fingerprint": weights.fingerprint(model.text_encoder)} if model.text_encoder else {})
+    )
 
 
-def _trained(train: Train) -> dict:
+def _trained(recipe: Recipe) -> dict:
     """What has optimizer state; learning rates may change under way."""
-    parts = {name: bool(getattr(train, name)) for name in PARTS}
-    return parts | {"lora": train.lora.model_dump() if train.lora else None}
+    parts = {name: bool(getattr(recipe.train, name)) for name in KINDS[recipe.model.kind].parts}
+    return parts | {"lora": recipe.train.lora.model_dump() if recipe.train.lora else None}
 
 
 def _model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> str:
@@ -180,12 +192,13 @@ def _model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> str:
     where a run begins anew.
     """
     made = folder / "init"
+    kind = KINDS[recipe.model.kind]
     if recipe.model.path:
-        return weights.resolve(recipe.model.path, made)
+        return kind.resolve(recipe.model.path, made)
     if anew or not made.exists():
         unfinished = folder / "init.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        llave.build(recipe.model.architecture, _texts(source), recipe.seed, unfinished)
+        kind.build(recipe.model, _texts(source), recipe.seed, unfinished)
         shutil.rmtree(made, ignore_errors=True)
         unfinished.rename(made)
     return str(made)

@@ -19,10 +19,16 @@ class Image:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One item ready for the model: token ids (T,) int32, a placeholder for each image token, and the images."""
+    """One item ready for the model: token ids (T,) int32, a placeholder for each image token, and the images.
+
+    skipped: tokens of an instruction at its beginning, which a mean over the text leaves out.
+    vector: (width,) of the text, by a frozen language model, where it was computed beforehand.
+    """
 
     input_ids: np.ndarray
     images: tuple[Image, ...] = ()
+    skipped: int = 0
+    vector: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,16 @@ class Packed:
 
     input_ids, position_ids: (T,) int64; positions restart at 0 with each item.
     lengths: tokens of each item, sum T.  images: in the order of their placeholders.
+    tiles_of: of each item, how many tiles its images have.  skipped, vectors: of each item, see `Encoded`.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     lengths: tuple[int, ...]
     images: tuple[Image, ...]
+    tiles_of: tuple[int, ...]
+    skipped: tuple[int, ...]
+    vectors: tuple[np.ndarray | None, ...]
 
     @property
     def tiles(self) -> torch.Tensor:
@@ -56,6 +66,9 @@ def pack(items: Sequence[Encoded]) -> Packed:
         position_ids=torch.from_numpy(np.concatenate([np.arange(len(item.input_ids)) for item in items])),
         lengths=tuple(len(item.input_ids) for item in items),
         images=tuple(image for item in items for image in item.images),
+        tiles_of=tuple(sum(len(image.tiles) for image in item.images) for item in items),
+        skipped=tuple(item.skipped for item in items),
+        vectors=tuple(item.vector for item in items),
     )
 
 

@@ -13,13 +13,29 @@ _TEXT_BYTES = 4  # of UTF-8 a token holds, about: English has 4 letters, Chinese
 
 
 @dataclass(frozen=True)
+class Square:
+    """How a model sees images that cuts each to one square, of as many tokens, and a video's frames likewise.
+
+    A model that sees none has them take no tokens.
+    """
+
+    image_tokens: int = 0
+
+    def tokens(self, height: int, width: int, *, anyres: bool) -> int:
+        return self.image_tokens
+
+    def video_tokens(self, frames: int) -> int:
+        return frames * self.image_tokens
+
+
+@dataclass(frozen=True)
 class Lengths:
     """Token lengths for a model that tiles images so and sees so many frames of a video.
 
     Images count exactly, texts about; a text that is cut to fit counts as a whole.
     """
 
-    tiling: Tiling
+    tiling: Tiling | Square
     video_frames: int
 
     def of_records(self, records: np.ndarray) -> np.ndarray:
@@ -49,7 +65,7 @@ class Lengths:
 
 
 @lru_cache(maxsize=1 << 16)
-def _image_tokens(tiling: Tiling, width: int, height: int, alone: bool) -> int:
+def _image_tokens(tiling: Tiling | Square, width: int, height: int, alone: bool) -> int:
     if not width or not height:  # it cannot be read: its sample will be a bad one
         return 0
     return tiling.tokens(height, width, anyres=bool(alone))

@@ -1,8 +1,11 @@
 """What one sample is: a query and its target, or one item alone; each item a text with its images or video."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+
+import numpy as np
 
 IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
@@ -20,11 +23,13 @@ class Item:
     text: says by `<image>` (`<video>`) where each image (the video) goes.
     images: encoded bytes (PNG, JPEG, ...), in the order of their marks.
     video: encoded bytes, or None.
+    vector: (width,) float32, the text's embedding by a frozen language model, where it was computed beforehand.
     """
 
     text: str
     images: tuple[bytes, ...] = ()
     video: bytes | None = None
+    vector: np.ndarray | None = field(default=None, compare=False)
 
     @cached_property
     def content_hash(self) -> int:
@@ -42,12 +47,16 @@ class Item:
         return item
 
 
+Draw = Callable[[int], int]  # n -> 0 to n - 1, equally likely; the same at the same step
+
+
 @dataclass(frozen=True)
 class Pair:
     """One training sample: `target` answers `query`; `negatives` look as if they did.
 
     alternatives: texts that may stand in the place of the target's: an image's other captions, of which
         each step that takes the sample draws one.
+    vectors: (texts, width) float32, of each of `texts` its embedding, where they were computed beforehand.
     """
 
     key: str
@@ -57,6 +66,7 @@ class Pair:
     target: Item
     negatives: tuple[Item, ...] = ()
     alternatives: tuple[str, ...] = ()
+    vectors: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -67,10 +77,30 @@ class Pair:
         """The target's texts, of which one is drawn."""
         return (self.target.text, *self.alternatives)
 
+    def one_text(self, draw: Draw) -> "Pair":
+        """The pair with one of its target's texts, all equally likely."""
+        return self.drawn(draw(len(self.texts)) if self.alternatives else 0)
+
+    def two_texts(self, draw: Draw) -> "Pair":
+        """Of an image with texts two of these, one to find the other, all in turn; a pair of texts as `one_text`.
+
+        Raises BadSample for an image with one text, or none.
+        """
+        if not self.query.images and self.query.video is None:
+            return self.one_text(draw)
+        texts = [text for text in dict.fromkeys(self.texts) if text.strip()]
+        if self.target.images or len(texts) < 2:
+            raise BadSample("an image without two different captions, of which one is to find the other")
+        query, target = divmod(draw(len(texts) * (len(texts) - 1)), len(texts) - 1)
+        target += target >= query
+        return replace(self, query=Item(texts[query]), target=Item(texts[target]), negatives=(), alternatives=())
+
     def drawn(self, number: int) -> "Pair":
         """The pair with its target's text number `number`, and no others."""
         target = replace(self.target, text=self.texts[number]) if number else self.target
-        return replace(self, target=target, alternatives=())
+        if self.vectors is not None:
+            target = replace(target, vector=self.vectors[number]).hashed(target.content_hash)
+        return replace(self, target=target, alternatives=(), vectors=None)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from PIL.Image import Image as Picture
 from pipeline.data.sample import BadSample
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
-from pipeline.evaluation.encoders import without_marks
+from pipeline.evaluation.clip import without_marks
 from pipeline.evaluation.metrics import Scores, result_of, scores_of, worst_queries
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.results import Case, Shown

@@ -71,7 +71,8 @@ def hardness_weighted_loss(
     temperature: a number, or a scalar tensor, which may require grad (a learnt temperature).
     negatives: (m, d) unit rows; further columns for the queries of all ranks. m may differ between ranks.
     query_ids, target_ids, negative_ids: int64 (n,), (n,), (m,) content hashes. For row i, column j is no
-        negative where it has the same target or the same query, nor is a negative equal to target i.
+        negative where it has the same target or the same query, or where one's query is the other's target; nor is
+        a negative equal to target i.
     valid, negatives_valid: bool (n,), (m,); what is not valid has no loss and is no column.
     margin: masks negatives whose similarity exceeds the positive's by more than this.
     reward_query, reward_target, reward_negatives: (n, e), (n, e), (m, e) unit rows of another embedder, whose
@@ -334,6 +335,9 @@ class _Matrix:
         alike = torch.zeros_like(logits, dtype=torch.bool)
         for name, ids in self.queries.ids.items():
             alike[:, : len(self.positives)] |= ids[part, None] == self.targets.ids[name]
+        if len(self.queries.ids) == 2:  # one pair's query may be another's target, as where both are captions
+            for name, other in (("query", "target"), ("target", "query")):
+                alike[:, : len(self.positives)] |= self.queries.ids[name][part, None] == self.targets.ids[other]
         if "target" in self.queries.ids:
             alike[:, len(self.positives) :] = self.queries.ids["target"][part, None] == self.extra.ids["target"]
         return alike

@@ -47,10 +47,14 @@ def _no_flash_attention(device: str, dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the items of a packed row of T tokens are. lengths: tokens of each, sum T."""
+    """Where the items of a packed row of T tokens are, and where each looks.
+
+    lengths: tokens of each, sum T.  causal: a token sees those before it, or else all of its item.
+    """
 
     lengths: tuple[int, ...]
     device: torch.device
+    causal: bool = True
 
     @property
     def longest(self) -> int:
@@ -69,9 +73,15 @@ class Segments:
         shift = torch.arange(len(lengths)) * self.longest - (lengths.cumsum(0) - lengths)
         return (torch.arange(sum(self.lengths)) + shift.repeat_interleave(lengths)).to(self.device, non_blocking=True)
 
+    @cached_property
+    def filled(self) -> torch.Tensor:
+        """(items, 1, 1, longest) bool: which slots have a token."""
+        lengths = torch.tensor(self.lengths, device=self.device)
+        return (torch.arange(self.longest, device=self.device) < lengths[:, None])[:, None, None]
+
 
 # What transformers calls an attention function with: query (1, heads, T, d), key and value (1, key-value heads, T, d);
-# it returns (1, T, heads, d). All are causal inside each segment.
+# it returns (1, T, heads, d). No token sees another segment's.
 
 
 def packed_sdpa(
@@ -83,13 +93,14 @@ def packed_sdpa(
     *,
     segments: Segments,
     scaling: float,
-    **_: object,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """By torch's SDPA on rows of the longest item's length.
 
     Chunks are cut so that little of the rows is empty (see chunks.py); what is empty comes last in its row, where no
-    token of the item looks.
+    token of a causal item looks.
     """
+    _refuse(segments, others)
     count, longest = len(segments.lengths), segments.longest
 
     def spread(x: torch.Tensor) -> torch.Tensor:
@@ -97,8 +108,9 @@ def packed_sdpa(
         rows = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, segments.slots, x)
         return rows.view(count, longest, *x.shape[1:]).transpose(1, 2)
 
+    where = {"is_causal": True} if segments.causal else {"attn_mask": segments.filled}
     out = F.scaled_dot_product_attention(
-        spread(query), spread(key), spread(value), is_causal=True, scale=scaling, enable_gqa=True
+        spread(query), spread(key), spread(value), **where, scale=scaling, enable_gqa=True
     )
     return out.transpose(1, 2).flatten(0, 1)[segments.slots][None], None
 
@@ -112,13 +124,14 @@ def packed_varlen(
     *,
     segments: Segments,
     scaling: float,
-    **_: object,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """By torch's own variable-length FlashAttention."""
+    _refuse(segments, others)
     from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
 
-    causal = (-1, 0)
-    attend = partial(varlen_attn, scale=scaling, window_size=causal, enable_gqa=True)
+    window = (-1, 0) if segments.causal else (-1, -1)
+    attend = partial(varlen_attn, scale=scaling, window_size=window, enable_gqa=True)
     return _by_bounds(attend, (query, key, value), segments), None
 
 
@@ -131,13 +144,23 @@ def packed_flash_attn(
     *,
     segments: Segments,
     scaling: float,
-    **_: object,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """By the flash-attn package."""
+    _refuse(segments, others)
     from flash_attn import flash_attn_varlen_func  # where it is installed
 
-    attend = partial(flash_attn_varlen_func, softmax_scale=scaling, causal=True)
+    attend = partial(flash_attn_varlen_func, softmax_scale=scaling, causal=segments.causal)
     return _by_bounds(attend, (query, key, value), segments), None
+
+
+def _refuse(segments: Segments, others: dict[str, object]) -> None:
+    """Raise PipelineError for what other models' attention does besides, which would be left out."""
+    if others.get("softcap"):
+        raise PipelineError("the model caps attention's logits, as Gemma 2 does, which is not supported")
+    window = others.get("sliding_window")
+    if window and segments.longest > window:
+        raise PipelineError(f"the model sees {window} tokens at once, which is not supported: lower max_tokens to that")
 
 
 def _by_bounds(

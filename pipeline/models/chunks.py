@@ -55,7 +55,7 @@ def plan_chunks(
 
     All ranks get the same number of chunks, the last ones empty where a rank has fewer items, and agree on which
     chunks run the vision tower: under ZeRO-3 a rank that ran other modules than the rest would hang the job.
-    padded: the model's attention pads a chunk's items to its longest (`Llave.pads`), and so many tokens count.
+    padded: the model's attention pads a chunk's items to its longest (`pads` of a model), and so many tokens count.
     all_with_images: all do.
     """
     lengths = np.array([len(item.input_ids) for item in items])
@@ -87,15 +87,14 @@ def plan_chunks(
     ]
 
 
-# The features of a chunk's tiles, of a vision tower that is not part of the model.
-Features = Callable[[Chunk], torch.Tensor]
+# What a frozen part that is outside the model makes of a chunk; None where there is nothing for it to see.
+Features = Callable[[Chunk], torch.Tensor | None]
 
 
 def run_chunk(model: Callable[..., torch.Tensor], chunk: Chunk, features: Features | None = None) -> torch.Tensor:
     """The embeddings of a chunk's items, (len(rows), hidden)."""
     packed = chunk.packed.to(chunk.rows.device)
-    seen = features(chunk) if features and packed.images else None
-    return model(packed, chunk.with_images, seen)[: len(chunk.rows)]
+    return model(packed, chunk.with_images, features(chunk) if features else None)[: len(chunk.rows)]
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ from pipeline.data.shards import image_format
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError
-from pipeline.models.attention import choose
-from pipeline.models.chunks import chunk_tokens_for, embed_chunks, plan_chunks
-from pipeline.models.llave import DTYPES, Llave, Processor, load_config
+from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, plan_chunks
+from pipeline.models.kinds import KINDS, Processor, kind_of
+from pipeline.models.loading import DTYPES
 
 LEAST_TOKENS = 64  # the prompt and some text
 
@@ -40,22 +40,16 @@ class Parts(TypedDict, total=False):
 Embeddable = str | Picture | Path | Parts
 
 
-def load_model(path: str, precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> Llave:
-    """The model of a folder or hub name on a device, to embed with: by the fastest attention that runs there."""
-    dtype = DTYPES[precision]
-    stored = (load_config(path).dtype or torch.float32) if dtype == "auto" else dtype
-    attention = choose("auto", device.type, stored)
-    return Llave.load(path, dtype, attention=attention).eval().to(device)
-
-
 @dataclass(frozen=True)
 class Embedder:
     """A model that turns texts, images and videos into vectors of one space."""
 
-    model: Llave
+    model: torch.nn.Module
     processor: Processor
     device: torch.device
     chunk_tokens: int
+    instructed: bool
+    features: Features | None = None
 
     @classmethod
     def load(
@@ -84,20 +78,24 @@ class Embedder:
                 f"max_tokens={max_tokens} must be {LEAST_TOKENS} or more, video_frames={video_frames} 1 or more"
             )
         device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        processor = Processor.load(str(path), max_tokens, video_frames)
-        model = load_model(str(path), precision, device)
-        return cls(model, processor, device, chunk_tokens or chunk_tokens_for(model.pads))
+        if (kind := kind_of(str(path))) is None:
+            raise PipelineError(f"{path} is not a model of this project's; {', '.join(KINDS)} are")
+        processor = kind.reader(str(path), max_tokens, video_frames)
+        model, features = kind.open(str(path), precision, device)
+        tokens = chunk_tokens or chunk_tokens_for(model.pads)
+        return cls(model, processor, device, tokens, kind.instructed, features)
 
     @property
     def dimension(self) -> int:
-        return self.model.config.text_config.hidden_size
+        return self.model.dimension
 
     def embed(self, items: Iterable[Embeddable]) -> torch.Tensor:
         """N items -> (N, D) float32 unit rows on the CPU, in their order.
 
         An item is a text; a picture; the `Path` of an image or video file, which its content tells apart; or a dict of
         `Parts`. A text says by `<image>` and `<video>` where its images and video go; where it has no mark of a kind,
-        they come first. Without a text they are given an instruction as MMEB has it: "Represent the given image."
+        they come first. Without a text they are given an instruction as MMEB has it, "Represent the given image.", if
+        the model knows instructions: LLM2CLIP and CLIP do not, and for them an item is a text, or pictures.
 
         Raises `PipelineError` that names the item, by its number from 0, if it cannot be used. In a process group,
         all ranks embed, and as many items each.
@@ -131,14 +129,15 @@ class Embedder:
     def _embedded(self, decoding: list[Future[Encoded]], rows: list[int]) -> torch.Tensor:
         encoded = [future.result() for future in decoding]
         chunks = plan_chunks(encoded, self.chunk_tokens, self.device, padded=self.model.pads)
-        return embed_chunks(self.model, chunks, len(encoded)).cpu()[rows]
+        return embed_chunks(self.model, chunks, len(encoded), self.features).cpu()[rows]
 
     def _encode(self, item: "_Item") -> Encoded:
         try:
             item = item.told_by_content()
             images = [partial(_picture, image) for image in item.images]
             frames = None if item.video is None else partial(self._frames, item.video)
-            return self.processor.encode_parts(item.marked_text(), images, frames)
+            text = item.marked_text() if self.instructed else item.text.strip()
+            return self.processor.encode_parts(text, images, frames)
         except BadSample as reason:
             raise PipelineError(f"item {item.number}: {reason}") from None
 

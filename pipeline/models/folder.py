@@ -63,7 +63,7 @@ def save_folder(
     processor.save_pretrained(folder)
     newline = newline_position(model.config)
     card = _CARD.format(
-        base_model=f"base_model: {base}\n" if base and not Path(base).exists() else "",
+        base_model=base_of(base),
         prefix=PREFIX,
         suffix=SUFFIX,
         ratio=model.config.vision_aspect_ratio,
@@ -72,6 +72,11 @@ def save_folder(
     )
     (folder / "README.md").write_text(card)
     share(folder)
+
+
+def base_of(base: str | None) -> str:
+    """The line of a model card for what training began with, if that is of the hub."""
+    return f"base_model: {base}\n" if base and not Path(base).exists() else ""
 
 
 def share(folder: Path) -> None:

@@ -3,7 +3,6 @@
 An item's embedding is the language model's last hidden state at the prompt's last token, as a unit vector.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +29,6 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.config import Architecture
 from pipeline.data.collate import Encoded, Image, Packed
@@ -40,16 +38,15 @@ from pipeline.data.tiles import Tiling, decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.models.attention import Segments, implementation
-from pipeline.models.tower import MEAN, STD, normalised, refuse_missing, tower_features
+from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.loading import read_config, refuse_missing, refuse_unknown
+from pipeline.models.tower import MEAN, STD, normalised, tower_features
 
 # The published prompt: the assistant's turn is one newline, and so is the last token, which is pooled.
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 NEWLINE_POSITIONS = ("one_token", "grid")
-
-# A precision by its name in recipes and options; "auto" is the one that the weights are stored in.
-DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Pinpoints = Sequence[tuple[int, int]]  # (height, width)
 
@@ -173,14 +170,12 @@ class Llave(LlavaOnevisionModel):
         """Whether attention pads a chunk's items to the longest of them; kernels of variable length do not."""
         return self.language_model.config._attn_implementation == implementation("sdpa")
 
+    @property
+    def dimension(self) -> int:
+        return self.config.text_config.hidden_size
+
     def checkpoint_activations(self) -> None:
-        """Keep of each layer its input alone, from which backward works out the rest once more (arXiv 1604.06174)."""
-        # Nothing is random here.
-        self.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        self.disable_input_require_grads()  # with which frozen embeddings would be given a gradient
-        for module in self.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # it checkpoints so alone; what is in it stays as it is, without dropout
+        checkpoint_layers(self)
 
     def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
         """N packed items -> (N, hidden) float32 unit rows.
@@ -310,28 +305,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 def check_architecture(architecture: Architecture) -> None:
     """Refuse what transformers' configurations do not know: they would take it and ignore it."""
-    for name, given, config in (
-        ("vision", architecture.vision, SiglipVisionConfig),
-        ("text", architecture.text, Qwen2Config),
-    ):
-        known = config().to_dict()
-        for key in given:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
-                hint = f"; did you mean {' or '.join(near)}?" if near else ""
-                raise PipelineError(f"unknown field model.architecture.{name}.{key}{hint}")
+    refuse_unknown("vision", architecture.vision, SiglipVisionConfig())
+    refuse_unknown("text", architecture.text, Qwen2Config())
     if "vocab_size" not in architecture.text:
         raise PipelineError("model.architecture.text.vocab_size is missing: the size of the tokenizer to train")
 
 
 def load_config(path: str, pinpoints: Pinpoints | None = None) -> LlavaOnevisionConfig:
     """The config of a folder or hub name; PipelineError if it is of no model that `Llave` reads."""
-    if Path(path).is_dir() and not Path(path, "config.json").is_file():
-        raise PipelineError(f"no model at {path!r}: it has no config.json")  # transformers would take its defaults
-    try:
-        config = LlavaOnevisionConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"no model at {path!r}: {str(error).splitlines()[0]}") from None
+    config = read_config(path, LlavaOnevisionConfig.from_pretrained)
     if config.model_type == "llava_qwen":
         raise PipelineError(f"{path} is an original checkpoint: convert it with tools/convert_weights.py")
     if config.model_type != "llava_onevision":

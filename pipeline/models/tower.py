@@ -1,7 +1,6 @@
 """The vision tower: tiles -> features, as LLaVA-OneVision's projector takes them.
 
-A frozen tower stays outside the engine: whole on every rank, without gradient or optimizer state. What it makes of a
-chunk's tiles is kept from a step's first pass for its second, so that it runs once.
+A frozen tower stays outside the engine: see frozen.py.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from transformers import AutoModel, LlavaOnevisionConfig, LlavaOnevisionPreTrain
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from pipeline.data.collate import sent
-from pipeline.errors import PipelineError
+from pipeline.models.loading import refuse_missing
 
 if TYPE_CHECKING:
     from pipeline.models.chunks import Chunk
@@ -30,7 +29,12 @@ def tower_features(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor
 
 
 class FrozenTower(LlavaOnevisionPreTrainedModel):
-    """The tower of a LLaVA-OneVision folder or hub name, alone: of its weights no others are read."""
+    """The tower of a LLaVA-OneVision folder or hub name, alone: of its weights no others are read.
+
+    tiles_at_once: that it sees in a forward pass.
+    """
+
+    tiles_at_once = 64
 
     _keys_to_ignore_on_load_unexpected = (r"^(?!(model\.)?vision_tower)",)
 
@@ -40,47 +44,23 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def load(cls, path: str, dtype: torch.dtype, device: torch.device) -> "FrozenTower":
+    def load(cls, path: str, dtype: torch.dtype, device: torch.device, tiles_at_once: int = 64) -> "FrozenTower":
         tower, loaded = cls.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
         refuse_missing(path, loaded)
+        tower.tiles_at_once = tiles_at_once
         return tower.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def features(self, tiles: torch.Tensor, tiles_at_once: int) -> torch.Tensor:
+    def features(self, tiles: torch.Tensor) -> torch.Tensor:
         """(n, 3, size, size) uint8 -> (n, patches², width), in the tower's dtype."""
-        parts = (normalised(part, self.device, self.dtype) for part in tiles.split(tiles_at_once))
+        parts = (normalised(part, self.device, self.dtype) for part in tiles.split(self.tiles_at_once))
         return torch.cat([tower_features(self.vision_tower, part) for part in parts])
 
-    def features_of(self, chunk: "Chunk", tiles_at_once: int) -> torch.Tensor:
-        return self.features(chunk.packed.tiles, tiles_at_once)
+    def features_of(self, chunk: "Chunk") -> torch.Tensor | None:
+        """Those of all its tiles; None if it has no image."""
+        packed = chunk.packed
+        return self.features(packed.tiles) if packed.images else None
 
 
 # transformers finds a class's checkpoint names by the name of the class.
 register_checkpoint_conversion_mapping("FrozenTower", get_checkpoint_conversion_mapping("LlavaOnevisionModel"))
-
-
-def refuse_missing(path: str, loaded: dict) -> None:
-    """Raise PipelineError where from_pretrained's report lists weights that were not there."""
-    if missing := sorted(loaded["missing_keys"]):
-        raise PipelineError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]} the first")
-
-
-class KeptFeatures:
-    """A step's features by chunk: worked out at the first use, then at hand.
-
-    limit: bytes of them that stay on the device; further ones wait in the host's memory.
-    """
-
-    def __init__(self, tower: FrozenTower, tiles_at_once: int, limit: int) -> None:
-        self._tower, self._tiles_at_once, self._room = tower, tiles_at_once, limit
-        self._kept: dict[int, torch.Tensor] = {}
-
-    def __call__(self, chunk: "Chunk") -> torch.Tensor:
-        """(tiles of the chunk, patches², width)"""
-        if id(chunk) in self._kept:
-            return self._kept[id(chunk)].to(self._tower.device, non_blocking=True)
-        features = self._tower.features_of(chunk, self._tiles_at_once)
-        fits = features.nbytes <= self._room
-        self._room -= features.nbytes if fits else 0
-        self._kept[id(chunk)] = features if fits else features.cpu()
-        return features

@@ -120,7 +120,10 @@ def fetched(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(path, allow_patterns=_WANTED))
+        if not any(folder.glob("*.safetensors")):  # older models have but the other sort
+            folder = Path(snapshot_download(path, allow_patterns=[*_WANTED, "pytorch_model*.bin*"]))
+        return folder
     except (OSError, ValueError) as error:
         raise PipelineError(f"{path} cannot be fetched: {str(error).splitlines()[0]}") from None
 

@@ -10,11 +10,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import LlavaOnevisionImageProcessorPil, Qwen2Tokenizer
 
 from pipeline import status
-from pipeline.config import Recipe, load_ds_config
+from pipeline.config import Model, Recipe, load_ds_config
 from pipeline.data.lengths import Lengths
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
-from pipeline.models import llave, weights
+from pipeline.models import weights
+from pipeline.models.kinds import KINDS
 from pipeline.preflight.check import Check, check, green, red, skipped, yellow
 from pipeline.preflight.machine import GB
 from pipeline.status import Status
@@ -36,6 +37,7 @@ class Job:
     gpus: int
     guessed: bool
     source: Source | None = None
+    lengths: Lengths | None = None
     plan: Plan | None = None
     zero: dict[str, Any] | None = None
 
@@ -49,10 +51,13 @@ class Job:
 )
 def model(job: Job) -> Check:
     """Its files on this node: configuration, weights, tokenizer and, for the export, image processor."""
-    wanted, recipe = job.recipe.model, job.recipe
+    wanted, recipe, kind = job.recipe.model, job.recipe, KINDS[job.recipe.model.kind]
     absent = ""
+    if wanted.text_encoder and not _folder("model.text_encoder", wanted.text_encoder):
+        download = "copy it there, or download it where there is a network (tools/offline.sh)"
+        return red(f"model.text_encoder={wanted.text_encoder} is no folder, and not whole in the hub's cache", download)
     if wanted.path:
-        folder = _folder(wanted.path)
+        folder = _folder("model.path", wanted.path)
         absent = "" if folder else f"{wanted.path} is no folder, and not whole in the hub's cache"
         download = f"where there is a network: hf download {wanted.path} (tools/offline.sh), with the job's HF_HOME"
         if absent and constants.HF_HUB_OFFLINE:
@@ -61,32 +66,45 @@ def model(job: Job) -> Check:
             if folder and weights.is_original(folder):
                 weights.config_of(wanted)
                 Qwen2Tokenizer.from_pretrained(folder)
-            else:
-                pinpoints = wanted.image_grid_pinpoints
-                llave.Processor.load(wanted.path, wanted.max_tokens, recipe.video.frames, pinpoints=pinpoints)
-                LlavaOnevisionImageProcessorPil.from_pretrained(wanted.path)
+            elif folder or wanted.kind == "llave":  # of a vision tower its weights would come, too
+                kind.check(wanted)
+                kind.processor(recipe, wanted.path)
+                if wanted.kind == "llave":
+                    LlavaOnevisionImageProcessorPil.from_pretrained(wanted.path)
         except (PipelineError, OSError, ValueError):
             if absent:
                 return red(f"{absent}; nor can the hub be asked for it from here", download)
             raise
+    else:
+        kind.check(wanted)
+    if absent and wanted.kind != "llave":
+        return yellow(f"{absent}: the job would download it", download)
+    job.lengths = kind.lengths(recipe)
+    if job.source:
+        kind.check_data(recipe, job.source)
+    if wanted.kind != "llave":
+        return green(_source_of(wanted))
     plan = Plan.of(recipe, job.world, videos=_mostly_videos(job.source))
     trained = sum(group.parameters for group in plan.groups if group.trained)
     every = sum(group.parameters for group in plan.groups)
     job.plan = plan
     if absent:
         return yellow(f"{absent}: the job would download it", download)
-    source = wanted.path or "random weights"
-    return green(f"{source}: {every / 1e6:,.1f} million parameters, {trained / 1e6:,.1f} million trained")
+    return green(f"{_source_of(wanted)}: {every / 1e6:,.1f} million parameters, {trained / 1e6:,.1f} million trained")
 
 
-def _folder(path: str) -> Path | None:
+def _source_of(model: Model) -> str:
+    return model.path or "random weights"
+
+
+def _folder(field: str, path: str) -> Path | None:
     """Where the model's files are; None if the hub must be asked. Raises PipelineError if there can be none."""
     folder = Path(path)
     if folder.is_dir():
         weights.weight_files(folder)
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise PipelineError(f"there is no folder {path}: correct model.path, which every node must see")
+        raise PipelineError(f"there is no folder {path}: correct {field}, which every node must see")
     try:
         folder = Path(snapshot_download(path, local_files_only=True))
         weights.weight_files(folder)
@@ -105,10 +123,10 @@ def processes(job: Job) -> Check:
     """Whether batch, lanes, sub-batch and processes divide, and the data are enough for a step."""
     recipe, world = job.recipe, job.world
     job.zero = load_ds_config(recipe, world)["zero_optimization"]
-    if job.source is None or job.plan is None:
+    KINDS[recipe.model.kind].check_stage(job.zero["stage"])
+    if job.source is None or job.lengths is None:
         return skipped("without data and model")
-    lengths = Lengths(llave.tiling(job.plan.config), recipe.video.frames)
-    order = job.source.order(recipe.batch.global_batch, recipe.seed, lengths)
+    order = job.source.order(recipe.batch.global_batch, recipe.seed, job.lengths)
     order.check_world(world)
     job.source.check_memory(order, world)
     steps = recipe.steps or round(recipe.epochs * order.steps_per_epoch)
@@ -130,6 +148,8 @@ def processes(job: Job) -> Check:
 @check("memory", seconds=30, if_late="run tools/plan_memory.py")
 def memory(job: Job, gpu_bytes: int) -> Check:
     """By tools/plan_memory.py's estimate.  gpu_bytes: of the smallest GPU; 0: there is none."""
+    if job.recipe.model.kind != "llave":
+        return skipped("estimated for llave alone; batch.chunk_tokens=auto finds what fits in the first steps")
     if job.plan is None or job.zero is None:
         return skipped("without model and processes")
     if not gpu_bytes:

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config import Recipe
 from pipeline.models.attention import KINDS, Segments, choose
-from pipeline.models.llave import DTYPES
+from pipeline.models.loading import DTYPES
 from pipeline.preflight.check import Check, check, green, red, skipped, yellow
 from pipeline.preflight.nodes import Nodes
 

@@ -9,38 +9,31 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from pipeline.config import Optimizer, Recipe, Train, is_offloaded
+from pipeline.config import Optimizer, Recipe, is_offloaded
 from pipeline.errors import PipelineError
 from pipeline.models.attention import choose
-from pipeline.models.llave import DTYPES, Llave, TowerlessLlave
+from pipeline.models.frozen import Frozen
+from pipeline.models.kinds import KINDS
+from pipeline.models.loading import DTYPES
 from pipeline.models.lora import add_adapters
-from pipeline.models.tower import FrozenTower
 from pipeline.training.partitions import load_partitioned
-
-# What can be trained or frozen: the beginnings of its parameters' names.
-PARTS = {
-    "projector": ("multi_modal_projector.", "image_newline"),
-    "language_model": ("language_model.",),
-    "vision_tower": ("vision_tower.",),
-}
 
 
 def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> deepspeed.DeepSpeedEngine:
     """Load the model (under ZeRO-3 straight into its partitions) and give it an optimizer and its sharding.
 
-    A vision tower that is not trained is left out: see `load_tower`.
+    A frozen part that is outside the engine is left out: see `load_frozen`.
     config: DeepSpeed's, as `load_ds_config` fills it.
     """
-    kind = Llave if recipe.train.vision_tower else TowerlessLlave
-    dtype, pinpoints = DTYPES[recipe.precision], recipe.model.image_grid_pinpoints
-    attention = choose(recipe.model.attention, get_accelerator().device_name(), dtype)
+    kind = KINDS[recipe.model.kind]
+    attention = choose(recipe.model.attention, get_accelerator().device_name(), DTYPES[recipe.precision])
     if dist.get_rank() == 0:
         print(f"attention: {attention}")
     if config["zero_optimization"]["stage"] == 3:
-        model = load_partitioned(kind, model_path, kind.config_for(model_path, pinpoints, attention), config)
+        model = load_partitioned(kind, recipe, model_path, attention, config)
     else:
-        model = kind.load(model_path, dtype, pinpoints, attention)
-    freeze(model, recipe.train)
+        model = kind.load(recipe, model_path, attention)
+    freeze(model, recipe)
     if recipe.train.lora:
         add_adapters(model.language_model, recipe.train.lora, seed=recipe.seed)
     if recipe.batch.activation_checkpointing:
@@ -52,21 +45,24 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     return engine
 
 
-def load_tower(recipe: Recipe, model_path: str, device: torch.device) -> FrozenTower | None:
-    """The vision tower, where it is not trained and so not part of the engine."""
-    return None if recipe.train.vision_tower else FrozenTower.load(model_path, DTYPES[recipe.precision], device)
+def load_frozen(recipe: Recipe, model_path: str, device: torch.device) -> Frozen | None:
+    """The part of the model that is not trained and stays outside the engine, if it has one.
+
+    To be loaded before the engine: under ZeRO-3 it must not be partitioned.
+    """
+    return KINDS[recipe.model.kind].frozen(recipe, model_path, device)
 
 
-def freeze(model: torch.nn.Module, train: Train) -> None:
+def freeze(model: torch.nn.Module, recipe: Recipe) -> None:
     """Have only what the recipe trains take gradients."""
-    if model.vision_tower is not None:
-        # The embedding reads the tower before its final norm, which so has none.
-        model.vision_tower.post_layernorm.requires_grad_(False)
-    for part, prefixes in PARTS.items():
-        if not getattr(train, part) or (part == "language_model" and train.lora):
-            for name, parameter in model.named_parameters():
-                if name.startswith(prefixes):
-                    parameter.requires_grad_(False)
+    kind = KINDS[recipe.model.kind]
+    frozen = kind.unused
+    for part, prefixes in kind.parts.items():
+        if not getattr(recipe.train, part) or (part == "language_model" and recipe.train.lora):
+            frozen += prefixes
+    for name, parameter in model.named_parameters():
+        if name.startswith(frozen):
+            parameter.requires_grad_(False)
 
 
 def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
@@ -75,7 +71,7 @@ def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
     lr_scale: the part's learning rate by `optimizer.lr`.
     """
     groups, optimizer = [], recipe.optimizer
-    for part, prefixes in PARTS.items():
+    for part, prefixes in KINDS[recipe.model.kind].parts.items():
         trained = [p for name, p in model.named_parameters() if name.startswith(prefixes) and p.requires_grad]
         rate = getattr(recipe.train, part)
         scale = 1.0 if isinstance(rate, bool) else rate / optimizer.lr

@@ -7,46 +7,33 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from pipeline.config import Lora
-from pipeline.models.folder import save_folder
+from pipeline.config import Recipe
+from pipeline.models.frozen import Frozen
+from pipeline.models.kinds import KINDS
 from pipeline.models.lora import merge_adapters
-from pipeline.models.tower import FrozenTower
 
 
-def export(
-    engine: deepspeed.DeepSpeedEngine,
-    tower: FrozenTower | None,
-    lora: Lora | None,
-    source: str,
-    base: str | None,
-    folder: Path,
-) -> None:
+def export(engine: deepspeed.DeepSpeedEngine, frozen: Frozen | None, recipe: Recipe, source: str, folder: Path) -> None:
     """Write the engine's weights, with the tokenizer and image processor of `source`, to `folder`; whole or not.
 
-    tower: the vision tower, where it is not part of the engine.  lora: the adapters to be merged.
-    base: the path or hub name that training began with.
+    frozen: the part that is not of the engine.
     """
     weights = _gathered(engine)
     if dist.get_rank() == 0:
-        if tower is not None:
-            weights |= {name: parameter.to("cpu") for name, parameter in tower.named_parameters()}
+        weights = KINDS[recipe.model.kind].exported(weights, frozen)
         shutil.rmtree(folder, ignore_errors=True)
-        write_folder(engine.module, weights, lora, source, base, folder)
+        write_folder(engine.module, weights, recipe, source, folder)
     dist.barrier()
 
 
 def write_folder(
-    model: torch.nn.Module,
-    weights: dict[str, torch.Tensor],
-    lora: Lora | None,
-    source: str,
-    base: str | None,
-    folder: Path,
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], recipe: Recipe, source: str, folder: Path
 ) -> None:
-    """Write `weights` to a folder that is whole or not there; as `export`, in one process."""
+    """Write `weights`, adapters merged, to a folder that is whole or not there; as `export`, in one process."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    save_folder(model, merge_adapters(weights, lora) if lora else weights, source, unfinished, base)
+    merged = merge_adapters(weights, recipe.train.lora) if recipe.train.lora else weights
+    KINDS[recipe.model.kind].save(recipe, model, merged, source, unfinished)
     unfinished.rename(folder)
 
 

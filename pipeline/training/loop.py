@@ -18,10 +18,12 @@ from pipeline.data.order import Order
 from pipeline.errors import PipelineError
 from pipeline.evaluation.report import Report
 from pipeline.losses.gather import all_gather_constant
-from pipeline.models.tower import KeptFeatures
+from pipeline.models.frozen import KeptFeatures
+from pipeline.models.kinds import KINDS
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget, Memory, Meter
 from pipeline.training.engine import learning_rate, set_hyperparameters
+from pipeline.training.masked import masked_step
 from pipeline.training.monitor import Monitor, evaluation_file
 from pipeline.training.preemption import Preemption
 from pipeline.training.step import StepResult, train_step
@@ -35,7 +37,7 @@ class Run:
     start: the checkpoint to continue from, or None. conditions: see checkpoint.check.
     batches: this rank's batches of a range of steps. evaluate: a report at the present weights, on rank 0, by
         chunks of so many tokens.
-    features: anew for each step, where the vision tower is not part of the engine.
+    features: anew for each step, where a frozen part is not of the engine.
     preemption: notes the signals that ask to stop.
     """
 
@@ -81,15 +83,18 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
             lr = learning_rate(step, run.steps, recipe.optimizer)
             if measuring := not budget.is_fixed:
                 meter.start()
-            result = train_step(engine, batch, recipe, budget, temperature, lr=lr, features=run.features())
+            if KINDS[recipe.model.kind].contrastive:
+                result = train_step(engine, batch, recipe, budget, temperature, lr=lr, features=run.features())
+            else:
+                result = masked_step(engine, batch, recipe, budget, step, lr=lr)
             if measuring:
                 _learn(budget, *meter.stop(result.largest_chunk))
 
             done = step + 1
             monitor.consumed(done, batch.origins)
-            metrics, histograms = _metrics(run.order, done, lr, batch, result)
-            if recipe.loss.learn_temperature:
-                metrics["temperature"] = result.temperature
+            place = {"step": done, "epoch": run.order.locate(step)[0], "samples": done * run.order.global_batch}
+            metrics, histograms = result.metrics(batch)
+            metrics = place | {"loss": metrics["loss"], "grad_norm": result.grad_norm, "lr": lr} | metrics
             if metrics["valid"] < recipe.batch.global_batch:
                 _note_bad(monitor, done, batch)
             tokens, heaviest, received, waited = _over_ranks(result, batch, waited)
@@ -122,32 +127,10 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
     return True
 
 
-def _metrics(order: Order, done: int, lr: float, batch: Batch, result: StepResult) -> tuple[dict, dict]:
-    """The global batch's metrics, and the similarities for its histograms."""
-    output = result.loss
-    valid = torch.tensor(batch.valid, device=output.positive.device)
-    loss = output.loss.detach().expand(len(valid))
-    rows = torch.stack([output.positive, output.hardest_negative, valid, loss], dim=1)
-    positive, hardest, valid, loss = all_gather_constant(rows).double().cpu().numpy().T
-    positive, hardest = positive[valid == 1], hardest[(valid == 1) & (hardest > -math.inf)]
-    metrics = {
-        "step": done,
-        "epoch": order.locate(done - 1)[0],
-        "samples": done * order.global_batch,
-        "loss": float(loss.mean()),
-        "grad_norm": result.grad_norm,
-        "lr": lr,
-        "positive_similarity": float(positive.mean()) if len(positive) else None,
-        "hardest_negative_similarity": float(hardest.mean()) if len(hardest) else None,
-        "masked_pairs": float(output.masked_pairs),
-        "valid": int(valid.sum()),
-    }
-    return metrics, {"positive": positive, "hardest_negative": hardest}
-
-
 def _over_ranks(result: StepResult, batch: Batch, waited: float) -> tuple[float, float, float, float]:
     """(tokens of all ranks, the heaviest's by the mean, bytes read by all, seconds the slowest waited for data)."""
-    ours = torch.tensor([[result.tokens, batch.received, waited]], device=result.loss.loss.device)
+    device = get_accelerator().current_device_name()
+    ours = torch.tensor([[result.tokens, batch.received, waited]], device=device)
     tokens, received, waited = all_gather_constant(ours).double().cpu().T
     return float(tokens.sum()), float(tokens.max() / tokens.mean()), float(received.sum()), float(waited.max())
 

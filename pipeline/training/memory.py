@@ -15,6 +15,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from pipeline.config import Recipe, is_offloaded
 from pipeline.data.tiles import Tiling
+from pipeline.errors import PipelineError
 from pipeline.losses.contrastive import KEPT_BYTES, TILE
 from pipeline.models import llave, weights
 from pipeline.models.lora import add_adapters
@@ -69,12 +70,16 @@ def meta_model(recipe: Recipe) -> llave.Llave:
 
     Raises PipelineError if there is no such model, or its architecture is not one.
     """
+    if recipe.model.kind != "llave":
+        raise PipelineError(
+            f"memory is estimated for llave alone, not {recipe.model.kind}: batch.chunk_tokens=auto finds what fits"
+        )
     if recipe.model.architecture:
         llave.check_architecture(recipe.model.architecture)
     config = weights.config_of(recipe.model)
     with torch.device("meta"):
         model = llave.Llave(config)
-        freeze(model, recipe.train)
+        freeze(model, recipe)
         if recipe.train.lora:
             add_adapters(model.language_model, recipe.train.lora, seed=0)
     return model

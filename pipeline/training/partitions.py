@@ -3,7 +3,6 @@
 transformers would have the first rank read all of it, and send every tensor whole to all others.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,16 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import LlavaOnevisionConfig
 from transformers.initialization import no_init_weights
 
+from pipeline.config import Recipe
 from pipeline.errors import PipelineError
-from pipeline.models.llave import Llave
-
-# Names that tensors have in LLaVA-OneVision's checkpoints of earlier and present versions of transformers.
-_RENAMED = (
-    (re.compile(r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)"), ""),
-    (re.compile(r"^language_model\.model\."), "language_model."),
-    (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
-)
+from pipeline.models.kinds import Kind
 
 
-def load_partitioned(kind: type[Llave], path: str, config: LlavaOnevisionConfig, ds_config: dict[str, Any]) -> Llave:
+def load_partitioned(
+    kind: Kind, recipe: Recipe, path: str, attention: str, ds_config: dict[str, Any]
+) -> torch.nn.Module:
     """The model of a folder or hub name in transformers' format, partitioned over all ranks.
 
     Raises PipelineError where tensors are missing, misshapen, or not in .safetensors files, and for kinds of partitions
@@ -39,18 +33,16 @@ def load_partitioned(kind: type[Llave], path: str, config: LlavaOnevisionConfig,
     if zero.get("offload_param", {}).get("device") == "nvme":
         raise PipelineError("offload_param to nvme is not supported: use cpu, or none")
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
-        model = kind(config)
+        model = kind.empty(recipe, path, attention)
     # Init made its frequencies bf16, with which positions beyond some hundred are others.
-    rotary = model.language_model.rotary_emb
-    model.language_model.rotary_emb = type(rotary)(config.text_config).to(get_accelerator().current_device_name())
+    language_model = model.language_model
+    rotary = type(language_model.rotary_emb)(language_model.config)
+    language_model.rotary_emb = rotary.to(get_accelerator().current_device_name())
     wanted = dict(model.named_parameters())
     for file in _files(path):
         with safe_open(file, "pt") as tensors:
             for stored in tensors.keys():  # noqa: SIM118 (it is no dictionary)
-                name = stored
-                for pattern, replacement in _RENAMED:
-                    name = pattern.sub(replacement, name)
-                if name in wanted:
+                if (name := kind.own_name(stored)) in wanted:
                     _fill(wanted.pop(name), tensors.get_slice(stored), f"{file}: {stored}")
     if wanted:
         raise PipelineError(f"{path} lacks {len(wanted)} of the model's weights, {min(wanted)} the first")

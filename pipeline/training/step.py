@@ -6,6 +6,8 @@ chunk by chunk, giving each chunk its rows of that gradient: the sum of the chun
 Chunks whose graphs do fit in memory keep them from the first pass and need no second.
 """
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,23 +18,53 @@ import torch
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.losses.contrastive import LossOutput, hardness_weighted_loss
+from pipeline.losses.gather import all_gather_constant
 from pipeline.models.chunks import Chunk, Features, in_order, plan_chunks, run_chunk
+from pipeline.models.kinds import KINDS
 from pipeline.training.budget import Budget
 from pipeline.training.temperature import Temperature
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """temperature: that of the loss.  tokens: of this rank's items.
+@dataclass(frozen=True, kw_only=True)
+class StepResult(ABC):
+    """tokens: of this rank's items.  largest_chunk: tokens of its largest chunk, as the budget counts them."""
 
-    largest_chunk: tokens of its largest chunk, as the budget counts them.
-    """
-
-    loss: LossOutput
-    temperature: float
     grad_norm: float
     tokens: int
     largest_chunk: int
+
+    @abstractmethod
+    def metrics(self, batch: Batch) -> tuple[dict, dict]:
+        """The global batch's metrics, `loss` and `valid` pairs among them, and values for histograms by name.
+
+        batch: this rank's part; every rank calls it.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveResult(StepResult):
+    """loss: of this rank's pairs.  temperature: that of the loss, where it is learnt."""
+
+    loss: LossOutput
+    temperature: float | None
+
+    def metrics(self, batch: Batch) -> tuple[dict, dict]:
+        output = self.loss
+        valid = torch.tensor(batch.valid, device=output.positive.device)
+        loss = output.loss.detach().expand(len(valid))
+        rows = torch.stack([output.positive, output.hardest_negative, valid, loss], dim=1)
+        positive, hardest, valid, loss = all_gather_constant(rows).double().cpu().numpy().T
+        positive, hardest = positive[valid == 1], hardest[(valid == 1) & (hardest > -math.inf)]
+        metrics = {
+            "loss": float(loss.mean()),
+            "positive_similarity": float(positive.mean()) if len(positive) else None,
+            "hardest_negative_similarity": float(hardest.mean()) if len(hardest) else None,
+            "masked_pairs": float(output.masked_pairs),
+            "valid": int(valid.sum()),
+        }
+        if self.temperature is not None:
+            metrics["temperature"] = self.temperature
+        return metrics, {"positive": positive, "hardest_negative": hardest}
 
 
 def train_step(
@@ -44,7 +76,7 @@ def train_step(
     *,
     lr: float,
     features: Features | None = None,
-) -> StepResult:
+) -> ContrastiveResult:
     """Take one step with this rank's part of the global batch.
 
     Parameters end as if one process had embedded the whole global batch at once, whatever the ZeRO stage,
@@ -52,11 +84,12 @@ def train_step(
 
     budget: how the batch is cut.  temperature: the loss's; where it is learnt, it takes a step, too.
     lr: of parts without one of their own.
-    features: of a vision tower that is not part of the engine.
+    features: of a frozen part that is not of the engine.
     """
     items = list(batch.items.values())
     # Where texts alone train nothing, a dummy image gives every chunk something to take a gradient of.
-    all_with_images, padded = not recipe.train.language_model, engine.module.pads
+    text_part = KINDS[recipe.model.kind].text_part
+    all_with_images, padded = not getattr(recipe.train, text_part), engine.module.pads
     chunks = plan_chunks(items, budget.chunk_tokens, engine.device, padded=padded, all_with_images=all_with_images)
     kept, again = chunks[: budget.kept_chunks], chunks[budget.kept_chunks :]
     graphs = [run_chunk(engine, chunk, features) for chunk in kept]
@@ -68,15 +101,15 @@ def train_step(
     gradient = temperature.gradient(output.loss, embeddings)
     del parts
     backward_chunks(engine, kept, graphs, again, gradient, features)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-    norm = _unsharded_norm(engine)
-    engine.step()
+    norm = optimizer_step(engine, lr)
     temperature.step(lr)
-    tokens = sum(len(item.input_ids) for item in items)
-    largest = max(chunk.size for chunk in chunks)
-    norm = engine.get_global_grad_norm() if norm is None else norm
-    return StepResult(output, float(tau), float(norm), tokens, largest)
+    return ContrastiveResult(
+        grad_norm=norm,
+        tokens=sum(len(item.input_ids) for item in items),
+        largest_chunk=max(chunk.size for chunk in chunks),
+        loss=output,
+        temperature=float(tau.detach()) if recipe.loss.learn_temperature else None,
+    )
 
 
 def contrastive_loss(
@@ -133,10 +166,10 @@ def backward_chunks(
     again: Sequence[Chunk],
     gradient: torch.Tensor,
     features: Features | None,
-) -> None:
+) -> list[torch.Tensor]:
     """Bring d loss / d embeddings (items, hidden) to the parameters' gradients; `graphs` is empty afterwards.
 
-    kept: chunks whose embeddings are `graphs`.  again: those to be embedded once more.
+    kept: chunks whose embeddings are `graphs`.  again: those to be embedded once more; returns what this gave.
 
     DeepSpeed averages gradients over ranks, and each rank's loss is made so that the mean of them all is the
     global batch's. Within the step nothing is averaged: chunks are parts of a sum.
@@ -147,10 +180,25 @@ def backward_chunks(
         # All in one backward pass, before any other: under ZeRO-3 every other order loses gradients.
         engine.set_gradient_accumulation_boundary(not again)
         engine.backward(torch.stack(surrogates).sum(), scale_wrt_gas=False)
+    parts = []
     for number, chunk in enumerate(again, 1):
         engine.set_gradient_accumulation_boundary(number == len(again))
-        surrogate = (run_chunk(engine, chunk, features) * gradient[chunk.rows]).sum()
-        engine.backward(surrogate, scale_wrt_gas=False)
+        part = run_chunk(engine, chunk, features)
+        engine.backward((part * gradient[chunk.rows]).sum(), scale_wrt_gas=False)
+        parts.append(part.detach())
+    return parts
+
+
+def optimizer_step(engine: deepspeed.DeepSpeedEngine, lr: float) -> float:
+    """Have the optimizer take the step that all gradients are there for; returns their norm before it is clipped.
+
+    lr: of parts without one of their own.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    norm = _unsharded_norm(engine)
+    engine.step()
+    return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
 def _unsharded_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | None:

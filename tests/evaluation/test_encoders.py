@@ -3,7 +3,6 @@ import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import av
@@ -35,8 +34,9 @@ from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
-from pipeline.evaluation import encoders
-from pipeline.evaluation.encoders import PEERS, LlaveEncoder, load_encoder
+from pipeline.evaluation import clip as peers
+from pipeline.evaluation.clip import PEERS
+from pipeline.evaluation.encoders import ModelEncoder, load_encoder
 from pipeline.models.embedder import Embedder
 from pipeline.models.llave import Llave, Processor, TowerlessLlave
 from pipeline.models.tower import FrozenTower
@@ -227,16 +227,15 @@ def test_an_engines_model_with_its_tower_outside_is_embedded_the_same(tiny_model
             return self.module(*arguments)
 
     whole, engine = load_encoder(tiny_model, options(), CPU), Engine()
-    tower = FrozenTower.load(tiny_model, torch.float32, CPU)
-    outside = LlaveEncoder(
+    tower = FrozenTower.load(tiny_model, torch.float32, CPU, tiles_at_once=4)
+    outside = ModelEncoder(
         name="a run",
         identity="step 100",
         dimension=48,
-        model=lambda: engine,
+        model=lambda: (engine, tower.features_of),
         processor=whole.processor,
         chunk_tokens=100,
         device=CPU,
-        features=partial(tower.features_of, tiles_at_once=4),
     )
     prepared = [whole.prepare(item) for item in ITEMS]
     torch.testing.assert_close(outside.embed(prepared), whole.embed(prepared), atol=1e-6, rtol=0)
@@ -354,7 +353,7 @@ def test_what_is_no_model_is_a_clear_error(tiny_clip, tmp_path, monkeypatch):
             (folder / removed).unlink()
         return str(folder)
 
-    monkeypatch.setattr(encoders, "find_spec", lambda name: None)  # in whatever environment
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)  # in whatever environment
     for path, reason in (
         (str(tmp_path), "no config.json"),
         (changed("bert", model_type="bert"), r"is a bert model; .* siglip2\. For any other write a function"),

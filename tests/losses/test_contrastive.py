@@ -64,6 +64,8 @@ def formula(
             alike = (same["query"] and query_ids[j] == query_ids[i]) or (
                 same["target"] and target_ids[j] == target_ids[i]
             )
+            if same["query"] and same["target"]:
+                alike = alike or query_ids[j] == target_ids[i] or target_ids[j] == query_ids[i]
             reward = None if reward_row is None else reward_row[i] @ reward_columns[j]
             candidates.append((row @ columns[j], reward, alike))
         for k in range(m if forth else 0):
@@ -100,7 +102,7 @@ def with_gradients(function, inputs: dict, **options):
 
 
 IDS = {
-    "query_ids": torch.tensor([1, 2, 3, 4, 5, 1, 7]),
+    "query_ids": torch.tensor([1, 2, 3, 4, 5, 1, 15]),  # the last is what the fifth has as its target
     "target_ids": torch.tensor([11, 12, 12, 14, 15, 16, 17]),
     "negative_ids": torch.tensor([20, 14, 15, 12]),
 }
@@ -234,12 +236,14 @@ def test_what_the_output_says():
         (2, 1),
         (3, 8),
         (4, 9),
+        (4, 6),
+        (6, 4),
         (1, 10),
         (2, 10),
     ]:
         similarity[i, j] = -torch.inf
     torch.testing.assert_close(output.hardest_negative, similarity.amax(1))
-    assert output.masked_pairs.item() == pytest.approx(8 / (7 * 10))
+    assert output.masked_pairs.item() == pytest.approx(10 / (7 * 10))
     assert output.valid_count.item() == 7
     alone = hardness_weighted_loss(query[:1], target[:1], alpha=ALPHA, temperature=TEMPERATURE)
     assert alone.hardest_negative.item() == -torch.inf

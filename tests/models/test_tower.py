@@ -8,8 +8,9 @@ from pipeline.data.collate import Encoded, Image
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import embed_chunks, plan_chunks
 from pipeline.models.folder import save_folder
+from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave import Llave, Processor, TowerlessLlave
-from pipeline.models.tower import FrozenTower, KeptFeatures, normalised, tower_features
+from pipeline.models.tower import FrozenTower, normalised, tower_features
 
 CPU = torch.device("cpu")
 
@@ -32,20 +33,20 @@ def items(tiny_model) -> list[Encoded]:
 def test_embeddings_are_those_of_the_whole_model(tiny_model, items):
     whole, without = Llave.load(tiny_model, torch.float32), TowerlessLlave.load(tiny_model, torch.float32)
     assert not [name for name, _ in without.named_parameters() if "tower" in name]
-    tower = FrozenTower.load(tiny_model, torch.float32, CPU)
+    tower = FrozenTower.load(tiny_model, torch.float32, CPU, tiles_at_once=2)
     assert not [parameter for parameter in tower.parameters() if parameter.requires_grad]
     chunks = plan_chunks(items, 60, CPU)
     expected = embed_chunks(whole, chunks, len(items))
     for limit in (0, 1 << 30):
-        features = KeptFeatures(tower, 2, limit)
+        features = KeptFeatures(tower, limit)
         for _ in range(2):  # as they are made, and as they were kept
             torch.testing.assert_close(embed_chunks(without, chunks, len(items), features), expected)
 
 
 def test_each_tile_is_seen_once_and_few_at_a_time(tiny_model, items):
-    tower, seen = FrozenTower.load(tiny_model, torch.float32, CPU), []
+    tower, seen = FrozenTower.load(tiny_model, torch.float32, CPU, tiles_at_once=2), []
     tower.vision_tower.embeddings.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
-    features, chunks = KeptFeatures(tower, 2, 0), plan_chunks(items, 60, CPU)
+    features, chunks = KeptFeatures(tower, 0), plan_chunks(items, 60, CPU)
     with_images = [chunk for chunk in chunks if chunk.packed.images]
     assert len(with_images) > 1
     for _ in range(3):

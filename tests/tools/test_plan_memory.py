@@ -278,7 +278,7 @@ def test_the_model_on_the_meta_device_is_the_one_that_trains(tiny_model):
     trains = recipe(f"model.path={tiny_model}", "train.vision_tower=true")
     loaded, meta = Llave.load(tiny_model, torch.float32), meta_model(trains)
     assert {p.device.type for p in meta.parameters()} == {"meta"}
-    freeze(loaded, trains.train)
+    freeze(loaded, trains)
     assert groups_of(meta, True) == groups_of(loaded, True)
     frozen = {name for name, p in meta.named_parameters() if not p.requires_grad}
     assert frozen == {"vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias"}

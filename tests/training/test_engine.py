@@ -66,13 +66,13 @@ def test_each_part_has_its_learning_rate_and_vectors_no_weight_decay(model):
 def test_what_is_frozen_has_no_optimizer_state(tiny_model, fields, trained):
     model = Llave.load(tiny_model, torch.float32)
     chosen = recipe(*fields)
-    freeze(model, chosen.train)
+    freeze(model, chosen)
     assert set().union(*(names(model, group) for group in parameter_groups(model, chosen))) == trained
 
 
 def test_adapters_alone_are_trained_and_begin_as_nothing(tiny_model):
     model, chosen = Llave.load(tiny_model, torch.float32), recipe("train.projector=false", "train.lora.rank=3")
-    freeze(model, chosen.train)
+    freeze(model, chosen)
     before = dict(model.named_parameters())
     add_adapters(model.language_model, chosen.train.lora, seed=1)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "tower" not in name}

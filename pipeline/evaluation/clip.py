@@ -1,0 +1,213 @@
+"""Peers of the CLIP and SigLIP families, as transformers has them, each in its own folder or of a hub name."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Siglip2ImageProcessorPil,
+    Siglip2Model,
+    SiglipImageProcessorPil,
+    SiglipModel,
+)
+from transformers.image_processing_backends import PilBackend
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from pipeline.config import EvaluationRun
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
+from pipeline.data.tiles import decode_image
+from pipeline.data.video import sample_frames
+from pipeline.errors import PipelineError
+from pipeline.evaluation.identity import identity_of, model_folder
+from pipeline.models.chunks import chunk_tokens_for
+from pipeline.models.loading import DTYPES, refuse_missing
+
+# By the config's model_type.
+PEERS: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
+    "clip": (CLIPModel, CLIPImageProcessorPil),
+    "siglip": (SiglipModel, SiglipImageProcessorPil),
+    "siglip2": (Siglip2Model, Siglip2ImageProcessorPil),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An item for a ClipEncoder.
+
+    ids: (T,) int64 tokens of the text, if there is one.
+    pictures: of each image and frame what the model takes by name; pixels are not normalised, uint8.
+    """
+
+    ids: torch.Tensor | None
+    pictures: tuple[dict[str, torch.Tensor], ...]
+
+
+@dataclass(frozen=True)
+class ClipEncoder:
+    """transformers' CLIP (arXiv 2103.00020), SigLIP (2303.15343) and SigLIP 2 (2502.14786).
+
+    A picture is a unit vector; so are several images or the frames of a video: along the mean of theirs; and so is a
+    text, cut at the model's context. What has both is the unit vector along the mean of the two, as MMEB's baselines
+    fuse them (arXiv 2410.05160). Marks are taken out of texts, instructions stay.
+
+    Each rank embeds its own items; nothing here is collective.
+    """
+
+    name: str
+    identity: str
+    dimension: int
+    model: Callable[[], PreTrainedModel]
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: PilBackend
+    video_frames: int
+    chunk_tokens: int
+    device: torch.device
+
+    instructed: ClassVar[bool] = False
+
+    @classmethod
+    def load(cls, path: str, kind: str, options: EvaluationRun, device: torch.device) -> "ClipEncoder":
+        """From a folder or hub name with a model_type of PEERS; errors as of `load_encoder`."""
+        model_class, processor_class = PEERS[kind]
+        folder = model_folder(path)
+        named = get_tokenizer_config(folder).get("tokenizer_class")
+        if named == "SiglipTokenizer" and not find_spec("sentencepiece"):
+            # transformers would take another tokenizer for it, which leaves the punctuation in.
+            raise PipelineError(f"{path} has a SentencePiece tokenizer: pip install sentencepiece")
+        try:
+            config = model_class.config_class.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            image_processor = processor_class.from_pretrained(folder)
+        except (OSError, ValueError, ImportError) as error:
+            raise PipelineError(f"no {kind} model at {path!r}: {str(error).splitlines()[0]}") from None
+        encoder = cls(
+            name=path,
+            identity=identity_of(folder, options.precision, options.video.frames),
+            dimension=config.projection_dim if kind == "clip" else config.text_config.projection_size,
+            model=cache(partial(_peer, model_class, str(folder), options.precision, device)),
+            config=config,
+            tokenizer=tokenizer,
+            image_processor=image_processor,
+            video_frames=options.video.frames,
+            chunk_tokens=options.chunk_tokens or chunk_tokens_for(padded=False),
+            device=device,
+        )
+        encoder._tokenize("")  # sets the tokenizer's truncation, which threads must not do at once
+        return encoder
+
+    def prepare(self, item: Item) -> Prepared:
+        """Raises BadSample if a picture cannot be decoded, or if the text's marks are not as many as they are."""
+        for mark, count in ((IMAGE_MARK, len(item.images)), (VIDEO_MARK, int(item.video is not None))):
+            if item.text.count(mark) != count:
+                raise BadSample(f"{item.text.count(mark)} {mark} marks in the text, {count} expected")
+        pictures = [decode_image(image) for image in item.images]
+        if item.video is not None:
+            pictures += sample_frames(item.video, self.video_frames)
+        text = without_marks(item.text)
+        return Prepared(
+            ids=None if pictures and not text else self._tokenize(text),
+            pictures=tuple(
+                {
+                    name: torch.from_numpy(np.asarray(value[0]))
+                    for name, value in self.image_processor(picture, do_rescale=False, do_normalize=False).items()
+                }
+                for picture in pictures
+            ),
+        )
+
+    @torch.no_grad()
+    def embed(self, prepared: Sequence[Prepared]) -> torch.Tensor:
+        rows = torch.zeros(len(prepared), self.dimension, device=self.device)
+        texts = [(row, item.ids) for row, item in enumerate(prepared) if item.ids is not None]
+        texts.sort(key=lambda text: -len(text[1]))
+        for batch in _batches(texts, self.chunk_tokens // self._context):
+            rows[[row for row, _ in batch]] = self._texts([ids for _, ids in batch])
+        seen = torch.zeros_like(rows)
+        pictures = [(row, picture) for row, item in enumerate(prepared) for picture in item.pictures]
+        for batch in _batches(pictures, self.chunk_tokens // self._patches):
+            owners = torch.tensor([row for row, _ in batch], device=self.device)
+            seen.index_add_(0, owners, self._pictures([picture for _, picture in batch]))
+        return F.normalize(rows + F.normalize(seen, dim=-1), dim=-1)
+
+    @property
+    def _context(self) -> int:
+        return self.config.text_config.max_position_embeddings
+
+    @property
+    def _patches(self) -> int:
+        vision = self.config.vision_config
+        return vision.num_patches if "num_patches" in vision else (vision.image_size // vision.patch_size) ** 2
+
+    def _tokenize(self, text: str) -> torch.Tensor:
+        """(T,) int64. SigLIP reads lower case, padded to its context, as it was trained."""
+        siglip = self.config.model_type != "clip"
+        ids = self.tokenizer(
+            text.lower() if siglip else text,
+            truncation=True,
+            max_length=self._context,
+            padding="max_length" if siglip else False,
+        )["input_ids"]
+        return torch.tensor(ids)
+
+    def _texts(self, texts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(n, D) unit rows."""
+        # CLIP pools the first end of text, and its attention is causal: it needs no mask of what is behind it. SigLIP
+        # was trained without one.
+        ids = pad_sequence(list(texts), batch_first=True)
+        features = self.model().get_text_features(input_ids=ids.to(self.device)).pooler_output
+        return F.normalize(features.float(), dim=-1)
+
+    def _pictures(self, pictures: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """(n, D) unit rows."""
+        model = self.model()
+        inputs = {name: torch.stack([p[name] for p in pictures]).to(self.device) for name in pictures[0]}
+        inputs["pixel_values"] = self._normalised(inputs["pixel_values"]).to(model.dtype)
+        return F.normalize(model.get_image_features(**inputs).pooler_output.float(), dim=-1)
+
+    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """As the image processor would have them, whose floats would be four times the bytes until they are needed.
+
+        pixels: (n, 3, height, width); or of SigLIP 2 (n, patches, values) with the colour last in each patch.
+        """
+        settings = self.image_processor
+        pixels = pixels.float()
+        if settings.do_rescale:
+            pixels *= settings.rescale_factor
+        if settings.do_normalize:
+            colours = pixels if pixels.ndim == 4 else pixels.unflatten(-1, (-1, 3)).movedim(-1, 1)
+            mean, std = (
+                torch.tensor(values, device=pixels.device)[:, None, None]
+                for values in (settings.image_mean, settings.image_std)
+            )
+            colours.sub_(mean).div_(std)  # in place, also of a view
+        return pixels
+
+
+def without_marks(text: str) -> str:
+    """An item's text without the marks of its images and video, and the white space around them."""
+    return re.sub(rf"\s*({IMAGE_MARK}|{VIDEO_MARK})\s*", " ", text).strip()
+
+
+def _batches(items: list, size: int) -> list[list]:
+    size = max(size, 1)
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _peer(model_class: type[PreTrainedModel], path: str, precision: str, device: torch.device) -> PreTrainedModel:
+    model, loaded = model_class.from_pretrained(path, dtype=DTYPES[precision], output_loading_info=True)
+    refuse_missing(path, loaded)
+    return model.eval().to(device)

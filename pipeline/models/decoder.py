@@ -1,0 +1,253 @@
+"""A decoder, such as Llama or Qwen2, as an encoder of texts: it attends both ways, and its mean is the embedding."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image as Picture
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from pipeline.data.collate import Encoded, Packed, pack
+from pipeline.data.sample import BadSample, Item
+from pipeline.errors import PipelineError
+from pipeline.models.attention import Segments, implementation
+from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.chunks import Chunk
+from pipeline.models.folder import base_of, share
+from pipeline.models.loading import read_config, refuse_missing, refuse_unknown
+
+SETTINGS = "text_encoder"  # the field of config.json that tells a text encoder from any decoder
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: feature-extraction
+{base_model}tags:
+- llm2clip
+- text-embedding
+---
+
+# A text encoder, trained to tell captions apart
+
+The first stage of LLM2CLIP ([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)): a decoder that attends both ways
+(`is_causal: false` in its config). A text's embedding is the unit vector along the mean of its tokens' last hidden
+states{instruction}. The dot product of two is their similarity.
+
+```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+FOLDER = "."  # this folder, or its name on the hub
+tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()
+
+def embed(text: str) -> torch.Tensor:
+    before = tokenizer({instruct!r})["input_ids"]
+    ids = before + tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        hidden = model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, len(before) :]
+    return torch.nn.functional.normalize(hidden.float().mean(0), dim=-1)
+
+print(embed("A cat and a dog") @ embed("Two animals"))
+```
+"""
+
+
+@dataclass(frozen=True)
+class TextProcessor:
+    """Texts -> token ids. instruction: stands before each of them, seen and not pooled."""
+
+    tokenizer: Tokenizer
+    max_tokens: int
+    instruction: str = ""
+
+    @classmethod
+    def load(cls, path: str, max_tokens: int, instruction: str | None = None) -> "TextProcessor":
+        """Of a folder or hub name.  instruction: None is the one that the text encoder was trained with."""
+        if instruction is None:
+            instruction = text_settings(load_config(path)).get("instruction", "")
+        return cls(AutoTokenizer.from_pretrained(path), max_tokens, instruction)
+
+    def encode(self, item: Item) -> Encoded:
+        """Raises BadSample for an item with an image or a video. A text too long is cut at its end."""
+        if item.images or item.video is not None:
+            raise BadSample("an item with an image or a video, and the model reads texts alone")
+        return self.tokenized(item.text)
+
+    def encode_parts(
+        self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
+    ) -> Encoded:
+        """As `encode`, of a text by itself."""
+        if images or frames:
+            raise BadSample("the model reads texts alone, no images or videos")
+        return self.tokenized(text)
+
+    @cached_property
+    def _before(self) -> list[int]:
+        """The instruction, or what the tokenizer begins a text with, as Llama's does; not what it may end one with."""
+        ids, end = self.tokenizer(self.instruction)["input_ids"], self.tokenizer.eos_token_id
+        return ids[:-1] if ids and ids[-1] == end != self.tokenizer.bos_token_id else ids
+
+    def tokenized(self, text: str) -> Encoded:
+        before = self._before
+        ids = self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+        # A text of no tokens has its start pooled, or something that stands for it.
+        ids = (before + ids)[: self.max_tokens] or [self.tokenizer.eos_token_id or 0]
+        return Encoded(np.array(ids, np.int32), skipped=min(len(before), len(ids) - 1))
+
+
+class TextEncoder(nn.Module):
+    """From packed texts to unit vectors, as LLM2Vec (arXiv 2404.05961) and LLM2CLIP (2411.04997) have it.
+
+    language_model: a decoder without its LM head.
+    """
+
+    always_with_images = False
+
+    def __init__(self, language_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    @classmethod
+    def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "TextEncoder":
+        """From a folder or hub name.  dtype: "auto" is the stored one.  attention: see attention.py."""
+        config = load_config(path)
+        model, loaded = AutoModel.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=implementation(attention),
+            output_loading_info=True,
+        )
+        refuse_missing(path, loaded)
+        return cls(model)
+
+    @classmethod
+    def of_config(cls, config: PreTrainedConfig, attention: str = "sdpa") -> "TextEncoder":
+        return cls(AutoModel.from_config(config, attn_implementation=implementation(attention)))
+
+    @property
+    def pads(self) -> bool:
+        """Whether attention pads a chunk's texts to the longest of them; kernels of variable length do not."""
+        return self.language_model.config._attn_implementation == implementation("sdpa")
+
+    @property
+    def dimension(self) -> int:
+        return self.language_model.config.hidden_size
+
+    def checkpoint_activations(self) -> None:
+        checkpoint_layers(self.language_model)
+
+    def forward(self, packed: Packed, with_images: bool = False, features: None = None) -> torch.Tensor:
+        """N packed texts -> (N, hidden) float32 unit rows: along the means of their tokens' last hidden states.
+
+        Of each text the first `packed.skipped` tokens, the instruction's, are seen and not pooled.
+        """
+        hidden = self.language_model(
+            input_ids=packed.input_ids[None],
+            position_ids=packed.position_ids[None],
+            segments=Segments(packed.lengths, packed.input_ids.device, causal=False),
+            use_cache=False,
+        ).last_hidden_state[0]
+        return pooled(hidden, packed.lengths, packed.skipped)
+
+
+def pooled(hidden: torch.Tensor, lengths: tuple[int, ...], skipped: tuple[int, ...]) -> torch.Tensor:
+    """The means of each item's rows of hidden (T, D), without its first `skipped`: (N, D) float32 unit rows."""
+    counts, first = torch.tensor(lengths), torch.tensor(skipped)
+    owner = torch.arange(len(lengths)).repeat_interleave(counts)
+    place = torch.arange(len(owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    taken = (place >= first.repeat_interleave(counts)).nonzero()[:, 0].to(hidden.device)
+    sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
+    sums = sums.index_add(0, owner.to(hidden.device)[taken], hidden[taken].float())
+    return F.normalize(sums, dim=-1)  # along the sum as along the mean
+
+
+class FrozenTextEncoder:
+    """A text encoder whose vectors another model takes: see frozen.py."""
+
+    def __init__(self, model: TextEncoder, device: torch.device) -> None:
+        self.model, self.device = model.eval().requires_grad_(False).to(device), device
+
+    @torch.no_grad()
+    def features_of(self, chunk: Chunk) -> torch.Tensor | None:
+        """(texts, width) float32 unit rows of the chunk's items that are texts, in their order; None if none is."""
+        texts = [item for item in chunk.items if not item.images]
+        return self.model(pack(texts).to(self.device)) if texts else None
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """The config of a decoder's folder or hub name; PipelineError if there is none."""
+    config = read_config(path, AutoConfig.from_pretrained)
+    if not hasattr(config, "num_hidden_layers") or not hasattr(config, "rope_parameters"):
+        raise PipelineError(f"{path} is a {config.model_type} model; expected a decoder of texts, as llama or qwen2")
+    return config
+
+
+def text_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """How a text encoder's folder says that it pools; empty for any other decoder."""
+    return getattr(config, SETTINGS, {})
+
+
+def random_config(text: dict[str, Any]) -> PreTrainedConfig:
+    """The config of model.architecture.text. Raises PipelineError for a kind or a field that is not known."""
+    kind = text.get("model_type", "qwen2")
+    if kind not in CONFIG_MAPPING:
+        raise PipelineError(f"model.architecture.text.model_type={kind} is no model that transformers has")
+    config = CONFIG_MAPPING[kind]
+    refuse_unknown("text", text, config())
+    if "vocab_size" not in text:
+        raise PipelineError("model.architecture.text.vocab_size is missing: the size of the tokenizer to train")
+    return config(**{name: value for name, value in text.items() if name != "model_type"})
+
+
+def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -> None:
+    """Write a decoder of random weights, with a tokenizer trained on `texts`, as a folder."""
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, int(text["vocab_size"]), show_progress=False)
+    config = random_config(
+        text
+        | {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save(
+    model: TextEncoder,
+    weights: dict[str, torch.Tensor],
+    source: str,
+    folder: Path,
+    base: str | None,
+    instruction: str,
+) -> None:
+    """Write `weights` (the model's parameters by name) as a folder in transformers' format, with a model card.
+
+    The tokenizer is that of `source`.  base: the model that training began with, which the card names if it is of the
+    hub.
+    """
+    prefix = "language_model."
+    own = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    model.language_model.save_pretrained(folder, state_dict=own)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"is_causal": False, SETTINGS: {"pooling": "mean", "instruction": instruction}}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    without = f", without those of the instruction that stands before it, `{instruction}`" if instruction else ""
+    card = _CARD.format(base_model=base_of(base), instruction=without, instruct=instruction)
+    (folder / "README.md").write_text(card)
+    share(folder)

@@ -1,0 +1,50 @@
+"""What loading any model asks: its config, whether all its weights were there, which of given fields it knows."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedConfig
+
+from pipeline.errors import PipelineError
+
+# A precision by its name in recipes and options; "auto" is the one that the weights are stored in.
+DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+
+Config = TypeVar("Config")
+
+
+def read_config(path: str, read: Callable[[str], Config]) -> Config:
+    """What `read` makes of the config.json of a folder or hub name; PipelineError where there is no model."""
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():
+        raise PipelineError(f"no model at {path!r}: it has no config.json")  # transformers would take its defaults
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"no model at {path!r}: {str(error).splitlines()[0]}") from None
+
+
+def config_dict(path: str) -> dict[str, Any]:
+    """The config.json of a folder or hub name; errors as of `read_config`."""
+    return read_config(path, PreTrainedConfig.get_config_dict)[0]
+
+
+def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -> None:
+    """Raise PipelineError for a field of model.architecture.NAME that is none of the config's.
+
+    transformers would take it and ignore it.
+    """
+    known = config.to_dict()
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise PipelineError(f"unknown field model.architecture.{name}.{key}{hint}")
+
+
+def refuse_missing(path: str, loaded: dict) -> None:
+    """Raise PipelineError where from_pretrained's report lists weights that were not there."""
+    if missing := sorted(loaded["missing_keys"]):
+        raise PipelineError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]} the first")

@@ -1,0 +1,196 @@
+"""Masked next-token prediction, by which a decoder gets used to attending both ways (LLM2Vec, arXiv 2404.05961).
+
+Some tokens of a text are hidden, and each is predicted from the last hidden state of the token before it: so the
+decoder's own head serves. What is hidden, by what, and how much of it are those of LLM2Vec's run_mntp.py and its
+train_configs/mntp (github.com/McGill-NLP/llm2vec).
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from pipeline.config import Loss
+from pipeline.data.collate import Encoded, Packed, sent
+from pipeline.errors import PipelineError
+from pipeline.models import decoder
+from pipeline.models.attention import Segments, implementation
+from pipeline.models.chunks import Chunk
+from pipeline.models.decoder import SETTINGS, TextEncoder, load_config
+from pipeline.models.folder import base_of, share
+from pipeline.models.loading import refuse_missing
+
+_BLANK = "_"  # hides a token where the tokenizer has nothing made for it, as Llama's and Qwen2's
+
+_CARD = """\
+---
+library_name: transformers
+{base_model}tags:
+- llm2vec
+- masked-next-token-prediction
+---
+
+# A decoder that attends both ways
+
+Trained by masked next-token prediction ([LLM2Vec](https://arxiv.org/abs/2404.05961)): with `is_causal: false` in its
+config, it predicts a token hidden by `{mask}` from the token before it. It is what LLM2CLIP's caption contrast
+([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)) begins with.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FOLDER = "."  # this folder, or its name on the hub
+tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModelForCausalLM.from_pretrained(FOLDER).eval()
+ids = tokenizer("A cat and a dog", return_tensors="pt")["input_ids"]
+ids[0, 3] = {mask_id}
+with torch.no_grad():
+    print(tokenizer.decode(model(ids, use_cache=False).logits[0, 2].argmax()))
+```
+"""
+
+
+@dataclass(frozen=True)
+class MaskedText(Encoded):
+    """A text some of whose tokens are hidden.
+
+    places: (M,) int64, where they are, none of them 0.  targets: (M,) int64, the tokens that they were.
+    """
+
+    places: np.ndarray = field(kw_only=True)
+    targets: np.ndarray = field(kw_only=True)
+
+
+def mask(text: Encoded, loss: Loss, mask_token: int, vocabulary: int, key: tuple[int, ...]) -> MaskedText:
+    """Hide a share of the text's tokens; a pure function of its arguments.
+
+    Each is hidden with the probability loss.mask_rate: by `mask_token`, or of so many loss.mask_random by any token of
+    the vocabulary, or loss.mask_kept by itself. Not the first, before which nothing stands to predict it from, nor
+    those of an instruction.  key: non-negative, what the draws depend on besides.
+    """
+    draws = np.random.default_rng(key)
+    hidden = draws.random(len(text.input_ids)) < loss.mask_rate
+    hidden[: max(text.skipped, 1)] = False
+    places = np.flatnonzero(hidden)
+    others, how = draws.integers(vocabulary, size=len(places)), draws.random(len(places))
+    targets = text.input_ids[places].astype(np.int64)
+    seen = np.where(
+        how < loss.mask_random, others, np.where(how < loss.mask_random + loss.mask_kept, targets, mask_token)
+    )
+    ids = text.input_ids.copy()
+    ids[places] = seen
+    return MaskedText(ids, skipped=text.skipped, places=places, targets=targets)
+
+
+def to_predict(chunk: Chunk) -> torch.Tensor:
+    """(2, M) int64 of a chunk of masked texts: the places in their packed row to predict from, and the tokens."""
+    places, targets, start = [], [], 0
+    for item in chunk.items:
+        if isinstance(item, MaskedText):  # not an empty chunk's dummy
+            places.append(start - 1 + item.places)
+            targets.append(item.targets)
+        start += len(item.input_ids)
+    empty = np.zeros(0, np.int64)
+    row = np.stack([np.concatenate([empty, *places]), np.concatenate([empty, *targets])])
+    return sent(torch.from_numpy(row), chunk.rows.device)
+
+
+class MaskedLanguageModel(TextEncoder):
+    """From packed texts to what its predictions of their hidden tokens cost.
+
+    causal: a decoder with its LM head.  mask_token: what hides a token.  vocabulary: how many tokens there are.
+    """
+
+    def __init__(self, causal: PreTrainedModel, mask_token: int, vocabulary: int) -> None:
+        super(TextEncoder, self).__init__()
+        self.causal, self.mask_token, self.vocabulary = causal, mask_token, vocabulary
+
+    @classmethod
+    def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "MaskedLanguageModel":
+        """As TextEncoder.load; PipelineError where the decoder has no LM head, or its tokenizer nothing to hide by."""
+        causal, loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=load_config(path),
+            dtype=dtype,
+            attn_implementation=implementation(attention),
+            output_loading_info=True,
+        )
+        refuse_missing(path, loaded)
+        return cls(causal, *_tokens(path, causal.config))
+
+    @classmethod
+    def empty(cls, path: str, attention: str) -> "MaskedLanguageModel":
+        """The same without weights."""
+        config = load_config(path)
+        causal = AutoModelForCausalLM.from_config(config, attn_implementation=implementation(attention))
+        causal.tie_weights()  # where the config says so; partitioning them undid it
+        return cls(causal, *_tokens(path, config))
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The decoder without its head."""
+        return self.causal.base_model
+
+    def forward(self, packed: Packed, with_images: bool = False, predicted: torch.Tensor | None = None) -> torch.Tensor:
+        """N packed texts -> (N, 2) float32: the sum of each one's cross entropies, and how many it got right.
+
+        predicted: see `to_predict`. Of these places alone are there logits, M times the vocabulary.
+        Without it, the texts' embeddings, as those of a TextEncoder.
+        """
+        if predicted is None:
+            return super().forward(packed)
+        segments = Segments(packed.lengths, packed.input_ids.device, causal=False)
+        places, targets = predicted
+        logits = self.causal(
+            input_ids=packed.input_ids[None],
+            position_ids=packed.position_ids[None],
+            segments=segments,
+            use_cache=False,
+            logits_to_keep=places,
+        ).logits[0]
+        costs = F.cross_entropy(logits.float(), targets, reduction="none")
+        rows = torch.stack([costs, logits.argmax(dim=1) == targets], dim=1)
+        owner = torch.searchsorted(segments.bounds, places, right=True) - 1
+        return rows.new_zeros(len(packed.lengths), 2).index_add(0, owner, rows)
+
+
+def _tokens(path: str, config: PreTrainedConfig) -> tuple[int, int]:
+    """What hides a token, and how many tokens there are."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    token = tokenizer.mask_token_id
+    if token is None:
+        token = tokenizer.get_vocab().get(_BLANK)
+    if token is None:
+        raise PipelineError(f"{path}: its tokenizer has neither a mask token nor {_BLANK!r} to hide others by; set one")
+    return token, min(len(tokenizer), config.vocab_size)
+
+
+def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -> None:
+    """As decoder.build, with an LM head."""
+    decoder.build(text, texts, seed, folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(load_config(str(folder))).save_pretrained(folder)
+
+
+def save(
+    model: MaskedLanguageModel, weights: dict[str, torch.Tensor], source: str, folder: Path, base: str | None
+) -> None:
+    """Write `weights` (the model's parameters by name) as a decoder's folder, with its LM head; as decoder.save."""
+    own = {name.removeprefix("causal."): weight for name, weight in weights.items()}
+    model.causal.save_pretrained(folder, state_dict=own)
+    config = json.loads((folder / "config.json").read_text()) | {"is_causal": False}
+    config.pop(SETTINGS, None)  # of a text encoder that training began with, which it no longer is
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(folder)
+    mask_id = model.mask_token
+    card = _CARD.format(base_model=base_of(base), mask=tokenizer.convert_ids_to_tokens(mask_id), mask_id=mask_id)
+    (folder / "README.md").write_text(card)
+    share(folder)

@@ -1,0 +1,118 @@
+"""Two towers of one space: an image is what the vision side makes of it, a text what the text side does."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image as Picture
+from torch import nn
+
+from pipeline.data.collate import Encoded, Image, Packed
+from pipeline.data.sample import BadSample, Item
+from pipeline.data.tiles import decode_image
+from pipeline.data.video import sample_frames
+from pipeline.models.vision import Pixels
+
+
+class TwoTower(nn.Module, ABC):
+    """From packed items to unit vectors. Of an item with several images, or a video's frames: along their mean.
+
+    pixels: how the vision side takes images.  pads: whether attention over texts pads them to a chunk's longest.
+    always_with_images: every forward pass is as one with images (see `forward`), so that all it trains has a gradient.
+    """
+
+    always_with_images = False
+    pads = False
+
+    def __init__(self, pixels: Pixels) -> None:
+        super().__init__()
+        self.pixels = pixels
+
+    @property
+    @abstractmethod
+    def dimension(self) -> int: ...
+
+    @abstractmethod
+    def checkpoint_activations(self) -> None: ...
+
+    @abstractmethod
+    def images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, 3, size, size) normalised -> (n, dimension)."""
+
+    @abstractmethod
+    def texts(self, packed: Packed, features: torch.Tensor | None) -> torch.Tensor:
+        """(texts, dimension) of the items without images; where all have images, (1, dimension) of any text."""
+
+    def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
+        """N packed items -> (N, dimension) float32 unit rows.
+
+        with_images: whether any rank has an image in this forward pass. A rank that has none then sends one black tile
+        through the tower, times zero, as one without texts always does with a text: all ranks run the same modules.
+        features: (texts, width) vectors of the items without images, by a text encoder that is not part of the model.
+        """
+        device, dtype = packed.input_ids.device, next(self.parameters()).dtype
+        tiles = torch.tensor(packed.tiles_of)
+        numbers = torch.arange(len(tiles))
+        texts, owners = numbers[tiles == 0].to(device), numbers.repeat_interleave(tiles).to(device)
+        rows = torch.zeros(len(tiles), self.dimension, device=device)
+        told = F.normalize(self.texts(packed, features).float(), dim=-1)
+        rows = rows.index_add(0, texts, told) if len(texts) else rows + 0 * told.sum()
+        if packed.images:
+            seen = self.images(self.pixels.normalised(packed.tiles, device, dtype))
+            rows = rows.index_add(0, owners, F.normalize(seen.float(), dim=-1))
+        elif with_images or self.always_with_images:
+            black = torch.zeros(1, 3, self.pixels.size, self.pixels.size, device=device, dtype=dtype)
+            rows = rows + 0 * self.images(black).float().sum()
+        return F.normalize(rows, dim=-1)
+
+
+class TextReader(Protocol):
+    """What turns the texts of a two-tower model into tokens."""
+
+    def tokenized(self, text: str) -> Encoded: ...
+
+
+@dataclass(frozen=True)
+class TwoTowerProcessor:
+    """Items -> tiles or tokens. An image stands for `tokens` tokens, so that chunks are cut by the work they make.
+
+    texts: None where the vectors of texts come with them.
+    """
+
+    pixels: Pixels
+    tokens: int
+    texts: TextReader | None
+    video_frames: int = 8
+
+    def encode(self, item: Item) -> Encoded:
+        """Of an item with images or a video these alone: the text beside them is an instruction, for other models.
+
+        Raises BadSample for an image or video that cannot be decoded, and for a text whose vector is missing.
+        """
+        images = [partial(decode_image, image) for image in item.images]
+        if images or item.video is not None:
+            frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
+            return self.encode_parts("", images, frames)
+        if self.texts is None:
+            if item.vector is None and item.text:
+                raise BadSample("its text has no vector in data.text_embeddings")
+            return Encoded(np.zeros(1, np.int32), vector=item.vector)
+        return self.texts.tokenized(item.text)
+
+    def encode_parts(
+        self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
+    ) -> Encoded:
+        """Of a text, or of RGB images and a video's frames; BadSample for both at once."""
+        if not images and frames is None:
+            return self.texts.tokenized(text)
+        if text:
+            raise BadSample("a text beside an image: for this model they are two items")
+        shown = [decode() for decode in images] + list(frames() if frames else [])
+        tiles = np.stack([self.pixels.prepare(picture) for picture in shown])
+        image = Image(tiles, *tiles.shape[2:], video=frames is not None)
+        return Encoded(np.zeros(len(tiles) * self.tokens, np.int32), (image,))

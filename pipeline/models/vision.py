@@ -1,0 +1,273 @@
+"""A vision encoder: pictures -> vectors, by the vision half of CLIP or SigLIP, or by timm's EVA02-CLIP.
+
+Three published families: transformers' CLIP (arXiv 2103.00020), its SigLIP (2303.15343; SigLIP 2, 2502.14786, in the
+sizes that are fixed), and vision transformers of timm with a projection as their head (EVA-CLIP, 2303.15389).
+"""
+
+import importlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import nn
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipImageProcessorPil,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.image_processing_backends import PilBackend
+
+from pipeline.data import resize
+from pipeline.data.collate import sent
+from pipeline.data.sample import BadSample
+from pipeline.errors import PipelineError
+from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.folder import share
+from pipeline.models.loading import config_dict, refuse_missing, refuse_unknown
+from pipeline.models.weights import fetched, weight_files
+
+
+# Of a checkpoint with both towers the vision half alone is read. The classes are named as their bases, for transformers
+# writes the name to config.json, and finds by it how a checkpoint calls the weights.
+class CLIPVisionModelWithProjection(transformers.CLIPVisionModelWithProjection):
+    _keys_to_ignore_on_load_unexpected = (r"^(text_model|text_projection|logit_scale)",)
+
+
+class SiglipVisionModel(transformers.SiglipVisionModel):
+    _keys_to_ignore_on_load_unexpected = (r"^(text_model|logit_scale|logit_bias)",)
+
+
+names = get_checkpoint_conversion_mapping("SiglipVisionModel")
+register_checkpoint_conversion_mapping("SiglipVisionModel", names, overwrite=True)  # for classes of others too
+
+# By config.json's model_type.
+_FAMILIES: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
+    "clip": (CLIPVisionModelWithProjection, CLIPImageProcessorPil),
+    "clip_vision_model": (CLIPVisionModelWithProjection, CLIPImageProcessorPil),
+    "siglip": (SiglipVisionModel, SiglipImageProcessorPil),
+    "siglip_vision_model": (SiglipVisionModel, SiglipImageProcessorPil),
+}
+_OUTPUTS = {"clip_vision_model": "image_embeds", "siglip_vision_model": "pooler_output", "timm_wrapper": "logits"}
+
+
+class VisionEncoder(nn.Module):
+    """From normalised pixels to vectors.
+
+    tower: transformers' model.  processor: what `save` writes beside it; timm's is part of its config.
+    dimension: of the vectors.  tokens: that an image is in the tower, its patches and class token.
+    """
+
+    def __init__(self, tower: PreTrainedModel, processor: PilBackend | None) -> None:
+        super().__init__()
+        self.tower, self._processor = tower, processor
+        self._output, config = _OUTPUTS[tower.config.model_type], tower.config
+        if config.model_type == "timm_wrapper":
+            if not hasattr(tower.timm_model, "num_prefix_tokens"):
+                raise PipelineError(f"timm's {config.architecture} is no vision transformer, which alone is supported")
+            self.dimension = config.num_labels
+            self.tokens = tower.timm_model.patch_embed.num_patches + tower.timm_model.num_prefix_tokens
+        else:
+            clip = config.model_type == "clip_vision_model"
+            self.dimension = config.projection_dim if clip else config.hidden_size
+            self.tokens = (config.image_size // config.patch_size) ** 2 + clip
+
+    @classmethod
+    def load(cls, path: str, dtype: torch.dtype | Literal["auto"]) -> "VisionEncoder":
+        """From a folder or hub name, which may hold a text tower too.  dtype: "auto" is the stored one.
+
+        Raises PipelineError where there is no such model, for one of another family, where weights are missing, and
+        for one of timm where that is not installed.
+        """
+        folder, settings = _settings(path)
+        kind, config, processor = _parts(path, folder, settings)
+        weight_files(folder)  # for its errors
+        tower, loaded = kind.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+        refuse_missing(path, loaded)
+        return cls(tower, processor)
+
+    @classmethod
+    def empty(cls, path: str) -> "VisionEncoder":
+        """The same without its weights, for its shape. Errors as of `load`."""
+        kind, config, processor = _parts(path, *_settings(path))
+        return cls(kind._from_config(config, attn_implementation="sdpa"), processor)
+
+    @classmethod
+    def build(cls, architecture: dict[str, Any], dimension: int, seed: int) -> "VisionEncoder":
+        """A CLIP vision tower of random weights.
+
+        architecture: fields of transformers' CLIPVisionConfig; PipelineError for one that it does not have.
+        dimension: of the vectors.
+        """
+        refuse_unknown("vision", architecture, CLIPVisionConfig())
+        config = CLIPVisionConfig(**architecture | {"projection_dim": dimension})
+        side = config.image_size
+        processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(CLIPVisionModelWithProjection._from_config(config, attn_implementation="sdpa"), processor)
+
+    def checkpoint_activations(self) -> None:
+        checkpoint_layers(self.tower)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, 3, size, size), as `Pixels.normalised` has them -> (n, dimension), of any length."""
+        return getattr(self.tower(pixel_values=pixels), self._output)
+
+    def save(self, folder: Path) -> None:
+        """Write tower and image processor as a folder that transformers loads alone."""
+        self.tower.save_pretrained(folder)
+        if self._processor:
+            self._processor.save_pretrained(folder)
+        share(folder)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How a picture becomes what a vision encoder takes: resized, cropped at its centre, normalised on the device.
+
+    size: pixels of a side.  mean, std: of each colour, where white is 1.
+    edge: pixels that the shorter side is resized to; both sides, if a picture does not keep its shape.
+    to_even: where a crop begins at half a pixel, torchvision, which timm uses, rounds to even, transformers down.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    edge: int
+    keeps_shape: bool
+    resample: Image.Resampling
+    to_even: bool = False
+
+    @classmethod
+    def load(cls, path: str) -> "Pixels":
+        """Of a folder or hub name. Raises PipelineError where what it says is not known here, or is not the model's."""
+        resize.compiled()  # once, not in every worker
+        folder, settings = _settings(path)
+        if "pretrained_cfg" in settings:
+            return cls._of_timm(path, settings["pretrained_cfg"])
+        kind, processor_class = _family(path, settings)
+        pixels = cls._of_processor(path, _processor(path, folder, processor_class))
+        if pixels.size != (side := kind.config_class.from_pretrained(folder).image_size):
+            raise PipelineError(
+                f"{path}: its image processor makes {pixels.size} pixels a side, its model takes {side}"
+            )
+        return pixels
+
+    @classmethod
+    def _of_processor(cls, path: str, its: PilBackend) -> "Pixels":
+        edge = its.size.shortest_edge or its.size.height
+        height, width = (its.crop_size.height, its.crop_size.width) if its.do_center_crop else (edge, edge)
+        keeps_shape = its.size.shortest_edge is not None
+        known = its.do_resize and its.do_rescale and its.do_normalize and not its.do_pad
+        known = known and math.isclose(its.rescale_factor, 1 / 255)
+        if keeps_shape:
+            known = known and its.do_center_crop and its.size.longest_edge is None
+        else:
+            known = known and its.size.height == its.size.width
+        if not (known and height == width <= edge):
+            raise PipelineError(
+                f"{path}: its image processor does what is not supported; expected are a resize to a square, or of the "
+                "shorter edge before a square crop, then a division by 255 and a normalisation"
+            )
+        resample = Image.Resampling(its.resample)
+        return cls(height, tuple(its.image_mean), tuple(its.image_std), edge, keeps_shape, resample)
+
+    @classmethod
+    def _of_timm(cls, path: str, its: dict[str, Any]) -> "Pixels":
+        _, height, width = its["input_size"]
+        crop, filter_name = its.get("crop_mode", "center"), its["interpolation"].upper()
+        if crop != "center" or filter_name not in Image.Resampling.__members__:
+            what = f"crop_mode={crop} with interpolation={its['interpolation']}"
+            raise PipelineError(f"{path}: {what} is not supported; expected crop_mode=center and a filter of Pillow's")
+        if height != width:
+            raise PipelineError(f"{path}: input_size {height}x{width} is no square, which alone is supported")
+        edge, resample = math.floor(height / its["crop_pct"]), Image.Resampling[filter_name]
+        return cls(height, tuple(its["mean"]), tuple(its["std"]), edge, True, resample, to_even=True)
+
+    def prepare(self, picture: Image.Image) -> np.ndarray:
+        """(3, size, size) uint8, to the byte as the model's own image processor; `BadSample` if it is far too long."""
+        rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+        height = width = self.edge
+        if self.keeps_shape:
+            shorter = min(rgb.size)
+            height, width = (int(self.edge * side / shorter) for side in (rgb.height, rgb.width))
+        if height * width > Image.MAX_IMAGE_PIXELS:
+            raise BadSample(f"{rgb.width}x{rgb.height} pixels, too long to be resized by the shorter edge")
+        if self.resample == Image.Resampling.BICUBIC:
+            planes = resize.Pixels(rgb).resized(height, width)
+        else:
+            planes = np.asarray(rgb.resize((width, height), self.resample)).transpose(2, 0, 1)
+        top, left = self._begin(height), self._begin(width)
+        return np.ascontiguousarray(planes[:, top : top + self.size, left : left + self.size])
+
+    def _begin(self, length: int) -> int:
+        spare = length - self.size
+        return round(spare / 2) if self.to_even else spare // 2
+
+    def normalised(self, tiles: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """(n, 3, size, size) uint8 -> what the tower takes. In float32 on the way: bf16 has but eight bits."""
+        mean, std = (sent(torch.tensor(values)[:, None, None], device) for values in (self.mean, self.std))
+        return sent(tiles, device).float().div_(255).sub_(mean).div_(std).to(dtype)
+
+
+def _settings(path: str) -> tuple[Path, dict[str, Any]]:
+    """(the folder of a model, its config.json)."""
+    folder = fetched(path)
+    return folder, config_dict(str(folder))
+
+
+def _family(path: str, settings: dict[str, Any]) -> tuple[type[PreTrainedModel], type[PilBackend]]:
+    kind = settings.get("model_type")
+    if kind not in _FAMILIES:
+        raise PipelineError(
+            f"{path} is a {kind} model; a vision encoder is a clip, a siglip (as is SigLIP 2 of a fixed size) or timm's"
+        )
+    return _FAMILIES[kind]
+
+
+def _processor(path: str, folder: Path, processor_class: type[PilBackend]) -> PilBackend:
+    try:
+        return processor_class.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"no image processor at {path!r}: {str(error).splitlines()[0]}") from None
+
+
+def _parts(
+    path: str, folder: Path, settings: dict[str, Any]
+) -> tuple[type[PreTrainedModel], PreTrainedConfig, PilBackend | None]:
+    """(class of the tower, its config, the image processor)."""
+    if "pretrained_cfg" in settings:
+        return *_timm_parts(path, folder), None
+    kind, processor_class = _family(path, settings)
+    config = kind.config_class.from_pretrained(folder)
+    if settings["model_type"] == "clip":  # whose own projection_dim holds; the vision half's is often a default
+        config.projection_dim = CLIPConfig.from_pretrained(folder).projection_dim
+    if not getattr(config, "vision_use_head", True):
+        raise PipelineError(f"{path} has no pooling head (vision_use_head=false), which gives an image's vector")
+    return kind, config, _processor(path, folder, processor_class)
+
+
+def _timm_parts(path: str, folder: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    try:
+        importlib.import_module("timm")
+    except (ImportError, RuntimeError) as error:  # the latter of a torchvision that does not fit torch
+        raise PipelineError(f"{path} needs timm ({str(error).splitlines()[0]}): pip install timm") from None
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification  # which import it where it is
+
+    config = TimmWrapperConfig.from_pretrained(folder)
+    if not config.num_labels:
+        raise PipelineError(f"{path} has no head (num_classes=0), which is the projection of timm's CLIP towers")
+    if config.model_args:
+        config.model_args.pop("num_classes", None)  # transformers gives it a second time
+    return TimmWrapperForImageClassification, config

@@ -1,0 +1,200 @@
+"""What is hidden of a text, and the model that predicts it beside transformers' own, text by text."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.config import Loss, load_recipe
+from pipeline.data.collate import Encoded, pack
+from pipeline.data.sample import Item, Pair
+from pipeline.errors import PipelineError
+from pipeline.models import decoder, masked
+from pipeline.models.chunks import Chunk, plan_chunks
+from pipeline.models.decoder import TextEncoder, load_config
+from pipeline.models.kinds import KINDS, kind_of
+from pipeline.models.masked import MaskedLanguageModel, MaskedText, mask, to_predict
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+}
+SHAPES = {
+    "llama": SIZES | {"model_type": "llama"},
+    "qwen2": SIZES | {"tie_word_embeddings": True},
+    "granite": SIZES | {"model_type": "granite", "logits_scaling": 0.5},
+}
+MASK, VOCABULARY = 7, 250  # a trained tokenizer has 256 bytes at least
+
+
+def text(length: int, seed: int = 0, skipped: int = 0) -> Encoded:
+    return Encoded(np.random.default_rng(seed).integers(20, VOCABULARY, length).astype(np.int32), skipped=skipped)
+
+
+def hidden(*lengths: int) -> list[MaskedText]:
+    """Texts half of whose tokens are hidden, from the second or third on."""
+    rate = Loss(mask_rate=0.5)
+    return [mask(text(n, i, i % 2 * 2), rate, MASK, VOCABULARY, (0, i)) for i, n in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def folder(request, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / request.param
+    masked.build(SHAPES[request.param], ["a red star _ a blue ring"], seed=1, folder=folder)
+    return str(folder)
+
+
+@torch.no_grad()
+def loaded(folder: str) -> MaskedLanguageModel:
+    """With larger weights, so that predictions depend on all that a token sees."""
+    model, generator = MaskedLanguageModel.load(folder, torch.float32), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def test_of_what_is_hidden_most_is_masked_and_some_another_token_or_itself():
+    whole = text(50_000, skipped=400)
+    masked = mask(whole, Loss(), MASK, VOCABULARY, (0, 3, 2**64 - 1))
+    places, seen = masked.places, masked.input_ids[masked.places]
+    assert len(places) / 50_000 == pytest.approx(0.2, abs=0.01)
+    assert places.min() >= 400 and places.max() > 49_900
+    assert (masked.targets == whole.input_ids[places]).all()
+    untouched = np.setdiff1d(np.arange(50_000), places)
+    assert (masked.input_ids[untouched] == whole.input_ids[untouched]).all()
+    assert (seen == MASK).mean() == pytest.approx(0.8, abs=0.02)
+    assert (seen == masked.targets).mean() == pytest.approx(0.1, abs=0.02)
+    others = seen[(seen != MASK) & (seen != masked.targets)]
+    assert len(others) / len(seen) == pytest.approx(0.1, abs=0.02)
+    assert (others.min(), others.max()) == (0, VOCABULARY - 1)
+
+
+def test_it_depends_on_the_key_alone():
+    def of(*key: int) -> tuple[list[int], list[int]]:
+        masked = mask(text(200), Loss(), MASK, VOCABULARY, key)
+        return masked.places.tolist(), masked.input_ids.tolist()
+
+    assert of(0, 1, 2) == of(0, 1, 2)
+    assert len({str(of(*key)) for key in ((0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3))}) == 4
+
+
+def test_everything_is_hidden_but_a_first_token_and_an_instruction():
+    every = Loss(mask_rate=1.0, mask_random=0.0, mask_kept=0.0)
+    for length, skipped, first in ((5, 0, 1), (5, 1, 1), (5, 3, 3), (1, 0, 1)):
+        masked = mask(text(length, skipped=skipped), every, MASK, VOCABULARY, (0,))
+        assert masked.places.tolist() == list(range(first, length))
+        assert masked.input_ids[first:].tolist() == [MASK] * (length - first)
+
+
+@torch.no_grad()
+def test_costs_and_hits_are_those_of_the_token_before_as_transformers_has_it(folder):
+    items = hidden(9, 1, 30, 4)
+    model = loaded(folder)
+    config = load_config(folder)
+    config.is_causal = False
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    plain.load_state_dict(model.causal.state_dict())
+    (chunk,) = plan_chunks(items, 1000, torch.device("cpu"))
+    rows = model(chunk.packed, False, to_predict(chunk))
+    for row, item in zip(rows, chunk.items, strict=True):
+        logits = plain(torch.from_numpy(item.input_ids).long()[None], use_cache=False).logits[0]
+        costs = [
+            -F.log_softmax(logits[at - 1].double(), 0)[of] for at, of in zip(item.places, item.targets, strict=True)
+        ]
+        hits = [int(logits[at - 1].argmax()) == of for at, of in zip(item.places, item.targets, strict=True)]
+        assert row.tolist() == pytest.approx([float(sum(costs)), sum(hits)], rel=1e-5, abs=1e-6)
+    assert (rows[:, 0] > 0).sum() == 3  # the text of one token has nothing to predict
+
+
+def test_an_empty_chunk_costs_nothing_and_has_a_gradient_of_every_parameter(folder):
+    model = MaskedLanguageModel.load(folder, torch.float32)
+    dummy = Encoded(np.zeros(1, np.int32))
+    chunk = Chunk(torch.zeros(0, dtype=torch.long), (dummy,), False, True)
+    rows = model(chunk.packed, False, to_predict(chunk))
+    assert rows.tolist() == [[0, 0]]
+    rows[:0].sum().backward()
+    assert all((parameter.grad == 0).all() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_a_prediction_depends_on_what_comes_later_in_its_text_and_on_no_other(folder):
+    model = MaskedLanguageModel.load(folder, torch.float32)
+    items = hidden(20, 20)
+    changed = replace(items[0], input_ids=np.append(items[0].input_ids[:-1], 9).astype(np.int32))
+    alone = [replace(item, places=item.places[:1], targets=item.targets[:1]) for item in (*items, changed)]
+    assert alone[0].places[0] < 15
+    rows = []
+    for pair in ([alone[0], alone[1]], [alone[2], alone[1]]):
+        chunk = Chunk(torch.arange(2), tuple(pair), False, True)
+        rows.append(model(chunk.packed, False, to_predict(chunk)))
+    assert abs(float(rows[0][0, 0] - rows[1][0, 0])) > 1e-5
+    assert torch.equal(rows[0][1], rows[1][1])
+
+
+@torch.no_grad()
+def test_a_folder_loads_in_transformers_and_as_a_text_encoder(folder, tmp_path):
+    source, out = str(shutil.copytree(folder, tmp_path / "source")), str(tmp_path / "out")
+    config = json.loads(Path(source, "config.json").read_text()) | {decoder.SETTINGS: {"instruction": "Say: "}}
+    Path(source, "config.json").write_text(json.dumps(config))
+    model = loaded(source)
+    masked.save(model, dict(model.named_parameters()), source, tmp_path / "out", None)
+    assert kind_of(out) is None
+    ids = torch.tensor([[25, 31, 92, 11]])
+    causal = AutoModelForCausalLM.from_pretrained(out).eval()
+    places, packed = torch.arange(4), pack([Encoded(ids[0].numpy().astype(np.int32))])
+    targets = causal(ids, use_cache=False).logits[0].argmax(1)
+    assert model(packed, False, torch.stack([places, targets]))[0, 1] == 4
+    assert model(packed, False, torch.stack([places, (targets + 1) % model.vocabulary]))[0, 1] == 0
+    assert torch.equal(TextEncoder.load(out, torch.float32)(packed), model(packed))
+    assert (tmp_path / "out/README.md").read_text().count(f"ids[0, 3] = {model.mask_token}\n") == 1
+    assert AutoTokenizer.from_pretrained(out).convert_ids_to_tokens(model.mask_token) == "_"
+
+
+def test_a_decoder_without_its_head_is_refused(tmp_path):
+    decoder.build(SIZES, ["a red star"], seed=1, folder=tmp_path)
+    with pytest.raises(PipelineError, match=r"lacks 1 of the model's weights, lm_head\.weight"):
+        MaskedLanguageModel.load(str(tmp_path), torch.float32)
+
+
+def test_a_step_takes_one_text_of_an_image_and_both_of_a_pair_of_texts():
+    kind = KINDS["mntp"]
+    image = Pair("0", "d", "", Item("<image>", (b"...",)), Item("one"), (Item("no"),), ("two",))
+    for number, name in enumerate(("one", "two")):
+        assert kind.trained_on(image, lambda count, number=number: number).items == (Item(name), Item(name))
+    texts = Pair("1", "d", "", Item("one"), Item("two"))
+    assert kind.trained_on(texts, lambda count: 0) == texts
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "named"),
+    [
+        ("demo_masked", "loss.alpha=1", "loss.alpha is for the contrastive losses, and model.kind is mntp"),
+        ("demo_masked", "batch.kept_chunks=auto", "batch.kept_chunks is for the contrastive losses"),
+        ("demo_masked", "batch.sub_batch=8", "batch.sub_batch is for the contrastive losses"),
+        ("demo_masked", "loss.mask_random=0.95", "loss.mask_random=0.95 and loss.mask_kept=0.1 are more than 1"),
+        ("demo_masked", "model.instruction=Say", "model.instruction is for model.kind=caption, and this is mntp"),
+        ("demo_caption", "loss.mask_rate=0.3", "loss.mask_rate is for mntp, and model.kind is caption"),
+    ],
+)
+def test_what_another_kind_of_loss_takes_is_refused(recipe, override, named):
+    with pytest.raises(PipelineError) as error:
+        load_recipe(f"pipeline/recipes/{recipe}.yaml", [override])
+    assert named in str(error.value)
+
+
+def test_the_recipe_is_as_published():
+    ours = load_recipe("pipeline/recipes/masked_next_token.yaml", [])
+    mistral = load_recipe("pipeline/recipes/masked_next_token.yaml", ["variant=mistral"])
+    assert (ours.loss.mask_rate, ours.loss.mask_random, ours.loss.mask_kept) == (0.2, 0.1, 0.1)
+    assert (mistral.loss.mask_rate, mistral.loss.mask_random, mistral.loss.mask_kept) == (0.8, 0, 0)
+    assert (ours.model.max_tokens, ours.steps, ours.train.lora.rank, ours.train.lora.alpha) == (512, 1000, 16, 32)

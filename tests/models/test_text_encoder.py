@@ -1,0 +1,111 @@
+"""The text encoder beside formulas in float64, and where its tokens look."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
+
+from pipeline.data.collate import Encoded, pack
+from pipeline.errors import PipelineError
+from pipeline.models.attention import KINDS, Segments
+from pipeline.models.decoder import TextEncoder, pooled
+from pipeline.models.llm2clip import TextAdapter
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+}
+
+
+@pytest.fixture(params=[(LlamaConfig, LlamaModel), (Qwen2Config, Qwen2Model)], ids=["llama", "qwen2"])
+def encoder(request) -> TextEncoder:
+    config, model = request.param
+    torch.manual_seed(0)
+    return TextEncoder(model._from_config(config(**SIZES), attn_implementation="packed_sdpa")).eval()
+
+
+def texts(*lengths: int) -> list[Encoded]:
+    generator = np.random.default_rng(0)
+    return [Encoded(generator.integers(0, 50, length).astype(np.int32)) for length in lengths]
+
+
+@torch.no_grad()
+def test_packed_texts_are_each_as_by_itself_and_as_transformers_has_it(encoder):
+    items, skipped = texts(5, 1, 9, 3), (2, 0, 4, 0)
+    items = [replace(item, skipped=first) for item, first in zip(items, skipped, strict=True)]
+    rows = encoder(pack(items))
+    config = copy.deepcopy(encoder.language_model.config)
+    config.is_causal = False
+    plain = type(encoder.language_model)._from_config(config, attn_implementation="eager").eval()
+    plain.load_state_dict(encoder.language_model.state_dict())
+    for row, item, first in zip(rows, items, skipped, strict=True):
+        ids = torch.from_numpy(item.input_ids).long()[None]
+        hidden = plain(input_ids=ids, use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(row, F.normalize(hidden[first:].mean(0), dim=0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(row, encoder(pack([item]))[0], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_every_token_is_seen_by_all_of_its_text_and_by_no_other(encoder):
+    items = texts(6, 4)
+
+    def hidden(items: list[Encoded]) -> torch.Tensor:
+        packed, kept = pack(items), []
+        encoder.language_model.norm.register_forward_hook(lambda *given: kept.append(given[2][0]), always_call=True)
+        encoder(packed)
+        return kept[-1]
+
+    before = hidden(items)
+    changed = items[0].input_ids.copy()
+    changed[-1] = (changed[-1] + 1) % 50
+    after = hidden([Encoded(changed), items[1]])
+    moved = (before - after).abs().amax(dim=1)
+    assert (moved[:6] > 1e-6).all()
+    assert (moved[6:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("others", "told"), [({"softcap": 50.0}, "caps"), ({"sliding_window": 8}, "sees 8 tokens")])
+def test_attention_that_would_be_another_is_refused(kind, others, told):
+    states = torch.zeros(1, 2, 12, 4)
+    segments = Segments((3, 9), torch.device("cpu"), causal=False)
+    with pytest.raises(PipelineError, match=told):
+        KINDS[kind](None, states, states, states, None, segments=segments, scaling=1.0, **others)
+
+
+def test_pooling_by_the_formula():
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 5, dtype=torch.float64)
+    rows = pooled(hidden, (4, 2, 3), (1, 0, 2))
+    for row, part in zip(rows, (hidden[1:4], hidden[4:6], hidden[8:9]), strict=True):
+        mean = part.mean(0)
+        torch.testing.assert_close(row.double(), mean / mean.norm(), atol=1e-6, rtol=0)
+
+
+def test_the_adapter_by_the_formula():
+    torch.manual_seed(0)
+    adapter = TextAdapter(width=6, dimension=4).double()
+    texts = torch.randn(3, 6, dtype=torch.float64)
+
+    def norm(x: torch.Tensor, layer: torch.nn.LayerNorm) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
+
+    x = texts / texts.norm(dim=-1, keepdim=True)
+    assert len(adapter.blocks) == 4
+    for block in adapter.blocks:
+        inner = norm(x, block.norm) @ block.up.weight.T + block.up.bias
+        inner = inner * (1 + torch.erf(inner / 2**0.5)) / 2
+        x = x + inner @ block.down.weight.T + block.down.bias
+    x = norm(x, adapter.norm) @ adapter.projection.weight.T + adapter.projection.bias
+    expected = x / x.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(adapter(texts).double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(adapter(7 * texts), adapter(texts), atol=1e-7, rtol=0)

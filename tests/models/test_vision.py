@@ -1,0 +1,275 @@
+"""Vision encoders beside transformers' own classes, and their pixels beside its image processors."""
+
+import io
+import json
+import logging
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipVisionModel,
+)
+
+from pipeline.data.sample import BadSample
+from pipeline.errors import PipelineError
+from pipeline.models.vision import Pixels, VisionEncoder
+
+CPU = torch.device("cpu")
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = SIZES | {"image_size": 24, "patch_size": 8}
+TEXT = SIZES | {"vocab_size": 50, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
+ALONE = {"clip": CLIPVisionModelWithProjection, "siglip": SiglipVisionModel}
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """With biases that are not zero and norms that are not one, so that each weight shows."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of models with both towers."""
+    root = tmp_path_factory.mktemp("towers")
+    clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=20))
+    randomised(clip).save_pretrained(root / "clip")
+    CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=24).save_pretrained(root / "clip")
+    randomised(SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION))).save_pretrained(root / "siglip")
+    SiglipImageProcessorPil(size={"height": 24, "width": 24}, resample=2).save_pretrained(root / "siglip")
+    return {kind: str(root / kind) for kind in ("clip", "siglip")}
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "dimension", "tokens"), [("clip", 20, 10), ("siglip", 32, 9)])
+@torch.no_grad()
+def test_vectors_are_those_of_the_model_with_both_towers(both, pixels, kind, dimension, tokens, dtype):
+    encoder, pixels = VisionEncoder.load(both[kind], dtype), pixels.to(dtype)
+    whole = {"clip": CLIPModel, "siglip": SiglipModel}[kind].from_pretrained(both[kind], dtype=dtype)
+    vectors = encoder(pixels)
+    assert torch.equal(vectors, whole.get_image_features(pixel_values=pixels).pooler_output)
+    assert vectors.dtype == dtype and vectors.shape == (3, encoder.dimension) == (3, dimension)
+    assert encoder.tokens == tokens
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@torch.no_grad()
+def test_a_saved_tower_loads_alone_in_transformers_and_here(both, pixels, kind, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    encoder = VisionEncoder.load(both[kind], torch.float32)
+    assert "UNEXPECTED" not in caplog.text
+    encoder.save(tmp_path)
+    stored = {name for name in load_file(Path(both[kind], "model.safetensors")) if name.startswith("vis")}
+    assert set(load_file(tmp_path / "model.safetensors")) == stored
+    alone = ALONE[kind].from_pretrained(tmp_path)
+    assert alone.config.architectures == [ALONE[kind].__name__]
+    vectors = encoder(pixels)
+    assert torch.equal(getattr(alone(pixels), "image_embeds" if kind == "clip" else "pooler_output"), vectors)
+    found, inner = AutoModel.from_pretrained(tmp_path), getattr(alone, "vision_model", alone)
+    assert torch.equal(found(pixels).pooler_output, inner(pixels).pooler_output)
+    assert torch.equal(VisionEncoder.load(str(tmp_path), "auto")(pixels), vectors)
+    assert Pixels.load(str(tmp_path)) == Pixels.load(both[kind])
+
+
+def shape_of(folder: Path) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in VisionEncoder.empty(str(folder)).named_parameters()}
+
+
+def test_random_weights_are_of_their_seed_and_what_is_loaded_again(pixels, tmp_path):
+    encoder, same, other = (VisionEncoder.build(VISION, 20, seed) for seed in (1, 1, 2))
+    assert torch.equal(encoder(pixels), same(pixels)) and not torch.equal(encoder(pixels), other(pixels))
+    encoder.save(tmp_path)
+    assert torch.equal(VisionEncoder.load(str(tmp_path), torch.float32)(pixels), encoder(pixels))
+    assert (made := Pixels.load(str(tmp_path))).size == made.edge == 24
+    assert shape_of(tmp_path) == {name: p.shape for name, p in encoder.named_parameters()}
+    with pytest.raises(PipelineError, match=r"model.architecture.vision.patchsize; did you mean patch_size"):
+        VisionEncoder.build({"patchsize": 8}, 20, 0)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_activation_checkpointing_runs_each_layer_again_for_the_same_gradients(both, pixels, kind):
+    encoder, runs = VisionEncoder.load(both[kind], torch.float32), []
+    for layer in getattr(encoder.tower, "vision_model", encoder.tower).encoder.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        runs.clear()
+        encoder.zero_grad()
+        encoder(pixels).square().sum().backward()
+        return {name: parameter.grad for name, parameter in encoder.named_parameters()}
+
+    plain = gradients()
+    assert len(runs) == 2 and all(gradient is not None for gradient in plain.values())
+    encoder.checkpoint_activations()
+    torch.testing.assert_close(gradients(), plain, rtol=0, atol=0)
+    assert len(runs) == 4
+
+
+PICTURES = [
+    ("RGB", 24, 24),
+    ("RGB", 61, 40),
+    ("RGB", 17, 95),
+    ("RGBA", 33, 70),
+    ("L", 25, 90),
+    ("P", 48, 31),
+    ("1", 9, 9),
+]
+
+
+def picture(mode: str, width: int, height: int) -> Image.Image:
+    bands = np.random.default_rng(width).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    rgba = Image.fromarray(bands, "RGBA")
+    if mode == "P":  # as a file has it, with a transparent colour
+        file = io.BytesIO()
+        rgba.convert("RGB").quantize(16).save(file, "PNG", transparency=3)
+        return Image.open(file)
+    return rgba if mode == "RGBA" else rgba.convert("RGB").convert(mode)
+
+
+SQUARE = {"height": 24, "width": 24}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("clip", {"size": {"shortest_edge": 24}, "crop_size": SQUARE}),
+        ("clip", {"size": {"shortest_edge": 29}, "crop_size": SQUARE, "resample": 2}),
+        ("clip", {"size": {"height": 31, "width": 31}, "crop_size": SQUARE, "image_mean": [0, 0, 0.5]}),
+        ("siglip", {"size": SQUARE}),
+        ("siglip", {"size": SQUARE, "resample": 2}),
+    ],
+)
+def test_pixels_are_those_of_the_image_processor(both, tmp_path, kind, settings):
+    processor = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}[kind](**settings)
+    ours = prepared_by(both[kind], processor, tmp_path)
+    for shape in PICTURES:
+        tile = ours.prepare(picture(*shape))
+        theirs = processor(picture(*shape), do_rescale=False, do_normalize=False)["pixel_values"][0]
+        assert tile.dtype == np.uint8 and tile.flags.c_contiguous
+        assert np.array_equal(tile, theirs), shape
+        floats = torch.from_numpy(processor(picture(*shape))["pixel_values"][0])[None]
+        for dtype in (torch.float32, torch.bfloat16):
+            normalised = ours.normalised(torch.from_numpy(tile)[None], CPU, dtype)
+            rounding = 1e-6 if dtype == torch.float32 else 8e-3
+            torch.testing.assert_close(normalised, floats.to(dtype), rtol=rounding, atol=1e-6)
+
+
+def prepared_by(model: str, processor: PreTrainedModel, folder: Path) -> Pixels:
+    """Of a folder with the model's config and this image processor."""
+    (folder / "config.json").write_bytes(Path(model, "config.json").read_bytes())
+    processor.save_pretrained(folder)
+    return Pixels.load(str(folder))
+
+
+TIMM = {
+    "architecture": "eva02_base_patch16_clip_224",
+    "num_classes": 20,
+    "pretrained_cfg": {
+        "input_size": [3, 24, 24],
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.3, 0.4],
+    },
+}
+
+
+def test_timms_pixels_are_cropped_where_torchvision_does(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TIMM))
+    ours = Pixels.load(str(tmp_path))
+    assert (ours.size, ours.edge, ours.mean, ours.std) == (24, 26, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    for width, height in ((40, 26), (26, 27), (29, 26), (31, 26), (26, 26)):
+        shown, begins = picture("RGB", width, height), (round((height - 24) / 2), round((width - 24) / 2))
+        expected = np.asarray(shown)[begins[0] : begins[0] + 24, begins[1] : begins[1] + 24].transpose(2, 0, 1)
+        assert np.array_equal(ours.prepare(shown), expected)  # the shorter edge is 26 already
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
+@torch.no_grad()
+def test_timms_vectors_are_those_of_its_head(tmp_path):
+    import timm
+
+    config = TIMM | {"model_args": {"embed_dim": 48, "depth": 2, "num_heads": 2, "img_size": 32}}
+    config["pretrained_cfg"] = TIMM["pretrained_cfg"] | {"input_size": [3, 32, 32]}
+    model = randomised(timm.create_model(TIMM["architecture"], num_classes=20, **config["model_args"])).eval()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    encoder, pixels = VisionEncoder.load(str(tmp_path), torch.float32), torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(encoder(pixels), model(pixels), rtol=0, atol=1e-6)
+    assert (encoder.dimension, encoder.tokens) == (20, 5)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(config["pretrained_cfg"]))
+    ours = Pixels.load(str(tmp_path))
+    for shape in PICTURES:
+        shown = picture(*shape).convert("RGB")
+        floats = ours.normalised(torch.from_numpy(ours.prepare(shown))[None], CPU, torch.float32)
+        torch.testing.assert_close(floats[0], transform(shown), rtol=1e-6, atol=1e-6)
+    encoder.save(tmp_path / "saved")
+    again = VisionEncoder.load(str(tmp_path / "saved"), "auto")
+    assert torch.equal(again(pixels), encoder(pixels)) and Pixels.load(str(tmp_path / "saved")) == ours
+    assert shape_of(tmp_path) == {name: p.shape for name, p in encoder.named_parameters()}
+    with torch.enable_grad():
+        plain = torch.autograd.grad(encoder(pixels).square().sum(), list(encoder.parameters()))
+        encoder.checkpoint_activations()
+        again = torch.autograd.grad(encoder(pixels).square().sum(), list(encoder.parameters()))
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+def test_what_cannot_be_used_is_refused(both, tmp_path, monkeypatch):
+    def write(model: dict | None = None, processor: dict | None = None) -> str:
+        """A SigLIP's folder with its config.json in whole, or its image processor in parts, another."""
+        (tmp_path / "config.json").write_text(json.dumps(model or config))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | (processor or {})))
+        return str(tmp_path)
+
+    def refused(message: str, **given: dict) -> None:
+        with pytest.raises(PipelineError, match=message):
+            VisionEncoder.load(write(**given), torch.float32)
+
+    def pixels_refused(message: str, **given: dict) -> None:
+        with pytest.raises(PipelineError, match=message):
+            Pixels.load(write(**given))
+
+    names = ("config.json", "preprocessor_config.json")
+    config, settings = (json.loads(Path(both["siglip"], name).read_text()) for name in names)
+    with pytest.raises(PipelineError, match=r"no model at .*: it has no config.json"):
+        VisionEncoder.load(str(tmp_path), torch.float32)
+    refused(r"is a siglip2 model; a vision encoder is a clip, a siglip", model={"model_type": "siglip2"})
+    refused(r"no pooling head", model=VISION | {"model_type": "siglip_vision_model", "vision_use_head": False})
+    refused(r"has no weights")
+    weights = load_file(Path(both["siglip"], "model.safetensors"))
+    kept = {name: weight for name, weight in weights.items() if "probe" not in name}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    refused(r"lacks 1 of the model's weights, head.probe the first")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    refused(r"needs timm .*: pip install timm", model=TIMM)
+    pixels_refused(r"does what is not supported", processor={"do_normalize": False})
+    pixels_refused(r"does what is not supported", processor={"size": {"height": 24, "width": 32}})
+    pixels_refused(r"makes 32 pixels a side, its model takes 24", processor={"size": {"height": 32, "width": 32}})
+    framed = TIMM | {"pretrained_cfg": TIMM["pretrained_cfg"] | {"crop_mode": "border"}}
+    pixels_refused(r"crop_mode=border .* is not supported", model=framed)
+    with pytest.raises(BadSample, match=r"200000x1 pixels, too long"):
+        Pixels.load(both["clip"]).prepare(Image.new("RGB", (200_000, 1)))
