@@ -1,13 +1,18 @@
-"""Embed texts, images and videos with a model, and search among them.
+"""Embed texts, images and videos with a model, and search among them; or datasets' captions, for training.
 
     python -m pipeline.embed MODEL --texts captions.txt --images 'photos/**/*.jpg' --out embeddings
     python -m pipeline.embed MODEL --out embeddings --query "a red star" --top 5
     python -m pipeline.embed MODEL --out embeddings --query-image star.png
     python -m pipeline.embed MODEL --videos 'clips/*.mp4' --query "a red star moves to the left"
+    torchrun --nproc-per-node 8 -m pipeline.embed MODEL --shards s3://bucket/cc3m --out s3://bucket/cc3m-vectors
 
 MODEL is a folder or hub name. --out gets texts.npy, images.npy, videos.npy, float32 (N, D) with unit rows, and beside
 each a .txt with an id a line: the text, or the file's path. A dot product of rows is their similarity. A search is
 among what the same call embeds, or else among all that --out holds; --query and --query-image together are one query.
+
+--shards names a dataset, or a folder of several. The embeddings of its captions become tars, which a recipe reads by
+data.text_embeddings: beside the dataset's index, or in --out (of several datasets in --out/NAME). On any number of
+processes; killed and started again, it goes on.
 
 In Python:
 
@@ -30,11 +35,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.config import EvaluationRun, Video
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.embeddings import KINDS, Identity, Store, best
 from pipeline.errors import PipelineError, command_line
 from pipeline.models.embedder import LEAST_TOKENS, Embedder, Parts
-from pipeline.models.llave import DTYPES, load_config
+from pipeline.models.kinds import kind_of
+from pipeline.models.loading import DTYPES
 from pipeline.models.weights import fetched, fingerprint
 from pipeline.progress import progress_bar
 
@@ -44,15 +51,18 @@ __all__ = ["Embedder", "main"]
 @command_line
 def main() -> None:
     arguments = _arguments()
+    if arguments.shards:
+        _embed_shards(arguments)
+        return
     kinds = {kind: ids for kind in KINDS if (ids := _ids(arguments, kind)) is not None}
     query = _query(arguments)
     if not kinds and not query:
-        raise PipelineError("nothing to do: give --texts, --images or --videos to embed, or --query to search")
+        raise PipelineError("nothing to do: give --texts, --images, --videos or --shards, or --query to search")
     if not arguments.out and not (kinds and query):
         raise PipelineError(f"--out is missing: the folder {'to search' if query else 'that gets the embeddings'}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise PipelineError("pipeline.embed runs as one process: start it without a launcher")
-    load_config(arguments.model)  # for its errors
+    kind_of(arguments.model)  # for its errors
     folder = fetched(arguments.model)
     with ExitStack() as stack:
         out = Store(Path(arguments.out or stack.enter_context(TemporaryDirectory())))
@@ -82,14 +92,50 @@ def main() -> None:
                 _print(f"{kind} most similar to {title}", ids, best(rows, vector, arguments.top))
 
 
+def _embed_shards(arguments: argparse.Namespace) -> None:
+    # Here alone, for it takes DeepSpeed, without which all else works.
+    from pipeline import embed_shards
+    from pipeline.published_embeddings import index_published
+    from pipeline.training.distributed import end_distributed
+
+    for name in ("texts", "images", "videos", "query", "query_image"):
+        if getattr(arguments, name) is not None:
+            raise PipelineError(f"--shards goes without --{name.replace('_', '-')}: make two calls of it")
+    datasets = embed_shards.open_datasets(arguments.shards, arguments.out)
+    if arguments.published:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise PipelineError("pipeline.embed --published runs as one process: start it without a launcher")
+        index_published(arguments.model, datasets, overwrite=arguments.overwrite)
+        return
+    options = EvaluationRun(
+        precision=arguments.precision,
+        max_tokens=arguments.max_tokens,
+        chunk_tokens=arguments.chunk_tokens,
+        video=Video(frames=arguments.video_frames),
+    )
+    embed_shards.embed_shards(arguments.model, datasets, arguments.stored, options, overwrite=arguments.overwrite)
+    end_distributed()
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--texts", metavar="FILE", help="UTF-8, a text a line; an empty line is an error")
     parser.add_argument("--images", metavar="GLOB", help="image files, quoted; ** stands for any folders")
     parser.add_argument("--videos", metavar="GLOB", help="video files, likewise")
+    parser.add_argument(
+        "--shards", metavar="URL", action="append", help="pairs of images and captions; may be repeated"
+    )
     parser.add_argument("--out", metavar="DIR", help="where the embeddings are written, or lie")
-    parser.add_argument("--overwrite", action="store_true", help="what --out holds of the same kinds")
+    parser.add_argument("--overwrite", action="store_true", help="what is there already of the same kinds, or shards")
+    parser.add_argument(
+        "--stored",
+        choices=("fp16", "bf16"),
+        default="fp16",  # unit vectors have no use for a greater range
+        help="how --shards stores numbers; fp16 keeps three bits more (%(default)s)",
+    )
+    published = "index the vectors that LLM2CLIP's own code wrote beside --shards; MODEL is the name of what made them"
+    parser.add_argument("--published", action="store_true", help=published)
     parser.add_argument("--query", metavar="TEXT", help="print what is most similar to a text")
     parser.add_argument("--query-image", metavar="PATH", help="print what is most similar to an image")
     parser.add_argument("--top", type=_at_least(1), default=10, metavar="N", help="matches to print (%(default)s)")
@@ -104,7 +150,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--chunk-tokens", type=_at_least(1), metavar="N", help=chunk)
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():
-        if value == "":  # as when a variable of a script was not set
+        if value in ("", [""]):  # as when a variable of a script was not set
             parser.error(f"{name} is empty")
     return arguments
 

@@ -235,6 +235,7 @@ def test_a_search_without_a_folder_as_a_program_of_its_own_without_deepspeed(tin
     (tmp_path / "broken/deepspeed/__init__.py").write_text("raise AssertionError('it is not needed here')")
     command = [sys.executable, "-m", "pipeline.embed", tiny_model, "--texts", str(inputs / "texts.txt")]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'broken'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    environment["COLUMNS"] = "200"  # a table that need not break the path
     environment.pop("WORLD_SIZE", None)
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -242,7 +243,7 @@ def test_a_search_without_a_folder_as_a_program_of_its_own_without_deepspeed(tin
 
     ended = run("--query", "blue ring", "--query-image", str(media / "a.png"), "--top", "1")
     assert ended.returncode == 0, ended.stderr
-    assert "a.png with blue ring" in ended.stdout
+    assert "a.pngwithbluering" in "".join(ended.stdout.split())  # a title is broken to the table's width
     assert "embedding texts: 100%" in ended.stderr
     assert "text/s" in ended.stderr
     ended = run("--images", str(tmp_path / "*.png"), "--out", "out")

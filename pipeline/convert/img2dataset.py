@@ -19,6 +19,7 @@ from pipeline.data import objects
 from pipeline.data.index import Captions, Index, Shard
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Pair
 from pipeline.data.shards import ShardRecords, parse_sample, split_name
+from pipeline.data.text_embeddings import SUFFIX
 from pipeline.data.tiles import decode_image
 from pipeline.errors import PipelineError
 
@@ -88,7 +89,7 @@ def _tars(source: str) -> dict[str, int]:
         raise PipelineError(
             f"{objects.join(source, packed[0])} is compressed, so no sample in it can be read by itself"
         )
-    tars = [name for name in names if name.endswith(".tar")]
+    tars = [name for name in names if name.endswith(".tar") and not name.endswith(SUFFIX)]
     if not tars:
         raise PipelineError(f"{source} holds no .tar files: name the folder (or prefix) right above them")
     with ThreadPoolExecutor(16) as pool:

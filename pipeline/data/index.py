@@ -101,7 +101,7 @@ class Index:
         content |= {"captions": self.captions and asdict(self.captions), "shards_url": self.shards_url}
         content["files"] = {name: asdict(file) for name, file in self.files.items()}
         content["shards"] = [asdict(shard) for shard in self.shards]
-        return json.dumps(content | {"checksum": _checksum(content)}, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(content | {"checksum": checksum_of(content)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def load(cls, url: str) -> "Index":
@@ -118,11 +118,11 @@ class Index:
                 raise ObjectError(
                     f"{name} has format {version!r}, this version reads format {FORMAT}: make the shards again"
                 )
-            return content if content.pop("checksum", None) == _checksum(content) else None
+            return content if content.pop("checksum", None) == checksum_of(content) else None
 
-        content = _intact(read, f"{name} is damaged (it is no JSON, or its checksum differs): make the shards again")
+        content = intact(read, f"{name} is damaged (it is no JSON, or its checksum differs): make the shards again")
         try:
-            shards = tuple(_shard(name, entry) for entry in content["shards"])
+            shards = tuple(shard_of(name, entry) for entry in content["shards"])
             captions = content["captions"]
             if captions is not None:
                 captions = Captions(captions["query"], tuple(captions["columns"]), captions["task"])
@@ -141,17 +141,17 @@ class Index:
             data = objects.read(place)
             return data if File.of(data) == self.files[name] else None
 
-        return _intact(read, f"{place} is damaged (its sha256 differs from the index's): make the shards again")
+        return intact(read, f"{place} is damaged (its sha256 differs from the index's): make the shards again")
 
 
-def _shard(name: str, entry: dict) -> Shard:
+def shard_of(name: str, entry: dict) -> Shard:
     shard = Shard(**entry | {"image_sizes": tuple(map(tuple, entry["image_sizes"]))})
     if "/" in shard.file or shard.file.startswith("."):
         raise ObjectError(f"{name}: {shard.file!r} is no name of a shard")
     return shard
 
 
-def _checksum(content: dict) -> str:
+def checksum_of(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -202,7 +202,7 @@ def load_sidecar(url: str, shard: Shard) -> np.ndarray:
         data = objects.read(name)
         return data if hashlib.sha256(data).hexdigest() == shard.sidecar_sha256 else None
 
-    data = _intact(read, f"{name} is damaged (its sha256 differs from the index's): delete and upload it again")
+    data = intact(read, f"{name} is damaged (its sha256 differs from the index's): delete and upload it again")
     try:
         sidecar = np.load(BytesIO(data), allow_pickle=False)
     except ValueError as error:
@@ -222,7 +222,7 @@ def read_records(url: str, shard: Shard, start: int, stop: int) -> np.ndarray:
         records = np.frombuffer(objects.read(name, first, (stop - start) * dtype.itemsize), dtype)
         return records if (record_checksums(records) == records["checksum"]).all() else None
 
-    return _intact(read, f"{name} is damaged (records {start}-{stop - 1}): delete and upload it again")
+    return intact(read, f"{name} is damaged (records {start}-{stop - 1}): delete and upload it again")
 
 
 def read_samples(url: str, shard: Shard, records: np.ndarray) -> list[bytes]:
@@ -248,7 +248,7 @@ def read_samples(url: str, shard: Shard, records: np.ndarray) -> list[bytes]:
             damaged = f"bytes {offsets[wrong[0]]}-{ends[wrong[0]] - 1}"
         return None if wrong else samples
 
-    return _intact(
+    return intact(
         read, lambda: f"{name} is damaged: {damaged} differ from what was indexed; delete and upload it again"
     )
 
@@ -256,7 +256,7 @@ def read_samples(url: str, shard: Shard, records: np.ndarray) -> list[bytes]:
 Content = TypeVar("Content")
 
 
-def _intact(read: Callable[[], Content | None], complaint: str | Callable[[], str]) -> Content:
+def intact(read: Callable[[], Content | None], complaint: str | Callable[[], str]) -> Content:
     """What `read` returns, tried again while that is None: for "damaged"; in the end an ObjectError."""
     for _ in range(_ATTEMPTS):
         if (content := read()) is not None:

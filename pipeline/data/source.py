@@ -12,34 +12,53 @@ from pipeline.data import objects
 from pipeline.data.batch import Origin
 from pipeline.data.index import Index, Shard, read_records, read_samples
 from pipeline.data.lengths import Lengths
+from pipeline.data.objects import ObjectError
 from pipeline.data.order import Dataset, Order
 from pipeline.data.sample import BadSample, Pair
 from pipeline.data.shards import parse_sample
+from pipeline.data.text_embeddings import Made, TextEmbeddings
 from pipeline.errors import PipelineError
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The datasets of a recipe. indexes: (URL, index) of each; shards: (number of the dataset, shard) of each."""
+    """The datasets of a recipe. indexes: (URL, index) of each; shards: (number of the dataset, shard) of each.
+
+    embeddings: likewise (URL, index) of each dataset's text embeddings, if the recipe has them read; vectors: of each
+        of `shards`, the shard that has them.
+    """
 
     data: Data
     indexes: tuple[tuple[str, Index], ...]
     shards: tuple[tuple[int, Shard], ...]
+    embeddings: tuple[tuple[str, TextEmbeddings], ...] = ()
+    vectors: tuple[Shard, ...] = ()
 
     @classmethod
     def open(cls, data: Data) -> "Source":
-        """Read the datasets' indexes; nothing else is touched until a sample is needed."""
+        """Read the datasets' indexes; nothing else is touched until a sample is needed.
+
+        Raises ObjectError where one is missing, and where text embeddings are of other shards, or not all of one model.
+        """
         objects.configure(**data.store())
         urls = [objects.join(data.url, part.name) for part in data.datasets] or [data.url]
         with ThreadPoolExecutor(8) as pool:
             indexes = tuple(zip(urls, pool.map(Index.load, urls), strict=True))
         shards = tuple((number, shard) for number, (_, index) in enumerate(indexes) for shard in index.shards)
-        return cls(data, indexes, shards)
+        embeddings = _embeddings(data, indexes) if data.text_embeddings else ()
+        vectors = tuple(part.shard for _, found in embeddings for part in found.parts)
+        return cls(data, indexes, shards, embeddings, vectors)
+
+    @property
+    def made(self) -> Made | None:
+        """Which model made the text embeddings, and how wide they are; None without any."""
+        return self.embeddings[0][1].made if self.embeddings else None
 
     @property
     def fingerprint(self) -> str:
         """What tells these datasets from any others, in content, in order, and in how they are read."""
-        return hashlib.sha256("".join(index.to_json() for _, index in self.indexes).encode()).hexdigest()
+        indexes = (*self.indexes, *self.embeddings)
+        return hashlib.sha256("".join(index.to_json() for _, index in indexes).encode()).hexdigest()
 
     def order(self, global_batch: int, seed: int, lengths: Lengths) -> Order:
         """The order in which a run consumes them."""
@@ -76,17 +95,41 @@ class Source:
         """The samples of these consecutive records of a shard, by one ranged read."""
         return read_samples(self._tars(shard), self.shards[shard][1], records)
 
+    def vector_records(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """Where the text embeddings of samples start..stop-1 of a shard are."""
+        return _records(self.embeddings[self.shards[shard][0]][0], self.vectors[shard], start, stop)
+
+    def read_vectors(self, shard: int, records: np.ndarray) -> list[bytes]:
+        """The text embeddings of these consecutive samples of a shard, by one ranged read."""
+        return read_samples(self._vector_tars(shard), self.vectors[shard], records)
+
     def origin(self, shard: int, sample: int) -> Origin:
         return Origin(objects.join(self._tars(shard), self.shards[shard][1].file), sample)
 
-    def parse(self, shard: int, data: bytes, record: np.void) -> Pair:
-        """A sample's bytes, of which this is the record, as a pair; BadSample if they are none."""
+    def parse(self, shard: int, data: bytes, record: np.void, vectors: bytes | None = None) -> Pair:
+        """A sample's bytes, of which this is the record, as a pair; BadSample if they are none.
+
+        vectors: what `read_vectors` gave for it, if the pair is to have them.
+        """
         _, index = self.indexes[self.shards[shard][0]]
         pair = parse_sample(data, index.captions)
         if not isinstance(pair, Pair):
             raise BadSample("an item of an evaluation set, no pair to train on")
+        rows = None
+        if vectors is not None:
+            embeddings = self.embeddings[self.shards[shard][0]][1]
+            try:
+                rows = embeddings.vectors(vectors, pair, data, index.captions)
+            except ObjectError as error:
+                raise ObjectError(
+                    f"{objects.join(self._vector_tars(shard), self.vectors[shard].file)}: {error}"
+                ) from None
         query, target = int(record["query_hash"]), int(record["target_hash"])
-        return replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target))
+        return replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target), vectors=rows)
+
+    def _vector_tars(self, shard: int) -> str:
+        url, embeddings = self.embeddings[self.shards[shard][0]]
+        return embeddings.tars_url or url
 
     def _tars(self, shard: int) -> str:
         url, index = self.indexes[self.shards[shard][0]]
@@ -97,7 +140,8 @@ class Source:
         data, needed = self.data, 0.0
         for stream in order.streams:
             indexes = [self.indexes[number][1] for number in stream.datasets]
-            mean = sum(index.bytes for index in indexes) / sum(index.samples for index in indexes)
+            embeddings = [self.embeddings[number][1] for number in stream.datasets if self.embeddings]
+            mean = sum(each.bytes for each in (*indexes, *embeddings)) / sum(index.samples for index in indexes)
             lane = min(data.window_blocks * data.block_samples, stream.samples // data.lanes)
             needed += mean * lane * data.lanes / world / 2**20
         if needed > data.memory_mb:
@@ -106,6 +150,25 @@ class Source:
                 f"windows of {data.window_blocks} blocks of {data.block_samples} samples take about {needed:.0f} MiB; "
                 "raise it, or lower data.window_blocks or data.block_samples"
             )
+
+
+def _embeddings(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tuple[str, TextEmbeddings], ...]:
+    """The datasets' text embeddings; see `Source.open`."""
+    if data.text_embeddings == "beside":
+        urls = [url for url, _ in indexes]
+    else:
+        urls = [objects.join(data.text_embeddings, part.name) for part in data.datasets] or [data.text_embeddings]
+    with ThreadPoolExecutor(8) as pool:
+        found = tuple(zip(urls, pool.map(TextEmbeddings.load, urls), strict=True))
+    first_url, first = found[0]
+    for (url, embeddings), (dataset, index) in zip(found, indexes, strict=True):
+        embeddings.check(url, dataset, index)
+        if (embeddings.made.identity, embeddings.made.width) != (first.made.identity, first.made.width):
+            raise ObjectError(
+                f"the embeddings in {first_url} are of {first.made.model} ({first.made.identity}), and those in {url} "
+                f"of {embeddings.made.model} ({embeddings.made.identity}): embed all datasets with one model"
+            )
+    return found
 
 
 _records = lru_cache(maxsize=256)(read_records)  # those of a window are needed twice

@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -29,7 +30,7 @@ from pipeline.data import objects
 from pipeline.data.batch import Batch, RawSample, Share, encode_rows
 from pipeline.data.collate import Encoded
 from pipeline.data.order import Order
-from pipeline.data.sample import Item, Pair
+from pipeline.data.sample import Draw, Item, Pair
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 
@@ -43,7 +44,8 @@ _PLANNED_AHEAD = 64  # windows and steps that wait for a worker to take them up
 class Window:
     """A lane's window, planned.
 
-    pieces: (P, 3) rows of (shard, start, stop), one ranged read each.  records: what the sidecars say of each.
+    pieces: (P, 3) rows of (shard, start, stop), one ranged read each, and one of its text embeddings if there are any.
+    records: what the sidecars say of each.  vectors: likewise, of its text embeddings; [] without any.
     rows: (T, share, 3) of (piece, shard, sample), in the order they are consumed.
     """
 
@@ -51,6 +53,7 @@ class Window:
     epoch: int
     pieces: np.ndarray
     records: list[np.ndarray]
+    vectors: list[np.ndarray]
     rows: np.ndarray
 
 
@@ -104,7 +107,7 @@ class Planner:
         stream = self.order.streams[stream]
         window = stream.window(epoch, lane, index)
         rows = stream.deal(epoch, lane, index)[first_take - window.first :]
-        pieces, records, cut_rows = [], [], np.empty_like(rows)
+        pieces, records, vectors, cut_rows = [], [], [], np.empty_like(rows)
         cut_rows[..., 1:] = rows[..., 1:]
         for piece, (shard, start, stop) in enumerate(window.pieces.tolist()):
             mine = rows[..., 0] == piece
@@ -113,12 +116,18 @@ class Planner:
                 continue  # all of it was consumed before the run went on
             start, stop = int(samples.min()), int(samples.max()) + 1
             known = self.source.records(shard, start, stop)
-            cuts = self._cuts(known["length"].astype(np.int64), len(window.pieces))
+            lengths = known["length"].astype(np.int64)
+            if self.source.embeddings:
+                embedded = self.source.vector_records(shard, start, stop)
+                lengths += embedded["length"]
+            cuts = self._cuts(lengths, len(window.pieces))
             cut_rows[mine, 0] = len(pieces) + np.searchsorted(cuts, samples - start, side="right") - 1
             for begin, end in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
                 pieces.append((shard, start + begin, start + end))
                 records.append(known[begin:end])
-        return Window(number, epoch, np.array(pieces), records, cut_rows)
+                if self.source.embeddings:
+                    vectors.append(embedded[begin:end])
+        return Window(number, epoch, np.array(pieces), records, vectors, cut_rows)
 
     def _cuts(self, lengths: np.ndarray, pieces: int) -> np.ndarray:
         """Where to cut a piece into ranged reads: not too large for memory, and enough for all workers."""
@@ -136,11 +145,14 @@ def _result(planned: Future | Step) -> Window | Step:
 class Reading:
     """A window on its way to memory.
 
-    samples: of each piece asked for, resolves to the bytes by sample number.  held: bytes asked for and not yet taken.
+    samples: of each piece asked for, resolves to the bytes by sample number.
+    vectors: likewise, of its text embeddings.
+    held: bytes asked for and not yet taken.
     """
 
     window: Window
     samples: dict[int, Future] = field(default_factory=dict)
+    vectors: dict[int, Future] = field(default_factory=dict)
     held: int = 0
 
 
@@ -159,8 +171,8 @@ class Reader:
         """Bytes of samples that were asked for and not yet taken."""
         return sum(reading.held for reading in self.readings.values())
 
-    def take(self) -> tuple[int, list[tuple[int, int, int, bytes, np.void]]]:
-        """The next step, and (place, shard, sample, bytes, record) of this worker's samples of it."""
+    def take(self) -> tuple[int, list[tuple[int, int, int, bytes, np.void, bytes | None]]]:
+        """The next step, and (place, shard, sample, bytes, record, text embeddings) of this worker's samples of it."""
         while not self.steps:
             self._hear(wait=True)
         step = self.steps.popleft()
@@ -177,9 +189,10 @@ class Reader:
         for number, place, piece, shard, sample in rows:
             reading = self.readings[number]
             data = reading.samples[piece].result().pop(sample)
-            reading.held -= len(data)
+            vectors = reading.vectors[piece].result().pop(sample) if reading.vectors else None
+            reading.held -= len(data) + len(vectors or b"")
             record = reading.window.records[piece][sample - reading.window.pieces[piece, 1]]
-            taken.append((place, shard, sample, data, record))
+            taken.append((place, shard, sample, data, record, vectors))
         for number, take, _ in step.takes:
             if take + 1 == len(self.readings[number].window.rows):
                 del self.readings[number]
@@ -220,16 +233,22 @@ class Reader:
     def _ask(self, reading: Reading, piece: int, limit: int | None = None) -> bool:
         """Have a piece read, unless it is already; False if that would be more than `limit` bytes held."""
         if piece not in reading.samples:
-            records = reading.window.records[piece]
-            size = int(records["length"].sum())
+            records, place = reading.window.records[piece], reading.window.pieces[piece].tolist()
+            vectors = reading.window.vectors[piece] if reading.window.vectors else None
+            size = int(records["length"].sum()) + (0 if vectors is None else int(vectors["length"].sum()))
             if limit is not None and self.held + size > limit:
                 return False
             reading.held += size
-            reading.samples[piece] = self.pool.submit(self._read, *reading.window.pieces[piece].tolist(), records)
+            reading.samples[piece] = self.pool.submit(_by_number, self.source.read, *place, records)
+            if vectors is not None:
+                reading.vectors[piece] = self.pool.submit(_by_number, self.source.read_vectors, *place, vectors)
         return True
 
-    def _read(self, shard: int, start: int, stop: int, records: np.ndarray) -> dict[int, bytes]:
-        return dict(zip(range(start, stop), self.source.read(shard, records), strict=True))
+
+def _by_number(
+    read: Callable[[int, np.ndarray], list[bytes]], shard: int, start: int, stop: int, records: np.ndarray
+) -> dict[int, bytes]:
+    return dict(zip(range(start, stop), read(shard, records), strict=True))
 
 
 @dataclass
@@ -237,13 +256,14 @@ class Shares(IterableDataset):
     """Of every step, each worker's share of a rank's part: the samples of the pieces that it reads.
 
     Workers yield in turn, so that consecutive shares, as many as there are workers, make up one step.
-    plans: one for each worker.  stop: set when no more is wanted.
+    trained_on: what a step takes of a sample.  plans: one for each worker.  stop: set when no more is wanted.
     """
 
     source: Source
     order: Order
     steps: range
     encode: Callable[[Item], Encoded]
+    trained_on: Callable[[Pair, Draw], Pair]
     plans: list[queue.Queue]
     stop: "Stop"
 
@@ -265,13 +285,15 @@ class Shares(IterableDataset):
         finally:
             reader.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _raw(self, step: int, place: int, shard: int, sample: int, data: bytes, record: np.void) -> RawSample:
-        parse = partial(self._pair, step, shard, sample, record)
+    def _raw(
+        self, step: int, place: int, shard: int, sample: int, data: bytes, record: np.void, vectors: bytes | None
+    ) -> RawSample:
+        parse = partial(self._pair, step, shard, sample, record, vectors)
         return RawSample(place, self.source.origin(shard, sample), data, parse)
 
-    def _pair(self, step: int, shard: int, sample: int, record: np.void, data: bytes) -> Pair:
-        pair = self.source.parse(shard, data, record)
-        return pair.drawn(self.order.draw(step, shard, sample, len(pair.texts))) if pair.alternatives else pair
+    def _pair(self, step: int, shard: int, sample: int, record: np.void, vectors: bytes | None, data: bytes) -> Pair:
+        pair = self.source.parse(shard, data, record, vectors)
+        return self.trained_on(pair, partial(self.order.draw, step, shard, sample))
 
 
 class Stop:
@@ -336,16 +358,17 @@ def batches(
     rank: int,
     world: int,
     timeout: float,
+    trained_on: Callable[[Pair, Draw], Pair] = Pair.one_text,
 ) -> Iterator[Batch]:
     """What `rank` of `world` consumes in each of `steps`, ahead of time if there are workers.
 
     timeout: seconds that decoding may take besides reading, which has its own limit.
+    trained_on: what a step takes of a sample.
     Raises PipelineError for damaged, missing or unreachable objects, and for workers that die or hang.
     """
     source.check_memory(order, world)
     workers, forking = source.data.workers, multiprocessing.get_context("fork")
-    stop = Stop()
-    atexit.register(stop.set)  # for an error leaves this generator unfinished, and the rank would wait for its workers
+    stop, others = Stop(), multiprocessing.active_children()
     if workers:
         plans = [forking.Queue(_PLANNED_AHEAD) for _ in range(workers)]
         for plan in plans:
@@ -354,7 +377,7 @@ def batches(
         plans = [queue.Queue(_PLANNED_AHEAD)]
     loader = iter(
         DataLoader(
-            Shares(source, order, steps, encode, plans, stop),
+            Shares(source, order, steps, encode, trained_on, plans, stop),
             batch_size=None,
             num_workers=workers,
             timeout=timeout + source.data.timeout_s if workers else 0,
@@ -362,12 +385,23 @@ def batches(
             multiprocessing_context=forking if workers else None,  # they begin with the source as it is
         )
     )
+    forked = [child for child in multiprocessing.active_children() if child not in others]
+
+    def end_workers() -> None:
+        """Whatever they are at: a rank that exits waits for them for ever, and one that waits may miss SIGTERM."""
+        stop.set()
+        for worker in forked:
+            with suppress(RuntimeError):  # torch's, on a worker that was killed
+                worker.kill()
+                worker.join()
+
+    atexit.register(end_workers)  # for an error leaves this generator unfinished
     planner = Planner(source, order, order.lanes_of(rank, world), steps, len(plans))
     # After the workers were forked, which begin without this thread.
     threading.Thread(target=_plan_ahead, args=(planner, plans, stop), daemon=True).start()
     received, waiting = objects.bytes_received(), []
     try:
-        for share in loader:
+        for share in islice(loader, len(steps) * len(plans)):  # no further, lest they be asked to end before `stop`
             if isinstance(share, PipelineError):
                 raise share
             waiting.append(share)
@@ -385,5 +419,6 @@ def batches(
         ) from error
     finally:
         stop.set()
-        atexit.unregister(stop.set)
-        loader = None  # its workers end with it, also where a traceback keeps this frame
+        loader = None  # it ends its workers in order, unless a traceback keeps it
+        end_workers()
+        atexit.unregister(end_workers)

@@ -1,0 +1,498 @@
+"""Vectors of captions: written once, whatever happens meanwhile, and read with each drawn caption's image."""
+
+import json
+import shutil
+import sys
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from pipeline import embed_shards
+from pipeline.config import Data
+from pipeline.convert.img2dataset import TarsWork
+from pipeline.data import objects, source
+from pipeline.data.collate import Encoded
+from pipeline.data.index import INDEX_FILE, Captions, Index
+from pipeline.data.lengths import Lengths, Square
+from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.data.shards import write_shards
+from pipeline.data.source import Source
+from pipeline.data.stream import Reader, batches
+from pipeline.data.text_embeddings import TextEmbeddings
+from pipeline.embed import main
+from pipeline.embed_shards import embed_datasets, open_datasets
+from pipeline.errors import PipelineError
+from pipeline.published_embeddings import index_published
+
+WIDTH = 6
+SAMPLES = {"first": 40, "second": 23}
+BATCH = 8
+
+
+def vector(text: str) -> np.ndarray:
+    """(WIDTH,) float64, of length 1."""
+    drawn = np.random.default_rng(zlib.crc32(text.encode())).normal(size=WIDTH)
+    return drawn / np.linalg.norm(drawn)
+
+
+def as_stored(text: str, stored: str) -> np.ndarray:
+    """(WIDTH,) float32, rounded as it is stored: bf16 by hand, to the nearest and of two as near to the even one."""
+    exact = vector(text).astype(np.float32)
+    if stored == "fp16":
+        return exact.astype(np.float16).astype(np.float32)
+    step = np.exp2(np.floor(np.log2(np.abs(exact.astype(np.float64)))) - 7)
+    return (np.rint(exact / step) * step).astype(np.float32)
+
+
+class Texts:
+    """An encoder that notes what it embeds, and fails after so many calls."""
+
+    name, identity, dimension, instructed = "texts", "1", WIDTH, False
+
+    def __init__(self, calls: int = 10**6) -> None:
+        self.groups, self.calls = [], calls
+
+    def prepare(self, item: Item) -> str:
+        if "unusable" in item.text:
+            raise BadSample("made so")
+        return item.text
+
+    def embed(self, prepared: Sequence[str]) -> torch.Tensor:
+        self.calls -= 1
+        if self.calls < 0:
+            raise RuntimeError("killed")
+        self.groups.append(list(prepared))
+        return torch.tensor(np.array([vector(text) for text in prepared]).reshape(-1, WIDTH), dtype=torch.float32)
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for group in self.groups for text in group]
+
+
+def pair(dataset: str, number: int) -> Pair:
+    image = np.random.default_rng(number).bytes(300 + 50 * (number % 7))  # no picture, but nobody looks
+    texts = [f"{dataset} {number}", *(f"{dataset} {number} long {i}" * 3 for i in range(number % 4)), "the same"]
+    if number == 17:
+        texts[0] += " unusable"
+    return Pair(f"{number:04d}", dataset, "", Item("<image>", (image,)), Item(texts[0]), alternatives=tuple(texts[1:]))
+
+
+def write(folder: Path) -> Path:
+    for dataset, count in SAMPLES.items():
+        write_shards((pair(dataset, i) for i in range(count)), folder / dataset, dataset=dataset, shard_bytes=25_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch) -> None:
+    monkeypatch.setattr(embed_shards, "GROUP", 4)
+
+
+def embed(shards: str | Path | list, out: str | Path | None, encoder: Texts, stored: str = "fp16", **options) -> Texts:
+    urls = [str(url) for url in (shards if isinstance(shards, list) else [shards])]
+    datasets = open_datasets(urls, out and str(out))
+    embed_datasets(encoder, datasets, stored, torch.device("cpu"), overwrite=options.get("overwrite", False))
+    return encoder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def data_of(shards: str | Path, embeddings: str | Path | None, **fields) -> Data:
+    given = {"datasets": list(SAMPLES), "lanes": 2, "block_samples": 8, "window_blocks": 2, "workers": 0} | fields
+    return Data(url=str(shards), text_embeddings=embeddings and str(embeddings), **given)
+
+
+def encode(item: Item) -> Encoded:
+    """A text's ids are its bytes."""
+    return Encoded(np.frombuffer(item.text.encode(), np.uint8).astype(np.int32), vector=item.vector)
+
+
+def read(data: Data, steps: int = 7, world: int = 1) -> Iterator:
+    """(batch, which of its pairs, the caption, its vector) of all rows."""
+    opened = Source.open(data)
+    order = opened.order(BATCH, 3, Lengths(Square(), 8))
+    for rank in range(world):
+        for batch in batches(opened, order, encode, range(steps), rank=rank, world=world, timeout=60):
+            for row, target in enumerate(batch.target):
+                item = batch.items[target]
+                yield batch, row, bytes(item.input_ids.astype(np.uint8)).decode(), item.vector
+
+
+@pytest.mark.parametrize("stored", ["fp16", "bf16"])
+def test_a_tar_has_a_row_for_each_text_and_webdataset_reads_it(shards, tmp_path, stored):
+    encoder = embed(shards, tmp_path, Texts(), stored)
+    assert max(Counter(encoder.texts).values()) < sum(SAMPLES.values()) / 2  # "the same" once a group
+    assert all(group == sorted(group, key=len, reverse=True) for group in encoder.groups)
+    for dataset, count in SAMPLES.items():
+        made = TextEmbeddings.load(str(tmp_path / dataset)).made
+        assert (made.model, made.identity, made.width, made.stored) == ("texts", "1", WIDTH, stored)
+        tars = sorted(map(str, (tmp_path / dataset).glob("*_text_embeddings.tar")))
+        assert len(tars) > 1
+        found = [sample for tar in tars for sample in webdataset.WebDataset(tar, shardshuffle=False).decode()]
+        assert [sample["__key__"] for sample in found] == [f"{number:04d}" for number in range(count)]
+        for number, sample in enumerate(found):
+            rows, texts = sample["text_embeddings.npy"], pair(dataset, number).texts
+            if number == 17:
+                assert rows.shape == (0, WIDTH)
+                continue
+            rows = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16 if stored == "bf16" else torch.float16)
+            np.testing.assert_array_equal(rows.float().numpy(), [as_stored(text, stored) for text in texts])
+
+
+@pytest.mark.parametrize("place", ["beside", "elsewhere", "s3"])
+def test_each_drawn_caption_comes_with_its_row(request, shards, tmp_path, place):
+    url, out, embeddings, stored = shutil.copytree(shards, tmp_path / "shards"), None, "beside", "fp16"
+    if place == "elsewhere":
+        out = embeddings = tmp_path / "vectors"
+        stored = "bf16"
+    if place == "s3":
+        request.getfixturevalue("s3")
+        url, out, stored = "s3://pipeline-tests/vectors/in", "s3://pipeline-tests/vectors/out", "bf16"
+        embeddings = out
+        for name, content in files(shards).items():
+            objects.write(f"{url}/{name}", content)
+    embed([f"{url}/{name}" for name in SAMPLES], out, Texts(), stored)
+    seen, drawn = None, Counter()
+    for world, workers in ((1, 0), (1, 2), (2, 0)):
+        rows = []
+        for batch, row, text, found in read(data_of(url, embeddings, workers=workers), world=world):
+            rows.append((batch.origins[row], batch.query[row], text))
+            if not batch.valid[row]:
+                assert (found, batch.bad[0].key) == (None, "0017")
+                assert batch.bad[0].reason == "its captions have no embeddings"
+                continue
+            drawn[text] += 1
+            assert found.dtype == np.float32
+            np.testing.assert_array_equal(found, as_stored(text, stored))
+        assert len(rows) == 7 * BATCH
+        assert len({str(origin) for origin, *_ in rows}) == len(rows)  # an epoch
+        if world == 1:
+            assert seen in (None, rows)
+            seen = rows
+    assert sum("long" in text for text in drawn) > 10
+    assert sum(drawn.values()) >= 3 * 7 * BATCH - 6
+
+
+def test_a_run_without_them_is_as_before_and_one_with_them_is_another(shards, tmp_path):
+    embed(shards, tmp_path, Texts())
+    without, with_them = (Source.open(data_of(shards, place)) for place in (None, tmp_path))
+    assert (without.made, without.vectors) == (None, ())
+    assert (with_them.made.width, with_them.made.model) == (WIDTH, "texts")
+    assert without.fingerprint != with_them.fingerprint
+    texts = {(row, text): found for _, row, text, found in read(data_of(shards, None), 3)}
+    assert set(texts.values()) == {None}
+    assert {(row, text) for _, row, text, _ in read(data_of(shards, tmp_path), 3)} == texts.keys()
+
+
+def test_what_was_read_and_what_is_held_count_both_tars(shards, tmp_path, monkeypatch):
+    embed(shards, tmp_path, Texts())
+    held, read_ahead = [], Reader._read_ahead
+
+    def noting(reader: Reader) -> None:
+        read_ahead(reader)
+        futures = [f for each in reader.readings.values() for f in (*each.samples.values(), *each.vectors.values())]
+        held.append((reader.held, sum(len(data) for future in futures for data in future.result().values())))
+
+    monkeypatch.setattr(Reader, "_read_ahead", noting)
+    for embeddings in (None, tmp_path):
+        source._records.cache_clear()
+        opened = Source.open(data_of(shards, embeddings))
+        order = opened.order(BATCH, 3, Lengths(Square(), 8))
+        steps = range(order.steps_per_epoch)
+        received = sum(batch.received for batch in batches(opened, order, encode, steps, rank=0, world=1, timeout=60))
+        read_bytes = received - sum(shard.sidecar_bytes for shard in (*opened.vectors, *(s for _, s in opened.shards)))
+        tars = sum(index.bytes for _, index in (*opened.indexes, *opened.embeddings))
+        assert 0.75 * tars < read_bytes < tars
+    assert [counted for counted, _ in held] == [there for _, there in held]
+    assert max(held) > (50_000, 50_000)
+    heavy = Source(opened.data.model_copy(update={"memory_mb": 1}), opened.indexes, opened.shards)
+    heavy.check_memory(order, 1)
+    for _, index in opened.embeddings:
+        monkeypatch.setattr(type(index), "bytes", property(lambda self: 2 << 20))
+    with pytest.raises(PipelineError, match="memory_mb=1 is too little"):
+        Source(heavy.data, heavy.indexes, heavy.shards, opened.embeddings, opened.vectors).check_memory(order, 1)
+
+
+def test_of_a_shard_no_more_than_a_piece_is_in_memory(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed_shards, "_READ_BYTES", 4_000)
+    pieces, plain = [], source.read_samples
+
+    def noting(url, shard, records):
+        pieces.append(int(records["length"].sum()))
+        return plain(url, shard, records)
+
+    monkeypatch.setattr(embed_shards, "GROUP", 1000)
+    monkeypatch.setattr(source, "read_samples", noting)
+    embed(shards, tmp_path, Texts())
+    largest = max(len(content) for content in files(shards).values())
+    assert max(pieces) < 4_000 + 3_000 < largest
+    assert sum(pieces) > 0.9 * sum(index.bytes for _, index in Source.open(data_of(shards, None)).indexes)
+
+
+@pytest.mark.parametrize("calls", [0, 3, 9, 15])
+def test_killed_it_goes_on_and_embeds_no_shard_twice(shards, tmp_path, calls):
+    whole = embed(shards, tmp_path / "whole", Texts())
+    killed = Texts(calls)
+    with pytest.raises(RuntimeError, match="killed"):
+        embed(shards, tmp_path / "killed", killed)
+    assert not list((tmp_path / "killed").rglob("text_embeddings.json"))
+    begun = [json.loads(path.read_text()) for path in tmp_path.glob("killed/*/.text_embeddings/0*.json")]
+    (tmp_path / "killed/first/.text_embeddings/.x.json.1.partial").write_bytes(b"{")
+    done = sum(-(-part["shard"]["samples"] // 4) for part in begun)
+    again = embed(shards, tmp_path / "killed", Texts())
+    assert len(again.groups) == len(whole.groups) - done
+    assert calls < 9 or done > 0
+    assert again.groups == whole.groups[done:]
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert embed(shards, tmp_path / "killed", Texts()).groups == []  # and nothing the third time
+
+
+def test_a_file_cut_short_or_changed_is_embedded_again(shards, tmp_path, monkeypatch):
+    embed(shards, tmp_path, Texts())
+    expected = files(tmp_path)
+    tar = tmp_path / "first/000001_text_embeddings.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    again = embed(shards, tmp_path, Texts())
+    samples = Index.load(str(shards / "first")).shards[1].samples
+    assert len(again.groups) == -(-samples // 4)
+    assert files(tmp_path) == expected
+
+    write_object = objects.write
+
+    def flipping(url: str, content: bytes | Path) -> None:
+        write_object(url, content)
+        if url.endswith("first/000001_text_embeddings.tar"):
+            changed = bytearray(Path(url).read_bytes())
+            changed[700] ^= 1
+            Path(url).write_bytes(changed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objects, "write", flipping)
+        with pytest.raises(PipelineError, match=r"first/000001_text_embeddings\.tar: not what was written"):
+            embed(shards, tmp_path / "flipped", Texts())
+    assert not list((tmp_path / "flipped/first").glob("*.json"))
+    assert len(embed(shards, tmp_path / "flipped", Texts()).groups) == -(-samples // 4)
+    assert files(tmp_path / "flipped")["first/000001_text_embeddings.tar"] == tar.read_bytes()
+
+
+def test_other_vectors_are_not_overwritten_unless_asked(shards, tmp_path):
+    shards, out = shutil.copytree(shards, tmp_path / "shards"), tmp_path / "out"
+    embed(shards, out, Texts())
+    before = files(out)
+
+    class Other(Texts):
+        name, identity = "other", "2"
+
+    complaint = (
+        r"out/first holds vectors of texts \(1, width 6, fp16\), and these would be of other \(2, width 6, fp16\)"
+    )
+    with pytest.raises(PipelineError, match=complaint + ": add --overwrite, or choose another --out"):
+        embed(shards, out, Other())
+    with pytest.raises(PipelineError, match="add --overwrite"):
+        embed(shards, out, Texts(), "bf16")
+    write_shards((pair("first", i + 1) for i in range(40)), shards / "first", dataset="first", shard_bytes=25_000)
+    with pytest.raises(PipelineError, match=r"holds vectors of other shards than .*first has now: add --overwrite"):
+        embed(shards, out, Texts())
+    assert files(out) == before
+    with pytest.raises(PipelineError, match=r"text_embeddings\.json is of another 000000\.tar than .*first has now"):
+        Source.open(data_of(shards, out))
+
+    changed = embed(shards, out, Texts(), overwrite=True)
+    assert {text.split()[0] for text in changed.texts} == {"first", "the"}  # the second dataset is as it was
+    with pytest.raises(RuntimeError, match="killed"):
+        embed(shards, out, Other(5), overwrite=True)
+    assert not list((out / "first").glob("*.json"))  # nobody reads half of each
+    with pytest.raises(PipelineError, match="add --overwrite"):
+        embed(shards, out, Texts())
+    with pytest.raises(RuntimeError, match="killed"):
+        embed(shards, out, Texts(5), overwrite=True)
+    with pytest.raises(RuntimeError, match="killed"):
+        embed(shards, out, Other(0), overwrite=True)
+    assert len(embed(shards, out, Other()).groups) == len(embed(shards, tmp_path / "new", Texts()).groups)
+    assert Source.open(data_of(shards, out)).made.identity == "2"
+
+
+def test_what_is_damaged_missing_or_of_another_model_is_refused_by_name(shards, tmp_path):
+    embed(shards, tmp_path, Texts())
+    tar = tmp_path / "second/000001_text_embeddings.tar"
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 4 :: 512] = bytes(b ^ 1 for b in content[len(content) // 4 :: 512])
+    tar.write_bytes(content)
+    with pytest.raises(PipelineError, match=r"second/000001_text_embeddings\.tar is damaged: bytes \d+-\d+ differ"):
+        list(read(data_of(shards, tmp_path)))
+    tar.unlink()
+    with pytest.raises(PipelineError, match=r"second/000001_text_embeddings\.tar: there is no such file"):
+        list(read(data_of(shards, tmp_path)))
+
+    class Other(Texts):
+        name, identity = "other", "2"
+
+    embed(shards / "second", tmp_path / "second", Other(), overwrite=True)
+    with pytest.raises(PipelineError, match=r"are of texts \(1\), and those in .*second of other \(2\)"):
+        Source.open(data_of(shards, tmp_path))
+    index = tmp_path / "second/text_embeddings.json"
+    index.write_text(index.read_text().replace('"other"', '"texts"'))
+    with pytest.raises(PipelineError, match=r"second/text_embeddings\.json is damaged"):
+        Source.open(data_of(shards, tmp_path))
+    index.unlink()
+    with pytest.raises(PipelineError, match=r"second/text_embeddings\.json: there is no such file"):
+        Source.open(data_of(shards, tmp_path))
+
+
+def test_rows_of_another_sample_are_never_taken(shards, tmp_path):
+    """Say the index of the tars was put in order by hand."""
+    embed(shards / "first", tmp_path, Texts())
+    opened = Source.open(data_of(shards / "first", tmp_path, datasets=[]))
+    records, vectors = opened.records(0, 0, 6), opened.vector_records(0, 0, 6)
+    rows, samples = opened.read_vectors(0, vectors), opened.read(0, records)
+    assert opened.parse(0, samples[1], records[1], rows[1]).vectors.shape == (3, WIDTH)
+    with pytest.raises(
+        PipelineError, match=r"000000_text_embeddings\.tar: the vectors \(3, 6\) of sample '0001' are not"
+    ):
+        opened.parse(0, samples[5], records[5], rows[1])  # which has as many texts
+    with pytest.raises(PipelineError, match=r"of sample '0002', which has 4 texts"):
+        opened.parse(0, samples[2], records[2], rows[1])
+
+
+def test_vectors_that_are_none_are_refused(shards, tmp_path):
+    class Long(Texts):
+        def embed(self, prepared):
+            return super().embed(prepared) * 1.01
+
+    class Wide(Texts):
+        dimension = WIDTH + 1
+
+    with pytest.raises(PipelineError, match=r"has length 1\.01, not 1"):
+        embed(shards, tmp_path, Long())
+    with pytest.raises(PipelineError, match=r"gives \(\d+, 6\) for \d+ texts of 7"):
+        embed(shards, tmp_path / "wide", Wide())
+    with pytest.raises(PipelineError, match="holds no index"):
+        embed(tmp_path, None, Texts())
+    shutil.copytree(shards / "first", tmp_path / "copy/first")
+    with pytest.raises(PipelineError, match="two of --shards are called first"):
+        embed([shards / "first", tmp_path / "copy/first"], tmp_path / "out", Texts())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--texts", "captions.txt"], "--shards goes without --texts"),
+        (["--query-image", "a.png"], "--shards goes without --query-image"),
+        (["--published"], "is not of img2dataset's tars: embed its captions, without --published"),
+    ],
+)
+def test_what_the_command_cannot_do_is_said(shards, monkeypatch, arguments, complaint):
+    monkeypatch.setattr(sys, "argv", ["embed", "Llama", "--shards", str(shards), *arguments])
+    with pytest.raises(PipelineError, match=complaint):
+        main.__wrapped__()
+
+
+# LLM2CLIP's own tars, as its llm2clip/data/extract_embedding.py writes them beside img2dataset's.
+
+COLUMNS = ("shortSV_captions", "longSV_captions")
+
+
+def published(folder: Path, tars: int = 2, samples: int = 9) -> dict[str, dict[str, str]]:
+    """Images with captions, and vectors of all of them. Returns the captions by key."""
+    folder.mkdir()
+    captions = {}
+    for tar in range(tars):
+        name = folder / f"{tar:05d}"
+        with (
+            webdataset.TarWriter(f"{name}.tar") as images,
+            webdataset.TarWriter(f"{name}_text_embeddings.tar") as vectors,
+        ):
+            for number in range(samples):
+                key, buffer = f"{tar:05d}{number:04d}", BytesIO()
+                Image.new("RGB", (8, 8), (number, tar, 0)).save(buffer, "JPEG")
+                texts = [f"short {key}", f"long {key} " * 5]
+                texts[1] = {3: texts[0], 4: ""}.get(number, texts[1])  # the same twice, none
+                captions[key] = dict(zip(COLUMNS, texts, strict=True))
+                described = json.dumps(captions[key] | {"url": "x"}).encode()
+                jpeg = b"broken" if number == 5 else buffer.getvalue()
+                images.write({"__key__": key, "jpg": jpeg, "json": described, "txt": "raw"})
+                if number != 6:
+                    rows = {name: 3 * vector(name + key).astype(np.float32) for name in COLUMNS}
+                    vectors.write({"__key__": key, **{name: row.tobytes() for name, row in rows.items()}})
+    return captions
+
+
+def indexed_images(folder: Path, dest: Path, columns: tuple[str, ...] = COLUMNS) -> None:
+    tars = {path.name: path.stat().st_size for path in sorted(folder.glob("?????.tar"))}
+    work = TarsWork("cc", str(folder), str(dest), Captions("<image>", columns, "retrieval"), tars)
+    dest.mkdir(exist_ok=True)
+    shards = tuple(work.run(job, dest, lambda read: None).shard for job in work.jobs)
+    objects.write(str(dest / INDEX_FILE), work.index(shards).to_json().encode())
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, COLUMNS[::-1], COLUMNS[1:]], ids=["both", "reversed", "one"])
+def test_llm2clips_own_tars_are_read_where_they_are(tmp_path, columns):
+    folder = tmp_path / "cc"
+    captions = published(folder)
+    before = files(folder)
+    indexed_images(folder, tmp_path / "index", columns)
+    index_published("Llama-3-8B", open_datasets([str(tmp_path / "index")], str(tmp_path / "out")), overwrite=False)
+    assert files(folder) == before
+    assert not list((tmp_path / "out").rglob("*.tar"))
+    data = data_of(tmp_path / "index", tmp_path / "out", datasets=[], block_samples=4, lanes=2)
+    assert Source.open(data).made.model == "Llama-3-8B"
+    seen, lacking = set(), Counter()
+    for batch, row, text, found in read(data, 20):  # ten epochs
+        if not batch.valid[row]:
+            lacking[batch.bad[0].reason] += 1
+            continue
+        key = next(key for key in captions if f" {key}" in text)
+        column = next(name for name in columns if captions[key][name].strip() == text)
+        np.testing.assert_array_equal(found, 3 * vector(column + key).astype(np.float32))
+        seen.add((key[5:], column))
+    usable = {f"{number:04d}" for number in range(9)} - {"0005", "0006"}
+    wanted = {(number, name) for number in usable for name in columns}
+    wanted -= {("0003", columns[1])} if len(columns) > 1 else set()
+    assert seen == wanted - {("0004", COLUMNS[1])}
+    assert set(lacking) == {"its captions have no embeddings"}
+
+
+def test_tars_that_are_not_of_these_captions_are_refused(tmp_path):
+    folder = tmp_path / "cc"
+    published(folder)
+
+    def index(columns: tuple[str, ...] = COLUMNS, out: str | None = None) -> None:
+        indexed_images(folder, folder, columns)
+        index_published("Llama", open_datasets([str(folder)], out), overwrite=True)
+
+    index()
+    assert Source.open(data_of(folder, "beside", datasets=[])).made.stored == "fp32"
+    indexed_images(folder, folder, COLUMNS[:1])
+    with pytest.raises(
+        PipelineError, match=r"is of captions in shortSV_captions, longSV_captions, and .* has them in sho"
+    ):
+        Source.open(data_of(folder, "beside", datasets=[]))
+    with pytest.raises(PipelineError, match=r"has vectors of \w+_captions, \w+_captions, and no txt, where"):
+        index((*COLUMNS, "txt"))
+    first, second = folder / "00000_text_embeddings.tar", folder / "00001_text_embeddings.tar"
+    shutil.copy(first, second)
+    with pytest.raises(PipelineError, match=r"00001_text_embeddings\.tar has vectors .* for no sample of 00001\.tar"):
+        index(out=str(tmp_path / "out"))
+    with tarfile.open(first) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(first, "w") as tar:
+        for member, content in members[4:] + members[:4]:
+            tar.addfile(member, BytesIO(content))
+    with pytest.raises(PipelineError, match="in another order"):
+        index(out=str(tmp_path / "anew"))

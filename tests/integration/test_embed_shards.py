@@ -1,0 +1,71 @@
+"""The command that embeds datasets' captions: on two processes, killed, and started again."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import launch, start, wait
+
+from pipeline import embed_shards
+from pipeline.config import Data, EvaluationRun
+from pipeline.data.sample import Item, Pair
+from pipeline.data.shards import write_shards
+from pipeline.data.source import Source
+from pipeline.evaluation.encoders import load_encoder
+
+NAMES = ("first", "second")
+SAMPLES = 480  # of each, in 12 shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    for name in NAMES:
+        pairs = (
+            Pair(
+                f"{i:05d}", name, "", Item("<image>", (b"image",)), Item(f"{name} {i}"), (), (f"a red {name} {i} " * 4,)
+            )
+            for i in range(SAMPLES)
+        )
+        write_shards(pairs, folder / name, dataset=name, shard_bytes=(2048 + 512) * SAMPLES // 11)
+    return folder
+
+
+def embedded(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_killed_on_two_processes_it_goes_on_to_the_same_bytes_as_on_one(tiny_model, shards, tmp_path):
+    device = torch.device("cpu")
+    encoder = load_encoder(tiny_model, EvaluationRun(), device)
+    alone = embed_shards.open_datasets([str(shards)], str(tmp_path / "alone"))
+    embed_shards.embed_datasets(encoder, alone, "bf16", device, overwrite=False)
+    expected = embedded(tmp_path / "alone")
+
+    out = tmp_path / "out"
+    command = ["-m", "pipeline.embed", tiny_model, "--out", str(out), "--stored", "bf16"]
+    command += [word for name in NAMES for word in ("--shards", str(shards / name))]
+    ranks, deadline = start(command, world=2), time.monotonic() + 60
+    while len(list(out.glob("*/.text_embeddings/0*.json"))) < 3 and time.monotonic() < deadline:
+        assert ranks[0].poll() is None, wait(ranks, 1).output
+        time.sleep(0.002)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGKILL)
+    assert wait(ranks, 10).status == [-signal.SIGKILL] * 2
+    records = sorted(out.glob("*/.text_embeddings/0*.json"))
+    assert 3 <= len(records) < 24
+    kept = [path.parents[1] / path.name.removesuffix(".json") for path in records]
+    times = [path.stat().st_mtime_ns for path in kept]
+    samples = sum(json.loads(path.read_text())["shard"]["samples"] for path in records)
+
+    ended = launch(command, world=2, seconds=90)
+    assert ended.status == [0, 0], ended.output[-4000:]
+    assert f"the captions of {samples:,} of {2 * SAMPLES} samples are embedded already" in ended.output
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    assert embedded(out) == expected
+    source = Source.open(Data(url=str(shards), datasets=list(NAMES), text_embeddings=str(out)))
+    assert (source.made.width, source.made.identity) == (encoder.dimension, encoder.identity)
