@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -63,6 +64,29 @@ def test_the_chain_from_a_seed_to_a_report(slurm, s3, site, tmp_path):
     told = re.search(r"([\d,]+) of ([\d,]+) items are embedded already", slurm.output(report))
     assert told[1] == told[2]  # the array's tasks left nothing to do
     assert "mean: overall" in slurm.output(report)
+
+
+def test_llm2clips_chain_from_captions_to_a_report(slurm, s3, site, tmp_path):
+    runs, url = tmp_path / "runs", "s3://pipeline-tests/llm2clip"
+    sets = [f"text-image={url}/captions/eval/{name}" for name in ("short", "long", "chinese")]
+    sets.append(f"classification={url}/captions/eval/classification")
+    make = ("tools/make_shards.py", "demo", "0", url, "--pairs", "60", "--queries", "12", "--processes", "1")
+    subprocess.run([sys.executable, *make], cwd=ROOT, check=True, capture_output=True)
+    submitted = slurm.run(
+        *("bash", "slurm/train_llm2clip.sh", "--demo", "--runs", str(runs), "--data", f"{url}/captions/train"),
+        *("--datasets", "images", "--vectors", str(tmp_path / "vectors")),
+        *("--evaluate", ",".join(sets), "--caption", "evaluation=null data.datasets=[texts]"),
+        *("steps=3", "batch.global_batch=16", "checkpoint.every=2", "timeout_minutes=1"),
+        **site,
+    )
+    caption, embedding, vision, evaluation, report = map(int, re.findall(r"\b\d+\b", submitted))
+    for job in (caption, embedding, vision, evaluation, report):
+        slurm.wait(job, "COMPLETED", 120)
+    assert [len((runs / name / "metrics.jsonl").read_text().splitlines()) for name in ("caption", "vision")] == [3, 3]
+    assert (tmp_path / "vectors/images/text_embeddings.json").exists()
+    gathered = Report.read(runs / "report")
+    assert set(gathered.results) == {"short", "long", "chinese", "classification"}
+    assert gathered.model == str(runs / "vision/export")
 
 
 def test_the_tasks_of_an_array_share_the_subsets(slurm, site, tmp_path):

@@ -1,0 +1,86 @@
+"""Steps of LLM2CLIP's second stage with stored vectors, and beside them with a live text encoder.
+
+`python stored.py OUT VECTORS FORMAT RECIPE [key=value ...]`, in one process.  VECTORS: what pipeline.embed wrote of the
+recipe's data.  FORMAT: how it stored them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from pipeline.config import Recipe, load_ds_config, load_recipe
+from pipeline.data.batch import Batch
+from pipeline.data.collate import pack
+from pipeline.data.source import Source
+from pipeline.data.stream import batches
+from pipeline.data.text_embeddings import Stored, restored, rounded
+from pipeline.models.chunks import Chunk
+from pipeline.models.decoder import FrozenTextEncoder
+from pipeline.models.kinds import KINDS
+from pipeline.training.budget import Budget
+from pipeline.training.distributed import end_distributed, start_distributed
+from pipeline.training.engine import build_engine, load_frozen
+from pipeline.training.step import contrastive_loss, train_step
+from pipeline.training.temperature import Temperature
+
+STEPS = 5
+ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # of a number, relative to it, at most
+
+
+def train(recipe: Recipe, stored: Stored | None = None) -> tuple[list[float], float | None]:
+    """(loss of each step, with a live text encoder the first one's `deviation`).
+
+    stored: the live text encoder's vectors are rounded as these are.
+    """
+    source, kind, device = Source.open(recipe.data), KINDS["llm2clip"], torch.device("cpu")
+    order = source.order(recipe.batch.global_batch, recipe.seed, kind.lengths(recipe))
+    path = recipe.model.path
+    processor, frozen = kind.processor(recipe, path), load_frozen(recipe, path, device)
+    engine, temperature = build_engine(recipe, load_ds_config(recipe, 1), path), Temperature(recipe, device)
+
+    def features(chunk: Chunk) -> torch.Tensor | None:
+        vectors = frozen.features_of(chunk)
+        if stored and vectors is not None:
+            vectors = torch.from_numpy(restored(rounded(vectors, stored), stored))
+        return vectors
+
+    losses, expected = [], None
+    given = {"rank": 0, "world": 1, "timeout": 60, "trained_on": kind.trained_on}
+    for batch in batches(source, order, processor.encode, range(STEPS), **given):
+        if frozen and not losses:
+            expected = deviation(engine, frozen, batch, recipe)
+        budget, seen = Budget.of(recipe.batch, 512), features if frozen else None
+        result = train_step(engine, batch, recipe, budget, temperature, lr=recipe.optimizer.lr, features=seen)
+        losses.append(result.loss.loss.item())
+    return losses, expected
+
+
+def deviation(engine: deepspeed.DeepSpeedEngine, frozen: FrozenTextEncoder, batch: Batch, recipe: Recipe) -> float:
+    """The loss's first-order change by errors of the vectors, each number's independent and as large as itself:
+    the root of the sum of squares of v * dL/dv. Times the format's rounding it is no less than a standard deviation.
+    """
+    items = list(batch.items.values())
+    vectors = frozen.model(pack([item for item in items if not item.images])).requires_grad_()
+    embeddings = engine.module(pack(items), True, vectors)
+    loss = contrastive_loss(embeddings, batch, recipe, recipe.loss.temperature).loss
+    return float((torch.autograd.grad(loss, vectors)[0] * vectors).norm())
+
+
+def main() -> None:
+    out, vectors, stored, name, *fields = sys.argv[1:]
+    start_distributed(timeout_minutes=1)
+    recipe = load_recipe(name, [*fields, f"data.text_embeddings={vectors}"])
+    without = load_recipe(name, [*fields, "data.text_embeddings=null"])
+    cached, _ = train(recipe)
+    live, expected = train(without)
+    as_stored, _ = train(without, stored)
+    result = {"cached": cached, "live": live, "rounded": as_stored, "deviation": expected * ROUNDING[stored]}
+    Path(out).write_text(json.dumps(result))
+    end_distributed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""LLM2CLIP's stages by their command lines, on two processes: killed, resumed, exported, evaluated."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import launch
+from safetensors.torch import load_file, save_file
+
+from pipeline import export, train
+from pipeline.config import EvaluationRun, load_recipe
+from pipeline.convert.demo import TrainingPairs
+from pipeline.convert.sharding import convert
+from pipeline.data.source import Source
+from pipeline.demo import captioned
+from pipeline.embed_shards import embed_datasets, open_datasets
+from pipeline.errors import PipelineError
+from pipeline.evaluation import sets
+from pipeline.evaluation.encode import embed_collection
+from pipeline.evaluation.encoders import load_encoder
+from pipeline.evaluation.measure import measure
+from pipeline.evaluation.report import Report
+from pipeline.evaluation.store import Memory
+from pipeline.models import decoder
+from pipeline.models.kinds import KINDS
+from pipeline.training import checkpoint
+
+CPU = torch.device("cpu")
+STEPS, EVERY, KILLED = 6, 2, 6  # in this step
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = SIZES | {"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 400}
+VISION = SIZES | {"image_size": 48, "patch_size": 16, "projection_dim": 16}
+TOKENS = 128  # of a text, at most: long captions are cut
+SIGMAS = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A few pairs of the demo world, and the evaluation set of short captions."""
+    folder = tmp_path_factory.mktemp("data")
+    convert({str(folder / name): TrainingPairs(name, 0, 48) for name in ("images", "texts")}, options={}, shards=2)
+    for path, content in captioned.evaluation_files(0, 8):
+        if path.startswith("short/"):
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_bytes(content)
+    return folder
+
+
+def evaluation_set(data: Path) -> str:
+    return f"text-image={data / 'short'}"
+
+
+def fields(data: Path) -> list[str]:
+    return [
+        f"data.url={data}",
+        "data.lanes=4",
+        "data.block_samples=8",
+        "data.window_blocks=2",
+        "batch.global_batch=16",
+        "batch.chunk_tokens=200",
+        "batch.kept_chunks=1",
+        f"steps={STEPS}",
+        f"checkpoint.every={EVERY}",
+        f"model.max_tokens={TOKENS}",
+        "timeout_minutes=1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def caption_recipe(data, tmp_path_factory) -> list[str]:
+    """Adapters in a Llama of random weights, with an instruction."""
+    model = tmp_path_factory.mktemp("models") / "llama"
+    pairs = [captioned.training_pair("texts", 0, number) for number in range(50)]
+    decoder.build(TEXT, [text for pair in pairs for text in (pair.query.text, *pair.texts)], 0, model)
+    return [
+        "pipeline/recipes/demo_caption.yaml",
+        *fields(data),
+        "data.datasets=[images, texts]",
+        f"model.path={model}",
+        "model.instruction='what a caption shows: '",
+        "train.lora.rank=2",
+        "evaluation=null",
+    ]
+
+
+@pytest.fixture(scope="module")
+def caption_run(caption_recipe, tmp_path_factory) -> Path:
+    """A first stage that nothing disturbed."""
+    return finished(caption_recipe, tmp_path_factory.mktemp("runs") / "caption")
+
+
+@pytest.fixture(scope="module")
+def vectors(caption_run, data, tmp_path_factory) -> Path:
+    return embedded(caption_run / "export", data, tmp_path_factory.mktemp("vectors") / "fp16", "fp16")
+
+
+@pytest.fixture(scope="module")
+def vision_recipe(caption_run, data, vectors) -> list[str]:
+    return [
+        "pipeline/recipes/demo_llm2clip.yaml",
+        *fields(data),
+        "data.datasets=[images]",
+        f"data.text_embeddings={vectors}",
+        f"model.architecture.vision={json.dumps(VISION)}",
+        f"model.text_encoder={caption_run / 'export'}",
+        f"evaluation.urls=[{evaluation_set(data)}]",
+    ]
+
+
+@pytest.fixture(scope="module")
+def vision_run(vision_recipe, tmp_path_factory) -> Path:
+    """A second stage that nothing disturbed."""
+    return finished(vision_recipe, tmp_path_factory.mktemp("runs") / "vision")
+
+
+def finished(recipe: list[str], run: Path) -> Path:
+    ended = launch(["-m", "pipeline.train", *recipe, f"run={run}"], world=2, seconds=90)
+    assert ended.status == [0, 0], ended.output[-4000:]
+    return run
+
+
+def embedded(encoder: Path, data: Path, out: Path, stored: str) -> Path:
+    """The folder of the vectors of the dataset `images`."""
+    (out / "images").mkdir(parents=True)
+    datasets = open_datasets([str(data / "images")], str(out / "images"))
+    model = load_encoder(str(encoder), EvaluationRun(max_tokens=TOKENS), CPU)
+    embed_datasets(model, datasets, stored, CPU, overwrite=False)
+    return out
+
+
+@pytest.mark.parametrize("stage", ["caption", "vision"])
+def test_killed_in_the_middle_a_stage_ends_as_if_it_had_not_been(stage, request, tmp_path):
+    recipe, undisturbed = (request.getfixturevalue(f"{stage}_{what}") for what in ("recipe", "run"))
+    recipe = [*recipe, "evaluation=null"]
+    run, worker = tmp_path / "killed", str(Path(__file__).with_name("killed.py"))
+    ended = launch([worker, str(KILLED), *recipe, f"run={run}"], world=2, seconds=90)
+    assert ended.status == [-signal.SIGKILL] * 2, ended.output[-4000:]
+    before = KILLED - EVERY
+    assert (run / "checkpoints/latest").read_text() == f"step-{before:08d}\n"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == KILLED - 1
+    times = (run / "speed.jsonl").read_text().splitlines()[:before]
+
+    finished(recipe, run)
+    assert (run / "speed.jsonl").read_text().splitlines()[:before] == times  # it went on and did not begin again
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS
+    assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    ours, theirs = (weights(folder / "export") for folder in (run, undisturbed))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.relative_to(folder)} {name}": weight
+        for file in folder.rglob("*.safetensors")
+        for name, weight in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("stored", ["fp16", "bf16"])
+def test_stored_vectors_give_a_live_text_encoders_losses(
+    stored, vision_run, vision_recipe, caption_run, data, vectors, tmp_path
+):
+    """Within their rounding: each number is off by at most 2^-11 of itself, or 2^-8 in bf16, independently of all
+    others; so the first loss by a normal deviate, whose standard deviation is at most that of stored.py. Through the
+    parameters each step is taken to add as much again. And nothing but rounding differs: a live encoder whose vectors
+    are rounded likewise gives the stored ones' losses.
+    """
+    if stored == "bf16":
+        vectors = embedded(caption_run / "export", data, tmp_path / stored, stored)
+    out, start = tmp_path / "out.json", f"model.path={vision_run / 'export'}"
+    worker = str(Path(__file__).with_name("stored.py"))
+    arguments = [str(out), str(vectors), stored, *vision_recipe, start, f"run={tmp_path / 'run'}"]
+    ended = launch([worker, *arguments], world=1, seconds=90)
+    assert ended.status == [0], ended.output[-4000:]
+    result = json.loads(out.read_text())
+    cached, live, rounded = (torch.tensor(result[name]) for name in ("cached", "live", "rounded"))
+    torch.testing.assert_close(cached, rounded, rtol=1e-5, atol=0)
+    steps = torch.arange(1, len(live) + 1)
+    assert (abs(cached - live) < SIGMAS * result["deviation"] * steps).all()
+    assert SIGMAS * result["deviation"] < 0.01  # of a loss of 2.8
+    assert not torch.equal(cached, live)
+
+
+def test_a_run_is_not_continued_with_another_text_encoder_or_other_vectors(
+    vision_run, vision_recipe, caption_run, data, vectors, tmp_path
+):
+    recipe, source = None, None
+
+    def check(*overrides: str) -> None:
+        nonlocal recipe, source
+        recipe = load_recipe(vision_recipe[0], [*vision_recipe[1:], f"run={vision_run}", *overrides])
+        source = Source.open(recipe.data)
+        conditions = train.conditions_of_run(recipe, source, {"stage": 1})
+        checkpoint.check(checkpoint.latest(vision_run / "checkpoints"), conditions)
+
+    check()
+    others = embedded(caption_run / "export", data, tmp_path / "vectors", "bf16")
+    with pytest.raises(PipelineError, match="cannot be continued: the data's fingerprint is"):
+        check(f"data.text_embeddings={others}")
+    with pytest.raises(PipelineError, match="cannot be continued: the data's fingerprint is"):
+        check("data.text_embeddings=null")
+    weights = caption_run / "export/model.safetensors"
+    kept = weights.rename(weights.with_name("kept"))
+    changed = load_file(kept)
+    changed["norm.weight"] = changed["norm.weight"] + 1
+    save_file(changed, weights, metadata={"format": "pt"})
+    try:
+        with pytest.raises(PipelineError, match="cannot be continued: the text encoder's fingerprint is"):
+            check()
+        with pytest.raises(PipelineError, match=r"data\.text_embeddings were made by .* with other weights than"):
+            KINDS["llm2clip"].check_data(recipe, source)  # nor is a new run begun with them
+    finally:
+        kept.rename(weights)
+
+
+def test_what_would_be_partitioned_is_refused(vision_recipe, tmp_path):
+    zero3 = "deepspeed=ds_configs/zero3.json"
+    ended = launch(["-m", "pipeline.train", *vision_recipe, f"run={tmp_path}", zero3], world=1, seconds=60)
+    assert ended.status == [2]
+    assert "error: this kind of model trains under ZeRO 0, 1, 2, not 3: set deepspeed=" in ended.output
+
+
+def test_vectors_of_texts_cut_elsewhere_are_refused(vision_recipe):
+    recipe = load_recipe(vision_recipe[0], [*vision_recipe[1:], f"model.max_tokens={TOKENS + 1}"])
+    with pytest.raises(PipelineError, match=f"cut at {TOKENS} tokens, and model.max_tokens is {TOKENS + 1}"):
+        KINDS["llm2clip"].check_data(recipe, Source.open(recipe.data))
+
+
+@pytest.mark.parametrize("stage", ["caption", "vision"])
+def test_bf16_follows_fp32(stage, request, tmp_path):
+    """Under ZeRO-1, which has gradients in fp32 beside bf16's; a step's last chunk is of texts alone."""
+    recipe, expected = request.getfixturevalue(f"{stage}_recipe"), request.getfixturevalue(f"{stage}_run")
+    fields = ["precision=bf16", "deepspeed=ds_configs/zero1.json", "evaluation=null"]
+    run = finished([*recipe, *fields], tmp_path / "bf16")
+    ours, theirs = (
+        torch.tensor([json.loads(line)["loss"] for line in (each / "metrics.jsonl").read_text().splitlines()])
+        for each in (run, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0)
+    assert not torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("stage", ["caption", "vision"])
+def test_a_checkpoint_is_exported_as_the_run_itself_exports_it(stage, request, tmp_path, monkeypatch, capsys):
+    run = request.getfixturevalue(f"{stage}_run")
+    monkeypatch.setattr(sys, "argv", ["export", str(run), str(tmp_path / "out")])
+    export.main()
+    assert f"step-{STEPS:08d} of" in capsys.readouterr().out
+    ours, theirs = weights(tmp_path / "out"), weights(run / "export")
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if "lora" in name]
+    for name, weight in theirs.items():  # adapters are merged here on one process
+        torch.testing.assert_close(ours[name], weight, atol=1e-7, rtol=0)
+    files = {path.relative_to(folder) for folder in (run / "export",) for path in folder.rglob("*")}
+    assert files == {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}
+
+
+def test_the_exported_model_scores_what_training_said(vision_run, data):
+    """There with the text encoder of the recipe, here with that of the folder, in other chunks."""
+    encoder = load_encoder(str(vision_run / "export"), EvaluationRun(max_tokens=TOKENS), CPU)
+    collection = sets.load([evaluation_set(data)], instructed=encoder.instructed)
+    store = Memory(len(collection.items), encoder.dimension)
+    assert embed_collection(encoder, collection, store, CPU)
+    report = measure("", collection, store.take)
+    assert report.results == Report.read(vision_run / f"evaluation/step-{STEPS:08d}.json").results
+    assert len(collection.items) == 24

@@ -1,0 +1,71 @@
+"""Steps of LLM2CLIP's stages and of CLIP equal one process with the whole batch."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launch import launch
+
+from pipeline.config import Architecture, Model
+from pipeline.models import clip, decoder, llm2clip
+from pipeline.models.kinds import KINDS
+
+WORKER = str(Path(__file__).with_name("two_tower.py"))
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = SIZES | {"image_size": 24, "patch_size": 8, "projection_dim": 20}
+TEXTS = ["query target negative star what a caption shows", "0 1 2 3 4 5 6 7 8 9"]
+SHAPES = {
+    "caption": Architecture(text=SIZES | {"vocab_size": 320, "num_key_value_heads": 2}),
+    "llm2clip": Architecture(vision=VISION),
+    "clip": Architecture(vision=VISION, text=SIZES | {"vocab_size": 600, "max_position_embeddings": 50}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """Of each kind a folder, and DeepSpeed's configs beside them."""
+    folder = tmp_path_factory.mktemp("models")
+    for kind, architecture in SHAPES.items():
+        made = folder / f"{kind}-made"
+        encoder = {"text_encoder": str(folder / "caption")} if kind == "llm2clip" else {}
+        model = Model(kind=kind, architecture=architecture, **encoder)
+        KINDS[kind].build(model, TEXTS, 1, made)
+        # Biases begin at zero, where a relative difference means nothing; a trained model's do not lie there.
+        if kind == "caption":
+            model = randomised(decoder.TextEncoder.load(str(made), torch.float32))
+            decoder.save(model, dict(model.named_parameters()), str(made), folder / kind, None, "")
+        elif kind == "clip":
+            clip.save(randomised(clip.Clip.load(str(made), torch.float32)), str(made), folder / kind)
+        else:
+            model = randomised(llm2clip.Llm2Clip.load(str(made), torch.float32, SIZES["hidden_size"]))
+            llm2clip.save(model, str(folder / "caption"), folder / kind, None)
+    for stage in range(4):
+        config = json.loads(Path(f"ds_configs/zero{stage}.json").read_text())
+        if stage == 3:  # every parameter partitioned: by default it leaves small ones whole
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (folder / f"zero{stage}.json").write_text(json.dumps(config))
+    return folder
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.05, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize(("world", "cases"), [(1, "alone"), (2, "two")])
+def test_a_step_equals_one_process_with_the_whole_batch(world, cases, models, tmp_path):
+    out = tmp_path / "out.json"
+    ended = launch([WORKER, str(models), str(out), cases], world, seconds=200)
+    assert ended.status == [0] * world, ended.output[-4000:]
+    for result in json.loads(out.read_text()):
+        print(f"{world} processes: {result}")
+        assert result["loss"] < 1e-5, result
+        assert result["grad_norm"] < 1e-5, result
+        assert result["parameters"] < 1e-5, result
+        assert result["temperature"] < 1e-5, result
+        assert (result["learnt"] > 1e-3) == ("learn_temperature" in result["case"]), result

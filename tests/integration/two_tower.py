@@ -1,0 +1,209 @@
+"""One rank of the exactness tests of LLM2CLIP's two stages and of CLIP: `python two_tower.py MODELS OUT CASES`.
+
+As exactness.py, whose formula of the loss it shares. MODELS: the folder that test_two_tower.py fills. CASES: a name in
+`CASES`.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from exactness import CHECKPOINTING, EPS, LR, STEPS, Expected, batch_of, formula, largest_difference, picture
+
+from pipeline.config import Recipe, load_ds_config, load_recipe
+from pipeline.data.collate import Packed
+from pipeline.data.sample import Item, Pair
+from pipeline.models.frozen import KeptFeatures
+from pipeline.models.kinds import KINDS
+from pipeline.models.lora import add_adapters
+from pipeline.training.budget import Budget
+from pipeline.training.distributed import end_distributed, start_distributed
+from pipeline.training.engine import build_engine, freeze, load_frozen
+from pipeline.training.step import train_step
+from pipeline.training.temperature import Temperature
+
+PAIRS = 12
+WIDTH = 32  # of the text encoder's vectors
+PARTS = {
+    "vision": "vision_tower",
+    "adapter": "adapter",
+    "language_model": "language_model",
+    "clip.vision_model": "vision_tower",
+    "clip.visual_projection": "vision_tower",
+    "clip.text_model": "language_model",
+    "clip.text_projection": "language_model",
+}
+BOTH = ("train.vision_tower=true",)
+LIVE = (*BOTH, "data.text_embeddings=null")
+LEARNT = ("loss.learn_temperature=true", "loss.temperature=0.07")
+ALPHA = ("loss.alpha=9", "loss.temperature=0.05")
+IN_HOST_MEMORY = "batch.features_mb=0"
+INSTRUCTION = "model.instruction=what a caption shows"
+
+
+@dataclass(frozen=True)
+class Case:
+    """mix: see `make_pairs`.  recomputed: a frozen text encoder's vectors are made anew in the second pass."""
+
+    kind: str
+    stage: int
+    mix: str
+    chunk_tokens: int = 60
+    kept_chunks: int = 0
+    fields: tuple[str, ...] = BOTH
+    recomputed: bool = False
+
+
+CASES = {
+    "alone": (
+        Case("llm2clip", 0, "captioned"),
+        Case("llm2clip", 2, "divided", 60, 1, LIVE),
+        Case("clip", 1, "divided", 60, 2, (*BOTH, *LEARNT)),
+        Case("caption", 2, "texts", 60, 1, ("train.lora.rank=4", INSTRUCTION)),
+    ),
+    "two": (
+        # One item a chunk, a few, all; in "divided" the first rank has no text, and the second no image.
+        *(Case("llm2clip", 1, mix, tokens) for mix in ("captioned", "divided") for tokens in (60, 100_000)),
+        Case("llm2clip", 2, "divided", 1),
+        *(Case("llm2clip", stage, "divided", 60, kept) for stage, kept in ((0, 1), (2, 2), (1, 1000))),
+        Case("llm2clip", 2, "captioned", 60, 1, (*BOTH, *LEARNT, "loss.alpha=9", CHECKPOINTING)),
+        Case("llm2clip", 1, "divided", 60, 1, ("train.vision_tower=false",)),
+        Case("llm2clip", 2, "captioned", 60, 1, ("train.vision_tower=0.03", "train.adapter=false")),
+        Case("llm2clip", 1, "texts", 60, 1, ("train.vision_tower=true", "train.adapter=0.03")),
+        Case("llm2clip", 1, "captioned", 60, 1, LIVE),
+        Case("llm2clip", 2, "divided", 60, 2, (*LIVE, IN_HOST_MEMORY)),
+        Case("llm2clip", 0, "divided", 60, 0, LIVE, recomputed=True),
+        Case("clip", 1, "captioned", 60, 1, (*BOTH, *LEARNT)),
+        Case("clip", 2, "divided", 60, 2, (*BOTH, *ALPHA)),
+        Case("clip", 0, "divided", 1),
+        Case("clip", 2, "captioned", 1, 0, ("train.vision_tower=true", "train.language_model=false")),
+        Case("clip", 1, "texts", 60, 0, ("train.vision_tower=false",)),
+        Case("caption", 0, "texts", 60, 2, (INSTRUCTION,)),
+        Case("caption", 1, "texts", 1, 0, ("train.lora.rank=4",)),
+        Case("caption", 2, "texts", 100_000, 1, (*LEARNT, INSTRUCTION)),
+        Case("caption", 2, "texts", 60, 1, (*ALPHA, "train.lora.rank=4", INSTRUCTION)),
+        Case("caption", 3, "texts", 60, 2, (*ALPHA, INSTRUCTION)),
+        Case("caption", 3, "texts", 60, 0, ("train.lora.rank=4", CHECKPOINTING)),
+    ),
+}
+
+
+def make_pairs(mix: str, seed: int) -> list[Pair]:
+    """Pairs with a negative for some, an image and a caption that occur twice, and texts of very unlike lengths.
+
+    mix: "captioned": images, some items with two of them, and their captions; "texts": these alone; "divided": images
+    alone in the first half, and texts alone in the second.
+    """
+    rng = np.random.default_rng(seed)
+
+    def text(name: str) -> Item:
+        words = int(rng.integers(30, 60)) if rng.random() < 0.2 else int(rng.integers(0, 6))
+        vector = rng.normal(size=WIDTH).astype(np.float32)
+        return Item(f"{name}{' star' * words}", vector=vector / np.linalg.norm(vector))
+
+    def image(number: int) -> Item:
+        return Item("<image>", tuple(picture(rng) for _ in range(1 + (number % 5 == 4))))
+
+    def item(name: str, number: int, shown: bool) -> Item:
+        return image(number) if shown else text(f"{name} {number}")
+
+    first = [i < PAIRS // 2 for i in range(PAIRS)]
+    queries = [item("query", i, mix == "captioned" or (mix == "divided" and first[i])) for i in range(PAIRS)]
+    targets = [item("target", i, mix == "divided" and first[i]) for i in range(PAIRS)]
+    negatives = [(item("negative", i, mix == "divided" and first[i]),) if i % 4 == 1 else () for i in range(PAIRS)]
+    targets[5], targets[PAIRS - 1], queries[6] = targets[1], targets[7], queries[2]
+    return [Pair(str(i), "d", "t", queries[i], targets[i], negatives[i]) for i in range(PAIRS)]
+
+
+def recipe_of(models: str, kind: str, fields: tuple[str, ...]) -> Recipe:
+    texts = [f"model.text_encoder={models}/caption", "data.text_embeddings=beside"] if kind == "llm2clip" else []
+    common = [f"model.path={models}/{kind}", f"batch.global_batch={PAIRS}", "data.lanes=2", f"optimizer.lr={LR}"]
+    common += [f"optimizer.eps={EPS}", "optimizer.weight_decay=0.1", "optimizer.max_grad_norm=1.0"]
+    common += ["loss.learn_temperature=false", *texts]
+    return load_recipe(f"pipeline/recipes/demo_{kind}.yaml", [*common, *fields])
+
+
+@cache
+def expected(models: str, kind: str, mix: str, fields: tuple[str, ...]) -> Expected:
+    """The same for all cases that differ only in how the work is done."""
+    recipe = recipe_of(models, kind, fields)
+    path = recipe.model.path
+    processor, frozen = KINDS[kind].processor(recipe, path), load_frozen(recipe, path, torch.device("cpu"))
+    reference = KINDS[kind].load(recipe, path, "sdpa")
+    freeze(reference, recipe)
+    if recipe.train.lora:
+        add_adapters(reference.language_model, recipe.train.lora, recipe.seed)
+    trained = {name: p for name, p in reference.named_parameters() if p.requires_grad}
+    groups = []
+    for name, parameter in trained.items():
+        rate = getattr(recipe.train, next(part for prefix, part in PARTS.items() if name.startswith(prefix + ".")))
+        decay = 0.1 if parameter.ndim > 1 else 0
+        groups.append({"params": [parameter], "weight_decay": decay, "lr": LR if rate is True else rate})
+    optimizer = torch.optim.AdamW(groups, eps=EPS)
+    log_scale = torch.tensor(-math.log(recipe.loss.temperature), requires_grad=recipe.loss.learn_temperature)
+    scale_optimizer = torch.optim.AdamW([log_scale], lr=LR, eps=EPS, weight_decay=0)
+
+    def by_itself(packed: Packed, with_images: bool) -> torch.Tensor:
+        return reference(packed, with_images, frozen.model(packed) if frozen and not with_images else None)
+
+    losses, norms = [], []
+    for step in range(STEPS):
+        pairs = make_pairs(mix, seed=step)
+        loss = formula(by_itself, pairs, processor, recipe.loss.alpha, torch.exp(-log_scale))
+        optimizer.zero_grad()
+        scale_optimizer.zero_grad()
+        loss.backward()
+        for parameter in trained.values():
+            # What no item of the batch runs through has a zero gradient, and weight decay.
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        losses.append(float(loss.detach()))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)))
+        optimizer.step()
+        scale_optimizer.step()
+    return Expected(losses, norms, float(torch.exp(-log_scale)), reference)
+
+
+def compare(models: str, case: Case) -> dict:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cut = (f"batch.chunk_tokens={case.chunk_tokens}", f"batch.kept_chunks={case.kept_chunks}")
+    recipe = recipe_of(models, case.kind, (f"deepspeed={models}/zero{case.stage}.json", *cut, *case.fields))
+    path = recipe.model.path
+    processor, frozen = KINDS[case.kind].processor(recipe, path), load_frozen(recipe, path, torch.device("cpu"))
+    engine, temperature = build_engine(recipe, load_ds_config(recipe, world), path), Temperature(recipe, "cpu")
+    how = (CHECKPOINTING, IN_HOST_MEMORY)
+    theirs = expected(models, case.kind, case.mix, tuple(field for field in case.fields if field not in how))
+    result = {"case": repr(case), "loss": 0.0, "grad_norm": 0.0}
+    for step in range(STEPS):
+        pairs = make_pairs(case.mix, seed=step)
+        own = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
+        kept = KeptFeatures(frozen, recipe.batch.features_mb << 20) if frozen and not case.recomputed else None
+        features = frozen.features_of if case.recomputed else kept
+        ours = train_step(engine, own, recipe, Budget.of(recipe.batch, 512), temperature, lr=LR, features=features)
+        loss = ours.loss.loss.detach().clone()
+        dist.all_reduce(loss)
+        result["loss"] = max(result["loss"], abs(float(loss) / world / theirs.losses[step] - 1))
+        result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / theirs.norms[step] - 1))
+    result["temperature"] = abs(float(temperature.value) / theirs.temperature - 1)
+    result["learnt"] = abs(float(temperature.value) - recipe.loss.temperature)
+    result["parameters"] = largest_difference(engine, theirs.model)
+    engine.destroy()
+    return result
+
+
+def main() -> None:
+    models, out, name = sys.argv[1:]
+    start_distributed(timeout_minutes=0.5)
+    results = [compare(models, case) for case in CASES[name]]
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(results))
+    end_distributed()
+
+
+if __name__ == "__main__":
+    main()
