@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Embed the captions of shards with a text encoder, once, for LLM2CLIP's second stage.
+#     sbatch slurm/embed.sh MODEL --shards s3://bucket/captions/cc3m [options of pipeline.embed]
+# Submitted again it goes on where it was stopped.
+#SBATCH --job-name=embed
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+source slurm/setup.sh
+exec srun --kill-on-bad-exit=1 "${CONTAINER[@]}" python -u -m pipeline.embed "$@"

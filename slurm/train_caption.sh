@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Train LLM2CLIP's text encoder, its first stage, on one node of eight 80 GB GPUs.
+#     sbatch slurm/train_caption.sh [key=value ...]      from the repository's root; see slurm/README.md
+#SBATCH --job-name=llm2clip-caption
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+RECIPE=${RECIPE:-pipeline/recipes/llm2clip_caption.yaml}
+source slurm/launch.sh
