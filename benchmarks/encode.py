@@ -8,7 +8,7 @@ tile has 14 x 14 patches of 27 x 27, so that texts have 0.27 of the tokens, as p
 (DATASETS below): of each dataset so many pairs, as JPEGs and texts, all of them distinct. Before that, texts have 10 to
 500 tokens besides the prompt; pictures become 2, 3 or 5 tiles.
 
-    ours        embed_collection with a LlaveEncoder, as pipeline.evaluate runs it: threads prepare the next group while
+    ours        embed_collection with a ModelEncoder, as pipeline.evaluate runs it: threads prepare the next group while
                 the model embeds one, which is sorted by length and packed in chunks of as many tokens as the longest
                 item and a little more have, as with 4,096 in a LLaVE
     published   the loop of VLM2Vec's eval.py, which LLaVE's is made from: a dataset's queries in order, then its
@@ -50,9 +50,10 @@ from pipeline.data.sample import IMAGE_MARK, Item
 from pipeline.data.tiles import Tiling
 from pipeline.errors import PipelineError, command_line
 from pipeline.evaluation.encode import embed_collection
-from pipeline.evaluation.encoders import LlaveEncoder
+from pipeline.evaluation.encoders import ModelEncoder
 from pipeline.evaluation.store import Memory
 from pipeline.evaluation.tasks import Collection, Ranking, item_key
+from pipeline.models.kinds import KINDS
 from pipeline.models.llave import build, prompt
 
 transformers_logging.disable_progress_bar()
@@ -151,10 +152,10 @@ Sides = tuple[list[Item], list[Item]]  # a dataset's queries and targets
 
 
 class Ours:
-    """embed_collection, with a LlaveEncoder."""
+    """embed_collection, with a ModelEncoder."""
 
     def __init__(self, path: str, datasets: dict[str, Sides]) -> None:
-        self.encoder = LlaveEncoder.load(path, EvaluationRun(chunk_tokens=CHUNK), CPU)
+        self.encoder = ModelEncoder.load(path, KINDS["llave"], EvaluationRun(chunk_tokens=CHUNK), CPU)
         self.collections = {name: _collection(name, *sides) for name, sides in datasets.items()}
 
     def embed(self, dataset: str) -> torch.Tensor:

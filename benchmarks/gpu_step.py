@@ -78,9 +78,10 @@ from pipeline.errors import PipelineError, command_line
 from pipeline.models.attention import KINDS as ATTENTION_KINDS
 from pipeline.models.attention import choose, implementation
 from pipeline.models.chunks import embed_chunks, plan_chunks, run_chunk
+from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave import TowerlessLlave, tiling
 from pipeline.models.lora import add_adapters
-from pipeline.models.tower import FrozenTower, KeptFeatures
+from pipeline.models.tower import FrozenTower
 from pipeline.training.budget import Budget
 from pipeline.training.distributed import start_distributed
 from pipeline.training.engine import freeze, parameter_groups
@@ -259,7 +260,7 @@ def make(kind: Callable[[LlavaOnevisionConfig], nn.Module], config: LlavaOnevisi
 def make_trained(kind: type[TowerlessLlave], setting: Setting, attention: str, device: torch.device) -> TowerlessLlave:
     """All but the tower; what the recipe trains takes gradients."""
     model, recipe = make(kind, setting.config(attention), device), setting.recipe(setting.pairs, 0)
-    freeze(model, recipe.train)
+    freeze(model, recipe)
     if recipe.train.lora:
         add_adapters(model.language_model, recipe.train.lora, seed=0)
     return model
@@ -293,7 +294,7 @@ class Ours(Side):
         train_step(self.engine, batch, recipe, budget, temperature, lr=recipe.optimizer.lr, features=features)
 
     def _features(self, recipe: Recipe) -> KeptFeatures:
-        return KeptFeatures(self.tower, recipe.batch.tower_tiles, recipe.batch.features_mb << 20)
+        return KeptFeatures(self.tower, recipe.batch.features_mb << 20)
 
     def most_kept(self, batch: Batch) -> int:
         """As many chunks as may keep their graph: all of them, or a power of two. Memory may have run out then."""
@@ -316,7 +317,7 @@ class Paper(Side):
         packed, size = pack(items), self.tower.config.vision_config.image_size
         counts = len(packed.tiles), sum(not item.images for item in items)
         tiles = torch.cat([packed.tiles.view(counts[0], 3, size, size), torch.zeros(counts[1], 3, size, size).byte()])
-        features = self.tower.features(tiles, len(tiles)).split(counts)
+        features = self.tower.features(tiles).split(counts)
         return self.engine(packed.to(self.device), *features)
 
     def step(self, batch: Batch) -> None:

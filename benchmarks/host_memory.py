@@ -151,7 +151,7 @@ def load(folder: Path, mark: Mark) -> None:
     marked(deepspeed, "initialize", ENGINE)
     dist.barrier()
     mark(TOWER)
-    tower = engine.load_tower(recipe, recipe.model.path, device)
+    tower = engine.load_frozen(recipe, recipe.model.path, device)
     whole = engine.build_engine(recipe, load_ds_config(recipe, world), recipe.model.path)
     dist.barrier()
     mark("")

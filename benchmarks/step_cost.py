@@ -74,11 +74,12 @@ from pipeline.data.collate import Encoded, Image
 from pipeline.data.tiles import Tiling
 from pipeline.errors import PipelineError, command_line
 from pipeline.models.chunks import embed_chunks, plan_chunks
+from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave import build, load_config, tiling
-from pipeline.models.tower import KeptFeatures, normalised, tower_features
+from pipeline.models.tower import normalised, tower_features
 from pipeline.training.budget import Budget
 from pipeline.training.distributed import start_distributed
-from pipeline.training.engine import build_engine, freeze, load_tower, parameter_groups
+from pipeline.training.engine import build_engine, freeze, load_frozen, parameter_groups
 from pipeline.training.step import train_step
 from pipeline.training.temperature import Temperature
 
@@ -172,11 +173,11 @@ class Ours:
         start_distributed(timeout_minutes=1)
         recipe = recipe_of(pairs)
         self.tiling = tiling(load_config(path))
-        self.tower = load_tower(recipe, path, CPU)
+        self.tower = load_frozen(recipe, path, CPU)
         self.engine = build_engine(recipe, load_ds_config(recipe, 1), path)
 
     def features(self, recipe: Recipe) -> KeptFeatures:
-        return KeptFeatures(self.tower, recipe.batch.tower_tiles, recipe.batch.features_mb << 20)
+        return KeptFeatures(self.tower, recipe.batch.features_mb << 20)
 
     def step(self, batch: Batch, tokens: int, kept_chunks: int) -> Result:
         recipe = recipe_of(len(batch.query))
@@ -204,7 +205,7 @@ class Padded:
             self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         self.dummies = dummies
         recipe = recipe_of(MICRO_BATCH)
-        freeze(self.model, recipe.train)
+        freeze(self.model, recipe)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, recipe), lr=0.0)
         self.largest_norm = recipe.optimizer.max_grad_norm
