@@ -11,6 +11,8 @@ if [ $# -gt 0 ]; then
 fi
 # DeepSpeed's kernels, which take a minute to compile, are there when the integration tests begin.
 DS_ACCELERATOR=cpu python tests/integration/build_kernels.py >/dev/null 2>&1 &
+# Of ranks that were killed, as tests do, there is always some semaphore left, which multiprocessing would tell.
+export PYTHONWARNINGS="ignore:resource_tracker:UserWarning"
 status=0
 # What runs in one process, two at a time; then what starts processes of its own and waits for them.
 OMP_NUM_THREADS=1 python -m pytest --ignore=tests/integration -n 2 --dist loadfile || status=$?

@@ -112,7 +112,7 @@ def test_no_progress_is_an_error(proxied, fault, reason):
     proxied(lambda number, method, path: fault)
     began = time.monotonic()
     text = message(objects.read, OBJECT, 1000, 2)  # two bytes: a stall lets one pass, then none
-    assert 1.5 <= time.monotonic() - began < 5
+    assert 1.5 <= time.monotonic() - began < 20
     for part in (f"{OBJECT}, bytes 1000-1001: no progress in ", reason):
         assert part in text
 
@@ -131,7 +131,7 @@ def test_an_endpoint_that_never_answered_gets_less_time(s3, monkeypatch):
     for action in (objects.read, objects.size):
         began = time.monotonic()
         assert f"no answer from {endpoint}" in message(action, OBJECT)
-        assert 0.5 <= time.monotonic() - began < 5
+        assert 0.5 <= time.monotonic() - began < 20
 
 
 def test_a_server_that_comes_back_is_waited_for(s3, monkeypatch):
