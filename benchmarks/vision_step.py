@@ -87,7 +87,7 @@ VISION = {
     "hidden_act": "gelu",
 }
 SHARD_SAMPLES = 256
-BATCH, WARM_UP = 64, 3
+BATCH, WARM_UP = 256, 3
 LR = 1e-5
 TOLERANCE = 1e-4
 OURS, CACHED, THEIRS = "ours", "ours, all embedded twice", "open_clip"
@@ -479,8 +479,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder for the dataset; made if it is not there")
     parser.add_argument("--peer", type=Path, required=True, metavar="FOLDER", help="where open_clip was installed")
-    parser.add_argument("--images", type=int, default=2048, metavar="N", help="JPEGs in the dataset (2048)")
-    parser.add_argument("--steps", type=int, default=24, metavar="N", help="of each measurement (24)")
+    parser.add_argument("--images", type=int, default=2304, metavar="N", help="JPEGs in the dataset (2304)")
+    parser.add_argument("--steps", type=int, default=9, metavar="N", help="of each measurement (9)")
     parser.add_argument("--rounds", type=int, default=3, choices=range(1, 100), metavar="N", help="(3)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="decoding processes, on both sides (1)")
     arguments = parser.parse_args()
