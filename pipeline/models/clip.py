@@ -25,7 +25,7 @@ from pipeline.data.collate import Encoded, Packed
 from pipeline.errors import PipelineError
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.folder import share
-from pipeline.models.loading import config_dict, read_config, refuse_missing, refuse_unknown
+from pipeline.models.loading import config_dict, read_config, refuse_missing, refuse_unknown, require_vocabulary
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels
 
@@ -92,8 +92,7 @@ def check_architecture(architecture: Architecture) -> None:
     """Refuse what transformers' configurations do not know."""
     refuse_unknown("vision", architecture.vision, CLIPVisionConfig())
     refuse_unknown("text", architecture.text, CLIPTextConfig())
-    if "vocab_size" not in architecture.text:
-        raise PipelineError("model.architecture.text.vocab_size is missing: the size of the tokenizer to train")
+    require_vocabulary(architecture.text)
 
 
 def build(architecture: Architecture, texts: Iterable[str], seed: int, folder: Path) -> None:

@@ -23,7 +23,7 @@ from pipeline.models.attention import Segments, implementation
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Chunk
 from pipeline.models.folder import base_of, share
-from pipeline.models.loading import read_config, refuse_missing, refuse_unknown
+from pipeline.models.loading import read_config, refuse_missing, refuse_unknown, require_vocabulary
 
 SETTINGS = "text_encoder"  # the field of config.json that tells a text encoder from any decoder
 
@@ -204,8 +204,7 @@ def random_config(text: dict[str, Any]) -> PreTrainedConfig:
         raise PipelineError(f"model.architecture.text.model_type={kind} is no model that transformers has")
     config = CONFIG_MAPPING[kind]
     refuse_unknown("text", text, config())
-    if "vocab_size" not in text:
-        raise PipelineError("model.architecture.text.vocab_size is missing: the size of the tokenizer to train")
+    require_vocabulary(text)
     return config(**{name: value for name, value in text.items() if name != "model_type"})
 
 

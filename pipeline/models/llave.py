@@ -39,7 +39,7 @@ from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.checkpointing import checkpoint_layers
-from pipeline.models.loading import read_config, refuse_missing, refuse_unknown
+from pipeline.models.loading import read_config, refuse_missing, refuse_unknown, require_vocabulary
 from pipeline.models.tower import MEAN, STD, normalised, tower_features
 
 # The published prompt: the assistant's turn is one newline, and so is the last token, which is pooled.
@@ -307,8 +307,7 @@ def check_architecture(architecture: Architecture) -> None:
     """Refuse what transformers' configurations do not know: they would take it and ignore it."""
     refuse_unknown("vision", architecture.vision, SiglipVisionConfig())
     refuse_unknown("text", architecture.text, Qwen2Config())
-    if "vocab_size" not in architecture.text:
-        raise PipelineError("model.architecture.text.vocab_size is missing: the size of the tokenizer to train")
+    require_vocabulary(architecture.text)
 
 
 def load_config(path: str, pinpoints: Pinpoints | None = None) -> LlavaOnevisionConfig:

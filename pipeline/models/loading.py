@@ -44,6 +44,12 @@ def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -
             raise PipelineError(f"unknown field model.architecture.{name}.{key}{hint}")
 
 
+def require_vocabulary(text: dict[str, Any]) -> None:
+    """Raise PipelineError where model.architecture.text does not say how large a tokenizer is to be trained."""
+    if "vocab_size" not in text:
+        raise PipelineError("model.architecture.text.vocab_size is missing: the size of the tokenizer to train")
+
+
 def refuse_missing(path: str, loaded: dict) -> None:
     """Raise PipelineError where from_pretrained's report lists weights that were not there."""
     if missing := sorted(loaded["missing_keys"]):
