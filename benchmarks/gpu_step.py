@@ -24,10 +24,11 @@ the most that torch had allocated on the device, weights and AdamW's moments inc
 embeddings of the same items, or it is an error.
 
 Model FLOPs utilisation counts what a step has to compute, and not how a side does it: neither padding, nor dummy
-tiles, nor what is computed twice. With N the elements of the linear layers' weights (no embedding table):
+tiles, nor what is computed twice. With N the elements of the linear layers' weights (no embedding table; of the last
+layer keys and values alone, since nothing but the last tokens' states is wanted of it):
 
     language model   an item of T tokens: 2 N T forward, 2 N T for the inputs' gradient, 2 N' T for that of the N' that
-                     are trained (all, or LoRA's alone); and in each layer causal attention, 2 T² width forward,
+                     are trained (all, or LoRA's alone); and in each other layer causal attention, 2 T² width forward,
                      twice that backward
     projector        6 N for each patch of a tile
     vision tower     forward only, once: 2 N for each patch, and in each layer 4 patches² width for each tile
@@ -63,7 +64,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
+from transformers import LlavaOnevisionConfig, Qwen2Config, Qwen2Model, SiglipVisionConfig
 from transformers.image_processing_utils import select_best_resolution
 from transformers.initialization import no_init_weights
 
@@ -220,6 +221,7 @@ class PaddedLlave(TowerlessLlave):
 
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)
+        self.language_model = Qwen2Model(config.text_config)  # which does not pool in its last layer
         self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, packed: Packed, features: Tensor, dummies: Tensor) -> Tensor:
@@ -343,9 +345,10 @@ def model_flops(model: TowerlessLlave, tower: FrozenTower, items: Sequence[Encod
     text, vision = config.text_config, config.vision_config
     tokens, patches = tokens_of(items), (vision.image_size // vision.patch_size) ** 2
     squares = sum(len(item.input_ids) ** 2 for item in items)
-    language = model.language_model
+    *layers, last = model.language_model.layers
+    language = nn.ModuleList([*layers, last.self_attn.k_proj, last.self_attn.v_proj])
     passes = 2 * _weights(language) + _weights(language, trained=True)  # forward, inputs' gradient, weights' gradient
-    causal = 3 * 2 * squares * text.hidden_size * text.num_hidden_layers
+    causal = 3 * 2 * squares * text.hidden_size * len(layers)
     tower_attention = 4 * patches**2 * vision.hidden_size * vision.num_hidden_layers
     a_tile = patches * (6 * _weights(model.multi_modal_projector) + 2 * _weights(tower)) + tower_attention
     return 2 * passes * tokens + causal + tiles_of(items) * a_tile

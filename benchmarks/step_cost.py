@@ -2,8 +2,8 @@
 
     python benchmarks/step_cost.py [--pairs 64] [--sizes 32 128 512 1024] [--rounds 3]
 
-A LLaVE-0.5B in small, of random weights in float32 on the CPU: widths are an eighth of the recipe's, token counts a
-ninth, layers a third. The pairs are like MMEB-train's 662,000: 61 % an image and its text, 25 % a text and its image,
+A LLaVE-0.5B in small, of random weights in float32 on the CPU: as many layers, widths an eighth of the recipe's, token
+counts a ninth. The pairs are like MMEB-train's 662,000: 61 % an image and its text, 25 % a text and its image,
 14 % two images; images have 1,485 to 3,699 tokens, texts 10 to 60 besides the prompt, before all are divided by nine.
 
     ours        pipeline/training/step.py on ZeRO 0, the frozen tower outside the engine. Chunks of as many tokens as
@@ -91,7 +91,7 @@ ARCHITECTURE = Architecture(
     vision={
         "hidden_size": 1152 // 8,
         "intermediate_size": 4304 // 8,
-        "num_hidden_layers": 9,  # of 26
+        "num_hidden_layers": 26,
         "num_attention_heads": 16,
         "image_size": TILE,
         "patch_size": PATCH,
@@ -99,7 +99,7 @@ ARCHITECTURE = Architecture(
     text={
         "hidden_size": 896 // 8,
         "intermediate_size": 4864 // 8,
-        "num_hidden_layers": 8,  # of 24
+        "num_hidden_layers": 24,
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
         "vocab_size": 320,

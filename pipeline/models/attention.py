@@ -1,7 +1,7 @@
 """Attention over a packed row: each item attends to itself alone, and no mask of the whole row is made."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 
@@ -50,11 +50,22 @@ class Segments:
     """Where the items of a packed row of T tokens are, and where each looks.
 
     lengths: tokens of each, sum T.  causal: a token sees those before it, or else all of its item.
+    by_last: there are queries of each item's last token alone.
     """
 
     lengths: tuple[int, ...]
     device: torch.device
     causal: bool = True
+    by_last: bool = False
+
+    def asked_by_last(self) -> "Segments":
+        """The same items, of which only the last tokens look: each at all of its item."""
+        return replace(self, causal=False, by_last=True)
+
+    @cached_property
+    def queries(self) -> "Segments":
+        """Where each item's queries are in the row of all queries."""
+        return Segments((1,) * len(self.lengths), self.device) if self.by_last else self
 
     @property
     def longest(self) -> int:
@@ -64,6 +75,11 @@ class Segments:
     def bounds(self) -> torch.Tensor:
         """(items + 1,) int32: where each begins, and the end."""
         return F.pad(torch.tensor(self.lengths).cumsum(0, dtype=torch.int32), (1, 0)).to(self.device, non_blocking=True)
+
+    @cached_property
+    def last(self) -> torch.Tensor:
+        """(items,) int64: the place of each one's last token in the row."""
+        return self.bounds[1:].long() - 1
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -81,7 +97,8 @@ class Segments:
 
 
 # What transformers calls an attention function with: query (1, heads, T, d), key and value (1, key-value heads, T, d);
-# it returns (1, T, heads, d). No token sees another segment's.
+# it returns (1, T, heads, d). Where the items' last tokens alone ask, query and result have as many as there are items.
+# No token sees another segment's.
 
 
 def packed_sdpa(
@@ -101,18 +118,18 @@ def packed_sdpa(
     token of a causal item looks.
     """
     _refuse(segments, others)
-    count, longest = len(segments.lengths), segments.longest
 
-    def spread(x: torch.Tensor) -> torch.Tensor:
+    def spread(x: torch.Tensor, places: Segments) -> torch.Tensor:
         x = x.squeeze(0).transpose(0, 1)
-        rows = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, segments.slots, x)
+        count, longest = len(places.lengths), places.longest
+        rows = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, places.slots, x)
         return rows.view(count, longest, *x.shape[1:]).transpose(1, 2)
 
-    where = {"is_causal": True} if segments.causal else {"attn_mask": segments.filled}
+    queries, where = segments.queries, {"is_causal": True} if segments.causal else {"attn_mask": segments.filled}
     out = F.scaled_dot_product_attention(
-        spread(query), spread(key), spread(value), **where, scale=scaling, enable_gqa=True
+        spread(query, queries), spread(key, segments), spread(value, segments), **where, scale=scaling, enable_gqa=True
     )
-    return out.transpose(1, 2).flatten(0, 1)[segments.slots][None], None
+    return out.transpose(1, 2).flatten(0, 1)[queries.slots][None], None
 
 
 def packed_varlen(
@@ -167,8 +184,8 @@ def _by_bounds(
     attend: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], segments: Segments
 ) -> torch.Tensor:
     """By a kernel that takes each of query, key and value as (T, heads, d), and where items begin."""
-    rows = (x.squeeze(0).transpose(0, 1) for x in inputs)
-    return attend(*rows, segments.bounds, segments.bounds, segments.longest, segments.longest)[None]
+    rows, queries = (x.squeeze(0).transpose(0, 1) for x in inputs), segments.queries
+    return attend(*rows, queries.bounds, segments.bounds, queries.longest, segments.longest)[None]
 
 
 KINDS = {"flash_attn": packed_flash_attn, "varlen": packed_varlen, "sdpa": packed_sdpa}

@@ -39,6 +39,7 @@ from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.last_layer import pool_in_last_layer
 from pipeline.models.loading import read_config, refuse_missing, refuse_unknown, require_vocabulary
 from pipeline.models.tower import MEAN, STD, normalised, tower_features
 
@@ -137,6 +138,10 @@ class Llave(LlavaOnevisionModel):
 
     always_with_images = False
 
+    def __init__(self, config: LlavaOnevisionConfig) -> None:
+        super().__init__(config)
+        pool_in_last_layer(self.language_model)
+
     @classmethod
     def load(
         cls,
@@ -200,8 +205,7 @@ class Llave(LlavaOnevisionModel):
             segments=Segments(packed.lengths, embeds.device),
             use_cache=False,
         ).last_hidden_state[0]
-        last = torch.tensor(packed.lengths, device=hidden.device).cumsum(0) - 1
-        return F.normalize(hidden[last].float(), dim=-1)
+        return F.normalize(hidden.float(), dim=-1)
 
     def image_tokens(self, packed: Packed, features: torch.Tensor) -> torch.Tensor:
         """All images' and videos' rows, in the order of their placeholders: (placeholders, hidden)."""
@@ -317,6 +321,8 @@ def load_config(path: str, pinpoints: Pinpoints | None = None) -> LlavaOnevision
         raise PipelineError(f"{path} is an original checkpoint: convert it with tools/convert_weights.py")
     if config.model_type != "llava_onevision":
         raise PipelineError(f"{path} is a {config.model_type} model; expected llava_onevision")
+    if config.text_config.model_type != "qwen2":
+        raise PipelineError(f"{path}: its language model is a {config.text_config.model_type}; expected qwen2")
     if (position := newline_position(config)) not in NEWLINE_POSITIONS:
         known = " and ".join(NEWLINE_POSITIONS)
         raise PipelineError(f"{path}: mm_newline_position={position!r} is not supported; {known} are")

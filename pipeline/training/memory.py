@@ -166,8 +166,8 @@ def saved_bytes(config: LlavaOnevisionConfig, work: Work, tower_trained: bool, c
     inputs = work.tokens * text.hidden_size * width, patches * vision.hidden_size * width
     language_layer, vision_layer = inputs if checkpointing else _layers(config, work)
     kept = (
-        text.num_hidden_layers * language_layer
-        + _rms_norm(text, work)  # the last one
+        (text.num_hidden_layers - 1) * language_layer
+        + (inputs[0] if checkpointing else _last_language_layer(text, work))
         + 2 * work.tokens * _head(text) * width  # cosines and sines of the positions, which all layers share
         + patches * vision.hidden_size * width  # the tower's output, for the projector
         + 3 * patches * text.hidden_size * width  # before and after the projector's GELU, and as the images' tokens
@@ -254,6 +254,12 @@ def _language_layer(text: Qwen2Config, work: Work) -> int:
         + work.tokens * hidden * width  # attention's result, packed, for the output projection
         + 4 * work.tokens * text.intermediate_size * width  # gate, SiLU of it, up, and the product
     )
+
+
+def _last_language_layer(text: Qwen2Config, work: Work) -> int:
+    """It is pooled: of all tokens there are keys and values."""
+    keys = _head(text) * text.num_key_value_heads
+    return _rms_norm(text, work) + 2 * (work.tokens + work.slots) * keys * work.width  # packed, and padded
 
 
 def _rms_norm(text: Qwen2Config, work: Work) -> int:
