@@ -69,10 +69,13 @@ def _before_fork() -> None:
     that was forked just then these stay locked, and its first connection would wait for ever.
     """
     deadline = time.monotonic() + 5
-    for thread in _speaking - {thread.native_id for thread in threading.enumerate()}:
-        while Path(f"/proc/self/task/{thread}").exists() and time.monotonic() < deadline:
-            time.sleep(0.001)
-        _speaking.discard(thread)
+    while time.monotonic() < deadline:
+        living = {thread.native_id for thread in threading.enumerate()}
+        ending = {thread for thread in _speaking - living if Path(f"/proc/self/task/{thread}").exists()}
+        _speaking.intersection_update(living | ending)
+        if not ending and living == {thread.native_id for thread in threading.enumerate()}:
+            return  # nor did one end just now
+        time.sleep(0.001)
 
 
 def _after_fork() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib.util import find_spec
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,10 @@ def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
 
     device: its type, "cuda" or "cpu".  Raises PipelineError where the one wanted does not run.
     """
+    cannot = _no_flash_attention(device, dtype)
     why_not = {
-        "flash_attn": _no_flash_attention(device, dtype) or ("" if find_spec("flash_attn") else "it is not installed"),
-        "varlen": _no_flash_attention(device, dtype),
+        "flash_attn": cannot or _no_module("flash_attn"),
+        "varlen": cannot or _no_module("torch.nn.attention.varlen"),
         "sdpa": "",
     }
     if wanted == "auto":
@@ -43,6 +44,16 @@ def _no_flash_attention(device: str, dtype: torch.dtype) -> str:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < _AMPERE:
         return f"it needs an Ampere GPU or a newer one, and this is a {torch.cuda.get_device_name()}"
     return "" if dtype in HALF else "it is for bf16 only, and the precision is fp32"
+
+
+def _no_module(name: str) -> str:
+    try:
+        import_module(name)
+    except ModuleNotFoundError as error:
+        return "it is not installed" if error.name == name else f"it cannot be imported ({error})"
+    except (ImportError, OSError) as error:  # it was built for another torch
+        return f"it cannot be imported ({error})"
+    return ""
 
 
 @dataclass(frozen=True)

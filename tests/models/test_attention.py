@@ -1,3 +1,6 @@
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,15 +50,20 @@ def test_each_item_attends_to_itself_alone_and_backwards(kind):
     torch.testing.assert_close(gradient, other.to(dtype), **tolerance)
 
 
-def test_the_best_that_runs_is_chosen_and_what_does_not_is_refused(monkeypatch):
-    installed = [False]
-    monkeypatch.setattr("pipeline.models.attention.find_spec", lambda name: installed[0] or None)
+def test_the_best_that_runs_is_chosen_and_what_does_not_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not there
     assert choose("auto", "cpu", torch.bfloat16) == "sdpa"
     assert choose("auto", "cuda", torch.float32) == "sdpa"
     assert choose("auto", "cuda", torch.bfloat16) == "varlen"
     with pytest.raises(PipelineError, match="it is not installed"):
         choose("flash_attn", "cuda", torch.bfloat16)
-    installed[0] = True
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    assert choose("auto", "cuda", torch.bfloat16) == "varlen"
+    with pytest.raises(PipelineError, match=r"it cannot be imported \(undefined symbol"):
+        choose("flash_attn", "cuda", torch.bfloat16)
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     assert choose("auto", "cuda", torch.bfloat16) == "flash_attn"
     for kind in ("flash_attn", "varlen"):
         with pytest.raises(PipelineError, match=rf"model\.attention={kind} cannot run here: it needs a CUDA"):
