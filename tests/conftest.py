@@ -2,7 +2,7 @@
 
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,9 +35,32 @@ def s3() -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Writes a LLaVA-OneVision of random weights with the given vision and text configs; returns its folder."""
+
+    def make(vision: dict, text: dict) -> str:
+        side = vision["image_size"]
+        pinpoints = [(side * rows, side * columns) for rows in (1, 2) for columns in (1, 2)]
+        architecture = Architecture(vision=vision, text=text, image_grid_pinpoints=pinpoints)
+        folder = tmp_path_factory.mktemp("models") / "model"
+        build(architecture, ["a small red star at the top left", "a large blue ring"], seed=1, folder=folder)
+        # Biases begin at zero, where a relative difference means nothing; a trained model's do not lie there.
+        model = Llave.load(str(folder), torch.float32)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.05)
+        save_folder(model, dict(model.named_parameters()), str(folder), folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_model: Callable[..., str]) -> str:
     """The folder of a LLaVA-OneVision of random weights, some 100,000 parameters."""
-    architecture = Architecture(
+    return make_model(
         vision={
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -54,16 +77,4 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
             "num_key_value_heads": 2,
             "vocab_size": 320,
         },
-        image_grid_pinpoints=[(24, 24), (24, 48), (48, 24), (48, 48)],
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    build(architecture, ["a small red star at the top left", "a large blue ring"], seed=1, folder=folder)
-    # Biases begin at zero, where a relative difference means nothing; a trained model's do not lie there.
-    model = Llave.load(str(folder), torch.float32)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.05)
-    save_folder(model, dict(model.named_parameters()), str(folder), folder)
-    return str(folder)

@@ -35,13 +35,14 @@ class Encoded:
 class Packed:
     """Items end to end in one row of T tokens.
 
-    input_ids, position_ids: (T,) int64; positions restart at 0 with each item.
+    input_ids, position_ids: (T,) int64; positions restart at 0 with each item.  host_ids: input_ids, on the host.
     lengths: tokens of each item, sum T.  images: in the order of their placeholders.
     tiles_of: of each item, how many tiles its images have.  skipped, vectors: of each item, see `Encoded`.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    host_ids: torch.Tensor
     lengths: tuple[int, ...]
     images: tuple[Image, ...]
     tiles_of: tuple[int, ...]
@@ -61,9 +62,11 @@ class Packed:
 
 
 def pack(items: Sequence[Encoded]) -> Packed:
+    ids = torch.from_numpy(np.concatenate([item.input_ids for item in items]).astype(np.int64))
     return Packed(
-        input_ids=torch.from_numpy(np.concatenate([item.input_ids for item in items]).astype(np.int64)),
+        input_ids=ids,
         position_ids=torch.from_numpy(np.concatenate([np.arange(len(item.input_ids)) for item in items])),
+        host_ids=ids,
         lengths=tuple(len(item.input_ids) for item in items),
         images=tuple(image for item in items for image in item.images),
         tiles_of=tuple(sum(len(image.tiles) for image in item.images) for item in items),
@@ -73,7 +76,7 @@ def pack(items: Sequence[Encoded]) -> Packed:
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On a device; to a GPU from page-locked memory, of which alone the copy runs beside the host."""
+    """On a device; to a GPU from page-locked memory, from which alone it is copied while the host goes on."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

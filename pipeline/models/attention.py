@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from pipeline.data.collate import sent
 from pipeline.errors import PipelineError
 
 HALF = (torch.bfloat16, torch.float16)
@@ -85,7 +87,7 @@ class Segments:
     @cached_property
     def bounds(self) -> torch.Tensor:
         """(items + 1,) int32: where each begins, and the end."""
-        return F.pad(torch.tensor(self.lengths).cumsum(0, dtype=torch.int32), (1, 0)).to(self.device, non_blocking=True)
+        return sent(F.pad(torch.tensor(self.lengths).cumsum(0, dtype=torch.int32), (1, 0)), self.device)
 
     @cached_property
     def last(self) -> torch.Tensor:
@@ -98,13 +100,13 @@ class Segments:
         lengths = torch.tensor(self.lengths)
         # Token i of the row stands at i plus the slots left empty by the items before its own.
         shift = torch.arange(len(lengths)) * self.longest - (lengths.cumsum(0) - lengths)
-        return (torch.arange(sum(self.lengths)) + shift.repeat_interleave(lengths)).to(self.device, non_blocking=True)
+        return sent(torch.arange(sum(self.lengths)) + shift.repeat_interleave(lengths), self.device)
 
     @cached_property
     def filled(self) -> torch.Tensor:
         """(items, 1, 1, longest) bool: which slots have a token."""
-        lengths = torch.tensor(self.lengths, device=self.device)
-        return (torch.arange(self.longest, device=self.device) < lengths[:, None])[:, None, None]
+        lengths = torch.tensor(self.lengths)
+        return sent((torch.arange(self.longest) < lengths[:, None])[:, None, None], self.device)
 
 
 # What transformers calls an attention function with: query (1, heads, T, d), key and value (1, key-value heads, T, d);
@@ -136,9 +138,17 @@ def packed_sdpa(
         rows = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, places.slots, x)
         return rows.view(count, longest, *x.shape[1:]).transpose(1, 2)
 
+    if query.is_cuda and (query.dtype not in HALF or not segments.causal):
+        # Of CUDA's kernels FlashAttention alone knows groups, and neither fp32 nor masks; others would make T x T.
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     queries, where = segments.queries, {"is_causal": True} if segments.causal else {"attn_mask": segments.filled}
     out = F.scaled_dot_product_attention(
-        spread(query, queries), spread(key, segments), spread(value, segments), **where, scale=scaling, enable_gqa=True
+        spread(query, queries),
+        spread(key, segments),
+        spread(value, segments),
+        **where,
+        scale=scaling,
+        enable_gqa=key.shape[1] < query.shape[1],
     )
     return out.transpose(1, 2).flatten(0, 1)[queries.slots][None], None
 
@@ -159,7 +169,9 @@ def packed_varlen(
     from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
 
     window = (-1, 0) if segments.causal else (-1, -1)
-    attend = partial(varlen_attn, scale=scaling, window_size=window, enable_gqa=True)
+    # From torch 2.12 on it has to be told of groups.
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    attend = partial(varlen_attn, scale=scaling, window_size=window, **grouped)
     return _by_bounds(attend, (query, key, value), segments), None
 
 
@@ -196,7 +208,9 @@ def _by_bounds(
 ) -> torch.Tensor:
     """By a kernel that takes each of query, key and value as (T, heads, d), and where items begin."""
     rows, queries = (x.squeeze(0).transpose(0, 1) for x in inputs), segments.queries
-    return attend(*rows, queries.bounds, segments.bounds, queries.longest, segments.longest)[None]
+    # From one query an item the kernels infer that a text is being generated, and go another way, without need here.
+    most_queries = max(queries.longest, 2)
+    return attend(*rows, queries.bounds, segments.bounds, most_queries, segments.longest)[None]
 
 
 KINDS = {"flash_attn": packed_flash_attn, "varlen": packed_varlen, "sdpa": packed_sdpa}

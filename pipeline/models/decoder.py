@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pipeline.data.collate import Encoded, Packed, pack
+from pipeline.data.collate import Encoded, Packed, pack, sent
 from pipeline.data.sample import BadSample, Item
 from pipeline.errors import PipelineError
 from pipeline.models.attention import Segments, implementation
@@ -165,9 +165,10 @@ def pooled(hidden: torch.Tensor, lengths: tuple[int, ...], skipped: tuple[int, .
     counts, first = torch.tensor(lengths), torch.tensor(skipped)
     owner = torch.arange(len(lengths)).repeat_interleave(counts)
     place = torch.arange(len(owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    taken = (place >= first.repeat_interleave(counts)).nonzero()[:, 0].to(hidden.device)
+    taken = (place >= first.repeat_interleave(counts)).nonzero()[:, 0]
     sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
-    sums = sums.index_add(0, owner.to(hidden.device)[taken], hidden[taken].float())
+    owner, taken = sent(owner[taken], hidden.device), sent(taken, hidden.device)
+    sums = sums.index_add(0, owner, hidden[taken].float())
     return F.normalize(sums, dim=-1)  # along the sum as along the mean
 
 

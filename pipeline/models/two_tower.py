@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL.Image import Image as Picture
 from torch import nn
 
-from pipeline.data.collate import Encoded, Image, Packed
+from pipeline.data.collate import Encoded, Image, Packed, sent
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
@@ -58,7 +58,7 @@ class TwoTower(nn.Module, ABC):
         device, dtype = packed.input_ids.device, next(self.parameters()).dtype
         tiles = torch.tensor(packed.tiles_of)
         numbers = torch.arange(len(tiles))
-        texts, owners = numbers[tiles == 0].to(device), numbers.repeat_interleave(tiles).to(device)
+        texts, owners = sent(numbers[tiles == 0], device), sent(numbers.repeat_interleave(tiles), device)
         rows = torch.zeros(len(tiles), self.dimension, device=device)
         told = F.normalize(self.texts(packed, features).float(), dim=-1)
         rows = rows.index_add(0, texts, told) if len(texts) else rows + 0 * told.sum()

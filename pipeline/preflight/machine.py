@@ -89,12 +89,16 @@ def attention(recipe: Recipe, place: torch.device, slurm: bool) -> Check:
         kind = choose(wanted, "cuda", dtype)
         return yellow(f"{kind}, which runs on GPUs only", "no GPU here: check again on a node that has some")
     kind = choose(wanted, place.type, dtype)
-    query, key, value = torch.randn(3, 1, 2, 8, 64, device=place, dtype=dtype)
-    segments = Segments((3, 5), place)
-    expected, got = (
-        KINDS[each](None, query, key, value, None, segments=segments, scaling=0.125)[0].float()
-        for each in ("sdpa", kind)
-    )
-    if not torch.allclose(expected, got, atol=0.05):
+    segments, inputs = Segments((3, 5), place), []
+    for heads in (4, 2, 2):  # two queries share a key and a value
+        inputs.append(torch.randn(1, heads, 8, 64, device=place, dtype=dtype, requires_grad=True))
+
+    def tried(kind: str) -> list[torch.Tensor]:
+        """The result, and gradients of a function of it."""
+        result, _ = KINDS[kind](None, *inputs, None, segments=segments, scaling=0.125)
+        return [each.float() for each in (result, *torch.autograd.grad(result.float().square().sum(), inputs))]
+
+    pairs = zip(tried("sdpa"), tried(kind), strict=True)
+    if not all(torch.allclose(expected, got, atol=0.05, rtol=0.05) for expected, got in pairs):
         return red(f"{kind} computes something else than sdpa does", "set model.attention=sdpa, or install it anew")
     return green(kind)

@@ -29,6 +29,8 @@ _RENDEZVOUS_MINUTES = 10
 _GOES_ON_SECONDS = 5
 _KERNELS = ("deepspeed_shm_comm_op", "cpu_adam")  # that DeepSpeed compiles at their first use
 _LONGEST_BUILD = 600  # seconds
+# Of torch's variables for its allocator the first that is set counts.
+_ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
 
 
 def start_distributed(timeout_minutes: float) -> torch.device:
@@ -50,18 +52,23 @@ def start_distributed(timeout_minutes: float) -> torch.device:
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
     _refuse_stale_lock()
+    # What is freed of one size serves another. It must be set before the first allocation on a GPU.
+    if not _ALLOCATOR.intersection(os.environ):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     accelerator = get_accelerator()
-    backend, device = "gloo", torch.device("cpu")
+    backend, device, options = "gloo", torch.device("cpu"), {}
     if accelerator.device_name() != "cpu":
         # Slurm may show each task its own GPU alone. DeepSpeed, too, reads LOCAL_RANK.
         os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % accelerator.device_count())
         backend, device = accelerator.communication_backend_name(), int(os.environ["LOCAL_RANK"])
         accelerator.set_device(device)
         device = torch.device(accelerator.device_name(device))
+        options = {"device_id": device}
+        torch.backends.cudnn.allow_tf32 = False  # float32 convolutions, of patches, are to be as exact as products are
     store = _meet(min(timeout_minutes, _RENDEZVOUS_MINUTES))
     limit = timedelta(minutes=timeout_minutes)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit, **options)
     deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False, auto_mpi_discovery=False)
     return device
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from launch import Rank, fork, launch, wait
 
+# Of the language models: hidden size, heads, key-value heads, MLP.
+BACKBONES = {"0.5b": (896, 14, 2, 4864), "2b": (1536, 12, 2, 8960), "7b": (3584, 28, 4, 18_944)}
 WORKER = str(Path(__file__).with_name("exactness.py"))
 
 
@@ -53,6 +55,18 @@ def test_so_does_a_step_of_one_process_in_chunks(stages, tiny_model, tmp_path):
 def test_so_does_one_whose_optimizer_is_on_the_host(stage, tiny_model, tmp_path):
     name = f"zero{stage}_offload"
     assert_exact(name, begin(name, 2, tiny_model, tmp_path, "offloaded"), tmp_path)
+
+
+def test_so_does_one_of_each_backbone_in_small(make_model, tmp_path):
+    """The recipes' shapes: widths by 16 (the tower's by 8, its heads' 9), as many heads, three layers."""
+    vision = {"hidden_size": 144, "intermediate_size": 538, "num_attention_heads": 16}
+    vision |= {"num_hidden_layers": 3, "image_size": 24, "patch_size": 8}
+    models = []
+    for hidden, heads, groups, mlp in BACKBONES.values():
+        text = {"hidden_size": hidden // 16, "intermediate_size": mlp // 16, "num_hidden_layers": 3}
+        text |= {"num_attention_heads": heads, "num_key_value_heads": groups, "vocab_size": 320}
+        models.append(make_model(vision, text))
+    assert_exact("zero3", begin("zero3", 2, ",".join(models), tmp_path, "shaped"), tmp_path)
 
 
 def test_without_the_dummy_tile_a_rank_without_images_breaks_zero_3(tiny_model, tmp_path):
