@@ -10,8 +10,9 @@ import io
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import deepspeed
@@ -26,6 +27,7 @@ from pipeline.data.batch import Batch, Origin, RawSample, encode_rows
 from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.models import chunks as chunks_module
+from pipeline.models.chunks import Features
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave import Llave, Processor
 from pipeline.models.lora import add_adapters
@@ -162,7 +164,7 @@ def formula(
     return (direction(forth, torch.cat([same, unmasked], dim=1)) + direction(targets @ queries.T, same)) / 2
 
 
-def largest_difference(engine: deepspeed.DeepSpeedEngine, reference: Llave) -> float:
+def largest_difference(engine: deepspeed.DeepSpeedEngine, reference: torch.nn.Module) -> float:
     """The largest difference of a parameter, relative to the largest value of its tensor."""
     largest = 0.0
     theirs = dict(reference.named_parameters())
@@ -186,7 +188,7 @@ class Expected:
     losses: list[float]
     norms: list[float]
     temperature: float
-    model: Llave
+    model: torch.nn.Module
 
 
 @cache
@@ -194,13 +196,32 @@ def expected(model: str, mix: str, fields: tuple[str, ...]) -> Expected:
     """The same for all cases that differ only in how the work is done."""
     recipe, processor = recipe_of(fields), Processor.load(model, 512)
     reference = Llave.load(model, torch.float32)
+
+    def loss(step: int, temperature: torch.Tensor) -> torch.Tensor:
+        parts = sub_batches(make_pairs(mix, seed=step), recipe)
+        of_parts = [formula(reference, part, processor, recipe.loss.alpha, temperature) for part in parts]
+        return torch.stack(of_parts).mean()
+
+    return trained_alone(reference, recipe, PARTS, loss)
+
+
+def trained_alone(
+    reference: torch.nn.Module,
+    recipe: Recipe,
+    parts: dict[str, str],
+    loss: Callable[[int, torch.Tensor], torch.Tensor],
+) -> Expected:
+    """Take the steps in this process by plain autograd and AdamW.
+
+    parts: the recipe's name of each part by the prefix of its parameters.  loss: of a step, at a temperature.
+    """
     freeze(reference, recipe)
     if recipe.train.lora:
         add_adapters(reference.language_model, recipe.train.lora, recipe.seed)
     trained = {name: p for name, p in reference.named_parameters() if p.requires_grad}
     groups = []
     for name, parameter in trained.items():
-        rate = getattr(recipe.train, PARTS[name.partition(".")[0]])
+        rate = getattr(recipe.train, next(part for prefix, part in parts.items() if name.startswith(prefix)))
         decay = 0.1 if parameter.ndim > 1 else 0
         groups.append({"params": [parameter], "weight_decay": decay, "lr": LR if rate is True else rate})
     optimizer = torch.optim.AdamW(groups, eps=EPS)
@@ -208,16 +229,14 @@ def expected(model: str, mix: str, fields: tuple[str, ...]) -> Expected:
     scale_optimizer = torch.optim.AdamW([log_scale], lr=LR, eps=EPS, weight_decay=0)
     losses, norms = [], []
     for step in range(STEPS):
-        parts = sub_batches(make_pairs(mix, seed=step), recipe)
-        of_parts = [formula(reference, part, processor, recipe.loss.alpha, torch.exp(-log_scale)) for part in parts]
-        loss = torch.stack(of_parts).mean()
+        value = loss(step, torch.exp(-log_scale))
         optimizer.zero_grad()
         scale_optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         for parameter in trained.values():
             # What no item of the batch runs through has a zero gradient, and weight decay.
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        losses.append(float(loss.detach()))
+        losses.append(float(value.detach()))
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)))
         optimizer.step()
         scale_optimizer.step()
@@ -225,25 +244,46 @@ def expected(model: str, mix: str, fields: tuple[str, ...]) -> Expected:
 
 
 def compare(model: str, stage: str, case: Case) -> dict:
-    rank, world = dist.get_rank(), dist.get_world_size()
     cut = (f"batch.chunk_tokens={case.chunk_tokens}", f"batch.kept_chunks={case.kept_chunks}")
     recipe = recipe_of((f"deepspeed={stage}", *cut, *case.fields))
     tower = load_frozen(recipe, model, torch.device("cpu"))
-    engine, processor = build_engine(recipe, load_ds_config(recipe, world), model), Processor.load(model, 512)
-    temperature = Temperature(recipe, engine.device)
+    engine = build_engine(recipe, load_ds_config(recipe, dist.get_world_size()), model)
     theirs = expected(model, case.mix, tuple(field for field in case.fields if field not in (*FROZEN, CHECKPOINTING)))
-    result = {"case": repr(case), "loss": 0.0, "grad_norm": 0.0}
+    return {"case": repr(case)} | differences(
+        engine,
+        recipe,
+        theirs,
+        Processor.load(model, 512),
+        partial(make_pairs, case.mix),
+        lambda: KeptFeatures(tower, recipe.batch.features_mb << 20) if tower else None,
+    )
+
+
+def differences(
+    engine: deepspeed.DeepSpeedEngine,
+    recipe: Recipe,
+    theirs: Expected,
+    processor: Processor,
+    pairs_of: Callable[[int], list[Pair]],
+    features: Callable[[], Features | None],
+) -> dict[str, float]:
+    """Take the steps through the engine: by how much it differs, relatively, and how far the temperature has moved.
+
+    pairs_of: those of a step, of all ranks.  features: anew for each step.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    temperature, result = Temperature(recipe, engine.device), {"loss": 0.0, "grad_norm": 0.0}
     for step in range(STEPS):
-        pairs = make_pairs(case.mix, seed=step)
-        own = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
-        features = KeptFeatures(tower, recipe.batch.features_mb << 20) if tower else None
-        ours = train_step(engine, own, recipe, Budget.of(recipe.batch, 512), temperature, lr=LR, features=features)
+        pairs = pairs_of(step)
+        own = batch_of(pairs[rank * len(pairs) // world : (rank + 1) * len(pairs) // world], processor)
+        budget = Budget.of(recipe.batch, 512)
+        ours = train_step(engine, own, recipe, budget, temperature, lr=LR, features=features())
         loss = ours.loss.loss.detach().clone()
         dist.all_reduce(loss)
         result["loss"] = max(result["loss"], abs(float(loss) / world / theirs.losses[step] - 1))
         result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / theirs.norms[step] - 1))
     result["temperature"] = abs(float(temperature.value) / theirs.temperature - 1)
-    result["moved"] = abs(float(temperature.value) - recipe.loss.temperature) > 1e-3
+    result["learnt"] = abs(float(temperature.value) - recipe.loss.temperature)
     result["parameters"] = largest_difference(engine, theirs.model)
     engine.destroy()
     return result

@@ -1,32 +1,28 @@
 """One rank of the exactness tests of LLM2CLIP's two stages and of CLIP: `python two_tower.py MODELS OUT CASES`.
 
-As exactness.py, whose formula of the loss it shares. MODELS: the folder that test_two_tower.py fills. CASES: a name in
-`CASES`.
+As exactness.py, whose reference and comparison it shares. MODELS: the folder that test_two_tower.py fills.
+CASES: a name in `CASES`.
 """
 
 import json
-import math
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from exactness import CHECKPOINTING, EPS, LR, STEPS, Expected, batch_of, formula, largest_difference, picture
+from exactness import CHECKPOINTING, EPS, LR, Expected, differences, formula, picture, trained_alone
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.collate import Packed
 from pipeline.data.sample import Item, Pair
+from pipeline.models.chunks import Features
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.kinds import KINDS
-from pipeline.models.lora import add_adapters
-from pipeline.training.budget import Budget
 from pipeline.training.distributed import end_distributed, start_distributed
-from pipeline.training.engine import build_engine, freeze, load_frozen
-from pipeline.training.step import train_step
-from pipeline.training.temperature import Temperature
+from pipeline.training.engine import build_engine, load_frozen
 
 PAIRS = 12
 WIDTH = 32  # of the text encoder's vectors
@@ -136,64 +132,32 @@ def expected(models: str, kind: str, mix: str, fields: tuple[str, ...]) -> Expec
     path = recipe.model.path
     processor, frozen = KINDS[kind].processor(recipe, path), load_frozen(recipe, path, torch.device("cpu"))
     reference = KINDS[kind].load(recipe, path, "sdpa")
-    freeze(reference, recipe)
-    if recipe.train.lora:
-        add_adapters(reference.language_model, recipe.train.lora, recipe.seed)
-    trained = {name: p for name, p in reference.named_parameters() if p.requires_grad}
-    groups = []
-    for name, parameter in trained.items():
-        rate = getattr(recipe.train, next(part for prefix, part in PARTS.items() if name.startswith(prefix + ".")))
-        decay = 0.1 if parameter.ndim > 1 else 0
-        groups.append({"params": [parameter], "weight_decay": decay, "lr": LR if rate is True else rate})
-    optimizer = torch.optim.AdamW(groups, eps=EPS)
-    log_scale = torch.tensor(-math.log(recipe.loss.temperature), requires_grad=recipe.loss.learn_temperature)
-    scale_optimizer = torch.optim.AdamW([log_scale], lr=LR, eps=EPS, weight_decay=0)
 
     def by_itself(packed: Packed, with_images: bool) -> torch.Tensor:
         return reference(packed, with_images, frozen.model(packed) if frozen and not with_images else None)
 
-    losses, norms = [], []
-    for step in range(STEPS):
-        pairs = make_pairs(mix, seed=step)
-        loss = formula(by_itself, pairs, processor, recipe.loss.alpha, torch.exp(-log_scale))
-        optimizer.zero_grad()
-        scale_optimizer.zero_grad()
-        loss.backward()
-        for parameter in trained.values():
-            # What no item of the batch runs through has a zero gradient, and weight decay.
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        losses.append(float(loss.detach()))
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)))
-        optimizer.step()
-        scale_optimizer.step()
-    return Expected(losses, norms, float(torch.exp(-log_scale)), reference)
+    def loss(step: int, temperature: torch.Tensor) -> torch.Tensor:
+        return formula(by_itself, make_pairs(mix, seed=step), processor, recipe.loss.alpha, temperature)
+
+    return trained_alone(reference, recipe, PARTS, loss)
 
 
 def compare(models: str, case: Case) -> dict:
-    rank, world = dist.get_rank(), dist.get_world_size()
     cut = (f"batch.chunk_tokens={case.chunk_tokens}", f"batch.kept_chunks={case.kept_chunks}")
     recipe = recipe_of(models, case.kind, (f"deepspeed={models}/zero{case.stage}.json", *cut, *case.fields))
     path = recipe.model.path
     processor, frozen = KINDS[case.kind].processor(recipe, path), load_frozen(recipe, path, torch.device("cpu"))
-    engine, temperature = build_engine(recipe, load_ds_config(recipe, world), path), Temperature(recipe, "cpu")
+    engine = build_engine(recipe, load_ds_config(recipe, dist.get_world_size()), path)
     how = (CHECKPOINTING, IN_HOST_MEMORY)
     theirs = expected(models, case.kind, case.mix, tuple(field for field in case.fields if field not in how))
-    result = {"case": repr(case), "loss": 0.0, "grad_norm": 0.0}
-    for step in range(STEPS):
-        pairs = make_pairs(case.mix, seed=step)
-        own = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
-        kept = KeptFeatures(frozen, recipe.batch.features_mb << 20) if frozen and not case.recomputed else None
-        features = frozen.features_of if case.recomputed else kept
-        ours = train_step(engine, own, recipe, Budget.of(recipe.batch, 512), temperature, lr=LR, features=features)
-        loss = ours.loss.loss.detach().clone()
-        dist.all_reduce(loss)
-        result["loss"] = max(result["loss"], abs(float(loss) / world / theirs.losses[step] - 1))
-        result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / theirs.norms[step] - 1))
-    result["temperature"] = abs(float(temperature.value) / theirs.temperature - 1)
-    result["learnt"] = abs(float(temperature.value) - recipe.loss.temperature)
-    result["parameters"] = largest_difference(engine, theirs.model)
-    engine.destroy()
-    return result
+
+    def features() -> Features | None:
+        if case.recomputed:
+            return frozen.features_of
+        return KeptFeatures(frozen, recipe.batch.features_mb << 20) if frozen else None
+
+    pairs_of = partial(make_pairs, case.mix)
+    return {"case": repr(case)} | differences(engine, recipe, theirs, processor, pairs_of, features)
 
 
 def main() -> None:
