@@ -6,9 +6,9 @@ LLaVE's three sizes of random weights in bf16, made on the device; 7B with LoRA,
 data and no network are needed. Without a GPU, or with --dry-run, the same code runs on the CPU with tiny shapes, in
 about two minutes: its figures mean nothing, and the memory is the process's.
 
-The pairs are like MMEB-train's: 61 % an image and its text, 25 % a text and its image, 14 % two images, of several
-shapes (1,485 to 3,699 tokens); texts of 10 to 60 tokens besides the prompt. Both sides train with DeepSpeed's ZeRO 1
-and AdamW, the tower frozen in bf16 and outside the engine:
+The pairs are like MMEB-train's (benchmarks/mmeb_like.py): 61 % an image and its text, 25 % a text and its image, 14 %
+two images, of several shapes (1,485 to 3,699 tokens); texts of 10 to 60 tokens besides the prompt. Both sides train
+with DeepSpeed's ZeRO 1 and AdamW, the tower frozen in bf16 and outside the engine:
 
     ours        pipeline/training/step.py; the fastest attention there is (model.attention=auto). Of its chunks none
                 keeps its graph, then as many as fit: 1, 2, 4, ... are tried until memory runs out. All pairs are
@@ -30,12 +30,15 @@ layer keys and values alone, since nothing but the last tokens' states is wanted
     language model   an item of T tokens: 2 N T forward, 2 N T for the inputs' gradient, 2 N' T for that of the N' that
                      are trained (all, or LoRA's alone); and in each other layer causal attention, 2 T² width forward,
                      twice that backward
-    projector        6 N for each patch of a tile
+    projector        6 N for each patch of a tile; of its first layer 4 N, since no one asks for its inputs' gradient
     vision tower     forward only, once: 2 N for each patch, and in each layer 4 patches² width for each tile
 
 The second table is of attention: items in one packed row, their embeddings and the gradient of sum(embeddings * random
 directions) with respect to the trained parameters, by each kind in pipeline/models/attention.py in bf16 beside SDPA in
-fp32, which is taken as right, and SDPA in bf16, whose own distance from fp32 is what to expect of any.
+fp32, which is taken as right, and SDPA in bf16, whose own distance from fp32 is what to expect of any. A kernel with a
+difference from fp32 of more than three times SDPA's is an error. Tried on the CPU, right ones (one item at a time,
+other roundings, SDPA's other backend) came to 2.0 times at most; wrong ones (a token ahead, all tokens or another
+item's last seen, the last key left out, the scale 5 % off, heads mixed) to 4.4 at least in the embeddings.
 """
 
 import argparse
@@ -48,7 +51,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from io import StringIO
 from multiprocessing import get_context
@@ -59,33 +62,31 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaOnevisionConfig, Qwen2Config, Qwen2Model, SiglipVisionConfig
-from transformers.image_processing_utils import select_best_resolution
 from transformers.initialization import no_init_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.loss import llave_loss
+from benchmarks.mmeb_like import MICRO_BATCH, draw, embed_padded, micro_batches, tiles_of, tokens_of
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
-from pipeline.data.collate import Encoded, Image, Packed, pack
+from pipeline.data.collate import Encoded, Packed, pack
 from pipeline.errors import PipelineError, command_line
 from pipeline.models.attention import KINDS as ATTENTION_KINDS
 from pipeline.models.attention import choose, implementation
-from pipeline.models.chunks import embed_chunks, plan_chunks, run_chunk
+from pipeline.models.chunks import Chunk, embed_chunks, plan_chunks, run_chunk
 from pipeline.models.frozen import KeptFeatures
-from pipeline.models.llave import TowerlessLlave, tiling
+from pipeline.models.llave import TowerlessLlave
 from pipeline.models.lora import add_adapters
 from pipeline.models.tower import FrozenTower
 from pipeline.training.budget import Budget
 from pipeline.training.distributed import start_distributed
-from pipeline.training.engine import freeze, parameter_groups
+from pipeline.training.engine import adamw, freeze, parameter_groups
 from pipeline.training.step import train_step
 from pipeline.training.temperature import Temperature
 
@@ -125,18 +126,10 @@ TINY = {
     "image_size": 72,
     "patch_size": 8,
 }
-PROMPT, SHORTEST_TEXT, LONGEST_TEXT = 22, 10, 60  # tokens
-# Image of the query, image of the target: the share of MMEB-train with at most 50,000 pairs of a dataset.
-PAIR_KINDS = {(True, False): 0.61, (False, True): 0.25, (True, True): 0.14}
-# Height and width: photographs, thumbnails, charts, pages, infographics.
-SHAPES = (
-    *((480, 640), (640, 480), (427, 640), (375, 500), (500, 375), (500, 500), (768, 1024)),
-    *((224, 224), (300, 400), (600, 850), (2200, 1700), (2000, 800), (400, 1000)),
-)
-MICRO_BATCH = 4  # pairs
 COMPARED = 8  # items embedded by both sides
 PARITY_PAIRS = 2
 STANDARD_DEVIATION = 0.02  # of the weights
+TIMES_SDPA = 3  # that a kernel in bf16 may be as far from fp32
 Result = TypeVar("Result")
 
 
@@ -186,34 +179,8 @@ class Setting:
         return load_recipe(ROOT / f"pipeline/recipes/llave_{self.model}.yaml", options)
 
 
-def draw(config: LlavaOnevisionConfig, pairs: int) -> Batch:
-    """A global batch of distinct items; the same each time."""
-    rng, cutting, size = np.random.default_rng(0), tiling(config), config.vision_config.image_size
-
-    def item(with_image: bool) -> Encoded:
-        # The marks of image and video are the vocabulary's last two.
-        text = rng.integers(0, config.video_token_id, PROMPT + rng.integers(SHORTEST_TEXT, LONGEST_TEXT + 1))
-        if not with_image:
-            return Encoded(text.astype(np.int32))
-        height, width = (side * size // 384 for side in SHAPES[rng.integers(len(SHAPES))])
-        tokens = cutting.tokens(height, width, anyres=True)
-        grid = select_best_resolution((height, width), cutting.pinpoints)
-        tiles = rng.integers(0, 256, (1 + math.prod(grid) // size**2, 3, size, size), dtype=np.uint8)
-        ids = np.concatenate([text[:14], np.full(tokens, config.image_token_id), text[14:]])
-        return Encoded(ids.astype(np.int32), (Image(tiles, height, width),))
-
-    kinds = rng.choice(len(PAIR_KINDS), pairs, p=list(PAIR_KINDS.values()))
-    items = dict(enumerate(item(with_image) for kind in kinds for with_image in list(PAIR_KINDS)[kind]))
-    query, target = (list(range(side, 2 * pairs, 2)) for side in range(2))
-    return Batch(items, query, target, [()] * pairs, [True] * pairs, [], [], 0)
-
-
-def tiles_of(items: Sequence[Encoded]) -> int:
-    return sum(len(image.tiles) for item in items for image in item.images)
-
-
-def tokens_of(items: Sequence[Encoded]) -> int:
-    return sum(len(item.input_ids) for item in items)
+def batch_of(config: LlavaOnevisionConfig, pairs: int) -> Batch:
+    return draw(config, pairs, np.arange(config.video_token_id))  # the marks are the vocabulary's last two
 
 
 class PaddedLlave(TowerlessLlave):
@@ -232,11 +199,7 @@ class PaddedLlave(TowerlessLlave):
             embeds = embeds.index_copy(0, placeholders, self.image_tokens(packed, features))
         if len(dummies):
             embeds = torch.cat([embeds, self.multi_modal_projector(dummies).flatten(0, 1)[:0]])
-        # Under causal attention no token looks at the padding after it, so there is no need of a mask.
-        padded = pad_sequence(embeds.split(packed.lengths), batch_first=True)
-        hidden = self.language_model(inputs_embeds=padded, use_cache=False).last_hidden_state
-        last = torch.tensor(packed.lengths, device=hidden.device) - 1
-        return F.normalize(hidden[torch.arange(len(last), device=hidden.device), last].float(), dim=-1)
+        return embed_padded(self.language_model, embeds.split(packed.lengths))
 
 
 def make(kind: Callable[[LlavaOnevisionConfig], nn.Module], config: LlavaOnevisionConfig, device: torch.device) -> Any:
@@ -276,8 +239,9 @@ class Side:
         self.tower = make(FrozenTower, setting.config(attention), device).eval().requires_grad_(False)
         model, recipe = make_trained(kind, setting, attention, device), setting.recipe(setting.pairs, 0)
         self.cost = partial(model_flops, model, self.tower)
-        optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.optimizer.lr)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=load_ds_config(recipe, 1))
+        config = load_ds_config(recipe, 1)
+        optimizer = adamw(parameter_groups(model, recipe), recipe.optimizer.lr, config["zero_optimization"])
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
 
 class Ours(Side):
@@ -286,8 +250,12 @@ class Ours(Side):
         super().__init__(setting, TowerlessLlave, implementation(attention), device)
 
     def embed(self, items: Sequence[Encoded]) -> Tensor:
-        chunks = plan_chunks(items, self.setting.chunk_tokens, self.device)
-        return embed_chunks(self.engine, chunks, len(items), self._features(self.setting.recipe(self.setting.pairs, 0)))
+        features = self._features(self.setting.recipe(self.setting.pairs, 0))
+        return embed_chunks(self.engine, self.chunks(items), len(items), features)
+
+    def chunks(self, items: Sequence[Encoded]) -> list[Chunk]:
+        """As a step cuts them."""
+        return plan_chunks(items, self.setting.chunk_tokens, self.device, padded=self.engine.module.pads)
 
     def step(self, batch: Batch, kept_chunks: int) -> None:
         recipe = self.setting.recipe(len(batch.query), kept_chunks)
@@ -298,9 +266,9 @@ class Ours(Side):
     def _features(self, recipe: Recipe) -> KeptFeatures:
         return KeptFeatures(self.tower, recipe.batch.features_mb << 20)
 
-    def most_kept(self, batch: Batch) -> int:
+    def most_kept(self, batch: Batch, chunks: int) -> int:
         """As many chunks as may keep their graph: all of them, or a power of two. Memory may have run out then."""
-        chunks, fitting = len(plan_chunks(list(batch.items.values()), self.setting.chunk_tokens, self.device)), 0
+        fitting = 0
         while fitting < chunks:
             tried = min(2 * fitting or 1, chunks)
             try:
@@ -331,14 +299,6 @@ class Paper(Side):
         self.engine.step()
 
 
-def micro_batches(batch: Batch) -> list[tuple[list[Encoded], list[Encoded]]]:
-    """Queries and targets of four pairs each; at most one part has queries with and without an image."""
-    pairs = [(batch.items[q], batch.items[t]) for q, t in zip(batch.query, batch.target, strict=True)]
-    pairs.sort(key=lambda pair: not pair[0].images)
-    parts = [pairs[start : start + MICRO_BATCH] for start in range(0, len(pairs), MICRO_BATCH)]
-    return [([query for query, _ in part], [target for _, target in part]) for part in parts]
-
-
 def model_flops(model: TowerlessLlave, tower: FrozenTower, items: Sequence[Encoded]) -> float:
     """Of a step on these items; by the formulas above."""
     config = model.config
@@ -350,7 +310,9 @@ def model_flops(model: TowerlessLlave, tower: FrozenTower, items: Sequence[Encod
     passes = 2 * _weights(language) + _weights(language, trained=True)  # forward, inputs' gradient, weights' gradient
     causal = 3 * 2 * squares * text.hidden_size * len(layers)
     tower_attention = 4 * patches**2 * vision.hidden_size * vision.num_hidden_layers
-    a_tile = patches * (6 * _weights(model.multi_modal_projector) + 2 * _weights(tower)) + tower_attention
+    projector = model.multi_modal_projector
+    projected = 6 * _weights(projector) - 2 * _weights(projector.linear_1)
+    a_tile = patches * (projected + 2 * _weights(tower)) + tower_attention
     return 2 * passes * tokens + causal + tiles_of(items) * a_tile
 
 
@@ -362,36 +324,41 @@ def _weights(module: nn.Module, trained: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """A row. embeddings: (COMPARED, hidden), before the first step; most_kept: of ours without kept graphs."""
+    """A row. embeddings: (COMPARED, hidden), before the first step.
+
+    chunks, most_kept: of ours without kept graphs, how many there are, and how many graphs may be kept.
+    """
 
     seconds: float
     peak: int
     flops: float
     embeddings: np.ndarray
+    chunks: int = 0
     most_kept: int = 0
 
 
 def measure_paper(setting: Setting) -> Measured | None:
     side = Paper(setting, start_distributed(timeout_minutes=5))
-    return _measure(side, side.step)
+    return _measure(side, side.step, batch_of(side.engine.module.config, setting.pairs))
 
 
 def measure_ours(setting: Setting, kept_chunks: int) -> Measured | None:
     side = Ours(setting, start_distributed(timeout_minutes=5))
-    return _measure(side, partial(side.step, kept_chunks=kept_chunks), None if kept_chunks else side.most_kept)
+    batch = batch_of(side.engine.module.config, setting.pairs)
+    measured = _measure(side, partial(side.step, kept_chunks=kept_chunks), batch)
+    if kept_chunks:
+        return measured
+    chunks = len(side.chunks(list(batch.items.values())))
+    return replace(measured, chunks=chunks, most_kept=side.most_kept(batch, chunks))
 
 
-def _measure(
-    side: Paper | Ours, step: Callable[[Batch], None], search: Callable[[Batch], int] | None = None
-) -> Measured:
-    setting, device = side.setting, side.device
-    config = side.engine.module.config
-    batch, seconds = draw(config, setting.pairs), []
+def _measure(side: Paper | Ours, step: Callable[[Batch], None], batch: Batch) -> Measured:
+    setting, device, seconds = side.setting, side.device, []
     items = list(batch.items.values())
     flops = side.cost(items)
     with torch.no_grad():
         embeddings = side.embed(items[:COMPARED]).cpu().numpy()
-    step(draw(config, MICRO_BATCH))  # AdamW's moments are made in the first step
+    step(batch_of(side.engine.module.config, MICRO_BATCH))  # AdamW's moments are made in the first step
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(setting.rounds):
@@ -400,8 +367,7 @@ def _measure(
         step(batch)
         _wait(device)
         seconds.append(time.perf_counter() - began)
-    peak = _peak(device)
-    return Measured(statistics.median(seconds), peak, flops, embeddings, search(batch) if search else 0)
+    return Measured(statistics.median(seconds), _peak(device), flops, embeddings)
 
 
 def _wait(device: torch.device) -> None:
@@ -452,7 +418,7 @@ def measure_attention(setting: Setting) -> dict[str, tuple[Differences, Differen
         for name, parameter in model.language_model.named_parameters():
             if name.endswith(".weight") and ("q_proj" in name or "k_proj" in name) and "lora" not in name:
                 parameter.normal_(std=1.5 / math.sqrt(parameter.shape[1]))
-    batch, vision = draw(model.config, PARITY_PAIRS), model.config.vision_config
+    batch, vision = batch_of(model.config, PARITY_PAIRS), model.config.vision_config
     items = list(batch.items.values())
     (chunk,) = plan_chunks(items, len(items) * max(len(item.input_ids) for item in items), device)
     torch.manual_seed(1)
@@ -512,11 +478,9 @@ def compare_steps(setting: Setting, peak_tflops: float, console: Console) -> Non
     paper = fresh(measure_paper, setting)
     plain = fresh(measure_ours, setting, 0)
     rows = {"LLaVE": (MICRO_BATCH - 1, paper), "ours, no graph kept": (setting.pairs - 1, plain)}
-    config = setting.config("sdpa")
-    items = list(draw(config, setting.pairs).items.values())
-    chunks = len(plan_chunks(items, setting.chunk_tokens, torch.device("cpu")))
+    items = list(batch_of(setting.config("sdpa"), setting.pairs).items.values())
     if plain and plain.most_kept:
-        name = f"ours, {plain.most_kept} graphs of {chunks} kept"
+        name = f"ours, {plain.most_kept} graphs of {plain.chunks} kept"
         rows[name] = (setting.pairs - 1, fresh(measure_ours, setting, plain.most_kept))
     table = Table(
         *("", "negatives", "seconds", "samples/s", "tokens/s", "ratio", "MFU", "peak, GB", "ratio"),
@@ -558,6 +522,18 @@ def compare_attention(setting: Setting, console: Console) -> None:
             if (kind, name) != ("sdpa", "SDPA, bf16"):
                 table.add_row(kind, name, f"{each.embedding:.1e}", f"{each.gradient:.1e}", f"{each.norm:.1e}")
     console.print(table)
+    if measured:
+        judge({kind: row[0] for kind, row in measured.items() if not isinstance(row, str)})
+
+
+def judge(from_fp32: dict[str, Differences]) -> None:
+    """Raise PipelineError for a kind of attention that is much further from SDPA in fp32 than SDPA in bf16."""
+    expected = astuple(from_fp32["sdpa"])
+    for kind, differences in from_fp32.items():
+        if not all(mine <= TIMES_SDPA * sdpa for mine, sdpa in zip(astuple(differences), expected, strict=True)):
+            raise PipelineError(
+                f"model.attention={kind} is further from fp32 than {TIMES_SDPA} times SDPA in bf16: force another"
+            )
 
 
 @command_line

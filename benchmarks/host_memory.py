@@ -1,10 +1,11 @@
-"""How much of a node's memory does loading a model under ZeRO-3 take?
+"""How much of a node's memory does loading a model under ZeRO-3 take, and its export?
 
     python benchmarks/host_memory.py --work /tmp/host_memory [--processes 1 2 4] [--stored bf16 fp16]
 
 A LLaVA-OneVision of random weights, 0.32 B parameters of which its largest tensor has a tenth, in files of 150 MB, is
 loaded as training loads one: the frozen vision tower by every process, the rest by pipeline.training.engine under
-ds_configs/zero3.json in bf16. Then an original checkpoint of the same model is converted, as the first process does it.
+ds_configs/zero3.json in bf16; then it is exported, as a run ends. The same once more on one process, with adapters in
+the language model, which are merged. Last an original checkpoint of it is converted, as the first process does it.
 Takes 6 GB of memory, and 4 GB of disk.
 
 Every 5 ms all processes' anonymous memory (RssAnon in /proc/PID/status) is read and added up; given is by how much it
@@ -21,6 +22,7 @@ On the CPU the device's memory is the host's. In the last column is what the hos
     engine       the buffers in which DeepSpeed's `defragment` collects each process's trained partitions, by their
                  size: here what they take is given back elsewhere at the same time. The rest is on the GPU: master
                  weights, sums of gradients
+    export       what the peak has more than there was before, and the tower, which there is copied from the GPU
 """
 
 import argparse
@@ -59,6 +61,7 @@ from pipeline.errors import PipelineError, command_line
 from pipeline.models import llave, weights
 from pipeline.training import engine, partitions
 from pipeline.training.distributed import start_distributed
+from pipeline.training.export import export
 
 transformers_logging.disable_progress_bar()
 MB = 1e6
@@ -85,7 +88,7 @@ ARCHITECTURE = Architecture(
     },
     image_grid_pinpoints=[(384, 384), (384, 768), (768, 384), (768, 768)],
 )
-START, TOWER, PARTITIONS, WEIGHTS, ENGINE = "start", "tower", "partitions", "weights", "engine"
+START, TOWER, PARTITIONS, WEIGHTS, ENGINE, EXPORT = "start", "tower", "partitions", "weights", "engine", "export"
 
 # A phase's name where it begins, or again with the bytes that were collected in it; "" where the last one ends.
 Mark = Callable[..., None]
@@ -100,6 +103,7 @@ class Phase:
     """
 
     name: str
+    before: int
     peak: int
     after: int
     collected: int = 0
@@ -121,11 +125,11 @@ def write_models(folder: Path, dtype: torch.dtype) -> None:
     unfinished.rename(folder / "model")
 
 
-def load(folder: Path, mark: Mark) -> None:
-    """Load the model as training does."""
+def train(folder: Path, mark: Mark, *overrides: str) -> None:
+    """Load the model and export it, as training does."""
     world = int(os.environ["WORLD_SIZE"])
     fields = [f"model.path={folder}/model", "precision=bf16", "deepspeed=ds_configs/zero3.json"]
-    fields += ["train.vision_tower=false", f"batch.global_batch={2 * world}", f"data.lanes={world}"]
+    fields += ["train.vision_tower=false", f"batch.global_batch={2 * world}", f"data.lanes={world}", *overrides]
     recipe = load_recipe(ROOT / "pipeline/recipes/demo.yaml", fields)
     device = start_distributed(timeout_minutes=1)
 
@@ -154,9 +158,16 @@ def load(folder: Path, mark: Mark) -> None:
     tower = engine.load_frozen(recipe, recipe.model.path, device)
     whole = engine.build_engine(recipe, load_ds_config(recipe, world), recipe.model.path)
     dist.barrier()
+    mark(EXPORT)
+    export(whole, tower, recipe, recipe.model.path, folder / "exported")
+    dist.barrier()
     mark("")
     time.sleep(0.1)  # with all that stays
     del tower, whole
+
+
+def train_adapters(folder: Path, mark: Mark) -> None:
+    train(folder, mark, "train.lora.rank=16")
 
 
 def convert(folder: Path, mark: Mark) -> None:
@@ -236,10 +247,11 @@ def phases_of(samples: np.ndarray, marks: list[tuple[float, str, int]]) -> list[
         begins.setdefault(name, moment)
     places = np.searchsorted(samples[:, 0], list(begins.values()))
     start = int(samples[places[0] - 1, 1])
-    held, phases = samples[:, 1] - start, [Phase(START, start, start)]
+    held, phases = samples[:, 1] - start, [Phase(START, 0, start, start)]
     for name, first, end in zip(begins, places, places[1:], strict=False):
         collected = sum(size for _, phase, size in marks if phase == name)
-        phases.append(Phase(name, int(held[first:end].max()), int(held[end - 1]), collected))
+        before = int(held[first - 1])
+        phases.append(Phase(name, before, int(held[first:end].max()), int(held[end - 1]), collected))
     return phases
 
 
@@ -249,6 +261,8 @@ def on_host(phase: Phase, sizes: dict[str, int], stored: str) -> int:
         return 0
     if phase.name == WEIGHTS:
         return phase.peak - phase.after + (max(sizes.values()) if stored != "bf16" else 0)
+    if phase.name == EXPORT:
+        return phase.peak - phase.before + sum(size for name, size in sizes.items() if "vision_tower" in name)
     return phase.collected if phase.name == ENGINE else phase.peak
 
 
@@ -279,7 +293,8 @@ def main() -> None:
             title=f"MB of all processes, stored in {stored}; in bf16 the weights are {sum(sizes.values()) / MB:,.0f}, "
             f"the tower {tower / MB:,.0f}, the largest tensor {max(sizes.values()) / MB:,.0f}",
         )
-        for task, processes in [*((load, count) for count in arguments.processes), (convert, 1)]:
+        tasks = [*((train, count) for count in arguments.processes), (train_adapters, 1), (convert, 1)]
+        for task, processes in tasks:
             print(f"{task.__name__}, {processes} processes", flush=True)
             for phase in measured(task, folder, processes):
                 figures = (phase.peak, phase.after, on_host(phase, sizes, stored))

@@ -3,8 +3,9 @@
     python benchmarks/step_cost.py [--pairs 64] [--sizes 32 128 512 1024] [--rounds 3]
 
 A LLaVE-0.5B in small, of random weights in float32 on the CPU: as many layers, widths an eighth of the recipe's, token
-counts a ninth. The pairs are like MMEB-train's 662,000: 61 % an image and its text, 25 % a text and its image,
-14 % two images; images have 1,485 to 3,699 tokens, texts 10 to 60 besides the prompt, before all are divided by nine.
+counts a ninth. The pairs are like MMEB-train's (benchmarks/mmeb_like.py): 61 % an image and its text, 25 % a text and
+its image, 14 % two images; images have 1,485 to 3,699 tokens, texts 10 to 60 besides the prompt, before all are divided
+by nine.
 
     ours        pipeline/training/step.py on ZeRO 0, the frozen tower outside the engine. Chunks of as many tokens as
                 four of the longest items have, with none, half or all of their graphs kept from the first pass; and
@@ -34,7 +35,6 @@ All must agree: embeddings to 1e-5, GradCache's loss and gradient norm with ours
 """
 
 import argparse
-import math
 import os
 import statistics
 import sys
@@ -51,26 +51,24 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU: the counts ar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 from transformers import LlavaOnevisionModel
 from transformers import logging as transformers_logging
-from transformers.image_processing_utils import select_best_resolution
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.loss import llave_loss
+from benchmarks.mmeb_like import LONGEST_TEXT, MICRO_BATCH, PROMPT, draw, embed_padded, micro_batches, tiles_of
 from pipeline.config import Architecture, Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
-from pipeline.data.collate import Encoded, Image
+from pipeline.data.collate import Encoded
 from pipeline.data.tiles import Tiling
 from pipeline.errors import PipelineError, command_line
 from pipeline.models.chunks import embed_chunks, plan_chunks
@@ -106,40 +104,15 @@ ARCHITECTURE = Architecture(
     },
     image_grid_pinpoints=[(TILE, TILE), (TILE, 2 * TILE), (2 * TILE, TILE), (2 * TILE, 2 * TILE)],
 )
-PROMPT, SHORTEST_TEXT, LONGEST_TEXT = 22, 10, 60  # tokens
-# Image of the query, image of the target: the share of MMEB-train with at most 50,000 pairs of a dataset.
-KINDS = {(True, False): 0.61, (False, True): 0.25, (True, True): 0.14}
-# Height and width: photographs, thumbnails, charts, pages, infographics.
-SHAPES = (
-    *((480, 640), (640, 480), (427, 640), (375, 500), (500, 375), (500, 500), (768, 1024)),
-    *((224, 224), (300, 400), (600, 850), (2200, 1700), (2000, 800), (400, 1000)),
-)
-MICRO_BATCH = 4
 PAPER, CACHED = "LLaVE", "GradCache"
 LARGEST_DIFFERENCE = 1e-5  # of two embeddings
 TOLERANCE = 1e-4  # relative
 
 
-def draw(pairs: int, path: str) -> Batch:
-    """A global batch of distinct items."""
-    rng, config = np.random.default_rng(0), load_config(path)
-    cutting, words = tiling(config), np.setdiff1d(np.arange(256), [config.image_token_id, config.video_token_id])
-
-    def item(with_image: bool) -> Encoded:
-        text = rng.choice(words, round((PROMPT + rng.integers(SHORTEST_TEXT, LONGEST_TEXT + 1)) / TOKENS))
-        if not with_image:
-            return Encoded(text.astype(np.int32))
-        height, width = (side * TILE // 384 for side in SHAPES[rng.integers(len(SHAPES))])
-        tokens = cutting.tokens(height, width, anyres=True)
-        grid = select_best_resolution((height, width), cutting.pinpoints)
-        tiles = rng.integers(0, 256, (1 + math.prod(grid) // TILE**2, 3, TILE, TILE), dtype=np.uint8)
-        ids = np.concatenate([text[:2], np.full(tokens, config.image_token_id), text[2:]])
-        return Encoded(ids.astype(np.int32), (Image(tiles, height, width),))
-
-    kinds = rng.choice(len(KINDS), pairs, p=list(KINDS.values()))
-    items = dict(enumerate(item(with_image) for kind in kinds for with_image in list(KINDS)[kind]))
-    query, target = (list(range(side, 2 * pairs, 2)) for side in range(2))
-    return Batch(items, query, target, [()] * pairs, [True] * pairs, [], [], 0)
+def batch_of(pairs: int, path: str) -> Batch:
+    config = load_config(path)
+    words = np.setdiff1d(np.arange(256), [config.image_token_id, config.video_token_id])
+    return draw(config, pairs, words, TOKENS)
 
 
 def chunk_tokens(cutting: Tiling, items: int) -> int:
@@ -225,11 +198,7 @@ class Padded:
                 )[0][0]
             placeholders = torch.from_numpy(np.flatnonzero(items[row].input_ids == config.image_token_id))
             rows[row] = rows[row].index_copy(0, placeholders, tokens)
-        # Under causal attention no token looks at the padding after it, so there is no need of a mask.
-        padded = pad_sequence(rows, batch_first=True)
-        hidden = self.model.language_model(inputs_embeds=padded, use_cache=False).last_hidden_state
-        last = torch.tensor([len(row) - 1 for row in rows])
-        return F.normalize(hidden[torch.arange(len(rows)), last], dim=-1)
+        return embed_padded(self.model.language_model, rows)
 
     def _projected(self, items: Sequence[Encoded]) -> dict[int, Tensor]:
         """By item, the projector's (tiles, patches², hidden)."""
@@ -272,14 +241,6 @@ class Padded:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
-
-
-def micro_batches(batch: Batch) -> list[tuple[list[Encoded], list[Encoded]]]:
-    """Queries and targets of four pairs each; at most one part has queries with and without an image."""
-    pairs = [(batch.items[q], batch.items[t]) for q, t in zip(batch.query, batch.target, strict=True)]
-    pairs.sort(key=lambda pair: not pair[0].images)
-    parts = [pairs[start : start + MICRO_BATCH] for start in range(0, len(pairs), MICRO_BATCH)]
-    return [([query for query, _ in part], [target for _, target in part]) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -361,12 +322,8 @@ def peak_of(step: Callable[[], Result]) -> int:
     return live.peak
 
 
-def tiles_of(batch: Batch) -> int:
-    return sum(len(image.tiles) for item in batch.items.values() for image in item.images)
-
-
 def feature_bytes(batch: Batch) -> int:
-    return tiles_of(batch) * (TILE // PATCH) ** 2 * ARCHITECTURE.vision["hidden_size"] * 4
+    return tiles_of(batch.items.values()) * (TILE // PATCH) ** 2 * ARCHITECTURE.vision["hidden_size"] * 4
 
 
 def check(batch: Batch, ours: Ours, peers: Sequence[Padded], results: dict[str, Result]) -> str:
@@ -396,19 +353,19 @@ def describe(batch: Batch) -> str:
     lengths = [[[len(item.input_ids) for item in side] for side in part] for part in micro_batches(batch)]
     real = sum(sum(side) for part in lengths for side in part)
     padded = sum(max(side) * len(side) for part in lengths for side in part)
-    texts = sum(not item.images for item in batch.items.values())
+    texts, tiles = sum(not item.images for item in batch.items.values()), tiles_of(batch.items.values())
     return (
-        f"{len(batch.query)} pairs: {real:,} tokens, {padded:,} with the peers' padding; {tiles_of(batch)} tiles, "
-        f"LLaVE's dummies {texts} more"
+        f"{len(batch.query)} pairs: {real:,} tokens, {padded:,} with the peers' padding; {tiles} tiles, LLaVE's "
+        f"dummies {texts} more"
     )
 
 
 def compare(ours: Ours, path: str, pairs: int, rounds: int) -> tuple[list[str], Table]:
-    batch = draw(pairs, path)
+    batch = batch_of(pairs, path)
     paper, cached = Padded(path, checkpointing=True, dummies=True), Padded(path, checkpointing=False, dummies=False)
     sides = sides_of(ours, paper, cached, batch)
     for side in sides:
-        side.step(draw(2, path))  # the optimizer's state is made in the first step
+        side.step(batch_of(2, path))  # the optimizer's state is made in the first step
     counted, results, peaks, seconds = {}, {}, {}, {side.name: [] for side in sides}
     for side in tqdm(sides, desc="FLOPs, bytes", leave=False):
         counted[side.name], results[side.name] = flops(partial(side.step, batch))
@@ -442,7 +399,7 @@ def grow(ours: Ours, path: str, sizes: Sequence[int]) -> Table:
         title=f"ours, chunks of {tokens} tokens, no graph kept",
     )
     for pairs in tqdm(sizes, desc="global batch", leave=False):
-        batch = draw(pairs, path)
+        batch = batch_of(pairs, path)
         peak, kept = peak_of(partial(ours.step, batch, tokens=tokens, kept_chunks=0)), feature_bytes(batch)
         first = first or peak - kept
         cells = [f"{each / 1e6:,.0f}" for each in (peak, kept, peak - kept)]

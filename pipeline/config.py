@@ -76,12 +76,21 @@ class Model(Section):
     image_grid_pinpoints: list[tuple[int, int]] | None = Field(
         None, description="llave: sizes (height, width) an image is tiled to, if not those in the model's config"
     )
+    # Where it is not set it is not among the conditions of a run: those that began before it was there go on.
+    mm_newline_position: Literal["one_token", "grid"] | None = Field(
+        None,
+        exclude_if=lambda position: position is None,
+        description="llave: where a video has newlines, at its end or after each row of each frame, if not where the "
+        "model's config says",
+    )
     instruction: str = Field("", description="caption: what stands before each text, seen and not pooled")
     text_encoder: str | None = Field(
         None, description="llm2clip: folder or hub name of the frozen text encoder, a caption run's export"
     )
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
-        "auto", description="flash-attn, torch's variable-length one, or SDPA; auto: the first of them that runs there"
+        "auto",
+        description="over texts and what is in them: flash-attn, torch's variable-length one, or SDPA; auto: the first "
+        "of them that runs there; over an image's tiles, all of one size, it is SDPA",
     )
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
 
@@ -91,7 +100,12 @@ class Model(Section):
             raise ValueError("give either model.path or model.architecture, not both and not neither")
         if self.architecture and self.image_grid_pinpoints:
             raise ValueError("model.image_grid_pinpoints is for model.path; the architecture names its own")
-        of_one_kind = {"image_grid_pinpoints": "llave", "instruction": "caption", "text_encoder": "llm2clip"}
+        of_one_kind = {
+            "image_grid_pinpoints": "llave",
+            "mm_newline_position": "llave",
+            "instruction": "caption",
+            "text_encoder": "llm2clip",
+        }
         for name, kind in of_one_kind.items():
             if getattr(self, name) and self.kind != kind:
                 raise ValueError(f"model.{name} is for model.kind={kind}, and this is {self.kind}")

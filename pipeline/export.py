@@ -5,6 +5,9 @@
 
 A run that ends writes RUN/export itself; this is for one that was stopped, or for another checkpoint. Any ZeRO
 stage and number of processes will do; adapters are merged. OUT is loaded again and must give the same embedding.
+
+Of the host's memory it takes at most what the model has (7B in bf16: 15 GB) and, from a ZeRO-3 checkpoint, what is
+trained in fp32 (all but the tower: 28 GB more), or, with adapters, what they are merged into (13 GB more).
 """
 
 import argparse
@@ -59,24 +62,30 @@ def main() -> None:
     freeze(model, recipe)
     if recipe.train.lora:
         add_adapters(model.language_model, recipe.train.lora, recipe.seed)
-    trained_weights = checkpoint.trained_weights(folder)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if differing := sorted(trained ^ trained_weights.keys()):
-        raise PipelineError(f"{folder} does not hold what the recipe trains: {differing[0]} is in only one of them")
-    model.load_state_dict(trained_weights, strict=False)
+    _load_trained(model, folder)
     unverified = out.with_name(out.name + ".unverified")
     shutil.rmtree(unverified, ignore_errors=True)
     write_folder(model, dict(model.named_parameters()), recipe, source, unverified)
+    count = sum(parameter.numel() for parameter in model.parameters())
     # Of items as the written folder reads them.
     probe = pack(kind.probe(str(unverified)))
-    written = kind.open_trained(str(unverified))
     with torch.no_grad():
-        cosine = float((model(probe, True) * written(probe, True)).sum(dim=1).min())
+        embeddings = model(probe, True)
+        del model  # before the other one is loaded
+        cosine = float((embeddings * kind.open_trained(str(unverified))(probe, True)).sum(dim=1).min())
     if cosine < _LEAST_COSINE[recipe.precision]:
         raise PipelineError(f"{unverified} does not give the checkpoint's embedding (cosine {cosine:.6f}): not for use")
     unverified.rename(out)
-    count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {folder.name} of {run}, {count / 1e9:.2f} B parameters in {recipe.precision}, cosine {cosine:.6f}")
+
+
+def _load_trained(model: torch.nn.Module, folder: Path) -> None:
+    """Give the model what a checkpoint has trained of it; PipelineError if that is not what takes gradients."""
+    weights = checkpoint.trained_weights(folder)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if differing := sorted(trained ^ weights.keys()):
+        raise PipelineError(f"{folder} does not hold what the recipe trains: {differing[0]} is in only one of them")
+    model.load_state_dict(weights, strict=False)
 
 
 def _step(text: str) -> int | Literal["best"]:

@@ -10,7 +10,7 @@ from pipeline.config import load_ds_config, load_recipe
 from pipeline.data.mmeb import MMEB_TASKS
 from pipeline.errors import PipelineError
 from pipeline.models.llave import TowerlessLlave
-from pipeline.training.engine import freeze
+from pipeline.training.engine import freeze, parameter_groups
 
 SIZES = ("0.5b", "2b", "7b")
 
@@ -23,6 +23,14 @@ BACKBONES = {
 }
 
 
+TRAINED = ("multi_modal_projector.", "image_newline", "language_model.")
+MODELS = {
+    "0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+    "2b": "BAAI/Aquila-VL-2B-llava-qwen",
+    "7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+}
+
+
 def recipe(size: str, *overrides: str):
     return load_recipe(f"pipeline/recipes/llave_{size}.yaml", list(overrides))
 
@@ -31,6 +39,7 @@ def recipe(size: str, *overrides: str):
 def test_values_are_the_papers(size):
     ours, paper = recipe(size), recipe(size, "variant=paper")
     for each in (ours, paper):
+        assert each.model.path == MODELS[size]
         assert (each.loss.alpha, each.loss.temperature, each.epochs, each.precision) == (9.0, 0.02, 1, "bf16")
         optimizer = each.optimizer
         assert (optimizer.lr, optimizer.warmup_ratio, optimizer.weight_decay) == (1e-5, 0.03, 0)
@@ -38,12 +47,13 @@ def test_values_are_the_papers(size):
         assert each.model.image_grid_pinpoints == [(384, 384), (384, 768), (768, 384), (768, 768)]
         assert (each.train.projector, each.train.language_model, each.train.vision_tower) == (True, True, False)
     assert (ours.batch.sub_batch, paper.batch.sub_batch) == (None, 32)
+    assert (ours.model.mm_newline_position, paper.model.mm_newline_position) == (None, "grid")
+    stages = [load_ds_config(each, 8)["zero_optimization"]["stage"] for each in (ours, paper)]
+    assert stages == [{"0.5b": 1, "2b": 2, "7b": 3}[size], 3]
     assert paper.run == f"{ours.run}_paper"  # it never goes on where the other was
     names = [part.name for part in ours.data.datasets]
     in_distribution = {name for name, (_, known) in MMEB_TASKS.items() if known} - {"ImageNet-1K"}
     assert set(names) == in_distribution and len(names) == 20
-    load_ds_config(ours, 8)
-    assert load_ds_config(recipe("7b"), 8)["zero_optimization"]["stage"] == 3
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -71,8 +81,12 @@ def test_models_have_the_published_number_of_parameters(size):
         whole, without = LlavaOnevisionModel(config), TowerlessLlave(config)
     count = sum(parameter.numel() for parameter in whole.parameters())
     assert (count + head) / 1e9 == pytest.approx(published, abs=0.005)
-    freeze(without, recipe(size))
-    assert all(parameter.requires_grad for parameter in without.parameters())
+    for model in (whole, without):
+        freeze(model, recipe(size))
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained == {name for name, _ in model.named_parameters() if name.startswith(TRAINED)}
+        grouped = [p for group in parameter_groups(model, recipe(size)) for p in group["params"]]
+        assert len(grouped) == len(trained) and all(parameter.requires_grad for parameter in grouped)
     assert count - sum(parameter.numel() for parameter in without.parameters()) == sum(
         parameter.numel() for parameter in whole.vision_tower.parameters()
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from transformers.conversion_mapping import (
 )
 
 from pipeline.config import Architecture
-from pipeline.data.collate import Encoded, Image, Packed
+from pipeline.data.collate import Encoded, Image, Packed, sent
 from pipeline.data.resize import compiled
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
 from pipeline.data.tiles import Tiling, decode_image
@@ -48,6 +48,7 @@ PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 NEWLINE_POSITIONS = ("one_token", "grid")
+ORIGINAL = "LlavaQwenForCausalLM"  # the architecture of original checkpoints
 
 Pinpoints = Sequence[tuple[int, int]]  # (height, width)
 
@@ -70,10 +71,20 @@ class Processor:
     video_frames: int = 8
 
     @classmethod
-    def load(cls, path: str, max_tokens: int, video_frames: int = 8, pinpoints: Pinpoints | None = None) -> "Processor":
-        """The processor of a model folder or hub name.  pinpoints: sizes to tile images to, if not the model's own."""
+    def load(
+        cls,
+        path: str,
+        max_tokens: int,
+        video_frames: int = 8,
+        pinpoints: Pinpoints | None = None,
+        newline: str | None = None,
+    ) -> "Processor":
+        """The processor of a model folder or hub name.
+
+        pinpoints: sizes to tile images to, newline: where a video has newlines, if not the model's own.
+        """
         compiled()  # once, not in every worker
-        config = load_config(path, pinpoints)
+        config = load_config(path, pinpoints, newline)
         tokenizer = AutoTokenizer.from_pretrained(path)
         return cls(tokenizer, tiling(config), config.image_token_id, config.video_token_id, max_tokens, video_frames)
 
@@ -149,21 +160,24 @@ class Llave(LlavaOnevisionModel):
         dtype: torch.dtype | Literal["auto"],
         pinpoints: Pinpoints | None = None,
         attention: str = "sdpa",
+        newline: str | None = None,
     ) -> "Llave":
         """From a folder or hub name in transformers' format (under ZeRO-3 straight into its partitions).
 
-        dtype: of the weights; "auto" is the one they are stored in.
-        pinpoints: sizes to tile images to, if not the model's own.  attention: see pipeline/models/attention.py.
+        dtype: of the weights; "auto" is the one they are stored in.  attention: see pipeline/models/attention.py.
+        pinpoints: sizes to tile images to, newline: where a video has newlines, if not the model's own.
         """
-        config = cls.config_for(path, pinpoints, attention)
+        config = cls.config_for(path, pinpoints, attention, newline)
         model, loaded = cls.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
         refuse_missing(path, loaded)
         return model
 
     @staticmethod
-    def config_for(path: str, pinpoints: Pinpoints | None, attention: str) -> LlavaOnevisionConfig:
+    def config_for(
+        path: str, pinpoints: Pinpoints | None, attention: str, newline: str | None = None
+    ) -> LlavaOnevisionConfig:
         """The config with which `load` builds the model."""
-        config = load_config(path, pinpoints)
+        config = load_config(path, pinpoints, newline)
         if config.vision_feature_layer != -1:
             raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
         config.mm_newline_position = newline_position(config)
@@ -191,11 +205,12 @@ class Llave(LlavaOnevisionModel):
         """
         embeds = self.language_model.embed_tokens(packed.input_ids)
         if packed.images:
-            placeholders = packed.input_ids == self.config.image_token_id
-            placeholders |= packed.input_ids == self.config.video_token_id
+            # Found on the host, which else would wait until the device has done all that it was given before.
+            marks = torch.tensor([self.config.image_token_id, self.config.video_token_id])
+            placeholders = sent(torch.isin(packed.host_ids, marks).nonzero()[:, 0], embeds.device)
             if features is None:
                 features = tower_features(self.vision_tower, normalised(packed.tiles, embeds.device, embeds.dtype))
-            embeds = embeds.index_copy(0, placeholders.nonzero()[:, 0], self.image_tokens(packed, features))
+            embeds = embeds.index_copy(0, placeholders, self.image_tokens(packed, features))
         elif with_images or self.always_with_images:
             dummy = self.multi_modal_projector(self._dummy_features(embeds))
             embeds = embeds + 0 * (dummy.sum() + self.image_newline.sum())
@@ -314,23 +329,43 @@ def check_architecture(architecture: Architecture) -> None:
     require_vocabulary(architecture.text)
 
 
-def load_config(path: str, pinpoints: Pinpoints | None = None) -> LlavaOnevisionConfig:
-    """The config of a folder or hub name; PipelineError if it is of no model that `Llave` reads."""
+def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | None = None) -> LlavaOnevisionConfig:
+    """The config of a folder or hub name; PipelineError if it is of no model that `Llave` reads.
+
+    pinpoints: sizes to tile images to, newline: where a video has newlines, if not the model's own.
+    """
     config = read_config(path, LlavaOnevisionConfig.from_pretrained)
-    if config.model_type == "llava_qwen":
+    if is_original(config.to_dict()):
         raise PipelineError(f"{path} is an original checkpoint: convert it with tools/convert_weights.py")
     if config.model_type != "llava_onevision":
         raise PipelineError(f"{path} is a {config.model_type} model; expected llava_onevision")
     if config.text_config.model_type != "qwen2":
         raise PipelineError(f"{path}: its language model is a {config.text_config.model_type}; expected qwen2")
-    if (position := newline_position(config)) not in NEWLINE_POSITIONS:
-        known = " and ".join(NEWLINE_POSITIONS)
-        raise PipelineError(f"{path}: mm_newline_position={position!r} is not supported; {known} are")
+    require_newline(path, newline_position(config))
+    return with_own(config, pinpoints, newline)
+
+
+def is_original(config: dict) -> bool:
+    """Whether it is of an original checkpoint. The model_type of some is llava, which is also that of others."""
+    return config.get("model_type") == "llava_qwen" or ORIGINAL in (config.get("architectures") or ())
+
+
+def with_own(config: LlavaOnevisionConfig, pinpoints: Pinpoints | None, newline: str | None) -> LlavaOnevisionConfig:
+    """The config itself, with what a recipe sets in place of the model's own."""
     if pinpoints:
         config.image_grid_pinpoints = [list(size) for size in pinpoints]
+    if newline:
+        config.mm_newline_position = newline
     return config
 
 
 def newline_position(config: LlavaOnevisionConfig) -> str:
     """Where a video has its newlines: the original's field, without which transformers' checkpoints are one_token."""
-    return getattr(config, "mm_newline_position", "one_token")
+    return getattr(config, "mm_newline_position", NEWLINE_POSITIONS[0])
+
+
+def require_newline(path: str | Path, position: Any) -> None:
+    """Raise PipelineError for an mm_newline_position, of the config at `path`, that is none of ours."""
+    if position not in NEWLINE_POSITIONS:
+        known = " and ".join(NEWLINE_POSITIONS)
+        raise PipelineError(f"{path}: mm_newline_position={position!r} is not supported; {known} are")

@@ -24,14 +24,16 @@ def add_adapters(model: torch.nn.Module, lora: Lora, seed: int) -> None:
 
 
 def merge_adapters(weights: dict[str, torch.Tensor], lora: Lora) -> dict[str, torch.Tensor]:
-    """Weights by name -> those of the model without adapters that computes the same, up to the weights' dtype."""
+    """Weights by name -> those of the model without adapters that computes the same, up to the weights' dtype.
+
+    They are taken out of `weights` as they are merged, so that no two copies of a model need be there at once.
+    """
     merged = {}
-    for name, weight in weights.items():
-        if name.endswith((_A, _B)):
-            continue
+    for name in [name for name in weights if not name.endswith((_A, _B))]:
+        weight = weights.pop(name)
         layer, base, leaf = name.partition(_BASE)
         if base and leaf == "weight":
-            low, high = weights[layer + _A].double(), weights[layer + _B].double()
+            low, high = (weights.pop(layer + adapter).double() for adapter in (_A, _B))
             weight = (weight.double() + lora.alpha / lora.rank * (high @ low)).to(weight.dtype)
         merged[f"{layer}.{leaf}" if base else name] = weight
     return merged

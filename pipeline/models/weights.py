@@ -1,7 +1,8 @@
 """Original LLaVE checkpoints <-> Hugging Face folders, one file of weights at a time.
 
-The original format is that of LLaVA-NeXT: config.json of model_type `llava_qwen`, tensors by the names of its modules,
-in .safetensors or .bin files. Files are mapped into memory, of one at a time; none is unpickled beyond its tensors.
+The original format is that of LLaVA-NeXT: config.json of architecture LlavaQwenForCausalLM, tensors by the names of its
+modules, in .safetensors or .bin files. Files are mapped into memory, of one at a time; none is unpickled beyond its
+tensors.
 """
 
 import hashlib
@@ -31,8 +32,9 @@ from transformers import (
 from pipeline.config import Model
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.errors import PipelineError
+from pipeline.models import llave
 from pipeline.models.folder import share
-from pipeline.models.llave import NEWLINE_POSITIONS, load_config
+from pipeline.models.llave import NEWLINE_POSITIONS, load_config, newline_position, require_newline, with_own
 from pipeline.models.tower import MEAN, STD
 
 # Prefixes of the original's tensor names, and those that transformers saves. The first that fits holds.
@@ -57,6 +59,16 @@ _CHOICES = {
     "mm_use_im_start_end": (False, False),
     "add_faster_video": (False, False),
     "use_sliding_window": (False, False),
+}
+# Where null is to it as silence: what it takes for false, what it never reads (the stride; of SigLIP the feature), and
+# the resampler, of which it writes null itself. With null in one of the others it breaks down.
+_NULL_IS_SILENCE = {
+    "mm_vision_select_feature",
+    "mm_spatial_pool_stride",
+    "mm_resampler_type",
+    "mm_use_im_start_end",
+    "add_faster_video",
+    "use_sliding_window",
 }
 # The language model's shape. Not rope_scaling, which the original sets to none whatever its config says.
 _TEXT = (
@@ -101,7 +113,7 @@ Tensors = dict[str, torch.Tensor]
 def is_original(folder: Path) -> bool:
     """Whether a folder holds an original checkpoint. Raises `PipelineError` if its config.json is damaged."""
     config = folder / "config.json"
-    return config.is_file() and _json(config).get("model_type") == "llava_qwen"
+    return config.is_file() and llave.is_original(_json(config))
 
 
 def _original_folder(path: str) -> Path | None:
@@ -189,19 +201,18 @@ def resolve(path: str, cache: Path) -> str:
 
 def config_of(model: Model) -> LlavaOnevisionConfig:
     """The config of the recipe's model, before there is one."""
+    pinpoints, newline = model.image_grid_pinpoints, model.mm_newline_position
     if model.architecture:
-        return LlavaOnevisionConfig(
+        config = LlavaOnevisionConfig(
             vision_config=SiglipVisionConfig(**model.architecture.vision, vision_use_head=False),
             text_config=Qwen2Config(**model.architecture.text),
             image_grid_pinpoints=[list(size) for size in model.architecture.image_grid_pinpoints],
         )
+        return with_own(config, None, newline)
     source = _original_folder(model.path)
     if source is None:
-        return load_config(model.path, model.image_grid_pinpoints)
-    config = _config(source)
-    if model.image_grid_pinpoints:
-        config.image_grid_pinpoints = [list(size) for size in model.image_grid_pinpoints]
-    return config
+        return load_config(model.path, pinpoints, newline)
+    return with_own(_config(source), pinpoints, newline)
 
 
 def convert_original(source: Path, folder: Path) -> None:
@@ -215,7 +226,7 @@ def convert_original(source: Path, folder: Path) -> None:
     files, or if `folder` is there already.
     """
     if not is_original(source):
-        raise PipelineError(f"{source} is not an original checkpoint: expected a config.json of model_type llava_qwen")
+        raise PipelineError(f"{source} is not an original checkpoint: its config.json is not of a {llave.ORIGINAL}")
     config = _config(source)
     files = weight_files(source)
     shapes, dtype = _survey(files, _EMBEDDING)
@@ -290,7 +301,7 @@ def export_original(folder: Path, out: Path) -> None:
     tower |= {"model_type": "siglip_vision_model", "num_hidden_layers": vision.num_hidden_layers + 1}
     _write_json(out / "vision_config.json", tower)
     original = {
-        "architectures": ["LlavaQwenForCausalLM"],
+        "architectures": [llave.ORIGINAL],
         "model_type": "llava_qwen",
         **{name: getattr(text, name) for name in _TEXT},
         "rope_theta": text.rope_parameters["rope_theta"],
@@ -302,7 +313,7 @@ def export_original(folder: Path, out: Path) -> None:
         "mm_vision_tower": f"google/{_SO400M}",
         # Without mm_vision_tower here the original reads the tower from the hub, not from the checkpoint.
         "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
-        "mm_newline_position": getattr(config, "mm_newline_position", NEWLINE_POSITIONS[0]),
+        "mm_newline_position": newline_position(config),
         "image_aspect_ratio": config.vision_aspect_ratio,
         "image_grid_pinpoints": [[width, height] for height, width in config.image_grid_pinpoints],
         "tokenizer_model_max_length": text.max_position_embeddings,
@@ -317,12 +328,13 @@ def _config(source: Path) -> LlavaOnevisionConfig:
     file = source / "config.json"
     original = _json(file)
     for name, (supported, default) in _CHOICES.items():
-        if (given := original.get(name, default)) != supported:
+        given = original.get(name, default)
+        if given is None and name in _NULL_IS_SILENCE:
+            given = default
+        if given != supported:
             raise PipelineError(f"{file}: {name}={given!r} is not supported; {supported!r} is")
     position = original.get("mm_newline_position", NEWLINE_POSITIONS[0])
-    if position not in NEWLINE_POSITIONS:
-        known = " and ".join(map(repr, NEWLINE_POSITIONS))
-        raise PipelineError(f"{file}: mm_newline_position={position!r} is not supported; {known} are")
+    require_newline(file, position)
     ratio, pinpoints = original.get("image_aspect_ratio"), original.get("image_grid_pinpoints")
     if not re.fullmatch(r"anyres_max_\d+", str(ratio)):
         raise PipelineError(f"{file}: image_aspect_ratio={ratio!r} is not supported; 'anyres_max_N' is")

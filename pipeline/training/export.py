@@ -11,25 +11,32 @@ from pipeline.config import Recipe
 from pipeline.models.frozen import Frozen
 from pipeline.models.kinds import KINDS
 from pipeline.models.lora import merge_adapters
+from pipeline.training.distributed import on_first_rank
 
 
 def export(engine: deepspeed.DeepSpeedEngine, frozen: Frozen | None, recipe: Recipe, source: str, folder: Path) -> None:
     """Write the engine's weights, with the tokenizer and image processor of `source`, to `folder`; whole or not.
 
-    frozen: the part that is not of the engine.
+    frozen: the part that is not of the engine.  The first rank holds all weights in the host's memory, once.
     """
     weights = _gathered(engine)
     if dist.get_rank() == 0:
         weights = KINDS[recipe.model.kind].exported(weights, frozen)
+
+    def write() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         write_folder(engine.module, weights, recipe, source, folder)
-    dist.barrier()
+
+    on_first_rank(write)
 
 
 def write_folder(
     model: torch.nn.Module, weights: dict[str, torch.Tensor], recipe: Recipe, source: str, folder: Path
 ) -> None:
-    """Write `weights`, adapters merged, to a folder that is whole or not there; as `export`, in one process."""
+    """Write `weights`, adapters merged, to a folder that is whole or not there; as `export`, in one process.
+
+    With adapters, `weights` is empty afterwards.
+    """
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     merged = merge_adapters(weights, recipe.train.lora) if recipe.train.lora else weights

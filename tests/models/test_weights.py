@@ -1,28 +1,37 @@
 import json
+import os
 import pickle
 import re
 import resource
 import shutil
+import time
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
+from two_ranks import on_two_ranks
 
-from pipeline.config import Model
+from pipeline.config import Model, load_recipe
 from pipeline.data.collate import Encoded, pack
 from pipeline.errors import PipelineError
 from pipeline.models import weights
 from pipeline.models.folder import save_folder
+from pipeline.models.kinds import KINDS
 from pipeline.models.llave import Llave, Processor, tiling
 from pipeline.models.weights import config_of, convert_original, export_original, is_original, resolve
+from pipeline.training import distributed, export
+from pipeline.training.export import write_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -135,6 +144,51 @@ def test_there_and_back_and_there_again_is_the_same_bit_for_bit(folders, tmp_pat
     assert tower.items() <= json.loads((GOLDEN / "vision_config.json").read_text()).items()
 
 
+def test_an_export_embeds_as_the_original_and_so_it_does_in_the_original_format(folders, tmp_path):
+    """original -> Hugging Face -> export -> original -> Hugging Face: of all golden cases, after each way back."""
+    chosen = load_recipe("pipeline/recipes/demo.yaml", ["model.path=lab/original"])
+    for newline, folder in folders.items():
+        exported, again = tmp_path / f"{newline}-exported", tmp_path / f"{newline}-again"
+        model = Llave.load(str(folder), "auto")
+        write_folder(model, dict(model.named_parameters()), chosen, str(folder), exported)
+        export_original(exported, tmp_path / f"{newline}-back")
+        convert_original(tmp_path / f"{newline}-back", again)
+        for case in (case for case in CASES if case.get("newline", newline) == newline):
+            for written in (exported, again):
+                with torch.no_grad():
+                    embedding = load(written)[1](pack([encode(written, case)]), True)[0]
+                assert F.cosine_similarity(embedding, torch.tensor(case["embedding"]), dim=0) > 1 - 1e-6
+
+
+def _slow_export(rank: int) -> list[str]:
+    """Where a collective waits for 3 s, an export that takes longer, and one that fails on the first rank."""
+    dist.destroy_process_group()
+    store = dist.FileStore(os.environ["SLOW_EXPORT_STORE"], 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=3))
+    distributed._GOES_ON_SECONDS = 0.2
+    chosen = load_recipe("pipeline/recipes/demo.yaml", [])
+    engine, said = SimpleNamespace(module=torch.nn.Linear(2, 2)), []
+
+    def slow(*_: object) -> None:
+        if said:
+            raise PipelineError("the disk is full")
+        time.sleep(4)
+
+    export.write_folder = slow
+    for _ in range(2):
+        try:
+            export.export(engine, None, chosen, "", Path("nowhere"))
+            said.append("done")
+        except Exception as error:
+            said.append(str(error) if rank == 0 else "left")
+    return said
+
+
+def test_an_export_may_take_longer_than_a_collective_may_wait(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOW_EXPORT_STORE", str(tmp_path / "store"))
+    assert on_two_ranks(_slow_export) == [["done", "the disk is full"], ["done", "left"]]
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_a_checkpoint_in_several_files_becomes_several_files(folders, tmp_path, suffix):
     source = checkpoint(tmp_path / "source", files=2, suffix=suffix)
@@ -165,7 +219,7 @@ def test_the_embedding_grows_for_the_marks_and_the_dtype_stays(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"mm_newline_position": "frame"}, "mm_newline_position='frame' is not supported; 'one_token' and 'grid' are"),
+        ({"mm_newline_position": "frame"}, "mm_newline_position='frame' is not supported; one_token and grid are"),
         ({"mm_projector_type": "linear"}, "mm_projector_type='linear'"),
         ({"mm_patch_merge_type": None}, "mm_patch_merge_type='flat'"),
         ({"mm_vision_select_layer": -1}, "mm_vision_select_layer=-1"),
@@ -175,13 +229,37 @@ def test_the_embedding_grows_for_the_marks_and_the_dtype_stays(tmp_path):
         ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints is not a list"),
         ({"rope_theta": None}, "lacks rope_theta"),
         ({"vocab_size": 513}, r"model.embed_tokens.weight is \[512, 64\], but by its config \[513, 64\]"),
-        ({"model_type": "llava"}, "is not an original checkpoint"),
+        ({"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}, "is not an original checkpoint"),
     ],
 )
 def test_configs_of_other_models_are_refused(tmp_path, fields, named):
     with pytest.raises(PipelineError, match=named):
         convert_original(checkpoint(tmp_path / "source", **fields), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_null_is_to_a_config_what_it_is_to_the_original_code(tmp_path):
+    def nulled(name: str, *fields: str) -> Path:
+        source = checkpoint(tmp_path / name)
+        values = json.loads((source / "config.json").read_text()) | dict.fromkeys(fields)
+        (source / "config.json").write_text(json.dumps(values))
+        return source
+
+    unread = ("mm_vision_select_feature", "mm_spatial_pool_stride", "mm_resampler_type")
+    false = ("mm_use_im_start_end", "add_faster_video", "use_sliding_window")
+    assert weights._config(nulled("source", *unread, *false)).to_dict() == weights._config(GOLDEN).to_dict()
+    for name in ("projector_type", "patch_merge_type", "vision_select_layer", "spatial_pool_mode", "newline_position"):
+        with pytest.raises(PipelineError, match=f"mm_{name}=None is not supported"):
+            weights._config(nulled(name, f"mm_{name}"))
+
+
+def test_an_original_is_known_by_its_architecture_too(folders, tmp_path):
+    source = checkpoint(tmp_path / "source", model_type="llava")
+    assert same(stored(Path(resolve(str(source), tmp_path / "cache"))), stored(folders["grid"]))
+    with pytest.raises(PipelineError, match="is an original checkpoint: convert it"):
+        Llave.load(str(source), "auto")
+    assert is_original(checkpoint(tmp_path / "other", architectures=None))
+    assert not is_original(folders["grid"])
 
 
 def test_wrong_tensors_are_refused_by_their_names(tmp_path):
@@ -308,6 +386,38 @@ def test_a_recipe_may_tile_images_to_other_sizes(folders, tmp_path):
     assert Processor.load(saved, 4096).tiling.pinpoints == tuple(pinpoints)
     sizes = LlavaOnevisionImageProcessorPil.from_pretrained(saved).image_grid_pinpoints
     assert [tuple(size) for size in sizes] == pinpoints
+
+
+def test_a_recipe_may_have_a_videos_newlines_elsewhere(folders, tmp_path):
+    source, folder = str(checkpoint(tmp_path / "source")), str(folders["grid"])
+    for path, newline in ((source, "one_token"), (folder, "one_token"), (str(folders["one_token"]), "grid")):
+        assert tiling(config_of(Model(path=path, mm_newline_position=newline))).newline == newline
+    shape = {"vision": {"image_size": 24}, "text": {"vocab_size": 99}, "image_grid_pinpoints": [(24, 24)]}
+    assert tiling(config_of(Model(architecture=shape, mm_newline_position="grid"))).newline == "grid"
+    model = Llave.load(folder, "auto", newline="one_token")
+    processor = Processor.load(folder, 4096, newline="one_token")
+    assert processor.tiling == tiling(model.config)
+    save_folder(model, dict(model.named_parameters()), folder, tmp_path / "saved")
+    assert Processor.load(str(tmp_path / "saved"), 4096).tiling == processor.tiling
+    assert "mm_newline_position: one_token" in (tmp_path / "saved/README.md").read_text()
+    case = next(case for case in CASES if case.get("newline") == "one_token")
+    with torch.no_grad():
+        embedding = load(tmp_path / "saved")[1](pack([encode(tmp_path / "saved", case)]), True)[0]
+    assert F.cosine_similarity(embedding, torch.tensor(case["embedding"]), dim=0) > 1 - 1e-6
+    # A run that sets nothing is on the conditions that it was on before this could be set.
+    assert "mm_newline_position" not in Model(path=folder).model_dump()
+
+
+def test_training_and_its_export_have_the_newlines_of_the_recipe(folders, tmp_path):
+    fields = [f"model.path={folders['one_token']}", "model.mm_newline_position=grid", "train.vision_tower=false"]
+    chosen, kind = load_recipe("pipeline/recipes/demo.yaml", fields), KINDS["llave"]
+    path = chosen.model.path
+    for make in (kind.load, kind.empty):
+        assert make(chosen, path, "sdpa").config.mm_newline_position == "grid"
+    model = kind.load_whole(chosen, path)
+    assert kind.processor(chosen, path).tiling == tiling(model.config)
+    write_folder(model, dict(model.named_parameters()), chosen, path, tmp_path / "out")
+    assert Processor.load(str(tmp_path / "out"), 4096).tiling.newline == "grid"
 
 
 def test_a_conversion_that_fails_or_comes_second_leaves_nothing(tmp_path, monkeypatch):

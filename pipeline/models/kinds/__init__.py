@@ -11,6 +11,7 @@ from pipeline.models.kinds.kind import Kind, Processor
 from pipeline.models.kinds.llave import LlaveKind
 from pipeline.models.kinds.texts import CaptionKind, MntpKind
 from pipeline.models.kinds.towers import ClipKind, Llm2ClipKind
+from pipeline.models.llave import is_original
 from pipeline.models.loading import config_dict
 
 __all__ = ["KINDS", "Kind", "Processor", "kind_of"]
@@ -32,7 +33,7 @@ def kind_of(path: str) -> Kind | None:
     """
     config = config_dict(path)
     model_type = config.get("model_type")
-    if model_type in ("llava_onevision", "llava_qwen"):  # of the latter `load_config` says that it is to be converted
+    if model_type == "llava_onevision" or is_original(config):  # of which `load_config` says: convert it
         return KINDS["llave"]
     if decoder.SETTINGS in config:
         return KINDS["caption"]

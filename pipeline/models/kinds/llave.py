@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -54,15 +54,14 @@ class LlaveKind(Kind):
         llave.build(model.architecture, texts, seed, folder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
-        model = recipe.model
-        return llave.Processor.load(path, model.max_tokens, recipe.video.frames, pinpoints=model.image_grid_pinpoints)
+        return llave.Processor.load(path, recipe.model.max_tokens, recipe.video.frames, **_own(recipe))
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        return _llave(recipe).load(path, DTYPES[recipe.precision], recipe.model.image_grid_pinpoints, attention)
+        return _llave(recipe).load(path, DTYPES[recipe.precision], attention=attention, **_own(recipe))
 
     def empty(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         kind = _llave(recipe)
-        return kind(kind.config_for(path, recipe.model.image_grid_pinpoints, attention))
+        return kind(kind.config_for(path, attention=attention, **_own(recipe)))
 
     def own_name(self, stored: str) -> str:
         for pattern, replacement in self._RENAMED:
@@ -70,7 +69,7 @@ class LlaveKind(Kind):
         return stored
 
     def load_whole(self, recipe: Recipe, path: str) -> nn.Module:
-        return Llave.load(path, DTYPES[recipe.precision], recipe.model.image_grid_pinpoints)
+        return Llave.load(path, DTYPES[recipe.precision], **_own(recipe))
 
     def frozen(self, recipe: Recipe, path: str, device: torch.device) -> Frozen | None:
         if recipe.train.vision_tower:
@@ -96,6 +95,11 @@ class LlaveKind(Kind):
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         attention = fastest(llave.load_config(path), precision, device)
         return Llave.load(path, DTYPES[precision], attention=attention).eval().to(device), None
+
+
+def _own(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe sets in place of the model's own."""
+    return {"pinpoints": recipe.model.image_grid_pinpoints, "newline": recipe.model.mm_newline_position}
 
 
 def _llave(recipe: Recipe) -> type[Llave]:

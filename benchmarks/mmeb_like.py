@@ -1,0 +1,88 @@
+"""Pairs like MMEB-train's, and how LLaVE's code takes them, for the benchmarks of a training step.
+
+MMEB-train, with at most 50,000 pairs of a dataset, has 662,000. By the sizes in arXiv 2410.05160, in thousands:
+
+    image -> text   403   ImageNet-1K 50, N24News 49, SUN397 20, VOC2007 8, HatefulMemes 8; Visual7W 50, DocVQA 40,
+                          ChartQA 28, InfographicsVQA 24, A-OKVQA 17, OK-VQA 9; VisualNews 50, MSCOCO 50
+    text -> image   167   VisDial 50, VisualNews 50, MSCOCO 50; WebQA 17, with a text beside the image
+    image -> image   92   MSCOCO's grounding 50, CIRR 26, NIGHTS 16
+
+Lengths are not counted there: texts of 10 to 60 tokens besides the prompt, and the images' shapes, are ours.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlavaOnevisionConfig, Qwen2Model
+from transformers.image_processing_utils import select_best_resolution
+
+from pipeline.data.batch import Batch
+from pipeline.data.collate import Encoded, Image
+from pipeline.models.llave import tiling
+
+PAIR_KINDS = {(True, False): 0.61, (False, True): 0.25, (True, True): 0.14}  # query and target: whether with an image
+PROMPT, BEFORE_IMAGE, SHORTEST_TEXT, LONGEST_TEXT = 22, 14, 10, 60  # tokens
+# Height and width: photographs, thumbnails, charts, pages, infographics.
+SHAPES = (
+    *((480, 640), (640, 480), (427, 640), (375, 500), (500, 375), (500, 500), (768, 1024)),
+    *((224, 224), (300, 400), (600, 850), (2200, 1700), (2000, 800), (400, 1000)),
+)
+LLAVE_TILE = 384  # pixels, of which images of these shapes have 1,485 to 3,699 tokens
+MICRO_BATCH = 4  # pairs
+
+
+def draw(config: LlavaOnevisionConfig, pairs: int, words: np.ndarray, fewer: int = 1) -> Batch:
+    """A global batch of distinct items for a model of this config; the same each time.
+
+    words: the token ids that texts consist of.  fewer: how many times fewer tokens a text has than LLaVE's. Images have
+    fewer where the model's tiles have fewer patches; in pixels they are as large beside its tiles as beside LLaVE's.
+    """
+    rng, cutting, tile = np.random.default_rng(0), tiling(config), config.vision_config.image_size
+
+    def item(with_image: bool) -> Encoded:
+        text = rng.choice(words, round((PROMPT + rng.integers(SHORTEST_TEXT, LONGEST_TEXT + 1)) / fewer))
+        if not with_image:
+            return Encoded(text.astype(np.int32))
+        height, width = (side * tile // LLAVE_TILE for side in SHAPES[rng.integers(len(SHAPES))])
+        tokens = cutting.tokens(height, width, anyres=True)
+        grid = select_best_resolution((height, width), cutting.pinpoints)
+        tiles = rng.integers(0, 256, (1 + math.prod(grid) // tile**2, 3, tile, tile), dtype=np.uint8)
+        before, after = np.split(text, [round(BEFORE_IMAGE / fewer)])
+        ids = np.concatenate([before, np.full(tokens, config.image_token_id), after])
+        return Encoded(ids.astype(np.int32), (Image(tiles, height, width),))
+
+    kinds = rng.choice(len(PAIR_KINDS), pairs, p=list(PAIR_KINDS.values()))
+    items = dict(enumerate(item(with_image) for kind in kinds for with_image in list(PAIR_KINDS)[kind]))
+    query, target = (list(range(side, 2 * pairs, 2)) for side in range(2))
+    return Batch(items, query, target, [()] * pairs, [True] * pairs, [], [], 0)
+
+
+def tokens_of(items: Iterable[Encoded]) -> int:
+    return sum(len(item.input_ids) for item in items)
+
+
+def tiles_of(items: Iterable[Encoded]) -> int:
+    return sum(len(image.tiles) for item in items for image in item.images)
+
+
+def micro_batches(batch: Batch) -> list[tuple[list[Encoded], list[Encoded]]]:
+    """Queries and targets of four pairs each; at most one part has queries with and without an image."""
+    pairs = [(batch.items[q], batch.items[t]) for q, t in zip(batch.query, batch.target, strict=True)]
+    pairs.sort(key=lambda pair: not pair[0].images)
+    parts = [pairs[start : start + MICRO_BATCH] for start in range(0, len(pairs), MICRO_BATCH)]
+    return [([query for query, _ in part], [target for _, target in part]) for part in parts]
+
+
+def embed_padded(model: Qwen2Model, rows: Sequence[Tensor]) -> Tensor:
+    """N items' token embeddings, each (T, hidden), padded on the right to the longest: (N, hidden) float32 unit rows.
+
+    model: as transformers has it, of causal attention: no token looks at the padding after it, and no mask is needed.
+    """
+    hidden = model(inputs_embeds=pad_sequence(rows, batch_first=True), use_cache=False).last_hidden_state
+    last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
+    return F.normalize(hidden[torch.arange(len(rows), device=hidden.device), last].float(), dim=-1)
