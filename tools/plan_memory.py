@@ -8,8 +8,9 @@ column of the recipe's own ZeRO stage is of its DeepSpeed config, the others are
 
 A chunk has batch.chunk_tokens tokens, or those of one longest item, model.max_tokens, if that is more; it is taken to
 be full of photographs (4:3), or with --videos of videos, which have more tiles. The parts of a step that take turns
-are in brackets: the largest one counts. The last line says how large batch.chunk_tokens may be; none: not even one item
-of model.max_tokens fits. Where the DeepSpeed config offloads, what is on the host comes below.
+are in brackets: the largest one counts. The last lines say how large batch.chunk_tokens may be (none: not even one item
+of model.max_tokens fits), and how many chunks of one such item can keep their graph (batch.kept_chunks). Where the
+DeepSpeed config offloads, what is on the host comes below.
 
 What CUDA, NCCL and fragmentation take is not counted: a few GB. Explicit negatives are not either.
 """
@@ -27,7 +28,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing runs here: DeepSpeed n
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.errors import PipelineError, command_line
-from pipeline.training.memory import MOST_TOKENS, Plan, States
+from pipeline.training.memory import MOST_CHUNKS, MOST_TOKENS, Plan, States
 
 GB = 1e9
 STAGES = (0, 1, 2, 3)
@@ -80,6 +81,8 @@ def memory_table(plan: Plan, sections: dict[int, dict], memory: float) -> Table:
     table.add_row(f"left of {memory / GB:g}", *(coloured(gigabytes(memory - each), each <= memory) for each in totals))
     table.add_row("fits", *(coloured("yes" if each <= memory else "no", each <= memory) for each in totals))
     table.add_row("largest batch.chunk_tokens", *(largest(plan, each, memory) for each in states))
+    longest = f"chunks of {plan.recipe.model.max_tokens:,} tokens that can keep their graph"
+    table.add_row(longest, *(most_kept(plan, each, memory) for each in states))
     if any(each.host for each in states):
         row("of the host's memory, for each GPU", [each.host for each in states])
     return table
@@ -97,6 +100,11 @@ def largest(plan: Plan, states: States, memory: float) -> str:
     tokens = plan.largest_chunk(memory, states)
     text = f"{tokens:,}" + (" or more" if tokens + 64 > MOST_TOKENS else "") if tokens else "none"
     return coloured(text, bool(tokens))
+
+
+def most_kept(plan: Plan, states: States, memory: float) -> str:
+    count = plan.most_kept(memory, states)
+    return f"{count:,}" + (" or more" if count == MOST_CHUNKS else "")
 
 
 @command_line

@@ -2,74 +2,121 @@
 
 No result depends on it, so the run's own steps are the probe: the first takes a chunk of one longest item, each
 further one at most twice as much as memory was seen to hold, until it is nine tenths full. Then it is fixed, and
-checkpoints carry it.
+checkpoints carry it. A rank that runs out of memory all the same cannot go on, for the others are in a collective
+with it; it leaves a smaller cut for the next start.
 """
 
+import json
+import math
+import os
 import resource
-from dataclasses import asdict, dataclass
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from pipeline.config import Batch
+from pipeline.errors import PipelineError
 
-FULL = 0.9  # of the device's memory
+FULL = 0.9  # of the memory that torch's allocator can have
 LARGEST_CHUNK = 16384  # tokens: more do not make a GPU faster, and memory serves better to keep graphs
+MEMORY = "the device's memory"  # in bytes, a condition by its name
+NOTE = "budget.json"  # in the run directory
 _ROUND = 128  # tokens
+# How torch, cuBLAS, cuDNN and NCCL say it.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device. total: that it has; base: in use before a step; peak: during it."""
+    """Bytes of a device. total: that torch's allocator can have; base: in use before a step; peak: during it.
+
+    rest: after it. The first step leaves AdamW's moments.
+    """
 
     total: int
     base: int
     peak: int
+    rest: int
 
 
 class Meter:
-    """Measures steps, on a GPU; on a CPU the process, whose share of the machine is the device."""
+    """Measures steps, on a GPU; on a CPU the process, whose share of the machine is the device.
+
+    total: bytes of the smallest rank's device. Every rank makes one.
+    """
 
     def __init__(self, local_world: int) -> None:
         accelerator = get_accelerator()
         self._cpu = accelerator.device_name() == "cpu"
-        self._total = accelerator.total_memory() // (local_world if self._cpu else 1)
+        total = accelerator.total_memory() // (local_world if self._cpu else 1)
+        least = torch.tensor(total, device=accelerator.current_device_name())
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        self.total = int(least)
 
     def start(self) -> None:
         get_accelerator().reset_peak_memory_stats()
         self._base = get_accelerator().memory_allocated()
 
-    def stop(self, largest_chunk: int) -> tuple[Memory, int]:
-        """Since `start`, and the tokens of the largest chunk: the most of all ranks, so that all learn the same."""
+    def stop(self, largest_chunk: int, items: int) -> tuple[Memory, int, int]:
+        """Since `start`, with the tokens of the largest chunk and the items: of all ranks the most, that all learn."""
         accelerator = get_accelerator()
-        peak = accelerator.max_memory_allocated()
         if self._cpu:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        most = torch.tensor([self._base, peak, largest_chunk], device=accelerator.current_device_name())
+            peak, others = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, 0
+        else:
+            peak = accelerator.max_memory_allocated()
+            free, total = torch.cuda.mem_get_info()
+            # CUDA's context, NCCL's buffers, other processes: the allocator cannot have it.
+            others = total - free - torch.cuda.memory_reserved()
+        ours = [self._base, peak, accelerator.memory_allocated(), others, largest_chunk, items]
+        most = torch.tensor(ours, device=accelerator.current_device_name())
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        base, peak, largest = most.tolist()
-        return Memory(self._total, base, peak), largest
+        base, peak, rest, others, largest_chunk, items = most.tolist()
+        return Memory(self.total - others, base, peak, rest), largest_chunk, items
 
 
 @dataclass
 class Budget:
-    """The next step's cut. graph: bytes that a chunk with its graph takes, once known."""
+    """The next step's cut. graph: bytes that a full chunk with its graph takes, once known.
+
+    auto: which of `chunk_tokens` and `kept_chunks` the recipe leaves to be found.
+    """
 
     chunk_tokens: int
     kept_chunks: int
     chunk_is_fixed: bool
     kept_is_fixed: bool
     graph: int = 0
+    auto: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, batch: Batch, max_tokens: int, saved: dict | None = None) -> "Budget":
-        """The recipe's, or as far as it was found when a checkpoint was written."""
-        chunk, kept = batch.chunk_tokens, batch.kept_chunks
-        fixed = cls(
-            max_tokens if chunk == "auto" else chunk, 0 if kept == "auto" else kept, chunk != "auto", kept != "auto"
+        """The recipe's; what it leaves open from a longest item on, or as far as it was found before.
+
+        saved: the state of a budget that was found under the present conditions (see `found_before`).
+        """
+        auto = [name for name in ("chunk_tokens", "kept_chunks") if getattr(batch, name) == "auto"]
+        budget = cls(
+            max_tokens if "chunk_tokens" in auto else batch.chunk_tokens,
+            0 if "kept_chunks" in auto else batch.kept_chunks,
+            "chunk_tokens" not in auto,
+            "kept_chunks" not in auto,
+            auto=auto,
         )
-        return cls(**saved) if saved and not fixed.is_fixed else fixed
+        if saved:
+            before = cls(**saved)
+            # A chunk fits beside as many graphs as were kept, or fewer; and so many graphs only of such a chunk.
+            if "chunk_tokens" in auto and "chunk_tokens" in before.auto and budget.kept_chunks <= before.kept_chunks:
+                budget.chunk_tokens, budget.chunk_is_fixed = before.chunk_tokens, before.chunk_is_fixed
+            if "kept_chunks" in auto and "kept_chunks" in before.auto and budget.chunk_tokens == before.chunk_tokens:
+                budget.kept_chunks, budget.kept_is_fixed = before.kept_chunks, before.kept_is_fixed
+                budget.graph = before.graph
+        return budget
 
     @property
     def is_fixed(self) -> bool:
@@ -78,9 +125,9 @@ class Budget:
     def state(self) -> dict:
         return asdict(self)
 
-    def measured(self, memory: Memory, largest: int) -> None:
-        """Learn from a step that was cut so. largest: tokens of its largest chunk, on any rank."""
-        room, used = FULL * memory.total - memory.base, max(memory.peak - memory.base, 1)
+    def measured(self, memory: Memory, largest: int, items: int) -> None:
+        """Learn from a step that was cut so. largest: tokens of its largest chunk; items: both the most of any rank."""
+        room, used = FULL * memory.total - memory.rest, max(memory.peak - memory.base, 1)
         if not self.chunk_is_fixed:
             # What does not grow with the chunk is counted as if it did: the estimate errs on the safe side.
             fits = int(largest * room / used)
@@ -92,11 +139,82 @@ class Budget:
             self.chunk_tokens = max(min(self.chunk_tokens, fits), _ROUND)
             self.chunk_is_fixed = True
         if not self.kept_is_fixed:
-            self.graph = self.graph or used
+            # Another step's chunks may be full. Where these are not even half full, the batch is small, not the cut.
+            used *= min(max(self.chunk_tokens / largest, 1), 2)
+            self.graph = self.graph or int(used)
             more = int((room - used) // self.graph)
-            if more < 0 or (self.kept_chunks and not more):
-                self.kept_chunks = max(self.kept_chunks + more, 0)
+            if more < 0 or (self.kept_chunks and not more) or self.kept_chunks >= items:  # then all are kept
+                self.kept_chunks = max(self.kept_chunks + min(more, 0), 0)
                 self.kept_is_fixed = True
             else:
                 # The first costs nothing: its graph is gone before a chunk is embedded again.
                 self.kept_chunks += 1 if not self.kept_chunks else min(more, self.kept_chunks)
+
+    def smaller(self) -> "Budget":
+        """What to take where this one was too much: half the graphs, or else half the chunk, and no more than that."""
+        if self.kept_chunks > 1 and ("kept_chunks" in self.auto or "chunk_tokens" not in self.auto):
+            return replace(self, kept_chunks=self.kept_chunks // 2, chunk_is_fixed=True, kept_is_fixed=True)
+        half = replace(self, chunk_tokens=max(self.chunk_tokens // 2 // _ROUND, 1) * _ROUND, chunk_is_fixed=True)
+        # How many graphs of the smaller chunk fit is found anew.
+        return replace(half, kept_chunks=0, kept_is_fixed=False, graph=0) if "kept_chunks" in self.auto else half
+
+    def __str__(self) -> str:
+        return f"batch.chunk_tokens={self.chunk_tokens} batch.kept_chunks={self.kept_chunks}"
+
+
+def found_before(run: Path, checkpoint: dict | None, conditions: dict) -> dict | None:
+    """The state of the budget to go on with; None where there is none, or none that was found under such conditions.
+
+    That of a start that ran out of memory since the newest checkpoint, or else the checkpoint's.
+    checkpoint: as `found` gave it for it.  conditions: by name, what memory depends on, `MEMORY` among it.
+    """
+    noted = None
+    with suppress(OSError, ValueError):
+        noted = json.loads((run / NOTE).read_text())
+    for before in (noted, checkpoint):
+        if before and _are_alike(before.get("conditions", {}), conditions):
+            return before["budget"]
+    return None
+
+
+def found(budget: Budget, conditions: dict) -> dict:
+    """A budget as checkpoints keep it, in plain values."""
+    return {"budget": budget.state(), "conditions": conditions}
+
+
+@contextmanager
+def out_of_memory_noted(run: Path, step: int, budget: Budget, conditions: dict) -> Iterator[None]:
+    """Around step number `step`: turn an error that says that memory is short into PipelineError, with what to set.
+
+    Where it is ours to set it, it is noted in the run directory: the next start takes it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)):
+            raise
+        smaller = budget.smaller()
+        theirs = [
+            f"batch.{name}={getattr(smaller, name)}"
+            for name in ("chunk_tokens", "kept_chunks")
+            if name not in budget.auto and getattr(smaller, name) != getattr(budget, name)
+        ]
+        if not theirs:
+            # Several ranks may write it, each the same.
+            unfinished = run / f"budget.{socket.gethostname()}-{os.getpid()}.unfinished"
+            with suppress(OSError):  # the message is what counts
+                unfinished.write_text(json.dumps(found(smaller, conditions)))
+                unfinished.replace(run / NOTE)
+        again = f"start the run again with {theirs[0]}" if theirs else f"started again the run takes {smaller}"
+        raise PipelineError(
+            f"out of memory in step {step} with {budget}: {again}; if that is still too much, set less, or "
+            "batch.activation_checkpointing=true, or take more GPUs"
+        ) from error
+
+
+def _are_alike(before: dict, now: dict) -> bool:
+    """But for the last megabytes of memory: machines of one kind differ in them, and FULL leaves more than that."""
+    return all(
+        math.isclose(before.get(name, 0), value, rel_tol=0.05) if name == MEMORY else before.get(name) == value
+        for name, value in now.items()
+    )

@@ -21,7 +21,7 @@ from pipeline.losses.gather import all_gather_constant
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.kinds import KINDS
 from pipeline.training import checkpoint
-from pipeline.training.budget import Budget, Memory, Meter
+from pipeline.training.budget import MEMORY, NOTE, Budget, Memory, Meter, found, found_before, out_of_memory_noted
 from pipeline.training.engine import learning_rate, set_hyperparameters
 from pipeline.training.masked import masked_step
 from pipeline.training.monitor import Monitor, evaluation_file
@@ -64,11 +64,12 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
         state = checkpoint.load(engine, run.start)
         set_hyperparameters(engine, recipe)
     start, bad_samples = state["step"], state["bad_samples"]
-    budget = Budget.of(recipe.batch, recipe.model.max_tokens, state.get("budget"))
     temperature = Temperature(recipe, engine.device)
     if run.start:
         temperature.load(state["temperature"])
     meter = Meter(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
+    conditions = _conditions_of_budget(run, meter)
+    budget = _budget(run, state.get("budget"), conditions)
     with Monitor(run.folder, dist.get_rank(), start, run.steps, ledger=recipe.ledger) as monitor:
         if _evaluation_is_due(run, start):
             _evaluate(run, monitor, start, budget)
@@ -83,12 +84,13 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
             lr = learning_rate(step, run.steps, recipe.optimizer)
             if measuring := not budget.is_fixed:
                 meter.start()
-            if KINDS[recipe.model.kind].contrastive:
-                result = train_step(engine, batch, recipe, budget, temperature, lr=lr, features=run.features())
-            else:
-                result = masked_step(engine, batch, recipe, budget, step, lr=lr)
+            with out_of_memory_noted(run.folder, step + 1, budget, conditions):
+                if KINDS[recipe.model.kind].contrastive:
+                    result = train_step(engine, batch, recipe, budget, temperature, lr=lr, features=run.features())
+                else:
+                    result = masked_step(engine, batch, recipe, budget, step, lr=lr)
             if measuring:
-                _learn(budget, *meter.stop(result.largest_chunk))
+                _learn(budget, *meter.stop(result.largest_chunk, len(batch.items)))
 
             done = step + 1
             monitor.consumed(done, batch.origins)
@@ -115,9 +117,12 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
             # Also before an evaluation, which may be cut short: then it is made up for.
             if asked or evaluation_is_due or done == run.steps or done % recipe.checkpoint.every == 0:
                 monitor.flush()
-                kept = {"bad_samples": bad_samples, "budget": budget.state(), "temperature": temperature.state()}
+                kept = {"bad_samples": bad_samples, "temperature": temperature.state()}
+                kept |= {"budget": found(budget, conditions)}
                 folder = run.folder / "checkpoints"
                 checkpoint.save(engine, folder, done, kept, run.conditions, recipe.checkpoint.keep)
+                if monitor.leads:
+                    (run.folder / NOTE).unlink(missing_ok=True)  # from here on the checkpoint knows
             if evaluation_is_due and not asked:
                 _evaluate(run, monitor, done, budget)
                 asked = run.preemption.asked()
@@ -125,6 +130,23 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
                 monitor.stopped(asked)
                 return False
     return True
+
+
+def _conditions_of_budget(run: Run, meter: Meter) -> dict:
+    """What decides how much fits, besides the cut itself."""
+    settings = run.recipe.batch.model_dump(include={"activation_checkpointing", "tower_tiles", "features_mb"})
+    device = {checkpoint.PROCESSES: dist.get_world_size(), MEMORY: meter.total}
+    return run.conditions | settings | {"attention": run.recipe.model.attention} | device
+
+
+def _budget(run: Run, of_checkpoint: dict | None, conditions: dict) -> Budget:
+    """The recipe's, with what was found before; the first rank's word counts, as of the checkpoint."""
+    before = [found_before(run.folder, of_checkpoint, conditions) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(before)
+    budget = Budget.of(run.recipe.batch, run.recipe.model.max_tokens, before[0])
+    if before[0] and budget.auto and dist.get_rank() == 0:
+        print(f"as found before: {budget}")
+    return budget
 
 
 def _over_ranks(result: StepResult, batch: Batch, waited: float) -> tuple[float, float, float, float]:
@@ -159,14 +181,11 @@ def _check(recipe: Recipe, metrics: dict, bad_samples: int, folder: Path) -> Non
         )
 
 
-def _learn(budget: Budget, memory: Memory, largest_chunk: int) -> None:
-    budget.measured(memory, largest_chunk)
+def _learn(budget: Budget, memory: Memory, largest_chunk: int, items: int) -> None:
+    budget.measured(memory, largest_chunk, items)
     if dist.get_rank() == 0:
         how = "from now on" if budget.is_fixed else "next"
-        print(
-            f"a step took {memory.peak / 1e9:.1f} GB of {memory.total / 1e9:.1f}; {how} "
-            f"batch.chunk_tokens={budget.chunk_tokens} batch.kept_chunks={budget.kept_chunks}"
-        )
+        print(f"a step took {memory.peak / 1e9:.1f} GB of {memory.total / 1e9:.1f}; {how} {budget}")
 
 
 def _evaluation_is_due(run: Run, step: int) -> bool:

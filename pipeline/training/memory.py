@@ -6,7 +6,7 @@ All sizes are bytes. Of the model that models/llave.py runs, in fp32 or bf16, un
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from pipeline.training.engine import freeze
 
 FP32 = 4
 MOST_TOKENS = 1 << 24  # of a chunk: nobody has a device for larger ones
+MOST_CHUNKS = 1 << 12  # that keep their graph
 _PHOTO = (3000, 4000)  # height and width of the image that chunks are taken to be full of
 
 
@@ -317,10 +318,13 @@ class Plan:
 
     def kept(self) -> dict[str, int]:
         """What a step keeps besides, by name."""
-        batch = self.recipe.batch
+        batch, vision = self.recipe.batch, self.config.vision_config
         kept = {"kept embeddings, their gradient": embedding_bytes(self.config, batch.global_batch, self.gpus)}
         if not self.recipe.train.vision_tower:
-            kept["kept features, at most"] = batch.features_mb << 20
+            # Of the longest items, each full of tiles.
+            tiles = 2 * (batch.global_batch // self.gpus) * max(int(self.recipe.model.max_tokens / self.tile_tokens), 1)
+            features = tiles * _patches(self.config) * vision.hidden_size * self._width
+            kept["kept features, at most"] = min(batch.features_mb << 20, features)
         return kept
 
     def phases(self, chunk_tokens: int, states: States) -> dict[str, int]:
@@ -350,6 +354,16 @@ class Plan:
         tokens = range(self.recipe.model.max_tokens, MOST_TOKENS + 1, 64)
         fitting = bisect_right(tokens, memory, key=lambda count: self.total(count, states))
         return tokens[fitting - 1] if fitting else 0
+
+    def most_kept(self, memory: float, states: States) -> int:
+        """Of how many chunks of a longest item the graphs can be kept in `memory` bytes; 0 if one does not fit."""
+
+        def total(count: int) -> int:
+            batch = self.recipe.batch.model_copy(update={"kept_chunks": count})
+            plan = replace(self, recipe=self.recipe.model_copy(update={"batch": batch}))
+            return plan.total(self.recipe.model.max_tokens, states)
+
+        return bisect_right(range(1, MOST_CHUNKS + 1), memory, key=total)
 
     @property
     def _width(self) -> int:

@@ -20,6 +20,7 @@ from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
 from pipeline.evaluation.report import Report
 from pipeline.training import checkpoint
+from pipeline.training.checkpoint import PROCESSES
 
 STEPS = 24
 EVERY = 4
@@ -137,26 +138,40 @@ def test_the_exported_model_scores_what_training_said(finished, tmp_path):
     assert (best["checkpoint"], best["score"]) == ("step-00000024", theirs.score)
 
 
+def budget_of(run: Path, step: int) -> dict:
+    """As the checkpoint after `step` steps keeps it."""
+    with checkpoint.weights_only():
+        path = run / f"checkpoints/step-{step:08d}/zero_pp_rank_0_mp_rank_00_model_states.pt"
+        return torch.load(path, map_location="cpu", weights_only=True)["budget"]
+
+
 def test_an_original_checkpoint_with_adapters_and_a_frozen_tower_by_what_fits(recipe, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     fields = ["model.path=tests/golden", "model.max_tokens=4096", "model.image_grid_pinpoints=[[384, 384]]"]
     fields += ["batch.global_batch=4", "data.lanes=2", "batch.chunk_tokens=auto", "batch.kept_chunks=auto"]
     fields += ["train.vision_tower=false", "train.lora.rank=2", "checkpoint.every=2", "evaluation=null"]
-    ended = launch(command(recipe, run, *fields, "steps=2"), world=2, seconds=120)
+    ended = launch(command(recipe, run, *fields, "steps=8"), world=2, seconds=120)
     assert ended.status == [0, 0], ended.output[-4000:]
     assert ended.output.count("next batch.chunk_tokens=8192 batch.kept_chunks=0\n") == 1
+    found = budget_of(run, 8)
     (converted,) = (run / "init").iterdir()
     written = (converted / "model.safetensors").stat().st_mtime_ns
-    ended = launch(command(recipe, run, *fields, "steps=4"), world=2, seconds=120)
+    # What a start on four GPUs left that ran out of memory; it holds for no others, and until the next checkpoint.
+    left = {"budget": found["budget"] | {"chunk_tokens": 128}, "conditions": found["conditions"] | {PROCESSES: 4}}
+    (run / "budget.json").write_text(json.dumps(left))
+    ended = launch(command(recipe, run, *fields, "steps=10"), world=2, seconds=120)
     assert ended.status == [0, 0], ended.output[-4000:]
     assert (converted / "model.safetensors").stat().st_mtime_ns == written
     metrics = lines(run / "metrics.jsonl")
-    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
-    assert "next batch.chunk_tokens=8192" not in ended.output  # it knows
+    assert [line["step"] for line in metrics] == list(range(1, 11))
+    assert found["budget"]["chunk_is_fixed"] and found["budget"]["kept_is_fixed"]
+    assert budget_of(run, 10) == found
+    assert "a step took" not in ended.output  # it knows
+    assert not (run / "budget.json").exists()
 
     monkeypatch.setattr(sys, "argv", ["export", str(run), str(tmp_path / "out")])
     export.main()
-    assert "step-00000004 of" in capsys.readouterr().out
+    assert "step-00000010 of" in capsys.readouterr().out
     before, by_run, by_command = (
         load_file(folder / "model.safetensors") for folder in (converted, run / "export", tmp_path / "out")
     )

@@ -304,6 +304,31 @@ def test_the_largest_chunk_fits_and_a_larger_one_does_not():
     assert plan.largest_chunk(plan.total(1, states) - 1, states) == 0
 
 
+def test_as_many_graphs_are_kept_as_fit_and_no_more():
+    def plan(count: int) -> Plan:
+        return Plan.of(recipe(f"batch.kept_chunks={count}"), 2, videos=False)
+
+    states = plan(0).states(3, {"reduce_bucket_size": 1000})
+    longest = plan(0).recipe.model.max_tokens
+    for memory in (1e8, 1e9):
+        most = plan(0).most_kept(memory, states)
+        assert plan(most).total(longest, states) <= memory < plan(most + 1).total(longest, states)
+    assert plan(0).most_kept(plan(1).total(longest, states) - 1, states) == 0
+
+
+def test_kept_features_are_no_more_than_a_ranks_items_have():
+    fields = ("train.vision_tower=false", "batch.global_batch=64")
+    two, eight = (Plan.of(recipe(*fields), gpus, videos=False) for gpus in (2, 8))
+    vision, longest = two.config.vision_config, two.recipe.model.max_tokens
+    tile = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size * 4
+    # Of 32 queries and 32 targets, in each as many tiles as its tokens can stand for.
+    expected = 64 * int(longest / two.tile_tokens) * tile
+    assert 0 < two.kept()["kept features, at most"] == expected < two.recipe.batch.features_mb << 20
+    assert eight.kept()["kept features, at most"] == expected // 4
+    few = Plan.of(recipe(*fields, "batch.features_mb=1"), 2, videos=False)
+    assert few.kept()["kept features, at most"] == 1 << 20 < expected
+
+
 def test_kept_chunks_have_their_graphs_at_the_same_time():
     plans = [Plan.of(recipe(f"batch.kept_chunks={count}"), 2, videos=False) for count in (0, 1, 3)]
     none, one, three = (plan.phases(4096, plan.states(3, {}))["a chunk with gradient"] for plan in plans)

@@ -1,29 +1,72 @@
 """What fits is found in a few steps, never tried beyond what was seen to fit, and survives a checkpoint."""
 
-import pytest
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from unittest import mock
 
-from pipeline.config import Batch
-from pipeline.training.budget import FULL, LARGEST_CHUNK, Budget, Memory
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from two_ranks import on_two_ranks
+
+from pipeline.config import Batch, Recipe, load_recipe
+from pipeline.errors import PipelineError
+from pipeline.training import budget as budgets
+from pipeline.training.budget import (
+    FULL,
+    LARGEST_CHUNK,
+    MEMORY,
+    Budget,
+    Memory,
+    Meter,
+    found,
+    found_before,
+    out_of_memory_noted,
+)
 
 GB = 10**9
 
 
 class Device:
-    """Memory as a step takes it: what is resident, something for each step, and so much a token of a graph."""
+    """Memory as a step takes it: what is resident, something for each step, and so much a token of a graph.
 
-    def __init__(self, total: float, base: float, step: float, token: float) -> None:
+    fills: how full each step's largest chunk is.  others: what torch's allocator cannot have.
+    moments: of what is resident, what the first step leaves.
+    """
+
+    def __init__(
+        self,
+        total: float,
+        base: float,
+        step: float,
+        token: float,
+        *,
+        fills: tuple[float, ...] = (1,),
+        others: float = 0,
+        moments: float = 0,
+    ) -> None:
         self.total, self.base, self.step, self.token = int(total), int(base), step, token
+        self.fills, self.others, self.moments = fills, int(others), int(moments)
 
-    def peak(self, budget: Budget) -> int:
-        return int(self.base + self.step + self.token * budget.chunk_tokens * max(budget.kept_chunks, 1))
+    def peak(self, budget: Budget, fill: float = 1) -> int:
+        return int(self.base + self.step + self.token * fill * budget.chunk_tokens * max(budget.kept_chunks, 1))
 
     def run(self, budget: Budget) -> list[tuple[int, int]]:
         """Steps until all is found: their cuts."""
         cuts = []
         while not budget.is_fixed:
+            fill = self.fills[len(cuts) % len(self.fills)]
             cuts.append((budget.chunk_tokens, budget.kept_chunks))
-            assert self.peak(budget) <= self.total, "out of memory"
-            budget.measured(Memory(self.total, self.base, self.peak(budget)), budget.chunk_tokens)
+            absent = 0 if cuts[1:] else self.moments
+            peak = max(self.peak(budget, fill) - absent, self.base)
+            memory = Memory(self.total - self.others, self.base - absent, peak, self.base)
+            # Between its blocks the allocator loses some of what it has.
+            assert 1.04 * memory.peak <= memory.total, "out of memory"
+            budget.measured(memory, int(fill * budget.chunk_tokens), items=10_000)
             assert len(cuts) < 30
         return cuts
 
@@ -48,6 +91,24 @@ def test_memory_is_filled_and_never_exceeded(token, base, step):
     assert room < graph + step or budget.kept_chunks == 0
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_what_was_found_in_steps_that_were_not_full_holds_for_one_that_is(seed):
+    draws = np.random.default_rng(seed)
+    fills = tuple(draws.uniform(0.72, 1, size=29).tolist())
+    device = Device(80 * GB, draws.uniform(5, 40) * GB, GB, draws.uniform(0.2e6, 4e6), fills=fills, others=5 * GB)
+    budget = Budget.of(batch("auto", "auto"), 4096)
+    device.run(budget)
+    available = device.total - device.others
+    room = FULL * available - device.peak(budget)
+    assert 0 <= room < device.token * budget.chunk_tokens + 2 * device.step  # for no further graph
+
+
+def test_room_is_left_for_the_moments_that_the_first_step_makes():
+    """As of a 7B model on eight GPUs, whose longest item takes 27 GB."""
+    device, budget = Device(80 * GB, 28 * GB, 0, 6.6e6, moments=7.6 * GB), Budget.of(batch("auto", 0), 4096)
+    assert device.run(budget)[1] == (6656, 0)
+
+
 def test_the_order_of_trials():
     device = Device(80 * GB, 20 * GB, 0, 1e6)
     budget = Budget.of(batch("auto", "auto"), 4096)
@@ -68,15 +129,191 @@ def test_what_the_recipe_says_is_not_measured():
 
 def test_a_batch_that_does_not_fill_a_chunk_tells_nothing_of_larger_ones():
     budget = Budget.of(batch("auto", 0), 4096)
-    budget.measured(Memory(80 * GB, GB, 2 * GB), 1000)
+    budget.measured(Memory(80 * GB, GB, 2 * GB, GB), 1000, 32)
     assert budget.is_fixed and budget.chunk_tokens == 4096
+    # Where a chunk could never be full, its graph is kept as long as a batch twice as large would fit.
+    unlimited = Budget.of(batch(1_000_000, "auto"), 4096)
+    unlimited.measured(Memory(80 * GB, 20 * GB, 40 * GB, 20 * GB), 2000, 32)
+    assert unlimited.kept_chunks == 1
+
+
+def test_all_chunks_are_kept_of_a_batch_that_fits_as_a_whole():
+    budget, kept = Budget.of(batch(5000, "auto"), 4096), []
+    while not budget.is_fixed:
+        budget.measured(Memory(80 * GB, 20 * GB, 21 * GB, 20 * GB), 5000, items=12)
+        kept.append(budget.kept_chunks)
+        assert len(kept) < 10
+    assert kept == [1, 2, 4, 8, 16, 16]
 
 
 def test_a_continued_run_goes_on_with_what_was_found():
     device, budget = Device(80 * GB, 20 * GB, GB, 2e6), Budget.of(batch("auto", "auto"), 4096)
     for _ in range(3):
-        budget.measured(Memory(device.total, device.base, device.peak(budget)), budget.chunk_tokens)
+        memory = Memory(device.total, device.base, device.peak(budget), device.base)
+        budget.measured(memory, budget.chunk_tokens, 10_000)
     again = Budget.of(batch("auto", "auto"), 4096, saved=budget.state())
     assert device.run(again) == device.run(budget)
     assert again == budget
-    assert Budget.of(batch(5000, 0), 4096, saved=budget.state()).chunk_tokens == 5000
+
+
+def test_what_the_recipe_fixes_meanwhile_takes_the_place_of_what_was_found():
+    saved = Budget(16384, 5, True, True, graph=9, auto=["chunk_tokens", "kept_chunks"]).state()
+
+    def now(chunk: int | str, kept: int | str, before: dict = saved) -> tuple[int, int, bool, bool]:
+        budget = Budget.of(batch(chunk, kept), 4096, before)
+        assert budget.graph in (0, before["graph"] if budget.kept_chunks == before["kept_chunks"] else 0)
+        return budget.chunk_tokens, budget.kept_chunks, budget.chunk_is_fixed, budget.kept_is_fixed
+
+    assert now("auto", "auto") == (16384, 5, True, True)
+    assert now(5000, 0) == (5000, 0, True, True)
+    assert now(8192, "auto") == (8192, 0, True, False)  # how many graphs of such a chunk fit is not known
+    assert now(16384, "auto") == (16384, 5, True, True)
+    assert now("auto", 2) == (16384, 2, True, True)  # beside five it did fit
+    assert now("auto", 8) == (4096, 8, False, True)
+    # What the recipe said then was not found to be the most.
+    assert now("auto", "auto", Budget(16384, 0, True, True, auto=["chunk_tokens"]).state()) == (16384, 0, True, False)
+    assert now("auto", "auto", Budget(5000, 5, True, True, auto=["kept_chunks"]).state()) == (4096, 0, False, False)
+
+
+CONDITIONS = {"seed": 0, "processes": 16, MEMORY: 80 * GB}
+
+
+def test_what_was_found_holds_for_as_many_processes_with_as_much_memory(tmp_path):
+    budget = Budget(16384, 5, True, True, auto=["chunk_tokens", "kept_chunks"])
+    kept = found(budget, CONDITIONS)
+    assert found_before(tmp_path, kept, CONDITIONS) == budget.state()
+    # Of CPUs it is the machine's, which differs by some megabytes.
+    for memory, holds in ((79.5, True), (84, True), (72, False), (141, False)):
+        before = found_before(tmp_path, kept, CONDITIONS | {MEMORY: int(memory * GB)})
+        assert (before is not None) == holds, memory
+    for other in ({"processes": 8}, {"seed": 1}):
+        assert found_before(tmp_path, kept, CONDITIONS | other) is None
+    assert found_before(tmp_path, None, CONDITIONS) is None
+    assert found_before(tmp_path, {"chunk_tokens": 16384, "kept_chunks": 5}, CONDITIONS) is None  # without conditions
+
+
+def too_much() -> None:
+    torch.empty(1 << 50)
+
+
+def on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def in_cublas() -> None:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize("step", [too_much, on_a_gpu, in_cublas])
+@pytest.mark.parametrize(
+    ("recipe", "cut", "smaller", "advice"),
+    [
+        (("auto", "auto"), (16384, 5), (16384, 2, True), "the run takes batch.chunk_tokens=16384 batch.kept_chunks=2;"),
+        (("auto", "auto"), (16384, 1), (8192, 0, False), "the run takes batch.chunk_tokens=8192 batch.kept_chunks=0;"),
+        (("auto", 4), (6016, 4), (2944, 4, True), "the run takes batch.chunk_tokens=2944 batch.kept_chunks=4;"),
+        ((16384, "auto"), (16384, 1), None, "again with batch.chunk_tokens=8192;"),
+        ((16384, 4), (16384, 4), None, "again with batch.kept_chunks=2;"),
+        ((16384, 0), (16384, 0), None, "again with batch.chunk_tokens=8192;"),
+    ],
+)
+def test_out_of_memory_says_what_to_set_and_auto_comes_back_with_less(tmp_path, step, recipe, cut, smaller, advice):
+    budget = Budget.of(batch(*recipe), 4096)
+    budget.chunk_tokens, budget.kept_chunks, budget.graph = *cut, 7
+    too_large = found(budget, CONDITIONS)
+    with pytest.raises(PipelineError) as raised, out_of_memory_noted(tmp_path, 12, budget, CONDITIONS):
+        step()
+    assert f"in step 12 with batch.chunk_tokens={cut[0]} batch.kept_chunks={cut[1]}: " in str(raised.value)
+    assert advice in str(raised.value)
+    before = found_before(tmp_path, too_large, CONDITIONS)
+    if smaller is None:
+        assert before == budget.state() and not list(tmp_path.iterdir())
+        return
+    again = Budget.of(batch(*recipe), 4096, before)
+    assert (again.chunk_tokens, again.kept_chunks, again.kept_is_fixed) == smaller and again.chunk_is_fixed
+    assert again.kept_is_fixed or again.graph == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["budget.json"]
+    # On other GPUs it says nothing, and what the checkpoint has of them holds.
+    elsewhere = CONDITIONS | {"processes": 32}
+    assert found_before(tmp_path, found(budget, elsewhere), elsewhere) == budget.state()
+    assert found_before(tmp_path, None, elsewhere) is None
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_path, monkeypatch, one_rank, capsys):
+    """The whole loop, but for the step."""
+    from pipeline.training import loop  # not above: processes that take no part in this import this module, too
+
+    fields = [f"run={tmp_path}", "evaluation=null", "batch.chunk_tokens=auto", "batch.kept_chunks=auto"]
+    recipe = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.max_tokens=4096"])
+    nothing = SimpleNamespace(asked=lambda: 0)
+    run = loop.Run(recipe, None, 3, None, {"seed": 0}, lambda steps: iter("abc"), None, lambda: None, nothing)
+    engine, cuts = SimpleNamespace(device=torch.device("cpu")), []
+
+    def step(engine: object, batch: object, recipe: Recipe, budget: Budget, *_: object, **__: object) -> None:
+        cuts.append((budget.chunk_tokens, budget.kept_chunks))
+        torch.empty(1 << 50)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(get_accelerator(), "total_memory", lambda: 24 * GB)
+    for number, smaller in enumerate((2048, 1024)):
+        with pytest.raises(PipelineError, match=f"in step 1 with .* takes batch.chunk_tokens={smaller} "):
+            loop.train(engine, run)
+        assert ("as found before: batch.chunk_tokens=2048" in capsys.readouterr().out) == (number == 1)
+    monkeypatch.setattr(get_accelerator(), "total_memory", lambda: 48 * GB)
+    with pytest.raises(PipelineError):
+        loop.train(engine, run)
+    assert cuts == [(4096, 0), (2048, 0), (4096, 0)]
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_noted(tmp_path, 1, Budget(1, 0, True, True), {}):
+        raise RuntimeError("shapes do not fit")
+    assert not list(tmp_path.iterdir())
+
+
+def gpu(rank: int) -> SimpleNamespace:
+    """An accelerator's calls: the second GPU is smaller, has more in it, and other libraries have more of it."""
+    return SimpleNamespace(
+        device_name=lambda: "cuda",
+        current_device_name=lambda: "cpu",  # of the tensors that gloo reduces
+        total_memory=lambda: (80 - rank) * GB,
+        reset_peak_memory_stats=lambda: None,
+        memory_allocated=mock.Mock(side_effect=[(10 + rank) * GB, (15 + rank) * GB]),
+        max_memory_allocated=lambda: (30 + 2 * rank) * GB,
+    )
+
+
+def measured_by(rank: int) -> list[int]:
+    total, reserved, others = (80 - rank) * GB, 40 * GB, (3 + 2 * rank) * GB
+    calls = {"mem_get_info": lambda: (total - reserved - others, total), "memory_reserved": lambda: reserved}
+    accelerator = gpu(rank)
+    with mock.patch.object(budgets, "get_accelerator", lambda: accelerator), mock.patch.multiple(torch.cuda, **calls):
+        meter = Meter(local_world=2)
+        meter.start()
+        memory, largest, items = meter.stop(5000 - rank, 30 + rank)
+    assert dist.get_world_size() == 2
+    return [meter.total, memory.total, memory.base, memory.peak, memory.rest, largest, items]
+
+
+def test_torchs_allocator_loses_little_between_blocks_unless_the_user_says_otherwise():
+    """In processes of their own, for it is read once; after torch and DeepSpeed are imported."""
+    program = "import os, torch\nfrom pipeline.training.distributed import start_distributed\n"
+    program += "start_distributed(1)\nprint(torch._C._accelerator_getAllocatorSettings(), flush=True)\nos._exit(0)"
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    said = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment | more, stdout=subprocess.PIPE, text=True)
+        for more in ({}, said)
+    ]
+    read = [process.communicate(timeout=60)[0].splitlines()[-1] for process in processes]
+    assert read == ["expandable_segments:True", "max_split_size_mb:512"]
+
+
+def test_all_ranks_measure_the_fullest_and_leave_out_what_others_hold():
+    assert on_two_ranks(measured_by) == [[79 * GB, (79 - 5) * GB, 11 * GB, 32 * GB, 16 * GB, 5000, 31]] * 2
