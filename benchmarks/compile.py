@@ -39,7 +39,7 @@ from benchmarks.mmeb_like import draw
 from pipeline.errors import PipelineError, command_line
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.chunks import Chunk, plan_chunks
-from pipeline.models.last_layer import pool_in_last_layer
+from pipeline.models.qwen2 import keep_less, pool_in_last_layer
 
 TILE, PATCH, FEWER_TOKENS = 72, 8, 9  # 9 x 9 patches a tile; SigLIP-so400m has 27 x 27
 HEAD = 64
@@ -75,6 +75,7 @@ def make(config: Qwen2Config, compiled: tuple[type[nn.Module], ...], device: tor
     """Of one config always the same weights.  compiled: kinds of modules that are."""
     torch.manual_seed(0)
     model = Qwen2Model(config).to(device)
+    keep_less(model)
     pool_in_last_layer(model)
     for module in model.modules():
         if isinstance(module, compiled):

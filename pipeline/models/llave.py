@@ -39,8 +39,8 @@ from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.checkpointing import checkpoint_layers
-from pipeline.models.last_layer import pool_in_last_layer
 from pipeline.models.loading import read_config, refuse_missing, refuse_unknown, require_vocabulary
+from pipeline.models.qwen2 import keep_less, pool_in_last_layer
 from pipeline.models.tower import MEAN, STD, normalised, tower_features
 
 # The published prompt: the assistant's turn is one newline, and so is the last token, which is pooled.
@@ -151,6 +151,7 @@ class Llave(LlavaOnevisionModel):
 
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)
+        keep_less(self.language_model)
         pool_in_last_layer(self.language_model)
 
     @classmethod

@@ -253,7 +253,7 @@ def _language_layer(text: Qwen2Config, work: Work) -> int:
         + work.slots * (2 * hidden + 2 * keys) * width  # q, k, v and what attention makes of them, padded
         + work.slots * text.num_attention_heads * FP32  # the softmax's denominators
         + work.tokens * hidden * width  # attention's result, packed, for the output projection
-        + 4 * work.tokens * text.intermediate_size * width  # gate, SiLU of it, up, and the product
+        + 3 * work.tokens * text.intermediate_size * width  # gate, up, and the product of the two
     )
 
 
@@ -264,8 +264,8 @@ def _last_language_layer(text: Qwen2Config, work: Work) -> int:
 
 
 def _rms_norm(text: Qwen2Config, work: Work) -> int:
-    # The hidden state in float32, also in bf16; normalised; and times the weight, which the next projections take.
-    return work.tokens * (text.hidden_size * (FP32 + 2 * work.width) + FP32)
+    # The hidden state and its scale; and normalised, times the weight, which the next projections take.
+    return work.tokens * (2 * text.hidden_size * work.width + FP32)
 
 
 def _vision_layer(vision: SiglipVisionConfig, patches: int, width: int) -> int:

@@ -54,7 +54,7 @@ def config(vision: tuple[int, ...], text: tuple[int, ...], image_size: int) -> L
 
 
 SHAPES = {
-    "tiny": config((96, 256, 3, 4), (128, 256, 3, 4, 2), 24),
+    "tiny": config((96, 256, 3, 4), (128, 256, 4, 4, 2), 24),
     "small": config((64, 256, 2, 2), (256, 1400, 4, 8, 2), 56),
 }
 

@@ -1,0 +1,133 @@
+"""Qwen2 as LLaVE needs it: the same function of the same weights, with less to compute and less to keep for backward.
+
+transformers' modules take other classes, so that weights, their names and everything that goes by modules stay.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import Qwen2Model
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2Attention,
+    Qwen2DecoderLayer,
+    Qwen2MLP,
+    Qwen2RMSNorm,
+    rotate_half,
+)
+
+from pipeline.models.attention import Segments
+
+
+def keep_less(model: Qwen2Model) -> None:
+    """Have norms and MLPs keep for their backward pass what they cannot work out again, element by element."""
+    for module in model.modules():
+        if isinstance(module, Qwen2RMSNorm):
+            module.__class__ = LeanRMSNorm
+        elif isinstance(module, Qwen2MLP) and module.config.hidden_act == "silu":
+            module.__class__ = LeanMLP
+
+
+def pool_in_last_layer(model: Qwen2Model) -> None:
+    """Have the model return (1, N, hidden) for N packed items: the hidden states of their last tokens.
+
+    For these the last layer takes keys and values of all tokens. Nobody asks for the other tokens' queries, attention
+    and MLP, which are all but a few per cent of a layer.
+    """
+    layer = model.layers[-1]
+    layer.__class__, layer.self_attn.__class__ = PoolingLayer, PoolingAttention
+
+
+class LeanRMSNorm(Qwen2RMSNorm):
+    """Keeps its input as it is; transformers' keeps it in float32, too, and normalised."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class LeanMLP(Qwen2MLP):
+    """Keeps gate, up and their product; transformers' keeps the activated gate, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)  # which lets go of the gate before it has the product
+        return self.down_proj(_SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (x.float() * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normalised = x.float() * scale
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            inner = (gradient * weight).float()
+            of_x = scale * (inner - normalised * (inner * normalised).mean(-1, keepdim=True))
+            of_x = of_x.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradient * normalised.to(x.dtype)).flatten(0, -2).sum(0)
+        return of_x, of_weight, None
+
+
+class _SiluProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
+
+
+class PoolingLayer(Qwen2DecoderLayer):
+    """(1, T, hidden) of packed items -> (1, N, hidden)."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        segments: Segments,
+        **others: object,
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden_states), position_embeddings, segments)
+        hidden_states = hidden_states[:, segments.last] + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class PoolingAttention(Qwen2Attention):
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+        """(1, T, hidden) of packed items -> (1, N, hidden): what each one's last token makes of all of it."""
+        last = segments.last
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        cos, sin = (each[:, None] for each in position_embeddings)
+        query, key = heads(self.q_proj(hidden_states[:, last])), heads(self.k_proj(hidden_states))
+        query = query * cos[:, :, last] + rotate_half(query) * sin[:, :, last]
+        key = key * cos + rotate_half(key) * sin
+        attended, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
+            self,
+            query,
+            key,
+            heads(self.v_proj(hidden_states)),
+            None,
+            segments=segments.asked_by_last(),
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+        )
+        return self.o_proj(attended.flatten(2))

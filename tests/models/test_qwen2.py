@@ -1,0 +1,95 @@
+"""Beside transformers' own Qwen2, of the same weights."""
+
+import copy
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2Model
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
+
+from pipeline.models.attention import Segments, implementation
+from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.qwen2 import LeanMLP, LeanRMSNorm, keep_less, pool_in_last_layer
+
+LENGTHS = (5, 1, 17, 3)
+
+
+def theirs() -> Qwen2Model:
+    config = Qwen2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        attn_implementation=implementation("sdpa"),
+    )
+    torch.manual_seed(0)
+    model = Qwen2Model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+def packed(dtype: torch.dtype) -> dict:
+    torch.manual_seed(1)
+    return {
+        "inputs_embeds": torch.randn(1, sum(LENGTHS), 32, dtype=dtype, requires_grad=True),
+        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        "segments": Segments(LENGTHS, torch.device("cpu")),
+        "use_cache": False,
+    }
+
+
+def gradients(states: torch.Tensor, model: Qwen2Model, inputs: dict) -> list[torch.Tensor]:
+    torch.manual_seed(2)
+    directions = torch.randn_like(states)
+    wanted = [inputs["inputs_embeds"], *model.layers.parameters(), *model.norm.parameters()]
+    return list(torch.autograd.grad((states * directions).sum(), wanted))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_pooling_gives_the_last_tokens_states_and_all_gradients(checkpointed):
+    whole = theirs().double()
+    pooling = copy.deepcopy(whole)
+    pool_in_last_layer(pooling)
+    assert pooling.state_dict().keys() == whole.state_dict().keys()
+    if checkpointed:
+        checkpoint_layers(pooling)
+    inputs = packed(torch.float64)
+    expected = whole(**inputs).last_hidden_state[:, torch.tensor(LENGTHS).cumsum(0) - 1]
+    ours = pooling(**inputs).last_hidden_state
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(gradients(ours, pooling, inputs), gradients(expected, whole, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_keeps_less_computes_the_same(dtype):
+    whole = theirs().to(dtype)
+    lean = copy.deepcopy(whole)
+    keep_less(lean)
+    kinds = [type(module) for module in lean.modules()]
+    assert kinds.count(LeanRMSNorm) == 7 and kinds.count(LeanMLP) == 3
+    assert Qwen2RMSNorm not in kinds and Qwen2MLP not in kinds
+    inputs = packed(dtype)
+    expected, ours = whole(**inputs).last_hidden_state, lean(**inputs).last_hidden_state
+    assert torch.equal(ours, expected)
+    # In float32 on the way; in bf16 the inputs' gradients are rounded, once more or less.
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    for mine, right in zip(gradients(ours, lean, inputs), gradients(expected, whole, inputs), strict=True):
+        torch.testing.assert_close(mine, right, **tolerance)
+
+
+def test_gradients_of_norm_and_mlp_are_those_of_their_formulas():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    for module in (theirs().norm, theirs().layers[0].mlp):
+        lean = copy.deepcopy(module)
+        lean.__class__ = LeanRMSNorm if isinstance(module, Qwen2RMSNorm) else LeanMLP
+        directions = torch.randn(2, 5, 32)
+        wanted = [torch.autograd.grad((each(x) * directions).sum(), [x, *each.parameters()]) for each in (module, lean)]
+        torch.testing.assert_close(*wanted, rtol=1e-5, atol=1e-5)
+        frozen = lean.requires_grad_(False)  # as beside adapters
+        (of_x,) = torch.autograd.grad((frozen(x) * directions).sum(), x)
+        torch.testing.assert_close(of_x, wanted[0][0], rtol=1e-5, atol=1e-5)
