@@ -72,11 +72,11 @@ def architecture(tower: tuple[int, int, int, int], text: tuple[int, int, int, in
     )
 
 
-# About an eighth of the widths of SigLIP-so400m and Qwen2-0.5B, a sixteenth of those of SigLIP-so400m and Qwen2-7B;
-# the heads are as wide as theirs and so the fewer, for attention to have about its share of the work.
+# SigLIP-so400m and Qwen2-0.5B with as many layers, of about an eighth of their widths; and SigLIP-so400m and Qwen2-7B, of
+# a sixteenth. The heads are as wide as theirs and so the fewer, for attention to have about its share of the work.
 MODELS = {
-    "0.5B": architecture((144, 538, 3, 2), (128, 608, 3, 2, 1)),
-    "7B": architecture((72, 269, 2, 1), (256, 1184, 2, 2, 1)),
+    "0.5B": architecture((144, 538, 26, 2), (128, 608, 24, 2, 1)),
+    "7B": architecture((72, 269, 26, 1), (256, 1184, 28, 2, 1)),
 }
 BATCH = 16
 CHUNK = int(4096 * TOKENS)
