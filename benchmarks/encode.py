@@ -72,8 +72,8 @@ def architecture(tower: tuple[int, int, int, int], text: tuple[int, int, int, in
     )
 
 
-# SigLIP-so400m and Qwen2-0.5B with as many layers, of about an eighth of their widths; and SigLIP-so400m and Qwen2-7B, of
-# a sixteenth. The heads are as wide as theirs and so the fewer, for attention to have about its share of the work.
+# SigLIP-so400m and Qwen2-0.5B with as many layers, about an eighth as wide, and SigLIP-so400m and Qwen2-7B, a 16th.
+# The heads are as wide as theirs and so the fewer, for attention to have about its share of the work.
 MODELS = {
     "0.5B": architecture((144, 538, 26, 2), (128, 608, 24, 2, 1)),
     "7B": architecture((72, 269, 26, 1), (256, 1184, 28, 2, 1)),

@@ -154,7 +154,7 @@ class Ours:
 
     def step(self, batch: Batch, tokens: int, kept_chunks: int) -> Result:
         recipe = recipe_of(len(batch.query))
-        budget = Budget(tokens, kept_chunks, chunk_is_fixed=True, kept_is_fixed=True)
+        budget = Budget(tokens, kept_chunks, chunk_is_fixed=True, kept_is_fixed=True, auto=[], longest=tokens)
         temperature, features = Temperature(recipe, CPU), self.features(recipe)
         result = train_step(self.engine, batch, recipe, budget, temperature, lr=0.0, features=features)
         return Result(float(result.loss.loss.detach()), result.grad_norm)

@@ -248,7 +248,7 @@ class Ours:
         """chunks: that the batch is cut into.  kept: how many of them keep their graph."""
         assert all(batch.valid)
         tokens = BATCH * (self.processor.tokens + 1) // chunks
-        budget = Budget(tokens, kept, chunk_is_fixed=True, kept_is_fixed=True)
+        budget = Budget(tokens, kept, chunk_is_fixed=True, kept_is_fixed=True, auto=[], longest=tokens)
         return train_step(self.engine, batch, self.recipe, budget, self.temperature, lr=LR)
 
 

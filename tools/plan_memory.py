@@ -12,7 +12,8 @@ are in brackets: the largest one counts. The last lines say how large batch.chun
 of model.max_tokens fits), and how many chunks of one such item can keep their graph (batch.kept_chunks). Where the
 DeepSpeed config offloads, what is on the host comes below.
 
-What CUDA, NCCL and fragmentation take is not counted: a few GB. Explicit negatives are not either.
+What CUDA, NCCL and fragmentation take is not counted: a few GB, for which batch.chunk_tokens=auto and kept_chunks=auto
+leave a tenth of what there is: --memory 72 shows about what they find on a GPU of 80. Nor are explicit negatives.
 """
 
 import argparse

@@ -27,17 +27,19 @@ def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
 
     device: its type, "cuda" or "cpu".  Raises PipelineError where the one wanted does not run.
     """
-    cannot = _no_flash_attention(device, dtype)
-    why_not = {
-        "flash_attn": cannot or _no_module("flash_attn"),
-        "varlen": cannot or _no_module("torch.nn.attention.varlen"),
-        "sdpa": "",
-    }
     if wanted == "auto":
-        return next(kind for kind, reason in why_not.items() if not reason)
-    if reason := why_not[wanted]:
+        return next(kind for kind in KINDS if not _why_not(kind, device, dtype))
+    if reason := _why_not(wanted, device, dtype):
         raise PipelineError(f"model.attention={wanted} cannot run here: {reason}; choose another, or auto")
     return wanted
+
+
+def _why_not(kind: str, device: str, dtype: torch.dtype) -> str:
+    """Why a kind does not run there; "" if it does."""
+    if kind == "sdpa":
+        return ""
+    module = {"flash_attn": "flash_attn", "varlen": "torch.nn.attention.varlen"}[kind]
+    return _no_flash_attention(device, dtype) or _no_module(module)
 
 
 def _no_flash_attention(device: str, dtype: torch.dtype) -> str:
@@ -53,7 +55,7 @@ def _no_module(name: str) -> str:
         import_module(name)
     except ModuleNotFoundError as error:
         return "it is not installed" if error.name == name else f"it cannot be imported ({error})"
-    except (ImportError, OSError) as error:  # it was built for another torch
+    except Exception as error:  # it was built for another torch, and may say so in any way
         return f"it cannot be imported ({error})"
     return ""
 

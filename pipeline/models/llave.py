@@ -336,7 +336,7 @@ def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | No
     pinpoints: sizes to tile images to, newline: where a video has newlines, if not the model's own.
     """
     config = read_config(path, LlavaOnevisionConfig.from_pretrained)
-    if is_original(config.to_dict()):
+    if is_original({"model_type": config.model_type, "architectures": config.architectures}):
         raise PipelineError(f"{path} is an original checkpoint: convert it with tools/convert_weights.py")
     if config.model_type != "llava_onevision":
         raise PipelineError(f"{path} is a {config.model_type} model; expected llava_onevision")

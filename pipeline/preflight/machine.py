@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -89,14 +90,16 @@ def attention(recipe: Recipe, place: torch.device, slurm: bool) -> Check:
         kind = choose(wanted, "cuda", dtype)
         return yellow(f"{kind}, which runs on GPUs only", "no GPU here: check again on a node that has some")
     kind = choose(wanted, place.type, dtype)
-    segments, inputs = Segments((3, 5), place), []
+    whole, inputs = Segments((3, 5), place), []
     for heads in (4, 2, 2):  # two queries share a key and a value
         inputs.append(torch.randn(1, heads, 8, 64, device=place, dtype=dtype, requires_grad=True))
 
-    def tried(kind: str) -> list[torch.Tensor]:
-        """The result, and gradients of a function of it."""
-        result, _ = KINDS[kind](None, *inputs, None, segments=segments, scaling=0.125)
-        return [each.float() for each in (result, *torch.autograd.grad(result.float().square().sum(), inputs))]
+    def tried(kind: str) -> Iterator[torch.Tensor]:
+        """The result, and gradients of a function of it; then of the last tokens' queries alone."""
+        query, key, value = inputs
+        for segments, asking in ((whole, query), (whole.asked_by_last(), query[:, :, whole.last])):
+            result, _ = KINDS[kind](None, asking, key, value, None, segments=segments, scaling=0.125)
+            yield from (result.float(), *torch.autograd.grad(result.float().square().sum(), inputs))
 
     pairs = zip(tried("sdpa"), tried(kind), strict=True)
     if not all(torch.allclose(expected, got, atol=0.05, rtol=0.05) for expected, got in pairs):

@@ -1,27 +1,25 @@
 """How large chunks are and how many keep their graph: as the recipe says, or found by measuring the first steps.
 
-No result depends on it, so the run's own steps are the probe: the first takes a chunk of one longest item, each
-further one at most twice as much as memory was seen to hold, until it is nine tenths full. Then it is fixed, and
-checkpoints carry it. A rank that runs out of memory all the same cannot go on, for the others are in a collective
-with it; it leaves a smaller cut for the next start.
+Results depend on it in their last bits at most, so the run's own steps are the probe: the first takes a chunk of one
+longest item, each further one at most twice as much as memory was seen to hold, until it is nine tenths full. Then it
+is fixed, and checkpoints carry it. A rank that runs out of memory all the same cannot go on, for the others are in a
+collective with it; it leaves a smaller cut for the next start.
 """
 
 import json
 import math
 import os
-import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from pipeline.config import Batch
 from pipeline.errors import PipelineError
+from pipeline.training.meter import Memory
 
 FULL = 0.9  # of the memory that torch's allocator can have
 LARGEST_CHUNK = 16384  # tokens: more do not make a GPU faster, and memory serves better to keep graphs
@@ -32,84 +30,35 @@ _ROUND = 128  # tokens
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a device. total: that torch's allocator can have; base: in use before a step; peak: during it.
-
-    rest: after it. The first step leaves AdamW's moments.
-    """
-
-    total: int
-    base: int
-    peak: int
-    rest: int
-
-
-class Meter:
-    """Measures steps, on a GPU; on a CPU the process, whose share of the machine is the device.
-
-    total: bytes of the smallest rank's device. Every rank makes one.
-    """
-
-    def __init__(self, local_world: int) -> None:
-        accelerator = get_accelerator()
-        self._cpu = accelerator.device_name() == "cpu"
-        total = accelerator.total_memory() // (local_world if self._cpu else 1)
-        least = torch.tensor(total, device=accelerator.current_device_name())
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        self.total = int(least)
-
-    def start(self) -> None:
-        get_accelerator().reset_peak_memory_stats()
-        self._base = get_accelerator().memory_allocated()
-
-    def stop(self, largest_chunk: int, items: int) -> tuple[Memory, int, int]:
-        """Since `start`, with the tokens of the largest chunk and the items: of all ranks the most, that all learn."""
-        accelerator = get_accelerator()
-        if self._cpu:
-            peak, others = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, 0
-        else:
-            peak = accelerator.max_memory_allocated()
-            free, total = torch.cuda.mem_get_info()
-            # CUDA's context, NCCL's buffers, other processes: the allocator cannot have it.
-            others = total - free - torch.cuda.memory_reserved()
-        ours = [self._base, peak, accelerator.memory_allocated(), others, largest_chunk, items]
-        most = torch.tensor(ours, device=accelerator.current_device_name())
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        base, peak, rest, others, largest_chunk, items = most.tolist()
-        return Memory(self.total - others, base, peak, rest), largest_chunk, items
-
-
 @dataclass
 class Budget:
-    """The next step's cut. graph: bytes that a full chunk with its graph takes, once known.
+    """The next step's cut.
 
-    auto: which of `chunk_tokens` and `kept_chunks` the recipe leaves to be found.
+    auto: which of `chunk_tokens` and `kept_chunks` the recipe leaves to be found.  longest: tokens of an item, at most.
+    graph: bytes that a full chunk with its graph takes, once known.
     """
 
     chunk_tokens: int
     kept_chunks: int
     chunk_is_fixed: bool
     kept_is_fixed: bool
+    auto: list[str]
+    longest: int
     graph: int = 0
-    auto: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, batch: Batch, max_tokens: int, saved: dict | None = None) -> "Budget":
-        """The recipe's; what it leaves open from a longest item on, or as far as it was found before.
-
-        saved: the state of a budget that was found under the present conditions (see `found_before`).
-        """
+    def of(cls, batch: Batch, max_tokens: int, before: "Budget | None" = None) -> "Budget":
+        """The recipe's; what it leaves open from a longest item on, or as far as it was found before."""
         auto = [name for name in ("chunk_tokens", "kept_chunks") if getattr(batch, name) == "auto"]
         budget = cls(
             max_tokens if "chunk_tokens" in auto else batch.chunk_tokens,
             0 if "kept_chunks" in auto else batch.kept_chunks,
             "chunk_tokens" not in auto,
             "kept_chunks" not in auto,
-            auto=auto,
+            auto,
+            max_tokens,
         )
-        if saved:
-            before = cls(**saved)
+        if before:
             # A chunk fits beside as many graphs as were kept, or fewer; and so many graphs only of such a chunk.
             if "chunk_tokens" in auto and "chunk_tokens" in before.auto and budget.kept_chunks <= before.kept_chunks:
                 budget.chunk_tokens, budget.chunk_is_fixed = before.chunk_tokens, before.chunk_is_fixed
@@ -122,9 +71,6 @@ class Budget:
     def is_fixed(self) -> bool:
         return self.chunk_is_fixed and self.kept_is_fixed
 
-    def state(self) -> dict:
-        return asdict(self)
-
     def measured(self, memory: Memory, largest: int, items: int) -> None:
         """Learn from a step that was cut so. largest: tokens of its largest chunk; items: both the most of any rank."""
         room, used = FULL * memory.total - memory.rest, max(memory.peak - memory.base, 1)
@@ -136,7 +82,7 @@ class Budget:
             if larger > 1.1 * self.chunk_tokens and largest > 0.7 * self.chunk_tokens:
                 self.chunk_tokens = larger
                 return
-            self.chunk_tokens = max(min(self.chunk_tokens, fits), _ROUND)
+            self.chunk_tokens = max(min(self.chunk_tokens, fits) // _ROUND, 1) * _ROUND
             self.chunk_is_fixed = True
         if not self.kept_is_fixed:
             # Another step's chunks may be full. Where these are not even half full, the batch is small, not the cut.
@@ -150,11 +96,13 @@ class Budget:
                 # The first costs nothing: its graph is gone before a chunk is embedded again.
                 self.kept_chunks += 1 if not self.kept_chunks else min(more, self.kept_chunks)
 
-    def smaller(self) -> "Budget":
-        """What to take where this one was too much: half the graphs, or else half the chunk, and no more than that."""
+    def smaller(self) -> "Budget | None":
+        """What to take where this one was too much: half the graphs, or else half the chunk; None if neither helps."""
         if self.kept_chunks > 1 and ("kept_chunks" in self.auto or "chunk_tokens" not in self.auto):
             return replace(self, kept_chunks=self.kept_chunks // 2, chunk_is_fixed=True, kept_is_fixed=True)
-        half = replace(self, chunk_tokens=max(self.chunk_tokens // 2 // _ROUND, 1) * _ROUND, chunk_is_fixed=True)
+        if self.chunk_tokens <= self.longest:  # in a smaller chunk there would be no less than one item
+            return None
+        half = replace(self, chunk_tokens=max(self.chunk_tokens // 2, self.longest), chunk_is_fixed=True)
         # How many graphs of the smaller chunk fit is found anew.
         return replace(half, kept_chunks=0, kept_is_fixed=False, graph=0) if "kept_chunks" in self.auto else half
 
@@ -162,8 +110,13 @@ class Budget:
         return f"batch.chunk_tokens={self.chunk_tokens} batch.kept_chunks={self.kept_chunks}"
 
 
-def found_before(run: Path, checkpoint: dict | None, conditions: dict) -> dict | None:
-    """The state of the budget to go on with; None where there is none, or none that was found under such conditions.
+def found(budget: Budget, conditions: dict) -> dict:
+    """A budget as it is kept, in checkpoints and in a run directory's note: plain values."""
+    return {"budget": asdict(budget), "conditions": conditions}
+
+
+def found_before(run: Path, checkpoint: dict | None, conditions: dict) -> Budget | None:
+    """The budget to go on with; None where there is none, or none that was found under such conditions.
 
     That of a start that ran out of memory since the newest checkpoint, or else the checkpoint's.
     checkpoint: as `found` gave it for it.  conditions: by name, what memory depends on, `MEMORY` among it.
@@ -171,45 +124,46 @@ def found_before(run: Path, checkpoint: dict | None, conditions: dict) -> dict |
     noted = None
     with suppress(OSError, ValueError):
         noted = json.loads((run / NOTE).read_text())
-    for before in (noted, checkpoint):
-        if before and _are_alike(before.get("conditions", {}), conditions):
-            return before["budget"]
+    for kept in (noted, checkpoint):
+        # What is not as `found` gives it is no budget, be it another version's.
+        with suppress(TypeError, KeyError, AttributeError):
+            if _are_alike(kept["conditions"], conditions):
+                return Budget(**kept["budget"])
     return None
-
-
-def found(budget: Budget, conditions: dict) -> dict:
-    """A budget as checkpoints keep it, in plain values."""
-    return {"budget": budget.state(), "conditions": conditions}
 
 
 @contextmanager
 def out_of_memory_noted(run: Path, step: int, budget: Budget, conditions: dict) -> Iterator[None]:
-    """Around step number `step`: turn an error that says that memory is short into PipelineError, with what to set.
+    """Around step number `step`: turn an error that says that memory is short into PipelineError, with what to do.
 
-    Where it is ours to set it, it is noted in the run directory: the next start takes it.
+    Where it is ours to take less, that is noted in the run directory: the next start takes it.
     """
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)):
             raise
-        smaller = budget.smaller()
-        theirs = [
-            f"batch.{name}={getattr(smaller, name)}"
-            for name in ("chunk_tokens", "kept_chunks")
-            if name not in budget.auto and getattr(smaller, name) != getattr(budget, name)
-        ]
-        if not theirs:
-            # Several ranks may write it, each the same.
-            unfinished = run / f"budget.{socket.gethostname()}-{os.getpid()}.unfinished"
-            with suppress(OSError):  # the message is what counts
-                unfinished.write_text(json.dumps(found(smaller, conditions)))
-                unfinished.replace(run / NOTE)
-        again = f"start the run again with {theirs[0]}" if theirs else f"started again the run takes {smaller}"
+        advice = _advice(run, budget, conditions)
         raise PipelineError(
-            f"out of memory in step {step} with {budget}: {again}; if that is still too much, set less, or "
-            "batch.activation_checkpointing=true, or take more GPUs"
+            f"out of memory in step {step} with {budget}: {advice}batch.activation_checkpointing=true, "
+            "deepspeed=ds_configs/zero3_offload.json and more GPUs each take less"
         ) from error
+
+
+def _advice(run: Path, budget: Budget, conditions: dict) -> str:
+    smaller = budget.smaller()
+    if smaller is None:
+        return "an item of model.max_tokens is all there was in a chunk; "
+    for name in ("chunk_tokens", "kept_chunks"):
+        if name not in budget.auto and getattr(smaller, name) != getattr(budget, name):
+            return f"start the run again with batch.{name}={getattr(smaller, name)}; if that is still too much, "
+    unfinished = run / f"budget.{socket.gethostname()}-{os.getpid()}.unfinished"  # several ranks may write the same
+    try:
+        unfinished.write_text(json.dumps(found(smaller, conditions)))
+        unfinished.replace(run / NOTE)
+    except OSError:
+        return f"start the run again with {smaller}; if that is still too much, "
+    return f"started again the run takes {smaller}; if that is still too much, "
 
 
 def _are_alike(before: dict, now: dict) -> bool:

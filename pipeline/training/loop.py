@@ -21,9 +21,10 @@ from pipeline.losses.gather import all_gather_constant
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.kinds import KINDS
 from pipeline.training import checkpoint
-from pipeline.training.budget import MEMORY, NOTE, Budget, Memory, Meter, found, found_before, out_of_memory_noted
+from pipeline.training.budget import MEMORY, NOTE, Budget, found, found_before, out_of_memory_noted
 from pipeline.training.engine import learning_rate, set_hyperparameters
 from pipeline.training.masked import masked_step
+from pipeline.training.meter import Memory, Meter
 from pipeline.training.monitor import Monitor, evaluation_file
 from pipeline.training.preemption import Preemption
 from pipeline.training.step import StepResult, train_step
@@ -68,7 +69,7 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
     if run.start:
         temperature.load(state["temperature"])
     meter = Meter(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
-    conditions = _conditions_of_budget(run, meter)
+    conditions = _conditions_of_budget(run, engine, meter)
     budget = _budget(run, state.get("budget"), conditions)
     with Monitor(run.folder, dist.get_rank(), start, run.steps, ledger=recipe.ledger) as monitor:
         if _evaluation_is_due(run, start):
@@ -132,11 +133,13 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
     return True
 
 
-def _conditions_of_budget(run: Run, meter: Meter) -> dict:
+def _conditions_of_budget(run: Run, engine: deepspeed.DeepSpeedEngine, meter: Meter) -> dict:
     """What decides how much fits, besides the cut itself."""
-    settings = run.recipe.batch.model_dump(include={"activation_checkpointing", "tower_tiles", "features_mb"})
-    device = {checkpoint.PROCESSES: dist.get_world_size(), MEMORY: meter.total}
-    return run.conditions | settings | {"attention": run.recipe.model.attention} | device
+    recipe = run.recipe
+    settings = recipe.batch.model_dump(include={"activation_checkpointing", "tower_tiles", "features_mb"})
+    settings |= {"max_tokens": recipe.model.max_tokens, "padded": engine.module.pads}
+    settings |= {"zero_optimization": engine.config["zero_optimization"]}
+    return run.conditions | settings | {checkpoint.PROCESSES: dist.get_world_size(), MEMORY: meter.total}
 
 
 def _budget(run: Run, of_checkpoint: dict | None, conditions: dict) -> Budget:

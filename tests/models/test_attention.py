@@ -19,35 +19,37 @@ def test_where_items_are():
     assert segments.slots.tolist() == expected
 
 
+@pytest.mark.parametrize("looks", ["causal", "both ways", "by last"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_item_attends_to_itself_alone_and_backwards(kind):
+def test_each_item_attends_to_itself_alone_and_backwards(kind, looks):
     device = "cpu" if kind == "sdpa" else "cuda"
     dtype = torch.float64 if kind == "sdpa" else torch.bfloat16
     try:
         choose(kind, "cuda" if torch.cuda.is_available() else "cpu", dtype)
     except PipelineError as reason:
         pytest.skip(str(reason))
+    segments = Segments(LENGTHS, torch.device(device), causal=looks != "both ways")
+    segments = segments.asked_by_last() if looks == "by last" else segments
     torch.manual_seed(0)
     heads, groups, width = 4, 2, 16
-    query = torch.randn(1, heads, sum(LENGTHS), width, dtype=dtype, device=device, requires_grad=True)
-    key, value = torch.randn(2, 1, groups, sum(LENGTHS), width, dtype=dtype, device=device).unbind(0)
-    segments = Segments(LENGTHS, query.device)
-    ours, _ = KINDS[kind](None, query, key, value, None, segments=segments, scaling=0.3)
+    sizes = (heads, sum(segments.queries.lengths)), (groups, sum(LENGTHS)), (groups, sum(LENGTHS))
+    inputs = [torch.randn(1, *size, width, dtype=dtype, device=device, requires_grad=True) for size in sizes]
+    ours, _ = KINDS[kind](None, *inputs, None, segments=segments, scaling=0.3)
 
-    expected, place = [], 0
-    for length in LENGTHS:
-        part = slice(place, place + length)
-        q, k, v = (x[:, :, part].float() if dtype != torch.float64 else x[:, :, part] for x in (query, key, value))
-        k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
-        logits = (q @ k.transpose(2, 3) * 0.3).masked_fill(torch.ones(length, length, device=device).triu(1) > 0, -1e9)
+    query, key, value = inputs if dtype == torch.float64 else (each.float() for each in inputs)
+    key, value = (each.repeat_interleave(heads // groups, dim=1) for each in (key, value))
+    items = query.split(segments.queries.lengths, dim=2), key.split(LENGTHS, dim=2), value.split(LENGTHS, dim=2)
+    expected = []
+    for q, k, v in zip(*items, strict=True):
+        logits = q @ k.transpose(2, 3) * 0.3
+        if looks == "causal":
+            logits = logits.masked_fill(torch.ones(logits.shape[2:], device=device).triu(1) > 0, -torch.inf)
         expected.append((F.softmax(logits, dim=-1) @ v).transpose(1, 2))
-        place += length
     expected = torch.cat(expected, dim=1)
     tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(ours, expected.to(dtype), **tolerance)
-    (gradient,) = torch.autograd.grad(ours.square().sum(), query)
-    (other,) = torch.autograd.grad(expected.square().sum(), query)
-    torch.testing.assert_close(gradient, other.to(dtype), **tolerance)
+    gradients, others = (torch.autograd.grad(each.square().sum(), inputs) for each in (ours, expected))
+    torch.testing.assert_close(gradients, others, **tolerance)
 
 
 def test_the_best_that_runs_is_chosen_and_what_does_not_is_refused(monkeypatch, tmp_path):
@@ -59,8 +61,9 @@ def test_the_best_that_runs_is_chosen_and_what_does_not_is_refused(monkeypatch, 
         choose("flash_attn", "cuda", torch.bfloat16)
     monkeypatch.delitem(sys.modules, "flash_attn")
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    (tmp_path / "flash_attn.py").write_text("raise RuntimeError('undefined symbol: _ZN3c10')")
     assert choose("auto", "cuda", torch.bfloat16) == "varlen"
+    assert choose("sdpa", "cuda", torch.bfloat16) == "sdpa"
     with pytest.raises(PipelineError, match=r"it cannot be imported \(undefined symbol"):
         choose("flash_attn", "cuda", torch.bfloat16)
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))

@@ -1,26 +1,20 @@
 import json
-import os
 import pickle
 import re
 import resource
 import shutil
-import time
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
-from two_ranks import on_two_ranks
 
 from pipeline.config import Model, load_recipe
 from pipeline.data.collate import Encoded, pack
@@ -30,7 +24,6 @@ from pipeline.models.folder import save_folder
 from pipeline.models.kinds import KINDS
 from pipeline.models.llave import Llave, Processor, tiling
 from pipeline.models.weights import config_of, convert_original, export_original, is_original, resolve
-from pipeline.training import distributed, export
 from pipeline.training.export import write_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -158,35 +151,6 @@ def test_an_export_embeds_as_the_original_and_so_it_does_in_the_original_format(
                 with torch.no_grad():
                     embedding = load(written)[1](pack([encode(written, case)]), True)[0]
                 assert F.cosine_similarity(embedding, torch.tensor(case["embedding"]), dim=0) > 1 - 1e-6
-
-
-def _slow_export(rank: int) -> list[str]:
-    """Where a collective waits for 3 s, an export that takes longer, and one that fails on the first rank."""
-    dist.destroy_process_group()
-    store = dist.FileStore(os.environ["SLOW_EXPORT_STORE"], 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=3))
-    distributed._GOES_ON_SECONDS = 0.2
-    chosen = load_recipe("pipeline/recipes/demo.yaml", [])
-    engine, said = SimpleNamespace(module=torch.nn.Linear(2, 2)), []
-
-    def slow(*_: object) -> None:
-        if said:
-            raise PipelineError("the disk is full")
-        time.sleep(4)
-
-    export.write_folder = slow
-    for _ in range(2):
-        try:
-            export.export(engine, None, chosen, "", Path("nowhere"))
-            said.append("done")
-        except Exception as error:
-            said.append(str(error) if rank == 0 else "left")
-    return said
-
-
-def test_an_export_may_take_longer_than_a_collective_may_wait(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLOW_EXPORT_STORE", str(tmp_path / "store"))
-    assert on_two_ranks(_slow_export) == [["done", "the disk is full"], ["done", "left"]]
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

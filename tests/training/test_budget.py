@@ -1,8 +1,10 @@
 """What fits is found in a few steps, never tried beyond what was seen to fit, and survives a checkpoint."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -15,20 +17,21 @@ from two_ranks import on_two_ranks
 
 from pipeline.config import Batch, Recipe, load_recipe
 from pipeline.errors import PipelineError
-from pipeline.training import budget as budgets
+from pipeline.training import meter as meters
 from pipeline.training.budget import (
     FULL,
     LARGEST_CHUNK,
     MEMORY,
+    NOTE,
     Budget,
-    Memory,
-    Meter,
     found,
     found_before,
     out_of_memory_noted,
 )
+from pipeline.training.meter import Memory, Meter
 
 GB = 10**9
+BOTH = ["chunk_tokens", "kept_chunks"]
 
 
 class Device:
@@ -151,17 +154,17 @@ def test_a_continued_run_goes_on_with_what_was_found():
     for _ in range(3):
         memory = Memory(device.total, device.base, device.peak(budget), device.base)
         budget.measured(memory, budget.chunk_tokens, 10_000)
-    again = Budget.of(batch("auto", "auto"), 4096, saved=budget.state())
+    again = Budget.of(batch("auto", "auto"), 4096, replace(budget))
     assert device.run(again) == device.run(budget)
     assert again == budget
 
 
 def test_what_the_recipe_fixes_meanwhile_takes_the_place_of_what_was_found():
-    saved = Budget(16384, 5, True, True, graph=9, auto=["chunk_tokens", "kept_chunks"]).state()
+    saved = Budget(16384, 5, True, True, BOTH, 4096, graph=9)
 
-    def now(chunk: int | str, kept: int | str, before: dict = saved) -> tuple[int, int, bool, bool]:
+    def now(chunk: int | str, kept: int | str, before: Budget = saved) -> tuple[int, int, bool, bool]:
         budget = Budget.of(batch(chunk, kept), 4096, before)
-        assert budget.graph in (0, before["graph"] if budget.kept_chunks == before["kept_chunks"] else 0)
+        assert budget.graph in (0, before.graph if budget.kept_chunks == before.kept_chunks else 0)
         return budget.chunk_tokens, budget.kept_chunks, budget.chunk_is_fixed, budget.kept_is_fixed
 
     assert now("auto", "auto") == (16384, 5, True, True)
@@ -171,17 +174,17 @@ def test_what_the_recipe_fixes_meanwhile_takes_the_place_of_what_was_found():
     assert now("auto", 2) == (16384, 2, True, True)  # beside five it did fit
     assert now("auto", 8) == (4096, 8, False, True)
     # What the recipe said then was not found to be the most.
-    assert now("auto", "auto", Budget(16384, 0, True, True, auto=["chunk_tokens"]).state()) == (16384, 0, True, False)
-    assert now("auto", "auto", Budget(5000, 5, True, True, auto=["kept_chunks"]).state()) == (4096, 0, False, False)
+    assert now("auto", "auto", Budget(16384, 0, True, True, BOTH[:1], 4096)) == (16384, 0, True, False)
+    assert now("auto", "auto", Budget(5000, 5, True, True, BOTH[1:], 4096)) == (4096, 0, False, False)
 
 
 CONDITIONS = {"seed": 0, "processes": 16, MEMORY: 80 * GB}
 
 
 def test_what_was_found_holds_for_as_many_processes_with_as_much_memory(tmp_path):
-    budget = Budget(16384, 5, True, True, auto=["chunk_tokens", "kept_chunks"])
+    budget = Budget(16384, 5, True, True, BOTH, 4096)
     kept = found(budget, CONDITIONS)
-    assert found_before(tmp_path, kept, CONDITIONS) == budget.state()
+    assert found_before(tmp_path, kept, CONDITIONS) == budget
     # Of CPUs it is the machine's, which differs by some megabytes.
     for memory, holds in ((79.5, True), (84, True), (72, False), (141, False)):
         before = found_before(tmp_path, kept, CONDITIONS | {MEMORY: int(memory * GB)})
@@ -189,7 +192,11 @@ def test_what_was_found_holds_for_as_many_processes_with_as_much_memory(tmp_path
     for other in ({"processes": 8}, {"seed": 1}):
         assert found_before(tmp_path, kept, CONDITIONS | other) is None
     assert found_before(tmp_path, None, CONDITIONS) is None
-    assert found_before(tmp_path, {"chunk_tokens": 16384, "kept_chunks": 5}, CONDITIONS) is None  # without conditions
+    # An older checkpoint's, and notes that are none.
+    assert found_before(tmp_path, {"chunk_tokens": 16384, "kept_chunks": 5}, CONDITIONS) is None
+    for note in ("[1]", '{"conditions": null}', "{", json.dumps(kept | {"budget": {"tokens": 1}})):
+        (tmp_path / NOTE).write_text(note)
+        assert found_before(tmp_path, kept, CONDITIONS) == budget
 
 
 def too_much() -> None:
@@ -210,7 +217,13 @@ def in_cublas() -> None:
     [
         (("auto", "auto"), (16384, 5), (16384, 2, True), "the run takes batch.chunk_tokens=16384 batch.kept_chunks=2;"),
         (("auto", "auto"), (16384, 1), (8192, 0, False), "the run takes batch.chunk_tokens=8192 batch.kept_chunks=0;"),
-        (("auto", 4), (6016, 4), (2944, 4, True), "the run takes batch.chunk_tokens=2944 batch.kept_chunks=4;"),
+        (("auto", 4), (6016, 4), (4096, 4, True), "the run takes batch.chunk_tokens=4096 batch.kept_chunks=4;"),
+        (
+            ("auto", "auto"),
+            (4096, 1),
+            None,
+            "of model.max_tokens is all there was in a chunk; batch.activation",
+        ),
         ((16384, "auto"), (16384, 1), None, "again with batch.chunk_tokens=8192;"),
         ((16384, 4), (16384, 4), None, "again with batch.kept_chunks=2;"),
         ((16384, 0), (16384, 0), None, "again with batch.chunk_tokens=8192;"),
@@ -226,7 +239,7 @@ def test_out_of_memory_says_what_to_set_and_auto_comes_back_with_less(tmp_path, 
     assert advice in str(raised.value)
     before = found_before(tmp_path, too_large, CONDITIONS)
     if smaller is None:
-        assert before == budget.state() and not list(tmp_path.iterdir())
+        assert before == budget and not list(tmp_path.iterdir())
         return
     again = Budget.of(batch(*recipe), 4096, before)
     assert (again.chunk_tokens, again.kept_chunks, again.kept_is_fixed) == smaller and again.chunk_is_fixed
@@ -234,7 +247,7 @@ def test_out_of_memory_says_what_to_set_and_auto_comes_back_with_less(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["budget.json"]
     # On other GPUs it says nothing, and what the checkpoint has of them holds.
     elsewhere = CONDITIONS | {"processes": 32}
-    assert found_before(tmp_path, found(budget, elsewhere), elsewhere) == budget.state()
+    assert found_before(tmp_path, found(budget, elsewhere), elsewhere) == budget
     assert found_before(tmp_path, None, elsewhere) is None
 
 
@@ -253,7 +266,8 @@ def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_pa
     recipe = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.max_tokens=4096"])
     nothing = SimpleNamespace(asked=lambda: 0)
     run = loop.Run(recipe, None, 3, None, {"seed": 0}, lambda steps: iter("abc"), None, lambda: None, nothing)
-    engine, cuts = SimpleNamespace(device=torch.device("cpu")), []
+    model, zero = SimpleNamespace(pads=True), {"zero_optimization": {"stage": 3}}
+    engine, cuts = SimpleNamespace(device=torch.device("cpu"), module=model, config=zero), []
 
     def step(engine: object, batch: object, recipe: Recipe, budget: Budget, *_: object, **__: object) -> None:
         cuts.append((budget.chunk_tokens, budget.kept_chunks))
@@ -261,18 +275,25 @@ def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_pa
 
     monkeypatch.setattr(loop, "train_step", step)
     monkeypatch.setattr(get_accelerator(), "total_memory", lambda: 24 * GB)
-    for number, smaller in enumerate((2048, 1024)):
+    conditions = loop._conditions_of_budget(run, engine, Meter(1))
+    (tmp_path / NOTE).write_text(json.dumps(found(Budget(16384, 3, True, True, BOTH, 4096), conditions)))
+    for now, smaller in (("16384 batch.kept_chunks=3", "16384"), ("16384 batch.kept_chunks=1", "8192")):
         with pytest.raises(PipelineError, match=f"in step 1 with .* takes batch.chunk_tokens={smaller} "):
             loop.train(engine, run)
-        assert ("as found before: batch.chunk_tokens=2048" in capsys.readouterr().out) == (number == 1)
+        assert f"as found before: batch.chunk_tokens={now}" in capsys.readouterr().out
+    # What was noted was of a longest item of 4,096 tokens, and of so much memory.
+    longer = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.max_tokens=8192"])
+    with pytest.raises(PipelineError, match=r"with batch.chunk_tokens=8192 .* is all there was in a chunk"):
+        loop.train(engine, replace(run, recipe=longer))
     monkeypatch.setattr(get_accelerator(), "total_memory", lambda: 48 * GB)
     with pytest.raises(PipelineError):
         loop.train(engine, run)
-    assert cuts == [(4096, 0), (2048, 0), (4096, 0)]
+    assert cuts == [(16384, 3), (16384, 1), (8192, 0), (4096, 0)]
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_noted(tmp_path, 1, Budget(1, 0, True, True), {}):
+    budget = Budget(1, 0, True, True, [], 1)
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_noted(tmp_path, 1, budget, {}):
         raise RuntimeError("shapes do not fit")
     assert not list(tmp_path.iterdir())
 
@@ -293,7 +314,7 @@ def measured_by(rank: int) -> list[int]:
     total, reserved, others = (80 - rank) * GB, 40 * GB, (3 + 2 * rank) * GB
     calls = {"mem_get_info": lambda: (total - reserved - others, total), "memory_reserved": lambda: reserved}
     accelerator = gpu(rank)
-    with mock.patch.object(budgets, "get_accelerator", lambda: accelerator), mock.patch.multiple(torch.cuda, **calls):
+    with mock.patch.object(meters, "get_accelerator", lambda: accelerator), mock.patch.multiple(torch.cuda, **calls):
         meter = Meter(local_world=2)
         meter.start()
         memory, largest, items = meter.stop(5000 - rank, 30 + rank)

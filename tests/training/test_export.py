@@ -1,0 +1,42 @@
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from two_ranks import on_two_ranks
+
+from pipeline.config import load_recipe
+from pipeline.errors import PipelineError
+from pipeline.training import distributed, export
+
+
+def _slow_export(rank: int) -> list[str]:
+    """Where a collective waits for 3 s, an export that takes longer, and one that fails on the first rank."""
+    dist.destroy_process_group()
+    store = dist.FileStore(os.environ["SLOW_EXPORT_STORE"], 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=3))
+    distributed._GOES_ON_SECONDS = 0.2
+    chosen = load_recipe("pipeline/recipes/demo.yaml", [])
+    engine, said = SimpleNamespace(module=torch.nn.Linear(2, 2)), []
+
+    def slow(*_: object) -> None:
+        if said:
+            raise PipelineError("the disk is full")
+        time.sleep(4)
+
+    export.write_folder = slow
+    for _ in range(2):
+        try:
+            export.export(engine, None, chosen, "", Path("nowhere"))
+            said.append("done")
+        except Exception as error:
+            said.append(str(error) if rank == 0 else "left")
+    return said
+
+
+def test_an_export_may_take_longer_than_a_collective_may_wait(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOW_EXPORT_STORE", str(tmp_path / "store"))
+    assert on_two_ranks(_slow_export) == [["done", "the disk is full"], ["done", "left"]]
