@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from launch import fork_server
 
 _BUILD = str(Path(__file__).with_name("build_kernels.py"))
@@ -34,3 +35,9 @@ def kernels(request: pytest.FixtureRequest) -> None:
     building = request.session.stash[_building]
     errors = building.communicate()[1]
     assert building.returncode == 0, errors.decode()[-4000:]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def as_many_threads_as_a_rank_has() -> None:
+    """With another number of them sums are rounded otherwise, in the last bits."""
+    torch.set_num_threads(1)
