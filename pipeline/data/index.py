@@ -194,6 +194,14 @@ def record_checksums(records: np.ndarray) -> np.ndarray:
     return np.array(sums, np.uint32)
 
 
+def sidecar_of(records: np.ndarray) -> bytes:
+    """The bytes of a sidecar of these records of `sidecar_dtype`, whose checksums are set here."""
+    records["checksum"] = record_checksums(records)
+    buffer = BytesIO()
+    np.save(buffer, records, allow_pickle=False)
+    return buffer.getvalue()
+
+
 def load_sidecar(url: str, shard: Shard) -> np.ndarray:
     """(shard.samples,) records of `sidecar_dtype`. Raises ObjectError if the bytes are not those indexed."""
     name = objects.join(url, shard.sidecar)

@@ -23,7 +23,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.data import objects
-from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, record_checksums, sidecar_dtype
+from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, sidecar_dtype, sidecar_of
 from pipeline.data.sample import IMAGE_SUFFIXES, BadSample, Item, Pair, Single
 from pipeline.data.video import video_format
 from pipeline.errors import PipelineError
@@ -253,10 +253,7 @@ class ShardRecords:
             records[number] = (*row, 0, 0)
             if sizes:
                 records["image_sizes"][number, : len(sizes)] = sizes
-        records["checksum"] = record_checksums(records)
-        buffer = BytesIO()
-        np.save(buffer, records, allow_pickle=False)
-        sidecar = buffer.getvalue()
+        sidecar = sidecar_of(records)
         all_sizes = sorted(chain.from_iterable(self._sizes), key=lambda size: (size[0] * size[1], size))
         kept = min(len(all_sizes), _KEPT_SIZES)
         shard = Shard(

@@ -25,7 +25,7 @@ import torch
 import webdataset
 
 from pipeline.data import objects
-from pipeline.data.index import Captions, Index, Shard, checksum_of, intact, record_checksums, shard_of, sidecar_dtype
+from pipeline.data.index import Captions, Index, Shard, checksum_of, intact, shard_of, sidecar_dtype, sidecar_of
 from pipeline.data.objects import ObjectError
 from pipeline.data.sample import BadSample, Pair
 from pipeline.data.shards import END, members_of, parse_sample
@@ -239,10 +239,7 @@ def indexed(file: str, size: int, sha256: str, places: list[tuple[int, int, int]
     records = np.zeros(len(places), sidecar_dtype(0))  # which says no more of vectors
     for name, values in zip(("offset", "length", "crc32"), zip(*places, strict=True), strict=True):
         records[name] = values
-    records["checksum"] = record_checksums(records)
-    buffer = BytesIO()
-    np.save(buffer, records, allow_pickle=False)
-    sidecar = buffer.getvalue()
+    sidecar = sidecar_of(records)
     shard = Shard(
         file=file,
         samples=len(places),

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib import import_module
 from inspect import signature
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 from pipeline.data.collate import sent
 from pipeline.errors import PipelineError
@@ -20,6 +20,14 @@ _AMPERE = (8, 0)  # compute capability
 def implementation(kind: str) -> str:
     """What transformers knows a kind by. Names with "flash" in them it takes for kernels of its own."""
     return "packed_" + kind.removeprefix("flash_")
+
+
+def pads(config: PreTrainedConfig) -> bool:
+    """Whether attention pads a chunk's items to the longest of them; kernels of variable length do not.
+
+    config: a language model's.
+    """
+    return config._attn_implementation == implementation("sdpa")
 
 
 def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
@@ -168,13 +176,17 @@ def packed_varlen(
 ) -> tuple[torch.Tensor, None]:
     """By torch's own variable-length FlashAttention."""
     _refuse(segments, others)
+    window = (-1, 0) if segments.causal else (-1, -1)
+    attend = partial(_varlen_attn(), scale=scaling, window_size=window)
+    return _by_bounds(attend, (query, key, value), segments), None
+
+
+@cache
+def _varlen_attn() -> Callable[..., torch.Tensor]:
     from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
 
-    window = (-1, 0) if segments.causal else (-1, -1)
     # From torch 2.12 on it has to be told of groups.
-    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-    attend = partial(varlen_attn, scale=scaling, window_size=window, **grouped)
-    return _by_bounds(attend, (query, key, value), segments), None
+    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else varlen_attn
 
 
 def packed_flash_attn(

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from pipeline.data.collate import Encoded, Packed, pack, sent
 from pipeline.data.sample import BadSample, Item
 from pipeline.errors import PipelineError
-from pipeline.models.attention import Segments, implementation
+from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Chunk
 from pipeline.models.folder import base_of, share
@@ -136,8 +136,7 @@ class TextEncoder(nn.Module):
 
     @property
     def pads(self) -> bool:
-        """Whether attention pads a chunk's texts to the longest of them; kernels of variable length do not."""
-        return self.language_model.config._attn_implementation == implementation("sdpa")
+        return pads(self.language_model.config)
 
     @property
     def dimension(self) -> int:

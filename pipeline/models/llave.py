@@ -37,7 +37,7 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
 from pipeline.data.tiles import Tiling, decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
-from pipeline.models.attention import Segments, implementation
+from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.loading import read_config, refuse_missing, refuse_unknown, require_vocabulary
 from pipeline.models.qwen2 import keep_less, pool_in_last_layer
@@ -187,8 +187,7 @@ class Llave(LlavaOnevisionModel):
 
     @property
     def pads(self) -> bool:
-        """Whether attention pads a chunk's items to the longest of them; kernels of variable length do not."""
-        return self.language_model.config._attn_implementation == implementation("sdpa")
+        return pads(self.language_model.config)
 
     @property
     def dimension(self) -> int:

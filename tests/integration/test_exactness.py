@@ -1,24 +1,14 @@
 """The step equals one process with one big batch: every ZeRO stage, world size, chunking and kind of batch."""
 
-import json
 from pathlib import Path
 
 import pytest
+from comparison import assert_equal, zero_config
 from launch import Rank, fork, launch, wait
 
 # Of the language models: hidden size, heads, key-value heads, MLP.
 BACKBONES = {"0.5b": (896, 14, 2, 4864), "2b": (1536, 12, 2, 8960), "7b": (3584, 28, 4, 18_944)}
 WORKER = str(Path(__file__).with_name("exactness.py"))
-
-
-def zero_config(name: str, folder: Path) -> str:
-    """The project's config, with ZeRO-3 partitioning every parameter: by default it leaves small ones whole."""
-    config = json.loads(Path(f"ds_configs/{name}.json").read_text())
-    if name.startswith("zero3"):
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(config))
-    return str(path)
 
 
 def begin(name: str, world: int, model: str, folder: Path, *flags: str) -> list[Rank]:
@@ -28,14 +18,7 @@ def begin(name: str, world: int, model: str, folder: Path, *flags: str) -> list[
 def assert_exact(name: str, ranks: list[Rank], folder: Path) -> None:
     world, ended = len(ranks), wait(ranks, seconds=200)
     assert ended.status == [0] * world, ended.output[-4000:]
-    results = json.loads((folder / f"{name}.out").read_text())
-    for result in results:
-        print(f"{name}, {world} processes: {result}")
-        assert result["loss"] < 1e-5, result
-        assert result["grad_norm"] < 1e-5, result
-        assert result["parameters"] < 1e-5, result
-        assert result["temperature"] < 1e-5, result
-        assert (result["learnt"] > 1e-3) == ("learn_temperature" in result["case"]), result
+    assert_equal(folder / f"{name}.out", f"{name}, {world} processes")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparison import zero_config
 from launch import launch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -43,10 +44,7 @@ def models(tmp_path_factory) -> Path:
                 parameter.normal_(std=0.05)
         masked.save(model, dict(model.named_parameters()), str(folder / name), folder / name, None)
     for stage in range(4):
-        config = json.loads(Path(f"ds_configs/zero{stage}.json").read_text())
-        if stage == 3:  # every parameter partitioned: by default it leaves small ones whole
-            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        (folder / f"zero{stage}.json").write_text(json.dumps(config))
+        zero_config(f"zero{stage}", folder)
     return folder
 
 
