@@ -169,6 +169,12 @@ class S3Server:
         self._launch()
         self._wait_until_ready()
 
+    def pause(self, seconds: float) -> None:
+        """Stop it for so long, as if its machine did not get round to it."""
+        self._process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self._process.send_signal(signal.SIGCONT)
+
     def _log_tail(self) -> str:
         return "\n".join((self._folder / "log").read_text(errors="replace").splitlines()[-15:])
 

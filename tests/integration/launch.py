@@ -28,7 +28,10 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-_PRELOADED = ["launch", "consume", "pipeline.train", "pipeline.evaluate", "pipeline.training.universal", "peft"]
+_PRELOADED = [
+    *("launch", "consume", "pipeline.train", "pipeline.evaluate", "pipeline.embed", "pipeline.embed_shards"),
+    *("pipeline.training.universal", "tools.make_shards", "peft"),
+]
 
 
 @dataclass(frozen=True)
