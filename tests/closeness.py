@@ -58,7 +58,7 @@ def assert_close_in_norm(
     place = int(off.argmax())
     where = tuple(int(index) for index in np.unravel_index(place, expected.shape)) if expected.ndim else ()
     assert (off <= allowed).all(), (
-        f"{int((~(off <= allowed)).sum())} of {off.numel()} values are further off than {allowed:.2g}, which rounding in "
-        f"{precision} allows for a largest value of {largest:.3g}; the furthest at {where}: "
+        f"{int((~(off <= allowed)).sum())} of {off.numel()} values are further off than {allowed:.2g}, which rounding "
+        f"in {precision} allows for a largest value of {largest:.3g}; the furthest at {where}: "
         f"{float(actual.flatten()[place])} for {float(expected.flatten()[place])}, off by {float(off.max()):.2g}"
     )
