@@ -1,12 +1,21 @@
 """Fixtures shared by all tests."""
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# ATEN_CPU_CAPABILITY is of torch's own kernels; oneDNN and MKL take what the processor has. As another processor would,
+# all three take the same: torch's attention in bf16 otherwise fails where oneDNN packs for AMX, and torch may not.
+# Before torch is imported, and for all processes that tests start.
+if less := {"default": ("SSE41", "SSE4_2"), "avx2": ("AVX2", "AVX2")}.get(os.environ.get("ATEN_CPU_CAPABILITY", "")):
+    os.environ |= dict(zip(("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"), less, strict=True))
+
+import hypothesis
 import pytest
 import torch
+from limits import HANG_SECONDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -14,6 +23,16 @@ from pipeline.config import Architecture
 from pipeline.models.folder import save_folder
 from pipeline.models.llave import Llave, build
 from tools.s3_server import S3Server
+
+# How long an example takes, and how long its making, depends on the machine.
+hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that hangs in what has no limit of its own ends, too."""
+    for item in items:
+        item.add_marker(pytest.mark.timeout(3 * HANG_SECONDS), append=False)
 
 
 @pytest.fixture(scope="session", autouse=True)

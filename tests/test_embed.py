@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close_in_norm
 from PIL import Image
 
 from pipeline import embed
@@ -89,7 +90,7 @@ def test_every_kind_of_item_is_embedded_as_the_model_embeds_it_alone(embedder, b
     embeddings = embedder.embed(item for item, _ in cases)
     assert (embeddings.dtype, embeddings.device.type, embeddings.shape) == (torch.float32, "cpu", (len(cases), 48))
     expected = torch.stack([by_hand(item) for _, item in cases])
-    torch.testing.assert_close(embeddings, expected, atol=1e-6, rtol=0)
+    assert_close_in_norm(embeddings, expected)
     assert len(set(map(tuple, expected.tolist()))) == 11  # so that an order would show
 
 
@@ -99,7 +100,7 @@ def test_a_list_of_frames_is_used_as_it_is(embedder, media):
     clip, same, all_of_them, one = embedder.embed(
         [{"video": media / "clip.mkv"}, {"video": sampled}, {"video": frames}, {"video": frames[:1]}]
     )
-    torch.testing.assert_close(clip, same, atol=1e-6, rtol=0)
+    assert_close_in_norm(clip, same)
     processor = embedder.processor
     whole = processor.encode_parts("<video>", [], lambda: frames).images[0].tiles
     assert len(whole) == 9
@@ -117,7 +118,7 @@ def test_what_occurs_twice_in_a_group_is_embedded_once(embedder, media, monkeypa
     assert rows == [4, 2]
     assert torch.equal(embeddings[:4], embeddings[4:8])
     assert (embeddings[1] - embeddings[2]).abs().max() > 1e-4
-    torch.testing.assert_close(embeddings[8], embeddings[0], atol=1e-6, rtol=0)
+    assert_close_in_norm(embeddings[8], embeddings[0])
 
 
 def test_a_stream_reads_one_group_ahead_and_no_more(embedder, monkeypatch):
@@ -212,7 +213,7 @@ def test_from_files_to_a_search(tiny_model, inputs, media, tmp_path, monkeypatch
     for kind, items in expected.items():
         rows = np.load(out / f"{kind}.npy")
         assert rows.dtype == np.float32
-        np.testing.assert_allclose(rows, torch.stack([by_hand(item) for item in items]), atol=1e-6)
+        assert_close_in_norm(rows, torch.stack([by_hand(item) for item in items]))
     made = json.loads((out / "embeddings.json").read_text())
     assert (made["model"], made["dimension"]) == (tiny_model, 48)
 

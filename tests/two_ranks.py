@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-SECONDS = 60
+from limits import HANG_SECONDS
 
 
 def _process(rank: int, folder: str, function: Callable) -> None:
@@ -20,7 +19,7 @@ def _process(rank: int, folder: str, function: Callable) -> None:
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=SECONDS),
+        timeout=timedelta(seconds=HANG_SECONDS),
     )
     torch.save(function(rank), Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
@@ -30,10 +29,10 @@ def on_two_ranks(function: Callable) -> list:
     """[function(0), function(1)], each in its own process of one group."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.spawn(_process, (folder, function), nprocs=2, join=False)
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + HANG_SECONDS
         try:
             while not ranks.join(timeout=1):
-                assert time.monotonic() < end, f"two processes took more than {SECONDS} s"
+                assert time.monotonic() < end, f"two processes took more than {HANG_SECONDS} s"
         finally:
             for process in ranks.processes:
                 process.kill()

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 from conversion import content, error_of, make_shards, picture, read_all, start
+from limits import HANG_SECONDS
 
 from pipeline.convert.command import _content
 from pipeline.convert.engine import allowed
@@ -90,7 +91,7 @@ def records(dest: str) -> list[str]:
 
 
 def wait_for_records(process: subprocess.Popen, dest: str, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while len(records(dest)) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -106,7 +107,7 @@ def test_killed_in_the_middle_it_goes_on_and_nothing_is_done_twice(source, undis
     assert len(children) >= 2
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=HANG_SECONDS)
     assert alive == []
     done = [name.replace("/.unfinished", "").replace(".json", ".tar") for name in records(dest)]
     assert 5 <= len(done) < 24
@@ -125,11 +126,11 @@ def test_interrupted_on_the_way_to_s3_it_ends_at_once_and_goes_on(s3, source, un
     wait_for_records(process, dest, 3)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)
+    output = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130, output
     assert output[1].splitlines()[-1] == "interrupted: the same command goes on from here"
     assert "Traceback" not in output[1]
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=HANG_SECONDS)
     assert alive == []
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -356,7 +357,7 @@ def test_a_killed_upload_leaves_no_folder_behind_once_it_is_gone_on_with(s3, sou
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=HANG_SECONDS)
     assert alive == []
     assert len(list(tmp.iterdir())) == 2  # one a dataset
     make_shards(*arguments(source, dest, "--tmp", tmp))

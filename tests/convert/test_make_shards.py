@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from conversion import content, error_of, make_shards, read_all, start
+from limits import HANG_SECONDS
 
 from pipeline.convert.engine import carry_out
 from pipeline.demo import captioned, tasks
@@ -103,11 +104,11 @@ def test_only_a_conversion_goes_on_after_an_interruption(command, said, tmp_path
         monkeypatch.setenv(name, "none")
     source = ("pairs.jsonl",) if command == "jsonl" else ()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(30)
+        server.settimeout(HANG_SECONDS)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         process = start(command, *source, "s3://bucket/x")
         with server.accept()[0]:
             process.send_signal(signal.SIGINT)
-            _, error = process.communicate(timeout=30)
+            _, error = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130
     assert error.endswith(f"\n{said}\n")

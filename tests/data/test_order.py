@@ -85,7 +85,7 @@ def dataset_of(order: Order, shards: np.ndarray) -> np.ndarray:
 # What an epoch takes
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(orders(), st.integers(0, 3))
 def test_an_epoch_takes_the_quota_of_each_dataset_less_what_is_left_over(order, epoch):
     seen = Counter(epoch_samples(order, epoch))
@@ -103,7 +103,7 @@ def test_an_epoch_takes_the_quota_of_each_dataset_less_what_is_left_over(order, 
     assert all(0 <= stream.samples - stream.takes * part < part for stream in order.streams)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(orders())
 def test_no_sample_is_taken_again_before_all_others_of_its_dataset(order):
     """Over any number of epochs from the start, how often samples were taken differs by one at most."""
@@ -135,7 +135,7 @@ def test_weights_and_caps():
     assert taken(3, cap=200) == everything
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(orders(), st.integers(0, 3))
 def test_windows_hold_what_the_epoch_takes_once_in_whole_takes(order, epoch):
     for stream in order.streams:
@@ -183,7 +183,7 @@ def test_a_window_is_known_without_the_lengths_of_its_samples():
 # Steps
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(orders(), st.data())
 def test_every_world_size_sees_the_same_batches(order, data):
     step = data.draw(st.integers(0, 3 * order.steps_per_epoch))
@@ -194,7 +194,7 @@ def test_every_world_size_sees_the_same_batches(order, data):
         np.testing.assert_array_equal(np.concatenate(shares), whole)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(orders(), st.integers(0, 2))
 def test_any_step_equals_that_step_of_a_run_from_the_start(order, epoch):
     """The run from the start reads each stream lane by lane, window by window, as a reader does."""
@@ -208,7 +208,7 @@ def test_any_step_equals_that_step_of_a_run_from_the_start(order, epoch):
         np.testing.assert_array_equal(order.batch(step), np.concatenate(expected), strict=True)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(orders(), st.data())
 def test_every_part_of_a_batch_is_of_one_dataset(order, data):
     step = data.draw(st.integers(0, 3 * order.steps_per_epoch))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from limits import HANG_SECONDS
 
 from pipeline.config import Data
 from pipeline.data import source, stream
@@ -64,7 +65,7 @@ def changed(data: Data, **changes: object) -> Data:
 def reading(data: Data, steps: range, rank: int = 0, world: int = 1) -> Iterator[Batch]:
     opened = Source.open(data)
     order = opened.order(BATCH, 5, LENGTHS)
-    return batches(opened, order, encode, steps, rank=rank, world=world, timeout=60)
+    return batches(opened, order, encode, steps, rank=rank, world=world, timeout=HANG_SECONDS)
 
 
 def read(*arguments) -> list[Batch]:
@@ -181,7 +182,7 @@ def test_workers_heed_a_signal_to_the_job_no_more_than_the_rank_and_end_with_it(
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
     )
     assert (ended.stdout, ended.returncode) == ("2\n", 1)
     assert ended.stderr.endswith("RuntimeError: out of memory\n")
@@ -198,7 +199,7 @@ def test_what_cannot_work_is_refused_before_it_begins(data):
     opened = Source.open(data)
     order = opened.order(BATCH, 5, LENGTHS)
     with pytest.raises(PipelineError, match="could be 1, 2, 4"):
-        list(batches(opened, order, encode, range(1), rank=0, world=3, timeout=60))
+        list(batches(opened, order, encode, range(1), rank=0, world=3, timeout=HANG_SECONDS))
     large = replace(opened, data=changed(data, memory_mb=1), indexes=tuple((u, _heavy(i)) for u, i in opened.indexes))
     with pytest.raises(PipelineError, match=r"memory_mb=1 is too little: a rank's 4 windows .* take about \d+ MiB"):
         large.check_memory(order, 1)
@@ -232,7 +233,7 @@ def test_an_epoch_reads_each_sample_once_and_holds_no_more_than_it_may(data, tmp
         opened = Source.open(changed(data, **small, memory_mb=memory_mb))
         order = opened.order(6, 5, LENGTHS)
         steps = range(order.steps_per_epoch)
-        assert len(list(batches(opened, order, encode, steps, rank=0, world=1, timeout=60))) == 26
+        assert len(list(batches(opened, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS))) == 26
         assert len(asked) == len(set(asked)) == 26 * 6
         assert (max(held) > 1 << 20) == more
 
@@ -248,9 +249,9 @@ def test_a_short_run_from_any_step_reads_only_what_it_takes(data, monkeypatch, m
     for first in range(order.steps_per_epoch):
         asked.clear()
         steps = range(first, order.steps_per_epoch)
-        list(batches(opened, order, encode, steps, rank=0, world=1, timeout=60))
+        list(batches(opened, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS))
         assert BATCH * len(steps) <= len(asked) <= BATCH * len(steps) + order.lanes * data.block_samples
-        list(batches(opened, order, encode, range(first, first + 1), rank=0, world=1, timeout=60))
+        list(batches(opened, order, encode, range(first, first + 1), rank=0, world=1, timeout=HANG_SECONDS))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 5])
@@ -258,7 +259,7 @@ def test_what_is_read_of_sidecars_does_not_grow_with_the_workers(data, workers):
     opened = Source.open(changed(data, workers=workers))
     order = opened.order(BATCH, 5, LENGTHS)
     steps = range(order.steps_per_epoch)
-    received = sum(b.received for b in batches(opened, order, encode, steps, rank=0, world=1, timeout=60))
+    received = sum(b.received for b in batches(opened, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS))
     tars = sum(index.bytes for _, index in opened.indexes)
     sidecars = sum(shard.sidecar_bytes for _, shard in opened.shards)
     assert 0.85 * (tars + sidecars) < received <= tars + sidecars
@@ -294,5 +295,5 @@ def test_a_window_is_forgotten_with_its_last_take(data, monkeypatch):
     opened = Source.open(changed(data, window_blocks=1, block_samples=3))
     order = opened.order(BATCH, 5, LENGTHS)
     steps = range(order.steps_per_epoch)
-    assert len(list(batches(opened, order, encode, steps, rank=0, world=1, timeout=60))) == len(steps)
+    assert len(list(batches(opened, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS))) == len(steps)
     assert max(known) <= 2 * order.lanes

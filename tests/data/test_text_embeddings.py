@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from limits import HANG_SECONDS
 from PIL import Image
 
 from pipeline import embed_shards
@@ -128,7 +129,7 @@ def read(data: Data, steps: int = 7, world: int = 1) -> Iterator:
     opened = Source.open(data)
     order = opened.order(BATCH, 3, Lengths(Square(), 8))
     for rank in range(world):
-        for batch in batches(opened, order, encode, range(steps), rank=rank, world=world, timeout=60):
+        for batch in batches(opened, order, encode, range(steps), rank=rank, world=world, timeout=HANG_SECONDS):
             for row, target in enumerate(batch.target):
                 item = batch.items[target]
                 yield batch, row, bytes(item.input_ids.astype(np.uint8)).decode(), item.vector
@@ -215,7 +216,9 @@ def test_what_was_read_and_what_is_held_count_both_tars(shards, tmp_path, monkey
         opened = Source.open(data_of(shards, embeddings))
         order = opened.order(BATCH, 3, Lengths(Square(), 8))
         steps = range(order.steps_per_epoch)
-        received = sum(batch.received for batch in batches(opened, order, encode, steps, rank=0, world=1, timeout=60))
+        received = sum(
+            batch.received for batch in batches(opened, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS)
+        )
         read_bytes = received - sum(shard.sidecar_bytes for shard in (*opened.vectors, *(s for _, s in opened.shards)))
         tars = sum(index.bytes for _, index in (*opened.indexes, *opened.embeddings))
         assert 0.75 * tars < read_bytes < tars

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_close_in_norm
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -162,7 +163,7 @@ def test_a_peers_vectors_are_transformers_own_and_fused_as_mmebs_baselines_are(p
     )
     embeddings = encoder.embed([encoder.prepare(item) for item in ITEMS])
     assert (embeddings.dtype, embeddings.shape) == (torch.float32, (len(ITEMS), encoder.dimension))
-    torch.testing.assert_close(embeddings, expected, atol=2e-6, rtol=0)
+    assert_close_in_norm(embeddings, expected)
     assert (torch.cdist(expected, expected) + torch.eye(len(ITEMS))).min() > 1e-2  # so that an order would show
     assert (encoder.name, encoder.instructed) == (peer, False)
 
@@ -180,7 +181,7 @@ def test_a_peers_vectors_depend_on_no_others_and_batches_are_bounded(peer, monke
             return function(**inputs)
 
         monkeypatch.setattr(encoder.model(), f"get_{name}_features", counted)
-    torch.testing.assert_close(encoder.embed(prepared[::-1]).flip(0), alone, atol=1e-6, rtol=0)
+    assert_close_in_norm(encoder.embed(prepared[::-1]).flip(0), alone)
     assert sizes == {"text": [2, 2, 2], "image": [2] * 5}
     assert encoder.embed([]).shape == (0, encoder.dimension)
 
@@ -214,7 +215,7 @@ def test_our_vectors_are_those_of_each_item_alone(tiny_model):
     embeddings = encoder.embed([encoder.prepare(item) for item in ITEMS])
     processor, model = Processor.load(tiny_model, 256, video_frames=3), Llave.load(tiny_model, "auto").eval()
     expected = torch.cat([model(pack([processor.encode(item)]), True) for item in ITEMS])
-    torch.testing.assert_close(embeddings, expected, atol=1e-6, rtol=0)
+    assert_close_in_norm(embeddings, expected)
     assert encoder.embed([]).shape == (0, encoder.dimension) == (0, 48)
     assert (encoder.name, encoder.instructed) == (tiny_model, True)
 
@@ -238,7 +239,7 @@ def test_an_engines_model_with_its_tower_outside_is_embedded_the_same(tiny_model
         device=CPU,
     )
     prepared = [whole.prepare(item) for item in ITEMS]
-    torch.testing.assert_close(outside.embed(prepared), whole.embed(prepared), atol=1e-6, rtol=0)
+    assert_close_in_norm(outside.embed(prepared), whole.embed(prepared))
 
 
 @pytest.mark.parametrize("pads", [True, False])
@@ -330,7 +331,7 @@ def test_a_users_function_makes_the_encoder(tmp_path, monkeypatch):
     for where in (f"{tmp_path}/users_encoder.py", "users_encoder"):
         encoder = load_encoder("any/path", options(encoder=f"{where}:Lengths"), CPU)
         assert encoder.identity == "any/path 256"
-        torch.testing.assert_close(encoder.embed([encoder.prepare(Item("red"))]), torch.tensor([[1, 3]]) / 10**0.5)
+        assert_close_in_norm(encoder.embed([encoder.prepare(Item("red"))]), torch.tensor([[1, 3]]) / 10**0.5)
     for wrong, reason in (
         ("users_encoder", "write it as module:function"),
         ("users_encoder:Width", "users_encoder has no function Width"),

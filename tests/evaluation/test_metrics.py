@@ -106,7 +106,7 @@ def assert_as_recorded(scores: Scores, pairs: list[tuple[list[float], set[int]]]
 
 corner = st.integers(0, 15)
 tile_bytes = st.sampled_from([1, 700, 1 << 20])
-checked = settings(max_examples=60, derandomize=True, deadline=None)
+checked = settings(max_examples=60, derandomize=True)
 
 
 @checked

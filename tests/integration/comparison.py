@@ -1,7 +1,13 @@
-"""What the tests share that compare a step with one process."""
+"""What the tests share that compare runs: a step with one process, an evaluation with another."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+
+from pipeline.evaluation.results import Result
 
 
 def zero_config(name: str, folder: Path) -> str:
@@ -23,3 +29,23 @@ def assert_equal(out: Path, name: str) -> None:
         assert result["parameters"] < 1e-5, result
         assert result["temperature"] < 1e-5, result
         assert (result["learnt"] > 1e-3) == ("learn_temperature" in result["case"]), result
+
+
+def assert_results_alike(ours: Mapping[str, Result], theirs: Mapping[str, Result]) -> None:
+    """Of the same vectors but for rounding.
+
+    Where two similarities are nearly the same, rounding may swap them, or put one on the other side of a bin's edge: so
+    one query of each direction may be ranked otherwise, by one place. The worst queries are not compared.
+    """
+    assert ours.keys() == theirs.keys()
+    for name, result in ours.items():
+        other, share = theirs[name], 1 / min(result.queries.values())
+        metrics = replace(result, metrics={}, similarities=None, worst=[], ties=0)
+        assert metrics == replace(other, metrics={}, similarities=None, worst=[], ties=0)
+        assert result.metrics.keys() == other.metrics.keys()
+        for metric, value in result.metrics.items():
+            allowed = 1 if metric.endswith("MdR") else share  # MnR is a mean
+            assert abs(value - other.metrics[metric]) <= allowed + 1e-9, (name, metric)
+        for kind in ("positive", "hardest_negative"):
+            counts = [getattr(each.similarities, kind) for each in (result, other)]
+            assert np.abs(np.subtract(*counts)).sum() <= 2 * len(result.queries), (name, kind)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from launch import begin, fork_server, say_where
+from limits import HANG_SECONDS, SECONDS_AFTER_A_FAILURE
 
 from pipeline.config import Data, parse_options
 from pipeline.data import objects
@@ -46,7 +47,7 @@ def consume(steps: range, folder: Path, options: list[str]) -> None:
     source, order = open_order(data)
     received = objects.bytes_received()  # the indexes
     with (folder / f"rank{rank}.jsonl").open("a", buffering=1) as ledger:
-        read = batches(source, order, encode, steps, rank=rank, world=world, timeout=15)
+        read = batches(source, order, encode, steps, rank=rank, world=world, timeout=HANG_SECONDS)
         for step, batch in zip(steps, read, strict=True):
             received += batch.received
             ledger.write(json.dumps({"step": step, "rows": rows(batch)}) + "\n")
@@ -87,14 +88,14 @@ class Job:
     def kill(self) -> None:
         for rank in self.ranks:
             rank.kill()
-        self.wait(10)
+        self.wait()
 
-    def wait(self, seconds: float) -> list[int | None]:
-        """The ranks' exit statuses; what still runs after so many seconds, or 10 after a failure, is killed."""
-        deadline = time.monotonic() + seconds
+    def wait(self) -> list[int | None]:
+        """The ranks' exit statuses; what still runs at the time limit, or some time after a failure, is killed."""
+        deadline = time.monotonic() + HANG_SECONDS
         while self.runs and time.monotonic() < deadline:
             if any(rank.exitcode for rank in self.ranks):
-                deadline = min(deadline, time.monotonic() + 10)
+                deadline = min(deadline, time.monotonic() + SECONDS_AFTER_A_FAILURE)
             time.sleep(0.02)
         say_where([rank.pid for rank in self.ranks if rank.is_alive()])
         for rank in self.ranks:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from limits import HANG_MINUTES
 from PIL import Image
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
@@ -291,7 +292,7 @@ def differences(
 
 def main() -> None:
     models, stage, out, *flags = sys.argv[1:]
-    start_distributed(timeout_minutes=0.5)
+    start_distributed(timeout_minutes=HANG_MINUTES)
     cases = CASES
     if "no-guard" in flags:
         # Each rank runs the tower only for chunks that have an image themselves.

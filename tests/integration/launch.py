@@ -26,6 +26,7 @@ from typing import IO
 
 import psutil
 import pytest
+from limits import HANG_SECONDS, SECONDS_AFTER_A_FAILURE
 
 ROOT = Path(__file__).parents[2]
 _PRELOADED = [
@@ -63,7 +64,7 @@ class Rank:
         (self.process.wait if isinstance(self.process, subprocess.Popen) else self.process.join)()
 
 
-def launch(arguments: list[str], world: int, seconds: float) -> Ended:
+def launch(arguments: list[str], world: int, seconds: float = HANG_SECONDS) -> Ended:
     """Run `python ARGUMENTS` on `world` ranks. As under a launcher, a rank that fails ends the others."""
     return wait(fork(arguments, world), seconds)
 
@@ -96,12 +97,12 @@ def start(arguments: list[str], world: int) -> list[Rank]:
     return ranks
 
 
-def wait(ranks: Sequence[Rank], seconds: float) -> Ended:
-    """Wait for the ranks to end; kill what is left 10 seconds after a failure, or at the time limit."""
+def wait(ranks: Sequence[Rank], seconds: float = HANG_SECONDS) -> Ended:
+    """Wait for the ranks to end; kill what is left some time after a failure, or at the time limit."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and None in (status := [rank.poll() for rank in ranks]):
         if any(status):
-            deadline = min(deadline, time.monotonic() + 10)
+            deadline = min(deadline, time.monotonic() + SECONDS_AFTER_A_FAILURE)
         time.sleep(0.05)
     status = [rank.poll() for rank in ranks]
     say_where([rank.pid for rank in ranks if rank.poll() is None and isinstance(rank.process, ForkServerProcess)])
@@ -137,7 +138,7 @@ def _environments(world: int) -> list[dict[str, str]]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "WORLD_SIZE": str(world),
-        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/integration",  # the fork server knows no other way to this folder
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/integration:{ROOT}/tests",  # the fork server knows no other way there
     }
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 

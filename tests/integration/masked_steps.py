@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from exactness import EPS, INVALID, LR, batch_of, largest_difference
+from limits import HANG_MINUTES
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
@@ -138,7 +139,7 @@ def compare(models: Path, case: Case) -> dict:
 
 def main() -> None:
     models, out = map(Path, sys.argv[1:])
-    start_distributed(timeout_minutes=0.5)
+    start_distributed(timeout_minutes=HANG_MINUTES)
     results = [compare(models, case) for case in CASES[dist.get_world_size()]]
     if dist.get_rank() == 0:
         out.write_text(json.dumps(results))

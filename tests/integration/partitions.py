@@ -9,6 +9,7 @@ import sys
 import deepspeed
 import torch
 import torch.distributed as dist
+from limits import HANG_MINUTES
 from safetensors import safe_open
 
 from pipeline.config import load_ds_config, load_recipe
@@ -51,7 +52,7 @@ class CountingFile:
 
 def main() -> None:
     model, config, whole = sys.argv[1:]
-    start_distributed(timeout_minutes=0.5)
+    start_distributed(timeout_minutes=HANG_MINUTES)
     fields = [f"deepspeed={config}", "batch.global_batch=12", "data.lanes=12", "precision=bf16"]
     recipe = load_recipe("pipeline/recipes/demo.yaml", [*fields, "train.vision_tower=false"])
     ds_config = load_ds_config(recipe, dist.get_world_size())

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from exactness import batch_of, make_pairs
+from limits import HANG_MINUTES
 
 from pipeline.config import dump_recipe, load_ds_config, load_recipe
 from pipeline.models.chunks import embed_chunks, plan_chunks
@@ -28,7 +29,7 @@ from pipeline.training.temperature import Temperature
 def main() -> None:
     model, config, precision, run, *fields = sys.argv[1:]
     run = Path(run)
-    start_distributed(timeout_minutes=0.5)
+    start_distributed(timeout_minutes=HANG_MINUTES)
     fields += [f"deepspeed={config}", f"precision={precision}", "batch.global_batch=16", "batch.chunk_tokens=200"]
     fields += [f"model.path={model}", f"run={run}"]
     recipe = load_recipe("pipeline/recipes/demo.yaml", fields)

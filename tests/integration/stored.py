@@ -10,6 +10,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from limits import HANG_MINUTES, HANG_SECONDS
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
@@ -48,7 +49,7 @@ def train(recipe: Recipe, stored: Stored | None = None) -> tuple[list[float], fl
         return vectors
 
     losses, expected = [], None
-    given = {"rank": 0, "world": 1, "timeout": 60, "trained_on": kind.trained_on}
+    given = {"rank": 0, "world": 1, "timeout": HANG_SECONDS, "trained_on": kind.trained_on}
     for batch in batches(source, order, processor.encode, range(STEPS), **given):
         if frozen and not losses:
             expected = deviation(engine, frozen, batch, recipe)
@@ -71,7 +72,7 @@ def deviation(engine: deepspeed.DeepSpeedEngine, frozen: FrozenTextEncoder, batc
 
 def main() -> None:
     out, vectors, stored, name, *fields = sys.argv[1:]
-    start_distributed(timeout_minutes=1)
+    start_distributed(timeout_minutes=HANG_MINUTES)
     recipe = load_recipe(name, [*fields, f"data.text_embeddings={vectors}"])
     without = load_recipe(name, [*fields, "data.text_embeddings=null"])
     cached, _ = train(recipe)

@@ -24,7 +24,7 @@ def dataset(s3) -> str:
 
 def error_of(overrides: list[str], world: int = 1) -> str:
     common = ["data.datasets=[]", f"data.url={URL}", "evaluation=null", "batch.global_batch=16", "steps=3"]
-    ended = launch(["-m", "pipeline.train", "pipeline/recipes/demo.yaml", *common, *overrides], world, seconds=60)
+    ended = launch(["-m", "pipeline.train", "pipeline/recipes/demo.yaml", *common, *overrides], world)
     assert all(status not in (0, None) for status in ended.status), ended.output[-3000:]
     assert "Traceback" not in ended.output, ended.output[-3000:]
     errors = [line for line in ended.output.splitlines() if line.startswith("error")]
@@ -68,7 +68,7 @@ def test_a_damaged_shard_stops_the_run_and_is_named(dataset, tmp_path, tiny_mode
 def test_under_torchrun_the_error_comes_first(dataset, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     recipe = ["pipeline.train", "pipeline/recipes/demo.yaml", f"run={tmp_path}/run", "data.url=s3://pipeline-nowhere/x"]
-    ended = launch([*torchrun, *recipe], 1, seconds=60)
+    ended = launch([*torchrun, *recipe], 1)
     assert ended.status not in ([0], [None])
     before, error, _ = ended.output.partition("error: s3://pipeline-nowhere")
     assert error

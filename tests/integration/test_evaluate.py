@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from launch import launch, start, wait
+from limits import HANG_SECONDS
 from PIL import Image
 
 from pipeline.data.mmeb import MMEB_IMAGE_MARK, MMEB_TASKS
@@ -64,7 +65,7 @@ def embedded(out: Path) -> list[bytes]:
 def alone(tiny_model, mmeb, tmp_path_factory) -> Path:
     """The evaluation of one process, which nothing disturbed."""
     out = tmp_path_factory.mktemp("evaluations") / "alone"
-    ended = launch(command(tiny_model, mmeb, out), world=1, seconds=90)
+    ended = launch(command(tiny_model, mmeb, out), world=1)
     assert ended.status == [0], ended.output[-4000:]
     return out
 
@@ -82,21 +83,21 @@ def test_all_36_are_measured_and_each_item_is_embedded_once(alone):
 
 
 def test_on_two_processes_the_figures_are_the_same(alone, tiny_model, mmeb, tmp_path):
-    ended = launch(command(tiny_model, mmeb, tmp_path), world=2, seconds=90)
+    ended = launch(command(tiny_model, mmeb, tmp_path), world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
     assert Report.read(tmp_path).results == Report.read(alone).results
     assert sorted(embedded(tmp_path)) == sorted(embedded(alone))
 
 
 def test_killed_in_the_middle_it_goes_on_and_embeds_nothing_twice(alone, tiny_model, mmeb, tmp_path):
-    processes, deadline = start(command(tiny_model, mmeb, tmp_path), world=1), time.monotonic() + 60
+    processes, deadline = start(command(tiny_model, mmeb, tmp_path), world=1), time.monotonic() + HANG_SECONDS
     while len(embedded(tmp_path)) < 100 and time.monotonic() < deadline:
         time.sleep(0.002)
     os.kill(processes[0].pid, signal.SIGKILL)
-    assert wait(processes, 10).status == [-signal.SIGKILL]
+    assert wait(processes).status == [-signal.SIGKILL]
     before = embedded(tmp_path)
     assert 100 <= len(before) < len(embedded(alone))
-    ended = launch(command(tiny_model, mmeb, tmp_path), world=2, seconds=90)
+    ended = launch(command(tiny_model, mmeb, tmp_path), world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
     assert f"{len(before)} of {len(embedded(alone))} items are embedded already" in ended.output
     assert Report.read(tmp_path).results == Report.read(alone).results

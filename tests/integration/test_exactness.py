@@ -16,7 +16,7 @@ def begin(name: str, world: int, model: str, folder: Path, *flags: str) -> list[
 
 
 def assert_exact(name: str, ranks: list[Rank], folder: Path) -> None:
-    world, ended = len(ranks), wait(ranks, seconds=200)
+    world, ended = len(ranks), wait(ranks)
     assert ended.status == [0] * world, ended.output[-4000:]
     assert_equal(folder / f"{name}.out", f"{name}, {world} processes")
 
@@ -57,7 +57,7 @@ def test_without_the_dummy_tile_a_rank_without_images_breaks_zero_3(tiny_model, 
     config = zero_config("zero3", tmp_path)
     for mix, works in (("images", True), ("mixed", False)):
         out = tmp_path / f"{mix}.json"
-        ended = launch([WORKER, tiny_model, config, str(out), "no-guard", mix], 2, seconds=60)
+        ended = launch([WORKER, tiny_model, config, str(out), "no-guard", mix], 2)
         assert (ended.status == [0, 0]) == works, ended.output[-4000:]
         assert out.exists() == works
         assert "TypeError" not in ended.output

@@ -51,7 +51,7 @@ def models(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_step_equals_one_process_with_the_whole_batch(world, models, tmp_path):
     out = tmp_path / "out.json"
-    ended = launch([WORKER, str(models), str(out)], world, seconds=200)
+    ended = launch([WORKER, str(models), str(out)], world)
     assert ended.status == [0] * world, ended.output[-4000:]
     for result in json.loads(out.read_text()):
         print(f"{world} processes: {result}")
@@ -69,7 +69,7 @@ def test_a_run_learns_goes_on_where_it_was_killed_and_leaves_a_decoder(tmp_path,
 
     def train(run: Path) -> None:
         command = ["-m", "pipeline.train", "pipeline/recipes/demo_masked.yaml", *fields, f"run={run}"]
-        ended = launch(command, world=2, seconds=200)
+        ended = launch(command, world=2)
         assert ended.status == [0, 0], ended.output[-4000:]
 
     train(run)

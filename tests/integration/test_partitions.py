@@ -34,7 +34,7 @@ def of_the_hub(name: str) -> str:
 @pytest.mark.parametrize("rename", [str, of_the_hub, lambda name: f"model.{of_the_hub(name)}"])
 def test_ranks_read_a_part_each_and_together_have_it_all(tiny_model, tmp_path, rename):
     folder = stored_as(tiny_model, tmp_path / "model", rename)
-    ended = launch([WORKER, str(folder), CONFIG, tiny_model], 3, seconds=60)
+    ended = launch([WORKER, str(folder), CONFIG, tiny_model], 3)
     assert ended.status == [0] * 3, ended.output[-4000:]
     results = [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
     assert [result["differing"] for result in results] == [[], [], []]
@@ -60,10 +60,10 @@ def test_what_is_missing_misshapen_or_not_in_safetensors_is_named(tiny_model, tm
         (misshapen, "image_newline is [47], but by its config [48]"),
         (empty, "has no .safetensors files"),
     ):
-        ended = launch([WORKER, str(folder), CONFIG, tiny_model], 1, seconds=60)
+        ended = launch([WORKER, str(folder), CONFIG, tiny_model], 1)
         assert reason in ended.output
     config = json.loads(Path(CONFIG).read_text())
     config["zero_optimization"]["zero_hpz_partition_size"] = 2
     (tmp_path / "ds.json").write_text(json.dumps(config))
-    ended = launch([WORKER, tiny_model, str(tmp_path / "ds.json"), tiny_model], 1, seconds=60)
+    ended = launch([WORKER, tiny_model, str(tmp_path / "ds.json"), tiny_model], 1)
     assert "zero_hpz_partition_size and zero_quantized_weights are not supported" in ended.output

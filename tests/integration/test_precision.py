@@ -29,7 +29,7 @@ def test_bf16_follows_fp32_and_both_resume_exactly(stage, tiny_model, tmp_path, 
     results = {}
     for precision in ("fp32", "bf16"):
         config = f"ds_configs/zero{stage}.json"
-        ended = launch([WORKER, tiny_model, config, precision, str(tmp_path / precision)], 1, seconds=60)
+        ended = launch([WORKER, tiny_model, config, precision, str(tmp_path / precision)], 1)
         assert ended.status == [0], ended.output[-4000:]
         results[precision] = json.loads(ended.output.splitlines()[-1])
         assert results[precision]["resumed"] == results[precision]["losses"][2]
@@ -47,7 +47,7 @@ def test_adapters_beside_frozen_parts_resume_exactly_and_are_merged_into_the_exp
 ):
     fields = ["train.vision_tower=false", "train.projector=false", "train.lora.rank=2", "batch.kept_chunks=1"]
     config = f"ds_configs/zero{stage}.json"
-    ended = launch([WORKER, tiny_model, config, "fp32", str(tmp_path), *fields], world, seconds=60)
+    ended = launch([WORKER, tiny_model, config, "fp32", str(tmp_path), *fields], world)
     assert ended.status == [0] * world, ended.output[-4000:]
     result = json.loads(next(line for line in ended.output.splitlines() if line.startswith("{")))
     assert result["resumed"] == result["losses"][2]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import launch
+from limits import HANG_MINUTES
 from safetensors.torch import load_file
 
 from pipeline import export, train
@@ -37,7 +38,7 @@ class Saved:
     def resumed(self, by: int, saved_by: int, first: int, cases: list[str]) -> "Saved":
         """Steps `first` to LAST on `by` processes, from the checkpoints that `saved_by` wrote."""
         arguments = [self.model, str(self.folder), str(saved_by), str(first), str(LAST), *cases]
-        ended = launch([WORKER, *arguments], by, seconds=120)
+        ended = launch([WORKER, *arguments], by)
         assert ended.status == [0] * by, ended.output[-4000:]
         lines = [line for line in ended.output.splitlines() if line.startswith("{")]
         assert ("converting" in ended.output) == (first > 0)
@@ -47,12 +48,14 @@ class Saved:
         for case, results in self.results.items():
             expected = undisturbed.results[case][self.first :]
             assert len(results) == LAST - self.first
-            for (loss, norm), (expected_loss, expected_norm) in zip(results, expected, strict=True):
+            for number, ((loss, norm), (expected_loss, expected_norm)) in enumerate(
+                zip(results, expected, strict=True), 1
+            ):
                 if "bf16" in case:
                     assert loss == pytest.approx(expected_loss, rel=5e-3), case
                 else:
-                    assert loss == pytest.approx(expected_loss, rel=1e-5), case
-                    assert norm == pytest.approx(expected_norm, rel=1e-4), case
+                    assert loss == pytest.approx(expected_loss, rel=number * 1e-5), case
+                    assert norm == pytest.approx(expected_norm, rel=number * 1e-4), case
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ def recipe(tiny_model, tmp_path_factory) -> list[str]:
     fields = ["deepspeed=ds_configs/zero2.json", "data.lanes=4", "data.block_samples=8", "data.window_blocks=2"]
     fields += ["batch.global_batch=24", "batch.chunk_tokens=500", "steps=5", "checkpoint.every=2", "checkpoint.keep=9"]
     fields += [f"model.path={tiny_model}", f"data.url={data}", "data.datasets=[]", "evaluation=null", "ledger=true"]
-    return ["pipeline/recipes/demo.yaml", *fields, "timeout_minutes=1"]
+    return ["pipeline/recipes/demo.yaml", *fields, f"timeout_minutes={HANG_MINUTES}"]
 
 
 def lines(path: Path) -> list[dict]:
@@ -114,7 +117,7 @@ def lines(path: Path) -> list[dict]:
 
 def test_a_run_on_one_process_goes_on_where_two_were_stopped(recipe, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stop+ped"  # a folder's name is no pattern
-    ended = launch(["-m", "pipeline.train", *recipe, f"run={whole}"], world=2, seconds=120)
+    ended = launch(["-m", "pipeline.train", *recipe, f"run={whole}"], world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
     shutil.copytree(whole, stopped)
     checkpoints = stopped / "checkpoints"
@@ -125,13 +128,13 @@ def test_a_run_on_one_process_goes_on_where_two_were_stopped(recipe, tmp_path, m
     killed.mkdir(parents=True)
     assert checkpoint.latest(checkpoints) == checkpoints / "step-00000002"
 
-    ended = launch(["-m", "pipeline.train", *recipe, f"run={stopped}"], world=1, seconds=120)
+    ended = launch(["-m", "pipeline.train", *recipe, f"run={stopped}"], world=1)
     assert ended.status == [0], ended.output[-4000:]
     assert "step-00000002 is of 2 processes: converting it for 1" in ended.output
     ours, theirs = (lines(run / "metrics.jsonl") for run in (stopped, whole))
     assert [line["step"] for line in ours] == [1, 2, 3, 4, 5]
     for line, expected in zip(ours, theirs, strict=True):
-        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["loss"] == pytest.approx(expected["loss"], rel=line["step"] * 1e-5)
         assert line == pytest.approx(expected, rel=1e-4)
 
     def consumed(run: Path) -> list[tuple[int, str]]:

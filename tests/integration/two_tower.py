@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from exactness import CHECKPOINTING, EPS, LR, Expected, differences, formula, picture, trained_alone
+from limits import HANG_MINUTES
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.collate import Packed
@@ -162,7 +163,7 @@ def compare(models: str, case: Case) -> dict:
 
 def main() -> None:
     models, out, name = sys.argv[1:]
-    start_distributed(timeout_minutes=0.5)
+    start_distributed(timeout_minutes=HANG_MINUTES)
     results = [compare(models, case) for case in CASES[name]]
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))

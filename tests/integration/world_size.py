@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from exactness import PAIRS, batch_of, make_pairs
+from limits import HANG_MINUTES
 
 from pipeline.config import load_ds_config, load_recipe
 from pipeline.models.frozen import KeptFeatures
@@ -48,7 +49,7 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
     checkpoints = folder / case / f"by{saved_by}"
     if start := checkpoint.latest(checkpoints) if steps.start else None:
         start = start.with_name(f"step-{steps.start:08d}")
-        as_saved, start = start, for_this_world(start, timeout_minutes=0.5)
+        as_saved, start = start, for_this_world(start, timeout_minutes=HANG_MINUTES)
         if start != as_saved:
             config["checkpoint"] = {"load_universal": True}
     tower = load_frozen(recipe, model, torch.device("cpu"))
@@ -79,7 +80,7 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
 
 def main() -> None:
     model, folder, saved_by, first, last, *cases = sys.argv[1:]
-    start_distributed(timeout_minutes=0.5)
+    start_distributed(timeout_minutes=HANG_MINUTES)
     steps = range(int(first), int(last))
     results = {case: run(case, model, Path(folder), int(saved_by), steps) for case in cases}
     if dist.get_rank() == 0:

@@ -4,6 +4,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_close_in_norm
 
 from pipeline.errors import PipelineError
 from pipeline.models.attention import KINDS, Segments, choose, implementation
@@ -46,10 +47,9 @@ def test_each_item_attends_to_itself_alone_and_backwards(kind, looks):
             logits = logits.masked_fill(torch.ones(logits.shape[2:], device=device).triu(1) > 0, -torch.inf)
         expected.append((F.softmax(logits, dim=-1) @ v).transpose(1, 2))
     expected = torch.cat(expected, dim=1)
-    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(ours, expected.to(dtype), **tolerance)
+    assert_close_in_norm(ours, expected)
     gradients, others = (torch.autograd.grad(each.square().sum(), inputs) for each in (ours, expected))
-    torch.testing.assert_close(gradients, others, **tolerance)
+    assert_close_in_norm(gradients, others)
 
 
 def test_the_best_that_runs_is_chosen_and_what_does_not_is_refused(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_close_in_norm
 from PIL import Image as Picture
 from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
 
@@ -90,7 +91,7 @@ def test_tiles_and_embeddings_are_those_of_transformers(tiny_model, items):
                 inputs["pixel_values_videos"] = video_pixels(item.video, frames=8, size=24)
             ids = torch.from_numpy(encoded.input_ids).long()[None]
             hidden = theirs(input_ids=ids, use_cache=False, **inputs).last_hidden_state
-            torch.testing.assert_close(F.normalize(hidden[0, -1], dim=-1), embedding, atol=1e-6, rtol=0)
+            assert_close_in_norm(F.normalize(hidden[0, -1], dim=-1), embedding)
 
 
 def video_pixels(data: bytes, frames: int, size: int) -> torch.Tensor:
@@ -160,7 +161,7 @@ def test_a_packed_item_does_not_see_its_neighbours(tiny_model, items):
     with torch.no_grad():
         alone = torch.cat([model(pack([one]), True) for one in encoded])
         together = model(pack(encoded[::-1]), True).flip(0)
-    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+    assert_close_in_norm(together, alone)
 
 
 def test_a_text_is_stripped_as_the_original_code_does():

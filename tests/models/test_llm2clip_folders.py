@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_close_in_norm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -117,10 +118,10 @@ def test_a_text_encoder_works_in_transformers_alone_as_its_readme_says(name, enc
     folder, trained = encoders[name]
     embed = run_example(folder, monkeypatch)["embed"]
     expected = torch.stack([embed(text) for text in TEXTS])
-    torch.testing.assert_close(Embedder.load(folder).embed(TEXTS), expected, atol=3e-6, rtol=0)
+    assert_close_in_norm(Embedder.load(folder).embed(TEXTS), expected)
     processor = decoder.TextProcessor.load(str(folder), 4096)
     adapted = Embedder(trained, processor, CPU, 4096, instructed=False)
-    torch.testing.assert_close(adapted.embed(TEXTS), expected, atol=1e-5, rtol=0)
+    assert_close_in_norm(adapted.embed(TEXTS), expected)
     assert abs(expected[0] @ expected[1]) < 0.999  # or a comparison would say nothing
 
 
@@ -158,15 +159,15 @@ def test_an_llm2clip_embeds_as_its_parts_do_by_hand(folder, tmp_path):
     processor = CLIPImageProcessorPil.from_pretrained(folder)
     pixels = torch.from_numpy(np.stack(processor([first, second])["pixel_values"]))
     alone = tower(pixels).image_embeds
-    torch.testing.assert_close(embedder.model.images(pixels), alone, atol=1e-6, rtol=0)
+    assert_close_in_norm(embedder.model.images(pixels), alone)
     found = AutoModel.from_pretrained(folder)
     assert torch.equal(found(pixels).pooler_output, tower.vision_model(pixels).pooler_output)
     one, other = F.normalize(tower.double()(pixels.double()).image_embeds, dim=-1)
     said = [by_hand(folder, text) for text in TEXTS[:3]]
     expected = [said[0], one, other, said[2], F.normalize(one + other, dim=0), said[1]]
-    torch.testing.assert_close(rows.double(), torch.stack(expected), atol=2e-6, rtol=0)
+    assert_close_in_norm(rows, torch.stack(expected))
     few = Embedder.load(folder, chunk_tokens=1).embed(items)
-    torch.testing.assert_close(few, rows, atol=1e-6, rtol=0)
+    assert_close_in_norm(few, rows)
 
 
 def test_a_text_beside_an_image_is_no_item_of_two_towers(folder, clip_folder, encoders):
@@ -181,7 +182,7 @@ def test_an_llm2clips_readme_runs(folder, monkeypatch):
     shutil.copytree(folder, copy := folder.with_name("copy"))
     picture().save(copy / "star.png")
     embeddings = run_example(copy, monkeypatch)["embeddings"]
-    torch.testing.assert_close(embeddings, Embedder.load(folder).embed(["a red star", picture()]))
+    assert_close_in_norm(embeddings, Embedder.load(folder).embed(["a red star", picture()]))
 
 
 def test_evaluation_takes_every_kind_of_folder(folder, clip_folder, encoders, tmp_path):
@@ -196,7 +197,7 @@ def test_evaluation_takes_every_kind_of_folder(folder, clip_folder, encoders, tm
             items, given = [image, *items], [picture(), *given]
         assert encoder.dimension == embedder.dimension and not encoder.instructed
         rows = encoder.embed([encoder.prepare(item) for item in items])
-        torch.testing.assert_close(rows, embedder.embed(given), atol=1e-6, rtol=0)
+        assert_close_in_norm(rows, embedder.embed(given))
 
 
 def changed(folder: Path, copy: Path, file: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close_in_norm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -173,8 +174,7 @@ def test_pixels_are_those_of_the_image_processor(both, tmp_path, kind, settings)
         floats = torch.from_numpy(processor(picture(*shape))["pixel_values"][0])[None]
         for dtype in (torch.float32, torch.bfloat16):
             normalised = ours.normalised(torch.from_numpy(tile)[None], CPU, dtype)
-            rounding = 1e-6 if dtype == torch.float32 else 8e-3
-            torch.testing.assert_close(normalised, floats.to(dtype), rtol=rounding, atol=1e-6)
+            assert_close_in_norm(normalised, floats)
 
 
 def prepared_by(model: str, processor: PreTrainedModel, folder: Path) -> Pixels:
@@ -219,14 +219,14 @@ def test_timms_vectors_are_those_of_its_head(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     encoder, pixels = VisionEncoder.load(str(tmp_path), torch.float32), torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(encoder(pixels), model(pixels), rtol=0, atol=1e-6)
+    assert_close_in_norm(encoder(pixels), model(pixels))
     assert (encoder.dimension, encoder.tokens) == (20, 5)
     transform = timm.data.create_transform(**timm.data.resolve_data_config(config["pretrained_cfg"]))
     ours = Pixels.load(str(tmp_path))
     for shape in PICTURES:
         shown = picture(*shape).convert("RGB")
         floats = ours.normalised(torch.from_numpy(ours.prepare(shown))[None], CPU, torch.float32)
-        torch.testing.assert_close(floats[0], transform(shown), rtol=1e-6, atol=1e-6)
+        assert_close_in_norm(floats[0], transform(shown))
     encoder.save(tmp_path / "saved")
     again = VisionEncoder.load(str(tmp_path / "saved"), "auto")
     assert torch.equal(again(pixels), encoder(pixels)) and Pixels.load(str(tmp_path / "saved")) == ours

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from limits import HANG_SECONDS
 from PIL import Image as Picture
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -357,7 +358,7 @@ def test_tiles_are_those_that_an_image_is_cut_to():
 
 def plan_memory(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools/plan_memory.py"), str(DEMO), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def test_the_program_says_what_fits():

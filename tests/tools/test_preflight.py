@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from limits import HANG_SECONDS
 
 from pipeline.config import load_recipe
 from pipeline.convert.demo import TrainingPairs
@@ -49,7 +51,7 @@ def overrides(s3, tiny_model) -> list[str]:
     """The demo on a few pairs in S3, from a model that exists."""
     convert({URL: TrainingPairs("Scene-CLS", 0, 60)}, options={})
     data = [f"data.url={URL}", "data.datasets=[]", f"evaluation.urls=[{URL}]", "batch.global_batch=16"]
-    return [*data, f"model.path={tiny_model}", "data.timeout_s=5"]
+    return [*data, f"model.path={tiny_model}", "data.timeout_s=20"]
 
 
 def found(capsys: pytest.CaptureFixture, overrides: list[str], place: Place | None = None, **options) -> tuple:
@@ -279,11 +281,11 @@ def test_a_check_that_hangs_or_raises_is_red_and_keeps_secrets(monkeypatch):
         time.sleep(1)
         return green("late")
 
-    @check("broken", seconds=5, if_late="")
+    @check("broken", seconds=HANG_SECONDS, if_late="")
     def broken() -> Check:
         raise RuntimeError(f"cannot sign in with {os.environ['SOME_TOKEN']}\nand more")
 
-    @check("slow too", seconds=5, if_late="")
+    @check("slow too", seconds=HANG_SECONDS, if_late="")
     def slow_too() -> Check:
         time.sleep(0.3)
         return green("at last")
@@ -368,7 +370,7 @@ def on_two_nodes(overrides: list[str], second: list[str]) -> list[tuple[str, str
         for node in range(2)
     ]
     try:
-        return [(*node.communicate(timeout=120), node.returncode) for node in nodes]
+        return [(*node.communicate(timeout=HANG_SECONDS), node.returncode) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
@@ -380,7 +382,7 @@ def test_two_nodes_are_fine(overrides, tmp_path):
     assert other == ("", "", 0)
     assert "n1, n2" in table
     assert "gloo: 64 MiB at" in table
-    assert "within 0." in table
+    assert re.search(r"within \d\.\d s of each other", table)
     assert "4: 4 of 16 pairs and 2 of 8 lanes each" in table
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "status.json"]
     assert Status.read(tmp_path / "run").state == "starting"
@@ -399,7 +401,8 @@ def test_nodes_with_clocks_folders_and_secrets_apart(overrides, tmp_path):
     (table, errors, status), other = on_two_nodes([*overrides, f"run={shared}/run"], second)
     assert (status, other[2]) == (2, 0)
     clock, folder, data = errors.splitlines()
-    assert clock.startswith("error: preflight: clocks: n2 is 60.0 s ahead of n1 - have the nodes' clocks set")
+    ahead_by = re.match(r"error: preflight: clocks: n2 is ([\d.]+) s ahead of n1 - have the nodes' clocks set", clock)
+    assert abs(float(ahead_by[1]) - 60) < 10
     assert folder.startswith(
         f"error: preflight: run directory: n2: {shared}/run is not the folder that n1 writes - set"
     )
@@ -418,6 +421,6 @@ def test_help_needs_nothing_heavy():
     seen += (
         "try: preflight.main()\nexcept SystemExit: print('heavy:', {'torch', 'rich', 'pydantic'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", seen], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", seen], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert "--slurm" in done.stdout
     assert done.stdout.splitlines()[-1] == "heavy: set()"

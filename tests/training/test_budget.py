@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from limits import HANG_SECONDS
 from two_ranks import on_two_ranks
 
 from pipeline.config import Batch, Recipe, load_recipe
@@ -332,7 +333,7 @@ def test_torchs_allocator_loses_little_between_blocks_unless_the_user_says_other
         subprocess.Popen([sys.executable, "-c", program], env=environment | more, stdout=subprocess.PIPE, text=True)
         for more in ({}, said)
     ]
-    read = [process.communicate(timeout=60)[0].splitlines()[-1] for process in processes]
+    read = [process.communicate(timeout=HANG_SECONDS)[0].splitlines()[-1] for process in processes]
     assert read == ["expandable_segments:True", "max_split_size_mb:512"]
 
 

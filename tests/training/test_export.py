@@ -14,10 +14,10 @@ from pipeline.training import distributed, export
 
 
 def _slow_export(rank: int) -> list[str]:
-    """Where a collective waits for 3 s, an export that takes longer, and one that fails on the first rank."""
+    """Where a collective waits for 8 s, an export that takes longer, and one that fails on the first rank."""
     dist.destroy_process_group()
     store = dist.FileStore(os.environ["SLOW_EXPORT_STORE"], 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=3))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=8))
     distributed._GOES_ON_SECONDS = 0.2
     chosen = load_recipe("pipeline/recipes/demo.yaml", [])
     engine, said = SimpleNamespace(module=torch.nn.Linear(2, 2)), []
@@ -25,7 +25,7 @@ def _slow_export(rank: int) -> list[str]:
     def slow(*_: object) -> None:
         if said:
             raise PipelineError("the disk is full")
-        time.sleep(4)
+        time.sleep(9)
 
     export.write_folder = slow
     for _ in range(2):

@@ -13,16 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from limits import HANG_SECONDS
 
 from tools.s3_server import free_ports
 
 ROOT = Path(__file__).parents[3]
 NODES = ("n1", "n2")
-KILL_WAIT = 15  # seconds from SIGTERM to SIGKILL
+KILL_WAIT = 30  # seconds from SIGTERM to SIGKILL
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "setpriv")
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-_SECONDS = 60  # for daemons to start, clients to answer, nodes to be free again
 
 # Without cgroups. Nodes are such as the job scripts ask for, whatever the machine is. One that does not answer is down
 # after SlurmdTimeout: seconds, but more than a busy machine needs to answer. One that a test sets down stays so: were
@@ -54,7 +54,8 @@ JobRequeue=1
 MinJobAge=86400
 KillWait={kill_wait}
 SlurmctldTimeout=15
-SlurmdTimeout=15
+SlurmdTimeout=120
+MessageTimeout=60
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -119,7 +120,7 @@ class SlurmCluster:
     def run(self, *command: str, **environment: str) -> str:
         """What a client command, such as `sinfo`, prints. Raises SlurmFailure with its words if it fails."""
         ended = subprocess.run(
-            command, env=self.environment | environment, cwd=ROOT, capture_output=True, text=True, timeout=_SECONDS
+            command, env=self.environment | environment, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS
         )
         if ended.returncode:
             raise SlurmFailure(f"{' '.join(command)}: status {ended.returncode}\n{ended.stdout}{ended.stderr}")
@@ -148,7 +149,7 @@ class SlurmCluster:
             return Path(self.job(job)["StdOut"]).read_text(errors="replace")
         return ""
 
-    def wait(self, job: int, states: str | Collection[str], seconds: float) -> dict[str, str]:
+    def wait(self, job: int, states: str | Collection[str], seconds: float = HANG_SECONDS) -> dict[str, str]:
         """Wait until the job's state is one of these; what `job` says then.
 
         Raises SlurmFailure with the job's output at the time limit, and as soon as it has ended in another state.
@@ -161,7 +162,7 @@ class SlurmCluster:
         self.wait_until(job, reached, f"is not {' or '.join(states)}", seconds)
         return self.job(job)
 
-    def wait_output(self, job: int, text: str, seconds: float) -> None:
+    def wait_output(self, job: int, text: str, seconds: float = HANG_SECONDS) -> None:
         """Wait until the job has printed the text. Raises SlurmFailure as `wait` does."""
         self.wait_until(job, lambda: text in self.output(job), f"has not printed {text!r}", seconds)
 
@@ -207,7 +208,7 @@ class SlurmCluster:
 
         self._until(free, "jobs do not end")
 
-    def wait_until(self, job: int, condition: Callable[[], bool], failure: str, seconds: float) -> None:
+    def wait_until(self, job: int, condition: Callable[[], bool], failure: str, seconds: float = HANG_SECONDS) -> None:
         """Wait until the condition holds. Raises SlurmFailure as `wait` does; failure: what is wrong then."""
         deadline = time.monotonic() + seconds
         while True:
@@ -259,7 +260,7 @@ class SlurmCluster:
 
     def _until(self, condition: Callable[[], bool], failure: str) -> None:
         """Wait until the condition holds. Raises SlurmFailure at the time limit, or as soon as a daemon has ended."""
-        deadline = time.monotonic() + _SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while not condition():
             ended = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
             if ended or time.monotonic() > deadline:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from cluster import ROOT, SlurmFailure
+from limits import HANG_MINUTES
 
 from pipeline.data.index import Index
 from pipeline.evaluation.report import Report
@@ -45,7 +46,13 @@ def test_shellcheck_has_nothing_to_say():
 
 def test_the_chain_from_a_seed_to_a_report(slurm, s3, site, tmp_path):
     run = tmp_path / "run"
-    recipe = ["steps=4", "batch.global_batch=16", "data.workers=0", "evaluation=null", "timeout_minutes=1"]
+    recipe = [
+        "steps=4",
+        "batch.global_batch=16",
+        "data.workers=0",
+        "evaluation=null",
+        f"timeout_minutes={HANG_MINUTES}",
+    ]
     submitted = slurm.run(
         *("bash", "slurm/pipeline.sh", "--train", "slurm/train_demo.sh", "--run", str(run), "--parts", "2"),
         *("--shards", "demo 0 s3://pipeline-tests/chain --pairs 60 --queries 12"),
@@ -55,7 +62,7 @@ def test_the_chain_from_a_seed_to_a_report(slurm, s3, site, tmp_path):
     shards, training, evaluation, report = map(int, re.findall(r"\d+", submitted))
     assert slurm.job(report)["JobState"] == slurm.job(evaluation)["JobState"] == "PENDING"
     for job in (shards, training, evaluation, report):
-        slurm.wait(job, "COMPLETED", 120)
+        slurm.wait(job, "COMPLETED")
     assert Index.load("s3://pipeline-tests/chain/train/Scene-T2I").samples == 60
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
     gathered = Report.read(run / "mmeb")
@@ -76,12 +83,12 @@ def test_llm2clips_chain_from_captions_to_a_report(slurm, s3, site, tmp_path):
         *("bash", "slurm/train_llm2clip.sh", "--demo", "--runs", str(runs), "--data", f"{url}/captions/train"),
         *("--datasets", "images", "--vectors", str(tmp_path / "vectors")),
         *("--evaluate", ",".join(sets), "--caption", "evaluation=null data.datasets=[texts]"),
-        *("steps=3", "batch.global_batch=16", "checkpoint.every=2", "timeout_minutes=1"),
+        *("steps=3", "batch.global_batch=16", "checkpoint.every=2", f"timeout_minutes={HANG_MINUTES}"),
         **site,
     )
     caption, embedding, vision, evaluation, report = map(int, re.findall(r"\b\d+\b", submitted))
     for job in (caption, embedding, vision, evaluation, report):
-        slurm.wait(job, "COMPLETED", 120)
+        slurm.wait(job, "COMPLETED")
     assert [len((runs / name / "metrics.jsonl").read_text().splitlines()) for name in ("caption", "vision")] == [3, 3]
     assert (tmp_path / "vectors/images/text_embeddings.json").exists()
     gathered = Report.read(runs / "report")
@@ -110,8 +117,8 @@ def test_what_a_failed_job_leaves_undone_is_not_begun(slurm, s3, site, tmp_path)
     )
     shards, training = map(int, re.findall(r"\d+", submitted))
     with pytest.raises(SlurmFailure):
-        slurm.wait(shards, "COMPLETED", 60)
+        slurm.wait(shards, "COMPLETED")
     assert "no-such-bucket" in slurm.output(shards)
     with pytest.raises(SlurmFailure):
-        slurm.wait(training, "COMPLETED", 30)
+        slurm.wait(training, "COMPLETED")
     assert slurm.job(training)["JobState"] == "CANCELLED"

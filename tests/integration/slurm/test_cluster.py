@@ -6,7 +6,8 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from cluster import KILL_WAIT, SlurmCluster, SlurmFailure
+from cluster import SlurmCluster, SlurmFailure
+from limits import HANG_SECONDS
 
 # A rank that says which signal it gets, and goes on.
 PATIENT = """srun --kill-on-bad-exit=1 bash -c '
@@ -32,7 +33,7 @@ def submit(slurm, tmp_path) -> Callable[..., int]:
 
 def both_there(slurm: SlurmCluster, job: int) -> None:
     for rank in range(2):
-        slurm.wait_output(job, f"rank {rank} is there", 30)
+        slurm.wait_output(job, f"rank {rank} is there")
 
 
 def alive(process: psutil.Process) -> bool:
@@ -44,7 +45,7 @@ def alive(process: psutil.Process) -> bool:
 def test_two_ranks_know_their_places(slurm, submit):
     words = "$SLURM_PROCID of $SLURM_NTASKS, node $SLURM_NODEID, $SLURMD_NODENAME, local $SLURM_LOCALID"
     job = submit(f"srun bash -c 'echo {words}'")
-    assert slurm.wait(job, "COMPLETED", 30)["NodeList"] == "n[1-2]"
+    assert slurm.wait(job, "COMPLETED")["NodeList"] == "n[1-2]"
     assert sorted(slurm.output(job).splitlines()) == ["0 of 2, node 0, n1, local 0", "1 of 2, node 1, n2, local 0"]
 
 
@@ -59,7 +60,7 @@ def test_a_requeued_job_runs_again_and_its_output_is_kept(slurm, submit):
     both_there(slurm, job)
     slurm.requeue(job)
     slurm.release(job)
-    assert slurm.wait(job, "COMPLETED", 30)["Restarts"] == "1"
+    assert slurm.wait(job, "COMPLETED")["Restarts"] == "1"
     attempts = [line for line in slurm.output(job).splitlines() if line.startswith("attempt")]
     assert attempts == ["attempt 0", "attempt 1"]
 
@@ -72,7 +73,7 @@ def test_a_node_that_goes_down_sends_its_jobs_back(slurm, submit):
     time.sleep(4)
     assert slurm.job(job)["JobState"] == "PENDING"  # it stays down
     slurm.set_node("n2", "resume")
-    assert slurm.wait(job, "COMPLETED", 30)["Restarts"] == "1"
+    assert slurm.wait(job, "COMPLETED")["Restarts"] == "1"
 
 
 def test_a_killed_rank_ends_the_step(slurm, submit):
@@ -82,10 +83,10 @@ def test_a_killed_rank_ends_the_step(slurm, submit):
     assert second.environ()["SLURM_PROCID"] == "1"
     assert {child.name() for child in children} <= {"sleep"}
     second.kill()
-    slurm.wait_output(job, "rank 0 has TERM", KILL_WAIT / 2)
+    slurm.wait_output(job, "rank 0 has TERM")
     first.kill()
     with pytest.raises(SlurmFailure, match=r"ExitCode 7:0; its output:(.|\n)*srun ended with 137"):
-        slurm.wait(job, "COMPLETED", 30)
+        slurm.wait(job, "COMPLETED")
 
 
 def test_a_second_cluster_ends_with_all_that_ran_on_it(slurm, submit):
@@ -94,16 +95,16 @@ def test_a_second_cluster_ends_with_all_that_ran_on_it(slurm, submit):
         both_there(other, job)
         assert not slurm.run("squeue", "--noheader")
         other.set_node("n1", "down")
-        began = time.monotonic()
         other.clear()  # the ranks ignore SIGTERM
-        assert time.monotonic() - began < KILL_WAIT / 2
         job = submit(PATIENT, to=other)
         both_there(other, job)
         processes = [process for rank in other.tasks(job).values() for process in rank]
         processes += [process.parent() for process in processes]
         processes += [psutil.Process(daemon.pid) for daemon in other.daemons.values()]
         assert {process.name() for process in processes} >= {"munged", "slurmctld", "slurmd", "slurmstepd", "bash"}
-    _, left = psutil.wait_procs(processes, timeout=2)
-    assert not [process for process in left if alive(process)]
+    deadline = time.monotonic() + HANG_SECONDS
+    while any(map(alive, processes)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert not other.folder.exists()
     assert slurm.run("sinfo", "--noheader", "--format=%T").split() == ["idle"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import ROOT, SlurmCluster, SlurmFailure
+from limits import HANG_MINUTES, HANG_SECONDS
 
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
@@ -46,7 +47,7 @@ def recipe(s3, tiny_model) -> list[str]:
         f"checkpoint.every={EVERY}",
         "evaluation=null",
         "ledger=true",
-        "timeout_minutes=1",
+        f"timeout_minutes={HANG_MINUTES}",
     ]
 
 
@@ -61,7 +62,7 @@ def undisturbed(recipe, tmp_path_factory) -> Path:
         env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANG_SECONDS,
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
     return run
@@ -87,8 +88,8 @@ def last_line(slurm: SlurmCluster, job: int) -> str:
     return [line for line in slurm.output(job).splitlines() if not line.startswith("slurmstepd")][-1]
 
 
-def wait_for_step(slurm: SlurmCluster, job: int, run: Path, step: int, seconds: float = 90) -> None:
-    slurm.wait_until(job, lambda: Status.read(run).step >= step, f"has not made step {step}", seconds)
+def wait_for_step(slurm: SlurmCluster, job: int, run: Path, step: int) -> None:
+    slurm.wait_until(job, lambda: Status.read(run).step >= step, f"has not made step {step}")
 
 
 def assert_same(run: Path, other: Path) -> None:
@@ -98,8 +99,8 @@ def assert_same(run: Path, other: Path) -> None:
 
 def test_two_jobs_on_the_same_nodes_train_as_under_torchrun(slurm, train, undisturbed):
     (job, run), (other, second) = train(), train("steps=20", name="second")
-    slurm.wait(job, "COMPLETED", 200)
-    slurm.wait(other, "COMPLETED", 60)
+    slurm.wait(job, "COMPLETED")
+    slurm.wait(other, "COMPLETED")
     assert_same(run, undisturbed)
     assert len(lines(second / "metrics.jsonl")) == 20
     assert (run / "export/model.safetensors").exists()
@@ -108,12 +109,12 @@ def test_two_jobs_on_the_same_nodes_train_as_under_torchrun(slurm, train, undist
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in slurm.output(job)
 
 
-def wait_for_requeue(slurm: SlurmCluster, job: int, restarts: int, seconds: float = 60) -> None:
+def wait_for_requeue(slurm: SlurmCluster, job: int, restarts: int) -> None:
     def is_back() -> bool:
         shown = slurm.job(job)
         return (shown["JobState"], shown["Restarts"]) == ("PENDING", str(restarts))
 
-    slurm.wait_until(job, is_back, "was not requeued", seconds)
+    slurm.wait_until(job, is_back, "was not requeued")
 
 
 def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not_been(
@@ -160,7 +161,7 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
     assert (status.state, len(status.failures)) == ("failed", 1)
     assert "a rank was killed" in last_line(slurm, job)
     done = status.step
-    wait_for_requeue(slurm, late, 1, 120)
+    wait_for_requeue(slurm, late, 1)
     slurm.cancel(late)
     slurm.release(job)
 
@@ -171,9 +172,9 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
 
     urgent: list[int] = []
     stop(preempt, 4, preempted)
-    slurm.wait(*urgent, "COMPLETED", 30)
+    slurm.wait(*urgent, "COMPLETED")
     slurm.release(job)
-    slurm.wait(job, "COMPLETED", 120)
+    slurm.wait(job, "COMPLETED")
     assert_same(run, undisturbed)
 
 
@@ -182,14 +183,14 @@ def test_without_its_second_node_a_job_goes_on_with_the_same_batches_on_the_firs
     wait_for_step(slurm, job, run, EVERY + 5)
     assert slurm.job(job)["NumNodes"] == "2"
     slurm.set_node("n2", "down")
-    slurm.wait(job, "PENDING", 30)
+    slurm.wait(job, "PENDING")
     slurm.run("scontrol", "update", f"JobId={job}", "NumTasks=1")  # else it waits for a second node
     slurm.release(job)
-    assert slurm.wait(job, "COMPLETED", 150)["NodeList"] == "n1"
+    assert slurm.wait(job, "COMPLETED")["NodeList"] == "n1"
     ours, theirs = (lines(folder / "metrics.jsonl") for folder in (run, undisturbed))
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    for mine, other in zip(ours, theirs, strict=True):  # through the parameters, each step adds to the difference
+        assert mine["loss"] == pytest.approx(other["loss"], rel=mine["step"] * 1e-5)
     batches = []
     for folder in (run, undisturbed):
         keys = {step: [] for step in range(1, STEPS + 1)}
@@ -205,7 +206,7 @@ def test_a_job_that_fails_twice_at_the_same_step_stays_away(slurm, train):
     wait_for_requeue(slurm, hopeless, 1)
     slurm.release(hopeless)
     with pytest.raises(SlurmFailure):
-        slurm.wait(hopeless, "COMPLETED", 60)
+        slurm.wait(hopeless, "COMPLETED")
     assert (slurm.job(hopeless)["JobState"], slurm.job(hopeless)["Restarts"]) == ("FAILED", "1")
     status = Status.read(broken)
     assert status.failures[0] == status.failures[1]
@@ -231,7 +232,7 @@ def test_what_would_fail_is_found_before_training(slurm, train, small_disk, tmp_
     }
     for what, (job, run) in jobs.items():
         with pytest.raises(SlurmFailure):
-            slurm.wait(job, "COMPLETED", 100)
+            slurm.wait(job, "COMPLETED")
         assert slurm.job(job)["JobState"] == "FAILED"
         assert last_line(slurm, job).startswith("error: preflight: ")
         assert what in last_line(slurm, job)
