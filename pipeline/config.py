@@ -310,7 +310,7 @@ class Loss(Section):
 
 
 class Optimizer(Section):
-    lr: float = Field(gt=0, lt=1)
+    lr: float = Field(gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -386,6 +386,8 @@ class Recipe(Section):
     def works_together(self) -> "Recipe":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs, not both and not neither")
+        if self.optimizer.lr >= 1:
+            raise ValueError(f"optimizer.lr is {self.optimizer.lr:g}: give a learning rate as 1e-5")
         if self.batch.global_batch % self.data.lanes:
             fitting = [n for n in range(1, self.batch.global_batch + 1) if self.batch.global_batch % n == 0]
             near = sorted(sorted(fitting, key=lambda n: abs(n - self.data.lanes))[:5])
@@ -491,19 +493,13 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     The contrastive batch is cut into chunks inside one optimizer step (pipeline/training/step.py), so for
     DeepSpeed a rank's share of the global batch is one micro-batch.
     """
-    path = Path(recipe.deepspeed)
-    path = path if path.is_file() else ROOT / recipe.deepspeed
-    if not path.is_file():
+    from pipeline import ds_config  # which takes DeepSpeed: programs that only read recipes start without it
+
+    path = next((path for path in (Path(recipe.deepspeed), ROOT / recipe.deepspeed) if os.path.exists(path)), None)  # noqa: PTH110
+    if path is None:
         known = ", ".join(sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
         raise PipelineError(f"no DeepSpeed config at {recipe.deepspeed}; ds_configs/ holds {known}")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise PipelineError(f"{path} is not JSON: {error}") from None
-    for name in ("optimizer", "scheduler", "fp16"):
-        if name in config:
-            raise PipelineError(f"{path}: {name!r} is not set here; the recipe's optimizer and precision decide it")
-
+    config = ds_config.read(path)
     config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     batch = recipe.batch.global_batch
     if batch % world_size:
@@ -530,12 +526,26 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         section[keys[-1]] = value
     _refuse_auto(config, path, ())
     zero = config["zero_optimization"]
+    if config.get("communication_data_type") not in (None, "fp32", recipe.precision):
+        raise PipelineError(
+            f"{path}: communication_data_type={config['communication_data_type']} contradicts the recipe's "
+            f"precision={recipe.precision}: gradients are summed in that, or in fp32; remove it"
+        )
     if recipe.precision == "bf16" and zero["stage"] == 0:
         raise PipelineError(f"{path}: DeepSpeed cannot sum bf16 gradients in fp32 at ZeRO 0; use ds_configs/zero1.json")
     for name in ("offload_optimizer", "offload_param"):
-        device = zero.get(name, {}).get("device", "none")
+        device = zero.get(name, {"device": "none"}).get("device")
+        if device is None:
+            raise PipelineError(f"{path}: zero_optimization.{name} names no device, and would do nothing: add one, cpu")
         if device not in ("cpu", "none"):
             raise PipelineError(f"{path}: {name} to {device!r} is not supported; its device is cpu, or none")
+    of_stage_3 = {
+        "offload_param": zero.get("offload_param", {}).get("device") == "cpu",
+        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
+    }
+    for name, is_set in of_stage_3.items():
+        if is_set and zero["stage"] < 3:
+            raise PipelineError(f"{path}: {name} is for ZeRO 3, and would do nothing at {zero['stage']}: remove it")
     if is_offloaded(zero) and zero["stage"] < 2:
         raise PipelineError(f"{path}: offload_optimizer is for ZeRO 2 and 3; use ds_configs/zero3_offload.json")
     if is_offloaded(zero) and zero["stage"] == 2 and recipe.precision == "bf16":
@@ -653,4 +663,6 @@ def _refuse_auto(config: dict, path: Path, above: tuple[str, ...]) -> None:
         if isinstance(value, dict):
             _refuse_auto(value, path, (*above, key))
         elif value == "auto":
-            raise PipelineError(f'{path}: the recipe has nothing for {".".join((*above, key))}="auto"; give a value')
+            raise PipelineError(
+                f'{path}: the recipe has nothing for {".".join((*above, key))}="auto"; give a value, or remove it'
+            )

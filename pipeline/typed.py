@@ -122,21 +122,21 @@ def read(wanted: Any, value: Any) -> Any:
 
     Raises ValueError, which says what to write, for what could mean two things.
     """
-    options = _options(wanted)
-    section = any(isinstance(option, type) and issubclass(option, BaseModel) for option in options)
+    kinds = options(wanted)
+    section = any(isinstance(option, type) and issubclass(option, BaseModel) for option in kinds)
     if value is None:
-        if NoneType in options:
+        if NoneType in kinds:
             return None
         if section:  # its lines may all be comments
             return {}
         raise ValueError("it is empty: give a value, or leave it out for its default")
     if isinstance(value, str):
-        return _read_text(options, value)
-    if bool in options and value in (0, 1):
+        return _read_text(kinds, value)
+    if bool in kinds and value in (0, 1):
         return bool(value)
-    if int in options and isinstance(value, float) and value.is_integer() and abs(value) < _LONG:
+    if int in kinds and isinstance(value, float) and value.is_integer() and abs(value) < _LONG:
         return int(value)
-    for option in options:
+    for option in kinds:
         if isinstance(value, list | tuple) and get_origin(option) is list:
             return [read(get_args(option)[0], each) for each in value]
         if isinstance(value, list | tuple) and get_origin(option) is tuple and len(value) == len(get_args(option)):
@@ -166,23 +166,23 @@ def shown(value: Any) -> str:
     return reprlib.repr(str(value) if isinstance(value, str) else value)
 
 
-def _read_text(options: list[Any], text: str) -> Any:
-    if any(get_origin(option) is Literal and text in get_args(option) for option in options):
+def _read_text(kinds: list[Any], text: str) -> Any:
+    if any(get_origin(option) is Literal and text in get_args(option) for option in kinds):
         return str(text)
-    if bool in options:
+    if bool in kinds:
         word = {"1": "true", "0": "false"}.get(text, text.lower())
         if word in _BOOLEANS:
             return _BOOLEANS[word]
-    if int in options or float in options:
+    if int in kinds or float in kinds:
         number = _number(text)
-        if isinstance(number, float) and float not in options and number.is_integer():
+        if isinstance(number, float) and float not in kinds and number.is_integer():
             number = int(number)
         if isinstance(number, int) and abs(number) >= _LONG:
             raise ValueError(f"{text} is too large")
         return str(text) if number is None else number
-    if str in options and isinstance(text, Plain) and text.lower() in ("true", "false"):
+    if str in kinds and isinstance(text, Plain) and text.lower() in ("true", "false"):
         raise ValueError(f'it is text, not {text}: write it in quotes, "{text}", if that is meant')
-    if any(get_origin(option) in (list, tuple) for option in options):
+    if any(get_origin(option) in (list, tuple) for option in kinds):
         raise ValueError(f"it is a list: write [{text}]")
     return str(text)
 
@@ -205,10 +205,10 @@ def _number(text: str) -> int | float | None:
     return number
 
 
-def _options(wanted: Any) -> list[Any]:
+def options(wanted: Any) -> list[Any]:
     """The types that a field takes: of unions each."""
     if get_origin(wanted) is Annotated:
-        return _options(get_args(wanted)[0])
+        return options(get_args(wanted)[0])
     if get_origin(wanted) in (Union, UnionType):
-        return [option for each in get_args(wanted) for option in _options(each)]
+        return [option for each in get_args(wanted) for option in options(each)]
     return [wanted]
