@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.data.index import Shard
 from pipeline.data.tiles import Tiling
 
-# Of how tokens are counted, which the order of samples depends on: raise it with every change of a number that comes out.
+# Of how tokens are counted, on which the order of samples depends: raise it with every change of what comes out.
 VERSION = 1
 
 _PROMPT = 21  # tokens around an item's text
