@@ -7,11 +7,12 @@ values that cannot work together are errors that name the field, before anything
 
 import difflib
 import json
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -19,17 +20,30 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from pipeline import typed
 from pipeline.errors import PipelineError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """Fields that are strict, of what each makes of what was typed (pipeline/typed.py)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        try:
+            return typed.read(cls.model_fields[info.field_name].annotation, value)
+        except ValueError as error:
+            raise PydanticCustomError("typed", "{reason}", {"reason": str(error)}) from None
 
     @classmethod
     def describe(cls, prefix: str = "") -> str:
@@ -258,8 +272,8 @@ class Train(Section):
     def rates_are_positive(self) -> "Train":
         for name in Train.model_fields:
             value = getattr(self, name)
-            if isinstance(value, float) and value <= 0:
-                raise ValueError(f"train.{name} is {value}: give true, false or a positive learning rate")
+            if isinstance(value, float) and not 0 < value < 1:
+                raise ValueError(f"train.{name} is {value:g}: give true, false, or a learning rate as 1e-5")
         if self.lora and not self.language_model:
             raise ValueError("train.lora needs train.language_model, whose learning rate the adapters have")
         return self
@@ -297,7 +311,7 @@ class Loss(Section):
 
 class Optimizer(Section):
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps in which lr rises linearly")
@@ -372,6 +386,8 @@ class Recipe(Section):
     def works_together(self) -> "Recipe":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs, not both and not neither")
+        if self.optimizer.lr >= 1:
+            raise ValueError(f"optimizer.lr is {self.optimizer.lr:g}: give a learning rate as 1e-5")
         if self.batch.global_batch % self.data.lanes:
             fitting = [n for n in range(1, self.batch.global_batch + 1) if self.batch.global_batch % n == 0]
             near = sorted(sorted(fitting, key=lambda n: abs(n - self.data.lanes))[:5])
@@ -430,19 +446,36 @@ def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
     `variant=NAME` applies those that the recipe itself lists under `variants`, before all others.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
         known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "pipeline/recipes").glob("*.yaml")))
         raise PipelineError(f"no recipe at {path}; the project's own are {known}")
-    values = _safe_yaml(path.read_text(), str(path))
+    values = typed.parse(typed.read_text(path), str(path))
     if not isinstance(values, dict):
         raise PipelineError(f"{path} is not a recipe: expected `key: value` lines")
-    variants = values.pop("variants", None) or {}
+    variants = _variants(values.pop("variants", None), path)
     for name in [override.removeprefix("variant=") for override in overrides if override.startswith("variant=")]:
         if name not in variants:
             raise PipelineError(f"{path} has no variant {name!r}; it has {', '.join(variants) or 'none'}")
-        values = _overridden(values, [f"{key}={json.dumps(value)}" for key, value in variants[name].items()])
+        for key, value in variants[name].items():
+            _override(values, key, value, f"{path}: variants.{name}: {key}")
     overrides = [override for override in overrides if not override.startswith("variant=")]
     return _validated(Recipe, _overridden(values, overrides), f"{path}: ")
+
+
+def _variants(variants: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """What each sets by dotted names, all of them checked, whichever is chosen."""
+    if not isinstance(variants, dict | None):
+        raise PipelineError(f"{path}: variants is {typed.shown(variants)}: expected names, below each what it sets")
+    for name, fields in (variants or {}).items():
+        if not isinstance(fields, dict):
+            raise PipelineError(
+                f"{path}: variants.{name} is {'empty' if fields is None else typed.shown(fields)}: list below it what "
+                "it sets, as optimizer.lr: 2e-5, or remove it"
+            )
+        for field in fields:
+            if unknown := _unknown(Recipe, field.split(".")):
+                raise PipelineError(f"{path}: variants.{name}: {unknown}")
+    return variants or {}
 
 
 def parse_options(section: type[SectionType], options: list[str]) -> SectionType:
@@ -451,7 +484,7 @@ def parse_options(section: type[SectionType], options: list[str]) -> SectionType
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return typed.dump(recipe.model_dump(mode="json"))
 
 
 def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -460,19 +493,13 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     The contrastive batch is cut into chunks inside one optimizer step (pipeline/training/step.py), so for
     DeepSpeed a rank's share of the global batch is one micro-batch.
     """
-    path = Path(recipe.deepspeed)
-    path = path if path.is_file() else ROOT / recipe.deepspeed
-    if not path.is_file():
+    from pipeline import ds_config  # which takes DeepSpeed: programs that only read recipes start without it
+
+    path = next((path for path in (Path(recipe.deepspeed), ROOT / recipe.deepspeed) if os.path.exists(path)), None)  # noqa: PTH110
+    if path is None:
         known = ", ".join(sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
         raise PipelineError(f"no DeepSpeed config at {recipe.deepspeed}; ds_configs/ holds {known}")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise PipelineError(f"{path} is not JSON: {error}") from None
-    for name in ("optimizer", "scheduler", "fp16"):
-        if name in config:
-            raise PipelineError(f"{path}: {name!r} is not set here; the recipe's optimizer and precision decide it")
-
+    config = ds_config.read(path)
     config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     batch = recipe.batch.global_batch
     if batch % world_size:
@@ -499,12 +526,26 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         section[keys[-1]] = value
     _refuse_auto(config, path, ())
     zero = config["zero_optimization"]
+    if config.get("communication_data_type") not in (None, "fp32", recipe.precision):
+        raise PipelineError(
+            f"{path}: communication_data_type={config['communication_data_type']} contradicts the recipe's "
+            f"precision={recipe.precision}: gradients are summed in that, or in fp32; remove it"
+        )
     if recipe.precision == "bf16" and zero["stage"] == 0:
         raise PipelineError(f"{path}: DeepSpeed cannot sum bf16 gradients in fp32 at ZeRO 0; use ds_configs/zero1.json")
     for name in ("offload_optimizer", "offload_param"):
-        device = zero.get(name, {}).get("device", "none")
+        device = zero.get(name, {"device": "none"}).get("device")
+        if device is None:
+            raise PipelineError(f"{path}: zero_optimization.{name} names no device, and would do nothing: add one, cpu")
         if device not in ("cpu", "none"):
             raise PipelineError(f"{path}: {name} to {device!r} is not supported; its device is cpu, or none")
+    of_stage_3 = {
+        "offload_param": zero.get("offload_param", {}).get("device") == "cpu",
+        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
+    }
+    for name, is_set in of_stage_3.items():
+        if is_set and zero["stage"] < 3:
+            raise PipelineError(f"{path}: {name} is for ZeRO 3, and would do nothing at {zero['stage']}: remove it")
     if is_offloaded(zero) and zero["stage"] < 2:
         raise PipelineError(f"{path}: offload_optimizer is for ZeRO 2 and 3; use ds_configs/zero3_offload.json")
     if is_offloaded(zero) and zero["stage"] == 2 and recipe.precision == "bf16":
@@ -523,34 +564,36 @@ def is_offloaded(zero: dict[str, Any]) -> bool:
 def _overridden(values: dict, overrides: list[str]) -> dict:
     for override in overrides:
         key, sign, text = override.partition("=")
-        if not sign or not key:
+        if not sign or not key or text.startswith("="):
             raise PipelineError(f"cannot read {override!r}: write it as key=value, e.g. optimizer.lr=2e-5")
-        value = _safe_yaml(text, override)
-        _set(values, key.split("."), value, override)
-        if value is not None and key in _ALTERNATIVES:
-            _set(values, _ALTERNATIVES[key].split("."), None, override)
+        _override(values, key.strip(), typed.parse(text, override), override)
     return values
+
+
+def _override(values: dict, key: str, value: Any, override: str) -> None:
+    _set(values, key.split("."), value, override)
+    if value is not None and key in _ALTERNATIVES:
+        _set(values, _ALTERNATIVES[key].split("."), None, override)
 
 
 def _validated(section: type[SectionType], values: dict, where: str) -> SectionType:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise PipelineError(where + "; ".join(_explain(section, e) for e in error.errors())) from None
-
-
-def _safe_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PipelineError(f"cannot read {where}: {' '.join(str(error).split())}") from None
+        raise PipelineError(where + "; ".join(dict.fromkeys(_explain(section, e) for e in error.errors()))) from None
 
 
 def _set(values: dict, keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
+    if not all(keys):
+        raise PipelineError(f"cannot set {override!r}: a name is missing beside a dot")
+    for place, key in enumerate(keys[:-1], 1):
         if values.get(key) is None:
             values[key] = {}
         values = values[key]
+        if isinstance(values, list):
+            raise PipelineError(
+                f"cannot set {override!r}: {key} is a list: set all of it, {'.'.join(keys[:place])}=[...]"
+            )
         if not isinstance(values, dict):
             raise PipelineError(f"cannot set {override!r}: {key} is a single value, not a section")
     values[keys[-1]] = value
@@ -558,31 +601,53 @@ def _set(values: dict, keys: list[str], value: Any, override: str) -> None:
 
 def _explain(root: type[Section], error: dict) -> str:
     """One pydantic error as a sentence; for an unknown field, with the names that come near."""
-    place = [str(part) for part in error["loc"]]
-    name = ".".join(place)
     if error["type"] == "extra_forbidden":
-        fields = list(_fields_at(root, place[:-1]))
-        near = difflib.get_close_matches(place[-1], fields, n=2, cutoff=0.5)
-        elsewhere = [other for other in _all_fields(root) if other.split(".")[-1] == place[-1]]
-        hint = " or ".join(elsewhere or [".".join([*place[:-1], field]) for field in near])
-        known = f"did you mean {hint}?" if hint else f"known here: {', '.join(fields)}"
-        return f"unknown field {name}; {known}"
+        return _unknown(root, error["loc"])
+    place, section = [], root
+    for part in error["loc"]:  # among them are names of a union's types, too
+        if isinstance(part, int) or (section and part in section.model_fields):
+            place.append(str(part))
+        if isinstance(part, str) and section and part in section.model_fields:
+            section = _section_of(section.model_fields[part].annotation)
+    name = ".".join(place)
     if error["type"] == "missing":
         return f"{name} is missing"
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
-    return f"{name}: {error['msg']}, got {error['input']!r}"
+    if error["type"] == "typed":
+        return f"{name}: {error['msg']}"
+    if error["type"] == "model_type":
+        fields = ", ".join(section.model_fields) if section else ""
+        return f"{name or 'this'} is a section, of {fields}; got {typed.shown(error['input'])}"
+    return f"{name}: {error['msg']}, got {typed.shown(error['input'])}"
+
+
+def _unknown(root: type[Section], place: Sequence[str | int]) -> str:
+    """Why there is no field at this place, and what may be meant; empty where there is one."""
+    section: type[Section] | None = root
+    is_free, names = False, [str(part) for part in place]
+    for depth, key in enumerate(place):
+        if isinstance(key, int):  # a place in a list
+            continue
+        if section is None:
+            return "" if is_free else f"{'.'.join(names[:depth])} has no fields"
+        if key not in section.model_fields:
+            break
+        annotation = section.model_fields[key].annotation
+        section, is_free = _section_of(annotation), get_origin(annotation) is dict
+    else:
+        return ""
+    fields, above = list(section.model_fields), names[:depth]
+    near = difflib.get_close_matches(key, fields, n=2, cutoff=0.5)
+    elsewhere = [other for other in _all_fields(root) if other.split(".")[-1] == key]
+    hint = " or ".join(elsewhere or [".".join([*above, field]) for field in near])
+    known = f"did you mean {hint}?" if hint else f"known here: {', '.join(fields)}"
+    return f"unknown field {'.'.join([*above, key])}; {known}"
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
     options = [annotation, *getattr(annotation, "__args__", ())]
     return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
-
-
-def _fields_at(section: type[Section] | None, place: list[str]) -> list[str]:
-    for key in (key for key in place if not key.isdecimal()):  # a number is a place in a list
-        section = _section_of(section.model_fields[key].annotation) if section else None
-    return list(section.model_fields) if section else []
 
 
 def _all_fields(section: type[Section], prefix: str = "") -> list[str]:
@@ -598,4 +663,6 @@ def _refuse_auto(config: dict, path: Path, above: tuple[str, ...]) -> None:
         if isinstance(value, dict):
             _refuse_auto(value, path, (*above, key))
         elif value == "auto":
-            raise PipelineError(f'{path}: the recipe has nothing for {".".join((*above, key))}="auto"; give a value')
+            raise PipelineError(
+                f'{path}: the recipe has nothing for {".".join((*above, key))}="auto"; give a value, or remove it'
+            )

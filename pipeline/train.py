@@ -23,6 +23,8 @@ import torch.distributed as dist
 from pipeline import status
 from pipeline.config import Recipe, dump_recipe, is_offloaded, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
+from pipeline.data.lengths import VERSION as LENGTHS_VERSION
+from pipeline.data.order import VERSION as ORDER_VERSION
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
@@ -163,6 +165,8 @@ def conditions_of_run(recipe: Recipe, source: Source, zero: dict) -> dict:
         | {
             "data.datasets": [part.model_dump() for part in recipe.data.datasets],
             "the data's fingerprint": source.fingerprint,
+            "the order's version": ORDER_VERSION,
+            "the token lengths' version": LENGTHS_VERSION,
             "video.frames": recipe.video.frames,
             "the ZeRO stage": zero["stage"],
             "the optimizer is offloaded": is_offloaded(zero),

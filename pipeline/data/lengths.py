@@ -8,6 +8,9 @@ import numpy as np
 from pipeline.data.index import Shard
 from pipeline.data.tiles import Tiling
 
+# Of how tokens are counted, on which the order of samples depends: raise it with every change of what comes out.
+VERSION = 1
+
 _PROMPT = 21  # tokens around an item's text
 _TEXT_BYTES = 4  # of UTF-8 a token holds, about: English has 4 letters, Chinese 1 or 2 characters
 

@@ -27,6 +27,10 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 
+# Of the order: raise it with every change of which samples a step gets, lest a run that is continued takes some of them
+# twice and others never.
+VERSION = 1
+
 # The random streams are part of the format: runs resume by them. They are the raw output of PCG64 behind
 # SeedSequence, which numpy keeps the same for ever (NEP 19), sorted; Generator.permutation may change.
 # The last word of a stream's key says what is drawn.

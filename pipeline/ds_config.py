@@ -1,0 +1,228 @@
+"""Which settings a DeepSpeed config may have, and where: DeepSpeed ignores most of those that it does not know.
+
+By DeepSpeed's own models of its sections, where it has some. What it knows and this pipeline has no use for, or cannot
+have, is refused with the reason. Importing this takes DeepSpeed.
+"""
+
+import difflib
+import json
+from math import isfinite
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NamedTuple
+
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+from pydantic import BaseModel, Field, ValidationError
+
+from pipeline import typed
+from pipeline.errors import PipelineError
+
+
+class _FlopsProfiler(DeepSpeedConfigModel):
+    enabled: bool = False
+    recompute_fwd_factor: float = 0.0
+    profile_step: int = 1
+    module_depth: int = -1
+    top_modules: int = 1
+    detailed: bool = True
+    output_file: str | None = None
+
+
+class _Timers(DeepSpeedConfigModel):
+    throughput: DeepSpeedThroughputTimerConfig = Field(default_factory=DeepSpeedThroughputTimerConfig)
+
+
+class _DataTypes(DeepSpeedConfigModel):
+    grad_accum_dtype: str | None = None
+
+
+class _Checkpoint(DeepSpeedConfigModel):
+    tag_validation: Literal["Ignore", "Warn", "Fail"] = "Warn"
+
+
+class _Config(DeepSpeedConfigModel):
+    """What DeepSpeed reads one by one of the top level (deepspeed/runtime/config.py)."""
+
+    train_batch_size: int = 1
+    train_micro_batch_size_per_gpu: int = 1
+    gradient_accumulation_steps: int = 1
+    gradient_clipping: float = 1.0
+    zero_optimization: DeepSpeedZeroConfig = Field(default_factory=DeepSpeedZeroConfig)
+    bf16: DeepSpeedBF16Config = Field(default_factory=DeepSpeedBF16Config)
+    data_types: _DataTypes = Field(default_factory=_DataTypes)
+    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
+    prescale_gradients: bool = False
+    gradient_predivide_factor: float = 1.0
+    gradient_allreduce_op: Literal["mean", "sum"] = "mean"
+    zero_allow_untested_optimizer: bool = False
+    zero_force_ds_cpu_optimizer: bool = True
+    checkpoint: _Checkpoint = Field(default_factory=_Checkpoint)
+    steps_per_print: int | None = None
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
+    disable_python_gc: bool = False
+    log_level: str | None = None
+    comms_logger: CommsLoggerConfig = Field(default_factory=CommsLoggerConfig)
+    flops_profiler: _FlopsProfiler = Field(default_factory=_FlopsProfiler)
+    timers: _Timers = Field(default_factory=_Timers)
+    tensorboard: TensorBoardConfig = Field(default_factory=TensorBoardConfig)
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+    csv_monitor: CSVConfig = Field(default_factory=CSVConfig)
+    comet: CometConfig = Field(default_factory=CometConfig)
+
+
+_NOT_USED = """
+    autotuning checkpoint.load_universal checkpoint.parallel_write checkpoint.serialization
+    checkpoint.use_node_local_storage checkpoint.writer compile data_efficiency dataloader_drop_last datastates
+    disable_allgather expert_parallel hybrid_engine managed_gradient_accumulation pipeline sequence_parallel_size
+    seq_parallel_communication_data_type tensor_parallel use_data_before_expert_parallelism vocabulary_size
+    weight_quantization
+"""
+_PRECISION = "the recipe's precision decides it"
+_NOT_HERE = {
+    **dict.fromkeys(("optimizer", "scheduler"), "the recipe's optimizer decides it"),
+    **dict.fromkeys(("fp16", "amp", "torch_autocast"), f"{_PRECISION}: bf16 or fp32"),
+    **dict.fromkeys(("data_types.param_dtype", "data_types.buffer_dtype"), _PRECISION),
+    "data_types.keep_in_fp32_modules": _PRECISION,
+    "bfloat16": "it is called bf16",
+    "activation_checkpointing": "batch.activation_checkpointing of the recipe decides it",
+    "aio": "it is for offloading to nvme, which is not supported",
+    **dict.fromkeys(_NOT_USED.split(), "the pipeline has no use for it, and would ignore it"),
+}
+
+
+class _Only(NamedTuple):
+    """The one value that a setting can have here, and why."""
+
+    value: Any
+    why: str
+
+
+_SURROGATE = "it would log the gradient cache's surrogate; the run has its own tensorboard"
+_ROUNDED = "what it rounds is to be exact"
+_ONLY = {
+    "bf16.bf16_master_weights_and_grads": _Only(False, "the gradient cache sums in fp32"),
+    "bf16.bf16_optimizer_states": _Only(False, "master weights and moments are fp32"),
+    "prescale_gradients": _Only(False, "the gradient cache scales gradients"),
+    "gradient_predivide_factor": _Only(1.0, "the gradient cache scales gradients"),
+    "gradient_allreduce_op": _Only("mean", "the gradient cache counts on it"),
+    "zero_optimization.compute_grad_norm": _Only(True, "the run logs it"),
+    "zero_optimization.elastic_checkpoint": _Only(False, "checkpoints load on any number of processes without it"),
+    "zero_optimization.ignore_unused_parameters": _Only(True, "a chunk without images has none of the tower's"),
+    "zero_optimization.offload_optimizer.ratio": _Only(1.0, "all of the optimizer is on the host, or none"),
+    "zero_optimization.offload_optimizer.super_offload": _Only(False, "it is not supported"),
+    "zero_optimization.zenflow": _Only(None, "it puts off updates"),
+    "zero_optimization.zero_quantized_gradients": _Only(False, _ROUNDED),
+    "zero_optimization.zero_quantized_nontrainable_weights": _Only(False, _ROUNDED),
+    "zero_optimization.zero_quantized_weights": _Only(False, _ROUNDED),
+    **{f"{monitor}.enabled": _Only(False, _SURROGATE) for monitor in ("tensorboard", "wandb", "csv_monitor", "comet")},
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A DeepSpeed config, with its "auto" values as they are and without its nulls. Raises PipelineError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := [key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place])]:
+            raise PipelineError(f"{path}: {twice[0]!r} is there twice")
+        return dict(pairs)
+
+    try:
+        config = json.loads(typed.read_text(path), object_pairs_hook=unique)
+    except ValueError as error:
+        raise PipelineError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise PipelineError(f"{path} is nested too deeply") from None
+    if not isinstance(config, dict):
+        raise PipelineError(f"{path} is no DeepSpeed config: expected {{...}}, got {typed.shown(config)}")
+    try:
+        return _checked(_Config, config, "")
+    except ValueError as error:
+        raise PipelineError(f"{path}: {error}") from None
+
+
+def _checked(model: type[BaseModel], config: dict[str, Any], above: str) -> dict[str, Any]:
+    """Under the names that DeepSpeed's documentation has. Raises ValueError."""
+    fields = {name: field for key, field in model.model_fields.items() for name in (key, field.alias) if name}
+    checked: dict[str, Any] = {}
+    for key, value in config.items():
+        place = above + key
+        if key not in fields or place in _NOT_HERE:
+            raise ValueError(_unknown(place))
+        field, extra = fields[key], fields[key].json_schema_extra or {}
+        if extra.get("deprecated"):
+            names = extra["new_param"].split(" or ")
+            new = " or ".join(above + (model.model_fields[name].alias or name) for name in names)
+            raise ValueError(f"{place} is deprecated: set {new}")
+        if field.alias in config and key != field.alias:
+            raise ValueError(f"{place} is there twice, as {field.alias}, too")
+        only = _ONLY.get(place)
+        if only and value not in (only.value, "auto"):
+            raise ValueError(f"{place}={json.dumps(value)} is not supported: {only.why}; remove it")
+        if value is not None:
+            checked[field.alias or key] = _checked_value(typed.options(field.annotation), value, place)
+        elif NoneType not in typed.options(field.annotation):
+            raise ValueError(f"{place} is null: give a value, or remove it")
+    try:
+        model(**config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = above + ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place.rstrip('.')}: {first['msg']}, got {typed.shown(first['input'])}") from None
+    return checked
+
+
+def _checked_value(options: list[Any], value: Any, place: str) -> Any:
+    for option in options:
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            if not isinstance(value, dict):
+                raise ValueError(f"{place} is a section: expected {{...}}, got {json.dumps(value)}")
+            return _checked(option, value, f"{place}.")
+    # Pydantic takes true for 1 and "1" for 1, and what reads the config besides does not.
+    numbers = [option for option in options if isinstance(option, type) and issubclass(option, int | float)]
+    if isinstance(value, bool) and numbers and bool not in options:
+        raise ValueError(f"{place} is {json.dumps(value)}: expected a number")
+    if isinstance(value, str) and value != "auto" and numbers and {*numbers, NoneType}.issuperset(options):
+        raise ValueError(f"{place} is {json.dumps(value)}: write it without quotes")
+    if isinstance(value, float) and not isfinite(value):
+        raise ValueError(f"{place} is {value}, which is not finite")
+    return value
+
+
+def _unknown(place: str) -> str:
+    """Why there is nothing to set at this place."""
+    if why := _NOT_HERE.get(place):
+        return f"{place!r} is not set here; {why}"
+    section, _, name = place.rpartition(".")
+    removed = deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS | deepspeed_config._REMOVED_ZERO_CONFIG_KEYS
+    if name in removed:
+        return f"{place!r}: {removed[name].partition('. ')[0]}"
+    places = _places(_Config, "")
+    meant = [other for other in (*places, *_NOT_HERE) if other.rpartition(".")[2] == name]
+    if not meant:
+        here = {other.rpartition(".")[2]: other for other in places if other.rpartition(".")[0] == section}
+        names = {other.rpartition(".")[2]: other for other in reversed(places)}
+        near = difflib.get_close_matches(name, here, n=1) or difflib.get_close_matches(name, names, n=2, cutoff=0.7)
+        meant = [here.get(each, names[each]) for each in near]
+    hint = f"did you mean {' or '.join(meant)}?" if meant else "DeepSpeed knows no such setting: remove it"
+    return f"unknown setting {place}; {hint}"
+
+
+def _places(model: type[BaseModel], above: str) -> list[str]:
+    """Where settings are, those at the top first."""
+    places, inner = [], []
+    for key, field in model.model_fields.items():
+        place = above + (field.alias or key)
+        if not (field.json_schema_extra or {}).get("deprecated"):
+            places.append(place)
+        for option in typed.options(field.annotation):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                inner += _places(option, f"{place}.")
+    return places + inner

@@ -1,0 +1,47 @@
+"""A run is continued only with the batches that it began with: also where the code that orders them has changed."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline import train
+from pipeline.config import load_recipe
+from pipeline.data import lengths, order
+from pipeline.errors import PipelineError
+from pipeline.training import checkpoint
+
+DEMO = Path(__file__).parents[1] / "pipeline/recipes/demo.yaml"
+VERSIONS = {"the order's version": "ORDER_VERSION", "the token lengths' version": "LENGTHS_VERSION"}
+
+
+@pytest.fixture
+def conditions() -> dict:
+    return train.conditions_of_run(load_recipe(DEMO, []), SimpleNamespace(fingerprint="of these data"), {"stage": 1})
+
+
+def begun(folder: Path, conditions: dict) -> Path:
+    """A checkpoint's folder, as far as it says how its run began."""
+    (folder / "conditions.json").write_text(json.dumps(conditions | {checkpoint.PROCESSES: 1}))
+    return folder
+
+
+def test_a_run_from_before_versions_were_noted_began_with_the_first(tmp_path, conditions, monkeypatch):
+    before = begun(tmp_path, {name: value for name, value in conditions.items() if name not in VERSIONS})
+    monkeypatch.setattr(train, "ORDER_VERSION", 1)
+    monkeypatch.setattr(train, "LENGTHS_VERSION", 1)
+    recipe, source = load_recipe(DEMO, []), SimpleNamespace(fingerprint="of these data")
+    checkpoint.check(before, train.conditions_of_run(recipe, source, {"stage": 1}))
+    for name, constant in VERSIONS.items():
+        with monkeypatch.context() as changed, pytest.raises(PipelineError, match=f"{name} is 2 and was 1"):
+            changed.setattr(train, constant, 2)
+            checkpoint.check(before, train.conditions_of_run(recipe, source, {"stage": 1}))
+
+
+def test_an_older_program_does_not_continue_what_a_newer_one_began(tmp_path, conditions):
+    assert [conditions[name] for name in VERSIONS] == [order.VERSION, lengths.VERSION]
+    checkpoint.check(begun(tmp_path, conditions), conditions)
+    for name in VERSIONS:
+        with pytest.raises(PipelineError, match=f"{name} is 1 and was 2"):
+            checkpoint.check(begun(tmp_path, conditions | {name: 2}), conditions | {name: 1})
