@@ -212,6 +212,9 @@ def _refuse(segments: Segments, others: dict[str, object]) -> None:
     """Raise PipelineError for what other models' attention does besides, which would be left out."""
     if others.get("softcap"):
         raise PipelineError("the model caps attention's logits, as Gemma 2 does, which is not supported")
+    for name in ("s_aux", "position_bias"):  # sinks, as gpt-oss has, and biases by distance
+        if others.get(name) is not None:
+            raise PipelineError(f"the model's attention takes {name}, which is not supported")
     window = others.get("sliding_window")
     if window and segments.longest > window:
         raise PipelineError(f"the model sees {window} tokens at once, which is not supported: lower max_tokens to that")

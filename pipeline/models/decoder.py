@@ -24,6 +24,7 @@ from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Chunk
 from pipeline.models.folder import base_of, share
 from pipeline.models.loading import read_config, refuse_missing, refuse_unknown, require_vocabulary
+from pipeline.models.packing import check_packing
 
 SETTINGS = "text_encoder"  # the field of config.json that tells a text encoder from any decoder
 
@@ -119,7 +120,7 @@ class TextEncoder(nn.Module):
     @classmethod
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "TextEncoder":
         """From a folder or hub name.  dtype: "auto" is the stored one.  attention: see attention.py."""
-        config = load_config(path)
+        config = check(path)
         model, loaded = AutoModel.from_pretrained(
             path,
             config=config,
@@ -192,6 +193,13 @@ def load_config(path: str) -> PreTrainedConfig:
     return config
 
 
+def check(path: str) -> PreTrainedConfig:
+    """As load_config; PipelineError also for a decoder that does not keep packed texts apart."""
+    config = load_config(path)
+    check_packing(path, config, TextEncoder.of_config)
+    return config
+
+
 def text_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """How a text encoder's folder says that it pools; empty for any other decoder."""
     return getattr(config, SETTINGS, {})
@@ -205,7 +213,9 @@ def random_config(text: dict[str, Any]) -> PreTrainedConfig:
     config = CONFIG_MAPPING[kind]
     refuse_unknown("text", text, config())
     require_vocabulary(text)
-    return config(**{name: value for name, value in text.items() if name != "model_type"})
+    made = config(**{name: value for name, value in text.items() if name != "model_type"})
+    check_packing("model.architecture.text", made, TextEncoder.of_config)
+    return made
 
 
 def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -> None:

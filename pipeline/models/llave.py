@@ -40,6 +40,7 @@ from pipeline.errors import PipelineError
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.loading import read_config, refuse_missing, refuse_unknown, require_vocabulary
+from pipeline.models.packing import check_packing
 from pipeline.models.qwen2 import keep_less, pool_in_last_layer
 from pipeline.models.tower import MEAN, STD, normalised, tower_features
 
@@ -169,6 +170,7 @@ class Llave(LlavaOnevisionModel):
         pinpoints: sizes to tile images to, newline: where a video has newlines, if not the model's own.
         """
         config = cls.config_for(path, pinpoints, attention, newline)
+        check_language_model(path, config)
         model, loaded = cls.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
         refuse_missing(path, loaded)
         return model
@@ -327,6 +329,21 @@ def check_architecture(architecture: Architecture) -> None:
     refuse_unknown("vision", architecture.vision, SiglipVisionConfig())
     refuse_unknown("text", architecture.text, Qwen2Config())
     require_vocabulary(architecture.text)
+
+
+def check_language_model(path: str, config: LlavaOnevisionConfig) -> None:
+    """Raise PipelineError where the model would not keep packed items apart."""
+    check_packing(path, config.text_config, _of_text)
+
+
+def _of_text(text: Qwen2Config) -> Llave:
+    """A model of this language model, and next to nothing else."""
+    vision = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=8
+    )
+    config = LlavaOnevisionConfig(vision_config=vision, text_config=text)
+    config._attn_implementation = {"text_config": implementation("sdpa"), "vision_config": "sdpa"}
+    return TowerlessLlave(config)
 
 
 def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | None = None) -> LlavaOnevisionConfig:

@@ -116,7 +116,7 @@ class MaskedLanguageModel(TextEncoder):
         """As TextEncoder.load; PipelineError where the decoder has no LM head, or its tokenizer nothing to hide by."""
         causal, loaded = AutoModelForCausalLM.from_pretrained(
             path,
-            config=load_config(path),
+            config=decoder.check(path),
             dtype=dtype,
             attn_implementation=implementation(attention),
             output_loading_info=True,

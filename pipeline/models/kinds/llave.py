@@ -42,7 +42,7 @@ class LlaveKind(Kind):
     def check(self, model: Model) -> None:
         if model.architecture:
             llave.check_architecture(model.architecture)
-        weights.config_of(model)
+        llave.check_language_model(model.path or "model.architecture", weights.config_of(model))
 
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(llave.tiling(weights.config_of(recipe.model)), recipe.video.frames)

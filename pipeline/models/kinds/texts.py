@@ -30,7 +30,7 @@ class CaptionKind(Kind):
         if model.architecture:
             decoder.random_config(model.architecture.text)
         else:
-            decoder.load_config(model.path)
+            decoder.check(model.path)
 
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(Square(), recipe.video.frames)

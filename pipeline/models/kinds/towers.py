@@ -40,7 +40,7 @@ class Llm2ClipKind(Kind):
     stages = (0, 1, 2)
 
     def check(self, model: Model) -> None:
-        decoder.load_config(model.text_encoder)
+        decoder.check(model.text_encoder)
         weights.weight_files(weights.fetched(model.text_encoder))  # which are needed at the end at the latest
         if model.path:
             Pixels.load(model.path)

@@ -1,0 +1,153 @@
+"""Whether models whose layers mix packed texts are noticed, by what the layers do."""
+
+import pytest
+import torch
+from transformers import AutoModel, PreTrainedConfig, Qwen2Tokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from pipeline.config import Model
+from pipeline.errors import PipelineError
+from pipeline.models import decoder, llave
+from pipeline.models.decoder import TextEncoder
+from pipeline.models.kinds import KINDS
+from pipeline.models.masked import MaskedLanguageModel
+from pipeline.models.packing import check_packing
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+}
+CONV = SIZES | {"layer_types": ["full_attention", "conv", "full_attention"]}
+LINEAR = SIZES | {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+
+
+def config_of(kind: str, **fields: object) -> PreTrainedConfig:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    return CONFIG_MAPPING[kind](**SIZES | fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 30_000}])
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 16}),
+        ("mistral", {"sliding_window": 4}),
+        ("gemma3_text", {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
+        ("phi3", {"pad_token_id": 0}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}),
+    ],
+)
+def test_decoders_that_keep_texts_apart_pass(kind, own, fields):
+    check_packing("here", config_of(kind, **own | fields), TextEncoder.of_config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "named"),
+    [
+        ("lfm2", CONV, "lfm2 model.*depend.*Lfm2ShortConv"),
+        ("qwen3_next", LINEAR, "qwen3_next model.*depend.*GatedDeltaNet"),
+        ("falcon_h1", MAMBA, "falcon_h1 model.*depend.*FalconH1Mixer"),
+        ("recurrent_gemma", {"lru_width": 32, "head_dim": 8}, "recurrent_gemma model.*depend.*Recurrent"),
+        ("gemma2", {"head_dim": 16}, "gemma2 model.*caps attention's logits"),
+        ("stablelm", {}, "stablelm model, which cannot be tried.*segments"),
+        ("falcon", {}, "falcon model, which cannot be tried"),
+    ],
+)
+def test_others_are_refused_by_name(kind, fields, named):
+    with pytest.raises(PipelineError, match=f"^here is a {named}"):
+        check_packing("here", config_of(kind, **fields), TextEncoder.of_config)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "mamba", "jamba", "opt"])
+def test_decoders_of_other_positions_are_refused_by_name(kind, tmp_path):
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    with pytest.raises(PipelineError, match=f"is a {kind} model; expected a decoder"):
+        KINDS["caption"].check(Model(kind="caption", path=str(tmp_path)))
+
+
+def test_layers_that_pay_no_heed_to_where_texts_begin_are_noticed():
+    class Deaf(torch.nn.Module):
+        """Attention that is told where texts begin, and looks at the whole row."""
+
+        def __init__(self, attention: torch.nn.Module) -> None:
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, hidden_states: torch.Tensor, segments: object, **others: object) -> tuple:
+            return self.attention(
+                hidden_states + 0.1 * hidden_states.mean(1, keepdim=True), segments=segments, **others
+            )
+
+    def build(config: PreTrainedConfig) -> TextEncoder:
+        model = TextEncoder.of_config(config)
+        model.language_model.layers[-1].self_attn = Deaf(model.language_model.layers[-1].self_attn)
+        return model
+
+    with pytest.raises(PipelineError, match=r"qwen2 model.*depend.*for its Deaf mixes them"):
+        check_packing("here", config_of("qwen2"), build)
+
+
+def test_positions_that_go_on_from_one_text_to_the_next_are_noticed():
+    def build(config: PreTrainedConfig) -> TextEncoder:
+        model = TextEncoder.of_config(config)
+        inner = model.language_model.embed_tokens.forward
+        model.language_model.embed_tokens.forward = lambda ids: inner(ids) + 0.01 * torch.arange(ids.shape[1])[:, None]
+        return model
+
+    with pytest.raises(PipelineError, match=r"qwen2 model.*depend"):
+        check_packing("here", config_of("qwen2"), build)
+
+
+@pytest.fixture
+def conv(tmp_path) -> str:
+    """A folder of a decoder with convolutions."""
+    AutoModel.from_config(config_of("lfm2", **CONV)).save_pretrained(tmp_path)
+    Qwen2Tokenizer().train_new_from_iterator(["a cat"], 300, show_progress=False).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_every_way_to_open_a_decoder_refuses_it(conv):
+    ways = [
+        lambda: TextEncoder.load(conv, torch.float32),
+        lambda: MaskedLanguageModel.load(conv, torch.float32),
+        lambda: KINDS["caption"].check(Model(kind="caption", path=conv)),
+        lambda: KINDS["mntp"].check(Model(kind="mntp", path=conv)),
+        lambda: KINDS["llm2clip"].check(Model(kind="llm2clip", path=conv, text_encoder=conv)),
+        lambda: KINDS["caption"].open(conv, "auto", torch.device("cpu")),
+        lambda: decoder.random_config(CONV | {"model_type": "lfm2"}),
+    ]
+    for way in ways:
+        with pytest.raises(PipelineError, match=r"lfm2 model.*Lfm2ShortConv"):
+            way()
+
+
+def test_llaves_own_layers_are_tried_too(tiny_model, monkeypatch):
+    model = Model(kind="llave", path=tiny_model)
+    KINDS["llave"].check(model)
+    monkeypatch.setattr("pipeline.models.packing._problems", {})
+
+    def first(self: object, hidden_states: torch.Tensor, position_embeddings: object, segments: object) -> torch.Tensor:
+        return self.o_proj(hidden_states.mean(1, keepdim=True).expand(-1, len(segments.lengths), -1))
+
+    monkeypatch.setattr("pipeline.models.qwen2.PoolingAttention.forward", first)
+    for way in (lambda: KINDS["llave"].check(model), lambda: llave.Llave.load(tiny_model, torch.float32)):
+        with pytest.raises(PipelineError, match=r"qwen2 model.*depend"):
+            way()
