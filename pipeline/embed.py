@@ -40,9 +40,9 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.embeddings import KINDS, Identity, Store, best
 from pipeline.errors import PipelineError, command_line
 from pipeline.models.embedder import LEAST_TOKENS, Embedder, Parts
+from pipeline.models.files import fetched, fingerprint
 from pipeline.models.kinds import kind_of
 from pipeline.models.loading import DTYPES
-from pipeline.models.weights import fetched, fingerprint
 from pipeline.progress import progress_bar
 
 __all__ = ["Embedder", "main"]

@@ -47,7 +47,7 @@ from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.metrics import UNIT_TOLERANCE
 from pipeline.losses.gather import all_gather_constant, rank_and_world
-from pipeline.models.weights import fetched, fingerprint
+from pipeline.models.files import fetched, fingerprint
 from pipeline.progress import progress_bar
 from pipeline.training.distributed import on_first_rank, start_distributed
 

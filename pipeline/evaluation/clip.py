@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPModel,
     PreTrainedConfig,
@@ -24,7 +23,6 @@ from transformers import (
     SiglipModel,
 )
 from transformers.image_processing_backends import PilBackend
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from pipeline.config import EvaluationRun
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
@@ -32,8 +30,11 @@ from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.evaluation.identity import identity_of, model_folder
+from pipeline.models import loading
 from pipeline.models.chunks import chunk_tokens_for
-from pipeline.models.loading import DTYPES, refuse_missing
+from pipeline.models.clip import require_end
+from pipeline.models.files import read_json
+from pipeline.models.loading import DTYPES
 
 # By the config's model_type.
 PEERS: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
@@ -84,16 +85,18 @@ class ClipEncoder:
         """From a folder or hub name with a model_type of PEERS; errors as of `load_encoder`."""
         model_class, processor_class = PEERS[kind]
         folder = model_folder(path)
-        named = get_tokenizer_config(folder).get("tokenizer_class")
+        config = loading.config(path, model_class.config_class)
+        settings = folder / "tokenizer_config.json"
+        named = read_json(settings).get("tokenizer_class") if settings.is_file() else None
         if named == "SiglipTokenizer" and not find_spec("sentencepiece"):
             # transformers would take another tokenizer for it, which leaves the punctuation in.
             raise PipelineError(f"{path} has a SentencePiece tokenizer: pip install sentencepiece")
-        try:
-            config = model_class.config_class.from_pretrained(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            image_processor = processor_class.from_pretrained(folder)
-        except (OSError, ValueError, ImportError) as error:
-            raise PipelineError(f"no {kind} model at {path!r}: {str(error).splitlines()[0]}") from None
+        loading.check_weights(path, model_class, config)
+        tokenizer = loading.tokenizer(path, config.text_config.vocab_size)
+        image_processor = loading.image_processor(path, processor_class)
+        if kind == "clip":
+            require_end(path, config.text_config, tokenizer)
+        _require_sizes(path, config, image_processor)
         encoder = cls(
             name=path,
             identity=identity_of(folder, options.precision, options.video.frames),
@@ -208,6 +211,17 @@ def _batches(items: list, size: int) -> list[list]:
 
 
 def _peer(model_class: type[PreTrainedModel], path: str, precision: str, device: torch.device) -> PreTrainedModel:
-    model, loaded = model_class.from_pretrained(path, dtype=DTYPES[precision], output_loading_info=True)
-    refuse_missing(path, loaded)
-    return model.eval().to(device)
+    config = loading.config(path, model_class.config_class)
+    return loading.open_model(model_class, path, config, DTYPES[precision]).eval().to(device)
+
+
+def _require_sizes(path: str, config: PreTrainedConfig, its: PilBackend) -> None:
+    """Raise PipelineError where the image processor makes pictures that are not the model's."""
+    vision = config.vision_config
+    if config.model_type == "siglip2":
+        made, taken = (its.patch_size, its.max_num_patches), (vision.patch_size, its.max_num_patches)
+    else:
+        size = its.crop_size if its.do_center_crop else its.size
+        made, taken = (size.height, size.width), (vision.image_size, vision.image_size)
+    if made != taken or not its.do_resize:
+        raise PipelineError(f"{path}: its image processor makes {made} pixels, its model takes {taken}")

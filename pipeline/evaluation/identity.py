@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from pipeline.models.weights import SETTINGS, fetched, fingerprint, weight_files
+from pipeline.models.files import SETTINGS, fetched, fingerprint, survey
 
 _VERSION = 2  # to be raised where prompts, tiles, pooling or anything here changes what vectors an encoder gives
 
@@ -12,7 +12,7 @@ _VERSION = 2  # to be raised where prompts, tiles, pooling or anything here chan
 def model_folder(path: str) -> Path:
     """Where the files of a folder or hub name lie. Raises PipelineError where there are none, or no weights."""
     folder = fetched(path)
-    weight_files(folder)  # for its errors
+    survey(folder)  # for its errors
     return folder
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoTokenizer,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -23,9 +22,10 @@ from transformers import (
 from pipeline.config import Architecture
 from pipeline.data.collate import Encoded, Packed
 from pipeline.errors import PipelineError
+from pipeline.models import loading
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.folder import share
-from pipeline.models.loading import config_dict, read_config, refuse_missing, refuse_unknown, require_vocabulary
+from pipeline.models.loading import refuse_unknown, require_vocabulary
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels
 
@@ -39,8 +39,10 @@ class ClipTexts:
 
     @classmethod
     def load(cls, path: str, max_tokens: int) -> "ClipTexts":
-        context = load_config(path).text_config.max_position_embeddings
-        return cls(AutoTokenizer.from_pretrained(path), min(context, max_tokens))
+        config = load_config(path).text_config
+        tokenizer = loading.tokenizer(path, config.vocab_size)
+        require_end(path, config, tokenizer)
+        return cls(tokenizer, min(config.max_position_embeddings, max_tokens))
 
     def tokenized(self, text: str) -> Encoded:
         ids = self.tokenizer(text, truncation=True, max_length=self.context)["input_ids"]
@@ -58,9 +60,7 @@ class Clip(TwoTower):
     @classmethod
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"]) -> "Clip":
         """From a folder or hub name."""
-        load_config(path)
-        model, loaded = CLIPModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        refuse_missing(path, loaded)
+        model = loading.open_model(CLIPModel, path, load_config(path), dtype)
         return cls(model, Pixels.load(path))
 
     @property
@@ -83,9 +83,20 @@ class Clip(TwoTower):
 
 def load_config(path: str) -> CLIPConfig:
     """The config of a CLIP's folder or hub name; PipelineError if there is none."""
-    if (kind := config_dict(path).get("model_type")) != "clip":
+    if (kind := loading.config_dict(path).get("model_type")) != "clip":
         raise PipelineError(f"{path} is a {kind} model; expected clip")
-    return read_config(path, CLIPConfig.from_pretrained)
+    return loading.config(path, CLIPConfig)
+
+
+def require_end(path: str, config: CLIPTextConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise PipelineError where the token that the model pools is not the one that ends the tokenizer's texts."""
+    ids = tokenizer("a star")["input_ids"]
+    # For a model that says 2, as OpenAI's do, transformers takes the place of the greatest id.
+    if ids.index(max(ids)) != len(ids) - 1 if config.eos_token_id == 2 else ids[-1] != config.eos_token_id:
+        raise PipelineError(
+            f"{path}: its tokenizer ends texts with token {ids[-1]}, and its model pools eos_token_id="
+            f"{config.eos_token_id}: are they of one model?"
+        )
 
 
 def check_architecture(architecture: Architecture) -> None:
@@ -118,8 +129,8 @@ def save(model: Clip, source: str, folder: Path) -> None:
     """Write it as a folder in transformers' format, with the tokenizer and image processor of `source`."""
     scale = torch.tensor(model.clip.config.logit_scale_init_value)  # which transformers misses where there is none
     model.clip.save_pretrained(folder, state_dict=model.clip.state_dict() | {"logit_scale": scale})
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    CLIPImageProcessorPil.from_pretrained(source).save_pretrained(folder)
+    loading.tokenizer(source).save_pretrained(folder)
+    loading.image_processor(source, CLIPImageProcessorPil).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "README.md").write_text(
         f"---\nlibrary_name: transformers\n---\n\n# CLIP\n\nA CLIP of {config['projection_dim']} dimensions: "

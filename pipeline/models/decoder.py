@@ -12,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from PIL.Image import Image as Picture
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.data.collate import Encoded, Packed, pack, sent
 from pipeline.data.sample import BadSample, Item
 from pipeline.errors import PipelineError
+from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Chunk
 from pipeline.models.folder import base_of, share
-from pipeline.models.loading import read_config, refuse_missing, refuse_unknown, require_vocabulary
+from pipeline.models.loading import refuse_unknown, require_vocabulary
 from pipeline.models.packing import check_packing
 
 SETTINGS = "text_encoder"  # the field of config.json that tells a text encoder from any decoder
@@ -73,9 +74,10 @@ class TextProcessor:
     @classmethod
     def load(cls, path: str, max_tokens: int, instruction: str | None = None) -> "TextProcessor":
         """Of a folder or hub name.  instruction: None is the one that the text encoder was trained with."""
+        config = load_config(path)
         if instruction is None:
-            instruction = text_settings(load_config(path)).get("instruction", "")
-        return cls(AutoTokenizer.from_pretrained(path), max_tokens, instruction)
+            instruction = text_settings(config).get("instruction", "")
+        return cls(loading.tokenizer(path, config.vocab_size), max_tokens, instruction)
 
     def encode(self, item: Item) -> Encoded:
         """Raises BadSample for an item with an image or a video. A text too long is cut at its end."""
@@ -120,16 +122,7 @@ class TextEncoder(nn.Module):
     @classmethod
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "TextEncoder":
         """From a folder or hub name.  dtype: "auto" is the stored one.  attention: see attention.py."""
-        config = check(path)
-        model, loaded = AutoModel.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=implementation(attention),
-            output_loading_info=True,
-        )
-        refuse_missing(path, loaded)
-        return cls(model)
+        return cls(loading.open_model(AutoModel, path, check(path), dtype, implementation(attention)))
 
     @classmethod
     def of_config(cls, config: PreTrainedConfig, attention: str = "sdpa") -> "TextEncoder":
@@ -187,9 +180,14 @@ class FrozenTextEncoder:
 
 def load_config(path: str) -> PreTrainedConfig:
     """The config of a decoder's folder or hub name; PipelineError if there is none."""
-    config = read_config(path, AutoConfig.from_pretrained)
+    config = loading.config(path)
     if not hasattr(config, "num_hidden_layers") or not hasattr(config, "rope_parameters"):
         raise PipelineError(f"{path} is a {config.model_type} model; expected a decoder of texts, as llama or qwen2")
+    settings = getattr(config, SETTINGS, {})
+    if not isinstance(settings, dict) or settings.get("pooling", "mean") != "mean":
+        raise PipelineError(f"{path}: {SETTINGS}={settings!r} in its config.json must be of pooling mean")
+    if not isinstance(settings.get("instruction", ""), str):
+        raise PipelineError(f"{path}: {SETTINGS}.instruction in its config.json must be a text: {settings!r}")
     return config
 
 
@@ -255,7 +253,7 @@ def save(
     config = json.loads((folder / "config.json").read_text())
     config |= {"is_causal": False, SETTINGS: {"pooling": "mean", "instruction": instruction}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    loading.tokenizer(source).save_pretrained(folder)
     without = f", without those of the instruction that stands before it, `{instruction}`" if instruction else ""
     card = _CARD.format(base_model=base_of(base), instruction=without, instruct=instruction)
     (folder / "README.md").write_text(card)

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil
+from transformers import LlavaOnevisionImageProcessorPil
 
+from pipeline.models import loading
 from pipeline.models.llave import PREFIX, SUFFIX, Llave, newline_position
 
 _CARD = """\
@@ -57,9 +58,9 @@ def save_folder(
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = ["LlavaOnevisionModel"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    loading.tokenizer(source).save_pretrained(folder)
     pinpoints = [list(size) for size in model.config.image_grid_pinpoints]
-    processor = LlavaOnevisionImageProcessorPil.from_pretrained(source, image_grid_pinpoints=pinpoints)
+    processor = loading.image_processor(source, LlavaOnevisionImageProcessorPil, image_grid_pinpoints=pinpoints)
     processor.save_pretrained(folder)
     newline = newline_position(model.config)
     card = _CARD.format(

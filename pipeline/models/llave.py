@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from PIL.Image import Image as Picture
 from transformers import (
-    AutoTokenizer,
     LlavaOnevisionConfig,
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionModel,
@@ -37,9 +36,10 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
 from pipeline.data.tiles import Tiling, decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
+from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
-from pipeline.models.loading import read_config, refuse_missing, refuse_unknown, require_vocabulary
+from pipeline.models.loading import refuse_unknown, require_vocabulary
 from pipeline.models.packing import check_packing
 from pipeline.models.qwen2 import keep_less, pool_in_last_layer
 from pipeline.models.tower import MEAN, STD, normalised, tower_features
@@ -53,6 +53,7 @@ ORIGINAL = "LlavaQwenForCausalLM"  # the architecture of original checkpoints
 
 Pinpoints = Sequence[tuple[int, int]]  # (height, width)
 
+_TURNS = ("<|im_start|>", "<|im_end|>")
 _MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
 
 
@@ -86,7 +87,9 @@ class Processor:
         """
         compiled()  # once, not in every worker
         config = load_config(path, pinpoints, newline)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = loading.tokenizer(path, config.text_config.vocab_size)
+        _require_marks(path, config, tokenizer)
+        _require_image_processor(path, config)
         return cls(tokenizer, tiling(config), config.image_token_id, config.video_token_id, max_tokens, video_frames)
 
     def encode(self, item: Item) -> Encoded:
@@ -171,9 +174,7 @@ class Llave(LlavaOnevisionModel):
         """
         config = cls.config_for(path, pinpoints, attention, newline)
         check_language_model(path, config)
-        model, loaded = cls.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
-        refuse_missing(path, loaded)
-        return model
+        return loading.open_model(cls, path, config, dtype, attention=None)
 
     @staticmethod
     def config_for(
@@ -181,8 +182,6 @@ class Llave(LlavaOnevisionModel):
     ) -> LlavaOnevisionConfig:
         """The config with which `load` builds the model."""
         config = load_config(path, pinpoints, newline)
-        if config.vision_feature_layer != -1:
-            raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
         config.mm_newline_position = newline_position(config)
         config._attn_implementation = {"text_config": implementation(attention), "vision_config": "sdpa"}
         return config
@@ -351,15 +350,68 @@ def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | No
 
     pinpoints: sizes to tile images to, newline: where a video has newlines, if not the model's own.
     """
-    config = read_config(path, LlavaOnevisionConfig.from_pretrained)
-    if is_original({"model_type": config.model_type, "architectures": config.architectures}):
+    given = loading.config_dict(path)
+    if is_original(given):
         raise PipelineError(f"{path} is an original checkpoint: convert it with tools/convert_weights.py")
-    if config.model_type != "llava_onevision":
-        raise PipelineError(f"{path} is a {config.model_type} model; expected llava_onevision")
+    if (kind := given.get("model_type")) != "llava_onevision":
+        raise PipelineError(f"{path} is a {kind} model; expected llava_onevision")
+    config = loading.config(path, LlavaOnevisionConfig)
     if config.text_config.model_type != "qwen2":
         raise PipelineError(f"{path}: its language model is a {config.text_config.model_type}; expected qwen2")
+    if config.vision_config.model_type != "siglip_vision_model":
+        raise PipelineError(
+            f"{path}: its vision tower is a {config.vision_config.model_type}; expected siglip_vision_model"
+        )
+    if config.vision_feature_layer != -1:
+        raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
     require_newline(path, newline_position(config))
+    require_tiles(path, config)
     return with_own(config, pinpoints, newline)
+
+
+def require_tiles(path: str | Path, config: LlavaOnevisionConfig) -> None:
+    """Raise PipelineError where a config does not say how images are cut."""
+
+    def refuse(name: str, value: object, expected: str) -> None:
+        raise PipelineError(f"{path}: {name}={value!r} in its config.json must be {expected}")
+
+    vision, pinpoints, ratio = config.vision_config, config.image_grid_pinpoints, config.vision_aspect_ratio
+    if not isinstance(ratio, str) or not re.fullmatch(r"anyres_max_[1-9]\d{0,5}", ratio):
+        refuse("vision_aspect_ratio", ratio, "anyres_max_N")
+    if vision.patch_size > vision.image_size:
+        refuse("vision_config.patch_size", vision.patch_size, f"at most the image_size, {vision.image_size}")
+    sizes = [side for size in pinpoints for side in size] if pinpoints and all(map(len, pinpoints)) else [0]
+    if not all(0 < side <= 2**16 and side % vision.image_size == 0 for side in sizes):
+        refuse("image_grid_pinpoints", pinpoints, f"pairs of multiples of the image_size, {vision.image_size}")
+
+
+def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise PipelineError where the prompt's marks, or those of images and videos, are not tokens of their own."""
+    vocabulary = tokenizer.get_vocab()
+    if missing := [mark for mark in _TURNS if mark not in vocabulary]:
+        raise PipelineError(f"{path}: its tokenizer has no token {missing[0]}, of which the prompt is made")
+    texts = vocabulary.values() - tokenizer.added_tokens_decoder.keys()
+    rows = config.text_config.vocab_size
+    ids = {name: getattr(config, name) for name in ("image_token_id", "video_token_id")}
+    for name, value in ids.items():
+        if not isinstance(value, int) or not 0 <= value < rows:
+            raise PipelineError(
+                f"{path}: {name}={value!r} in its config.json is no row of the embedding ({rows:,} rows)"
+            )
+        if value in texts or len(set(ids.values())) == 1:
+            raise PipelineError(f"{path}: {name}={value} in its config.json stands for something else, too: correct it")
+
+
+def _require_image_processor(path: str, config: LlavaOnevisionConfig) -> None:
+    """Raise PipelineError where images are to be prepared in another way than here. An export holds the processor."""
+    its, side = loading.image_processor(path, LlavaOnevisionImageProcessorPil), config.vision_config.image_size
+    if (its.size.height, its.size.width) != (side, side):
+        raise PipelineError(f"{path}: its image processor makes tiles of size {dict(its.size)}, its model takes {side}")
+    if {*its.image_mean} != {MEAN} or {*its.image_std} != {STD}:
+        raise PipelineError(
+            f"{path}: its image processor has image_mean={its.image_mean}, image_std={its.image_std}; only {MEAN} and "
+            f"{STD} are supported"
+        )
 
 
 def is_original(config: dict) -> bool:

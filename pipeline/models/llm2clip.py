@@ -12,16 +12,16 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.data.collate import Packed, sent
 from pipeline.errors import PipelineError
 from pipeline.models import decoder
+from pipeline.models.files import fetched, read_json, read_tensors, refuse_not_finite
 from pipeline.models.folder import base_of, share
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, VisionEncoder
-from pipeline.models.weights import fetched
 
 SETTINGS_FILE, ADAPTER_FILE, TEXT_ENCODER = "llm2clip.json", "adapter.safetensors", "text_encoder"
 
@@ -106,7 +106,7 @@ class Llm2Clip(TwoTower):
         if (given := settings(path)) is not None:
             if given["width"] != width:
                 raise PipelineError(f"{path} was trained with vectors {given['width']} wide; these are {width} wide")
-            model.adapter.load_state_dict(load_file(fetched(path) / ADAPTER_FILE))
+            _fill(model.adapter, fetched(path) / ADAPTER_FILE)
         return model
 
     @property
@@ -130,8 +130,27 @@ class Llm2Clip(TwoTower):
 
 def settings(path: str) -> dict[str, Any] | None:
     """Of an LLM2CLIP's folder or hub name: width of the text encoder's vectors. None if it is another model's."""
-    file = fetched(path) / SETTINGS_FILE
-    return json.loads(file.read_text()) if file.is_file() else None
+    file = fetched(path, weights=False) / SETTINGS_FILE
+    if not file.is_file():
+        return None
+    width = (found := read_json(file)).get("width")
+    if isinstance(width, bool) or not isinstance(width, int) or not 0 < width < 2**20:
+        raise PipelineError(f"{file}: width={width!r} is no width of the text encoder's vectors: copy the folder again")
+    return found
+
+
+def _fill(adapter: TextAdapter, file: Path) -> None:
+    """Give an adapter its stored weights; PipelineError where they are damaged, or others than it has."""
+    if not file.is_file():
+        raise PipelineError(f"{file} is missing: copy the folder again, whole")
+    weights, own = read_tensors(file), adapter.state_dict()
+    if differing := sorted(weights.keys() ^ own.keys()):
+        raise PipelineError(f"{file} is not this model's adapter: {differing[0]} is in only one of them")
+    for name, weight in weights.items():
+        if weight.shape != own[name].shape:
+            raise PipelineError(f"{file}: {name} is {list(weight.shape)}, but by the model {list(own[name].shape)}")
+        refuse_not_finite(file, name, weight)
+    adapter.load_state_dict(weights)
 
 
 def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> None:

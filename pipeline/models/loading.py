@@ -1,34 +1,310 @@
-"""What loading any model asks: its config, whether all its weights were there, which of given fields it knows."""
+"""The one way to a model from elsewhere: its config, tokenizer, image processor and weights, each checked before use.
+
+Whatever is wrong with a folder is a PipelineError that names the file and says what to do. Nothing of a folder is run:
+transformers is told so, and never gets to ask at the terminal.
+"""
 
 import difflib
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_backends import PilBackend
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.errors import PipelineError
+from pipeline.models.files import fetched, read_json, refuse_more_layers, refuse_not_finite, survey
 
 # A precision by its name in recipes and options; "auto" is the one that the weights are stored in.
 DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
-Config = TypeVar("Config")
+_STORED_DTYPES = ("float32", "float16", "bfloat16", "float64")
+# What a config says of how a model is run, and of where its files are, is not asked: attention, outputs and files are
+# chosen here. A kernel that it names would be fetched and run; of labels it could ask for any number.
+_NOT_ASKED = (
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "attn_implementation",
+    "distributed_config",
+    "experts_implementation",
+    "fusion_config",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "torchscript",
+    "transformers_weights",
+    "use_return_dict",
+)
+_MOST = 2**31 - 1
+# Fields of a config that are whole numbers from 1 on; of some, null is a choice.
+_WHOLE = {
+    "hidden_size": _MOST,
+    "intermediate_size": _MOST,
+    "num_hidden_layers": 10_000,  # of each, configs make lists
+    "num_attention_heads": _MOST,
+    "vocab_size": _MOST,
+    "max_position_embeddings": _MOST,
+    "image_size": 2**16,
+    "patch_size": 2**16,
+    "num_channels": 2**16,
+    "num_patches": _MOST,
+    "projection_dim": _MOST,
+    "projection_size": _MOST,
+    "num_key_value_heads": _MOST,
+    "head_dim": _MOST,
+}
+_NULLABLE = ("num_key_value_heads", "head_dim", "projection_dim", "projection_size", "intermediate_size", "num_patches")
+# Numbers above 0.
+_POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "factor")
+_SECTIONS = ("text_config", "vision_config", "rope_parameters", "rope_scaling")
+_TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
 
-
-def read_config(path: str, read: Callable[[str], Config]) -> Config:
-    """What `read` makes of the config.json of a folder or hub name; PipelineError where there is no model."""
-    if Path(path).is_dir() and not Path(path, "config.json").is_file():
-        raise PipelineError(f"no model at {path!r}: it has no config.json")  # transformers would take its defaults
-    try:
-        return read(path)
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"no model at {path!r}: {str(error).splitlines()[0]}") from None
+Model = TypeVar("Model", bound=PreTrainedModel)
+Processor = TypeVar("Processor", bound=PilBackend)
 
 
 def config_dict(path: str) -> dict[str, Any]:
-    """The config.json of a folder or hub name; errors as of `read_config`."""
-    return read_config(path, PreTrainedConfig.get_config_dict)[0]
+    """The config.json of a folder or hub name, without what is not asked; PipelineError where there is no model."""
+    folder = fetched(path, weights=False)
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise PipelineError(
+                f"no model at {path!r}: it holds adapters (LoRA); merge them into their base model, and name the result"
+            )
+        raise PipelineError(f"no model at {path!r}: it has no config.json")  # transformers would take its defaults
+    values = read_json(file)
+    _refuse_code(file, values)
+    for name in ("quantization_config", "compression_config"):
+        if values.get(name) is not None:
+            raise PipelineError(
+                f"{file} has a {name}: quantised models are not supported; name the one that it was made of"
+            )
+    if not isinstance(values.get("model_type"), str | None):
+        raise PipelineError(f"{file}: model_type={values['model_type']!r} is no name of a kind of model: correct it")
+    return checked(file, values)
+
+
+def _refuse_code(file: Path, values: dict[str, Any]) -> None:
+    """Raise PipelineError where a folder says that code of its own belongs to it."""
+    for part in (values, *(part for part in values.values() if isinstance(part, dict))):
+        if named := part.get("auto_map"):
+            raise PipelineError(
+                f"{file} has an auto_map ({_shown(named)}): the model comes with code of its own, which is not run "
+                "here. Name a model that transformers has itself; or, if that is what transformers' own class "
+                "computes, remove auto_map from the file"
+            )
+
+
+def _shown(value: Any) -> str:
+    """For a message, of any length."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def checked(file: Path, values: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """A config's values without those not asked; PipelineError for a number that none can be."""
+
+    def refuse(name: str, expected: str) -> None:
+        raise PipelineError(f"{file}: {section}{name}={_shown(values[name])} must be {expected}: is the file damaged?")
+
+    kept = {}
+    for name, value in values.items():
+        if name in _NOT_ASKED and not ("pretrained_cfg" in values and name in ("num_labels", "id2label", "label2id")):
+            continue
+        if name in _WHOLE and not isinstance(value, list) and not (value is None and name in _NULLABLE):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _WHOLE[name]:
+                refuse(name, f"a whole number of 1 to {_WHOLE[name]:,}")
+        elif name in _POSITIVE and value is not None and not isinstance(value, list):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                refuse(name, "a number above 0")
+        elif name in ("torch_dtype", "dtype") and value is not None:
+            if str(value).removeprefix("torch.") not in _STORED_DTYPES:
+                refuse(name, f"one of {', '.join(_STORED_DTYPES)}")
+        elif name in _SECTIONS or "rope_" in section:
+            value = checked(file, value, f"{section}{name}.") if isinstance(value, dict) else value
+        kept[name] = value
+    return kept
+
+
+def config(path: str, kind: type[PreTrainedConfig] | None = None) -> PreTrainedConfig:
+    """The config of a folder or hub name.  kind: the class, also of a part of a model; None: by its model_type.
+
+    The caller has asked `config_dict` whether it is of that kind.
+    """
+    values, file = config_dict(path), fetched(path, weights=False) / "config.json"
+    if kind is None:
+        if (name := values.get("model_type")) not in CONFIG_MAPPING:
+            raise PipelineError(f"{file}: model_type={name!r} is no kind of model that this transformers has itself")
+        with reading(file):
+            if name == "mistral" and "layer_types" in values:  # as AutoConfig has it
+                name = "ministral"
+            kind = CONFIG_MAPPING[name]
+    for section in kind.sub_configs:
+        if section in _SECTIONS and not isinstance(values.get(section), dict):
+            found = _shown(values[section]) if section in values else "missing"
+            raise PipelineError(f"{file}: {section} is {found}, and not a part of the model: name a whole model")
+    if kind.base_config_key and isinstance(values.get(kind.base_config_key), dict):
+        values = values[kind.base_config_key]
+    with reading(file):
+        return kind.from_dict(values)
+
+
+@contextmanager
+def reading(file: Path, *others: Path) -> Iterator[None]:
+    """What any library says of a file becomes a PipelineError of the first one that is damaged, or of the file."""
+    try:
+        yield
+    except (PipelineError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # of many kinds, and what tokenizers' own code panics with is not an Exception
+        for other in (file, *others):
+            if other.suffix == ".json" and other.is_file():
+                read_json(other)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        said = lines[0] if len(lines) == 1 or not lines[0].endswith(":") else " ".join(lines[:2])
+        if "trust_remote_code" in str(error) or "huggingface.co" in str(error):
+            said = "transformers cannot read it"
+        raise PipelineError(
+            f"{file} cannot be used: {said[:300]}; is the file damaged, or of another version? Copy or download it "
+            "again, or name another model"
+        ) from error
+
+
+def tokenizer(
+    path: str, rows: int | None = None, kind: type[PreTrainedTokenizerBase] | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name.
+
+    rows: of the embedding that its tokens are looked up in.  kind: its class; None: as transformers finds it.
+    """
+    folder = fetched(path, weights=False)
+    if not any(file.is_file() for pattern in _TOKENIZERS for file in folder.glob(pattern)):
+        raise PipelineError(f"{folder} has no tokenizer: expected tokenizer.json; copy it from where the model is from")
+    names = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+    files = [folder / name for name in names if (folder / name).is_file()]
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        _refuse_code(settings, read_json(settings))
+    main = next((file for file in files if file.name in ("tokenizer.json", "vocab.json")), folder / "tokenizer.json")
+    with reading(main, *files):
+        if kind:
+            found = kind.from_pretrained(folder, local_files_only=True)
+        else:
+            its = config(path)
+            its.name_or_path = path  # transformers knows some by their names on the hub
+            found = AutoTokenizer.from_pretrained(folder, config=its, trust_remote_code=False, local_files_only=True)
+        ids = found("A cat and 2 dogs", add_special_tokens=False)["input_ids"]
+        vocabulary = found.get_vocab()
+    if not ids or all(token == found.unk_token_id for token in ids):
+        raise PipelineError(f"{main}: its tokenizer knows no letters: it is cut or damaged; copy or download it again")
+    last = max(vocabulary, key=vocabulary.get)
+    if rows is not None and (vocabulary[last] >= rows or max(ids) >= rows):
+        raise PipelineError(
+            f"{main} has token {vocabulary[last]} ({_shown(last)}), and the model's embedding {rows:,} rows "
+            "(vocab_size in config.json): the tokenizer is of another model, or has tokens that the model was not given"
+        )
+    return found
+
+
+def image_processor(path: str, kind: type[Processor], **fields: Any) -> Processor:
+    """The image processor of a folder or hub name, of that class.  fields: in place of its own."""
+    folder = fetched(path, weights=False)
+    names = ("preprocessor_config.json", "processor_config.json")
+    files = [folder / name for name in names if (folder / name).is_file()]
+    if not files:
+        raise PipelineError(f"no image processor at {path!r}: {folder / names[0]} is missing; copy it from the model")
+    for file in files:
+        _refuse_code(file, read_json(file))
+    with reading(files[0], *files):
+        found = kind.from_pretrained(folder, local_files_only=True, **fields)
+    sizes = [side for size in (found.size, found.crop_size) if size for side in dict(size).values() if side is not None]
+    for name, value in (("size", side) for side in sizes):
+        _require(files[0], name, value, isinstance(value, int) and 0 < value <= _WHOLE["image_size"])
+    for name, least in (("image_mean", -math.inf), ("image_std", 0)):
+        value = getattr(found, name)
+        numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
+        right = numbers and len(value) == 3 and all(least < v < math.inf for v in value)
+        _require(files[0], name, value, right or not found.do_normalize)
+    scale = found.rescale_factor
+    _require(files[0], "rescale_factor", scale, isinstance(scale, int | float) and 0 < scale < math.inf)
+    _require(files[0], "resample", found.resample, found.resample in range(6))
+    return found
+
+
+def _require(file: Path, name: str, value: Any, right: bool) -> None:
+    if not right:
+        raise PipelineError(f"{file}: {name}={_shown(value)} makes no picture: copy or download it again")
+
+
+def check_weights(path: str, kind: type[PreTrainedModel | _BaseAutoModelClass], config: PreTrainedConfig) -> None:
+    """Raise PipelineError where a folder's weights cannot be those of its config; a hub name's are checked when opened.
+
+    By the files' headers. What the model would take is compared before anything is made of that size.
+    """
+    if not Path(path).is_dir():
+        return
+    stored = survey(Path(path))
+    held = sum(math.prod(tensor.shape) for tensor in stored.values())
+    with reading(Path(path, "config.json")), torch.device("meta"):
+        make = kind.from_config if issubclass(kind, _BaseAutoModelClass) else kind._from_config
+        wanted = sum(parameter.numel() for parameter in make(deepcopy(config)).parameters())
+    if wanted > 2 * held + 10**6:
+        raise PipelineError(
+            f"{path}: by its config.json the model has {wanted:,} weights, and its files hold {held:,}: they "
+            "are not of one model"
+        )
+
+
+def open_model(
+    kind: type[Model] | type[_BaseAutoModelClass],
+    path: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | Literal["auto"],
+    attention: str | None = "sdpa",
+) -> Model:
+    """The model of a folder or hub name, on the CPU.
+
+    Raises PipelineError where weights are damaged, missing, left over, of another shape, or not finite.
+    dtype: "auto" is the stored one.  attention: as transformers knows it; None: the config says it.
+    """
+    folder = fetched(path)
+    check_weights(str(folder), kind, config)
+    stored = survey(folder)
+    with reading(next(iter(stored.values())).file):
+        model, loaded = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            **({"attn_implementation": attention} if attention else {}),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            trust_remote_code=False,
+            local_files_only=True,
+            weights_only=True,
+        )
+    for name, found, expected in sorted(loaded["mismatched_keys"]):
+        raise PipelineError(f"{path}: {name} is {list(found)}, but by its config {list(expected)}")
+    if missing := sorted(loaded["missing_keys"]):
+        raise PipelineError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]} the first")
+    refuse_more_layers(path, stored, set(loaded["unexpected_keys"]))
+    for name, parameter in model.named_parameters():
+        refuse_not_finite(path, name, parameter.data)
+    return model
 
 
 def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -> None:
@@ -48,9 +324,3 @@ def require_vocabulary(text: dict[str, Any]) -> None:
     """Raise PipelineError where model.architecture.text does not say how large a tokenizer is to be trained."""
     if "vocab_size" not in text:
         raise PipelineError("model.architecture.text.vocab_size is missing: the size of the tokenizer to train")
-
-
-def refuse_missing(path: str, loaded: dict) -> None:
-    """Raise PipelineError where from_pretrained's report lists weights that were not there."""
-    if missing := sorted(loaded["missing_keys"]):
-        raise PipelineError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]} the first")

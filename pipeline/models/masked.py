@@ -14,17 +14,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.config import Loss
 from pipeline.data.collate import Encoded, Packed, sent
 from pipeline.errors import PipelineError
-from pipeline.models import decoder
+from pipeline.models import decoder, loading
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.chunks import Chunk
 from pipeline.models.decoder import SETTINGS, TextEncoder, load_config
 from pipeline.models.folder import base_of, share
-from pipeline.models.loading import refuse_missing
 
 _BLANK = "_"  # hides a token where the tokenizer has nothing made for it, as Llama's and Qwen2's
 
@@ -114,14 +113,8 @@ class MaskedLanguageModel(TextEncoder):
     @classmethod
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "MaskedLanguageModel":
         """As TextEncoder.load; PipelineError where the decoder has no LM head, or its tokenizer nothing to hide by."""
-        causal, loaded = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=decoder.check(path),
-            dtype=dtype,
-            attn_implementation=implementation(attention),
-            output_loading_info=True,
-        )
-        refuse_missing(path, loaded)
+        attention = implementation(attention)
+        causal = loading.open_model(AutoModelForCausalLM, path, decoder.check(path), dtype, attention)
         return cls(causal, *_tokens(path, causal.config))
 
     @classmethod
@@ -162,7 +155,7 @@ class MaskedLanguageModel(TextEncoder):
 
 def _tokens(path: str, config: PreTrainedConfig) -> tuple[int, int]:
     """What hides a token, and how many tokens there are."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = loading.tokenizer(path, config.vocab_size)
     token = tokenizer.mask_token_id
     if token is None:
         token = tokenizer.get_vocab().get(_BLANK)
@@ -188,7 +181,7 @@ def save(
     config = json.loads((folder / "config.json").read_text()) | {"is_causal": False}
     config.pop(SETTINGS, None)  # of a text encoder that training began with, which it no longer is
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = loading.tokenizer(source)
     tokenizer.save_pretrained(folder)
     mask_id = model.mask_token
     card = _CARD.format(base_model=base_of(base), mask=tokenizer.convert_ids_to_tokens(mask_id), mask_id=mask_id)

@@ -10,7 +10,7 @@ from transformers import AutoModel, LlavaOnevisionConfig, LlavaOnevisionPreTrain
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from pipeline.data.collate import sent
-from pipeline.models.loading import refuse_missing
+from pipeline.models import loading
 
 if TYPE_CHECKING:
     from pipeline.models.chunks import Chunk
@@ -45,8 +45,7 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
 
     @classmethod
     def load(cls, path: str, dtype: torch.dtype, device: torch.device, tiles_at_once: int = 64) -> "FrozenTower":
-        tower, loaded = cls.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-        refuse_missing(path, loaded)
+        tower = loading.open_model(cls, path, loading.config(path, LlavaOnevisionConfig), dtype)
         tower.tiles_at_once = tiles_at_once
         return tower.to(device).eval().requires_grad_(False)
 

@@ -30,10 +30,11 @@ from pipeline.data import resize
 from pipeline.data.collate import sent
 from pipeline.data.sample import BadSample
 from pipeline.errors import PipelineError
+from pipeline.models import loading
 from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.files import fetched
 from pipeline.models.folder import share
-from pipeline.models.loading import config_dict, refuse_missing, refuse_unknown
-from pipeline.models.weights import fetched, weight_files
+from pipeline.models.loading import config_dict, refuse_unknown
 
 
 # Of a checkpoint with both towers the vision half alone is read. The classes are named as their bases, for transformers
@@ -87,20 +88,21 @@ class VisionEncoder(nn.Module):
         Raises PipelineError where there is no such model, for one of another family, where weights are missing, and
         for one of timm where that is not installed.
         """
-        folder, settings = _settings(path)
-        kind, config, processor = _parts(path, folder, settings)
-        weight_files(folder)  # for its errors
-        tower, loaded = kind.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
-        refuse_missing(path, loaded)
-        return cls(tower, processor)
+        kind, config, processor = _parts(path, config_dict(path))
+        return cls(loading.open_model(kind, path, config, dtype), processor)
+
+    @staticmethod
+    def check(path: str) -> None:
+        """Raise `load`'s errors, as far as the files' headers show them."""
+        kind, config, _ = _parts(path, config_dict(path))
+        loading.check_weights(path, kind, config)
 
     @classmethod
     def empty(cls, path: str) -> "VisionEncoder":
         """The same without its weights, for its shape. Errors as of `load`."""
-        kind, config, processor = _parts(path, *_settings(path))
-        return cls(kind._from_config(config, attn_implementation="sdpa"), processor)
+        kind, config, processor = _parts(path, config_dict(path))
+        with loading.reading(fetched(path, weights=False) / "config.json"):
+            return cls(kind._from_config(config, attn_implementation="sdpa"), processor)
 
     @classmethod
     def build(cls, architecture: dict[str, Any], dimension: int, seed: int) -> "VisionEncoder":
@@ -153,12 +155,13 @@ class Pixels:
     def load(cls, path: str) -> "Pixels":
         """Of a folder or hub name. Raises PipelineError where what it says is not known here, or is not the model's."""
         resize.compiled()  # once, not in every worker
-        folder, settings = _settings(path)
+        settings = config_dict(path)
         if "pretrained_cfg" in settings:
-            return cls._of_timm(path, settings["pretrained_cfg"])
+            with loading.reading(fetched(path, weights=False) / "config.json"):
+                return cls._of_timm(path, settings["pretrained_cfg"])
         kind, processor_class = _family(path, settings)
-        pixels = cls._of_processor(path, _processor(path, folder, processor_class))
-        if pixels.size != (side := kind.config_class.from_pretrained(folder).image_size):
+        pixels = cls._of_processor(path, loading.image_processor(path, processor_class))
+        if pixels.size != (side := loading.config(path, kind.config_class).image_size):
             raise PipelineError(
                 f"{path}: its image processor makes {pixels.size} pixels a side, its model takes {side}"
             )
@@ -221,12 +224,6 @@ class Pixels:
         return sent(tiles, device).float().div_(255).sub_(mean).div_(std).to(dtype)
 
 
-def _settings(path: str) -> tuple[Path, dict[str, Any]]:
-    """(the folder of a model, its config.json)."""
-    folder = fetched(path)
-    return folder, config_dict(str(folder))
-
-
 def _family(path: str, settings: dict[str, Any]) -> tuple[type[PreTrainedModel], type[PilBackend]]:
     kind = settings.get("model_type")
     if kind not in _FAMILIES:
@@ -236,36 +233,27 @@ def _family(path: str, settings: dict[str, Any]) -> tuple[type[PreTrainedModel],
     return _FAMILIES[kind]
 
 
-def _processor(path: str, folder: Path, processor_class: type[PilBackend]) -> PilBackend:
-    try:
-        return processor_class.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"no image processor at {path!r}: {str(error).splitlines()[0]}") from None
-
-
-def _parts(
-    path: str, folder: Path, settings: dict[str, Any]
-) -> tuple[type[PreTrainedModel], PreTrainedConfig, PilBackend | None]:
+def _parts(path: str, settings: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedConfig, PilBackend | None]:
     """(class of the tower, its config, the image processor)."""
     if "pretrained_cfg" in settings:
-        return *_timm_parts(path, folder), None
+        return *_timm_parts(path), None
     kind, processor_class = _family(path, settings)
-    config = kind.config_class.from_pretrained(folder)
+    config = loading.config(path, kind.config_class)
     if settings["model_type"] == "clip":  # whose own projection_dim holds; the vision half's is often a default
-        config.projection_dim = CLIPConfig.from_pretrained(folder).projection_dim
+        config.projection_dim = loading.config(path, CLIPConfig).projection_dim
     if not getattr(config, "vision_use_head", True):
         raise PipelineError(f"{path} has no pooling head (vision_use_head=false), which gives an image's vector")
-    return kind, config, _processor(path, folder, processor_class)
+    return kind, config, loading.image_processor(path, processor_class)
 
 
-def _timm_parts(path: str, folder: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+def _timm_parts(path: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     try:
         importlib.import_module("timm")
     except (ImportError, RuntimeError) as error:  # the latter of a torchvision that does not fit torch
         raise PipelineError(f"{path} needs timm ({str(error).splitlines()[0]}): pip install timm") from None
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification  # which import it where it is
 
-    config = TimmWrapperConfig.from_pretrained(folder)
+    config = loading.config(path, TimmWrapperConfig)
     if not config.num_labels:
         raise PipelineError(f"{path} has no head (num_classes=0), which is the projection of timm's CLIP towers")
     if config.model_args:

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import (
     AddedToken,
-    AutoTokenizer,
     LlavaOnevisionConfig,
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionModel,
@@ -32,9 +30,28 @@ from transformers import (
 from pipeline.config import Model
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.errors import PipelineError
-from pipeline.models import llave
+from pipeline.models import llave, loading
+from pipeline.models.files import (
+    Tensors,
+    fetched,
+    read_json,
+    read_tensors,
+    refuse_not_finite,
+    some,
+    survey,
+    weight_files,
+)
+from pipeline.models.files import fingerprint as fingerprint
 from pipeline.models.folder import share
-from pipeline.models.llave import NEWLINE_POSITIONS, load_config, newline_position, require_newline, with_own
+from pipeline.models.llave import (
+    NEWLINE_POSITIONS,
+    load_config,
+    newline_position,
+    require_newline,
+    require_tiles,
+    with_own,
+)
+from pipeline.models.loading import checked, config_dict, reading
 from pipeline.models.tower import MEAN, STD
 
 # Prefixes of the original's tensor names, and those that transformers saves. The first that fits holds.
@@ -93,10 +110,6 @@ _VISION = (
     "hidden_act",
     "layer_norm_eps",
 )
-# Configurations, tokenizers, processors: what the vectors of a model depend on besides its weights.
-SETTINGS = (".json", ".txt", ".model", ".jinja")
-_WANTED = [f"*{suffix}" for suffix in (".safetensors", *SETTINGS)]
-
 _SO400M = "siglip-so400m-patch14-384"
 _SO400M_SHAPE = {
     "hidden_size": 1152,
@@ -107,13 +120,11 @@ _SO400M_SHAPE = {
     "patch_size": 14,
 }
 
-Tensors = dict[str, torch.Tensor]
-
 
 def is_original(folder: Path) -> bool:
     """Whether a folder holds an original checkpoint. Raises `PipelineError` if its config.json is damaged."""
     config = folder / "config.json"
-    return config.is_file() and llave.is_original(_json(config))
+    return config.is_file() and llave.is_original(read_json(config))
 
 
 def _original_folder(path: str) -> Path | None:
@@ -121,54 +132,10 @@ def _original_folder(path: str) -> Path | None:
     folder = Path(path)
     if not folder.is_dir():
         try:
-            folder = Path(hf_hub_download(path, "config.json")).parent
-        except (OSError, ValueError):  # whoever loads it next says what is wrong
+            folder = fetched(path, weights=False)
+        except PipelineError:  # whoever loads it next says what is wrong
             return None
     return folder if is_original(folder) else None
-
-
-def fetched(path: str) -> Path:
-    """Where a folder's or hub name's files lie; from the hub they are fetched. PipelineError where they cannot be."""
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        folder = Path(snapshot_download(path, allow_patterns=_WANTED))
-        if not any(folder.glob("*.safetensors")):  # older models have but the other sort
-            folder = Path(snapshot_download(path, allow_patterns=[*_WANTED, "pytorch_model*.bin*"]))
-        return folder
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"{path} cannot be fetched: {str(error).splitlines()[0]}") from None
-
-
-def fingerprint(path: str | None) -> str | None:
-    """sha256 over a folder's config, tokenizer and weights, of which it reads the first 4 KiB of every tensor.
-
-    None for what is no folder. Of .bin files, names and sizes are all that tells them apart.
-    """
-    if path is None or not (folder := Path(path)).is_dir():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]):
-        if file.is_file():
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            digest.update(file.read_bytes() if file.suffix == ".json" else _samples(file))
-    for file in sorted(folder.glob("*.bin")):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-    return digest.hexdigest()
-
-
-def _samples(file: Path) -> bytes:
-    """The header of a .safetensors file and the beginning of each of its tensors."""
-    with file.open("rb") as opened:
-        size = opened.read(8)
-        header = opened.read(int.from_bytes(size, "little"))
-        parts = [header]
-        for name, tensor in sorted(json.loads(header).items()):
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                opened.seek(8 + len(header) + begin)
-                parts.append(opened.read(min(end - begin, 4096)))
-    return b"".join(parts)
 
 
 def resolve(path: str, cache: Path) -> str:
@@ -181,8 +148,12 @@ def resolve(path: str, cache: Path) -> str:
     if source is None:
         return path
     if not Path(path).is_dir():
-        source = Path(snapshot_download(path))
-    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(source.resolve().iterdir())]
+        source = fetched(path)
+    files = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(source.resolve().iterdir())
+        if file.exists()
+    ]
     fingerprint = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
     converted = cache / f"{Path(path).resolve().name}-{fingerprint}"
     if not converted.exists():
@@ -228,16 +199,16 @@ def convert_original(source: Path, folder: Path) -> None:
     if not is_original(source):
         raise PipelineError(f"{source} is not an original checkpoint: its config.json is not of a {llave.ORIGINAL}")
     config = _config(source)
-    files = weight_files(source)
-    shapes, dtype = _survey(files, _EMBEDDING)
+    files, stored = weight_files(source), survey(source)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     if not any(name.startswith(_PREFIXES[0][0]) for name in shapes):
         raise PipelineError(
             f"{source} has no vision tower: none of its tensors begins with {_PREFIXES[0][0]}; "
             "use a checkpoint that was saved with its tower"
         )
-    expected = {_original(name): shape for name, shape in _expected_shapes(config).items()}
+    expected = {_original(name): shape for name, shape in _expected_shapes(source, config).items()}
     _check(source, {name: shape for name, shape in shapes.items() if name != _LM_HEAD}, expected)
-    tokenizer = Qwen2Tokenizer.from_pretrained(source)
+    tokenizer = loading.tokenizer(str(source), config.text_config.vocab_size, Qwen2Tokenizer)
     marks = [AddedToken(mark, special=True, normalized=False) for mark in (IMAGE_MARK, VIDEO_MARK)]
     tokenizer.add_tokens(marks, special_tokens=True)
     config.image_token_id, config.video_token_id = tokenizer.convert_tokens_to_ids([IMAGE_MARK, VIDEO_MARK])
@@ -261,7 +232,7 @@ def convert_original(source: Path, folder: Path) -> None:
         image_mean=[MEAN] * 3,
         image_std=[STD] * 3,
     ).save_pretrained(folder)
-    config.dtype = dtype
+    config.dtype = stored[_EMBEDDING].dtype  # which stands for the model's
     config.save_pretrained(folder)
     share(folder)
 
@@ -274,9 +245,9 @@ def export_original(folder: Path, out: Path) -> None:
 
     Raises `PipelineError` as `convert_original` does.
     """
-    if not (folder / "config.json").is_file() or _json(folder / "config.json").get("model_type") != "llava_onevision":
+    if not (folder / "config.json").is_file() or config_dict(str(folder)).get("model_type") != "llava_onevision":
         raise PipelineError(f"{folder} is no model to export: expected a config.json of model_type llava_onevision")
-    config = LlavaOnevisionConfig.from_pretrained(folder)
+    config = loading.config(str(folder), LlavaOnevisionConfig)
     text, vision = config.text_config, config.vision_config
     if text.model_type != "qwen2" or text.rope_parameters["rope_type"] != "default" or text.use_sliding_window:
         raise PipelineError(
@@ -284,9 +255,8 @@ def export_original(folder: Path, out: Path) -> None:
         )
     if config.vision_feature_layer != -1:
         raise PipelineError(f"{folder}: only vision_feature_layer=-1, the tower's last layer, can be exported")
-    files = weight_files(folder)
-    shapes, dtype = _survey(files, _transformers(_EMBEDDING))
-    _check(folder, shapes, _expected_shapes(config))
+    files, stored = weight_files(folder), survey(folder)
+    _check(folder, {name: tensor.shape for name, tensor in stored.items()}, _expected_shapes(folder, config))
 
     def renamed(tensors: Tensors) -> Tensors:
         tensors = {_original(name): tensor for name, tensor in tensors.items()}
@@ -296,7 +266,7 @@ def export_original(folder: Path, out: Path) -> None:
 
     _new_folder(out)
     _rewrite(files, out, renamed)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    loading.tokenizer(str(folder)).save_pretrained(out)
     tower = {name: getattr(vision, name) for name in _VISION}
     tower |= {"model_type": "siglip_vision_model", "num_hidden_layers": vision.num_hidden_layers + 1}
     _write_json(out / "vision_config.json", tower)
@@ -305,7 +275,7 @@ def export_original(folder: Path, out: Path) -> None:
         "model_type": "llava_qwen",
         **{name: getattr(text, name) for name in _TEXT},
         "rope_theta": text.rope_parameters["rope_theta"],
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(stored[_transformers(_EMBEDDING)].dtype).removeprefix("torch."),
         **{name: value for name, (value, _) in _CHOICES.items()},
         "use_mm_proj": True,
         "mm_use_im_patch_token": False,
@@ -326,7 +296,7 @@ def export_original(folder: Path, out: Path) -> None:
 def _config(source: Path) -> LlavaOnevisionConfig:
     """transformers' config of an original checkpoint, without the marks' token ids."""
     file = source / "config.json"
-    original = _json(file)
+    original = checked(file, read_json(file))
     for name, (supported, default) in _CHOICES.items():
         given = original.get(name, default)
         if given is None and name in _NULL_IS_SILENCE:
@@ -344,17 +314,19 @@ def _config(source: Path) -> LlavaOnevisionConfig:
         raise PipelineError(f"{file} lacks {', '.join(missing)}")
     rope = {"rope_type": "default", "rope_theta": original["rope_theta"]}
     tokens = {name: original.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = LlavaOnevisionConfig(
-        vision_config=_tower_config(source, original),
-        text_config=Qwen2Config(**{name: original[name] for name in _TEXT}, rope_parameters=rope, **tokens),
-        # The original writes width before height, transformers height before width.
-        image_grid_pinpoints=[[height, width] for width, height in pinpoints],
-        vision_aspect_ratio=ratio,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        architectures=["LlavaOnevisionModel"],
-    )
+    with reading(file):
+        config = LlavaOnevisionConfig(
+            vision_config=_tower_config(source, original),
+            text_config=Qwen2Config(**{name: original[name] for name in _TEXT}, rope_parameters=rope, **tokens),
+            # The original writes width before height, transformers height before width.
+            image_grid_pinpoints=[[height, width] for width, height in pinpoints],
+            vision_aspect_ratio=ratio,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            architectures=["LlavaOnevisionModel"],
+        )
     config.mm_newline_position = position
+    require_tiles(file, config)
     return config
 
 
@@ -363,36 +335,33 @@ def _tower_config(source: Path, original: dict[str, Any]) -> SiglipVisionConfig:
     file = source / "vision_config.json"
     name = str(original.get("mm_vision_tower"))
     if file.is_file():
-        given = _json(file)
+        given = checked(file, read_json(file))
         shape = {name: given[name] for name in _VISION if name in given}
     elif Path(name).name == _SO400M:
         shape = _SO400M_SHAPE
     else:
         raise PipelineError(f"{source}: mm_vision_tower={name!r} is not {_SO400M}; put its config at {file}")
-    config = SiglipVisionConfig(**shape, vision_use_head=False)
+    with reading(file if file.is_file() else source / "config.json"):
+        config = SiglipVisionConfig(**shape, vision_use_head=False)
     config.num_hidden_layers -= 1
     return config
 
 
-def _expected_shapes(config: LlavaOnevisionConfig) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(source: Path, config: LlavaOnevisionConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each of the model's tensors, by the name that transformers saves it under."""
-    with torch.device("meta"):
+    with reading(source / "config.json"), torch.device("meta"):
         model = LlavaOnevisionModel(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _check(source: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
     if missing := sorted(expected.keys() - found.keys()):
-        raise PipelineError(f"{source} lacks {len(missing)} of the model's tensors: {_some(missing)}")
+        raise PipelineError(f"{source} lacks {len(missing)} of the model's tensors: {some(missing)}")
     if unknown := sorted(found.keys() - expected.keys()):
-        raise PipelineError(f"{source} has {len(unknown)} tensors that are not of this model: {_some(unknown)}")
+        raise PipelineError(f"{source} has {len(unknown)} tensors that are not of this model: {some(unknown)}")
     for name, shape in found.items():
         if shape != expected[name]:
             raise PipelineError(f"{source}: {name} is {list(shape)}, but by its config {list(expected[name])}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _transformers(name: str) -> str:
@@ -405,53 +374,16 @@ def _original(name: str) -> str:
     return theirs + name.removeprefix(ours)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors, by its index if it has one."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            files = [folder / name for name in sorted(set(_json(index).get("weight_map", {}).values()))]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise PipelineError(f"{folder} lacks {_some(missing)}, which {index.name} names")
-            return files
-        if (folder / single).is_file():
-            return [folder / single]
-    raise PipelineError(
-        f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, or several files and their index"
-    )
-
-
-def _read(file: Path) -> Tensors:
-    """A file's tensors, mapped into memory: its pages are read when they are needed."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged files raise many kinds
-        raise PipelineError(f"cannot read {file}: {str(error).splitlines()[0]}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise PipelineError(f"{file} is not a table of tensors by name")
-    return tensors
-
-
-def _survey(files: list[Path], embedding: str) -> tuple[dict[str, tuple[int, ...]], torch.dtype | None]:
-    """All tensors' shapes by name, and the embedding's dtype, which stands for the model's."""
-    shapes, dtype = {}, None
-    for file in files:
-        tensors = _read(file)
-        shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        dtype = tensors[embedding].dtype if embedding in tensors else dtype
-        del tensors  # before the next file is mapped
-    return shapes, dtype
-
-
 def _rewrite(files: list[Path], folder: Path, renamed: Callable[[Tensors], Tensors]) -> None:
     """Write a .safetensors for each file, with its tensors `renamed`, and their index if there are several."""
     weight_map, total = {}, 0
     for number, file in enumerate(files, 1):
         single = len(files) == 1
         name = "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = {key: tensor.contiguous() for key, tensor in renamed(_read(file)).items()}
+        tensors = read_tensors(file)
+        for key in tensors:
+            refuse_not_finite(file, key, tensors[key])
+        tensors = {key: tensor.contiguous() for key, tensor in renamed(tensors).items()}
         save_file(tensors, folder / name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -466,16 +398,6 @@ def _new_folder(folder: Path) -> None:
         folder.mkdir(parents=True)
     except FileExistsError:
         raise PipelineError(f"{folder} is there already; name a new folder or remove it") from None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise PipelineError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise PipelineError(f"{file} is not a JSON object")
-    return values
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

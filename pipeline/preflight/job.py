@@ -7,14 +7,15 @@ from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import LlavaOnevisionImageProcessorPil, Qwen2Tokenizer
+from transformers import Qwen2Tokenizer
 
 from pipeline import status
 from pipeline.config import Model, Recipe, load_ds_config
 from pipeline.data.lengths import Lengths
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
-from pipeline.models import weights
+from pipeline.models import loading, weights
+from pipeline.models.files import survey
 from pipeline.models.kinds import KINDS
 from pipeline.preflight.check import Check, check, green, red, skipped, yellow
 from pipeline.preflight.machine import GB
@@ -64,13 +65,10 @@ def model(job: Job) -> Check:
             return red(f"{absent} (HF_HUB_OFFLINE=1)", download)
         try:
             if folder and weights.is_original(folder):
-                weights.config_of(wanted)
-                Qwen2Tokenizer.from_pretrained(folder)
+                loading.tokenizer(str(folder), weights.config_of(wanted).text_config.vocab_size, Qwen2Tokenizer)
             elif folder or wanted.kind == "llave":  # of a vision tower its weights would come, too
                 kind.check(wanted)
                 kind.processor(recipe, wanted.path)
-                if wanted.kind == "llave":
-                    LlavaOnevisionImageProcessorPil.from_pretrained(wanted.path)
         except (PipelineError, OSError, ValueError):
             if absent:
                 return red(f"{absent}; nor can the hub be asked for it from here", download)
@@ -101,13 +99,13 @@ def _folder(field: str, path: str) -> Path | None:
     """Where the model's files are; None if the hub must be asked. Raises PipelineError if there can be none."""
     folder = Path(path)
     if folder.is_dir():
-        weights.weight_files(folder)
+        survey(folder)
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise PipelineError(f"there is no folder {path}: correct {field}, which every node must see")
     try:
         folder = Path(snapshot_download(path, local_files_only=True))
-        weights.weight_files(folder)
+        survey(folder)
         return folder
     except (LocalEntryNotFoundError, PipelineError):
         return None

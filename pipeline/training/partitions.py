@@ -10,12 +10,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers.initialization import no_init_weights
 
 from pipeline.config import Recipe
 from pipeline.errors import PipelineError
+from pipeline.models.files import Stored, fetched, refuse_more_layers, refuse_not_finite, survey
 from pipeline.models.kinds import Kind
 
 
@@ -38,31 +38,30 @@ def load_partitioned(
     language_model = model.language_model
     rotary = type(language_model.rotary_emb)(language_model.config)
     language_model.rotary_emb = rotary.to(get_accelerator().current_device_name())
-    wanted = dict(model.named_parameters())
-    for file in _files(path):
+    wanted, stored = dict(model.named_parameters()), _stored(path)
+    refuse_more_layers(path, stored, {name for name in stored if kind.own_name(name) not in wanted})
+    for file in sorted({tensor.file for tensor in stored.values()}):
         with safe_open(file, "pt") as tensors:
-            for stored in tensors.keys():  # noqa: SIM118 (it is no dictionary)
-                if (name := kind.own_name(stored)) in wanted:
-                    _fill(wanted.pop(name), tensors.get_slice(stored), f"{file}: {stored}")
+            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                if (own := kind.own_name(name)) in wanted:
+                    _fill(wanted.pop(own), tensors.get_slice(name), file, name)
     if wanted:
         raise PipelineError(f"{path} lacks {len(wanted)} of the model's weights, {min(wanted)} the first")
     return model
 
 
-def _files(path: str) -> list[Path]:
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
-    if not (files := sorted(folder.glob("*.safetensors"))):
+def _stored(path: str) -> dict[str, Stored]:
+    folder = fetched(path)
+    if not any(folder.glob("*.safetensors")):
         raise PipelineError(f"{path} has no .safetensors files, of which ranks read parts under ZeRO-3")
-    return files
+    return survey(folder)
 
 
-def _fill(parameter: torch.nn.Parameter, stored: Any, name: str) -> None:
+def _fill(parameter: torch.nn.Parameter, stored: Any, file: Path, name: str) -> None:
     """Copy this rank's part of a tensor, flat from rank * size on, out of the rows that hold it."""
     shape = stored.get_shape()
     if shape != list(parameter.ds_shape):
-        raise PipelineError(f"{name} is {shape}, but by its config {list(parameter.ds_shape)}")
+        raise PipelineError(f"{file}: {name} is {shape}, but by its config {list(parameter.ds_shape)}")
     partition = parameter.ds_tensor
     start = partition.numel() * dist.get_rank()
     stop = min(start + partition.numel(), parameter.ds_numel)
@@ -71,4 +70,5 @@ def _fill(parameter: torch.nn.Parameter, stored: Any, name: str) -> None:
         row = parameter.ds_numel // shape[0]
         first = start // row
         rows = stored[first : -(-stop // row)].flatten()
+        refuse_not_finite(file, name, rows)
         partition.data[: stop - start].copy_(rows[start - first * row : stop - first * row])

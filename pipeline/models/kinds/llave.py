@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.config import Model, Recipe
 from pipeline.data.lengths import Lengths
-from pipeline.models import llave, weights
+from pipeline.models import files, llave, loading, weights
 from pipeline.models.chunks import Features
 from pipeline.models.folder import save_folder
 from pipeline.models.frozen import Frozen
@@ -42,7 +42,11 @@ class LlaveKind(Kind):
     def check(self, model: Model) -> None:
         if model.architecture:
             llave.check_architecture(model.architecture)
-        llave.check_language_model(model.path or "model.architecture", weights.config_of(model))
+        config = weights.config_of(model)
+        llave.check_language_model(model.path or "model.architecture", config)
+        if model.path and not weights.is_original(files.fetched(model.path, weights=False)):
+            loading.check_weights(model.path, Llave, config)
+            llave.Processor.load(model.path, model.max_tokens)
 
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(llave.tiling(weights.config_of(recipe.model)), recipe.video.frames)

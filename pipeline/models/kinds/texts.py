@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
 
 from pipeline.config import Model, Recipe
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.sample import Draw, Pair
-from pipeline.models import decoder, masked
+from pipeline.models import decoder, loading, masked
 from pipeline.models.chunks import Features
 from pipeline.models.decoder import TextEncoder, TextProcessor
 from pipeline.models.kinds.kind import Kind, Processor, fastest
@@ -25,12 +26,15 @@ class CaptionKind(Kind):
 
     parts: ClassVar = {"language_model": ("language_model.",)}
     text_part = "language_model"
+    _transformers: ClassVar = AutoModel
 
     def check(self, model: Model) -> None:
         if model.architecture:
             decoder.random_config(model.architecture.text)
         else:
-            decoder.check(model.path)
+            config = decoder.check(model.path)
+            loading.check_weights(model.path, self._transformers, config)
+            loading.tokenizer(model.path, config.vocab_size)
 
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(Square(), recipe.video.frames)
@@ -76,6 +80,7 @@ class MntpKind(CaptionKind):
     """
 
     parts: ClassVar = {"language_model": ("causal.",)}
+    _transformers: ClassVar = AutoModelForCausalLM
     contrastive = False
 
     def trained_on(self, pair: Pair, draw: Draw) -> Pair:

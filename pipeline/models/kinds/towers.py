@@ -8,18 +8,19 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig
+from transformers import AutoModel, CLIPModel, CLIPVisionConfig
 
 from pipeline.config import Model, Recipe
 from pipeline.data.collate import Encoded, Image
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
-from pipeline.models import clip, decoder, llm2clip, weights
+from pipeline.models import clip, decoder, llm2clip, loading, weights
 from pipeline.models.attention import choose
 from pipeline.models.chunks import Features
 from pipeline.models.clip import Clip, ClipTexts
 from pipeline.models.decoder import FrozenTextEncoder, TextEncoder, TextProcessor
+from pipeline.models.files import fetched
 from pipeline.models.frozen import Frozen
 from pipeline.models.kinds.kind import Kind, Processor
 from pipeline.models.kinds.texts import CaptionKind
@@ -40,10 +41,12 @@ class Llm2ClipKind(Kind):
     stages = (0, 1, 2)
 
     def check(self, model: Model) -> None:
-        decoder.check(model.text_encoder)
-        weights.weight_files(weights.fetched(model.text_encoder))  # which are needed at the end at the latest
+        # Needed at the end at the latest.
+        loading.check_weights(str(fetched(model.text_encoder)), AutoModel, decoder.check(model.text_encoder))
+        TextProcessor.load(model.text_encoder, model.max_tokens)
         if model.path:
             Pixels.load(model.path)
+            VisionEncoder.check(model.path)
         else:
             refuse_unknown("vision", model.architecture.vision, CLIPVisionConfig())
 
@@ -57,7 +60,7 @@ class Llm2ClipKind(Kind):
                 f"data.text_embeddings are {made.width} wide, made by {made.model}, and those of "
                 f"model.text_encoder={text_encoder} are {width} wide: {again}"
             )
-        if made.weights and made.weights != weights.fingerprint(str(weights.fetched(text_encoder))):
+        if made.weights and made.weights != weights.fingerprint(str(fetched(text_encoder))):
             raise PipelineError(
                 f"data.text_embeddings were made by {made.model} with other weights than "
                 f"model.text_encoder={text_encoder} has now: {again}"
@@ -152,7 +155,8 @@ class ClipKind(Kind):
         if model.architecture:
             clip.check_architecture(model.architecture)
         else:
-            clip.load_config(model.path)
+            loading.check_weights(model.path, CLIPModel, clip.load_config(model.path))
+            self.reader(model.path, model.max_tokens, 1)
 
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(Square(_tokens(recipe.model)), recipe.video.frames)

@@ -1,0 +1,254 @@
+"""The files of a model's folder: fetched from the hub, and read so that none of them can run code.
+
+What is missing, damaged or hostile ends in a PipelineError that names the file and says what to do.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pipeline.errors import PipelineError
+
+# Configurations, tokenizers, processors: what the vectors of a model depend on besides its weights.
+SETTINGS = (".json", ".txt", ".model", ".jinja")
+
+Tensors = dict[str, torch.Tensor]
+
+_AGAIN = "copy or download it again"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_COUNTING = ("I64", "I32", "BOOL", torch.int64, torch.int32, torch.bool)  # of buffers, as position_ids
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor by its file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None: whole numbers, of a buffer
+
+
+def fetched(path: str, *, weights: bool = True) -> Path:
+    """Where a folder's or hub name's files lie; from the hub they are fetched, without `weights` the small ones alone.
+
+    PipelineError where there are none. Where the hub cannot be reached it says so at once: a snapshot is asked for
+    without the retries that single files have.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise PipelineError(f"no model at {path!r}: there is no such folder")
+    settings = [f"*{suffix}" for suffix in SETTINGS]
+    try:
+        folder = Path(snapshot_download(path, allow_patterns=[*settings, "*.safetensors"] if weights else settings))
+        if weights and not any(folder.glob("*.safetensors")):  # older models have but the other sort
+            folder = Path(snapshot_download(path, allow_patterns=[*settings, "pytorch_model*.bin*"]))
+        return folder
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"no model at {path!r}: there is no such folder, and {_of_hub(error)}") from None
+
+
+def _of_hub(error: Exception) -> str:
+    if isinstance(error, GatedRepoError):
+        return "the hub gives it only to who accepted its terms: do so on its page there, then `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such model, or a private one: correct the name, or `hf auth login`"
+    if isinstance(error, LocalEntryNotFoundError):
+        offline = "may not be asked (HF_HUB_OFFLINE=1)" if constants.HF_HUB_OFFLINE else "cannot be reached from here"
+        return f"the hub, whose cache here does not hold it, {offline}: name a folder, or see tools/offline.sh"
+    return f"the hub says: {_line(error)}"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file that others wrote."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PipelineError(f"cannot read {file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise PipelineError(f"{file} is not JSON: {_damage(file, error)}") from None
+    if not isinstance(values, dict):
+        raise PipelineError(f"{file} is not a JSON object but a {type(values).__name__}: {_AGAIN}")
+    return values
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _damage(file: Path, error: BaseException) -> str:
+    """What has become of a file that cannot be read, as far as it shows, and what to do."""
+    with file.open("rb") as opened:
+        begin = opened.read(200).strip()
+    if not begin.strip(b"\0"):
+        return f"it is empty; {_AGAIN}"
+    if begin.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, not the file itself; `git lfs pull` brings that"
+    if begin.startswith(b"<"):
+        return f"it is a web page, as a proxy or a log-in sends one, not the file; {_AGAIN}"
+    return f"it is cut or damaged ({_line(error)}); {_AGAIN}"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors, by its index if it has one; those that transformers would read."""
+    if (folder / "adapter_config.json").is_file():
+        raise PipelineError(
+            f"{folder} has an adapter_config.json: it holds adapters (LoRA), which are not loaded; merge them into "
+            "their base model and name the result"
+        )
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return [folder / single]
+        if index.is_file():
+            files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise PipelineError(f"{folder} lacks {some(missing)}, which {index.name} names: {_AGAIN}")
+            return files
+    raise PipelineError(
+        f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, or several files and their index"
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """File names, none of them in another folder, by the tensors' names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise PipelineError(f"{index} has no weight_map of file names by tensors' names: {_AGAIN}")
+    suffix = "." + index.name.split(".")[1]
+    for name in sorted(set(weight_map.values())):
+        if not re.fullmatch(r"[\w.-]+", name) or not name.endswith(suffix):
+            raise PipelineError(f"{index} names {name!r}, which is no {suffix} file of its folder: do not trust it")
+    return weight_map
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def survey(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder's weights by name, of which the files' headers alone are read.
+
+    Raises PipelineError where files are missing, damaged, do not fit their index, hold a tensor twice or a quantised
+    one, or would run code.
+    """
+    found: dict[str, Stored] = {}
+    files = weight_files(folder)
+    for file in files:
+        for name, (shape, dtype) in _header(file).items():
+            if name in found:
+                raise PipelineError(f"{name} is in {found[name].file} and in {file}: remove the file that is too many")
+            if dtype not in _DTYPES.values() and (dtype not in _COUNTING or name.endswith((".weight", ".bias"))):
+                raise PipelineError(
+                    f"{file}: {name} is {dtype}, of quantised weights: name a folder whose weights are float32, "
+                    "float16 or bfloat16"
+                )
+            found[name] = Stored(file, shape, dtype if dtype in _DTYPES.values() else None)
+    index = folder / f"{_single(files[0])}.index.json"
+    if len(files) > 1 or files[0].name != _single(files[0]):
+        for name, file in _weight_map(index).items():
+            if name not in found or found[name].file.name != file:
+                raise PipelineError(f"{folder / file} lacks {name}, which {index.name} says it holds: {_AGAIN}")
+    return found
+
+
+def _single(file: Path) -> str:
+    return "model.safetensors" if file.suffix == ".safetensors" else "pytorch_model.bin"
+
+
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """(shape, dtype) by name."""
+    if file.suffix != ".safetensors":
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in read_tensors(file).items()}
+    try:
+        with safe_open(file, "pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (it is no dictionary)
+            return {
+                name: (tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
+                for name, part in slices.items()
+            }
+    except Exception as error:  # damaged files raise many kinds
+        raise PipelineError(f"cannot read {file}: {_damage(file, error)}") from None
+
+
+def read_tensors(file: Path) -> Tensors:
+    """A file's tensors, mapped into memory: its pages are read when they are needed. Nothing else is unpickled."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    except Exception as error:  # damaged files raise many kinds
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            why = "it is a pickle of more than tensors, which could run code; get the model as .safetensors"
+        else:
+            why = _damage(file, error)
+        raise PipelineError(f"cannot read {file}: {why}") from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
+        raise PipelineError(f"{file} is not a table of tensors by name: name a folder with the model's own weights")
+    return tensors
+
+
+def refuse_not_finite(where: str | Path, name: str, tensor: torch.Tensor) -> None:
+    """Raise PipelineError for NaN or infinity in a weight, which would be in every vector. One pass over it."""
+    # A sum is an eighth of the time of isfinite and has all that is not finite; a finite one's may overflow.
+    if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise PipelineError(f"{where}: {name} has NaN or infinite weights: {_AGAIN}, or name an earlier checkpoint")
+
+
+def refuse_more_layers(path: str, stored: dict[str, Stored], unexpected: set[str]) -> None:
+    """Raise PipelineError where `unexpected`, which the model leaves out, are layers like those that it has."""
+
+    def numberless(name: str) -> str:
+        return re.sub(r"\.\d+(?=\.)", ".#", name)
+
+    known = {numberless(name) for name in stored.keys() - unexpected}
+    if layers := sorted(name for name in unexpected if "#" in numberless(name) and numberless(name) in known):
+        raise PipelineError(
+            f"{path} holds {len(layers)} weights of layers that its config.json does not count, {layers[0]} the "
+            "first: is that of another model?"
+        )
+
+
+def fingerprint(path: str | None) -> str | None:
+    """sha256 over a folder's config, tokenizer and weights, of which it reads the first 4 KiB of every tensor.
+
+    None for what is no folder. Of .bin files, names and sizes are all that tells them apart.
+    """
+    if path is None or not (folder := Path(path)).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted([folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]):
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            digest.update(file.read_bytes() if file.suffix == ".json" else _samples(file))
+    for file in sorted(folder.glob("*.bin")):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _samples(file: Path) -> bytes:
+    """The header of a .safetensors file and the beginning of each of its tensors."""
+    _header(file)  # for its errors
+    with file.open("rb") as opened:
+        size = opened.read(8)
+        header = opened.read(int.from_bytes(size, "little"))
+        parts = [header]
+        for name, tensor in sorted(json.loads(header).items()):
+            if name != "__metadata__":
+                begin, end = tensor["data_offsets"]
+                opened.seek(8 + len(header) + begin)
+                parts.append(opened.read(min(end - begin, 4096)))
+    return b"".join(parts)
