@@ -27,8 +27,8 @@ from pipeline.data.index import INDEX_FILE, Index, Shard, load_sidecar, read_rec
 from pipeline.data.lengths import Lengths
 from pipeline.data.mmeb import ROWS_FILE, TASKS_FILE, converted_rows, read_tasks
 from pipeline.data.sample import BadSample, Item, Pair, Single
-from pipeline.data.shards import ShardRecords, image_format, parse_sample
-from pipeline.data.tiles import Tiling, decode_image
+from pipeline.data.shards import ShardRecords, parse_sample
+from pipeline.data.tiles import Tiling, decode_image, image_format
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar

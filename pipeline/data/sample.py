@@ -88,7 +88,7 @@ class Pair:
         """
         if not self.query.images and self.query.video is None:
             return self.one_text(draw)
-        texts = [text for text in dict.fromkeys(self.texts) if text.strip()]
+        texts = [text for text in dict.fromkeys(text.strip() for text in self.texts) if text]  # as models read them
         if self.target.images or len(texts) < 2:
             raise BadSample("an image without two different captions, of which one is to find the other")
         query, target = divmod(draw(len(texts) * (len(texts) - 1)), len(texts) - 1)

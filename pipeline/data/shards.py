@@ -20,25 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
-from PIL import Image
 
 from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, sidecar_dtype, sidecar_of
 from pipeline.data.sample import IMAGE_SUFFIXES, BadSample, Item, Pair, Single
+from pipeline.data.tiles import image_format
 from pipeline.data.video import video_format
 from pipeline.errors import PipelineError
 
 END = bytes(2 * tarfile.BLOCKSIZE)  # two empty blocks end a tar
 _KEPT_SIZES = 16  # of a shard's images, in the index
-
-
-def image_format(data: bytes) -> tuple[str, int, int]:
-    """(suffix by content, width, height in pixels); ("bin", 0, 0) for what is no PNG, JPEG, WebP or GIF."""
-    with suppress(Exception):  # Pillow raises nearly anything on bytes made to confuse it
-        image = Image.open(BytesIO(data), formats=tuple(IMAGE_SUFFIXES))
-        fits = max(image.size) <= np.iinfo(np.uint16).max  # the sidecar's field
-        return IMAGE_SUFFIXES[image.format], *(image.size if fits else (0, 0))
-    return "bin", 0, 0
 
 
 def sample_bytes(sample: Pair | Single) -> bytes:

@@ -33,7 +33,7 @@ from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.evaluation.identity import identity_of, model_folder
 from pipeline.models.chunks import chunk_tokens_for
-from pipeline.models.loading import DTYPES, refuse_missing
+from pipeline.models.loading import DTYPES, reads_as_stored, refuse_missing
 
 # By the config's model_type.
 PEERS: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
@@ -76,6 +76,7 @@ class ClipEncoder:
     video_frames: int
     chunk_tokens: int
     device: torch.device
+    as_stored: bool = False
 
     instructed: ClassVar[bool] = False
 
@@ -105,6 +106,7 @@ class ClipEncoder:
             video_frames=options.video.frames,
             chunk_tokens=options.chunk_tokens or chunk_tokens_for(padded=False),
             device=device,
+            as_stored=reads_as_stored(str(folder)),
         )
         encoder._tokenize("")  # sets the tokenizer's truncation, which threads must not do at once
         return encoder
@@ -114,7 +116,7 @@ class ClipEncoder:
         for mark, count in ((IMAGE_MARK, len(item.images)), (VIDEO_MARK, int(item.video is not None))):
             if item.text.count(mark) != count:
                 raise BadSample(f"{item.text.count(mark)} {mark} marks in the text, {count} expected")
-        pictures = [decode_image(image) for image in item.images]
+        pictures = [decode_image(image, self.as_stored) for image in item.images]
         if item.video is not None:
             pictures += sample_frames(item.video, self.video_frames)
         text = without_marks(item.text)

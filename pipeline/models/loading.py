@@ -1,6 +1,7 @@
 """What loading any model asks: its config, whether all its weights were there, which of given fields it knows."""
 
 import difflib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from pipeline.errors import PipelineError
 
 # A precision by its name in recipes and options; "auto" is the one that the weights are stored in.
 DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+
+IMAGES = "image_reading"  # the config's field for `model.images`
 
 Config = TypeVar("Config")
 
@@ -29,6 +32,26 @@ def read_config(path: str, read: Callable[[str], Config]) -> Config:
 def config_dict(path: str) -> dict[str, Any]:
     """The config.json of a folder or hub name; errors as of `read_config`."""
     return read_config(path, PreTrainedConfig.get_config_dict)[0]
+
+
+def reads_as_stored(path: str, images: str | None = None) -> bool:
+    """Whether the model in a folder or of a hub name takes images as they are stored, not upright; see `rgb`.
+
+    images: a recipe's choice, if not what the model's config says.
+    """
+    images = images or config_dict(path).get(IMAGES, "upright")
+    if images not in ("upright", "as_stored"):
+        raise PipelineError(f"{path}: its config has {IMAGES}={images!r}; it can be upright or as_stored")
+    return images == "as_stored"
+
+
+def note_images(folder: Path, as_stored: bool) -> None:
+    """Have the config.json in a folder say how the model takes images, where it is not upright."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config.pop(IMAGES, None)
+    config |= {IMAGES: "as_stored"} if as_stored else {}
+    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -> None:

@@ -6,7 +6,7 @@ sizes that are fixed), and vision transformers of timm with a projection as thei
 
 import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from pipeline.data.sample import BadSample
 from pipeline.errors import PipelineError
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.folder import share
-from pipeline.models.loading import config_dict, refuse_missing, refuse_unknown
+from pipeline.models.loading import config_dict, reads_as_stored, refuse_missing, refuse_unknown
 from pipeline.models.weights import fetched, weight_files
 
 
@@ -139,6 +139,7 @@ class Pixels:
     size: pixels of a side.  mean, std: of each colour, where white is 1.
     edge: pixels that the shorter side is resized to; both sides, if a picture does not keep its shape.
     to_even: where a crop begins at half a pixel, torchvision, which timm uses, rounds to even, transformers down.
+    as_stored: how images are read, see `rgb`.
     """
 
     size: int
@@ -148,21 +149,26 @@ class Pixels:
     keeps_shape: bool
     resample: Image.Resampling
     to_even: bool = False
+    as_stored: bool = False
 
     @classmethod
-    def load(cls, path: str) -> "Pixels":
-        """Of a folder or hub name. Raises PipelineError where what it says is not known here, or is not the model's."""
+    def load(cls, path: str, images: str | None = None) -> "Pixels":
+        """Of a folder or hub name.  images: how they are read, if not as it says.
+
+        Raises PipelineError where what it says is not known here, or is not the model's.
+        """
         resize.compiled()  # once, not in every worker
         folder, settings = _settings(path)
+        as_stored = reads_as_stored(str(folder), images)
         if "pretrained_cfg" in settings:
-            return cls._of_timm(path, settings["pretrained_cfg"])
+            return replace(cls._of_timm(path, settings["pretrained_cfg"]), as_stored=as_stored)
         kind, processor_class = _family(path, settings)
         pixels = cls._of_processor(path, _processor(path, folder, processor_class))
         if pixels.size != (side := kind.config_class.from_pretrained(folder).image_size):
             raise PipelineError(
                 f"{path}: its image processor makes {pixels.size} pixels a side, its model takes {side}"
             )
-        return pixels
+        return replace(pixels, as_stored=as_stored)
 
     @classmethod
     def _of_processor(cls, path: str, its: PilBackend) -> "Pixels":
