@@ -11,6 +11,8 @@ IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
 MMEB_IMAGE_MARK = "<|image_1|>"  # what MMEB's own rows write for it
 
+BYTE_ORDER_MARK = "\ufeff"  # which some programs begin a text with, and which is no part of it
+
 # The image formats that samples hold, as Pillow names them, with the suffix of their files.
 IMAGE_SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
