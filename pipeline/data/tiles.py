@@ -132,7 +132,8 @@ def rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """How an opened image is to be turned, 1 to 8 as EXIF has it; 1, which is upright, where that cannot be read."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        found = image.getexif().get(ExifTags.Base.Orientation)
+        return found if found in _TURNED else 1
     except Exception:  # damaged tags, which nothing else needs
         return 1
 
