@@ -97,6 +97,12 @@ class Model(Section):
         description="llave: where a video has newlines, at its end or after each row of each frame, if not where the "
         "model's config says",
     )
+    images: Literal["upright", "as_stored"] | None = Field(
+        None,
+        exclude_if=lambda images: images is None,
+        description="upright: turned by their EXIF orientation, 16 bits scaled to 8; as_stored: by Pillow's "
+        "convert(\"RGB\") alone, as the papers' code; if not as the model's config says, or else upright",
+    )
     instruction: str = Field("", description="caption: what stands before each text, seen and not pooled")
     text_encoder: str | None = Field(
         None, description="llm2clip: folder or hub name of the frozen text encoder, a caption run's export"
@@ -117,11 +123,12 @@ class Model(Section):
         of_one_kind = {
             "image_grid_pinpoints": "llave",
             "mm_newline_position": "llave",
+            "images": "llave, llm2clip or clip",
             "instruction": "caption",
             "text_encoder": "llm2clip",
         }
         for name, kind in of_one_kind.items():
-            if getattr(self, name) and self.kind != kind:
+            if getattr(self, name) and self.kind not in re.split(", | or ", kind):
                 raise ValueError(f"model.{name} is for model.kind={kind}, and this is {self.kind}")
         if self.kind == "llm2clip" and not self.text_encoder:
             raise ValueError("model.text_encoder is missing: the export of a run of kind caption")

@@ -48,6 +48,7 @@ def test_values_are_the_papers(size):
         assert (each.train.projector, each.train.language_model, each.train.vision_tower) == (True, True, False)
     assert (ours.batch.sub_batch, paper.batch.sub_batch) == (None, 32)
     assert (ours.model.mm_newline_position, paper.model.mm_newline_position) == (None, "grid")
+    assert (ours.model.images, paper.model.images) == (None, "as_stored")
     stages = [load_ds_config(each, 8)["zero_optimization"]["stage"] for each in (ours, paper)]
     assert stages == [{"0.5b": 1, "2b": 2, "7b": 3}[size], 3]
     assert paper.run == f"{ours.run}_paper"  # it never goes on where the other was

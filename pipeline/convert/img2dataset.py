@@ -4,11 +4,11 @@ import argparse
 import hashlib
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 from pipeline.convert.command import Command, add_dest, add_work
@@ -18,7 +18,7 @@ from pipeline.convert.workers import Report
 from pipeline.data import objects
 from pipeline.data.index import Captions, Index, Shard
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Pair
-from pipeline.data.shards import ShardRecords, parse_sample, split_name
+from pipeline.data.shards import ShardRecords, members_of, parse_sample, split_name
 from pipeline.data.text_embeddings import SUFFIX
 from pipeline.data.tiles import decode_image
 from pipeline.errors import PipelineError
@@ -37,7 +37,8 @@ Each becomes a pair: the query is --query with the image, the target its first c
 the pair draws one of all its captions. Only the index and a sidecar for each tar are written, to DEST, which may be
 SOURCE itself. The tars must stay where they are then. Every tar is read once. A sample without image or caption,
 undecodable, larger than 256 MiB, or with <image> or <video> in a caption is left out and listed in
-DEST/rejected.jsonl; a broken or compressed tar is an error.
+DEST/rejected.jsonl, as is one whose members lie apart; a broken or compressed tar is an error. What webdataset skips
+is skipped: folders, links, hidden files, names without a suffix.
 
     python tools/make_shards.py img2dataset s3://bucket/cc3m s3://bucket/cc3m --captions txt caption_long
 """
@@ -113,15 +114,11 @@ def _check_columns(url: str, captions: Captions) -> None:
 
 def _columns(data: bytes) -> set[str]:
     columns = set()
-    with suppress(ValueError, RecursionError), tarfile.open(fileobj=BytesIO(data)) as tar:
-        for member in tar:
-            name = split_name(member.name)[1]
-            if not member.isreg() or member.issparse():
-                continue
-            if name == "txt":
-                columns.add(name)
-            elif name == "json" and isinstance(described := json.load(tar.extractfile(member)), dict):
-                columns.update(described)
+    with suppress(BadSample, ValueError, RecursionError):
+        members = {name.lower(): content for name, content in members_of(data)[1].items()}
+        columns |= {"txt"} & members.keys()
+        if isinstance(described := json.loads(members.get("json", b"{}")), dict):
+            columns.update(described)
     return columns
 
 
@@ -148,16 +145,17 @@ class TarsWork:
     def run(self, job: str, folder: Path, report: Report) -> Result:
         file = job.rpartition(".")[0]
         tape = Tape(objects.join(self.source, file), report)
-        records, rejected = ShardRecords(), []
+        records, rejected, times = ShardRecords(), [], Counter()
         for sample in read_tape(tape):
+            times[sample.key] += 1
             try:
                 if sample.fault is not None:
                     raise sample.fault
                 data = tape.between(sample.begin, sample.end)
                 records.add(_pair(data, self.captions), sample.begin, data)
             except Rejection as reason:
-                name = sample.key.encode(errors="backslashreplace").decode()
-                rejected.append({"row": f"{file}: {name}", "cause": reason.cause, "detail": reason.detail})
+                rejected.append((sample.key, reason))
+        rejected = list(_rows(file, rejected, times))
         if not len(records):
             return Result(None, len(rejected), rejected, {})
         shard, sidecar = records.finish(file, tape.size, tape.sha256.hexdigest())
@@ -169,6 +167,20 @@ class TarsWork:
 
     def files(self) -> dict[str, bytes]:
         return {}
+
+
+def _rows(file: str, rejected: list[tuple[str, Rejection]], times: Counter[str]) -> Iterator[dict[str, str]]:
+    """What rejected.jsonl says.  times: how often each key came, of which members that lie apart make several."""
+    apart = set()
+    for key, reason in rejected:
+        name = key.encode(errors="backslashreplace").decode()
+        if times[key] > 1 and reason.cause.startswith(("no image", "no caption")):
+            if key in apart:  # the same sample
+                continue
+            apart.add(key)
+            what = f"members of key {name} do not lie together in {file}, as WebDataset has them"
+            reason = Rejection("members apart", f"{what}: repack it in the order of names, as tar --sort=name does")
+        yield {"row": f"{file}: {name}", "cause": reason.cause, "detail": reason.detail}
 
 
 def _pair(data: bytes, captions: Captions) -> Pair:
@@ -256,11 +268,14 @@ def read_tape(tape: Tape) -> Iterator[TapeSample]:
 
 def _read_tape(tape: Tape) -> Iterator[TapeSample]:
     sample = None
+    head = tape.between(0, min(6, tape.size))
+    if packed := next((name for magic, name in _PACKED.items() if head.startswith(magic)), None):
+        raise tarfile.ReadError(f"it is compressed by {packed}, so no sample in it can be read by itself: unpack it")
     with tarfile.open(fileobj=tape, mode="r:", encoding="utf-8") as tar:
         while member := tar.next():
             tar.members = []  # they would be kept until the end
-            if member.isreg():
-                key, name = split_name(member.name)
+            if member.isreg() and (split := split_name(member.name)):
+                key, name = split
                 if sample is None or key != sample.key:
                     if sample is not None:
                         yield sample
@@ -285,6 +300,9 @@ def _read_tape(tape: Tape) -> Iterator[TapeSample]:
     while piece := tape.read(_PIECE):
         if piece.count(0) < len(piece):
             raise tarfile.ReadError(f"more after the end of the archive at byte {tar.offset}")
+
+
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 def _key_fault(key: str) -> Rejection | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
+from numpy.typing import ArrayLike
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -27,8 +28,8 @@ from pipeline.data.index import INDEX_FILE, Index, Shard, load_sidecar, read_rec
 from pipeline.data.lengths import Lengths
 from pipeline.data.mmeb import ROWS_FILE, TASKS_FILE, converted_rows, read_tasks
 from pipeline.data.sample import BadSample, Item, Pair, Single
-from pipeline.data.shards import ShardRecords, image_format, parse_sample
-from pipeline.data.tiles import Tiling, decode_image
+from pipeline.data.shards import ShardRecords, parse_sample
+from pipeline.data.tiles import Tiling, decode_image, image_format
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
@@ -187,14 +188,15 @@ class Check:
         found = np.load(BytesIO(sidecar))
         for name in found.dtype.names[:-1]:  # all but the checksum
             if found[name].shape == records[good][name].shape:
-                differ = found[name] != records[good][name]
+                differ = _either_way_up(name, found[name]) != _either_way_up(name, records[good][name])
                 places = np.flatnonzero(differ.any(axis=tuple(range(1, differ.ndim))))
                 yield from (f"#{good[place]}: its record's {name} is wrong" for place in places)
         yield from (f": {complaint}" for complaint in complaints)
         if len(good) < len(records):
             return
         for name in (field.name for field in fields(Shard)):
-            if name != "sha256" and getattr(entry, name) != getattr(shard, name):
+            found, told = (np.array(_either_way_up(name, getattr(each, name))) for each in (entry, shard))
+            if not name.endswith("sha256") and not np.array_equal(found, told):  # these have been checked above
                 yield f": the index's {name} is wrong"
         # Beside the samples of tars that are not ours may be others, which cannot be used.
         rest = iter(plain_keys)
@@ -209,6 +211,11 @@ class Check:
             yield from (sample["__key__"] for sample in group_by_keys(files, handler=handler))
         except Exception as error:  # it raises whatever it meets
             complaints.append(f"webdataset cannot read it ({type(error).__name__}: {error})")
+
+
+def _either_way_up(name: str, values: ArrayLike) -> ArrayLike:
+    """Sizes of images without which side is which: earlier versions noted them before the turn that EXIF tells of."""
+    return np.sort(values, axis=-1) if name == "image_sizes" else values
 
 
 def _decode(sample: Pair | Single) -> None:

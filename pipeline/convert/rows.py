@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from pipeline.data.sample import BadSample, Pair, Single
+from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Pair, Single
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
@@ -119,7 +119,7 @@ class ImageFolder:
 
 def checked_text(text: str, mark_count: int, mark: str) -> str:
     """The text, if it is not empty and has as many marks as there are images (or videos); else a Rejection."""
-    if not text.strip():
+    if not text.replace(BYTE_ORDER_MARK, "").strip():
         raise Rejection("empty text", repr(text))
     try:
         text.encode()

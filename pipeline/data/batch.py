@@ -47,7 +47,7 @@ class Bad:
 
 @dataclass(frozen=True)
 class Row:
-    """A pair by its items' content hashes. place: its row in the rank's part of the batch.  bad: why it has none."""
+    """A pair by its items' keys. place: its row in the rank's part of the batch.  bad: why it has none."""
 
     place: int
     origin: Origin
@@ -59,7 +59,7 @@ class Row:
 
 @dataclass
 class Share:
-    """The rows of a step that one worker decoded, with their distinct items by content hash.
+    """The rows of a step that one worker decoded, with their distinct items by `Encoded.key`.
 
     received: bytes that came from the object store since the worker's last share.
     """
@@ -101,22 +101,26 @@ def _tile_ends(counted: dict[int, Encoded]) -> np.ndarray:
 
 
 def encode_rows(samples: Iterable[RawSample], encode: Callable[[Item], Encoded]) -> Share:
-    """Parse and encode samples; a `BadSample` becomes an invalid row, for which an empty text stands in."""
-    share = Share([], {})
+    """Parse and encode samples; a `BadSample` becomes an invalid row, for which an empty text stands in.
+
+    Items are told apart by what the model sees. What comes again in the same bytes is not encoded again.
+    """
+    share, keys = Share([], {}), {}  # content hash -> key
     for sample in samples:
         origin, bad = sample.origin, None
         try:
             pair = sample.parse(sample.data)
-            encoded = {i.content_hash: encode(i) for i in pair.items if i.content_hash not in share.items}
+            encoded = {i.content_hash: encode(i) for i in pair.items if i.content_hash not in keys}
         except MemoryError:
             raise PipelineError(f"{origin}, key {sample_key(sample.data)}: no memory left to decode it") from None
         except BadSample as reason:
             pair, bad = _STAND_IN, Bad(origin, sample_key(sample.data), str(reason))
             encoded = {item.content_hash: encode(item) for item in pair.items}
-        share.items.update(encoded)
-        hashes = pair.query.content_hash, pair.target.content_hash
-        negatives = tuple(item.content_hash for item in pair.negatives)
-        share.rows.append(Row(sample.place, origin, *hashes, negatives, bad))
+        for content, item in encoded.items():
+            keys[content] = item.key
+            share.items.setdefault(item.key, item)
+        query, target, *negatives = (keys[item.content_hash] for item in pair.items)
+        share.rows.append(Row(sample.place, origin, query, target, tuple(negatives), bad))
     return share
 
 
@@ -124,8 +128,8 @@ def encode_rows(samples: Iterable[RawSample], encode: Callable[[Item], Encoded])
 class Batch:
     """A rank's part of a global batch, as distinct items and where each pair finds its own.
 
-    items: the distinct items by content hash; what occurs twice is embedded once.
-    query, target, negatives: each pair's items, by hash; lane after lane, as many of each.
+    items: the distinct items by `Encoded.key`; what occurs twice is embedded once.
+    query, target, negatives: each pair's items, by key; lane after lane, as many of each.
     valid: False for a pair that could not be used; an empty text stands in for its items.
     origins: where each pair came from.  bad: the invalid ones.
     received: bytes that came from the object store meanwhile.

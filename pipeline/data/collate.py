@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
+
+from pipeline.data.digest import digest
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,21 @@ class Encoded:
 
     skipped: tokens of an instruction at its beginning, which a mean over the text leaves out.
     vector: (width,) of the text, by a frozen language model, where it was computed beforehand.
+    text: in bytes what that model reads, where the vector stands for it: one text's vectors differ in their last bits.
     """
 
     input_ids: np.ndarray
     images: tuple[Image, ...] = ()
     skipped: int = 0
     vector: np.ndarray | None = None
+    text: bytes = b""
+
+    @cached_property
+    def key(self) -> int:
+        """64 bits that two items share when, and in practice only when, they are the same to the model."""
+        shapes = [self.skipped, *(part for i in self.images for part in (*i.tiles.shape, i.height, i.width, i.video))]
+        ids = np.ascontiguousarray(self.input_ids, np.int32).tobytes()
+        return digest([ids, self.text, np.array(shapes, np.int64).tobytes(), *(image.tiles for image in self.images)])
 
 
 @dataclass(frozen=True)

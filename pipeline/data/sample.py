@@ -11,6 +11,8 @@ IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
 MMEB_IMAGE_MARK = "<|image_1|>"  # what MMEB's own rows write for it
 
+BYTE_ORDER_MARK = "\ufeff"  # which some programs begin a text with, and which is no part of it
+
 # The image formats that samples hold, as Pillow names them, with the suffix of their files.
 IMAGE_SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
@@ -88,7 +90,7 @@ class Pair:
         """
         if not self.query.images and self.query.video is None:
             return self.one_text(draw)
-        texts = [text for text in dict.fromkeys(self.texts) if text.strip()]
+        texts = [text for text in dict.fromkeys(text.strip() for text in self.texts) if text]  # as models read them
         if self.target.images or len(texts) < 2:
             raise BadSample("an image without two different captions, of which one is to find the other")
         query, target = divmod(draw(len(texts) * (len(texts) - 1)), len(texts) - 1)

@@ -5,7 +5,9 @@ KEY.target.0.png, KEY.negative.0.0.jpg are images in order, KEY.query.mp4 a vide
 of an item by itself. Tars in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json) are read as pairs as they are.
 """
 
+import codecs
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -20,25 +22,17 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
-from PIL import Image
+from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, sidecar_dtype, sidecar_of
-from pipeline.data.sample import IMAGE_SUFFIXES, BadSample, Item, Pair, Single
+from pipeline.data.sample import BYTE_ORDER_MARK, IMAGE_SUFFIXES, BadSample, Item, Pair, Single
+from pipeline.data.tiles import image_format
 from pipeline.data.video import video_format
 from pipeline.errors import PipelineError
 
 END = bytes(2 * tarfile.BLOCKSIZE)  # two empty blocks end a tar
 _KEPT_SIZES = 16  # of a shard's images, in the index
-
-
-def image_format(data: bytes) -> tuple[str, int, int]:
-    """(suffix by content, width, height in pixels); ("bin", 0, 0) for what is no PNG, JPEG, WebP or GIF."""
-    with suppress(Exception):  # Pillow raises nearly anything on bytes made to confuse it
-        image = Image.open(BytesIO(data), formats=tuple(IMAGE_SUFFIXES))
-        fits = max(image.size) <= np.iinfo(np.uint16).max  # the sidecar's field
-        return IMAGE_SUFFIXES[image.format], *(image.size if fits else (0, 0))
-    return "bin", 0, 0
 
 
 def sample_bytes(sample: Pair | Single) -> bytes:
@@ -129,7 +123,7 @@ def members_of(data: bytes) -> tuple[str, dict[str, bytes]]:
         files = _plain_files(data) or _files(data)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise BadSample(f"no tar ({error})") from error
-    named = [(split_name(path), content) for path, content in files]
+    named = [(split, content) for path, content in files if (split := split_name(path))]
     keys = {key for (key, _), _ in named}
     if len(keys) != 1:
         raise BadSample(f"members of {len(keys)} samples, where one was expected: {sorted(keys)[:3]}")
@@ -166,18 +160,23 @@ _TIME = re.compile(rb"[0-9]+ mtime=[0-9.]+\n")
 
 
 def _files(data: bytes) -> list[tuple[str, bytes]]:
-    with tarfile.open(fileobj=BytesIO(data), mode="r:") as tar:
+    with tarfile.open(fileobj=BytesIO(data), mode="r:", encoding="utf-8") as tar:
         files = [member for member in tar if member.isreg()]
         if any(member.issparse() for member in files):  # a few bytes may claim to be terabytes
             raise BadSample("a sparse file in the tar")
         return [(member.name, tar.extractfile(member).read()) for member in files]
 
 
-def split_name(path: str) -> tuple[str, str]:
-    """A member's (key, name): as webdataset has it, the key ends at the first dot after the last slash."""
-    folder, slash, file = path.rpartition("/")
-    key, _, name = file.partition(".")
-    return folder + slash + key, name
+def split_name(path: str) -> tuple[str, str] | None:
+    """A member's (key, name), by webdataset's own rule: the key nearly always ends at the file's first dot.
+
+    None for what it skips: names without a dot or that begin with one (macOS's `._NAME`, .DS_Store), its `__NOTES__`.
+    """
+    key, name = (None, None) if _NOTES.match(path) else base_plus_ext(path)
+    return None if key is None else (key, name)
+
+
+_NOTES = re.compile(inspect.signature(tar_file_iterator).parameters["skip_meta"].default)
 
 
 def _text(value: object) -> str:
@@ -193,16 +192,28 @@ def _captioned(key: str, members: dict[str, bytes], captions: Captions) -> Pair:
     image = next((content for name, content in members.items() if name in _IMAGE_NAMES), None)
     if image is None:
         raise BadSample("no image")
-    texts = []
-    described = json.loads(members.get("json", b"{}"))
+    # What is not asked for is not read; what is, and is damaged, makes the sample suspect.
+    described = json.loads(members.get("json", b"{}")) if set(captions.columns) - {"txt"} else {}
+    texts, others = {}, []
     for column in captions.columns:
-        found = members.get("txt", b"").decode() if column == "txt" else described.get(column)
-        texts += [text.strip() for text in map(_text, found if isinstance(found, list) else [found or ""])]
-    texts = list(dict.fromkeys(filter(None, texts)))
+        found = _decoded(members.get("txt", b"")) if column == "txt" else described.get(column)
+        for value in found if isinstance(found, list) else [found]:
+            if isinstance(value, str):
+                text = _text(value.replace(BYTE_ORDER_MARK, "").strip())
+                texts |= {text: None} if text else {}
+            elif value is not None:  # NaN, as of tables in which a cell is empty
+                others.append(f"{value!r} is no text")
+    texts = list(texts)
     if not texts:
-        raise BadSample(f"no caption in {', '.join(captions.columns)}")
+        raise BadSample(f"no caption in {', '.join(captions.columns)}" + (f" ({others[0][:80]})" if others else ""))
     query, target = Item(captions.query, (image,)), Item(texts[0])
     return Pair(key, "", captions.task, query, target, alternatives=tuple(texts[1:]))
+
+
+def _decoded(content: bytes) -> str:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadSample("a text in UTF-16: convert it to UTF-8")
+    return content.decode()
 
 
 _IMAGE_NAMES = {*IMAGE_SUFFIXES.values(), "jpeg"}

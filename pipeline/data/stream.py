@@ -26,7 +26,7 @@ from itertools import islice
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from pipeline.data import objects
+from pipeline.data import digest, objects
 from pipeline.data.batch import Batch, RawSample, Share, encode_rows
 from pipeline.data.collate import Encoded
 from pipeline.data.order import Order
@@ -367,6 +367,8 @@ def batches(
     Raises PipelineError for damaged, missing or unreachable objects, and for workers that die or hang.
     """
     source.check_memory(order, world)
+    if any(shard.images or shard.videos for _, shard in source.shards):
+        digest.compiled()  # once, not in every worker
     workers, forking = source.data.workers, multiprocessing.get_context("fork")
     stop, others = Stop(), multiprocessing.active_children()
     if workers:

@@ -7,11 +7,12 @@ their float work: tiles stay uint8 until the device normalises them.
 import io
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pipeline.data.resize import Pixels
 from pipeline.data.sample import IMAGE_SUFFIXES, BadSample
@@ -92,15 +93,78 @@ class Tiling:
         return pixels.resized(self.size, self.size)
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Encoded bytes -> RGB image; `BadSample` if it cannot be decoded or has more pixels than Pillow finds safe."""
+def decode_image(data: bytes, as_stored: bool = False) -> Image.Image:
+    """Encoded bytes -> RGB image, as `rgb` has it.
+
+    Raises `BadSample` if it cannot be decoded or has more pixels than Pillow finds safe.
+    """
     try:
         image = Image.open(io.BytesIO(data), formats=tuple(IMAGE_SUFFIXES))
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels, {Image.MAX_IMAGE_PIXELS} at most")
-        return image.convert("RGB")
+        return rgb(image, as_stored)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged input
         raise BadSample(f"undecodable image: {type(error).__name__}: {error}") from None
+
+
+def rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:
+    """An opened image as a person sees it: turned upright by its EXIF orientation, 16 bits a pixel scaled to 8.
+
+    Transparency is dropped, as transformers' `load_image` does; of an animation it is the first frame.
+    as_stored: by Pillow's `convert("RGB")` alone, as the papers' code does: not turned, 16-bit greys above 255 white.
+    Raises ValueError for a picture of floats, whose range nobody knows.
+    """
+    image.load()
+    if as_stored:
+        return image.convert("RGB")
+    turned = _TURNED.get(orientation(image))
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, which nothing says the range of: convert it to 8 bits")
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        if image.mode != "I" or levels.max() > 255:  # "I" has 32 bits, and what was read of fewer
+            levels = np.clip(levels, 0, 65535) >> 8  # as Pillow has 16-bit colours
+        image = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
+    image = image.convert("RGB")
+    return image if turned is None else image.transpose(turned)
+
+
+def orientation(image: Image.Image) -> int:
+    """How an opened image is to be turned, 1 to 8 as EXIF has it; 1, which is upright, where that cannot be read."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+        return found if found in _TURNED else 1
+    except Exception:  # damaged tags, which nothing else needs
+        return 1
+
+
+# By orientation.
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+_PNG_TAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+
+
+def image_format(data: bytes) -> tuple[str, int, int]:
+    """(suffix by content, width, height in pixels, upright); ("bin", 0, 0) for what is no PNG, JPEG, WebP or GIF."""
+    with suppress(Exception):  # Pillow raises nearly anything on bytes made to confuse it
+        image = Image.open(io.BytesIO(data), formats=tuple(IMAGE_SUFFIXES))
+        suffix, size = IMAGE_SUFFIXES.get(image.format, "jpg"), image.size  # MPO: a JPEG with further ones behind it
+        # A PNG's tags may follow its pixels, which Pillow decodes to look for them: not where there are none.
+        tagged = image.format != "PNG" or any(chunk in data for chunk in _PNG_TAGS)
+        if tagged and orientation(image) >= 5:
+            size = size[::-1]
+        fits = max(size) <= np.iinfo(np.uint16).max  # the sidecar's field
+        return suffix, *(size if fits else (0, 0))
+    return "bin", 0, 0
 
 
 def _pad_to_square(image: Image.Image) -> Image.Image:

@@ -34,7 +34,7 @@ from pipeline.models import loading
 from pipeline.models.chunks import chunk_tokens_for
 from pipeline.models.clip import require_end
 from pipeline.models.files import read_json
-from pipeline.models.loading import DTYPES
+from pipeline.models.loading import DTYPES, reads_as_stored
 
 # By the config's model_type.
 PEERS: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
@@ -77,6 +77,7 @@ class ClipEncoder:
     video_frames: int
     chunk_tokens: int
     device: torch.device
+    as_stored: bool = False
 
     instructed: ClassVar[bool] = False
 
@@ -108,6 +109,7 @@ class ClipEncoder:
             video_frames=options.video.frames,
             chunk_tokens=options.chunk_tokens or chunk_tokens_for(padded=False),
             device=device,
+            as_stored=reads_as_stored(str(folder)),
         )
         encoder._tokenize("")  # sets the tokenizer's truncation, which threads must not do at once
         return encoder
@@ -117,7 +119,7 @@ class ClipEncoder:
         for mark, count in ((IMAGE_MARK, len(item.images)), (VIDEO_MARK, int(item.video is not None))):
             if item.text.count(mark) != count:
                 raise BadSample(f"{item.text.count(mark)} {mark} marks in the text, {count} expected")
-        pictures = [decode_image(image) for image in item.images]
+        pictures = [decode_image(image, self.as_stored) for image in item.images]
         if item.video is not None:
             pictures += sample_frames(item.video, self.video_frames)
         text = without_marks(item.text)

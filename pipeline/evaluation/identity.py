@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.models.files import SETTINGS, fetched, fingerprint, survey
 
-_VERSION = 2  # to be raised where prompts, tiles, pooling or anything here changes what vectors an encoder gives
+_VERSION = 3  # to be raised where prompts, tiles, pooling or anything here changes what vectors an encoder gives
 
 
 def model_folder(path: str) -> Path:

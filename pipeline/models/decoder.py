@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -70,6 +70,8 @@ class TextProcessor:
     tokenizer: Tokenizer
     max_tokens: int
     instruction: str = ""
+
+    as_stored: ClassVar[bool] = False
 
     @classmethod
     def load(cls, path: str, max_tokens: int, instruction: str | None = None) -> "TextProcessor":

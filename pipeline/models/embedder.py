@@ -14,8 +14,7 @@ from PIL.Image import Image as Picture
 
 from pipeline.data.collate import Encoded
 from pipeline.data.sample import IMAGE_MARK, IMAGE_SUFFIXES, VIDEO_MARK, VIDEO_SUFFIXES, BadSample
-from pipeline.data.shards import image_format
-from pipeline.data.tiles import decode_image
+from pipeline.data.tiles import decode_image, image_format, rgb
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, plan_chunks
@@ -134,7 +133,7 @@ class Embedder:
     def _encode(self, item: "_Item") -> Encoded:
         try:
             item = item.told_by_content()
-            images = [partial(_picture, image) for image in item.images]
+            images = [partial(_picture, image, self.processor.as_stored) for image in item.images]
             frames = None if item.video is None else partial(self._frames, item.video)
             text = item.marked_text() if self.instructed else item.text.strip()
             return self.processor.encode_parts(text, images, frames)
@@ -144,7 +143,7 @@ class Embedder:
     def _frames(self, video: "Path | tuple[Picture, ...]") -> list[Picture]:
         if isinstance(video, Path):
             return _from_file(video, lambda data: sample_frames(data, self.processor.video_frames))
-        return [_picture(frame) for frame in video]
+        return [_picture(frame, self.processor.as_stored) for frame in video]
 
 
 @dataclass(frozen=True)
@@ -223,14 +222,14 @@ def _parts(
     return text or "", images, video
 
 
-def _picture(source: Path | Picture) -> Picture:
-    """As RGB."""
+def _picture(source: Path | Picture, as_stored: bool) -> Picture:
+    """As RGB; see `rgb`."""
     if isinstance(source, Path):
-        return _from_file(source, decode_image)
+        return _from_file(source, partial(decode_image, as_stored=as_stored))
     try:
         with _LOADING:
             source.load()
-        return source.convert("RGB")
+        return rgb(source, as_stored)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged input
         raise BadSample(f"undecodable picture: {type(error).__name__}: {error}") from None
 

@@ -39,7 +39,7 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
-from pipeline.models.loading import refuse_unknown, require_vocabulary
+from pipeline.models.loading import reads_as_stored, refuse_unknown, require_vocabulary
 from pipeline.models.packing import check_packing
 from pipeline.models.qwen2 import keep_less, pool_in_last_layer
 from pipeline.models.tower import MEAN, STD, normalised, tower_features
@@ -63,7 +63,7 @@ def prompt(text: str) -> str:
 
 @dataclass(frozen=True)
 class Processor:
-    """Items -> token ids and tiles, as LLaVE reads them; of a video, `video_frames` frames."""
+    """Items -> token ids and tiles, as LLaVE reads them; of a video, `video_frames` frames.  as_stored: see `rgb`."""
 
     tokenizer: PreTrainedTokenizerBase
     tiling: Tiling
@@ -71,6 +71,7 @@ class Processor:
     video_token_id: int
     max_tokens: int
     video_frames: int = 8
+    as_stored: bool = False
 
     @classmethod
     def load(
@@ -80,17 +81,20 @@ class Processor:
         video_frames: int = 8,
         pinpoints: Pinpoints | None = None,
         newline: str | None = None,
+        images: str | None = None,
     ) -> "Processor":
         """The processor of a model folder or hub name.
 
-        pinpoints: sizes to tile images to, newline: where a video has newlines, if not the model's own.
+        pinpoints: sizes to tile images to, newline: where a video has newlines, images: how they are read, if not the
+        model's own.
         """
         compiled()  # once, not in every worker
         config = load_config(path, pinpoints, newline)
         tokenizer = loading.tokenizer(path, config.text_config.vocab_size)
         _require_marks(path, config, tokenizer)
         _require_image_processor(path, config)
-        return cls(tokenizer, tiling(config), config.image_token_id, config.video_token_id, max_tokens, video_frames)
+        ids = config.image_token_id, config.video_token_id
+        return cls(tokenizer, tiling(config), *ids, max_tokens, video_frames, reads_as_stored(path, images))
 
     def encode(self, item: Item) -> Encoded:
         """Token ids with a placeholder for each image or video token. A text too long is cut at its end, images never.
@@ -98,7 +102,7 @@ class Processor:
         Raises `BadSample` if an image or the video is undecodable or does not fit `max_tokens`, or if the text's
         marks are not as many as they are.
         """
-        images = [partial(decode_image, image) for image in item.images]
+        images = [partial(decode_image, image, self.as_stored) for image in item.images]
         frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
         return self.encode_parts(item.text, images, frames)
 

@@ -5,6 +5,7 @@ transformers is told so, and never gets to ask at the terminal.
 """
 
 import difflib
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from pipeline.models.files import fetched, read_json, refuse_more_layers, refuse
 # A precision by its name in recipes and options; "auto" is the one that the weights are stored in.
 DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
+IMAGES = "image_reading"  # the config's field for `model.images`
 _STORED_DTYPES = ("float32", "float16", "bfloat16", "float64")
 # What a config says of how a model is run, and of where its files are, is not asked: attention, outputs and files are
 # chosen here. A kernel that it names would be fetched and run; of labels it could ask for any number.
@@ -305,6 +307,26 @@ def open_model(
     for name, parameter in model.named_parameters():
         refuse_not_finite(path, name, parameter.data)
     return model
+
+
+def reads_as_stored(path: str, images: str | None = None) -> bool:
+    """Whether the model in a folder or of a hub name takes images as they are stored, not upright; see `rgb`.
+
+    images: a recipe's choice, if not what the model's config says.
+    """
+    images = images or config_dict(path).get(IMAGES, "upright")
+    if images not in ("upright", "as_stored"):
+        raise PipelineError(f"{path}: its config has {IMAGES}={images!r}; it can be upright or as_stored")
+    return images == "as_stored"
+
+
+def note_images(folder: Path, as_stored: bool) -> None:
+    """Have the config.json in a folder say how the model takes images, where it is not upright."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config.pop(IMAGES, None)
+    config |= {IMAGES: "as_stored"} if as_stored else {}
+    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -> None:

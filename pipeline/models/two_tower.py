@@ -81,28 +81,35 @@ class TextReader(Protocol):
 class TwoTowerProcessor:
     """Items -> tiles or tokens. An image stands for `tokens` tokens, so that chunks are cut by the work they make.
 
-    texts: None where the vectors of texts come with them.
+    texts: reads texts; where their vectors come with them, it tells them apart.
+    with_vectors: whether they do.
     """
 
     pixels: Pixels
     tokens: int
-    texts: TextReader | None
+    texts: TextReader
     video_frames: int = 8
+    with_vectors: bool = False
+
+    @property
+    def as_stored(self) -> bool:
+        return self.pixels.as_stored
 
     def encode(self, item: Item) -> Encoded:
         """Of an item with images or a video these alone: the text beside them is an instruction, for other models.
 
         Raises BadSample for an image or video that cannot be decoded, and for a text whose vector is missing.
         """
-        images = [partial(decode_image, image) for image in item.images]
+        images = [partial(decode_image, image, self.as_stored) for image in item.images]
         if images or item.video is not None:
             frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
             return self.encode_parts("", images, frames)
-        if self.texts is None:
-            if item.vector is None and item.text:
-                raise BadSample("its text has no vector in data.text_embeddings")
-            return Encoded(np.zeros(1, np.int32), vector=item.vector)
-        return self.texts.tokenized(item.text)
+        told = self.texts.tokenized(item.text)
+        if not self.with_vectors:
+            return told
+        if item.vector is None and item.text:
+            raise BadSample("its text has no vector in data.text_embeddings")
+        return Encoded(np.zeros(1, np.int32), vector=item.vector, text=told.input_ids.tobytes())
 
     def encode_parts(
         self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None

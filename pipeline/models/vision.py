@@ -6,7 +6,7 @@ sizes that are fixed), and vision transformers of timm with a projection as thei
 
 import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from pipeline.models import loading
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.files import fetched
 from pipeline.models.folder import share
-from pipeline.models.loading import config_dict, refuse_unknown
+from pipeline.models.loading import config_dict, reads_as_stored, refuse_unknown
 
 
 # Of a checkpoint with both towers the vision half alone is read. The classes are named as their bases, for transformers
@@ -141,6 +141,7 @@ class Pixels:
     size: pixels of a side.  mean, std: of each colour, where white is 1.
     edge: pixels that the shorter side is resized to; both sides, if a picture does not keep its shape.
     to_even: where a crop begins at half a pixel, torchvision, which timm uses, rounds to even, transformers down.
+    as_stored: how images are read, see `rgb`.
     """
 
     size: int
@@ -150,22 +151,26 @@ class Pixels:
     keeps_shape: bool
     resample: Image.Resampling
     to_even: bool = False
+    as_stored: bool = False
 
     @classmethod
-    def load(cls, path: str) -> "Pixels":
-        """Of a folder or hub name. Raises PipelineError where what it says is not known here, or is not the model's."""
+    def load(cls, path: str, images: str | None = None) -> "Pixels":
+        """Of a folder or hub name.  images: how they are read, if not as it says.
+
+        Raises PipelineError where what it says is not known here, or is not the model's.
+        """
         resize.compiled()  # once, not in every worker
-        settings = config_dict(path)
+        settings, as_stored = config_dict(path), reads_as_stored(path, images)
         if "pretrained_cfg" in settings:
             with loading.reading(fetched(path, weights=False) / "config.json"):
-                return cls._of_timm(path, settings["pretrained_cfg"])
+                return replace(cls._of_timm(path, settings["pretrained_cfg"]), as_stored=as_stored)
         kind, processor_class = _family(path, settings)
         pixels = cls._of_processor(path, loading.image_processor(path, processor_class))
         if pixels.size != (side := loading.config(path, kind.config_class).image_size):
             raise PipelineError(
                 f"{path}: its image processor makes {pixels.size} pixels a side, its model takes {side}"
             )
-        return pixels
+        return replace(pixels, as_stored=as_stored)
 
     @classmethod
     def _of_processor(cls, path: str, its: PilBackend) -> "Pixels":

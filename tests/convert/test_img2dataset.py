@@ -1,8 +1,10 @@
 import argparse
+import bz2
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import tarfile
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from pipeline.convert.img2dataset import Tape, read_tape
 from pipeline.data import objects
 from pipeline.data.index import Index, load_sidecar, read_records, read_samples
 from pipeline.data.sample import Item, Pair
-from pipeline.data.shards import parse_sample
+from pipeline.data.shards import members_of, parse_sample
 from pipeline.errors import PipelineError
 
 QUERY = "<image>\nFind an image caption describing the given everyday image."
@@ -227,7 +229,7 @@ def broken_tars() -> dict[str, tuple[bytes, str]]:
         "nothing": (b"", "empty file"),
         "cut in a member": (good[:700], "unexpected end of data"),
         "cut between members": (good[:second], "it ends without an end of archive"),
-        "compressed": (gzip.compress(bytes(1 << 20)), "bad checksum"),
+        "compressed": (gzip.compress(good), "it is compressed by gzip"),
         "a damaged header": (good[:second] + b"x" + good[second + 1 :], f"no header at byte {second}"),
         "a damaged last header": (last[:second] + b"x" + last[second + 1 :], f"no header at byte {second}"),
         "two tars in one": (good + good, "more after the end of the archive"),
@@ -289,6 +291,118 @@ def test_long_names_folders_and_links_are_read_as_webdataset_reads_them(tmp_path
     assert [(pair.key, pair.query.images) for pair in pairs] == [(key, (picture(n),)) for n, key in enumerate(keys)]
     plain = webdataset.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False)
     assert [sample["__key__"] for sample in plain] == keys
+
+
+def foreign_members() -> list[tuple[str, bytes]]:
+    """What other tools leave in tars, between, before and within samples of which webdataset makes the most it can."""
+    a, b, c, d = (members(number) for number in range(4))
+    return [
+        (".DS_Store", b"finder"),
+        ("._a.jpg", b"fork"),
+        ("a.jpg", a["jpg"]),
+        ("._a.txt", b"fork"),
+        ("a.txt", a["txt"]),
+        ("__notes__", b"{}"),
+        ("__meta__/b.txt", b"not b's"),
+        ("./._b.jpg", b"fork"),
+        ("README", b"no suffix"),
+        ("./b.JPG", b["jpg"]),
+        ("./.hidden", b""),
+        ("LICENSE", b""),
+        ("./b.TXT", b["txt"]),
+        ("folder.v1/c.seg.jpg", c["jpg"]),  # a suffix with a dot
+        ("folder.v1/c.jpg", c["jpg"]),
+        ("folder.v1/noext", b""),
+        ("folder.v1/c.txt", c["txt"]),
+        ("__d.jpg", d["jpg"]),
+        ("__MACOSX", b"no suffix"),
+        ("__d.txt", d["txt"]),
+        ("photos/e.jpg", a["jpg"]),
+        ("photos/._e.txt", b"which webdataset takes for a sample of another key"),
+        ("photos/e.txt", a["txt"]),
+        ("a.jpg", b["jpg"]),  # a key that comes again, whole
+        ("a.txt", b["txt"]),
+        ("__x__.jpg", a["jpg"]),
+        ("__x__.txt", a["txt"]),
+        (".notes/f.jpg", a["jpg"]),
+        (".notes/f.txt", a["txt"]),
+        ("..jpg", a["jpg"]),
+        ("g..jpg", a["jpg"]),
+    ]
+
+
+def foreign_tar(format: int, v7: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format, pax_headers={"comment": "of all"}) as tar:
+        for number, (name, content) in enumerate(foreign_members()):
+            for other, kind in (("folder.jpg", tarfile.DIRTYPE), ("a.link", tarfile.SYMTYPE), ("b.h", tarfile.LNKTYPE)):
+                extra = tarfile.TarInfo(other)
+                extra.type, extra.linkname = kind, "a.jpg"
+                if number % 5 == 0:
+                    tar.addfile(extra)
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(content), 1e9 + number / 3
+            if format == tarfile.PAX_FORMAT and number % 2:
+                member.pax_headers = {"SCHILY.xattr.com.apple": "x", "comment": "ü"}
+            tar.addfile(member, io.BytesIO(content))
+    data = bytearray(buffer.getvalue())
+    if v7:  # without a magic; files, and folders, whose names end by a slash, are of type NUL
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            written = tar.getmembers()
+        for member in written:
+            header = data[member.offset : member.offset + 512]
+            header[156:157], header[257:512] = (
+                header[156:157] if member.islnk() or member.issym() else b"\0",
+                bytes(255),
+            )
+            header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+            data[member.offset : member.offset + 512] = header
+    return bytes(data)
+
+
+@pytest.mark.parametrize("format", ["ustar", "gnu", "pax", "v7"])
+def test_of_tars_that_other_tools_made_samples_are_webdatasets(tmp_path, format):
+    kinds = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+    (tmp_path / "0.tar").write_bytes(foreign_tar(kinds.get(format, tarfile.USTAR_FORMAT), format == "v7"))
+    own = list(webdataset.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False))
+    tape = Tape(str(tmp_path / "0.tar"))
+    ours = [(sample.key, members_of(tape.between(sample.begin, sample.end))) for sample in read_tape(tape)]
+    assert [key for key, _ in ours] == [sample["__key__"] for sample in own]
+    for (key, read), theirs in zip(ours, own, strict=True):
+        lower = {name.lower(): content for name, content in read[1].items()}
+        assert (read[0], lower) == (key, {name: each for name, each in theirs.items() if not name.startswith("__")})
+    index(tmp_path, tmp_path / "dest", "--processes", "1", "--max-rejected", "0.9")
+    whole = [(sample["__key__"], sample["jpg"]) for sample in own if {"jpg", "txt"} <= sample.keys()]
+    assert [key for key, _ in whole] == ["a", "./b", "folder.v1/c", "__d", "a", "__x__", ".notes/f"]
+    pairs = pairs_of(str(tmp_path / "dest"))["0.tar"]
+    assert [(pair.key, pair.query.images[0]) for pair in pairs] == whole
+    rejected = [json.loads(line) for line in (tmp_path / "dest/rejected.jsonl").read_text().splitlines()]
+    causes = {line["row"].removeprefix("0.tar: "): line["cause"] for line in rejected}
+    assert causes.pop("photos/e") == "members apart" and set(causes.values()) == {"no image"}
+
+
+def test_members_that_lie_apart_are_said_to(tmp_path):
+    named = [(f"{n}.{name}", members(n)[name]) for name in ("jpg", "json", "txt") for n in range(3)]
+    whole = [(f"{n}.{name}", content) for n in (7, 8) for name, content in members(n).items()]
+    again = [(f"7.{name}", content) for name, content in (members(9) | {"jpg": b"broken"}).items()]
+    (tmp_path / "0.tar").write_bytes(tar_of(*named, *whole, *again, ("8.json", b"{}"), ("9.txt", b"a caption")))
+    index(tmp_path, tmp_path, *OPTIONS, "--max-rejected", "0.9")
+    assert [pair.key for pair in pairs_of(str(tmp_path))["0.tar"]] == ["7", "8"]
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [(line["row"][7:], line["cause"]) for line in rejected] == [
+        *((str(n), "members apart") for n in range(3)),  # each sample once
+        ("7", "broken image"),
+        ("8", "members apart"),  # a column of captions is not found
+        ("9", "no image"),
+    ]
+    assert rejected[0]["detail"] == (
+        "members of key 0 do not lie together in 0.tar, as WebDataset has them: "
+        "repack it in the order of names, as tar --sort=name does"
+    )
+    for magic, name in ((gzip.compress(b""), "gzip"), (bz2.compress(b""), "bzip2"), (lzma.compress(b""), "xz")):
+        (tmp_path / "0.tar").write_bytes(magic)
+        with pytest.raises(PipelineError, match=rf"0\.tar is .*compressed by {name}, so no sample .*: unpack it"):
+            index(tmp_path, tmp_path / "packed")
 
 
 def test_hostile_members_are_rejected_by_name(tmp_path, monkeypatch):

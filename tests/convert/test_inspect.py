@@ -216,7 +216,21 @@ def test_samples_that_webdataset_leaves_out(tmp_path):
         for number, folder in enumerate(("", "__meta__/", "")):
             writer.write({"__key__": f"{folder}{number}", "jpg": picture(1, "JPEG"), "txt": b"a caption"})
     run(img2dataset.COMMAND, tmp_path, tmp_path, "--processes", "1")
-    with pytest.raises(PipelineError, match=r"0\.tar: webdataset reads other samples, or in another order"):
+    assert Index.load(str(tmp_path)).samples == 2
+    verify(tmp_path)
+
+
+def test_sizes_from_before_pictures_were_turned_are_no_fault(tmp_path):
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(data, "JPEG", exif=exif)
+    write_shards([Pair("0", "d", "t", Item("<image>", (data.getvalue(),)), Item("a"))], tmp_path, dataset="d")
+    assert Index.load(str(tmp_path)).shards[0].image_sizes == ((20, 30),)
+    verify(tmp_path)
+    forge(tmp_path, put("image_sizes", (30, 20), (0, 0)), image_sizes=((30, 20),))
+    verify(tmp_path)
+    forge(tmp_path, put("image_sizes", (30, 30), (0, 0)))
+    with pytest.raises(PipelineError, match="its record's image_sizes is wrong"):
         verify(tmp_path)
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import webdataset
 from conversion import content, error_of, make_shards, picture, read_all
 from PIL import Image
 
 from pipeline.convert import jsonl
-from pipeline.data.index import Index
+from pipeline.data.index import Index, load_sidecar
 from pipeline.data.sample import Item, Pair
+from pipeline.data.tiles import decode_image
 
 
 def clip() -> bytes:
@@ -212,6 +214,37 @@ def test_re_encoding_touches_only_larger_images(source, tmp_path):
     assert np.abs(np.asarray(scaled).astype(int) - [200, 0, 0]).max() <= 4
     make_shards("jsonl", file, tmp_path / "plain")
     assert read_all(str(tmp_path / "plain"))[0].query.images[0] == (source / "wide.png").read_bytes()
+
+
+def test_a_photo_is_stored_as_it_is_or_scaled_upright_and_its_size_is_noted_upright(source, tmp_path):
+    """Red at its top, as a camera that was turned stores it: at the left; and a scan of 16 bits."""
+    photo, exif = Image.new("RGB", (300, 200), (0, 0, 255)), Image.Exif()
+    photo.paste((255, 0, 0), (0, 0, 75, 200))
+    exif[0x0112] = 6
+    photo.save(source / "phone.jpg", exif=exif, quality=95)
+    photo.save(source / "both.jpg", "MPO", save_all=True, append_images=[photo], exif=exif, quality=95)
+    Image.fromarray(np.linspace(0, 65535, 60_000).astype(np.uint16).reshape(300, 200)).save(source / "scan.png")
+    rows = [asking("<image>", images=[name]) for name in ("phone.jpg", "both.jpg", "scan.png")]
+    file = write(source, *rows)
+    for options, width, height in (((), 200, 300), (("--image-max-side", 150), 100, 150)):
+        url = str(tmp_path / f"out{width}")
+        make_shards("jsonl", file, url, *options)
+        (shard,) = Index.load(url).shards
+        assert load_sidecar(url, shard)["image_sizes"].tolist() == [[[width, height]]] * 3
+        phone, both, scan = (pair.query.images[0] for pair in read_all(url))
+        if not options:
+            assert (phone, both) == tuple((source / name).read_bytes() for name in ("phone.jpg", "both.jpg"))
+        for data in (phone, both):
+            pixels = np.asarray(decode_image(data)).astype(int)
+            assert pixels.shape == (height, width, 3)
+            assert np.abs(pixels[: height // 5] - [255, 0, 0]).max() < 12
+            assert np.abs(pixels[height // 3 :] - [0, 0, 255]).max() < 12
+        ramp = np.asarray(decode_image(scan)).astype(int)[..., 0].mean(1)
+        assert np.abs(ramp - np.linspace(0, 255, height)).max() < 3
+        names = webdataset.WebDataset([str(path) for path in tmp_path.glob(f"out{width}/*.tar")], shardshuffle=False)
+        assert [{"query.0.jpg", "query.0.png"} & sample.keys() for sample in names] == (
+            [{"query.0.jpg"}, {"query.0.jpg"}, {"query.0.jpg" if options else "query.0.png"}]
+        )
 
 
 def test_shards_are_as_large_as_asked_for(source, tmp_path):

@@ -16,7 +16,8 @@ from pipeline.data import objects
 from pipeline.data.index import Captions, Index, load_sidecar, read_records, read_samples
 from pipeline.data.objects import ObjectError
 from pipeline.data.sample import BadSample, Item, Pair, Single
-from pipeline.data.shards import image_format, parse_sample, sample_bytes, write_shards
+from pipeline.data.shards import parse_sample, sample_bytes, write_shards
+from pipeline.data.tiles import image_format
 from pipeline.errors import PipelineError
 
 DEEP = b"[" * 200_000 + b"]" * 200_000  # JSON, but nobody can read it
@@ -331,12 +332,47 @@ def test_img2dataset_layout(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "column", ["NaN", "null", '""', '" "', "[]", "[null]", "[NaN, 3]", "7", "-Infinity", "{}", "true", None]
+)
+def test_a_good_caption_is_enough(tmp_path, column):
+    described = {} if column is None else {"json": b'{"long": %s}' % column.encode()}
+    members = {"jpg": picture(1, "JPEG"), "txt": b"short"} | described
+    assert parse_sample(tar_of(members, tmp_path / "a.tar"), CAPTIONS).texts == ("short",)
+    good = {"jpg": members["jpg"], "json": b'{"long": ["a", null, NaN, "", "b"]}'}
+    assert parse_sample(tar_of(good, tmp_path / "a.tar"), CAPTIONS).texts == ("a", "b")
+    with pytest.raises(BadSample, match="no caption in txt, long"):
+        parse_sample(tar_of({"jpg": members["jpg"]} | described, tmp_path / "a.tar"), CAPTIONS)
+
+
+def test_json_that_is_not_asked_for_costs_nothing(tmp_path):
+    members = {"jpg": picture(1, "JPEG"), "txt": b"short", "json": b"{"}
+    captions = replace(CAPTIONS, columns=("txt",))
+    assert parse_sample(tar_of(members, tmp_path / "a.tar"), captions).texts == ("short",)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    jpg = picture(1, "JPEG")
+
+    def texts(**members: bytes) -> tuple[str, ...]:
+        return parse_sample(tar_of({"jpg": jpg} | members, tmp_path / "a.tar"), CAPTIONS).texts
+
+    long = json.dumps({"long": ["\ufeffshort\n", "\ufeff", " \ufeff a\ufeff", "b"]}, ensure_ascii=False)
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):  # as JSON may be
+        assert texts(txt="\ufeff short\r\n".encode(), json=long.encode(encoding)) == ("short", "a", "b")
+    with pytest.raises(BadSample, match="no caption in txt, long"):
+        texts(txt="\ufeff \ufeff".encode())
+    for encoding in ("utf-16", "utf-16-be"):
+        with pytest.raises(BadSample, match="UTF-16: convert it to UTF-8"):
+            texts(txt=("\ufeff" * (encoding != "utf-16") + "short").encode(encoding))
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"jpg": None}, "no image"),
         ({"txt": b" "}, "no caption in txt, long"),
         ({"txt": b"\xff"}, "not UTF-8"),
-        ({"json": b'{"long": 7}'}, "7 is no text"),
+        ({"txt": b"", "json": b'{"long": 7}'}, r"no caption in txt, long \(7 is no text"),
         ({"json": b'{"long": "\\ud800"}'}, "surrogates not allowed"),
         ({"json": b"{"}, "malformed"),
         ({"json": DEEP}, "malformed"),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
 from transformers.image_processing_utils import select_best_resolution
+from transformers.image_utils import load_image
 
 from pipeline.data.resize import Pixels
 from pipeline.data.sample import BadSample
@@ -74,7 +75,7 @@ def assert_like_transformers(images: list[bytes], pinpoints: tuple[tuple[int, in
     theirs = LlavaOnevisionImageProcessorPil(image_grid_pinpoints=[list(size) for size in pinpoints], **SIGHTED)
     tiling = Tiling(384, 27, pinpoints)
     anyres = len(images) == 1
-    outputs = theirs([[Image.open(io.BytesIO(data)) for data in images]])["pixel_values"]
+    outputs = theirs([[load_image(Image.open(io.BytesIO(data))) for data in images]])["pixel_values"]
     for data, pixels in zip(images, outputs, strict=True):
         tiles = tiling.cut(decode_image(data), anyres=anyres)
         assert tiles.dtype == np.uint8

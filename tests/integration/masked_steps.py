@@ -76,8 +76,9 @@ def formula(
     """The mean of the cross entropies of all hidden tokens of all texts, and how many they are."""
     costs = []
     for item in (item for pair in pairs if int(pair.key) not in INVALID for item in pair.items):
-        key = recipe.seed, step, item.content_hash
-        text = mask(texts.encode(item), recipe.loss, reference.mask_token, reference.vocabulary, key)
+        encoded = texts.encode(item)
+        key = recipe.seed, step, encoded.key
+        text = mask(encoded, recipe.loss, reference.mask_token, reference.vocabulary, key)
         logits = reference.causal(torch.from_numpy(text.input_ids).long()[None], use_cache=False).logits[0]
         costs += [
             F.cross_entropy(logits[at - 1], torch.tensor(of)) for at, of in zip(text.places, text.targets, strict=True)

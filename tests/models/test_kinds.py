@@ -1,13 +1,19 @@
 """Kinds of model: told by their folders; and recipes that do not fit theirs."""
 
+import io
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
-from pipeline.config import Model, load_recipe
+from pipeline.config import Model, Recipe, load_recipe
+from pipeline.data.sample import Item
 from pipeline.errors import PipelineError
 from pipeline.models import decoder
+from pipeline.models.embedder import Embedder
 from pipeline.models.kinds import KINDS, kind_of
+from pipeline.training.export import write_folder
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 VISION = SIZES | {"image_size": 24, "patch_size": 8, "projection_dim": 16}
@@ -45,6 +51,12 @@ def error_of(kind: str, *overrides: str) -> str:
         ("caption", "model.architecture.vision={hidden_size: 8}", "vision is not for model.kind=caption"),
         ("clip", "model.architecture.text={}", "model.architecture.text is missing"),
         ("clip", "model.kind=blip", "model.kind"),
+        (
+            "caption",
+            "model.images=as_stored",
+            "model.images is for model.kind=llave, llm2clip or clip, and this is cap",
+        ),
+        ("", "model.images=turned", "model.images: Input should be 'upright' or 'as_stored', got 'turned'"),
     ],
 )
 def test_what_a_kind_does_not_have_is_refused(kind, override, named):
@@ -93,6 +105,52 @@ def test_kinds_are_told_by_their_folders(folders, tiny_model, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(PipelineError, match=r"no model at .*empty.*: it has no config\.json"):
         kind_of(str(tmp_path / "empty"))
+
+
+def photo(orientation: int) -> bytes:
+    """Red at its left, and stored as a camera that was held so has it."""
+    picture, exif, data = Image.new("RGB", (48, 32), (0, 0, 255)), Image.Exif(), io.BytesIO()
+    picture.paste((255, 0, 0), (0, 0, 16, 32))
+    exif[0x0112] = orientation
+    picture.save(data, "PNG", exif=exif)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["llave", "llm2clip", "clip"])
+def test_pictures_are_read_as_the_recipe_says_and_so_by_its_export(kind, folders, tiny_model, tmp_path):
+    name, path = ("demo", tiny_model) if kind == "llave" else (f"demo_{kind}", folders[kind])
+    fields = [f"model.path={path}"] + [f"model.text_encoder={folders['caption']}"] * (kind == "llm2clip")
+    item, upright = Item("<image>\nWhere?", (photo(6),)), Item("<image>\nWhere?", (photo(1),))
+
+    def recipe(path: str, *images: str) -> Recipe:
+        return load_recipe(f"pipeline/recipes/{name}.yaml", [*fields, f"model.path={path}", *images])
+
+    plain = recipe(path)
+    assert "images" not in plain.model.model_dump()  # the conditions of runs that began before it could be set
+    turned, stored = (
+        KINDS[kind].processor(plain, path),
+        KINDS[kind].processor(recipe(path, "model.images=as_stored"), path),
+    )
+    assert (turned.as_stored, stored.as_stored) == (False, True)
+    assert turned.encode(item).key != stored.encode(item).key == turned.encode(upright).key
+    given = path
+    for images, as_stored in (("as_stored", True), (None, True), ("upright", False)):  # each trained on from the last
+        chosen = recipe(given, *([f"model.images={images}"] if images else []))
+        model, out = KINDS[kind].load_whole(chosen, given), tmp_path / f"out{images}"
+        write_folder(model, dict(model.named_parameters()), chosen, given, out)
+        reader = KINDS[kind].reader(str(out), 512, 8)
+        assert reader.as_stored == KINDS[kind].processor(chosen, given).as_stored == as_stored
+        if kind == "llave":
+            assert reader.encode(item).key == (stored if as_stored else turned).encode(item).key
+        given = str(out)
+    (tmp_path / "photo.png").write_bytes(photo(6))
+    (tmp_path / "upright.png").write_bytes(photo(1))
+    with Image.open(tmp_path / "photo.png") as opened:
+        pictures = [tmp_path / "photo.png", opened, tmp_path / "upright.png", Image.open(tmp_path / "upright.png")]
+        for out, equal in (("outNone", True), ("outupright", False)):
+            rows = Embedder.load(tmp_path / out, device="cpu").embed(pictures)
+            assert torch.equal(rows[0], rows[1]) and torch.equal(rows[2], rows[3])
+            assert torch.equal(rows[0], rows[2]) == equal
 
 
 def test_a_model_of_another_kind_is_refused_before_it_is_loaded(folders, tmp_path):

@@ -25,7 +25,12 @@ _PROBE = "A cat and a dog on a red sofa"
 
 
 class Processor(Protocol):
-    """Items -> what a model takes; BadSample for those that it cannot."""
+    """Items -> what a model takes; BadSample for those that it cannot.
+
+    as_stored: how it reads images, see `rgb`.
+    """
+
+    as_stored: bool
 
     def encode(self, item: Item) -> Encoded: ...
 

@@ -16,7 +16,7 @@ from pipeline.models.folder import save_folder
 from pipeline.models.frozen import Frozen
 from pipeline.models.kinds.kind import Kind, Processor, fastest
 from pipeline.models.llave import Llave, TowerlessLlave
-from pipeline.models.loading import DTYPES
+from pipeline.models.loading import DTYPES, note_images, reads_as_stored
 from pipeline.models.tower import FrozenTower
 
 
@@ -58,7 +58,8 @@ class LlaveKind(Kind):
         llave.build(model.architecture, texts, seed, folder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
-        return llave.Processor.load(path, recipe.model.max_tokens, recipe.video.frames, **_own(recipe))
+        tokens, frames, images = recipe.model.max_tokens, recipe.video.frames, recipe.model.images
+        return llave.Processor.load(path, tokens, frames, **_own(recipe), images=images)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return _llave(recipe).load(path, DTYPES[recipe.precision], attention=attention, **_own(recipe))
@@ -89,6 +90,7 @@ class LlaveKind(Kind):
         self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
     ) -> None:
         save_folder(model, weights, source, folder, recipe.model.path)
+        note_images(folder, reads_as_stored(source, recipe.model.images))
 
     def dimension(self, path: str) -> int:
         return llave.load_config(path).text_config.hidden_size

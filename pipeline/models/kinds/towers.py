@@ -1,6 +1,7 @@
 """LLM2CLIP's vision encoder with its adapter, and CLIP: two towers each."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -25,7 +26,7 @@ from pipeline.models.frozen import Frozen
 from pipeline.models.kinds.kind import Kind, Processor
 from pipeline.models.kinds.texts import CaptionKind
 from pipeline.models.llm2clip import Llm2Clip
-from pipeline.models.loading import DTYPES, refuse_unknown
+from pipeline.models.loading import DTYPES, note_images, reads_as_stored, refuse_unknown
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels, VisionEncoder
 
@@ -80,8 +81,8 @@ class Llm2ClipKind(Kind):
         VisionEncoder.build(vision, CLIPVisionConfig(**vision).projection_dim, seed).save(folder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
-        texts = None if recipe.data.text_embeddings else self._texts(recipe)
-        return TwoTowerProcessor(Pixels.load(path), _tokens(recipe.model), texts, recipe.video.frames)
+        pixels, vectors = Pixels.load(path, recipe.model.images), bool(recipe.data.text_embeddings)
+        return TwoTowerProcessor(pixels, _tokens(recipe.model), self._texts(recipe), recipe.video.frames, vectors)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         width = self.dimension_of_texts(recipe.model.text_encoder)
@@ -96,8 +97,7 @@ class Llm2ClipKind(Kind):
         self, recipe: Recipe, processor: Processor, frozen: Frozen | None, device: torch.device
     ) -> tuple[Processor, Features | None]:
         if frozen is None:  # the texts of evaluation sets have no vectors
-            texts = self._texts(recipe)
-            processor = TwoTowerProcessor(processor.pixels, processor.tokens, texts, processor.video_frames)
+            processor = replace(processor, with_vectors=False)
             frozen = self._text_encoder(recipe, device)
         return processor, frozen.features_of
 
@@ -105,6 +105,7 @@ class Llm2ClipKind(Kind):
         self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
     ) -> None:
         llm2clip.save(model, recipe.model.text_encoder, folder, recipe.model.path)
+        note_images(folder, reads_as_stored(source, recipe.model.images))
 
     def dimension(self, path: str) -> int:
         return _shape(path).dimension
@@ -165,7 +166,8 @@ class ClipKind(Kind):
         clip.build(model.architecture, texts, seed, folder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
-        return self.reader(path, recipe.model.max_tokens, recipe.video.frames)
+        pixels = Pixels.load(path, recipe.model.images)
+        return replace(self.reader(path, recipe.model.max_tokens, recipe.video.frames), pixels=pixels)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return Clip.load(path, DTYPES[recipe.precision])
@@ -174,6 +176,7 @@ class ClipKind(Kind):
         self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
     ) -> None:
         clip.save(model, source, folder)
+        note_images(folder, reads_as_stored(source, recipe.model.images))
 
     def dimension(self, path: str) -> int:
         return clip.load_config(path).projection_dim

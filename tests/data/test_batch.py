@@ -1,0 +1,170 @@
+"""Items that are equal to the model are one item, and no negatives of each other; others never are."""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Pillow
+from transformers import CLIPTokenizer
+
+from pipeline.config import load_recipe
+from pipeline.data.batch import Batch, Origin, RawSample, encode_rows
+from pipeline.data.collate import Encoded, Image
+from pipeline.data.digest import digest
+from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.models.clip import ClipTexts
+from pipeline.models.decoder import TextProcessor
+from pipeline.models.llave import Processor
+from pipeline.models.two_tower import TwoTowerProcessor
+from pipeline.models.vision import Pixels
+from pipeline.training.step import contrastive_loss
+
+ASK = "<image>\nWhat is it?"
+
+
+def batch_of(pairs: list[Pair], encode: Callable[[Item], Encoded], workers: int = 1) -> Batch:
+    samples = [RawSample(i, Origin("", i), b"", lambda _, pair=pair: pair) for i, pair in enumerate(pairs)]
+    return Batch.of([encode_rows(samples[worker::workers], encode) for worker in range(workers)])
+
+
+def stored(picture: Pillow.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def picture() -> Pillow.Image:
+    return Pillow.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8))
+
+
+def with_exif(number: int) -> Pillow.Exif:
+    exif = Pillow.Exif()
+    exif[0x9003] = f"2024:01:0{number} 10:00:00"
+    return exif
+
+
+def upright_and_tagged() -> tuple[bytes, bytes]:
+    exif = Pillow.Exif()
+    exif[0x0112] = 6
+    return stored(picture()), stored(picture().transpose(Pillow.Transpose.ROTATE_90), exif=exif)
+
+
+# What differs in its bytes alone.
+SAME = {
+    "white space at the ends": (Item("a red star"), Item("  a red star\n")),
+    "what is cut": (Item("star " * 300), Item("star " * 301)),
+    "composed and decomposed letters": (Item("caf\u00e9"), Item("cafe\u0301")),
+    "a photo with another date": tuple(
+        Item(ASK, (stored(picture(), "JPEG", exif=with_exif(number)),)) for number in (1, 2)
+    ),
+    "a picture compressed otherwise": tuple(Item(ASK, (stored(picture(), compress_level=n),)) for n in (1, 9)),
+    "a picture in another format": (
+        Item(ASK, (stored(picture()),)),
+        Item(ASK, (stored(picture(), "WEBP", lossless=True),)),
+    ),
+    "a picture that is turned by its tag": tuple(Item(ASK, (data,)) for data in upright_and_tagged()),
+    "16 bits and 8": (
+        Item(ASK, (stored(picture().convert("L")),)),
+        Item(ASK, (stored(Pillow.fromarray(np.asarray(picture().convert("L")).astype(np.uint16) * 257)),)),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def llave(tiny_model) -> Processor:
+    return Processor.load(tiny_model, 128)
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_what_the_processor_makes_equal_is_one_item(case, llave):
+    one, other = SAME[case]
+    assert one.content_hash != other.content_hash
+    pairs = [Pair("0", "d", "t", Item("query 0"), one), Pair("1", "d", "t", Item("query 1"), other, (one,))]
+    for workers in (1, 2):
+        batch = batch_of(pairs, llave.encode, workers)
+        assert batch.target[0] == batch.target[1] == batch.negatives[1][0] and len(batch.items) == 3
+    recipe = load_recipe("pipeline/recipes/demo.yaml", ["batch.global_batch=2", "data.lanes=1"])
+    embeddings = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    output = contrastive_loss(embeddings, batch, recipe, 0.02)
+    assert output.loss == 0  # neither is the other's negative, nor is what is given as one
+
+
+def test_equal_to_one_model_is_not_equal_to_another(llave):
+    lower = CLIPTokenizer().train_new_from_iterator(["a small red star"], 300, show_progress=False)
+    pixels = Pixels(24, (0.5,) * 3, (0.5,) * 3, 24, False, Pillow.Resampling.BICUBIC)
+    clip = TwoTowerProcessor(pixels, 10, ClipTexts(lower, 16))
+    image = stored(picture())
+    for one, other in (
+        (Item("A Red Star"), Item("a red star")),  # which CLIP's tokenizer reads in lower case
+        (Item(ASK, (image,)), Item("<image>\nWhere is it?", (image,))),  # of which CLIP sees the image alone
+    ):
+        assert clip.encode(one).key == clip.encode(other).key
+        assert llave.encode(one).key != llave.encode(other).key
+
+
+def test_everything_that_a_model_takes_is_in_the_key():
+    tiles = np.random.default_rng(0).integers(0, 256, (2, 3, 14, 14), np.uint8)  # no multiple of 32 bytes
+    item = Encoded(np.arange(5, dtype=np.int32), (Image(tiles, 20, 30), Image(tiles, 20, 30)))
+    assert replace(item).key == item.key == Encoded(np.arange(5), item.images).key  # whatever the ids' type
+    changed = tiles.copy()
+    changed[-1, -1, -1, -1] ^= 128
+    first, second = item.images
+    others = [
+        replace(item, input_ids=np.arange(1, 6, dtype=np.int32)),
+        replace(item, input_ids=np.arange(4, dtype=np.int32)),
+        replace(item, skipped=1),
+        replace(item, text=b"a"),
+        replace(item, images=(first,)),
+        replace(item, images=(first, replace(second, tiles=changed))),
+        replace(item, images=(replace(first, tiles=changed), second)),
+        replace(item, images=(first, replace(second, height=30, width=20))),
+        replace(item, images=(first, replace(second, video=True))),
+        replace(item, images=(Image(np.concatenate([tiles, tiles]), 20, 30),)),
+        Encoded(item.input_ids),
+    ]
+    keys = {each.key for each in (item, *others)}
+    assert len(keys) == 1 + len(others)
+
+
+def test_every_bit_of_the_tiles_is_in_the_digest():
+    data = np.random.default_rng(1).integers(0, 256, 77, np.uint8)
+    found = {digest([data])}
+    for place in range(len(data)):
+        for bit in range(8):
+            changed = data.copy()
+            changed[place] ^= 1 << bit
+            found.add(digest([changed]))
+    for one, other in ((0, 8), (0, 32), (5, 45)):  # words that change places
+        changed = data.copy()
+        changed[[one, other]] = changed[[other, one]]
+        found.add(digest([changed]))
+    found |= {digest([data[:n], data[n:]]) for n in range(len(data) + 1)}
+    assert len(found) == 1 + 8 * 77 + 3 + 78
+
+
+def test_what_comes_again_in_the_same_bytes_is_not_encoded_again(llave):
+    encoded = []
+
+    def encode(item: Item) -> Encoded:
+        encoded.append(item)
+        if item.text == "bad":
+            raise BadSample("made so")
+        return llave.encode(item)
+
+    target, negative = Item("a red star"), Item("a blue ring")
+    pairs = [Pair(str(i), "d", "t", Item(f"query {i % 2}"), target, (negative,)) for i in range(4)]
+    bad = Pair("4", "d", "t", Item("query 4"), Item("bad"))
+    batch = batch_of([*pairs, bad, bad], encode)
+    assert [item.text for item in encoded[:4]] == ["query 0", "a red star", "a blue ring", "query 1"]
+    assert [item.text for item in encoded[4:] if item.text] == ["query 4", "bad"] * 2
+    assert batch.valid == [True] * 4 + [False] * 2
+    assert batch.query[4] == batch.target[5] == llave.encode(Item("")).key
+
+
+def test_texts_beside_an_instruction(tiny_model, llave):
+    processor = TextProcessor(llave.tokenizer, 64, "find:")
+    assert processor.encode(Item("a star")).key == processor.encode(Item(" a star ")).key
+    assert processor.encode(Item("a star")).key != TextProcessor(llave.tokenizer, 64).encode(Item("a star")).key
