@@ -86,7 +86,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     datasets = _indexes(arguments.dest)
     checks = [Check(url, index) for url, index in datasets.items()]
     jobs = [(dataset, shard.file) for dataset, check in enumerate(checks) for shard in check.index.shards]
-    size = sum(index.bytes for index in datasets.values())
+    size = sum(index.total_bytes for index in datasets.values())
     with (
         progress_bar(total=size, unit="B", unit_scale=True, desc="verifying") as bar,
         job_threads(arguments.processes) as threads,
@@ -330,7 +330,7 @@ def _stats(arguments: argparse.Namespace) -> None:
     totals = np.zeros(len(columns))
     for index in datasets.values():
         images, videos = (sum(getattr(shard, name) for shard in index.shards) for name in ("images", "videos"))
-        row = np.array([index.samples, len(index.shards), index.bytes / 1e6, images, videos])
+        row = np.array([index.samples, len(index.shards), index.total_bytes / 1e6, images, videos])
         totals += row
         tasks = sum((Counter(shard.tasks) for shard in index.shards), Counter()).most_common()
         rest = [f"{value:,.10g}" for value in row[1:].round(1)]
