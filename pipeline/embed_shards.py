@@ -44,7 +44,7 @@ from pipeline.data.text_embeddings import (
     sample_bytes,
 )
 from pipeline.documents import DocumentError, parse_json
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, printable
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.metrics import UNIT_TOLERANCE
@@ -315,7 +315,7 @@ def embed_datasets(
                     reading.append(pool.submit(read_group, datasets[dataset].source, encoder, *samples))
                 group = reading.popleft().result() if reading else Group([], [], [], [])
                 for line in group.unusable[: _SHOWN - shown]:
-                    tqdm.write(f"no embeddings for {line}", file=sys.stderr)
+                    tqdm.write(printable(f"no embeddings for {line}"), file=sys.stderr)
                 shown += len(group.unusable)
                 parts = _on_first(_packed(embedded(encoder, group, stored)), device)
                 for (dataset, number, *_), part in zip(groups[begun : begun + world], parts, strict=False):

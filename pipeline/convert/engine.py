@@ -29,7 +29,7 @@ from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE, Count, File, Index, Shard, check_shards
 from pipeline.data.objects import ObjectError
 from pipeline.documents import FIXED, DocumentError, parse_json
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
 
 UNFINISHED = ".unfinished"
@@ -250,7 +250,7 @@ class _Conversion:
                 "there: raise --max-rejected to go on without them, or mend them, delete DEST and start again"
             )
         if self.complete and not self.finished:
-            bar.write(self._finish())
+            bar.write(printable(self._finish()))
             self.finished = True
 
     def _write_rejected(self, rejected: list[dict[str, str]]) -> None:
