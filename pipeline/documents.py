@@ -1,6 +1,12 @@
 """JSON that others may damage: read in one place, so that each complaint names the file and says what to do."""
 
 import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -74,6 +80,44 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON's")
+
+
+def check_members(
+    where: str, found: Iterable[str], known: Collection[str], *, kind: str = "column", matters: str | None = None
+) -> None:
+    """Look at the columns (or keys) of a layout that may have others than those that are read.
+
+    PipelineError for one that comes twice, one that is nearly called as a known one that is not there, and one that
+    `matters`: a pattern of names that change what a row means. Others are listed once on stderr.
+    """
+    found = list(found)
+    if twice := [name for name, times in Counter(found).items() if times > 1]:
+        raise PipelineError(f"{where} has the {kind} {printable(twice[0])!r} twice: leave one of them in it")
+    unknown = dict.fromkeys(name for name in found if name not in known)
+    lacking = {name.lower(): name for name in known if name not in found}
+    for name in unknown:
+        near = get_close_matches(name.strip("\ufeff ").lower(), lacking, 1, 0.85)
+        if near or (
+            matters and re.search(matters, name, re.IGNORECASE) and not re.search("ids?$", name, re.IGNORECASE)
+        ):
+            hint = (
+                f"did you mean {lacking[near[0]]}?"
+                if near
+                else f"known are {', '.join(known)}; remove it, or rename it"
+            )
+            raise PipelineError(f"{where} has the {kind} {printable(name)!r}, which nothing reads: {hint}")
+    if unknown and os.environ.get("RANK", "0") == "0":
+        _note(kind, tuple(unknown), where)
+
+
+_noted: set[tuple[str, str]] = set()
+
+
+def _note(kind: str, names: tuple[str, ...], where: str) -> None:
+    if new := [name for name in names if (kind, name) not in _noted]:
+        _noted.update((kind, name) for name in new)
+        text = f"note: nothing reads the {kind}{'s' * (len(new) > 1)} {', '.join(new)} of {where}"
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 @cache
