@@ -131,22 +131,25 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _there(url: str, index: Index) -> tuple[list[Shard], list[str]]:
     """The shards whose tar and sidecar are there in full, and what is wrong with the others: listings say it."""
     tars_url = index.shards_url or url
-    sizes = {name: int(stamp.split()[0]) for place in {url, tars_url} for name, stamp in objects.stamps(place).items()}
+    sizes = {place: _sizes(place) for place in {url, tars_url}}
     there, faults = [], []
     for shard in index.shards:
-        wanted = {objects.join(tars_url, shard.file): shard.bytes}
-        wanted[objects.join(url, shard.sidecar)] = shard.sidecar_bytes
-        found = {name: sizes.get(_as_listed(name)) for name in wanted}
-        if found == wanted:
+        wrong = False
+        for place, name, size in ((tars_url, shard.file, shard.bytes), (url, shard.sidecar, shard.sidecar_bytes)):
+            if (found := sizes[place].get(name)) != size:
+                has = "there is no such file" if found is None else f"{found} bytes"
+                faults.append(f"{objects.join(place, name)}: {has}, where the index says {size} bytes")
+                wrong = True
+        if not wrong:
             there.append(shard)
-        for name in (name for name in wanted if found[name] != wanted[name]):
-            has = "there is no such file" if found[name] is None else f"{found[name]} bytes"
-            faults.append(f"{name}: {has}, where the index says {wanted[name]} bytes")
     return there, faults
 
 
-def _as_listed(url: str) -> str:
-    return url if "://" in url else str(Path(url))
+def _sizes(url: str) -> dict[str, int]:
+    """Name -> bytes of all that is right in a folder."""
+    plain = url.rstrip("/") if "://" in url else str(Path(url))
+    paths = ((name.removeprefix(f"{plain}/"), stamp) for name, stamp in objects.stamps(url).items())
+    return {path: int(stamp.split()[0]) for path, stamp in paths if "/" not in path}
 
 
 def _grouped(shards: Sequence[Shard]) -> Iterator[tuple[Shard, ...]]:

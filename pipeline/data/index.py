@@ -7,7 +7,9 @@ intact, and what sets its length in tokens; its records are read by the block, w
 import gc
 import hashlib
 import json
+import os
 import re
+import sys
 import zlib
 from codecs import BOM_UTF8
 from collections import Counter
@@ -30,12 +32,13 @@ from pipeline.errors import printable
 
 FORMAT = 2
 INDEX_FILE = "index.json"
+_LARGE = 100_000_000  # bytes of an index that takes seconds to read, of a few hundred thousand shards
 _ATTEMPTS = 3  # what arrives damaged may have been damaged on its way
 _MOST_IMAGES = 3 * 255  # of one sample: a record counts the query's, the target's and the negatives' in a byte each
 
 # A number of an index, which JSON has as one: not 4.0, not "4", not true.
-Count = Annotated[int, Field(strict=True, ge=0, le=2**62)]
-Positive = Annotated[int, Field(strict=True, ge=1, le=2**62)]
+Count = Annotated[int, Field(strict=True, ge=0, le=2**50)]
+Positive = Annotated[int, Field(strict=True, ge=1, le=2**31)]
 Side = Annotated[int, Field(strict=True, ge=0, le=65535)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -189,6 +192,8 @@ def index_content(name: str, version: int, again: str) -> Iterator[tuple[dict, s
     def read() -> tuple[dict, str] | None:
         nonlocal why
         data = objects.read(name).removeprefix(BOM_UTF8)
+        if len(data) > _LARGE and os.environ.get("RANK", "0") == "0":
+            print(f"reading {name}, {len(data) / 1e6:.0f} MB", file=sys.stderr, flush=True)
         try:
             content = from_json(data, allow_inf_nan=False)
         except ValueError as error:
@@ -256,6 +261,11 @@ def check_shards(shards: Sequence[Shard]) -> None:
             raise ValueError(
                 f"{shard.file}: a sidecar of {shard.sidecar_bytes} bytes cannot hold {shard.samples} samples with "
                 f"{shard.max_images} images at most"
+            )
+        if shard.images > shard.samples * shard.max_images or shard.videos > 255 * shard.samples:
+            raise ValueError(
+                f"{shard.file}: {shard.images} images in {shard.samples} samples with at most {shard.max_images} each, "
+                f"or {shard.videos} videos in them"
             )
     if len({shard.file for shard in shards}) < len(shards):
         ((file, _),) = Counter(shard.file for shard in shards).most_common(1)
