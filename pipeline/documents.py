@@ -74,7 +74,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"an object has the key {printable(twice)!r} twice")
+        raise ValueError(f"an object has the key {twice!r} twice")
     return found
 
 
@@ -92,7 +92,7 @@ def check_members(
     """
     found = list(found)
     if twice := [name for name, times in Counter(found).items() if times > 1]:
-        raise PipelineError(f"{where} has the {kind} {printable(twice[0])!r} twice: leave one of them in it")
+        raise PipelineError(f"{where} has the {kind} {twice[0]!r} twice: leave one of them in it")
     unknown = dict.fromkeys(name for name in found if name not in known)
     lacking = {name.lower(): name for name in known if name not in found}
     for name in unknown:
@@ -105,7 +105,7 @@ def check_members(
                 if near
                 else f"known are {', '.join(known)}; remove it, or rename it"
             )
-            raise PipelineError(f"{where} has the {kind} {printable(name)!r}, which nothing reads: {hint}")
+            raise PipelineError(f"{where} has the {kind} {name!r}, which nothing reads: {hint}")
     if unknown and os.environ.get("RANK", "0") == "0":
         _note(kind, tuple(unknown), where)
 

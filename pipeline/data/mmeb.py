@@ -60,7 +60,7 @@ MMEB_TASKS["ImageNet_1K"] = MMEB_TASKS["ImageNet-1K"]  # so called in the traini
 
 _COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 _INSTRUCTIONS = ("qry_inst", "tgt_inst")
-_MATTERS = "^(qry|query|tgt|target|cand|pos|neg)|inst|prompt|text|image|img|video"  # in a column's name
+MATTERS = "^(qry|query|tgt|target|cand|pos|neg)|inst|prompt|text|image|img|video"  # in a column's name
 
 Side = tuple[str, str]  # a text, and the path of its image or ""
 
@@ -103,7 +103,7 @@ def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
         try:
             table = parquet.ParquetFile(BytesIO(objects.read(file)))
             names = table.schema_arrow.names
-            check_members(file, names, (*_COLUMNS, *_INSTRUCTIONS), matters=_MATTERS)
+            check_members(file, names, (*_COLUMNS, *_INSTRUCTIONS), matters=MATTERS)
             columns = [*_COLUMNS, *(name for name in _INSTRUCTIONS if name in names)]
             batches = table.iter_batches(batch_size=64, columns=columns)
             for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
