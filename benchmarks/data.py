@@ -197,7 +197,7 @@ def measure_tiles(rounds: int) -> Table:
 
 def measure_bytes(url: str, index: Index, workers: int) -> Table:
     table = Table("ranks", "bytes read / dataset's", title="an epoch from S3")
-    size = index.bytes + sum(shard.sidecar_bytes for shard in index.shards)
+    size = index.total_bytes + sum(shard.sidecar_bytes for shard in index.shards)
     for world in (1, 2, 4):
         received = sum(batch.received for rank in range(world) for batch in epoch(url, workers, None, rank, world))
         table.add_row(str(world), f"{received / size:.4f}")
@@ -231,7 +231,7 @@ def main() -> None:
             measure_readers({"files": str(folder), "S3": url}, index, arguments.rounds, arguments.workers),
         ]
     console = Console(width=120)
-    console.print(f"{index.samples} images, {index.bytes / 1e6:.0f} MB, {len(index.shards)} shards")
+    console.print(f"{index.samples} images, {index.total_bytes / 1e6:.0f} MB, {len(index.shards)} shards")
     for table in tables:
         console.print(table)
 

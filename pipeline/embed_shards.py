@@ -14,6 +14,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from pipeline.config import Data, EvaluationRun
 from pipeline.data import objects
-from pipeline.data.index import INDEX_FILE, Shard
+from pipeline.data.index import INDEX_FILE, Shard, check_shards
 from pipeline.data.objects import ObjectError
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.shards import sample_key
@@ -42,7 +43,8 @@ from pipeline.data.text_embeddings import (
     rounded,
     sample_bytes,
 )
-from pipeline.errors import PipelineError
+from pipeline.documents import DocumentError, parse_json
+from pipeline.errors import PipelineError, printable
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.metrics import UNIT_TOLERANCE
@@ -107,7 +109,7 @@ class Dataset:
         except ObjectError:
             if not overwrite:
                 raise
-        by, parts = (finished.made, finished.parts) if finished else self._begun()
+        by, parts = (finished.made, finished.parts) if finished else self._begun(overwrite)
         shards = {file_of(shard): shard for shard in self.shards}
         same = [part for part in parts if part.shard.file in shards and _is_of(part, shards[part.shard.file])]
         stale = ""
@@ -132,14 +134,20 @@ class Dataset:
                 list(pool.map(self._note, self.parts.values()))
         objects.delete(index_url)  # before any tar is overwritten: nobody reads half of each
 
-    def _begun(self) -> tuple[Made | None, list[Part]]:
+    def _begun(self, overwrite: bool) -> tuple[Made | None, list[Part]]:
+        """By what an earlier start embedded, and which parts; a part whose record is damaged is embedded again."""
         records = self._records()
-        if self._record("made") not in records:
+        if (url := self._record("made")) not in records:
             return None, []
-        records.remove(self._record("made"))
+        records.remove(url)
         with ThreadPoolExecutor(16) as pool:
-            parts = [Part.of(json.loads(data)) for data in pool.map(objects.read, records)]
-        return Made.of(json.loads(objects.read(self._record("made")))), parts
+            parts = [part for part in map(_recorded, records, pool.map(objects.read, records)) if part]
+        try:
+            return parse_json(objects.read(url), url, Made, remedy="add --overwrite, and all is embedded again"), parts
+        except DocumentError:
+            if not overwrite:
+                raise
+            return None, []
 
     def _records(self) -> list[str]:
         found = objects.list_under(objects.join(self.place, _BEGUN))
@@ -190,6 +198,14 @@ class Dataset:
         if "://" not in self.place:
             for left in Path(self.place).glob(".*_text_embeddings.*.partial"):  # by a process that was killed
                 left.unlink()
+
+
+def _recorded(url: str, data: bytes) -> Part | None:
+    with suppress(DocumentError, ValueError):
+        part = parse_json(data, url, Part, remedy="")
+        check_shards([part.shard])
+        return part
+    return None
 
 
 def _is_of(part: Part, shard: Shard) -> bool:
@@ -299,7 +315,7 @@ def embed_datasets(
                     reading.append(pool.submit(read_group, datasets[dataset].source, encoder, *samples))
                 group = reading.popleft().result() if reading else Group([], [], [], [])
                 for line in group.unusable[: _SHOWN - shown]:
-                    tqdm.write(f"no embeddings for {line}", file=sys.stderr)
+                    tqdm.write(printable(f"no embeddings for {line}"), file=sys.stderr)
                 shown += len(group.unusable)
                 parts = _on_first(_packed(embedded(encoder, group, stored)), device)
                 for (dataset, number, *_), part in zip(groups[begun : begun + world], parts, strict=False):

@@ -14,6 +14,15 @@ class PipelineError(Exception):
     """Something the person at the keyboard can put right; the message says what and how."""
 
 
+def printable(text: str, keep: str = "") -> str:
+    """`text` as a terminal may show it: its control characters, and all that is not seen, as Python writes them.
+
+    What comes from data, a name say, could otherwise move the cursor, colour or hide what is printed. keep: characters
+    that stay as they are.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 def command_line(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a `main` so that a `PipelineError` ends the process with one clear line and status 2.
 
@@ -44,7 +53,7 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
             time.sleep(5)
         sys.stdout.flush()
         where = f" (rank {rank})" if rank else ""
-        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+        print(f"error{where}: {printable(message, keep=chr(10))}", file=sys.stderr, flush=True)
         os._exit(2)
 
     return wrapped

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from pipeline.convert.workers import Report, job_threads, run_job, workers
 from pipeline.data import objects
-from pipeline.data.index import INDEX_FILE, File, Index, Shard
+from pipeline.data.index import INDEX_FILE, Count, File, Index, Shard, check_shards
 from pipeline.data.objects import ObjectError
-from pipeline.errors import PipelineError
+from pipeline.documents import FIXED, DocumentError, parse_json
+from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
 
 UNFINISHED = ".unfinished"
@@ -45,17 +46,21 @@ class Result:
     files: name -> bytes of the files that it wrote into its folder and that belong into DEST.
     """
 
+    __pydantic_config__ = FIXED
+
     shard: Shard | None
-    rows: int
+    rows: Count
     rejected: list[dict[str, str]]
-    files: dict[str, int]
+    files: dict[str, Count]
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Result":
-        content = json.loads(data)
-        if shard := content["shard"]:
-            content["shard"] = Shard(**shard | {"image_sizes": tuple(map(tuple, shard["image_sizes"]))})
-        return cls(**content)
+    def from_json(cls, data: bytes, url: str) -> "Result | None":
+        """None for a record that is damaged: its job is done again."""
+        with suppress(DocumentError, ValueError):
+            result = parse_json(data, url, cls, remedy="")
+            check_shards([result.shard] if result.shard else [])
+            return result
+        return None
 
 
 class Work(Protocol):
@@ -202,7 +207,9 @@ class _Conversion:
 
     def _recorded(self, job: str) -> Result | None:
         """What the job's record says, if the files are there too."""
-        result = Result.from_json(objects.read(self._record_url(job)))
+        result = Result.from_json(objects.read(url := self._record_url(job)), url)
+        if result is None:
+            return None
         urls = {objects.join(self.dest, name): size for name, size in result.files.items()}
         return result if all(objects.exists(url) and objects.size(url) == size for url, size in urls.items()) else None
 
@@ -243,7 +250,7 @@ class _Conversion:
                 "there: raise --max-rejected to go on without them, or mend them, delete DEST and start again"
             )
         if self.complete and not self.finished:
-            bar.write(self._finish())
+            bar.write(printable(self._finish()))
             self.finished = True
 
     def _write_rejected(self, rejected: list[dict[str, str]]) -> None:
@@ -271,7 +278,7 @@ class _Conversion:
         _remove_unfinished(self.dest)
         seconds = max(time.monotonic() - self._began, 1e-3)  # all may have been done before
         return (
-            f"{self.dest}: {index.samples} samples in {len(shards)} shards, {index.bytes / 1e6:.1f} MB, "
+            f"{self.dest}: {index.samples} samples in {len(shards)} shards, {index.total_bytes / 1e6:.1f} MB, "
             f"{seconds:.1f} s, {(index.samples - self._samples_before) / seconds:.0f} samples/s, "
             f"{len(rejected)} rejected" + (f" ({_causes(rejected)})" if rejected else "")
         )
@@ -321,10 +328,10 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
     """
     plans = {}
     for dest, work in works.items():
-        plans[dest] = json.loads(objects.read(_plan_url(dest))) if objects.exists(_plan_url(dest)) else None
+        plans[dest] = _plan(dest)
         wanted = json.loads(_json(work.plan))
-        for name in wanted if plans[dest] is not None else ():
-            if (was := plans[dest].get(name)) == wanted[name]:
+        for name in wanted | plans[dest] if plans[dest] is not None else ():
+            if (was := plans[dest].get(name)) == wanted.get(name):
                 continue
             if name in SOURCE_STATE:
                 raise PipelineError(
@@ -332,7 +339,7 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
                     f"{UNFINISHED}, {REJECTED_FILE}, *.tar and *.idx.npy in DEST and start again"
                 )
             raise PipelineError(
-                f"{dest} holds an unfinished conversion whose {name} was {was!r} and is {wanted[name]!r} now: "
+                f"{dest} holds an unfinished conversion whose {name} was {was!r} and is {wanted.get(name)!r} now: "
                 "give the same command with the same source, or delete DEST"
             )
     finished = [dest for dest in works if objects.exists(objects.join(dest, INDEX_FILE))]
@@ -357,6 +364,16 @@ def _refuse_overwriting(urls: list[str]) -> None:
         for url, there in zip(urls, threads.map(objects.exists, urls), strict=True):
             if there:
                 raise PipelineError(f"{url} is there already and would be overwritten: move it or choose another DEST")
+
+
+def _plan(dest: str) -> dict[str, object] | None:
+    """What an earlier start noted that it converts; None if there was none, or it has finished."""
+    if not objects.exists(url := _plan_url(dest)):
+        return None
+    remedy = (
+        f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
+    )
+    return parse_json(objects.read(url), url, dict, remedy=remedy)
 
 
 def _plan_url(dest: str) -> str:

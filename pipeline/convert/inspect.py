@@ -3,12 +3,12 @@
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from io import BytesIO
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +24,23 @@ from pipeline.convert.command import Command, add_processes
 from pipeline.convert.img2dataset import Tape, read_tape
 from pipeline.convert.workers import Report, job_threads, run_job, workers
 from pipeline.data import objects
-from pipeline.data.index import INDEX_FILE, Index, Shard, load_sidecar, read_records, read_samples, record_checksums
+from pipeline.data.index import (
+    INDEX_FILE,
+    Captions,
+    Index,
+    Shard,
+    load_sidecar,
+    read_records,
+    read_samples,
+    record_checksums,
+)
 from pipeline.data.lengths import Lengths
 from pipeline.data.mmeb import ROWS_FILE, TASKS_FILE, converted_rows, read_tasks
 from pipeline.data.sample import BadSample, Item, Pair, Single
 from pipeline.data.shards import ShardRecords, parse_sample
 from pipeline.data.tiles import Tiling, decode_image, image_format
 from pipeline.data.video import sample_frames, video_format
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
 
 # Token lengths are estimated for LLaVA-OneVision, with 8 frames of a video.
@@ -40,6 +49,7 @@ _LENGTHS = Lengths(Tiling(size=384, patches=27, pinpoints=_PINPOINTS, max_tiles=
 _SHOWN = 10  # of what is wrong
 _BARS = 40  # characters of the longest
 _PERCENTILES = (1, 10, 50, 90, 99)
+_GROUP, _GROUP_BYTES = 500, 256 << 20  # shards that are looked at together, at most
 
 
 def _add_dest(parser: argparse.ArgumentParser) -> None:
@@ -85,9 +95,13 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     datasets = _indexes(arguments.dest)
-    checks = [Check(url, index) for url, index in datasets.items()]
-    jobs = [(dataset, shard.file) for dataset, check in enumerate(checks) for shard in check.index.shards]
-    size = sum(index.bytes for index in datasets.values())
+    checks = [Check(url, index.shards_url or url, index.captions) for url, index in datasets.items()]
+    faults, jobs = [], []
+    for dataset, (url, index) in enumerate(datasets.items()):
+        shards, lacking = _there(url, index)
+        faults += lacking
+        jobs += [(dataset, group) for group in _grouped(shards)]
+    size = sum(shard.bytes for _, group in jobs for shard in group)
     with (
         progress_bar(total=size, unit="B", unit_scale=True, desc="verifying") as bar,
         job_threads(arguments.processes) as threads,
@@ -105,26 +119,77 @@ def _verify(arguments: argparse.Namespace) -> None:
         while waiting:
             _, waiting = wait(waiting, timeout=0.3)
             bar.update(int(progress.sum()) - bar.n)
-    faults = list(chain.from_iterable(outcome.result() for outcome in outcomes))
-    faults += chain.from_iterable(check.files(arguments.dest) for check in checks)
+    faults += chain.from_iterable(outcome.result() for outcome in outcomes)
+    faults += chain.from_iterable(_file_faults(url, index, arguments.dest) for url, index in datasets.items())
     if faults:
         more = f"\n(and {len(faults) - _SHOWN} more)" if len(faults) > _SHOWN else ""
         raise PipelineError(f"{arguments.dest} is not intact:\n" + "\n".join(faults[:_SHOWN]) + more)
     samples = sum(index.samples for index in datasets.values())
-    print(f"{arguments.dest}: {samples} samples in {len(jobs)} shards are intact", flush=True)
+    shards = sum(len(index.shards) for index in datasets.values())
+    print(f"{arguments.dest}: {samples} samples in {shards} shards are intact", flush=True)
+
+
+def _there(url: str, index: Index) -> tuple[list[Shard], list[str]]:
+    """The shards whose tar and sidecar are there in full, and what is wrong with the others: listings say it."""
+    tars_url = index.shards_url or url
+    sizes = {place: _sizes(place) for place in {url, tars_url}}
+    there, faults = [], []
+    for shard in index.shards:
+        wrong = False
+        for place, name, size in ((tars_url, shard.file, shard.bytes), (url, shard.sidecar, shard.sidecar_bytes)):
+            if (found := sizes[place].get(name)) != size:
+                has = "there is no such file" if found is None else f"{found} bytes"
+                faults.append(f"{objects.join(place, name)}: {has}, where the index says {size} bytes")
+                wrong = True
+        if not wrong:
+            there.append(shard)
+    return there, faults
+
+
+def _sizes(url: str) -> dict[str, int]:
+    """Name -> bytes of all that is right in a folder."""
+    plain = url.rstrip("/") if "://" in url else str(Path(url))
+    paths = ((name.removeprefix(f"{plain}/"), stamp) for name, stamp in objects.stamps(url).items())
+    return {path: int(stamp.split()[0]) for path, stamp in paths if "/" not in path}
+
+
+def _grouped(shards: Sequence[Shard]) -> Iterator[tuple[Shard, ...]]:
+    """Consecutive shards for one job: of a million small ones each would cost more than its check."""
+    starts = np.cumsum([0, *(shard.bytes for shard in shards)])[: len(shards)]
+    cuts = np.flatnonzero(np.diff(starts // _GROUP_BYTES, prepend=-1) | (np.arange(len(starts)) % _GROUP == 0))
+    for start, stop in pairwise([*cuts.tolist(), len(shards)]):
+        yield tuple(shards[start:stop])
+
+
+def _file_faults(url: str, index: Index, dest: str) -> list[str]:
+    """What is wrong with the files beside the shards; of an evaluation set below `dest`, with tasks.json too."""
+    try:
+        for name in index.files:
+            index.read_file(url, name)
+        if ROWS_FILE in index.files:
+            converted_rows(url, index)
+            folder, _, name = url.rpartition("/")
+            if url != dest and name not in read_tasks(folder := folder or "."):
+                return [f"{objects.join(folder, TASKS_FILE)} does not name {name}"]
+    except PipelineError as error:
+        return [str(error)]
+    return []
 
 
 @dataclass(frozen=True)
 class Check:
-    """The check of a dataset, shard by shard."""
+    """The check of a dataset's shards, whose sidecars are in `url` and tars in `tars_url`."""
 
     url: str
-    index: Index
+    tars_url: str
+    captions: Captions | None
 
-    def run(self, file: str, folder: Path, report: Report) -> list[str]:
-        """What is wrong with a shard, one line each."""
-        shard = next(shard for shard in self.index.shards if shard.file == file)
-        name = objects.join(self.index.shards_url or self.url, file)
+    def run(self, shards: tuple[Shard, ...], folder: Path, report: Report) -> list[str]:
+        """What is wrong with some shards, one line each."""
+        return list(chain.from_iterable(self._shard(shard, report) for shard in shards))
+
+    def _shard(self, shard: Shard, report: Report) -> list[str]:
+        name = objects.join(self.tars_url, shard.file)
         try:
             tape = Tape(name, report)
             if tape.size != shard.bytes:
@@ -136,25 +201,11 @@ class Check:
         except PipelineError as error:
             return [str(error)]
 
-    def files(self, dest: str) -> list[str]:
-        """What is wrong with the files beside the shards; of an evaluation set below `dest`, with tasks.json too."""
-        try:
-            for name in self.index.files:
-                self.index.read_file(self.url, name)
-            if ROWS_FILE in self.index.files:
-                converted_rows(self.url, self.index)
-                folder, _, name = self.url.rpartition("/")
-                if self.url != dest and name not in read_tasks(folder := folder or "."):
-                    return [f"{objects.join(folder, TASKS_FILE)} does not name {name}"]
-        except PipelineError as error:
-            return [str(error)]
-        return []
-
     def _in_order(self, shard: Shard, records: np.ndarray) -> bool:
         """Whether samples follow one another; in our own layout, without a gap."""
         starts = records["offset"].astype(np.int64)
         reached = np.append(0, starts + records["length"])
-        if self.index.captions is None:  # two empty blocks end the tar
+        if self.captions is None:  # two empty blocks end the tar
             return np.array_equal(starts, reached[:-1]) and reached[-1] == shard.bytes - 1024
         return bool((starts >= reached[:-1]).all() and reached[-1] <= shard.bytes)
 
@@ -170,7 +221,7 @@ class Check:
             tape.seek(max(end, tape.tell()))  # webdataset may have given up
             data = tape.between(begin, end)
             try:
-                sample = parse_sample(data, self.index.captions)
+                sample = parse_sample(data, self.captions)
                 _decode(sample)
             except BadSample as reason:
                 yield f"#{number}: {reason}"
@@ -200,12 +251,12 @@ class Check:
                 yield f": the index's {name} is wrong"
         # Beside the samples of tars that are not ours may be others, which cannot be used.
         rest = iter(plain_keys)
-        if not (plain_keys == keys or (self.index.captions and all(key in rest for key in keys))):
+        if not (plain_keys == keys or (self.captions and all(key in rest for key in keys))):
             yield ": webdataset reads other samples, or in another order"
 
     def _plain_keys(self, tape: Tape, complaints: list[str]) -> Iterator[str]:
         """Keys in the order in which webdataset.WebDataset has them; what stops it becomes a complaint."""
-        handler = webdataset.reraise_exception if self.index.captions is None else webdataset.ignore_and_continue
+        handler = webdataset.reraise_exception if self.captions is None else webdataset.ignore_and_continue
         try:
             files = tar_file_expander([{"url": tape.url, "stream": tape}], handler=handler)
             yield from (sample["__key__"] for sample in group_by_keys(files, handler=handler))
@@ -260,7 +311,8 @@ def _show(arguments: argparse.Namespace) -> None:
         raise PipelineError(f"{shard.file}#{number} of {url} is no sample: {reason}") from None
     table = Table.grid(padding=(0, 2))
     offset, length = int(record["offset"][0]), len(data)
-    table.add_row("shard", f"{objects.join(index.shards_url or url, shard.file)}, its sample {number}")
+    place = printable(objects.join(index.shards_url or url, shard.file))
+    table.add_row("shard", Text(f"{place}, its sample {number}"))
     table.add_row("bytes", f"{offset:,} to {offset + length - 1:,}: {length:,}")
     # repr: what is in a dataset must not reach the terminal as control characters.
     table.add_row("key", Text(repr(sample.key)))
@@ -300,13 +352,16 @@ def _keyed(url: str, index: Index, key: str) -> tuple[Shard, int]:
     raise PipelineError(f"{url} has no sample with key {key!r}")
 
 
-def _details(item: Item) -> Iterator[tuple[str, str]]:
+def _details(item: Item) -> Iterator[tuple[str, str | Text]]:
     for image in item.images:
         suffix, width, height = image_format(image)
         yield "  image", f"{suffix}, {width} x {height}, {len(image):,} bytes"
     if item.video is not None:
-        width, height = sample_frames(item.video, 1)[0].size
-        yield "  video", f"{video_format(item.video)}, {width} x {height}, {len(item.video):,} bytes"
+        try:
+            size = "{} x {}".format(*sample_frames(item.video, 1)[0].size)
+        except BadSample as reason:
+            size = printable(str(reason))
+        yield "  video", Text(f"{video_format(item.video)}, {size}, {len(item.video):,} bytes")
     yield "  hash", f"{item.content_hash:016x}"
 
 
@@ -337,20 +392,26 @@ def _stats(arguments: argparse.Namespace) -> None:
     totals = np.zeros(len(columns))
     for index in datasets.values():
         images, videos = (sum(getattr(shard, name) for shard in index.shards) for name in ("images", "videos"))
-        row = np.array([index.samples, len(index.shards), index.bytes / 1e6, images, videos])
+        row = np.array([index.samples, len(index.shards), index.total_bytes / 1e6, images, videos])
         totals += row
-        tasks = sum((Counter(shard.tasks) for shard in index.shards), Counter()).most_common()
+        tasks = Counter()
+        for shard in index.shards:
+            tasks.update(shard.tasks)
         rest = [f"{value:,.10g}" for value in row[1:].round(1)]
-        for number, (task, samples) in enumerate(tasks):
+        for number, (task, samples) in enumerate(tasks.most_common()):
             name, more = (repr(index.dataset), rest) if number == 0 else ("", [])
             table.add_row(Text(name), Text(repr(task)), f"{samples:,}", *more)
     table.add_section()
     table.add_row("all", "", *(f"{value:,.10g}" for value in totals.round(1)))
     console = _console()
     console.print(table)
-    with ThreadPoolExecutor(8) as pool:
-        sidecars = [(url, shard) for url, index in datasets.items() for shard in index.shards]
-        facts = list(pool.map(lambda sidecar: _facts(load_sidecar(*sidecar)), sidecars))
+    groups = [(url, group) for url, index in datasets.items() for group in _grouped(index.shards)]
+    facts = []
+    total = sum(len(index.shards) for index in datasets.values())
+    with ThreadPoolExecutor(8) as pool, progress_bar(total=total, unit=" shards", desc="reading sidecars") as bar:
+        for (_, group), found in zip(groups, pool.map(lambda group: list(_facts_of(*group)), groups), strict=True):
+            facts += found
+            bar.update(len(group))
     facts = {name: np.concatenate([each[name] for each in facts]) for name in facts[0]}
     queries, targets = facts.pop("query hash"), facts.pop("target hash")
     for name, values in facts.items():
@@ -367,8 +428,16 @@ def _stats(arguments: argparse.Namespace) -> None:
             console.print(f"{name}: {distinct:,} distinct, {len(hashes) - distinct:,} of {len(hashes):,} come again")
 
 
+def _facts_of(url: str, shards: tuple[Shard, ...]) -> Iterator[dict[str, np.ndarray]]:
+    """As `_facts`, of some shards' samples, at once for those whose records have one width."""
+    by_width: dict[int, list[np.ndarray]] = {}
+    for shard in shards:
+        by_width.setdefault(shard.max_images, []).append(load_sidecar(url, shard))
+    yield from (_facts(np.concatenate(records)) for records in by_width.values())
+
+
 def _facts(records: np.ndarray) -> dict[str, np.ndarray]:
-    """What is told of a shard's samples, or of their images: one number each."""
+    """What is told of samples, or of their images: one number each."""
     counts = records["query_images"].astype(np.int64) + records["target_images"] + records["negative_images"]
     sizes = records["image_sizes"].astype(np.int64)
     sizes = sizes[np.arange(sizes.shape[1]) < counts[:, None]]

@@ -8,6 +8,7 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ from pipeline.convert.command import add_images, conversion, filled, image_folde
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, member_bytes
 from pipeline.data import objects
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Item, Pair
+from pipeline.documents import DocumentError, parse_json
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 
@@ -115,7 +117,11 @@ class Row(BaseModel, extra="forbid", strict=True):
         if len(line) > MAX_LINE:
             raise Rejection("line too long", f"more than {MAX_LINE >> 20} MiB")
         try:
-            return cls.model_validate_json(line.decode().strip())
+            row = cls.model_validate_json(line.decode().strip())
+            parse_json(line, "the line", remedy="leave one of them")  # which sees a key that comes twice
+            return row
+        except DocumentError as error:
+            raise Rejection("wrong fields", str(error)) from None
         except UnicodeDecodeError as error:
             raise Rejection("not UTF-8", f"byte {error.start + 1} of the line") from None
         except ValidationError as error:
@@ -124,7 +130,11 @@ class Row(BaseModel, extra="forbid", strict=True):
             if first["type"] == "json_invalid":
                 raise Rejection("not JSON", first["msg"].replace(" at line 1 column", " at column")) from None
             if first["type"] == "extra_forbidden":
-                raise Rejection("wrong fields", f"unknown field {where!r}") from None
+                *place, name = first["loc"]
+                entry = {"query": Entry, "target": Target, "negatives": Entry}.get(place[0]) if place else cls
+                near = get_close_matches(str(name).lower(), entry.model_fields, 1, 0.6)
+                hint = f", did you mean {near[0]}?" if near else f": known are {', '.join(entry.model_fields)}"
+                raise Rejection("wrong fields", f"unknown field {where!r}{hint}") from None
             raise Rejection("wrong fields", f"{where} {first['msg'].removeprefix('Value error, ')}".strip()) from None
 
 

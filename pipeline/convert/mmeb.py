@@ -17,8 +17,9 @@ import pyarrow.parquet as parquet
 from pipeline.convert.command import add_images, conversion, image_folder, local_path, positive
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
 from pipeline.data import objects
-from pipeline.data.mmeb import MMEB_TASKS, mmeb_text
+from pipeline.data.mmeb import MATTERS, MMEB_TASKS, mmeb_text
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Item, Pair
+from pipeline.documents import check_members
 from pipeline.errors import PipelineError
 
 DESCRIPTION = """\
@@ -78,7 +79,9 @@ class RowGroup:
 def _row_groups(file: Path) -> list[RowGroup]:
     with _readable(file):
         metadata = parquet.read_metadata(file)
-        if missing := set(_COLUMNS) - set(metadata.schema.to_arrow_schema().names):
+        names = metadata.schema.to_arrow_schema().names
+        check_members(str(file), names, _COLUMNS, matters=MATTERS)
+        if missing := set(_COLUMNS) - set(names):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
     return [RowGroup(file, number, metadata.row_group(number).num_rows) for number in range(metadata.num_row_groups)]
 

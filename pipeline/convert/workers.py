@@ -10,11 +10,12 @@ from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, Th
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 Report = Callable[[int], None]  # what a job calls to say how much more of it is done, in the unit of its size
-Run = Callable[[str, Path, Report], object]  # (job, folder to write in, report) -> its result
+Run = Callable[[Any, Path, Report], object]  # (job, as its name, folder to write in, report) -> its result
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def workers(processes: int, runs: list[Run], jobs: int) -> Iterator[tuple[Execut
         pool.shutdown(cancel_futures=True)
 
 
-def run_job(dataset: int, job: str, number: int, folder: Path) -> object:
+def run_job(dataset: int, job: Any, number: int, folder: Path) -> object:
     """In a worker: do a dataset's job, which is the one of this number among all, and return its result."""
 
     def report(done: int) -> None:

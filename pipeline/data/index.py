@@ -4,22 +4,43 @@ The order of samples needs only `index.json`. A sidecar says where each sample's
 intact, and what sets its length in tokens; its records are read by the block, with the samples themselves.
 """
 
+import gc
 import hashlib
 import json
+import os
+import re
+import sys
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from codecs import BOM_UTF8
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
 from io import BytesIO
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
+from pydantic import FailFast, Field, ValidationError
+from pydantic_core import from_json, to_json
 
 from pipeline.data import objects
 from pipeline.data.objects import ObjectError
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
+from pipeline.documents import FIXED, adapter, explained, no_json
+from pipeline.errors import printable
 
 FORMAT = 2
 INDEX_FILE = "index.json"
+_LARGE = 100_000_000  # bytes of an index that takes seconds to read, of a few hundred thousand shards
 _ATTEMPTS = 3  # what arrives damaged may have been damaged on its way
+_MOST_IMAGES = 3 * 255  # of one sample: a record counts the query's, the target's and the negatives' in a byte each
+
+# A number of an index, which JSON has as one: not 4.0, not "4", not true.
+Count = Annotated[int, Field(strict=True, ge=0, le=2**50)]
+Positive = Annotated[int, Field(strict=True, ge=1, le=2**31)]
+Side = Annotated[int, Field(strict=True, ge=0, le=65535)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -31,18 +52,20 @@ class Shard:
     max_images: of one sample; it sets the width of the sidecar's records. tasks: task -> its samples.
     """
 
+    __pydantic_config__ = FIXED
+
     file: str
-    samples: int
-    bytes: int
-    sha256: str
-    sidecar_sha256: str
-    sidecar_bytes: int
-    text_bytes: int
-    images: int
-    videos: int
-    image_sizes: tuple[tuple[int, int], ...]
-    max_images: int
-    tasks: dict[str, int] = field(hash=False)  # so that a shard can be a key of caches
+    samples: Positive
+    bytes: Count
+    sha256: Digest
+    sidecar_sha256: Digest
+    sidecar_bytes: Count
+    text_bytes: Count
+    images: Count
+    videos: Count
+    image_sizes: tuple[tuple[Side, Side], ...]
+    max_images: Annotated[int, Field(strict=True, ge=0, le=_MOST_IMAGES)]
+    tasks: dict[str, Count] = field(hash=False)  # so that a shard can be a key of caches
 
     @property
     def sidecar(self) -> str:
@@ -57,8 +80,10 @@ class Captions:
     other name a column of KEY.json, a text or a list of texts. task: of all samples.
     """
 
+    __pydantic_config__ = FIXED
+
     query: str
-    columns: tuple[str, ...]
+    columns: Annotated[tuple[str, ...], Field(min_length=1)]
     task: str
 
 
@@ -66,8 +91,10 @@ class Captions:
 class File:
     """A further file beside the index: its bytes and their SHA-256 (hex)."""
 
-    bytes: int
-    sha256: str
+    __pydantic_config__ = FIXED
+
+    bytes: Count
+    sha256: Digest
 
     @classmethod
     def of(cls, content: bytes) -> "File":
@@ -82,54 +109,54 @@ class Index:
     files: by name, what else belongs to the dataset: of a converted evaluation set, its rows.
     """
 
+    __pydantic_config__ = FIXED
+
     dataset: str
-    shards: tuple[Shard, ...]
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1), FailFast()]
     captions: Captions | None = None
     shards_url: str = ""
     files: dict[str, File] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
-    @property
-    def bytes(self) -> int:
+    @cached_property
+    def total_bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
 
     def to_json(self) -> str:
-        content = {"format": FORMAT, "dataset": self.dataset, "samples": self.samples, "bytes": self.bytes}
-        content |= {"captions": self.captions and asdict(self.captions), "shards_url": self.shards_url}
-        content["files"] = {name: asdict(file) for name, file in self.files.items()}
-        content["shards"] = [asdict(shard) for shard in self.shards]
-        return json.dumps(content | {"checksum": checksum_of(content)}, indent=1, ensure_ascii=False) + "\n"
+        return index_text(self._content, self._checksum)
+
+    @property
+    def _content(self) -> dict:
+        head = {"format": FORMAT, "dataset": self.dataset, "samples": self.samples, "bytes": self.total_bytes}
+        rest = {name: getattr(self, name) for name in ("captions", "shards_url", "files", "shards")}
+        return head | rest
+
+    @cached_property
+    def _checksum(self) -> str:
+        return checksum_of(plain(self._content))
 
     @classmethod
     def load(cls, url: str) -> "Index":
         """Read the index in the folder `url`; ObjectError if missing, malformed, damaged or of another format."""
-        name = objects.join(url, INDEX_FILE)
-
-        def read() -> dict | None:
-            try:
-                content = json.loads(objects.read(name))
-            except (ValueError, RecursionError):
-                return None
-            version = content.get("format") if isinstance(content, dict) else None
-            if version != FORMAT:
-                raise ObjectError(
-                    f"{name} has format {version!r}, this version reads format {FORMAT}: make the shards again"
+        name, again = objects.join(url, INDEX_FILE), "make the shards again"
+        with index_content(name, FORMAT, again) as (content, checksum):
+            totals = {total: content.pop(total, None) for total in ("samples", "bytes")}
+            index = validated(cls, content)
+            check_shards(index.shards)
+            if totals != {"samples": index.samples, "bytes": index.total_bytes}:
+                raise ValueError(f"its totals {totals} are not those of its shards")
+            for file in index.files:
+                check_name(file, "file beside it")
+            marks = index.captions and [index.captions.query.count(mark) for mark in (IMAGE_MARK, VIDEO_MARK)]
+            if marks not in (None, [1, 0]):
+                raise ValueError(
+                    f"captions.query {index.captions.query!r} must have one {IMAGE_MARK}, and no {VIDEO_MARK}"
                 )
-            return content if content.pop("checksum", None) == checksum_of(content) else None
-
-        content = intact(read, f"{name} is damaged (it is no JSON, or its checksum differs): make the shards again")
-        try:
-            shards = tuple(shard_of(name, entry) for entry in content["shards"])
-            captions = content["captions"]
-            if captions is not None:
-                captions = Captions(captions["query"], tuple(captions["columns"]), captions["task"])
-            files = {file: File(**entry) for file, entry in content["files"].items()}
-            return cls(content["dataset"], shards, captions, content["shards_url"], files)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ObjectError(f"{name} is no index of ours ({error!r}): make the shards again") from error
+            index.__dict__["_checksum"] = checksum  # of a million shards it takes seconds
+            return index
 
     def read_file(self, url: str, name: str) -> bytes:
         """The further file `name` of the dataset in the folder `url`. ObjectError if it is not the one indexed."""
@@ -144,11 +171,110 @@ class Index:
         return intact(read, f"{place} is damaged (its sha256 differs from the index's): make the shards again")
 
 
-def shard_of(name: str, entry: dict) -> Shard:
-    shard = Shard(**entry | {"image_sizes": tuple(map(tuple, entry["image_sizes"]))})
-    if "/" in shard.file or shard.file.startswith("."):
-        raise ObjectError(f"{name}: {shard.file!r} is no name of a shard")
-    return shard
+def index_text(content: dict, checksum: str) -> str:
+    """An index as it is stored. pydantic writes a million shards in seconds, the json module in minutes."""
+    return to_json(content | {"checksum": checksum}, indent=1).decode() + "\n"
+
+
+def plain(content: dict) -> dict:
+    """The same with dataclasses as objects, and tuples as lists, as a reader finds them."""
+    return from_json(to_json(content))
+
+
+@contextmanager
+def index_content(name: str, version: int, again: str) -> Iterator[tuple[dict, str]]:
+    """What the index `name` holds beside its format and checksum, which are right; and the checksum.
+
+    ObjectError, with what to do `again`, if they are not; and where a ValueError of this context says what is wrong.
+    """
+    why = ""
+
+    def read() -> tuple[dict, str] | None:
+        nonlocal why
+        data = objects.read(name).removeprefix(BOM_UTF8)
+        if len(data) > _LARGE and os.environ.get("RANK", "0") == "0":
+            print(f"reading {name}, {len(data) / 1e6:.0f} MB", file=sys.stderr, flush=True)
+        try:
+            content = from_json(data, allow_inf_nan=False)
+        except ValueError as error:
+            why = no_json(data.decode(errors="replace"), error)
+            return None
+        found = content.get("format") if isinstance(content, dict) else None
+        if type(found) is not int or found != version:
+            raise ObjectError(
+                f"{name} has format {printable(repr(found))}, this version reads format {version}: {again}"
+            )
+        why = "is damaged (its checksum differs)"
+        checksum = content.pop("checksum", None)
+        right = checksum == checksum_of(content)
+        del content["format"]
+        return (content, checksum) if right else None
+
+    with _no_collection():
+        found = intact(read, lambda: f"{name} {why}: {again}")
+        try:
+            yield found
+        except (ValueError, RecursionError) as error:
+            reason = explained(error) if isinstance(error, ValidationError) else printable(str(error))
+            raise ObjectError(f"{name} is no index of ours ({reason}): {again}") from None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector, which would look through a million new objects again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+Form = TypeVar("Form")
+
+
+def validated(form: type[Form], content: dict) -> Form:
+    """The content, of which all members must be there, as a dataclass; ValueError if it is none."""
+    if missing := [each.name for each in fields(form) if each.name not in content]:
+        raise ValueError(f"{missing[0]!r} is missing")
+    return adapter(form).validate_python(content)
+
+
+_NAME = re.compile(r"[^/.\x00-\x1f\x7f-\x9f][^/\x00-\x1f\x7f-\x9f]*")
+
+
+def check_name(name: str, what: str) -> None:
+    """ValueError for what is no plain name of a file: it could lead elsewhere, or command the terminal."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a {what}")
+
+
+def check_shards(shards: Sequence[Shard]) -> None:
+    """ValueError where the entries of shards contradict themselves or each other."""
+    for shard in shards:
+        check_name(shard.file, "shard")
+        if not shard.file.endswith(".tar"):
+            raise ValueError(f"{shard.file!r} is no name of a shard: it does not end with .tar")
+        header = shard.sidecar_bytes - shard.samples * _record_bytes(shard.max_images)
+        if not 0 < header <= 1 << 16:
+            raise ValueError(
+                f"{shard.file}: a sidecar of {shard.sidecar_bytes} bytes cannot hold {shard.samples} samples with "
+                f"{shard.max_images} images at most"
+            )
+        if shard.images > shard.samples * shard.max_images or shard.videos > 255 * shard.samples:
+            raise ValueError(
+                f"{shard.file}: {shard.images} images in {shard.samples} samples with at most {shard.max_images} each, "
+                f"or {shard.videos} videos in them"
+            )
+    if len({shard.file for shard in shards}) < len(shards):
+        ((file, _),) = Counter(shard.file for shard in shards).most_common(1)
+        raise ValueError(f"two shards are called {file}")
+
+
+@lru_cache
+def _record_bytes(max_images: int) -> int:
+    return sidecar_dtype(max_images).itemsize
 
 
 def checksum_of(content: dict) -> str:
@@ -211,13 +337,39 @@ def load_sidecar(url: str, shard: Shard) -> np.ndarray:
         return data if hashlib.sha256(data).hexdigest() == shard.sidecar_sha256 else None
 
     data = intact(read, f"{name} is damaged (its sha256 differs from the index's): delete and upload it again")
-    try:
-        sidecar = np.load(BytesIO(data), allow_pickle=False)
-    except ValueError as error:
-        raise ObjectError(f"{name} is no sidecar ({error}): make the shards again") from error
-    if sidecar.dtype != sidecar_dtype(shard.max_images) or sidecar.shape != (shard.samples,):
+    dtype = sidecar_dtype(shard.max_images)
+    start = len(data) - shard.samples * dtype.itemsize
+    if len(data) != shard.sidecar_bytes or not _is_header(data[:start], shard.samples, shard.max_images):
         raise ObjectError(f"{name} is no sidecar of {shard.samples} samples: make the shards again")
-    return sidecar
+    records = np.frombuffer(data, dtype, offset=start)
+    _check_records(name, shard, records)
+    return records
+
+
+@lru_cache
+def _is_header(header: bytes, samples: int, max_images: int) -> bool:
+    """Whether these bytes say that an array of so many records follows. Nothing is allocated for what they claim."""
+    file = BytesIO(header)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            return False
+        found = np.lib.format.read_array_header_1_0(file)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return False
+    return found == ((samples,), False, sidecar_dtype(max_images)) and file.tell() == len(header)
+
+
+def _check_records(name: str, shard: Shard, records: np.ndarray) -> None:
+    """ObjectError unless consecutive records lie one after the other in the tar."""
+    begins, ends = records["offset"], records["offset"] + records["length"]
+    wrong = (begins > shard.bytes) | (ends > shard.bytes)
+    wrong[1:] |= begins[1:] < ends[:-1]
+    if wrong.any():
+        record = records[int(wrong.argmax())]
+        raise ObjectError(
+            f"{name}: its records make no sense: {record['length']} bytes of a sample at byte {record['offset']} lie "
+            f"beyond the tar's {shard.bytes}, or before the end of the sample before it; make the shards again"
+        )
 
 
 def read_records(url: str, shard: Shard, start: int, stop: int) -> np.ndarray:
@@ -230,7 +382,9 @@ def read_records(url: str, shard: Shard, start: int, stop: int) -> np.ndarray:
         records = np.frombuffer(objects.read(name, first, (stop - start) * dtype.itemsize), dtype)
         return records if (record_checksums(records) == records["checksum"]).all() else None
 
-    return intact(read, f"{name} is damaged (records {start}-{stop - 1}): delete and upload it again")
+    records = intact(read, f"{name} is damaged (records {start}-{stop - 1}): delete and upload it again")
+    _check_records(name, shard, records)
+    return records
 
 
 def read_samples(url: str, shard: Shard, records: np.ndarray) -> list[bytes]:

@@ -1,7 +1,8 @@
 """MMEB (https://huggingface.co/TIGER-Lab): its datasets, and the files its evaluation sets consist of.
 
     URL/tasks.json          {"Scene-VQA": {"task": "vqa", "in_distribution": true}, ...}; ours, MMEB has none
-    URL/<dataset>/*.parquet rows: qry_text, qry_img_path, tgt_text, tgt_img_path; the first target is the right one
+    URL/<dataset>/*.parquet rows: qry_text, qry_img_path, tgt_text, tgt_img_path; the first target is the right one.
+                            Instructions may be apart, as in MMEB-V2's image sets: qry_inst, tgt_inst
     URL/images/<path>       the pictures the rows name; or eval_images, as the hub's archive calls it
 
 or, converted, with the queries and candidates as items in shards:
@@ -12,10 +13,11 @@ or, converted, with the queries and candidates as items in shards:
     URL/<dataset>/items.parquet     name: what a person would call each item
 """
 
-import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,7 @@ import pyarrow.parquet as parquet
 from pipeline.data import objects
 from pipeline.data.index import Index
 from pipeline.data.sample import IMAGE_MARK, MMEB_IMAGE_MARK
+from pipeline.documents import FIXED, check_members, parse_json
 from pipeline.errors import PipelineError
 
 TASKS_FILE, ROWS_FILE, ITEMS_FILE = "tasks.json", "rows.parquet", "items.parquet"
@@ -56,6 +59,8 @@ MMEB_TASKS = {
 MMEB_TASKS["ImageNet_1K"] = MMEB_TASKS["ImageNet-1K"]  # so called in the training set
 
 _COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+_INSTRUCTIONS = ("qry_inst", "tgt_inst")
+MATTERS = "^(qry|query|tgt|target|cand|pos|neg)|inst|prompt|text|image|img|video"  # in a column's name
 
 Side = tuple[str, str]  # a text, and the path of its image or ""
 
@@ -74,15 +79,19 @@ def mmeb_text(text: str, has_image: bool) -> str:
 def read_tasks(url: str) -> dict[str, tuple[str, bool]]:
     """What `url`/tasks.json says: name -> meta-task, and whether it is in distribution."""
     file = objects.join(url, TASKS_FILE)
-    try:
-        listed = json.loads(objects.read(file))
-        tasks = {name: (entry["task"], entry["in_distribution"]) for name, entry in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PipelineError(f"{file} does not give each dataset's task and in_distribution: {error!r}") from None
-    for name, (meta_task, _) in tasks.items():
-        if meta_task not in META_TASKS:
-            raise PipelineError(f"{file}: {name} has task {meta_task!r}; known: {', '.join(META_TASKS)}")
-    return tasks
+    remedy = (
+        f"it does not give each dataset's task ({', '.join(META_TASKS)}) and in_distribution (true, false); mend it"
+    )
+    listed = parse_json(objects.read(file), file, dict[str, _Listed], remedy=remedy)
+    return {name: (entry.task, entry.in_distribution) for name, entry in listed.items()}
+
+
+@dataclass(frozen=True)
+class _Listed:
+    __pydantic_config__ = FIXED
+
+    task: Literal[META_TASKS]
+    in_distribution: bool
 
 
 def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
@@ -93,27 +102,50 @@ def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
     for file in files:
         try:
             table = parquet.ParquetFile(BytesIO(objects.read(file)))
-            batches = table.iter_batches(batch_size=64, columns=_COLUMNS)
+            names = table.schema_arrow.names
+            check_members(file, names, (*_COLUMNS, *_INSTRUCTIONS), matters=MATTERS)
+            columns = [*_COLUMNS, *(name for name in _INSTRUCTIONS if name in names)]
+            batches = table.iter_batches(batch_size=64, columns=columns)
             for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-                yield _sides(number, *(row[column] for column in _COLUMNS))
+                instructions = [row.get(name) or "" for name in _INSTRUCTIONS]
+                yield _sides(number, *(row[column] for column in _COLUMNS), *instructions)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise PipelineError(f"{file} does not hold MMEB's rows ({', '.join(_COLUMNS)}): {error}") from None
 
 
-def _sides(number: int, text: object, image: object, texts: object, images: object) -> tuple[Side, list[Side]]:
-    """A row's query and candidates; ValueError, by the row's number, if they are none."""
+def _sides(
+    number: int, text: object, image: object, texts: object, images: object, asked: object, shown: object
+) -> tuple[Side, list[Side]]:
+    """A row's query and candidates; ValueError, by the row's number, if they are none.
+
+    asked, shown: the instructions of the query and of all candidates, or "".
+    """
     # A single candidate may stand without a list around it.
     texts, images = (value if isinstance(value, list) else [value] for value in (texts, images))
+    # As VLM2Vec reads them: pictures may share one empty text, and texts one empty path.
+    if len(texts) == 1 and not texts[0]:
+        texts = texts * len(images)
+    if len(images) < 2 and not any(images):
+        images = [""] * len(texts)
     if not texts or len(texts) != len(images):
         raise ValueError(f"row {number} has {len(texts)} tgt_text and {len(images)} tgt_img_path")
-    for value in (text, image, *texts, *images):
+    for value in (text, image, *texts, *images, asked, shown):
         if not isinstance(value, str | None):
             raise ValueError(f"row {number} has {value!r} where a text should be")
     query, *candidates = (
-        (mmeb_text(text or "", bool(image)), image or "")
-        for text, image in zip([text, *texts], [image, *images], strict=True)
+        (mmeb_text(_instructed(instruction, text or ""), bool(image)), image or "")
+        for instruction, text, image in zip(
+            [asked, *[shown] * len(texts)], [text, *texts], [image, *images], strict=True
+        )
     )
     return query, candidates
+
+
+def _instructed(instruction: str, text: str) -> str:
+    """An instruction and the text that it is about, joined as VLM2Vec joins them: as MMEB's rows have both in one."""
+    if not (instruction := instruction.replace(MMEB_IMAGE_MARK, "").strip()):
+        return text
+    return (f"{instruction} {text}" if text.strip() else instruction).replace(" \n", "\n") + "\n"
 
 
 def converted_rows(url: str, index: Index) -> tuple[list[str], np.ndarray, list[np.ndarray]]:
@@ -121,13 +153,17 @@ def converted_rows(url: str, index: Index) -> tuple[list[str], np.ndarray, list[
 
     Raises ObjectError if a file is not the one indexed, PipelineError if the numbers are not those of items.
     """
-    names = _table(url, index, ITEMS_FILE)["name"].to_pylist()
-    rows = _table(url, index, ROWS_FILE)
-    queries, candidates = rows["query"].to_numpy(), rows["candidates"].to_numpy()
-    numbers = np.concatenate([queries, *candidates])
-    if len(names) != index.samples or numbers.min() < 0 or numbers.max() >= index.samples:
-        raise PipelineError(f"{url}: {ROWS_FILE} or {ITEMS_FILE} is not of its {index.samples} items: convert again")
-    return names, queries, list(candidates)
+    try:
+        names = _table(url, index, ITEMS_FILE)["name"].to_pylist()
+        rows = _table(url, index, ROWS_FILE)
+        queries, candidates = rows["query"].to_numpy(), rows["candidates"].to_numpy()
+        numbers = np.concatenate([queries, *candidates])
+        of_items = len(names) == index.samples and min(map(len, candidates)) > 0
+        if of_items and numbers.dtype.kind == "i" and numbers.min() >= 0 and numbers.max() < index.samples:
+            return names, queries, list(candidates)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        pass
+    raise PipelineError(f"{url}: {ROWS_FILE} or {ITEMS_FILE} is not of its {index.samples} items: convert again")
 
 
 def _table(url: str, index: Index, name: str) -> pa.Table:

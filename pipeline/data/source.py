@@ -141,7 +141,7 @@ class Source:
         for stream in order.streams:
             indexes = [self.indexes[number][1] for number in stream.datasets]
             embeddings = [self.embeddings[number][1] for number in stream.datasets if self.embeddings]
-            mean = sum(each.bytes for each in (*indexes, *embeddings)) / sum(index.samples for index in indexes)
+            mean = sum(each.total_bytes for each in (*indexes, *embeddings)) / sum(index.samples for index in indexes)
             lane = min(data.window_blocks * data.block_samples, stream.samples // data.lanes)
             needed += mean * lane * data.lanes / world / 2**20
         if needed > data.memory_mb:

@@ -11,24 +11,39 @@ each column of an img2dataset sample's json that holds a caption.
 """
 
 import hashlib
-import json
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import webdataset
+from pydantic import FailFast, TypeAdapter
 
 from pipeline.data import objects
-from pipeline.data.index import Captions, Index, Shard, checksum_of, intact, shard_of, sidecar_dtype, sidecar_of
+from pipeline.data.index import (
+    Captions,
+    Digest,
+    Index,
+    Positive,
+    Shard,
+    check_shards,
+    checksum_of,
+    index_content,
+    index_text,
+    plain,
+    sidecar_dtype,
+    sidecar_of,
+    validated,
+)
 from pipeline.data.objects import ObjectError
 from pipeline.data.sample import BadSample, Pair
 from pipeline.data.shards import END, members_of, parse_sample
+from pipeline.documents import FIXED
 
 FORMAT = 1
 EMBEDDINGS_FILE = "text_embeddings.json"
@@ -48,35 +63,29 @@ class Made:
     weights: the fingerprint of the model's folder.  max_tokens: that texts were cut at.
     """
 
+    __pydantic_config__ = FIXED
+
     model: str
     identity: str
-    width: int
+    width: Positive
     stored: Stored
     instruction: str
     columns: tuple[str, ...] | None
     weights: str | None = None
-    max_tokens: int | None = None
-
-    @classmethod
-    def of(cls, content: dict) -> "Made":
-        """From JSON."""
-        columns = content["columns"]
-        names = ("model", "identity", "width", "stored", "instruction")
-        known = content["weights"], content["max_tokens"]
-        return cls(*(content[name] for name in names), None if columns is None else tuple(columns), *known)
+    max_tokens: Positive | None = None
 
 
 @dataclass(frozen=True)
 class Part:
     """The embeddings of one shard.  images: the SHA-256 of that shard.  shard: their own tar and sidecar."""
 
-    images: str
+    __pydantic_config__ = FIXED
+
+    images: Digest
     shard: Shard
 
-    @classmethod
-    def of(cls, content: dict) -> "Part":
-        """From JSON."""
-        return cls(content["images"], shard_of(content["shard"]["file"], content["shard"]))
+
+_PARTS = TypeAdapter(Annotated[tuple[Part, ...], FailFast()])
 
 
 @dataclass(frozen=True)
@@ -91,35 +100,24 @@ class TextEmbeddings:
     tars_url: str = ""
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         return sum(part.shard.bytes for part in self.parts)
 
     def to_json(self) -> str:
-        content = {"format": FORMAT, **asdict(self.made), "tars_url": self.tars_url}
-        content["parts"] = [asdict(part) for part in self.parts]
-        content = json.loads(json.dumps(content))  # tuples as lists, whose checksum a reader finds
-        return json.dumps(content | {"checksum": checksum_of(content)}, indent=1, ensure_ascii=False) + "\n"
+        made = {each.name: getattr(self.made, each.name) for each in fields(Made)}
+        content = {"format": FORMAT, **made, "tars_url": self.tars_url, "parts": self.parts}
+        return index_text(content, checksum_of(plain(content)))
 
     @classmethod
     def load(cls, url: str) -> "TextEmbeddings":
         """Read the index in the folder `url`; ObjectError if missing, damaged or of another format."""
-        name = objects.join(url, EMBEDDINGS_FILE)
-
-        def read() -> dict | None:
-            try:
-                content = json.loads(objects.read(name))
-            except (ValueError, RecursionError):
-                return None
-            if not isinstance(content, dict) or content.pop("checksum", None) != checksum_of(content):
-                return None
-            if content["format"] != FORMAT:
-                raise ObjectError(
-                    f"{name} has format {content['format']!r}, this version reads {FORMAT}: embed the shards again"
-                )
-            return content
-
-        content = intact(read, f"{name} is damaged (it is no JSON, or its checksum differs): embed the shards again")
-        return cls(Made.of(content), tuple(map(Part.of, content["parts"])), content["tars_url"])
+        with index_content(objects.join(url, EMBEDDINGS_FILE), FORMAT, "embed the shards again") as (content, _):
+            tars_url, parts = content.pop("tars_url", None), content.pop("parts", None)
+            if not isinstance(tars_url, str):
+                raise ValueError(f"tars_url is {tars_url!r}")
+            parts = _PARTS.validate_python(parts)
+            check_shards([part.shard for part in parts])
+            return cls(validated(Made, content), parts, tars_url)
 
     def check(self, url: str, dataset: str, index: Index) -> None:
         """Raise ObjectError unless these, in the folder `url`, are of the shards that `dataset` has now."""

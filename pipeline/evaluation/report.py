@@ -15,7 +15,8 @@ from rich.table import Table
 
 from pipeline.data import objects
 from pipeline.data.mmeb import META_TASKS, MMEB_TASKS
-from pipeline.errors import PipelineError
+from pipeline.documents import parse_json
+from pipeline.errors import PipelineError, printable
 from pipeline.evaluation.leaderboard import leaderboard
 from pipeline.evaluation.results import BINS, Result
 
@@ -133,7 +134,8 @@ class Report:
         """What `save` wrote to a file, or `write` to a folder; PipelineError if that is not a report of this format."""
         file = path / REPORT_FILE if path.is_dir() else path
         try:
-            content = json.loads(file.read_text())
+            remedy = "it is not an evaluation's report: evaluate again, or name another"
+            content = parse_json(file.read_bytes(), str(file), remedy=remedy)
             version = content.get("format") if isinstance(content, dict) else None
             if version != FORMAT:
                 raise PipelineError(
@@ -175,9 +177,9 @@ class Report:
         if any(result.is_mmeb for result in self.results.values()):
             console.print(self._precision_table(before))
         for group, rows in self.others(before).items():
-            console.print(_table(f"{group}, of {self.model}", rows))
+            console.print(_table(printable(f"{group}, of {self.model}"), rows))
         for sentence in self.remarks():
-            console.print(sentence)
+            console.print(printable(sentence))
 
     def remarks(self) -> list[str]:
         """What a reader of the tables must know: the averages that are not there, and the ties."""
@@ -196,7 +198,7 @@ class Report:
         return said
 
     def _precision_table(self, before: "Report | None") -> Table:
-        table = Table(title=f"Precision@1 (%) of {self.model}", title_justify="left", title_style="bold")
+        table = Table(title=printable(f"Precision@1 (%) of {self.model}"), title_justify="left", title_style="bold")
         table.add_column("", no_wrap=True)
         table.add_column("task", no_wrap=True)
         for column in ("queries", "chance", *(["before", "after"] if before else ["Precision@1"]), "× chance"):
@@ -205,7 +207,13 @@ class Report:
         def add(name: str, task: str, queries: str, chance: float, now: float, then: float | None) -> None:
             earlier = [f"{100 * then:.1f}" if then is not None else "-"] if before else []
             table.add_row(
-                name, task, queries, f"{100 * chance:.1f}", *earlier, f"{100 * now:.1f}", f"{now / chance:.1f}"
+                printable(name),
+                task,
+                queries,
+                f"{100 * chance:.1f}",
+                *earlier,
+                f"{100 * now:.1f}",
+                f"{now / chance:.1f}",
             )
 
         for name, result in self.results.items():
@@ -294,7 +302,7 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
         ]
         queries = "" if row.queries is None else str(row.queries)
         chance = "" if row.chance is None else f"{100 * row.chance:.1f}"
-        table.add_row(row.name, row.direction, queries, chance, *figures)
+        table.add_row(printable(row.name), row.direction, queries, chance, *figures)
     return table
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pipeline import status
 from pipeline.data.batch import Bad, Origin
+from pipeline.errors import printable
 from pipeline.evaluation.report import Report
 from pipeline.progress import progress_bar
 
@@ -90,7 +91,7 @@ class Monitor:
         for bad in samples:
             record = {"step": step, "shard": bad.origin.shard, "sample": bad.origin.sample, "key": bad.key}
             self.bad_samples.write(record | {"reason": bad.reason})
-            tqdm.write(f"bad sample {bad.origin}, key {bad.key}: {bad.reason}", file=sys.stderr)
+            tqdm.write(printable(f"bad sample {bad.origin}, key {bad.key}: {bad.reason}"), file=sys.stderr)
 
     def step(self, metrics: dict, speed: dict, histograms: dict[str, np.ndarray]) -> None:
         """Show a step's figures; a metric that is None has no value in this step."""

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.convert import mmeb_eval
 from pipeline.data import objects
 from pipeline.data.index import File, Index, load_sidecar, read_samples
-from pipeline.data.mmeb import MMEB_TASKS, mmeb_text
+from pipeline.data.mmeb import MMEB_TASKS, evaluation_rows, mmeb_text
 from pipeline.data.sample import Item, Single
 from pipeline.data.shards import parse_sample
 from pipeline.demo.tasks import write_evaluation
@@ -59,6 +59,9 @@ def source(tmp_path):
         (folder / name).mkdir()
         parquet.write_table(pa.Table.from_pylist(listed), folder / name / "test-00000-of-00001.parquet")
     return folder
+
+
+COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 
 
 def put_rows(source: Path, rows: list[tuple]) -> None:
@@ -270,3 +273,55 @@ def test_the_converted_demo_is_the_same_evaluation(tmp_path, dest):
     as_published, converted = load([str(tmp_path / "demo")]), load([dest])
     assert content(converted) == content(as_published)
     assert len(converted.items) < len(as_published.items)  # pictures of several names and one content are one item
+
+
+def put_table(source: Path, **columns: list) -> None:
+    """Let these be GQA's columns."""
+    parquet.write_table(pa.table(columns), source / "GQA/test-00000-of-00001.parquet")
+
+
+def test_instructions_that_stand_apart_are_part_of_the_texts(source, tmp_path):
+    put_table(
+        source,
+        qry_inst=["<|image_1|> Answer the question:", "Find the picture:", None],
+        qry_text=["What is it? \n", "a red one", "<|image_1|>\nAs it was\n"],
+        qry_img_path=["NIGHTS/red.png", "", "NIGHTS/red.png"],
+        tgt_inst=["", "<|image_1|>\nRepresent the picture.\n", ""],
+        tgt_text=[["red", "blue"], [" "], ["red"]],
+        tgt_img_path=[[""], ["NIGHTS/red.png", "NIGHTS/blue.png"], [""]],
+    )
+    put = source / "GQA/test-00000-of-00001.parquet"
+    rows = parquet.read_table(put).to_pylist()
+    rows[1]["tgt_text"] = ""  # one for all pictures
+    parquet.write_table(pa.Table.from_pylist([rows[1] | {"tgt_text": [""]}, rows[0], rows[2]]), put)
+    find, answer, as_it_was = evaluation_rows(str(source / "GQA"))
+    shown = "<image>\nRepresent the picture.\n"
+    assert find == (("Find the picture: a red one\n", ""), [(shown, "NIGHTS/red.png"), (shown, "NIGHTS/blue.png")])
+    asked = "<image>\nAnswer the question: What is it?\n\n"
+    assert answer == ((asked, "NIGHTS/red.png"), [("red", ""), ("blue", "")])
+    assert as_it_was == (("<image>\nAs it was\n", "NIGHTS/red.png"), [("red", "")])
+    convert(source, tmp_path / "dest")
+    texts = {item.item.text for item in items_of(tmp_path / "dest/GQA")}
+    assert {asked, shown, "Find the picture: a red one\n"} <= texts
+    assert texts >= {collection_item.text for collection_item in (item() for item in load([str(source)]).items)} - {
+        "<image>\nFind a day-to-day image that looks similar to the provided image.\n",
+        "<image>\nRepresent the given image.",
+    }
+
+
+@pytest.mark.parametrize("name", ["Qry_Text", "qry_image_path", "tgt_prompt", "query_video"])
+def test_a_column_that_changes_what_rows_mean_is_refused_by_name(source, name):
+    columns = {column: [["a"]] if column.startswith("tgt") else ["a"] for column in COLUMNS}
+    put_table(source, **columns | {name: ["x"]})
+    if name in ("Qry_Text", "qry_image_path"):
+        columns.pop({"Qry_Text": "qry_text", "qry_image_path": "qry_img_path"}[name])
+        put_table(source, **columns | {name: ["x"]})
+    with pytest.raises(PipelineError, match=f"has the column '{name}', which nothing reads"):
+        list(evaluation_rows(str(source / "GQA")))
+
+
+def test_other_columns_are_listed_once(source, capsys):
+    put_table(source, **{c: [["a"]] if c[0] == "t" else ["a"] for c in COLUMNS}, shard_no=[1], qry_id=["\x1b[31m"])
+    for _ in range(2):
+        list(evaluation_rows(str(source / "GQA")))
+    assert capsys.readouterr().err.count("nothing reads the columns shard_no, qry_id of ") == 1

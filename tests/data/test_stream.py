@@ -260,7 +260,7 @@ def test_what_is_read_of_sidecars_does_not_grow_with_the_workers(data, workers):
     order = opened.order(BATCH, 5, LENGTHS)
     steps = range(order.steps_per_epoch)
     received = sum(b.received for b in batches(opened, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS))
-    tars = sum(index.bytes for _, index in opened.indexes)
+    tars = sum(index.total_bytes for _, index in opened.indexes)
     sidecars = sum(shard.sidecar_bytes for _, shard in opened.shards)
     assert 0.85 * (tars + sidecars) < received <= tars + sidecars
 

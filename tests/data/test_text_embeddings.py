@@ -220,14 +220,14 @@ def test_what_was_read_and_what_is_held_count_both_tars(shards, tmp_path, monkey
             batch.received for batch in batches(opened, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS)
         )
         read_bytes = received - sum(shard.sidecar_bytes for shard in (*opened.vectors, *(s for _, s in opened.shards)))
-        tars = sum(index.bytes for _, index in (*opened.indexes, *opened.embeddings))
+        tars = sum(index.total_bytes for _, index in (*opened.indexes, *opened.embeddings))
         assert 0.75 * tars < read_bytes < tars
     assert [counted for counted, _ in held] == [there for _, there in held]
     assert max(held) > (50_000, 50_000)
     heavy = Source(opened.data.model_copy(update={"memory_mb": 1}), opened.indexes, opened.shards)
     heavy.check_memory(order, 1)
     for _, index in opened.embeddings:
-        monkeypatch.setattr(type(index), "bytes", property(lambda self: 2 << 20))
+        monkeypatch.setattr(type(index), "total_bytes", property(lambda self: 2 << 20))
     with pytest.raises(PipelineError, match="memory_mb=1 is too little"):
         Source(heavy.data, heavy.indexes, heavy.shards, opened.embeddings, opened.vectors).check_memory(order, 1)
 
@@ -245,7 +245,7 @@ def test_of_a_shard_no_more_than_a_piece_is_in_memory(shards, tmp_path, monkeypa
     embed(shards, tmp_path, Texts())
     largest = max(len(content) for content in files(shards).values())
     assert max(pieces) < 4_000 + 3_000 < largest
-    assert sum(pieces) > 0.9 * sum(index.bytes for _, index in Source.open(data_of(shards, None)).indexes)
+    assert sum(pieces) > 0.9 * sum(index.total_bytes for _, index in Source.open(data_of(shards, None)).indexes)
 
 
 @pytest.mark.parametrize("calls", [0, 3, 9, 15])

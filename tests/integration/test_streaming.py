@@ -110,7 +110,7 @@ def test_an_epoch_takes_every_sample_as_often_as_its_weight_says(server):
 def test_an_epoch_reads_each_byte_once(server, tmp_path, world):
     data = ["datasets=[first, second]", f"workers={2 if world < 4 else 1}"]
     source, order = open_order(parse_options(Data, [f"url={BUCKET}", *DATA, *data]))
-    size = sum(index.bytes for _, index in source.indexes)
+    size = sum(index.total_bytes for _, index in source.indexes)
     read = job(world, range(order.steps_per_epoch), tmp_path, *data)
     assert read.wait() == [0] * world, read.output
     received = [int((tmp_path / f"received{rank}").read_text()) for rank in range(world)]

@@ -27,7 +27,7 @@ A set may have a wording.json, too, for models that were trained with other inst
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,8 +37,19 @@ import numpy as np
 from pipeline.data import objects
 from pipeline.data.captions import captioned_images, captioned_videos
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
+from pipeline.documents import check_members, parse_json
 from pipeline.errors import PipelineError
-from pipeline.evaluation.sets.folder import PICTURES, VIDEOS, Folder, expecting, plain_text, read_text, read_texts, stem
+from pipeline.evaluation.sets.folder import (
+    MEND,
+    PICTURES,
+    VIDEOS,
+    Folder,
+    expecting,
+    plain_text,
+    read_text,
+    read_texts,
+    stem,
+)
 from pipeline.evaluation.tasks import Collection, Kind, Retrieval
 
 WORDING_FILE = "wording.json"
@@ -170,7 +181,7 @@ def _wording(folder: Folder, kind: Kind) -> Wording:
     with expecting(
         file, f'{{"medium", "seeks_caption", "seeks_medium"}}, the first two with {mark}, the last with {{}}'
     ):
-        wording = Wording(**json.loads(read_text(file)))
+        wording = Wording(**parse_json(read_text(file), file, remedy=MEND))
         if "{}" not in wording.seeks_medium or any(
             text.count(mark) != 1 for text in (wording.medium, wording.seeks_caption)
         ):
@@ -229,34 +240,50 @@ def _urban1k(folder: Folder) -> list[Captioned]:
 def _docci(folder: Folder) -> list[Captioned]:
     file = folder.named("docci_descriptions.jsonlines")
     with expecting(file, 'lines {"split": "...", "image_file": "...", "description": "..."}'):
+        rows = _json_lines(file)
+        _check(file, rows, ("split", "image_file", "description", "example_id", "type"))
         return [
-            Captioned(row["image_file"], {"en": [row["description"]]}, file)
-            for row in _json_lines(file)
-            if row["split"] == "test"
+            Captioned(row["image_file"], {"en": [row["description"]]}, file) for row in rows if row["split"] == "test"
         ]
 
 
 def _sharegpt4v(folder: Folder) -> list[Captioned]:
     file = folder.named("share-captioner_coco_lcs_sam_1246k_1107.json", "share*.json")
     with expecting(file, 'a list of {"image": "...", "conversations": [{"from": "...", "value": "..."}, ...]}'):
+        entries = _first(file, 1000)
+        _check(file, entries, ("id", "image", "conversations"))
+        if asked := [entry["image"] for entry in entries if entry["conversations"][1]["from"] == "human"]:
+            raise ValueError(f"the second turn of {asked[0]} is no answer")
         return [
             # As Long-CLIP takes it: the answer, in one line.
             Captioned(entry["image"], {"en": [entry["conversations"][1]["value"].replace("\n", " ")]}, file)
-            for entry in _first(file, 1000)
+            for entry in entries
         ]
 
 
 def _xm3600(folder: Folder) -> list[Captioned]:
     file = folder.named("captions.jsonl")
     with expecting(file, 'lines {"image/key": "...", "<language>": {"caption": ["...", ...]}, ...}'):
+        rows = _json_lines(file)
+        _check(file, ({name: own for name, own in row.items() if not isinstance(own, dict)} for row in rows), _XM3600)
+        _check(file, (own for row in rows for own in row.values() if isinstance(own, dict)), _XM3600_CAPTIONS)
         return [
             Captioned(
                 row["image/key"],
                 {language: _list(own["caption"]) for language, own in row.items() if isinstance(own, dict)},
                 file,
             )
-            for row in _json_lines(file)
+            for row in rows
         ]
+
+
+_XM3600 = ("image/key", "image/locale")
+_XM3600_CAPTIONS = ("caption", "caption/tokenized", "caption/tokenized/lowercase")
+
+
+def _check(file: str, objects: Iterable[dict], known: tuple[str, ...]) -> None:
+    found = dict.fromkeys(key for each in objects for key in each)
+    check_members(file, found, known, kind="key", matters="caption|description|split|image|conversation")
 
 
 def _list(captions: Any) -> list[Any]:
@@ -298,7 +325,8 @@ def _named_lines(file: str, text: str) -> list[Captioned]:
 
 def _json_lines(file: str) -> list[Any]:
     # splitlines() would also split at a U+2028 in a text.
-    return [json.loads(line) for line in read_text(file).split("\n") if line.strip()]
+    lines = enumerate(read_text(file).split("\n"), 1)
+    return [parse_json(line, f"{file}, line {number},", dict, remedy=MEND) for number, line in lines if line.strip()]
 
 
 def _first(file: str, number: int) -> list[Any]:

@@ -6,7 +6,6 @@ URL/classnames.json     {"n01440764": "tench", "n01443537": ["goldfish", "Carass
 URL/templates.txt       a template a line, {} where the name goes; without the file, TEMPLATES
 """
 
-import json
 from collections.abc import Callable
 from itertools import cycle
 
@@ -14,8 +13,9 @@ import numpy as np
 
 from pipeline.data import objects
 from pipeline.data.sample import IMAGE_MARK
+from pipeline.documents import parse_json
 from pipeline.errors import PipelineError
-from pipeline.evaluation.sets.folder import PICTURES, Folder, expecting, plain_text, read_text
+from pipeline.evaluation.sets.folder import MEND, PICTURES, Folder, expecting, plain_text, read_text
 from pipeline.evaluation.tasks import Collection, Retrieval
 
 NAMES_FILE, TEMPLATES_FILE = "classnames.json", "templates.txt"
@@ -90,7 +90,7 @@ def _names(file: str, folder: Folder, pictures: dict[str, list[str]]) -> dict[st
     if NAMES_FILE not in folder.files:
         raise PipelineError(f"{file} is missing, which says what the folders of pictures are called")
     with expecting(file, '{"folder": "name" or ["name", ...], ...}, or a list in the order of the sorted folders'):
-        given = json.loads(read_text(file))
+        given = parse_json(read_text(file), file, remedy=MEND)
         if isinstance(given, list):
             if len(given) != len(pictures):
                 raise ValueError(f"it has {len(given)} names for {len(pictures)} folders of pictures")

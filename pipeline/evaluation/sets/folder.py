@@ -14,6 +14,7 @@ from pipeline.errors import PipelineError
 
 PICTURES = frozenset({*IMAGE_SUFFIXES.values(), "jpeg"})
 VIDEOS = frozenset(VIDEO_SUFFIXES)
+MEND = "mend it, for a set is taken whole"
 _THREADS = 16
 
 
@@ -123,7 +124,7 @@ def plain_text(text: object, where: str) -> str:
     elif text != text.encode(errors="replace").decode():  # half of a surrogate pair, which JSON can hold
         wrong = f"{text!r} is not UTF-8"
     if wrong:
-        raise PipelineError(f"{where} cannot be used: {wrong}; mend it, for a set is taken whole")
+        raise PipelineError(f"{where} cannot be used: {wrong}; {MEND}")
     return text
 
 

@@ -1,0 +1,126 @@
+"""JSON that others may damage: read in one place, so that each complaint names the file and says what to do."""
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from pipeline.errors import PipelineError, printable
+
+FIXED = ConfigDict(extra="forbid")  # `__pydantic_config__` of a dataclass: a member that nobody reads is an error
+_SHOWN = 80  # characters of a value
+
+
+class DocumentError(PipelineError):
+    """A document that is damaged, or of another form than expected."""
+
+
+def parse_json(data: bytes | str, name: str, form: Any = Any, *, remedy: str) -> Any:
+    """The JSON document in the content of the file (or answer of the URL) `name`, as a `form` that pydantic knows.
+
+    Types are strict: 4.0 and "4" are no integers. A byte-order mark is skipped. Raises DocumentError, ended by the
+    `remedy`, for what is no JSON or of another form, and for an object that has a key twice, of which one would be
+    lost.
+    """
+    text = data
+    try:
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
+        found = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        return found if form is Any else adapter(form).validate_json(text, strict=True)
+    except UnicodeDecodeError as error:
+        why = f"is not UTF-8: byte {error.start + 1}"
+    except RecursionError:
+        why = "is damaged: it is nested too deeply"
+    except ValidationError as error:
+        why = f"has another form than expected: {explained(error)}"
+    except ValueError as error:
+        why = no_json(text, error)
+    raise DocumentError(f"{name} {why}: {remedy}")
+
+
+def explained(error: ValidationError) -> str:
+    """The first of a validation's errors: where, and what is expected there."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(printable(str(part)) for part in first["loc"])
+    why = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{where} is unknown"
+    given = repr(first["input"])
+    given = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}..."
+    return printable(f"{where}: {why}, got {given}" if where else why)
+
+
+def no_json(text: str, error: ValueError) -> str:
+    """What to call a text that is no JSON, for this reason."""
+    begin = text.lstrip()[:1]
+    if not begin:
+        return "is empty, where JSON is expected"
+    if begin == "<":
+        return "is HTML or XML, where JSON is expected: a proxy or a login page on the way may have answered"
+    return f"is damaged: it is no JSON ({error})"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def check_members(
+    where: str, found: Iterable[str], known: Collection[str], *, kind: str = "column", matters: str | None = None
+) -> None:
+    """Look at the columns (or keys) of a layout that may have others than those that are read.
+
+    PipelineError for one that comes twice, one that is nearly called as a known one that is not there, and one that
+    `matters`: a pattern of names that change what a row means. Others are listed once on stderr.
+    """
+    found = list(found)
+    if twice := [name for name, times in Counter(found).items() if times > 1]:
+        raise PipelineError(f"{where} has the {kind} {twice[0]!r} twice: leave one of them in it")
+    unknown = dict.fromkeys(name for name in found if name not in known)
+    lacking = {name.lower(): name for name in known if name not in found}
+    for name in unknown:
+        near = get_close_matches(name.strip("\ufeff ").lower(), lacking, 1, 0.85)
+        if near or (
+            matters and re.search(matters, name, re.IGNORECASE) and not re.search("ids?$", name, re.IGNORECASE)
+        ):
+            hint = (
+                f"did you mean {lacking[near[0]]}?"
+                if near
+                else f"known are {', '.join(known)}; remove it, or rename it"
+            )
+            raise PipelineError(f"{where} has the {kind} {name!r}, which nothing reads: {hint}")
+    if unknown and os.environ.get("RANK", "0") == "0":
+        _note(kind, tuple(unknown), where)
+
+
+_noted: set[tuple[str, str]] = set()
+
+
+def _note(kind: str, names: tuple[str, ...], where: str) -> None:
+    if new := [name for name in names if (kind, name) not in _noted]:
+        _noted.update((kind, name) for name in new)
+        text = f"note: nothing reads the {kind}{'s' * (len(new) > 1)} {', '.join(new)} of {where}"
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+@cache
+def adapter(form: Any) -> TypeAdapter:
+    """What validates a `form`."""
+    return TypeAdapter(form)
