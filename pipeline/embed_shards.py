@@ -298,7 +298,7 @@ def embed_datasets(
                     dataset, *samples = following
                     reading.append(pool.submit(read_group, datasets[dataset].source, encoder, *samples))
                 group = reading.popleft().result() if reading else Group([], [], [], [])
-                for line in group.unusable[: _SHOWN - shown]:
+                for line in group.unusable[: max(_SHOWN - shown, 0)]:
                     tqdm.write(f"no embeddings for {line}", file=sys.stderr)
                 shown += len(group.unusable)
                 parts = _on_first(_packed(embedded(encoder, group, stored)), device)

@@ -10,6 +10,7 @@ import argparse
 import os
 import platform
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from pipeline import status
+from pipeline import lock, status
 from pipeline.config import Recipe, dump_recipe, is_offloaded, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import INTERRUPTED, PipelineError, command_line
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import ModelEncoder
@@ -68,11 +69,13 @@ def main() -> None:
     preemption = Preemption()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     folder = Path(recipe.run)
-    if int(os.environ.get("RANK", 0)) == 0:
-        status.begin(folder)
-    with status.failures_noted(folder):
-        _train(recipe, preemption, resume=not arguments.no_resume)
-    end_distributed()
+    leads = int(os.environ.get("RANK", 0)) == 0
+    with lock.held([str(folder)] if leads else []):
+        if leads:
+            status.begin(folder)
+        with status.failures_noted(folder):
+            _train(recipe, preemption, resume=not arguments.no_resume)
+    end_distributed(INTERRUPTED if preemption.answer == signal.SIGINT else 0)
 
 
 def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:

@@ -124,8 +124,8 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     return said[1]
 
 
-def end_distributed() -> NoReturn:
-    """End this process with success, when all ranks have come here.
+def end_distributed(status: int = 0) -> NoReturn:
+    """End this process with this exit status, when all ranks have come here.
 
     At once: gloo's threads now and then abort a Python that takes its time to end, after all was done.
     """
@@ -133,7 +133,7 @@ def end_distributed() -> NoReturn:
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def _refuse_stale_lock() -> None:
