@@ -109,7 +109,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
     (start,) = decision
     if rank == 0:
         _write_recipe(recipe, folder, world)
-    model_path = on_first_rank(lambda: _model(recipe, source, folder, anew=start is None))
+    model_path = on_first_rank(lambda: _model(recipe, source, folder, anew=start is None), "the model to begin with")
     if start:
         if rank == 0:
             _shorten_ledgers(folder / "ledger", world, checkpoint.step_of(start))
@@ -135,7 +135,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
         store = Memory(len(collection.items), encoder.dimension) if rank == 0 else None
         if not embed_collection(encoder, collection, store, device, interrupted=lambda: preemption.asked() > 0):
             return None
-        report = on_first_rank(lambda: measure(recipe.run, collection, store.take, device=device))
+        report = on_first_rank(lambda: measure(recipe.run, collection, store.take, device=device), "the scores")
         return report if rank == 0 else None
 
     def batches_of(steps: range) -> Iterator[Batch]:
