@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,17 +21,22 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
-def adopt(environment: MutableMapping[str, str] = os.environ, parents: list[str] | None = None) -> None:
+def adopt(
+    environment: MutableMapping[str, str] = os.environ, parents: list[str] | None = None, terminal: bool | None = None
+) -> None:
     """Where this is a task of srun, describe it as torchrun would: RANK, WORLD_SIZE, LOCAL_RANK and the others.
 
     What is set already stays: a launcher's variables, or a MASTER_ADDR or MASTER_PORT of the user's. What another
     process has left there goes: of a step that this is no task of, of a launcher that has not started this.
 
-    parents: the titles of the processes above this one, the nearest first; known by itself for the own environment.
+    parents: the titles of the processes above this one, the nearest first.  terminal: whether it reads from one. Both
+        are known by itself for the own environment.
     """
     if parents is None:
         parents = _parents() if environment is os.environ else []
-    task = _is_task(environment, parents)
+    if terminal is None:
+        terminal = environment is os.environ and sys.stdin is not None and sys.stdin.isatty()
+    task = _is_task(environment, parents, terminal)
     if task and _slurm_step(parents[:1]) and any(name.startswith("TORCHELASTIC_") for name in environment):
         # There is no launcher between, which would have set them for this process.
         for name in [name for name in environment if name.startswith("TORCHELASTIC_")]:
@@ -58,7 +64,7 @@ def adopt(environment: MutableMapping[str, str] = os.environ, parents: list[str]
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + number % _PORTS))
 
 
-def _is_task(environment: Mapping[str, str], parents: list[str]) -> bool:
+def _is_task(environment: Mapping[str, str], parents: list[str], terminal: bool) -> bool:
     """Whether this process is a task of the step that the environment describes, or only below one, or in a job."""
     try:
         job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
@@ -73,8 +79,7 @@ def _is_task(environment: Mapping[str, str], parents: list[str]) -> bool:
     if (actual := _slurm_step(parents)) and actual != f"{job}.{step}":
         return False  # the variables of a step that a job was submitted from
     # Under `srun --pty` one task is a shell, and the others have ended when it prompts.
-    shell = any(name.startswith("SLURM_PTY_") for name in environment) and not _slurm_step(parents[:1])
-    return count == 1 or not shell
+    return count == 1 or not (terminal and "SLURM_PTY_PORT" in environment and not _slurm_step(parents[:1]))
 
 
 def _slurm_step(parents: list[str]) -> str:

@@ -21,7 +21,7 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
 def adopted(*parents: str, **changes: str) -> dict[str, str]:
     environment = TASK | changes
-    launch.adopt(environment, list(parents))
+    launch.adopt(environment, list(parents), terminal="SLURM_PTY_PORT" in changes)
     return environment
 
 
@@ -69,6 +69,7 @@ def test_what_is_no_task_of_the_step_in_its_environment_is_no_rank(changes, pare
     [
         ({"SLURM_NTASKS": "12"}, [STEP, "slurmd "]),
         ({}, [SHELL, STEP]),  # srun bash script.sh
+        ({"SLURM_PTY_WIN_COL": "80"}, [SHELL, STEP]),  # the same in salloc's shell
         ({}, [SHELL, "apptainer "]),  # in a container, without Slurm's processes
         ({"SLURM_PTY_PORT": "41234"}, [STEP]),  # srun --pty python
         (ELASTIC, [STEP]),  # submitted from inside a rank of torchrun
