@@ -9,6 +9,7 @@ What is done is recorded shard by shard in PLACE/.text_embeddings: killed anywhe
 
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from collections import deque
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from pipeline import lock
 from pipeline.config import Data, EvaluationRun
 from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE, Shard
@@ -259,9 +261,11 @@ def embed_shards(
 
     Raises PipelineError where the places hold embeddings of other shards or of another model, unless overwritten.
     """
-    device = start_distributed(options.timeout_minutes)
-    encoder = load_encoder(model, options, device)
-    embed_datasets(encoder, datasets, stored, device, overwrite=overwrite)
+    leads = int(os.environ.get("RANK", 0)) == 0
+    with lock.held([dataset.place for dataset in datasets] if leads else []):
+        device = start_distributed(options.timeout_minutes)
+        encoder = load_encoder(model, options, device)
+        embed_datasets(encoder, datasets, stored, device, overwrite=overwrite)
 
 
 def embed_datasets(
