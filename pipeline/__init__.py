@@ -1,0 +1,3 @@
+from pipeline import interrupt
+
+interrupt.while_importing()  # which takes seconds

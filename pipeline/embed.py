@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import lock
 from pipeline.config import EvaluationRun, Video
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.embeddings import KINDS, Identity, Store, best
@@ -68,6 +69,8 @@ def main() -> None:
         out = Store(Path(arguments.out or stack.enter_context(TemporaryDirectory())))
         if query and not kinds and not out.kinds():
             raise PipelineError(f"{out.folder} holds no embeddings to search: name the --out of an earlier call")
+        if kinds:
+            stack.enter_context(lock.held([str(out.folder)]))
         hashed = fingerprint(str(folder))
         out.check(arguments.model, hashed, kinds, arguments.overwrite)
         transformers.logging.disable_progress_bar()
@@ -105,7 +108,8 @@ def _embed_shards(arguments: argparse.Namespace) -> None:
     if arguments.published:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise PipelineError("pipeline.embed --published runs as one process: start it without a launcher")
-        index_published(arguments.model, datasets, overwrite=arguments.overwrite)
+        with lock.held(dataset.place for dataset in datasets):
+            index_published(arguments.model, datasets, overwrite=arguments.overwrite)
         return
     options = EvaluationRun(
         precision=arguments.precision,

@@ -9,6 +9,7 @@ What is done is recorded shard by shard in PLACE/.text_embeddings: killed anywhe
 
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from collections import deque
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from pipeline import lock
 from pipeline.config import Data, EvaluationRun
 from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE, Shard, check_shards
@@ -275,9 +277,11 @@ def embed_shards(
 
     Raises PipelineError where the places hold embeddings of other shards or of another model, unless overwritten.
     """
-    device = start_distributed(options.timeout_minutes)
-    encoder = load_encoder(model, options, device)
-    embed_datasets(encoder, datasets, stored, device, overwrite=overwrite)
+    leads = int(os.environ.get("RANK", 0)) == 0
+    with lock.held([dataset.place for dataset in datasets] if leads else []):
+        device = start_distributed(options.timeout_minutes)
+        encoder = load_encoder(model, options, device)
+        embed_datasets(encoder, datasets, stored, device, overwrite=overwrite)
 
 
 def embed_datasets(
@@ -314,7 +318,7 @@ def embed_datasets(
                     dataset, *samples = following
                     reading.append(pool.submit(read_group, datasets[dataset].source, encoder, *samples))
                 group = reading.popleft().result() if reading else Group([], [], [], [])
-                for line in group.unusable[: _SHOWN - shown]:
+                for line in group.unusable[: max(_SHOWN - shown, 0)]:
                     tqdm.write(printable(f"no embeddings for {line}"), file=sys.stderr)
                 shown += len(group.unusable)
                 parts = _on_first(_packed(embedded(encoder, group, stored)), device)

@@ -7,7 +7,10 @@ import time
 import traceback
 from collections.abc import Callable
 
-from pipeline import launch
+from pipeline import interrupt, launch
+from pipeline.interrupt import INTERRUPTED
+
+__all__ = ["INTERRUPTED", "PipelineError", "command_line", "is_of_lost_peer"]
 
 
 class PipelineError(Exception):
@@ -24,7 +27,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def command_line(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a `main` so that a `PipelineError` ends the process with one clear line and status 2.
+    """Wrap a `main` so that a `PipelineError` ends the process with one clear line and status 2, Ctrl-C with 130.
 
     Of several ranks the first reports at once. The others, who usually met the same error or only lost the
     connection to the first, wait a moment, so that the launcher ends them before they speak. None of them takes
@@ -33,22 +36,27 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapped() -> None:
-        launch.adopt()
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, lost = 0, False
         try:
-            main()
-        except PipelineError as error:
-            message, lost = str(error), False
+            launch.adopt()
+            rank = int(os.environ.get("RANK", 0))
+            with interrupt.heard():
+                main()
+                return
+        except KeyboardInterrupt:
+            interrupt.end()
         except Exception as error:
-            if world == 1:
-                raise
-            if not is_of_lost_peer(error):
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)
-            message, lost = "the connection to another rank is lost; what that one says is the cause", True
-        else:
-            return
+            if interrupt.interrupted():
+                interrupt.end()
+            message = str(error)
+            if not isinstance(error, PipelineError):
+                if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+                    raise
+                if not is_of_lost_peer(error):
+                    traceback.print_exc()
+                    sys.stderr.flush()
+                    os._exit(1)
+                message, lost = "the connection to another rank is lost; what that one says is the cause", True
         if rank or lost:
             time.sleep(5)
         sys.stdout.flush()

@@ -71,7 +71,7 @@ def main() -> None:
         print(f"the report: {out}/report.html")
 
     if not options.part:
-        on_first_rank(report)
+        on_first_rank(report, "the report")
     end_distributed()
 
 

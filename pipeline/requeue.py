@@ -14,8 +14,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline import lock
 from pipeline.config import load_recipe
-from pipeline.errors import command_line
+from pipeline.errors import INTERRUPTED, command_line
 from pipeline.status import Status
 
 DONE, FAILED, REQUEUE = 0, 1, 75  # 75: EX_TEMPFAIL of sysexits.h
@@ -39,17 +40,22 @@ def decide(run: Path, exit_code: int, terminated: bool = False) -> tuple[str, in
     """What to say, and this program's exit status."""
     job, status = os.environ.get("SLURM_JOB_ID", ""), Status.read(run)
     if status.job != job:  # another's: this job did not even begin
-        status = Status("starting", status.step, status.steps, job=job)
+        if why := lock.in_use(str(run)):  # by what may be running
+            return f"error: {why}", FAILED
+        status = Status("starting", status.step, status.steps, job=job, trained=False)
     done = f"{status.step} of {status.steps or '?'} steps are done"
     if status.state == "finished" and exit_code == 0:
         return f"{run}: finished", DONE
     if terminated:
         if status.state != "stopped":
-            status = replace(status, state="stopped", reason="Slurm ended the job before it could stop by itself")
+            why = "Slurm ended the job before it could stop by itself"
+            status = replace(status, state="stopped", reason=why, launch="")
             status.write(run)
         return f"{run}: {done}; {status.reason}; Slurm knows whether the job starts again", DONE
     if status.state == "stopped" and exit_code == 0:
         return f"{run}: {done}; {status.reason}; the job goes on after a requeue", REQUEUE
+    if status.state == "stopped" and exit_code == INTERRUPTED:
+        return f"{run}: {done}; {status.reason}; the same command goes on from there", FAILED
     if status.state == "refused" and status.start == 0:
         return f"error: {status.reason}", FAILED
 

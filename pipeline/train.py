@@ -10,6 +10,7 @@ import argparse
 import os
 import platform
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from pipeline import status
+from pipeline import lock, status
 from pipeline.config import Recipe, dump_recipe, is_offloaded, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
 from pipeline.data.lengths import VERSION as LENGTHS_VERSION
@@ -28,7 +29,7 @@ from pipeline.data.order import VERSION as ORDER_VERSION
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import INTERRUPTED, PipelineError, command_line
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import ModelEncoder
@@ -70,11 +71,13 @@ def main() -> None:
     preemption = Preemption()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     folder = Path(recipe.run)
-    if int(os.environ.get("RANK", 0)) == 0:
-        status.begin(folder)
-    with status.failures_noted(folder):
-        _train(recipe, preemption, resume=not arguments.no_resume)
-    end_distributed()
+    leads = int(os.environ.get("RANK", 0)) == 0
+    with lock.held([str(folder)] if leads else []):
+        if leads:
+            status.begin(folder)
+        with status.failures_noted(folder):
+            _train(recipe, preemption, resume=not arguments.no_resume)
+    end_distributed(INTERRUPTED if preemption.answer == signal.SIGINT else 0)
 
 
 def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
@@ -108,7 +111,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
     (start,) = decision
     if rank == 0:
         _write_recipe(recipe, folder, world)
-    model_path = on_first_rank(lambda: _model(recipe, source, folder, anew=start is None))
+    model_path = on_first_rank(lambda: _model(recipe, source, folder, anew=start is None), "the model to begin with")
     if start:
         if rank == 0:
             _shorten_ledgers(folder / "ledger", world, checkpoint.step_of(start))
@@ -134,7 +137,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
         store = Memory(len(collection.items), encoder.dimension) if rank == 0 else None
         if not embed_collection(encoder, collection, store, device, interrupted=lambda: preemption.asked() > 0):
             return None
-        report = on_first_rank(lambda: measure(recipe.run, collection, store.take, device=device))
+        report = on_first_rank(lambda: measure(recipe.run, collection, store.take, device=device), "the scores")
         return report if rank == 0 else None
 
     def batches_of(steps: range) -> Iterator[Batch]:

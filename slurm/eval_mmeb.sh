@@ -16,14 +16,19 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.out
 set -euo pipefail
+task=
+if [ "${1:-}" = --task ]; then # of the array; SLURM_ARRAY_TASK_ID may also be of a job around
+    task=$1
+    shift
+fi
 flags=()
 while [[ ${1:-} == -* ]]; do
     flags+=("$1")
     shift
 done
 model=${1:?which MODEL?} tasks=${2:?which TASKS?} out=${3:?to which folder OUT?}
-if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    array=$(sbatch --parsable "${flags[@]}" slurm/eval_mmeb.sh "$@")
+if [ -z "$task" ]; then
+    array=$(sbatch --parsable "${flags[@]}" slurm/eval_mmeb.sh --task "$@")
     echo "$array"
     report=$(sbatch --parsable --dependency="afterok:$array" --kill-on-invalid-dep=yes slurm/gather_report.sh \
         "$model" "$tasks" "${@:4}" out="$out")

@@ -2,6 +2,17 @@
 # shellcheck shell=bash
 set -euo pipefail
 
+# A job that was submitted from inside another, or begun in an interactive one, has the variables of the step, of the MPI
+# and of the launcher there, which are not this job's. Programs would believe in ranks that never come.
+unset "${!SLURM_STEP@}" "${!SLURM_PTY@}" "${!SLURM_SRUN@}" "${!SLURM_CPU_BIND@}" \
+    SLURM_LAUNCH_NODE_IPADDR SLURM_GTIDS SLURM_PROCID SLURM_LOCALID SLURM_NODEID \
+    "${!PMI_@}" "${!PMIX_RANK@}" "${!PMIX_NAMESPACE@}" "${!PMIX_SERVER@}" "${!OMPI_COMM_WORLD@}" \
+    "${!TORCHELASTIC_@}" RANK LOCAL_RANK GROUP_RANK ROLE_RANK ROLE_NAME WORLD_SIZE LOCAL_WORLD_SIZE \
+    GROUP_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT
+if [ "${OMP_NUM_THREADS:-1}" = "${SRUN_CPUS_PER_TASK:-}" ]; then
+    unset OMP_NUM_THREADS # this script's, in the job around
+fi
+
 # What a program is run by on this cluster, as `CONTAINER=(apptainer exec --nv pipeline.sif)` in site.env; or nothing.
 # shellcheck disable=SC2034
 CONTAINER=()

@@ -4,6 +4,7 @@ import pytest
 
 from pipeline import launch
 
+STEP = "slurmstepd: [417.1] "
 TASK = {
     "SLURM_JOB_ID": "417",
     "SLURM_STEP_ID": "1",
@@ -18,9 +19,9 @@ TASK = {
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
 
-def adopted(**changes: str) -> dict[str, str]:
+def adopted(*parents: str, **changes: str) -> dict[str, str]:
     environment = TASK | changes
-    launch.adopt(environment)
+    launch.adopt(environment, list(parents), terminal="SLURM_PTY_PORT" in changes)
     return environment
 
 
@@ -33,6 +34,57 @@ def test_what_is_set_already_stays():
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("ib0.node", "1234")
     of_torchrun = TASK | {"RANK": "3", "WORLD_SIZE": "8"}
     assert adopted(RANK="3", WORLD_SIZE="8") == of_torchrun
+
+
+SHELL, AGENT = "bash ", "python -m torch.distributed.run --nproc-per-node 8 -m pipeline.train "
+ELASTIC = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "gpu1", "TORCHELASTIC_RUN_ID": "x"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parents"),
+    [
+        ({"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, []),  # salloc's shell
+        ({"SLURM_STEP_ID": "4294967291"}, []),  # a batch script
+        ({"SLURM_NTASKS": "8"}, []),  # the job's, in a step of others
+        ({"SLURM_NTASKS": "1"}, []),  # a job submitted from inside the step
+        ({"SLURM_PROCID": "12"}, []),
+        ({"SLURM_NODEID": "4"}, []),
+        ({"SLURM_LOCALID": "4"}, []),
+        ({"SLURM_STEP_NUM_TASKS": "many"}, []),
+        ({"SLURM_STEP_NUM_TASKS": "11"}, []),  # and 12 by their nodes
+        ({}, [SHELL, "slurmstepd: [418.batch] ", "slurmd "]),  # of another job
+        ({}, ["slurmstepd: [417.batch] "]),
+        ({}, [SHELL, "slurmstepd: [417.interactive] "]),
+        ({}, ["slurmstepd: [417.2] ", STEP]),
+        ({"SLURM_PTY_PORT": "41234"}, [SHELL, STEP]),  # srun --pty bash
+    ],
+)
+def test_what_is_no_task_of_the_step_in_its_environment_is_no_rank(changes, parents):
+    for others in ({}, {"WORLD_SIZE": "8", "LOCAL_RANK": "3"}):  # half a launcher's
+        assert not adopted(*parents, **changes, **others).keys() & set(NAMES[:4])
+
+
+@pytest.mark.parametrize(
+    ("changes", "parents"),
+    [
+        ({"SLURM_NTASKS": "12"}, [STEP, "slurmd "]),
+        ({}, [SHELL, STEP]),  # srun bash script.sh
+        ({"SLURM_PTY_WIN_COL": "80"}, [SHELL, STEP]),  # the same in salloc's shell
+        ({}, [SHELL, "apptainer "]),  # in a container, without Slurm's processes
+        ({"SLURM_PTY_PORT": "41234"}, [STEP]),  # srun --pty python
+        (ELASTIC, [STEP]),  # submitted from inside a rank of torchrun
+    ],
+)
+def test_what_is_a_task_is_a_rank(changes, parents):
+    environment = adopted(*parents, **changes)
+    assert [environment[name] for name in NAMES] == ["10", "12", "2", "3", "localhost"]
+    assert "TORCHELASTIC_RUN_ID" not in environment
+
+
+def test_a_launcher_below_a_task_is_believed():
+    assert adopted(AGENT, STEP, **ELASTIC) == TASK | ELASTIC
+    own = {"RANK": "5", "WORLD_SIZE": "12"}  # by a script of the user's
+    assert adopted(STEP, **own) == TASK | own
 
 
 def test_outside_of_a_step_nothing_is_said():

@@ -1,12 +1,14 @@
 """What comes of a job after its training ended."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from pipeline import status
+from pipeline import lock, status
 from pipeline.errors import PipelineError
 from pipeline.preflight.job import earlier_starts
 from pipeline.requeue import DONE, FAILED, REQUEUE, decide
@@ -21,7 +23,8 @@ def job(monkeypatch) -> None:
 
 def reach(run, state: str, step: int = 7, reason: str = "") -> None:
     status.begin(run)
-    status.note(run, state, step=step, steps=20, reason=reason)
+    status.note(run, "running", step=step, steps=20)
+    status.note(run, state, reason=reason)
 
 
 def add_checkpoint(run, step: int) -> None:
@@ -39,6 +42,7 @@ def add_checkpoint(run, step: int) -> None:
         ("running", "", 137, REQUEUE),
         ("starting", "", 1, REQUEUE),
         ("finished", "", 139, REQUEUE),  # a crash at the very end
+        ("stopped", "SIGINT (Ctrl-C)", 130, FAILED),  # somebody wants it to end
     ],
 )
 def test_how_it_ended_decides(tmp_path, state, reason, exit_code, verdict):
@@ -57,6 +61,93 @@ def test_a_second_failure_at_the_same_step_is_the_last(tmp_path):
         assert status == verdict, step
     assert "failed twice after 7 steps" in message
     assert "out of memory" in message
+
+
+# Ends of a job's starts: (the last step, or None where it did not come to its first one; is it over then?).
+@pytest.mark.parametrize(
+    "ends",
+    [
+        [(7, False), (None, False), (7, True)],  # out of memory, no rendezvous, out of memory again
+        [(7, False), (None, False), (9, False), (None, True)],  # four from one checkpoint
+        [(None, False), (None, True)],
+        [(7, False), (None, False), (None, True)],
+        [(None, False), (0, False), (0, True)],  # before the first step, and in it
+        [(0, False), (None, False), (0, True)],
+    ],
+)
+def test_what_fails_before_a_starts_first_step_counts_for_itself(tmp_path, monkeypatch, ends):
+    add_checkpoint(tmp_path, 4)
+    for start, (step, over) in enumerate(ends):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        status.begin(tmp_path)
+        if step is not None:
+            status.note(tmp_path, "running", step=step, steps=20)
+        with pytest.raises(PipelineError), status.failures_noted(tmp_path):
+            raise PipelineError("of 2 ranks 1 did not come" if step is None else "out of memory")
+        message, verdict = decide(tmp_path, 2)
+        assert verdict == (FAILED if over else REQUEUE), message
+        assert Status.read(tmp_path).failures[-1].trained == (step is not None)
+    if len(ends) < 4:
+        assert ("before its first step" in message) == (step is None)
+
+
+def test_a_status_of_an_older_version_is_read(tmp_path):
+    old = {"state": "failed", "step": 7, "steps": 20, "reason": "x", "job": "41", "start": 0, "time": ""}
+    failures = [{"step": 7, "checkpoint": 4, "told": True}]
+    (tmp_path / "status.json").write_text(json.dumps(old | {"failures": failures}))
+    assert Status.read(tmp_path).failures == [Failure(7, 4)]
+
+
+def test_a_ranks_failure_is_not_lost_to_one_that_goes_on(tmp_path, monkeypatch):
+    """However their writes fall between each other: neither writes what the other does."""
+    status.begin(tmp_path)
+    status.note(tmp_path, "running", step=3, steps=20)
+    seen = Status._noted(tmp_path)  # by the first rank, before the others fail
+
+    for rank, why in ((1, "no space left"), (2, "a consequence")):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(PipelineError), status.failures_noted(tmp_path):
+            raise PipelineError(why)
+    monkeypatch.setenv("RANK", "0")
+    replace(seen, step=4).write(tmp_path)
+    status.note(tmp_path, "running", step=5)
+    kept = Status.read(tmp_path)
+    assert (kept.state, kept.reason, kept.step) == ("failed", "no space left", 5)
+    with pytest.raises(RuntimeError), status.failures_noted(tmp_path):
+        raise RuntimeError("a collective timed out")
+    assert Status.read(tmp_path).reason == "no space left"
+    assert "no space left" in decide(tmp_path, 2)[0]
+
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    status.begin(tmp_path)
+    status.note(tmp_path, "running", step=6)
+    assert Status.read(tmp_path).state == "running"
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_another_starts_rank_says_nothing_of_this_one(tmp_path, monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    status.begin(tmp_path)
+    status.note(tmp_path, "running", step=3)
+    monkeypatch.setenv("MASTER_PORT", "4321")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(PipelineError), status.failures_noted(tmp_path):
+        raise PipelineError("no such file")
+    assert Status.read(tmp_path).state == "running"
+
+
+def test_a_job_that_did_not_begin_leaves_a_run_alone_that_another_process_trains(tmp_path):
+    with lock.held([str(tmp_path)]):
+        Status("running", 5, 20).write(tmp_path)
+        message, verdict = decide(tmp_path, 2)
+        assert verdict == FAILED
+        assert f"{tmp_path} is in use by process {os.getpid()}" in message
+        assert Status.read(tmp_path).state == "running"
 
 
 def test_failures_without_a_checkpoint_between_them_end(tmp_path):
@@ -97,7 +188,7 @@ def test_another_job_begins_without_the_failures_of_the_one_before(tmp_path, mon
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     # It did not even begin.
     assert "srun ended with status 1" in decide(tmp_path, 1)[0]
-    assert Status.read(tmp_path).failures == [Failure(7, 0)]
+    assert Status.read(tmp_path).failures == [Failure(7, 0, trained=False)]
     monkeypatch.setenv("SLURM_JOB_ID", "43")
     status.begin(tmp_path)
     assert (Status.read(tmp_path).failures, Status.read(tmp_path).state) == ([], "starting")

@@ -7,7 +7,6 @@ same conversion started again does the jobs that have no record, and ends with t
 import json
 import math
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from pipeline import lock
 from pipeline.convert.workers import Report, job_threads, run_job, workers
 from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE, Count, File, Index, Shard, check_shards
@@ -125,7 +125,7 @@ def carry_out(
     than allowed are rejected; ObjectError if anything cannot be written. What was finished stays, to be gone on with.
     """
     files = list(files)  # where they cannot be made, nothing is begun
-    with _locked(works):
+    with lock.held(works):
         conversions = _open(works, max_rejected, files)
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(lambda file: objects.write(*file), files))
@@ -282,41 +282,6 @@ class _Conversion:
             f"{seconds:.1f} s, {(index.samples - self._samples_before) / seconds:.0f} samples/s, "
             f"{len(rejected)} rejected" + (f" ({_causes(rejected)})" if rejected else "")
         )
-
-
-@contextmanager
-def _locked(dests: Iterable[str]) -> Iterator[None]:
-    """Hold each DEST for this process alone: DEST/.unfinished/lock.HOST.PID is there as long as it may write.
-
-    Each process writes its own lock before it looks for others: of two that begin at once both may be refused, but
-    never are both let in, on S3 neither. A lock that a dead process of this host has left is removed.
-    """
-    host = platform.node()
-    with ExitStack() as stack:
-        for dest in dests:
-            folder = objects.join(dest, UNFINISHED)
-            own = objects.join(folder, f"lock.{host}.{os.getpid()}")
-            objects.write(own, b"")
-            stack.callback(_unlock, folder, own)
-            for url in objects.list_under(folder):
-                kind, _, holder = url.rpartition("/")[2].partition(".")
-                its_host, _, pid = holder.rpartition(".")
-                if kind != "lock" or (its_host, pid) == (host, str(os.getpid())):
-                    continue
-                if its_host != host or Path("/proc", pid).exists():
-                    raise PipelineError(
-                        f"{dest} is being converted by process {pid} on {its_host}: wait for it, or delete {url} "
-                        "if that process is dead"
-                    )
-                objects.delete(url)
-        yield
-
-
-def _unlock(folder: str, lock: str) -> None:
-    objects.delete(lock)
-    if "://" not in folder:
-        with suppress(OSError):  # it holds an unfinished conversion, or is gone with a finished one
-            Path(folder).rmdir()
 
 
 def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str, bytes]]) -> list[_Conversion]:

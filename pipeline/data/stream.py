@@ -7,14 +7,13 @@ decode   what it read; of every step each worker hands over its share, which the
 """
 
 import atexit
-import ctypes
 import mmap
 import multiprocessing
 import os
 import queue
 import signal
-import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +36,7 @@ from pipeline.errors import PipelineError
 _THREADS = 4  # that read, in each process
 _READ_BYTES = 16 << 20  # of one ranged read, at most, unless a sample is larger
 _STEPS_AHEAD = 64  # that a worker knows, and may read for
+_PARENT_SECONDS = 0.3  # between a worker's looks whether its rank lives
 _PLANNED_AHEAD = 64  # windows and steps that wait for a worker to take them up
 
 
@@ -330,23 +330,28 @@ def _plan_ahead(planner: Planner, plans: list[queue.Queue], stop: "Stop") -> Non
         send(PipelineError(f"the order could not be worked out: {error!r}"))
 
 
-def _live_with_parent(stop: "Stop", worker: int) -> None:
-    """Leave it to its rank when this worker ends.
+def _live_with_parent(stop: "Stop", parent: int, worker: int) -> None:
+    """Leave it to its rank, process `parent`, when this worker ends.
 
-    Slurm's signals, on which a rank finishes its step, reach all its processes; only after `stop` does SIGTERM come
-    from the rank, which then waits for the worker's end. And of a rank that was killed Linux ends the worker, which
-    would wait for ever to hand over its batch.
+    Slurm's signals and the terminal's Ctrl-C, on which a rank finishes its step, reach all its processes; only after
+    `stop` does SIGTERM come from the rank, which then waits for the worker's end. Of a rank that was killed the worker
+    ends itself: it would wait for ever to hand over its batch. Linux could do that (PR_SET_PDEATHSIG), but with the
+    thread that began the worker, which need not live as long as the rank.
     """
 
     def end_if_stopped(number: int, frame: object) -> None:
         if stop.is_set():
             os._exit(0)
 
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_SECONDS)
+        os._exit(1)
+
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_if_stopped)
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def batches(
@@ -383,7 +388,7 @@ def batches(
             batch_size=None,
             num_workers=workers,
             timeout=timeout + source.data.timeout_s if workers else 0,
-            worker_init_fn=partial(_live_with_parent, stop),
+            worker_init_fn=partial(_live_with_parent, stop, os.getpid()),
             multiprocessing_context=forking if workers else None,  # they begin with the source as it is
         )
     )

@@ -9,7 +9,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import Qwen2Tokenizer
 
-from pipeline import status
+from pipeline import lock, status
 from pipeline.config import Model, Recipe, load_ds_config
 from pipeline.data.lengths import Lengths
 from pipeline.data.source import Source
@@ -171,6 +171,8 @@ def memory(job: Job, gpu_bytes: int) -> Check:
 def other_jobs(folder: Path) -> Check:
     if job := status.other_job(folder):
         return red(f"job {job} trains {folder}", f"scancel {job}, or set run= to another directory")
+    if why := lock.in_use(str(folder)):
+        return red(why, "or set run= to another directory")
     return green(f"none trains {folder}")
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from pipeline import status
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.data.order import Order
@@ -71,7 +72,10 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
     meter = Meter(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
     conditions = _conditions_of_budget(run, engine, meter)
     budget = _budget(run, state.get("budget"), conditions)
-    with Monitor(run.folder, dist.get_rank(), start, run.steps, ledger=recipe.ledger) as monitor:
+    monitor = Monitor(run.folder, dist.get_rank(), start, run.steps, ledger=recipe.ledger)
+    with monitor, run.preemption.steps():
+        if monitor.leads:
+            status.note(run.folder, "running", step=start, steps=run.steps)
         if _evaluation_is_due(run, start):
             _evaluate(run, monitor, start, budget)
         if asked := run.preemption.asked():

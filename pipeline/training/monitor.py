@@ -17,7 +17,11 @@ from pipeline.errors import printable
 from pipeline.evaluation.report import Report
 from pipeline.progress import progress_bar
 
-_WHY = {signal.SIGUSR1: "(the time limit is near)", signal.SIGTERM: "(preempted, requeued or cancelled)"}
+_WHY = {
+    signal.SIGUSR1: "(the time limit is near)",
+    signal.SIGTERM: "(preempted, requeued or cancelled)",
+    signal.SIGINT: "(Ctrl-C)",
+}
 
 
 def evaluation_file(run: Path, step: int) -> Path:

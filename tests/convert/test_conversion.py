@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 from conversion import content, error_of, make_shards, picture, read_all, start
 from limits import HANG_SECONDS
 
+from pipeline import lock
 from pipeline.convert.command import _content
 from pipeline.convert.engine import allowed
 from pipeline.convert.rows import Rejection
@@ -319,34 +319,25 @@ def test_files_of_others_are_not_overwritten(tmp_path, name):
 
 
 def test_only_one_process_converts_into_a_folder(s3, tmp_path):
-    """It goes on after one of this host that is dead, not of another host, where nobody can tell."""
-    host, dead = platform.node(), subprocess.Popen(["true"])
-    dead.wait()
     for dest in (str(tmp_path / "out"), f"s3://pipeline-tests/lock/{tmp_path.name}"):
-        for holder, pid in ((host, os.getppid()), ("other.host", dead.pid)):
-            lock = f"{dest}/.unfinished/lock.{holder}.{pid}"
-            objects.write(lock, b"")
-            with pytest.raises(PipelineError) as caught:
+        with lock.held([dest]):
+            there = objects.list_under(dest)
+            with pytest.raises(PipelineError, match=f"{dest} is in use by process {os.getpid()} on .*: wait for it"):
                 convert({dest: Numbers(10)}, options={})
-            assert f"{dest} is being converted by process {pid} on {holder}: wait for it, or delete {lock}" in str(
-                caught.value
-            )
-            assert objects.list_under(dest) == [lock]
-            objects.delete(lock)
-        objects.write(f"{dest}/.unfinished/lock.{host}.{dead.pid}", b"")
+            assert objects.list_under(dest) == there
         convert({dest: Numbers(10)}, options={})
-        assert not [name for name in objects.list_under(dest) if "unfinished" in name]
+        assert not [name for name in objects.list_under(dest) if "/." in name.removeprefix(dest)]
 
 
 def test_the_lock_is_held_as_long_as_it_may_write(tmp_path):
     class Looking(Numbers):
         def sample(self, number: int) -> Pair:
-            found.update(path.name for path in (tmp_path / "out/.unfinished").glob("lock.*"))
+            found.add(len(list((tmp_path / "out" / lock.FOLDER).iterdir())))
             return super().sample(number)
 
-    found: set[str] = set()
+    found: set[int] = set()
     convert({str(tmp_path / "out"): Looking(3)}, options={})
-    assert found == {f"lock.{platform.node()}.{os.getpid()}"}
+    assert found == {1}
 
 
 def test_a_killed_upload_leaves_no_folder_behind_once_it_is_gone_on_with(s3, source, tmp_path):

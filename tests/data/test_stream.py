@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from limits import HANG_SECONDS
 
@@ -186,6 +188,48 @@ def test_workers_heed_a_signal_to_the_job_no_more_than_the_rank_and_end_with_it(
     )
     assert (ended.stdout, ended.returncode) == ("2\n", 1)
     assert ended.stderr.endswith("RuntimeError: out of memory\n")
+
+
+_FROM_A_THREAD = """
+import multiprocessing, os, sys, threading
+import test_stream
+found = []
+def begin():
+    found.append(test_stream.reading(test_stream.Data.model_validate_json(sys.argv[1]), range(9)))
+    next(found[0])
+thread = threading.Thread(target=begin)
+thread.start()
+thread.join()
+print(len(list(found[0])), flush=True)
+found.append(test_stream.reading(test_stream.Data.model_validate_json(sys.argv[1]), range(9)))
+next(found[1])
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_live_with_the_process_and_not_with_the_thread_that_began_them(data):
+    given = changed(data, workers=2).model_dump_json()
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parents[1])))
+    rank = subprocess.Popen(
+        [sys.executable, "-c", _FROM_A_THREAD, given],
+        env=os.environ | {"PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with rank:
+        left, pids = rank.stdout.readline(), rank.stdout.readline().split()
+        workers = [psutil.Process(int(pid)) for pid in pids]
+        for worker in workers:  # a terminal's Ctrl-C reaches them, too
+            worker.send_signal(signal.SIGINT)
+        assert (left, len(pids)) == ("8\n", 2), rank.communicate()[1]
+        assert not psutil.wait_procs(workers, timeout=1)[0]
+        rank.kill()
+        assert not psutil.wait_procs(workers, timeout=30)[1]
+        assert rank.communicate()[1] == ""
 
 
 def test_an_item_of_an_evaluation_set_is_no_pair(data, tmp_path):

@@ -1,0 +1,126 @@
+"""Ctrl-C: a line instead of a traceback, and exit status 130.
+
+Python runs a signal's handler between its own instructions only: a process that waits in gloo, NCCL or a driver would
+not notice. A thread hears of the signal at once, and ends the process if that does not end by itself in time.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+INTERRUPTED = 130  # the exit status, as of a shell: 128 + SIGINT
+
+_LEAVE_SECONDS = 5  # to leave in order
+_ONE_SECOND = 1  # of what comes within it, one is from the terminal and the other passed on by a launcher
+_Handler = Callable[[int, FrameType | None], None]
+
+_instead: _Handler | None = None
+_interrupted = False
+
+
+def while_importing() -> None:
+    """From here to `heard`, where nothing has begun yet, end at once: of this project's programs, and no others."""
+    _, module, name = " ".join(sys.orig_argv).partition(" -m ")
+    tools = Path(__file__).resolve().parents[1] / "tools"
+    ours = name.startswith("pipeline.") if module else Path("".join(sys.argv[:1])).resolve().parent == tools
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, lambda number, frame: end())
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Within, the first Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once.
+
+    Nothing changes where SIGINT is ignored, as in a shell's background.
+    """
+    global _interrupted
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    _interrupted = False
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    handler, wakeup = signal.signal(signal.SIGINT, _handle), signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(read,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGINT, handler)
+        os.close(write)
+
+
+@contextmanager
+def postponed(note: _Handler) -> Iterator[None]:
+    """Within, the first Ctrl-C calls `note`, of a program that stops by itself; a second one ends it at once."""
+    global _instead
+    _instead = note
+    try:
+        yield
+    finally:
+        _instead = None
+
+
+def interrupted() -> bool:
+    """Whether this process was to end by Ctrl-C: what else goes wrong in it then is a consequence."""
+    return _interrupted
+
+
+def end() -> NoReturn:
+    """With the line, which of several ranks the first prints."""
+    with suppress(Exception):
+        sys.stdout.flush()
+    if int(os.environ.get("RANK", 0)) == 0:
+        _say("interrupted; start the same command to continue")
+    os._exit(INTERRUPTED)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    if _instead:
+        _instead(number, frame)
+    elif not _interrupted:  # once: a second one would cut the leave-taking short, with a traceback
+        _interrupted = True
+        raise KeyboardInterrupt
+
+
+def _listen(read: int) -> None:
+    first = 0.0
+    while numbers := os.read(read, 64):
+        if signal.SIGINT not in numbers:
+            continue
+        now = time.monotonic()
+        if first and now - first > _ONE_SECOND:
+            end()
+        if not first:
+            first = now
+            if _instead is None:
+                late = threading.Timer(_LEAVE_SECONDS, end)
+                late.daemon = True
+                late.start()
+            elif int(os.environ.get("RANK", 0)) == 0:
+                _say("interrupted: this step is finished, then a checkpoint is written; once more ends at once")
+    os.close(read)
+
+
+def _say(line: str) -> None:
+    """Past Python's buffers, whose locks another thread may hold; on a line of its own, below a progress bar."""
+    with suppress(OSError):
+        os.write(2, f"\n{line}\n".encode() if os.isatty(2) else f"{line}\n".encode())
+
+
+def _forked() -> None:
+    """A child's signals are not its parent's."""
+    with suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,73 @@
+"""What a program takes itself for that was not started by srun itself, but somewhere in a job or a step."""
+
+import re
+import subprocess
+import sys
+
+from cluster import ROOT, SlurmCluster
+
+PROBE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from pipeline import launch
+launch.adopt()
+print("place", *(os.environ.get(name, "-") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+"""
+TWO = ["0 2 0 1", "1 2 0 1"]
+
+
+def places(printed: str) -> list[str]:
+    return sorted(re.findall(r"place (.*?)\s*$", printed, re.MULTILINE))
+
+
+def in_a_terminal(slurm: SlurmCluster, *command: str) -> str:
+    ended = subprocess.run(
+        ["script", "--quiet", "--return", "--command", " ".join(command), "/dev/null"],
+        env=slurm.environment | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return ended.stdout
+
+
+def test_in_an_interactive_step_a_program_is_no_rank_and_says_so(slurm, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE)
+    python = f"{sys.executable} {probe} {ROOT}"
+    lines = tmp_path / "typed.sh"  # what is typed into the shell
+    lines.write_text(f"{python}\nsrun {python}\nsrun bash -c '{python}; true'\n")
+    shell = ("srun", "--interactive", "--preserve-env", "--pty", "bash")  # Slurm's own InteractiveStepOptions
+    printed = in_a_terminal(slurm, "salloc", "--nodes=2", "--ntasks-per-node=1", *shell, str(lines))
+    assert places(printed) == ["- - - -", *sorted(TWO + TWO)], printed
+
+    # A shell of one task, whose others have ended.
+    printed = in_a_terminal(slurm, "srun", "--nodes=2", "--ntasks=2", "--pty", "bash", "-c", f"'{python}; true'")
+    assert places(printed) == ["- - - -"], printed
+
+    evaluate = f"{sys.executable} -m pipeline.evaluate no-such-model no-such-tasks"
+    printed = in_a_terminal(slurm, "salloc", "--nodes=2", "--ntasks-per-node=1", *shell, "-c", f"'{evaluate}; true'")
+    assert "error: the job has 2 tasks, and this is none of them: start it by srun" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_job_that_is_submitted_from_inside_another_is_itself(slurm, tmp_path):
+    """Also from below a launcher there, and of as many tasks."""
+    probe, inner, outer = (tmp_path / name for name in ("probe.py", "inner.sh", "outer.sh"))
+    probe.write_text(PROBE)
+    python = f"{sys.executable} {probe} {ROOT}"
+    direct, clean = f"{python} >> direct.txt", f"source slurm/setup.sh\ncd -\n{python} >> clean.txt"
+    steps = f"srun {python} >> steps.txt"
+    inner.write_text(f"#!/bin/bash\ncd {tmp_path}\n{direct}\n{steps}\ncd {ROOT}\n{clean}\n{steps}\n")
+    leaked = "RANK=5 WORLD_SIZE=8 LOCAL_RANK=5 MASTER_ADDR=nowhere TORCHELASTIC_RUN_ID=x"
+    sbatch = f"sbatch --wait --nodes=2 --ntasks-per-node=1 --output={tmp_path}/inner.out {inner}"
+    outer.write_text(f"#!/bin/bash\nsrun bash -c '[ $SLURM_PROCID = 1 ] || ({sbatch} && {leaked} {sbatch})'\n")
+    slurm.wait(slurm.submit(outer, nodes=2, ntasks_per_node=1), "COMPLETED", 100)
+    printed = (tmp_path / "inner.out").read_text()
+    found = {path.stem: places(path.read_text()) for path in tmp_path.glob("*.txt")}
+    assert found["steps"] == sorted(4 * TWO), printed
+    assert found["clean"] == 2 * ["- - - -"], printed
+    # The second was submitted below a launcher; without setup.sh nothing tells that it has none of its own.
+    assert found["direct"] == ["- - - -", "5 8 5 -"], printed
