@@ -37,7 +37,7 @@ from pipeline.models import weights
 from pipeline.models.chunks import Features
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.kinds import KINDS, Processor
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, resume
 from pipeline.training.distributed import end_distributed, on_first_rank, start_distributed
 from pipeline.training.engine import build_engine, load_frozen
 from pipeline.training.export import export
@@ -71,11 +71,11 @@ def main() -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         status.begin(folder)
     with status.failures_noted(folder):
-        _train(recipe, preemption, resume=not arguments.no_resume)
+        _train(recipe, preemption, resumes=not arguments.no_resume)
     end_distributed()
 
 
-def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
+def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
     # What is wrong is found here, on every rank, before processes meet and a model is loaded.
     folder, world = Path(recipe.run), int(os.environ.get("WORLD_SIZE", 1))
     kind = KINDS[recipe.model.kind]
@@ -91,8 +91,8 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
     if steps < 1:
         raise PipelineError(f"epochs={recipe.epochs} of {order.steps_per_epoch} steps is less than a step")
     conditions = conditions_of_run(recipe, source, ds_config["zero_optimization"])
-    if start := checkpoint.latest(folder / "checkpoints"):
-        if not resume:
+    if start := resume.whole(folder / "checkpoints", quiet=True):
+        if not resumes:
             raise PipelineError(f"{folder} has a checkpoint already; set run= to another directory, or resume")
         checkpoint.check(start, conditions)
     collection = sets.load(recipe.evaluation.urls, instructed=kind.instructed) if recipe.evaluation else None
@@ -100,10 +100,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it does not survive the loader's forks
     device = start_distributed(recipe.timeout_minutes)
     rank = dist.get_rank()
-    # One rank's word counts: on a shared file system another may not yet see the newest checkpoint.
-    decision = [start]
-    dist.broadcast_object_list(decision)
-    (start,) = decision
+    start = resume.choose(folder / "checkpoints", conditions)
     if rank == 0:
         _write_recipe(recipe, folder, world)
     model_path = on_first_rank(lambda: _model(recipe, source, folder, anew=start is None))
