@@ -29,7 +29,7 @@ def disk_errors(where: Path) -> Iterator[None]:
         room = ""
         with suppress(OSError, StopIteration):
             there = next(path for path in (where, *where.absolute().parents) if path.is_dir())
-            room = f" ({shutil.disk_usage(there).free / 1e9:.2f} GB free)"
+            room = f" ({shutil.disk_usage(there).free / 1e6:,.0f} MB free)"
         reason = "the file could not be written to its end" if is_torch else error.strerror or str(error)
         raise PipelineError(
             f"{where} cannot be written: {reason}{room}. Make room or mend that, then start the same command again"

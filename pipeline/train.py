@@ -26,7 +26,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError, command_line, disk_errors
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import ModelEncoder
@@ -42,7 +42,7 @@ from pipeline.training.distributed import end_distributed, on_first_rank, start_
 from pipeline.training.engine import build_engine, load_frozen
 from pipeline.training.export import export
 from pipeline.training.loop import Run, train
-from pipeline.training.monitor import StepLog
+from pipeline.training.monitor import StepLog, check_writable
 from pipeline.training.preemption import Preemption
 from pipeline.training.universal import for_this_world
 
@@ -78,6 +78,8 @@ def main() -> None:
 def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
     # What is wrong is found here, on every rank, before processes meet and a model is loaded.
     folder, world = Path(recipe.run), int(os.environ.get("WORLD_SIZE", 1))
+    if int(os.environ.get("RANK", 0)) == 0:
+        check_writable(folder)
     kind = KINDS[recipe.model.kind]
     kind.check(recipe.model)
     source = Source.open(recipe.data)
@@ -223,18 +225,19 @@ def _texts(source: Source) -> Iterator[str]:
 def _shorten_ledgers(folder: Path, world: int, step: int) -> None:
     """Drop what ranks that are there no more noted of the steps after `step`, which others take again."""
     for path in folder.glob("rank*.jsonl"):
-        if int(path.stem.removeprefix("rank")) >= world:
+        number = path.stem.removeprefix("rank")
+        if number.isdecimal() and int(number) >= world:
             StepLog(path, step)
 
 
 def _write_recipe(recipe: Recipe, folder: Path, world: int) -> None:
     """Keep the resolved recipe with the run, and what ran it."""
-    folder.mkdir(parents=True, exist_ok=True)
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     header = f"# {world} processes; Python {platform.python_version()}, {versions}\n"
     unfinished = folder / "recipe.unfinished"
-    unfinished.write_text(header + dump_recipe(recipe))
-    unfinished.rename(folder / "recipe.yaml")
+    with disk_errors(folder / "recipe.yaml"):
+        unfinished.write_text(header + dump_recipe(recipe))
+        unfinished.rename(folder / "recipe.yaml")
 
 
 if __name__ == "__main__":

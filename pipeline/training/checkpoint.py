@@ -54,7 +54,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
         if leads:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob("unfinished-*"):
-                _remove(left)
+                remove(left)
         dist.barrier()
         engine.save_checkpoint(
             str(folder),
@@ -76,7 +76,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
             manifest.write(folder / unfinished, step, {name: file for each in of_ranks for name, file in each.items()})
             flush_path(folder / unfinished)
             if (folder / name).exists():
-                _remove((folder / name).rename(folder / f"unfinished-old-{step:08d}"))
+                remove((folder / name).rename(folder / f"unfinished-old-{step:08d}"))
             (folder / unfinished).rename(folder / name)
             flush_path(folder)
             _point(folder, LATEST, name)
@@ -90,7 +90,7 @@ def remove_old(checkpoints: list[Path], keep: int) -> None:
         if old != best(old.parent):
             doomed = old.with_name(old.name.replace("step", "unfinished"))
             old.rename(doomed)  # under its own name it must not be there in parts
-            _remove(doomed)
+            remove(doomed)
 
 
 def keep_best(folder: Path, step: int, score: float, by: list[str]) -> None:
@@ -119,12 +119,10 @@ def _best(folder: Path) -> dict:
     return {}
 
 
-def recover_best(folder: Path, scores: dict[str, tuple[float, list[str]]]) -> None:
-    """Where `best` cannot be read, or names what is not there, write it anew. scores: as `keep_best` takes them."""
-    if not _best(folder):
-        for name in sorted(scores):
-            if (folder / name).is_dir():
-                keep_best(folder, int(name.removeprefix("step-")), *scores[name])
+def recover_best(scores: dict[Path, tuple[float, list[str]]]) -> None:
+    """Write `best` anew, by the scores of the checkpoints that have one; see `keep_best`."""
+    for path in sorted(scores, key=step_of):
+        keep_best(path.parent, step_of(path), *scores[path])
 
 
 def _point(folder: Path, pointer: str, text: str) -> None:
@@ -284,12 +282,12 @@ def flush(folder: Path) -> None:
         flush_path(path)
 
 
-def _remove(path: Path) -> None:
-    """A folder, or whatever else has its name."""
+def remove(path: Path) -> None:
+    """Remove a folder, or whatever else has its name, if anything has."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def flush_path(path: Path) -> None:

@@ -10,6 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.training import checkpoint, manifest
 from pipeline.training.distributed import on_first_rank
 from pipeline.training.manifest import Damaged, Manifest
+from pipeline.training.monitor import score_of
 
 _SHOWN = 3  # faults of one checkpoint in a message
 
@@ -102,6 +103,9 @@ def choose(folder: Path, conditions: dict) -> Path | None:
         for each, why in damaged.items():
             _set_aside(each, why, path)
         checkpoint.point(path)
+        if not checkpoint.best(folder):
+            scores = {each: score_of(folder.parent, checkpoint.step_of(each)) for each in checkpoint.candidates(folder)}
+            checkpoint.recover_best({each: score for each, score in scores.items() if score})
 
     on_first_rank(settle)
     return path
@@ -134,7 +138,7 @@ def _set_aside(path: Path, why: str, taken: Path) -> None:
     checkpoint.flush_path(path.parent)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(
-        f"{path} is damaged: {why}. It is kept as {target.name} ({size / 1e9:.2f} GB; delete it when nobody needs it), "
+        f"{path} is damaged: {why}. It is kept as {target.name} ({size / 1e6:,.1f} MB; delete it when not needed), "
         f"and the run continues from {taken.name}",
         file=sys.stderr,
         flush=True,
