@@ -118,7 +118,7 @@ def _parsed(content: bytes, is_one_each: bool) -> tuple[list[tuple[int, bytes]],
             continue
         # A whole line may be left between zeros, of a power loss, after a byte-order mark, or after a torn line.
         for part in re.split(rb'(?=\{"step": )', raw):
-            line = part.strip(b"\0\xef\xbb\xbf \t\r\n") + b"\n"
+            line = part.strip(b"\0 \t\r\n") + b"\n"
             if (step := _step(line)) is not None:
                 found.append((step, line))
             elif part:
@@ -133,7 +133,7 @@ def _parsed(content: bytes, is_one_each: bool) -> tuple[list[tuple[int, bytes]],
 def _step(line: bytes) -> int | None:
     """The step of a log's whole line, None of anything else: a process may have been killed while it wrote."""
     try:
-        step = json.loads(line)["step"]
+        step = json.loads(line.decode())["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return step if type(step) is int and step > 0 and line.endswith(b"\n") else None

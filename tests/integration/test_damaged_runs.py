@@ -228,6 +228,7 @@ def test_what_is_set_aside_a_second_time_keeps_the_first(run, group, capsys):
         shutil.rmtree(step(run, 6), ignore_errors=True)
         step(run, 6).mkdir()
         (step(run, 6) / "number").write_text(str(number))
+        (run / "checkpoints/latest").write_text("step-00000006\n")
         assert resume.choose(run / "checkpoints", conditions) == step(run, 4)
     asides = [run / f"checkpoints/damaged-step-00000006{end}/number" for end in ("", "-2")]
     assert [path.read_text() for path in asides] == ["1", "2"]
