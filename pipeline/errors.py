@@ -2,10 +2,13 @@
 
 import functools
 import os
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from pipeline import interrupt, launch
 from pipeline.interrupt import INTERRUPTED
@@ -24,6 +27,28 @@ def printable(text: str, keep: str = "") -> str:
     that stay as they are.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Around what writes to `where`: turn a disk's refusal, also as torch says it, into PipelineError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        is_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_WRITES)
+        if isinstance(error, RuntimeError) and not is_torch:
+            raise
+        room = ""
+        with suppress(OSError, StopIteration):
+            there = next(path for path in (where, *where.absolute().parents) if path.is_dir())
+            room = f" ({shutil.disk_usage(there).free / 1e6:,.0f} MB free)"
+        reason = "the file could not be written to its end" if is_torch else error.strerror or str(error)
+        raise PipelineError(
+            f"{where} cannot be written: {reason}{room}. Make room or mend that, then start the same command again"
+        ) from error
+
+
+_TORCH_WRITES = ("PytorchStreamWriter", "inline_container")
 
 
 def command_line(main: Callable[[], None]) -> Callable[[], None]:

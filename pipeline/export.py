@@ -24,7 +24,7 @@ from pipeline.errors import PipelineError, command_line
 from pipeline.models import weights
 from pipeline.models.kinds import KINDS
 from pipeline.models.lora import add_adapters
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, resume
 from pipeline.training.engine import freeze
 from pipeline.training.export import write_folder
 
@@ -93,13 +93,15 @@ def _step(text: str) -> int | Literal["best"]:
 
 
 def _checkpoint(folder: Path, step: int | Literal["best"] | None) -> Path:
-    if step is None or step == "best":
-        found = (checkpoint.best if step else checkpoint.latest)(folder)
+    if step is None:
+        found = resume.whole(folder, thorough=True)
     else:
-        found = folder / f"step-{step:08d}"
+        found = checkpoint.best(folder) if step == "best" else folder / f"step-{step:08d}"
+    there = ", ".join(str(checkpoint.step_of(path)) for path in reversed(checkpoint.candidates(folder))) or "none"
     if found is None or not found.is_dir():
-        there = ", ".join(str(int(path.name[5:])) for path in sorted(folder.glob("step-*"))) or "none"
         raise PipelineError(f"no such checkpoint in {folder}; steps that have one: {there}")
+    if step is not None and (fault := resume.fault_of(found, thorough=True)):
+        raise PipelineError(f"{found} is damaged: {fault}; steps that have a checkpoint: {there}")
     return found
 
 

@@ -29,7 +29,7 @@ from pipeline.data.order import VERSION as ORDER_VERSION
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
-from pipeline.errors import INTERRUPTED, PipelineError, command_line
+from pipeline.errors import INTERRUPTED, PipelineError, command_line, disk_errors
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import ModelEncoder
@@ -40,12 +40,12 @@ from pipeline.models import weights
 from pipeline.models.chunks import Features
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.kinds import KINDS, Processor
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, resume
 from pipeline.training.distributed import end_distributed, on_first_rank, start_distributed
 from pipeline.training.engine import build_engine, load_frozen
 from pipeline.training.export import export
 from pipeline.training.loop import Run, train
-from pipeline.training.monitor import StepLog
+from pipeline.training.monitor import StepLog, check_writable
 from pipeline.training.preemption import Preemption
 from pipeline.training.universal import for_this_world
 
@@ -76,13 +76,15 @@ def main() -> None:
         if leads:
             status.begin(folder)
         with status.failures_noted(folder):
-            _train(recipe, preemption, resume=not arguments.no_resume)
+            _train(recipe, preemption, resumes=not arguments.no_resume)
     end_distributed(INTERRUPTED if preemption.answer == signal.SIGINT else 0)
 
 
-def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
+def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
     # What is wrong is found here, on every rank, before processes meet and a model is loaded.
     folder, world = Path(recipe.run), int(os.environ.get("WORLD_SIZE", 1))
+    if int(os.environ.get("RANK", 0)) == 0:
+        check_writable(folder)
     kind = KINDS[recipe.model.kind]
     kind.check(recipe.model)
     source = Source.open(recipe.data)
@@ -96,8 +98,8 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
     if steps < 1:
         raise PipelineError(f"epochs={recipe.epochs} of {order.steps_per_epoch} steps is less than a step")
     conditions = conditions_of_run(recipe, source, ds_config["zero_optimization"])
-    if start := checkpoint.latest(folder / "checkpoints"):
-        if not resume:
+    if start := resume.whole(folder / "checkpoints", quiet=True):
+        if not resumes:
             raise PipelineError(f"{folder} has a checkpoint already; set run= to another directory, or resume")
         checkpoint.check(start, conditions)
     collection = sets.load(recipe.evaluation.urls, instructed=kind.instructed) if recipe.evaluation else None
@@ -105,10 +107,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resume: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it does not survive the loader's forks
     device = start_distributed(recipe.timeout_minutes)
     rank = dist.get_rank()
-    # One rank's word counts: on a shared file system another may not yet see the newest checkpoint.
-    decision = [start]
-    dist.broadcast_object_list(decision)
-    (start,) = decision
+    start = resume.choose(folder / "checkpoints", conditions)
     if rank == 0:
         _write_recipe(recipe, folder, world)
     model_path = on_first_rank(lambda: _model(recipe, source, folder, anew=start is None), "the model to begin with")
@@ -233,18 +232,19 @@ def _texts(source: Source) -> Iterator[str]:
 def _shorten_ledgers(folder: Path, world: int, step: int) -> None:
     """Drop what ranks that are there no more noted of the steps after `step`, which others take again."""
     for path in folder.glob("rank*.jsonl"):
-        if int(path.stem.removeprefix("rank")) >= world:
+        number = path.stem.removeprefix("rank")
+        if number.isdecimal() and int(number) >= world:
             StepLog(path, step)
 
 
 def _write_recipe(recipe: Recipe, folder: Path, world: int) -> None:
     """Keep the resolved recipe with the run, and what ran it."""
-    folder.mkdir(parents=True, exist_ok=True)
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     header = f"# {world} processes; Python {platform.python_version()}, {versions}\n"
     unfinished = folder / "recipe.unfinished"
-    unfinished.write_text(header + dump_recipe(recipe))
-    unfinished.rename(folder / "recipe.yaml")
+    with disk_errors(folder / "recipe.yaml"):
+        unfinished.write_text(header + dump_recipe(recipe))
+        unfinished.rename(folder / "recipe.yaml")
 
 
 if __name__ == "__main__":

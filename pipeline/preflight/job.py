@@ -21,7 +21,7 @@ from pipeline.preflight.check import Check, check, green, red, skipped, yellow
 from pipeline.preflight.machine import GB
 from pipeline.status import Status
 from pipeline.train import conditions_of_run
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, resume
 from pipeline.training.budget import FULL
 from pipeline.training.memory import Plan
 
@@ -187,7 +187,7 @@ def earlier_starts(folder: Path) -> Check:
 
 @check("resuming", seconds=30, if_late="is the file system of the run directory slow?")
 def resuming(job: Job) -> Check:
-    start = checkpoint.latest(job.folder / "checkpoints")
+    start = resume.whole(job.folder / "checkpoints")
     if start is None:
         return green("starts anew")
     if job.source is None or job.zero is None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 
 from pipeline.config import Batch
 from pipeline.errors import PipelineError
@@ -122,13 +123,15 @@ def found_before(run: Path, checkpoint: dict | None, conditions: dict) -> Budget
     checkpoint: as `found` gave it for it.  conditions: by name, what memory depends on, `MEMORY` among it.
     """
     noted = None
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         noted = json.loads((run / NOTE).read_text())
     for kept in (noted, checkpoint):
         # What is not as `found` gives it is no budget, be it another version's.
-        with suppress(TypeError, KeyError, AttributeError):
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
             if _are_alike(kept["conditions"], conditions):
-                return Budget(**kept["budget"])
+                budget = TypeAdapter(Budget).validate_json(json.dumps(kept["budget"]), strict=True)
+                if min(budget.chunk_tokens, budget.longest) > 0 and min(budget.kept_chunks, budget.graph) >= 0:
+                    return budget
     return None
 
 

@@ -1,14 +1,15 @@
 """Checkpoints that are whole or not there at all.
 
-RUN/checkpoints/step-00000100/ is written under another name, flushed to the disk, and renamed; `latest` then
-names it. Whatever moment a run is killed at, `latest` names a whole checkpoint or there is none. `best` names the one
-that the run's evaluation liked best, with its score. On another number of processes a checkpoint is loaded through
-universal.py.
+RUN/checkpoints/step-00000100/ is written under another name, flushed to the disk with its manifest, and renamed;
+`latest` then names it. Whatever moment a run is killed at, `latest` names a whole checkpoint or there is none. `best`
+names the one that the run's evaluation liked best, with its score. What a disk damages afterwards is resume.py's
+concern. On another number of processes a checkpoint is loaded through universal.py.
 """
 
 import copyreg
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -25,11 +26,15 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch.utils.serialization import config as serialization
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, disk_errors, is_of_lost_peer
+from pipeline.training import manifest
+from pipeline.training.manifest import Damaged
 
 LATEST, BEST = "latest", "best"
 CONDITIONS = "conditions.json"
-PROCESSES = "the number of processes"
+PROCESSES, STAGE = "the number of processes", "the ZeRO stage"
+MANIFEST = "the manifest's format"  # among the conditions, so that a manifest that is gone is missed
+_NAME = re.compile(r"step-\d{8,}")
 
 # What DeepSpeed's own files hold besides tensors and plain values; nothing else is unpickled.
 _DEEPSPEED_TYPES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
@@ -44,29 +49,38 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
         not be, is kept with them.
     """
     name, unfinished = f"step-{step:08d}", f"unfinished-{step:08d}"
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("unfinished-*"):
-            shutil.rmtree(left)
-    dist.barrier()
-    engine.save_checkpoint(
-        str(folder),
-        tag=unfinished,
-        client_state=state | {"step": step},
-        save_latest=False,
-        exclude_frozen_parameters=True,  # they are the initial model's
-    )
-    if dist.get_rank() == 0:
-        (folder / unfinished / CONDITIONS).write_text(json.dumps(conditions | {PROCESSES: dist.get_world_size()}))
-    flush(folder / unfinished)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        if (folder / name).exists():
-            shutil.rmtree((folder / name).rename(folder / f"unfinished-old-{step:08d}"))
-        (folder / unfinished).rename(folder / name)
-        _flush_path(folder)
-        _point(folder, LATEST, name)
-        remove_old([path for path in sorted(folder.glob("step-*")) if path.name <= name], keep)
+    leads, rank = dist.get_rank() == 0, dist.get_rank()
+    with disk_errors(folder / unfinished):
+        if leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob("unfinished-*"):
+                remove(left)
+        dist.barrier()
+        engine.save_checkpoint(
+            str(folder),
+            tag=unfinished,
+            client_state=state | {"step": step},
+            save_latest=False,
+            exclude_frozen_parameters=True,  # they are the initial model's
+        )
+        if leads:
+            kept = conditions | {PROCESSES: dist.get_world_size(), MANIFEST: manifest.FORMAT}
+            (folder / unfinished / CONDITIONS).write_text(json.dumps(kept))
+        there = [file for file in (folder / unfinished).rglob("*") if file.is_file()]
+        names = [file.relative_to(folder / unfinished).as_posix() for file in there]
+        ours = [name for name in names if manifest.writer_of(name) == rank]
+        files = manifest.sums(folder / unfinished, ours, meanwhile=lambda: flush(folder / unfinished))
+        of_ranks: list | None = [None] * dist.get_world_size() if leads else None
+        dist.gather_object(files, of_ranks)
+        if leads:
+            manifest.write(folder / unfinished, step, {name: file for each in of_ranks for name, file in each.items()})
+            flush_path(folder / unfinished)
+            if (folder / name).exists():
+                remove((folder / name).rename(folder / f"unfinished-old-{step:08d}"))
+            (folder / unfinished).rename(folder / name)
+            flush_path(folder)
+            _point(folder, LATEST, name)
+            remove_old([path for path in reversed(candidates(folder)) if path.is_dir()], keep)
     dist.barrier()
 
 
@@ -76,7 +90,7 @@ def remove_old(checkpoints: list[Path], keep: int) -> None:
         if old != best(old.parent):
             doomed = old.with_name(old.name.replace("step", "unfinished"))
             old.rename(doomed)  # under its own name it must not be there in parts
-            shutil.rmtree(doomed)
+            remove(doomed)
 
 
 def keep_best(folder: Path, step: int, score: float, by: list[str]) -> None:
@@ -97,30 +111,62 @@ def best(folder: Path) -> Path | None:
 
 def _best(folder: Path) -> dict:
     """What `keep_best` wrote; empty where there is none, or its checkpoint is not there any more."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         kept = json.loads((folder / BEST).read_text())
-        if (folder / kept["checkpoint"]).is_dir():
-            return kept
+        named, by = kept["checkpoint"], kept["by"]
+        if _NAME.fullmatch(named) and (folder / named).is_dir() and isinstance(by, list):
+            return {"checkpoint": named, "score": float(kept["score"]), "by": by}
     return {}
+
+
+def recover_best(scores: dict[Path, tuple[float, list[str]]]) -> None:
+    """Write `best` anew, by the scores of the checkpoints that have one; see `keep_best`."""
+    for path in sorted(scores, key=step_of):
+        keep_best(path.parent, step_of(path), *scores[path])
 
 
 def _point(folder: Path, pointer: str, text: str) -> None:
     unfinished = folder / f"{pointer}.unfinished"
-    unfinished.write_text(text + "\n")
-    _flush_path(unfinished)
-    unfinished.rename(folder / pointer)
-    _flush_path(folder)
+    with disk_errors(folder / pointer):
+        unfinished.write_text(text + "\n")
+        flush_path(unfinished)
+        unfinished.rename(folder / pointer)
+        flush_path(folder)
+
+
+def point(checkpoint: Path) -> None:
+    """Have `latest` name a checkpoint, if it does not."""
+    if _pointed(checkpoint.parent) != checkpoint.name:
+        _point(checkpoint.parent, LATEST, checkpoint.name)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, which need not be there. PipelineError where it cannot be looked into."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise PipelineError(f"{folder} cannot be read: {error.strerror}") from None
+
+
+def candidates(folder: Path) -> list[Path]:
+    """All checkpoints, whole or not, from the newest on: the one that `latest` names, unless it names none."""
+    there = {path.name: path for path in entries(folder) if _NAME.fullmatch(path.name)}
+    newest = _pointed(folder)
+    steps = sorted(there.values(), key=step_of, reverse=True)
+    return [path for path in steps if newest not in there or step_of(path) <= step_of(there[newest])]
+
+
+def _pointed(folder: Path) -> str:
+    with suppress(OSError, ValueError):
+        return (folder / LATEST).read_text().strip()
+    return ""
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None where there is none yet."""
-    pointer = folder / LATEST
-    if not pointer.is_file():
-        return None
-    checkpoint = folder / pointer.read_text().strip()
-    if not checkpoint.is_dir():
-        raise PipelineError(f"{pointer} names {checkpoint.name}, which is not there; write another's name into it")
-    return checkpoint
+    """The newest checkpoint, or None where there is none yet. Whether it is whole, resume.py finds out."""
+    return next(iter(candidates(folder)), None)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -129,8 +175,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def conditions_of(checkpoint: Path) -> dict:
-    """Those under which it was written."""
-    return json.loads((checkpoint / CONDITIONS).read_text())
+    """Those under which it was written. Raises Damaged where they are not there."""
+    conditions = manifest.read_json(checkpoint / CONDITIONS)
+    for name in (PROCESSES, STAGE):
+        if type(conditions.get(name)) is not int:
+            raise Damaged(f"{CONDITIONS} does not say {name}")
+    return conditions
 
 
 # Of runs that began before these were among the conditions.
@@ -152,8 +202,16 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict:
     removed afterwards.
     """
     universal = engine.load_universal_checkpoint()
-    with weights_only(), _universal_load(engine.optimizer) if universal else nullcontext():
-        path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
+    try:
+        with weights_only(), _universal_load(engine.optimizer) if universal else nullcontext():
+            path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
+    except Exception as error:
+        if is_of_lost_peer(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise PipelineError(
+            f"{checkpoint} cannot be loaded ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}), though "
+            f"its files are as they were written; if nothing else has changed, rename it: an older one is then taken"
+        ) from error
     if path is None:
         raise PipelineError(f"{checkpoint} holds no checkpoint that DeepSpeed can read")
     if universal:
@@ -169,7 +227,7 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     In the precision of training, or (ZeRO-3) in float32.
     """
     with weights_only():
-        if conditions_of(checkpoint)["the ZeRO stage"] == 3:
+        if conditions_of(checkpoint)[STAGE] == 3:
             return get_fp32_state_dict_from_zero_checkpoint(
                 str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
             )
@@ -225,10 +283,19 @@ def _universal_load(optimizer: deepspeed.runtime.base_optimizer.ZeROOptimizer) -
 def flush(folder: Path) -> None:
     """Have this machine's writes below `folder` reach the disk: every rank flushes, for its node wrote them."""
     for path in (folder, *folder.rglob("*")):
-        _flush_path(path)
+        flush_path(path)
 
 
-def _flush_path(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a folder, or whatever else has its name, if anything has."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush_path(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
 """A trained engine -> a Hugging Face folder that transformers loads alone."""
 
-import shutil
+import os
 from pathlib import Path
 
 import deepspeed
@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Recipe
+from pipeline.errors import disk_errors
 from pipeline.models.frozen import Frozen
 from pipeline.models.kinds import KINDS
 from pipeline.models.lora import merge_adapters
+from pipeline.training.checkpoint import remove
 from pipeline.training.distributed import on_first_rank
 
 
@@ -24,8 +26,8 @@ def export(engine: deepspeed.DeepSpeedEngine, frozen: Frozen | None, recipe: Rec
         weights = KINDS[recipe.model.kind].exported(weights, frozen)
 
     def write() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_folder(engine.module, weights, recipe, source, folder)
+        with disk_errors(folder):
+            write_folder(engine.module, weights, recipe, source, folder)
 
     on_first_rank(write)
 
@@ -35,13 +37,17 @@ def write_folder(
 ) -> None:
     """Write `weights`, adapters merged, to a folder that is whole or not there; as `export`, in one process.
 
-    With adapters, `weights` is empty afterwards.
+    What was there before goes when the new one is whole. With adapters, `weights` is empty afterwards.
     """
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished, old = (folder.with_name(f"{folder.name}.{what}") for what in ("unfinished", "old"))
+    for left in (unfinished, old):
+        remove(left)
     merged = merge_adapters(weights, recipe.train.lora) if recipe.train.lora else weights
     KINDS[recipe.model.kind].save(recipe, model, merged, source, unfinished)
+    if os.path.lexists(folder):
+        folder.rename(old)
     unfinished.rename(folder)
+    remove(old)
 
 
 def _gathered(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from pipeline import status
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.data.order import Order
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, disk_errors
 from pipeline.evaluation.report import Report
 from pipeline.losses.gather import all_gather_constant
 from pipeline.models.frozen import KeptFeatures
@@ -26,7 +26,7 @@ from pipeline.training.budget import MEMORY, NOTE, Budget, found, found_before, 
 from pipeline.training.engine import learning_rate, set_hyperparameters
 from pipeline.training.masked import masked_step
 from pipeline.training.meter import Memory, Meter
-from pipeline.training.monitor import Monitor, evaluation_file
+from pipeline.training.monitor import Monitor, score_of
 from pipeline.training.preemption import Preemption
 from pipeline.training.step import StepResult, train_step
 from pipeline.training.temperature import Temperature
@@ -76,7 +76,7 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
     with monitor, run.preemption.steps():
         if monitor.leads:
             status.note(run.folder, "running", step=start, steps=run.steps)
-        if _evaluation_is_due(run, start):
+        if _is_evaluated(run, start) and _evaluation_is_missing(run, start):
             _evaluate(run, monitor, start, budget)
         if asked := run.preemption.asked():
             monitor.stopped(asked)
@@ -118,7 +118,7 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
             }
             monitor.step(metrics, speed, histograms)
 
-            asked, evaluation_is_due = run.preemption.asked(), _evaluation_is_due(run, done)
+            asked, evaluation_is_due = run.preemption.asked(), _is_evaluated(run, done)
             # Also before an evaluation, which may be cut short: then it is made up for.
             if asked or evaluation_is_due or done == run.steps or done % recipe.checkpoint.every == 0:
                 monitor.flush()
@@ -127,7 +127,8 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
                 folder = run.folder / "checkpoints"
                 checkpoint.save(engine, folder, done, kept, run.conditions, recipe.checkpoint.keep)
                 if monitor.leads:
-                    (run.folder / NOTE).unlink(missing_ok=True)  # from here on the checkpoint knows
+                    with disk_errors(run.folder / NOTE):
+                        (run.folder / NOTE).unlink(missing_ok=True)  # from here on the checkpoint knows
             if evaluation_is_due and not asked:
                 _evaluate(run, monitor, done, budget)
                 asked = run.preemption.asked()
@@ -195,12 +196,16 @@ def _learn(budget: Budget, memory: Memory, largest_chunk: int, items: int) -> No
         print(f"a step took {memory.peak / 1e9:.1f} GB of {memory.total / 1e9:.1f}; {how} {budget}")
 
 
-def _evaluation_is_due(run: Run, step: int) -> bool:
-    """Before the first step, after the last, and between as the recipe says; unless it was made before a restart."""
+def _is_evaluated(run: Run, step: int) -> bool:
+    """Before the first step, after the last, and between as the recipe says."""
     evaluation = run.recipe.evaluation
-    if not evaluation or (step not in (0, run.steps) and (not evaluation.every or step % evaluation.every)):
-        return False
-    due = torch.tensor(not evaluation_file(run.folder, step).exists(), device=get_accelerator().current_device_name())
+    return bool(evaluation) and (step in (0, run.steps) or bool(evaluation.every and step % evaluation.every == 0))
+
+
+def _evaluation_is_missing(run: Run, step: int) -> bool:
+    """Whether it is still to be made, of the step that a start continues from."""
+    missing = score_of(run.folder, step) is None
+    due = torch.tensor(missing, device=get_accelerator().current_device_name())
     dist.broadcast(due, 0)  # on a shared file system another rank may not yet see it
     return bool(due)
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,10 +15,11 @@ from tqdm import tqdm
 
 from pipeline import status
 from pipeline.data.batch import Bad, Origin
-from pipeline.errors import printable
+from pipeline.errors import PipelineError, disk_errors, printable
 from pipeline.evaluation.report import Report
 from pipeline.progress import progress_bar
 
+_PROBE = 64 << 10  # bytes: a disk that takes no more is full
 _WHY = {
     signal.SIGUSR1: "(the time limit is near)",
     signal.SIGTERM: "(preempted, requeued or cancelled)",
@@ -29,31 +32,115 @@ def evaluation_file(run: Path, step: int) -> Path:
     return run / "evaluation" / f"step-{step:08d}.json"
 
 
+def score_of(run: Path, step: int) -> tuple[float, list[str]] | None:
+    """The score of an evaluation, and the sets it is of; None where there is none that can be read."""
+    try:
+        report = Report.read(evaluation_file(run, step))
+    except PipelineError:
+        return None
+    return report.score, list(report.results)
+
+
+def check_writable(run: Path) -> None:
+    """Raise PipelineError unless a run can write what it will: known before a model is loaded, not a checkpoint later.
+
+    A folder that is not there is made.
+    """
+    probe = f".probe.{socket.gethostname()}-{os.getpid()}.unfinished"
+    for folder in (run, *(run / name for name in ("checkpoints", "evaluation", "ledger", "tensorboard"))):
+        with disk_errors(folder):
+            if folder == run:
+                folder.mkdir(parents=True, exist_ok=True)
+            if folder == run or os.path.lexists(folder):
+                try:
+                    with (folder / probe).open("wb") as file:
+                        file.write(bytes(_PROBE))
+                        file.flush()
+                        os.fsync(file.fileno())
+                finally:
+                    (folder / probe).unlink(missing_ok=True)
+    for path in run.glob("*.jsonl"):
+        with disk_errors(path):
+            path.open("rb+").close()
+
+
 class StepLog:
     """A file of one JSON object a line, each with its "step"; continued from `start`, later lines are dropped.
 
-    A run killed between two checkpoints takes the steps after the first one again, and logs them again.
+    A run killed between two checkpoints takes the steps after the first one again, and logs them again. What is no such
+    line is cut with a note, and kept beside the file in NAME.damaged: a log must not keep a run from going on.
+
+    is_one_each: a step has one line; of two, the later holds.
     """
 
-    def __init__(self, path: Path, start: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
-        rewritten = path.with_suffix(".unfinished")
-        rewritten.write_text("".join(kept))
-        rewritten.rename(path)
-        self.file = path.open("a", buffering=1)
+    def __init__(self, path: Path, start: int, *, is_one_each: bool = True) -> None:
+        self.path = path
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            before = path.read_bytes() if path.exists() else b""
+            lines, damaged = _parsed(before, is_one_each)
+            if path.exists():
+                steps = {step for step, _ in lines}
+                whole = range(min(steps, default=1), start + 1) if is_one_each else ()
+                self._note(damaged, [step for step in whole if step not in steps])
+            if (kept := b"".join(line for step, line in lines if step <= start)) != before:
+                rewritten = path.with_suffix(".unfinished")
+                with rewritten.open("wb") as file:
+                    file.write(kept)
+                    file.flush()
+                    os.fsync(file.fileno())  # or a crash may leave zeros under the name
+                rewritten.rename(path)
+            self.file = path.open("a", buffering=1)
+
+    def _note(self, damaged: list[bytes], missing: list[int]) -> None:
+        said = []
+        if damaged:
+            aside = self.path.with_name(self.path.name + ".damaged")
+            with aside.open("ab") as file:
+                file.writelines(damaged)
+            said.append(f"had {sum(map(len, damaged))} damaged bytes, which are now in {aside.name}")
+        if missing:
+            said.append(f"has no line of {len(missing)} steps, the first of them {missing[0]}")
+        if said:
+            print(f"{self.path} {' and '.join(said)}", file=sys.stderr, flush=True)
 
     def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        with disk_errors(self.path):
+            self.file.write(json.dumps(record) + "\n")
 
     def flush(self) -> None:
-        os.fsync(self.file.fileno())
+        with disk_errors(self.path):
+            os.fsync(self.file.fileno())
 
 
-def _lines(path: Path) -> list[str]:
-    """The file's whole lines: a process may have been killed while it wrote the last."""
-    text = path.read_text() if path.exists() else ""
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def _parsed(content: bytes, is_one_each: bool) -> tuple[list[tuple[int, bytes]], list[bytes]]:
+    """A log's steps with their lines, in the order of the steps, and what else is in it."""
+    found, damaged = [], []
+    for raw in content.splitlines(keepends=True):
+        if (step := _step(raw)) is not None and not raw.endswith(b"\r\n"):
+            found.append((step, raw))
+            continue
+        # A whole line may be left between zeros, of a power loss, after a byte-order mark, or after a torn line.
+        for part in re.split(rb'(?=\{"step": )', raw):
+            line = part.strip(b"\0 \t\r\n") + b"\n"
+            if (step := _step(line)) is not None:
+                found.append((step, line))
+            elif part:
+                damaged.append(part)
+    if is_one_each:
+        latest = dict(found)
+        damaged += [line for step, line in found if line != latest[step]]
+        found = list(latest.items())
+    return sorted(found, key=lambda each: each[0]), damaged
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a log's whole line, None of anything else: a process may have been killed while it wrote."""
+    try:
+        step = json.loads(line.decode())["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if type(step) is int and step > 0 and line.endswith(b"\n") else None
 
 
 class Monitor:
@@ -72,9 +159,10 @@ class Monitor:
             # for bit; how fast it went has a file of its own.
             self.metrics = StepLog(folder / "metrics.jsonl", start)
             self.speed = StepLog(folder / "speed.jsonl", start)
-            self.bad_samples = StepLog(folder / "bad_samples.jsonl", start)
+            self.bad_samples = StepLog(folder / "bad_samples.jsonl", start, is_one_each=False)
             self.logs += [self.metrics, self.speed, self.bad_samples]
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
+            with disk_errors(folder / "tensorboard"):
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
             self.bar = progress_bar(initial=start, total=steps, desc="training", unit="step")
 
     def __enter__(self) -> "Monitor":
@@ -103,20 +191,22 @@ class Monitor:
             return
         self.metrics.write(metrics)
         self.speed.write({"step": metrics["step"]} | speed)
-        for group, values in (("train", metrics), ("speed", speed)):
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    self.board.add_scalar(f"{group}/{name}", value, metrics["step"])
-        for name, values in histograms.items():
-            if len(values):
-                self.board.add_histogram(f"similarity/{name}", values, metrics["step"])
+        with disk_errors(self.folder / "tensorboard"):
+            for group, values in (("train", metrics), ("speed", speed)):
+                for name, value in values.items():
+                    if name != "step" and value is not None:
+                        self.board.add_scalar(f"{group}/{name}", value, metrics["step"])
+            for name, values in histograms.items():
+                if len(values):
+                    self.board.add_histogram(f"similarity/{name}", values, metrics["step"])
         status.note(self.folder, "running", step=metrics["step"], steps=self.steps)
         self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
         self.bar.update()
 
     def evaluation(self, step: int, report: Report) -> None:
         """Show and keep an evaluation after `step` steps."""
-        report.save(evaluation_file(self.folder, step))
+        with disk_errors(evaluation_file(self.folder, step)):
+            report.save(evaluation_file(self.folder, step))
         averages = report.averages()
         for name, value in averages.items():
             self.board.add_scalar(f"evaluation/{name}", value, step)

@@ -1,11 +1,17 @@
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.errors import PipelineError
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.results import BINS, Result, Similarities
-from pipeline.training.monitor import Monitor, StepLog
+from pipeline.training.monitor import Monitor, StepLog, check_writable
 
 
 def test_a_continued_log_drops_the_steps_taken_again_and_a_torn_line(tmp_path):
@@ -19,6 +25,106 @@ def test_a_continued_log_drops_the_steps_taken_again_and_a_torn_line(tmp_path):
     log.write({"step": 4, "try": 2})
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["try"]) for line in lines] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+
+
+ONE, TWO, THREE = (b'{"step": %d, "loss": 0.5}\n' % step for step in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("content", "kept", "damaged", "said"),
+    [
+        (b"", b"", b"", "has no line of 3 steps, the first of them 1"),
+        (ONE + TWO + THREE, ONE + TWO + THREE, b"", ""),
+        (ONE + TWO + THREE + b'{"step": 4, "lo', ONE + TWO + THREE, b'{"step": 4, "lo', "had 15 damaged bytes"),
+        (ONE + TWO + THREE[:-1], ONE + TWO + THREE, b"", ""),
+        (ONE + TWO + THREE + bytes(99), ONE + TWO + THREE, bytes(99), "had 99 damaged bytes"),
+        (ONE + TWO + bytes(99) + THREE, ONE + TWO + THREE, bytes(99), "had 99 damaged bytes"),
+        (b"\xef\xbb\xbf" + ONE + TWO + THREE, ONE + TWO + THREE, b"\xef\xbb\xbf", "had 3 damaged bytes"),
+        ((ONE + TWO + THREE).replace(b"\n", b"\r\n"), ONE + TWO + THREE, b"", ""),
+        (ONE + b'{"step": 2, "lo' + TWO + THREE, ONE + TWO + THREE, b'{"step": 2, "lo', "had 15 damaged bytes"),
+        (ONE + TWO[:-1] + THREE, ONE + TWO + THREE, b"", ""),
+        (ONE + bytes(26) + THREE, ONE + THREE, None, "has no line of 1 steps, the first of them 2"),
+        (ONE + b"<html>\n<p>502\n" + TWO + THREE, ONE + TWO + THREE, b"<html>\n<p>502\n", "had 14 damaged bytes"),
+        (ONE + TWO + THREE + b"\xff\xfe\x80\n", ONE + TWO + THREE, b"\xff\xfe\x80\n", "had 4 damaged bytes"),
+        (ONE + b'{"loss": 1}\n[1]\n7\nnull\n\n' + TWO, ONE + TWO, b'{"loss": 1}\n[1]\n7\nnull\n\n', "had 24 damaged"),
+        (ONE + TWO.replace(b"2", b'"2"'), ONE, TWO.replace(b"2", b'"2"'), "has no line of 2 steps"),
+        (ONE + TWO.replace(b"2", b"2.0"), ONE, TWO.replace(b"2", b"2.0"), "has no line of 2 steps"),
+        (ONE + TWO + TWO + THREE, ONE + TWO + THREE, b"", ""),
+        (ONE + TWO.replace(b"0.5", b"0.7") + TWO + THREE, ONE + TWO + THREE, TWO.replace(b"0.5", b"0.7"), "had 25"),
+        (THREE + ONE + TWO, ONE + TWO + THREE, b"", ""),
+        (b"[" * 100_000 + b"\n" + ONE, ONE, b"[" * 100_000 + b"\n", "had 100001 damaged bytes"),
+        (ONE + TWO, ONE + TWO, b"", "has no line of 1 steps, the first of them 3"),
+    ],
+)
+def test_what_is_no_line_of_a_log_is_cut_with_a_note_and_kept(content, kept, damaged, said, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    StepLog(path, 3)
+    assert path.read_bytes() == kept
+    aside = tmp_path / "metrics.jsonl.damaged"
+    assert damaged is None or (aside.read_bytes() if aside.exists() else b"") == damaged
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert len(printed.splitlines()) == bool(said)
+    StepLog(path, 3)  # cut once
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_a_step_may_have_several_bad_samples(tmp_path, capsys):
+    path = tmp_path / "bad_samples.jsonl"
+    path.write_bytes(ONE + ONE + THREE + bytes(3))
+    StepLog(path, 3, is_one_each=False)
+    assert path.read_bytes() == ONE + ONE + THREE
+    assert capsys.readouterr().err == f"{path} had 3 damaged bytes, which are now in bad_samples.jsonl.damaged\n"
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """As on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_said_by_a_log(tmp_path):
+    log, path = StepLog(tmp_path / "log.jsonl", 0), tmp_path / "log.jsonl"
+    with no_file_above(50):
+        log.write({"step": 1, "loss": 0.5})
+        with pytest.raises(PipelineError, match=r"log\.jsonl cannot be written: File too large \(.* MB free\)"):
+            log.write({"step": 2, "loss": 0.123456789012345678})
+    assert StepLog(path, 2).path.read_bytes() == ONE
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda run: run.write_text(""), "run cannot be written: File exists"),
+        (lambda run: run.symlink_to("/proc/none/run"), "run cannot be written: "),
+        (lambda run: run.symlink_to(run), "run cannot be written: "),
+        (lambda run: [run.mkdir(), (run / "checkpoints").write_text("")], "checkpoints cannot be written: Not a dir"),
+        (lambda run: [run.mkdir(), (run / "tensorboard").symlink_to("nowhere")], "tensorboard cannot be written: No"),
+        (lambda run: (run / "metrics.jsonl").mkdir(parents=True), r"metrics\.jsonl cannot be written: Is a directory"),
+    ],
+)
+def test_a_run_directory_that_cannot_be_written_is_known_at_the_start(make, named, tmp_path):
+    run = tmp_path / "run"
+    make(run)
+    with pytest.raises(PipelineError, match=named):
+        check_writable(run)
+
+
+def test_a_run_directory_is_made_with_its_parents_and_nothing_is_left_in_it(tmp_path):
+    run = tmp_path / "a/b/run"
+    check_writable(run)
+    (run / "checkpoints").mkdir()
+    with no_file_above(1000), pytest.raises(PipelineError, match="run cannot be written: File too large"):
+        check_writable(run)
+    with pytest.raises(PipelineError, match="/proc/none/run cannot be written: No such file"):
+        check_writable(Path("/proc/none/run"))
+    assert [path.name for path in run.rglob("*")] == ["checkpoints"]
 
 
 def test_tensorboard_shows_metrics_speed_and_histograms(tmp_path):

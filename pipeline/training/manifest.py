@@ -1,0 +1,198 @@
+"""A folder's manifest.json: sizes and checksums of its files, so that damage is found before anything is loaded.
+
+    {"format": 1, "step": 100, "block": 67108864, "files": {NAME: {"bytes": 123, "crc32": [one number a block]}}}
+
+It is written last. Ranks and threads share the work by files and blocks. A checkpoint of an older version has none;
+its files are zip archives, which carry sizes and checksums of their own.
+"""
+
+import errno
+import json
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import PipelineError
+
+FILE, FORMAT = "manifest.json", 1
+_BLOCK = 64 << 20  # what a thread sums at once; a flipped bit is found for certain, whatever the size
+_PIECE = 1 << 20  # is summed while it lies in the processor's cache
+_RANK = re.compile(r"(?:zero_pp_rank_|offloaded_tensors/rank)0*(\d+)")
+# That a file is not as it was written. Any other error says nothing of the file: it may be read another time.
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP}
+
+
+class Damaged(PipelineError):
+    """What is there is not what was written."""
+
+
+class File(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    bytes: int
+    crc32: list[int]
+
+
+class Manifest(BaseModel):
+    """files: by their path below the folder. None: of an archive that is to be checked by its own checksums."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: int
+    step: int
+    block: int
+    files: dict[str, File | None]
+
+
+def writer_of(name: str) -> int:
+    """The rank that writes a checkpoint's file of this name, and that reads it."""
+    match = _RANK.search(name)
+    return int(match.group(1)) if match else 0
+
+
+def sums(folder: Path, names: Iterable[str], meanwhile: Callable[[], None] | None = None) -> dict[str, File]:
+    """Sizes and checksums of files, by their names. `meanwhile` runs beside: the disk and the processor share no work.
+
+    Files that were just written are read from memory.
+    """
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    with ThreadPoolExecutor(_threads() + 1) as pool:
+        beside = pool.submit(meanwhile) if meanwhile else None
+        found = {
+            name: [pool.submit(_crc32, folder / name, start, _BLOCK) for start in range(0, size, _BLOCK)]
+            for name, size in sizes.items()
+        }
+        files = {
+            name: File(bytes=sizes[name], crc32=[each.result() for each in blocks]) for name, blocks in found.items()
+        }
+        if beside:
+            beside.result()
+    return files
+
+
+def write(folder: Path, step: int, files: dict[str, File]) -> None:
+    """Write the manifest, and bring it to the disk."""
+    manifest = Manifest(format=FORMAT, step=step, block=_BLOCK, files=dict(sorted(files.items())))
+    with (folder / FILE).open("w") as opened:
+        opened.write(manifest.model_dump_json())
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def read(folder: Path, step: int) -> Manifest | None:
+    """A folder's manifest, or None where there is none. Raises Damaged where it is none of this folder after `step`."""
+    file = folder / FILE
+    if not file.exists():
+        return None
+    content = read_json(file)
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Damaged(f"{FILE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if manifest.format != FORMAT or manifest.step != step or manifest.block < 1 or None in manifest.files.values():
+        raise Damaged(f"{FILE} is of another folder or format")
+    if strange := [name for name in manifest.files if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise Damaged(f"{FILE} names {strange[0]!r}, which is no file of the folder")
+    return manifest
+
+
+def read_json(file: Path) -> dict:
+    """An object from a file. Raises Damaged where there is none, PipelineError where the file cannot be read now."""
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise _unread(file, error) from None
+    except (ValueError, RecursionError) as error:
+        size = file.stat().st_size
+        raise Damaged(f"{file.name} is no JSON ({size} bytes: {str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise Damaged(f"{file.name} is no JSON object")
+    return content
+
+
+def faults(folder: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, str]:
+    """What is wrong with these of a folder's files, by their names; empty where all is as it was written.
+
+    Raises PipelineError where a file cannot be read that may be whole.
+    """
+    with ThreadPoolExecutor(_threads()) as pool:
+        looked = {}
+        for name in names:
+            try:
+                looked[name] = _look(folder / name, manifest.files[name], manifest.block, pool.submit)
+            except OSError as error:
+                looked[name] = [lambda error=error, name=name: _fault(folder / name, error)]
+        return {name: said for name, parts in looked.items() if (said := next(filter(None, (p() for p in parts)), ""))}
+
+
+def _look(file: Path, expected: File | None, block: int, submit: Callable) -> list[Callable[[], str]]:
+    """Begin to read a file; functions that wait and say what is wrong with a part of it, or nothing."""
+    if not file.is_file():
+        return [lambda: f"{file.name} is no file" if file.exists() else f"{file.name} is missing"]
+    if expected is None:
+        return [partial(_said, file, submit(_archive_fault, file))]
+    if (size := file.stat().st_size) != expected.bytes:
+        return [lambda: f"{file.name} has {size:,} bytes of {expected.bytes:,}"]
+    starts = range(0, size, block)
+    if len(starts) != len(expected.crc32):
+        return [lambda: f"{FILE} has {len(expected.crc32)} checksums of {file.name}, not {len(starts)}"]
+    return [
+        partial(_said, file, submit(_block_fault, file, start, block, crc))
+        for start, crc in zip(starts, expected.crc32, strict=True)
+    ]
+
+
+def _said(file: Path, future: object) -> str:
+    try:
+        return future.result()
+    except OSError as error:
+        return _fault(file, error)
+
+
+def _fault(file: Path, error: OSError) -> str:
+    damage = _unread(file, error)
+    if isinstance(damage, Damaged):
+        return str(damage)
+    raise damage
+
+
+def _unread(file: Path, error: OSError) -> PipelineError:
+    if error.errno in _DAMAGE:
+        return Damaged(f"{file.name} is missing" if error.errno == errno.ENOENT else f"{file.name}: {error.strerror}")
+    return PipelineError(f"{file} cannot be read: {error.strerror}; mend that and start again")
+
+
+def _block_fault(file: Path, start: int, length: int, expected: int) -> str:
+    if _crc32(file, start, length) == expected:
+        return ""
+    return f"{file.name} is not as it was written: its checksum differs from byte {start:,} on"
+
+
+def _archive_fault(file: Path) -> str:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return f"{file.name} is damaged in {member}" if (member := archive.testzip()) else ""
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
+        return f"{file.name} is damaged or cut: {error}"
+
+
+def _crc32(file: Path, start: int, length: int) -> int:
+    buffer, crc = memoryview(bytearray(_PIECE)), 0
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(start)
+        while length and (count := opened.readinto(buffer[: min(length, _PIECE)])):
+            crc = zlib.crc32(buffer[:count], crc)
+            length -= count
+    return crc
+
+
+def _threads() -> int:
+    return max(min(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8), 1)

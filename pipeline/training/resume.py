@@ -1,0 +1,162 @@
+"""Which checkpoint a run continues from: the newest whole one. Damaged ones are named and set aside, never deleted."""
+
+import socket
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pipeline.errors import PipelineError
+from pipeline.training import checkpoint, manifest
+from pipeline.training.distributed import on_first_rank
+from pipeline.training.manifest import Damaged, Manifest
+from pipeline.training.monitor import score_of
+
+_SHOWN = 3  # faults of one checkpoint in a message
+
+
+def whole(folder: Path, *, thorough: bool = False, quiet: bool = False) -> Path | None:
+    """The newest checkpoint that is whole, by its files' sizes or (thorough) checksums; None where there never was one.
+
+    It changes nothing, and prints which newer ones are damaged, unless quiet. Raises PipelineError where all are.
+    """
+    damaged = {}
+    for each in checkpoint.candidates(folder):
+        if fault := fault_of(each, thorough=thorough):
+            damaged[each] = fault
+            continue
+        for other, why in () if quiet else damaged.items():
+            print(f"{other} is damaged: {why}; {each.name} is taken", file=sys.stderr, flush=True)
+        return each
+    _refuse(folder, damaged)
+    return None
+
+
+def fault_of(path: Path, *, thorough: bool) -> str:
+    """What is wrong with a checkpoint; empty where it is whole."""
+    try:
+        content = contents(path)
+        if thorough:
+            return _joined(manifest.faults(path, content, content.files))
+        for name, file in content.files.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if file and (path / name).stat().st_size != file.bytes:
+                return f"{name} has {(path / name).stat().st_size:,} bytes of {file.bytes:,}"
+    except Damaged as error:
+        return str(error)
+    return ""
+
+
+def choose(folder: Path, conditions: dict) -> Path | None:
+    """The checkpoint to continue from, checked by all ranks; None where there never was one. Every rank calls this.
+
+    Newer ones that are damaged are set aside under other names.
+
+    Raises PipelineError, on the first rank, where none is whole, and as `checkpoint.check` does.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    left, damaged = None, {}
+
+    def look() -> tuple[Path | None, Manifest | None]:
+        nonlocal left
+        left = checkpoint.candidates(folder) if left is None else left
+        while left:
+            path = left.pop(0)
+            try:
+                return path, contents(path)
+            except Damaged as error:
+                damaged[path] = str(error)
+        return None, None
+
+    while True:
+        # One rank's word counts: on a shared file system another may not yet see the newest checkpoint.
+        path, content = on_first_rank(look)
+        if path is None:
+            break
+        share = [name for name in content.files if manifest.writer_of(name) % world == rank]
+        try:
+            found = manifest.faults(path, content, share)
+        except PipelineError as error:
+            found = dict.fromkeys(share, str(error))
+        complaints: list = [None] * world
+        dist.all_gather_object(complaints, (socket.gethostname(), found))
+        if not any(found for _, found in complaints):
+            break
+
+        def judge(path: Path = path, content: Manifest = content, complaints: list = complaints) -> None:
+            # A node whose memory or cache is at fault must not cost a checkpoint.
+            names = [name for _, found in complaints for name in found]
+            if ours := manifest.faults(path, content, names):
+                damaged[path] = _joined(ours)
+                return
+            host, said = next((host, _joined(found)) for host, found in complaints if found)
+            raise PipelineError(f"{path}: on {host} {said}; on {socket.gethostname()} the same files are whole")
+
+        on_first_rank(judge)
+
+    def settle() -> None:
+        if path is None:
+            _refuse(folder, damaged)
+            return
+        checkpoint.check(path, conditions)
+        for each, why in damaged.items():
+            _set_aside(each, why, path)
+        checkpoint.point(path)
+        if not checkpoint.best(folder):
+            scores = {each: score_of(folder.parent, checkpoint.step_of(each)) for each in checkpoint.candidates(folder)}
+            checkpoint.recover_best({each: score for each, score in scores.items() if score})
+
+    on_first_rank(settle)
+    return path
+
+
+def contents(path: Path) -> Manifest:
+    """What a checkpoint should hold. Raises Damaged where that cannot be told."""
+    if not path.is_dir():
+        raise Damaged("it is no folder")
+    conditions = checkpoint.conditions_of(path)
+    step = checkpoint.step_of(path)
+    if found := manifest.read(path, step):
+        return found
+    if checkpoint.MANIFEST in conditions:
+        raise Damaged(f"{manifest.FILE} is missing")
+    # Of an older version: DeepSpeed's files, by the names it gives them.
+    world, stage = conditions[checkpoint.PROCESSES], conditions[checkpoint.STAGE]
+    ranks = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(world)] if stage else []
+    files = [f"{name}_model_states.pt" for name in (ranks if stage == 3 else ["mp_rank_00"])]
+    for name in ranks:
+        named = [path / f"{prefix}{name}_optim_states.pt" for prefix in ("", "bf16_", "fp16_")]
+        files.append(next((file.name for file in named if file.exists()), named[0].name))
+    return Manifest(format=manifest.FORMAT, step=step, block=1, files=dict.fromkeys(files))
+
+
+def _set_aside(path: Path, why: str, taken: Path) -> None:
+    numbers = ["", *(f"-{number}" for number in range(2, 1000))]
+    target = next(new for each in numbers if not (new := path.with_name(f"damaged-{path.name}{each}")).exists())
+    path.rename(target)
+    checkpoint.flush_path(path.parent)
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    print(
+        f"{path} is damaged: {why}. It is kept as {target.name} ({size / 1e6:,.1f} MB; delete it when not needed), "
+        f"and the run continues from {taken.name}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _refuse(folder: Path, damaged: dict[Path, str]) -> None:
+    """Raise PipelineError where there was a checkpoint: what is left of a run is not written over unasked."""
+    aside = [path for path in checkpoint.entries(folder) if path.name.startswith("damaged-step-")]
+    if damaged or aside:
+        whys = [f"{path.name}: {why}" for path, why in damaged.items()] + [path.name for path in aside]
+        raise PipelineError(
+            f"{folder} has no whole checkpoint: {'; '.join(whys)}. Restore one, set run= to another directory, or move "
+            "that folder away to begin anew"
+        )
+
+
+def _joined(faults: dict[str, str]) -> str:
+    texts = sorted(faults.values())
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return "; ".join(texts[:_SHOWN]) + more
