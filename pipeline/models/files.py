@@ -234,7 +234,7 @@ def fingerprint(path: str | None) -> str | None:
         if file.is_file():
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             digest.update(file.read_bytes() if file.suffix == ".json" else _samples(file))
-    for file in sorted(folder.glob("*.bin")):
+    for file in sorted(file for file in folder.glob("*.bin") if file.is_file()):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
     return digest.hexdigest()
 

@@ -386,10 +386,15 @@ def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTraine
 
 
 def _require_image_processor(path: str, config: LlavaOnevisionConfig) -> None:
-    """Raise PipelineError where images are to be prepared in another way than here. An export holds the processor."""
+    """Raise PipelineError where images have another size than here. An export holds the processor."""
     its, side = loading.image_processor(path, LlavaOnevisionImageProcessorPil), config.vision_config.image_size
     if (its.size.height, its.size.width) != (side, side):
         raise PipelineError(f"{path}: its image processor makes tiles of size {dict(its.size)}, its model takes {side}")
+
+
+def require_normalisation(path: str) -> None:
+    """Raise PipelineError where the model was trained with colours that are brought to another range than here."""
+    its = loading.image_processor(path, LlavaOnevisionImageProcessorPil)
     if {*its.image_mean} != {MEAN} or {*its.image_std} != {STD}:
         raise PipelineError(
             f"{path}: its image processor has image_mean={its.image_mean}, image_std={its.image_std}; only {MEAN} and "
