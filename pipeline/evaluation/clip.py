@@ -99,7 +99,8 @@ class ClipEncoder:
             raise PipelineError(f"no {kind} model at {path!r}: {error}") from None
         if kind == "clip":
             require_end(path, config.text_config, tokenizer)
-        _require_sizes(path, config, image_processor)
+        with loading.reading(folder / "preprocessor_config.json"):
+            _require_sizes(path, config, image_processor)
         encoder = cls(
             name=path,
             identity=identity_of(folder, options.precision, options.video.frames),

@@ -39,6 +39,7 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.files import fetched
 from pipeline.models.loading import refuse_unknown, require_vocabulary
 from pipeline.models.qwen2 import keep_less, pool_in_last_layer
 from pipeline.models.tower import MEAN, STD, normalised, tower_features
@@ -348,7 +349,8 @@ def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | No
     if config.vision_feature_layer != -1:
         raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
     require_newline(path, newline_position(config))
-    require_tiles(path, config)
+    with loading.reading(fetched(path, weights=False) / "config.json"):
+        require_tiles(path, config)
     return with_own(config, pinpoints, newline)
 
 

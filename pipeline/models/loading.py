@@ -131,7 +131,7 @@ def checked(file: Path, values: dict[str, Any], section: str = "") -> dict[str, 
         if name in _WHOLE and not isinstance(value, list) and not (value is None and name in _NULLABLE):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _WHOLE[name]:
                 refuse(name, f"a whole number of 1 to {_WHOLE[name]:,}")
-        elif name in _POSITIVE and value is not None and not isinstance(value, list):
+        elif name in _POSITIVE and not (isinstance(value, list) or (value is None and "rope_" in section + name)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 refuse(name, "a number above 0")
         elif name in ("torch_dtype", "dtype") and value is not None:

@@ -330,6 +330,9 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("processor-size", "llave clip llm2clip", config(file=IMAGES, size={"height": 0, "width": 0}), IMAGES),
     ("processor-negative", "clip llm2clip", config(file=IMAGES, crop_size=-3), IMAGES),
     ("processor-mean", "llave clip llm2clip", config(file=IMAGES, image_mean=[0.5, 0.5]), "image_mean=[0.5, 0.5]"),
+    ("no-epsilon", "clip", config("text_config", layer_norm_eps=None), "text_config.layer_norm_eps=None must be"),
+    ("patch-of-two", "llave", config("vision_config", patch_size=[8, 8]), "config.json"),
+    ("no-crop", "clip llm2clip", config(file=IMAGES, crop_size=None), IMAGES),
     (
         "processor-std",
         "llave clip llm2clip",
