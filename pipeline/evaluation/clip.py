@@ -93,11 +93,15 @@ class ClipEncoder:
             # transformers would take another tokenizer for it, which leaves the punctuation in.
             raise PipelineError(f"{path} has a SentencePiece tokenizer: pip install sentencepiece")
         loading.check_weights(path, model_class, config)
-        tokenizer = loading.tokenizer(path, config.text_config.vocab_size)
-        image_processor = loading.image_processor(path, processor_class)
+        try:
+            tokenizer = loading.tokenizer(path, config.text_config.vocab_size)
+            image_processor = loading.image_processor(path, processor_class)
+        except PipelineError as error:
+            raise PipelineError(f"no {kind} model at {path!r}: {error}") from None
         if kind == "clip":
             require_end(path, config.text_config, tokenizer)
-        _require_sizes(path, config, image_processor)
+        with loading.reading(folder / "preprocessor_config.json"):
+            _require_sizes(path, config, image_processor)
         encoder = cls(
             name=path,
             identity=identity_of(folder, options.precision, options.video.frames),

@@ -24,6 +24,8 @@ def identity_of(folder: Path, *options: object) -> str:
     parts = [fingerprint(str(part)) for part in (folder, *sorted(file.parent for file in folder.glob("*/config.json")))]
     digest = hashlib.sha256(json.dumps([_VERSION, *parts, *options]).encode())
     for file in sorted([*folder.glob("*.*"), *folder.glob("*/config.json")]):  # of sentence-transformers' modules
+        if not file.is_file():
+            continue
         if file.suffix in SETTINGS:
             digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode() + file.read_bytes())
         elif file.suffix in (".bin", ".pt"):  # of which the fingerprint knows the size alone

@@ -183,7 +183,7 @@ class FrozenTextEncoder:
 def load_config(path: str) -> PreTrainedConfig:
     """The config of a decoder's folder or hub name; PipelineError if there is none."""
     config = loading.config(path)
-    if not hasattr(config, "num_hidden_layers") or not hasattr(config, "rope_parameters"):
+    if not hasattr(config, "num_hidden_layers") or not hasattr(type(config), "rope_parameters"):
         raise PipelineError(f"{path} is a {config.model_type} model; expected a decoder of texts, as llama or qwen2")
     settings = getattr(config, SETTINGS, {})
     if not isinstance(settings, dict) or settings.get("pooling", "mean") != "mean":

@@ -89,8 +89,11 @@ def _line(error: BaseException) -> str:
 
 def _damage(file: Path, error: BaseException) -> str:
     """What has become of a file that cannot be read, as far as it shows, and what to do."""
-    with file.open("rb") as opened:
-        begin = opened.read(200).strip()
+    try:
+        with file.open("rb") as opened:
+            begin = opened.read(200).strip()
+    except OSError as why:
+        return f"{why.strerror}"
     if not begin.strip(b"\0"):
         return f"it is empty; {_AGAIN}"
     if begin.startswith(b"version https://git-lfs"):
@@ -137,14 +140,16 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def survey(folder: Path) -> dict[str, Stored]:
+def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
     """All tensors of a folder's weights by name, of which the files' headers alone are read.
+
+    files: None are those of `weight_files`.
 
     Raises PipelineError where files are missing, damaged, do not fit their index, hold a tensor twice or a quantised
     one, or would run code.
     """
     found: dict[str, Stored] = {}
-    files = weight_files(folder)
+    files = files or weight_files(folder)
     for file in files:
         for name, (shape, dtype) in _header(file).items():
             if name in found:
@@ -156,7 +161,7 @@ def survey(folder: Path) -> dict[str, Stored]:
                 )
             found[name] = Stored(file, shape, dtype if dtype in _DTYPES.values() else None)
     index = folder / f"{_single(files[0])}.index.json"
-    if len(files) > 1 or files[0].name != _single(files[0]):
+    if index.is_file() and _single(files[0]) != files[0].name:
         for name, file in _weight_map(index).items():
             if name not in found or found[name].file.name != file:
                 raise PipelineError(f"{folder / file} lacks {name}, which {index.name} says it holds: {_AGAIN}")
@@ -234,7 +239,7 @@ def fingerprint(path: str | None) -> str | None:
         if file.is_file():
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             digest.update(file.read_bytes() if file.suffix == ".json" else _samples(file))
-    for file in sorted(folder.glob("*.bin")):
+    for file in sorted(file for file in folder.glob("*.bin") if file.is_file()):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
     return digest.hexdigest()
 

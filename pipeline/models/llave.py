@@ -39,6 +39,7 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.files import fetched
 from pipeline.models.loading import reads_as_stored, refuse_unknown, require_vocabulary
 from pipeline.models.packing import check_packing
 from pipeline.models.qwen2 import keep_less, pool_in_last_layer
@@ -369,7 +370,8 @@ def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | No
     if config.vision_feature_layer != -1:
         raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
     require_newline(path, newline_position(config))
-    require_tiles(path, config)
+    with loading.reading(fetched(path, weights=False) / "config.json"):
+        require_tiles(path, config)
     return with_own(config, pinpoints, newline)
 
 
@@ -407,10 +409,15 @@ def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTraine
 
 
 def _require_image_processor(path: str, config: LlavaOnevisionConfig) -> None:
-    """Raise PipelineError where images are to be prepared in another way than here. An export holds the processor."""
+    """Raise PipelineError where images have another size than here. An export holds the processor."""
     its, side = loading.image_processor(path, LlavaOnevisionImageProcessorPil), config.vision_config.image_size
     if (its.size.height, its.size.width) != (side, side):
         raise PipelineError(f"{path}: its image processor makes tiles of size {dict(its.size)}, its model takes {side}")
+
+
+def require_normalisation(path: str) -> None:
+    """Raise PipelineError where the model was trained with colours that are brought to another range than here."""
+    its = loading.image_processor(path, LlavaOnevisionImageProcessorPil)
     if {*its.image_mean} != {MEAN} or {*its.image_std} != {STD}:
         raise PipelineError(
             f"{path}: its image processor has image_mean={its.image_mean}, image_std={its.image_std}; only {MEAN} and "

@@ -177,7 +177,7 @@ def _copy(source: Path, folder: Path) -> None:
             shutil.copyfile(file, to)
 
     wanted = shutil.ignore_patterns("checkpoints", "*.unfinished", ".*")
-    shutil.copytree(source, folder, copy_function=copied, ignore=wanted)
+    shutil.copytree(source, folder, copy_function=copied, ignore=wanted, ignore_dangling_symlinks=True)
 
 
 def text_encoder_of(path: str) -> str:

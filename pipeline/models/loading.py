@@ -97,7 +97,9 @@ def config_dict(path: str) -> dict[str, Any]:
                 f"{file} has a {name}: quantised models are not supported; name the one that it was made of"
             )
     if not isinstance(values.get("model_type"), str | None):
-        raise PipelineError(f"{file}: model_type={values['model_type']!r} is no name of a kind of model: correct it")
+        raise PipelineError(f"{file}: model_type={_shown(values['model_type'])} is no name of a kind of model")
+    if not isinstance(values.get("architectures"), list | None):
+        raise PipelineError(f"{file}: architectures={_shown(values['architectures'])} is no list of names")
     return checked(file, values)
 
 
@@ -131,7 +133,7 @@ def checked(file: Path, values: dict[str, Any], section: str = "") -> dict[str, 
         if name in _WHOLE and not isinstance(value, list) and not (value is None and name in _NULLABLE):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _WHOLE[name]:
                 refuse(name, f"a whole number of 1 to {_WHOLE[name]:,}")
-        elif name in _POSITIVE and value is not None and not isinstance(value, list):
+        elif name in _POSITIVE and not (isinstance(value, list) or (value is None and "rope_" in section + name)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 refuse(name, "a number above 0")
         elif name in ("torch_dtype", "dtype") and value is not None:
@@ -250,6 +252,7 @@ def image_processor(path: str, kind: type[Processor], **fields: Any) -> Processo
 
 def _require(file: Path, name: str, value: Any, right: bool) -> None:
     if not right:
+        value = list(value) if isinstance(value, tuple) else value
         raise PipelineError(f"{file}: {name}={_shown(value)} makes no picture: copy or download it again")
 
 
@@ -287,9 +290,9 @@ def open_model(
     folder = fetched(path)
     check_weights(str(folder), kind, config)
     stored = survey(folder)
-    with reading(next(iter(stored.values())).file):
+    with reading(next(iter(stored.values())).file, folder / "generation_config.json"):
         model, loaded = kind.from_pretrained(
-            folder,
+            str(folder),
             config=config,
             dtype=dtype,
             **({"attn_implementation": attention} if attention else {}),
@@ -304,8 +307,8 @@ def open_model(
     if missing := sorted(loaded["missing_keys"]):
         raise PipelineError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]} the first")
     refuse_more_layers(path, stored, set(loaded["unexpected_keys"]))
-    for name, parameter in model.named_parameters():
-        refuse_not_finite(path, name, parameter.data)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        refuse_not_finite(path, name, tensor.data)
     return model
 
 

@@ -165,7 +165,9 @@ class Pixels:
             with loading.reading(fetched(path, weights=False) / "config.json"):
                 return replace(cls._of_timm(path, settings["pretrained_cfg"]), as_stored=as_stored)
         kind, processor_class = _family(path, settings)
-        pixels = cls._of_processor(path, loading.image_processor(path, processor_class))
+        processor = loading.image_processor(path, processor_class)
+        with loading.reading(fetched(path, weights=False) / "preprocessor_config.json"):
+            pixels = cls._of_processor(path, processor)
         if pixels.size != (side := loading.config(path, kind.config_class).image_size):
             raise PipelineError(
                 f"{path}: its image processor makes {pixels.size} pixels a side, its model takes {side}"

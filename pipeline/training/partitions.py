@@ -52,9 +52,10 @@ def load_partitioned(
 
 def _stored(path: str) -> dict[str, Stored]:
     folder = fetched(path)
-    if not any(folder.glob("*.safetensors")):
+    if not (files := sorted(folder.glob("*.safetensors"))):
         raise PipelineError(f"{path} has no .safetensors files, of which ranks read parts under ZeRO-3")
-    return survey(folder)
+    known = any((folder / f"model.safetensors{suffix}").is_file() for suffix in ("", ".index.json"))
+    return survey(folder, None if known else files)
 
 
 def _fill(parameter: torch.nn.Parameter, stored: Any, file: Path, name: str) -> None:

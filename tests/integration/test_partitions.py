@@ -52,12 +52,17 @@ def test_what_is_missing_misshapen_or_not_in_safetensors_is_named(tiny_model, tm
     misshapen = stored_as(tiny_model, tmp_path / "misshapen", str)
     weights = load_file(misshapen / "model-0.safetensors")
     save_file({name: weight[:-1] for name, weight in weights.items()}, misshapen / "model-0.safetensors")
+    damaged = stored_as(tiny_model, tmp_path / "damaged", str)
+    weights = load_file(damaged / "model-1.safetensors")
+    next(iter(weights.values())).view(-1)[-1] = float("nan")
+    save_file(weights, damaged / "model-1.safetensors")
     empty = stored_as(tiny_model, tmp_path / "empty", str)
     for file in empty.glob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))
     for folder, reason in (
         (lacking, "lacks 3 of the model's weights, language_model.layers.1.mlp.down_proj.weight the first"),
         (misshapen, "image_newline is [47], but by its config [48]"),
+        (damaged, "has NaN or infinite weights"),
         (empty, "has no .safetensors files"),
     ):
         ended = launch([WORKER, str(folder), CONFIG, tiny_model], 1)

@@ -47,6 +47,7 @@ class LlaveKind(Kind):
         if model.path and not weights.is_original(files.fetched(model.path, weights=False)):
             loading.check_weights(model.path, Llave, config)
             llave.Processor.load(model.path, model.max_tokens)
+            llave.require_normalisation(model.path)
 
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(llave.tiling(weights.config_of(recipe.model)), recipe.video.frames)
@@ -99,6 +100,7 @@ class LlaveKind(Kind):
         return llave.Processor.load(path, max_tokens, video_frames)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
+        llave.require_normalisation(path)
         attention = fastest(llave.load_config(path), precision, device)
         return Llave.load(path, DTYPES[precision], attention=attention).eval().to(device), None
 

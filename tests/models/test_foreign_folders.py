@@ -1,0 +1,484 @@
+"""Folders from elsewhere, damaged and hostile ones: each ends in one clear error, and nothing of it is run."""
+
+import builtins
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pipeline.config import EvaluationRun, Model
+from pipeline.data.sample import Item
+from pipeline.errors import PipelineError
+from pipeline.evaluation.encoders import load_encoder
+from pipeline.models import decoder, files, llm2clip
+from pipeline.models.embedder import Embedder
+from pipeline.models.kinds import KINDS
+from pipeline.models.llm2clip import Llm2Clip
+from pipeline.models.masked import MaskedLanguageModel
+from pipeline.models.vision import VisionEncoder
+
+CPU = torch.device("cpu")
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = SIZES | {"image_size": 24, "patch_size": 8, "projection_dim": 16}
+TEXT = SIZES | {"vocab_size": 600, "num_key_value_heads": 4}
+CORPUS = ["a small red star at the top left", "a large blue ring"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model) -> dict[str, Path]:
+    """A whole folder of each family."""
+    root = tmp_path_factory.mktemp("whole")
+    KINDS["caption"].build(Model(kind="caption", architecture={"text": TEXT}), CORPUS, 0, root / "decoder")
+    encoder = decoder.TextEncoder.load(str(root / "decoder"), "auto")
+    decoder.save(encoder, dict(encoder.named_parameters()), str(root / "decoder"), root / "caption", None, "find: ")
+    clip = {"vision": VISION, "text": SIZES | {"vocab_size": 600, "max_position_embeddings": 20}}
+    KINDS["clip"].build(Model(kind="clip", architecture=clip), CORPUS, 0, root / "clip")
+    VisionEncoder.build(VISION, 16, 0).save(root / "vision")
+    model = Llm2Clip.load(str(root / "vision"), torch.float32, width=32)
+    llm2clip.save(model, str(root / "caption"), root / "llm2clip", None)
+    return {"llave": Path(tiny_model)} | {name: root / name for name in ("caption", "clip", "llm2clip")}
+
+
+def use(kind: str, folder: Path) -> None:
+    """Open a folder, and embed, by every public way to its kind."""
+    path, picture = str(folder), Image.new("RGB", (30, 20), "red")
+    if kind == "llm2clip":
+        KINDS[kind].check(Model(kind=kind, path=path, text_encoder=str(folder / "text_encoder")))
+    else:
+        KINDS[kind].check(Model(kind=kind, path=path))
+    items = ["a red star"] if kind == "caption" else ["a red star", picture]
+    rows = Embedder.load(path, "cpu").embed(items)
+    assert rows.isfinite().all()
+
+
+def error_of(kind: str, folder: Path) -> list[str]:
+    """What each way says: what a run checks first, what opens a model, what evaluates it."""
+
+    def checked() -> None:
+        fields = {"text_encoder": str(folder / "text_encoder")} if kind == "llm2clip" else {}
+        KINDS[kind].check(Model(kind=kind, path=str(folder), **fields))
+        KINDS[kind].open_trained(str(folder)) if kind == "llm2clip" else KINDS[kind].open(str(folder), "auto", CPU)
+
+    def embedded() -> None:
+        Embedder.load(folder, "cpu").embed(["a red star"])
+
+    def evaluated() -> None:
+        encoder = load_encoder(str(folder), EvaluationRun(), CPU)
+        encoder.embed([encoder.prepare(Item("a red star"))])
+
+    found = []
+    for way in (checked, embedded, evaluated):
+        with pytest.raises(PipelineError) as error:
+            way()
+        found.append(str(error.value))
+    return found
+
+
+Damage = Callable[[Path], None]
+
+
+def config(section: str = "", file: str = "config.json", **fields: object) -> Damage:
+    """Set fields of a JSON file, in a section if one is named; ... removes one."""
+
+    def damage(folder: Path) -> None:
+        values = json.loads((folder / file).read_text())
+        part = values[section] if section else values
+        part.update(fields)
+        for name in [name for name, value in fields.items() if value is ...]:
+            del part[name]
+        (folder / file).write_text(json.dumps(values))
+
+    return damage
+
+
+def write(name: str, content: bytes) -> Damage:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+def remove(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str, share: float) -> Damage:
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(len(content) * share)])
+
+    return damage
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object], name: str = "model.safetensors") -> Damage:
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / name)
+        change(weights)
+        save_file(weights, folder / name, {"format": "pt"})
+
+    return damage
+
+
+def last(weights: dict[str, torch.Tensor]) -> str:
+    return max(name for name in weights if name.endswith("proj.weight"))
+
+
+def spoil(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights[last(weights)].view(-1)[3] = value
+
+    return change
+
+
+def sharded(index: Callable[[dict[str, str]], object], drop: int | None = None, twice: bool = False) -> Damage:
+    """In two files and an index, which `index` changes."""
+
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        weight_map = {}
+        for number in range(2):
+            part = {name: weights[name] for name in list(weights)[number::2]}
+            if twice and number:
+                part[next(iter(weights))] = next(iter(weights.values()))
+            name = f"model-{number}.safetensors"
+            if number != drop:
+                save_file(part, folder / name, {"format": "pt"})
+            weight_map |= dict.fromkeys(part, name)
+        index(weight_map)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return damage
+
+
+class Harmful:
+    """Unpickled, it makes a file beside the tests'."""
+
+    touched: Path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.touched}",)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Harmful()}, folder / "pytorch_model.bin")
+
+
+def plainly_pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Harmful()}, 2))
+
+
+def own_code(file: str, **auto_map: str) -> Damage:
+    """A folder with code, named by a JSON file's auto_map, that makes a file when it is imported."""
+
+    def damage(folder: Path) -> None:
+        (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(Harmful.touched)!r}).touch()\n")
+        config(file=file, auto_map={name: f"evil.{value}" for name, value in auto_map.items()})(folder)
+
+    return damage
+
+
+def pickled_as(name: str) -> Damage:
+    return lambda folder: (folder / name).write_bytes(pickle.dumps(Harmful())) and None
+
+
+def rename_token(token: str) -> Damage:
+    def damage(folder: Path) -> None:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            if (folder / name).is_file():
+                content = (folder / name).read_text()
+                (folder / name).write_text(content.replace(token, "<|other|>"))
+
+    return damage
+
+
+def linked(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "nowhere")
+
+
+IMAGES = "preprocessor_config.json"
+HTML, EMPTY = b"<html><body>502 Bad Gateway</body></html>", b""
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+# (what it is; the families; the damage; what the error names, in each way)
+CASES: list[tuple[str, str, Damage, str]] = [
+    ("config-empty", "all", write("config.json", EMPTY), "config.json is not JSON: it is empty"),
+    ("config-html", "all", write("config.json", HTML), "config.json is not JSON: it is a web page"),
+    ("config-list", "all", write("config.json", b"[1]"), "config.json is not a JSON object"),
+    ("config-cut", "all", cut("config.json", 0.5), "config.json is not JSON: it is cut or damaged"),
+    ("config-binary", "all", write("config.json", b"\xff\xfe\0"), "config.json is not JSON"),
+    ("config-deep", "all", write("config.json", b"[" * 100_000), "config.json is not JSON"),
+    ("unknown-type", "caption", config(model_type="llamma"), "model_type='llamma'"),
+    ("type-of-no-name", "all", config(model_type=["qwen2"]), "model_type=['qwen2']"),
+    ("another-kind", "caption", config(model_type="bert"), "is a bert model; expected a decoder"),
+    ("null-size", "caption", config(hidden_size=None), "config.json: hidden_size=None must be"),
+    ("text-size", "caption", config(hidden_size="32"), "config.json: hidden_size='32' must be"),
+    ("list-size", "caption", config(hidden_size=[32]), "config.json"),
+    ("true-size", "caption", config(num_hidden_layers=True), "config.json: num_hidden_layers=True must be"),
+    ("no-heads", "caption", config(num_attention_heads=0), "config.json: num_attention_heads=0 must be"),
+    ("negative", "clip", config("vision_config", patch_size=-8), "config.json: vision_config.patch_size=-8 must be"),
+    ("many-layers", "llave", config("text_config", num_hidden_layers=10**9), "text_config.num_hidden_layers=10000"),
+    ("huge", "caption", config(hidden_size=2**30, intermediate_size=2**30), "its files hold"),
+    ("labels", "clip", lambda f: [config(num_labels=10**12)(f), remove("model.safetensors")(f)], "has no weights"),
+    ("architectures", "all", config(architectures=3), "architectures=3"),
+    ("heads-do-not-divide", "clip", config("text_config", num_attention_heads=5), "config.json"),
+    ("more-layers", "clip", config("text_config", num_hidden_layers=3), "lacks"),
+    ("layer-types", "caption", config(num_hidden_layers=3), "config.json cannot be used"),
+    (
+        "fewer-layers",
+        "clip",
+        config("vision_config", num_hidden_layers=1),
+        "layers that its config.json does not count",
+    ),
+    ("fewer-rows", "caption", config(vocab_size=590), "590"),
+    ("rope", "caption", config(rope_parameters={"rope_type": "default", "rope_theta": 0}), "rope_theta=0 must be"),
+    ("rope-of-no-type", "caption", config(rope_parameters={"rope_type": "spiral"}), "config.json"),
+    ("activation", "caption", config(hidden_act="sigh"), "config.json"),
+    ("no-section", "llave clip", config(text_config=...), "config.json: text_config is missing"),
+    ("null-section", "llave clip", config(vision_config=None), "config.json: vision_config is None"),
+    ("dtype", "all", config(torch_dtype="banana", dtype="banana"), "dtype='banana' must be one of float32"),
+    ("quantised", "all", config(quantization_config={"quant_method": "gptq"}), "config.json has a quantization_config"),
+    ("tower-of-another-kind", "llave", config("vision_config", model_type="clip_vision_model"), "clip_vision_model"),
+    ("pinpoints", "llave", config(image_grid_pinpoints=[[24, 0]]), "image_grid_pinpoints=[[24, 0]]"),
+    ("ratio", "llave", config(vision_aspect_ratio="square"), "vision_aspect_ratio='square'"),
+    ("mark-out-of-range", "llave", config(image_token_id=10**6), "image_token_id=1000000"),
+    ("mark-of-a-text", "llave", config(image_token_id=70), "image_token_id=70"),
+    ("settings", "caption", config(text_encoder="mean"), "text_encoder='mean'"),
+    ("instruction", "caption", config(text_encoder={"instruction": 3}), "text_encoder.instruction"),
+    ("own-code", "every", own_code("config.json", AutoConfig="C", AutoModel="M"), "config.json has an auto_map"),
+    (
+        "unknown-own-code",
+        "caption",
+        lambda f: [own_code("config.json", AutoConfig="C")(f), config(model_type="e")(f)],
+        "has an auto_map",
+    ),
+    (
+        "tokenizer-code",
+        "caption llave clip",
+        own_code("tokenizer_config.json", AutoTokenizer="T"),
+        "tokenizer_config.json has an auto_map",
+    ),
+    (
+        "processor-code",
+        "llave clip",
+        own_code(IMAGES, AutoImageProcessor="P"),
+        "preprocessor_config.json has an auto_map",
+    ),
+    ("weights-missing", "all", remove("model.safetensors"), "has no weights"),
+    ("weights-empty", "all", write("model.safetensors", EMPTY), "model.safetensors: it is empty"),
+    ("weights-cut", "every", cut("model.safetensors", 0.6), "model.safetensors: it is cut or damaged"),
+    ("weights-html", "all", write("model.safetensors", HTML), "model.safetensors: it is a web page"),
+    ("weights-pointer", "all", write("model.safetensors", POINTER), "git lfs pull"),
+    ("weights-dangling", "all", linked, "has no weights"),
+    ("weights-pickled", "every", pickled, "pytorch_model.bin: it is a pickle of more than tensors"),
+    ("weights-plainly-pickled", "every", plainly_pickled, "pytorch_model.bin: it is a pickle of more than tensors"),
+    ("adapters", "all", lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds adapters (LoRA)"),
+    ("misshapen", "all", tensors(lambda w: w.update({last(w): w[last(w)][:-1].contiguous()})), "but by its config"),
+    ("lacking", "all", tensors(lambda w: w.pop(last(w))), "lacks 1 of the model's weights"),
+    ("integers", "all", tensors(lambda w: w.update({last(w): w[last(w)].to(torch.int8)})), "of quantised weights"),
+    ("nan", "every", tensors(spoil(float("nan"))), "has NaN or infinite weights"),
+    ("infinite", "all", tensors(spoil(float("-inf"))), "has NaN or infinite weights"),
+    ("shard-missing", "all", sharded(lambda m: None, drop=1), "lacks model-1.safetensors"),
+    ("shard-twice", "all", sharded(lambda m: None, twice=True), "remove the file that is too many"),
+    ("shard-elsewhere", "every", sharded(lambda m: m.update({min(m): "../x.safetensors"})), "names '../x.safetensors'"),
+    ("shard-absolute", "all", sharded(lambda m: m.update({min(m): "/etc/passwd"})), "names '/etc/passwd'"),
+    ("shard-number", "all", sharded(lambda m: m.update({min(m): 3})), "index.json has no weight_map"),
+    ("shard-of-another", "all", sharded(lambda m: m.update({"x.weight": "model-0.safetensors"})), "lacks x.weight"),
+    (
+        "index-html",
+        "all",
+        lambda f: [remove("model.safetensors")(f), write("model.safetensors.index.json", HTML)(f)],
+        "index.json is not JSON",
+    ),
+    ("tokenizer-missing", "caption llave", remove("tokenizer.json"), "has no tokenizer"),
+    ("tokenizer-cut", "caption llave clip", cut("tokenizer.json", 0.5), "tokenizer.json is not JSON"),
+    ("tokenizer-object", "caption llave clip", write("tokenizer.json", b"{}"), "tokenizer.json cannot be used"),
+    (
+        "tokenizer-settings",
+        "caption llave clip",
+        write("tokenizer_config.json", b"[]"),
+        "tokenizer_config.json is not a JSON",
+    ),
+    (
+        "tokenizer-larger",
+        "caption",
+        lambda f: [
+            config(vocab_size=100)(f),
+            tensors(lambda w: w.update({"embed_tokens.weight": w["embed_tokens.weight"][:100].contiguous()}))(f),
+        ],
+        "embedding 100 rows",
+    ),
+    ("tokenizer-larger", "clip", lambda f: [config("text_config", vocab_size=100)(f)], "embedding 100 rows"),
+    ("tokenizer-of-another-end", "clip", config("text_config", eos_token_id=5), "eos_token_id=5"),
+    ("tokenizer-without-turns", "llave", rename_token("<|im_start|>"), "no token <|im_start|>"),
+    ("tokenizer-pickled", "caption llave clip", pickled_as("tokenizer.json"), "tokenizer.json"),
+    ("tokenizer-class", "caption", config(file="tokenizer_config.json", tokenizer_class=3), "tokenizer"),
+    ("processor-pickled", "llave clip llm2clip", pickled_as(IMAGES), "preprocessor_config.json is not JSON"),
+    ("processor-missing", "llave clip llm2clip", remove(IMAGES), IMAGES),
+    ("processor-html", "llave clip llm2clip", write(IMAGES, HTML), "preprocessor_config.json is not"),
+    ("processor-list", "llave clip llm2clip", write(IMAGES, b"[]"), "preprocessor_config.json is not"),
+    ("processor-size", "llave clip llm2clip", config(file=IMAGES, size={"height": 0, "width": 0}), IMAGES),
+    ("processor-negative", "clip llm2clip", config(file=IMAGES, crop_size=-3), IMAGES),
+    ("processor-mean", "llave clip llm2clip", config(file=IMAGES, image_mean=[0.5, 0.5]), "image_mean=[0.5, 0.5]"),
+    ("no-epsilon", "clip", config("text_config", layer_norm_eps=None), "text_config.layer_norm_eps=None must be"),
+    ("patch-of-two", "llave", config("vision_config", patch_size=[8, 8]), "config.json"),
+    ("no-crop", "clip llm2clip", config(file=IMAGES, crop_size=None), IMAGES),
+    (
+        "processor-std",
+        "llave clip llm2clip",
+        config(file=IMAGES, image_std=[0.5, 0.0, 0.5]),
+        "image_std=[0.5, 0.0, 0.5]",
+    ),
+    ("no-adapter", "llm2clip", remove("adapter.safetensors"), "adapter.safetensors is missing"),
+    ("adapter-cut", "llm2clip", cut("adapter.safetensors", 0.5), "adapter.safetensors: it is cut or damaged"),
+    (
+        "adapter-nan",
+        "llm2clip",
+        tensors(lambda w: w["norm.bias"].fill_(float("nan")), "adapter.safetensors"),
+        "norm.bias has NaN",
+    ),
+    (
+        "adapter-other",
+        "llm2clip",
+        tensors(lambda w: w.pop("norm.bias"), "adapter.safetensors"),
+        "norm.bias is in only one",
+    ),
+    ("width", "llm2clip", write("llm2clip.json", b'{"width": "32"}'), "llm2clip.json: width='32'"),
+    ("no-width", "llm2clip", write("llm2clip.json", HTML), "llm2clip.json is not JSON"),
+    ("no-text-encoder", "llm2clip", lambda folder: shutil.rmtree(folder / "text_encoder"), "text_encoder"),
+]
+
+
+_turn = count()
+
+
+def families(kinds: str) -> list[str]:
+    """Of "all" one after the other: they share what reads them."""
+    every = ["llave", "caption", "clip", "llm2clip"]
+    return every if kinds == "every" else [every[next(_turn) % 4]] if kinds == "all" else kinds.split()
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "named"),
+    [
+        pytest.param(kind, damage, named, id=f"{name}-{kind}")
+        for name, kinds, damage, named in CASES
+        for kind in families(kinds)
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said_and_nothing_of_it_is_run(
+    kind, damage, named, whole, tmp_path, monkeypatch
+):
+    Harmful.touched = tmp_path / "touched"
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked at the terminal"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    folder = shutil.copytree(whole[kind], tmp_path / "model")
+    damage(folder)
+    for said in error_of(kind, folder):
+        assert named in said
+        assert str(folder) in said
+        assert "trust_remote_code" not in said and "huggingface.co" not in said and "\n" not in said
+    assert not Harmful.touched.exists()
+
+
+def test_whole_folders_of_all_families_open(whole):
+    for kind, folder in whole.items():
+        use(kind, folder)
+
+
+@pytest.mark.parametrize("kind", ["llave", "caption", "clip", "llm2clip"])
+def test_how_a_config_would_have_the_model_run_does_not_matter(kind, whole, tmp_path):
+    """Attention is chosen here; kernels that a config names would be fetched and run."""
+    folder = shutil.copytree(whole[kind], tmp_path / "model")
+    asked = {
+        "_attn_implementation": "flash_attention_2",
+        "attn_implementation": "someone/kernels",
+        "_experts_implementation": "someone/kernels",
+        "return_dict": False,
+        "output_attentions": True,
+        "output_hidden_states": True,
+        "torchscript": True,
+        "transformers_weights": "../../other.safetensors",
+        "_name_or_path": "deepseek-ai/deepseek-coder-1",
+        "num_labels": 10**9,
+    }
+    for file in folder.rglob("config.json"):
+        values = json.loads(file.read_text())
+        for part in (values, *(values[name] for name in ("text_config", "vision_config") if name in values)):
+            part.update(asked)
+        file.write_text(json.dumps(values))
+    for file in folder.rglob("chat_template.jinja"):
+        file.write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    (folder / "generation_config.json").write_text("<html>")
+    (folder / "training_args.bin").write_bytes(pickle.dumps(Harmful, 2))
+    rows = [Embedder.load(path, "cpu").embed(["a red star", "a blue ring"]) for path in (whole[kind], folder)]
+    assert torch.equal(*rows)
+    encoder = load_encoder(str(folder), EvaluationRun(), CPU)
+    found = encoder.embed([encoder.prepare(Item(text)) for text in ("a red star", "a blue ring")])
+    torch.testing.assert_close(found, rows[0], rtol=0, atol=1e-6)
+
+
+def test_a_decoder_with_a_head_is_read_past_a_damaged_generation_config(whole, tmp_path):
+    """Nothing is generated."""
+    KINDS["mntp"].build(Model(kind="mntp", architecture={"text": TEXT}), CORPUS, 0, tmp_path / "mntp")
+    (tmp_path / "mntp/generation_config.json").write_bytes(HTML)
+    KINDS["mntp"].check(Model(kind="mntp", path=str(tmp_path / "mntp")))
+    MaskedLanguageModel.load(str(tmp_path / "mntp"), "auto")
+
+
+def test_an_original_checkpoint_is_refused_before_it_is_converted(tmp_path):
+    golden = Path(__file__).parents[1] / "golden"
+    for number, (damage, named) in enumerate(
+        [
+            (config(hidden_size="64"), "hidden_size='64' must be"),
+            (config(num_attention_heads=5), "k_proj.bias is [32], but by its config [24]"),
+            (config(file="vision_config.json", hidden_size=None), "vision_config.json: hidden_size=None must be"),
+            (config(image_grid_pinpoints=[[0, 384]]), "image_grid_pinpoints"),
+            (cut("model.safetensors", 0.5), "model.safetensors: it is cut or damaged"),
+            (pickled, "pytorch_model.bin: it is a pickle of more than tensors"),
+            (cut("tokenizer.json", 0.5), "tokenizer.json is not JSON"),
+            (tensors(lambda weights: weights["model.norm.weight"].fill_(float("nan"))), "model.norm.weight has NaN"),
+        ]
+    ):
+        Harmful.touched = tmp_path / "touched"
+        folder = shutil.copytree(golden, tmp_path / str(number), ignore=shutil.ignore_patterns("*.png"))
+        damage(folder)
+        with pytest.raises(PipelineError) as error:
+            KINDS["llave"].check(Model(path=str(folder)))
+            KINDS["llave"].resolve(str(folder), tmp_path / "cache")
+        assert named in str(error.value) and str(folder) in str(error.value)
+    assert not Harmful.touched.exists()
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_that_cannot_be_asked_is_one_clear_line_at_once(offline, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = []
+
+    def unreachable(*arguments: object, **named: object) -> None:
+        asked.append(arguments)
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(files, "snapshot_download", unreachable)
+    said = "may not be asked (HF_HUB_OFFLINE=1)" if offline else "cannot be reached from here"
+    for way in (Embedder.load, lambda path: load_encoder(path, EvaluationRun(), CPU)):
+        with pytest.raises(PipelineError) as error:
+            way("someone/model")
+        assert "no model at 'someone/model': there is no such folder, and the hub" in str(error.value)
+        assert said in str(error.value)
+    assert len(asked) == 2
+    with pytest.raises(PipelineError, match=r"no model at '/nowhere/at/all': there is no such folder$"):
+        Embedder.load("/nowhere/at/all")
