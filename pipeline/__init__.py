@@ -1,0 +1,3 @@
+from pipeline import home
+
+home.replace_if_unwritable()  # before others are imported, which look at once

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
-from torch.utils.cpp_extension import _get_build_directory
+from torch.utils.cpp_extension import get_default_build_root
 
 from pipeline.errors import PipelineError
 
@@ -27,7 +27,8 @@ Result = TypeVar("Result")
 
 _RENDEZVOUS_MINUTES = 10
 _GOES_ON_SECONDS = 5
-_KERNELS = ("deepspeed_shm_comm_op", "cpu_adam")  # that DeepSpeed compiles at their first use
+# That DeepSpeed compiles at their first use; one has had two names.
+_KERNELS = ("deepspeed_shm_comm", "deepspeed_shm_comm_op", "cpu_adam")
 _LONGEST_BUILD = 600  # seconds
 # Of torch's variables for its allocator the first that is set counts.
 _ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
@@ -138,10 +139,19 @@ def end_distributed() -> NoReturn:
 
 def _refuse_stale_lock() -> None:
     """Wait for whoever builds DeepSpeed's kernels, but not for ever, as PyTorch does, should that have been killed."""
-    for kernel in _KERNELS:
-        lock = Path(_get_build_directory(kernel, verbose=False), "lock")
-        with suppress(FileNotFoundError):
+    for lock in _locks():
+        with suppress(OSError):  # it is not there
             while time.time() - lock.stat().st_mtime < _LONGEST_BUILD:
                 time.sleep(1)
             if lock.exists():
                 raise PipelineError(f"{lock} is left from a build that was killed: delete it and start again")
+
+
+def _locks() -> list[Path]:
+    """Where PyTorch has them while it builds; its own function would make the folders, in a home that may not be."""
+    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return [Path(root, kernel, "lock") for kernel in _KERNELS]
+    versions = {"rocm": torch.version.hip, "cu": torch.version.cuda}
+    built = next((name + version.replace(".", "") for name, version in versions.items() if version), "cpu")
+    folder = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}_{built}"
+    return [Path(get_default_build_root(), folder, kernel, "lock") for kernel in _KERNELS]
