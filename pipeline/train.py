@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
-from pipeline import lock, status
+from pipeline import limits, lock, status
 from pipeline.config import Recipe, dump_recipe, is_offloaded, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
 from pipeline.data.lengths import VERSION as LENGTHS_VERSION
@@ -94,6 +95,9 @@ def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
     ds_config = load_ds_config(recipe, world)
     kind.check_stage(ds_config["zero_optimization"]["stage"])
     source.check_memory(order, world)
+    ranks, cpu = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), get_accelerator().device_name() == "cpu"
+    limits.require_shared_memory(recipe, source, kind.lengths(recipe), world, ranks, cpu=cpu)
+    limits.raise_open_files()
     steps = recipe.steps or round(recipe.epochs * order.steps_per_epoch)
     if steps < 1:
         raise PipelineError(f"epochs={recipe.epochs} of {order.steps_per_epoch} steps is less than a step")

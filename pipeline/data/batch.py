@@ -68,8 +68,14 @@ class Share:
     items: dict[int, Encoded]
     received: int = 0
 
+    def to_shared_memory(self) -> None:
+        """Now, not while it is sent: there an error would be lost, and the share waited for. Raises PipelineError."""
+        self.state = self.__getstate__()
+
     # A share goes from process to process with all tiles in one tensor, which torch hands over in shared memory.
     def __getstate__(self) -> tuple:
+        if hasattr(self, "state"):
+            return self.state
         images = [image.tiles for item in self.items.values() for image in item.images]
         tiles = _shared(images) if images else None
         counted = {
@@ -90,7 +96,15 @@ class Share:
 def _shared(tiles: list[np.ndarray]) -> torch.Tensor:
     """The tiles in one tensor, in shared memory from the start, as torch's own collation has it: one copy less."""
     shape = sum(map(len, tiles)), *tiles[0].shape[1:]
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    try:
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise PipelineError(
+            f"/dev/shm has no room left for {math.prod(shape) / 1e6:,.0f} MB of a batch's images: give the container "
+            "more (docker run --shm-size=8g, or --ipc=host), lower data.workers, or set data.workers=0"
+        ) from None
     shared = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
     np.concatenate(tiles, out=shared.numpy())
     return shared

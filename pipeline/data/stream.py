@@ -278,6 +278,8 @@ class Shares(IterableDataset):
                 share = encode_rows([self._raw(step, *sample) for sample in samples], self.encode)
                 before, received = received, objects.bytes_received()
                 share.received = received - before
+                if info:
+                    share.to_shared_memory()
                 yield share
         except PipelineError as error:
             # As a value: a loader would raise it wrapped in its own traceback.

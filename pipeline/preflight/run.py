@@ -15,7 +15,7 @@ from pipeline.preflight.job import Job, earlier_starts, memory, model, other_job
 from pipeline.preflight.machine import attention, device, gpus
 from pipeline.preflight.nodes import Nodes, Place, all_reduce, clocks, meet
 from pipeline.preflight.report import over_nodes, show
-from pipeline.preflight.storage import data, disk_space, evaluation, run_directory
+from pipeline.preflight.storage import data, disk_space, evaluation, machine, run_directory
 
 _RESULTS_SECONDS = 120  # that a node may be behind the first
 _LEAVE_SECONDS = 5
@@ -51,6 +51,7 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
     count = len(sizes) if together else len(sizes) * place.nodes
     job = Job(recipe, world or count or max(_CPU_PROCESSES, place.nodes), count, guessed=not world and not count)
     checks += [data(job, nodes), model(job)]
+    checks.append(machine(job, place.nodes, device().type == "cpu"))
     if place.node == 0:
         checks += [processes(job), memory(job, min(sizes, default=0)), disk_space(job), evaluation(recipe)]
         checks.append(resuming(job))

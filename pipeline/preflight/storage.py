@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline import limits
 from pipeline.config import Recipe
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
@@ -133,6 +134,21 @@ def disk_space(job: Job) -> Check:
             f"{found}, models of {whole / GB:,.2f} GB", "free space, lower checkpoint.keep, or set run= elsewhere"
         )
     return green(found)
+
+
+@check("machine", seconds=20, if_late="is the machine overloaded, or its /tmp on a server?")
+def machine(job: Job, nodes: int, cpu: bool) -> Check:
+    """Shared memory, and the limits of processes. nodes: that share the processes.  cpu: they compute there."""
+    ranks = -(-job.world // nodes)
+    if problems := list(limits.too_low(job.recipe, job.world, ranks)):
+        return red("; ".join(problems))
+    if (free := limits.free_bytes(limits.SHARED)) is None or job.source is None or job.lengths is None:
+        return skipped("without data and model" if free is not None else f"it has no {limits.SHARED}")
+    least, most = limits.shared_bytes(job.recipe, job.source, job.lengths, job.world, ranks, cpu=cpu)
+    if most > free:
+        found, do = limits.too_little(free, most, ranks).split(": ", 1)
+        return red(found, do) if least > free else yellow(found, do)
+    return green(f"{free / GB:,.1f} GB of {limits.SHARED} free, {most / GB:,.2f} needed at most, about")
 
 
 def checkpoint_bytes(job: Job) -> int:

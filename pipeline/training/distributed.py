@@ -30,7 +30,8 @@ _RENDEZVOUS_MINUTES = 10
 _SAID_SECONDS = 30  # of waiting without a word
 _GOES_ON_SECONDS = 5
 _FIRST_RANK_HOURS = 12
-_KERNELS = ("deepspeed_shm_comm_op", "cpu_adam")  # that DeepSpeed compiles at their first use
+# That DeepSpeed compiles at their first use; one has had two names.
+_KERNELS = ("deepspeed_shm_comm", "deepspeed_shm_comm_op", "cpu_adam")
 _LONGEST_BUILD = 600  # seconds
 # Of torch's variables for its allocator the first that is set counts.
 _ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}

@@ -70,7 +70,7 @@ def test_nothing_is_wrong_and_nothing_left_behind(overrides, tmp_path, capsys):
     assert "2 (--world sets it): 8 of 16 pairs and 4 of 8 lanes each, 3 steps" in table
     assert "starts anew" in table
     assert "\x1b" not in table  # no colour in a log
-    assert table.splitlines()[-1].startswith("9 ok, 0 warn, 0 FAIL, 5 skip; ")
+    assert table.splitlines()[-1].startswith("10 ok, 0 warn, 0 FAIL, 5 skip; ")
     assert list(tmp_path.iterdir()) == []
 
 

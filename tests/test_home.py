@@ -1,0 +1,93 @@
+"""A home that is missing or cannot be written ends nothing, and nothing is made in one only to look."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import _get_build_directory
+
+from pipeline import home
+from pipeline.training import distributed
+
+ROOT = Path(__file__).parents[1]
+VARIABLES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME")
+
+
+@pytest.fixture
+def no_home(tmp_path, monkeypatch) -> Path:
+    """HOME is a file, in which even root makes no folder; the folder for temporary files is the test's."""
+    (tmp_path / "home").write_text("")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    return tmp_path
+
+
+def test_what_libraries_keep_goes_to_a_private_folder(no_home, capsys):
+    environment = {}
+    home.replace_if_unwritable(environment)
+    private = no_home / "tmp" / f"embedding-pipeline-{os.getuid()}"
+    assert environment == {name: str(private / name.lower()) for name in VARIABLES}
+    assert private.stat().st_mode & 0o777 == 0o700
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {no_home}/home/.cache/torch_extensions cannot be written")
+    home.replace_if_unwritable(environment)  # as a process does that it starts
+    assert capsys.readouterr().err == ""
+
+
+def test_only_the_first_rank_says_so(no_home, capsys):
+    environment = {"RANK": "1"}
+    home.replace_if_unwritable(environment)
+    assert set(environment) == {*VARIABLES, "RANK"}
+    assert capsys.readouterr().err == ""
+
+
+def test_what_can_be_written_stays_and_so_do_models_that_are_only_read(no_home, monkeypatch):
+    monkeypatch.setattr(home, "_is_writable", lambda folder, to_be_run: folder != no_home / "models")
+    (no_home / "models").mkdir()
+    kept = {"HF_HOME": str(no_home / "models")}
+    environment = dict(kept)
+    home.replace_if_unwritable(environment)
+    assert environment == kept
+
+
+def test_a_folder_of_ones_own_that_somebody_else_could_write_is_not_taken(no_home):
+    private = no_home / "tmp" / f"embedding-pipeline-{os.getuid()}"
+    for make in (lambda: private.symlink_to(no_home), lambda: private.mkdir(mode=0o777)):
+        make()
+        private.chmod(0o777)
+        environment = {}
+        home.replace_if_unwritable(environment)
+        assert private not in Path(environment["TORCH_EXTENSIONS_DIR"]).parents
+        private.unlink() if private.is_symlink() else private.rmdir()
+
+
+def test_nobody_knows_of_a_home(no_home, monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it is for a user whom the system does not know
+    environment = {}
+    home.replace_if_unwritable(environment)
+    assert environment["HOME"] == str(no_home / "tmp" / f"embedding-pipeline-{os.getuid()}")
+    assert set(VARIABLES) < set(environment)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_lock_is_looked_for_where_pytorch_has_it_and_nothing_is_made(tmp_path, monkeypatch, named):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    if named:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    distributed._refuse_stale_lock()
+    assert list(tmp_path.iterdir()) == []
+    wanted = [Path(_get_build_directory(kernel, verbose=False), "lock") for kernel in distributed._KERNELS]
+    assert distributed._locks() == wanted
+
+
+def test_a_program_starts_without_a_home(no_home):
+    environment = os.environ | {"TMPDIR": str(no_home / "tmp")}
+    command = [sys.executable, "tools/make_shards.py", "--help"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stderr.splitlines()) == 1, run.stderr
