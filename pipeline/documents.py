@@ -108,15 +108,15 @@ def check_members(
                 else f"known are {', '.join(known)}; remove it, or rename it"
             )
             raise PipelineError(f"{where} has the {kind} {name!r}, which nothing reads: {hint}")
-    if unknown and os.environ.get("RANK", "0") == "0":
-        _note(kind, tuple(unknown), where)
+    note_unread(where, unknown, kind=kind)
 
 
 _noted: set[tuple[str, str]] = set()
 
 
-def _note(kind: str, names: tuple[str, ...], where: str) -> None:
-    if new := [name for name in names if (kind, name) not in _noted]:
+def note_unread(where: str, names: Iterable[str], *, kind: str) -> None:
+    """Say on stderr, once for each name, that nothing reads these."""
+    if os.environ.get("RANK", "0") == "0" and (new := [name for name in names if (kind, name) not in _noted]):
         _noted.update((kind, name) for name in new)
         text = f"note: nothing reads the {kind}{'s' * (len(new) > 1)} {', '.join(new)} of {where}"
         print(printable(text), file=sys.stderr, flush=True)
