@@ -15,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pipeline.errors import PipelineError, printable
 
 FIXED = ConfigDict(extra="forbid")  # `__pydantic_config__` of a dataclass: a member that nobody reads is an error
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _SHOWN = 80  # characters of a value
 
 
@@ -46,13 +47,14 @@ def parse_json(data: bytes | str, name: str, form: Any = Any, *, remedy: str) ->
 
 
 def explained(error: ValidationError) -> str:
-    """The first of a validation's errors: where, and what is expected there."""
-    first = error.errors(include_url=False)[0]
+    """One of a validation's errors, that of an unknown member if there is any: where, and what is expected there."""
+    errors = error.errors(include_url=False)
+    first = next((each for each in errors if each["type"] in _UNKNOWN), errors[0])
     where = ".".join(printable(str(part)) for part in first["loc"])
     why = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{where} is missing"
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if first["type"] in _UNKNOWN:
         return f"{where} is unknown"
     given = repr(first["input"])
     given = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}..."
@@ -65,7 +67,7 @@ def no_json(text: str, error: ValueError) -> str:
     if not begin:
         return "is empty, where JSON is expected"
     if begin == "<":
-        return "is HTML or XML, where JSON is expected: a proxy or a login page on the way may have answered"
+        return "is HTML or XML, where JSON is expected: a proxy or a login page may have answered"
     return f"is damaged: it is no JSON ({error})"
 
 
@@ -106,15 +108,15 @@ def check_members(
                 else f"known are {', '.join(known)}; remove it, or rename it"
             )
             raise PipelineError(f"{where} has the {kind} {name!r}, which nothing reads: {hint}")
-    if unknown and os.environ.get("RANK", "0") == "0":
-        _note(kind, tuple(unknown), where)
+    note_unread(where, unknown, kind=kind)
 
 
 _noted: set[tuple[str, str]] = set()
 
 
-def _note(kind: str, names: tuple[str, ...], where: str) -> None:
-    if new := [name for name in names if (kind, name) not in _noted]:
+def note_unread(where: str, names: Iterable[str], *, kind: str) -> None:
+    """Say on stderr, once for each name, that nothing reads these."""
+    if os.environ.get("RANK", "0") == "0" and (new := [name for name in names if (kind, name) not in _noted]):
         _noted.update((kind, name) for name in new)
         text = f"note: nothing reads the {kind}{'s' * (len(new) > 1)} {', '.join(new)} of {where}"
         print(printable(text), file=sys.stderr, flush=True)

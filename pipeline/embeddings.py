@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.documents import DocumentError, parse_json
 from pipeline.errors import PipelineError
 
 KINDS = ("texts", "images", "videos")
@@ -76,7 +77,7 @@ class Store:
         path = self._array(kind)
         try:
             ids = path.with_suffix(".txt").read_bytes().decode(errors="surrogateescape").split("\n")[:-1]
-            rows = np.load(path, mmap_mode="r")
+            rows = mapped(path)
         except (OSError, ValueError) as error:
             raise PipelineError(f"{path} cannot be read ({error}): embed again with --overwrite") from None
         if rows.ndim != 2 or len(rows) != len(ids):
@@ -93,9 +94,17 @@ class Store:
     def _identity(self) -> Identity | None:
         """None where there is none that can be read."""
         try:
-            return Identity(**json.loads(self._about.read_bytes()))
-        except (OSError, ValueError, TypeError):
+            return parse_json(self._about.read_bytes(), str(self._about), Identity, remedy="")
+        except (OSError, DocumentError):
             return None
+
+
+def mapped(path: Path) -> np.ndarray:
+    """The array of a .npy file, mapped into memory; ValueError or OSError for what is none or not whole."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (EOFError, OverflowError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -32,7 +32,7 @@ class Form:
         (b'{"number": 1, "number": 1}', Form, "an object has the key 'number' twice"),
         (b'{"number": 1.0}', Form, "F has another form than expected: number: .*integer, got 1.0: R"),
         (b'{"number": "1"}', Form, "number: .*integer, got '1'"),
-        (b'{"numbre": 1}', Form, "F has another form than expected: "),
+        (b'{"numbre": 1}', Form, "F has another form than expected: numbre is unknown"),
         (b'{"number": 1, "nam\\u001bes": []}', Form, r"nam\\x1bes is unknown"),
         (b"{}", Form, "number is missing"),
         (b"[]", Form, "another form"),

@@ -125,7 +125,8 @@ class Row(BaseModel, extra="forbid", strict=True):
         except UnicodeDecodeError as error:
             raise Rejection("not UTF-8", f"byte {error.start + 1} of the line") from None
         except ValidationError as error:
-            first = error.errors()[0]
+            errors = error.errors()
+            first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
             where = ".".join(map(str, first["loc"]))
             if first["type"] == "json_invalid":
                 raise Rejection("not JSON", first["msg"].replace(" at line 1 column", " at column")) from None

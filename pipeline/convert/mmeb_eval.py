@@ -32,7 +32,8 @@ MMEB's evaluation sets, or others in their layout
 
 SOURCE is laid out as https://huggingface.co/datasets/TIGER-Lab/MMEB-eval:
 
-    SOURCE/<dataset>/*.parquet   rows: qry_text, qry_img_path, tgt_text, tgt_img_path; the first target is right
+    SOURCE/<dataset>/*.parquet   rows: qry_text, qry_img_path, tgt_text, tgt_img_path; the first target is right;
+                                 with qry_inst and tgt_inst, as MMEB-V2 has them, these go before the texts
     SOURCE/images/<path>         the images that the rows name; or eval_images, as the hub's archive calls it
     SOURCE/tasks.json            only for datasets other than MMEB's 36:
                                  {"My-Set": {"task": "retrieval", "in_distribution": false}, ...}, where task is

@@ -346,6 +346,18 @@ def load_sidecar(url: str, shard: Shard) -> np.ndarray:
     return records
 
 
+def array_of(data: bytes) -> np.ndarray:
+    """The array in the bytes of a .npy file; ValueError for anything else. Nothing is allocated for what it claims."""
+    file = BytesIO(data)
+    try:
+        np.lib.format.read_magic(file)
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+        values = np.frombuffer(data[file.tell() :], dtype) if len(data) > file.tell() else np.zeros(0, dtype)
+        return values.reshape(shape, order="F" if columns_first else "C")
+    except (TypeError, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+        raise ValueError(f"it holds no array ({error})") from None
+
+
 @lru_cache
 def _is_header(header: bytes, samples: int, max_images: int) -> bool:
     """Whether these bytes say that an array of so many records follows. Nothing is allocated for what they claim."""

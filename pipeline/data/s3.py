@@ -265,6 +265,11 @@ def stamps_under(bucket: str, prefix: str) -> Iterator[tuple[str, str]]:
     more = {}
     while more is not None:
         page = _call(f"s3://{bucket}/{prefix}", "list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        if "Name" not in page and not page.get("Contents"):  # HTML can be XML, too
+            raise ObjectError(
+                f"s3://{bucket}/{prefix}: the answer is none of S3's, but perhaps of a proxy or a login page: is "
+                "AWS_ENDPOINT_URL right?"
+            )
         yield from ((entry["Key"], f"{entry['Size']} {entry['ETag']}") for entry in page.get("Contents", []))
         more = {"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else None
 

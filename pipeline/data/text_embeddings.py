@@ -31,6 +31,7 @@ from pipeline.data.index import (
     Index,
     Positive,
     Shard,
+    array_of,
     check_shards,
     checksum_of,
     index_content,
@@ -148,7 +149,16 @@ class TextEmbeddings:
                 columns = texts_by_column(pair, sample, captions).values()
             rows = _by_column(members, columns)
         else:
-            rows = np.load(BytesIO(members[MEMBER]), allow_pickle=False)
+            try:
+                rows = array_of(members[MEMBER])
+                wanted = np.dtype("<u2" if self.made.stored == "bf16" else "<f2")
+                if rows.ndim != 2 or rows.dtype != wanted:
+                    raise ValueError(f"it holds {rows.dtype} {rows.shape}")
+            except (KeyError, ValueError) as error:
+                raise ObjectError(
+                    f"{MEMBER} of sample {key!r} holds no vectors in {self.made.stored} ({error}): embed its shard "
+                    "again, with --overwrite"
+                ) from None
             if not len(rows):
                 raise BadSample(_NONE)
         if key != pair.key or rows.shape != (len(pair.texts), self.made.width):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.embeddings import mapped
 from pipeline.errors import PipelineError
 
 _KEY_BYTES = 16
@@ -131,7 +132,7 @@ class _File:
 
     def _mapped(self) -> np.ndarray:
         with suppress(OSError, ValueError):
-            vectors = np.load(self.path, mmap_mode="r")
+            vectors = mapped(self.path)
             fits = vectors.dtype == np.dtype("<f4") and vectors.shape[1:] == (self.dimension,)
             if fits and len(vectors) >= self.count:
                 return vectors

@@ -19,7 +19,7 @@ from limits import HANG_SECONDS
 
 from pipeline import lock
 from pipeline.convert.command import _content
-from pipeline.convert.engine import allowed
+from pipeline.convert.engine import Result, allowed
 from pipeline.convert.rows import Rejection
 from pipeline.convert.sharding import convert
 from pipeline.data import objects
@@ -431,3 +431,46 @@ def test_mistakes_of_the_command_line(source, tmp_path):
         assert reason in text
         assert "hidden" not in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"<html>busy</html>", b"[]", b'{"shard": null}', b'{"rows": 1.5'])
+def test_what_is_damaged_of_an_unfinished_conversion_is_done_again_or_refused(tmp_path, damage):
+    rows, dest = Numbers(40, frozenset(range(40))), str(tmp_path / "out")
+    with pytest.raises(PipelineError, match="rows are rejected"):
+        convert({dest: rows}, options={}, shards=10, max_rejected=0.1)
+    good = Numbers(40)
+    undisturbed = convert({str(tmp_path / "other"): good}, options={}, shards=10)
+    plan = tmp_path / "out/.unfinished/plan.json"
+    for path in (tmp_path / "out/.unfinished").glob("0*.json"):
+        path.write_bytes(damage)
+    whole = plan.read_bytes()
+    for name in ("000000", "000001"):
+        (plan.parent / f"{name}.json").write_bytes(damage)
+    plan.write_bytes(damage)
+    with pytest.raises(PipelineError, match=r"plan\.json .*: delete \.unfin.* in DEST and start|n whose shard_b"):
+        convert({dest: good}, options={}, shards=10)
+    plan.write_bytes(whole)  # the records are still damaged
+    (index,) = convert({dest: good}, options={}, shards=10).values()
+    assert index == next(iter(undisturbed.values()))
+    assert not plan.parent.exists()
+
+
+def test_a_record_that_names_another_place_is_not_believed(tmp_path):
+    dest = tmp_path / "out"
+    with pytest.raises(PipelineError, match="rows are rejected"):
+        convert({str(dest): Numbers(40, frozenset({39}))}, options={}, shards=10, max_rejected=0.0)
+    record = dest / ".unfinished/000000.json"
+    result = json.loads(record.read_text())
+    result["shard"]["file"] = "../000000.tar"
+    record.write_text(json.dumps(result))
+    assert Result.from_json(record.read_bytes(), str(record)) is None
+    (index,) = convert({str(dest): Numbers(40)}, options={}, shards=10).values()
+    assert index.samples == 40
+
+
+def test_a_plan_that_says_more_is_another_plan(tmp_path):
+    dest = tmp_path / "out"
+    with pytest.raises(PipelineError, match="rows are rejected"):
+        convert({str(dest): Numbers(40, frozenset({39}))}, options={"scale": 2}, shards=10, max_rejected=0.0)
+    with pytest.raises(PipelineError, match="unfinished conversion whose scale was 2 and is None now"):
+        convert({str(dest): Numbers(40)}, options={}, shards=10)

@@ -340,3 +340,46 @@ def test_a_histogram_counts_by_powers_of_two():
         "1,024 - 2,047": "1",
         "1,099,511,627,776 - 2,199,023,255,551": "1",
     }
+
+
+def test_what_a_listing_lacks_is_named_and_the_rest_is_still_checked(tmp_path):
+    folder = tmp_path / "pairs"
+    for number in range(4):  # shards in one index that end up in one job
+        write_shards(
+            [Pair(f"{number}", "X", "t", Item(f"q{number}"), Item("t"))], tmp_path / f"part{number}", dataset="X"
+        )
+    folder.mkdir()
+    shards = []
+    for number in range(4):
+        (shard,) = Index.load(str(tmp_path / f"part{number}")).shards
+        shards.append(replace(shard, file=f"[{number}] a.tar"))
+        (tmp_path / f"part{number}" / shard.file).rename(folder / shards[-1].file)
+        (tmp_path / f"part{number}" / shard.sidecar).rename(folder / shards[-1].sidecar)
+    (folder / "index.json").write_text(Index("X\x1b[2J", tuple(shards)).to_json())
+    run(inspect.VERIFY, folder, "--processes", "1")
+    (folder / shards[0].file).unlink()
+    (folder / shards[1].sidecar).write_bytes(b"x")
+    data = bytearray((folder / shards[3].file).read_bytes())
+    data[700] ^= 1
+    (folder / shards[3].file).write_bytes(data)
+    with pytest.raises(PipelineError) as caught:
+        run(inspect.VERIFY, folder, "--processes", "1")
+    lines = str(caught.value).splitlines()
+    assert lines[1] == f"{folder}/[0] a.tar: there is no such file, where the index says {shards[0].bytes} bytes"
+    assert lines[2] == f"{folder}/[1] a.idx.npy: 1 bytes, where the index says {shards[1].sidecar_bytes} bytes"
+    assert len(lines) > 3 and all(line.startswith(f"{folder}/[3] a.tar") for line in lines[3:])
+
+
+def test_names_are_shown_as_they_are_without_commands_for_the_terminal(tmp_path, capsys):
+    pairs = [Pair("k\x1b[1m", "X\x1b[2J[/red]", "[/t]\x9b", Item("q"), Item("t"))]
+    write_shards(pairs, tmp_path, dataset="X\x1b[2J[/red]")
+    (tmp_path / "000000.tar").rename(tmp_path / "[bold].tar")
+    (tmp_path / "000000.idx.npy").rename(tmp_path / "[bold].idx.npy")
+    index = Index.load(str(tmp_path))
+    renamed = tuple(replace(shard, file="[bold].tar") for shard in index.shards)
+    (tmp_path / "index.json").write_text(replace(index, shards=renamed).to_json())
+    run(inspect.SHOW, tmp_path, "0")
+    run(inspect.STATS, tmp_path)
+    shown = capsys.readouterr().out
+    assert "[bold].tar" in shown and r"X\x1b[2J[/red]" in shown and r"[/t]\x9b" in shown and r"k\x1b[1m" in shown
+    assert "\x1b[2J" not in shown and "\x9b" not in shown

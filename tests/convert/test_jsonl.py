@@ -109,7 +109,11 @@ BAD_ROWS = [
     (b"[]", "wrong fields", "object"),
     ({"query": TEXT}, "wrong fields", "target Field required"),
     ({"query": TEXT, "target": TEXT, "negative": []}, "wrong fields", "unknown field 'negative'"),
-    ({"query": TEXT, "target": {"text": "t", "image": "x"}}, "wrong fields", "unknown field 'target.image'"),
+    ({"query": TEXT, "target": {"text": "t", "image": "x"}}, "wrong fields", "'target.image', did you mean images?"),
+    ({"query": TEXT, "target": TEXT, "Negatives": []}, "wrong fields", "'Negatives', did you mean negatives?"),
+    ({"query": TEXT, "target": TEXT, "negatives": [{"txt": "t"}]}, "wrong fields", "'negatives.0.txt'"),
+    ({"query": TEXT, "target": TEXT, "weight": 3}, "wrong fields", "unknown field 'weight': known are query, target"),
+    (b'{"query": {"text": "a", "text": "b"}, "target": {"text": "t"}}', "wrong fields", "has the key 'text' twice"),
     (
         {"query": {"text": "t", "alternatives": []}, "target": TEXT},
         "wrong fields",

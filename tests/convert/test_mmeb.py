@@ -164,6 +164,8 @@ def test_mistakes_are_clear_errors(source, tmp_path):
     )
     parquet.write_table(pa.table({name: [[1]] for name in COLUMNS}), file)
     assert f"{file} does not hold MMEB's rows" in error_of("mmeb-train", source, dest)
+    parquet.write_table(pa.table({name: ["a"] for name in (*COLUMNS, "qry_inst")}), file)
+    assert f"{file} has the column 'qry_inst', which nothing reads" in error_of("mmeb-train", source, dest)
     file.write_bytes(b"version https://git-lfs")
     assert f"{file} does not hold MMEB's rows" in error_of("mmeb-train", source, dest)
     assert not dest.exists()

@@ -8,7 +8,17 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from pipeline.data.index import FORMAT, Captions, Index, checksum_of, load_sidecar, read_records, sidecar_dtype
+from pipeline.data.index import (
+    FORMAT,
+    Captions,
+    Index,
+    array_of,
+    checksum_of,
+    load_sidecar,
+    read_records,
+    sidecar_dtype,
+    sidecar_of,
+)
 from pipeline.data.objects import ObjectError
 from pipeline.data.sample import Item, Pair
 from pipeline.data.shards import write_shards
@@ -197,12 +207,21 @@ def test_records_that_make_no_sense_are_refused(folder, name, values):
     (shard,) = Index.load(str(folder)).shards
     records = load_sidecar(str(folder), shard).copy()
     records[name] = values
-    from pipeline.data.index import sidecar_of
-
     shard = sidecar_of_bytes(folder, sidecar_of(records))
     for read in (lambda: load_sidecar(str(folder), shard), lambda: read_records(str(folder), shard, 0, 3)):
         with pytest.raises(ObjectError, match=r"000000\.idx\.npy: its records make no sense"):
             read()
+
+
+def test_arrays_are_read_as_numpy_reads_them_and_nothing_else_is():
+    for array in (np.arange(6.0).reshape(2, 3), np.zeros((0, 4), "<f2"), np.asfortranarray(np.arange(6).reshape(2, 3))):
+        found = array_of(stored(array))
+        assert found.dtype == array.dtype and np.array_equal(found, array)
+    whole = stored(np.zeros((2, 3)))
+    huge = whole.replace(b"(2, 3), }", b"(999999999999, 3), }")
+    for bad in (b"", whole[:-1], whole[:30], huge, archive(np.zeros(3)), stored(np.array([{}]), allow_pickle=True)):
+        with pytest.raises(ValueError):
+            array_of(bad)
 
 
 def test_a_record_of_a_sidecar_has_the_bytes_it_always_had():

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.data import objects
 from pipeline.data import s3 as client
+from pipeline.data.index import Index
 from pipeline.data.objects import ObjectError
 
 ROOT = "s3://pipeline-tests/objects"
@@ -306,3 +307,31 @@ def test_a_server_without_ranges(odd):
 def test_a_server_that_ignores_if_match(odd):
     odd(cut=4, overwritten=True)
     assert "was overwritten" in message(objects.read, "s3://bucket/key", 10, 10)
+
+
+def test_the_page_of_a_proxy_is_no_answer(s3, monkeypatch):
+    """With status 200, to whatever is asked."""
+    body = b"<html><body>log in</body></html>"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body if self.command == "GET" else b"")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    try:
+        assert "is AWS_ENDPOINT_URL right?" in message(objects.list_under, "s3://bucket/folder")
+        assert "s3://bucket/folder/index.json is HTML or XML" in message(Index.load, "s3://bucket/folder")
+    finally:
+        server.shutdown()
+        server.server_close()

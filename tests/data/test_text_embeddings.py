@@ -22,8 +22,9 @@ from pipeline.config import Data
 from pipeline.convert.img2dataset import TarsWork
 from pipeline.data import objects, source
 from pipeline.data.collate import Encoded
-from pipeline.data.index import INDEX_FILE, Captions, Index
+from pipeline.data.index import INDEX_FILE, Captions, Index, checksum_of
 from pipeline.data.lengths import Lengths, Square
+from pipeline.data.objects import ObjectError
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
@@ -499,3 +500,41 @@ def test_tars_that_are_not_of_these_captions_are_refused(tmp_path):
             tar.addfile(member, BytesIO(content))
     with pytest.raises(PipelineError, match="in another order"):
         index(out=str(tmp_path / "anew"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"<html>", b"{}", b"[" * 200_000])
+def test_a_damaged_record_is_embedded_again_and_a_damaged_name_of_the_model_is_refused(shards, tmp_path, damage):
+    with pytest.raises(RuntimeError, match="killed"):
+        embed(shards / "first", tmp_path / "out", Texts(9))
+    begun = tmp_path / "out/.text_embeddings"
+    made = (begun / "made.json").read_bytes()
+    for record in begun.glob("0*.json"):
+        record.write_bytes(damage)
+    (begun / "made.json").write_bytes(damage)
+    with pytest.raises(PipelineError, match=r"made\.json .*: add --overwrite, and all is embedded again"):
+        embed(shards / "first", tmp_path / "out", Texts())
+    (begun / "made.json").write_bytes(made)
+    embed(shards / "first", tmp_path / "out", Texts())
+    embed(shards / "first", tmp_path / "whole", Texts())
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    for name, content in (("made", damage), ("x", damage)):
+        begun.mkdir(exist_ok=True)
+        (begun / f"{name}.json").write_bytes(content)
+    (tmp_path / "out/text_embeddings.json").unlink()
+    embed(shards / "first", tmp_path / "out", Texts(), overwrite=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("width", 4.0), ("width", -1), ("stored", "int8"), ("columns", 7), ("tars_url", None), ("parts", {}), ("more", 1)],
+)
+def test_an_index_of_embeddings_that_makes_no_sense_is_refused(shards, tmp_path, name, value):
+    embed(shards / "first", tmp_path, Texts())
+    file = tmp_path / "text_embeddings.json"
+    content = json.loads(file.read_text())
+    del content["checksum"]
+    content[name] = value
+    file.write_text(json.dumps(content | {"checksum": checksum_of(content)}))
+    with pytest.raises(ObjectError, match=r"text_embeddings\.json is no index of ours"):
+        TextEmbeddings.load(str(tmp_path))

@@ -213,3 +213,14 @@ def test_a_picture_that_rows_name_is_missed_at_once_and_found_in_either_folder(m
     (mmeb / "eval_images/x/b.png").unlink()
     with pytest.raises(PipelineError, match=r"there is no .*/images/x/b\.png or .*/eval_images/x/b\.png"):
         load([str(mmeb)])
+
+
+def test_a_dataset_that_is_none_of_mmebs_is_not_left_out_in_silence(tmp_path, capsys):
+    row = {"qry_text": "a?", "qry_img_path": "", "tgt_text": ["b", "c"], "tgt_img_path": ["", ""]}
+    for name in ("GQA", "GQA-mine"):
+        (tmp_path / name).mkdir()
+        parquet.write_table(pa.Table.from_pylist([row]), tmp_path / name / "test.parquet")
+    assert [task.name for task in load([str(tmp_path)]).tasks] == ["GQA"]
+    assert (
+        f"note: nothing reads the dataset GQA-mine of {tmp_path}, for it has no tasks.json" in capsys.readouterr().err
+    )

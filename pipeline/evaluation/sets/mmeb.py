@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from itertools import pairwise
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -13,6 +14,7 @@ from pipeline.data.index import INDEX_FILE, Index, Shard, load_sidecar, read_sam
 from pipeline.data.mmeb import IMAGE_FOLDERS, MMEB_TASKS, TASKS_FILE, Side, converted_rows, evaluation_rows, read_tasks
 from pipeline.data.sample import BadSample, Item, Single
 from pipeline.data.shards import parse_sample
+from pipeline.documents import note_unread
 from pipeline.errors import PipelineError
 from pipeline.evaluation.tasks import Collection, Ranking, content_key
 
@@ -40,6 +42,9 @@ def datasets(url: str, group: str | None = None) -> dict[str, Callable[[Collecti
     chosen = GROUPS.get(group, GROUPS["mmeb"]) or (lambda *_: False)
     wanted = {name: kind for name, kind in known.items() if f"mmeb/{name}" == group or chosen(*kind)}
     there = wanted if listed else {name: kind for name, kind in wanted.items() if _has(objects.join(url, name))}
+    if not listed and "://" not in url:
+        others = {file.parent.name for file in Path(url).glob("*/*.parquet")} - known.keys()
+        note_unread(f"{url}, for it has no {TASKS_FILE} and they are none of MMEB's", sorted(others), kind="dataset")
     if not there:
         raise PipelineError(
             f"nothing to evaluate at {url}: it has no "

@@ -1,0 +1,76 @@
+"""Files of captions with more, other or damaged members than those that are read."""
+
+import json
+
+import pytest
+
+from pipeline.data.captions import captioned_images, captioned_videos
+from pipeline.errors import PipelineError
+
+KARPATHY = {"filename": "a.jpg", "filepath": "val", "split": "test", "sentences": [{"raw": "a", "tokens": ["a"]}]}
+
+
+def images(**changes):
+    return json.dumps({"images": [KARPATHY | changes]}).encode()
+
+
+def test_what_else_a_file_has_is_listed_once(capsys):
+    expected = [("val/a.jpg", ["a"])]
+    assert captioned_images("K.json", b"\xef\xbb\xbf" + images(imgid=3, cocoid=4), "test") == expected
+    assert capsys.readouterr().err == ""
+    assert captioned_images("K.json", images(licence_of_k=1), "test") == expected
+    assert captioned_images("K.json", images(licence_of_k=1), "test") == expected
+    assert capsys.readouterr().err == "note: nothing reads the key licence_of_k of K.json\n"
+    text = json.dumps([{"video": "v", "caption": "c", "origin_of_own": "x"}])
+    assert captioned_videos("own.json", text) == {"v": ["c"]}
+    assert capsys.readouterr().err == "note: nothing reads the key origin_of_own of own.json\n"
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({k: v for k, v in KARPATHY.items() if k != "filepath"} | {"file_path": "val"}, "'file_path'.*mean filepath"),
+        (KARPATHY | {"caption": "another"}, "'caption', which nothing reads"),
+        (KARPATHY | {"sentences": [{"raw": "a", "text": "b"}]}, "'text', which nothing reads"),
+    ],
+)
+def test_a_key_that_would_change_the_pairs_is_refused(form, said):
+    with pytest.raises(PipelineError, match=f"K.json has the key {said}"):
+        captioned_images("K.json", json.dumps({"images": [form]}).encode(), "test")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("v.json", '[{"video": "v", "caption": "c", "start": 3}]', "v.json has the key 'start', which nothing reads"),
+        ("v.json", '[{"Video": "v", "caption": "c"}]', "v.json has the key 'Video', .*mean video"),
+        ("v.csv", "Video_ID,sentence\nv,c\n", "v.csv has the column 'Video_ID', .*mean video_id"),
+        ("v.csv", "video_id,sentence,sentence\nv,c,d\n", "v.csv has the column 'sentence' twice"),
+        ("v.csv", "video_id,sentence,start\nv,c,3\n", "v.csv has the column 'start', which nothing reads"),
+    ],
+)
+def test_of_videos_too(file, text, said):
+    with pytest.raises(PipelineError, match=said):
+        captioned_videos(file, text)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("v.csv", "video_id,sentence\nv,one man, two dogs\n", "line 2 has not as many fields as the first"),
+        ("v.csv", "video_id,sentence\nv,c\nw\n", "line 3 has not as many fields as the first"),
+        ("v.json", '{"v": ["c"], "v": ["d"]}', "an object has the key 'v' twice"),
+        ("v.json", "<html></html>", "v.json is HTML or XML"),
+        ("v.json", "", "v.json is empty"),
+    ],
+)
+def test_what_would_lose_a_caption_is_another_form(file, text, said):
+    with pytest.raises(ValueError, match=said):
+        captioned_videos(file, text)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_the_first_line_says_how_columns_are_parted(delimiter):
+    rows = [["video_id", "sentence"], ["v", "a man"], ["v", '"a dog, and; a\tcat"']]
+    text = "\n".join(delimiter.join(row) for row in rows)
+    assert captioned_videos("v.csv", text) == {"v": ["a man", "a dog, and; a\tcat"]}
