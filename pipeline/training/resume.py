@@ -33,8 +33,11 @@ def whole(folder: Path, *, thorough: bool = False, quiet: bool = False) -> Path 
 
 
 def fault_of(path: Path, *, thorough: bool) -> str:
-    """What is wrong with a checkpoint; empty where it is whole."""
+    """What is wrong with a checkpoint; empty where it is whole. One without a manifest is looked into if thorough."""
     try:
+        is_of_older = checkpoint.MANIFEST not in checkpoint.conditions_of(path) and not (path / manifest.FILE).exists()
+        if is_of_older and not thorough:
+            return ""
         content = contents(path)
         if thorough:
             return _joined(manifest.faults(path, content, content.files))
@@ -122,7 +125,9 @@ def contents(path: Path) -> Manifest:
     if checkpoint.MANIFEST in conditions:
         raise Damaged(f"{manifest.FILE} is missing")
     # Of an older version: DeepSpeed's files, by the names it gives them.
-    world, stage = conditions[checkpoint.PROCESSES], conditions[checkpoint.STAGE]
+    world, stage = (conditions.get(name) for name in (checkpoint.PROCESSES, checkpoint.STAGE))
+    if type(world) is not int or type(stage) is not int:
+        raise Damaged(f"{checkpoint.CONDITIONS} does not say by how many processes, and by which ZeRO stage")
     ranks = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(world)] if stage else []
     files = [f"{name}_model_states.pt" for name in (ranks if stage == 3 else ["mp_rank_00"])]
     for name in ranks:

@@ -136,7 +136,12 @@ CASES = {
     "empty conditions": (newest(cut, CONDITIONS, 0), 4, f"{CONDITIONS} is no JSON (0 bytes"),
     "conditions of zeros": (newest(Path.write_bytes, CONDITIONS, bytes(99)), 4, f"{CONDITIONS} is no JSON (99 bytes"),
     "conditions that are a list": (newest(Path.write_text, CONDITIONS, "[]"), 4, f"{CONDITIONS} is no JSON object"),
-    "conditions that lack one": (newest(Path.write_text, CONDITIONS, "{}"), 4, "does not say the number of processes"),
+    "conditions that lack one": (newest(Path.write_text, CONDITIONS, "{}"), 4, f"{CONDITIONS} has 2 bytes of"),
+    "an older version's that lack one": (
+        all_of(older, newest(Path.write_text, CONDITIONS, "{}")),
+        4,
+        "does not say by how many processes",
+    ),
     "conditions of another seed": (newest(edit, CONDITIONS, seed=1), 4, f"{CONDITIONS} "),
     "no conditions": (newest(Path.unlink, CONDITIONS), 4, f"{CONDITIONS} {NO_SUCH}"),
     "no manifest": (newest(Path.unlink, manifest.FILE), 4, f"{manifest.FILE} {NO_SUCH}"),
