@@ -433,7 +433,7 @@ def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
     if not path.is_file():
         known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "pipeline/recipes").glob("*.yaml")))
         raise PipelineError(f"no recipe at {path}; the project's own are {known}")
-    values = _safe_yaml(path.read_text(), str(path))
+    values = _safe_yaml(path.read_bytes(), str(path))
     if not isinstance(values, dict):
         raise PipelineError(f"{path} is not a recipe: expected `key: value` lines")
     variants = values.pop("variants", None) or {}
@@ -539,7 +539,7 @@ def _validated(section: type[SectionType], values: dict, where: str) -> SectionT
         raise PipelineError(where + "; ".join(_explain(section, e) for e in error.errors())) from None
 
 
-def _safe_yaml(text: str, where: str) -> Any:
+def _safe_yaml(text: str | bytes, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

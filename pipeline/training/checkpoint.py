@@ -65,9 +65,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
         if leads:
             kept = conditions | {PROCESSES: dist.get_world_size(), MANIFEST: manifest.FORMAT}
             (folder / unfinished / CONDITIONS).write_text(json.dumps(kept))
-        there = [file for file in (folder / unfinished).rglob("*") if file.is_file()]
-        names = [file.relative_to(folder / unfinished).as_posix() for file in there]
-        ours = [name for name in names if manifest.writer_of(name) == rank]
+        ours = [name for name in manifest.names_of(folder / unfinished) if manifest.writer_of(name) == rank]
         files = manifest.sums(folder / unfinished, ours, meanwhile=lambda: flush(folder / unfinished))
         of_ranks: list | None = [None] * dist.get_world_size() if leads else None
         dist.gather_object(files, of_ranks)
