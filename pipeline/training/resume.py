@@ -33,12 +33,9 @@ def whole(folder: Path, *, thorough: bool = False, quiet: bool = False) -> Path 
 
 
 def fault_of(path: Path, *, thorough: bool) -> str:
-    """What is wrong with a checkpoint; empty where it is whole. One without a manifest is looked into if thorough."""
+    """What is wrong with a checkpoint; empty where it is whole."""
     try:
-        is_of_older = checkpoint.MANIFEST not in checkpoint.conditions_of(path) and not (path / manifest.FILE).exists()
-        if is_of_older and not thorough:
-            return ""
-        content = contents(path)
+        content = contents(path, thorough=thorough)
         if thorough:
             return _joined(manifest.faults(path, content, content.files))
         for name, file in content.files.items():
@@ -114,8 +111,8 @@ def choose(folder: Path, conditions: dict) -> Path | None:
     return path
 
 
-def contents(path: Path) -> Manifest:
-    """What a checkpoint should hold. Raises Damaged where that cannot be told."""
+def contents(path: Path, *, thorough: bool = True) -> Manifest:
+    """What a checkpoint should hold; of one without a manifest, nothing unless thorough. Raises Damaged."""
     if not path.is_dir():
         raise Damaged("it is no folder")
     conditions = checkpoint.conditions_of(path)
@@ -124,6 +121,8 @@ def contents(path: Path) -> Manifest:
         return found
     if checkpoint.MANIFEST in conditions:
         raise Damaged(f"{manifest.FILE} is missing")
+    if not thorough:
+        return Manifest(format=manifest.FORMAT, step=step, block=1, files={})
     # Of an older version: DeepSpeed's files, by the names it gives them.
     world, stage = (conditions.get(name) for name in (checkpoint.PROCESSES, checkpoint.STAGE))
     if type(world) is not int or type(stage) is not int:
