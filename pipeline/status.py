@@ -190,5 +190,5 @@ def _unfinished(run: Path) -> Path:
 
 
 def _newest_checkpoint(run: Path) -> int:
-    steps = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")]
-    return max(steps, default=0)
+    names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)

@@ -41,7 +41,7 @@ from pipeline.models import weights
 from pipeline.models.chunks import Features
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.kinds import KINDS, Processor
-from pipeline.training import checkpoint, resume
+from pipeline.training import checkpoint, manifest, resume
 from pipeline.training.distributed import end_distributed, on_first_rank, start_distributed
 from pipeline.training.engine import build_engine, load_frozen
 from pipeline.training.export import export
@@ -204,13 +204,24 @@ def _model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> str:
     made = folder / "init"
     kind = KINDS[recipe.model.kind]
     if recipe.model.path:
-        return kind.resolve(recipe.model.path, made)
+        before = checkpoint.entries(made)
+        path = Path(kind.resolve(recipe.model.path, made))
+        if path.parent != made:
+            return str(path)
+        if path in before:
+            manifest.check(path)
+        else:
+            manifest.seal(path)
+        return str(path)
     if anew or not made.exists():
         unfinished = folder / "init.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         kind.build(recipe.model, _texts(source), recipe.seed, unfinished)
+        manifest.seal(unfinished)
         shutil.rmtree(made, ignore_errors=True)
         unfinished.rename(made)
+    else:
+        manifest.check(made)  # a checkpoint has nothing of what is frozen
     return str(made)
 
 

@@ -28,7 +28,6 @@ from torch.utils.serialization import config as serialization
 
 from pipeline.errors import PipelineError, disk_errors, is_of_lost_peer
 from pipeline.training import manifest
-from pipeline.training.manifest import Damaged
 
 LATEST, BEST = "latest", "best"
 CONDITIONS = "conditions.json"
@@ -66,9 +65,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
         if leads:
             kept = conditions | {PROCESSES: dist.get_world_size(), MANIFEST: manifest.FORMAT}
             (folder / unfinished / CONDITIONS).write_text(json.dumps(kept))
-        there = [file for file in (folder / unfinished).rglob("*") if file.is_file()]
-        names = [file.relative_to(folder / unfinished).as_posix() for file in there]
-        ours = [name for name in names if manifest.writer_of(name) == rank]
+        ours = [name for name in manifest.names_of(folder / unfinished) if manifest.writer_of(name) == rank]
         files = manifest.sums(folder / unfinished, ours, meanwhile=lambda: flush(folder / unfinished))
         of_ranks: list | None = [None] * dist.get_world_size() if leads else None
         dist.gather_object(files, of_ranks)
@@ -175,12 +172,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def conditions_of(checkpoint: Path) -> dict:
-    """Those under which it was written. Raises Damaged where they are not there."""
-    conditions = manifest.read_json(checkpoint / CONDITIONS)
-    for name in (PROCESSES, STAGE):
-        if type(conditions.get(name)) is not int:
-            raise Damaged(f"{CONDITIONS} does not say {name}")
-    return conditions
+    """Those under which it was written. Raises manifest.Damaged where they are not there."""
+    return manifest.read_json(checkpoint / CONDITIONS)
 
 
 # Of runs that began before these were among the conditions.

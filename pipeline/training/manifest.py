@@ -57,6 +57,11 @@ def writer_of(name: str) -> int:
     return int(match.group(1)) if match else 0
 
 
+def names_of(folder: Path) -> list[str]:
+    """All files below a folder, by their paths in it."""
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+
+
 def sums(folder: Path, names: Iterable[str], meanwhile: Callable[[], None] | None = None) -> dict[str, File]:
     """Sizes and checksums of files, by their names. `meanwhile` runs beside: the disk and the processor share no work.
 
@@ -84,6 +89,22 @@ def write(folder: Path, step: int, files: dict[str, File]) -> None:
         opened.write(manifest.model_dump_json())
         opened.flush()
         os.fsync(opened.fileno())
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a folder that one process made, and that is of no step."""
+    write(folder, 0, sums(folder, names_of(folder)))
+
+
+def check(folder: Path) -> None:
+    """Raise Damaged unless a folder is as it was sealed, or never was, as by an older version."""
+    try:
+        manifest = read(folder, 0)
+        found = faults(folder, manifest, manifest.files) if manifest else {}
+    except Damaged as error:
+        found = {FILE: str(error)}
+    if found:
+        raise Damaged(f"{folder} is damaged: {'; '.join(found.values())}. Delete it and start again: it is made anew")
 
 
 def read(folder: Path, step: int) -> Manifest | None:

@@ -35,7 +35,7 @@ def whole(folder: Path, *, thorough: bool = False, quiet: bool = False) -> Path 
 def fault_of(path: Path, *, thorough: bool) -> str:
     """What is wrong with a checkpoint; empty where it is whole."""
     try:
-        content = contents(path)
+        content = contents(path, thorough=thorough)
         if thorough:
             return _joined(manifest.faults(path, content, content.files))
         for name, file in content.files.items():
@@ -111,8 +111,8 @@ def choose(folder: Path, conditions: dict) -> Path | None:
     return path
 
 
-def contents(path: Path) -> Manifest:
-    """What a checkpoint should hold. Raises Damaged where that cannot be told."""
+def contents(path: Path, *, thorough: bool = True) -> Manifest:
+    """What a checkpoint should hold; of one without a manifest, nothing unless thorough. Raises Damaged."""
     if not path.is_dir():
         raise Damaged("it is no folder")
     conditions = checkpoint.conditions_of(path)
@@ -121,8 +121,12 @@ def contents(path: Path) -> Manifest:
         return found
     if checkpoint.MANIFEST in conditions:
         raise Damaged(f"{manifest.FILE} is missing")
+    if not thorough:
+        return Manifest(format=manifest.FORMAT, step=step, block=1, files={})
     # Of an older version: DeepSpeed's files, by the names it gives them.
-    world, stage = conditions[checkpoint.PROCESSES], conditions[checkpoint.STAGE]
+    world, stage = (conditions.get(name) for name in (checkpoint.PROCESSES, checkpoint.STAGE))
+    if type(world) is not int or type(stage) is not int:
+        raise Damaged(f"{checkpoint.CONDITIONS} does not say by how many processes, and by which ZeRO stage")
     ranks = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(world)] if stage else []
     files = [f"{name}_model_states.pt" for name in (ranks if stage == 3 else ["mp_rank_00"])]
     for name in ranks:

@@ -13,10 +13,13 @@ import torch.distributed as dist
 from launch import Ended, launch
 
 from pipeline import export
+from pipeline.config import load_recipe
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
+from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.evaluation.report import Report
+from pipeline.train import _model
 from pipeline.training import checkpoint, manifest, resume
 
 STEPS, EVERY = 6, 2
@@ -136,7 +139,12 @@ CASES = {
     "empty conditions": (newest(cut, CONDITIONS, 0), 4, f"{CONDITIONS} is no JSON (0 bytes"),
     "conditions of zeros": (newest(Path.write_bytes, CONDITIONS, bytes(99)), 4, f"{CONDITIONS} is no JSON (99 bytes"),
     "conditions that are a list": (newest(Path.write_text, CONDITIONS, "[]"), 4, f"{CONDITIONS} is no JSON object"),
-    "conditions that lack one": (newest(Path.write_text, CONDITIONS, "{}"), 4, "does not say the number of processes"),
+    "conditions that lack one": (newest(Path.write_text, CONDITIONS, "{}"), 4, f"{CONDITIONS} has 2 bytes of"),
+    "an older version's that lack one": (
+        all_of(older, newest(Path.write_text, CONDITIONS, "{}")),
+        4,
+        "does not say by how many processes",
+    ),
     "conditions of another seed": (newest(edit, CONDITIONS, seed=1), 4, f"{CONDITIONS} "),
     "no conditions": (newest(Path.unlink, CONDITIONS), 4, f"{CONDITIONS} {NO_SUCH}"),
     "no manifest": (newest(Path.unlink, manifest.FILE), 4, f"{manifest.FILE} {NO_SUCH}"),
@@ -335,6 +343,36 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(recipe, run):
         for each in (run / "checkpoints").glob("step-*"):
             each.rename(each.with_name(f"damaged-{each.name}"))
         kept = contents(run / "checkpoints"), kept[1]
+
+
+def test_a_damaged_model_to_begin_with_is_named_and_made_anew(recipe, tmp_path):
+    chosen = load_recipe(recipe[0], [field for field in recipe[1:] if "model.path" not in field])
+    source, run = Source.open(chosen.data), tmp_path / "run"
+    run.mkdir()
+    weights = Path(_model(chosen, source, run, anew=True), "model.safetensors")
+    before = weights.read_bytes()
+    assert _model(chosen, source, run, anew=False) == str(weights.parent)
+    flip(weights)
+    with pytest.raises(PipelineError, match=r"model\.safetensors is not as it was written.* Delete it"):
+        _model(chosen, source, run, anew=False)
+    shutil.rmtree(run / "init")
+    _model(chosen, source, run, anew=False)
+    assert weights.read_bytes() == before
+    (run / "init" / manifest.FILE).unlink()
+    assert _model(chosen, source, run, anew=False) == str(weights.parent)
+
+
+def test_a_converted_model_to_begin_with_that_is_damaged_is_named(recipe, tmp_path):
+    chosen = load_recipe(recipe[0], [*recipe[1:], "model.path=tests/golden"])
+    source, run = Source.open(chosen.data), tmp_path / "run"
+    path = Path(_model(chosen, source, run, anew=True))
+    assert path.parent == run / "init"
+    assert _model(chosen, source, run, anew=False) == str(path)
+    cut(path / "config.json")
+    with pytest.raises(PipelineError, match=r"config\.json has .* bytes of .* Delete it and start again"):
+        _model(chosen, source, run, anew=False)
+    shutil.rmtree(path)
+    assert _model(chosen, source, run, anew=False) == str(path)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_whole(recipe, finished, tmp_path):

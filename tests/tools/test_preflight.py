@@ -34,6 +34,7 @@ from pipeline.preflight.run import preflight
 from pipeline.preflight.storage import checkpoint_bytes, disk_space, model_bytes
 from pipeline.status import Status
 from pipeline.train import conditions_of_run
+from pipeline.training import manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "pipeline/recipes/demo.yaml"
@@ -182,6 +183,14 @@ def test_a_checkpoint_is_continued_or_it_is_said_why_not(overrides, tmp_path, ca
     status, table, _ = found(capsys, [*overrides, f"run={tmp_path}/run"])
     assert status == 0
     assert "continues from step-00000004" in table
+    shutil.copytree(folder, damaged := folder.with_name("step-00000008"))
+    manifest.write(damaged, 8, manifest.sums(damaged, ["conditions.json"]))
+    (damaged / "conditions.json").write_text("")
+    (folder.parent / "latest").write_text("")
+    status, table, _ = found(capsys, [*overrides, f"run={tmp_path}/run"])
+    assert status == 0
+    assert "continues from step-00000004" in table
+    shutil.rmtree(damaged)
     (folder / "conditions.json").write_text(json.dumps(conditions | {"seed": None}))
     status, _, errors = found(capsys, [*overrides, f"run={tmp_path}/run"])
     assert status == 2
