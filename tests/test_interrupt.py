@@ -32,7 +32,13 @@ def hang():  # as in a library that hides the signal from Python
 @command_line
 def main():
     how = sys.argv[1]
+    if how == "own":
+        signal.signal(signal.SIGINT, noted)
+        print("in", flush=True)
+        time.sleep(interrupt._LEAVE_SECONDS + 1)
+        sys.exit(7)
     if how == "steps":
+        signal.signal(signal.SIGTERM, noted)
         with interrupt.postponed(noted):
             print("in", flush=True)
             while True:
@@ -87,7 +93,8 @@ def test_a_program_ends_with_one_line_whatever_it_does_with_it(start, how):
     assert process.returncode == 130
 
 
-def test_where_a_program_stops_by_itself_only_a_second_one_ends_it(start):
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])  # torchrun passes its second one on as SIGTERM
+def test_where_a_program_stops_by_itself_only_a_second_one_ends_it(start, second):
     process = start("-c", PROGRAM, "steps")
     assert process.stdout.readline() == "in\n"
     for _ in range(2):  # of which a launcher passed one on
@@ -96,9 +103,17 @@ def test_where_a_program_stops_by_itself_only_a_second_one_ends_it(start):
     assert "once more ends at once" in process.stderr.readline()
     time.sleep(1.1)
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(second)
     assert process.communicate(timeout=60)[1] == LINE
     assert process.returncode == 130
+
+
+def test_a_program_that_handles_it_is_left_alone(start):
+    process = start("-c", PROGRAM.replace("@command_line", "interrupt._LEAVE_SECONDS = 0.2\n@command_line"), "own")
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("noted\n", "")
+    assert process.returncode == 7
 
 
 def test_what_runs_in_the_background_of_a_shell_is_not_interrupted(start):
