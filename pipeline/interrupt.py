@@ -95,8 +95,11 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def _listen(read: int) -> None:
     first = 0.0
     while numbers := os.read(read, 64):
-        if signal.SIGINT not in numbers:
-            continue
+        # A launcher that is interrupted again while it waits for its ranks asks them by SIGTERM: torchrun does.
+        if first and signal.SIGTERM in numbers and time.monotonic() - first > _ONE_SECOND:
+            end()
+        if signal.SIGINT not in numbers or signal.getsignal(signal.SIGINT) is not _handle:
+            continue  # what a program makes of it itself is left to it
         now = time.monotonic()
         if first and now - first > _ONE_SECOND:
             end()

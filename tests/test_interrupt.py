@@ -1,0 +1,153 @@
+"""Ctrl-C, as real processes get it: one line and status 130, wherever a program is."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINE = "interrupted; start the same command to continue\n"
+PROGRAM = """
+import os, signal, sys, threading, time
+from pipeline import interrupt
+from pipeline.errors import PipelineError, command_line
+
+def noted(number, frame):
+    print("noted", flush=True)
+
+def hang():  # as in a library that hides the signal from Python
+    while True:
+        try:
+            time.sleep(600)
+        except KeyboardInterrupt:
+            pass
+
+@command_line
+def main():
+    how = sys.argv[1]
+    if how == "own":
+        signal.signal(signal.SIGINT, noted)
+        print("in", flush=True)
+        time.sleep(interrupt._LEAVE_SECONDS + 1)
+        sys.exit(7)
+    if how == "steps":
+        signal.signal(signal.SIGTERM, noted)
+        with interrupt.postponed(noted):
+            print("in", flush=True)
+            while True:
+                time.sleep(0.1)
+    print("in", flush=True)
+    try:
+        time.sleep(600)
+    except KeyboardInterrupt:
+        if how == "hangs":
+            hang()
+        if how == "error":
+            raise PipelineError("a data worker failed") from None
+        if how == "traceback":
+            raise ValueError("a consequence") from None
+        raise
+
+main()
+"""
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    started = []
+
+    def start(*arguments: str, **environment: str) -> subprocess.Popen:
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which what runs in the background ignores
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)} | environment
+        started.append(
+            subprocess.Popen([sys.executable, *arguments], **pipes, env=environment, cwd=ROOT, preexec_fn=heed)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", ["at once", "hangs", "error", "traceback"])
+def test_a_program_ends_with_one_line_whatever_it_does_with_it(start, how):
+    process = start("-c", PROGRAM, how)
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == LINE
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])  # torchrun passes its second one on as SIGTERM
+def test_where_a_program_stops_by_itself_only_a_second_one_ends_it(start, second):
+    process = start("-c", PROGRAM, "steps")
+    assert process.stdout.readline() == "in\n"
+    for _ in range(2):  # of which a launcher passed one on
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "noted\n"
+    assert "once more ends at once" in process.stderr.readline()
+    time.sleep(1.1)
+    assert process.poll() is None
+    process.send_signal(second)
+    assert process.communicate(timeout=60)[1] == LINE
+    assert process.returncode == 130
+
+
+def test_a_program_that_handles_it_is_left_alone(start):
+    process = start("-c", PROGRAM.replace("@command_line", "interrupt._LEAVE_SECONDS = 0.2\n@command_line"), "own")
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("noted\n", "")
+    assert process.returncode == 7
+
+
+def test_what_runs_in_the_background_of_a_shell_is_not_interrupted(start):
+    process = start("-c", f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{PROGRAM}", "at once")
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGINT)
+    process.terminate()
+    assert process.wait(timeout=60) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("program", [["-m", "pipeline.train"], ["tools/preflight.py"], ["tools/make_shards.py"]])
+def test_while_it_imports(start, program):
+    process = start(*program, "pipeline/recipes/demo.yaml")
+    maps = Path(f"/proc/{process.pid}/maps")
+    until(lambda: "numpy" in maps.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == LINE
+    assert process.returncode == 130
+
+
+def test_while_it_waits_for_ranks_inside_a_library(start):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = free.getsockname()
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": place[0], "MASTER_PORT": str(place[1])}
+    process = start("-m", "pipeline.evaluate", "model", "tasks", **ranks)
+
+    def listens() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(place) == 0
+
+    until(listens, process)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert error.endswith(LINE)
+    assert "Traceback" not in error
+    assert process.returncode == 130
