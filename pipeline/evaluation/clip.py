@@ -33,6 +33,7 @@ from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.evaluation.identity import identity_of, model_folder
 from pipeline.models.chunks import chunk_tokens_for
+from pipeline.models.clip import require_end
 from pipeline.models.loading import DTYPES, refuse_missing
 
 # By the config's model_type.
@@ -94,6 +95,8 @@ class ClipEncoder:
             image_processor = processor_class.from_pretrained(folder)
         except (OSError, ValueError, ImportError) as error:
             raise PipelineError(f"no {kind} model at {path!r}: {str(error).splitlines()[0]}") from None
+        if kind == "clip":
+            require_end(path, tokenizer, config.text_config)
         encoder = cls(
             name=path,
             identity=identity_of(folder, options.precision, options.video.frames),

@@ -24,7 +24,7 @@ from pipeline.config import Architecture
 from pipeline.data.collate import Encoded, Packed
 from pipeline.errors import PipelineError
 from pipeline.models.checkpointing import checkpoint_layers
-from pipeline.models.folder import share
+from pipeline.models.folder import finish
 from pipeline.models.loading import config_dict, read_config, refuse_missing, refuse_unknown, require_vocabulary
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels
@@ -39,8 +39,9 @@ class ClipTexts:
 
     @classmethod
     def load(cls, path: str, max_tokens: int) -> "ClipTexts":
-        context = load_config(path).text_config.max_position_embeddings
-        return cls(AutoTokenizer.from_pretrained(path), min(context, max_tokens))
+        config, tokenizer = load_config(path).text_config, AutoTokenizer.from_pretrained(path)
+        require_end(path, tokenizer, config)
+        return cls(tokenizer, min(config.max_position_embeddings, max_tokens))
 
     def tokenized(self, text: str) -> Encoded:
         ids = self.tokenizer(text, truncation=True, max_length=self.context)["input_ids"]
@@ -88,6 +89,20 @@ def load_config(path: str) -> CLIPConfig:
     return read_config(path, CLIPConfig.from_pretrained)
 
 
+def require_end(path: str, tokenizer: PreTrainedTokenizerBase, config: CLIPTextConfig) -> None:
+    """Raise PipelineError where texts do not end with the token that CLIP pools: all would have the first one's vector.
+
+    For configs of old, whose eos_token_id is 2, that is the one of the largest number.
+    """
+    ids, end = tokenizer("a")["input_ids"], config.eos_token_id
+    if not ids or ids[-1] != (max(ids) if end == 2 else end):
+        last = tokenizer.convert_ids_to_tokens(ids[-1:])
+        raise PipelineError(
+            f"{path}: its tokenizer ends texts with {last[0] if last else None!r}, and its model pools token {end} "
+            "(text_config.eos_token_id): is the tokenizer another model's?"
+        )
+
+
 def check_architecture(architecture: Architecture) -> None:
     """Refuse what transformers' configurations do not know."""
     refuse_unknown("vision", architecture.vision, CLIPVisionConfig())
@@ -125,4 +140,4 @@ def save(model: Clip, source: str, folder: Path) -> None:
         f"---\nlibrary_name: transformers\n---\n\n# CLIP\n\nA CLIP of {config['projection_dim']} dimensions: "
         "`CLIPModel.from_pretrained(FOLDER)`, without a logit scale of its own.\n"
     )
-    share(folder)
+    finish(folder)

@@ -33,7 +33,7 @@ from pipeline.config import Model
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.errors import PipelineError
 from pipeline.models import llave
-from pipeline.models.folder import share
+from pipeline.models.folder import finish
 from pipeline.models.llave import NEWLINE_POSITIONS, load_config, newline_position, require_newline, with_own
 from pipeline.models.tower import MEAN, STD
 
@@ -263,7 +263,7 @@ def convert_original(source: Path, folder: Path) -> None:
     ).save_pretrained(folder)
     config.dtype = dtype
     config.save_pretrained(folder)
-    share(folder)
+    finish(folder)
 
 
 def export_original(folder: Path, out: Path) -> None:
@@ -320,7 +320,7 @@ def export_original(folder: Path, out: Path) -> None:
         "tokenizer_padding_side": "right",
     }
     _write_json(out / "config.json", original)
-    share(out)
+    finish(out)
 
 
 def _config(source: Path) -> LlavaOnevisionConfig:
