@@ -49,8 +49,8 @@ from pipeline.documents import DocumentError, parse_json
 from pipeline.errors import PipelineError, printable
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.encoders import load_encoder
-from pipeline.evaluation.metrics import UNIT_TOLERANCE
 from pipeline.losses.gather import all_gather_constant, rank_and_world
+from pipeline.models.chunks import require_unit
 from pipeline.models.files import fetched, fingerprint
 from pipeline.progress import progress_bar
 from pipeline.training.distributed import on_first_rank, start_distributed
@@ -382,12 +382,12 @@ def embedded(encoder: Encoder, group: Group, stored: Stored) -> list[bytes]:
         raise PipelineError(
             f"the encoder gives {tuple(vectors.shape)} for {len(group.prepared)} texts of {encoder.dimension}"
         )
-    lengths = vectors.norm(dim=1)
-    if (wrong := ~((lengths - 1).abs() <= UNIT_TOLERANCE)).any():  # what is kept once is not embedded again
-        raise PipelineError(
-            f"the embedding of a caption has length {lengths[wrong][0]:.5g}, not 1: check the model's weights, whether "
-            "it overflows, and that its vectors are normalised in float32"
-        )
+
+    def caption(row: int) -> str:
+        samples = zip(group.keys, group.texts, strict=True)
+        return next(f"a caption of sample {key}" for key, texts in samples if row in texts)
+
+    require_unit(vectors, encoder.name, caption)  # what is kept once is not embedded again
     rows = rounded(vectors, stored)
     return [sample_bytes(key, rows[texts]) for key, texts in zip(group.keys, group.texts, strict=True)]
 

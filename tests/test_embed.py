@@ -11,13 +11,19 @@ import pytest
 import torch
 from closeness import assert_close_in_norm
 from PIL import Image
+from transformers import AutoTokenizer
 
 from pipeline import embed
+from pipeline.config import EvaluationRun
 from pipeline.data.collate import pack
 from pipeline.data.sample import Item
 from pipeline.embed import Embedder, main
 from pipeline.embeddings import Identity, Store
 from pipeline.errors import PipelineError
+from pipeline.evaluation.encode import embed_collection
+from pipeline.evaluation.encoders import load_encoder
+from pipeline.evaluation.store import Memory
+from pipeline.evaluation.tasks import Collection, Ranking
 from pipeline.models import embedder as embedder_module
 from pipeline.models.folder import save_folder
 from pipeline.models.llave import Llave, Processor
@@ -166,6 +172,27 @@ def test_a_damaged_picture_is_named(embedder, media, tmp_path):
     (tmp_path / "cut.png").write_bytes((media / "a.png").read_bytes()[:300])
     with pytest.raises(PipelineError, match="item 0: undecodable picture"):
         embedder.embed([Image.open(tmp_path / "cut.png")])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_vector_that_is_none_is_refused_with_its_item_and_model(tiny_model, tmp_path, value):
+    model = Llave.load(tiny_model, torch.float32)
+    token = AutoTokenizer.from_pretrained(tiny_model)("q", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.language_model.embed_tokens.weight[token] = value
+    folder = tmp_path / "broken"
+    save_folder(model, dict(model.named_parameters()), tiny_model, folder)
+    broken = Embedder.load(folder, device="cpu")
+    assert broken.embed(["a", "b", "a"]).shape == (3, 48)
+    with pytest.raises(PipelineError, match=r"broken: the embedding of item 3 has length nan, not 1: check the model"):
+        broken.embed(["a", "b", "a", "q"])
+    collection = Collection()
+    collection.tasks = [
+        Ranking("QA", "vqa", True, np.array([collection.text("a")]), [np.array([collection.text("b q")])])
+    ]
+    encoder = load_encoder(str(folder), EvaluationRun(), torch.device("cpu"))
+    with pytest.raises(PipelineError, match=r"broken: the embedding of b q has length nan, not 1"):
+        embed_collection(encoder, collection, Memory(2, 48))
 
 
 def test_options_out_of_range_and_missing_models_are_clear_errors(tiny_model, tmp_path):

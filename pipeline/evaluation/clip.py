@@ -99,7 +99,7 @@ class ClipEncoder:
         except PipelineError as error:
             raise PipelineError(f"no {kind} model at {path!r}: {error}") from None
         if kind == "clip":
-            require_end(path, config.text_config, tokenizer)
+            require_end(path, tokenizer, config.text_config)
         with loading.reading(folder / "preprocessor_config.json"):
             _require_sizes(path, config, image_processor)
         encoder = cls(

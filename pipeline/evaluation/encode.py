@@ -12,10 +12,10 @@ import torch.distributed as dist
 from pipeline.data.sample import BadSample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoder import Encoder
-from pipeline.evaluation.metrics import UNIT_TOLERANCE
 from pipeline.evaluation.store import Disk, Memory
 from pipeline.evaluation.tasks import Collection
 from pipeline.losses.gather import rank_and_world
+from pipeline.models.chunks import require_unit
 from pipeline.progress import progress_bar
 
 GROUP = 256  # items that are packed into chunks together, and by one rank
@@ -75,7 +75,8 @@ def embed_collection(
                 for (dataset, rows), part in zip(groups[round_ : round_ + world], _gathered(vectors), strict=False):
                     if store:
                         kept = part[: len(rows)].cpu().numpy()
-                        _check(kept, rows, collection)
+                        # What is kept once is not embedded again: it must be right.
+                        require_unit(kept, encoder.name, lambda place, rows=rows: collection.names[rows[place]])
                         store.append(dataset, rows, kept)
                     bar.update(len(rows))
         finally:
@@ -94,16 +95,6 @@ def _check_same(collection: Collection) -> None:
         raise PipelineError(
             f"rank {other[0]} finds other items in the evaluation sets than the first rank does: do all nodes see the "
             "same files, and is nobody changing them?"
-        )
-
-
-def _check(vectors: np.ndarray, rows: np.ndarray, collection: Collection) -> None:
-    """What is kept once is not embedded again: it must be right."""
-    lengths = np.linalg.norm(vectors, axis=1)
-    if (wrong := np.flatnonzero(~(np.abs(lengths - 1) < UNIT_TOLERANCE))).size:
-        raise PipelineError(
-            f"the embedding of {collection.names[rows[wrong[0]]]} has length {lengths[wrong[0]]:.5g}, not 1: check the "
-            "model's weights, whether it overflows, and that its vectors are normalised in float32"
         )
 
 

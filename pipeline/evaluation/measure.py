@@ -13,7 +13,7 @@ from pipeline.data.sample import BadSample
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.evaluation.clip import without_marks
-from pipeline.evaluation.metrics import Scores, result_of, scores_of, worst_queries
+from pipeline.evaluation.metrics import Scores, collapsed, result_of, scores_of, worst_queries
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.results import Case, Shown
 from pipeline.evaluation.tasks import Collection, Ranking, Task
@@ -49,7 +49,7 @@ def measure(
         chosen.sort(key=lambda case: case[1].positive[case[2]] - case[1].hardest[case[2]])
         with ThreadPoolExecutor(_THREADS) as pool:
             cases = list(pool.map(lambda case: shown.case(*case), chosen[:worst]))
-        results[name] = result_of(tasks, scores, cases)
+        results[name] = result_of(tasks, scores, cases, collapsed=any(collapsed(task, take) for task in tasks))
     return Report(model, results)
 
 
@@ -65,14 +65,14 @@ class _Pictures:
                 return self.of(task.candidates[query][number])
             return Shown(task.names[number]) if task.names else self.of(task.candidates[number])
 
-        found = scores.rank[query] == 1
+        found = scores.worst_rank[query] == 1
         return Case(
             query=self.of(task.queries[query]),
             right=candidate(scores.right[query]),
             first=candidate(scores.first[query]),
             positive=round(float(scores.positive[query]), 4),
             similarity=round(float(scores.positive[query] if found else scores.hardest[query]), 4),
-            rank=int(scores.rank[query]),
+            rank=int(scores.worst_rank[query]),
             direction=task.direction,
         )
 

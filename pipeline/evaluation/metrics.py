@@ -1,7 +1,7 @@
 """Scores of tasks from embeddings, exact and in tiles; and the figures that papers print."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -11,10 +11,12 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.evaluation.results import Case, Result, Similarities
 from pipeline.evaluation.tasks import Ranking, Retrieval, Task
+from pipeline.models.chunks import UNIT_TOLERANCE
 
 Take = Callable[[np.ndarray], np.ndarray]  # (n,) rows of the collection -> their embeddings, (n, D) float32 unit rows
 
-UNIT_TOLERANCE = 1e-4  # of a unit vector's length; what bf16 leaves is more, and would favour the longer ones
+_SAMPLE = 256  # items that tell whether a model tells items apart
+_COLLAPSED = 1e-3  # of unit vectors: how far apart two may lie that are one but for rounding
 _GROUP = 32  # queries of a ranking that share a product: few, or most of it is of lists that have nothing in common
 
 
@@ -29,6 +31,7 @@ class Scores:
     right: (Q,) int64, the number of the best right candidate among the query's; 0 in a Ranking.
     first: (Q,) int64, of the candidate that ranks first: the best right one if its rank is 1, else the best wrong one.
     chance: the expected share of queries whose rank is 1, if candidates are drawn at random.
+    equal: (Q,) int64, how many wrong candidates are exactly as similar as the best right one, and not the same item.
     """
 
     rank: np.ndarray
@@ -38,6 +41,16 @@ class Scores:
     right: np.ndarray
     first: np.ndarray
     chance: float
+    equal: np.ndarray | int = 0
+
+    @property
+    def worst_rank(self) -> np.ndarray:
+        """(Q,) int64: the rank by which figures are made, where ties do not flatter.
+
+        What is exactly as similar as the right one and another item ranks before it: a model that gives all items one
+        vector finds nothing. A copy of the right one, which no model can tell from it, does no harm, as MMEB has it.
+        """
+        return self.rank + self.equal
 
 
 def scores_of(task: Task, take: Take, *, device: torch.device | str = "cpu", tile_bytes: int = 1 << 28) -> Scores:
@@ -61,14 +74,14 @@ def scores_of(task: Task, take: Take, *, device: torch.device | str = "cpu", til
     vectors = partial(_vectors, task.name, take, device)
     dimension = vectors(task.queries[:1]).shape[1]
     parts = zip(*compare(task, vectors, dimension, tile_bytes), strict=True)
-    above, tied, positive, hardest, right, wrong = (np.concatenate(part) for part in parts)
+    above, tied, positive, hardest, right, wrong, equal = (np.concatenate(part) for part in parts)
     first = np.where(above == 0, right, wrong)
-    return Scores(1 + above, tied, positive, hardest, right, first, float(np.mean(chances)))
+    return Scores(1 + above, tied, positive, hardest, right, first, float(np.mean(chances)), equal)
 
 
 # Of some queries, (q,) each: wrong candidates above the best right one, whether any equals it, its similarity, that of
-# the best wrong one, and the numbers of both.
-_Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# the best wrong one, the numbers of both, and how many equal it that are other items.
+_Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 _Vectors = Callable[[np.ndarray], Tensor]
 
 
@@ -87,6 +100,7 @@ def _ranked(task: Ranking, vectors: _Vectors, dimension: int, tile_bytes: int) -
             np.array([row[1:].max(initial=-np.inf) for row in own]),
             np.zeros(len(own), np.int64),
             np.array([1 + row[1:].argmax() if len(row) > 1 else 0 for row in own]),
+            np.array([((row == row[0]) & (items != items[0])).sum() for row, items in zip(own, lists, strict=True)]),
         )
 
 
@@ -96,6 +110,8 @@ def _split(joined: np.ndarray, lists: list[np.ndarray]) -> list[np.ndarray]:
 
 def _retrieved(task: Retrieval, vectors: _Vectors, dimension: int, tile_bytes: int) -> Iterable[_Part]:
     candidates, width = task.candidates, dimension * task.candidates[0].size
+    items = np.sort(candidates.reshape(len(candidates), -1), axis=1)
+    same = np.unique(items, axis=0, return_inverse=True)[1].reshape(-1)  # a number for each candidate's items
     for group in _cuts(len(task.queries), max(1, tile_bytes // (16 * dimension))):
         queries, right = vectors(task.queries[group]), task.right[group]
         height = max(1, tile_bytes // (16 * (width + len(queries))))
@@ -114,19 +130,22 @@ def _retrieved(task: Retrieval, vectors: _Vectors, dimension: int, tile_bytes: i
         best = order[np.unique(owner[order], return_index=True)[1]]
 
         positive = torch.as_tensor(similarity[best], device=queries.device)
-        above, wrong = (torch.zeros_like(positive, dtype=torch.int64) for _ in range(2))
+        above, wrong, equal = (torch.zeros_like(positive, dtype=torch.int64) for _ in range(3))
+        own = _index(same[number[best]], queries)[:, None]
         tied, hardest = torch.zeros_like(positive, dtype=torch.bool), torch.full_like(positive, -torch.inf)
         for tile in _cuts(len(candidates), height):
             rows = _similarities(queries, vectors(candidates[tile]))
             here = slice(*np.searchsorted(number, (tile.start, tile.stop)))
             rows[_index(owner[here], rows), _index(number[here] - tile.start, rows)] = -torch.inf
             above += (rows > positive[:, None]).sum(dim=1)
-            tied |= (rows == positive[:, None]).any(dim=1)
+            ties = rows == positive[:, None]
+            tied |= ties.any(dim=1)
+            equal += (ties & (_index(same[tile], rows) != own)).sum(dim=1)
             largest, place = rows.max(dim=1)
             wrong = torch.where(largest > hardest, place + tile.start, wrong)
             hardest = torch.maximum(largest, hardest)
-        counted = [x.cpu().numpy() for x in (above, tied, positive, hardest, wrong)]
-        yield *counted[:4], number[best], counted[4]
+        counted = [x.cpu().numpy() for x in (above, tied, positive, hardest, wrong, equal)]
+        yield *counted[:4], number[best], *counted[4:]
 
 
 def _similarities(queries: Tensor, candidates: Tensor) -> Tensor:
@@ -181,10 +200,7 @@ def _cuts(count: int, size: int) -> Iterable[slice]:
 
 
 def precision_at_1(scores: Scores) -> float:
-    """Share of queries whose right candidate ranks first, as MMEB publishes it: one that only equals it does no harm.
-
-    How many such there are, `Scores.tied` says.
-    """
+    """Share of queries whose right candidate ranks first."""
     return recall_at(scores, 1)
 
 
@@ -211,13 +227,28 @@ def worst_queries(scores: Scores, count: int) -> np.ndarray:
     return np.argsort(scores.positive - scores.hardest, kind="stable")[:count]
 
 
-def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case]) -> Result:
+def collapsed(task: Task, take: Take) -> bool:
+    """Whether the model gives all queries, or all candidates, of a task one vector but for rounding.
+
+    By some hundred of each, spread over the task.
+    """
+    candidates = np.concatenate(task.candidates) if isinstance(task, Ranking) else task.candidates.ravel()
+    for rows in (task.queries, candidates):
+        rows = np.unique(rows)
+        vectors = take(rows[:: -(-len(rows) // _SAMPLE)])
+        if len(vectors) > 1 and np.linalg.norm(vectors - vectors[0], axis=1).max() < _COLLAPSED:
+            return True
+    return False
+
+
+def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case], *, collapsed: bool = False) -> Result:
     """The result of one dataset: of a Ranking, or of a Retrieval for each direction.
 
     The direction that begins with a text comes first, whatever the order of the tasks: its R@1 is the dataset's score.
-    worst: of all directions.
+    worst: of all directions.  collapsed: see `collapsed`.
     """
-    both = sorted(zip(tasks, scores, strict=True), key=lambda pair: not _direction(pair[0]).startswith("t"))
+    fair = [replace(own, rank=own.worst_rank) for own in scores]
+    both = sorted(zip(tasks, fair, strict=True), key=lambda pair: not _direction(pair[0]).startswith("t"))
     task, first = both[0]
     if isinstance(task, Ranking):
         group, in_distribution, language = task.meta_task, task.in_distribution, ""
@@ -236,6 +267,7 @@ def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case]) -> Res
             np.concatenate([own.positive for own in scores]), np.concatenate([own.hardest for own in scores])
         ),
         worst=worst,
+        collapsed=collapsed,
     )
 
 

@@ -65,6 +65,11 @@ class Report:
         """The mean of all datasets' scores, by which checkpoints are compared that were evaluated on the same sets."""
         return float(np.mean([result.score for result in self.results.values()]))
 
+    @property
+    def collapsed(self) -> list[str]:
+        """The datasets for which the model's vectors are all one."""
+        return [name for name, result in self.results.items() if result.collapsed]
+
     def mmeb(self) -> dict[str, Result | None]:
         """MMEB's 36 datasets in the order of its table, None for those that are missing; empty if all are."""
         ours = {name: result for name, result in self.results.items() if result.is_mmeb}
@@ -184,6 +189,11 @@ class Report:
     def remarks(self) -> list[str]:
         """What a reader of the tables must know: the averages that are not there, and the ties."""
         said, lacking = [], []
+        if self.collapsed:
+            said.append(
+                f"THE MODEL HAS COLLAPSED: it gives all queries or all candidates of {', '.join(self.collapsed)} one "
+                "vector, and the figures say nothing else. Were its weights loaded? Did training diverge?"
+            )
         for group, names in self.missing().items():
             listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             lacking.append(f"{group} lacks {listed} of its {len(self._groups()[group])}")
@@ -194,7 +204,10 @@ class Report:
             listed = ", ".join(short[:4]) + (f" and {len(short) - 4} more" if len(short) > 4 else "")
             said.append(f"MMEB has {_MMEB_QUERIES:,} queries a dataset; fewer have {listed}.")
         if ties := sum(result.ties for result in self.results.values()):
-            said.append(f"{ties} queries had a wrong candidate as similar as the right one; these count as right.")
+            said.append(
+                f"{ties} queries had a wrong candidate as similar as the right one, which counts as found only "
+                "where the two are one item."
+            )
         return said
 
     def _precision_table(self, before: "Report | None") -> Table:

@@ -65,7 +65,9 @@ class Result:
     metrics: "P@1"; "t2i R@1", "t2i R@5", "t2i R@10", "t2i MdR", "t2i MnR", then of "i2t", or of "t2v" and "v2t";
         "top-1", "top-5". Shares from 0 to 1, ranks from 1 on. The first is the dataset's score.
     chance: of guessing, by the first metric.
-    ties: queries for which a wrong candidate is as similar as the best right one.
+    ties: queries for which a wrong candidate is as similar as the best right one; it ranks before it, if it is not the
+        same item.
+    collapsed: the model gives all its queries, or all its candidates, one vector: the figures say nothing else.
     worst: the queries with the lowest positive minus hardest negative similarity, the worst first.
     """
 
@@ -78,6 +80,7 @@ class Result:
     ties: int
     similarities: Similarities
     worst: list[Case] = field(default_factory=list)
+    collapsed: bool = False
 
     @property
     def metric(self) -> str:

@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline.data.collate import Encoded, Packed, pack
+from pipeline.errors import PipelineError
+
+UNIT_TOLERANCE = 1e-4  # of a unit vector's length; what bf16 leaves is more, and would favour the longer ones
 
 _DUMMY = Encoded(np.zeros(1, np.int32))
 
@@ -111,3 +114,16 @@ def in_order(chunks: Sequence[Chunk], parts: Sequence[torch.Tensor], count: int)
     for chunk, part in zip(chunks, parts, strict=True):
         embeddings[chunk.rows] = part.detach()
     return embeddings
+
+
+def require_unit(vectors: torch.Tensor | np.ndarray, model: str, name_of: Callable[[int], str]) -> None:
+    """Raise PipelineError for a vector (of n, D, on the CPU) that is no unit vector: for one, a NaN is not.
+
+    To be asked where vectors leave a model, before they are kept or compared.  name_of: a row's item, for the error.
+    """
+    lengths = np.linalg.norm(np.asarray(vectors), axis=1)
+    if (wrong := np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE))).size:
+        raise PipelineError(
+            f"{model}: the embedding of {name_of(int(wrong[0]))} has length {lengths[wrong[0]]:.5g}, not 1: check the "
+            "model's weights, whether it overflows, and that its vectors are normalised in float32"
+        )

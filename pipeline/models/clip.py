@@ -24,7 +24,7 @@ from pipeline.data.collate import Encoded, Packed
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.checkpointing import checkpoint_layers
-from pipeline.models.folder import share
+from pipeline.models.folder import finish
 from pipeline.models.loading import refuse_unknown, require_vocabulary
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels
@@ -41,7 +41,7 @@ class ClipTexts:
     def load(cls, path: str, max_tokens: int) -> "ClipTexts":
         config = load_config(path).text_config
         tokenizer = loading.tokenizer(path, config.vocab_size)
-        require_end(path, config, tokenizer)
+        require_end(path, tokenizer, config)
         return cls(tokenizer, min(config.max_position_embeddings, max_tokens))
 
     def tokenized(self, text: str) -> Encoded:
@@ -88,14 +88,17 @@ def load_config(path: str) -> CLIPConfig:
     return loading.config(path, CLIPConfig)
 
 
-def require_end(path: str, config: CLIPTextConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise PipelineError where the token that the model pools is not the one that ends the tokenizer's texts."""
-    ids = tokenizer("a star")["input_ids"]
-    # For a model that says 2, as OpenAI's do, transformers takes the place of the greatest id.
-    if ids.index(max(ids)) != len(ids) - 1 if config.eos_token_id == 2 else ids[-1] != config.eos_token_id:
+def require_end(path: str, tokenizer: PreTrainedTokenizerBase, config: CLIPTextConfig) -> None:
+    """Raise PipelineError where texts do not end with the token that CLIP pools: all would have the first one's vector.
+
+    For configs of old, whose eos_token_id is 2, that is the one of the largest number.
+    """
+    ids, end = tokenizer("a")["input_ids"], config.eos_token_id
+    if not ids or ids[-1] != (max(ids) if end == 2 else end):
+        last = tokenizer.convert_ids_to_tokens(ids[-1:])
         raise PipelineError(
-            f"{path}: its tokenizer ends texts with token {ids[-1]}, and its model pools eos_token_id="
-            f"{config.eos_token_id}: are they of one model?"
+            f"{path}: its tokenizer ends texts with {last[0] if last else None!r}, and its model pools token {end} "
+            "(text_config.eos_token_id): is the tokenizer another model's?"
         )
 
 
@@ -136,4 +139,4 @@ def save(model: Clip, source: str, folder: Path) -> None:
         f"---\nlibrary_name: transformers\n---\n\n# CLIP\n\nA CLIP of {config['projection_dim']} dimensions: "
         "`CLIPModel.from_pretrained(FOLDER)`, without a logit scale of its own.\n"
     )
-    share(folder)
+    finish(folder)

@@ -1,6 +1,5 @@
 """A decoder, such as Llama or Qwen2, as an encoder of texts: it attends both ways, and its mean is the embedding."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +22,7 @@ from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Chunk
-from pipeline.models.folder import base_of, share
+from pipeline.models.folder import base_of, finish
 from pipeline.models.loading import refuse_unknown, require_vocabulary
 from pipeline.models.packing import check_packing
 
@@ -52,7 +51,7 @@ FOLDER = "."  # this folder, or its name on the hub
 tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()
 
 def embed(text: str) -> torch.Tensor:
-    before = tokenizer({instruct!r})["input_ids"]
+    before = {before}  # stands before every text
     ids = before + tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         hidden = model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, len(before) :]
@@ -96,17 +95,28 @@ class TextProcessor:
         return self.tokenized(text)
 
     @cached_property
-    def _before(self) -> list[int]:
-        """The instruction, or what the tokenizer begins a text with, as Llama's does; not what it may end one with."""
-        ids, end = self.tokenizer(self.instruction)["input_ids"], self.tokenizer.eos_token_id
-        return ids[:-1] if ids and ids[-1] == end != self.tokenizer.bos_token_id else ids
+    def before(self) -> list[int]:
+        """What stands before every text: what the tokenizer begins texts with, as Llama's does, and the instruction.
+
+        What it ends texts with, be that its end of text or another token (Qwen3-Embedding), is left out: LLM2CLIP has
+        none, nor had any text encoder that was trained here.
+        """
+        instruction = self.tokenizer(self.instruction, add_special_tokens=False)["input_ids"]
+        return begins_with(self.tokenizer) + instruction
 
     def tokenized(self, text: str) -> Encoded:
-        before = self._before
+        before = self.before
         ids = self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
         # A text of no tokens has its start pooled, or something that stands for it.
         ids = (before + ids)[: self.max_tokens] or [self.tokenizer.eos_token_id or 0]
         return Encoded(np.array(ids, np.int32), skipped=min(len(before), len(ids) - 1))
+
+
+def begins_with(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that the tokenizer puts before a text, found around one of which it is known what its own are."""
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    return whole[: next(starts, 0)]
 
 
 class TextEncoder(nn.Module):
@@ -252,11 +262,10 @@ def save(
     prefix = "language_model."
     own = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     model.language_model.save_pretrained(folder, state_dict=own)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"is_causal": False, SETTINGS: {"pooling": "mean", "instruction": instruction}}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    loading.tokenizer(source).save_pretrained(folder)
+    tokenizer = loading.tokenizer(source)
+    tokenizer.save_pretrained(folder)
+    before = TextProcessor(tokenizer, 0, instruction).before
     without = f", without those of the instruction that stands before it, `{instruction}`" if instruction else ""
-    card = _CARD.format(base_model=base_of(base), instruction=without, instruct=instruction)
+    card = _CARD.format(base_model=base_of(base), instruction=without, before=before)
     (folder / "README.md").write_text(card)
-    share(folder)
+    finish(folder, {"is_causal": False, SETTINGS: {"pooling": "mean", "instruction": instruction}})

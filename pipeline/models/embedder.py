@@ -17,7 +17,7 @@ from pipeline.data.sample import IMAGE_MARK, IMAGE_SUFFIXES, VIDEO_MARK, VIDEO_S
 from pipeline.data.tiles import decode_image, image_format, rgb
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError
-from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, plan_chunks
+from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, plan_chunks, require_unit
 from pipeline.models.kinds import KINDS, Processor, kind_of
 from pipeline.models.loading import DTYPES
 
@@ -49,6 +49,7 @@ class Embedder:
     chunk_tokens: int
     instructed: bool
     features: Features | None = None
+    name: str = "the model"
 
     @classmethod
     def load(
@@ -82,7 +83,7 @@ class Embedder:
         processor = kind.reader(str(path), max_tokens, video_frames)
         model, features = kind.open(str(path), precision, device)
         tokens = chunk_tokens or chunk_tokens_for(model.pads)
-        return cls(model, processor, device, tokens, kind.instructed, features)
+        return cls(model, processor, device, tokens, kind.instructed, features, str(path))
 
     @property
     def dimension(self) -> int:
@@ -96,8 +97,8 @@ class Embedder:
         they come first. Without a text they are given an instruction as MMEB has it, "Represent the given image.", if
         the model knows instructions: LLM2CLIP and CLIP do not, and for them an item is a text, or pictures.
 
-        Raises `PipelineError` that names the item, by its number from 0, if it cannot be used. In a process group,
-        all ranks embed, and as many items each.
+        Raises `PipelineError` that names the item, by its number from 0, if it cannot be used, or if the model gives it
+        no unit vector, as one with NaN among its weights. In a process group, all ranks embed, and as many items each.
         """
         return torch.cat([torch.empty(0, self.dimension), *self.stream(items)])
 
@@ -117,18 +118,24 @@ class Embedder:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _decoding(self, pool: ThreadPoolExecutor, group: list["_Item"]) -> tuple[list[Future[Encoded]], list[int]]:
-        """(the group's distinct items, being decoded; which of them each item is)."""
+    def _decoding(self, pool: ThreadPoolExecutor, group: list["_Item"]) -> tuple[list[Future[Encoded]], list[int], int]:
+        """(the group's distinct items, being decoded; which of them each item is; the first one's number)."""
         distinct: dict[tuple, _Item] = {}
         for item in group:
             distinct.setdefault(item.key, item)
         places = {key: place for place, key in enumerate(distinct)}
-        return [pool.submit(self._encode, item) for item in distinct.values()], [places[item.key] for item in group]
+        return (
+            [pool.submit(self._encode, item) for item in distinct.values()],
+            [places[item.key] for item in group],
+            group[0].number,
+        )
 
-    def _embedded(self, decoding: list[Future[Encoded]], rows: list[int]) -> torch.Tensor:
+    def _embedded(self, decoding: list[Future[Encoded]], rows: list[int], first: int) -> torch.Tensor:
         encoded = [future.result() for future in decoding]
         chunks = plan_chunks(encoded, self.chunk_tokens, self.device, padded=self.model.pads)
-        return embed_chunks(self.model, chunks, len(encoded), self.features).cpu()[rows]
+        vectors = embed_chunks(self.model, chunks, len(encoded), self.features).cpu()[rows]
+        require_unit(vectors, self.name, lambda row: f"item {first + row}")
+        return vectors
 
     def _encode(self, item: "_Item") -> Encoded:
         try:

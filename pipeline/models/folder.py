@@ -1,13 +1,18 @@
 """A model as a Hugging Face folder, with its tokenizer, image processor and model card."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlavaOnevisionImageProcessorPil
 
 from pipeline.models import loading
 from pipeline.models.llave import PREFIX, SUFFIX, Llave, newline_position
+
+_PARTIAL = "partial_rotary_factor"
 
 _CARD = """\
 ---
@@ -34,7 +39,8 @@ tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), LlavaOnevisionModel.fr
 def embed(text: str) -> torch.Tensor:
     prompt = {prefix!r} + text.strip() + {suffix!r}
     with torch.no_grad():
-        hidden = model(**tokenizer(prompt, return_tensors="pt"), use_cache=False).last_hidden_state
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+        hidden = model(**ids, use_cache=False).last_hidden_state
     return torch.nn.functional.normalize(hidden[0, -1].float(), dim=-1)
 
 print(embed("A cat and a dog") @ embed("Two animals"))
@@ -55,9 +61,6 @@ def save_folder(
     with, which the card names if it is of the hub.
     """
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)  # names do not depend on ZeRO
-    config = json.loads((folder / "config.json").read_text())
-    config["architectures"] = ["LlavaOnevisionModel"]
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     loading.tokenizer(source).save_pretrained(folder)
     pinpoints = [list(size) for size in model.config.image_grid_pinpoints]
     processor = loading.image_processor(source, LlavaOnevisionImageProcessorPil, image_grid_pinpoints=pinpoints)
@@ -72,7 +75,7 @@ def save_folder(
         grid="\ntransformers itself knows only `one_token`." if newline == "grid" else "",
     )
     (folder / "README.md").write_text(card)
-    share(folder)
+    finish(folder, {"architectures": ["LlavaOnevisionModel"]})
 
 
 def base_of(base: str | None) -> str:
@@ -80,7 +83,69 @@ def base_of(base: str | None) -> str:
     return f"base_model: {base}\n" if base and not Path(base).exists() else ""
 
 
+def finish(folder: Path, fields: dict[str, Any] | None = None) -> None:
+    """Make what transformers wrote readable for its earlier versions and for other users.
+
+    fields: of config.json that are to be other than transformers wrote them; None: to be left out.
+
+    Before version 5, transformers and what else reads these folders look for `rope_theta` and `rope_scaling`, and
+    would take defaults in place of `rope_parameters`; they also want additional_special_tokens by that name.
+    """
+    _change(folder / "config.json", partial(_for_earlier, fields=fields or {}))
+    if (settings := folder / "tokenizer_config.json").is_file():
+        _change(settings, _marks_for_earlier)
+    share(folder)
+
+
+def _for_earlier(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    def with_rope(part: Any) -> Any:
+        return part | _earlier_rope(part.get("rope_parameters") or {}) if isinstance(part, dict) else part
+
+    config = {name: with_rope(value) for name, value in with_rope(config | fields).items()}
+    if config.get("is_causal") is False:
+        # Before version 5 transformers ignores is_causal, and would have each token see those before it alone. It reads
+        # these names as numbers, later versions do not read them: so they are what its error says.
+        config["pruned_heads"] = {"the model attends both ways, which needs transformers 5 or later": []}
+    return {name: value for name, value in config.items() if name not in fields or value is not None}
+
+
+def _marks_for_earlier(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(tokenizer.get("extra_special_tokens"), list):
+        return tokenizer
+    return {
+        "additional_special_tokens" if name == "extra_special_tokens" else name: value
+        for name, value in tokenizer.items()
+    }
+
+
+def _earlier_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The fields that transformers had before `rope_parameters`, for these, which Gemma 3 has by sorts of layers."""
+    if "rope_theta" in parameters:
+        scaling = {name: value for name, value in parameters.items() if name not in ("rope_theta", _PARTIAL)}
+        earlier = {name: parameters[name] for name in ("rope_theta", _PARTIAL) if name in parameters}
+        return earlier | {"rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None}
+    earlier = {}
+    if full := parameters.get("full_attention"):
+        earlier = _earlier_rope(full)
+        if sliding := parameters.get("sliding_attention"):
+            earlier["rope_local_base_freq"] = sliding["rope_theta"]
+    return earlier
+
+
+def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """A JSON file, where the change makes one. Anew: it may be a link to somebody else's."""
+    before = json.loads(path.read_text())
+    after = change(before)
+    if after == before:
+        return
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(after, indent=2) + "\n")
+    unfinished.chmod(path.stat().st_mode)
+    unfinished.rename(path)
+
+
 def share(folder: Path) -> None:
     """Let those read the weights who may read the rest: safetensors writes them for their owner alone."""
     for file in folder.glob("*.safetensors"):
-        file.chmod((folder / "config.json").stat().st_mode)
+        if file.stat().st_nlink == 1:  # or it is somebody's own
+            file.chmod((folder / "config.json").stat().st_mode)

@@ -19,7 +19,7 @@ from pipeline.data.collate import Packed, sent
 from pipeline.errors import PipelineError
 from pipeline.models import decoder
 from pipeline.models.files import fetched, read_json, read_tensors, refuse_not_finite
-from pipeline.models.folder import base_of, share
+from pipeline.models.folder import base_of, finish, share
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, VisionEncoder
 
@@ -178,6 +178,8 @@ def _copy(source: Path, folder: Path) -> None:
 
     wanted = shutil.ignore_patterns("checkpoints", "*.unfinished", ".*")
     shutil.copytree(source, folder, copy_function=copied, ignore=wanted, ignore_dangling_symlinks=True)
+    folder.chmod(folder.stat().st_mode | 0o200)  # where the source is read-only
+    finish(folder)  # as what an earlier version exported is not
 
 
 def text_encoder_of(path: str) -> str:

@@ -5,7 +5,6 @@ decoder's own head serves. What is hidden, by what, and how much of it are those
 train_configs/mntp (github.com/McGill-NLP/llm2vec).
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from pipeline.models import decoder, loading
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.chunks import Chunk
 from pipeline.models.decoder import SETTINGS, TextEncoder, load_config
-from pipeline.models.folder import base_of, share
+from pipeline.models.folder import base_of, finish
 
 _BLANK = "_"  # hides a token where the tokenizer has nothing made for it, as Llama's and Qwen2's
 
@@ -47,7 +46,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = "."  # this folder, or its name on the hub
 tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModelForCausalLM.from_pretrained(FOLDER).eval()
-ids = tokenizer("A cat and a dog", return_tensors="pt")["input_ids"]
+ids = torch.tensor([{before} + tokenizer("A cat and a dog", add_special_tokens=False)["input_ids"]])
 ids[0, 3] = {mask_id}
 with torch.no_grad():
     print(tokenizer.decode(model(ids, use_cache=False).logits[0, 2].argmax()))
@@ -178,12 +177,15 @@ def save(
     """Write `weights` (the model's parameters by name) as a decoder's folder, with its LM head; as decoder.save."""
     own = {name.removeprefix("causal."): weight for name, weight in weights.items()}
     model.causal.save_pretrained(folder, state_dict=own)
-    config = json.loads((folder / "config.json").read_text()) | {"is_causal": False}
-    config.pop(SETTINGS, None)  # of a text encoder that training began with, which it no longer is
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer = loading.tokenizer(source)
     tokenizer.save_pretrained(folder)
     mask_id = model.mask_token
-    card = _CARD.format(base_model=base_of(base), mask=tokenizer.convert_ids_to_tokens(mask_id), mask_id=mask_id)
+    card = _CARD.format(
+        base_model=base_of(base),
+        mask=tokenizer.convert_ids_to_tokens(mask_id),
+        mask_id=mask_id,
+        before=decoder.begins_with(tokenizer),
+    )
     (folder / "README.md").write_text(card)
-    share(folder)
+    # A text encoder that training began with is none any more.
+    finish(folder, {"is_causal": False, SETTINGS: None})

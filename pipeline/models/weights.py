@@ -42,7 +42,7 @@ from pipeline.models.files import (
     weight_files,
 )
 from pipeline.models.files import fingerprint as fingerprint
-from pipeline.models.folder import share
+from pipeline.models.folder import finish
 from pipeline.models.llave import (
     NEWLINE_POSITIONS,
     load_config,
@@ -234,7 +234,7 @@ def convert_original(source: Path, folder: Path) -> None:
     ).save_pretrained(folder)
     config.dtype = stored[_EMBEDDING].dtype  # which stands for the model's
     config.save_pretrained(folder)
-    share(folder)
+    finish(folder)
 
 
 def export_original(folder: Path, out: Path) -> None:
@@ -290,7 +290,7 @@ def export_original(folder: Path, out: Path) -> None:
         "tokenizer_padding_side": "right",
     }
     _write_json(out / "config.json", original)
-    share(out)
+    finish(out)
 
 
 def _config(source: Path) -> LlavaOnevisionConfig:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -212,6 +213,8 @@ def _evaluation_is_missing(run: Run, step: int) -> bool:
 
 def _evaluate(run: Run, monitor: Monitor, step: int, budget: Budget) -> None:
     if report := run.evaluate(budget.chunk_tokens):
-        if step:  # after which there is a checkpoint
+        if report.collapsed:
+            print(f"step {step}: {report.remarks()[0]}", file=sys.stderr, flush=True)
+        elif step:  # after which there is a checkpoint
             checkpoint.keep_best(run.folder / "checkpoints", step, report.score, list(report.results))
         monitor.evaluation(step, report)

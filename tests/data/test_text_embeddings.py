@@ -382,7 +382,7 @@ def test_vectors_that_are_none_are_refused(shards, tmp_path):
     class Wide(Texts):
         dimension = WIDTH + 1
 
-    with pytest.raises(PipelineError, match=r"has length 1\.01, not 1"):
+    with pytest.raises(PipelineError, match=r": the embedding of a caption of sample \w+ has length 1\.01, not 1"):
         embed(shards, tmp_path, Long())
     with pytest.raises(PipelineError, match=r"gives \(\d+, 6\) for \d+ texts of 7"):
         embed(shards, tmp_path / "wide", Wide())

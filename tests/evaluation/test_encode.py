@@ -100,7 +100,9 @@ def test_what_is_no_unit_vector_is_not_kept(collection, tmp_path):
     class Wide(Lengths):
         dimension = 3
 
-    with pytest.raises(PipelineError, match="the embedding of item 4 has length nan, not 1: check the model's weights"):
+    with pytest.raises(
+        PipelineError, match="lengths: the embedding of item 4 has length nan, not 1: check the model's weights"
+    ):
         embed_collection(Overflowing(), collection, Disk(tmp_path, collection.keys, 2))
     disk = Disk(tmp_path, collection.keys, 2)
     assert disk.missing(np.arange(20)).tolist() == [n for n in range(20) if n % 5 == 4]  # the last of five groups

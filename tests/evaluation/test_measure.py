@@ -77,3 +77,60 @@ def test_the_directions_of_a_set_are_one_result_and_classes_go_by_their_names(co
     assert both.worst[0].query == Shown("answer 0")
     assert both.worst[0].first.name == "What is 1? (1.png)"
     assert {(case.right.name, case.first.name) for case in classes.worst} == {("cat", "cat"), ("dog", "dog")}
+
+
+def tasks_of(ways: int = 7) -> list[Ranking | Retrieval]:
+    """Each of the collection's items asks for itself: in lists, among all, and among means of two."""
+    rows = np.arange(ways)
+    lists = [np.roll(rows, -row) for row in rows]
+    pairs = np.stack([rows, np.roll(rows, -1)], axis=1)
+    right = [np.array([row]) for row in rows]
+    return [
+        Ranking("QA", "vqa", True, rows, lists),
+        Retrieval("Captions", "text-image", "t2i", "en", rows, rows, right),
+        Retrieval("Captions", "text-image", "i2t", "en", rows, rows, right),
+        Retrieval("Classes", "classification", "", "en", rows, pairs, right),
+    ]
+
+
+@pytest.mark.parametrize("spread", [0, 1e-7, 1e-5], ids=["one vector", "but for rounding", "but for more of it"])
+def test_a_model_that_gives_all_items_one_vector_finds_nothing_and_the_report_says_why(collection, spread):
+    collection.tasks += tasks_of()
+    store = angled(*(30 + 57 * spread * np.random.default_rng(0).random(7)))
+    report = measure("a model", collection, store.take)
+    assert report.collapsed == ["QA", "Captions", "Classes"]
+    assert report.remarks()[0].startswith("THE MODEL HAS COLLAPSED")
+    if spread:  # then rounding decides
+        return
+    assert report.score == 0
+    assert all(value == 0 for name, value in report.results["Captions"].metrics.items() if name.endswith("R@1"))
+    assert report.results["Captions"].metrics["t2i MnR"] == 7
+
+
+def test_a_model_that_tells_only_queries_apart_has_collapsed_too(collection):
+    rows = np.arange(3)
+    collection.tasks.append(Ranking("QA", "vqa", True, rows, [np.array([3 + row, 3 + (row + 1) % 3]) for row in rows]))
+    report = measure("a model", collection, angled(0, 10, 50, 30, 30, 30, 200).take)
+    assert (report.collapsed, report.score, report.results["QA"].ties) == (["QA"], 0, 3)
+
+
+def test_half_a_collapse_does_not_flatter(collection):
+    collection.tasks += tasks_of()
+    report = measure("a model", collection, angled(0, 0, 0, 90, 90, 90, 90).take)
+    assert report.collapsed == []
+    assert [result.score for result in report.results.values()] == [0, 0, 0]
+
+
+def test_a_copy_of_the_right_candidate_does_no_harm(collection):
+    """As in MMEB's lists, and of classes that have one name."""
+    copies = [np.array([2, 3, 2, 2]), np.array([3, 2, 3, 4])]
+    classes = np.array([[2, 3], [4, 5], [3, 2]])
+    queries = np.array([0, 1])
+    collection.tasks += [
+        Ranking("QA", "vqa", True, queries, copies),
+        Retrieval("Names", "text-image", "t2i", "en", queries, np.array([2, 3, 2]), [np.array([0]), np.array([1])]),
+        Retrieval("Classes", "classification", "", "en", queries, classes, [np.array([2]), np.array([0])]),
+    ]
+    report = measure("a model", collection, angled(0, 80, 0, 70, 120, 160, 200).take)
+    assert [(result.score, result.ties) for result in report.results.values()] == [(1, 2), (1, 1), (1, 2)]
+    assert report.collapsed == []

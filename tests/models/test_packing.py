@@ -1,17 +1,21 @@
 """Whether models whose layers mix packed texts are noticed, by what the layers do."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModel, PreTrainedConfig, Qwen2Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pipeline.config import Model
+from pipeline.config import Model, load_recipe
 from pipeline.errors import PipelineError
 from pipeline.models import decoder, llave
 from pipeline.models.decoder import TextEncoder
 from pipeline.models.kinds import KINDS
 from pipeline.models.masked import MaskedLanguageModel
 from pipeline.models.packing import check_packing
+from pipeline.preflight.job import Job
+from pipeline.preflight.job import model as preflight_model
 
 SIZES = {
     "hidden_size": 32,
@@ -137,6 +141,16 @@ def test_every_way_to_open_a_decoder_refuses_it(conv):
     for way in ways:
         with pytest.raises(PipelineError, match=r"lfm2 model.*Lfm2ShortConv"):
             way()
+
+
+@pytest.mark.parametrize("recipe", ["demo_caption", "demo_masked"])
+def test_preflight_refuses_it(conv, recipe):
+    path = Path(__file__).parents[2] / f"pipeline/recipes/{recipe}.yaml"
+    overrides = [f"model.path={conv}", "model.architecture=null"]
+    found = preflight_model(Job(load_recipe(path, overrides), world=1, gpus=0, guessed=True))
+    assert found.state == "red"
+    assert "lfm2 model" in found.found
+    assert "Lfm2ShortConv" in found.found
 
 
 def test_llaves_own_layers_are_tried_too(tiny_model, monkeypatch):

@@ -1,6 +1,12 @@
 """Which checkpoints stay; that they are whole is shown by whole runs (tests/integration)."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
+from pipeline.evaluation.report import Report
+from pipeline.evaluation.results import Result, Similarities
 from pipeline.training.checkpoint import best, keep_best, remove_old
+from pipeline.training.loop import _evaluate
 
 
 def test_the_newest_stay_and_the_best(tmp_path):
@@ -26,3 +32,16 @@ def test_a_best_one_that_is_gone_is_none(tmp_path):
     (tmp_path / "step-00000004").mkdir()
     keep_best(tmp_path, 4, 0.1, ["a"])
     assert best(tmp_path).name == "step-00000004"
+
+
+def test_a_collapsed_model_is_never_the_best(tmp_path, capsys):
+    similarities = Similarities([0] * 200, [0] * 200)
+    result = Result("vqa", True, "", {"": 4}, {"P@1": 0.5}, 0.1, 0, similarities)
+    reports = {1: replace(result, metrics={"P@1": 0.9}, collapsed=True), 2: result}
+    monitor = SimpleNamespace(evaluation=lambda step, report: None)
+    for step, each in reports.items():
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        run = SimpleNamespace(folder=tmp_path, evaluate=lambda tokens, each=each: Report("m", {"A-OKVQA": each}))
+        _evaluate(run, monitor, step, SimpleNamespace(chunk_tokens=64))
+        assert best(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step-00000002" if step == 2 else None)
+    assert "step 1: THE MODEL HAS COLLAPSED: it gives all queries" in capsys.readouterr().err

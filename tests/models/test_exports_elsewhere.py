@@ -1,0 +1,255 @@
+"""Exports as others read them: by their cards' code, with any tokenizer, and by earlier versions of transformers.
+
+That these give the same vectors was tried once with transformers 4.57; here it is what they look for in the files.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, processors
+from transformers import AutoConfig, AutoTokenizer, Qwen2Tokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from pipeline.config import Architecture, EvaluationRun
+from pipeline.errors import PipelineError
+from pipeline.evaluation.encoders import load_encoder
+from pipeline.models import clip, decoder, llm2clip, masked
+from pipeline.models.decoder import TextEncoder, TextProcessor
+from pipeline.models.embedder import Embedder
+from pipeline.models.folder import save_folder
+from pipeline.models.llave import Llave
+from pipeline.models.masked import MaskedLanguageModel
+from pipeline.models.vision import VisionEncoder
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = SIZES | {"image_size": 24, "patch_size": 8, "projection_dim": 20}
+CORPUS = ["a small red star at the top left", "a large blue ring", "A cat and a dog", "_"]
+TEXTS = ["a cat", "a large blue ring at the top left", "A"]
+CPU = torch.device("cpu")
+
+# What tokenizers put around a text, their end of text, padding and beginning of text; and what then stands before it.
+MARKS = {
+    "nothing": (None, "<|im_end|>", "<|endoftext|>", None, []),
+    "ends with padding, as Qwen3-Embedding": ("$A <|endoftext|>", "<|im_end|>", "<|endoftext|>", None, []),
+    "ends with its end": ("$A <|im_end|>", "<|im_end|>", "<|endoftext|>", None, []),
+    "ends with two": ("$A <|im_end|> <|endoftext|>", "<|im_end|>", "<|endoftext|>", None, []),
+    "begins, as Llama 3": ("<|im_start|> $A", "<|im_end|>", None, "<|im_start|>", ["<|im_start|>"]),
+    "begins and ends": ("<|im_start|> $A <|im_end|>", "<|im_end|>", None, "<|im_start|>", ["<|im_start|>"]),
+    "begins with its end": ("<|im_end|> $A", "<|im_end|>", None, "<|im_end|>", ["<|im_end|>"]),
+}
+
+
+def mark(folder: Path, marks: str) -> None:
+    """Give the folder's tokenizer these."""
+    template, eos, pad, bos, _ = MARKS[marks]
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if template:
+        ids = [(token, tokenizer.token_to_id(token)) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": pad, "bos_token": bos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A decoder with its head, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("decoders") / "plain"
+    masked.build(SIZES | {"num_key_value_heads": 2, "vocab_size": 400}, CORPUS, 0, folder)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        CORPUS, 280, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
+    )
+    tokenizer.save_pretrained(folder)
+    config = CONFIG_MAPPING["qwen2"].from_pretrained(folder)
+    assert len(tokenizer) <= config.vocab_size
+    return folder
+
+
+@pytest.fixture(params=MARKS)
+def marked(request, plain, tmp_path) -> tuple[Path, str]:
+    shutil.copytree(plain, tmp_path / "base")
+    mark(tmp_path / "base", request.param)
+    return tmp_path / "base", request.param
+
+
+def run_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(code, names)
+    return names
+
+
+@pytest.mark.parametrize("instruction", ["", "Represent: "])
+def test_what_a_tokenizer_puts_before_stands_before_and_what_it_puts_behind_does_not(marked, instruction):
+    folder, marks = marked
+    processor = TextProcessor.load(str(folder), 64, instruction)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before = tokenizer.convert_tokens_to_ids(MARKS[marks][-1])
+    before += tokenizer(instruction, add_special_tokens=False)["input_ids"]
+    for text in TEXTS:
+        encoded = processor.tokenized(text)
+        assert encoded.input_ids.tolist() == before + tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert encoded.skipped == len(before)
+
+
+@pytest.mark.parametrize("instruction", ["", "Represent: "])
+def test_a_text_encoders_card_gives_our_vectors(marked, instruction, tmp_path, monkeypatch):
+    base, _ = marked
+    model = TextEncoder.load(str(base), torch.float32)
+    decoder.save(model, dict(model.named_parameters()), str(base), tmp_path / "out", None, instruction)
+    embed = run_example(tmp_path / "out", monkeypatch)["embed"]
+    expected = torch.stack([embed(text) for text in TEXTS])
+    torch.testing.assert_close(Embedder.load(tmp_path / "out").embed(TEXTS), expected, atol=3e-6, rtol=0)
+
+
+def test_a_masked_models_card_reads_a_text_as_training_does(marked, tmp_path, monkeypatch):
+    base, _ = marked
+    model = MaskedLanguageModel.load(str(base), torch.float32)
+    masked.save(model, dict(model.named_parameters()), str(base), tmp_path / "out", None)
+    ids = run_example(tmp_path / "out", monkeypatch)["ids"][0].tolist()
+    expected = TextProcessor.load(str(base), 64, "").tokenized("A cat and a dog").input_ids.tolist()
+    expected[3] = model.mask_token
+    assert ids == expected
+
+
+@pytest.mark.parametrize("marks", MARKS)
+def test_llaves_card_gives_our_vectors(marks, tiny_model, tmp_path, monkeypatch):
+    shutil.copytree(tiny_model, tmp_path / "base")
+    mark(tmp_path / "base", marks)
+    model = Llave.load(str(tmp_path / "base"), torch.float32)
+    save_folder(model, dict(model.named_parameters()), str(tmp_path / "base"), tmp_path / "out")
+    embed = run_example(tmp_path / "out", monkeypatch)["embed"]
+    expected = torch.stack([embed(text) for text in TEXTS])
+    torch.testing.assert_close(Embedder.load(tmp_path / "out").embed(TEXTS), expected, atol=3e-6, rtol=0)
+
+
+def test_a_clip_whose_tokenizer_does_not_end_texts_with_what_is_pooled_is_refused(tmp_path):
+    text = SIZES | {"vocab_size": 600, "max_position_embeddings": 20}
+    clip.build(Architecture(vision=VISION, text=text), CORPUS, 0, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    end = config["text_config"]["eos_token_id"]
+
+    def open_both() -> None:
+        clip.ClipTexts.load(str(tmp_path), 20)
+        load_encoder(str(tmp_path), EvaluationRun(), CPU)
+
+    open_both()
+    config["text_config"]["eos_token_id"] = 2  # as in published configs of old
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    if end == max(tokenizer["model"]["vocab"].values()):
+        open_both()
+    config["text_config"]["eos_token_id"] = 7
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for way in (
+        lambda: clip.ClipTexts.load(str(tmp_path), 20),
+        lambda: load_encoder(str(tmp_path), EvaluationRun(), CPU),
+    ):
+        with pytest.raises(PipelineError, match=r"ends texts with .*, and its model pools token 7"):
+            way()
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+ROPES = [
+    (
+        "qwen2",
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        {"rope_theta": 1e6, "rope_scaling": None},
+    ),
+    ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+    (
+        "phi",
+        {"rope_parameters": {"rope_theta": 2e4, "rope_type": "default", "partial_rotary_factor": 0.25}},
+        {"rope_theta": 2e4, "rope_scaling": None, "partial_rotary_factor": 0.25},
+    ),
+    (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+            },
+        },
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "earlier"), ROPES, ids=[kind for kind, *_ in ROPES])
+def test_rotary_embeddings_are_written_in_both_forms_and_read_alike(kind, fields, earlier, plain, tmp_path):
+    text = SIZES | {"num_key_value_heads": 2, "vocab_size": 400, "model_type": kind, "max_position_embeddings": 128}
+    decoder.build(text | fields, CORPUS, 0, tmp_path / "base")
+    model = TextEncoder.load(str(tmp_path / "base"), torch.float32)
+    decoder.save(model, dict(model.named_parameters()), str(tmp_path / "base"), tmp_path / "out", None, "")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert earlier.items() <= config.items()
+    assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters == model.language_model.config.rope_parameters
+    decoder.save(model, dict(model.named_parameters()), str(tmp_path / "base"), tmp_path / "other", None, "")
+    for name in {*earlier, "pruned_heads"}:
+        config.pop(name)
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    new, old = (Embedder.load(tmp_path / name).embed(TEXTS) for name in ("out", "other"))
+    assert torch.equal(new, old)
+
+
+def test_what_attends_both_ways_ends_in_an_error_where_that_would_be_ignored(plain, tmp_path):
+    model = MaskedLanguageModel.load(str(plain), torch.float32)
+    masked.save(model, dict(model.named_parameters()), str(plain), tmp_path / "out", None)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    # transformers 4 makes numbers of these names, in every config.
+    with pytest.raises(ValueError, match="attends both ways, which needs transformers 5 or later"):
+        {int(layer): heads for layer, heads in config["pruned_heads"].items()}
+    assert config["is_causal"] is False
+    assert decoder.SETTINGS not in config
+
+
+def test_a_llave_is_written_in_both_forms(tiny_model, tmp_path):
+    model = Llave.load(tiny_model, torch.float32)
+    save_folder(model, dict(model.named_parameters()), tiny_model, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["text_config"]["rope_theta"] == config["text_config"]["rope_parameters"]["rope_theta"]
+    assert config["text_config"]["rope_scaling"] is None
+    assert "pruned_heads" not in config  # which looks back only, in all versions
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert "extra_special_tokens" not in settings  # a list by this name ends transformers 4
+    assert {"<image>", "<video>"} <= set(settings["additional_special_tokens"])
+    ours, its = (AutoTokenizer.from_pretrained(folder) for folder in (tiny_model, tmp_path / "out"))
+    prompt = "<|im_start|>a <image> star<|im_end|>"
+    assert ours(prompt)["input_ids"] == its(prompt)["input_ids"]
+    assert set(ours.all_special_tokens) == set(its.all_special_tokens)
+
+
+def test_a_text_encoder_that_an_earlier_version_exported_is_brought_up_to_date_as_a_copy(plain, tmp_path):
+    source = tmp_path / "source"
+    model = TextEncoder.load(str(plain), torch.float32)
+    decoder.save(model, dict(model.named_parameters()), str(plain), source, None, "")
+    config = json.loads((source / "config.json").read_text())
+    for name in ("rope_theta", "rope_scaling", "pruned_heads"):
+        del config[name]
+    old = json.dumps(config)
+    (source / "config.json").write_text(old)
+    (source / "model.safetensors").chmod(0o600)
+    source.chmod(0o555)
+    VisionEncoder.build(VISION, 20, 0).save(tmp_path / "vision")
+    llm2clip.save(
+        llm2clip.Llm2Clip.load(str(tmp_path / "vision"), torch.float32, 32), str(source), tmp_path / "out", None
+    )
+    copied = json.loads((tmp_path / "out/text_encoder/config.json").read_text())
+    assert copied["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert "pruned_heads" in copied
+    assert (source / "config.json").read_text() == old
+    assert (source / "model.safetensors").stat().st_mode & 0o777 == 0o600
+    source.chmod(0o755)
