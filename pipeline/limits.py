@@ -17,22 +17,18 @@ from pipeline.errors import PipelineError
 
 SHARED = Path("/dev/shm")
 _MB = 1e6
-_DEEPSPEED = 66 << 20  # of each rank, where DeepSpeed reduces on the CPU (MAX_BUF_SIZE in its csrc/cpu/comm/shm.cpp)
-_NCCL = 20 << 20  # of each rank, about: a segment of 10 MB for each neighbour
+_NCCL = 20 << 20  # of each of several ranks on GPUs, about: a segment of 10 MB for each neighbour; gloo takes none
 _BATCHES = 4  # two that workers made, one that is put together, one that is trained on
 _PATCH = 16  # pixels of its side, about, where a model sees images as one square
+_SHARDS = 1000  # that are looked at
 _FILES, _THREADS = 64, 16  # of a process besides, about
 _TEMPORARY = 64 << 20
 
 
-def require_shared_memory(
-    recipe: Recipe, source: Source, lengths: Lengths, world: int, ranks: int, *, cpu: bool
-) -> None:
-    """Refuse to start where a rank's first batch would not fit. ranks: of this machine.  cpu: they compute there."""
-    if (free := free_bytes(SHARED)) is None:
-        return
-    least, _ = shared_bytes(recipe, source, lengths, world, ranks, cpu=cpu)
-    if least > free:
+def require_shared_memory(recipe: Recipe, source: Source, lengths: Lengths, world: int, ranks: int) -> None:
+    """Refuse to start where a rank's first batch would not fit. ranks: of this machine."""
+    least, _ = shared_bytes(recipe, source, lengths, world, ranks)
+    if (free := free_bytes(SHARED)) is not None and least > free:
         raise PipelineError(too_little(free, least, ranks))
 
 
@@ -45,14 +41,14 @@ def too_little(free: int, needed: int, ranks: int) -> str:
 
 
 def shared_bytes(
-    recipe: Recipe, source: Source, lengths: Lengths, world: int, ranks: int, *, cpu: bool
+    recipe: Recipe, source: Source, lengths: Lengths, world: int, ranks: int, gpus: bool = False
 ) -> tuple[int, int]:
-    """(what a step cannot do without, what is there at once at most, about), of all ranks of a machine."""
+    """(what a step cannot do without, what is there at once at most), of all ranks of a machine: an estimate.
+
+    Of the first therefore half: nothing is refused in vain, and a worker says itself what does not fit.
+    """
     batch = recipe.batch.global_batch // world * pair_bytes(source, lengths) if recipe.data.workers else 0
-    many = ranks > 1
-    return ranks * (batch + _DEEPSPEED * (cpu and many)), ranks * (
-        _BATCHES * batch + (_DEEPSPEED if cpu else _NCCL) * many
-    )
+    return ranks * batch // 2, ranks * (_BATCHES * batch + _NCCL * (gpus and ranks > 1))
 
 
 def pair_bytes(source: Source, lengths: Lengths) -> int:
@@ -60,10 +56,11 @@ def pair_bytes(source: Source, lengths: Lengths) -> int:
     tiling, total = lengths.tiling, 0
     side = tiling.size / tiling.patches if isinstance(tiling, Tiling) else _PATCH
     frame = tiling.patches**2 if isinstance(tiling, Tiling) else tiling.image_tokens
-    for _, shard in source.shards:
+    shards = [shard for _, shard in source.shards[:: max(1, len(source.shards) // _SHARDS)]]
+    for shard in shards:
         sizes = [tiling.tokens(height, width, anyres=True) for width, height in shard.image_sizes if width and height]
         total += shard.images * sum(sizes) // max(len(sizes), 1) + shard.videos * lengths.video_frames * frame
-    return int(3 * side**2 * total) // max(sum(shard.samples for _, shard in source.shards), 1)
+    return int(3 * side**2 * total) // max(sum(shard.samples for shard in shards), 1)
 
 
 def free_bytes(folder: Path) -> int | None:

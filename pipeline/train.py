@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from pipeline import limits, lock, status
 from pipeline.config import Recipe, dump_recipe, is_offloaded, load_ds_config, load_recipe
@@ -95,8 +94,8 @@ def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
     ds_config = load_ds_config(recipe, world)
     kind.check_stage(ds_config["zero_optimization"]["stage"])
     source.check_memory(order, world)
-    ranks, cpu = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), get_accelerator().device_name() == "cpu"
-    limits.require_shared_memory(recipe, source, kind.lengths(recipe), world, ranks, cpu=cpu)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    limits.require_shared_memory(recipe, source, kind.lengths(recipe), world, ranks)
     limits.raise_open_files()
     steps = recipe.steps or round(recipe.epochs * order.steps_per_epoch)
     if steps < 1:

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.config import EvaluationRun, Part, dump_recipe, load_recipe, parse_options
 from pipeline.errors import PipelineError
+from pipeline.models.kinds import KINDS
 
 DEMO = Path(__file__).parents[1] / "pipeline/recipes/demo.yaml"
 
@@ -137,6 +138,24 @@ def test_what_could_mean_something_else_is_refused_with_what_to_write(override, 
 )  # fmt: skip
 def test_a_recipe_that_cannot_be_meant_is_refused(recipe, text, said):
     assert said in error_of(recipe(text))
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("text.hidden_size=abc", "model.architecture.text: .*'hidden_size' expected int, got str"),
+        ("text.hidden_size='128'", "model.architecture.text: .*'hidden_size' expected int, got str"),
+        ("text.num_hidden_layers=yes", "model.architecture.text: .*'num_hidden_layers' expected int, got bool"),
+        ("text.vocab_size=~", "model.architecture.text: .*'vocab_size' expected int"),
+        ("vision.patch_size=[a]", "model.architecture.vision: .*'patch_size'"),
+        ("text.hidden_size=-1", "model.architecture.text.hidden_size is -1: give a positive number"),
+        ("text.num_attention_heads=0", "model.architecture.text.num_attention_heads is 0"),
+    ],
+)
+def test_a_free_field_of_another_type_is_refused_before_a_model_is_built(field, said):
+    model = load_recipe(DEMO, [f"model.architecture.{field}"]).model
+    with pytest.raises(PipelineError, match=said):
+        KINDS[model.kind].check(model)
 
 
 def test_a_file_that_is_no_recipe_is_refused(recipe, tmp_path):

@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=80, metavar="GB", help="of one GPU (80)")
     parser.add_argument("--videos", action="store_true", help="take chunks to be full of videos")
     arguments = parser.parse_intermixed_args()
-    if arguments.gpus < 1 or arguments.memory <= 0:
+    if arguments.gpus < 1 or not 0 < arguments.memory < float("inf"):  # nor is nan
         raise PipelineError("--gpus and --memory are positive numbers")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     sections = zero_sections(recipe, arguments.gpus)

@@ -343,6 +343,13 @@ def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -
             near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise PipelineError(f"unknown field model.architecture.{name}.{key}{hint}")
+        if key.endswith(("size", "layers", "heads", "channels")) and isinstance(given[key], int) and given[key] < 1:
+            raise PipelineError(f"model.architecture.{name}.{key} is {given[key]}: give a positive number")
+    try:
+        type(config)(**{key: value for key, value in given.items() if key != "model_type"})
+    except Exception as error:  # each config checks in its own way
+        why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise PipelineError(f"model.architecture.{name}: {why}") from None
 
 
 def require_vocabulary(text: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
     count = len(sizes) if together else len(sizes) * place.nodes
     job = Job(recipe, world or count or max(_CPU_PROCESSES, place.nodes), count, guessed=not world and not count)
     checks += [data(job, nodes), model(job)]
-    checks.append(machine(job, place.nodes, device().type == "cpu"))
+    checks.append(machine(job, place.nodes))
     if place.node == 0:
         checks += [processes(job), memory(job, min(sizes, default=0)), disk_space(job), evaluation(recipe)]
         checks.append(resuming(job))

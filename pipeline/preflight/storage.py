@@ -137,14 +137,14 @@ def disk_space(job: Job) -> Check:
 
 
 @check("machine", seconds=20, if_late="is the machine overloaded, or its /tmp on a server?")
-def machine(job: Job, nodes: int, cpu: bool) -> Check:
-    """Shared memory, and the limits of processes. nodes: that share the processes.  cpu: they compute there."""
+def machine(job: Job, nodes: int) -> Check:
+    """Shared memory, and the limits of processes. nodes: that share the processes."""
     ranks = -(-job.world // nodes)
     if problems := list(limits.too_low(job.recipe, job.world, ranks)):
         return red("; ".join(problems))
     if (free := limits.free_bytes(limits.SHARED)) is None or job.source is None or job.lengths is None:
         return skipped("without data and model" if free is not None else f"it has no {limits.SHARED}")
-    least, most = limits.shared_bytes(job.recipe, job.source, job.lengths, job.world, ranks, cpu=cpu)
+    least, most = limits.shared_bytes(job.recipe, job.source, job.lengths, job.world, ranks, gpus=job.gpus > 0)
     if most > free:
         found, do = limits.too_little(free, most, ranks).split(": ", 1)
         return red(found, do) if least > free else yellow(found, do)
