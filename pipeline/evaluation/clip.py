@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     CLIPImageProcessorPil,
@@ -115,7 +116,10 @@ class ClipEncoder:
             device=device,
             as_stored=reads_as_stored(str(folder)),
         )
-        encoder._tokenize("")  # sets the tokenizer's truncation, which threads must not do at once
+        with loading.reading(folder / "tokenizer_config.json"):
+            encoder._tokenize("")  # sets the tokenizer's truncation, which threads must not do at once
+        with loading.reading(folder / "preprocessor_config.json"):
+            encoder._pixels(Image.new("RGB", (8, 8)))
         return encoder
 
     def prepare(self, item: Item) -> Prepared:
@@ -129,14 +133,12 @@ class ClipEncoder:
         text = without_marks(item.text)
         return Prepared(
             ids=None if pictures and not text else self._tokenize(text),
-            pictures=tuple(
-                {
-                    name: torch.from_numpy(np.asarray(value[0]))
-                    for name, value in self.image_processor(picture, do_rescale=False, do_normalize=False).items()
-                }
-                for picture in pictures
-            ),
+            pictures=tuple(map(self._pixels, pictures)),
         )
+
+    def _pixels(self, picture: Image.Image) -> dict[str, torch.Tensor]:
+        prepared = self.image_processor(picture, do_rescale=False, do_normalize=False)
+        return {name: torch.from_numpy(np.asarray(value[0])) for name, value in prepared.items()}
 
     @torch.no_grad()
     def embed(self, prepared: Sequence[Prepared]) -> torch.Tensor:
@@ -225,7 +227,7 @@ def _require_sizes(path: str, config: PreTrainedConfig, its: PilBackend) -> None
     """Raise PipelineError where the image processor makes pictures that are not the model's."""
     vision = config.vision_config
     if config.model_type == "siglip2":
-        made, taken = (its.patch_size, its.max_num_patches), (vision.patch_size, its.max_num_patches)
+        made, taken = (its.patch_size, its.patch_size), (vision.patch_size, vision.patch_size)
     else:
         size = its.crop_size if its.do_center_crop else its.size
         made, taken = (size.height, size.width), (vision.image_size, vision.image_size)

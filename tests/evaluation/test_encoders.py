@@ -371,3 +371,20 @@ def test_what_is_no_model_is_a_clear_error(tiny_clip, tmp_path, monkeypatch):
     encoder = load_encoder(halved, options(), CPU)
     with pytest.raises(PipelineError, match=r"lacks \d+ of the model's weights"):
         encoder.embed([encoder.prepare(Item("red"))])
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "named"),
+    [
+        ("preprocessor_config.json", {"max_num_patches": "many"}, "preprocessor_config.json cannot be used"),
+        ("preprocessor_config.json", {"image_std": [0, 0.5, 0.5]}, r"image_std=\[0, 0.5, 0.5\]"),
+        ("tokenizer_config.json", {"pad_token": None}, "tokenizer_config.json cannot be used"),
+        ("config.json", {"auto_map": {"AutoModel": "code.Model"}}, "config.json has an auto_map"),
+        ("config.json", {"text_config": None}, "config.json: text_config is None"),
+    ],
+)
+def test_what_a_siglip_2_from_elsewhere_says_wrong_is_found_before_an_item_is_read(tmp_path, file, fields, named):
+    folder = Path(build("siglip2", tmp_path))
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | fields))
+    with pytest.raises(PipelineError, match=named):
+        load_encoder(str(folder), options(), CPU)
