@@ -280,7 +280,7 @@ class Train(Section):
         for name in Train.model_fields:
             value = getattr(self, name)
             if isinstance(value, float) and not 0 < value < 1:
-                raise ValueError(f"train.{name} is {value:g}: give true, false, or a learning rate as 1e-5")
+                raise ValueError(f"train.{name} is {value:g}: give true, false or a positive learning rate, as 1e-5")
         if self.lora and not self.language_model:
             raise ValueError("train.lora needs train.language_model, whose learning rate the adapters have")
         return self

@@ -76,7 +76,7 @@ def test_what_is_typed_gets_what_it_means(override, meant):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        *((f"train.vision_tower={text}", "give true, false, or a learning rate") for text in ("1.0", "2", "-1e-5")),
+        *((f"train.vision_tower={text}", "give true, false or a positive learning") for text in ("1.0", "2", "-1e-5")),
         ("train.vision_tower=~", "train.vision_tower: it is empty"),
         ("train.lora.rank=yes", "train.lora.rank: Input should be a valid integer, got 'yes'"),
         ("optimizer.lr=5", "optimizer.lr is 5: give a learning rate as 1e-5"),
