@@ -427,7 +427,8 @@ def require_normalisation(path: str) -> None:
 
 def is_original(config: dict) -> bool:
     """Whether it is of an original checkpoint. The model_type of some is llava, which is also that of others."""
-    return config.get("model_type") == "llava_qwen" or ORIGINAL in (config.get("architectures") or ())
+    named = config.get("architectures")
+    return config.get("model_type") == "llava_qwen" or (isinstance(named, list) and ORIGINAL in named)
 
 
 def with_own(config: LlavaOnevisionConfig, pinpoints: Pinpoints | None, newline: str | None) -> LlavaOnevisionConfig:

@@ -230,7 +230,7 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("many-layers", "llave", config("text_config", num_hidden_layers=10**9), "text_config.num_hidden_layers=10000"),
     ("huge", "caption", config(hidden_size=2**30, intermediate_size=2**30), "its files hold"),
     ("labels", "clip", lambda f: [config(num_labels=10**12)(f), remove("model.safetensors")(f)], "has no weights"),
-    ("architectures", "all", config(architectures=3), "architectures=3"),
+    ("architectures", "llave caption", config(architectures=3), "architectures=3"),
     ("heads-do-not-divide", "clip", config("text_config", num_attention_heads=5), "config.json"),
     ("more-layers", "clip", config("text_config", num_hidden_layers=3), "lacks"),
     ("layer-types", "caption", config(num_hidden_layers=3), "config.json cannot be used"),
