@@ -11,9 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline import interrupt, launch
-from pipeline.interrupt import INTERRUPTED
-
-__all__ = ["INTERRUPTED", "PipelineError", "command_line", "is_of_lost_peer"]
 
 
 class PipelineError(Exception):

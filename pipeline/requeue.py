@@ -16,7 +16,8 @@ from pathlib import Path
 
 from pipeline import lock
 from pipeline.config import load_recipe
-from pipeline.errors import INTERRUPTED, command_line
+from pipeline.errors import command_line
+from pipeline.interrupt import INTERRUPTED
 from pipeline.status import Status
 
 DONE, FAILED, REQUEUE = 0, 1, 75  # 75: EX_TEMPFAIL of sysexits.h

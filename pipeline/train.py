@@ -29,13 +29,14 @@ from pipeline.data.order import VERSION as ORDER_VERSION
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
-from pipeline.errors import INTERRUPTED, PipelineError, command_line, disk_errors
+from pipeline.errors import PipelineError, command_line, disk_errors
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import ModelEncoder
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import Memory
+from pipeline.interrupt import INTERRUPTED
 from pipeline.models import weights
 from pipeline.models.chunks import Features
 from pipeline.models.frozen import KeptFeatures
@@ -72,6 +73,8 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     folder = Path(recipe.run)
     leads = int(os.environ.get("RANK", 0)) == 0
+    if leads:
+        check_writable(folder)
     with lock.held([str(folder)] if leads else []):
         if leads:
             status.begin(folder)
@@ -83,8 +86,6 @@ def main() -> None:
 def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
     # What is wrong is found here, on every rank, before processes meet and a model is loaded.
     folder, world = Path(recipe.run), int(os.environ.get("WORLD_SIZE", 1))
-    if int(os.environ.get("RANK", 0)) == 0:
-        check_writable(folder)
     kind = KINDS[recipe.model.kind]
     kind.check(recipe.model)
     source = Source.open(recipe.data)
