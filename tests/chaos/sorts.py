@@ -168,8 +168,8 @@ def convert_killed(trial: Trial) -> None:
     dest = trial.chance.choice([str(trial.folder / "pairs"), f"s3://chaos/{trial.folder.name}/pairs"])
     arguments = trial.world.convert(dest)
     moments = {"start": lambda: True, "converting": lambda: any(Path(dest).glob("*"))}
-    _disturbed(trial, arguments, 1, moments, SIGNALS)
-    succeed(arguments, 1)
+    if any(_disturbed(trial, arguments, 1, moments, SIGNALS).status):  # it was not over
+        succeed(arguments, 1)
     same_files(dest, str(trial.world.undisturbed / "pairs"))
 
 
@@ -306,9 +306,6 @@ def _killed_run(world: World) -> Path:
         for rank in ranks:
             os.kill(rank.pid, signal.SIGKILL)
         wait(ranks, HANG)
-        for path in [made, *made.rglob("*")]:  # of a copy nobody holds the lock
-            if "lock" in path.name:
-                path.unlink()
         made.rename(run)
     return run
 
