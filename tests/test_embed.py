@@ -25,6 +25,7 @@ from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.store import Memory
 from pipeline.evaluation.tasks import Collection, Ranking
 from pipeline.models import embedder as embedder_module
+from pipeline.models import loading
 from pipeline.models.folder import save_folder
 from pipeline.models.llave import Llave, Processor
 from pipeline.models.weights import fingerprint
@@ -175,7 +176,8 @@ def test_a_damaged_picture_is_named(embedder, media, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_vector_that_is_none_is_refused_with_its_item_and_model(tiny_model, tmp_path, value):
+def test_a_vector_that_is_none_is_refused_with_its_item_and_model(tiny_model, tmp_path, monkeypatch, value):
+    monkeypatch.setattr(loading, "refuse_not_finite", lambda *_: None)  # it may come of finite weights, too
     model = Llave.load(tiny_model, torch.float32)
     token = AutoTokenizer.from_pretrained(tiny_model)("q", add_special_tokens=False)["input_ids"]
     with torch.no_grad():

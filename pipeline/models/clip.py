@@ -98,7 +98,7 @@ def require_end(path: str, tokenizer: PreTrainedTokenizerBase, config: CLIPTextC
         last = tokenizer.convert_ids_to_tokens(ids[-1:])
         raise PipelineError(
             f"{path}: its tokenizer ends texts with {last[0] if last else None!r}, and its model pools token {end} "
-            "(text_config.eos_token_id): is the tokenizer another model's?"
+            f"(text_config.eos_token_id={end}): is the tokenizer another model's?"
         )
 
 

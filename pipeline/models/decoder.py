@@ -134,7 +134,8 @@ class TextEncoder(nn.Module):
     @classmethod
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "TextEncoder":
         """From a folder or hub name.  dtype: "auto" is the stored one.  attention: see attention.py."""
-        return cls(loading.open_model(AutoModel, path, check(path), dtype, implementation(attention)))
+        attention = implementation(attention)
+        return cls(loading.open_model(AutoModel, path, load_config(path), dtype, attention, check))
 
     @classmethod
     def of_config(cls, config: PreTrainedConfig, attention: str = "sdpa") -> "TextEncoder":
@@ -203,11 +204,9 @@ def load_config(path: str) -> PreTrainedConfig:
     return config
 
 
-def check(path: str) -> PreTrainedConfig:
-    """As load_config; PipelineError also for a decoder that does not keep packed texts apart."""
-    config = load_config(path)
+def check(path: str, config: PreTrainedConfig) -> None:
+    """PipelineError for a decoder that does not keep packed texts apart.  path: for errors."""
     check_packing(path, config, TextEncoder.of_config)
-    return config
 
 
 def text_settings(config: PreTrainedConfig) -> dict[str, Any]:

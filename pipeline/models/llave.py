@@ -178,8 +178,7 @@ class Llave(LlavaOnevisionModel):
         pinpoints: sizes to tile images to, newline: where a video has newlines, if not the model's own.
         """
         config = cls.config_for(path, pinpoints, attention, newline)
-        check_language_model(path, config)
-        return loading.open_model(cls, path, config, dtype, attention=None)
+        return loading.open_model(cls, path, config, dtype, None, check_language_model)
 
     @staticmethod
     def config_for(

@@ -7,7 +7,7 @@ transformers is told so, and never gets to ask at the terminal.
 import difflib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -281,14 +281,18 @@ def open_model(
     config: PreTrainedConfig,
     dtype: torch.dtype | Literal["auto"],
     attention: str | None = "sdpa",
+    check: Callable[[str, PreTrainedConfig], None] | None = None,
 ) -> Model:
     """The model of a folder or hub name, on the CPU.
 
     Raises PipelineError where weights are damaged, missing, left over, of another shape, or not finite.
     dtype: "auto" is the stored one.  attention: as transformers knows it; None: the config says it.
+    check: looks at the config, once it is known to be that of the weights.
     """
     folder = fetched(path)
     check_weights(str(folder), kind, config)
+    if check:
+        check(path, config)
     stored = survey(folder)
     with reading(next(iter(stored.values())).file, folder / "generation_config.json"):
         model, loaded = kind.from_pretrained(

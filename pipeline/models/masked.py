@@ -113,7 +113,7 @@ class MaskedLanguageModel(TextEncoder):
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "MaskedLanguageModel":
         """As TextEncoder.load; PipelineError where the decoder has no LM head, or its tokenizer nothing to hide by."""
         attention = implementation(attention)
-        causal = loading.open_model(AutoModelForCausalLM, path, decoder.check(path), dtype, attention)
+        causal = loading.open_model(AutoModelForCausalLM, path, load_config(path), dtype, attention, decoder.check)
         return cls(causal, *_tokens(path, causal.config))
 
     @classmethod

@@ -63,7 +63,7 @@ def _problem(config: PreTrainedConfig, build: Build) -> str:
         first = shorten(str(error), 160)
         return (
             f"a {config.model_type} model, which cannot be tried on packed texts and so is not supported "
-            f"({type(error).__name__}: {first})"
+            f"({type(error).__name__}: {first}), unless its config.json is damaged"
         )
     return (
         f"a {config.model_type} model, and a text's vector by it depends on what the text is packed with (cosine "

@@ -178,7 +178,7 @@ def test_workers_heed_a_signal_to_the_job_no_more_than_the_rank_and_end_with_it(
     """Also where the rank fails in a step of its own, which leaves the reader in the middle."""
     given = changed(data, workers=2).model_dump_json()
     here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parents[1])))
+    path = os.pathsep.join(map(str, (here, *here.parents[:2])))
     ended = subprocess.run(
         [sys.executable, "-c", _RANK, given],
         env=os.environ | {"PYTHONPATH": path},
@@ -211,7 +211,7 @@ sys.stdin.read()
 def test_workers_live_with_the_process_and_not_with_the_thread_that_began_them(data):
     given = changed(data, workers=2).model_dump_json()
     here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parents[1])))
+    path = os.pathsep.join(map(str, (here, *here.parents[:2])))
     rank = subprocess.Popen(
         [sys.executable, "-c", _FROM_A_THREAD, given],
         env=os.environ | {"PYTHONPATH": path},

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -265,7 +266,7 @@ def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_pa
 
     fields = [f"run={tmp_path}", "evaluation=null", "batch.chunk_tokens=auto", "batch.kept_chunks=auto"]
     recipe = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.max_tokens=4096"])
-    nothing = SimpleNamespace(asked=lambda: 0)
+    nothing = SimpleNamespace(asked=lambda: 0, steps=nullcontext)
     run = loop.Run(recipe, None, 3, None, {"seed": 0}, lambda steps: iter("abc"), None, lambda: None, nothing)
     model, zero = SimpleNamespace(pads=True), {"zero_optimization": {"stage": 3}}
     engine, cuts = SimpleNamespace(device=torch.device("cpu"), module=model, config=zero), []

@@ -43,11 +43,11 @@ class LlaveKind(Kind):
         if model.architecture:
             llave.check_architecture(model.architecture)
         config = weights.config_of(model)
-        llave.check_language_model(model.path or "model.architecture", config)
         if model.path and not weights.is_original(files.fetched(model.path, weights=False)):
             loading.check_weights(model.path, Llave, config)
             llave.Processor.load(model.path, model.max_tokens)
             llave.require_normalisation(model.path)
+        llave.check_language_model(model.path or "model.architecture", config)
 
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(llave.tiling(weights.config_of(recipe.model)), recipe.video.frames)

@@ -32,8 +32,9 @@ class CaptionKind(Kind):
         if model.architecture:
             decoder.random_config(model.architecture.text)
         else:
-            config = decoder.check(model.path)
+            config = decoder.load_config(model.path)
             loading.check_weights(model.path, self._transformers, config)
+            decoder.check(model.path, config)
             loading.tokenizer(model.path, config.vocab_size)
 
     def lengths(self, recipe: Recipe) -> Lengths:

@@ -43,7 +43,9 @@ class Llm2ClipKind(Kind):
 
     def check(self, model: Model) -> None:
         # Needed at the end at the latest.
-        loading.check_weights(str(fetched(model.text_encoder)), AutoModel, decoder.check(model.text_encoder))
+        config = decoder.load_config(model.text_encoder)
+        loading.check_weights(str(fetched(model.text_encoder)), AutoModel, config)
+        decoder.check(model.text_encoder, config)
         TextProcessor.load(model.text_encoder, model.max_tokens)
         if model.path:
             Pixels.load(model.path)
