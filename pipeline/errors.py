@@ -1,5 +1,6 @@
 """The one exception for what a user can mend, and how every command line shows it."""
 
+import errno
 import functools
 import os
 import shutil
@@ -28,24 +29,39 @@ def printable(text: str, keep: str = "") -> str:
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Around what writes to `where`: turn a disk's refusal, also as torch says it, into PipelineError."""
+    """Around what writes to `where`: turn a disk's refusal, also as a library says it, into PipelineError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        is_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_WRITES)
-        if isinstance(error, RuntimeError) and not is_torch:
+    except PipelineError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not _is_of_full_disk(error):
             raise
-        room = ""
-        with suppress(OSError, StopIteration):
-            there = next(path for path in (where, *where.absolute().parents) if path.is_dir())
-            room = f" ({shutil.disk_usage(there).free / 1e6:,.0f} MB free)"
-        reason = "the file could not be written to its end" if is_torch else error.strerror or str(error)
-        raise PipelineError(
-            f"{where} cannot be written: {reason}{room}. Make room or mend that, then start the same command again"
-        ) from error
+        raise PipelineError(_refusal(error, where)) from error
 
 
-_TORCH_WRITES = ("PytorchStreamWriter", "inline_container")
+def _is_of_full_disk(error: BaseException) -> bool:
+    """Whether a disk took no more, by the error's number, or by what torch and safetensors say."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    return any(words in str(error) for words in _WRITERS)
+
+
+def _refusal(error: BaseException, where: Path | None) -> str:
+    room = ""
+    with suppress(OSError, StopIteration, AttributeError):
+        there = next(path for path in (where, *where.absolute().parents) if path.is_dir())
+        room = f" ({shutil.disk_usage(there).free / 1e6:,.0f} MB free)"
+    reason = "the file could not be written to its end"
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+    return (
+        f"{where or 'a file'} cannot be written: {reason}{room}. Make room or mend that, then start the same command "
+        "again"
+    )
+
+
+_WRITERS = ("PytorchStreamWriter", "inline_container", "iostream error", "No space left on device")
 
 
 def command_line(main: Callable[[], None]) -> Callable[[], None]:
@@ -70,15 +86,21 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
         except Exception as error:
             if interrupt.interrupted():
                 interrupt.end()
-            message = str(error)
-            if not isinstance(error, PipelineError):
-                if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-                    raise
-                if not is_of_lost_peer(error):
-                    traceback.print_exc()
-                    sys.stderr.flush()
-                    os._exit(1)
+            alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+            if isinstance(error, PipelineError):
+                message = str(error)
+            elif _is_of_full_disk(error):
+                message = _refusal(error, Path(error.filename) if getattr(error, "filename", None) else None)
+            elif not alone and is_of_lost_peer(error):
                 message, lost = "the connection to another rank is lost; what that one says is the cause", True
+            elif not alone and "Timed out waiting" in str(error):
+                message = "another rank did not answer in time (timeout_minutes): does its process or its node hang?"
+            elif alone:
+                raise
+            else:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
         if rank or lost:
             time.sleep(5)
         sys.stdout.flush()

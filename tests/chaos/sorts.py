@@ -110,7 +110,7 @@ def _disturbed(
     children = _children(ranks)
     trial.note(f"{signal.Signals(number).name} of {name} at {moment}")
     _strike(pids, number, trial.chance)
-    ended = judged(wait(ranks, HANG))
+    ended = judged(wait(ranks, HANG, after_failure=15))  # as a launcher ends what is left
     if left := psutil.wait_procs(children, timeout=60)[1]:
         for process in left:
             process.kill()

@@ -97,12 +97,12 @@ def start(arguments: list[str], world: int) -> list[Rank]:
     return ranks
 
 
-def wait(ranks: Sequence[Rank], seconds: float = HANG_SECONDS) -> Ended:
+def wait(ranks: Sequence[Rank], seconds: float = HANG_SECONDS, after_failure: float = SECONDS_AFTER_A_FAILURE) -> Ended:
     """Wait for the ranks to end; kill what is left some time after a failure, or at the time limit."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and None in (status := [rank.poll() for rank in ranks]):
         if any(status):
-            deadline = min(deadline, time.monotonic() + SECONDS_AFTER_A_FAILURE)
+            deadline = min(deadline, time.monotonic() + after_failure)
         time.sleep(0.05)
     status = [rank.poll() for rank in ranks]
     say_where([rank.pid for rank in ranks if rank.poll() is None and isinstance(rank.process, ForkServerProcess)])
