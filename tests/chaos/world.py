@@ -69,7 +69,7 @@ class World:
             f"data.url=s3://{BUCKET}/train",
             f"data.datasets=[{', '.join(DATASETS)}]",
             *("data.lanes=4", "data.block_samples=8", "data.window_blocks=2", "data.timeout_s=5"),
-            *("batch.global_batch=24", "batch.chunk_tokens=500", f"steps={STEPS}", f"checkpoint.every={EVERY}"),
+            *("batch.global_batch=24", "batch.chunk_tokens=2000", f"steps={STEPS}", f"checkpoint.every={EVERY}"),
             *(f"evaluation.urls=[s3://{BUCKET}/train/Scene-I2T]", "evaluation.every=4"),
             *("ledger=true", "timeout_minutes=1", *overrides),
         ]
