@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 from damage import BYTES, copy_of, damage_file, damage_json
 from fault_proxy import RESET, TRUNCATE, UNAVAILABLE, refuse, stall
-from launch import Ended, Rank, fork, launch, wait
-from world import EVERY, HANG, STEPS, Violation, World, judged, same_files, same_run, succeed
+from launch import Ended, Rank, fork, wait
+from world import AFTER_FAILURE, EVERY, HANG, STEPS, Violation, World, judged, launched, same_files, same_run, succeed
 
 from pipeline.data.index import INDEX_FILE, checksum_of
 from pipeline.evaluation.report import Report
@@ -110,7 +110,7 @@ def _disturbed(
     children = _children(ranks)
     trial.note(f"{signal.Signals(number).name} of {name} at {moment}")
     _strike(pids, number, trial.chance)
-    ended = judged(wait(ranks, HANG, after_failure=15))  # as a launcher ends what is left
+    ended = judged(wait(ranks, HANG, AFTER_FAILURE))
     if left := psutil.wait_procs(children, timeout=60)[1]:
         for process in left:
             process.kill()
@@ -181,7 +181,7 @@ def two_starts(trial: Trial) -> None:
     time.sleep(trial.chance.choice([0, 0, 0.3, 1, 3]))
     second = fork(arguments, 2)
     trial.note("a second start in the same directory")
-    ends = [judged(wait(ranks, HANG)) for ranks in (first, second)]
+    ends = [judged(wait(ranks, HANG, AFTER_FAILURE)) for ranks in (first, second)]
     if len((run / "metrics.jsonl").read_bytes().splitlines()) != STEPS:
         raise Violation(f"two runs wrote into one directory\n{ends[0].output[-1500:]}\n{ends[1].output[-1500:]}")
     succeed(arguments, 2)
@@ -197,7 +197,7 @@ def _with_broken_storage(trial: Trial, arguments: list[str], processes: int) -> 
     fault = trial.chance.choice([refuse(403, "AccessDenied"), UNAVAILABLE, RESET, TRUNCATE, stall(60)])
     before = trial.world.injected.copy()
     with trial.world.broken_storage(trial.chance, 0.7 if permanent else 0.15, fault if permanent else None):
-        ended = judged(launch(arguments, processes, HANG))
+        ended = judged(launched(arguments, processes))
     trial.faults += trial.world.injected - before
     if any(ended.status):
         succeed(arguments, processes)
@@ -233,7 +233,7 @@ def server_struck(trial: Trial) -> None:
     else:
         trial.note("the server stands still")
         trial.world.server.pause(trial.chance.choice([1, 7]))
-    if any(judged(wait(ranks, HANG)).status):
+    if any(judged(wait(ranks, HANG, AFTER_FAILURE)).status):
         succeed(arguments, 2)
     same_run(run, trial.world.undisturbed / "run")
 
@@ -259,7 +259,7 @@ def disk(trial: Trial) -> None:
         if trial.chance.random() < 0.3:
             trial.note("a read-only disk")
             remount("ro")
-            ended = judged(launch(arguments, 2, HANG))
+            ended = judged(launched(arguments, 2))
             remount("rw")
             if not any(ended.status):
                 raise Violation("it ended well on a read-only disk")
@@ -267,7 +267,7 @@ def disk(trial: Trial) -> None:
             trial.note("a full disk")
             used = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e6 if run.exists() else 0
             remount(f"size={int((used + trial.chance.choice([0.05, 0.5, 1, 2, 4])) * 1024)}k")
-            judged(launch(arguments, 2, HANG))
+            judged(launched(arguments, 2))
             remount("size=300m")
         succeed(arguments, 2)
         same_run(run, trial.world.undisturbed / "run")
@@ -284,7 +284,7 @@ def run_damaged(trial: Trial) -> None:
     name = path.relative_to(run)
     trial.note(f"{damage_file(path, trial.chance)}: {_kind_of(name)}")
     steps = {each.name for each in (run / "checkpoints").glob("step-*")}
-    ended = judged(launch(trial.world.train(run), 2, HANG))
+    ended = judged(launched(trial.world.train(run), 2))
     if not any(ended.status):
         same_run(run, trial.world.undisturbed / "run", whole=name.suffix != ".jsonl")
     else:
@@ -350,15 +350,16 @@ def sidecar_damaged(trial: Trial) -> None:
                 shard["sidecar_bytes"] = path.stat().st_size
         (shards / INDEX_FILE).write_text(json.dumps(index | {"checksum": checksum_of(index)}))
     trial.note(f"{name}: {path.suffix}{' that the index names so' if adopted else ''}")
-    if path.read_bytes() != before and launch(["tools/make_shards.py", "verify", str(shards)], 1, HANG).status == [0]:
+    verify = ["tools/make_shards.py", "verify", str(shards), "--processes", "1"]
+    if path.read_bytes() != before and launched(verify, 1).status == [0]:
         raise Violation(f"verify finds nothing wrong with {path.name}")
     _look(trial, shards)
 
 
 def _look(trial: Trial, shards: Path) -> None:
     """Every program that reads a dataset ends well or with one clear error."""
-    for command in ("show", "stats", "verify"):
-        judged(launch(["tools/make_shards.py", command, str(shards)], 1, HANG))
+    for command in (["show"], ["stats"], ["verify", "--processes", "1"]):
+        judged(launched(["tools/make_shards.py", *command, str(shards)], 1))
     out = trial.folder / "out"
     arguments = trial.chance.choice(
         [
@@ -367,7 +368,7 @@ def _look(trial: Trial, shards: Path) -> None:
             trial.world.train(out, f"data.url={shards}", "data.datasets=[]", "evaluation=null", "steps=4"),
         ]
     )
-    judged(launch(arguments, 1, HANG))
+    judged(launched(arguments, 1))
 
 
 def model_damaged(trial: Trial) -> None:
@@ -381,7 +382,7 @@ def model_damaged(trial: Trial) -> None:
         trial.note(f"{damage_file(path, trial.chance)}: {path.name}")
     (trial.folder / "texts.txt").write_text("a cat\na dog\n")
     texts = ["--texts", str(trial.folder / "texts.txt"), "--out", str(trial.folder / "out")]
-    judged(launch(["-m", "pipeline.embed", str(model), *texts], 1, HANG))
+    judged(launched(["-m", "pipeline.embed", str(model), *texts], 1))
 
 
 def _same_report(out: Path, world: World) -> None:
@@ -401,14 +402,14 @@ def can_mount() -> bool:
     return mounted
 
 
-# How many of every 20 trials are of each sort.
+# How many trials of each sort there are in a round.
 SORTS: dict[Callable[[Trial], None], int] = {
     train_killed: 4,
     train_storage: 1,
     run_damaged: 4,
-    index_damaged: 2,
-    sidecar_damaged: 2,
-    model_damaged: 2,
+    index_damaged: 5,
+    sidecar_damaged: 4,
+    model_damaged: 6,
     convert_killed: 1,
     convert_storage: 1,
     evaluate_killed: 1,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from fault_proxy import FLIP, RESET, TRUNCATE, UNAVAILABLE, Fault, FaultProxy, stall
-from launch import Ended, launch
+from launch import Ended, fork, wait
 from PIL import Image
 from safetensors import safe_open
 
@@ -26,6 +26,7 @@ from tools.s3_server import S3Server
 BUCKET = "chaos"
 DATASETS = ("Scene-I2T", "Scene-CLS")
 HANG = 400  # seconds after which a program counts as hanging; the slowest machine needs far less
+AFTER_FAILURE = 10  # seconds that ranks have after one has failed; then they are killed, as a launcher does
 STEPS, EVERY = 8, 2
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 24, "patch_size": 8}
@@ -146,6 +147,11 @@ def _write_pairs(folder: Path) -> None:
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def launched(arguments: list[str], world: int) -> Ended:
+    """Run a program on so many ranks."""
+    return wait(fork(arguments, world), HANG, AFTER_FAILURE)
+
+
 def judged(ended: Ended) -> Ended:
     """The end of a program, which may fail but in one clear line; Violation if it did otherwise."""
     failed = [status for status in ended.status if status]
@@ -162,7 +168,7 @@ def judged(ended: Ended) -> Ended:
 
 def succeed(arguments: list[str], world: int) -> Ended:
     """Run to the end; Violation if that fails."""
-    ended = judged(launch(arguments, world, HANG))
+    ended = judged(launched(arguments, world))
     if any(ended.status):
         raise Violation(f"it ended with {ended.status}: {' '.join(arguments)}\n{ended.output[-3000:]}")
     return ended
