@@ -41,6 +41,8 @@ def parse_json(data: bytes | str, name: str, form: Any = Any, *, remedy: str) ->
         why = "is damaged: it is nested too deeply"
     except ValidationError as error:
         why = f"has another form than expected: {explained(error)}"
+    except _Refused as error:
+        why = str(error)
     except ValueError as error:
         why = no_json(text, error)
     raise DocumentError(f"{name} {why}: {remedy}")
@@ -74,14 +76,17 @@ def no_json(text: str, error: ValueError) -> str:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"an object has the key {twice!r} twice")
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise _Refused(f"has the key {twice!r} twice in an object")
     return found
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON's")
+    raise _Refused(f"has {name}, which is no number of JSON's")
+
+
+class _Refused(ValueError):
+    """It can be read, and some would read it otherwise."""
 
 
 def check_members(

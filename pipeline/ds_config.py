@@ -6,6 +6,7 @@ have, is refused with the reason. Importing this takes DeepSpeed.
 
 import difflib
 import json
+from collections import Counter
 from math import isfinite
 from pathlib import Path
 from types import NoneType
@@ -130,9 +131,11 @@ def read(path: Path) -> dict[str, Any]:
     """A DeepSpeed config, with its "auto" values as they are and without its nulls. Raises PipelineError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if twice := [key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place])]:
-            raise PipelineError(f"{path}: {twice[0]!r} is there twice")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+            raise PipelineError(f"{path}: {twice!r} is there twice")
+        return found
 
     try:
         config = json.loads(typed.read_text(path), object_pairs_hook=unique)

@@ -39,7 +39,7 @@ from pipeline import lock
 from pipeline.config import EvaluationRun, Video
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.embeddings import KINDS, Identity, Store, best
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError, command_line, printable
 from pipeline.models.embedder import LEAST_TOKENS, Embedder, Parts
 from pipeline.models.files import fetched, fingerprint
 from pipeline.models.kinds import kind_of
@@ -245,7 +245,7 @@ def _print(title: str, ids: Sequence[str], matches: Sequence[tuple[int, float]])
 
 def _shown(text: str) -> Text:
     """Not as markup, and without what of a path is not UTF-8."""
-    return Text(text.encode(errors="replace").decode())
+    return Text(printable(text.encode(errors="replace").decode()))
 
 
 if __name__ == "__main__":

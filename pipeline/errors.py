@@ -44,7 +44,7 @@ def _is_of_full_disk(error: BaseException) -> bool:
     """Whether a disk took no more, by the error's number, or by what torch and safetensors say."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-    return any(words in str(error) for words in _WRITERS)
+    return any(words in str(error) for words in _WRITERS) and "PytorchStreamReader" not in str(error)
 
 
 def _refusal(error: BaseException, where: Path | None) -> str:
@@ -77,6 +77,9 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
         rank, lost = 0, False
         try:
             launch.adopt()
+            for name in ("RANK", "WORLD_SIZE"):
+                if not os.environ.get(name, "0").isdecimal():
+                    raise PipelineError(f"{name}={os.environ[name]} in the environment is of no launcher: unset it")
             rank = int(os.environ.get("RANK", 0))
             with interrupt.heard():
                 main()
@@ -86,14 +89,14 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
         except Exception as error:
             if interrupt.interrupted():
                 interrupt.end()
-            alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+            alone = os.environ.get("WORLD_SIZE", "1") == "1"
             if isinstance(error, PipelineError):
                 message = str(error)
             elif _is_of_full_disk(error):
                 message = _refusal(error, Path(error.filename) if getattr(error, "filename", None) else None)
             elif not alone and is_of_lost_peer(error):
                 message, lost = "the connection to another rank is lost; what that one says is the cause", True
-            elif not alone and "Timed out waiting" in str(error):
+            elif not alone and is_of_late_peer(error):
                 message = "another rank did not answer in time (timeout_minutes): does its process or its node hang?"
             elif alone:
                 raise
@@ -109,6 +112,20 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
         os._exit(2)
 
     return wrapped
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+# How torch, cuBLAS, cuDNN and NCCL say it.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+
+
+def is_of_late_peer(error: BaseException) -> bool:
+    """Whether another process did not answer in time, as gloo says it."""
+    return "Timed out waiting" in str(error)
 
 
 def is_of_lost_peer(error: BaseException) -> bool:

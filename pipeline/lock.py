@@ -21,16 +21,32 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.data import objects
 from pipeline.data.objects import ObjectError
-from pipeline.errors import PipelineError
+from pipeline.documents import FIXED, DocumentError, parse_json
+from pipeline.errors import PipelineError, printable
 
 FOLDER = ".lock"
 BEAT_SECONDS = 20
 SILENCE_SECONDS = 120  # more than a network file system may show an old state, and a beat
 _DEAD_SECONDS = 24 * 3600  # by the clock, which is not that wrong
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """Who wrote a lock's file. born: when the process began.  job: Slurm's, and which of its starts."""
+
+    __pydantic_config__ = FIXED
+
+    host: str
+    pid: int
+    machine: str
+    born: str
+    job: tuple[str, int] | None
+    time: float
 
 
 @contextmanager
@@ -46,12 +62,14 @@ def held(folders: Iterable[str]) -> Iterator[None]:
         for url in own:
             stack.callback(_remove, url)
             _write(url)
-            if other := _living(url.rpartition("/")[0], own=url):
-                raise PipelineError(other)
+        # Also while it waits for a sign of others: who comes meanwhile must not take this one for dead.
         beating = threading.Thread(target=_beat, args=(own, ended), daemon=True)
         beating.start()
         stack.callback(beating.join)
         stack.callback(ended.set)
+        for url in own:
+            if other := _living(url.rpartition("/")[0], own=url):
+                raise PipelineError(other)
         yield
 
 
@@ -66,13 +84,16 @@ def _living(locks: str, own: str = "") -> str:
         if url == own or url.endswith(".partial"):
             continue
         try:
-            holder = json.loads(objects.read(url))
-            place = f"process {int(holder['pid'])} on {holder['host']}"
-            place += f", job {holder['job'][0]}" if holder["job"] else ""
+            data = objects.read(url)
         except ObjectError:
             continue  # it is gone meanwhile
-        except (ValueError, TypeError, KeyError, IndexError):
-            holder, place = {}, f"the process that wrote {url}"
+        try:
+            holder = parse_json(data, url, _Holder, remedy="it is a lock")
+            place = printable(
+                f"process {holder.pid} on {holder.host}" + (f", job {holder.job[0]}" if holder.job else "")
+            )
+        except DocumentError:
+            holder, place = None, f"the process that wrote {url}"
         if _lives(holder, place, url, wait=bool(own)):
             return f"{locks.removesuffix(f'/{FOLDER}')} is in use by {place}: wait for it, or end it"
         if own:
@@ -80,14 +101,15 @@ def _living(locks: str, own: str = "") -> str:
     return ""
 
 
-def _lives(holder: dict, place: str, url: str, wait: bool) -> bool:
+def _lives(holder: _Holder | None, place: str, url: str, wait: bool) -> bool:
     silent = SILENCE_SECONDS
     if holder:
-        if holder["machine"] == _machine():
-            return holder["born"] == _born(holder["pid"])
-        if holder["job"][:1] == _job()[:1] and holder["job"] < _job():
+        if holder.machine == _machine():
+            return holder.born == _born(holder.pid)
+        ours = _job()
+        if holder.job and ours and holder.job[0] == ours[0] and holder.job[1] < ours[1]:
             return False  # a start of this job that is over, as Slurm knows
-        silent = time.time() - holder["time"]
+        silent = time.time() - holder.time
     if not wait or silent > _DEAD_SECONDS:
         return silent < SILENCE_SECONDS
     before = _stamp(url)
@@ -107,20 +129,24 @@ def _stamp(url: str) -> str | None:
 def _beat(own: list[str], ended: threading.Event) -> None:
     missing = 0
     while not ended.wait(1 if missing else BEAT_SECONDS):
-        with suppress(ObjectError):  # the store may be back at the next beat
+        with suppress(ObjectError, OSError):  # the store may be back at the next beat
             missing = 0 if all(map(objects.exists, own)) else missing + 1
             if missing == 2:  # a file system may err once
-                print(f"error: {own[0]} is gone: another process may write there; this one ends", file=sys.stderr)
-                sys.stderr.flush()
-                os._exit(1)
+                print(
+                    f"error: {own[0]} is gone: another process may write there; this one ends. If none does, start the "
+                    "same command again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(2)
             for url in own if not missing else ():
                 _write(url)
 
 
 def _write(url: str) -> None:
     pid = os.getpid()
-    content = {"host": socket.gethostname(), "pid": pid, "machine": _machine(), "born": _born(pid)}
-    data = json.dumps(content | {"job": _job(), "time": time.time()}).encode()
+    holder = _Holder(socket.gethostname(), pid, _machine(), _born(pid), _job(), time.time())
+    data = json.dumps(asdict(holder)).encode()
     try:
         objects.write(url, data)
     except ObjectError:
@@ -164,9 +190,9 @@ def _born(pid: int) -> str:
     return "lives"
 
 
-def _job() -> list:
-    """[cluster and job, start], or [] outside of Slurm."""
+def _job() -> tuple[str, int] | None:
+    """(cluster and job, start); None outside of Slurm."""
     if "SLURM_JOB_ID" not in os.environ:
-        return []
+        return None
     job = f"{os.environ['SLURM_JOB_ID']} {os.environ.get('SLURM_CLUSTER_NAME', '')}".rstrip()
-    return [job, int(os.environ.get("SLURM_RESTART_COUNT", 0))]
+    return job, int(os.environ.get("SLURM_RESTART_COUNT", 0))

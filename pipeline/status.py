@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.errors import PipelineError, is_of_lost_peer
+from pipeline.documents import DocumentError, parse_json
+from pipeline.errors import PipelineError, is_of_lost_peer, printable
 
 _FROM_ONE_CHECKPOINT = 4  # failures, after which there is no hope
 
@@ -56,7 +57,7 @@ class Status:
         """What the files say; of a run that has none, or none that can be read, that it has failed."""
         status = cls._noted(run)
         if status.launch and status.state != "failed":
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 status = replace(status, state="failed", reason=_failure_file(run, status.launch).read_text())
         return status
 
@@ -64,16 +65,15 @@ class Status:
     def _noted(cls, run: Path) -> "Status":
         """What status.json says, without what ranks have noted beside it."""
         try:
-            content = json.loads((run / "status.json").read_text())
-            return cls(**content | {"failures": [Failure(**each) for each in content["failures"]]})
-        except (OSError, ValueError, TypeError, KeyError):
+            return parse_json((run / "status.json").read_bytes(), "status.json", cls, remedy="it is written anew")
+        except (OSError, DocumentError):
             return cls("failed")
 
     def write(self, run: Path) -> None:
         """Nothing happens where it cannot be written: what else goes on there fails with a better message."""
         now = replace(self, time=datetime.now(UTC).isoformat(timespec="seconds"))
         unfinished = _unfinished(run)
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             run.mkdir(parents=True, exist_ok=True)
             unfinished.write_text(json.dumps(asdict(now), indent=1) + "\n")
             unfinished.replace(run / "status.json")
@@ -159,9 +159,9 @@ def failures_noted(run: Path) -> Iterator[None]:
             note(run, "failed", reason=reason)
         elif not leads and not is_of_lost_peer(error):
             unfinished = _unfinished(run)
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 run.mkdir(parents=True, exist_ok=True)
-                unfinished.write_text(reason)
+                unfinished.write_text(printable(reason, keep="\n"))
                 try:
                     os.link(unfinished, beside)
                     unfinished.unlink()

@@ -32,7 +32,8 @@ hypothesis.settings.load_profile("tests")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that hangs in what has no limit of its own ends, too."""
     for item in items:
-        item.add_marker(pytest.mark.timeout(3 * HANG_SECONDS), append=False)
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3 * HANG_SECONDS))
 
 
 @pytest.fixture(scope="session", autouse=True)

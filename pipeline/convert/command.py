@@ -100,7 +100,8 @@ def add_images(parser: argparse.ArgumentParser, default: str) -> None:
         "--image-max-side",
         type=positive,
         metavar="N",
-        help="scale images with a longer side than N pixels down to that, as JPEG (default: all stay as they are)",
+        help="scale images with a longer side than N pixels down to that, as JPEG, "
+        "upright and with 8 bits a channel, whatever model.images says later (default: all stay as they are)",
     )
     parser.add_argument("--image-quality", type=_quality, metavar="Q", help="of these JPEGs, 1 to 95 (default 90)")
 

@@ -155,7 +155,10 @@ def _file_stamps(folder: Path) -> Iterator[tuple[Path, str]]:
 def exists(url: str) -> bool:
     """Whether there is such an object. A missing bucket or a refusal is an ObjectError, not a no."""
     location = _s3_location(url)
-    return Path(url).is_file() if location is None else s3.exists(*location)
+    if location is not None:
+        return s3.exists(*location)
+    with _explained(url):
+        return Path(url).is_file()
 
 
 def size(url: str) -> int:

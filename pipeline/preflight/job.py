@@ -172,7 +172,7 @@ def other_jobs(folder: Path) -> Check:
     if job := status.other_job(folder):
         return red(f"job {job} trains {folder}", f"scancel {job}, or set run= to another directory")
     if why := lock.in_use(str(folder)):
-        return red(why, "or set run= to another directory")
+        return yellow(why, "or set run= to another directory; a start waits two minutes for a sign that it lives")
     return green(f"none trains {folder}")
 
 

@@ -15,11 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter
 
 from pipeline.config import Batch
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, is_out_of_memory
 from pipeline.training.meter import Memory
 
 FULL = 0.9  # of the memory that torch's allocator can have
@@ -27,8 +26,6 @@ LARGEST_CHUNK = 16384  # tokens: more do not make a GPU faster, and memory serve
 MEMORY = "the device's memory"  # in bytes, a condition by its name
 NOTE = "budget.json"  # in the run directory
 _ROUND = 128  # tokens
-# How torch, cuBLAS, cuDNN and NCCL say it.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 
 
 @dataclass
@@ -144,7 +141,7 @@ def out_of_memory_noted(run: Path, step: int, budget: Budget, conditions: dict) 
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)):
+        if not is_out_of_memory(error):
             raise
         advice = _advice(run, budget, conditions)
         raise PipelineError(

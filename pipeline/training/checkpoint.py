@@ -26,7 +26,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch.utils.serialization import config as serialization
 
-from pipeline.errors import PipelineError, disk_errors, is_of_lost_peer
+from pipeline.errors import PipelineError, disk_errors, is_of_late_peer, is_of_lost_peer, is_out_of_memory
 from pipeline.training import manifest
 
 LATEST, BEST = "latest", "best"
@@ -199,7 +199,7 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict:
         with weights_only(), _universal_load(engine.optimizer) if universal else nullcontext():
             path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
     except Exception as error:
-        if is_of_lost_peer(error) or isinstance(error, torch.OutOfMemoryError):
+        if is_of_lost_peer(error) or is_of_late_peer(error) or is_out_of_memory(error):
             raise
         raise PipelineError(
             f"{checkpoint} cannot be loaded ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}), though "

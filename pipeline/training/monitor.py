@@ -41,6 +41,12 @@ def score_of(run: Path, step: int) -> tuple[float, list[str]] | None:
     return report.score, list(report.results)
 
 
+def may_be_best(run: Path, step: int) -> tuple[float, list[str]] | None:
+    """As `score_of`; None also where the model had collapsed."""
+    scored = score_of(run, step)
+    return None if scored and Report.read(evaluation_file(run, step)).collapsed else scored
+
+
 def check_writable(run: Path) -> None:
     """Raise PipelineError unless a run can write what it will: known before a model is loaded, not a checkpoint later.
 

@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.training import checkpoint, manifest
 from pipeline.training.distributed import on_first_rank
 from pipeline.training.manifest import Damaged, Manifest
-from pipeline.training.monitor import score_of
+from pipeline.training.monitor import may_be_best
 
 _SHOWN = 3  # faults of one checkpoint in a message
 
@@ -104,7 +104,9 @@ def choose(folder: Path, conditions: dict) -> Path | None:
             _set_aside(each, why, path)
         checkpoint.point(path)
         if not checkpoint.best(folder):
-            scores = {each: score_of(folder.parent, checkpoint.step_of(each)) for each in checkpoint.candidates(folder)}
+            scores = {
+                each: may_be_best(folder.parent, checkpoint.step_of(each)) for each in checkpoint.candidates(folder)
+            }
             checkpoint.recover_best({each: score for each, score in scores.items() if score})
 
     on_first_rank(settle)

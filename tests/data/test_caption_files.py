@@ -59,7 +59,7 @@ def test_of_videos_too(file, text, said):
     [
         ("v.csv", "video_id,sentence\nv,one man, two dogs\n", "line 2 has not as many fields as the first"),
         ("v.csv", "video_id,sentence\nv,c\nw\n", "line 3 has not as many fields as the first"),
-        ("v.json", '{"v": ["c"], "v": ["d"]}', "an object has the key 'v' twice"),
+        ("v.json", '{"v": ["c"], "v": ["d"]}', "has the key 'v' twice"),
         ("v.json", "<html></html>", "v.json is HTML or XML"),
         ("v.json", "", "v.json is empty"),
     ],

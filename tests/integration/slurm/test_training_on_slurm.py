@@ -202,7 +202,7 @@ def test_without_its_second_node_a_job_goes_on_with_the_same_batches_on_the_firs
 
 
 def test_a_job_that_fails_twice_at_the_same_step_stays_away(slurm, train):
-    hopeless, broken = train("optimizer.lr=1e30")
+    hopeless, broken = train("optimizer.weight_decay=1e38")
     wait_for_requeue(slurm, hopeless, 1)
     slurm.release(hopeless)
     with pytest.raises(SlurmFailure):
