@@ -251,7 +251,7 @@ def test_from_files_to_a_search(tiny_model, inputs, media, tmp_path, monkeypatch
     call(monkeypatch, *common, "--query", TEXTS[1], "--top", 2)
     printed = capsys.readouterr().out
     first = printed[printed.index("texts most similar") :].split("\n")[4]
-    assert first.replace("│", " ").split()[:4] == ["1", "1.000", "[red]", "étoile"]
+    assert first.replace("│", " ").split()[:4] == ["1", "1.000", "[red]", "étoile\\u2028rouge"]
     assert [f"{kind} most similar to [red] étoile" in printed for kind in expected] == [True] * 3
     assert printed.count(" 2 ") == 2  # of three texts and two images, the best two; of videos there is one
     call(monkeypatch, *common, "--query-image", media / "deep/b.jpg")

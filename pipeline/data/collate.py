@@ -38,7 +38,12 @@ class Encoded:
     @cached_property
     def key(self) -> int:
         """64 bits that two items share when, and in practice only when, they are the same to the model."""
-        shapes = [self.skipped, *(part for i in self.images for part in (*i.tiles.shape, i.height, i.width, i.video))]
+        shapes = [self.skipped]
+        for image in self.images:
+            # Of what is one tile, or a video, the model does not see what size it had.
+            sized = not image.video and len(image.tiles) > 1
+            size = (image.height, image.width) if sized else (0, 0)
+            shapes += [*image.tiles.shape, *size, image.video]
         ids = np.ascontiguousarray(self.input_ids, np.int32).tobytes()
         return digest([ids, self.text, np.array(shapes, np.int64).tobytes(), *(image.tiles for image in self.images)])
 

@@ -131,7 +131,7 @@ def packed_sdpa(
     value: torch.Tensor,
     attention_mask: None,
     *,
-    segments: Segments,
+    segments: Segments | None = None,
     scaling: float,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
@@ -140,7 +140,7 @@ def packed_sdpa(
     Chunks are cut so that little of the rows is empty (see chunks.py); what is empty comes last in its row, where no
     token of a causal item looks.
     """
-    _refuse(segments, others)
+    _refuse(module, segments, others)
 
     def spread(x: torch.Tensor, places: Segments) -> torch.Tensor:
         x = x.squeeze(0).transpose(0, 1)
@@ -170,12 +170,12 @@ def packed_varlen(
     value: torch.Tensor,
     attention_mask: None,
     *,
-    segments: Segments,
+    segments: Segments | None = None,
     scaling: float,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """By torch's own variable-length FlashAttention."""
-    _refuse(segments, others)
+    _refuse(module, segments, others)
     window = (-1, 0) if segments.causal else (-1, -1)
     attend = partial(_varlen_attn(), scale=scaling, window_size=window)
     return _by_bounds(attend, (query, key, value), segments), None
@@ -196,20 +196,22 @@ def packed_flash_attn(
     value: torch.Tensor,
     attention_mask: None,
     *,
-    segments: Segments,
+    segments: Segments | None = None,
     scaling: float,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """By the flash-attn package."""
-    _refuse(segments, others)
+    _refuse(module, segments, others)
     from flash_attn import flash_attn_varlen_func  # where it is installed
 
     attend = partial(flash_attn_varlen_func, softmax_scale=scaling, causal=segments.causal)
     return _by_bounds(attend, (query, key, value), segments), None
 
 
-def _refuse(segments: Segments, others: dict[str, object]) -> None:
+def _refuse(module: torch.nn.Module, segments: Segments | None, others: dict[str, object]) -> None:
     """Raise PipelineError for what other models' attention does besides, which would be left out."""
+    if segments is None:
+        raise PipelineError("the model's layers do not tell its attention where items begin, which is not supported")
     if others.get("softcap"):
         raise PipelineError("the model caps attention's logits, as Gemma 2 does, which is not supported")
     for name in ("s_aux", "position_bias"):  # sinks, as gpt-oss has, and biases by distance
@@ -218,6 +220,22 @@ def _refuse(segments: Segments, others: dict[str, object]) -> None:
     window = others.get("sliding_window")
     if window and segments.longest > window:
         raise PipelineError(f"the model sees {window} tokens at once, which is not supported: lower max_tokens to that")
+    limit = _rope_limit(module)
+    if limit and segments.longest > limit:
+        raise PipelineError(
+            f"beyond {limit} tokens the model turns the positions of all items of a row otherwise, which is not "
+            "supported: lower max_tokens to that"
+        )
+
+
+def _rope_limit(module: torch.nn.Module) -> int | None:
+    """The tokens beyond which rotary frequencies depend on the longest item of a row; None if they never do."""
+    config = getattr(module, "config", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if each.get("rope_type") in ("dynamic", "longrope"):
+            return each.get("original_max_position_embeddings") or config.max_position_embeddings
+    return None
 
 
 def _by_bounds(

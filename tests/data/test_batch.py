@@ -168,3 +168,16 @@ def test_texts_beside_an_instruction(tiny_model, llave):
     processor = TextProcessor(llave.tokenizer, 64, "find:")
     assert processor.encode(Item("a star")).key == processor.encode(Item(" a star ")).key
     assert processor.encode(Item("a star")).key != TextProcessor(llave.tokenizer, 64).encode(Item("a star")).key
+
+
+def test_of_what_is_one_tile_or_a_video_the_size_it_had_makes_no_difference():
+    tile = np.zeros((1, 3, 4, 4), np.uint8)
+    two = np.zeros((2, 3, 4, 4), np.uint8)
+
+    def key(tiles: np.ndarray, height: int, width: int, video: bool = False) -> int:
+        return Encoded(np.arange(3, dtype=np.int32), (Image(tiles, height, width, video),)).key
+
+    assert key(tile, 20, 20) == key(tile, 40, 30)
+    assert key(two, 20, 20, video=True) == key(two, 40, 30, video=True)
+    assert key(two, 20, 20) != key(two, 40, 30)  # its padding is cut away
+    assert key(two, 20, 20) != key(two, 20, 20, video=True)

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, PreTrainedConfig, Qwen2Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.config import Model, load_recipe
+from pipeline.data.collate import Encoded, pack
 from pipeline.errors import PipelineError
 from pipeline.models import decoder, llave
 from pipeline.models.decoder import TextEncoder
@@ -71,7 +73,7 @@ def test_decoders_that_keep_texts_apart_pass(kind, own, fields):
         ("falcon_h1", MAMBA, "falcon_h1 model.*depend.*FalconH1Mixer"),
         ("recurrent_gemma", {"lru_width": 32, "head_dim": 8}, "recurrent_gemma model.*depend.*Recurrent"),
         ("gemma2", {"head_dim": 16}, "gemma2 model.*caps attention's logits"),
-        ("stablelm", {}, "stablelm model, which cannot be tried.*segments"),
+        ("stablelm", {}, "stablelm model: the model's layers do not tell its attention where items begin"),
         ("falcon", {}, "falcon model, which cannot be tried"),
     ],
 )
@@ -165,3 +167,12 @@ def test_llaves_own_layers_are_tried_too(tiny_model, monkeypatch):
     for way in (lambda: KINDS["llave"].check(model), lambda: llave.Llave.load(tiny_model, torch.float32)):
         with pytest.raises(PipelineError, match=r"qwen2 model.*depend"):
             way()
+
+
+def test_frequencies_that_depend_on_the_longest_item_are_refused_where_they_do():
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    model = TextEncoder.of_config(config_of("llama", rope_parameters=rope, max_position_embeddings=32)).eval()
+    short, long = (Encoded(np.arange(length, dtype=np.int32) % 50) for length in (20, 40))
+    assert model(pack([short, short])).isfinite().all()
+    with pytest.raises(PipelineError, match=r"beyond 32 tokens the model turns the positions .* lower max_tokens"):
+        model(pack([short, long]))
