@@ -74,11 +74,16 @@ def no_json(text: str, error: ValueError) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+    if (twice := doubled_key(pairs)) is not None:
         raise _Refused(f"has the key {twice!r} twice in an object")
-    return found
+    return dict(pairs)
+
+
+def doubled_key(pairs: list[tuple[str, Any]]) -> str | None:
+    """The first key that an object's pairs have twice, or None."""
+    if len(dict(pairs)) == len(pairs):
+        return None
+    return next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
 
 
 def _refuse_constant(name: str) -> None:

@@ -6,7 +6,6 @@ have, is refused with the reason. Importing this takes DeepSpeed.
 
 import difflib
 import json
-from collections import Counter
 from math import isfinite
 from pathlib import Path
 from types import NoneType
@@ -22,6 +21,7 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, Field, ValidationError
 
 from pipeline import typed
+from pipeline.documents import doubled_key
 from pipeline.errors import PipelineError
 
 
@@ -131,11 +131,9 @@ def read(path: Path) -> dict[str, Any]:
     """A DeepSpeed config, with its "auto" values as they are and without its nulls. Raises PipelineError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        if (twice := doubled_key(pairs)) is not None:
             raise PipelineError(f"{path}: {twice!r} is there twice")
-        return found
+        return dict(pairs)
 
     try:
         config = json.loads(typed.read_text(path), object_pairs_hook=unique)
