@@ -1,5 +1,7 @@
 """Two gloo processes that run a function of a test module, and never hang."""
 
+import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,8 +13,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from limits import HANG_SECONDS
 
+# What the processes are forked from has imported this, once for all tests of a session.
+multiprocessing.set_forkserver_preload(["two_ranks", "pipeline.training.engine", "pipeline.models.llave"])
 
-def _process(rank: int, folder: str, function: Callable) -> None:
+
+def _process(rank: int, folder: str, function: Callable, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ |= environment
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -28,7 +35,8 @@ def _process(rank: int, folder: str, function: Callable) -> None:
 def on_two_ranks(function: Callable) -> list:
     """[function(0), function(1)], each in its own process of one group."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = mp.spawn(_process, (folder, function), nprocs=2, join=False)
+        arguments = (folder, function, dict(os.environ))
+        ranks = mp.start_processes(_process, arguments, nprocs=2, join=False, start_method="forkserver")
         end = time.monotonic() + HANG_SECONDS
         try:
             while not ranks.join(timeout=1):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from limits import HANG_SECONDS
 from two_ranks import on_two_ranks
 
 from pipeline.config import Batch, Recipe, load_recipe
@@ -30,6 +27,7 @@ from pipeline.training.budget import (
     found_before,
     out_of_memory_noted,
 )
+from pipeline.training.distributed import start_distributed
 from pipeline.training.meter import Memory, Meter
 
 GB = 10**9
@@ -324,18 +322,20 @@ def measured_by(rank: int) -> list[int]:
     return [meter.total, memory.total, memory.base, memory.peak, memory.rest, largest, items]
 
 
+def allocator_settings(rank: int) -> str:
+    dist.destroy_process_group()
+    for name in [name for name in os.environ if name.endswith("ALLOC_CONF")]:
+        del os.environ[name]
+    if rank == 1:
+        os.environ["PYTORCH_ALLOC_CONF"] = "max_split_size_mb:512"
+    with mock.patch("deepspeed.init_distributed"):  # which compiles kernels
+        start_distributed(1)
+    return torch._C._accelerator_getAllocatorSettings()
+
+
 def test_torchs_allocator_loses_little_between_blocks_unless_the_user_says_otherwise():
     """In processes of their own, for it is read once; after torch and DeepSpeed are imported."""
-    program = "import os, torch\nfrom pipeline.training.distributed import start_distributed\n"
-    program += "start_distributed(1)\nprint(torch._C._accelerator_getAllocatorSettings(), flush=True)\nos._exit(0)"
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
-    said = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", program], env=environment | more, stdout=subprocess.PIPE, text=True)
-        for more in ({}, said)
-    ]
-    read = [process.communicate(timeout=HANG_SECONDS)[0].splitlines()[-1] for process in processes]
-    assert read == ["expandable_segments:True", "max_split_size_mb:512"]
+    assert on_two_ranks(allocator_settings) == ["expandable_segments:True", "max_split_size_mb:512"]
 
 
 def test_all_ranks_measure_the_fullest_and_leave_out_what_others_hold():
