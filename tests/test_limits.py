@@ -3,10 +3,13 @@
 import resource
 from pathlib import Path
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image as Picture
+from two_ranks import on_two_ranks
 
 from pipeline import limits
 from pipeline.config import Data, load_recipe
@@ -21,6 +24,7 @@ from pipeline.data.tiles import Tiling
 from pipeline.errors import PipelineError
 from pipeline.preflight.job import Job
 from pipeline.preflight.storage import machine
+from pipeline.training.distributed import start_distributed
 
 DEMO = Path(__file__).parents[1] / "pipeline/recipes/demo.yaml"
 TILING = Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48)))
@@ -133,3 +137,14 @@ def test_open_files_are_raised_as_far_as_they_may():
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def deepspeeds_shared_memory(rank: int) -> bool:
+    dist.destroy_process_group()
+    start_distributed(1)
+    return deepspeed.comm.comm.cdb.shm_comm_op is not None
+
+
+def test_deepspeeds_reduction_through_shared_memory_is_not_set_up():
+    """It takes 66 MB a rank, of the 64 MB that a container has."""
+    assert on_two_ranks(deepspeeds_shared_memory) == [False, False]

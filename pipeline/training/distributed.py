@@ -30,8 +30,7 @@ _RENDEZVOUS_MINUTES = 10
 _SAID_SECONDS = 30  # of waiting without a word
 _GOES_ON_SECONDS = 5
 _FIRST_RANK_HOURS = 12
-# That DeepSpeed compiles at their first use; one has had two names.
-_KERNELS = ("deepspeed_shm_comm", "deepspeed_shm_comm_op", "cpu_adam")
+_KERNELS = ("cpu_adam",)  # that DeepSpeed compiles at their first use
 _LONGEST_BUILD = 600  # seconds
 # Of torch's variables for its allocator the first that is set counts.
 _ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
@@ -75,6 +74,9 @@ def start_distributed(timeout_minutes: float) -> torch.device:
     store = _meet(min(timeout_minutes, _RENDEZVOUS_MINUTES))
     limit = timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit, **options)
+    # Tensor parallelism alone would use it: it takes a minute to compile, 66 MB of /dev/shm a rank, and never stops
+    # waiting for a rank that was killed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False, auto_mpi_discovery=False)
     return device
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from launch import fork_server
 
-_BUILD = str(Path(__file__).with_name("build_kernels.py"))
+_BUILD = str(Path(__file__).with_name("build_cpu_adam.py"))
 _building = pytest.StashKey[subprocess.Popen]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """DeepSpeed compiles its CPU communication and its CPU Adam once a machine: while other tests run.
+    """DeepSpeed compiles its CPU Adam once a machine: while other tests run.
 
     And the process that ranks are forked from imports what they need.
     """
@@ -30,7 +30,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def kernels(request: pytest.FixtureRequest) -> None:
+def cpu_adam(request: pytest.FixtureRequest) -> None:
     """Before any test has a time limit."""
     building = request.session.stash[_building]
     errors = building.communicate()[1]
