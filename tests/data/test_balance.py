@@ -12,7 +12,7 @@ from pipeline.data.tiles import Tiling
 from pipeline.demo.tasks import DATASETS, training_pairs
 from pipeline.models.llave import Processor, train_tokenizer
 
-PAIRS = 1000  # of each dataset
+PAIRS = 400  # of each dataset
 BATCH = 512
 TILING = Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48)))
 
@@ -22,7 +22,7 @@ def demo(tmp_path_factory) -> tuple[str, dict[tuple[str, int], int]]:
     """The URL of the demo's training sets, and the tokens of each pair."""
     folder = tmp_path_factory.mktemp("demo")
     pairs = {name: list(training_pairs(name, 0, PAIRS)) for name in DATASETS}
-    texts = (item.text for some in pairs.values() for pair in some[:400] for item in pair.items)
+    texts = (item.text for some in pairs.values() for pair in some for item in pair.items)
     tokenizer = train_tokenizer(texts, 512)
     marks = [tokenizer.convert_tokens_to_ids(mark) for mark in (IMAGE_MARK, VIDEO_MARK)]
     processor = Processor(tokenizer, TILING, *marks, max_tokens=512)
