@@ -71,7 +71,7 @@ def mmeb_text(text: str, has_image: bool) -> str:
     A mark without an image is taken out, with the white space after it. ValueError for a mark of anything else.
     """
     if others := set(_MARKS.findall(text)) - {MMEB_IMAGE_MARK}:
-        raise ValueError(f"{min(others)}, where a text may have {MMEB_IMAGE_MARK} alone, in {text!r}")
+        raise ValueError(f"{min(others)}, where a text may have {MMEB_IMAGE_MARK} alone, in {text[:200]!r}")
     text = text.lstrip(BYTE_ORDER_MARK)
     if not has_image:
         return re.sub(rf"{re.escape(MMEB_IMAGE_MARK)}\s*", "", text)
@@ -79,7 +79,8 @@ def mmeb_text(text: str, has_image: bool) -> str:
     return text if IMAGE_MARK in text else f"{IMAGE_MARK}\n{text}"
 
 
-_MARKS = re.compile(r"<\|(?:image|video|audio)(?:_\d+)?\|>", re.IGNORECASE)
+# Of other images and videos, and as Qwen's models write them.
+_MARKS = re.compile(r"<\|(?:image|video|audio|vision)(?:_\w+)?\|>", re.IGNORECASE)
 
 
 def read_tasks(url: str) -> dict[str, tuple[str, bool]]:

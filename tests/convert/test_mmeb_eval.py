@@ -179,6 +179,7 @@ def test_rows_whose_candidates_do_not_make_sense(source, tmp_path, row, reason):
         (("q", "", ["a"], [False]), "row 0 has False where a text should be"),
         (("q", "", ["<|image_2|>"], [""]), r"row 0 has <\|image_2\|>, where a text may have <\|image_1\|> alone, in"),
         (("<|video_1|> q", "", ["a"], [""]), r"row 0 has <\|video_1\|>, where"),
+        (("<|vision_start|><|image_pad|> q", "", ["a"], [""]), r"row 0 has <\|image_pad\|>, where"),
         (("<|image_1|><|image_1|>", "x", ["a"], [""]), "row 0: marks and files differ: 2 <image> for 1 files"),
         (("q", "", ["a", "a <video>"], [""]), "row 0: marks and files differ: 1 <video> for 0 files"),
         (("a\0b", "", ["a"], [""]), "row 0: NUL character"),

@@ -284,9 +284,10 @@ def test_sharegpt4v_is_its_first_thousand(tmp_path, monkeypatch):
     collection = added("sharegpt4v", str(tmp_path))
     names = [collection.names[row] for row in collection.tasks[0].queries]
     assert names == [f"view {number} ü" for number in range(1000)]
-    file.write_text(text.replace("999.jpg", "999.jpg\n"))
-    with pytest.raises(PipelineError, match="is not a list of"):
-        added("sharegpt4v", str(tmp_path))
+    for content, why in ((text.replace("999.jpg", "999.jpg\n").encode(), ""), (text.encode("utf-16"), "it is UTF-16")):
+        file.write_bytes(content)
+        with pytest.raises(PipelineError, match=f"is not a list of .*: {why}"):
+            added("sharegpt4v", str(tmp_path))
 
 
 @pytest.mark.parametrize(

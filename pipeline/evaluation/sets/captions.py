@@ -37,7 +37,7 @@ import numpy as np
 from pipeline.data import objects
 from pipeline.data.captions import captioned_images, captioned_videos, check_keys
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
-from pipeline.documents import parse_json
+from pipeline.documents import foreign, parse_json
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sets.folder import (
     MEND,
@@ -331,6 +331,8 @@ def _json_lines(file: str) -> list[Any]:
 def _first(file: str, number: int) -> list[Any]:
     """The first objects of a JSON list, of which little more is read: ShareGPT4V's has 1.5 GB."""
     size, length = objects.size(file), _FIRST_BYTES
+    if why := foreign(objects.read(file, 0, min(8, size))):
+        raise ValueError(f"it {why}")
     while True:
         data = objects.read(file, 0, min(length, size))
         try:

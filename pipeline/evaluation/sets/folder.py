@@ -109,7 +109,7 @@ def expecting(url: str, form: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        reason = error.args[0] if type(error) is ValueError else repr(error)
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise PipelineError(f"{url} is not {form}: {reason}") from None
 
 
