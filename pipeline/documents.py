@@ -156,10 +156,15 @@ _noted: set[tuple[str, str]] = set()
 
 def note_unread(where: str, names: Iterable[str], *, kind: str) -> None:
     """Say on stderr, once for each name, that nothing reads these."""
-    if os.environ.get("RANK", "0") == "0" and (new := [name for name in names if (kind, name) not in _noted]):
+    if new := [name for name in names if (kind, name) not in _noted]:
         _noted.update((kind, name) for name in new)
-        text = f"note: nothing reads the {kind}{'s' * (len(new) > 1)} {', '.join(new)} of {where}"
-        print(printable(text), file=sys.stderr, flush=True)
+        note(f"nothing reads the {kind}{'s' * (len(new) > 1)} {', '.join(new)} of {where}")
+
+
+def note(text: str) -> None:
+    """Say on stderr, by one rank, what is no error and should be known."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(f"note: {text}"), file=sys.stderr, flush=True)
 
 
 @cache

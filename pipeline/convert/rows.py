@@ -1,7 +1,6 @@
 """What every format has in common: a source is rows in a fixed order, each a sample to write, or rejected."""
 
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,7 +14,8 @@ from pipeline.data.captions import usable_captions
 from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Pair, Single, text_fault
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
-from pipeline.errors import PipelineError, printable
+from pipeline.documents import note
+from pipeline.errors import PipelineError
 
 
 class Rejection(Exception):
@@ -140,9 +140,8 @@ def note_captions_left_out(file: Path, rows: Iterable[tuple[str, list[object]]])
     found = ((name, usable_captions(values)) for name, values in rows)
     faults = [(name, *fault) for name, (texts, faults) in found if texts for fault in faults]
     if faults:
-        first = "{}: {}: {}".format(*faults[0])[:300]
-        text = f"note: {len(faults)} captions of {file} are left out beside others of their rows; the first, {first}"
-        print(printable(text), file=sys.stderr, flush=True)
+        first = ": ".join(faults[0])[:300]
+        note(f"{len(faults)} captions of {file} are left out beside others of their rows; the first, {first}")
 
 
 def member_bytes(content: int | np.ndarray) -> int | np.ndarray:

@@ -1,13 +1,12 @@
 """Captions of images and videos, from the files in which datasets are published."""
 
 import csv
-import sys
 from collections.abc import Iterable
 from io import StringIO
 
 from pipeline.data.sample import BYTE_ORDER_MARK, is_absent, text_fault
-from pipeline.documents import DocumentError, check_members, parse_json
-from pipeline.errors import PipelineError, printable
+from pipeline.documents import DocumentError, check_members, note, parse_json
+from pipeline.errors import PipelineError
 
 _AGAIN = "download it again, or mend it"
 # What files in the published forms have, read or not.
@@ -18,7 +17,7 @@ _MSRVTT_SENTENCE = ("video_id", "caption", "sen_id")
 _MSRVTT_CSV = ("video_id", "sentence", "key", "vid_key")
 _MSVD_CSV = ("VideoID", "Start", "End", "Language", "Description", "WorkerID", "Source", "AnnotationTime")
 # In the name of a key that is of none of these forms: it would change which caption is of what.
-_MATTERS = "caption|sentence|description|conversation|text|image|start|end|begin|split|lang"
+_MATTERS = "caption|sentence|description|conversation|text|start|end|begin|split|lang"
 
 
 def usable_captions(values: Iterable[object]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -56,7 +55,7 @@ def captioned_images(file: str, data: bytes, split: str) -> list[tuple[str, list
     except (DocumentError, ValueError, KeyError, TypeError) as error:
         raise ValueError(_reason(error)) from None
     if without := len(listed) - len(images):
-        _note(f"{without} of the images of {file} are left out, for they have no split")
+        note(f"{without} of the images of {file} are left out, for they have no split")
     wanted = {split} | ({"restval"} if split == "train" else set())
     rows = [_captioned(image) for image in images if image["split"] in wanted]
     if not rows:
@@ -78,7 +77,9 @@ def file_name(value: object) -> str:
 
 def _listed(value: object) -> list[object]:
     """What stands where a list should, as one."""
-    return value if isinstance(value, list) else [] if is_absent(value) else [value]
+    if isinstance(value, list):
+        return value
+    return [] if is_absent(value) else [value]
 
 
 def captioned_videos(
@@ -122,7 +123,7 @@ def captioned_videos(
             f"{file} has no split {split!r}: it has {', '.join(sorted(set(splits.values()) - {''})) or 'none'}"
         )
     if split is not None and (without := sum(not splits.get(video) for video, _ in named)):
-        _note(f"{without} of the captions of {file} are left out, for their videos have no split")
+        note(f"{without} of the captions of {file} are left out, for their videos have no split")
     captions: dict[str, list[object]] = {}
     for video, texts in named:
         if split is None or splits.get(video) == split:
@@ -132,10 +133,6 @@ def captioned_videos(
 
 def _get(entry: object, key: str) -> object:
     return entry.get(key) if isinstance(entry, dict) else None
-
-
-def _note(text: str) -> None:
-    print(f"note: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _reason(error: Exception) -> str:
