@@ -116,7 +116,8 @@ class Row(BaseModel, extra="forbid", strict=True):
         if len(line) > MAX_LINE:
             raise Rejection("line too long", f"more than {MAX_LINE >> 20} MiB")
         try:
-            row = cls.model_validate_json(line.decode().strip())
+            # Where files were put one after another, a line within has a byte-order mark.
+            row = cls.model_validate_json(line.decode("utf-8-sig").strip())
             parse_json(line, "the line", remedy="leave one of them")  # which sees a key that comes twice
             return row
         except DocumentError as error:

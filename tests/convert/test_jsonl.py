@@ -296,10 +296,10 @@ def test_no_good_row(source, tmp_path):
 def test_a_byte_order_mark_is_no_part_of_the_first_row_or_a_text(source, tmp_path):
     target = {"text": "\ufeff t \n", "alternatives": ["\ufeff other"]}
     marked = {"query": {"text": "\ufeffq"}, "target": target, "negatives": [{"text": "\ufeffn"}]}
-    file = write(source, row(0), marked)
+    file = write(source, row(0), marked, b"\xef\xbb\xbf" + json.dumps(row(2)).encode())
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     make_shards("jsonl", file, tmp_path / "out", "--max-rejected", 0)
-    first, second = read_all(str(tmp_path / "out"))
-    assert first.key == "00000001"
+    first, second, last = read_all(str(tmp_path / "out"))
+    assert (first.key, last.key) == ("00000001", "00000003")
     expected = Pair("00000002", "pairs", "", Item("q"), Item(" t \n"), (Item("n"),), alternatives=(" other",))
     assert second == expected
