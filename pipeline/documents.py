@@ -23,20 +23,20 @@ class DocumentError(PipelineError):
     """A document that is damaged, or of another form than expected."""
 
 
-def parse_json(data: bytes | str, name: str, form: Any = Any, *, remedy: str) -> Any:
+def parse_json(data: bytes | str, name: str, form: Any = Any, *, remedy: str, nan: bool = False) -> Any:
     """The JSON document in the content of the file (or answer of the URL) `name`, as a `form` that pydantic knows.
 
     Types are strict: 4.0 and "4" are no integers. A byte-order mark is skipped. Raises DocumentError, ended by the
     `remedy`, for what is no JSON or of another form, and for an object that has a key twice, of which one would be
     lost.
+
+    nan: whether NaN and Infinity, which Python writes, are read as Python reads them, or the document is refused.
     """
-    text = data
+    text = ""
     try:
-        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
-        found = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        text = utf8_text(data) if isinstance(data, bytes) else data.removeprefix("\ufeff")
+        found = json.loads(text, object_pairs_hook=_object, parse_constant=None if nan else _refuse_constant)
         return found if form is Any else adapter(form).validate_json(text, strict=True)
-    except UnicodeDecodeError as error:
-        why = f"is not UTF-8: byte {error.start + 1}"
     except RecursionError:
         why = "is damaged: it is nested too deeply"
     except ValidationError as error:
@@ -46,6 +46,36 @@ def parse_json(data: bytes | str, name: str, form: Any = Any, *, remedy: str) ->
     except ValueError as error:
         why = no_json(text, error)
     raise DocumentError(f"{name} {why}: {remedy}")
+
+
+def utf8_text(data: bytes) -> str:
+    """A file's text, without a byte-order mark; ValueError that says what the file is instead: "is UTF-16, ..."."""
+    if why := foreign(data[:8]):
+        raise _Refused(why)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _Refused(f"is not UTF-8: byte {error.start + 1}") from None
+
+
+def foreign(head: bytes) -> str:
+    """What a file of text is that begins with these bytes, if it is plainly no UTF-8; "" if it may be."""
+    if packed := packed_by(head):
+        return f"is compressed by {packed}: unpack it"
+    if head and not head.strip(b"\0"):
+        return "is damaged: it begins with zeros"
+    encoding = json.detect_encoding(head).upper()  # by a byte-order mark, or by which bytes are zero
+    if encoding.startswith("UTF-8"):
+        return ""
+    return f"is {encoding[:6]}: convert it, as iconv -f {encoding[:6]}{encoding[7:]} -t UTF-8 does"
+
+
+def packed_by(head: bytes) -> str | None:
+    """What compressed a file that begins with these bytes."""
+    return next((name for magic, name in _PACKED.items() if head.startswith(magic)), None)
+
+
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 def explained(error: ValidationError) -> str:
@@ -126,10 +156,15 @@ _noted: set[tuple[str, str]] = set()
 
 def note_unread(where: str, names: Iterable[str], *, kind: str) -> None:
     """Say on stderr, once for each name, that nothing reads these."""
-    if os.environ.get("RANK", "0") == "0" and (new := [name for name in names if (kind, name) not in _noted]):
+    if new := [name for name in names if (kind, name) not in _noted]:
         _noted.update((kind, name) for name in new)
-        text = f"note: nothing reads the {kind}{'s' * (len(new) > 1)} {', '.join(new)} of {where}"
-        print(printable(text), file=sys.stderr, flush=True)
+        note(f"nothing reads the {kind}{'s' * (len(new) > 1)} {', '.join(new)} of {where}")
+
+
+def note(text: str) -> None:
+    """Say on stderr, by one rank, what is no error and should be known."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(f"note: {text}"), file=sys.stderr, flush=True)
 
 
 @cache

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.convert.command import add_images, conversion, image_folder, local_path
-from pipeline.convert.rows import ImageFolder, Rejection, checked_text, member_bytes
+from pipeline.convert.rows import ImageFolder, checked_captions, member_bytes, note_captions_left_out
 from pipeline.data.captions import captioned_images
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Item, Pair
 from pipeline.errors import PipelineError
@@ -24,7 +24,8 @@ SOURCE is dataset_coco.json or dataset_flickr30k.json, or another file in their 
 
 Images are looked for as IMAGES/filepath/filename; filepath may be left out. Each becomes one pair: the query is
 --query with the image, the target its first caption; a training step that takes the pair draws one of all its
-captions.
+captions. A caption that is no text, or has <image> or <video> in it, is left out; an image without any other is
+rejected.
 
     python tools/make_shards.py coco-captions dataset_coco.json s3://bucket/coco --images coco
 """
@@ -47,6 +48,7 @@ def datasets(arguments: argparse.Namespace) -> dict[str, "Captions"]:
         rows = captioned_images(str(arguments.source), arguments.source.read_bytes(), arguments.split)
     except ValueError as error:
         raise PipelineError(f"{arguments.source} is not in the form that --help describes: {error}") from None
+    note_captions_left_out(arguments.source, rows)
     return {arguments.dest: Captions(arguments.dataset or arguments.source.stem, folder, rows, arguments.query)}
 
 
@@ -56,7 +58,7 @@ class Captions:
 
     dataset: str
     images: ImageFolder
-    rows: list[tuple[str, list[str]]]
+    rows: list[tuple[str, list[object]]]
     query: str
 
     def sizes(self) -> np.ndarray:
@@ -69,14 +71,7 @@ class Captions:
 
     def sample(self, number: int) -> Pair:
         path, captions = self.rows[number]
-        if not all(isinstance(text, str) for text in captions):
-            raise Rejection("wrong fields", "a caption that is no text")
-        texts = list(dict.fromkeys(text.strip() for text in captions if text.strip()))
-        if not texts:
-            raise Rejection("empty text", "no caption")
-        for text in texts:
-            checked_text(text, 0, IMAGE_MARK)
-            checked_text(text, 0, VIDEO_MARK)
+        texts = checked_captions(captions)
         query, target = Item(self.query, (self.images.read(path),)), Item(texts[0])
         return Pair(f"{number:08d}", self.dataset, "retrieval", query, target, alternatives=tuple(texts[1:]))
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -44,6 +45,7 @@ class Result:
     shard: its entry in the index; None if no row of it could be used.
     rows: how many it had. rejected: of these, {"row", "cause", "detail"} of each that is left out, in order.
     files: name -> bytes of the files that it wrote into its folder and that belong into DEST.
+    notes: what else a person should know of it -> how often, as "members .npy, which nothing reads".
     """
 
     __pydantic_config__ = FIXED
@@ -52,6 +54,7 @@ class Result:
     rows: Count
     rejected: list[dict[str, str]]
     files: dict[str, Count]
+    notes: dict[str, Count] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: bytes, url: str) -> "Result | None":
@@ -251,6 +254,9 @@ class _Conversion:
             )
         if self.complete and not self.finished:
             bar.write(printable(self._finish()))
+            notes = sum((Counter(result.notes) for result in self.results.values()), Counter())
+            for what, count in notes.most_common():
+                bar.write(printable(f"note: {self.dest}: {count} {what}"), file=sys.stderr)
             self.finished = True
 
     def _write_rejected(self, rejected: list[dict[str, str]]) -> None:
@@ -375,7 +381,8 @@ def _folders(conversions: list[_Conversion], tmp: Path | None) -> Iterator[None]
         for conversion in conversions:
             conversion.folder = Path(conversion.dest)
             if conversion.remote:
-                name = f"make-shards-{os.getuid()}-{sha256(conversion.dest.encode()).hexdigest()[:16]}"
+                place = f"{objects.server()} {conversion.dest}"  # of another server it may be in use just now
+                name = f"make-shards-{os.getuid()}-{sha256(place.encode()).hexdigest()[:16]}"
                 conversion.folder = Path(tmp or tempfile.gettempdir(), name)
                 shutil.rmtree(conversion.folder, ignore_errors=True)
                 conversion.folder.mkdir(mode=0o700)

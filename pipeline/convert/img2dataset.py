@@ -13,14 +13,15 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.convert.command import Command, add_dest, add_work
 from pipeline.convert.engine import Result, carry_out, refuse_occupied
-from pipeline.convert.rows import Rejection, checked_text
+from pipeline.convert.rows import Rejection
 from pipeline.convert.workers import Report
 from pipeline.data import objects
 from pipeline.data.index import Captions, Index, Shard
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Pair
-from pipeline.data.shards import ShardRecords, members_of, parse_sample, split_name
+from pipeline.data.shards import READ_NAMES, ShardRecords, captioned, members_of, split_name
 from pipeline.data.text_embeddings import SUFFIX
 from pipeline.data.tiles import decode_image
+from pipeline.documents import packed_by
 from pipeline.errors import PipelineError
 
 DESCRIPTION = """\
@@ -35,15 +36,16 @@ another:
 
 Each becomes a pair: the query is --query with the image, the target its first caption; a training step that takes
 the pair draws one of all its captions. Only the index and a sidecar for each tar are written, to DEST, which may be
-SOURCE itself. The tars must stay where they are then. Every tar is read once. A sample without image or caption,
-undecodable, larger than 256 MiB, or with <image> or <video> in a caption is left out and listed in
-DEST/rejected.jsonl, as is one whose members lie apart; a broken or compressed tar is an error. What webdataset skips
-is skipped: folders, links, hidden files, names without a suffix.
+SOURCE itself. The tars must stay where they are then. Every tar is read once. A caption that is damaged, no text, or
+has <image> or <video> in it is left out. So is, and is listed in DEST/rejected.jsonl, a sample without any other, one
+without image or with several, undecodable, larger than 256 MiB, or whose members lie apart; a broken or compressed
+tar is an error. What webdataset skips is skipped: folders, links, hidden files, names without a suffix.
 
     python tools/make_shards.py img2dataset s3://bucket/cc3m s3://bucket/cc3m --captions txt caption_long
 """
 _MAX_SAMPLE = 256 << 20
 _PIECE = 16 << 20  # bytes of a read
+_NOTES = 20  # of a tar; where keys have dots, every member's name may be another
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,22 +147,28 @@ class TarsWork:
     def run(self, job: str, folder: Path, report: Report) -> Result:
         file = job.rpartition(".")[0]
         tape = Tape(objects.join(self.source, file), report)
-        records, rejected, times = ShardRecords(), [], Counter()
+        records, rejected, times, unread, notes = ShardRecords(), [], Counter(), Counter(), Counter()
         for sample in read_tape(tape):
             times[sample.key] += 1
+            unread.update(sample.names - READ_NAMES)
             try:
                 if sample.fault is not None:
                     raise sample.fault
                 data = tape.between(sample.begin, sample.end)
-                records.add(_pair(data, self.captions), sample.begin, data)
+                pair, faults = _pair(data, self.captions)
+                records.add(pair, sample.begin, data)
+                notes.update(f"captions left out beside others: {cause}" for cause, _ in faults)
             except Rejection as reason:
                 rejected.append((sample.key, reason))
         rejected = list(_rows(file, rejected, times))
+        for name, count in unread.most_common():
+            notes[f"members .{name if len(notes) < _NOTES else '...'}, which nothing reads"] += count
         if not len(records):
-            return Result(None, len(rejected), rejected, {})
+            return Result(None, len(rejected), rejected, {}, dict(notes))
         shard, sidecar = records.finish(file, tape.size, tape.sha256.hexdigest())
         objects.write(str(folder / shard.sidecar), sidecar)
-        return Result(shard, len(records) + len(rejected), rejected, {shard.sidecar: shard.sidecar_bytes})
+        files = {shard.sidecar: shard.sidecar_bytes}
+        return Result(shard, len(records) + len(rejected), rejected, files, dict(notes))
 
     def index(self, shards: tuple[Shard, ...]) -> Index:
         return Index(self.dataset, shards, self.captions, "" if self.source == self.dest else self.source)
@@ -183,19 +191,18 @@ def _rows(file: str, rejected: list[tuple[str, Rejection]], times: Counter[str])
         yield {"row": f"{file}: {name}", "cause": reason.cause, "detail": reason.detail}
 
 
-def _pair(data: bytes, captions: Captions) -> Pair:
+def _pair(data: bytes, captions: Captions) -> tuple[Pair, list[tuple[str, str]]]:
+    """The sample, and what is wrong with captions of it that are left out."""
     try:
-        pair = parse_sample(data, captions)
+        pair, faults = captioned(*members_of(data), captions)
     except BadSample as reason:
-        raise Rejection(str(reason).partition(" (")[0], str(reason)) from None
-    for text in pair.texts:
-        checked_text(text, 0, IMAGE_MARK)
-        checked_text(text, 0, VIDEO_MARK)
+        cause, _, detail = str(reason).partition(" (")
+        raise Rejection(cause, detail.removesuffix(")") or cause) from None
     try:
         decode_image(pair.query.images[0])
     except BadSample as reason:
         raise Rejection("broken image", str(reason)) from None
-    return pair
+    return pair, faults
 
 
 class Tape:
@@ -269,7 +276,7 @@ def read_tape(tape: Tape) -> Iterator[TapeSample]:
 def _read_tape(tape: Tape) -> Iterator[TapeSample]:
     sample = None
     head = tape.between(0, min(6, tape.size))
-    if packed := next((name for magic, name in _PACKED.items() if head.startswith(magic)), None):
+    if packed := packed_by(head):
         raise tarfile.ReadError(f"it is compressed by {packed}, so no sample in it can be read by itself: unpack it")
     with tarfile.open(fileobj=tape, mode="r:", encoding="utf-8") as tar:
         while member := tar.next():
@@ -300,9 +307,6 @@ def _read_tape(tape: Tape) -> Iterator[TapeSample]:
     while piece := tape.read(_PIECE):
         if piece.count(0) < len(piece):
             raise tarfile.ReadError(f"more after the end of the archive at byte {tar.offset}")
-
-
-_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 def _key_fault(key: str) -> Rejection | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,8 +19,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pipeline.convert.command import add_images, conversion, filled, image_folder
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, member_bytes
 from pipeline.data import objects
-from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Item, Pair
-from pipeline.documents import DocumentError, parse_json
+from pipeline.data.sample import Item, Pair
+from pipeline.documents import DocumentError, foreign, parse_json
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 
@@ -66,8 +67,6 @@ def datasets(arguments: argparse.Namespace) -> dict[str, "Lines"]:
         raise PipelineError(f"{fallback!r} cannot name a dataset: give --dataset letters, digits, '.', '_', '-'")
     images = image_folder(arguments, arguments.images or arguments.source.parent)
     places, named = _scan(arguments.source, images, fallback)
-    if not places:
-        raise PipelineError(f"{arguments.source} has no rows")
     return {
         objects.join(arguments.dest, name) if named else arguments.dest: Lines(name, arguments.source, images, rows)
         for name, rows in places.items()
@@ -117,7 +116,8 @@ class Row(BaseModel, extra="forbid", strict=True):
         if len(line) > MAX_LINE:
             raise Rejection("line too long", f"more than {MAX_LINE >> 20} MiB")
         try:
-            row = cls.model_validate_json(line.decode().strip())
+            # Where files were put one after another, a line within has a byte-order mark.
+            row = cls.model_validate_json(line.decode("utf-8-sig").strip())
             parse_json(line, "the line", remedy="leave one of them")  # which sees a key that comes twice
             return row
         except DocumentError as error:
@@ -160,23 +160,37 @@ class Lines:
             file.seek(offset)
             row = Row.parse(file.readline(MAX_LINE + 1))
         query, target, *negatives = map(self._item, row.entries)
-        for text in row.target.alternatives:
-            _check_text(text, row.target)
-        key = f"{line_number:08d}"
-        return Pair(key, self.dataset, row.task, query, target, tuple(negatives), row.target.alternatives)
+        alternatives = tuple(_checked(text, row.target) for text in row.target.alternatives)
+        return Pair(f"{line_number:08d}", self.dataset, row.task, query, target, tuple(negatives), alternatives)
 
     def _item(self, entry: Entry) -> Item:
-        _check_text(entry.text, entry)
+        text = _checked(entry.text, entry)
         images = tuple(self.source.read(name) for name in entry.images)
-        return Item(entry.text, images, None if entry.video is None else self.source.read_video(entry.video))
+        return Item(text, images, None if entry.video is None else self.source.read_video(entry.video))
 
     def files(self) -> dict[str, bytes]:
         return {}
 
 
-def _check_text(text: str, entry: Entry) -> None:
-    checked_text(text, len(entry.images), IMAGE_MARK)
-    checked_text(text, int(entry.video is not None), VIDEO_MARK)
+def _checked(text: str, entry: Entry) -> str:
+    return checked_text(text, len(entry.images), int(entry.video is not None))
+
+
+def _check_form(path: Path, file: BinaryIO) -> None:
+    """PipelineError if the file begins as none with a JSON object a line does."""
+    why = foreign(file.read(8))
+    file.seek(0)
+    lines = (line.strip() for _, line in _lines(file))
+    first, second, *_ = [*islice(filter(None, lines), 2), b"", b""]
+    file.seek(0)
+    if not first and not why:
+        why = "has no rows: it is empty"
+    elif first.startswith(b"["):
+        why = f"begins with [, as an array: make a line of each of its objects, jq -c '.[]' {path} > lines.jsonl"
+    elif first == b"{" and second.startswith(b'"'):
+        why = f"has objects of several lines: make a line of each, jq -c . {path} > lines.jsonl"
+    if why:
+        raise PipelineError(f"{path} {why}")
 
 
 def _scan(path: Path, source: ImageFolder, fallback: str) -> tuple[dict[str, np.ndarray], bool]:
@@ -184,6 +198,7 @@ def _scan(path: Path, source: ImageFolder, fallback: str) -> tuple[dict[str, np.
     places: dict[str | None, array] = {}
     name, named = None, False
     with path.open("rb") as file:
+        _check_form(path, file)
         size = os.fstat(file.fileno()).st_size
         with progress_bar(total=size, unit="B", unit_scale=True, desc="reading") as bar:
             for number, (offset, line) in enumerate(_lines(file), 1):

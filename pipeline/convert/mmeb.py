@@ -18,7 +18,7 @@ from pipeline.convert.command import add_images, conversion, image_folder, local
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
 from pipeline.data import objects
 from pipeline.data.mmeb import MATTERS, MMEB_TASKS, mmeb_text
-from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Item, Pair
+from pipeline.data.sample import Item, Pair, is_absent
 from pipeline.documents import check_members
 from pipeline.errors import PipelineError
 
@@ -34,7 +34,8 @@ SOURCE is laid out as https://huggingface.co/datasets/TIGER-Lab/MMEB-train:
 Each subset becomes DEST/<subset>/: from every row a pair whose query is qry, whose target is the positive, and
 whose hard negative is the negative, if that is not empty. Texts say by <image> where their image goes: at the
 front, if the row names an image and its text has no <|image_1|>. Where it names none, as WebQA's queries, the mark
-is taken out, with the white space after it.
+is taken out, with the white space after it. A row with another mark, as <|image_2|>, or with a value that is no text
+is rejected; null and NaN count as the empty text.
 
     python tools/make_shards.py mmeb-train MMEB-train s3://bucket/mmeb --split diverse_instruction
 """
@@ -83,6 +84,9 @@ def _row_groups(file: Path) -> list[RowGroup]:
         check_members(str(file), names, _COLUMNS, matters=MATTERS)
         if missing := set(_COLUMNS) - set(names):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+        types = {name: metadata.schema.to_arrow_schema().field(name).type for name in _COLUMNS}
+        if nested := [name for name in _COLUMNS if pa.types.is_nested(types[name])]:
+            raise ValueError(f"its column {nested[0]} has values of {types[nested[0]]}, and no texts")
     return [RowGroup(file, number, metadata.row_group(number).num_rows) for number in range(metadata.num_row_groups)]
 
 
@@ -101,10 +105,32 @@ def _first_rows(groups: Iterable[RowGroup], limit: int | None) -> tuple[RowGroup
 
 @lru_cache(maxsize=2)  # rows are asked for in their order
 def _table(group: RowGroup) -> pa.Table:
-    """A group's rows: strings in every column, "" where nothing is."""
+    """A group's rows: strings in the columns that have texts, any others as they are."""
     with _readable(group.file), parquet.ParquetFile(group.file) as file:
         table = file.read_row_group(group.number, columns=_COLUMNS).slice(0, group.rows)
-        return pa.table({name: pc.fill_null(table[name].cast(pa.string()), "") for name in _COLUMNS})
+        return pa.table({name: _as_strings(table[name]) for name in _COLUMNS})
+
+
+def _as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    return column.cast(pa.string()) if any(is_kind(kind) for is_kind in _TEXTUAL) else column
+
+
+_TEXTUAL = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_null,
+)
+
+
+def _texts(group: RowGroup, name: str) -> pa.ChunkedArray:
+    """A column of strings, "" where nothing is, and where what is there is no text."""
+    column = _table(group)[name]
+    column = column if pa.types.is_string(column.type) else pa.chunked_array([pa.nulls(len(column), pa.string())])
+    return pc.fill_null(column, "")
 
 
 @contextmanager
@@ -117,7 +143,7 @@ def _readable(file: Path) -> Iterator[None]:
 
 def _image_place(source: Path, groups: Iterable[RowGroup]) -> Path:
     """Where the first image is. The published paths begin with "images/"; in some copies they do not."""
-    columns = (_table(group)[column].cast(pa.binary()) for group in groups for _, column in _SIDES)
+    columns = (_texts(group, column).cast(pa.binary()) for group in groups for _, column in _SIDES)
     first = next((path for column in columns for path in column.to_pylist() if path), b"")
     return source / "images" if ImageFolder(source / "images").size(os.fsdecode(first)) else source
 
@@ -135,10 +161,11 @@ class Subset:
         return np.concatenate([np.zeros(0, np.int64), *map(self._group_sizes, self.groups)])
 
     def _group_sizes(self, group: RowGroup) -> np.ndarray:
-        table = _table(group)
-        sizes = member_bytes(sum(pc.binary_length(table[text]).to_numpy().astype(np.int64) for text, _ in _SIDES))
+        sizes = sum(pc.binary_length(_texts(group, text)).to_numpy().astype(np.int64) for text, _ in _SIDES)
+        sizes = member_bytes(sizes)
         for _, column in _SIDES:
-            paths = table[column].cast(pa.binary()).combine_chunks().dictionary_encode()  # many rows share an image
+            paths = _texts(group, column).cast(pa.binary()).combine_chunks()
+            paths = paths.dictionary_encode()  # many rows share an image
             known = [self._image_bytes(os.fsdecode(path)) for path in paths.dictionary.to_pylist()]
             sizes += np.array(known, np.int64)[paths.indices.to_numpy()]
         return sizes
@@ -165,12 +192,18 @@ class Subset:
             (row,) = _table(group).slice(number, 1).to_pylist()
         except UnicodeDecodeError as error:
             raise Rejection("not UTF-8", str(error)) from None
-        return [(mmeb_text(row[text], bool(row[path])), row[path]) for text, path in _SIDES]
+        for name, value in row.items():
+            if is_absent(value):
+                row[name] = ""
+            elif not isinstance(value, str):
+                raise Rejection("wrong fields", f"{name} is {value!r}, which is no text")
+        try:
+            return [(mmeb_text(row[text], bool(row[path])), row[path]) for text, path in _SIDES]
+        except ValueError as error:
+            raise Rejection("marks and files differ", str(error)) from None
 
     def _item(self, text: str, path: str) -> Item:
-        checked_text(text, int(bool(path)), IMAGE_MARK)
-        checked_text(text, 0, VIDEO_MARK)
-        return Item(text, (self.images.read(path),) if path else ())
+        return Item(checked_text(text, images=int(bool(path))), (self.images.read(path),) if path else ())
 
     def files(self) -> dict[str, bytes]:
         return {}

@@ -24,7 +24,7 @@ from pipeline.data.mmeb import (
     evaluation_rows,
     read_tasks,
 )
-from pipeline.data.sample import IMAGE_MARK, Item, Single
+from pipeline.data.sample import Item, Single
 from pipeline.errors import PipelineError
 
 DESCRIPTION = """\
@@ -128,8 +128,7 @@ class EvaluationSet:
     def sample(self, number: int) -> Single:
         text, image = self.items[number]
         try:
-            checked_text(text, int(bool(image)), IMAGE_MARK)
-            item = Item(text, (self.images.read(image),) if image else ())
+            item = Item(checked_text(text, images=int(bool(image))), (self.images.read(image),) if image else ())
         except Rejection as reason:
             raise PipelineError(
                 f"{self.dataset}, {self.name(number)}: {reason}; an evaluation set is converted whole: mend it, or "

@@ -1,6 +1,7 @@
 """What every format has in common: a source is rows in a fixed order, each a sample to write, or rejected."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Pair, Single
+from pipeline.data.captions import usable_captions
+from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Pair, Single, text_fault
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
+from pipeline.documents import note
 from pipeline.errors import PipelineError
 
 
@@ -117,17 +120,28 @@ class ImageFolder:
             raise Rejection("unreadable file", f"{name}: {error.strerror}") from None
 
 
-def checked_text(text: str, mark_count: int, mark: str) -> str:
-    """The text, if it is not empty and has as many marks as there are images (or videos); else a Rejection."""
-    if not text.replace(BYTE_ORDER_MARK, "").strip():
-        raise Rejection("empty text", repr(text))
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
-        raise Rejection("not UTF-8", repr(text)) from None
-    if text.count(mark) != mark_count:
-        raise Rejection("marks and files differ", f"{text.count(mark)} {mark} for {mark_count} files in {text!r}")
-    return text
+def checked_text(text: str, images: int = 0, videos: int = 0) -> str:
+    """The text, without a byte-order mark at its beginning, else to the letter; Rejection if it has a `text_fault`."""
+    if fault := text_fault(text, images, videos):
+        raise Rejection(*fault)
+    return text.lstrip(BYTE_ORDER_MARK)
+
+
+def checked_captions(values: list[object]) -> list[str]:
+    """The usable captions among the values, see `usable_captions`; Rejection if there is none."""
+    texts, faults = usable_captions(values)
+    if not texts:
+        raise Rejection(*(faults[0] if faults else ("no caption", "it has none")))
+    return texts
+
+
+def note_captions_left_out(file: Path, rows: Iterable[tuple[str, list[object]]]) -> None:
+    """Say on stderr how many captions of (name, captions) are of no use where others of their row are."""
+    found = ((name, usable_captions(values)) for name, values in rows)
+    faults = [(name, *fault) for name, (texts, faults) in found if texts for fault in faults]
+    if faults:
+        first = ": ".join(faults[0])[:300]
+        note(f"{len(faults)} captions of {file} are left out beside others of their rows; the first, {first}")
 
 
 def member_bytes(content: int | np.ndarray) -> int | np.ndarray:

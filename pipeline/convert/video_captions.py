@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.convert.command import conversion, local_path
-from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
+from pipeline.convert.rows import ImageFolder, checked_captions, folder, member_bytes, note_captions_left_out
 from pipeline.data.captions import captioned_videos
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, VIDEO_SUFFIXES, Item, Pair
+from pipeline.documents import utf8_text
 from pipeline.errors import PipelineError
 
 DESCRIPTION = """\
@@ -25,7 +26,8 @@ SOURCE is a folder of videos, --captions the file that describes them, as publis
 
 A video is named by its path below SOURCE, with or without suffix (mp4, webm, mkv, avi, mov). Each becomes one
 pair: the query is --query with the video, the target its first caption, and a training step that takes the pair
-draws one of all its captions. A video that is missing or undecodable, or listed without a caption, is rejected.
+draws one of all its captions. A caption that is no text, or has <image> or <video> in it, is left out; a video without
+any other is rejected, as is one that is missing or undecodable.
 
     python tools/make_shards.py video-captions MSRVTT/videos s3://bucket/msr-vtt \\
         --captions MSR_VTT.json --list train_list.txt
@@ -57,6 +59,7 @@ def datasets(arguments: argparse.Namespace) -> dict[str, "VideoCaptions"]:
         captions |= {name: [] for name in wanted if name not in found}  # which will be rejected
     if not any(captions.values()):
         raise PipelineError(f"{arguments.captions} has no captions of the videos asked for")
+    note_captions_left_out(arguments.captions, captions.items())
     dataset = arguments.dataset or videos.resolve().name
     return {arguments.dest: VideoCaptions(dataset, ImageFolder(videos), list(captions.items()), arguments.query)}
 
@@ -67,7 +70,7 @@ class VideoCaptions:
 
     dataset: str
     source: ImageFolder
-    videos: list[tuple[str, list[str]]]
+    videos: list[tuple[str, list[object]]]
     query: str
 
     def sizes(self) -> np.ndarray:
@@ -80,11 +83,7 @@ class VideoCaptions:
 
     def sample(self, number: int) -> Pair:
         video, captions = self.videos[number]
-        texts = list(dict.fromkeys(text.strip() for text in captions if text.strip()))
-        if not texts:
-            raise Rejection("no caption", video)
-        for text in texts:
-            checked_text(checked_text(text, 0, VIDEO_MARK), 0, IMAGE_MARK)
+        texts = checked_captions(captions)
         data = self.source.read_video(self._file(video))
         query, target = Item(self.query, video=data), Item(texts[0])
         return Pair(f"{number:08d}", self.dataset, "retrieval", query, target, alternatives=tuple(texts[1:]))
@@ -100,7 +99,7 @@ class VideoCaptions:
         return next((file for file in files if self.source.size(file)), video)
 
 
-def _captions(file: Path, split: str | None, language: str) -> dict[str, list[str]]:
+def _captions(file: Path, split: str | None, language: str) -> dict[str, list[object]]:
     """Video -> its captions, from a file in one of the forms above."""
     if file.suffix not in (".json", ".csv"):
         raise PipelineError(
@@ -114,9 +113,11 @@ def _captions(file: Path, split: str | None, language: str) -> dict[str, list[st
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        return utf8_text(file.read_bytes())
+    except OSError as error:
         raise PipelineError(f"{file}: {error}") from None
+    except ValueError as error:
+        raise PipelineError(f"{file} {error}") from None
 
 
 def _without_suffix(video: str) -> str:

@@ -25,7 +25,7 @@ import pyarrow.parquet as parquet
 
 from pipeline.data import objects
 from pipeline.data.index import Index
-from pipeline.data.sample import IMAGE_MARK, MMEB_IMAGE_MARK
+from pipeline.data.sample import BYTE_ORDER_MARK, IMAGE_MARK, MMEB_IMAGE_MARK, is_absent, text_fault
 from pipeline.documents import FIXED, check_members, parse_json
 from pipeline.errors import PipelineError
 
@@ -68,12 +68,19 @@ Side = tuple[str, str]  # a text, and the path of its image or ""
 def mmeb_text(text: str, has_image: bool) -> str:
     """A row's text with `<image>` where its image goes: at the front, if the text does not say.
 
-    A mark without an image is taken out, with the white space after it.
+    A mark without an image is taken out, with the white space after it. ValueError for a mark of anything else.
     """
+    if others := set(_MARKS.findall(text)) - {MMEB_IMAGE_MARK}:
+        raise ValueError(f"{min(others)}, where a text may have {MMEB_IMAGE_MARK} alone, in {text[:200]!r}")
+    text = text.lstrip(BYTE_ORDER_MARK)
     if not has_image:
         return re.sub(rf"{re.escape(MMEB_IMAGE_MARK)}\s*", "", text)
     text = text.replace(MMEB_IMAGE_MARK, IMAGE_MARK)
     return text if IMAGE_MARK in text else f"{IMAGE_MARK}\n{text}"
+
+
+# Of other images and videos, and as Qwen's models write them.
+_MARKS = re.compile(r"<\|(?:image|video|audio|vision)(?:_\w+)?\|>", re.IGNORECASE)
 
 
 def read_tasks(url: str) -> dict[str, tuple[str, bool]]:
@@ -107,8 +114,7 @@ def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
             columns = [*_COLUMNS, *(name for name in _INSTRUCTIONS if name in names)]
             batches = table.iter_batches(batch_size=64, columns=columns)
             for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-                instructions = [row.get(name) or "" for name in _INSTRUCTIONS]
-                yield _sides(number, *(row[column] for column in _COLUMNS), *instructions)
+                yield _sides(number, *(row.get(name) for name in (*_COLUMNS, *_INSTRUCTIONS)))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise PipelineError(f"{file} does not hold MMEB's rows ({', '.join(_COLUMNS)}): {error}") from None
 
@@ -118,10 +124,17 @@ def _sides(
 ) -> tuple[Side, list[Side]]:
     """A row's query and candidates; ValueError, by the row's number, if they are none.
 
-    asked, shown: the instructions of the query and of all candidates, or "".
+    asked, shown: the instructions of the query and of all candidates, if there are any.
     """
+
+    def plain(value: object) -> str:
+        if not isinstance(value, str) and not is_absent(value):
+            raise ValueError(f"row {number} has {value!r} where a text should be")
+        return value.lstrip(BYTE_ORDER_MARK) if isinstance(value, str) else ""
+
+    text, image, asked, shown = map(plain, (text, image, asked, shown))
     # A single candidate may stand without a list around it.
-    texts, images = (value if isinstance(value, list) else [value] for value in (texts, images))
+    texts, images = (list(map(plain, each if isinstance(each, list) else [each])) for each in (texts, images))
     # As VLM2Vec reads them: pictures may share one empty text, and texts one empty path.
     if len(texts) == 1 and not texts[0]:
         texts = texts * len(images)
@@ -129,16 +142,19 @@ def _sides(
         images = [""] * len(texts)
     if not texts or len(texts) != len(images):
         raise ValueError(f"row {number} has {len(texts)} tgt_text and {len(images)} tgt_img_path")
-    for value in (text, image, *texts, *images, asked, shown):
-        if not isinstance(value, str | None):
-            raise ValueError(f"row {number} has {value!r} where a text should be")
-    query, *candidates = (
-        (mmeb_text(_instructed(instruction, text or ""), bool(image)), image or "")
-        for instruction, text, image in zip(
-            [asked, *[shown] * len(texts)], [text, *texts], [image, *images], strict=True
-        )
-    )
+    asks = [asked, *[shown] * len(texts)]
+    query, *candidates = (_side(number, *each) for each in zip(asks, [text, *texts], [image, *images], strict=True))
     return query, candidates
+
+
+def _side(number: int, instruction: str, text: str, image: str) -> Side:
+    try:
+        text = mmeb_text(_instructed(instruction, text), bool(image))
+    except ValueError as error:
+        raise ValueError(f"row {number} has {error}") from None
+    if text.strip() and (fault := text_fault(text, images=int(bool(image)))):
+        raise ValueError(f"row {number}: {fault[0]}: {fault[1]}")
+    return text, image
 
 
 def _instructed(instruction: str, text: str) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.data import s3
-from pipeline.data.s3 import ObjectError, Settings, check_range, configure, settings
+from pipeline.data.s3 import ObjectError, Settings, check_range, configure, server, settings
 
 __all__ = [
     "ObjectError",
@@ -25,6 +25,7 @@ __all__ = [
     "join",
     "list_under",
     "read",
+    "server",
     "settings",
     "size",
     "stamps",

@@ -103,6 +103,11 @@ def settings() -> Settings:
     return _settings
 
 
+def server() -> str:
+    """The endpoint to which this process speaks."""
+    return _client().meta.endpoint_url
+
+
 def read(bucket: str, key: str, start: int, length: int | None, count: Callable[[int], None]) -> bytes:
     """`length` bytes from byte `start` on, or all to the end. `count` is told of every run of bytes that comes.
 

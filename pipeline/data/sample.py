@@ -1,5 +1,6 @@
 """What one sample is: a query and its target, or one item alone; each item a text with its images or video."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -117,6 +118,28 @@ class Single:
     @property
     def items(self) -> tuple[Item, ...]:
         return (self.item,)
+
+
+def text_fault(text: str, images: int = 0, videos: int = 0) -> tuple[str, str] | None:
+    """Why a text cannot stand beside so many images and videos: one of few causes, and a detail. None if it can."""
+    shown = repr(text[:200])
+    if not text.replace(BYTE_ORDER_MARK, "").strip():
+        return "empty text", shown
+    if "\0" in text:
+        return "NUL character", f"is its file UTF-16? Convert it to UTF-8: {shown}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+        return "not UTF-8", shown
+    for mark, files in ((IMAGE_MARK, images), (VIDEO_MARK, videos)):
+        if (marks := text.count(mark)) != files:
+            return "marks and files differ", f"{marks} {mark} for {files} files in {shown}"
+    return None
+
+
+def is_absent(value: object) -> bool:
+    """Whether a value is that of an empty cell: None, or the NaN that pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 class BadSample(Exception):

@@ -25,8 +25,9 @@ import webdataset
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from pipeline.data import objects
+from pipeline.data.captions import usable_captions
 from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, sidecar_dtype, sidecar_of
-from pipeline.data.sample import BYTE_ORDER_MARK, IMAGE_SUFFIXES, BadSample, Item, Pair, Single
+from pipeline.data.sample import IMAGE_SUFFIXES, BadSample, Item, Pair, Single
 from pipeline.data.tiles import image_format
 from pipeline.data.video import video_format
 from pipeline.errors import PipelineError
@@ -83,6 +84,8 @@ def parse_sample(data: bytes, captions: Captions | None = None) -> Pair | Single
     Raises BadSample with the reason when the bytes, intact as they are, hold no sample.
     """
     key, members = members_of(data)
+    if captions is not None:
+        return captioned(key, members, captions)[0]
     # Images and videos are found without their suffix: "query.0.jpg" as "query.0".
     stems = {name.rpartition(".")[0]: content for name, content in members.items()}
 
@@ -92,8 +95,6 @@ def parse_sample(data: bytes, captions: Captions | None = None) -> Pair | Single
         return Item(text, images, stems[role] if entry.get("video") else None)
 
     try:
-        if captions is not None:
-            return _captioned(key, members, captions)
         description = json.loads(members["json"])
         name = str(description["dataset"]), str(description["task"])
         if "item" in description:
@@ -171,9 +172,10 @@ def split_name(path: str) -> tuple[str, str] | None:
     """A member's (key, name), by webdataset's own rule: the key nearly always ends at the file's first dot.
 
     None for what it skips: names without a dot or that begin with one (macOS's `._NAME`, .DS_Store), its `__NOTES__`.
+    Names that begin with a dot are skipped in folders, too, which webdataset takes for samples called as the folder is.
     """
     key, name = (None, None) if _NOTES.match(path) else base_plus_ext(path)
-    return None if key is None else (key, name)
+    return None if key is None or key.endswith("/") else (key, name)
 
 
 _NOTES = re.compile(inspect.signature(tar_file_iterator).parameters["skip_meta"].default)
@@ -186,37 +188,60 @@ def _text(value: object) -> str:
     return value
 
 
-def _captioned(key: str, members: dict[str, bytes], captions: Captions) -> Pair:
-    """A sample of img2dataset's: KEY.jpg (or another image), and KEY.txt and KEY.json with the captions."""
+def captioned(key: str, members: dict[str, bytes], captions: Captions) -> tuple[Pair, list[tuple[str, str]]]:
+    """A sample of img2dataset's: KEY.jpg (or another image), and KEY.txt and KEY.json with the captions.
+
+    Returns it with (cause, detail) of each caption that is of no use beside others. Raises BadSample if none is of use,
+    and if there is not one image.
+    """
     members = {name.lower(): content for name, content in members.items()}  # as webdataset reads them
-    image = next((content for name, content in members.items() if name in _IMAGE_NAMES), None)
-    if image is None:
-        raise BadSample("no image")
-    # What is not asked for is not read; what is, and is damaged, makes the sample suspect.
-    described = json.loads(members.get("json", b"{}")) if set(captions.columns) - {"txt"} else {}
-    texts, others = {}, []
+    images = [name for name in members if name in _IMAGE_NAMES]
+    if not images:
+        raise BadSample(f"no image (it has {', '.join(members)})")
+    if len(images) > 1:
+        raise BadSample(f"several images (leave one of {', '.join(images)} in it)")
+    values, faults, described = [], [], None
     for column in captions.columns:
-        found = _decoded(members.get("txt", b"")) if column == "txt" else described.get(column)
-        for value in found if isinstance(found, list) else [found]:
-            if isinstance(value, str):
-                text = _text(value.replace(BYTE_ORDER_MARK, "").strip())
-                texts |= {text: None} if text else {}
-            elif value is not None:  # NaN, as of tables in which a cell is empty
-                others.append(f"{value!r} is no text")
-    texts = list(texts)
+        try:
+            if column == "txt":
+                found = _decoded(members.get("txt", b""))
+            else:
+                described = _described(members) if described is None else described
+                found = described.get(column)
+            values += found if isinstance(found, list) else [found]
+        except BadSample as reason:
+            faults.append((str(reason), f"{key}, {column}"))
+    texts, more = usable_captions(values)
+    faults += more
     if not texts:
-        raise BadSample(f"no caption in {', '.join(captions.columns)}" + (f" ({others[0][:80]})" if others else ""))
-    query, target = Item(captions.query, (image,)), Item(texts[0])
-    return Pair(key, "", captions.task, query, target, alternatives=tuple(texts[1:]))
+        cause, detail = faults[0] if faults else ("no caption", "")
+        where = f" in {', '.join(captions.columns)}" if cause == "no caption" else ""
+        raise BadSample(f"{cause}{where}" + (f" ({detail[:200]})" if detail else ""))
+    query, target = Item(captions.query, (members[images[0]],)), Item(texts[0])
+    return Pair(key, "", captions.task, query, target, alternatives=tuple(texts[1:])), faults
+
+
+def _described(members: dict[str, bytes]) -> dict[str, object]:
+    try:
+        found = json.loads(members.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise BadSample("its json is malformed")
+    return found
 
 
 def _decoded(content: bytes) -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise BadSample("a text in UTF-16: convert it to UTF-8")
-    return content.decode()
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise BadSample("a text that is not UTF-8") from None
 
 
 _IMAGE_NAMES = {*IMAGE_SUFFIXES.values(), "jpeg"}
+READ_NAMES = {*_IMAGE_NAMES, "txt", "json"}  # of a sample's members, that are ever read
 
 
 class ShardRecords:

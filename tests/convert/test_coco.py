@@ -1,6 +1,7 @@
 """Karpathy's files: a pair an image, all its captions with it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -57,30 +58,52 @@ def test_bad_rows_are_rejected(tmp_path):
     (tmp_path / "good.png").write_bytes(picture(5, 5))
     images = [
         entry("train", None, "good.png"),
-        entry("train", None, "good.png", " ", ""),
-        entry("train", None, "good.png", "good", 7),
+        entry("train", None, "good.png", " ", "\ufeff", None, math.nan),
+        entry("train", None, "good.png", 7),
+        entry("train", None, "good.png") | {"sentences": None},
         entry("train", None, "good.png", "a <image>"),
-        entry("train", None, "good.png", "good", "a <video>"),
+        entry("train", None, "good.png", "a <video>"),
         entry("train", None, "good.png", "half \ud800"),
+        entry("train", None, "good.png", "a\0b"),
         entry("train", "..", "good.png", "up"),
+        entry("train", None, None, "no name"),
+        entry("train", 7, "good.png", "no folder"),
         entry("train", None, "gone \ud800.png", "gone"),
-        entry("train", None, "good.png", "good"),
+        entry("train", None, "good.png", "\ufeffgood"),
     ]
     (tmp_path / "own.json").write_text(json.dumps({"images": images}))
-    make_shards("coco-captions", tmp_path / "own.json", tmp_path / "out", "--max-rejected", 0.9)
-    assert [pair.key for pair in read_all(str(tmp_path / "out"))] == ["00000008"]
+    make_shards("coco-captions", tmp_path / "own.json", tmp_path / "out", "--max-rejected", 0.95)
+    (pair,) = read_all(str(tmp_path / "out"))
+    assert (pair.key, pair.target.text) == (f"{len(images) - 1:08d}", "good")
     lines = (tmp_path / "out/rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["cause"] for line in lines] == [
-        "empty text",
-        "empty text",
-        "wrong fields",
-        "marks and files differ",
-        "marks and files differ",
+        *["no caption"] * 4,
+        *["marks and files differ"] * 2,
         "not UTF-8",
+        "NUL character",
         "path leaves the source",
-        "missing file",
+        *["missing file"] * 3,
     ]
-    assert json.loads(lines[7])["row"] == "gone \ud800.png"
+    assert json.loads(lines[-1])["row"] == "gone \ud800.png"
+
+
+def test_a_good_caption_is_enough(tmp_path, capsys):
+    (tmp_path / "good.png").write_bytes(picture(5, 5))
+    captions = (None, "one", math.nan, 7, "a <video>", {"en": "x"}, " \ufeffone", "a\0b", "half \ud800", "two")
+    images = [entry("train", folder, "good.png", *captions) for folder in ("", None)]
+    images += [entry("train", None, "good.png", "three") | {"filepath": None}, None, {"filename": "good.png"}]
+    images[0]["sentences"] += [None, "in no object", 3]
+    (tmp_path / "own.json").write_text(json.dumps({"images": images}))
+    make_shards("coco-captions", tmp_path / "own.json", tmp_path / "out", "--max-rejected", 0)
+    assert [pair.texts for pair in read_all(str(tmp_path / "out"))] == [
+        ("one", "two", "in no object"),
+        ("one", "two"),
+        ("three",),
+    ]
+    said = capsys.readouterr().err
+    assert f"note: 2 of the images of {tmp_path / 'own.json'} are left out, for they have no split" in said
+    assert f"note: 11 captions of {tmp_path / 'own.json'} are left out beside others of their rows; the first, " in said
+    assert "good.png: no caption: 7 is no text\n" in said
 
 
 def test_mistakes_are_clear_errors(source, tmp_path):

@@ -19,7 +19,7 @@ from limits import HANG_SECONDS
 
 from pipeline import lock
 from pipeline.convert.command import _content
-from pipeline.convert.engine import Result, allowed
+from pipeline.convert.engine import Result, _folders, allowed
 from pipeline.convert.rows import Rejection
 from pipeline.convert.sharding import convert
 from pipeline.data import objects
@@ -167,6 +167,15 @@ class Numbers:
 
     def files(self) -> dict[str, bytes]:
         return {"more.bin": b"more"}
+
+
+def test_the_same_dest_on_another_server_has_another_folder_for_its_uploads(tmp_path, monkeypatch):
+    found = []
+    for server, dest in (("a", "s3://b/d"), ("b", "s3://b/d"), ("a", "s3://c/d"), ("a", "s3://b/d")):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server}")
+        with _folders([conversion := Namespace(dest=dest, remote=True)], tmp_path):
+            found.append(conversion.folder)
+    assert len(set(found[:3])) == 3 and found[3] == found[0]  # where an earlier start left something
 
 
 def test_rejected_rows_are_listed_in_order_and_their_shards_may_be_missing(tmp_path, capsys):

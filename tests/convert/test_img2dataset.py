@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from conversion import make_shards
 from PIL import Image
 
 from pipeline.convert import img2dataset
@@ -51,7 +52,7 @@ BAD = {
     "../escape": {"jpg": picture(6), "txt": b"a caption"},
     "/absolute": {"jpg": picture(7), "txt": b"a caption"},
     "image": {"jpg": picture(8), "txt": b"see <image> here"},
-    "video": {"jpg": picture(9), "txt": b"a caption", "json": b'{"caption_long": ["good", "a <video> clip"]}'},
+    "video": {"jpg": picture(9), "txt": b"a <video>", "json": b'{"caption_long": ["a <video> clip"]}'},
 }
 
 
@@ -186,7 +187,7 @@ def test_a_tar_that_changed_since_the_break_is_indexed_again(tmp_path):
 
 def test_other_options_are_another_indexing(tmp_path):
     make_source(tmp_path / "source")
-    with pytest.raises(PipelineError, match=r"more than --max-rejected 0\.01 allows: 2 unsafe name, 1 no image"):
+    with pytest.raises(PipelineError, match=r"more than --max-rejected 0\.01 allows: 2 unsafe name, 2 marks"):
         index(tmp_path / "source", tmp_path / "dest", "--processes", "1")
     with pytest.raises(PipelineError, match="unfinished conversion whose captions"):
         index(tmp_path / "source", tmp_path / "dest", "--processes", "1", "--query", "<image>")
@@ -255,10 +256,53 @@ def test_a_tar_without_samples_is_left_out(tmp_path):
     assert list(pairs_of(str(tmp_path))) == ["00001.tar"]
 
 
-def test_json_too_deep_to_be_read_costs_its_sample_alone(tmp_path):
-    write_tar(tmp_path / "0.tar", {"deep": members(0) | {"json": b"[" * 200_000}, "good": members(1)})
-    index(tmp_path, tmp_path, *OPTIONS)
-    assert [pair.key for pair in pairs_of(str(tmp_path))["0.tar"]] == ["good"]
+def test_a_good_caption_is_enough_and_what_else_a_tar_has_is_listed(tmp_path, capsys):
+    deep, marked = b"[" * 200_000, b'{"caption_long": ["a <video>", "b"]}'
+    samples = {
+        "deep": members(0) | {"json": deep},
+        "alone": {"jpg": picture(0), "json": deep},
+        "text": members(1) | {"txt": "a caption".encode("utf-16-le"), "npy": b"1", "seg.PNG": picture(1)},
+        "long": members(2) | {"txt": "Bär".encode("latin-1"), "json": marked, "npy": b"1"},
+        "nul": {"jpg": picture(0), "txt": "a caption".encode("utf-16-le"), "cls": b"1"},
+        "two": members(3) | {"png": picture(3, "PNG")},
+        "scan": {"tif": picture(4, "TIFF"), "txt": b"a caption"},
+    }
+    write_tar(tmp_path / "0.tar", samples)
+    index(tmp_path, tmp_path, *OPTIONS, "--max-rejected", "0.9")
+    texts = {pair.key: pair.texts for pair in pairs_of(str(tmp_path))["0.tar"]}
+    assert texts == {"deep": ("short 0",), "text": ("A long caption, number 1.", "ünïcode 1"), "long": ("b",)}
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [(line["row"][7:], line["cause"], line["detail"]) for line in rejected] == [
+        ("alone", "its json is malformed", "alone, caption_long"),
+        ("nul", "NUL character", f"is its file UTF-16? Convert it to UTF-8: {NUL_TEXT!r}"),
+        ("two", "several images", "leave one of jpg, png in it"),
+        ("scan", "no image", "it has tif, txt"),
+    ]
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert sorted(line.removeprefix(f"note: {tmp_path}: ") for line in notes) == [
+        "1 captions left out beside others: NUL character",
+        "1 captions left out beside others: a text that is not UTF-8",
+        "1 captions left out beside others: its json is malformed",
+        "1 captions left out beside others: marks and files differ",
+        "1 members .cls, which nothing reads",
+        "1 members .seg.png, which nothing reads",
+        "1 members .tif, which nothing reads",
+        "2 members .npy, which nothing reads",
+    ]
+
+
+NUL_TEXT = "a caption".encode("utf-16-le").decode()
+
+
+def test_what_a_mac_leaves_in_tars_is_skipped_in_folders_too(tmp_path):
+    named = [(f"d/{number}.{name}", each) for number in range(2) for name, each in members(number).items()]
+    leftovers = [("d/.DS_Store", b"x"), *((name.replace("d/", "d/._"), b"fork") for name, _ in named)]
+    leftovers += [(f"__MACOSX/{name}", b"fork") for name, _ in leftovers]
+    mixed = [each for some in zip(named, leftovers, leftovers[7:], strict=False) for each in some]
+    (tmp_path / "0.tar").write_bytes(tar_of(*mixed))
+    index(tmp_path, tmp_path, "--processes", "1", "--max-rejected", "0")
+    assert [pair.key for pair in pairs_of(str(tmp_path))["0.tar"]] == ["d/0", "d/1"]
+    make_shards("verify", tmp_path)
 
 
 def test_what_is_no_folder_of_tars_is_an_error(tmp_path):
@@ -318,7 +362,7 @@ def foreign_members() -> list[tuple[str, bytes]]:
         ("__MACOSX", b"no suffix"),
         ("__d.txt", d["txt"]),
         ("photos/e.jpg", a["jpg"]),
-        ("photos/._e.txt", b"which webdataset takes for a sample of another key"),
+        ("photos/between.txt", b"a sample of another key"),
         ("photos/e.txt", a["txt"]),
         ("a.jpg", b["jpg"]),  # a key that comes again, whole
         ("a.txt", b["txt"]),

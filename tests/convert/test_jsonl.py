@@ -1,5 +1,6 @@
 """The jsonl format: every field and every file reach the shards; every bad row is rejected by its line and a cause."""
 
+import gzip
 import io
 import json
 import os
@@ -131,6 +132,8 @@ BAD_ROWS = [
     ({"query": TEXT, "target": {"text": " "}}, "empty text", "' '"),
     ({"query": TEXT, "target": TEXT, "negatives": [TEXT, {"text": ""}]}, "empty text", "''"),
     ({"query": TEXT, "target": {"text": "t", "alternatives": [""]}}, "empty text", "''"),
+    (asking("a\0b"), "NUL character", "is its file UTF-16? Convert it to UTF-8: 'a\\x00b'"),
+    (b'{"query": {"text": NaN}, "target": {"text": "t"}}', "wrong fields", "query.text"),
     (asking("<image>"), "marks and files differ", "1 <image> for 0 files"),
     (asking("t", images=["photos/0.png"]), "marks and files differ", "0 <image> for 1 files"),
     (asking("<video>"), "marks and files differ", "1 <video> for 0 files"),
@@ -260,17 +263,43 @@ def test_shards_are_as_large_as_asked_for(source, tmp_path):
     assert all(abs(size - (1 << 20)) < 40_000 for size in sizes[:-1])
 
 
-def test_no_rows(source, tmp_path):
-    assert "pairs.jsonl has no rows" in error_of("jsonl", write(source, b"", b" "), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "has no rows: it is empty"),
+        (b"\n \n", "has no rows: it is empty"),
+        (b"\xef\xbb\xbf", "has no rows: it is empty"),
+        (
+            json.dumps([row(0), row(1)]).encode(),
+            "begins with [, as an array: make a line of each of its objects, jq -c '.[]'",
+        ),
+        (json.dumps([row(0)], indent=1).encode(), "begins with [, as an array"),
+        (json.dumps(row(0), indent=1).encode(), "has objects of several lines: make a line of each, jq -c . "),
+        (json.dumps(row(0)).encode("utf-16"), "is UTF-16: convert it, as iconv -f UTF-16 -t UTF-8 does"),
+        (json.dumps(row(0)).encode("utf-16-le"), "is UTF-16: convert it, as iconv -f UTF-16LE -t UTF-8 does"),
+        (gzip.compress(b"{}"), "is compressed by gzip: unpack it"),
+    ],
+)
+def test_a_file_of_another_form_is_a_clear_error(source, tmp_path, content, said):
+    (source / "pairs.jsonl").write_bytes(content)
+    assert f"pairs.jsonl {said}" in error_of("jsonl", source / "pairs.jsonl", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_no_good_row(source, tmp_path):
     text = error_of("jsonl", write(source, b"{", row(0)), tmp_path / "out")
     assert "1 not JSON; the first: line 1: not JSON: Invalid JSON" in text
     assert content(str(tmp_path / "out")).keys() == {"/.unfinished/plan.json", "/rejected.jsonl"}
     assert lines(tmp_path / "out") == ["line 1"]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(source, tmp_path):
-    file = write(source, row(0), row(1))
+def test_a_byte_order_mark_is_no_part_of_the_first_row_or_a_text(source, tmp_path):
+    target = {"text": "\ufeff t \n", "alternatives": ["\ufeff other"]}
+    marked = {"query": {"text": "\ufeffq"}, "target": target, "negatives": [{"text": "\ufeffn"}]}
+    file = write(source, row(0), marked, b"\xef\xbb\xbf" + json.dumps(row(2)).encode())
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     make_shards("jsonl", file, tmp_path / "out", "--max-rejected", 0)
-    assert [pair.key for pair in read_all(str(tmp_path / "out"))] == ["00000001", "00000002"]
+    first, second, last = read_all(str(tmp_path / "out"))
+    assert (first.key, last.key) == ("00000001", "00000003")
+    expected = Pair("00000002", "pairs", "", Item("q"), Item(" t \n"), (Item("n"),), alternatives=(" other",))
+    assert second == expected

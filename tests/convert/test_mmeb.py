@@ -150,6 +150,31 @@ def test_bad_rows_are_rejected(source, tmp_path):
     ]
 
 
+def test_values_that_are_no_texts_and_marks_of_other_files(source, tmp_path):
+    (source / "a.png").write_bytes(picture(5, 5))
+    nan = float("nan")
+    columns = {
+        "qry": ["\ufeff q \n", "<|image_1|> <|image_2|>", "<|video_1|>", "q", "<|image_1|>\n<|image_1|>", "\ufeffq"],
+        "qry_image_path": ["", "a.png", "a.png", None, "a.png", "a.png"],
+        "pos_text": pa.array(["t"] * 6).dictionary_encode(),
+        "pos_image_path": [None] * 6,
+        "neg_text": [nan, nan, nan, 1.5, nan, None],
+        "neg_image_path": pa.array([None] * 6, pa.bool_()),
+    }
+    (source / "Bad").mkdir()
+    parquet.write_table(pa.table(columns), source / "Bad/original-0.parquet")
+    make_shards("mmeb-train", source, tmp_path / "out", "--subset", "Bad", "--max-rejected", 0.95)
+    first, last = read_all(str(tmp_path / "out/Bad"))
+    assert (first.query.text, first.negatives, last.query.text) == (" q \n", (), "<image>\nq")
+    assert [(each["row"], each["cause"], each["detail"]) for each in rejected(tmp_path / "out/Bad")] == [
+        ("row 1", "marks and files differ", "<|image_2|>, where a text may have <|image_1|> alone, in "
+                  "'<|image_1|> <|image_2|>'"),
+        ("row 2", "marks and files differ", "<|video_1|>, where a text may have <|image_1|> alone, in '<|video_1|>'"),
+        ("row 3", "wrong fields", "neg_text is 1.5, which is no text"),
+        ("row 4", "marks and files differ", "2 <image> for 1 files in '<image>\\n<image>'"),
+    ]  # fmt: skip
+
+
 def test_mistakes_are_clear_errors(source, tmp_path):
     images(source)
     dest = tmp_path / "out"
@@ -163,7 +188,8 @@ def test_mistakes_are_clear_errors(source, tmp_path):
         "mmeb-train", source, dest
     )
     parquet.write_table(pa.table({name: [[1]] for name in COLUMNS}), file)
-    assert f"{file} does not hold MMEB's rows" in error_of("mmeb-train", source, dest)
+    said = f"{file} does not hold MMEB's rows: its column qry has values of list<element: int64>, and no texts"
+    assert said in error_of("mmeb-train", source, dest)
     parquet.write_table(pa.table({name: ["a"] for name in (*COLUMNS, "qry_inst")}), file)
     assert f"{file} has the column 'qry_inst', which nothing reads" in error_of("mmeb-train", source, dest)
     file.write_bytes(b"version https://git-lfs")

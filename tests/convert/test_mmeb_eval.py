@@ -172,16 +172,30 @@ def test_rows_whose_candidates_do_not_make_sense(source, tmp_path, row, reason):
         convert(source, tmp_path / "dest")
 
 
-def test_what_is_no_text_is_an_error_by_its_row(source, tmp_path):
-    put_rows(source, [(7, "", ["a"], [""])])
-    with pytest.raises(PipelineError, match="row 0 has 7 where a text should be"):
-        convert(source, tmp_path / "dest")
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ((7, "", ["a"], [""]), "row 0 has 7 where a text should be"),
+        (("q", "", ["a"], [False]), "row 0 has False where a text should be"),
+        (("q", "", ["<|image_2|>"], [""]), r"row 0 has <\|image_2\|>, where a text may have <\|image_1\|> alone, in"),
+        (("<|video_1|> q", "", ["a"], [""]), r"row 0 has <\|video_1\|>, where"),
+        (("<|vision_start|><|image_pad|> q", "", ["a"], [""]), r"row 0 has <\|image_pad\|>, where"),
+        (("<|image_1|><|image_1|>", "x", ["a"], [""]), "row 0: marks and files differ: 2 <image> for 1 files"),
+        (("q", "", ["a", "a <video>"], [""]), "row 0: marks and files differ: 1 <video> for 0 files"),
+        (("a\0b", "", ["a"], [""]), "row 0: NUL character"),
+    ],
+)
+def test_what_is_no_text_of_mmebs_is_an_error_by_its_row(source, tmp_path, row, reason):
+    put_rows(source, [row])
+    with pytest.raises(PipelineError, match=reason):
+        list(evaluation_rows(str(source / "GQA")))
 
 
-def test_null_is_an_empty_text(source, tmp_path):
-    put_rows(source, [(None, "NIGHTS/red.png", "a", None)])
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_null_is_an_empty_text_and_a_byte_order_mark_is_none(source, tmp_path, nothing):
+    put_rows(source, [(None, "NIGHTS/red.png", "\ufeff a \n", nothing)])
     convert(source, tmp_path / "dest", "--subset", "GQA")
-    assert [single.item.text for single in items_of(tmp_path / "dest/GQA")] == ["<image>\n", "a"]
+    assert [single.item.text for single in items_of(tmp_path / "dest/GQA")] == ["<image>\n", " a \n"]
 
 
 @pytest.mark.parametrize(

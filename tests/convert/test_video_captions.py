@@ -1,6 +1,7 @@
 import argparse
 import io
 import json
+import math
 from pathlib import Path
 
 import av
@@ -84,6 +85,12 @@ id-1,2,10,3,clean,5,English,A bird flies.
         ("video_corpus.csv", MSVD, ["--language", "German"], {"id-1_2_10.avi": ("Ein Vogel.",)}),
         (
             "own.json",
+            {"video0": None, "video1": [None, "x", math.nan, 7, "a <image>", "a\0b", ["deep"]], "video2": "\ufeffy"},
+            ["--max-rejected", "0.5"],
+            {"video1.mp4": ("x",), "video2.mp4": ("y",)},
+        ),
+        (
+            "own.json",
             [{"video": "clips/a.mkv", "caption": "one"}, {"video": "video1", "caption": ["x", "y"]}],
             [],
             {"clips/a.mkv": ("one",), "video1.mp4": ("x", "y")},
@@ -96,16 +103,17 @@ def test_every_form_of_captions(videos, tmp_path, file, content, options, captio
     (tmp_path / "list.txt").write_text("video2\nvideo0.mp4\n")
     options = [str(tmp_path / "list.txt") if option == "LIST" else option for option in options]
     pairs = convert(videos, tmp_path / "dest", "--captions", tmp_path / file, *options)
+    keys = [f"{number + ('--max-rejected' in options):08d}" for number in range(len(captions))]
     assert pairs == [
         Pair(
-            f"{number:08d}",
+            key,
             "videos",
             "retrieval",
             Item(QUERY, video=(videos / name).read_bytes()),
             Item(texts[0]),
             alternatives=texts[1:],
         )
-        for number, (name, texts) in enumerate(captions.items())
+        for key, (name, texts) in zip(keys, captions.items(), strict=True)
     ]
 
 
@@ -114,7 +122,7 @@ def test_videos_that_cannot_be_used_are_listed(videos, tmp_path):
     (videos / "text.avi").write_bytes(b"#EXTM3U\n/etc/passwd")
     (tmp_path / "secret.mp4").write_bytes(film(1, "mp4"))
     names = ["video0", "broken", "text", "missing", "../secret", str(tmp_path / "secret.mp4"), "clips", "nul\0"]
-    captions = {name: ["a caption"] for name in names} | {"video1": [" "], "video2": ["a <video> of <video>"]}
+    captions = {name: ["a caption"] for name in names} | {"video1": [" ", None], "video2": ["a <video> of <video>"]}
     (tmp_path / "own.json").write_text(json.dumps(captions))
     pairs = convert(videos, tmp_path / "dest", "--captions", tmp_path / "own.json", "--max-rejected", "0.9")
     assert [pair.key for pair in pairs] == ["00000000"]
@@ -159,7 +167,9 @@ def test_listed_videos_without_captions_are_rejected_by_name(videos, tmp_path):
         ("all.json", json.dumps(NO_SPLIT), ["--split", "train"], "has no split 'train': it has test$"),
         ("all.json", '{"a": [1]}', [], r"all\.json is in none of the forms"),
         ("all.json", '[{"video": "a", "caption": {"en": "hello"}}]', [], r"captions of 'a' that are neither"),
-        ("all.json", '{"videos": [{}], "sentences": []}', [], r"all\.json is in none of the forms"),
+        ("all.json", '{"videos": [{}], "sentences": []}', [], "has no captions of the videos asked for"),
+        ("all.json", "[]".encode("utf-16-le"), [], r"all\.json is UTF-16: convert it, as iconv -f UTF-16LE -t UTF-8"),
+        ("all.csv", MSVD.encode("utf-16"), [], r"all\.csv is UTF-16: convert it, as iconv -f UTF-16 -t UTF-8"),
         ("all.csv", "a,b\n1,2\n", [], r"all\.csv is in none of the forms"),
         ("all.csv", "", [], "has no captions of the videos asked for"),
         ("all.json", json.dumps(MSRVTT), ["--split", "training"], "has no split 'training': it has test, train"),
@@ -174,7 +184,7 @@ def test_listed_videos_without_captions_are_rejected_by_name(videos, tmp_path):
     ],
 )
 def test_what_is_no_file_of_captions_is_an_error(videos, tmp_path, file, content, options, reason):
-    (tmp_path / file).write_text(content)
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(PipelineError, match=reason):
         convert(videos, tmp_path / "dest", "--captions", tmp_path / file, *options)
     assert not (tmp_path / "dest").exists()

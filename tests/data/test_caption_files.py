@@ -1,10 +1,11 @@
 """Files of captions with more, other or damaged members than those that are read."""
 
 import json
+import math
 
 import pytest
 
-from pipeline.data.captions import captioned_images, captioned_videos
+from pipeline.data.captions import captioned_images, captioned_videos, usable_captions
 from pipeline.errors import PipelineError
 
 KARPATHY = {"filename": "a.jpg", "filepath": "val", "split": "test", "sentences": [{"raw": "a", "tokens": ["a"]}]}
@@ -67,6 +68,21 @@ def test_of_videos_too(file, text, said):
 def test_what_would_lose_a_caption_is_another_form(file, text, said):
     with pytest.raises(ValueError, match=said):
         captioned_videos(file, text)
+
+
+def test_a_value_that_is_no_text_costs_no_other(capsys):
+    values = [None, math.nan, 7, "c"]
+    assert str(captioned_images("K.json", images(sentences=[{"raw": each} for each in values]), "test")[0][1]) == (
+        "[None, nan, 7, 'c']"
+    )
+    assert captioned_images("K.json", images(sentences=None, filepath=None), "test") == [("a.jpg", [])]
+    assert usable_captions(values) == (["c"], [("no caption", "7 is no text")])
+    listed = [{"video": "v", "caption": "c"}, {"video": None, "caption": "d"}, {"video": "w"}, None]
+    assert captioned_videos("own.json", json.dumps(listed)) == {"v": ["c"], "(None is no file's name)": ["d"], "w": []}
+    videos = {"videos": [{"video_id": "v", "split": "test"}, {}], "sentences": []}
+    videos["sentences"] += [{"video_id": name, "caption": "c"} for name in ("v", "w", None)] + [{"video_id": "v"}]
+    assert captioned_videos("M.json", json.dumps(videos), "test") == {"v": ["c"]}
+    assert "note: 2 of the captions of M.json are left out, for their videos have no split" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

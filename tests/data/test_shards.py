@@ -373,9 +373,11 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
         ({"txt": b" "}, "no caption in txt, long"),
         ({"txt": b"\xff"}, "not UTF-8"),
         ({"txt": b"", "json": b'{"long": 7}'}, r"no caption in txt, long \(7 is no text"),
-        ({"json": b'{"long": "\\ud800"}'}, "surrogates not allowed"),
-        ({"json": b"{"}, "malformed"),
-        ({"json": DEEP}, "malformed"),
+        ({"txt": b"a\0b"}, "NUL character"),
+        ({"txt": b"", "json": b'{"long": "\\ud800"}'}, "not UTF-8"),
+        ({"txt": b"", "json": b"{"}, "malformed"),
+        ({"txt": b"", "json": DEEP}, "malformed"),
+        ({"png": b""}, "several images"),
     ],
 )
 def test_img2dataset_sample_that_is_none(tmp_path, change, reason):

@@ -284,9 +284,10 @@ def test_sharegpt4v_is_its_first_thousand(tmp_path, monkeypatch):
     collection = added("sharegpt4v", str(tmp_path))
     names = [collection.names[row] for row in collection.tasks[0].queries]
     assert names == [f"view {number} ü" for number in range(1000)]
-    file.write_text(text.replace("999.jpg", "999.jpg\n"))
-    with pytest.raises(PipelineError, match="is not a list of"):
-        added("sharegpt4v", str(tmp_path))
+    for content, why in ((text.replace("999.jpg", "999.jpg\n").encode(), ""), (text.encode("utf-16"), "it is UTF-16")):
+        file.write_bytes(content)
+        with pytest.raises(PipelineError, match=f"is not a list of .*: {why}"):
+            added("sharegpt4v", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_sharegpt4v_is_its_first_thousand(tmp_path, monkeypatch):
         (
             "flickr30k",
             {"dataset_flickr30k.json": karpathy(("", "7.jpg", "test", ["a", " "]))},
-            "dataset_flickr30k.json: a caption of 7.jpg cannot be used: it is empty",
+            "dataset_flickr30k.json: a caption of 7.jpg cannot be used: empty text",
         ),
         (
             "flickr30k",
@@ -311,8 +312,19 @@ def test_sharegpt4v_is_its_first_thousand(tmp_path, monkeypatch):
         ("flickr30k", {"dataset_flickr30k.json": karpathy(("", "7.jpg", "test", [7]))}, "7.jpg is 7, which is no text"),
         (
             "flickr30k",
+            {"dataset_flickr30k.json": karpathy(("", "7.jpg", "test", ["good", None]))},
+            "a caption of 7.jpg is None, which is no text",
+        ),
+        ("msvd", {"msvd_test.json": listing({"video": "y_3_4", "caption": ["a", None]})}, "y_3_4 is None, which is no"),
+        (
+            "text-image",
+            {"captions.json": {"1.jpg": "a\0b"}},
+            "1.jpg cannot be used: NUL character: is its file",
+        ),
+        (
+            "flickr30k",
             {"dataset_flickr30k.json": karpathy(("", "7.jpg", "test", ["an <image>"]))},
-            "has <image> or <video>, which stands for a file",
+            "7.jpg cannot be used: marks and files differ: 1 <image> for 0 files",
         ),
         ("coco", {"images/val2014/7.jpg": ..., "more/7.jpg": None}, "val2014/7.jpg may be images/train2014/7.jpg or"),
         ("msrvtt", {"MSRVTT_JSFUSION_test.csv": ...}, "has no MSRVTT_JSFUSION_test.csv or msrvtt_test_1k.json"),
@@ -357,9 +369,15 @@ def test_mistakes_are_clear_errors(tmp_path, layout, files, said):
 def test_no_folder_and_no_text(tmp_path):
     with pytest.raises(PipelineError, match="holds no files"):
         added("coco", str(tmp_path / "gone"))
-    (tmp_path / "msvd_test.json").write_bytes(b'["\xff"]')
-    with pytest.raises(PipelineError, match="is not UTF-8: byte 3"):
-        added("msvd", str(tmp_path))
+    for content, said in ((b'["\xff"]', "is not UTF-8: byte 3"), ("[]".encode("utf-16"), "is UTF-16: convert it")):
+        (tmp_path / "msvd_test.json").write_bytes(content)
+        with pytest.raises(PipelineError, match=f"msvd_test.json {said}"):
+            added("msvd", str(tmp_path))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    url = lay_out(str(tmp_path), {"captions.json": {"1.jpg": "\ufeff a man"}, "1.jpg": None})
+    assert "a man" in added("text-image", url).names
 
 
 def test_a_set_in_the_words_of_a_models_training(tmp_path):

@@ -27,7 +27,7 @@ A set may have a wording.json, too, for models that were trained with other inst
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,9 +35,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.data import objects
-from pipeline.data.captions import captioned_images, captioned_videos
+from pipeline.data.captions import captioned_images, captioned_videos, check_keys
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
-from pipeline.documents import check_members, parse_json
+from pipeline.documents import foreign, parse_json
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sets.folder import (
     MEND,
@@ -88,7 +88,7 @@ class Captioned(NamedTuple):
     """A picture or video by the name that `source`, a file's URL, gives it, and its captions by language."""
 
     medium: str
-    captions: dict[str, list[str]]
+    captions: dict[str, list[Any]]
     source: str
 
 
@@ -241,7 +241,7 @@ def _docci(folder: Folder) -> list[Captioned]:
     file = folder.named("docci_descriptions.jsonlines")
     with expecting(file, 'lines {"split": "...", "image_file": "...", "description": "..."}'):
         rows = _json_lines(file)
-        _check(file, rows, ("split", "image_file", "description", "example_id", "type"))
+        check_keys(file, rows, ("split", "image_file", "description", "example_id", "type"))
         return [
             Captioned(row["image_file"], {"en": [row["description"]]}, file) for row in rows if row["split"] == "test"
         ]
@@ -251,22 +251,26 @@ def _sharegpt4v(folder: Folder) -> list[Captioned]:
     file = folder.named("share-captioner_coco_lcs_sam_1246k_1107.json", "share*.json")
     with expecting(file, 'a list of {"image": "...", "conversations": [{"from": "...", "value": "..."}, ...]}'):
         entries = _first(file, 1000)
-        _check(file, entries, ("id", "image", "conversations"))
+        check_keys(file, entries, ("id", "image", "conversations"))
         if asked := [entry["image"] for entry in entries if entry["conversations"][1]["from"] == "human"]:
             raise ValueError(f"the second turn of {asked[0]} is no answer")
         return [
-            # As Long-CLIP takes it: the answer, in one line.
-            Captioned(entry["image"], {"en": [entry["conversations"][1]["value"].replace("\n", " ")]}, file)
+            Captioned(entry["image"], {"en": [_in_one_line(entry["conversations"][1]["value"])]}, file)
             for entry in entries
         ]
+
+
+def _in_one_line(answer: Any) -> Any:
+    """As Long-CLIP takes it."""
+    return answer.replace("\n", " ") if isinstance(answer, str) else answer
 
 
 def _xm3600(folder: Folder) -> list[Captioned]:
     file = folder.named("captions.jsonl")
     with expecting(file, 'lines {"image/key": "...", "<language>": {"caption": ["...", ...]}, ...}'):
         rows = _json_lines(file)
-        _check(file, ({name: own for name, own in row.items() if not isinstance(own, dict)} for row in rows), _XM3600)
-        _check(file, (own for row in rows for own in row.values() if isinstance(own, dict)), _XM3600_CAPTIONS)
+        check_keys(file, ({key: own for key, own in row.items() if not isinstance(own, dict)} for row in rows), _XM3600)
+        check_keys(file, (own for row in rows for own in row.values()), _XM3600_CAPTIONS)
         return [
             Captioned(
                 row["image/key"],
@@ -279,11 +283,6 @@ def _xm3600(folder: Folder) -> list[Captioned]:
 
 _XM3600 = ("image/key", "image/locale")
 _XM3600_CAPTIONS = ("caption", "caption/tokenized", "caption/tokenized/lowercase")
-
-
-def _check(file: str, objects: Iterable[dict], known: tuple[str, ...]) -> None:
-    found = dict.fromkeys(key for each in objects for key in each)
-    check_members(file, found, known, kind="key", matters="caption|description|split|image|conversation")
 
 
 def _list(captions: Any) -> list[Any]:
@@ -332,6 +331,8 @@ def _json_lines(file: str) -> list[Any]:
 def _first(file: str, number: int) -> list[Any]:
     """The first objects of a JSON list, of which little more is read: ShareGPT4V's has 1.5 GB."""
     size, length = objects.size(file), _FIRST_BYTES
+    if why := foreign(objects.read(file, 0, min(8, size))):
+        raise ValueError(f"it {why}")
     while True:
         data = objects.read(file, 0, min(length, size))
         try:

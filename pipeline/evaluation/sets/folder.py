@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from pipeline.data import objects
-from pipeline.data.sample import IMAGE_MARK, IMAGE_SUFFIXES, VIDEO_MARK, VIDEO_SUFFIXES
+from pipeline.data.sample import BYTE_ORDER_MARK, IMAGE_SUFFIXES, VIDEO_SUFFIXES, text_fault
+from pipeline.documents import utf8_text
 from pipeline.errors import PipelineError
 
 PICTURES = frozenset({*IMAGE_SUFFIXES.values(), "jpeg"})
@@ -91,9 +92,9 @@ class Folder:
 def read_text(url: str) -> str:
     """A file's text; PipelineError if it is not UTF-8."""
     try:
-        return objects.read(url).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PipelineError(f"{url} is not UTF-8: byte {error.start + 1}") from None
+        return utf8_text(objects.read(url))
+    except ValueError as error:
+        raise PipelineError(f"{url} {error}") from None
 
 
 def read_texts(urls: Sequence[str]) -> list[str]:
@@ -108,24 +109,17 @@ def expecting(url: str, form: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        reason = error.args[0] if type(error) is ValueError else repr(error)
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise PipelineError(f"{url} is not {form}: {reason}") from None
 
 
 def plain_text(text: object, where: str) -> str:
-    """The text, without white space around it; PipelineError if it is none, empty, or has a picture's mark."""
+    """The text, without white space and byte-order marks around it; PipelineError if it is none: see `text_fault`."""
     if not isinstance(text, str):
         raise PipelineError(f"{where} is {text!r}, which is no text")
-    text, wrong = text.strip(), ""
-    if not text:
-        wrong = "it is empty"
-    elif IMAGE_MARK in text or VIDEO_MARK in text:
-        wrong = f"{text!r} has {IMAGE_MARK} or {VIDEO_MARK}, which stands for a file"
-    elif text != text.encode(errors="replace").decode():  # half of a surrogate pair, which JSON can hold
-        wrong = f"{text!r} is not UTF-8"
-    if wrong:
-        raise PipelineError(f"{where} cannot be used: {wrong}; {MEND}")
-    return text
+    if fault := text_fault(text):
+        raise PipelineError(f"{where} cannot be used: {': '.join(fault)}; {MEND}")
+    return text.strip().strip(BYTE_ORDER_MARK).strip()
 
 
 def stem(name: str, suffixes: frozenset[str]) -> str:
