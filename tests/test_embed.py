@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -260,25 +259,9 @@ def test_from_files_to_a_search(tiny_model, inputs, media, tmp_path, monkeypatch
     assert line.replace("│", " ").split() == ["1", "1.000", str(media / "deep/b.jpg")]
 
 
-def test_a_search_without_a_folder_as_a_program_of_its_own_without_deepspeed(tiny_model, inputs, media, tmp_path):
-    (tmp_path / "broken/deepspeed").mkdir(parents=True)
-    (tmp_path / "broken/deepspeed/__init__.py").write_text("raise AssertionError('it is not needed here')")
-    command = [sys.executable, "-m", "pipeline.embed", tiny_model, "--texts", str(inputs / "texts.txt")]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'broken'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    environment["COLUMNS"] = "200"  # a table that need not break the path
-    environment.pop("WORLD_SIZE", None)
-
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path)
-
-    ended = run("--query", "blue ring", "--query-image", str(media / "a.png"), "--top", "1")
-    assert ended.returncode == 0, ended.stderr
-    assert "a.pngwithbluering" in "".join(ended.stdout.split())  # a title is broken to the table's width
-    assert "embedding texts: 100%" in ended.stderr
-    assert "text/s" in ended.stderr
-    ended = run("--images", str(tmp_path / "*.png"), "--out", "out")
-    assert ended.returncode == 2
-    assert ended.stderr == f"error: --images '{tmp_path}/*.png' matches no file\n"
+def test_a_pattern_that_matches_nothing_is_said_before_a_folder_is_made(tiny_model, tmp_path, monkeypatch):
+    with pytest.raises(PipelineError, match=r"^--images '.*\*\.png' matches no file$"):
+        call(monkeypatch, tiny_model, "--images", tmp_path / "*.png", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
