@@ -533,7 +533,7 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         section[keys[-1]] = value
     _refuse_auto(config, path, ())
     zero = config["zero_optimization"]
-    if config.get("communication_data_type") not in (None, "fp32", recipe.precision):
+    if config.get("communication_data_type", "fp32").lower() not in ("fp32", recipe.precision):
         raise PipelineError(
             f"{path}: communication_data_type={config['communication_data_type']} contradicts the recipe's "
             f"precision={recipe.precision}: gradients are summed in that, or in fp32; remove it"
@@ -546,13 +546,10 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
             raise PipelineError(f"{path}: zero_optimization.{name} names no device, and would do nothing: add one, cpu")
         if device not in ("cpu", "none"):
             raise PipelineError(f"{path}: {name} to {device!r} is not supported; its device is cpu, or none")
-    of_stage_3 = {
-        "offload_param": zero.get("offload_param", {}).get("device") == "cpu",
-        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
-    }
-    for name, is_set in of_stage_3.items():
-        if is_set and zero["stage"] < 3:
-            raise PipelineError(f"{path}: {name} is for ZeRO 3, and would do nothing at {zero['stage']}: remove it")
+    try:
+        ds_config.check_zero(zero, recipe.precision, world_size)
+    except ValueError as error:
+        raise PipelineError(f"{path}: {error}") from None
     if is_offloaded(zero) and zero["stage"] < 2:
         raise PipelineError(f"{path}: offload_optimizer is for ZeRO 2 and 3; use ds_configs/zero3_offload.json")
     if is_offloaded(zero) and zero["stage"] == 2 and recipe.precision == "bf16":
