@@ -102,7 +102,8 @@ def _refuse_others(own: list[str]) -> None:
     for url, place in list(doubted.items())[:1]:
         more = f" (and {len(doubted) - 1} more)" if len(doubted) > 1 else ""
         print(
-            f"{url}{more} is there: does {place} live? Waiting for a sign, {SILENCE_SECONDS} s at most", file=sys.stderr
+            f"{printable(url)}{more} is there: does {place} live? Waiting for a sign, {SILENCE_SECONDS} s at most",
+            file=sys.stderr,
         )
     deadline = time.monotonic() + SILENCE_SECONDS
     while doubted and time.monotonic() < deadline:

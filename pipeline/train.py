@@ -39,6 +39,7 @@ from pipeline.evaluation.store import Memory
 from pipeline.interrupt import INTERRUPTED
 from pipeline.models import loading, weights
 from pipeline.models.chunks import Features
+from pipeline.models.files import fetched
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.kinds import KINDS, Processor
 from pipeline.models.masked import VERSION as MASKS_VERSION
@@ -195,7 +196,7 @@ def conditions_of_run(recipe: Recipe, source: Source, zero: dict) -> dict:
 def _images(recipe: Recipe) -> str:
     """How they are read: as the recipe says, or the model that it begins with, or else upright."""
     path, images = recipe.model.path, recipe.model.images
-    if path is None:
+    if path is None or weights.is_original(fetched(path, weights=False)):  # whose own config says nothing of it
         return images or "upright"
     return "as_stored" if loading.reads_as_stored(path, images) else "upright"
 

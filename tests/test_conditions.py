@@ -56,6 +56,21 @@ def test_a_run_from_before_images_were_turned_goes_on_as_it_read_them(tmp_path, 
     assert "model.images" not in conditions_of(MASKED)
 
 
+@pytest.mark.parametrize(
+    ("config", "read"),
+    [
+        ({"model_type": "llava_onevision"}, "upright"),
+        ({"model_type": "llava_onevision", "image_reading": "as_stored"}, "as_stored"),
+        ({"model_type": "llava_qwen", "auto_map": {"AutoModel": "code.Model"}}, "upright"),  # an original one
+    ],
+)
+def test_how_images_are_read_is_the_models_own_way_unless_the_recipe_says(tmp_path, config, read):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = f"model.path={tmp_path}"
+    assert train._images(load_recipe(DEMO, [path])) == read
+    assert train._images(load_recipe(DEMO, [path, "model.images=as_stored"])) == "as_stored"
+
+
 def test_a_run_that_drew_its_masks_otherwise_is_not_continued(tmp_path):
     masked = conditions_of(MASKED)
     checkpoint.check(begun(tmp_path, masked), masked)
