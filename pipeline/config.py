@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,10 +27,21 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pipeline import typed
+from pipeline import home, typed
 from pipeline.errors import PipelineError
 
 ROOT = Path(__file__).resolve().parent.parent
+_LEAST_RATE = 1e-12  # what a smaller one adds to a weight is lost in rounding
+
+
+def _place(text: str) -> str:
+    try:
+        return home.expanded(text)
+    except ValueError as error:
+        raise PydanticCustomError("typed", "{reason}", {"reason": str(error)}) from None
+
+
+Place = Annotated[str, AfterValidator(_place)]  # a path, a URL or a name; of an evaluation set also NAME=URL
 
 
 class Section(BaseModel):
@@ -69,7 +81,7 @@ class Architecture(Section):
         description="transformers' Qwen2Config; of caption and mntp also another's, as {model_type: llama}; of clip "
         "CLIPTextConfig; vocab_size is the tokenizer's, trained",
     )
-    image_grid_pinpoints: list[tuple[int, int]] = Field(
+    image_grid_pinpoints: list[tuple[PositiveInt, PositiveInt]] = Field(
         [], description="llave: sizes (height, width) an image is tiled to"
     )
 
@@ -81,14 +93,16 @@ class Model(Section):
         "it teaches); mntp, before them (a decoder learns to attend both ways by masked next-token prediction); clip, "
         "both of whose towers are trained",
     )
-    path: str | None = Field(
+    path: Place | None = Field(
         None,
         description="folder or hub name. llave: LLaVA-OneVision in transformers' format or an original LLaVE; caption "
         "and mntp: a decoder; llm2clip: a CLIP, SigLIP or timm vision tower; clip: a CLIP",
     )
     architecture: Architecture | None = Field(None, description="or: random weights of this shape")
-    image_grid_pinpoints: list[tuple[int, int]] | None = Field(
-        None, description="llave: sizes (height, width) an image is tiled to, if not those in the model's config"
+    image_grid_pinpoints: list[tuple[PositiveInt, PositiveInt]] | None = Field(
+        None,
+        min_length=1,
+        description="llave: sizes (height, width) an image is tiled to, if not those in the model's config",
     )
     # Where it is not set it is not among the conditions of a run: those that began before it was there go on.
     mm_newline_position: Literal["one_token", "grid"] | None = Field(
@@ -104,7 +118,7 @@ class Model(Section):
         "convert(\"RGB\") alone, as the papers' code; if not as the model's config says, or else upright",
     )
     instruction: str = Field("", description="caption: what stands before each text, seen and not pooled")
-    text_encoder: str | None = Field(
+    text_encoder: Place | None = Field(
         None, description="llm2clip: folder or hub name of the frozen text encoder, a caption run's export"
     )
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
@@ -150,7 +164,9 @@ class Model(Section):
 class Store(Section):
     """How objects are read; endpoint and credentials come from the usual AWS environment."""
 
-    timeout_s: float = Field(120, gt=0, description="seconds without a byte after which a read is an error")
+    timeout_s: float = Field(
+        120, ge=0.1, le=24 * 3600, description="seconds without a byte after which a read is an error"
+    )
     requester_pays: bool = Field(False, description="pay for reading from somebody else's requester-pays bucket")
     addressing: Literal["auto", "path", "virtual"] = Field(
         "auto", description="path: server/bucket/key; virtual: bucket.server/key; auto: path unless it is AWS"
@@ -172,12 +188,12 @@ class Part(Section):
 
 
 class Data(Store):
-    url: str = Field(description="s3://bucket/prefix or a folder: an index.json, or one per dataset below it")
+    url: Place = Field(description="s3://bucket/prefix or a folder: an index.json, or one per dataset below it")
     datasets: list[Part] = Field(
         [], description="datasets below url: NAME or {name: NAME, weight: 1, cap: 50000}; empty: url is itself one"
     )
-    text_embeddings: str | None = Field(
-        None, min_length=1, description="vectors of the captions, by pipeline.embed --shards: its --out, or `beside`"
+    text_embeddings: Place | None = Field(
+        None, description="vectors of the captions, by pipeline.embed --shards: its --out, or `beside`"
     )
     cap: int | None = Field(None, gt=0, description="samples an epoch takes at most of a dataset that names no cap")
     batches: str = Field(
@@ -259,11 +275,18 @@ class Lora(Section):
     """Low-rank adapters in the language model (arXiv 2106.09685), without dropout: both passes must agree."""
 
     rank: int = Field(16, gt=0)
-    alpha: float = Field(32.0, gt=0, description="the adapters' product is scaled by alpha / rank")
+    alpha: float = Field(32.0, ge=1e-6, description="the adapters' product is scaled by alpha / rank")
     targets: list[str] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         description="the linear layers that get one",
     )
+
+    @field_validator("targets")
+    @classmethod
+    def targets_differ(cls, targets: list[str]) -> list[str]:
+        if not all(targets) or len({*targets}) < max(len(targets), 1):
+            raise ValueError(f"train.lora.targets is {targets}: name one layer at least, and each once, as [q_proj]")
+        return targets
 
 
 class Train(Section):
@@ -279,7 +302,7 @@ class Train(Section):
     def rates_are_positive(self) -> "Train":
         for name in Train.model_fields:
             value = getattr(self, name)
-            if isinstance(value, float) and not 0 < value < 1:
+            if isinstance(value, float) and not _LEAST_RATE <= value < 1:
                 raise ValueError(f"train.{name} is {value:g}: give true, false or a positive learning rate, as 1e-5")
         if self.lora and not self.language_model:
             raise ValueError("train.lora needs train.language_model, whose learning rate the adapters have")
@@ -298,10 +321,10 @@ TRAINED_PARTS = {
 
 class Loss(Section):
     alpha: float = Field(9.0, ge=0, description="hardness weighting of LLaVE; 0 is plain InfoNCE")
-    temperature: float = Field(0.02, ge=0.01, description="what similarities are divided by")
+    temperature: float = Field(0.02, ge=0.01, le=100, description="what similarities are divided by")
     learn_temperature: bool = Field(False, description="train it from there, at optimizer.lr; 0.01 is its lower bound")
     margin: float | None = Field(None, description="mask negatives more similar than the positive by this much")
-    mask_rate: float = Field(0.2, gt=0, le=1, description="mntp: tokens that are hidden, to be predicted")
+    mask_rate: float = Field(0.2, ge=1e-3, le=1, description="mntp: tokens that are hidden, to be predicted")
     mask_random: float = Field(0.1, ge=0, le=1, description="mntp: of these, what any token takes the place of")
     mask_kept: float = Field(
         0.1, ge=0, le=1, description="mntp: of these, what stays as it is; a mask token hides the rest"
@@ -326,12 +349,19 @@ class Optimizer(Section):
 
 
 class Evaluation(Section):
-    urls: list[str] = Field(description="evaluation sets: URL or NAME=URL, as pipeline.evaluate takes them")
+    urls: list[Place] = Field(description="evaluation sets: URL or NAME=URL, as pipeline.evaluate takes them")
     every: int | None = Field(
         None,
         gt=0,
         description="steps; besides, always before the first and after the last. llm2clip loads its text encoder then",
     )
+
+    @field_validator("urls")
+    @classmethod
+    def urls_are_there(cls, urls: list[str]) -> list[str]:
+        if not urls:
+            raise ValueError("evaluation.urls is empty: name a set, or leave evaluation out (evaluation=null)")
+        return urls
 
 
 class Checkpoint(Section):
@@ -340,12 +370,12 @@ class Checkpoint(Section):
 
 
 class Recipe(Section):
-    run: str = Field(description="the run directory: checkpoints, metrics, TensorBoard, the exported model")
+    run: Place = Field(description="the run directory: checkpoints, metrics, TensorBoard, the exported model")
     seed: int = Field(0, ge=0)
     steps: int | None = Field(None, gt=0, description="optimizer steps; or give epochs")
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=1e6)
     precision: Literal["bf16", "fp32"] = "bf16"
-    deepspeed: str = Field(description="a DeepSpeed config; its `auto` values are filled from the recipe")
+    deepspeed: Place = Field(description="a DeepSpeed config; its `auto` values are filled from the recipe")
     model: Model
     data: Data
     video: Video = Video()
@@ -356,7 +386,9 @@ class Recipe(Section):
     checkpoint: Checkpoint
     evaluation: Evaluation | None = None
     ledger: bool = Field(False, description="write the sample keys of every step to RUN/ledger")
-    timeout_minutes: float = Field(15, gt=0, description="a collective that waits longer ends the job")
+    timeout_minutes: float = Field(
+        15, ge=0.01, le=7 * 24 * 60, description="a collective that waits longer ends the job"
+    )
 
     @model_validator(mode="after")
     def something_is_trained(self) -> "Recipe":
@@ -393,7 +425,7 @@ class Recipe(Section):
     def works_together(self) -> "Recipe":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs, not both and not neither")
-        if self.optimizer.lr >= 1:
+        if not _LEAST_RATE <= self.optimizer.lr < 1:
             raise ValueError(f"optimizer.lr is {self.optimizer.lr:g}: give a learning rate as 1e-5")
         if self.batch.global_batch % self.data.lanes:
             fitting = [n for n in range(1, self.batch.global_batch + 1) if self.batch.global_batch % n == 0]
@@ -417,14 +449,16 @@ class Recipe(Section):
 class EvaluationRun(Store):
     """The options of `python -m pipeline.evaluate`."""
 
-    out: str | None = Field(None, description="folder of embeddings and report (evaluation/MODEL)")
-    against: str | None = Field(None, description="another evaluation's folder, or its report.json, to show beside it")
+    out: Place | None = Field(None, description="folder of embeddings and report (evaluation/MODEL)")
+    against: Place | None = Field(
+        None, description="another evaluation's folder, or its report.json, to show beside it"
+    )
     part: str | None = Field(
         None,
         pattern=r"^[0-9]+/[1-9][0-9]*$",
         description="i/N: embed only every N-th dataset from the i-th on, counted from 0; a later call reports on all",
     )
-    encoder: str | None = Field(
+    encoder: Place | None = Field(
         None, description="module:function or file.py:function that makes an Encoder (pipeline/evaluation/encoder.py)"
     )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16, fp32, or auto: the folder's own")
@@ -433,7 +467,9 @@ class EvaluationRun(Store):
     )
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
     video: Video = Video()
-    timeout_minutes: float = Field(15, gt=0, description="a collective that waits longer ends the job")
+    timeout_minutes: float = Field(
+        15, ge=0.01, le=7 * 24 * 60, description="a collective that waits longer ends the job"
+    )
 
 
 SectionType = TypeVar("SectionType", bound=Section)
@@ -533,7 +569,7 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         section[keys[-1]] = value
     _refuse_auto(config, path, ())
     zero = config["zero_optimization"]
-    if config.get("communication_data_type") not in (None, "fp32", recipe.precision):
+    if config.get("communication_data_type", "fp32").lower() not in ("fp32", recipe.precision):
         raise PipelineError(
             f"{path}: communication_data_type={config['communication_data_type']} contradicts the recipe's "
             f"precision={recipe.precision}: gradients are summed in that, or in fp32; remove it"
@@ -546,13 +582,10 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
             raise PipelineError(f"{path}: zero_optimization.{name} names no device, and would do nothing: add one, cpu")
         if device not in ("cpu", "none"):
             raise PipelineError(f"{path}: {name} to {device!r} is not supported; its device is cpu, or none")
-    of_stage_3 = {
-        "offload_param": zero.get("offload_param", {}).get("device") == "cpu",
-        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
-    }
-    for name, is_set in of_stage_3.items():
-        if is_set and zero["stage"] < 3:
-            raise PipelineError(f"{path}: {name} is for ZeRO 3, and would do nothing at {zero['stage']}: remove it")
+    try:
+        ds_config.check_zero(zero, recipe.precision, world_size)
+    except ValueError as error:
+        raise PipelineError(f"{path}: {error}") from None
     if is_offloaded(zero) and zero["stage"] < 2:
         raise PipelineError(f"{path}: offload_optimizer is for ZeRO 2 and 3; use ds_configs/zero3_offload.json")
     if is_offloaded(zero) and zero["stage"] == 2 and recipe.precision == "bf16":

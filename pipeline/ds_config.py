@@ -9,7 +9,7 @@ import json
 from math import isfinite
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
@@ -17,20 +17,23 @@ from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, ValidationError
 
 from pipeline import typed
 from pipeline.documents import doubled_key
 from pipeline.errors import PipelineError
 
+_AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)  # as DeepSpeed reads it
+
 
 class _FlopsProfiler(DeepSpeedConfigModel):
     enabled: bool = False
     recompute_fwd_factor: float = 0.0
-    profile_step: int = 1
+    profile_step: PositiveInt = 1
     module_depth: int = -1
-    top_modules: int = 1
+    top_modules: PositiveInt = 1
     detailed: bool = True
     output_file: str | None = None
 
@@ -44,7 +47,7 @@ class _DataTypes(DeepSpeedConfigModel):
 
 
 class _Checkpoint(DeepSpeedConfigModel):
-    tag_validation: Literal["Ignore", "Warn", "Fail"] = "Warn"
+    tag_validation: Annotated[Literal["ignore", "warn", "fail"], _AnyCase] = "warn"
 
 
 class _Config(DeepSpeedConfigModel):
@@ -57,14 +60,14 @@ class _Config(DeepSpeedConfigModel):
     zero_optimization: DeepSpeedZeroConfig = Field(default_factory=DeepSpeedZeroConfig)
     bf16: DeepSpeedBF16Config = Field(default_factory=DeepSpeedBF16Config)
     data_types: _DataTypes = Field(default_factory=_DataTypes)
-    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
+    communication_data_type: Annotated[Literal["fp32", "bf16", "fp16"], _AnyCase] | None = None
     prescale_gradients: bool = False
     gradient_predivide_factor: float = 1.0
     gradient_allreduce_op: Literal["mean", "sum"] = "mean"
     zero_allow_untested_optimizer: bool = False
     zero_force_ds_cpu_optimizer: bool = True
     checkpoint: _Checkpoint = Field(default_factory=_Checkpoint)
-    steps_per_print: int | None = None
+    steps_per_print: PositiveInt | None = None
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
     dump_state: bool = False
@@ -87,6 +90,7 @@ _NOT_USED = """
     weight_quantization
 """
 _PRECISION = "the recipe's precision decides it"
+_NVME = "it is for offloading to nvme, which is not supported"
 _NOT_HERE = {
     **dict.fromkeys(("optimizer", "scheduler"), "the recipe's optimizer decides it"),
     **dict.fromkeys(("fp16", "amp", "torch_autocast"), f"{_PRECISION}: bf16 or fp32"),
@@ -94,7 +98,7 @@ _NOT_HERE = {
     "data_types.keep_in_fp32_modules": _PRECISION,
     "bfloat16": "it is called bf16",
     "activation_checkpointing": "batch.activation_checkpointing of the recipe decides it",
-    "aio": "it is for offloading to nvme, which is not supported",
+    "aio": _NVME,
     **dict.fromkeys(_NOT_USED.split(), "the pipeline has no use for it, and would ignore it"),
 }
 
@@ -114,17 +118,87 @@ _ONLY = {
     "prescale_gradients": _Only(False, "the gradient cache scales gradients"),
     "gradient_predivide_factor": _Only(1.0, "the gradient cache scales gradients"),
     "gradient_allreduce_op": _Only("mean", "the gradient cache counts on it"),
+    "zero_optimization.allgather_partitions": _Only(True, "DeepSpeed no longer reads it"),
     "zero_optimization.compute_grad_norm": _Only(True, "the run logs it"),
     "zero_optimization.elastic_checkpoint": _Only(False, "checkpoints load on any number of processes without it"),
     "zero_optimization.ignore_unused_parameters": _Only(True, "a chunk without images has none of the tower's"),
+    "zero_optimization.legacy_stage1": _Only(False, "DeepSpeed no longer has it"),
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": _Only(0.8, "it is for super_offload"),
     "zero_optimization.offload_optimizer.ratio": _Only(1.0, "all of the optimizer is on the host, or none"),
     "zero_optimization.offload_optimizer.super_offload": _Only(False, "it is not supported"),
+    "zero_optimization.pipeline_loading_checkpoint": _Only(False, "there is no pipeline"),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": _Only(False, "the optimizer is not Muon"),
     "zero_optimization.zenflow": _Only(None, "it puts off updates"),
     "zero_optimization.zero_quantized_gradients": _Only(False, _ROUNDED),
     "zero_optimization.zero_quantized_nontrainable_weights": _Only(False, _ROUNDED),
     "zero_optimization.zero_quantized_weights": _Only(False, _ROUNDED),
+    **{
+        f"zero_optimization.{section}.{name}": _Only(model.model_fields[name].default, _NVME)
+        for section, model, names in (
+            ("offload_param", DeepSpeedZeroOffloadParamConfig, "nvme_path buffer_count buffer_size max_in_cpu"),
+            (
+                "offload_optimizer",
+                DeepSpeedZeroOffloadOptimizerConfig,
+                "nvme_path buffer_count pipeline_read pipeline_write fast_init",
+            ),
+        )
+        for name in names.split()
+    },
     **{f"{monitor}.enabled": _Only(False, _SURROGATE) for monitor in ("tensorboard", "wandb", "csv_monitor", "comet")},
 }
+
+# The ZeRO stages at which DeepSpeed reads a setting; "1 in bf16" has an optimizer of its own, that reads hardly any.
+_PARTITIONED = (1, 2, 3)
+_STAGES = {
+    **dict.fromkeys(("contiguous_gradients", "overlap_comm", "reduce_bucket_size", "reduce_scatter"), _PARTITIONED),
+    "load_from_fp32_weights": ("1 in bf16", *_PARTITIONED),
+    "allgather_bucket_size": ("1 in bf16", 1, 2),
+    **dict.fromkeys(("parameter_alignment", "round_robin_gradients", "use_multi_rank_bucket_allreduce"), (1, 2)),
+    **{
+        name: (3,)
+        for key, field in DeepSpeedZeroConfig.model_fields.items()
+        if (name := field.alias or key).startswith("stage3_")
+    },
+    **dict.fromkeys(
+        (
+            "enable_sanity_checks",
+            "leaf_module",
+            "log_trace_cache_warnings",
+            "memory_efficient_linear",
+            "offload_param",
+            "override_module_apply",
+            "sub_group_size",
+            "zero_hpz_partition_size",
+        ),
+        (3,),
+    ),
+}
+
+
+def check_zero(zero: dict[str, Any], precision: str, world_size: int) -> None:
+    """Raise ValueError for a setting that does nothing at this stage, as it is set, or that DeepSpeed would die of.
+
+    zero: a config's "zero_optimization", as `read` has it.
+    """
+    stage = "1 in bf16" if (zero["stage"], precision) == (1, "bf16") else zero["stage"]
+    defaults = DeepSpeedZeroConfig(stage=zero["stage"]).model_dump(by_alias=True)
+    idle = [
+        name
+        for name, value in zero.items()
+        if stage not in _STAGES.get(name, (stage,)) and value not in (defaults[name], {"device": "none"})
+    ]
+    if idle:
+        stages = ", ".join(map(str, _STAGES[idle[0]]))
+        raise ValueError(
+            f"zero_optimization has {', '.join(idle)}, which would do nothing at ZeRO {stage} ({idle[0]} is for "
+            f"{stages}): remove {'it' if len(idle) == 1 else 'them'}, or set another stage"
+        )
+    size = zero.get("allgather_bucket_size", 2)
+    if size < 2 or size % 2:
+        raise ValueError(f"zero_optimization.allgather_bucket_size={size}: DeepSpeed needs an even number, above 0")
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size > 1 and world_size % size:
+        raise ValueError(f"zero_optimization.zero_hpz_partition_size={size} does not divide {world_size} processes")
 
 
 def read(path: Path) -> dict[str, Any]:

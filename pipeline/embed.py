@@ -200,7 +200,6 @@ def _lines(path: Path) -> list[str]:
 
 
 def _files(option: str, pattern: str) -> list[str]:
-    pattern = str(Path(pattern).expanduser())
     found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
     files = sorted(path for path in found if Path(path).is_file())
     if not files:

@@ -330,7 +330,8 @@ def embed_datasets(
     def finish() -> None:
         for dataset, by in zip(datasets, made, strict=True):
             dataset.finish(by)
-            print(f"{dataset.place}: {sum(shard.samples for shard in dataset.shards):,} samples' captions", flush=True)
+            samples = sum(shard.samples for shard in dataset.shards)
+            print(f"{printable(dataset.place)}: {samples:,} samples' captions", flush=True)
 
     _on_first_rank(finish)
     if without := int(all_gather_constant(torch.tensor([shown], device=device)).sum()):

@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import re
 import shutil
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline import interrupt, launch
+from pipeline import home, interrupt, launch
 
 
 class PipelineError(Exception):
@@ -81,6 +82,7 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
                 if not os.environ.get(name, "0").isdecimal():
                     raise PipelineError(f"{name}={os.environ[name]} in the environment is of no launcher: unset it")
             rank = int(os.environ.get("RANK", 0))
+            sys.argv[1:] = map(_with_home, sys.argv[1:])
             with interrupt.heard():
                 main()
                 return
@@ -112,6 +114,16 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
         os._exit(2)
 
     return wrapped
+
+
+def _with_home(argument: str) -> str:
+    """`~/x`, also in `--out=~/x` and `run=~/x`, which not every shell replaces: no folder is to be called `~`."""
+    if not re.match(r"([\w.-]+=)?~[^/]*/", argument):
+        return argument
+    try:
+        return home.expanded(argument)
+    except ValueError as error:
+        raise PipelineError(str(error)) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -21,10 +21,12 @@ embeddings in OUT.
 
 import argparse
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
 
+from pipeline import lock
 from pipeline.config import EvaluationRun, parse_options
 from pipeline.data import objects
 from pipeline.errors import PipelineError, command_line
@@ -33,7 +35,7 @@ from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
-from pipeline.evaluation.store import Disk
+from pipeline.evaluation.store import Disk, held
 from pipeline.training.distributed import end_distributed, on_first_rank, start_distributed
 
 _WORST = 20  # queries a dataset that the report shows
@@ -59,10 +61,7 @@ def main() -> None:
     wanted = arguments.tasks.split(",")
     collection = sets.load(wanted, instructed=encoder.instructed, number=number, count=count)
     out = Path(options.out or Path("evaluation", _plain(arguments.model)))
-    leads, store = dist.get_rank() == 0, None
-    if leads:
-        store = Disk(out / "embeddings" / _plain(encoder.identity), collection.keys, encoder.dimension)
-    embed_collection(encoder, collection, store, device)
+    folder = out / "embeddings" / _plain(encoder.identity)
 
     def report() -> None:
         result = measure(arguments.model, collection, store.take, worst=_WORST, device=device)
@@ -70,8 +69,19 @@ def main() -> None:
         result.print(before)
         print(f"the report: {out}/report.html")
 
-    if not options.part:
-        on_first_rank(report, "the report")
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            """Only what each writes is held: the jobs of an array share OUT, and have datasets of their own."""
+            stack.enter_context(held(folder, {task.name for task in collection.tasks}))
+            if not options.part:
+                stack.enter_context(lock.held([str(out)]))
+
+        on_first_rank(begin, "what else writes there")
+        store = Disk(folder, collection.keys, encoder.dimension) if dist.get_rank() == 0 else None
+        embed_collection(encoder, collection, store, device)
+        if not options.part:
+            on_first_rank(report, "the report")
     end_distributed()
 
 

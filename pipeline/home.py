@@ -5,6 +5,7 @@ something then end in a traceback, some of them only after the model was loaded.
 """
 
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -49,6 +50,19 @@ def replace_if_unwritable(environment: MutableMapping[str, str] = os.environ) ->
             f"below {private} for now; set them, or HOME, to folders that can be",
             file=sys.stderr,
         )
+
+
+def expanded(text: str) -> str:
+    """A path or URL, or NAME= before it, with `~` as the home: a shell replaces it only where it sees that it is one.
+
+    Raises ValueError where it is empty, and where nobody knows of such a home.
+    """
+    if not text.strip():
+        raise ValueError("it is empty: give a value, or leave it out for its default")
+    name, path = re.fullmatch(r"([^/=]*=)?(.*)", text, re.DOTALL).groups("")
+    if (found := os.path.expanduser(path)).startswith("~"):  # noqa: PTH111
+        raise ValueError(f"{path}: there is no such home; write the whole path, or ./{path} if it is called so")
+    return name + found
 
 
 def _is_writable(folder: Path, to_be_run: bool) -> bool:

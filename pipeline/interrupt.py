@@ -95,8 +95,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def _listen(read: int) -> None:
     first = 0.0
     while numbers := os.read(read, 64):
-        # A launcher that is interrupted again while it waits for its ranks asks them by SIGTERM: torchrun does.
-        if first and signal.SIGTERM in numbers and time.monotonic() - first > _ONE_SECOND:
+        if first and signal.SIGTERM in numbers and _passed_on_by_torchrun() and time.monotonic() - first > _ONE_SECOND:
             end()
         if signal.SIGINT not in numbers or signal.getsignal(signal.SIGINT) is not _handle:
             continue  # what a program makes of it itself is left to it
@@ -112,6 +111,11 @@ def _listen(read: int) -> None:
             elif int(os.environ.get("RANK", 0)) == 0:
                 _say("interrupted: this step is finished, then a checkpoint is written; once more ends at once")
     os.close(read)
+
+
+def _passed_on_by_torchrun() -> bool:
+    """Whether SIGTERM is its second Ctrl-C. Slurm's, of scancel or a preemption, asks for what is done already."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "SLURM_JOB_ID" not in os.environ
 
 
 def _say(line: str) -> None:

@@ -67,21 +67,65 @@ def held(folders: Iterable[str]) -> Iterator[None]:
         beating.start()
         stack.callback(beating.join)
         stack.callback(ended.set)
-        for url in own:
-            if other := _living(url.rpartition("/")[0], own=url):
-                raise PipelineError(other)
+        _refuse_others(own)
         yield
 
 
 def in_use(folder: str) -> str:
     """Who writes to a folder, and what to do; empty if nobody does. Judged by the clock, without waiting."""
-    return _living(objects.join(folder, FOLDER))
+    locks = objects.join(folder, FOLDER)
+    for _, holder, place in _found(locks):
+        lives = _lives(holder)
+        if lives or (lives is None and holder and time.time() - holder.time < SILENCE_SECONDS):
+            return _in_use(locks, place)
+    return ""
 
 
-def _living(locks: str, own: str = "") -> str:
-    """own: of a process that is to write there, and waits to be sure; "" of one that only asks."""
+def _refuse_others(own: list[str]) -> None:
+    """Raise PipelineError where another process lives than the one that wrote these files; remove those of dead ones.
+
+    All that may be dead are waited for at once.
+    """
+    doubted: dict[str, str] = {}
+    for locks in dict.fromkeys(url.rpartition("/")[0] for url in own):
+        for url, holder, place in _found(locks):
+            if url in own:
+                continue
+            lives = _lives(holder)
+            if lives:
+                raise PipelineError(_in_use(locks, place))
+            if lives is None:
+                doubted[url] = place
+            else:
+                objects.delete(url)
+    before = {url: _stamp(url) for url in doubted}
+    for url, place in list(doubted.items())[:1]:
+        more = f" (and {len(doubted) - 1} more)" if len(doubted) > 1 else ""
+        print(
+            f"{printable(url)}{more} is there: does {place} live? Waiting for a sign, {SILENCE_SECONDS} s at most",
+            file=sys.stderr,
+        )
+    deadline = time.monotonic() + SILENCE_SECONDS
+    while doubted and time.monotonic() < deadline:
+        time.sleep(min(1, SILENCE_SECONDS / 4))
+        for url, place in list(doubted.items()):
+            now = _stamp(url)
+            if now is None:
+                del doubted[url]
+            elif now != before[url]:
+                raise PipelineError(_in_use(url.rpartition("/")[0], place))
+    for url in doubted:
+        objects.delete(url)
+
+
+def _in_use(locks: str, place: str) -> str:
+    return f"{locks.removesuffix(f'/{FOLDER}')} is in use by {place}: wait for it, or end it"
+
+
+def _found(locks: str) -> Iterator[tuple[str, _Holder | None, str]]:
+    """The files of a lock: where each is, what it says if that can be read, and what to call who wrote it."""
     for url in objects.list_under(locks):
-        if url == own or url.endswith(".partial"):
+        if url.endswith(".partial"):
             continue
         try:
             data = objects.read(url)
@@ -89,37 +133,23 @@ def _living(locks: str, own: str = "") -> str:
             continue  # it is gone meanwhile
         try:
             holder = parse_json(data, url, _Holder, remedy="it is a lock")
-            place = printable(
-                f"process {holder.pid} on {holder.host}" + (f", job {holder.job[0]}" if holder.job else "")
-            )
         except DocumentError:
-            holder, place = None, f"the process that wrote {url}"
-        if _lives(holder, place, url, wait=bool(own)):
-            return f"{locks.removesuffix(f'/{FOLDER}')} is in use by {place}: wait for it, or end it"
-        if own:
-            objects.delete(url)
-    return ""
+            yield url, None, f"the process that wrote {printable(url)}"
+        else:
+            job = f", job {holder.job[0]}" if holder.job else ""
+            yield url, holder, printable(f"process {holder.pid} on {holder.host}{job}")
 
 
-def _lives(holder: _Holder | None, place: str, url: str, wait: bool) -> bool:
-    silent = SILENCE_SECONDS
-    if holder:
-        if holder.machine == _machine():
-            return holder.born == _born(holder.pid)
-        ours = _job()
-        if holder.job and ours and holder.job[0] == ours[0] and holder.job[1] < ours[1]:
-            return False  # a start of this job that is over, as Slurm knows
-        silent = time.time() - holder.time
-    if not wait or silent > _DEAD_SECONDS:
-        return silent < SILENCE_SECONDS
-    before = _stamp(url)
-    print(f"{url} is there: does {place} live? Waiting for a sign, {SILENCE_SECONDS} s at most", file=sys.stderr)
-    deadline = time.monotonic() + SILENCE_SECONDS
-    while time.monotonic() < deadline:
-        time.sleep(min(1, SILENCE_SECONDS / 4))
-        if (now := _stamp(url)) != before:
-            return now is not None
-    return False
+def _lives(holder: _Holder | None) -> bool | None:
+    """None: who knows? It must be waited for a sign."""
+    if holder is None:
+        return None
+    if holder.machine == _machine():
+        return holder.born == _born(holder.pid)
+    ours = _job()
+    if holder.job and ours and holder.job[0] == ours[0] and holder.job[1] < ours[1]:
+        return False  # a start of this job that is over, as Slurm knows
+    return False if time.time() - holder.time > _DEAD_SECONDS else None
 
 
 def _stamp(url: str) -> str | None:

@@ -18,7 +18,7 @@ from pipeline.data.sample import BadSample
 from pipeline.data.shards import members_of
 from pipeline.data.text_embeddings import Made, Part, columns_of, file_of, indexed, texts_by_column
 from pipeline.embed_shards import Dataset, samples_of
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
 
 
@@ -46,7 +46,8 @@ def index_published(model: str, datasets: list[Dataset], *, overwrite: bool) -> 
             for number, lacking in zip(todo, pool.map(index_tar, todo), strict=True):
                 bar.update(dataset.shards[number].samples)
                 if lacking:
-                    tqdm.write(f"{file_of(dataset.shards[number])}: {lacking} samples have no embeddings", sys.stderr)
+                    shard = printable(file_of(dataset.shards[number]))
+                    tqdm.write(f"{shard}: {lacking} samples have no embeddings", sys.stderr)
         dataset.finish(made)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline import lock
 from pipeline.config import load_recipe
-from pipeline.errors import command_line
+from pipeline.errors import command_line, printable
 from pipeline.interrupt import INTERRUPTED
 from pipeline.status import Status
 
@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     run = Path(load_recipe(arguments.recipe, arguments.overrides).run)
     message, status = decide(run, arguments.exit_code, arguments.terminated)
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message, keep="\n"), file=sys.stderr, flush=True)
     sys.exit(status)
 
 

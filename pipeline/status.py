@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -103,7 +104,8 @@ class Status:
 def begin(run: Path) -> None:
     """Note that a run starts, or starts again; of a job the first program that comes says it.
 
-    A job's failures are forgotten where another job takes over. An end without a word is one: of a node, say.
+    A job's failures are forgotten where another job takes over. An end without a word is one: of a node, say. What a
+    rank of this very start has noted already, which failed before the first one came here, stays.
     """
     job, start = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     noted = Status._noted(run)
@@ -114,7 +116,8 @@ def begin(run: Path) -> None:
         before = before.failed(run, "it ended without a word: killed, or its node failed", told=False)
     failures = before.failures if job and job == before.job else []
     for left in run.glob("failed-*.txt"):
-        left.unlink(missing_ok=True)
+        if left != _failure_file(run, _launch()) or _is_older_than_this_process(left):
+            left.unlink(missing_ok=True)
     begun = replace(before, state="starting", job=job, start=start, failures=failures, trained=False, launch=_launch())
     begun.write(run)
 
@@ -183,6 +186,18 @@ def _launch() -> str:
 
 def _failure_file(run: Path, launch: str) -> Path:
     return run / f"failed-{launch}.txt"
+
+
+def _is_older_than_this_process(file: Path) -> bool:
+    """By the clock that files have there; true where nobody knows."""
+    probe = _unfinished(file.parent)
+    with suppress(OSError):
+        probe.touch()
+        now, then = probe.stat().st_mtime, file.stat().st_mtime
+        probe.unlink()
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return now - then > time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    return True
 
 
 def _unfinished(run: Path) -> Path:

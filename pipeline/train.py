@@ -37,10 +37,12 @@ from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import Memory
 from pipeline.interrupt import INTERRUPTED
-from pipeline.models import weights
+from pipeline.models import loading, weights
 from pipeline.models.chunks import Features
+from pipeline.models.files import fetched
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.kinds import KINDS, Processor
+from pipeline.models.masked import VERSION as MASKS_VERSION
 from pipeline.training import checkpoint, manifest, resume
 from pipeline.training.distributed import end_distributed, on_first_rank, start_distributed
 from pipeline.training.engine import build_engine, load_frozen
@@ -163,8 +165,8 @@ def conditions_of_run(recipe: Recipe, source: Source, zero: dict) -> dict:
     zero: the DeepSpeed config's "zero_optimization".
     """
     names = ("lanes", "block_samples", "window_blocks", "batches", "cap")
-    model, loss, llave = recipe.model, recipe.loss, recipe.model.kind == "llave"
-    of_others = {"kind", "instruction", "text_encoder"} if llave else set()
+    model, loss, kind = recipe.model, recipe.loss, KINDS[recipe.model.kind]
+    of_others = {"kind", "instruction", "text_encoder"} if model.kind == "llave" else set()
     masks = {name for name in type(loss).model_fields if name.startswith("mask_")}
     return (
         {f"data.{name}": getattr(recipe.data, name) for name in names}
@@ -180,13 +182,23 @@ def conditions_of_run(recipe: Recipe, source: Source, zero: dict) -> dict:
             "precision": recipe.precision,
             "batch.global_batch": recipe.batch.global_batch,
             "batch.sub_batch": recipe.batch.sub_batch,
-            "the loss": loss.model_dump(exclude=masks if KINDS[model.kind].contrastive else set()),
-            "model": model.model_dump(mode="json", exclude={"max_tokens", "attention", *of_others}),
+            "the loss": loss.model_dump(exclude=masks if kind.contrastive else set()),
+            "model": model.model_dump(mode="json", exclude={"max_tokens", "attention", "images", *of_others}),
             "the model's fingerprint": weights.fingerprint(model.path),
             "what is trained": _trained(recipe),
         }
         | ({"the text encoder's fingerprint": weights.fingerprint(model.text_encoder)} if model.text_encoder else {})
+        | ({"model.images": _images(recipe)} if kind.sees else {})
+        | ({} if kind.contrastive else {"the masks' version": MASKS_VERSION})
     )
+
+
+def _images(recipe: Recipe) -> str:
+    """How they are read: as the recipe says, or the model that it begins with, or else upright."""
+    path, images = recipe.model.path, recipe.model.images
+    if path is None or weights.is_original(fetched(path, weights=False)):  # whose own config says nothing of it
+        return images or "upright"
+    return "as_stored" if loading.reads_as_stored(path, images) else "upright"
 
 
 def _trained(recipe: Recipe) -> dict:

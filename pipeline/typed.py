@@ -27,6 +27,7 @@ _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+|0o[0-7]+|0b[01]+")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
 _LONG = 1 << 63
+_LEAST = 1.2e-38  # above 0 in float32, without loss
 _TEXT = "tag:yaml.org,2002:str"
 
 
@@ -202,6 +203,8 @@ def _number(text: str) -> int | float | None:
         return None
     if not isfinite(number := float(digits)):
         raise ValueError(f"{text} is too large")
+    if abs(number) < _LEAST and re.search("[1-9]", digits.lower().partition("e")[0]):
+        raise ValueError(f"{text} is too small, and would count as 0: write a larger number, or 0")
     return number
 
 

@@ -13,12 +13,18 @@ from pipeline.errors import PipelineError
 from pipeline.training import checkpoint
 
 DEMO = Path(__file__).parents[1] / "pipeline/recipes/demo.yaml"
+MASKED = DEMO.with_name("demo_masked.yaml")
 VERSIONS = {"the order's version": "ORDER_VERSION", "the token lengths' version": "LENGTHS_VERSION"}
+
+
+def conditions_of(recipe: Path, *overrides: str) -> dict:
+    source = SimpleNamespace(fingerprint="of these data")
+    return train.conditions_of_run(load_recipe(recipe, list(overrides)), source, {"stage": 1})
 
 
 @pytest.fixture
 def conditions() -> dict:
-    return train.conditions_of_run(load_recipe(DEMO, []), SimpleNamespace(fingerprint="of these data"), {"stage": 1})
+    return conditions_of(DEMO)
 
 
 def begun(folder: Path, conditions: dict) -> Path:
@@ -31,12 +37,45 @@ def test_a_run_from_before_versions_were_noted_began_with_the_first(tmp_path, co
     before = begun(tmp_path, {name: value for name, value in conditions.items() if name not in VERSIONS})
     monkeypatch.setattr(train, "ORDER_VERSION", 1)
     monkeypatch.setattr(train, "LENGTHS_VERSION", 1)
-    recipe, source = load_recipe(DEMO, []), SimpleNamespace(fingerprint="of these data")
-    checkpoint.check(before, train.conditions_of_run(recipe, source, {"stage": 1}))
+    checkpoint.check(before, conditions_of(DEMO))
     for name, constant in VERSIONS.items():
         with monkeypatch.context() as changed, pytest.raises(PipelineError, match=f"{name} is 2 and was 1"):
             changed.setattr(train, constant, 2)
-            checkpoint.check(before, train.conditions_of_run(recipe, source, {"stage": 1}))
+            checkpoint.check(before, conditions_of(DEMO))
+
+
+def test_a_run_from_before_images_were_turned_goes_on_as_it_read_them(tmp_path, conditions):
+    before = begun(tmp_path, {name: value for name, value in conditions.items() if name != "model.images"})
+    with pytest.raises(PipelineError, match=r"model\.images is upright and was as_stored. Change it back"):
+        checkpoint.check(before, conditions)
+    stored = conditions_of(DEMO, "model.images=as_stored")
+    checkpoint.check(before, stored)
+    of_the_model = {"model": stored["model"] | {"images": "as_stored"}}  # where it was noted once
+    checkpoint.check(begun(tmp_path, json.loads(before.joinpath("conditions.json").read_text()) | of_the_model), stored)
+    assert conditions["model.images"] == "upright"
+    assert "model.images" not in conditions_of(MASKED)
+
+
+@pytest.mark.parametrize(
+    ("config", "read"),
+    [
+        ({"model_type": "llava_onevision"}, "upright"),
+        ({"model_type": "llava_onevision", "image_reading": "as_stored"}, "as_stored"),
+        ({"model_type": "llava_qwen", "auto_map": {"AutoModel": "code.Model"}}, "upright"),  # an original one
+    ],
+)
+def test_how_images_are_read_is_the_models_own_way_unless_the_recipe_says(tmp_path, config, read):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = f"model.path={tmp_path}"
+    assert train._images(load_recipe(DEMO, [path])) == read
+    assert train._images(load_recipe(DEMO, [path, "model.images=as_stored"])) == "as_stored"
+
+
+def test_a_run_that_drew_its_masks_otherwise_is_not_continued(tmp_path):
+    masked = conditions_of(MASKED)
+    checkpoint.check(begun(tmp_path, masked), masked)
+    with pytest.raises(PipelineError, match="the masks' version is 2 and was 1"):
+        checkpoint.check(begun(tmp_path, {n: v for n, v in masked.items() if n != "the masks' version"}), masked)
 
 
 def test_an_older_program_does_not_continue_what_a_newer_one_began(tmp_path, conditions):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import ds_config
 from pipeline.config import is_offloaded, load_ds_config, load_recipe
 from pipeline.errors import PipelineError
 from pipeline.training.memory import state_bytes
@@ -102,8 +103,24 @@ CPU = {"device": "cpu", "pin_memory": True}
         (zero(zero_quantized_gradients=True), "zero_quantized_gradients=true is not supported"),
         (zero(zenflow={"topk_ratio": 0.1}), "zenflow"),
         (zero(2, compute_grad_norm=False), "compute_grad_norm=false is not supported"),
-        (zero(2, offload_param=CPU), "offload_param is for ZeRO 3, and would do nothing at 2"),
-        (zero(1, zero_hpz_partition_size=8), "zero_hpz_partition_size is for ZeRO 3"),
+        (zero(2, offload_param=CPU), "has offload_param, which would do nothing at ZeRO 2 (offload_param is for 3):"),
+        (zero(1, zero_hpz_partition_size=8), "zero_hpz_partition_size, which would do nothing at ZeRO 1"),
+        (zero(2, stage3_max_live_parameters=5, sub_group_size=5), "has stage3_max_live_parameters, sub_group_size, wh"),
+        (zero(2, max_live_parameters=5), "stage3_max_live_parameters, which would do nothing"),
+        (zero(3, allgather_bucket_size=4e8), "would do nothing at ZeRO 3 (allgather_bucket_size is for 1 in bf16"),
+        (zero(0, reduce_bucket_size=4e8), "would do nothing at ZeRO 0"),
+        (zero(1, allgather_bucket_size=0), "allgather_bucket_size=0: DeepSpeed needs an even number"),
+        (zero(1, allgather_bucket_size=4001), "allgather_bucket_size=4001: DeepSpeed needs an even number"),
+        (zero(3, zero_hpz_partition_size=3), "zero_hpz_partition_size=3 does not divide 2 processes"),
+        (zero(3, zero_hpz_partition_size=8), "zero_hpz_partition_size=8 does not divide 2 processes"),
+        (zero(offload_param=CPU | {"nvme_path": "/scratch"}), "offload_param.nvme_path=\"/scratch\" is not supported"),
+        (zero(offload_optimizer=CPU | {"pipeline_read": True}), "pipeline_read=true is not supported: it is for offlo"),
+        (zero(2, allgather_partitions=False), "allgather_partitions=false is not supported: DeepSpeed no longer"),
+        (zero(1, legacy_stage1=True), "legacy_stage1=true is not supported"),
+        ({"steps_per_print": 0}, "steps_per_print: Input should be greater than 0, got 0"),
+        ({"steps_per_print": -1}, "steps_per_print: Input should be greater than 0, got -1"),
+        ({"flops_profiler": {"profile_step": 0}}, "flops_profiler.profile_step: Input should be greater than 0"),
+        ({"checkpoint": {"tag_validation": "never"}}, "checkpoint.tag_validation: Input should be 'ignore', 'warn' or"),
         ({"tensorboard": {"enabled": True}}, "tensorboard.enabled=true is not supported"),
     ],
 )  # fmt: skip
@@ -170,6 +187,28 @@ def test_what_people_use_elsewhere_still_works(loaded):
     )
     assert config["zero_optimization"] | sizes == config["zero_optimization"]
     assert config["train_micro_batch_size_per_gpu"] == 64
+
+
+def test_in_bf16_stage_1_has_an_optimizer_of_its_own(loaded, refused):
+    settings = {"overlap_comm": True, "reduce_bucket_size": 5e8, "reduce_scatter": False}
+    assert loaded(zero(1, **settings))
+    said = "has overlap_comm, reduce_scatter, which would do nothing at ZeRO 1 in bf16"
+    assert said in refused(zero(1, **settings), "precision=bf16")
+
+
+def test_no_section_takes_what_it_does_not_know(refused):
+    for place in {place.rpartition(".")[0] for place in ds_config._places(ds_config._Config, "")}:
+        section = config = {}
+        for name in filter(None, place.split(".")):
+            section[name] = section = {}
+        section["of_mine"] = 1
+        assert "of_mine" in refused(config), place
+
+
+def test_words_are_read_as_deepspeed_reads_them(loaded):
+    for word in ("Ignore", "ignore", "IGNORE"):
+        assert loaded({"checkpoint": {"tag_validation": word}})["checkpoint"] == {"tag_validation": word}
+    assert loaded({"communication_data_type": "FP32"})
 
 
 def test_an_offload_of_null_is_none(loaded):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import _get_build_directory
 
-from pipeline import home
+from pipeline import errors, home
 from pipeline.training import distributed
 
 ROOT = Path(__file__).parents[1]
@@ -91,3 +91,12 @@ def test_a_program_starts_without_a_home(no_home):
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert len(run.stderr.splitlines()) == 1, run.stderr
+
+
+def test_no_folder_is_called_so(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["~/x", "--out=~/x", "run=~/a=b", "mmeb=~/x", "loss.margin=~", "s3://b/~/x", "./~/x", "a ~/b", "~"]
+    meant = ["/home/me/x", "--out=/home/me/x", "run=/home/me/a=b", "mmeb=/home/me/x", *given[4:]]
+    assert list(map(errors._with_home, given)) == meant
+    with pytest.raises(errors.PipelineError, match="~of-nobody/x: there is no such home; write the whole path"):
+        errors._with_home("--out=~of-nobody/x")

@@ -93,9 +93,11 @@ def test_a_program_ends_with_one_line_whatever_it_does_with_it(start, how):
     assert process.returncode == 130
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])  # torchrun passes its second one on as SIGTERM
-def test_where_a_program_stops_by_itself_only_a_second_one_ends_it(start, second):
-    process = start("-c", PROGRAM, "steps")
+@pytest.mark.parametrize(
+    "in_slurm", [False, True]
+)  # torchrun passes its second one on as SIGTERM, which Slurm sends, too
+def test_where_a_program_stops_by_itself_only_a_second_one_ends_it(start, in_slurm):
+    process = start("-c", PROGRAM, "steps", TORCHELASTIC_RUN_ID="x", **({"SLURM_JOB_ID": "1"} if in_slurm else {}))
     assert process.stdout.readline() == "in\n"
     for _ in range(2):  # of which a launcher passed one on
         process.send_signal(signal.SIGINT)
@@ -103,7 +105,12 @@ def test_where_a_program_stops_by_itself_only_a_second_one_ends_it(start, second
     assert "once more ends at once" in process.stderr.readline()
     time.sleep(1.1)
     assert process.poll() is None
-    process.send_signal(second)
+    process.send_signal(signal.SIGTERM)
+    if in_slurm:
+        assert process.stdout.readline() == "noted\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.2)
+        process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == LINE
     assert process.returncode == 130
 

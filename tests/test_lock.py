@@ -15,6 +15,7 @@ import pytest
 from pipeline import lock
 from pipeline.data import objects
 from pipeline.errors import PipelineError
+from pipeline.training import distributed
 
 HOLDER = """
 import sys, time
@@ -110,6 +111,19 @@ def test_a_process_elsewhere_lives_as_long_as_it_says_so(tmp_path, hurried):
     beating.join()
     with lock.held([folder]):
         assert not Path(folder, lock.FOLDER, "elsewhere.7.0").exists()
+
+
+def test_of_several_folders_all_dead_are_waited_for_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "SILENCE_SECONDS", 0.2)
+    folders = [str(tmp_path / str(number)) for number in range(9)]
+    files = [left(folder) for folder in folders]
+    with lock.held(folders):
+        assert not any(map(objects.exists, files))
+    assert capsys.readouterr().err.count("(and 8 more) is there: does process 7 on elsewhere live? Waiting") == 1
+
+
+def test_ranks_wait_for_the_first_as_long_as_it_may_wait_for_a_lock():
+    assert 60 * distributed._RENDEZVOUS_MINUTES[0] > lock.SILENCE_SECONDS
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"pid": "x"}', b"\xff"])

@@ -125,6 +125,20 @@ def test_a_ranks_failure_is_not_lost_to_one_that_goes_on(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
+def test_a_rank_that_fails_before_the_first_one_begins_is_heard(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(PipelineError), status.failures_noted(tmp_path):
+        raise PipelineError("no such file")
+    monkeypatch.setenv("RANK", "0")
+    status.begin(tmp_path)
+    assert (Status.read(tmp_path).state, Status.read(tmp_path).reason) == ("failed", "no such file")
+    (left,) = tmp_path.glob("failed-*")
+    os.utime(left, (0, 0))  # of an earlier start, which was called the same
+    Status("failed").write(tmp_path)
+    status.begin(tmp_path)
+    assert Status.read(tmp_path).state == "starting"
+
+
 def test_another_starts_rank_says_nothing_of_this_one(tmp_path, monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)

@@ -193,7 +193,7 @@ def index_content(name: str, version: int, again: str) -> Iterator[tuple[dict, s
         nonlocal why
         data = objects.read(name).removeprefix(BOM_UTF8)
         if len(data) > _LARGE and os.environ.get("RANK", "0") == "0":
-            print(f"reading {name}, {len(data) / 1e6:.0f} MB", file=sys.stderr, flush=True)
+            print(f"reading {printable(name)}, {len(data) / 1e6:.0f} MB", file=sys.stderr, flush=True)
         try:
             content = from_json(data, allow_inf_nan=False)
         except ValueError as error:

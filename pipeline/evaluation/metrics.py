@@ -49,6 +49,7 @@ class Scores:
 
         What is exactly as similar as the right one and another item ranks before it: a model that gives all items one
         vector finds nothing. A copy of the right one, which no model can tell from it, does no harm, as MMEB has it.
+        What is a copy, Collection says.
         """
         return self.rank + self.equal
 

@@ -8,21 +8,37 @@ killed wrote beyond is overwritten. An item is in the file of the dataset that i
 for; or in several files, if several jobs embedded it at the same time.
 """
 
-import errno
-import fcntl
 import os
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import BytesIO, FileIO
 from pathlib import Path
 
 import numpy as np
 
+from pipeline import lock
 from pipeline.embeddings import mapped
 from pipeline.errors import PipelineError
 
 _KEY_BYTES = 16
+
+
+@contextmanager
+def held(folder: Path, datasets: Iterable[str]) -> Iterator[None]:
+    """Let no other process embed these datasets into `folder` meanwhile (others it may); see `lock.held`."""
+    places = [folder / _name(dataset) for dataset in datasets]
+    try:
+        with lock.held(map(str, places)):
+            yield
+    finally:
+        for place in places:
+            with suppress(OSError):  # another waits there
+                place.rmdir()
+
+
+def _name(dataset: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", dataset)
 
 
 class Memory:
@@ -65,9 +81,9 @@ class Disk:
     def append(self, dataset: str, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Keep the vectors (n, D) of so many rows, in the dataset's file.
 
-        Raises PipelineError where another process writes there, or the disk is full.
+        Raises PipelineError where another process has written there meanwhile, or the disk is full.
         """
-        path = self.folder / (re.sub(r"[^\w.-]+", "_", dataset) + ".npy")
+        path = self.folder / f"{_name(dataset)}.npy"
         number = next((number for number, file in enumerate(self.files) if file.path == path), len(self.files))
         if number == len(self.files):
             self.files.append(_File(path, self.dimension))
@@ -120,12 +136,6 @@ class _File:
         for path in (self.path, self.keys_path):
             path.touch()
         written, named = (FileIO(path, "r+") for path in (self.path, self.keys_path))
-        try:
-            fcntl.flock(written, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise PipelineError(f"{self.path}: another evaluation is writing it; await it, or set out=") from None
-            # Otherwise it is a file system without locks.
         if os.fstat(named.fileno()).st_size // _KEY_BYTES != self.count:
             raise PipelineError(f"{self.path}: another evaluation has written it meanwhile; start this one again")
         return written, named

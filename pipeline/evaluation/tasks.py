@@ -72,6 +72,10 @@ Task = Ranking | Retrieval
 class Collection:
     """Tasks and the items they are about; an item that several tasks share is there, and embedded, once.
 
+    Texts are as models read them, without white space around. Pictures that differ in bytes are different items, also
+    where a model makes the same of them (a copy with other metadata): that is known only when they are decoded for this
+    model, which those whose embeddings lie on the disk are not.
+
     items: read when called.  keys: 16 bytes that two items share only if they are the same.
     names: what a person would call each item: its picture's path, else its text.
     """
@@ -93,14 +97,17 @@ class Collection:
 
     def text(self, text: str) -> int:
         """The number of a text."""
+        text = text.strip()
         return self.row(item_key(text), text, partial(Item, text))
 
     def picture(self, text: str, url: str, stamp: str, name: str = "") -> int:
         """The number of a picture with a text that has its mark.  stamp: see `objects.stamps`.  name: else the URL."""
+        text = text.strip()
         return self.row(item_key(text, url, stamp), name or url, partial(_picture, text, url))
 
     def video(self, text: str, url: str, stamp: str) -> int:
         """The number of a video with a text that has its mark.  stamp: see `objects.stamps`."""
+        text = text.strip()
         return self.row(item_key(text, url, stamp), url, partial(_video, text, url))
 
 

@@ -24,6 +24,9 @@ from pipeline.models.chunks import Chunk
 from pipeline.models.decoder import SETTINGS, TextEncoder, load_config
 from pipeline.models.folder import base_of, finish
 
+# Of what is drawn, by what: raise it with every change of which tokens are hidden. 2: by `Encoded.key`.
+VERSION = 2
+
 _BLANK = "_"  # hides a token where the tokenizer has nothing made for it, as Llama's and Qwen2's
 
 _CARD = """\

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.errors import printable
 from pipeline.preflight.check import Check
 
 _STATES = {"skipped": ("skip", "dim"), "green": ("ok", "green"), "yellow": ("warn", "yellow"), "red": ("FAIL", "red")}
@@ -50,10 +51,11 @@ def _few(nodes: list[str]) -> str:
 
 def show(checks: Sequence[Check], title: str, seconds: float) -> None:
     """Print the table; in colour on a terminal only."""
-    table = Table("check", "", "found", "what to do", title=title, title_justify="left")
+    table = Table("check", "", "found", "what to do", title=Text(printable(title)), title_justify="left")
     for check in checks:
         word, colour = _STATES[check.state]
-        table.add_row(check.name, Text(word, colour), Text(check.found), Text(check.do))  # no markup: [] is a recipe's
+        texts = (Text(printable(text, keep="\n")) for text in (check.found, check.do))  # no markup: [] is a recipe's
+        table.add_row(check.name, Text(word, colour), *texts)
     counts = {word: sum(check.state == state for check in checks) for state, (word, _) in _STATES.items()}
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)

@@ -10,6 +10,7 @@ import transformers
 
 from pipeline import status
 from pipeline.config import Recipe
+from pipeline.errors import printable
 from pipeline.preflight.check import Check, some_is_late
 from pipeline.preflight.job import Job, earlier_starts, memory, model, other_jobs, processes, resuming
 from pipeline.preflight.machine import attention, device, gpus
@@ -70,7 +71,7 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
     sys.stdout.flush()
     reds = [check for check in merged if check.state == "red"]
     for check in reds:
-        print(f"error: {check.error}", file=sys.stderr)
+        print(printable(f"error: {check.error}", keep="\n"), file=sys.stderr)
     if reds and begins:  # no training follows, to say so
         status.note(run, "refused", reason="; ".join(check.error for check in reds))
     return 2 if reds else 0

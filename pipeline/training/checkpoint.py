@@ -177,12 +177,19 @@ def conditions_of(checkpoint: Path) -> dict:
 
 
 # Of runs that began before these were among the conditions.
-_NOT_NOTED_ONCE = {"the order's version": 1, "the token lengths' version": 1}
+_NOT_NOTED_ONCE = {
+    "the order's version": 1,
+    "the token lengths' version": 1,
+    "the masks' version": 1,
+    "model.images": "as_stored",
+}
 
 
 def check(checkpoint: Path, conditions: dict) -> None:
     """Raise PipelineError unless a run under these conditions continues what the checkpoint's run began."""
     before = _NOT_NOTED_ONCE | conditions_of(checkpoint)
+    if isinstance(model := before.get("model"), dict):
+        model.pop("images", None)  # once it was noted there, where a recipe set it
     if changed := [name for name, value in conditions.items() if before.get(name) != value]:
         changes = "; ".join(f"{name} is {conditions[name]} and was {before.get(name)}" for name in changed)
         raise PipelineError(f"{checkpoint} cannot be continued: {changes}. Change it back, or set run= anew")

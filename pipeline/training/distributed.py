@@ -26,7 +26,7 @@ from pipeline.errors import PipelineError
 
 Result = TypeVar("Result")
 
-_RENDEZVOUS_MINUTES = 10
+_RENDEZVOUS_MINUTES = (3, 10)  # at least: the first rank may have to wait for a lock (lock.SILENCE_SECONDS)
 _SAID_SECONDS = 30  # of waiting without a word
 _GOES_ON_SECONDS = 5
 _FIRST_RANK_HOURS = 12
@@ -40,7 +40,7 @@ def start_distributed(timeout_minutes: float) -> torch.device:
     """Join the process group that the launcher's environment describes; alone, make one of one process.
 
     Returns this process's device. A collective that waits longer than the time limit ends the process; so does a rank
-    that does not come within that time, or ten minutes.
+    that does not come within that time, three minutes at least and ten at most.
     """
     transformers.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -71,7 +71,8 @@ def start_distributed(timeout_minutes: float) -> torch.device:
         device = torch.device(accelerator.device_name(device))
         options = {"device_id": device}
         torch.backends.cudnn.allow_tf32 = False  # float32 convolutions, of patches, are to be as exact as products are
-    store = _meet(min(timeout_minutes, _RENDEZVOUS_MINUTES))
+    least, most = _RENDEZVOUS_MINUTES
+    store = _meet(min(max(timeout_minutes, least), most))
     limit = timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit, **options)
     # Tensor parallelism alone would use it: it takes a minute to compile, 66 MB of /dev/shm a rank, and never stops

@@ -17,7 +17,7 @@ from pipeline import status
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.data.order import Order
-from pipeline.errors import PipelineError, disk_errors
+from pipeline.errors import PipelineError, disk_errors, printable
 from pipeline.evaluation.report import Report
 from pipeline.losses.gather import all_gather_constant
 from pipeline.models.frozen import KeptFeatures
@@ -214,7 +214,7 @@ def _evaluation_is_missing(run: Run, step: int) -> bool:
 def _evaluate(run: Run, monitor: Monitor, step: int, budget: Budget) -> None:
     if report := run.evaluate(budget.chunk_tokens):
         if report.collapsed:
-            print(f"step {step}: {report.remarks()[0]}", file=sys.stderr, flush=True)
+            print(printable(f"step {step}: {report.remarks()[0]}"), file=sys.stderr, flush=True)
         elif step:  # after which there is a checkpoint
             checkpoint.keep_best(run.folder / "checkpoints", step, report.score, list(report.results))
         monitor.evaluation(step, report)

@@ -108,7 +108,7 @@ class StepLog:
         if missing:
             said.append(f"has no line of {len(missing)} steps, the first of them {missing[0]}")
         if said:
-            print(f"{self.path} {' and '.join(said)}", file=sys.stderr, flush=True)
+            print(printable(f"{self.path} {' and '.join(said)}"), file=sys.stderr, flush=True)
 
     def write(self, record: dict) -> None:
         with disk_errors(self.path):
@@ -220,7 +220,7 @@ class Monitor:
             for metric, value in result.metrics.items():
                 self.board.add_scalar(f"evaluation_datasets/{name}/{metric}", value, step)
         shown = ", ".join(f"{name} {value:.1%}" for name, value in averages.items())
-        tqdm.write(f"step {step}: score {report.score:.1%}{', ' if shown else ''}{shown}", file=sys.stderr)
+        tqdm.write(printable(f"step {step}: score {report.score:.1%}{', ' if shown else ''}{shown}"), file=sys.stderr)
 
     def stopped(self, number: int) -> None:
         """Note that a signal ended the run for now, with a checkpoint."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, printable
 from pipeline.training import checkpoint, manifest
 from pipeline.training.distributed import on_first_rank
 from pipeline.training.manifest import Damaged, Manifest
@@ -26,7 +26,7 @@ def whole(folder: Path, *, thorough: bool = False, quiet: bool = False) -> Path 
             damaged[each] = fault
             continue
         for other, why in () if quiet else damaged.items():
-            print(f"{other} is damaged: {why}; {each.name} is taken", file=sys.stderr, flush=True)
+            print(printable(f"{other} is damaged: {why}; {each.name} is taken"), file=sys.stderr, flush=True)
         return each
     _refuse(folder, damaged)
     return None
@@ -144,8 +144,10 @@ def _set_aside(path: Path, why: str, taken: Path) -> None:
     checkpoint.flush_path(path.parent)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(
-        f"{path} is damaged: {why}. It is kept as {target.name} ({size / 1e6:,.1f} MB; delete it when not needed), "
-        f"and the run continues from {taken.name}",
+        printable(
+            f"{path} is damaged: {why}. It is kept as {target.name} ({size / 1e6:,.1f} MB; delete it when not needed), "
+            f"and the run continues from {taken.name}"
+        ),
         file=sys.stderr,
         flush=True,
     )

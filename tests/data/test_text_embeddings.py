@@ -267,6 +267,18 @@ def test_killed_it_goes_on_and_embeds_no_shard_twice(shards, tmp_path, calls):
     assert embed(shards, tmp_path / "killed", Texts()).groups == []  # and nothing the third time
 
 
+def test_of_many_samples_that_cannot_be_used_some_are_named(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Texts, "prepare", lambda self, item: _refuse(item) if "first" in item.text else item.text)
+    embed(shards, tmp_path, Texts())
+    said = capsys.readouterr()
+    assert said.err.count("no embeddings for") == embed_shards._SHOWN
+    assert "40 of 63 samples could not be used" in said.out
+
+
+def _refuse(item: Item) -> None:
+    raise BadSample("made so")
+
+
 def test_a_file_cut_short_or_changed_is_embedded_again(shards, tmp_path, monkeypatch):
     embed(shards, tmp_path, Texts())
     expected = files(tmp_path)

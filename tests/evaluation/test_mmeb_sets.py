@@ -29,7 +29,7 @@ def mmeb(tmp_path):
     for name in "ab":
         (tmp_path / f"images/x/{name}.png").write_bytes(name.encode())
     rows = {
-        "VQA": [{"q": ("<|image_1|>\nWhat?", "x/a.png"), "t": [("a cat", ""), ("a dog", "")]}],
+        "VQA": [{"q": ("<|image_1|>\nWhat?", "x/a.png"), "t": [("a cat", ""), ("a dog\n", "")]}],
         "T2I": [
             {"q": ("find a", ""), "t": [("<|image_1|>\n", "x/a.png"), ("<|image_1|>\n", "x/b.png")]},
             {"q": ("find b", ""), "t": [("<|image_1|>\n", "x/b.png"), ("<|image_1|>\n", "x/a.png")]},
@@ -70,7 +70,7 @@ def test_mmebs_rows_become_tasks_over_distinct_items(mmeb):
 
 
 def test_shards_of_pairs_are_a_task_where_each_query_seeks_its_target_among_all(tmp_path):
-    texts = [("q0", "t0"), ("q1", "t1"), ("q1", "t2"), ("q3", "t0")]  # q1 has two right answers, t0 two queries
+    texts = [("q0", "t0"), ("q1", "t1"), ("q1 ", "t2"), ("q3", " t0\n")]  # q1 has two right answers, t0 two queries
     pairs = [Pair(str(i), "d", "grounding", Item(q), Item(t)) for i, (q, t) in enumerate(texts)]
     write_shards(pairs, tmp_path, dataset="pairs")
     (task,) = (collection := load([str(tmp_path)])).tasks

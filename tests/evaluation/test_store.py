@@ -71,19 +71,24 @@ def _write_and_die(folder, moment: int, monkeypatch) -> None:
     os._exit(0)
 
 
+def test_one_evaluation_at_a_time_embeds_a_dataset_and_others_may_embed_others(tmp_path):
+    with store.held(tmp_path, ["a", "b c/d"]):
+        with store.held(tmp_path, ["c"]):
+            pass
+        with pytest.raises(PipelineError, match="/b_c_d is in use by process"), store.held(tmp_path, ["c", "b c/d"]):
+            pass
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b_c_d"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_files_and_other_writers_are_refused(tmp_path):
     write(tmp_path)
     with pytest.raises(PipelineError, match=r"a\.npy does not hold the 5 vectors of 7 float32 .*: remove both"):
         Disk(tmp_path, KEYS, 7)
     first, second = Disk(tmp_path, KEYS, 6), Disk(tmp_path, KEYS, 6)
-    first.append("a", rows(8), VECTORS[[8]])
-    with pytest.raises(PipelineError, match="another evaluation is writing it"):
-        second.append("a", rows(8), VECTORS[[8]])
-    late = Disk(tmp_path, KEYS, 6)
-    first.append("a", rows(9), VECTORS[[9]])
-    del first, second
+    first.append("a", rows(8, 9), VECTORS[[8, 9]])
     with pytest.raises(PipelineError, match="another evaluation has written it meanwhile; start this one again"):
-        late.append("a", rows(10), VECTORS[[10]])
+        second.append("a", rows(8), VECTORS[[8]])
     np.testing.assert_array_equal(Disk(tmp_path, KEYS, 6).take(rows(8, 9)), VECTORS[[8, 9]])
     os.truncate(tmp_path / "a.npy", 128 + 5 * 6 * 4)
     with pytest.raises(PipelineError, match="does not hold the 7 vectors"):

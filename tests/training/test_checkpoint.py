@@ -5,6 +5,9 @@ from types import SimpleNamespace
 
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.results import Result, Similarities
+from pipeline.preflight.check import Check
+from pipeline.preflight.report import show
+from pipeline.training import manifest, resume
 from pipeline.training.checkpoint import best, keep_best, remove_old
 from pipeline.training.loop import _evaluate
 
@@ -32,6 +35,20 @@ def test_a_best_one_that_is_gone_is_none(tmp_path):
     (tmp_path / "step-00000004").mkdir()
     keep_best(tmp_path, 4, 0.1, ["a"])
     assert best(tmp_path).name == "step-00000004"
+
+
+def test_what_others_named_does_not_reach_the_terminal_as_it_is(tmp_path, capsys):
+    for step in (1, 2):
+        (folder := tmp_path / f"step-{step:08d}").mkdir()
+        (folder / "conditions.json").write_text("{}")
+        names = ["conditions.json", "\x1b[2J\u202e"][:step]
+        manifest.write(folder, step, dict.fromkeys(names, manifest.File(bytes=2, crc32=[0])))
+    assert resume.whole(tmp_path) == tmp_path / "step-00000001"
+    show([Check("run", "red", "\x1b[2J [x] found\nthere", "mend \x1b[2J")], "runs/[b]\x1b[2J", 1.0)
+    out, err = capsys.readouterr()
+    assert not {*out, *err} & {"\x1b", "\u202e"}
+    assert r"\x1b[2J\u202e is missing; step-00000001 is taken" in err
+    assert all(shown in out for shown in (r"runs/[b]\x1b[2J", r"\x1b[2J [x] found", r"mend \x1b[2J"))
 
 
 def test_a_collapsed_model_is_never_the_best(tmp_path, capsys):

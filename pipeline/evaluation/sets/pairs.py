@@ -1,5 +1,6 @@
 """Shards of pairs, as one trains on: each query seeks its target among all targets."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -60,7 +61,12 @@ def _parse(key: str, sample: bytes, captions: Captions | None) -> Pair:
         raise PipelineError(f"{key} cannot be evaluated: {reason}") from None
     if not isinstance(pair, Pair):
         raise PipelineError(f"{key} is an item of an evaluation set: name the folder above, with its {TASKS_FILE}")
-    return pair
+    return replace(pair, query=_as_read(pair.query), target=_as_read(pair.target))
+
+
+def _as_read(item: Item) -> Item:
+    """As a Collection's texts are."""
+    return replace(item, text=item.text.strip())
 
 
 def _same(item: Item) -> Item:

@@ -45,6 +45,7 @@ class Kind(ABC):
     parts: what can be trained or frozen, by fields of `train`: the beginnings of its parameters' names.
     unused: of parameters that no embedding depends on, which so have no gradient.
     text_part: the one that a text by itself trains.  instructed: whether its texts carry instructions.
+    sees: whether it takes images.
     stages: of ZeRO.  contrastive: whether it learns from pairs, or else to predict masked tokens (training/masked.py).
     """
 
@@ -52,6 +53,7 @@ class Kind(ABC):
     unused: ClassVar[tuple[str, ...]] = ()
     text_part: ClassVar[str]
     instructed: ClassVar[bool] = False
+    sees: ClassVar[bool] = True
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     contrastive: ClassVar[bool] = True
 

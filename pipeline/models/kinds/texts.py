@@ -26,6 +26,7 @@ class CaptionKind(Kind):
 
     parts: ClassVar = {"language_model": ("language_model.",)}
     text_part = "language_model"
+    sees = False
     _transformers: ClassVar = AutoModel
 
     def check(self, model: Model) -> None:
