@@ -221,7 +221,8 @@ def _refuse(
     for name in ("s_aux", "position_bias"):  # sinks, as gpt-oss has, and biases by distance
         if others.get(name) is not None:
             raise PipelineError(f"the model's attention takes {name}, which is not supported")
-    window = others.get("sliding_window")
+    # Llama 4's layers, which see a chunk of the row, do not say so.
+    window = others.get("sliding_window") or getattr(getattr(module, "config", None), "attention_chunk_size", None)
     if window and segments.longest > window:
         raise PipelineError(f"the model sees {window} tokens at once, which is not supported: lower max_tokens to that")
     limit = _rope_limit(module)

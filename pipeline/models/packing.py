@@ -83,11 +83,14 @@ def _why(config: PreTrainedConfig, error: Exception) -> str:
     for module in model.modules():
         if any(isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module.children()):
             return f"its {type(module).__name__} mixes neighbouring tokens of a row by a convolution"
-    if not (model._supports_attention_backend and model._supports_sdpa):
+    if not model._supports_attention_backend:
         return f"{type(model).__name__} computes attention by code of its own, which cannot be told where texts begin"
+    if not model._supports_sdpa:
+        return f"{type(model).__name__} has attention that is more than scaled dot products (sinks, sparsity)"
     modules = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
     names = [type(each).__name__ for each in modules if type(each).__module__.startswith("transformers.models")]
-    return f"its {names[-1] if names else type(model).__name__} does not run on them ({_said(error)})"
+    name = names[-1] if names else type(model).__name__
+    return f"its {name} does not run on them ({_said(error)}); or is its config.json damaged?"
 
 
 def _said(error: Exception) -> str:
@@ -154,8 +157,9 @@ def _small(config: PreTrainedConfig) -> PreTrainedConfig:
     small.num_hidden_layers = len(layers)
     if shared := getattr(config, "num_kv_shared_layers", None):
         small.num_kv_shared_layers = sum(layer >= config.num_hidden_layers - shared for layer in layers)
-    if getattr(config, "sliding_window", None):  # longer items are refused when they come
-        small.sliding_window = max(config.sliding_window, _CHUNK)
+    for name in ("sliding_window", "attention_chunk_size"):  # longer items are refused when they come
+        if limit := getattr(config, name, None):
+            setattr(small, name, max(limit, _CHUNK))
     if getattr(config, "floor_scale", None):  # tokens by which Llama 4 counts where in the row one is
         small.floor_scale = 1
     narrow = _narrowing(config) if config.hidden_size > _WIDTH else lambda name, value: value

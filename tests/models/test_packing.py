@@ -91,6 +91,7 @@ def test_decoders_that_keep_texts_apart_pass(kind, own, fields):
         ("llama4_text", {"no_rope_layers": [1, 1, 0]}, "llama4_text model.*depend.*its place in the row"),
         ("doge", {}, "doge model.*an attention mask of their own"),
         ("falcon", {}, "falcon model.*FalconModel computes attention by code of its own"),
+        ("gpt_oss", {}, "gpt_oss model.*GptOssModel has attention that is more than scaled dot products"),
         ("dots1", {}, "dots1 model.*transformers makes no model of its config.json"),
         ("axk2", {"qk_rope_head_dim": 8}, "axk2 model.*its AXK2Attention does not run on them"),
     ],
@@ -185,6 +186,15 @@ def test_llaves_own_layers_are_tried_too(tiny_model, monkeypatch):
     for way in (lambda: KINDS["llave"].check(model), lambda: llave.Llave.load(tiny_model, torch.float32)):
         with pytest.raises(PipelineError, match=r"qwen2 model.*depend"):
             way()
+
+
+def test_items_longer_than_what_is_seen_at_once_are_refused():
+    chunked = {"attention_chunk_size": 8, "attn_temperature_tuning": False}
+    for kind, fields in (("llama4_text", chunked), ("mistral", {"sliding_window": 8})):
+        model = TextEncoder.of_config(config_of(kind, **fields)).eval()
+        assert model(pack([Encoded(np.arange(8, dtype=np.int32))])).isfinite().all()
+        with pytest.raises(PipelineError, match="the model sees 8 tokens at once"):
+            model(pack([Encoded(np.arange(9, dtype=np.int32))]))
 
 
 def test_frequencies_that_depend_on_the_longest_item_are_refused_where_they_do():
