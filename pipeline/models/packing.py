@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from pipeline.data.collate import Encoded, Packed, pack
 from pipeline.errors import PipelineError
@@ -76,7 +77,7 @@ def _problem(config: PreTrainedConfig, build: Build) -> str:
 def _why(config: PreTrainedConfig, error: Exception) -> str:
     """Why a small model of this config does not run, by what is known of the whole one."""
     try:
-        with torch.device("meta"):
+        with no_init_weights(), torch.device("meta"):
             model = AutoModel.from_config(copy.deepcopy(config))
     except Exception as whole:
         return f"transformers makes no model of its config.json ({_said(whole)}): is it damaged?"
