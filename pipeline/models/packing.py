@@ -195,7 +195,8 @@ def _narrowing(config: PreTrainedConfig) -> Callable[[str, Any], Any]:
     exact |= {"n_group": 1, "topk_group": 1, "num_layers": _LAYERS}
     scaled = {*others, "attention_hidden_size", "lru_width", "mamba_d_ssm"}
     by_part = {"intermediate_size": _WIDTH, "ffn": _WIDTH, "vocab_size": _TOKENS, "token_id": _TOKENS - 1}
-    by_part |= {"per_tok": _HEADS, "topk": _HEADS, "top_k": _HEADS, "expert": _EXPERTS, "chunk_size": _CHUNK}
+    by_part |= {"per_tok": _HEADS, "topk": _HEADS, "top_k": _HEADS, "expert": _EXPERTS}
+    by_part |= {"chunk_size": _CHUNK, "d_state": _CHUNK}
 
     def narrow(name: str, value: Any) -> Any:
         if isinstance(value, list):

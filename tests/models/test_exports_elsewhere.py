@@ -40,7 +40,7 @@ MARKS = {
     "begins, as Llama 3": ("<|im_start|> $A", "<|im_end|>", None, "<|im_start|>", ["<|im_start|>"]),
     "begins and ends": ("<|im_start|> $A <|im_end|>", "<|im_end|>", None, "<|im_start|>", ["<|im_start|>"]),
     "begins with its end": ("<|im_end|> $A", "<|im_end|>", None, "<|im_end|>", ["<|im_end|>"]),
-    "begins as a text does": ("A $A A", "<|im_end|>", None, None, ["A"]),
+    "begins as a text does": ("a $A a", "<|im_end|>", None, None, ["a"]),
 }
 # That which a model card has to leave out or to repeat.
 OF_CARDS = ["ends with two", "begins and ends", "begins as a text does"]
@@ -51,7 +51,7 @@ def mark(folder: Path, marks: str) -> None:
     template, eos, pad, bos, _ = MARKS[marks]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if template:
-        ids = [(token, tokenizer.token_to_id(token)) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "A")]
+        ids = [(token, tokenizer.token_to_id(token)) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "a")]
         tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
     tokenizer.save(str(folder / "tokenizer.json"))
     own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": pad, "bos_token": bos}
