@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from pipeline import home, typed
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 _LEAST_RATE = 1e-12  # what a smaller one adds to a weight is lost in rounding
@@ -508,11 +508,11 @@ def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
 def _variants(variants: Any, path: Path) -> dict[str, dict[str, Any]]:
     """What each sets by dotted names, all of them checked, whichever is chosen."""
     if not isinstance(variants, dict | None):
-        raise PipelineError(f"{path}: variants is {typed.shown(variants)}: expected names, below each what it sets")
+        raise PipelineError(f"{path}: variants is {shown(variants)}: expected names, below each what it sets")
     for name, fields in (variants or {}).items():
         if not isinstance(fields, dict):
             raise PipelineError(
-                f"{path}: variants.{name} is {'empty' if fields is None else typed.shown(fields)}: list below it what "
+                f"{path}: variants.{name} is {'empty' if fields is None else shown(fields)}: list below it what "
                 "it sets, as optimizer.lr: 2e-5, or remove it"
             )
         for field in fields:
@@ -658,8 +658,8 @@ def _explain(root: type[Section], error: dict) -> str:
         return f"{name}: {error['msg']}"
     if error["type"] == "model_type":
         fields = ", ".join(section.model_fields) if section else ""
-        return f"{name or 'this'} is a section, of {fields}; got {typed.shown(error['input'])}"
-    return f"{name}: {error['msg']}, got {typed.shown(error['input'])}"
+        return f"{name or 'this'} is a section, of {fields}; got {shown(error['input'])}"
+    return f"{name}: {error['msg']}, got {shown(error['input'])}"
 
 
 def _unknown(root: type[Section], place: Sequence[str | int]) -> str:

@@ -12,11 +12,10 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pipeline.errors import PipelineError, printable
+from pipeline.errors import PipelineError, printable, shown
 
 FIXED = ConfigDict(extra="forbid")  # `__pydantic_config__` of a dataclass: a member that nobody reads is an error
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
-_SHOWN = 80  # characters of a value
 
 
 class DocumentError(PipelineError):
@@ -35,7 +34,7 @@ def parse_json(data: bytes | str, name: str, form: Any = Any, *, remedy: str, na
     text = ""
     try:
         text = utf8_text(data) if isinstance(data, bytes) else data.removeprefix("\ufeff")
-        found = json.loads(text, object_pairs_hook=_object, parse_constant=None if nan else _refuse_constant)
+        found = json.loads(text, object_pairs_hook=unique, parse_constant=None if nan else _refuse_constant)
         return found if form is Any else adapter(form).validate_json(text, strict=True)
     except RecursionError:
         why = "is damaged: it is nested too deeply"
@@ -88,9 +87,7 @@ def explained(error: ValidationError) -> str:
         return f"{where} is missing"
     if first["type"] in _UNKNOWN:
         return f"{where} is unknown"
-    given = repr(first["input"])
-    given = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}..."
-    return printable(f"{where}: {why}, got {given}" if where else why)
+    return printable(f"{where}: {why}, got {shown(first['input'])}" if where else why)
 
 
 def no_json(text: str, error: ValueError) -> str:
@@ -103,7 +100,8 @@ def no_json(text: str, error: ValueError) -> str:
     return f"is damaged: it is no JSON ({error})"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these; ValueError for a key that is there twice, of which one would be lost."""
     if (twice := doubled_key(pairs)) is not None:
         raise _Refused(f"has the key {twice!r} twice in an object")
     return dict(pairs)

@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, ValidationE
 
 from pipeline import typed
 from pipeline.documents import doubled_key
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, shown
 
 _AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)  # as DeepSpeed reads it
 
@@ -216,7 +216,7 @@ def read(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise PipelineError(f"{path} is nested too deeply") from None
     if not isinstance(config, dict):
-        raise PipelineError(f"{path} is no DeepSpeed config: expected {{...}}, got {typed.shown(config)}")
+        raise PipelineError(f"{path} is no DeepSpeed config: expected {{...}}, got {shown(config)}")
     try:
         return _checked(_Config, config, "")
     except ValueError as error:
@@ -250,7 +250,7 @@ def _checked(model: type[BaseModel], config: dict[str, Any], above: str) -> dict
     except ValidationError as error:
         first = error.errors()[0]
         place = above + ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place.rstrip('.')}: {first['msg']}, got {typed.shown(first['input'])}") from None
+        raise ValueError(f"{place.rstrip('.')}: {first['msg']}, got {shown(first['input'])}") from None
     return checked
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from pipeline import home, interrupt, launch
 
+_SHOWN = 80  # characters
+
 
 class PipelineError(Exception):
     """Something the person at the keyboard can put right; the message says what and how."""
@@ -26,6 +28,12 @@ def printable(text: str, keep: str = "") -> str:
     that stay as they are.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def shown(value: object) -> str:
+    """A value of any length, for a message."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 @contextmanager

@@ -6,7 +6,6 @@ no type, in free-form mappings, `guess` reads what all would read alike.
 """
 
 import re
-import reprlib
 from collections.abc import Hashable
 from contextlib import suppress
 from math import isfinite
@@ -161,10 +160,6 @@ def guess(value: Any) -> Any:
         return _BOOLEANS[value.lower()]
     number = _number(value)
     return str(value) if number is None else number
-
-
-def shown(value: Any) -> str:
-    return reprlib.repr(str(value) if isinstance(value, str) else value)
 
 
 def _read_text(kinds: list[Any], text: str) -> Any:

@@ -140,7 +140,7 @@ def packed_sdpa(
     Chunks are cut so that little of the rows is empty (see chunks.py); what is empty comes last in its row, where no
     token of a causal item looks.
     """
-    _refuse(module, segments, others)
+    _refuse(module, attention_mask, segments, others)
 
     def spread(x: torch.Tensor, places: Segments) -> torch.Tensor:
         x = x.squeeze(0).transpose(0, 1)
@@ -175,7 +175,7 @@ def packed_varlen(
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """By torch's own variable-length FlashAttention."""
-    _refuse(module, segments, others)
+    _refuse(module, attention_mask, segments, others)
     window = (-1, 0) if segments.causal else (-1, -1)
     attend = partial(_varlen_attn(), scale=scaling, window_size=window)
     return _by_bounds(attend, (query, key, value), segments), None
@@ -201,23 +201,28 @@ def packed_flash_attn(
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """By the flash-attn package."""
-    _refuse(module, segments, others)
+    _refuse(module, attention_mask, segments, others)
     from flash_attn import flash_attn_varlen_func  # where it is installed
 
     attend = partial(flash_attn_varlen_func, softmax_scale=scaling, causal=segments.causal)
     return _by_bounds(attend, (query, key, value), segments), None
 
 
-def _refuse(module: torch.nn.Module, segments: Segments | None, others: dict[str, object]) -> None:
+def _refuse(
+    module: torch.nn.Module, mask: torch.Tensor | None, segments: Segments | None, others: dict[str, object]
+) -> None:
     """Raise PipelineError for what other models' attention does besides, which would be left out."""
     if segments is None:
         raise PipelineError("the model's layers do not tell its attention where items begin, which is not supported")
+    if mask is not None:  # where a row is packed, none is made, but by layers that weigh tokens so, as Doge's
+        raise PipelineError("the model's layers make an attention mask of their own, which is not supported")
     if others.get("softcap"):
         raise PipelineError("the model caps attention's logits, as Gemma 2 does, which is not supported")
     for name in ("s_aux", "position_bias"):  # sinks, as gpt-oss has, and biases by distance
         if others.get(name) is not None:
             raise PipelineError(f"the model's attention takes {name}, which is not supported")
-    window = others.get("sliding_window")
+    # Llama 4's layers, which see a chunk of the row, do not say so.
+    window = others.get("sliding_window") or getattr(getattr(module, "config", None), "attention_chunk_size", None)
     if window and segments.longest > window:
         raise PipelineError(f"the model sees {window} tokens at once, which is not supported: lower max_tokens to that")
     limit = _rope_limit(module)

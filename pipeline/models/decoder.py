@@ -1,8 +1,11 @@
 """A decoder, such as Llama or Qwen2, as an encoder of texts: it attends both ways, and its mean is the embedding."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -113,10 +116,10 @@ class TextProcessor:
 
 
 def begins_with(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that the tokenizer puts before a text, found around one of which it is known what its own are."""
-    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
-    return whole[: next(starts, 0)]
+    """The tokens that the tokenizer puts before a text: those in which two texts begin alike, less their own."""
+    bare, whole = (tokenizer(["A cat", "2 dogs"], add_special_tokens=special)["input_ids"] for special in (False, True))
+    alike, own = (list(takewhile(lambda pair: eq(*pair), zip(*texts, strict=False))) for texts in (whole, bare))
+    return whole[0][: len(alike) - len(own)]
 
 
 class TextEncoder(nn.Module):
@@ -194,14 +197,24 @@ class FrozenTextEncoder:
 def load_config(path: str) -> PreTrainedConfig:
     """The config of a decoder's folder or hub name; PipelineError if there is none."""
     config = loading.config(path)
-    if not hasattr(config, "num_hidden_layers") or not hasattr(type(config), "rope_parameters"):
-        raise PipelineError(f"{path} is a {config.model_type} model; expected a decoder of texts, as llama or qwen2")
+    _require_decoder(path, config)
     settings = getattr(config, SETTINGS, {})
     if not isinstance(settings, dict) or settings.get("pooling", "mean") != "mean":
         raise PipelineError(f"{path}: {SETTINGS}={settings!r} in its config.json must be of pooling mean")
     if not isinstance(settings.get("instruction", ""), str):
         raise PipelineError(f"{path}: {SETTINGS}.instruction in its config.json must be a text: {settings!r}")
+    if unknown := sorted(settings.keys() - {"pooling", "instruction"}):
+        raise PipelineError(
+            f"{path}: {SETTINGS}.{unknown[0]} in its config.json is unknown; pooling and instruction are known: was it "
+            "written by a later version?"
+        )
     return config
+
+
+def _require_decoder(where: str, config: PreTrainedConfig) -> None:
+    parts = [name for name in type(config).sub_configs if re.search("text|vision|audio", name)]
+    if parts or not hasattr(config, "num_hidden_layers") or not hasattr(type(config), "rope_parameters"):
+        raise PipelineError(f"{where} is a {config.model_type} model; expected a decoder of texts, as llama or qwen2")
 
 
 def check(path: str, config: PreTrainedConfig) -> None:
@@ -223,6 +236,7 @@ def random_config(text: dict[str, Any]) -> PreTrainedConfig:
     refuse_unknown("text", text, config())
     require_vocabulary(text)
     made = config(**{name: value for name, value in text.items() if name != "model_type"})
+    _require_decoder("model.architecture.text", made)
     check_packing("model.architecture.text", made, TextEncoder.of_config)
     return made
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from pipeline.documents import unique
 from pipeline.errors import PipelineError
 
 # Configurations, tokenizers, processors: what the vectors of a model depend on besides its weights.
@@ -72,7 +73,7 @@ def _of_hub(error: Exception) -> str:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file that others wrote."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except OSError as error:
         raise PipelineError(f"cannot read {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -141,17 +142,18 @@ def some(names: list[str]) -> str:
 
 
 def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
-    """All tensors of a folder's weights by name, of which the files' headers alone are read.
+    """All tensors of a folder's weights by name, of which the files' headers and some rows are read.
 
     files: None are those of `weight_files`.
 
     Raises PipelineError where files are missing, damaged, do not fit their index, hold a tensor twice or a quantised
-    one, or would run code.
+    one, would run code, or hold a layer (or embedding) whose matrices are all zero, as a save that failed leaves them.
     """
     found: dict[str, Stored] = {}
+    matrices: dict[str, bool] = {}
     files = files or weight_files(folder)
     for file in files:
-        for name, (shape, dtype) in _header(file).items():
+        for name, (shape, dtype, zero) in _header(file).items():
             if name in found:
                 raise PipelineError(f"{name} is in {found[name].file} and in {file}: remove the file that is too many")
             if dtype not in _DTYPES.values() and (dtype not in _COUNTING or name.endswith((".weight", ".bias"))):
@@ -160,6 +162,8 @@ def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
                     "float16 or bfloat16"
                 )
             found[name] = Stored(file, shape, dtype if dtype in _DTYPES.values() else None)
+            matrices |= {name: zero} if len(shape) > 1 else {}
+    refuse_zeros(folder, matrices)
     index = folder / f"{_single(files[0])}.index.json"
     if index.is_file() and _single(files[0]) != files[0].name:
         for name, file in _weight_map(index).items():
@@ -172,19 +176,29 @@ def _single(file: Path) -> str:
     return "model.safetensors" if file.suffix == ".safetensors" else "pytorch_model.bin"
 
 
-def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """(shape, dtype) by name."""
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
+    """(shape, dtype, whether it is a matrix of zeros) by name."""
     if file.suffix != ".safetensors":
-        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in read_tensors(file).items()}
+        tensors = read_tensors(file)
+        return {name: (tuple(t.shape), t.dtype, _is_zero(t, tuple(t.shape), t.dtype)) for name, t in tensors.items()}
     try:
+        found = {}
         with safe_open(file, "pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (it is no dictionary)
-            return {
-                name: (tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
-                for name, part in slices.items()
-            }
+            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                part = tensors.get_slice(name)
+                shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
+                found[name] = shape, dtype, _is_zero(part, shape, dtype)
+        return found
     except Exception as error:  # damaged files raise many kinds
         raise PipelineError(f"cannot read {file}: {_damage(file, error)}") from None
+
+
+def _is_zero(tensor: Any, shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether a matrix, or its slice of a file, is all zeros: by some rows, where one of them is not."""
+    if len(shape) < 2 or dtype not in _DTYPES.values():
+        return False
+    some_rows = (tensor[row : row + 1] for row in (0, shape[0] // 2, shape[0] - 1))
+    return not any(rows.any() for rows in some_rows) and not tensor[:].any()
 
 
 def read_tensors(file: Path) -> Tensors:
@@ -211,6 +225,19 @@ def refuse_not_finite(where: str | Path, name: str, tensor: torch.Tensor) -> Non
     # A sum is an eighth of the time of isfinite and has all that is not finite; a finite one's may overflow.
     if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise PipelineError(f"{where}: {name} has NaN or infinite weights: {_AGAIN}, or name an earlier checkpoint")
+
+
+def refuse_zeros(where: Path, matrices: dict[str, bool]) -> None:
+    """Raise PipelineError where all matrices of a layer, or of a module outside layers, are zero.  matrices: which are.
+
+    Of a layer one may be: in some models what it adds begins at nothing.
+    """
+    zeros: dict[str, bool] = {}
+    for name, zero in matrices.items():
+        if part := re.match(r".*?\.\d+(?=\.)|.+(?=\.weight$)", name):
+            zeros[part[0]] = zeros.get(part[0], True) and zero
+    if damaged := [part for part, zero in zeros.items() if zero]:
+        raise PipelineError(f"{where}: all weights of {some(damaged)} are zero, as a failed save leaves them: {_AGAIN}")
 
 
 def refuse_more_layers(path: str, stored: dict[str, Stored], unexpected: set[str]) -> None:

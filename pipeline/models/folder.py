@@ -97,6 +97,11 @@ def finish(folder: Path, fields: dict[str, Any] | None = None) -> None:
     share(folder)
 
 
+def note_images(folder: Path, as_stored: bool) -> None:
+    """Have the config.json in a folder say how the model takes images, where it is not upright."""
+    finish(folder, {loading.IMAGES: "as_stored" if as_stored else None})
+
+
 def _for_earlier(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     def with_rope(part: Any) -> Any:
         return part | _earlier_rope(part.get("rope_parameters") or {}) if isinstance(part, dict) else part

@@ -18,7 +18,7 @@ from torch import nn
 from pipeline.data.collate import Packed, sent
 from pipeline.errors import PipelineError
 from pipeline.models import decoder
-from pipeline.models.files import fetched, read_json, read_tensors, refuse_not_finite
+from pipeline.models.files import fetched, read_json, read_tensors, refuse_not_finite, refuse_zeros
 from pipeline.models.folder import base_of, finish, share
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, VisionEncoder
@@ -136,6 +136,8 @@ def settings(path: str) -> dict[str, Any] | None:
     width = (found := read_json(file)).get("width")
     if isinstance(width, bool) or not isinstance(width, int) or not 0 < width < 2**20:
         raise PipelineError(f"{file}: width={width!r} is no width of the text encoder's vectors: copy the folder again")
+    if unknown := sorted(found.keys() - {"width"}):
+        raise PipelineError(f"{file}: {unknown[0]} is unknown; width is known: was it written by a later version?")
     return found
 
 
@@ -150,6 +152,7 @@ def _fill(adapter: TextAdapter, file: Path) -> None:
         if weight.shape != own[name].shape:
             raise PipelineError(f"{file}: {name} is {list(weight.shape)}, but by the model {list(own[name].shape)}")
         refuse_not_finite(file, name, weight)
+    refuse_zeros(file, {name: not weight.any() for name, weight in weights.items() if weight.ndim > 1})
     adapter.load_state_dict(weights)
 
 

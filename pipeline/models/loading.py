@@ -10,16 +10,18 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_backends import PilBackend
+from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, shown
 from pipeline.models.files import fetched, read_json, refuse_more_layers, refuse_not_finite, survey
 
 # A precision by its name in recipes and options; "auto" is the one that the weights are stored in.
@@ -97,9 +99,9 @@ def config_dict(path: str) -> dict[str, Any]:
                 f"{file} has a {name}: quantised models are not supported; name the one that it was made of"
             )
     if not isinstance(values.get("model_type"), str | None):
-        raise PipelineError(f"{file}: model_type={_shown(values['model_type'])} is no name of a kind of model")
+        raise PipelineError(f"{file}: model_type={shown(values['model_type'])} is no name of a kind of model")
     if not isinstance(values.get("architectures"), list | None):
-        raise PipelineError(f"{file}: architectures={_shown(values['architectures'])} is no list of names")
+        raise PipelineError(f"{file}: architectures={shown(values['architectures'])} is no list of names")
     return checked(file, values)
 
 
@@ -108,23 +110,17 @@ def _refuse_code(file: Path, values: dict[str, Any]) -> None:
     for part in (values, *(part for part in values.values() if isinstance(part, dict))):
         if named := part.get("auto_map"):
             raise PipelineError(
-                f"{file} has an auto_map ({_shown(named)}): the model comes with code of its own, which is not run "
+                f"{file} has an auto_map ({shown(named)}): the model comes with code of its own, which is not run "
                 "here. Name a model that transformers has itself; or, if that is what transformers' own class "
                 "computes, remove auto_map from the file"
             )
-
-
-def _shown(value: Any) -> str:
-    """For a message, of any length."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def checked(file: Path, values: dict[str, Any], section: str = "") -> dict[str, Any]:
     """A config's values without those not asked; PipelineError for a number that none can be."""
 
     def refuse(name: str, expected: str) -> None:
-        raise PipelineError(f"{file}: {section}{name}={_shown(values[name])} must be {expected}: is the file damaged?")
+        raise PipelineError(f"{file}: {section}{name}={shown(values[name])} must be {expected}: is the file damaged?")
 
     kept = {}
     for name, value in values.items():
@@ -160,12 +156,18 @@ def config(path: str, kind: type[PreTrainedConfig] | None = None) -> PreTrainedC
             kind = CONFIG_MAPPING[name]
     for section in kind.sub_configs:
         if section in _SECTIONS and not isinstance(values.get(section), dict):
-            found = _shown(values[section]) if section in values else "missing"
+            found = shown(values[section]) if section in values else "missing"
             raise PipelineError(f"{file}: {section} is {found}, and not a part of the model: name a whole model")
     if kind.base_config_key and isinstance(values.get(kind.base_config_key), dict):
         values = values[kind.base_config_key]
     with reading(file):
-        return kind.from_dict(values)
+        return deepcopy(_made(kind, json.dumps(values)))
+
+
+@lru_cache(maxsize=16)
+def _made(kind: type[PreTrainedConfig], values: str) -> PreTrainedConfig:
+    """Once for all that ask: to check the fields of a model of several parts takes transformers 40 ms."""
+    return kind.from_dict(json.loads(values))
 
 
 @contextmanager
@@ -219,7 +221,7 @@ def tokenizer(
     last = max(vocabulary, key=vocabulary.get)
     if rows is not None and (vocabulary[last] >= rows or max(ids) >= rows):
         raise PipelineError(
-            f"{main} has token {vocabulary[last]} ({_shown(last)}), and the model's embedding {rows:,} rows "
+            f"{main} has token {vocabulary[last]} ({shown(last)}), and the model's embedding {rows:,} rows "
             "(vocab_size in config.json): the tokenizer is of another model, or has tokens that the model was not given"
         )
     return found
@@ -253,7 +255,7 @@ def image_processor(path: str, kind: type[Processor], **fields: Any) -> Processo
 def _require(file: Path, name: str, value: Any, right: bool) -> None:
     if not right:
         value = list(value) if isinstance(value, tuple) else value
-        raise PipelineError(f"{file}: {name}={_shown(value)} makes no picture: copy or download it again")
+        raise PipelineError(f"{file}: {name}={shown(value)} makes no picture: copy or download it again")
 
 
 def check_weights(path: str, kind: type[PreTrainedModel | _BaseAutoModelClass], config: PreTrainedConfig) -> None:
@@ -265,7 +267,7 @@ def check_weights(path: str, kind: type[PreTrainedModel | _BaseAutoModelClass], 
         return
     stored = survey(Path(path))
     held = sum(math.prod(tensor.shape) for tensor in stored.values())
-    with reading(Path(path, "config.json")), torch.device("meta"):
+    with reading(Path(path, "config.json")), no_init_weights(), torch.device("meta"):
         make = kind.from_config if issubclass(kind, _BaseAutoModelClass) else kind._from_config
         wanted = sum(parameter.numel() for parameter in make(deepcopy(config)).parameters())
     if wanted > 2 * held + 10**6:
@@ -325,15 +327,6 @@ def reads_as_stored(path: str, images: str | None = None) -> bool:
     if images not in ("upright", "as_stored"):
         raise PipelineError(f"{path}: its config has {IMAGES}={images!r}; it can be upright or as_stored")
     return images == "as_stored"
-
-
-def note_images(folder: Path, as_stored: bool) -> None:
-    """Have the config.json in a folder say how the model takes images, where it is not upright."""
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    config.pop(IMAGES, None)
-    config |= {IMAGES: "as_stored"} if as_stored else {}
-    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -> None:

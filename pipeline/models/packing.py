@@ -4,11 +4,14 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from textwrap import shorten
+from traceback import walk_tb
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from pipeline.data.collate import Encoded, Packed, pack
 from pipeline.errors import PipelineError
@@ -17,9 +20,9 @@ Build = Callable[[PreTrainedConfig], nn.Module]
 
 _LENGTHS = (5, 7, 4)  # tokens of the items; the last one is what is looked at
 _LAYERS, _WIDTH, _TOKENS, _HEADS, _EXPERTS, _CHUNK = 8, 256, 64, 2, 8, 16  # the most that the small model has
-# Of unit vectors: float32 leaves 2e-6 after 8 layers; what layers mix, with these weights, moves them by 1e-2 or more.
-_TOLERANCE = 1e-4
-_SEEDS = (0, 1)  # rounding may choose another expert of a mixture once, but hardly twice
+# Of unit vectors. What layers mix, with these weights, moves them by 1e-3 or more. Rounding moves them by 2e-6 in
+# float32, by 1e-4 where attention is sharp (Gemma 4's), further where it chooses another expert; in float64 by 1e-7.
+_TOLERANCE = 1e-5
 
 
 def check_packing(path: str, config: PreTrainedConfig, build: Build) -> None:
@@ -27,7 +30,7 @@ def check_packing(path: str, config: PreTrainedConfig, build: Build) -> None:
 
     Each sort of layer that the config has runs, in float32 on the CPU, but narrow and with random weights: a leak is in
     what layers do, not in their weights. So neither precision nor ZeRO's partitions matter, a job can be refused before
-    it loads anything, and it takes a fraction of a second, once a process.
+    it loads anything, and it takes a second at most, once a process.
 
     path: for errors.  build: a config -> a model of it, from packed items to unit vectors.
     """
@@ -47,58 +50,82 @@ def _problem(config: PreTrainedConfig, build: Build) -> str:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
             torch.manual_seed(0)
             small = _small(config)
-            small.dtype = torch.float32
+            small.dtype, small._experts_implementation = torch.float32, "eager"  # the others know no float64
             model = build(small).float().eval()
             for parameter in model.parameters():
                 if parameter.ndim > 1:  # as large as trained ones, so that each layer counts
                     parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5)
             vocabulary = min(small.vocab_size, _TOKENS)
-            cosines = [_least_cosine(model, vocabulary, seed) for seed in _SEEDS]
-            if None in cosines:
-                return ""
+            for dtype in (torch.float32, torch.float64):  # the slower one, where it may be rounding
+                moved = _moved(model.to(dtype), vocabulary)
+                if moved < _TOLERANCE:
+                    return ""
             mixes = _mixer(model, vocabulary)
     except PipelineError as error:
         return f"a {config.model_type} model: {error}"
     except Exception as error:  # any, of any model's code
-        first = shorten(str(error), 160)
-        return (
-            f"a {config.model_type} model, which cannot be tried on packed texts and so is not supported "
-            f"({type(error).__name__}: {first}), unless its config.json is damaged"
+        return f"a {config.model_type} model, which cannot be tried on packed texts and so is not supported: " + _why(
+            config, error
         )
     return (
-        f"a {config.model_type} model, and a text's vector by it depends on what the text is packed with (cosine "
-        f"{min(cosines):.4f} of alone and beside others){mixes}; it is not supported: take a decoder that mixes tokens "
-        "by attention alone"
+        f"a {config.model_type} model, and a text's vector by it depends on what the text is packed with (beside "
+        f"others it is {moved:.1e} from what it is alone){mixes}; it is not supported: take a decoder that mixes "
+        "tokens by attention alone"
     )
 
 
-def _items(vocabulary: int, seed: int) -> list[Encoded]:
-    draws = np.random.default_rng(seed)
+def _why(config: PreTrainedConfig, error: Exception) -> str:
+    """Why a small model of this config does not run, by what is known of the whole one."""
+    try:
+        with no_init_weights(), torch.device("meta"):
+            model = AutoModel.from_config(copy.deepcopy(config))
+    except Exception as whole:
+        return f"transformers makes no model of its config.json ({_said(whole)}): is it damaged?"
+    for module in model.modules():
+        if any(isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module.children()):
+            return f"its {type(module).__name__} mixes neighbouring tokens of a row by a convolution"
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} computes attention by code of its own, which cannot be told where texts begin"
+    if not model._supports_sdpa:
+        return f"{type(model).__name__} has attention that is more than scaled dot products (sinks, sparsity)"
+    modules = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    names = [type(each).__name__ for each in modules if type(each).__module__.startswith("transformers.models")]
+    name = names[-1] if names else type(model).__name__
+    return f"its {name} does not run on them ({_said(error)}); or is its config.json damaged?"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {shorten(str(error), 160)}"
+
+
+def _items(vocabulary: int) -> list[Encoded]:
+    draws = np.random.default_rng(0)
     return [Encoded(draws.integers(vocabulary, size=length).astype(np.int32)) for length in _LENGTHS]
 
 
-def _least_cosine(model: nn.Module, vocabulary: int, seed: int) -> float | None:
-    """Of items' vectors together and apart; None if they are equal but for rounding."""
-    items = _items(vocabulary, seed)
+def _moved(model: nn.Module, vocabulary: int) -> float:
+    """How far an item's vector together with others is from the one apart, at most."""
+    items = _items(vocabulary)
     together = model(pack(items), False)
     apart = torch.cat([model(pack([item]), False) for item in items])
     if not (together.isfinite().all() and apart.isfinite().all()):
         raise PipelineError("a small one of its config gives NaN or infinity for random tokens")
-    return None if (together - apart).norm(dim=1).max() < _TOLERANCE else float((together * apart).sum(dim=1).min())
+    return float((together - apart).norm(dim=1).max())
 
 
 def _mixer(model: nn.Module, vocabulary: int) -> str:
     """Which class of layer it is: the first that gives the last item something else, of the same, where others change.
 
-    "" if none is found.
+    Or that no change of the others matters, but where in the row the item is; "" if neither is found.
     """
-    items = _items(vocabulary, 0)
+    items = _items(vocabulary)
     others = [replace(item, input_ids=(item.input_ids + 1) % vocabulary) for item in items[:-1]] + items[-1:]
     (ours, theirs) = (_traced(model, pack(each)) for each in (items, others))
     for (name, before, after), (other_name, other_before, other_after) in zip(ours, theirs, strict=False):
         if name == other_name and torch.equal(before, other_before) and not torch.allclose(after, other_after):
             return f", for its {name} mixes them"
-    return ""
+    ours, theirs = (model(pack(each), False)[-1] for each in (items, others))
+    return ", for its place in the row changes it" if (ours - theirs).norm() < _TOLERANCE else ""
 
 
 def _traced(model: nn.Module, packed: Packed) -> list[tuple[str, Tensor, Tensor]]:
@@ -124,27 +151,60 @@ def _traced(model: nn.Module, packed: Packed) -> list[tuple[str, Tensor, Tensor]
 
 def _small(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of a narrow model that has each sort of layer. Heads keep their size, by which other fields go."""
-    small, depth = copy.deepcopy(config), config.num_hidden_layers
-    lists = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == depth}
-    sorts = [tuple(map(str, each)) for each in zip(*lists.values(), strict=True)]
-    # Without such lists layers differ by periods, of eight at most.
-    depth = min(depth, max([_LAYERS, *(sorts.index(sort) + 1 for sort in set(sorts))]))
-    for name, value in lists.items():
-        setattr(small, name, value[:depth])
-    small.num_hidden_layers = depth
-    if getattr(config, "sliding_window", None):  # longer items are refused when they come
-        small.sliding_window = max(config.sliding_window, _CHUNK)
-    if config.hidden_size <= _WIDTH:
-        return small
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    grouped = getattr(config, "num_key_value_heads", None) not in (None, heads)
-    limits = {"hidden_size": _HEADS * size, "vocab_size": _TOKENS, "n_group": 1, "topk_group": 1}
-    limits |= {"num_attention_heads": _HEADS, "num_key_value_heads": 1 if grouped else _HEADS}
-    by_part = {"intermediate_size": _WIDTH, "per_tok": _HEADS, "experts": _EXPERTS, "token_id": _TOKENS - 1}
-    by_part |= {"chunk_size": _CHUNK}
-    for name, value in small.to_dict().items():
-        if type(value) is int:
-            limit = limits.get(name) or next((limit for part, limit in by_part.items() if part in name), value)
-            setattr(small, name, min(value, limit))
+    small, layers = copy.deepcopy(config), _some_layers(config)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(small, name, [value[layer] for layer in layers])
+    small.num_hidden_layers = len(layers)
+    if shared := getattr(config, "num_kv_shared_layers", None):
+        small.num_kv_shared_layers = sum(layer >= config.num_hidden_layers - shared for layer in layers)
+    for name in ("sliding_window", "attention_chunk_size"):  # longer items are refused when they come
+        if limit := getattr(config, name, None):
+            setattr(small, name, max(limit, _CHUNK))
+    if getattr(config, "floor_scale", None):  # tokens by which Llama 4 counts where in the row one is
+        small.floor_scale = 1
+    narrow = _narrowing(config) if config.hidden_size > _WIDTH else lambda name, value: value
+    names = {field: name for name, field in config.attribute_map.items()}
+    for field, value in list(vars(small).items()):
+        setattr(small, field, narrow(names.get(field, field), value))
+    if by_layer := config.to_dict().get("per_layer_config"):  # as Gemma 4 has it: fields that differ by layers
+        fields = {int(layer): {name: narrow(name, v) for name, v in own.items()} for layer, own in by_layer.items()}
+        small.per_layer_config = {new: fields[layer] for new, layer in enumerate(layers) if layer in fields}
     return small
+
+
+def _some_layers(config: PreTrainedConfig) -> list[int]:
+    """The first layers, which have all sorts that come in periods, and the first of each sort by the config's lists."""
+    depth = config.num_hidden_layers
+    lists = [value for value in vars(config).values() if isinstance(value, list) and len(value) == depth]
+    lists = [value for value in lists if value != list(range(depth))]  # of all layers' numbers
+    own = depth - (getattr(config, "num_kv_shared_layers", None) or 0)  # later ones take others' keys and values
+    sorts = [(layer < own, *map(str, each)) for layer, *each in zip(range(depth), *lists, strict=True)]
+    return sorted({*range(min(depth, _LAYERS)), *(sorts.index(sort) for sort in set(sorts))})
+
+
+def _narrowing(config: PreTrainedConfig) -> Callable[[str, Any], Any]:
+    """A field's name and value -> its value in the narrow model."""
+    before, layer = config.num_attention_heads, getattr(config, "per_layer_config", [config])[0]
+    size = getattr(layer, "head_dim", None) or config.hidden_size // before
+    grouped = getattr(layer, "num_key_value_heads", None) not in (None, before)
+    others = {n: v for n, v in vars(config).items() if "heads" in n and ("mamba" in n or "linear" in n) and v}
+    # As few heads as leave a whole number of each other sort, which recurrent layers have.
+    heads = next((n for n in range(_HEADS, before) if all(v * n % before == 0 for v in others.values())), before)
+    exact = {"hidden_size": heads * size, "num_attention_heads": heads, "num_key_value_heads": 1 if grouped else heads}
+    exact |= {"n_group": 1, "topk_group": 1, "num_layers": _LAYERS}
+    scaled = {*others, "attention_hidden_size", "lru_width", "mamba_d_ssm"}
+    by_part = {"intermediate_size": _WIDTH, "ffn": _WIDTH, "vocab_size": _TOKENS, "token_id": _TOKENS - 1}
+    by_part |= {"per_tok": _HEADS, "topk": _HEADS, "top_k": _HEADS, "expert": _EXPERTS}
+    by_part |= {"chunk_size": _CHUNK, "d_state": _CHUNK}
+
+    def narrow(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [narrow(name, each) for each in value]
+        if type(value) is not int:
+            return value
+        if name in scaled:
+            return value * heads // before
+        return min(value, exact.get(name) or next((limit for part, limit in by_part.items() if part in name), value))
+
+    return narrow

@@ -40,7 +40,10 @@ MARKS = {
     "begins, as Llama 3": ("<|im_start|> $A", "<|im_end|>", None, "<|im_start|>", ["<|im_start|>"]),
     "begins and ends": ("<|im_start|> $A <|im_end|>", "<|im_end|>", None, "<|im_start|>", ["<|im_start|>"]),
     "begins with its end": ("<|im_end|> $A", "<|im_end|>", None, "<|im_end|>", ["<|im_end|>"]),
+    "begins as a text does": ("a $A a", "<|im_end|>", None, None, ["a"]),
 }
+# That which a model card has to leave out or to repeat.
+OF_CARDS = ["ends with two", "begins and ends", "begins as a text does"]
 
 
 def mark(folder: Path, marks: str) -> None:
@@ -48,7 +51,7 @@ def mark(folder: Path, marks: str) -> None:
     template, eos, pad, bos, _ = MARKS[marks]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if template:
-        ids = [(token, tokenizer.token_to_id(token)) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")]
+        ids = [(token, tokenizer.token_to_id(token)) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "a")]
         tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
     tokenizer.save(str(folder / "tokenizer.json"))
     own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": pad, "bos_token": bos}
@@ -97,6 +100,7 @@ def test_what_a_tokenizer_puts_before_stands_before_and_what_it_puts_behind_does
         assert encoded.skipped == len(before)
 
 
+@pytest.mark.parametrize("marked", OF_CARDS, indirect=True)
 @pytest.mark.parametrize("instruction", ["", "Represent: "])
 def test_a_text_encoders_card_gives_our_vectors(marked, instruction, tmp_path, monkeypatch):
     base, _ = marked
@@ -107,6 +111,7 @@ def test_a_text_encoders_card_gives_our_vectors(marked, instruction, tmp_path, m
     torch.testing.assert_close(Embedder.load(tmp_path / "out").embed(TEXTS), expected, atol=3e-6, rtol=0)
 
 
+@pytest.mark.parametrize("marked", OF_CARDS, indirect=True)
 def test_a_masked_models_card_reads_a_text_as_training_does(marked, tmp_path, monkeypatch):
     base, _ = marked
     model = MaskedLanguageModel.load(str(base), torch.float32)
@@ -117,7 +122,7 @@ def test_a_masked_models_card_reads_a_text_as_training_does(marked, tmp_path, mo
     assert ids == expected
 
 
-@pytest.mark.parametrize("marks", MARKS)
+@pytest.mark.parametrize("marks", OF_CARDS)
 def test_llaves_card_gives_our_vectors(marks, tiny_model, tmp_path, monkeypatch):
     shutil.copytree(tiny_model, tmp_path / "base")
     mark(tmp_path / "base", marks)

@@ -131,6 +131,13 @@ def last(weights: dict[str, torch.Tensor]) -> str:
     return max(name for name in weights if name.endswith("proj.weight"))
 
 
+def empty_layer(weights: dict[str, torch.Tensor]) -> None:
+    """Of the first layer one matrix, as may be, and of the second all."""
+    first, *_ = (name for name in weights if "layers.0." in name and weights[name].ndim > 1)
+    for name in (first, *(name for name in weights if "layers.1." in name)):
+        weights[name].zero_()
+
+
 def spoil(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
     def change(weights: dict[str, torch.Tensor]) -> None:
         weights[last(weights)].view(-1)[3] = value
@@ -202,6 +209,11 @@ def rename_token(token: str) -> Damage:
     return damage
 
 
+def twice(folder: Path) -> None:
+    content = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(content.replace("{", '{"model_type": "qwen2",', 1))
+
+
 def linked(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(folder / "nowhere")
@@ -255,6 +267,8 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("mark-of-a-text", "llave", config(image_token_id=70), "image_token_id=70"),
     ("settings", "caption", config(text_encoder="mean"), "text_encoder='mean'"),
     ("instruction", "caption", config(text_encoder={"instruction": 3}), "text_encoder.instruction"),
+    ("unknown-setting", "caption", config(text_encoder={"pool": "last"}), "text_encoder.pool in its config.json is"),
+    ("key-twice", "all", twice, "has the key 'model_type' twice"),
     ("own-code", "every", own_code("config.json", AutoConfig="C", AutoModel="M"), "config.json has an auto_map"),
     (
         "unknown-own-code",
@@ -288,6 +302,8 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("integers", "all", tensors(lambda w: w.update({last(w): w[last(w)].to(torch.int8)})), "of quantised weights"),
     ("nan", "every", tensors(spoil(float("nan"))), "has NaN or infinite weights"),
     ("infinite", "all", tensors(spoil(float("-inf"))), "has NaN or infinite weights"),
+    ("zeros", "all", tensors(lambda w: [tensor.zero_() for tensor in w.values()]), "are zero, as a failed save"),
+    ("zeros-in-a-layer", "all", tensors(empty_layer), "layers.1 are zero, as a failed save leaves them"),
     ("shard-missing", "all", sharded(lambda m: None, drop=1), "lacks model-1.safetensors"),
     ("shard-twice", "all", sharded(lambda m: None, twice=True), "remove the file that is too many"),
     ("shard-elsewhere", "every", sharded(lambda m: m.update({min(m): "../x.safetensors"})), "names '../x.safetensors'"),
@@ -353,7 +369,14 @@ CASES: list[tuple[str, str, Damage, str]] = [
         tensors(lambda w: w.pop("norm.bias"), "adapter.safetensors"),
         "norm.bias is in only one",
     ),
+    (
+        "adapter-zeros",
+        "llm2clip",
+        tensors(lambda w: [tensor.zero_() for tensor in w.values()], "adapter.safetensors"),
+        "adapter.safetensors: all weights of",
+    ),
     ("width", "llm2clip", write("llm2clip.json", b'{"width": "32"}'), "llm2clip.json: width='32'"),
+    ("unknown-width", "llm2clip", config(file="llm2clip.json", depth=3), "llm2clip.json: depth is unknown"),
     ("no-width", "llm2clip", write("llm2clip.json", HTML), "llm2clip.json is not JSON"),
     ("no-text-encoder", "llm2clip", lambda folder: shutil.rmtree(folder / "text_encoder"), "text_encoder"),
 ]
@@ -443,7 +466,7 @@ def test_an_original_checkpoint_is_refused_before_it_is_converted(tmp_path):
     for number, (damage, named) in enumerate(
         [
             (config(hidden_size="64"), "hidden_size='64' must be"),
-            (config(num_attention_heads=5), "unless its config.json is damaged"),
+            (config(num_attention_heads=5), "or is its config.json damaged?"),
             (config(file="vision_config.json", hidden_size=None), "vision_config.json: hidden_size=None must be"),
             (config(image_grid_pinpoints=[[0, 384]]), "image_grid_pinpoints"),
             (cut("model.safetensors", 0.5), "model.safetensors: it is cut or damaged"),

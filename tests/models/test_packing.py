@@ -39,6 +39,15 @@ LINEAR = SIZES | {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
+GEMMA = {  # the first layers have all sorts, but for those that take keys and values from earlier ones
+    "num_hidden_layers": 14,
+    "layer_types": ["sliding_attention", "full_attention"] * 7,
+    "head_dim": 16,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 8,
+}
+WIDE = {"hidden_size": 1024, "num_attention_heads": 32, "mamba_n_heads": 64, "mamba_d_head": 32}  # and fit each other
+ZAMBA = {"layer_types": ["linear_attention", "linear_attention", "hybrid"], "n_mamba_heads": 8}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 
 
@@ -59,6 +68,8 @@ def config_of(kind: str, **fields: object) -> PreTrainedConfig:
         ("gemma3_text", {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
         ("phi3", {"pad_token_id": 0}),
         ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}),
+        ("gemma4_text", GEMMA | {"global_head_dim": 32, "num_global_key_value_heads": 4, "attention_k_eq_v": True}),
+        ("gemma3n_text", GEMMA | {"num_kv_shared_layers": 5, "laurel_rank": 8}),
     ],
 )
 def test_decoders_that_keep_texts_apart_pass(kind, own, fields):
@@ -74,7 +85,15 @@ def test_decoders_that_keep_texts_apart_pass(kind, own, fields):
         ("recurrent_gemma", {"lru_width": 32, "head_dim": 8}, "recurrent_gemma model.*depend.*Recurrent"),
         ("gemma2", {"head_dim": 16}, "gemma2 model.*caps attention's logits"),
         ("stablelm", {}, "stablelm model: the model's layers do not tell its attention where items begin"),
-        ("falcon", {}, "falcon model, which cannot be tried"),
+        ("bamba", WIDE, "bamba model.*depend.*BambaMixer"),
+        ("granitemoehybrid", WIDE | {"layer_types": ["mamba"] * 3}, "granitemoehybrid model.*depend.*HybridMambaLayer"),
+        ("zamba2", ZAMBA, "zamba2 model.*Zamba2MambaMixer"),
+        ("llama4_text", {"no_rope_layers": [1, 1, 0]}, "llama4_text model.*depend.*its place in the row"),
+        ("doge", {}, "doge model.*an attention mask of their own"),
+        ("falcon", {}, "falcon model.*FalconModel computes attention by code of its own"),
+        ("gpt_oss", {}, "gpt_oss model.*GptOssModel has attention that is more than scaled dot products"),
+        ("dots1", {}, "dots1 model.*transformers makes no model of its config.json"),
+        ("axk2", {"qk_rope_head_dim": 8}, "axk2 model.*its AXK2Attention does not run on them"),
     ],
 )
 def test_others_are_refused_by_name(kind, fields, named):
@@ -82,7 +101,7 @@ def test_others_are_refused_by_name(kind, fields, named):
         check_packing("here", config_of(kind, **fields), TextEncoder.of_config)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bloom", "mamba", "jamba", "opt"])
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "mamba", "jamba", "opt", "phi4_multimodal"])
 def test_decoders_of_other_positions_are_refused_by_name(kind, tmp_path):
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
     with pytest.raises(PipelineError, match=f"is a {kind} model; expected a decoder"):
@@ -167,6 +186,15 @@ def test_llaves_own_layers_are_tried_too(tiny_model, monkeypatch):
     for way in (lambda: KINDS["llave"].check(model), lambda: llave.Llave.load(tiny_model, torch.float32)):
         with pytest.raises(PipelineError, match=r"qwen2 model.*depend"):
             way()
+
+
+def test_items_longer_than_what_is_seen_at_once_are_refused():
+    chunked = {"attention_chunk_size": 8, "attn_temperature_tuning": False}
+    for kind, fields in (("llama4_text", chunked), ("mistral", {"sliding_window": 8})):
+        model = TextEncoder.of_config(config_of(kind, **fields)).eval()
+        assert model(pack([Encoded(np.arange(8, dtype=np.int32))])).isfinite().all()
+        with pytest.raises(PipelineError, match="the model sees 8 tokens at once"):
+            model(pack([Encoded(np.arange(9, dtype=np.int32))]))
 
 
 def test_frequencies_that_depend_on_the_longest_item_are_refused_where_they_do():

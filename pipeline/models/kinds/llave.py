@@ -12,11 +12,11 @@ from pipeline.config import Model, Recipe
 from pipeline.data.lengths import Lengths
 from pipeline.models import files, llave, loading, weights
 from pipeline.models.chunks import Features
-from pipeline.models.folder import save_folder
+from pipeline.models.folder import note_images, save_folder
 from pipeline.models.frozen import Frozen
 from pipeline.models.kinds.kind import Kind, Processor, fastest
 from pipeline.models.llave import Llave, TowerlessLlave
-from pipeline.models.loading import DTYPES, note_images, reads_as_stored
+from pipeline.models.loading import DTYPES, reads_as_stored
 from pipeline.models.tower import FrozenTower
 
 

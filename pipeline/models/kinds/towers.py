@@ -22,11 +22,12 @@ from pipeline.models.chunks import Features
 from pipeline.models.clip import Clip, ClipTexts
 from pipeline.models.decoder import FrozenTextEncoder, TextEncoder, TextProcessor
 from pipeline.models.files import fetched
+from pipeline.models.folder import note_images
 from pipeline.models.frozen import Frozen
 from pipeline.models.kinds.kind import Kind, Processor
 from pipeline.models.kinds.texts import CaptionKind
 from pipeline.models.llm2clip import Llm2Clip
-from pipeline.models.loading import DTYPES, note_images, reads_as_stored, refuse_unknown
+from pipeline.models.loading import DTYPES, reads_as_stored, refuse_unknown
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels, VisionEncoder
 
