@@ -129,10 +129,13 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
         late, _ = train(name="late", time=1)
 
     def near_the_limit(job: int) -> None:
-        """Slurm looks at limits every 30 seconds: until it sends its signal, which ends a pause, there is no step."""
+        """Slurm looks at limits every 30 seconds: until it sends its signal, which ends a pause, there is no step.
+
+        Limits are minutes. What is left of the last one must suffice for a checkpoint, also on a busy machine.
+        """
         slurm.tasks(job)[0][0].suspend()
         elapsed = sum(int(n) * 60**i for i, n in enumerate(reversed(slurm.job(job)["RunTime"].split(":"))))
-        slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={elapsed // 60 + 1}")
+        slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={(elapsed + 40) // 60 + 1}")
 
     done, preempted = 0, "SIGTERM (preempted, requeued or cancelled)"
 
