@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from limits import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
 LINE = "interrupted; start the same command to continue\n"
@@ -89,7 +90,7 @@ def test_a_program_ends_with_one_line_whatever_it_does_with_it(start, how):
     process = start("-c", PROGRAM, how)
     assert process.stdout.readline() == "in\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == LINE
+    assert process.communicate(timeout=HANG_SECONDS)[1] == LINE
     assert process.returncode == 130
 
 
@@ -111,7 +112,7 @@ def test_where_a_program_stops_by_itself_only_a_second_one_ends_it(start, in_slu
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=0.2)
         process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == LINE
+    assert process.communicate(timeout=HANG_SECONDS)[1] == LINE
     assert process.returncode == 130
 
 
@@ -119,7 +120,7 @@ def test_a_program_that_handles_it_is_left_alone(start):
     process = start("-c", PROGRAM.replace("@command_line", "interrupt._LEAVE_SECONDS = 0.2\n@command_line"), "own")
     assert process.stdout.readline() == "in\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("noted\n", "")
+    assert process.communicate(timeout=HANG_SECONDS) == ("noted\n", "")
     assert process.returncode == 7
 
 
@@ -128,7 +129,7 @@ def test_what_runs_in_the_background_of_a_shell_is_not_interrupted(start):
     assert process.stdout.readline() == "in\n"
     process.send_signal(signal.SIGINT)
     process.terminate()
-    assert process.wait(timeout=60) == -signal.SIGTERM
+    assert process.wait(timeout=HANG_SECONDS) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("program", [["-m", "pipeline.train"], ["tools/preflight.py"], ["tools/make_shards.py"]])
@@ -137,7 +138,7 @@ def test_while_it_imports(start, program):
     maps = Path(f"/proc/{process.pid}/maps")
     until(lambda: "numpy" in maps.read_text(), process)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == LINE
+    assert process.communicate(timeout=HANG_SECONDS)[1] == LINE
     assert process.returncode == 130
 
 
@@ -154,7 +155,7 @@ def test_while_it_waits_for_ranks_inside_a_library(start):
 
     until(listens, process)
     process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=HANG_SECONDS)[1]
     assert error.endswith(LINE)
     assert "Traceback" not in error
     assert process.returncode == 130

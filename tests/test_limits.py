@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from limits import HANG_SECONDS
 from PIL import Image as Picture
 from two_ranks import on_two_ranks
 
@@ -56,7 +57,7 @@ def test_a_batch_that_does_not_fit_shared_memory_is_said_at_once(source, monkeyp
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)  # which the worker inherits
     order = source.order(BATCH, 0, Lengths(TILING, 8))
     with pytest.raises(PipelineError, match=r"/dev/shm has no room left .* --shm-size=8g.* data\.workers=0"):
-        next(batches(source, order, encode, range(1), rank=0, world=1, timeout=60))
+        next(batches(source, order, encode, range(1), rank=0, world=1, timeout=HANG_SECONDS))
 
 
 def test_what_a_pair_takes_follows_from_the_index(source):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from limits import HANG_SECONDS
 
 from pipeline import lock
 from pipeline.data import objects
@@ -172,7 +173,7 @@ def test_who_was_taken_for_dead_ends(tmp_path, hold):
     holder = hold(str(tmp_path))
     (file,) = (tmp_path / lock.FOLDER).iterdir()
     file.unlink()
-    _, error = holder.communicate(timeout=60)
+    _, error = holder.communicate(timeout=HANG_SECONDS)
     assert holder.returncode == 2
     assert f"{file} is gone: another process may write there; this one ends" in error
     assert "Traceback" not in error

@@ -228,7 +228,7 @@ def test_workers_live_with_the_process_and_not_with_the_thread_that_began_them(d
         assert (left, len(pids)) == ("8\n", 2), rank.communicate()[1]
         assert not psutil.wait_procs(workers, timeout=1)[0]
         rank.kill()
-        assert not psutil.wait_procs(workers, timeout=30)[1]
+        assert not psutil.wait_procs(workers, timeout=HANG_SECONDS)[1]
         assert rank.communicate()[1] == ""
 
 

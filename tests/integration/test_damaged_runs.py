@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from launch import Ended, launch
+from limits import HANG_MINUTES
 
 from pipeline import export
 from pipeline.config import load_recipe
@@ -34,12 +35,13 @@ def recipe(tiny_model, tmp_path_factory) -> list[str]:
     fields = ["deepspeed=ds_configs/zero2.json", "data.lanes=4", "data.block_samples=8", "data.window_blocks=2"]
     fields += ["batch.global_batch=8", "batch.chunk_tokens=500", f"steps={STEPS}", f"checkpoint.every={EVERY}"]
     fields += [f"model.path={tiny_model}", f"data.url={data}", "data.datasets=[]", "ledger=true", "data.workers=0"]
-    fields += [f"evaluation.urls=[{data}]", f"evaluation.every={EVERY}", "checkpoint.keep=9", "timeout_minutes=1"]
+    fields += [f"evaluation.urls=[{data}]", f"evaluation.every={EVERY}", "checkpoint.keep=9"]
+    fields += [f"timeout_minutes={HANG_MINUTES}"]
     return ["pipeline/recipes/demo.yaml", *fields]
 
 
 def train(recipe: list[str], run: Path, world: int = 2, *overrides: str) -> Ended:
-    return launch(["-m", "pipeline.train", *recipe, f"run={run}", *overrides], world=world, seconds=120)
+    return launch(["-m", "pipeline.train", *recipe, f"run={run}", *overrides], world=world)
 
 
 @pytest.fixture(scope="module")
@@ -378,12 +380,12 @@ def test_a_converted_model_to_begin_with_that_is_damaged_is_named(recipe, tmp_pa
 def test_a_full_disk_leaves_the_older_checkpoint_whole(recipe, finished, tmp_path):
     run = tmp_path / "run"
     arguments = [*recipe, f"run={run}", "evaluation=null"]
-    ended = launch(["tests/integration/full_disk.py", "2", *arguments], world=1, seconds=120)
+    ended = launch(["tests/integration/full_disk.py", "2", *arguments], world=1)
     assert ended.status == [2], ended.output[-4000:]
     assert "Traceback" not in ended.output
     assert "unfinished-00000004 cannot be written: " in ended.output
     assert resume.whole(run / "checkpoints", thorough=True) == step(run, 2)
-    ended = launch(["-m", "pipeline.train", *arguments], world=1, seconds=120)
+    ended = launch(["-m", "pipeline.train", *arguments], world=1)
     assert ended.status == [0], ended.output[-4000:]
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     assert not list((run / "checkpoints").glob("unfinished-*"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from launch import fork, launch, wait
+from limits import HANG_MINUTES, HANG_SECONDS
 
 from pipeline import lock
 from pipeline.convert.demo import TrainingPairs
@@ -39,7 +40,7 @@ def recipe(tiny_model, tmp_path_factory) -> list[str]:
         "batch.chunk_tokens=500",
         f"steps={STEPS}",
         "evaluation=null",
-        "timeout_minutes=1",
+        f"timeout_minutes={HANG_MINUTES}",
     ]
 
 
@@ -52,7 +53,7 @@ def of_run(run: Path) -> list[psutil.Process]:
 
 
 def until_step(run: Path, step: int, ended: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + HANG_SECONDS
     while Status.read(run).state != "running" or Status.read(run).step < step:
         assert ended() is None
         assert time.monotonic() < deadline
@@ -64,7 +65,7 @@ def assert_stopped(run: Path, printed: str) -> None:
     assert (status.state, status.reason) == ("stopped", "SIGINT (Ctrl-C)"), printed[-4000:]
     assert (run / "checkpoints/latest").read_text() == f"step-{status.step:08d}\n"
     assert "stopped: SIGINT (Ctrl-C); the same command goes on from here" in printed
-    assert not psutil.wait_procs(of_run(run), timeout=20)[1]
+    assert not psutil.wait_procs(of_run(run), timeout=HANG_SECONDS)[1]
     assert not (run / lock.FOLDER).exists()
 
 
@@ -73,7 +74,7 @@ def test_interrupted_a_run_finishes_its_step_and_goes_on_from_there(recipe, tmp_
     (rank,) = fork(command(recipe, run), 1)
     until_step(run, 2, rank.poll)
     os.kill(rank.pid, signal.SIGINT)
-    ended = wait([rank], 100)
+    ended = wait([rank])
     assert ended.status == [130]
     assert "Traceback" not in ended.output
     assert_stopped(run, ended.output)
@@ -94,7 +95,7 @@ def test_torchrun_passes_an_interruption_on(recipe, tmp_path):
     try:
         until_step(run, 2, process.poll)
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(timeout=100)
+        process.wait(timeout=HANG_SECONDS)
         assert_stopped(run, printed.read_text())
         assert 'File "' + str(ROOT / "pipeline") not in printed.read_text()
     finally:
@@ -107,7 +108,7 @@ def test_a_second_start_is_refused_and_the_first_goes_on(recipe, tmp_path):
     run = tmp_path / "run"
     (first,) = fork(command(recipe, run), 1)
     until_step(run, 1, first.poll)
-    ended = launch(command(recipe, run), 1, seconds=100)
+    ended = launch(command(recipe, run), 1)
     assert ended.status == [2]
     assert f"error: {run} is in use by process {first.pid} on " in ended.output
     assert "Traceback" not in ended.output

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from cluster import ROOT, SlurmCluster
+from limits import HANG_SECONDS
 
 PROBE = """
 import os, sys
@@ -28,7 +29,7 @@ def in_a_terminal(slurm: SlurmCluster, *command: str) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     return ended.stdout
 
