@@ -14,7 +14,7 @@ DS_ACCELERATOR=cpu python tests/integration/build_cpu_adam.py >/dev/null 2>&1 &
 # Of ranks that were killed, as tests do, there is always some semaphore left, which multiprocessing would tell.
 export PYTHONWARNINGS="ignore:resource_tracker:UserWarning"
 status=0
-# What runs in one process, two at a time; then what starts processes of its own and waits for them.
+# What runs in one process, two at a time.
 OMP_NUM_THREADS=1 python -m pytest --ignore=tests/integration -n 2 --dist loadfile || status=$?
 # On another processor sums are ordered otherwise. What compares numbers within rounding passes with the instructions that
 # every processor has, too, unless these are all that this one has.
@@ -25,5 +25,8 @@ if ! python -c 'import torch; raise SystemExit(torch.backends.cpu.get_cpu_capabi
     ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 python -m pytest "${numeric[@]}" -n 2 --dist loadfile || status=$?
 fi
 wait
-python -m pytest tests/integration || status=$?
+# What starts processes of its own and waits for them, beside what runs on a cluster.
+python -m pytest tests/integration -n 2 --dist loadgroup || status=$?
+# Damage and signals at random, of which the seed makes always the same.
+python tests/chaos/run.py --seed 1 --trials 14 || status=$?
 exit "$status"
