@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import boto3.session
 from botocore import exceptions as aws
 from botocore.config import Config
+from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from pipeline.errors import PipelineError
@@ -131,7 +132,7 @@ def read(bucket: str, key: str, start: int, length: int | None, count: Callable[
                         patience.progress()
                 if position < end:
                     raise _ShortBody
-            except (aws.ClientError, aws.BotoCoreError, HTTPError, _ShortBody) as error:
+            except (*_ERRORS, _ShortBody) as error:
                 patience.wait(error)
     return b"".join(chunks)
 
@@ -317,6 +318,11 @@ class _ShortBody(Exception):
     """A body that ended before its range did."""
 
 
+# Of any request: what boto3 calls an error of its own, and what comes through it from urllib3 and its parsers, where an
+# answer breaks off or is damaged.
+_ERRORS = (aws.ClientError, aws.BotoCoreError, HTTPError, ResponseParserError)
+
+
 class _Patience:
     """Between attempts at one thing: backoff with full jitter, until nothing has moved for too long.
 
@@ -352,7 +358,7 @@ def _persist(what: str, call: Callable[[], Result]) -> Result:
         while True:
             try:
                 return call()
-            except (aws.ClientError, aws.BotoCoreError) as error:
+            except _ERRORS as error:
                 # Time runs from the first failure: a large part on a slow line is not late for having been sent.
                 patience = patience or _Patience(what)
                 patience.wait(error)
@@ -390,8 +396,8 @@ def _passing(error: Exception) -> str | None:
     elif isinstance(error, (aws.ConnectionError, aws.HTTPClientError)):
         endpoint = _client().meta.endpoint_url
         return f"no answer from {endpoint} ({type(error).__name__}): is it up, is AWS_ENDPOINT_URL right?"
-    elif isinstance(error, (HTTPError, _ShortBody)):
-        return f"the body broke off ({type(error).__name__.lstrip('_')}): is the network failing?"
+    elif isinstance(error, (HTTPError, ResponseParserError, _ShortBody)):
+        return f"the answer broke off ({type(error).__name__.lstrip('_')}): is the network failing?"
     return None
 
 

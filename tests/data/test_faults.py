@@ -92,6 +92,13 @@ def test_what_passes_is_tried_again(proxied, fault):
     assert not objects.exists(OBJECT)
 
 
+@pytest.mark.parametrize("fault", [RESET, TRUNCATE], ids=lambda fault: fault.kind)
+def test_an_answer_that_breaks_off_is_asked_for_again(proxied, fault):
+    for action, answer in ((objects.list_under, [OBJECT]), (objects.exists, False)):
+        proxied(only("GET", range(2), fault))
+        assert action(ROOT) == answer  # that there is no object of this name, S3 explains in a body
+
+
 def test_what_does_not_pass_fails_at_once(proxied):
     proxy = proxied(lambda number, method, path: refuse(403, "AccessDenied"))
     for action in (objects.read, objects.delete):
