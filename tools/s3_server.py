@@ -162,8 +162,11 @@ class S3Server:
                 time.sleep(0.1)
         raise PipelineError(f"the S3 server did not answer within {START_SECONDS} s ({problem}):\n{self._log_tail()}")
 
-    def restart(self) -> None:
-        """Kill it outright and start it again with the data it has, as if its machine had failed."""
+    def restart(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """End it, outright as if its machine had failed, and start it again with the data it has."""
+        self._process.send_signal(number)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=15)  # asked politely it waits for its clients
         self._process.kill()
         self._process.wait()
         self._launch()

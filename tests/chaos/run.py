@@ -54,13 +54,13 @@ def main() -> None:
 
 def chaos(arguments: argparse.Namespace, folder: Path) -> int:
     """Do the trials; returns how many were violated."""
-    sorts = [sort for sort, weight in SORTS.items() for _ in range(weight)]
+    weights = {sort: weight for sort, weight in SORTS.items() if arguments.sort in (None, sort.__name__)}
     if not can_mount():
         print("no disk can be mounted here: trials of disks are left out")
-        sorts = [sort for sort in sorts if sort is not disk]
-    if arguments.sort:
-        sorts = [sort for sort in sorts if sort.__name__ == arguments.sort]
-    random.Random(0).shuffle(sorts)
+        weights.pop(disk, None)
+    more = [sort for sort, weight in weights.items() for _ in range(weight - 1)]
+    random.Random(0).shuffle(more)
+    sorts = [*weights, *more]
     trials, faults, violated = Counter(), Counter(), Counter()
     injected: Counter[str] = Counter()
     began = time.monotonic()
@@ -87,6 +87,7 @@ def chaos(arguments: argparse.Namespace, folder: Path) -> int:
             trials[sort.__name__] += 1
             faults[sort.__name__] += trial.faults.total()
             injected += trial.faults
+            bar.set_postfix_str(f"{faults.total()} faults, {violated.total()} violations")
             bar.update()
             remove(trial.folder)
         bar.close()

@@ -101,15 +101,16 @@ def _victims(trial: Trial, ranks: list[Rank]) -> tuple[str, list[int]]:
 def _disturbed(
     trial: Trial, arguments: list[str], processes: int, moments: dict[str, Callable[[], bool]], signals: list
 ) -> Ended:
-    """A program struck by a signal at some moment; what it started must end with it."""
+    """A program struck by a signal at some moment, unless it ended before; what it started must end with it."""
     ranks = fork(arguments, processes)
     moment = trial.chance.choice(list(moments))
     _await(moments[moment], ranks, trial.chance)
     name, pids = _victims(trial, ranks)
     number = trial.chance.choice(signals)
     children = _children(ranks)
-    trial.note(f"{signal.Signals(number).name} of {name} at {moment}")
-    _strike(pids, number, trial.chance)
+    if None in [rank.poll() for rank in ranks]:
+        trial.note(f"{signal.Signals(number).name} of {name} at {moment}")
+        _strike(pids, number, trial.chance)
     ended = judged(wait(ranks, HANG, AFTER_FAILURE))
     if left := psutil.wait_procs(children, timeout=60)[1]:
         for process in left:
@@ -135,10 +136,11 @@ def launcher_killed(trial: Trial) -> None:
     (launcher,) = ranks = fork([*torchrun, *trial.world.train(run)], 1)
     _await(_moments(run)[trial.chance.choice(["first step", "step"])], ranks, trial.chance)
     children = _children(ranks)
-    number = trial.chance.choice(SIGNALS[:3])
+    number = trial.chance.choice(SIGNALS)
     trial.note(f"{number.name} of launcher")
     _strike([launcher.pid], number, trial.chance)
-    wait(ranks, HANG)  # torchrun itself says with a traceback which signal it got
+    if None in wait(ranks, HANG).status:  # with a traceback of its own torchrun says which signal it got
+        raise Violation("the launcher hangs")
     for process in psutil.wait_procs(children, timeout=HANG)[1]:
         process.kill()
         raise Violation("ranks outlived their launcher")
@@ -229,8 +231,9 @@ def server_struck(trial: Trial) -> None:
     ranks = fork(arguments, 2)
     _await(_moments(run)[trial.chance.choice(["start", "first step", "step"])], ranks, trial.chance)
     if trial.chance.random() < 0.5:
-        trial.note("the server is killed and comes back")
-        trial.world.server.restart()
+        number = trial.chance.choice([signal.SIGKILL, signal.SIGTERM])
+        trial.note(f"{number.name} of the server, which comes back")
+        trial.world.server.restart(number)
     else:
         trial.note("the server stands still")
         trial.world.server.pause(trial.chance.choice([1, 7]))
@@ -288,6 +291,8 @@ def run_damaged(trial: Trial) -> None:
     ended = judged(launched(trial.world.train(run), 2))
     if not any(ended.status):
         same_run(run, trial.world.undisturbed / "run", whole=name.suffix != ".jsonl")
+    elif name.parts[0] == "checkpoints":
+        raise Violation(f"{name} is damaged, and the whole checkpoint beside it is not taken\n{ended.output[-2000:]}")
     else:
         left = {each.name for each in (run / "checkpoints").iterdir()}
         if gone := [step for step in steps if not any(step in each for each in left)]:
@@ -319,19 +324,19 @@ def _kind_of(name: Path) -> str:
 def index_damaged(trial: Trial) -> None:
     """One node of an index is another, with or without the right checksum; or its bytes are damaged."""
     shards = copy_of(trial.world.shards, trial.folder / "shards")
-    path = shards / INDEX_FILE
+    path, refused = shards / INDEX_FILE, False
     if trial.chance.random() < 0.3:
         trial.note(f"{damage_file(path, trial.chance)}: {INDEX_FILE}")
     else:
-        content = json.loads(path.read_text())
-        del content["checksum"]
-        content = damage_json(content, trial.chance)
+        before = json.loads(path.read_text())
+        content = damage_json({name: value for name, value in before.items() if name != "checksum"}, trial.chance)
         right = isinstance(content, dict) and trial.chance.random() < 0.7
         if right:
             content["checksum"] = checksum_of(content)
         trial.note(f"a node of {INDEX_FILE}, {'with' if right else 'without'} its checksum")
+        refused = not right and content != before
         path.write_text(json.dumps(content))
-    _look(trial, shards)
+    _look(trial, shards, refused)
 
 
 def sidecar_damaged(trial: Trial) -> None:
@@ -357,10 +362,9 @@ def sidecar_damaged(trial: Trial) -> None:
     _look(trial, shards)
 
 
-def _look(trial: Trial, shards: Path) -> None:
-    """Every program that reads a dataset ends well or with one clear error."""
-    for command in (["show"], ["stats"], ["verify", "--processes", "1"]):
-        judged(launched(["tools/make_shards.py", *command, str(shards)], 1))
+def _look(trial: Trial, shards: Path, refused: bool = False) -> None:
+    """Every program that reads a dataset ends well or with one clear error. refused: with an error."""
+    commands = [["tools/make_shards.py", *each, str(shards)] for each in (["show"], ["stats"], ["verify"])]
     out = trial.folder / "out"
     arguments = trial.chance.choice(
         [
@@ -369,7 +373,9 @@ def _look(trial: Trial, shards: Path) -> None:
             trial.world.train(out, f"data.url={shards}", "data.datasets=[]", "evaluation=null", "steps=4"),
         ]
     )
-    judged(launched(arguments, 1))
+    for each in (*commands, arguments):
+        if not any(judged(launched(each, 1)).status) and refused:
+            raise Violation(f"it takes what is damaged: {' '.join(each)}")
 
 
 def model_damaged(trial: Trial) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from fault_proxy import FLIP, RESET, TRUNCATE, UNAVAILABLE, Fault, FaultProxy, stall
+from fault_proxy import FLIP, RESET, TRUNCATE, UNAVAILABLE, Fault, FaultProxy, refuse, stall
 from launch import Ended, fork, wait
 from PIL import Image
 from safetensors import safe_open
@@ -89,7 +89,8 @@ class World:
     @contextmanager
     def broken_storage(self, chance: random.Random, rate: float, only: Fault | None = None) -> Iterator[None]:
         """Of all requests so many meet a fault: any of those that pass, or `only` this one."""
-        faults = [only] if only else [RESET, TRUNCATE, FLIP, UNAVAILABLE, stall(1), stall(8)]
+        passing = [RESET, TRUNCATE, FLIP, UNAVAILABLE, stall(1), stall(8), refuse(403, "AccessDenied")]
+        faults = [only] if only else passing
         lock = threading.Lock()  # the proxy asks from many threads
 
         def plan(number: int, method: str, path: str) -> Fault | None:
