@@ -41,7 +41,14 @@ def _place(text: str) -> str:
         raise PydanticCustomError("typed", "{reason}", {"reason": str(error)}) from None
 
 
+def _folder(path: str) -> str:
+    if "://" in path:
+        raise PydanticCustomError("typed", "it is a URL: name a file or a folder; only data may be on S3")
+    return path
+
+
 Place = Annotated[str, AfterValidator(_place)]  # a path, a URL or a name; of an evaluation set also NAME=URL
+Local = Annotated[Place, AfterValidator(_folder)]  # a path
 
 
 class Section(BaseModel):
@@ -370,12 +377,12 @@ class Checkpoint(Section):
 
 
 class Recipe(Section):
-    run: Place = Field(description="the run directory: checkpoints, metrics, TensorBoard, the exported model")
+    run: Local = Field(description="the run directory: checkpoints, metrics, TensorBoard, the exported model")
     seed: int = Field(0, ge=0)
     steps: int | None = Field(None, gt=0, description="optimizer steps; or give epochs")
     epochs: float | None = Field(None, gt=0, le=1e6)
     precision: Literal["bf16", "fp32"] = "bf16"
-    deepspeed: Place = Field(description="a DeepSpeed config; its `auto` values are filled from the recipe")
+    deepspeed: Local = Field(description="a DeepSpeed config; its `auto` values are filled from the recipe")
     model: Model
     data: Data
     video: Video = Video()
@@ -449,8 +456,8 @@ class Recipe(Section):
 class EvaluationRun(Store):
     """The options of `python -m pipeline.evaluate`."""
 
-    out: Place | None = Field(None, description="folder of embeddings and report (evaluation/MODEL)")
-    against: Place | None = Field(
+    out: Local | None = Field(None, description="folder of embeddings and report (evaluation/MODEL)")
+    against: Local | None = Field(
         None, description="another evaluation's folder, or its report.json, to show beside it"
     )
     part: str | None = Field(
@@ -606,7 +613,12 @@ def _overridden(values: dict, overrides: list[str]) -> dict:
         key, sign, text = override.partition("=")
         if not sign or not key or text.startswith("="):
             raise PipelineError(f"cannot read {override!r}: write it as key=value, e.g. optimizer.lr=2e-5")
-        _override(values, key.strip(), typed.parse(text, override), override)
+        value = typed.parse(text, override)
+        if " #" in text and "#" not in str(value):
+            raise PipelineError(
+                f"cannot read {override!r}: YAML takes what follows ' #' for a comment: use quotes in it"
+            )
+        _override(values, key.strip(), value, override)
     return values
 
 

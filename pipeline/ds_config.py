@@ -19,6 +19,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+from deepspeed.utils.logging import log_levels
 from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, ValidationError
 
 from pipeline import typed
@@ -72,7 +73,7 @@ class _Config(DeepSpeedConfigModel):
     memory_breakdown: bool = False
     dump_state: bool = False
     disable_python_gc: bool = False
-    log_level: str | None = None
+    log_level: Annotated[Literal[*log_levels], _AnyCase] | None = None
     comms_logger: CommsLoggerConfig = Field(default_factory=CommsLoggerConfig)
     flops_profiler: _FlopsProfiler = Field(default_factory=_FlopsProfiler)
     timers: _Timers = Field(default_factory=_Timers)
@@ -122,6 +123,7 @@ _ONLY = {
     "zero_optimization.compute_grad_norm": _Only(True, "the run logs it"),
     "zero_optimization.elastic_checkpoint": _Only(False, "checkpoints load on any number of processes without it"),
     "zero_optimization.ignore_unused_parameters": _Only(True, "a chunk without images has none of the tower's"),
+    "zero_optimization.load_from_fp32_weights": _Only(True, "a resumed run would begin with other weights"),
     "zero_optimization.legacy_stage1": _Only(False, "DeepSpeed no longer has it"),
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": _Only(0.8, "it is for super_offload"),
     "zero_optimization.offload_optimizer.ratio": _Only(1.0, "all of the optimizer is on the host, or none"),
@@ -151,7 +153,6 @@ _ONLY = {
 _PARTITIONED = (1, 2, 3)
 _STAGES = {
     **dict.fromkeys(("contiguous_gradients", "overlap_comm", "reduce_bucket_size", "reduce_scatter"), _PARTITIONED),
-    "load_from_fp32_weights": ("1 in bf16", *_PARTITIONED),
     "allgather_bucket_size": ("1 in bf16", 1, 2),
     **dict.fromkeys(("parameter_alignment", "round_robin_gradients", "use_multi_rank_bucket_allreduce"), (1, 2)),
     **{

@@ -61,6 +61,8 @@ def main() -> None:
         raise PipelineError("nothing to do: give --texts, --images, --videos or --shards, or --query to search")
     if not arguments.out and not (kinds and query):
         raise PipelineError(f"--out is missing: the folder {'to search' if query else 'that gets the embeddings'}")
+    if "://" in (arguments.out or ""):
+        raise PipelineError(f"--out {arguments.out} is a URL: name a folder; only with --shards it may be on S3")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise PipelineError("pipeline.embed runs as one process: start it without a launcher")
     kind_of(arguments.model)  # for its errors

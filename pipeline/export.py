@@ -24,7 +24,7 @@ from pipeline.errors import PipelineError, command_line
 from pipeline.models import weights
 from pipeline.models.kinds import KINDS
 from pipeline.models.lora import add_adapters
-from pipeline.training import checkpoint, resume
+from pipeline.training import checkpoint, manifest, resume
 from pipeline.training.engine import freeze
 from pipeline.training.export import write_folder
 
@@ -54,6 +54,8 @@ def main() -> None:
     recipe = load_recipe(run / "recipe.yaml", [])
     kind = KINDS[recipe.model.kind]
     source = kind.resolve(recipe.model.path, run / "init") if recipe.model.path else str(run / "init")
+    if Path(source).is_relative_to(run / "init"):  # of what is frozen, no checkpoint has anything
+        manifest.check(Path(source))
     began_with = checkpoint.conditions_of(folder)
     for what, path in (("model", recipe.model.path), ("text encoder", recipe.model.text_encoder)):
         if path and began_with.get(f"the {what}'s fingerprint") != weights.fingerprint(path):

@@ -60,8 +60,14 @@ def adopt(
         environment["MASTER_ADDR"] = _address(first_node(environment["SLURM_STEP_NODELIST"]), environment)
     # Jobs and steps on the same nodes differ in it; and a job's next start, should it be taken.
     number = 31 * int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
-    number += 4001 * int(environment.get("SLURM_RESTART_COUNT", 0))
+    number += 4001 * restarts(environment)
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + number % _PORTS))
+
+
+def restarts(environment: Mapping[str, str] = os.environ) -> int:
+    """How often Slurm has started this job again; 0 where it does not say."""
+    count = environment.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdecimal() else 0
 
 
 def _is_task(environment: Mapping[str, str], parents: list[str], terminal: bool) -> bool:
@@ -69,7 +75,7 @@ def _is_task(environment: Mapping[str, str], parents: list[str], terminal: bool)
     try:
         job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
         count, number = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment["SLURM_PROCID"])
-        nodes = _tasks_by_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+        nodes = _tasks_by_node(environment["SLURM_STEP_TASKS_PER_NODE"]) if environment["SLURM_STEP_NODELIST"] else []
         told = int(environment.get("SLURM_NTASKS", count))  # of a shell in an interactive step, the job's
         local = int(environment["SLURM_LOCALID"]) < nodes[int(environment["SLURM_NODEID"])]
     except (KeyError, ValueError, IndexError):
@@ -119,7 +125,7 @@ def _address(node: str, environment: MutableMapping[str, str]) -> str:
         return re.search(r"\bNodeAddr=(\S+)", shown).group(1)
     except (OSError, subprocess.SubprocessError, AttributeError):
         # In a container, say. It is where srun runs, which in a batch job is the first node.
-        return environment["SLURM_LAUNCH_NODE_IPADDR"]
+        return environment.get("SLURM_LAUNCH_NODE_IPADDR", node)  # of which a rank that looks for it says more
 
 
 def _tasks_by_node(counts: str) -> list[int]:

@@ -7,6 +7,7 @@ import os
 import resource
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.config import Recipe
@@ -76,7 +77,8 @@ def raise_open_files() -> None:
     """Have as many open files as this process may: each batch on its way is some."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        with suppress(ValueError, OSError):  # the system allows less than the limit since it was set
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def too_low(recipe: Recipe, world: int, ranks: int) -> Iterator[str]:

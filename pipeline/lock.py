@@ -24,6 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline import launch
 from pipeline.data import objects
 from pipeline.data.objects import ObjectError
 from pipeline.documents import FIXED, DocumentError, parse_json
@@ -130,7 +131,9 @@ def _found(locks: str) -> Iterator[tuple[str, _Holder | None, str]]:
         try:
             data = objects.read(url)
         except ObjectError:
-            continue  # it is gone meanwhile
+            if _stamp(url) is not None:  # else it is gone meanwhile
+                yield url, None, f"the process that wrote {printable(url)}"
+            continue
         try:
             holder = parse_json(data, url, _Holder, remedy="it is a lock")
         except DocumentError:
@@ -225,4 +228,4 @@ def _job() -> tuple[str, int] | None:
     if "SLURM_JOB_ID" not in os.environ:
         return None
     job = f"{os.environ['SLURM_JOB_ID']} {os.environ.get('SLURM_CLUSTER_NAME', '')}".rstrip()
-    return job, int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return job, launch.restarts()

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pipeline import launch
 from pipeline.documents import DocumentError, parse_json
 from pipeline.errors import PipelineError, is_of_lost_peer, printable
 
@@ -107,7 +108,7 @@ def begin(run: Path) -> None:
     A job's failures are forgotten where another job takes over. An end without a word is one: of a node, say. What a
     rank of this very start has noted already, which failed before the first one came here, stays.
     """
-    job, start = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    job, start = os.environ.get("SLURM_JOB_ID", ""), launch.restarts()
     noted = Status._noted(run)
     if job and (noted.job, noted.start, noted.state) == (job, start, "starting"):
         return
@@ -178,7 +179,7 @@ def failures_noted(run: Path) -> Iterator[None]:
 def _launch() -> str:
     """What all ranks of a start call it, before they have met; two starts at once should differ in it."""
     if job := os.environ.get("SLURM_JOB_ID"):
-        return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+        return f"{job}.{launch.restarts()}"
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return "alone"
     return re.sub(r"[^\w.-]+", "-", f"{os.environ.get('MASTER_ADDR')}-{os.environ.get('MASTER_PORT')}")

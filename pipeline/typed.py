@@ -143,6 +143,8 @@ def read(wanted: Any, value: Any) -> Any:
             return tuple(read(one, each) for one, each in zip(get_args(option), value, strict=True))
         if isinstance(value, dict) and get_origin(option) is dict:
             return guess(value)
+    if isinstance(value, dict) and str in kinds and not section:
+        raise ValueError("it is a mapping: write a text that has a colon and a space in quotes, 'key=\"a: b\"'")
     return value
 
 

@@ -1,5 +1,6 @@
 # Sourced by the training jobs, on their first node: trains $RECIPE, with the job's arguments as its overrides.
 # shellcheck shell=bash
+: "${SLURM_JOB_ID:?submit it: sbatch $0}" "${SLURM_NTASKS:?have the allocation say how many tasks: salloc --ntasks=N}"
 source slurm/setup.sh
 
 overrides=(${DATA_URL:+"data.url=$DATA_URL"} ${RUNS:+"run=$RUNS/$SLURM_JOB_NAME"} "$@")

@@ -9,6 +9,14 @@ unset "${!SLURM_STEP@}" "${!SLURM_PTY@}" "${!SLURM_SRUN@}" "${!SLURM_CPU_BIND@}"
     "${!PMI_@}" "${!PMIX_RANK@}" "${!PMIX_NAMESPACE@}" "${!PMIX_SERVER@}" "${!OMPI_COMM_WORLD@}" \
     "${!TORCHELASTIC_@}" RANK LOCAL_RANK GROUP_RANK ROLE_RANK ROLE_NAME WORLD_SIZE LOCAL_WORLD_SIZE \
     GROUP_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT
+# Nor are the resources, which srun would ask for beside this job's. Without them a step has all that the job has.
+unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU \
+    SLURM_GRES SLURM_HINT SLURM_DISTRIBUTION "${!SLURM_MEM_BIND@}" "${!SLURM_MEM_PER_@}"
+# Slurm sets it from a job's second start on.
+if restarts=$(scontrol --oneliner show job "${SLURM_JOB_ID:-}" 2>/dev/null | sed -n 's/.* Restarts=\([0-9]*\).*/\1/p') &&
+    [[ "$restarts" =~ ^[0-9]+$ ]]; then
+    export SLURM_RESTART_COUNT=$restarts
+fi
 if [ "${OMP_NUM_THREADS:-1}" = "${SRUN_CPUS_PER_TASK:-}" ]; then
     unset OMP_NUM_THREADS # this script's, in the job around
 fi

@@ -117,6 +117,8 @@ CPU = {"device": "cpu", "pin_memory": True}
         (zero(offload_optimizer=CPU | {"pipeline_read": True}), "pipeline_read=true is not supported: it is for offlo"),
         (zero(2, allgather_partitions=False), "allgather_partitions=false is not supported: DeepSpeed no longer"),
         (zero(1, legacy_stage1=True), "legacy_stage1=true is not supported"),
+        (zero(1, load_from_fp32_weights=False), "load_from_fp32_weights=false is not supported: a resumed run"),
+        ({"log_level": "verbose"}, "log_level: Input should be 'debug', 'info', 'warning', 'error' or 'critical'"),
         ({"steps_per_print": 0}, "steps_per_print: Input should be greater than 0, got 0"),
         ({"steps_per_print": -1}, "steps_per_print: Input should be greater than 0, got -1"),
         ({"flops_profiler": {"profile_step": 0}}, "flops_profiler.profile_step: Input should be greater than 0"),

@@ -52,6 +52,7 @@ ELASTIC = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "gp
         ({"SLURM_LOCALID": "4"}, []),
         ({"SLURM_STEP_NUM_TASKS": "many"}, []),
         ({"SLURM_STEP_NUM_TASKS": "11"}, []),  # and 12 by their nodes
+        ({"SLURM_STEP_NODELIST": ""}, []),
         ({}, [SHELL, "slurmstepd: [418.batch] ", "slurmd "]),  # of another job
         ({}, ["slurmstepd: [417.batch] "]),
         ({}, [SHELL, "slurmstepd: [417.interactive] "]),
@@ -96,6 +97,13 @@ def test_outside_of_a_step_nothing_is_said():
 def test_a_node_whose_name_is_no_hosts_is_found_where_srun_runs(monkeypatch):
     monkeypatch.setenv("PATH", "")  # no scontrol
     assert adopted(SLURM_STEP_NODELIST="no-such-node[1-2]")["MASTER_ADDR"] == "10.0.0.7"
+
+
+def test_what_slurm_leaves_out_is_no_error(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delitem(TASK, "SLURM_LAUNCH_NODE_IPADDR")
+    unknown = adopted(SLURM_STEP_NODELIST="no-such-node", SLURM_RESTART_COUNT="")
+    assert (unknown["MASTER_ADDR"], unknown["MASTER_PORT"]) == ("no-such-node", adopted()["MASTER_PORT"])
 
 
 def test_jobs_and_steps_and_starts_have_ports_of_their_own():

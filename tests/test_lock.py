@@ -15,6 +15,7 @@ from limits import HANG_SECONDS
 
 from pipeline import lock
 from pipeline.data import objects
+from pipeline.data.objects import ObjectError
 from pipeline.errors import PipelineError
 from pipeline.training import distributed
 
@@ -125,6 +126,18 @@ def test_of_several_folders_all_dead_are_waited_for_at_once(tmp_path, monkeypatc
 
 def test_ranks_wait_for_the_first_as_long_as_it_may_wait_for_a_lock():
     assert 60 * distributed._RENDEZVOUS_MINUTES[0] > lock.SILENCE_SECONDS
+
+
+def test_one_that_cannot_be_read_is_watched_as_well(tmp_path, hurried, capsys, monkeypatch):
+    left(str(tmp_path))
+
+    def stale(url: str) -> bytes:
+        raise ObjectError("Stale file handle")
+
+    monkeypatch.setattr(objects, "read", stale)
+    with lock.held([str(tmp_path)]):
+        pass
+    assert "Waiting for a sign" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"pid": "x"}', b"\xff"])

@@ -114,6 +114,10 @@ def test_what_is_typed_gets_what_it_means(override, meant):
         *((f"{name}=''", f"{name}: it is empty") for name in
           ("run", "deepspeed", "data.url", "data.text_embeddings", "model.path", "model.text_encoder")),
         ("run=' '", "run: it is empty"),
+        *((f"{name}=s3://bucket/x", "it is a URL: name a file or a folder") for name in ("run", "deepspeed")),
+        ("data.url=/data/my set #2", "YAML takes what follows ' #' for a comment: use quotes in it"),
+        *((f"model.instruction={text}", "write a text that has a colon and a space in quotes")
+          for text in ("query:", "Instruct: Given a query")),
         ("run=~nobody-of-this-name/x", "run: ~nobody-of-this-name/x: there is no such home; write the whole path"),
         ("seed=true", "seed: Input should be a valid integer"),
         ("seed=8.5", "seed: Input should be a valid integer"),

@@ -35,6 +35,7 @@ from pipeline.progress import progress_bar
 
 UNFINISHED = ".unfinished"
 REJECTED_FILE = "rejected.jsonl"
+_AFRESH = f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
 SOURCE_STATE = ("content", "rows", "row_sizes")  # what a plan says of the source's content
 
 
@@ -250,7 +251,7 @@ class _Conversion:
             raise PipelineError(
                 f"{self.dest}: {len(rejected)} rows are rejected so far, of {read} rows read, more than --max-rejected "
                 f"{self._max_rejected} allows: {_causes(rejected)}; the first: {first}. They are in {REJECTED_FILE} "
-                "there: raise --max-rejected to go on without them, or mend them, delete DEST and start again"
+                "there: raise --max-rejected to go on without them, or mend them, {_AFRESH}"
             )
         if self.complete and not self.finished:
             bar.write(printable(self._finish()))
@@ -306,12 +307,11 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
                 continue
             if name in SOURCE_STATE:
                 raise PipelineError(
-                    f"{dest} holds an unfinished conversion, and SOURCE has changed since: restore it, or delete "
-                    f"{UNFINISHED}, {REJECTED_FILE}, *.tar and *.idx.npy in DEST and start again"
+                    f"{dest} holds an unfinished conversion, and SOURCE has changed since: restore it, or {_AFRESH}"
                 )
             raise PipelineError(
                 f"{dest} holds an unfinished conversion whose {name} was {was!r} and is {wanted.get(name)!r} now: "
-                "give the same command with the same source, or delete DEST"
+                f"give the same command with the same source, or {_AFRESH}"
             )
     finished = [dest for dest in works if objects.exists(objects.join(dest, INDEX_FILE))]
     if not any(plans.values()):
@@ -341,10 +341,7 @@ def _plan(dest: str) -> dict[str, object] | None:
     """What an earlier start noted that it converts; None if there was none, or it has finished."""
     if not objects.exists(url := _plan_url(dest)):
         return None
-    remedy = (
-        f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
-    )
-    return parse_json(objects.read(url), url, dict, remedy=remedy)
+    return parse_json(objects.read(url), url, dict, remedy=_AFRESH)
 
 
 def _plan_url(dest: str) -> str:

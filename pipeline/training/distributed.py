@@ -94,7 +94,11 @@ def _check_alone() -> None:
 
 
 def _place() -> tuple[int, int]:
-    """(rank, processes), as the environment has it."""
+    """(rank, processes), as the environment has it. PipelineError where it is no launcher's."""
+    for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("MASTER_PORT", 0)):
+        text = os.environ.get(name, str(least))
+        if not text.isdecimal() or int(text) < least:
+            raise PipelineError(f"{name}={text} in the environment is of no launcher: unset it")
     rank, world = os.environ["RANK"], os.environ.get("WORLD_SIZE", "")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise PipelineError(

@@ -272,7 +272,10 @@ def test_another_conversion_is_not_gone_on_with(tmp_path, change, named):
     with pytest.raises(PipelineError) as caught:
         convert({dest: given.pop("rows")}, **given)
     assert f"{dest} holds an unfinished conversion {named}" in str(caught.value)
-    assert "give the same command with the same source, or delete DEST" in str(caught.value)
+    assert (
+        "give the same command with the same source, or delete .unfinished, rejected.jsonl, *.idx.npy and, unless"
+        in str(caught.value)
+    )
     assert content(dest) == left
 
 

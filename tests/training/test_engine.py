@@ -114,6 +114,14 @@ def test_adamw_is_one_kernel_on_cuda(model, monkeypatch, device, fused):
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2, 0.0}
 
 
+@pytest.mark.parametrize("name, value", [("LOCAL_WORLD_SIZE", "0"), ("MASTER_PORT", "http"), ("LOCAL_RANK", "")])
+def test_an_environment_that_is_of_no_launcher_is_named(monkeypatch, name, value):
+    for variable, here in {"RANK": "0", "WORLD_SIZE": "1", name: value}.items():
+        monkeypatch.setenv(variable, here)
+    with pytest.raises(PipelineError, match=f"^{name}={value} in the environment is of no launcher: unset it"):
+        start_distributed(1)
+
+
 def test_a_lock_of_a_build_that_was_killed_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.delenv("RANK", raising=False)
