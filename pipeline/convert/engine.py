@@ -351,9 +351,12 @@ def _plan_url(dest: str) -> str:
 def _remove_unfinished(dest: str) -> None:
     """Remove what only an unfinished conversion needs, the plan last."""
     plan = _plan_url(dest)
-    records = [url for url in objects.list_under(objects.join(dest, UNFINISHED)) if not url.endswith("/plan.json")]
-    with ThreadPoolExecutor(16) as threads:
-        list(threads.map(objects.delete, records))
+    for _ in range(3):  # a listing has no checksum: what was damaged on the way names another
+        listed = objects.list_under(objects.join(dest, UNFINISHED))
+        if not (records := [url for url in listed if not url.endswith("/plan.json")]):
+            break
+        with ThreadPoolExecutor(16) as threads:
+            list(threads.map(objects.delete, records))
     objects.delete(plan)
     if "://" not in dest:
         _remove_partial(Path(dest))
