@@ -49,10 +49,12 @@ def heard() -> Iterator[None]:
     read, write = os.pipe()
     os.set_blocking(write, False)
     handler, wakeup = signal.signal(signal.SIGINT, _handle), signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    sys.unraisablehook = _unraisable
     threading.Thread(target=_listen, args=(read,), daemon=True).start()
     try:
         yield
     finally:
+        sys.unraisablehook = sys.__unraisablehook__
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGINT, handler)
         os.close(write)
@@ -90,6 +92,13 @@ def _handle(number: int, frame: FrameType | None) -> None:
     elif not _interrupted:  # once: a second one would cut the leave-taking short, with a traceback
         _interrupted = True
         raise KeyboardInterrupt
+
+
+def _unraisable(raised: "sys.UnraisableHookArgs") -> None:
+    """A callback of C, say of a compiler, would swallow the interruption and print a traceback."""
+    if issubclass(raised.exc_type, KeyboardInterrupt):
+        end()
+    sys.__unraisablehook__(raised)
 
 
 def _listen(read: int) -> None:

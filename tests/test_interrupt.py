@@ -16,7 +16,7 @@ from limits import HANG_SECONDS
 ROOT = Path(__file__).parents[1]
 LINE = "interrupted; start the same command to continue\n"
 PROGRAM = """
-import os, signal, sys, threading, time
+import ctypes, os, signal, sys, threading, time
 from pipeline import interrupt
 from pipeline.errors import PipelineError, command_line
 
@@ -44,6 +44,8 @@ def main():
             print("in", flush=True)
             while True:
                 time.sleep(0.1)
+    if how == "callback":
+        ctypes.CFUNCTYPE(None)(lambda: print("in", flush=True) or time.sleep(600))()
     print("in", flush=True)
     try:
         time.sleep(600)
@@ -85,7 +87,7 @@ def until(condition: Callable[[], object], process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how", ["at once", "hangs", "error", "traceback"])
+@pytest.mark.parametrize("how", ["at once", "hangs", "error", "traceback", "callback"])
 def test_a_program_ends_with_one_line_whatever_it_does_with_it(start, how):
     process = start("-c", PROGRAM, how)
     assert process.stdout.readline() == "in\n"

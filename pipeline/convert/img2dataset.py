@@ -21,7 +21,7 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Pair
 from pipeline.data.shards import READ_NAMES, ShardRecords, captioned, members_of, split_name
 from pipeline.data.text_embeddings import SUFFIX
 from pipeline.data.tiles import decode_image
-from pipeline.documents import packed_by
+from pipeline.documents import note_unread, packed_by
 from pipeline.errors import PipelineError
 
 DESCRIPTION = """\
@@ -87,6 +87,8 @@ def _absolute(url: str) -> str:
 def _tars(source: str) -> dict[str, int]:
     """File name -> bytes of the tars right below `source`."""
     names = [url.removeprefix(source + "/") for url in objects.list_under(source)]
+    below = {name.partition("/")[0] for name in names if "/" in name and name.endswith(".tar")}
+    note_unread(f"{source}, for tars are read right below it alone", sorted(below), kind="folder")
     names = [name for name in names if "/" not in name and not name.startswith(".")]
     if packed := [name for name in names if name.endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))]:
         raise PipelineError(

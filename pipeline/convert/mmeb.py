@@ -19,7 +19,7 @@ from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, 
 from pipeline.data import objects
 from pipeline.data.mmeb import MATTERS, MMEB_TASKS, mmeb_text
 from pipeline.data.sample import Item, Pair, is_absent
-from pipeline.documents import check_members
+from pipeline.documents import check_members, note_unread
 from pipeline.errors import PipelineError
 
 DESCRIPTION = """\
@@ -60,6 +60,8 @@ def datasets(arguments: argparse.Namespace) -> dict[str, "Subset"]:
         files.setdefault(file.parent.name, []).append(file)
     if not files:
         raise PipelineError(f"{source} has no <subset>/{arguments.split}-*.parquet: see --help for the layout")
+    others = {file.parent.name for file in source.glob("*/*.parquet")} - files.keys()
+    note_unread(f"{source}, for it has no {arguments.split}-*.parquet", sorted(others), kind="subset")
     names = arguments.subset or list(files)
     if unknown := [name for name in names if name not in files]:
         raise PipelineError(f"--subset: no {', '.join(unknown)} in {source}; there are {', '.join(files)}")

@@ -52,7 +52,7 @@ def datasets(arguments: argparse.Namespace) -> dict[str, "VideoCaptions"]:
         raise PipelineError(f"--query {arguments.query!r} must have one {VIDEO_MARK}, and no {IMAGE_MARK}")
     captions = _captions(arguments.captions, arguments.split, arguments.language)
     if arguments.list is not None:
-        names = (line.strip() for line in _text(arguments.list).splitlines())
+        names = (line.strip() for line in _text(arguments.list).split("\n"))
         wanted = dict.fromkeys(_without_suffix(name) for name in names if name)
         captions = {video: texts for video, texts in captions.items() if _without_suffix(video) in wanted}
         found = set(map(_without_suffix, captions))

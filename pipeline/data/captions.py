@@ -154,6 +154,10 @@ def _csv_pairs(file: str, text: str, language: str) -> list[tuple[str, str]]:
     check_members(file, rows.fieldnames or (), known, matters=_MATTERS)
     found = []
     for row in rows:
+        if broken := next((each for each in row.values() if isinstance(each, str) and "\n" in each), None):
+            raise ValueError(
+                f"a field that ends on line {rows.line_num} has several: is a quote open in {broken[:80]!r}?"
+            )
         if None in row or None in row.values():
             raise ValueError(
                 f"line {rows.line_num} has not as many fields as the first: a text with commas needs quotes"

@@ -111,6 +111,8 @@ def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
             table = parquet.ParquetFile(BytesIO(objects.read(file)))
             names = table.schema_arrow.names
             check_members(file, names, (*_COLUMNS, *_INSTRUCTIONS), matters=MATTERS)
+            if missing := [name for name in _COLUMNS if name not in names]:
+                raise ValueError(f"it has no column {', '.join(missing)}")
             columns = [*_COLUMNS, *(name for name in _INSTRUCTIONS if name in names)]
             batches = table.iter_batches(batch_size=64, columns=columns)
             for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):

@@ -203,3 +203,5 @@ def _explained(url: str) -> Iterator[None]:
         raise ObjectError(f"{error.filename or url}: there is no such file") from error
     except OSError as error:
         raise ObjectError(f"{error.filename or url}: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in its name
+        raise ObjectError(f"{url!r}: {error}: correct the name") from error

@@ -166,7 +166,10 @@ class TextEmbeddings:
                 f"the vectors {rows.shape} of sample {key!r} are not those of sample {pair.key!r}, which has "
                 f"{len(pair.texts)} texts: embed its shard again, with --overwrite"
             )
-        return restored(rows, self.made.stored)
+        vectors = restored(rows, self.made.stored)
+        if not (np.isfinite(vectors).all() and vectors.any(axis=1).all()):
+            raise BadSample("a caption's embedding is zero or not finite: embed its shard again, with --overwrite")
+        return vectors
 
 
 _NONE = "its captions have no embeddings"

@@ -241,7 +241,10 @@ def refuse_zeros(where: Path, matrices: dict[str, bool]) -> None:
 
 
 def refuse_more_layers(path: str, stored: dict[str, Stored], unexpected: set[str]) -> None:
-    """Raise PipelineError where `unexpected`, which the model leaves out, are layers like those that it has."""
+    """Raise PipelineError where `unexpected`, which the model leaves out, are layers, or parts of layers that it has.
+
+    A head, a tower that is not read, and buffers may be left out.
+    """
 
     def numberless(name: str) -> str:
         return re.sub(r"\.\d+(?=\.)", ".#", name)
@@ -252,6 +255,15 @@ def refuse_more_layers(path: str, stored: dict[str, Stored], unexpected: set[str
             f"{path} holds {len(layers)} weights of layers that its config.json does not count, {layers[0]} the "
             "first: is that of another model?"
         )
+    layer, read = re.compile(r".*?\blayers\.\d+\."), stored.keys() - unexpected
+    modules = {name.rpartition(".")[0] for name in read} - {""}
+    layers = {found.group() for found in map(layer.match, read) if found}
+    for name in sorted(unexpected):
+        inside = name.rpartition(".")[0] in modules or ((found := layer.match(name)) and found.group() in layers)
+        if inside and stored[name].dtype is not None and not name.endswith("inv_freq"):
+            raise PipelineError(
+                f"{path} holds {name}, which a model of its config.json has no place for: is that of another model?"
+            )
 
 
 def fingerprint(path: str | None) -> str | None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image as Picture
+from PIL.Image import Resampling
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionImageProcessorPil,
@@ -385,8 +386,11 @@ def require_tiles(path: str | Path, config: LlavaOnevisionConfig) -> None:
         refuse("vision_aspect_ratio", ratio, "anyres_max_N")
     if vision.patch_size > vision.image_size:
         refuse("vision_config.patch_size", vision.patch_size, f"at most the image_size, {vision.image_size}")
-    sizes = [side for size in pinpoints for side in size] if pinpoints and all(map(len, pinpoints)) else [0]
-    if not all(0 < side <= 2**16 and side % vision.image_size == 0 for side in sizes):
+    if config.vision_feature_select_strategy != "full":
+        refuse("vision_feature_select_strategy", config.vision_feature_select_strategy, "full")
+    pairs = bool(pinpoints) and all(isinstance(size, list | tuple) and len(size) == 2 for size in pinpoints)
+    sizes = [side for size in pinpoints for side in size] if pairs else [0]
+    if not all(type(side) is int and 0 < side <= 2**16 and side % vision.image_size == 0 for side in sizes):
         refuse("image_grid_pinpoints", pinpoints, f"pairs of multiples of the image_size, {vision.image_size}")
 
 
@@ -415,8 +419,16 @@ def _require_image_processor(path: str, config: LlavaOnevisionConfig) -> None:
 
 
 def require_normalisation(path: str) -> None:
-    """Raise PipelineError where the model was trained with colours that are brought to another range than here."""
+    """Raise PipelineError where the model was trained with pictures that are made otherwise than here."""
     its = loading.image_processor(path, LlavaOnevisionImageProcessorPil)
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_pad"):
+        if not getattr(its, name):
+            raise PipelineError(f"{path}: its image processor has {name}={getattr(its, name)}; only true is supported")
+    if not math.isclose(its.rescale_factor, 1 / 255, rel_tol=1e-6) or its.resample != Resampling.BICUBIC:
+        raise PipelineError(
+            f"{path}: its image processor has rescale_factor={its.rescale_factor}, resample={its.resample}; only 1/255 "
+            f"and {int(Resampling.BICUBIC)} (bicubic) are supported"
+        )
     if {*its.image_mean} != {MEAN} or {*its.image_std} != {STD}:
         raise PipelineError(
             f"{path}: its image processor has image_mean={its.image_mean}, image_std={its.image_std}; only {MEAN} and "

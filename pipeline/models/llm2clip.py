@@ -151,6 +151,8 @@ def _fill(adapter: TextAdapter, file: Path) -> None:
     for name, weight in weights.items():
         if weight.shape != own[name].shape:
             raise PipelineError(f"{file}: {name} is {list(weight.shape)}, but by the model {list(own[name].shape)}")
+        if not weight.is_floating_point():
+            raise PipelineError(f"{file}: {name} is in {weight.dtype}: quantised weights are not supported")
         refuse_not_finite(file, name, weight)
     refuse_zeros(file, {name: not weight.any() for name, weight in weights.items() if weight.ndim > 1})
     adapter.load_state_dict(weights)

@@ -234,7 +234,8 @@ def _urban1k(folder: Folder) -> list[Captioned]:
         if re.search(rf"(^|/)image/[^/]+\.({'|'.join(PICTURES)})$", path, re.IGNORECASE) and url not in pictures:
             raise PipelineError(f"{url} has no caption: add its caption/N.txt, or remove it")
     contents = zip(names.items(), read_texts(list(names.values())), strict=True)
-    return [Captioned(name, {"en": text.strip().splitlines()[:1]}, url) for (name, url), text in contents]
+    lines = ((name, url, text.strip().split("\n")[0]) for (name, url), text in contents)
+    return [Captioned(name, {"en": [line] if line else []}, url) for name, url, line in lines]
 
 
 def _docci(folder: Folder) -> list[Captioned]:

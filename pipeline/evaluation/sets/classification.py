@@ -81,8 +81,20 @@ def _pictures(folder: Folder) -> dict[str, list[str]]:
                 pictures.setdefault(name, []).append(folder.files[path])
             case _:
                 raise PipelineError(f"{folder.files[path]} should be {folder.url}/<class>/NAME, or val/<class>/NAME")
+    others = [path for path in folder.files if path.removeprefix("val/").rpartition("/")[0] in pictures]
+    read = {url for urls in pictures.values() for url in urls}
+    if unread := [folder.files[path] for path in others if folder.files[path] not in read and not _hidden(path)]:
+        raise PipelineError(
+            f"{unread[0]} ({len(unread)} such) is no picture in a known format ({', '.join(sorted(PICTURES))}): "
+            "convert or remove it, for scores of fewer pictures are others"
+        )
     numbered = all(name.isdecimal() for name in pictures)
     return {name: pictures[name] for name in sorted(pictures, key=int if numbered else str)}
+
+
+def _hidden(path: str) -> bool:
+    """Whether it is what systems leave in folders."""
+    return path.rpartition("/")[2].startswith(".") or path.endswith(("Thumbs.db", "desktop.ini"))
 
 
 def _names(file: str, folder: Folder, pictures: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -110,7 +122,7 @@ def _names(file: str, folder: Folder, pictures: dict[str, list[str]]) -> dict[st
 def _templates(file: str, folder: Folder) -> tuple[str, ...]:
     if TEMPLATES_FILE not in folder.files:
         return TEMPLATES
-    templates = tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
+    templates = tuple(line.strip() for line in read_text(file).split("\n") if line.strip())
     for template in templates:
         if plain_text(template, f"{file}: a template").count("{}") != 1:
             raise PipelineError(f"{file}: {template!r} should have one {{}}, where the class's name goes")

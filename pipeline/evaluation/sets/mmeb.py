@@ -42,9 +42,12 @@ def datasets(url: str, group: str | None = None) -> dict[str, Callable[[Collecti
     chosen = GROUPS.get(group, GROUPS["mmeb"]) or (lambda *_: False)
     wanted = {name: kind for name, kind in known.items() if f"mmeb/{name}" == group or chosen(*kind)}
     there = wanted if listed else {name: kind for name, kind in wanted.items() if _has(objects.join(url, name))}
-    if not listed and "://" not in url:
+    if "://" not in url:
         others = {file.parent.name for file in Path(url).glob("*/*.parquet")} - known.keys()
-        note_unread(f"{url}, for it has no {TASKS_FILE} and they are none of MMEB's", sorted(others), kind="dataset")
+        why = (
+            f"its {TASKS_FILE} does not name them" if listed else f"it has no {TASKS_FILE} and they are none of MMEB's"
+        )
+        note_unread(f"{url}, for {why}", sorted(others), kind="dataset")
     if not there:
         raise PipelineError(
             f"nothing to evaluate at {url}: it has no "
