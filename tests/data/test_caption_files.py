@@ -59,6 +59,7 @@ def test_of_videos_too(file, text, said):
     ("file", "text", "said"),
     [
         ("v.csv", "video_id,sentence\nv,one man, two dogs\n", "line 2 has not as many fields as the first"),
+        ("v.csv", 'video_id,sentence\nv,"c\nw,d\n', "line 3 has several: is a quote open in 'c"),
         ("v.csv", "video_id,sentence\nv,c\nw\n", "line 3 has not as many fields as the first"),
         ("v.json", '{"v": ["c"], "v": ["d"]}', "has the key 'v' twice"),
         ("v.json", "<html></html>", "v.json is HTML or XML"),
@@ -77,6 +78,11 @@ def test_a_value_that_is_no_text_costs_no_other(capsys):
     )
     assert captioned_images("K.json", images(sentences=None, filepath=None), "test") == [("a.jpg", [])]
     assert usable_captions(values) == (["c"], [("no caption", "7 is no text")])
+    nothing = ["\u200b", " \u2060\ufeff", "\u00ad"]  # characters that show nothing
+    assert usable_captions([*nothing, "c"]) == (
+        ["c"],
+        [("empty text", repr(text.replace("\ufeff", "").strip())) for text in nothing],
+    )
     listed = [{"video": "v", "caption": "c"}, {"video": None, "caption": "d"}, {"video": "w"}, None]
     assert captioned_videos("own.json", json.dumps(listed)) == {"v": ["c"], "(None is no file's name)": ["d"], "w": []}
     videos = {"videos": [{"video_id": "v", "split": "test"}, {}], "sentences": []}

@@ -113,6 +113,7 @@ def test_out_of_bounds_and_missing(root, tmp_path):
         assert missing in text
         assert "there is no such" in text
     assert "there is no such file" in message(objects.write, name, tmp_path / "no-source")
+    assert "null byte: correct the name" in message(objects.read, str(tmp_path / "a\0b"))
 
 
 def test_write_is_whole_or_absent(tmp_path, monkeypatch):

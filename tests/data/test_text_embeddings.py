@@ -29,7 +29,7 @@ from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
 from pipeline.data.stream import Reader, batches
-from pipeline.data.text_embeddings import TextEmbeddings
+from pipeline.data.text_embeddings import TextEmbeddings, sample_bytes
 from pipeline.embed import main
 from pipeline.embed_shards import embed_datasets, open_datasets
 from pipeline.errors import PipelineError
@@ -384,6 +384,9 @@ def test_rows_of_another_sample_are_never_taken(shards, tmp_path):
         opened.parse(0, samples[5], records[5], rows[1])  # which has as many texts
     with pytest.raises(PipelineError, match=r"of sample '0002', which has 4 texts"):
         opened.parse(0, samples[2], records[2], rows[1])
+    key, vectors = "0001", np.zeros((3, WIDTH), np.float16)
+    with pytest.raises(BadSample, match="a caption's embedding is zero or not finite"):
+        opened.parse(0, samples[1], records[1], sample_bytes(key, vectors))
 
 
 def test_vectors_that_are_none_are_refused(shards, tmp_path):

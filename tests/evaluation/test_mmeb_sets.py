@@ -161,6 +161,17 @@ def test_a_converted_set_whose_parts_do_not_fit_is_a_clear_error(singles):
         load([str(singles)])
 
 
+def test_a_column_that_is_missing_and_a_dataset_that_nothing_lists_are_said(mmeb, capsys):
+    file = mmeb / "VQA/test-00000-of-00001.parquet"
+    (mmeb / "Mine").mkdir()
+    parquet.write_table(parquet.read_table(file), mmeb / "Mine/t.parquet")
+    load([str(mmeb)])
+    assert f"nothing reads the dataset Mine of {mmeb}, for its tasks.json does not name them" in capsys.readouterr().err
+    parquet.write_table(parquet.read_table(file).drop_columns(["qry_text"]), file)
+    with pytest.raises(PipelineError, match="it has no column qry_text"):
+        load([str(mmeb)])
+
+
 def test_what_is_no_evaluation_set_is_a_clear_error(mmeb, tmp_path):
     with pytest.raises(PipelineError, match=r"nothing to evaluate at .*: it has no tasks\.json, index\.json or d"):
         load([str(tmp_path / "nowhere")])

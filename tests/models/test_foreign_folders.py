@@ -262,6 +262,10 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("quantised", "all", config(quantization_config={"quant_method": "gptq"}), "config.json has a quantization_config"),
     ("tower-of-another-kind", "llave", config("vision_config", model_type="clip_vision_model"), "clip_vision_model"),
     ("pinpoints", "llave", config(image_grid_pinpoints=[[24, 0]]), "image_grid_pinpoints=[[24, 0]]"),
+    ("pinpoints-float", "llave", config(image_grid_pinpoints=[[24.0, 48.0]]), "image_grid_pinpoints=[[24.0, 48.0]]"),
+    ("pinpoints-triples", "llave", config(image_grid_pinpoints=[[24, 24, 24]]), "must be pairs of multiples"),
+    ("without-its-biases", "llave", config(multimodal_projector_bias=False), "which a model of its config.json has no"),
+    ("features-without-first", "llave", config(vision_feature_select_strategy="default"), "must be full"),
     ("ratio", "llave", config(vision_aspect_ratio="square"), "vision_aspect_ratio='square'"),
     ("mark-out-of-range", "llave", config(image_token_id=10**6), "image_token_id=1000000"),
     ("mark-of-a-text", "llave", config(image_token_id=70), "image_token_id=70"),
@@ -342,6 +346,11 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("processor-pickled", "llave clip llm2clip", pickled_as(IMAGES), "preprocessor_config.json is not JSON"),
     ("processor-missing", "llave clip llm2clip", remove(IMAGES), IMAGES),
     ("processor-html", "llave clip llm2clip", write(IMAGES, HTML), "preprocessor_config.json is not"),
+    *(
+        (f"processor-{name}", "llave", config(file=IMAGES, **{name: value}), f"has {name}={value}")
+        for name, value in {"do_normalize": False, "do_rescale": False, "rescale_factor": 0.0078}.items()
+    ),
+    ("processor-resample", "llave", config(file=IMAGES, resample=0), "resample=0; only 1/255 and 3 (bicubic)"),
     ("processor-list", "llave clip llm2clip", write(IMAGES, b"[]"), "preprocessor_config.json is not"),
     ("processor-size", "llave clip llm2clip", config(file=IMAGES, size={"height": 0, "width": 0}), IMAGES),
     ("processor-negative", "clip llm2clip", config(file=IMAGES, crop_size=-3), IMAGES),
@@ -362,6 +371,12 @@ CASES: list[tuple[str, str, Damage, str]] = [
         "llm2clip",
         tensors(lambda w: w["norm.bias"].fill_(float("nan")), "adapter.safetensors"),
         "norm.bias has NaN",
+    ),
+    (
+        "adapter-integers",
+        "llm2clip",
+        tensors(lambda w: w.update({name: tensor.to(torch.int8) for name, tensor in w.items()}), "adapter.safetensors"),
+        "quantised weights are not supported",
     ),
     (
         "adapter-other",
