@@ -123,14 +123,14 @@ class Single:
 def text_fault(text: str, images: int = 0, videos: int = 0) -> tuple[str, str] | None:
     """Why a text cannot stand beside so many images and videos: one of few causes, and a detail. None if it can."""
     shown = repr(text[:200])
-    if not any(letter.isprintable() and not letter.isspace() for letter in text):  # spaces, also of no width
-        return "empty text", shown
-    if "\0" in text:
-        return "NUL character", f"is its file UTF-16? Convert it to UTF-8: {shown}"
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
         return "not UTF-8", shown
+    if "\0" in text:
+        return "NUL character", f"is its file UTF-16? Convert it to UTF-8: {shown}"
+    if not any(letter.isprintable() and not letter.isspace() for letter in text):  # spaces, also of no width
+        return "empty text", shown
     for mark, files in ((IMAGE_MARK, images), (VIDEO_MARK, videos)):
         if (marks := text.count(mark)) != files:
             return "marks and files differ", f"{marks} {mark} for {files} files in {shown}"

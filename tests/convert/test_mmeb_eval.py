@@ -317,8 +317,9 @@ def test_instructions_that_stand_apart_are_part_of_the_texts(source, tmp_path):
     convert(source, tmp_path / "dest")
     texts = {item.item.text for item in items_of(tmp_path / "dest/GQA")}
     assert {asked, shown, "Find the picture: a red one\n"} <= texts
-    assert texts >= {collection_item.text for collection_item in (item() for item in load([str(source)]).items)} - {
-        "<image>\nFind a day-to-day image that looks similar to the provided image.\n",
+    # A collection's texts are without white space around, as models read them.
+    assert {text.strip() for text in texts} >= {item().text for item in load([str(source)]).items} - {
+        "<image>\nFind a day-to-day image that looks similar to the provided image.",
         "<image>\nRepresent the given image.",
     }
 
