@@ -104,6 +104,8 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
                 message = str(error)
             elif _is_of_full_disk(error):
                 message = _refusal(error, Path(error.filename) if getattr(error, "filename", None) else None)
+            elif failed := of_failed_worker(error):
+                message = failed
             elif not alone and is_of_lost_peer(error):
                 message, lost = "the connection to another rank is lost; what that one says is the cause", True
             elif not alone and is_of_late_peer(error):
@@ -141,6 +143,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # How torch, cuBLAS, cuDNN and NCCL say it.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+
+
+def of_failed_worker(error: BaseException) -> str:
+    """What to say of a data worker that died, which torch raises in whatever the process is at; empty: it is another."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader"):
+        return ""
+    return (
+        f"a data worker failed: {text.splitlines()[0]}; if it ran out of memory (or of /dev/shm), lower data.workers or "
+        "data.memory_mb"
+    )
 
 
 def is_of_late_peer(error: BaseException) -> bool:

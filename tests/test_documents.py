@@ -81,9 +81,21 @@ def test_what_would_command_a_terminal_is_written_as_python_writes_it():
     assert printable("ä 图.tar") == "ä 图.tar"
     assert printable("a\x1b[2J\x9b\0\n\u202eb\ud800") == r"a\x1b[2J\x9b\x00\n\u202eb\ud800"
     assert printable("two\nlines\r", keep="\n") == "two\nlines\\r"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("PipelineError('a\\x1b[31m\\nb')", "error: a\\x1b[31m\nb\n"),
+        # as torch raises it in whatever the process is at
+        ("RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')",
+         "error: a data worker failed: DataLoader worker (pid 7) is killed by signal: Killed. ; if it ran out of memory "
+         "(or of /dev/shm), lower data.workers or data.memory_mb\n"),
+    ],
+)  # fmt: skip
+def test_a_program_ends_with_one_line(error, said):
     program = (
-        "from pipeline.errors import PipelineError, command_line\n"
-        "def main(): raise PipelineError('a\\x1b[31m\\nb')\ncommand_line(main)()"
+        f"from pipeline.errors import PipelineError, command_line\ndef main(): raise {error}\ncommand_line(main)()"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (2, "error: a\\x1b[31m\nb\n")
+    assert (ended.returncode, ended.stderr) == (2, said)

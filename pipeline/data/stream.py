@@ -31,7 +31,7 @@ from pipeline.data.collate import Encoded
 from pipeline.data.order import Order
 from pipeline.data.sample import Draw, Item, Pair
 from pipeline.data.source import Source
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, of_failed_worker
 
 _THREADS = 4  # that read, in each process
 _READ_BYTES = 16 << 20  # of one ranged read, at most, unless a sample is larger
@@ -420,12 +420,9 @@ def batches(
                 yield Batch.of(waiting, by_workers + received - before)
                 waiting = []
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("exited unexpectedly", "killed by signal", "timed out")):
+        if not (message := of_failed_worker(error)):
             raise
-        raise PipelineError(
-            f"a data worker failed: {str(error).splitlines()[0]}; if it ran out of memory (or of /dev/shm), lower "
-            "data.workers or data.memory_mb"
-        ) from error
+        raise PipelineError(message) from error
     finally:
         stop.set()
         loader = None  # it ends its workers in order, unless a traceback keeps it

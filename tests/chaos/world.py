@@ -161,7 +161,7 @@ def judged(ended: Ended) -> Ended:
     if "Traceback (most recent call last)" in ended.output:
         raise Violation(f"a traceback\n{ended.output[-3000:]}")
     if any(status > 0 for status in failed) and not any(
-        word in ended.output for word in ("error", "interrupted", "damaged", "usage:")
+        word in ended.output for word in ("error", "interrupted", "stopped", "damaged", "usage:")
     ):
         raise Violation(f"it ended with {ended.status} and no word\n{ended.output[-3000:]}")
     return ended
