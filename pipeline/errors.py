@@ -146,13 +146,13 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED
 
 
 def of_failed_worker(error: BaseException) -> str:
-    """What to say of a data worker that died, which torch raises in whatever the process is at; empty: it is another."""
+    """What to say where a data worker has died, which torch raises in whatever a rank is at; empty: it is another."""
     text = str(error)
     if not isinstance(error, RuntimeError) or not text.startswith("DataLoader"):
         return ""
     return (
-        f"a data worker failed: {text.splitlines()[0]}; if it ran out of memory (or of /dev/shm), lower data.workers or "
-        "data.memory_mb"
+        f"a data worker failed: {text.splitlines()[0]}; if it ran out of memory (or of /dev/shm), lower data.workers "
+        "or data.memory_mb"
     )
 
 

@@ -89,8 +89,8 @@ def test_what_would_command_a_terminal_is_written_as_python_writes_it():
         ("PipelineError('a\\x1b[31m\\nb')", "error: a\\x1b[31m\nb\n"),
         # as torch raises it in whatever the process is at
         ("RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')",
-         "error: a data worker failed: DataLoader worker (pid 7) is killed by signal: Killed. ; if it ran out of memory "
-         "(or of /dev/shm), lower data.workers or data.memory_mb\n"),
+         "error: a data worker failed: DataLoader worker (pid 7) is killed by signal: Killed. ; if it ran out of "
+         "memory (or of /dev/shm), lower data.workers or data.memory_mb\n"),
     ],
 )  # fmt: skip
 def test_a_program_ends_with_one_line(error, said):
