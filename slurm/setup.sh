@@ -12,10 +12,10 @@ unset "${!SLURM_STEP@}" "${!SLURM_PTY@}" "${!SLURM_SRUN@}" "${!SLURM_CPU_BIND@}"
 # Nor are the resources, which srun would ask for beside this job's. Without them a step has all that the job has.
 unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU \
     SLURM_GRES SLURM_HINT SLURM_DISTRIBUTION "${!SLURM_MEM_BIND@}" "${!SLURM_MEM_PER_@}"
-# Slurm sets it from a job's second start on.
-if restarts=$(scontrol --oneliner show job "${SLURM_JOB_ID:-}" 2>/dev/null | sed -n 's/.* Restarts=\([0-9]*\).*/\1/p') &&
-    [[ "$restarts" =~ ^[0-9]+$ ]]; then
-    export SLURM_RESTART_COUNT=$restarts
+# Slurm sets it from a job's second start on alone.
+if [ -n "${SLURM_JOB_ID:-}" ] && restarts=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null) &&
+    [[ "$restarts" =~ \ Restarts=([0-9]+) ]]; then
+    export SLURM_RESTART_COUNT="${BASH_REMATCH[1]}"
 fi
 if [ "${OMP_NUM_THREADS:-1}" = "${SRUN_CPUS_PER_TASK:-}" ]; then
     unset OMP_NUM_THREADS # this script's, in the job around

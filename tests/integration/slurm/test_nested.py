@@ -59,7 +59,9 @@ def test_a_job_that_is_submitted_from_inside_another_is_itself(slurm, tmp_path):
     probe, inner, outer = (tmp_path / name for name in ("probe.py", "inner.sh", "outer.sh"))
     probe.write_text(PROBE)
     python = f"{sys.executable} {probe} {ROOT}"
-    direct, clean = f"{python} >> direct.txt", f"source slurm/setup.sh\ncd -\n{python} >> clean.txt"
+    # As of an outer job's --mem-per-cpu, beside this one's --mem, of which srun would die.
+    requests = "export SLURM_MEM_PER_CPU=100 SLURM_MEM_PER_NODE=200"
+    direct, clean = f"{python} >> direct.txt", f"{requests}\nsource slurm/setup.sh\ncd -\n{python} >> clean.txt"
     steps = f"srun {python} >> steps.txt"
     inner.write_text(f"#!/bin/bash\ncd {tmp_path}\n{direct}\n{steps}\ncd {ROOT}\n{clean}\n{steps}\n")
     leaked = "RANK=5 WORLD_SIZE=8 LOCAL_RANK=5 MASTER_ADDR=nowhere TORCHELASTIC_RUN_ID=x"
