@@ -76,7 +76,14 @@ class World:
         ]
 
     def evaluate(self, out: Path) -> list[str]:
-        return ["-m", "pipeline.evaluate", str(self.model), f"s3://{BUCKET}/train/Scene-I2T", f"out={out}"]
+        return [
+            "-m",
+            "pipeline.evaluate",
+            str(self.model),
+            f"s3://{BUCKET}/train/Scene-I2T",
+            f"out={out}",
+            "timeout_s=5",
+        ]
 
     def embed(self, out: Path) -> list[str]:
         shards = ["--shards", f"s3://{BUCKET}/train/Scene-I2T", "--stored", "bf16"]
