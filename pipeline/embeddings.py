@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.data.index import NO_ARRAY
 from pipeline.documents import DocumentError, parse_json
 from pipeline.errors import PipelineError
 
@@ -103,7 +104,7 @@ def mapped(path: Path) -> np.ndarray:
     """The array of a .npy file, mapped into memory; ValueError or OSError for what is none or not whole."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (EOFError, OverflowError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+    except NO_ARRAY as error:
         raise ValueError(str(error)) from None
 
 

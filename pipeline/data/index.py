@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from io import BytesIO
+from tokenize import TokenError
 from typing import Annotated, TypeVar
 
 import numpy as np
@@ -346,6 +347,10 @@ def load_sidecar(url: str, shard: Shard) -> np.ndarray:
     return records
 
 
+# What numpy raises of a header that is damaged: it is a piece of Python.
+NO_ARRAY = (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError, OverflowError)
+
+
 def array_of(data: bytes) -> np.ndarray:
     """The array in the bytes of a .npy file; ValueError for anything else. Nothing is allocated for what it claims."""
     file = BytesIO(data)
@@ -354,7 +359,7 @@ def array_of(data: bytes) -> np.ndarray:
         shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
         values = np.frombuffer(data[file.tell() :], dtype) if len(data) > file.tell() else np.zeros(0, dtype)
         return values.reshape(shape, order="F" if columns_first else "C")
-    except (TypeError, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+    except NO_ARRAY as error:
         raise ValueError(f"it holds no array ({error})") from None
 
 
@@ -366,7 +371,7 @@ def _is_header(header: bytes, samples: int, max_images: int) -> bool:
         if np.lib.format.read_magic(file) != (1, 0):
             return False
         found = np.lib.format.read_array_header_1_0(file)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+    except NO_ARRAY:
         return False
     return found == ((samples,), False, sidecar_dtype(max_images)) and file.tell() == len(header)
 

@@ -219,7 +219,16 @@ def test_arrays_are_read_as_numpy_reads_them_and_nothing_else_is():
         assert found.dtype == array.dtype and np.array_equal(found, array)
     whole = stored(np.zeros((2, 3)))
     huge = whole.replace(b"(2, 3), }", b"(999999999999, 3), }")
-    for bad in (b"", whole[:-1], whole[:30], huge, archive(np.zeros(3)), stored(np.array([{}]), allow_pickle=True)):
+    unclosed = whole.replace(b"(2, 3), }", b"(2, 3(, }")
+    for bad in (
+        b"",
+        whole[:-1],
+        whole[:30],
+        huge,
+        unclosed,
+        archive(np.zeros(3)),
+        stored(np.array([{}]), allow_pickle=True),
+    ):
         with pytest.raises(ValueError):
             array_of(bad)
 
