@@ -196,6 +196,22 @@ def test_rejected_rows_are_listed_in_order_and_their_shards_may_be_missing(tmp_p
     assert summary.endswith("12 rejected (6 odd, 6 even)\n")
 
 
+def test_a_listing_that_was_damaged_on_the_way_leaves_no_record_behind(tmp_path, monkeypatch):
+    listed, damaged = objects.list_under, []
+
+    def once_damaged(url: str) -> list[str]:
+        found = listed(url)
+        if (tmp_path / "index.json").exists() and not damaged:
+            damaged.append(found.pop())
+            found.append(f"{damaged[0]}x")
+        return found
+
+    monkeypatch.setattr(objects, "list_under", once_damaged)
+    convert({str(tmp_path): Numbers(8)}, options={}, shards=4)
+    assert damaged
+    assert not (tmp_path / ".unfinished").exists()
+
+
 def test_too_many_rejected_rows_stop_it_and_a_higher_limit_goes_on(tmp_path):
     dest = str(tmp_path / "out")
     rows = Numbers(100, frozenset({13, 14, 33, 75}))
