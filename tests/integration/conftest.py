@@ -11,12 +11,9 @@ _BUILD = str(Path(__file__).with_name("build_cpu_adam.py"))
 _building = pytest.StashKey[subprocess.Popen]()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Of two workers (-n 2 --dist loadgroup) one has all that uses the cluster, and each file is whole."""
-    for item in items:
-        group = "slurm" if item.path.parent.name == "slurm" else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    item.add_marker(pytest.mark.xdist_group("slurm" if item.path.parent.name == "slurm" else item.path.name))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
