@@ -25,8 +25,14 @@ if ! python -c 'import torch; raise SystemExit(torch.backends.cpu.get_cpu_capabi
     ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 python -m pytest "${numeric[@]}" -n 2 --dist loadfile || status=$?
 fi
 wait
-# What starts processes of its own and waits for them, beside what runs on a cluster.
-python -m pytest tests/integration -n 2 --dist loadgroup || status=$?
+# What starts processes of its own and waits for them; beside it what runs on a cluster, and waits most of the time.
+printed=$(mktemp)
+python -m pytest tests/integration/slurm >"$printed" 2>&1 &
+cluster=$!
+python -m pytest tests/integration --ignore=tests/integration/slurm || status=$?
+wait "$cluster" || status=$?
+cat "$printed"
+rm "$printed"
 # Damage and signals at random, each sort once, of which the seed makes always the same.
 python tests/chaos/run.py --seed 1 --trials 15 --minutes 2 || status=$?
 exit "$status"

@@ -11,11 +11,6 @@ _BUILD = str(Path(__file__).with_name("build_cpu_adam.py"))
 _building = pytest.StashKey[subprocess.Popen]()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Of two workers (-n 2 --dist loadgroup) one has all that uses the cluster, and each file is whole."""
-    item.add_marker(pytest.mark.xdist_group("slurm" if item.path.parent.name == "slurm" else item.path.name))
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """DeepSpeed compiles its CPU Adam once a machine: while other tests run.
 
