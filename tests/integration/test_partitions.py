@@ -70,5 +70,5 @@ def test_what_is_missing_misshapen_or_not_in_safetensors_is_named(tiny_model, tm
     config = json.loads(Path(CONFIG).read_text())
     config["zero_optimization"]["zero_hpz_partition_size"] = 2
     (tmp_path / "ds.json").write_text(json.dumps(config))
-    ended = launch([WORKER, tiny_model, str(tmp_path / "ds.json"), tiny_model], 1)
+    ended = launch([WORKER, tiny_model, str(tmp_path / "ds.json"), tiny_model], 2)
     assert "zero_hpz_partition_size and zero_quantized_weights are not supported" in ended.output
