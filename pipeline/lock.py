@@ -128,15 +128,15 @@ def _found(locks: str) -> Iterator[tuple[str, _Holder | None, str]]:
     for url in objects.list_under(locks):
         if url.endswith(".partial"):
             continue
+        holder = None
         try:
-            data = objects.read(url)
+            holder = parse_json(objects.read(url), url, _Holder, remedy="it is a lock")
         except ObjectError:
-            if _stamp(url) is not None:  # else it is gone meanwhile
-                yield url, None, f"the process that wrote {printable(url)}"
-            continue
-        try:
-            holder = parse_json(data, url, _Holder, remedy="it is a lock")
+            if _stamp(url) is None:
+                continue  # it is gone meanwhile
         except DocumentError:
+            pass
+        if holder is None:
             yield url, None, f"the process that wrote {printable(url)}"
         else:
             job = f", job {holder.job[0]}" if holder.job else ""

@@ -33,6 +33,6 @@ python -m pytest tests/integration --ignore=tests/integration/slurm || status=$?
 wait "$cluster" || status=$?
 cat "$printed"
 rm "$printed"
-# Damage and signals at random, each sort once, of which the seed makes always the same.
+# Damage and signals at random, of which the seed makes always the same: of each sort one, or as many as two minutes reach.
 python tests/chaos/run.py --seed 1 --trials 15 --minutes 2 || status=$?
 exit "$status"

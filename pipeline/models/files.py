@@ -257,9 +257,9 @@ def refuse_more_layers(path: str, stored: dict[str, Stored], unexpected: set[str
         )
     layer, read = re.compile(r".*?\blayers\.\d+\."), stored.keys() - unexpected
     modules = {name.rpartition(".")[0] for name in read} - {""}
-    layers = {found.group() for found in map(layer.match, read) if found}
+    prefixes = {found.group() for found in map(layer.match, read) if found}
     for name in sorted(unexpected):
-        inside = name.rpartition(".")[0] in modules or ((found := layer.match(name)) and found.group() in layers)
+        inside = name.rpartition(".")[0] in modules or ((found := layer.match(name)) and found.group() in prefixes)
         if inside and stored[name].dtype is not None and not name.endswith("inv_freq"):
             raise PipelineError(
                 f"{path} holds {name}, which a model of its config.json has no place for: is that of another model?"
