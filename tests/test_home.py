@@ -79,7 +79,7 @@ def test_a_lock_is_looked_for_where_pytorch_has_it_and_nothing_is_made(tmp_path,
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     if named:
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    distributed._refuse_stale_lock()
+    distributed.remove_stale_lock()
     assert list(tmp_path.iterdir()) == []
     wanted = [Path(_get_build_directory(kernel, verbose=False), "lock") for kernel in distributed._KERNELS]
     assert distributed._locks() == wanted

@@ -55,7 +55,7 @@ def start_distributed(timeout_minutes: float) -> torch.device:
     here = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0" if world == 1 else "29500"}
     for name, value in here.items():
         os.environ.setdefault(name, value)
-    _refuse_stale_lock()
+    remove_stale_lock()
     # What is freed of one size serves another. It must be set before the first allocation on a GPU.
     if not _ALLOCATOR.intersection(os.environ):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -195,14 +195,20 @@ def end_distributed(status: int = 0) -> NoReturn:
     os._exit(status)
 
 
-def _refuse_stale_lock() -> None:
-    """Wait for whoever builds DeepSpeed's kernels, but not for ever, as PyTorch does, should that have been killed."""
+def remove_stale_lock() -> None:
+    """Wait for whoever builds DeepSpeed's kernels; take away the lock of a build that was killed.
+
+    PyTorch would wait for that for ever. It is before ranks meet, and they build after that.
+    """
     for lock in _locks():
         with suppress(OSError), _said_if_long(f"whoever builds a kernel and holds {lock}, 10 minutes at most"):
             while time.time() - lock.stat().st_mtime < _LONGEST_BUILD:
                 time.sleep(1)
-            if lock.exists():
-                raise PipelineError(f"{lock} is left from a build that was killed: delete it and start again")
+            print(f"{lock} is left from a build that was killed: it is deleted", flush=True)
+            try:
+                lock.unlink()
+            except PermissionError as error:
+                raise PipelineError(f"{error}: delete it, or set TORCH_EXTENSIONS_DIR to another folder") from error
 
 
 def _locks() -> list[Path]:

@@ -2,5 +2,8 @@
 
 from deepspeed.accelerator import get_accelerator
 
+from pipeline.training.distributed import remove_stale_lock
+
 if __name__ == "__main__":
+    remove_stale_lock()
     get_accelerator().create_op_builder("CPUAdamBuilder").load()

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 import torch
 from launch import fork_server
 
-_BUILD = str(Path(__file__).with_name("build_cpu_adam.py"))
+_BUILD = Path(__file__).with_name("build_cpu_adam.py")
 _building = pytest.StashKey[subprocess.Popen]()
 
 
@@ -19,13 +20,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not session.config.option.collectonly:
         fork_server()
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(_BUILD.parents[2])}
         session.stash[_building] = subprocess.Popen([sys.executable, _BUILD], **pipes, env=environment)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if building := session.stash.get(_building, None):
-        building.kill()
+        building.send_signal(signal.SIGINT)  # killed, it would leave PyTorch's lock
         building.wait()
 
 

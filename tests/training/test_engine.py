@@ -9,7 +9,7 @@ from pipeline.config import Optimizer, Recipe, load_recipe
 from pipeline.errors import PipelineError
 from pipeline.models.llave import Llave
 from pipeline.models.lora import add_adapters, merge_adapters
-from pipeline.training.distributed import start_distributed
+from pipeline.training.distributed import remove_stale_lock, start_distributed
 from pipeline.training.engine import adamw, freeze, learning_rate, parameter_groups
 
 
@@ -122,12 +122,22 @@ def test_an_environment_that_is_of_no_launcher_is_named(monkeypatch, name, value
         start_distributed(1)
 
 
-def test_a_lock_of_a_build_that_was_killed_is_named(tmp_path, monkeypatch):
+def test_a_lock_of_a_build_that_was_killed_is_deleted_and_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.delenv("RANK", raising=False)
     lock = tmp_path / "cpu_adam/lock"
     lock.parent.mkdir()
     lock.touch()
     os.utime(lock, (0, 0))
-    with pytest.raises(PipelineError, match=r"cpu_adam/lock is left from a build that was killed: delete it"):
-        start_distributed(1)
+    remove_stale_lock()
+    assert not lock.exists()
+    assert capsys.readouterr().out == f"{lock} is left from a build that was killed: it is deleted\n"
+
+
+def test_a_build_that_goes_on_is_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "cpu_adam/lock"
+    lock.parent.mkdir()
+    lock.touch()
+    monkeypatch.setattr("time.sleep", lambda _: lock.unlink())  # the build ends meanwhile
+    remove_stale_lock()
+    assert capsys.readouterr().out == ""
