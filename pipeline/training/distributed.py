@@ -204,11 +204,11 @@ def remove_stale_lock() -> None:
         with suppress(OSError), _said_if_long(f"whoever builds a kernel and holds {lock}, 10 minutes at most"):
             while time.time() - lock.stat().st_mtime < _LONGEST_BUILD:
                 time.sleep(1)
-            print(f"{lock} is left from a build that was killed: it is deleted", flush=True)
             try:
                 lock.unlink()
             except PermissionError as error:
                 raise PipelineError(f"{error}: delete it, or set TORCH_EXTENSIONS_DIR to another folder") from error
+            print(f"{lock} is left from a build that was killed: it was deleted", flush=True)
 
 
 def _locks() -> list[Path]:

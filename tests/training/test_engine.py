@@ -130,7 +130,7 @@ def test_a_lock_of_a_build_that_was_killed_is_deleted_and_said(tmp_path, monkeyp
     os.utime(lock, (0, 0))
     remove_stale_lock()
     assert not lock.exists()
-    assert capsys.readouterr().out == f"{lock} is left from a build that was killed: it is deleted\n"
+    assert capsys.readouterr().out == f"{lock} is left from a build that was killed: it was deleted\n"
 
 
 def test_a_build_that_goes_on_is_waited_for(tmp_path, monkeypatch, capsys):
