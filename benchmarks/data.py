@@ -43,7 +43,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pipeline.config import Data
-from pipeline.data import objects
 from pipeline.data.batch import Batch
 from pipeline.data.collate import Encoded
 from pipeline.data.collate import Image as Tiles
@@ -56,6 +55,7 @@ from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.data.tiles import Tiling, decode_image
 from pipeline.errors import PipelineError, command_line
+from pipeline.storage import objects
 from tools.s3_server import S3Server
 
 BUCKET = "pipeline-data"

@@ -76,6 +76,7 @@ from benchmarks.mmeb_like import MICRO_BATCH, draw, embed_padded, micro_batches,
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
 from pipeline.data.collate import Encoded, Packed, pack
+from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError, command_line
 from pipeline.models.attention import KINDS as ATTENTION_KINDS
 from pipeline.models.attention import choose, implementation
@@ -85,7 +86,6 @@ from pipeline.models.llave import TowerlessLlave
 from pipeline.models.lora import add_adapters
 from pipeline.models.tower import FrozenTower
 from pipeline.training.budget import Budget
-from pipeline.training.distributed import start_distributed
 from pipeline.training.engine import adamw, freeze, parameter_groups
 from pipeline.training.step import train_step
 from pipeline.training.temperature import Temperature

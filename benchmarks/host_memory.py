@@ -57,10 +57,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pipeline.config import Architecture, load_ds_config, load_recipe
+from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError, command_line
 from pipeline.models import llave, weights
 from pipeline.training import engine, partitions
-from pipeline.training.distributed import start_distributed
 from pipeline.training.export import export
 
 transformers_logging.disable_progress_bar()

@@ -70,13 +70,13 @@ from pipeline.config import Architecture, Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
 from pipeline.data.collate import Encoded
 from pipeline.data.tiles import Tiling
+from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError, command_line
 from pipeline.models.chunks import embed_chunks, plan_chunks
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave import build, load_config, tiling
 from pipeline.models.tower import normalised, tower_features
 from pipeline.training.budget import Budget
-from pipeline.training.distributed import start_distributed
 from pipeline.training.engine import build_engine, freeze, load_frozen, parameter_groups
 from pipeline.training.step import train_step
 from pipeline.training.temperature import Temperature

@@ -64,12 +64,12 @@ from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
+from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError, command_line
 from pipeline.models import decoder
 from pipeline.models.kinds import KINDS
 from pipeline.models.vision import VisionEncoder
 from pipeline.training.budget import Budget
-from pipeline.training.distributed import start_distributed
 from pipeline.training.engine import build_engine
 from pipeline.training.step import StepResult, train_step
 from pipeline.training.temperature import Temperature

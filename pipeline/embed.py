@@ -35,16 +35,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import lock
 from pipeline.config import EvaluationRun, Video
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
-from pipeline.embeddings import KINDS, Identity, Store, best
+from pipeline.embedding.embedder import LEAST_TOKENS, Embedder, Parts
+from pipeline.embedding.folder import KINDS, Identity, Store, best
 from pipeline.errors import PipelineError, command_line, printable
-from pipeline.models.embedder import LEAST_TOKENS, Embedder, Parts
 from pipeline.models.files import fetched, fingerprint
 from pipeline.models.kinds import kind_of
 from pipeline.models.loading import DTYPES
 from pipeline.progress import progress_bar
+from pipeline.storage import lock
 
 __all__ = ["Embedder", "main"]
 
@@ -99,9 +99,9 @@ def main() -> None:
 
 def _embed_shards(arguments: argparse.Namespace) -> None:
     # Here alone, for it takes DeepSpeed, without which all else works.
-    from pipeline import embed_shards
-    from pipeline.published_embeddings import index_published
-    from pipeline.training.distributed import end_distributed
+    from pipeline.distributed import end_distributed
+    from pipeline.embedding import embed_shards
+    from pipeline.embedding.published import index_published
 
     for name in ("texts", "images", "videos", "query", "query_image"):
         if getattr(arguments, name) is not None:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline import home, interrupt, launch
+from pipeline import home, interrupt
+from pipeline.jobs import launch
 
 _SHOWN = 80  # characters
 

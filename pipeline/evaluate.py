@@ -26,9 +26,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pipeline import lock
 from pipeline.config import EvaluationRun, parse_options
-from pipeline.data import objects
+from pipeline.distributed import end_distributed, on_first_rank, start_distributed
 from pipeline.errors import PipelineError, command_line
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
@@ -36,7 +35,7 @@ from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import Disk, held
-from pipeline.training.distributed import end_distributed, on_first_rank, start_distributed
+from pipeline.storage import lock, objects
 
 _WORST = 20  # queries a dataset that the report shows
 

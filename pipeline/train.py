@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from pipeline import limits, lock, status
 from pipeline.config import Recipe, dump_recipe, is_offloaded, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
 from pipeline.data.lengths import VERSION as LENGTHS_VERSION
@@ -29,6 +28,7 @@ from pipeline.data.order import VERSION as ORDER_VERSION
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
+from pipeline.distributed import end_distributed, on_first_rank, start_distributed
 from pipeline.errors import PipelineError, command_line, disk_errors
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
@@ -37,14 +37,15 @@ from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import Memory
 from pipeline.interrupt import INTERRUPTED
+from pipeline.jobs import limits, status
 from pipeline.models import loading, weights
 from pipeline.models.chunks import Features
 from pipeline.models.files import fetched
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.kinds import KINDS, Processor
 from pipeline.models.masked import VERSION as MASKS_VERSION
+from pipeline.storage import lock
 from pipeline.training import checkpoint, manifest, resume
-from pipeline.training.distributed import end_distributed, on_first_rank, start_distributed
 from pipeline.training.engine import build_engine, load_frozen
 from pipeline.training.export import export
 from pipeline.training.loop import Run, train

@@ -45,7 +45,7 @@ if [ "$code" = 0 ] && [ ${#terminated[@]} = 0 ]; then
 fi
 
 verdict=0
-"${CONTAINER[@]}" python -m pipeline.requeue "$RECIPE" "${overrides[@]}" --exit-code "$code" "${terminated[@]}" || verdict=$?
+"${CONTAINER[@]}" python -m pipeline.jobs.requeue "$RECIPE" "${overrides[@]}" --exit-code "$code" "${terminated[@]}" || verdict=$?
 if [ "$verdict" = 75 ]; then
     exec scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import _get_build_directory
 
-from pipeline import errors, home
-from pipeline.training import distributed
+from pipeline import distributed, errors, home
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME")

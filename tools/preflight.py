@@ -35,12 +35,12 @@ def main() -> None:
     logging.disable(logging.WARNING)  # of the libraries: the table says what matters
     # What may be missing is imported after it was looked for.
     try:
-        from pipeline.preflight.packages import packages
+        from pipeline.jobs.preflight.packages import packages
 
         installed = packages()
         from pipeline.config import load_recipe
-        from pipeline.preflight.nodes import Place, slurm_place
-        from pipeline.preflight.run import preflight
+        from pipeline.jobs.preflight.nodes import Place, slurm_place
+        from pipeline.jobs.preflight.run import preflight
     except (ImportError, OSError) as error:
         if (getattr(error, "name", None) or "").startswith("pipeline"):
             raise

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.convert.command import conversion, positive
-from pipeline.data import objects
 from pipeline.data.sample import Pair
 from pipeline.demo import captioned, clips, tasks
+from pipeline.storage import objects
 
 DESCRIPTION = """\
 a small world of drawn scenes, to try everything out

@@ -24,14 +24,13 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from pipeline import lock
 from pipeline.convert.workers import Report, job_threads, run_job, workers
-from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE, Count, File, Index, Shard, check_shards
-from pipeline.data.objects import ObjectError
-from pipeline.documents import FIXED, DocumentError, parse_json
 from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
+from pipeline.storage import lock, objects
+from pipeline.storage.documents import FIXED, DocumentError, parse_json
+from pipeline.storage.objects import ObjectError
 
 UNFINISHED = ".unfinished"
 REJECTED_FILE = "rejected.jsonl"

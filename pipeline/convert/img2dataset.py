@@ -15,14 +15,14 @@ from pipeline.convert.command import Command, add_dest, add_work
 from pipeline.convert.engine import Result, carry_out, refuse_occupied
 from pipeline.convert.rows import Rejection
 from pipeline.convert.workers import Report
-from pipeline.data import objects
 from pipeline.data.index import Captions, Index, Shard
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Pair
 from pipeline.data.shards import READ_NAMES, ShardRecords, captioned, members_of, split_name
 from pipeline.data.text_embeddings import SUFFIX
 from pipeline.data.tiles import decode_image
-from pipeline.documents import note_unread, packed_by
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
+from pipeline.storage.documents import note_unread, packed_by
 
 DESCRIPTION = """\
 an index for tars in img2dataset's layout, which stay as and where they are

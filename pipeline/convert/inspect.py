@@ -23,7 +23,6 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from pipeline.convert.command import Command, add_processes
 from pipeline.convert.img2dataset import Tape, read_tape
 from pipeline.convert.workers import Report, job_threads, run_job, workers
-from pipeline.data import objects
 from pipeline.data.index import (
     INDEX_FILE,
     Captions,
@@ -42,6 +41,7 @@ from pipeline.data.tiles import Tiling, decode_image, image_format
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
+from pipeline.storage import objects
 
 # Token lengths are estimated for LLaVA-OneVision, with 8 frames of a video.
 _PINPOINTS = ((384, 384), (384, 768), (768, 384), (768, 768))

@@ -18,11 +18,11 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.convert.command import add_images, conversion, filled, image_folder
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, member_bytes
-from pipeline.data import objects
 from pipeline.data.sample import Item, Pair
-from pipeline.documents import DocumentError, foreign, parse_json
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
+from pipeline.storage import objects
+from pipeline.storage.documents import DocumentError, foreign, parse_json
 
 DESCRIPTION = """\
 pairs of your own, a JSON object a line

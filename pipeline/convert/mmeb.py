@@ -16,11 +16,11 @@ import pyarrow.parquet as parquet
 
 from pipeline.convert.command import add_images, conversion, image_folder, local_path, positive
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
-from pipeline.data import objects
 from pipeline.data.mmeb import MATTERS, MMEB_TASKS, mmeb_text
 from pipeline.data.sample import Item, Pair, is_absent
-from pipeline.documents import check_members, note_unread
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
+from pipeline.storage.documents import check_members, note_unread
 
 DESCRIPTION = """\
 MMEB's training set, or others in its layout

@@ -13,7 +13,6 @@ import pyarrow.parquet as parquet
 
 from pipeline.convert.command import conversion, local_path, positive
 from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
-from pipeline.data import objects
 from pipeline.data.mmeb import (
     IMAGE_FOLDERS,
     ITEMS_FILE,
@@ -26,6 +25,7 @@ from pipeline.data.mmeb import (
 )
 from pipeline.data.sample import Item, Single
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
 
 DESCRIPTION = """\
 MMEB's evaluation sets, or others in their layout

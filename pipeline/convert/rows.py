@@ -14,8 +14,8 @@ from pipeline.data.captions import usable_captions
 from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Pair, Single, text_fault
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
-from pipeline.documents import note
 from pipeline.errors import PipelineError
+from pipeline.storage.documents import note
 
 
 class Rejection(Exception):

@@ -10,8 +10,8 @@ from pipeline.convert.command import conversion, local_path
 from pipeline.convert.rows import ImageFolder, checked_captions, folder, member_bytes, note_captions_left_out
 from pipeline.data.captions import captioned_videos
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, VIDEO_SUFFIXES, Item, Pair
-from pipeline.documents import utf8_text
 from pipeline.errors import PipelineError
+from pipeline.storage.documents import utf8_text
 
 DESCRIPTION = """\
 videos with captions: MSR-VTT, MSVD, or described by a JSON file

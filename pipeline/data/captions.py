@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from io import StringIO
 
 from pipeline.data.sample import BYTE_ORDER_MARK, is_absent, text_fault
-from pipeline.documents import DocumentError, check_members, note, parse_json
 from pipeline.errors import PipelineError
+from pipeline.storage.documents import DocumentError, check_members, note, parse_json
 
 _AGAIN = "download it again, or mend it"
 # What files in the published forms have, read or not.

@@ -25,11 +25,11 @@ import numpy as np
 from pydantic import FailFast, Field, ValidationError
 from pydantic_core import from_json, to_json
 
-from pipeline.data import objects
-from pipeline.data.objects import ObjectError
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
-from pipeline.documents import FIXED, adapter, explained, no_json
 from pipeline.errors import printable
+from pipeline.storage import objects
+from pipeline.storage.documents import FIXED, adapter, explained, no_json
+from pipeline.storage.objects import ObjectError
 
 FORMAT = 2
 INDEX_FILE = "index.json"

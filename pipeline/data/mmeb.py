@@ -23,11 +23,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from pipeline.data import objects
 from pipeline.data.index import Index
 from pipeline.data.sample import BYTE_ORDER_MARK, IMAGE_MARK, MMEB_IMAGE_MARK, is_absent, text_fault
-from pipeline.documents import FIXED, check_members, parse_json
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
+from pipeline.storage.documents import FIXED, check_members, parse_json
 
 TASKS_FILE, ROWS_FILE, ITEMS_FILE = "tasks.json", "rows.parquet", "items.parquet"
 IMAGE_FOLDERS = ("images", "eval_images")

@@ -24,13 +24,13 @@ import numpy as np
 import webdataset
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
-from pipeline.data import objects
 from pipeline.data.captions import usable_captions
 from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, sidecar_dtype, sidecar_of
 from pipeline.data.sample import IMAGE_SUFFIXES, BadSample, Item, Pair, Single
 from pipeline.data.tiles import image_format
 from pipeline.data.video import video_format
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
 
 END = bytes(2 * tarfile.BLOCKSIZE)  # two empty blocks end a tar
 _KEPT_SIZES = 16  # of a shard's images, in the index

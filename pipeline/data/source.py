@@ -8,16 +8,16 @@ from functools import lru_cache
 import numpy as np
 
 from pipeline.config import Data
-from pipeline.data import objects
 from pipeline.data.batch import Origin
 from pipeline.data.index import Index, Shard, read_records, read_samples
 from pipeline.data.lengths import Lengths
-from pipeline.data.objects import ObjectError
 from pipeline.data.order import Dataset, Order
 from pipeline.data.sample import BadSample, Pair
 from pipeline.data.shards import parse_sample
 from pipeline.data.text_embeddings import Made, TextEmbeddings
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
+from pipeline.storage.objects import ObjectError
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,13 +25,14 @@ from itertools import islice
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from pipeline.data import digest, objects
+from pipeline.data import digest
 from pipeline.data.batch import Batch, RawSample, Share, encode_rows
 from pipeline.data.collate import Encoded
 from pipeline.data.order import Order
 from pipeline.data.sample import Draw, Item, Pair
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError, of_failed_worker
+from pipeline.storage import objects
 
 _THREADS = 4  # that read, in each process
 _READ_BYTES = 16 << 20  # of one ranged read, at most, unless a sample is larger

@@ -24,7 +24,6 @@ import torch
 import webdataset
 from pydantic import FailFast, TypeAdapter
 
-from pipeline.data import objects
 from pipeline.data.index import (
     Captions,
     Digest,
@@ -41,10 +40,11 @@ from pipeline.data.index import (
     sidecar_of,
     validated,
 )
-from pipeline.data.objects import ObjectError
 from pipeline.data.sample import BadSample, Pair
 from pipeline.data.shards import END, members_of, parse_sample
-from pipeline.documents import FIXED
+from pipeline.storage import objects
+from pipeline.storage.documents import FIXED
+from pipeline.storage.objects import ObjectError
 
 FORMAT = 1
 EMBEDDINGS_FILE = "text_embeddings.json"

@@ -13,12 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.data import objects
 from pipeline.data.mmeb import META_TASKS, MMEB_TASKS
-from pipeline.documents import parse_json
 from pipeline.errors import PipelineError, printable
 from pipeline.evaluation.leaderboard import leaderboard
 from pipeline.evaluation.results import BINS, Result
+from pipeline.storage import objects
+from pipeline.storage.documents import parse_json
 
 FORMAT = 1
 REPORT_FILE = "report.json"

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import lock
-from pipeline.embeddings import mapped
+from pipeline.embedding.folder import mapped
 from pipeline.errors import PipelineError
+from pipeline.storage import lock
 
 _KEY_BYTES = 16
 

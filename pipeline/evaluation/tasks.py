@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.data import objects
 from pipeline.data.sample import Item
+from pipeline.storage import objects
 
 
 @dataclass(frozen=True)

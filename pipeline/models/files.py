@@ -17,8 +17,8 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline.documents import unique
 from pipeline.errors import PipelineError
+from pipeline.storage.documents import unique
 
 # Configurations, tokenizers, processors: what the vectors of a model depend on besides its weights.
 SETTINGS = (".json", ".txt", ".model", ".jinja")

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Recipe
+from pipeline.distributed import on_first_rank
 from pipeline.errors import disk_errors
 from pipeline.models.frozen import Frozen
 from pipeline.models.kinds import KINDS
 from pipeline.models.lora import merge_adapters
 from pipeline.training.checkpoint import remove
-from pipeline.training.distributed import on_first_rank
 
 
 def export(engine: deepspeed.DeepSpeedEngine, frozen: Frozen | None, recipe: Recipe, source: str, folder: Path) -> None:

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from pipeline import status
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.data.order import Order
 from pipeline.errors import PipelineError, disk_errors, printable
 from pipeline.evaluation.report import Report
+from pipeline.jobs import status
 from pipeline.losses.gather import all_gather_constant
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.kinds import KINDS

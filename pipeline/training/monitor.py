@@ -13,10 +13,10 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pipeline import status
 from pipeline.data.batch import Bad, Origin
 from pipeline.errors import PipelineError, disk_errors, printable
 from pipeline.evaluation.report import Report
+from pipeline.jobs import status
 from pipeline.progress import progress_bar
 
 _PROBE = 64 << 10  # bytes: a disk that takes no more is full

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from pipeline.distributed import on_first_rank
 from pipeline.errors import PipelineError, printable
 from pipeline.training import checkpoint, manifest
-from pipeline.training.distributed import on_first_rank
 from pipeline.training.manifest import Damaged, Manifest
 from pipeline.training.monitor import may_be_best
 

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 
 from pipeline.config import ROOT
+from pipeline.distributed import on_first_rank
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 from pipeline.training import checkpoint
-from pipeline.training.distributed import on_first_rank
 from pipeline.training.preemption import SIGNALS
 
 _POLL = 5  # seconds

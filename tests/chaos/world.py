@@ -19,8 +19,8 @@ from safetensors import safe_open
 from pipeline.config import Architecture
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
-from pipeline.data import objects
 from pipeline.models.llave import build
+from pipeline.storage import objects
 from tools.s3_server import S3Server
 
 BUCKET = "chaos"

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.data import objects
 from pipeline.data.index import Index, load_sidecar, read_samples
 from pipeline.data.sample import Pair, Single
 from pipeline.data.shards import parse_sample
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
 from tools import make_shards as tool
 
 COMMAND = [sys.executable, str(Path(tool.__file__).resolve())]

@@ -17,15 +17,14 @@ import pytest
 from conversion import content, error_of, make_shards, picture, read_all, start
 from limits import HANG_SECONDS
 
-from pipeline import lock
 from pipeline.convert.command import _content
 from pipeline.convert.engine import Result, _folders, allowed
 from pipeline.convert.rows import Rejection
 from pipeline.convert.sharding import convert
-from pipeline.data import objects
 from pipeline.data.index import Index
 from pipeline.data.sample import Item, Pair
 from pipeline.errors import PipelineError
+from pipeline.storage import lock, objects
 
 ROWS = 400
 BROKEN = 7  # number of the row whose image is none

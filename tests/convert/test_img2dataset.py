@@ -16,11 +16,11 @@ from PIL import Image
 
 from pipeline.convert import img2dataset
 from pipeline.convert.img2dataset import Tape, read_tape
-from pipeline.data import objects
 from pipeline.data.index import Index, load_sidecar, read_records, read_samples
 from pipeline.data.sample import Item, Pair
 from pipeline.data.shards import members_of, parse_sample
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
 
 QUERY = "<image>\nFind an image caption describing the given everyday image."
 

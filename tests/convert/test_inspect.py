@@ -13,11 +13,11 @@ from PIL import Image
 
 from pipeline.convert import img2dataset, inspect
 from pipeline.convert.command import Command
-from pipeline.data import objects
 from pipeline.data.index import Index, load_sidecar, record_checksums
 from pipeline.data.sample import Item, Pair, Single
 from pipeline.data.shards import sample_bytes, write_shards
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
 
 
 def run(command: Command, *arguments: str | Path) -> None:

@@ -11,7 +11,6 @@ from conversion import make_shards
 from PIL import Image
 
 from pipeline.convert import mmeb_eval
-from pipeline.data import objects
 from pipeline.data.index import File, Index, load_sidecar, read_samples
 from pipeline.data.mmeb import MMEB_TASKS, evaluation_rows, mmeb_text
 from pipeline.data.sample import Item, Single
@@ -20,6 +19,7 @@ from pipeline.demo.tasks import write_evaluation
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sets import load
 from pipeline.evaluation.tasks import Collection
+from pipeline.storage import objects
 
 
 def convert(*arguments: str | Path) -> None:

@@ -19,10 +19,10 @@ from pipeline.data.index import (
     sidecar_dtype,
     sidecar_of,
 )
-from pipeline.data.objects import ObjectError
 from pipeline.data.sample import Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.text_embeddings import EMBEDDINGS_FILE, TextEmbeddings
+from pipeline.storage.objects import ObjectError
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.data import objects
 from pipeline.data.index import Captions, Index, load_sidecar, read_records, read_samples
-from pipeline.data.objects import ObjectError
 from pipeline.data.sample import BadSample, Item, Pair, Single
 from pipeline.data.shards import parse_sample, sample_bytes, write_shards
 from pipeline.data.tiles import image_format
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
+from pipeline.storage.objects import ObjectError
 
 DEEP = b"[" * 200_000 + b"]" * 200_000  # JSON, but nobody can read it
 

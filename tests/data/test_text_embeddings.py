@@ -17,23 +17,24 @@ import webdataset
 from limits import HANG_SECONDS
 from PIL import Image
 
-from pipeline import embed_shards
 from pipeline.config import Data
 from pipeline.convert.img2dataset import TarsWork
-from pipeline.data import objects, source
+from pipeline.data import source
 from pipeline.data.collate import Encoded
 from pipeline.data.index import INDEX_FILE, Captions, Index, checksum_of
 from pipeline.data.lengths import Lengths, Square
-from pipeline.data.objects import ObjectError
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
 from pipeline.data.stream import Reader, batches
 from pipeline.data.text_embeddings import TextEmbeddings, sample_bytes
 from pipeline.embed import main
-from pipeline.embed_shards import embed_datasets, open_datasets
+from pipeline.embedding import embed_shards
+from pipeline.embedding.embed_shards import embed_datasets, open_datasets
+from pipeline.embedding.published import index_published
 from pipeline.errors import PipelineError
-from pipeline.published_embeddings import index_published
+from pipeline.storage import objects
+from pipeline.storage.objects import ObjectError
 
 WIDTH = 6
 SAMPLES = {"first": 40, "second": 23}

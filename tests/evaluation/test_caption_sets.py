@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.data import objects
 from pipeline.data.sample import Item
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sets import captions as module
 from pipeline.evaluation.sets.captions import SETS
 from pipeline.evaluation.tasks import Collection, Retrieval
+from pipeline.storage import objects
 
 
 def lay_out(root: str, files: dict[str, object]) -> str:

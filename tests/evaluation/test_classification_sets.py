@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import objects
 from pipeline.data.sample import Item
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sets.classification import SETS, TEMPLATES
 from pipeline.evaluation.tasks import Collection, Retrieval
+from pipeline.storage import objects
 
 PLACES = ("n02/1.JPEG", "n02/2.png", "n10/3.webp", "n01/4.jpg")
 

@@ -34,11 +34,11 @@ from pipeline.config import EvaluationRun
 from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.video import sample_frames
+from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.evaluation import clip as peers
 from pipeline.evaluation.clip import PEERS
 from pipeline.evaluation.encoders import ModelEncoder, load_encoder
-from pipeline.models.embedder import Embedder
 from pipeline.models.llave import Llave, Processor, TowerlessLlave
 from pipeline.models.tower import FrozenTower
 

@@ -13,13 +13,13 @@ import webdataset
 from PIL import Image
 
 from pipeline.convert import img2dataset
-from pipeline.data import objects
 from pipeline.data.index import File, Index
 from pipeline.data.mmeb import MMEB_TASKS
 from pipeline.data.sample import Item, Pair, Single
 from pipeline.data.shards import write_shards
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sets import load
+from pipeline.storage import objects
 
 
 @pytest.fixture

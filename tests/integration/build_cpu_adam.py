@@ -2,7 +2,7 @@
 
 from deepspeed.accelerator import get_accelerator
 
-from pipeline.training.distributed import remove_stale_lock
+from pipeline.distributed import remove_stale_lock
 
 if __name__ == "__main__":
     remove_stale_lock()

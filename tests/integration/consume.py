@@ -10,7 +10,6 @@ from launch import begin, fork_server, say_where
 from limits import HANG_SECONDS, SECONDS_AFTER_A_FAILURE
 
 from pipeline.config import Data, parse_options
-from pipeline.data import objects
 from pipeline.data.batch import Batch
 from pipeline.data.collate import Encoded
 from pipeline.data.lengths import Lengths
@@ -20,6 +19,7 @@ from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.data.tiles import Tiling
 from pipeline.errors import command_line
+from pipeline.storage import objects
 
 GLOBAL_BATCH = 16
 TILING = Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48)))

@@ -30,7 +30,7 @@ from limits import HANG_SECONDS, SECONDS_AFTER_A_FAILURE
 
 ROOT = Path(__file__).parents[2]
 _PRELOADED = [
-    *("launch", "consume", "pipeline.train", "pipeline.evaluate", "pipeline.embed", "pipeline.embed_shards"),
+    *("launch", "consume", "pipeline.train", "pipeline.evaluate", "pipeline.embed", "pipeline.embedding.embed_shards"),
     *("pipeline.training.universal", "tools.make_shards", "peft"),
 ]
 

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.sample import Item, Pair
+from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.decoder import TextProcessor, load_config
 from pipeline.models.lora import add_adapters
 from pipeline.models.masked import MaskedLanguageModel, mask
 from pipeline.training.budget import Budget
-from pipeline.training.distributed import end_distributed, start_distributed
 from pipeline.training.engine import build_engine, freeze
 from pipeline.training.export import export
 from pipeline.training.masked import masked_step

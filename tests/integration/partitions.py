@@ -13,10 +13,10 @@ from limits import HANG_MINUTES
 from safetensors import safe_open
 
 from pipeline.config import load_ds_config, load_recipe
+from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.kinds import KINDS
 from pipeline.models.llave import TowerlessLlave
 from pipeline.training import partitions
-from pipeline.training.distributed import end_distributed, start_distributed
 
 read = []
 

@@ -13,13 +13,13 @@ from exactness import batch_of, make_pairs
 from limits import HANG_MINUTES
 
 from pipeline.config import dump_recipe, load_ds_config, load_recipe
+from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.chunks import embed_chunks, plan_chunks
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave import Llave, Processor
 from pipeline.models.weights import fingerprint
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
-from pipeline.training.distributed import end_distributed, start_distributed
 from pipeline.training.engine import build_engine, load_frozen
 from pipeline.training.export import export
 from pipeline.training.step import train_step

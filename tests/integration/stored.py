@@ -18,11 +18,11 @@ from pipeline.data.collate import pack
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.data.text_embeddings import Stored, restored, rounded
+from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.chunks import Chunk
 from pipeline.models.decoder import FrozenTextEncoder
 from pipeline.models.kinds import KINDS
 from pipeline.training.budget import Budget
-from pipeline.training.distributed import end_distributed, start_distributed
 from pipeline.training.engine import build_engine, load_frozen
 from pipeline.training.step import contrastive_loss, train_step
 from pipeline.training.temperature import Temperature

@@ -11,11 +11,11 @@ import torch
 from launch import launch, start, wait
 from limits import HANG_SECONDS
 
-from pipeline import embed_shards
 from pipeline.config import Data, EvaluationRun
 from pipeline.data.sample import Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
+from pipeline.embedding import embed_shards
 from pipeline.evaluation.encoders import load_encoder
 
 NAMES = ("first", "second")

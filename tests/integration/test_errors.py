@@ -5,8 +5,8 @@ from launch import launch
 
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
-from pipeline.data import objects
-from pipeline.status import Status
+from pipeline.jobs.status import Status
+from pipeline.storage import objects
 
 URL = "s3://pipeline-tests/errors"
 

@@ -19,10 +19,10 @@ from fault_proxy import FLIP, RESET, TRUNCATE, UNAVAILABLE, Fault, FaultProxy, s
 from limits import HANG_SECONDS
 
 from pipeline.config import Data, parse_options
-from pipeline.data import objects
 from pipeline.data.sample import Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.stream import batches
+from pipeline.storage import objects
 from tools.s3_server import S3Server
 
 BUCKET = "s3://pipeline-stream"

@@ -14,10 +14,10 @@ import pytest
 from launch import fork, launch, wait
 from limits import HANG_MINUTES, HANG_SECONDS
 
-from pipeline import lock
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
-from pipeline.status import Status
+from pipeline.jobs.status import Status
+from pipeline.storage import lock
 
 ROOT = Path(__file__).parents[2]
 STEPS = 500  # more than are made

@@ -14,11 +14,11 @@ from exactness import PAIRS, batch_of, make_pairs
 from limits import HANG_MINUTES
 
 from pipeline.config import load_ds_config, load_recipe
+from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave import Processor
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
-from pipeline.training.distributed import end_distributed, start_distributed
 from pipeline.training.engine import build_engine, load_frozen, set_hyperparameters
 from pipeline.training.step import train_step
 from pipeline.training.temperature import Temperature

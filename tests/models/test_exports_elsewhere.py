@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.config import Architecture, EvaluationRun
+from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.models import clip, decoder, llm2clip, masked
 from pipeline.models.decoder import TextEncoder, TextProcessor
-from pipeline.models.embedder import Embedder
 from pipeline.models.folder import save_folder
 from pipeline.models.llave import Llave
 from pipeline.models.masked import MaskedLanguageModel

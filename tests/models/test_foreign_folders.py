@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config import EvaluationRun, Model
 from pipeline.data.sample import Item
+from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.models import decoder, files, llm2clip
-from pipeline.models.embedder import Embedder
 from pipeline.models.kinds import KINDS
 from pipeline.models.llm2clip import Llm2Clip
 from pipeline.models.masked import MaskedLanguageModel

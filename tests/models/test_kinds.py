@@ -9,9 +9,9 @@ from PIL import Image
 
 from pipeline.config import Model, Recipe, load_recipe
 from pipeline.data.sample import Item
+from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.models import decoder
-from pipeline.models.embedder import Embedder
 from pipeline.models.kinds import KINDS, kind_of
 from pipeline.training.export import write_folder
 

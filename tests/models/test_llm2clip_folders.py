@@ -24,11 +24,11 @@ from transformers import (
 
 from pipeline.config import Architecture, EvaluationRun, Lora
 from pipeline.data.sample import Item
+from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.models import clip, decoder, llm2clip
 from pipeline.models.decoder import TextEncoder
-from pipeline.models.embedder import Embedder
 from pipeline.models.kinds import KINDS, kind_of
 from pipeline.models.lora import add_adapters, merge_adapters
 from pipeline.models.vision import VisionEncoder

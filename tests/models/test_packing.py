@@ -11,13 +11,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from pipeline.config import Model, load_recipe
 from pipeline.data.collate import Encoded, pack
 from pipeline.errors import PipelineError
+from pipeline.jobs.preflight.job import Job
+from pipeline.jobs.preflight.job import model as preflight_model
 from pipeline.models import decoder, llave
 from pipeline.models.decoder import TextEncoder
 from pipeline.models.kinds import KINDS
 from pipeline.models.masked import MaskedLanguageModel
 from pipeline.models.packing import check_packing
-from pipeline.preflight.job import Job
-from pipeline.preflight.job import model as preflight_model
 
 SIZES = {
     "hidden_size": 32,

@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from two_ranks import on_two_ranks
 
 from pipeline.config import Batch, Recipe, load_recipe
+from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
 from pipeline.training import meter as meters
 from pipeline.training.budget import (
@@ -27,7 +28,6 @@ from pipeline.training.budget import (
     found_before,
     out_of_memory_noted,
 )
-from pipeline.training.distributed import start_distributed
 from pipeline.training.meter import Memory, Meter
 
 GB = 10**9

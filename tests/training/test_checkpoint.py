@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.results import Result, Similarities
-from pipeline.preflight.check import Check
-from pipeline.preflight.report import show
+from pipeline.jobs.preflight.check import Check
+from pipeline.jobs.preflight.report import show
 from pipeline.training import manifest, resume
 from pipeline.training.checkpoint import best, keep_best, remove_old
 from pipeline.training.loop import _evaluate

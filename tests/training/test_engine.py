@@ -6,10 +6,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from pipeline.config import Optimizer, Recipe, load_recipe
+from pipeline.distributed import remove_stale_lock, start_distributed
 from pipeline.errors import PipelineError
 from pipeline.models.llave import Llave
 from pipeline.models.lora import add_adapters, merge_adapters
-from pipeline.training.distributed import remove_stale_lock, start_distributed
 from pipeline.training.engine import adamw, freeze, learning_rate, parameter_groups
 
 

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from two_ranks import on_two_ranks
 
+from pipeline import distributed
 from pipeline.config import load_recipe
 from pipeline.errors import PipelineError
-from pipeline.training import distributed, export
+from pipeline.training import export
 
 
 def _slow_export(rank: int) -> list[str]:

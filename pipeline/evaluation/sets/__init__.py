@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sets import captions, classification, mmeb, pairs
 from pipeline.evaluation.tasks import Collection
+from pipeline.storage import objects
 
 NAMES = (*mmeb.GROUPS, *captions.SETS, *classification.SETS)
 

@@ -34,10 +34,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.data import objects
 from pipeline.data.captions import captioned_images, captioned_videos, check_keys
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
-from pipeline.documents import foreign, parse_json
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sets.folder import (
     MEND,
@@ -51,6 +49,8 @@ from pipeline.evaluation.sets.folder import (
     stem,
 )
 from pipeline.evaluation.tasks import Collection, Kind, Retrieval
+from pipeline.storage import objects
+from pipeline.storage.documents import foreign, parse_json
 
 WORDING_FILE = "wording.json"
 _FIRST_BYTES = 4 << 20  # of a long file; doubled until they hold what is wanted

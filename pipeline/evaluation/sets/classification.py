@@ -11,12 +11,12 @@ from itertools import cycle
 
 import numpy as np
 
-from pipeline.data import objects
 from pipeline.data.sample import IMAGE_MARK
-from pipeline.documents import parse_json
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sets.folder import MEND, PICTURES, Folder, expecting, plain_text, read_text
 from pipeline.evaluation.tasks import Collection, Retrieval
+from pipeline.storage import objects
+from pipeline.storage.documents import parse_json
 
 NAMES_FILE, TEMPLATES_FILE = "classnames.json", "templates.txt"
 INSTRUCTION = f"{IMAGE_MARK}\nRepresent the given image for classification."

@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from pipeline.data import objects
 from pipeline.data.sample import BYTE_ORDER_MARK, IMAGE_SUFFIXES, VIDEO_SUFFIXES, text_fault
-from pipeline.documents import utf8_text
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
+from pipeline.storage.documents import utf8_text
 
 PICTURES = frozenset({*IMAGE_SUFFIXES.values(), "jpeg"})
 VIDEOS = frozenset(VIDEO_SUFFIXES)

@@ -9,14 +9,14 @@ from threading import Lock
 
 import numpy as np
 
-from pipeline.data import objects
 from pipeline.data.index import INDEX_FILE, Index, Shard, load_sidecar, read_samples
 from pipeline.data.mmeb import IMAGE_FOLDERS, MMEB_TASKS, TASKS_FILE, Side, converted_rows, evaluation_rows, read_tasks
 from pipeline.data.sample import BadSample, Item, Single
 from pipeline.data.shards import parse_sample
-from pipeline.documents import note_unread
 from pipeline.errors import PipelineError
 from pipeline.evaluation.tasks import Collection, Ranking, content_key
+from pipeline.storage import objects
+from pipeline.storage.documents import note_unread
 
 GROUPS = {
     "mmeb": lambda meta_task, known: True,

@@ -5,13 +5,13 @@ from functools import partial
 
 import numpy as np
 
-from pipeline.data import objects
 from pipeline.data.index import Captions, Index, load_sidecar, read_samples
 from pipeline.data.mmeb import META_TASKS, MMEB_TASKS, TASKS_FILE
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import parse_sample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.tasks import Collection, Ranking, content_key
+from pipeline.storage import objects
 
 _SIMILARITIES = 100_000_000
 

@@ -10,7 +10,7 @@ from limits import HANG_SECONDS
 PROBE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from pipeline import launch
+from pipeline.jobs import launch
 launch.adopt()
 print("place", *(os.environ.get(name, "-") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 """

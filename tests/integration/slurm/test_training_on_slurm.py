@@ -14,7 +14,7 @@ from limits import HANG_MINUTES, HANG_SECONDS
 
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
-from pipeline.status import Status
+from pipeline.jobs.status import Status
 
 STEPS = 80
 EVERY = 20

@@ -1,0 +1,304 @@
+"""Which settings a DeepSpeed config may have, and where: DeepSpeed ignores most of those that it does not know.
+
+By DeepSpeed's own models of its sections, where it has some. What it knows and this pipeline has no use for, or cannot
+have, is refused with the reason. Importing this takes DeepSpeed.
+"""
+
+import difflib
+import json
+from math import isfinite
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple
+
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+from deepspeed.utils.logging import log_levels
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, ValidationError
+
+from pipeline.config import typed
+from pipeline.errors import PipelineError, shown
+from pipeline.storage.documents import doubled_key
+
+_AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)  # as DeepSpeed reads it
+
+
+class _FlopsProfiler(DeepSpeedConfigModel):
+    enabled: bool = False
+    recompute_fwd_factor: float = 0.0
+    profile_step: PositiveInt = 1
+    module_depth: int = -1
+    top_modules: PositiveInt = 1
+    detailed: bool = True
+    output_file: str | None = None
+
+
+class _Timers(DeepSpeedConfigModel):
+    throughput: DeepSpeedThroughputTimerConfig = Field(default_factory=DeepSpeedThroughputTimerConfig)
+
+
+class _DataTypes(DeepSpeedConfigModel):
+    grad_accum_dtype: str | None = None
+
+
+class _Checkpoint(DeepSpeedConfigModel):
+    tag_validation: Annotated[Literal["ignore", "warn", "fail"], _AnyCase] = "warn"
+
+
+class _Config(DeepSpeedConfigModel):
+    """What DeepSpeed reads one by one of the top level (deepspeed/runtime/config.py)."""
+
+    train_batch_size: int = 1
+    train_micro_batch_size_per_gpu: int = 1
+    gradient_accumulation_steps: int = 1
+    gradient_clipping: float = 1.0
+    zero_optimization: DeepSpeedZeroConfig = Field(default_factory=DeepSpeedZeroConfig)
+    bf16: DeepSpeedBF16Config = Field(default_factory=DeepSpeedBF16Config)
+    data_types: _DataTypes = Field(default_factory=_DataTypes)
+    communication_data_type: Annotated[Literal["fp32", "bf16", "fp16"], _AnyCase] | None = None
+    prescale_gradients: bool = False
+    gradient_predivide_factor: float = 1.0
+    gradient_allreduce_op: Literal["mean", "sum"] = "mean"
+    zero_allow_untested_optimizer: bool = False
+    zero_force_ds_cpu_optimizer: bool = True
+    checkpoint: _Checkpoint = Field(default_factory=_Checkpoint)
+    steps_per_print: PositiveInt | None = None
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
+    disable_python_gc: bool = False
+    log_level: Annotated[Literal[*log_levels], _AnyCase] | None = None
+    comms_logger: CommsLoggerConfig = Field(default_factory=CommsLoggerConfig)
+    flops_profiler: _FlopsProfiler = Field(default_factory=_FlopsProfiler)
+    timers: _Timers = Field(default_factory=_Timers)
+    tensorboard: TensorBoardConfig = Field(default_factory=TensorBoardConfig)
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+    csv_monitor: CSVConfig = Field(default_factory=CSVConfig)
+    comet: CometConfig = Field(default_factory=CometConfig)
+
+
+_NOT_USED = """
+    autotuning checkpoint.load_universal checkpoint.parallel_write checkpoint.serialization
+    checkpoint.use_node_local_storage checkpoint.writer compile data_efficiency dataloader_drop_last datastates
+    disable_allgather expert_parallel hybrid_engine managed_gradient_accumulation pipeline sequence_parallel_size
+    seq_parallel_communication_data_type tensor_parallel use_data_before_expert_parallelism vocabulary_size
+    weight_quantization
+"""
+_PRECISION = "the recipe's precision decides it"
+_NVME = "it is for offloading to nvme, which is not supported"
+_NOT_HERE = {
+    **dict.fromkeys(("optimizer", "scheduler"), "the recipe's optimizer decides it"),
+    **dict.fromkeys(("fp16", "amp", "torch_autocast"), f"{_PRECISION}: bf16 or fp32"),
+    **dict.fromkeys(("data_types.param_dtype", "data_types.buffer_dtype"), _PRECISION),
+    "data_types.keep_in_fp32_modules": _PRECISION,
+    "bfloat16": "it is called bf16",
+    "activation_checkpointing": "batch.activation_checkpointing of the recipe decides it",
+    "aio": _NVME,
+    **dict.fromkeys(_NOT_USED.split(), "the pipeline has no use for it, and would ignore it"),
+}
+
+
+class _Only(NamedTuple):
+    """The one value that a setting can have here, and why."""
+
+    value: Any
+    why: str
+
+
+_SURROGATE = "it would log the gradient cache's surrogate; the run has its own tensorboard"
+_ROUNDED = "what it rounds is to be exact"
+_ONLY = {
+    "bf16.bf16_master_weights_and_grads": _Only(False, "the gradient cache sums in fp32"),
+    "bf16.bf16_optimizer_states": _Only(False, "master weights and moments are fp32"),
+    "prescale_gradients": _Only(False, "the gradient cache scales gradients"),
+    "gradient_predivide_factor": _Only(1.0, "the gradient cache scales gradients"),
+    "gradient_allreduce_op": _Only("mean", "the gradient cache counts on it"),
+    "zero_optimization.allgather_partitions": _Only(True, "DeepSpeed no longer reads it"),
+    "zero_optimization.compute_grad_norm": _Only(True, "the run logs it"),
+    "zero_optimization.elastic_checkpoint": _Only(False, "checkpoints load on any number of processes without it"),
+    "zero_optimization.ignore_unused_parameters": _Only(True, "a chunk without images has none of the tower's"),
+    "zero_optimization.load_from_fp32_weights": _Only(True, "a resumed run would begin with other weights"),
+    "zero_optimization.legacy_stage1": _Only(False, "DeepSpeed no longer has it"),
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": _Only(0.8, "it is for super_offload"),
+    "zero_optimization.offload_optimizer.ratio": _Only(1.0, "all of the optimizer is on the host, or none"),
+    "zero_optimization.offload_optimizer.super_offload": _Only(False, "it is not supported"),
+    "zero_optimization.pipeline_loading_checkpoint": _Only(False, "there is no pipeline"),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": _Only(False, "the optimizer is not Muon"),
+    "zero_optimization.zenflow": _Only(None, "it puts off updates"),
+    "zero_optimization.zero_quantized_gradients": _Only(False, _ROUNDED),
+    "zero_optimization.zero_quantized_nontrainable_weights": _Only(False, _ROUNDED),
+    "zero_optimization.zero_quantized_weights": _Only(False, _ROUNDED),
+    **{
+        f"zero_optimization.{section}.{name}": _Only(model.model_fields[name].default, _NVME)
+        for section, model, names in (
+            ("offload_param", DeepSpeedZeroOffloadParamConfig, "nvme_path buffer_count buffer_size max_in_cpu"),
+            (
+                "offload_optimizer",
+                DeepSpeedZeroOffloadOptimizerConfig,
+                "nvme_path buffer_count pipeline_read pipeline_write fast_init",
+            ),
+        )
+        for name in names.split()
+    },
+    **{f"{monitor}.enabled": _Only(False, _SURROGATE) for monitor in ("tensorboard", "wandb", "csv_monitor", "comet")},
+}
+
+# The ZeRO stages at which DeepSpeed reads a setting; "1 in bf16" has an optimizer of its own, that reads hardly any.
+_PARTITIONED = (1, 2, 3)
+_STAGES = {
+    **dict.fromkeys(("contiguous_gradients", "overlap_comm", "reduce_bucket_size", "reduce_scatter"), _PARTITIONED),
+    "allgather_bucket_size": ("1 in bf16", 1, 2),
+    **dict.fromkeys(("parameter_alignment", "round_robin_gradients", "use_multi_rank_bucket_allreduce"), (1, 2)),
+    **{
+        name: (3,)
+        for key, field in DeepSpeedZeroConfig.model_fields.items()
+        if (name := field.alias or key).startswith("stage3_")
+    },
+    **dict.fromkeys(
+        (
+            "enable_sanity_checks",
+            "leaf_module",
+            "log_trace_cache_warnings",
+            "memory_efficient_linear",
+            "offload_param",
+            "override_module_apply",
+            "sub_group_size",
+            "zero_hpz_partition_size",
+        ),
+        (3,),
+    ),
+}
+
+
+def check_zero(zero: dict[str, Any], precision: str, world_size: int) -> None:
+    """Raise ValueError for a setting that does nothing at this stage, as it is set, or that DeepSpeed would die of.
+
+    zero: a config's "zero_optimization", as `read` has it.
+    """
+    stage = "1 in bf16" if (zero["stage"], precision) == (1, "bf16") else zero["stage"]
+    defaults = DeepSpeedZeroConfig(stage=zero["stage"]).model_dump(by_alias=True)
+    idle = [
+        name
+        for name, value in zero.items()
+        if stage not in _STAGES.get(name, (stage,)) and value not in (defaults[name], {"device": "none"})
+    ]
+    if idle:
+        stages = ", ".join(map(str, _STAGES[idle[0]]))
+        raise ValueError(
+            f"zero_optimization has {', '.join(idle)}, which would do nothing at ZeRO {stage} ({idle[0]} is for "
+            f"{stages}): remove {'it' if len(idle) == 1 else 'them'}, or set another stage"
+        )
+    size = zero.get("allgather_bucket_size", 2)
+    if size < 2 or size % 2:
+        raise ValueError(f"zero_optimization.allgather_bucket_size={size}: DeepSpeed needs an even number, above 0")
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size > 1 and world_size % size:
+        raise ValueError(f"zero_optimization.zero_hpz_partition_size={size} does not divide {world_size} processes")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A DeepSpeed config, with its "auto" values as they are and without its nulls. Raises PipelineError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if (twice := doubled_key(pairs)) is not None:
+            raise PipelineError(f"{path}: {twice!r} is there twice")
+        return dict(pairs)
+
+    try:
+        config = json.loads(typed.read_text(path), object_pairs_hook=unique)
+    except ValueError as error:
+        raise PipelineError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise PipelineError(f"{path} is nested too deeply") from None
+    if not isinstance(config, dict):
+        raise PipelineError(f"{path} is no DeepSpeed config: expected {{...}}, got {shown(config)}")
+    try:
+        return _checked(_Config, config, "")
+    except ValueError as error:
+        raise PipelineError(f"{path}: {error}") from None
+
+
+def _checked(model: type[BaseModel], config: dict[str, Any], above: str) -> dict[str, Any]:
+    """Under the names that DeepSpeed's documentation has. Raises ValueError."""
+    fields = {name: field for key, field in model.model_fields.items() for name in (key, field.alias) if name}
+    checked: dict[str, Any] = {}
+    for key, value in config.items():
+        place = above + key
+        if key not in fields or place in _NOT_HERE:
+            raise ValueError(_unknown(place))
+        field, extra = fields[key], fields[key].json_schema_extra or {}
+        if extra.get("deprecated"):
+            names = extra["new_param"].split(" or ")
+            new = " or ".join(above + (model.model_fields[name].alias or name) for name in names)
+            raise ValueError(f"{place} is deprecated: set {new}")
+        if field.alias in config and key != field.alias:
+            raise ValueError(f"{place} is there twice, as {field.alias}, too")
+        only = _ONLY.get(place)
+        if only and value not in (only.value, "auto"):
+            raise ValueError(f"{place}={json.dumps(value)} is not supported: {only.why}; remove it")
+        if value is not None:
+            checked[field.alias or key] = _checked_value(typed.options(field.annotation), value, place)
+        elif NoneType not in typed.options(field.annotation):
+            raise ValueError(f"{place} is null: give a value, or remove it")
+    try:
+        model(**config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = above + ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place.rstrip('.')}: {first['msg']}, got {shown(first['input'])}") from None
+    return checked
+
+
+def _checked_value(options: list[Any], value: Any, place: str) -> Any:
+    for option in options:
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            if not isinstance(value, dict):
+                raise ValueError(f"{place} is a section: expected {{...}}, got {json.dumps(value)}")
+            return _checked(option, value, f"{place}.")
+    # Pydantic takes true for 1 and "1" for 1, and what reads the config besides does not.
+    numbers = [option for option in options if isinstance(option, type) and issubclass(option, int | float)]
+    if isinstance(value, bool) and numbers and bool not in options:
+        raise ValueError(f"{place} is {json.dumps(value)}: expected a number")
+    if isinstance(value, str) and value != "auto" and numbers and {*numbers, NoneType}.issuperset(options):
+        raise ValueError(f"{place} is {json.dumps(value)}: write it without quotes")
+    if isinstance(value, float) and not isfinite(value):
+        raise ValueError(f"{place} is {value}, which is not finite")
+    return value
+
+
+def _unknown(place: str) -> str:
+    """Why there is nothing to set at this place."""
+    if why := _NOT_HERE.get(place):
+        return f"{place!r} is not set here; {why}"
+    section, _, name = place.rpartition(".")
+    removed = deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS | deepspeed_config._REMOVED_ZERO_CONFIG_KEYS
+    if name in removed:
+        return f"{place!r}: {removed[name].partition('. ')[0]}"
+    places = _places(_Config, "")
+    meant = [other for other in (*places, *_NOT_HERE) if other.rpartition(".")[2] == name]
+    if not meant:
+        here = {other.rpartition(".")[2]: other for other in places if other.rpartition(".")[0] == section}
+        names = {other.rpartition(".")[2]: other for other in reversed(places)}
+        near = difflib.get_close_matches(name, here, n=1) or difflib.get_close_matches(name, names, n=2, cutoff=0.7)
+        meant = [here.get(each, names[each]) for each in near]
+    hint = f"did you mean {' or '.join(meant)}?" if meant else "DeepSpeed knows no such setting: remove it"
+    return f"unknown setting {place}; {hint}"
+
+
+def _places(model: type[BaseModel], above: str) -> list[str]:
+    """Where settings are, those at the top first."""
+    places, inner = [], []
+    for key, field in model.model_fields.items():
+        place = above + (field.alias or key)
+        if not (field.json_schema_extra or {}).get("deprecated"):
+            places.append(place)
+        for option in typed.options(field.annotation):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                inner += _places(option, f"{place}.")
+    return places + inner

@@ -1,0 +1,455 @@
+"""Embed the captions of datasets once: tars beside their shards, on all processes; see data/text_embeddings.py.
+
+Groups of consecutive samples are dealt to the ranks in turn, across the borders of shards: all have work to the end,
+also where there are fewer shards than ranks. Each reads its own groups' samples. The first rank writes: a vector is a
+few kilobytes, where its caption's image is tens. Groups are the same at every number of processes.
+
+What is done is recorded shard by shard in PLACE/.text_embeddings: killed anywhere, the same command goes on.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from pipeline.config import Data, EvaluationRun
+from pipeline.data.index import INDEX_FILE, Shard, check_shards
+from pipeline.data.sample import BadSample, Item
+from pipeline.data.shards import sample_key
+from pipeline.data.source import Source
+from pipeline.data.text_embeddings import (
+    EMBEDDINGS_FILE,
+    Made,
+    Part,
+    Stored,
+    TarFile,
+    TextEmbeddings,
+    columns_of,
+    file_of,
+    rounded,
+    sample_bytes,
+)
+from pipeline.distributed import on_first_rank, start_distributed
+from pipeline.errors import PipelineError, printable
+from pipeline.evaluation.encoder import Encoder
+from pipeline.evaluation.encoders import load_encoder
+from pipeline.losses.gather import all_gather_constant, rank_and_world
+from pipeline.models.chunks import require_unit
+from pipeline.models.files import fetched, fingerprint
+from pipeline.progress import progress_bar
+from pipeline.storage import lock, objects
+from pipeline.storage.documents import DocumentError, parse_json
+from pipeline.storage.objects import ObjectError
+
+GROUP = 256  # samples whose captions are embedded at once, by one rank
+_AHEAD = 3  # groups that a rank reads while it embeds one
+_READ_BYTES = 16 << 20  # of one ranged read, at most, unless a sample is larger
+_UPLOADS = 2
+_SHOWN = 10  # samples a rank that could not be used
+_BEGUN = ".text_embeddings"
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Dataset:
+    """A dataset, and the folder `place` that gets its captions' embeddings.  parts: those that are whole, by file."""
+
+    source: Source
+    place: str
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return self.source.indexes[0][0]
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        return self.source.indexes[0][1].shards
+
+    @property
+    def tars_url(self) -> str:
+        return self.source.indexes[0][1].shards_url or self.url
+
+    def made(self, encoder: Encoder, stored: Stored) -> Made:
+        columns, instruction = columns_of(self.source.indexes[0][1]), getattr(encoder, "instruction", "")
+        max_tokens = getattr(encoder, "max_tokens", None)
+        return Made(
+            encoder.name,
+            encoder.identity,
+            encoder.dimension,
+            stored,
+            instruction,
+            columns,
+            weights=fingerprint(str(fetched(encoder.name))) if max_tokens else None,
+            max_tokens=max_tokens,
+        )
+
+    def begin(self, made: Made, overwrite: bool) -> None:
+        """Find what is there already of these very shards, by this very model.
+
+        Raises PipelineError where anything else is there, unless it is to be overwritten.
+        """
+        index_url, finished = objects.join(self.place, EMBEDDINGS_FILE), None
+        try:
+            if objects.exists(index_url):
+                finished = TextEmbeddings.load(self.place)
+        except ObjectError:
+            if not overwrite:
+                raise
+        by, parts = (finished.made, finished.parts) if finished else self._begun(overwrite)
+        shards = {file_of(shard): shard for shard in self.shards}
+        same = [part for part in parts if part.shard.file in shards and _is_of(part, shards[part.shard.file])]
+        stale = ""
+        if by and _told(by) != _told(made):
+            stale, same = f"vectors of {by.model} {_told(by)}, and these would be of {made.model} {_told(made)}", []
+        elif len(same) < len(parts):
+            stale = f"vectors of other shards than {self.url} has now"
+        if stale and not overwrite:
+            raise PipelineError(f"{self.place} holds {stale}: add --overwrite, or choose another --out")
+        with ThreadPoolExecutor(16) as pool:
+            there = pool.map(lambda part: self._is_there(part, made), same)
+            self.parts = {part.shard.file: part for part, found in zip(same, there, strict=True) if found}
+        if finished and not stale and len(self.parts) == len(shards):
+            return
+        # A record must not be there beside the name of another model than it is of.
+        kept = {self._record("made"), *map(self._record, self.parts)}
+        for url in set(self._records()) - kept:
+            objects.delete(url)
+        objects.write(self._record("made"), json.dumps(asdict(made)).encode())
+        if finished:  # else they are recorded
+            with ThreadPoolExecutor(16) as pool:
+                list(pool.map(self._note, self.parts.values()))
+        objects.delete(index_url)  # before any tar is overwritten: nobody reads half of each
+
+    def _begun(self, overwrite: bool) -> tuple[Made | None, list[Part]]:
+        """By what an earlier start embedded, and which parts; a part whose record is damaged is embedded again."""
+        records = self._records()
+        if (url := self._record("made")) not in records:
+            return None, []
+        records.remove(url)
+        with ThreadPoolExecutor(16) as pool:
+            parts = [part for part in map(_recorded, records, pool.map(objects.read, records)) if part]
+        try:
+            return parse_json(objects.read(url), url, Made, remedy="add --overwrite, and all is embedded again"), parts
+        except DocumentError:
+            if not overwrite:
+                raise
+            return None, []
+
+    def _records(self) -> list[str]:
+        found = objects.list_under(objects.join(self.place, _BEGUN))
+        return [url for url in found if url.endswith(".json")]  # and not what a killed process was writing
+
+    def _record(self, name: str) -> str:
+        return objects.join(self.place, _BEGUN, f"{name}.json")
+
+    def _note(self, part: Part) -> None:
+        objects.write(self._record(part.shard.file), json.dumps(asdict(part)).encode())
+
+    def _is_there(self, part: Part, made: Made) -> bool:
+        tars = self.tars_url if made.stored == "fp32" else self.place
+        sizes = {
+            objects.join(tars, part.shard.file): part.shard.bytes,
+            objects.join(self.place, part.shard.sidecar): part.shard.sidecar_bytes,
+        }
+        return all(objects.exists(url) and objects.size(url) == size for url, size in sizes.items())
+
+    def keep(self, part: Part, sidecar: bytes, tar: Path | None) -> None:
+        """Bring a whole part to its place (tar: None if it is there already), and record it."""
+        if tar:
+            objects.write(objects.join(self.place, part.shard.file), tar)
+            tar.unlink()
+        objects.write(objects.join(self.place, part.shard.sidecar), sidecar)
+        self._note(part)
+        self.parts[part.shard.file] = part
+
+    def finish(self, made: Made) -> None:
+        """Read back what was written, and write the index."""
+        parts = [self.parts[file_of(shard)] for shard in self.shards]
+        if not self._records():  # it was finished before
+            return
+        hashes = {objects.join(self.place, part.shard.sidecar): part.shard.sidecar_sha256 for part in parts}
+        if made.stored != "fp32":
+            hashes |= {objects.join(self.place, part.shard.file): part.shard.sha256 for part in parts}
+        with ThreadPoolExecutor(8) as pool:
+            wrong = [url for url, found in zip(hashes, pool.map(_sha256, hashes), strict=True) if found != hashes[url]]
+        for url in wrong:
+            objects.delete(self._record(url.rpartition("/")[2].replace(".idx.npy", ".tar")))
+        if wrong:
+            raise ObjectError(f"{', '.join(wrong)}: not what was written; start again, and only that is embedded again")
+        tars_url = self.tars_url if made.stored == "fp32" and self.tars_url != self.place else ""
+        content = TextEmbeddings(made, tuple(parts), tars_url).to_json()
+        objects.write(objects.join(self.place, EMBEDDINGS_FILE), content.encode())
+        for url in objects.list_under(objects.join(self.place, _BEGUN)):
+            objects.delete(url)
+        if "://" not in self.place:
+            for left in Path(self.place).glob(".*_text_embeddings.*.partial"):  # by a process that was killed
+                left.unlink()
+
+
+def _recorded(url: str, data: bytes) -> Part | None:
+    with suppress(DocumentError, ValueError):
+        part = parse_json(data, url, Part, remedy="")
+        check_shards([part.shard])
+        return part
+    return None
+
+
+def _is_of(part: Part, shard: Shard) -> bool:
+    return part.images == shard.sha256 and part.shard.samples == shard.samples
+
+
+def _told(made: Made) -> str:
+    """What vectors of one shard by one model may differ in."""
+    columns = f", captions in {', '.join(made.columns)}" if made.columns else ""
+    return f"({made.identity}, width {made.width}, {made.stored}{columns})"
+
+
+def _sha256(url: str) -> str:
+    digest, size = hashlib.sha256(), objects.size(url)
+    for start in range(0, size, _READ_BYTES):
+        digest.update(objects.read(url, start, min(_READ_BYTES, size - start)))
+    return digest.hexdigest()
+
+
+def open_datasets(shards: list[str], out: str | None) -> list[Dataset]:
+    """The datasets at these URLs, or below them.
+
+    out: where embeddings go if not beside each index: of one dataset itself, of several folders by their names in it.
+    Raises PipelineError where there is none, or two would go to one place.
+    """
+    places: dict[str, str] = {}
+    for url in map(_plain, shards):
+        if objects.exists(objects.join(url, INDEX_FILE)):
+            found = {url: url.rpartition("/")[2] if len(shards) > 1 else ""}
+        else:
+            ending = f"/{INDEX_FILE}"
+            urls = [each.removesuffix(ending) for each in objects.list_under(url) if each.endswith(ending)]
+            found = {each: each.removeprefix(f"{url}/") for each in urls}
+            if not found:
+                raise PipelineError(f"--shards {url} holds no {INDEX_FILE}, nor does any folder below it")
+        for dataset, name in found.items():
+            place = objects.join(_plain(out), *filter(None, [name])) if out else dataset
+            if place in places.values() and places.get(dataset) != place:
+                raise PipelineError(f"two of --shards are called {name}: give each an --out of its own")
+            places[dataset] = place
+    return [Dataset(Source.open(Data(url=url)), place) for url, place in places.items()]
+
+
+def _plain(url: str) -> str:
+    """As listings have it."""
+    return url.rstrip("/") if "://" in url else str(Path(url))
+
+
+@dataclass(frozen=True)
+class Group:
+    """What a rank embeds at once.
+
+    keys: of consecutive samples.  texts: of each sample, its texts' places among the distinct ones, or none.
+    prepared: the distinct texts, the longest first.  unusable: where, and why.
+    """
+
+    keys: list[str]
+    texts: list[list[int]]
+    prepared: list[Any]
+    unusable: list[str]
+
+
+def embed_shards(
+    model: str, datasets: list[Dataset], stored: Stored, options: EvaluationRun, *, overwrite: bool
+) -> None:
+    """Embed all captions that are not embedded yet, and write the indexes. Collective.
+
+    Raises PipelineError where the places hold embeddings of other shards or of another model, unless overwritten.
+    """
+    leads = int(os.environ.get("RANK", 0)) == 0
+    with lock.held([dataset.place for dataset in datasets] if leads else []):
+        device = start_distributed(options.timeout_minutes)
+        encoder = load_encoder(model, options, device)
+        embed_datasets(encoder, datasets, stored, device, overwrite=overwrite)
+
+
+def embed_datasets(
+    encoder: Encoder, datasets: list[Dataset], stored: Stored, device: torch.device, *, overwrite: bool
+) -> None:
+    """The same, with a model.  device: where the process group communicates."""
+    rank, world = rank_and_world()
+    made = [dataset.made(encoder, stored) for dataset in datasets]
+
+    def begin() -> list[set[str]]:
+        for dataset, by in zip(datasets, made, strict=True):
+            dataset.begin(by, overwrite)
+        return [set(dataset.parts) for dataset in datasets]
+
+    whole = _on_first_rank(begin)
+    groups = [
+        (dataset, number, start, min(start + GROUP, shard.samples))
+        for dataset, each in enumerate(datasets)
+        for number, shard in enumerate(each.shards)
+        if file_of(shard) not in whole[dataset]
+        for start in range(0, shard.samples, GROUP)
+    ]
+    total = sum(shard.samples for dataset in datasets for shard in dataset.shards)
+    todo = sum(stop - start for _, _, start, stop in groups)
+    if rank == 0 and todo < total:
+        print(f"the captions of {total - todo:,} of {total:,} samples are embedded already", flush=True)
+    pool, mine, shown = ThreadPoolExecutor(_AHEAD), iter(groups[rank::world]), 0
+    reading: deque[Future[Group]] = deque()
+    bar = progress_bar(initial=total - todo, total=total, desc="embedding", unit="sample", disable=rank > 0)
+    with bar, tempfile.TemporaryDirectory() as folder, Writer(datasets, Path(folder)) as writer:
+        try:
+            for begun in range(0, len(groups), world):
+                while len(reading) <= _AHEAD and (following := next(mine, None)):
+                    dataset, *samples = following
+                    reading.append(pool.submit(read_group, datasets[dataset].source, encoder, *samples))
+                group = reading.popleft().result() if reading else Group([], [], [], [])
+                for line in group.unusable[: max(_SHOWN - shown, 0)]:
+                    tqdm.write(printable(f"no embeddings for {line}"), file=sys.stderr)
+                shown += len(group.unusable)
+                parts = _on_first(_packed(embedded(encoder, group, stored)), device)
+                for (dataset, number, *_), part in zip(groups[begun : begun + world], parts, strict=False):
+                    bar.update(writer.add(dataset, number, _unpacked(part)))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def finish() -> None:
+        for dataset, by in zip(datasets, made, strict=True):
+            dataset.finish(by)
+            samples = sum(shard.samples for shard in dataset.shards)
+            print(f"{printable(dataset.place)}: {samples:,} samples' captions", flush=True)
+
+    _on_first_rank(finish)
+    if without := int(all_gather_constant(torch.tensor([shown], device=device)).sum()):
+        if rank == 0:
+            print(f"{without:,} of {todo:,} samples could not be used: none of their captions is embedded", flush=True)
+        if without == todo:
+            raise PipelineError("no sample could be used: name shards of pairs whose targets are texts")
+
+
+def _on_first_rank(work: Callable[[], Result]) -> Result:
+    return on_first_rank(work) if dist.is_initialized() else work()
+
+
+def read_group(source: Source, encoder: Encoder, number: int, start: int, stop: int) -> Group:
+    """Read samples start..stop-1 of a shard, of which no more than a piece is in memory at once, for their texts."""
+    keys, samples, unusable = [], [], []
+    prepared: dict[str, Any] = {}
+    for record, data in samples_of(source, number, start, stop):
+        key, texts = sample_key(data) or str(start + len(keys)), ()
+        try:
+            pair = source.parse(number, data, record)
+            key = pair.key
+            if pair.target.images or pair.target.video is not None:
+                raise BadSample("a target that is not a text alone")
+            prepared |= {text: encoder.prepare(Item(text)) for text in pair.texts if text not in prepared}
+            texts = pair.texts
+        except BadSample as reason:
+            unusable.append(f"{source.origin(number, start + len(keys))}, key {key}: {reason}")
+        keys.append(key)
+        samples.append(texts)
+    ordered = sorted(prepared, key=lambda text: -len(text))  # stable, as are their vectors
+    places = {text: place for place, text in enumerate(ordered)}
+    texts = [[places[text] for text in texts] for texts in samples]
+    return Group(keys, texts, [prepared[text] for text in ordered], unusable)
+
+
+def samples_of(source: Source, number: int, start: int, stop: int) -> Iterator[tuple[np.void, bytes]]:
+    """(record, bytes) of samples start..stop-1 of a shard, by ranged reads of about _READ_BYTES."""
+    records = source.records(number, start, stop)
+    pieces = np.cumsum(records["length"].astype(np.int64)) // _READ_BYTES
+    for piece in np.split(records, np.flatnonzero(np.diff(pieces)) + 1):
+        yield from zip(piece, source.read(number, piece), strict=True)
+
+
+def embedded(encoder: Encoder, group: Group, stored: Stored) -> list[bytes]:
+    """The tar members of the group's samples. Collective, as `Encoder.embed`."""
+    vectors = encoder.embed(group.prepared).float().cpu()
+    if vectors.shape != (len(group.prepared), encoder.dimension):
+        raise PipelineError(
+            f"the encoder gives {tuple(vectors.shape)} for {len(group.prepared)} texts of {encoder.dimension}"
+        )
+
+    def caption(row: int) -> str:
+        samples = zip(group.keys, group.texts, strict=True)
+        return next(f"a caption of sample {key}" for key, texts in samples if row in texts)
+
+    require_unit(vectors, encoder.name, caption)  # what is kept once is not embedded again
+    rows = rounded(vectors, stored)
+    return [sample_bytes(key, rows[texts]) for key, texts in zip(group.keys, group.texts, strict=True)]
+
+
+def _packed(samples: list[bytes]) -> bytes:
+    return np.array([len(samples), *map(len, samples)], np.int64).tobytes() + b"".join(samples)
+
+
+def _unpacked(data: bytes) -> list[bytes]:
+    count = int(np.frombuffer(data, np.int64, 1)[0])
+    ends = 8 * (count + 1) + np.cumsum([0, *np.frombuffer(data, np.int64, count, 8)])
+    return [data[begin:end] for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+
+
+def _on_first(data: bytes, device: torch.device) -> list[bytes]:
+    """Every rank's, on the first rank."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return [data]
+    sizes = all_gather_constant(torch.tensor([len(data)], device=device)).tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    padded = padded.to(device)
+    parts = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
+    dist.gather(padded, parts)
+    return [part[:size].cpu().numpy().tobytes() for part, size in zip(parts or [], sizes, strict=False)]
+
+
+class Writer:
+    """Puts samples, which come in their order, into tars, and each of these into its place when it is whole.
+
+    As a context manager, it waits in the end for those under way, also after an error.
+    """
+
+    def __init__(self, datasets: list[Dataset], folder: Path) -> None:
+        self._datasets, self._folder = datasets, folder
+        self._tar: TarFile | None = None
+        self._pool = ThreadPoolExecutor(_UPLOADS)
+        self._uploads: deque[Future[None]] = deque()
+
+    def add(self, dataset: int, number: int, samples: list[bytes]) -> int:
+        """Append samples of a shard; returns how many. Waits while too many tars are under way."""
+        shard = self._datasets[dataset].shards[number]
+        self._tar = self._tar or TarFile(self._folder / f"{dataset}.{number}.tar")
+        for sample in samples:
+            self._tar.add(sample)
+        if self._tar.samples == shard.samples:
+            tar, self._tar = self._tar, None
+            entry, sidecar = tar.finish(file_of(shard))
+            part = Part(shard.sha256, entry)
+            self._uploads.append(self._pool.submit(self._datasets[dataset].keep, part, sidecar, tar.path))
+            self._wait(_UPLOADS)
+        return len(samples)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self._wait(0)
+
+    def _wait(self, left: int) -> None:
+        while len(self._uploads) > left:
+            self._uploads.popleft().result()

@@ -1,0 +1,259 @@
+"""Texts, images and videos -> unit vectors, with a trained model, in one call."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal, TypedDict
+
+import torch
+from PIL.Image import Image as Picture
+
+from pipeline.data.collate import Encoded
+from pipeline.data.sample import IMAGE_MARK, IMAGE_SUFFIXES, VIDEO_MARK, VIDEO_SUFFIXES, BadSample
+from pipeline.data.tiles import decode_image, image_format, rgb
+from pipeline.data.video import sample_frames, video_format
+from pipeline.errors import PipelineError
+from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, plan_chunks, require_unit
+from pipeline.models.kinds import KINDS, Processor, kind_of
+from pipeline.models.loading import DTYPES
+
+LEAST_TOKENS = 64  # the prompt and some text
+
+_GROUP = 256  # items decoded at a time; as many again are being decoded
+_THREADS = 16
+_LOADING = Lock()  # Pillow reads an opened file's pixels at first use, which two threads must not do at once
+
+
+class Parts(TypedDict, total=False):
+    """An item of several parts. images: paths or pictures; video: a path, or frames, all of which are used."""
+
+    text: str
+    images: Sequence[str | Path | Picture]
+    video: str | Path | Sequence[Picture]
+
+
+Embeddable = str | Picture | Path | Parts
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A model that turns texts, images and videos into vectors of one space."""
+
+    model: torch.nn.Module
+    processor: Processor
+    device: torch.device
+    chunk_tokens: int
+    instructed: bool
+    features: Features | None = None
+    name: str = "the model"
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        precision: Literal["auto", "bf16", "fp32"] = "auto",
+        max_tokens: int = 4096,
+        video_frames: int = 8,
+        chunk_tokens: int | None = None,
+    ) -> "Embedder":
+        """From a folder or hub name.
+
+        device: None is the accelerator, if there is one, else the CPU.
+        precision: of the weights; "auto" is the one they are stored in.
+        max_tokens: of an item, 64 at least; a longer text is cut at its end, a longer image or video is an error.
+        video_frames: taken from a video file, evenly spaced.
+        chunk_tokens: that a forward pass holds at once; None: 16,384, or 4,096 where attention pads.
+
+        Raises `PipelineError` where there is no such model, or for an option out of its range.
+        """
+        if precision not in DTYPES:
+            raise PipelineError(f"precision is {precision!r}; it can be {', '.join(DTYPES)}")
+        if max_tokens < LEAST_TOKENS or video_frames < 1:
+            raise PipelineError(
+                f"max_tokens={max_tokens} must be {LEAST_TOKENS} or more, video_frames={video_frames} 1 or more"
+            )
+        device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        if (kind := kind_of(str(path))) is None:
+            raise PipelineError(f"{path} is not a model of this project's; {', '.join(KINDS)} are")
+        processor = kind.reader(str(path), max_tokens, video_frames)
+        model, features = kind.open(str(path), precision, device)
+        tokens = chunk_tokens or chunk_tokens_for(model.pads)
+        return cls(model, processor, device, tokens, kind.instructed, features, str(path))
+
+    @property
+    def dimension(self) -> int:
+        return self.model.dimension
+
+    def embed(self, items: Iterable[Embeddable]) -> torch.Tensor:
+        """N items -> (N, D) float32 unit rows on the CPU, in their order.
+
+        An item is a text; a picture; the `Path` of an image or video file, which its content tells apart; or a dict of
+        `Parts`. A text says by `<image>` and `<video>` where its images and video go; where it has no mark of a kind,
+        they come first. Without a text they are given an instruction as MMEB has it, "Represent the given image.", if
+        the model knows instructions: LLM2CLIP and CLIP do not, and for them an item is a text, or pictures.
+
+        Raises `PipelineError` that names the item, by its number from 0, if it cannot be used, or if the model gives it
+        no unit vector, as one with NaN among its weights. In a process group, all ranks embed, and as many items each.
+        """
+        return torch.cat([torch.empty(0, self.dimension), *self.stream(items)])
+
+    def stream(self, items: Iterable[Embeddable]) -> Iterator[torch.Tensor]:
+        """The same for any number of items: their rows a group at a time, each (n, D).
+
+        While the model embeds one group, threads read and decode the next.
+        """
+        read = (_Item.of(number, item) for number, item in enumerate(items))
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
+            groups = (self._decoding(pool, group) for group in iter(lambda: list(islice(read, _GROUP)), []))
+            following = next(groups, None)
+            while following:
+                group, following = following, next(groups, None)
+                yield self._embedded(*group)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _decoding(self, pool: ThreadPoolExecutor, group: list["_Item"]) -> tuple[list[Future[Encoded]], list[int], int]:
+        """(the group's distinct items, being decoded; which of them each item is; the first one's number)."""
+        distinct: dict[tuple, _Item] = {}
+        for item in group:
+            distinct.setdefault(item.key, item)
+        places = {key: place for place, key in enumerate(distinct)}
+        return (
+            [pool.submit(self._encode, item) for item in distinct.values()],
+            [places[item.key] for item in group],
+            group[0].number,
+        )
+
+    def _embedded(self, decoding: list[Future[Encoded]], rows: list[int], first: int) -> torch.Tensor:
+        encoded = [future.result() for future in decoding]
+        chunks = plan_chunks(encoded, self.chunk_tokens, self.device, padded=self.model.pads)
+        vectors = embed_chunks(self.model, chunks, len(encoded), self.features).cpu()[rows]
+        require_unit(vectors, self.name, lambda row: f"item {first + row}")
+        return vectors
+
+    def _encode(self, item: "_Item") -> Encoded:
+        try:
+            item = item.told_by_content()
+            images = [partial(_picture, image, self.processor.as_stored) for image in item.images]
+            frames = None if item.video is None else partial(self._frames, item.video)
+            text = item.marked_text() if self.instructed else item.text.strip()
+            return self.processor.encode_parts(text, images, frames)
+        except BadSample as reason:
+            raise PipelineError(f"item {item.number}: {reason}") from None
+
+    def _frames(self, video: "Path | tuple[Picture, ...]") -> list[Picture]:
+        if isinstance(video, Path):
+            return _from_file(video, lambda data: sample_frames(data, self.processor.video_frames))
+        return [_picture(frame, self.processor.as_stored) for frame in video]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """An item as it was given, not yet read. file: an image or a video."""
+
+    number: int
+    text: str = ""
+    images: tuple[Path | Picture, ...] = ()
+    video: Path | tuple[Picture, ...] | None = None
+    file: Path | None = None
+
+    @classmethod
+    def of(cls, number: int, given: Any) -> "_Item":
+        """Raises PipelineError if it is nothing that can be embedded."""
+        if isinstance(given, str):
+            item = cls(number, given)
+        elif isinstance(given, Path):
+            item = cls(number, file=given)
+        elif isinstance(given, Picture):
+            item = cls(number, images=(given,))
+        elif isinstance(given, dict):
+            if unknown := given.keys() - Parts.__annotations__.keys():
+                raise PipelineError(f"item {number} has {min(map(repr, unknown))}; it can have text, images and video")
+            item = cls(number, *_parts(number, given.get("text"), given.get("images"), given.get("video")))
+        else:
+            raise PipelineError(f"item {number} is a {type(given).__name__}, not a text, picture, Path or dict of them")
+        if not (item.text.strip() or item.images or item.video or item.file):
+            raise PipelineError(f"item {number} is empty: it has no text, image or video")
+        return item
+
+    @property
+    def key(self) -> tuple:
+        """What two items share only if they are the same; while both are in memory, for pictures by identity."""
+
+        def same(part: Any) -> Any:
+            return id(part) if isinstance(part, Picture) else part
+
+        video = tuple(map(same, self.video)) if isinstance(self.video, tuple) else self.video
+        return self.text, tuple(map(same, self.images)), video, self.file
+
+    def told_by_content(self) -> "_Item":
+        """With the file as an image or as a video."""
+        if self.file is None:
+            return self
+        if _from_file(self.file, _is_video):
+            return replace(self, file=None, video=self.file)
+        return replace(self, file=None, images=(self.file,))
+
+    def marked_text(self) -> str:
+        """The text with a mark for what has none; an instruction where there is no text."""
+        text = self.text
+        if not text.strip():
+            what = ["image" if len(self.images) == 1 else "images"] * bool(self.images) + ["video"] * bool(self.video)
+            text = f"Represent the given {' and '.join(what)}."
+        marks = [IMAGE_MARK] * len(self.images) if IMAGE_MARK not in text else []
+        marks += [VIDEO_MARK] if self.video and VIDEO_MARK not in text else []
+        return "\n".join([*marks, text])
+
+
+def _parts(
+    number: int, text: Any, images: Any, video: Any
+) -> tuple[str, tuple[Path | Picture, ...], Path | tuple[Picture, ...] | None]:
+    if not isinstance(text, str | None):
+        raise PipelineError(f"item {number}: its text is a {type(text).__name__}")
+    images = () if images is None else images
+    if not isinstance(images, list | tuple) or not all(isinstance(image, str | Path | Picture) for image in images):
+        raise PipelineError(f"item {number}: its images must be a list of paths or pictures")
+    images = tuple(Path(image) if isinstance(image, str) else image for image in images)
+    if isinstance(video, str | Path):
+        video = Path(video)
+    elif video is not None:
+        if not isinstance(video, list | tuple) or not video or not all(isinstance(frame, Picture) for frame in video):
+            raise PipelineError(f"item {number}: its video must be a path, or a list of frames as pictures")
+        video = tuple(video)
+    return text or "", images, video
+
+
+def _picture(source: Path | Picture, as_stored: bool) -> Picture:
+    """As RGB; see `rgb`."""
+    if isinstance(source, Path):
+        return _from_file(source, partial(decode_image, as_stored=as_stored))
+    try:
+        with _LOADING:
+            source.load()
+        return rgb(source, as_stored)
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged input
+        raise BadSample(f"undecodable picture: {type(error).__name__}: {error}") from None
+
+
+def _is_video(data: bytes) -> bool:
+    if video_format(data) in VIDEO_SUFFIXES:
+        return True
+    if image_format(data)[0] in IMAGE_SUFFIXES.values():
+        return False
+    raise BadSample(f"no image or video in one of the formats {', '.join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))}")
+
+
+def _from_file(path: Path, decode: Callable[[bytes], Any]) -> Any:
+    """What `decode` makes of the file's bytes; its BadSample, or one for a file that cannot be read, names the file."""
+    try:
+        return decode(path.read_bytes())
+    except OSError as error:
+        raise BadSample(f"{path}: {error.strerror}") from None
+    except BadSample as reason:
+        raise BadSample(f"{path}: {reason}") from None

@@ -1,0 +1,100 @@
+"""Index the tars of vectors that LLM2CLIP's own code left beside img2dataset's, which stay as and where they are.
+
+As llm2clip/data/extract_embedding.py of github.com/microsoft/LLM2CLIP writes them: NAME_text_embeddings.tar, in it
+KEY.COLUMN for each column of captions, the vector's float32 without a header.
+"""
+
+import hashlib
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from tqdm import tqdm
+
+from pipeline.convert.img2dataset import Tape, read_tape
+from pipeline.data.sample import BadSample
+from pipeline.data.shards import members_of
+from pipeline.data.text_embeddings import Made, Part, columns_of, file_of, indexed, texts_by_column
+from pipeline.embedding.embed_shards import Dataset, samples_of
+from pipeline.errors import PipelineError, printable
+from pipeline.progress import progress_bar
+from pipeline.storage import objects
+
+
+def index_published(model: str, datasets: list[Dataset], *, overwrite: bool) -> None:
+    """Index those of the datasets.  model: the name of what made them, which they do not say.
+
+    Each tar, and each of the images', is read once.
+    Raises PipelineError for tars that are not of these samples, or lack a column that the captions are in.
+    """
+    identity = hashlib.sha256(f"published {model}".encode()).hexdigest()[:16]
+    for dataset in datasets:
+        if (columns := columns_of(dataset.source.indexes[0][1])) is None:
+            raise PipelineError(f"{dataset.url} is not of img2dataset's tars: embed its captions, without --published")
+        width = _width(objects.join(dataset.tars_url, file_of(dataset.shards[0])), columns)
+        made = Made(model, identity, width, "fp32", "", columns)
+        dataset.begin(made, overwrite)
+        todo = [number for number, shard in enumerate(dataset.shards) if file_of(shard) not in dataset.parts]
+        total = sum(shard.samples for shard in dataset.shards)
+        left = sum(dataset.shards[number].samples for number in todo)
+        index_tar = partial(_index_tar, dataset, made)
+        with (
+            ThreadPoolExecutor(4) as pool,
+            progress_bar(initial=total - left, total=total, desc="indexing", unit="sample") as bar,
+        ):
+            for number, lacking in zip(todo, pool.map(index_tar, todo), strict=True):
+                bar.update(dataset.shards[number].samples)
+                if lacking:
+                    shard = printable(file_of(dataset.shards[number]))
+                    tqdm.write(f"{shard}: {lacking} samples have no embeddings", sys.stderr)
+        dataset.finish(made)
+
+
+def _width(url: str, columns: tuple[str, ...]) -> int:
+    """Of the vectors of a tar's first sample."""
+    tape = Tape(url)
+    for sample in read_tape(tape):
+        sizes = _sizes(tape.between(sample.begin, sample.end))
+        if missing := [column for column in columns if column.lower() not in sizes]:
+            raise PipelineError(f"{url} has vectors of {', '.join(sizes)}, and no {missing[0]}, where captions are")
+        return sizes[columns[0].lower()] // 4
+    raise PipelineError(f"{url} is empty")
+
+
+def _sizes(data: bytes) -> dict[str, int]:
+    """A sample's members, by their names in lower case, and their bytes."""
+    return {name.lower(): len(content) for name, content in members_of(data)[1].items()}
+
+
+def _index_tar(dataset: Dataset, made: Made, number: int) -> int:
+    """Index the vectors of a shard; returns how many of its samples have none."""
+    source, shard = dataset.source, dataset.shards[number]
+    url, captions = objects.join(dataset.tars_url, file_of(shard)), source.indexes[0][1].captions
+    tape, entries = Tape(url), {}
+    for sample in read_tape(tape):
+        data = tape.between(sample.begin, sample.end) if sample.fault is None else b""
+        vectors = {name for name, size in _sizes(data).items() if size == 4 * made.width} if data else set()
+        entries[sample.key] = (sample.begin, len(data), zlib.crc32(data)), vectors
+    places, reached = [], 0
+    for record, data in samples_of(source, number, 0, shard.samples):
+        place, vectors = (reached, 0, 0), set()
+        try:
+            pair = source.parse(number, data, record)
+            place, vectors = entries.get(pair.key, (place, vectors))
+            if not vectors.issuperset(column.lower() for column in texts_by_column(pair, data, captions).values()):
+                place = (reached, 0, 0)
+        except BadSample:
+            pass  # training says why
+        if place[0] < reached:
+            raise PipelineError(f"{url} has the samples of {shard.file} in another order: embed its captions anew")
+        places.append(place)
+        reached = place[0] + place[1]
+    lacking = sum(length == 0 for _, length, _ in places)
+    if lacking == len(places):
+        raise PipelineError(
+            f"{url} has vectors of {made.width} float32 for no sample of {shard.file}: is it another's?"
+        )
+    entry, sidecar = indexed(file_of(shard), tape.size, tape.sha256.hexdigest(), places)
+    dataset.keep(Part(shard.sha256, entry), sidecar, None)
+    return lacking

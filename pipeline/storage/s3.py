@@ -1,0 +1,483 @@
+"""Objects on S3, through boto3, for jobs that run for days: reads and uploads that go on where they broke.
+
+boto3's own retries are off, since they cannot resume a body and would multiply the waits. Here every request
+is repeated while its failure may pass, until nothing has moved for `Settings.timeout_s`.
+"""
+
+import hashlib
+import os
+import random
+import re
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Literal, TypeVar
+from urllib.parse import urlsplit
+
+import boto3.session
+from botocore import exceptions as aws
+from botocore.config import Config
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
+
+from pipeline.errors import PipelineError
+
+FIRST_ANSWER_S = 10.0  # an endpoint that has never answered is more likely wrong than busy
+MULTIPART_BYTES = 32 << 20  # from here on an object goes up in parts
+PART_BYTES = 16 << 20
+MAX_PARTS = 10_000
+UPLOAD_THREADS = 4
+
+Result = TypeVar("Result")
+# A generator of its own: drawing from the global one would change what a seeded run draws next.
+_jitter = random.SystemRandom()
+
+
+class ObjectError(PipelineError):
+    """An object cannot be read or written as asked; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How this process speaks to S3.
+
+    timeout_s: seconds without progress after which a read or write is an error.
+    requester_pays: who reads and writes pays for it, where the bucket's owner asks for that.
+    addressing: the bucket's name goes into the URL's "path" or its host ("virtual"); "auto": path except on AWS.
+    """
+
+    timeout_s: float = 120.0
+    requester_pays: bool = False
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+
+
+_settings = Settings()
+_answered: set[str] = set()  # endpoints that were heard of, be it a refusal
+_making = threading.Lock()  # a client
+_speaking: set[int] = set()  # the system's numbers of the threads that used one
+
+
+def _before_fork() -> None:
+    """Wait for the threads that have ended to be gone.
+
+    For Python they have ended before the system has them clear up, for which they lock OpenSSL's tables: in a child
+    that was forked just then these stay locked, and its first connection would wait for ever.
+    """
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        living = {thread.native_id for thread in threading.enumerate()}
+        ending = {thread for thread in _speaking - living if Path(f"/proc/self/task/{thread}").exists()}
+        _speaking.intersection_update(living | ending)
+        if not ending and living == {thread.native_id for thread in threading.enumerate()}:
+            return  # nor did one end just now
+        time.sleep(0.001)
+
+
+def _after_fork() -> None:
+    global _making
+    _making = threading.Lock()  # a thread that the child lacks may have held the old one
+    _speaking.clear()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+
+
+def configure(
+    *,
+    timeout_s: float = Settings.timeout_s,
+    requester_pays: bool = Settings.requester_pays,
+    addressing: Literal["auto", "path", "virtual"] = Settings.addressing,
+) -> None:
+    """Set, for this process and those it forks from now on, what `Settings` explains."""
+    global _settings
+    _settings = Settings(timeout_s, requester_pays, addressing)
+
+
+def settings() -> Settings:
+    """The settings in force; a spawned process takes them over by `configure(**asdict(settings()))`."""
+    return _settings
+
+
+def server() -> str:
+    """The endpoint to which this process speaks."""
+    return _client().meta.endpoint_url
+
+
+def read(bucket: str, key: str, start: int, length: int | None, count: Callable[[int], None]) -> bytes:
+    """`length` bytes from byte `start` on, or all to the end. `count` is told of every run of bytes that comes.
+
+    A body that breaks off is resumed at the first missing byte, if the object is still the same.
+    """
+    url = f"s3://{bucket}/{key}"
+    end = None if length is None else start + length
+    chunks, position, etag = [], start, None
+    patience = _Patience(f"{url}, bytes {start}-{'' if end is None else end - 1}")
+    with _explained(url):
+        while end is None or position < end:
+            try:
+                response, end = _get(bucket, key, position, end, etag)
+                etag = response.get("ETag")
+                with response["Body"] as body:
+                    # read1 hands over what has come; read would lose it if the rest of a chunk does not come.
+                    while position < end and (chunk := body.read1(min(1 << 20, end - position))):
+                        chunks.append(chunk)
+                        position += len(chunk)
+                        count(len(chunk))
+                        patience.progress()
+                if position < end:
+                    raise _ShortBody
+            except (*_ERRORS, _ShortBody) as error:
+                patience.wait(error)
+    return b"".join(chunks)
+
+
+def _get(bucket: str, key: str, start: int, end: int | None, etag: str | None) -> tuple[dict, int]:
+    """The answer whose body is bytes start..end-1 (None: to the object's end) of the version `etag`, and the end."""
+    url = f"s3://{bucket}/{key}"
+    wanted = {} if etag is None else {"IfMatch": etag}
+    if start or end is not None:
+        wanted["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+    try:
+        response = _client().get_object(Bucket=bucket, Key=key, **wanted)
+    except aws.ClientError as error:
+        if _code(error) in ("PreconditionFailed", "412"):
+            raise _overwritten(url) from error
+        if _code(error) in ("InvalidRange", "416"):
+            check_range(url, start, end, size(bucket, key))
+        raise
+    if etag not in (None, response.get("ETag")):  # from a server that does not know If-Match
+        raise _overwritten(url)
+    if "Range" not in wanted:
+        return response, response["ContentLength"]
+    # "bytes 0-9/100"; a server that cut the range to the object's end says so here
+    served = re.fullmatch(rf"bytes {start}-\d+/(\d+)", response.get("ContentRange", ""))
+    if served is None:
+        raise ObjectError(f"{url}: the server ignores byte ranges, which streaming needs")
+    total = int(served[1])
+    check_range(url, start, end, total)
+    return response, total if end is None else end
+
+
+def _overwritten(url: str) -> ObjectError:
+    return ObjectError(f"{url} was overwritten while it was being read: start again, once it stays as it is")
+
+
+def check_range(url: str, start: int, end: int | None, total: int) -> None:
+    """ObjectError unless bytes start..end-1 (None: at least one byte from `start` on, if not 0) are among `total`."""
+    if start < 0 or total < ((start + 1 if start else 0) if end is None else end):
+        raise ObjectError(
+            f"{url}: bytes {start}-{'' if end is None else end - 1} are out of bounds, it has {total}: "
+            "if it was cut short, upload it again"
+        )
+
+
+def write(bucket: str, key: str, total: int, part: Callable[[int, int], bytes]) -> None:
+    """Store `total` bytes, of which `part(start, length)` gives any run, in any thread."""
+    if total < MULTIPART_BYTES:
+        data = part(0, total)
+        _call(f"s3://{bucket}/{key}", "put_object", Bucket=bucket, Key=key, **_checked(data, _md5(data)))
+    else:
+        _write_parts(bucket, key, total, part)
+
+
+def _write_parts(bucket: str, key: str, total: int, part: Callable[[int, int], bytes]) -> None:
+    """A multipart upload, which goes on with one that was broken off and began with the same content."""
+    url, where = f"s3://{bucket}/{key}", {"Bucket": bucket, "Key": key}
+    step = max(PART_BYTES, -(-total // MAX_PARTS))
+    unfinished = _unfinished(bucket, key)
+
+    def begins_like_ours(parts: dict[int, tuple[int, str]]) -> bool:
+        first = min(parts)
+        data = part((first - 1) * step, step)
+        return parts[first] == (len(data), _md5(data).hex())
+
+    upload = next((upload for upload, parts in unfinished.items() if parts and begins_like_ours(parts)), None)
+    there = unfinished.get(upload, {})
+    if upload is None:
+        upload = _call(url, "create_multipart_upload", **where)["UploadId"]
+
+    def send(number: int) -> tuple[str, bytes]:
+        """The ETag and the MD5 of a part, once it is on the server."""
+        data = part((number - 1) * step, step)
+        md5 = _md5(data)
+        if there.get(number) == (len(data), md5.hex()):
+            return md5.hex(), md5
+        this = where | {"UploadId": upload, "PartNumber": number} | _checked(data, md5)
+        return _call(f"{url}, part {number}", "upload_part", **this)["ETag"].strip('"'), md5
+
+    def complete() -> bool:
+        """Whether the server says so. It cannot if an earlier answer was lost: then the upload is gone."""
+        try:
+            _client().complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": listed})
+        except aws.ClientError as error:
+            if _code(error) != "NoSuchUpload":
+                raise
+            return False
+        return True
+
+    with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
+        sent = list(pool.map(send, range(1, -(-total // step) + 1)))
+    listed = [{"PartNumber": number, "ETag": etag} for number, (etag, _) in enumerate(sent, 1)]
+    completed = _persist(url, complete)
+
+    # The usual ETag is the MD5 of the parts' MD5s; stores that encrypt with keys of their own have others.
+    expected = f'"{_md5(b"".join(md5 for _, md5 in sent)).hex()}-{len(sent)}"'
+    stored = _persist(url, lambda: _head(bucket, key))
+    usual = all(etag == md5.hex() for etag, md5 in sent) and re.fullmatch(r'"\w{32}-\d+"', stored["ETag"])
+    if stored["ContentLength"] != total or (stored["ETag"] != expected and (usual or not completed)):
+        raise ObjectError(f"{url} is not what was sent ({stored['ContentLength']} bytes of {total}): upload it again")
+    for stale in unfinished.keys() - {upload}:
+        with suppress(ObjectError):  # the object is whole, even where these credentials may not tidy up
+            _call(url, "abort_multipart_upload", **where, UploadId=stale)
+
+
+def _unfinished(bucket: str, key: str) -> dict[str, dict[int, tuple[int, str]]]:
+    """Of each upload of this key that was begun and not ended: size and ETag of its parts there, by number."""
+
+    def listed(operation: str, kind: str, **where: str) -> list[dict]:
+        try:
+            return _client().get_paginator(operation).paginate(**where).build_full_result().get(kind, [])
+        except aws.ClientError as error:
+            if _passing(error):
+                raise
+            return []  # a server that does not list uploads, or not for us: begin anew
+
+    url = f"s3://{bucket}/{key}"
+    uploads = _persist(url, partial(listed, "list_multipart_uploads", "Uploads", Bucket=bucket, Prefix=key))
+    unfinished = {}
+    for upload in (entry["UploadId"] for entry in uploads if entry["Key"] == key):
+        parts = _persist(url, partial(listed, "list_parts", "Parts", Bucket=bucket, Key=key, UploadId=upload))
+        unfinished[upload] = {entry["PartNumber"]: (entry["Size"], entry["ETag"].strip('"')) for entry in parts}
+    return unfinished
+
+
+def _md5(data: bytes) -> bytes:
+    return hashlib.md5(data, usedforsecurity=False).digest()
+
+
+def _checked(data: bytes, md5: bytes) -> dict:
+    """A request's body, with what the server needs to refuse it if it was damaged on the way."""
+    return {"Body": data, "ContentMD5": b64encode(md5).decode()}
+
+
+def stamps_under(bucket: str, prefix: str) -> Iterator[tuple[str, str]]:
+    """All keys that begin with `prefix`, with the size and the ETag that the listing gives."""
+    more = {}
+    while more is not None:
+        page = _call(f"s3://{bucket}/{prefix}", "list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        if "Name" not in page and not page.get("Contents"):  # HTML can be XML, too
+            raise ObjectError(
+                f"s3://{bucket}/{prefix}: the answer is none of S3's, but perhaps of a proxy or a login page: is "
+                "AWS_ENDPOINT_URL right?"
+            )
+        yield from ((entry["Key"], f"{entry['Size']} {entry['ETag']}") for entry in page.get("Contents", []))
+        more = {"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else None
+
+
+def exists(bucket: str, key: str) -> bool:
+    """Whether there is such an object."""
+
+    def found() -> bool:
+        try:
+            _head(bucket, key)
+        except aws.ClientError as error:
+            if _code(error) in ("NoSuchKey", "404"):
+                return False
+            raise
+        return True
+
+    return _persist(f"s3://{bucket}/{key}", found)
+
+
+def size(bucket: str, key: str) -> int:
+    """The object's size in bytes."""
+    return _persist(f"s3://{bucket}/{key}", lambda: _head(bucket, key))["ContentLength"]
+
+
+def delete(bucket: str, key: str) -> None:
+    """Remove the object, if there is one."""
+    _call(f"s3://{bucket}/{key}", "delete_object", Bucket=bucket, Key=key)
+
+
+def _head(bucket: str, key: str) -> dict:
+    try:
+        return _client().head_object(Bucket=bucket, Key=key)
+    except aws.ClientError:
+        # A refused HEAD has no body to say why; a GET of one byte has.
+        _client().get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
+        raise
+
+
+class _ShortBody(Exception):
+    """A body that ended before its range did."""
+
+
+# Of any request: what boto3 calls an error of its own, and what comes through it from urllib3 and its parsers, where an
+# answer breaks off or is damaged.
+_ERRORS = (aws.ClientError, aws.BotoCoreError, HTTPError, ResponseParserError)
+
+
+class _Patience:
+    """Between attempts at one thing: backoff with full jitter, until nothing has moved for too long.
+
+    Full jitter: Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what, self.failures, self.moved = what, 0, time.monotonic()
+
+    def progress(self) -> None:
+        self.failures, self.moved = 0, time.monotonic()
+
+    def wait(self, error: Exception) -> None:
+        """Sleep before the next attempt. Raise `error` itself if it will not pass, ObjectError if time is up."""
+        reason = _passing(error)
+        if reason is None:
+            raise error
+        self.failures += 1
+        limit, idle = _settings.timeout_s, time.monotonic() - self.moved
+        if _client().meta.endpoint_url not in _answered:
+            limit = min(limit, FIRST_ANSWER_S)
+        if idle >= limit:
+            raise ObjectError(
+                f"{self.what}: no progress in {idle:.0f} s and {self.failures} attempts, the last: {reason}"
+            ) from error
+        time.sleep(min(_jitter.uniform(0, min(10.0, 0.1 * 2 ** min(self.failures, 7))), limit - idle))
+
+
+def _persist(what: str, call: Callable[[], Result]) -> Result:
+    """What `call` returns, once it does. Its errors are explained."""
+    patience = None
+    with _explained(what):
+        while True:
+            try:
+                return call()
+            except _ERRORS as error:
+                # Time runs from the first failure: a large part on a slow line is not late for having been sent.
+                patience = patience or _Patience(what)
+                patience.wait(error)
+
+
+def _call(what: str, operation: str, **parameters) -> dict:
+    """One of the client's operations, persistently."""
+    return _persist(what, lambda: getattr(_client(), operation)(**parameters))
+
+
+_PASSING_STATUS = {408, 429, 500, 502, 503, 504}
+_PASSING_CODES = {
+    "BadDigest",  # damaged on the way
+    "BandwidthLimitExceeded",
+    "InternalError",
+    "OperationAborted",
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+}
+
+
+def _passing(error: Exception) -> str | None:
+    """What went wrong, if another attempt may mend it."""
+    if isinstance(error, aws.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if status in _PASSING_STATUS or _code(error) in _PASSING_CODES:
+            cause = "is the network failing" if _code(error) == "BadDigest" else "is it overloaded"
+            return f"the server answered {status} {_code(error)}: {cause}?"
+    elif isinstance(error, (aws.ConnectionError, aws.HTTPClientError)):
+        endpoint = _client().meta.endpoint_url
+        return f"no answer from {endpoint} ({type(error).__name__}): is it up, is AWS_ENDPOINT_URL right?"
+    elif isinstance(error, (HTTPError, ResponseParserError, _ShortBody)):
+        return f"the answer broke off ({type(error).__name__.lstrip('_')}): is the network failing?"
+    return None
+
+
+def _client():
+    """This process's S3 client: after a fork, and when settings or the AWS environment change, a new one."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    _speaking.add(threading.get_native_id())
+    with _making:  # threads that begin together would each make one
+        return _make_client(os.getpid(), frozenset(environment.items()), _settings)
+
+
+@lru_cache(maxsize=4)
+def _make_client(pid: int, environment: frozenset[tuple[str, str]], settings: Settings):
+    options = {
+        # A third: one connection that stalls is replaced before all is given up.
+        "connect_timeout": min(10.0, settings.timeout_s / 3),
+        "read_timeout": min(20.0, settings.timeout_s / 3),
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+        "max_pool_connections": 16,
+        "tcp_keepalive": True,
+        # AWS's newer checksums: few other servers know them, uploads carry an MD5, and resumed bodies have none.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
+    path_style = {"s3": {"addressing_style": "path"}}
+    addressing = {"auto": {}, "path": path_style, "virtual": {"s3": {"addressing_style": "virtual"}}}
+    session = boto3.session.Session()  # the default session is not safe to share between threads
+    try:
+        client = session.client("s3", config=Config(**options, **addressing[settings.addressing]))
+        endpoint = urlsplit(client.meta.endpoint_url)
+        aws_host = (endpoint.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+        if settings.addressing == "auto" and not aws_host:  # there, buckets are rarely host names
+            client = session.client("s3", config=Config(**options, **path_style))
+    except ValueError as error:
+        raise ObjectError("the S3 endpoint is no URL: set AWS_ENDPOINT_URL to http(s)://host:port") from error
+    if endpoint.username is not None:
+        raise ObjectError("AWS_ENDPOINT_URL carries credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    client.meta.events.register("after-call.s3", lambda **_: _answered.add(client.meta.endpoint_url))
+    if settings.requester_pays:
+        client.meta.events.register("before-parameter-build.s3", _requester_pays)
+    return client
+
+
+def _requester_pays(params: dict, model, **_) -> None:
+    if "RequestPayer" in model.input_shape.members:
+        params["RequestPayer"] = "requester"
+
+
+def _code(error: aws.ClientError) -> str:
+    return error.response.get("Error", {}).get("Code", "unknown")
+
+
+_ADVICE = {
+    "NoSuchBucket": "there is no such bucket: create it, or correct the name or AWS_ENDPOINT_URL",
+    "NoSuchKey": "there is no such object: correct the name, or upload it",
+    "NoSuchUpload": "another program, or a rule of the bucket, ended this upload: upload it again",
+    "SignatureDoesNotMatch": "the secret key is wrong: correct AWS_SECRET_ACCESS_KEY (or the profile's)",
+    "InvalidAccessKeyId": "the access key is unknown there: correct AWS_ACCESS_KEY_ID (or the profile's)",
+    "ExpiredToken": "the session token has expired: sign in again",
+    "AccessDenied": "access denied: these credentials may not do this here, or there is no such object",
+    "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION to the bucket's",
+}
+_ADVICE |= {"404": _ADVICE["NoSuchKey"], "403": _ADVICE["AccessDenied"], "301": _ADVICE["PermanentRedirect"]}
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Turn what boto3 raises into an ObjectError of one line."""
+    try:
+        yield
+    except aws.ClientError as error:
+        code = _code(error)
+        advice = _ADVICE.get(code) or _one_line(f"{code}: {error.response['Error'].get('Message', '')}")
+        raise ObjectError(f"{url}: {advice}") from error
+    except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError) as error:
+        advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        raise ObjectError(f"{url}: no usable S3 credentials ({type(error).__name__}): {advice}") from error
+    except aws.BotoCoreError as error:
+        raise ObjectError(f"{url}: {_one_line(str(error))}") from error
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

@@ -1,0 +1,133 @@
+import json
+
+import pytest
+
+from pipeline.config import dump_recipe, is_offloaded, load_ds_config, load_recipe
+from pipeline.errors import PipelineError
+
+DEMO = "pipeline/recipes/demo.yaml"
+BATCH = ["batch.global_batch=128", "precision=fp32"]
+
+
+def error_of(*overrides: str) -> str:
+    with pytest.raises(PipelineError) as error:
+        load_recipe(DEMO, list(overrides))
+    return str(error.value)
+
+
+def test_overrides_are_typed_and_survive_a_dump(tmp_path):
+    recipe = load_recipe(DEMO, ["optimizer.lr=2e-5", "data.url=s3://b/p", "loss.margin=0.1", "evaluation=null"])
+    assert recipe.optimizer.lr == 2e-5
+    assert (recipe.data.url, recipe.loss.margin, recipe.evaluation) == ("s3://b/p", 0.1, None)
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml", []) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optimiser.lr=1", "unknown field optimiser; did you mean optimizer?"),
+        ("optimizer.learning_rate=1", "unknown field optimizer.learning_rate; known here: lr, betas"),
+        ("lr=1", "unknown field lr; did you mean optimizer.lr?"),
+        ("data.lane=4", "did you mean data.lanes?"),
+        ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number"),
+        ("model.architecture=null", "either model.path or model.architecture"),
+        ("epochs=null", "either steps or epochs"),
+        ("data.lanes=6", "lanes that do: 1, 2, 4, 8"),
+        ("data.lanes", "write it as key=value"),
+        ("seed.x=1", "seed is a single value"),
+        ("data.url=[", "cannot read"),
+    ],
+)
+def test_errors_name_the_field_and_what_to_do(override, named):
+    assert named in error_of(override)
+
+
+def test_an_override_takes_the_place_of_its_alternative():
+    recipe = load_recipe(DEMO, ["steps=7", "model.path=folder"])
+    assert (recipe.steps, recipe.epochs) == (7, None)
+    assert (recipe.model.path, recipe.model.architecture) == ("folder", None)
+    again = load_recipe(DEMO, ["steps=7", "epochs=2"])
+    assert (again.steps, again.epochs) == (None, 2)
+
+
+def test_bf16_gradients_are_summed_in_fp32_or_refused():
+    assert load_ds_config(load_recipe(DEMO, ["precision=bf16"]), 1)["data_types"] == {"grad_accum_dtype": "fp32"}
+    with pytest.raises(PipelineError, match="ZeRO 0"):
+        load_ds_config(load_recipe(DEMO, ["precision=bf16", "deepspeed=ds_configs/zero0.json"]), 1)
+
+
+def test_offloaded_bf16_gradients_are_summed_in_fp32_or_refused():
+    fields = ["precision=bf16", "deepspeed=ds_configs/zero{}_offload.json"]
+    assert load_ds_config(load_recipe(DEMO, [field.format(3) for field in fields]), 1)
+    with pytest.raises(PipelineError, match=r"ZeRO 2; use ds_configs/zero3_offload\.json"):
+        load_ds_config(load_recipe(DEMO, [field.format(2) for field in fields]), 1)
+
+
+def test_a_missing_recipe_names_those_there_are():
+    with pytest.raises(PipelineError, match=r"demo\.yaml"):
+        load_recipe("nowhere.yaml", [])
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_ds_configs_are_filled_from_the_recipe(name):
+    recipe = load_recipe(DEMO, [f"deepspeed=ds_configs/{name}.json", "optimizer.max_grad_norm=0.5", *BATCH])
+    config = load_ds_config(recipe, 4)
+    assert config["zero_optimization"]["stage"] == int(name[4])
+    assert is_offloaded(config["zero_optimization"]) == name.endswith("offload")
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (128, 32)
+    assert config["gradient_clipping"] == 0.5
+    assert config["bf16"]["enabled"] is False
+    assert "auto" not in json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"gradient_clipping": 0.5}, ["gradient_clipping=0.5", "optimizer.max_grad_norm", "1.0"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled=true", "precision", "false"]),
+        ({"train_batch_size": 64}, ["train_batch_size=64", "batch.global_batch", "128"]),
+        ({"optimizer": {"type": "Adam"}}, ["'optimizer'", "recipe"]),
+        ({"zero_optimization": {"stage": "auto"}}, ["zero_optimization.stage"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            ["offload_optimizer to 'nvme'", "cpu"],
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["offload_param to 'nvme'"]),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+            ["ZeRO 2 and 3", "zero3_offload.json"],
+        ),
+    ],
+)
+def test_a_ds_config_that_contradicts_the_recipe_is_refused(tmp_path, changed, named):
+    config = {"zero_optimization": {"stage": 1}} | changed
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    recipe = load_recipe(DEMO, [f"deepspeed={tmp_path / 'ds.json'}", *BATCH])
+    with pytest.raises(PipelineError) as error:
+        load_ds_config(recipe, 1)
+    assert all(name in str(error.value) for name in named)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("data.datasets=[{name: a, wieght: 2}]", "unknown field data.datasets.0.wieght; did you mean"),
+        ("data.datasets=[a, {name: a, weight: 2}]", "data.datasets names a twice"),
+        ("data.datasets=[../other]", "data.datasets.0.name"),
+        ("data.batches=interleaved", "it can be mixed, homogeneous or interleaved:K"),
+        ("data.batches=interleaved:0", "it can be mixed"),
+    ],
+)
+def test_a_mistake_in_a_mixture_is_named(override, reason):
+    with pytest.raises(PipelineError) as error:
+        load_recipe(DEMO, [override])
+    assert reason in str(error.value)
+
+
+def test_mixtures():
+    data = load_recipe(DEMO, ["data.datasets=[a, {name: b, weight: 2, cap: 9}]", "data.batches=interleaved: 4"]).data
+    assert [(part.name, part.weight, part.cap) for part in data.datasets] == [("a", 1, None), ("b", 2, 9)]
+    assert data.parts == 4
+    assert load_recipe(DEMO, ["data.batches=homogeneous"]).data.parts == 1
+    assert load_recipe(DEMO, []).data.parts is None

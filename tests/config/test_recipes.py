@@ -1,0 +1,109 @@
+"""The project's recipes for the published models: their values, their size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlavaOnevisionConfig, LlavaOnevisionModel, Qwen2Config, SiglipVisionConfig
+
+from pipeline.config import load_ds_config, load_recipe
+from pipeline.data.mmeb import MMEB_TASKS
+from pipeline.errors import PipelineError
+from pipeline.models.llave import TowerlessLlave
+from pipeline.training.engine import freeze, parameter_groups
+
+SIZES = ("0.5b", "2b", "7b")
+
+# Language models by hidden size, layers, heads, key-value heads, MLP, vocabulary; parameters as published, in billions.
+# The 7B's count has an LM head beside the embedding, which an embedder has no use for.
+BACKBONES = {
+    "0.5b": ((896, 24, 14, 2, 4864, 151_936), 0.89, 0),
+    "2b": ((1536, 28, 12, 2, 8960, 151_936), 1.95, 0),
+    "7b": ((3584, 28, 28, 4, 18944, 152_064), 8.03, 152_064 * 3584),
+}
+
+
+TRAINED = ("multi_modal_projector.", "image_newline", "language_model.")
+MODELS = {
+    "0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+    "2b": "BAAI/Aquila-VL-2B-llava-qwen",
+    "7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+}
+
+
+def recipe(size: str, *overrides: str):
+    return load_recipe(f"pipeline/recipes/llave_{size}.yaml", list(overrides))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_values_are_the_papers(size):
+    ours, paper = recipe(size), recipe(size, "variant=paper")
+    for each in (ours, paper):
+        assert each.model.path == MODELS[size]
+        assert (each.loss.alpha, each.loss.temperature, each.epochs, each.precision) == (9.0, 0.02, 1, "bf16")
+        optimizer = each.optimizer
+        assert (optimizer.lr, optimizer.warmup_ratio, optimizer.weight_decay) == (1e-5, 0.03, 0)
+        assert (each.batch.global_batch, each.data.cap, each.model.max_tokens) == (256, 50_000, 4096)
+        assert each.model.image_grid_pinpoints == [(384, 384), (384, 768), (768, 384), (768, 768)]
+        assert (each.train.projector, each.train.language_model, each.train.vision_tower) == (True, True, False)
+    assert (ours.batch.sub_batch, paper.batch.sub_batch) == (None, 32)
+    assert (ours.model.mm_newline_position, paper.model.mm_newline_position) == (None, "grid")
+    assert (ours.model.images, paper.model.images) == (None, "as_stored")
+    stages = [load_ds_config(each, 8)["zero_optimization"]["stage"] for each in (ours, paper)]
+    assert stages == [{"0.5b": 1, "2b": 2, "7b": 3}[size], 3]
+    assert paper.run == f"{ours.run}_paper"  # it never goes on where the other was
+    names = [part.name for part in ours.data.datasets]
+    in_distribution = {name for name, (_, known) in MMEB_TASKS.items() if known} - {"ImageNet-1K"}
+    assert set(names) == in_distribution and len(names) == 20
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_models_have_the_published_number_of_parameters(size):
+    (hidden, layers, heads, key_value_heads, mlp, vocabulary), published, head = BACKBONES[size]
+    tower = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=26,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        vocab_size=vocabulary,
+    )
+    config = LlavaOnevisionConfig(vision_config=tower, text_config=text, vision_feature_layer=-1)
+    with torch.device("meta"):
+        whole, without = LlavaOnevisionModel(config), TowerlessLlave(config)
+    count = sum(parameter.numel() for parameter in whole.parameters())
+    assert (count + head) / 1e9 == pytest.approx(published, abs=0.005)
+    for model in (whole, without):
+        freeze(model, recipe(size))
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained == {name for name, _ in model.named_parameters() if name.startswith(TRAINED)}
+        grouped = [p for group in parameter_groups(model, recipe(size)) for p in group["params"]]
+        assert len(grouped) == len(trained) and all(parameter.requires_grad for parameter in grouped)
+    assert count - sum(parameter.numel() for parameter in without.parameters()) == sum(
+        parameter.numel() for parameter in whole.vision_tower.parameters()
+    )
+
+
+def test_variants(tmp_path):
+    text = Path("pipeline/recipes/demo.yaml").read_text()
+    (tmp_path / "a.yaml").write_text(text + "variants: {short: {steps: 3, data.url: here}}\n")
+    short = load_recipe(tmp_path / "a.yaml", ["variant=short"])
+    assert (short.steps, short.epochs, short.data.url) == (3, None, "here")
+    (tmp_path / "b.yaml").write_text(text + "variants:\n")
+    assert load_recipe(tmp_path / "b.yaml", []).steps is None
+    with pytest.raises(PipelineError, match=r"demo.yaml has no variant 'paper'; it has none"):
+        load_recipe("pipeline/recipes/demo.yaml", ["variant=paper"])
+    assert recipe("2b", "batch.sub_batch=64", "variant=paper").batch.sub_batch == 64
+    with pytest.raises(PipelineError, match=r"batch.sub_batch=48 is no multiple of data.lanes=32"):
+        recipe("2b", "batch.sub_batch=48")
+    with pytest.raises(PipelineError, match=r"batch.sub_batch=96 does not divide batch.global_batch=256"):
+        recipe("2b", "batch.sub_batch=96")

@@ -1,0 +1,410 @@
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from closeness import assert_close_in_norm
+from PIL import Image
+from transformers import AutoTokenizer
+
+from pipeline import embed
+from pipeline.config import EvaluationRun
+from pipeline.data.collate import pack
+from pipeline.data.sample import Item
+from pipeline.embed import Embedder, main
+from pipeline.embedding import embedder as embedder_module
+from pipeline.embedding.folder import Identity, Store
+from pipeline.errors import PipelineError
+from pipeline.evaluation.encode import embed_collection
+from pipeline.evaluation.encoders import load_encoder
+from pipeline.evaluation.store import Memory
+from pipeline.evaluation.tasks import Collection, Ranking
+from pipeline.models import loading
+from pipeline.models.folder import save_folder
+from pipeline.models.llave import Llave, Processor
+from pipeline.models.weights import fingerprint
+
+ROOT = Path(__file__).parents[2]
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Path:
+    """Images a.png, deep/b.jpg (in truth a WebP) and a lossless clip.mkv, whose frames are frame0.png to frame8.png."""
+    folder = tmp_path_factory.mktemp("media")
+    (folder / "deep").mkdir()
+    picture(40, 30, 0).save(folder / "a.png")
+    picture(30, 64, 1).save(folder / "deep/b.jpg", "WEBP", lossless=True)
+    with av.open(str(folder / "clip.mkv"), "w", format="matroska") as file:
+        stream = file.add_stream("ffv1", rate=5, width=32, height=48, pix_fmt="bgr0")
+        for number in range(9):
+            frame = picture(32, 48, 10 + number)
+            frame.save(folder / f"frame{number}.png")
+            file.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        file.mux(stream.encode())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny_model) -> Embedder:
+    return Embedder.load(tiny_model, device="cpu", max_tokens=256, video_frames=4, chunk_tokens=600)
+
+
+@pytest.fixture(scope="module")
+def by_hand(tiny_model):
+    """The model's embedding of one item by itself."""
+    processor, model = Processor.load(tiny_model, 256, video_frames=4), Llave.load(tiny_model, "auto").eval()
+
+    @torch.no_grad()
+    def embedding(item: Item) -> torch.Tensor:
+        return model(pack([processor.encode(item)]), bool(item.images or item.video))[0]
+
+    return embedding
+
+
+def test_every_kind_of_item_is_embedded_as_the_model_embeds_it_alone(embedder, by_hand, media, monkeypatch):
+    monkeypatch.setattr(embedder_module, "_GROUP", 4)
+    a, b, clip = (media / name for name in ("a.png", "deep/b.jpg", "clip.mkv"))
+    image, other, video = (path.read_bytes() for path in (a, b, clip))
+    given = "Represent the given"
+    both = Item(f"<image>\n<video>\n{given} image and video.", (image,), video)
+    cases = [
+        ("a text that is the longest of all of them here", Item("a text that is the longest of all of them here")),
+        (a, Item(f"<image>\n{given} image.", (image,))),
+        ("star", Item("star")),
+        (clip, Item(f"<video>\n{given} video.", video=video)),
+        (b, Item(f"<image>\n{given} image.", (other,))),
+        (Image.open(a), Item(f"<image>\n{given} image.", (image,))),
+        (Image.open(a).convert("RGBA"), Item(f"<image>\n{given} image.", (image,))),
+        ({"text": "star"}, Item("star")),
+        ({"text": "What?", "images": [str(a)]}, Item("<image>\nWhat?", (image,))),
+        ({"text": "What? <image>", "images": [a]}, Item("What? <image>", (image,))),
+        ({"images": [b, Image.open(a)]}, Item(f"<image>\n<image>\n{given} images.", (other, image))),
+        ({"text": "<image> or <image>", "images": (a, b)}, Item("<image> or <image>", (image, other))),
+        ({"video": str(clip)}, Item(f"<video>\n{given} video.", video=video)),
+        ({"text": "by <video>", "video": clip, "images": [a]}, Item("<image>\nby <video>", (image,), video)),
+        ({"text": "  ", "video": clip, "images": [a]}, both),
+    ]
+    embeddings = embedder.embed(item for item, _ in cases)
+    assert (embeddings.dtype, embeddings.device.type, embeddings.shape) == (torch.float32, "cpu", (len(cases), 48))
+    expected = torch.stack([by_hand(item) for _, item in cases])
+    assert_close_in_norm(embeddings, expected)
+    assert len(set(map(tuple, expected.tolist()))) == 11  # so that an order would show
+
+
+def test_a_list_of_frames_is_used_as_it_is(embedder, media):
+    frames = [Image.open(media / f"frame{number}.png") for number in range(9)]
+    sampled = [frames[number] for number in (0, 2, 5, 8)]
+    clip, same, all_of_them, one = embedder.embed(
+        [{"video": media / "clip.mkv"}, {"video": sampled}, {"video": frames}, {"video": frames[:1]}]
+    )
+    assert_close_in_norm(clip, same)
+    processor = embedder.processor
+    whole = processor.encode_parts("<video>", [], lambda: frames).images[0].tiles
+    assert len(whole) == 9
+    assert (clip - all_of_them).abs().max() > 1e-4
+    assert (clip - one).abs().max() > 1e-4
+
+
+def test_what_occurs_twice_in_a_group_is_embedded_once(embedder, media, monkeypatch):
+    rows, original = [], embedder_module.embed_chunks
+    monkeypatch.setattr(embedder_module, "embed_chunks", lambda *given: rows.append(given[2]) or original(*given))
+    monkeypatch.setattr(embedder_module, "_GROUP", 8)
+    a, frames = Image.open(media / "a.png"), [picture(8, 8, 0)]
+    items = ["x", a, picture(40, 30, 5), {"video": frames}] * 2 + ["x", {"images": [a], "text": "x"}]
+    embeddings = embedder.embed(items)
+    assert rows == [4, 2]
+    assert torch.equal(embeddings[:4], embeddings[4:8])
+    assert (embeddings[1] - embeddings[2]).abs().max() > 1e-4
+    assert_close_in_norm(embeddings[8], embeddings[0])
+
+
+def test_a_stream_reads_one_group_ahead_and_no_more(embedder, monkeypatch):
+    monkeypatch.setattr(embedder_module, "_GROUP", 3)
+    taken = []
+    stream = embedder.stream(taken.append(number) or f"text {number}" for number in range(100))
+    assert [len(next(stream)), len(next(stream))] == [3, 3]
+    assert len(taken) == 9
+    stream.close()
+    assert embedder.embed([]).shape == (0, 48)
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ("an <image>", r"item 1: 1 <image> marks in the text, 0 images"),
+        ({"text": "<image>", "images": ["a.png", "a.png"]}, r"item 1: 1 <image> marks in the text, 2 images"),
+        ({"text": "<video> <video>", "video": "clip.mkv"}, r"item 1: 2 <video> marks in the text, 1 videos"),
+        (Path("nowhere.png"), r"item 1: nowhere\.png: No such file"),
+        (Path("notes.txt"), r"item 1: notes\.txt: no image or video in one of the formats PNG, .*mp4"),
+        (Path("cut.png"), r"item 1: cut\.png: undecodable image"),
+        ({"images": ["a.png", "notes.txt"]}, r"item 1: notes\.txt: undecodable image"),
+        ({"video": "a.png"}, r"item 1: a\.png: not a video"),
+        ({"images": "a.png"}, r"item 1: its images must be a list"),
+        ({"video": []}, r"item 1: its video must be a path, or a list of frames"),
+        ({"text": 7}, r"item 1: its text is a int"),
+        ({"image": "a.png"}, r"item 1 has 'image'; it can have text, images and video"),
+        ({}, r"item 1 is empty"),
+        (" \n", r"item 1 is empty"),
+        (b"bytes", r"item 1 is a bytes"),
+        ({"images": [picture(24, 24, 0)] * 24}, r"item 1: \d+ tokens with its images and video, of 256"),
+    ],
+)
+def test_an_item_that_cannot_be_used_is_named(embedder, media, tmp_path, monkeypatch, item, reason):
+    for name in ("a.png", "clip.mkv"):
+        (tmp_path / name).symlink_to(media / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes((media / "a.png").read_bytes()[:300])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PipelineError, match=reason):
+        embedder.embed(["fine", item])
+
+
+def test_a_damaged_picture_is_named(embedder, media, tmp_path):
+    (tmp_path / "cut.png").write_bytes((media / "a.png").read_bytes()[:300])
+    with pytest.raises(PipelineError, match="item 0: undecodable picture"):
+        embedder.embed([Image.open(tmp_path / "cut.png")])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_vector_that_is_none_is_refused_with_its_item_and_model(tiny_model, tmp_path, monkeypatch, value):
+    monkeypatch.setattr(loading, "refuse_not_finite", lambda *_: None)  # it may come of finite weights, too
+    model = Llave.load(tiny_model, torch.float32)
+    token = AutoTokenizer.from_pretrained(tiny_model)("q", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.language_model.embed_tokens.weight[token] = value
+    folder = tmp_path / "broken"
+    save_folder(model, dict(model.named_parameters()), tiny_model, folder)
+    broken = Embedder.load(folder, device="cpu")
+    assert broken.embed(["a", "b", "a"]).shape == (3, 48)
+    with pytest.raises(PipelineError, match=r"broken: the embedding of item 3 has length nan, not 1: check the model"):
+        broken.embed(["a", "b", "a", "q"])
+    collection = Collection()
+    collection.tasks = [
+        Ranking("QA", "vqa", True, np.array([collection.text("a")]), [np.array([collection.text("b q")])])
+    ]
+    encoder = load_encoder(str(folder), EvaluationRun(), torch.device("cpu"))
+    with pytest.raises(PipelineError, match=r"broken: the embedding of b q has length nan, not 1"):
+        embed_collection(encoder, collection, Memory(2, 48))
+
+
+def test_options_out_of_range_and_missing_models_are_clear_errors(tiny_model, tmp_path):
+    for options in ({"precision": "fp8"}, {"max_tokens": 63}, {"video_frames": 0}):
+        with pytest.raises(PipelineError, match=next(iter(options))):
+            Embedder.load(tiny_model, **options)
+    with pytest.raises(PipelineError, match="no model at"):
+        Embedder.load(tmp_path / "nothing")
+
+
+@pytest.fixture
+def inputs(media, tmp_path) -> Path:
+    (tmp_path / "texts.txt").write_bytes("\ufeffein roter Stern\r\n[red] étoile\u2028rouge\nblue ring".encode())
+    return tmp_path
+
+
+TEXTS = ["ein roter Stern", "[red] étoile\u2028rouge", "blue ring"]
+
+
+def call(monkeypatch, *arguments: object) -> None:
+    """main() of these arguments; a PipelineError is raised, where the program would print it and end."""
+    monkeypatch.setattr(sys, "argv", ["embed", *map(str, arguments)])
+    main.__wrapped__()
+
+
+def ids(folder: Path, kind: str) -> list[str]:
+    return (folder / f"{kind}.txt").read_bytes().decode().removesuffix("\n").split("\n")
+
+
+def test_from_files_to_a_search(tiny_model, inputs, media, tmp_path, monkeypatch, capsys, by_hand):
+    out = tmp_path / "out"
+    common = [tiny_model, "--out", out, "--video-frames", 4]
+    call(monkeypatch, *common, "--texts", inputs / "texts.txt", "--images", media / "**/[ab].*")
+    call(monkeypatch, *common, "--videos", media / "*.mkv")
+    files = {f"{kind}.{suffix}" for kind in ("texts", "images", "videos") for suffix in ("npy", "txt")}
+    assert {path.name for path in out.iterdir()} == {"embeddings.json", *files}
+    assert ids(out, "texts") == TEXTS
+    assert ids(out, "images") == [str(media / "a.png"), str(media / "deep/b.jpg")]
+    given = "Represent the given"
+    expected = {
+        "texts": [Item(text) for text in TEXTS],
+        "images": [Item(f"<image>\n{given} image.", (Path(path).read_bytes(),)) for path in ids(out, "images")],
+        "videos": [Item(f"<video>\n{given} video.", video=(media / "clip.mkv").read_bytes())],
+    }
+    for kind, items in expected.items():
+        rows = np.load(out / f"{kind}.npy")
+        assert rows.dtype == np.float32
+        assert_close_in_norm(rows, torch.stack([by_hand(item) for item in items]))
+    made = json.loads((out / "embeddings.json").read_text())
+    assert (made["model"], made["dimension"]) == (tiny_model, 48)
+
+    capsys.readouterr()
+    monkeypatch.setattr(embed, "_rows", None)  # nothing is embedded again
+    call(monkeypatch, *common, "--query", TEXTS[1], "--top", 2)
+    printed = capsys.readouterr().out
+    first = printed[printed.index("texts most similar") :].split("\n")[4]
+    assert first.replace("│", " ").split()[:4] == ["1", "1.000", "[red]", "étoile\\u2028rouge"]
+    assert [f"{kind} most similar to [red] étoile" in printed for kind in expected] == [True] * 3
+    assert printed.count(" 2 ") == 2  # of three texts and two images, the best two; of videos there is one
+    call(monkeypatch, *common, "--query-image", media / "deep/b.jpg")
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.split("\n") if "b.jpg" in line and "1.000" in line)
+    assert line.replace("│", " ").split() == ["1", "1.000", str(media / "deep/b.jpg")]
+
+
+def test_a_pattern_that_matches_nothing_is_said_before_a_folder_is_made(tiny_model, tmp_path, monkeypatch):
+    with pytest.raises(PipelineError, match=r"^--images '.*\*\.png' matches no file$"):
+        call(monkeypatch, tiny_model, "--images", tmp_path / "*.png", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_of_another_model_are_noticed(tiny_model, inputs, media, tmp_path, monkeypatch, capsys):
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    texts = ["--texts", inputs / "texts.txt"]
+    images = ["--images", media / "a.png"]
+    model = Llave.load(tiny_model, torch.float32)
+    save_folder(model, dict(model.named_parameters()), tiny_model, moved)
+    call(monkeypatch, moved, *texts, *images, "--out", out)
+    before = fingerprint(moved)
+    moved.rename(moved := tmp_path / "elsewhere")
+    assert fingerprint(moved) == before
+    call(monkeypatch, moved, "--out", out, "--query", "star")  # it is known by its content
+
+    with torch.no_grad():  # a state that is a little further trained, and not in all parts
+        model.multi_modal_projector.linear_1.weight.mul_(1.001)
+    save_folder(model, dict(model.named_parameters()), tiny_model, moved)
+    assert fingerprint(moved) != before
+    named = f"{out} holds texts, images of {tmp_path}/moved, not of {moved}: embed them again"
+    with pytest.raises(PipelineError, match=named):
+        call(monkeypatch, moved, "--out", out, "--query", "star")
+    with pytest.raises(PipelineError, match="holds images of"):
+        call(monkeypatch, moved, *texts, "--out", out, "--overwrite")
+    call(monkeypatch, moved, *texts, *images, "--out", out, "--overwrite")
+    call(monkeypatch, moved, "--out", out, "--query", "star")
+    (out / "embeddings.json").write_text("{}")
+    with pytest.raises(PipelineError, match=r"embeddings\.json does not say which model made texts, images"):
+        call(monkeypatch, moved, "--out", out, "--query", "star")
+    call(monkeypatch, moved, *texts, *images, "--out", out, "--overwrite")
+
+
+def test_nothing_is_overwritten_unasked(tiny_model, inputs, tmp_path, monkeypatch):
+    out, texts = tmp_path / "out", inputs / "texts.txt"
+    arguments = [tiny_model, "--texts", texts, "--out", out]
+    call(monkeypatch, *arguments)
+    before = (out / "texts.npy").read_bytes()
+    texts.write_text("another\n")
+    with pytest.raises(PipelineError, match=r"texts\.npy: there already; add --overwrite"):
+        call(monkeypatch, *arguments)
+    assert (out / "texts.npy").read_bytes() == before
+    call(monkeypatch, *arguments, "--overwrite")
+    assert (ids(out, "texts"), np.load(out / "texts.npy").shape) == (["another"], (1, 48))
+
+
+def test_a_failure_in_the_middle_leaves_what_was_whole(tiny_model, inputs, media, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedder_module, "_GROUP", 1)
+    out, many = tmp_path / "out", tmp_path / "many"
+    many.mkdir()
+    for name in "abcd":
+        (many / f"{name}.png").write_bytes((media / "a.png").read_bytes())
+    (many / "c.png").write_text("broken")
+    with pytest.raises(PipelineError, match=r"c\.png: undecodable image"):
+        call(monkeypatch, tiny_model, "--texts", inputs / "texts.txt", "--images", many / "*.png", "--out", out)
+    assert sorted(path.name for path in out.iterdir()) == ["embeddings.json", "texts.npy", "texts.txt"]
+    assert len(np.load(out / "texts.npy")) == 3
+
+
+@pytest.mark.parametrize("same_model", [True, False])
+def test_a_process_killed_at_any_moment_leaves_no_rows_beside_wrong_ids(tmp_path, monkeypatch, same_model):
+    old, new = (Identity(name, 2, name) for name in ("old", "old" if same_model else "new"))
+    for moment in range(8):
+        store = Store(tmp_path / str(moment))
+        for kind in ("texts", "images"):
+            store.write(kind, ["was"], [torch.zeros(1, 2)], old)
+        if (process := os.fork()) == 0:
+            _write_and_die(store, new, moment)
+        assert os.waitpid(process, 0)[1] == signal.SIGKILL
+        for kind in store.kinds():
+            names, rows = store.read(kind)
+            made = json.loads((store.folder / "embeddings.json").read_text())["fingerprint"]
+            assert (names, rows.tolist(), made) in (
+                (["was"], [[0, 0]], "old"),
+                (["is", "too"], [[1, 1], [2, 2]], new.fingerprint),
+            )
+        if same_model or moment < 2:
+            assert "images" in store.kinds()
+
+
+def _write_and_die(store: Store, identity: Identity, moment: int) -> None:
+    """Write anew in this process, which is killed before the write's n-th change of the folder."""
+    left = iter(range(moment))
+
+    def dying(change):
+        def either(*arguments, **options):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*arguments, **options)
+
+        return either
+
+    for name in ("replace", "unlink", "write_bytes"):
+        setattr(Path, name, dying(getattr(Path, name)))
+    store.write("texts", ["is", "too"], iter([torch.ones(1, 2), torch.full((1, 2), 2.0)]), identity)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a\n\nb\n", "line 2 is empty"),
+        (b"a\nb\n\n", "line 3 is empty"),
+        (b"", "has no lines"),
+        (b"a\nb\xff\n", "line 2 is not UTF-8"),
+        (b"a\nan <image>\n", "line 2 has <image>"),
+    ],
+)
+def test_a_file_of_texts_that_cannot_be_read_as_one_is_refused(tmp_path, monkeypatch, content, reason):
+    (tmp_path / "texts").write_bytes(content)
+    with pytest.raises(PipelineError, match=reason):
+        call(monkeypatch, "no-model", "--texts", tmp_path / "texts", "--out", tmp_path / "out")
+
+
+def test_what_makes_no_sense_together_is_refused_before_a_model_is_loaded(
+    tiny_model, inputs, media, tmp_path, monkeypatch
+):
+    texts, out = ["--texts", inputs / "texts.txt"], ["--out", tmp_path / "out"]
+    monkeypatch.setattr(Embedder, "load", None)
+    for arguments, reason in (
+        ([tiny_model], "nothing to do"),
+        ([tiny_model, *texts], "--out is missing: the folder that gets"),
+        ([tiny_model, "--query", "x"], "--out is missing: the folder to search"),
+        ([tiny_model, *out, "--query", "x"], "holds no embeddings to search"),
+        ([tiny_model, *out, "--query-image", "nowhere.png"], "there is no file nowhere.png"),
+        ([tiny_model, *out, "--images", media], "it is a folder"),
+        ([tiny_model, *out, "--texts", tmp_path / "nowhere"], "nowhere: No such file"),
+        ([tmp_path / "nothing", *texts, *out], "no model at"),
+        ([tmp_path, *texts, *out], "it has no config.json"),
+    ):
+        with pytest.raises(PipelineError, match=reason):
+            call(monkeypatch, *arguments)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PipelineError, match="one process"):
+        call(monkeypatch, tiny_model, *texts, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_are_clear_errors(tmp_path):
+    store = Store(tmp_path)
+    store.write("texts", ["a", "b"], [torch.ones(2, 3)], Identity("m", 3, "f"))
+    (tmp_path / "texts.txt").write_text("a\n")
+    with pytest.raises(PipelineError, match=r"not a row for each line of texts\.txt"):
+        store.read("texts")
+    (tmp_path / "texts.npy").write_bytes((tmp_path / "texts.npy").read_bytes()[:-4])
+    with pytest.raises(PipelineError, match=r"texts\.npy cannot be read"):
+        store.read("texts")

@@ -1,0 +1,132 @@
+"""Slurm's environment of a task as torchrun would have it."""
+
+import pytest
+
+from pipeline.jobs import launch
+
+STEP = "slurmstepd: [417.1] "
+TASK = {
+    "SLURM_JOB_ID": "417",
+    "SLURM_STEP_ID": "1",
+    "SLURM_STEP_NUM_TASKS": "12",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3,1",
+    "SLURM_STEP_NODELIST": "localhost,gpu[3-5]",
+    "SLURM_PROCID": "10",
+    "SLURM_LOCALID": "2",
+    "SLURM_NODEID": "2",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+}
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+
+
+def adopted(*parents: str, **changes: str) -> dict[str, str]:
+    environment = TASK | changes
+    launch.adopt(environment, list(parents), terminal="SLURM_PTY_PORT" in changes)
+    return environment
+
+
+def test_a_task_of_srun_is_a_rank():
+    assert [adopted()[name] for name in NAMES] == ["10", "12", "2", "3", "localhost"]
+
+
+def test_what_is_set_already_stays():
+    environment = adopted(MASTER_ADDR="ib0.node", MASTER_PORT="1234")
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("ib0.node", "1234")
+    of_torchrun = TASK | {"RANK": "3", "WORLD_SIZE": "8"}
+    assert adopted(RANK="3", WORLD_SIZE="8") == of_torchrun
+
+
+SHELL, AGENT = "bash ", "python -m torch.distributed.run --nproc-per-node 8 -m pipeline.train "
+ELASTIC = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "gpu1", "TORCHELASTIC_RUN_ID": "x"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parents"),
+    [
+        ({"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, []),  # salloc's shell
+        ({"SLURM_STEP_ID": "4294967291"}, []),  # a batch script
+        ({"SLURM_NTASKS": "8"}, []),  # the job's, in a step of others
+        ({"SLURM_NTASKS": "1"}, []),  # a job submitted from inside the step
+        ({"SLURM_PROCID": "12"}, []),
+        ({"SLURM_NODEID": "4"}, []),
+        ({"SLURM_LOCALID": "4"}, []),
+        ({"SLURM_STEP_NUM_TASKS": "many"}, []),
+        ({"SLURM_STEP_NUM_TASKS": "11"}, []),  # and 12 by their nodes
+        ({"SLURM_STEP_NODELIST": ""}, []),
+        ({}, [SHELL, "slurmstepd: [418.batch] ", "slurmd "]),  # of another job
+        ({}, ["slurmstepd: [417.batch] "]),
+        ({}, [SHELL, "slurmstepd: [417.interactive] "]),
+        ({}, ["slurmstepd: [417.2] ", STEP]),
+        ({"SLURM_PTY_PORT": "41234"}, [SHELL, STEP]),  # srun --pty bash
+    ],
+)
+def test_what_is_no_task_of_the_step_in_its_environment_is_no_rank(changes, parents):
+    for others in ({}, {"WORLD_SIZE": "8", "LOCAL_RANK": "3"}):  # half a launcher's
+        assert not adopted(*parents, **changes, **others).keys() & set(NAMES[:4])
+
+
+@pytest.mark.parametrize(
+    ("changes", "parents"),
+    [
+        ({"SLURM_NTASKS": "12"}, [STEP, "slurmd "]),
+        ({}, [SHELL, STEP]),  # srun bash script.sh
+        ({"SLURM_PTY_WIN_COL": "80"}, [SHELL, STEP]),  # the same in salloc's shell
+        ({}, [SHELL, "apptainer "]),  # in a container, without Slurm's processes
+        ({"SLURM_PTY_PORT": "41234"}, [STEP]),  # srun --pty python
+        (ELASTIC, [STEP]),  # submitted from inside a rank of torchrun
+    ],
+)
+def test_what_is_a_task_is_a_rank(changes, parents):
+    environment = adopted(*parents, **changes)
+    assert [environment[name] for name in NAMES] == ["10", "12", "2", "3", "localhost"]
+    assert "TORCHELASTIC_RUN_ID" not in environment
+
+
+def test_a_launcher_below_a_task_is_believed():
+    assert adopted(AGENT, STEP, **ELASTIC) == TASK | ELASTIC
+    own = {"RANK": "5", "WORLD_SIZE": "12"}  # by a script of the user's
+    assert adopted(STEP, **own) == TASK | own
+
+
+def test_outside_of_a_step_nothing_is_said():
+    environment = {"SLURM_JOB_ID": "417", "SLURM_NTASKS": "12", "SLURM_PROCID": "0"}
+    launch.adopt(environment)
+    assert environment == {"SLURM_JOB_ID": "417", "SLURM_NTASKS": "12", "SLURM_PROCID": "0"}
+
+
+def test_a_node_whose_name_is_no_hosts_is_found_where_srun_runs(monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no scontrol
+    assert adopted(SLURM_STEP_NODELIST="no-such-node[1-2]")["MASTER_ADDR"] == "10.0.0.7"
+
+
+def test_what_slurm_leaves_out_is_no_error(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delitem(TASK, "SLURM_LAUNCH_NODE_IPADDR")
+    unknown = adopted(SLURM_STEP_NODELIST="no-such-node", SLURM_RESTART_COUNT="")
+    assert (unknown["MASTER_ADDR"], unknown["MASTER_PORT"]) == ("no-such-node", adopted()["MASTER_PORT"])
+
+
+def test_jobs_and_steps_and_starts_have_ports_of_their_own():
+    starts = {adopted(SLURM_RESTART_COUNT=str(start))["MASTER_PORT"] for start in range(4)}
+    assert len(starts) == 4
+    ports = {
+        int(adopted(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))["MASTER_PORT"])
+        for job in range(417, 517)
+        for step in range(10)
+    }
+    assert len(ports) == 1000
+    assert 1024 < min(ports) <= max(ports) < 32768
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("node[003-010,012],other", "node003"),
+        ("rack[2,4]-node[07-09]", "rack2-node07"),
+        ("gpu-[a,b].local", "gpu-a.local"),
+    ],
+)
+def test_the_first_of_a_list_of_nodes(nodes, first):
+    assert launch.first_node(nodes) == first

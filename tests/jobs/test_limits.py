@@ -1,0 +1,151 @@
+"""What a machine lacks is said before a run begins, or at once: nothing waits for a batch that cannot come."""
+
+import resource
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from limits import HANG_SECONDS
+from PIL import Image as Picture
+from two_ranks import on_two_ranks
+
+from pipeline.config import Data, load_recipe
+from pipeline.convert.demo import TrainingPairs
+from pipeline.convert.sharding import convert
+from pipeline.data.collate import Encoded, Image
+from pipeline.data.lengths import Lengths, Square
+from pipeline.data.sample import Item
+from pipeline.data.source import Source
+from pipeline.data.stream import batches
+from pipeline.data.tiles import Tiling
+from pipeline.distributed import start_distributed
+from pipeline.errors import PipelineError
+from pipeline.jobs import limits
+from pipeline.jobs.preflight.job import Job
+from pipeline.jobs.preflight.storage import machine
+
+DEMO = Path(__file__).parents[2] / "pipeline/recipes/demo.yaml"
+TILING = Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48)))
+PAIRS, BATCH = 48, 16
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Source:
+    folder = str(tmp_path_factory.mktemp("limits") / "data")
+    convert({folder: TrainingPairs("Scene-CLS", 0, PAIRS)}, options={})  # of each pair the query is a picture
+    return Source.open(Data(url=folder, lanes=4, workers=1, timeout_s=5))
+
+
+def recipe(*overrides: str):
+    return load_recipe(DEMO, [f"batch.global_batch={BATCH}", *overrides])
+
+
+def encode(item: Item) -> Encoded:
+    images = tuple(Image(np.zeros((5, 3, 24, 24), np.uint8), 24, 24) for _ in item.images)
+    return Encoded(np.arange(9, dtype=np.int32), images)
+
+
+def test_a_batch_that_does_not_fit_shared_memory_is_said_at_once(source, monkeypatch):
+    def full(size: int) -> None:
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)  # which the worker inherits
+    order = source.order(BATCH, 0, Lengths(TILING, 8))
+    with pytest.raises(PipelineError, match=r"/dev/shm has no room left .* --shm-size=8g.* data\.workers=0"):
+        next(batches(source, order, encode, range(1), rank=0, world=1, timeout=HANG_SECONDS))
+
+
+def test_what_a_pair_takes_follows_from_the_index(source):
+    (_, shard), *_ = source.shards
+    sizes = np.array(shard.image_sizes)
+    cut = [TILING.cut(Picture.new("RGB", tuple(size)), anyres=True).nbytes for size in sizes.tolist()]
+    exact = np.mean(cut) * shard.images / shard.samples
+    # Tokens are fewer than patches where a grid is padded, and have a newline a row.
+    assert 0.6 < limits.pair_bytes(source, Lengths(TILING, 8)) / exact < 1.4
+    assert limits.pair_bytes(source, Lengths(Square(196), 8)) == 3 * 224**2 * shard.images // shard.samples
+    assert limits.pair_bytes(source, Lengths(Square(0), 8)) == 0
+
+
+def test_a_run_does_not_start_where_its_first_batch_would_not_fit(source, monkeypatch):
+    lengths, workers = Lengths(TILING, 8), recipe("data.workers=1")
+    pairs = BATCH // 2 * limits.pair_bytes(source, lengths)
+    least, most = limits.shared_bytes(workers, source, lengths, 2, 1)
+    assert (least, most) == (pairs // 2, 4 * pairs)
+    monkeypatch.setattr(limits, "free_bytes", lambda folder: least)
+    limits.require_shared_memory(workers, source, lengths, 2, 1)
+    monkeypatch.setattr(limits, "free_bytes", lambda folder: least - 1)
+    with pytest.raises(PipelineError, match=r"/dev/shm has .* MB free, .* --shm-size=1g"):
+        limits.require_shared_memory(workers, source, lengths, 2, 1)
+    limits.require_shared_memory(recipe("data.workers=0"), source, lengths, 2, 1)
+    assert limits.shared_bytes(workers, source, lengths, 2, 2, gpus=True) == (pairs, 2 * (4 * pairs + (20 << 20)))
+    monkeypatch.setattr(limits, "free_bytes", lambda folder: None)  # no Linux
+    limits.require_shared_memory(workers, source, lengths, 2, 2)
+
+
+def checked(source: Source, *overrides: str) -> tuple[str, str]:
+    job = Job(recipe(*overrides), world=2, gpus=0, guessed=False, source=source, lengths=Lengths(TILING, 8))
+    check = machine(job, 1)
+    return check.state, f"{check.found} - {check.do}"
+
+
+def test_preflight_looks_at_shared_memory(source, monkeypatch):
+    assert checked(source, "data.workers=0")[0] in ("green", "red", "yellow")
+    needed = BATCH * limits.pair_bytes(source, Lengths(TILING, 8))
+    for free, state in ((4 * needed, "green"), (needed, "yellow"), (needed // 2 - 1, "red"), (None, "skipped")):
+        monkeypatch.setattr(
+            limits, "free_bytes", lambda folder, free=free: free if folder == limits.SHARED else 1 << 40
+        )
+        found = checked(source, "data.workers=1")
+        assert found[0] == state
+        assert ("--shm-size" in found[1]) == (state in ("yellow", "red"))
+
+
+def test_preflight_looks_at_the_limits_of_processes(source, monkeypatch):
+    monkeypatch.setattr(limits, "free_bytes", lambda folder: 1 << 40)
+    monkeypatch.setattr(limits, "_cgroup", lambda kind: None)
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: unlimited)
+    assert checked(source)[0] == "green"
+    for which, said in ((resource.RLIMIT_NOFILE, "may open 40 files"), (resource.RLIMIT_NPROC, "ulimit -u allows 40")):
+        with monkeypatch.context() as patch:
+            patch.setattr(resource, "getrlimit", lambda one, which=which: (40, 40) if one == which else unlimited)
+            assert checked(source, "data.workers=2")[0] == "red"
+            assert said in checked(source, "data.workers=2")[1]
+    for kind, said in (
+        ("pids", "pids.max allows 40"),
+        ("memory", "may have 0 MiB of memory, and 2 times data.memory_mb"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(limits, "_cgroup", lambda one, kind=kind: 40 if one == kind else None)
+            assert said in checked(source, "data.workers=2")[1]
+    monkeypatch.setattr(limits, "free_bytes", lambda folder: 0 if folder != limits.SHARED else 1 << 40)
+    assert "set TMPDIR to another folder" in checked(source)[1]
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._get_default_tempdir", lambda: (_ for _ in ()).throw(FileNotFoundError(2, "none")))
+    assert "no folder for temporary files" in checked(source)[1]
+
+
+def test_open_files_are_raised_as_far_as_they_may():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, before[1]), before[1]))
+        limits.raise_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def deepspeeds_shared_memory(rank: int) -> bool:
+    dist.destroy_process_group()
+    start_distributed(1)
+    return deepspeed.comm.comm.cdb.shm_comm_op is not None
+
+
+def test_deepspeeds_reduction_through_shared_memory_is_not_set_up():
+    """It takes 66 MB a rank, of the 64 MB that a container has."""
+    assert on_two_ranks(deepspeeds_shared_memory) == [False, False]

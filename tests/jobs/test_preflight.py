@@ -1,0 +1,435 @@
+"""What would stop a run is found, named and not waited for; here on one machine, whose processes are the nodes."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from limits import HANG_SECONDS
+
+from pipeline.config import load_recipe
+from pipeline.convert.demo import TrainingPairs
+from pipeline.convert.sharding import convert
+from pipeline.data.sample import Single
+from pipeline.data.source import Source
+from pipeline.errors import PipelineError
+from pipeline.jobs.preflight import check as preflight_check
+from pipeline.jobs.preflight import nodes as preflight_nodes
+from pipeline.jobs.preflight.check import Check, check, green
+from pipeline.jobs.preflight.job import Job, memory, model
+from pipeline.jobs.preflight.machine import attention, judge
+from pipeline.jobs.preflight.nodes import Place, slurm_place
+from pipeline.jobs.preflight.packages import packages
+from pipeline.jobs.preflight.report import over_nodes
+from pipeline.jobs.preflight.run import preflight
+from pipeline.jobs.preflight.storage import checkpoint_bytes, disk_space, model_bytes
+from pipeline.jobs.status import Status
+from pipeline.train import conditions_of_run
+from pipeline.training import manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "pipeline/recipes/demo.yaml"
+URL = "s3://pipeline-tests/preflight"
+INSTALLED = Check("packages", "green", "all")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="module")
+def overrides(s3, tiny_model) -> list[str]:
+    """The demo on a few pairs in S3, from a model that exists."""
+    convert({URL: TrainingPairs("Scene-CLS", 0, 60)}, options={})
+    data = [f"data.url={URL}", "data.datasets=[]", f"evaluation.urls=[{URL}]", "batch.global_batch=16"]
+    return [*data, f"model.path={tiny_model}", "data.timeout_s=20"]
+
+
+def found(capsys: pytest.CaptureFixture, overrides: list[str], place: Place | None = None, **options) -> tuple:
+    """Exit status, what stdout says, and the lines of stderr, of all checks in this process."""
+    options = {"world": None, "slurm": False, "began": time.monotonic()} | options
+    status = preflight(load_recipe(DEMO, overrides), place or Place(name="n1"), INSTALLED, **options)
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
+    return status, said.out, said.err.splitlines()
+
+
+def test_nothing_is_wrong_and_nothing_left_behind(overrides, tmp_path, capsys):
+    status, table, errors = found(capsys, [*overrides, f"run={tmp_path}/run"])
+    assert (status, errors) == (0, []), table
+    assert "60 samples in 1 datasets" in table
+    assert "2 (--world sets it): 8 of 16 pairs and 4 of 8 lanes each, 3 steps" in table
+    assert "starts anew" in table
+    assert "\x1b" not in table  # no colour in a log
+    assert table.splitlines()[-1].startswith("10 ok, 0 warn, 0 FAIL, 5 skip; ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "error"),
+    [
+        (
+            ["data.url=s3://pipeline-nowhere/x"],
+            {},
+            "data: s3://pipeline-nowhere/x/index.json: there is no such bucket: create it, or correct the name",
+        ),
+        (
+            ["evaluation.urls=[s3://pipeline-tests/nothing]"],
+            {},
+            "evaluation: nothing to evaluate at s3://pipeline-tests",
+        ),
+        (["model.path=/nowhere/llave"], {}, "model: there is no folder /nowhere/llave: correct model.path"),
+        (["model.path=nobody/nothing"], {}, "model: nobody/nothing is no folder, and not whole in the hub's cache"),
+        (["model.attention=flash_attn"], {}, "attention: model.attention=flash_attn cannot run here: "),
+        ([], {"world": 3}, "processes: 3 processes do not divide batch.global_batch=16"),
+        (["batch.global_batch=48"], {"world": 16}, "processes: 16 processes cannot share 8 lanes equally: the number"),
+        (["epochs=0.01"], {}, "processes: epochs=0.01 of 3 steps is less than a step - raise it, or set steps"),
+        (["run=/proc/run"], {}, "run directory: /proc: "),
+    ],
+)
+def test_what_stops_a_run_is_named(overrides, tmp_path, capsys, monkeypatch, changes, options, error):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    status, table, errors = found(capsys, [*overrides, f"run={tmp_path}/run", *changes], **options)
+    assert status == 2
+    assert errors[0].startswith(f"error: preflight: {error}"), errors
+    assert len(errors) == 1 or changes[0].startswith("run="), errors
+    assert "FAIL" in table
+
+
+def test_a_wrong_secret_is_named_and_not_shown(overrides, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-and-not-to-be-shown")
+    status, table, errors = found(capsys, [*overrides, f"run={tmp_path}/run"])
+    assert status == 2
+    assert "preflight: data: s3://pipeline-tests/preflight/index.json: the secret key is wrong" in errors[0]
+    assert "not-to-be-shown" not in table + "".join(errors)
+
+
+class Items(TrainingPairs):
+    """An evaluation set's items, which are no pairs."""
+
+    def sample(self, number: int) -> Single:
+        pair = super().sample(number)
+        return Single(pair.key, pair.dataset, pair.task, pair.query)
+
+
+def test_shards_without_pairs_are_found(overrides, tmp_path, capsys):
+    convert({f"{tmp_path}/items": Items("Scene-CLS", 0, 20)}, options={})
+    capsys.readouterr()
+    status, _, errors = found(capsys, [*overrides, f"run={tmp_path}/run", f"data.url={tmp_path}/items"])
+    assert status == 2
+    assert errors == [
+        f"error: preflight: data: {tmp_path}/items/000000.tar: an item of an evaluation set, no pair to train on - "
+        "name shards of pairs in data.url and data.datasets"
+    ]
+
+
+@pytest.fixture
+def full_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mount = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False
+    )
+    if not mount or mount.returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_found(overrides, full_disk, capsys):
+    status, _, errors = found(capsys, [*overrides, f"run={full_disk}/run"])
+    assert status == 2
+    assert errors[0].startswith(f"error: preflight: run directory: {full_disk}: No space left on device - free space")
+    assert errors[1].startswith("error: preflight: disk space: 0.00 GB free, ")
+    assert list(full_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        ("*.safetensors", "has no weights"),
+        ("config.json", "it has no config.json"),
+        ("tokenizer*", "tokenizer"),
+        ("*processor*", "processor"),
+    ],
+)
+def test_a_file_that_the_model_lacks_is_found(tiny_model, tmp_path, missing, named):
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(missing))
+    job = Job(load_recipe(DEMO, [f"model.path={tmp_path}/model"]), 2, 0, False)
+    result = model(job)
+    assert result.state == "red"
+    assert named in result.found
+    assert job.plan is None
+
+
+def test_a_checkpoint_is_continued_or_it_is_said_why_not(overrides, tmp_path, capsys):
+    folder = tmp_path / "run/checkpoints/step-00000004"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest").write_text("step-00000004\n")
+    recipe = load_recipe(DEMO, overrides)
+    conditions = conditions_of_run(recipe, Source.open(recipe.data), {"stage": 3})
+    (folder / "conditions.json").write_text(json.dumps(conditions))
+    status, table, _ = found(capsys, [*overrides, f"run={tmp_path}/run"])
+    assert status == 0
+    assert "continues from step-00000004" in table
+    shutil.copytree(folder, damaged := folder.with_name("step-00000008"))
+    manifest.write(damaged, 8, manifest.sums(damaged, ["conditions.json"]))
+    (damaged / "conditions.json").write_text("")
+    (folder.parent / "latest").write_text("")
+    status, table, _ = found(capsys, [*overrides, f"run={tmp_path}/run"])
+    assert status == 0
+    assert "continues from step-00000004" in table
+    shutil.rmtree(damaged)
+    (folder / "conditions.json").write_text(json.dumps(conditions | {"seed": None}))
+    status, _, errors = found(capsys, [*overrides, f"run={tmp_path}/run"])
+    assert status == 2
+    assert "preflight: resuming: " in errors[0]
+    assert "seed is 0 and was None" in errors[0]
+
+
+def test_a_job_whose_starts_all_ended_without_a_word_is_refused(overrides, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for start, expected in ((0, 0), (1, 0), (2, 0), (3, 0), (4, 2)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        status, table, errors = found(capsys, [*overrides, f"run={tmp_path}/run"], slurm=True)
+        assert status == expected, table
+    assert errors[0].startswith("error: preflight: earlier starts: failed 4 times on its way from the checkpoint")
+    kept = Status.read(tmp_path / "run")
+    assert (kept.state, len(kept.failures)) == ("refused", 4)
+
+
+def planned(*overrides: str) -> Job:
+    job = Job(load_recipe(DEMO, list(overrides)), 2, 0, False, zero={"stage": 3, "reduce_bucket_size": 1000})
+    assert model(job).state == "green"
+    return job
+
+
+def test_memory_says_what_to_lower():
+    job = planned("batch.chunk_tokens=100000", "batch.kept_chunks=0")
+    assert memory(job, 80 * 10**9).state == "green"
+    needed = job.plan.total(100_000, job.plan.states(3, job.zero))
+    assert (memory(job, needed - 1).state, memory(job, needed).state) == ("red", "yellow")
+    too_much = memory(job, 10**9)
+    assert too_much.state == "red"
+    tokens = int(too_much.do.removeprefix("lower batch.chunk_tokens to ").replace(",", ""))
+    assert memory(planned(f"batch.chunk_tokens={tokens}", "batch.kept_chunks=0"), 10**9).state == "green"
+    assert "train.lora" in memory(job, 10**6).do
+    assert memory(job, 0).state == "skipped"
+
+
+def test_space_is_that_of_real_checkpoints(tmp_path):
+    """The sizes that training on the demo left: of 667,264 parameters, with some KB of DeepSpeed's own."""
+    job = planned(f"run={tmp_path}")
+    for stage, written in ((0, 8_058_780), (1, 10_656_284), (2, 10_656_284), (3, 8_058_545)):
+        job.zero = {"stage": stage}
+        assert checkpoint_bytes(job) == pytest.approx(written, rel=0.01)
+    assert model_bytes(job) == pytest.approx(2_685_952 + 2_684_432, rel=0.01)
+    anew = disk_space(job).found
+    old = tmp_path / "checkpoints/step-00000004/state.pt"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(bytes(20_000_000))
+    assert "0.03 GB needed" in anew
+    assert "0.01 GB needed" in disk_space(job).found
+
+
+def test_kernels_for_gpus_are_missed_where_training_is(monkeypatch):
+    recipe, cpu = load_recipe(DEMO, ["model.attention=varlen", "precision=bf16"]), torch.device("cpu")
+    assert attention(recipe, cpu, slurm=True).state == "red"
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert attention(recipe, cpu, slurm=True).state == "red"
+    assert attention(recipe, cpu, slurm=False).state == "yellow"  # on a login node, say
+
+
+def gpu_node(count: int, free: float = 1.0) -> dict:
+    return {"driver": "570.1", "gpus": [["H100", 80 * 10**9, int(free * 80 * 10**9)]] * count}
+
+
+def test_gpus_are_alike_and_free():
+    def judged(*nodes: dict, meant_for_cpu: bool = False) -> Check:
+        return judge(list(nodes), [f"n{number}" for number in range(1, len(nodes) + 1)], meant_for_cpu)
+
+    assert judged(gpu_node(8), gpu_node(8)).found == "8 x H100, 80 GB, driver 570.1 on each node"
+    lacking = judged(gpu_node(8), gpu_node(8), gpu_node(7))
+    assert lacking.state == "red"
+    assert "but n3 has 7 x H100" in lacking.found
+    assert judged(gpu_node(8), gpu_node(8), gpu_node(8) | {"driver": "550.2"}).state == "yellow"
+    assert "GPU 0 of n2 has 40 of 80 GB free" in judged(gpu_node(1), gpu_node(1, 0.5)).found
+    assert judged(gpu_node(0)).state == "yellow"
+    assert judged(gpu_node(0), meant_for_cpu=True).state == "skipped"
+
+
+def test_a_line_names_the_nodes_that_differ():
+    def checks(state: str, text: str, rate: float | None = None) -> list[Check]:
+        return [Check("data", state, text, rate=rate)]
+
+    assert over_nodes([("n1", checks("green", "60 samples", 9.0)), ("n2", checks("green", "60 samples", 5.0))]) == (
+        checks("green", "60 samples, 5 (n2) to 9 MB/s (n1)", 9.0)
+    )
+    many = [(f"n{number}", checks("green", "fine")) for number in range(1, 7)]
+    assert over_nodes(many)[0].found == "fine"
+    for number in (2, 4, 5, 6):
+        many[number - 1] = (f"n{number}", checks("red", "refused"))
+    assert over_nodes(many)[0].found == "n2, n4, n5 and 1 more: refused"
+    assert over_nodes(many)[0].state == "red"
+
+
+def test_a_check_that_hangs_or_raises_is_red_and_keeps_secrets(monkeypatch):
+    @check("slow", seconds=0.05, if_late="wake it")
+    def slow() -> Check:
+        time.sleep(1)
+        return green("late")
+
+    @check("broken", seconds=HANG_SECONDS, if_late="")
+    def broken() -> Check:
+        raise RuntimeError(f"cannot sign in with {os.environ['SOME_TOKEN']}\nand more")
+
+    @check("slow too", seconds=HANG_SECONDS, if_late="")
+    def slow_too() -> Check:
+        time.sleep(0.3)
+        return green("at last")
+
+    monkeypatch.setenv("SOME_TOKEN", "hf_12345")
+    monkeypatch.setattr(preflight_check, "_HURRY_SECONDS", 0.1)
+    preflight_check.some_is_late.clear()
+    assert slow_too() == Check("slow too", "green", "at last")
+    assert slow() == Check("slow", "red", "no answer within 0.05 s", "wake it")
+    assert broken() == Check("broken", "red", "RuntimeError: cannot sign in with ***")
+    assert slow_too().found == "no answer within 0.1 s"  # one is waited for, not each
+    preflight_check.some_is_late.clear()
+
+
+def test_packages_are_those_that_are_asked_for(monkeypatch):
+    installed = packages()
+    assert installed.state == "green", installed
+    versions = {"torch": "2.11.0", "urllib3": "1.26.1"}
+    original = packages.__wrapped__.__globals__["version"]
+    monkeypatch.setitem(
+        packages.__wrapped__.__globals__, "version", lambda name: versions.get(name) or original(name)
+    )  # fmt: skip
+    refused = packages()
+    assert (refused.state, refused.found) == ("red", "urllib3 1.26.1 is not >=2")
+    del versions["urllib3"]
+    assert packages().state == "yellow"
+    assert "tested with torch==" in packages().do
+
+
+def slurm(node: int, port: int, *, tasks: int = 1) -> dict[str, str]:
+    """The environment of a task of srun on the first or second of two nodes."""
+    step = {"STEP_NUM_TASKS": 2 * tasks, "STEP_TASKS_PER_NODE": f"{tasks}(x2)", "STEP_NODELIST": "n[1-2]", "STEP_ID": 0}
+    place = {"PROCID": node * tasks, "NODEID": node, "LOCALID": 0, "JOB_ID": 7} | step
+    slurm = {f"SLURM_{name}": str(value) for name, value in place.items()}
+    return slurm | {"SLURMD_NODENAME": f"n{node + 1}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_place_is_that_of_the_task():
+    assert slurm_place(slurm(1, 4000)) == Place(1, 2, "n2", "127.0.0.1", 4000)
+    with pytest.raises(PipelineError, match="in whose environment there would be 'RANK'"):
+        slurm_place({})
+    with pytest.raises(PipelineError, match="one task of each node"):
+        slurm_place(slurm(1, 4000, tasks=8))
+
+
+def test_nodes_that_do_not_meet_say_where(overrides, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(preflight_nodes, "MEET_SECONDS", 1)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    port = free_port()
+    arguments = [*overrides, f"run={tmp_path}/run"]
+    for node in (1, 0):  # each without the other
+        place = slurm_place(slurm(node, port))
+        status, table, errors = found(capsys, arguments, place, slurm=True)
+        assert (status, len(errors)) == (2, 1)
+        assert f"nodes meet: n{node + 1}, node {node} of 2, did not meet all at 127.0.0.1:{port}" in errors[0]
+        assert "NCCL_SOCKET_IFNAME=ib0" in errors[0]
+        assert ("FAIL" in table) == (node == 0)
+    assert "no word from node 1" in errors[0]
+
+
+def on_two_nodes(overrides: list[str], second: list[str]) -> list[tuple[str, str, int]]:
+    """What the program prints on each, and its exit status.  second: what starts it on the second node."""
+    port, command = (
+        free_port(),
+        [sys.executable, str(ROOT / "tools/preflight.py"), str(DEMO), "--slurm", "--world", "4"],
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            [*(second if node else []), *command, *overrides],
+            env=environment | slurm(node, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    try:
+        return [(*node.communicate(timeout=HANG_SECONDS), node.returncode) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def test_two_nodes_are_fine(overrides, tmp_path):
+    (table, errors, status), other = on_two_nodes([*overrides, f"run={tmp_path}/run"], [])
+    assert (status, errors) == (0, ""), table
+    assert other == ("", "", 0)
+    assert "n1, n2" in table
+    assert "gloo: 64 MiB at" in table
+    assert re.search(r"within \d\.\d s of each other", table)
+    assert "4: 4 of 16 pairs and 2 of 8 lanes each" in table
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "status.json"]
+    assert Status.read(tmp_path / "run").state == "starting"
+
+
+def test_nodes_with_clocks_folders_and_secrets_apart(overrides, tmp_path):
+    """The second has a clock that is a minute ahead, a file system of its own, and a wrong secret."""
+    shared, ahead = tmp_path / "shared", tmp_path / "ahead"
+    shared.mkdir()
+    ahead.mkdir()
+    (ahead / "sitecustomize.py").write_text("import time\nnow = time.time\ntime.time = lambda: now() + 60\n")
+    apart = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {shared} && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*apart, "true"], check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    second = [*apart, "env", f"PYTHONPATH={ahead}", "AWS_SECRET_ACCESS_KEY=wrong-and-not-to-be-shown"]
+    (table, errors, status), other = on_two_nodes([*overrides, f"run={shared}/run"], second)
+    assert (status, other[2]) == (2, 0)
+    clock, folder, data = errors.splitlines()
+    ahead_by = re.match(r"error: preflight: clocks: n2 is ([\d.]+) s ahead of n1 - have the nodes' clocks set", clock)
+    assert abs(float(ahead_by[1]) - 60) < 10
+    assert folder.startswith(
+        f"error: preflight: run directory: n2: {shared}/run is not the folder that n1 writes - set"
+    )
+    assert data.startswith("error: preflight: data: n2: s3://pipeline-tests/preflight/index.json: the secret key is wr")
+    assert "not-to-be-shown" not in table + errors + "".join(map(str, other))
+    assert [path.name for path in shared.rglob("*")] == ["run", "status.json"]
+    kept = Status.read(shared / "run")
+    assert (kept.state, kept.reason) == (
+        "refused",
+        "; ".join(line.removeprefix("error: ") for line in errors.splitlines()),
+    )
+
+
+def test_help_needs_nothing_heavy():
+    seen = "import sys; sys.path.insert(0, 'tools'); sys.argv = ['preflight', '--help']; import preflight\n"
+    seen += (
+        "try: preflight.main()\nexcept SystemExit: print('heavy:', {'torch', 'rich', 'pydantic'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", seen], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert "--slurm" in done.stdout
+    assert done.stdout.splitlines()[-1] == "heavy: set()"

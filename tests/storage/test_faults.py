@@ -1,0 +1,313 @@
+"""Reads and writes of a real S3 server through a proxy that breaks connections by plan."""
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+import pytest
+from limits import HANG_SECONDS
+
+from pipeline.storage import objects
+from pipeline.storage import s3 as client
+from pipeline.storage.objects import ObjectError
+from tests.integration.fault_proxy import FLIP, RESET, TRUNCATE, UNAVAILABLE, Fault, FaultProxy, refuse, stall
+from tools.s3_server import free_ports
+
+ROOT = "s3://pipeline-tests/faults"
+OBJECT = f"{ROOT}/object"
+PATH = "/pipeline-tests/faults/object"
+CONTENT = os.urandom(1 << 20)
+LARGE = client.MULTIPART_BYTES + 12345  # bytes; three parts
+
+
+@pytest.fixture
+def proxied(s3, monkeypatch):
+    """A function that starts a proxy with the given plan and points this process at it."""
+    objects.write(OBJECT, CONTENT)
+    started = []
+
+    def start(faults) -> FaultProxy:
+        started.append(FaultProxy(s3.endpoint, faults).__enter__())
+        monkeypatch.setenv("AWS_ENDPOINT_URL", started[-1].endpoint)
+        return started[-1]
+
+    yield start
+    objects.configure()
+    for each in started:
+        each.__exit__()
+
+
+def only(method: str, numbers: range, fault: Fault):
+    """The plan in which these requests of this method meet the fault."""
+    return lambda number, asked, path: fault if asked == method and number in numbers else None
+
+
+def message(action, *arguments) -> str:
+    with pytest.raises(ObjectError) as caught:
+        action(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def unfinished(key: str) -> list[str]:
+    """The keys of the multipart uploads that were begun and not ended."""
+    listed = client._client().list_multipart_uploads(Bucket="pipeline-tests", Prefix=key)
+    return [entry["Key"] for entry in listed.get("Uploads", [])]
+
+
+def parts_sent(proxy: FaultProxy) -> list[int]:
+    """The numbers of the parts that were sent, as often as they were."""
+    return [int(part[1]) for _, path in proxy.requests if (part := re.search(r"partNumber=(\d+)", path))]
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, None), (1000, None), (77, 1_000_000)])
+@pytest.mark.parametrize("fault", [RESET, TRUNCATE, UNAVAILABLE], ids=lambda fault: fault.kind)
+def test_a_broken_read_goes_on_where_it_broke(proxied, fault, start, length):
+    proxy = proxied(only("GET", range(3), fault))
+    before = objects.bytes_received()
+    data = objects.read(OBJECT, start, length)
+    assert data == CONTENT[start:][:length]
+    assert objects.bytes_received() - before == len(data) == proxy.body_bytes[PATH]
+    assert proxy.requests == [("GET", PATH)] * 4
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [refuse(*answer) for answer in ((429, "TooManyRequests"), (500, "InternalError"), (400, "RequestTimeout"))],
+    ids=lambda fault: fault.kind,
+)
+def test_what_passes_is_tried_again(proxied, fault):
+    proxied(lambda number, method, path: fault if number == 0 else None)
+    assert objects.exists(OBJECT)
+    assert objects.list_under(ROOT) == [OBJECT]
+    objects.write(OBJECT, CONTENT)
+    assert objects.read(OBJECT) == CONTENT
+    objects.delete(OBJECT)
+    assert not objects.exists(OBJECT)
+
+
+@pytest.mark.parametrize("fault", [RESET, TRUNCATE], ids=lambda fault: fault.kind)
+def test_an_answer_that_breaks_off_is_asked_for_again(proxied, fault):
+    for action, answer in ((objects.list_under, [OBJECT]), (objects.exists, False)):
+        proxied(only("GET", range(2), fault))
+        assert action(ROOT) == answer  # that there is no object of this name, S3 explains in a body
+
+
+def test_what_does_not_pass_fails_at_once(proxied):
+    proxy = proxied(lambda number, method, path: refuse(403, "AccessDenied"))
+    for action in (objects.read, objects.delete):
+        assert "access denied" in message(action, OBJECT)
+    assert proxy.requests == [("GET", PATH), ("DELETE", PATH)]
+
+
+def test_progress_gives_more_time(proxied):
+    objects.configure(timeout_s=6)  # a loaded machine, too, answers in a third of it
+    proxied(only("GET", range(4), stall(60)))  # 4 times 2 s, and half of the rest each time
+    before = objects.bytes_received()
+    assert objects.read(OBJECT) == CONTENT
+    assert objects.bytes_received() - before == len(CONTENT)
+
+
+@pytest.mark.parametrize(("fault", "reason"), [(stall(60), "ReadTimeoutError"), (UNAVAILABLE, "503 SlowDown")])
+def test_no_progress_is_an_error(proxied, fault, reason):
+    objects.configure(timeout_s=3)
+    proxied(lambda number, method, path: fault)
+    began = time.monotonic()
+    text = message(objects.read, OBJECT, 1000, 2)  # two bytes: a stall lets one pass, then none
+    assert time.monotonic() - began >= 3
+    for part in (f"{OBJECT}, bytes 1000-1001: no progress in ", reason):
+        assert part in text
+
+
+def test_writes_give_up_too(proxied):
+    objects.configure(timeout_s=3)
+    proxied(lambda number, method, path: UNAVAILABLE)
+    assert "503" in message(objects.size, OBJECT)
+    assert "503 SlowDown" in message(objects.write, OBJECT, b"data")
+
+
+def test_an_endpoint_that_never_answered_gets_less_time(s3, monkeypatch):
+    monkeypatch.setattr(client, "FIRST_ANSWER_S", 0.5)
+    endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    for action in (objects.read, objects.size):
+        began = time.monotonic()
+        assert f"no answer from {endpoint}" in message(action, OBJECT)
+        assert time.monotonic() - began >= 0.5
+
+
+def test_a_server_that_comes_back_is_waited_for(s3, monkeypatch):
+    monkeypatch.setattr(client, "FIRST_ANSWER_S", 0.1)
+    objects.write(OBJECT, CONTENT)
+    port = free_ports(1)[0]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    back = []
+    with FaultProxy(s3.endpoint, port=port):
+        assert objects.size(OBJECT) == len(CONTENT)
+    timer = threading.Timer(1, lambda: back.append(FaultProxy(s3.endpoint, port=port).__enter__()))
+    timer.start()
+    try:
+        assert objects.read(OBJECT) == CONTENT
+    finally:
+        timer.join()
+        back[0].__exit__()
+    assert back[0].requests == [("GET", PATH)]
+
+
+def test_a_proxy_outlives_its_target(monkeypatch):
+    with FaultProxy(f"http://127.0.0.1:{free_ports(1)[0]}") as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        objects.configure(timeout_s=3)
+        try:
+            assert "502 BadGateway" in message(objects.read, OBJECT)
+        finally:
+            objects.configure()
+
+
+@pytest.mark.parametrize("replacement", [CONTENT[::-1], CONTENT[:1000]], ids=["same size", "shorter"])
+def test_an_object_overwritten_while_it_is_read(s3, proxied, replacement):
+    def plan(number: int, method: str, path: str) -> Fault | None:
+        if number == 0:
+            return TRUNCATE
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+            objects.write(OBJECT, replacement)
+        return None
+
+    proxied(plan)
+    assert f"{OBJECT} was overwritten while it was being read" in message(objects.read, OBJECT)
+
+
+def _read_pieces(count: int) -> tuple[bool, int]:
+    """Whether so many reads in 4 threads brought what they should, and the bytes received for them."""
+    spans = [(number * 7919, 20_000) for number in range(count)]
+    with ThreadPoolExecutor(4) as pool:
+        pieces = pool.map(lambda span: objects.read(OBJECT, *span), spans)
+        right = all(piece == CONTENT[start:][:length] for piece, (start, length) in zip(pieces, spans, strict=True))
+    return right, objects.bytes_received()
+
+
+def test_processes_with_threads(proxied):
+    def plan(number: int, method: str, path: str) -> Fault | None:
+        return (RESET, TRUNCATE, UNAVAILABLE, None)[number % 4]
+
+    proxy = proxied(plan)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as processes:
+        for right, received in processes.map(_read_pieces, [12, 12]):
+            assert right
+            assert received % (12 * 20_000) == 0  # one process may have done both
+    assert proxy.body_bytes[PATH] == 2 * 12 * 20_000
+
+
+@pytest.mark.parametrize("size", [1000, LARGE], ids=["whole", "in parts"])
+def test_a_body_damaged_on_the_way_is_sent_again(proxied, size):
+    data = os.urandom(size)
+    proxy = proxied(only("PUT", range(1), FLIP))
+    objects.write(OBJECT, data)
+    assert objects.read(OBJECT) == data
+    assert proxy.count("PUT") == (2 if size == 1000 else 4)
+
+
+def test_a_body_damaged_each_time_is_refused(proxied):
+    objects.configure(timeout_s=3)
+    proxied(lambda number, method, path: FLIP if method == "PUT" else None)
+    assert "BadDigest" in message(objects.write, OBJECT, b"other")
+    assert objects.read(OBJECT) == CONTENT
+
+
+def test_a_killed_upload_goes_on(proxied, tmp_path):
+    """A process is killed while two of five parts are on the server and three on the way."""
+    source, url = tmp_path / "source", f"{ROOT}/resumed"
+    size = 4 * client.PART_BYTES + 1000
+    source.write_bytes(os.urandom(size))
+    proxy = proxied(only("PUT", range(2, 9), stall(60)))
+    program = "import sys; from pathlib import Path; from pipeline.data import objects\n"
+    program += "objects.write(sys.argv[1], Path(sys.argv[2]))"
+    process = subprocess.Popen([sys.executable, "-c", program, url, str(source)])
+    parts: list[int] = []
+    deadline = time.monotonic() + HANG_SECONDS
+    while len(parts) < 2 and time.monotonic() < deadline:
+        uploads = client._unfinished("pipeline-tests", "faults/resumed")
+        parts = [number for upload in uploads.values() for number in upload]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert len(parts) == 2
+    assert not objects.exists(url)
+
+    proxy = proxied(lambda number, method, path: None)
+    objects.write(url, source)
+    assert sorted(parts + parts_sent(proxy)) == [1, 2, 3, 4, 5]
+    assert objects.read(url) == source.read_bytes()
+    assert unfinished("faults/resumed") == []
+
+
+def test_stale_uploads_of_the_key_are_removed(proxied):
+    key, data = "faults/stale", os.urandom(LARGE)
+    for name, body in ((key, b"other content"), (key, None), (key + "-beside", None)):
+        where = {"Bucket": "pipeline-tests", "Key": name}
+        upload = client._client().create_multipart_upload(**where)["UploadId"]
+        if body is not None:
+            client._client().upload_part(**where, UploadId=upload, PartNumber=1, Body=body)
+    proxy = proxied(lambda number, method, path: None)
+    objects.write(f"{ROOT}/stale", data)
+    assert proxy.count("POST") == 2  # an upload of its own was begun, and ended
+    assert objects.read(f"{ROOT}/stale") == data
+    assert unfinished(key) == [key + "-beside"]
+
+
+def test_a_part_that_differs_is_sent_again(s3):
+    key, data = "faults/differs", os.urandom(LARGE)
+    where = {"Bucket": "pipeline-tests", "Key": key}
+    upload = client._client().create_multipart_upload(**where)["UploadId"]
+    for number, body in (
+        (1, data[: client.PART_BYTES]),
+        (2, bytes(client.PART_BYTES)),
+        (9, b"more parts than there are"),
+    ):
+        client._client().upload_part(**where, UploadId=upload, PartNumber=number, Body=body)
+    objects.write(f"{ROOT}/differs", data)
+    assert objects.read(f"{ROOT}/differs") == data
+    assert unfinished(key) == []
+
+
+def test_a_failed_upload_leaves_its_parts(proxied):
+    url, data = f"{ROOT}/failed", os.urandom(LARGE)
+    proxied(lambda number, method, path: refuse(403, "AccessDenied") if "partNumber=2" in path else None)
+    assert f"{url}, part 2: access denied" in message(objects.write, url, data)
+    proxy = proxied(lambda number, method, path: None)
+    objects.write(url, data)
+    assert parts_sent(proxy) == [2]
+    assert objects.read(url) == data
+
+
+def test_servers_that_do_not_list_uploads(proxied):
+    data = os.urandom(LARGE)
+    proxied(only("GET", range(1), refuse(501, "NotImplemented")))
+    objects.write(f"{ROOT}/unlisted", data)
+    assert objects.read(f"{ROOT}/unlisted") == data
+
+
+def test_a_lost_answer_to_the_end_of_an_upload(proxied):
+    """The next attempt then finds no upload; whether the first did its work, the object itself shows."""
+    data = os.urandom(LARGE)
+    plan = {1: RESET, 2: refuse(404, "NoSuchUpload")}
+    proxy = proxied(lambda number, method, path: plan.get(number) if method == "POST" else None)
+    objects.write(OBJECT, data)
+    assert proxy.count("POST") == 3
+    assert objects.read(OBJECT) == data
+
+    proxied(only("POST", range(1, 2), refuse(404, "NoSuchUpload")))
+    assert "is not what was sent" in message(objects.write, OBJECT, data[::-1])
+    assert objects.read(OBJECT) == data
+
+
+def test_an_object_that_is_not_what_was_sent(s3):
+    with pytest.raises(ObjectError, match="is not what was sent"):
+        client.write("pipeline-tests", "faults/short", LARGE, lambda start, length: bytes(length - 1))
