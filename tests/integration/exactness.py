@@ -10,10 +10,11 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import deepspeed
 import numpy as np
@@ -27,6 +28,7 @@ from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch, Origin, RawSample, encode_rows
 from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models import chunks as chunks_module
 from pipeline.models.chunks import Features
 from pipeline.models.frozen import KeptFeatures
@@ -34,7 +36,6 @@ from pipeline.models.llave import Llave, Processor
 from pipeline.models.lora import add_adapters
 from pipeline.training import step as step_module
 from pipeline.training.budget import Budget
-from pipeline.training.distributed import end_distributed, start_distributed
 from pipeline.training.engine import build_engine, freeze, load_frozen
 from pipeline.training.step import train_step
 from pipeline.training.temperature import Temperature
@@ -171,14 +172,13 @@ def formula(
     return (direction(forth, torch.cat([same, unmasked], dim=1)) + direction(targets @ queries.T, same)) / 2
 
 
-def largest_difference(engine: deepspeed.DeepSpeedEngine, reference: torch.nn.Module) -> float:
+def largest_difference(engine: deepspeed.DeepSpeedEngine, theirs: dict[str, torch.Tensor]) -> float:
     """The largest difference of a parameter, relative to the largest value of its tensor."""
     largest = 0.0
-    theirs = dict(reference.named_parameters())
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            scale = float(theirs[name].detach().abs().max())
-            largest = max(largest, float((parameter.detach() - theirs[name].detach()).abs().max()) / scale)
+            scale = float(theirs[name].abs().max())
+            largest = max(largest, float((parameter.detach() - theirs[name]).abs().max()) / scale)
     return largest
 
 
@@ -190,17 +190,27 @@ def recipe_of(fields: tuple[str, ...]) -> Recipe:
 
 @dataclass(frozen=True)
 class Expected:
-    """What one process with the whole batch comes to: each step's loss and gradient norm, and the model after them."""
+    """Results of one process with the whole batch: losses and gradient norms by step, and the parameters at the end."""
 
     losses: list[float]
     norms: list[float]
     temperature: float
-    model: torch.nn.Module
+    parameters: dict[str, torch.Tensor]
 
 
-@cache
+Key = TypeVar("Key")
+
+
+def computed_once(keys: Iterable[Key], compute: Callable[[Key], Expected]) -> dict[Key, Expected]:
+    """`compute(key)` of every distinct key, each on one rank, for all ranks."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ours = {key: compute(key) for number, key in enumerate(dict.fromkeys(keys)) if number % world == rank}
+    of_ranks: list = [None] * world
+    dist.all_gather_object(of_ranks, ours)
+    return {key: expected for of_rank in of_ranks for key, expected in of_rank.items()}
+
+
 def expected(model: str, mix: str, fields: tuple[str, ...]) -> Expected:
-    """The same for all cases that differ only in how the work is done."""
     recipe, processor = recipe_of(fields), Processor.load(model, 512)
     reference = Llave.load(model, torch.float32)
 
@@ -247,15 +257,20 @@ def trained_alone(
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)))
         optimizer.step()
         scale_optimizer.step()
-    return Expected(losses, norms, float(torch.exp(-log_scale)), reference)
+    parameters = {name: parameter.detach() for name, parameter in reference.named_parameters()}
+    return Expected(losses, norms, float(torch.exp(-log_scale)), parameters)
 
 
-def compare(model: str, stage: str, case: Case) -> dict:
+def reference_of(model: str, case: Case) -> tuple[str, str, tuple[str, ...]]:
+    """The arguments of `expected`: equal for all cases that differ only in how the work is done."""
+    return model, case.mix, tuple(field for field in case.fields if field not in (*FROZEN, CHECKPOINTING))
+
+
+def compare(model: str, stage: str, case: Case, theirs: Expected) -> dict:
     cut = (f"batch.chunk_tokens={case.chunk_tokens}", f"batch.kept_chunks={case.kept_chunks}")
     recipe = recipe_of((f"deepspeed={stage}", *cut, *case.fields))
     tower = load_frozen(recipe, model, torch.device("cpu"))
     engine = build_engine(recipe, load_ds_config(recipe, dist.get_world_size()), model)
-    theirs = expected(model, case.mix, tuple(field for field in case.fields if field not in (*FROZEN, CHECKPOINTING)))
     return {"case": repr(case)} | differences(
         engine,
         recipe,
@@ -291,7 +306,7 @@ def differences(
         result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / theirs.norms[step] - 1))
     result["temperature"] = abs(float(temperature.value) / theirs.temperature - 1)
     result["learnt"] = abs(float(temperature.value) - recipe.loss.temperature)
-    result["parameters"] = largest_difference(engine, theirs.model)
+    result["parameters"] = largest_difference(engine, theirs.parameters)
     engine.destroy()
     return result
 
@@ -312,7 +327,9 @@ def main() -> None:
         cases = OFFLOADED
     if "shaped" in flags:
         cases = SHAPED
-    results = [compare(model, stage, case) for model in models.split(",") for case in cases]
+    pairs = [(model, case) for model in models.split(",") for case in cases]
+    references = computed_once((reference_of(*pair) for pair in pairs), lambda key: expected(*key))
+    results = [compare(model, stage, case, references[reference_of(model, case)]) for model, case in pairs]
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))
     end_distributed()

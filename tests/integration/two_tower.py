@@ -7,22 +7,22 @@ CASES: a name in `CASES`.
 import json
 import sys
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from exactness import CHECKPOINTING, EPS, LR, Expected, differences, formula, picture, trained_alone
+from exactness import CHECKPOINTING, EPS, LR, Expected, computed_once, differences, formula, picture, trained_alone
 from limits import HANG_MINUTES
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.collate import Packed
 from pipeline.data.sample import Item, Pair
+from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.chunks import Features
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.kinds import KINDS
-from pipeline.training.distributed import end_distributed, start_distributed
 from pipeline.training.engine import build_engine, load_frozen
 
 PAIRS = 12
@@ -126,9 +126,7 @@ def recipe_of(models: str, kind: str, fields: tuple[str, ...]) -> Recipe:
     return load_recipe(f"pipeline/recipes/demo_{kind}.yaml", [*common, *fields])
 
 
-@cache
 def expected(models: str, kind: str, mix: str, fields: tuple[str, ...]) -> Expected:
-    """The same for all cases that differ only in how the work is done."""
     recipe = recipe_of(models, kind, fields)
     path = recipe.model.path
     processor, frozen = KINDS[kind].processor(recipe, path), load_frozen(recipe, path, torch.device("cpu"))
@@ -143,14 +141,17 @@ def expected(models: str, kind: str, mix: str, fields: tuple[str, ...]) -> Expec
     return trained_alone(reference, recipe, PARTS, loss)
 
 
-def compare(models: str, case: Case) -> dict:
+def reference_of(models: str, case: Case) -> tuple[str, str, str, tuple[str, ...]]:
+    """The arguments of `expected`: equal for all cases that differ only in how the work is done."""
+    return models, case.kind, case.mix, tuple(f for f in case.fields if f not in (CHECKPOINTING, IN_HOST_MEMORY))
+
+
+def compare(models: str, case: Case, theirs: Expected) -> dict:
     cut = (f"batch.chunk_tokens={case.chunk_tokens}", f"batch.kept_chunks={case.kept_chunks}")
     recipe = recipe_of(models, case.kind, (f"deepspeed={models}/zero{case.stage}.json", *cut, *case.fields))
     path = recipe.model.path
     processor, frozen = KINDS[case.kind].processor(recipe, path), load_frozen(recipe, path, torch.device("cpu"))
     engine = build_engine(recipe, load_ds_config(recipe, dist.get_world_size()), path)
-    how = (CHECKPOINTING, IN_HOST_MEMORY)
-    theirs = expected(models, case.kind, case.mix, tuple(field for field in case.fields if field not in how))
 
     def features() -> Features | None:
         if case.recomputed:
@@ -164,7 +165,9 @@ def compare(models: str, case: Case) -> dict:
 def main() -> None:
     models, out, name = sys.argv[1:]
     start_distributed(timeout_minutes=HANG_MINUTES)
-    results = [compare(models, case) for case in CASES[name]]
+    cases = CASES[name]
+    references = computed_once((reference_of(models, case) for case in cases), lambda key: expected(*key))
+    results = [compare(models, case, references[reference_of(models, case)]) for case in cases]
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))
     end_distributed()
