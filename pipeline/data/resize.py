@@ -70,7 +70,8 @@ def compiled() -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
     import numba
 
     pixels = numba.types.Array(numba.uint8, 3, "C", readonly=True)
-    return numba.njit(numba.uint8[:, :, ::1](pixels, numba.int64[::1], numba.int32[:, ::1]), nogil=True)(_resample)
+    signature = numba.uint8[:, :, ::1](pixels, numba.int64[::1], numba.int32[:, ::1])
+    return numba.njit(signature, nogil=True, cache=True)(_resample)
 
 
 def _resample(planes: np.ndarray, first: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """One rank of the exactness tests: `python exactness.py MODEL[,MODEL...] DS_CONFIG OUT [FLAGS]`.
 
-Flags: `few`, `offloaded`, `shaped`, or `no-guard MIX`.
+Flags: `few`, `alone`, `offloaded`, `shaped`, or `no-guard MIX`.
 
 Takes optimizer steps through the engine and, beside it, the same steps in one process with the whole global
 batch, item by item, the loss as one B x B formula, plain autograd and torch's AdamW. Writes the differences.
@@ -88,7 +88,8 @@ ALL = (
     Case("mixed", 200, 0, (*WHOLE, CHECKPOINTING)),
     Case("images", 200, 1000, (*FROZEN, CHECKPOINTING, "train.lora.rank=4")),
 )
-SHAPED = (Case("mixed", 200, 2), Case("mixed", 200, 1, FROZEN))
+ALONE = FEW[::2]  # no other rank takes part: what differs is how the batch is cut
+SHAPED = (Case("mixed", 200, 2),)
 OFFLOADED = (
     Case("mixed", 200),
     Case("images", 200, 2),
@@ -314,7 +315,8 @@ def differences(
 def main() -> None:
     models, stage, out, *flags = sys.argv[1:]
     start_distributed(timeout_minutes=HANG_MINUTES)
-    cases = FEW if "few" in flags else ALL
+    named = {"few": FEW, "alone": ALONE, "offloaded": OFFLOADED, "shaped": SHAPED}
+    cases = next((named[flag] for flag in flags if flag in named), ALL)
     if "no-guard" in flags:
         # Each rank runs the tower only for chunks that have an image themselves.
         def unguarded(*arguments, **options):
@@ -323,10 +325,6 @@ def main() -> None:
 
         step_module.plan_chunks = unguarded
         cases = (Case(flags[1], 200),)
-    if "offloaded" in flags:
-        cases = OFFLOADED
-    if "shaped" in flags:
-        cases = SHAPED
     pairs = [(model, case) for model in models.split(",") for case in cases]
     references = computed_once((reference_of(*pair) for pair in pairs), lambda key: expected(*key))
     results = [compare(model, stage, case, references[reference_of(model, case)]) for model, case in pairs]

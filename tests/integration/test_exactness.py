@@ -28,7 +28,7 @@ def test_a_step_equals_one_process_with_the_whole_batch(stage, flags, tiny_model
 
 def test_so_does_a_step_of_one_process_in_chunks(tiny_model, tmp_path):
     """Two at a time, a core each."""
-    begun = {name: begin(name, 1, tiny_model, tmp_path, "few") for name in ("zero0", "zero3")}
+    begun = {name: begin(name, 1, tiny_model, tmp_path, "alone") for name in ("zero0", "zero3")}
     for name, ranks in begun.items():
         assert_exact(name, ranks, tmp_path)
 
