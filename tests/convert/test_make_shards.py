@@ -8,9 +8,9 @@ import pytest
 from conversion import content, error_of, make_shards, read_all, start
 from limits import HANG_SECONDS
 
+from pipeline import make_shards as tool
 from pipeline.convert.engine import carry_out
 from pipeline.demo import captioned, tasks
-from tools import make_shards as tool
 
 
 @pytest.mark.parametrize("command", tool.COMMANDS)
