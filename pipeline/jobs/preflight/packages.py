@@ -37,7 +37,9 @@ def packages() -> Check:
         return red(", ".join(missing), "activate .venv, or pip install -c constraints.txt -r requirements.txt")
     found = f"Python {python}, " + ", ".join(f"{name} {installed[name]}" for name in _NAMED)
     if others := [each for each in _tested() if not each.specifier.contains(installed[each.name])]:
-        return yellow(found, f"tested with {', '.join(map(str, others))}: pip install -c constraints.txt -r requirements.txt")
+        return yellow(
+            found, f"tested with {', '.join(map(str, others))}: pip install -c constraints.txt -r requirements.txt"
+        )
     return green(found)
 
 
