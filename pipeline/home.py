@@ -5,7 +5,6 @@ something would then fail with a traceback, some only after the model is loaded.
 """
 
 import os
-import re
 import stat
 import sys
 import tempfile
@@ -32,8 +31,8 @@ def replace_if_unwritable(environment: MutableMapping[str, str] = os.environ) ->
     """
     unwritable = {}
     for name, (above, default, below) in _CACHES.items():
-        folder = environment.get(name) or os.path.join(environment.get(above) or default, below)  # noqa: PTH118
-        folder = Path(os.path.expanduser(folder))  # noqa: PTH111 (Path's version raises where the user has no home)
+        given = environment.get(name) or os.path.join(environment.get(above) or default, below)  # noqa: PTH118
+        folder = Path(os.path.expanduser(given))  # noqa: PTH111 (Path's version raises where the user has no home)
         if not (
             _is_writable(folder, to_be_run=name in _RUN)
             or (name in _ONLY_READ and os.access(folder, os.R_OK | os.X_OK))
@@ -41,7 +40,7 @@ def replace_if_unwritable(environment: MutableMapping[str, str] = os.environ) ->
             unwritable[name] = folder
     if not unwritable or not (private := _private_folder()):
         return
-    environment |= {name: str(private / name.lower()) for name in unwritable}
+    environment.update({name: str(private / name.lower()) for name in unwritable})
     if os.path.expanduser("~") == "~":  # noqa: PTH111
         environment["HOME"] = str(private)
     if environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0":
@@ -59,10 +58,12 @@ def expanded(text: str) -> str:
     """
     if not text.strip():
         raise ValueError("it is empty: give a value, or leave it out for its default")
-    name, path = re.fullmatch(r"([^/=]*=)?(.*)", text, re.DOTALL).groups("")
+    name, sign, path = text.partition("=")
+    if not sign or "/" in name:
+        name, sign, path = "", "", text
     if (found := os.path.expanduser(path)).startswith("~"):  # noqa: PTH111
         raise ValueError(f"{path}: there is no such home; write the whole path, or ./{path} if it is called so")
-    return name + found
+    return name + sign + found
 
 
 def _is_writable(folder: Path, to_be_run: bool) -> bool:
