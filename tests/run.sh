@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up if needed, check style, and run the tests.
+# Set up if needed, check style and types, and run the tests.
 #     bash tests/run.sh                    everything
 #     bash tests/run.sh --fast             the quick tests, in about two minutes
 #     bash tests/run.sh tests/losses -x    these tests: any other arguments go to pytest
@@ -10,6 +10,7 @@ setup_environment
 status=0
 ruff check . || status=$?
 ruff format --check . || status=$?
+mypy || status=$?
 if [ "${1:-}" = --fast ]; then
     shift
     # The slowest tests are listed: mark those over two seconds as slow.
