@@ -1,4 +1,72 @@
-from pipeline import home, interrupt
+"""Training of multimodal embedding models with DeepSpeed.
 
-interrupt.while_importing()  # which takes seconds
-home.replace_if_unwritable()  # before others are imported, which look at once
+The names in `__all__` are the public API; docs/api.md shows each. They are imported when they are first used, because
+torch takes seconds to import.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import load_recipe
+    from pipeline.data.order import Order
+    from pipeline.data.sample import Item, Pair
+    from pipeline.data.shards import write_shards
+    from pipeline.data.source import open_dataset
+    from pipeline.embedding.embedder import Embedder
+    from pipeline.losses.contrastive import hardness_weighted_loss
+
+__all__ = [
+    "Embedder",
+    "Item",
+    "Order",
+    "Pair",
+    "hardness_weighted_loss",
+    "load_recipe",
+    "open_dataset",
+    "write_shards",
+]
+_MODULES = {
+    "Embedder": "pipeline.embedding.embedder",
+    "Item": "pipeline.data.sample",
+    "Order": "pipeline.data.order",
+    "Pair": "pipeline.data.sample",
+    "hardness_weighted_loss": "pipeline.losses.contrastive",
+    "load_recipe": "pipeline.config",
+    "open_dataset": "pipeline.data.source",
+    "write_shards": "pipeline.data.shards",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_program() -> bool:
+    """Whether this process runs one of the project's programs, and not somebody's own that imports the package.
+
+    Programs start as `python -m pipeline.NAME`, as `pipeline-NAME`, or as `python tools/NAME.py`.
+    """
+    _, module, name = " ".join(sys.orig_argv).partition(" -m ")
+    script = Path("".join(sys.argv[:1]))
+    if module:
+        return name.startswith("pipeline.")
+    return (
+        script.name.startswith("pipeline-") or script.resolve().parent == Path(__file__).resolve().parents[1] / "tools"
+    )
+
+
+if _is_program():  # the imports that follow take seconds, and look at the environment at once
+    from pipeline import home, interrupt
+
+    interrupt.exit_while_importing()
+    home.replace_if_unwritable()

@@ -92,7 +92,7 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
                     raise PipelineError(f"{name}={os.environ[name]} in the environment is of no launcher: unset it")
             rank = int(os.environ.get("RANK", 0))
             sys.argv[1:] = map(_with_home, sys.argv[1:])
-            with interrupt.heard():
+            with interrupt.handled():
                 main()
                 return
         except KeyboardInterrupt:

@@ -1,11 +1,10 @@
-"""A home that is missing or cannot be written: what libraries keep there goes to a private folder instead.
+"""Use a private folder for the caches of libraries where the home directory is missing or read-only.
 
-Clusters mount homes read-only on compute nodes, and containers give processes none. Libraries that compile or fetch
-something then end in a traceback, some of them only after the model was loaded.
+Clusters mount homes read-only on compute nodes, and containers may have none. Libraries that compile or download
+something would then fail with a traceback, some only after the model is loaded.
 """
 
 import os
-import re
 import stat
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
-# Variables that say where a library keeps something, and where it does without: (variable, if that is not set), below.
+# Variable with a library's cache folder -> its default: (variable with the parent folder, default of that, name below).
 _CACHES = {
     "TORCH_EXTENSIONS_DIR": ("XDG_CACHE_HOME", "~/.cache", "torch_extensions"),
     "TRITON_CACHE_DIR": ("TRITON_HOME", "~", ".triton/cache"),
@@ -22,18 +21,18 @@ _CACHES = {
     "HF_HOME": ("XDG_CACHE_HOME", "~/.cache", "huggingface"),
 }
 _RUN = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
-_ONLY_READ = ("HF_HOME",)  # by who has all models there already
+_ONLY_READ = ("HF_HOME",)  # a complete cache of models need not be writable
 
 
 def replace_if_unwritable(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set the variables of what could not be written to a folder of this user's below /tmp, and say so in one line.
+    """Point the variables of unwritable caches to a private folder below /tmp, and print one warning.
 
-    To be called before those libraries are imported.
+    Call it before these libraries are imported.
     """
     unwritable = {}
     for name, (above, default, below) in _CACHES.items():
-        folder = environment.get(name) or os.path.join(environment.get(above) or default, below)  # noqa: PTH118
-        folder = Path(os.path.expanduser(folder))  # noqa: PTH111 (Path's raises where nobody knows of a home)
+        given = environment.get(name) or os.path.join(environment.get(above) or default, below)  # noqa: PTH118
+        folder = Path(os.path.expanduser(given))  # noqa: PTH111 (Path's version raises where the user has no home)
         if not (
             _is_writable(folder, to_be_run=name in _RUN)
             or (name in _ONLY_READ and os.access(folder, os.R_OK | os.X_OK))
@@ -41,7 +40,7 @@ def replace_if_unwritable(environment: MutableMapping[str, str] = os.environ) ->
             unwritable[name] = folder
     if not unwritable or not (private := _private_folder()):
         return
-    environment |= {name: str(private / name.lower()) for name in unwritable}
+    environment.update({name: str(private / name.lower()) for name in unwritable})
     if os.path.expanduser("~") == "~":  # noqa: PTH111
         environment["HOME"] = str(private)
     if environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0":
@@ -53,20 +52,22 @@ def replace_if_unwritable(environment: MutableMapping[str, str] = os.environ) ->
 
 
 def expanded(text: str) -> str:
-    """A path or URL, or NAME= before it, with `~` as the home: a shell replaces it only where it sees that it is one.
+    """Replace `~` by the home in a path, a URL or NAME=PATH, where not every shell does.
 
-    Raises ValueError where it is empty, and where nobody knows of such a home.
+    Raises ValueError if the text is empty, or if there is no such home.
     """
     if not text.strip():
         raise ValueError("it is empty: give a value, or leave it out for its default")
-    name, path = re.fullmatch(r"([^/=]*=)?(.*)", text, re.DOTALL).groups("")
+    name, sign, path = text.partition("=")
+    if not sign or "/" in name:
+        name, sign, path = "", "", text
     if (found := os.path.expanduser(path)).startswith("~"):  # noqa: PTH111
         raise ValueError(f"{path}: there is no such home; write the whole path, or ./{path} if it is called so")
-    return name + found
+    return name + sign + found
 
 
 def _is_writable(folder: Path, to_be_run: bool) -> bool:
-    """Whether it can be written, or made: nothing is.  to_be_run: and what is written there, run."""
+    """Whether the folder can be written or created; creates nothing. to_be_run: files in it must be executable, too."""
     if str(folder).startswith("~"):
         return False
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
@@ -76,16 +77,16 @@ def _is_writable(folder: Path, to_be_run: bool) -> bool:
 
 
 def _private_folder() -> Path | None:
-    """One for this user alone, the same every time if it can be; None if there is no place for it."""
+    """A folder that only this user can access, if possible the same every time; None if none can be made."""
     for parent in (tempfile.gettempdir, lambda: "/var/tmp", os.getcwd):
         with suppress(OSError):
-            if os.statvfs(parent()).f_flag & os.ST_NOEXEC:  # what is compiled must be run
+            if os.statvfs(parent()).f_flag & os.ST_NOEXEC:  # compiled files must be executable
                 continue
             folder = Path(parent(), f"embedding-pipeline-{os.getuid()}")
             with suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
             found = folder.lstat()
-            # /tmp is everybody's: what somebody else made there may hold programs of theirs.
+            # Everybody can write to /tmp: a folder that somebody else made there may hold their programs.
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
                 return folder
             return Path(tempfile.mkdtemp(dir=parent()))

@@ -1,7 +1,7 @@
-"""Ctrl-C: a line instead of a traceback, and exit status 130.
+"""Ctrl-C: print one line instead of a traceback, and exit with status 130.
 
-Python runs a signal's handler between its own instructions only: a process that waits in gloo, NCCL or a driver would
-not notice. A thread hears of the signal at once, and ends the process if that does not end by itself in time.
+Python runs a signal handler only between its own instructions, so a process that waits in gloo, NCCL or a driver does
+not notice the signal. A thread reads the signal at once, and ends the process if it does not end by itself in time.
 """
 
 import os
@@ -11,40 +11,37 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-INTERRUPTED = 130  # the exit status, as of a shell: 128 + SIGINT
+INTERRUPTED = 130  # the exit status that shells use: 128 + SIGINT
 
-_LEAVE_SECONDS = 5  # to leave in order
-_ONE_SECOND = 1  # of what comes within it, one is from the terminal and the other passed on by a launcher
+_LEAVE_SECONDS = 5  # for an orderly exit
+_ONE_SECOND = 1  # two signals within it count as one: one comes from the terminal, the other from a launcher
 _Handler = Callable[[int, FrameType | None], None]
 
 _instead: _Handler | None = None
 _interrupted = False
 
 
-def while_importing() -> None:
-    """From here to `heard`, where nothing has begun yet, end at once: of this project's programs, and no others."""
-    _, module, name = " ".join(sys.orig_argv).partition(" -m ")
-    tools = Path(__file__).resolve().parents[1] / "tools"
-    ours = name.startswith("pipeline.") if module else Path("".join(sys.argv[:1])).resolve().parent == tools
-    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+def exit_while_importing() -> None:
+    """End at once on Ctrl-C until `handled` begins: nothing has started yet that could be left unfinished."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, lambda number, frame: end())
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """Within, the first Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once.
+def handled() -> Iterator[None]:
+    """Inside, the first Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once.
 
-    Nothing changes where SIGINT is ignored, as in a shell's background.
+    Does nothing where SIGINT is ignored, as in a background job of a shell.
     """
     global _interrupted
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         yield
         return
+    os.register_at_fork(after_in_child=_forked)
     _interrupted = False
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -62,7 +59,7 @@ def heard() -> Iterator[None]:
 
 @contextmanager
 def postponed(note: _Handler) -> Iterator[None]:
-    """Within, the first Ctrl-C calls `note`, of a program that stops by itself; a second one ends it at once."""
+    """Inside, the first Ctrl-C calls `note`, and the program stops by itself; a second one ends it at once."""
     global _instead
     _instead = note
     try:
@@ -72,12 +69,12 @@ def postponed(note: _Handler) -> Iterator[None]:
 
 
 def interrupted() -> bool:
-    """Whether this process was to end by Ctrl-C: what else goes wrong in it then is a consequence."""
+    """Whether Ctrl-C ended this process: any other error is then a consequence of it."""
     return _interrupted
 
 
 def end() -> NoReturn:
-    """With the line, which of several ranks the first prints."""
+    """Exit; of several ranks, only the first prints the line."""
     with suppress(Exception):
         sys.stdout.flush()
     if int(os.environ.get("RANK", 0)) == 0:
@@ -89,13 +86,13 @@ def _handle(number: int, frame: FrameType | None) -> None:
     global _interrupted
     if _instead:
         _instead(number, frame)
-    elif not _interrupted:  # once: a second one would cut the leave-taking short, with a traceback
+    elif not _interrupted:  # raise once: a second time would interrupt the orderly exit with a traceback
         _interrupted = True
         raise KeyboardInterrupt
 
 
 def _unraisable(raised: "sys.UnraisableHookArgs") -> None:
-    """A callback of C, say of a compiler, would swallow the interruption and print a traceback."""
+    """A C callback, for example a compiler's, would swallow the exception and print a traceback: exit instead."""
     if issubclass(raised.exc_type, KeyboardInterrupt):
         end()
     sys.__unraisablehook__(raised)
@@ -107,7 +104,7 @@ def _listen(read: int) -> None:
         if first and signal.SIGTERM in numbers and _passed_on_by_torchrun() and time.monotonic() - first > _ONE_SECOND:
             end()
         if signal.SIGINT not in numbers or signal.getsignal(signal.SIGINT) is not _handle:
-            continue  # what a program makes of it itself is left to it
+            continue  # the program has a handler of its own
         now = time.monotonic()
         if first and now - first > _ONE_SECOND:
             end()
@@ -123,20 +120,17 @@ def _listen(read: int) -> None:
 
 
 def _passed_on_by_torchrun() -> bool:
-    """Whether SIGTERM is its second Ctrl-C. Slurm's, of scancel or a preemption, asks for what is done already."""
+    """Whether SIGTERM is torchrun's second Ctrl-C. Slurm's SIGTERM asks to stop, which the first signal already did."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "SLURM_JOB_ID" not in os.environ
 
 
 def _say(line: str) -> None:
-    """Past Python's buffers, whose locks another thread may hold; on a line of its own, below a progress bar."""
+    """Write without Python's buffers, whose locks another thread may hold, and on a new line after a progress bar."""
     with suppress(OSError):
         os.write(2, f"\n{line}\n".encode() if os.isatty(2) else f"{line}\n".encode())
 
 
 def _forked() -> None:
-    """A child's signals are not its parent's."""
+    """Signals of a child process do not go to its parent's thread."""
     with suppress(ValueError):
         signal.set_wakeup_fd(-1)
-
-
-os.register_at_fork(after_in_child=_forked)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Embed the captions of shards with a text encoder, once, for LLM2CLIP's second stage.
+# Embed the captions of shards once with a text encoder, for LLM2CLIP's second stage.
 #     sbatch slurm/embed.sh MODEL --shards s3://bucket/captions/cc3m [options of pipeline.embed]
-# Submitted again it goes on where it was stopped.
+# To continue a stopped job, submit it again.
 #SBATCH --job-name=embed
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

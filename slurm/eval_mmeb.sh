@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Evaluate a model: the tasks of an array share the datasets, and a job that depends on them makes the report.
-#     bash slurm/eval_mmeb.sh [sbatch's flags] MODEL TASKS OUT [key=value ...]    submits both, and prints their ids
-# The flags, as --array=0-35 or --dependency=afterok:ID, are the array's; key=value are options of pipeline.evaluate.
-# TASKS as in mmeb=s3://bucket/mmeb-eval. OUT/report.html has the figures, the second job's output the table.
-# Submitted again after a failure, with any --array, it embeds only what is not in OUT yet.
+# Evaluate a model. The tasks of an array share the datasets; a job that depends on the array writes the report.
+#     bash slurm/eval_mmeb.sh [flags of sbatch] MODEL TASKS OUT [key=value ...]    submits both and prints their ids
+# The flags, for example --array=0-35 or --dependency=afterok:ID, go to the array. key=value are options of
+# pipeline.evaluate. TASKS are NAME=URL, for example mmeb=s3://bucket/mmeb-eval. The figures are in OUT/report.html; the
+# output of the second job has the table. After a failure submit it again, with any --array: what is in OUT is kept.
 #SBATCH --job-name=eval-mmeb
 #SBATCH --array=0-7
 #SBATCH --nodes=1
@@ -17,7 +17,7 @@
 #SBATCH --output=%x-%A_%a.out
 set -euo pipefail
 task=
-if [ "${1:-}" = --task ]; then # of the array; SLURM_ARRAY_TASK_ID may also be of a job around
+if [ "${1:-}" = --task ]; then # this is a task of the array; SLURM_ARRAY_TASK_ID may also belong to an outer job
     task=$1
     shift
 fi

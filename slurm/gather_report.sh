@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The report of an evaluation whose items an array embedded; slurm/eval_mmeb.sh submits it.
+# Write the report of an evaluation after an array has embedded the items. slurm/eval_mmeb.sh submits this job.
 #SBATCH --job-name=report
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=4

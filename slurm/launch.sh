@@ -1,12 +1,12 @@
-# Sourced by the training jobs, on their first node: trains $RECIPE, with the job's arguments as its overrides.
+# Sourced by the training jobs on their first node. Trains $RECIPE with the job's arguments as overrides.
 # shellcheck shell=bash
-: "${SLURM_JOB_ID:?submit it: sbatch $0}" "${SLURM_NTASKS:?have the allocation say how many tasks: salloc --ntasks=N}"
+: "${SLURM_JOB_ID:?submit it: sbatch $0}" "${SLURM_NTASKS:?give the allocation a number of tasks: salloc --ntasks=N}"
 source slurm/setup.sh
 
 overrides=(${DATA_URL:+"data.url=$DATA_URL"} ${RUNS:+"run=$RUNS/$SLURM_JOB_NAME"} "$@")
 echo "== $(date -Is)  job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST: $RECIPE ${overrides[*]}"
 
-# When Slurm ends a job it tells all its processes. Past its time limit it would not start it again by itself.
+# Slurm signals all processes of a job that it ends. It does not requeue a job that reached its time limit: we do.
 terminated=()
 interrupted=
 # shellcheck disable=SC2317
@@ -19,8 +19,8 @@ on_term() {
 }
 trap on_term TERM
 
-# Run a step of the job; $code is its exit status. In the background, for a trap waits for what is in the foreground.
-# The signal before the time limit may come before a program handles it, and then must not end it.
+# Run a step of the job; $code is its exit status. The step runs in the background, because bash delays a trap until the
+# foreground command ends. The signal before the time limit may come before a program handles it; it must not end it.
 step() {
     srun --kill-on-bad-exit=1 "$@" &
     local pid=$!
@@ -31,7 +31,7 @@ step() {
         [ -n "$interrupted" ] || break
     done
     if [ "$code" != 0 ]; then
-        sleep 2 & # what ended the step may reach this shell a moment later
+        sleep 2 & # the signal that ended the step may reach this shell a moment later
         wait "$!" || true
     fi
 }

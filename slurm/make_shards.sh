@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Convert a dataset to shards: the tasks of an array share MMEB-train's subsets, every other format takes one task.
+# Convert a dataset to shards. The tasks of an array share the subsets of MMEB-train; other formats need --array=0.
 #     sbatch slurm/make_shards.sh mmeb-train MMEB-train s3://bucket/mmeb-train
 #     sbatch --array=0 slurm/make_shards.sh FORMAT SOURCE DEST [options of tools/make_shards.py]
 #SBATCH --job-name=make-shards

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything as a chain of jobs, each of which waits for the one before: shards, training, evaluation, report.
+# Submit a chain of jobs, each of which waits for the previous one: shards, training, evaluation, report.
 #     bash slurm/pipeline.sh --shards "mmeb-train MMEB-train s3://bucket/mmeb-train" --train slurm/train_7b.sh \
 #         --run /scratch/runs/llave-7b --evaluate s3://bucket/mmeb-eval [--parts 8] [key=value ...]
-# Leave --shards away where they are made already. key=value go to training, --parts jobs share the evaluation's
-# datasets. Prints the jobs' ids; what SBATCH_ACCOUNT, SBATCH_PARTITION and their like say holds for all.
+# Leave out --shards if the shards exist. key=value go to training; --parts jobs share the datasets of the evaluation.
+# Prints the ids of the jobs. SBATCH_ACCOUNT, SBATCH_PARTITION and similar variables apply to all of them.
 set -euo pipefail
 shards=() train='' run='' tasks='' parts=8
 while [ $# -gt 0 ]; do

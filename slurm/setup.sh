@@ -1,32 +1,32 @@
-# Sourced by every job script, in the repository's root: the site's settings, and what runs Python.
+# Sourced by every job script in the repository's root. Applies the site's settings and chooses what runs Python.
 # shellcheck shell=bash
 set -euo pipefail
 
-# A job that was submitted from inside another, or begun in an interactive one, has the variables of the step, of the MPI
-# and of the launcher there, which are not this job's. Programs would believe in ranks that never come.
+# A job submitted from inside another job inherits that job's variables of Slurm's step, of MPI and of the launcher.
+# Programs would read them and wait for ranks that do not exist.
 unset "${!SLURM_STEP@}" "${!SLURM_PTY@}" "${!SLURM_SRUN@}" "${!SLURM_CPU_BIND@}" \
     SLURM_LAUNCH_NODE_IPADDR SLURM_GTIDS SLURM_PROCID SLURM_LOCALID SLURM_NODEID \
     "${!PMI_@}" "${!PMIX_RANK@}" "${!PMIX_NAMESPACE@}" "${!PMIX_SERVER@}" "${!OMPI_COMM_WORLD@}" \
     "${!TORCHELASTIC_@}" RANK LOCAL_RANK GROUP_RANK ROLE_RANK ROLE_NAME WORLD_SIZE LOCAL_WORLD_SIZE \
     GROUP_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT
-# Nor are the resources, which srun would ask for beside this job's. Without them a step has all that the job has.
+# srun would also request the outer job's resources. Without these variables a step gets all resources of this job.
 unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU \
     SLURM_GRES SLURM_HINT SLURM_DISTRIBUTION "${!SLURM_MEM_BIND@}" "${!SLURM_MEM_PER_@}"
-# Slurm sets it from a job's second start on alone.
+# Slurm sets SLURM_RESTART_COUNT only from a job's second start on.
 if [ -n "${SLURM_JOB_ID:-}" ] && restarts=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null) &&
     [[ "$restarts" =~ \ Restarts=([0-9]+) ]]; then
     export SLURM_RESTART_COUNT="${BASH_REMATCH[1]}"
 fi
 if [ "${OMP_NUM_THREADS:-1}" = "${SRUN_CPUS_PER_TASK:-}" ]; then
-    unset OMP_NUM_THREADS # this script's, in the job around
+    unset OMP_NUM_THREADS # this script set it in the outer job
 fi
 
-# What a program is run by on this cluster, as `CONTAINER=(apptainer exec --nv pipeline.sif)` in site.env; or nothing.
+# The command that runs programs on this cluster, for example CONTAINER=(apptainer exec --nv pipeline.sif); may be empty.
 # shellcheck disable=SC2034
 CONTAINER=()
 SITE_ENV=${SITE_ENV:-slurm/site.env}
 if [ -f "$SITE_ENV" ]; then
-    set +eu  # what modules and conda run was not written for these
+    set +eu  # modules and conda fail under these options
     # shellcheck source=slurm/site.env.example
     source "$SITE_ENV"
     set -eu
@@ -36,6 +36,6 @@ elif [ -f .venv/bin/activate ]; then
 fi
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
-    export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # srun does not take it over from sbatch any more
+    export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # newer versions of srun do not inherit it from sbatch
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}"
 fi

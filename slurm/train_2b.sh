@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train LLaVE-2B on a node of eight GPUs.
-#     sbatch slurm/train_2b.sh [key=value ...]      from the repository's root; see slurm/README.md
+#     sbatch slurm/train_2b.sh [key=value ...]      from the repository's root; see docs/clusters.md
 #SBATCH --job-name=llave-2b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

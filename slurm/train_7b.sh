@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train LLaVE-7B on two nodes of eight 80 GB GPUs.
-#     sbatch slurm/train_7b.sh [key=value ...]      from the repository's root; see slurm/README.md
+#     sbatch slurm/train_7b.sh [key=value ...]      from the repository's root; see docs/clusters.md
 #SBATCH --job-name=llave-7b
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train LLM2CLIP's text encoder, its first stage, on one node of eight 80 GB GPUs.
-#     sbatch slurm/train_caption.sh [key=value ...]      from the repository's root; see slurm/README.md
+# Train LLM2CLIP's text encoder (the first stage) on one node of eight 80 GB GPUs.
+#     sbatch slurm/train_caption.sh [key=value ...]      from the repository's root; see docs/clusters.md
 #SBATCH --job-name=llm2clip-caption
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

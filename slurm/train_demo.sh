@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the tiny model of the demo on two nodes, with or without a GPU: does the cluster work?
+# Test the cluster: train the demo's tiny model on two nodes, with or without GPUs.
 #     sbatch slurm/train_demo.sh data.url=s3://bucket/demo/train 'evaluation.urls=[s3://bucket/demo/eval]'
 #SBATCH --job-name=demo
 #SBATCH --nodes=2

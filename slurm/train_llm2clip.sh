@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# LLM2CLIP as a chain of jobs, each of which waits for the one before: text encoder, the captions' vectors, vision encoder,
-# evaluation, report.
+# Submit LLM2CLIP as a chain of jobs, each of which waits for the previous one: text encoder, vectors of the captions,
+# vision encoder, evaluation, report.
 #     bash slurm/train_llm2clip.sh --runs /scratch/runs/llm2clip --data s3://bucket/captions --datasets cc3m \
 #         [--vectors s3://mine/vectors] [--evaluate flickr30k=/data/flickr30k,urban1k=/data/urban1k] \
 #         [--caption "key=value ..."] [--vision "key=value ..."] [--demo] [key=value ...]
-# --datasets, several between commas, are the second stage's, below --data; of the first stage the recipe's, or
-# --caption "data.datasets=[...]". --vectors: where the captions' vectors go, if not beside the shards. key=value go to both
-# trainings. --demo takes the demo's recipes and two processes. Prints the jobs' ids; what SBATCH_ACCOUNT, SBATCH_PARTITION
-# and their like say holds for all.
+# --datasets names the second stage's datasets below --data, with commas between them. The first stage uses the recipe's
+# datasets, or --caption "data.datasets=[...]". --vectors is where the vectors go, if not beside the shards. key=value go to
+# both trainings. --demo uses the demo's recipes and two processes. Prints the ids of the jobs. SBATCH_ACCOUNT,
+# SBATCH_PARTITION and similar variables apply to all of them.
 set -euo pipefail
 runs='' data='' datasets='' vectors=beside tasks='' caption=() vision=() flags=() demo=
 while [ $# -gt 0 ]; do
@@ -41,7 +41,7 @@ echo "text encoder: $first"
 shards=() out=()
 IFS=, read -ra names <<<"$datasets"
 for name in "${names[@]}"; do shards+=(--shards "$data/$name"); done
-if [ "$vectors" != beside ]; then # of one dataset its own folder is named, of several the one that theirs lie in
+if [ "$vectors" != beside ]; then # the folder of the one dataset, or the parent folder of several
     out=(--out "$vectors")
     [ ${#names[@]} -gt 1 ] || out=(--out "$vectors/$datasets")
 fi

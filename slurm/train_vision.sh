@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train LLM2CLIP's vision encoder, its second stage, on one node of eight 80 GB GPUs.
-#     sbatch slurm/train_vision.sh [key=value ...]      from the repository's root; see slurm/README.md
+#     sbatch slurm/train_vision.sh [key=value ...]      from the repository's root; see docs/clusters.md
 #SBATCH --job-name=llm2clip-vision
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -29,11 +29,21 @@ hypothesis.settings.register_profile("tests", deadline=None, suppress_health_che
 hypothesis.settings.load_profile("tests")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that hangs in what has no limit of its own ends, too."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="leave out slow tests: marked so, or in files that start programs"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give each test a time limit, so that a hanging test ends. With --fast, leave out slow tests."""
     for item in items:
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3 * HANG_SECONDS))
+    if config.getoption("--fast"):  # a file that starts programs imports subprocess: each of them imports torch anew
+        slow = [item for item in items if item.get_closest_marker("slow") or hasattr(item.module, "subprocess")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in {*slow}]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,25 +1,37 @@
 #!/usr/bin/env bash
-# Set up if need be, check style, run all tests. Arguments go to pytest:  bash tests/run.sh tests/losses -x
+# Set up if needed, check style and types, and run the tests.
+#     bash tests/run.sh                    everything
+#     bash tests/run.sh --fast             the quick tests, in about two minutes
+#     bash tests/run.sh tests/losses -x    these tests: any other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup.sh
 setup_environment
-ruff check .
-ruff format --check .
+status=0
+ruff check . || status=$?
+ruff format --check . || status=$?
+mypy || status=$?
+if [ "${1:-}" = --fast ]; then
+    shift
+    # The slowest tests are listed: mark those over two seconds as slow.
+    OMP_NUM_THREADS=1 python -m pytest --ignore=tests/integration -n 2 --dist loadfile --fast \
+        --durations=10 --durations-min=2 "$@" || status=$?
+    exit "$status"
+fi
+[ "$status" = 0 ] || exit "$status"
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-# Kernels are compiled for this clone alone: nothing that others on this machine left counts.
+# Compile kernels for this clone only: kernels that others on this machine compiled must not matter.
 export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
-# DeepSpeed's CPU Adam, which takes a minute to compile, is there when the integration tests begin.
+# Compile DeepSpeed's CPU Adam, which takes a minute, before the integration tests begin.
 DS_ACCELERATOR=cpu PYTHONPATH=. python tests/integration/build_cpu_adam.py >/dev/null 2>&1 &
-# Of ranks that were killed, as tests do, there is always some semaphore left, which multiprocessing would tell.
+# Ranks that tests kill leave semaphores behind; multiprocessing would warn about each.
 export PYTHONWARNINGS="ignore:resource_tracker:UserWarning"
-status=0
-# What runs in one process, two at a time.
+# Unit tests, two at a time.
 OMP_NUM_THREADS=1 python -m pytest --ignore=tests/integration -n 2 --dist loadfile || status=$?
-# On another processor sums are ordered otherwise. What compares numbers within rounding passes with the instructions that
-# every processor has, too, unless these are all that this one has.
+# Another processor adds numbers in another order. Tests that compare numbers within rounding must also pass with the
+# instructions that every processor has. Skip this if the processor has no others.
 if ! python -c 'import torch; raise SystemExit(torch.backends.cpu.get_cpu_capability() != "DEFAULT")'; then
     mapfile -t numeric < <(
         grep -rlE --include='test_*.py' --exclude-dir=integration 'closeness|assert_close|allclose' tests
@@ -27,7 +39,7 @@ if ! python -c 'import torch; raise SystemExit(torch.backends.cpu.get_cpu_capabi
     ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 python -m pytest "${numeric[@]}" -n 2 --dist loadfile || status=$?
 fi
 wait
-# What starts processes of its own and waits for them; beside it what runs on a cluster, and waits most of the time.
+# Integration tests start processes and wait for them. The cluster's tests mostly wait, so they run beside the others.
 printed=$(mktemp)
 python -m pytest tests/integration/slurm >"$printed" 2>&1 &
 cluster=$!
@@ -35,6 +47,6 @@ python -m pytest tests/integration --ignore=tests/integration/slurm || status=$?
 wait "$cluster" || status=$?
 cat "$printed"
 rm "$printed"
-# Damage and signals at random, of which the seed makes always the same: of each sort one, or as many as two minutes reach.
+# Random damage and signals; the seed makes the same trials each time. One trial of each sort, or as many as two minutes allow.
 python tests/chaos/run.py --seed 1 --trials 15 --minutes 2 || status=$?
 exit "$status"

@@ -92,6 +92,17 @@ def test_a_program_starts_without_a_home(no_home):
     assert len(run.stderr.splitlines()) == 1, run.stderr
 
 
+def test_importing_the_package_changes_nothing_and_loads_nothing_heavy(no_home):
+    code = (
+        "import os, signal, sys; before = dict(os.environ), signal.getsignal(signal.SIGINT); import pipeline;"
+        "print(before == (dict(os.environ), signal.getsignal(signal.SIGINT)), {'torch', 'numpy'} & {*sys.modules});"
+        "from pipeline import Pair; print(Pair.__name__, 'torch' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "True set()\nPair False\n"
+
+
 def test_no_folder_is_called_so(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     given = ["~/x", "--out=~/x", "run=~/a=b", "mmeb=~/x", "loss.margin=~", "s3://b/~/x", "./~/x", "a ~/b", "~"]

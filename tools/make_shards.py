@@ -1,61 +1,11 @@
-"""Turn a dataset into WebDataset shards with an index, in a folder or on S3; and look into such datasets.
+"""`python tools/make_shards.py` in a checkout is `pipeline-make-shards` of an installed package."""
 
-    python tools/make_shards.py FORMAT SOURCE DEST [options]
-    python tools/make_shards.py verify|show|stats DEST [options]
-    python tools/make_shards.py COMMAND --help
-
-The help of a format shows the layout of its source, an example and the options.
-
-A conversion may be stopped at any time: the same command goes on where it was, and ends with the same bytes
-as if it had not been stopped, on any number of processes. What cannot become a sample is listed, with the
-cause, in DEST/rejected.jsonl; a conversion with too much of that (--max-rejected) ends with an error.
-"""
-
-import argparse
-import os
-import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.convert import coco, demo, img2dataset, inspect, jsonl, mmeb, mmeb_eval, video_captions
-from pipeline.errors import PipelineError, command_line
-
-CONVERSIONS = {
-    "jsonl": jsonl.COMMAND,
-    "mmeb-train": mmeb.COMMAND,
-    "coco-captions": coco.COMMAND,
-    "demo": demo.COMMAND,
-    "img2dataset": img2dataset.COMMAND,
-    "mmeb-eval": mmeb_eval.COMMAND,
-    "video-captions": video_captions.COMMAND,
-}
-INSPECTIONS = {"verify": inspect.VERIFY, "show": inspect.SHOW, "stats": inspect.STATS}
-COMMANDS = CONVERSIONS | INSPECTIONS
-
-
-@command_line
-def main() -> None:
-    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **raw)
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for name, command in COMMANDS.items():
-        line, _, _ = command.description.partition("\n")
-        added = commands.add_parser(name, help=line, description=command.description, **raw)
-        command.add_arguments(added)
-        added.set_defaults(run=command.run)
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        arguments.run(arguments)
-    except KeyboardInterrupt:
-        goes_on = "" if arguments.command in INSPECTIONS else ": the same command goes on from here"
-        print(f"\ninterrupted{goes_on}", file=sys.stderr, flush=True)
-        os._exit(130)  # without waiting for uploads under way, which would be done anew anyhow
-    except OSError as error:
-        raise PipelineError(f"{error.filename or 'writing'}: {error.strerror or error}") from error
-
+from pipeline.make_shards import main
 
 if __name__ == "__main__":
     main()

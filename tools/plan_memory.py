@@ -1,19 +1,20 @@
-"""What a recipe takes of each GPU's memory under ZeRO 0, 1, 2 and 3, before one asks for GPUs.
+"""Estimate the memory that a recipe needs on each GPU under ZeRO 0, 1, 2 and 3.
 
     python tools/plan_memory.py pipeline/recipes/demo.yaml --gpus 2
     python tools/plan_memory.py RECIPE --gpus 8 --memory 80 batch.chunk_tokens=16384
 
-Only the model's configuration is read, no weights. Sizes are in GB of 10^9 bytes, as vendors of GPUs write them. The
-column of the recipe's own ZeRO stage is of its DeepSpeed config, the others are of ds_configs/. ZeRO 0 takes fp32 only.
+Reads only the model's configuration, no weights. Sizes are in GB of 10^9 bytes, the unit of GPU vendors. The column of
+the recipe's own ZeRO stage uses its DeepSpeed config; the other columns use ds_configs/. ZeRO 0 needs fp32.
 
-A chunk has batch.chunk_tokens tokens, or those of one longest item, model.max_tokens, if that is more; it is taken to
-be full of photographs (4:3), or with --videos of videos, which have more tiles. The parts of a step that take turns
-are in brackets: the largest one counts. The last lines say how large batch.chunk_tokens may be (none: not even one item
-of model.max_tokens fits), and how many chunks of one such item can keep their graph (batch.kept_chunks). Where the
-DeepSpeed config offloads, what is on the host comes below.
+A chunk has batch.chunk_tokens tokens, or model.max_tokens, the size of one longest item, if that is more. The estimate
+fills it with photographs (4:3), or with videos (--videos), which have more tiles. Phases of a step in brackets do not
+overlap, so only the largest counts. The last lines show the largest possible batch.chunk_tokens (none: one item of
+model.max_tokens does not fit), and how many chunks of one such item can keep their graph (batch.kept_chunks). If the
+DeepSpeed config offloads, the CPU memory follows.
 
-What CUDA, NCCL and fragmentation take is not counted: a few GB, for which batch.chunk_tokens=auto and kept_chunks=auto
-leave a tenth of what there is: --memory 72 shows about what they find on a GPU of 80. Nor are explicit negatives.
+The estimate leaves out CUDA, NCCL and fragmentation, which need a few GB, and explicit negatives. With auto,
+batch.chunk_tokens and kept_chunks leave a tenth of the memory free: --memory 72 shows about what they choose on a GPU
+of 80 GB.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing runs here: DeepSpeed need not look for a GPU
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing runs here, so DeepSpeed needs no GPU
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.errors import PipelineError, command_line
@@ -36,7 +37,7 @@ STAGES = (0, 1, 2, 3)
 
 
 def zero_sections(recipe: Recipe, gpus: int) -> dict[int, dict]:
-    """DeepSpeed's "zero_optimization" by stage; without stage 0 in bf16, which the pipeline refuses."""
+    """Stage -> "zero_optimization" of its DeepSpeed config, without stage 0 in bf16, which the pipeline refuses."""
     own = load_ds_config(recipe, gpus)["zero_optimization"]
     sections = {own["stage"]: own}
     for stage in STAGES:
@@ -49,7 +50,7 @@ def zero_sections(recipe: Recipe, gpus: int) -> dict[int, dict]:
 def parameter_table(plan: Plan) -> Table:
     table = Table("", "millions", "trained", title="parameters")
     for group in plan.groups:
-        how = "yes" if group.trained else "no" if group.in_engine else "no; whole on every GPU"
+        how = "yes" if group.trained else "no" if group.in_engine else "no; replicated on every GPU"
         table.add_row(group.name, f"{group.parameters / 1e6:,.2f}", how)
     return table
 
@@ -57,7 +58,7 @@ def parameter_table(plan: Plan) -> Table:
 def memory_table(plan: Plan, sections: dict[int, dict], memory: float) -> Table:
     chunk_tokens = plan.budget.chunk_tokens
     columns = {stage: plan.states(stage, zero) for stage, zero in sections.items()}
-    title = f"GB of one of {plan.gpus} GPUs, {plan.recipe.precision}, chunks of {chunk_tokens:,} tokens"
+    title = f"GB on each of {plan.gpus} GPUs, {plan.recipe.precision}, chunks of {chunk_tokens:,} tokens"
     table = Table("", *(f"ZeRO {stage}" for stage in columns), title=title)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -69,8 +70,8 @@ def memory_table(plan: Plan, sections: dict[int, dict], memory: float) -> Table:
     row("parameters", [each.parameters for each in states])
     row("gradients", [each.gradients for each in states])
     row("optimizer: moments, master weights", [each.optimizer for each in states])
-    row("buckets of gradients on the way", [each.buckets for each in states])
-    row("gathered parameters, at most", [each.gathered for each in states])
+    row("buckets of gradients in transit", [each.buckets for each in states])
+    row("gathered parameters (maximum)", [each.gathered for each in states])
     for name, size in plan.kept().items():
         row(name, [size] * len(states))
     phases = [plan.phases(chunk_tokens, each) for each in states]
@@ -78,14 +79,14 @@ def memory_table(plan: Plan, sections: dict[int, dict], memory: float) -> Table:
         table.add_row(f"({name})", *(f"({gigabytes(each[name])})" for each in phases))
     table.add_section()
     totals = [plan.total(chunk_tokens, each) for each in states]
-    row("in all", totals)
+    row("total", totals)
     table.add_row(f"left of {memory / GB:g}", *(coloured(gigabytes(memory - each), each <= memory) for each in totals))
     table.add_row("fits", *(coloured("yes" if each <= memory else "no", each <= memory) for each in totals))
     table.add_row("largest batch.chunk_tokens", *(largest(plan, each, memory) for each in states))
     longest = f"chunks of {plan.recipe.model.max_tokens:,} tokens that can keep their graph"
     table.add_row(longest, *(most_kept(plan, each, memory) for each in states))
     if any(each.host for each in states):
-        row("of the host's memory, for each GPU", [each.host for each in states])
+        row("CPU memory for each GPU", [each.host for each in states])
     return table
 
 
@@ -111,14 +112,14 @@ def most_kept(plan: Plan, states: States, memory: float) -> str:
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file; pipeline/recipes/ has the project's own")
+    parser.add_argument("recipe", help="a YAML file, or the name of one of the project's own, as demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a recipe's field by its dotted name")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="that the run has, over all nodes")
-    parser.add_argument("--memory", type=float, default=80, metavar="GB", help="of one GPU (80)")
-    parser.add_argument("--videos", action="store_true", help="take chunks to be full of videos")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run, on all nodes together")
+    parser.add_argument("--memory", type=float, default=80, metavar="GB", help="memory of one GPU (80)")
+    parser.add_argument("--videos", action="store_true", help="fill the chunks with videos")
     arguments = parser.parse_intermixed_args()
     if arguments.gpus < 1 or not 0 < arguments.memory < float("inf"):  # nor is nan
-        raise PipelineError("--gpus and --memory are positive numbers")
+        raise PipelineError("--gpus and --memory must be positive numbers")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     sections = zero_sections(recipe, arguments.gpus)
     plan = Plan.of(recipe, arguments.gpus, arguments.videos)

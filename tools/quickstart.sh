@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a tiny LLaVE on the demo world from a real S3 server, and show what it learned. See README.md.
+# Train a tiny LLaVE on the demo world from a real S3 server, and print what it learned. See README.md.
 #
 #   bash tools/quickstart.sh [key=value ...]      fields of pipeline/recipes/demo.yaml, e.g. steps=50
 set -euo pipefail
@@ -8,7 +8,7 @@ source tools/setup.sh
 
 case "${1:-}" in -h | --help) sed -n '2,4s/^# \{0,1\}//p' "$0"; exit ;; esac
 for override in "$@"; do
-    case $override in run=*) setup_failed "the quickstart writes runs/quickstart, always anew; leave $override" ;; esac
+    case $override in run=*) setup_failed "the quickstart always writes runs/quickstart from scratch; leave out $override" ;; esac
 done
 
 setup_environment
@@ -33,13 +33,13 @@ echo "== Starting an S3 server"
 python tools/s3_server.py --bucket pipeline-demo -- \
     bash -euo pipefail -c 'train_and_evaluate "$@"' quickstart "$@" &
 server=$!
-# The server stops everything beside it, and itself, however this script ends.
+# However this script ends, the server stops the command and itself.
 trap 'kill -TERM $server 2>/dev/null && wait $server || true' EXIT
 trap 'exit 130' INT TERM HUP
 wait $server
 
 echo
-echo "Set-up aside this took $((SECONDS - began)) seconds."
+echo "Without the set-up this took $((SECONDS - began)) seconds."
 echo "The run, with its exported model:  $run"
 echo "Its report:                        $run/report/report.html"
 echo "Its curves:                        .venv/bin/tensorboard --logdir $run/tensorboard"

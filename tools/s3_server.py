@@ -1,10 +1,10 @@
-"""Run a command beside a real S3 server (SeaweedFS) on loopback, which lives as long as the command.
+"""Start a real S3 server (SeaweedFS) on loopback, run a command, and stop the server when the command ends.
 
     python tools/s3_server.py --bucket demo -- bash train.sh
 
-The command finds endpoint and credentials in AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and
-AWS_SECRET_ACCESS_KEY. Credentials are drawn anew at every start; data and configuration lie in a folder
-of their own, which is removed with the server.
+The command gets endpoint and credentials in AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY. Every start makes new credentials. Data and configuration are in a new folder,
+which is removed when the server stops.
 """
 
 import argparse
@@ -32,14 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.errors import PipelineError, command_line
 
 START_SECONDS = 60
-STOP_SECONDS = 10  # for the command, when a signal ends us
+STOP_SECONDS = 10  # for the command to stop, after a signal to this program
 SERVICES = ("master", "volume", "filer", "s3")
 
 
 class S3Server:
     """A SeaweedFS server with the given buckets, as a context manager.
 
-    folder: where its data lie while it runs, in a new folder; by default among the temporary files.
+    folder: its data are in a new folder below this one, by default among the temporary files.
     endpoint: http://127.0.0.1:PORT, once started.
     """
 
@@ -54,7 +54,7 @@ class S3Server:
         self._ports: dict[str, int] = {}
 
     def environment(self) -> dict[str, str]:
-        """What a client's environment must say."""
+        """The variables that a client needs in its environment."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self._access_key,
@@ -64,7 +64,7 @@ class S3Server:
 
     def __enter__(self) -> "S3Server":
         try:
-            # Between choosing ports and opening them another program may take one: then choose again.
+            # Another program may open a port that was chosen before the server does: then choose again.
             for attempt in range(3):
                 self._prepare()
                 self._launch()
@@ -84,7 +84,7 @@ class S3Server:
         self._stop()
 
     def _prepare(self) -> None:
-        """Choose folder, credentials' file and ports."""
+        """Make the folder and the file of credentials, and choose ports."""
         if self.parent:
             self.parent.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="s3-server-", dir=self.parent)).resolve()  # mode 0700
@@ -112,11 +112,11 @@ class S3Server:
         command += [f"-{service}.port.grpc={port + 10000}" for service, port in self._ports.items()]
         command += ["-filer", "-s3", f"-s3.config={self._folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += ["-master.volumeSizeLimitMB=256", "-volume.max=100", "-master.telemetry=false"]
-        command += ["-master.peers=none"]  # no election, which makes some starts 5 s longer
-        if setpriv := shutil.which("setpriv"):  # if we are killed outright, the kernel ends the server
+        command += ["-master.peers=none"]  # without an election, which delays some starts by 5 s
+        if setpriv := shutil.which("setpriv"):  # the kernel ends the server if this process is killed
             command = [setpriv, "--pdeathsig", "KILL", *command]
         with (self._folder / "log").open("ab") as log:
-            # Its own session: Ctrl-C is for the command; the server stops after it.
+            # A session of its own: Ctrl-C must reach only the command; the server stops after it.
             self._process = subprocess.Popen(
                 command,
                 cwd=self._folder,
@@ -127,7 +127,7 @@ class S3Server:
             )
 
     def _wait_until_ready(self) -> None:
-        """Create the buckets and store an object: the port opens before anything can be stored."""
+        """Create the buckets and store an object: the port opens before the server can store anything."""
         environment = self.environment()
         client = boto3.session.Session().client(
             "s3",
@@ -163,17 +163,17 @@ class S3Server:
         raise PipelineError(f"the S3 server did not answer within {START_SECONDS} s ({problem}):\n{self._log_tail()}")
 
     def restart(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """End it, outright as if its machine had failed, and start it again with the data it has."""
+        """Kill the server, as if its machine had failed, and start it again with its data."""
         self._process.send_signal(number)
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=15)  # asked politely it waits for its clients
+            self._process.wait(timeout=15)  # after SIGTERM it waits for its clients
         self._process.kill()
         self._process.wait()
         self._launch()
         self._wait_until_ready()
 
     def pause(self, seconds: float) -> None:
-        """Stop it for so long, as if its machine did not get round to it."""
+        """Suspend the server for some seconds."""
         self._process.send_signal(signal.SIGSTOP)
         time.sleep(seconds)
         self._process.send_signal(signal.SIGCONT)
@@ -183,19 +183,19 @@ class S3Server:
 
     def _stop(self) -> None:
         if self._process is not None:
-            self._process.kill()  # asked politely it takes ten seconds, and its data go anyway
+            self._process.kill()  # SIGTERM takes ten seconds, and the data are deleted anyway
             self._process.wait()
             self._process = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
-        for service, port in self._ports.items():  # the server's own names for its sockets
+        for service, port in self._ports.items():  # the server chooses these names for its sockets
             Path(f"/tmp/seaweedfs-{service}-{port}.sock").unlink(missing_ok=True)
             Path(f"/tmp/seaweedfs-{service}-grpc-{port + 10000}.sock").unlink(missing_ok=True)
 
 
 class _Exited(PipelineError):
-    """The server's process ended by itself while it was starting."""
+    """The server's process ended while it was starting."""
 
 
 def find_weed() -> Path:
@@ -207,9 +207,9 @@ def find_weed() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct ports that are free, and free 10000 higher, where SeaweedFS puts the gRPC port of each.
+    """Distinct free ports; the port 10000 higher, which SeaweedFS uses for gRPC, is free, too.
 
-    They lie below 32768, where Linux begins to give ports to outgoing connections.
+    They are below 32768: Linux gives higher ports to outgoing connections.
     """
     ports: list[int] = []
     with ExitStack() as held:
@@ -223,9 +223,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def run_beside(server: S3Server, command: list[str]) -> int:
-    """Run the command with the server's environment; its exit status, 128 + N if signal N ended it."""
+    """Run the command with the server's environment. Returns its exit status: 128 + N if signal N ended it."""
     try:
-        # A process group of its own: whatever the command starts in turn is stopped with it.
+        # A process group of its own: processes that the command starts are stopped with it.
         child = subprocess.Popen(command, env=os.environ | server.environment(), process_group=0)
     except OSError as error:
         raise PipelineError(f"{command[0]}: {error.strerror}") from error
@@ -236,7 +236,7 @@ def run_beside(server: S3Server, command: list[str]) -> int:
             os.killpg(child.pid, signal.SIGTERM)
             deadline = time.monotonic() + STOP_SECONDS
             while time.monotonic() < deadline:
-                child.poll()  # reaps it, so that the group can vanish
+                child.poll()  # reap it; the group exists until then
                 os.killpg(child.pid, 0)
                 time.sleep(0.1)
             os.killpg(child.pid, signal.SIGKILL)
@@ -246,16 +246,16 @@ def run_beside(server: S3Server, command: list[str]) -> int:
 
 def exit_on_signal(number: int, frame: object) -> None:
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the stopping
+        signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the shutdown
     sys.exit(128 + number)
 
 
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, metavar="DIR", help="where its data lie while it runs")
+    parser.add_argument("--dir", type=Path, metavar="DIR", help="folder for the data while the server runs")
     parser.add_argument("--bucket", action="append", required=True, metavar="NAME", help="a bucket to create")
-    parser.add_argument("command", nargs="+", metavar="COMMAND", help="what to run, after --")
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="the command to run, after --")
     arguments = parser.parse_args()
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, exit_on_signal)

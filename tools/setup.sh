@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv with everything in it, once, and puts it on PATH.
+# Sourced by the other scripts. Makes .venv with all packages, once, and puts it on PATH.
 # shellcheck shell=bash
 # Expects to run in the repository's root.
 
@@ -13,10 +13,10 @@ setup_environment() {
         "$python" -c 'import ensurepip' 2>/dev/null || setup_failed "apt-get install python3-venv"
         "$python" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
-            setup_failed "Python's headers are missing, which DeepSpeed's kernels need: apt-get install python3-dev"
+            setup_failed "Python's headers, which DeepSpeed's kernels need, are missing: apt-get install python3-dev"
         echo "Setting up .venv with $("$python" --version): a few minutes, once."
-        "$python" -m venv .venv  # what an earlier .venv holds besides stays
-        # DeepSpeed comes as source, of which older pips make no wheel without `wheel`.
+        "$python" -m venv .venv  # keeps what an earlier .venv holds
+        # PyPI has DeepSpeed only as source; older versions of pip need `wheel` to build it.
         .venv/bin/pip install -q --disable-pip-version-check setuptools wheel
         .venv/bin/pip install -q --disable-pip-version-check -c constraints.txt \
             -r requirements.txt -r requirements-dev.txt
@@ -30,8 +30,8 @@ setup_failed() {
     exit 1
 }
 
-# Processes to start, and what each may use: one per GPU (the demo's eight lanes divide by 1, 2, 4 and 8), or two
-# on the CPU.
+# Choose the number of processes: one for each GPU (1, 2, 4 or 8, which divide the demo's eight lanes), or two on the
+# CPU, which share its cores.
 choose_processes() {
     PROCESSES=$(python -c 'import torch
 print(max((n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()), default=0))')

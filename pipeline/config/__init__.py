@@ -31,7 +31,8 @@ from pipeline import home
 from pipeline.config import typed
 from pipeline.errors import PipelineError, shown
 
-ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = _PACKAGE.parent  # a checkout, or the folder that the package is installed in
 _LEAST_RATE = 1e-12  # what a smaller one adds to a weight is lost in rounding
 
 
@@ -491,15 +492,12 @@ _ALTERNATIVES = {
 }
 
 
-def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides (values are YAML). Errors name the field and a near miss.
 
     `variant=NAME` applies those that the recipe itself lists under `variants`, before all others.
     """
-    path = Path(path)
-    if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
-        known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "pipeline/recipes").glob("*.yaml")))
-        raise PipelineError(f"no recipe at {path}; the project's own are {known}")
+    path = _existing(path, "recipes", "recipe")
     values = typed.parse(typed.read_text(path), str(path))
     if not isinstance(values, dict):
         raise PipelineError(f"{path} is not a recipe: expected `key: value` lines")
@@ -511,6 +509,19 @@ def load_recipe(path: str | Path, overrides: list[str]) -> Recipe:
             _override(values, key, value, f"{path}: variants.{name}: {key}")
     overrides = [override for override in overrides if not override.startswith("variant=")]
     return _validated(Recipe, _overridden(values, overrides), f"{path}: ")
+
+
+def _existing(name: str | Path, folder: str, kind: str) -> Path:
+    """The file `name`, or else the project's own file of that name, which any working directory finds.
+
+    The project's own files can be named alone, or as a checkout has them: demo.yaml, pipeline/recipes/demo.yaml.
+    """
+    path, own = Path(name), {file.name: file for file in (_PACKAGE / folder).iterdir()}
+    if os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
+        return path
+    if path.name in own and path.parent.as_posix() in (".", folder, f"pipeline/{folder}"):
+        return own[path.name]
+    raise PipelineError(f"no {kind} at {path}; the project's own are {', '.join(sorted(own))}")
 
 
 def _variants(variants: Any, path: Path) -> dict[str, dict[str, Any]]:
@@ -548,10 +559,7 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         deepspeed as ds_config,  # which takes DeepSpeed: programs that only read recipes start without it
     )
 
-    path = next((path for path in (Path(recipe.deepspeed), ROOT / recipe.deepspeed) if os.path.exists(path)), None)  # noqa: PTH110
-    if path is None:
-        known = ", ".join(sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
-        raise PipelineError(f"no DeepSpeed config at {recipe.deepspeed}; ds_configs/ holds {known}")
+    path = _existing(recipe.deepspeed, "ds_configs", "DeepSpeed config")
     config = ds_config.read(path)
     config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     batch = recipe.batch.global_batch

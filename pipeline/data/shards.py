@@ -336,9 +336,10 @@ def write_shard(samples: Iterable[Pair | Single], path: Path, shard_bytes: int |
 
 
 def write_shards(
-    samples: Iterable[Pair | Single], folder: Path, *, dataset: str, shard_bytes: int = 256 << 20
+    samples: Iterable[Pair | Single], folder: str | Path, *, dataset: str, shard_bytes: int = 256 << 20
 ) -> Index:
     """Write samples from Python, in their order, as tars of about `shard_bytes`, with sidecars and an index."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # An index of earlier shards would name files that are about to change.
     (folder / INDEX_FILE).unlink(missing_ok=True)

@@ -1,13 +1,14 @@
 """All shards of a run's datasets, in one list: what they hold, and their samples' bytes."""
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from pipeline.config import Data
+from pipeline.config import Data, Part
 from pipeline.data.batch import Origin
 from pipeline.data.index import Index, Shard, read_records, read_samples
 from pipeline.data.lengths import Lengths
@@ -86,6 +87,17 @@ class Source:
             lengths=lambda shard, start, stop: lengths.of_records(self.records(shard, start, stop)),
         )
 
+    def __len__(self) -> int:
+        return sum(shard.samples for _, shard in self.shards)
+
+    def __iter__(self) -> Iterator[Pair]:
+        """All samples as they are stored, `data.block_samples` at a time; a run reads them in its `order`."""
+        for number, (_, shard) in enumerate(self.shards):
+            for start in range(0, shard.samples, self.data.block_samples):
+                records = self.records(number, start, min(start + self.data.block_samples, shard.samples))
+                for record, data in zip(records, self.read(number, records), strict=True):
+                    yield self.parse(number, data, record)
+
     def records(self, shard: int, start: int, stop: int) -> np.ndarray:
         """What the sidecar says of samples start..stop-1 of a shard; those of late are remembered."""
         number, info = self.shards[shard]
@@ -150,6 +162,14 @@ class Source:
                 f"windows of {data.window_blocks} blocks of {data.block_samples} samples take about {needed:.0f} MiB; "
                 "raise it, or lower data.window_blocks or data.block_samples"
             )
+
+
+def open_dataset(url: str, *names: str) -> Source:
+    """The dataset in a folder or at an s3:// URL; with names, the datasets of these names below it.
+
+    It has a length, and iterating over it reads its pairs. Raises ObjectError where there is no index.
+    """
+    return Source.open(Data(url=url, datasets=[Part(name=name) for name in names]))
 
 
 def _embeddings(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tuple[str, TextEmbeddings], ...]:

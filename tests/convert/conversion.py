@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline import make_shards as tool
 from pipeline.data.index import Index, load_sidecar, read_samples
 from pipeline.data.sample import Pair, Single
 from pipeline.data.shards import parse_sample
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
-from tools import make_shards as tool
 
-COMMAND = [sys.executable, str(Path(tool.__file__).resolve())]
+COMMAND = [sys.executable, str(Path(__file__).resolve().parents[2] / "tools/make_shards.py")]
 
 
 def make_shards(*arguments: object) -> None:

@@ -8,9 +8,9 @@ import pytest
 from conversion import content, error_of, make_shards, read_all, start
 from limits import HANG_SECONDS
 
+from pipeline import make_shards as tool
 from pipeline.convert.engine import carry_out
 from pipeline.demo import captioned, tasks
-from tools import make_shards as tool
 
 
 @pytest.mark.parametrize("command", tool.COMMANDS)
@@ -32,6 +32,7 @@ def test_help_lists_the_commands(capsys):
         assert " ".join(command.description.splitlines()[0].split()) in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_demo(s3, tmp_path, capsys):
     url = f"s3://pipeline-tests/make-shards/{tmp_path.name}"
     make_shards("demo", 3, url, "--pairs", 20, "--queries", 3)
@@ -94,6 +95,7 @@ def test_what_cannot_be_drawn_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "said"),
     [("verify", "interrupted"), ("jsonl", "interrupted: the same command goes on from here")],

@@ -346,7 +346,7 @@ def test_with_activation_checkpointing_larger_chunks_fit():
 
 def test_the_program_says_what_is_on_the_host():
     done = plan_memory("--gpus", "2", "deepspeed=ds_configs/zero3_offload.json")
-    assert "of the host's memory, for each GPU" in done.stdout
+    assert "CPU memory for each GPU" in done.stdout
 
 
 def test_tiles_are_those_that_an_image_is_cut_to():

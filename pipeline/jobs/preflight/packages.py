@@ -1,8 +1,8 @@
-"""Whether the packages are there that training imports; found without importing any of them."""
+"""Check the installed packages against the project's requirements, without importing any of them."""
 
 import platform
-import re
-from importlib.metadata import PackageNotFoundError, version
+import tomllib
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -16,13 +16,16 @@ _NAMED = ("torch", "deepspeed", "transformers", "webdataset")
 
 @check("packages", seconds=10, if_late="is the file system of the Python environment slow?")
 def packages() -> Check:
-    """What requirements.txt asks for, in Python's own versions; constraints.txt has those that the tests ran with."""
-    python = platform.python_version()
-    wanted = re.search(r'requires-python = "(.*)"', (_ROOT / "pyproject.toml").read_text())[1]
-    if python not in SpecifierSet(wanted):
-        return red(f"Python {python}, {wanted} is needed", "activate .venv, or make it with tools/quickstart.sh")
+    """Red where a requirement is not met; yellow where a main package is not of the version that the tests ran with."""
+    python, (python_versions, wanted) = platform.python_version(), _requirements()
+    if python not in SpecifierSet(python_versions):
+        return red(
+            f"Python {python}, {python_versions} is needed", "activate .venv, or make it with tools/quickstart.sh"
+        )
     missing, installed = [], {}
-    for requirement in requirements(_ROOT / "requirements.txt"):
+    for requirement in map(Requirement, wanted):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue  # it belongs to an extra, as dev
         try:
             installed[requirement.name] = version(requirement.name)
         except PackageNotFoundError:
@@ -33,13 +36,25 @@ def packages() -> Check:
     if missing:
         return red(", ".join(missing), "activate .venv, or pip install -c constraints.txt -r requirements.txt")
     found = f"Python {python}, " + ", ".join(f"{name} {installed[name]}" for name in _NAMED)
-    tested = {each.name: each.specifier for each in requirements(_ROOT / "constraints.txt") if each.name in _NAMED}
-    if others := [f"{name}{tested[name]}" for name in _NAMED if not tested[name].contains(installed[name])]:
-        return yellow(found, f"tested with {', '.join(others)}: pip install -c constraints.txt -r requirements.txt")
+    if others := [each for each in _tested() if not each.specifier.contains(installed[each.name])]:
+        return yellow(
+            found, f"tested with {', '.join(map(str, others))}: pip install -c constraints.txt -r requirements.txt"
+        )
     return green(found)
 
 
-def requirements(file: Path) -> list[Requirement]:
-    """The lines of a requirements file, comments aside."""
-    lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
-    return [Requirement(line) for line in lines if line]
+def _requirements() -> tuple[str, list[str]]:
+    """Versions of Python, and requirements: of the checkout, or else of the installed package."""
+    file = _ROOT / "pyproject.toml"
+    if file.exists():
+        project = tomllib.loads(file.read_text())["project"]
+        return project["requires-python"], project["dependencies"]
+    installed = metadata("pipeline")
+    return installed["Requires-Python"], installed.get_all("Requires-Dist") or []
+
+
+def _tested() -> list[Requirement]:
+    """The main packages in constraints.txt, which only a checkout has, with the versions that the tests ran with."""
+    file = _ROOT / "constraints.txt"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [Requirement(line) for line in lines if line.partition("==")[0] in _NAMED]

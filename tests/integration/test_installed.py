@@ -1,0 +1,57 @@
+"""The project as an installed package, in an environment of its own and away from any checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.timeout(600)
+def test_a_wheel_makes_shards_and_trains_and_embeds_without_a_checkout(tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "elsewhere"
+    for name in ("pipeline", "ds_configs"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    folder.mkdir()
+
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(
+            list(map(str, command)), cwd=folder, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    pip, offline = [sys.executable, "-m", "pip", "--disable-pip-version-check"], ["--no-deps", "--no-index"]
+    run(*pip, "wheel", "-q", *offline, "--no-build-isolation", "-w", tmp_path, source)
+    shutil.rmtree(source)
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env")
+    commands = tmp_path / "env/bin"
+    (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
+    (packages / "others.pth").write_text(
+        sysconfig.get_path("purelib")
+    )  # the dependencies are those of this environment
+    run(*pip, "--python", commands / "python", "install", "-q", *offline, *tmp_path.glob("*.whl"))
+
+    where = run(commands / "python", "-c", "import pipeline; print(pipeline.__file__)")
+    assert Path(where.strip()) == packages / "pipeline/__init__.py"
+    run(commands / "pipeline-make-shards", "demo", 0, "world", "--pairs", 40, "--queries", 2, "--processes", 1)
+    settings = ["data.url=world/train", "run=run", "evaluation=null", "steps=4", "batch.global_batch=16"]
+    assert "packages" in run(commands / "pipeline-preflight", "demo.yaml", *settings, "--world", 1)
+    run(commands / "pipeline-train", "demo.yaml", *settings, "deepspeed=zero1.json")
+    assert len((folder / "run/metrics.jsonl").read_text().splitlines()) == 4
+    (folder / "texts.txt").write_text("a red star\na blue ring\n")
+    run(commands / "pipeline-embed", "run/export", "--texts", "texts.txt", "--out", "vectors")
+    assert np.allclose(np.linalg.norm(np.load(folder / "vectors/texts.npy"), axis=1), [1, 1], atol=1e-5)
+    run(commands / "pipeline-export", "run", "exported")
+    run(commands / "pipeline-evaluate", "run/export", "world/train/Scene-CLS", "out=report")
+    assert (folder / "report/report.html").exists()

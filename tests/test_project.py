@@ -1,0 +1,97 @@
+"""The project as a whole: its requirements, its public API, its documents."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import pipeline
+from pipeline.config import load_ds_config, load_recipe
+from pipeline.errors import PipelineError
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LISTS = {
+    "requirements.txt": PROJECT["dependencies"],
+    "requirements-dev.txt": PROJECT["optional-dependencies"]["dev"],
+    "requirements-gpu.txt": ["-r requirements.txt", *PROJECT["optional-dependencies"]["gpu"]],
+}
+DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+
+
+@pytest.mark.parametrize("file", LISTS)
+def test_the_requirements_are_those_of_pyproject(file):
+    lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
+    assert lines == LISTS[file], f"{file} and pyproject.toml must list the same packages"
+
+
+def test_commands_exist():
+    for place in PROJECT["scripts"].values():
+        module, _, function = place.partition(":")
+        assert f"def {function}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
+
+
+def test_the_public_api_is_what_the_package_exports():
+    assert {name: getattr(pipeline, name).__name__ for name in pipeline.__all__} == {n: n for n in pipeline.__all__}
+    with pytest.raises(AttributeError, match="no attribute 'embedder'"):
+        pipeline.embedder  # noqa: B018
+
+
+def test_recipes_and_deepspeed_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "demo.yaml").write_text(
+        (ROOT / "pipeline/recipes/demo.yaml").read_text().replace("epochs: 1", "steps: 7")
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("demo.yaml", "recipes/demo.yaml", "pipeline/recipes/demo.yaml"):
+        recipe = load_recipe(name)
+        assert recipe.steps is None
+        assert load_ds_config(recipe, 2)["zero_optimization"]["stage"] == 3
+    assert load_ds_config(load_recipe(name, ["deepspeed=zero1.json"]), 2)["zero_optimization"]["stage"] == 1
+    assert load_recipe("../demo.yaml").steps == 7
+    with pytest.raises(PipelineError, match=r"no recipe at ../x.yaml; the project's own are demo.yaml, "):
+        load_recipe("../x.yaml")
+    with pytest.raises(PipelineError, match=r"no DeepSpeed config at zero9.json; the project's own are zero0.json, "):
+        load_ds_config(load_recipe("demo.yaml", ["deepspeed=zero9.json"]), 2)
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("demo.yaml").steps == 7  # a file that is there comes first
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    text = re.sub(r"```.*?```", "", (ROOT / document).read_text(), flags=re.DOTALL)
+    for link in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', text):
+        target, _, heading = "".join(link).partition("#")
+        if "://" in target:
+            continue
+        path = ROOT / document if not target else (ROOT / document).parent / target
+        assert path.exists(), f"{document} links to {target}"
+        headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE) if heading else []
+        slugs = [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings]
+        assert not heading or heading in slugs, f"{document} links to {target}#{heading}"
+
+
+def test_files_that_documents_name_exist():
+    """Paths in the repository, in `code` or in commands."""
+    place = re.compile(r"(?<![\w/.:-])(?:pipeline|tools|slurm|tests|benchmarks|ds_configs|docs)/[\w./-]*\w")
+    made = {"slurm/site.env"}
+    for document in DOCUMENTS:
+        for name in {*place.findall((ROOT / document).read_text())} - made:
+            assert (ROOT / name).exists(), f"{document} names {name}"
+
+
+def test_the_examples_of_the_api_run(tiny_model, tmp_path, monkeypatch):
+    """The Python blocks of docs/api.md, in one process after each other."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (24, 24), "red").save("star.png")
+    Path("model").symlink_to(tiny_model)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(), re.DOTALL)
+    assert len(blocks) == 6
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "docs/api.md", "exec"), names)
+    assert names["vectors"].shape == (3, 48)
+    assert {"write_shards", "open_dataset", "Order", "hardness_weighted_loss", "load_recipe", "Embedder"} <= {*names}
+    assert all(name in names for name in pipeline.__all__)
