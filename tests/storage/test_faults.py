@@ -227,7 +227,7 @@ def test_a_killed_upload_goes_on(proxied, tmp_path):
     size = 4 * client.PART_BYTES + 1000
     source.write_bytes(os.urandom(size))
     proxy = proxied(only("PUT", range(2, 9), stall(60)))
-    program = "import sys; from pathlib import Path; from pipeline.data import objects\n"
+    program = "import sys; from pathlib import Path; from pipeline.storage import objects\n"
     program += "objects.write(sys.argv[1], Path(sys.argv[2]))"
     process = subprocess.Popen([sys.executable, "-c", program, url, str(source)])
     parts: list[int] = []
