@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pipeline.config import EvaluationRun
-from pipeline.errors import command_line
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.store import Memory
 from pipeline.evaluation.tasks import Retrieval
+from pipeline.jobs.program import command_line
 
 CPU = torch.device("cpu")
 SETS = ("short", "long", "chinese")

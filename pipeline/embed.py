@@ -39,7 +39,8 @@ from pipeline.config import EvaluationRun, Video
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.embedding.embedder import LEAST_TOKENS, Embedder, Parts
 from pipeline.embedding.folder import KINDS, Identity, Store, best
-from pipeline.errors import PipelineError, command_line, printable
+from pipeline.errors import PipelineError, printable
+from pipeline.jobs.program import command_line
 from pipeline.models.files import fetched, fingerprint
 from pipeline.models.kinds import kind_of
 from pipeline.models.loading import DTYPES

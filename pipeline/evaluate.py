@@ -28,13 +28,14 @@ import torch.distributed as dist
 
 from pipeline.config import EvaluationRun, parse_options
 from pipeline.distributed import end_distributed, on_first_rank, start_distributed
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import Disk, held
+from pipeline.jobs.program import command_line
 from pipeline.storage import lock, objects
 
 _WORST = 20  # queries a dataset that the report shows

@@ -1,7 +1,7 @@
-"""Ctrl-C: a line instead of a traceback, and exit status 130.
+"""Ctrl-C: one line instead of a traceback, and exit status 130.
 
-Python runs a signal's handler between its own instructions only: a process that waits in gloo, NCCL or a driver would
-not notice. A thread hears of the signal at once, and ends the process if that does not end by itself in time.
+Python runs a signal handler only between its own instructions, so a process that waits in gloo, NCCL or a driver would
+not react. A thread is woken by the signal at once, and ends the process if it does not end by itself in time.
 """
 
 import os
@@ -15,10 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-INTERRUPTED = 130  # the exit status, as of a shell: 128 + SIGINT
+INTERRUPTED = 130  # the exit status, as a shell has it: 128 + SIGINT
 
-_LEAVE_SECONDS = 5  # to leave in order
-_ONE_SECOND = 1  # of what comes within it, one is from the terminal and the other passed on by a launcher
+_LEAVE_SECONDS = 5  # for an orderly end
+_ONE_SECOND = 1  # of two signals within it, one is from the terminal and the other was forwarded by a launcher
 _Handler = Callable[[int, FrameType | None], None]
 
 _instead: _Handler | None = None
@@ -26,7 +26,7 @@ _interrupted = False
 
 
 def while_importing() -> None:
-    """From here to `heard`, where nothing has begun yet, end at once: of this project's programs, and no others."""
+    """End at once at Ctrl-C until `handled` begins, while there is nothing to save. Only in this project's programs."""
     _, module, name = " ".join(sys.orig_argv).partition(" -m ")
     tools = Path(__file__).resolve().parents[1] / "tools"
     ours = name.startswith("pipeline.") if module else Path("".join(sys.argv[:1])).resolve().parent == tools
@@ -36,10 +36,10 @@ def while_importing() -> None:
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """Within, the first Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once.
+def handled() -> Iterator[None]:
+    """Inside, the first Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once.
 
-    Nothing changes where SIGINT is ignored, as in a shell's background.
+    Nothing changes if SIGINT is ignored, as for a background job of a shell.
     """
     global _interrupted
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -62,7 +62,7 @@ def heard() -> Iterator[None]:
 
 @contextmanager
 def postponed(note: _Handler) -> Iterator[None]:
-    """Within, the first Ctrl-C calls `note`, of a program that stops by itself; a second one ends it at once."""
+    """Inside, the first Ctrl-C calls `note`, and the program stops by itself; a second one ends it at once."""
     global _instead
     _instead = note
     try:
@@ -72,12 +72,12 @@ def postponed(note: _Handler) -> Iterator[None]:
 
 
 def interrupted() -> bool:
-    """Whether this process was to end by Ctrl-C: what else goes wrong in it then is a consequence."""
+    """Whether Ctrl-C has ended this process: any other error after that is a consequence."""
     return _interrupted
 
 
 def end() -> NoReturn:
-    """With the line, which of several ranks the first prints."""
+    """Exit with status 130; rank 0 prints the line."""
     with suppress(Exception):
         sys.stdout.flush()
     if int(os.environ.get("RANK", 0)) == 0:
@@ -89,13 +89,13 @@ def _handle(number: int, frame: FrameType | None) -> None:
     global _interrupted
     if _instead:
         _instead(number, frame)
-    elif not _interrupted:  # once: a second one would cut the leave-taking short, with a traceback
+    elif not _interrupted:  # only once: a second exception would interrupt the clean-up, with a traceback
         _interrupted = True
         raise KeyboardInterrupt
 
 
 def _unraisable(raised: "sys.UnraisableHookArgs") -> None:
-    """A callback of C, say of a compiler, would swallow the interruption and print a traceback."""
+    """End here too: a callback from C, such as a compiler's, would swallow KeyboardInterrupt and print a traceback."""
     if issubclass(raised.exc_type, KeyboardInterrupt):
         end()
     sys.__unraisablehook__(raised)
@@ -104,10 +104,10 @@ def _unraisable(raised: "sys.UnraisableHookArgs") -> None:
 def _listen(read: int) -> None:
     first = 0.0
     while numbers := os.read(read, 64):
-        if first and signal.SIGTERM in numbers and _passed_on_by_torchrun() and time.monotonic() - first > _ONE_SECOND:
+        if first and signal.SIGTERM in numbers and _forwarded_by_torchrun() and time.monotonic() - first > _ONE_SECOND:
             end()
         if signal.SIGINT not in numbers or signal.getsignal(signal.SIGINT) is not _handle:
-            continue  # what a program makes of it itself is left to it
+            continue  # the program has a handler of its own
         now = time.monotonic()
         if first and now - first > _ONE_SECOND:
             end()
@@ -118,23 +118,25 @@ def _listen(read: int) -> None:
                 late.daemon = True
                 late.start()
             elif int(os.environ.get("RANK", 0)) == 0:
-                _say("interrupted: this step is finished, then a checkpoint is written; once more ends at once")
+                _say(
+                    "interrupted: finishing this step, then writing a checkpoint; press Ctrl-C once more to end at once"
+                )
     os.close(read)
 
 
-def _passed_on_by_torchrun() -> bool:
-    """Whether SIGTERM is its second Ctrl-C. Slurm's, of scancel or a preemption, asks for what is done already."""
+def _forwarded_by_torchrun() -> bool:
+    """Whether SIGTERM is a second Ctrl-C that torchrun forwards. Under Slurm it asks again for a checkpoint."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "SLURM_JOB_ID" not in os.environ
 
 
 def _say(line: str) -> None:
-    """Past Python's buffers, whose locks another thread may hold; on a line of its own, below a progress bar."""
+    """Write without Python's buffers, whose locks another thread may hold; on a new line, below a progress bar."""
     with suppress(OSError):
         os.write(2, f"\n{line}\n".encode() if os.isatty(2) else f"{line}\n".encode())
 
 
 def _forked() -> None:
-    """A child's signals are not its parent's."""
+    """A child must not report its signals to its parent's thread."""
     with suppress(ValueError):
         signal.set_wakeup_fd(-1)
 

@@ -29,7 +29,7 @@ from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.distributed import end_distributed, on_first_rank, start_distributed
-from pipeline.errors import PipelineError, command_line, disk_errors
+from pipeline.errors import PipelineError, disk_errors
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import ModelEncoder
@@ -38,6 +38,7 @@ from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import Memory
 from pipeline.interrupt import INTERRUPTED
 from pipeline.jobs import limits, status
+from pipeline.jobs.program import command_line
 from pipeline.models import loading, weights
 from pipeline.models.chunks import Features
 from pipeline.models.files import fetched

@@ -1,7 +1,7 @@
-"""Whether the packages are there that training imports; found without importing any of them."""
+"""Whether the packages that training imports are installed; checked without importing any of them."""
 
 import platform
-import re
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,11 +16,12 @@ _NAMED = ("torch", "deepspeed", "transformers", "webdataset")
 
 @check("packages", seconds=10, if_late="is the file system of the Python environment slow?")
 def packages() -> Check:
-    """What requirements.txt asks for, in Python's own versions; constraints.txt has those that the tests ran with."""
+    """Compare Python and the packages with pyproject.toml and requirements.txt, and with the tested versions in
+    constraints.txt."""
     python = platform.python_version()
-    wanted = re.search(r'requires-python = "(.*)"', (_ROOT / "pyproject.toml").read_text())[1]
+    wanted = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     if python not in SpecifierSet(wanted):
-        return red(f"Python {python}, {wanted} is needed", "activate .venv, or make it with tools/quickstart.sh")
+        return red(f"Python {python}, {wanted} is needed", "activate .venv, or create it with tools/quickstart.sh")
     missing, installed = [], {}
     for requirement in requirements(_ROOT / "requirements.txt"):
         try:
@@ -40,6 +41,6 @@ def packages() -> Check:
 
 
 def requirements(file: Path) -> list[Requirement]:
-    """The lines of a requirements file, comments aside."""
+    """The requirements in a file, without comments."""
     lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
     return [Requirement(line) for line in lines if line]
