@@ -31,7 +31,7 @@ from pipeline.config import EvaluationRun
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import load_encoder
-from pipeline.evaluation.store import Memory
+from pipeline.evaluation.store import MemoryStore
 from pipeline.evaluation.tasks import Retrieval
 from pipeline.jobs.program import command_line
 
@@ -91,7 +91,7 @@ def _recalls(model: Path, url: str) -> dict[str, float]:
     """R@1 of a set, in percent, by direction."""
     encoder = load_encoder(str(model), EvaluationRun(), CPU)
     collection = sets.load([f"text-image={url}"], instructed=encoder.instructed)
-    store = Memory(len(collection.items), encoder.dimension)
+    store = MemoryStore(len(collection.items), encoder.dimension)
     embed_collection(encoder, collection, store, CPU)
     rows = store.take(np.arange(len(collection.items)))
     return {task.direction: _recall(task, rows) for task in collection.tasks if isinstance(task, Retrieval)}

@@ -35,7 +35,7 @@ from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import ModelEncoder
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
-from pipeline.evaluation.store import Memory
+from pipeline.evaluation.store import MemoryStore
 from pipeline.interrupt import INTERRUPTED
 from pipeline.jobs import limits, status
 from pipeline.jobs.program import command_line
@@ -141,7 +141,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
         encoder = ModelEncoder(
             recipe.run, "", engine.module.dimension, lambda: (engine, seen), reader, chunk_tokens, device
         )
-        store = Memory(len(collection.items), encoder.dimension) if rank == 0 else None
+        store = MemoryStore(len(collection.items), encoder.dimension) if rank == 0 else None
         if not embed_collection(encoder, collection, store, device, interrupted=lambda: preemption.asked() > 0):
             return None
         report = on_first_rank(lambda: measure(recipe.run, collection, store.take, device=device), "the scores")

@@ -316,15 +316,13 @@ def test_other_vectors_are_not_overwritten_unless_asked(shards, tmp_path):
     class Other(Texts):
         name, identity = "other", "2"
 
-    complaint = (
-        r"out/first holds vectors of texts \(1, width 6, fp16\), and these would be of other \(2, width 6, fp16\)"
-    )
+    complaint = r"out/first has vectors of texts \(1, width 6, fp16\), not of other \(2, width 6, fp16\)"
     with pytest.raises(PipelineError, match=complaint + ": add --overwrite, or choose another --out"):
         embed(shards, out, Other())
     with pytest.raises(PipelineError, match="add --overwrite"):
         embed(shards, out, Texts(), "bf16")
     write_shards((pair("first", i + 1) for i in range(40)), shards / "first", dataset="first", shard_bytes=25_000)
-    with pytest.raises(PipelineError, match=r"holds vectors of other shards than .*first has now: add --overwrite"):
+    with pytest.raises(PipelineError, match=r"has vectors of other shards than .*first has now: add --overwrite"):
         embed(shards, out, Texts())
     assert files(out) == before
     with pytest.raises(PipelineError, match=r"text_embeddings\.json is of another 000000\.tar than .*first has now"):
@@ -402,10 +400,10 @@ def test_vectors_that_are_none_are_refused(shards, tmp_path):
         embed(shards, tmp_path, Long())
     with pytest.raises(PipelineError, match=r"gives \(\d+, 6\) for \d+ texts of 7"):
         embed(shards, tmp_path / "wide", Wide())
-    with pytest.raises(PipelineError, match="holds no index"):
+    with pytest.raises(PipelineError, match="has no index"):
         embed(tmp_path, None, Texts())
     shutil.copytree(shards / "first", tmp_path / "copy/first")
-    with pytest.raises(PipelineError, match="two of --shards are called first"):
+    with pytest.raises(PipelineError, match="two of --shards have the name first"):
         embed([shards / "first", tmp_path / "copy/first"], tmp_path / "out", Texts())
 
 
@@ -414,7 +412,7 @@ def test_vectors_that_are_none_are_refused(shards, tmp_path):
     [
         (["--texts", "captions.txt"], "--shards goes without --texts"),
         (["--query-image", "a.png"], "--shards goes without --query-image"),
-        (["--published"], "is not of img2dataset's tars: embed its captions, without --published"),
+        (["--published"], "has no tars from img2dataset: embed its captions without --published"),
     ],
 )
 def test_what_the_command_cannot_do_is_said(shards, monkeypatch, arguments, complaint):

@@ -100,7 +100,7 @@ def test_s3(s3, tmp_path):
         ({"n01": "a", "n02": "b", "n10": "c", "n11": "d"}, None, "n02/5.jpg", "the class 'n11' lacks pictures"),
         ({"n01": "a", "n02": [], "n10": "c"}, None, "n02/5.jpg", "the class 'n02' lacks a name"),
         ({"n01": "a", "n02": "b", "n10": " "}, None, "n02/5.jpg", "class n10 cannot be used: empty text"),
-        (["a", "b", 3], None, "n02/5.jpg", "class n10 is 3, which is no text"),
+        (["a", "b", 3], None, "n02/5.jpg", "class n10 is 3, not a text"),
         ("tench", None, "n02/5.jpg", 'classnames.json is not {"folder": "name"'),
         (["a", "b", "c"], "a photo\n", "n02/5.jpg", "'a photo' should have one {}"),
         (["a", "b", "c"], "\n", "n02/5.jpg", "templates.txt has no templates"),

@@ -337,7 +337,7 @@ def test_a_users_function_makes_the_encoder(tmp_path, monkeypatch):
         ("users_encoder:Width", "users_encoder has no function Width"),
         ("users_encoders:Lengths", "there is no module users_encoders"),
         (f"{tmp_path}/none.py:Lengths", r"there is no file .*none\.py"),
-        ("users_encoder:nothing", "gives a Identity without name, identity, dimension, instructed, prepare, embed"),
+        ("users_encoder:nothing", "returned a Identity without name, identity, dimension, instructed, prepare, embed"),
     ):
         with pytest.raises(PipelineError, match=reason):
             load_encoder("any/path", options(encoder=wrong), CPU)
