@@ -92,7 +92,7 @@ def _recalls(model: Path, url: str) -> dict[str, float]:
     encoder = load_encoder(str(model), EvaluationRun(), CPU)
     collection = sets.load([f"text-image={url}"], instructed=encoder.instructed)
     store = MemoryStore(len(collection.items), encoder.dimension)
-    embed_collection(encoder, collection, store, CPU)
+    embed_collection(encoder, collection, store)
     rows = store.take(np.arange(len(collection.items)))
     return {task.direction: _recall(task, rows) for task in collection.tasks if isinstance(task, Retrieval)}
 

@@ -128,18 +128,14 @@ def _embed_shards(arguments: argparse.Namespace) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument(
-        "--texts", metavar="FILE", help="a UTF-8 file with one text on each line; an empty line is an error"
-    )
+    parser.add_argument("--texts", metavar="FILE", help="a UTF-8 file with a text on each line; empty lines are errors")
     parser.add_argument("--images", metavar="GLOB", help="image files, in quotes; ** matches any folders")
     parser.add_argument("--videos", metavar="GLOB", help="video files, likewise")
     parser.add_argument(
         "--shards", metavar="URL", action="append", help="a dataset of images and captions; may be repeated"
     )
     parser.add_argument("--out", metavar="DIR", help="the folder for embeddings, or the one to search")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace existing embeddings of the same kinds or shards"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace embeddings of the same kinds or shards")
     parser.add_argument(
         "--stored",
         choices=("fp16", "bf16"),

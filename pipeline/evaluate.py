@@ -82,7 +82,7 @@ def main() -> None:
 
         on_first_rank(begin, "the lock of the output folder")
         store = DiskStore(folder, collection.keys, encoder.dimension) if dist.get_rank() == 0 else None
-        embed_collection(encoder, collection, store, device)
+        embed_collection(encoder, collection, store)
         if not options.part:
             on_first_rank(report, "the report")
     end_distributed()

@@ -142,7 +142,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
             recipe.run, "", engine.module.dimension, lambda: (engine, seen), reader, chunk_tokens, device
         )
         store = MemoryStore(len(collection.items), encoder.dimension) if rank == 0 else None
-        if not embed_collection(encoder, collection, store, device, interrupted=lambda: preemption.asked() > 0):
+        if not embed_collection(encoder, collection, store, interrupted=lambda: preemption.asked() > 0):
             return None
         report = on_first_rank(lambda: measure(recipe.run, collection, store.take, device=device), "the scores")
         return report if rank == 0 else None

@@ -43,6 +43,7 @@ from pipeline.data.text_embeddings import (
 )
 from pipeline.distributed import on_first_rank, start_distributed
 from pipeline.errors import PipelineError, printable
+from pipeline.evaluation.encode import gather_on_first
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.losses.gather import all_gather_constant, rank_and_world
@@ -321,9 +322,9 @@ def embed_datasets(
                 for line in group.unusable[: max(_SHOWN - shown, 0)]:
                     logger.warning("no embeddings for %s", printable(line))
                 shown += len(group.unusable)
-                parts = _on_first(_packed(embedded(encoder, group, stored)), device)
+                parts = gather_on_first(embedded(encoder, group, stored))
                 for (dataset, number, *_), part in zip(groups[begun : begun + world], parts, strict=False):
-                    bar.update(writer.add(dataset, number, _unpacked(part)))
+                    bar.update(writer.add(dataset, number, part))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -395,30 +396,6 @@ def embedded(encoder: Encoder, group: SampleGroup, stored: Stored) -> list[bytes
     require_unit(vectors, encoder.name, caption)  # a stored vector is not computed again
     rows = rounded(vectors, stored)
     return [sample_bytes(key, rows[texts]) for key, texts in zip(group.keys, group.texts, strict=True)]
-
-
-def _packed(samples: list[bytes]) -> bytes:
-    return np.array([len(samples), *map(len, samples)], np.int64).tobytes() + b"".join(samples)
-
-
-def _unpacked(data: bytes) -> list[bytes]:
-    count = int(np.frombuffer(data, np.int64, 1)[0])
-    ends = 8 * (count + 1) + np.cumsum([0, *np.frombuffer(data, np.int64, count, 8)])
-    return [data[begin:end] for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
-
-
-def _on_first(data: bytes, device: torch.device) -> list[bytes]:
-    """On the first rank: the data of every rank."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return [data]
-    sizes = all_gather_constant(torch.tensor([len(data)], device=device)).tolist()
-    padded = torch.zeros(max(sizes), dtype=torch.uint8)
-    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    padded = padded.to(device)
-    parts = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
-    dist.gather(padded, parts)
-    return [part[:size].cpu().numpy().tobytes() for part, size in zip(parts or [], sizes, strict=False)]
 
 
 class TarWriter:

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from PIL.Image import Image as Picture
@@ -82,12 +82,12 @@ class Embedder:
             raise PipelineError(f"{path} is not a model of this project; supported are {', '.join(KINDS)}")
         processor = kind.reader(str(path), max_tokens, video_frames)
         model, features = kind.open(str(path), precision, device)
-        tokens = chunk_tokens or chunk_tokens_for(model.pads)
+        tokens = chunk_tokens or chunk_tokens_for(bool(model.pads))
         return cls(model, processor, device, tokens, kind.instructed, features, str(path))
 
     @property
     def dimension(self) -> int:
-        return self.model.dimension
+        return cast(int, self.model.dimension)
 
     def embed(self, items: Iterable[Embeddable]) -> torch.Tensor:
         """N items -> (N, D) float32 unit rows on the CPU, in their order.
@@ -132,7 +132,7 @@ class Embedder:
 
     def _embedded(self, decoding: list[Future[Encoded]], rows: list[int], first: int) -> torch.Tensor:
         encoded = [future.result() for future in decoding]
-        chunks = plan_chunks(encoded, self.chunk_tokens, self.device, padded=self.model.pads)
+        chunks = plan_chunks(encoded, self.chunk_tokens, self.device, padded=bool(self.model.pads))
         vectors = embed_chunks(self.model, chunks, len(encoded), self.features).cpu()[rows]
         require_unit(vectors, self.name, lambda row: f"item {first + row}")
         return vectors

@@ -4,10 +4,9 @@ import hashlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from pipeline.data.sample import BadSample
@@ -18,6 +17,8 @@ from pipeline.evaluation.tasks import Collection
 from pipeline.losses.gather import rank_and_world
 from pipeline.models.chunks import require_unit
 from pipeline.progress import progress_bar
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,6 @@ def embed_collection(
     encoder: Encoder,
     collection: Collection,
     store: MemoryStore | DiskStore | None,
-    device: torch.device | str = "cpu",
     *,
     interrupted: Callable[[], bool] | None = None,
 ) -> bool:
@@ -40,7 +40,7 @@ def embed_collection(
     depends on the number of threads. While a group is embedded, the next one is read and decoded. An item that cannot
     be used raises PipelineError, because a score without it would not be comparable.
 
-    store: None on all ranks but the first.  device: on which the process group communicates.
+    store: None on all ranks but the first.
     interrupted: called on all ranks between groups; it must return the same on all.
     """
     rank, world = rank_and_world()
@@ -70,18 +70,18 @@ def embed_collection(
                 if interrupted and interrupted():
                     return False
                 current, following = following, begin(round_ + world)
-                vectors = encoder.embed([future.result() for future in current]).float().to(device)
+                vectors = encoder.embed([future.result() for future in current]).float().cpu().numpy()
                 if vectors.shape != (len(current), encoder.dimension):
                     raise PipelineError(
                         f"the encoder returned {tuple(vectors.shape)} for {len(current)} items of {encoder.dimension}"
                     )
-                for (dataset, rows), part in zip(groups[round_ : round_ + world], _gathered(vectors), strict=False):
+                parts = gather_on_first(vectors)
+                for (dataset, rows), part in zip(groups[round_ : round_ + world], parts, strict=False):
                     if store:
-                        kept = part[: len(rows)].cpu().numpy()
                         # A stored vector is not computed again, so it must be right.
                         names = [collection.names[row] for row in rows]
-                        require_unit(kept, encoder.name, names.__getitem__)
-                        store.append(dataset, rows, kept)
+                        require_unit(part, encoder.name, names.__getitem__)
+                        store.append(dataset, rows, part)
                     bar.update(len(rows))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -129,13 +129,11 @@ def _prepared(encoder: Encoder, collection: Collection, row: int) -> Any:
         raise PipelineError(f"evaluation item {collection.names[row]}: {reason}") from None
 
 
-def _gathered(vectors: torch.Tensor) -> list[torch.Tensor]:
-    """On the first rank: every rank's vectors, padded to (GROUP, D)."""
-    world = rank_and_world()[1]
+def gather_on_first(value: T) -> list[T]:
+    """On the first rank: the values of all ranks; on the others an empty list. Collective."""
+    rank, world = rank_and_world()
     if world == 1:
-        return [vectors]
-    padded = vectors.new_zeros(GROUP, vectors.shape[1])
-    padded[: len(vectors)] = vectors
-    parts = [torch.empty_like(padded) for _ in range(world)] if dist.get_rank() == 0 else None
-    dist.gather(padded, parts)
-    return parts or []
+        return [value]
+    values: list[Any] = [None] * world
+    dist.gather_object(value, values if rank == 0 else None)
+    return values if rank == 0 else []

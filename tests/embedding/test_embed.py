@@ -382,7 +382,7 @@ def test_what_makes_no_sense_together_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr(Embedder, "load", None)
     for arguments, reason in (
         ([tiny_model], "nothing to do"),
-        ([tiny_model, *texts], "--out is missing: the folder that gets"),
+        ([tiny_model, *texts], "--out is missing: the folder for the embeddings"),
         ([tiny_model, "--query", "x"], "--out is missing: the folder to search"),
         ([tiny_model, *out, "--query", "x"], "has no embeddings to search"),
         ([tiny_model, *out, "--query-image", "nowhere.png"], "there is no file nowhere.png"),
@@ -403,7 +403,7 @@ def test_damaged_files_are_clear_errors(tmp_path):
     store = EmbeddingFolder(tmp_path)
     store.write("texts", ["a", "b"], [torch.ones(2, 3)], Identity("m", 3, "f"))
     (tmp_path / "texts.txt").write_text("a\n")
-    with pytest.raises(PipelineError, match=r"not a row for each line of texts\.txt"):
+    with pytest.raises(PipelineError, match=r"must have a row for each line of texts\.txt"):
         store.read("texts")
     (tmp_path / "texts.npy").write_bytes((tmp_path / "texts.npy").read_bytes()[:-4])
     with pytest.raises(PipelineError, match=r"texts\.npy cannot be read"):

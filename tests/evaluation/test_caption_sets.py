@@ -315,7 +315,7 @@ def test_sharegpt4v_is_its_first_thousand(tmp_path, monkeypatch):
             {"dataset_flickr30k.json": karpathy(("", "7.jpg", "test", ["good", None]))},
             "a caption of 7.jpg is None, not a text",
         ),
-        ("msvd", {"msvd_test.json": listing({"video": "y_3_4", "caption": ["a", None]})}, "y_3_4 is None, which is no"),
+        ("msvd", {"msvd_test.json": listing({"video": "y_3_4", "caption": ["a", None]})}, "y_3_4 is None, not a text"),
         (
             "text-image",
             {"captions.json": {"1.jpg": "a\0b"}},

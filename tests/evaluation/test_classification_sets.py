@@ -102,7 +102,7 @@ def test_s3(s3, tmp_path):
         ({"n01": "a", "n02": "b", "n10": " "}, None, "n02/5.jpg", "class n10 cannot be used: empty text"),
         (["a", "b", 3], None, "n02/5.jpg", "class n10 is 3, not a text"),
         ("tench", None, "n02/5.jpg", 'classnames.json is not {"folder": "name"'),
-        (["a", "b", "c"], "a photo\n", "n02/5.jpg", "'a photo' should have one {}"),
+        (["a", "b", "c"], "a photo\n", "n02/5.jpg", "'a photo' must have one {}"),
         (["a", "b", "c"], "\n", "n02/5.jpg", "templates.txt has no templates"),
         (["a", "b", "c"], None, "5.jpg", "5.jpg should be "),
         (["a", "b", "c"], None, "n02/5.bmp", "5.bmp (1 such) is no picture in a known format"),

@@ -106,7 +106,7 @@ def test_what_is_no_unit_vector_is_not_kept(collection, tmp_path):
         embed_collection(Overflowing(), collection, DiskStore(tmp_path, collection.keys, 2))
     disk = DiskStore(tmp_path, collection.keys, 2)
     assert disk.missing(np.arange(20)).tolist() == [n for n in range(20) if n % 5 == 4]  # the last of five groups
-    with pytest.raises(PipelineError, match=r"gives \(4, 2\) for 4 items of 3"):
+    with pytest.raises(PipelineError, match=r"returned \(4, 2\) for 4 items of 3"):
         embed_collection(Wide(), collection, MemoryStore(30, 3))
     assert embed_collection(Lengths(), collection, disk)
 
@@ -131,4 +131,4 @@ def test_two_ranks_share_the_groups_and_must_have_the_same_items(collection):
     (first, vectors, _), (second, _, error) = on_two_ranks(_embedded_here)
     assert [group for both in zip(first, second, strict=True) for group in both if group] == whole.groups
     np.testing.assert_array_equal(vectors.numpy(), memory.vectors)
-    assert "rank 1 finds other items in the evaluation sets than the first rank does" in error
+    assert "rank 1 found other items in the evaluation sets than rank 0" in error

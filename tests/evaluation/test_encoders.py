@@ -357,7 +357,7 @@ def test_what_is_no_model_is_a_clear_error(tiny_clip, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda name: None)  # in whatever environment
     for path, reason in (
         (str(tmp_path), "no config.json"),
-        (changed("bert", model_type="bert"), r"is a bert model; .* siglip2\. For any other write a function"),
+        (changed("bert", model_type="bert"), r"is a bert model; .* siglip2\. For another model write a function"),
         (str(Path(__file__).parents[1] / "golden"), r"convert it with tools/convert_weights\.py"),
         (changed("weightless", removed="model.safetensors"), "has no weights"),
         (changed("blind", removed="preprocessor_config.json"), "no clip model at"),

@@ -237,7 +237,7 @@ def test_the_leaderboards_file_has_mmebs_datasets_alone(written, tmp_path):
     assert list(image) == NAMES
     assert image["N24News"] == {"hit@1": 0.02, "num_pred": 10, "num_data": 10}
     assert image["Visual7W-Pointing"] == "FILE_N/A"
-    own_sets(a=("vqa", True, 0.2)).write(tmp_path)
+    write_report(own_sets(a=("vqa", True, 0.2)), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["figures", "report.html", "report.json"]
     assert "LLaVE" not in (tmp_path / "report.html").read_text()
 

@@ -267,7 +267,7 @@ def test_the_exported_model_scores_what_training_said(vision_run, data):
     encoder = load_encoder(str(vision_run / "export"), EvaluationRun(max_tokens=TOKENS), CPU)
     collection = sets.load([evaluation_set(data)], instructed=encoder.instructed)
     store = MemoryStore(len(collection.items), encoder.dimension)
-    assert embed_collection(encoder, collection, store, CPU)
+    assert embed_collection(encoder, collection, store)
     report = measure("", collection, store.take)
     assert_results_alike(report.results, Report.read(vision_run / f"evaluation/step-{STEPS:08d}.json").results)
     assert len(collection.items) == 24
