@@ -50,6 +50,7 @@ class Embedder:
     instructed: bool
     features: Features | None = None
     name: str = "the model"
+    video_frames: int = 8
 
     @classmethod
     def load(
@@ -83,7 +84,7 @@ class Embedder:
         processor = kind.reader(str(path), max_tokens, video_frames)
         model, features = kind.open(str(path), precision, device)
         tokens = chunk_tokens or chunk_tokens_for(bool(model.pads))
-        return cls(model, processor, device, tokens, kind.instructed, features, str(path))
+        return cls(model, processor, device, tokens, kind.instructed, features, str(path), video_frames)
 
     @property
     def dimension(self) -> int:
@@ -149,7 +150,7 @@ class Embedder:
 
     def _frames(self, video: "Path | tuple[Picture, ...]") -> list[Picture]:
         if isinstance(video, Path):
-            return _from_file(video, lambda data: sample_frames(data, self.processor.video_frames))
+            return _from_file(video, lambda data: sample_frames(data, self.video_frames))
         return [_picture(frame, self.processor.as_stored) for frame in video]
 
 

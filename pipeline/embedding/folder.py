@@ -10,6 +10,7 @@ import torch
 
 from pipeline.data.index import NO_ARRAY
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
 from pipeline.storage.documents import DocumentError, parse_json
 
 KINDS = ("texts", "images", "videos")
@@ -67,8 +68,8 @@ class EmbeddingFolder:
             for stale in [kind] if before and before.fingerprint == identity.fingerprint else KINDS:
                 self._array(stale).unlink(missing_ok=True)
             lines = "".join(f"{each}\n" for each in ids).encode(errors="surrogateescape")  # a path may not be UTF-8
-            _replace(self.folder / f"{kind}.txt", lines)
-            _replace(self._about, (json.dumps(vars(identity), indent=1) + "\n").encode())
+            objects.write(str(self.folder / f"{kind}.txt"), lines)
+            objects.write(str(self._about), (json.dumps(vars(identity), indent=1) + "\n").encode())
             unfinished.replace(self._array(kind))
         finally:
             unfinished.unlink(missing_ok=True)
@@ -106,12 +107,6 @@ def mapped(path: Path) -> np.ndarray:
         return np.lib.format.open_memmap(path, mode="r")
     except NO_ARRAY as error:
         raise ValueError(str(error)) from None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
 
 
 def best(rows: np.ndarray, query: np.ndarray, top: int) -> list[tuple[int, float]]:

@@ -27,10 +27,9 @@ def leaderboard(model: str, datasets: Mapping[str, DatasetResult | None]) -> dic
         "url": None,
         "report_generated_date": datetime.now().isoformat(),
     }
-    image = {name: _scores(result) if result else "FILE_N/A" for name, result in datasets.items()}
+    image: dict[str, Any] = dict.fromkeys(datasets, "FILE_N/A")
+    for name, result in datasets.items():
+        if result:
+            queries = sum(result.queries.values())
+            image[name] = {"hit@1": result.score, "num_pred": queries, "num_data": queries}
     return {"metadata": metadata, "metrics": {"image": image, "video": {}, "visdoc": {}}}
-
-
-def _scores(result: DatasetResult) -> dict[str, float | int]:
-    queries = sum(result.queries.values())
-    return {"hit@1": result.score, "num_pred": queries, "num_data": queries}

@@ -94,7 +94,8 @@ def _ranked(task: Ranking, vectors: _Vectors, dimension: int, tile_bytes: int) -
         distinct, places = np.unique(np.concatenate(lists), return_inverse=True)
         tiles = [_similarities(queries, vectors(distinct[tile])) for tile in _cuts(len(distinct), height)]
         rows = torch.cat(tiles, dim=1).cpu().numpy()
-        own = [row[chosen] for row, chosen in zip(rows, _split(places, lists), strict=True)]
+        parts = np.split(places, np.cumsum([len(each) for each in lists])[:-1])
+        own = [row[chosen] for row, chosen in zip(rows, parts, strict=True)]
         yield (
             np.array([(row[1:] > row[0]).sum() for row in own]),
             np.array([(row[1:] == row[0]).any() for row in own]),
@@ -104,10 +105,6 @@ def _ranked(task: Ranking, vectors: _Vectors, dimension: int, tile_bytes: int) -
             np.array([1 + row[1:].argmax() if len(row) > 1 else 0 for row in own]),
             np.array([((row == row[0]) & (items != items[0])).sum() for row, items in zip(own, lists, strict=True)]),
         )
-
-
-def _split(joined: np.ndarray, lists: list[np.ndarray]) -> list[np.ndarray]:
-    return np.split(joined, np.cumsum([len(each) for each in lists])[:-1])
 
 
 def _retrieved(task: Retrieval, vectors: _Vectors, dimension: int, tile_bytes: int) -> Iterable[_Part]:
@@ -232,7 +229,7 @@ def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case], *, col
     worst: of all directions.  collapsed: see `collapsed`.
     """
     strict = [replace(own, rank=own.worst_rank) for own in scores]
-    both = sorted(zip(tasks, strict, strict=True), key=lambda pair: not _direction(pair[0]).startswith("t"))
+    both = sorted(zip(tasks, strict, strict=True), key=lambda pair: not pair[0].direction.startswith("t"))
     task, first = both[0]
     in_distribution, language = None, ""
     if isinstance(task, Ranking):
@@ -243,7 +240,7 @@ def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case], *, col
         group=group,
         in_distribution=in_distribution,
         language=language,
-        queries={_direction(task): len(own.rank) for task, own in both},
+        queries={task.direction: len(own.rank) for task, own in both},
         metrics={name: value for task, own in both for name, value in _metrics(task, own).items()},
         chance=first.chance,
         ties=sum(int(own.tied.sum()) for own in scores),
@@ -253,10 +250,6 @@ def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case], *, col
         worst=worst,
         collapsed=collapsed,
     )
-
-
-def _direction(task: Task) -> str:
-    return "" if isinstance(task, Ranking) else task.direction
 
 
 def _metrics(task: Task, scores: Scores) -> dict[str, float]:

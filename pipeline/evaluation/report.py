@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.data.mmeb import META_TASKS, MMEB_TASKS
-from pipeline.errors import PipelineError, printable
+from pipeline.errors import PipelineError, first_few, printable
 from pipeline.evaluation.results import BINS, DatasetResult
 from pipeline.storage import objects
 from pipeline.storage.documents import parse_json
@@ -183,14 +183,12 @@ class Report:
                 "vector, so the scores are meaningless. Were its weights loaded? Did training diverge?"
             )
         for group, names in self.missing().items():
-            listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            omitted.append(f"{group} lacks {listed} of its {len(self._groups()[group])}")
+            omitted.append(f"{group} lacks {first_few(names)} of its {len(self._groups()[group])}")
         if omitted:
             remarks.append(f"Means with a missing dataset are omitted: {'; '.join(omitted)}.")
         short = [name for name, result in self.mmeb().items() if result and result.queries[""] < _MMEB_QUERIES]
         if short:
-            listed = ", ".join(short[:4]) + (f" and {len(short) - 4} more" if len(short) > 4 else "")
-            remarks.append(f"MMEB has {_MMEB_QUERIES:,} queries in each dataset; these have fewer: {listed}.")
+            remarks.append(f"MMEB has {_MMEB_QUERIES:,} queries in each dataset; these have fewer: {first_few(short)}.")
         if ties := sum(result.ties for result in self.results.values()):
             remarks.append(
                 f"{ties} queries had a wrong candidate as similar as the right one: they count as wrong, unless both "

@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.errors import PipelineError, is_of_lost_peer, printable
 from pipeline.jobs import launch
 from pipeline.jobs.states import Event, State, transition
+from pipeline.storage import objects
 from pipeline.storage.documents import DocumentError, parse_json
 
 _FROM_ONE_CHECKPOINT = 4  # failures, after which the job gives up
@@ -77,11 +78,8 @@ class Status:
     def write(self, run: Path) -> None:
         """Errors are ignored: if the folder cannot be written, the run fails elsewhere with a better message."""
         now = replace(self, time=datetime.now(UTC).isoformat(timespec="seconds"))
-        unfinished = _unfinished(run)
-        with suppress(OSError, ValueError):
-            run.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(json.dumps(asdict(now), indent=1) + "\n")
-            unfinished.replace(run / "status.json")
+        with suppress(PipelineError, ValueError):
+            objects.write(str(run / "status.json"), (json.dumps(asdict(now), indent=1) + "\n").encode())
 
     def failed(self, run: Path, reason: str, reported: bool = True) -> "Status":
         """The status after one more failure."""

@@ -10,7 +10,16 @@ from threading import Lock
 import numpy as np
 
 from pipeline.data.index import INDEX_FILE, Index, Shard, load_sidecar, read_samples
-from pipeline.data.mmeb import IMAGE_FOLDERS, MMEB_TASKS, TASKS_FILE, Side, converted_rows, evaluation_rows, read_tasks
+from pipeline.data.mmeb import (
+    IMAGE_FOLDERS,
+    META_TASKS,
+    MMEB_TASKS,
+    TASKS_FILE,
+    Side,
+    converted_rows,
+    evaluation_rows,
+    read_tasks,
+)
 from pipeline.data.sample import BadSample, Item, Single
 from pipeline.data.shards import parse_sample
 from pipeline.errors import PipelineError
@@ -18,17 +27,7 @@ from pipeline.evaluation.tasks import Collection, Ranking, content_key
 from pipeline.storage import objects
 from pipeline.storage.documents import note_unread
 
-# Name on the command line -> whether a dataset of (meta-task, in distribution) belongs to it.
-GROUPS: dict[str, Callable[[str, bool], bool] | None] = {
-    "mmeb": lambda meta_task, known: True,
-    "mmeb/ind": lambda meta_task, known: known,
-    "mmeb/ood": lambda meta_task, known: not known,
-    "mmeb/classification": lambda meta_task, known: meta_task == "classification",
-    "mmeb/vqa": lambda meta_task, known: meta_task == "vqa",
-    "mmeb/retrieval": lambda meta_task, known: meta_task == "retrieval",
-    "mmeb/grounding": lambda meta_task, known: meta_task == "grounding",
-} | {f"mmeb/{name}": None for name in MMEB_TASKS}
-
+GROUPS = ("mmeb", "mmeb/ind", "mmeb/ood", *(f"mmeb/{name}" for name in (*META_TASKS, *MMEB_TASKS)))
 _BLOCK_BYTES = 256 << 10  # of a shard that are read together: about one picture, or a hundred texts
 
 
@@ -39,11 +38,11 @@ def datasets(url: str, group: str | None = None) -> dict[str, Callable[[Collecti
     """
     listed = objects.exists(objects.join(url, TASKS_FILE))
     known = read_tasks(url) if listed else MMEB_TASKS
-    chosen = GROUPS[group or "mmeb"]
-    wanted = {
-        name: kind for name, kind in known.items() if f"mmeb/{name}" == group or (chosen is not None and chosen(*kind))
-    }
-    there = wanted if listed else {name: kind for name, kind in wanted.items() if _has(objects.join(url, name))}
+    there = {}
+    for name, (meta_task, in_distribution) in known.items():
+        groups = (None, "mmeb", f"mmeb/{meta_task}", f"mmeb/{name}", "mmeb/ind" if in_distribution else "mmeb/ood")
+        if group in groups and (listed or objects.list_under(objects.join(url, name))):
+            there[name] = (meta_task, in_distribution)
     if "://" not in url:
         others = {file.parent.name for file in Path(url).glob("*/*.parquet")} - known.keys()
         why = (
@@ -57,10 +56,6 @@ def datasets(url: str, group: str | None = None) -> dict[str, Callable[[Collecti
         )
     images = _Images(url)
     return {name: partial(_add, url=url, name=name, kind=kind, images=images) for name, kind in there.items()}
-
-
-def _has(folder: str) -> bool:
-    return bool(objects.list_under(folder))
 
 
 def _add(collection: Collection, url: str, name: str, kind: tuple[str, bool], images: "_Images") -> None:

@@ -1,13 +1,12 @@
 """Shards of pairs, as for training: the candidates of each query are all targets."""
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
 from pipeline.data.index import Captions, Index, load_sidecar, read_samples
 from pipeline.data.mmeb import META_TASKS, MMEB_TASKS, TASKS_FILE
-from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.data.sample import BadSample, Pair
 from pipeline.data.shards import parse_sample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.tasks import Collection, Ranking, content_key
@@ -33,7 +32,7 @@ def add(collection: Collection, url: str) -> None:
             pairs.append(_parse(f"{objects.join(url, shard.file)}#{number}", data, index.captions))
     rows = {
         item.content_hash: collection.row(
-            content_key(item.content_hash), f"{pair.key}: {item.text}", partial(_same, item)
+            content_key(item.content_hash), f"{pair.key}: {item.text}", lambda item=item: item
         )
         for pair in pairs
         for item in (pair.query, pair.target)
@@ -63,7 +62,3 @@ def _parse(key: str, sample: bytes, captions: Captions | None) -> Pair:
         raise PipelineError(f"{key} is an item of an evaluation set: give the folder above, with its {TASKS_FILE}")
     query, target = (replace(item, text=item.text.strip()) for item in (pair.query, pair.target))  # see Collection
     return replace(pair, query=query, target=target)
-
-
-def _same(item: Item) -> Item:
-    return item

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_few
 from pipeline.jobs import launch
 from pipeline.jobs.preflight.check import Check, check, green, red, skipped, yellow
-from pipeline.jobs.preflight.report import some
 
 MEET_SECONDS = 45  # imports are slow if all nodes read the same files
 SHARE_SECONDS = 45  # longer than any earlier check takes on another node
@@ -125,7 +124,7 @@ def meet(nodes: Nodes) -> Check:
             "set MASTER_ADDR to an address of the first node that the others can reach, MASTER_PORT to a free port; "
             + _NETWORK,
         )
-    return skipped("one node") if place.nodes == 1 else green(f"{place.nodes} at {where}: {some(nodes.names, 4)}")
+    return skipped("one node") if place.nodes == 1 else green(f"{place.nodes} at {where}: {first_few(nodes.names)}")
 
 
 @check("clocks", seconds=SHARE_SECONDS + 5, if_late="run it again")

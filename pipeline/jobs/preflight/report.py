@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import printable
+from pipeline.errors import first_few, printable
 from pipeline.jobs.preflight.check import Check
 
 _STATES = {"skipped": ("skip", "dim"), "green": ("ok", "green"), "yellow": ("warn", "yellow"), "red": ("FAIL", "red")}
@@ -34,7 +34,7 @@ def _worst(found: list[tuple[str, Check]]) -> Check:
             findings.setdefault(check.found, []).append(node)
     text = worst.found
     if len(findings) > 1 or len(findings[text]) < len(found):
-        listed = [f"{some(nodes, _LISTED)}: {each}" for each, nodes in findings.items()]
+        listed = [f"{first_few(nodes, _LISTED)}: {each}" for each, nodes in findings.items()]
         text = "; ".join(listed[:_LISTED]) + (f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else "")
     rates = sorted((check.rate, node) for node, check in found if check.rate is not None)
     if rates and worst.state == "green":
@@ -43,11 +43,6 @@ def _worst(found: list[tuple[str, Check]]) -> Check:
             f", {slow:,.0f} ({slowest}) to {fast:,.0f} MB/s ({fastest})" if len(rates) > 1 else f", {fast:,.0f} MB/s"
         )
     return replace(worst, found=text)
-
-
-def some(names: Sequence[str], count: int) -> str:
-    """The first `count` names, and how many more there are."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def show(checks: Sequence[Check], title: str, seconds: float) -> None:

@@ -61,7 +61,7 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
     if together and place.nodes > 1:
         nodes.put("results", [asdict(check) for check in checks])
         if place.node:
-            nodes.get("results", place.node, _RESULTS_SECONDS)  # wait until the first node has written its own
+            nodes.get("results", place.node, _RESULTS_SECONDS)  # returns when the store has them
             nodes.put("done", True)
             return 0
         results += _of_others(nodes)
