@@ -142,11 +142,11 @@ def _rendezvous(rank: int, world: int, minutes: float) -> dist.Store:
     return dist.PrefixStore("group", store)
 
 
-def on_first_rank(work: Callable[[], T], subject: str = "its part", hours: float = _FIRST_RANK_HOURS) -> T:
+def on_first_rank(work: Callable[[], T], subject: str = "the first rank's part") -> T:
     """Run `work` on the first rank; return its result on all ranks. What `work` raises, the first rank raises.
 
     The other ranks get a message every few seconds: in one collective they could not wait longer than its time limit.
-    subject: names the work in a log message if it takes long, and in the PipelineError after so many hours.
+    subject: names the work in a log message if it takes long, and in the PipelineError after twelve hours.
     """
     if dist.get_rank():
         message: list[Any] = [False, None]
@@ -156,13 +156,15 @@ def on_first_rank(work: Callable[[], T], subject: str = "its part", hours: float
     pool, began = ThreadPoolExecutor(1), time.monotonic()
     try:
         future = pool.submit(work)
-        with _log_long_wait(f"{subject}, {hours:g} hours at most"):
+        with _log_long_wait(f"{subject}, {_FIRST_RANK_HOURS} hours at most"):
             while True:
                 futures.wait([future], timeout=_POLL_SECONDS)
                 done = future.done()
                 message = [done, future.result() if done else None]
-                if not done and time.monotonic() - began > 3600 * hours:
-                    raise PipelineError(f"{subject} took over {hours:g} hours: does a file system or server hang?")
+                if not done and time.monotonic() - began > 3600 * _FIRST_RANK_HOURS:
+                    raise PipelineError(
+                        f"{subject} took over {_FIRST_RANK_HOURS} hours: does a file system or server hang?"
+                    )
                 dist.broadcast_object_list(message)
                 if done:
                     return message[1]

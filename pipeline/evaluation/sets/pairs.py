@@ -1,6 +1,7 @@
 """Shards of pairs, as for training: the candidates of each query are all targets."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def add(collection: Collection, url: str) -> None:
             pairs.append(_parse(f"{objects.join(url, shard.file)}#{number}", data, index.captions))
     rows = {
         item.content_hash: collection.row(
-            content_key(item.content_hash), f"{pair.key}: {item.text}", lambda item=item: item
+            content_key(item.content_hash), f"{pair.key}: {item.text}", partial(replace, item)
         )
         for pair in pairs
         for item in (pair.query, pair.target)
