@@ -26,6 +26,12 @@ from pipeline.jobs.states import Event, State, Verdict, transition
 from pipeline.jobs.status import Status
 from pipeline.storage import lock
 
+_WHAT_FOLLOWS = {
+    Verdict.DONE: "Slurm decides whether the job starts again",
+    Verdict.REQUEUE: "the job is requeued",
+    Verdict.FAIL: "the same command continues from there",
+}
+
 
 @command_line
 def main() -> None:
@@ -50,10 +56,8 @@ def decide(run: Path, exit_code: int, terminated: bool = False) -> tuple[str, Ve
         if why := lock.in_use(str(run)):
             return f"error: {why}", Verdict.FAIL
         status = Status(State.STARTING, status.step, status.steps, job=job, trained=False)
-    before, follows = (
-        status.state,
-        transition(status.state, _event(exit_code, terminated), first_start=not status.start),
-    )
+    before = status.state
+    follows = transition(before, _event(exit_code, terminated), first_start=not status.start)
     if follows.failure:
         reason = status.reason
         if before not in (State.FAILED, State.REFUSED):
@@ -70,16 +74,9 @@ def decide(run: Path, exit_code: int, terminated: bool = False) -> tuple[str, Ve
         return f"error: {status.reason}", Verdict.FAIL
     if status.state == State.FINISHED:
         return f"{run}: finished", Verdict.DONE
-    assert follows.verdict is not None
-    next_step = {
-        Verdict.DONE: "Slurm decides whether the job starts again",
-        Verdict.REQUEUE: "the job is requeued",
-        Verdict.FAIL: "the same command continues from there",
-    }[follows.verdict]
-    return (
-        f"{run}: {status.step} of {status.steps or '?'} steps are done; {status.reason}; {next_step}",
-        follows.verdict,
-    )
+    assert follows.verdict is not None  # the job has ended
+    done = f"{run}: {status.step} of {status.steps or '?'} steps are done; {status.reason}"
+    return f"{done}; {_WHAT_FOLLOWS[follows.verdict]}", follows.verdict
 
 
 def _event(exit_code: int, terminated: bool) -> Event:
