@@ -167,17 +167,10 @@ def failures_noted(run: Path) -> Iterator[None]:
         if is_first and not is_of_lost_peer(error) and not beside.exists():
             note(run, "failed", reason=reason)
         elif not is_first and not is_of_lost_peer(error):
-            unfinished = _unfinished(run)
             with suppress(OSError, ValueError):
                 run.mkdir(parents=True, exist_ok=True)
-                unfinished.write_text(printable(reason, keep="\n"))
-                try:
-                    os.link(unfinished, beside)
-                    unfinished.unlink()
-                except FileExistsError:
-                    unfinished.unlink()
-                except OSError:  # the file system has no links
-                    unfinished.replace(beside)
+                with beside.open("x") as file:
+                    file.write(printable(reason, keep="\n"))
         raise
 
 
@@ -196,7 +189,7 @@ def _failure_file(run: Path, launch: str) -> Path:
 
 def _is_older_than_this_process(file: Path) -> bool:
     """By the file system's clock; true if that cannot be read."""
-    probe = _unfinished(file.parent)
+    probe = file.with_name(f".clock.{socket.gethostname()}-{os.getpid()}")
     with suppress(OSError):
         probe.touch()
         now, then = probe.stat().st_mtime, file.stat().st_mtime
@@ -204,10 +197,6 @@ def _is_older_than_this_process(file: Path) -> bool:
         began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return now - then > time.clock_gettime(time.CLOCK_BOOTTIME) - began
     return True
-
-
-def _unfinished(run: Path) -> Path:
-    return run / f"status.{socket.gethostname()}-{os.getpid()}.unfinished"
 
 
 def _newest_checkpoint(run: Path) -> int:

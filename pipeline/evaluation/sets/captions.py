@@ -152,28 +152,17 @@ def _add(
 
     seeking = [collection.text(wording.seeks_medium.replace("{}", text)) for text in texts]
     owners = np.repeat(np.arange(len(counts)), counts)
-    collection.tasks.append(
-        Retrieval(
-            name,
-            kind,
-            f"t2{letter}",
-            language,
-            queries=np.array(seeking, np.int64),
-            candidates=media(wording.medium),
-            right=list(owners[:, None]),
-        )
-    )
-    collection.tasks.append(
-        Retrieval(
-            name,
-            kind,
+    directions = [
+        (f"t2{letter}", np.array(seeking, np.int64), media(wording.medium), list(owners[:, None])),
+        (
             f"{letter}2t",
-            language,
-            queries=media(wording.seeks_caption),
-            candidates=np.array([collection.text(text) for text in texts], np.int64),
-            right=np.split(np.arange(len(texts)), np.cumsum(counts)[:-1]),
-        )
-    )
+            media(wording.seeks_caption),
+            np.array([collection.text(text) for text in texts], np.int64),
+            np.split(np.arange(len(texts)), np.cumsum(counts)[:-1]),
+        ),
+    ]
+    for direction, queries, candidates, right in directions:
+        collection.tasks.append(Retrieval(name, kind, direction, language, queries, candidates, right))
 
 
 def _wording(folder: Folder, kind: RetrievalKind) -> Wording:

@@ -1,12 +1,12 @@
 """One check of what a run needs: its result, and what to do about it."""
 
-import functools
 import os
 import queue
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial, wraps
 from typing import Literal, ParamSpec
 
 from pipeline.errors import PipelineError
@@ -36,20 +36,10 @@ class Check:
         return f"preflight: {self.name}: {self.found}" + (f" - {self.do}" if self.do else "")
 
 
-def green(found: str, rate: float | None = None) -> Check:
-    return Check("", "green", found, rate=rate)
-
-
-def yellow(found: str, do: str) -> Check:
-    return Check("", "yellow", found, do)
-
-
-def red(found: str, do: str = "") -> Check:
-    return Check("", "red", found, do)
-
-
-def skipped(why: str) -> Check:
-    return Check("", "skipped", why)
+green = partial(Check, "", "green")
+yellow = partial(Check, "", "yellow")
+red = partial(Check, "", "red")
+skipped = partial(Check, "", "skipped")
 
 
 def check(
@@ -61,7 +51,7 @@ def check(
     """
 
     def decorate(function: Callable[Parameters, Check]) -> Callable[Parameters, Check]:
-        @functools.wraps(function)
+        @wraps(function)
         def limited(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Check:
             results: queue.SimpleQueue[Check] = queue.SimpleQueue()
 

@@ -67,10 +67,6 @@ class Nodes:
     names: list[str] = field(default_factory=list)
     store: dist.Store | None = None
 
-    @property
-    def connected(self) -> bool:
-        return bool(self.names)
-
     def connect(self) -> None:
         """Raises RuntimeError if the first node cannot be reached, PipelineError if other nodes do not connect."""
         place, deadline = self.place, time.monotonic() + MEET_SECONDS

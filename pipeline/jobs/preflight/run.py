@@ -39,7 +39,7 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
             status.begin(run)
             checks.append(earlier_starts(run))
     checks.append(meet(nodes))
-    together = nodes.connected
+    together = bool(nodes.names)
     if not together:  # then each node checks itself and prints its own errors
         nodes = Nodes(Place(name=place.name))
     hardware: list[dict] = []

@@ -43,7 +43,7 @@ def data(job: Job, nodes: Nodes) -> Check:
         return red(f"{source.origin(number, 0).shard}: {bad[0]}", "name shards of pairs in data.url and data.datasets")
     job.source = source
     total = sum(index.samples for _, index in source.indexes)
-    return green(f"{total:,} samples in {len(source.indexes)} datasets, {len(source.shards)} shards", rate)
+    return green(f"{total:,} samples in {len(source.indexes)} datasets, {len(source.shards)} shards", rate=rate)
 
 
 @check("evaluation", seconds=30, if_late="large sets take longer; training waits for them", late=yellow)
@@ -75,7 +75,7 @@ def run_directory(folder: Path, nodes: Nodes) -> Check:
                 f"{probe.parent} is not the same folder as on {nodes.names[0]}",
                 "set run= to a folder on a file system that all nodes share",
             )
-        return green(str(folder.absolute()), _write_rate(Path(f"{probe}-{nodes.place.node}")))
+        return green(str(folder.absolute()), rate=_write_rate(Path(f"{probe}-{nodes.place.node}")))
     except OSError as error:
         return red(f"{probe.parent}: {error.strerror}", "free space there, or set run= to another file system")
     finally:
