@@ -61,4 +61,4 @@ def test_a_collapsed_model_is_never_the_best(tmp_path, capsys):
         run = SimpleNamespace(folder=tmp_path, evaluate=lambda tokens, each=each: Report("m", {"A-OKVQA": each}))
         _evaluate(run, monitor, step, SimpleNamespace(chunk_tokens=64))
         assert best(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step-00000002" if step == 2 else None)
-    assert "step 1: THE MODEL HAS COLLAPSED: it gives all queries" in capsys.readouterr().err
+    assert "step 1: THE MODEL HAS COLLAPSED: in A-OKVQA all queries" in capsys.readouterr().err
