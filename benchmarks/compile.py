@@ -36,7 +36,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.mmeb_like import draw
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.chunks import Chunk, plan_chunks
 from pipeline.models.qwen2 import keep_less, pool_in_last_layer

@@ -54,7 +54,8 @@ from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.data.tiles import Tiling, decode_image
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 from pipeline.storage import objects
 from tools.s3_server import S3Server
 

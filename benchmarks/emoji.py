@@ -23,7 +23,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 from tools.s3_server import S3Server
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")

@@ -48,11 +48,12 @@ sys.path.insert(0, str(ROOT))
 from pipeline.config import Architecture, EvaluationRun
 from pipeline.data.sample import IMAGE_MARK, Item
 from pipeline.data.tiles import Tiling
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import ModelEncoder
-from pipeline.evaluation.store import Memory
+from pipeline.evaluation.store import MemoryStore
 from pipeline.evaluation.tasks import Collection, Ranking, item_key
+from pipeline.jobs.program import command_line
 from pipeline.models.kinds import KINDS
 from pipeline.models.llave import build, prompt
 
@@ -161,7 +162,7 @@ class Ours:
     def embed(self, dataset: str) -> torch.Tensor:
         """(items, D), queries and then targets."""
         collection = self.collections[dataset]
-        store = Memory(len(collection.items), self.encoder.dimension)
+        store = MemoryStore(len(collection.items), self.encoder.dimension)
         embed_collection(self.encoder, collection, store)
         return torch.from_numpy(store.vectors)
 

@@ -77,7 +77,8 @@ from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
 from pipeline.data.collate import Encoded, Packed, pack
 from pipeline.distributed import start_distributed
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 from pipeline.models.attention import KINDS as ATTENTION_KINDS
 from pipeline.models.attention import choose, implementation
 from pipeline.models.chunks import Chunk, embed_chunks, plan_chunks, run_chunk

@@ -58,7 +58,8 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.config import Architecture, load_ds_config, load_recipe
 from pipeline.distributed import start_distributed
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 from pipeline.models import llave, weights
 from pipeline.training import engine, partitions
 from pipeline.training.export import export

@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.vision_step import make_dataset, make_text_encoder
 from pipeline.data.text_embeddings import EMBEDDINGS_FILE
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 from pipeline.models.vision import VisionEncoder
 
 MB = 1e6

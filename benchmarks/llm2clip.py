@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pipeline.config import EvaluationRun
-from pipeline.errors import command_line
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import load_encoder
-from pipeline.evaluation.store import Memory
+from pipeline.evaluation.store import MemoryStore
 from pipeline.evaluation.tasks import Retrieval
+from pipeline.jobs.program import command_line
 
 CPU = torch.device("cpu")
 SETS = ("short", "long", "chinese")
@@ -91,8 +91,8 @@ def _recalls(model: Path, url: str) -> dict[str, float]:
     """R@1 of a set, in percent, by direction."""
     encoder = load_encoder(str(model), EvaluationRun(), CPU)
     collection = sets.load([f"text-image={url}"], instructed=encoder.instructed)
-    store = Memory(len(collection.items), encoder.dimension)
-    embed_collection(encoder, collection, store, CPU)
+    store = MemoryStore(len(collection.items), encoder.dimension)
+    embed_collection(encoder, collection, store)
     rows = store.take(np.arange(len(collection.items)))
     return {task.direction: _recall(task, rows) for task in collection.tasks if isinstance(task, Retrieval)}
 

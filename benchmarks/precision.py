@@ -35,8 +35,9 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
 from pipeline.evaluation.report import Report
+from pipeline.jobs.program import command_line
 
 PROCESSES = 2
 WINDOW = 25  # steps

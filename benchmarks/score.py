@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import recall_at, scores_of
 from pipeline.evaluation.tasks import Retrieval
+from pipeline.jobs.program import command_line
 
 SIMILARITY = 0.15
 TILE = 8192

@@ -71,7 +71,8 @@ from pipeline.data.batch import Batch
 from pipeline.data.collate import Encoded
 from pipeline.data.tiles import Tiling
 from pipeline.distributed import start_distributed
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 from pipeline.models.chunks import embed_chunks, plan_chunks
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave import build, load_config, tiling

@@ -65,7 +65,8 @@ from pipeline.data.batch import Batch
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.distributed import start_distributed
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 from pipeline.models import decoder
 from pipeline.models.kinds import KINDS
 from pipeline.models.vision import VisionEncoder

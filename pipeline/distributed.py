@@ -1,4 +1,4 @@
-"""The process group: how ranks find each other, and how they part."""
+"""The process group: ranks join it, wait for work on the first one, and leave it together."""
 
 import logging
 import os
@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import deepspeed
 import torch
@@ -23,95 +23,84 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
 from pipeline.errors import PipelineError
+from pipeline.jobs import launch
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
-_RENDEZVOUS_MINUTES = (3, 10)  # at least: the first rank may have to wait for a lock (lock.SILENCE_SECONDS)
-_SAID_SECONDS = 30  # of waiting without a word
-_GOES_ON_SECONDS = 5
+logger = logging.getLogger(__name__)
+
+_RENDEZVOUS_MINUTES = (3, 10)  # least and most; the first rank may have to wait for a lock (lock.SILENCE_SECONDS)
+_QUIET_SECONDS = 30  # before a wait is logged
+_POLL_SECONDS = 5
 _FIRST_RANK_HOURS = 12
-_KERNELS = ("cpu_adam",)  # that DeepSpeed compiles at their first use
-_LONGEST_BUILD = 600  # seconds
-# Of torch's variables for its allocator the first that is set counts.
+_KERNELS = ("cpu_adam",)  # that DeepSpeed compiles when they are first used
+_BUILD_SECONDS = 600  # that a build takes at most
+# torch uses the first of these variables that is set.
 _ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
 
 
 def start_distributed(timeout_minutes: float) -> torch.device:
-    """Join the process group that the launcher's environment describes; alone, make one of one process.
+    """Join the process group that the launcher's environment describes; without a launcher, create one of one process.
 
-    Returns this process's device. A collective that waits longer than the time limit ends the process; so does a rank
-    that does not come within that time, three minutes at least and ten at most.
+    Returns this process's device. If a collective waits longer than the time limit, the process ends. PipelineError if
+    a rank does not join within that limit, which is at least three and at most ten minutes here.
     """
     transformers.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed still calls collectives by the names they had before torch 2.13, several a step.
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates, several times a step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if alone := "RANK" not in os.environ:
         _check_alone()
         for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)  # of whatever other ranks they are
+            os.environ.pop(name, None)  # another process's
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
-    rank, world = _place()
-    here = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0" if world == 1 else "29500"}
-    for name, value in here.items():
+    rank, world = launch.rank_in_environment()
+    defaults = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0" if world == 1 else "29500"}
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
     remove_stale_lock()
-    # What is freed of one size serves another. It must be set before the first allocation on a GPU.
+    # Freed segments are reused for tensors of other sizes. It must be set before the first allocation on a GPU.
     if not _ALLOCATOR.intersection(os.environ):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     accelerator = get_accelerator()
-    backend, device, options = "gloo", torch.device("cpu"), {}
+    backend, device, device_id = "gloo", torch.device("cpu"), None
     if accelerator.device_name() != "cpu":
-        if alone and (count := accelerator.device_count()) > 1:
-            print(f"one process on one of {count} GPUs: torchrun --nproc-per-node {count} would take all", flush=True)
-        # Slurm may show each task its own GPU alone. DeepSpeed, too, reads LOCAL_RANK.
-        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % accelerator.device_count())
-        backend, device = accelerator.communication_backend_name(), int(os.environ["LOCAL_RANK"])
-        accelerator.set_device(device)
-        device = torch.device(accelerator.device_name(device))
-        options = {"device_id": device}
-        torch.backends.cudnn.allow_tf32 = False  # float32 convolutions, of patches, are to be as exact as products are
+        count = accelerator.device_count()
+        if alone and count > 1:
+            logger.warning("one process uses one of %d GPUs: torchrun --nproc-per-node %d uses all", count, count)
+        # Slurm may show each task only its own GPU. DeepSpeed, too, reads LOCAL_RANK.
+        number = int(os.environ["LOCAL_RANK"]) % count
+        os.environ["LOCAL_RANK"] = str(number)
+        accelerator.set_device(number)
+        backend, device = accelerator.communication_backend_name(), torch.device(accelerator.device_name(number))
+        device_id = device
+        torch.backends.cudnn.allow_tf32 = False  # float32 convolutions must be as exact as matrix products
     least, most = _RENDEZVOUS_MINUTES
-    store = _meet(min(max(timeout_minutes, least), most))
+    store = _rendezvous(rank, world, min(max(timeout_minutes, least), most))
     limit = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit, **options)
-    # Tensor parallelism alone would use it: it takes a minute to compile, 66 MB of /dev/shm a rank, and never stops
-    # waiting for a rank that was killed.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit, device_id=device_id)
+    # Only tensor parallelism would use it. It compiles for a minute, uses 66 MB of /dev/shm a rank, and waits for ever
+    # for a rank that was killed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False, auto_mpi_discovery=False)
     return device
 
 
 def _check_alone() -> None:
-    """Raise PipelineError where this was to be one of several processes, and say where it looks like that."""
+    """Raise PipelineError if this process looks like one of several that were started without srun."""
     if (tasks := os.environ.get("SLURM_NTASKS", "1")) != "1":
         raise PipelineError(
-            f"the job has {tasks} tasks, and this is none of them: start it by srun (`srun python -m ...`; without "
-            "--pty), or unset SLURM_NTASKS if it is to be one process"
+            f"the job has {tasks} tasks, and this process is none of them: start it with srun (`srun python -m ...`, "
+            "without --pty), or unset SLURM_NTASKS to run one process"
         )
     if (tasks := os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
-        print(f"one process: the step of {tasks} tasks in the environment is not this one's", flush=True)
-
-
-def _place() -> tuple[int, int]:
-    """(rank, processes), as the environment has it. PipelineError where it is no launcher's."""
-    for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("MASTER_PORT", 0)):
-        text = os.environ.get(name, str(least))
-        if not text.isdecimal() or int(text) < least:
-            raise PipelineError(f"{name}={text} in the environment is of no launcher: unset it")
-    rank, world = os.environ["RANK"], os.environ.get("WORLD_SIZE", "")
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise PipelineError(
-            f"RANK={rank} and WORLD_SIZE={world} in the environment are of no launcher: unset both, or start by "
-            "torchrun or srun"
-        )
-    return int(rank), int(world)
+        logger.warning("running as one process: it does not belong to the step of %s tasks in its environment", tasks)
 
 
 @contextmanager
-def _said_if_long(what: str) -> Iterator[None]:
-    """Say what this process waits for, if it has to."""
-    timer = threading.Timer(_SAID_SECONDS, print, (f"waiting for {what}",), {"file": sys.stderr, "flush": True})
+def _log_long_wait(subject: str) -> Iterator[None]:
+    """Log what this process waits for, if that takes long."""
+    timer = threading.Timer(_QUIET_SECONDS, logger.warning, ("waiting for %s", subject))
     timer.daemon = True
     timer.start()
     try:
@@ -120,73 +109,73 @@ def _said_if_long(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _meet(minutes: float) -> dist.Store:
-    """The store that all ranks share, once all have come to it; else PipelineError, which names the missing."""
-    with _said_if_long(
-        f"all {os.environ['WORLD_SIZE']} ranks to come to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, "
-        f"{minutes:g} minutes at most"
-    ):
-        return _met(minutes)
-
-
-def _met(minutes: float) -> dist.Store:
-    (rank, world), limit = _place(), timedelta(minutes=minutes)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+def _rendezvous(rank: int, world: int, minutes: float) -> dist.Store:
+    """The store that all ranks share, once all have joined it; PipelineError names the missing ranks."""
+    address, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(minutes=minutes)
     where = f"{address}:{port}"
-    # Under torchrun its agent holds the store, also for ranks that it starts again.
-    holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        store = dist.TCPStore(address, port, world, holds, limit, wait_for_workers=False)
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" in str(error):
-            why = f"port {port} is taken on {socket.gethostname()}; set MASTER_PORT to a free one"
-        else:
-            why = (
-                f"no rank 0 at {where} within {minutes:g} minutes: its log says why, or set MASTER_ADDR to an address "
-                f"of its node that {socket.gethostname()} reaches"
-            )
-        raise PipelineError(why) from error
-    here = dist.PrefixStore("here", store)
-    here.set(str(rank), socket.gethostname())
-    try:
-        here.wait([str(other) for other in range(world)], limit)
-    except dist.DistStoreError as error:
-        missing = [str(other) for other in range(world) if not here.check([str(other)])]
-        came = sorted({here.get(str(other)).decode() for other in range(world) if str(other) not in missing})
-        raise PipelineError(
-            f"of {world} ranks {', '.join(missing)} did not come to {where} within {minutes:g} minutes; those that did "
-            f"are on {', '.join(came)}. Are the others' nodes up, and do they reach that address?"
-        ) from error
+    # Under torchrun its agent has the store, also for ranks that it starts again.
+    is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    with _log_long_wait(f"all {world} ranks to join {where}, {minutes:g} minutes at most"):
+        try:
+            server = dist.TCPStore(address, port, world, is_master, limit, wait_for_workers=False)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" in str(error):
+                why = f"port {port} is in use on {socket.gethostname()}: set MASTER_PORT to a free one"
+            else:
+                why = (
+                    f"rank 0 did not listen at {where} within {minutes:g} minutes: see its log, or set MASTER_ADDR to "
+                    f"an address of its node that {socket.gethostname()} can reach"
+                )
+            raise PipelineError(why) from error
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), server)
+        joined = dist.PrefixStore("here", store)
+        joined.set(str(rank), socket.gethostname())
+        try:
+            joined.wait([str(other) for other in range(world)], limit)
+        except dist.DistStoreError as error:
+            missing = [str(other) for other in range(world) if not joined.check([str(other)])]
+            nodes = sorted({joined.get(str(other)).decode() for other in range(world) if str(other) not in missing})
+            raise PipelineError(
+                f"of {world} ranks {', '.join(missing)} did not join {where} within {minutes:g} minutes; those that "
+                f"joined are on {', '.join(nodes)}. Do the other nodes run, and can they reach that address?"
+            ) from error
     return dist.PrefixStore("group", store)
 
 
-def on_first_rank(work: Callable[[], Result], what: str = "its part", hours: float = _FIRST_RANK_HOURS) -> Result:
-    """What `work` returns on the first rank, to all ranks; what it raises, the first one raises.
+def on_first_rank(work: Callable[[], T], subject: str = "the first rank's part") -> T:
+    """Run `work` on the first rank; return its result on all ranks. What `work` raises, the first rank raises.
 
-    The others hear every few seconds that it goes on: in one collective they would wait no longer than its time limit.
-    what: is said of a first rank that takes long; PipelineError if it takes longer than so many hours.
+    The other ranks get a message every few seconds: in one collective they could not wait longer than its time limit.
+    subject: names the work in a log message if it takes long, and in the PipelineError after twelve hours.
     """
-    leads, said, pool, began = dist.get_rank() == 0, [False, None], ThreadPoolExecutor(1), time.monotonic()
+    if dist.get_rank():
+        message: list[Any] = [False, None]
+        while not message[0]:
+            dist.broadcast_object_list(message)
+        return message[1]
+    pool, began = ThreadPoolExecutor(1), time.monotonic()
     try:
-        future = pool.submit(work) if leads else None
-        with _said_if_long(f"{what}, {hours:g} hours at most") if leads else nullcontext():
-            while not said[0]:
-                if leads:
-                    futures.wait([future], timeout=_GOES_ON_SECONDS)
-                    said = [True, future.result()] if future.done() else [False, None]
-                    if not future.done() and time.monotonic() - began > 3600 * hours:
-                        raise PipelineError(f"{what} took over {hours:g} hours: does a file system or server hang?")
-                dist.broadcast_object_list(said)
+        future = pool.submit(work)
+        with _log_long_wait(f"{subject}, {_FIRST_RANK_HOURS} hours at most"):
+            while True:
+                futures.wait([future], timeout=_POLL_SECONDS)
+                done = future.done()
+                message = [done, future.result() if done else None]
+                if not done and time.monotonic() - began > 3600 * _FIRST_RANK_HOURS:
+                    raise PipelineError(
+                        f"{subject} took over {_FIRST_RANK_HOURS} hours: does a file system or server hang?"
+                    )
+                dist.broadcast_object_list(message)
+                if done:
+                    return message[1]
     finally:
         pool.shutdown(wait=False)
-    return said[1]
 
 
 def end_distributed(status: int = 0) -> NoReturn:
-    """End this process with this exit status, when all ranks have come here.
+    """Exit with this status after all ranks have called this.
 
-    At once: gloo's threads now and then abort a Python that takes its time to end, after all was done.
+    It exits without Python's clean-up, during which gloo's threads sometimes abort the process.
     """
     dist.barrier()
     dist.destroy_process_group()
@@ -196,23 +185,23 @@ def end_distributed(status: int = 0) -> NoReturn:
 
 
 def remove_stale_lock() -> None:
-    """Wait for whoever builds DeepSpeed's kernels; take away the lock of a build that was killed.
+    """Wait for a process that builds DeepSpeed's kernels; delete the lock of a build that was killed.
 
-    PyTorch would wait for that for ever. It is before ranks meet, and they build after that.
+    PyTorch would wait for that lock for ever. This runs before ranks join the process group, and they build after that.
     """
     for lock in _locks():
-        with suppress(OSError), _said_if_long(f"whoever builds a kernel and holds {lock}, 10 minutes at most"):
-            while time.time() - lock.stat().st_mtime < _LONGEST_BUILD:
+        with suppress(OSError), _log_long_wait(f"the process that builds a kernel and has {lock}, 10 minutes at most"):
+            while time.time() - lock.stat().st_mtime < _BUILD_SECONDS:
                 time.sleep(1)
             try:
                 lock.unlink()
             except PermissionError as error:
                 raise PipelineError(f"{error}: delete it, or set TORCH_EXTENSIONS_DIR to another folder") from error
-            print(f"{lock} is left from a build that was killed: it was deleted", flush=True)
+            logger.warning("deleted %s, which a killed build left", lock)
 
 
 def _locks() -> list[Path]:
-    """Where PyTorch has them while it builds; its own function would make the folders, in a home that may not be."""
+    """PyTorch's lock files during a build. PyTorch's own function would create the folders."""
     if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return [Path(root, kernel, "lock") for kernel in _KERNELS]
     versions = {"rocm": torch.version.hip, "cu": torch.version.cuda}

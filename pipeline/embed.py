@@ -1,4 +1,4 @@
-"""Embed texts, images and videos with a model, and search among them; or datasets' captions, for training.
+"""Embed texts, images and videos and search among them; or embed the captions of datasets for training.
 
     python -m pipeline.embed MODEL --texts captions.txt --images 'photos/**/*.jpg' --out embeddings
     python -m pipeline.embed MODEL --out embeddings --query "a red star" --top 5
@@ -6,13 +6,14 @@
     python -m pipeline.embed MODEL --videos 'clips/*.mp4' --query "a red star moves to the left"
     torchrun --nproc-per-node 8 -m pipeline.embed MODEL --shards s3://bucket/cc3m --out s3://bucket/cc3m-vectors
 
-MODEL is a folder or hub name. --out gets texts.npy, images.npy, videos.npy, float32 (N, D) with unit rows, and beside
-each a .txt with an id a line: the text, or the file's path. A dot product of rows is their similarity. A search is
-among what the same call embeds, or else among all that --out holds; --query and --query-image together are one query.
+MODEL is a folder or hub name. --out gets texts.npy, images.npy and videos.npy: float32 (N, D) with unit rows. Beside
+each is a .txt file with one id on each line: the text, or the file's path. The similarity of two rows is their dot
+product. A search covers the items of the same call or, without any, all in --out. --query and --query-image together
+are one query.
 
---shards names a dataset, or a folder of several. The embeddings of its captions become tars, which a recipe reads by
-data.text_embeddings: beside the dataset's index, or in --out (of several datasets in --out/NAME). On any number of
-processes; killed and started again, it goes on.
+--shards is a dataset, or a folder with several. Their captions' embeddings are written as tars beside each dataset's
+index, or to --out (to --out/NAME for several datasets). A recipe reads them with data.text_embeddings. It runs on any
+number of processes. If it is killed and started again, it continues.
 
 In Python:
 
@@ -38,8 +39,9 @@ from rich.text import Text
 from pipeline.config import EvaluationRun, Video
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.embedding.embedder import LEAST_TOKENS, Embedder, Parts
-from pipeline.embedding.folder import KINDS, Identity, Store, best
-from pipeline.errors import PipelineError, command_line, printable
+from pipeline.embedding.folder import KINDS, EmbeddingFolder, Identity, best
+from pipeline.errors import PipelineError, printable
+from pipeline.jobs.program import command_line
 from pipeline.models.files import fetched, fingerprint
 from pipeline.models.kinds import kind_of
 from pipeline.models.loading import DTYPES
@@ -60,20 +62,20 @@ def main() -> None:
     if not kinds and not query:
         raise PipelineError("nothing to do: give --texts, --images, --videos or --shards, or --query to search")
     if not arguments.out and not (kinds and query):
-        raise PipelineError(f"--out is missing: the folder {'to search' if query else 'that gets the embeddings'}")
+        raise PipelineError(f"--out is missing: the folder {'to search' if query else 'for the embeddings'}")
     if "://" in (arguments.out or ""):
-        raise PipelineError(f"--out {arguments.out} is a URL: name a folder; only with --shards it may be on S3")
+        raise PipelineError(f"--out {arguments.out} is a URL: give a local folder; only with --shards it may be on S3")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise PipelineError("pipeline.embed runs as one process: start it without a launcher")
-    kind_of(arguments.model)  # for its errors
+    kind_of(arguments.model)  # raises the errors
     folder = fetched(arguments.model)
     with ExitStack() as stack:
-        out = Store(Path(arguments.out or stack.enter_context(TemporaryDirectory())))
+        out = EmbeddingFolder(Path(arguments.out or stack.enter_context(TemporaryDirectory())))
         if query and not kinds and not out.kinds():
-            raise PipelineError(f"{out.folder} holds no embeddings to search: name the --out of an earlier call")
+            raise PipelineError(f"{out.folder} has no embeddings to search: give the --out of an earlier call")
         if kinds:
             stack.enter_context(lock.held([str(out.folder)]))
-        hashed = fingerprint(str(folder))
+        hashed = fingerprint(str(folder)) or ""
         out.check(arguments.model, hashed, kinds, arguments.overwrite)
         transformers.logging.disable_progress_bar()
         embedder = Embedder.load(
@@ -98,14 +100,14 @@ def main() -> None:
 
 
 def _embed_shards(arguments: argparse.Namespace) -> None:
-    # Here alone, for it takes DeepSpeed, without which all else works.
+    # Imported only here: the rest of this program works without DeepSpeed.
     from pipeline.distributed import end_distributed
     from pipeline.embedding import embed_shards
     from pipeline.embedding.published import index_published
 
     for name in ("texts", "images", "videos", "query", "query_image"):
         if getattr(arguments, name) is not None:
-            raise PipelineError(f"--shards goes without --{name.replace('_', '-')}: make two calls of it")
+            raise PipelineError(f"--shards cannot be combined with --{name.replace('_', '-')}: use two calls")
     datasets = embed_shards.open_datasets(arguments.shards, arguments.out)
     if arguments.published:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -126,37 +128,37 @@ def _embed_shards(arguments: argparse.Namespace) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--texts", metavar="FILE", help="UTF-8, a text a line; an empty line is an error")
-    parser.add_argument("--images", metavar="GLOB", help="image files, quoted; ** stands for any folders")
+    parser.add_argument("--texts", metavar="FILE", help="a UTF-8 file with a text on each line; empty lines are errors")
+    parser.add_argument("--images", metavar="GLOB", help="image files, in quotes; ** matches any folders")
     parser.add_argument("--videos", metavar="GLOB", help="video files, likewise")
     parser.add_argument(
-        "--shards", metavar="URL", action="append", help="pairs of images and captions; may be repeated"
+        "--shards", metavar="URL", action="append", help="a dataset of images and captions; may be repeated"
     )
-    parser.add_argument("--out", metavar="DIR", help="where the embeddings are written, or lie")
-    parser.add_argument("--overwrite", action="store_true", help="what is there already of the same kinds, or shards")
+    parser.add_argument("--out", metavar="DIR", help="the folder for embeddings, or the one to search")
+    parser.add_argument("--overwrite", action="store_true", help="replace embeddings of the same kinds or shards")
     parser.add_argument(
         "--stored",
         choices=("fp16", "bf16"),
-        default="fp16",  # unit vectors have no use for a greater range
-        help="how --shards stores numbers; fp16 keeps three bits more (%(default)s)",
+        default="fp16",  # unit vectors do not need bf16's range
+        help="number format for --shards; fp16 has three more bits of precision (%(default)s)",
     )
-    published = "index the vectors that LLM2CLIP's own code wrote beside --shards; MODEL is the name of what made them"
+    published = "index the vectors that LLM2CLIP's own code wrote beside --shards; MODEL is the name of their model"
     parser.add_argument("--published", action="store_true", help=published)
-    parser.add_argument("--query", metavar="TEXT", help="print what is most similar to a text")
-    parser.add_argument("--query-image", metavar="PATH", help="print what is most similar to an image")
+    parser.add_argument("--query", metavar="TEXT", help="print the items most similar to a text")
+    parser.add_argument("--query-image", metavar="PATH", help="print the items most similar to an image")
     parser.add_argument("--top", type=_at_least(1), default=10, metavar="N", help="matches to print (%(default)s)")
     parser.add_argument(
-        "--precision", choices=DTYPES, default="auto", help="of the weights; auto: as they are stored (%(default)s)"
+        "--precision", choices=DTYPES, default="auto", help="of the weights; auto: as stored (%(default)s)"
     )
-    tokens = "of an item; longer texts are cut (%(default)s)"
+    tokens = "maximum for an item; longer texts are cut (%(default)s)"
     parser.add_argument("--max-tokens", type=_at_least(LEAST_TOKENS), default=4096, metavar="N", help=tokens)
-    frames = "taken from a video, evenly spaced (%(default)s)"
+    frames = "frames of a video, evenly spaced (%(default)s)"
     parser.add_argument("--video-frames", type=_at_least(1), default=8, metavar="N", help=frames)
-    chunk = "in a forward pass; lower it where memory does not suffice (16384, or 4096 where attention pads)"
+    chunk = "tokens in a forward pass; lower it if memory is exhausted (16384, or 4096 if attention pads)"
     parser.add_argument("--chunk-tokens", type=_at_least(1), metavar="N", help=chunk)
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():
-        if value in ("", [""]):  # as when a variable of a script was not set
+        if value in ("", [""]):  # for example from an unset shell variable
             parser.error(f"{name} is empty")
     return arguments
 
@@ -171,7 +173,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _ids(arguments: argparse.Namespace, kind: str) -> list[str] | None:
-    """The texts, or the files' paths; None if the kind was not asked for."""
+    """The texts, or the paths of the files; None if the option was not given."""
     given = getattr(arguments, kind)
     if given is None:
         return None
@@ -188,7 +190,7 @@ def _lines(path: Path) -> list[str]:
         number = data.count(b"\n", 0, error.start) + 1
         raise PipelineError(f"{path}, line {number} is not UTF-8: convert the file") from None
     texts = [line.removesuffix("\r") for line in lines]
-    if not texts[-1]:  # what follows the last line's end
+    if not texts[-1]:  # after the last line's end
         texts.pop()
     if not texts:
         raise PipelineError(f"{path} has no lines")
@@ -197,7 +199,7 @@ def _lines(path: Path) -> list[str]:
             raise PipelineError(f"{path}, line {number} is empty: remove it")
         for mark in (IMAGE_MARK, VIDEO_MARK):
             if mark in text:
-                raise PipelineError(f"{path}, line {number} has {mark}, which stands for a file: remove it")
+                raise PipelineError(f"{path}, line {number} has {mark}, which marks the place of a file: remove it")
     return texts
 
 
@@ -205,10 +207,10 @@ def _files(option: str, pattern: str) -> list[str]:
     found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
     files = sorted(path for path in found if Path(path).is_file())
     if not files:
-        hint = ": it is a folder, whose files are FOLDER/**/*" if Path(pattern).is_dir() else ""
+        hint = ": it is a folder; use FOLDER/**/* for its files" if Path(pattern).is_dir() else ""
         raise PipelineError(f"{option} {pattern!r} matches no file{hint}")
     if broken := next((path for path in files if "\n" in path), None):
-        raise PipelineError(f"{broken!r} has a line end in its name, which the list of ids could not hold: rename it")
+        raise PipelineError(f"{broken!r} has a line end in its name, which the list of ids cannot contain: rename it")
     return files
 
 
@@ -239,13 +241,13 @@ def _print(title: str, ids: Sequence[str], matches: Sequence[tuple[int, float]])
     table.add_column("id", overflow="fold")
     for rank, (row, similarity) in enumerate(matches, 1):
         table.add_row(str(rank), f"{similarity:.3f}", _shown(ids[row]))
-    width = max([120, *(len(ids[row]) + 40 for row, _ in matches)])  # in a log file there is no width to fit
+    width = max([120, *(len(ids[row]) + 40 for row, _ in matches)])  # a log file has no width
     console = Console() if sys.stdout.isatty() else Console(width=width)
     console.print(table)
 
 
 def _shown(text: str) -> Text:
-    """Not as markup, and without what of a path is not UTF-8."""
+    """The text without markup, and with bytes that are not UTF-8 replaced."""
     return Text(printable(text.encode(errors="replace").decode()))
 
 

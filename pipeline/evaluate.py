@@ -4,19 +4,20 @@
     torchrun --nproc-per-node 8 -m pipeline.evaluate llave-7b mmeb/vqa=MMEB-eval,msrvtt=/data/MSRVTT out=results/7b
     python -m pipeline.evaluate openai/clip-vit-large-patch14 coco=/data/coco out=results/clip against=results/7b
 
-MODEL is a folder or hub name: what this project trains, transformers' CLIP or SigLIP, or anything else by encoder=.
-TASKS are, with commas between, NAME=URL, a folder or s3:// prefix each, where NAME is
+MODEL is a folder or hub name: a model of this project, transformers' CLIP or SigLIP, or any other with encoder=.
+TASKS is a comma-separated list of NAME=URL. The URL is a folder or an s3:// prefix. NAME is one of
 
-    mmeb, mmeb/ind, mmeb/ood, mmeb/vqa, ..., mmeb/OK-VQA, ...   MMEB's rows, as on the hub or converted (make_shards.py)
+    mmeb, mmeb/ind, mmeb/ood, mmeb/vqa, ..., mmeb/OK-VQA, ...   MMEB, as on the hub or converted (make_shards.py)
     msrvtt, msvd                                                text-video retrieval, zero-shot
     flickr30k, coco, urban1k, docci, sharegpt4v                 text-image retrieval, short and long texts
     xm3600, flickr-cn, coco-cn                                  in other languages
     text-video, text-image                                      your own captions.json (pipeline/evaluation/sets)
     classification                                              folders of images, class names and templates
 
-or a URL alone: of sets in MMEB's layout with their tasks.json, or of shards of pairs (index.json). OUT gets
-report.html, report.json, figures/ and, of MMEB, leaderboard.json. Killed and started again, it goes on with the
-embeddings in OUT.
+A task may also be only a URL: of sets in MMEB's layout with their tasks.json, or of shards of pairs (index.json).
+
+OUT gets report.html, report.json, figures/ and, for MMEB, leaderboard.json. If the program is killed and started again,
+it continues from the embeddings in OUT.
 """
 
 import argparse
@@ -28,16 +29,18 @@ import torch.distributed as dist
 
 from pipeline.config import EvaluationRun, parse_options
 from pipeline.distributed import end_distributed, on_first_rank, start_distributed
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import load_encoder
+from pipeline.evaluation.html import write_report
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
-from pipeline.evaluation.store import Disk, held
+from pipeline.evaluation.store import DiskStore, held
+from pipeline.jobs.program import command_line
 from pipeline.storage import lock, objects
 
-_WORST = 20  # queries a dataset that the report shows
+_WORST = 20  # queries of each dataset that the report shows
 
 
 @command_line
@@ -63,36 +66,37 @@ def main() -> None:
     folder = out / "embeddings" / _plain(encoder.identity)
 
     def report() -> None:
+        assert store  # the first rank has one
         result = measure(arguments.model, collection, store.take, worst=_WORST, device=device)
-        result.write(out, before)
+        write_report(result, out, before)
         result.print(before)
         print(f"the report: {out}/report.html")
 
     with ExitStack() as stack:
 
         def begin() -> None:
-            """Only what each writes is held: the jobs of an array share OUT, and have datasets of their own."""
+            """Lock only what this job writes: the jobs of an array share OUT, but have different datasets."""
             stack.enter_context(held(folder, {task.name for task in collection.tasks}))
             if not options.part:
                 stack.enter_context(lock.held([str(out)]))
 
-        on_first_rank(begin, "what else writes there")
-        store = Disk(folder, collection.keys, encoder.dimension) if dist.get_rank() == 0 else None
-        embed_collection(encoder, collection, store, device)
+        on_first_rank(begin, "the lock of the output folder")
+        store = DiskStore(folder, collection.keys, encoder.dimension) if dist.get_rank() == 0 else None
+        embed_collection(encoder, collection, store)
         if not options.part:
             on_first_rank(report, "the report")
     end_distributed()
 
 
 def _plain(name: str) -> str:
-    """As the name of a folder."""
+    """The name with only characters that suit a folder."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")
 
 
 def _part(part: str | None) -> tuple[int, int]:
     number, count = map(int, (part or "0/1").split("/"))
     if number >= count:
-        raise PipelineError(f"part={part}: parts of {count} are 0/{count} to {count - 1}/{count}")
+        raise PipelineError(f"part={part}: the parts are 0/{count} to {count - 1}/{count}")
     return number, count
 
 

@@ -20,7 +20,8 @@ import transformers
 
 from pipeline.config import load_recipe
 from pipeline.data.collate import pack
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 from pipeline.models import weights
 from pipeline.models.kinds import KINDS
 from pipeline.models.lora import add_adapters

@@ -18,7 +18,8 @@ import signal
 import sys
 
 from pipeline.convert import coco, demo, img2dataset, inspect, jsonl, mmeb, mmeb_eval, video_captions
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 
 CONVERSIONS = {
     "jsonl": jsonl.COMMAND,

@@ -16,7 +16,8 @@ import os
 import sys
 import time
 
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 
 
 @command_line

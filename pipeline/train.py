@@ -29,15 +29,16 @@ from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.distributed import end_distributed, on_first_rank, start_distributed
-from pipeline.errors import PipelineError, command_line, disk_errors
+from pipeline.errors import PipelineError, disk_errors
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import ModelEncoder
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
-from pipeline.evaluation.store import Memory
+from pipeline.evaluation.store import MemoryStore
 from pipeline.interrupt import INTERRUPTED
 from pipeline.jobs import limits, status
+from pipeline.jobs.program import command_line
 from pipeline.models import loading, weights
 from pipeline.models.chunks import Features
 from pipeline.models.files import fetched
@@ -140,8 +141,8 @@ def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
         encoder = ModelEncoder(
             recipe.run, "", engine.module.dimension, lambda: (engine, seen), reader, chunk_tokens, device
         )
-        store = Memory(len(collection.items), encoder.dimension) if rank == 0 else None
-        if not embed_collection(encoder, collection, store, device, interrupted=lambda: preemption.asked() > 0):
+        store = MemoryStore(len(collection.items), encoder.dimension) if rank == 0 else None
+        if not embed_collection(encoder, collection, store, interrupted=lambda: preemption.asked() > 0):
             return None
         report = on_first_rank(lambda: measure(recipe.run, collection, store.take, device=device), "the scores")
         return report if rank == 0 else None

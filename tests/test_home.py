@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import _get_build_directory
 
-from pipeline import distributed, errors, home
+from pipeline import distributed, home
+from pipeline.errors import PipelineError
+from pipeline.jobs import program
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME")
@@ -44,7 +46,7 @@ def test_only_the_first_rank_says_so(no_home, capsys):
 
 
 def test_what_can_be_written_stays_and_so_do_models_that_are_only_read(no_home, monkeypatch):
-    monkeypatch.setattr(home, "_is_writable", lambda folder, to_be_run: folder != no_home / "models")
+    monkeypatch.setattr(home, "_is_writable", lambda folder, executed: folder != no_home / "models")
     (no_home / "models").mkdir()
     kept = {"HF_HOME": str(no_home / "models")}
     environment = dict(kept)
@@ -107,6 +109,6 @@ def test_no_folder_is_called_so(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     given = ["~/x", "--out=~/x", "run=~/a=b", "mmeb=~/x", "loss.margin=~", "s3://b/~/x", "./~/x", "a ~/b", "~"]
     meant = ["/home/me/x", "--out=/home/me/x", "run=/home/me/a=b", "mmeb=/home/me/x", *given[4:]]
-    assert list(map(errors._with_home, given)) == meant
-    with pytest.raises(errors.PipelineError, match="~of-nobody/x: there is no such home; write the whole path"):
-        errors._with_home("--out=~of-nobody/x")
+    assert list(map(program._with_home, given)) == meant
+    with pytest.raises(PipelineError, match="~of-nobody/x: there is no such home; write the whole path"):
+        program._with_home("--out=~of-nobody/x")

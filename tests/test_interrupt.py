@@ -18,7 +18,8 @@ LINE = "interrupted; start the same command to continue\n"
 PROGRAM = """
 import ctypes, os, signal, sys, threading, time
 from pipeline import interrupt
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 
 def noted(number, frame):
     print("noted", flush=True)
@@ -105,7 +106,7 @@ def test_where_a_program_stops_by_itself_only_a_second_one_ends_it(start, in_slu
     for _ in range(2):  # of which a launcher passed one on
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "noted\n"
-    assert "once more ends at once" in process.stderr.readline()
+    assert "press Ctrl-C once more to end at once" in process.stderr.readline()
     time.sleep(1.1)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)

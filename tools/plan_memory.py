@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing runs here, so DeepSpeed needs no GPU
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 from pipeline.training.memory import MOST_CHUNKS, MOST_TOKENS, Plan, States
 
 GB = 1e9

@@ -29,7 +29,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.errors import PipelineError, command_line
+from pipeline.errors import PipelineError
+from pipeline.jobs.program import command_line
 
 START_SECONDS = 60
 STOP_SECONDS = 10  # for the command to stop, after a signal to this program

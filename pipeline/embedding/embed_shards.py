@@ -1,16 +1,16 @@
-"""Embed the captions of datasets once: tars beside their shards, on all processes; see data/text_embeddings.py.
+"""Embed the captions of datasets, on all processes, and write them as tars; see data/text_embeddings.py.
 
-Groups of consecutive samples are dealt to the ranks in turn, across the borders of shards: all have work to the end,
-also where there are fewer shards than ranks. Each reads its own groups' samples. The first rank writes: a vector is a
-few kilobytes, where its caption's image is tens. Groups are the same at every number of processes.
+Ranks take turns with groups of consecutive samples, across shards, so that all are busy even if there are fewer shards
+than ranks. A rank reads the samples of its groups. The first rank writes all vectors: a vector has a few kilobytes, its
+caption's image has tens. The groups do not depend on the number of processes.
 
-What is done is recorded shard by shard in PLACE/.text_embeddings: killed anywhere, the same command goes on.
+Finished shards are recorded in PLACE/.text_embeddings: after a kill the same command continues.
 """
 
 import hashlib
 import json
+import logging
 import os
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from pipeline.config import Data, EvaluationRun
 from pipeline.data.index import INDEX_FILE, Shard, check_shards
@@ -44,6 +43,7 @@ from pipeline.data.text_embeddings import (
 )
 from pipeline.distributed import on_first_rank, start_distributed
 from pipeline.errors import PipelineError, printable
+from pipeline.evaluation.encode import gather_on_first
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.losses.gather import all_gather_constant, rank_and_world
@@ -54,19 +54,21 @@ from pipeline.storage import lock, objects
 from pipeline.storage.documents import DocumentError, parse_json
 from pipeline.storage.objects import ObjectError
 
-GROUP = 256  # samples whose captions are embedded at once, by one rank
+GROUP = 256  # samples whose captions one rank embeds at a time
 _AHEAD = 3  # groups that a rank reads while it embeds one
-_READ_BYTES = 16 << 20  # of one ranged read, at most, unless a sample is larger
+_READ_BYTES = 16 << 20  # of one ranged read, unless a sample is larger
 _UPLOADS = 2
-_SHOWN = 10  # samples a rank that could not be used
-_BEGUN = ".text_embeddings"
+_SHOWN = 10  # unusable samples that each rank logs
+_RECORDS = ".text_embeddings"
 
-Result = TypeVar("Result")
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Dataset:
-    """A dataset, and the folder `place` that gets its captions' embeddings.  parts: those that are whole, by file."""
+class CaptionDataset:
+    """A dataset, and the folder `place` for its captions' embeddings.  parts: the finished ones, by file."""
 
     source: Source
     place: str
@@ -99,9 +101,9 @@ class Dataset:
         )
 
     def begin(self, made: Made, overwrite: bool) -> None:
-        """Find what is there already of these very shards, by this very model.
+        """Find the finished parts that have the same shards and the same model.
 
-        Raises PipelineError where anything else is there, unless it is to be overwritten.
+        Raises PipelineError if the place has other embeddings, unless `overwrite`.
         """
         index_url, finished = objects.join(self.place, EMBEDDINGS_FILE), None
         try:
@@ -110,33 +112,33 @@ class Dataset:
         except ObjectError:
             if not overwrite:
                 raise
-        by, parts = (finished.made, finished.parts) if finished else self._begun(overwrite)
+        by, parts = (finished.made, finished.parts) if finished else self._unfinished(overwrite)
         shards = {file_of(shard): shard for shard in self.shards}
         same = [part for part in parts if part.shard.file in shards and _is_of(part, shards[part.shard.file])]
         stale = ""
-        if by and _told(by) != _told(made):
-            stale, same = f"vectors of {by.model} {_told(by)}, and these would be of {made.model} {_told(made)}", []
+        if by and _described(by) != _described(made):
+            stale, same = f"vectors of {by.model} {_described(by)}, not of {made.model} {_described(made)}", []
         elif len(same) < len(parts):
             stale = f"vectors of other shards than {self.url} has now"
         if stale and not overwrite:
-            raise PipelineError(f"{self.place} holds {stale}: add --overwrite, or choose another --out")
+            raise PipelineError(f"{self.place} has {stale}: add --overwrite, or choose another --out")
         with ThreadPoolExecutor(16) as pool:
             there = pool.map(lambda part: self._is_there(part, made), same)
             self.parts = {part.shard.file: part for part, found in zip(same, there, strict=True) if found}
         if finished and not stale and len(self.parts) == len(shards):
             return
-        # A record must not be there beside the name of another model than it is of.
+        # Delete records of another model before the name of this one is written.
         kept = {self._record("made"), *map(self._record, self.parts)}
         for url in set(self._records()) - kept:
             objects.delete(url)
         objects.write(self._record("made"), json.dumps(asdict(made)).encode())
-        if finished:  # else they are recorded
+        if finished:  # otherwise they have records
             with ThreadPoolExecutor(16) as pool:
                 list(pool.map(self._note, self.parts.values()))
-        objects.delete(index_url)  # before any tar is overwritten: nobody reads half of each
+        objects.delete(index_url)  # before any tar is overwritten, so that nobody reads a mixture
 
-    def _begun(self, overwrite: bool) -> tuple[Made | None, list[Part]]:
-        """By what an earlier start embedded, and which parts; a part whose record is damaged is embedded again."""
+    def _unfinished(self, overwrite: bool) -> tuple[Made | None, list[Part]]:
+        """The model and the recorded parts of an earlier start; a part with a damaged record is embedded again."""
         records = self._records()
         if (url := self._record("made")) not in records:
             return None, []
@@ -151,11 +153,11 @@ class Dataset:
             return None, []
 
     def _records(self) -> list[str]:
-        found = objects.list_under(objects.join(self.place, _BEGUN))
-        return [url for url in found if url.endswith(".json")]  # and not what a killed process was writing
+        found = objects.list_under(objects.join(self.place, _RECORDS))
+        return [url for url in found if url.endswith(".json")]  # without temporary files of a killed process
 
     def _record(self, name: str) -> str:
-        return objects.join(self.place, _BEGUN, f"{name}.json")
+        return objects.join(self.place, _RECORDS, f"{name}.json")
 
     def _note(self, part: Part) -> None:
         objects.write(self._record(part.shard.file), json.dumps(asdict(part)).encode())
@@ -169,7 +171,7 @@ class Dataset:
         return all(objects.exists(url) and objects.size(url) == size for url, size in sizes.items())
 
     def keep(self, part: Part, sidecar: bytes, tar: Path | None) -> None:
-        """Bring a whole part to its place (tar: None if it is there already), and record it."""
+        """Upload a finished part (tar: None if it exists already), and record it."""
         if tar:
             objects.write(objects.join(self.place, part.shard.file), tar)
             tar.unlink()
@@ -178,9 +180,9 @@ class Dataset:
         self.parts[part.shard.file] = part
 
     def finish(self, made: Made) -> None:
-        """Read back what was written, and write the index."""
+        """Verify all files by their hashes, and write the index."""
         parts = [self.parts[file_of(shard)] for shard in self.shards]
-        if not self._records():  # it was finished before
+        if not self._records():  # an earlier start finished it
             return
         hashes = {objects.join(self.place, part.shard.sidecar): part.shard.sidecar_sha256 for part in parts}
         if made.stored != "fp32":
@@ -190,14 +192,14 @@ class Dataset:
         for url in wrong:
             objects.delete(self._record(url.rpartition("/")[2].replace(".idx.npy", ".tar")))
         if wrong:
-            raise ObjectError(f"{', '.join(wrong)}: not what was written; start again, and only that is embedded again")
+            raise ObjectError(f"{', '.join(wrong)}: the hash is wrong; start again, and only these are embedded again")
         tars_url = self.tars_url if made.stored == "fp32" and self.tars_url != self.place else ""
         content = TextEmbeddings(made, tuple(parts), tars_url).to_json()
         objects.write(objects.join(self.place, EMBEDDINGS_FILE), content.encode())
-        for url in objects.list_under(objects.join(self.place, _BEGUN)):
+        for url in objects.list_under(objects.join(self.place, _RECORDS)):
             objects.delete(url)
         if "://" not in self.place:
-            for left in Path(self.place).glob(".*_text_embeddings.*.partial"):  # by a process that was killed
+            for left in Path(self.place).glob(".*_text_embeddings.*.partial"):  # of a killed process
                 left.unlink()
 
 
@@ -213,8 +215,8 @@ def _is_of(part: Part, shard: Shard) -> bool:
     return part.images == shard.sha256 and part.shard.samples == shard.samples
 
 
-def _told(made: Made) -> str:
-    """What vectors of one shard by one model may differ in."""
+def _described(made: Made) -> str:
+    """The properties in which vectors for one shard can differ."""
     columns = f", captions in {', '.join(made.columns)}" if made.columns else ""
     return f"({made.identity}, width {made.width}, {made.stored}{columns})"
 
@@ -226,11 +228,11 @@ def _sha256(url: str) -> str:
     return digest.hexdigest()
 
 
-def open_datasets(shards: list[str], out: str | None) -> list[Dataset]:
+def open_datasets(shards: list[str], out: str | None) -> list[CaptionDataset]:
     """The datasets at these URLs, or below them.
 
-    out: where embeddings go if not beside each index: of one dataset itself, of several folders by their names in it.
-    Raises PipelineError where there is none, or two would go to one place.
+    out: the folder for embeddings, with a folder in it for each of several datasets; default: beside each index.
+    Raises PipelineError if there is no dataset, or if two would be written to one place.
     """
     places: dict[str, str] = {}
     for url in map(_plain, shards):
@@ -241,26 +243,26 @@ def open_datasets(shards: list[str], out: str | None) -> list[Dataset]:
             urls = [each.removesuffix(ending) for each in objects.list_under(url) if each.endswith(ending)]
             found = {each: each.removeprefix(f"{url}/") for each in urls}
             if not found:
-                raise PipelineError(f"--shards {url} holds no {INDEX_FILE}, nor does any folder below it")
+                raise PipelineError(f"--shards {url} has no {INDEX_FILE}, nor does any folder below it")
         for dataset, name in found.items():
             place = objects.join(_plain(out), *filter(None, [name])) if out else dataset
             if place in places.values() and places.get(dataset) != place:
-                raise PipelineError(f"two of --shards are called {name}: give each an --out of its own")
+                raise PipelineError(f"two of --shards have the name {name}: use a different --out for each")
             places[dataset] = place
-    return [Dataset(Source.open(Data(url=url)), place) for url, place in places.items()]
+    return [CaptionDataset(Source.open(Data(url=url)), place) for url, place in places.items()]
 
 
 def _plain(url: str) -> str:
-    """As listings have it."""
+    """The URL as listings return it."""
     return url.rstrip("/") if "://" in url else str(Path(url))
 
 
 @dataclass(frozen=True)
-class Group:
-    """What a rank embeds at once.
+class SampleGroup:
+    """Consecutive samples that a rank embeds together.
 
-    keys: of consecutive samples.  texts: of each sample, its texts' places among the distinct ones, or none.
-    prepared: the distinct texts, the longest first.  unusable: where, and why.
+    keys: of the samples.  texts: for each sample the indices of its texts in `prepared`; empty for an unusable one.
+    prepared: the distinct texts, the longest first.  unusable: a message for each unusable sample.
     """
 
     keys: list[str]
@@ -270,23 +272,23 @@ class Group:
 
 
 def embed_shards(
-    model: str, datasets: list[Dataset], stored: Stored, options: EvaluationRun, *, overwrite: bool
+    model: str, datasets: list[CaptionDataset], stored: Stored, options: EvaluationRun, *, overwrite: bool
 ) -> None:
-    """Embed all captions that are not embedded yet, and write the indexes. Collective.
+    """Embed all captions that have no embeddings yet, and write the indexes. Collective.
 
-    Raises PipelineError where the places hold embeddings of other shards or of another model, unless overwritten.
+    Raises PipelineError if a place has embeddings of other shards or of another model, unless `overwrite`.
     """
-    leads = int(os.environ.get("RANK", 0)) == 0
-    with lock.held([dataset.place for dataset in datasets] if leads else []):
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    with lock.held([dataset.place for dataset in datasets] if is_first else []):
         device = start_distributed(options.timeout_minutes)
         encoder = load_encoder(model, options, device)
         embed_datasets(encoder, datasets, stored, device, overwrite=overwrite)
 
 
 def embed_datasets(
-    encoder: Encoder, datasets: list[Dataset], stored: Stored, device: torch.device, *, overwrite: bool
+    encoder: Encoder, datasets: list[CaptionDataset], stored: Stored, device: torch.device, *, overwrite: bool
 ) -> None:
-    """The same, with a model.  device: where the process group communicates."""
+    """The same with a loaded encoder.  device: on which the process group communicates."""
     rank, world = rank_and_world()
     made = [dataset.made(encoder, stored) for dataset in datasets]
 
@@ -306,23 +308,23 @@ def embed_datasets(
     total = sum(shard.samples for dataset in datasets for shard in dataset.shards)
     todo = sum(stop - start for _, _, start, stop in groups)
     if rank == 0 and todo < total:
-        print(f"the captions of {total - todo:,} of {total:,} samples are embedded already", flush=True)
+        logger.info("the captions of %s of %s samples are already embedded", f"{total - todo:,}", f"{total:,}")
     pool, mine, shown = ThreadPoolExecutor(_AHEAD), iter(groups[rank::world]), 0
-    reading: deque[Future[Group]] = deque()
+    reading: deque[Future[SampleGroup]] = deque()
     bar = progress_bar(initial=total - todo, total=total, desc="embedding", unit="sample", disable=rank > 0)
-    with bar, tempfile.TemporaryDirectory() as folder, Writer(datasets, Path(folder)) as writer:
+    with bar, tempfile.TemporaryDirectory() as folder, TarWriter(datasets, Path(folder)) as writer:
         try:
             for begun in range(0, len(groups), world):
                 while len(reading) <= _AHEAD and (following := next(mine, None)):
                     dataset, *samples = following
                     reading.append(pool.submit(read_group, datasets[dataset].source, encoder, *samples))
-                group = reading.popleft().result() if reading else Group([], [], [], [])
+                group = reading.popleft().result() if reading else SampleGroup([], [], [], [])
                 for line in group.unusable[: max(_SHOWN - shown, 0)]:
-                    tqdm.write(printable(f"no embeddings for {line}"), file=sys.stderr)
+                    logger.warning("no embeddings for %s", printable(line))
                 shown += len(group.unusable)
-                parts = _on_first(_packed(embedded(encoder, group, stored)), device)
+                parts = gather_on_first(embedded(encoder, group, stored))
                 for (dataset, number, *_), part in zip(groups[begun : begun + world], parts, strict=False):
-                    bar.update(writer.add(dataset, number, _unpacked(part)))
+                    bar.update(writer.add(dataset, number, part))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -330,106 +332,86 @@ def embed_datasets(
         for dataset, by in zip(datasets, made, strict=True):
             dataset.finish(by)
             samples = sum(shard.samples for shard in dataset.shards)
-            print(f"{printable(dataset.place)}: {samples:,} samples' captions", flush=True)
+            logger.info("%s: captions of %s samples", printable(dataset.place), f"{samples:,}")
 
     _on_first_rank(finish)
     if without := int(all_gather_constant(torch.tensor([shown], device=device)).sum()):
         if rank == 0:
-            print(f"{without:,} of {todo:,} samples could not be used: none of their captions is embedded", flush=True)
+            logger.warning(
+                "%s of %s samples could not be used: their captions have no embeddings", f"{without:,}", f"{todo:,}"
+            )
         if without == todo:
-            raise PipelineError("no sample could be used: name shards of pairs whose targets are texts")
+            raise PipelineError("no sample could be used: give shards of pairs whose targets are texts")
 
 
-def _on_first_rank(work: Callable[[], Result]) -> Result:
+def _on_first_rank(work: Callable[[], T]) -> T:
     return on_first_rank(work) if dist.is_initialized() else work()
 
 
-def read_group(source: Source, encoder: Encoder, number: int, start: int, stop: int) -> Group:
-    """Read samples start..stop-1 of a shard, of which no more than a piece is in memory at once, for their texts."""
-    keys, samples, unusable = [], [], []
+def read_group(source: Source, encoder: Encoder, number: int, start: int, stop: int) -> SampleGroup:
+    """Read the texts of samples start..stop-1 of a shard, with only a part of the samples in memory at a time."""
+    keys: list[str] = []
+    samples: list[tuple[str, ...]] = []
+    unusable: list[str] = []
     prepared: dict[str, Any] = {}
     for record, data in samples_of(source, number, start, stop):
-        key, texts = sample_key(data) or str(start + len(keys)), ()
+        key, texts = sample_key(data) or str(start + len(keys)), tuple[str, ...]()
         try:
             pair = source.parse(number, data, record)
             key = pair.key
             if pair.target.images or pair.target.video is not None:
-                raise BadSample("a target that is not a text alone")
+                raise BadSample("the target is not only a text")
             prepared |= {text: encoder.prepare(Item(text)) for text in pair.texts if text not in prepared}
-            texts = pair.texts
+            texts = tuple(pair.texts)
         except BadSample as reason:
             unusable.append(f"{source.origin(number, start + len(keys))}, key {key}: {reason}")
         keys.append(key)
         samples.append(texts)
-    ordered = sorted(prepared, key=lambda text: -len(text))  # stable, as are their vectors
+    ordered = sorted(prepared, key=lambda text: -len(text))  # a stable sort, for the same chunks and vectors every time
     places = {text: place for place, text in enumerate(ordered)}
-    texts = [[places[text] for text in texts] for texts in samples]
-    return Group(keys, texts, [prepared[text] for text in ordered], unusable)
+    numbers = [[places[text] for text in texts] for texts in samples]
+    return SampleGroup(keys, numbers, [prepared[text] for text in ordered], unusable)
 
 
 def samples_of(source: Source, number: int, start: int, stop: int) -> Iterator[tuple[np.void, bytes]]:
-    """(record, bytes) of samples start..stop-1 of a shard, by ranged reads of about _READ_BYTES."""
+    """(record, bytes) of samples start..stop-1 of a shard, in ranged reads of about _READ_BYTES."""
     records = source.records(number, start, stop)
     pieces = np.cumsum(records["length"].astype(np.int64)) // _READ_BYTES
     for piece in np.split(records, np.flatnonzero(np.diff(pieces)) + 1):
         yield from zip(piece, source.read(number, piece), strict=True)
 
 
-def embedded(encoder: Encoder, group: Group, stored: Stored) -> list[bytes]:
-    """The tar members of the group's samples. Collective, as `Encoder.embed`."""
+def embedded(encoder: Encoder, group: SampleGroup, stored: Stored) -> list[bytes]:
+    """The tar members of the group's samples. Collective, like `Encoder.embed`."""
     vectors = encoder.embed(group.prepared).float().cpu()
     if vectors.shape != (len(group.prepared), encoder.dimension):
         raise PipelineError(
-            f"the encoder gives {tuple(vectors.shape)} for {len(group.prepared)} texts of {encoder.dimension}"
+            f"the encoder returned {tuple(vectors.shape)} for {len(group.prepared)} texts of {encoder.dimension}"
         )
 
     def caption(row: int) -> str:
         samples = zip(group.keys, group.texts, strict=True)
         return next(f"a caption of sample {key}" for key, texts in samples if row in texts)
 
-    require_unit(vectors, encoder.name, caption)  # what is kept once is not embedded again
+    require_unit(vectors, encoder.name, caption)  # a stored vector is not computed again
     rows = rounded(vectors, stored)
     return [sample_bytes(key, rows[texts]) for key, texts in zip(group.keys, group.texts, strict=True)]
 
 
-def _packed(samples: list[bytes]) -> bytes:
-    return np.array([len(samples), *map(len, samples)], np.int64).tobytes() + b"".join(samples)
+class TarWriter:
+    """Appends samples, in their order, to tars, and uploads each complete tar.
 
-
-def _unpacked(data: bytes) -> list[bytes]:
-    count = int(np.frombuffer(data, np.int64, 1)[0])
-    ends = 8 * (count + 1) + np.cumsum([0, *np.frombuffer(data, np.int64, count, 8)])
-    return [data[begin:end] for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
-
-
-def _on_first(data: bytes, device: torch.device) -> list[bytes]:
-    """Every rank's, on the first rank."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return [data]
-    sizes = all_gather_constant(torch.tensor([len(data)], device=device)).tolist()
-    padded = torch.zeros(max(sizes), dtype=torch.uint8)
-    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    padded = padded.to(device)
-    parts = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
-    dist.gather(padded, parts)
-    return [part[:size].cpu().numpy().tobytes() for part, size in zip(parts or [], sizes, strict=False)]
-
-
-class Writer:
-    """Puts samples, which come in their order, into tars, and each of these into its place when it is whole.
-
-    As a context manager, it waits in the end for those under way, also after an error.
+    As a context manager, it waits at the end for running uploads, also after an error.
     """
 
-    def __init__(self, datasets: list[Dataset], folder: Path) -> None:
+    def __init__(self, datasets: list[CaptionDataset], folder: Path) -> None:
         self._datasets, self._folder = datasets, folder
         self._tar: TarFile | None = None
         self._pool = ThreadPoolExecutor(_UPLOADS)
         self._uploads: deque[Future[None]] = deque()
 
     def add(self, dataset: int, number: int, samples: list[bytes]) -> int:
-        """Append samples of a shard; returns how many. Waits while too many tars are under way."""
+        """Append samples of a shard; returns their number. Waits while too many uploads are running."""
         shard = self._datasets[dataset].shards[number]
         self._tar = self._tar or TarFile(self._folder / f"{dataset}.{number}.tar")
         for sample in samples:
@@ -442,7 +424,7 @@ class Writer:
             self._wait(_UPLOADS)
         return len(samples)
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "TarWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:

@@ -1,4 +1,4 @@
-"""Texts, images and videos -> unit vectors, with a trained model, in one call."""
+"""Embed texts, images and videos with a trained model, from Python."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,7 +7,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from PIL.Image import Image as Picture
@@ -21,15 +21,15 @@ from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, pla
 from pipeline.models.kinds import KINDS, Processor, kind_of
 from pipeline.models.loading import DTYPES
 
-LEAST_TOKENS = 64  # the prompt and some text
+LEAST_TOKENS = 64  # enough for the prompt and some text
 
-_GROUP = 256  # items decoded at a time; as many again are being decoded
+_GROUP = 256  # items embedded at a time, while as many are decoded
 _THREADS = 16
-_LOADING = Lock()  # Pillow reads an opened file's pixels at first use, which two threads must not do at once
+_LOADING = Lock()  # Pillow reads an opened file's pixels at first use, and this is not thread-safe
 
 
 class Parts(TypedDict, total=False):
-    """An item of several parts. images: paths or pictures; video: a path, or frames, all of which are used."""
+    """An item with several parts.  images: paths or pictures.  video: a path, or frames; all frames are used."""
 
     text: str
     images: Sequence[str | Path | Picture]
@@ -41,7 +41,7 @@ Embeddable = str | Picture | Path | Parts
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model that turns texts, images and videos into vectors of one space."""
+    """A model that maps texts, images and videos to vectors of one space."""
 
     model: torch.nn.Module
     processor: Processor
@@ -50,6 +50,7 @@ class Embedder:
     instructed: bool
     features: Features | None = None
     name: str = "the model"
+    video_frames: int = 8
 
     @classmethod
     def load(
@@ -61,15 +62,15 @@ class Embedder:
         video_frames: int = 8,
         chunk_tokens: int | None = None,
     ) -> "Embedder":
-        """From a folder or hub name.
+        """Load a model from a folder or hub name.
 
-        device: None is the accelerator, if there is one, else the CPU.
-        precision: of the weights; "auto" is the one they are stored in.
-        max_tokens: of an item, 64 at least; a longer text is cut at its end, a longer image or video is an error.
-        video_frames: taken from a video file, evenly spaced.
-        chunk_tokens: that a forward pass holds at once; None: 16,384, or 4,096 where attention pads.
+        device: None: the accelerator, or else the CPU.
+        precision: of the weights; "auto": as stored.
+        max_tokens: of an item, at least 64; a longer text is cut at its end, a longer image or video is an error.
+        video_frames: sampled from a video file, evenly spaced.
+        chunk_tokens: in one forward pass; None: 16,384, or 4,096 if attention pads.
 
-        Raises `PipelineError` where there is no such model, or for an option out of its range.
+        Raises `PipelineError` if there is no such model, or for an option out of its range.
         """
         if precision not in DTYPES:
             raise PipelineError(f"precision is {precision!r}; it can be {', '.join(DTYPES)}")
@@ -79,31 +80,31 @@ class Embedder:
             )
         device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if (kind := kind_of(str(path))) is None:
-            raise PipelineError(f"{path} is not a model of this project's; {', '.join(KINDS)} are")
+            raise PipelineError(f"{path} is not a model of this project; supported are {', '.join(KINDS)}")
         processor = kind.reader(str(path), max_tokens, video_frames)
         model, features = kind.open(str(path), precision, device)
-        tokens = chunk_tokens or chunk_tokens_for(model.pads)
-        return cls(model, processor, device, tokens, kind.instructed, features, str(path))
+        tokens = chunk_tokens or chunk_tokens_for(bool(model.pads))
+        return cls(model, processor, device, tokens, kind.instructed, features, str(path), video_frames)
 
     @property
     def dimension(self) -> int:
-        return self.model.dimension
+        return cast(int, self.model.dimension)
 
     def embed(self, items: Iterable[Embeddable]) -> torch.Tensor:
         """N items -> (N, D) float32 unit rows on the CPU, in their order.
 
-        An item is a text; a picture; the `Path` of an image or video file, which its content tells apart; or a dict of
-        `Parts`. A text says by `<image>` and `<video>` where its images and video go; where it has no mark of a kind,
-        they come first. Without a text they are given an instruction as MMEB has it, "Represent the given image.", if
-        the model knows instructions: LLM2CLIP and CLIP do not, and for them an item is a text, or pictures.
+        An item is a text, a picture, the `Path` of an image or video file (recognised by its content), or a dict of
+        `Parts`. `<image>` and `<video>` mark the places of images and video in a text; without marks they come first.
+        Images or a video without a text get MMEB's instruction, "Represent the given image.", if the model was trained
+        with instructions. LLM2CLIP and CLIP were not; for them an item is a text, or pictures.
 
-        Raises `PipelineError` that names the item, by its number from 0, if it cannot be used, or if the model gives it
-        no unit vector, as one with NaN among its weights. In a process group, all ranks embed, and as many items each.
+        Raises `PipelineError` with the number of the item, from 0, if it cannot be used, or if its vector is no unit
+        vector (for example, with NaN in the weights). In a process group all ranks must embed the same number of items.
         """
         return torch.cat([torch.empty(0, self.dimension), *self.stream(items)])
 
     def stream(self, items: Iterable[Embeddable]) -> Iterator[torch.Tensor]:
-        """The same for any number of items: their rows a group at a time, each (n, D).
+        """Like `embed`, for any number of items: yields (n, D) rows, one group of items at a time.
 
         While the model embeds one group, threads read and decode the next.
         """
@@ -119,7 +120,7 @@ class Embedder:
             pool.shutdown(cancel_futures=True)
 
     def _decoding(self, pool: ThreadPoolExecutor, group: list["_Item"]) -> tuple[list[Future[Encoded]], list[int], int]:
-        """(the group's distinct items, being decoded; which of them each item is; the first one's number)."""
+        """(futures of the group's distinct items, the index of each item among them, the first item's number)."""
         distinct: dict[tuple, _Item] = {}
         for item in group:
             distinct.setdefault(item.key, item)
@@ -132,14 +133,14 @@ class Embedder:
 
     def _embedded(self, decoding: list[Future[Encoded]], rows: list[int], first: int) -> torch.Tensor:
         encoded = [future.result() for future in decoding]
-        chunks = plan_chunks(encoded, self.chunk_tokens, self.device, padded=self.model.pads)
+        chunks = plan_chunks(encoded, self.chunk_tokens, self.device, padded=bool(self.model.pads))
         vectors = embed_chunks(self.model, chunks, len(encoded), self.features).cpu()[rows]
         require_unit(vectors, self.name, lambda row: f"item {first + row}")
         return vectors
 
     def _encode(self, item: "_Item") -> Encoded:
         try:
-            item = item.told_by_content()
+            item = item.by_content()
             images = [partial(_picture, image, self.processor.as_stored) for image in item.images]
             frames = None if item.video is None else partial(self._frames, item.video)
             text = item.marked_text() if self.instructed else item.text.strip()
@@ -149,13 +150,13 @@ class Embedder:
 
     def _frames(self, video: "Path | tuple[Picture, ...]") -> list[Picture]:
         if isinstance(video, Path):
-            return _from_file(video, lambda data: sample_frames(data, self.processor.video_frames))
+            return _from_file(video, lambda data: sample_frames(data, self.video_frames))
         return [_picture(frame, self.processor.as_stored) for frame in video]
 
 
 @dataclass(frozen=True)
 class _Item:
-    """An item as it was given, not yet read. file: an image or a video."""
+    """An item before it is read.  file: an image or a video."""
 
     number: int
     text: str = ""
@@ -165,7 +166,7 @@ class _Item:
 
     @classmethod
     def of(cls, number: int, given: Any) -> "_Item":
-        """Raises PipelineError if it is nothing that can be embedded."""
+        """Raises PipelineError if `given` cannot be embedded."""
         if isinstance(given, str):
             item = cls(number, given)
         elif isinstance(given, Path):
@@ -184,7 +185,7 @@ class _Item:
 
     @property
     def key(self) -> tuple:
-        """What two items share only if they are the same; while both are in memory, for pictures by identity."""
+        """Equal only for equal items; pictures are compared by identity, while both are in memory."""
 
         def same(part: Any) -> Any:
             return id(part) if isinstance(part, Picture) else part
@@ -192,8 +193,8 @@ class _Item:
         video = tuple(map(same, self.video)) if isinstance(self.video, tuple) else self.video
         return self.text, tuple(map(same, self.images)), video, self.file
 
-    def told_by_content(self) -> "_Item":
-        """With the file as an image or as a video."""
+    def by_content(self) -> "_Item":
+        """With the file as an image or a video, by its content."""
         if self.file is None:
             return self
         if _from_file(self.file, _is_video):
@@ -201,11 +202,11 @@ class _Item:
         return replace(self, file=None, images=(self.file,))
 
     def marked_text(self) -> str:
-        """The text with a mark for what has none; an instruction where there is no text."""
+        """The text, with marks added if it has none; an instruction if there is no text."""
         text = self.text
         if not text.strip():
-            what = ["image" if len(self.images) == 1 else "images"] * bool(self.images) + ["video"] * bool(self.video)
-            text = f"Represent the given {' and '.join(what)}."
+            given = ["image" if len(self.images) == 1 else "images"] * bool(self.images) + ["video"] * bool(self.video)
+            text = f"Represent the given {' and '.join(given)}."
         marks = [IMAGE_MARK] * len(self.images) if IMAGE_MARK not in text else []
         marks += [VIDEO_MARK] if self.video and VIDEO_MARK not in text else []
         return "\n".join([*marks, text])
@@ -237,7 +238,7 @@ def _picture(source: Path | Picture, as_stored: bool) -> Picture:
         with _LOADING:
             source.load()
         return rgb(source, as_stored)
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged input
+    except Exception as error:  # Pillow's decoders raise various exceptions on damaged input
         raise BadSample(f"undecodable picture: {type(error).__name__}: {error}") from None
 
 
@@ -250,7 +251,7 @@ def _is_video(data: bytes) -> bool:
 
 
 def _from_file(path: Path, decode: Callable[[bytes], Any]) -> Any:
-    """What `decode` makes of the file's bytes; its BadSample, or one for a file that cannot be read, names the file."""
+    """Decode the file. BadSample, with the file's name, if it cannot be read or decoded."""
     try:
         return decode(path.read_bytes())
     except OSError as error:

@@ -1,37 +1,37 @@
-"""Index the tars of vectors that LLM2CLIP's own code left beside img2dataset's, which stay as and where they are.
+"""Index the tars of vectors that LLM2CLIP's own code wrote beside img2dataset's tars. The tars do not change.
 
-As llm2clip/data/extract_embedding.py of github.com/microsoft/LLM2CLIP writes them: NAME_text_embeddings.tar, in it
-KEY.COLUMN for each column of captions, the vector's float32 without a header.
+llm2clip/data/extract_embedding.py of github.com/microsoft/LLM2CLIP writes NAME_text_embeddings.tar. It has a member
+KEY.COLUMN for each column of captions: the vector's float32 values without a header.
 """
 
 import hashlib
-import sys
+import logging
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-
-from tqdm import tqdm
 
 from pipeline.convert.img2dataset import Tape, read_tape
 from pipeline.data.sample import BadSample
 from pipeline.data.shards import members_of
 from pipeline.data.text_embeddings import Made, Part, columns_of, file_of, indexed, texts_by_column
-from pipeline.embedding.embed_shards import Dataset, samples_of
-from pipeline.errors import PipelineError, printable
+from pipeline.embedding.embed_shards import CaptionDataset, samples_of
+from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 from pipeline.storage import objects
 
+logger = logging.getLogger(__name__)
 
-def index_published(model: str, datasets: list[Dataset], *, overwrite: bool) -> None:
-    """Index those of the datasets.  model: the name of what made them, which they do not say.
 
-    Each tar, and each of the images', is read once.
-    Raises PipelineError for tars that are not of these samples, or lack a column that the captions are in.
+def index_published(model: str, datasets: list[CaptionDataset], *, overwrite: bool) -> None:
+    """Index the published vectors of these datasets.  model: the name of their model, which the tars do not contain.
+
+    Each tar of vectors, and each of images, is read once.
+    Raises PipelineError for tars with other samples, or without the vectors of a column with captions.
     """
     identity = hashlib.sha256(f"published {model}".encode()).hexdigest()[:16]
     for dataset in datasets:
         if (columns := columns_of(dataset.source.indexes[0][1])) is None:
-            raise PipelineError(f"{dataset.url} is not of img2dataset's tars: embed its captions, without --published")
+            raise PipelineError(f"{dataset.url} has no tars from img2dataset: embed its captions without --published")
         width = _width(objects.join(dataset.tars_url, file_of(dataset.shards[0])), columns)
         made = Made(model, identity, width, "fp32", "", columns)
         dataset.begin(made, overwrite)
@@ -46,31 +46,31 @@ def index_published(model: str, datasets: list[Dataset], *, overwrite: bool) -> 
             for number, lacking in zip(todo, pool.map(index_tar, todo), strict=True):
                 bar.update(dataset.shards[number].samples)
                 if lacking:
-                    shard = printable(file_of(dataset.shards[number]))
-                    tqdm.write(f"{shard}: {lacking} samples have no embeddings", sys.stderr)
+                    logger.warning("%s: %d samples have no embeddings", file_of(dataset.shards[number]), lacking)
         dataset.finish(made)
 
 
 def _width(url: str, columns: tuple[str, ...]) -> int:
-    """Of the vectors of a tar's first sample."""
+    """The width of the vectors of a tar's first sample."""
     tape = Tape(url)
     for sample in read_tape(tape):
         sizes = _sizes(tape.between(sample.begin, sample.end))
         if missing := [column for column in columns if column.lower() not in sizes]:
-            raise PipelineError(f"{url} has vectors of {', '.join(sizes)}, and no {missing[0]}, where captions are")
+            raise PipelineError(f"{url} has vectors for {', '.join(sizes)}, but not for captions in {missing[0]}")
         return sizes[columns[0].lower()] // 4
     raise PipelineError(f"{url} is empty")
 
 
 def _sizes(data: bytes) -> dict[str, int]:
-    """A sample's members, by their names in lower case, and their bytes."""
+    """The sizes of a sample's members, by their names in lower case."""
     return {name.lower(): len(content) for name, content in members_of(data)[1].items()}
 
 
-def _index_tar(dataset: Dataset, made: Made, number: int) -> int:
-    """Index the vectors of a shard; returns how many of its samples have none."""
+def _index_tar(dataset: CaptionDataset, made: Made, number: int) -> int:
+    """Index the vectors of a shard; returns the number of its samples without vectors."""
     source, shard = dataset.source, dataset.shards[number]
     url, captions = objects.join(dataset.tars_url, file_of(shard)), source.indexes[0][1].captions
+    assert captions  # `columns_of` found some
     tape, entries = Tape(url), {}
     for sample in read_tape(tape):
         data = tape.between(sample.begin, sample.end) if sample.fault is None else b""
@@ -85,15 +85,17 @@ def _index_tar(dataset: Dataset, made: Made, number: int) -> int:
             if not vectors.issuperset(column.lower() for column in texts_by_column(pair, data, captions).values()):
                 place = (reached, 0, 0)
         except BadSample:
-            pass  # training says why
+            pass  # training reports it
         if place[0] < reached:
-            raise PipelineError(f"{url} has the samples of {shard.file} in another order: embed its captions anew")
+            raise PipelineError(
+                f"{url} has the samples of {shard.file} in another order: embed its captions without --published"
+            )
         places.append(place)
         reached = place[0] + place[1]
     lacking = sum(length == 0 for _, length, _ in places)
     if lacking == len(places):
         raise PipelineError(
-            f"{url} has vectors of {made.width} float32 for no sample of {shard.file}: is it another's?"
+            f"{url} has vectors of {made.width} float32 for no sample of {shard.file}: does it belong to other images?"
         )
     entry, sidecar = indexed(file_of(shard), tape.size, tape.sha256.hexdigest(), places)
     dataset.keep(Part(shard.sha256, entry), sidecar, None)

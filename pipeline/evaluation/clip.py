@@ -1,11 +1,11 @@
-"""Peers of the CLIP and SigLIP families, as transformers has them, each in its own folder or of a hub name."""
+"""Encoders for the CLIP and SigLIP models of transformers."""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from pipeline.models.clip import require_end
 from pipeline.models.files import read_json
 from pipeline.models.loading import DTYPES, reads_as_stored
 
-# By the config's model_type.
+# model_type in the config -> model and image processor.
 PEERS: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
     "clip": (CLIPModel, CLIPImageProcessorPil),
     "siglip": (SiglipModel, SiglipImageProcessorPil),
@@ -49,8 +49,8 @@ PEERS: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
 class Prepared:
     """An item for a ClipEncoder.
 
-    ids: (T,) int64 tokens of the text, if there is one.
-    pictures: of each image and frame what the model takes by name; pixels are not normalised, uint8.
+    ids: (T,) int64 tokens of the text, or None.
+    pictures: for each image and frame the model's inputs by name; pixels are uint8, not normalised.
     """
 
     ids: torch.Tensor | None
@@ -61,9 +61,9 @@ class Prepared:
 class ClipEncoder:
     """transformers' CLIP (arXiv 2103.00020), SigLIP (2303.15343) and SigLIP 2 (2502.14786).
 
-    A picture is a unit vector; so are several images or the frames of a video: along the mean of theirs; and so is a
-    text, cut at the model's context. What has both is the unit vector along the mean of the two, as MMEB's baselines
-    fuse them (arXiv 2410.05160). Marks are taken out of texts, instructions stay.
+    A picture gives a unit vector; several images, or the frames of a video, give the normalised mean of theirs. A text
+    is cut at the model's context length. For an item with text and pictures the vector is the normalised mean of the
+    two, as in MMEB's baselines (arXiv 2410.05160). Marks are removed from texts, instructions are not.
 
     Each rank embeds its own items; nothing here is collective.
     """
@@ -84,14 +84,14 @@ class ClipEncoder:
 
     @classmethod
     def load(cls, path: str, kind: str, options: EvaluationRun, device: torch.device) -> "ClipEncoder":
-        """From a folder or hub name with a model_type of PEERS; errors as of `load_encoder`."""
+        """From a folder or hub name with a model_type of PEERS; raises the errors of `load_encoder`."""
         model_class, processor_class = PEERS[kind]
         folder = model_folder(path)
         config = loading.config(path, model_class.config_class)
         settings = folder / "tokenizer_config.json"
         named = read_json(settings).get("tokenizer_class") if settings.is_file() else None
         if named == "SiglipTokenizer" and not find_spec("sentencepiece"):
-            # transformers would take another tokenizer for it, which leaves the punctuation in.
+            # transformers would use another tokenizer, which does not remove punctuation.
             raise PipelineError(f"{path} has a SentencePiece tokenizer: pip install sentencepiece")
         loading.check_weights(path, model_class, config)
         try:
@@ -117,13 +117,13 @@ class ClipEncoder:
             as_stored=reads_as_stored(str(folder)),
         )
         with loading.reading(folder / "tokenizer_config.json"):
-            encoder._tokenize("")  # sets the tokenizer's truncation, which threads must not do at once
+            encoder._tokenize("")  # sets the tokenizer's truncation, which is not thread-safe
         with loading.reading(folder / "preprocessor_config.json"):
             encoder._pixels(Image.new("RGB", (8, 8)))
         return encoder
 
     def prepare(self, item: Item) -> Prepared:
-        """Raises BadSample if a picture cannot be decoded, or if the text's marks are not as many as they are."""
+        """Raises BadSample if a picture cannot be decoded, or if the text has more or fewer marks than pictures."""
         for mark, count in ((IMAGE_MARK, len(item.images)), (VIDEO_MARK, int(item.video is not None))):
             if item.text.count(mark) != count:
                 raise BadSample(f"{item.text.count(mark)} {mark} marks in the text, {count} expected")
@@ -164,7 +164,7 @@ class ClipEncoder:
         return vision.num_patches if "num_patches" in vision else (vision.image_size // vision.patch_size) ** 2
 
     def _tokenize(self, text: str) -> torch.Tensor:
-        """(T,) int64. SigLIP reads lower case, padded to its context, as it was trained."""
+        """(T,) int64. SigLIP was trained on lower-case texts, padded to its context length."""
         siglip = self.config.model_type != "clip"
         ids = self.tokenizer(
             text.lower() if siglip else text,
@@ -176,25 +176,26 @@ class ClipEncoder:
 
     def _texts(self, texts: Sequence[torch.Tensor]) -> torch.Tensor:
         """(n, D) unit rows."""
-        # CLIP pools the first end of text, and its attention is causal: it needs no mask of what is behind it. SigLIP
-        # was trained without one.
+        # CLIP pools the first end-of-text token with causal attention, so padding needs no mask. SigLIP was trained
+        # without a mask.
         ids = pad_sequence(list(texts), batch_first=True)
-        features = self.model().get_text_features(input_ids=ids.to(self.device)).pooler_output
+        model: Any = self.model()
+        features = model.get_text_features(input_ids=ids.to(self.device)).pooler_output
         return F.normalize(features.float(), dim=-1)
 
     def _pictures(self, pictures: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
         """(n, D) unit rows."""
-        model = self.model()
+        model: Any = self.model()
         inputs = {name: torch.stack([p[name] for p in pictures]).to(self.device) for name in pictures[0]}
         inputs["pixel_values"] = self._normalised(inputs["pixel_values"]).to(model.dtype)
         return F.normalize(model.get_image_features(**inputs).pooler_output.float(), dim=-1)
 
     def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        """As the image processor would have them, whose floats would be four times the bytes until they are needed.
+        """Normalise as the image processor would, but after the transfer: its floats are four times as many bytes.
 
-        pixels: (n, 3, height, width); or of SigLIP 2 (n, patches, values) with the colour last in each patch.
+        pixels: (n, 3, height, width); or for SigLIP 2 (n, patches, values) with the colour last in each patch.
         """
-        settings = self.image_processor
+        settings: Any = self.image_processor  # its attributes come from preprocessor_config.json
         pixels = pixels.float()
         if settings.do_rescale:
             pixels *= settings.rescale_factor
@@ -209,7 +210,7 @@ class ClipEncoder:
 
 
 def without_marks(text: str) -> str:
-    """An item's text without the marks of its images and video, and the white space around them."""
+    """An item's text without the marks of its images and video and the white space around them."""
     return re.sub(rf"\s*({IMAGE_MARK}|{VIDEO_MARK})\s*", " ", text).strip()
 
 
@@ -220,16 +221,17 @@ def _batches(items: list, size: int) -> list[list]:
 
 def _peer(model_class: type[PreTrainedModel], path: str, precision: str, device: torch.device) -> PreTrainedModel:
     config = loading.config(path, model_class.config_class)
-    return loading.open_model(model_class, path, config, DTYPES[precision]).eval().to(device)
+    dtype: Any = DTYPES[precision]  # a dtype or "auto"
+    return loading.open_model(model_class, path, config, dtype).eval().to(device)
 
 
-def _require_sizes(path: str, config: PreTrainedConfig, its: PilBackend) -> None:
-    """Raise PipelineError where the image processor makes pictures that are not the model's."""
+def _require_sizes(path: str, config: PreTrainedConfig, settings: Any) -> None:
+    """Raise PipelineError if the image processor's output does not have the model's input size."""
     vision = config.vision_config
     if config.model_type == "siglip2":
-        made, taken = (its.patch_size, its.patch_size), (vision.patch_size, vision.patch_size)
+        size, expected = (settings.patch_size, settings.patch_size), (vision.patch_size, vision.patch_size)
     else:
-        size = its.crop_size if its.do_center_crop else its.size
-        made, taken = (size.height, size.width), (vision.image_size, vision.image_size)
-    if made != taken or not its.do_resize:
-        raise PipelineError(f"{path}: its image processor makes {made} pixels, its model takes {taken}")
+        crop = settings.crop_size if settings.do_center_crop else settings.size
+        size, expected = (crop.height, crop.width), (vision.image_size, vision.image_size)
+    if size != expected or not settings.do_resize:
+        raise PipelineError(f"{path}: its image processor gives {size} pixels, its model expects {expected}")

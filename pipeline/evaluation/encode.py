@@ -1,55 +1,58 @@
-"""A collection's items -> embeddings, on all processes."""
+"""Embed a collection's items on all processes."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from pipeline.data.sample import BadSample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoder import Encoder
-from pipeline.evaluation.store import Disk, Memory
+from pipeline.evaluation.store import DiskStore, MemoryStore
 from pipeline.evaluation.tasks import Collection
 from pipeline.losses.gather import rank_and_world
 from pipeline.models.chunks import require_unit
 from pipeline.progress import progress_bar
 
-GROUP = 256  # items that are packed into chunks together, and by one rank
-_DEALT = 16  # to so many groups at a time, or a block of texts would be read by all
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+GROUP = 256  # items that one rank packs into chunks together
+_WINDOW = 16  # groups over which rows are interleaved; with more, all ranks would read each block of texts
 _THREADS = 16
 
 
 def embed_collection(
     encoder: Encoder,
     collection: Collection,
-    store: Memory | Disk | None,
-    device: torch.device | str = "cpu",
+    store: MemoryStore | DiskStore | None,
     *,
     interrupted: Callable[[], bool] | None = None,
 ) -> bool:
-    """Embed what the first rank's store lacks; False if interrupted.
+    """Embed the items that the first rank's store lacks. Returns False if interrupted.
 
-    Groups of items are the same at every number of processes, and so are the embeddings, but for what the machine's
-    own arithmetic makes of another number of threads. While a group is embedded the next one is read and decoded.
-    An item that cannot be used raises PipelineError: a score without it would be of another test.
+    The groups of items do not depend on the number of processes; nor do the embeddings, apart from rounding that
+    depends on the number of threads. While a group is embedded, the next one is read and decoded. An item that cannot
+    be used raises PipelineError, because a score without it would not be comparable.
 
-    store: None on all ranks but the first.  device: where the process group communicates.
-    interrupted: asked on all ranks now and then, with the same answer.
+    store: None on all ranks but the first.
+    interrupted: called on all ranks between groups; it must return the same on all.
     """
     rank, world = rank_and_world()
     _check_same(collection)
-    plan = [_plan(collection, store) if store else None]
+    plan = [_plan(collection, store) if store else []]
     if world > 1:
         dist.broadcast_object_list(plan)
     (groups,) = plan
     total = sum(len(rows) for _, rows in groups)
     count = len(collection.items)
     if rank == 0 and total < count:
-        print(f"{count - total:,} of {count:,} items are embedded already")
+        logger.info("%s of %s items are already embedded", f"{count - total:,}", f"{count:,}")
     if not groups:
         return True
     bar = progress_bar(initial=count - total, total=count, desc="embedding", unit="item", disable=rank > 0)
@@ -58,7 +61,7 @@ def embed_collection(
 
         def begin(round_: int) -> list[Future]:
             number = round_ + rank
-            rows = groups[number][1] if number < len(groups) else []
+            rows = groups[number][1].tolist() if number < len(groups) else []
             return [pool.submit(_prepared, encoder, collection, row) for row in rows]
 
         following = begin(0)
@@ -67,17 +70,18 @@ def embed_collection(
                 if interrupted and interrupted():
                     return False
                 current, following = following, begin(round_ + world)
-                vectors = encoder.embed([future.result() for future in current]).float().to(device)
+                vectors = encoder.embed([future.result() for future in current]).float().cpu().numpy()
                 if vectors.shape != (len(current), encoder.dimension):
                     raise PipelineError(
-                        f"the encoder gives {tuple(vectors.shape)} for {len(current)} items of {encoder.dimension}"
+                        f"the encoder returned {tuple(vectors.shape)} for {len(current)} items of {encoder.dimension}"
                     )
-                for (dataset, rows), part in zip(groups[round_ : round_ + world], _gathered(vectors), strict=False):
+                parts = gather_on_first(vectors)
+                for (dataset, rows), part in zip(groups[round_ : round_ + world], parts, strict=False):
                     if store:
-                        kept = part[: len(rows)].cpu().numpy()
-                        # What is kept once is not embedded again: it must be right.
-                        require_unit(kept, encoder.name, lambda place, rows=rows: collection.names[rows[place]])
-                        store.append(dataset, rows, kept)
+                        # A stored vector is not computed again, so it must be right.
+                        names = [collection.names[row] for row in rows]
+                        require_unit(part, encoder.name, names.__getitem__)
+                        store.append(dataset, rows, part)
                     bar.update(len(rows))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -85,34 +89,35 @@ def embed_collection(
 
 
 def _check_same(collection: Collection) -> None:
-    """The ranks tell each other which items they mean by their numbers alone."""
-    # Names, for keys may differ where each node has a copy of its own.
+    """Raise PipelineError unless all ranks have the same items: they refer to them by number."""
+    # Compare names: keys may differ if each node has its own copy of the files.
     digest = hashlib.sha256("\0".join(collection.names).encode(errors="surrogateescape")).hexdigest()
     digests = [digest] * rank_and_world()[1]
     if len(digests) > 1:
         dist.all_gather_object(digests, digest)
     if other := [rank for rank, each in enumerate(digests) if each != digests[0]]:
         raise PipelineError(
-            f"rank {other[0]} finds other items in the evaluation sets than the first rank does: do all nodes see the "
-            "same files, and is nobody changing them?"
+            f"rank {other[0]} found other items in the evaluation sets than rank 0: check that all nodes see the same "
+            "files, and that nothing changes them"
         )
 
 
-def _plan(collection: Collection, store: Memory | Disk) -> list[tuple[str, np.ndarray]]:
-    """Groups of rows that the store lacks, each with the first dataset that needs them.
+def _plan(collection: Collection, store: MemoryStore | DiskStore) -> list[tuple[str, np.ndarray]]:
+    """Groups of rows that the store lacks, each with the name of the first dataset that needs them.
 
-    A dataset's rows are dealt to its groups like cards: pictures, which come together, keep no rank busy alone.
+    The rows of a dataset are interleaved over its groups, so that a run of pictures is spread over the ranks.
     """
-    groups, planned = [], np.zeros(len(collection.items), bool)
+    groups: list[tuple[str, np.ndarray]] = []
+    planned = np.zeros(len(collection.items), bool)
     for task in collection.tasks:
         rows = task.rows
         rows = rows[~planned[rows]]
         planned[rows] = True
-        for start in range(0, len(rows), _DEALT * GROUP):
-            window = rows[start : start + _DEALT * GROUP]
-            hands = -(-len(window) // GROUP)
-            for hand in range(hands):
-                if len(missing := store.missing(window[hand::hands])):
+        for start in range(0, len(rows), _WINDOW * GROUP):
+            window = rows[start : start + _WINDOW * GROUP]
+            count = -(-len(window) // GROUP)
+            for first in range(count):
+                if len(missing := store.missing(window[first::count])):
                     groups.append((task.name, missing))
     return groups
 
@@ -124,13 +129,11 @@ def _prepared(encoder: Encoder, collection: Collection, row: int) -> Any:
         raise PipelineError(f"evaluation item {collection.names[row]}: {reason}") from None
 
 
-def _gathered(vectors: torch.Tensor) -> list[torch.Tensor]:
-    """Every rank's (n, D), with rows beyond up to the first rank's, which has the most."""
-    world = rank_and_world()[1]
+def gather_on_first(value: T) -> list[T]:
+    """On the first rank: the values of all ranks; on the others an empty list. Collective."""
+    rank, world = rank_and_world()
     if world == 1:
-        return [vectors]
-    padded = vectors.new_zeros(GROUP, vectors.shape[1])
-    padded[: len(vectors)] = vectors
-    parts = [torch.empty_like(padded) for _ in range(world)] if dist.get_rank() == 0 else None
-    dist.gather(padded, parts)
-    return parts or []
+        return [value]
+    values: list[Any] = [None] * world
+    dist.gather_object(value, values if rank == 0 else None)
+    return values if rank == 0 else []

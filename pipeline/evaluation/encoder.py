@@ -1,4 +1,4 @@
-"""What an evaluation needs of a model."""
+"""The interface that an evaluation needs of a model."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -9,22 +9,29 @@ from pipeline.data.sample import Item
 
 
 class Encoder(Protocol):
-    """A model that turns items into vectors of one space.
+    """A model that maps items to vectors of one space.
 
-    name: what a report calls it.
-    identity: of its weights and of all else that changes a vector.
+    name: for the report.
+    identity: a hash of its weights and of all other settings that change a vector.
     dimension: of the vectors.
-    instructed: a query says what is sought, as MMEB's do; otherwise sets give bare captions, pictures and videos,
-        the item's text being the marks alone.
+    instructed: queries contain an instruction, as MMEB's do. Otherwise sets give only captions, pictures and videos;
+        the text of a picture or video is its mark.
     """
 
-    name: str
-    identity: str
-    dimension: int
-    instructed: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def dimension(self) -> int: ...
+
+    @property
+    def instructed(self) -> bool: ...
 
     def prepare(self, item: Item) -> Any:
-        """What `embed` takes of an item: decoded, tokenized. Called in threads. BadSample if it cannot be used."""
+        """Decode and tokenize an item for `embed`. Called in threads. Raises BadSample if the item cannot be used."""
 
     def embed(self, prepared: Sequence[Any]) -> torch.Tensor:
         """(n, dimension) float32 unit rows, on any device.

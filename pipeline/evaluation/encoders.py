@@ -1,7 +1,7 @@
-"""The models that can be evaluated: our own, and peers of the CLIP and SigLIP families (clip.py).
+"""The models that can be evaluated: this project's, and the CLIP and SigLIP families (clip.py).
 
-Any other is evaluated by a function (path, options) -> Encoder of your own, named by the option `encoder`, as
-`module:function` or `path/to/file.py:function`. With sentence-transformers, for example, in texts.py:
+To evaluate any other model, write a function (path, options) -> Encoder and name it in the option `encoder`, as
+`module:function` or `path/to/file.py:function`. An example for sentence-transformers, in texts.py:
 
     from pathlib import Path
     from pipeline.data.sample import BadSample
@@ -35,6 +35,7 @@ from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -53,12 +54,12 @@ __all__ = ["ModelEncoder", "identity_of", "load_encoder"]
 
 
 def load_encoder(path: str, options: EvaluationRun, device: torch.device | None = None) -> Encoder:
-    """The model of a folder or hub name, by its config's model_type, or by the function that options.encoder names.
+    """The encoder for a folder or hub name, by its config's model_type, or from the function in options.encoder.
 
-    Its weights are read when the first items are embedded.  device: None is the accelerator, if there is one.
+    Its weights are read when the first items are embedded.  device: None: the accelerator, or else the CPU.
 
-    Raises PipelineError where there is no such model or function, for a kind of model that is not known here, and for
-    what the function gives if it is no Encoder.
+    Raises PipelineError if there is no such model or function, for an unknown model_type, and if the function returns
+    no Encoder.
     """
     if options.encoder:
         return _by_function(options.encoder, path, options)
@@ -69,23 +70,23 @@ def load_encoder(path: str, options: EvaluationRun, device: torch.device | None 
     if kind:
         return ModelEncoder.load(path, kind, options, device)
     raise PipelineError(
-        f"{path} is a {model_type} model; those known here are {', '.join(KINDS)} and {', '.join(PEERS)}. For any "
-        "other write a function and name it by encoder=FILE.py:FUNCTION; pipeline/evaluation/encoders.py has an example"
+        f"{path} is a {model_type} model; supported are {', '.join(KINDS)} and {', '.join(PEERS)}. For another "
+        "model write a function and pass encoder=FILE.py:FUNCTION; pipeline/evaluation/encoders.py has an example"
     )
 
 
 @dataclass(frozen=True)
 class ModelEncoder:
-    """A model of ours, or the engine that trains it, which may be of ZeRO-3.
+    """A model of this project, or the DeepSpeed engine that trains it, also with ZeRO-3.
 
-    dimension: of its vectors.  model: gives the model, or an engine of it, when the first items are embedded, with the
-        features of a frozen part that is outside it.
+    dimension: of its vectors.
+    model: called at the first `embed`; returns the model or its engine, and the features of a frozen part outside it.
     """
 
     name: str
     identity: str
     dimension: int
-    model: Callable[[], tuple[Callable[..., torch.Tensor], Features | None]]
+    model: Callable[[], tuple[Any, Features | None]]
     processor: Processor
     chunk_tokens: int | None
     device: torch.device
@@ -93,7 +94,7 @@ class ModelEncoder:
 
     @classmethod
     def load(cls, path: str, kind: Kind, options: EvaluationRun, device: torch.device) -> "ModelEncoder":
-        """From a folder or hub name; errors as of `load_encoder`."""
+        """From a folder or hub name; raises the errors of `load_encoder`."""
         dimension, folder = kind.dimension(path), model_folder(path)
         return cls(
             name=path,
@@ -108,12 +109,12 @@ class ModelEncoder:
 
     @property
     def max_tokens(self) -> int | None:
-        """That texts are cut at."""
+        """The length to which texts are cut."""
         return getattr(self.processor, "max_tokens", None)
 
     @property
     def instruction(self) -> str:
-        """What stands before each text, of a model that was trained so."""
+        """The text before each text, for a model that was trained with one."""
         return getattr(self.processor, "instruction", "")
 
     def prepare(self, item: Item) -> Encoded:
@@ -122,7 +123,7 @@ class ModelEncoder:
     def embed(self, prepared: Sequence[Encoded]) -> torch.Tensor:
         """(n, D) float32 unit rows. Collective: all ranks call it equally often, some perhaps without items."""
         model, features = self.model()
-        pads = getattr(model, "module", model).pads  # an engine has the model as its module
+        pads = getattr(model, "module", model).pads  # an engine's module is the model
         chunk_tokens = self.chunk_tokens or chunk_tokens_for(pads)
         chunks = plan_chunks(prepared, chunk_tokens, self.device, padded=pads)
         if not chunks:  # no rank has items
@@ -141,8 +142,8 @@ def _by_function(name: str, path: str, options: EvaluationRun) -> Encoder:
     wanted = ("name", "identity", "dimension", "instructed", "prepare", "embed")
     if missing := [attribute for attribute in wanted if not hasattr(encoder, attribute)]:
         raise PipelineError(
-            f"encoder={name} gives a {type(encoder).__name__} without {', '.join(missing)}; "
-            "pipeline/evaluation/encoder.py says what an Encoder has"
+            f"encoder={name} returned a {type(encoder).__name__} without {', '.join(missing)}; "
+            "pipeline/evaluation/encoder.py describes an Encoder"
         )
     return encoder
 
@@ -152,6 +153,7 @@ def _module(name: str) -> ModuleType:
         if not Path(name).is_file():
             raise PipelineError(f"encoder: there is no file {name}")
         spec = spec_from_file_location(Path(name).stem, name)
+        assert spec and spec.loader  # it is a .py file
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -160,4 +162,4 @@ def _module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise PipelineError(f"encoder: there is no module {name} on Python's path") from None
-        raise  # what it imports in turn is not there
+        raise  # a module that it imports is missing

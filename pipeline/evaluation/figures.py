@@ -1,30 +1,32 @@
-"""An evaluation's figures: a bar a dataset, and the distributions of its similarities.
+"""The figures of a report: a bar for each dataset, and the distributions of its similarities.
 
-PNGs in a light and a dark theme, for slides and papers; SVG for a page, whose colours are CSS variables of its own.
+PNGs in a light and a dark theme, for slides and papers; SVG for the HTML page, with CSS variables as colours.
 """
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from pipeline.evaluation.report import Report
-from pipeline.evaluation.results import BINS, Result
+from pipeline.evaluation.results import BINS, DatasetResult
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours, as #rrggbb. positive and negative are Okabe and Ito's, which the colour-blind tell apart.
+    """Colours, as #rrggbb. positive and negative are Okabe and Ito's, which colour-blind people can distinguish.
 
     https://jfly.uni-koeln.de/color/
     """
@@ -43,44 +45,44 @@ THEMES = {
     "dark": Theme("#14161a", "#e6e8eb", "#99a1ac", "#30343b", "#56b4e9", "#e69f00", "#69717d"),
 }
 
-OUTSIDE = 0.55  # opacity of bars out of distribution
+OUTSIDE = 0.55  # opacity of bars of out-of-distribution datasets
 _SMALL, _TEXT = 7.5, 8.5  # points
-_ROW = 0.25  # inches a bar
-_DRAWN_BINS = 2  # of BINS in one of the figure's
+_ROW = 0.25  # inches for a bar
+_DRAWN_BINS = 2  # bins of BINS in a drawn bin
 
 
 def write(report: Report, folder: Path, before: Report | None = None) -> None:
-    """bars-THEME.png and similarities-THEME.png."""
+    """Write bars-THEME.png and similarities-THEME.png."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, theme in THEMES.items():
         _save(_all_bars(report, before, theme), folder / f"bars-{name}.png")
         _save(_all_similarities(report, theme), folder / f"similarities-{name}.png")
 
 
-def svg_bars(results: dict[str, Result], before: Report | None) -> str:
-    """An SVG element of one group's datasets."""
+def svg_bars(results: dict[str, DatasetResult], before: Report | None) -> str:
+    """An SVG element with the bars of one group's datasets."""
     figure = Figure(figsize=(4, 0.4 + _ROW * len(results)), layout="constrained")
     bars(figure.add_subplot(), results, before, THEMES["light"])
     return _svg(figure, f"Bars of {', '.join(results)}")
 
 
-def svg_similarities(name: str, result: Result, span: tuple[float, float]) -> str:
-    """An SVG element of one dataset."""
+def svg_similarities(name: str, result: DatasetResult, span: tuple[float, float]) -> str:
+    """An SVG element with the similarities of one dataset."""
     figure = Figure(figsize=(1.9, 1))
     similarities(figure.add_axes((0.06, 0.2, 0.83, 0.78)), result, span, THEMES["light"])
     return _svg(figure, f"Similarities of {name}")
 
 
-def grouped(report: Report) -> dict[str, dict[str, Result]]:
+def grouped(report: Report) -> dict[str, dict[str, DatasetResult]]:
     """Group -> its datasets, in the report's order."""
-    groups: dict[str, dict[str, Result]] = {}
+    groups: dict[str, dict[str, DatasetResult]] = {}
     for name, result in report.results.items():
         groups.setdefault(result.group, {})[name] = result
     return groups
 
 
 def span_of(report: Report) -> tuple[float, float]:
-    """The similarities that occur at all, so that all datasets can be drawn to one scale."""
+    """The range of all similarities, so that all datasets are drawn to one scale."""
     counts = sum(
         np.array(each.similarities.positive) + each.similarities.hardest_negative for each in report.results.values()
     )
@@ -88,13 +90,13 @@ def span_of(report: Report) -> tuple[float, float]:
     return (float(BINS[max(seen[0] - 2, 0)]), float(BINS[min(seen[-1] + 3, len(BINS) - 1)])) if len(seen) else (-1, 1)
 
 
-def bars(axes: Axes, results: dict[str, Result], before: Report | None, theme: Theme) -> None:
-    """The datasets' scores from top to bottom, beside chance and an earlier report's."""
+def bars(axes: Axes, results: dict[str, DatasetResult], before: Report | None, theme: Theme) -> None:
+    """The datasets' scores from top to bottom, with chance and the scores of an earlier report."""
     for place, (name, result) in enumerate(results.items()):
         then = before.results.get(name) if before else None
         top, height = (place - 0.13, 0.46) if then else (place, 0.6)
         opacity = OUTSIDE if result.in_distribution is False else 1
-        axes.barh(top, 100 * result.score, height, color=theme.background)  # the grid is not to show through
+        axes.barh(top, 100 * result.score, height, color=theme.background)  # hides the grid behind a transparent bar
         axes.barh(top, 100 * result.score, height, color=theme.positive, alpha=opacity)
         if then:
             axes.barh(place + 0.24, 100 * then.score, 0.2, color=theme.before)
@@ -103,7 +105,7 @@ def bars(axes: Axes, results: dict[str, Result], before: Report | None, theme: T
             100 * result.score + 1.2, top, f"{100 * result.score:.1f}", color=theme.ink, fontsize=_SMALL, va="center"
         )
     axes.set_ylim(len(results) - 0.4, -0.6)
-    axes.set_xlim(0, 106)  # room for the figure beside a bar of 100
+    axes.set_xlim(0, 106)  # room for the number beside a bar of 100
     axes.set_xticks(range(0, 101, 25))
     axes.set_yticks(range(len(results)), [_brief(name) for name in results])
     axes.set_axisbelow(True)
@@ -113,11 +115,11 @@ def bars(axes: Axes, results: dict[str, Result], before: Report | None, theme: T
     axes.tick_params(axis="y", labelcolor=theme.ink, labelsize=_TEXT)
 
 
-def similarities(axes: Axes, result: Result, span: tuple[float, float], theme: Theme) -> None:
-    """Shares of the queries by their similarity to the right candidate, and to the hardest wrong one."""
+def similarities(axes: Axes, result: DatasetResult, span: tuple[float, float], theme: Theme) -> None:
+    """Histograms of the queries' similarities to the right candidate, and to the hardest negative."""
     pairs = (result.similarities.hardest_negative, theme.negative), (result.similarities.positive, theme.positive)
     edges = BINS[::_DRAWN_BINS]
-    within = (edges >= span[0] - 0.02) & (edges <= span[1] + 0.02)  # the rest is empty
+    within = (edges >= span[0] - 0.02) & (edges <= span[1] + 0.02)  # the other bins are empty
     edges, within = edges[within], within[:-1] & within[1:]
     for counts, colour in pairs:
         shares = np.reshape(counts, (-1, _DRAWN_BINS)).sum(1)[within] / max(sum(counts), 1)
@@ -135,9 +137,10 @@ def _all_bars(report: Report, before: Report | None, theme: Theme) -> Figure:
     groups = grouped(report)
     rows = [len(results) for results in groups.values()]
     figure = Figure(
-        figsize=(7, _ROW * sum(rows) + 0.55 * len(rows) + 0.7), layout="constrained", facecolor=theme.background
+        figsize=(7, _ROW * sum(rows) + 0.55 * len(rows) + 0.7),
+        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
+        facecolor=theme.background,
     )
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     every = figure.subplots(len(groups), height_ratios=rows, squeeze=False)[:, 0]
     for axes, (group, results) in zip(every, groups.items(), strict=True):
         bars(axes, results, before, theme)
@@ -149,7 +152,7 @@ def _all_bars(report: Report, before: Report | None, theme: Theme) -> Figure:
     if before:
         handles.append(Patch(color=theme.before, label=_brief(before.model, 40)))
     handles.append(Line2D([], [], color=theme.ink, marker="|", markersize=9, linestyle="", label="chance"))
-    _legend(figure, handles, theme, "outside lower left")
+    _legend(figure, handles, theme, outside=True)
     return figure
 
 
@@ -172,12 +175,12 @@ def _all_similarities(report: Report, theme: Theme) -> Figure:
         Patch(color=theme.positive, alpha=0.6, label="positive"),
         Patch(color=theme.negative, alpha=0.6, label="hardest negative"),
     ]
-    _legend(figure, handles, theme, "lower left")
+    _legend(figure, handles, theme, outside=False)
     return figure
 
 
-def overlap(result: Result) -> str:
-    """In percent, as `Similarities.overlap`."""
+def overlap(result: DatasetResult) -> str:
+    """`Similarities.overlap` in percent, as text."""
     if not sum(result.similarities.hardest_negative):
         return "no negatives"
     return f"overlap {100 * result.similarities.overlap:.0f}%"
@@ -190,10 +193,10 @@ def _dress(axes: Axes, theme: Theme) -> None:
     axes.tick_params(colors=theme.faint, labelsize=_SMALL, length=0, pad=3)
 
 
-def _legend(figure: Figure, handles: list, theme: Theme, where: str) -> None:
+def _legend(figure: Figure, handles: Sequence[Artist], theme: Theme, outside: bool) -> None:
     figure.legend(
         handles=handles,
-        loc=where,
+        loc="outside lower left" if outside else "lower left",
         ncols=len(handles),
         frameon=False,
         fontsize=_TEXT,
@@ -203,7 +206,7 @@ def _legend(figure: Figure, handles: list, theme: Theme, where: str) -> None:
 
 
 def _brief(name: str, characters: int = 24) -> str:
-    """It as a label: cut, and with nothing that would be taken for a formula, or is not UTF-8."""
+    """The name as a label: shortened, as valid UTF-8, and with $ escaped, which would begin a formula."""
     name = name if len(name) <= characters else f"{name[: characters - 1]}…"
     return name.encode(errors="replace").decode().replace("$", r"\$")
 
@@ -214,18 +217,17 @@ def _save(figure: Figure, file: Path) -> None:
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """The figure as an element to put into a page, which fills the width there is and has the page's colours."""
+    """The figure as an SVG element that fills the available width and has the page's colours."""
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
-    options: dict[str, Callable | str] = {"svg.fonttype": "none", "svg.hashsalt": label}
-    with matplotlib.rc_context(options):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'(?<=<svg)[^>]*?( viewBox="[^"]*")[^>]*', r' aria-hidden="true"\1', text, count=1)
-    text = re.sub(r' id="[a-z0-9]+_\d+"', "", text)  # the same in each figure
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)  # each label again
+    text = re.sub(r' id="[a-z0-9]+_\d+"', "", text)  # every figure would have the same ids
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)  # they repeat the labels
     for name, colour in asdict(THEMES["light"]).items():
         text = text.replace(colour, f"var(--{name})")
     return text

@@ -1,5 +1,6 @@
-"""An evaluation's page: one file that needs no network and no script, light or dark as the reader's system is."""
+"""The files of a report: report.html, which needs no network and no script, and those beside it."""
 
+import json
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -7,15 +8,26 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.evaluation import figures
+from pipeline.evaluation.leaderboard import leaderboard
 from pipeline.evaluation.published import PUBLISHED, Published
-from pipeline.evaluation.report import AVERAGES, Report, Row, by_direction, changed, is_rank, shown
+from pipeline.evaluation.report import (
+    AVERAGES,
+    REPORT_FILE,
+    Report,
+    TableRow,
+    by_direction,
+    changed,
+    is_rank,
+    shown,
+    write_text,
+)
 
 _TEMPLATE = "report.html.jinja"
 
 
 @dataclass(frozen=True)
 class Change:
-    """A signed difference as text; kind: "better", "worse", or "" of none that can be seen."""
+    """A signed difference as text; kind: "better", "worse", or "" if it rounds to zero."""
 
     text: str
     kind: str
@@ -29,8 +41,20 @@ class Change:
         return cls(text.replace("-", "−"), "better" if better else "worse")
 
 
+def write_report(report: Report, folder: Path, before: Report | None = None) -> None:
+    """Write report.json, report.html, figures/*.png and, for MMEB's datasets, leaderboard.json.
+
+    before: an earlier report to compare with.
+    """
+    report.save(folder / REPORT_FILE)
+    if datasets := report.mmeb():
+        write_text(folder / "leaderboard.json", json.dumps(leaderboard(report.model, datasets), indent=4) + "\n")
+    figures.write(report, folder / "figures", before)
+    write_text(folder / "report.html", page(report, before))
+
+
 def page(report: Report, before: Report | None = None) -> str:
-    """The page of a report, beside an earlier one if given. All that comes from data or models is escaped."""
+    """The HTML of a report, compared with an earlier one if given. Text from data or models is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,7 +81,7 @@ def page(report: Report, before: Report | None = None) -> str:
     )
 
 
-def papers_of(row: Row) -> list[tuple[Published, dict[str, float]]]:
-    """What papers have for a dataset in one direction, as a row has it."""
+def papers_of(row: TableRow) -> list[tuple[Published, dict[str, float]]]:
+    """Published metrics for the dataset and direction of a row."""
     found = [(paper, by_direction(paper.metrics_of(row.name)).get(row.direction, {})) for paper in PUBLISHED]
     return [(paper, metrics) for paper, metrics in found if metrics]

@@ -1,20 +1,20 @@
-"""The file that the public MMEB leaderboard (https://huggingface.co/spaces/TIGER-Lab/MMEB-Leaderboard) takes."""
+"""The file to submit to the public MMEB leaderboard (https://huggingface.co/spaces/TIGER-Lab/MMEB-Leaderboard)."""
 
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from pipeline.evaluation.results import Result
+from pipeline.evaluation.results import DatasetResult
 
 
-def leaderboard(model: str, datasets: Mapping[str, Result | None]) -> dict[str, Any]:
-    """What scores/MODEL.json holds there, with the image datasets alone.
+def leaderboard(model: str, datasets: Mapping[str, DatasetResult | None]) -> dict[str, Any]:
+    """The content of its scores/MODEL.json, with the image datasets only.
 
-    datasets: MMEB's 36 by name; None where one was not evaluated, which the file says as its authors' program does.
-    What an evaluation does not know of a model is None, to be filled in by whoever hands it in.
+    datasets: MMEB's 36 by name; None for one that was not evaluated, which is written as the authors' program does.
+    Metadata that an evaluation does not know is None: fill it in before submitting.
 
     The layout is that of experiments/report_score_v2.py in https://github.com/TIGER-AI-Lab/VLM2Vec, and of the file
-    that docs/mmebv2_reproduction/ there has from the leaderboard, where model_size is in billions of parameters.
+    from the leaderboard in docs/mmebv2_reproduction/ there, where model_size is in billions of parameters.
     """
     metadata = {
         "model_name": model,
@@ -27,10 +27,9 @@ def leaderboard(model: str, datasets: Mapping[str, Result | None]) -> dict[str, 
         "url": None,
         "report_generated_date": datetime.now().isoformat(),
     }
-    image = {name: _scores(result) if result else "FILE_N/A" for name, result in datasets.items()}
+    image: dict[str, Any] = dict.fromkeys(datasets, "FILE_N/A")
+    for name, result in datasets.items():
+        if result:
+            queries = sum(result.queries.values())
+            image[name] = {"hit@1": result.score, "num_pred": queries, "num_data": queries}
     return {"metadata": metadata, "metrics": {"image": image, "video": {}, "visdoc": {}}}
-
-
-def _scores(result: Result) -> dict[str, float | int]:
-    queries = sum(result.queries.values())
-    return {"hit@1": result.score, "num_pred": queries, "num_data": queries}

@@ -1,4 +1,4 @@
-"""A collection and its items' embeddings -> a report."""
+"""Compute the report from the embeddings of a collection's items."""
 
 import base64
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from pipeline.evaluation.results import Case, Shown
 from pipeline.evaluation.tasks import Collection, Ranking, Task
 from pipeline.progress import progress_bar
 
-_PIXELS = 160  # a shown picture's longer side
+_PIXELS = 160  # the longer side of a picture in the report
 _THREADS = 16
 
 
@@ -33,7 +33,7 @@ def measure(
 ) -> Report:
     """The report of a model.
 
-    take: rows of the collection -> (n, D) unit vectors.  worst: how many of each dataset's worst queries are shown.
+    take: rows of the collection -> (n, D) unit vectors.  worst: how many of each dataset's worst queries to include.
     """
     results = {}
     shown = _Pictures(collection)
@@ -54,10 +54,11 @@ def measure(
 
 
 class _Pictures:
-    """The items as a person sees them."""
+    """Items for display."""
 
     def __init__(self, collection: Collection) -> None:
-        self.collection, self._made = collection, {}
+        self.collection = collection
+        self._cache: dict[int, Shown] = {}
 
     def case(self, task: Task, scores: Scores, query: int) -> Case:
         def candidate(number: int) -> Shown:
@@ -77,8 +78,8 @@ class _Pictures:
         )
 
     def of(self, row: int) -> Shown:
-        """With a small picture of its image, or of its video's middle frame."""
-        if row not in self._made:
+        """An item with a thumbnail of its image, or of the middle frame of its video."""
+        if row not in self._cache:
             item, name = self.collection.items[row](), self.collection.names[row]
             text, picture = without_marks(item.text), ""
             try:
@@ -86,11 +87,11 @@ class _Pictures:
                     picture = _jpeg(decode_image(item.images[0]))
                 elif item.video is not None:
                     picture = _jpeg(sample_frames(item.video, 3)[1])
-            except BadSample:  # an embedder of somebody's own may read what ours does not
+            except BadSample:  # a user's encoder may read formats that this project does not
                 pass
             seen = item.images or item.video is not None
-            self._made[row] = Shown(f"{text} ({name})" if text and seen else name, picture)
-        return self._made[row]
+            self._cache[row] = Shown(f"{text} ({name})" if text and seen else name, picture)
+        return self._cache[row]
 
 
 def _jpeg(picture: Picture) -> str:

@@ -1,4 +1,4 @@
-"""Scores of tasks from embeddings, exact and in tiles; and the figures that papers print."""
+"""Exact ranks from embeddings, computed in tiles, and the metrics that papers report."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -9,29 +9,29 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.evaluation.results import Case, Result, Similarities
+from pipeline.evaluation.results import Case, DatasetResult, Similarities
 from pipeline.evaluation.tasks import Ranking, Retrieval, Task
 from pipeline.models.chunks import UNIT_TOLERANCE
 
-Take = Callable[[np.ndarray], np.ndarray]  # (n,) rows of the collection -> their embeddings, (n, D) float32 unit rows
+Take = Callable[[np.ndarray], np.ndarray]  # (n,) rows of the collection -> (n, D) float32 unit vectors
 
-_SAMPLE = 256  # items that tell whether a model tells items apart
-_COLLAPSED = 1e-3  # of unit vectors: how far apart two may lie that are one but for rounding
-_GROUP = 32  # queries of a ranking that share a product: few, or most of it is of lists that have nothing in common
+_SAMPLE = 256  # items that are tested for collapse
+_COLLAPSED = 1e-3  # distance of unit vectors below which they count as equal
+_GROUP = 32  # queries of a ranking in one product: with more, most similarities would not be needed
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of a task's Q queries. A candidate is right or wrong for a query; the best is the most similar.
+    """Ranks and similarities of a task's Q queries. "Best" means most similar.
 
-    rank: (Q,) int64, 1 + how many wrong candidates are strictly more similar than the best right one.
+    rank: (Q,) int64, 1 + the number of wrong candidates that are strictly more similar than the best right one.
     tied: (Q,) bool, a wrong candidate is exactly as similar as the best right one.
     positive: (Q,) float32, the similarity of the best right candidate.
-    hardest: (Q,) float32, of the best wrong one; -inf where there is none.
-    right: (Q,) int64, the number of the best right candidate among the query's; 0 in a Ranking.
-    first: (Q,) int64, of the candidate that ranks first: the best right one if its rank is 1, else the best wrong one.
-    chance: the expected share of queries whose rank is 1, if candidates are drawn at random.
-    equal: (Q,) int64, how many wrong candidates are exactly as similar as the best right one, and not the same item.
+    hardest: (Q,) float32, the similarity of the best wrong candidate; -inf without one.
+    right: (Q,) int64, the number of the best right candidate; 0 in a Ranking.
+    first: (Q,) int64, the number of the first candidate: the best right one if its rank is 1, else the best wrong one.
+    chance: the expected share of queries with rank 1 in a random ranking.
+    equal: (Q,) int64, the number of wrong candidates exactly as similar as the best right one that are other items.
     """
 
     rank: np.ndarray
@@ -45,11 +45,10 @@ class Scores:
 
     @property
     def worst_rank(self) -> np.ndarray:
-        """(Q,) int64: the rank by which figures are made, where ties do not flatter.
+        """(Q,) int64: the rank that metrics use. Ties count against the model.
 
-        What is exactly as similar as the right one and another item ranks before it: a model that gives all items one
-        vector finds nothing. A copy of the right one, which no model can tell from it, does no harm, as MMEB has it.
-        What is a copy, Collection says.
+        Another item that is exactly as similar as the right candidate ranks before it, so a model that gives all items
+        the same vector scores zero. A copy of the right candidate, as defined by Collection, does not, as in MMEB.
         """
         return self.rank + self.equal
 
@@ -57,31 +56,33 @@ class Scores:
 def scores_of(task: Task, take: Take, *, device: torch.device | str = "cpu", tile_bytes: int = 1 << 28) -> Scores:
     """Compare each query with its candidates.
 
-    The result is the same to the bit whatever the tiles, kernels and threads are.
-    device: where the products are made; it must have float64.
-    tile_bytes: about what a tile takes; a few are in memory, however many queries and candidates there are.
+    The result is bitwise independent of tiles, kernels and threads.
+    device: for the matrix products; it must support float64.
+    tile_bytes: approximate size of a tile; a few are in memory, whatever the number of queries and candidates.
 
     Raises PipelineError for an embedding that is no unit vector (a NaN would count as right: nothing is larger), for a
-    task without queries and for a query without a right candidate.
+    task without queries, and for a query without a right candidate.
     """
     if not len(task.queries):
         raise PipelineError(f"{task.name} has no queries; check its annotations")
-    if isinstance(task, Ranking):
-        compare, chances = _ranked, [1 / len(candidates) for candidates in task.candidates]
-    else:
-        compare, chances = _retrieved, [len(np.unique(numbers)) / len(task.candidates) for numbers in task.right]
-        if not all(chances):
-            raise PipelineError(f"{task.name}: query {chances.index(0)} has no right candidate; check its annotations")
     vectors = partial(_vectors, task.name, take, device)
     dimension = vectors(task.queries[:1]).shape[1]
-    parts = zip(*compare(task, vectors, dimension, tile_bytes), strict=True)
-    above, tied, positive, hardest, right, wrong, equal = (np.concatenate(part) for part in parts)
+    if isinstance(task, Ranking):
+        chances = [1 / len(candidates) for candidates in task.candidates]
+        parts = _ranked(task, vectors, dimension, tile_bytes)
+    else:
+        chances = [len(np.unique(numbers)) / len(task.candidates) for numbers in task.right]
+        if not all(chances):
+            raise PipelineError(f"{task.name}: query {chances.index(0)} has no right candidate; check its annotations")
+        parts = _retrieved(task, vectors, dimension, tile_bytes)
+    columns = zip(*parts, strict=True)
+    above, tied, positive, hardest, right, wrong, equal = (np.concatenate(column) for column in columns)
     first = np.where(above == 0, right, wrong)
     return Scores(1 + above, tied, positive, hardest, right, first, float(np.mean(chances)), equal)
 
 
-# Of some queries, (q,) each: wrong candidates above the best right one, whether any equals it, its similarity, that of
-# the best wrong one, the numbers of both, and how many equal it that are other items.
+# Arrays (q,) for some queries: the number of wrong candidates above the best right one, whether any ties with it, its
+# similarity, that of the best wrong one, the numbers of both candidates, and the number of ties with other items.
 _Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 _Vectors = Callable[[np.ndarray], Tensor]
 
@@ -93,7 +94,8 @@ def _ranked(task: Ranking, vectors: _Vectors, dimension: int, tile_bytes: int) -
         distinct, places = np.unique(np.concatenate(lists), return_inverse=True)
         tiles = [_similarities(queries, vectors(distinct[tile])) for tile in _cuts(len(distinct), height)]
         rows = torch.cat(tiles, dim=1).cpu().numpy()
-        own = [row[chosen] for row, chosen in zip(rows, _split(places, lists), strict=True)]
+        parts = np.split(places, np.cumsum([len(each) for each in lists])[:-1])
+        own = [row[chosen] for row, chosen in zip(rows, parts, strict=True)]
         yield (
             np.array([(row[1:] > row[0]).sum() for row in own]),
             np.array([(row[1:] == row[0]).any() for row in own]),
@@ -105,22 +107,18 @@ def _ranked(task: Ranking, vectors: _Vectors, dimension: int, tile_bytes: int) -
         )
 
 
-def _split(joined: np.ndarray, lists: list[np.ndarray]) -> list[np.ndarray]:
-    return np.split(joined, np.cumsum([len(each) for each in lists])[:-1])
-
-
 def _retrieved(task: Retrieval, vectors: _Vectors, dimension: int, tile_bytes: int) -> Iterable[_Part]:
     candidates, width = task.candidates, dimension * task.candidates[0].size
     items = np.sort(candidates.reshape(len(candidates), -1), axis=1)
-    same = np.unique(items, axis=0, return_inverse=True)[1].reshape(-1)  # a number for each candidate's items
+    same = np.unique(items, axis=0, return_inverse=True)[1].reshape(-1)  # equal numbers: candidates of the same items
     for group in _cuts(len(task.queries), max(1, tile_bytes // (16 * dimension))):
         queries, right = vectors(task.queries[group]), task.right[group]
         height = max(1, tile_bytes // (16 * (width + len(queries))))
         owner = np.repeat(np.arange(len(right)), [len(numbers) for numbers in right])
-        # Pairs of a query and a right candidate, each once, by the candidate's number.
+        # Unique pairs of a query and a right candidate, sorted by the candidate's number.
         number, owner = np.unique(np.stack([np.concatenate(right), owner]), axis=1)
 
-        # Each query's best right candidate first: the others are counted by it.
+        # First find each query's best right candidate; the others are compared with it.
         pairs = []
         for tile in _cuts(len(number), height):
             distinct, places = np.unique(number[tile], return_inverse=True)
@@ -150,15 +148,12 @@ def _retrieved(task: Retrieval, vectors: _Vectors, dimension: int, tile_bytes: i
 
 
 def _similarities(queries: Tensor, candidates: Tensor) -> Tensor:
-    """(q, c) float32, of float64 rows made by `_fixed`.
-
-    What is compared is what is reported: the exact similarities' nearest float32.
-    """
+    """(q, c) float32: exact products of rows from `_fixed`, rounded to float32. The reported values are compared."""
     return (queries @ candidates.T).float()
 
 
 def _vectors(name: str, take: Take, device: torch.device | str, rows: np.ndarray) -> Tensor:
-    """(n, D) float64 vectors, by `_fixed`, of the items in rows (n,), or of the means of K items each in rows (n, K).
+    """(n, D) float64 vectors from `_fixed`: of the items in rows (n,), or of means over K items in rows (n, K).
 
     name: of the task, for errors.
     """
@@ -168,12 +163,12 @@ def _vectors(name: str, take: Take, device: torch.device | str, rows: np.ndarray
         place = int(wrong.nonzero()[0])
         raise PipelineError(
             f"{name}: the embedding of item {rows.flat[place]} is no unit vector, its length is {lengths[place]:.3g}; "
-            "check the model's weights, whether it overflows, and that its vectors are normalised in float32"
+            "check the model's weights, whether it overflows, and whether its vectors are normalised in float32"
         )
     vectors = _fixed(taken.double())
     if rows.ndim == 1:
         return vectors
-    # All exact but division and square root, which no tile changes. A mean of zero stays zero.
+    # All is exact except division and square root, which do not depend on tiles. A mean of zero stays zero.
     means = _fixed(vectors.view(*rows.shape, -1).sum(dim=1) / rows.shape[1])
     return _fixed(means / means.square().sum(dim=1, keepdim=True).sqrt().clamp(min=_STEP))
 
@@ -182,12 +177,12 @@ _STEP = 2.0**-26
 
 
 def _fixed(vectors: Tensor) -> Tensor:
-    """Round float64 unit vectors in place to multiples of 2^-26, so that their dot products are exact.
+    """Round float64 unit vectors in place to multiples of 2^-26: then their dot products are exact.
 
-    Each product is a multiple of 2^-52, and no sum of some of them exceeds 1 by Cauchy and Schwarz, or 2 for vectors
-    within the tolerance: float64 holds all partial sums, and the order in which a kernel adds does not matter.
-    Otherwise the last digits would depend on kernel, tile and threads, and a candidate identical to the right one could
-    count as strictly more similar. A similarity moves by about 1e-8, less than a float32 near 1 resolves.
+    Each product is a multiple of 2^-52. By Cauchy-Schwarz no partial sum exceeds 1, or 2 for vectors within the
+    tolerance, so float64 represents all partial sums and the order of additions does not matter. Otherwise the last
+    digits would depend on kernel, tile and threads, and a candidate identical to the right one could count as strictly
+    more similar. A similarity changes by about 1e-8, less than the resolution of float32 near 1.
     """
     return vectors.mul_(1 / _STEP).round_().mul_(_STEP)
 
@@ -200,38 +195,23 @@ def _cuts(count: int, size: int) -> Iterable[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def precision_at_1(scores: Scores) -> float:
-    """Share of queries whose right candidate ranks first."""
-    return recall_at(scores, 1)
-
-
 def recall_at(scores: Scores, k: int) -> float:
-    """Share of queries with a right candidate among the first k; of a classification, its top-k accuracy.
+    """Share of queries with a right candidate among the first k; for classification, the top-k accuracy.
 
-    As CLIP's papers count R@k of an image with several captions: any of them will do.
+    If an image has several captions, one of them among the first k suffices, as in CLIP's papers.
     """
     return float(np.mean(scores.rank <= k))
 
 
-def median_rank(scores: Scores) -> float:
-    """MdR of the text-video papers, from 1 on."""
-    return float(np.median(scores.rank))
-
-
-def mean_rank(scores: Scores) -> float:
-    """MnR of the text-video papers, from 1 on."""
-    return float(np.mean(scores.rank))
-
-
 def worst_queries(scores: Scores, count: int) -> np.ndarray:
-    """The numbers of up to `count` queries, the lowest positive minus hardest similarity first."""
+    """The numbers of up to `count` queries with the lowest positive minus hardest similarity, the lowest first."""
     return np.argsort(scores.positive - scores.hardest, kind="stable")[:count]
 
 
 def collapsed(task: Task, take: Take) -> bool:
-    """Whether the model gives all queries, or all candidates, of a task one vector but for rounding.
+    """Whether all queries, or all candidates, of a task have the same vector, apart from rounding.
 
-    By some hundred of each, spread over the task.
+    It tests some hundred of each, spread over the task.
     """
     candidates = np.concatenate(task.candidates) if isinstance(task, Ranking) else task.candidates.ravel()
     for rows in (task.queries, candidates):
@@ -242,25 +222,25 @@ def collapsed(task: Task, take: Take) -> bool:
     return False
 
 
-def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case], *, collapsed: bool = False) -> Result:
-    """The result of one dataset: of a Ranking, or of a Retrieval for each direction.
+def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case], *, collapsed: bool = False) -> DatasetResult:
+    """The result of one dataset: of a Ranking, or of one Retrieval for each direction.
 
-    The direction that begins with a text comes first, whatever the order of the tasks: its R@1 is the dataset's score.
+    The direction from text comes first, whatever the order of the tasks: its R@1 is the dataset's score.
     worst: of all directions.  collapsed: see `collapsed`.
     """
-    fair = [replace(own, rank=own.worst_rank) for own in scores]
-    both = sorted(zip(tasks, fair, strict=True), key=lambda pair: not _direction(pair[0]).startswith("t"))
+    strict = [replace(own, rank=own.worst_rank) for own in scores]
+    both = sorted(zip(tasks, strict, strict=True), key=lambda pair: not pair[0].direction.startswith("t"))
     task, first = both[0]
+    in_distribution, language = None, ""
     if isinstance(task, Ranking):
-        group, in_distribution, language = task.meta_task, task.in_distribution, ""
+        group, in_distribution = task.meta_task, task.in_distribution
     else:
-        group = "zero-shot classification" if task.kind == "classification" else task.kind
-        in_distribution, language = None, task.language
-    return Result(
+        group, language = "zero-shot classification" if task.kind == "classification" else task.kind, task.language
+    return DatasetResult(
         group=group,
         in_distribution=in_distribution,
         language=language,
-        queries={_direction(task): len(own.rank) for task, own in both},
+        queries={task.direction: len(own.rank) for task, own in both},
         metrics={name: value for task, own in both for name, value in _metrics(task, own).items()},
         chance=first.chance,
         ties=sum(int(own.tied.sum()) for own in scores),
@@ -272,15 +252,11 @@ def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case], *, col
     )
 
 
-def _direction(task: Task) -> str:
-    return "" if isinstance(task, Ranking) else task.direction
-
-
 def _metrics(task: Task, scores: Scores) -> dict[str, float]:
     if isinstance(task, Ranking):
-        return {"P@1": precision_at_1(scores)}
+        return {"P@1": recall_at(scores, 1)}
     if task.kind == "classification":
         return {f"top-{k}": recall_at(scores, k) for k in (1, 5)}
     figures = {f"R@{k}": recall_at(scores, k) for k in (1, 5, 10)}
-    figures |= {"MdR": median_rank(scores), "MnR": mean_rank(scores)}
+    figures |= {"MdR": float(np.median(scores.rank)), "MnR": float(np.mean(scores.rank))}
     return {f"{task.direction} {name}": value for name, value in figures.items()}

@@ -1,4 +1,4 @@
-"""What papers print, for a report to show beside its own figures."""
+"""Published results, which a report shows beside its own."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ from pipeline.evaluation.report import AVERAGES
 
 @dataclass(frozen=True)
 class Published:
-    """One model's. Shares from 0 to 1.
+    """Results of one model, as shares from 0 to 1.
 
-    averages: over MMEB's datasets, by the names of `Report.averages`.
-    metrics: by dataset, and by the names of `Result.metrics`.
+    averages: over MMEB's datasets, with the names of `Report.averages`.
+    metrics: by dataset, with the names of `DatasetResult.metrics`.
     """
 
     model: str
@@ -20,7 +20,7 @@ class Published:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def metrics_of(self, dataset: str) -> dict[str, float]:
-        """Those of a dataset however its name is spelt, MSR-VTT or msrvtt; empty where there are none."""
+        """Metrics of a dataset; case and punctuation of its name do not matter. Empty if there are none."""
         return next((metrics for name, metrics in self.metrics.items() if _plain(dataset) == _plain(name)), {})
 
 

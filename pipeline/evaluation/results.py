@@ -1,4 +1,4 @@
-"""An evaluation's figures: what the report shows, and report.json keeps."""
+"""The results of one dataset, as stored in report.json."""
 
 from dataclasses import dataclass, field
 
@@ -11,14 +11,14 @@ BINS = np.linspace(-1, 1, 201)
 
 @dataclass(frozen=True)
 class Similarities:
-    """Counts in BINS of the queries' similarities to their right candidate and to their hardest wrong one."""
+    """Histograms over BINS: the queries' similarities to their right candidate, and to their hardest negative."""
 
     positive: list[int]
     hardest_negative: list[int]
 
     @classmethod
     def of(cls, positive: np.ndarray, hardest_negative: np.ndarray) -> "Similarities":
-        """positive, hardest_negative: (Q,); a query without a wrong candidate has -inf there, and is not counted."""
+        """positive, hardest_negative: (Q,); -inf for a query without a wrong candidate, which is not counted."""
         counts = (
             np.histogram(np.clip(values[np.isfinite(values)], -1, 1), BINS)[0]
             for values in (positive, hardest_negative)
@@ -27,7 +27,7 @@ class Similarities:
 
     @property
     def overlap(self) -> float:
-        """The area that the two distributions share, from 0 (apart) to 1 (the same)."""
+        """The common area of the two distributions, from 0 (disjoint) to 1 (equal)."""
         positive, negative = (
             np.array(counts) / max(sum(counts), 1) for counts in (self.positive, self.hardest_negative)
         )
@@ -36,7 +36,7 @@ class Similarities:
 
 @dataclass(frozen=True)
 class Shown:
-    """An item as a person sees it. picture: a JPEG, in base64, or empty."""
+    """An item for display.  picture: a JPEG in base64, or empty."""
 
     name: str
     picture: str = ""
@@ -44,7 +44,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Case:
-    """A query, what it should have found, and what ranked first, with their similarities to it."""
+    """A query, its right candidate and the first-ranked one, with their similarities to the query."""
 
     query: Shown
     right: Shown
@@ -56,18 +56,18 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Result:
-    """One dataset's.
+class DatasetResult:
+    """The result of one dataset.
 
     group: one of MMEB's meta-tasks; or "text-image", "text-video", "zero-shot classification".
-    in_distribution: of MMEB's datasets alone.
-    queries: how many, by direction, "" where there is one.
-    metrics: "P@1"; "t2i R@1", "t2i R@5", "t2i R@10", "t2i MdR", "t2i MnR", then of "i2t", or of "t2v" and "v2t";
-        "top-1", "top-5". Shares from 0 to 1, ranks from 1 on. The first is the dataset's score.
-    chance: of guessing, by the first metric.
-    ties: queries for which a wrong candidate is as similar as the best right one; it ranks before it, if it is not the
-        same item.
-    collapsed: the model gives all its queries, or all its candidates, one vector: the figures say nothing else.
+    in_distribution: only for MMEB's datasets.
+    queries: their number by direction; the key is "" if there is only one direction.
+    metrics: "P@1"; "t2i R@1", "t2i R@5", "t2i R@10", "t2i MdR", "t2i MnR", then the same for "i2t", or for "t2v" and
+        "v2t"; "top-1", "top-5". Shares from 0 to 1, ranks from 1. The first one is the dataset's score.
+    chance: the first metric's value for random ranking.
+    ties: the number of queries with a wrong candidate exactly as similar as the best right one. The wrong one ranks
+        first, unless both are the same item.
+    collapsed: all queries, or all candidates, have the same vector: the metrics are meaningless.
     worst: the queries with the lowest positive minus hardest negative similarity, the worst first.
     """
 
@@ -84,7 +84,7 @@ class Result:
 
     @property
     def metric(self) -> str:
-        """The name of its score."""
+        """The name of the metric that is the score."""
         return next(iter(self.metrics))
 
     @property

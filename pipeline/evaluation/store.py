@@ -1,11 +1,11 @@
-"""Embeddings of a collection's items: in memory, or on disk, where a killed evaluation finds what it had.
+"""Stores for the embeddings of a collection's items: in memory, or on disk, from where a killed evaluation continues.
 
     FOLDER/<dataset>.npy    (N, D) float32, in the order in which items were embedded
-    FOLDER/<dataset>.keys   N times the 16 bytes of an item's key (see Collection)
+    FOLDER/<dataset>.keys   N keys of items, 16 bytes each (see Collection)
 
-Vectors are appended and brought to the disk before their keys, which say how many there are; what a process that was
-killed wrote beyond is overwritten. An item is in the file of the dataset that it was first needed
-for; or in several files, if several jobs embedded it at the same time.
+Vectors are appended and synced to disk before their keys. The number of keys is the number of vectors; vectors beyond
+it, from a killed process, are overwritten. An item is in the file of the dataset that needed it first, or in several
+files if several jobs embedded it at the same time.
 """
 
 import os
@@ -26,14 +26,14 @@ _KEY_BYTES = 16
 
 @contextmanager
 def held(folder: Path, datasets: Iterable[str]) -> Iterator[None]:
-    """Let no other process embed these datasets into `folder` meanwhile (others it may); see `lock.held`."""
+    """Inside, no other process can embed these datasets into `folder`, only others; see `lock.held`."""
     places = [folder / _name(dataset) for dataset in datasets]
     try:
         with lock.held(map(str, places)):
             yield
     finally:
         for place in places:
-            with suppress(OSError):  # another waits there
+            with suppress(OSError):  # another process waits for it
                 place.rmdir()
 
 
@@ -41,8 +41,8 @@ def _name(dataset: str) -> str:
     return re.sub(r"[^\w.-]+", "_", dataset)
 
 
-class Memory:
-    """Embeddings of `count` items, by their rows in the collection."""
+class MemoryStore:
+    """Embeddings of `count` items in memory, by their rows in the collection."""
 
     def __init__(self, count: int, dimension: int) -> None:
         self.vectors = np.zeros((count, dimension), np.float32)
@@ -57,31 +57,31 @@ class Memory:
         return self.vectors[rows]
 
 
-class Disk:
-    """Those that `folder` has, all of one encoder, and those that are appended."""
+class DiskStore:
+    """Embeddings of one encoder in `folder`."""
 
     def __init__(self, folder: Path, keys: Sequence[bytes], dimension: int) -> None:
-        """keys: of the collection's items.  Raises PipelineError for a file that is not of this dimension."""
+        """keys: of the collection's items.  Raises PipelineError for a file of another dimension."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.keys, self.dimension = folder, keys, dimension
         self.files = [_File(path, dimension) for path in sorted(folder.glob("*.npy"))]
-        # Where the vector of each row of the collection is: in which file, -1 for none, and at which of its rows.
+        # For each row of the collection: the file with its vector, or -1, and the row in that file.
         self._file = np.full(len(keys), -1)
-        self._place = np.zeros(len(keys), np.int64)
+        self._row = np.zeros(len(keys), np.int64)
         rows = {key: row for row, key in enumerate(keys)}
         for number, file in enumerate(self.files):
             for place, key in enumerate(file.keys()):
                 if (row := rows.get(key)) is not None:
-                    self._file[row], self._place[row] = number, place
+                    self._file[row], self._row[row] = number, place
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
-        """Those of the rows that have no vector yet."""
+        """The rows that have no vector yet."""
         return rows[self._file[rows] < 0]
 
     def append(self, dataset: str, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Keep the vectors (n, D) of so many rows, in the dataset's file.
+        """Append the vectors (n, D) of n rows to the dataset's file.
 
-        Raises PipelineError where another process has written there meanwhile, or the disk is full.
+        Raises PipelineError if another process has written to the file, or if the disk is full.
         """
         path = self.folder / f"{_name(dataset)}.npy"
         number = next((number for number, file in enumerate(self.files) if file.path == path), len(self.files))
@@ -90,19 +90,19 @@ class Disk:
         file = self.files[number]
         first = file.count
         file.append(vectors, [self.keys[row] for row in rows])
-        self._file[rows], self._place[rows] = number, np.arange(first, file.count)
+        self._file[rows], self._row[rows] = number, np.arange(first, file.count)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """The vectors (n, D) of rows none of which is missing."""
+        """The vectors (n, D) of these rows; none may be missing."""
         vectors = np.empty((len(rows), self.dimension), np.float32)
         for number in np.unique(self._file[rows]):
             here = np.flatnonzero(self._file[rows] == number)
-            vectors[here] = self.files[number].take(self._place[rows[here]])
+            vectors[here] = self.files[number].take(self._row[rows[here]])
         return vectors
 
 
 class _File:
-    """One dataset's."""
+    """The two files of one dataset."""
 
     def __init__(self, path: Path, dimension: int) -> None:
         self.path, self.keys_path, self.dimension = path, path.with_suffix(".keys"), dimension
@@ -116,15 +116,15 @@ class _File:
 
     def append(self, vectors: np.ndarray, keys: Sequence[bytes]) -> None:
         try:
-            written, named = self._opened = self._opened or self._open()
+            vectors_file, keys_file = self._opened = self._opened or self._open()
             data = np.ascontiguousarray(vectors, "<f4").tobytes()
-            _write(written, data, len(self._header(0)) + 4 * self.count * self.dimension)
-            _write(written, self._header(self.count + len(keys)), 0)
-            os.fsync(written.fileno())
-            _write(named, b"".join(keys), self.count * _KEY_BYTES)
-            os.fsync(named.fileno())
+            _write(vectors_file, data, len(self._header(0)) + 4 * self.count * self.dimension)
+            _write(vectors_file, self._header(self.count + len(keys)), 0)
+            os.fsync(vectors_file.fileno())
+            _write(keys_file, b"".join(keys), self.count * _KEY_BYTES)
+            os.fsync(keys_file.fileno())
         except OSError as error:
-            raise PipelineError(f"{self.path}: {error.strerror}; what is embedded so far is kept") from None
+            raise PipelineError(f"{self.path}: {error.strerror}; the vectors written before are kept") from None
         self.count, self._vectors = self.count + len(keys), None
 
     def take(self, places: np.ndarray) -> np.ndarray:
@@ -135,10 +135,10 @@ class _File:
     def _open(self) -> tuple[FileIO, FileIO]:
         for path in (self.path, self.keys_path):
             path.touch()
-        written, named = (FileIO(path, "r+") for path in (self.path, self.keys_path))
-        if os.fstat(named.fileno()).st_size // _KEY_BYTES != self.count:
-            raise PipelineError(f"{self.path}: another evaluation has written it meanwhile; start this one again")
-        return written, named
+        vectors_file, keys_file = (FileIO(path, "r+") for path in (self.path, self.keys_path))
+        if os.fstat(keys_file.fileno()).st_size // _KEY_BYTES != self.count:
+            raise PipelineError(f"{self.path}: another evaluation has written to it; start this one again")
+        return vectors_file, keys_file
 
     def _mapped(self) -> np.ndarray:
         with suppress(OSError, ValueError):
@@ -147,12 +147,12 @@ class _File:
             if fits and len(vectors) >= self.count:
                 return vectors
         raise PipelineError(
-            f"{self.path} does not hold the {self.count} vectors of {self.dimension} float32 that "
-            f"{self.keys_path.name} counts: remove both, and they are embedded anew"
+            f"{self.path} does not contain {self.count} vectors of {self.dimension} float32, as many as "
+            f"{self.keys_path.name} has keys: delete both files, and the items are embedded again"
         )
 
     def _header(self, count: int) -> bytes:
-        """Of the same length for every count."""
+        """The .npy header, which has the same length for every count."""
         header = BytesIO()
         described = {"descr": "<f4", "fortran_order": False, "shape": (count, self.dimension)}
         np.lib.format.write_array_header_1_0(header, described)

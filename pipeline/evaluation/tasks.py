@@ -1,4 +1,4 @@
-"""What an evaluation asks: tasks over items, each of which is embedded once, however many tasks it is in."""
+"""The tasks of an evaluation and their items. Each item is embedded once, even if several tasks use it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,10 +14,11 @@ from pipeline.storage import objects
 
 @dataclass(frozen=True)
 class Ranking:
-    """An MMEB dataset: each query has candidates of its own.
+    """An MMEB dataset: each query has its own candidates.
 
-    queries: (Q,) rows of the collection's items; candidates: the same for each query, the right one first.
-    direction: there is one alone.
+    queries: (Q,) rows of the collection's items.
+    candidates: for each query the rows of its candidates, the right one first.
+    direction: always empty.
     """
 
     name: str
@@ -29,29 +30,29 @@ class Ranking:
 
     @property
     def rows(self) -> np.ndarray:
-        """Of all items that the task is about, each once, ascending."""
+        """The rows of all items of the task, unique and ascending."""
         seen = np.zeros(1 + max(self.queries.max(), max(each.max() for each in self.candidates)), bool)
         for rows in (self.queries, *self.candidates):
             seen[rows] = True
         return np.flatnonzero(seen)
 
 
-Kind = Literal["text-image", "text-video", "classification"]
+RetrievalKind = Literal["text-image", "text-video", "classification"]
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Queries that all seek among the same candidates, of which one or several are right.
+    """Queries with common candidates, one or several of which are right for a query.
 
-    direction: "t2i", "i2t", "t2v" or "v2t"; "" of a classification, where images seek their class.
+    direction: "t2i", "i2t", "t2v" or "v2t"; "" for classification of images.
     queries: (Q,) rows of the collection's items.
-    candidates: (C,) the same; or (C, K), where a candidate is the mean of K items' unit vectors: of a class's prompts.
+    candidates: (C,) rows; or (C, K) rows, if a candidate is the mean of K unit vectors: those of a class's prompts.
     right: for each query the numbers, from 0 to C - 1, of its right candidates.
-    names: of the candidates that are no items: the classes.
+    names: of the classes, if the candidates are classes.
     """
 
     name: str
-    kind: Kind
+    kind: RetrievalKind
     direction: str
     language: str
     queries: np.ndarray
@@ -61,7 +62,7 @@ class Retrieval:
 
     @property
     def rows(self) -> np.ndarray:
-        """As of a Ranking."""
+        """The rows of all items of the task, unique and ascending."""
         return np.unique(np.concatenate([self.queries, self.candidates.ravel()]))
 
 
@@ -70,14 +71,14 @@ Task = Ranking | Retrieval
 
 @dataclass
 class Collection:
-    """Tasks and the items they are about; an item that several tasks share is there, and embedded, once.
+    """Tasks and their items. An item that several tasks use is stored, and embedded, once.
 
-    Texts are as models read them, without white space around. Pictures that differ in bytes are different items, also
-    where a model makes the same of them (a copy with other metadata): that is known only when they are decoded for this
-    model, which those whose embeddings lie on the disk are not.
+    Texts are stripped, as models read them. Pictures with different bytes are different items, even if a model sees no
+    difference (a copy with other metadata): that is only known after decoding, and a picture whose embedding is on disk
+    is not decoded.
 
-    items: read when called.  keys: 16 bytes that two items share only if they are the same.
-    names: what a person would call each item: its picture's path, else its text.
+    items: functions that read them.  keys: 16 bytes, equal only for equal items.
+    names: for display: the path of a picture, or else the text.
     """
 
     tasks: list[Task] = field(default_factory=list)
@@ -87,7 +88,7 @@ class Collection:
     _rows: dict[bytes, int] = field(default_factory=dict)
 
     def row(self, key: bytes, name: str, item: Callable[[], Item]) -> int:
-        """The number of the item with this key, which is added where it is new."""
+        """The row of the item with this key; the item is added if it is new."""
         if key not in self._rows:
             self._rows[key] = len(self.items)
             self.items.append(item)
@@ -96,23 +97,23 @@ class Collection:
         return self._rows[key]
 
     def text(self, text: str) -> int:
-        """The number of a text."""
+        """The row of a text."""
         text = text.strip()
         return self.row(item_key(text), text, partial(Item, text))
 
     def picture(self, text: str, url: str, stamp: str, name: str = "") -> int:
-        """The number of a picture with a text that has its mark.  stamp: see `objects.stamps`.  name: else the URL."""
+        """The row of a picture with a text that has its mark.  stamp: see `objects.stamps`.  name: default: the URL."""
         text = text.strip()
         return self.row(item_key(text, url, stamp), name or url, partial(_picture, text, url))
 
     def video(self, text: str, url: str, stamp: str) -> int:
-        """The number of a video with a text that has its mark.  stamp: see `objects.stamps`."""
+        """The row of a video with a text that has its mark.  stamp: see `objects.stamps`."""
         text = text.strip()
         return self.row(item_key(text, url, stamp), url, partial(_video, text, url))
 
 
 def item_key(*parts: str) -> bytes:
-    """A key for what a text, and a file by its URL and stamp, make up."""
+    """The key of an item, from its text and perhaps the URL and stamp of its file."""
     digest = blake2b(digest_size=16)
     for part in parts:
         encoded = part.encode(errors="surrogateescape")
@@ -122,7 +123,7 @@ def item_key(*parts: str) -> bytes:
 
 
 def content_key(content_hash: int) -> bytes:
-    """A key for an item whose `content_hash` is known."""
+    """The key of an item with a known `content_hash`."""
     return b"content-" + content_hash.to_bytes(8, "little")
 
 

@@ -1,6 +1,6 @@
-"""What a run needs of its machine besides GPUs, as far as it is known beforehand: shared memory, files, processes.
+"""Limits of the machine that can be checked before a run: shared memory, open files, threads, memory.
 
-Containers have 64 MB of /dev/shm unless they are given more; what does not fit kills a data worker, or a rank.
+Containers have 64 MB of /dev/shm by default. A batch that does not fit there kills a data worker, or a rank.
 """
 
 import os
@@ -18,16 +18,16 @@ from pipeline.errors import PipelineError
 
 SHARED = Path("/dev/shm")
 _MB = 1e6
-_NCCL = 20 << 20  # of each of several ranks on GPUs, about: a segment of 10 MB for each neighbour; gloo takes none
-_BATCHES = 4  # two that workers made, one that is put together, one that is trained on
-_PATCH = 16  # pixels of its side, about, where a model sees images as one square
-_SHARDS = 1000  # that are looked at
-_FILES, _THREADS = 64, 16  # of a process besides, about
+_NCCL = 20 << 20  # a rank, if there are several on GPUs: about 10 MB for each neighbour; gloo uses none
+_BATCHES = 4  # two ready, one being collated, one in training
+_PATCH = 16  # pixels of a side, about, for models that see an image as one square
+_SHARDS = 1000  # that are sampled
+_FILES, _THREADS = 64, 16  # of a process, about
 _TEMPORARY = 64 << 20
 
 
 def require_shared_memory(recipe: Recipe, source: Source, lengths: Lengths, world: int, ranks: int) -> None:
-    """Refuse to start where a rank's first batch would not fit. ranks: of this machine."""
+    """Raise PipelineError if the ranks' first batch does not fit.  ranks: on this machine."""
     least, _ = shared_bytes(recipe, source, lengths, world, ranks)
     if (free := free_bytes(SHARED)) is not None and least > free:
         raise PipelineError(too_little(free, least, ranks))
@@ -35,25 +35,25 @@ def require_shared_memory(recipe: Recipe, source: Source, lengths: Lengths, worl
 
 def too_little(free: int, needed: int, ranks: int) -> str:
     return (
-        f"{SHARED} has {free / _MB:,.0f} MB free, and {ranks} process{'es' * (ranks > 1)} here need about "
+        f"{SHARED} has {free / _MB:,.0f} MB free, and {ranks} process{'es' * (ranks > 1)} on this machine need about "
         f"{needed / _MB:,.0f}: give the container more (docker run --shm-size={max(1, round(2 * needed / 1e9))}g, or "
-        "--ipc=host), or set data.workers=0, with which images do not pass there"
+        "--ipc=host), or set data.workers=0, which does not use it"
     )
 
 
 def shared_bytes(
     recipe: Recipe, source: Source, lengths: Lengths, world: int, ranks: int, gpus: bool = False
 ) -> tuple[int, int]:
-    """(what a step cannot do without, what is there at once at most), of all ranks of a machine: an estimate.
+    """An estimate of (the least that a step needs, the most in use at once), for all ranks of a machine.
 
-    Of the first therefore half: nothing is refused in vain, and a worker says itself what does not fit.
+    The first is half of the estimate, so that no run is refused wrongly; a worker reports a batch that does not fit.
     """
     batch = recipe.batch.global_batch // world * pair_bytes(source, lengths) if recipe.data.workers else 0
     return ranks * batch // 2, ranks * (_BATCHES * batch + _NCCL * (gpus and ranks > 1))
 
 
 def pair_bytes(source: Source, lengths: Lengths) -> int:
-    """What the tiles of an average pair take, about: each token of an image stands for a patch of it."""
+    """About the size of an average pair's tiles, counting one patch for each image token."""
     tiling, total = lengths.tiling, 0
     side = tiling.size / tiling.patches if isinstance(tiling, Tiling) else _PATCH
     frame = tiling.patches**2 if isinstance(tiling, Tiling) else tiling.image_tokens
@@ -65,7 +65,7 @@ def pair_bytes(source: Source, lengths: Lengths) -> int:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """None: there is no such file system."""
+    """None if there is no such file system."""
     try:
         found = os.statvfs(folder)
     except OSError:
@@ -74,40 +74,40 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def raise_open_files() -> None:
-    """Have as many open files as this process may: each batch on its way is some."""
+    """Raise the limit of open files to its maximum: each batch in transit needs some."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with suppress(ValueError, OSError):  # the system allows less than the limit since it was set
+        with suppress(ValueError, OSError):  # the system's maximum is lower than the hard limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def too_low(recipe: Recipe, world: int, ranks: int) -> Iterator[str]:
-    """The limits of this process that a run would meet, and what to do about each."""
+    """The limits of this process that are too low for the run, and what to do about each."""
     workers = recipe.data.workers
     files, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[1], _FILES + world + 16 * workers
     if 0 <= files < needed:
         yield f"a process may open {files} files, and about {needed} are needed: raise it (ulimit -Hn {2 * needed})"
     threads = ranks * (1 + workers) * _THREADS
-    for what, most in (("ulimit -u", resource.getrlimit(resource.RLIMIT_NPROC)[0]), ("pids.max", _cgroup("pids"))):
+    for limit, most in (("ulimit -u", resource.getrlimit(resource.RLIMIT_NPROC)[0]), ("pids.max", _cgroup("pids"))):
         if most is not None and 0 <= most < threads:
-            yield f"{what} allows {most} threads, and about {threads} are needed: raise it, or lower data.workers"
+            yield f"{limit} allows {most} threads, and about {threads} are needed: raise it, or lower data.workers"
     memory = recipe.data.memory_mb
     if (most := _cgroup("memory")) is not None and most < ranks * memory << 20:
         yield (
-            f"the job may have {most >> 20:,} MiB of memory, and {ranks} times data.memory_mb={memory} do not fit: ask "
+            f"the job may use {most >> 20:,} MiB of memory, and {ranks} times data.memory_mb={memory} do not fit: ask "
             "for more (--mem), or lower data.memory_mb"
         )
     try:
         folder = Path(tempfile.gettempdir())
     except OSError as error:
-        yield f"no folder for temporary files can be written: set TMPDIR to one ({error.strerror})"
+        yield f"no folder for temporary files can be written: set TMPDIR to a writable one ({error.strerror})"
         return
     if (free := free_bytes(folder)) is not None and free < _TEMPORARY:
-        yield f"{folder} has {free / _MB:,.0f} MB free: make room there, or set TMPDIR to another folder"
+        yield f"{folder} has {free / _MB:,.0f} MB free: free space there, or set TMPDIR to another folder"
 
 
 def _cgroup(kind: str) -> int | None:
-    """The lowest limit of the groups that this process is in; None: there is none that is known."""
+    """The lowest limit of this process's control groups; None without a known limit."""
     limits = []
     try:
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
@@ -124,6 +124,6 @@ def _cgroup(kind: str) -> int | None:
     for limit in limits:
         try:
             found.append(int(limit.read_text()))
-        except (OSError, ValueError):  # "max" is none
+        except (OSError, ValueError):  # "max": no limit
             continue
     return min(found, default=None)

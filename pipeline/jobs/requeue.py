@@ -1,11 +1,15 @@
-"""After a job's training ended: shall Slurm start the job again?
+"""Decide whether a Slurm job is requeued after its training ended.
 
     python -m pipeline.jobs.requeue RECIPE [key=value ...] --exit-code N [--terminated]
 
-Reads RUN/status.json and srun's exit code, prints a line on what happened and what comes of it, and ends with status
-0 where there is nothing left to do, 75 where the job goes on after a requeue, 1 where it failed for good: in preflight
-at its first start, at a step where it had failed before, or too often from the same checkpoint. slurm/launch.sh calls
-it.
+Reads RUN/status.json and srun's exit code, prints one line that says what happened and what follows, and exits with
+
+     0    nothing is left to do
+    75    requeue the job: it continues from the newest checkpoint
+     1    the job failed permanently: preflight refused its first start, it failed twice at one step, or too often from
+          one checkpoint
+
+slurm/launch.sh calls it. pipeline/jobs/states.py has the rules.
 """
 
 import argparse
@@ -15,12 +19,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import load_recipe
-from pipeline.errors import command_line, printable
+from pipeline.errors import printable
 from pipeline.interrupt import INTERRUPTED
+from pipeline.jobs.program import command_line
+from pipeline.jobs.states import Event, State, Verdict, transition
 from pipeline.jobs.status import Status
 from pipeline.storage import lock
 
-DONE, FAILED, REQUEUE = 0, 1, 75  # 75: EX_TEMPFAIL of sysexits.h
+_WHAT_FOLLOWS = {
+    Verdict.DONE: "Slurm decides whether the job starts again",
+    Verdict.REQUEUE: "the job is requeued",
+    Verdict.FAIL: "the same command continues from there",
+}
 
 
 @command_line
@@ -28,46 +38,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="srun's")
-    parser.add_argument("--terminated", action="store_true", help="Slurm ended the job, and knows what comes next")
+    parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="srun's exit code")
+    parser.add_argument(
+        "--terminated", action="store_true", help="Slurm ended the job, and decides whether it starts again"
+    )
     arguments = parser.parse_intermixed_args()
     run = Path(load_recipe(arguments.recipe, arguments.overrides).run)
-    message, status = decide(run, arguments.exit_code, arguments.terminated)
+    message, verdict = decide(run, arguments.exit_code, arguments.terminated)
     print(printable(message, keep="\n"), file=sys.stderr, flush=True)
-    sys.exit(status)
+    sys.exit(verdict)
 
 
-def decide(run: Path, exit_code: int, terminated: bool = False) -> tuple[str, int]:
-    """What to say, and this program's exit status."""
+def decide(run: Path, exit_code: int, terminated: bool = False) -> tuple[str, Verdict]:
+    """The line to print, and the verdict. Records a failure, or that Slurm ended the job, in status.json."""
     job, status = os.environ.get("SLURM_JOB_ID", ""), Status.read(run)
-    if status.job != job:  # another's: this job did not even begin
-        if why := lock.in_use(str(run)):  # by what may be running
-            return f"error: {why}", FAILED
-        status = Status("starting", status.step, status.steps, job=job, trained=False)
-    done = f"{status.step} of {status.steps or '?'} steps are done"
-    if status.state == "finished" and exit_code == 0:
-        return f"{run}: finished", DONE
-    if terminated:
-        if status.state != "stopped":
-            why = "Slurm ended the job before it could stop by itself"
-            status = replace(status, state="stopped", reason=why, launch="")
-            status.write(run)
-        return f"{run}: {done}; {status.reason}; Slurm knows whether the job starts again", DONE
-    if status.state == "stopped" and exit_code == 0:
-        return f"{run}: {done}; {status.reason}; the job goes on after a requeue", REQUEUE
-    if status.state == "stopped" and exit_code == INTERRUPTED:
-        return f"{run}: {done}; {status.reason}; the same command goes on from there", FAILED
-    if status.state == "refused" and status.start == 0:
-        return f"error: {status.reason}", FAILED
+    if status.job != job:  # another job wrote it: this one ended before it recorded its start
+        if why := lock.in_use(str(run)):
+            return f"error: {why}", Verdict.FAIL
+        status = Status(State.STARTING, status.step, status.steps, job=job, trained=False)
+    before = status.state
+    follows = transition(before, _event(exit_code, terminated), first_start=not status.start)
+    if follows.failure:
+        reason = status.reason
+        if before not in (State.FAILED, State.REFUSED):
+            reason = f"srun exited with status {exit_code}" + (", a rank was killed" if exit_code == 137 else "")
+        status = status.failed(run, reason)
+        status.write(run)
+        if why := status.give_up_reason:
+            return f"error: {run}: {why} and is not requeued: {reason}", Verdict.FAIL
+        return f"error: {run}: failed after {status.step} steps, is requeued: {reason}", Verdict.REQUEUE
+    if follows.state != before:
+        status = replace(status, state=follows.state, reason="Slurm ended the job before it could stop", launch="")
+        status.write(run)
+    if status.state == State.REFUSED:
+        return f"error: {status.reason}", Verdict.FAIL
+    if status.state == State.FINISHED:
+        return f"{run}: finished", Verdict.DONE
+    assert follows.verdict is not None  # the job has ended
+    done = f"{run}: {status.step} of {status.steps or '?'} steps are done; {status.reason}"
+    return f"{done}; {_WHAT_FOLLOWS[follows.verdict]}", follows.verdict
 
-    reason = status.reason
-    if status.state not in ("failed", "refused"):
-        reason = f"srun ended with status {exit_code}" + (", a rank was killed" if exit_code == 137 else "")
-    status = status.failed(run, reason)
-    status.write(run)
-    if status.hopeless:
-        return f"error: {run}: {status.hopeless} and is not started again: {reason}", FAILED
-    return f"error: {run}: failed after {status.step} steps, goes on after a requeue: {reason}", REQUEUE
+
+def _event(exit_code: int, terminated: bool) -> Event:
+    if terminated:
+        return Event.JOB_TERMINATED
+    return {0: Event.JOB_SUCCEEDED, INTERRUPTED: Event.JOB_INTERRUPTED}.get(exit_code, Event.JOB_FAILED)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""RUN/status.json: what state a run is in, at which step, and why it last stopped."""
+"""RUN/status.json: a run's state, its step, and why it last stopped."""
 
 import json
 import os
@@ -11,20 +11,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import PipelineError, is_of_lost_peer, printable
 from pipeline.jobs import launch
+from pipeline.jobs.states import Event, State, transition
+from pipeline.storage import objects
 from pipeline.storage.documents import DocumentError, parse_json
 
-_FROM_ONE_CHECKPOINT = 4  # failures, after which there is no hope
+_FROM_ONE_CHECKPOINT = 4  # failures, after which the job gives up
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A job's end that nobody asked for: after how many steps, and from which one the next start goes on.
+    """One failed start of a job: the last step, and the step of the checkpoint that the next start continues from.
 
-    told: false where it ended without a word, as of a node that lost its power.
-    trained: false where that start had not come to its first step.
+    told: the failure was reported. It is not if, for example, the node lost power.
+    trained: the start reached its first step.
     """
 
     step: int
@@ -35,15 +38,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Status:
-    """state: "starting", "running", "stopped" (by a signal, with a checkpoint), "finished", "refused" (by preflight) or
-    "failed".
-
-    step: how many of `steps` are done. reason: why it is stopped, refused or has failed; while it goes, why it last
-    did. job, start: Slurm's id, where it is a job, and how often that was started before. failures: of that job.
-    trained: whether this start has come to its first step. launch: names this start; "" once it is over.
+    """step: how many of `steps` are done.
+    reason: why the run stopped, was refused or failed; while it runs, why the start before ended.
+    job, start: the Slurm job's id, and how often that job was requeued before this start.
+    failures: of this job.
+    trained: this start reached its first step.
+    launch: the id of this start; "" once it has ended.
     """
 
-    state: str
+    state: State
     step: int = 0
     steps: int | None = None
     reason: str = ""
@@ -56,128 +59,123 @@ class Status:
 
     @classmethod
     def read(cls, run: Path) -> "Status":
-        """What the files say; of a run that has none, or none that can be read, that it has failed."""
-        status = cls._noted(run)
-        if status.launch and status.state != "failed":
+        """The run's status. Without a readable status.json the state is FAILED."""
+        status = cls._read_file(run)
+        if status.launch and status.state != State.FAILED:
             with suppress(OSError, ValueError):
-                status = replace(status, state="failed", reason=_failure_file(run, status.launch).read_text())
+                reason = _failure_file(run, status.launch).read_text()
+                status = replace(status, state=State.FAILED, reason=reason)
         return status
 
     @classmethod
-    def _noted(cls, run: Path) -> "Status":
-        """What status.json says, without what ranks have noted beside it."""
+    def _read_file(cls, run: Path) -> "Status":
+        """status.json alone, without the failure that another rank may have written beside it."""
         try:
             return parse_json((run / "status.json").read_bytes(), "status.json", cls, remedy="it is written anew")
         except (OSError, DocumentError):
-            return cls("failed")
+            return cls(State.FAILED)
 
     def write(self, run: Path) -> None:
-        """Nothing happens where it cannot be written: what else goes on there fails with a better message."""
+        """Errors are ignored: if the folder cannot be written, the run fails elsewhere with a better message."""
         now = replace(self, time=datetime.now(UTC).isoformat(timespec="seconds"))
-        unfinished = _unfinished(run)
-        with suppress(OSError, ValueError):
-            run.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(json.dumps(asdict(now), indent=1) + "\n")
-            unfinished.replace(run / "status.json")
+        with suppress(PipelineError, ValueError):
+            objects.write(str(run / "status.json"), (json.dumps(asdict(now), indent=1) + "\n").encode())
 
-    def failed(self, run: Path, reason: str, told: bool = True) -> "Status":
-        """With one failure more, and over."""
-        failure = Failure(self.step, _newest_checkpoint(run), told, self.trained)
-        return replace(self, state="failed", reason=reason, failures=[*self.failures, failure], launch="")
+    def failed(self, run: Path, reason: str, reported: bool = True) -> "Status":
+        """The status after one more failure."""
+        failure = Failure(self.step, _newest_checkpoint(run), reported, self.trained)
+        return replace(self, state=State.FAILED, reason=reason, failures=[*self.failures, failure], launch="")
 
     @property
-    def hopeless(self) -> str:
-        """Why the job should not be started again after its last failure; empty where it may.
+    def give_up_reason(self) -> str:
+        """Why the job must not start again after its last failure; empty if it may.
 
-        Two at one step have one cause, unless the nodes were lost: that takes more. What fails before the first step of
-        a start, as where ranks do not meet, has another cause than what fails in one.
+        Two reported failures at one step have the same cause. A lost node reports nothing, and may be lost twice.
+        A failure before a start's first step, as when ranks do not meet, has another cause than a failure in a step.
         """
         if not self.failures:
             return ""
         last = self.failures[-1]
         if [(each.step, each.trained) for each in self.failures if each.told].count((last.step, last.trained)) > 1:
-            return f"failed twice {'' if last.trained else 'before its first step, to go on '}after {last.step} steps"
+            return f"failed twice {'' if last.trained else 'before its first step, '}after {last.step} steps"
         if (times := [each.checkpoint for each in self.failures].count(last.checkpoint)) >= _FROM_ONE_CHECKPOINT:
-            return f"failed {times} times on its way from the checkpoint after {last.checkpoint} steps"
+            return f"failed {times} times from the checkpoint after {last.checkpoint} steps"
         return ""
 
 
 def begin(run: Path) -> None:
-    """Note that a run starts, or starts again; of a job the first program that comes says it.
+    """Record that a run starts. In a job the first program that calls this records it: preflight, or training.
 
-    A job's failures are forgotten where another job takes over. An end without a word is one: of a node, say. What a
-    rank of this very start has noted already, which failed before the first one came here, stays.
+    A new job begins with no failures. If an earlier start of the same job reported no end, that counts as a failure.
+    A failure that another rank of this start has already recorded is kept.
     """
     job, start = os.environ.get("SLURM_JOB_ID", ""), launch.restarts()
-    noted = Status._noted(run)
-    if job and (noted.job, noted.start, noted.state) == (job, start, "starting"):
+    recorded = Status._read_file(run)
+    if job and (recorded.job, recorded.start, recorded.state) == (job, start, State.STARTING):
         return
     before = Status.read(run)
-    if before.state in ("starting", "running"):
-        before = before.failed(run, "it ended without a word: killed, or its node failed", told=False)
+    follows = transition(before.state, Event.START)
+    if follows.failure:
+        before = before.failed(run, "it ended without a report: killed, or its node failed", reported=False)
     failures = before.failures if job and job == before.job else []
     for left in run.glob("failed-*.txt"):
         if left != _failure_file(run, _launch()) or _is_older_than_this_process(left):
             left.unlink(missing_ok=True)
-    begun = replace(before, state="starting", job=job, start=start, failures=failures, trained=False, launch=_launch())
-    begun.write(run)
+    changes: dict[str, Any] = {"job": job, "start": start, "failures": failures, "launch": _launch()}
+    replace(before, state=follows.state, trained=False, **changes).write(run)
 
 
-def note(run: Path, state: str, **changes: object) -> None:
-    """Write the status anew, with these changes: only the first rank does, or a program of the job before or after it.
+def note(run: Path, event: str, **changes: Any) -> None:
+    """Record an event, and these fields. Only the first rank calls it, and programs before and after training.
 
-    The others write beside it that they have failed (see `failures_noted`), which this cannot take back.
+    event: "running", "stopped", "finished", "refused" or "failed".
+
+    Other ranks write their failure to a file of its own (`failures_noted`), which this cannot overwrite.
     """
-    before = Status._noted(run)
-    if state != "running" or before.state != "failed":
-        replace(before, state=state, trained=before.trained or state == "running", **changes).write(run)
+    before = Status._read_file(run)
+    state = transition(before.state, Event(event)).state
+    if event == state.value:  # it is not if a failure came before
+        replace(before, state=state, trained=before.trained or state == State.RUNNING, **changes).write(run)
 
 
 def other_job(run: Path) -> str:
-    """The id of another job of Slurm's that has this run directory and has not ended; empty where there is none."""
+    """The id of another Slurm job that uses this run directory and has not ended; empty if there is none."""
     job = Status.read(run).job
     if not job or job == os.environ.get("SLURM_JOB_ID"):
         return ""
     command = ["squeue", "--noheader", f"--jobs={job}"]
-    with suppress(OSError, subprocess.SubprocessError):  # no Slurm here, or it has forgotten the job
+    with suppress(OSError, subprocess.SubprocessError):  # no Slurm, or the job is no longer known to it
         return job if subprocess.run(command, capture_output=True, timeout=30, check=True).stdout.strip() else ""
     return ""
 
 
 @contextmanager
 def failures_noted(run: Path) -> Iterator[None]:
-    """Note why this process failed, if it does, and not because another did; the first rank that fails is heard.
+    """If this process fails, record why, unless it only lost the connection to another rank. The first failure counts.
 
-    Whatever rank it is: the first writes status.json, the others a file that no two can write.
+    Rank 0 writes status.json. Another rank writes a file of its own, which only one rank can create.
     """
-    beside, leads = _failure_file(run, _launch()), int(os.environ.get("RANK", 0)) == 0
+    beside, is_first = _failure_file(run, _launch()), int(os.environ.get("RANK", 0)) == 0
     try:
         yield
     except KeyboardInterrupt:
-        if leads:
+        if is_first:
             note(run, "stopped", reason="SIGINT (Ctrl-C)")
         raise
     except BaseException as error:
         reason = str(error) if isinstance(error, PipelineError) else repr(error)
-        if leads and not is_of_lost_peer(error) and not beside.exists():
+        if is_first and not is_of_lost_peer(error) and not beside.exists():
             note(run, "failed", reason=reason)
-        elif not leads and not is_of_lost_peer(error):
-            unfinished = _unfinished(run)
+        elif not is_first and not is_of_lost_peer(error):
             with suppress(OSError, ValueError):
                 run.mkdir(parents=True, exist_ok=True)
-                unfinished.write_text(printable(reason, keep="\n"))
-                try:
-                    os.link(unfinished, beside)
-                    unfinished.unlink()
-                except FileExistsError:
-                    unfinished.unlink()
-                except OSError:  # a file system without links
-                    unfinished.replace(beside)
+                with beside.open("x") as file:
+                    file.write(printable(reason, keep="\n"))
         raise
 
 
 def _launch() -> str:
-    """What all ranks of a start call it, before they have met; two starts at once should differ in it."""
+    """The id of this start. All ranks compute the same one before they meet; two starts at one time differ."""
     if job := os.environ.get("SLURM_JOB_ID"):
         return f"{job}.{launch.restarts()}"
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -190,8 +188,8 @@ def _failure_file(run: Path, launch: str) -> Path:
 
 
 def _is_older_than_this_process(file: Path) -> bool:
-    """By the clock that files have there; true where nobody knows."""
-    probe = _unfinished(file.parent)
+    """By the file system's clock; true if that cannot be read."""
+    probe = file.with_name(f".clock.{socket.gethostname()}-{os.getpid()}")
     with suppress(OSError):
         probe.touch()
         now, then = probe.stat().st_mtime, file.stat().st_mtime
@@ -199,10 +197,6 @@ def _is_older_than_this_process(file: Path) -> bool:
         began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return now - then > time.clock_gettime(time.CLOCK_BOOTTIME) - began
     return True
-
-
-def _unfinished(run: Path) -> Path:
-    return run / f"status.{socket.gethostname()}-{os.getpid()}.unfinished"
 
 
 def _newest_checkpoint(run: Path) -> int:

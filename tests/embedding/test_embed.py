@@ -18,11 +18,11 @@ from pipeline.data.collate import pack
 from pipeline.data.sample import Item
 from pipeline.embed import Embedder, main
 from pipeline.embedding import embedder as embedder_module
-from pipeline.embedding.folder import Identity, Store
+from pipeline.embedding.folder import EmbeddingFolder, Identity
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import load_encoder
-from pipeline.evaluation.store import Memory
+from pipeline.evaluation.store import MemoryStore
 from pipeline.evaluation.tasks import Collection, Ranking
 from pipeline.models import loading
 from pipeline.models.folder import save_folder
@@ -193,7 +193,7 @@ def test_a_vector_that_is_none_is_refused_with_its_item_and_model(tiny_model, tm
     ]
     encoder = load_encoder(str(folder), EvaluationRun(), torch.device("cpu"))
     with pytest.raises(PipelineError, match=r"broken: the embedding of b q has length nan, not 1"):
-        embed_collection(encoder, collection, Memory(2, 48))
+        embed_collection(encoder, collection, MemoryStore(2, 48))
 
 
 def test_options_out_of_range_and_missing_models_are_clear_errors(tiny_model, tmp_path):
@@ -281,15 +281,15 @@ def test_embeddings_of_another_model_are_noticed(tiny_model, inputs, media, tmp_
         model.multi_modal_projector.linear_1.weight.mul_(1.001)
     save_folder(model, dict(model.named_parameters()), tiny_model, moved)
     assert fingerprint(moved) != before
-    named = f"{out} holds texts, images of {tmp_path}/moved, not of {moved}: embed them again"
+    named = f"{out} has texts, images of {tmp_path}/moved, not of {moved}: embed them again"
     with pytest.raises(PipelineError, match=named):
         call(monkeypatch, moved, "--out", out, "--query", "star")
-    with pytest.raises(PipelineError, match="holds images of"):
+    with pytest.raises(PipelineError, match="has images of"):
         call(monkeypatch, moved, *texts, "--out", out, "--overwrite")
     call(monkeypatch, moved, *texts, *images, "--out", out, "--overwrite")
     call(monkeypatch, moved, "--out", out, "--query", "star")
     (out / "embeddings.json").write_text("{}")
-    with pytest.raises(PipelineError, match=r"embeddings\.json does not say which model made texts, images"):
+    with pytest.raises(PipelineError, match=r"embeddings\.json does not name the model of texts, images"):
         call(monkeypatch, moved, "--out", out, "--query", "star")
     call(monkeypatch, moved, *texts, *images, "--out", out, "--overwrite")
 
@@ -300,7 +300,7 @@ def test_nothing_is_overwritten_unasked(tiny_model, inputs, tmp_path, monkeypatc
     call(monkeypatch, *arguments)
     before = (out / "texts.npy").read_bytes()
     texts.write_text("another\n")
-    with pytest.raises(PipelineError, match=r"texts\.npy: there already; add --overwrite"):
+    with pytest.raises(PipelineError, match=r"texts\.npy: already exists; add --overwrite"):
         call(monkeypatch, *arguments)
     assert (out / "texts.npy").read_bytes() == before
     call(monkeypatch, *arguments, "--overwrite")
@@ -324,7 +324,7 @@ def test_a_failure_in_the_middle_leaves_what_was_whole(tiny_model, inputs, media
 def test_a_process_killed_at_any_moment_leaves_no_rows_beside_wrong_ids(tmp_path, monkeypatch, same_model):
     old, new = (Identity(name, 2, name) for name in ("old", "old" if same_model else "new"))
     for moment in range(8):
-        store = Store(tmp_path / str(moment))
+        store = EmbeddingFolder(tmp_path / str(moment))
         for kind in ("texts", "images"):
             store.write(kind, ["was"], [torch.zeros(1, 2)], old)
         if (process := os.fork()) == 0:
@@ -341,7 +341,7 @@ def test_a_process_killed_at_any_moment_leaves_no_rows_beside_wrong_ids(tmp_path
             assert "images" in store.kinds()
 
 
-def _write_and_die(store: Store, identity: Identity, moment: int) -> None:
+def _write_and_die(store: EmbeddingFolder, identity: Identity, moment: int) -> None:
     """Write anew in this process, which is killed before the write's n-th change of the folder."""
     left = iter(range(moment))
 
@@ -382,9 +382,9 @@ def test_what_makes_no_sense_together_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr(Embedder, "load", None)
     for arguments, reason in (
         ([tiny_model], "nothing to do"),
-        ([tiny_model, *texts], "--out is missing: the folder that gets"),
+        ([tiny_model, *texts], "--out is missing: the folder for the embeddings"),
         ([tiny_model, "--query", "x"], "--out is missing: the folder to search"),
-        ([tiny_model, *out, "--query", "x"], "holds no embeddings to search"),
+        ([tiny_model, *out, "--query", "x"], "has no embeddings to search"),
         ([tiny_model, *out, "--query-image", "nowhere.png"], "there is no file nowhere.png"),
         ([tiny_model, *out, "--images", media], "it is a folder"),
         ([tiny_model, *out, "--texts", tmp_path / "nowhere"], "nowhere: No such file"),
@@ -400,10 +400,10 @@ def test_what_makes_no_sense_together_is_refused_before_a_model_is_loaded(
 
 
 def test_damaged_files_are_clear_errors(tmp_path):
-    store = Store(tmp_path)
+    store = EmbeddingFolder(tmp_path)
     store.write("texts", ["a", "b"], [torch.ones(2, 3)], Identity("m", 3, "f"))
     (tmp_path / "texts.txt").write_text("a\n")
-    with pytest.raises(PipelineError, match=r"not a row for each line of texts\.txt"):
+    with pytest.raises(PipelineError, match=r"must have a row for each line of texts\.txt"):
         store.read("texts")
     (tmp_path / "texts.npy").write_bytes((tmp_path / "texts.npy").read_bytes()[:-4])
     with pytest.raises(PipelineError, match=r"texts\.npy cannot be read"):

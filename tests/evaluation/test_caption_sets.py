@@ -296,7 +296,7 @@ def test_sharegpt4v_is_its_first_thousand(tmp_path, monkeypatch):
         ("flickr30k", {"flickr30k-images/9.jpg": ...}, "has no file 9.jpg (gif, jpeg, jpg, png, webp)"),
         ("flickr30k", {"more/9.png": None}, "9.jpg may be flickr30k-images/9.jpg or more/9.png"),
         ("flickr30k", {"dataset_flickr30k.json": ...}, "has no dataset_flickr30k.json"),
-        ("flickr30k", {"more/dataset_flickr30k.json": None}, "leave one dataset_flickr30k.json"),
+        ("flickr30k", {"more/dataset_flickr30k.json": None}, "keep only one dataset_flickr30k.json"),
         ("flickr30k", {"dataset_flickr30k.json": "[]"}, "dataset_flickr30k.json is not Karpathy's"),
         ("flickr30k", {"dataset_flickr30k.json": karpathy(("", "7.jpg", "val", FIVE))}, "no split 'test': it has val"),
         (
@@ -309,13 +309,13 @@ def test_sharegpt4v_is_its_first_thousand(tmp_path, monkeypatch):
             {"dataset_flickr30k.json": karpathy(("", "7.jpg", "test", []))},
             "dataset_flickr30k.json has no caption of 7.jpg (en)",
         ),
-        ("flickr30k", {"dataset_flickr30k.json": karpathy(("", "7.jpg", "test", [7]))}, "7.jpg is 7, which is no text"),
+        ("flickr30k", {"dataset_flickr30k.json": karpathy(("", "7.jpg", "test", [7]))}, "7.jpg is 7, not a text"),
         (
             "flickr30k",
             {"dataset_flickr30k.json": karpathy(("", "7.jpg", "test", ["good", None]))},
-            "a caption of 7.jpg is None, which is no text",
+            "a caption of 7.jpg is None, not a text",
         ),
-        ("msvd", {"msvd_test.json": listing({"video": "y_3_4", "caption": ["a", None]})}, "y_3_4 is None, which is no"),
+        ("msvd", {"msvd_test.json": listing({"video": "y_3_4", "caption": ["a", None]})}, "y_3_4 is None, not a text"),
         (
             "text-image",
             {"captions.json": {"1.jpg": "a\0b"}},
@@ -341,7 +341,7 @@ def test_sharegpt4v_is_its_first_thousand(tmp_path, monkeypatch):
         (
             "sharegpt4v",
             {"sam/images/1.jpg": ..., "coco/train2017/1.jpg": ..., "1.jpg": None},
-            "coco/train2017/1.jpg and sam/images/1.jpg are both",
+            "coco/train2017/1.jpg and sam/images/1.jpg both match",
         ),
         (
             "xm3600",
@@ -367,7 +367,7 @@ def test_mistakes_are_clear_errors(tmp_path, layout, files, said):
 
 
 def test_no_folder_and_no_text(tmp_path):
-    with pytest.raises(PipelineError, match="holds no files"):
+    with pytest.raises(PipelineError, match="has no files"):
         added("coco", str(tmp_path / "gone"))
     for content, said in ((b'["\xff"]', "is not UTF-8: byte 3"), ("[]".encode("utf-16"), "is UTF-16: convert it")):
         (tmp_path / "msvd_test.json").write_bytes(content)

@@ -11,7 +11,7 @@ from pipeline.data.sample import BadSample, Item
 from pipeline.errors import PipelineError
 from pipeline.evaluation import encode
 from pipeline.evaluation.encode import embed_collection
-from pipeline.evaluation.store import Disk, Memory
+from pipeline.evaluation.store import DiskStore, MemoryStore
 from pipeline.evaluation.tasks import Collection, Ranking, Retrieval, item_key
 
 
@@ -53,7 +53,7 @@ def thirty_items() -> Collection:
 
 
 def test_all_is_embedded_once_and_then_what_is_new(collection, tmp_path):
-    encoder, disk = Lengths(), Disk(tmp_path, collection.keys, 2)
+    encoder, disk = Lengths(), DiskStore(tmp_path, collection.keys, 2)
     assert embed_collection(encoder, collection, disk)
     assert sorted(len(text) for group in encoder.groups for text in group) == list(range(30))
     assert [len(group) for group in encoder.groups] == [4] * 5 + [4, 3, 3]
@@ -65,23 +65,23 @@ def test_all_is_embedded_once_and_then_what_is_new(collection, tmp_path):
 
     collection.row(item_key("new"), "new", partial(Item, "y" * 40))
     collection.tasks.append(Ranking("three", "vqa", True, np.array([30]), [np.array([0, 29])]))
-    again, disk = Lengths(), Disk(tmp_path, collection.keys, 2)
+    again, disk = Lengths(), DiskStore(tmp_path, collection.keys, 2)
     embed_collection(again, collection, disk)
     assert again.groups == [["y" * 40]]
-    memory = Memory(31, 2)
+    memory = MemoryStore(31, 2)
     embed_collection(Lengths(), collection, memory)
     np.testing.assert_array_equal(memory.take(np.arange(31)), disk.take(np.arange(31)))
 
 
 def test_interrupted_it_goes_on_with_the_same_groups(collection, tmp_path):
     whole = Lengths()
-    embed_collection(whole, collection, Memory(30, 2))
+    embed_collection(whole, collection, MemoryStore(30, 2))
     first, second, left = Lengths(), Lengths(), iter(range(3))
     stopped = embed_collection(
-        first, collection, Disk(tmp_path, collection.keys, 2), interrupted=lambda: next(left, None) is None
+        first, collection, DiskStore(tmp_path, collection.keys, 2), interrupted=lambda: next(left, None) is None
     )
     assert not stopped
-    assert embed_collection(second, collection, Disk(tmp_path, collection.keys, 2))
+    assert embed_collection(second, collection, DiskStore(tmp_path, collection.keys, 2))
     assert len(first.groups) == 3
     assert first.groups + second.groups == whole.groups
 
@@ -89,7 +89,7 @@ def test_interrupted_it_goes_on_with_the_same_groups(collection, tmp_path):
 def test_an_item_that_cannot_be_used_is_named(collection):
     collection.items[7] = partial(Item, "broken")
     with pytest.raises(PipelineError, match="evaluation item item 7: undecodable"):
-        embed_collection(Lengths(), collection, Memory(30, 2))
+        embed_collection(Lengths(), collection, MemoryStore(30, 2))
 
 
 def test_what_is_no_unit_vector_is_not_kept(collection, tmp_path):
@@ -103,18 +103,18 @@ def test_what_is_no_unit_vector_is_not_kept(collection, tmp_path):
     with pytest.raises(
         PipelineError, match="lengths: the embedding of item 4 has length nan, not 1: check the model's weights"
     ):
-        embed_collection(Overflowing(), collection, Disk(tmp_path, collection.keys, 2))
-    disk = Disk(tmp_path, collection.keys, 2)
+        embed_collection(Overflowing(), collection, DiskStore(tmp_path, collection.keys, 2))
+    disk = DiskStore(tmp_path, collection.keys, 2)
     assert disk.missing(np.arange(20)).tolist() == [n for n in range(20) if n % 5 == 4]  # the last of five groups
-    with pytest.raises(PipelineError, match=r"gives \(4, 2\) for 4 items of 3"):
-        embed_collection(Wide(), collection, Memory(30, 3))
+    with pytest.raises(PipelineError, match=r"returned \(4, 2\) for 4 items of 3"):
+        embed_collection(Wide(), collection, MemoryStore(30, 3))
     assert embed_collection(Lengths(), collection, disk)
 
 
 def _embedded_here(rank: int) -> tuple[list[list[str]], torch.Tensor]:
     """A rank's groups, and on the first one all vectors; then the error where the second finds an item more."""
     encode.GROUP, encoder, collection = 4, Lengths(), thirty_items()
-    store = Memory(30, 2) if rank == 0 else None
+    store = MemoryStore(30, 2) if rank == 0 else None
     assert embed_collection(encoder, collection, store)
     if rank:
         collection.text("another")
@@ -126,9 +126,9 @@ def _embedded_here(rank: int) -> tuple[list[list[str]], torch.Tensor]:
 
 
 def test_two_ranks_share_the_groups_and_must_have_the_same_items(collection):
-    whole, memory = Lengths(), Memory(30, 2)
+    whole, memory = Lengths(), MemoryStore(30, 2)
     embed_collection(whole, collection, memory)
     (first, vectors, _), (second, _, error) = on_two_ranks(_embedded_here)
     assert [group for both in zip(first, second, strict=True) for group in both if group] == whole.groups
     np.testing.assert_array_equal(vectors.numpy(), memory.vectors)
-    assert "rank 1 finds other items in the evaluation sets than the first rank does" in error
+    assert "rank 1 found other items in the evaluation sets than rank 0" in error

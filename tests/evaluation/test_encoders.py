@@ -337,7 +337,7 @@ def test_a_users_function_makes_the_encoder(tmp_path, monkeypatch):
         ("users_encoder:Width", "users_encoder has no function Width"),
         ("users_encoders:Lengths", "there is no module users_encoders"),
         (f"{tmp_path}/none.py:Lengths", r"there is no file .*none\.py"),
-        ("users_encoder:nothing", "gives a Identity without name, identity, dimension, instructed, prepare, embed"),
+        ("users_encoder:nothing", "returned a Identity without name, identity, dimension, instructed, prepare, embed"),
     ):
         with pytest.raises(PipelineError, match=reason):
             load_encoder("any/path", options(encoder=wrong), CPU)
@@ -357,7 +357,7 @@ def test_what_is_no_model_is_a_clear_error(tiny_clip, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda name: None)  # in whatever environment
     for path, reason in (
         (str(tmp_path), "no config.json"),
-        (changed("bert", model_type="bert"), r"is a bert model; .* siglip2\. For any other write a function"),
+        (changed("bert", model_type="bert"), r"is a bert model; .* siglip2\. For another model write a function"),
         (str(Path(__file__).parents[1] / "golden"), r"convert it with tools/convert_weights\.py"),
         (changed("weightless", removed="model.safetensors"), "has no weights"),
         (changed("blind", removed="preprocessor_config.json"), "no clip model at"),

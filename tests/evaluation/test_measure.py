@@ -11,13 +11,13 @@ from PIL import Image
 from pipeline.data.sample import Item
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.results import Shown
-from pipeline.evaluation.store import Memory
+from pipeline.evaluation.store import MemoryStore
 from pipeline.evaluation.tasks import Collection, Ranking, Retrieval
 
 
-def angled(*degrees: float) -> Memory:
+def angled(*degrees: float) -> MemoryStore:
     """Vectors by their angles, whose differences are easy to compare."""
-    store = Memory(len(degrees), 2)
+    store = MemoryStore(len(degrees), 2)
     store.vectors[:] = np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
     return store
 

@@ -147,7 +147,7 @@ def test_converted_items_are_read_by_the_block_and_each_block_once(singles, monk
 
 
 def test_a_converted_set_whose_parts_do_not_fit_is_a_clear_error(singles):
-    with pytest.raises(PipelineError, match=r"item of an evaluation set: name the folder above, with its tasks\.json"):
+    with pytest.raises(PipelineError, match=r"item of an evaluation set: give the folder above, with its tasks\.json"):
         load([str(singles / "Set")])
     for queries, candidates, items in (([0], [[1]], 599), ([600], [[1]], 600), ([0], [[1, -1]], 600)):
         put_rows(singles / "Set", queries, candidates, items)
@@ -175,7 +175,7 @@ def test_a_column_that_is_missing_and_a_dataset_that_nothing_lists_are_said(mmeb
 def test_what_is_no_evaluation_set_is_a_clear_error(mmeb, tmp_path):
     with pytest.raises(PipelineError, match=r"nothing to evaluate at .*: it has no tasks\.json, index\.json or d"):
         load([str(tmp_path / "nowhere")])
-    with pytest.raises(PipelineError, match="two evaluation sets are called"):
+    with pytest.raises(PipelineError, match="two evaluation sets have the name"):
         load([str(mmeb), str(mmeb)])
     (mmeb / "tasks.json").write_text("[" * 200_000)
     with pytest.raises(PipelineError, match="does not give each dataset's task"):
@@ -209,7 +209,7 @@ def test_mmebs_datasets_by_name_and_group(tmp_path):
         load([f"mmeb/GQA={tmp_path}"])
     with pytest.raises(PipelineError, match="mmeb/vqa=/data/folder"):
         load(["mmeb/vqa"])
-    with pytest.raises(PipelineError, match="no evaluation set 'mmebb'; known are mmeb, text-video"):
+    with pytest.raises(PipelineError, match="no evaluation set 'mmebb'; the sets are mmeb, text-video"):
         load([f"mmebb={tmp_path}"])
 
 

@@ -8,23 +8,23 @@ from PIL import Image
 
 from pipeline.data.mmeb import MMEB_TASKS
 from pipeline.errors import PipelineError
-from pipeline.evaluation.html import Change
+from pipeline.evaluation.html import Change, write_report
 from pipeline.evaluation.published import PUBLISHED
 from pipeline.evaluation.report import Report
-from pipeline.evaluation.results import Case, Result, Shown, Similarities
+from pipeline.evaluation.results import Case, DatasetResult, Shown, Similarities
 
 NAMES = [name for name in MMEB_TASKS if name != "ImageNet_1K"]
 FEW = [name for name in NAMES if MMEB_TASKS[name][0] in ("classification", "grounding")][:-1]
 CASE = Case(Shown("<script>alert(1)</script>"), Shown("a & b", "QUJD"), Shown("c"), 0.25, 0.5, 7)
 
 
-def result(task: str, inside: bool | None, **changes: object) -> Result:
+def result(task: str, inside: bool | None, **changes: object) -> DatasetResult:
     values = np.linspace(-0.1, 0.9, 10)
     similarities = Similarities.of(values, values - 0.2)
-    return replace(Result(task, inside, "", {"": 10}, {"P@1": 0.5}, 0.1, 0, similarities, [CASE]), **changes)
+    return replace(DatasetResult(task, inside, "", {"": 10}, {"P@1": 0.5}, 0.1, 0, similarities, [CASE]), **changes)
 
 
-def retrieval(language: str = "", shift: float = 0, **changes: object) -> Result:
+def retrieval(language: str = "", shift: float = 0, **changes: object) -> DatasetResult:
     metrics = {}
     for direction, r1 in (("t2i", 0.4), ("i2t", 0.3)):
         metrics |= {f"{direction} R@1": r1 + shift, f"{direction} R@5": 0.6, f"{direction} R@10": 0.7}
@@ -37,7 +37,7 @@ def own_sets(**sets: tuple[str, bool, float]) -> Report:
     return Report("m", {name: result(task, inside, metrics={"P@1": p}) for name, (task, inside, p) in sets.items()})
 
 
-def mmeb(names: list[str] = NAMES) -> dict[str, Result]:
+def mmeb(names: list[str] = NAMES) -> dict[str, DatasetResult]:
     """The n-th dataset of MMEB's table scores n %."""
     scores = {name: (place + 1) / 100 for place, name in enumerate(NAMES)} | {"ImageNet_1K": 0.01}
     return {name: result(*MMEB_TASKS[name], metrics={"P@1": scores[name]}) for name in names}
@@ -188,7 +188,7 @@ def written(tmp_path_factory):
         "ImageNet $x$": replace(alone, similarities=Similarities.of(np.array([0.5]), np.array([-np.inf]))),
     }
     report = Report("runs/<i>model</i>", mmeb(FEW) | others)
-    report.write(folder, Report("earlier", mmeb(FEW[::2])))
+    write_report(report, folder, Report("earlier", mmeb(FEW[::2])))
     assert Report.read(folder) == report
     return folder
 
@@ -237,7 +237,7 @@ def test_the_leaderboards_file_has_mmebs_datasets_alone(written, tmp_path):
     assert list(image) == NAMES
     assert image["N24News"] == {"hit@1": 0.02, "num_pred": 10, "num_data": 10}
     assert image["Visual7W-Pointing"] == "FILE_N/A"
-    own_sets(a=("vqa", True, 0.2)).write(tmp_path)
+    write_report(own_sets(a=("vqa", True, 0.2)), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["figures", "report.html", "report.json"]
     assert "LLaVE" not in (tmp_path / "report.html").read_text()
 

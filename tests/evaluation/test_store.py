@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation import store
-from pipeline.evaluation.store import Disk
+from pipeline.evaluation.store import DiskStore
 
 KEYS = [bytes([number]) * 16 for number in range(12)]
 VECTORS = np.random.default_rng(0).standard_normal((12, 6)).astype(np.float32)
@@ -19,19 +19,19 @@ def rows(*numbers: int) -> np.ndarray:
 
 
 def write(folder) -> None:
-    disk = Disk(folder, KEYS, 6)
+    disk = DiskStore(folder, KEYS, 6)
     for dataset, numbers in (("a", rows(3, 1)), ("b c/d", rows(0)), ("a", rows(5, 4, 2))):
         disk.append(dataset, numbers, VECTORS[numbers])
 
 
 def test_what_was_appended_is_found_again_also_by_others_rows_and_by_numpy_alone(tmp_path):
     write(tmp_path)
-    disk = Disk(tmp_path, KEYS, 6)
+    disk = DiskStore(tmp_path, KEYS, 6)
     assert disk.missing(np.arange(12)).tolist() == [6, 7, 8, 9, 10, 11]
     np.testing.assert_array_equal(disk.take(rows(2, 0, 3, 3)), VECTORS[[2, 0, 3, 3]])
     disk.append("b c/d", rows(7), VECTORS[[7]])
     np.testing.assert_array_equal(disk.take(rows(7, 0, 4)), VECTORS[[7, 0, 4]])
-    other = Disk(tmp_path, [KEYS[4], b"not embedded yet", KEYS[7]], 6)
+    other = DiskStore(tmp_path, [KEYS[4], b"not embedded yet", KEYS[7]], 6)
     assert other.missing(np.arange(3)).tolist() == [1]
     np.testing.assert_array_equal(other.take(rows(0, 2)), VECTORS[[4, 7]])
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), VECTORS[[3, 1, 5, 4, 2]])
@@ -46,12 +46,12 @@ def test_a_process_killed_at_any_moment_leaves_what_it_counted(tmp_path, monkeyp
             _write_and_die(folder, moment, monkeypatch)
         if os.waitpid(process, 0)[1] != signal.SIGKILL:
             break
-        disk = Disk(folder, KEYS, 6)
+        disk = DiskStore(folder, KEYS, 6)
         there = np.setdiff1d(np.arange(12), disk.missing(np.arange(12)))
         np.testing.assert_array_equal(disk.take(there), VECTORS[there])
         counts.add(len(there))
         disk.append("a", disk.missing(np.arange(12)), VECTORS[disk.missing(np.arange(12))])
-        np.testing.assert_array_equal(Disk(folder, KEYS, 6).take(np.arange(12)), VECTORS)
+        np.testing.assert_array_equal(DiskStore(folder, KEYS, 6).take(np.arange(12)), VECTORS)
     assert counts == {0, 1, 2, 3, 4}  # a key is written in the middle of a write, too
     assert moment == 9  # three appends, of three writes each
 
@@ -83,16 +83,16 @@ def test_one_evaluation_at_a_time_embeds_a_dataset_and_others_may_embed_others(t
 
 def test_other_files_and_other_writers_are_refused(tmp_path):
     write(tmp_path)
-    with pytest.raises(PipelineError, match=r"a\.npy does not hold the 5 vectors of 7 float32 .*: remove both"):
-        Disk(tmp_path, KEYS, 7)
-    first, second = Disk(tmp_path, KEYS, 6), Disk(tmp_path, KEYS, 6)
+    with pytest.raises(PipelineError, match=r"a\.npy does not contain 5 vectors of 7 float32, .*: delete both"):
+        DiskStore(tmp_path, KEYS, 7)
+    first, second = DiskStore(tmp_path, KEYS, 6), DiskStore(tmp_path, KEYS, 6)
     first.append("a", rows(8, 9), VECTORS[[8, 9]])
-    with pytest.raises(PipelineError, match="another evaluation has written it meanwhile; start this one again"):
+    with pytest.raises(PipelineError, match="another evaluation has written to it; start this one again"):
         second.append("a", rows(8), VECTORS[[8]])
-    np.testing.assert_array_equal(Disk(tmp_path, KEYS, 6).take(rows(8, 9)), VECTORS[[8, 9]])
+    np.testing.assert_array_equal(DiskStore(tmp_path, KEYS, 6).take(rows(8, 9)), VECTORS[[8, 9]])
     os.truncate(tmp_path / "a.npy", 128 + 5 * 6 * 4)
-    with pytest.raises(PipelineError, match="does not hold the 7 vectors"):
-        Disk(tmp_path, KEYS, 6)
+    with pytest.raises(PipelineError, match="does not contain 7 vectors"):
+        DiskStore(tmp_path, KEYS, 6)
     np.save(tmp_path / "a.npy", VECTORS[:6])
-    with pytest.raises(PipelineError, match="does not hold the 7 vectors"):
-        Disk(tmp_path, KEYS, 6)
+    with pytest.raises(PipelineError, match="does not contain 7 vectors"):
+        DiskStore(tmp_path, KEYS, 6)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.evaluation.results import Result
+from pipeline.evaluation.results import DatasetResult
 
 
 def zero_config(name: str, folder: Path) -> str:
@@ -31,7 +31,7 @@ def assert_equal(out: Path, name: str) -> None:
         assert (result["learnt"] > 1e-3) == ("learn_temperature" in result["case"]), result
 
 
-def assert_results_alike(ours: Mapping[str, Result], theirs: Mapping[str, Result]) -> None:
+def assert_results_alike(ours: Mapping[str, DatasetResult], theirs: Mapping[str, DatasetResult]) -> None:
     """Of the same vectors but for rounding.
 
     Where two similarities are nearly the same, rounding may swap them, or put one on the other side of a bin's edge: so

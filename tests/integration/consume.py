@@ -18,7 +18,7 @@ from pipeline.data.sample import Item
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.data.tiles import Tiling
-from pipeline.errors import command_line
+from pipeline.jobs.program import command_line
 from pipeline.storage import objects
 
 GLOBAL_BATCH = 16

@@ -65,7 +65,7 @@ def test_killed_on_two_processes_it_goes_on_to_the_same_bytes_as_on_one(tiny_mod
 
     ended = launch(command, world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
-    assert f"the captions of {samples:,} of {2 * SAMPLES} samples are embedded already" in ended.output
+    assert f"the captions of {samples:,} of {2 * SAMPLES} samples are already embedded" in ended.output
     assert [path.stat().st_mtime_ns for path in kept] == times
     assert embedded(out) == expected
     source = Source.open(Data(url=str(shards), datasets=list(NAMES), text_embeddings=str(out)))

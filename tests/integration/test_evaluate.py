@@ -99,6 +99,6 @@ def test_killed_in_the_middle_it_goes_on_and_embeds_nothing_twice(alone, tiny_mo
     assert 100 <= len(before) < len(embedded(alone))
     ended = launch(command(tiny_model, mmeb, tmp_path), world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
-    assert f"{len(before)} of {len(embedded(alone))} items are embedded already" in ended.output
+    assert f"{len(before)} of {len(embedded(alone))} items are already embedded" in ended.output
     assert Report.read(tmp_path).results == Report.read(alone).results
     assert sorted(embedded(tmp_path)) == sorted(embedded(alone))

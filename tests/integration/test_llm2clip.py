@@ -26,7 +26,7 @@ from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
-from pipeline.evaluation.store import Memory
+from pipeline.evaluation.store import MemoryStore
 from pipeline.models import decoder
 from pipeline.models.kinds import KINDS
 from pipeline.training import checkpoint
@@ -266,8 +266,8 @@ def test_the_exported_model_scores_what_training_said(vision_run, data):
     """There with the text encoder of the recipe, here with that of the folder, in other chunks."""
     encoder = load_encoder(str(vision_run / "export"), EvaluationRun(max_tokens=TOKENS), CPU)
     collection = sets.load([evaluation_set(data)], instructed=encoder.instructed)
-    store = Memory(len(collection.items), encoder.dimension)
-    assert embed_collection(encoder, collection, store, CPU)
+    store = MemoryStore(len(collection.items), encoder.dimension)
+    assert embed_collection(encoder, collection, store)
     report = measure("", collection, store.take)
     assert_results_alike(report.results, Report.read(vision_run / f"evaluation/step-{STEPS:08d}.json").results)
     assert len(collection.items) == 24

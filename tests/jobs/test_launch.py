@@ -19,21 +19,21 @@ TASK = {
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
 
-def adopted(*parents: str, **changes: str) -> dict[str, str]:
+def initialized(*parents: str, **changes: str) -> dict[str, str]:
     environment = TASK | changes
-    launch.adopt(environment, list(parents), terminal="SLURM_PTY_PORT" in changes)
+    launch.init_from_environment(environment, list(parents), terminal="SLURM_PTY_PORT" in changes)
     return environment
 
 
 def test_a_task_of_srun_is_a_rank():
-    assert [adopted()[name] for name in NAMES] == ["10", "12", "2", "3", "localhost"]
+    assert [initialized()[name] for name in NAMES] == ["10", "12", "2", "3", "localhost"]
 
 
 def test_what_is_set_already_stays():
-    environment = adopted(MASTER_ADDR="ib0.node", MASTER_PORT="1234")
+    environment = initialized(MASTER_ADDR="ib0.node", MASTER_PORT="1234")
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("ib0.node", "1234")
     of_torchrun = TASK | {"RANK": "3", "WORLD_SIZE": "8"}
-    assert adopted(RANK="3", WORLD_SIZE="8") == of_torchrun
+    assert initialized(RANK="3", WORLD_SIZE="8") == of_torchrun
 
 
 SHELL, AGENT = "bash ", "python -m torch.distributed.run --nproc-per-node 8 -m pipeline.train "
@@ -62,7 +62,7 @@ ELASTIC = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "gp
 )
 def test_what_is_no_task_of_the_step_in_its_environment_is_no_rank(changes, parents):
     for others in ({}, {"WORLD_SIZE": "8", "LOCAL_RANK": "3"}):  # half a launcher's
-        assert not adopted(*parents, **changes, **others).keys() & set(NAMES[:4])
+        assert not initialized(*parents, **changes, **others).keys() & set(NAMES[:4])
 
 
 @pytest.mark.parametrize(
@@ -77,40 +77,40 @@ def test_what_is_no_task_of_the_step_in_its_environment_is_no_rank(changes, pare
     ],
 )
 def test_what_is_a_task_is_a_rank(changes, parents):
-    environment = adopted(*parents, **changes)
+    environment = initialized(*parents, **changes)
     assert [environment[name] for name in NAMES] == ["10", "12", "2", "3", "localhost"]
     assert "TORCHELASTIC_RUN_ID" not in environment
 
 
 def test_a_launcher_below_a_task_is_believed():
-    assert adopted(AGENT, STEP, **ELASTIC) == TASK | ELASTIC
+    assert initialized(AGENT, STEP, **ELASTIC) == TASK | ELASTIC
     own = {"RANK": "5", "WORLD_SIZE": "12"}  # by a script of the user's
-    assert adopted(STEP, **own) == TASK | own
+    assert initialized(STEP, **own) == TASK | own
 
 
 def test_outside_of_a_step_nothing_is_said():
     environment = {"SLURM_JOB_ID": "417", "SLURM_NTASKS": "12", "SLURM_PROCID": "0"}
-    launch.adopt(environment)
+    launch.init_from_environment(environment)
     assert environment == {"SLURM_JOB_ID": "417", "SLURM_NTASKS": "12", "SLURM_PROCID": "0"}
 
 
 def test_a_node_whose_name_is_no_hosts_is_found_where_srun_runs(monkeypatch):
     monkeypatch.setenv("PATH", "")  # no scontrol
-    assert adopted(SLURM_STEP_NODELIST="no-such-node[1-2]")["MASTER_ADDR"] == "10.0.0.7"
+    assert initialized(SLURM_STEP_NODELIST="no-such-node[1-2]")["MASTER_ADDR"] == "10.0.0.7"
 
 
 def test_what_slurm_leaves_out_is_no_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delitem(TASK, "SLURM_LAUNCH_NODE_IPADDR")
-    unknown = adopted(SLURM_STEP_NODELIST="no-such-node", SLURM_RESTART_COUNT="")
-    assert (unknown["MASTER_ADDR"], unknown["MASTER_PORT"]) == ("no-such-node", adopted()["MASTER_PORT"])
+    unknown = initialized(SLURM_STEP_NODELIST="no-such-node", SLURM_RESTART_COUNT="")
+    assert (unknown["MASTER_ADDR"], unknown["MASTER_PORT"]) == ("no-such-node", initialized()["MASTER_PORT"])
 
 
 def test_jobs_and_steps_and_starts_have_ports_of_their_own():
-    starts = {adopted(SLURM_RESTART_COUNT=str(start))["MASTER_PORT"] for start in range(4)}
+    starts = {initialized(SLURM_RESTART_COUNT=str(start))["MASTER_PORT"] for start in range(4)}
     assert len(starts) == 4
     ports = {
-        int(adopted(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))["MASTER_PORT"])
+        int(initialized(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))["MASTER_PORT"])
         for job in range(417, 517)
         for step in range(10)
     }

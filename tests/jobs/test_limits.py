@@ -118,7 +118,7 @@ def test_preflight_looks_at_the_limits_of_processes(source, monkeypatch):
             assert said in checked(source, "data.workers=2")[1]
     for kind, said in (
         ("pids", "pids.max allows 40"),
-        ("memory", "may have 0 MiB of memory, and 2 times data.memory_mb"),
+        ("memory", "may use 0 MiB of memory, and 2 times data.memory_mb"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(limits, "_cgroup", lambda one, kind=kind: 40 if one == kind else None)

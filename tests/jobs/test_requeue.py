@@ -11,9 +11,12 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.jobs import status
 from pipeline.jobs.preflight.job import earlier_starts
-from pipeline.jobs.requeue import DONE, FAILED, REQUEUE, decide
+from pipeline.jobs.requeue import decide
+from pipeline.jobs.states import Verdict
 from pipeline.jobs.status import Failure, Status
 from pipeline.storage import lock
+
+DONE, FAILED, REQUEUE = Verdict.DONE, Verdict.FAIL, Verdict.REQUEUE
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +27,8 @@ def job(monkeypatch) -> None:
 
 def reach(run, state: str, step: int = 7, reason: str = "") -> None:
     status.begin(run)
+    if state == "starting":
+        return
     status.note(run, "running", step=step, steps=20)
     status.note(run, state, reason=reason)
 
@@ -64,7 +69,7 @@ def test_a_second_failure_at_the_same_step_is_the_last(tmp_path):
     assert "out of memory" in message
 
 
-# Ends of a job's starts: (the last step, or None where it did not come to its first one; is it over then?).
+# Ends of a job's starts: (the last step, or None if it did not reach its first one; is it over then?).
 @pytest.mark.parametrize(
     "ends",
     [
@@ -84,7 +89,7 @@ def test_what_fails_before_a_starts_first_step_counts_for_itself(tmp_path, monke
         if step is not None:
             status.note(tmp_path, "running", step=step, steps=20)
         with pytest.raises(PipelineError), status.failures_noted(tmp_path):
-            raise PipelineError("of 2 ranks 1 did not come" if step is None else "out of memory")
+            raise PipelineError("of 2 ranks 1 did not join" if step is None else "out of memory")
         message, verdict = decide(tmp_path, 2)
         assert verdict == (FAILED if over else REQUEUE), message
         assert Status.read(tmp_path).failures[-1].trained == (step is not None)
@@ -103,7 +108,7 @@ def test_a_ranks_failure_is_not_lost_to_one_that_goes_on(tmp_path, monkeypatch):
     """However their writes fall between each other: neither writes what the other does."""
     status.begin(tmp_path)
     status.note(tmp_path, "running", step=3, steps=20)
-    seen = Status._noted(tmp_path)  # by the first rank, before the others fail
+    seen = Status._read_file(tmp_path)  # by the first rank, before the others fail
 
     for rank, why in ((1, "no space left"), (2, "a consequence")):
         monkeypatch.setenv("RANK", str(rank))
@@ -172,7 +177,7 @@ def test_failures_without_a_checkpoint_between_them_end(tmp_path):
         reach(tmp_path, "running", step=step)
         message, status = decide(tmp_path, 137)
         assert status == verdict, step
-    assert "4 times on its way from the checkpoint after 4 steps" in message
+    assert "4 times from the checkpoint after 4 steps" in message
     assert "a rank was killed" in message
 
 
@@ -202,7 +207,7 @@ def test_another_job_begins_without_the_failures_of_the_one_before(tmp_path, mon
     assert Status.read(tmp_path).reason == "out of memory"
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     # It did not even begin.
-    assert "srun ended with status 1" in decide(tmp_path, 1)[0]
+    assert "srun exited with status 1" in decide(tmp_path, 1)[0]
     assert Status.read(tmp_path).failures == [Failure(7, 0, trained=False)]
     monkeypatch.setenv("SLURM_JOB_ID", "43")
     status.begin(tmp_path)
@@ -216,7 +221,7 @@ def test_an_end_without_a_word_is_a_failure_and_a_job_begins_once(tmp_path, monk
         status.begin(tmp_path)
     kept = Status.read(tmp_path)
     assert (kept.state, kept.start, kept.failures) == ("starting", 1, [Failure(7, 0, told=False)])
-    assert "without a word" in kept.reason
+    assert "without a report" in kept.reason
 
 
 def test_what_always_ends_without_a_word_is_not_begun_for_ever(tmp_path, monkeypatch):
@@ -231,8 +236,8 @@ def test_what_always_ends_without_a_word_is_not_begun_for_ever(tmp_path, monkeyp
     status.begin(tmp_path)
     refused = earlier_starts(tmp_path)
     assert refused.state == "red"
-    assert "failed 4 times on its way from the checkpoint after 4 steps" in refused.found
-    assert "without a word" in refused.found
+    assert "failed 4 times from the checkpoint after 4 steps" in refused.found
+    assert "without a report" in refused.found
     status.note(tmp_path, "refused", reason=refused.error)
     assert decide(tmp_path, 2)[1] == FAILED
     monkeypatch.setenv("SLURM_JOB_ID", "42")

@@ -95,7 +95,8 @@ def test_what_would_command_a_terminal_is_written_as_python_writes_it():
 )  # fmt: skip
 def test_a_program_ends_with_one_line(error, said):
     program = (
-        f"from pipeline.errors import PipelineError, command_line\ndef main(): raise {error}\ncommand_line(main)()"
+        f"from pipeline.errors import PipelineError\n"
+        f"from pipeline.jobs.program import command_line\ndef main(): raise {error}\ncommand_line(main)()"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (2, said)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from pipeline.evaluation.report import Report
-from pipeline.evaluation.results import Result, Similarities
+from pipeline.evaluation.results import DatasetResult, Similarities
 from pipeline.jobs.preflight.check import Check
 from pipeline.jobs.preflight.report import show
 from pipeline.training import manifest, resume
@@ -53,7 +53,7 @@ def test_what_others_named_does_not_reach_the_terminal_as_it_is(tmp_path, capsys
 
 def test_a_collapsed_model_is_never_the_best(tmp_path, capsys):
     similarities = Similarities([0] * 200, [0] * 200)
-    result = Result("vqa", True, "", {"": 4}, {"P@1": 0.5}, 0.1, 0, similarities)
+    result = DatasetResult("vqa", True, "", {"": 4}, {"P@1": 0.5}, 0.1, 0, similarities)
     reports = {1: replace(result, metrics={"P@1": 0.9}, collapsed=True), 2: result}
     monitor = SimpleNamespace(evaluation=lambda step, report: None)
     for step, each in reports.items():
@@ -61,4 +61,4 @@ def test_a_collapsed_model_is_never_the_best(tmp_path, capsys):
         run = SimpleNamespace(folder=tmp_path, evaluate=lambda tokens, each=each: Report("m", {"A-OKVQA": each}))
         _evaluate(run, monitor, step, SimpleNamespace(chunk_tokens=64))
         assert best(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step-00000002" if step == 2 else None)
-    assert "step 1: THE MODEL HAS COLLAPSED: it gives all queries" in capsys.readouterr().err
+    assert "step 1: THE MODEL HAS COLLAPSED: in A-OKVQA all queries" in capsys.readouterr().err

@@ -19,7 +19,7 @@ def _slow_export(rank: int) -> list[str]:
     dist.destroy_process_group()
     store = dist.FileStore(os.environ["SLOW_EXPORT_STORE"], 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=8))
-    distributed._GOES_ON_SECONDS = 0.2
+    distributed._POLL_SECONDS = 0.2
     chosen = load_recipe("pipeline/recipes/demo.yaml", [])
     engine, said = SimpleNamespace(module=torch.nn.Linear(2, 2)), []
 

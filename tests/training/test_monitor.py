@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.report import Report
-from pipeline.evaluation.results import BINS, Result, Similarities
+from pipeline.evaluation.results import BINS, DatasetResult, Similarities
 from pipeline.training.monitor import Monitor, StepLog, check_writable
 
 
@@ -133,8 +133,8 @@ def test_tensorboard_shows_metrics_speed_and_histograms(tmp_path):
             metrics = {"step": step, "loss": 1 / step, "positive_similarity": None}
             monitor.step(metrics, {"seconds": 0.5}, {"positive": np.array([0.1])})
         none = Similarities(*[[0] * (len(BINS) - 1)] * 2)
-        vqa = Result("vqa", True, "en", {"": 10}, {"P@1": 0.5}, 0.1, 0, none)
-        clips = Result("text-video", None, "en", {"t2v": 10}, {"t2v R@1": 0.3, "t2v MdR": 4.0}, 0.1, 0, none)
+        vqa = DatasetResult("vqa", True, "en", {"": 10}, {"P@1": 0.5}, 0.1, 0, none)
+        clips = DatasetResult("text-video", None, "en", {"t2v": 10}, {"t2v R@1": 0.3, "t2v MdR": 4.0}, 0.1, 0, none)
         monitor.evaluation(2, Report("model", {"Scene-VQA": vqa, "clips": clips}))
     assert Report.read(tmp_path / "evaluation/step-00000002.json").averages()["vqa"] == 0.5
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

@@ -1,4 +1,4 @@
-"""Evaluation sets by the names that people give them, in the layouts that they have on disk or in S3."""
+"""Evaluation sets by name, in the layouts that they have on disk or on S3."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ NAMES = (*mmeb.GROUPS, *captions.SETS, *classification.SETS)
 
 
 def load(sets: Sequence[str], *, instructed: bool = True, number: int = 0, count: int = 1) -> Collection:
-    """A collection of every `count`-th dataset, from the `number`-th on, of all that `sets` name.
+    """A collection of the datasets in `sets`: every `count`-th one, beginning with number `number`.
 
-    sets: each NAME=URL, with a name of NAMES; or a URL alone: of a folder with tasks.json or MMEB's datasets, or of
-        shards of pairs.
+    sets: each NAME=URL, with a name of NAMES; or only a URL: a folder with tasks.json or MMEB's datasets, or shards of
+        pairs.
     instructed: see Encoder.
 
-    Raises PipelineError where there is no such set, where a file that it needs is missing, and for two of one name.
+    Raises PipelineError if there is no such set, if a file of it is missing, and if two have the same name.
     """
     collection = Collection()
     adding = [add for each in sets for add in _datasets(each, instructed)]
@@ -28,7 +28,7 @@ def load(sets: Sequence[str], *, instructed: bool = True, number: int = 0, count
         add(collection)
     times = Counter((task.name, task.direction) for task in collection.tasks)
     if twice := sorted({name for (name, _), number in times.items() if number > 1}):
-        raise PipelineError(f"two evaluation sets are called {', '.join(twice)}")
+        raise PipelineError(f"two evaluation sets have the name {', '.join(twice)}")
     return collection
 
 
@@ -39,14 +39,14 @@ def _datasets(given: str, instructed: bool) -> list[Callable[[Collection], None]
     if (add := (captions.SETS | classification.SETS).get(name)) and url:
         return [partial(add, url=url, instructed=instructed)]
     if name in NAMES:
-        raise PipelineError(f"{given}: say where it lies, as {name}=/data/folder or {name}=s3://bucket/folder")
+        raise PipelineError(f"{given}: add the location, as {name}=/data/folder or {name}=s3://bucket/folder")
     if url and "/" not in name:
-        raise PipelineError(f"there is no evaluation set {name!r}; known are {', '.join(_shown())}")
+        raise PipelineError(f"there is no evaluation set {name!r}; the sets are {', '.join(_shown())}")
     if objects.exists(objects.join(given, INDEX_FILE)):
         return [partial(pairs.add, url=given)]
     return list(mmeb.datasets(given).values())
 
 
 def _shown() -> list[str]:
-    """Without each of MMEB's by its own name."""
+    """The names, with one entry for all of MMEB's datasets."""
     return [name for name in NAMES if not name.startswith("mmeb/")] + ["mmeb/GROUP", "mmeb/DATASET"]

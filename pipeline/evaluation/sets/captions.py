@@ -1,27 +1,27 @@
-"""Pictures and videos with captions: each caption seeks its picture, each picture its captions.
+"""Retrieval of pictures or videos by their captions, and of captions by pictures or videos.
 
-Every set is a folder, local or on S3, with its pictures or videos anywhere below it, under the names that its files
-call them, and with these files:
+A set is a folder, local or on S3. Its pictures or videos are anywhere below it, with the names that its files give
+them. The files are:
 
     msrvtt      MSRVTT_JSFUSION_test.csv (video_id, sentence: the 1,000 clips of "1k-A"; Yu et al., 2018)
                 or msrvtt_test_1k.json [{"video": "video7020.mp4", "caption": "..."}, ...]
     msvd        msvd_test.json [{"video": "ID_START_END.avi", "caption": ["...", ...]}, ...]
                 or test_list.txt (an ID_START_END a line) and AllVideoDescriptions.txt ("ID_START_END caption" a line)
-    flickr30k   dataset_flickr30k.json, Karpathy's, of which the split test is taken
-    coco        dataset_coco.json, likewise; of an image's captions the first five
-    urban1k     caption/N.txt, whose first line is that of image/N.jpg (Zhang et al., Long-CLIP, 2024)
+    flickr30k   dataset_flickr30k.json, Karpathy's; the split test
+    coco        dataset_coco.json, likewise; the first five captions of an image
+    urban1k     caption/N.txt: its first line is the caption of image/N.jpg (Zhang et al., Long-CLIP, 2024)
     docci       docci_descriptions.jsonlines {"split", "image_file", "description"}; the split test
     sharegpt4v  share-captioner_coco_lcs_sam_1246k_1107.json, or another share*.json:
                 [{"image", "conversations": [{"from", "value"}, ...]}, ...]; the first 1,000, as in Long-CLIP
-    xm3600      captions.jsonl {"image/key", "<language>": {"caption": ["...", ...]}, ...}: a dataset a language
+    xm3600      captions.jsonl {"image/key", "<language>": {"caption": ["...", ...]}, ...}: a dataset for each language
     flickr-cn   flickr30k_cn_test.txt, or another *flickr*cn*test*.txt: "NAME#0 caption", "NAME#zhm#0 caption" or
                 "NAME.jpg,caption" a line
-    coco-cn     coco-cn_test.txt (a NAME a line) and imageid.human-written-caption.txt ("NAME#0 caption" a line), which
-                others who evaluate it take, not the translated captions; or coco-cn_test.txt with captions itself
+    coco-cn     coco-cn_test.txt (a NAME a line) and imageid.human-written-caption.txt ("NAME#0 caption" a line), as in
+                other evaluations, not the translated captions; or coco-cn_test.txt with the captions in it
     text-video, text-image
-                your own: captions.json {"NAME": "caption" or ["caption", ...], ...}; called as the folder is.
+                your own: captions.json {"NAME": "caption" or ["caption", ...], ...}; the folder's name is the set's.
 
-A set may have a wording.json, too, for models that were trained with other instructions than INSTRUCTED below:
+For a model that was trained with other instructions than INSTRUCTED below, a set may also have a wording.json:
 {"medium": "...", "seeks_caption": "...", "seeks_medium": "..."}.
 """
 
@@ -48,17 +48,17 @@ from pipeline.evaluation.sets.folder import (
     read_texts,
     stem,
 )
-from pipeline.evaluation.tasks import Collection, Kind, Retrieval
+from pipeline.evaluation.tasks import Collection, Retrieval, RetrievalKind
 from pipeline.storage import objects
 from pipeline.storage.documents import foreign, parse_json
 
 WORDING_FILE = "wording.json"
-_FIRST_BYTES = 4 << 20  # of a long file; doubled until they hold what is wanted
+_FIRST_BYTES = 4 << 20  # of a long file that are read; doubled until they suffice
 
 
 @dataclass(frozen=True)
 class Wording:
-    """The texts that go with the items. seeks_medium: of a caption that is a query, which takes the place of {}."""
+    """The texts of the items. seeks_medium: for a caption as a query, which replaces {}."""
 
     medium: str
     seeks_caption: str
@@ -69,7 +69,7 @@ BARE = {
     "text-image": Wording(medium=IMAGE_MARK, seeks_caption=IMAGE_MARK),
     "text-video": Wording(medium=VIDEO_MARK, seeks_caption=VIDEO_MARK),
 }
-# MMEB's, and of videos MMEB-V2's (VLM2Vec-V2, arXiv 2507.04590).
+# MMEB's; for videos MMEB-V2's (VLM2Vec-V2, arXiv 2507.04590).
 INSTRUCTED = {
     "text-image": Wording(
         seeks_medium="Find me an everyday image that matches the given caption: {}",
@@ -85,7 +85,7 @@ INSTRUCTED = {
 
 
 class Captioned(NamedTuple):
-    """A picture or video by the name that `source`, a file's URL, gives it, and its captions by language."""
+    """A picture or video with its captions by language.  medium: its name in the file `source`, a URL."""
 
     medium: str
     captions: dict[str, list[Any]]
@@ -98,27 +98,29 @@ def add(
     instructed: bool,
     *,
     name: str = "",
-    kind: Kind,
+    kind: RetrievalKind,
     read: Callable[[Folder], list[Captioned]],
 ) -> None:
-    """Add tasks of both directions for each language of the set at `url`.
+    """Add tasks in both directions for each language of the set at `url`.
 
-    name: of the dataset; {} in it is the language; without one it is the folder's.
+    name: of the dataset, with {} for the language; default: the folder's name.
     instructed: see Encoder.
 
-    Each caption is a query of its own, and a candidate, also where it is another's to the letter, as in the papers.
-    Raises PipelineError, with the file, where the set is not whole: a missing picture, an empty caption, a language
-    that a picture lacks.
+    Each caption is a query and a candidate of its own, even if two are equal, as in the papers. Raises PipelineError
+    with the name of the file if the set is not complete: a missing picture, an empty caption, or a picture without
+    captions in a language.
     """
     folder = Folder.of(url)
     suffixes = VIDEOS if kind == "text-video" else PICTURES
-    calls: dict[str, Captioned] = {}
+    media: dict[str, Captioned] = {}  # by URL
     captions: dict[str, dict[str, list[str]]] = {}  # by language and URL
     for each in read(folder):
         found = folder.media(plain_text(each.medium, f"{each.source}: the name of a file"), suffixes)
-        first = calls.setdefault(found, each)
+        first = media.setdefault(found, each)
         if stem(first.medium, suffixes) != stem(each.medium, suffixes):
-            raise PipelineError(f"{each.source}: {first.medium} and {each.medium} are both {found}: add the other file")
+            raise PipelineError(
+                f"{each.source}: {first.medium} and {each.medium} both match {found}: add the missing file"
+            )
         for language, texts in each.captions.items():
             own = captions.setdefault(language, {}).setdefault(found, [])
             own += (plain_text(text, f"{each.source}: a caption of {each.medium}") for text in texts)
@@ -126,7 +128,7 @@ def add(
         raise PipelineError(f"{url}: its files list no captions, or none of the test split")
     wording = _wording(folder, kind) if instructed else BARE[kind]
     for language, by_url in captions.items():
-        if missing := [each for found, each in calls.items() if not by_url.get(found)]:
+        if missing := [each for found, each in media.items() if not by_url.get(found)]:
             raise PipelineError(f"{missing[0].source} has no caption of {missing[0].medium} ({language}): add one")
         _add(collection, name.format(language) or folder.name, kind, language, by_url, folder.stamps, wording)
 
@@ -134,13 +136,13 @@ def add(
 def _add(
     collection: Collection,
     name: str,
-    kind: Kind,
+    kind: RetrievalKind,
     language: str,
     captions: dict[str, list[str]],
     stamps: dict[str, str],
     wording: Wording,
 ) -> None:
-    """captions: by URL."""
+    """Add both tasks of one language.  captions: by URL."""
     item, letter = (collection.video, "v") if kind == "text-video" else (collection.picture, "i")
     texts = [text for own in captions.values() for text in own]
     counts = [len(own) for own in captions.values()]
@@ -150,31 +152,20 @@ def _add(
 
     seeking = [collection.text(wording.seeks_medium.replace("{}", text)) for text in texts]
     owners = np.repeat(np.arange(len(counts)), counts)
-    collection.tasks.append(
-        Retrieval(
-            name,
-            kind,
-            f"t2{letter}",
-            language,
-            queries=np.array(seeking, np.int64),
-            candidates=media(wording.medium),
-            right=list(owners[:, None]),
-        )
-    )
-    collection.tasks.append(
-        Retrieval(
-            name,
-            kind,
+    directions = [
+        (f"t2{letter}", np.array(seeking, np.int64), media(wording.medium), list(owners[:, None])),
+        (
             f"{letter}2t",
-            language,
-            queries=media(wording.seeks_caption),
-            candidates=np.array([collection.text(text) for text in texts], np.int64),
-            right=np.split(np.arange(len(texts)), np.cumsum(counts)[:-1]),
-        )
-    )
+            media(wording.seeks_caption),
+            np.array([collection.text(text) for text in texts], np.int64),
+            np.split(np.arange(len(texts)), np.cumsum(counts)[:-1]),
+        ),
+    ]
+    for direction, queries, candidates, right in directions:
+        collection.tasks.append(Retrieval(name, kind, direction, language, queries, candidates, right))
 
 
-def _wording(folder: Folder, kind: Kind) -> Wording:
+def _wording(folder: Folder, kind: RetrievalKind) -> Wording:
     if not (file := folder.files.get(WORDING_FILE)):
         return INSTRUCTED[kind]
     mark = BARE[kind].medium
@@ -220,7 +211,7 @@ def _karpathy(folder: Folder, *, name: str) -> list[Captioned]:
     file = folder.named(name)
     with expecting(file, 'Karpathy\'s {"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}'):
         images = captioned_images(file, objects.read(file), "test")
-    # COCO's test split has 25,010 captions, of which papers count 25,000 (Long-CLIP's code, for one).
+    # COCO's test split has 25,010 captions; papers use 25,000 of them, as does Long-CLIP's code.
     return [Captioned(image, {"en": texts[:5]}, file) for image, texts in images]
 
 
@@ -262,7 +253,7 @@ def _sharegpt4v(folder: Folder) -> list[Captioned]:
 
 
 def _in_one_line(answer: Any) -> Any:
-    """As Long-CLIP takes it."""
+    """As in Long-CLIP's code."""
     return answer.replace("\n", " ") if isinstance(answer, str) else answer
 
 
@@ -330,7 +321,7 @@ def _json_lines(file: str) -> list[Any]:
 
 
 def _first(file: str, number: int) -> list[Any]:
-    """The first objects of a JSON list, of which little more is read: ShareGPT4V's has 1.5 GB."""
+    """The first objects of a JSON list. Little more of the file is read: ShareGPT4V's has 1.5 GB."""
     size, length = objects.size(file), _FIRST_BYTES
     if why := foreign(objects.read(file, 0, min(8, size))):
         raise ValueError(f"it {why}")
@@ -338,23 +329,23 @@ def _first(file: str, number: int) -> list[Any]:
         data = objects.read(file, 0, min(length, size))
         try:
             return _leading(data.decode("utf-8-sig"), number)
-        except ValueError:  # it is cut short, in a letter or an object
+        except ValueError:  # the data end inside a character or an object
             if length >= size:
                 raise
             length *= 2
 
 
 def _leading(text: str, number: int) -> list[Any]:
-    """The first objects of a JSON list; ValueError if the text ends before them, and not by the list's end."""
+    """The first objects of a JSON list; ValueError if the text ends before them and before the end of the list."""
     start = re.match(r"\s*\[", text)
     if start is None:
         raise ValueError("it is no list")
-    entries, position = [], start.end()
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    entries: list[Any] = []
+    position, decoder = start.end(), json.JSONDecoder()
     while len(entries) < number:
-        entry, position = decoder.raw_decode(text, space.match(text, position).end())
+        entry, position = decoder.raw_decode(text, _skip_space(text, position))
         entries.append(entry)
-        position = space.match(text, position).end()
+        position = _skip_space(text, position)
         if text[position : position + 1] == "]":
             break
         if text[position : position + 1] != ",":
@@ -363,9 +354,15 @@ def _leading(text: str, number: int) -> list[Any]:
     return entries
 
 
+def _skip_space(text: str, position: int) -> int:
+    while text[position : position + 1].isspace():
+        position += 1
+    return position
+
+
 _images = partial(add, kind="text-image")
 _videos = partial(add, kind="text-video")
-# Name on the command line -> what adds the set at a URL to a collection: (collection, url, instructed).
+# Name on the command line -> function (collection, url, instructed) that adds the set at a URL.
 SETS: dict[str, Callable[..., None]] = {
     "text-video": partial(_videos, read=_own),
     "text-image": partial(_images, read=_own),

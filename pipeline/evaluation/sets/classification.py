@@ -1,9 +1,9 @@
 """Zero-shot classification of pictures, in ImageNet's layout (Radford et al., arXiv 2103.00020, section 3.1).
 
-URL/<class>/*.jpg, or URL/val/<class>/*.jpg     the pictures, in any format; beside val, others are left alone
+URL/<class>/*.jpg, or URL/val/<class>/*.jpg     the pictures, in any format; if there is val, other folders are ignored
 URL/classnames.json     {"n01440764": "tench", "n01443537": ["goldfish", "Carassius auratus"], ...},
-                        or a list of names, in the order of the sorted folders: of numbers, by number
-URL/templates.txt       a template a line, {} where the name goes; without the file, TEMPLATES
+                        or a list of names, in the order of the sorted folders (numbers by value)
+URL/templates.txt       a template a line, with {} for the name; without the file, TEMPLATES
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from pipeline.storage.documents import parse_json
 
 NAMES_FILE, TEMPLATES_FILE = "classnames.json", "templates.txt"
 INSTRUCTION = f"{IMAGE_MARK}\nRepresent the given image for classification."
-# The seven that CLIP's authors chose out of their 80 (its notebook "Prompt engineering for ImageNet").
+# The seven that CLIP's authors chose from their 80 (in the notebook "Prompt engineering for ImageNet").
 TEMPLATES = (
     "itap of a {}.",
     "a bad photo of the {}.",
@@ -33,10 +33,10 @@ TEMPLATES = (
 
 
 def add(collection: Collection, url: str, instructed: bool) -> None:
-    """Add the set at `url`, called as its folder: each picture seeks its class, the mean of its prompts.
+    """Add the set at `url`, with the folder's name. Queries are pictures, candidates are classes: means of prompts.
 
-    Where classes have several names, each class has as many prompts as the one with the most names: per template as
-    many as names there, in which a class's own names take turns.
+    If classes have several names, all classes have as many prompts as the class with the most names: for each template
+    one prompt for each of that many names, over which the names of a class are repeated in turn.
 
     instructed: see Encoder.
 
@@ -69,7 +69,7 @@ def add(collection: Collection, url: str, instructed: bool) -> None:
 
 
 def _pictures(folder: Folder) -> dict[str, list[str]]:
-    """Class's folder -> URLs of its pictures, in the classes' order."""
+    """Folder of a class -> URLs of its pictures, in the order of the classes."""
     paths = [path for path in folder.files if path.rpartition(".")[2].lower() in PICTURES]
     paths = [path for path in paths if path.startswith("val/")] or paths
     if not paths:
@@ -86,21 +86,21 @@ def _pictures(folder: Folder) -> dict[str, list[str]]:
     if unread := [folder.files[path] for path in others if folder.files[path] not in read and not _hidden(path)]:
         raise PipelineError(
             f"{unread[0]} ({len(unread)} such) is no picture in a known format ({', '.join(sorted(PICTURES))}): "
-            "convert or remove it, for scores of fewer pictures are others"
+            "convert or remove it; a score over fewer pictures would not be comparable"
         )
     numbered = all(name.isdecimal() for name in pictures)
     return {name: pictures[name] for name in sorted(pictures, key=int if numbered else str)}
 
 
 def _hidden(path: str) -> bool:
-    """Whether it is what systems leave in folders."""
+    """Whether it is a file that operating systems leave in folders."""
     return path.rpartition("/")[2].startswith(".") or path.endswith(("Thumbs.db", "desktop.ini"))
 
 
 def _names(file: str, folder: Folder, pictures: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Class's folder -> its names, at least one, in the order of `pictures`."""
+    """Folder of a class -> its names, at least one, in the order of `pictures`."""
     if NAMES_FILE not in folder.files:
-        raise PipelineError(f"{file} is missing, which says what the folders of pictures are called")
+        raise PipelineError(f"{file} is missing; it must have the names of the classes")
     with expecting(file, '{"folder": "name" or ["name", ...], ...}, or a list in the order of the sorted folders'):
         given = parse_json(read_text(file), file, remedy=MEND)
         if isinstance(given, list):
@@ -125,9 +125,9 @@ def _templates(file: str, folder: Folder) -> tuple[str, ...]:
     templates = tuple(line.strip() for line in read_text(file).split("\n") if line.strip())
     for template in templates:
         if plain_text(template, f"{file}: a template").count("{}") != 1:
-            raise PipelineError(f"{file}: {template!r} should have one {{}}, where the class's name goes")
+            raise PipelineError(f"{file}: {template!r} must have one {{}}, for the name of the class")
     if not templates:
-        raise PipelineError(f"{file} has no templates: write one a line, or remove it")
+        raise PipelineError(f"{file} has no templates: write one on each line, or remove the file")
     return templates
 
 

@@ -1,4 +1,4 @@
-"""The files below an evaluation set's folder, found by the names that the set's own files call them."""
+"""The files below an evaluation set's folder, found by the names in the set's own files."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +15,13 @@ from pipeline.storage.documents import utf8_text
 
 PICTURES = frozenset({*IMAGE_SUFFIXES.values(), "jpeg"})
 VIDEOS = frozenset(VIDEO_SUFFIXES)
-MEND = "mend it, for a set is taken whole"
+MEND = "correct it; a set must be complete"
 _THREADS = 16
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What lies below a folder, hidden files aside.
+    """The files below a folder, without hidden ones.
 
     url: of the folder.
     files: path below it -> URL, sorted by URL.
@@ -34,54 +34,54 @@ class Folder:
 
     @classmethod
     def of(cls, url: str) -> "Folder":
-        """The folder as it is now, a local one or on S3; PipelineError if it holds nothing."""
-        # Archives made on a Mac leave a ._NAME.jpg, which is no picture, for each NAME.jpg.
+        """List a folder, local or on S3; PipelineError if it is empty."""
+        # Archives from a Mac have a ._NAME.jpg, which is no picture, for each NAME.jpg.
         stamps = {each: stamp for each, stamp in objects.stamps(url).items() if not _name(each).startswith(".")}
         if not stamps:
-            raise PipelineError(f"{url} holds no files: name the folder of the evaluation set")
+            raise PipelineError(f"{url} has no files: give the folder of the evaluation set")
         if "://" in url:
             return cls(url, {each.removeprefix(url.rstrip("/") + "/"): each for each in stamps}, stamps)
         return cls(url, {Path(each).relative_to(url).as_posix(): each for each in stamps}, stamps)
 
     @property
     def name(self) -> str:
-        """What the folder is called, and a set of one's own with it."""
+        """The name of the folder, and of a user's own set."""
         return _name(self.url.rstrip("/") if "://" in self.url else str(Path(self.url).resolve()))
 
     def named(self, *names: str) -> str:
-        """The URL of the file that has, anywhere below, the first of these names that any has; * stands for anything.
+        """The URL of the file below the folder with the first of these names that exists; * matches anything.
 
         PipelineError if there is none, and if there are several.
         """
         for name in names:
             found = [url for path, url in self.files.items() if fnmatchcase(_name(path), name)]
             if len(found) > 1:
-                raise PipelineError(f"{self.url} has both {found[0]} and {found[1]}: leave one {name} in it")
+                raise PipelineError(f"{self.url} has both {found[0]} and {found[1]}: keep only one {name}")
             if found:
                 return found[0]
-        raise PipelineError(f"{self.url} has no {' or '.join(names)}, which says what this evaluation set consists of")
+        raise PipelineError(f"{self.url} has no {' or '.join(names)}, which lists the items of this evaluation set")
 
     def media(self, name: str, suffixes: frozenset[str]) -> str:
-        """The URL of a picture or video that a set's file calls `name`, with or without suffix.
+        """The URL of a picture or video with this name, with or without suffix, in a set's file.
 
-        It is the file at that path, be it below a folder that the name leaves out; else the one so called elsewhere.
-        PipelineError if there is none, and if there are several.
+        It is the file whose path ends with the name; or else the one with the same last part. PipelineError if there is
+        none, and if there are several.
         """
         wanted = stem(name, suffixes)
         called = [path for path in self._by_name.get(_name(wanted), []) if _suffix(path) in suffixes]
         found = [path for path in called if f"/{stem(path, suffixes)}".endswith(f"/{wanted}")] or called
         if not found:
             raise PipelineError(
-                f"{self.url} has no file {name} ({', '.join(sorted(suffixes))}), which the evaluation set names: "
-                "a score over fewer would be another set's"
+                f"{self.url} has no file {name} ({', '.join(sorted(suffixes))}), which the evaluation set lists: "
+                "a score without it would not be comparable"
             )
         if len(found) > 1:
-            raise PipelineError(f"{self.url}: {name} may be {found[0]} or {found[1]}: leave one of them in it")
+            raise PipelineError(f"{self.url}: {name} may be {found[0]} or {found[1]}: keep only one of them")
         return self.files[found[0]]
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
-        """A picture's or video's name without suffix -> its path, or paths."""
+        """Name of a picture or video without suffix -> its paths."""
         paths: dict[str, list[str]] = {}
         for path in self.files:
             if _suffix(path) in PICTURES | VIDEOS:
@@ -98,14 +98,14 @@ def read_text(url: str) -> str:
 
 
 def read_texts(urls: Sequence[str]) -> list[str]:
-    """The texts of many small files, several at a time: S3 answers late, not slowly."""
+    """The texts of many small files, read in parallel to hide S3's latency."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(read_text, urls))
 
 
 @contextmanager
 def expecting(url: str, form: str) -> Iterator[None]:
-    """Turn what reading a file of another form raises into a PipelineError that names the file and the form."""
+    """Turn the errors of reading a file in another form into a PipelineError with the file and the expected form."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -114,16 +114,16 @@ def expecting(url: str, form: str) -> Iterator[None]:
 
 
 def plain_text(text: object, where: str) -> str:
-    """The text, without white space and byte-order marks around it; PipelineError if it is none: see `text_fault`."""
+    """The text without white space and byte-order marks around it; PipelineError for one with a `text_fault`."""
     if not isinstance(text, str):
-        raise PipelineError(f"{where} is {text!r}, which is no text")
+        raise PipelineError(f"{where} is {text!r}, not a text")
     if fault := text_fault(text):
         raise PipelineError(f"{where} cannot be used: {': '.join(fault)}; {MEND}")
     return text.strip().strip(BYTE_ORDER_MARK).strip()
 
 
 def stem(name: str, suffixes: frozenset[str]) -> str:
-    """The path, without its suffix if that is one of these."""
+    """The path without its suffix, if that is one of these."""
     path = PurePosixPath(name)
     return str(path.with_suffix("") if _suffix(name) in suffixes else path)
 

@@ -1,4 +1,4 @@
-"""MMEB's datasets, as they lie on the hub or converted, and other sets in their layout (pipeline/data/mmeb.py)."""
+"""MMEB's datasets, as on the hub or converted, and other sets in the same layout (pipeline/data/mmeb.py)."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,7 +10,16 @@ from threading import Lock
 import numpy as np
 
 from pipeline.data.index import INDEX_FILE, Index, Shard, load_sidecar, read_samples
-from pipeline.data.mmeb import IMAGE_FOLDERS, MMEB_TASKS, TASKS_FILE, Side, converted_rows, evaluation_rows, read_tasks
+from pipeline.data.mmeb import (
+    IMAGE_FOLDERS,
+    META_TASKS,
+    MMEB_TASKS,
+    TASKS_FILE,
+    Side,
+    converted_rows,
+    evaluation_rows,
+    read_tasks,
+)
 from pipeline.data.sample import BadSample, Item, Single
 from pipeline.data.shards import parse_sample
 from pipeline.errors import PipelineError
@@ -18,30 +27,22 @@ from pipeline.evaluation.tasks import Collection, Ranking, content_key
 from pipeline.storage import objects
 from pipeline.storage.documents import note_unread
 
-GROUPS = {
-    "mmeb": lambda meta_task, known: True,
-    "mmeb/ind": lambda meta_task, known: known,
-    "mmeb/ood": lambda meta_task, known: not known,
-    "mmeb/classification": lambda meta_task, known: meta_task == "classification",
-    "mmeb/vqa": lambda meta_task, known: meta_task == "vqa",
-    "mmeb/retrieval": lambda meta_task, known: meta_task == "retrieval",
-    "mmeb/grounding": lambda meta_task, known: meta_task == "grounding",
-} | {f"mmeb/{name}": None for name in MMEB_TASKS}
-
-_BLOCK_BYTES = 256 << 10  # of a shard that are read together: one picture, or a hundred texts
+GROUPS = ("mmeb", "mmeb/ind", "mmeb/ood", *(f"mmeb/{name}" for name in (*META_TASKS, *MMEB_TASKS)))
+_BLOCK_BYTES = 256 << 10  # of a shard that are read together: about one picture, or a hundred texts
 
 
 def datasets(url: str, group: str | None = None) -> dict[str, Callable[[Collection], None]]:
-    """What adds each dataset at `url` that is of the group, by name.
+    """For each dataset of the group at `url`, by name: the function that adds it.
 
-    group: one of GROUPS; None: all that tasks.json names, or of MMEB's what is there. Raises PipelineError where there
-    is none.
+    group: one of GROUPS; None: all datasets in tasks.json, or those of MMEB that exist. PipelineError if there is none.
     """
     listed = objects.exists(objects.join(url, TASKS_FILE))
     known = read_tasks(url) if listed else MMEB_TASKS
-    chosen = GROUPS.get(group, GROUPS["mmeb"]) or (lambda *_: False)
-    wanted = {name: kind for name, kind in known.items() if f"mmeb/{name}" == group or chosen(*kind)}
-    there = wanted if listed else {name: kind for name, kind in wanted.items() if _has(objects.join(url, name))}
+    there = {}
+    for name, (meta_task, in_distribution) in known.items():
+        groups = (None, "mmeb", f"mmeb/{meta_task}", f"mmeb/{name}", "mmeb/ind" if in_distribution else "mmeb/ood")
+        if group in groups and (listed or objects.list_under(objects.join(url, name))):
+            there[name] = (meta_task, in_distribution)
     if "://" not in url:
         others = {file.parent.name for file in Path(url).glob("*/*.parquet")} - known.keys()
         why = (
@@ -57,30 +58,28 @@ def datasets(url: str, group: str | None = None) -> dict[str, Callable[[Collecti
     return {name: partial(_add, url=url, name=name, kind=kind, images=images) for name, kind in there.items()}
 
 
-def _has(folder: str) -> bool:
-    return bool(objects.list_under(folder))
-
-
 def _add(collection: Collection, url: str, name: str, kind: tuple[str, bool], images: "_Images") -> None:
     folder = objects.join(url, name)
     if objects.exists(objects.join(folder, INDEX_FILE)):
         queries, candidates = _converted(collection, folder)
     else:
         queries, candidates = _published(collection, images, evaluation_rows(folder))
-    collection.tasks.append(Ranking(name, *kind, np.array(queries), candidates))
+    collection.tasks.append(Ranking(name, *kind, queries, candidates))
 
 
 class _Images:
-    """The pictures that rows name, by path: their URLs and stamps.
+    """URLs and stamps of pictures, by the paths in the rows.
 
-    They lie in a folder for each dataset, of which one is listed when a row first names one of its pictures.
+    Each dataset has a folder of pictures, which is listed when a row first refers to it.
     """
 
     def __init__(self, url: str) -> None:
-        self.url, self._stamps, self._listed = url, {}, set()
+        self.url = url
+        self._stamps: dict[str, str] = {}
+        self._listed: set[str] = set()
 
     def find(self, path: str) -> tuple[str, str]:
-        """(URL, stamp); PipelineError where there is none."""
+        """(URL, stamp) of a picture; PipelineError if it does not exist."""
         top = path.partition("/")[0]
         if top not in self._listed:
             self._listed.add(top)
@@ -91,25 +90,26 @@ class _Images:
             if stamp := self._stamps.get(url):
                 return url, stamp
         looked = " or ".join(objects.join(self.url, folder, path) for folder in IMAGE_FOLDERS)
-        raise PipelineError(f"there is no {looked}, which the rows name: a score without it would be another's")
+        raise PipelineError(f"there is no {looked}, to which a row refers: a score without it would not be comparable")
 
 
 def _published(
     collection: Collection, images: _Images, rows: Iterable[tuple[Side, list[Side]]]
-) -> tuple[list[int], list[np.ndarray]]:
+) -> tuple[np.ndarray, list[np.ndarray]]:
     @cache
     def row(side: Side) -> int:
         text, image = side
         return collection.picture(text, *images.find(image), image) if image else collection.text(text)
 
     numbers = [(row(query), np.array([row(side) for side in sides])) for query, sides in rows]
-    return [query for query, _ in numbers], [candidates for _, candidates in numbers]
+    return np.array([query for query, _ in numbers]), [candidates for _, candidates in numbers]
 
 
 def _converted(collection: Collection, folder: str) -> tuple[np.ndarray, list[np.ndarray]]:
     index = Index.load(folder)
     names, queries, candidates = converted_rows(folder, index)
-    keys, readers = [], []
+    keys: list[bytes] = []
+    readers: list[Callable[[], Item]] = []
     for shard in index.shards:
         records = load_sidecar(folder, shard)
         starts = np.flatnonzero(np.diff(records["offset"].astype(np.int64) // _BLOCK_BYTES, prepend=-1))
@@ -131,11 +131,11 @@ class _Block:
     lock: Lock = field(default_factory=Lock)
 
     def item(self, number: int) -> Item:
-        with self.lock:  # while one thread reads, those that want the block's other items wait
+        with self.lock:  # other threads wait for the block instead of reading it, too
             data = _samples(self)[number]
         single = parse_sample(data)
         if not isinstance(single, Single):
-            raise BadSample("a pair, where an item by itself was expected")
+            raise BadSample("a pair, where a single item was expected")
         return single.item
 
 

@@ -1,4 +1,4 @@
-"""Shards of pairs, as one trains on: each query seeks its target among all targets."""
+"""Shards of pairs, as for training: the candidates of each query are all targets."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.data.index import Captions, Index, load_sidecar, read_samples
 from pipeline.data.mmeb import META_TASKS, MMEB_TASKS, TASKS_FILE
-from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.data.sample import BadSample, Pair
 from pipeline.data.shards import parse_sample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.tasks import Collection, Ranking, content_key
@@ -17,14 +17,14 @@ _SIMILARITIES = 100_000_000
 
 
 def add(collection: Collection, url: str) -> None:
-    """Add the pairs at `url` as a dataset of the meta-task that they name, or else of "retrieval".
+    """Add the pairs at `url` as a dataset of their meta-task, or else of "retrieval".
 
-    A query with several targets seeks each without the others.
+    A query with several targets is repeated for each of them, without the others among its candidates.
     """
     index = Index.load(url)
     if index.samples**2 > _SIMILARITIES:
         raise PipelineError(
-            f"{url} has {index.samples:,} pairs, each of which would be compared with all; hold out fewer, "
+            f"{url} has {index.samples:,} pairs, and each would be compared with all: evaluate on fewer, "
             f"{int(_SIMILARITIES**0.5):,} at most"
         )
     pairs = []
@@ -33,7 +33,7 @@ def add(collection: Collection, url: str) -> None:
             pairs.append(_parse(f"{objects.join(url, shard.file)}#{number}", data, index.captions))
     rows = {
         item.content_hash: collection.row(
-            content_key(item.content_hash), f"{pair.key}: {item.text}", partial(_same, item)
+            content_key(item.content_hash), f"{pair.key}: {item.text}", partial(replace, item)
         )
         for pair in pairs
         for item in (pair.query, pair.target)
@@ -48,7 +48,7 @@ def add(collection: Collection, url: str) -> None:
         for target in sorted(own):
             queries.append(rows[query])
             candidates.append(np.concatenate([[target], others]).astype(np.int32))
-    # What is called as one of MMEB's sets is not that one, for which it has other candidates.
+    # Pairs with the name of an MMEB dataset are another set, because the candidates differ.
     name = f"{index.dataset}, pairs" if index.dataset in MMEB_TASKS else index.dataset
     meta_task = pairs[0].task if pairs[0].task in META_TASKS else "retrieval"
     collection.tasks.append(Ranking(name, meta_task, True, np.array(queries), candidates))
@@ -60,14 +60,6 @@ def _parse(key: str, sample: bytes, captions: Captions | None) -> Pair:
     except BadSample as reason:
         raise PipelineError(f"{key} cannot be evaluated: {reason}") from None
     if not isinstance(pair, Pair):
-        raise PipelineError(f"{key} is an item of an evaluation set: name the folder above, with its {TASKS_FILE}")
-    return replace(pair, query=_as_read(pair.query), target=_as_read(pair.target))
-
-
-def _as_read(item: Item) -> Item:
-    """As a Collection's texts are."""
-    return replace(item, text=item.text.strip())
-
-
-def _same(item: Item) -> Item:
-    return item
+        raise PipelineError(f"{key} is an item of an evaluation set: give the folder above, with its {TASKS_FILE}")
+    query, target = (replace(item, text=item.text.strip()) for item in (pair.query, pair.target))  # see Collection
+    return replace(pair, query=query, target=target)

@@ -1,28 +1,28 @@
-"""A check of what a run needs: what was found, and what to do about it."""
+"""One check of what a run needs: its result, and what to do about it."""
 
-import functools
 import os
 import queue
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial, wraps
 from typing import Literal, ParamSpec
 
 from pipeline.errors import PipelineError
 
 Parameters = ParamSpec("Parameters")
 
-_HURRY_SECONDS = 5
-some_is_late = threading.Event()  # and stops the run: then the others are not waited for long
+_AFTER_TIMEOUT_SECONDS = 5
+timed_out = threading.Event()  # a check that stops the run timed out: later checks get less time
 
 
 @dataclass(frozen=True)
 class Check:
-    """A line of the table.
+    """A row of the table.
 
-    state: red would stop the run; yellow lets it start.  do: what to do, where `found` does not say it.
-    rate: MB/s that were measured, which differ from node to node.
+    state: red would stop the run; yellow does not.  do: what to do, unless `found` says it.
+    rate: the measured MB/s, which differ from node to node.
     """
 
     name: str
@@ -36,32 +36,22 @@ class Check:
         return f"preflight: {self.name}: {self.found}" + (f" - {self.do}" if self.do else "")
 
 
-def green(found: str, rate: float | None = None) -> Check:
-    return Check("", "green", found, rate=rate)
-
-
-def yellow(found: str, do: str) -> Check:
-    return Check("", "yellow", found, do)
-
-
-def red(found: str, do: str = "") -> Check:
-    return Check("", "red", found, do)
-
-
-def skipped(why: str) -> Check:
-    return Check("", "skipped", why)
+green = partial(Check, "", "green")
+yellow = partial(Check, "", "yellow")
+red = partial(Check, "", "red")
+skipped = partial(Check, "", "skipped")
 
 
 def check(
     name: str, seconds: float, if_late: str, late: Callable[[str, str], Check] = red
 ) -> Callable[[Callable[Parameters, Check]], Callable[Parameters, Check]]:
-    """Make a function the check of this name: what it raises is red, and it is not waited for longer than `seconds`.
+    """Make a function a check of this name: an exception is red, and so is a result later than `seconds`.
 
-    if_late: what to do then.  late: red, or yellow where it stops nothing.
+    if_late: what to do after a timeout.  late: red, or yellow if a timeout does not stop the run.
     """
 
     def decorate(function: Callable[Parameters, Check]) -> Callable[Parameters, Check]:
-        @functools.wraps(function)
+        @wraps(function)
         def limited(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Check:
             results: queue.SimpleQueue[Check] = queue.SimpleQueue()
 
@@ -74,15 +64,15 @@ def check(
                     first = (str(error).strip().splitlines() or [""])[0]
                     results.put(red(f"{type(error).__name__}: {first}"))
 
-            # A thread that hangs, in a driver or on a dead file server, ends with the process.
+            # A thread that hangs in a driver or on a dead file server ends with the process.
             threading.Thread(target=work, daemon=True).start()
-            patience = min(seconds, _HURRY_SECONDS) if some_is_late.is_set() else seconds
+            limit = min(seconds, _AFTER_TIMEOUT_SECONDS) if timed_out.is_set() else seconds
             try:
-                result = results.get(timeout=patience)
+                result = results.get(timeout=limit)
             except queue.Empty:
-                result = late(f"no answer within {patience:g} s", if_late)
+                result = late(f"no answer within {limit:g} s", if_late)
                 if result.state == "red":
-                    some_is_late.set()
+                    timed_out.set()
             return replace(result, name=name, found=_without_secrets(result.found))
 
         return limited
@@ -91,7 +81,7 @@ def check(
 
 
 def _without_secrets(text: str) -> str:
-    """Other people's exceptions may repeat what the environment holds."""
+    """Exceptions of libraries may contain values of the environment."""
     for name, value in os.environ.items():
         if len(value) > 3 and re.search("SECRET|TOKEN|PASSWORD|ACCESS_KEY|API_KEY", name):
             text = text.replace(value, "***")

@@ -1,4 +1,4 @@
-"""Whether the recipe's model, batches, memory and checkpoints go together, by the functions that training asks."""
+"""Whether the recipe's model, batches, memory and checkpoints fit together, by the functions that training calls."""
 
 import re
 from dataclasses import dataclass
@@ -26,12 +26,14 @@ from pipeline.training import checkpoint, resume
 from pipeline.training.budget import FULL
 from pipeline.training.memory import Plan
 
+_ABSENT = "is no folder, and not complete in the hub's cache"
+
 
 @dataclass
 class Job:
-    """A recipe on `world` processes, and what the checks so far have opened; None: not, or they failed.
+    """A recipe on `world` processes, and what earlier checks have opened: None if they did not run, or failed.
 
-    gpus: of all nodes together.  guessed: nobody said what `world` is.
+    gpus: on all nodes together.  guessed: `world` was not given.
     """
 
     recipe: Recipe
@@ -49,30 +51,31 @@ class Job:
 
 
 @check(
-    "model", seconds=40, if_late="is the file system with the model slow, or the hub? HF_HUB_OFFLINE=1 does without it"
+    "model", seconds=40, if_late="is the file system with the model slow, or the hub? HF_HUB_OFFLINE=1 avoids the hub"
 )
 def model(job: Job) -> Check:
-    """Its files on this node: configuration, weights, tokenizer and, for the export, image processor."""
+    """Whether this node has its files: configuration, weights, tokenizer and, for the export, image processor."""
     wanted, recipe, kind = job.recipe.model, job.recipe, KINDS[job.recipe.model.kind]
     absent = ""
     if wanted.text_encoder and not _folder("model.text_encoder", wanted.text_encoder):
-        download = "copy it there, or download it where there is a network (tools/offline.sh)"
-        return red(f"model.text_encoder={wanted.text_encoder} is no folder, and not whole in the hub's cache", download)
+        download = "copy it there, or download it on a machine with a network (tools/offline.sh)"
+        return red(f"model.text_encoder={wanted.text_encoder} {_ABSENT}", download)
     if wanted.path:
         folder = _folder("model.path", wanted.path)
-        absent = "" if folder else f"{wanted.path} is no folder, and not whole in the hub's cache"
-        download = f"where there is a network: hf download {wanted.path} (tools/offline.sh), with the job's HF_HOME"
+        absent = "" if folder else f"{wanted.path} {_ABSENT}"
+        download = f"on a machine with a network: hf download {wanted.path} (tools/offline.sh), with the job's HF_HOME"
         if absent and constants.HF_HUB_OFFLINE:
             return red(f"{absent} (HF_HUB_OFFLINE=1)", download)
         try:
             if folder and weights.is_original(folder):
-                loading.tokenizer(str(folder), weights.config_of(wanted).text_config.vocab_size, Qwen2Tokenizer)
-            elif folder or wanted.kind == "llave":  # of a vision tower its weights would come, too
+                text: Any = weights.config_of(wanted).text_config
+                loading.tokenizer(str(folder), text.vocab_size, Qwen2Tokenizer)
+            elif folder or wanted.kind == "llave":  # for another family this would download weights
                 kind.check(wanted)
                 kind.processor(recipe, wanted.path)
         except (PipelineError, OSError, ValueError):
             if absent:
-                return red(f"{absent}; nor can the hub be asked for it from here", download)
+                return red(f"{absent}, and the hub cannot be reached from here", download)
             raise
     else:
         kind.check(wanted)
@@ -97,13 +100,13 @@ def _source_of(model: Model) -> str:
 
 
 def _folder(field: str, path: str) -> Path | None:
-    """Where the model's files are; None if the hub must be asked. Raises PipelineError if there can be none."""
+    """The folder with the model's files; None if they must be downloaded. PipelineError if there is no such model."""
     folder = Path(path)
     if folder.is_dir():
         survey(folder)
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise PipelineError(f"there is no folder {path}: correct {field}, which every node must see")
+        raise PipelineError(f"there is no folder {path}: correct {field}; every node must see the folder")
     try:
         folder = Path(snapshot_download(path, local_files_only=True))
         survey(folder)
@@ -117,9 +120,9 @@ def _mostly_videos(source: Source | None) -> bool:
     return sum(shard.videos for shard in shards) > sum(shard.images for shard in shards)
 
 
-@check("processes", seconds=30, if_late="is a dataset of very many shards named? run it again")
+@check("processes", seconds=30, if_late="the datasets may have very many shards: run it again")
 def processes(job: Job) -> Check:
-    """Whether batch, lanes, sub-batch and processes divide, and the data are enough for a step."""
+    """Whether batch, lanes, sub-batch and processes divide each other, and the data suffice for a step."""
     recipe, world = job.recipe, job.world
     job.zero = load_ds_config(recipe, world)["zero_optimization"]
     KINDS[recipe.model.kind].check_stage(job.zero["stage"])
@@ -128,7 +131,7 @@ def processes(job: Job) -> Check:
     order = job.source.order(recipe.batch.global_batch, recipe.seed, job.lengths)
     order.check_world(world)
     job.source.check_memory(order, world)
-    steps = recipe.steps or round(recipe.epochs * order.steps_per_epoch)
+    steps = recipe.steps or round((recipe.epochs or 0) * order.steps_per_epoch)
     if steps < 1:
         return red(
             f"epochs={recipe.epochs} of {order.steps_per_epoch} steps is less than a step", "raise it, or set steps"
@@ -138,51 +141,57 @@ def processes(job: Job) -> Check:
         f"{recipe.batch.global_batch} pairs and {order.lanes // world} of {order.lanes} lanes each, {steps:,} steps"
     )
     if 0 < job.gpus < world:
-        return red(f"{world} processes on {job.gpus} GPUs", "start one a GPU, or ask for more GPUs")
+        return red(f"{world} processes on {job.gpus} GPUs", "start one process on each GPU, or ask for more GPUs")
     if world < job.gpus:
-        return yellow(found, f"{job.gpus - world} of {job.gpus} GPUs have nothing to do: start one process a GPU")
+        return yellow(found, f"{job.gpus - world} of {job.gpus} GPUs are not used: start one process on each GPU")
     return green(found)
 
 
 @check("memory", seconds=30, if_late="run tools/plan_memory.py")
 def memory(job: Job, gpu_bytes: int) -> Check:
-    """By tools/plan_memory.py's estimate.  gpu_bytes: of the smallest GPU; 0: there is none."""
+    """Memory by the estimate of tools/plan_memory.py.  gpu_bytes: of the smallest GPU; 0 without GPUs."""
     if job.recipe.model.kind != "llave":
-        return skipped("estimated for llave alone; batch.chunk_tokens=auto finds what fits in the first steps")
+        return skipped("estimated only for llave; batch.chunk_tokens=auto finds what fits in the first steps")
     if job.plan is None or job.zero is None:
         return skipped("without model and processes")
     if not gpu_bytes:
-        return skipped("no GPU here; tools/plan_memory.py plans for those of your choice")
+        return skipped("there is no GPU here; tools/plan_memory.py estimates for any GPU")
     plan, stage = job.plan, job.zero["stage"]
     states = plan.states(stage, job.zero)
     needed = plan.total(plan.budget.chunk_tokens, states)
-    found = f"about {needed / GB:.1f} of {gpu_bytes / GB:.1f} GB a GPU, ZeRO {stage}, {job.world} GPUs"
+    found = f"about {needed / GB:.1f} of {gpu_bytes / GB:.1f} GB on each GPU, ZeRO {stage}, {job.world} GPUs"
     largest = plan.largest_chunk(FULL * gpu_bytes, states)
     lower = f"lower batch.chunk_tokens to {largest:,}" if largest else (
-        "lower model.max_tokens, batch.kept_chunks or batch.features_mb, take more GPUs or a higher ZeRO stage, or "
+        "lower model.max_tokens, batch.kept_chunks or batch.features_mb, use more GPUs or a higher ZeRO stage, or "
         "train adapters (train.lora)"
     )  # fmt: skip
     if needed > gpu_bytes:
         return red(found, lower)
-    # CUDA, NCCL and fragmentation take a few GB besides.
+    # CUDA, NCCL and fragmentation need a few more GB.
     return yellow(f"{found}: little is left", lower) if needed > FULL * gpu_bytes else green(found)
 
 
-@check("other jobs", seconds=40, if_late="is Slurm's controller slow? squeue says whether one trains the same run")
+@check(
+    "other jobs", seconds=40, if_late="is Slurm's controller slow? squeue shows whether another job trains the same run"
+)
 def other_jobs(folder: Path) -> Check:
     if job := status.other_job(folder):
         return red(f"job {job} trains {folder}", f"scancel {job}, or set run= to another directory")
     if why := lock.in_use(str(folder)):
-        return yellow(why, "or set run= to another directory; a start waits two minutes for a sign that it lives")
-    return green(f"none trains {folder}")
+        return yellow(
+            why, "or set run= to another directory; a start waits two minutes for that process's next sign of life"
+        )
+    return green(f"no other job trains {folder}")
 
 
 @check("earlier starts", seconds=30, if_late="is the file system of the run directory slow?")
 def earlier_starts(folder: Path) -> Check:
-    """Of this job. Where each ended with the job's script, nothing but this one can say that it was the last."""
+    """Whether this job failed too often. If each start ended with the whole job, only this check can stop it."""
     begun = Status.read(folder)
-    if why := begun.hopeless:
-        return red(f"{why}, at last: {begun.reason}", "mend that, then submit it anew: another job begins without them")
+    if why := begun.give_up_reason:
+        return red(
+            f"{why}; last: {begun.reason}", "correct the cause, then submit the job again: a new job has no failures"
+        )
     return green(f"{len(begun.failures)} of {begun.start} failed" if begun.start else "none")
 
 
@@ -190,8 +199,8 @@ def earlier_starts(folder: Path) -> Check:
 def resuming(job: Job) -> Check:
     start = resume.whole(job.folder / "checkpoints")
     if start is None:
-        return green("starts anew")
+        return green("starts from the beginning")
     if job.source is None or job.zero is None:
-        return skipped(f"{start.name} is there; whether it can be continued is not known without data and processes")
+        return skipped(f"{start.name} exists; without data and processes it is not checked")
     checkpoint.check(start, conditions_of_run(job.recipe, job.source, job.zero))
     return green(f"continues from {start.name}")

@@ -1,4 +1,4 @@
-"""What the nodes have to compute with: GPUs, and the attention that runs on them."""
+"""The GPUs of the nodes, and the attention that runs on them."""
 
 import os
 import shutil
@@ -16,11 +16,11 @@ from pipeline.models.attention import KINDS, Segments, choose
 from pipeline.models.loading import DTYPES
 
 GB = 1e9
-_IN_USE = 0.1  # of a GPU's memory, by others
+_IN_USE = 0.1  # of a GPU's memory, by other processes
 
 
 def gpus_here() -> dict[str, Any]:
-    """driver: its version.  gpus: [name, bytes of memory, bytes of it that are free] of each."""
+    """driver: its version.  gpus: [name, bytes of memory, free bytes] of each GPU."""
     gpus = []
     for number in range(0 if _is_cpu_wanted() else torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
@@ -33,28 +33,28 @@ def gpus_here() -> dict[str, Any]:
     return {"driver": driver, "gpus": gpus}
 
 
-@check("GPUs", seconds=40, if_late="nvidia-smi hangs, too, where a GPU or its driver is broken: leave that node out")
+@check("GPUs", seconds=40, if_late="a GPU or its driver may be broken, if nvidia-smi hangs, too: exclude that node")
 def gpus(found: list[dict[str, Any]], nodes: Nodes, slurm: bool) -> Check:
-    """found: filled with what every node has (see `gpus_here`)."""
+    """found: gets every node's `gpus_here`."""
     found += nodes.share("gpus", gpus_here())
     return judge(found, nodes.names or [nodes.place.name], meant_for_cpu=not slurm or _is_cpu_wanted())
 
 
 def judge(found: list[dict[str, Any]], names: list[str], meant_for_cpu: bool) -> Check:
-    """Whether the nodes' GPUs are alike, and free."""
+    """Whether the nodes have the same GPUs, and all are free."""
     counts = [len(node["gpus"]) for node in found]
     if not any(counts):
         if meant_for_cpu:
-            return skipped("none: on the CPU")
+            return skipped("no GPUs: training on the CPU")
         return yellow(
-            "none: training would be on the CPU", "ask Slurm for GPUs (--gres=gpu:N), or set DS_ACCELERATOR=cpu"
+            "no GPUs: training would run on the CPU", "ask Slurm for GPUs (--gres=gpu:N), or set DS_ACCELERATOR=cpu"
         )
     described = [_described(node) for node in found]
     usual, _ = Counter(described).most_common(1)[0]
     if others := [f"{name} has {has}" for name, has in zip(names, described, strict=True) if has != usual]:
         judged = red if len(set(counts)) > 1 else yellow
         return judged(
-            f"{usual}; but {', '.join(others[:4])}", "ask for nodes that are alike, or leave these out (--exclude)"
+            f"{usual}; but {', '.join(others[:4])}", "ask for nodes of one kind, or exclude these (--exclude)"
         )
     in_use = [
         f"GPU {number} of {name} has {free / GB:.0f} of {total / GB:.0f} GB free"
@@ -63,7 +63,7 @@ def judge(found: list[dict[str, Any]], names: list[str], meant_for_cpu: bool) ->
         if free < (1 - _IN_USE) * total
     ]
     if in_use:
-        return yellow("; ".join(in_use[:4]), "somebody else computes there: see nvidia-smi, and ask for whole nodes")
+        return yellow("; ".join(in_use[:4]), "another process uses it: see nvidia-smi, and ask for whole nodes")
     return green(usual + (" on each node" if len(found) > 1 else ""))
 
 
@@ -78,30 +78,31 @@ def _is_cpu_wanted() -> bool:
 
 
 def device() -> torch.device:
-    """Where this node trains."""
+    """The device that training uses on this node."""
     return torch.device("cuda" if torch.cuda.is_available() and not _is_cpu_wanted() else "cpu")
 
 
-@check("attention", seconds=40, if_late="model.attention=sdpa does without compiled extensions")
+@check("attention", seconds=40, if_late="model.attention=sdpa needs no compiled extensions")
 def attention(recipe: Recipe, place: torch.device, slurm: bool) -> Check:
-    """The one that training will take is tried: a package may be there and not fit its torch."""
+    """Try the attention that training will use: an installed package may not fit this torch."""
     wanted, dtype = recipe.model.attention, DTYPES[recipe.precision]
+    assert isinstance(dtype, torch.dtype)  # "auto" is only for evaluation
     if place.type == "cpu" and wanted in ("flash_attn", "varlen") and not (slurm or _is_cpu_wanted()):
         kind = choose(wanted, "cuda", dtype)
-        return yellow(f"{kind}, which runs on GPUs only", "no GPU here: check again on a node that has some")
+        return yellow(f"{kind}, which runs on GPUs only", "there is no GPU here: check again on a node with GPUs")
     kind = choose(wanted, place.type, dtype)
     whole, inputs = Segments((3, 5), place), []
-    for heads in (4, 2, 2):  # two queries share a key and a value
+    for heads in (4, 2, 2):  # two query heads share a key and a value head
         inputs.append(torch.randn(1, heads, 8, 64, device=place, dtype=dtype, requires_grad=True))
 
     def tried(kind: str) -> Iterator[torch.Tensor]:
-        """The result, and gradients of a function of it; then of the last tokens' queries alone."""
+        """The result and gradients of a function of it; then the same for last-token queries only."""
         query, key, value = inputs
         for segments, asking in ((whole, query), (whole.asked_by_last(), query[:, :, whole.last])):
-            result, _ = KINDS[kind](None, asking, key, value, None, segments=segments, scaling=0.125)
+            result, _ = KINDS[kind](torch.nn.Identity(), asking, key, value, None, segments=segments, scaling=0.125)
             yield from (result.float(), *torch.autograd.grad(result.float().square().sum(), inputs))
 
     pairs = zip(tried("sdpa"), tried(kind), strict=True)
     if not all(torch.allclose(expected, got, atol=0.05, rtol=0.05) for expected, got in pairs):
-        return red(f"{kind} computes something else than sdpa does", "set model.attention=sdpa, or install it anew")
+        return red(f"{kind} gives other results than sdpa", "set model.attention=sdpa, or reinstall it")
     return green(kind)

@@ -1,4 +1,4 @@
-"""What all nodes found, a line a check."""
+"""The results of all nodes as one table, a row for each check."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,18 +7,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import printable
+from pipeline.errors import first_few, printable
 from pipeline.jobs.preflight.check import Check
 
 _STATES = {"skipped": ("skip", "dim"), "green": ("ok", "green"), "yellow": ("warn", "yellow"), "red": ("FAIL", "red")}
 _SEVERITY = list(_STATES)
-_LISTED = 3  # findings of one check that differ from node to node
+_LISTED = 3  # findings of one check that differ between nodes
 
 
 def over_nodes(results: Sequence[tuple[str, Sequence[Check]]]) -> list[Check]:
-    """(node's name, its checks) -> each check once, in the first node's order, as the worst of the nodes have it.
+    """(node's name, its checks) -> each check once, in the first node's order: the worst result of the nodes.
 
-    A finding that not all nodes have names those that do.
+    If not all nodes have the same finding, their names stand before it.
     """
     names = dict.fromkeys(check.name for _, checks in results for check in checks)
     return [
@@ -34,27 +34,23 @@ def _worst(found: list[tuple[str, Check]]) -> Check:
             findings.setdefault(check.found, []).append(node)
     text = worst.found
     if len(findings) > 1 or len(findings[text]) < len(found):
-        listed = [f"{_few(nodes)}: {each}" for each, nodes in findings.items()]
+        listed = [f"{first_few(nodes, _LISTED)}: {each}" for each, nodes in findings.items()]
         text = "; ".join(listed[:_LISTED]) + (f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else "")
     rates = sorted((check.rate, node) for node, check in found if check.rate is not None)
     if rates and worst.state == "green":
         (slow, slowest), (fast, fastest) = rates[0], rates[-1]
         text += (
-            f", {fast:,.0f} MB/s" if len(rates) == 1 else f", {slow:,.0f} ({slowest}) to {fast:,.0f} MB/s ({fastest})"
+            f", {slow:,.0f} ({slowest}) to {fast:,.0f} MB/s ({fastest})" if len(rates) > 1 else f", {fast:,.0f} MB/s"
         )
     return replace(worst, found=text)
 
 
-def _few(nodes: list[str]) -> str:
-    return ", ".join(nodes[:_LISTED]) + (f" and {len(nodes) - _LISTED} more" if len(nodes) > _LISTED else "")
-
-
 def show(checks: Sequence[Check], title: str, seconds: float) -> None:
-    """Print the table; in colour on a terminal only."""
+    """Print the table; in colour only on a terminal."""
     table = Table("check", "", "found", "what to do", title=Text(printable(title)), title_justify="left")
     for check in checks:
         word, colour = _STATES[check.state]
-        texts = (Text(printable(text, keep="\n")) for text in (check.found, check.do))  # no markup: [] is a recipe's
+        texts = (Text(printable(text, keep="\n")) for text in (check.found, check.do))  # Text: brackets are no markup
         table.add_row(check.name, Text(word, colour), *texts)
     counts = {word: sum(check.state == state for check in checks) for state, (word, _) in _STATES.items()}
     console = Console(width=None if Console().is_terminal else 160)

@@ -1,4 +1,4 @@
-"""All checks, in the order in which they need each other, and what comes of them."""
+"""Run all checks in the order of their dependencies, show the table, and record a refusal."""
 
 import sys
 import time
@@ -11,26 +11,26 @@ import transformers
 from pipeline.config import Recipe
 from pipeline.errors import printable
 from pipeline.jobs import status
-from pipeline.jobs.preflight.check import Check, some_is_late
+from pipeline.jobs.preflight.check import Check, timed_out
 from pipeline.jobs.preflight.job import Job, earlier_starts, memory, model, other_jobs, processes, resuming
 from pipeline.jobs.preflight.machine import attention, device, gpus
 from pipeline.jobs.preflight.nodes import Nodes, Place, all_reduce, clocks, meet
 from pipeline.jobs.preflight.report import over_nodes, show
 from pipeline.jobs.preflight.storage import data, disk_space, evaluation, machine, run_directory
 
-_RESULTS_SECONDS = 120  # that a node may be behind the first
-_LEAVE_SECONDS = 5
+_RESULTS_SECONDS = 120  # that a node may be later than the first
+_ACKNOWLEDGE_SECONDS = 5
 _CPU_PROCESSES = 2
 
 
 def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | None, slurm: bool, began: float) -> int:
-    """Check, and show it on the first node; the exit status: 2 where something would stop the run, else 0.
+    """Check, and print the table on the first node. Returns the exit status: 2 if something would stop the run, else 0.
 
-    installed: the packages' check.  world: processes of the run; None: one a GPU, or two on the CPU.
-    began: by time.monotonic.
+    installed: the check of the packages.  world: processes of the run; None: one on each GPU, or two on the CPU.
+    began: from time.monotonic.
     """
     transformers.utils.logging.disable_progress_bar()
-    some_is_late.clear()
+    timed_out.clear()
     run = Path(recipe.run)
     nodes, checks = Nodes(place), [installed]
     if begins := slurm and place.node == 0:
@@ -39,8 +39,8 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
             status.begin(run)
             checks.append(earlier_starts(run))
     checks.append(meet(nodes))
-    together = nodes.met
-    if not together:  # then each node looks at itself, and says so itself
+    together = bool(nodes.names)
+    if not together:  # then each node checks itself and prints its own errors
         nodes = Nodes(Place(name=place.name))
     hardware: list[dict] = []
     checks += [gpus(hardware, nodes, slurm), attention(recipe, device(), slurm)]
@@ -59,10 +59,10 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
 
     results = [(place.name, checks)]
     if together and place.nodes > 1:
-        nodes.tell("results", [asdict(check) for check in checks])
+        nodes.put("results", [asdict(check) for check in checks])
         if place.node:
-            nodes.hear("results", place.node, _RESULTS_SECONDS)  # they are there
-            nodes.tell("left", True)
+            nodes.get("results", place.node, _RESULTS_SECONDS)  # returns when the store has them
+            nodes.put("done", True)
             return 0
         results += _of_others(nodes)
     merged = over_nodes(results)
@@ -72,7 +72,7 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
     reds = [check for check in merged if check.state == "red"]
     for check in reds:
         print(printable(f"error: {check.error}", keep="\n"), file=sys.stderr)
-    if reds and begins:  # no training follows, to say so
+    if reds and begins:  # training, which would record it, does not start
         status.note(run, "refused", reason="; ".join(check.error for check in reds))
     return 2 if reds else 0
 
@@ -81,11 +81,11 @@ def _of_others(nodes: Nodes) -> list[tuple[str, list[Check]]]:
     results, deadline = [], time.monotonic() + _RESULTS_SECONDS
     for number, name in enumerate(nodes.names[1:], 1):
         try:
-            told = nodes.hear("results", number, deadline - time.monotonic())
-            results.append((name, [Check(**check) for check in told]))
+            received = nodes.get("results", number, deadline - time.monotonic())
+            results.append((name, [Check(**check) for check in received]))
         except RuntimeError:
-            results.append((name, [Check("results", "red", "it told none", "see what is printed there")]))
+            results.append((name, [Check("results", "red", "this node sent none", "see its log")]))
         else:
             with suppress(RuntimeError):
-                nodes.hear("left", number, _LEAVE_SECONDS)  # with this process all that they were told is gone
+                nodes.get("done", number, _ACKNOWLEDGE_SECONDS)  # the store ends with this process
     return results

@@ -68,7 +68,7 @@ def test_the_chain_from_a_seed_to_a_report(slurm, s3, site, tmp_path):
     gathered = Report.read(run / "mmeb")
     assert (len(gathered.results), gathered.model) == (10, str(run / "export"))
     assert (run / "mmeb/report.html").exists()
-    told = re.search(r"([\d,]+) of ([\d,]+) items are embedded already", slurm.output(report))
+    told = re.search(r"([\d,]+) of ([\d,]+) items are already embedded", slurm.output(report))
     assert told[1] == told[2]  # the array's tasks left nothing to do
     assert "mean: overall" in slurm.output(report)
 

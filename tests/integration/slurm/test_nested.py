@@ -11,7 +11,7 @@ PROBE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from pipeline.jobs import launch
-launch.adopt()
+launch.init_from_environment()
 print("place", *(os.environ.get(name, "-") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 """
 TWO = ["0 2 0 1", "1 2 0 1"]
@@ -50,7 +50,7 @@ def test_in_an_interactive_step_a_program_is_no_rank_and_says_so(slurm, tmp_path
 
     evaluate = f"{sys.executable} -m pipeline.evaluate no-such-model no-such-tasks"
     printed = in_a_terminal(slurm, "salloc", "--nodes=2", "--ntasks-per-node=1", *shell, "-c", f"'{evaluate}; true'")
-    assert "error: the job has 2 tasks, and this is none of them: start it by srun" in printed
+    assert "error: the job has 2 tasks, and this process is none of them: start it with srun" in printed
     assert "Traceback" not in printed
 
 
