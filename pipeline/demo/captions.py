@@ -1,6 +1,6 @@
-"""What can be said of a scene, in English, German, French and Chinese.
+"""Captions of scenes in English, German, French and Chinese.
 
-Grammar is in tables: a noun brings its gender, an adjective its forms, a language its sentences.
+The grammar is in tables: genders of nouns, forms of adjectives, and templates of sentences.
 """
 
 from itertools import combinations
@@ -9,14 +9,14 @@ from typing import Literal
 from pipeline.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
 Language = Literal["en", "de", "fr", "zh"]
-# How a thing stands in its sentence: "a star", "the star", what follows "left of" (German: dative; French:
-# "de" with the article), and "a star, which is small and red" (German: adjectives without endings).
+# The form of a thing in its sentence: "a star"; "the star"; after "left of" (German: dative; French: "de" with the
+# article); "a star, which is small and red" (German: adjectives without endings).
 Form = Literal["indefinite", "definite", "relative", "predicate"]
 
 Relation = Literal["left", "right", "above", "below"]
 
 LANGUAGES: tuple[Language, ...] = ("en", "de", "fr", "zh")
-# Each relation, and how the other of the two things lies.
+# Relation -> the relation of the other thing.
 CONVERSE: dict[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 # Noun and gender.
@@ -55,7 +55,7 @@ _SHAPES = {
 }
 
 # German: the stem. French: masculine, feminine.
-_ADJECTIVES = {
+_ADJECTIVES: dict[Language, dict[str, str | tuple[str, str]]] = {
     "en": {word: word for word in (*SIZES, *COLOURS)},
     "de": {
         "small": "klein",
@@ -123,7 +123,7 @@ _ARTICLES = {
         "predicate": {"n": "一个"},
     },
 }
-# What a German adjective ends in after each of these articles.
+# The endings of German adjectives after these articles.
 _ENDINGS = {
     "indefinite": {"m": "er", "f": "e", "n": "es"},
     "definite": {"m": "e", "f": "e", "n": "e"},
@@ -170,7 +170,7 @@ _NUMBERS = {
     "zh": {2: "两", 3: "三"},
 }
 
-# and, last: join the things of a list; or: joins free places; between: joins sentences.
+# and, last: joiners of a list; or: joiner of free places; between: joiner of sentences.
 _SENTENCES = {
     "en": {
         "phrase": "{article} {size} {colour} {shape}",
@@ -274,15 +274,14 @@ def short(scene: Scene, language: Language) -> str:
 
 
 def long(scene: Scene, language: Language) -> str:
-    """Some 140 words: where things are and of which size, then what they are, how they lie, the background.
+    """Some 140 words: places and sizes of the things, then their shapes and colours, their relations, the background.
 
-    Who reads no more than its first 77 words, as CLIP no more than 77 tokens, learns no shape and no colour.
+    Its first 77 words mention no shape and no colour, so a reader limited like CLIP (77 tokens) cannot learn them.
     """
     sentences, places = _SENTENCES[language], _PLACES[language]
     said = [sentences["opening"], sentences["number"].format(number=_NUMBERS[language][len(scene.things)])]
     for thing in scene.things:
-        size = _ADJECTIVES[language][thing.size]
-        size = size[0] if language == "fr" else size  # of the masculine "objet"
+        size = _adjective(thing.size, language, feminine=False)  # like "objet"
         said.append(sentences["size"].format(place=places[thing.place], size=size))
     taken = {thing.place for thing in scene.things}
     free = [words for place, words in places.items() if place not in taken]
@@ -300,28 +299,30 @@ def long(scene: Scene, language: Language) -> str:
     return sentences["between"].join(map(_capitalised, said))
 
 
-def relation(kind: Relation, thing: Thing, other: Thing, language: Language) -> str:
-    """A sentence of how two things lie: "The small red star is above the large blue circle."."""
+def relation(name: Relation, thing: Thing, other: Thing, language: Language) -> str:
+    """A sentence about the relation of two things: "The small red star is above the large blue circle."."""
     definite, relative = phrase(thing, language, "definite"), phrase(other, language, "relative")
-    return _capitalised(_SENTENCES[language][kind].format(thing=definite, other=relative))
+    return _capitalised(_SENTENCES[language][name].format(thing=definite, other=relative))
 
 
 def _words(thing: Thing, language: Language, form: Form) -> dict[str, str]:
-    """The words for a thing, each as the noun's gender and the form ask for."""
+    """The words for a thing, inflected for the noun's gender and the form."""
     noun, gender = _SHAPES[language][thing.shape]
     if language == "de" and form == "relative":
         noun = _DATIVES.get(noun, noun)
     words = {"article": _ARTICLES[language][form][gender], "shape": noun}
     for name, value in (("size", thing.size), ("colour", thing.colour)):
-        adjective = _ADJECTIVES[language][value]
-        if language == "de" and adjective not in _INDECLINABLE:
-            adjective += _ENDINGS[form][gender]
-        elif language == "fr":
-            adjective = adjective[gender == "f"]
-        words[name] = adjective
+        words[name] = _adjective(value, language, feminine=gender == "f")
+        if language == "de" and words[name] not in _INDECLINABLE:
+            words[name] += _ENDINGS[form][gender]
     if language == "de":
         words["which"] = _ARTICLES["de"]["definite"][gender]  # articles serve as relative pronouns
     return words
+
+
+def _adjective(word: str, language: Language, feminine: bool) -> str:
+    adjective = _ADJECTIVES[language][word]
+    return adjective if isinstance(adjective, str) else adjective[feminine]
 
 
 def _capitalised(sentence: str) -> str:
@@ -329,6 +330,6 @@ def _capitalised(sentence: str) -> str:
 
 
 def _listed(parts: list[str], language: Language, last: str) -> str:
-    """The parts in a row, the last joined by the language's word for `last`."""
+    """The parts as a list; the language's word for `last` joins the last one."""
     *others, final = parts
     return _SENTENCES[language]["and"].join(others) + (_SENTENCES[language][last] if others else "") + final

@@ -1,4 +1,4 @@
-"""Clips: one thing that moves from one quadrant to the next, and what that is called in four languages."""
+"""Clips: one thing that moves from one quadrant to the next, with captions in four languages."""
 
 import json
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ _CAPTIONS = {
 
 @dataclass(frozen=True)
 class Clip:
-    """A thing that starts in its place and moves, in one direction, to the next quadrant."""
+    """A thing that moves from its place in one direction to the next quadrant."""
 
     thing: Thing
     direction: str
@@ -66,7 +66,7 @@ class Clip:
 
 
 def random_clip(rng: np.random.Generator) -> Clip:
-    """A clip of a thing that is no held-out combination."""
+    """A clip of a thing without a held-out combination."""
     direction = tuple(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
     starts = [place for place in PLACES if _can_start(place, direction)]
     size = tuple(SIZES)[rng.integers(len(SIZES))]
@@ -83,15 +83,15 @@ def frames(clip: Clip, count: int = 8) -> list[Image.Image]:
 
 
 def caption(clip: Clip, language: Language) -> str:
-    """What moves and which way, without a full stop."""
+    """What moves in which direction, without a full stop."""
     return _CAPTIONS[language][clip.direction].format(thing=phrase(clip.thing, language))
 
 
 def evaluation_files(seed: int, number: int) -> dict[str, bytes]:
-    """A set of so many clips, 50 at most: their files by name, captions.json and, in training's words, wording.json.
+    """A set of up to 50 clips: their files by name, captions.json, and wording.json with the words of training.
 
-    All things are large, for frames are seen coarser than pictures; and no two look the same, so that who knows
-    pictures alone may find each, although it cannot know how things move.
+    All things are large, since models see frames at a lower resolution than images. All look different, so that a model
+    trained on images only can find each one, although it cannot know how things move.
     """
     clips: dict[str, Clip] = {}
     for index in count():
@@ -113,7 +113,7 @@ def evaluation_files(seed: int, number: int) -> dict[str, bytes]:
 
 def _mp4(pictures: list[Image.Image]) -> bytes:
     data = BytesIO()
-    with av.open(data, "w", format="mp4", options={"fflags": "+bitexact"}) as file:  # without the time of day
+    with av.open(data, "w", format="mp4", options={"fflags": "+bitexact"}) as file:  # without the current time
         width, height = pictures[0].size
         best = {"qmin": "1", "qmax": "1"}
         stream = file.add_stream("mpeg4", rate=8, options=best, width=width, height=height, pix_fmt="yuv420p")
@@ -124,6 +124,6 @@ def _mp4(pictures: list[Image.Image]) -> bytes:
 
 
 def _can_start(place: str, direction: str) -> bool:
-    """Whether there is a quadrant to move to."""
+    """Whether there is a quadrant in this direction."""
     column, row = (a + b for a, b in zip(PLACES[place], DIRECTIONS[direction], strict=True))
     return (column, row) in PLACES.values()

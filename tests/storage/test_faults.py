@@ -227,7 +227,7 @@ def test_a_killed_upload_goes_on(proxied, tmp_path):
     size = 4 * client.PART_BYTES + 1000
     source.write_bytes(os.urandom(size))
     proxy = proxied(only("PUT", range(2, 9), stall(60)))
-    program = "import sys; from pathlib import Path; from pipeline.data import objects\n"
+    program = "import sys; from pathlib import Path; from pipeline.storage import objects\n"
     program += "objects.write(sys.argv[1], Path(sys.argv[2]))"
     process = subprocess.Popen([sys.executable, "-c", program, url, str(source)])
     parts: list[int] = []
@@ -304,10 +304,10 @@ def test_a_lost_answer_to_the_end_of_an_upload(proxied):
     assert objects.read(OBJECT) == data
 
     proxied(only("POST", range(1, 2), refuse(404, "NoSuchUpload")))
-    assert "is not what was sent" in message(objects.write, OBJECT, data[::-1])
+    assert "differs from what was sent" in message(objects.write, OBJECT, data[::-1])
     assert objects.read(OBJECT) == data
 
 
 def test_an_object_that_is_not_what_was_sent(s3):
-    with pytest.raises(ObjectError, match="is not what was sent"):
+    with pytest.raises(ObjectError, match="differs from what was sent"):
         client.write("pipeline-tests", "faults/short", LARGE, lambda start, length: bytes(length - 1))
