@@ -1,14 +1,14 @@
-"""Turn a dataset into WebDataset shards with an index, in a folder or on S3; and look into such datasets.
+"""Convert a dataset to WebDataset shards with an index, in a folder or on S3; inspect such datasets.
 
     python tools/make_shards.py FORMAT SOURCE DEST [options]
     python tools/make_shards.py verify|show|stats DEST [options]
     python tools/make_shards.py COMMAND --help
 
-The help of a format shows the layout of its source, an example and the options.
+The help of a format describes the layout of its source, the options, and an example.
 
-A conversion may be stopped at any time: the same command goes on where it was, and ends with the same bytes
-as if it had not been stopped, on any number of processes. What cannot become a sample is listed, with the
-cause, in DEST/rejected.jsonl; a conversion with too much of that (--max-rejected) ends with an error.
+A conversion can be stopped at any time. The same command continues it, and gives the same bytes as an uninterrupted
+one, on any number of processes. Rows that cannot become samples are listed with the cause in DEST/rejected.jsonl. A
+conversion with too many of them (--max-rejected) ends with an error.
 """
 
 import argparse
@@ -50,9 +50,9 @@ def main() -> None:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        goes_on = "" if arguments.command in INSPECTIONS else ": the same command goes on from here"
-        print(f"\ninterrupted{goes_on}", file=sys.stderr, flush=True)
-        os._exit(130)  # without waiting for uploads under way, which would be done anew anyhow
+        hint = "" if arguments.command in INSPECTIONS else ": the same command continues from here"
+        print(f"\ninterrupted{hint}", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for uploads, which would be repeated anyway
     except OSError as error:
         raise PipelineError(f"{error.filename or 'writing'}: {error.strerror or error}") from error
 

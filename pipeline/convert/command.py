@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.convert.engine import refuse_occupied
 from pipeline.convert.rows import ImageFolder, Rows, folder
 from pipeline.convert.sharding import convert
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.errors import PipelineError
 
 # Arguments of a conversion that do not affect the output, or that `convert` gets separately.
@@ -72,6 +73,12 @@ def conversion(
         )
 
     return Command(description, add_all, run)
+
+
+def check_query(query: str, mark: str) -> None:
+    """Raise PipelineError unless --query has one `mark`, of an image or a video, and no other."""
+    if [query.count(each) for each in (IMAGE_MARK, VIDEO_MARK)] != [mark == IMAGE_MARK, mark == VIDEO_MARK]:
+        raise PipelineError(f"--query {query!r} must have one {mark}, and no other mark")
 
 
 def add_dest(parser: argparse.ArgumentParser) -> None:

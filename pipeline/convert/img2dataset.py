@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from pipeline.convert.command import Command, add_dest, add_work
+from pipeline.convert.command import Command, add_dest, add_work, check_query
 from pipeline.convert.engine import JobResult, refuse_occupied, run_conversions
 from pipeline.convert.rows import Rejection
 from pipeline.convert.workers import Report
 from pipeline.data.index import Captions, Index, Shard
-from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Pair
+from pipeline.data.sample import IMAGE_MARK, BadSample, Pair
 from pipeline.data.shards import READ_NAMES, ShardRecords, captioned, members_of, split_name
 from pipeline.data.text_embeddings import SUFFIX
 from pipeline.data.tiles import decode_image
@@ -70,8 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     refuse_occupied(arguments.dest)
-    if (arguments.query.count(IMAGE_MARK), arguments.query.count(VIDEO_MARK)) != (1, 0):
-        raise PipelineError(f"--query {arguments.query!r} must have one {IMAGE_MARK}, and no {VIDEO_MARK}")
+    check_query(arguments.query, IMAGE_MARK)
     captions = Captions(arguments.query, tuple(arguments.captions), arguments.task)
     source, dest = _absolute(arguments.source), _absolute(arguments.dest)
     tars = _tars(source)

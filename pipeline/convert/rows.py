@@ -2,7 +2,6 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.captions import usable_captions
-from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Pair, Single, text_fault
+from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Item, Pair, Single, text_fault
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
@@ -119,28 +118,51 @@ class ImageFolder:
             raise Rejection("unreadable file", f"{name}: {error.strerror}") from None
 
 
+@dataclass(frozen=True)
+class CaptionedFiles(Rows):
+    """Rows of (name of a file, its captions): the query is `query` with the file, the target its first caption."""
+
+    folder: ImageFolder
+    rows: list[tuple[str, list[object]]]
+    query: str
+
+    def path(self, name: str) -> str:
+        """The path of the file in the folder."""
+        return name
+
+    @abstractmethod
+    def item(self, path: str) -> Item:
+        """The query with the file; raises Rejection."""
+
+    def sizes(self) -> np.ndarray:
+        files = np.array([self.folder.size(self.path(name)) for name, _ in self.rows], np.int64)
+        return 1024 + member_bytes(files)
+
+    def name(self, number: int) -> str:
+        return self.rows[number][0]
+
+    def sample(self, number: int) -> Pair:
+        name, values = self.rows[number]
+        texts, faults = usable_captions(values)
+        if not texts:
+            raise Rejection(*(faults[0] if faults else ("no caption", "it has none")))
+        query, target = self.item(self.path(name)), Item(texts[0])
+        return Pair(f"{number:08d}", self.dataset, "retrieval", query, target, alternatives=tuple(texts[1:]))
+
+    def note_skipped(self, file: Path) -> None:
+        """Print on stderr how many captions from `file` are skipped because only others of their rows are usable."""
+        found = ((name, usable_captions(values)) for name, values in self.rows)
+        faults = [(name, *fault) for name, (texts, faults) in found if texts for fault in faults]
+        if faults:
+            first = ": ".join(faults[0])[:300]
+            note(f"{len(faults)} unusable captions of {file} are skipped; their rows have others. The first: {first}")
+
+
 def checked_text(text: str, images: int = 0, videos: int = 0) -> str:
     """The text without a leading byte-order mark, otherwise unchanged; Rejection if it has a `text_fault`."""
     if fault := text_fault(text, images, videos):
         raise Rejection(*fault)
     return text.lstrip(BYTE_ORDER_MARK)
-
-
-def checked_captions(values: list[object]) -> list[str]:
-    """The usable captions among the values (see `usable_captions`); Rejection if there is none."""
-    texts, faults = usable_captions(values)
-    if not texts:
-        raise Rejection(*(faults[0] if faults else ("no caption", "it has none")))
-    return texts
-
-
-def note_captions_left_out(file: Path, rows: Iterable[tuple[str, list[object]]]) -> None:
-    """Print on stderr how many captions of rows (name, captions) are skipped because only others are usable."""
-    found = ((name, usable_captions(values)) for name, values in rows)
-    faults = [(name, *fault) for name, (texts, faults) in found if texts for fault in faults]
-    if faults:
-        first = ": ".join(faults[0])[:300]
-        note(f"{len(faults)} unusable captions of {file} are skipped; their rows have others. The first: {first}")
 
 
 Bytes = TypeVar("Bytes", int, np.ndarray)

@@ -1,15 +1,12 @@
 """A folder of videos and a file of their captions: the video is the query, a caption the target."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from pipeline.convert.command import conversion, local_path
-from pipeline.convert.rows import ImageFolder, Rows, checked_captions, folder, member_bytes, note_captions_left_out
+from pipeline.convert.command import check_query, conversion, local_path
+from pipeline.convert.rows import CaptionedFiles, ImageFolder, Rows, folder
 from pipeline.data.captions import captioned_videos
-from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, VIDEO_SUFFIXES, Item, Pair
+from pipeline.data.sample import VIDEO_MARK, VIDEO_SUFFIXES, Item
 from pipeline.errors import PipelineError
 from pipeline.storage.documents import utf8_text
 
@@ -54,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
     """The URL of the dataset, and its rows."""
     videos = folder(arguments.source)
-    if (arguments.query.count(VIDEO_MARK), arguments.query.count(IMAGE_MARK)) != (1, 0):
-        raise PipelineError(f"--query {arguments.query!r} must have one {VIDEO_MARK}, and no {IMAGE_MARK}")
+    check_query(arguments.query, VIDEO_MARK)
     captions = _captions(arguments.captions, arguments.split, arguments.language)
     if arguments.list is not None:
         names = (line.strip() for line in _text(arguments.list).split("\n"))
@@ -65,40 +61,27 @@ def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
         captions |= {name: [] for name in wanted if name not in found}  # they will be rejected
     if not any(captions.values()):
         raise PipelineError(f"{arguments.captions} has no captions of the selected videos")
-    note_captions_left_out(arguments.captions, captions.items())
     dataset = arguments.dataset or videos.resolve().name
-    return {arguments.dest: VideoCaptions(dataset, ImageFolder(videos), list(captions.items()), arguments.query)}
+    rows = CaptionedVideos(dataset, ImageFolder(videos), list(captions.items()), arguments.query)
+    rows.note_skipped(arguments.captions)
+    return {arguments.dest: rows}
 
 
-@dataclass(frozen=True)
-class VideoCaptions(Rows):
+class CaptionedVideos(CaptionedFiles):
     """Rows of (name of a video, its captions), in the order of their first appearance."""
 
-    source: ImageFolder
-    videos: list[tuple[str, list[object]]]
-    query: str
+    def path(self, name: str) -> str:
+        """The path of the video's file; its name may lack the suffix."""
+        if _without_suffix(name) != name:
+            return name
+        files = (f"{name}.{suffix}" for suffix in VIDEO_SUFFIXES)
+        return next((file for file in files if self.folder.size(file)), name)
 
-    def sizes(self) -> np.ndarray:
-        """(videos,) int64."""
-        sizes = [self.source.size(self._file(video)) for video, _ in self.videos]
-        return 1024 + member_bytes(np.array(sizes, np.int64))
+    def item(self, path: str) -> Item:
+        return Item(self.query, video=self.folder.read_video(path))
 
     def name(self, number: int) -> str:
-        return f"video {self.videos[number][0]}"
-
-    def sample(self, number: int) -> Pair:
-        video, captions = self.videos[number]
-        texts = checked_captions(captions)
-        data = self.source.read_video(self._file(video))
-        query, target = Item(self.query, video=data), Item(texts[0])
-        return Pair(f"{number:08d}", self.dataset, "retrieval", query, target, alternatives=tuple(texts[1:]))
-
-    def _file(self, video: str) -> str:
-        """The path of the video's file; the video's name may lack the suffix."""
-        if _without_suffix(video) != video:
-            return video
-        files = (f"{video}.{suffix}" for suffix in VIDEO_SUFFIXES)
-        return next((file for file in files if self.source.size(file)), video)
+        return f"video {super().name(number)}"
 
 
 def _captions(file: Path, split: str | None, language: str) -> dict[str, list[object]]:

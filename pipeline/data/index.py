@@ -4,7 +4,6 @@ The order of samples needs only `index.json`. A sidecar gives the position, the 
 sample; its records are read block by block, together with the samples.
 """
 
-import gc
 import hashlib
 import json
 import re
@@ -209,25 +208,12 @@ def index_content(name: str, version: int, remedy: str) -> Iterator[tuple[dict[s
         del content["format"]
         return (content, checksum) if is_right else None
 
-    with _no_collection():
-        found = intact(read, lambda: f"{name} {why}: {remedy}")
-        try:
-            yield found
-        except (ValueError, RecursionError) as error:
-            reason = explained(error) if isinstance(error, ValidationError) else printable(str(error))
-            raise ObjectError(f"{name} is not a valid index ({reason}): {remedy}") from None
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause the garbage collector, which would repeatedly scan a million new objects."""
-    enabled = gc.isenabled()
-    gc.disable()
+    found = intact(read, lambda: f"{name} {why}: {remedy}")
     try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+        yield found
+    except (ValueError, RecursionError) as error:
+        reason = explained(error) if isinstance(error, ValidationError) else printable(str(error))
+        raise ObjectError(f"{name} is not a valid index ({reason}): {remedy}") from None
 
 
 T = TypeVar("T")
@@ -326,6 +312,13 @@ def sidecar_of(records: np.ndarray) -> bytes:
     buffer = BytesIO()
     np.save(buffer, records, allow_pickle=False)
     return buffer.getvalue()
+
+
+def shard_entry(file: str, size: int, sha256: str, records: np.ndarray, **totals: Any) -> tuple[Shard, bytes]:
+    """A tar's entry in the index, and the bytes of its sidecar. size, sha256: the tar's.  totals: the other fields."""
+    sidecar = sidecar_of(records)
+    sums = {"sidecar_sha256": hashlib.sha256(sidecar).hexdigest(), "sidecar_bytes": len(sidecar)}
+    return Shard(file=file, samples=len(records), size=size, sha256=sha256, **sums, **totals), sidecar
 
 
 def load_sidecar(url: str, shard: Shard) -> np.ndarray:

@@ -25,7 +25,7 @@ import webdataset
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from pipeline.data.captions import usable_captions
-from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, sidecar_dtype, sidecar_of
+from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, shard_entry, sidecar_dtype
 from pipeline.data.sample import IMAGE_SUFFIXES, BadSample, Item, Pair, Single
 from pipeline.data.tiles import image_format
 from pipeline.data.video import video_format
@@ -144,15 +144,15 @@ def _plain_files(data: bytes) -> list[tuple[str, bytes]] | None:
     files, place = [], 0
     while place < len(data):
         header = data[place : place + tarfile.BLOCKSIZE]
-        name, size, kind, prefix = header[:100], header[124:136].strip(b" \0"), header[156:157], header[345:500]
+        name, size, type_, prefix = header[:100], header[124:136].strip(b" \0"), header[156:157], header[345:500]
         checksum = sum(header[:148]) + sum(header[156:]) + sum(b" " * 8)  # the checksum field itself counts as spaces
-        if kind not in _PLAIN or not size.isdigit() or prefix.strip(b"\0"):
+        if type_ not in _PLAIN or not size.isdigit() or prefix.strip(b"\0"):
             return None
         if header[148:156].strip(b" \0") != b"%06o" % checksum:
             return None
         begin, length = place + tarfile.BLOCKSIZE, int(size, 8)
         content = data[begin : begin + length]
-        if kind != tarfile.XHDTYPE:
+        if type_ != tarfile.XHDTYPE:
             files.append((name.partition(b"\0")[0].decode("utf-8", "surrogateescape"), content))
         elif not _TIME.fullmatch(content):
             return None
@@ -297,16 +297,13 @@ class ShardRecords:
             records[number] = (*row, 0, 0)
             if sizes:
                 records["image_sizes"][number, : len(sizes)] = sizes
-        sidecar = sidecar_of(records)
         all_sizes = sorted(chain.from_iterable(self._sizes), key=lambda size: (size[0] * size[1], size))
         kept = min(len(all_sizes), _KEPT_SIZES)
-        shard = Shard(
-            file=file,
-            samples=len(records),
-            size=size,
-            sha256=sha256,
-            sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
-            sidecar_bytes=len(sidecar),
+        return shard_entry(
+            file,
+            size,
+            sha256,
+            records,
             text_bytes=self._text_bytes,
             images=len(all_sizes),
             videos=self._videos,
@@ -314,7 +311,6 @@ class ShardRecords:
             max_images=max_images,
             tasks=dict(self._tasks),
         )
-        return shard, sidecar
 
 
 def write_shard(samples: Iterable[Pair | Single], path: Path, shard_bytes: int | None = None) -> Shard:

@@ -35,8 +35,8 @@ from pipeline.data.index import (
     checksum_of,
     index_content,
     index_text,
+    shard_entry,
     sidecar_dtype,
-    sidecar_of,
     validated,
 )
 from pipeline.data.sample import BadSample, Pair
@@ -245,22 +245,8 @@ def indexed(file: str, size: int, sha256: str, places: list[tuple[int, int, int]
     records = np.zeros(len(places), sidecar_dtype(0))  # the other fields stay 0
     for name, values in zip(("offset", "length", "crc32"), zip(*places, strict=True), strict=True):
         records[name] = values
-    sidecar = sidecar_of(records)
-    shard = Shard(
-        file=file,
-        samples=len(places),
-        size=size,
-        sha256=sha256,
-        sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
-        sidecar_bytes=len(sidecar),
-        text_bytes=0,
-        images=0,
-        videos=0,
-        image_sizes=(),
-        max_images=0,
-        tasks={},
-    )
-    return shard, sidecar
+    nothing = {"text_bytes": 0, "images": 0, "videos": 0, "image_sizes": (), "max_images": 0, "tasks": {}}
+    return shard_entry(file, size, sha256, records, **nothing)
 
 
 class TarFile:

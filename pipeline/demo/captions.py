@@ -3,8 +3,9 @@
 The grammar is in tables: genders of nouns, forms of adjectives, and templates of sentences.
 """
 
+from collections.abc import Iterable, Mapping
 from itertools import combinations
-from typing import Literal
+from typing import Literal, get_args
 
 from pipeline.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
@@ -12,6 +13,7 @@ Language = Literal["en", "de", "fr", "zh"]
 # The form of a thing in its sentence: "a star"; "the star"; after "left of" (German: dative; French: "de" with the
 # article); "a star, which is small and red" (German: adjectives without endings).
 Form = Literal["indefinite", "definite", "relative", "predicate"]
+_FORMS: tuple[Form, ...] = get_args(Form)
 
 Relation = Literal["left", "right", "above", "below"]
 
@@ -19,96 +21,49 @@ LANGUAGES: tuple[Language, ...] = ("en", "de", "fr", "zh")
 # Relation -> the relation of the other thing.
 CONVERSE: dict[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
+
+def _table(words: Iterable[str], translations: str) -> dict[str, str]:
+    """Each word's translation, from a list separated by commas."""
+    return dict(zip(words, translations.split(", "), strict=True))
+
+
+def _forms(words: Iterable[str], translations: str) -> dict[str, tuple[str, str]]:
+    """Each word's two forms, from a list such as "petit/petite, grand/grande"."""
+    pairs = (each.split("/") for each in translations.split(", "))
+    return {word: (first, second) for word, (first, second) in zip(words, pairs, strict=True)}
+
+
 # Noun and gender.
-_SHAPES = {
+_SHAPES: dict[Language, dict[str, tuple[str, str]]] = {
     "en": {shape: (shape, "n") for shape in SHAPES},
-    "de": {
-        "circle": ("Kreis", "m"),
-        "square": ("Quadrat", "n"),
-        "triangle": ("Dreieck", "n"),
-        "star": ("Stern", "m"),
-        "cross": ("Kreuz", "n"),
-        "ring": ("Ring", "m"),
-        "diamond": ("Raute", "f"),
-        "heart": ("Herz", "n"),
-    },
-    "fr": {
-        "circle": ("cercle", "m"),
-        "square": ("carré", "m"),
-        "triangle": ("triangle", "m"),
-        "star": ("étoile", "f"),
-        "cross": ("croix", "f"),
-        "ring": ("anneau", "m"),
-        "diamond": ("losange", "m"),
-        "heart": ("cœur", "m"),
-    },
-    "zh": {
-        "circle": ("圆形", "n"),
-        "square": ("正方形", "n"),
-        "triangle": ("三角形", "n"),
-        "star": ("五角星", "n"),
-        "cross": ("十字形", "n"),
-        "ring": ("圆环", "n"),
-        "diamond": ("菱形", "n"),
-        "heart": ("心形", "n"),
-    },
+    "de": _forms(SHAPES, "Kreis/m, Quadrat/n, Dreieck/n, Stern/m, Kreuz/n, Ring/m, Raute/f, Herz/n"),
+    "fr": _forms(SHAPES, "cercle/m, carré/m, triangle/m, étoile/f, croix/f, anneau/m, losange/m, cœur/m"),
+    "zh": _forms(SHAPES, "圆形/n, 正方形/n, 三角形/n, 五角星/n, 十字形/n, 圆环/n, 菱形/n, 心形/n"),
 }
 
+_WORDS = (*SIZES, *COLOURS)
 # German: the stem. French: masculine, feminine.
-_ADJECTIVES: dict[Language, dict[str, str | tuple[str, str]]] = {
-    "en": {word: word for word in (*SIZES, *COLOURS)},
-    "de": {
-        "small": "klein",
-        "large": "groß",
-        "red": "rot",
-        "orange": "orangefarben",
-        "yellow": "gelb",
-        "green": "grün",
-        "turquoise": "türkisfarben",
-        "blue": "blau",
-        "purple": "violett",
-        "pink": "rosa",
-    },
-    "fr": {
-        "small": ("petit", "petite"),
-        "large": ("grand", "grande"),
-        "red": ("rouge", "rouge"),
-        "orange": ("orange", "orange"),
-        "yellow": ("jaune", "jaune"),
-        "green": ("vert", "verte"),
-        "turquoise": ("turquoise", "turquoise"),
-        "blue": ("bleu", "bleue"),
-        "purple": ("violet", "violette"),
-        "pink": ("rose", "rose"),
-    },
-    "zh": {
-        "small": "小",
-        "large": "大",
-        "red": "红色",
-        "orange": "橙色",
-        "yellow": "黄色",
-        "green": "绿色",
-        "turquoise": "青色",
-        "blue": "蓝色",
-        "purple": "紫色",
-        "pink": "粉色",
-    },
+_ADJECTIVES: dict[Language, Mapping[str, str | tuple[str, str]]] = {
+    "en": {word: word for word in _WORDS},
+    "de": _table(_WORDS, "klein, groß, rot, orangefarben, gelb, grün, türkisfarben, blau, violett, rosa"),
+    "fr": _forms(
+        _WORDS,
+        "petit/petite, grand/grande, rouge/rouge, orange/orange, jaune/jaune, vert/verte, turquoise/turquoise, "
+        "bleu/bleue, violet/violette, rose/rose",
+    ),
+    "zh": _table(_WORDS, "小, 大, 红色, 橙色, 黄色, 绿色, 青色, 蓝色, 紫色, 粉色"),
 }
 _INDECLINABLE = {"rosa"}
 _DATIVES = {"Herz": "Herzen"}  # the other nouns keep their form
 
-_ARTICLES = {
-    "en": {
-        "indefinite": {"n": "a"},
-        "definite": {"n": "the"},
-        "relative": {"n": "the"},
-        "predicate": {"n": "a"},
-    },
+_GENDERS = ("m", "f", "n")
+_ARTICLES: dict[Language, dict[Form, dict[str, str]]] = {
+    "en": {form: {"n": word} for form, word in zip(_FORMS, ("a", "the", "the", "a"), strict=True)},
     "de": {
-        "indefinite": {"m": "ein", "f": "eine", "n": "ein"},
-        "definite": {"m": "der", "f": "die", "n": "das"},
-        "relative": {"m": "dem", "f": "der", "n": "dem"},
-        "predicate": {"m": "ein", "f": "eine", "n": "ein"},
+        "indefinite": _table(_GENDERS, "ein, eine, ein"),
+        "definite": _table(_GENDERS, "der, die, das"),
+        "relative": _table(_GENDERS, "dem, der, dem"),
+        "predicate": _table(_GENDERS, "ein, eine, ein"),
     },
     "fr": {
         "indefinite": {"m": "un", "f": "une"},
@@ -116,54 +71,29 @@ _ARTICLES = {
         "relative": {"m": "du", "f": "de la"},
         "predicate": {"m": "un", "f": "une"},
     },
-    "zh": {
-        "indefinite": {"n": "一个"},
-        "definite": {"n": ""},
-        "relative": {"n": ""},
-        "predicate": {"n": "一个"},
-    },
+    "zh": {form: {"n": word} for form, word in zip(_FORMS, ("一个", "", "", "一个"), strict=True)},
 }
 # The endings of German adjectives after these articles.
-_ENDINGS = {
-    "indefinite": {"m": "er", "f": "e", "n": "es"},
-    "definite": {"m": "e", "f": "e", "n": "e"},
-    "relative": {"m": "en", "f": "en", "n": "en"},
-    "predicate": {"m": "", "f": "", "n": ""},
+_ENDINGS: dict[Form, dict[str, str]] = {
+    "indefinite": _table(_GENDERS, "er, e, es"),
+    "definite": _table(_GENDERS, "e, e, e"),
+    "relative": _table(_GENDERS, "en, en, en"),
+    "predicate": dict.fromkeys(_GENDERS, ""),
 }
 
-_PLACES = {
+_PLACES: dict[Language, dict[str, str]] = {
     "en": {place: f"at the {place}" for place in PLACES},
-    "de": {
-        "top left": "oben links",
-        "top right": "oben rechts",
-        "bottom left": "unten links",
-        "bottom right": "unten rechts",
-    },
-    "fr": {
-        "top left": "en haut à gauche",
-        "top right": "en haut à droite",
-        "bottom left": "en bas à gauche",
-        "bottom right": "en bas à droite",
-    },
-    "zh": {
-        "top left": "左上角",
-        "top right": "右上角",
-        "bottom left": "左下角",
-        "bottom right": "右下角",
-    },
+    "de": _table(PLACES, "oben links, oben rechts, unten links, unten rechts"),
+    "fr": _table(PLACES, "en haut à gauche, en haut à droite, en bas à gauche, en bas à droite"),
+    "zh": _table(PLACES, "左上角, 右上角, 左下角, 右下角"),
 }
-_BACKGROUNDS = {
+_BACKGROUNDS: dict[Language, dict[str, str]] = {
     "en": {name: name for name in BACKGROUNDS},
-    "de": {
-        "white": "weißen",
-        "light grey": "hellgrauen",
-        "beige": "beigen",
-        "light blue": "hellblauen",
-    },
-    "fr": {"white": "blanc", "light grey": "gris clair", "beige": "beige", "light blue": "bleu clair"},
-    "zh": {"white": "白色", "light grey": "浅灰色", "beige": "米色", "light blue": "浅蓝色"},
+    "de": _table(BACKGROUNDS, "weißen, hellgrauen, beigen, hellblauen"),
+    "fr": _table(BACKGROUNDS, "blanc, gris clair, beige, bleu clair"),
+    "zh": _table(BACKGROUNDS, "白色, 浅灰色, 米色, 浅蓝色"),
 }
-_NUMBERS = {
+_NUMBERS: dict[Language, dict[int, str]] = {
     "en": {2: "two", 3: "three"},
     "de": {2: "zwei", 3: "drei"},
     "fr": {2: "deux", 3: "trois"},

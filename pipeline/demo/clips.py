@@ -24,31 +24,18 @@ from pipeline.demo.scenes import (
 
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 
-_CAPTIONS = {
-    "en": {
-        "right": "{thing} moves from left to right",
-        "left": "{thing} moves from right to left",
-        "down": "{thing} moves from top to bottom",
-        "up": "{thing} moves from bottom to top",
-    },
-    "de": {
-        "right": "{thing} bewegt sich von links nach rechts",
-        "left": "{thing} bewegt sich von rechts nach links",
-        "down": "{thing} bewegt sich von oben nach unten",
-        "up": "{thing} bewegt sich von unten nach oben",
-    },
-    "fr": {
-        "right": "{thing} se déplace de gauche à droite",
-        "left": "{thing} se déplace de droite à gauche",
-        "down": "{thing} se déplace de haut en bas",
-        "up": "{thing} se déplace de bas en haut",
-    },
-    "zh": {
-        "right": "{thing}从左向右移动",
-        "left": "{thing}从右向左移动",
-        "down": "{thing}从上向下移动",
-        "up": "{thing}从下向上移动",
-    },
+# Language -> the words for each of DIRECTIONS.
+_MOVES: dict[Language, tuple[str, str, str, str]] = {
+    "en": ("from left to right", "from right to left", "from top to bottom", "from bottom to top"),
+    "de": ("von links nach rechts", "von rechts nach links", "von oben nach unten", "von unten nach oben"),
+    "fr": ("de gauche à droite", "de droite à gauche", "de haut en bas", "de bas en haut"),
+    "zh": ("从左向右", "从右向左", "从上向下", "从下向上"),
+}
+_SENTENCES: dict[Language, str] = {
+    "en": "{thing} moves {move}",
+    "de": "{thing} bewegt sich {move}",
+    "fr": "{thing} se déplace {move}",
+    "zh": "{thing}{move}移动",
 }
 
 
@@ -84,7 +71,8 @@ def frames(clip: Clip, count: int = 8) -> list[Image.Image]:
 
 def caption(clip: Clip, language: Language) -> str:
     """What moves in which direction, without a full stop."""
-    return _CAPTIONS[language][clip.direction].format(thing=phrase(clip.thing, language))
+    move = _MOVES[language][tuple(DIRECTIONS).index(clip.direction)]
+    return _SENTENCES[language].format(thing=phrase(clip.thing, language), move=move)
 
 
 def evaluation_files(seed: int, number: int) -> dict[str, bytes]:

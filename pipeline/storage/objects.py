@@ -14,24 +14,9 @@ from pathlib import Path
 
 from pipeline.storage import s3
 from pipeline.storage.atomic import replacing
-from pipeline.storage.s3 import ObjectError, Settings, check_range, configure, server, settings
-
-__all__ = [
-    "ObjectError",
-    "Settings",
-    "bytes_received",
-    "configure",
-    "delete",
-    "exists",
-    "join",
-    "list_under",
-    "read",
-    "server",
-    "settings",
-    "size",
-    "stamps",
-    "write",
-]
+from pipeline.storage.s3 import ObjectError, check_range
+from pipeline.storage.s3 import configure as configure
+from pipeline.storage.s3 import server as server
 
 
 class _Counter:

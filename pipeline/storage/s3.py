@@ -88,20 +88,10 @@ def _after_fork() -> None:
 os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
-def configure(
-    *,
-    timeout_s: float = Settings.timeout_s,
-    requester_pays: bool = Settings.requester_pays,
-    addressing: Literal["auto", "path", "virtual"] = Settings.addressing,
-) -> None:
+def configure(**settings: Any) -> None:
     """Set the `Settings` of this process and of the processes that it forks later."""
     global _settings
-    _settings = Settings(timeout_s, requester_pays, addressing)
-
-
-def settings() -> Settings:
-    """The current settings; pass them to a spawned process with `configure(**asdict(settings()))`."""
-    return _settings
+    _settings = Settings(**settings)
 
 
 def server() -> str:

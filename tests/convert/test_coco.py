@@ -102,10 +102,7 @@ def test_a_good_caption_is_enough(tmp_path, capsys):
     ]
     said = capsys.readouterr().err
     assert f"note: 2 images of {tmp_path / 'own.json'} have no split and are skipped" in said
-    assert (
-        f"note: 11 unusable captions of {tmp_path / 'own.json'} are skipped; "
-        in said
-    )
+    assert f"note: 11 unusable captions of {tmp_path / 'own.json'} are skipped; " in said
     assert "good.png: no caption: 7 is not a text\n" in said
 
 

@@ -127,7 +127,7 @@ def test_interrupted_on_the_way_to_s3_it_ends_at_once_and_goes_on(s3, source, un
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130, output
-    assert output[1].splitlines()[-1] == "interrupted: the same command goes on from here"
+    assert output[1].splitlines()[-1] == "interrupted: the same command continues from here"
     assert "Traceback" not in output[1]
     _, alive = psutil.wait_procs(children, timeout=HANG_SECONDS)
     assert alive == []

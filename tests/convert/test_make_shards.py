@@ -95,7 +95,7 @@ def test_what_cannot_be_drawn_leaves_nothing_behind(tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "said"),
-    [("verify", "interrupted"), ("jsonl", "interrupted: the same command goes on from here")],
+    [("verify", "interrupted"), ("jsonl", "interrupted: the same command continues from here")],
 )
 def test_only_a_conversion_goes_on_after_an_interruption(command, said, tmp_path, monkeypatch):
     """Both wait for a server that does not answer."""
