@@ -317,7 +317,7 @@ def sidecar_of(records: np.ndarray) -> bytes:
 def shard_entry(file: str, size: int, sha256: str, records: np.ndarray, **totals: Any) -> tuple[Shard, bytes]:
     """A tar's entry in the index, and the bytes of its sidecar. size, sha256: the tar's.  totals: the other fields."""
     sidecar = sidecar_of(records)
-    sums = {"sidecar_sha256": hashlib.sha256(sidecar).hexdigest(), "sidecar_bytes": len(sidecar)}
+    sums: dict[str, Any] = {"sidecar_sha256": hashlib.sha256(sidecar).hexdigest(), "sidecar_bytes": len(sidecar)}
     return Shard(file=file, samples=len(records), size=size, sha256=sha256, **sums, **totals), sidecar
 
 

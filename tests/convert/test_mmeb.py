@@ -167,9 +167,9 @@ def test_values_that_are_no_texts_and_marks_of_other_files(source, tmp_path):
     first, last = read_all(str(tmp_path / "out/Bad"))
     assert (first.query.text, first.negatives, last.query.text) == (" q \n", (), "<image>\nq")
     assert [(each["row"], each["cause"], each["detail"]) for each in rejected(tmp_path / "out/Bad")] == [
-        ("row 1", "marks and files differ", "<|image_2|>, but only <|image_1|> is supported, in "
+        ("row 1", "marks and files differ", "the mark <|image_2|>, but only <|image_1|> is supported, in "
                   "'<|image_1|> <|image_2|>'"),
-        ("row 2", "marks and files differ", "<|video_1|>, but only <|image_1|> is supported, in '<|video_1|>'"),
+        ("row 2", "marks and files differ", "the mark <|video_1|>, but only <|image_1|> is supported, in '<|video_1|>'"),
         ("row 3", "wrong fields", "neg_text is 1.5, which is not a text"),
         ("row 4", "marks and files differ", "2 <image> for 1 files in '<image>\\n<image>'"),
     ]  # fmt: skip
@@ -179,7 +179,7 @@ def test_mistakes_are_clear_errors(source, tmp_path):
     images(source)
     dest = tmp_path / "out"
     assert "--subset: no Owl in" in error_of("mmeb-train", source, dest, "--subset", "Owl")
-    assert "there are ImageNet_1K, Own, VisDial, WebQA" in error_of("mmeb-train", source, dest, "--subset", "Owl")
+    assert "it has ImageNet_1K, Own, VisDial, WebQA" in error_of("mmeb-train", source, dest, "--subset", "Owl")
     assert "has no <subset>/original-*.parquet" in error_of("mmeb-train", source / "Own", dest)
     assert "there is no such folder" in error_of("mmeb-train", source / "none", dest)
     file = source / "Own/original-0.parquet"

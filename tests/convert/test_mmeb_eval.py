@@ -135,7 +135,7 @@ def test_subset_limit_and_images_elsewhere(source, tmp_path):
     [
         (
             lambda source: put_rows(source, [("q", "NIGHTS/gone.png", ["a"], [""])]),
-            "GQA, row 0, query: missing file: NIGHTS/gone.png; .* whole",
+            "GQA, row 0, query: missing file: NIGHTS/gone.png; .* complete",
         ),
         (
             lambda source: put_rows(source, [("q", "", ["a"], [""]), ("r", None, ["a", " "], ["", None])]),
