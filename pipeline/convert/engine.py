@@ -240,7 +240,8 @@ class _Conversion:
                 if (stored := objects.size(url)) != size:
                     raise ObjectError(f"{url} has {stored} bytes, but {size} were written: start again")
                 path.unlink()
-        objects.write(self._record_url(job), _json(as_json(result)))
+        record = vars(result) | {"shard": result.shard and as_json(result.shard)}
+        objects.write(self._record_url(job), _json(record))
         return self, job, result
 
     def finalize(self, bar: tqdm) -> None:

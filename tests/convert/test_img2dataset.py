@@ -280,13 +280,13 @@ def test_a_good_caption_is_enough_and_what_else_a_tar_has_is_listed(tmp_path, ca
     ]
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert sorted(line.removeprefix(f"note: {tmp_path}: ") for line in notes) == [
+        "1 members .cls, which nothing reads",
+        "1 members .seg.png, which nothing reads",
+        "1 members .tif, which nothing reads",
         "1 unusable captions skipped: NUL character",
         "1 unusable captions skipped: a text is not UTF-8",
         "1 unusable captions skipped: its json is malformed",
         "1 unusable captions skipped: marks and files differ",
-        "1 members .cls, which nothing reads",
-        "1 members .seg.png, which nothing reads",
-        "1 members .tif, which nothing reads",
         "2 members .npy, which nothing reads",
     ]
 
@@ -440,8 +440,8 @@ def test_members_that_lie_apart_are_said_to(tmp_path):
         ("9", "no image"),
     ]
     assert rejected[0]["detail"] == (
-        "members of key 0 do not lie together in 0.tar, as WebDataset has them: "
-        "repack it in the order of names, as tar --sort=name does"
+        "the members of key 0 are not consecutive in 0.tar, as WebDataset requires: "
+        "repack it sorted by name, for example with tar --sort=name"
     )
     for magic, name in ((gzip.compress(b""), "gzip"), (bz2.compress(b""), "bzip2"), (lzma.compress(b""), "xz")):
         (tmp_path / "0.tar").write_bytes(magic)

@@ -169,7 +169,8 @@ def test_values_that_are_no_texts_and_marks_of_other_files(source, tmp_path):
     assert [(each["row"], each["cause"], each["detail"]) for each in rejected(tmp_path / "out/Bad")] == [
         ("row 1", "marks and files differ", "the mark <|image_2|>, but only <|image_1|> is supported, in "
                   "'<|image_1|> <|image_2|>'"),
-        ("row 2", "marks and files differ", "the mark <|video_1|>, but only <|image_1|> is supported, in '<|video_1|>'"),
+        ("row 2", "marks and files differ", "the mark <|video_1|>, but only <|image_1|> is supported, in "
+                  "'<|video_1|>'"),
         ("row 3", "wrong fields", "neg_text is 1.5, which is not a text"),
         ("row 4", "marks and files differ", "2 <image> for 1 files in '<image>\\n<image>'"),
     ]  # fmt: skip
