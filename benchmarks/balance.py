@@ -59,14 +59,14 @@ class Mixture:
         lanes = [[self._takes(stream, lane) for lane in range(order.lanes)] for stream in order.streams]
         excess = []
         for step in range(order.steps_per_epoch):
-            rows = np.concatenate([[lane[take] for lane in lanes[number]] for number, _, take in order.takes(step)], 1)
+            rows = np.concatenate([[lane[take] for lane in lanes[number]] for number, _, take in order.slices(step)], 1)
             loads = flat[first[rows[..., 0]] + rows[..., 1]].reshape(ranks, -1).sum(axis=1)
             excess.append(loads.max() / loads.mean() - 1)
         return np.array(excess)
 
     @staticmethod
     def _takes(stream, lane: int) -> np.ndarray:
-        windows = [stream.deal(0, lane, index)[:, :, 1:] for index in range(stream.windows(0, lane))]
+        windows = [stream.samples_of(0, lane, index)[:, :, 1:] for index in range(stream.windows(0, lane))]
         return np.concatenate(windows)
 
 

@@ -49,7 +49,7 @@ def main() -> None:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        continues = "" if arguments.command in INSPECTIONS else ": the same command goes on from here"
+        continues = "" if arguments.command in INSPECTIONS else ": the same command continues from here"
         print(f"\ninterrupted{continues}", file=sys.stderr, flush=True)
         os._exit(130)  # do not wait for uploads that are under way: the next start repeats them
     except OSError as error:

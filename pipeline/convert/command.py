@@ -1,4 +1,4 @@
-"""How a subcommand of tools/make_shards.py is made, and the arguments that several of them share."""
+"""The subcommands of tools/make_shards.py, and the arguments that several of them share."""
 
 import argparse
 import hashlib
@@ -11,15 +11,16 @@ from pathlib import Path
 from pipeline.convert.engine import refuse_occupied
 from pipeline.convert.rows import ImageFolder, Rows, folder
 from pipeline.convert.sharding import convert
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.errors import PipelineError
 
-# Of a conversion's arguments, those that do not decide what is written, or reach `convert` by themselves.
+# Arguments of a conversion that do not affect the output, or that `convert` gets separately.
 _NO_OPTIONS = ("run", "dest", "processes", "max_rejected", "tmp", "shard_mb", "shards")
 
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand. description: its --help; the first line by itself stands in the list of all commands."""
+    """A subcommand. description: its --help; its first line is also the entry in the list of all commands."""
 
     description: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -32,30 +33,34 @@ def conversion(
     datasets: Callable[[argparse.Namespace], Mapping[str, Rows]],
     files: Callable[[argparse.Namespace], Iterable[tuple[str, bytes]]] = lambda arguments: (),
 ) -> Command:
-    """The command of a format: DEST and the options of every conversion follow the arguments of its own.
+    """The command of a format: its own arguments, then DEST and the options of every conversion.
 
-    datasets: URL of each dataset's folder -> its rows. files: (URL, content) of what belongs to no dataset.
-    SOURCE, where the format has it as a Path, must be a local one, and not DEST.
+    datasets: URL of each dataset's folder -> its rows. files: (URL, content) of files outside of the datasets.
+    If SOURCE is a Path, it must be local, and must not be DEST.
     """
 
     def add_all(parser: argparse.ArgumentParser) -> None:
         add_arguments(parser)
         add_dest(parser)
         cut = parser.add_mutually_exclusive_group()
-        cut.add_argument("--shard-mb", type=positive, default=256, metavar="N", help="MiB a shard, about (default 256)")
-        cut.add_argument("--shards", type=positive, metavar="N", help="N shards of as many rows each, instead")
+        cut.add_argument(
+            "--shard-mb", type=positive, default=256, metavar="N", help="approximate MiB per shard (default 256)"
+        )
+        cut.add_argument(
+            "--shards", type=positive, metavar="N", help="write N shards with equal numbers of rows instead"
+        )
         add_work(parser)
         parser.add_argument(
             "--tmp",
             type=local_path,
             metavar="FOLDER",
-            help="where shards wait for their upload (default: the system's)",
+            help="folder for shards before their upload (default: the system's)",
         )
 
     def run(arguments: argparse.Namespace) -> None:
         if isinstance(arguments.source, Path):
             _check_place(arguments.source, arguments.dest)
-        refuse_occupied(arguments.dest)  # before a large source is looked through
+        refuse_occupied(arguments.dest)  # before a large source is read
         convert(
             datasets(arguments),
             options=_options(arguments) | {"content": _content(arguments)},
@@ -70,29 +75,37 @@ def conversion(
     return Command(description, add_all, run)
 
 
+def check_query(query: str, mark: str) -> None:
+    """Raise PipelineError unless --query has one `mark`, of an image or a video, and no other."""
+    if [query.count(each) for each in (IMAGE_MARK, VIDEO_MARK)] != [mark == IMAGE_MARK, mark == VIDEO_MARK]:
+        raise PipelineError(f"--query {query!r} must have one {mark}, and no other mark")
+
+
 def add_dest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dest", metavar="DEST", type=filled, help="a folder or s3://bucket/prefix")
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
     cpus = len(os.sched_getaffinity(0))
-    parser.add_argument("--processes", type=positive, default=cpus, metavar="N", help=f"here {cpus}, one a CPU")
+    parser.add_argument(
+        "--processes", type=positive, default=cpus, metavar="N", help=f"worker processes (default {cpus}, one per CPU)"
+    )
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """--processes and --max-rejected."""
+    """Add --processes and --max-rejected."""
     add_processes(parser)
     parser.add_argument(
         "--max-rejected",
         type=fraction,
         default=0.01,
         metavar="X",
-        help="stop when more than this fraction of a dataset's rows is rejected (default 0.01)",
+        help="fail if more than this fraction of a dataset's rows is rejected (default 0.01)",
     )
 
 
 def add_images(parser: argparse.ArgumentParser, default: str) -> None:
-    """--images and how images are scaled down. default: says where they are looked for without --images."""
+    """Add --images and the options to scale images down. default: describes the folder without --images."""
     parser.add_argument(
         "--images", type=local_path, metavar="FOLDER", help=f"folder of the images (default: {default})"
     )
@@ -100,29 +113,31 @@ def add_images(parser: argparse.ArgumentParser, default: str) -> None:
         "--image-max-side",
         type=positive,
         metavar="N",
-        help="scale images with a longer side than N pixels down to that, as JPEG, "
-        "upright and with 8 bits a channel, whatever model.images says later (default: all stay as they are)",
+        help="scale images with a longer side than N pixels down to N, as JPEG, upright and with 8 bits per channel, "
+        "regardless of model.images later (default: keep all images unchanged)",
     )
-    parser.add_argument("--image-quality", type=_quality, metavar="Q", help="of these JPEGs, 1 to 95 (default 90)")
+    parser.add_argument(
+        "--image-quality", type=_quality, metavar="Q", help="quality of these JPEGs, 1 to 95 (default 90)"
+    )
 
 
 def image_folder(arguments: argparse.Namespace, place: Path) -> ImageFolder:
     """The images in `place`, scaled as the arguments of `add_images` say."""
     if arguments.image_quality and not arguments.image_max_side:
-        raise PipelineError("--image-quality is of images that --image-max-side scales down: give that too, or neither")
+        raise PipelineError("--image-quality only applies with --image-max-side: give both, or neither")
     return ImageFolder(folder(place), arguments.image_max_side, arguments.image_quality or 90)
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, object]:
-    """The format's own arguments, which decide what is written, as JSON holds them."""
+    """The format's own arguments, which affect the output, as JSON values."""
     chosen = {name: value for name, value in vars(arguments).items() if name not in _NO_OPTIONS}
     return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in chosen.items()}
 
 
 def _content(arguments: argparse.Namespace) -> dict[str, str]:
-    """What the files that describe the rows hold, so that none of them changes under an unfinished conversion.
+    """Identify the content of the files with the rows, to detect a change during an unfinished conversion.
 
-    Digests of the files that the arguments name; of the parquet files in a source's folders, size and time.
+    Hashes of the files that the arguments name; size and time of the parquet files in the source's folders.
     """
     content = {}
     for path in (value for value in vars(arguments).values() if isinstance(value, Path) and value.is_file()):
@@ -142,7 +157,7 @@ def _check_place(source: Path, dest: str) -> None:
 
 
 def filled(text: str) -> str:
-    if not text:  # as when a variable of a script was not set
+    if not text:  # for example, an unset variable of a script
         raise argparse.ArgumentTypeError("it is empty")
     return text
 
@@ -152,7 +167,7 @@ def local_path(text: str) -> Path:
 
 
 def _quality(text: str) -> int:
-    if (value := positive(text)) > 95:  # more only makes files larger, says Pillow
+    if (value := positive(text)) > 95:  # Pillow advises against more
         raise argparse.ArgumentTypeError(f"{value} is not between 1 and 95")
     return value
 
@@ -167,4 +182,4 @@ def fraction(text: str) -> float:
     with suppress(ValueError):
         if 0 <= (value := float(text)) <= 1:
             return value
-    raise argparse.ArgumentTypeError(f"{text} is no number between 0 and 1")
+    raise argparse.ArgumentTypeError(f"{text} is not a number between 0 and 1")

@@ -1,7 +1,7 @@
-"""Conversions that may be interrupted anywhere: shards are jobs, each recorded when its files are in their place.
+"""Run conversions that can be interrupted at any point: each shard is a job, recorded when its files are complete.
 
-DEST/.unfinished/plan.json says what is being converted, DEST/.unfinished/NAME.json what became of the job NAME. The
-same conversion started again does the jobs that have no record, and ends with the same bytes as an undisturbed one.
+DEST/.unfinished/plan.json describes the conversion, DEST/.unfinished/NAME.json is the result of job NAME. When the same
+conversion is started again, it runs the jobs without a record, and ends with the same bytes as an uninterrupted one.
 """
 
 import json
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -25,27 +25,28 @@ from typing import Protocol
 from tqdm import tqdm
 
 from pipeline.convert.workers import Report, job_threads, run_job, workers
-from pipeline.data.index import INDEX_FILE, Count, File, Index, Shard, check_shards
+from pipeline.data.index import INDEX_FILE, Count, Index, IndexedFile, Shard, as_json, check_shards
 from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
 from pipeline.storage import lock, objects
+from pipeline.storage.atomic import remove_leftovers
 from pipeline.storage.documents import FIXED, DocumentError, parse_json
 from pipeline.storage.objects import ObjectError
 
 UNFINISHED = ".unfinished"
 REJECTED_FILE = "rejected.jsonl"
-_AFRESH = f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
-SOURCE_STATE = ("content", "rows", "row_sizes")  # what a plan says of the source's content
+_RESTART = f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
+SOURCE_STATE = ("content", "rows", "row_sizes")  # the members of a plan that describe the source's content
 
 
 @dataclass(frozen=True)
-class Result:
-    """What became of a job.
+class JobResult:
+    """The result of a job.
 
-    shard: its entry in the index; None if no row of it could be used.
-    rows: how many it had. rejected: of these, {"row", "cause", "detail"} of each that is left out, in order.
-    files: name -> bytes of the files that it wrote into its folder and that belong into DEST.
-    notes: what else a person should know of it -> how often, as "members .npy, which nothing reads".
+    shard: its entry in the index; None if all rows were rejected.
+    rows: the number of its rows. rejected: {"row", "cause", "detail"} of each rejected row, in order.
+    files: name -> bytes of the files that it wrote to its folder for DEST.
+    notes: a note for the user -> its count, such as "members .npy, which nothing reads".
     """
 
     __pydantic_config__ = FIXED
@@ -57,31 +58,35 @@ class Result:
     notes: dict[str, Count] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, data: bytes, url: str) -> "Result | None":
-        """None for a record that is damaged: its job is done again."""
+    def from_json(cls, data: bytes, url: str) -> "JobResult | None":
+        """None for a damaged record, whose job then runs again."""
         with suppress(DocumentError, ValueError):
-            result = parse_json(data, url, cls, remedy="")
+            result: JobResult = parse_json(data, url, cls, remedy="")
             check_shards([result.shard] if result.shard else [])
             return result
         return None
 
 
 class Work(Protocol):
-    """The conversion of one dataset, cut into jobs that depend on nothing but themselves; sent to other processes.
+    """The conversion of one dataset, divided into independent jobs. It is sent to other processes."""
 
-    dataset: its name.
-    plan: all that decides the outcome, as JSON holds it: only the same is gone on with.
-    jobs: name -> how much there is to do, in the unit of the progress bar, in the order of their shards.
-    rows: in all jobs together; None if only the jobs find out.
-    """
+    @property
+    def plan(self) -> dict[str, object]:
+        """Everything that determines the output, as JSON values. Only a conversion with the same plan is resumed."""
+        ...
 
-    dataset: str
-    plan: dict[str, object]
-    jobs: Mapping[str, int]
-    rows: int | None
+    @property
+    def jobs(self) -> Mapping[str, int]:
+        """Name -> size in the unit of the progress bar, in the order of the shards."""
+        ...
 
-    def run(self, job: str, folder: Path, report: Report) -> Result:
-        """Do a job in `folder`, and report whenever some of it is done. May raise TooManyRejected."""
+    @property
+    def rows(self) -> int | None:
+        """The rows of all jobs together; None if only the jobs can tell."""
+        ...
+
+    def run(self, job: str, folder: Path, report: Report) -> JobResult:
+        """Run a job in `folder`, and report its progress. May raise TooManyRejected."""
         ...
 
     def index(self, shards: tuple[Shard, ...]) -> Index: ...
@@ -92,24 +97,24 @@ class Work(Protocol):
 
 
 class TooManyRejected(Exception):
-    """A job's rejected rows alone are more than all jobs together may have. Its argument: the Result so far."""
+    """A job rejected more rows than all jobs together may reject. Its argument is the JobResult so far."""
 
 
 def allowed(max_rejected: float, rows: int) -> int:
-    """How many of so many rows may be rejected. 0.29 of 100 are 29, though the product is a little less."""
+    """The most rows that may be rejected. The tolerance corrects rounding: 0.29 of 100 is 29, not 28."""
     return math.floor(max_rejected * rows * (1 + 1e-12))
 
 
 def refuse_occupied(dest: str) -> None:
-    """PipelineError where a finished dataset is, ObjectError where `dest` is out of reach."""
+    """Raise PipelineError if `dest` contains a finished dataset, and ObjectError if it is unreachable."""
     if objects.exists(objects.join(dest, INDEX_FILE)) and not objects.exists(_plan_url(dest)):
         raise PipelineError(
-            f"{dest} holds a dataset already: choose another DEST, or delete {INDEX_FILE}, {REJECTED_FILE} and "
+            f"{dest} already contains a dataset: choose another DEST, or delete {INDEX_FILE}, {REJECTED_FILE} and "
             "*.idx.npy there, and the *.tar if they are not SOURCE"
         )
 
 
-def carry_out(
+def run_conversions(
     works: Mapping[str, Work],
     *,
     unit: str,
@@ -118,16 +123,16 @@ def carry_out(
     tmp: Path | None = None,
     files: Iterable[tuple[str, bytes]] = (),
 ) -> dict[str, Index]:
-    """Do all jobs of all works, each work's into the folder (or S3 prefix) it is keyed by. Returns their indexes.
+    """Run all jobs of all works. `works` maps a folder or S3 prefix to its work. Returns the indexes.
 
-    unit: of the jobs' sizes, for the progress bar. processes: 1 is this one. tmp: where files wait for their upload
-    to S3, at most those of processes + 2 jobs. max_rejected: the fraction of a dataset's rows that may be left out.
-    files: (URL, content) of what belongs to no dataset; written first.
+    unit: of the jobs' sizes, for the progress bar. processes: 1 means this process. tmp: the folder of files before
+    their upload to S3, for at most processes + 2 jobs. max_rejected: the fraction of a dataset's rows that may be
+    rejected. files: (URL, content) of files outside of the datasets; they are written first.
 
-    Raises PipelineError if a folder holds a dataset, or an unfinished conversion of another plan, and when more rows
-    than allowed are rejected; ObjectError if anything cannot be written. What was finished stays, to be gone on with.
+    Raises PipelineError if a folder contains a dataset or an unfinished conversion with another plan, and if too many
+    rows are rejected; ObjectError if anything cannot be written. Finished jobs are kept for the next start.
     """
-    files = list(files)  # where they cannot be made, nothing is begun
+    files = list(files)  # an error while making them must come before anything is written
     with lock.held(works):
         conversions = _open(works, max_rejected, files)
         with ThreadPoolExecutor(8) as threads:
@@ -146,9 +151,9 @@ def carry_out(
                     workers(processes, [each.work.run for each in conversions], len(todo)) as (pool, progress),
                 ):
                     for conversion in conversions:
-                        conversion.settle(bar)
+                        conversion.finalize(bar)
                     for number, (conversion, job) in enumerate(todo):
-                        threads.submit(conversion.do, job, number, pool).add_done_callback(outcomes.put)
+                        threads.submit(conversion.run, job, number, pool).add_done_callback(outcomes.put)
                     waiting = len(todo)
                     while waiting:
                         bar.update(initial + int(progress.sum()) - bar.n)
@@ -159,28 +164,28 @@ def carry_out(
                         waiting -= 1
                         conversion, job, result = outcome.result()
                         conversion.results[job] = result
-                        conversion.settle(bar)
+                        conversion.finalize(bar)
                 bar.update(total - bar.n)
             except PipelineError:
-                _save_others(conversions, outcomes, bar)
+                _finalize_others(conversions, outcomes, bar)
                 raise
     return {dest: Index.load(dest) for dest in works}
 
 
-def _save_others(conversions: list["_Conversion"], outcomes: SimpleQueue[Future], bar: tqdm) -> None:
-    """After an error, when all jobs have ended: finish the conversions that have all of theirs."""
+def _finalize_others(conversions: list["_Conversion"], outcomes: SimpleQueue[Future], bar: tqdm) -> None:
+    """After an error, when all jobs have ended, finish the conversions whose jobs are all done."""
     while not outcomes.empty():
         outcome = outcomes.get()
         if not outcome.cancelled() and outcome.exception() is None:
             conversion, job, result = outcome.result()
             conversion.results[job] = result
     for conversion in conversions:
-        with suppress(PipelineError):  # the first error is the one to report
-            conversion.settle(bar)
+        with suppress(PipelineError):  # only the first error is reported
+            conversion.finalize(bar)
 
 
 class _Conversion:
-    """A work and what has been done of it. results: of the jobs that have ended. folder: where jobs write."""
+    """The state of a work. results: those of finished jobs. folder: where jobs write."""
 
     folder: Path
     finished = False
@@ -208,9 +213,9 @@ class _Conversion:
     def remote(self) -> bool:
         return "://" in self.dest
 
-    def _recorded(self, job: str) -> Result | None:
-        """What the job's record says, if the files are there too."""
-        result = Result.from_json(objects.read(url := self._record_url(job)), url)
+    def _recorded(self, job: str) -> JobResult | None:
+        """The result in the job's record, if its files are there too."""
+        result = JobResult.from_json(objects.read(url := self._record_url(job)), url)
         if result is None:
             return None
         urls = {objects.join(self.dest, name): size for name, size in result.files.items()}
@@ -219,27 +224,28 @@ class _Conversion:
     def _record_url(self, job: str) -> str:
         return objects.join(self.dest, UNFINISHED, f"{job}.json")
 
-    def do(self, job: str, number: int, pool: Executor) -> tuple["_Conversion", str, Result]:
-        """Have the job done in `pool` (it is of this number among all), bring its files to DEST, record it."""
+    def run(self, job: str, number: int, pool: Executor) -> tuple["_Conversion", str, JobResult]:
+        """Run the job, which has this number among all, in `pool`; upload its files to DEST and record it."""
         self._began = min(self._began, time.monotonic())
         try:
-            result = pool.submit(run_job, self.number, job, number, self.folder).result()
+            result: JobResult = pool.submit(run_job, self.number, job, number, self.folder).result()
         except TooManyRejected as error:
-            return self, job, error.args[0]  # not recorded; `settle` refuses it
+            return self, job, error.args[0]  # not recorded; `finalize` raises the error
         except BrokenProcessPool:
-            raise PipelineError("a process was killed; if memory ran out, choose fewer --processes") from None
+            raise PipelineError("a process was killed: if memory ran out, use fewer --processes") from None
         if self.remote:
             for name, size in result.files.items():
                 url, path = objects.join(self.dest, name), self.folder / name
                 objects.write(url, path)
                 if (stored := objects.size(url)) != size:
-                    raise ObjectError(f"{url} has {stored} bytes where {size} were written: start again")
+                    raise ObjectError(f"{url} has {stored} bytes, but {size} were written: start again")
                 path.unlink()
-        objects.write(self._record_url(job), _json(asdict(result)))
+        record = vars(result) | {"shard": result.shard and as_json(result.shard)}
+        objects.write(self._record_url(job), _json(record))
         return self, job, result
 
-    def settle(self, bar: tqdm) -> None:
-        """Finish it if all jobs are done. PipelineError as soon as it is certain that too many rows are rejected."""
+    def finalize(self, bar: tqdm) -> None:
+        """Finish the dataset if all jobs are done. Raises PipelineError as soon as too many rows are rejected."""
         read = sum(result.rows for result in self.results.values())
         rejected = self._rejected()
         if self.work.rows is None and not self.complete:
@@ -250,11 +256,13 @@ class _Conversion:
             raise PipelineError(
                 f"{self.dest}: {len(rejected)} rows are rejected so far, of {read} rows read, more than --max-rejected "
                 f"{self._max_rejected} allows: {_causes(rejected)}; the first: {first}. They are in {REJECTED_FILE} "
-                "there: raise --max-rejected to go on without them, or mend them, {_AFRESH}"
+                f"there: raise --max-rejected to continue without them, or correct them, {_RESTART}"
             )
         if self.complete and not self.finished:
             bar.write(printable(self._finish()))
-            notes = sum((Counter(result.notes) for result in self.results.values()), Counter())
+            notes: Counter[str] = Counter()
+            for result in self.results.values():
+                notes.update(result.notes)
             for what, count in notes.most_common():
                 bar.write(printable(f"note: {self.dest}: {count} {what}"), file=sys.stderr)
             self.finished = True
@@ -268,21 +276,23 @@ class _Conversion:
         return [each for result in results if result for each in result.rejected]
 
     def _finish(self) -> str:
-        """Write what belongs to the dataset as a whole, its index last. Returns a summary of one line."""
+        """Write the files of the whole dataset, its index last. Returns a summary in one line."""
         results = [self.results[job] for job in self.work.jobs]
         shards = tuple(result.shard for result in results if result.shard)
         rejected = self._rejected()
         self._write_rejected(rejected)
         if not shards:
             why = f"see {REJECTED_FILE} there" if rejected else "SOURCE has none"
-            raise PipelineError(f"{self.dest}: no row can be used, {why}")
+            raise PipelineError(f"{self.dest}: no row is usable, {why}")
         files = self.work.files()
         for name, content in files.items():
             objects.write(objects.join(self.dest, name), content)
-        index = replace(self.work.index(shards), files={name: File.of(content) for name, content in files.items()})
+        index = replace(
+            self.work.index(shards), files={name: IndexedFile.of(content) for name, content in files.items()}
+        )
         objects.write(objects.join(self.dest, INDEX_FILE), index.to_json().encode())
         _remove_unfinished(self.dest)
-        seconds = max(time.monotonic() - self._began, 1e-3)  # all may have been done before
+        seconds = max(time.monotonic() - self._began, 1e-3)  # all jobs may have been finished earlier
         return (
             f"{self.dest}: {index.samples} samples in {len(shards)} shards, {index.total_bytes / 1e6:.1f} MB, "
             f"{seconds:.1f} s, {(index.samples - self._samples_before) / seconds:.0f} samples/s, "
@@ -291,27 +301,26 @@ class _Conversion:
 
 
 def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str, bytes]]) -> list[_Conversion]:
-    """The conversions that are not finished, each with its plan written and its records read.
+    """Write the plans of the unfinished conversions, and read their records.
 
-    A dataset that is finished is one of an earlier start of the same command if any of the command's plans is still
-    there: plans are written before all else, and one goes only when its dataset is finished. Where none of them is,
-    nothing that the command would write may be there.
+    If any plan of the command exists, then its finished datasets come from an earlier start of the same command: plans
+    are written before everything else, and a plan is removed when its dataset is finished. If no plan exists, none of
+    the command's output files may exist.
     """
-    plans = {}
+    plans = {dest: _plan(dest) for dest in works}
     for dest, work in works.items():
-        plans[dest] = _plan(dest)
-        wanted = json.loads(_json(work.plan))
-        for name in wanted | plans[dest] if plans[dest] is not None else ():
-            if (was := plans[dest].get(name)) == wanted.get(name):
-                continue
-            if name in SOURCE_STATE:
-                raise PipelineError(
-                    f"{dest} holds an unfinished conversion, and SOURCE has changed since: restore it, or {_AFRESH}"
-                )
+        wanted, plan = json.loads(_json(work.plan)), plans[dest]
+        if plan is None or plan == wanted:
+            continue
+        name = next(name for name in wanted | plan if plan.get(name) != wanted.get(name))
+        if name in SOURCE_STATE:
             raise PipelineError(
-                f"{dest} holds an unfinished conversion whose {name} was {was!r} and is {wanted.get(name)!r} now: "
-                f"give the same command with the same source, or {_AFRESH}"
+                f"{dest} contains an unfinished conversion, but SOURCE has changed: restore it, or {_RESTART}"
             )
+        raise PipelineError(
+            f"{dest} contains an unfinished conversion whose {name} was {plan.get(name)!r} and is now "
+            f"{wanted.get(name)!r}: give the same command with the same source, or {_RESTART}"
+        )
     finished = [dest for dest in works if objects.exists(objects.join(dest, INDEX_FILE))]
     if not any(plans.values()):
         for dest in finished:
@@ -333,14 +342,14 @@ def _refuse_overwriting(urls: list[str]) -> None:
     with ThreadPoolExecutor(16) as threads:
         for url, there in zip(urls, threads.map(objects.exists, urls), strict=True):
             if there:
-                raise PipelineError(f"{url} is there already and would be overwritten: move it or choose another DEST")
+                raise PipelineError(f"{url} exists and would be overwritten: move it or choose another DEST")
 
 
 def _plan(dest: str) -> dict[str, object] | None:
-    """What an earlier start noted that it converts; None if there was none, or it has finished."""
+    """The plan that an earlier start wrote; None if there is none, or if that conversion has finished."""
     if not objects.exists(url := _plan_url(dest)):
         return None
-    return parse_json(objects.read(url), url, dict, remedy=_AFRESH)
+    return parse_json(objects.read(url), url, dict, remedy=_RESTART)
 
 
 def _plan_url(dest: str) -> str:
@@ -348,9 +357,9 @@ def _plan_url(dest: str) -> str:
 
 
 def _remove_unfinished(dest: str) -> None:
-    """Remove what only an unfinished conversion needs, the plan last."""
+    """Remove the files of an unfinished conversion, the plan last."""
     plan = _plan_url(dest)
-    for _ in range(3):  # a listing has no checksum: what was damaged on the way names another
+    for _ in range(3):  # a listing has no checksum, so it may arrive with damaged names
         listed = objects.list_under(objects.join(dest, UNFINISHED))
         if not (records := [url for url in listed if not url.endswith("/plan.json")]):
             break
@@ -358,37 +367,30 @@ def _remove_unfinished(dest: str) -> None:
             list(threads.map(objects.delete, records))
     objects.delete(plan)
     if "://" not in dest:
-        _remove_partial(Path(dest))
+        remove_leftovers(Path(dest))
         with suppress(FileNotFoundError):
             Path(dest, UNFINISHED).rmdir()
 
 
-def _remove_partial(folder: Path) -> None:
-    """Remove what processes that were killed had begun to write."""
-    for pattern in (".*.partial", "*.tar.partial"):
-        for partial in folder.glob(pattern):
-            partial.unlink()
-
-
 @contextmanager
 def _folders(conversions: list[_Conversion], tmp: Path | None) -> Iterator[None]:
-    """Give each conversion the folder in which its jobs write: DEST itself, or one from which they are uploaded.
+    """Set the folder in which each conversion's jobs write: DEST itself, or a temporary folder if DEST is on S3.
 
-    What an earlier start left there when it was killed is removed.
+    Files that an earlier, killed start left there are removed.
     """
     with ExitStack() as stack:
         for conversion in conversions:
             conversion.folder = Path(conversion.dest)
             if conversion.remote:
-                place = f"{objects.server()} {conversion.dest}"  # of another server it may be in use just now
+                place = f"{objects.server()} {conversion.dest}"  # the same DEST on another server may be in use
                 name = f"make-shards-{os.getuid()}-{sha256(place.encode()).hexdigest()[:16]}"
                 conversion.folder = Path(tmp or tempfile.gettempdir(), name)
                 shutil.rmtree(conversion.folder, ignore_errors=True)
                 conversion.folder.mkdir(mode=0o700)
-                # A process may still be writing when all is over early.
+                # After an error a process may still be writing there.
                 stack.callback(shutil.rmtree, conversion.folder, ignore_errors=True)
             else:
-                _remove_partial(conversion.folder)
+                remove_leftovers(conversion.folder)
         yield
 
 
@@ -397,5 +399,5 @@ def _causes(rejected: list[dict[str, str]]) -> str:
 
 
 def _json(content: object) -> bytes:
-    # Half a surrogate pair, which a name may hold, is written as JSON writes it.
+    # A name may contain half a surrogate pair, which becomes an escape sequence of JSON.
     return json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace")

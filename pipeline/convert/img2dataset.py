@@ -1,4 +1,4 @@
-"""Tars in img2dataset's layout as they are: an index and sidecars for them, and of the tars not a byte is written."""
+"""Index tars in img2dataset's layout: write an index and sidecars, and leave the tars unchanged."""
 
 import argparse
 import hashlib
@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import IO, cast
 
-from pipeline.convert.command import Command, add_dest, add_work
-from pipeline.convert.engine import Result, carry_out, refuse_occupied
+from pipeline.convert.command import Command, add_dest, add_work, check_query
+from pipeline.convert.engine import JobResult, refuse_occupied, run_conversions
 from pipeline.convert.rows import Rejection
 from pipeline.convert.workers import Report
 from pipeline.data.index import Captions, Index, Shard
-from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Pair
+from pipeline.data.sample import IMAGE_MARK, BadSample, Pair
 from pipeline.data.shards import READ_NAMES, ShardRecords, captioned, members_of, split_name
 from pipeline.data.text_embeddings import SUFFIX
 from pipeline.data.tiles import decode_image
@@ -25,27 +26,29 @@ from pipeline.storage import objects
 from pipeline.storage.documents import note_unread, packed_by
 
 DESCRIPTION = """\
-an index for tars in img2dataset's layout, which stay as and where they are
+an index for tars in img2dataset's layout, which stay unchanged
 
-SOURCE is a folder or s3:// prefix of tars. A sample's members share their name up to the first dot and follow one
-another:
+SOURCE is a folder or s3:// prefix of tars. The members of a sample are consecutive, and share their name up to the
+first dot:
 
     000000017.jpg                (or jpeg, png, webp, gif) the image
     000000017.txt                its caption
-    000000017.json               columns, of which further ones can be captions: a text, or a list of texts
+    000000017.json               columns, some of which can contain further captions: a text or a list of texts
 
-Each becomes a pair: the query is --query with the image, the target its first caption; a training step that takes
-the pair draws one of all its captions. Only the index and a sidecar for each tar are written, to DEST, which may be
-SOURCE itself. The tars must stay where they are then. Every tar is read once. A caption that is damaged, no text, or
-has <image> or <video> in it is left out. So is, and is listed in DEST/rejected.jsonl, a sample without any other, one
-without image or with several, undecodable, larger than 256 MiB, or whose members lie apart; a broken or compressed
-tar is an error. What webdataset skips is skipped: folders, links, hidden files, names without a suffix.
+Each sample becomes a pair: the query is --query with the image, and the target is its first caption; each training step
+draws one of all its captions. Every tar is read once. Only the index and one sidecar per tar are written to DEST, which
+may be SOURCE; the tars must then stay where they are.
+
+Captions are skipped if they are damaged, are not texts, or contain <image> or <video>. A sample is rejected and listed
+in DEST/rejected.jsonl if it has no other caption, no image or several images, cannot be decoded, is larger than 256
+MiB, or if its members are not consecutive. A damaged or compressed tar is an error. As in webdataset, folders, links,
+hidden files and names without a suffix are skipped.
 
     python tools/make_shards.py img2dataset s3://bucket/cc3m s3://bucket/cc3m --captions txt caption_long
 """
 _MAX_SAMPLE = 256 << 20
-_PIECE = 16 << 20  # bytes of a read
-_NOTES = 20  # of a tar; where keys have dots, every member's name may be another
+_PIECE = 16 << 20  # bytes per read
+_NOTES = 20  # the most per tar: if keys contain dots, every member may have another name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,25 +59,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["txt"],
         metavar="COLUMN",
-        help='where captions are: "txt" is the .txt member, any other name a column of the .json (txt)',
+        help='where the captions are: "txt" is the .txt member, any other name a column of the .json (default txt)',
     )
     query = f"{IMAGE_MARK}\nFind an image caption describing the given everyday image."
-    parser.add_argument("--query", default=query, metavar="TEXT", help=f"of all pairs ({query!r})")
-    parser.add_argument("--task", default="retrieval", metavar="NAME", help="a free name of what is asked (retrieval)")
-    parser.add_argument("--dataset", metavar="NAME", help="the dataset's name (the last part of SOURCE)")
+    parser.add_argument("--query", default=query, metavar="TEXT", help=f"query of all pairs (default {query!r})")
+    parser.add_argument("--task", default="retrieval", metavar="NAME", help="name of the task (default retrieval)")
+    parser.add_argument("--dataset", metavar="NAME", help="name of the dataset (default: the last part of SOURCE)")
     add_work(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     refuse_occupied(arguments.dest)
-    if (arguments.query.count(IMAGE_MARK), arguments.query.count(VIDEO_MARK)) != (1, 0):
-        raise PipelineError(f"--query {arguments.query!r} must have one {IMAGE_MARK}, and no {VIDEO_MARK}")
+    check_query(arguments.query, IMAGE_MARK)
     captions = Captions(arguments.query, tuple(arguments.captions), arguments.task)
     source, dest = _absolute(arguments.source), _absolute(arguments.dest)
     tars = _tars(source)
     _check_columns(objects.join(source, min(tars)), captions)
     work = TarsWork(arguments.dataset or source.rpartition("/")[2], source, dest, captions, tars)
-    carry_out({dest: work}, unit="B", processes=arguments.processes, max_rejected=arguments.max_rejected)
+    run_conversions({dest: work}, unit="B", processes=arguments.processes, max_rejected=arguments.max_rejected)
 
 
 COMMAND = Command(DESCRIPTION, add_arguments, run)
@@ -85,24 +87,24 @@ def _absolute(url: str) -> str:
 
 
 def _tars(source: str) -> dict[str, int]:
-    """File name -> bytes of the tars right below `source`."""
+    """File name -> bytes of the tars directly in `source`."""
     names = [url.removeprefix(source + "/") for url in objects.list_under(source)]
     below = {name.partition("/")[0] for name in names if "/" in name and name.endswith(".tar")}
-    note_unread(f"{source}, for tars are read right below it alone", sorted(below), kind="folder")
+    note_unread(f"{source}, since only tars directly in it are read", sorted(below), kind="folder")
     names = [name for name in names if "/" not in name and not name.startswith(".")]
     if packed := [name for name in names if name.endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))]:
         raise PipelineError(
-            f"{objects.join(source, packed[0])} is compressed, so no sample in it can be read by itself"
+            f"{objects.join(source, packed[0])} is compressed, so single samples cannot be read: decompress it"
         )
     tars = [name for name in names if name.endswith(".tar") and not name.endswith(SUFFIX)]
     if not tars:
-        raise PipelineError(f"{source} holds no .tar files: name the folder (or prefix) right above them")
+        raise PipelineError(f"{source} contains no .tar files: give the folder (or prefix) that directly contains them")
     with ThreadPoolExecutor(16) as pool:
         return dict(zip(tars, pool.map(lambda name: objects.size(objects.join(source, name)), tars), strict=True))
 
 
 def _check_columns(url: str, captions: Captions) -> None:
-    """PipelineError if no sample of this tar has one of the columns; a misspelt one would only cost samples."""
+    """Raise PipelineError if a column is in no sample of this tar: a misspelt one would only cause rejections."""
     found: set[str] = set()
     tape, sample = Tape(url), None
     for sample in read_tape(tape):
@@ -110,14 +112,14 @@ def _check_columns(url: str, captions: Captions) -> None:
             found |= _columns(tape.between(sample.begin, sample.end))
             if found.issuperset(captions.columns):
                 return
-    if sample is None:  # a shard of which no download succeeded
+    if sample is None:  # a shard without any successful download
         return
     missing = ", ".join(sorted(set(captions.columns) - found))
     raise PipelineError(f"--captions: no sample of {url} has {missing}; it has {', '.join(sorted(found)) or 'none'}")
 
 
 def _columns(data: bytes) -> set[str]:
-    columns = set()
+    columns: set[str] = set()
     with suppress(BadSample, ValueError, RecursionError):
         members = {name.lower(): content for name, content in members_of(data)[1].items()}
         columns |= {"txt"} & members.keys()
@@ -128,7 +130,7 @@ def _columns(data: bytes) -> set[str]:
 
 @dataclass(frozen=True)
 class TarsWork:
-    """Work on the tars in `source` (file name -> bytes): every job indexes one."""
+    """The indexing of the tars in `source` (file name -> bytes): every job indexes one tar."""
 
     dataset: str
     source: str
@@ -143,13 +145,16 @@ class TarsWork:
 
     @property
     def jobs(self) -> dict[str, int]:
-        # With the size in its name: a tar that was mended since is another job, and only that is done again.
+        # A job's name contains the size, so a tar that was repaired meanwhile is a new job, and only it runs again.
         return {f"{name}.{size}": size for name, size in self.tars.items()}
 
-    def run(self, job: str, folder: Path, report: Report) -> Result:
+    def run(self, job: str, folder: Path, report: Report) -> JobResult:
         file = job.rpartition(".")[0]
         tape = Tape(objects.join(self.source, file), report)
-        records, rejected, times, unread, notes = ShardRecords(), [], Counter(), Counter(), Counter()
+        records, rejections = ShardRecords(), []
+        times: Counter[str] = Counter()
+        unread: Counter[str] = Counter()
+        notes: Counter[str] = Counter()
         for sample in read_tape(tape):
             times[sample.key] += 1
             unread.update(sample.names - READ_NAMES)
@@ -159,18 +164,18 @@ class TarsWork:
                 data = tape.between(sample.begin, sample.end)
                 pair, faults = _pair(data, self.captions)
                 records.add(pair, sample.begin, data)
-                notes.update(f"captions left out beside others: {cause}" for cause, _ in faults)
+                notes.update(f"unusable captions skipped: {cause}" for cause, _ in faults)
             except Rejection as reason:
-                rejected.append((sample.key, reason))
-        rejected = list(_rows(file, rejected, times))
+                rejections.append((sample.key, reason))
+        rejected = list(_rows(file, rejections, times))
         for name, count in unread.most_common():
             notes[f"members .{name if len(notes) < _NOTES else '...'}, which nothing reads"] += count
         if not len(records):
-            return Result(None, len(rejected), rejected, {}, dict(notes))
+            return JobResult(None, len(rejected), rejected, {}, dict(notes))
         shard, sidecar = records.finish(file, tape.size, tape.sha256.hexdigest())
         objects.write(str(folder / shard.sidecar), sidecar)
         files = {shard.sidecar: shard.sidecar_bytes}
-        return Result(shard, len(records) + len(rejected), rejected, files, dict(notes))
+        return JobResult(shard, len(records) + len(rejected), rejected, files, dict(notes))
 
     def index(self, shards: tuple[Shard, ...]) -> Index:
         return Index(self.dataset, shards, self.captions, "" if self.source == self.dest else self.source)
@@ -180,7 +185,7 @@ class TarsWork:
 
 
 def _rows(file: str, rejected: list[tuple[str, Rejection]], times: Counter[str]) -> Iterator[dict[str, str]]:
-    """What rejected.jsonl says.  times: how often each key came, of which members that lie apart make several."""
+    """The rows of rejected.jsonl.  times: how often each key occurred; separated members cause several occurrences."""
     apart = set()
     for key, reason in rejected:
         name = key.encode(errors="backslashreplace").decode()
@@ -188,13 +193,13 @@ def _rows(file: str, rejected: list[tuple[str, Rejection]], times: Counter[str])
             if key in apart:  # the same sample
                 continue
             apart.add(key)
-            what = f"members of key {name} do not lie together in {file}, as WebDataset has them"
-            reason = Rejection("members apart", f"{what}: repack it in the order of names, as tar --sort=name does")
+            what = f"the members of key {name} are not consecutive in {file}, as WebDataset requires"
+            reason = Rejection("members apart", f"{what}: repack it sorted by name, for example with tar --sort=name")
         yield {"row": f"{file}: {name}", "cause": reason.cause, "detail": reason.detail}
 
 
 def _pair(data: bytes, captions: Captions) -> tuple[Pair, list[tuple[str, str]]]:
-    """The sample, and what is wrong with captions of it that are left out."""
+    """The sample, and (cause, detail) of its skipped captions."""
     try:
         pair, faults = captioned(*members_of(data), captions)
     except BadSample as reason:
@@ -208,10 +213,10 @@ def _pair(data: bytes, captions: Captions) -> tuple[Pair, list[tuple[str, str]]]
 
 
 class Tape:
-    """A tar read once from its first byte to its last, by large pieces: the file that `tarfile` goes through.
+    """A tar as a file object for `tarfile`, which reads it once from start to end in large pieces.
 
     sha256: of the bytes so far.
-    keep_from: bytes before this one may be forgotten, once they are read.
+    keep_from: bytes before this position may be dropped once they are read.
     """
 
     def __init__(self, url: str, report: Report = lambda read: None) -> None:
@@ -226,8 +231,8 @@ class Tape:
         return self._position
 
     def seek(self, position: int) -> None:
-        if position < self._position:  # a size below zero, which would be read for ever
-            raise tarfile.ReadError("it leads backwards")
+        if position < self._position:  # a negative size, which would cause an endless loop
+            raise tarfile.ReadError("a header points backwards")
         self._position = position
 
     def read(self, length: int) -> bytes:
@@ -238,14 +243,14 @@ class Tape:
         return data
 
     def between(self, begin: int, end: int) -> bytes:
-        """Bytes begin..end-1, of which none may be forgotten yet."""
+        """Bytes begin..end-1, none of which may be dropped yet."""
         while self._start + len(self._kept) < end:
             reached = self._start + len(self._kept)
             piece = objects.read(self.url, reached, min(_PIECE, self.size - reached))
             self.sha256.update(piece)
-            forgotten = max(min(self.keep_from, self._position, reached) - self._start, 0)
-            del self._kept[:forgotten]
-            self._start += forgotten
+            dropped = max(min(self.keep_from, self._position, reached) - self._start, 0)
+            del self._kept[:dropped]
+            self._start += dropped
             self._kept += piece
             self._report(len(piece))
         return bytes(memoryview(self._kept)[begin - self._start : end - self._start])
@@ -253,7 +258,7 @@ class Tape:
 
 @dataclass
 class TapeSample:
-    """Consecutive members of one key: bytes begin..end-1 of the tar. fault: why they are of no use."""
+    """Consecutive members with one key: bytes begin..end-1 of the tar. fault: why the sample is unusable."""
 
     key: str
     begin: int
@@ -263,26 +268,26 @@ class TapeSample:
 
 
 def read_tape(tape: Tape) -> Iterator[TapeSample]:
-    """The tar's samples as webdataset groups them. Until the next one is asked for, the tape keeps its bytes.
+    """Yield the tar's samples as webdataset groups them. The tape keeps the bytes of a sample until the next one.
 
-    PipelineError if this is no whole, plain tar.
+    Raises PipelineError if this is not a complete, uncompressed tar.
     """
     try:
         yield from _read_tape(tape)
     except (tarfile.TarError, ArithmeticError, LookupError, RecursionError, ValueError) as error:
         raise PipelineError(
-            f"{tape.url} is no tar, or a damaged one ({error or type(error).__name__}): mend it, or move it away"
+            f"{tape.url} is not a tar, or is damaged ({error or type(error).__name__}): repair it, or move it away"
         ) from None
 
 
 def _read_tape(tape: Tape) -> Iterator[TapeSample]:
-    sample = None
+    sample: TapeSample | None = None
     head = tape.between(0, min(6, tape.size))
     if packed := packed_by(head):
-        raise tarfile.ReadError(f"it is compressed by {packed}, so no sample in it can be read by itself: unpack it")
-    with tarfile.open(fileobj=tape, mode="r:", encoding="utf-8") as tar:
+        raise tarfile.ReadError(f"it is compressed by {packed}, so single samples cannot be read: decompress it")
+    with tarfile.open(fileobj=cast(IO[bytes], tape), mode="r:", encoding="utf-8") as tar:
         while member := tar.next():
-            tar.members = []  # they would be kept until the end
+            tar.members = []  # type: ignore[attr-defined]  # typeshed lacks it; tarfile would keep all members
             if member.isreg() and (split := split_name(member.name)):
                 key, name = split
                 if sample is None or key != sample.key:
@@ -295,26 +300,25 @@ def _read_tape(tape: Tape) -> Iterator[TapeSample]:
                 sample.names.add(name.lower())
             if sample is not None and tar.offset - sample.begin > _MAX_SAMPLE:
                 sample.fault = Rejection("too large", f"more than {_MAX_SAMPLE >> 20} MiB")
-            usable = sample is not None and sample.fault is None
-            tape.keep_from = sample.begin if usable else tar.offset
+            tape.keep_from = sample.begin if sample is not None and sample.fault is None else tar.offset
     if sample is not None:
         yield sample
-    # tarfile ends at whatever is no header; an archive, at two blocks of zeros, up to the end of the file.
+    # tarfile stops at anything that is not a header; a complete archive ends with at least two blocks of zeros.
     end = tape.between(tar.offset, min(tar.offset + tarfile.BLOCKSIZE, tape.size))
     if any(end):
         raise tarfile.ReadError(f"no header at byte {tar.offset}")
     if len(end) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("it ends without an end of archive, as one cut short does")
+        raise tarfile.ReadError("its end is missing: it may be truncated")
     tape.keep_from = tape.size
     while piece := tape.read(_PIECE):
         if piece.count(0) < len(piece):
-            raise tarfile.ReadError(f"more after the end of the archive at byte {tar.offset}")
+            raise tarfile.ReadError(f"more data after the end of the archive at byte {tar.offset}")
 
 
 def _key_fault(key: str) -> Rejection | None:
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts:
         return Rejection("unsafe name", repr(key))
-    if not key.isprintable():  # half of a surrogate pair is what stands for a byte that is no UTF-8
+    if not key.isprintable():  # this includes surrogates, which stand for bytes that are not UTF-8
         return Rejection("unprintable name", repr(key))
     return None

@@ -1,4 +1,4 @@
-"""Looking into datasets: is every byte intact, what is one sample, what is in all of them."""
+"""Inspect datasets: verify every byte, show one sample, print statistics."""
 
 import argparse
 import sys
@@ -36,20 +36,20 @@ from pipeline.data.index import (
 from pipeline.data.lengths import Lengths
 from pipeline.data.mmeb import ROWS_FILE, TASKS_FILE, converted_rows, read_tasks
 from pipeline.data.sample import BadSample, Item, Pair, Single
-from pipeline.data.shards import ShardRecords, parse_sample
+from pipeline.data.shards import END, ShardRecords, parse_sample
 from pipeline.data.tiles import Tiling, decode_image, image_format
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
 from pipeline.storage import objects
 
-# Token lengths are estimated for LLaVA-OneVision, with 8 frames of a video.
+# Token lengths are estimates for LLaVA-OneVision with 8 frames per video.
 _PINPOINTS = ((384, 384), (384, 768), (768, 384), (768, 768))
 _LENGTHS = Lengths(Tiling(size=384, patches=27, pinpoints=_PINPOINTS, max_tiles=9), video_frames=8)
-_SHOWN = 10  # of what is wrong
-_BARS = 40  # characters of the longest
+_SHOWN = 10  # the most faults to print
+_BARS = 40  # characters of the longest bar
 _PERCENTILES = (1, 10, 50, 90, 99)
-_GROUP, _GROUP_BYTES = 500, 256 << 20  # shards that are looked at together, at most
+_GROUP, _GROUP_BYTES = 500, 256 << 20  # the most shards of one job, and approximately their bytes
 
 
 def _add_dest(parser: argparse.ArgumentParser) -> None:
@@ -57,18 +57,18 @@ def _add_dest(parser: argparse.ArgumentParser) -> None:
 
 
 def _datasets(dest: str) -> list[str]:
-    """URLs of the dataset that `dest` is, or of all below it."""
+    """The URL of the dataset `dest`, or of all datasets below it."""
     if objects.exists(objects.join(dest, INDEX_FILE)):
         return [dest]
     ending = f"/{INDEX_FILE}"
     urls = [url.removesuffix(ending) for url in objects.list_under(dest) if url.endswith(ending)]
     if not urls:
-        raise PipelineError(f"{dest} holds no {INDEX_FILE}, nor does any folder below it")
+        raise PipelineError(f"neither {dest} nor any folder below it contains {INDEX_FILE}")
     return urls
 
 
 def _indexes(dest: str) -> dict[str, Index]:
-    """URL -> index, of the same."""
+    """URL -> index of the same datasets."""
     urls = _datasets(dest)
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(urls, pool.map(Index.load, urls), strict=True))
@@ -77,12 +77,12 @@ def _indexes(dest: str) -> dict[str, Index]:
 # verify
 
 _VERIFY = """\
-read datasets back, and check all that their indexes say
+read datasets back, and check everything that their indexes say
 
-Every tar and sidecar is read whole: their sizes and sha256, every sample's place and CRC-32, texts, hashes and sizes
-of images against its record, every image decoded, every video opened; and webdataset must find the same samples in
-the same order. An evaluation set's rows must be those converted, of items that there are. Ends with one line, or with
-status 2 and what is wrong.
+Every tar and sidecar is read completely. Their sizes and sha256 are checked, and each sample's position, CRC-32, texts,
+hashes and image sizes are compared with its record. Every image is decoded, every video is opened, and webdataset must
+find the same samples in the same order. The rows of an evaluation set must be those converted, and refer to existing
+items. Prints one line, or ends with status 2 and a list of faults.
 
     python tools/make_shards.py verify s3://bucket/my-data
 """
@@ -96,12 +96,13 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     datasets = _indexes(arguments.dest)
     checks = [Check(url, index.shards_url or url, index.captions) for url, index in datasets.items()]
-    faults, jobs = [], []
+    faults: list[str] = []
+    jobs: list[tuple[int, tuple[Shard, ...]]] = []
     for dataset, (url, index) in enumerate(datasets.items()):
-        shards, lacking = _there(url, index)
-        faults += lacking
-        jobs += [(dataset, group) for group in _grouped(shards)]
-    size = sum(shard.bytes for _, group in jobs for shard in group)
+        complete, missing = _complete(url, index)
+        faults += missing
+        jobs += [(dataset, group) for group in _grouped(complete)]
+    size = sum(shard.size for _, group in jobs for shard in group)
     with (
         progress_bar(total=size, unit="B", unit_scale=True, desc="verifying") as bar,
         job_threads(arguments.processes) as threads,
@@ -112,7 +113,7 @@ def _verify(arguments: argparse.Namespace) -> None:
             try:
                 return pool.submit(run_job, *jobs[number], number, Path()).result()
             except BrokenProcessPool:
-                raise PipelineError("a process was killed; if memory ran out, choose fewer --processes") from None
+                raise PipelineError("a process was killed: if memory ran out, use fewer --processes") from None
 
         outcomes = [threads.submit(check, number) for number in range(len(jobs))]
         waiting = set(outcomes)
@@ -129,40 +130,40 @@ def _verify(arguments: argparse.Namespace) -> None:
     print(f"{arguments.dest}: {samples} samples in {shards} shards are intact", flush=True)
 
 
-def _there(url: str, index: Index) -> tuple[list[Shard], list[str]]:
-    """The shards whose tar and sidecar are there in full, and what is wrong with the others: listings say it."""
+def _complete(url: str, index: Index) -> tuple[list[Shard], list[str]]:
+    """The shards whose tar and sidecar have the right sizes in the listings, and the faults of the others."""
     tars_url = index.shards_url or url
     sizes = {place: _sizes(place) for place in {url, tars_url}}
-    there, faults = [], []
+    complete: list[Shard] = []
+    faults: list[str] = []
     for shard in index.shards:
-        wrong = False
-        for place, name, size in ((tars_url, shard.file, shard.bytes), (url, shard.sidecar, shard.sidecar_bytes)):
+        known = len(faults)
+        for place, name, size in ((tars_url, shard.file, shard.size), (url, shard.sidecar, shard.sidecar_bytes)):
             if (found := sizes[place].get(name)) != size:
-                has = "there is no such file" if found is None else f"{found} bytes"
-                faults.append(f"{objects.join(place, name)}: {has}, where the index says {size} bytes")
-                wrong = True
-        if not wrong:
-            there.append(shard)
-    return there, faults
+                actual = "there is no such file" if found is None else f"{found} bytes"
+                faults.append(f"{objects.join(place, name)}: {actual}, but the index says {size} bytes")
+        if len(faults) == known:
+            complete.append(shard)
+    return complete, faults
 
 
 def _sizes(url: str) -> dict[str, int]:
-    """Name -> bytes of all that is right in a folder."""
+    """Name -> bytes of the files directly in a folder."""
     plain = url.rstrip("/") if "://" in url else str(Path(url))
     paths = ((name.removeprefix(f"{plain}/"), stamp) for name, stamp in objects.stamps(url).items())
     return {path: int(stamp.split()[0]) for path, stamp in paths if "/" not in path}
 
 
 def _grouped(shards: Sequence[Shard]) -> Iterator[tuple[Shard, ...]]:
-    """Consecutive shards for one job: of a million small ones each would cost more than its check."""
-    starts = np.cumsum([0, *(shard.bytes for shard in shards)])[: len(shards)]
+    """Group consecutive shards into jobs: a job per shard would be slow for a million small ones."""
+    starts = np.cumsum([0, *(shard.size for shard in shards)])[: len(shards)]
     cuts = np.flatnonzero(np.diff(starts // _GROUP_BYTES, prepend=-1) | (np.arange(len(starts)) % _GROUP == 0))
     for start, stop in pairwise([*cuts.tolist(), len(shards)]):
         yield tuple(shards[start:stop])
 
 
 def _file_faults(url: str, index: Index, dest: str) -> list[str]:
-    """What is wrong with the files beside the shards; of an evaluation set below `dest`, with tasks.json too."""
+    """The faults of the files beside the shards; for an evaluation set below `dest`, also of tasks.json."""
     try:
         for name in index.files:
             index.read_file(url, name)
@@ -178,47 +179,47 @@ def _file_faults(url: str, index: Index, dest: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Check:
-    """The check of a dataset's shards, whose sidecars are in `url` and tars in `tars_url`."""
+    """Checks a dataset's shards, whose sidecars are in `url` and tars in `tars_url`."""
 
     url: str
     tars_url: str
     captions: Captions | None
 
     def run(self, shards: tuple[Shard, ...], folder: Path, report: Report) -> list[str]:
-        """What is wrong with some shards, one line each."""
+        """The faults of some shards, one line each."""
         return list(chain.from_iterable(self._shard(shard, report) for shard in shards))
 
     def _shard(self, shard: Shard, report: Report) -> list[str]:
         name = objects.join(self.tars_url, shard.file)
         try:
             tape = Tape(name, report)
-            if tape.size != shard.bytes:
-                return [f"{name}: {tape.size} bytes, where the index says {shard.bytes}"]
+            if tape.size != shard.size:
+                return [f"{name}: {tape.size} bytes, but the index says {shard.size}"]
             records = load_sidecar(self.url, shard)
             if (record_checksums(records) != records["checksum"]).any() or not self._in_order(shard, records):
-                return [f"{objects.join(self.url, shard.sidecar)}: its records make no sense; make the shards again"]
+                return [f"{objects.join(self.url, shard.sidecar)}: its records are inconsistent; make the shards again"]
             return [f"{name}{fault}" for fault in self._faults(shard, records, tape)]
         except PipelineError as error:
             return [str(error)]
 
     def _in_order(self, shard: Shard, records: np.ndarray) -> bool:
-        """Whether samples follow one another; in our own layout, without a gap."""
+        """Whether the samples follow each other; in our own layout, without gaps."""
         starts = records["offset"].astype(np.int64)
         reached = np.append(0, starts + records["length"])
-        if self.captions is None:  # two empty blocks end the tar
-            return np.array_equal(starts, reached[:-1]) and reached[-1] == shard.bytes - 1024
-        return bool((starts >= reached[:-1]).all() and reached[-1] <= shard.bytes)
+        if self.captions is None:
+            return np.array_equal(starts, reached[:-1]) and bool(reached[-1] == shard.size - len(END))
+        return bool((starts >= reached[:-1]).all() and reached[-1] <= shard.size)
 
     def _faults(self, shard: Shard, records: np.ndarray, tape: Tape) -> Iterator[str]:
         begins, lengths = records["offset"].tolist(), records["length"].tolist()
-        again, good, keys = ShardRecords(), [], []
+        rebuilt, good, keys = ShardRecords(), [], []
         complaints: list[str] = []
         plain, plain_keys = self._plain_keys(tape, complaints), []
         for number, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
             tape.keep_from, end = begin, begin + length
             while tape.tell() < end and (key := next(plain, None)) is not None:
                 plain_keys.append(key)
-            tape.seek(max(end, tape.tell()))  # webdataset may have given up
+            tape.seek(max(end, tape.tell()))  # webdataset may have stopped
             data = tape.between(begin, end)
             try:
                 sample = parse_sample(data, self.captions)
@@ -226,7 +227,7 @@ class Check:
             except BadSample as reason:
                 yield f"#{number}: {reason}"
             else:
-                again.add(sample, begin, data)
+                rebuilt.add(sample, begin, data)
                 good.append(number)
                 keys.append(sample.key)
         plain_keys += plain
@@ -235,9 +236,9 @@ class Check:
             pass
         if tape.sha256.hexdigest() != shard.sha256:
             yield ": its sha256 is not the index's"
-        entry, sidecar = again.finish(shard.file, tape.size, tape.sha256.hexdigest())
+        entry, sidecar = rebuilt.finish(shard.file, tape.size, tape.sha256.hexdigest())
         found = np.load(BytesIO(sidecar))
-        for name in found.dtype.names[:-1]:  # all but the checksum
+        for name in found.dtype.names[:-1]:  # all except the checksum
             if found[name].shape == records[good][name].shape:
                 differ = _either_way_up(name, found[name]) != _either_way_up(name, records[good][name])
                 places = np.flatnonzero(differ.any(axis=tuple(range(1, differ.ndim))))
@@ -246,31 +247,31 @@ class Check:
         if len(good) < len(records):
             return
         for name in (field.name for field in fields(Shard)):
-            found, told = (np.array(_either_way_up(name, getattr(each, name))) for each in (entry, shard))
-            if not name.endswith("sha256") and not np.array_equal(found, told):  # these have been checked above
+            values, indexed = (np.array(_either_way_up(name, getattr(each, name))) for each in (entry, shard))
+            if not name.endswith("sha256") and not np.array_equal(values, indexed):  # hashes were checked above
                 yield f": the index's {name} is wrong"
-        # Beside the samples of tars that are not ours may be others, which cannot be used.
+        # Tars that are not ours may contain further samples, which are unusable.
         rest = iter(plain_keys)
         if not (plain_keys == keys or (self.captions and all(key in rest for key in keys))):
             yield ": webdataset reads other samples, or in another order"
 
     def _plain_keys(self, tape: Tape, complaints: list[str]) -> Iterator[str]:
-        """Keys in the order in which webdataset.WebDataset has them; what stops it becomes a complaint."""
+        """The keys in the order of webdataset.WebDataset; an error that stops it is added to the complaints."""
         handler = webdataset.reraise_exception if self.captions is None else webdataset.ignore_and_continue
         try:
             files = tar_file_expander([{"url": tape.url, "stream": tape}], handler=handler)
             yield from (sample["__key__"] for sample in group_by_keys(files, handler=handler))
-        except Exception as error:  # it raises whatever it meets
+        except Exception as error:  # webdataset passes on errors of any type
             complaints.append(f"webdataset cannot read it ({type(error).__name__}: {error})")
 
 
-def _either_way_up(name: str, values: ArrayLike) -> ArrayLike:
-    """Sizes of images without which side is which: earlier versions noted them before the turn that EXIF tells of."""
-    return np.sort(values, axis=-1) if name == "image_sizes" else values
+def _either_way_up(name: str, values: ArrayLike) -> np.ndarray:
+    """The values; image sizes with their sides sorted, since earlier versions recorded them before EXIF's rotation."""
+    return np.sort(values, axis=-1) if name == "image_sizes" else np.asarray(values)
 
 
 def _decode(sample: Pair | Single) -> None:
-    """BadSample if an image or a video of it cannot be decoded."""
+    """Raise BadSample if an image or a video cannot be decoded."""
     for item in sample.items:
         for image in item.images:
             decode_image(image)
@@ -281,7 +282,7 @@ def _decode(sample: Pair | Single) -> None:
 # show
 
 _SHOW = """\
-print one sample: where it is, its texts, images and videos
+print one sample: its position, texts, images and videos
 
     python tools/make_shards.py show s3://bucket/my-data 17
     python tools/make_shards.py show data/cc3m --key 000000017
@@ -291,14 +292,16 @@ print one sample: where it is, its texts, images and videos
 def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dest", metavar="DEST", help="a dataset: a folder or s3://bucket/prefix")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("number", metavar="N", type=int, nargs="?", help="the sample's number in the dataset, from 0")
-    which.add_argument("--key", metavar="KEY", help="its key instead; the tars are read up to it")
+    which.add_argument(
+        "number", metavar="N", type=int, nargs="?", help="the sample's number in the dataset, starting at 0"
+    )
+    which.add_argument("--key", metavar="KEY", help="the sample's key instead; reads the tars up to the sample")
 
 
 def _show(arguments: argparse.Namespace) -> None:
     url, *more = _datasets(arguments.dest)
     if url != arguments.dest:
-        raise PipelineError(f"{arguments.dest} is no dataset; show one of those below it: {', '.join([url, *more])}")
+        raise PipelineError(f"{arguments.dest} is not a dataset; show one of those below it: {', '.join([url, *more])}")
     index = Index.load(url)
     shard, number = (
         _numbered(url, index, arguments.number) if arguments.key is None else _keyed(url, index, arguments.key)
@@ -308,32 +311,32 @@ def _show(arguments: argparse.Namespace) -> None:
     try:
         sample = parse_sample(data, index.captions)
     except BadSample as reason:
-        raise PipelineError(f"{shard.file}#{number} of {url} is no sample: {reason}") from None
+        raise PipelineError(f"{shard.file}#{number} of {url} is not a valid sample: {reason}") from None
     table = Table.grid(padding=(0, 2))
     offset, length = int(record["offset"][0]), len(data)
     place = printable(objects.join(index.shards_url or url, shard.file))
-    table.add_row("shard", Text(f"{place}, its sample {number}"))
+    table.add_row("shard", Text(f"{place}, sample {number}"))
     table.add_row("bytes", f"{offset:,} to {offset + length - 1:,}: {length:,}")
-    # repr: what is in a dataset must not reach the terminal as control characters.
+    # repr: control characters of the dataset must not reach the terminal.
     table.add_row("key", Text(repr(sample.key)))
     table.add_row("dataset", Text(repr(index.dataset)))
     table.add_row("task", Text(repr(sample.task)))
-    table.add_row("tokens", f"{_LENGTHS.of_records(record)[0]:,}, about, of LLaVA-OneVision")
+    table.add_row("tokens", f"about {_LENGTHS.of_records(record)[0]:,} for LLaVA-OneVision")
     roles = ("item",) if isinstance(sample, Single) else ("query", "target", *("negative" for _ in sample.negatives))
     for role, item in zip(roles, sample.items, strict=True):
         table.add_row()
         for label, value in ((role, Text(repr(item.text))), *_details(item)):
             table.add_row(label, value)
-        if role == "target":
+        if role == "target" and isinstance(sample, Pair):
             for text in sample.alternatives:
                 table.add_row("  or", Text(repr(text)))
     _console().print(table)
 
 
 def _numbered(url: str, index: Index, number: int) -> tuple[Shard, int]:
-    """(shard, number in it) of the dataset's sample `number`."""
+    """(shard, number in the shard) of the dataset's sample `number`."""
     if not 0 <= number < index.samples:
-        raise PipelineError(f"{url} has samples 0 to {index.samples - 1}, so none has number {number}")
+        raise PipelineError(f"{url} has no sample {number}: the samples are 0 to {index.samples - 1}")
     for shard in index.shards:
         if number < shard.samples:
             return shard, number
@@ -347,7 +350,7 @@ def _keyed(url: str, index: Index, key: str) -> tuple[Shard, int]:
             if sample.key == key:
                 at = np.flatnonzero(load_sidecar(url, shard)["offset"] == sample.begin)
                 if not len(at):
-                    raise PipelineError(f"{key} in {shard.file} was left out: see rejected.jsonl")
+                    raise PipelineError(f"{key} in {shard.file} was rejected: see rejected.jsonl")
                 return shard, int(at[0])
     raise PipelineError(f"{url} has no sample with key {key!r}")
 
@@ -366,18 +369,18 @@ def _details(item: Item) -> Iterator[tuple[str, str | Text]]:
 
 
 def _console() -> Console:
-    # In a log file there is no width to fit.
+    # A log file has no width.
     return Console(highlight=False) if sys.stdout.isatty() else Console(width=120, highlight=False)
 
 
 # stats
 
 _STATS = """\
-what is in datasets: tasks, sizes, lengths, duplicates
+statistics of datasets: tasks, sizes, lengths, duplicates
 
-Every task of a dataset has a row with its samples; the other columns stand in the first, for all of them together.
-Read are indexes and sidecars only, not the tars. A histogram's bins are powers of two; token lengths are estimated for
-LLaVA-OneVision with 8 frames of a video.
+Every task of a dataset has a row with its samples; the other columns are totals of the dataset, in its first row. Only
+indexes and sidecars are read, not the tars. The bins of a histogram are powers of two. Token lengths are estimates for
+LLaVA-OneVision with 8 frames per video.
 
     python tools/make_shards.py stats s3://bucket/my-data
 """
@@ -394,7 +397,7 @@ def _stats(arguments: argparse.Namespace) -> None:
         images, videos = (sum(getattr(shard, name) for shard in index.shards) for name in ("images", "videos"))
         row = np.array([index.samples, len(index.shards), index.total_bytes / 1e6, images, videos])
         totals += row
-        tasks = Counter()
+        tasks: Counter[str] = Counter()
         for shard in index.shards:
             tasks.update(shard.tasks)
         rest = [f"{value:,.10g}" for value in row[1:].round(1)]
@@ -406,13 +409,13 @@ def _stats(arguments: argparse.Namespace) -> None:
     console = _console()
     console.print(table)
     groups = [(url, group) for url, index in datasets.items() for group in _grouped(index.shards)]
-    facts = []
+    parts: list[dict[str, np.ndarray]] = []
     total = sum(len(index.shards) for index in datasets.values())
     with ThreadPoolExecutor(8) as pool, progress_bar(total=total, unit=" shards", desc="reading sidecars") as bar:
         for (_, group), found in zip(groups, pool.map(lambda group: list(_facts_of(*group)), groups), strict=True):
-            facts += found
+            parts += found
             bar.update(len(group))
-    facts = {name: np.concatenate([each[name] for each in facts]) for name in facts[0]}
+    facts = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     queries, targets = facts.pop("query hash"), facts.pop("target hash")
     for name, values in facts.items():
         if values.any():
@@ -425,11 +428,13 @@ def _stats(arguments: argparse.Namespace) -> None:
     for name, hashes in contents.items():
         if len(hashes):
             distinct = len(np.unique(hashes, axis=0))
-            console.print(f"{name}: {distinct:,} distinct, {len(hashes) - distinct:,} of {len(hashes):,} come again")
+            console.print(
+                f"{name}: {distinct:,} distinct, {len(hashes) - distinct:,} of {len(hashes):,} are duplicates"
+            )
 
 
 def _facts_of(url: str, shards: tuple[Shard, ...]) -> Iterator[dict[str, np.ndarray]]:
-    """As `_facts`, of some shards' samples, at once for those whose records have one width."""
+    """`_facts` of some shards' samples; shards with equally wide records are handled together."""
     by_width: dict[int, list[np.ndarray]] = {}
     for shard in shards:
         by_width.setdefault(shard.max_images, []).append(load_sidecar(url, shard))
@@ -437,14 +442,14 @@ def _facts_of(url: str, shards: tuple[Shard, ...]) -> Iterator[dict[str, np.ndar
 
 
 def _facts(records: np.ndarray) -> dict[str, np.ndarray]:
-    """What is told of samples, or of their images: one number each."""
+    """Properties of samples, or of their images: one number each."""
     counts = records["query_images"].astype(np.int64) + records["target_images"] + records["negative_images"]
     sizes = records["image_sizes"].astype(np.int64)
     sizes = sizes[np.arange(sizes.shape[1]) < counts[:, None]]
     return {
         "query hash": records["query_hash"],
         "target hash": records["target_hash"],
-        "tokens of a sample, about": _LENGTHS.of_records(records),
+        "tokens of a sample (estimate)": _LENGTHS.of_records(records),
         "bytes of the query's text": records["query_text"],
         "bytes of the target's text": records["target_text"],
         "bytes of the negatives' texts": records["negative_text"],
@@ -456,7 +461,7 @@ def _facts(records: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _histogram(values: np.ndarray) -> Table:
-    """How many of the values have as many binary digits."""
+    """Count the values by their number of binary digits."""
     table = Table(box=None, show_header=False)
     table.add_column(justify="right")
     table.add_column(justify="right")

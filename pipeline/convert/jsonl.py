@@ -1,4 +1,4 @@
-"""Pairs of one's own: a JSON object a line."""
+"""Your own pairs: one JSON object per line."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.convert.command import add_images, conversion, filled, image_folder
-from pipeline.convert.rows import ImageFolder, Rejection, checked_text, member_bytes
+from pipeline.convert.rows import ImageFolder, Rejection, Rows, checked_text, member_bytes
 from pipeline.data.sample import Item, Pair
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
@@ -25,9 +25,9 @@ from pipeline.storage import objects
 from pipeline.storage.documents import DocumentError, foreign, parse_json
 
 DESCRIPTION = """\
-pairs of your own, a JSON object a line
+your own pairs, one JSON object per line
 
-SOURCE is a file of lines as
+SOURCE is a file with lines like
 
     {"query":     {"text": "<image>\\nFind the caption of this picture.", "images": ["cats/1.jpg"]},
      "target":    {"text": "A cat on a mat.", "alternatives": ["On a mat lies a cat."]},
@@ -35,36 +35,37 @@ SOURCE is a file of lines as
      "dataset":   "Captions",
      "task":      "retrieval"}
 
-    query, target  text, with `images` (paths of PNG, JPEG, WebP or GIF files), with a `video` (path of an MP4, MOV,
-                   WebM, MKV or AVI file), or without. The text says by <image> where each image goes, by <video>
-                   where the video, so it has as many marks as there are files.
-    alternatives   optional: texts that may stand in the place of the target's; training draws one
-    negatives      optional: what looks as if it answered the query, and does not
-    dataset        optional: as soon as a row names one, every dataset becomes DEST/<dataset>/
-    task           optional: a free name of what is asked
+    query, target  a text, optionally with `images` (paths of PNG, JPEG, WebP or GIF files) or a `video` (path of an
+                   MP4, MOV, WebM, MKV or AVI file). The text has one mark <image> or <video> per file, at its place.
+    alternatives   optional: texts that can replace the target's text; training draws one
+    negatives      optional: hard negatives of the query
+    dataset        optional: if any row names a dataset, every dataset becomes DEST/<dataset>/
+    task           optional: a name for the task
 
-Paths are relative to the folder of SOURCE, or to --images, and may not lead out of it. A sample's key is its line
-number. A row that cannot be read counts with the dataset of the row before it.
+Paths are relative to the folder of SOURCE, or to --images, and must not lead out of it. A sample's key is its line
+number. An unreadable row belongs to the dataset of the row before it.
 
     python tools/make_shards.py jsonl pairs.jsonl s3://bucket/my-data --images photos
 """
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a dataset: it becomes a folder
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a dataset, which becomes a folder
 MAX_LINE = 16 << 20  # bytes; a file without line ends must not fill the memory
-MAX_COUNT = 255  # of images, videos and negatives: what the index can say
+MAX_COUNT = 255  # images, videos and negatives: the limit of the index
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=lambda text: Path(filled(text)), help="the .jsonl file")
-    parser.add_argument("--dataset", metavar="NAME", help="dataset of rows that name none (default: the file's stem)")
-    add_images(parser, "SOURCE's")
+    parser.add_argument("source", metavar="SOURCE", type=lambda text: Path(filled(text)), help="the JSON Lines file")
+    parser.add_argument("--dataset", metavar="NAME", help="dataset of rows that name none (default: the file's name)")
+    add_images(parser, "that of SOURCE")
 
 
-def datasets(arguments: argparse.Namespace) -> dict[str, "Lines"]:
-    """The file's datasets by the URLs they go to."""
+def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
+    """The URL of each dataset in the file, and its rows."""
     fallback = arguments.dataset or arguments.source.stem
     if not re.fullmatch(NAME, fallback):
-        raise PipelineError(f"{fallback!r} cannot name a dataset: give --dataset letters, digits, '.', '_', '-'")
+        raise PipelineError(
+            f"{fallback!r} is not a valid dataset name: use letters, digits, '.', '_', '-' in --dataset"
+        )
     images = image_folder(arguments, arguments.images or arguments.source.parent)
     places, named = _scan(arguments.source, images, fallback)
     return {
@@ -74,7 +75,7 @@ def datasets(arguments: argparse.Namespace) -> dict[str, "Lines"]:
 
 
 class Entry(BaseModel, extra="forbid", strict=True):
-    """A query or a negative, as a row says it."""
+    """A query or a negative in a row."""
 
     text: str
     images: tuple[str, ...] = Field((), max_length=MAX_COUNT)
@@ -89,8 +90,8 @@ class Target(Entry):
     alternatives: tuple[str, ...] = ()
 
 
-class Row(BaseModel, extra="forbid", strict=True):
-    """One line of the file."""
+class PairRow(BaseModel, extra="forbid", strict=True):
+    """A line of the file."""
 
     query: Entry
     target: Target
@@ -99,7 +100,7 @@ class Row(BaseModel, extra="forbid", strict=True):
     task: str = ""
 
     @model_validator(mode="after")
-    def files_can_be_counted(self) -> "Row":
+    def files_can_be_counted(self) -> "PairRow":
         images = sum(len(entry.images) for entry in self.negatives)
         videos = sum(entry.video is not None for entry in self.entries)
         if max(images, videos) > MAX_COUNT:
@@ -111,14 +112,14 @@ class Row(BaseModel, extra="forbid", strict=True):
         return (self.query, self.target, *self.negatives)
 
     @classmethod
-    def parse(cls, line: bytes) -> "Row":
-        """The row in a line, if it is one; else a Rejection. Of its files nothing is looked at."""
+    def parse(cls, line: bytes) -> "PairRow":
+        """Parse a line; raises Rejection. Does not access the row's files."""
         if len(line) > MAX_LINE:
             raise Rejection("line too long", f"more than {MAX_LINE >> 20} MiB")
         try:
-            # Where files were put one after another, a line within has a byte-order mark.
+            # In concatenated files, any line can begin with a byte-order mark.
             row = cls.model_validate_json(line.decode("utf-8-sig").strip())
-            parse_json(line, "the line", remedy="leave one of them")  # which sees a key that comes twice
+            parse_json(line, "the line", remedy="remove one of them")  # detects duplicate keys
             return row
         except DocumentError as error:
             raise Rejection("wrong fields", str(error)) from None
@@ -132,18 +133,18 @@ class Row(BaseModel, extra="forbid", strict=True):
                 raise Rejection("not JSON", first["msg"].replace(" at line 1 column", " at column")) from None
             if first["type"] == "extra_forbidden":
                 *place, name = first["loc"]
-                entry = {"query": Entry, "target": Target, "negatives": Entry}.get(place[0]) if place else cls
-                near = get_close_matches(str(name).lower(), entry.model_fields, 1, 0.6)
-                hint = f", did you mean {near[0]}?" if near else f": known are {', '.join(entry.model_fields)}"
+                forms: dict[str | int, type[BaseModel]] = {"query": Entry, "target": Target, "negatives": Entry}
+                known = (forms[place[0]] if place else cls).model_fields
+                near = get_close_matches(str(name).lower(), known, 1, 0.6)
+                hint = f", did you mean {near[0]}?" if near else f": the known ones are {', '.join(known)}"
                 raise Rejection("wrong fields", f"unknown field {where!r}{hint}") from None
             raise Rejection("wrong fields", f"{where} {first['msg'].removeprefix('Value error, ')}".strip()) from None
 
 
 @dataclass(frozen=True)
-class Lines:
-    """The rows of one dataset. places: (rows, 3) int64: line number, from 1, its byte offset, its bytes in a shard."""
+class Lines(Rows):
+    """The rows of one dataset. places: (rows, 3) int64: line number from 1, byte offset, estimated bytes in a shard."""
 
-    dataset: str
     file: Path
     source: ImageFolder
     places: np.ndarray
@@ -158,7 +159,7 @@ class Lines:
         line_number, offset, _ = self.places[number].tolist()
         with self.file.open("rb") as file:
             file.seek(offset)
-            row = Row.parse(file.readline(MAX_LINE + 1))
+            row = PairRow.parse(file.readline(MAX_LINE + 1))
         query, target, *negatives = map(self._item, row.entries)
         alternatives = tuple(_checked(text, row.target) for text in row.target.alternatives)
         return Pair(f"{line_number:08d}", self.dataset, row.task, query, target, tuple(negatives), alternatives)
@@ -168,16 +169,13 @@ class Lines:
         images = tuple(self.source.read(name) for name in entry.images)
         return Item(text, images, None if entry.video is None else self.source.read_video(entry.video))
 
-    def files(self) -> dict[str, bytes]:
-        return {}
-
 
 def _checked(text: str, entry: Entry) -> str:
     return checked_text(text, len(entry.images), int(entry.video is not None))
 
 
 def _check_form(path: Path, file: BinaryIO) -> None:
-    """PipelineError if the file begins as none with a JSON object a line does."""
+    """Raise PipelineError if the beginning of the file cannot be that of a file with one JSON object per line."""
     why = foreign(file.read(8))
     file.seek(0)
     lines = (line.strip() for _, line in _lines(file))
@@ -186,17 +184,17 @@ def _check_form(path: Path, file: BinaryIO) -> None:
     if not first and not why:
         why = "has no rows: it is empty"
     elif first.startswith(b"["):
-        why = f"begins with [, as an array: make a line of each of its objects, jq -c '.[]' {path} > lines.jsonl"
+        why = f"contains an array: write each object on one line, with jq -c '.[]' {path} > lines.jsonl"
     elif first == b"{" and second.startswith(b'"'):
-        why = f"has objects of several lines: make a line of each, jq -c . {path} > lines.jsonl"
+        why = f"contains objects of several lines: write each on one line, with jq -c . {path} > lines.jsonl"
     if why:
         raise PipelineError(f"{path} {why}")
 
 
 def _scan(path: Path, source: ImageFolder, fallback: str) -> tuple[dict[str, np.ndarray], bool]:
     """The places of each dataset's rows (see `Lines`), and whether any row names its dataset."""
-    places: dict[str | None, array] = {}
-    name, named = None, False
+    places: dict[str, array[int]] = {}
+    name, named = "", False
     with path.open("rb") as file:
         _check_form(path, file)
         size = os.fstat(file.fileno()).st_size
@@ -207,21 +205,21 @@ def _scan(path: Path, source: ImageFolder, fallback: str) -> tuple[dict[str, np.
                     continue
                 shard_bytes = member_bytes(len(line))
                 with suppress(Rejection):
-                    row = Row.parse(line)
+                    row = PairRow.parse(line)
                     name, named = row.dataset or fallback, named or bool(row.dataset)
                     paths = (path for entry in row.entries for path in entry.paths)
                     shard_bytes += sum(member_bytes(source.size(path)) for path in paths)
                 places.setdefault(name, array("q")).extend((number, offset, shard_bytes))
             bar.update(size - bar.n)
-    if None in places:  # rows before the first that can be read
-        first = places.pop(None)
+    if "" in places:  # unreadable rows before the first readable one
+        first = places.pop("")
         name = next(iter(places), fallback)
         places[name] = first + places.get(name, array("q"))
     return {name: np.array(flat).reshape(-1, 3) for name, flat in places.items()}, named
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Offset and content of each line; of one that is too long, only so much as shows it. A BOM belongs to none."""
+    """(offset, content) of each line, without a byte-order mark; a longer line is cut to MAX_LINE + 1 bytes."""
     if file.read(len(BOM_UTF8)) != BOM_UTF8:
         file.seek(0)
     while line := file.readline(MAX_LINE + 1):

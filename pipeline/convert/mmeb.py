@@ -1,4 +1,4 @@
-"""MMEB's training set, or others in its layout."""
+"""MMEB's training set, and others in its layout."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
 from pipeline.convert.command import add_images, conversion, image_folder, local_path, positive
-from pipeline.convert.rows import ImageFolder, Rejection, checked_text, folder, member_bytes
+from pipeline.convert.rows import ImageFolder, Rejection, Rows, checked_text, folder, member_bytes
 from pipeline.data.mmeb import MATTERS, MMEB_TASKS, mmeb_text
 from pipeline.data.sample import Item, Pair, is_absent
 from pipeline.errors import PipelineError
@@ -23,19 +23,19 @@ from pipeline.storage import objects
 from pipeline.storage.documents import check_members, note_unread
 
 DESCRIPTION = """\
-MMEB's training set, or others in its layout
+MMEB's training set, or another one in its layout
 
-SOURCE is laid out as https://huggingface.co/datasets/TIGER-Lab/MMEB-train:
+SOURCE has the layout of https://huggingface.co/datasets/TIGER-Lab/MMEB-train:
 
     SOURCE/<subset>/original-*.parquet              rows: qry, qry_image_path, pos_text, pos_image_path,
     SOURCE/<subset>/diverse_instruction-*.parquet         neg_text, neg_image_path
     SOURCE/<path>, or SOURCE/images/<path>          the images that the rows name
 
-Each subset becomes DEST/<subset>/: from every row a pair whose query is qry, whose target is the positive, and
-whose hard negative is the negative, if that is not empty. Texts say by <image> where their image goes: at the
-front, if the row names an image and its text has no <|image_1|>. Where it names none, as WebQA's queries, the mark
-is taken out, with the white space after it. A row with another mark, as <|image_2|>, or with a value that is no text
-is rejected; null and NaN count as the empty text.
+Each subset becomes DEST/<subset>/. Every row becomes a pair: its query is qry, its target the positive, and its hard
+negative the negative, unless that is empty. In texts, <|image_1|> becomes <image>; if the row names an image and the
+text has no mark, <image> goes to the front. If the row names no image, as for WebQA's queries, the mark and the white
+space after it are removed. A row is rejected if it has another mark, such as <|image_2|>, or a value that is not a
+text; null and NaN count as the empty text.
 
     python tools/make_shards.py mmeb-train MMEB-train s3://bucket/mmeb --split diverse_instruction
 """
@@ -45,15 +45,17 @@ _COLUMNS = [column for side in _SIDES for column in side]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=local_path, help="the folder with a folder for each subset")
-    parser.add_argument("--subset", nargs="+", metavar="NAME", help="only these subsets (all)")
-    parser.add_argument("--split", choices=("original", "diverse_instruction"), default="original", help="(original)")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each subset")
-    add_images(parser, "SOURCE/images or SOURCE, wherever the first image is")
+    parser.add_argument("source", metavar="SOURCE", type=local_path, help="the folder with one folder per subset")
+    parser.add_argument("--subset", nargs="+", metavar="NAME", help="use only these subsets (default: all)")
+    parser.add_argument(
+        "--split", choices=("original", "diverse_instruction"), default="original", help="(default original)"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="use only the first N rows of each subset")
+    add_images(parser, "SOURCE/images or SOURCE, depending on where the first image is")
 
 
-def datasets(arguments: argparse.Namespace) -> dict[str, "Subset"]:
-    """The subsets asked for by the URLs they go to."""
+def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
+    """The URL of each selected subset, and its rows."""
     source = folder(arguments.source)
     files: dict[str, list[Path]] = {}
     for file in sorted(source.glob(f"*/{arguments.split}-*.parquet")):
@@ -61,10 +63,10 @@ def datasets(arguments: argparse.Namespace) -> dict[str, "Subset"]:
     if not files:
         raise PipelineError(f"{source} has no <subset>/{arguments.split}-*.parquet: see --help for the layout")
     others = {file.parent.name for file in source.glob("*/*.parquet")} - files.keys()
-    note_unread(f"{source}, for it has no {arguments.split}-*.parquet", sorted(others), kind="subset")
+    note_unread(f"{source}, which has no {arguments.split}-*.parquet", sorted(others), kind="subset")
     names = arguments.subset or list(files)
     if unknown := [name for name in names if name not in files]:
-        raise PipelineError(f"--subset: no {', '.join(unknown)} in {source}; there are {', '.join(files)}")
+        raise PipelineError(f"--subset: no {', '.join(unknown)} in {source}; it has {', '.join(files)}")
     groups = {name: _first_rows(chain.from_iterable(map(_row_groups, files[name])), arguments.limit) for name in names}
     images = image_folder(arguments, arguments.images or _image_place(source, chain(*groups.values())))
     return {objects.join(arguments.dest, name): Subset(name, images, groups[name]) for name in names}
@@ -72,7 +74,7 @@ def datasets(arguments: argparse.Namespace) -> dict[str, "Subset"]:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A piece of a parquet file, which is read as a whole. rows: how many of it are wanted, from the first."""
+    """A row group of a parquet file. rows: the number of its first rows to use."""
 
     file: Path
     number: int
@@ -88,12 +90,12 @@ def _row_groups(file: Path) -> list[RowGroup]:
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
         types = {name: metadata.schema.to_arrow_schema().field(name).type for name in _COLUMNS}
         if nested := [name for name in _COLUMNS if pa.types.is_nested(types[name])]:
-            raise ValueError(f"its column {nested[0]} has values of {types[nested[0]]}, and no texts")
+            raise ValueError(f"its column {nested[0]} contains {types[nested[0]]} instead of texts")
     return [RowGroup(file, number, metadata.row_group(number).num_rows) for number in range(metadata.num_row_groups)]
 
 
 def _first_rows(groups: Iterable[RowGroup], limit: int | None) -> tuple[RowGroup, ...]:
-    """The groups with the first `limit` rows, and no row more."""
+    """The groups of the first `limit` rows."""
     if limit is None:
         return tuple(groups)
     kept = []
@@ -105,17 +107,17 @@ def _first_rows(groups: Iterable[RowGroup], limit: int | None) -> tuple[RowGroup
     return tuple(kept)
 
 
-@lru_cache(maxsize=2)  # rows are asked for in their order
+@lru_cache(maxsize=2)  # rows are read in their order
 def _table(group: RowGroup) -> pa.Table:
-    """A group's rows: strings in the columns that have texts, any others as they are."""
+    """A group's rows; columns of any text type become strings."""
     with _readable(group.file), parquet.ParquetFile(group.file) as file:
         table = file.read_row_group(group.number, columns=_COLUMNS).slice(0, group.rows)
         return pa.table({name: _as_strings(table[name]) for name in _COLUMNS})
 
 
 def _as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    return column.cast(pa.string()) if any(is_kind(kind) for is_kind in _TEXTUAL) else column
+    type_ = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    return column.cast(pa.string()) if any(is_type(type_) for is_type in _TEXTUAL) else column
 
 
 _TEXTUAL = (
@@ -129,7 +131,7 @@ _TEXTUAL = (
 
 
 def _texts(group: RowGroup, name: str) -> pa.ChunkedArray:
-    """A column of strings, "" where nothing is, and where what is there is no text."""
+    """A column as strings; "" for missing values, and for values that are not texts."""
     column = _table(group)[name]
     column = column if pa.types.is_string(column.type) else pa.chunked_array([pa.nulls(len(column), pa.string())])
     return pc.fill_null(column, "")
@@ -140,21 +142,20 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise PipelineError(f"{file} does not hold MMEB's rows: {error}; see --help for the layout") from None
+        raise PipelineError(f"{file} does not contain MMEB's rows: {error}; see --help for the layout") from None
 
 
 def _image_place(source: Path, groups: Iterable[RowGroup]) -> Path:
-    """Where the first image is. The published paths begin with "images/"; in some copies they do not."""
+    """The folder of the first image. Published paths begin with "images/"; those of some copies do not."""
     columns = (_texts(group, column).cast(pa.binary()) for group in groups for _, column in _SIDES)
     first = next((path for column in columns for path in column.to_pylist() if path), b"")
     return source / "images" if ImageFolder(source / "images").size(os.fsdecode(first)) else source
 
 
 @dataclass(frozen=True)
-class Subset:
+class Subset(Rows):
     """The rows of one subset."""
 
-    dataset: str
     images: ImageFolder
     groups: tuple[RowGroup, ...]
 
@@ -163,8 +164,8 @@ class Subset:
         return np.concatenate([np.zeros(0, np.int64), *map(self._group_sizes, self.groups)])
 
     def _group_sizes(self, group: RowGroup) -> np.ndarray:
-        sizes = sum(pc.binary_length(_texts(group, text)).to_numpy().astype(np.int64) for text, _ in _SIDES)
-        sizes = member_bytes(sizes)
+        texts = [pc.binary_length(_texts(group, text)).to_numpy().astype(np.int64) for text, _ in _SIDES]
+        sizes = member_bytes(np.sum(texts, axis=0))
         for _, column in _SIDES:
             paths = _texts(group, column).cast(pa.binary()).combine_chunks()
             paths = paths.dictionary_encode()  # many rows share an image
@@ -180,12 +181,12 @@ class Subset:
 
     def sample(self, number: int) -> Pair:
         query, target, negative = self._sides(number)
-        negatives = (self._item(*negative),) if negative[0].strip() else ()  # with an image, it has a mark
+        negatives = (self._item(*negative),) if negative[0].strip() else ()  # with an image, the text has a mark
         task, _ = MMEB_TASKS.get(self.dataset, ("", True))
         return Pair(f"{number:08d}", self.dataset, task, self._item(*query), self._item(*target), negatives)
 
     def _sides(self, number: int) -> list[tuple[str, str]]:
-        """Text, with our marks, and image path of the row's query, positive and negative."""
+        """(text with our marks, image path) of the row's query, positive and negative."""
         for group in self.groups:
             if number < group.rows:
                 break
@@ -198,7 +199,7 @@ class Subset:
             if is_absent(value):
                 row[name] = ""
             elif not isinstance(value, str):
-                raise Rejection("wrong fields", f"{name} is {value!r}, which is no text")
+                raise Rejection("wrong fields", f"{name} is {value!r}, which is not a text")
         try:
             return [(mmeb_text(row[text], bool(row[path])), row[path]) for text, path in _SIDES]
         except ValueError as error:
@@ -206,9 +207,6 @@ class Subset:
 
     def _item(self, text: str, path: str) -> Item:
         return Item(checked_text(text, images=int(bool(path))), (self.images.read(path),) if path else ())
-
-    def files(self) -> dict[str, bytes]:
-        return {}
 
 
 COMMAND = conversion(DESCRIPTION, add_arguments, datasets)

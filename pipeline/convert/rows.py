@@ -1,17 +1,17 @@
-"""What every format has in common: a source is rows in a fixed order, each a sample to write, or rejected."""
+"""What all formats share: a source has rows in a fixed order, and each becomes a sample or is rejected."""
 
 import re
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from pipeline.data.captions import usable_captions
-from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Pair, Single, text_fault
+from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Item, Pair, Single, text_fault
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
@@ -19,9 +19,9 @@ from pipeline.storage.documents import note
 
 
 class Rejection(Exception):
-    """A row that cannot become a sample. cause: one of few, to count by; detail: what of this row, and why.
+    """A row that cannot become a sample. cause: one of a few, for counting; detail: what is wrong with this row.
 
-    The detail becomes one line of at most 300 characters, without addresses in memory: two conversions say the same.
+    The detail becomes one line of at most 300 characters without memory addresses, so it is reproducible.
     """
 
     def __init__(self, cause: str, detail: str) -> None:
@@ -30,40 +30,38 @@ class Rejection(Exception):
         self.cause, self.detail = cause, detail
 
 
-class Rows(Protocol):
-    """The rows of one dataset. They are sent to other processes, and what they return depends on nothing else.
-
-    dataset: its name.
-    """
+@dataclass(frozen=True)
+class Rows(ABC):
+    """The rows of one dataset, by its name. They are sent to other processes, and must depend on nothing else."""
 
     dataset: str
 
+    @abstractmethod
     def sizes(self) -> np.ndarray:
-        """(rows,) int64: bytes that each row takes in a shard, about; shards are cut by them.
+        """(rows,) int64: the approximate bytes of each row in a shard, by which rows are divided into shards.
 
-        It may look at files' sizes, not at their content. A missing file counts nothing: its row will be rejected.
+        It may read the sizes of files, but not their content. A missing file has size 0; its row is rejected later.
         """
-        ...
 
+    @abstractmethod
     def name(self, number: int) -> str:
-        """What a person calls the row in the source: "line 17"."""
-        ...
+        """A readable name of the row in the source: "line 17"."""
 
+    @abstractmethod
     def sample(self, number: int) -> Pair | Single:
         """Read row `number`; raises Rejection."""
-        ...
 
     def files(self) -> dict[str, bytes]:
-        """Further files for the dataset's folder, by name; {} for most formats."""
-        ...
+        """Further files for the dataset's folder, by name."""
+        return {}
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images, and videos, of a source by their paths in it.
+    """Reads the images and videos of a source.
 
-    max_side: larger images are scaled down to this many pixels on their longer side, and encoded anew as JPEG of
-    `quality`; all others stay as they are, byte by byte.
+    max_side: larger images are scaled down to this many pixels on their longer side, and encoded as JPEG of `quality`;
+    the bytes of all others stay unchanged.
     """
 
     folder: Path
@@ -71,17 +69,17 @@ class ImageFolder:
     quality: int = 90
 
     def path(self, name: str) -> Path:
-        """Where the file is; Rejection if the name leads out of the folder, also by a link."""
+        """The path of the file; Rejection if the name leads out of the folder, even by a link."""
         try:
             found = (self.folder / name).resolve()
-        except (OSError, ValueError, RuntimeError):  # a name with a NUL, links in a circle
+        except (OSError, ValueError, RuntimeError):  # the name contains a NUL, or links form a cycle
             raise Rejection("missing file", repr(name)) from None
         if not found.is_relative_to(self.folder.resolve()):
             raise Rejection("path leaves the source", name)
         return found
 
     def size(self, name: str) -> int:
-        """Bytes of the file, 0 if there is none that may be read."""
+        """The bytes of the file; 0 if it cannot be read."""
         try:
             return self.path(name).stat().st_size
         except (Rejection, OSError, ValueError):
@@ -120,37 +118,63 @@ class ImageFolder:
             raise Rejection("unreadable file", f"{name}: {error.strerror}") from None
 
 
+@dataclass(frozen=True)
+class CaptionedFiles(Rows):
+    """Rows of (name of a file, its captions): the query is `query` with the file, the target its first caption."""
+
+    folder: ImageFolder
+    rows: list[tuple[str, list[object]]]
+    query: str
+
+    def path(self, name: str) -> str:
+        """The path of the file in the folder."""
+        return name
+
+    @abstractmethod
+    def item(self, path: str) -> Item:
+        """The query with the file; raises Rejection."""
+
+    def sizes(self) -> np.ndarray:
+        files = np.array([self.folder.size(self.path(name)) for name, _ in self.rows], np.int64)
+        return 1024 + member_bytes(files)
+
+    def name(self, number: int) -> str:
+        return self.rows[number][0]
+
+    def sample(self, number: int) -> Pair:
+        name, values = self.rows[number]
+        texts, faults = usable_captions(values)
+        if not texts:
+            raise Rejection(*(faults[0] if faults else ("no caption", "it has none")))
+        query, target = self.item(self.path(name)), Item(texts[0])
+        return Pair(f"{number:08d}", self.dataset, "retrieval", query, target, alternatives=tuple(texts[1:]))
+
+    def note_skipped(self, file: Path) -> None:
+        """Print on stderr how many captions from `file` are skipped because only others of their rows are usable."""
+        found = ((name, usable_captions(values)) for name, values in self.rows)
+        faults = [(name, *fault) for name, (texts, faults) in found if texts for fault in faults]
+        if faults:
+            first = ": ".join(faults[0])[:300]
+            note(f"{len(faults)} unusable captions of {file} are skipped; their rows have others. The first: {first}")
+
+
 def checked_text(text: str, images: int = 0, videos: int = 0) -> str:
-    """The text, without a byte-order mark at its beginning, else to the letter; Rejection if it has a `text_fault`."""
+    """The text without a leading byte-order mark, otherwise unchanged; Rejection if it has a `text_fault`."""
     if fault := text_fault(text, images, videos):
         raise Rejection(*fault)
     return text.lstrip(BYTE_ORDER_MARK)
 
 
-def checked_captions(values: list[object]) -> list[str]:
-    """The usable captions among the values, see `usable_captions`; Rejection if there is none."""
-    texts, faults = usable_captions(values)
-    if not texts:
-        raise Rejection(*(faults[0] if faults else ("no caption", "it has none")))
-    return texts
+Bytes = TypeVar("Bytes", int, np.ndarray)
 
 
-def note_captions_left_out(file: Path, rows: Iterable[tuple[str, list[object]]]) -> None:
-    """Say on stderr how many captions of (name, captions) are of no use where others of their row are."""
-    found = ((name, usable_captions(values)) for name, values in rows)
-    faults = [(name, *fault) for name, (texts, faults) in found if texts for fault in faults]
-    if faults:
-        first = ": ".join(faults[0])[:300]
-        note(f"{len(faults)} captions of {file} are left out beside others of their rows; the first, {first}")
-
-
-def member_bytes(content: int | np.ndarray) -> int | np.ndarray:
-    """Bytes that a file of `content` bytes takes in a tar: a header, and blocks of 512."""
+def member_bytes(content: Bytes) -> Bytes:
+    """The bytes of a file with `content` bytes in a tar: a header, and blocks of 512."""
     return 512 + -(-content // 512) * 512
 
 
 def folder(path: Path) -> Path:
-    """`path`, if it is a folder; else a PipelineError."""
+    """Return `path` if it is a folder; otherwise raise PipelineError."""
     if not path.is_dir():
         raise PipelineError(f"{path}: there is no such folder")
     return path

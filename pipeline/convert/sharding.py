@@ -1,4 +1,4 @@
-"""Rows to shards: which rows make which shard is settled before the first is read, so that each is a job by itself."""
+"""Convert rows to shards. The rows of each shard are fixed before the first is read, so shards are independent jobs."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.convert.engine import Result, TooManyRejected, allowed, carry_out
+from pipeline.convert.engine import JobResult, TooManyRejected, allowed, run_conversions
 from pipeline.convert.rows import Rejection, Rows
 from pipeline.convert.workers import Report
 from pipeline.data.index import Index, Shard
@@ -16,7 +16,7 @@ from pipeline.data.shards import write_shard
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 
-MAX_SAMPLE_BYTES = 1 << 30  # every process has a sample in memory as a whole
+MAX_SAMPLE_BYTES = 1 << 30  # a process holds a whole sample in memory
 
 
 def convert(
@@ -30,20 +30,20 @@ def convert(
     tmp: Path | None = None,
     files: Iterable[tuple[str, bytes]] = (),
 ) -> dict[str, Index]:
-    """Write each dataset's rows, in their order, as shards with an index to the folder (or S3 prefix) it is keyed by.
+    """Write each dataset's rows in their order as shards with an index. `datasets` maps a folder or S3 prefix to rows.
 
-    options: what else decides the outcome, as JSON holds it; a conversion is gone on with only under the same.
-    shard_bytes: of each shard, by the estimate of `Rows.sizes`. shards: so many with equal numbers of rows, instead.
-    For the rest, and the errors, see `carry_out`.
+    options: everything else that affects the output, as JSON values; only the same conversion is resumed.
+    shard_bytes: of each shard, estimated by `Rows.sizes`. shards: write this many, with equal numbers of rows, instead.
+    For the other arguments and the errors see `run_conversions`.
     """
     plan = dict(options) | {"shard_bytes": shard_bytes, "shards": shards}
-    found = progress_bar(iterable=datasets.items(), unit=" datasets", desc="planning")
-    works = {dest: RowsWork(rows, plan, shard_bytes, shards, max_rejected) for dest, rows in found}
-    return carry_out(works, unit=" rows", processes=processes, max_rejected=max_rejected, tmp=tmp, files=files)
+    planned = progress_bar(iterable=datasets.items(), unit=" datasets", desc="planning")
+    works = {dest: RowsWork(rows, plan, shard_bytes, shards, max_rejected) for dest, rows in planned}
+    return run_conversions(works, unit=" rows", processes=processes, max_rejected=max_rejected, tmp=tmp, files=files)
 
 
 class RowsWork:
-    """Work on the rows of a dataset: every job makes a shard of consecutive ones."""
+    """The conversion of a dataset's rows: every job writes a shard of consecutive rows."""
 
     def __init__(
         self, rows: Rows, options: dict[str, object], shard_bytes: int, shards: int | None, max_rejected: float
@@ -51,24 +51,25 @@ class RowsWork:
         sizes = rows.sizes()
         if not len(sizes):
             raise PipelineError(f"{rows.dataset}: the source has no rows")
-        self.dataset, self._rows = rows.dataset, rows
+        self._rows = rows
         self.rows = len(sizes)
         self._allowed = allowed(max_rejected, self.rows)
         self._cuts = _equal_cuts(self.rows, shards) if shards else _size_cuts(sizes, shard_bytes)
         self.jobs = {f"{shard:06d}": int(rows) for shard, rows in enumerate(np.diff(self._cuts))}
         self._too_large = set(np.flatnonzero(sizes > MAX_SAMPLE_BYTES).tolist())
         source = {"rows": self.rows, "row_sizes": sha256(sizes.astype("<i8").tobytes()).hexdigest()}
-        self.plan = {**options, "dataset": rows.dataset, **source}
+        self.plan: dict[str, object] = {**options, "dataset": rows.dataset, **source}
 
-    def run(self, job: str, folder: Path, report: Report) -> Result:
+    def run(self, job: str, folder: Path, report: Report) -> JobResult:
         rows = range(*self._cuts[int(job) : int(job) + 2].tolist())
         rejected: list[dict[str, str]] = []
         samples = self._samples(rows, rejected, report)
         first = next(samples, None)
         if first is None:
-            return Result(None, len(rows), rejected, {})
+            return JobResult(None, len(rows), rejected, {})
         shard = write_shard(chain([first], samples), folder / f"{job}.tar")
-        return Result(shard, len(rows), rejected, {shard.file: shard.bytes, shard.sidecar: shard.sidecar_bytes})
+        files = {shard.file: shard.size, shard.sidecar: shard.sidecar_bytes}
+        return JobResult(shard, len(rows), rejected, files)
 
     def _samples(self, rows: range, rejected: list[dict[str, str]], report: Report) -> Iterator[Pair | Single]:
         for row in rows:
@@ -79,26 +80,26 @@ class RowsWork:
             except Rejection as reason:
                 rejected.append({"row": self._rows.name(row), "cause": reason.cause, "detail": reason.detail})
                 if len(rejected) > self._allowed:
-                    raise TooManyRejected(Result(None, row - rows.start + 1, rejected, {})) from None
+                    raise TooManyRejected(JobResult(None, row - rows.start + 1, rejected, {})) from None
             else:
                 yield sample
             report(1)
 
     def index(self, shards: tuple[Shard, ...]) -> Index:
-        return Index(self.dataset, shards)
+        return Index(self._rows.dataset, shards)
 
     def files(self) -> dict[str, bytes]:
         return self._rows.files()
 
 
 def _equal_cuts(rows: int, shards: int) -> np.ndarray:
-    """(shards + 1,) first row of each shard, then the number of rows; there is no shard without a row."""
+    """(shards + 1,) the first row of each shard, then the number of rows; no shard is empty."""
     shards = min(shards, rows)
     return np.arange(shards + 1) * rows // shards
 
 
 def _size_cuts(sizes: np.ndarray, shard_bytes: int) -> np.ndarray:
-    """As `_equal_cuts`: a shard ends with the row in which the bytes so far pass a multiple of `shard_bytes`."""
+    """As `_equal_cuts`: a shard ends with the row in which the total bytes pass a multiple of `shard_bytes`."""
     starts = np.cumsum(sizes) - sizes
     first = np.flatnonzero(np.diff(starts // shard_bytes, prepend=-1))
     return np.append(first, len(sizes))

@@ -1,22 +1,19 @@
-"""A folder of videos and a file of their captions: each video asks, a caption answers."""
+"""A folder of videos and a file of their captions: the video is the query, a caption the target."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from pipeline.convert.command import conversion, local_path
-from pipeline.convert.rows import ImageFolder, checked_captions, folder, member_bytes, note_captions_left_out
+from pipeline.convert.command import check_query, conversion, local_path
+from pipeline.convert.rows import CaptionedFiles, ImageFolder, Rows, folder
 from pipeline.data.captions import captioned_videos
-from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, VIDEO_SUFFIXES, Item, Pair
+from pipeline.data.sample import VIDEO_MARK, VIDEO_SUFFIXES, Item
 from pipeline.errors import PipelineError
 from pipeline.storage.documents import utf8_text
 
 DESCRIPTION = """\
-videos with captions: MSR-VTT, MSVD, or described by a JSON file
+videos with captions: MSR-VTT, MSVD, or your own with a JSON file
 
-SOURCE is a folder of videos, --captions the file that describes them, as published or one's own:
+SOURCE is a folder of videos, and --captions is a file with their captions in one of these forms:
 
     MSR-VTT    .json             {"videos": [{"video_id", "split"}], "sentences": [{"video_id", "caption"}]}
     MSR-VTT    .csv (1k-A)       columns video_id, sentence
@@ -24,10 +21,10 @@ SOURCE is a folder of videos, --captions the file that describes them, as publis
     your own   .json             [{"video": "clips/1.mp4", "caption": "..." or ["...", ...]}, ...]
     your own   .json             {"clips/1.mp4": ["...", ...], ...}
 
-A video is named by its path below SOURCE, with or without suffix (mp4, webm, mkv, avi, mov). Each becomes one
-pair: the query is --query with the video, the target its first caption, and a training step that takes the pair
-draws one of all its captions. A caption that is no text, or has <image> or <video> in it, is left out; a video without
-any other is rejected, as is one that is missing or undecodable.
+The file names a video by its path below SOURCE, with or without suffix (mp4, webm, mkv, avi, mov). Each video becomes
+one pair: the query is --query with the video, and the target is its first caption; each training step draws one of all
+its captions. Captions that are not texts, or contain <image> or <video>, are skipped. A video is rejected if it has no
+other caption, is missing, or cannot be decoded.
 
     python tools/make_shards.py video-captions MSRVTT/videos s3://bucket/msr-vtt \\
         --captions MSR_VTT.json --list train_list.txt
@@ -36,79 +33,67 @@ any other is rejected, as is one that is missing or undecodable.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", type=local_path, help="the folder of videos")
-    parser.add_argument("--captions", type=local_path, required=True, metavar="FILE", help="JSON or CSV, as above")
-    parser.add_argument("--split", metavar="NAME", help="only MSR-VTT's videos of this split: train, validate, test")
-    parser.add_argument("--list", type=local_path, metavar="FILE", help="only the videos that FILE names, one a line")
-    parser.add_argument("--language", default="English", metavar="NAME", help="of MSVD's captions (%(default)s)")
+    parser.add_argument(
+        "--captions", type=local_path, required=True, metavar="FILE", help="a JSON or CSV file, see above"
+    )
+    parser.add_argument("--split", metavar="NAME", help="use only this split of MSR-VTT: train, validate or test")
+    parser.add_argument(
+        "--list", type=local_path, metavar="FILE", help="use only the videos that FILE names, one per line"
+    )
+    parser.add_argument(
+        "--language", default="English", metavar="NAME", help="language of MSVD's captions (default %(default)s)"
+    )
     query = f"{VIDEO_MARK}\nDescribe the video."
-    parser.add_argument("--query", default=query, metavar="TEXT", help=f"of all pairs ({query!r})")
-    parser.add_argument("--dataset", metavar="NAME", help="the dataset's name (the folder's)")
+    parser.add_argument("--query", default=query, metavar="TEXT", help=f"query of all pairs (default {query!r})")
+    parser.add_argument("--dataset", metavar="NAME", help="name of the dataset (default: that of the folder)")
 
 
-def datasets(arguments: argparse.Namespace) -> dict[str, "VideoCaptions"]:
-    """The one dataset of the source, by its URL."""
+def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
+    """The URL of the dataset, and its rows."""
     videos = folder(arguments.source)
-    if (arguments.query.count(VIDEO_MARK), arguments.query.count(IMAGE_MARK)) != (1, 0):
-        raise PipelineError(f"--query {arguments.query!r} must have one {VIDEO_MARK}, and no {IMAGE_MARK}")
+    check_query(arguments.query, VIDEO_MARK)
     captions = _captions(arguments.captions, arguments.split, arguments.language)
     if arguments.list is not None:
         names = (line.strip() for line in _text(arguments.list).split("\n"))
         wanted = dict.fromkeys(_without_suffix(name) for name in names if name)
         captions = {video: texts for video, texts in captions.items() if _without_suffix(video) in wanted}
         found = set(map(_without_suffix, captions))
-        captions |= {name: [] for name in wanted if name not in found}  # which will be rejected
+        captions |= {name: [] for name in wanted if name not in found}  # they will be rejected
     if not any(captions.values()):
-        raise PipelineError(f"{arguments.captions} has no captions of the videos asked for")
-    note_captions_left_out(arguments.captions, captions.items())
+        raise PipelineError(f"{arguments.captions} has no captions of the selected videos")
     dataset = arguments.dataset or videos.resolve().name
-    return {arguments.dest: VideoCaptions(dataset, ImageFolder(videos), list(captions.items()), arguments.query)}
+    rows = CaptionedVideos(dataset, ImageFolder(videos), list(captions.items()), arguments.query)
+    rows.note_skipped(arguments.captions)
+    return {arguments.dest: rows}
 
 
-@dataclass(frozen=True)
-class VideoCaptions:
-    """Rows of (video's name, its captions), in the order of their first appearance."""
+class CaptionedVideos(CaptionedFiles):
+    """Rows of (name of a video, its captions), in the order of their first appearance."""
 
-    dataset: str
-    source: ImageFolder
-    videos: list[tuple[str, list[object]]]
-    query: str
+    def path(self, name: str) -> str:
+        """The path of the video's file; its name may lack the suffix."""
+        if _without_suffix(name) != name:
+            return name
+        files = (f"{name}.{suffix}" for suffix in VIDEO_SUFFIXES)
+        return next((file for file in files if self.folder.size(file)), name)
 
-    def sizes(self) -> np.ndarray:
-        """(videos,) int64 bytes in a shard, about."""
-        sizes = [self.source.size(self._file(video)) for video, _ in self.videos]
-        return 1024 + member_bytes(np.array(sizes, np.int64))
+    def item(self, path: str) -> Item:
+        return Item(self.query, video=self.folder.read_video(path))
 
     def name(self, number: int) -> str:
-        return f"video {self.videos[number][0]}"
-
-    def sample(self, number: int) -> Pair:
-        video, captions = self.videos[number]
-        texts = checked_captions(captions)
-        data = self.source.read_video(self._file(video))
-        query, target = Item(self.query, video=data), Item(texts[0])
-        return Pair(f"{number:08d}", self.dataset, "retrieval", query, target, alternatives=tuple(texts[1:]))
-
-    def files(self) -> dict[str, bytes]:
-        return {}
-
-    def _file(self, video: str) -> str:
-        """The path of the video's file, whose suffix its name may lack."""
-        if _without_suffix(video) != video:
-            return video
-        files = (f"{video}.{suffix}" for suffix in VIDEO_SUFFIXES)
-        return next((file for file in files if self.source.size(file)), video)
+        return f"video {super().name(number)}"
 
 
 def _captions(file: Path, split: str | None, language: str) -> dict[str, list[object]]:
-    """Video -> its captions, from a file in one of the forms above."""
+    """Read video -> its captions from a file in one of the forms above."""
     if file.suffix not in (".json", ".csv"):
         raise PipelineError(
-            f"{file} is neither .json nor .csv; of MSVD take video_corpus.csv, for a pickle runs what code it holds"
+            f"{file} is neither .json nor .csv; for MSVD use video_corpus.csv, since a pickle can execute any code"
         )
     try:
         return captioned_videos(str(file), _text(file), split, language)
     except ValueError as error:
-        raise PipelineError(f"{file} is in none of the forms that --help describes: {error}") from None
+        raise PipelineError(f"{file} has none of the forms that --help describes: {error}") from None
 
 
 def _text(file: Path) -> str:

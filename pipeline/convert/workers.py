@@ -1,4 +1,4 @@
-"""The processes that do a conversion's jobs, and how they end."""
+"""The processes that run a conversion's jobs, and their end."""
 
 import multiprocessing
 import os
@@ -14,35 +14,35 @@ from typing import Any
 
 import numpy as np
 
-Report = Callable[[int], None]  # what a job calls to say how much more of it is done, in the unit of its size
-Run = Callable[[Any, Path, Report], object]  # (job, as its name, folder to write in, report) -> its result
+Report = Callable[[int], None]  # a job calls it with the amount of work just done, in the unit of its size
+Run = Callable[[Any, Path, Report], Any]  # (job, folder to write in, report) -> the job's result
 
 
 @contextmanager
 def job_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Each sees one job at a time through. The processes that they start leave Ctrl-C and SIGTERM to this one."""
+    """Threads that each supervise one job at a time. Processes that they start ignore Ctrl-C and SIGTERM."""
     block = signal.pthread_sigmask, (signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     threads = ThreadPoolExecutor(count, "job", *block)
     try:
         yield threads
     finally:
-        # Whoever interrupts does not want to wait for uploads.
+        # After Ctrl-C, do not wait for uploads.
         threads.shutdown(wait=not isinstance(sys.exception(), KeyboardInterrupt), cancel_futures=True)
 
 
 @contextmanager
 def workers(processes: int, runs: list[Run], jobs: int) -> Iterator[tuple[Executor, np.ndarray]]:
-    """What `run_job` is to be submitted to, and (jobs,) int64: how much is done of each, as reported.
+    """Yield an executor for `run_job`, and (jobs,) int64: the reported progress of each job.
 
-    One process is this one. Several are not forked: this one has threads, of which some may hold locks.
+    One process means this one. Several are spawned, not forked: threads of this process may hold locks.
     """
+    context = multiprocessing.get_context("spawn")
+    progress = context.RawArray("q", jobs)
+    pool: Executor
     if processes == 1:
-        progress, stop = np.zeros(jobs, np.int64), threading.Event()
-        pool: Executor = ThreadPoolExecutor(1, "work", _begin, (runs, progress, stop))
-        end = stop.set
+        stop = threading.Event()
+        pool, end = ThreadPoolExecutor(1, "work", lambda: _begin(runs, progress, stop)), stop.set
     else:
-        context = multiprocessing.get_context("spawn")
-        progress = context.RawArray("q", jobs)
         parent, held_open = context.Pipe(duplex=False)
         pool = ProcessPoolExecutor(processes, context, _begin_process, (runs, progress, parent))
         end = held_open.close
@@ -55,8 +55,8 @@ def workers(processes: int, runs: list[Run], jobs: int) -> Iterator[tuple[Execut
         pool.shutdown(cancel_futures=True)
 
 
-def run_job(dataset: int, job: Any, number: int, folder: Path) -> object:
-    """In a worker: do a dataset's job, which is the one of this number among all, and return its result."""
+def run_job(dataset: int, job: Any, number: int, folder: Path) -> Any:
+    """In a worker: run a job of a dataset, which has this number among all jobs, and return its result."""
 
     def report(done: int) -> None:
         if _stop.is_set():
@@ -83,6 +83,6 @@ def _begin_process(runs: list[Run], progress: MutableSequence[int], parent: Conn
 
 
 def _end_with(parent: Connection) -> None:
-    """End this process at once when the other end of the pipe is closed, be it by the death of its process."""
+    """End this process at once when the other end of the pipe is closed, or its process is killed."""
     parent.poll(None)
     os._exit(1)

@@ -1,35 +1,36 @@
-"""Captions of images and videos, from the files in which datasets are published."""
+"""Read captions of images and videos from the files of published datasets."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import StringIO
 
 from pipeline.data.sample import BYTE_ORDER_MARK, is_absent, text_fault
 from pipeline.errors import PipelineError
 from pipeline.storage.documents import DocumentError, check_members, note, parse_json
 
-_AGAIN = "download it again, or mend it"
-# What files in the published forms have, read or not.
+_REMEDY = "download it again, or repair it"
+# All keys of files in the published forms, read or not.
 _KARPATHY = ("filename", "filepath", "split", "sentences", "imgid", "sentids", "cocoid")
 _SENTENCE = ("raw", "tokens", "imgid", "sentid")
 _MSRVTT_VIDEO = ("video_id", "split", "category", "url", "start time", "end time", "id")
 _MSRVTT_SENTENCE = ("video_id", "caption", "sen_id")
 _MSRVTT_CSV = ("video_id", "sentence", "key", "vid_key")
 _MSVD_CSV = ("VideoID", "Start", "End", "Language", "Description", "WorkerID", "Source", "AnnotationTime")
-# In the name of a key that is of none of these forms: it would change which caption is of what.
+# Unknown keys with such names are an error: they may change which caption belongs to what.
 _MATTERS = "caption|sentence|description|conversation|text|start|end|begin|split|lang"
 
 
 def usable_captions(values: Iterable[object]) -> tuple[list[str], list[tuple[str, str]]]:
-    """The captions among these values, each once and without white space around it, and why others are none.
+    """Split values into usable captions, stripped and without duplicates, and (cause, detail) of the unusable ones.
 
-    A caption is a text that `text_fault` has nothing against. What is empty counts as nothing.
+    A caption is usable if it is a text without `text_fault`. Empty values are ignored.
     """
-    texts, faults = [], []
+    texts: list[str] = []
+    faults: list[tuple[str, str]] = []
     for value in values:
         if not isinstance(value, str):
             if not is_absent(value):
-                faults.append(("no caption", f"{value!r} is no text"))
+                faults.append(("no caption", f"{value!r} is not a text"))
         elif text := value.replace(BYTE_ORDER_MARK, "").strip():
             if fault := text_fault(text):
                 faults.append(fault)
@@ -39,14 +40,13 @@ def usable_captions(values: Iterable[object]) -> tuple[list[str], list[tuple[str
 
 
 def captioned_images(file: str, data: bytes, split: str) -> list[tuple[str, list[object]]]:
-    """(path of an image, its captions) of a split, from Karpathy's JSON; train includes restval.
+    """Return (path of an image, its captions) for every image of a split in Karpathy's JSON; train includes restval.
 
-    What should be a caption may be anything, for one that is none must not cost the others. An image of no split is
-    said on stderr. Raises PipelineError, which names `file`, if there is no such split; ValueError if the form is
-    another.
+    Captions may be any values: the caller decides which are usable. A note on stderr counts the images without a split.
+    Raises PipelineError, which names `file`, if the split does not exist; ValueError if the file has another form.
     """
     try:
-        listed = parse_json(data, file, remedy=_AGAIN, nan=True)["images"]
+        listed = parse_json(data, file, remedy=_REMEDY, nan=True)["images"]
         images = [each for each in listed if isinstance(each, dict) and isinstance(each.get("split"), str)]
         if not images:
             raise ValueError("none of its images has a split")
@@ -55,7 +55,7 @@ def captioned_images(file: str, data: bytes, split: str) -> list[tuple[str, list
     except (DocumentError, ValueError, KeyError, TypeError) as error:
         raise ValueError(_reason(error)) from None
     if without := len(listed) - len(images):
-        note(f"{without} of the images of {file} are left out, for they have no split")
+        note(f"{without} images of {file} have no split and are skipped")
     wanted = {split} | ({"restval"} if split == "train" else set())
     rows = [_captioned(image) for image in images if image["split"] in wanted]
     if not rows:
@@ -71,12 +71,12 @@ def _captioned(image: dict) -> tuple[str, list[object]]:
 
 
 def file_name(value: object) -> str:
-    """The name of a file; one that no file has, if it is no text."""
-    return value if isinstance(value, str) else f"({value!r} is no file's name)"
+    """A file name; for a value that is not a text, a name that no file has."""
+    return value if isinstance(value, str) else f"({value!r} is not a file name)"
 
 
 def _listed(value: object) -> list[object]:
-    """What stands where a list should, as one."""
+    """The value as a list."""
     if isinstance(value, list):
         return value
     return [] if is_absent(value) else [value]
@@ -85,23 +85,24 @@ def _listed(value: object) -> list[object]:
 def captioned_videos(
     file: str, text: str, split: str | None = None, language: str = "English"
 ) -> dict[str, list[object]]:
-    """Video -> its captions, from the text of a .csv or .json file in one of the published forms, or one's own.
+    """Return video -> captions from the text of a .csv or .json file in one of these forms:
 
     MSR-VTT    .json        {"videos": [{"video_id", "split"}], "sentences": [{"video_id", "caption"}]}
     MSR-VTT    .csv (1k-A)  columns video_id, sentence
     MSVD       .csv         columns VideoID, Start, End, Language, Description
-    one's own  .json        [{"video", "caption": "..." or ["...", ...]}, ...] or {"video": ["...", ...], ...}
+    your own   .json        [{"video", "caption": "..." or ["...", ...]}, ...] or {"video": ["...", ...], ...}
 
-    What should be a caption may be anything, as of `captioned_images`. Captions of videos of no split are said on
-    stderr, if one is asked for. Raises PipelineError, which names `file`, if there is no such split; ValueError if the
-    form is another, or no caption is a text.
+    Captions may be any values, as in `captioned_images`. With a split, a note on stderr counts the captions of videos
+    without one. Raises PipelineError, which names `file`, if the split does not exist; ValueError if the file has
+    another form, or if no caption is a text.
     """
     splits: dict[str, str] = {}
+    pairs: Sequence[tuple[object, object]]
     try:
         if file.endswith(".csv"):
             pairs = _csv_pairs(file, text, language)
         else:
-            match parse_json(text, file, remedy=_AGAIN, nan=True):
+            match parse_json(text, file, remedy=_REMEDY, nan=True):
                 case {"videos": list(videos), "sentences": list(sentences)}:
                     check_keys(file, videos, _MSRVTT_VIDEO)
                     check_keys(file, sentences, _MSRVTT_SENTENCE)
@@ -117,13 +118,13 @@ def captioned_videos(
     named = [(file_name(video), _listed(texts)) for video, texts in pairs]
     if named and not any(isinstance(text, str) for _, texts in named for text in texts):
         video, texts = next((each for each in named if each[1]), named[0])
-        raise ValueError(f"captions of {video!r} that are neither a text nor a list of texts: {texts!r}"[:300])
+        raise ValueError(f"the captions of {video!r} are neither a text nor a list of texts: {texts!r}"[:300])
     if split is not None and split not in splits.values():
         raise PipelineError(
             f"{file} has no split {split!r}: it has {', '.join(sorted(set(splits.values()) - {''})) or 'none'}"
         )
     if split is not None and (without := sum(not splits.get(video) for video, _ in named)):
-        note(f"{without} of the captions of {file} are left out, for their videos have no split")
+        note(f"{without} captions of {file} belong to videos without a split and are skipped")
     captions: dict[str, list[object]] = {}
     for video, texts in named:
         if split is None or splits.get(video) == split:
@@ -140,13 +141,13 @@ def _reason(error: Exception) -> str:
 
 
 def check_keys(file: str, objects: Iterable[object], known: tuple[str, ...]) -> None:
-    """Look at all keys that objects of a file of captions have; see `check_members`."""
+    """Check all keys of the objects in a file of captions; see `check_members`."""
     keys = dict.fromkeys(key for each in objects if isinstance(each, dict) for key in each)
     check_members(file, keys, known, kind="key", matters=_MATTERS)
 
 
 def _csv_pairs(file: str, text: str, language: str) -> list[tuple[str, str]]:
-    lines = StringIO(text, newline=None)  # whatever they end by
+    lines = StringIO(text, newline=None)  # with any line ends
     header = lines.readline()
     lines.seek(0)
     rows = csv.DictReader(lines, delimiter=max(",;\t", key=header.count))
@@ -156,11 +157,11 @@ def _csv_pairs(file: str, text: str, language: str) -> list[tuple[str, str]]:
     for row in rows:
         if broken := next((each for each in row.values() if isinstance(each, str) and "\n" in each), None):
             raise ValueError(
-                f"a field that ends on line {rows.line_num} has several: is a quote open in {broken[:80]!r}?"
+                f"a field that ends on line {rows.line_num} has several lines: is a quote open in {broken[:80]!r}?"
             )
         if None in row or None in row.values():
             raise ValueError(
-                f"line {rows.line_num} has not as many fields as the first: a text with commas needs quotes"
+                f"line {rows.line_num} and the first line differ in their number of fields: quote texts with commas"
             )
         if known is _MSRVTT_CSV:
             found.append((row["video_id"], row["sentence"]))

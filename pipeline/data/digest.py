@@ -1,4 +1,4 @@
-"""64 bits of what a model receives: items that are equal to it share them, and in practice only these do."""
+"""A fast 64-bit hash of a model's inputs: in practice, only equal inputs share it."""
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -6,12 +6,12 @@ from hashlib import blake2b
 
 import numpy as np
 
-_LANES = 4  # words that are mixed side by side, which the processor does at once
+_LANES = 4  # words that are mixed in parallel
 _STRIPE = 8 * _LANES  # bytes
 
 
 def digest(parts: Iterable[bytes | np.ndarray]) -> int:
-    """Of bytes and uint8 arrays, in their order; 2 MB of tiles take 0.3 ms, a twentieth of what BLAKE2 takes."""
+    """Hash bytes and uint8 arrays in order. 2 MB of tiles take 0.3 ms, twenty times less than with BLAKE2."""
     hashed = blake2b(digest_size=8)
     for part in parts:
         hashed.update(len(part).to_bytes(8, "little"))
@@ -19,8 +19,8 @@ def digest(parts: Iterable[bytes | np.ndarray]) -> int:
             flat = np.ascontiguousarray(part).reshape(-1)
             whole = len(flat) // _STRIPE * _STRIPE
             if whole:
-                hashed.update(compiled()(flat[:whole].view(np.uint64)))
-            hashed.update(flat[whole:])
+                hashed.update(compiled()(flat[:whole].view(np.uint64)).data)
+            hashed.update(flat[whole:].data)
         else:
             hashed.update(part)
     return int.from_bytes(hashed.digest(), "little")
@@ -28,7 +28,7 @@ def digest(parts: Iterable[bytes | np.ndarray]) -> int:
 
 @lru_cache
 def compiled() -> Callable[[np.ndarray], np.ndarray]:
-    """The loop below as machine code. The first call takes half a second: have it before workers are forked."""
+    """Compile the loop below. The first call takes half a second: call it before workers are forked."""
     import numba
 
     words = numba.types.Array(numba.uint64, 1, "C", readonly=True, aligned=False)
@@ -36,7 +36,7 @@ def compiled() -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _mixed(words: np.ndarray) -> np.ndarray:
-    """(n,) uint64, n a multiple of _LANES -> (_LANES,). The rounds of xxHash64: each keeps apart what was apart."""
+    """(n,) uint64, n a multiple of _LANES -> (_LANES,). The rounds of xxHash64, each of which is invertible."""
     first, second = np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x9E3779B185EBCA87)
     left, right = np.uint64(31), np.uint64(33)
     a, b, c, d = first, second, first + second, first ^ second

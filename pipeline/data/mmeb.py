@@ -1,16 +1,16 @@
-"""MMEB (https://huggingface.co/TIGER-Lab): its datasets, and the files its evaluation sets consist of.
+"""MMEB (https://huggingface.co/TIGER-Lab): its datasets, and the files of its evaluation sets.
 
-    URL/tasks.json          {"Scene-VQA": {"task": "vqa", "in_distribution": true}, ...}; ours, MMEB has none
-    URL/<dataset>/*.parquet rows: qry_text, qry_img_path, tgt_text, tgt_img_path; the first target is the right one.
-                            Instructions may be apart, as in MMEB-V2's image sets: qry_inst, tgt_inst
-    URL/images/<path>       the pictures the rows name; or eval_images, as the hub's archive calls it
+    URL/tasks.json          {"Scene-VQA": {"task": "vqa", "in_distribution": true}, ...}; MMEB itself has no such file
+    URL/<dataset>/*.parquet rows: qry_text, qry_img_path, tgt_text, tgt_img_path; the first target is the correct one.
+                            MMEB-V2's image sets have instructions in separate columns: qry_inst, tgt_inst
+    URL/images/<path>       the images that the rows name; or eval_images, as in the hub's archive
 
-or, converted, with the queries and candidates as items in shards:
+After conversion, the queries and candidates are items in shards:
 
     URL/tasks.json                  the same
     URL/<dataset>/index.json        each distinct query and candidate, once
-    URL/<dataset>/rows.parquet      query, candidates: numbers of items
-    URL/<dataset>/items.parquet     name: what a person would call each item
+    URL/<dataset>/rows.parquet      query, candidates: the numbers of items
+    URL/<dataset>/items.parquet     name: a readable name of each item
 """
 
 import re
@@ -33,7 +33,7 @@ TASKS_FILE, ROWS_FILE, ITEMS_FILE = "tasks.json", "rows.parquet", "items.parquet
 IMAGE_FOLDERS = ("images", "eval_images")
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 
-# By meta-task: the datasets that training has too (in distribution), then those of evaluation alone.
+# Meta-task -> the datasets that are also in the training set (in distribution), and those of evaluation only.
 _NAMES = {
     "classification": (
         "ImageNet-1K N24News HatefulMemes VOC2007 SUN397",
@@ -49,29 +49,29 @@ _NAMES = {
     ),
     "grounding": ("MSCOCO", "RefCOCO RefCOCO-Matching Visual7W-Pointing"),
 }
-# Name -> meta-task, and whether it is in distribution.
+# Name -> (meta-task, whether it is in distribution).
 MMEB_TASKS = {
     name: (meta_task, part == 0)
     for meta_task, parts in _NAMES.items()
     for part, names in enumerate(parts)
     for name in names.split()
 }
-MMEB_TASKS["ImageNet_1K"] = MMEB_TASKS["ImageNet-1K"]  # so called in the training set
+MMEB_TASKS["ImageNet_1K"] = MMEB_TASKS["ImageNet-1K"]  # its name in the training set
 
 _COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 _INSTRUCTIONS = ("qry_inst", "tgt_inst")
-MATTERS = "^(qry|query|tgt|target|cand|pos|neg)|inst|prompt|text|image|img|video"  # in a column's name
+MATTERS = "^(qry|query|tgt|target|cand|pos|neg)|inst|prompt|text|image|img|video"  # see check_members
 
 Side = tuple[str, str]  # a text, and the path of its image or ""
 
 
 def mmeb_text(text: str, has_image: bool) -> str:
-    """A row's text with `<image>` where its image goes: at the front, if the text does not say.
+    """Convert a row's text: MMEB's image mark becomes `<image>`; if there is none, `<image>` goes to the front.
 
-    A mark without an image is taken out, with the white space after it. ValueError for a mark of anything else.
+    Without an image, the mark and the white space after it are removed. ValueError for any other mark.
     """
     if others := set(_MARKS.findall(text)) - {MMEB_IMAGE_MARK}:
-        raise ValueError(f"{min(others)}, where a text may have {MMEB_IMAGE_MARK} alone, in {text[:200]!r}")
+        raise ValueError(f"the mark {min(others)}, but only {MMEB_IMAGE_MARK} is supported, in {text[:200]!r}")
     text = text.lstrip(BYTE_ORDER_MARK)
     if not has_image:
         return re.sub(rf"{re.escape(MMEB_IMAGE_MARK)}\s*", "", text)
@@ -79,16 +79,14 @@ def mmeb_text(text: str, has_image: bool) -> str:
     return text if IMAGE_MARK in text else f"{IMAGE_MARK}\n{text}"
 
 
-# Of other images and videos, and as Qwen's models write them.
+# Marks of further images, of videos, and of Qwen's models.
 _MARKS = re.compile(r"<\|(?:image|video|audio|vision)(?:_\w+)?\|>", re.IGNORECASE)
 
 
 def read_tasks(url: str) -> dict[str, tuple[str, bool]]:
-    """What `url`/tasks.json says: name -> meta-task, and whether it is in distribution."""
+    """Read `url`/tasks.json: name -> (meta-task, whether it is in distribution)."""
     file = objects.join(url, TASKS_FILE)
-    remedy = (
-        f"it does not give each dataset's task ({', '.join(META_TASKS)}) and in_distribution (true, false); mend it"
-    )
+    remedy = f"give each dataset its task ({', '.join(META_TASKS)}) and in_distribution (true, false)"
     listed = parse_json(objects.read(file), file, dict[str, _Listed], remedy=remedy)
     return {name: (entry.task, entry.in_distribution) for name, entry in listed.items()}
 
@@ -97,15 +95,15 @@ def read_tasks(url: str) -> dict[str, tuple[str, bool]]:
 class _Listed:
     __pydantic_config__ = FIXED
 
-    task: Literal[META_TASKS]
+    task: Literal["classification", "vqa", "retrieval", "grounding"]
     in_distribution: bool
 
 
 def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
-    """Each query with its candidates, the right one first, from the .parquet files below the folder `url`."""
+    """Yield each query and its candidates, the correct one first, from the .parquet files below the folder `url`."""
     files = [file for file in objects.list_under(url) if file.endswith(".parquet")]
     if not files:
-        raise PipelineError(f"{url} holds no .parquet file with MMEB's rows")
+        raise PipelineError(f"{url} contains no .parquet file with MMEB's rows")
     for file in files:
         try:
             table = parquet.ParquetFile(BytesIO(objects.read(file)))
@@ -118,35 +116,36 @@ def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
             for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
                 yield _sides(number, *(row.get(name) for name in (*_COLUMNS, *_INSTRUCTIONS)))
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise PipelineError(f"{file} does not hold MMEB's rows ({', '.join(_COLUMNS)}): {error}") from None
+            raise PipelineError(f"{file} does not contain MMEB's rows ({', '.join(_COLUMNS)}): {error}") from None
 
 
 def _sides(
-    number: int, text: object, image: object, texts: object, images: object, asked: object, shown: object
+    number: int, text: object, image: object, texts: object, images: object, asks: object, answers: object
 ) -> tuple[Side, list[Side]]:
-    """A row's query and candidates; ValueError, by the row's number, if they are none.
+    """A row's query and candidates; ValueError, with the row's number, if they are invalid.
 
-    asked, shown: the instructions of the query and of all candidates, if there are any.
+    asks, answers: the instructions of the query and of all candidates, if there are any.
     """
 
     def plain(value: object) -> str:
         if not isinstance(value, str) and not is_absent(value):
-            raise ValueError(f"row {number} has {value!r} where a text should be")
+            raise ValueError(f"row {number} has {value!r} instead of a text")
         return value.lstrip(BYTE_ORDER_MARK) if isinstance(value, str) else ""
 
-    text, image, asked, shown = map(plain, (text, image, asked, shown))
-    # A single candidate may stand without a list around it.
-    texts, images = (list(map(plain, each if isinstance(each, list) else [each])) for each in (texts, images))
-    # As VLM2Vec reads them: pictures may share one empty text, and texts one empty path.
-    if len(texts) == 1 and not texts[0]:
-        texts = texts * len(images)
-    if len(images) < 2 and not any(images):
-        images = [""] * len(texts)
-    if not texts or len(texts) != len(images):
-        raise ValueError(f"row {number} has {len(texts)} tgt_text and {len(images)} tgt_img_path")
-    asks = [asked, *[shown] * len(texts)]
-    query, *candidates = (_side(number, *each) for each in zip(asks, [text, *texts], [image, *images], strict=True))
-    return query, candidates
+    def listed(values: object) -> list[str]:  # a single candidate may have no list around it
+        return list(map(plain, values if isinstance(values, list) else [values]))
+
+    targets, paths = listed(texts), listed(images)
+    # As in VLM2Vec: images may share one empty text, and texts one empty path.
+    if len(targets) == 1 and not targets[0]:
+        targets = targets * len(paths)
+    if len(paths) < 2 and not any(paths):
+        paths = [""] * len(targets)
+    if not targets or len(targets) != len(paths):
+        raise ValueError(f"row {number} has {len(targets)} tgt_text and {len(paths)} tgt_img_path")
+    query = _side(number, plain(asks), plain(text), plain(image))
+    instruction = plain(answers)
+    return query, [_side(number, instruction, *side) for side in zip(targets, paths, strict=True)]
 
 
 def _side(number: int, instruction: str, text: str, image: str) -> Side:
@@ -160,16 +159,16 @@ def _side(number: int, instruction: str, text: str, image: str) -> Side:
 
 
 def _instructed(instruction: str, text: str) -> str:
-    """An instruction and the text that it is about, joined as VLM2Vec joins them: as MMEB's rows have both in one."""
+    """Join an instruction and its text as VLM2Vec does, and as they are joined in MMEB's own rows."""
     if not (instruction := instruction.replace(MMEB_IMAGE_MARK, "").strip()):
         return text
     return (f"{instruction} {text}" if text.strip() else instruction).replace(" \n", "\n") + "\n"
 
 
 def converted_rows(url: str, index: Index) -> tuple[list[str], np.ndarray, list[np.ndarray]]:
-    """A converted set: what each item is called, the number of each query, and those of its candidates.
+    """Read the rows of a converted set: the name of each item, the number of each query, and those of its candidates.
 
-    Raises ObjectError if a file is not the one indexed, PipelineError if the numbers are not those of items.
+    Raises ObjectError if a file is not the one indexed, PipelineError if there are no items of these numbers.
     """
     try:
         names = _table(url, index, ITEMS_FILE)["name"].to_pylist()
@@ -181,7 +180,7 @@ def converted_rows(url: str, index: Index) -> tuple[list[str], np.ndarray, list[
             return names, queries, list(candidates)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         pass
-    raise PipelineError(f"{url}: {ROWS_FILE} or {ITEMS_FILE} is not of its {index.samples} items: convert again")
+    raise PipelineError(f"{url}: {ROWS_FILE} or {ITEMS_FILE} does not match its {index.samples} items: convert again")
 
 
 def _table(url: str, index: Index, name: str) -> pa.Table:

@@ -1,21 +1,21 @@
-"""Which samples step t of a run consumes, on which rank: pure functions of (shard sizes and lengths, seed, step).
+"""The order of samples: which samples each step reads on each rank, a pure function of shards, seed and step.
 
-    block    up to `block_samples` consecutive samples of one shard: what one ranged read brings
+    block    up to `block_samples` consecutive samples of one shard: one ranged read
     pass     all blocks of a dataset, shuffled; passes follow each other without end
-    epoch    the next `quota` samples of every dataset's passes; blocks at the ends are cut
-    stream   the datasets that share one sequence of samples: all of them (mixed batches), or each its own
-    window   up to `window_blocks` blocks of a stream: samples are shuffled within it, so that a reader holds one or
-             two windows per lane and no more
-    lane     one of L equal sequences of windows; what makes one too long goes to the ends of those too short
-    take     the next share of every lane, B/(K L) samples each: one of the K parts of a batch
-    step     K takes, drawn from the epoch's takes of all streams; rank r of W owns L/W lanes
+    epoch    the next `quota` samples of every dataset's passes; blocks at both ends are cut
+    stream   the datasets that share one sequence of samples: all of them (mixed batches), or each on its own
+    window   up to `window_blocks` blocks of a stream. Samples are shuffled within a window, so a reader holds only
+             one or two windows per lane in memory
+    lane     one of L equally long sequences of windows; samples are moved from longer to shorter lanes
+    slice    the next B/(K L) samples of every lane: one of the K parts of a batch
+    step     K slices, drawn from the epoch's slices of all streams; rank r of W reads L/W lanes
 
-Nothing here depends on the world size but who reads a lane, so a run continues on any number of GPUs with
-the same batches, from one integer. Only arrays over blocks are made, never one over samples.
+The world size only decides which rank reads a lane. So a run resumes from one integer, on any number of GPUs, with the
+same batches. Arrays are as long as the number of blocks, never as the number of samples.
 
-A step lasts as long as the rank with the most tokens needs. So blocks are dealt to windows, and a window's samples
-to its takes, like cards: ranked by length and handed out in rounds, so that every hand gets as much of the long as
-of the short. Among equally long ones the order is a plain shuffle.
+A step takes as long as the rank with the most tokens. So blocks are assigned to windows, and a window's samples to its
+slices, such that all get about as many tokens: they are sorted by length, and each group of similar length is spread
+evenly. Among samples of equal length the order is a plain shuffle.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,50 +27,49 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 
-# Of the order: raise it with every change of which samples a step gets, lest a run that is continued takes some of them
-# twice and others never.
+# Increase this with every change to the samples of a step: a resumed run would otherwise read some samples twice and
+# others never.
 VERSION = 1
 
-# The random streams are part of the format: runs resume by them. They are the raw output of PCG64 behind
-# SeedSequence, which numpy keeps the same for ever (NEP 19), sorted; Generator.permutation may change.
-# The last word of a stream's key says what is drawn.
-_PASS, _BLOCKS, _TIMES, _LANES, _SAMPLES, _TAKES, _PLACES, _SCHEDULE, _ALTERNATIVE = range(9)
+# Runs resume from these random numbers, so they must never change. They sort the raw output of PCG64 with SeedSequence,
+# which numpy guarantees to stay the same (NEP 19), unlike Generator.permutation. The last word of a key is the purpose.
+_PASS, _BLOCKS, _POSITIONS, _LANES, _SAMPLES, _SLICES, _PLACES, _SCHEDULE, _ALTERNATIVE = range(9)
 
 
 def _shuffled(shape: int | tuple[int, ...], *key: int) -> np.ndarray:
-    """Permutations of the positions along the last axis, int64: functions of `key` alone (always six words)."""
+    """Permutations of the indices along the last axis, int64: a function of `key` (always six words)."""
     raw = np.random.PCG64(key).random_raw(np.prod(shape)).reshape(shape)
     return np.argsort(raw, axis=-1, kind="stable")
 
 
-def _deal(values: np.ndarray) -> np.ndarray:
-    """Give every hand one card of each round, so that the hands' sums are about equal.
+def _balance(values: np.ndarray) -> np.ndarray:
+    """Assign one item of each group to every bin, so that the sums of the bins are about equal.
 
-    values: int64 (..., rounds, hands), what each card counts. Returns int64 of that shape: at [..., r, h] is the
-    card of round r that hand h gets. Greedy: the largest card to the hand with the smallest sum, and so on. Rounds
-    of the most unequal cards come first, since the others can make up for them.
+    values: int64 (..., groups, bins), the value of each item. Returns int64 of that shape: [..., g, b] is the item of
+    group g that bin b gets. Greedy: the bin with the smallest sum gets the largest item of the group, and so on. Groups
+    with the most unequal items come first, since later groups can compensate for them.
     """
-    *outer, rounds, hands = values.shape
-    if hands == 1:
+    *outer, groups, bins = values.shape
+    if bins == 1:
         return np.zeros(values.shape, dtype=np.int64)
-    values = values.reshape(-1, rounds, hands)
-    cards = np.argsort(values, axis=2, kind="stable")[..., ::-1]
-    falling = np.take_along_axis(values, cards, axis=2)
-    turns = np.argsort(falling[..., -1] - falling[..., 0], axis=1, kind="stable")[..., None]
-    cards, falling = np.take_along_axis(cards, turns, axis=1), np.take_along_axis(falling, turns, axis=1)
+    values = values.reshape(-1, groups, bins)
+    items = np.argsort(values, axis=2, kind="stable")[..., ::-1]
+    falling = np.take_along_axis(values, items, axis=2)
+    order = np.argsort(falling[..., -1] - falling[..., 0], axis=1, kind="stable")[..., None]
+    items, falling = np.take_along_axis(items, order, axis=1), np.take_along_axis(falling, order, axis=1)
 
-    sums = np.zeros((len(values), hands), dtype=np.int64)
-    hand = np.broadcast_to(np.arange(hands), sums.shape)  # whose the sums are
-    given = np.empty_like(cards)
-    for turn in range(rounds):
-        rising = np.argsort(sums, axis=1, kind="stable") + np.arange(len(sums))[:, None] * hands
-        sums, hand = sums.take(rising) + falling[:, turn], hand.take(rising)
-        given[:, turn] = hand
+    sums = np.zeros((len(values), bins), dtype=np.int64)
+    bin_of_sum = np.broadcast_to(np.arange(bins), sums.shape)
+    bin_of_item = np.empty_like(items)
+    for group in range(groups):
+        rising = np.argsort(sums, axis=1, kind="stable") + np.arange(len(sums))[:, None] * bins
+        sums, bin_of_sum = sums.take(rising) + falling[:, group], bin_of_sum.take(rising)
+        bin_of_item[:, group] = bin_of_sum
 
-    by_turn, dealt = np.empty_like(cards), np.empty_like(cards)
-    np.put_along_axis(by_turn, given, cards, axis=2)
-    np.put_along_axis(dealt, turns, by_turn, axis=1)
-    return dealt.reshape(*outer, rounds, hands)
+    in_order, assigned = np.empty_like(items), np.empty_like(items)
+    np.put_along_axis(in_order, bin_of_item, items, axis=2)
+    np.put_along_axis(assigned, order, in_order, axis=1)
+    return assigned.reshape(*outer, groups, bins)
 
 
 def _divisors(number: int) -> list[int]:
@@ -81,17 +80,17 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-@dataclass(frozen=True, eq=False)  # compared and hashed by identity, as all here: arrays may be long
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: comparing long arrays is slow
 class Dataset:
-    """One dataset's shards, and how much of it an epoch takes.
+    """A dataset's shards, and how many of its samples an epoch contains.
 
-    shard_samples: (S,) samples of every shard; kept as a read-only int64 array.
-    shard_lengths: (S,) mean length of each shard's samples, in whole tokens, kept likewise; None: all alike.
-    weight: how often an epoch takes each sample.
-    cap: at most this many samples are of an epoch (MMEB's `num_sample_per_subset`); the next epoch takes others,
-        until all have been taken.
+    shard_samples: (S,) samples of every shard, stored as a read-only int64 array.
+    shard_lengths: (S,) mean tokens per sample of every shard, stored likewise; None: all equal.
+    weight: how often an epoch contains each sample.
+    cap: the most samples of the dataset in an epoch (MMEB's `num_sample_per_subset`). The next epochs continue with
+        other samples until all have been used.
 
-    Raises PipelineError where an epoch would take nothing.
+    Raises PipelineError if an epoch would contain no sample.
     """
 
     name: str
@@ -104,11 +103,13 @@ class Dataset:
         sizes = np.array(self.shard_samples, dtype=np.int64).reshape(-1)
         lengths = np.ones_like(sizes) if self.shard_lengths is None else np.array(self.shard_lengths, dtype=np.int64)
         if lengths.shape != sizes.shape:
-            raise PipelineError(f"dataset {self.name} has {sizes.size} shards, but mean lengths of {lengths.size}")
+            raise PipelineError(f"dataset {self.name} has {sizes.size} shards, but {lengths.size} mean lengths")
         for name, array, unit in (("shard_samples", sizes, "samples"), ("shard_lengths", lengths, "tokens a sample")):
             if (array < 0).any():
                 shard = int((array < 0).argmax())
-                raise PipelineError(f"dataset {self.name}: shard {shard} has {array[shard]} {unit}: 0 is the least")
+                raise PipelineError(
+                    f"dataset {self.name}: shard {shard} has {array[shard]} {unit}, but needs at least 0"
+                )
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         if not self.samples:
@@ -121,44 +122,44 @@ class Dataset:
 
     @cached_property
     def samples(self) -> int:
-        """N, the samples of all shards."""
+        """The samples of all shards."""
         return int(self.shard_samples.sum())
 
     @cached_property
     def quota(self) -> int:
-        """The samples an epoch takes."""
+        """The samples in an epoch."""
         weighted = round(self.weight * self.samples)
         return weighted if self.cap is None else min(weighted, self.cap)
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """What a lane reads at once.
+    """A part of a lane's epoch within which samples are shuffled; it contains whole slices.
 
-    first: the take of the lane's epoch that the window begins with; it holds whole takes.
-    pieces: int64 (P, 3) rows of (shard, start, stop), one ranged read each, without the sample `stop`.
+    first: the number of its first slice in the lane's epoch.
+    pieces: int64 (P, 3) rows of (shard, start, stop), one ranged read each; `stop` is excluded.
     """
 
     first: int
     pieces: np.ndarray
 
 
-def _alike(shard: int, start: int, stop: int) -> np.ndarray:
+def _equal_lengths(shard: int, start: int, stop: int) -> np.ndarray:
     return np.ones(stop - start, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """The order of a run over its datasets, whose shards are numbered end to end.
+    """The order of a run over its datasets. Shards are numbered consecutively over all datasets.
 
     global_batch: samples per step over all ranks (B). lanes: independent readers (L), a divisor of B.
-    block_samples, window_blocks: the most samples in a block; blocks in a window.
+    block_samples, window_blocks: the most samples of a block, and blocks of a window.
     seed: 0 to 2**32 - 1.
     parts: None: batches are mixed from all datasets. K, a divisor of B/L: a batch has K parts of B/K samples, each
-        part from one dataset (1: homogeneous batches), which is drawn in proportion to what an epoch takes of it.
-    lengths: (shard, start, stop) -> int64, the tokens of each of these samples; by default all are alike.
+        from one dataset (1: homogeneous batches), drawn in proportion to the dataset's samples in an epoch.
+    lengths: (shard, start, stop) -> int64, the tokens of each of these samples; by default all are equal.
 
-    Raises PipelineError, naming numbers that would work, if these do not fit together.
+    Raises PipelineError if these numbers do not fit together; it names numbers that would work.
     """
 
     datasets: tuple[Dataset, ...]
@@ -168,7 +169,7 @@ class Order:
     window_blocks: int
     seed: int
     parts: int | None = None
-    lengths: Callable[[int, int, int], np.ndarray] = _alike
+    lengths: Callable[[int, int, int], np.ndarray] = _equal_lengths
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "lanes", "block_samples", "window_blocks", "parts"):
@@ -182,52 +183,52 @@ class Order:
                 f"lanes {self.lanes} does not divide global batch {self.global_batch}: "
                 f"lanes could be {_listed(_divisors(self.global_batch))}"
             )
-        if lane_batch % self.takes_per_step:
+        if lane_batch % self.slices_per_step:
             raise PipelineError(
-                f"parts {self.parts} does not divide {lane_batch}, a lane's samples of a batch: "
+                f"parts {self.parts} does not divide {lane_batch}, the samples of a lane in a batch: "
                 f"parts could be {_listed(_divisors(lane_batch))}"
             )
-        if not self._fills_a_step(self.takes_per_step, self.share):
+        if not self._fills_a_step(self.slices_per_step, self.slice_samples):
             raise PipelineError(self._too_few_samples())
 
-    def _fills_a_step(self, parts: int, share: int) -> bool:
-        """Whether an epoch has a take of every stream, and those of one step."""
-        takes = [stream.samples // (share * self.lanes) for stream in self.streams]
-        return min(takes) > 0 and sum(takes) >= parts
+    def _fills_a_step(self, parts: int, slice_samples: int) -> bool:
+        """Whether an epoch has a slice of every stream, and enough slices for one step."""
+        slices = [stream.samples // (slice_samples * self.lanes) for stream in self.streams]
+        return min(slices) > 0 and sum(slices) >= parts
 
     def _too_few_samples(self) -> str:
         smallest = min(self.streams, key=lambda stream: stream.samples)
-        size = self.share * self.lanes
+        size = self.slice_samples * self.lanes
         if self.parts is None:
             problem = f"global batch {self.global_batch} is more than the {smallest.samples} samples of an epoch"
-        elif smallest.takes == 0:
+        elif smallest.slices == 0:
             name = self.datasets[smallest.datasets[0]].name
             problem = f"a part of {size} samples is more than the {smallest.samples} of dataset {name} in an epoch"
         else:
-            takes = sum(stream.takes for stream in self.streams)
-            problem = f"a batch of {self.parts} parts is more than the {takes} of {size} samples in an epoch"
+            slices = sum(stream.slices for stream in self.streams)
+            problem = f"a batch of {self.parts} parts is more than the {slices} of {size} samples in an epoch"
 
         lane_batch = self.global_batch // self.lanes
         parts = [k for k in _divisors(lane_batch) if self.parts and self._fills_a_step(k, lane_batch // k)]
-        shares = (share for share in range(self.share - 1, 0, -1) if self._fills_a_step(self.takes_per_step, share))
-        largest = next(shares, 0) * self.takes_per_step * self.lanes
+        smaller = (n for n in range(self.slice_samples - 1, 0, -1) if self._fills_a_step(self.slices_per_step, n))
+        largest = next(smaller, 0) * self.slices_per_step * self.lanes
         remedies = [f"parts could be {_listed(parts)}"] if parts else []
         remedies += [f"global_batch could be at most {largest} with {self.lanes} lanes"] if largest else []
         return f"{problem}: {', or '.join(remedies) or 'global_batch and lanes must be smaller'}, or weights larger"
 
     @property
-    def takes_per_step(self) -> int:
+    def slices_per_step(self) -> int:
         """K; 1 for mixed batches."""
         return self.parts or 1
 
     @property
-    def share(self) -> int:
-        """B/(K L), the samples that one take has of each lane."""
-        return self.global_batch // (self.takes_per_step * self.lanes)
+    def slice_samples(self) -> int:
+        """B/(K L), the samples of a slice in each lane."""
+        return self.global_batch // (self.slices_per_step * self.lanes)
 
     @cached_property
     def streams(self) -> tuple["Stream", ...]:
-        """One over all datasets if batches are mixed, else one for each."""
+        """One stream over all datasets if batches are mixed, else one per dataset."""
         numbers = range(len(self.datasets))
         groups = [tuple(numbers)] if self.parts is None else [(number,) for number in numbers]
         return tuple(Stream(self, number, datasets) for number, datasets in enumerate(groups))
@@ -239,11 +240,11 @@ class Order:
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Samples that do not fill a take, and takes that do not fill a step, are left over: others each epoch."""
-        return sum(stream.takes for stream in self.streams) // self.takes_per_step
+        """Samples that fill no slice, and slices that fill no step, are left out: different ones in each epoch."""
+        return sum(stream.slices for stream in self.streams) // self.slices_per_step
 
     def check_world(self, world: int) -> None:
-        """Raise PipelineError, naming the sizes that work, unless `world` ranks can share the lanes."""
+        """Raise PipelineError, which names the sizes that work, unless `world` ranks can share the lanes equally."""
         if world < 1 or self.lanes % world:
             raise PipelineError(
                 f"{world} processes cannot share {self.lanes} lanes equally: the number of processes could be "
@@ -257,37 +258,38 @@ class Order:
         return range(rank * count, (rank + 1) * count)
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Of a run's step, counted from 0: (epoch, step in the epoch)."""
+        """(epoch, step in the epoch) of a run's step, both counted from 0."""
         return divmod(step, self.steps_per_epoch)
 
-    def takes(self, step: int) -> list[tuple[int, int, int]]:
-        """The K takes of `step`: (number of the stream, epoch, which of the stream's takes in that epoch)."""
+    def slices(self, step: int) -> list[tuple[int, int, int]]:
+        """The K slices of `step`: (number of the stream, epoch, number of the slice in the stream's epoch)."""
         epoch, step = self.locate(step)
-        chosen = slice(step * self.takes_per_step, (step + 1) * self.takes_per_step)
-        return [(stream, epoch, take) for stream, take in _schedule(self, epoch)[chosen].tolist()]
+        first = step * self.slices_per_step
+        chosen = _schedule(self, epoch)[first : first + self.slices_per_step]
+        return [(stream, epoch, number) for stream, number in chosen.tolist()]
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """What `rank` consumes in `step`: int64 (B/W, 2) rows of (shard, sample), lane after lane."""
+        """The samples of `rank` in `step`: int64 (B/W, 2) rows of (shard, sample in the shard), lane after lane."""
         return np.concatenate([self.lane_batch(step, lane) for lane in self.lanes_of(rank, world)])
 
     def lane_batch(self, step: int, lane: int) -> np.ndarray:
-        """What `step` takes from `lane`: int64 (B/L, 2) rows of (shard, sample in the shard), take after take."""
-        shares = []
-        for number, epoch, take in self.takes(step):
-            stream = self.streams[number]
-            index = stream.window_at(epoch, lane, take)
+        """The samples of `step` in `lane`: int64 (B/L, 2) rows of (shard, sample in the shard), slice after slice."""
+        rows = []
+        for stream_number, epoch, number in self.slices(step):
+            stream = self.streams[stream_number]
+            index = stream.window_at(epoch, lane, number)
             first = stream.window(epoch, lane, index).first
-            shares.append(stream.deal(epoch, lane, index)[take - first, :, 1:])
-        return np.concatenate(shares)
+            rows.append(stream.samples_of(epoch, lane, index)[number - first, :, 1:])
+        return np.concatenate(rows)
 
     def draw(self, step: int, shard: int, sample: int, count: int) -> int:
-        """Which of a sample's `count` alternatives, say captions, `step` uses: 0 to count - 1, equally likely."""
+        """The alternative (such as a caption) of a sample that `step` uses: uniform over 0 to count - 1."""
         return int(np.random.PCG64((self.seed, step, shard, sample, 0, _ALTERNATIVE)).random_raw() % count)
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """A sequence of samples for every epoch and lane, over `datasets` (numbers) of `order`."""
+    """A sequence of samples for every epoch and lane, over some `datasets` (numbers) of `order`."""
 
     order: Order
     number: int
@@ -295,40 +297,40 @@ class Stream:
 
     @cached_property
     def samples(self) -> int:
-        """n, the samples of an epoch."""
+        """The samples of an epoch."""
         return sum(self.order.datasets[number].quota for number in self.datasets)
 
     @cached_property
-    def takes(self) -> int:
-        """floor(n / (B/K)), the takes of an epoch."""
-        return self.samples // (self.order.share * self.order.lanes)
+    def slices(self) -> int:
+        """floor(samples / (B/K)), the slices of an epoch."""
+        return self.samples // (self.order.slice_samples * self.order.lanes)
 
     def windows(self, epoch: int, lane: int) -> int:
-        """How many windows the lane has."""
+        """The number of windows in the lane."""
         return len(self._lane(epoch, lane).firsts) - 1
 
-    def window_at(self, epoch: int, lane: int, take: int) -> int:
-        """The index of the lane's window that holds `take`."""
-        return int(np.searchsorted(self._lane(epoch, lane).firsts, take, side="right")) - 1
+    def window_at(self, epoch: int, lane: int, number: int) -> int:
+        """The index of the lane's window that contains slice `number`."""
+        return int(np.searchsorted(self._lane(epoch, lane).firsts, number, side="right")) - 1
 
     def window(self, epoch: int, lane: int, index: int) -> Window:
-        """Window `index` of a lane; IndexError where it has none. `lengths` is not called.
+        """Window `index` of a lane; IndexError if it does not exist. Does not call `lengths`.
 
-        Windows of a lane follow each other without gaps, from take 0 to the last; and the pieces of all windows of
-        all lanes hold every sample as often as the epoch takes it, less those left over.
+        The windows of a lane follow each other without gaps, from slice 0 to the last. The pieces of all windows of all
+        lanes contain every sample as often as the epoch does, except those left out at its end.
         """
         layout = self._lane(epoch, lane)
         if not 0 <= index < len(layout.firsts) - 1:
             raise IndexError(f"lane {lane} of epoch {epoch} has no window {index}")
         first, after = layout.firsts[index : index + 2].tolist()
-        pieces = layout.sequence.between(first * self.order.share, after * self.order.share)
+        pieces = layout.sequence.between(first * self.order.slice_samples, after * self.order.slice_samples)
         return Window(first, pieces.astype(np.int64))
 
-    def deal(self, epoch: int, lane: int, index: int) -> np.ndarray:
-        """The samples of a window in the order they are consumed; calls `lengths` for each piece.
+    def samples_of(self, epoch: int, lane: int, index: int) -> np.ndarray:
+        """The samples of window `index` of a lane in the order of use; calls `lengths` for each piece.
 
-        Returns int64 (T, B/(K L), 2): for each of the window's T takes its rows of (shard, sample in the shard).
-        All takes have about as many tokens, and a sample's place says nothing about its length.
+        Returns int64 (T, B/(K L), 3): for each of the window's T slices, rows of (piece, shard, sample in the shard).
+        All slices have about as many tokens, and a sample's place is independent of its length.
         """
         pieces = self.window(epoch, lane, index).pieces
         sizes = pieces[:, 2] - pieces[:, 1]
@@ -341,14 +343,14 @@ class Stream:
             return _shuffled(shape, self.order.seed, epoch, self.number, lane, index, use)
 
         ranked = shuffled(len(samples), _SAMPLES)
-        ranked = ranked[np.argsort(lengths[ranked], kind="stable")].reshape(self.order.share, -1)
-        takes = np.take_along_axis(ranked, _deal(lengths[ranked]), axis=1).T
-        takes = takes[shuffled(len(takes), _TAKES)]
-        return samples[np.take_along_axis(takes, shuffled(takes.shape, _PLACES), axis=1)]
+        ranked = ranked[np.argsort(lengths[ranked], kind="stable")].reshape(self.order.slice_samples, -1)
+        slices = np.take_along_axis(ranked, _balance(lengths[ranked]), axis=1).T
+        slices = slices[shuffled(len(slices), _SLICES)]
+        return samples[np.take_along_axis(slices, shuffled(slices.shape, _PLACES), axis=1)]
 
     def pieces(self, epoch: int) -> np.ndarray:
-        """All that the epoch takes, dataset after dataset: int32 (P, 3) rows of (shard, start, stop)."""
-        return np.concatenate([_taken(self.order, number, epoch) for number in self.datasets])
+        """All samples of the epoch, dataset after dataset: int32 (P, 3) rows of (shard, start, stop)."""
+        return np.concatenate([_epoch_pieces(self.order, number, epoch) for number in self.datasets])
 
     def _lane(self, epoch: int, lane: int) -> "_Lane":
         if not 0 <= lane < self.order.lanes:
@@ -358,13 +360,13 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class _Sequence:
-    """Pieces laid end to end: int32 (P, 3) rows of (shard, start, stop)."""
+    """Consecutive pieces: int32 (P, 3) rows of (shard, start, stop)."""
 
     pieces: np.ndarray
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """Where each piece ends, int64 (P,)."""
+        """The end of each piece in the sequence, int64 (P,)."""
         return np.cumsum(self.pieces[:, 2] - self.pieces[:, 1], dtype=np.int64)
 
     @property
@@ -372,7 +374,7 @@ class _Sequence:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def between(self, start: int, stop: int) -> np.ndarray:
-        """The pieces of samples start..stop, cut at both; none unless start < stop."""
+        """The pieces of samples start..stop-1 of the sequence, cut at both ends; none unless start < stop."""
         if start >= stop:
             return self.pieces[:0]
         first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
@@ -384,14 +386,14 @@ class _Sequence:
 
 @dataclass(frozen=True, eq=False)
 class _Lane:
-    """A lane of a stream's epoch. firsts: int64, the first take of each window and, at the end, how many there are."""
+    """A lane of a stream's epoch. firsts: int64, the first slice of each window, then the number of slices."""
 
     sequence: _Sequence
     firsts: np.ndarray
 
 
-def _taken(order: Order, number: int, epoch: int) -> np.ndarray:
-    """What the epoch takes of a dataset: the next `quota` samples of its passes, as int32 pieces."""
+def _epoch_pieces(order: Order, number: int, epoch: int) -> np.ndarray:
+    """A dataset's samples in the epoch: the next `quota` samples of its passes, as int32 pieces."""
     dataset = order.datasets[number]
     counts = -(-dataset.shard_samples // order.block_samples)
     shard = np.repeat(np.arange(len(counts)), counts)
@@ -401,37 +403,37 @@ def _taken(order: Order, number: int, epoch: int) -> np.ndarray:
     blocks = np.stack([shard, start, stop], axis=1, dtype=np.int32)
 
     begin, end = epoch * dataset.quota, (epoch + 1) * dataset.quota
-    taken = []
-    for turn in range(begin // dataset.samples, -(-end // dataset.samples)):
-        first = max(begin - turn * dataset.samples, 0)
-        last = min(end - turn * dataset.samples, dataset.samples)
+    pieces = []
+    for pass_number in range(begin // dataset.samples, -(-end // dataset.samples)):
+        first = max(begin - pass_number * dataset.samples, 0)
+        last = min(end - pass_number * dataset.samples, dataset.samples)
         if last - first == dataset.samples:
-            taken.append(blocks)  # the epoch shuffles them
+            pieces.append(blocks)  # the epoch shuffles them
         else:
-            shuffled = blocks[_shuffled(len(blocks), order.seed, turn, number, 0, 0, _PASS)]
-            taken.append(_Sequence(shuffled).between(first, last))
-    return np.concatenate(taken)
+            shuffled = blocks[_shuffled(len(blocks), order.seed, pass_number, number, 0, 0, _PASS)]
+            pieces.append(_Sequence(shuffled).between(first, last))
+    return np.concatenate(pieces)
 
 
-@lru_cache(maxsize=2)  # a reader is in one epoch, or at the border of two
+@lru_cache(maxsize=2)  # a reader is in one epoch, or between two
 def _schedule(order: Order, epoch: int) -> np.ndarray:
-    """The epoch's takes of all streams, shuffled: int64 rows of (number of the stream, which of its takes)."""
-    counts = [stream.takes for stream in order.streams]
+    """The epoch's slices of all streams, shuffled: int64 rows of (number of the stream, number of its slice)."""
+    counts = [stream.slices for stream in order.streams]
     streams = np.repeat(np.arange(len(counts)), counts)
     streams = streams[_shuffled(len(streams), order.seed, epoch, 0, 0, 0, _SCHEDULE)]
-    takes = np.empty_like(streams)
-    takes[np.argsort(streams, kind="stable")] = np.concatenate([np.arange(count) for count in counts])
-    return np.stack([streams, takes], axis=1)
+    slices = np.empty_like(streams)
+    slices[np.argsort(streams, kind="stable")] = np.concatenate([np.arange(count) for count in counts])
+    return np.stack([streams, slices], axis=1)
 
 
 @lru_cache(maxsize=2)
 def _lanes(order: Order, epoch: int) -> tuple[tuple[_Lane, ...], ...]:
-    """The lanes of every stream."""
+    """The lanes of every stream in the epoch."""
     return tuple(_lanes_of_stream(stream, epoch) for stream in order.streams)
 
 
 def _lanes_of_stream(stream: Stream, epoch: int) -> tuple[_Lane, ...]:
-    """Deal all that the epoch takes to windows, and the windows to lanes of equal length."""
+    """Assign the epoch's pieces to windows, and the windows to lanes of equal length."""
     order = stream.order
 
     def shuffled(shape: int | tuple[int, ...], use: int) -> np.ndarray:
@@ -441,42 +443,43 @@ def _lanes_of_stream(stream: Stream, epoch: int) -> tuple[_Lane, ...]:
     pieces = pieces[shuffled(len(pieces), _BLOCKS)]
     sizes = pieces[:, 2] - pieces[:, 1]
     lengths = np.concatenate([dataset.shard_lengths for dataset in order.datasets])[pieces[:, 0]]
-    none = len(pieces)  # stands for a piece, of no samples, where there are too few
-    excess = np.append(lengths - sizes @ lengths // stream.samples, 0)  # of a sample, over the mean
+    none = len(pieces)  # the index of an empty piece, which fills up incomplete windows
+    excess = np.append(lengths - sizes @ lengths // stream.samples, 0)  # tokens of a sample above the mean
     sizes = np.append(sizes, 0)
 
-    # The epoch has as many times as a lane has windows. Of `times` pieces next to each other in length each time gets
-    # one, any of them: batches come out alike.
-    times = -(-none // (order.lanes * order.window_blocks))
-    ranked = np.argsort(lengths.astype(np.min_scalar_type(lengths.max())), kind="stable")  # 16 bits: in linear time
-    cards = np.pad(ranked, (0, -none % times), constant_values=none).reshape(-1, times)
-    cards = np.take_along_axis(cards, shuffled(cards.shape, _TIMES), axis=1).T
+    # A lane has one window at each of `positions`. Every position gets a random one of each group of `positions` pieces
+    # of similar length: so the batches of the epoch have similar lengths.
+    positions = -(-none // (order.lanes * order.window_blocks))
+    ranked = np.argsort(lengths.astype(np.min_scalar_type(lengths.max())), kind="stable")  # 16 bits sort in linear time
+    groups = np.pad(ranked, (0, -none % positions), constant_values=none).reshape(-1, positions)
+    chosen = np.take_along_axis(groups, shuffled(groups.shape, _POSITIONS), axis=1).T
 
-    # A time's pieces are dealt to its windows, one a lane: the ranks of a step come out alike.
-    cards = np.pad(cards, ((0, 0), (0, -cards.shape[1] % order.lanes)), constant_values=none)
-    cards = cards.reshape(times, -1, order.lanes)
-    windows = np.take_along_axis(cards, _deal((sizes * excess)[cards]), axis=2).swapaxes(1, 2)  # (times, lanes, pieces)
+    # A position's pieces are balanced over its windows, one per lane: so the ranks of a step have similar lengths.
+    chosen = np.pad(chosen, ((0, 0), (0, -chosen.shape[1] % order.lanes)), constant_values=none)
+    by_lane = chosen.reshape(positions, -1, order.lanes)
+    by_lane = np.take_along_axis(by_lane, _balance((sizes * excess)[by_lane]), axis=2)
+    windows = by_lane.swapaxes(1, 2)  # (positions, lanes, pieces)
 
-    # Takes do not end where windows do, so that a window gives or gets a part of its first and last pieces: these are
-    # the ones nearest to the mean.
+    # Windows are moved to the borders of slices, which cuts their first and last pieces. So these are the pieces with
+    # lengths nearest to the mean.
     nearest = np.argsort(np.abs(excess)[windows], axis=2, kind="stable")
     inwards = np.concatenate([nearest[..., ::2], nearest[..., 1::2][..., ::-1]], axis=2)
     windows = np.take_along_axis(windows, inwards, axis=2)
 
-    # A time's windows are dealt to the lanes: these come out about equally long.
-    windows = np.take_along_axis(windows, shuffled((times, order.lanes), _LANES)[..., None], axis=1)
-    windows = np.take_along_axis(windows, _deal(sizes[windows].sum(axis=2))[..., None], axis=1).swapaxes(0, 1)
+    # A position's windows are balanced over the lanes, which get about as many samples.
+    windows = np.take_along_axis(windows, shuffled((positions, order.lanes), _LANES)[..., None], axis=1)
+    windows = np.take_along_axis(windows, _balance(sizes[windows].sum(axis=2))[..., None], axis=1).swapaxes(0, 1)
 
-    # What a lane has too many of fills up those that have too few.
+    # The excess samples of longer lanes fill up the shorter ones.
     sequences = [_Sequence(pieces[window[window < none]]) for window in windows]
-    samples = stream.takes * order.share
+    samples = stream.slices * order.slice_samples
     spare = _Sequence(np.concatenate([sequence.between(samples, sequence.samples) for sequence in sequences]))
     used, lanes = 0, []
     for sequence, ends in zip(sequences, np.cumsum(sizes[windows].sum(axis=2), axis=1), strict=True):
-        lacking = max(samples - sequence.samples, 0)
-        filled = np.concatenate([sequence.pieces, spare.between(used, used + lacking)])
-        used += lacking
-        # A window ends with the take that is nearest; the last one with the lane.
-        firsts = np.clip((ends[:-1] + order.share // 2) // order.share, 0, stream.takes)
-        lanes.append(_Lane(_Sequence(filled), np.unique([0, *firsts, stream.takes])))
+        missing = max(samples - sequence.samples, 0)
+        filled = np.concatenate([sequence.pieces, spare.between(used, used + missing)])
+        used += missing
+        # A window ends at the nearest border of a slice, the last one at the end of the lane.
+        firsts = np.clip((ends[:-1] + order.slice_samples // 2) // order.slice_samples, 0, stream.slices)
+        lanes.append(_Lane(_Sequence(filled), np.unique([0, *firsts, stream.slices])))
     return tuple(lanes)

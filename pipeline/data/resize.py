@@ -1,8 +1,8 @@
-"""Bicubic resizing with Pillow's very digits, several times as fast.
+"""Bicubic resizing that equals Pillow's in every byte and is several times as fast.
 
-Pillow resizes first along one side, then along the other; a pixel is a sum of weighted neighbours in integers of 22
-fractional bits (src/libImaging/Resample.c), rounded to a byte each time. So does this, but always along the outermost
-axis of an array, where a whole run of bytes has the same weight and the compiler makes vector instructions of them.
+Like Pillow (src/libImaging/Resample.c), it resizes along one axis, then the other. A pixel is a weighted sum of its
+neighbours in integers with 22 fractional bits, rounded to a byte after each axis. Here the weights vary along an outer
+axis of the array, so whole runs of bytes share a weight, and the compiler vectorizes the loop.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 _FRACTION = 22  # bits
-_SUPPORT = 2.0  # pixels on either side that a bicubic weight reaches
+_SUPPORT = 2.0  # pixels on either side with a bicubic weight
 
 
 class Pixels:
-    """An RGB image's pixels, which may be resized to several sizes."""
+    """An RGB image's pixels, which can be resized to several sizes."""
 
     def __init__(self, image: Image.Image) -> None:
         self._rows = np.asarray(image)  # (height, width, 3)
@@ -26,10 +26,10 @@ class Pixels:
         return np.array(self._rows.transpose(1, 2, 0), order="C")  # (width, 3, height)
 
     def resized(self, height: int, width: int) -> np.ndarray:
-        """(3, height, width) uint8, to the byte as Pillow's `Image.resize` makes it with BICUBIC."""
+        """(3, height, width) uint8, byte for byte the result of Pillow's `Image.resize` with BICUBIC."""
         old_height, old_width, bands = self._rows.shape
         down, across = _weights(old_height, height), _weights(old_width, width)
-        if height < old_height and old_height - height > 2 * (old_width - width):  # as Pillow decides since version 13
+        if height < old_height and old_height - height > 2 * (old_width - width):  # Pillow's choice since version 13
             flat = compiled()(self._rows.reshape(1, old_height, -1), *down)
             columns = np.ascontiguousarray(flat.reshape(height, old_width, bands).transpose(1, 2, 0))
             resized = compiled()(columns.reshape(1, old_width, -1), *across)
@@ -41,7 +41,7 @@ class Pixels:
 
 @lru_cache(maxsize=256)
 def _weights(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-    """(first, weights) of each of `new` pixels: the first old pixel it is made of, and what each from there weighs.
+    """For each of `new` pixels: its first contributing old pixel, and the weights from there on.
 
     first: (new,).  weights: (new, taps) int32 in units of 2**-_FRACTION; zero past the last old pixel.
     """
@@ -50,7 +50,7 @@ def _weights(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
     centre = (np.arange(new) + 0.5) * scale
     first = np.maximum(centre - _SUPPORT * stretch + 0.5, 0).astype(np.int64)
     stop = np.minimum(centre + _SUPPORT * stretch + 0.5, old).astype(np.int64)
-    pixels = first + np.arange((stop - first).max())[:, None]  # taps first: NumPy adds them up in Pillow's order
+    pixels = first + np.arange((stop - first).max())[:, None]  # taps first: NumPy sums in Pillow's order
     weights = np.where(pixels < stop, _bicubic((pixels - centre + 0.5) * (1 / stretch)), 0.0)
     scaled = weights / weights.sum(0) * (1 << _FRACTION)
     rounded = np.trunc(scaled + np.copysign(0.5, scaled))
@@ -66,7 +66,7 @@ def _bicubic(distance: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def compiled() -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    """The loops below as machine code. The first call takes half a second: have it before workers are forked."""
+    """Compile the loops below. The first call takes half a second: call it before workers are forked."""
     import numba
 
     pixels = numba.types.Array(numba.uint8, 3, "C", readonly=True)
@@ -75,7 +75,7 @@ def compiled() -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
 
 
 def _resample(planes: np.ndarray, first: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(P, old, run) -> (P, new, run): along the middle axis, where new pixel i is made of old ones from first[i] on."""
+    """(P, old, run) -> (P, new, run): resize the middle axis; new pixel i is a sum of old ones from first[i] on."""
     count, old, run = planes.shape
     resampled = np.empty((count, len(first), run), np.uint8)
     total = np.empty(run, np.int32)

@@ -1,4 +1,4 @@
-"""What one sample is: a query and its target, or one item alone; each item a text with its images or video."""
+"""A sample: a query and its target, or a single item. An item is a text with its images or video."""
 
 import math
 from collections.abc import Callable
@@ -10,11 +10,11 @@ import numpy as np
 
 IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
-MMEB_IMAGE_MARK = "<|image_1|>"  # what MMEB's own rows write for it
+MMEB_IMAGE_MARK = "<|image_1|>"  # in MMEB's own rows
 
-BYTE_ORDER_MARK = "\ufeff"  # which some programs begin a text with, and which is no part of it
+BYTE_ORDER_MARK = "\ufeff"  # some programs write it before a text
 
-# The image formats that samples hold, as Pillow names them, with the suffix of their files.
+# The supported image formats by Pillow's names, with their file suffixes.
 IMAGE_SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
 
@@ -23,10 +23,10 @@ VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
 class Item:
     """One thing to embed.
 
-    text: says by `<image>` (`<video>`) where each image (the video) goes.
+    text: with a mark `<image>` (`<video>`) at the place of each image (of the video).
     images: encoded bytes (PNG, JPEG, ...), in the order of their marks.
     video: encoded bytes, or None.
-    vector: (width,) float32, the text's embedding by a frozen language model, where it was computed beforehand.
+    vector: (width,) float32, the text's precomputed embedding by a frozen language model, or None.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Item:
 
     @cached_property
     def content_hash(self) -> int:
-        """64 bits that two items share when, and in practice only when, their text and bytes are the same."""
+        """A 64-bit hash of text, images and video: in practice, only equal items share it."""
         digest = blake2b(digest_size=8)
         for part in (self.text.encode(), *self.images, self.video or b""):
             digest.update(len(part).to_bytes(8, "little"))
@@ -44,22 +44,21 @@ class Item:
         return int.from_bytes(digest.digest(), "little")
 
     def hashed(self, content_hash: int) -> "Item":
-        """The same item, whose content hash is known."""
+        """The same item with its known content hash, which is then not computed."""
         item = replace(self)
         item.__dict__["content_hash"] = content_hash
         return item
 
 
-Draw = Callable[[int], int]  # n -> 0 to n - 1, equally likely; the same at the same step
+Draw = Callable[[int], int]  # n -> a random number from 0 to n - 1, a function of step and sample
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One training sample: `target` answers `query`; `negatives` look as if they did.
+    """One training sample: `target` matches `query`; `negatives` are hard negatives.
 
-    alternatives: texts that may stand in the place of the target's: an image's other captions, of which
-        each step that takes the sample draws one.
-    vectors: (texts, width) float32, of each of `texts` its embedding, where they were computed beforehand.
+    alternatives: texts that can replace the target's text, such as an image's other captions. Each step draws one.
+    vectors: (texts, width) float32, the precomputed embeddings of `texts`, or None.
     """
 
     key: str
@@ -77,29 +76,29 @@ class Pair:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The target's texts, of which one is drawn."""
+        """The target's text and its alternatives."""
         return (self.target.text, *self.alternatives)
 
     def one_text(self, draw: Draw) -> "Pair":
-        """The pair with one of its target's texts, all equally likely."""
+        """The pair with one of its target's texts, drawn uniformly."""
         return self.drawn(draw(len(self.texts)) if self.alternatives else 0)
 
     def two_texts(self, draw: Draw) -> "Pair":
-        """Of an image with texts two of these, one to find the other, all in turn; a pair of texts as `one_text`.
+        """A pair of two different texts of an image, drawn uniformly. A pair without image or video: as `one_text`.
 
-        Raises BadSample for an image with one text, or none.
+        Raises BadSample for an image with fewer than two different texts.
         """
         if not self.query.images and self.query.video is None:
             return self.one_text(draw)
-        texts = [text for text in dict.fromkeys(text.strip() for text in self.texts) if text]  # as models read them
+        texts = [text for text in dict.fromkeys(text.strip() for text in self.texts) if text]  # models strip them, too
         if self.target.images or len(texts) < 2:
-            raise BadSample("an image without two different captions, of which one is to find the other")
+            raise BadSample("an image without two different captions to pair")
         query, target = divmod(draw(len(texts) * (len(texts) - 1)), len(texts) - 1)
         target += target >= query
         return replace(self, query=Item(texts[query]), target=Item(texts[target]), negatives=(), alternatives=())
 
     def drawn(self, number: int) -> "Pair":
-        """The pair with its target's text number `number`, and no others."""
+        """The pair with text `number` of its target, and no alternatives."""
         target = replace(self.target, text=self.texts[number]) if number else self.target
         if self.vectors is not None:
             target = replace(target, vector=self.vectors[number]).hashed(target.content_hash)
@@ -108,7 +107,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Single:
-    """One item by itself: a query or a candidate of an evaluation set."""
+    """A single item: a query or a candidate of an evaluation set."""
 
     key: str
     dataset: str
@@ -121,15 +120,15 @@ class Single:
 
 
 def text_fault(text: str, images: int = 0, videos: int = 0) -> tuple[str, str] | None:
-    """Why a text cannot stand beside so many images and videos: one of few causes, and a detail. None if it can."""
+    """Why a text is invalid for an item with so many images and videos: (cause, detail), or None if it is valid."""
     shown = repr(text[:200])
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can contain
         return "not UTF-8", shown
     if "\0" in text:
         return "NUL character", f"is its file UTF-16? Convert it to UTF-8: {shown}"
-    if not any(letter.isprintable() and not letter.isspace() for letter in text):  # spaces, also of no width
+    if not any(letter.isprintable() and not letter.isspace() for letter in text):  # zero-width spaces count as empty
         return "empty text", shown
     for mark, files in ((IMAGE_MARK, images), (VIDEO_MARK, videos)):
         if (marks := text.count(mark)) != files:
@@ -138,9 +137,9 @@ def text_fault(text: str, images: int = 0, videos: int = 0) -> tuple[str, str] |
 
 
 def is_absent(value: object) -> bool:
-    """Whether a value is that of an empty cell: None, or the NaN that pandas writes for it."""
+    """Whether a value stands for an empty cell: None, or NaN, which pandas writes."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 class BadSample(Exception):
-    """A sample that cannot be used as it was written; it becomes an invalid row, counted and logged."""
+    """A sample that cannot be used; it becomes an invalid row of the batch, counted and logged."""

@@ -1,4 +1,4 @@
-"""All shards of a run's datasets, in one list: what they hold, and their samples' bytes."""
+"""The shards of all datasets of a run in one list, and access to their samples' records and bytes."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from pipeline.data.lengths import Lengths
 from pipeline.data.order import Dataset, Order
 from pipeline.data.sample import BadSample, Pair
 from pipeline.data.shards import parse_sample
-from pipeline.data.text_embeddings import Made, TextEmbeddings
+from pipeline.data.text_embeddings import EmbeddingMetadata, TextEmbeddings
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
 from pipeline.storage.objects import ObjectError
@@ -23,10 +23,11 @@ from pipeline.storage.objects import ObjectError
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The datasets of a recipe. indexes: (URL, index) of each; shards: (number of the dataset, shard) of each.
+    """The datasets of a recipe.
 
-    embeddings: likewise (URL, index) of each dataset's text embeddings, if the recipe has them read; vectors: of each
-        of `shards`, the shard that has them.
+    indexes: (URL, index) of each dataset.  shards: (number of the dataset, shard) of each shard.
+    embeddings: (URL, index) of each dataset's text embeddings, if the recipe uses them.  vectors: the shard of
+        embeddings of each of `shards`.
     """
 
     data: Data
@@ -37,9 +38,9 @@ class Source:
 
     @classmethod
     def open(cls, data: Data) -> "Source":
-        """Read the datasets' indexes; nothing else is touched until a sample is needed.
+        """Read the datasets' indexes, and nothing else.
 
-        Raises ObjectError where one is missing, and where text embeddings are of other shards, or not all of one model.
+        Raises ObjectError if one is missing, and if text embeddings belong to other shards or to different models.
         """
         objects.configure(**data.store())
         urls = [objects.join(data.url, part.name) for part in data.datasets] or [data.url]
@@ -51,18 +52,18 @@ class Source:
         return cls(data, indexes, shards, embeddings, vectors)
 
     @property
-    def made(self) -> Made | None:
-        """Which model made the text embeddings, and how wide they are; None without any."""
-        return self.embeddings[0][1].made if self.embeddings else None
+    def embedding_metadata(self) -> EmbeddingMetadata | None:
+        """The metadata of the text embeddings; None without any."""
+        return self.embeddings[0][1].metadata if self.embeddings else None
 
     @property
     def fingerprint(self) -> str:
-        """What tells these datasets from any others, in content, in order, and in how they are read."""
-        indexes = (*self.indexes, *self.embeddings)
-        return hashlib.sha256("".join(index.to_json() for _, index in indexes).encode()).hexdigest()
+        """A hash of the datasets' content, their order, and the way they are read."""
+        texts = [index.to_json() for _, index in self.indexes] + [index.to_json() for _, index in self.embeddings]
+        return hashlib.sha256("".join(texts).encode()).hexdigest()
 
     def order(self, global_batch: int, seed: int, lengths: Lengths) -> Order:
-        """The order in which a run consumes them."""
+        """The order in which a run uses the samples."""
         data = self.data
         datasets = []
         for number, (_, index) in enumerate(self.indexes):
@@ -99,34 +100,34 @@ class Source:
                     yield self.parse(number, data, record)
 
     def records(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """What the sidecar says of samples start..stop-1 of a shard; those of late are remembered."""
+        """The sidecar's records of samples start..stop-1 of a shard; the latest ones are cached."""
         number, info = self.shards[shard]
         return _records(self.indexes[number][0], info, start, stop)
 
     def read(self, shard: int, records: np.ndarray) -> list[bytes]:
-        """The samples of these consecutive records of a shard, by one ranged read."""
+        """Read the samples of consecutive records of a shard, by one ranged read."""
         return read_samples(self._tars(shard), self.shards[shard][1], records)
 
     def vector_records(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Where the text embeddings of samples start..stop-1 of a shard are."""
+        """The sidecar's records of the text embeddings of samples start..stop-1 of a shard."""
         return _records(self.embeddings[self.shards[shard][0]][0], self.vectors[shard], start, stop)
 
     def read_vectors(self, shard: int, records: np.ndarray) -> list[bytes]:
-        """The text embeddings of these consecutive samples of a shard, by one ranged read."""
+        """Read the text embeddings of consecutive samples of a shard, by one ranged read."""
         return read_samples(self._vector_tars(shard), self.vectors[shard], records)
 
     def origin(self, shard: int, sample: int) -> Origin:
         return Origin(objects.join(self._tars(shard), self.shards[shard][1].file), sample)
 
     def parse(self, shard: int, data: bytes, record: np.void, vectors: bytes | None = None) -> Pair:
-        """A sample's bytes, of which this is the record, as a pair; BadSample if they are none.
+        """Parse a sample's bytes, given its record, as a pair; BadSample if they contain none.
 
-        vectors: what `read_vectors` gave for it, if the pair is to have them.
+        vectors: the bytes of its text embeddings, if there are any.
         """
         _, index = self.indexes[self.shards[shard][0]]
         pair = parse_sample(data, index.captions)
         if not isinstance(pair, Pair):
-            raise BadSample("an item of an evaluation set, no pair to train on")
+            raise BadSample("an item of an evaluation set, not a pair to train on")
         rows = None
         if vectors is not None:
             embeddings = self.embeddings[self.shards[shard][0]][1]
@@ -148,12 +149,13 @@ class Source:
         return index.shards_url or url
 
     def check_memory(self, order: Order, world: int) -> None:
-        """Refuse windows that `data.memory_mb` cannot hold; it must hold one of every lane and stream of a rank."""
+        """Raise PipelineError unless `data.memory_mb` holds one window of every lane and stream of a rank."""
         data, needed = self.data, 0.0
         for stream in order.streams:
             indexes = [self.indexes[number][1] for number in stream.datasets]
-            embeddings = [self.embeddings[number][1] for number in stream.datasets if self.embeddings]
-            mean = sum(each.total_bytes for each in (*indexes, *embeddings)) / sum(index.samples for index in indexes)
+            total = sum(index.total_bytes for index in indexes)
+            total += sum(self.embeddings[number][1].total_bytes for number in stream.datasets if self.embeddings)
+            mean = total / sum(index.samples for index in indexes)
             lane = min(data.window_blocks * data.block_samples, stream.samples // data.lanes)
             needed += mean * lane * data.lanes / world / 2**20
         if needed > data.memory_mb:
@@ -173,22 +175,24 @@ def open_dataset(url: str, *names: str) -> Source:
 
 
 def _embeddings(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tuple[str, TextEmbeddings], ...]:
-    """The datasets' text embeddings; see `Source.open`."""
-    if data.text_embeddings == "beside":
+    """(URL, index) of each dataset's text embeddings; see `Source.open`."""
+    place = data.text_embeddings or ""
+    if place == "beside":
         urls = [url for url, _ in indexes]
     else:
-        urls = [objects.join(data.text_embeddings, part.name) for part in data.datasets] or [data.text_embeddings]
+        urls = [objects.join(place, part.name) for part in data.datasets] or [place]
     with ThreadPoolExecutor(8) as pool:
         found = tuple(zip(urls, pool.map(TextEmbeddings.load, urls), strict=True))
     first_url, first = found[0]
     for (url, embeddings), (dataset, index) in zip(found, indexes, strict=True):
         embeddings.check(url, dataset, index)
-        if (embeddings.made.identity, embeddings.made.width) != (first.made.identity, first.made.width):
+        ours, theirs = first.metadata, embeddings.metadata
+        if (ours.identity, ours.width) != (theirs.identity, theirs.width):
             raise ObjectError(
-                f"the embeddings in {first_url} are of {first.made.model} ({first.made.identity}), and those in {url} "
-                f"of {embeddings.made.model} ({embeddings.made.identity}): embed all datasets with one model"
+                f"the embeddings in {first_url} are from {ours.model} ({ours.identity}), but those in {url} are from "
+                f"{theirs.model} ({theirs.identity}): embed all datasets with one model"
             )
     return found
 
 
-_records = lru_cache(maxsize=256)(read_records)  # those of a window are needed twice
+_records = lru_cache(maxsize=256)(read_records)  # a window's records are needed twice

@@ -1,9 +1,9 @@
-"""A run's batches: the rank's process plans which samples, threads bring their blocks, worker processes decode them.
+"""The stream of a run's batches: the rank plans the samples, threads read them, worker processes decode them.
 
-plan     the rank works out, window after window as steps will need them, the order of the samples, for which
-         it reads the sidecars' records: once a rank, however many workers there are
-read     every worker reads its pieces of these windows in the same order, as far ahead as memory allows
-decode   what it read; of every step each worker hands over its share, which the rank puts together
+plan     the rank computes the order of the samples, window after window as the steps need them. For this it reads the
+         sidecars' records, once per rank, whatever the number of workers
+read     every worker reads its pieces of these windows in the same order, as far ahead as its memory allows
+decode   every worker decodes its share of every step, and the rank combines the shares to a batch
 """
 
 import atexit
@@ -15,12 +15,14 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from multiprocessing.queues import Queue as ProcessQueue
+from types import FrameType
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -34,20 +36,20 @@ from pipeline.data.source import Source
 from pipeline.errors import PipelineError, of_failed_worker
 from pipeline.storage import objects
 
-_THREADS = 4  # that read, in each process
-_READ_BYTES = 16 << 20  # of one ranged read, at most, unless a sample is larger
-_STEPS_AHEAD = 64  # that a worker knows, and may read for
-_PARENT_SECONDS = 0.3  # between a worker's looks whether its rank lives
-_PLANNED_AHEAD = 64  # windows and steps that wait for a worker to take them up
+_THREADS = 4  # readers in each process
+_READ_BYTES = 16 << 20  # the most bytes of a ranged read, unless a sample is larger
+_STEPS_AHEAD = 64  # steps that a worker may read ahead
+_PARENT_SECONDS = 0.3  # between a worker's checks that its rank is alive
+_PLANNED_AHEAD = 64  # planned windows and steps that a worker's queue holds
 
 
 @dataclass(frozen=True)
-class Window:
-    """A lane's window, planned.
+class PlannedWindow:
+    """A lane's window, ready to be read.
 
-    pieces: (P, 3) rows of (shard, start, stop), one ranged read each, and one of its text embeddings if there are any.
-    records: what the sidecars say of each.  vectors: likewise, of its text embeddings; [] without any.
-    rows: (T, share, 3) of (piece, shard, sample), in the order they are consumed.
+    pieces: (P, 3) rows of (shard, start, stop), one ranged read each, and another one for text embeddings if there are.
+    records: the sidecars' records of each piece.  vectors: likewise for text embeddings; [] without them.
+    rows: (T, slice samples, 3) of (piece, shard, sample), in the order of use.
     """
 
     number: int
@@ -59,17 +61,20 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step takes: (number of the window, which of its takes, the place of the first sample in the batch)."""
+class PlannedStep:
+    """A step's slices: (number of the window, slice in the window, row of its first sample in the batch)."""
 
     step: int
     epoch: int
-    takes: list[tuple[int, int, int]]
+    slices: list[tuple[int, int, int]]
+
+
+Plan = queue.Queue | ProcessQueue  # of PlannedWindow, PlannedStep and, as its last item, PipelineError
 
 
 @dataclass
 class Planner:
-    """The windows and steps of a rank, in the order in which they are needed."""
+    """Plans the windows and steps of a rank, in the order in which they are needed."""
 
     source: Source
     order: Order
@@ -77,44 +82,47 @@ class Planner:
     steps: range
     workers: int
 
-    def __iter__(self) -> Iterator[Window | Step]:
-        """Every step, after the windows that it is the first to need; several windows are planned at a time."""
-        known: dict[tuple, tuple[int, int]] = {}  # stream, lane, epoch, index -> number, the first take that is needed
-        waiting: deque[Future | Step] = deque()
+    def __iter__(self) -> Iterator[PlannedWindow | PlannedStep]:
+        """Yield every step after the windows that it is the first to need. Several windows are planned at a time."""
+        # (stream, lane, epoch, index) -> (number of the window, the first slice that is needed)
+        known: dict[tuple[int, int, int, int], tuple[int, int]] = {}
+        waiting: deque[Future[PlannedWindow] | PlannedStep] = deque()
         windows = 0
         with ThreadPoolExecutor(_THREADS) as pool:
             for step in self.steps:
-                takes = []
+                slices: list[tuple[int, int, int]] = []
                 for lane in self.lanes:
-                    for number, epoch, take in self.order.takes(step):
-                        stream = self.order.streams[number]
-                        index = stream.window_at(epoch, lane, take)
-                        key = number, lane, epoch, index
+                    for stream_number, epoch, number in self.order.slices(step):
+                        index = self.order.streams[stream_number].window_at(epoch, lane, number)
+                        key = stream_number, lane, epoch, index
                         if key not in known:
                             known = {old: value for old, value in known.items() if old[2] >= epoch - 1}
-                            known[key] = windows, take
-                            waiting.append(pool.submit(self._window, windows, number, lane, epoch, index, take))
+                            known[key] = windows, number
+                            waiting.append(pool.submit(self._window, windows, *key, number))
                             windows += 1
                         window, first = known[key]
-                        takes.append((window, take - first, len(takes) * self.order.share))
-                waiting.append(Step(step, self.order.locate(step)[0], takes))
+                        slices.append((window, number - first, len(slices) * self.order.slice_samples))
+                waiting.append(PlannedStep(step, self.order.locate(step)[0], slices))
                 while len(waiting) > 2 * _THREADS:
                     yield _result(waiting.popleft())
             while waiting:
                 yield _result(waiting.popleft())
 
-    def _window(self, number: int, stream: int, lane: int, epoch: int, index: int, first_take: int) -> Window:
-        """Plan a window from its take number `first_take` on: a run that goes on may begin in its middle."""
-        stream = self.order.streams[stream]
+    def _window(
+        self, number: int, stream_number: int, lane: int, epoch: int, index: int, first_slice: int
+    ) -> PlannedWindow:
+        """Plan a window from slice `first_slice` on: a resumed run may begin in its middle."""
+        stream = self.order.streams[stream_number]
         window = stream.window(epoch, lane, index)
-        rows = stream.deal(epoch, lane, index)[first_take - window.first :]
-        pieces, records, vectors, cut_rows = [], [], [], np.empty_like(rows)
+        rows = stream.samples_of(epoch, lane, index)[first_slice - window.first :]
+        pieces: list[tuple[int, int, int]] = []
+        records, vectors, cut_rows = [], [], np.empty_like(rows)
         cut_rows[..., 1:] = rows[..., 1:]
         for piece, (shard, start, stop) in enumerate(window.pieces.tolist()):
             mine = rows[..., 0] == piece
             samples = rows[mine][:, 2]
             if not len(samples):
-                continue  # all of it was consumed before the run went on
+                continue  # all its samples were used before the run resumed
             start, stop = int(samples.min()), int(samples.max()) + 1
             known = self.source.records(shard, start, stop)
             lengths = known["length"].astype(np.int64)
@@ -128,121 +136,122 @@ class Planner:
                 records.append(known[begin:end])
                 if self.source.embeddings:
                     vectors.append(embedded[begin:end])
-        return Window(number, epoch, np.array(pieces), records, vectors, cut_rows)
+        return PlannedWindow(number, epoch, np.array(pieces), records, vectors, cut_rows)
 
     def _cuts(self, lengths: np.ndarray, pieces: int) -> np.ndarray:
-        """Where to cut a piece into ranged reads: not too large for memory, and enough for all workers."""
+        """Where to cut a piece into ranged reads: small enough for memory, and enough of them for all workers."""
         by_bytes = np.cumsum(lengths) // _READ_BYTES
         by_count = np.arange(len(lengths)) * -(-2 * self.workers // pieces) // len(lengths)
         begins = np.diff(by_bytes, prepend=-1).astype(bool) | np.diff(by_count, prepend=-1).astype(bool)
         return np.append(np.flatnonzero(begins), len(lengths))
 
 
-def _result(planned: Future | Step) -> Window | Step:
+def _result(planned: Future[PlannedWindow] | PlannedStep) -> PlannedWindow | PlannedStep:
     return planned.result() if isinstance(planned, Future) else planned
 
 
 @dataclass
 class Reading:
-    """A window on its way to memory.
+    """The state of reading a window.
 
-    samples: of each piece asked for, resolves to the bytes by sample number.
-    vectors: likewise, of its text embeddings.
-    held: bytes asked for and not yet taken.
+    samples: requested piece -> a future of its samples' bytes by sample number.
+    vectors: likewise for text embeddings.
+    held: bytes that were requested and are not yet used.
     """
 
-    window: Window
-    samples: dict[int, Future] = field(default_factory=dict)
-    vectors: dict[int, Future] = field(default_factory=dict)
+    window: PlannedWindow
+    samples: dict[int, Future[dict[int, bytes]]] = field(default_factory=dict)
+    vectors: dict[int, Future[dict[int, bytes]]] = field(default_factory=dict)
     held: int = 0
 
 
 class Reader:
-    """Reads a worker's pieces in the order of need: what a step needs, and ahead while few enough bytes are held."""
+    """Reads a worker's pieces in the order of use: those of the current step, and more while memory is left."""
 
-    def __init__(self, source: Source, plan: queue.Queue, stop: "Stop", worker: int, workers: int) -> None:
+    def __init__(self, source: Source, plan: Plan, stop: "Stop", worker: int, workers: int) -> None:
         self.source, self.plan, self.stop, self.worker, self.workers = source, plan, stop, worker, workers
         self.limit = (source.data.memory_mb << 20) // workers
         self.pool = ThreadPoolExecutor(_THREADS)
         self.readings: dict[int, Reading] = {}
-        self.steps: deque[Step] = deque()
+        self.steps: deque[PlannedStep] = deque()
 
     @property
     def held(self) -> int:
-        """Bytes of samples that were asked for and not yet taken."""
+        """Bytes of samples that were requested and are not yet used."""
         return sum(reading.held for reading in self.readings.values())
 
-    def take(self) -> tuple[int, list[tuple[int, int, int, bytes, np.void, bytes | None]]]:
-        """The next step, and (place, shard, sample, bytes, record, text embeddings) of this worker's samples of it."""
+    def next_step(self) -> tuple[int, list[tuple[int, int, int, bytes, np.void, bytes | None]]]:
+        """The next step, and (row, shard, sample, bytes, record, text embeddings) of this worker's samples in it."""
         while not self.steps:
-            self._hear(wait=True)
+            self._receive(wait=True)
         step = self.steps.popleft()
         self.readings = {n: reading for n, reading in self.readings.items() if reading.window.epoch >= step.epoch}
         rows = [
             (number, place + i, *row)
-            for number, take, place in step.takes
-            for i, row in enumerate(self.readings[number].window.rows[take].tolist())
+            for number, slice_number, place in step.slices
+            for i, row in enumerate(self.readings[number].window.rows[slice_number].tolist())
             if self._is_mine(number, row[0])
         ]
         for number, _, piece, _, _ in rows:
-            self._ask(self.readings[number], piece)
-        taken = []
+            self._request(self.readings[number], piece)
+        samples = []
         for number, place, piece, shard, sample in rows:
             reading = self.readings[number]
             data = reading.samples[piece].result().pop(sample)
             vectors = reading.vectors[piece].result().pop(sample) if reading.vectors else None
             reading.held -= len(data) + len(vectors or b"")
             record = reading.window.records[piece][sample - reading.window.pieces[piece, 1]]
-            taken.append((place, shard, sample, data, record, vectors))
-        for number, take, _ in step.takes:
-            if take + 1 == len(self.readings[number].window.rows):
+            samples.append((place, shard, sample, data, record, vectors))
+        for number, slice_number, _ in step.slices:
+            if slice_number + 1 == len(self.readings[number].window.rows):
                 del self.readings[number]
         self._read_ahead()
-        return step.step, taken
+        return step.step, samples
 
     def _is_mine(self, window: int, piece: int) -> bool:
         return (window + piece) % self.workers == self.worker
 
-    def _hear(self, wait: bool) -> None:
-        """Take up the next of the plan. Raises queue.Empty if it has none and is not waited for."""
+    def _receive(self, wait: bool) -> None:
+        """Receive the next window or step of the plan. Without `wait`, raises queue.Empty if there is none."""
         while True:
             try:
-                heard = self.plan.get(block=wait, timeout=1)
+                received = self.plan.get(block=wait, timeout=1)
                 break
             except queue.Empty:
                 if not wait:
                     raise
                 if self.stop.is_set():
                     raise PipelineError("the batches are no longer wanted") from None
-        if isinstance(heard, PipelineError):
-            raise heard
-        if isinstance(heard, Step):
-            self.steps.append(heard)
+        if isinstance(received, PipelineError):
+            raise received
+        if isinstance(received, PlannedStep):
+            self.steps.append(received)
         else:
-            self.readings[heard.number] = Reading(heard)
+            self.readings[received.number] = Reading(received)
 
     def _read_ahead(self) -> None:
-        """Ask for what comes next, in the order of need, as far as memory is left."""
+        """Request the next pieces in the order of use, while memory is left."""
         for reading in self.readings.values():
             for piece in range(len(reading.window.pieces)):
-                if self._is_mine(reading.window.number, piece) and not self._ask(reading, piece, self.limit):
+                if self._is_mine(reading.window.number, piece) and not self._request(reading, piece, self.limit):
                     return
         with suppress(queue.Empty):
             while len(self.steps) < _STEPS_AHEAD:
-                self._hear(wait=False)
+                self._receive(wait=False)
 
-    def _ask(self, reading: Reading, piece: int, limit: int | None = None) -> bool:
-        """Have a piece read, unless it is already; False if that would be more than `limit` bytes held."""
+    def _request(self, reading: Reading, piece: int, limit: int | None = None) -> bool:
+        """Start reading a piece, unless it is already requested; False if this would exceed `limit` held bytes."""
         if piece not in reading.samples:
-            records, place = reading.window.records[piece], reading.window.pieces[piece].tolist()
+            records, (shard, start, stop) = reading.window.records[piece], reading.window.pieces[piece].tolist()
             vectors = reading.window.vectors[piece] if reading.window.vectors else None
             size = int(records["length"].sum()) + (0 if vectors is None else int(vectors["length"].sum()))
             if limit is not None and self.held + size > limit:
                 return False
             reading.held += size
-            reading.samples[piece] = self.pool.submit(_by_number, self.source.read, *place, records)
+            reading.samples[piece] = self.pool.submit(_by_number, self.source.read, shard, start, stop, records)
             if vectors is not None:
-                reading.vectors[piece] = self.pool.submit(_by_number, self.source.read_vectors, *place, vectors)
+                read = self.source.read_vectors
+                reading.vectors[piece] = self.pool.submit(_by_number, read, shard, start, stop, vectors)
         return True
 
 
@@ -254,10 +263,10 @@ def _by_number(
 
 @dataclass
 class Shares(IterableDataset):
-    """Of every step, each worker's share of a rank's part: the samples of the pieces that it reads.
+    """Each worker's share of every step: the samples of the pieces that it reads.
 
-    Workers yield in turn, so that consecutive shares, as many as there are workers, make up one step.
-    trained_on: what a step takes of a sample.  plans: one for each worker.  stop: set when no more is wanted.
+    Workers yield in turn, so as many consecutive shares as there are workers make up one step.
+    trained_on: the pair of a sample that a step trains on.  plans: one per worker.  stop: set when the run ends.
     """
 
     source: Source
@@ -265,7 +274,7 @@ class Shares(IterableDataset):
     steps: range
     encode: Callable[[Item], Encoded]
     trained_on: Callable[[Pair, Draw], Pair]
-    plans: list[queue.Queue]
+    plans: Sequence[Plan]
     stop: "Stop"
 
     def __iter__(self) -> Iterator[Share | PipelineError]:
@@ -275,7 +284,7 @@ class Shares(IterableDataset):
         received = objects.bytes_received()
         try:
             for _ in self.steps:
-                step, samples = reader.take()
+                step, samples = reader.next_step()
                 share = encode_rows([self._raw(step, *sample) for sample in samples], self.encode)
                 before, received = received, objects.bytes_received()
                 share.received = received - before
@@ -283,7 +292,7 @@ class Shares(IterableDataset):
                     share.to_shared_memory()
                 yield share
         except PipelineError as error:
-            # As a value: a loader would raise it wrapped in its own traceback.
+            # Yielded, since a loader would raise it wrapped in its own traceback.
             yield error
         finally:
             reader.pool.shutdown(wait=False, cancel_futures=True)
@@ -300,7 +309,7 @@ class Shares(IterableDataset):
 
 
 class Stop:
-    """A flag that processes share after a fork, without a lock: one may end while it asks."""
+    """A flag shared by forked processes, without a lock: a process may be killed at any time."""
 
     def __init__(self) -> None:
         self._byte = mmap.mmap(-1, 1)
@@ -312,10 +321,10 @@ class Stop:
         return self._byte[0] == 1
 
 
-def _plan_ahead(planner: Planner, plans: list[queue.Queue], stop: "Stop") -> None:
-    """Send the plan to all workers, as far as their queues have room; an error as its last part."""
+def _plan_ahead(planner: Planner, plans: Sequence[Plan], stop: "Stop") -> None:
+    """Send the plan to all workers, as far as their queues have room; an error becomes its last item."""
 
-    def send(message: Window | Step | PipelineError) -> None:
+    def send(message: PlannedWindow | PlannedStep | PipelineError) -> None:
         for plan in plans:
             while not stop.is_set():
                 with suppress(queue.Full):
@@ -330,19 +339,18 @@ def _plan_ahead(planner: Planner, plans: list[queue.Queue], stop: "Stop") -> Non
     except PipelineError as error:
         send(error)
     except Exception as error:
-        send(PipelineError(f"the order could not be worked out: {error!r}"))
+        send(PipelineError(f"the order could not be computed: {error!r}"))
 
 
 def _live_with_parent(stop: "Stop", parent: int, worker: int) -> None:
-    """Leave it to its rank, process `parent`, when this worker ends.
+    """Make the worker end only when its rank, the process `parent`, stops it or dies.
 
-    Slurm's signals and the terminal's Ctrl-C, on which a rank finishes its step, reach all its processes; only after
-    `stop` does SIGTERM come from the rank, which then waits for the worker's end. Of a rank that was killed the worker
-    ends itself: it would wait for ever to hand over its batch. Linux could do that (PR_SET_PDEATHSIG), but with the
-    thread that began the worker, which need not live as long as the rank.
+    Slurm's signals and Ctrl-C reach the workers too, while their rank finishes its step: so workers ignore them, and
+    SIGTERM until `stop` is set. If the rank is killed, the worker ends itself; otherwise it would wait forever to send
+    its share. Linux's PR_SET_PDEATHSIG does not help: it watches the thread that forked the worker, not the rank.
     """
 
-    def end_if_stopped(number: int, frame: object) -> None:
+    def end_if_stopped(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             os._exit(0)
 
@@ -368,23 +376,21 @@ def batches(
     timeout: float,
     trained_on: Callable[[Pair, Draw], Pair] = Pair.one_text,
 ) -> Iterator[Batch]:
-    """What `rank` of `world` consumes in each of `steps`, ahead of time if there are workers.
+    """Yield the batches of `rank` of `world` for each of `steps`; workers prepare them ahead.
 
-    timeout: seconds that decoding may take besides reading, which has its own limit.
-    trained_on: what a step takes of a sample.
+    timeout: seconds that decoding may take. Reading has its own limit.
+    trained_on: the pair of a sample that a step trains on.
     Raises PipelineError for damaged, missing or unreachable objects, and for workers that die or hang.
     """
     source.check_memory(order, world)
     if any(shard.images or shard.videos for _, shard in source.shards):
-        digest.compiled()  # once, not in every worker
+        digest.compiled()  # once, before the fork, instead of in every worker
     workers, forking = source.data.workers, multiprocessing.get_context("fork")
     stop, others = Stop(), multiprocessing.active_children()
-    if workers:
-        plans = [forking.Queue(_PLANNED_AHEAD) for _ in range(workers)]
-        for plan in plans:
-            plan.cancel_join_thread()  # nobody reads on when the rank ends
-    else:
-        plans = [queue.Queue(_PLANNED_AHEAD)]
+    plans: list[Plan] = [forking.Queue(_PLANNED_AHEAD) for _ in range(workers)] or [queue.Queue(_PLANNED_AHEAD)]
+    for plan in plans:
+        if isinstance(plan, ProcessQueue):
+            plan.cancel_join_thread()  # at the rank's end nobody reads the rest
     loader = iter(
         DataLoader(
             Shares(source, order, steps, encode, trained_on, plans, stop),
@@ -392,26 +398,28 @@ def batches(
             num_workers=workers,
             timeout=timeout + source.data.timeout_s if workers else 0,
             worker_init_fn=partial(_live_with_parent, stop, os.getpid()),
-            multiprocessing_context=forking if workers else None,  # they begin with the source as it is
+            multiprocessing_context=forking if workers else None,  # workers inherit the opened source
         )
     )
     forked = [child for child in multiprocessing.active_children() if child not in others]
 
     def end_workers() -> None:
-        """Whatever they are at: a rank that exits waits for them for ever, and one that waits may miss SIGTERM."""
+        """Kill them: a rank that exits would wait for them forever, and a waiting worker may miss SIGTERM."""
         stop.set()
         for worker in forked:
-            with suppress(RuntimeError):  # torch's, on a worker that was killed
+            with suppress(RuntimeError):  # torch raises it for a killed worker
                 worker.kill()
                 worker.join()
 
-    atexit.register(end_workers)  # for an error leaves this generator unfinished
+    atexit.register(end_workers)  # an error elsewhere leaves this generator unfinished
     planner = Planner(source, order, order.lanes_of(rank, world), steps, len(plans))
-    # After the workers were forked, which begin without this thread.
+    # Started after the fork, so that the workers do not inherit this thread.
     threading.Thread(target=_plan_ahead, args=(planner, plans, stop), daemon=True).start()
-    received, waiting = objects.bytes_received(), []
+    received = objects.bytes_received()
+    waiting: list[Share] = []
     try:
-        for share in islice(loader, len(steps) * len(plans)):  # no further, lest they be asked to end before `stop`
+        # No further: the loader would end the workers before `stop`.
+        for share in islice(loader, len(steps) * len(plans)):
             if isinstance(share, PipelineError):
                 raise share
             waiting.append(share)
@@ -426,6 +434,6 @@ def batches(
         raise PipelineError(message) from error
     finally:
         stop.set()
-        loader = None  # it ends its workers in order, unless a traceback keeps it
+        del loader  # this ends the workers cleanly, unless a traceback still refers to it
         end_workers()
         atexit.unregister(end_workers)

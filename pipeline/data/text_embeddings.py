@@ -1,27 +1,26 @@
-"""Embeddings of captions by a frozen language model, computed once: tars beside the images', and an index of them.
+"""Precomputed embeddings of captions by a frozen language model: tars beside the images' tars, and their index.
 
-    NAME_text_embeddings.tar        of each sample of NAME.tar, in its order, KEY.text_embeddings.npy: (texts, width), a
-                                    row for each of Pair.texts, and none where the sample is of no use
-    NAME_text_embeddings.idx.npy    a sidecar as of any shard: where each sample's bytes are, and their CRC-32
-    text_embeddings.json            which model's they are, of which shards, and the tars' sizes and SHA-256
+    NAME_text_embeddings.tar        for each sample of NAME.tar, in the same order, KEY.text_embeddings.npy: (texts,
+                                    width), a row for each of Pair.texts; no rows if the sample is unusable
+    NAME_text_embeddings.idx.npy    a sidecar like that of any shard: the position of each sample, and its CRC-32
+    text_embeddings.json            the metadata of the model, the shards, and the tars' sizes and SHA-256
 
-They are stored in fp16, or in bf16, which numpy does not have: as its bits, uint16. The tars of LLM2CLIP's own code
-(arXiv 2411.04997; its llm2clip/data/extract_embedding.py) are read as they are: fp32 without a header, KEY.COLUMN for
-each column of an img2dataset sample's json that holds a caption.
+Vectors are stored in fp16, or in bf16 as uint16 bits, since numpy has no bf16. The tars of LLM2CLIP's own code (arXiv
+2411.04997; its llm2clip/data/extract_embedding.py) are read without conversion: fp32 without a header, KEY.COLUMN for
+each column of an img2dataset sample's json that contains a caption.
 """
 
 import hashlib
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import webdataset
 from pydantic import FailFast, TypeAdapter
 
 from pipeline.data.index import (
@@ -31,17 +30,17 @@ from pipeline.data.index import (
     Positive,
     Shard,
     array_of,
+    as_json,
     check_shards,
     checksum_of,
     index_content,
     index_text,
-    plain,
+    shard_entry,
     sidecar_dtype,
-    sidecar_of,
     validated,
 )
 from pipeline.data.sample import BadSample, Pair
-from pipeline.data.shards import END, members_of, parse_sample
+from pipeline.data.shards import END, members_of, parse_sample, tar_bytes
 from pipeline.storage import objects
 from pipeline.storage.documents import FIXED
 from pipeline.storage.objects import ObjectError
@@ -54,14 +53,14 @@ Stored = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
-class Made:
-    """How embeddings were made.
+class EmbeddingMetadata:
+    """How embeddings were computed.
 
-    model: its name.  identity: of its weights and of all else that changes a vector (see Encoder).
-    width: of the vectors.  instruction: what stood before each text.
-    stored: fp32 are the tars of LLM2CLIP's own code.
-    columns: where img2dataset's samples have their captions, in the order of the rows; None for our own layout.
-    weights: the fingerprint of the model's folder.  max_tokens: that texts were cut at.
+    model: its name.  identity: a hash of its weights and of everything else that changes a vector (see Encoder).
+    width: of the vectors.  instruction: the text before each caption.
+    stored: the number format; fp32 means the tars of LLM2CLIP's own code.
+    columns: the columns of img2dataset's samples with captions, in the order of the rows; None for our own layout.
+    weights: the fingerprint of the model's folder.  max_tokens: the length to which texts were truncated.
     """
 
     __pydantic_config__ = FIXED
@@ -78,7 +77,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Part:
-    """The embeddings of one shard.  images: the SHA-256 of that shard.  shard: their own tar and sidecar."""
+    """The embeddings of one shard.  images: the SHA-256 of that shard.  shard: the embeddings' tar and sidecar."""
 
     __pydantic_config__ = FIXED
 
@@ -93,21 +92,21 @@ _PARTS = TypeAdapter(Annotated[tuple[Part, ...], FailFast()])
 class TextEmbeddings:
     """The embeddings of a dataset's captions.
 
-    parts: of its shards, in their order.  tars_url: where the tars are, if not beside this index.
+    parts: one per shard, in their order.  tars_url: where the tars are, if not beside this index.
     """
 
-    made: Made
+    metadata: EmbeddingMetadata
     parts: tuple[Part, ...]
     tars_url: str = ""
 
     @property
     def total_bytes(self) -> int:
-        return sum(part.shard.bytes for part in self.parts)
+        return sum(part.shard.size for part in self.parts)
 
     def to_json(self) -> str:
-        made = {each.name: getattr(self.made, each.name) for each in fields(Made)}
-        content = {"format": FORMAT, **made, "tars_url": self.tars_url, "parts": self.parts}
-        return index_text(content, checksum_of(plain(content)))
+        parts = [as_json(part) for part in self.parts]
+        content = {"format": FORMAT, **as_json(self.metadata), "tars_url": self.tars_url, "parts": parts}
+        return index_text(content, checksum_of(content))
 
     @classmethod
     def load(cls, url: str) -> "TextEmbeddings":
@@ -118,66 +117,67 @@ class TextEmbeddings:
                 raise ValueError(f"tars_url is {tars_url!r}")
             parts = _PARTS.validate_python(parts)
             check_shards([part.shard for part in parts])
-            return cls(validated(Made, content), parts, tars_url)
+            return cls(validated(EmbeddingMetadata, content), parts, tars_url)
 
     def check(self, url: str, dataset: str, index: Index) -> None:
-        """Raise ObjectError unless these, in the folder `url`, are of the shards that `dataset` has now."""
-        name, again = objects.join(url, EMBEDDINGS_FILE), "embed its captions again, with --overwrite"
+        """Raise ObjectError unless these embeddings, in the folder `url`, belong to the current shards of `dataset`."""
+        name, remedy = objects.join(url, EMBEDDINGS_FILE), "embed its captions again, with --overwrite"
         if len(self.parts) != len(index.shards):
-            raise ObjectError(f"{name} is of {len(self.parts)} shards, and {dataset} has {len(index.shards)}: {again}")
+            raise ObjectError(f"{name} has {len(self.parts)} shards, but {dataset} has {len(index.shards)}: {remedy}")
         for part, shard in zip(self.parts, index.shards, strict=True):
             if part.images != shard.sha256 or part.shard.samples != shard.samples:
-                raise ObjectError(f"{name} is of another {shard.file} than {dataset} has now: {again}")
-        if self.made.columns != columns_of(index):
+                raise ObjectError(f"{name} belongs to another {shard.file} than that of {dataset}: {remedy}")
+        if self.metadata.columns != columns_of(index):
             raise ObjectError(
-                f"{name} is of captions in {_listed(self.made.columns)}, and {dataset} has them in "
-                f"{_listed(columns_of(index))}: {again}"
+                f"{name} embeds the captions in {_listed(self.metadata.columns)}, but {dataset} has them in "
+                f"{_listed(columns_of(index))}: {remedy}"
             )
 
     def vectors(self, data: bytes, pair: Pair, sample: bytes, captions: Captions | None) -> np.ndarray:
-        """(texts, width) float32, of each text of a pair, from the bytes that were read for its sample.
+        """(texts, width) float32, the vectors of a pair's texts, from the bytes of its embeddings.
 
-        sample, captions: the pair's own bytes and how they were read, which say whose caption is in which column.
-        Raises BadSample where no text of the sample was embedded, and ObjectError where it is another sample's.
+        sample, captions: the bytes of the pair and how they are read, to find the column of each caption.
+        Raises BadSample if no text of the sample is embedded, and ObjectError if the vectors are another sample's.
         """
-        if not data:  # of LLM2CLIP's tars, which may lack samples
+        if not data:  # LLM2CLIP's tars may lack samples
             raise BadSample(_NONE)
         key, members = members_of(data)
-        if self.made.stored == "fp32":
-            columns = captions.columns
-            if len(pair.texts) < len(columns):  # one is empty, or says the same as another
+        stored = self.metadata.stored
+        if captions and stored == "fp32":
+            columns: Iterable[str] = captions.columns
+            if len(pair.texts) < len(captions.columns):  # a caption is empty, or equal to another one
                 columns = texts_by_column(pair, sample, captions).values()
             rows = _by_column(members, columns)
         else:
             try:
                 rows = array_of(members[MEMBER])
-                wanted = np.dtype("<u2" if self.made.stored == "bf16" else "<f2")
+                wanted = np.dtype("<u2" if stored == "bf16" else "<f2")
                 if rows.ndim != 2 or rows.dtype != wanted:
                     raise ValueError(f"it holds {rows.dtype} {rows.shape}")
             except (KeyError, ValueError) as error:
                 raise ObjectError(
-                    f"{MEMBER} of sample {key!r} holds no vectors in {self.made.stored} ({error}): embed its shard "
-                    "again, with --overwrite"
+                    f"{MEMBER} of sample {key!r} holds no vectors in {stored} ({error}): {_EMBED}"
                 ) from None
             if not len(rows):
                 raise BadSample(_NONE)
-        if key != pair.key or rows.shape != (len(pair.texts), self.made.width):
+        if key != pair.key or rows.shape != (len(pair.texts), self.metadata.width):
             raise ObjectError(
                 f"the vectors {rows.shape} of sample {key!r} are not those of sample {pair.key!r}, which has "
-                f"{len(pair.texts)} texts: embed its shard again, with --overwrite"
+                f"{len(pair.texts)} texts: {_EMBED}"
             )
-        vectors = restored(rows, self.made.stored)
+        vectors = restored(rows, stored)
         if not (np.isfinite(vectors).all() and vectors.any(axis=1).all()):
-            raise BadSample("a caption's embedding is zero or not finite: embed its shard again, with --overwrite")
+            raise BadSample(f"a caption's embedding is zero or not finite: {_EMBED}")
         return vectors
 
 
 _NONE = "its captions have no embeddings"
+_EMBED = "embed its shard again, with --overwrite"
 
 
 def columns_of(index: Index) -> tuple[str, ...] | None:
-    """Where a dataset's samples have their captions, if they are img2dataset's."""
-    return index.captions and index.captions.columns
+    """The columns with captions of a dataset in img2dataset's layout; None for our own layout."""
+    return index.captions.columns if index.captions else None
 
 
 def _listed(columns: tuple[str, ...] | None) -> str:
@@ -185,60 +185,55 @@ def _listed(columns: tuple[str, ...] | None) -> str:
 
 
 def texts_by_column(pair: Pair, sample: bytes, captions: Captions) -> dict[str, str]:
-    """Each text of an img2dataset sample's pair, and the first column that has it.
+    """Map each text of an img2dataset sample's pair to the first column that contains it.
 
-    Raises ObjectError for a column with several texts, of which LLM2CLIP's tars have one vector.
+    Raises ObjectError for a column with several texts, since LLM2CLIP's tars have one vector per column.
     """
     found: dict[str, str] = {}
     for column in captions.columns:
-        texts = ()
-        with suppress(BadSample):  # a column that is empty here
-            texts = parse_sample(sample, replace(captions, columns=(column,))).texts
+        texts: tuple[str, ...] = ()
+        with suppress(BadSample):  # the column is empty in this sample
+            of_column = parse_sample(sample, replace(captions, columns=(column,)))
+            texts = of_column.texts if isinstance(of_column, Pair) else ()
         if len(texts) > 1:
-            raise ObjectError(
-                f"sample {pair.key} has {len(texts)} captions in {column}, of which only one has a vector"
-            )
+            raise ObjectError(f"sample {pair.key} has {len(texts)} captions in {column}, but only one vector")
         for text in texts:
             found.setdefault(text, column)
     return found
 
 
 def _by_column(members: dict[str, bytes], columns: Iterable[str]) -> np.ndarray:
-    """(columns, width) float32. webdataset reads names in lower case, and whoever wrote through it may have them so."""
+    """(columns, width) float32. Names are compared in lower case, as webdataset may have written them."""
     by_name = {name.lower(): content for name, content in members.items()}
     try:
         return np.stack([np.frombuffer(by_name[column.lower()], "<f4") for column in columns])
     except KeyError as error:
         raise BadSample(f"no embedding of {error.args[0]}") from None
     except ValueError as error:
-        raise BadSample(f"embeddings that are not all of one width ({error})") from None
+        raise BadSample(f"its embeddings differ in width ({error})") from None
 
 
 def rounded(vectors: torch.Tensor, stored: Stored) -> np.ndarray:
-    """(n, width) float32 as they are stored: to the nearest, of two as near to the even one."""
+    """Round (n, width) float32 to the stored format: to nearest, ties to even."""
     if stored == "bf16":
         return vectors.to(torch.bfloat16).view(torch.uint16).numpy()
     return vectors.to(torch.float16).numpy()
 
 
 def restored(rows: np.ndarray, stored: Stored) -> np.ndarray:
-    """Stored rows as float32."""
+    """Convert stored rows to float32."""
     return (rows.astype(np.uint32) << 16).view(np.float32) if stored == "bf16" else rows.astype(np.float32)
 
 
 def sample_bytes(key: str, rows: np.ndarray) -> bytes:
-    """The tar member of one sample's stored rows, header included, without the end of an archive."""
-    content, buffer = BytesIO(), BytesIO()
+    """The tar member of a sample's stored rows, header included, without the end of the archive."""
+    content = BytesIO()
     np.save(content, rows, allow_pickle=False)
-    # Fixed owner and time: the same vectors give the same bytes.
-    with webdataset.TarWriter(buffer, encoder=False, mtime=0, user="pipeline", group="pipeline") as writer:
-        writer.write({"__key__": key, MEMBER: content.getvalue()})
-        length = writer.tarstream.offset
-    return buffer.getvalue()[:length]
+    return tar_bytes(key, {MEMBER: content.getvalue()})
 
 
 def file_of(shard: Shard) -> str:
-    """The name of the tar that has the embeddings of a shard."""
+    """The name of the tar with the embeddings of a shard."""
     return shard.file.removesuffix(".tar") + SUFFIX
 
 
@@ -247,29 +242,15 @@ def indexed(file: str, size: int, sha256: str, places: list[tuple[int, int, int]
 
     size, sha256: the tar's.  places: (offset, bytes, CRC-32) of each sample in it.
     """
-    records = np.zeros(len(places), sidecar_dtype(0))  # which says no more of vectors
+    records = np.zeros(len(places), sidecar_dtype(0))  # the other fields stay 0
     for name, values in zip(("offset", "length", "crc32"), zip(*places, strict=True), strict=True):
         records[name] = values
-    sidecar = sidecar_of(records)
-    shard = Shard(
-        file=file,
-        samples=len(places),
-        bytes=size,
-        sha256=sha256,
-        sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
-        sidecar_bytes=len(sidecar),
-        text_bytes=0,
-        images=0,
-        videos=0,
-        image_sizes=(),
-        max_images=0,
-        tasks={},
-    )
-    return shard, sidecar
+    nothing = {"text_bytes": 0, "images": 0, "videos": 0, "image_sizes": (), "max_images": 0, "tasks": {}}
+    return shard_entry(file, size, sha256, records, **nothing)
 
 
 class TarFile:
-    """A tar of embeddings that is written sample after sample to a local file."""
+    """Writes a tar of embeddings to a local file, sample after sample."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._file, self._digest = path, path.open("wb"), hashlib.sha256()
@@ -281,12 +262,12 @@ class TarFile:
         return len(self._places)
 
     def add(self, sample: bytes) -> None:
-        """Append what `sample_bytes` gave."""
+        """Append the result of `sample_bytes`."""
         self._places.append((self._size, len(sample), zlib.crc32(sample)))
         self._write(sample)
 
     def finish(self, file: str) -> tuple[Shard, bytes]:
-        """Close it. Returns its entry in the index, by the name `file`, and the bytes of its sidecar."""
+        """Close the tar. Returns its entry in the index, under the name `file`, and the bytes of its sidecar."""
         self._write(END)
         self._file.close()
         return indexed(file, self._size, self._digest.hexdigest(), self._places)

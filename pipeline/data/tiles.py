@@ -1,7 +1,7 @@
-"""Images and video frames -> the uint8 tiles that LLaVA-OneVision's vision tower sees, and how many tokens they become.
+"""Cut images and video frames into the uint8 tiles of LLaVA-OneVision's vision tower, and count their tokens.
 
-The same resize, tiles and token counts as transformers' LlavaOnevisionImageProcessor and -VideoProcessor, less
-their float work: tiles stay uint8 until the device normalises them.
+Resize, tiles and token counts equal those of transformers' LlavaOnevisionImageProcessor and -VideoProcessor. Tiles stay
+uint8 until the device normalizes them.
 """
 
 import io
@@ -17,16 +17,18 @@ from PIL import ExifTags, Image
 from pipeline.data.resize import Pixels
 from pipeline.data.sample import IMAGE_SUFFIXES, BadSample
 
+MAX_PIXELS = 89_478_485  # Pillow's default limit: more may be a decompression bomb
+
 
 @dataclass(frozen=True)
 class Tiling:
     """How images become tiles: LLaVA's "anyres_max_N" with `spatial_unpad`.
 
     size: pixels of a tile's side.
-    patches: patches along a tile's side, hence patches² tokens a tile.
-    pinpoints: the (height, width) an image may be resized and padded to, multiples of `size`.
-    max_tiles: N; more tokens than N tiles hold are reduced by interpolation.
-    newline: where a video has newlines: "one_token" at its end, or "grid", after each row of every frame.
+    patches: patches along a tile's side; a tile has patches² tokens.
+    pinpoints: the (height, width) to which images may be resized and padded, multiples of `size`.
+    max_tiles: N; the tokens of more than N tiles are reduced by interpolation.
+    newline: the newlines of a video: "one_token" at its end, or "grid", after each row of every frame.
     """
 
     size: int
@@ -36,9 +38,9 @@ class Tiling:
     newline: Literal["one_token", "grid"] = "one_token"
 
     def tokens(self, height: int, width: int, *, anyres: bool) -> int:
-        """Tokens an image of this size takes: the base tile, then the unpadded grid with a newline per row.
+        """Tokens of an image of this size: the base tile, then the unpadded grid with a newline per row.
 
-        `anyres` is false where a sample has several images: then each is one tile and one newline.
+        anyres: False for an item with several images, each of which is one tile and one newline.
         """
         base = self.patches**2
         if not anyres:
@@ -66,7 +68,7 @@ class Tiling:
         from transformers.image_processing_utils import get_patch_output_size
 
         target = self._grid(image.height, image.width)
-        channels_first = np.empty((3, image.height, image.width), np.uint8)  # only its shape is looked at
+        channels_first = np.empty((3, image.height, image.width), np.uint8)  # only its shape matters
         height, width = get_patch_output_size(channels_first, target, input_data_format="channels_first")
         pixels, grid = Pixels(image), np.zeros((3, *target), np.uint8)
         top, left = (target[0] - height) // 2, (target[1] - width) // 2
@@ -79,66 +81,63 @@ class Tiling:
         return tiles
 
     def cut_frames(self, frames: Iterable[Image.Image]) -> np.ndarray:
-        """RGB frames of a video -> (frames, 3, size, size) uint8: each is one tile, without regard to its shape."""
+        """RGB frames of a video -> (frames, 3, size, size) uint8: one tile each, whatever its aspect ratio."""
         return np.stack([self._tile(Pixels(frame)) for frame in frames])
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """The pinpoint that suits an image."""
-        # It takes two seconds to import, which programs that cut no images need not wait for.
+        """The best pinpoint for an image."""
+        # Imported here because it takes two seconds.
         from transformers.image_processing_utils import select_best_resolution
 
-        return select_best_resolution((height, width), self.pinpoints)
+        return select_best_resolution((height, width), list(self.pinpoints))
 
     def _tile(self, pixels: Pixels) -> np.ndarray:
         return pixels.resized(self.size, self.size)
 
 
 def decode_image(data: bytes, as_stored: bool = False) -> Image.Image:
-    """Encoded bytes -> RGB image, as `rgb` has it.
-
-    Raises `BadSample` if it cannot be decoded or has more pixels than Pillow finds safe.
-    """
+    """Decode an image to RGB, as `rgb` does. Raises BadSample if that fails, or if it exceeds Pillow's pixel limit."""
     try:
         image = Image.open(io.BytesIO(data), formats=tuple(IMAGE_SUFFIXES))
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels, {Image.MAX_IMAGE_PIXELS} at most")
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, {MAX_PIXELS} at most")
         return rgb(image, as_stored)
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged input
+    except Exception as error:  # Pillow's decoders raise many types on damaged input
         raise BadSample(f"undecodable image: {type(error).__name__}: {error}") from None
 
 
 def rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:
-    """An opened image as a person sees it: turned upright by its EXIF orientation, 16 bits a pixel scaled to 8.
+    """An opened image as a viewer shows it: rotated by its EXIF orientation, 16-bit greys scaled to 8 bits.
 
-    Transparency is dropped, as transformers' `load_image` does; of an animation it is the first frame.
-    as_stored: by Pillow's `convert("RGB")` alone, as the papers' code does: not turned, 16-bit greys above 255 white.
-    Raises ValueError for a picture of floats, whose range nobody knows.
+    Transparency is dropped, as in transformers' `load_image`. An animation gives its first frame.
+    as_stored: only Pillow's `convert("RGB")`, as in the papers' code: not rotated, 16-bit greys above 255 become white.
+    Raises ValueError for an image of floats, whose range is unknown.
     """
     image.load()
     if as_stored:
         return image.convert("RGB")
     turned = _TURNED.get(orientation(image))
     if image.mode == "F":
-        raise ValueError("its pixels are floats, which nothing says the range of: convert it to 8 bits")
+        raise ValueError("its pixels are floats of an unknown range: convert it to 8 bits")
     if image.mode.startswith("I"):
         levels = np.asarray(image)
-        if image.mode != "I" or levels.max() > 255:  # "I" has 32 bits, and what was read of fewer
-            levels = np.clip(levels, 0, 65535) >> 8  # as Pillow has 16-bit colours
+        if image.mode != "I" or levels.max() > 255:  # "I" has 32 bits, but may come from fewer
+            levels = np.clip(levels, 0, 65535) >> 8  # as Pillow does for 16-bit colours
         image = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
     image = image.convert("RGB")
     return image if turned is None else image.transpose(turned)
 
 
 def orientation(image: Image.Image) -> int:
-    """How an opened image is to be turned, 1 to 8 as EXIF has it; 1, which is upright, where that cannot be read."""
+    """An opened image's EXIF orientation, 1 to 8; 1, which is upright, if it cannot be read."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation)
         return found if found in _TURNED else 1
-    except Exception:  # damaged tags, which nothing else needs
+    except Exception:  # damaged tags
         return 1
 
 
-# By orientation.
+# EXIF orientation -> how to turn the image upright.
 _TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -154,11 +153,11 @@ _PNG_TAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
 def image_format(data: bytes) -> tuple[str, int, int]:
-    """(suffix by content, width, height in pixels, upright); ("bin", 0, 0) for what is no PNG, JPEG, WebP or GIF."""
-    with suppress(Exception):  # Pillow raises nearly anything on bytes made to confuse it
+    """(suffix, width, height in pixels when upright) by content; ("bin", 0, 0) unless it is PNG, JPEG, WebP or GIF."""
+    with suppress(Exception):  # Pillow raises many types on malformed input
         image = Image.open(io.BytesIO(data), formats=tuple(IMAGE_SUFFIXES))
-        suffix, size = IMAGE_SUFFIXES.get(image.format, "jpg"), image.size  # MPO: a JPEG with further ones behind it
-        # A PNG's tags may follow its pixels, which Pillow decodes to look for them: not where there are none.
+        suffix, size = IMAGE_SUFFIXES.get(image.format or "", "jpg"), image.size  # MPO is several JPEGs
+        # A PNG's tags may follow its pixels, which Pillow then decodes: avoid this if it has no tags.
         tagged = image.format != "PNG" or any(chunk in data for chunk in _PNG_TAGS)
         if tagged and orientation(image) >= 5:
             size = size[::-1]
@@ -169,8 +168,8 @@ def image_format(data: bytes) -> tuple[str, int, int]:
 
 def _pad_to_square(image: Image.Image) -> Image.Image:
     side = max(image.size)
-    if side**2 > Image.MAX_IMAGE_PIXELS:
-        raise BadSample(f"{image.width}x{image.height} pixels, too long to be padded to a square")
-    square = Image.new("RGB", (side, side), (127, 127, 127))  # SigLIP's mean, as transformers truncates it
+    if side**2 > MAX_PIXELS:
+        raise BadSample(f"{image.width}x{image.height} pixels are too many when padded to a square")
+    square = Image.new("RGB", (side, side), (127, 127, 127))  # SigLIP's mean, truncated as in transformers
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

@@ -1,4 +1,4 @@
-"""An encoded video -> a few of its frames, evenly spaced."""
+"""Decode a few evenly spaced frames of an encoded video."""
 
 import io
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ from PIL import Image
 
 from pipeline.data.sample import BadSample
 
-# What a video may have at most, so that none fills a worker's memory or keeps it busy for hours.
+# Limits, so that no video fills a worker's memory or occupies it for hours.
 MAX_FRAMES = 108_000  # an hour at 30 frames a second
 MAX_FRAME_PIXELS = 7680 * 4320  # 8K
-MAX_PIXELS = 2**38  # of all frames: more than an hour of 1080p at 30 frames a second
+MAX_PIXELS = 2**38  # in all frames: more than an hour of 1080p at 30 frames a second
 
-# The containers that samples hold, by suffix, with FFmpeg's demuxer. Naming it keeps FFmpeg from trying others,
-# of which some (playlists, concatenations) open files and addresses that the data names.
+# The supported containers by suffix, with FFmpeg's demuxer. Without a name FFmpeg would try others, some of which
+# (playlists, concatenations) open files and addresses that the data names.
 _DEMUXERS = {"mp4": "mp4", "mov": "mov", "webm": "webm", "mkv": "matroska", "avi": "avi"}
 
 
 def video_format(data: bytes) -> str:
-    """The suffix for a video by its first bytes: mp4, mov, webm, mkv or avi; "bin" for anything else."""
+    """The suffix of a video by its first bytes: mp4, mov, webm, mkv or avi; "bin" for anything else."""
     if data[4:8] == b"ftyp":
         return "mov" if data[8:12] == b"qt  " else "mp4"
     if data[4:8] in (b"moov", b"mdat", b"wide"):  # QuickTime before it had `ftyp`
@@ -34,9 +34,9 @@ def video_format(data: bytes) -> str:
 def sample_frames(data: bytes, count: int) -> list[Image.Image]:
     """`count` RGB frames from the first to the last, evenly spaced as LLaVA-OneVision samples them.
 
-    They are numbers `np.linspace(0, total - 1, count).astype(int)` of the `total` frames that decode one after
-    the other, whatever the container says; a video of fewer than `count` repeats some. A video that is marked as
-    recorded sideways is turned upright.
+    These are the frames `np.linspace(0, total - 1, count).astype(int)` of the `total` frames that can be decoded, even
+    if the container says otherwise. A video of fewer than `count` frames repeats some. Rotated videos are turned
+    upright.
 
     Raises `BadSample` if the video is undecodable, has no frames or exceeds the limits above.
     """
@@ -44,13 +44,13 @@ def sample_frames(data: bytes, count: int) -> list[Image.Image]:
         packets, max_pixels = _survey(data)
         numbers = _evenly_spaced(packets, count)
         frames, total = _decode(data, numbers, max_pixels)
-        if total != packets:  # some packets are never shown, and some decoders merge or split them
+        if total != packets:  # some packets have no visible frame, and some decoders merge or split them
             numbers = _evenly_spaced(total, count)
             frames, _ = _decode(data, numbers, max_pixels)
         return [frames[number] for number in numbers]
     except BadSample:
         raise
-    except Exception as error:  # FFmpeg raises many kinds on damaged input
+    except Exception as error:  # FFmpeg raises many types on damaged input
         raise BadSample(f"undecodable video: {type(error).__name__}: {error}") from None
 
 
@@ -61,10 +61,10 @@ def _evenly_spaced(total: int, count: int) -> list[int]:
 
 
 def _survey(data: bytes) -> tuple[int, int]:
-    """(packets of the video, pixels a frame may have); it decodes nothing."""
+    """(packets of the video, the most pixels that a frame may have), without decoding."""
     packets = 0
     with _open(data) as (container, stream):
-        for packets, _ in enumerate(container.demux(stream)):  # one more comes at the end, to flush the decoder
+        for packets, _ in enumerate(container.demux(stream)):  # the last one flushes the decoder
             if packets > MAX_FRAMES:
                 raise BadSample(f"a video of more than {MAX_FRAMES} frames")
         max_pixels = min(MAX_FRAME_PIXELS, MAX_PIXELS // max(packets, 1))
@@ -74,11 +74,12 @@ def _survey(data: bytes) -> tuple[int, int]:
 
 
 def _decode(data: bytes, numbers: list[int], max_pixels: int) -> tuple[dict[int, Image.Image], int]:
-    """(the frames of these numbers, how many there are in all)."""
-    wanted, frames, total = set(numbers), {}, 0
+    """(the frames of these numbers, the number of all frames)."""
+    wanted, total = set(numbers), 0
+    frames: dict[int, Image.Image] = {}
     with _open(data) as (container, stream):
-        stream.codec_context.options = {"max_pixels": str(max_pixels)}  # sizes can change on the way
-        stream.codec_context.thread_count = 1  # workers are processes
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}  # the size may change between frames
+        stream.codec_context.thread_count = 1  # the workers are processes already
         for total, frame in enumerate(container.decode(stream), start=1):
             if total - 1 in wanted:
                 quarter_turns = round(frame.rotation / 90)
@@ -91,9 +92,9 @@ def _open(data: bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
     suffix = video_format(data)
     if suffix not in _DEMUXERS:
         raise BadSample(f"not a video in one of the formats {', '.join(_DEMUXERS)}")
-    # Titles and the like may be in any encoding.
-    with av.open(io.BytesIO(data), format=_DEMUXERS[suffix], metadata_errors="ignore") as container:
+    # Titles and other metadata may have any encoding.
+    with av.open(io.BytesIO(data), "r", format=_DEMUXERS[suffix], metadata_errors="ignore") as container:
         stream = container.streams.best("video")
-        if stream is None or stream.codec_context is None:
+        if not isinstance(stream, av.VideoStream) or stream.codec_context is None:
             raise BadSample(f"{suffix} file without a video stream that can be decoded")
         yield container, stream

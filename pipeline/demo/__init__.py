@@ -1,1 +1,1 @@
-"""A small world of drawn scenes and texts about them, all from one seed, so that everything runs anywhere."""
+"""Demo data: drawn scenes and texts about them, all from one seed, so that everything runs anywhere."""

@@ -1,18 +1,15 @@
-"""What LLM2CLIP (arXiv 2411.04997) learns from, and is asked: pictures with captions, captions with each other.
+"""Training and evaluation sets for LLM2CLIP (arXiv 2411.04997): images with captions, and pairs of captions.
 
-Training never has a reserved scene, or a held-out combination of colour and shape; and Chinese is in "texts" and
-"sentences" alone, from which a language model learns: who learns from "images" never sees any.
+Training sets contain no reserved scene and no held-out combination of colour and shape. Chinese only occurs in "texts"
+and "sentences", which train the language model; "images", which trains the vision encoder, has none.
 """
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from io import BytesIO
 from itertools import count, cycle, islice, product
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.data.sample import IMAGE_MARK, Item, Pair
 from pipeline.demo import captions
@@ -31,35 +28,35 @@ from pipeline.demo.scenes import (
     scene_of_part,
     variants,
 )
-from pipeline.demo.tasks import SCHEMA
+from pipeline.demo.tasks import parquet_of
 
 Caption = tuple[Callable[[Scene, Language], str], Language]
 
-# What a training set's pairs are.
+# Training set -> its pairs.
 DATASETS = {
-    "images": "a picture with four captions: short and long, in English and in German or French",
+    "images": "an image with four captions: short and long, in English and in German or French",
     "texts": "two captions of one scene that differ in length, language or both",
-    "sentences": "two sentences of how two things lie, from the side of either, in any languages",
+    "sentences": "two sentences about the positions of two things, one from the side of each, in any languages",
 }
-# Caption set -> the captions of its pictures, which are the same in all of them.
+# Caption set -> the captions of its images. All sets have the same images.
 RETRIEVAL: dict[str, Caption] = {
     "short": (captions.short, "en"),
     "long": (captions.long, "en"),
     "chinese": (captions.short, "zh"),
 }
-# Separation set -> what its queries are, and what their candidates are.
+# Separation set -> its queries, and their candidates.
 SEPARATION: dict[str, tuple[Caption, Caption]] = {
     "Caption-Length": ((captions.long, "en"), (captions.short, "en")),
     "Caption-German": ((captions.short, "en"), (captions.short, "de")),
     "Caption-Chinese": ((captions.short, "en"), (captions.short, "zh")),
 }
-SIBLINGS = 2  # one-attribute variants of a picture of the caption sets, which are pictures of them, too
-CANDIDATES = 16  # captions that a query of a separation set chooses from
+SIBLINGS = 2  # variants in one attribute that follow each image of the caption sets
+CANDIDATES = 16  # candidates of a query in a separation set
 _CAPTIONS: tuple[Caption, ...] = tuple(product((captions.short, captions.long), LANGUAGES))
 
 
 def training_pair(dataset: str, seed: int, index: int) -> Pair:
-    """The pair number `index` of a training set, a name in `DATASETS`."""
+    """Pair number `index` of a training set, a name in `DATASETS`."""
     rng = _rng(dataset, seed, index)
     match dataset:
         case "images":
@@ -78,9 +75,9 @@ def training_pair(dataset: str, seed: int, index: int) -> Pair:
 def evaluation_files(seed: int, queries: int) -> Iterator[tuple[str, bytes]]:
     """(path, content) of the evaluation sets' files.
 
-    short, long, chinese: text-image sets of the same scenes, half as many again as `queries`.
-    classification: one-thing scenes in ImageNet's layout; also of the combinations that training never shows.
-    separation: a folder of sets in MMEB's layout, texts alone.
+    short, long, chinese: text-image sets of the same scenes, 1.5 times as many as `queries`.
+    classification: scenes of one thing in ImageNet's layout, including the held-out combinations.
+    separation: sets of texts in MMEB's layout.
     """
     scenes = retrieval_scenes(seed, max(queries // 2, 1))
     pictures = {f"{number:04d}.png": png(draw(scene)) for number, scene in enumerate(scenes)}
@@ -92,15 +89,13 @@ def evaluation_files(seed: int, queries: int) -> Iterator[tuple[str, bytes]]:
         yield from ((f"{name}/{file}", content) for file, content in pictures.items())
     yield from ((f"classification/{path}", content) for path, content in _classification(seed, queries))
     for name in SEPARATION:
-        buffer = BytesIO()
-        pq.write_table(pa.Table.from_pylist(separation_rows(name, seed, queries), schema=SCHEMA), buffer)
-        yield f"separation/{name}/test-00000-of-00001.parquet", buffer.getvalue()
+        yield f"separation/{name}/test-00000-of-00001.parquet", parquet_of(separation_rows(name, seed, queries))
     yield "separation/tasks.json", _json({name: {"task": "retrieval", "in_distribution": True} for name in SEPARATION})
 
 
 def retrieval_scenes(seed: int, groups: int) -> list[Scene]:
-    """Reserved scenes of different contents, each followed by SIBLINGS reserved ones that differ from it in little."""
-    scenes: dict[tuple, Scene] = {}
+    """Reserved scenes with different contents, each followed by SIBLINGS reserved variants in one attribute."""
+    scenes: dict[tuple[tuple[str, str, str, str], ...], Scene] = {}
     for index in count():
         if len(scenes) >= groups * (1 + SIBLINGS):
             break
@@ -114,16 +109,16 @@ def retrieval_scenes(seed: int, groups: int) -> list[Scene]:
 
 
 def separation_rows(name: str, seed: int, queries: int) -> list[dict[str, str | list[str]]]:
-    """MMEB's rows of a set in `SEPARATION`: a scene's caption seeks its other one, among those of its variants."""
+    """MMEB's rows of a set in `SEPARATION`: find a scene's other caption among the captions of its variants."""
     (ask, asked), (answer, answered) = SEPARATION[name]
-    rows = []
+    rows: list[dict[str, str | list[str]]] = []
     for index in range(queries):
         rng = _rng(name, seed, index)
         scene = scene_of_part(rng, reserved=True)
         scenes = [scene, *islice(variants(scene, rng), CANDIDATES - 1)]
         texts = [answer(each, answered) for each in scenes]
-        row = {"qry_text": ask(scene, asked), "qry_img_path": "", "tgt_text": texts, "tgt_img_path": [""] * len(texts)}
-        rows.append(row)
+        query = {"qry_text": ask(scene, asked), "qry_img_path": ""}
+        rows.append({**query, "tgt_text": texts, "tgt_img_path": [""] * len(texts)})
     return rows
 
 
@@ -142,14 +137,15 @@ def _captions(rng: np.random.Generator) -> tuple[Item, list[str]]:
 
 def _sentences(rng: np.random.Generator) -> tuple[Item, list[str]]:
     thing, other = random_scene(rng, held_out=False).things[:2]
-    kind = tuple(CONVERSE)[rng.integers(len(CONVERSE))]  # the scene lends its things alone: they may lie in any way
+    # Only the things come from the scene. Their relation is random.
+    relation = tuple(CONVERSE)[rng.integers(len(CONVERSE))]
     first, second = (LANGUAGES[i] for i in rng.integers(len(LANGUAGES), size=2))
-    query = captions.relation(kind, thing, other, first)
-    return Item(query), [captions.relation(CONVERSE[kind], other, thing, second)]
+    query = captions.relation(relation, thing, other, first)
+    return Item(query), [captions.relation(CONVERSE[relation], other, thing, second)]
 
 
 def _classification(seed: int, number: int) -> Iterator[tuple[str, bytes]]:
-    """Pictures of each class in turn, and what classes are called in training's words."""
+    """Images of each class in turn, and the class names in the words of the training sets."""
     names = {}
     for index, (colour, shape) in enumerate(islice(cycle(product(COLOURS, SHAPES)), number)):
         rng = _rng("classification", seed, index)

@@ -1,114 +1,69 @@
-"""What can be said of a scene, in English, German, French and Chinese.
+"""Captions of scenes in English, German, French and Chinese.
 
-Grammar is in tables: a noun brings its gender, an adjective its forms, a language its sentences.
+The grammar is in tables: genders of nouns, forms of adjectives, and templates of sentences.
 """
 
+from collections.abc import Iterable, Mapping
 from itertools import combinations
-from typing import Literal
+from typing import Literal, get_args
 
 from pipeline.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
 Language = Literal["en", "de", "fr", "zh"]
-# How a thing stands in its sentence: "a star", "the star", what follows "left of" (German: dative; French:
-# "de" with the article), and "a star, which is small and red" (German: adjectives without endings).
+# The form of a thing in its sentence: "a star"; "the star"; after "left of" (German: dative; French: "de" with the
+# article); "a star, which is small and red" (German: adjectives without endings).
 Form = Literal["indefinite", "definite", "relative", "predicate"]
+_FORMS: tuple[Form, ...] = get_args(Form)
 
 Relation = Literal["left", "right", "above", "below"]
 
 LANGUAGES: tuple[Language, ...] = ("en", "de", "fr", "zh")
-# Each relation, and how the other of the two things lies.
+# Relation -> the relation of the other thing.
 CONVERSE: dict[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
+
+def _table(words: Iterable[str], translations: str) -> dict[str, str]:
+    """Each word's translation, from a list separated by commas."""
+    return dict(zip(words, translations.split(", "), strict=True))
+
+
+def _forms(words: Iterable[str], translations: str) -> dict[str, tuple[str, str]]:
+    """Each word's two forms, from a list such as "petit/petite, grand/grande"."""
+    pairs = (each.split("/") for each in translations.split(", "))
+    return {word: (first, second) for word, (first, second) in zip(words, pairs, strict=True)}
+
+
 # Noun and gender.
-_SHAPES = {
+_SHAPES: dict[Language, dict[str, tuple[str, str]]] = {
     "en": {shape: (shape, "n") for shape in SHAPES},
-    "de": {
-        "circle": ("Kreis", "m"),
-        "square": ("Quadrat", "n"),
-        "triangle": ("Dreieck", "n"),
-        "star": ("Stern", "m"),
-        "cross": ("Kreuz", "n"),
-        "ring": ("Ring", "m"),
-        "diamond": ("Raute", "f"),
-        "heart": ("Herz", "n"),
-    },
-    "fr": {
-        "circle": ("cercle", "m"),
-        "square": ("carré", "m"),
-        "triangle": ("triangle", "m"),
-        "star": ("étoile", "f"),
-        "cross": ("croix", "f"),
-        "ring": ("anneau", "m"),
-        "diamond": ("losange", "m"),
-        "heart": ("cœur", "m"),
-    },
-    "zh": {
-        "circle": ("圆形", "n"),
-        "square": ("正方形", "n"),
-        "triangle": ("三角形", "n"),
-        "star": ("五角星", "n"),
-        "cross": ("十字形", "n"),
-        "ring": ("圆环", "n"),
-        "diamond": ("菱形", "n"),
-        "heart": ("心形", "n"),
-    },
+    "de": _forms(SHAPES, "Kreis/m, Quadrat/n, Dreieck/n, Stern/m, Kreuz/n, Ring/m, Raute/f, Herz/n"),
+    "fr": _forms(SHAPES, "cercle/m, carré/m, triangle/m, étoile/f, croix/f, anneau/m, losange/m, cœur/m"),
+    "zh": _forms(SHAPES, "圆形/n, 正方形/n, 三角形/n, 五角星/n, 十字形/n, 圆环/n, 菱形/n, 心形/n"),
 }
 
+_WORDS = (*SIZES, *COLOURS)
 # German: the stem. French: masculine, feminine.
-_ADJECTIVES = {
-    "en": {word: word for word in (*SIZES, *COLOURS)},
-    "de": {
-        "small": "klein",
-        "large": "groß",
-        "red": "rot",
-        "orange": "orangefarben",
-        "yellow": "gelb",
-        "green": "grün",
-        "turquoise": "türkisfarben",
-        "blue": "blau",
-        "purple": "violett",
-        "pink": "rosa",
-    },
-    "fr": {
-        "small": ("petit", "petite"),
-        "large": ("grand", "grande"),
-        "red": ("rouge", "rouge"),
-        "orange": ("orange", "orange"),
-        "yellow": ("jaune", "jaune"),
-        "green": ("vert", "verte"),
-        "turquoise": ("turquoise", "turquoise"),
-        "blue": ("bleu", "bleue"),
-        "purple": ("violet", "violette"),
-        "pink": ("rose", "rose"),
-    },
-    "zh": {
-        "small": "小",
-        "large": "大",
-        "red": "红色",
-        "orange": "橙色",
-        "yellow": "黄色",
-        "green": "绿色",
-        "turquoise": "青色",
-        "blue": "蓝色",
-        "purple": "紫色",
-        "pink": "粉色",
-    },
+_ADJECTIVES: dict[Language, Mapping[str, str | tuple[str, str]]] = {
+    "en": {word: word for word in _WORDS},
+    "de": _table(_WORDS, "klein, groß, rot, orangefarben, gelb, grün, türkisfarben, blau, violett, rosa"),
+    "fr": _forms(
+        _WORDS,
+        "petit/petite, grand/grande, rouge/rouge, orange/orange, jaune/jaune, vert/verte, turquoise/turquoise, "
+        "bleu/bleue, violet/violette, rose/rose",
+    ),
+    "zh": _table(_WORDS, "小, 大, 红色, 橙色, 黄色, 绿色, 青色, 蓝色, 紫色, 粉色"),
 }
 _INDECLINABLE = {"rosa"}
 _DATIVES = {"Herz": "Herzen"}  # the other nouns keep their form
 
-_ARTICLES = {
-    "en": {
-        "indefinite": {"n": "a"},
-        "definite": {"n": "the"},
-        "relative": {"n": "the"},
-        "predicate": {"n": "a"},
-    },
+_GENDERS = ("m", "f", "n")
+_ARTICLES: dict[Language, dict[Form, dict[str, str]]] = {
+    "en": {form: {"n": word} for form, word in zip(_FORMS, ("a", "the", "the", "a"), strict=True)},
     "de": {
-        "indefinite": {"m": "ein", "f": "eine", "n": "ein"},
-        "definite": {"m": "der", "f": "die", "n": "das"},
-        "relative": {"m": "dem", "f": "der", "n": "dem"},
-        "predicate": {"m": "ein", "f": "eine", "n": "ein"},
+        "indefinite": _table(_GENDERS, "ein, eine, ein"),
+        "definite": _table(_GENDERS, "der, die, das"),
+        "relative": _table(_GENDERS, "dem, der, dem"),
+        "predicate": _table(_GENDERS, "ein, eine, ein"),
     },
     "fr": {
         "indefinite": {"m": "un", "f": "une"},
@@ -116,61 +71,36 @@ _ARTICLES = {
         "relative": {"m": "du", "f": "de la"},
         "predicate": {"m": "un", "f": "une"},
     },
-    "zh": {
-        "indefinite": {"n": "一个"},
-        "definite": {"n": ""},
-        "relative": {"n": ""},
-        "predicate": {"n": "一个"},
-    },
+    "zh": {form: {"n": word} for form, word in zip(_FORMS, ("一个", "", "", "一个"), strict=True)},
 }
-# What a German adjective ends in after each of these articles.
-_ENDINGS = {
-    "indefinite": {"m": "er", "f": "e", "n": "es"},
-    "definite": {"m": "e", "f": "e", "n": "e"},
-    "relative": {"m": "en", "f": "en", "n": "en"},
-    "predicate": {"m": "", "f": "", "n": ""},
+# The endings of German adjectives after these articles.
+_ENDINGS: dict[Form, dict[str, str]] = {
+    "indefinite": _table(_GENDERS, "er, e, es"),
+    "definite": _table(_GENDERS, "e, e, e"),
+    "relative": _table(_GENDERS, "en, en, en"),
+    "predicate": dict.fromkeys(_GENDERS, ""),
 }
 
-_PLACES = {
+_PLACES: dict[Language, dict[str, str]] = {
     "en": {place: f"at the {place}" for place in PLACES},
-    "de": {
-        "top left": "oben links",
-        "top right": "oben rechts",
-        "bottom left": "unten links",
-        "bottom right": "unten rechts",
-    },
-    "fr": {
-        "top left": "en haut à gauche",
-        "top right": "en haut à droite",
-        "bottom left": "en bas à gauche",
-        "bottom right": "en bas à droite",
-    },
-    "zh": {
-        "top left": "左上角",
-        "top right": "右上角",
-        "bottom left": "左下角",
-        "bottom right": "右下角",
-    },
+    "de": _table(PLACES, "oben links, oben rechts, unten links, unten rechts"),
+    "fr": _table(PLACES, "en haut à gauche, en haut à droite, en bas à gauche, en bas à droite"),
+    "zh": _table(PLACES, "左上角, 右上角, 左下角, 右下角"),
 }
-_BACKGROUNDS = {
+_BACKGROUNDS: dict[Language, dict[str, str]] = {
     "en": {name: name for name in BACKGROUNDS},
-    "de": {
-        "white": "weißen",
-        "light grey": "hellgrauen",
-        "beige": "beigen",
-        "light blue": "hellblauen",
-    },
-    "fr": {"white": "blanc", "light grey": "gris clair", "beige": "beige", "light blue": "bleu clair"},
-    "zh": {"white": "白色", "light grey": "浅灰色", "beige": "米色", "light blue": "浅蓝色"},
+    "de": _table(BACKGROUNDS, "weißen, hellgrauen, beigen, hellblauen"),
+    "fr": _table(BACKGROUNDS, "blanc, gris clair, beige, bleu clair"),
+    "zh": _table(BACKGROUNDS, "白色, 浅灰色, 米色, 浅蓝色"),
 }
-_NUMBERS = {
+_NUMBERS: dict[Language, dict[int, str]] = {
     "en": {2: "two", 3: "three"},
     "de": {2: "zwei", 3: "drei"},
     "fr": {2: "deux", 3: "trois"},
     "zh": {2: "两", 3: "三"},
 }
 
-# and, last: join the things of a list; or: joins free places; between: joins sentences.
+# and, last: joiners of a list; or: joiner of free places; between: joiner of sentences.
 _SENTENCES = {
     "en": {
         "phrase": "{article} {size} {colour} {shape}",
@@ -274,15 +204,14 @@ def short(scene: Scene, language: Language) -> str:
 
 
 def long(scene: Scene, language: Language) -> str:
-    """Some 140 words: where things are and of which size, then what they are, how they lie, the background.
+    """Some 140 words: places and sizes of the things, then their shapes and colours, their relations, the background.
 
-    Who reads no more than its first 77 words, as CLIP no more than 77 tokens, learns no shape and no colour.
+    Its first 77 words mention no shape and no colour, so a reader limited like CLIP (77 tokens) cannot learn them.
     """
     sentences, places = _SENTENCES[language], _PLACES[language]
     said = [sentences["opening"], sentences["number"].format(number=_NUMBERS[language][len(scene.things)])]
     for thing in scene.things:
-        size = _ADJECTIVES[language][thing.size]
-        size = size[0] if language == "fr" else size  # of the masculine "objet"
+        size = _adjective(thing.size, language, feminine=False)  # like "objet"
         said.append(sentences["size"].format(place=places[thing.place], size=size))
     taken = {thing.place for thing in scene.things}
     free = [words for place, words in places.items() if place not in taken]
@@ -300,28 +229,30 @@ def long(scene: Scene, language: Language) -> str:
     return sentences["between"].join(map(_capitalised, said))
 
 
-def relation(kind: Relation, thing: Thing, other: Thing, language: Language) -> str:
-    """A sentence of how two things lie: "The small red star is above the large blue circle."."""
+def relation(name: Relation, thing: Thing, other: Thing, language: Language) -> str:
+    """A sentence about the relation of two things: "The small red star is above the large blue circle."."""
     definite, relative = phrase(thing, language, "definite"), phrase(other, language, "relative")
-    return _capitalised(_SENTENCES[language][kind].format(thing=definite, other=relative))
+    return _capitalised(_SENTENCES[language][name].format(thing=definite, other=relative))
 
 
 def _words(thing: Thing, language: Language, form: Form) -> dict[str, str]:
-    """The words for a thing, each as the noun's gender and the form ask for."""
+    """The words for a thing, inflected for the noun's gender and the form."""
     noun, gender = _SHAPES[language][thing.shape]
     if language == "de" and form == "relative":
         noun = _DATIVES.get(noun, noun)
     words = {"article": _ARTICLES[language][form][gender], "shape": noun}
     for name, value in (("size", thing.size), ("colour", thing.colour)):
-        adjective = _ADJECTIVES[language][value]
-        if language == "de" and adjective not in _INDECLINABLE:
-            adjective += _ENDINGS[form][gender]
-        elif language == "fr":
-            adjective = adjective[gender == "f"]
-        words[name] = adjective
+        words[name] = _adjective(value, language, feminine=gender == "f")
+        if language == "de" and words[name] not in _INDECLINABLE:
+            words[name] += _ENDINGS[form][gender]
     if language == "de":
         words["which"] = _ARTICLES["de"]["definite"][gender]  # articles serve as relative pronouns
     return words
+
+
+def _adjective(word: str, language: Language, feminine: bool) -> str:
+    adjective = _ADJECTIVES[language][word]
+    return adjective if isinstance(adjective, str) else adjective[feminine]
 
 
 def _capitalised(sentence: str) -> str:
@@ -329,6 +260,6 @@ def _capitalised(sentence: str) -> str:
 
 
 def _listed(parts: list[str], language: Language, last: str) -> str:
-    """The parts in a row, the last joined by the language's word for `last`."""
+    """The parts as a list; the language's word for `last` joins the last one."""
     *others, final = parts
     return _SENTENCES[language]["and"].join(others) + (_SENTENCES[language][last] if others else "") + final

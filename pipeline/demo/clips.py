@@ -1,4 +1,4 @@
-"""Clips: one thing that moves from one quadrant to the next, and what that is called in four languages."""
+"""Clips: one thing that moves from one quadrant to the next, with captions in four languages."""
 
 import json
 from dataclasses import dataclass
@@ -24,37 +24,24 @@ from pipeline.demo.scenes import (
 
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 
-_CAPTIONS = {
-    "en": {
-        "right": "{thing} moves from left to right",
-        "left": "{thing} moves from right to left",
-        "down": "{thing} moves from top to bottom",
-        "up": "{thing} moves from bottom to top",
-    },
-    "de": {
-        "right": "{thing} bewegt sich von links nach rechts",
-        "left": "{thing} bewegt sich von rechts nach links",
-        "down": "{thing} bewegt sich von oben nach unten",
-        "up": "{thing} bewegt sich von unten nach oben",
-    },
-    "fr": {
-        "right": "{thing} se déplace de gauche à droite",
-        "left": "{thing} se déplace de droite à gauche",
-        "down": "{thing} se déplace de haut en bas",
-        "up": "{thing} se déplace de bas en haut",
-    },
-    "zh": {
-        "right": "{thing}从左向右移动",
-        "left": "{thing}从右向左移动",
-        "down": "{thing}从上向下移动",
-        "up": "{thing}从下向上移动",
-    },
+# Language -> the words for each of DIRECTIONS.
+_MOVES: dict[Language, tuple[str, str, str, str]] = {
+    "en": ("from left to right", "from right to left", "from top to bottom", "from bottom to top"),
+    "de": ("von links nach rechts", "von rechts nach links", "von oben nach unten", "von unten nach oben"),
+    "fr": ("de gauche à droite", "de droite à gauche", "de haut en bas", "de bas en haut"),
+    "zh": ("从左向右", "从右向左", "从上向下", "从下向上"),
+}
+_SENTENCES: dict[Language, str] = {
+    "en": "{thing} moves {move}",
+    "de": "{thing} bewegt sich {move}",
+    "fr": "{thing} se déplace {move}",
+    "zh": "{thing}{move}移动",
 }
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A thing that starts in its place and moves, in one direction, to the next quadrant."""
+    """A thing that moves from its place in one direction to the next quadrant."""
 
     thing: Thing
     direction: str
@@ -66,7 +53,7 @@ class Clip:
 
 
 def random_clip(rng: np.random.Generator) -> Clip:
-    """A clip of a thing that is no held-out combination."""
+    """A clip of a thing without a held-out combination."""
     direction = tuple(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
     starts = [place for place in PLACES if _can_start(place, direction)]
     size = tuple(SIZES)[rng.integers(len(SIZES))]
@@ -83,15 +70,16 @@ def frames(clip: Clip, count: int = 8) -> list[Image.Image]:
 
 
 def caption(clip: Clip, language: Language) -> str:
-    """What moves and which way, without a full stop."""
-    return _CAPTIONS[language][clip.direction].format(thing=phrase(clip.thing, language))
+    """What moves in which direction, without a full stop."""
+    move = _MOVES[language][tuple(DIRECTIONS).index(clip.direction)]
+    return _SENTENCES[language].format(thing=phrase(clip.thing, language), move=move)
 
 
 def evaluation_files(seed: int, number: int) -> dict[str, bytes]:
-    """A set of so many clips, 50 at most: their files by name, captions.json and, in training's words, wording.json.
+    """A set of up to 50 clips: their files by name, captions.json, and wording.json with the words of training.
 
-    All things are large, for frames are seen coarser than pictures; and no two look the same, so that who knows
-    pictures alone may find each, although it cannot know how things move.
+    All things are large, since models see frames at a lower resolution than images. All look different, so that a model
+    trained on images only can find each one, although it cannot know how things move.
     """
     clips: dict[str, Clip] = {}
     for index in count():
@@ -113,7 +101,7 @@ def evaluation_files(seed: int, number: int) -> dict[str, bytes]:
 
 def _mp4(pictures: list[Image.Image]) -> bytes:
     data = BytesIO()
-    with av.open(data, "w", format="mp4", options={"fflags": "+bitexact"}) as file:  # without the time of day
+    with av.open(data, "w", format="mp4", options={"fflags": "+bitexact"}) as file:  # without the current time
         width, height = pictures[0].size
         best = {"qmin": "1", "qmax": "1"}
         stream = file.add_stream("mpeg4", rate=8, options=best, width=width, height=height, pix_fmt="yuv420p")
@@ -124,6 +112,6 @@ def _mp4(pictures: list[Image.Image]) -> bytes:
 
 
 def _can_start(place: str, direction: str) -> bool:
-    """Whether there is a quadrant to move to."""
+    """Whether there is a quadrant in this direction."""
     column, row = (a + b for a, b in zip(PLACES[place], DIRECTIONS[direction], strict=True))
     return (column, row) in PLACES.values()

@@ -1,7 +1,7 @@
-"""Scenes: a plain background and two or three things on it, each in its own quadrant.
+"""Scenes: a plain background with two or three things, each in its own quadrant.
 
-All choices come from a generator that the caller makes, `np.random.default_rng([seed, stream, index])`:
-scene i never depends on the scenes before it.
+All random choices come from the caller's generator, `np.random.default_rng([seed, stream, index])`: a scene never
+depends on the scenes before it.
 """
 
 import io
@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 
 SIDE = 48  # pixels of a scene
 QUADRANT = SIDE // 2  # pixels of a crop
-OVERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
-JITTER = 6  # at most, in oversampled pixels: a thing sits up to 1.5 pixels off its quadrant's centre
+OVERSAMPLING = 4  # scenes are drawn this much larger, then averaged for smooth edges
+JITTER = 6  # the largest offset from the quadrant's centre in oversampled pixels: 1.5 pixels
 
 COLOURS = {
     "red": (220, 30, 40),
@@ -41,7 +41,7 @@ BACKGROUNDS = {
 }
 ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "place": tuple(PLACES)}
 
-# 3 has an inverse modulo 8: every colour and every shape is in exactly one of the eight combinations.
+# 3 has an inverse modulo 8, so every colour and every shape is in exactly one of the eight combinations.
 HELD_OUT = frozenset((tuple(COLOURS)[(3 * i + 5) % 8], shape) for i, shape in enumerate(SHAPES))
 _HELD_OUT = sorted(HELD_OUT)
 _TRAINED = sorted(set(product(COLOURS, SHAPES)) - HELD_OUT)
@@ -59,7 +59,7 @@ class Thing:
 
     @property
     def looks(self) -> tuple[str, str, str]:
-        """What a phrase such as "the small red star" says of it."""
+        """What a phrase such as "the small red star" describes."""
         return (self.size, self.colour, self.shape)
 
     @property
@@ -70,14 +70,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two or three things in reading order (one, to classify), no two in one place and no two of the same looks."""
+    """Two or three things in reading order (one for classification), with different places and different looks."""
 
     things: tuple[Thing, ...]
     background: str
 
     @cached_property
     def content(self) -> tuple[tuple[str, str, str, str], ...]:
-        """What a short caption says: scenes that differ only in background or jitter share it."""
+        """What a short caption describes: scenes that differ only in background or jitter have the same content."""
         return tuple((*thing.looks, thing.place) for thing in self.things)
 
     @property
@@ -86,10 +86,10 @@ class Scene:
 
     @cached_property
     def reserved(self) -> bool:
-        """Whether it is kept for evaluation: one content in eight, the same ones whatever the seed.
+        """Whether it is reserved for evaluation: one content in eight, the same for every seed.
 
-        Another random stream would not be enough, since two things offer only some 75,000 contents:
-        a large training set would hold most of them.
+        A separate random stream would not suffice: there are only some 75,000 contents of two things, and a large
+        training set contains most of them.
         """
         return blake2b(repr(self.content).encode(), digest_size=1).digest()[0] % 8 == 0
 
@@ -99,18 +99,18 @@ def in_reading_order(things: Iterable[Thing]) -> tuple[Thing, ...]:
 
 
 def random_thing(rng: np.random.Generator, place: str, size: str, held_out: bool) -> Thing:
-    """A thing of any colour and shape whose combination is, or is not, a held-out one."""
+    """A thing with a random combination of colour and shape, which is held out or not."""
     combinations = _HELD_OUT if held_out else _TRAINED
     colour, shape = combinations[rng.integers(len(combinations))]
-    jitter = tuple(rng.integers(-JITTER, JITTER + 1, 2).tolist())
-    return Thing(colour, shape, size, place, jitter)
+    dx, dy = rng.integers(-JITTER, JITTER + 1, 2).tolist()
+    return Thing(colour, shape, size, place, (dx, dy))
 
 
 def random_scene(rng: np.random.Generator, held_out: bool, one_large: bool = False) -> Scene:
     """Draw two or three things.
 
     held_out: one of them has a held-out combination of colour and shape; otherwise none has.
-    one_large: exactly one thing is large, and it is the held-out one where there is one.
+    one_large: exactly one thing is large; if there is a held-out one, it is that one.
     """
     places = rng.permutation(list(PLACES))[: rng.integers(2, 4)].tolist()
     things: list[Thing] = []
@@ -124,7 +124,7 @@ def random_scene(rng: np.random.Generator, held_out: bool, one_large: bool = Fal
 
 
 def scene_of_part(rng: np.random.Generator, reserved: bool, one_large: bool = False) -> Scene:
-    """A scene without held-out combinations that is, or is not, reserved for evaluation; see `random_scene`."""
+    """A scene without held-out combinations that is reserved for evaluation, or is not; see `random_scene`."""
     while (scene := random_scene(rng, held_out=False, one_large=one_large)).reserved != reserved:
         pass
     return scene
@@ -135,20 +135,25 @@ def random_background(rng: np.random.Generator) -> str:
 
 
 def replaced(scene: Scene, old: Thing, new: Thing) -> Scene:
-    """The scene with `new` where `old` was."""
+    """The scene with `new` instead of `old`."""
     return replace(scene, things=in_reading_order(new if thing is old else thing for thing in scene.things))
+
+
+def changed(thing: Thing, attribute: str, value: str) -> Thing:
+    """The thing with another value of one of the `ATTRIBUTES`."""
+    return Thing(**{**vars(thing), attribute: value})
 
 
 def variants(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> Iterator[Scene]:
     """All scenes that differ in one attribute of one thing, in random order.
 
-    The attributes take turns, so that the first few variants are not all about colour and shape.
-    held_out: also those in which a thing becomes a held-out combination.
+    The attributes alternate, so that the first few variants are not all about colour and shape.
+    held_out: include those in which a thing becomes a held-out combination.
     """
     turns = []
     for attribute in rng.permutation(list(ATTRIBUTES)).tolist():
         changes = [
-            (thing, replace(thing, **{attribute: value}))
+            (thing, changed(thing, attribute, value))
             for thing in scene.things
             for value in ATTRIBUTES[attribute]
             if value != getattr(thing, attribute)
@@ -158,7 +163,7 @@ def variants(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> 
 
 
 def _applied(scene: Scene, changes: list[tuple[Thing, Thing]], held_out: bool) -> Iterator[Scene]:
-    """The scene with each of the changes that keep it well-formed."""
+    """The scene with each of the changes that keep it valid."""
     for old, new in changes:
         if new.held_out and not old.held_out and not held_out:
             continue
@@ -173,26 +178,26 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def crop(scene: Scene, thing: Thing) -> Image.Image:
-    """The thing's quadrant of the scene: 24 x 24 pixels, nothing else in it."""
+    """The thing's quadrant of the scene: 24 x 24 pixels, without other things."""
     column, row = (QUADRANT * part for part in PLACES[thing.place])
     return draw(scene).crop((column, row, column + QUADRANT, row + QUADRANT))
 
 
 def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)  # a third of the time of level 6, for these pictures
+    image.save(buffer, "PNG", compress_level=1)  # three times as fast as level 6 for these images
     return buffer.getvalue()
 
 
 def centre(thing: Thing) -> tuple[int, int]:
-    """Where the middle of a thing is, in oversampled pixels."""
+    """The centre of a thing in oversampled pixels."""
     column, row = PLACES[thing.place]
     step = QUADRANT * OVERSAMPLING
     return column * step + step // 2 + thing.jitter[0], row * step + step // 2 + thing.jitter[1]
 
 
 def paint(background: str, placed: Iterable[tuple[Thing, tuple[int, int]]]) -> Image.Image:
-    """Things at given centres (oversampled pixels) on a plain background, reduced to 48 x 48 pixels."""
+    """Draw things at given centres (oversampled pixels) on a plain background, reduced to 48 x 48 pixels."""
     canvas = Image.new("RGB", (SIDE * OVERSAMPLING,) * 2, BACKGROUNDS[background])
     for thing, (x, y) in placed:
         mask = _mask(thing.shape, SIZES[thing.size] * OVERSAMPLING // 2)

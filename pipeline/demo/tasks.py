@@ -1,15 +1,15 @@
-"""A small MMEB: five datasets of pairs about drawn scenes, over MMEB's four meta-tasks.
+"""A small MMEB: five datasets of pairs about drawn scenes, for MMEB's four meta-tasks.
 
-For evaluation each dataset has an in-distribution part, and a held-out part (`-OOD`) in which every
-question is about a combination of colour and shape that training never shows. Rows are as in
-https://huggingface.co/datasets/TIGER-Lab/MMEB-eval: the first of a row's candidates is the right one.
+Each dataset has two evaluation sets: an in-distribution one, and a held-out one (`-OOD`), in which every question is
+about a combination of colour and shape that never occurs in training. Rows have the form of
+https://huggingface.co/datasets/TIGER-Lab/MMEB-eval: the first candidate of a row is the correct one.
 """
 
 import json
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import chain, islice, product
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +26,7 @@ from pipeline.demo.scenes import (
     SIZES,
     Scene,
     Thing,
+    changed,
     crop,
     draw,
     png,
@@ -35,7 +36,7 @@ from pipeline.demo.scenes import (
     variants,
 )
 
-Part = Literal["train", "in-distribution", "held-out"]
+Split = Literal["train", "in-distribution", "held-out"]
 
 DATASETS = {
     "Scene-CLS": "classification",
@@ -44,17 +45,17 @@ DATASETS = {
     "Scene-I2T": "retrieval",
     "Scene-Ground": "grounding",
 }
-# Name of an evaluation set -> its meta-task, and whether it is in distribution.
+# Name of an evaluation set -> (meta-task, whether it is in distribution).
 TASKS = {name: (task, True) for name, task in DATASETS.items()} | {
     f"{name}-OOD": (task, False) for name, task in DATASETS.items()
 }
 CANDIDATES = {"classification": 64, "vqa": 64, "retrieval": 128, "grounding": 64}
 QUERIES = 200
-POOL = 200  # scenes an evaluation set's easier candidates come from: few, so that encoding is fast
+POOL = 200  # scenes for an evaluation set's easier candidates: few, so that encoding is fast
 HARD_SCENES = 6  # one-attribute variants among the candidates of a retrieval query
-HARD_CROPS = 3  # crops of the query's own scene, or of it with one attribute changed
+HARD_CROPS = 3  # crops of the query's own scene, or of a variant of it
 
-# One random stream each. Which candidates a row has says nothing about the scenes of other rows.
+# Independent random streams: the candidates of a row do not depend on the scenes of other rows.
 _STREAMS = [*(f"{name} train" for name in DATASETS), *TASKS, *(f"{name} candidates" for name in TASKS)]
 SCHEMA = pa.schema(
     {
@@ -68,7 +69,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture still to be drawn: a scene, or one thing's crop of it. `name` tells it from its siblings."""
+    """An image to be drawn: a scene, or the crop of one thing. `name` distinguishes it from the row's other images."""
 
     scene: Scene
     name: str = ""
@@ -80,7 +81,7 @@ class _Picture:
 
 @dataclass(frozen=True)
 class _Side:
-    """A text with its picture, if any. Candidates of one `key` answer the same queries."""
+    """A text with an optional image. Candidates with the same `key` answer the same queries."""
 
     text: str
     picture: _Picture | None = None
@@ -92,7 +93,7 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Question:
-    """A query, its answer, and wrong answers that differ little from it, the best for training first."""
+    """A query, its correct answer, and hard negatives, the best one for training first."""
 
     query: _Side
     right: _Side
@@ -100,10 +101,10 @@ class _Question:
 
 
 def training_pair(dataset: str, seed: int, index: int, image_negatives_every: int = 4) -> Pair:
-    """The pair number `index` of a training set; it has one hard negative, or none.
+    """Pair number `index` of a training set, with at most one hard negative.
 
-    image_negatives_every: a negative that is a picture costs a pass through the vision tower, so only
-        every `image_negatives_every`-th pair has one. Negatives that are texts are always given.
+    image_negatives_every: an image as negative costs a pass through the vision tower, so only every
+        `image_negatives_every`-th pair has one. Texts are always included.
     """
     question = _ask(dataset, "train", _rng(f"{dataset} train", seed, index))
     hard = next(iter(question.hard))
@@ -124,11 +125,11 @@ def training_pairs(dataset: str, seed: int, count: int, image_negatives_every: i
 
 
 def evaluation_rows(dataset: str, seed: int, count: int = QUERIES) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """The rows of an evaluation set (a name in `TASKS`), and its pictures: path -> PNG bytes."""
+    """The rows of an evaluation set (a name in `TASKS`), and its images: path -> PNG bytes."""
     task, in_distribution = TASKS[dataset]
     base = dataset.removesuffix("-OOD")
-    part: Part = "in-distribution" if in_distribution else "held-out"
-    questions = [_ask(base, part, _rng(dataset, seed, index)) for index in range(max(count, POOL))]
+    split: Split = "in-distribution" if in_distribution else "held-out"
+    questions = [_ask(base, split, _rng(dataset, seed, index)) for index in range(max(count, POOL))]
     questions = [_named(question, f"{dataset}/{index:06d}") for index, question in enumerate(questions)]
     pool = _pool(base, questions[:POOL])
     rows, pictures = [], {}
@@ -151,109 +152,110 @@ def evaluation_rows(dataset: str, seed: int, count: int = QUERIES) -> tuple[list
     return rows, pictures
 
 
-def write_evaluation(folder: Path, seed: int, count: int = QUERIES) -> None:
-    """Write every evaluation set as FOLDER/NAME/*.parquet, with FOLDER/images and FOLDER/tasks.json."""
+def evaluation_files(seed: int, count: int = QUERIES) -> Iterator[tuple[str, bytes]]:
+    """(path, content) of all evaluation sets' files: NAME/*.parquet, images/* and tasks.json."""
     for dataset in TASKS:
         rows, pictures = evaluation_rows(dataset, seed, count)
-        (folder / dataset).mkdir(parents=True, exist_ok=True)
-        (folder / "images" / dataset).mkdir(parents=True, exist_ok=True)
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
-        pq.write_table(table, folder / dataset / "test-00000-of-00001.parquet")
-        for path, content in pictures.items():
-            (folder / "images" / path).write_bytes(content)
-    tasks = {
-        name: {"task": task, "in_distribution": in_distribution} for name, (task, in_distribution) in TASKS.items()
-    }
-    (folder / "tasks.json").write_text(json.dumps(tasks, indent=2) + "\n")
+        yield f"{dataset}/test-00000-of-00001.parquet", parquet_of(rows)
+        yield from ((f"images/{path}", content) for path, content in pictures.items())
+    tasks = {name: {"task": task, "in_distribution": known} for name, (task, known) in TASKS.items()}
+    yield "tasks.json", (json.dumps(tasks, indent=2) + "\n").encode()
+
+
+def parquet_of(rows: list[dict[str, Any]]) -> bytes:
+    """MMEB's rows as a parquet file."""
+    buffer = BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
+    return buffer.getvalue()
 
 
 def _rng(stream: str, seed: int, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, _STREAMS.index(stream), index])
 
 
-def _ask(dataset: str, part: Part, rng: np.random.Generator) -> _Question:
-    """Draw a scene and put the dataset's question about it."""
+def _ask(dataset: str, split: Split, rng: np.random.Generator) -> _Question:
+    """Draw a scene and ask the dataset's question about it."""
     one_large = dataset == "Scene-CLS"
-    if part == "held-out":  # whatever holds a held-out combination is unseen anyhow
+    if split == "held-out":  # a scene with a held-out combination is never in training
         scene = random_scene(rng, held_out=True, one_large=one_large)
     else:
-        scene = scene_of_part(rng, reserved=part == "in-distribution", one_large=one_large)
+        scene = scene_of_part(rng, reserved=split == "in-distribution", one_large=one_large)
     if dataset == "Scene-Ground":
-        # One background for all: else it would tell the scene's own crops from most others.
+        # One background for all: otherwise it would reveal which crops are of the same scene.
         scene = replace(scene, background=next(iter(BACKGROUNDS)))
     match dataset:
         case "Scene-CLS":
-            return _classification(scene, part, rng)
+            return _classification(scene, split, rng)
         case "Scene-VQA":
-            return _vqa(scene, part, rng)
+            return _vqa(scene, split, rng)
         case "Scene-T2I":
-            return _text_to_image(scene, part, rng)
+            return _text_to_image(scene, split, rng)
         case "Scene-I2T":
-            return _image_to_text(scene, part, rng)
+            return _image_to_text(scene, split, rng)
         case "Scene-Ground":
-            return _grounding(scene, part, rng)
+            return _grounding(scene, split, rng)
     raise ValueError(f"no such dataset: {dataset}")
 
 
-def _classification(scene: Scene, part: Part, rng: np.random.Generator) -> _Question:
+def _classification(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
     large = next(thing for thing in scene.things if thing.size == "large")
     query = _Side(f"{IMAGE_MARK}\nClassify the large object.", _Picture(scene))
-    near = _near(large, part, rng, ("colour", "shape"))
+    near = _near(large, split, rng, ("colour", "shape"))
     return _Question(query, _label(large), [_label(thing) for thing in near])
 
 
-def _vqa(scene: Scene, part: Part, rng: np.random.Generator) -> _Question:
+def _vqa(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
     asked = _asked(scene, rng)
     query = _Side(f"{IMAGE_MARK}\nAnswer: what is at the {asked.place}?", _Picture(scene))
-    near = _near(asked, part, rng, ("colour", "shape", "size"))
+    near = _near(asked, split, rng, ("colour", "shape", "size"))
     others = (thing for thing in scene.things if thing is not asked)
     return _Question(query, _answer(asked), [_answer(thing) for thing in (*near, *others)])
 
 
-def _text_to_image(scene: Scene, part: Part, rng: np.random.Generator) -> _Question:
+def _text_to_image(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
     query = _Side(f"Find the image: {captions.short(scene, 'en')}")
-    hard = (_image(other, f"-v{i}") for i, other in enumerate(_siblings(scene, part, rng), 1))
+    hard = (_image(other, f"-v{i}") for i, other in enumerate(_siblings(scene, split, rng), 1))
     return _Question(query, _image(scene), hard)
 
 
-def _image_to_text(scene: Scene, part: Part, rng: np.random.Generator) -> _Question:
+def _image_to_text(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
     query = _Side(f"{IMAGE_MARK}\nFind the caption.", _Picture(scene))
-    return _Question(query, _caption(scene), (_caption(other) for other in _siblings(scene, part, rng)))
+    return _Question(query, _caption(scene), (_caption(other) for other in _siblings(scene, split, rng)))
 
 
-def _grounding(scene: Scene, part: Part, rng: np.random.Generator) -> _Question:
+def _grounding(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
     asked = _asked(scene, rng)
     phrase = captions.phrase(asked, "en", "definite")
     query = _Side(f"{IMAGE_MARK}\nSelect the part: {phrase}", _Picture(scene))
     others = (_part(scene, thing) for thing in scene.things if thing is not asked)
     looks = [thing.looks for thing in scene.things]
-    near = [new for new in _near(asked, part, rng, ("colour", "shape", "size")) if new.looks not in looks]
-    changed = (_part(replaced(scene, asked, new), new, f"-v{i}") for i, new in enumerate(near, 1))
-    return _Question(query, _part(scene, asked), islice(chain(others, changed), HARD_CROPS))
+    near = [new for new in _near(asked, split, rng, ("colour", "shape", "size")) if new.looks not in looks]
+    variant_parts = (_part(replaced(scene, asked, new), new, f"-v{i}") for i, new in enumerate(near, 1))
+    return _Question(query, _part(scene, asked), islice(chain(others, variant_parts), HARD_CROPS))
 
 
 def _asked(scene: Scene, rng: np.random.Generator) -> Thing:
-    """The thing a question is about: the held-out one where there is one."""
+    """The thing that a question is about: the held-out one if there is one."""
     things = [thing for thing in scene.things if thing.held_out] or scene.things
     return things[rng.integers(len(things))]
 
 
-def _near(thing: Thing, part: Part, rng: np.random.Generator, attributes: tuple[str, ...]) -> list[Thing]:
+def _near(thing: Thing, split: Split, rng: np.random.Generator, attributes: tuple[str, ...]) -> list[Thing]:
     """Things that differ from this one in one attribute, in random order."""
     near = [
-        replace(thing, **{attribute: value})
+        changed(thing, attribute, value)
         for attribute in attributes
         for value in ATTRIBUTES[attribute]
         if value != getattr(thing, attribute)
     ]
-    near = [other for other in near if part == "held-out" or not other.held_out]
+    near = [other for other in near if split == "held-out" or not other.held_out]
     return [near[i] for i in rng.permutation(len(near))]
 
 
-def _siblings(scene: Scene, part: Part, rng: np.random.Generator) -> Iterator[Scene]:
-    """The few variants of a scene that serve as wrong answers; in training none kept for evaluation."""
-    found = variants(scene, rng, held_out=part == "held-out")
-    return islice((other for other in found if part != "train" or not other.reserved), HARD_SCENES)
+def _siblings(scene: Scene, split: Split, rng: np.random.Generator) -> Iterator[Scene]:
+    """Some variants of a scene as wrong answers; in training none that is reserved for evaluation."""
+    found = variants(scene, rng, held_out=split == "held-out")
+    return islice((other for other in found if split != "train" or not other.reserved), HARD_SCENES)
 
 
 def _label(thing: Thing) -> _Side:
@@ -276,12 +278,12 @@ def _caption(scene: Scene) -> _Side:
 
 def _part(scene: Scene, thing: Thing, name: str = "") -> _Side:
     picture = _Picture(scene, name or "-" + thing.place.replace(" ", "-"), thing)
-    # Without the place: the phrase in the query does not say it.
+    # Without the place, which the phrase in the query does not mention.
     return _Side(f"{IMAGE_MARK}\nRepresent the part.", picture, thing.looks)
 
 
 def _named(question: _Question, stem: str) -> _Question:
-    """The question with its pictures called after the row: "Scene-T2I/000123-v2.png"."""
+    """The question with its images named after the row: "Scene-T2I/000123-v2.png"."""
 
     def named(side: _Side) -> _Side:
         if side.picture is None:
@@ -292,7 +294,7 @@ def _named(question: _Question, stem: str) -> _Question:
 
 
 def _pool(dataset: str, questions: list[_Question]) -> list[_Side]:
-    """What a dataset's easier candidates are drawn from."""
+    """The pool of a dataset's easier candidates."""
     things = (Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))
     match dataset:
         case "Scene-CLS":
@@ -305,7 +307,7 @@ def _pool(dataset: str, questions: list[_Question]) -> list[_Side]:
 
 
 def _candidates(question: _Question, pool: list[_Side], count: int, rng: np.random.Generator) -> list[_Side]:
-    """The right answer, the hard ones, and others from the pool; no two of one key."""
+    """The correct answer, the hard negatives, and others from the pool; no two with the same key."""
     shuffled = (pool[i] for i in rng.permutation(len(pool)))
     chosen: dict[Hashable, _Side] = {}
     for side in chain((question.right, *question.hard), shuffled):
@@ -316,5 +318,5 @@ def _candidates(question: _Question, pool: list[_Side], count: int, rng: np.rand
 
 
 def _mmeb(side: _Side) -> tuple[str, str]:
-    """MMEB's text and image path; an empty path stands for no image."""
+    """MMEB's text and image path; the path is empty without an image."""
     return side.text.replace(IMAGE_MARK, MMEB_IMAGE_MARK), side.picture.name if side.picture else ""

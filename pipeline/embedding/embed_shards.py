@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Data, EvaluationRun
-from pipeline.data.index import INDEX_FILE, Shard, check_shards
+from pipeline.data.index import INDEX_FILE, Shard, as_json, check_shards
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.shards import sample_key
 from pipeline.data.source import Source
 from pipeline.data.text_embeddings import (
     EMBEDDINGS_FILE,
-    Made,
+    EmbeddingMetadata,
     Part,
     Stored,
     TarFile,
@@ -86,10 +86,10 @@ class CaptionDataset:
     def tars_url(self) -> str:
         return self.source.indexes[0][1].shards_url or self.url
 
-    def made(self, encoder: Encoder, stored: Stored) -> Made:
+    def made(self, encoder: Encoder, stored: Stored) -> EmbeddingMetadata:
         columns, instruction = columns_of(self.source.indexes[0][1]), getattr(encoder, "instruction", "")
         max_tokens = getattr(encoder, "max_tokens", None)
-        return Made(
+        return EmbeddingMetadata(
             encoder.name,
             encoder.identity,
             encoder.dimension,
@@ -100,7 +100,7 @@ class CaptionDataset:
             max_tokens=max_tokens,
         )
 
-    def begin(self, made: Made, overwrite: bool) -> None:
+    def begin(self, made: EmbeddingMetadata, overwrite: bool) -> None:
         """Find the finished parts that have the same shards and the same model.
 
         Raises PipelineError if the place has other embeddings, unless `overwrite`.
@@ -112,7 +112,7 @@ class CaptionDataset:
         except ObjectError:
             if not overwrite:
                 raise
-        by, parts = (finished.made, finished.parts) if finished else self._unfinished(overwrite)
+        by, parts = (finished.metadata, finished.parts) if finished else self._unfinished(overwrite)
         shards = {file_of(shard): shard for shard in self.shards}
         same = [part for part in parts if part.shard.file in shards and _is_of(part, shards[part.shard.file])]
         stale = ""
@@ -137,7 +137,7 @@ class CaptionDataset:
                 list(pool.map(self._note, self.parts.values()))
         objects.delete(index_url)  # before any tar is overwritten, so that nobody reads a mixture
 
-    def _unfinished(self, overwrite: bool) -> tuple[Made | None, list[Part]]:
+    def _unfinished(self, overwrite: bool) -> tuple[EmbeddingMetadata | None, list[Part]]:
         """The model and the recorded parts of an earlier start; a part with a damaged record is embedded again."""
         records = self._records()
         if (url := self._record("made")) not in records:
@@ -146,7 +146,8 @@ class CaptionDataset:
         with ThreadPoolExecutor(16) as pool:
             parts = [part for part in map(_recorded, records, pool.map(objects.read, records)) if part]
         try:
-            return parse_json(objects.read(url), url, Made, remedy="add --overwrite, and all is embedded again"), parts
+            remedy = "add --overwrite, and all is embedded again"
+            return parse_json(objects.read(url), url, EmbeddingMetadata, remedy=remedy), parts
         except DocumentError:
             if not overwrite:
                 raise
@@ -160,12 +161,12 @@ class CaptionDataset:
         return objects.join(self.place, _RECORDS, f"{name}.json")
 
     def _note(self, part: Part) -> None:
-        objects.write(self._record(part.shard.file), json.dumps(asdict(part)).encode())
+        objects.write(self._record(part.shard.file), json.dumps(as_json(part)).encode())
 
-    def _is_there(self, part: Part, made: Made) -> bool:
+    def _is_there(self, part: Part, made: EmbeddingMetadata) -> bool:
         tars = self.tars_url if made.stored == "fp32" else self.place
         sizes = {
-            objects.join(tars, part.shard.file): part.shard.bytes,
+            objects.join(tars, part.shard.file): part.shard.size,
             objects.join(self.place, part.shard.sidecar): part.shard.sidecar_bytes,
         }
         return all(objects.exists(url) and objects.size(url) == size for url, size in sizes.items())
@@ -179,7 +180,7 @@ class CaptionDataset:
         self._note(part)
         self.parts[part.shard.file] = part
 
-    def finish(self, made: Made) -> None:
+    def finish(self, made: EmbeddingMetadata) -> None:
         """Verify all files by their hashes, and write the index."""
         parts = [self.parts[file_of(shard)] for shard in self.shards]
         if not self._records():  # an earlier start finished it
@@ -215,7 +216,7 @@ def _is_of(part: Part, shard: Shard) -> bool:
     return part.images == shard.sha256 and part.shard.samples == shard.samples
 
 
-def _described(made: Made) -> str:
+def _described(made: EmbeddingMetadata) -> str:
     """The properties in which vectors for one shard can differ."""
     columns = f", captions in {', '.join(made.columns)}" if made.columns else ""
     return f"({made.identity}, width {made.width}, {made.stored}{columns})"

@@ -13,7 +13,7 @@ from functools import partial
 from pipeline.convert.img2dataset import Tape, read_tape
 from pipeline.data.sample import BadSample
 from pipeline.data.shards import members_of
-from pipeline.data.text_embeddings import Made, Part, columns_of, file_of, indexed, texts_by_column
+from pipeline.data.text_embeddings import EmbeddingMetadata, Part, columns_of, file_of, indexed, texts_by_column
 from pipeline.embedding.embed_shards import CaptionDataset, samples_of
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
@@ -33,7 +33,7 @@ def index_published(model: str, datasets: list[CaptionDataset], *, overwrite: bo
         if (columns := columns_of(dataset.source.indexes[0][1])) is None:
             raise PipelineError(f"{dataset.url} has no tars from img2dataset: embed its captions without --published")
         width = _width(objects.join(dataset.tars_url, file_of(dataset.shards[0])), columns)
-        made = Made(model, identity, width, "fp32", "", columns)
+        made = EmbeddingMetadata(model, identity, width, "fp32", "", columns)
         dataset.begin(made, overwrite)
         todo = [number for number, shard in enumerate(dataset.shards) if file_of(shard) not in dataset.parts]
         total = sum(shard.samples for shard in dataset.shards)
@@ -66,7 +66,7 @@ def _sizes(data: bytes) -> dict[str, int]:
     return {name.lower(): len(content) for name, content in members_of(data)[1].items()}
 
 
-def _index_tar(dataset: CaptionDataset, made: Made, number: int) -> int:
+def _index_tar(dataset: CaptionDataset, made: EmbeddingMetadata, number: int) -> int:
     """Index the vectors of a shard; returns the number of its samples without vectors."""
     source, shard = dataset.source, dataset.shards[number]
     url, captions = objects.join(dataset.tars_url, file_of(shard)), source.indexes[0][1].captions

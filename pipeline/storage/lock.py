@@ -1,15 +1,15 @@
-"""One process at a time writes to a folder, or to an S3 prefix: a lock that dies with its process.
+"""A lock for a folder or an S3 prefix: one process at a time writes there, and the lock ends with its process.
 
-FOLDER/.lock/HOST.PID.TOKEN is there while a process may write, and is written anew every few seconds. Locks of the
-kernel are not relied on: there are mounts without any, mounts that keep them to one node without a word (Lustre's
-localflock, NFS's local_lock), and servers that keep those of a node that is dead. So whoever finds another's file asks
+FOLDER/.lock/HOST.PID.TOKEN exists while a process may write, and its process rewrites it every few seconds. Kernel
+locks are not reliable: some mounts have none, some keep them on one node (Lustre's localflock, NFS's local_lock), and
+some servers keep those of a dead node. So a process that finds another's lock file checks
 
-    on the same machine   whether that very process lives
-    on another            whether the file still changes, for two minutes; clocks may differ
-    in Slurm              whether it is of an earlier start of the same job, which is over
+    on the same machine   whether exactly that process is alive
+    on another machine    whether the file still changes, for two minutes; clocks may differ
+    in Slurm              whether it belongs to an earlier start of the same job, which has ended
 
-and removes it if its process is dead. A process that finds its own file removed, as after it stood still for minutes,
-ends at once: another may be writing.
+and removes the file if its process is dead. A process that finds its own file removed, as after a stop of minutes,
+ends at once: another process may be writing.
 """
 
 import json
@@ -25,20 +25,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.errors import PipelineError, printable
-from pipeline.jobs import launch
 from pipeline.storage import objects
 from pipeline.storage.documents import FIXED, DocumentError, parse_json
 from pipeline.storage.objects import ObjectError
 
 FOLDER = ".lock"
 BEAT_SECONDS = 20
-SILENCE_SECONDS = 120  # more than a network file system may show an old state, and a beat
-_DEAD_SECONDS = 24 * 3600  # by the clock, which is not that wrong
+SILENCE_SECONDS = 120  # longer than a heartbeat and the time a network file system may show an old state
+_DEAD_SECONDS = 24 * 3600  # clocks do not differ by this much
 
 
 @dataclass(frozen=True)
 class _Holder:
-    """Who wrote a lock's file. born: when the process began.  job: Slurm's, and which of its starts."""
+    """The process that wrote a lock file. born: its start time.  job: its Slurm job, and the number of the start."""
 
     __pydantic_config__ = FIXED
 
@@ -52,10 +51,10 @@ class _Holder:
 
 @contextmanager
 def held(folders: Iterable[str]) -> Iterator[None]:
-    """Let no other process in that asks for one of these folders, as long as this one lives and is in here.
+    """Hold the locks of these folders while the block runs; any other process that asks for one of them is refused.
 
-    Each process writes its own file before it looks for others: of two that begin at once both may be refused, but
-    never are both let in. Raises PipelineError that says who is there, and ObjectError where nothing can be written.
+    Each process writes its own file before it looks for others. Two that start at once may both be refused, but never
+    are both admitted. Raises PipelineError that names the other process, and ObjectError if a file cannot be written.
     """
     own = [objects.join(folder, FOLDER, _name()) for folder in folders]
     ended = threading.Event()
@@ -63,68 +62,68 @@ def held(folders: Iterable[str]) -> Iterator[None]:
         for url in own:
             stack.callback(_remove, url)
             _write(url)
-        # Also while it waits for a sign of others: who comes meanwhile must not take this one for dead.
-        beating = threading.Thread(target=_beat, args=(own, ended), daemon=True)
-        beating.start()
-        stack.callback(beating.join)
+        # The heartbeat starts before the check for others, which may last: a third process must see this one alive.
+        heartbeat = threading.Thread(target=_beat, args=(own, ended), daemon=True)
+        heartbeat.start()
+        stack.callback(heartbeat.join)
         stack.callback(ended.set)
         _refuse_others(own)
         yield
 
 
 def in_use(folder: str) -> str:
-    """Who writes to a folder, and what to do; empty if nobody does. Judged by the clock, without waiting."""
+    """Say which process writes to a folder, and what to do; "" if none does. It trusts the clock and does not wait."""
     locks = objects.join(folder, FOLDER)
-    for _, holder, place in _found(locks):
-        lives = _lives(holder)
-        if lives or (lives is None and holder and time.time() - holder.time < SILENCE_SECONDS):
-            return _in_use(locks, place)
+    for _, holder, process in _found(locks):
+        alive = _is_alive(holder)
+        if alive or (alive is None and holder and time.time() - holder.time < SILENCE_SECONDS):
+            return _in_use(locks, process)
     return ""
 
 
 def _refuse_others(own: list[str]) -> None:
-    """Raise PipelineError where another process lives than the one that wrote these files; remove those of dead ones.
+    """Raise PipelineError if a process with another lock file is alive; remove the files of dead processes.
 
-    All that may be dead are waited for at once.
+    Waits for all uncertain processes at once.
     """
-    doubted: dict[str, str] = {}
+    uncertain: dict[str, str] = {}
     for locks in dict.fromkeys(url.rpartition("/")[0] for url in own):
-        for url, holder, place in _found(locks):
+        for url, holder, process in _found(locks):
             if url in own:
                 continue
-            lives = _lives(holder)
-            if lives:
-                raise PipelineError(_in_use(locks, place))
-            if lives is None:
-                doubted[url] = place
+            alive = _is_alive(holder)
+            if alive:
+                raise PipelineError(_in_use(locks, process))
+            if alive is None:
+                uncertain[url] = process
             else:
                 objects.delete(url)
-    before = {url: _stamp(url) for url in doubted}
-    for url, place in list(doubted.items())[:1]:
-        more = f" (and {len(doubted) - 1} more)" if len(doubted) > 1 else ""
+    before = {url: _stamp(url) for url in uncertain}
+    for url, process in list(uncertain.items())[:1]:
+        more = f" (and {len(uncertain) - 1} more)" if len(uncertain) > 1 else ""
         print(
-            f"{printable(url)}{more} is there: does {place} live? Waiting for a sign, {SILENCE_SECONDS} s at most",
+            f"{printable(url)}{more} exists: is {process} alive? Waiting for a heartbeat, at most {SILENCE_SECONDS} s",
             file=sys.stderr,
         )
     deadline = time.monotonic() + SILENCE_SECONDS
-    while doubted and time.monotonic() < deadline:
+    while uncertain and time.monotonic() < deadline:
         time.sleep(min(1, SILENCE_SECONDS / 4))
-        for url, place in list(doubted.items()):
+        for url, process in list(uncertain.items()):
             now = _stamp(url)
             if now is None:
-                del doubted[url]
+                del uncertain[url]
             elif now != before[url]:
-                raise PipelineError(_in_use(url.rpartition("/")[0], place))
-    for url in doubted:
+                raise PipelineError(_in_use(url.rpartition("/")[0], process))
+    for url in uncertain:
         objects.delete(url)
 
 
-def _in_use(locks: str, place: str) -> str:
-    return f"{locks.removesuffix(f'/{FOLDER}')} is in use by {place}: wait for it, or end it"
+def _in_use(locks: str, process: str) -> str:
+    return f"{locks.removesuffix(f'/{FOLDER}')} is in use by {process}: wait for it, or end it"
 
 
 def _found(locks: str) -> Iterator[tuple[str, _Holder | None, str]]:
-    """The files of a lock: where each is, what it says if that can be read, and what to call who wrote it."""
+    """The files of a lock: URL, content if it can be read, and a name for the process that wrote it."""
     for url in objects.list_under(locks):
         if url.endswith(".partial"):
             continue
@@ -133,7 +132,7 @@ def _found(locks: str) -> Iterator[tuple[str, _Holder | None, str]]:
             holder = parse_json(objects.read(url), url, _Holder, remedy="it is a lock")
         except ObjectError:
             if _stamp(url) is None:
-                continue  # it is gone meanwhile
+                continue  # it was removed meanwhile
         except DocumentError:
             pass
         if holder is None:
@@ -143,15 +142,15 @@ def _found(locks: str) -> Iterator[tuple[str, _Holder | None, str]]:
             yield url, holder, printable(f"process {holder.pid} on {holder.host}{job}")
 
 
-def _lives(holder: _Holder | None) -> bool | None:
-    """None: who knows? It must be waited for a sign."""
+def _is_alive(holder: _Holder | None) -> bool | None:
+    """Whether the process is alive; None if only waiting for a heartbeat can tell."""
     if holder is None:
         return None
     if holder.machine == _machine():
         return holder.born == _born(holder.pid)
     ours = _job()
     if holder.job and ours and holder.job[0] == ours[0] and holder.job[1] < ours[1]:
-        return False  # a start of this job that is over, as Slurm knows
+        return False  # Slurm has ended that start of this job
     return False if time.time() - holder.time > _DEAD_SECONDS else None
 
 
@@ -162,12 +161,12 @@ def _stamp(url: str) -> str | None:
 def _beat(own: list[str], ended: threading.Event) -> None:
     missing = 0
     while not ended.wait(1 if missing else BEAT_SECONDS):
-        with suppress(ObjectError, OSError):  # the store may be back at the next beat
+        with suppress(ObjectError, OSError):  # the storage may be back at the next heartbeat
             missing = 0 if all(map(objects.exists, own)) else missing + 1
-            if missing == 2:  # a file system may err once
+            if missing == 2:  # a file system may be wrong once
                 print(
-                    f"error: {own[0]} is gone: another process may write there; this one ends. If none does, start the "
-                    "same command again",
+                    f"error: {own[0]} is gone: another process may write there, so this one ends. If no other process "
+                    "does, start the same command again",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -183,31 +182,31 @@ def _write(url: str) -> None:
     try:
         objects.write(url, data)
     except ObjectError:
-        objects.write(url, data)  # whoever left a moment ago removed the empty folder
+        objects.write(url, data)  # another process removed the empty folder just now
 
 
 def _remove(url: str) -> None:
     with suppress(ObjectError):
         objects.delete(url)
     if "://" not in url:
-        with suppress(OSError):  # others wait there
+        with suppress(OSError):  # not empty: another process waits for the lock
             Path(url).parent.rmdir()
 
 
 def _name() -> str:
-    # Containers of one machine may have its name, and processes of the same number.
+    # The token: containers of one machine may share its name and have processes of the same number.
     return f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
 
 
 def _machine() -> str:
-    """Where processes are known by the same numbers: this start of this machine, in this container."""
+    """Identify this boot of this machine and this container: the scope of process numbers."""
     with suppress(OSError):
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
     return socket.gethostname()
 
 
 def _born(pid: int) -> str:
-    """When a process of this machine began, which no other of its number did; empty if it is dead."""
+    """The start time of a process of this machine, which tells it from others of its number; empty if it is dead."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else fields[18]
@@ -216,16 +215,17 @@ def _born(pid: int) -> str:
             return ""
     except ProcessLookupError:
         return ""
-    try:  # no Linux
+    try:  # not Linux
         os.kill(pid, 0)
     except ProcessLookupError:
         return ""
-    return "lives"
+    return "alive"
 
 
 def _job() -> tuple[str, int] | None:
-    """(cluster and job, start); None outside of Slurm."""
+    """(job and cluster, number of the start) in Slurm; None outside of it."""
     if "SLURM_JOB_ID" not in os.environ:
         return None
     job = f"{os.environ['SLURM_JOB_ID']} {os.environ.get('SLURM_CLUSTER_NAME', '')}".rstrip()
-    return job, launch.restarts()
+    start = os.environ.get("SLURM_RESTART_COUNT", "")
+    return job, int(start) if start.isdecimal() else 0

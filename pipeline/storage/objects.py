@@ -1,8 +1,8 @@
-"""Objects by URL: `s3://bucket/key`, and anything without a scheme as a path.
+"""Read and write objects by URL: `s3://bucket/key`, or a path without a scheme.
 
-Endpoint, region and credentials come from where AWS's own tools look: AWS_ENDPOINT_URL,
-AWS_ACCESS_KEY_ID, AWS_PROFILE, ~/.aws, roles. Every wait has a limit, every failure is one
-`ObjectError` that names the object and says what to do, and no message repeats a secret.
+The S3 endpoint, region and credentials come from the usual places of AWS's tools: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
+AWS_PROFILE, ~/.aws, roles. Every wait has a time limit. Every failure is an `ObjectError` that names the object and
+says what to do; no message contains a secret.
 """
 
 import os
@@ -13,28 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.storage import s3
-from pipeline.storage.s3 import ObjectError, Settings, check_range, configure, server, settings
-
-__all__ = [
-    "ObjectError",
-    "Settings",
-    "bytes_received",
-    "configure",
-    "delete",
-    "exists",
-    "join",
-    "list_under",
-    "read",
-    "server",
-    "settings",
-    "size",
-    "stamps",
-    "write",
-]
+from pipeline.storage.atomic import replacing
+from pipeline.storage.s3 import ObjectError, check_range
+from pipeline.storage.s3 import configure as configure
+from pipeline.storage.s3 import server as server
 
 
 class _Counter:
-    """A count that threads share. A forked child begins at zero, with a lock that nobody holds."""
+    """A thread-safe counter. A forked child starts at zero, with a new lock."""
 
     def __init__(self) -> None:
         self._reset()
@@ -52,16 +38,16 @@ _received = _Counter()
 
 
 def bytes_received() -> int:
-    """How many bytes `read` has brought to this process so far, those of failed reads included."""
+    """The number of bytes that this process has received through `read`, failed reads included."""
     return _received.value
 
 
 def read(url: str, start: int = 0, length: int | None = None) -> bytes:
-    """The `length` bytes from byte `start` on; without `length`, all bytes from there to the end.
+    """Return `length` bytes from byte `start`; without `length`, all bytes from there to the end.
 
-    A connection that breaks is made anew, and goes on at the first missing byte. Raises ObjectError when the object
-    is missing, refused, or overwritten meanwhile, when it ends before start + length, and when no byte came for
-    `timeout_s` (of an endpoint that never answered: s3.FIRST_ANSWER_S at most).
+    A broken connection is reopened at the first missing byte. Raises ObjectError if the object is missing, forbidden or
+    overwritten during the read, if it ends before start + length, or if no byte arrives for `timeout_s` (at most
+    s3.FIRST_ANSWER_S for an endpoint that has never answered).
     """
     if length == 0:
         return b""
@@ -80,14 +66,17 @@ def read(url: str, start: int = 0, length: int | None = None) -> bytes:
 def write(url: str, data: bytes | Path) -> None:
     """Store bytes, or the content of the file `data`. Readers see the old object or the whole new one.
 
-    On S3 a large object goes up in parts. If that fails, or the process is killed, the finished parts stay on the
-    server for the next `write` of the same content, which sends the others; nothing is left over after a success.
-    Raises ObjectError as `read` does, and when the object that was stored is not the one that was sent.
+    Large S3 objects are uploaded in parts. After a failure or a kill, the next `write` of the same content sends only
+    the missing parts. Raises ObjectError as `read` does, and if the stored object differs from what was sent.
     """
     location = _s3_location(url)
     with _explained(url):
         if location is None:
-            _write_file(Path(url), data)
+            with replacing(Path(url), durable=False) as partial:
+                if isinstance(data, bytes):
+                    partial.write_bytes(data)
+                else:
+                    shutil.copyfile(data, partial)
         elif isinstance(data, bytes):
             s3.write(*location, len(data), lambda start, length: data[start : start + length])
         else:
@@ -96,22 +85,8 @@ def write(url: str, data: bytes | Path) -> None:
                 s3.write(*location, os.fstat(number).st_size, lambda start, length: os.pread(number, length, start))
 
 
-def _write_file(target: Path, data: bytes | Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        if isinstance(data, bytes):
-            partial.write_bytes(data)
-        else:
-            shutil.copyfile(data, partial)
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def delete(url: str) -> None:
-    """Remove the object; it is no error if there is none."""
+    """Remove the object if it exists."""
     location = _s3_location(url)
     with _explained(url):
         if location is None:
@@ -121,15 +96,15 @@ def delete(url: str) -> None:
 
 
 def list_under(url: str) -> list[str]:
-    """Full URLs of all objects below a folder (a prefix up to a slash), sorted; [] if there are none."""
+    """The full URLs of all objects below a folder (on S3, a prefix that ends at a slash), sorted."""
     return list(stamps(url))
 
 
 def stamps(url: str) -> dict[str, str]:
-    """Full URL -> stamp of all objects below a folder, sorted; {} if there are none.
+    """Map the full URL of every object below a folder to its stamp, sorted by URL.
 
-    A stamp changes when its object does: a file's size and time of modification, on S3 its size and ETag, which
-    the listing has: no object is asked for. Links to folders are followed, but not back to where they are in.
+    A stamp changes when its object changes: it is a file's size and modification time, or an S3 object's size and ETag.
+    On S3 only the listing is requested. Links to folders are followed, except links to a parent folder.
     """
     location = _s3_location(url, key_needed=False)
     if location is None:
@@ -147,14 +122,14 @@ def _file_stamps(folder: Path) -> Iterator[tuple[Path, str]]:
         above = place.resolve()
         folders[:] = [each for each in folders if not above.is_relative_to((place / each).resolve())]
         for path in (place / file for file in files):
-            with suppress(FileNotFoundError):  # removed or renamed since
+            with suppress(FileNotFoundError):  # removed or renamed meanwhile
                 if path.is_file():
                     found = path.stat()
                     yield path, f"{found.st_size} {found.st_mtime_ns}"
 
 
 def exists(url: str) -> bool:
-    """Whether there is such an object. A missing bucket or a refusal is an ObjectError, not a no."""
+    """Whether the object exists. A missing bucket or denied access raises ObjectError."""
     location = _s3_location(url)
     if location is not None:
         return s3.exists(*location)
@@ -176,7 +151,7 @@ def join(url: str, *parts: str) -> str:
 
 
 def _s3_location(url: str, key_needed: bool = True) -> tuple[str, str] | None:
-    """(bucket, key) of an S3 URL, None for a path. No message here repeats what may be a secret."""
+    """Return (bucket, key) of an S3 URL, or None for a path. Error messages never contain a possible secret."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return None
@@ -190,18 +165,18 @@ def _s3_location(url: str, key_needed: bool = True) -> tuple[str, str] | None:
         raise ObjectError(f"{scheme}:// is neither s3://bucket/key nor a path")
     bucket, _, key = rest.partition("/")
     if not bucket or (key_needed and not key):
-        raise ObjectError(f"{url} lacks a {'key' if bucket else 'bucket'}: write s3://bucket/key")
+        raise ObjectError(f"{url} has no {'key' if bucket else 'bucket'}: write s3://bucket/key")
     return bucket, key
 
 
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
-    """Turn what the file system raises into an ObjectError of one line."""
+    """Turn errors of the file system into an ObjectError of one line."""
     try:
         yield
     except FileNotFoundError as error:
         raise ObjectError(f"{error.filename or url}: there is no such file") from error
     except OSError as error:
         raise ObjectError(f"{error.filename or url}: {error.strerror or error}") from error
-    except ValueError as error:  # a NUL in its name
+    except ValueError as error:  # the name contains a NUL
         raise ObjectError(f"{url!r}: {error}: correct the name") from error

@@ -1,7 +1,7 @@
-"""Objects on S3, through boto3, for jobs that run for days: reads and uploads that go on where they broke.
+"""S3 objects through boto3, for jobs that run for days: interrupted reads and uploads resume where they stopped.
 
-boto3's own retries are off, since they cannot resume a body and would multiply the waits. Here every request
-is repeated while its failure may pass, until nothing has moved for `Settings.timeout_s`.
+boto3's own retries are off: they cannot resume a body, and would multiply the waits. This module repeats every request
+that fails with a transient error, until there has been no progress for `Settings.timeout_s`.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import boto3.session
@@ -28,28 +28,28 @@ from urllib3.exceptions import HTTPError
 
 from pipeline.errors import PipelineError
 
-FIRST_ANSWER_S = 10.0  # an endpoint that has never answered is more likely wrong than busy
-MULTIPART_BYTES = 32 << 20  # from here on an object goes up in parts
+FIRST_ANSWER_S = 10.0  # an endpoint that has never answered is more likely wrong than overloaded
+MULTIPART_BYTES = 32 << 20  # objects of this size or more are uploaded in parts
 PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
 UPLOAD_THREADS = 4
 
-Result = TypeVar("Result")
-# A generator of its own: drawing from the global one would change what a seeded run draws next.
+T = TypeVar("T")
+# Not the global generator: drawing from it would change the random numbers of a seeded run.
 _jitter = random.SystemRandom()
 
 
 class ObjectError(PipelineError):
-    """An object cannot be read or written as asked; the message names it and says what to do."""
+    """An object cannot be read or written; the message names it and says what to do."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How this process speaks to S3.
+    """How this process accesses S3.
 
-    timeout_s: seconds without progress after which a read or write is an error.
-    requester_pays: who reads and writes pays for it, where the bucket's owner asks for that.
-    addressing: the bucket's name goes into the URL's "path" or its host ("virtual"); "auto": path except on AWS.
+    timeout_s: a read or write fails after this many seconds without progress.
+    requester_pays: accept the charges for access to requester-pays buckets.
+    addressing: the bucket's name is in the URL's "path" or in its host ("virtual"); "auto": path except on AWS.
     """
 
     timeout_s: float = 120.0
@@ -58,87 +58,78 @@ class Settings:
 
 
 _settings = Settings()
-_answered: set[str] = set()  # endpoints that were heard of, be it a refusal
-_making = threading.Lock()  # a client
-_speaking: set[int] = set()  # the system's numbers of the threads that used one
+_answered: set[str] = set()  # endpoints that have answered, even with an error
+_client_lock = threading.Lock()
+_client_threads: set[int] = set()  # native ids of the threads that used a client
 
 
 def _before_fork() -> None:
-    """Wait for the threads that have ended to be gone.
+    """Wait until the system has cleaned up the client threads that have ended in Python.
 
-    For Python they have ended before the system has them clear up, for which they lock OpenSSL's tables: in a child
-    that was forked just then these stay locked, and its first connection would wait for ever.
+    During this cleanup a thread holds a lock of OpenSSL. A child forked at that moment would inherit the locked lock,
+    and its first connection would hang.
     """
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         living = {thread.native_id for thread in threading.enumerate()}
-        ending = {thread for thread in _speaking - living if Path(f"/proc/self/task/{thread}").exists()}
-        _speaking.intersection_update(living | ending)
+        ending = {thread for thread in _client_threads - living if Path(f"/proc/self/task/{thread}").exists()}
+        _client_threads.intersection_update(living | ending)
         if not ending and living == {thread.native_id for thread in threading.enumerate()}:
-            return  # nor did one end just now
+            return  # and no thread ended meanwhile
         time.sleep(0.001)
 
 
 def _after_fork() -> None:
-    global _making
-    _making = threading.Lock()  # a thread that the child lacks may have held the old one
-    _speaking.clear()
+    global _client_lock
+    _client_lock = threading.Lock()  # another thread of the parent may have held the old one
+    _client_threads.clear()
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
-def configure(
-    *,
-    timeout_s: float = Settings.timeout_s,
-    requester_pays: bool = Settings.requester_pays,
-    addressing: Literal["auto", "path", "virtual"] = Settings.addressing,
-) -> None:
-    """Set, for this process and those it forks from now on, what `Settings` explains."""
+def configure(**settings: Any) -> None:
+    """Set the `Settings` of this process and of the processes that it forks later."""
     global _settings
-    _settings = Settings(timeout_s, requester_pays, addressing)
-
-
-def settings() -> Settings:
-    """The settings in force; a spawned process takes them over by `configure(**asdict(settings()))`."""
-    return _settings
+    _settings = Settings(**settings)
 
 
 def server() -> str:
-    """The endpoint to which this process speaks."""
+    """The S3 endpoint of this process."""
     return _client().meta.endpoint_url
 
 
 def read(bucket: str, key: str, start: int, length: int | None, count: Callable[[int], None]) -> bytes:
-    """`length` bytes from byte `start` on, or all to the end. `count` is told of every run of bytes that comes.
+    """Return `length` bytes from byte `start`, or all to the end. `count` gets the size of each chunk received.
 
-    A body that breaks off is resumed at the first missing byte, if the object is still the same.
+    An interrupted body is resumed at the first missing byte, if the object has not changed.
     """
     url = f"s3://{bucket}/{key}"
     end = None if length is None else start + length
-    chunks, position, etag = [], start, None
-    patience = _Patience(f"{url}, bytes {start}-{'' if end is None else end - 1}")
+    chunks: list[bytes] = []
+    position, etag = start, None
+    retries = _Retries(f"{url}, bytes {start}-{'' if end is None else end - 1}")
     with _explained(url):
         while end is None or position < end:
             try:
                 response, end = _get(bucket, key, position, end, etag)
                 etag = response.get("ETag")
                 with response["Body"] as body:
-                    # read1 hands over what has come; read would lose it if the rest of a chunk does not come.
+                    # read1 returns what has arrived; read would lose it if the rest of a chunk never arrives.
                     while position < end and (chunk := body.read1(min(1 << 20, end - position))):
                         chunks.append(chunk)
                         position += len(chunk)
                         count(len(chunk))
-                        patience.progress()
+                        retries.progress()
                 if position < end:
                     raise _ShortBody
             except (*_ERRORS, _ShortBody) as error:
-                patience.wait(error)
+                retries.wait(error)
     return b"".join(chunks)
 
 
 def _get(bucket: str, key: str, start: int, end: int | None, etag: str | None) -> tuple[dict, int]:
-    """The answer whose body is bytes start..end-1 (None: to the object's end) of the version `etag`, and the end."""
+    """Request bytes start..end-1 (None: to the object's end) of version `etag`. Returns the response and the end."""
     url = f"s3://{bucket}/{key}"
     wanted = {} if etag is None else {"IfMatch": etag}
     if start or end is not None:
@@ -151,34 +142,34 @@ def _get(bucket: str, key: str, start: int, end: int | None, etag: str | None) -
         if _code(error) in ("InvalidRange", "416"):
             check_range(url, start, end, size(bucket, key))
         raise
-    if etag not in (None, response.get("ETag")):  # from a server that does not know If-Match
+    if etag not in (None, response.get("ETag")):  # the server does not support If-Match
         raise _overwritten(url)
     if "Range" not in wanted:
         return response, response["ContentLength"]
-    # "bytes 0-9/100"; a server that cut the range to the object's end says so here
+    # "bytes 0-9/100"; the total shows whether the server cut the range at the object's end
     served = re.fullmatch(rf"bytes {start}-\d+/(\d+)", response.get("ContentRange", ""))
     if served is None:
-        raise ObjectError(f"{url}: the server ignores byte ranges, which streaming needs")
+        raise ObjectError(f"{url}: the server does not support ranged reads, which streaming needs: use another server")
     total = int(served[1])
     check_range(url, start, end, total)
     return response, total if end is None else end
 
 
 def _overwritten(url: str) -> ObjectError:
-    return ObjectError(f"{url} was overwritten while it was being read: start again, once it stays as it is")
+    return ObjectError(f"{url} was overwritten while it was being read: restart when it no longer changes")
 
 
 def check_range(url: str, start: int, end: int | None, total: int) -> None:
-    """ObjectError unless bytes start..end-1 (None: at least one byte from `start` on, if not 0) are among `total`."""
+    """Raise ObjectError unless an object of `total` bytes contains bytes start..end-1 (None: to its end)."""
     if start < 0 or total < ((start + 1 if start else 0) if end is None else end):
         raise ObjectError(
             f"{url}: bytes {start}-{'' if end is None else end - 1} are out of bounds, it has {total}: "
-            "if it was cut short, upload it again"
+            "if it is truncated, upload it again"
         )
 
 
 def write(bucket: str, key: str, total: int, part: Callable[[int, int], bytes]) -> None:
-    """Store `total` bytes, of which `part(start, length)` gives any run, in any thread."""
+    """Store `total` bytes. `part(start, length)` returns a range of them; several threads call it."""
     if total < MULTIPART_BYTES:
         data = part(0, total)
         _call(f"s3://{bucket}/{key}", "put_object", Bucket=bucket, Key=key, **_checked(data, _md5(data)))
@@ -187,7 +178,7 @@ def write(bucket: str, key: str, total: int, part: Callable[[int, int], bytes]) 
 
 
 def _write_parts(bucket: str, key: str, total: int, part: Callable[[int, int], bytes]) -> None:
-    """A multipart upload, which goes on with one that was broken off and began with the same content."""
+    """Upload in parts; resume an unfinished upload of this key that began with the same content."""
     url, where = f"s3://{bucket}/{key}", {"Bucket": bucket, "Key": key}
     step = max(PART_BYTES, -(-total // MAX_PARTS))
     unfinished = _unfinished(bucket, key)
@@ -198,12 +189,12 @@ def _write_parts(bucket: str, key: str, total: int, part: Callable[[int, int], b
         return parts[first] == (len(data), _md5(data).hex())
 
     upload = next((upload for upload, parts in unfinished.items() if parts and begins_like_ours(parts)), None)
-    there = unfinished.get(upload, {})
+    there = unfinished[upload] if upload else {}
     if upload is None:
         upload = _call(url, "create_multipart_upload", **where)["UploadId"]
 
     def send(number: int) -> tuple[str, bytes]:
-        """The ETag and the MD5 of a part, once it is on the server."""
+        """Upload a part, if the server lacks it. Returns its ETag and its MD5."""
         data = part((number - 1) * step, step)
         md5 = _md5(data)
         if there.get(number) == (len(data), md5.hex()):
@@ -212,7 +203,7 @@ def _write_parts(bucket: str, key: str, total: int, part: Callable[[int, int], b
         return _call(f"{url}, part {number}", "upload_part", **this)["ETag"].strip('"'), md5
 
     def complete() -> bool:
-        """Whether the server says so. It cannot if an earlier answer was lost: then the upload is gone."""
+        """Complete the upload. False if it no longer exists, as after an earlier completion whose response was lost."""
         try:
             _client().complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": listed})
         except aws.ClientError as error:
@@ -226,27 +217,29 @@ def _write_parts(bucket: str, key: str, total: int, part: Callable[[int, int], b
     listed = [{"PartNumber": number, "ETag": etag} for number, (etag, _) in enumerate(sent, 1)]
     completed = _persist(url, complete)
 
-    # The usual ETag is the MD5 of the parts' MD5s; stores that encrypt with keys of their own have others.
+    # The usual ETag is the MD5 of the parts' MD5s; stores that encrypt with their own keys have other ETags.
     expected = f'"{_md5(b"".join(md5 for _, md5 in sent)).hex()}-{len(sent)}"'
     stored = _persist(url, lambda: _head(bucket, key))
     usual = all(etag == md5.hex() for etag, md5 in sent) and re.fullmatch(r'"\w{32}-\d+"', stored["ETag"])
     if stored["ContentLength"] != total or (stored["ETag"] != expected and (usual or not completed)):
-        raise ObjectError(f"{url} is not what was sent ({stored['ContentLength']} bytes of {total}): upload it again")
+        raise ObjectError(
+            f"{url} differs from what was sent ({stored['ContentLength']} of {total} bytes): upload it again"
+        )
     for stale in unfinished.keys() - {upload}:
-        with suppress(ObjectError):  # the object is whole, even where these credentials may not tidy up
+        with suppress(ObjectError):  # the object is complete, even if these credentials may not delete uploads
             _call(url, "abort_multipart_upload", **where, UploadId=stale)
 
 
 def _unfinished(bucket: str, key: str) -> dict[str, dict[int, tuple[int, str]]]:
-    """Of each upload of this key that was begun and not ended: size and ETag of its parts there, by number."""
+    """Map each unfinished upload of this key to its finished parts: number -> (size, ETag)."""
 
     def listed(operation: str, kind: str, **where: str) -> list[dict]:
         try:
             return _client().get_paginator(operation).paginate(**where).build_full_result().get(kind, [])
         except aws.ClientError as error:
-            if _passing(error):
+            if _transient(error):
                 raise
-            return []  # a server that does not list uploads, or not for us: begin anew
+            return []  # the server does not list uploads, or not with these credentials: start a new one
 
     url = f"s3://{bucket}/{key}"
     uploads = _persist(url, partial(listed, "list_multipart_uploads", "Uploads", Bucket=bucket, Prefix=key))
@@ -262,26 +255,26 @@ def _md5(data: bytes) -> bytes:
 
 
 def _checked(data: bytes, md5: bytes) -> dict:
-    """A request's body, with what the server needs to refuse it if it was damaged on the way."""
+    """A request's body, and its checksum, by which the server detects damage in transit."""
     return {"Body": data, "ContentMD5": b64encode(md5).decode()}
 
 
 def stamps_under(bucket: str, prefix: str) -> Iterator[tuple[str, str]]:
-    """All keys that begin with `prefix`, with the size and the ETag that the listing gives."""
-    more = {}
+    """Yield every key that begins with `prefix`, and its size and ETag from the listing."""
+    more: dict[str, str] | None = {}
     while more is not None:
         page = _call(f"s3://{bucket}/{prefix}", "list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-        if "Name" not in page and not page.get("Contents"):  # HTML can be XML, too
+        if "Name" not in page and not page.get("Contents"):  # HTML may parse as XML
             raise ObjectError(
-                f"s3://{bucket}/{prefix}: the answer is none of S3's, but perhaps of a proxy or a login page: is "
-                "AWS_ENDPOINT_URL right?"
+                f"s3://{bucket}/{prefix}: the response is not from S3, but perhaps from a proxy or a login page: check "
+                "AWS_ENDPOINT_URL"
             )
         yield from ((entry["Key"], f"{entry['Size']} {entry['ETag']}") for entry in page.get("Contents", []))
         more = {"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else None
 
 
 def exists(bucket: str, key: str) -> bool:
-    """Whether there is such an object."""
+    """Whether the object exists."""
 
     def found() -> bool:
         try:
@@ -301,7 +294,7 @@ def size(bucket: str, key: str) -> int:
 
 
 def delete(bucket: str, key: str) -> None:
-    """Remove the object, if there is one."""
+    """Remove the object if it exists."""
     _call(f"s3://{bucket}/{key}", "delete_object", Bucket=bucket, Key=key)
 
 
@@ -309,22 +302,21 @@ def _head(bucket: str, key: str) -> dict:
     try:
         return _client().head_object(Bucket=bucket, Key=key)
     except aws.ClientError:
-        # A refused HEAD has no body to say why; a GET of one byte has.
+        # The response to a failed HEAD has no body with a reason; that to a GET of one byte has.
         _client().get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
         raise
 
 
 class _ShortBody(Exception):
-    """A body that ended before its range did."""
+    """The body ended before the requested range did."""
 
 
-# Of any request: what boto3 calls an error of its own, and what comes through it from urllib3 and its parsers, where an
-# answer breaks off or is damaged.
+# boto3's errors, and those of urllib3 and boto3's parsers that pass through it if a response is incomplete or damaged.
 _ERRORS = (aws.ClientError, aws.BotoCoreError, HTTPError, ResponseParserError)
 
 
-class _Patience:
-    """Between attempts at one thing: backoff with full jitter, until nothing has moved for too long.
+class _Retries:
+    """The waits between attempts of one operation: backoff with full jitter, until there is no progress for too long.
 
     Full jitter: Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
     """
@@ -336,8 +328,8 @@ class _Patience:
         self.failures, self.moved = 0, time.monotonic()
 
     def wait(self, error: Exception) -> None:
-        """Sleep before the next attempt. Raise `error` itself if it will not pass, ObjectError if time is up."""
-        reason = _passing(error)
+        """Sleep before the next attempt. Raise `error` if it is not transient, ObjectError if the time is up."""
+        reason = _transient(error)
         if reason is None:
             raise error
         self.failures += 1
@@ -351,27 +343,27 @@ class _Patience:
         time.sleep(min(_jitter.uniform(0, min(10.0, 0.1 * 2 ** min(self.failures, 7))), limit - idle))
 
 
-def _persist(what: str, call: Callable[[], Result]) -> Result:
-    """What `call` returns, once it does. Its errors are explained."""
-    patience = None
+def _persist(what: str, call: Callable[[], T]) -> T:
+    """Call `call` until it succeeds, and return its result. Other errors than transient ones become ObjectError."""
+    retries = None
     with _explained(what):
         while True:
             try:
                 return call()
             except _ERRORS as error:
-                # Time runs from the first failure: a large part on a slow line is not late for having been sent.
-                patience = patience or _Patience(what)
-                patience.wait(error)
+                # The time starts at the first failure: sending a large part over a slow line is no delay.
+                retries = retries or _Retries(what)
+                retries.wait(error)
 
 
-def _call(what: str, operation: str, **parameters) -> dict:
-    """One of the client's operations, persistently."""
+def _call(what: str, operation: str, **parameters: object) -> dict[str, Any]:
+    """Call one of the client's operations, with retries."""
     return _persist(what, lambda: getattr(_client(), operation)(**parameters))
 
 
-_PASSING_STATUS = {408, 429, 500, 502, 503, 504}
-_PASSING_CODES = {
-    "BadDigest",  # damaged on the way
+_TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+_TRANSIENT_CODES = {
+    "BadDigest",  # damaged in transit
     "BandwidthLimitExceeded",
     "InternalError",
     "OperationAborted",
@@ -386,62 +378,62 @@ _PASSING_CODES = {
 }
 
 
-def _passing(error: Exception) -> str | None:
-    """What went wrong, if another attempt may mend it."""
+def _transient(error: Exception) -> str | None:
+    """The reason of an error that another attempt may not have; None for other errors."""
     if isinstance(error, aws.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if status in _PASSING_STATUS or _code(error) in _PASSING_CODES:
-            cause = "is the network failing" if _code(error) == "BadDigest" else "is it overloaded"
-            return f"the server answered {status} {_code(error)}: {cause}?"
+        if status in _TRANSIENT_STATUS or _code(error) in _TRANSIENT_CODES:
+            hint = "is the network failing" if _code(error) == "BadDigest" else "is it overloaded"
+            return f"the server answered {status} {_code(error)}: {hint}?"
     elif isinstance(error, (aws.ConnectionError, aws.HTTPClientError)):
         endpoint = _client().meta.endpoint_url
-        return f"no answer from {endpoint} ({type(error).__name__}): is it up, is AWS_ENDPOINT_URL right?"
+        return f"no answer from {endpoint} ({type(error).__name__}): is the server up, is AWS_ENDPOINT_URL right?"
     elif isinstance(error, (HTTPError, ResponseParserError, _ShortBody)):
-        return f"the answer broke off ({type(error).__name__.lstrip('_')}): is the network failing?"
+        return f"the response broke off ({type(error).__name__.lstrip('_')}): is the network failing?"
     return None
 
 
-def _client():
-    """This process's S3 client: after a fork, and when settings or the AWS environment change, a new one."""
+def _client() -> Any:
+    """This process's S3 client. A fork, other settings or another AWS environment get a new one."""
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    _speaking.add(threading.get_native_id())
-    with _making:  # threads that begin together would each make one
+    _client_threads.add(threading.get_native_id())
+    with _client_lock:
         return _make_client(os.getpid(), frozenset(environment.items()), _settings)
 
 
 @lru_cache(maxsize=4)
-def _make_client(pid: int, environment: frozenset[tuple[str, str]], settings: Settings):
+def _make_client(pid: int, environment: frozenset[tuple[str, str]], settings: Settings) -> Any:
     options = {
-        # A third: one connection that stalls is replaced before all is given up.
+        # A third of the limit: a stalled connection is replaced before the operation fails.
         "connect_timeout": min(10.0, settings.timeout_s / 3),
         "read_timeout": min(20.0, settings.timeout_s / 3),
         "retries": {"mode": "standard", "total_max_attempts": 1},
         "max_pool_connections": 16,
         "tcp_keepalive": True,
-        # AWS's newer checksums: few other servers know them, uploads carry an MD5, and resumed bodies have none.
+        # Few servers but AWS support its newer checksums. Uploads have an MD5; resumed bodies have no checksum.
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
     }
     path_style = {"s3": {"addressing_style": "path"}}
     addressing = {"auto": {}, "path": path_style, "virtual": {"s3": {"addressing_style": "virtual"}}}
-    session = boto3.session.Session()  # the default session is not safe to share between threads
+    session = boto3.session.Session()  # the default session is not thread-safe
     try:
         client = session.client("s3", config=Config(**options, **addressing[settings.addressing]))
         endpoint = urlsplit(client.meta.endpoint_url)
         aws_host = (endpoint.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
-        if settings.addressing == "auto" and not aws_host:  # there, buckets are rarely host names
+        if settings.addressing == "auto" and not aws_host:  # other servers rarely support buckets as host names
             client = session.client("s3", config=Config(**options, **path_style))
     except ValueError as error:
-        raise ObjectError("the S3 endpoint is no URL: set AWS_ENDPOINT_URL to http(s)://host:port") from error
+        raise ObjectError("the S3 endpoint is not a URL: set AWS_ENDPOINT_URL to http(s)://host:port") from error
     if endpoint.username is not None:
-        raise ObjectError("AWS_ENDPOINT_URL carries credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        raise ObjectError("AWS_ENDPOINT_URL contains credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     client.meta.events.register("after-call.s3", lambda **_: _answered.add(client.meta.endpoint_url))
     if settings.requester_pays:
         client.meta.events.register("before-parameter-build.s3", _requester_pays)
     return client
 
 
-def _requester_pays(params: dict, model, **_) -> None:
+def _requester_pays(params: dict[str, str], model: Any, **_: object) -> None:
     if "RequestPayer" in model.input_shape.members:
         params["RequestPayer"] = "requester"
 
@@ -453,11 +445,11 @@ def _code(error: aws.ClientError) -> str:
 _ADVICE = {
     "NoSuchBucket": "there is no such bucket: create it, or correct the name or AWS_ENDPOINT_URL",
     "NoSuchKey": "there is no such object: correct the name, or upload it",
-    "NoSuchUpload": "another program, or a rule of the bucket, ended this upload: upload it again",
+    "NoSuchUpload": "another program or a rule of the bucket ended this upload: upload it again",
     "SignatureDoesNotMatch": "the secret key is wrong: correct AWS_SECRET_ACCESS_KEY (or the profile's)",
-    "InvalidAccessKeyId": "the access key is unknown there: correct AWS_ACCESS_KEY_ID (or the profile's)",
+    "InvalidAccessKeyId": "the server does not know the access key: correct AWS_ACCESS_KEY_ID (or the profile's)",
     "ExpiredToken": "the session token has expired: sign in again",
-    "AccessDenied": "access denied: these credentials may not do this here, or there is no such object",
+    "AccessDenied": "access denied: these credentials lack the permission, or the object does not exist",
     "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION to the bucket's",
 }
 _ADVICE |= {"404": _ADVICE["NoSuchKey"], "403": _ADVICE["AccessDenied"], "301": _ADVICE["PermanentRedirect"]}
@@ -465,12 +457,12 @@ _ADVICE |= {"404": _ADVICE["NoSuchKey"], "403": _ADVICE["AccessDenied"], "301": 
 
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
-    """Turn what boto3 raises into an ObjectError of one line."""
+    """Turn boto3's errors into an ObjectError of one line."""
     try:
         yield
     except aws.ClientError as error:
         code = _code(error)
-        advice = _ADVICE.get(code) or _one_line(f"{code}: {error.response['Error'].get('Message', '')}")
+        advice = _ADVICE.get(code or "") or _one_line(f"{code}: {error.response['Error'].get('Message', '')}")
         raise ObjectError(f"{url}: {advice}") from error
     except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError) as error:
         advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"

@@ -101,9 +101,9 @@ def test_a_good_caption_is_enough(tmp_path, capsys):
         ("three",),
     ]
     said = capsys.readouterr().err
-    assert f"note: 2 of the images of {tmp_path / 'own.json'} are left out, for they have no split" in said
-    assert f"note: 11 captions of {tmp_path / 'own.json'} are left out beside others of their rows; the first, " in said
-    assert "good.png: no caption: 7 is no text\n" in said
+    assert f"note: 2 images of {tmp_path / 'own.json'} have no split and are skipped" in said
+    assert f"note: 11 unusable captions of {tmp_path / 'own.json'} are skipped; " in said
+    assert "good.png: no caption: 7 is not a text\n" in said
 
 
 def test_mistakes_are_clear_errors(source, tmp_path):
@@ -114,5 +114,5 @@ def test_mistakes_are_clear_errors(source, tmp_path):
     assert "must have one <image>" in error_of("coco-captions", source, dest, "--query", "Describe.")
     for text in ("[]", "{", '{"images": [{"filename": "a"}]}', '{"images": 3}', "[" * 200_000):
         source.write_text(text)
-        assert "is not in the form that --help describes" in error_of("coco-captions", source, dest)
+        assert "does not have the form that --help describes" in error_of("coco-captions", source, dest)
     assert not dest.exists()

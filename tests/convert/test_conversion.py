@@ -18,7 +18,7 @@ from conversion import content, error_of, make_shards, picture, read_all, start
 from limits import HANG_SECONDS
 
 from pipeline.convert.command import _content
-from pipeline.convert.engine import Result, _folders, allowed
+from pipeline.convert.engine import JobResult, _folders, allowed
 from pipeline.convert.rows import Rejection
 from pipeline.convert.sharding import convert
 from pipeline.data.index import Index
@@ -70,7 +70,7 @@ def test_samples_are_the_rows_in_order(source, tmp_path):
         kept = [number for number in numbers if number != BROKEN]
         assert [sample.key for sample in samples[name]] == [f"{number + 1:08d}" for number in kept]
         assert [sample.target.text for sample in samples[name]] == [f"target {number}" for number in kept]
-        sizes = [shard.bytes for shard in Index.load(str(dest / name)).shards]
+        sizes = [shard.size for shard in Index.load(str(dest / name)).shards]
         assert len(sizes) > 1
         assert all(0.9 < size / (1 << 20) < 1.1 for size in sizes[:-1])
     (listed,) = map(json.loads, (dest / "A/rejected.jsonl").read_text().splitlines())
@@ -127,7 +127,7 @@ def test_interrupted_on_the_way_to_s3_it_ends_at_once_and_goes_on(s3, source, un
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130, output
-    assert output[1].splitlines()[-1] == "interrupted: the same command goes on from here"
+    assert output[1].splitlines()[-1] == "interrupted: the same command continues from here"
     assert "Traceback" not in output[1]
     _, alive = psutil.wait_procs(children, timeout=HANG_SECONDS)
     assert alive == []
@@ -255,12 +255,12 @@ def test_what_the_fraction_allows():
 
 
 def test_nothing_left_is_an_error(tmp_path):
-    with pytest.raises(PipelineError, match="no row can be used"):
+    with pytest.raises(PipelineError, match="no row is usable"):
         convert({str(tmp_path / "out"): Numbers(5, frozenset(range(5)))}, options={}, max_rejected=1)
     assert len((tmp_path / "out/rejected.jsonl").read_text().splitlines()) == 5
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
-    assert "no row can be used, SOURCE has none" in error_of("img2dataset", tmp_path, tmp_path / "none")
+    assert "no row is usable, SOURCE has none" in error_of("img2dataset", tmp_path, tmp_path / "none")
     with pytest.raises(PipelineError, match="Numbers: the source has no rows"):
         convert({str(tmp_path / "out"): Numbers(0)}, options={})
 
@@ -273,9 +273,9 @@ def test_a_sample_too_large_for_memory_is_rejected_unread(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"options": {"query": "b"}}, "whose query was 'a' and is 'b' now"),
-        ({"shards": 5}, "whose shards was 10 and is 5 now"),
-        ({"rows": Numbers(100, dataset="Other")}, "whose dataset was 'Numbers' and is 'Other' now"),
+        ({"options": {"query": "b"}}, "whose query was 'a' and is now 'b'"),
+        ({"shards": 5}, "whose shards was 10 and is now 5"),
+        ({"rows": Numbers(100, dataset="Other")}, "whose dataset was 'Numbers' and is now 'Other'"),
     ],
 )
 def test_another_conversion_is_not_gone_on_with(tmp_path, change, named):
@@ -286,7 +286,7 @@ def test_another_conversion_is_not_gone_on_with(tmp_path, change, named):
     given = {"rows": Numbers(100), "options": {"query": "a"}, "shards": 10} | change
     with pytest.raises(PipelineError) as caught:
         convert({dest: given.pop("rows")}, **given)
-    assert f"{dest} holds an unfinished conversion {named}" in str(caught.value)
+    assert f"{dest} contains an unfinished conversion {named}" in str(caught.value)
     assert (
         "give the same command with the same source, or delete .unfinished, rejected.jsonl, *.idx.npy and, unless"
         in str(caught.value)
@@ -299,7 +299,7 @@ def test_a_finished_dataset_is_refused(tmp_path):
     convert({dest: Numbers(10)}, options={})
     before = content(dest)
     named = "choose another DEST, or delete index.json, rejected.jsonl and *.idx.npy there, and the *.tar if"
-    with pytest.raises(PipelineError, match="out holds a dataset already: " + re.escape(named)):
+    with pytest.raises(PipelineError, match="out already contains a dataset: " + re.escape(named)):
         convert({str(tmp_path / "new"): Numbers(10), dest: Numbers(10)}, options={})
     assert content(dest) == before
     assert content(str(tmp_path / "new")) == {}
@@ -310,7 +310,7 @@ def test_a_changed_source_is_not_gone_on_with(tmp_path, rows):
     dest = str(tmp_path / "out")
     with pytest.raises(PipelineError, match="max-rejected"):
         convert({dest: Numbers(100, frozenset({55}))}, options={}, shards=10, max_rejected=0)
-    with pytest.raises(PipelineError, match="SOURCE has changed since: restore it, or delete"):
+    with pytest.raises(PipelineError, match="SOURCE has changed: restore it, or delete"):
         convert({dest: rows}, options={}, shards=10)
 
 
@@ -320,7 +320,7 @@ def test_a_changed_line_of_the_same_length_is_a_changed_source(source, tmp_path)
     file.write_bytes(source.read_bytes())
     error_of(*given, "--max-rejected", 0)
     file.write_bytes(source.read_bytes().replace(b"target 399", b"target 398"))
-    assert "SOURCE has changed since" in error_of(*given)
+    assert "SOURCE has changed" in error_of(*given)
     file.write_bytes(source.read_bytes())
     make_shards(*given)
 
@@ -338,10 +338,10 @@ def test_a_parquet_file_written_anew_is_a_changed_source(tmp_path):
 @pytest.mark.parametrize("name", ["000001.tar", "000001.idx.npy", "rejected.jsonl", "more.bin"])
 def test_files_of_others_are_not_overwritten(tmp_path, name):
     (tmp_path / name).write_bytes(b"precious")
-    with pytest.raises(PipelineError, match=f"{re.escape(name)} is there already and would be overwritten"):
+    with pytest.raises(PipelineError, match=f"{re.escape(name)} exists and would be overwritten"):
         convert({str(tmp_path): Numbers(10)}, options={}, shards=2)
     assert content(str(tmp_path)) == {f"/{name}": b"precious"}
-    with pytest.raises(PipelineError, match=f"{re.escape(name)} is there already and would be overwritten"):
+    with pytest.raises(PipelineError, match=f"{re.escape(name)} exists and would be overwritten"):
         convert({str(tmp_path / "out"): Numbers(10)}, options={}, files=[(str(tmp_path / name), b"")])
 
 
@@ -414,7 +414,7 @@ def test_of_several_datasets_the_finished_ones_are_not_done_again(tmp_path, tidy
     assert state(tmp_path / "first/000000.tar") == before
     assert [index.samples for index in indexes.values()] == [10, 9]
     assert not (tmp_path / "first/.unfinished").exists()
-    with pytest.raises(PipelineError, match="first holds a dataset already"):
+    with pytest.raises(PipelineError, match="first already contains a dataset"):
         convert(both, options={}, max_rejected=0.1)
 
 
@@ -426,7 +426,7 @@ def test_a_shard_that_is_gone_or_cut_short_is_made_again(tmp_path):
     (dest / "000002.tar").unlink()
     (dest / "000004.idx.npy").write_bytes(b"short")
     (dest / ".000004.idx.npy.1.partial").write_bytes(b"what a kill leaves")
-    (dest / "000004.tar.partial").write_bytes(b"what a kill leaves")
+    (dest / ".000004.tar.1.partial").write_bytes(b"what a kill leaves")
     (dest / ".unfinished/.000009.json.1.partial").write_bytes(b"what a kill leaves")
     convert({str(dest): Numbers(100)}, options={}, shards=10)
     assert content(str(dest)) == content(str(whole))
@@ -439,7 +439,7 @@ class Deadly(Numbers):
 
 
 def test_a_killed_process_is_one_clear_error(tmp_path):
-    with pytest.raises(PipelineError, match="a process was killed; if memory ran out, choose fewer --processes"):
+    with pytest.raises(PipelineError, match="a process was killed: if memory ran out, use fewer --processes"):
         convert({str(tmp_path / "out"): Deadly(10)}, options={}, shards=2, processes=2)
 
 
@@ -447,12 +447,12 @@ def test_mistakes_of_the_command_line(source, tmp_path):
     for arguments, reason in [
         (("jsonl", tmp_path / "none.jsonl", tmp_path / "out"), "none.jsonl: No such file"),
         (("jsonl", source, tmp_path / "out", "--images", tmp_path / "none"), "none: there is no such folder"),
-        (("jsonl", source, tmp_path / "out", "--dataset", "a b"), "cannot name a dataset"),
+        (("jsonl", source, tmp_path / "out", "--dataset", "a b"), "is not a valid dataset name"),
         (("jsonl", source, "/proc/none/out"), "/proc/none"),
         (("jsonl", source, "s3://me:hidden@bucket/x"), "carries credentials"),
         (("jsonl", "s3://bucket/p.jsonl", tmp_path / "out"), "SOURCE s3://bucket/p.jsonl must be a local file"),
         (("mmeb-train", tmp_path, f"{tmp_path}/"), "is SOURCE: choose another DEST"),
-        (("jsonl", source, tmp_path / "out", "--image-quality", 80), "give that too, or neither"),
+        (("jsonl", source, tmp_path / "out", "--image-quality", 80), "give both, or neither"),
     ]:
         text = error_of(*arguments)
         assert reason in text
@@ -490,7 +490,7 @@ def test_a_record_that_names_another_place_is_not_believed(tmp_path):
     result = json.loads(record.read_text())
     result["shard"]["file"] = "../000000.tar"
     record.write_text(json.dumps(result))
-    assert Result.from_json(record.read_bytes(), str(record)) is None
+    assert JobResult.from_json(record.read_bytes(), str(record)) is None
     (index,) = convert({str(dest): Numbers(40)}, options={}, shards=10).values()
     assert index.samples == 40
 
@@ -499,5 +499,5 @@ def test_a_plan_that_says_more_is_another_plan(tmp_path):
     dest = tmp_path / "out"
     with pytest.raises(PipelineError, match="rows are rejected"):
         convert({str(dest): Numbers(40, frozenset({39}))}, options={"scale": 2}, shards=10, max_rejected=0.0)
-    with pytest.raises(PipelineError, match="unfinished conversion whose scale was 2 and is None now"):
+    with pytest.raises(PipelineError, match="unfinished conversion whose scale was 2 and is now None"):
         convert({str(dest): Numbers(40)}, options={}, shards=10)

@@ -157,7 +157,7 @@ def test_the_result_is_the_same_on_any_number_of_processes_and_after_a_break(tmp
     last = tmp_path / "source/00002.tar"
     whole = last.read_bytes()
     last.write_bytes(whole[:3000])
-    with pytest.raises(PipelineError, match=r"00002\.tar is no tar, or a damaged one"):
+    with pytest.raises(PipelineError, match=r"00002\.tar is not a tar, or is damaged"):
         index(tmp_path / "source", tmp_path / "three", *OPTIONS)
     assert not (tmp_path / "three/index.json").exists()
     recorded = {path.name[:9] for path in (tmp_path / "three/.unfinished").glob("*.tar.*")}
@@ -176,7 +176,7 @@ def test_a_tar_that_changed_since_the_break_is_indexed_again(tmp_path):
     last = tmp_path / "source/00002.tar"
     whole = last.read_bytes()
     last.write_bytes(whole[:3000])
-    with pytest.raises(PipelineError, match=r"00002\.tar is no tar"):
+    with pytest.raises(PipelineError, match=r"00002\.tar is not a tar"):
         index(tmp_path / "source", tmp_path / "dest", *OPTIONS)
     last.write_bytes(whole)
     write_tar(tmp_path / "source/00000.tar", {"new": members(0)})
@@ -192,7 +192,7 @@ def test_other_options_are_another_indexing(tmp_path):
     with pytest.raises(PipelineError, match="unfinished conversion whose captions"):
         index(tmp_path / "source", tmp_path / "dest", "--processes", "1", "--query", "<image>")
     index(tmp_path / "source", tmp_path / "dest", "--processes", "1", "--max-rejected", "0.5")
-    with pytest.raises(PipelineError, match="holds a dataset already"):
+    with pytest.raises(PipelineError, match="already contains a dataset"):
         index(tmp_path / "source", tmp_path / "dest")
 
 
@@ -229,12 +229,12 @@ def broken_tars() -> dict[str, tuple[bytes, str]]:
     return {
         "nothing": (b"", "empty file"),
         "cut in a member": (good[:700], "unexpected end of data"),
-        "cut between members": (good[:second], "it ends without an end of archive"),
+        "cut between members": (good[:second], "its end is missing"),
         "compressed": (gzip.compress(good), "it is compressed by gzip"),
         "a damaged header": (good[:second] + b"x" + good[second + 1 :], f"no header at byte {second}"),
         "a damaged last header": (last[:second] + b"x" + last[second + 1 :], f"no header at byte {second}"),
-        "two tars in one": (good + good, "more after the end of the archive"),
-        "a size below zero": (bytes(negative), "it leads backwards"),
+        "two tars in one": (good + good, "more data after the end of the archive"),
+        "a size below zero": (bytes(negative), "a header points backwards"),
         "a name of a terabyte": (huge.tobuf(tarfile.GNU_FORMAT) + good, f"a header of {1 << 40} bytes"),
         "noise": (np.random.default_rng(0).bytes(3000), "invalid header"),
     }
@@ -245,7 +245,7 @@ def test_a_broken_tar_is_an_error_by_name(tmp_path, name):
     write_tar(tmp_path / "00000.tar", {"a": members(1)})
     data, reason = broken_tars()[name]
     (tmp_path / "00001.tar").write_bytes(data)
-    with pytest.raises(PipelineError, match=rf"00001.tar is no tar, or a damaged one \(.*{reason}.*\): mend it"):
+    with pytest.raises(PipelineError, match=rf"00001.tar is not a tar, or is damaged \(.*{reason}.*\): repair it"):
         index(tmp_path, tmp_path / "dest", "--processes", "1")
 
 
@@ -275,18 +275,18 @@ def test_a_good_caption_is_enough_and_what_else_a_tar_has_is_listed(tmp_path, ca
     assert [(line["row"][7:], line["cause"], line["detail"]) for line in rejected] == [
         ("alone", "its json is malformed", "alone, caption_long"),
         ("nul", "NUL character", f"is its file UTF-16? Convert it to UTF-8: {NUL_TEXT!r}"),
-        ("two", "several images", "leave one of jpg, png in it"),
+        ("two", "several images", "keep only one of jpg, png"),
         ("scan", "no image", "it has tif, txt"),
     ]
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert sorted(line.removeprefix(f"note: {tmp_path}: ") for line in notes) == [
-        "1 captions left out beside others: NUL character",
-        "1 captions left out beside others: a text that is not UTF-8",
-        "1 captions left out beside others: its json is malformed",
-        "1 captions left out beside others: marks and files differ",
         "1 members .cls, which nothing reads",
         "1 members .seg.png, which nothing reads",
         "1 members .tif, which nothing reads",
+        "1 unusable captions skipped: NUL character",
+        "1 unusable captions skipped: a text is not UTF-8",
+        "1 unusable captions skipped: its json is malformed",
+        "1 unusable captions skipped: marks and files differ",
         "2 members .npy, which nothing reads",
     ]
 
@@ -306,7 +306,7 @@ def test_what_a_mac_leaves_in_tars_is_skipped_in_folders_too(tmp_path):
 
 
 def test_what_is_no_folder_of_tars_is_an_error(tmp_path):
-    with pytest.raises(PipelineError, match=r"holds no \.tar files"):
+    with pytest.raises(PipelineError, match=r"contains no \.tar files"):
         index(tmp_path, tmp_path / "dest")
     (tmp_path / "00000.tar.gz").write_bytes(b"")
     with pytest.raises(PipelineError, match=r"00000\.tar\.gz is compressed"):
@@ -440,12 +440,12 @@ def test_members_that_lie_apart_are_said_to(tmp_path):
         ("9", "no image"),
     ]
     assert rejected[0]["detail"] == (
-        "members of key 0 do not lie together in 0.tar, as WebDataset has them: "
-        "repack it in the order of names, as tar --sort=name does"
+        "the members of key 0 are not consecutive in 0.tar, as WebDataset requires: "
+        "repack it sorted by name, for example with tar --sort=name"
     )
     for magic, name in ((gzip.compress(b""), "gzip"), (bz2.compress(b""), "bzip2"), (lzma.compress(b""), "xz")):
         (tmp_path / "0.tar").write_bytes(magic)
-        with pytest.raises(PipelineError, match=rf"0\.tar is .*compressed by {name}, so no sample .*: unpack it"):
+        with pytest.raises(PipelineError, match=rf"0\.tar is .*compressed by {name}, .*: decompress it"):
             index(tmp_path, tmp_path / "packed")
 
 
@@ -479,7 +479,7 @@ def test_hostile_members_are_rejected_by_name(tmp_path, monkeypatch):
     assert [pair.key for pair in pairs_of(str(tmp_path / "dest"))["0.tar"]] == ["0", "1", "2"]
     rejected = [json.loads(line) for line in (tmp_path / "dest/rejected.jsonl").read_text().splitlines()]
     assert [(line["row"], line["cause"]) for line in rejected] == [
-        ("0.tar: sparse", "a sparse file in the tar"),
+        ("0.tar: sparse", "the tar contains a sparse file"),
         ("0.tar: large", "too large"),
         ("0.tar: same", "two members of one name"),
         ("0.tar: bad\\udcff", "unprintable name"),

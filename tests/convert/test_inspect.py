@@ -117,8 +117,8 @@ def flip(place: int) -> Callable[[bytearray], object]:
     ("file", "edit", "faults"),
     [
         ("000000.tar", flip(-1), [r": its sha256 is not the index's"]),
-        ("000001.tar", lambda data: data.__delitem__(slice(-512, None)), [r": \d+ bytes, where the index says \d+"]),
-        ("000002.tar", lambda data: data.clear(), [": 0 bytes, where the index says"]),
+        ("000001.tar", lambda data: data.__delitem__(slice(-512, None)), [r": \d+ bytes, but the index says \d+"]),
+        ("000002.tar", lambda data: data.clear(), [": 0 bytes, but the index says"]),
         ("000001.idx.npy", flip(-9), ["is damaged"]),
         # In the middle of a picture: its content is another, and may no longer decode.
         ("000000.tar", lambda data: flip(data.index(b"IDAT") + 6)(data), [r"#\d: ", "its sha256 is not"]),
@@ -131,7 +131,7 @@ def flip(place: int) -> Callable[[bytearray], object]:
             ["#0: its record's crc32 is wrong", "#0: its record's target_hash is wrong", "its sha256 is not"],
         ),
         # A header's checksum.
-        ("000000.tar", flip(150), ["#0: no tar", "webdataset cannot read it", "its sha256 is not"]),
+        ("000000.tar", flip(150), ["#0: not a tar", "webdataset cannot read it", "its sha256 is not"]),
     ],
 )
 def test_what_is_damaged_is_listed(folder, file, edit, faults):
@@ -176,11 +176,11 @@ def test_forging_alone_changes_nothing(folder, dataset):
         ("pairs", {"edit": put("image_sizes", (7, 7), (1, 0))}, "#1: its record's image_sizes is wrong"),
         ("singles", {"edit": put("target_hash", 7)}, "#1: its record's target_hash is wrong"),
         ("cc", {"edit": put("target_text", 7)}, "#1: its record's target_text is wrong"),
-        ("pairs", {"edit": put("length", 512)}, "its records make no sense"),
-        ("pairs", {"edit": put("offset", 0)}, "its records make no sense"),
-        ("singles", {"edit": put("offset", 1 << 40, 2)}, "its records make no sense"),
-        ("cc", {"edit": put("offset", 0)}, "its records make no sense"),
-        ("cc", {"edit": put("length", 1 << 20, 2)}, "its records make no sense"),
+        ("pairs", {"edit": put("length", 512)}, "its records are inconsistent"),
+        ("pairs", {"edit": put("offset", 0)}, "its records are inconsistent"),
+        ("singles", {"edit": put("offset", 1 << 40, 2)}, "its records are inconsistent"),
+        ("cc", {"edit": put("offset", 0)}, "its records are inconsistent"),
+        ("cc", {"edit": put("length", 1 << 20, 2)}, "its records are inconsistent"),
         ("pairs", {"text_bytes": 7}, "the index's text_bytes is wrong"),
         ("pairs", {"tasks": {"vqa": 7}}, "the index's tasks is wrong"),
         ("pairs", {"videos": 7}, "the index's videos is wrong"),
@@ -249,7 +249,7 @@ def test_samples_that_cannot_be_decoded_and_no_more_than_ten_lines(folder):
 
 def test_where_nothing_is(tmp_path):
     for command, more in ((inspect.VERIFY, ()), (inspect.STATS, ()), (inspect.SHOW, ("0",))):
-        with pytest.raises(PipelineError, match=r"holds no index\.json, nor does any folder below it"):
+        with pytest.raises(PipelineError, match=r"neither .* nor any folder below it contains index\.json"):
             run(command, tmp_path, *more)
 
 
@@ -270,17 +270,17 @@ def test_show(folder, capsys):
     assert "image jpg, 30 x 40," in printed  # the last one's negative
     assert "video avi, 48 x 32," in shown(capsys, folder / "pairs", 5)
     assert "item 'item 2'" in shown(capsys, folder / "singles", 2)
-    assert "cc/00000.tar, its sample 2" in (printed := shown(capsys, folder / "cc", "--key", "3"))
+    assert "cc/00000.tar, sample 2" in (printed := shown(capsys, folder / "cc", "--key", "3"))
     assert "target 'caption 3'" in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["pairs", "12"], "has samples 0 to 11"),
+        (["pairs", "12"], "has no sample 12: the samples are 0 to 11"),
         (["pairs", "--key", "x"], "has no sample with key 'x'"),
-        (["", "0"], r"all is no dataset; show one of those below it: \S+all/cc, \S+all/pairs, \S+all/singles$"),
-        (["cc", "--key", "2"], r"2 in 00000\.tar was left out: see rejected\.jsonl"),
+        (["", "0"], r"all is not a dataset; show one of those below it: \S+all/cc, \S+all/pairs, \S+all/singles$"),
+        (["cc", "--key", "2"], r"2 in 00000\.tar was rejected: see rejected\.jsonl"),
     ],
 )
 def test_show_of_what_is_not_there(folder, arguments, reason):
@@ -306,10 +306,10 @@ def test_stats(folder, capsys):
     assert any(line.startswith("images of a sample: mean") and line.endswith("most 3") for line in printed)
     place = next(number for number, line in enumerate(printed) if line.startswith("longer side of an image"))
     assert printed[place + 1].startswith(f"32 - 63 {images + 3} █")
-    assert "items: 3 distinct, 0 of 3 come again" in printed
-    assert "queries: 15 distinct, 0 of 15 come again" in printed
-    assert "targets: 9 distinct, 6 of 15 come again" in printed
-    assert "pairs: 15 distinct, 0 of 15 come again" in printed
+    assert "items: 3 distinct, 0 of 3 are duplicates" in printed
+    assert "queries: 15 distinct, 0 of 15 are duplicates" in printed
+    assert "targets: 9 distinct, 6 of 15 are duplicates" in printed
+    assert "pairs: 15 distinct, 0 of 15 are duplicates" in printed
 
 
 def test_stats_count_by_task_and_keep_control_characters_from_the_terminal(tmp_path, capsys):
@@ -365,8 +365,8 @@ def test_what_a_listing_lacks_is_named_and_the_rest_is_still_checked(tmp_path):
     with pytest.raises(PipelineError) as caught:
         run(inspect.VERIFY, folder, "--processes", "1")
     lines = str(caught.value).splitlines()
-    assert lines[1] == f"{folder}/[0] a.tar: there is no such file, where the index says {shards[0].bytes} bytes"
-    assert lines[2] == f"{folder}/[1] a.idx.npy: 1 bytes, where the index says {shards[1].sidecar_bytes} bytes"
+    assert lines[1] == f"{folder}/[0] a.tar: there is no such file, but the index says {shards[0].size} bytes"
+    assert lines[2] == f"{folder}/[1] a.idx.npy: 1 bytes, but the index says {shards[1].sidecar_bytes} bytes"
     assert len(lines) > 3 and all(line.startswith(f"{folder}/[3] a.tar") for line in lines[3:])
 
 

@@ -113,7 +113,7 @@ BAD_ROWS = [
     ({"query": TEXT, "target": {"text": "t", "image": "x"}}, "wrong fields", "'target.image', did you mean images?"),
     ({"query": TEXT, "target": TEXT, "Negatives": []}, "wrong fields", "'Negatives', did you mean negatives?"),
     ({"query": TEXT, "target": TEXT, "negatives": [{"txt": "t"}]}, "wrong fields", "'negatives.0.txt'"),
-    ({"query": TEXT, "target": TEXT, "weight": 3}, "wrong fields", "unknown field 'weight': known are query, target"),
+    ({"query": TEXT, "target": TEXT, "weight": 3}, "wrong fields", "'weight': the known ones are query, target"),
     (b'{"query": {"text": "a", "text": "b"}, "target": {"text": "t"}}', "wrong fields", "has the key 'text' twice"),
     (
         {"query": {"text": "t", "alternatives": []}, "target": TEXT},
@@ -258,7 +258,7 @@ def test_shards_are_as_large_as_asked_for(source, tmp_path):
     (source / "large.png").write_bytes(picture(100, 100))
     file = write(source, *[asking("<image>", images=["large.png"])] * 110)
     make_shards("jsonl", file, tmp_path / "out", "--shard-mb", 1)
-    sizes = [shard.bytes for shard in Index.load(str(tmp_path / "out")).shards]
+    sizes = [shard.size for shard in Index.load(str(tmp_path / "out")).shards]
     assert len(sizes) == 4
     assert all(abs(size - (1 << 20)) < 40_000 for size in sizes[:-1])
 
@@ -271,12 +271,12 @@ def test_shards_are_as_large_as_asked_for(source, tmp_path):
         (b"\xef\xbb\xbf", "has no rows: it is empty"),
         (
             json.dumps([row(0), row(1)]).encode(),
-            "begins with [, as an array: make a line of each of its objects, jq -c '.[]'",
+            "contains an array: write each object on one line, with jq -c '.[]'",
         ),
-        (json.dumps([row(0)], indent=1).encode(), "begins with [, as an array"),
-        (json.dumps(row(0), indent=1).encode(), "has objects of several lines: make a line of each, jq -c . "),
-        (json.dumps(row(0)).encode("utf-16"), "is UTF-16: convert it, as iconv -f UTF-16 -t UTF-8 does"),
-        (json.dumps(row(0)).encode("utf-16-le"), "is UTF-16: convert it, as iconv -f UTF-16LE -t UTF-8 does"),
+        (json.dumps([row(0)], indent=1).encode(), "contains an array"),
+        (json.dumps(row(0), indent=1).encode(), "contains objects of several lines: write each on one"),
+        (json.dumps(row(0)).encode("utf-16"), "is UTF-16: convert it with iconv -f UTF-16 -t UTF-8"),
+        (json.dumps(row(0)).encode("utf-16-le"), "is UTF-16: convert it with iconv -f UTF-16LE -t UTF-8"),
         (gzip.compress(b"{}", mtime=0), "is compressed by gzip: unpack it"),
     ],
 )

@@ -9,7 +9,7 @@ from conversion import content, error_of, make_shards, read_all, start
 from limits import HANG_SECONDS
 
 from pipeline import make_shards as tool
-from pipeline.convert.engine import carry_out
+from pipeline.convert.engine import run_conversions
 from pipeline.demo import captioned, tasks
 
 
@@ -46,8 +46,7 @@ def test_demo(s3, tmp_path, capsys):
     for folder, name in captions.items():
         pairs = read_all(folder)
         assert pairs == [captioned.training_pair(name, 3, index) for index in range(len(pairs))]
-    tasks.write_evaluation(tmp_path, 3, 3)
-    assert content(f"{url}/eval") == content(str(tmp_path))
+    assert content(f"{url}/eval/") == dict(tasks.evaluation_files(3, 3))
     assert content(f"{url}/captions/eval/") == dict(captioned.evaluation_files(3, 3))
 
 
@@ -60,7 +59,7 @@ def test_a_missing_bucket_is_found_before_the_source_is_read(s3, tmp_path):
 
 def test_an_occupied_folder_is_found_before_the_source_is_read(tmp_path):
     (tmp_path / "index.json").write_text("{}")
-    assert "holds a dataset already" in error_of("jsonl", tmp_path / "none.jsonl", tmp_path)
+    assert "already contains a dataset" in error_of("jsonl", tmp_path / "none.jsonl", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_an_occupied_folder_is_found_before_the_source_is_read(tmp_path):
         (("mmeb-train", "", "out"), "argument SOURCE: it is empty"),
         (("mmeb-eval", "x", "out", "--images", ""), "argument --images: it is empty"),
         (("demo", "-1", "out"), "-1"),
-        (("jsonl", "x", "out", "--max-rejected", "1%"), "argument --max-rejected: 1% is no number between 0 and 1"),
+        (("jsonl", "x", "out", "--max-rejected", "1%"), "argument --max-rejected: 1% is not a number between 0 and 1"),
         (("jsonl", "x", "out", "--image-max-side", 9, "--image-quality", 96), "96 is not between 1 and 95"),
         (("jsonl", "x", "out", "--shards", 2, "--shard-mb", 2), "not allowed with argument"),
     ],
@@ -91,14 +90,14 @@ def test_what_cannot_be_drawn_leaves_nothing_behind(tmp_path):
             raise ValueError("nothing")
             yield
 
-        carry_out({str(tmp_path / "out"): None}, unit="", processes=1, max_rejected=0, files=files())
+        run_conversions({str(tmp_path / "out"): None}, unit="", processes=1, max_rejected=0, files=files())
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "said"),
-    [("verify", "interrupted"), ("jsonl", "interrupted: the same command goes on from here")],
+    [("verify", "interrupted"), ("jsonl", "interrupted: the same command continues from here")],
 )
 def test_only_a_conversion_goes_on_after_an_interruption(command, said, tmp_path, monkeypatch):
     """Both wait for a server that does not answer."""

@@ -167,10 +167,11 @@ def test_values_that_are_no_texts_and_marks_of_other_files(source, tmp_path):
     first, last = read_all(str(tmp_path / "out/Bad"))
     assert (first.query.text, first.negatives, last.query.text) == (" q \n", (), "<image>\nq")
     assert [(each["row"], each["cause"], each["detail"]) for each in rejected(tmp_path / "out/Bad")] == [
-        ("row 1", "marks and files differ", "<|image_2|>, where a text may have <|image_1|> alone, in "
+        ("row 1", "marks and files differ", "the mark <|image_2|>, but only <|image_1|> is supported, in "
                   "'<|image_1|> <|image_2|>'"),
-        ("row 2", "marks and files differ", "<|video_1|>, where a text may have <|image_1|> alone, in '<|video_1|>'"),
-        ("row 3", "wrong fields", "neg_text is 1.5, which is no text"),
+        ("row 2", "marks and files differ", "the mark <|video_1|>, but only <|image_1|> is supported, in "
+                  "'<|video_1|>'"),
+        ("row 3", "wrong fields", "neg_text is 1.5, which is not a text"),
         ("row 4", "marks and files differ", "2 <image> for 1 files in '<image>\\n<image>'"),
     ]  # fmt: skip
 
@@ -179,19 +180,19 @@ def test_mistakes_are_clear_errors(source, tmp_path):
     images(source)
     dest = tmp_path / "out"
     assert "--subset: no Owl in" in error_of("mmeb-train", source, dest, "--subset", "Owl")
-    assert "there are ImageNet_1K, Own, VisDial, WebQA" in error_of("mmeb-train", source, dest, "--subset", "Owl")
+    assert "it has ImageNet_1K, Own, VisDial, WebQA" in error_of("mmeb-train", source, dest, "--subset", "Owl")
     assert "has no <subset>/original-*.parquet" in error_of("mmeb-train", source / "Own", dest)
     assert "there is no such folder" in error_of("mmeb-train", source / "none", dest)
     file = source / "Own/original-0.parquet"
     parquet.write_table(pa.table({"qry": ["q"]}), file)
-    assert f"{file} does not hold MMEB's rows: it has no column neg_image_path, neg_text" in error_of(
+    assert f"{file} does not contain MMEB's rows: it has no column neg_image_path, neg_text" in error_of(
         "mmeb-train", source, dest
     )
     parquet.write_table(pa.table({name: [[1]] for name in COLUMNS}), file)
-    said = f"{file} does not hold MMEB's rows: its column qry has values of list<element: int64>, and no texts"
+    said = f"{file} does not contain MMEB's rows: its column qry contains list<element: int64> instead of texts"
     assert said in error_of("mmeb-train", source, dest)
     parquet.write_table(pa.table({name: ["a"] for name in (*COLUMNS, "qry_inst")}), file)
     assert f"{file} has the column 'qry_inst', which nothing reads" in error_of("mmeb-train", source, dest)
     file.write_bytes(b"version https://git-lfs")
-    assert f"{file} does not hold MMEB's rows" in error_of("mmeb-train", source, dest)
+    assert f"{file} does not contain MMEB's rows" in error_of("mmeb-train", source, dest)
     assert not dest.exists()

@@ -11,11 +11,11 @@ from conversion import make_shards
 from PIL import Image
 
 from pipeline.convert import mmeb_eval
-from pipeline.data.index import File, Index, load_sidecar, read_samples
+from pipeline.data.index import Index, IndexedFile, load_sidecar, read_samples
 from pipeline.data.mmeb import MMEB_TASKS, evaluation_rows, mmeb_text
 from pipeline.data.sample import Item, Single
 from pipeline.data.shards import parse_sample
-from pipeline.demo.tasks import write_evaluation
+from pipeline.demo.tasks import evaluation_files
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sets import load
 from pipeline.evaluation.tasks import Collection
@@ -135,7 +135,7 @@ def test_subset_limit_and_images_elsewhere(source, tmp_path):
     [
         (
             lambda source: put_rows(source, [("q", "NIGHTS/gone.png", ["a"], [""])]),
-            "GQA, row 0, query: missing file: NIGHTS/gone.png; .* whole",
+            "GQA, row 0, query: missing file: NIGHTS/gone.png; .* complete",
         ),
         (
             lambda source: put_rows(source, [("q", "", ["a"], [""]), ("r", None, ["a", " "], ["", None])]),
@@ -148,7 +148,7 @@ def test_subset_limit_and_images_elsewhere(source, tmp_path):
         ),
         (lambda source: (source / "NIGHTS").rename(source / "Nights"), "Nights: not in MMEB's 36 datasets; choose"),
         (lambda source: (source / "tasks.json").write_text("{}"), "GQA, NIGHTS: not in .*MMEB-eval/tasks.json; choose"),
-        (lambda source: (source / "GQA/x.parquet").write_bytes(b"x"), "GQA/x.parquet does not hold MMEB's rows"),
+        (lambda source: (source / "GQA/x.parquet").write_bytes(b"x"), "GQA/x.parquet does not contain MMEB's rows"),
         (lambda source: [path.unlink() for path in source.glob("*/*.parquet")], r"has no <dataset>/\*.parquet"),
     ],
 )
@@ -168,18 +168,21 @@ def test_an_evaluation_set_is_converted_whole_or_not_at_all(source, tmp_path, sp
 )
 def test_rows_whose_candidates_do_not_make_sense(source, tmp_path, row, reason):
     put_rows(source, [("q", "", ["a"], [""])] * 70 + [row])
-    with pytest.raises(PipelineError, match=f"GQA/.* does not hold MMEB's rows .*: {reason}"):
+    with pytest.raises(PipelineError, match=f"GQA/.* does not contain MMEB's rows .*: {reason}"):
         convert(source, tmp_path / "dest")
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ((7, "", ["a"], [""]), "row 0 has 7 where a text should be"),
-        (("q", "", ["a"], [False]), "row 0 has False where a text should be"),
-        (("q", "", ["<|image_2|>"], [""]), r"row 0 has <\|image_2\|>, where a text may have <\|image_1\|> alone, in"),
-        (("<|video_1|> q", "", ["a"], [""]), r"row 0 has <\|video_1\|>, where"),
-        (("<|vision_start|><|image_pad|> q", "", ["a"], [""]), r"row 0 has <\|image_pad\|>, where"),
+        ((7, "", ["a"], [""]), "row 0 has 7 instead of a text"),
+        (("q", "", ["a"], [False]), "row 0 has False instead of a text"),
+        (
+            ("q", "", ["<|image_2|>"], [""]),
+            r"row 0 has the mark <\|image_2\|>, but only <\|image_1\|> is supported",
+        ),
+        (("<|video_1|> q", "", ["a"], [""]), r"row 0 has the mark <\|video_1\|>, but"),
+        (("<|vision_start|><|image_pad|> q", "", ["a"], [""]), r"row 0 has the mark <\|image_pad\|>, but"),
         (("<|image_1|><|image_1|>", "x", ["a"], [""]), "row 0: marks and files differ: 2 <image> for 1 files"),
         (("q", "", ["a", "a <video>"], [""]), "row 0: marks and files differ: 1 <video> for 0 files"),
         (("a\0b", "", ["a"], [""]), "row 0: NUL character"),
@@ -256,7 +259,7 @@ def test_a_converted_set_that_was_spoilt_is_an_error_by_name(source, tmp_path, f
             lambda dest: (dest / "GQA/rows.parquet").write_bytes((dest / "NIGHTS/rows.parquet").read_bytes()),
             r"GQA/rows\.parquet is damaged",
         ),
-        (lambda dest: renumber(dest / "GQA"), r"GQA: rows\.parquet or items\.parquet is not of its 4 items"),
+        (lambda dest: renumber(dest / "GQA"), r"GQA: rows\.parquet or items\.parquet does not match its 4 items"),
         (lambda dest: (dest / "tasks.json").unlink(), r"dest/tasks\.json: there is no such file"),
         (lambda dest: (dest / "tasks.json").write_text("{}"), r"dest/tasks\.json does not name GQA"),
     ],
@@ -276,12 +279,13 @@ def renumber(folder: Path) -> None:
     rows = parquet.read_table(folder / "rows.parquet").to_pydict()
     parquet.write_table(pa.table(rows | {"query": [0, 9999]}), folder / "rows.parquet")
     index = Index.load(str(folder))
-    files = index.files | {"rows.parquet": File.of((folder / "rows.parquet").read_bytes())}
+    files = index.files | {"rows.parquet": IndexedFile.of((folder / "rows.parquet").read_bytes())}
     (folder / "index.json").write_text(replace(index, files=files).to_json())
 
 
 def test_the_converted_demo_is_the_same_evaluation(tmp_path, dest):
-    write_evaluation(tmp_path / "demo", seed=0, count=2)
+    for path, file in evaluation_files(seed=0, count=2):
+        objects.write(str(tmp_path / "demo" / path), file)
     convert(tmp_path / "demo", dest, "--shards", "2")
     assert objects.exists(f"{dest}/Scene-CLS/000001.tar")
     as_published, converted = load([str(tmp_path / "demo")]), load([dest])

@@ -152,26 +152,26 @@ def test_listed_videos_without_captions_are_rejected_by_name(videos, tmp_path):
         ("video clips/a", "no caption"),
     ]
     (tmp_path / "list.txt").write_text("video9\n")
-    with pytest.raises(PipelineError, match="has no captions of the videos asked for"):
+    with pytest.raises(PipelineError, match="has no captions of the selected videos"):
         convert(videos, tmp_path / "other", *more)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "options", "reason"),
     [
-        ("raw-captions.pkl", "", [], r"of MSVD take video_corpus\.csv"),
-        ("all.json", "{", [], r"all\.json is in none of the forms"),
-        pytest.param("all.json", "[" * 200_000, [], r"all\.json is in none of the forms", id="deep"),
-        ("all.json", "[1]", [], r"all\.json is in none of the forms"),
-        ("all.json", '{"a": {"en": "hello"}}', [], r"captions of 'a' that are neither a text nor a list"),
+        ("raw-captions.pkl", "", [], r"for MSVD use video_corpus\.csv"),
+        ("all.json", "{", [], r"all\.json has none of the forms"),
+        pytest.param("all.json", "[" * 200_000, [], r"all\.json has none of the forms", id="deep"),
+        ("all.json", "[1]", [], r"all\.json has none of the forms"),
+        ("all.json", '{"a": {"en": "hello"}}', [], r"captions of 'a' are neither a text nor a list"),
         ("all.json", json.dumps(NO_SPLIT), ["--split", "train"], "has no split 'train': it has test$"),
-        ("all.json", '{"a": [1]}', [], r"all\.json is in none of the forms"),
-        ("all.json", '[{"video": "a", "caption": {"en": "hello"}}]', [], r"captions of 'a' that are neither"),
-        ("all.json", '{"videos": [{}], "sentences": []}', [], "has no captions of the videos asked for"),
-        ("all.json", "[]".encode("utf-16-le"), [], r"all\.json is UTF-16: convert it, as iconv -f UTF-16LE -t UTF-8"),
-        ("all.csv", MSVD.encode("utf-16"), [], r"all\.csv is UTF-16: convert it, as iconv -f UTF-16 -t UTF-8"),
-        ("all.csv", "a,b\n1,2\n", [], r"all\.csv is in none of the forms"),
-        ("all.csv", "", [], "has no captions of the videos asked for"),
+        ("all.json", '{"a": [1]}', [], r"all\.json has none of the forms"),
+        ("all.json", '[{"video": "a", "caption": {"en": "hello"}}]', [], r"captions of 'a' are neither"),
+        ("all.json", '{"videos": [{}], "sentences": []}', [], "has no captions of the selected videos"),
+        ("all.json", "[]".encode("utf-16-le"), [], r"all\.json is UTF-16: convert it with iconv -f UTF-16LE -t UTF-8"),
+        ("all.csv", MSVD.encode("utf-16"), [], r"all\.csv is UTF-16: convert it with iconv -f UTF-16 -t UTF-8"),
+        ("all.csv", "a,b\n1,2\n", [], r"all\.csv has none of the forms"),
+        ("all.csv", "", [], "has no captions of the selected videos"),
         ("all.json", json.dumps(MSRVTT), ["--split", "training"], "has no split 'training': it has test, train"),
         ("all.json", '{"a": "b"}', ["--split", "train"], "has no split 'train': it has none"),
         (

@@ -58,9 +58,9 @@ def test_of_videos_too(file, text, said):
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("v.csv", "video_id,sentence\nv,one man, two dogs\n", "line 2 has not as many fields as the first"),
-        ("v.csv", 'video_id,sentence\nv,"c\nw,d\n', "line 3 has several: is a quote open in 'c"),
-        ("v.csv", "video_id,sentence\nv,c\nw\n", "line 3 has not as many fields as the first"),
+        ("v.csv", "video_id,sentence\nv,one man, two dogs\n", "line 2 and the first line differ"),
+        ("v.csv", 'video_id,sentence\nv,"c\nw,d\n', "line 3 has several lines: is a quote open in 'c"),
+        ("v.csv", "video_id,sentence\nv,c\nw\n", "line 3 and the first line differ"),
         ("v.json", '{"v": ["c"], "v": ["d"]}', "has the key 'v' twice"),
         ("v.json", "<html></html>", "v.json is HTML or XML"),
         ("v.json", "", "v.json is empty"),
@@ -77,18 +77,18 @@ def test_a_value_that_is_no_text_costs_no_other(capsys):
         "[None, nan, 7, 'c']"
     )
     assert captioned_images("K.json", images(sentences=None, filepath=None), "test") == [("a.jpg", [])]
-    assert usable_captions(values) == (["c"], [("no caption", "7 is no text")])
+    assert usable_captions(values) == (["c"], [("no caption", "7 is not a text")])
     nothing = ["\u200b", " \u2060\ufeff", "\u00ad"]  # characters that show nothing
     assert usable_captions([*nothing, "c"]) == (
         ["c"],
         [("empty text", repr(text.replace("\ufeff", "").strip())) for text in nothing],
     )
     listed = [{"video": "v", "caption": "c"}, {"video": None, "caption": "d"}, {"video": "w"}, None]
-    assert captioned_videos("own.json", json.dumps(listed)) == {"v": ["c"], "(None is no file's name)": ["d"], "w": []}
+    assert captioned_videos("own.json", json.dumps(listed)) == {"v": ["c"], "(None is not a file name)": ["d"], "w": []}
     videos = {"videos": [{"video_id": "v", "split": "test"}, {}], "sentences": []}
     videos["sentences"] += [{"video_id": name, "caption": "c"} for name in ("v", "w", None)] + [{"video_id": "v"}]
     assert captioned_videos("M.json", json.dumps(videos), "test") == {"v": ["c"]}
-    assert "note: 2 of the captions of M.json are left out, for their videos have no split" in capsys.readouterr().err
+    assert "note: 2 captions of M.json belong to videos without a split" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

@@ -69,7 +69,7 @@ def epoch_samples(order: Order, epoch: int) -> list[tuple[int, int]]:
 def lane_takes(stream: Stream, epoch: int, lane: int) -> np.ndarray:
     """The lane's takes of an epoch, window by window, as a reader comes by them: (takes, share, 2)."""
     windows = range(stream.windows(epoch, lane))
-    return np.concatenate([stream.deal(epoch, lane, index)[:, :, 1:] for index in windows])
+    return np.concatenate([stream.samples_of(epoch, lane, index)[:, :, 1:] for index in windows])
 
 
 def every_sample(dataset: Dataset, first_shard: int = 0) -> Counter:
@@ -90,7 +90,7 @@ def dataset_of(order: Order, shards: np.ndarray) -> np.ndarray:
 def test_an_epoch_takes_the_quota_of_each_dataset_less_what_is_left_over(order, epoch):
     seen = Counter(epoch_samples(order, epoch))
     assert seen.total() == order.steps_per_epoch * order.global_batch
-    part = order.lanes * order.share
+    part = order.lanes * order.slice_samples
     for stream in order.streams:
         pieces = stream.pieces(epoch)
         for number in stream.datasets:
@@ -98,9 +98,9 @@ def test_an_epoch_takes_the_quota_of_each_dataset_less_what_is_left_over(order, 
             assert (mine[:, 2] - mine[:, 1]).sum() == order.datasets[number].quota
         seen -= inside(pieces)
     assert not seen  # nothing else, and nothing more often
-    left_over_takes = sum(stream.takes for stream in order.streams) - order.steps_per_epoch * order.takes_per_step
-    assert 0 <= left_over_takes < order.takes_per_step
-    assert all(0 <= stream.samples - stream.takes * part < part for stream in order.streams)
+    left_over_takes = sum(stream.slices for stream in order.streams) - order.steps_per_epoch * order.slices_per_step
+    assert 0 <= left_over_takes < order.slices_per_step
+    assert all(0 <= stream.samples - stream.slices * part < part for stream in order.streams)
 
 
 @settings(max_examples=50)
@@ -144,9 +144,9 @@ def test_windows_hold_what_the_epoch_takes_once_in_whole_takes(order, epoch):
             next_take = 0
             for index in range(stream.windows(epoch, lane)):
                 window = stream.window(epoch, lane, index)
-                dealt = stream.deal(epoch, lane, index)
+                dealt = stream.samples_of(epoch, lane, index)
                 assert window.first == next_take
-                assert dealt.shape[0] > 0 and dealt.shape[1:] == (order.share, 3)
+                assert dealt.shape[0] > 0 and dealt.shape[1:] == (order.slice_samples, 3)
                 assert Counter(rows(dealt[:, :, 1:])) == inside(window.pieces)
                 for number, piece in enumerate(window.pieces):
                     assert Counter(rows(dealt[dealt[:, :, 0] == number, 1:])) == inside(piece[None])
@@ -155,8 +155,8 @@ def test_windows_hold_what_the_epoch_takes_once_in_whole_takes(order, epoch):
                 takes = range(window.first, next_take)
                 assert {stream.window_at(epoch, lane, take) for take in takes} == {index}
                 read += inside(window.pieces)
-            assert next_take == stream.takes
-        assert read.total() == stream.takes * order.share * order.lanes
+            assert next_take == stream.slices
+        assert read.total() == stream.slices * order.slice_samples * order.lanes
         assert read <= inside(stream.pieces(epoch))
 
 
@@ -177,7 +177,7 @@ def test_a_window_is_known_without_the_lengths_of_its_samples():
     order = one((100, 60), 16, 2, 8, 2, 0, lengths=unknown)
     assert len(order.streams[0].window(0, 1, 1).pieces)
     with pytest.raises(AssertionError):
-        order.streams[0].deal(0, 1, 1)
+        order.streams[0].samples_of(0, 1, 1)
 
 
 # Steps
@@ -204,7 +204,7 @@ def test_any_step_equals_that_step_of_a_run_from_the_start(order, epoch):
         for lane in range(order.lanes)
     }
     for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
-        expected = [next(unread[stream, lane]) for lane in range(order.lanes) for stream, _, _ in order.takes(step)]
+        expected = [next(unread[stream, lane]) for lane in range(order.lanes) for stream, _, _ in order.slices(step)]
         np.testing.assert_array_equal(order.batch(step), np.concatenate(expected), strict=True)
 
 
@@ -213,19 +213,19 @@ def test_any_step_equals_that_step_of_a_run_from_the_start(order, epoch):
 def test_every_part_of_a_batch_is_of_one_dataset(order, data):
     step = data.draw(st.integers(0, 3 * order.steps_per_epoch))
     assume(order.parts is not None)
-    takes = order.takes(step)
+    takes = order.slices(step)
     assert len(takes) == order.parts
-    found = dataset_of(order, order.batch(step)[:, 0]).reshape(order.lanes, order.parts, order.share)
+    found = dataset_of(order, order.batch(step)[:, 0]).reshape(order.lanes, order.parts, order.slice_samples)
     assert (found == np.array([stream for stream, _, _ in takes])[None, :, None]).all()
 
 
 def test_parts_are_drawn_as_often_as_their_datasets_have_samples():
     chosen = tuple(Dataset(name, (size,)) for name, size in (("a", 400), ("b", 800), ("c", 200)))
     order = Order(chosen, 40, 2, 8, 4, seed=0, parts=2)
-    drawn = [stream for step in range(order.steps_per_epoch) for stream, _, _ in order.takes(step)]
+    drawn = [stream for step in range(order.steps_per_epoch) for stream, _, _ in order.slices(step)]
     assert Counter(drawn) == {0: 20, 1: 40, 2: 10}
     assert len(set(drawn[:20])) == 3  # and not one dataset after the other
-    assert drawn != [stream for step in range(order.steps_per_epoch, 70) for stream, _, _ in order.takes(step)]
+    assert drawn != [stream for step in range(order.steps_per_epoch, 70) for stream, _, _ in order.slices(step)]
 
 
 def test_epochs_and_seeds_differ_and_so_do_the_left_over_samples():
@@ -336,7 +336,7 @@ class Mixture:
             for stream in order.streams
         ]
         steps = range(order.steps_per_epoch)
-        return np.stack([sum(takes[stream][take] for stream, _, take in order.takes(step)) for step in steps])
+        return np.stack([sum(takes[stream][take] for stream, _, take in order.slices(step)) for step in steps])
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +449,7 @@ def test_the_order_of_parts_is_pinned():
         parts=2,
         lengths=scattered_lengths,
     )
-    assert [order.takes(step) for step in range(5)] == [
+    assert [order.slices(step) for step in range(5)] == [
         [(0, 0, 0), (1, 0, 0)],
         [(2, 0, 0), (0, 0, 1)],
         [(0, 0, 2), (1, 0, 1)],
@@ -501,7 +501,7 @@ FITS = {
     ("changes", "message"),
     [
         ({"lanes": 6}, "lanes 6 does not divide global batch 128: lanes could be 1, 2, 4, 8, 16, 32, 64, 128"),
-        ({"parts": 3}, "parts 3 does not divide 16, a lane's samples of a batch: parts could be 1, 2, 4, 8, 16"),
+        ({"parts": 3}, "parts 3 does not divide 16, the samples of a lane in a batch: parts could be 1, 2, 4, 8, 16"),
         (
             {"global_batch": 2048},
             "global batch 2048 is more than the 1001 samples of an epoch: "
@@ -536,9 +536,9 @@ def test_what_does_not_fit_names_what_would(changes, message):
     ("settings", "message"),
     [
         ({"shard_samples": ()}, "dataset one has 0 samples: are the shards empty?"),
-        ({"shard_samples": (500, -1)}, "dataset one: shard 1 has -1 samples: 0 is the least"),
-        ({"shard_lengths": (10, -2)}, "dataset one: shard 1 has -2 tokens a sample: 0 is the least"),
-        ({"shard_lengths": (10,)}, "dataset one has 2 shards, but mean lengths of 1"),
+        ({"shard_samples": (500, -1)}, "dataset one: shard 1 has -1 samples, but needs at least 0"),
+        ({"shard_lengths": (10, -2)}, "dataset one: shard 1 has -2 tokens a sample, but needs at least 0"),
+        ({"shard_lengths": (10,)}, "dataset one has 2 shards, but 1 mean lengths"),
         ({"weight": 0.0}, "dataset one: weight is 0.0: it must be more than 0.005"),
         ({"weight": float("nan")}, "weight is nan: it must be more than 0.005"),
         ({"cap": 0}, "dataset one: cap is 0: it must be 1 or more"),

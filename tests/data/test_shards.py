@@ -64,7 +64,7 @@ def test_round_trip(dataset):
     read = []
     for shard in index.shards:
         sidecar = load_sidecar(url, shard)
-        assert objects.size(objects.join(url, shard.file)) == shard.bytes
+        assert objects.size(objects.join(url, shard.file)) == shard.size
         assert hash(shard) == hash(replace(shard))  # caches of what was read are keyed by shards
         read += map(parse_sample, read_samples(url, shard, sidecar))
         assert read_samples(url, shard, sidecar[1:1]) == []
@@ -252,8 +252,8 @@ def signed(content: dict) -> dict:
         (lambda index: index | {"format": 1}, "has format 1, this version reads format 2"),
         (lambda index: [], "has format None"),
         (lambda index: index | {"samples": 9}, "its checksum differs"),
-        (lambda index: signed(index | {"shards": [{"file": "0.tar"}]}), "no index of ours"),
-        (lambda index: signed(index | {"shards": [index["shards"][0] | {"file": "../0.tar"}]}), "no name of a shard"),
+        (lambda index: signed(index | {"shards": [{"file": "0.tar"}]}), "not a valid index"),
+        (lambda index: signed(index | {"shards": [index["shards"][0] | {"file": "../0.tar"}]}), "not a valid name"),
         (lambda index: signed({k: v for k, v in index.items() if k != "dataset"}), "'dataset'"),
     ],
 )
@@ -269,7 +269,7 @@ def test_malformed_index(tmp_path, change, reason):
 def test_index_that_is_no_json(tmp_path):
     for content in (b"{", DEEP):
         (tmp_path / "index.json").write_bytes(content)
-        with pytest.raises(ObjectError, match="it is no JSON"):
+        with pytest.raises(ObjectError, match="it is not JSON"):
             Index.load(str(tmp_path))
     with pytest.raises(ObjectError, match="there is no such file"):
         Index.load(str(tmp_path / "none"))
@@ -288,7 +288,7 @@ def tar_of(members: dict[str, bytes], path: Path, key: str = "a") -> bytes:
         ({"json": b"{"}, "its json is malformed"),
         ({"json": DEEP}, "its json is malformed"),
         ({"json": b"[]"}, "its json is malformed"),
-        ({"json": b'{"dataset": "X", "task": "", "query": {"text": 1}}'}, "1 is no text"),
+        ({"json": b'{"dataset": "X", "task": "", "query": {"text": 1}}'}, "1 is not a text"),
         (
             {"json": b'{"dataset": "X", "task": "", "query": {"text": "<image>", "images": 1}}'},
             "'query.0' is missing",
@@ -303,7 +303,11 @@ def test_bad_sample(tmp_path, members, reason):
 def test_bytes_that_are_no_sample():
     one = sample_bytes(make_pairs(3)[2])
     other = sample_bytes(make_pairs(3)[1])
-    for data, reason in ((b"", "no tar"), (np.random.default_rng(0).bytes(2048), "no tar"), (one + other, "2 samples")):
+    for data, reason in (
+        (b"", "not a tar"),
+        (np.random.default_rng(0).bytes(2048), "not a tar"),
+        (one + other, "2 samples"),
+    ):
         with pytest.raises(BadSample, match=reason):
             parse_sample(data)
     for cut in range(0, len(one), 100):
@@ -372,7 +376,7 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
         ({"jpg": None}, "no image"),
         ({"txt": b" "}, "no caption in txt, long"),
         ({"txt": b"\xff"}, "not UTF-8"),
-        ({"txt": b"", "json": b'{"long": 7}'}, r"no caption in txt, long \(7 is no text"),
+        ({"txt": b"", "json": b'{"long": 7}'}, r"no caption in txt, long \(7 is not a text"),
         ({"txt": b"a\0b"}, "NUL character"),
         ({"txt": b"", "json": b'{"long": "\\ud800"}'}, "not UTF-8"),
         ({"txt": b"", "json": b"{"}, "malformed"),

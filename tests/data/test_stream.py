@@ -236,7 +236,7 @@ def test_an_item_of_an_evaluation_set_is_no_pair(data, tmp_path):
     write_shards((Single(str(i), "d", "vqa", Item(str(i))) for i in range(12)), tmp_path, dataset="d")
     (batch,) = read(changed(data, url=str(tmp_path), datasets=[]), range(1))
     assert not any(batch.valid)
-    assert "no pair to train on" in batch.bad[0].reason
+    assert "not a pair to train on" in batch.bad[0].reason
 
 
 def test_what_cannot_work_is_refused_before_it_begins(data):
@@ -250,7 +250,7 @@ def test_what_cannot_work_is_refused_before_it_begins(data):
 
 
 def _heavy(index):
-    return replace(index, shards=tuple(replace(shard, bytes=shard.bytes * 1000) for shard in index.shards))
+    return replace(index, shards=tuple(replace(shard, size=shard.size * 1000) for shard in index.shards))
 
 
 def test_an_epoch_reads_each_sample_once_and_holds_no_more_than_it_may(data, tmp_path, monkeypatch):
@@ -315,7 +315,7 @@ def test_pieces_are_cut_for_memory_and_for_all_workers(data, workers, monkeypatc
     opened = Source.open(data)
     order = opened.order(BATCH, 5, LENGTHS)
     planner = stream.Planner(opened, order, order.lanes_of(0, 2), range(order.steps_per_epoch), workers)
-    windows = [planned for planned in planner if isinstance(planned, stream.Window)]
+    windows = [planned for planned in planner if isinstance(planned, stream.PlannedWindow)]
     for window in windows:
         assert len(window.pieces) >= min(workers, window.rows[..., 0].size)
         for number, ((shard, start, stop), records) in enumerate(zip(window.pieces, window.records, strict=True)):
@@ -326,7 +326,7 @@ def test_pieces_are_cut_for_memory_and_for_all_workers(data, workers, monkeypatc
             assert stop - start == 1 or records["length"].sum() <= 2 * 6_000
 
 
-def test_a_window_is_forgotten_with_its_last_take(data, monkeypatch):
+def test_a_window_is_forgotten_after_its_last_slice(data, monkeypatch):
     """Else memory, and the time of every step, would grow over an epoch."""
     monkeypatch.setattr(stream, "_STEPS_AHEAD", 1)
     known, read_ahead = [], stream.Reader._read_ahead

@@ -143,7 +143,7 @@ def test_a_tar_has_a_row_for_each_text_and_webdataset_reads_it(shards, tmp_path,
     assert max(Counter(encoder.texts).values()) < sum(SAMPLES.values()) / 2  # "the same" once a group
     assert all(group == sorted(group, key=len, reverse=True) for group in encoder.groups)
     for dataset, count in SAMPLES.items():
-        made = TextEmbeddings.load(str(tmp_path / dataset)).made
+        made = TextEmbeddings.load(str(tmp_path / dataset)).metadata
         assert (made.model, made.identity, made.width, made.stored) == ("texts", "1", WIDTH, stored)
         tars = sorted(map(str, (tmp_path / dataset).glob("*_text_embeddings.tar")))
         assert len(tars) > 1
@@ -195,8 +195,8 @@ def test_each_drawn_caption_comes_with_its_row(request, shards, tmp_path, place)
 def test_a_run_without_them_is_as_before_and_one_with_them_is_another(shards, tmp_path):
     embed(shards, tmp_path, Texts())
     without, with_them = (Source.open(data_of(shards, place)) for place in (None, tmp_path))
-    assert (without.made, without.vectors) == (None, ())
-    assert (with_them.made.width, with_them.made.model) == (WIDTH, "texts")
+    assert (without.embedding_metadata, without.vectors) == (None, ())
+    assert (with_them.embedding_metadata.width, with_them.embedding_metadata.model) == (WIDTH, "texts")
     assert without.fingerprint != with_them.fingerprint
     texts = {(row, text): found for _, row, text, found in read(data_of(shards, None), 3)}
     assert set(texts.values()) == {None}
@@ -324,7 +324,9 @@ def test_other_vectors_are_not_overwritten_unless_asked(shards, tmp_path):
     with pytest.raises(PipelineError, match=r"has vectors of other shards than .*first has now: add --overwrite"):
         embed(shards, out, Texts())
     assert files(out) == before
-    with pytest.raises(PipelineError, match=r"text_embeddings\.json is of another 000000\.tar than .*first has now"):
+    with pytest.raises(
+        PipelineError, match=r"text_embeddings\.json belongs to another 000000\.tar than that of .*first"
+    ):
         Source.open(data_of(shards, out))
 
     changed = embed(shards, out, Texts(), overwrite=True)
@@ -339,7 +341,7 @@ def test_other_vectors_are_not_overwritten_unless_asked(shards, tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         embed(shards, out, Other(0), overwrite=True)
     assert len(embed(shards, out, Other()).groups) == len(embed(shards, tmp_path / "new", Texts()).groups)
-    assert Source.open(data_of(shards, out)).made.identity == "2"
+    assert Source.open(data_of(shards, out)).embedding_metadata.identity == "2"
 
 
 def test_what_is_damaged_missing_or_of_another_model_is_refused_by_name(shards, tmp_path):
@@ -358,7 +360,7 @@ def test_what_is_damaged_missing_or_of_another_model_is_refused_by_name(shards, 
         name, identity = "other", "2"
 
     embed(shards / "second", tmp_path / "second", Other(), overwrite=True)
-    with pytest.raises(PipelineError, match=r"are of texts \(1\), and those in .*second of other \(2\)"):
+    with pytest.raises(PipelineError, match=r"are from texts \(1\), but those in .*second are from other \(2\)"):
         Source.open(data_of(shards, tmp_path))
     index = tmp_path / "second/text_embeddings.json"
     index.write_text(index.read_text().replace('"other"', '"texts"'))
@@ -468,7 +470,7 @@ def test_llm2clips_own_tars_are_read_where_they_are(tmp_path, columns):
     assert files(folder) == before
     assert not list((tmp_path / "out").rglob("*.tar"))
     data = data_of(tmp_path / "index", tmp_path / "out", datasets=[], block_samples=4, lanes=2)
-    assert Source.open(data).made.model == "Llama-3-8B"
+    assert Source.open(data).embedding_metadata.model == "Llama-3-8B"
     seen, lacking = set(), Counter()
     for batch, row, text, found in read(data, 20):  # ten epochs
         if not batch.valid[row]:
@@ -494,10 +496,10 @@ def test_tars_that_are_not_of_these_captions_are_refused(tmp_path):
         index_published("Llama", open_datasets([str(folder)], out), overwrite=True)
 
     index()
-    assert Source.open(data_of(folder, "beside", datasets=[])).made.stored == "fp32"
+    assert Source.open(data_of(folder, "beside", datasets=[])).embedding_metadata.stored == "fp32"
     indexed_images(folder, folder, COLUMNS[:1])
     with pytest.raises(
-        PipelineError, match=r"is of captions in shortSV_captions, longSV_captions, and .* has them in sho"
+        PipelineError, match=r"embeds the captions in shortSV_captions, longSV_captions, but .* has them in sho"
     ):
         Source.open(data_of(folder, "beside", datasets=[]))
     with pytest.raises(PipelineError, match=r"has vectors for \w+_captions, \w+_captions, but not for captions in txt"):
@@ -549,5 +551,5 @@ def test_an_index_of_embeddings_that_makes_no_sense_is_refused(shards, tmp_path,
     del content["checksum"]
     content[name] = value
     file.write_text(json.dumps(content | {"checksum": checksum_of(content)}))
-    with pytest.raises(ObjectError, match=r"text_embeddings\.json is no index of ours"):
+    with pytest.raises(ObjectError, match=r"text_embeddings\.json is not a valid index"):
         TextEmbeddings.load(str(tmp_path))

@@ -174,5 +174,5 @@ def test_what_is_no_whole_image_in_a_known_format_is_refused(data):
 
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (9_500, 100)])
 def test_a_long_image_is_not_padded_to_a_huge_square(size):
-    with pytest.raises(BadSample, match=f"{size[0]}x{size[1]} pixels, too long"):
+    with pytest.raises(BadSample, match=f"{size[0]}x{size[1]} pixels are too many"):
         Tiling(24, 3, ((24, 24),)).cut(Image.new("RGB", size), anyres=False)

@@ -13,7 +13,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.convert import img2dataset
-from pipeline.data.index import File, Index
+from pipeline.data.index import Index, IndexedFile
 from pipeline.data.mmeb import MMEB_TASKS
 from pipeline.data.sample import Item, Pair, Single
 from pipeline.data.shards import write_shards
@@ -116,7 +116,7 @@ def put_rows(folder, queries: list[int], candidates: list[list[int]], items: int
     rows = {"query": pa.array(queries, pa.int32()), "candidates": pa.array(candidates, pa.list_(pa.int32()))}
     parquet.write_table(pa.table(rows), folder / "rows.parquet")
     parquet.write_table(pa.table({"name": [f"name {number}" for number in range(items)]}), folder / "items.parquet")
-    files = {name: File.of((folder / name).read_bytes()) for name in ("rows.parquet", "items.parquet")}
+    files = {name: IndexedFile.of((folder / name).read_bytes()) for name in ("rows.parquet", "items.parquet")}
     (folder / "index.json").write_text(replace(Index.load(str(folder)), files=files).to_json())
 
 
@@ -151,7 +151,7 @@ def test_a_converted_set_whose_parts_do_not_fit_is_a_clear_error(singles):
         load([str(singles / "Set")])
     for queries, candidates, items in (([0], [[1]], 599), ([600], [[1]], 600), ([0], [[1, -1]], 600)):
         put_rows(singles / "Set", queries, candidates, items)
-        with pytest.raises(PipelineError, match=r"rows\.parquet or items\.parquet is not of its 600 items"):
+        with pytest.raises(PipelineError, match=r"rows\.parquet or items\.parquet does not match its 600 items"):
             load([str(singles)])
     put_rows(singles / "Set", [599], [[599]], 600)
     load([str(singles)])
@@ -178,7 +178,7 @@ def test_what_is_no_evaluation_set_is_a_clear_error(mmeb, tmp_path):
     with pytest.raises(PipelineError, match="two evaluation sets have the name"):
         load([str(mmeb), str(mmeb)])
     (mmeb / "tasks.json").write_text("[" * 200_000)
-    with pytest.raises(PipelineError, match="does not give each dataset's task"):
+    with pytest.raises(PipelineError, match="give each dataset its task"):
         load([str(mmeb)])
     (mmeb / "tasks.json").write_text('{"VQA": {"task": "guessing", "in_distribution": true}}')
     with pytest.raises(PipelineError, match="guessing"):

@@ -69,4 +69,5 @@ def test_killed_on_two_processes_it_goes_on_to_the_same_bytes_as_on_one(tiny_mod
     assert [path.stat().st_mtime_ns for path in kept] == times
     assert embedded(out) == expected
     source = Source.open(Data(url=str(shards), datasets=list(NAMES), text_embeddings=str(out)))
-    assert (source.made.width, source.made.identity) == (encoder.dimension, encoder.identity)
+    metadata = source.embedding_metadata
+    assert (metadata.width, metadata.identity) == (encoder.dimension, encoder.identity)

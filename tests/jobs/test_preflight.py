@@ -128,7 +128,7 @@ def test_shards_without_pairs_are_found(overrides, tmp_path, capsys):
     status, _, errors = found(capsys, [*overrides, f"run={tmp_path}/run", f"data.url={tmp_path}/items"])
     assert status == 2
     assert errors == [
-        f"error: preflight: data: {tmp_path}/items/000000.tar: an item of an evaluation set, no pair to train on - "
+        f"error: preflight: data: {tmp_path}/items/000000.tar: an item of an evaluation set, not a pair to train on - "
         "name shards of pairs in data.url and data.datasets"
     ]
 

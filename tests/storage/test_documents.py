@@ -21,18 +21,26 @@ class Form:
 @pytest.mark.parametrize(
     ("data", "form", "reason"),
     [
-        (b"", Form, "F is empty, where JSON is expected: R"),
-        (b" \n\xef\xbb\xbf", Form, "F is damaged: it is no JSON .*: R"),
-        (b"<html>busy</html>", Form, "F is HTML or XML, where JSON is expected: a proxy .*: R"),
+        (b"", Form, "F is empty, but should be JSON: R"),
+        (b" \n\xef\xbb\xbf", Form, "F is damaged: it is not JSON .*: R"),
+        (b"<html>busy</html>", Form, "F is HTML or XML, but should be JSON: a proxy .*: R"),
         (b"[" * 300_000, Form, "F is damaged: it is nested too deeply: R"),
-        (b'{"number": 1', Form, r"F is damaged: it is no JSON \(.*line 1 column 13.*\): R"),
-        (b'{"number": 1} x', Form, "F is damaged: it is no JSON .*: R"),
+        (b'{"number": 1', Form, r"F is damaged: it is not JSON \(.*line 1 column 13.*\): R"),
+        (b'{"number": 1} x', Form, "F is damaged: it is not JSON .*: R"),
         (b'{"number": "\xff"}', Form, "F is not UTF-8: byte 13: R"),
-        ('{"number": 1}'.encode("utf-16"), Form, "F is UTF-16: convert it, as iconv -f UTF-16 -t UTF-8 does: R"),
-        ('{"number": 1}'.encode("utf-16-be"), Form, "F is UTF-16: convert it, as iconv -f UTF-16BE -t UTF-8 does: R"),
+        (
+            '{"number": 1}'.encode("utf-16"),
+            Form,
+            "F is UTF-16: convert it with iconv -f UTF-16 -t UTF-8: R",
+        ),
+        (
+            '{"number": 1}'.encode("utf-16-be"),
+            Form,
+            "F is UTF-16: convert it with iconv -f UTF-16BE -t UTF-8: R",
+        ),
         (b"\x1f\x8b\x08", Form, "F is compressed by gzip: unpack it: R"),
         (bytes(20), Form, "F is damaged: it begins with zeros: R"),
-        (b'{"number": NaN}', Form, "NaN, which is no number of JSON's"),
+        (b'{"number": NaN}', Form, "NaN, which is not a JSON number"),
         (b'{"number": 1, "number": 1}', Form, "has the key 'number' twice"),
         (b'{"number": 1.0}', Form, "F has another form than expected: number: .*integer, got 1.0: R"),
         (b'{"number": "1"}', Form, "number: .*integer, got '1'"),
@@ -71,7 +79,10 @@ def test_columns_that_nothing_reads(capsys):
         (["Text", "image"], "F has the column 'Text', which nothing reads: did you mean text"),
         (["\ufefftext", "image"], r"F has the column '\\ufefftext', which nothing reads: did you mean text"),
         (["text", "image", "captions"], "did you mean caption"),
-        (["text", "start_time"], "F has the column 'start_time', which nothing reads: known are text, image, caption"),
+        (
+            ["text", "start_time"],
+            "F has the column 'start_time', which nothing reads: the known ones are text",
+        ),
     ]:
         with pytest.raises(PipelineError, match=said):
             check_members("F", found, known, matters="start")

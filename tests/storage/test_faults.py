@@ -304,10 +304,10 @@ def test_a_lost_answer_to_the_end_of_an_upload(proxied):
     assert objects.read(OBJECT) == data
 
     proxied(only("POST", range(1, 2), refuse(404, "NoSuchUpload")))
-    assert "is not what was sent" in message(objects.write, OBJECT, data[::-1])
+    assert "differs from what was sent" in message(objects.write, OBJECT, data[::-1])
     assert objects.read(OBJECT) == data
 
 
 def test_an_object_that_is_not_what_was_sent(s3):
-    with pytest.raises(ObjectError, match="is not what was sent"):
+    with pytest.raises(ObjectError, match="differs from what was sent"):
         client.write("pipeline-tests", "faults/short", LARGE, lambda start, length: bytes(length - 1))

@@ -120,7 +120,7 @@ def test_of_several_folders_all_dead_are_waited_for_at_once(tmp_path, monkeypatc
     files = [left(folder) for folder in folders]
     with lock.held(folders):
         assert not any(map(objects.exists, files))
-    assert capsys.readouterr().err.count("(and 8 more) is there: does process 7 on elsewhere live? Waiting") == 1
+    assert capsys.readouterr().err.count("(and 8 more) exists: is process 7 on elsewhere alive? Waiting") == 1
 
 
 def test_ranks_wait_for_the_first_as_long_as_it_may_wait_for_a_lock():
@@ -136,7 +136,7 @@ def test_one_that_cannot_be_read_is_watched_as_well(tmp_path, hurried, capsys, m
     monkeypatch.setattr(objects, "read", stale)
     with lock.held([str(tmp_path)]):
         pass
-    assert "Waiting for a sign" in capsys.readouterr().err
+    assert "Waiting for a heartbeat" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"pid": "x"}', b"\xff"])
@@ -144,7 +144,7 @@ def test_a_file_that_says_nothing_is_watched_as_well(tmp_path, hurried, capsys, 
     objects.write(str(tmp_path / lock.FOLDER / "x"), content)
     with lock.held([str(tmp_path)]):
         pass
-    assert "Waiting for a sign" in capsys.readouterr().err
+    assert "Waiting for a heartbeat" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -187,5 +187,5 @@ def test_who_was_taken_for_dead_ends(tmp_path, hold):
     file.unlink()
     _, error = holder.communicate(timeout=HANG_SECONDS)
     assert holder.returncode == 2
-    assert f"{file} is gone: another process may write there; this one ends" in error
+    assert f"{file} is gone: another process may write there, so this one ends" in error
     assert "Traceback" not in error

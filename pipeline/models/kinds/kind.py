@@ -71,7 +71,7 @@ class Kind(ABC):
 
     def check_data(self, recipe: Recipe, source: Source) -> None:
         """Raise PipelineError for data that are not for the recipe's model."""
-        if source.made:
+        if source.embedding_metadata:
             raise PipelineError(f"data.text_embeddings is for model.kind=llm2clip, and this is {recipe.model.kind}")
 
     @abstractmethod

@@ -55,7 +55,7 @@ class Llm2ClipKind(Kind):
             refuse_unknown("vision", model.architecture.vision, CLIPVisionConfig())
 
     def check_data(self, recipe: Recipe, source: Source) -> None:
-        if (made := source.made) is None:
+        if (made := source.embedding_metadata) is None:
             return
         text_encoder, again = recipe.model.text_encoder, "embed the shards again, or name what made them"
         width = self.dimension_of_texts(text_encoder)

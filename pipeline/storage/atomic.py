@@ -1,0 +1,66 @@
+"""Replace a file or a folder as a whole: write it under a temporary name beside it, then rename it."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(target: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path for a new file or folder, which becomes `target` when the block ends without an error.
+
+    Readers see the old file or the whole new one. An existing folder is removed just before the rename. After an error
+    the temporary path is removed, and `target` is unchanged. A killed process leaves it: see `remove_leftovers`.
+
+    durable: flush the content and the new name to the disk. Otherwise a crash of the machine may leave an empty file.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        if durable:
+            sync(partial)
+        if partial.is_dir() and target.exists():
+            remove(target)
+        partial.replace(target)
+    except BaseException:
+        remove(partial)
+        raise
+    if durable:
+        _sync_one(target.parent)
+
+
+def write_file(target: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write bytes to `target`, as `replacing` does."""
+    with replacing(target, durable=durable) as partial:
+        partial.write_bytes(data)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left in `folder` under temporary names of targets that match the pattern `name`."""
+    for partial in folder.glob(f".{name}.*.partial"):
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder with all that it contains, to the disk."""
+    for each in (*path.rglob("*"), path) if path.is_dir() else (path,):
+        _sync_one(each)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
