@@ -39,7 +39,7 @@ from benchmarks.mmeb_like import draw
 from pipeline.errors import PipelineError, command_line
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.chunks import Chunk, plan_chunks
-from pipeline.models.qwen2 import keep_less, pool_in_last_layer
+from pipeline.models.llave.qwen2 import keep_less, pool_in_last_layer
 
 TILE, PATCH, FEWER_TOKENS = 72, 8, 9  # 9 x 9 patches a tile; SigLIP-so400m has 27 x 27
 HEAD = 64

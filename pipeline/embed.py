@@ -41,8 +41,8 @@ from pipeline.embedding.embedder import LEAST_TOKENS, Embedder, Parts
 from pipeline.embedding.folder import KINDS, Identity, Store, best
 from pipeline.errors import PipelineError, command_line, printable
 from pipeline.models.files import fetched, fingerprint
-from pipeline.models.kinds import kind_of
 from pipeline.models.loading import DTYPES
+from pipeline.models.registry import family_of
 from pipeline.progress import progress_bar
 from pipeline.storage import lock
 
@@ -65,7 +65,7 @@ def main() -> None:
         raise PipelineError(f"--out {arguments.out} is a URL: name a folder; only with --shards it may be on S3")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise PipelineError("pipeline.embed runs as one process: start it without a launcher")
-    kind_of(arguments.model)  # for its errors
+    family_of(arguments.model)  # for its errors
     folder = fetched(arguments.model)
     with ExitStack() as stack:
         out = Store(Path(arguments.out or stack.enter_context(TemporaryDirectory())))

@@ -21,10 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from pipeline.config import Recipe, dump_recipe, is_offloaded, load_ds_config, load_recipe
+from pipeline.config import Recipe, dump_recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
-from pipeline.data.lengths import VERSION as LENGTHS_VERSION
-from pipeline.data.order import VERSION as ORDER_VERSION
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
@@ -38,14 +36,13 @@ from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import Memory
 from pipeline.interrupt import INTERRUPTED
 from pipeline.jobs import limits, status
-from pipeline.models import loading, weights
 from pipeline.models.chunks import Features
-from pipeline.models.files import fetched
+from pipeline.models.family import Processor
 from pipeline.models.frozen import KeptFeatures
-from pipeline.models.kinds import KINDS, Processor
-from pipeline.models.masked import VERSION as MASKS_VERSION
+from pipeline.models.registry import saved, training_of
 from pipeline.storage import lock
 from pipeline.training import checkpoint, manifest, resume
+from pipeline.training.conditions import check, conditions_of_run
 from pipeline.training.engine import build_engine, load_frozen
 from pipeline.training.export import export
 from pipeline.training.loop import Run, train
@@ -89,17 +86,17 @@ def main() -> None:
 def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
     # What is wrong is found here, on every rank, before processes meet and a model is loaded.
     folder, world = Path(recipe.run), int(os.environ.get("WORLD_SIZE", 1))
-    kind = KINDS[recipe.model.kind]
-    kind.check(recipe.model)
+    family = training_of(recipe)
+    family.check(recipe.model)
     source = Source.open(recipe.data)
-    kind.check_data(recipe, source)
-    order = source.order(recipe.batch.global_batch, recipe.seed, kind.lengths(recipe))
+    family.check_data(recipe, source)
+    order = source.order(recipe.batch.global_batch, recipe.seed, family.lengths(recipe))
     order.check_world(world)
     ds_config = load_ds_config(recipe, world)
-    kind.check_stage(ds_config["zero_optimization"]["stage"])
+    family.check_stage(ds_config["zero_optimization"]["stage"])
     source.check_memory(order, world)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    limits.require_shared_memory(recipe, source, kind.lengths(recipe), world, ranks)
+    limits.require_shared_memory(recipe, source, family.lengths(recipe), world, ranks)
     limits.raise_open_files()
     steps = recipe.steps or round(recipe.epochs * order.steps_per_epoch)
     if steps < 1:
@@ -108,8 +105,12 @@ def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
     if start := resume.whole(folder / "checkpoints", quiet=True):
         if not resumes:
             raise PipelineError(f"{folder} has a checkpoint already; set run= to another directory, or resume")
-        checkpoint.check(start, conditions)
-    collection = sets.load(recipe.evaluation.urls, instructed=kind.instructed) if recipe.evaluation else None
+        check(start, conditions)
+    collection = (
+        sets.load(recipe.evaluation.urls, instructed=saved(recipe.model.family).instructed)
+        if recipe.evaluation
+        else None
+    )
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it does not survive the loader's forks
     device = start_distributed(recipe.timeout_minutes)
@@ -124,7 +125,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
         start, as_saved = for_this_world(start, recipe.timeout_minutes), start
         if start != as_saved:
             ds_config.setdefault("checkpoint", {})["load_universal"] = True
-    processor = kind.processor(recipe, model_path)
+    processor = family.processor(recipe, model_path)
     frozen = load_frozen(recipe, model_path, device)
     engine = build_engine(recipe, ds_config, model_path)
 
@@ -133,7 +134,7 @@ def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
 
     @cache
     def reader_and_features() -> tuple[Processor, Features | None]:
-        return kind.for_evaluation(recipe, processor, frozen, device)
+        return family.for_evaluation(recipe, processor, frozen, device)
 
     def evaluate(chunk_tokens: int) -> Report | None:
         reader, seen = reader_and_features()
@@ -149,7 +150,14 @@ def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
     def batches_of(steps: range) -> Iterator[Batch]:
         timeout = 60 * recipe.timeout_minutes
         return batches(
-            source, order, processor.encode, steps, rank=rank, world=world, timeout=timeout, trained_on=kind.trained_on
+            source,
+            order,
+            processor.encode,
+            steps,
+            rank=rank,
+            world=world,
+            timeout=timeout,
+            trained_on=family.trained_on,
         )
 
     if not train(engine, Run(recipe, order, steps, start, conditions, batches_of, evaluate, features, preemption)):
@@ -160,54 +168,6 @@ def _train(recipe: Recipe, preemption: Preemption, *, resumes: bool) -> None:
         print(f"the model: {folder}/export    the curves: tensorboard --logdir {folder}/tensorboard")
 
 
-def conditions_of_run(recipe: Recipe, source: Source, zero: dict) -> dict:
-    """What must be the same for a checkpoint to be continued, with the same batches.
-
-    zero: the DeepSpeed config's "zero_optimization".
-    """
-    names = ("lanes", "block_samples", "window_blocks", "batches", "cap")
-    model, loss, kind = recipe.model, recipe.loss, KINDS[recipe.model.kind]
-    of_others = {"kind", "instruction", "text_encoder"} if model.kind == "llave" else set()
-    masks = {name for name in type(loss).model_fields if name.startswith("mask_")}
-    return (
-        {f"data.{name}": getattr(recipe.data, name) for name in names}
-        | {
-            "data.datasets": [part.model_dump() for part in recipe.data.datasets],
-            "the data's fingerprint": source.fingerprint,
-            "the order's version": ORDER_VERSION,
-            "the token lengths' version": LENGTHS_VERSION,
-            "video.frames": recipe.video.frames,
-            "the ZeRO stage": zero["stage"],
-            "the optimizer is offloaded": is_offloaded(zero),
-            "seed": recipe.seed,
-            "precision": recipe.precision,
-            "batch.global_batch": recipe.batch.global_batch,
-            "batch.sub_batch": recipe.batch.sub_batch,
-            "the loss": loss.model_dump(exclude=masks if kind.contrastive else set()),
-            "model": model.model_dump(mode="json", exclude={"max_tokens", "attention", "images", *of_others}),
-            "the model's fingerprint": weights.fingerprint(model.path),
-            "what is trained": _trained(recipe),
-        }
-        | ({"the text encoder's fingerprint": weights.fingerprint(model.text_encoder)} if model.text_encoder else {})
-        | ({"model.images": _images(recipe)} if kind.sees else {})
-        | ({} if kind.contrastive else {"the masks' version": MASKS_VERSION})
-    )
-
-
-def _images(recipe: Recipe) -> str:
-    """How they are read: as the recipe says, or the model that it begins with, or else upright."""
-    path, images = recipe.model.path, recipe.model.images
-    if path is None or weights.is_original(fetched(path, weights=False)):  # whose own config says nothing of it
-        return images or "upright"
-    return "as_stored" if loading.reads_as_stored(path, images) else "upright"
-
-
-def _trained(recipe: Recipe) -> dict:
-    """What has optimizer state; learning rates may change under way."""
-    parts = {name: bool(getattr(recipe.train, name)) for name in KINDS[recipe.model.kind].parts}
-    return parts | {"lora": recipe.train.lora.model_dump() if recipe.train.lora else None}
-
-
 def _model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> str:
     """The model to begin with, in transformers' format; what is not there yet is made.
 
@@ -215,10 +175,10 @@ def _model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> str:
     where a run begins anew.
     """
     made = folder / "init"
-    kind = KINDS[recipe.model.kind]
+    family = training_of(recipe)
     if recipe.model.path:
         before = checkpoint.entries(made)
-        path = Path(kind.resolve(recipe.model.path, made))
+        path = Path(family.resolve(recipe.model.path, made))
         if path.parent != made:
             return str(path)
         if path in before:
@@ -229,7 +189,7 @@ def _model(recipe: Recipe, source: Source, folder: Path, anew: bool) -> str:
     if anew or not made.exists():
         unfinished = folder / "init.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        kind.build(recipe.model, _texts(source), recipe.seed, unfinished)
+        family.build(recipe.model, _texts(source), recipe.seed, unfinished)
         manifest.seal(unfinished)
         shutil.rmtree(made, ignore_errors=True)
         unfinished.rename(made)

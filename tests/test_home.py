@@ -94,7 +94,7 @@ def test_a_program_starts_without_a_home(no_home):
 
 def test_no_folder_is_called_so(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    given = ["~/x", "--out=~/x", "run=~/a=b", "mmeb=~/x", "loss.margin=~", "s3://b/~/x", "./~/x", "a ~/b", "~"]
+    given = ["~/x", "--out=~/x", "run=~/a=b", "mmeb=~/x", "objective.margin=~", "s3://b/~/x", "./~/x", "a ~/b", "~"]
     meant = ["/home/me/x", "--out=/home/me/x", "run=/home/me/a=b", "mmeb=/home/me/x", *given[4:]]
     assert list(map(errors._with_home, given)) == meant
     with pytest.raises(errors.PipelineError, match="~of-nobody/x: there is no such home; write the whole path"):

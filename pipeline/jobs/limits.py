@@ -13,14 +13,12 @@ from pathlib import Path
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths
 from pipeline.data.source import Source
-from pipeline.data.tiles import Tiling
 from pipeline.errors import PipelineError
 
 SHARED = Path("/dev/shm")
 _MB = 1e6
 _NCCL = 20 << 20  # of each of several ranks on GPUs, about: a segment of 10 MB for each neighbour; gloo takes none
 _BATCHES = 4  # two that workers made, one that is put together, one that is trained on
-_PATCH = 16  # pixels of its side, about, where a model sees images as one square
 _SHARDS = 1000  # that are looked at
 _FILES, _THREADS = 64, 16  # of a process besides, about
 _TEMPORARY = 64 << 20
@@ -55,13 +53,13 @@ def shared_bytes(
 def pair_bytes(source: Source, lengths: Lengths) -> int:
     """What the tiles of an average pair take, about: each token of an image stands for a patch of it."""
     tiling, total = lengths.tiling, 0
-    side = tiling.size / tiling.patches if isinstance(tiling, Tiling) else _PATCH
-    frame = tiling.patches**2 if isinstance(tiling, Tiling) else tiling.image_tokens
     shards = [shard for _, shard in source.shards[:: max(1, len(source.shards) // _SHARDS)]]
     for shard in shards:
         sizes = [tiling.tokens(height, width, anyres=True) for width, height in shard.image_sizes if width and height]
-        total += shard.images * sum(sizes) // max(len(sizes), 1) + shard.videos * lengths.video_frames * frame
-    return int(3 * side**2 * total) // max(sum(shard.samples for shard in shards), 1)
+        total += (
+            shard.images * sum(sizes) // max(len(sizes), 1) + shard.videos * lengths.video_frames * tiling.frame_patches
+        )
+    return int(3 * tiling.patch**2 * total) // max(sum(shard.samples for shard in shards), 1)
 
 
 def free_bytes(folder: Path) -> int | None:

@@ -329,6 +329,11 @@ def reads_as_stored(path: str, images: str | None = None) -> bool:
     return images == "as_stored"
 
 
+def image_reading(path: str | None, images: str | None) -> str:
+    """How a run reads images, `upright` or `as_stored`.  path: None is a model whose config does not say it."""
+    return "as_stored" if (images == "as_stored" if path is None else reads_as_stored(path, images)) else "upright"
+
+
 def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -> None:
     """Raise PipelineError for a field of model.architecture.NAME that is none of the config's.
 

@@ -16,28 +16,25 @@ from deepspeed.accelerator import get_accelerator
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.data.order import Order
+from pipeline.distributed import all_gather_constant
 from pipeline.errors import PipelineError, disk_errors, printable
 from pipeline.evaluation.report import Report
 from pipeline.jobs import status
-from pipeline.losses.gather import all_gather_constant
 from pipeline.models.frozen import KeptFeatures
-from pipeline.models.kinds import KINDS
+from pipeline.objectives.objective import StepResult, objective_of
 from pipeline.training import checkpoint
 from pipeline.training.budget import MEMORY, NOTE, Budget, found, found_before, out_of_memory_noted
 from pipeline.training.engine import learning_rate, set_hyperparameters
-from pipeline.training.masked import masked_step
 from pipeline.training.meter import Memory, Meter
 from pipeline.training.monitor import Monitor, score_of
 from pipeline.training.preemption import Preemption
-from pipeline.training.step import StepResult, train_step
-from pipeline.training.temperature import Temperature
 
 
 @dataclass(frozen=True)
 class Run:
     """What the loop needs besides the engine.
 
-    start: the checkpoint to continue from, or None. conditions: see checkpoint.check.
+    start: the checkpoint to continue from, or None. conditions: see conditions.py.
     batches: this rank's batches of a range of steps. evaluate: a report at the present weights, on rank 0, by
         chunks of so many tokens.
     features: anew for each step, where a frozen part is not of the engine.
@@ -67,9 +64,9 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
         state = checkpoint.load(engine, run.start)
         set_hyperparameters(engine, recipe)
     start, bad_samples = state["step"], state["bad_samples"]
-    temperature = Temperature(recipe, engine.device)
+    objective = objective_of(recipe)(recipe, engine.device)
     if run.start:
-        temperature.load(state["temperature"])
+        objective.load(state)
     meter = Meter(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
     conditions = _conditions_of_budget(run, engine, meter)
     budget = _budget(run, state.get("budget"), conditions)
@@ -91,10 +88,7 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
             if measuring := not budget.is_fixed:
                 meter.start()
             with out_of_memory_noted(run.folder, step + 1, budget, conditions):
-                if KINDS[recipe.model.kind].contrastive:
-                    result = train_step(engine, batch, recipe, budget, temperature, lr=lr, features=run.features())
-                else:
-                    result = masked_step(engine, batch, recipe, budget, step, lr=lr)
+                result = objective.step(engine, batch, budget, step, lr=lr, features=run.features())
             if measuring:
                 _learn(budget, *meter.stop(result.largest_chunk, len(batch.items)))
 
@@ -123,8 +117,7 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run) -> bool:
             # Also before an evaluation, which may be cut short: then it is made up for.
             if asked or evaluation_is_due or done == run.steps or done % recipe.checkpoint.every == 0:
                 monitor.flush()
-                kept = {"bad_samples": bad_samples, "temperature": temperature.state()}
-                kept |= {"budget": found(budget, conditions)}
+                kept = {"bad_samples": bad_samples, "budget": found(budget, conditions)} | objective.state()
                 folder = run.folder / "checkpoints"
                 checkpoint.save(engine, folder, done, kept, run.conditions, recipe.checkpoint.keep)
                 if monitor.leads:

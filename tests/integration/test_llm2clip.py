@@ -27,8 +27,8 @@ from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import Memory
-from pipeline.models import decoder
-from pipeline.models.kinds import KINDS
+from pipeline.models.registry import training
+from pipeline.models.text_encoder import model as decoder
 from pipeline.training import checkpoint
 
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def caption_recipe(data, tmp_path_factory) -> list[str]:
         "data.datasets=[images, texts]",
         f"model.path={model}",
         "model.instruction='what a caption shows: '",
-        "train.lora.rank=2",
+        "model.train.lora.rank=2",
         "evaluation=null",
     ]
 
@@ -215,7 +215,7 @@ def test_a_run_is_not_continued_with_another_text_encoder_or_other_vectors(
         with pytest.raises(PipelineError, match="cannot be continued: the text encoder's fingerprint is"):
             check()
         with pytest.raises(PipelineError, match=r"data\.text_embeddings were made by .* with other weights than"):
-            KINDS["llm2clip"].check_data(recipe, source)  # nor is a new run begun with them
+            training("llm2clip").check_data(recipe, source)  # nor is a new run begun with them
     finally:
         kept.rename(weights)
 
@@ -230,7 +230,7 @@ def test_what_would_be_partitioned_is_refused(vision_recipe, tmp_path):
 def test_vectors_of_texts_cut_elsewhere_are_refused(vision_recipe):
     recipe = load_recipe(vision_recipe[0], [*vision_recipe[1:], f"model.max_tokens={TOKENS + 1}"])
     with pytest.raises(PipelineError, match=f"cut at {TOKENS} tokens, and model.max_tokens is {TOKENS + 1}"):
-        KINDS["llm2clip"].check_data(recipe, Source.open(recipe.data))
+        training("llm2clip").check_data(recipe, Source.open(recipe.data))
 
 
 @pytest.mark.parametrize("stage", ["caption", "vision"])

@@ -224,7 +224,7 @@ def test_memory_says_what_to_lower():
     assert too_much.state == "red"
     tokens = int(too_much.do.removeprefix("lower batch.chunk_tokens to ").replace(",", ""))
     assert memory(planned(f"batch.chunk_tokens={tokens}", "batch.kept_chunks=0"), 10**9).state == "green"
-    assert "train.lora" in memory(job, 10**6).do
+    assert "model.train.lora" in memory(job, 10**6).do
     assert memory(job, 0).state == "skipped"
 
 

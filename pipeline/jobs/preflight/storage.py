@@ -16,7 +16,7 @@ from pipeline.jobs.preflight.check import Check, check, green, red, skipped, yel
 from pipeline.jobs.preflight.job import Job
 from pipeline.jobs.preflight.machine import GB
 from pipeline.jobs.preflight.nodes import Nodes
-from pipeline.models import weights
+from pipeline.models.registry import training_of
 
 _STORE_SECONDS = 20  # without a byte, instead of the recipe's data.timeout_s
 _PROBE_BYTES = 64 << 20
@@ -116,9 +116,9 @@ def nearest(folder: Path) -> Path:
 @check("disk space", seconds=20, if_late="the file system hangs: set run= to another")
 def disk_space(job: Job) -> Check:
     """What checkpoints and models will take, less the checkpoints that are there already."""
-    if job.recipe.model.kind != "llave":
+    if training_of(job.recipe).memory_model(job.recipe) is None:
         free = shutil.disk_usage(nearest(job.folder)).free
-        return skipped(f"estimated for llave alone; {free / GB:,.2f} GB free")
+        return skipped(f"not estimated for {job.recipe.model.family}; {free / GB:,.2f} GB free")
     if job.plan is None or job.zero is None:
         return skipped("without model and processes")
     evaluation = job.recipe.evaluation
@@ -163,7 +163,7 @@ def checkpoint_bytes(job: Job) -> int:
 def model_bytes(job: Job) -> int:
     """Of the export and, where the run begins with a model that it makes or converts, that one."""
     path = job.recipe.model.path
-    made = path is None or (Path(path).is_dir() and weights.is_original(Path(path)))
+    made = path is None or (Path(path).is_dir() and training_of(job.recipe).converts(path))
     return (2 if made else 1) * sum(group.parameters for group in job.plan.groups) * _width(job.recipe)
 
 
