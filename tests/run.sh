@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up if need be, check style, run all tests. Arguments go to pytest:  bash tests/run.sh tests/losses -x
+# Set up if need be, check style, run all tests. Arguments go to pytest:  bash tests/run.sh tests/objectives -x
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup.sh

@@ -13,7 +13,7 @@ from launch import launch
 from limits import HANG_MINUTES
 from safetensors.torch import load_file, save_file
 
-from pipeline import export, train
+from pipeline import export
 from pipeline.config import EvaluationRun, load_recipe
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
@@ -30,6 +30,8 @@ from pipeline.evaluation.store import Memory
 from pipeline.models.registry import training
 from pipeline.models.text_encoder import model as decoder
 from pipeline.training import checkpoint
+from pipeline.training.conditions import check as check_conditions
+from pipeline.training.conditions import conditions_of_run
 
 CPU = torch.device("cpu")
 STEPS, EVERY, KILLED = 6, 2, 6  # in this step
@@ -197,8 +199,8 @@ def test_a_run_is_not_continued_with_another_text_encoder_or_other_vectors(
         nonlocal recipe, source
         recipe = load_recipe(vision_recipe[0], [*vision_recipe[1:], f"run={vision_run}", *overrides])
         source = Source.open(recipe.data)
-        conditions = train.conditions_of_run(recipe, source, {"stage": 1})
-        checkpoint.check(checkpoint.latest(vision_run / "checkpoints"), conditions)
+        conditions = conditions_of_run(recipe, source, {"stage": 1})
+        check_conditions(checkpoint.latest(vision_run / "checkpoints"), conditions)
 
     check()
     others = embedded(caption_run / "export", data, tmp_path / "vectors", "bf16")
@@ -224,7 +226,7 @@ def test_what_would_be_partitioned_is_refused(vision_recipe, tmp_path):
     zero3 = "deepspeed=ds_configs/zero3.json"
     ended = launch(["-m", "pipeline.train", *vision_recipe, f"run={tmp_path}", zero3], world=1)
     assert ended.status == [2]
-    assert "error: this kind of model trains under ZeRO 0, 1, 2, not 3: set deepspeed=" in ended.output
+    assert "error: this family trains under ZeRO 0, 1, 2, not 3: set deepspeed=" in ended.output
 
 
 def test_vectors_of_texts_cut_elsewhere_are_refused(vision_recipe):

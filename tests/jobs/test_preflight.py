@@ -33,8 +33,8 @@ from pipeline.jobs.preflight.report import over_nodes
 from pipeline.jobs.preflight.run import preflight
 from pipeline.jobs.preflight.storage import checkpoint_bytes, disk_space, model_bytes
 from pipeline.jobs.status import Status
-from pipeline.train import conditions_of_run
 from pipeline.training import manifest
+from pipeline.training.conditions import conditions_of_run
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "pipeline/recipes/demo.yaml"

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_close_in_norm
-from pipeline.losses import contrastive
 from torch.utils._python_dispatch import TorchDispatchMode
 from two_ranks import on_two_ranks
 
+from pipeline.objectives.contrastive import loss as contrastive
 from pipeline.objectives.contrastive.loss import hardness_weighted_loss
 
 ALPHA, TEMPERATURE = 9.0, 0.02
