@@ -37,7 +37,7 @@ from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.lora import add_adapters
 from pipeline.objectives.contrastive.step import train_step
 from pipeline.objectives.contrastive.temperature import Temperature
-from pipeline.training import step as step_module
+from pipeline.objectives.contrastive import step as step_module
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze, load_frozen
 
