@@ -187,7 +187,7 @@ def compare(peer: str, rows: int, dim: int, rounds: int, device: torch.device) -
     ours, theirs = map(median, sides)
     agreement = "not compared"
     if ours.fits and theirs.fits:
-        off = max(_relative(ours.objective, theirs.loss), _relative(ours.gradient_norm, theirs.gradient_norm))
+        off = max(_relative(ours.loss, theirs.loss), _relative(ours.gradient_norm, theirs.gradient_norm))
         if not off <= TOLERANCE:
             raise PipelineError(f"{peer} at B={rows}: ours {ours} and theirs {theirs} differ by {off:.1e}")
         agreement = f"{off:.0e}"

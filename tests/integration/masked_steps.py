@@ -125,7 +125,7 @@ def compare(models: Path, case: Case) -> dict:
         expected.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        result["loss"] = max(result["loss"], abs(ours.objective / float(expected.detach()) - 1))
+        result["loss"] = max(result["loss"], abs(ours.loss / float(expected.detach()) - 1))
         result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / float(norm) - 1))
     result["parameters"] = largest_difference(engine, reference)
     out = models / f"export-{world}"
