@@ -226,8 +226,8 @@ def make_trained(kind: type[TowerlessLlave], setting: Setting, attention: str, d
     """All but the tower; what the recipe trains takes gradients."""
     model, recipe = make(kind, setting.config(attention), device), setting.recipe(setting.pairs, 0)
     freeze(model, recipe)
-    if recipe.model.train.lora:
-        add_adapters(model.language_model, recipe.model.train.lora, seed=0)
+    if recipe.model.train.adapters:
+        add_adapters(model.language_model, recipe.model.train.adapters, seed=0)
     return model
 
 

@@ -31,9 +31,9 @@ def refuse(values: Mapping[str, Any], overrides: list[str], where: str) -> None:
     for text in [*keys, *overrides]:
         key, sign, value = text.partition("=")
         family, objective = _KINDS.get(value, (value, "contrastive"))
-        for old, new in (("train", "model.train"), ("loss", "objective")):
+        for old, name in (("train", "model.train"), ("loss", "objective")):
             if key == old or key.startswith(f"{old}."):
-                raise PipelineError(f"{key} is now {new}{key.removeprefix(old)}: write {new}{text.removeprefix(old)}")
+                raise PipelineError(f"{key} is now {name}{key.removeprefix(old)}: write {name}{text.removeprefix(old)}")
         if key == "model.kind":
             wanted = f"model.family={family} objective.name={objective}" if sign else "model.family and objective.name"
             raise PipelineError(f"model.kind is now model.family, and objective.name: write {wanted}")

@@ -25,7 +25,7 @@ from pipeline.errors import PipelineError, shown
 from pipeline.models.files import fetched, read_json, refuse_more_layers, refuse_not_finite, survey
 
 # A precision by its name in recipes and options; "auto" is the one that the weights are stored in.
-DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype | Literal["auto"]] = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
 IMAGES = "image_reading"  # the config's field for `model.images`
 _STORED_DTYPES = ("float32", "float16", "bfloat16", "float64")

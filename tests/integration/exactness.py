@@ -35,9 +35,9 @@ from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave.model import Llave
 from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.lora import add_adapters
+from pipeline.objectives.contrastive import step as step_module
 from pipeline.objectives.contrastive.step import train_step
 from pipeline.objectives.contrastive.temperature import Temperature
-from pipeline.objectives.contrastive import step as step_module
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze, load_frozen
 
@@ -234,8 +234,8 @@ def trained_alone(
     parts: the recipe's name of each part by the prefix of its parameters.  loss: of a step, at a temperature.
     """
     freeze(reference, recipe)
-    if recipe.model.train.lora:
-        add_adapters(reference.language_model, recipe.model.train.lora, recipe.seed)
+    if recipe.model.train.adapters:
+        add_adapters(reference.language_model, recipe.model.train.adapters, recipe.seed)
     trained = {name: p for name, p in reference.named_parameters() if p.requires_grad}
     groups = []
     for name, parameter in trained.items():

@@ -109,8 +109,8 @@ def compare(models: Path, case: Case) -> dict:
     causal = AutoModelForCausalLM.from_pretrained(model, config=config, attn_implementation="eager")
     reference = MaskedLanguageModel(causal, engine.module.mask_token, engine.module.vocabulary)
     freeze(reference, recipe)
-    if recipe.model.train.lora:
-        add_adapters(reference.language_model, recipe.model.train.lora, recipe.seed)
+    if recipe.model.train.adapters:
+        add_adapters(reference.language_model, recipe.model.train.adapters, recipe.seed)
     trained = [parameter for parameter in reference.parameters() if parameter.requires_grad]
     groups = [{"params": [p], "weight_decay": 0.1 if p.ndim > 1 else 0} for p in trained]
     optimizer = torch.optim.AdamW(groups, lr=LR, eps=EPS)
@@ -127,7 +127,7 @@ def compare(models: Path, case: Case) -> dict:
         optimizer.step()
         result["loss"] = max(result["loss"], abs(ours.loss / float(expected.detach()) - 1))
         result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / float(norm) - 1))
-    result["parameters"] = largest_difference(engine, reference)
+    result["parameters"] = largest_difference(engine, {name: p.detach() for name, p in reference.named_parameters()})
     out = models / f"export-{world}"
     export(engine, None, recipe, model, out)
     with torch.no_grad():

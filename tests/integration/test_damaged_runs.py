@@ -20,8 +20,8 @@ from pipeline.convert.sharding import convert
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.evaluation.report import Report
-from pipeline.training.initial import initial_model
 from pipeline.training import checkpoint, manifest, resume
+from pipeline.training.initial import initial_model
 
 STEPS, EVERY = 6, 2
 OPTIMIZER = "zero_pp_rank_1_mp_rank_00_optim_states.pt"

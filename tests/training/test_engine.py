@@ -77,12 +77,12 @@ def test_adapters_alone_are_trained_and_begin_as_nothing(tiny_model):
     )
     freeze(model, chosen)
     before = dict(model.named_parameters())
-    add_adapters(model.language_model, chosen.model.train.lora, seed=1)
+    add_adapters(model.language_model, chosen.model.train.adapters, seed=1)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "tower" not in name}
     assert len(trained) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
     assert all("lora_" in name and 3 in parameter.shape for name, parameter in trained.items())
     given = dict(model.named_parameters())
-    merged = merge_adapters(given, chosen.model.train.lora)
+    merged = merge_adapters(given, chosen.model.train.adapters)
     assert not given  # a big model and its merged copy would not both fit
     assert merged.keys() == before.keys()
     assert all(torch.equal(merged[name], weight) for name, weight in before.items())
@@ -113,7 +113,7 @@ def test_adapters_alone_are_trained_and_begin_as_nothing(tiny_model):
 def test_what_cannot_be_trained_is_refused(tiny_model, fields, reason):
     with pytest.raises(PipelineError, match=reason):
         chosen = recipe(*fields)
-        add_adapters(Llave.load(tiny_model, torch.float32).language_model, chosen.model.train.lora, seed=0)
+        add_adapters(Llave.load(tiny_model, torch.float32).language_model, chosen.model.train.adapters, seed=0)
 
 
 @pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", None)])

@@ -3,7 +3,7 @@
 A frozen tower stays outside the engine: see frozen.py.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import AutoModel, LlavaOnevisionConfig, LlavaOnevisionPreTrainedModel
@@ -44,7 +44,9 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def load(cls, path: str, dtype: torch.dtype, device: torch.device, tiles_at_once: int = 64) -> "FrozenTower":
+    def load(
+        cls, path: str, dtype: torch.dtype | Literal["auto"], device: torch.device, tiles_at_once: int = 64
+    ) -> "FrozenTower":
         tower = loading.open_model(cls, path, loading.config(path, LlavaOnevisionConfig), dtype)
         tower.tiles_at_once = tiles_at_once
         return tower.to(device).eval().requires_grad_(False)
