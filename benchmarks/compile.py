@@ -40,7 +40,7 @@ from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.chunks import Chunk, plan_chunks
-from pipeline.models.qwen2 import keep_less, pool_in_last_layer
+from pipeline.models.llave.qwen2 import keep_less, pool_in_last_layer
 
 TILE, PATCH, FEWER_TOKENS = 72, 8, 9  # 9 x 9 patches a tile; SigLIP-so400m has 27 x 27
 HEAD = 64

@@ -45,7 +45,8 @@ from transformers import logging as transformers_logging
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.config import Architecture, EvaluationRun
+
+from pipeline.config import EvaluationRun
 from pipeline.data.sample import IMAGE_MARK, Item
 from pipeline.data.tiles import Tiling
 from pipeline.errors import PipelineError
@@ -54,8 +55,10 @@ from pipeline.evaluation.encoders import ModelEncoder
 from pipeline.evaluation.store import MemoryStore
 from pipeline.evaluation.tasks import Collection, Ranking, item_key
 from pipeline.jobs.program import command_line
-from pipeline.models.kinds import KINDS
-from pipeline.models.llave import build, prompt
+from pipeline.models.llave.config import LlaveArchitecture
+from pipeline.models.llave.model import build
+from pipeline.models.llave.processor import prompt
+from pipeline.models.registry import training
 
 transformers_logging.disable_progress_bar()
 CPU = torch.device("cpu")
@@ -63,10 +66,10 @@ TILE, PATCH = 112, 8  # 14 x 14 patches a tile; SigLIP-so400m has 27 x 27 of 384
 TOKENS = (TILE / PATCH / 27) ** 2
 
 
-def architecture(tower: tuple[int, int, int, int], text: tuple[int, int, int, int, int]) -> Architecture:
+def architecture(tower: tuple[int, int, int, int], text: tuple[int, int, int, int, int]) -> LlaveArchitecture:
     """Of (width, MLP, layers, heads) and (width, MLP, layers, heads, key-value heads)."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return Architecture(
+    return LlaveArchitecture(
         vision=dict(zip(names, tower, strict=True)) | {"image_size": TILE, "patch_size": PATCH},
         text=dict(zip((*names, "num_key_value_heads"), text, strict=True)) | {"vocab_size": 1024},
         image_grid_pinpoints=[(TILE, TILE), (TILE, 2 * TILE), (2 * TILE, TILE), (2 * TILE, 2 * TILE)],
@@ -156,7 +159,7 @@ class Ours:
     """embed_collection, with a ModelEncoder."""
 
     def __init__(self, path: str, datasets: dict[str, Sides]) -> None:
-        self.encoder = ModelEncoder.load(path, KINDS["llave"], EvaluationRun(chunk_tokens=CHUNK), CPU)
+        self.encoder = ModelEncoder.load(path, training("llave"), EvaluationRun(chunk_tokens=CHUNK), CPU)
         self.collections = {name: _collection(name, *sides) for name, sides in datasets.items()}
 
     def embed(self, dataset: str) -> torch.Tensor:

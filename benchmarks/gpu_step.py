@@ -83,13 +83,13 @@ from pipeline.models.attention import KINDS as ATTENTION_KINDS
 from pipeline.models.attention import choose, implementation
 from pipeline.models.chunks import Chunk, embed_chunks, plan_chunks, run_chunk
 from pipeline.models.frozen import KeptFeatures
-from pipeline.models.llave import TowerlessLlave
+from pipeline.models.llave.model import TowerlessLlave
+from pipeline.models.llave.tower import FrozenTower
 from pipeline.models.lora import add_adapters
-from pipeline.models.tower import FrozenTower
+from pipeline.objectives.contrastive.step import train_step
+from pipeline.objectives.contrastive.temperature import Temperature
 from pipeline.training.budget import Budget
 from pipeline.training.engine import adamw, freeze, parameter_groups
-from pipeline.training.step import train_step
-from pipeline.training.temperature import Temperature
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Setting:
             f"batch.chunk_tokens={self.chunk_tokens}",
             f"batch.kept_chunks={kept_chunks}",
         ]
-        options += ["train.lora={rank: 16, alpha: 32}"] if BACKBONES[self.model].lora else []
+        options += ["model.train.lora={rank: 16, alpha: 32}"] if BACKBONES[self.model].lora else []
         return load_recipe(ROOT / f"pipeline/recipes/llave_{self.model}.yaml", options)
 
 
@@ -227,8 +227,8 @@ def make_trained(kind: type[TowerlessLlave], setting: Setting, attention: str, d
     """All but the tower; what the recipe trains takes gradients."""
     model, recipe = make(kind, setting.config(attention), device), setting.recipe(setting.pairs, 0)
     freeze(model, recipe)
-    if recipe.train.lora:
-        add_adapters(model.language_model, recipe.train.lora, seed=0)
+    if recipe.model.train.adapters:
+        add_adapters(model.language_model, recipe.model.train.adapters, seed=0)
     return model
 
 

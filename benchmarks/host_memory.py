@@ -56,11 +56,13 @@ from transformers import logging as transformers_logging
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.config import Architecture, load_ds_config, load_recipe
+from pipeline.config import load_ds_config, load_recipe
 from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
-from pipeline.models import llave, weights
+from pipeline.models.llave import model as llave
+from pipeline.models.llave import weights
+from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.training import engine, partitions
 from pipeline.training.export import export
 
@@ -70,7 +72,7 @@ EVERY = 0.005  # seconds
 LIMIT = 600  # seconds
 FILE_SIZE = "150MB"
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ARCHITECTURE = Architecture(
+ARCHITECTURE = LlaveArchitecture(
     vision={
         "hidden_size": 384,
         "intermediate_size": 1536,
@@ -130,7 +132,7 @@ def train(folder: Path, mark: Mark, *overrides: str) -> None:
     """Load the model and export it, as training does."""
     world = int(os.environ["WORLD_SIZE"])
     fields = [f"model.path={folder}/model", "precision=bf16", "deepspeed=ds_configs/zero3.json"]
-    fields += ["train.vision_tower=false", f"batch.global_batch={2 * world}", f"data.lanes={world}", *overrides]
+    fields += ["model.train.vision_tower=false", f"batch.global_batch={2 * world}", f"data.lanes={world}", *overrides]
     recipe = load_recipe(ROOT / "pipeline/recipes/demo.yaml", fields)
     device = start_distributed(timeout_minutes=1)
 
@@ -168,7 +170,7 @@ def train(folder: Path, mark: Mark, *overrides: str) -> None:
 
 
 def train_adapters(folder: Path, mark: Mark) -> None:
-    train(folder, mark, "train.lora.rank=16")
+    train(folder, mark, "model.train.lora.rank=16")
 
 
 def convert(folder: Path, mark: Mark) -> None:

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
-from pipeline.losses.contrastive import hardness_weighted_loss
+from pipeline.objectives.contrastive.loss import hardness_weighted_loss
 
 TEMPERATURE, ALPHA = 0.02, 9.0
 TOLERANCE = 1e-5

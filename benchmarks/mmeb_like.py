@@ -23,7 +23,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from pipeline.data.batch import Batch
 from pipeline.data.collate import Encoded, Image
-from pipeline.models.llave import tiling
+from pipeline.models.llave.checks import tiling
 
 PAIR_KINDS = {(True, False): 0.61, (False, True): 0.25, (True, True): 0.14}  # query and target: whether with an image
 PROMPT, BEFORE_IMAGE, SHORTEST_TEXT, LONGEST_TEXT = 22, 14, 10, 60  # tokens

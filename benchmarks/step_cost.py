@@ -66,7 +66,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.loss import llave_loss
 from benchmarks.mmeb_like import LONGEST_TEXT, MICRO_BATCH, PROMPT, draw, embed_padded, micro_batches, tiles_of
-from pipeline.config import Architecture, Recipe, load_ds_config, load_recipe
+from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
 from pipeline.data.collate import Encoded
 from pipeline.data.tiles import Tiling
@@ -75,18 +75,20 @@ from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
 from pipeline.models.chunks import embed_chunks, plan_chunks
 from pipeline.models.frozen import KeptFeatures
-from pipeline.models.llave import build, load_config, tiling
-from pipeline.models.tower import normalised, tower_features
+from pipeline.models.llave.checks import load_config, tiling
+from pipeline.models.llave.config import LlaveArchitecture
+from pipeline.models.llave.model import build
+from pipeline.models.llave.tower import normalised, tower_features
+from pipeline.objectives.contrastive.step import train_step
+from pipeline.objectives.contrastive.temperature import Temperature
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze, load_frozen, parameter_groups
-from pipeline.training.step import train_step
-from pipeline.training.temperature import Temperature
 
 transformers_logging.disable_progress_bar()
 CPU = torch.device("cpu")
 TILE, PATCH = 72, 8  # 9 x 9 patches a tile; SigLIP-so400m has 27 x 27 of 384 pixels
 TOKENS = 9  # by how much there are fewer tokens
-ARCHITECTURE = Architecture(
+ARCHITECTURE = LlaveArchitecture(
     vision={
         "hidden_size": 1152 // 8,
         "intermediate_size": 4304 // 8,
@@ -127,7 +129,7 @@ def recipe_of(batch: int) -> Recipe:
         ROOT / "pipeline/recipes/demo.yaml",
         [
             "deepspeed=ds_configs/zero0.json",
-            "train.vision_tower=false",
+            "model.train.vision_tower=false",
             "data.lanes=1",
             f"batch.global_batch={batch}",
         ],

@@ -7,7 +7,7 @@
 Draws JPEGs of 336x252 with captions, in img2dataset's layout, which both sides read as it is. Towers have one shape and
 the same weights: ViT-Ti/32 at 224 pixels, 2 layers, float32, of which a step costs a few times what decoding does.
 
-    ours        pipeline/data/stream.py and pipeline/training/step.py, model.kind=llm2clip, the captions' vectors cached
+    ours        pipeline/data/stream.py and the contrastive objective's step, llm2clip, the captions' vectors cached
                 by pipeline.embed, ZeRO 1. In one chunk whose graph is kept, as open_clip keeps its own; and by the
                 gradient cache: chunks of an eighth of the batch, embedded twice
     open_clip   open_clip_train.data.get_wds_dataset with its transform for training (RandomResizedCrop), and
@@ -67,13 +67,14 @@ from pipeline.data.stream import batches
 from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
-from pipeline.models import decoder
-from pipeline.models.kinds import KINDS
+from pipeline.models.registry import training
+from pipeline.models.text_encoder import model as decoder
 from pipeline.models.vision import VisionEncoder
+from pipeline.objectives.contrastive.step import train_step
+from pipeline.objectives.contrastive.temperature import Temperature
+from pipeline.objectives.objective import StepResult
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine
-from pipeline.training.step import StepResult, train_step
-from pipeline.training.temperature import Temperature
 
 WIDTH, HEIGHT = 336, 252
 DIMENSION, TEXT_WIDTH = 128, 512
@@ -128,7 +129,7 @@ def run(*command: str) -> None:
 
 
 def make_text_encoder(folder: Path, width: int) -> None:
-    """A decoder of one layer, as `model.kind=caption` exports one."""
+    """A decoder of one layer, as a text encoder is exported."""
     text = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 4}
     text |= {"num_key_value_heads": 4, "vocab_size": 300}
     with TemporaryDirectory() as made:
@@ -229,7 +230,7 @@ class Ours:
 
     def __init__(self, setting: Setting) -> None:
         self.recipe = setting.recipe
-        kind, path = KINDS["llm2clip"], self.recipe.model.path
+        kind, path = training("llm2clip"), self.recipe.model.path
         self.processor = kind.processor(self.recipe, path)
         self.source = Source.open(self.recipe.data)
         self.order = self.source.order(BATCH, self.recipe.seed, kind.lengths(self.recipe))
@@ -279,7 +280,7 @@ class Theirs:
         self.transforms = {training: image_transform(SIDE, is_train=training) for training in (True, False)}
         self.vectors = torch.from_numpy(np.load(setting.vectors, mmap_mode="c"))
         recipe = setting.recipe
-        ours = KINDS["llm2clip"].load(recipe, recipe.model.path, "sdpa")
+        ours = training("llm2clip").load(recipe, recipe.model.path, "sdpa")
         shape = {
             "layers": VISION["num_hidden_layers"],
             "width": VISION["hidden_size"],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipeline.data.shards import write_shards
     from pipeline.data.source import open_dataset
     from pipeline.embedding.embedder import Embedder
-    from pipeline.losses.contrastive import hardness_weighted_loss
+    from pipeline.objectives.contrastive.loss import hardness_weighted_loss
 
 __all__ = [
     "Embedder",
@@ -33,7 +33,7 @@ _MODULES = {
     "Item": "pipeline.data.sample",
     "Order": "pipeline.data.order",
     "Pair": "pipeline.data.sample",
-    "hardness_weighted_loss": "pipeline.losses.contrastive",
+    "hardness_weighted_loss": "pipeline.objectives.contrastive.loss",
     "load_recipe": "pipeline.config",
     "open_dataset": "pipeline.data.source",
     "write_shards": "pipeline.data.shards",

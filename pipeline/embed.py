@@ -43,8 +43,8 @@ from pipeline.embedding.folder import KINDS, EmbeddingFolder, Identity, best
 from pipeline.errors import PipelineError, printable
 from pipeline.jobs.program import command_line
 from pipeline.models.files import fetched, fingerprint
-from pipeline.models.kinds import kind_of
 from pipeline.models.loading import DTYPES
+from pipeline.models.registry import family_of
 from pipeline.progress import progress_bar
 from pipeline.storage import lock
 
@@ -67,7 +67,7 @@ def main() -> None:
         raise PipelineError(f"--out {arguments.out} is a URL: give a local folder; only with --shards it may be on S3")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise PipelineError("pipeline.embed runs as one process: start it without a launcher")
-    kind_of(arguments.model)  # raises the errors
+    family_of(arguments.model)  # raises the errors
     folder = fetched(arguments.model)
     with ExitStack() as stack:
         out = EmbeddingFolder(Path(arguments.out or stack.enter_context(TemporaryDirectory())))

@@ -18,15 +18,13 @@ from typing import Literal
 import torch
 import transformers
 
-from pipeline.config import load_recipe
+from pipeline.config import former, recipe_of_run
 from pipeline.data.collate import pack
 from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
-from pipeline.models import weights
-from pipeline.models.kinds import KINDS
-from pipeline.models.lora import add_adapters
+from pipeline.models.registry import saved, training_of
 from pipeline.training import checkpoint, manifest, resume
-from pipeline.training.engine import freeze
+from pipeline.training.engine import adapt, freeze
 from pipeline.training.export import write_folder
 
 _LEAST_COSINE = {"fp32": 0.99999, "bf16": 0.999}  # adapters are merged in the weights' precision
@@ -52,30 +50,29 @@ def main() -> None:
     folder = _checkpoint(run / "checkpoints", arguments.step)
 
     transformers.logging.disable_progress_bar()
-    recipe = load_recipe(run / "recipe.yaml", [])
-    kind = KINDS[recipe.model.kind]
-    source = kind.resolve(recipe.model.path, run / "init") if recipe.model.path else str(run / "init")
+    recipe = recipe_of_run(run)
+    family, saved_family = training_of(recipe), saved(recipe.model.family)
+    source = family.resolve(recipe.model.path, run / "init") if recipe.model.path else str(run / "init")
     if Path(source).is_relative_to(run / "init"):  # of what is frozen, no checkpoint has anything
         manifest.check(Path(source))
-    began_with = checkpoint.conditions_of(folder)
-    for what, path in (("model", recipe.model.path), ("text encoder", recipe.model.text_encoder)):
-        if path and began_with.get(f"the {what}'s fingerprint") != weights.fingerprint(path):
-            raise PipelineError(f"{path} is not what it was when {run} began: restore it")
-    model = kind.load_whole(recipe, source).eval()
+    began_with = former.conditions(checkpoint.conditions_of(folder))
+    for name, value in family.conditions(recipe.model).items():
+        if name.endswith("fingerprint") and began_with.get(name) != value:
+            raise PipelineError(f"{name} is not what it was when {run} began: restore the files")
+    model = family.load_whole(recipe, source).eval()
     freeze(model, recipe)
-    if recipe.train.lora:
-        add_adapters(model.language_model, recipe.train.lora, recipe.seed)
+    adapt(model, recipe)
     _load_trained(model, folder)
     unverified = out.with_name(out.name + ".unverified")
     shutil.rmtree(unverified, ignore_errors=True)
     write_folder(model, dict(model.named_parameters()), recipe, source, unverified)
     count = sum(parameter.numel() for parameter in model.parameters())
     # Of items as the written folder reads them.
-    probe = pack(kind.probe(str(unverified)))
+    probe = pack(saved_family.probe(str(unverified)))
     with torch.no_grad():
         embeddings = model(probe, True)
         del model  # before the other one is loaded
-        cosine = float((embeddings * kind.open_trained(str(unverified))(probe, True)).sum(dim=1).min())
+        cosine = float((embeddings * saved_family.open_trained(str(unverified))(probe, True)).sum(dim=1).min())
     if cosine < _LEAST_COSINE[recipe.precision]:
         raise PipelineError(f"{unverified} does not give the checkpoint's embedding (cosine {cosine:.6f}): not for use")
     unverified.rename(out)

@@ -19,9 +19,9 @@ from limits import HANG_SECONDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.config import Architecture
-from pipeline.models.folder import save_folder
-from pipeline.models.llave import Llave, build
+from pipeline.models.llave.config import LlaveArchitecture
+from pipeline.models.llave.folder import save_folder
+from pipeline.models.llave.model import Llave, build
 from tools.s3_server import S3Server
 
 # How long an example takes, and how long its making, depends on the machine.
@@ -71,7 +71,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     def make(vision: dict, text: dict) -> str:
         side = vision["image_size"]
         pinpoints = [(side * rows, side * columns) for rows in (1, 2) for columns in (1, 2)]
-        architecture = Architecture(vision=vision, text=text, image_grid_pinpoints=pinpoints)
+        architecture = LlaveArchitecture(vision=vision, text=text, image_grid_pinpoints=pinpoints)
         folder = tmp_path_factory.mktemp("models") / "model"
         build(architecture, ["a small red star at the top left", "a large blue ring"], seed=1, folder=folder)
         # Biases begin at zero, where a relative difference means nothing; a trained model's do not lie there.

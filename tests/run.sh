@@ -2,7 +2,7 @@
 # Set up if needed, check style and types, and run the tests.
 #     bash tests/run.sh                    everything
 #     bash tests/run.sh --fast             the quick tests, in about two minutes
-#     bash tests/run.sh tests/losses -x    these tests: any other arguments go to pytest
+#     bash tests/run.sh tests/objectives -x    these tests: any other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup.sh

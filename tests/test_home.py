@@ -107,7 +107,7 @@ def test_importing_the_package_changes_nothing_and_loads_nothing_heavy(no_home):
 
 def test_no_folder_is_called_so(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    given = ["~/x", "--out=~/x", "run=~/a=b", "mmeb=~/x", "loss.margin=~", "s3://b/~/x", "./~/x", "a ~/b", "~"]
+    given = ["~/x", "--out=~/x", "run=~/a=b", "mmeb=~/x", "objective.margin=~", "s3://b/~/x", "./~/x", "a ~/b", "~"]
     meant = ["/home/me/x", "--out=/home/me/x", "run=/home/me/a=b", "mmeb=/home/me/x", *given[4:]]
     assert list(map(program._with_home, given)) == meant
     with pytest.raises(PipelineError, match="~of-nobody/x: there is no such home; write the whole path"):

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.jobs.program import command_line
-from pipeline.models.weights import convert_original, export_original
+from pipeline.models.llave.weights import convert_original, export_original
 
 
 @command_line

@@ -3,32 +3,23 @@
 A recipe is a YAML file (see `pipeline/recipes/`). Every value of it can be set on the command line
 by its dotted name: `optimizer.lr=2e-5 data.url=s3://bucket/prefix`. An unknown name, a wrong type or
 values that cannot work together are errors that name the field, before anything is started.
+
+What a model or an objective needs of a recipe is declared in its own folder: see `ModelSection` and `ObjectiveSection`.
 """
 
 import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
-from pipeline import home
-from pipeline.config import typed
+from pipeline.config import former, typed
+from pipeline.config.section import Fixed as Fixed
+from pipeline.config.section import Local, OneOf, Place, Section, field_names, sections_of, tag_of
 from pipeline.errors import PipelineError, shown
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -36,138 +27,138 @@ ROOT = _PACKAGE.parent  # a checkout, or the folder that the package is installe
 _LEAST_RATE = 1e-12  # what a smaller one adds to a weight is lost in rounding
 
 
-def _place(text: str) -> str:
-    try:
-        return home.expanded(text)
-    except ValueError as error:
-        raise PydanticCustomError("typed", "{reason}", {"reason": str(error)}) from None
+class Lora(Section):
+    """Low-rank adapters in the language model (arXiv 2106.09685), without dropout: both passes must agree."""
 
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, ge=1e-6, description="the adapters' product is scaled by alpha / rank")
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        description="the linear layers that get one",
+    )
 
-def _folder(path: str) -> str:
-    if "://" in path:
-        raise PydanticCustomError("typed", "it is a URL: name a file or a folder; only data may be on S3")
-    return path
-
-
-Place = Annotated[str, AfterValidator(_place)]  # a path, a URL or a name; of an evaluation set also NAME=URL
-Local = Annotated[Place, AfterValidator(_folder)]  # a path
-
-
-class Section(BaseModel):
-    """Fields that are strict, of what each makes of what was typed (pipeline/config/typed.py)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
+    @field_validator("targets")
     @classmethod
-    def as_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        try:
-            return typed.read(cls.model_fields[info.field_name].annotation, value)
-        except ValueError as error:
-            raise PydanticCustomError("typed", "{reason}", {"reason": str(error)}) from None
+    def targets_differ(cls, targets: list[str]) -> list[str]:
+        if not all(targets) or len({*targets}) < max(len(targets), 1):
+            raise ValueError(
+                f"model.train.lora.targets is {targets}: name one layer at least, and each once, as [q_proj]"
+            )
+        return targets
+
+
+class Prefixes(tuple[str, ...]):
+    """Marks a field of `TrainSection`: the beginnings of the names of the part's parameters."""
+
+    __slots__ = ()
+
+
+class TrainSection(Section):
+    """The parts of a model that can be trained: true, false, or a learning rate beside optimizer.lr.
+
+    Each part is a field `Annotated[bool | float, Fixed(bool), Prefixes([...])]`. What is not trained is frozen.
+    """
 
     @classmethod
-    def describe(cls, prefix: str = "") -> str:
-        """All fields with their defaults and meanings, a line each, for --help."""
-        lines = []
-        for name, field in cls.model_fields.items():
-            default = "" if field.is_required() else json.dumps(field.get_default(), default=lambda _: None)
-            if (section := _section_of(field.annotation)) and get_origin(field.annotation) is not list:
-                lines.append(section.describe(f"{prefix}{name}."))
-            else:
-                lines.append(f"  {prefix + name + '=' + default:<34} {field.description or ''}".rstrip())
-        return "\n".join(lines)
+    def parts(cls) -> dict[str, tuple[str, ...]]:
+        """The beginnings of the parameters' names, by part."""
+        marks = ((name, mark) for name, field in cls.model_fields.items() for mark in field.metadata)
+        return {name: mark for name, mark in marks if isinstance(mark, Prefixes)}
+
+    @property
+    def adapters(self) -> Lora | None:
+        """Adapters that are trained in place of the language model's own weights."""
+        return None
+
+    @model_validator(mode="after")
+    def rates_are_positive(self) -> "TrainSection":
+        parts = self.parts()
+        for name in parts:
+            value = getattr(self, name)
+            if isinstance(value, float) and not _LEAST_RATE <= value < 1:
+                raise ValueError(
+                    f"model.train.{name} is {value:g}: give true, false or a positive learning rate, as 1e-5"
+                )
+        if not any(getattr(self, name) for name in parts):
+            raise ValueError(f"nothing is trained: set one of model.train.{', '.join(parts)}")
+        return self
 
 
-class Architecture(Section):
-    """The shape of a model that starts from random weights, of the parts that its kind has."""
+class LanguageModelTrain(TrainSection):
+    """For a model whose part `language_model` can have adapters."""
 
-    vision: dict[str, Any] = Field(
-        {}, description="transformers' SiglipVisionConfig; of clip and llm2clip CLIPVisionConfig"
-    )
-    text: dict[str, Any] = Field(
-        {},
-        description="transformers' Qwen2Config; of caption and mntp also another's, as {model_type: llama}; of clip "
-        "CLIPTextConfig; vocab_size is the tokenizer's, trained",
-    )
-    image_grid_pinpoints: list[tuple[PositiveInt, PositiveInt]] = Field(
-        [], description="llave: sizes (height, width) an image is tiled to"
+    lora: Annotated[Lora | None, Fixed()] = Field(
+        None, description="adapters take the place of the language model's own weights"
     )
 
+    @property
+    def adapters(self) -> Lora | None:
+        return self.lora
 
-class Model(Section):
-    kind: Literal["llave", "caption", "mntp", "llm2clip", "clip"] = Field(
-        "llave",
-        description="llave; LLM2CLIP's stages, caption (a decoder as text encoder) and llm2clip (a vision encoder that "
-        "it teaches); mntp, before them (a decoder learns to attend both ways by masked next-token prediction); clip, "
-        "both of whose towers are trained",
-    )
-    path: Place | None = Field(
-        None,
-        description="folder or hub name. llave: LLaVA-OneVision in transformers' format or an original LLaVE; caption "
-        "and mntp: a decoder; llm2clip: a CLIP, SigLIP or timm vision tower; clip: a CLIP",
-    )
-    architecture: Architecture | None = Field(None, description="or: random weights of this shape")
-    image_grid_pinpoints: list[tuple[PositiveInt, PositiveInt]] | None = Field(
-        None,
-        min_length=1,
-        description="llave: sizes (height, width) an image is tiled to, if not those in the model's config",
-    )
-    # Where it is not set it is not among the conditions of a run: those that began before it was there go on.
-    mm_newline_position: Literal["one_token", "grid"] | None = Field(
-        None,
-        exclude_if=lambda position: position is None,
-        description="llave: where a video has newlines, at its end or after each row of each frame, if not where the "
-        "model's config says",
-    )
-    images: Literal["upright", "as_stored"] | None = Field(
-        None,
-        exclude_if=lambda images: images is None,
-        description="upright: turned by their EXIF orientation, 16 bits scaled to 8; as_stored: by Pillow's "
-        "convert(\"RGB\") alone, as the papers' code; if not as the model's config says, or else upright",
-    )
-    instruction: str = Field("", description="caption: what stands before each text, seen and not pooled")
-    text_encoder: Place | None = Field(
-        None, description="llm2clip: folder or hub name of the frozen text encoder, a caption run's export"
-    )
+    @model_validator(mode="after")
+    def adapters_have_a_rate(self) -> "LanguageModelTrain":
+        if self.lora and not getattr(self, "language_model", True):
+            raise ValueError("model.train.lora needs model.train.language_model, whose learning rate the adapters have")
+        return self
+
+
+class ModelSection(Section):
+    """What every family's section has. A family adds its own fields, and overrides `family`, `train` and more.
+
+    objectives: those that it can be trained with.  text_part: the part that a text without images trains.
+    """
+
+    objectives: ClassVar[tuple[str, ...]] = ("contrastive",)
+    text_part: ClassVar[str]
+    hidden: ClassVar[tuple[str, ...]] = ("family",)
+
+    family: Annotated[str, Fixed()]
+    path: Annotated[Place | None, Fixed()] = Field(None, description="folder or hub name")
+    architecture: Annotated[Section | None, Fixed()] = Field(None, description="or: random weights of this shape")
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
         "auto",
         description="over texts and what is in them: flash-attn, torch's variable-length one, or SDPA; auto: the first "
         "of them that runs there; over an image's tiles, all of one size, it is SDPA",
     )
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
+    train: TrainSection
+
+    @property
+    def other_folders(self) -> dict[str, str]:
+        """Folders or hub names besides `path` that a run needs, by field."""
+        return {}
+
+    @property
+    def texts_train(self) -> bool:
+        """Whether a text without images trains anything."""
+        return bool(getattr(self.train, self.text_part))
 
     @model_validator(mode="after")
-    def one_source(self) -> "Model":
+    def one_source(self) -> "ModelSection":
         if (self.path is None) == (self.architecture is None):
             raise ValueError("give either model.path or model.architecture, not both and not neither")
-        if self.architecture and self.image_grid_pinpoints:
-            raise ValueError("model.image_grid_pinpoints is for model.path; the architecture names its own")
-        of_one_kind = {
-            "image_grid_pinpoints": "llave",
-            "mm_newline_position": "llave",
-            "images": "llave, llm2clip or clip",
-            "instruction": "caption",
-            "text_encoder": "llm2clip",
-        }
-        for name, kind in of_one_kind.items():
-            if getattr(self, name) and self.kind not in re.split(", | or ", kind):
-                raise ValueError(f"model.{name} is for model.kind={kind}, and this is {self.kind}")
-        if self.kind == "llm2clip" and not self.text_encoder:
-            raise ValueError("model.text_encoder is missing: the export of a run of kind caption")
-        if self.architecture:
-            wanted = {
-                "llave": ("vision", "text", "image_grid_pinpoints"),
-                "caption": ("text",),
-                "mntp": ("text",),
-                "llm2clip": ("vision",),
-                "clip": ("vision", "text"),
-            }[self.kind]
-            for name in Architecture.model_fields:
-                if bool(getattr(self.architecture, name)) != (name in wanted):
-                    what = "is missing" if name in wanted else f"is not for model.kind={self.kind}"
-                    raise ValueError(f"model.architecture.{name} {what}")
         return self
+
+
+class ObjectiveSection(Section):
+    """What every objective's section has.  without: fields of `batch` that mean nothing to it."""
+
+    without: ClassVar[tuple[str, ...]] = ()
+    hidden: ClassVar[tuple[str, ...]] = ("name",)
+
+    name: Annotated[str, Fixed()]
+
+
+def _families() -> Mapping[str, type[Section]]:
+    from pipeline.models.registry import FAMILIES  # here: their sections are made of those above
+
+    return FAMILIES.sections()
+
+
+def _objectives() -> Mapping[str, type[Section]]:
+    from pipeline.objectives import OBJECTIVES
+
+    return OBJECTIVES.sections()
 
 
 class Store(Section):
@@ -198,19 +189,25 @@ class Part(Section):
 
 class Data(Store):
     url: Place = Field(description="s3://bucket/prefix or a folder: an index.json, or one per dataset below it")
-    datasets: list[Part] = Field(
+    datasets: Annotated[list[Part], Fixed()] = Field(
         [], description="datasets below url: NAME or {name: NAME, weight: 1, cap: 50000}; empty: url is itself one"
     )
     text_embeddings: Place | None = Field(
         None, description="vectors of the captions, by pipeline.embed --shards: its --out, or `beside`"
     )
-    cap: int | None = Field(None, gt=0, description="samples an epoch takes at most of a dataset that names no cap")
-    batches: str = Field(
+    cap: Annotated[int | None, Fixed()] = Field(
+        None, gt=0, description="samples an epoch takes at most of a dataset that names no cap"
+    )
+    batches: Annotated[str, Fixed()] = Field(
         "mixed", description="mixed: from all datasets; homogeneous: from one; interleaved:K: K equal parts of one each"
     )
-    lanes: int = Field(8, gt=0, description="parallel readers of an epoch; the world size must divide it")
-    block_samples: int = Field(64, gt=0, description="consecutive samples fetched by one ranged read")
-    window_blocks: int = Field(
+    lanes: Annotated[int, Fixed()] = Field(
+        8, gt=0, description="parallel readers of an epoch; the world size must divide it"
+    )
+    block_samples: Annotated[int, Fixed()] = Field(
+        64, gt=0, description="consecutive samples fetched by one ranged read"
+    )
+    window_blocks: Annotated[int, Fixed()] = Field(
         16, gt=0, description="blocks a lane shuffles together, and deals out in equal numbers of tokens"
     )
     memory_mb: int = Field(4096, gt=0, description="encoded samples that a rank holds, about, read ahead included")
@@ -254,12 +251,14 @@ class Data(Store):
 
 
 class Video(Section):
-    frames: int = Field(8, gt=0, description="frames of a video that the model sees, evenly spaced")
+    frames: Annotated[int, Fixed()] = Field(8, gt=0, description="frames of a video that the model sees, evenly spaced")
 
 
 class Batch(Section):
-    global_batch: int = Field(gt=1, description="pairs per optimizer step, over all ranks: the contrastive batch")
-    sub_batch: int | None = Field(
+    global_batch: Annotated[int, Fixed()] = Field(
+        gt=1, description="pairs per optimizer step, over all ranks: the contrastive batch"
+    )
+    sub_batch: Annotated[int | None, Fixed()] = Field(
         None, gt=1, description="pairs that are each other's negatives, if not the whole global batch's"
     )
     chunk_tokens: PositiveInt | Literal["auto"] = Field(
@@ -278,74 +277,6 @@ class Batch(Section):
         ge=0,
         description="what a frozen tower or text encoder gives, on the device; further ones wait in the host's memory",
     )
-
-
-class Lora(Section):
-    """Low-rank adapters in the language model (arXiv 2106.09685), without dropout: both passes must agree."""
-
-    rank: int = Field(16, gt=0)
-    alpha: float = Field(32.0, ge=1e-6, description="the adapters' product is scaled by alpha / rank")
-    targets: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        description="the linear layers that get one",
-    )
-
-    @field_validator("targets")
-    @classmethod
-    def targets_differ(cls, targets: list[str]) -> list[str]:
-        if not all(targets) or len({*targets}) < max(len(targets), 1):
-            raise ValueError(f"train.lora.targets is {targets}: name one layer at least, and each once, as [q_proj]")
-        return targets
-
-
-class Train(Section):
-    """What is trained: true, false, or a learning rate of its own beside optimizer.lr. The rest is frozen."""
-
-    projector: bool | float = Field(True, description="llave's, with the newline's embedding")
-    language_model: bool | float = Field(True, description="its weights, or adapters")
-    vision_tower: bool | float = Field(False, description="llave's, where frozen, runs outside the engine, once a step")
-    adapter: bool | float = Field(True, description="llm2clip's, over the frozen text encoder's vectors")
-    lora: Lora | None = Field(None, description="adapters take the place of the language model's own weights")
-
-    @model_validator(mode="after")
-    def rates_are_positive(self) -> "Train":
-        for name in Train.model_fields:
-            value = getattr(self, name)
-            if isinstance(value, float) and not _LEAST_RATE <= value < 1:
-                raise ValueError(f"train.{name} is {value:g}: give true, false or a positive learning rate, as 1e-5")
-        if self.lora and not self.language_model:
-            raise ValueError("train.lora needs train.language_model, whose learning rate the adapters have")
-        return self
-
-
-# Of each kind of model, the parts that can be trained: fields of Train.
-TRAINED_PARTS = {
-    "llave": ("projector", "language_model", "vision_tower"),
-    "caption": ("language_model",),
-    "mntp": ("language_model",),
-    "llm2clip": ("vision_tower", "adapter"),
-    "clip": ("vision_tower", "language_model"),
-}
-
-
-class Loss(Section):
-    alpha: float = Field(9.0, ge=0, description="hardness weighting of LLaVE; 0 is plain InfoNCE")
-    temperature: float = Field(0.02, ge=0.01, le=100, description="what similarities are divided by")
-    learn_temperature: bool = Field(False, description="train it from there, at optimizer.lr; 0.01 is its lower bound")
-    margin: float | None = Field(None, description="mask negatives more similar than the positive by this much")
-    mask_rate: float = Field(0.2, ge=1e-3, le=1, description="mntp: tokens that are hidden, to be predicted")
-    mask_random: float = Field(0.1, ge=0, le=1, description="mntp: of these, what any token takes the place of")
-    mask_kept: float = Field(
-        0.1, ge=0, le=1, description="mntp: of these, what stays as it is; a mask token hides the rest"
-    )
-
-    @model_validator(mode="after")
-    def hidden_is_shared_out(self) -> "Loss":
-        if self.mask_random + self.mask_kept > 1:
-            raise ValueError(
-                f"loss.mask_random={self.mask_random} and loss.mask_kept={self.mask_kept} are more than 1 together"
-            )
-        return self
 
 
 class Optimizer(Section):
@@ -379,18 +310,20 @@ class Checkpoint(Section):
 
 
 class Recipe(Section):
+    # The schema is built when a recipe is first read, for the families' sections are made of classes of this module.
+    model_config = ConfigDict(defer_build=True)
+
     run: Local = Field(description="the run directory: checkpoints, metrics, TensorBoard, the exported model")
-    seed: int = Field(0, ge=0)
+    seed: Annotated[int, Fixed()] = Field(0, ge=0)
     steps: int | None = Field(None, gt=0, description="optimizer steps; or give epochs")
     epochs: float | None = Field(None, gt=0, le=1e6)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Annotated[Literal["bf16", "fp32"], Fixed()] = "bf16"
     deepspeed: Local = Field(description="a DeepSpeed config; its `auto` values are filled from the recipe")
-    model: Model
+    model: Annotated[ModelSection, OneOf("family", _families)]
     data: Data
     video: Video = Video()
     batch: Batch
-    train: Train = Train()
-    loss: Loss = Loss()
+    objective: Annotated[ObjectiveSection, OneOf("name", _objectives)]
     optimizer: Optimizer
     checkpoint: Checkpoint
     evaluation: Evaluation | None = None
@@ -400,34 +333,16 @@ class Recipe(Section):
     )
 
     @model_validator(mode="after")
-    def something_is_trained(self) -> "Recipe":
-        """Of the parts that the kind of model has, and nothing is said of others."""
-        parts, kind = TRAINED_PARTS[self.model.kind], self.model.kind
-        every = {part for parts in TRAINED_PARTS.values() for part in parts}
-        for name in sorted(every - set(parts)):
-            if getattr(self.train, name) != Train.model_fields[name].default:
-                raise ValueError(f"train.{name} is not for model.kind={kind}; its parts are {', '.join(parts)}")
-        if kind in ("llm2clip", "clip") and "vision_tower" not in self.train.model_fields_set:
-            raise ValueError(f"say whether train.vision_tower is trained: model.kind={kind} is mostly there for it")
-        if not any(getattr(self.train, name) for name in parts):
-            raise ValueError(f"nothing is trained: set one of train.{', '.join(parts)}")
-        if self.train.lora and kind not in ("llave", "caption", "mntp"):
-            raise ValueError("train.lora is for the language models of llave, caption and mntp")
-        return self
-
-    @model_validator(mode="after")
-    def fields_are_of_the_loss(self) -> "Recipe":
-        """Masked next-token prediction knows no negatives and needs one pass; the contrastive loss masks no tokens."""
-        if self.model.kind == "mntp":
-            fields = [f"loss.{name}" for name in Loss.model_fields if not name.startswith("mask_")]
-            fields, whose = [*fields, "batch.sub_batch", "batch.kept_chunks"], "the contrastive losses"
-        else:
-            fields, whose = [f"loss.{name}" for name in Loss.model_fields if name.startswith("mask_")], "mntp"
-        for field in fields:
-            section, name = field.split(".")
-            given = getattr(self, section)
-            if getattr(given, name) != type(given).model_fields[name].default:
-                raise ValueError(f"{field} is for {whose}, and model.kind is {self.model.kind}")
+    def objective_fits(self) -> "Recipe":
+        model, objective = self.model, self.objective
+        if objective.name not in model.objectives:
+            raise ValueError(
+                f"objective.name={objective.name} is not for model.family={model.family}, which is trained by "
+                f"{', '.join(model.objectives)}"
+            )
+        for name in objective.without:
+            if getattr(self.batch, name) != Batch.model_fields[name].default:
+                raise ValueError(f"batch.{name} is not for objective.name={objective.name}: remove it")
         return self
 
     @model_validator(mode="after")
@@ -498,9 +413,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     `variant=NAME` applies those that the recipe itself lists under `variants`, before all others.
     """
     path = _existing(path, "recipes", "recipe")
-    values = typed.parse(typed.read_text(path), str(path))
-    if not isinstance(values, dict):
-        raise PipelineError(f"{path} is not a recipe: expected `key: value` lines")
+    values = _read(path)
+    former.refuse(values, overrides, str(path))
     variants = _variants(values.pop("variants", None), path)
     for name in [override.removeprefix("variant=") for override in overrides if override.startswith("variant=")]:
         if name not in variants:
@@ -522,6 +436,21 @@ def _existing(name: str | Path, folder: str, kind: str) -> Path:
     if path.name in own and path.parent.as_posix() in (".", folder, f"pipeline/{folder}"):
         return own[path.name]
     raise PipelineError(f"no {kind} at {path}; the project's own are {', '.join(sorted(own))}")
+
+
+def recipe_of_run(run: Path) -> Recipe:
+    """The recipe that a run directory keeps, also of a run that an earlier version began."""
+    path = run / "recipe.yaml"
+    if not path.exists():
+        raise PipelineError(f"no recipe at {path}: is {run} a run directory?")
+    return _validated(Recipe, former.recipe(_read(path)), f"{path}: ")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = typed.parse(typed.read_text(path), str(path))
+    if not isinstance(values, dict):
+        raise PipelineError(f"{path} is not a recipe: expected `key: value` lines")
+    return values
 
 
 def _variants(variants: Any, path: Path) -> dict[str, dict[str, Any]]:
@@ -662,63 +591,66 @@ def _set(values: dict, keys: list[str], value: Any, override: str) -> None:
     values[keys[-1]] = value
 
 
-def _explain(root: type[Section], error: dict) -> str:
+def _explain(root: type[Section], error: Mapping[str, Any]) -> str:
     """One pydantic error as a sentence; for an unknown field, with the names that come near."""
-    if error["type"] == "extra_forbidden":
-        return _unknown(root, error["loc"])
-    place, section = [], root
-    for part in error["loc"]:  # among them are names of a union's types, too
-        if isinstance(part, int) or (section and part in section.model_fields):
-            place.append(str(part))
-        if isinstance(part, str) and section and part in section.model_fields:
-            section = _section_of(section.model_fields[part].annotation)
-    name = ".".join(place)
-    if error["type"] == "missing":
+    place: list[str | int] = []
+    section: type[Section] | None = root
+    section_above = root
+    options: Mapping[str, type[Section]] = {}
+    for part in error["loc"]:  # the tags and types of unions are among them
+        if section is None and part in options:
+            section = options[str(part)]
+        elif isinstance(part, int) or (section and part in section.model_fields):
+            place.append(part)
+            if section and isinstance(part, str):
+                options, section_above = sections_of(section, part), section
+                section = options.get("")
+        elif error["type"] == "extra_forbidden" and part == error["loc"][-1]:
+            return _unknown(root, [*place, part], section)
+    name, kind = ".".join(map(str, place)), error["type"]
+    if kind == "missing":
         return f"{name} is missing"
-    if error["type"] == "value_error":
-        return error["msg"].removeprefix("Value error, ")
-    if error["type"] == "typed":
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tag = tag_of(section_above, str(place[-1]))
+        given = error["input"].get(tag) if isinstance(error["input"], dict) else None
+        wrong = "is missing" if given is None else f"is {shown(str(given))}"
+        return f"{name}.{tag} {wrong}: set it to one of {', '.join(options)}"
+    if kind == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    if kind == "typed":
         return f"{name}: {error['msg']}"
-    if error["type"] == "model_type":
-        fields = ", ".join(section.model_fields) if section else ""
+    if kind in ("model_type", "model_attributes_type"):
+        fields = ", ".join(section.model_fields) if section else ", ".join(options)
         return f"{name or 'this'} is a section, of {fields}; got {shown(error['input'])}"
     return f"{name}: {error['msg']}, got {shown(error['input'])}"
 
 
-def _unknown(root: type[Section], place: Sequence[str | int]) -> str:
-    """Why there is no field at this place, and what may be meant; empty where there is one."""
-    section: type[Section] | None = root
-    is_free, names = False, [str(part) for part in place]
+def _unknown(root: type[Section], place: Sequence[str | int], last: type[Section] | None = None) -> str:
+    """Why there is no field at this place, and what may be meant; empty where there is one.
+
+    last: the section that has no such field, where the tag of a union says which one it is.
+    """
+    sections, is_free, names = [root], False, [str(part) for part in place]
     for depth, key in enumerate(place):
         if isinstance(key, int):  # a place in a list
             continue
-        if section is None:
+        if not sections:
             return "" if is_free else f"{'.'.join(names[:depth])} has no fields"
-        if key not in section.model_fields:
+        known = [section for section in sections if key in section.model_fields]
+        if not known or (last and key is place[-1]):
             break
-        annotation = section.model_fields[key].annotation
-        section, is_free = _section_of(annotation), get_origin(annotation) is dict
+        is_free = any("dict" in str(section.model_fields[key].annotation) for section in known)
+        sections = [option for section in known for option in sections_of(section, key).values()]
     else:
         return ""
-    fields, above = list(section.model_fields), names[:depth]
+    sections = [last] if last else sections
+    fields, above = list(dict.fromkeys(name for section in sections for name in section.model_fields)), names[:depth]
     near = difflib.get_close_matches(key, fields, n=2, cutoff=0.5)
-    elsewhere = [other for other in _all_fields(root) if other.split(".")[-1] == key]
+    elsewhere = [other for other in dict.fromkeys(field_names(root)) if other.split(".")[-1] == key]
+    elsewhere = [other for other in elsewhere if other != ".".join(names)]
     hint = " or ".join(elsewhere or [".".join([*above, field]) for field in near])
-    known = f"did you mean {hint}?" if hint else f"known here: {', '.join(fields)}"
-    return f"unknown field {'.'.join([*above, key])}; {known}"
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    options = [annotation, *getattr(annotation, "__args__", ())]
-    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
-
-
-def _all_fields(section: type[Section], prefix: str = "") -> list[str]:
-    names = []
-    for key, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
-        names += _all_fields(inner, f"{prefix}{key}.") if inner else [prefix + key]
-    return names
+    known_here = f"did you mean {hint}?" if hint else f"known here: {', '.join(fields)}"
+    return f"unknown field {'.'.join([*above, key])}; {known_here}"
 
 
 def _refuse_auto(config: dict, path: Path, above: tuple[str, ...]) -> None:

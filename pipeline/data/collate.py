@@ -27,6 +27,7 @@ class Encoded:
     skipped: tokens of an instruction at its beginning, which a mean over the text leaves out.
     vector: (width,) of the text, by a frozen language model, where it was computed beforehand.
     text: in bytes what that model reads, where the vector stands for it: one text's vectors differ in their last bits.
+    positions: (T,), or (3, T) of rotary embeddings with three axes; None counts the tokens from 0.
     """
 
     input_ids: np.ndarray
@@ -34,6 +35,7 @@ class Encoded:
     skipped: int = 0
     vector: np.ndarray | None = None
     text: bytes = b""
+    positions: np.ndarray | None = None
 
     @cached_property
     def key(self) -> int:
@@ -45,14 +47,18 @@ class Encoded:
             size = (image.height, image.width) if sized else (0, 0)
             shapes += [*image.tiles.shape, *size, image.video]
         ids = np.ascontiguousarray(self.input_ids, np.int32).tobytes()
-        return digest([ids, self.text, np.array(shapes, np.int64).tobytes(), *(image.tiles for image in self.images)])
+        places = b"" if self.positions is None else np.ascontiguousarray(self.positions, np.int64).tobytes()
+        return digest(
+            [ids, self.text + places, np.array(shapes, np.int64).tobytes(), *(image.tiles for image in self.images)]
+        )
 
 
 @dataclass(frozen=True)
 class Packed:
     """Items end to end in one row of T tokens.
 
-    input_ids, position_ids: (T,) int64; positions restart at 0 with each item.  host_ids: input_ids, on the host.
+    input_ids: (T,) int64.  host_ids: input_ids, on the host.  position_ids: (T,) int64, or (3, T) where an item has
+        three axes; they restart with each item.
     lengths: tokens of each item, sum T.  images: in the order of their placeholders.
     tiles_of: of each item, how many tiles its images have.  skipped, vectors: of each item, see `Encoded`.
     """
@@ -65,6 +71,11 @@ class Packed:
     tiles_of: tuple[int, ...]
     skipped: tuple[int, ...]
     vectors: tuple[np.ndarray | None, ...]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """`position_ids` for a batch of one row: (1, T) or (3, 1, T)."""
+        return self.position_ids.unsqueeze(-2)
 
     @property
     def tiles(self) -> torch.Tensor:
@@ -82,7 +93,7 @@ def pack(items: Sequence[Encoded]) -> Packed:
     ids = torch.from_numpy(np.concatenate([item.input_ids for item in items]).astype(np.int64))
     return Packed(
         input_ids=ids,
-        position_ids=torch.from_numpy(np.concatenate([np.arange(len(item.input_ids)) for item in items])),
+        position_ids=torch.from_numpy(np.concatenate(_positions(items), axis=-1)),
         host_ids=ids,
         lengths=tuple(len(item.input_ids) for item in items),
         images=tuple(image for item in items for image in item.images),
@@ -90,6 +101,13 @@ def pack(items: Sequence[Encoded]) -> Packed:
         skipped=tuple(item.skipped for item in items),
         vectors=tuple(item.vector for item in items),
     )
+
+
+def _positions(items: Sequence[Encoded]) -> list[np.ndarray]:
+    """Each item's, all of one shape but for T."""
+    given = [np.arange(len(item.input_ids)) if item.positions is None else item.positions for item in items]
+    axes = max(positions.ndim for positions in given)
+    return [each if each.ndim == axes else np.broadcast_to(each, (3, len(each))) for each in given]
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

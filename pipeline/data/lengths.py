@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 from pipeline.data.index import Shard
-from pipeline.data.tiles import Tiling
 
 # Of how tokens are counted, on which the order of samples depends: raise it with every change of what comes out.
 VERSION = 1
@@ -15,14 +15,33 @@ _PROMPT = 21  # tokens around an item's text
 _TEXT_BYTES = 4  # of UTF-8 a token holds, about: English has 4 letters, Chinese 1 or 2 characters
 
 
-@dataclass(frozen=True)
-class Square:
-    """How a model sees images that cuts each to one square, of as many tokens, and a video's frames likewise.
+class ImageTokens(Protocol):
+    """How many tokens images and videos take. A family of models decides it.
 
-    A model that sees none has them take no tokens.
+    patch: the side, in pixels, of what a token stands for.  frame_patches: how many of these a video's frame has.
     """
 
+    @property
+    def patch(self) -> float: ...
+
+    @property
+    def frame_patches(self) -> int: ...
+
+    def tokens(self, height: int, width: int, *, anyres: bool) -> int: ...
+
+    def video_tokens(self, frames: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Square:
+    """Each image, and each frame of a video, is one square of as many tokens; 0: the model takes no images."""
+
     image_tokens: int = 0
+    patch: float = 16  # about
+
+    @property
+    def frame_patches(self) -> int:
+        return self.image_tokens
 
     def tokens(self, height: int, width: int, *, anyres: bool) -> int:
         return self.image_tokens
@@ -38,7 +57,7 @@ class Lengths:
     Images count exactly, texts about; a text that is cut to fit counts as a whole.
     """
 
-    tiling: Tiling | Square
+    tiling: ImageTokens
     video_frames: int
 
     def of_records(self, records: np.ndarray) -> np.ndarray:
@@ -68,7 +87,7 @@ class Lengths:
 
 
 @lru_cache(maxsize=1 << 16)
-def _image_tokens(tiling: Tiling | Square, width: int, height: int, alone: bool) -> int:
+def _image_tokens(tiling: ImageTokens, width: int, height: int, alone: bool) -> int:
     if not width or not height:  # it cannot be read: its sample will be a bad one
         return 0
     return tiling.tokens(height, width, anyres=bool(alone))

@@ -37,6 +37,15 @@ class Tiling:
     max_tiles: int = 9
     newline: Literal["one_token", "grid"] = "one_token"
 
+    @property
+    def patch(self) -> float:
+        """The side of a patch, in pixels."""
+        return self.size / self.patches
+
+    @property
+    def frame_patches(self) -> int:
+        return self.patches**2
+
     def tokens(self, height: int, width: int, *, anyres: bool) -> int:
         """Tokens of an image of this size: the base tile, then the unpadded grid with a newline per row.
 

@@ -41,12 +41,11 @@ from pipeline.data.text_embeddings import (
     rounded,
     sample_bytes,
 )
-from pipeline.distributed import on_first_rank, start_distributed
+from pipeline.distributed import all_gather_constant, on_first_rank, rank_and_world, start_distributed
 from pipeline.errors import PipelineError, printable
 from pipeline.evaluation.encode import gather_on_first
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.encoders import load_encoder
-from pipeline.losses.gather import all_gather_constant, rank_and_world
 from pipeline.models.chunks import require_unit
 from pipeline.models.files import fetched, fingerprint
 from pipeline.progress import progress_bar

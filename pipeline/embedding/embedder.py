@@ -18,8 +18,9 @@ from pipeline.data.tiles import decode_image, image_format, rgb
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, plan_chunks, require_unit
-from pipeline.models.kinds import KINDS, Processor, kind_of
+from pipeline.models.family import Processor
 from pipeline.models.loading import DTYPES
+from pipeline.models.registry import FAMILIES, family_of
 
 LEAST_TOKENS = 64  # enough for the prompt and some text
 
@@ -79,12 +80,12 @@ class Embedder:
                 f"max_tokens={max_tokens} must be {LEAST_TOKENS} or more, video_frames={video_frames} 1 or more"
             )
         device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        if (kind := kind_of(str(path))) is None:
-            raise PipelineError(f"{path} is not a model of this project; supported are {', '.join(KINDS)}")
-        processor = kind.reader(str(path), max_tokens, video_frames)
-        model, features = kind.open(str(path), precision, device)
+        if (family := family_of(str(path))) is None:
+            raise PipelineError(f"{path} is not a model of this project; supported are {', '.join(FAMILIES)}")
+        processor = family.reader(str(path), max_tokens, video_frames)
+        model, features = family.open(str(path), precision, device)
         tokens = chunk_tokens or chunk_tokens_for(bool(model.pads))
-        return cls(model, processor, device, tokens, kind.instructed, features, str(path), video_frames)
+        return cls(model, processor, device, tokens, family.instructed, features, str(path), video_frames)
 
     @property
     def dimension(self) -> int:

@@ -33,7 +33,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.identity import identity_of, model_folder
 from pipeline.models import loading
 from pipeline.models.chunks import chunk_tokens_for
-from pipeline.models.clip import require_end
+from pipeline.models.clip.processor import require_end
 from pipeline.models.files import read_json
 from pipeline.models.loading import DTYPES, reads_as_stored
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch.distributed as dist
 
 from pipeline.data.sample import BadSample
+from pipeline.distributed import rank_and_world
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.store import DiskStore, MemoryStore
 from pipeline.evaluation.tasks import Collection
-from pipeline.losses.gather import rank_and_world
 from pipeline.models.chunks import require_unit
 from pipeline.progress import progress_bar
 

@@ -47,8 +47,9 @@ from pipeline.evaluation.clip import PEERS, ClipEncoder
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.identity import identity_of, model_folder
 from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, plan_chunks
-from pipeline.models.kinds import KINDS, Kind, Processor, kind_of
+from pipeline.models.family import Processor, SavedModelInterface
 from pipeline.models.loading import config_dict
+from pipeline.models.registry import FAMILIES, family_of
 
 __all__ = ["ModelEncoder", "identity_of", "load_encoder"]
 
@@ -63,14 +64,14 @@ def load_encoder(path: str, options: EvaluationRun, device: torch.device | None 
     """
     if options.encoder:
         return _by_function(options.encoder, path, options)
-    kind, model_type = kind_of(path), config_dict(path).get("model_type")
+    family, model_type = family_of(path), config_dict(path).get("model_type")
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if model_type in PEERS and kind is not KINDS["llm2clip"]:
+    if model_type in PEERS and (family is None or family.as_clip):
         return ClipEncoder.load(path, model_type, options, device)
-    if kind:
-        return ModelEncoder.load(path, kind, options, device)
+    if family:
+        return ModelEncoder.load(path, family, options, device)
     raise PipelineError(
-        f"{path} is a {model_type} model; supported are {', '.join(KINDS)} and {', '.join(PEERS)}. For another "
+        f"{path} is a {model_type} model; supported are {', '.join(FAMILIES)} and {', '.join(PEERS)}. For another "
         "model write a function and pass encoder=FILE.py:FUNCTION; pipeline/evaluation/encoders.py has an example"
     )
 
@@ -93,18 +94,20 @@ class ModelEncoder:
     instructed: bool = True
 
     @classmethod
-    def load(cls, path: str, kind: Kind, options: EvaluationRun, device: torch.device) -> "ModelEncoder":
+    def load(
+        cls, path: str, family: SavedModelInterface, options: EvaluationRun, device: torch.device
+    ) -> "ModelEncoder":
         """From a folder or hub name; raises the errors of `load_encoder`."""
-        dimension, folder = kind.dimension(path), model_folder(path)
+        dimension, folder = family.dimension(path), model_folder(path)
         return cls(
             name=path,
             identity=identity_of(folder, options.precision, options.max_tokens, options.video.frames),
             dimension=dimension,
-            model=cache(partial(kind.open, str(folder), options.precision, device)),
-            processor=kind.reader(str(folder), options.max_tokens, options.video.frames),
+            model=cache(partial(family.open, str(folder), options.precision, device)),
+            processor=family.reader(str(folder), options.max_tokens, options.video.frames),
             chunk_tokens=options.chunk_tokens,
             device=device,
-            instructed=kind.instructed,
+            instructed=family.instructed,
         )
 
     @property

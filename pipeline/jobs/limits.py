@@ -13,14 +13,12 @@ from pathlib import Path
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths
 from pipeline.data.source import Source
-from pipeline.data.tiles import Tiling
 from pipeline.errors import PipelineError
 
 SHARED = Path("/dev/shm")
 _MB = 1e6
 _NCCL = 20 << 20  # a rank, if there are several on GPUs: about 10 MB for each neighbour; gloo uses none
 _BATCHES = 4  # two ready, one being collated, one in training
-_PATCH = 16  # pixels of a side, about, for models that see an image as one square
 _SHARDS = 1000  # that are sampled
 _FILES, _THREADS = 64, 16  # of a process, about
 _TEMPORARY = 64 << 20
@@ -55,13 +53,13 @@ def shared_bytes(
 def pair_bytes(source: Source, lengths: Lengths) -> int:
     """About the size of an average pair's tiles, counting one patch for each image token."""
     tiling, total = lengths.tiling, 0
-    side = tiling.size / tiling.patches if isinstance(tiling, Tiling) else _PATCH
-    frame = tiling.patches**2 if isinstance(tiling, Tiling) else tiling.image_tokens
     shards = [shard for _, shard in source.shards[:: max(1, len(source.shards) // _SHARDS)]]
     for shard in shards:
         sizes = [tiling.tokens(height, width, anyres=True) for width, height in shard.image_sizes if width and height]
-        total += shard.images * sum(sizes) // max(len(sizes), 1) + shard.videos * lengths.video_frames * frame
-    return int(3 * side**2 * total) // max(sum(shard.samples for shard in shards), 1)
+        total += (
+            shard.images * sum(sizes) // max(len(sizes), 1) + shard.videos * lengths.video_frames * tiling.frame_patches
+        )
+    return int(3 * tiling.patch**2 * total) // max(sum(shard.samples for shard in shards), 1)
 
 
 def free_bytes(folder: Path) -> int | None:

@@ -42,6 +42,12 @@ def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
     return wanted
 
 
+def fastest(config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device) -> str:
+    """The kind of attention for a model of this config on a device.  dtype: "auto" is the stored one."""
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return choose("auto", device.type, stored if isinstance(dtype, str) else dtype)
+
+
 def _why_not(kind: str, device: str, dtype: torch.dtype) -> str:
     """Why a kind does not run there; "" if it does."""
     if kind == "sdpa":

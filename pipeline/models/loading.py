@@ -25,7 +25,7 @@ from pipeline.errors import PipelineError, shown
 from pipeline.models.files import fetched, read_json, refuse_more_layers, refuse_not_finite, survey
 
 # A precision by its name in recipes and options; "auto" is the one that the weights are stored in.
-DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype | Literal["auto"]] = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
 IMAGES = "image_reading"  # the config's field for `model.images`
 _STORED_DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -327,6 +327,11 @@ def reads_as_stored(path: str, images: str | None = None) -> bool:
     if images not in ("upright", "as_stored"):
         raise PipelineError(f"{path}: its config has {IMAGES}={images!r}; it can be upright or as_stored")
     return images == "as_stored"
+
+
+def image_reading(path: str | None, images: str | None) -> str:
+    """How a run reads images, `upright` or `as_stored`.  path: None is a model whose config does not say it."""
+    return "as_stored" if (images == "as_stored" if path is None else reads_as_stored(path, images)) else "upright"
 
 
 def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -> None:

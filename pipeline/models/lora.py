@@ -16,7 +16,9 @@ def add_adapters(model: torch.nn.Module, lora: Lora, seed: int) -> None:
     """
     linear = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     if wrong := [target for target in lora.targets if target not in linear]:
-        raise PipelineError(f"train.lora.targets has {wrong[0]}; its linear layers are {', '.join(sorted(linear))}")
+        raise PipelineError(
+            f"model.train.lora.targets has {wrong[0]}; its linear layers are {', '.join(sorted(linear))}"
+        )
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -7,6 +7,7 @@ sizes that are fixed), and vision transformers of timm with a projection as thei
 import importlib
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -266,3 +267,18 @@ def _timm_parts(path: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     if config.model_args:
         config.model_args.pop("num_classes", None)  # transformers gives it a second time
     return TimmWrapperForImageClassification, config
+
+
+@cache
+def shape_of(path: str) -> VisionEncoder:
+    """A vision encoder's folder or hub name -> the module without weights."""
+    with torch.device("meta"):
+        return VisionEncoder.empty(path)
+
+
+def tokens_of(path: str | None, vision: dict[str, Any]) -> int:
+    """How many tokens an image counts as, by the model's folder, or by fields of CLIPVisionConfig."""
+    if path:
+        return shape_of(path).tokens
+    config = CLIPVisionConfig(**vision)
+    return (config.image_size // config.patch_size) ** 2 + 1

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 
 from pipeline.config import Batch
 from pipeline.errors import PipelineError, is_out_of_memory
+from pipeline.training.conditions import changes
 from pipeline.training.meter import Memory
 
 FULL = 0.9  # of the memory that torch's allocator can have
@@ -167,8 +168,6 @@ def _advice(run: Path, budget: Budget, conditions: dict) -> str:
 
 
 def _are_alike(before: dict, now: dict) -> bool:
-    """But for the last megabytes of memory: machines of one kind differ in them, and FULL leaves more than that."""
-    return all(
-        math.isclose(before.get(name, 0), value, rel_tol=0.05) if name == MEMORY else before.get(name) == value
-        for name, value in now.items()
-    )
+    """But for the last megabytes of memory: equal machines differ in them, and FULL leaves more than that."""
+    memory = {MEMORY: before[MEMORY]} if math.isclose(before.get(MEMORY, 0), now.get(MEMORY, 0), rel_tol=0.05) else {}
+    return not changes(before, now | memory)

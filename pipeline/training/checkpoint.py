@@ -44,8 +44,8 @@ copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict, conditions: dict, keep: int) -> None:
     """Write the engine's state after `step` steps, with `state` (plain values); keep `keep` newest ones and the best.
 
-    conditions: what must be the same to continue from here, by name; see `check`. The number of processes, which need
-        not be, is kept with them.
+    conditions: what must be the same to continue from here, by name; see conditions.py. The number of processes is kept
+        with them, though it may differ.
     """
     name, unfinished = f"step-{step:08d}", f"unfinished-{step:08d}"
     leads, rank = dist.get_rank() == 0, dist.get_rank()
@@ -174,25 +174,6 @@ def step_of(checkpoint: Path) -> int:
 def conditions_of(checkpoint: Path) -> dict:
     """Those under which it was written. Raises manifest.Damaged where they are not there."""
     return manifest.read_json(checkpoint / CONDITIONS)
-
-
-# Of runs that began before these were among the conditions.
-_NOT_NOTED_ONCE = {
-    "the order's version": 1,
-    "the token lengths' version": 1,
-    "the masks' version": 1,
-    "model.images": "as_stored",
-}
-
-
-def check(checkpoint: Path, conditions: dict) -> None:
-    """Raise PipelineError unless a run under these conditions continues what the checkpoint's run began."""
-    before = _NOT_NOTED_ONCE | conditions_of(checkpoint)
-    if isinstance(model := before.get("model"), dict):
-        model.pop("images", None)  # once it was noted there, where a recipe set it
-    if changed := [name for name, value in conditions.items() if before.get(name) != value]:
-        changes = "; ".join(f"{name} is {conditions[name]} and was {before.get(name)}" for name in changed)
-        raise PipelineError(f"{checkpoint} cannot be continued: {changes}. Change it back, or set run= anew")
 
 
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict:

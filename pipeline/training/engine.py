@@ -13,9 +13,9 @@ from pipeline.config import Optimizer, Recipe, is_offloaded
 from pipeline.errors import PipelineError
 from pipeline.models.attention import choose
 from pipeline.models.frozen import Frozen
-from pipeline.models.kinds import KINDS
 from pipeline.models.loading import DTYPES
 from pipeline.models.lora import add_adapters
+from pipeline.models.registry import training_of
 from pipeline.training.partitions import load_partitioned
 
 
@@ -25,17 +25,16 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     A frozen part that is outside the engine is left out: see `load_frozen`.
     config: DeepSpeed's, as `load_ds_config` fills it.
     """
-    kind = KINDS[recipe.model.kind]
+    family = training_of(recipe)
     attention = choose(recipe.model.attention, get_accelerator().device_name(), DTYPES[recipe.precision])
     if dist.get_rank() == 0:
         print(f"attention: {attention}")
     if config["zero_optimization"]["stage"] == 3:
-        model = load_partitioned(kind, recipe, model_path, attention, config)
+        model = load_partitioned(family, recipe, model_path, attention, config)
     else:
-        model = kind.load(recipe, model_path, attention)
+        model = family.load(recipe, model_path, attention)
     freeze(model, recipe)
-    if recipe.train.lora:
-        add_adapters(model.language_model, recipe.train.lora, seed=recipe.seed)
+    adapt(model, recipe)
     if recipe.batch.activation_checkpointing:
         model.checkpoint_activations()
     # Offloaded gradients count where a step's last backward pass has one: what it leaves out would be lost.
@@ -50,19 +49,26 @@ def load_frozen(recipe: Recipe, model_path: str, device: torch.device) -> Frozen
 
     To be loaded before the engine: under ZeRO-3 it must not be partitioned.
     """
-    return KINDS[recipe.model.kind].frozen(recipe, model_path, device)
+    return training_of(recipe).frozen(recipe, model_path, device)
 
 
 def freeze(model: torch.nn.Module, recipe: Recipe) -> None:
     """Have only what the recipe trains take gradients."""
-    kind = KINDS[recipe.model.kind]
-    frozen = kind.unused
-    for part, prefixes in kind.parts.items():
-        if not getattr(recipe.train, part) or (part == "language_model" and recipe.train.lora):
+    train, frozen = recipe.model.train, training_of(recipe).unused
+    for part, prefixes in train.parts().items():
+        if not getattr(train, part) or (part == "language_model" and train.adapters):
             frozen += prefixes
     for name, parameter in model.named_parameters():
         if name.startswith(frozen):
             parameter.requires_grad_(False)
+
+
+def adapt(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Put adapters in the language model, if the recipe asks for them."""
+    if lora := recipe.model.train.adapters:
+        language_model = model.language_model
+        assert isinstance(language_model, torch.nn.Module)
+        add_adapters(language_model, lora, recipe.seed)
 
 
 def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
@@ -71,9 +77,9 @@ def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
     lr_scale: the part's learning rate by `optimizer.lr`.
     """
     groups, optimizer = [], recipe.optimizer
-    for part, prefixes in KINDS[recipe.model.kind].parts.items():
+    for part, prefixes in recipe.model.train.parts().items():
         trained = [p for name, p in model.named_parameters() if name.startswith(prefixes) and p.requires_grad]
-        rate = getattr(recipe.train, part)
+        rate = getattr(recipe.model.train, part)
         scale = 1.0 if isinstance(rate, bool) else rate / optimizer.lr
         for matrices, weight_decay in ((True, optimizer.weight_decay), (False, 0.0)):
             if parameters := [p for p in trained if _is_matrix(p) == matrices]:

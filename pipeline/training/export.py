@@ -11,8 +11,8 @@ from pipeline.config import Recipe
 from pipeline.distributed import on_first_rank
 from pipeline.errors import disk_errors
 from pipeline.models.frozen import Frozen
-from pipeline.models.kinds import KINDS
 from pipeline.models.lora import merge_adapters
+from pipeline.models.registry import training_of
 from pipeline.training.checkpoint import remove
 
 
@@ -23,7 +23,7 @@ def export(engine: deepspeed.DeepSpeedEngine, frozen: Frozen | None, recipe: Rec
     """
     weights = _gathered(engine)
     if dist.get_rank() == 0:
-        weights = KINDS[recipe.model.kind].exported(weights, frozen)
+        weights = training_of(recipe).exported(weights, frozen)
 
     def write() -> None:
         with disk_errors(folder):
@@ -42,8 +42,8 @@ def write_folder(
     unfinished, old = (folder.with_name(f"{folder.name}.{what}") for what in ("unfinished", "old"))
     for left in (unfinished, old):
         remove(left)
-    merged = merge_adapters(weights, recipe.train.lora) if recipe.train.lora else weights
-    KINDS[recipe.model.kind].save(recipe, model, merged, source, unfinished)
+    merged = merge_adapters(weights, lora) if (lora := recipe.model.train.adapters) else weights
+    training_of(recipe).save(recipe, model, merged, source, unfinished)
     if os.path.lexists(folder):
         folder.rename(old)
     unfinished.rename(folder)

@@ -1,12 +1,13 @@
 """What training takes of a device's memory, from the model's shapes alone: no weights are read and nothing is run.
 
-All sizes are bytes. Of the model that models/llave.py runs, in fp32 or bf16, under AdamW and the gradient cache.
+All sizes are bytes. Of a LLaVA-OneVision with a pooled last layer, in fp32 or bf16, under AdamW and the gradient cache.
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +17,10 @@ from transformers.image_processing_utils import select_best_resolution
 from pipeline.config import Recipe, is_offloaded
 from pipeline.data.tiles import Tiling
 from pipeline.errors import PipelineError
-from pipeline.losses.contrastive import KEPT_BYTES, TILE
-from pipeline.models import llave, weights
-from pipeline.models.lora import add_adapters
+from pipeline.models.registry import training_of
+from pipeline.objectives.contrastive.loss import KEPT_BYTES, TILE
 from pipeline.training.budget import Budget
-from pipeline.training.engine import freeze
+from pipeline.training.engine import adapt, freeze
 
 FP32 = 4
 MOST_TOKENS = 1 << 24  # of a chunk: nobody has a device for larger ones
@@ -66,23 +66,18 @@ class States:
         return self.parameters + self.gradients + self.optimizer + self.buckets + self.gathered
 
 
-def meta_model(recipe: Recipe) -> llave.Llave:
+def meta_model(recipe: Recipe) -> nn.Module:
     """The recipe's model, adapters included, with what it trains requiring grad, on the meta device: without weights.
 
     Raises PipelineError if there is no such model, or its architecture is not one.
     """
-    if recipe.model.kind != "llave":
+    if (model := training_of(recipe).memory_model(recipe)) is None:
         raise PipelineError(
-            f"memory is estimated for llave alone, not {recipe.model.kind}: batch.chunk_tokens=auto finds what fits"
+            f"memory is not estimated for model.family={recipe.model.family}: batch.chunk_tokens=auto finds what fits"
         )
-    if recipe.model.architecture:
-        llave.check_architecture(recipe.model.architecture)
-    config = weights.config_of(recipe.model)
     with torch.device("meta"):
-        model = llave.Llave(config)
         freeze(model, recipe)
-        if recipe.train.lora:
-            add_adapters(model.language_model, recipe.train.lora, seed=0)
+        adapt(model, recipe)
     return model
 
 
@@ -288,6 +283,10 @@ def _head(text: Qwen2Config) -> int:
     return text.hidden_size // text.num_attention_heads
 
 
+def _tower_trained(recipe: Recipe) -> bool:
+    return bool(getattr(recipe.model.train, "vision_tower", False))
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a recipe takes of one of `gpus` devices.
@@ -305,8 +304,9 @@ class Plan:
     def of(cls, recipe: Recipe, gpus: int, videos: bool) -> "Plan":
         """For chunks full of images, or of videos. Raises PipelineError if the recipe's model cannot be had."""
         model = meta_model(recipe)
-        groups = groups_of(model, tower_in_engine=bool(recipe.train.vision_tower))
-        return cls(recipe, gpus, model.config, groups, tokens_per_tile(llave.tiling(model.config), videos))
+        groups = groups_of(model, tower_in_engine=_tower_trained(recipe))
+        tiling: Any = training_of(recipe).lengths(recipe).tiling
+        return cls(recipe, gpus, model.config, groups, tokens_per_tile(tiling, videos))
 
     @property
     def budget(self) -> Budget:
@@ -320,7 +320,7 @@ class Plan:
         """What a step keeps besides, by name."""
         batch, vision = self.recipe.batch, self.config.vision_config
         kept = {"kept embeddings, their gradient": embedding_bytes(self.config, batch.global_batch, self.gpus)}
-        if not self.recipe.train.vision_tower:
+        if not _tower_trained(self.recipe):
             # Of the longest items, each full of tiles.
             tiles = 2 * (batch.global_batch // self.gpus) * max(int(self.recipe.model.max_tokens / self.tile_tokens), 1)
             features = tiles * _patches(self.config) * vision.hidden_size * self._width
@@ -329,7 +329,7 @@ class Plan:
 
     def phases(self, chunk_tokens: int, states: States) -> dict[str, int]:
         """What the parts of a step take that follow each other, by name."""
-        batch, tower_trained = self.recipe.batch, bool(self.recipe.train.vision_tower)
+        batch, tower_trained = self.recipe.batch, _tower_trained(self.recipe)
         # An item that is longer than a chunk may be is a chunk by itself.
         tokens = max(chunk_tokens, self.recipe.model.max_tokens)
         work = Work(tokens, tokens, math.ceil(tokens / self.tile_tokens), self._width)

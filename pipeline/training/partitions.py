@@ -15,17 +15,17 @@ from transformers.initialization import no_init_weights
 
 from pipeline.config import Recipe
 from pipeline.errors import PipelineError
+from pipeline.models.family import TrainingInterface
 from pipeline.models.files import Stored, fetched, refuse_more_layers, refuse_not_finite, survey
-from pipeline.models.kinds import Kind
 
 
 def load_partitioned(
-    kind: Kind, recipe: Recipe, path: str, attention: str, ds_config: dict[str, Any]
+    family: TrainingInterface, recipe: Recipe, path: str, attention: str, ds_config: dict[str, Any]
 ) -> torch.nn.Module:
     """The model of a folder or hub name in transformers' format, partitioned over all ranks.
 
-    Raises PipelineError where tensors are missing, misshapen, or not in .safetensors files, and for kinds of partitions
-    that are not filled here.
+    Raises PipelineError where tensors are missing, misshapen, or not in .safetensors files, and for partitions
+    of a kind that is not filled here.
     """
     zero = ds_config["zero_optimization"]
     if zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("zero_quantized_weights"):
@@ -33,17 +33,18 @@ def load_partitioned(
     if zero.get("offload_param", {}).get("device") == "nvme":
         raise PipelineError("offload_param to nvme is not supported: use cpu, or none")
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
-        model = kind.empty(recipe, path, attention)
-    # Init made its frequencies bf16, with which positions beyond some hundred are others.
-    language_model = model.language_model
-    rotary = type(language_model.rotary_emb)(language_model.config)
-    language_model.rotary_emb = rotary.to(get_accelerator().current_device_name())
+        model = family.empty(recipe, path, attention)
+    # Init made the frequencies of rotary embeddings bf16, with which positions beyond some hundred are others.
+    language_model: Any = getattr(model, "language_model", None)
+    if hasattr(language_model, "rotary_emb"):
+        rotary = type(language_model.rotary_emb)(language_model.config)
+        language_model.rotary_emb = rotary.to(get_accelerator().current_device_name())
     wanted, stored = dict(model.named_parameters()), _stored(path)
-    refuse_more_layers(path, stored, {name for name in stored if kind.own_name(name) not in wanted})
+    refuse_more_layers(path, stored, {name for name in stored if family.own_name(name) not in wanted})
     for file in sorted({tensor.file for tensor in stored.values()}):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
-                if (own := kind.own_name(name)) in wanted:
+                if (own := family.own_name(name)) in wanted:
                     _fill(wanted.pop(own), tensors.get_slice(name), file, name)
     if wanted:
         raise PipelineError(f"{path} lacks {len(wanted)} of the model's weights, {min(wanted)} the first")

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from pipeline.distributed import on_first_rank
 from pipeline.errors import PipelineError, printable
-from pipeline.training import checkpoint, manifest
+from pipeline.training import checkpoint, conditions, manifest
 from pipeline.training.manifest import Damaged, Manifest
 from pipeline.training.monitor import may_be_best
 
@@ -48,12 +48,12 @@ def fault_of(path: Path, *, thorough: bool) -> str:
     return ""
 
 
-def choose(folder: Path, conditions: dict) -> Path | None:
+def choose(folder: Path, present: dict) -> Path | None:
     """The checkpoint to continue from, checked by all ranks; None where there never was one. Every rank calls this.
 
-    Newer ones that are damaged are set aside under other names.
+    Newer ones that are damaged are set aside under other names.  present: the conditions of the run that starts.
 
-    Raises PipelineError, on the first rank, where none is whole, and as `checkpoint.check` does.
+    Raises PipelineError, on the first rank, where none is whole, and as `conditions.check` does.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     left, damaged = None, {}
@@ -99,7 +99,7 @@ def choose(folder: Path, conditions: dict) -> Path | None:
         if path is None:
             _refuse(folder, damaged)
             return
-        checkpoint.check(path, conditions)
+        conditions.check(path, present)
         for each, why in damaged.items():
             _set_aside(each, why, path)
         checkpoint.point(path)
@@ -117,16 +117,16 @@ def contents(path: Path, *, thorough: bool = True) -> Manifest:
     """What a checkpoint should hold; of one without a manifest, nothing unless thorough. Raises Damaged."""
     if not path.is_dir():
         raise Damaged("it is no folder")
-    conditions = checkpoint.conditions_of(path)
+    kept = checkpoint.conditions_of(path)
     step = checkpoint.step_of(path)
     if found := manifest.read(path, step):
         return found
-    if checkpoint.MANIFEST in conditions:
+    if checkpoint.MANIFEST in kept:
         raise Damaged(f"{manifest.FILE} is missing")
     if not thorough:
         return Manifest(format=manifest.FORMAT, step=step, block=1, files={})
     # Of an older version: DeepSpeed's files, by the names it gives them.
-    world, stage = (conditions.get(name) for name in (checkpoint.PROCESSES, checkpoint.STAGE))
+    world, stage = (kept.get(name) for name in (checkpoint.PROCESSES, checkpoint.STAGE))
     if type(world) is not int or type(stage) is not int:
         raise Damaged(f"{checkpoint.CONDITIONS} does not say by how many processes, and by which ZeRO stage")
     ranks = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(world)] if stage else []

@@ -16,10 +16,10 @@ from launch import Ended, fork, wait
 from PIL import Image
 from safetensors import safe_open
 
-from pipeline.config import Architecture
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
-from pipeline.models.llave import build
+from pipeline.models.llave.config import LlaveArchitecture
+from pipeline.models.llave.model import build
 from pipeline.storage import objects
 from tools.s3_server import S3Server
 
@@ -130,7 +130,7 @@ def a_world(folder: Path) -> Iterator[World]:
             (world.shards / url.rpartition("/")[2]).write_bytes(objects.read(url))
         _write_pairs(folder)
         pinpoints = [(24 * rows, 24 * columns) for rows in (1, 2) for columns in (1, 2)]
-        shape = Architecture(vision=VISION, text=TEXT, image_grid_pinpoints=pinpoints)
+        shape = LlaveArchitecture(vision=VISION, text=TEXT, image_grid_pinpoints=pinpoints)
         build(shape, ["a small red star at the top left", "a large blue ring"], seed=1, folder=world.model)
         os.environ["AWS_ENDPOINT_URL"] = world.proxy.endpoint
         done = world.undisturbed

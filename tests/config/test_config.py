@@ -16,9 +16,9 @@ def error_of(*overrides: str) -> str:
 
 
 def test_overrides_are_typed_and_survive_a_dump(tmp_path):
-    recipe = load_recipe(DEMO, ["optimizer.lr=2e-5", "data.url=s3://b/p", "loss.margin=0.1", "evaluation=null"])
+    recipe = load_recipe(DEMO, ["optimizer.lr=2e-5", "data.url=s3://b/p", "objective.margin=0.1", "evaluation=null"])
     assert recipe.optimizer.lr == 2e-5
-    assert (recipe.data.url, recipe.loss.margin, recipe.evaluation) == ("s3://b/p", 0.1, None)
+    assert (recipe.data.url, recipe.objective.margin, recipe.evaluation) == ("s3://b/p", 0.1, None)
     (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "again.yaml", []) == recipe
 

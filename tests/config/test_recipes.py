@@ -9,7 +9,7 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionModel, Qwen2Config,
 from pipeline.config import load_ds_config, load_recipe
 from pipeline.data.mmeb import MMEB_TASKS
 from pipeline.errors import PipelineError
-from pipeline.models.llave import TowerlessLlave
+from pipeline.models.llave.model import TowerlessLlave
 from pipeline.training.engine import freeze, parameter_groups
 
 SIZES = ("0.5b", "2b", "7b")
@@ -40,12 +40,16 @@ def test_values_are_the_papers(size):
     ours, paper = recipe(size), recipe(size, "variant=paper")
     for each in (ours, paper):
         assert each.model.path == MODELS[size]
-        assert (each.loss.alpha, each.loss.temperature, each.epochs, each.precision) == (9.0, 0.02, 1, "bf16")
+        assert (each.objective.alpha, each.objective.temperature, each.epochs, each.precision) == (9.0, 0.02, 1, "bf16")
         optimizer = each.optimizer
         assert (optimizer.lr, optimizer.warmup_ratio, optimizer.weight_decay) == (1e-5, 0.03, 0)
         assert (each.batch.global_batch, each.data.cap, each.model.max_tokens) == (256, 50_000, 4096)
         assert each.model.image_grid_pinpoints == [(384, 384), (384, 768), (768, 384), (768, 768)]
-        assert (each.train.projector, each.train.language_model, each.train.vision_tower) == (True, True, False)
+        assert (each.model.train.projector, each.model.train.language_model, each.model.train.vision_tower) == (
+            True,
+            True,
+            False,
+        )
     assert (ours.batch.sub_batch, paper.batch.sub_batch) == (None, 32)
     assert (ours.model.mm_newline_position, paper.model.mm_newline_position) == (None, "grid")
     assert (ours.model.images, paper.model.images) == (None, "as_stored")

@@ -10,7 +10,7 @@ from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
 from pipeline.data.tiles import Tiling
 from pipeline.demo.tasks import DATASETS, training_pairs
-from pipeline.models.llave import Processor, train_tokenizer
+from pipeline.models.llave.processor import LlaveProcessor, train_tokenizer
 
 PAIRS = 400  # of each dataset
 BATCH = 512
@@ -25,7 +25,7 @@ def demo(tmp_path_factory) -> tuple[str, dict[tuple[str, int], int]]:
     texts = (item.text for some in pairs.values() for pair in some for item in pair.items)
     tokenizer = train_tokenizer(texts, 512)
     marks = [tokenizer.convert_tokens_to_ids(mark) for mark in (IMAGE_MARK, VIDEO_MARK)]
-    processor = Processor(tokenizer, TILING, *marks, max_tokens=512)
+    processor = LlaveProcessor(tokenizer, TILING, *marks, max_tokens=512)
 
     def tokens(pair: Pair) -> int:
         return sum(len(processor.encode(item).input_ids) for item in pair.items)

@@ -15,12 +15,12 @@ from pipeline.data.batch import Batch, Origin, RawSample, encode_rows
 from pipeline.data.collate import Encoded, Image
 from pipeline.data.digest import digest
 from pipeline.data.sample import BadSample, Item, Pair
-from pipeline.models.clip import ClipTexts
-from pipeline.models.decoder import TextProcessor
-from pipeline.models.llave import Processor
+from pipeline.models.clip.processor import ClipTexts
+from pipeline.models.llave.processor import LlaveProcessor
+from pipeline.models.text_encoder.processor import TextProcessor
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels
-from pipeline.training.step import contrastive_loss
+from pipeline.objectives.contrastive.step import contrastive_loss
 
 ASK = "<image>\nWhat is it?"
 
@@ -74,8 +74,8 @@ SAME = {
 
 
 @pytest.fixture(scope="module")
-def llave(tiny_model) -> Processor:
-    return Processor.load(tiny_model, 128)
+def llave(tiny_model) -> LlaveProcessor:
+    return LlaveProcessor.load(tiny_model, 128)
 
 
 @pytest.mark.parametrize("case", SAME)

@@ -25,9 +25,10 @@ from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.store import MemoryStore
 from pipeline.evaluation.tasks import Collection, Ranking
 from pipeline.models import loading
-from pipeline.models.folder import save_folder
-from pipeline.models.llave import Llave, Processor
-from pipeline.models.weights import fingerprint
+from pipeline.models.files import fingerprint
+from pipeline.models.llave.folder import save_folder
+from pipeline.models.llave.model import Llave
+from pipeline.models.llave.processor import LlaveProcessor
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +62,7 @@ def embedder(tiny_model) -> Embedder:
 @pytest.fixture(scope="module")
 def by_hand(tiny_model):
     """The model's embedding of one item by itself."""
-    processor, model = Processor.load(tiny_model, 256, video_frames=4), Llave.load(tiny_model, "auto").eval()
+    processor, model = LlaveProcessor.load(tiny_model, 256, video_frames=4), Llave.load(tiny_model, "auto").eval()
 
     @torch.no_grad()
     def embedding(item: Item) -> torch.Tensor:

@@ -39,8 +39,9 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation import clip as peers
 from pipeline.evaluation.clip import PEERS
 from pipeline.evaluation.encoders import ModelEncoder, load_encoder
-from pipeline.models.llave import Llave, Processor, TowerlessLlave
-from pipeline.models.tower import FrozenTower
+from pipeline.models.llave.model import Llave, TowerlessLlave
+from pipeline.models.llave.processor import LlaveProcessor
+from pipeline.models.llave.tower import FrozenTower
 
 CPU = torch.device("cpu")
 CONTEXT, SIDE, PATCHES = 12, 32, 16
@@ -213,7 +214,7 @@ def test_what_a_peer_cannot_use_is_a_bad_sample(peer, item, reason):
 def test_our_vectors_are_those_of_each_item_alone(tiny_model):
     encoder = load_encoder(tiny_model, options(chunk_tokens=100), CPU)
     embeddings = encoder.embed([encoder.prepare(item) for item in ITEMS])
-    processor, model = Processor.load(tiny_model, 256, video_frames=3), Llave.load(tiny_model, "auto").eval()
+    processor, model = LlaveProcessor.load(tiny_model, 256, video_frames=3), Llave.load(tiny_model, "auto").eval()
     expected = torch.cat([model(pack([processor.encode(item)]), True) for item in ITEMS])
     assert_close_in_norm(embeddings, expected)
     assert encoder.embed([]).shape == (0, encoder.dimension) == (0, 48)
@@ -248,7 +249,7 @@ def test_padding_counts_only_where_attention_pads(tiny_model, monkeypatch, pads)
     calls, original = [], Llave.forward
     monkeypatch.setattr(Llave, "forward", lambda *given: calls.append(given[1].lengths) or original(*given))
     texts = ["star " * 30, "red", "star", "blue", "ring"]
-    processor = Processor.load(tiny_model, 256)
+    processor = LlaveProcessor.load(tiny_model, 256)
     budget = sum(len(processor.encode(Item(text)).input_ids) for text in texts)
     encoder = load_encoder(tiny_model, options(chunk_tokens=budget), CPU)
     ours = encoder.embed([encoder.prepare(Item(text)) for text in texts])

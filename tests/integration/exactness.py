@@ -32,13 +32,14 @@ from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models import chunks as chunks_module
 from pipeline.models.chunks import Features
 from pipeline.models.frozen import KeptFeatures
-from pipeline.models.llave import Llave, Processor
+from pipeline.models.llave.model import Llave
+from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.lora import add_adapters
-from pipeline.training import step as step_module
+from pipeline.objectives.contrastive import step as step_module
+from pipeline.objectives.contrastive.step import train_step
+from pipeline.objectives.contrastive.temperature import Temperature
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze, load_frozen
-from pipeline.training.step import train_step
-from pipeline.training.temperature import Temperature
 
 PAIRS = 16
 STEPS = 2
@@ -53,7 +54,7 @@ PARTS = {
     "language_model": "language_model",
     "vision_tower": "vision_tower",
 }
-WHOLE = ("train.vision_tower=true",)
+WHOLE = ("model.train.vision_tower=true",)
 FROZEN = ("batch.tower_tiles=3", "batch.features_mb=0")
 CHECKPOINTING = "batch.activation_checkpointing=true"
 
@@ -74,19 +75,19 @@ FEW = (
     Case("images", 200, 5),
     Case("mixed", 200, 1000),
     *(Case(mix, 200, kept, FROZEN) for mix, kept in (("images", 2), ("mixed", 1000))),
-    Case("mixed", 200, 2, ("train.lora.rank=4",)),
+    Case("mixed", 200, 2, ("model.train.lora.rank=4",)),
     Case("mixed", 200, 2, (*FROZEN, "batch.sub_batch=4")),
-    Case("mixed", 200, 1, (*WHOLE, "loss.learn_temperature=true", "loss.temperature=0.07")),
+    Case("mixed", 200, 1, (*WHOLE, "objective.learn_temperature=true", "objective.temperature=0.07")),
     Case("mixed", 200, 3, (*WHOLE, CHECKPOINTING)),
 )
 ALL = (
     *FEW,
     *(Case("mixed", 200, kept) for kept in range(2, 7)),  # with 1, of two ranks all numbers: they have six chunks
     *(Case(mix, 200, kept, FROZEN) for mix, kept in (("mixed", 0), ("text", 1))),
-    Case("mixed", 200, 1, ("train.language_model=false", "train.projector=0.03")),
-    Case("mixed", 200, 2, ("train.projector=false", "train.vision_tower=0.02")),
+    Case("mixed", 200, 1, ("model.train.language_model=false", "model.train.projector=0.03")),
+    Case("mixed", 200, 2, ("model.train.projector=false", "model.train.vision_tower=0.02")),
     Case("mixed", 200, 0, (*WHOLE, CHECKPOINTING)),
-    Case("images", 200, 1000, (*FROZEN, CHECKPOINTING, "train.lora.rank=4")),
+    Case("images", 200, 1000, (*FROZEN, CHECKPOINTING, "model.train.lora.rank=4")),
 )
 ALONE = FEW[::2]  # no other rank takes part: what differs is how the batch is cut
 SHAPED = (Case("mixed", 200, 2),)
@@ -95,7 +96,7 @@ OFFLOADED = (
     Case("images", 200, 2),
     Case("fading", 200, 1),
     Case("mixed", 200, 1000, FROZEN),
-    Case("mixed", 200, 0, (*FROZEN, CHECKPOINTING, "train.lora.rank=4")),
+    Case("mixed", 200, 0, (*FROZEN, CHECKPOINTING, "model.train.lora.rank=4")),
 )
 
 
@@ -130,7 +131,7 @@ def make_pairs(mix: str, seed: int) -> list[Pair]:
     return [Pair(str(i), "d", "t", queries[i], targets[i], negatives[i]) for i in range(PAIRS)]
 
 
-def batch_of(pairs: list[Pair], processor: Processor) -> Batch:
+def batch_of(pairs: list[Pair], processor: LlaveProcessor) -> Batch:
     def parse(pair: Pair) -> Pair:
         if int(pair.key) in INVALID:
             raise BadSample("made so")
@@ -148,7 +149,7 @@ def sub_batches(pairs: list[Pair], recipe: Recipe) -> list[list[Pair]]:
 
 
 def formula(
-    model: Llave, pairs: list[Pair], processor: Processor, alpha: float, temperature: torch.Tensor
+    model: Llave, pairs: list[Pair], processor: LlaveProcessor, alpha: float, temperature: torch.Tensor
 ) -> torch.Tensor:
     """LLaVE's loss (arXiv 2503.04812) as one B x B matrix, each item embedded by itself."""
     pairs = [pair for pair in pairs if int(pair.key) not in INVALID]
@@ -185,7 +186,7 @@ def largest_difference(engine: deepspeed.DeepSpeedEngine, theirs: dict[str, torc
 
 def recipe_of(fields: tuple[str, ...]) -> Recipe:
     common = [f"batch.global_batch={PAIRS}", "data.lanes=2", f"optimizer.lr={LR}", f"optimizer.eps={EPS}"]
-    common += ["optimizer.weight_decay=0.1", "optimizer.max_grad_norm=1.0", "train.vision_tower=false"]
+    common += ["optimizer.weight_decay=0.1", "optimizer.max_grad_norm=1.0", "model.train.vision_tower=false"]
     return load_recipe("pipeline/recipes/demo.yaml", [*common, *fields])
 
 
@@ -212,12 +213,12 @@ def computed_once(keys: Iterable[Key], compute: Callable[[Key], Expected]) -> di
 
 
 def expected(model: str, mix: str, fields: tuple[str, ...]) -> Expected:
-    recipe, processor = recipe_of(fields), Processor.load(model, 512)
+    recipe, processor = recipe_of(fields), LlaveProcessor.load(model, 512)
     reference = Llave.load(model, torch.float32)
 
     def loss(step: int, temperature: torch.Tensor) -> torch.Tensor:
         parts = sub_batches(make_pairs(mix, seed=step), recipe)
-        of_parts = [formula(reference, part, processor, recipe.loss.alpha, temperature) for part in parts]
+        of_parts = [formula(reference, part, processor, recipe.objective.alpha, temperature) for part in parts]
         return torch.stack(of_parts).mean()
 
     return trained_alone(reference, recipe, PARTS, loss)
@@ -234,16 +235,16 @@ def trained_alone(
     parts: the recipe's name of each part by the prefix of its parameters.  loss: of a step, at a temperature.
     """
     freeze(reference, recipe)
-    if recipe.train.lora:
-        add_adapters(reference.language_model, recipe.train.lora, recipe.seed)
+    if recipe.model.train.adapters:
+        add_adapters(reference.language_model, recipe.model.train.adapters, recipe.seed)
     trained = {name: p for name, p in reference.named_parameters() if p.requires_grad}
     groups = []
     for name, parameter in trained.items():
-        rate = getattr(recipe.train, next(part for prefix, part in parts.items() if name.startswith(prefix)))
+        rate = getattr(recipe.model.train, next(part for prefix, part in parts.items() if name.startswith(prefix)))
         decay = 0.1 if parameter.ndim > 1 else 0
         groups.append({"params": [parameter], "weight_decay": decay, "lr": LR if rate is True else rate})
     optimizer = torch.optim.AdamW(groups, eps=EPS)
-    log_scale = torch.tensor(-math.log(recipe.loss.temperature), requires_grad=recipe.loss.learn_temperature)
+    log_scale = torch.tensor(-math.log(recipe.objective.temperature), requires_grad=recipe.objective.learn_temperature)
     scale_optimizer = torch.optim.AdamW([log_scale], lr=LR, eps=EPS, weight_decay=0)
     losses, norms = [], []
     for step in range(STEPS):
@@ -276,7 +277,7 @@ def compare(model: str, stage: str, case: Case, theirs: Expected) -> dict:
         engine,
         recipe,
         theirs,
-        Processor.load(model, 512),
+        LlaveProcessor.load(model, 512),
         partial(make_pairs, case.mix),
         lambda: KeptFeatures(tower, recipe.batch.features_mb << 20) if tower else None,
     )
@@ -286,7 +287,7 @@ def differences(
     engine: deepspeed.DeepSpeedEngine,
     recipe: Recipe,
     theirs: Expected,
-    processor: Processor,
+    processor: LlaveProcessor,
     pairs_of: Callable[[int], list[Pair]],
     features: Callable[[], Features | None],
 ) -> dict[str, float]:
@@ -306,7 +307,7 @@ def differences(
         result["loss"] = max(result["loss"], abs(float(loss) / world / theirs.losses[step] - 1))
         result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / theirs.norms[step] - 1))
     result["temperature"] = abs(float(temperature.value) / theirs.temperature - 1)
-    result["learnt"] = abs(float(temperature.value) - recipe.loss.temperature)
+    result["learnt"] = abs(float(temperature.value) - recipe.objective.temperature)
     result["parameters"] = largest_difference(engine, theirs.parameters)
     engine.destroy()
     return result

@@ -21,13 +21,15 @@ from transformers import AutoModelForCausalLM
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.sample import Item, Pair
 from pipeline.distributed import end_distributed, start_distributed
-from pipeline.models.decoder import TextProcessor, load_config
 from pipeline.models.lora import add_adapters
-from pipeline.models.masked import MaskedLanguageModel, mask
+from pipeline.models.text_encoder.checks import load_config
+from pipeline.models.text_encoder.masked import MaskedLanguageModel
+from pipeline.models.text_encoder.processor import TextProcessor
+from pipeline.objectives.masked_tokens.masks import mask
+from pipeline.objectives.masked_tokens.step import masked_step
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze
 from pipeline.training.export import export
-from pipeline.training.masked import masked_step
 
 PAIRS = 16
 STEPS = 2
@@ -41,7 +43,7 @@ class Case:
     fields: tuple[str, ...] = ()
 
 
-ADAPTERS = ("train.lora.rank=4",)
+ADAPTERS = ("model.train.lora.rank=4",)
 CASES = {
     1: (Case("untied", 0, 1), Case("untied", 3), Case("tied", 2, 100_000, ADAPTERS)),
     2: (
@@ -78,7 +80,7 @@ def formula(
     for item in (item for pair in pairs if int(pair.key) not in INVALID for item in pair.items):
         encoded = texts.encode(item)
         key = recipe.seed, step, encoded.key
-        text = mask(encoded, recipe.loss, reference.mask_token, reference.vocabulary, key)
+        text = mask(encoded, recipe.objective, reference.mask_token, reference.vocabulary, key)
         logits = reference.causal(torch.from_numpy(text.input_ids).long()[None], use_cache=False).logits[0]
         costs += [
             F.cross_entropy(logits[at - 1], torch.tensor(of)) for at, of in zip(text.places, text.targets, strict=True)
@@ -107,8 +109,8 @@ def compare(models: Path, case: Case) -> dict:
     causal = AutoModelForCausalLM.from_pretrained(model, config=config, attn_implementation="eager")
     reference = MaskedLanguageModel(causal, engine.module.mask_token, engine.module.vocabulary)
     freeze(reference, recipe)
-    if recipe.train.lora:
-        add_adapters(reference.language_model, recipe.train.lora, recipe.seed)
+    if recipe.model.train.adapters:
+        add_adapters(reference.language_model, recipe.model.train.adapters, recipe.seed)
     trained = [parameter for parameter in reference.parameters() if parameter.requires_grad]
     groups = [{"params": [p], "weight_decay": 0.1 if p.ndim > 1 else 0} for p in trained]
     optimizer = torch.optim.AdamW(groups, lr=LR, eps=EPS)
@@ -125,7 +127,7 @@ def compare(models: Path, case: Case) -> dict:
         optimizer.step()
         result["loss"] = max(result["loss"], abs(ours.loss / float(expected.detach()) - 1))
         result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / float(norm) - 1))
-    result["parameters"] = largest_difference(engine, reference)
+    result["parameters"] = largest_difference(engine, {name: p.detach() for name, p in reference.named_parameters()})
     out = models / f"export-{world}"
     export(engine, None, recipe, model, out)
     with torch.no_grad():

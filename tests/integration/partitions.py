@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 from pipeline.config import load_ds_config, load_recipe
 from pipeline.distributed import end_distributed, start_distributed
-from pipeline.models.kinds import KINDS
-from pipeline.models.llave import TowerlessLlave
+from pipeline.models.llave.model import TowerlessLlave
+from pipeline.models.registry import training
 from pipeline.training import partitions
 
 read = []
@@ -54,10 +54,10 @@ def main() -> None:
     model, config, whole = sys.argv[1:]
     start_distributed(timeout_minutes=HANG_MINUTES)
     fields = [f"deepspeed={config}", "batch.global_batch=12", "data.lanes=12", "precision=bf16"]
-    recipe = load_recipe("pipeline/recipes/demo.yaml", [*fields, "train.vision_tower=false"])
+    recipe = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.train.vision_tower=false"])
     ds_config = load_ds_config(recipe, dist.get_world_size())
     partitions.safe_open = CountingFile
-    loaded = partitions.load_partitioned(KINDS["llave"], recipe, model, "sdpa", ds_config)
+    loaded = partitions.load_partitioned(training("llave"), recipe, model, "sdpa", ds_config)
     expected = TowerlessLlave.load(whole, torch.bfloat16)
     parameters, count = dict(expected.named_parameters()), 0
     same = {}

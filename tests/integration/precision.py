@@ -15,15 +15,16 @@ from limits import HANG_MINUTES
 from pipeline.config import dump_recipe, load_ds_config, load_recipe
 from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.chunks import embed_chunks, plan_chunks
+from pipeline.models.files import fingerprint
 from pipeline.models.frozen import KeptFeatures
-from pipeline.models.llave import Llave, Processor
-from pipeline.models.weights import fingerprint
+from pipeline.models.llave.model import Llave
+from pipeline.models.llave.processor import LlaveProcessor
+from pipeline.objectives.contrastive.step import train_step
+from pipeline.objectives.contrastive.temperature import Temperature
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_frozen
 from pipeline.training.export import export
-from pipeline.training.step import train_step
-from pipeline.training.temperature import Temperature
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     fields += [f"deepspeed={config}", f"precision={precision}", "batch.global_batch=16", "batch.chunk_tokens=200"]
     fields += [f"model.path={model}", f"run={run}"]
     recipe = load_recipe("pipeline/recipes/demo.yaml", fields)
-    processor = Processor.load(model, 512)
+    processor = LlaveProcessor.load(model, 512)
     rank, world = dist.get_rank(), dist.get_world_size()
     batches = [batch_of(make_pairs("mixed", seed)[rank::world], processor) for seed in range(3)]
 

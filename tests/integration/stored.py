@@ -20,12 +20,12 @@ from pipeline.data.stream import batches
 from pipeline.data.text_embeddings import Stored, restored, rounded
 from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.chunks import Chunk
-from pipeline.models.decoder import FrozenTextEncoder
-from pipeline.models.kinds import KINDS
+from pipeline.models.registry import training
+from pipeline.models.text_encoder.model import FrozenTextEncoder
+from pipeline.objectives.contrastive.step import contrastive_loss, train_step
+from pipeline.objectives.contrastive.temperature import Temperature
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_frozen
-from pipeline.training.step import contrastive_loss, train_step
-from pipeline.training.temperature import Temperature
 
 STEPS = 5
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # of a number, relative to it, at most
@@ -36,7 +36,7 @@ def train(recipe: Recipe, stored: Stored | None = None) -> tuple[list[float], fl
 
     stored: the live text encoder's vectors are rounded as these are.
     """
-    source, kind, device = Source.open(recipe.data), KINDS["llm2clip"], torch.device("cpu")
+    source, kind, device = Source.open(recipe.data), training("llm2clip"), torch.device("cpu")
     order = source.order(recipe.batch.global_batch, recipe.seed, kind.lengths(recipe))
     path = recipe.model.path
     processor, frozen = kind.processor(recipe, path), load_frozen(recipe, path, device)
@@ -66,7 +66,7 @@ def deviation(engine: deepspeed.DeepSpeedEngine, frozen: FrozenTextEncoder, batc
     items = list(batch.items.values())
     vectors = frozen.model(pack([item for item in items if not item.images])).requires_grad_()
     embeddings = engine.module(pack(items), True, vectors)
-    loss = contrastive_loss(embeddings, batch, recipe, recipe.loss.temperature).loss
+    loss = contrastive_loss(embeddings, batch, recipe, recipe.objective.temperature).loss
     return float((torch.autograd.grad(loss, vectors)[0] * vectors).norm())
 
 

@@ -20,8 +20,8 @@ from pipeline.convert.sharding import convert
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.evaluation.report import Report
-from pipeline.train import _model
 from pipeline.training import checkpoint, manifest, resume
+from pipeline.training.initial import initial_model
 
 STEPS, EVERY = 6, 2
 OPTIMIZER = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -351,30 +351,30 @@ def test_a_damaged_model_to_begin_with_is_named_and_made_anew(recipe, tmp_path):
     chosen = load_recipe(recipe[0], [field for field in recipe[1:] if "model.path" not in field])
     source, run = Source.open(chosen.data), tmp_path / "run"
     run.mkdir()
-    weights = Path(_model(chosen, source, run, anew=True), "model.safetensors")
+    weights = Path(initial_model(chosen, source, run / "init", anew=True), "model.safetensors")
     before = weights.read_bytes()
-    assert _model(chosen, source, run, anew=False) == str(weights.parent)
+    assert initial_model(chosen, source, run / "init", anew=False) == str(weights.parent)
     flip(weights)
     with pytest.raises(PipelineError, match=r"model\.safetensors is not as it was written.* Delete it"):
-        _model(chosen, source, run, anew=False)
+        initial_model(chosen, source, run / "init", anew=False)
     shutil.rmtree(run / "init")
-    _model(chosen, source, run, anew=False)
+    initial_model(chosen, source, run / "init", anew=False)
     assert weights.read_bytes() == before
     (run / "init" / manifest.FILE).unlink()
-    assert _model(chosen, source, run, anew=False) == str(weights.parent)
+    assert initial_model(chosen, source, run / "init", anew=False) == str(weights.parent)
 
 
 def test_a_converted_model_to_begin_with_that_is_damaged_is_named(recipe, tmp_path):
     chosen = load_recipe(recipe[0], [*recipe[1:], "model.path=tests/golden"])
     source, run = Source.open(chosen.data), tmp_path / "run"
-    path = Path(_model(chosen, source, run, anew=True))
+    path = Path(initial_model(chosen, source, run / "init", anew=True))
     assert path.parent == run / "init"
-    assert _model(chosen, source, run, anew=False) == str(path)
+    assert initial_model(chosen, source, run / "init", anew=False) == str(path)
     cut(path / "config.json")
     with pytest.raises(PipelineError, match=r"config\.json has .* bytes of .* Delete it and start again"):
-        _model(chosen, source, run, anew=False)
+        initial_model(chosen, source, run / "init", anew=False)
     shutil.rmtree(path)
-    assert _model(chosen, source, run, anew=False) == str(path)
+    assert initial_model(chosen, source, run / "init", anew=False) == str(path)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_whole(recipe, finished, tmp_path):

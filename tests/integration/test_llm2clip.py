@@ -13,7 +13,7 @@ from launch import launch
 from limits import HANG_MINUTES
 from safetensors.torch import load_file, save_file
 
-from pipeline import export, train
+from pipeline import export
 from pipeline.config import EvaluationRun, load_recipe
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
@@ -27,9 +27,11 @@ from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import MemoryStore
-from pipeline.models import decoder
-from pipeline.models.kinds import KINDS
+from pipeline.models.registry import training
+from pipeline.models.text_encoder import model as decoder
 from pipeline.training import checkpoint
+from pipeline.training.conditions import check as check_conditions
+from pipeline.training.conditions import conditions_of_run
 
 CPU = torch.device("cpu")
 STEPS, EVERY, KILLED = 6, 2, 6  # in this step
@@ -84,7 +86,7 @@ def caption_recipe(data, tmp_path_factory) -> list[str]:
         "data.datasets=[images, texts]",
         f"model.path={model}",
         "model.instruction='what a caption shows: '",
-        "train.lora.rank=2",
+        "model.train.lora.rank=2",
         "evaluation=null",
     ]
 
@@ -197,8 +199,8 @@ def test_a_run_is_not_continued_with_another_text_encoder_or_other_vectors(
         nonlocal recipe, source
         recipe = load_recipe(vision_recipe[0], [*vision_recipe[1:], f"run={vision_run}", *overrides])
         source = Source.open(recipe.data)
-        conditions = train.conditions_of_run(recipe, source, {"stage": 1})
-        checkpoint.check(checkpoint.latest(vision_run / "checkpoints"), conditions)
+        conditions = conditions_of_run(recipe, source, {"stage": 1})
+        check_conditions(checkpoint.latest(vision_run / "checkpoints"), conditions)
 
     check()
     others = embedded(caption_run / "export", data, tmp_path / "vectors", "bf16")
@@ -215,7 +217,7 @@ def test_a_run_is_not_continued_with_another_text_encoder_or_other_vectors(
         with pytest.raises(PipelineError, match="cannot be continued: the text encoder's fingerprint is"):
             check()
         with pytest.raises(PipelineError, match=r"data\.text_embeddings were made by .* with other weights than"):
-            KINDS["llm2clip"].check_data(recipe, source)  # nor is a new run begun with them
+            training("llm2clip").check_data(recipe, source)  # nor is a new run begun with them
     finally:
         kept.rename(weights)
 
@@ -224,13 +226,13 @@ def test_what_would_be_partitioned_is_refused(vision_recipe, tmp_path):
     zero3 = "deepspeed=ds_configs/zero3.json"
     ended = launch(["-m", "pipeline.train", *vision_recipe, f"run={tmp_path}", zero3], world=1)
     assert ended.status == [2]
-    assert "error: this kind of model trains under ZeRO 0, 1, 2, not 3: set deepspeed=" in ended.output
+    assert "error: this family trains under ZeRO 0, 1, 2, not 3: set deepspeed=" in ended.output
 
 
 def test_vectors_of_texts_cut_elsewhere_are_refused(vision_recipe):
     recipe = load_recipe(vision_recipe[0], [*vision_recipe[1:], f"model.max_tokens={TOKENS + 1}"])
     with pytest.raises(PipelineError, match=f"cut at {TOKENS} tokens, and model.max_tokens is {TOKENS + 1}"):
-        KINDS["llm2clip"].check_data(recipe, Source.open(recipe.data))
+        training("llm2clip").check_data(recipe, Source.open(recipe.data))
 
 
 @pytest.mark.parametrize("stage", ["caption", "vision"])

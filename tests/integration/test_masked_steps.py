@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from pipeline import export
 from pipeline.data.shards import write_shards
 from pipeline.demo.captioned import training_pair
-from pipeline.models import masked
-from pipeline.models.decoder import TextEncoder
+from pipeline.models.text_encoder import masked
+from pipeline.models.text_encoder.model import TextEncoder
 
 WORKER = str(Path(__file__).with_name("masked_steps.py"))
 SIZES = {

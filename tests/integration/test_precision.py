@@ -45,7 +45,12 @@ def test_bf16_follows_fp32_and_both_resume_exactly(stage, tiny_model, tmp_path, 
 def test_adapters_beside_frozen_parts_resume_exactly_and_are_merged_into_the_export(
     stage, world, tiny_model, tmp_path, monkeypatch
 ):
-    fields = ["train.vision_tower=false", "train.projector=false", "train.lora.rank=2", "batch.kept_chunks=1"]
+    fields = [
+        "model.train.vision_tower=false",
+        "model.train.projector=false",
+        "model.train.lora.rank=2",
+        "batch.kept_chunks=1",
+    ]
     config = f"ds_configs/zero{stage}.json"
     ended = launch([WORKER, tiny_model, config, "fp32", str(tmp_path), *fields], world)
     assert ended.status == [0] * world, ended.output[-4000:]

@@ -151,7 +151,7 @@ def test_an_original_checkpoint_with_adapters_and_a_frozen_tower_by_what_fits(re
     run = tmp_path / "run"
     fields = ["model.path=tests/golden", "model.max_tokens=4096", "model.image_grid_pinpoints=[[384, 384]]"]
     fields += ["batch.global_batch=4", "data.lanes=2", "batch.chunk_tokens=auto", "batch.kept_chunks=auto"]
-    fields += ["train.vision_tower=false", "train.lora.rank=2", "checkpoint.every=2", "evaluation=null"]
+    fields += ["model.train.vision_tower=false", "model.train.lora.rank=2", "checkpoint.every=2", "evaluation=null"]
     ended = launch(command(recipe, run, *fields, "steps=8"), world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
     assert ended.output.count("next batch.chunk_tokens=8192 batch.kept_chunks=0\n") == 1

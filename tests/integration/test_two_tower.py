@@ -6,19 +6,21 @@ import pytest
 import torch
 from comparison import assert_equal, zero_config
 from launch import launch
+from sections import section
 
-from pipeline.config import Architecture, Model
-from pipeline.models import clip, decoder, llm2clip
-from pipeline.models.kinds import KINDS
+from pipeline.models.clip import model as clip
+from pipeline.models.llm2clip import model as llm2clip
+from pipeline.models.registry import training
+from pipeline.models.text_encoder import model as decoder
 
 WORKER = str(Path(__file__).with_name("two_tower.py"))
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = SIZES | {"image_size": 24, "patch_size": 8, "projection_dim": 20}
 TEXTS = ["query target negative star what a caption shows", "0 1 2 3 4 5 6 7 8 9"]
 SHAPES = {
-    "caption": Architecture(text=SIZES | {"vocab_size": 320, "num_key_value_heads": 2}),
-    "llm2clip": Architecture(vision=VISION),
-    "clip": Architecture(vision=VISION, text=SIZES | {"vocab_size": 600, "max_position_embeddings": 50}),
+    "text_encoder": {"text": SIZES | {"vocab_size": 320, "num_key_value_heads": 2}},
+    "llm2clip": {"vision": VISION},
+    "clip": {"vision": VISION, "text": SIZES | {"vocab_size": 600, "max_position_embeddings": 50}},
 }
 
 
@@ -28,18 +30,18 @@ def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for kind, architecture in SHAPES.items():
         made = folder / f"{kind}-made"
-        encoder = {"text_encoder": str(folder / "caption")} if kind == "llm2clip" else {}
-        model = Model(kind=kind, architecture=architecture, **encoder)
-        KINDS[kind].build(model, TEXTS, 1, made)
+        encoder = {"text_encoder": str(folder / "text_encoder")} if kind == "llm2clip" else {}
+        model = section(kind, architecture=architecture, **encoder)
+        training(kind).build(model, TEXTS, 1, made)
         # Biases begin at zero, where a relative difference means nothing; a trained model's do not lie there.
-        if kind == "caption":
+        if kind == "text_encoder":
             model = randomised(decoder.TextEncoder.load(str(made), torch.float32))
             decoder.save(model, dict(model.named_parameters()), str(made), folder / kind, None, "")
         elif kind == "clip":
             clip.save(randomised(clip.Clip.load(str(made), torch.float32)), str(made), folder / kind)
         else:
             model = randomised(llm2clip.Llm2Clip.load(str(made), torch.float32, SIZES["hidden_size"]))
-            llm2clip.save(model, str(folder / "caption"), folder / kind, None)
+            llm2clip.save(model, str(folder / "text_encoder"), folder / kind, None)
     for stage in range(4):
         zero_config(f"zero{stage}", folder)
     return folder

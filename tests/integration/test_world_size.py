@@ -14,11 +14,11 @@ from limits import HANG_MINUTES
 from safetensors.torch import load_file
 
 from pipeline import export, train
-from pipeline.config import Architecture
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
 from pipeline.errors import PipelineError
-from pipeline.models.llave import build
+from pipeline.models.llave.config import LlaveArchitecture
+from pipeline.models.llave.model import build
 from pipeline.training import checkpoint
 
 WORKER = str(Path(__file__).with_name("world_size.py"))
@@ -65,7 +65,7 @@ def undisturbed(tmp_path_factory) -> Saved:
     model = folder / "model"
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {"hidden_size": 4, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-    architecture = Architecture(
+    architecture = LlaveArchitecture(
         vision=vision | {"image_size": 24, "patch_size": 8},
         text=text | {"num_key_value_heads": 1, "vocab_size": 320},
         image_grid_pinpoints=[(24, 24), (24, 48), (48, 24), (48, 48)],

@@ -22,7 +22,7 @@ from pipeline.data.sample import Item, Pair
 from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.chunks import Features
 from pipeline.models.frozen import KeptFeatures
-from pipeline.models.kinds import KINDS
+from pipeline.models.registry import training
 from pipeline.training.engine import build_engine, load_frozen
 
 PAIRS = 12
@@ -36,11 +36,12 @@ PARTS = {
     "clip.text_model": "language_model",
     "clip.text_projection": "language_model",
 }
-BOTH = ("train.vision_tower=true",)
+BOTH = ("model.train.vision_tower=true",)
 LIVE = (*BOTH, "data.text_embeddings=null")
-LEARNT = ("loss.learn_temperature=true", "loss.temperature=0.07")
-ALPHA = ("loss.alpha=9", "loss.temperature=0.05")
+LEARNT = ("objective.learn_temperature=true", "objective.temperature=0.07")
+ALPHA = ("objective.alpha=9", "objective.temperature=0.05")
 IN_HOST_MEMORY = "batch.features_mb=0"
+RECIPES = {"text_encoder": "demo_caption", "llm2clip": "demo_llm2clip", "clip": "demo_clip"}
 INSTRUCTION = "model.instruction=what a caption shows"
 
 
@@ -62,31 +63,31 @@ CASES = {
         Case("llm2clip", 0, "captioned"),
         Case("llm2clip", 2, "divided", 60, 1, LIVE),
         Case("clip", 1, "divided", 60, 2, (*BOTH, *LEARNT)),
-        Case("caption", 2, "texts", 60, 1, ("train.lora.rank=4", INSTRUCTION)),
+        Case("text_encoder", 2, "texts", 60, 1, ("model.train.lora.rank=4", INSTRUCTION)),
     ),
     "two": (
         # One item a chunk, a few, all; in "divided" the first rank has no text, and the second no image.
         *(Case("llm2clip", 1, mix, tokens) for mix in ("captioned", "divided") for tokens in (60, 100_000)),
         Case("llm2clip", 2, "divided", 1),
         *(Case("llm2clip", stage, "divided", 60, kept) for stage, kept in ((0, 1), (2, 2), (1, 1000))),
-        Case("llm2clip", 2, "captioned", 60, 1, (*BOTH, *LEARNT, "loss.alpha=9", CHECKPOINTING)),
-        Case("llm2clip", 1, "divided", 60, 1, ("train.vision_tower=false",)),
-        Case("llm2clip", 2, "captioned", 60, 1, ("train.vision_tower=0.03", "train.adapter=false")),
-        Case("llm2clip", 1, "texts", 60, 1, ("train.vision_tower=true", "train.adapter=0.03")),
+        Case("llm2clip", 2, "captioned", 60, 1, (*BOTH, *LEARNT, "objective.alpha=9", CHECKPOINTING)),
+        Case("llm2clip", 1, "divided", 60, 1, ("model.train.vision_tower=false",)),
+        Case("llm2clip", 2, "captioned", 60, 1, ("model.train.vision_tower=0.03", "model.train.adapter=false")),
+        Case("llm2clip", 1, "texts", 60, 1, ("model.train.vision_tower=true", "model.train.adapter=0.03")),
         Case("llm2clip", 1, "captioned", 60, 1, LIVE),
         Case("llm2clip", 2, "divided", 60, 2, (*LIVE, IN_HOST_MEMORY)),
         Case("llm2clip", 0, "divided", 60, 0, LIVE, recomputed=True),
         Case("clip", 1, "captioned", 60, 1, (*BOTH, *LEARNT)),
         Case("clip", 2, "divided", 60, 2, (*BOTH, *ALPHA)),
         Case("clip", 0, "divided", 1),
-        Case("clip", 2, "captioned", 1, 0, ("train.vision_tower=true", "train.language_model=false")),
-        Case("clip", 1, "texts", 60, 0, ("train.vision_tower=false",)),
-        Case("caption", 0, "texts", 60, 2, (INSTRUCTION,)),
-        Case("caption", 1, "texts", 1, 0, ("train.lora.rank=4",)),
-        Case("caption", 2, "texts", 100_000, 1, (*LEARNT, INSTRUCTION)),
-        Case("caption", 2, "texts", 60, 1, (*ALPHA, "train.lora.rank=4", INSTRUCTION)),
-        Case("caption", 3, "texts", 60, 2, (*ALPHA, INSTRUCTION)),
-        Case("caption", 3, "texts", 60, 0, ("train.lora.rank=4", CHECKPOINTING)),
+        Case("clip", 2, "captioned", 1, 0, ("model.train.vision_tower=true", "model.train.language_model=false")),
+        Case("clip", 1, "texts", 60, 0, ("model.train.vision_tower=false",)),
+        Case("text_encoder", 0, "texts", 60, 2, (INSTRUCTION,)),
+        Case("text_encoder", 1, "texts", 1, 0, ("model.train.lora.rank=4",)),
+        Case("text_encoder", 2, "texts", 100_000, 1, (*LEARNT, INSTRUCTION)),
+        Case("text_encoder", 2, "texts", 60, 1, (*ALPHA, "model.train.lora.rank=4", INSTRUCTION)),
+        Case("text_encoder", 3, "texts", 60, 2, (*ALPHA, INSTRUCTION)),
+        Case("text_encoder", 3, "texts", 60, 0, ("model.train.lora.rank=4", CHECKPOINTING)),
     ),
 }
 
@@ -119,24 +120,24 @@ def make_pairs(mix: str, seed: int) -> list[Pair]:
 
 
 def recipe_of(models: str, kind: str, fields: tuple[str, ...]) -> Recipe:
-    texts = [f"model.text_encoder={models}/caption", "data.text_embeddings=beside"] if kind == "llm2clip" else []
+    texts = [f"model.text_encoder={models}/text_encoder", "data.text_embeddings=beside"] if kind == "llm2clip" else []
     common = [f"model.path={models}/{kind}", f"batch.global_batch={PAIRS}", "data.lanes=2", f"optimizer.lr={LR}"]
     common += [f"optimizer.eps={EPS}", "optimizer.weight_decay=0.1", "optimizer.max_grad_norm=1.0"]
-    common += ["loss.learn_temperature=false", *texts]
-    return load_recipe(f"pipeline/recipes/demo_{kind}.yaml", [*common, *fields])
+    common += ["objective.learn_temperature=false", *texts]
+    return load_recipe(f"pipeline/recipes/{RECIPES[kind]}.yaml", [*common, *fields])
 
 
 def expected(models: str, kind: str, mix: str, fields: tuple[str, ...]) -> Expected:
     recipe = recipe_of(models, kind, fields)
     path = recipe.model.path
-    processor, frozen = KINDS[kind].processor(recipe, path), load_frozen(recipe, path, torch.device("cpu"))
-    reference = KINDS[kind].load(recipe, path, "sdpa")
+    processor, frozen = training(kind).processor(recipe, path), load_frozen(recipe, path, torch.device("cpu"))
+    reference = training(kind).load(recipe, path, "sdpa")
 
     def by_itself(packed: Packed, with_images: bool) -> torch.Tensor:
         return reference(packed, with_images, frozen.model(packed) if frozen and not with_images else None)
 
     def loss(step: int, temperature: torch.Tensor) -> torch.Tensor:
-        return formula(by_itself, make_pairs(mix, seed=step), processor, recipe.loss.alpha, temperature)
+        return formula(by_itself, make_pairs(mix, seed=step), processor, recipe.objective.alpha, temperature)
 
     return trained_alone(reference, recipe, PARTS, loss)
 
@@ -150,7 +151,7 @@ def compare(models: str, case: Case, theirs: Expected) -> dict:
     cut = (f"batch.chunk_tokens={case.chunk_tokens}", f"batch.kept_chunks={case.kept_chunks}")
     recipe = recipe_of(models, case.kind, (f"deepspeed={models}/zero{case.stage}.json", *cut, *case.fields))
     path = recipe.model.path
-    processor, frozen = KINDS[case.kind].processor(recipe, path), load_frozen(recipe, path, torch.device("cpu"))
+    processor, frozen = training(case.kind).processor(recipe, path), load_frozen(recipe, path, torch.device("cpu"))
     engine = build_engine(recipe, load_ds_config(recipe, dist.get_world_size()), path)
 
     def features() -> Features | None:

@@ -16,21 +16,24 @@ from limits import HANG_MINUTES
 from pipeline.config import load_ds_config, load_recipe
 from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.frozen import KeptFeatures
-from pipeline.models.llave import Processor
+from pipeline.models.llave.processor import LlaveProcessor
+from pipeline.objectives.contrastive.step import train_step
+from pipeline.objectives.contrastive.temperature import Temperature
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_frozen, set_hyperparameters
-from pipeline.training.step import train_step
-from pipeline.training.temperature import Temperature
 from pipeline.training.universal import for_this_world
 
-WHOLE = ("train.vision_tower=true", "train.projector=0.004")  # groups that differ in rate and in weight decay
-ADAPTERS = ("train.vision_tower=false", "train.projector=false", "train.lora.rank=2")
+WHOLE = (
+    "model.train.vision_tower=true",
+    "model.train.projector=0.004",
+)  # groups that differ in rate and in weight decay
+ADAPTERS = ("model.train.vision_tower=false", "model.train.projector=false", "model.train.lora.rank=2")
 # By name: DeepSpeed's config, elements of ZeRO-3's sub-groups, precision, and further fields.
 CASES = {
     "zero0": ("zero0", None, "fp32", WHOLE),
     "zero1": ("zero1", None, "fp32", WHOLE),
-    "zero2": ("zero2", None, "fp32", (*WHOLE, "loss.learn_temperature=true")),
+    "zero2": ("zero2", None, "fp32", (*WHOLE, "objective.learn_temperature=true")),
     "zero3": ("zero3", 5_000, "fp32", WHOLE),
     "zero3-adapters": ("zero3", None, "fp32", ADAPTERS),
     "zero1-bf16": ("zero1", None, "bf16", WHOLE),
@@ -53,7 +56,7 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
         if start != as_saved:
             config["checkpoint"] = {"load_universal": True}
     tower = load_frozen(recipe, model, torch.device("cpu"))
-    engine, processor = build_engine(recipe, config, model), Processor.load(model, 512)
+    engine, processor = build_engine(recipe, config, model), LlaveProcessor.load(model, 512)
     temperature = Temperature(recipe, engine.device)
     if start:
         state = checkpoint.load(engine, start)

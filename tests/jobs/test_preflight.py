@@ -33,8 +33,8 @@ from pipeline.jobs.preflight.report import over_nodes
 from pipeline.jobs.preflight.run import preflight
 from pipeline.jobs.preflight.storage import checkpoint_bytes, disk_space, model_bytes
 from pipeline.jobs.status import Status
-from pipeline.train import conditions_of_run
 from pipeline.training import manifest
+from pipeline.training.conditions import conditions_of_run
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "pipeline/recipes/demo.yaml"
@@ -224,7 +224,7 @@ def test_memory_says_what_to_lower():
     assert too_much.state == "red"
     tokens = int(too_much.do.removeprefix("lower batch.chunk_tokens to ").replace(",", ""))
     assert memory(planned(f"batch.chunk_tokens={tokens}", "batch.kept_chunks=0"), 10**9).state == "green"
-    assert "train.lora" in memory(job, 10**6).do
+    assert "model.train.lora" in memory(job, 10**6).do
     assert memory(job, 0).state == "skipped"
 
 

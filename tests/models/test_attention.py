@@ -8,7 +8,7 @@ from closeness import assert_close_in_norm
 
 from pipeline.errors import PipelineError
 from pipeline.models.attention import KINDS, Segments, choose, implementation
-from pipeline.models.llave import Llave
+from pipeline.models.llave.model import Llave
 
 LENGTHS = (5, 1, 17, 3)
 

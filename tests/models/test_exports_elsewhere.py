@@ -14,15 +14,21 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoConfig, AutoTokenizer, Qwen2Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pipeline.config import Architecture, EvaluationRun
+from pipeline.config import EvaluationRun
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder
-from pipeline.models import clip, decoder, llm2clip, masked
-from pipeline.models.decoder import TextEncoder, TextProcessor
-from pipeline.models.folder import save_folder
-from pipeline.models.llave import Llave
-from pipeline.models.masked import MaskedLanguageModel
+from pipeline.models.clip import model as clip
+from pipeline.models.clip.config import ClipArchitecture
+from pipeline.models.clip.processor import ClipTexts
+from pipeline.models.llave.folder import save_folder
+from pipeline.models.llave.model import Llave
+from pipeline.models.llm2clip import model as llm2clip
+from pipeline.models.text_encoder import masked
+from pipeline.models.text_encoder import model as decoder
+from pipeline.models.text_encoder.masked import MaskedLanguageModel
+from pipeline.models.text_encoder.model import TextEncoder
+from pipeline.models.text_encoder.processor import TextProcessor
 from pipeline.models.vision import VisionEncoder
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -135,12 +141,12 @@ def test_llaves_card_gives_our_vectors(marks, tiny_model, tmp_path, monkeypatch)
 
 def test_a_clip_whose_tokenizer_does_not_end_texts_with_what_is_pooled_is_refused(tmp_path):
     text = SIZES | {"vocab_size": 600, "max_position_embeddings": 20}
-    clip.build(Architecture(vision=VISION, text=text), CORPUS, 0, tmp_path)
+    clip.build(ClipArchitecture(vision=VISION, text=text), CORPUS, 0, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     end = config["text_config"]["eos_token_id"]
 
     def open_both() -> None:
-        clip.ClipTexts.load(str(tmp_path), 20)
+        ClipTexts.load(str(tmp_path), 20)
         load_encoder(str(tmp_path), EvaluationRun(), CPU)
 
     open_both()
@@ -152,7 +158,7 @@ def test_a_clip_whose_tokenizer_does_not_end_texts_with_what_is_pooled_is_refuse
     config["text_config"]["eos_token_id"] = 7
     (tmp_path / "config.json").write_text(json.dumps(config))
     for way in (
-        lambda: clip.ClipTexts.load(str(tmp_path), 20),
+        lambda: ClipTexts.load(str(tmp_path), 20),
         lambda: load_encoder(str(tmp_path), EvaluationRun(), CPU),
     ):
         with pytest.raises(PipelineError, match=r"ends texts with .*, and its model pools token 7"):

@@ -16,16 +16,19 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sections import section
 
-from pipeline.config import EvaluationRun, Model
+from pipeline.config import EvaluationRun
 from pipeline.data.sample import Item
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder
-from pipeline.models import decoder, files, llm2clip
-from pipeline.models.kinds import KINDS
-from pipeline.models.llm2clip import Llm2Clip
-from pipeline.models.masked import MaskedLanguageModel
+from pipeline.models import files
+from pipeline.models.llm2clip import model as llm2clip
+from pipeline.models.llm2clip.model import Llm2Clip
+from pipeline.models.registry import saved, training
+from pipeline.models.text_encoder import model as decoder
+from pipeline.models.text_encoder.masked import MaskedLanguageModel
 from pipeline.models.vision import VisionEncoder
 
 CPU = torch.device("cpu")
@@ -39,25 +42,27 @@ CORPUS = ["a small red star at the top left", "a large blue ring"]
 def whole(tmp_path_factory, tiny_model) -> dict[str, Path]:
     """A whole folder of each family."""
     root = tmp_path_factory.mktemp("whole")
-    KINDS["caption"].build(Model(kind="caption", architecture={"text": TEXT}), CORPUS, 0, root / "decoder")
+    training("text_encoder").build(section("text_encoder", architecture={"text": TEXT}), CORPUS, 0, root / "decoder")
     encoder = decoder.TextEncoder.load(str(root / "decoder"), "auto")
-    decoder.save(encoder, dict(encoder.named_parameters()), str(root / "decoder"), root / "caption", None, "find: ")
+    decoder.save(
+        encoder, dict(encoder.named_parameters()), str(root / "decoder"), root / "text_encoder", None, "find: "
+    )
     clip = {"vision": VISION, "text": SIZES | {"vocab_size": 600, "max_position_embeddings": 20}}
-    KINDS["clip"].build(Model(kind="clip", architecture=clip), CORPUS, 0, root / "clip")
+    training("clip").build(section("clip", architecture=clip), CORPUS, 0, root / "clip")
     VisionEncoder.build(VISION, 16, 0).save(root / "vision")
     model = Llm2Clip.load(str(root / "vision"), torch.float32, width=32)
-    llm2clip.save(model, str(root / "caption"), root / "llm2clip", None)
-    return {"llave": Path(tiny_model)} | {name: root / name for name in ("caption", "clip", "llm2clip")}
+    llm2clip.save(model, str(root / "text_encoder"), root / "llm2clip", None)
+    return {"llave": Path(tiny_model)} | {name: root / name for name in ("text_encoder", "clip", "llm2clip")}
 
 
 def use(kind: str, folder: Path) -> None:
     """Open a folder, and embed, by every public way to its kind."""
     path, picture = str(folder), Image.new("RGB", (30, 20), "red")
     if kind == "llm2clip":
-        KINDS[kind].check(Model(kind=kind, path=path, text_encoder=str(folder / "text_encoder")))
+        training(kind).check(section(kind, path=path, text_encoder=str(folder / "text_encoder")))
     else:
-        KINDS[kind].check(Model(kind=kind, path=path))
-    items = ["a red star"] if kind == "caption" else ["a red star", picture]
+        training(kind).check(section(kind, path=path))
+    items = ["a red star"] if kind == "text_encoder" else ["a red star", picture]
     rows = Embedder.load(path, "cpu").embed(items)
     assert rows.isfinite().all()
 
@@ -67,8 +72,8 @@ def error_of(kind: str, folder: Path) -> list[str]:
 
     def checked() -> None:
         fields = {"text_encoder": str(folder / "text_encoder")} if kind == "llm2clip" else {}
-        KINDS[kind].check(Model(kind=kind, path=str(folder), **fields))
-        KINDS[kind].open_trained(str(folder)) if kind == "llm2clip" else KINDS[kind].open(str(folder), "auto", CPU)
+        training(kind).check(section(kind, path=str(folder), **fields))
+        saved(kind).open_trained(str(folder)) if kind == "llm2clip" else saved(kind).open(str(folder), "auto", CPU)
 
     def embedded() -> None:
         Embedder.load(folder, "cpu").embed(["a red star"])
@@ -230,32 +235,32 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("config-cut", "all", cut("config.json", 0.5), "config.json is not JSON: it is cut or damaged"),
     ("config-binary", "all", write("config.json", b"\xff\xfe\0"), "config.json is not JSON"),
     ("config-deep", "all", write("config.json", b"[" * 100_000), "config.json is not JSON"),
-    ("unknown-type", "caption", config(model_type="llamma"), "model_type='llamma'"),
+    ("unknown-type", "text_encoder", config(model_type="llamma"), "model_type='llamma'"),
     ("type-of-no-name", "all", config(model_type=["qwen2"]), "model_type=['qwen2']"),
-    ("another-kind", "caption", config(model_type="bert"), "is a bert model; expected a decoder"),
-    ("null-size", "caption", config(hidden_size=None), "config.json: hidden_size=None must be"),
-    ("text-size", "caption", config(hidden_size="32"), "config.json: hidden_size='32' must be"),
-    ("list-size", "caption", config(hidden_size=[32]), "config.json"),
-    ("true-size", "caption", config(num_hidden_layers=True), "config.json: num_hidden_layers=True must be"),
-    ("no-heads", "caption", config(num_attention_heads=0), "config.json: num_attention_heads=0 must be"),
+    ("another-kind", "text_encoder", config(model_type="bert"), "is a bert model; expected a decoder"),
+    ("null-size", "text_encoder", config(hidden_size=None), "config.json: hidden_size=None must be"),
+    ("text-size", "text_encoder", config(hidden_size="32"), "config.json: hidden_size='32' must be"),
+    ("list-size", "text_encoder", config(hidden_size=[32]), "config.json"),
+    ("true-size", "text_encoder", config(num_hidden_layers=True), "config.json: num_hidden_layers=True must be"),
+    ("no-heads", "text_encoder", config(num_attention_heads=0), "config.json: num_attention_heads=0 must be"),
     ("negative", "clip", config("vision_config", patch_size=-8), "config.json: vision_config.patch_size=-8 must be"),
     ("many-layers", "llave", config("text_config", num_hidden_layers=10**9), "text_config.num_hidden_layers=10000"),
-    ("huge", "caption", config(hidden_size=2**30, intermediate_size=2**30), "its files hold"),
+    ("huge", "text_encoder", config(hidden_size=2**30, intermediate_size=2**30), "its files hold"),
     ("labels", "clip", lambda f: [config(num_labels=10**12)(f), remove("model.safetensors")(f)], "has no weights"),
-    ("architectures", "llave caption", config(architectures=3), "architectures=3"),
+    ("architectures", "llave text_encoder", config(architectures=3), "architectures=3"),
     ("heads-do-not-divide", "clip", config("text_config", num_attention_heads=5), "config.json"),
     ("more-layers", "clip", config("text_config", num_hidden_layers=3), "lacks"),
-    ("layer-types", "caption", config(num_hidden_layers=3), "config.json cannot be used"),
+    ("layer-types", "text_encoder", config(num_hidden_layers=3), "config.json cannot be used"),
     (
         "fewer-layers",
         "clip",
         config("vision_config", num_hidden_layers=1),
         "layers that its config.json does not count",
     ),
-    ("fewer-rows", "caption", config(vocab_size=590), "590"),
-    ("rope", "caption", config(rope_parameters={"rope_type": "default", "rope_theta": 0}), "rope_theta=0 must be"),
-    ("rope-of-no-type", "caption", config(rope_parameters={"rope_type": "spiral"}), "config.json"),
-    ("activation", "caption", config(hidden_act="sigh"), "config.json"),
+    ("fewer-rows", "text_encoder", config(vocab_size=590), "590"),
+    ("rope", "text_encoder", config(rope_parameters={"rope_type": "default", "rope_theta": 0}), "rope_theta=0 must be"),
+    ("rope-of-no-type", "text_encoder", config(rope_parameters={"rope_type": "spiral"}), "config.json"),
+    ("activation", "text_encoder", config(hidden_act="sigh"), "config.json"),
     ("no-section", "llave clip", config(text_config=...), "config.json: text_config is missing"),
     ("null-section", "llave clip", config(vision_config=None), "config.json: vision_config is None"),
     ("dtype", "all", config(torch_dtype="banana", dtype="banana"), "dtype='banana' must be one of float32"),
@@ -269,20 +274,25 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("ratio", "llave", config(vision_aspect_ratio="square"), "vision_aspect_ratio='square'"),
     ("mark-out-of-range", "llave", config(image_token_id=10**6), "image_token_id=1000000"),
     ("mark-of-a-text", "llave", config(image_token_id=70), "image_token_id=70"),
-    ("settings", "caption", config(text_encoder="mean"), "text_encoder='mean'"),
-    ("instruction", "caption", config(text_encoder={"instruction": 3}), "text_encoder.instruction"),
-    ("unknown-setting", "caption", config(text_encoder={"pool": "last"}), "text_encoder.pool in its config.json is"),
+    ("settings", "text_encoder", config(text_encoder="mean"), "text_encoder='mean'"),
+    ("instruction", "text_encoder", config(text_encoder={"instruction": 3}), "text_encoder.instruction"),
+    (
+        "unknown-setting",
+        "text_encoder",
+        config(text_encoder={"pool": "last"}),
+        "text_encoder.pool in its config.json is",
+    ),
     ("key-twice", "all", twice, "has the key 'model_type' twice"),
     ("own-code", "every", own_code("config.json", AutoConfig="C", AutoModel="M"), "config.json has an auto_map"),
     (
         "unknown-own-code",
-        "caption",
+        "text_encoder",
         lambda f: [own_code("config.json", AutoConfig="C")(f), config(model_type="e")(f)],
         "has an auto_map",
     ),
     (
         "tokenizer-code",
-        "caption llave clip",
+        "text_encoder llave clip",
         own_code("tokenizer_config.json", AutoTokenizer="T"),
         "tokenizer_config.json has an auto_map",
     ),
@@ -320,18 +330,18 @@ CASES: list[tuple[str, str, Damage, str]] = [
         lambda f: [remove("model.safetensors")(f), write("model.safetensors.index.json", HTML)(f)],
         "index.json is not JSON",
     ),
-    ("tokenizer-missing", "caption llave", remove("tokenizer.json"), "has no tokenizer"),
-    ("tokenizer-cut", "caption llave clip", cut("tokenizer.json", 0.5), "tokenizer.json is not JSON"),
-    ("tokenizer-object", "caption llave clip", write("tokenizer.json", b"{}"), "tokenizer.json cannot be used"),
+    ("tokenizer-missing", "text_encoder llave", remove("tokenizer.json"), "has no tokenizer"),
+    ("tokenizer-cut", "text_encoder llave clip", cut("tokenizer.json", 0.5), "tokenizer.json is not JSON"),
+    ("tokenizer-object", "text_encoder llave clip", write("tokenizer.json", b"{}"), "tokenizer.json cannot be used"),
     (
         "tokenizer-settings",
-        "caption llave clip",
+        "text_encoder llave clip",
         write("tokenizer_config.json", b"[]"),
         "tokenizer_config.json is not a JSON",
     ),
     (
         "tokenizer-larger",
-        "caption",
+        "text_encoder",
         lambda f: [
             config(vocab_size=100)(f),
             tensors(lambda w: w.update({"embed_tokens.weight": w["embed_tokens.weight"][:100].contiguous()}))(f),
@@ -341,8 +351,8 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("tokenizer-larger", "clip", lambda f: [config("text_config", vocab_size=100)(f)], "embedding 100 rows"),
     ("tokenizer-of-another-end", "clip", config("text_config", eos_token_id=5), "eos_token_id=5"),
     ("tokenizer-without-turns", "llave", rename_token("<|im_start|>"), "no token <|im_start|>"),
-    ("tokenizer-pickled", "caption llave clip", pickled_as("tokenizer.json"), "tokenizer.json"),
-    ("tokenizer-class", "caption", config(file="tokenizer_config.json", tokenizer_class=3), "tokenizer"),
+    ("tokenizer-pickled", "text_encoder llave clip", pickled_as("tokenizer.json"), "tokenizer.json"),
+    ("tokenizer-class", "text_encoder", config(file="tokenizer_config.json", tokenizer_class=3), "tokenizer"),
     ("processor-pickled", "llave clip llm2clip", pickled_as(IMAGES), "preprocessor_config.json is not JSON"),
     ("processor-missing", "llave clip llm2clip", remove(IMAGES), IMAGES),
     ("processor-html", "llave clip llm2clip", write(IMAGES, HTML), "preprocessor_config.json is not"),
@@ -402,7 +412,7 @@ _turn = count()
 
 def families(kinds: str) -> list[str]:
     """Of "all" one after the other: they share what reads them."""
-    every = ["llave", "caption", "clip", "llm2clip"]
+    every = ["llave", "text_encoder", "clip", "llm2clip"]
     return every if kinds == "every" else [every[next(_turn) % 4]] if kinds == "all" else kinds.split()
 
 
@@ -436,7 +446,7 @@ def test_whole_folders_of_all_families_open(whole):
         use(kind, folder)
 
 
-@pytest.mark.parametrize("kind", ["llave", "caption", "clip", "llm2clip"])
+@pytest.mark.parametrize("kind", ["llave", "text_encoder", "clip", "llm2clip"])
 def test_how_a_config_would_have_the_model_run_does_not_matter(kind, whole, tmp_path):
     """Attention is chosen here; kernels that a config names would be fetched and run."""
     folder = shutil.copytree(whole[kind], tmp_path / "model")
@@ -470,9 +480,11 @@ def test_how_a_config_would_have_the_model_run_does_not_matter(kind, whole, tmp_
 
 def test_a_decoder_with_a_head_is_read_past_a_damaged_generation_config(whole, tmp_path):
     """Nothing is generated."""
-    KINDS["mntp"].build(Model(kind="mntp", architecture={"text": TEXT}), CORPUS, 0, tmp_path / "mntp")
+    training("text_encoder", "masked_next_token").build(
+        section("text_encoder", architecture={"text": TEXT}), CORPUS, 0, tmp_path / "mntp"
+    )
     (tmp_path / "mntp/generation_config.json").write_bytes(HTML)
-    KINDS["mntp"].check(Model(kind="mntp", path=str(tmp_path / "mntp")))
+    training("text_encoder", "masked_next_token").check(section("text_encoder", path=str(tmp_path / "mntp")))
     MaskedLanguageModel.load(str(tmp_path / "mntp"), "auto")
 
 
@@ -494,8 +506,8 @@ def test_an_original_checkpoint_is_refused_before_it_is_converted(tmp_path):
         folder = shutil.copytree(golden, tmp_path / str(number), ignore=shutil.ignore_patterns("*.png"))
         damage(folder)
         with pytest.raises(PipelineError) as error:
-            KINDS["llave"].check(Model(path=str(folder)))
-            KINDS["llave"].resolve(str(folder), tmp_path / "cache")
+            training("llave").check(section("llave", path=str(folder)))
+            training("llave").resolve(str(folder), tmp_path / "cache")
         assert named in str(error.value) and str(folder) in str(error.value)
     assert not Harmful.touched.exists()
 

@@ -11,14 +11,16 @@ from closeness import assert_close_in_norm
 from PIL import Image as Picture
 from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
 
-from pipeline.config import Architecture
 from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.tiles import Tiling
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
-from pipeline.models.folder import save_folder
-from pipeline.models.llave import SUFFIX, Llave, Processor, check_architecture, prompt
+from pipeline.models.llave.checks import check_architecture
+from pipeline.models.llave.config import LlaveArchitecture
+from pipeline.models.llave.folder import save_folder
+from pipeline.models.llave.model import Llave
+from pipeline.models.llave.processor import SUFFIX, LlaveProcessor, prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -64,7 +66,7 @@ def test_golden_prompts_and_token_ids(case):
     assert prompt(case["text"]) == case["prompt"]
     tiling = Tiling(size=16, patches=2, pinpoints=((16, 16),))
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN)
-    processor = Processor(tokenizer, tiling, image_token_id=MARK, video_token_id=MARK - 1, max_tokens=4096)
+    processor = LlaveProcessor(tokenizer, tiling, image_token_id=MARK, video_token_id=MARK - 1, max_tokens=4096)
     images = (png(16, 16),) * case["text"].count("<image>")
     ids = processor.encode(Item(case["text"], images)).input_ids.tolist()
     # An image is one mark there, a placeholder per token of it here.
@@ -73,7 +75,7 @@ def test_golden_prompts_and_token_ids(case):
 
 
 def test_tiles_and_embeddings_are_those_of_transformers(tiny_model, items):
-    processor, model = Processor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32).eval()
+    processor, model = LlaveProcessor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32).eval()
     theirs = LlavaOnevisionModel.from_pretrained(tiny_model).eval()
     raw = LlavaOnevisionImageProcessorPil.from_pretrained(tiny_model, do_rescale=False, do_normalize=False)
     floats = LlavaOnevisionImageProcessorPil.from_pretrained(tiny_model)
@@ -102,7 +104,7 @@ def video_pixels(data: bytes, frames: int, size: int) -> torch.Tensor:
 
 
 def test_a_chunk_with_only_a_video_trains_what_one_with_an_image_does(tiny_model, items):
-    processor, model = Processor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32)
+    processor, model = LlaveProcessor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32)
     trained = {}
     for name, item in (("text", items[0]), ("image", items[1]), ("video", items[7])):
         model.zero_grad(set_to_none=True)
@@ -113,7 +115,7 @@ def test_a_chunk_with_only_a_video_trains_what_one_with_an_image_does(tiny_model
 
 @pytest.mark.parametrize("frozen", [(), ("language_model.embed_tokens",), ("language_model", "vision_tower")])
 def test_activation_checkpointing_runs_each_layer_again_for_the_same_gradients(tiny_model, items, frozen):
-    processor, model = Processor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32)
+    processor, model = LlaveProcessor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32)
     packed = pack([processor.encode(item) for item in items])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
@@ -150,13 +152,13 @@ def test_sdpa_pads_and_kernels_of_variable_length_do_not(tiny_model):
 def test_the_number_of_video_frames_is_the_processors(tiny_model, items):
     placeholder = AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids("<video>")
     for frames in (1, 3, 8):
-        encoded = Processor.load(tiny_model, 512, video_frames=frames).encode(items[7])
+        encoded = LlaveProcessor.load(tiny_model, 512, video_frames=frames).encode(items[7])
         assert encoded.images[0].tiles.shape == (frames, 3, 24, 24)
         assert (encoded.input_ids == placeholder).sum() == frames * 2 * 2 + 1  # 3x3 patches pooled 2x2
 
 
 def test_a_packed_item_does_not_see_its_neighbours(tiny_model, items):
-    processor, model = Processor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32).eval()
+    processor, model = LlaveProcessor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32).eval()
     encoded = [processor.encode(item) for item in items]
     with torch.no_grad():
         alone = torch.cat([model(pack([one]), True) for one in encoded])
@@ -169,8 +171,8 @@ def test_a_text_is_stripped_as_the_original_code_does():
 
 
 def test_a_long_text_is_cut_before_the_prompts_end(tiny_model):
-    whole, cut = (Processor.load(tiny_model, n).encode(Item("star " * 200)).input_ids for n in (4096, 64))
-    end = len(Processor.load(tiny_model, 64).tokenizer(SUFFIX)["input_ids"])
+    whole, cut = (LlaveProcessor.load(tiny_model, n).encode(Item("star " * 200)).input_ids for n in (4096, 64))
+    end = len(LlaveProcessor.load(tiny_model, 64).tokenizer(SUFFIX)["input_ids"])
     assert len(cut) == 64 < len(whole)
     assert cut[-end:].tolist() == whole[-end:].tolist()
     assert cut[:-end].tolist() == whole[: 64 - end].tolist()
@@ -194,7 +196,7 @@ def test_a_long_text_is_cut_before_the_prompts_end(tiny_model):
 )
 def test_unusable_items_are_bad_samples(tiny_model, item, reason):
     with pytest.raises(BadSample, match=reason):
-        Processor.load(tiny_model, 60).encode(item)
+        LlaveProcessor.load(tiny_model, 60).encode(item)
 
 
 def test_a_saved_folder_loads_in_transformers_and_here(tiny_model, items, tmp_path):
@@ -207,8 +209,8 @@ def test_a_saved_folder_loads_in_transformers_and_here(tiny_model, items, tmp_pa
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(parameter, dict(model.named_parameters())[name], atol=0, rtol=0)
         torch.testing.assert_close(parameter, dict(again.named_parameters())[name], atol=0, rtol=0)
-    encoded = Processor.load(str(tmp_path / "saved"), 512).encode(items[1])
-    assert np.array_equal(encoded.input_ids, Processor.load(tiny_model, 512).encode(items[1]).input_ids)
+    encoded = LlaveProcessor.load(str(tmp_path / "saved"), 512).encode(items[1])
+    assert np.array_equal(encoded.input_ids, LlaveProcessor.load(tiny_model, 512).encode(items[1]).input_ids)
     assert json.loads((tmp_path / "saved/config.json").read_text())["architectures"] == ["LlavaOnevisionModel"]
 
 
@@ -221,11 +223,11 @@ def test_a_saved_folder_loads_in_transformers_and_here(tiny_model, items, tmp_pa
     ],
 )
 def test_an_architecture_that_transformers_does_not_know_is_refused(part, key, named):
-    parts = {"vision": {}, "text": {"vocab_size": 300} if key else {}}
+    parts = {"vision": {"image_size": 8}, "text": {"vocab_size": 300} if key else {"hidden_size": 8}}
     if key:
         parts[part] = parts[part] | {key: 7}
     with pytest.raises(PipelineError, match=named):
-        check_architecture(Architecture(**parts, image_grid_pinpoints=[(8, 8)]))
+        check_architecture(LlaveArchitecture(**parts, image_grid_pinpoints=[(8, 8)]))
 
 
 def test_missing_models_and_weights_are_clear_errors(tiny_model, tmp_path):

@@ -22,15 +22,18 @@ from transformers import (
     LlamaTokenizer,
 )
 
-from pipeline.config import Architecture, EvaluationRun, Lora
+from pipeline.config import EvaluationRun, Lora
 from pipeline.data.sample import Item
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder
-from pipeline.models import clip, decoder, llm2clip
-from pipeline.models.decoder import TextEncoder
-from pipeline.models.kinds import KINDS, kind_of
+from pipeline.models.clip import model as clip
+from pipeline.models.clip.config import ClipArchitecture
+from pipeline.models.llm2clip import model as llm2clip
 from pipeline.models.lora import add_adapters, merge_adapters
+from pipeline.models.registry import family_of, saved
+from pipeline.models.text_encoder import model as decoder
+from pipeline.models.text_encoder.model import TextEncoder
 from pipeline.models.vision import VisionEncoder
 
 CPU = torch.device("cpu")
@@ -95,7 +98,7 @@ def folder(encoders, tmp_path_factory) -> Path:
 def clip_folder(tmp_path_factory) -> Path:
     base, folder = (tmp_path_factory.mktemp("clip") / name for name in ("base", "trained"))
     text = SIZES | {"vocab_size": 600, "max_position_embeddings": 20}
-    clip.build(Architecture(vision=VISION, text=text), CORPUS, 0, base)
+    clip.build(ClipArchitecture(vision=VISION, text=text), CORPUS, 0, base)
     clip.save(randomised(clip.Clip.load(str(base), torch.float32)), str(base), folder)
     return folder
 
@@ -189,11 +192,11 @@ def test_evaluation_takes_every_kind_of_folder(folder, clip_folder, encoders, tm
     """With the Embedder's vectors, CLIP's by an encoder of its own."""
     picture().save(tmp_path / "image.png")
     image = Item("<image>", ((tmp_path / "image.png").read_bytes(),))
-    for path, kind in ((encoders["qwen2"][0], "caption"), (folder, "llm2clip"), (clip_folder, "clip")):
-        assert kind_of(str(path)) is KINDS[kind]
+    for path, kind in ((encoders["qwen2"][0], "text_encoder"), (folder, "llm2clip"), (clip_folder, "clip")):
+        assert family_of(str(path)) is saved(kind)
         encoder, embedder = load_encoder(str(path), EvaluationRun(), CPU), Embedder.load(path)
         items, given = [Item(text) for text in TEXTS], list(TEXTS)
-        if kind != "caption":
+        if kind != "text_encoder":
             items, given = [image, *items], [picture(), *given]
         assert encoder.dimension == embedder.dimension and not encoder.instructed
         rows = encoder.embed([encoder.prepare(item) for item in items])

@@ -11,15 +11,19 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import Loss, load_recipe
+from pipeline.config import load_recipe
 from pipeline.data.collate import Encoded, pack
 from pipeline.data.sample import Item, Pair
 from pipeline.errors import PipelineError
-from pipeline.models import decoder, masked
 from pipeline.models.chunks import Chunk, plan_chunks
-from pipeline.models.decoder import TextEncoder, load_config
-from pipeline.models.kinds import KINDS, kind_of
-from pipeline.models.masked import MaskedLanguageModel, MaskedText, mask, to_predict
+from pipeline.models.registry import family_of, training
+from pipeline.models.text_encoder import masked
+from pipeline.models.text_encoder import model as decoder
+from pipeline.models.text_encoder.checks import load_config
+from pipeline.models.text_encoder.masked import MaskedLanguageModel
+from pipeline.models.text_encoder.model import TextEncoder
+from pipeline.objectives.masked_tokens.config import MaskedNextTokenSection
+from pipeline.objectives.masked_tokens.masks import MaskedText, mask, to_predict
 
 SIZES = {
     "hidden_size": 32,
@@ -43,7 +47,7 @@ def text(length: int, seed: int = 0, skipped: int = 0) -> Encoded:
 
 def hidden(*lengths: int) -> list[MaskedText]:
     """Texts half of whose tokens are hidden, from the second or third on."""
-    rate = Loss(mask_rate=0.5)
+    rate = MaskedNextTokenSection(mask_rate=0.5)
     return [mask(text(n, i, i % 2 * 2), rate, MASK, VOCABULARY, (0, i)) for i, n in enumerate(lengths)]
 
 
@@ -65,7 +69,7 @@ def loaded(folder: str) -> MaskedLanguageModel:
 
 def test_of_what_is_hidden_most_is_masked_and_some_another_token_or_itself():
     whole = text(50_000, skipped=400)
-    masked = mask(whole, Loss(), MASK, VOCABULARY, (0, 3, 2**64 - 1))
+    masked = mask(whole, MaskedNextTokenSection(), MASK, VOCABULARY, (0, 3, 2**64 - 1))
     places, seen = masked.places, masked.input_ids[masked.places]
     assert len(places) / 50_000 == pytest.approx(0.2, abs=0.01)
     assert places.min() >= 400 and places.max() > 49_900
@@ -81,7 +85,7 @@ def test_of_what_is_hidden_most_is_masked_and_some_another_token_or_itself():
 
 def test_it_depends_on_the_key_alone():
     def of(*key: int) -> tuple[list[int], list[int]]:
-        masked = mask(text(200), Loss(), MASK, VOCABULARY, key)
+        masked = mask(text(200), MaskedNextTokenSection(), MASK, VOCABULARY, key)
         return masked.places.tolist(), masked.input_ids.tolist()
 
     assert of(0, 1, 2) == of(0, 1, 2)
@@ -89,7 +93,7 @@ def test_it_depends_on_the_key_alone():
 
 
 def test_everything_is_hidden_but_a_first_token_and_an_instruction():
-    every = Loss(mask_rate=1.0, mask_random=0.0, mask_kept=0.0)
+    every = MaskedNextTokenSection(mask_rate=1.0, mask_random=0.0, mask_kept=0.0)
     for length, skipped, first in ((5, 0, 1), (5, 1, 1), (5, 3, 3), (1, 0, 1)):
         masked = mask(text(length, skipped=skipped), every, MASK, VOCABULARY, (0,))
         assert masked.places.tolist() == list(range(first, length))
@@ -148,7 +152,7 @@ def test_a_folder_loads_in_transformers_and_as_a_text_encoder(folder, tmp_path):
     Path(source, "config.json").write_text(json.dumps(config))
     model = loaded(source)
     masked.save(model, dict(model.named_parameters()), source, tmp_path / "out", None)
-    assert kind_of(out) is None
+    assert family_of(out) is None
     ids = torch.tensor([[25, 31, 92, 11]])
     causal = AutoModelForCausalLM.from_pretrained(out).eval()
     places, packed = torch.arange(4), pack([Encoded(ids[0].numpy().astype(np.int32))])
@@ -167,7 +171,7 @@ def test_a_decoder_without_its_head_is_refused(tmp_path):
 
 
 def test_a_step_takes_one_text_of_an_image_and_both_of_a_pair_of_texts():
-    kind = KINDS["mntp"]
+    kind = training("text_encoder", "masked_next_token")
     image = Pair("0", "d", "", Item("<image>", (b"...",)), Item("one"), (Item("no"),), ("two",))
     for number, name in enumerate(("one", "two")):
         assert kind.trained_on(image, lambda count, number=number: number).items == (Item(name), Item(name))
@@ -178,15 +182,18 @@ def test_a_step_takes_one_text_of_an_image_and_both_of_a_pair_of_texts():
 @pytest.mark.parametrize(
     ("recipe", "override", "named"),
     [
-        ("demo_masked", "loss.alpha=1", "loss.alpha is for the contrastive losses, and model.kind is mntp"),
-        ("demo_masked", "batch.kept_chunks=auto", "batch.kept_chunks is for the contrastive losses"),
-        ("demo_masked", "batch.sub_batch=8", "batch.sub_batch is for the contrastive losses"),
-        ("demo_masked", "loss.mask_random=0.95", "loss.mask_random=0.95 and loss.mask_kept=0.1 are more than 1"),
-        ("demo_masked", "model.instruction=Say", "model.instruction is for model.kind=caption, and this is mntp"),
-        ("demo_caption", "loss.mask_rate=0.3", "loss.mask_rate is for mntp, and model.kind is caption"),
+        ("demo_masked", "objective.alpha=1", "unknown field objective.alpha; "),
+        ("demo_masked", "batch.kept_chunks=auto", "batch.kept_chunks is not for objective.name=masked_next_token"),
+        ("demo_masked", "batch.sub_batch=8", "batch.sub_batch is not for objective.name=masked_next_token"),
+        (
+            "demo_masked",
+            "objective.mask_random=0.95",
+            "objective.mask_random=0.95 and objective.mask_kept=0.1 are more than 1",
+        ),
+        ("demo_caption", "objective.mask_rate=0.3", "unknown field objective.mask_rate; "),
     ],
 )
-def test_what_another_kind_of_loss_takes_is_refused(recipe, override, named):
+def test_what_another_objective_takes_is_refused(recipe, override, named):
     with pytest.raises(PipelineError) as error:
         load_recipe(f"pipeline/recipes/{recipe}.yaml", [override])
     assert named in str(error.value)
@@ -195,6 +202,11 @@ def test_what_another_kind_of_loss_takes_is_refused(recipe, override, named):
 def test_the_recipe_is_as_published():
     ours = load_recipe("pipeline/recipes/masked_next_token.yaml", [])
     mistral = load_recipe("pipeline/recipes/masked_next_token.yaml", ["variant=mistral"])
-    assert (ours.loss.mask_rate, ours.loss.mask_random, ours.loss.mask_kept) == (0.2, 0.1, 0.1)
-    assert (mistral.loss.mask_rate, mistral.loss.mask_random, mistral.loss.mask_kept) == (0.8, 0, 0)
-    assert (ours.model.max_tokens, ours.steps, ours.train.lora.rank, ours.train.lora.alpha) == (512, 1000, 16, 32)
+    assert (ours.objective.mask_rate, ours.objective.mask_random, ours.objective.mask_kept) == (0.2, 0.1, 0.1)
+    assert (mistral.objective.mask_rate, mistral.objective.mask_random, mistral.objective.mask_kept) == (0.8, 0, 0)
+    assert (ours.model.max_tokens, ours.steps, ours.model.train.lora.rank, ours.model.train.lora.alpha) == (
+        512,
+        1000,
+        16,
+        32,
+    )

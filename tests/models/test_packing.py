@@ -5,19 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sections import section
 from transformers import AutoModel, PreTrainedConfig, Qwen2Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pipeline.config import Model, load_recipe
+from pipeline.config import load_recipe
 from pipeline.data.collate import Encoded, pack
 from pipeline.errors import PipelineError
 from pipeline.jobs.preflight.job import Job
 from pipeline.jobs.preflight.job import model as preflight_model
-from pipeline.models import decoder, llave
-from pipeline.models.decoder import TextEncoder
-from pipeline.models.kinds import KINDS
-from pipeline.models.masked import MaskedLanguageModel
+from pipeline.models.llave import model as llave
 from pipeline.models.packing import check_packing
+from pipeline.models.registry import saved, training
+from pipeline.models.text_encoder import model as decoder
+from pipeline.models.text_encoder.masked import MaskedLanguageModel
+from pipeline.models.text_encoder.model import TextEncoder
 
 SIZES = {
     "hidden_size": 32,
@@ -105,7 +107,7 @@ def test_others_are_refused_by_name(kind, fields, named):
 def test_decoders_of_other_positions_are_refused_by_name(kind, tmp_path):
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
     with pytest.raises(PipelineError, match=f"is a {kind} model; expected a decoder"):
-        KINDS["caption"].check(Model(kind="caption", path=str(tmp_path)))
+        training("text_encoder").check(section("text_encoder", path=str(tmp_path)))
 
 
 def test_layers_that_pay_no_heed_to_where_texts_begin_are_noticed():
@@ -153,10 +155,10 @@ def test_every_way_to_open_a_decoder_refuses_it(conv):
     ways = [
         lambda: TextEncoder.load(conv, torch.float32),
         lambda: MaskedLanguageModel.load(conv, torch.float32),
-        lambda: KINDS["caption"].check(Model(kind="caption", path=conv)),
-        lambda: KINDS["mntp"].check(Model(kind="mntp", path=conv)),
-        lambda: KINDS["llm2clip"].check(Model(kind="llm2clip", path=conv, text_encoder=conv)),
-        lambda: KINDS["caption"].open(conv, "auto", torch.device("cpu")),
+        lambda: training("text_encoder").check(section("text_encoder", path=conv)),
+        lambda: training("text_encoder", "masked_next_token").check(section("text_encoder", path=conv)),
+        lambda: training("llm2clip").check(section("llm2clip", path=conv, text_encoder=conv)),
+        lambda: saved("text_encoder").open(conv, "auto", torch.device("cpu")),
         lambda: decoder.random_config(CONV | {"model_type": "lfm2"}),
     ]
     for way in ways:
@@ -175,15 +177,15 @@ def test_preflight_refuses_it(conv, recipe):
 
 
 def test_llaves_own_layers_are_tried_too(tiny_model, monkeypatch):
-    model = Model(kind="llave", path=tiny_model)
-    KINDS["llave"].check(model)
+    model = section("llave", path=tiny_model)
+    training("llave").check(model)
     monkeypatch.setattr("pipeline.models.packing._problems", {})
 
     def first(self: object, hidden_states: torch.Tensor, position_embeddings: object, segments: object) -> torch.Tensor:
         return self.o_proj(hidden_states.mean(1, keepdim=True).expand(-1, len(segments.lengths), -1))
 
-    monkeypatch.setattr("pipeline.models.qwen2.PoolingAttention.forward", first)
-    for way in (lambda: KINDS["llave"].check(model), lambda: llave.Llave.load(tiny_model, torch.float32)):
+    monkeypatch.setattr("pipeline.models.llave.qwen2.PoolingAttention.forward", first)
+    for way in (lambda: training("llave").check(model), lambda: llave.Llave.load(tiny_model, torch.float32)):
         with pytest.raises(PipelineError, match=r"qwen2 model.*depend"):
             way()
 

@@ -10,7 +10,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.checkpointing import checkpoint_layers
-from pipeline.models.qwen2 import LeanMLP, LeanRMSNorm, keep_less, pool_in_last_layer
+from pipeline.models.llave.qwen2 import LeanMLP, LeanRMSNorm, keep_less, pool_in_last_layer
 
 LENGTHS = (5, 1, 17, 3)
 

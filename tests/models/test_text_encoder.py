@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 from pipeline.data.collate import Encoded, pack
 from pipeline.errors import PipelineError
 from pipeline.models.attention import KINDS, Segments
-from pipeline.models.decoder import TextEncoder, pooled
-from pipeline.models.llm2clip import TextAdapter
+from pipeline.models.llm2clip.model import TextAdapter
+from pipeline.models.text_encoder.model import TextEncoder, pooled
 
 SIZES = {
     "hidden_size": 32,

@@ -8,10 +8,11 @@ from closeness import assert_close_in_norm
 from pipeline.data.collate import Encoded, Image
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import embed_chunks, plan_chunks
-from pipeline.models.folder import save_folder
 from pipeline.models.frozen import KeptFeatures
-from pipeline.models.llave import Llave, Processor, TowerlessLlave
-from pipeline.models.tower import FrozenTower, normalised, tower_features
+from pipeline.models.llave.folder import save_folder
+from pipeline.models.llave.model import Llave, TowerlessLlave
+from pipeline.models.llave.processor import LlaveProcessor
+from pipeline.models.llave.tower import FrozenTower, normalised, tower_features
 
 CPU = torch.device("cpu")
 
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def items(tiny_model) -> list[Encoded]:
     """Texts, and images of two and of five tiles."""
-    processor, rng = Processor.load(tiny_model, 512), np.random.default_rng(0)
+    processor, rng = LlaveProcessor.load(tiny_model, 512), np.random.default_rng(0)
     items = []
     for number in range(9):
         side = 24 if number % 2 else 48

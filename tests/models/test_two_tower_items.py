@@ -11,8 +11,8 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.demo import clips
-from pipeline.models.decoder import TextProcessor
-from pipeline.models.kinds import KINDS
+from pipeline.models.registry import training
+from pipeline.models.text_encoder.processor import TextProcessor
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels
 
@@ -151,13 +151,13 @@ def test_a_pair_of_texts_stays_one_with_any_of_its_targets():
     pair = Pair("0", "d", "t", Item("q"), Item("a"), (Item("n"),), ("b",), vectors=np.eye(2, dtype=np.float32))
     assert drawn(replace(pair, vectors=None)) == Counter([("q", "a"), ("q", "b")])
     for number, text in enumerate("ab"):
-        one = KINDS["llm2clip"].trained_on(pair, lambda n, number=number: number)
+        one = training("llm2clip").trained_on(pair, lambda n, number=number: number)
         assert one.target.text == text and np.array_equal(one.target.vector, np.eye(2)[number])
         assert one.target.content_hash == Item(text).content_hash and one.negatives == (Item("n"),)
 
 
 def test_the_kinds_take_what_they_learn_from():
     pair = Pair("0", "d", "t", IMAGE, Item("a"), alternatives=("b",))
-    assert KINDS["caption"].trained_on(pair, lambda n: 0).query == Item("a")
+    assert training("text_encoder").trained_on(pair, lambda n: 0).query == Item("a")
     for kind in ("llm2clip", "clip", "llave"):
-        assert KINDS[kind].trained_on(pair, lambda n: 1) == Pair("0", "d", "t", IMAGE, Item("b"))
+        assert training(kind).trained_on(pair, lambda n: 1) == Pair("0", "d", "t", IMAGE, Item("b"))

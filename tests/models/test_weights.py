@@ -14,16 +14,19 @@ import yaml
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sections import section
 from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
 
-from pipeline.config import Model, load_recipe
+from pipeline.config import load_recipe
 from pipeline.data.collate import Encoded, pack
 from pipeline.errors import PipelineError
-from pipeline.models import weights
-from pipeline.models.folder import save_folder
-from pipeline.models.kinds import KINDS
-from pipeline.models.llave import Llave, Processor, tiling
-from pipeline.models.weights import config_of, convert_original, export_original, is_original, resolve
+from pipeline.models.llave import weights
+from pipeline.models.llave.checks import tiling
+from pipeline.models.llave.folder import save_folder
+from pipeline.models.llave.model import Llave
+from pipeline.models.llave.processor import LlaveProcessor
+from pipeline.models.llave.weights import config_of, convert_original, export_original, is_original, resolve
+from pipeline.models.registry import training
 from pipeline.training.export import write_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -70,8 +73,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @cache
-def load(folder: Path) -> tuple[Processor, Llave]:
-    return Processor.load(str(folder), 4096), Llave.load(str(folder), torch.float32).eval()
+def load(folder: Path) -> tuple[LlaveProcessor, Llave]:
+    return LlaveProcessor.load(str(folder), 4096), Llave.load(str(folder), torch.float32).eval()
 
 
 def encode(folder: Path, case: dict) -> Encoded:
@@ -170,7 +173,7 @@ def test_the_embedding_grows_for_the_marks_and_the_dtype_stays(tmp_path):
     tensors[EMBEDDING] = tensors[EMBEDDING][:384].contiguous()  # the tokenizer's own
     source = checkpoint(tmp_path / "source", tensors, vocab_size=384, tie_word_embeddings=True)
     convert_original(source, tmp_path / "hf")
-    model, processor = Llave.load(str(tmp_path / "hf"), "auto"), Processor.load(str(tmp_path / "hf"), 4096)
+    model, processor = Llave.load(str(tmp_path / "hf"), "auto"), LlaveProcessor.load(str(tmp_path / "hf"), 4096)
     rows = model.language_model.embed_tokens.weight
     assert model.dtype == torch.bfloat16
     assert {processor.image_token_id, processor.video_token_id} == {384, 385}
@@ -330,7 +333,7 @@ def test_an_original_checkpoint_of_the_hub_is_converted_from_its_snapshot(folder
         shutil.copytree(content, repository / "snapshots/0123abc")
         (repository / "refs").mkdir()
         (repository / "refs/main").write_text("0123abc")
-    assert config_of(Model(path="lab/original")).mm_newline_position == "grid"
+    assert config_of(section("llave", path="lab/original")).mm_newline_position == "grid"
     converted = Path(resolve("lab/original", tmp_path / "cache"))
     assert converted.name.startswith("original-") and same(stored(converted), stored(folders["grid"]))
     for name in ("lab/converted", "lab/unknown"):
@@ -340,14 +343,16 @@ def test_an_original_checkpoint_of_the_hub_is_converted_from_its_snapshot(folder
 def test_a_recipe_may_tile_images_to_other_sizes(folders, tmp_path):
     pinpoints, source = [(384, 384), (768, 384)], str(checkpoint(tmp_path / "source"))
     for path in (source, str(folders["grid"])):
-        assert tiling(config_of(Model(path=path, image_grid_pinpoints=pinpoints))).pinpoints == tuple(pinpoints)
-        assert len(tiling(config_of(Model(path=path))).pinpoints) == 4
+        assert tiling(config_of(section("llave", path=path, image_grid_pinpoints=pinpoints))).pinpoints == tuple(
+            pinpoints
+        )
+        assert len(tiling(config_of(section("llave", path=path))).pinpoints) == 4
     path = str(folders["grid"])
     model = Llave.load(path, "auto", pinpoints)
-    assert Processor.load(path, 4096, pinpoints=pinpoints).tiling == tiling(model.config)
+    assert LlaveProcessor.load(path, 4096, pinpoints=pinpoints).tiling == tiling(model.config)
     save_folder(model, dict(model.named_parameters()), path, tmp_path / "saved")
     saved = str(tmp_path / "saved")
-    assert Processor.load(saved, 4096).tiling.pinpoints == tuple(pinpoints)
+    assert LlaveProcessor.load(saved, 4096).tiling.pinpoints == tuple(pinpoints)
     sizes = LlavaOnevisionImageProcessorPil.from_pretrained(saved).image_grid_pinpoints
     assert [tuple(size) for size in sizes] == pinpoints
 
@@ -355,33 +360,31 @@ def test_a_recipe_may_tile_images_to_other_sizes(folders, tmp_path):
 def test_a_recipe_may_have_a_videos_newlines_elsewhere(folders, tmp_path):
     source, folder = str(checkpoint(tmp_path / "source")), str(folders["grid"])
     for path, newline in ((source, "one_token"), (folder, "one_token"), (str(folders["one_token"]), "grid")):
-        assert tiling(config_of(Model(path=path, mm_newline_position=newline))).newline == newline
+        assert tiling(config_of(section("llave", path=path, mm_newline_position=newline))).newline == newline
     shape = {"vision": {"image_size": 24}, "text": {"vocab_size": 99}, "image_grid_pinpoints": [(24, 24)]}
-    assert tiling(config_of(Model(architecture=shape, mm_newline_position="grid"))).newline == "grid"
+    assert tiling(config_of(section("llave", architecture=shape, mm_newline_position="grid"))).newline == "grid"
     model = Llave.load(folder, "auto", newline="one_token")
-    processor = Processor.load(folder, 4096, newline="one_token")
+    processor = LlaveProcessor.load(folder, 4096, newline="one_token")
     assert processor.tiling == tiling(model.config)
     save_folder(model, dict(model.named_parameters()), folder, tmp_path / "saved")
-    assert Processor.load(str(tmp_path / "saved"), 4096).tiling == processor.tiling
+    assert LlaveProcessor.load(str(tmp_path / "saved"), 4096).tiling == processor.tiling
     assert "mm_newline_position: one_token" in (tmp_path / "saved/README.md").read_text()
     case = next(case for case in CASES if case.get("newline") == "one_token")
     with torch.no_grad():
         embedding = load(tmp_path / "saved")[1](pack([encode(tmp_path / "saved", case)]), True)[0]
     assert F.cosine_similarity(embedding, torch.tensor(case["embedding"]), dim=0) > 1 - 1e-6
-    # A run that sets nothing is on the conditions that it was on before this could be set.
-    assert "mm_newline_position" not in Model(path=folder).model_dump()
 
 
 def test_training_and_its_export_have_the_newlines_of_the_recipe(folders, tmp_path):
-    fields = [f"model.path={folders['one_token']}", "model.mm_newline_position=grid", "train.vision_tower=false"]
-    chosen, kind = load_recipe("pipeline/recipes/demo.yaml", fields), KINDS["llave"]
+    fields = [f"model.path={folders['one_token']}", "model.mm_newline_position=grid", "model.train.vision_tower=false"]
+    chosen, kind = load_recipe("pipeline/recipes/demo.yaml", fields), training("llave")
     path = chosen.model.path
     for make in (kind.load, kind.empty):
         assert make(chosen, path, "sdpa").config.mm_newline_position == "grid"
     model = kind.load_whole(chosen, path)
     assert kind.processor(chosen, path).tiling == tiling(model.config)
     write_folder(model, dict(model.named_parameters()), chosen, path, tmp_path / "out")
-    assert Processor.load(str(tmp_path / "out"), 4096).tiling.newline == "grid"
+    assert LlaveProcessor.load(str(tmp_path / "out"), 4096).tiling.newline == "grid"
 
 
 def test_a_conversion_that_fails_or_comes_second_leaves_nothing(tmp_path, monkeypatch):
@@ -421,7 +424,7 @@ def test_a_saved_folder_keeps_the_newlines_and_its_card_embeds_as_we_do(folders,
     folder = tmp_path / "saved"
     save_folder(model, dict(model.named_parameters()), str(folders[position]), folder)
     assert json.loads((folder / "config.json").read_text())["mm_newline_position"] == position
-    assert Processor.load(str(folder), 4096).tiling == processor.tiling
+    assert LlaveProcessor.load(str(folder), 4096).tiling == processor.tiling
     card = (folder / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "feature-extraction")
@@ -446,7 +449,7 @@ def test_a_folder_with_unknown_newlines_is_refused(folders, tmp_path):
     shutil.copytree(folders["grid"], tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text()) | {"mm_newline_position": "frame"}
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
-    for load_from in (lambda path: Llave.load(path, "auto"), lambda path: Processor.load(path, 4096)):
+    for load_from in (lambda path: Llave.load(path, "auto"), lambda path: LlaveProcessor.load(path, 4096)):
         with pytest.raises(PipelineError, match="mm_newline_position='frame' is not supported; one_token and grid are"):
             load_from(str(tmp_path / "hf"))
 

@@ -17,9 +17,9 @@ from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 from pipeline.config import Recipe, load_recipe
 from pipeline.data.collate import Encoded, Image, Packed, pack
 from pipeline.data.tiles import Tiling
-from pipeline.losses.contrastive import hardness_weighted_loss
-from pipeline.models.llave import Llave, TowerlessLlave
-from pipeline.models.tower import normalised, tower_features
+from pipeline.models.llave.model import Llave, TowerlessLlave
+from pipeline.models.llave.tower import normalised, tower_features
+from pipeline.objectives.contrastive.loss import hardness_weighted_loss
 from pipeline.training.engine import freeze
 from pipeline.training.memory import (
     Group,
@@ -276,7 +276,7 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def test_the_model_on_the_meta_device_is_the_one_that_trains(tiny_model):
-    trains = recipe(f"model.path={tiny_model}", "train.vision_tower=true")
+    trains = recipe(f"model.path={tiny_model}", "model.train.vision_tower=true")
     loaded, meta = Llave.load(tiny_model, torch.float32), meta_model(trains)
     assert {p.device.type for p in meta.parameters()} == {"meta"}
     freeze(loaded, trains)
@@ -286,7 +286,7 @@ def test_the_model_on_the_meta_device_is_the_one_that_trains(tiny_model):
 
 
 def test_adapters_take_the_place_of_the_language_model():
-    groups = Plan.of(recipe("train.lora={rank: 4}", "train.vision_tower=false"), 2, videos=False).groups
+    groups = Plan.of(recipe("model.train.lora={rank: 4}", "model.train.vision_tower=false"), 2, videos=False).groups
     trained = {group.name: group.parameters for group in groups if group.trained}
     assert set(trained) == {"image_newline", "multi_modal_projector", "language_model"}
     # Demo: two layers, hidden 128, MLP 256, keys and values 64; in and out of q, k, v, o and the three of the MLP.
@@ -295,7 +295,9 @@ def test_adapters_take_the_place_of_the_language_model():
 
 
 def test_the_largest_chunk_fits_and_a_larger_one_does_not():
-    plan = Plan.of(recipe("train.vision_tower=false", "batch.kept_chunks=2", "batch.features_mb=1"), 2, videos=False)
+    plan = Plan.of(
+        recipe("model.train.vision_tower=false", "batch.kept_chunks=2", "batch.features_mb=1"), 2, videos=False
+    )
     states = plan.states(3, {"reduce_bucket_size": 1000})
     for memory in (1e8, 1e9):
         largest = plan.largest_chunk(memory, states)
@@ -318,7 +320,7 @@ def test_as_many_graphs_are_kept_as_fit_and_no_more():
 
 
 def test_kept_features_are_no_more_than_a_ranks_items_have():
-    fields = ("train.vision_tower=false", "batch.global_batch=64")
+    fields = ("model.train.vision_tower=false", "batch.global_batch=64")
     two, eight = (Plan.of(recipe(*fields), gpus, videos=False) for gpus in (2, 8))
     vision, longest = two.config.vision_config, two.recipe.model.max_tokens
     tile = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size * 4

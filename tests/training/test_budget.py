@@ -17,6 +17,7 @@ from two_ranks import on_two_ranks
 from pipeline.config import Batch, Recipe, load_recipe
 from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
+from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training import meter as meters
 from pipeline.training.budget import (
     FULL,
@@ -260,34 +261,42 @@ def one_rank():
 
 def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_path, monkeypatch, one_rank, capsys):
     """The whole loop, but for the step."""
-    from pipeline.training import loop  # not above: processes that take no part in this import this module, too
+    # Not above: processes that take no part in this import this module, too.
+    from pipeline.training.trainer import Trainer
 
     fields = [f"run={tmp_path}", "evaluation=null", "batch.chunk_tokens=auto", "batch.kept_chunks=auto"]
     recipe = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.max_tokens=4096"])
     nothing = SimpleNamespace(asked=lambda: 0, steps=nullcontext)
-    run = loop.Run(recipe, None, 3, None, {"seed": 0}, lambda steps: iter("abc"), None, lambda: None, nothing)
     model, zero = SimpleNamespace(pads=True), {"zero_optimization": {"stage": 3}}
     engine, cuts = SimpleNamespace(device=torch.device("cpu"), module=model, config=zero), []
 
-    def step(engine: object, batch: object, recipe: Recipe, budget: Budget, *_: object, **__: object) -> None:
-        cuts.append((budget.chunk_tokens, budget.kept_chunks))
+    def step(_: object, engine: object, batch: object, cut: Budget, *__: object, **___: object) -> None:
+        cuts.append((cut.chunk_tokens, cut.kept_chunks))
         torch.empty(1 << 50)
 
-    monkeypatch.setattr(loop, "train_step", step)
+    def trainer(recipe: Recipe = recipe) -> Trainer:
+        run = Trainer(recipe, nothing)
+        run.steps, run.start, run.conditions, run.engine, run.frozen = 3, None, {"seed": 0}, engine, None
+        run._batches = lambda steps: iter("abc")
+        return run
+
+    monkeypatch.setattr(Contrastive, "step", step)
     monkeypatch.setattr(get_accelerator(), "total_memory", lambda: 24 * GB)
-    conditions = loop._conditions_of_budget(run, engine, Meter(1))
+    run = trainer()
+    run.meter = Meter(1)
+    conditions = run._conditions_of_budget()
     (tmp_path / NOTE).write_text(json.dumps(found(Budget(16384, 3, True, True, BOTH, 4096), conditions)))
     for now, smaller in (("16384 batch.kept_chunks=3", "16384"), ("16384 batch.kept_chunks=1", "8192")):
         with pytest.raises(PipelineError, match=f"in step 1 with .* takes batch.chunk_tokens={smaller} "):
-            loop.train(engine, run)
+            trainer().train()
         assert f"as found before: batch.chunk_tokens={now}" in capsys.readouterr().out
     # What was noted was of a longest item of 4,096 tokens, and of so much memory.
     longer = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.max_tokens=8192"])
     with pytest.raises(PipelineError, match=r"with batch.chunk_tokens=8192 .* is all there was in a chunk"):
-        loop.train(engine, replace(run, recipe=longer))
+        trainer(longer).train()
     monkeypatch.setattr(get_accelerator(), "total_memory", lambda: 48 * GB)
     with pytest.raises(PipelineError):
-        loop.train(engine, run)
+        trainer().train()
     assert cuts == [(16384, 3), (16384, 1), (8192, 0), (4096, 0)]
 
 

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+from pipeline.config import load_recipe
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.results import DatasetResult, Similarities
 from pipeline.jobs.preflight.check import Check
 from pipeline.jobs.preflight.report import show
 from pipeline.training import manifest, resume
 from pipeline.training.checkpoint import best, keep_best, remove_old
-from pipeline.training.loop import _evaluate
+from pipeline.training.trainer import Trainer
 
 
 def test_the_newest_stay_and_the_best(tmp_path):
@@ -55,10 +56,12 @@ def test_a_collapsed_model_is_never_the_best(tmp_path, capsys):
     similarities = Similarities([0] * 200, [0] * 200)
     result = DatasetResult("vqa", True, "", {"": 4}, {"P@1": 0.5}, 0.1, 0, similarities)
     reports = {1: replace(result, metrics={"P@1": 0.9}, collapsed=True), 2: result}
-    monitor = SimpleNamespace(evaluation=lambda step, report: None)
+    recipe = load_recipe("pipeline/recipes/demo.yaml", [f"run={tmp_path}"])
+    trainer = Trainer(recipe, SimpleNamespace())
+    trainer.monitor = SimpleNamespace(evaluation=lambda step, report: None)
     for step, each in reports.items():
         (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
-        run = SimpleNamespace(folder=tmp_path, evaluate=lambda tokens, each=each: Report("m", {"A-OKVQA": each}))
-        _evaluate(run, monitor, step, SimpleNamespace(chunk_tokens=64))
+        trainer._measured = lambda each=each: Report("m", {"A-OKVQA": each})
+        trainer._evaluate(step)
         assert best(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step-00000002" if step == 2 else None)
     assert "step 1: THE MODEL HAS COLLAPSED: in A-OKVQA all queries" in capsys.readouterr().err

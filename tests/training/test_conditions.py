@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import train
 from pipeline.config import load_recipe
 from pipeline.data import lengths, order
 from pipeline.errors import PipelineError
+from pipeline.models.registry import training_of
 from pipeline.training import checkpoint
+from pipeline.training import conditions as conditions_module
 
 DEMO = Path(__file__).parents[2] / "pipeline/recipes/demo.yaml"
 MASKED = DEMO.with_name("demo_masked.yaml")
@@ -19,7 +20,7 @@ VERSIONS = {"the order's version": "ORDER_VERSION", "the token lengths' version"
 
 def conditions_of(recipe: Path, *overrides: str) -> dict:
     source = SimpleNamespace(fingerprint="of these data")
-    return train.conditions_of_run(load_recipe(recipe, list(overrides)), source, {"stage": 1})
+    return conditions_module.conditions_of_run(load_recipe(recipe, list(overrides)), source, {"stage": 1})
 
 
 @pytest.fixture
@@ -35,23 +36,21 @@ def begun(folder: Path, conditions: dict) -> Path:
 
 def test_a_run_from_before_versions_were_noted_began_with_the_first(tmp_path, conditions, monkeypatch):
     before = begun(tmp_path, {name: value for name, value in conditions.items() if name not in VERSIONS})
-    monkeypatch.setattr(train, "ORDER_VERSION", 1)
-    monkeypatch.setattr(train, "LENGTHS_VERSION", 1)
-    checkpoint.check(before, conditions_of(DEMO))
+    monkeypatch.setattr(conditions_module, "ORDER_VERSION", 1)
+    monkeypatch.setattr(conditions_module, "LENGTHS_VERSION", 1)
+    conditions_module.check(before, conditions_of(DEMO))
     for name, constant in VERSIONS.items():
         with monkeypatch.context() as changed, pytest.raises(PipelineError, match=f"{name} is 2 and was 1"):
-            changed.setattr(train, constant, 2)
-            checkpoint.check(before, conditions_of(DEMO))
+            changed.setattr(conditions_module, constant, 2)
+            conditions_module.check(before, conditions_of(DEMO))
 
 
 def test_a_run_from_before_images_were_turned_goes_on_as_it_read_them(tmp_path, conditions):
     before = begun(tmp_path, {name: value for name, value in conditions.items() if name != "model.images"})
     with pytest.raises(PipelineError, match=r"model\.images is upright and was as_stored. Change it back"):
-        checkpoint.check(before, conditions)
+        conditions_module.check(before, conditions)
     stored = conditions_of(DEMO, "model.images=as_stored")
-    checkpoint.check(before, stored)
-    of_the_model = {"model": stored["model"] | {"images": "as_stored"}}  # where it was noted once
-    checkpoint.check(begun(tmp_path, json.loads(before.joinpath("conditions.json").read_text()) | of_the_model), stored)
+    conditions_module.check(before, stored)
     assert conditions["model.images"] == "upright"
     assert "model.images" not in conditions_of(MASKED)
 
@@ -67,20 +66,78 @@ def test_a_run_from_before_images_were_turned_goes_on_as_it_read_them(tmp_path, 
 def test_how_images_are_read_is_the_models_own_way_unless_the_recipe_says(tmp_path, config, read):
     (tmp_path / "config.json").write_text(json.dumps(config))
     path = f"model.path={tmp_path}"
-    assert train._images(load_recipe(DEMO, [path])) == read
-    assert train._images(load_recipe(DEMO, [path, "model.images=as_stored"])) == "as_stored"
+
+    def images(*overrides: str) -> str:
+        recipe = load_recipe(DEMO, list(overrides))
+        return training_of(recipe).conditions(recipe.model)["model.images"]
+
+    assert images(path) == read
+    assert images(path, "model.images=as_stored") == "as_stored"
 
 
 def test_a_run_that_drew_its_masks_otherwise_is_not_continued(tmp_path):
     masked = conditions_of(MASKED)
-    checkpoint.check(begun(tmp_path, masked), masked)
+    conditions_module.check(begun(tmp_path, masked), masked)
     with pytest.raises(PipelineError, match="the masks' version is 2 and was 1"):
-        checkpoint.check(begun(tmp_path, {n: v for n, v in masked.items() if n != "the masks' version"}), masked)
+        conditions_module.check(begun(tmp_path, {n: v for n, v in masked.items() if n != "the masks' version"}), masked)
 
 
 def test_an_older_program_does_not_continue_what_a_newer_one_began(tmp_path, conditions):
     assert [conditions[name] for name in VERSIONS] == [order.VERSION, lengths.VERSION]
-    checkpoint.check(begun(tmp_path, conditions), conditions)
+    conditions_module.check(begun(tmp_path, conditions), conditions)
     for name in VERSIONS:
         with pytest.raises(PipelineError, match=f"{name} is 1 and was 2"):
-            checkpoint.check(begun(tmp_path, conditions | {name: 2}), conditions | {name: 1})
+            conditions_module.check(begun(tmp_path, conditions | {name: 2}), conditions | {name: 1})
+
+
+FORMER = json.loads(Path(__file__).with_name("former_conditions.json").read_text())
+AS_FORMER = {
+    "llave": ("demo", "model.mm_newline_position=grid", "model.train.lora={rank: 4}", "batch.sub_batch=32"),
+    "caption": ("demo_caption", "model.instruction=find"),
+    "mntp": ("demo_masked",),
+    "llm2clip": ("demo_llm2clip", "model.text_encoder=/tmp/none"),
+    "clip": ("demo_clip",),
+}
+
+
+def as_former(kind: str, monkeypatch, *overrides: str) -> dict:
+    """Conditions of the recipe by which a run of an earlier version's kind began, with models of the same weights."""
+    monkeypatch.setattr("pipeline.models.files.fingerprint", lambda path: path and "f")
+    monkeypatch.setattr("pipeline.models.llm2clip.family.fingerprint", lambda path: path and "f")
+    name, *own = AS_FORMER[kind]
+    return conditions_of(DEMO.with_name(f"{name}.yaml"), *own, *overrides)
+
+
+@pytest.mark.parametrize("kind", AS_FORMER)
+def test_a_run_that_an_earlier_version_began_is_continued(kind, tmp_path, monkeypatch):
+    before = begun(tmp_path, FORMER[kind])
+    conditions_module.check(before, as_former(kind, monkeypatch))
+    for override, named in (
+        ("batch.global_batch=16", "batch.global_batch is 16"),
+        ("model.architecture.text={vocab_size: 900, hidden_size: 8}", "model.architecture is"),
+        ("objective.alpha=3", "objective.alpha is 3.0"),
+        ("objective.mask_rate=0.5", "objective.mask_rate is 0.5 and was 0.2"),
+        ("model.train.language_model=false", "model.train.language_model is False and was True"),
+        ("model.train.lora={rank: 8}", "model.train.lora is"),
+    ):
+        try:
+            other = as_former(kind, monkeypatch, override)
+        except PipelineError:  # the recipe has no such field
+            continue
+        with pytest.raises(PipelineError, match=named):
+            conditions_module.check(before, other)
+
+
+def test_a_field_that_is_new_refuses_no_run_unless_it_is_set(tmp_path, conditions):
+    new = ("objective.margin", "model.mm_newline_position", "video.frames")
+    before = {name: value for name, value in conditions.items() if name not in new}
+    before["data.datasets"] = [{"name": part["name"]} for part in conditions["data.datasets"]]
+    conditions_module.check(begun(tmp_path, before), conditions)
+    for override, named in (
+        ("objective.margin=0.1", "objective.margin is 0.1 and was None"),
+        ("model.mm_newline_position=grid", "model.mm_newline_position is grid and was None"),
+        ("video.frames=4", "video.frames is 4 and was None"),
+        ("data.datasets=[{name: Scene-CLS, cap: 3}]", "data.datasets is"),
+    ):
+        with pytest.raises(PipelineError, match=named):
+            conditions_module.check(tmp_path, conditions_of(DEMO, override))

@@ -8,7 +8,7 @@ from deepspeed.accelerator import get_accelerator
 from pipeline.config import Optimizer, Recipe, load_recipe
 from pipeline.distributed import remove_stale_lock, start_distributed
 from pipeline.errors import PipelineError
-from pipeline.models.llave import Llave
+from pipeline.models.llave.model import Llave
 from pipeline.models.lora import add_adapters, merge_adapters
 from pipeline.training.engine import adamw, freeze, learning_rate, parameter_groups
 
@@ -42,7 +42,7 @@ def recipe(*fields: str) -> Recipe:
 
 
 def test_each_part_has_its_learning_rate_and_vectors_no_weight_decay(model):
-    groups = parameter_groups(model, recipe("train.projector=0.3", "train.vision_tower=0.05"))
+    groups = parameter_groups(model, recipe("model.train.projector=0.3", "model.train.vision_tower=0.05"))
     assert [(names(model, group), group["lr_scale"], group["weight_decay"]) for group in groups] == [
         ({"multi_modal_projector"}, pytest.approx(3.0), 0.2),
         ({"multi_modal_projector", "image_newline"}, pytest.approx(3.0), 0.0),
@@ -59,8 +59,8 @@ def test_each_part_has_its_learning_rate_and_vectors_no_weight_decay(model):
     ("fields", "trained"),
     [
         ((), {"multi_modal_projector", "image_newline", "language_model", "vision_tower"}),
-        (("train.vision_tower=false",), {"multi_modal_projector", "image_newline", "language_model"}),
-        (("train.language_model=false", "train.projector=false"), {"vision_tower"}),
+        (("model.train.vision_tower=false",), {"multi_modal_projector", "image_newline", "language_model"}),
+        (("model.train.language_model=false", "model.train.projector=false"), {"vision_tower"}),
     ],
 )
 def test_what_is_frozen_has_no_optimizer_state(tiny_model, fields, trained):
@@ -71,15 +71,18 @@ def test_what_is_frozen_has_no_optimizer_state(tiny_model, fields, trained):
 
 
 def test_adapters_alone_are_trained_and_begin_as_nothing(tiny_model):
-    model, chosen = Llave.load(tiny_model, torch.float32), recipe("train.projector=false", "train.lora.rank=3")
+    model, chosen = (
+        Llave.load(tiny_model, torch.float32),
+        recipe("model.train.projector=false", "model.train.lora.rank=3"),
+    )
     freeze(model, chosen)
     before = dict(model.named_parameters())
-    add_adapters(model.language_model, chosen.train.lora, seed=1)
+    add_adapters(model.language_model, chosen.model.train.adapters, seed=1)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "tower" not in name}
     assert len(trained) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
     assert all("lora_" in name and 3 in parameter.shape for name, parameter in trained.items())
     given = dict(model.named_parameters())
-    merged = merge_adapters(given, chosen.train.lora)
+    merged = merge_adapters(given, chosen.model.train.adapters)
     assert not given  # a big model and its merged copy would not both fit
     assert merged.keys() == before.keys()
     assert all(torch.equal(merged[name], weight) for name, weight in before.items())
@@ -88,26 +91,35 @@ def test_adapters_alone_are_trained_and_begin_as_nothing(tiny_model):
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        (["train.projector=false", "train.language_model=false", "train.vision_tower=false"], "nothing is trained"),
-        (["train.projector=-1e-5"], "train.projector is -1e-05: give true, false or a positive learning rate"),
-        (["train.language_model=false", "train.lora.rank=4"], "train.lora needs train.language_model"),
         (
-            ["train.lora.targets=[q_proj, nothing]"],
+            ["model.train.projector=false", "model.train.language_model=false", "model.train.vision_tower=false"],
+            "nothing is trained",
+        ),
+        (
+            ["model.train.projector=-1e-5"],
+            "model.train.projector is -1e-05: give true, false or a positive learning rate",
+        ),
+        (
+            ["model.train.language_model=false", "model.train.lora.rank=4"],
+            "model.train.lora needs model.train.language_model",
+        ),
+        (
+            ["model.train.lora.targets=[q_proj, nothing]"],
             "targets has nothing; its linear layers are down_proj, gate",
         ),
-        (["train.lora.targets=[embed_tokens]"], "train.lora.targets has embed_tokens"),
+        (["model.train.lora.targets=[embed_tokens]"], "model.train.lora.targets has embed_tokens"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(tiny_model, fields, reason):
     with pytest.raises(PipelineError, match=reason):
         chosen = recipe(*fields)
-        add_adapters(Llave.load(tiny_model, torch.float32).language_model, chosen.train.lora, seed=0)
+        add_adapters(Llave.load(tiny_model, torch.float32).language_model, chosen.model.train.adapters, seed=0)
 
 
 @pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", None)])
 def test_adamw_is_one_kernel_on_cuda(model, monkeypatch, device, fused):
     monkeypatch.setattr(get_accelerator(), "device_name", lambda: device)
-    chosen = recipe("train.projector=0.3")
+    chosen = recipe("model.train.projector=0.3")
     optimizer = adamw(parameter_groups(model, chosen), chosen.optimizer.lr, {"stage": 2})
     assert type(optimizer) is torch.optim.AdamW
     assert {group["fused"] for group in optimizer.param_groups} == {fused}

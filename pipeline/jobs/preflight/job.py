@@ -7,9 +7,8 @@ from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import Qwen2Tokenizer
 
-from pipeline.config import Model, Recipe, load_ds_config
+from pipeline.config import ModelSection, Recipe, load_ds_config
 from pipeline.data.lengths import Lengths
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
@@ -17,13 +16,13 @@ from pipeline.jobs import status
 from pipeline.jobs.preflight.check import Check, check, green, red, skipped, yellow
 from pipeline.jobs.preflight.machine import GB
 from pipeline.jobs.status import Status
-from pipeline.models import loading, weights
 from pipeline.models.files import survey
-from pipeline.models.kinds import KINDS
+from pipeline.models.registry import training_of
 from pipeline.storage import lock
-from pipeline.train import conditions_of_run
-from pipeline.training import checkpoint, resume
+from pipeline.training import resume
 from pipeline.training.budget import FULL
+from pipeline.training.conditions import check as check_conditions
+from pipeline.training.conditions import conditions_of_run
 from pipeline.training.memory import Plan
 
 _ABSENT = "is no folder, and not complete in the hub's cache"
@@ -55,11 +54,12 @@ class Job:
 )
 def model(job: Job) -> Check:
     """Whether this node has its files: configuration, weights, tokenizer and, for the export, image processor."""
-    wanted, recipe, kind = job.recipe.model, job.recipe, KINDS[job.recipe.model.kind]
+    wanted, recipe, family = job.recipe.model, job.recipe, training_of(job.recipe)
     absent = ""
-    if wanted.text_encoder and not _folder("model.text_encoder", wanted.text_encoder):
-        download = "copy it there, or download it on a machine with a network (tools/offline.sh)"
-        return red(f"model.text_encoder={wanted.text_encoder} {_ABSENT}", download)
+    for name, path in wanted.other_folders.items():
+        if not _folder(name, path):
+            download = "copy it there, or download it on a machine with a network (tools/offline.sh)"
+            return red(f"{name}={path} {_ABSENT}", download)
     if wanted.path:
         folder = _folder("model.path", wanted.path)
         absent = "" if folder else f"{wanted.path} {_ABSENT}"
@@ -67,24 +67,20 @@ def model(job: Job) -> Check:
         if absent and constants.HF_HUB_OFFLINE:
             return red(f"{absent} (HF_HUB_OFFLINE=1)", download)
         try:
-            if folder and weights.is_original(folder):
-                text: Any = weights.config_of(wanted).text_config
-                loading.tokenizer(str(folder), text.vocab_size, Qwen2Tokenizer)
-            elif folder or wanted.kind == "llave":  # for another family this would download weights
-                kind.check(wanted)
-                kind.processor(recipe, wanted.path)
+            if folder or family.checks_config_alone:
+                family.preflight(recipe, str(folder or wanted.path))
         except (PipelineError, OSError, ValueError):
             if absent:
                 return red(f"{absent}, and the hub cannot be reached from here", download)
             raise
     else:
-        kind.check(wanted)
-    if absent and wanted.kind != "llave":
+        family.check(wanted)
+    if absent and not family.checks_config_alone:
         return yellow(f"{absent}: the job would download it", download)
-    job.lengths = kind.lengths(recipe)
+    job.lengths = family.lengths(recipe)
     if job.source:
-        kind.check_data(recipe, job.source)
-    if wanted.kind != "llave":
+        family.check_data(recipe, job.source)
+    if family.memory_model(recipe) is None:
         return green(_source_of(wanted))
     plan = Plan.of(recipe, job.world, videos=_mostly_videos(job.source))
     trained = sum(group.parameters for group in plan.groups if group.trained)
@@ -95,7 +91,7 @@ def model(job: Job) -> Check:
     return green(f"{_source_of(wanted)}: {every / 1e6:,.1f} million parameters, {trained / 1e6:,.1f} million trained")
 
 
-def _source_of(model: Model) -> str:
+def _source_of(model: ModelSection) -> str:
     return model.path or "random weights"
 
 
@@ -125,7 +121,7 @@ def processes(job: Job) -> Check:
     """Whether batch, lanes, sub-batch and processes divide each other, and the data suffice for a step."""
     recipe, world = job.recipe, job.world
     job.zero = load_ds_config(recipe, world)["zero_optimization"]
-    KINDS[recipe.model.kind].check_stage(job.zero["stage"])
+    training_of(recipe).check_stage(job.zero["stage"])
     if job.source is None or job.lengths is None:
         return skipped("without data and model")
     order = job.source.order(recipe.batch.global_batch, recipe.seed, job.lengths)
@@ -150,8 +146,9 @@ def processes(job: Job) -> Check:
 @check("memory", seconds=30, if_late="run tools/plan_memory.py")
 def memory(job: Job, gpu_bytes: int) -> Check:
     """Memory by the estimate of tools/plan_memory.py.  gpu_bytes: of the smallest GPU; 0 without GPUs."""
-    if job.recipe.model.kind != "llave":
-        return skipped("estimated only for llave; batch.chunk_tokens=auto finds what fits in the first steps")
+    if training_of(job.recipe).memory_model(job.recipe) is None:
+        family = job.recipe.model.family
+        return skipped(f"not estimated for {family}; batch.chunk_tokens=auto finds what fits in the first steps")
     if job.plan is None or job.zero is None:
         return skipped("without model and processes")
     if not gpu_bytes:
@@ -163,7 +160,7 @@ def memory(job: Job, gpu_bytes: int) -> Check:
     largest = plan.largest_chunk(FULL * gpu_bytes, states)
     lower = f"lower batch.chunk_tokens to {largest:,}" if largest else (
         "lower model.max_tokens, batch.kept_chunks or batch.features_mb, use more GPUs or a higher ZeRO stage, or "
-        "train adapters (train.lora)"
+        "train adapters (model.train.lora)"
     )  # fmt: skip
     if needed > gpu_bytes:
         return red(found, lower)
@@ -202,5 +199,5 @@ def resuming(job: Job) -> Check:
         return green("starts from the beginning")
     if job.source is None or job.zero is None:
         return skipped(f"{start.name} exists; without data and processes it is not checked")
-    checkpoint.check(start, conditions_of_run(job.recipe, job.source, job.zero))
+    check_conditions(start, conditions_of_run(job.recipe, job.source, job.zero))
     return green(f"continues from {start.name}")

@@ -16,7 +16,7 @@ from pipeline.jobs.preflight.check import Check, check, green, red, skipped, yel
 from pipeline.jobs.preflight.job import Job
 from pipeline.jobs.preflight.machine import GB
 from pipeline.jobs.preflight.nodes import Nodes
-from pipeline.models import weights
+from pipeline.models.registry import training_of
 
 _STORE_SECONDS = 20  # without a byte, if the recipe's data.timeout_s is longer
 _PROBE_BYTES = 64 << 20
@@ -116,9 +116,9 @@ def nearest(folder: Path) -> Path:
 @check("disk space", seconds=20, if_late="the file system hangs: set run= to another")
 def disk_space(job: Job) -> Check:
     """The space that checkpoints and models need, less that of existing checkpoints."""
-    if job.recipe.model.kind != "llave":
+    if training_of(job.recipe).memory_model(job.recipe) is None:
         free = shutil.disk_usage(nearest(job.folder)).free
-        return skipped(f"estimated only for llave; {free / GB:,.2f} GB free")
+        return skipped(f"not estimated for {job.recipe.model.family}; {free / GB:,.2f} GB free")
     if job.plan is None or job.zero is None:
         return skipped("without model and processes")
     evaluation = job.recipe.evaluation
@@ -165,7 +165,7 @@ def model_bytes(job: Job) -> int:
     """The size of the export and, if the run creates or converts its initial model, of that."""
     assert job.plan
     path = job.recipe.model.path
-    made = path is None or (Path(path).is_dir() and weights.is_original(Path(path)))
+    made = path is None or (Path(path).is_dir() and training_of(job.recipe).converts(path))
     return (2 if made else 1) * sum(group.parameters for group in job.plan.groups) * _width(job.recipe)
 
 

@@ -1,0 +1,92 @@
+"""CLIP in training and in saved folders."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPModel
+
+from pipeline.config import ModelSection, Recipe
+from pipeline.data.lengths import Lengths, Square
+from pipeline.models import loading
+from pipeline.models.chunks import Features
+from pipeline.models.clip import model as clip
+from pipeline.models.clip.config import ClipSection
+from pipeline.models.clip.model import Clip
+from pipeline.models.clip.processor import ClipTexts, load_config
+from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
+from pipeline.models.folder import note_images
+from pipeline.models.loading import DTYPES, image_reading, reads_as_stored
+from pipeline.models.two_tower import TwoTowerProcessor
+from pipeline.models.vision import Pixels, shape_of, tokens_of
+
+
+class ClipTraining(TrainingInterface):
+    """Both towers are inside the engine."""
+
+    stages = (0, 1, 2)
+
+    def check(self, model: ModelSection) -> None:
+        if architecture := _section(model).architecture:
+            clip.check_architecture(architecture)
+        elif model.path:
+            loading.check_weights(model.path, CLIPModel, load_config(model.path))
+            SAVED.reader(model.path, model.max_tokens, 1)
+
+    def conditions(self, model: ModelSection) -> dict[str, Any]:
+        return super().conditions(model) | {"model.images": image_reading(model.path, _section(model).images)}
+
+    def lengths(self, recipe: Recipe) -> Lengths:
+        architecture = _section(recipe.model).architecture
+        return Lengths(
+            Square(tokens_of(recipe.model.path, architecture.vision if architecture else {})), recipe.video.frames
+        )
+
+    def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:
+        architecture = _section(model).architecture
+        assert architecture
+        clip.build(architecture, texts, seed, folder)
+
+    def processor(self, recipe: Recipe, path: str) -> Processor:
+        pixels = Pixels.load(path, _section(recipe.model).images)
+        return replace(SAVED.reader(path, recipe.model.max_tokens, recipe.video.frames), pixels=pixels)
+
+    def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
+        return Clip.load(path, DTYPES[recipe.precision])
+
+    def save(
+        self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
+    ) -> None:
+        clip.save(model, source, folder)
+        note_images(folder, reads_as_stored(source, _section(recipe.model).images))
+
+
+class SavedClip(SavedModelInterface):
+    """A CLIP in transformers' format."""
+
+    as_clip = True
+
+    def owns(self, path: str, config: dict[str, Any]) -> bool:
+        return config.get("model_type") == "clip"
+
+    def dimension(self, path: str) -> int:
+        return int(load_config(path).projection_dim)
+
+    def reader(self, path: str, max_tokens: int, video_frames: int) -> TwoTowerProcessor:
+        texts = ClipTexts.load(path, max_tokens)
+        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts, video_frames)
+
+    def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
+        return Clip.load(path, DTYPES[precision]).eval().to(device), None
+
+
+def _section(model: ModelSection) -> ClipSection:
+    assert isinstance(model, ClipSection)
+    return model
+
+
+TRAINING = {"contrastive": ClipTraining()}
+SAVED = SavedClip()

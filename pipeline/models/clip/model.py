@@ -1,0 +1,99 @@
+"""CLIP, whose two towers are both trained (arXiv 2103.00020): what LLM2CLIP is compared with."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
+
+from pipeline.data.collate import Packed
+from pipeline.models import loading
+from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.clip.config import ClipArchitecture
+from pipeline.models.clip.processor import load_config
+from pipeline.models.folder import finish
+from pipeline.models.loading import refuse_unknown, require_vocabulary
+from pipeline.models.two_tower import TwoTower
+from pipeline.models.vision import Pixels
+
+
+class Clip(TwoTower):
+    """transformers' CLIP."""
+
+    def __init__(self, clip: CLIPModel, pixels: Pixels) -> None:
+        super().__init__(pixels)
+        del clip.logit_scale  # the loss has the temperature
+        self.clip = clip
+
+    @classmethod
+    def load(cls, path: str, dtype: torch.dtype | Literal["auto"]) -> "Clip":
+        """From a folder or hub name."""
+        model = loading.open_model(CLIPModel, path, load_config(path), dtype)
+        return cls(model, Pixels.load(path))
+
+    @property
+    def dimension(self) -> int:
+        return self.clip.config.projection_dim
+
+    def checkpoint_activations(self) -> None:
+        checkpoint_layers(self.clip)
+
+    def images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.clip.get_image_features(pixel_values=pixels).pooler_output
+
+    def texts(self, packed: Packed, features: torch.Tensor | None) -> torch.Tensor:
+        each = zip(packed.input_ids.split(packed.lengths), packed.tiles_of, strict=True)
+        # The end of a text is pooled; attention is causal: nothing behind it is seen. A stand-in is an end alone.
+        end = torch.full((1,), self.clip.config.text_config.eos_token_id, device=packed.input_ids.device)
+        ids = pad_sequence([ids for ids, tiles in each if not tiles] or [end], batch_first=True)
+        return self.clip.get_text_features(input_ids=ids).pooler_output
+
+
+def check_architecture(architecture: ClipArchitecture) -> None:
+    """Refuse what transformers' configurations do not know."""
+    refuse_unknown("vision", architecture.vision, CLIPVisionConfig())
+    refuse_unknown("text", architecture.text, CLIPTextConfig())
+    require_vocabulary(architecture.text)
+
+
+def build(architecture: ClipArchitecture, texts: Iterable[str], seed: int, folder: Path) -> None:
+    """Write a CLIP of random weights, with a tokenizer trained on `texts`, as a folder."""
+    vision, text = dict(architecture.vision), dict(architecture.text)
+    tokenizer = CLIPTokenizer().train_new_from_iterator(texts, int(text["vocab_size"]), show_progress=False)
+    marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text |= {"vocab_size": len(tokenizer), **marks}
+    dimension: Any = vision.get("projection_dim", CLIPVisionConfig().projection_dim)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=dimension)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        CLIPModel(config).save_pretrained(folder)
+    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
+    size = config.vision_config.image_size
+    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(
+        folder
+    )
+
+
+def save(model: Clip, source: str, folder: Path) -> None:
+    """Write it as a folder in transformers' format, with the tokenizer and image processor of `source`."""
+    scale = torch.tensor(model.clip.config.logit_scale_init_value)  # which transformers misses where there is none
+    model.clip.save_pretrained(folder, state_dict=model.clip.state_dict() | {"logit_scale": scale})
+    loading.tokenizer(source).save_pretrained(folder)
+    loading.image_processor(source, CLIPImageProcessorPil).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "README.md").write_text(
+        f"---\nlibrary_name: transformers\n---\n\n# CLIP\n\nA CLIP of {config['projection_dim']} dimensions: "
+        "`CLIPModel.from_pretrained(FOLDER)`, without a logit scale of its own.\n"
+    )
+    finish(folder)

@@ -1,0 +1,50 @@
+"""Texts -> token ids, as CLIP reads them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import CLIPConfig, CLIPTextConfig, PreTrainedTokenizerBase
+
+from pipeline.data.collate import Encoded
+from pipeline.errors import PipelineError
+from pipeline.models import loading
+
+
+@dataclass(frozen=True)
+class ClipTexts:
+    """Texts -> token ids between the tokenizer's marks, cut at the model's context."""
+
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+
+    @classmethod
+    def load(cls, path: str, max_tokens: int) -> "ClipTexts":
+        config = load_config(path).text_config
+        tokenizer = loading.tokenizer(path, config.vocab_size)
+        require_end(path, tokenizer, config)
+        return cls(tokenizer, min(config.max_position_embeddings, max_tokens))
+
+    def tokenized(self, text: str) -> Encoded:
+        ids = self.tokenizer(text, truncation=True, max_length=self.context)["input_ids"]
+        return Encoded(np.array(ids, np.int32))
+
+
+def load_config(path: str) -> CLIPConfig:
+    """The config of a CLIP's folder or hub name; PipelineError if there is none."""
+    if (kind := loading.config_dict(path).get("model_type")) != "clip":
+        raise PipelineError(f"{path} is a {kind} model; expected clip")
+    return loading.config(path, CLIPConfig)
+
+
+def require_end(path: str, tokenizer: PreTrainedTokenizerBase, config: CLIPTextConfig) -> None:
+    """Raise PipelineError where texts do not end with the token that CLIP pools: all would have the first one's vector.
+
+    For configs of old, whose eos_token_id is 2, that is the one of the largest number.
+    """
+    ids, end = tokenizer("a")["input_ids"], config.eos_token_id
+    if not ids or ids[-1] != (max(ids) if end == 2 else end):
+        last = tokenizer.convert_ids_to_tokens(ids[-1:])
+        raise PipelineError(
+            f"{path}: its tokenizer ends texts with {last[0] if last else None!r}, and its model pools token {end} "
+            f"(text_config.eos_token_id={end}): is the tokenizer another model's?"
+        )

@@ -1,0 +1,1 @@
+"""LLaVE: LLaVA-OneVision as an embedder (arXiv 2503.04812)."""

@@ -1,0 +1,110 @@
+"""The config of a LLaVA-OneVision, checked for what this project supports."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
+
+from pipeline.data.tiles import Tiling
+from pipeline.errors import PipelineError
+from pipeline.models import loading
+from pipeline.models.files import fetched
+from pipeline.models.llave.config import LlaveArchitecture
+from pipeline.models.loading import refuse_unknown, require_vocabulary
+
+NEWLINE_POSITIONS = ("one_token", "grid")
+ORIGINAL = "LlavaQwenForCausalLM"  # the architecture of original checkpoints
+
+Pinpoints = Sequence[tuple[int, int]]  # (height, width)
+
+
+def tiling(config: LlavaOnevisionConfig) -> Tiling:
+    """How a model of this config cuts images."""
+    vision = config.vision_config
+    return Tiling(
+        size=vision.image_size,
+        patches=vision.image_size // vision.patch_size,
+        pinpoints=tuple(tuple(size) for size in config.image_grid_pinpoints),
+        max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
+        newline=newline_position(config),
+    )
+
+
+def check_architecture(architecture: LlaveArchitecture) -> None:
+    """Refuse what transformers' configurations do not know: they would take it and ignore it."""
+    refuse_unknown("vision", architecture.vision, SiglipVisionConfig())
+    refuse_unknown("text", architecture.text, Qwen2Config())
+    require_vocabulary(architecture.text)
+
+
+def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | None = None) -> LlavaOnevisionConfig:
+    """The config of a folder or hub name; PipelineError if it is of no model that `Llave` reads.
+
+    pinpoints: sizes to tile images to, newline: where a video has newlines, if not the model's own.
+    """
+    given = loading.config_dict(path)
+    if is_original(given):
+        raise PipelineError(f"{path} is an original checkpoint: convert it with tools/convert_weights.py")
+    if (kind := given.get("model_type")) != "llava_onevision":
+        raise PipelineError(f"{path} is a {kind} model; expected llava_onevision")
+    config = loading.config(path, LlavaOnevisionConfig)
+    if config.text_config.model_type != "qwen2":
+        raise PipelineError(f"{path}: its language model is a {config.text_config.model_type}; expected qwen2")
+    if config.vision_config.model_type != "siglip_vision_model":
+        raise PipelineError(
+            f"{path}: its vision tower is a {config.vision_config.model_type}; expected siglip_vision_model"
+        )
+    if config.vision_feature_layer != -1:
+        raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
+    require_newline(path, newline_position(config))
+    with loading.reading(fetched(path, weights=False) / "config.json"):
+        require_tiles(path, config)
+    return with_own(config, pinpoints, newline)
+
+
+def require_tiles(path: str | Path, config: LlavaOnevisionConfig) -> None:
+    """Raise PipelineError where a config does not say how images are cut."""
+
+    def refuse(name: str, value: object, expected: str) -> None:
+        raise PipelineError(f"{path}: {name}={value!r} in its config.json must be {expected}")
+
+    vision, pinpoints, ratio = config.vision_config, config.image_grid_pinpoints, config.vision_aspect_ratio
+    if not isinstance(ratio, str) or not re.fullmatch(r"anyres_max_[1-9]\d{0,5}", ratio):
+        refuse("vision_aspect_ratio", ratio, "anyres_max_N")
+    if vision.patch_size > vision.image_size:
+        refuse("vision_config.patch_size", vision.patch_size, f"at most the image_size, {vision.image_size}")
+    if config.vision_feature_select_strategy != "full":
+        refuse("vision_feature_select_strategy", config.vision_feature_select_strategy, "full")
+    pairs = bool(pinpoints) and all(isinstance(size, list | tuple) and len(size) == 2 for size in pinpoints)
+    sizes = [side for size in pinpoints for side in size] if pairs else [0]
+    if not all(type(side) is int and 0 < side <= 2**16 and side % vision.image_size == 0 for side in sizes):
+        refuse("image_grid_pinpoints", pinpoints, f"pairs of multiples of the image_size, {vision.image_size}")
+
+
+def is_original(config: dict) -> bool:
+    """Whether it is of an original checkpoint. The model_type of some is llava, which is also that of others."""
+    named = config.get("architectures")
+    return config.get("model_type") == "llava_qwen" or (isinstance(named, list) and ORIGINAL in named)
+
+
+def with_own(config: LlavaOnevisionConfig, pinpoints: Pinpoints | None, newline: str | None) -> LlavaOnevisionConfig:
+    """The config itself, with what a recipe sets in place of the model's own."""
+    if pinpoints:
+        config.image_grid_pinpoints = [list(size) for size in pinpoints]
+    if newline:
+        config.mm_newline_position = newline
+    return config
+
+
+def newline_position(config: LlavaOnevisionConfig) -> str:
+    """Where a video has its newlines: the original's field, without which transformers' checkpoints are one_token."""
+    return getattr(config, "mm_newline_position", NEWLINE_POSITIONS[0])
+
+
+def require_newline(path: str | Path, position: Any) -> None:
+    """Raise PipelineError for an mm_newline_position, of the config at `path`, that is none of ours."""
+    if position not in NEWLINE_POSITIONS:
+        known = " and ".join(NEWLINE_POSITIONS)
+        raise PipelineError(f"{path}: mm_newline_position={position!r} is not supported; {known} are")

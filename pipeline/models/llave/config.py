@@ -1,0 +1,73 @@
+"""LLaVE's section of a recipe."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from pipeline.config import Fixed, LanguageModelTrain, ModelSection, Prefixes
+from pipeline.config.section import Place, Section
+
+Sizes = list[tuple[PositiveInt, PositiveInt]]
+
+
+class LlaveArchitecture(Section):
+    """The shape of a LLaVA-OneVision."""
+
+    vision: dict[str, Any] = Field(min_length=1, description="transformers' SiglipVisionConfig")
+    text: dict[str, Any] = Field(
+        min_length=1, description="transformers' Qwen2Config; vocab_size is the size of the tokenizer to train"
+    )
+    image_grid_pinpoints: Sizes = Field(min_length=1, description="sizes (height, width) an image is tiled to")
+
+
+class LlaveTrain(LanguageModelTrain):
+    """The parts of a LLaVE."""
+
+    projector: Annotated[bool | float, Fixed(bool), Prefixes(["multi_modal_projector.", "image_newline"])] = Field(
+        True, description="with the newline's embedding"
+    )
+    language_model: Annotated[bool | float, Fixed(bool), Prefixes(["language_model."])] = Field(
+        True, description="its weights, or adapters"
+    )
+    vision_tower: Annotated[bool | float, Fixed(bool), Prefixes(["vision_tower."])] = Field(
+        False, description="where it is frozen, it runs outside the engine, once a step"
+    )
+
+
+class LlaveSection(ModelSection):
+    """LLaVA-OneVision as an embedder."""
+
+    text_part: ClassVar = "language_model"
+
+    family: Annotated[Literal["llave"], Fixed()] = "llave"
+    path: Annotated[Place | None, Fixed()] = Field(
+        None, description="folder or hub name of a LLaVA-OneVision in transformers' format, or of an original LLaVE"
+    )
+    architecture: Annotated[LlaveArchitecture | None, Fixed()] = Field(
+        None, description="or: random weights of this shape"
+    )
+    image_grid_pinpoints: Annotated[Sizes | None, Fixed()] = Field(
+        None,
+        min_length=1,
+        description="sizes (height, width) an image is tiled to, if not those in the model's config",
+    )
+    mm_newline_position: Annotated[Literal["one_token", "grid"] | None, Fixed()] = Field(
+        None,
+        description="where a video has newlines: at its end, or after each row of each frame; if not as the model's "
+        "config says",
+    )
+    images: Literal["upright", "as_stored"] | None = Field(
+        None,
+        description="upright: turned by their EXIF orientation, 16 bits scaled to 8; as_stored: by Pillow's "
+        "convert(\"RGB\") alone, as the papers' code; if not as the model's config says, or else upright",
+    )
+    train: LlaveTrain = LlaveTrain()
+
+    @model_validator(mode="after")
+    def pinpoints_are_given_once(self) -> "LlaveSection":
+        if self.architecture and self.image_grid_pinpoints:
+            raise ValueError("model.image_grid_pinpoints is for model.path; the architecture has its own")
+        return self
+
+
+SECTION = LlaveSection

@@ -1,0 +1,159 @@
+"""LLaVE in training and in saved folders."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import Qwen2Tokenizer
+
+from pipeline.config import ModelSection, Recipe
+from pipeline.data.lengths import Lengths
+from pipeline.models import files, loading
+from pipeline.models.attention import fastest
+from pipeline.models.chunks import Features
+from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
+from pipeline.models.folder import note_images
+from pipeline.models.frozen import Frozen
+from pipeline.models.llave import checks, weights
+from pipeline.models.llave.config import LlaveSection
+from pipeline.models.llave.folder import save_folder
+from pipeline.models.llave.model import Llave, TowerlessLlave, build, check_language_model
+from pipeline.models.llave.processor import LlaveProcessor, require_normalisation
+from pipeline.models.llave.tower import FrozenTower
+from pipeline.models.loading import DTYPES, image_reading, reads_as_stored
+
+
+class LlaveTraining(TrainingInterface):
+    """A tower that is not trained is outside the engine."""
+
+    checks_config_alone = True
+    unused = ("vision_tower.post_layernorm.",)  # the embedding reads the tower before its final norm
+
+    # Names that tensors have in LLaVA-OneVision's checkpoints of earlier and present versions of transformers.
+    _RENAMED: ClassVar = (
+        (re.compile(r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)"), ""),
+        (re.compile(r"^language_model\.model\."), "language_model."),
+        (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
+    )
+
+    def check(self, model: ModelSection) -> None:
+        model = _section(model)
+        if model.architecture:
+            checks.check_architecture(model.architecture)
+        config = weights.config_of(model)
+        if model.path and not weights.is_original(files.fetched(model.path, weights=False)):
+            loading.check_weights(model.path, Llave, config)
+            LlaveProcessor.load(model.path, model.max_tokens)
+            require_normalisation(model.path)
+        check_language_model(model.path or "model.architecture", config)
+
+    def conditions(self, model: ModelSection) -> dict[str, Any]:
+        path, images = model.path, _section(model).images
+        # The config of an original checkpoint does not say how images are read.
+        if path and weights.is_original(files.fetched(path, weights=False)):
+            path = None
+        return super().conditions(model) | {"model.images": image_reading(path, images)}
+
+    def converts(self, path: str) -> bool:
+        return weights.is_original(Path(path))
+
+    def preflight(self, recipe: Recipe, path: str) -> None:
+        if Path(path).is_dir() and self.converts(path):
+            rows = weights.config_of(_section(recipe.model)).text_config.vocab_size
+            loading.tokenizer(path, rows, Qwen2Tokenizer)
+        else:
+            super().preflight(recipe, path)
+
+    def memory_model(self, recipe: Recipe) -> Llave:
+        section = _section(recipe.model)
+        if section.architecture:
+            checks.check_architecture(section.architecture)
+        with torch.device("meta"):
+            return Llave(weights.config_of(section))
+
+    def lengths(self, recipe: Recipe) -> Lengths:
+        return Lengths(checks.tiling(weights.config_of(_section(recipe.model))), recipe.video.frames)
+
+    def resolve(self, path: str, cache: Path) -> str:
+        return weights.resolve(path, cache)
+
+    def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:
+        build(_section(model).architecture, texts, seed, folder)
+
+    def processor(self, recipe: Recipe, path: str) -> Processor:
+        tokens, frames, images = recipe.model.max_tokens, recipe.video.frames, _section(recipe.model).images
+        return LlaveProcessor.load(path, tokens, frames, **_own(recipe), images=images)
+
+    def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
+        return _llave(recipe).load(path, DTYPES[recipe.precision], attention=attention, **_own(recipe))
+
+    def empty(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
+        llave = _llave(recipe)
+        return llave(llave.config_for(path, attention=attention, **_own(recipe)))
+
+    def own_name(self, stored: str) -> str:
+        for pattern, replacement in self._RENAMED:
+            stored = pattern.sub(replacement, stored)
+        return stored
+
+    def load_whole(self, recipe: Recipe, path: str) -> nn.Module:
+        return Llave.load(path, DTYPES[recipe.precision], **_own(recipe))
+
+    def frozen(self, recipe: Recipe, path: str, device: torch.device) -> Frozen | None:
+        if _section(recipe.model).train.vision_tower:
+            return None
+        return FrozenTower.load(path, DTYPES[recipe.precision], device, recipe.batch.tower_tiles)
+
+    def exported(self, weights: dict[str, torch.Tensor], frozen: Frozen | None) -> dict[str, torch.Tensor]:
+        if frozen is None:
+            return weights
+        return weights | {name: parameter.to("cpu") for name, parameter in frozen.named_parameters()}
+
+    def save(
+        self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
+    ) -> None:
+        save_folder(model, weights, source, folder, recipe.model.path)
+        note_images(folder, reads_as_stored(source, _section(recipe.model).images))
+
+
+class SavedLlave(SavedModelInterface):
+    """A LLaVA-OneVision in transformers' format."""
+
+    instructed = True
+
+    def owns(self, path: str, config: dict[str, Any]) -> bool:
+        # `load_config` says of an original checkpoint that it is to be converted.
+        return config.get("model_type") == "llava_onevision" or checks.is_original(config)
+
+    def dimension(self, path: str) -> int:
+        return int(checks.load_config(path).text_config.hidden_size)
+
+    def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
+        return LlaveProcessor.load(path, max_tokens, video_frames)
+
+    def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
+        require_normalisation(path)
+        attention = fastest(checks.load_config(path), DTYPES[precision], device)
+        return Llave.load(path, DTYPES[precision], attention=attention).eval().to(device), None
+
+
+def _section(model: ModelSection) -> LlaveSection:
+    assert isinstance(model, LlaveSection)
+    return model
+
+
+def _own(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe sets in place of the model's own."""
+    model = _section(recipe.model)
+    return {"pinpoints": model.image_grid_pinpoints, "newline": model.mm_newline_position}
+
+
+def _llave(recipe: Recipe) -> type[Llave]:
+    return Llave if _section(recipe.model).train.vision_tower else TowerlessLlave
+
+
+TRAINING = {"contrastive": LlaveTraining()}
+SAVED = SavedLlave()

@@ -1,0 +1,205 @@
+"""LLaVA-OneVision without an LM head, from packed items to unit vectors.
+
+An item's embedding is the language model's last hidden state at the prompt's last token, as a unit vector.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionModel,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+from pipeline.data.collate import Packed, sent
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
+from pipeline.models import loading
+from pipeline.models.attention import Segments, implementation, pads
+from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.llave.checks import Pinpoints, load_config, newline_position
+from pipeline.models.llave.config import LlaveArchitecture
+from pipeline.models.llave.processor import train_tokenizer
+from pipeline.models.llave.qwen2 import keep_less, pool_in_last_layer
+from pipeline.models.llave.tower import MEAN, STD, normalised, tower_features
+from pipeline.models.packing import check_packing
+
+
+class Llave(LlavaOnevisionModel):
+    """LLaVA-OneVision without an LM head, from packed items to unit vectors.
+
+    always_with_images: every forward pass is as one with images (see `forward`), so that all it trains has a gradient.
+    """
+
+    always_with_images = False
+
+    def __init__(self, config: LlavaOnevisionConfig) -> None:
+        super().__init__(config)
+        keep_less(self.language_model)
+        pool_in_last_layer(self.language_model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        dtype: torch.dtype | Literal["auto"],
+        pinpoints: Pinpoints | None = None,
+        attention: str = "sdpa",
+        newline: str | None = None,
+    ) -> "Llave":
+        """From a folder or hub name in transformers' format (under ZeRO-3 straight into its partitions).
+
+        dtype: of the weights; "auto" is the one they are stored in.  attention: see pipeline/models/attention.py.
+        pinpoints: sizes to tile images to, newline: where a video has newlines, if not the model's own.
+        """
+        config = cls.config_for(path, pinpoints, attention, newline)
+        return loading.open_model(cls, path, config, dtype, None, check_language_model)
+
+    @staticmethod
+    def config_for(
+        path: str, pinpoints: Pinpoints | None, attention: str, newline: str | None = None
+    ) -> LlavaOnevisionConfig:
+        """The config with which `load` builds the model."""
+        config = load_config(path, pinpoints, newline)
+        config.mm_newline_position = newline_position(config)
+        config._attn_implementation = {"text_config": implementation(attention), "vision_config": "sdpa"}
+        return config
+
+    @property
+    def pads(self) -> bool:
+        return pads(self.language_model.config)
+
+    @property
+    def dimension(self) -> int:
+        return self.config.text_config.hidden_size
+
+    def checkpoint_activations(self) -> None:
+        checkpoint_layers(self)
+
+    def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
+        """N packed items -> (N, hidden) float32 unit rows.
+
+        with_images: whether any rank has an image or video in this forward pass. A rank that has none then sends one
+        dummy tile through tower and projector, times zero: under ZeRO-3 every rank must run the same modules.
+        features: (tiles, patches², width) of the tower, where it is not part of the model.
+        """
+        embeds = self.language_model.embed_tokens(packed.input_ids)
+        if packed.images:
+            # Found on the host, which else would wait until the device has done all that it was given before.
+            marks = torch.tensor([self.config.image_token_id, self.config.video_token_id])
+            placeholders = sent(torch.isin(packed.host_ids, marks).nonzero()[:, 0], embeds.device)
+            if features is None:
+                features = tower_features(self.vision_tower, normalised(packed.tiles, embeds.device, embeds.dtype))
+            embeds = embeds.index_copy(0, placeholders, self.image_tokens(packed, features))
+        elif with_images or self.always_with_images:
+            dummy = self.multi_modal_projector(self._dummy_features(embeds))
+            embeds = embeds + 0 * (dummy.sum() + self.image_newline.sum())
+        hidden = self.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=packed.positions,
+            segments=Segments(packed.lengths, embeds.device),
+            use_cache=False,
+        ).last_hidden_state[0]
+        return F.normalize(hidden.float(), dim=-1)
+
+    def image_tokens(self, packed: Packed, features: torch.Tensor) -> torch.Tensor:
+        """All images' and videos' rows, in the order of their placeholders: (placeholders, hidden)."""
+        features = self.multi_modal_projector(features).split([len(image.tiles) for image in packed.images])
+        rows = []
+        for tiles, image in zip(features, packed.images, strict=True):
+            if image.video and self.config.mm_newline_position == "grid":
+                frames = self.apply_pooling(tiles)
+                side = math.isqrt(frames.shape[1])
+                newlines = self.image_newline.expand(len(frames), side, 1, -1)
+                rows.append(torch.cat([frames.unflatten(1, (side, side)), newlines], dim=2).flatten(0, 2))
+            elif image.video:
+                rows += [self.apply_pooling(tiles).flatten(0, 1), self.image_newline[None]]
+            else:
+                rows += self.pack_image_features(
+                    [tiles],
+                    [(image.height, image.width)],
+                    image_newline=self.image_newline,
+                    vision_aspect_ratio=self.config.vision_aspect_ratio,
+                )[0]
+        return torch.cat(rows)
+
+    def _dummy_features(self, like: torch.Tensor) -> torch.Tensor:
+        """The tower's of one black tile, or zeros where the tower is not part of the model."""
+        vision = self.config.vision_config
+        if self.vision_tower is None:
+            return like.new_zeros(1, 1, vision.hidden_size)
+        return tower_features(self.vision_tower, like.new_zeros(1, 3, vision.image_size, vision.image_size))
+
+
+class TowerlessLlave(Llave):
+    """The model without its vision tower, whose features it is given."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^(model\.)?vision_tower",)
+
+    def __init__(self, config: LlavaOnevisionConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = None
+
+
+# transformers finds a class's checkpoint names by the name of the class.
+for name in ("Llave", "TowerlessLlave"):
+    register_checkpoint_conversion_mapping(name, get_checkpoint_conversion_mapping("LlavaOnevisionModel"))
+
+
+def build(architecture: LlaveArchitecture, texts: Iterable[str], seed: int, folder: Path) -> None:
+    """Write a model of random weights, with a tokenizer trained on `texts`, as a folder that `load` reads.
+
+    It is written once and then loaded by every rank, which is also the one way to ZeRO-3's partitions.
+    """
+    tokenizer = train_tokenizer(texts, int(architecture.text["vocab_size"]))
+    text = architecture.text | {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**architecture.vision, vision_use_head=False),
+        text_config=Qwen2Config(**text),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_MARK),
+        video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_MARK),
+        image_grid_pinpoints=[list(size) for size in architecture.image_grid_pinpoints],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlavaOnevisionModel(config).save_pretrained(folder, save_original_format=False)
+    tokenizer.save_pretrained(folder)
+    size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+    LlavaOnevisionImageProcessorPil(
+        size=size,
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        image_mean=[MEAN] * 3,
+        image_std=[STD] * 3,
+    ).save_pretrained(folder)
+
+
+def check_language_model(path: str, config: LlavaOnevisionConfig) -> None:
+    """Raise PipelineError where the model would not keep packed items apart."""
+    check_packing(path, config.text_config, _of_text)
+
+
+def _of_text(text: Qwen2Config) -> Llave:
+    """A model of this language model, and next to nothing else."""
+    vision = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=8
+    )
+    config = LlavaOnevisionConfig(vision_config=vision, text_config=text)
+    config._attn_implementation = {"text_config": implementation("sdpa"), "vision_config": "sdpa"}
+    return TowerlessLlave(config)

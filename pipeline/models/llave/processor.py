@@ -1,0 +1,179 @@
+"""Items -> token ids and tiles, as LLaVE reads them."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+from PIL.Image import Image as Picture
+from PIL.Image import Resampling
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessorPil,
+    PreTrainedTokenizerBase,
+    Qwen2Tokenizer,
+)
+
+from pipeline.data.collate import Encoded, Image
+from pipeline.data.resize import compiled
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
+from pipeline.data.tiles import Tiling, decode_image
+from pipeline.data.video import sample_frames
+from pipeline.errors import PipelineError
+from pipeline.models import loading
+from pipeline.models.llave.checks import Pinpoints, load_config, tiling
+from pipeline.models.llave.tower import MEAN, STD
+from pipeline.models.loading import reads_as_stored
+
+# The published prompt: the assistant's turn is one newline, and so is the last token, which is pooled.
+PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
+
+_TURNS = ("<|im_start|>", "<|im_end|>")
+_MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
+
+
+def prompt(text: str) -> str:
+    return PREFIX + text.strip() + SUFFIX
+
+
+@dataclass(frozen=True)
+class LlaveProcessor:
+    """Items -> token ids and tiles, as LLaVE reads them; of a video, `video_frames` frames.  as_stored: see `rgb`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tiling: Tiling
+    image_token_id: int
+    video_token_id: int
+    max_tokens: int
+    video_frames: int = 8
+    as_stored: bool = False
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        max_tokens: int,
+        video_frames: int = 8,
+        pinpoints: Pinpoints | None = None,
+        newline: str | None = None,
+        images: str | None = None,
+    ) -> "LlaveProcessor":
+        """The processor of a model folder or hub name.
+
+        pinpoints: sizes to tile images to, newline: where a video has newlines, images: how they are read, if not the
+        model's own.
+        """
+        compiled()  # once, not in every worker
+        config = load_config(path, pinpoints, newline)
+        tokenizer = loading.tokenizer(path, config.text_config.vocab_size)
+        _require_marks(path, config, tokenizer)
+        _require_image_processor(path, config)
+        ids = config.image_token_id, config.video_token_id
+        return cls(tokenizer, tiling(config), *ids, max_tokens, video_frames, reads_as_stored(path, images))
+
+    def encode(self, item: Item) -> Encoded:
+        """Token ids with a placeholder for each image or video token. A text too long is cut at its end, images never.
+
+        Raises `BadSample` if an image or the video is undecodable or does not fit `max_tokens`, or if the text's
+        marks are not as many as they are.
+        """
+        images = [partial(decode_image, image, self.as_stored) for image in item.images]
+        frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
+        return self.encode_parts(item.text, images, frames)
+
+    def encode_parts(
+        self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
+    ) -> Encoded:
+        """The same of a text with RGB images, and a video's RGB frames, all of which are used.
+
+        Each is called when its turn comes: one decoded image is in memory at a time, none where the marks are wrong.
+        """
+        pieces = _MARKS.split(prompt(text))
+        for mark, name, count in (
+            (IMAGE_MARK, "images", len(images)),
+            (VIDEO_MARK, "videos", int(frames is not None)),
+        ):
+            if pieces.count(mark) != count:
+                raise BadSample(f"{pieces.count(mark)} {mark} marks in the text, {count} {name}")
+        anyres = len(images) == 1
+        encoded, ids, pictures = [], [], (decode() for decode in images)
+        for piece in pieces:
+            if piece == IMAGE_MARK:
+                picture = next(pictures)
+                encoded.append(Image(self.tiling.cut(picture, anyres=anyres), picture.height, picture.width))
+                ids += [self.image_token_id] * self.tiling.tokens(picture.height, picture.width, anyres=anyres)
+            elif piece == VIDEO_MARK:
+                shown = frames()
+                encoded.append(Image(self.tiling.cut_frames(shown), shown[0].height, shown[0].width, video=True))
+                ids += [self.video_token_id] * self.tiling.video_tokens(len(shown))
+            else:
+                ids += self._tokenize(piece)
+        ids = np.array(ids, np.int32)
+        if len(ids) > self.max_tokens:
+            kept, cut = np.split(ids, [self.max_tokens - len(self._suffix)])
+            if np.isin(cut, (self.image_token_id, self.video_token_id)).any():
+                raise BadSample(f"{len(ids)} tokens with its images and video, of {self.max_tokens} at most")
+            ids = np.concatenate([kept, self._suffix])
+        return Encoded(ids, tuple(encoded))
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    @cached_property
+    def _suffix(self) -> np.ndarray:
+        return np.array(self._tokenize(SUFFIX), np.int32)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
+    """Qwen2's byte-level BPE and special tokens, with at most `vocab_size` tokens, of these texts in their prompt."""
+    return Qwen2Tokenizer().train_new_from_iterator(
+        (prompt(text) for text in texts),
+        vocab_size,
+        new_special_tokens=["<|im_start|>", "<|im_end|>", IMAGE_MARK, VIDEO_MARK],
+        show_progress=False,
+    )
+
+
+def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise PipelineError where the prompt's marks, or those of images and videos, are not tokens of their own."""
+    vocabulary = tokenizer.get_vocab()
+    if missing := [mark for mark in _TURNS if mark not in vocabulary]:
+        raise PipelineError(f"{path}: its tokenizer has no token {missing[0]}, of which the prompt is made")
+    texts = vocabulary.values() - tokenizer.added_tokens_decoder.keys()
+    rows = config.text_config.vocab_size
+    ids = {name: getattr(config, name) for name in ("image_token_id", "video_token_id")}
+    for name, value in ids.items():
+        if not isinstance(value, int) or not 0 <= value < rows:
+            raise PipelineError(
+                f"{path}: {name}={value!r} in its config.json is no row of the embedding ({rows:,} rows)"
+            )
+        if value in texts or len(set(ids.values())) == 1:
+            raise PipelineError(f"{path}: {name}={value} in its config.json stands for something else, too: correct it")
+
+
+def _require_image_processor(path: str, config: LlavaOnevisionConfig) -> None:
+    """Raise PipelineError where images have another size than here. An export holds the processor."""
+    its, side = loading.image_processor(path, LlavaOnevisionImageProcessorPil), config.vision_config.image_size
+    if (its.size.height, its.size.width) != (side, side):
+        raise PipelineError(f"{path}: its image processor makes tiles of size {dict(its.size)}, its model takes {side}")
+
+
+def require_normalisation(path: str) -> None:
+    """Raise PipelineError where the model was trained with pictures that are made otherwise than here."""
+    its = loading.image_processor(path, LlavaOnevisionImageProcessorPil)
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_pad"):
+        if not getattr(its, name):
+            raise PipelineError(f"{path}: its image processor has {name}={getattr(its, name)}; only true is supported")
+    if not math.isclose(its.rescale_factor, 1 / 255, rel_tol=1e-6) or its.resample != Resampling.BICUBIC:
+        raise PipelineError(
+            f"{path}: its image processor has rescale_factor={its.rescale_factor}, resample={its.resample}; only 1/255 "
+            f"and {int(Resampling.BICUBIC)} (bicubic) are supported"
+        )
+    if {*its.image_mean} != {MEAN} or {*its.image_std} != {STD}:
+        raise PipelineError(
+            f"{path}: its image processor has image_mean={its.image_mean}, image_std={its.image_std}; only {MEAN} and "
+            f"{STD} are supported"
+        )

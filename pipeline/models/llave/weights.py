@@ -1,0 +1,404 @@
+"""Original LLaVE checkpoints <-> Hugging Face folders, one file of weights at a time.
+
+The original format is that of LLaVA-NeXT: config.json of architecture LlavaQwenForCausalLM, tensors by the names of its
+modules, in .safetensors or .bin files. Files are mapped into memory, of one at a time; none is unpickled beyond its
+tensors.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AddedToken,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionModel,
+    Qwen2Config,
+    Qwen2Tokenizer,
+    SiglipVisionConfig,
+)
+
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
+from pipeline.errors import PipelineError
+from pipeline.models import loading
+from pipeline.models.files import (
+    Tensors,
+    fetched,
+    read_json,
+    read_tensors,
+    refuse_not_finite,
+    some,
+    survey,
+    weight_files,
+)
+from pipeline.models.folder import finish
+from pipeline.models.llave import checks
+from pipeline.models.llave.checks import (
+    NEWLINE_POSITIONS,
+    load_config,
+    newline_position,
+    require_newline,
+    require_tiles,
+    with_own,
+)
+from pipeline.models.llave.config import LlaveSection
+from pipeline.models.llave.tower import MEAN, STD
+from pipeline.models.loading import checked, config_dict, reading
+
+# Prefixes of the original's tensor names, and those that transformers saves. The first that fits holds.
+_PREFIXES = (
+    ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("model.image_newline", "image_newline"),
+    ("model.", "language_model."),
+)
+_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# Of the original's choices, those that LLaVE made, and what the original does where its config is silent.
+_CHOICES = {
+    "mm_projector_type": ("mlp2x_gelu", "linear"),
+    "mm_patch_merge_type": ("spatial_unpad", "flat"),
+    "mm_vision_select_layer": (-2, None),
+    "mm_vision_select_feature": ("patch", "patch"),
+    "mm_spatial_pool_mode": ("bilinear", "bilinear"),
+    "mm_spatial_pool_stride": (2, 2),
+    "mm_resampler_type": (None, None),
+    "mm_use_im_start_end": (False, False),
+    "add_faster_video": (False, False),
+    "use_sliding_window": (False, False),
+}
+# Where null is to it as silence: what it takes for false, what it never reads (the stride; of SigLIP the feature), and
+# the resampler, of which it writes null itself. With null in one of the others it breaks down.
+_NULL_IS_SILENCE = {
+    "mm_vision_select_feature",
+    "mm_spatial_pool_stride",
+    "mm_resampler_type",
+    "mm_use_im_start_end",
+    "add_faster_video",
+    "use_sliding_window",
+}
+# The language model's shape. Not rope_scaling, which the original sets to none whatever its config says.
+_TEXT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+_VISION = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
+_SO400M = "siglip-so400m-patch14-384"
+_SO400M_SHAPE = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+
+
+def is_original(folder: Path) -> bool:
+    """Whether a folder holds an original checkpoint. Raises `PipelineError` if its config.json is damaged."""
+    config = folder / "config.json"
+    return config.is_file() and checks.is_original(read_json(config))
+
+
+def _original_folder(path: str) -> Path | None:
+    """The folder of an original checkpoint, by its path or hub name, with its config at least; None if it is none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            folder = fetched(path, weights=False)
+        except PipelineError:  # whoever loads it next says what is wrong
+            return None
+    return folder if is_original(folder) else None
+
+
+def resolve(path: str, cache: Path) -> str:
+    """The folder or hub name that `Llave.load` reads: `path` itself, or an original checkpoint converted in `cache`.
+
+    It is converted once, and again when a file of it has another size or time. Several processes may try at once: each
+    works in a folder of its own, and the first to rename it has done it for all.
+    """
+    source = _original_folder(path)
+    if source is None:
+        return path
+    if not Path(path).is_dir():
+        source = fetched(path)
+    files = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(source.resolve().iterdir())
+        if file.exists()
+    ]
+    fingerprint = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+    converted = cache / f"{Path(path).resolve().name}-{fingerprint}"
+    if not converted.exists():
+        unfinished = cache / f"{converted.name}.unfinished-{socket.gethostname()}-{os.getpid()}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            convert_original(source, unfinished)
+            unfinished.rename(converted)
+        except OSError:
+            if not converted.exists():
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return str(converted)
+
+
+def config_of(model: LlaveSection) -> LlavaOnevisionConfig:
+    """The config of the recipe's model, before there is one."""
+    pinpoints, newline = model.image_grid_pinpoints, model.mm_newline_position
+    if model.architecture:
+        config = LlavaOnevisionConfig(
+            vision_config=SiglipVisionConfig(**model.architecture.vision, vision_use_head=False),
+            text_config=Qwen2Config(**model.architecture.text),
+            image_grid_pinpoints=[list(size) for size in model.architecture.image_grid_pinpoints],
+        )
+        return with_own(config, None, newline)
+    source = _original_folder(model.path)
+    if source is None:
+        return load_config(model.path, pinpoints, newline)
+    return with_own(_config(source), pinpoints, newline)
+
+
+def convert_original(source: Path, folder: Path) -> None:
+    """Write an original checkpoint as a new folder in transformers' format, file by file; tensors keep their bits.
+
+    The language model's head is dropped. The tower has one layer less than its config says: the original drops it, and
+    so its tensors are not in the checkpoint. The embedding gets rows of zeros where it has none for the marks of image
+    and video. config.json comes last: a folder without it is not finished.
+
+    Raises `PipelineError` for a config of another kind of LLaVA, missing, unknown and misshapen tensors, unreadable
+    files, or if `folder` is there already.
+    """
+    if not is_original(source):
+        raise PipelineError(f"{source} is not an original checkpoint: its config.json is not of a {checks.ORIGINAL}")
+    config = _config(source)
+    files, stored = weight_files(source), survey(source)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    if not any(name.startswith(_PREFIXES[0][0]) for name in shapes):
+        raise PipelineError(
+            f"{source} has no vision tower: none of its tensors begins with {_PREFIXES[0][0]}; "
+            "use a checkpoint that was saved with its tower"
+        )
+    expected = {_original(name): shape for name, shape in _expected_shapes(source, config).items()}
+    _check(source, {name: shape for name, shape in shapes.items() if name != _LM_HEAD}, expected)
+    tokenizer = loading.tokenizer(str(source), config.text_config.vocab_size, Qwen2Tokenizer)
+    marks = [AddedToken(mark, special=True, normalized=False) for mark in (IMAGE_MARK, VIDEO_MARK)]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    config.image_token_id, config.video_token_id = tokenizer.convert_tokens_to_ids([IMAGE_MARK, VIDEO_MARK])
+    rows = config.text_config.vocab_size
+    config.text_config.vocab_size = max(rows, config.image_token_id + 1, config.video_token_id + 1)
+
+    def renamed(tensors: Tensors) -> Tensors:
+        tensors.pop(_LM_HEAD, None)
+        if _EMBEDDING in tensors and rows < config.text_config.vocab_size:
+            padding = 0, 0, 0, config.text_config.vocab_size - rows
+            tensors[_EMBEDDING] = torch.nn.functional.pad(tensors[_EMBEDDING], padding)
+        return {_transformers(name): tensor for name, tensor in tensors.items()}
+
+    _new_folder(folder)
+    _rewrite(files, folder, renamed)
+    tokenizer.save_pretrained(folder)
+    size = config.vision_config.image_size
+    LlavaOnevisionImageProcessorPil(
+        size={"height": size, "width": size},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        image_mean=[MEAN] * 3,
+        image_std=[STD] * 3,
+    ).save_pretrained(folder)
+    config.dtype = stored[_EMBEDDING].dtype  # which stands for the model's
+    config.save_pretrained(folder)
+    finish(folder)
+
+
+def export_original(folder: Path, out: Path) -> None:
+    """Write a folder in transformers' format, as we save it, as an original checkpoint in the new folder `out`.
+
+    The head is the embedding: ours has none. vision_config.json counts the tower's layers with the one that the
+    original drops, of which there are no tensors, as in its own checkpoints.
+
+    Raises `PipelineError` as `convert_original` does.
+    """
+    if not (folder / "config.json").is_file() or config_dict(str(folder)).get("model_type") != "llava_onevision":
+        raise PipelineError(f"{folder} is no model to export: expected a config.json of model_type llava_onevision")
+    config = loading.config(str(folder), LlavaOnevisionConfig)
+    text, vision = config.text_config, config.vision_config
+    if text.model_type != "qwen2" or text.rope_parameters["rope_type"] != "default" or text.use_sliding_window:
+        raise PipelineError(
+            f"{folder}: the original format is for Qwen2 with plain rotary embeddings and full attention only"
+        )
+    if config.vision_feature_layer != -1:
+        raise PipelineError(f"{folder}: only vision_feature_layer=-1, the tower's last layer, can be exported")
+    files, stored = weight_files(folder), survey(folder)
+    _check(folder, {name: tensor.shape for name, tensor in stored.items()}, _expected_shapes(folder, config))
+
+    def renamed(tensors: Tensors) -> Tensors:
+        tensors = {_original(name): tensor for name, tensor in tensors.items()}
+        if _EMBEDDING in tensors:
+            tensors[_LM_HEAD] = tensors[_EMBEDDING].clone()
+        return tensors
+
+    _new_folder(out)
+    _rewrite(files, out, renamed)
+    loading.tokenizer(str(folder)).save_pretrained(out)
+    tower = {name: getattr(vision, name) for name in _VISION}
+    tower |= {"model_type": "siglip_vision_model", "num_hidden_layers": vision.num_hidden_layers + 1}
+    _write_json(out / "vision_config.json", tower)
+    original = {
+        "architectures": [checks.ORIGINAL],
+        "model_type": "llava_qwen",
+        **{name: getattr(text, name) for name in _TEXT},
+        "rope_theta": text.rope_parameters["rope_theta"],
+        "torch_dtype": str(stored[_transformers(_EMBEDDING)].dtype).removeprefix("torch."),
+        **{name: value for name, (value, _) in _CHOICES.items()},
+        "use_mm_proj": True,
+        "mm_use_im_patch_token": False,
+        "mm_hidden_size": vision.hidden_size,
+        "mm_vision_tower": f"google/{_SO400M}",
+        # Without mm_vision_tower here the original reads the tower from the hub, not from the checkpoint.
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+        "mm_newline_position": newline_position(config),
+        "image_aspect_ratio": config.vision_aspect_ratio,
+        "image_grid_pinpoints": [[width, height] for height, width in config.image_grid_pinpoints],
+        "tokenizer_model_max_length": text.max_position_embeddings,
+        "tokenizer_padding_side": "right",
+    }
+    _write_json(out / "config.json", original)
+    finish(out)
+
+
+def _config(source: Path) -> LlavaOnevisionConfig:
+    """transformers' config of an original checkpoint, without the marks' token ids."""
+    file = source / "config.json"
+    original = checked(file, read_json(file))
+    for name, (supported, default) in _CHOICES.items():
+        given = original.get(name, default)
+        if given is None and name in _NULL_IS_SILENCE:
+            given = default
+        if given != supported:
+            raise PipelineError(f"{file}: {name}={given!r} is not supported; {supported!r} is")
+    position = original.get("mm_newline_position", NEWLINE_POSITIONS[0])
+    require_newline(file, position)
+    ratio, pinpoints = original.get("image_aspect_ratio"), original.get("image_grid_pinpoints")
+    if not re.fullmatch(r"anyres_max_\d+", str(ratio)):
+        raise PipelineError(f"{file}: image_aspect_ratio={ratio!r} is not supported; 'anyres_max_N' is")
+    if not isinstance(pinpoints, list) or not all(isinstance(size, list) and len(size) == 2 for size in pinpoints):
+        raise PipelineError(f"{file}: image_grid_pinpoints is not a list of [width, height]")
+    if missing := [name for name in (*_TEXT, "rope_theta") if name not in original]:
+        raise PipelineError(f"{file} lacks {', '.join(missing)}")
+    rope = {"rope_type": "default", "rope_theta": original["rope_theta"]}
+    tokens = {name: original.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    with reading(file):
+        config = LlavaOnevisionConfig(
+            vision_config=_tower_config(source, original),
+            text_config=Qwen2Config(**{name: original[name] for name in _TEXT}, rope_parameters=rope, **tokens),
+            # The original writes width before height, transformers height before width.
+            image_grid_pinpoints=[[height, width] for width, height in pinpoints],
+            vision_aspect_ratio=ratio,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            architectures=["LlavaOnevisionModel"],
+        )
+    config.mm_newline_position = position
+    require_tiles(file, config)
+    return config
+
+
+def _tower_config(source: Path, original: dict[str, Any]) -> SiglipVisionConfig:
+    """The tower without its last layer, by vision_config.json or by the one tower that the original knows."""
+    file = source / "vision_config.json"
+    name = str(original.get("mm_vision_tower"))
+    if file.is_file():
+        given = checked(file, read_json(file))
+        shape = {name: given[name] for name in _VISION if name in given}
+    elif Path(name).name == _SO400M:
+        shape = _SO400M_SHAPE
+    else:
+        raise PipelineError(f"{source}: mm_vision_tower={name!r} is not {_SO400M}; put its config at {file}")
+    with reading(file if file.is_file() else source / "config.json"):
+        config = SiglipVisionConfig(**shape, vision_use_head=False)
+    config.num_hidden_layers -= 1
+    return config
+
+
+def _expected_shapes(source: Path, config: LlavaOnevisionConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each of the model's tensors, by the name that transformers saves it under."""
+    with reading(source / "config.json"), torch.device("meta"):
+        model = LlavaOnevisionModel(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _check(source: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    if missing := sorted(expected.keys() - found.keys()):
+        raise PipelineError(f"{source} lacks {len(missing)} of the model's tensors: {some(missing)}")
+    if unknown := sorted(found.keys() - expected.keys()):
+        raise PipelineError(f"{source} has {len(unknown)} tensors that are not of this model: {some(unknown)}")
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise PipelineError(f"{source}: {name} is {list(shape)}, but by its config {list(expected[name])}")
+
+
+def _transformers(name: str) -> str:
+    theirs, ours = next(pair for pair in _PREFIXES if name.startswith(pair[0]))
+    return ours + name.removeprefix(theirs)
+
+
+def _original(name: str) -> str:
+    theirs, ours = next(pair for pair in _PREFIXES if name.startswith(pair[1]))
+    return theirs + name.removeprefix(ours)
+
+
+def _rewrite(files: list[Path], folder: Path, renamed: Callable[[Tensors], Tensors]) -> None:
+    """Write a .safetensors for each file, with its tensors `renamed`, and their index if there are several."""
+    weight_map, total = {}, 0
+    for number, file in enumerate(files, 1):
+        single = len(files) == 1
+        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors = read_tensors(file)
+        for key in tensors:
+            refuse_not_finite(file, key, tensors[key])
+        tensors = {key: tensor.contiguous() for key, tensor in renamed(tensors).items()}
+        save_file(tensors, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors  # before the next file is mapped
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _new_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise PipelineError(f"{folder} is there already; name a new folder or remove it") from None
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")

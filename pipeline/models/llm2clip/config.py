@@ -1,0 +1,49 @@
+"""LLM2CLIP's section of a recipe."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from pipeline.config import Fixed, ModelSection, Prefixes, TrainSection
+from pipeline.config.section import Place, Section
+
+
+class Llm2ClipArchitecture(Section):
+    """The shape of a vision encoder."""
+
+    vision: dict[str, Any] = Field(min_length=1, description="transformers' CLIPVisionConfig")
+
+
+class Llm2ClipTrain(TrainSection):
+    """The parts of an LLM2CLIP; its text encoder is frozen."""
+
+    vision_tower: Annotated[bool | float, Fixed(bool), Prefixes(["vision."])]
+    adapter: Annotated[bool | float, Fixed(bool), Prefixes(["adapter."])] = Field(
+        True, description="over the frozen text encoder's vectors"
+    )
+
+
+class Llm2ClipSection(ModelSection):
+    """LLM2CLIP's second stage: a vision encoder that a frozen text encoder teaches."""
+
+    text_part: ClassVar = "adapter"
+
+    family: Annotated[Literal["llm2clip"], Fixed()] = "llm2clip"
+    path: Annotated[Place | None, Fixed()] = Field(
+        None, description="folder or hub name of a CLIP, SigLIP or timm vision tower"
+    )
+    architecture: Annotated[Llm2ClipArchitecture | None, Fixed()] = Field(
+        None, description="or: random weights of this shape"
+    )
+    images: Literal["upright", "as_stored"] | None = Field(None, description="how images are read; see llave's")
+    text_encoder: Annotated[Place, Fixed()] = Field(
+        description="folder or hub name of the frozen text encoder, the export of a run of family text_encoder"
+    )
+    train: Llm2ClipTrain
+
+    @property
+    def other_folders(self) -> dict[str, str]:
+        return {"model.text_encoder": self.text_encoder}
+
+
+SECTION = Llm2ClipSection

@@ -1,0 +1,179 @@
+"""LLM2CLIP's vision encoder with its adapter, in training and in saved folders."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModel, CLIPVisionConfig
+
+from pipeline.config import ModelSection, Recipe
+from pipeline.data.collate import Encoded, Image
+from pipeline.data.lengths import Lengths, Square
+from pipeline.data.source import Source
+from pipeline.errors import PipelineError
+from pipeline.models import loading
+from pipeline.models.attention import choose
+from pipeline.models.chunks import Features
+from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
+from pipeline.models.files import fetched, fingerprint
+from pipeline.models.folder import note_images
+from pipeline.models.frozen import Frozen
+from pipeline.models.llm2clip import model as llm2clip
+from pipeline.models.llm2clip.config import Llm2ClipSection
+from pipeline.models.llm2clip.model import Llm2Clip
+from pipeline.models.loading import DTYPES, image_reading, reads_as_stored, refuse_unknown
+from pipeline.models.text_encoder import model as decoder
+from pipeline.models.text_encoder.checks import load_config
+from pipeline.models.text_encoder.family import SAVED as SAVED_TEXT_ENCODER
+from pipeline.models.text_encoder.model import FrozenTextEncoder, TextEncoder
+from pipeline.models.text_encoder.processor import TextProcessor
+from pipeline.models.two_tower import TwoTowerProcessor
+from pipeline.models.vision import Pixels, VisionEncoder, shape_of, tokens_of
+
+
+class Llm2ClipTraining(TrainingInterface):
+    """LLM2CLIP's second stage: a vision encoder, and an adapter over a frozen text encoder's vectors.
+
+    These come with the data (data.text_embeddings), or the text encoder is outside the engine.
+    """
+
+    stages = (0, 1, 2)
+
+    def check(self, model: ModelSection) -> None:
+        model = _section(model)
+        # The export needs it, whether or not training does.
+        config = load_config(model.text_encoder)
+        loading.check_weights(str(fetched(model.text_encoder)), AutoModel, config)
+        decoder.check(model.text_encoder, config)
+        TextProcessor.load(model.text_encoder, model.max_tokens)
+        if model.path:
+            Pixels.load(model.path)
+            VisionEncoder.check(model.path)
+        else:
+            refuse_unknown("vision", _vision(model), CLIPVisionConfig())
+
+    def check_data(self, recipe: Recipe, source: Source) -> None:
+        if (made := source.embedding_metadata) is None:
+            return
+        text_encoder, again = _section(recipe.model).text_encoder, "embed the shards again, or name what made them"
+        width = self.dimension_of_texts(text_encoder)
+        if made.width != width:
+            raise PipelineError(
+                f"data.text_embeddings are {made.width} wide, made by {made.model}, and those of "
+                f"model.text_encoder={text_encoder} are {width} wide: {again}"
+            )
+        if made.weights and made.weights != fingerprint(str(fetched(text_encoder))):
+            raise PipelineError(
+                f"data.text_embeddings were made by {made.model} with other weights than "
+                f"model.text_encoder={text_encoder} has now: {again}"
+            )
+        if made.max_tokens and made.max_tokens != recipe.model.max_tokens:
+            raise PipelineError(
+                f"data.text_embeddings are of texts cut at {made.max_tokens} tokens, and model.max_tokens is "
+                f"{recipe.model.max_tokens}: set it to that, or embed the shards again with --max-tokens"
+            )
+
+    def conditions(self, model: ModelSection) -> dict[str, Any]:
+        section = _section(model)
+        return super().conditions(model) | {
+            "the text encoder's fingerprint": fingerprint(section.text_encoder),
+            "model.images": image_reading(section.path, section.images),
+        }
+
+    def lengths(self, recipe: Recipe) -> Lengths:
+        # Of texts, too, where their vectors come with them: few, and equal for all ranks.
+        return Lengths(Square(_tokens(recipe)), recipe.video.frames)
+
+    def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:
+        vision = _vision(model)
+        VisionEncoder.build(vision, CLIPVisionConfig(**vision).projection_dim, seed).save(folder)
+
+    def processor(self, recipe: Recipe, path: str) -> Processor:
+        pixels, vectors = Pixels.load(path, _section(recipe.model).images), bool(recipe.data.text_embeddings)
+        return TwoTowerProcessor(pixels, _tokens(recipe), self._texts(recipe), recipe.video.frames, vectors)
+
+    def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
+        width = self.dimension_of_texts(_section(recipe.model).text_encoder)
+        model = Llm2Clip.load(path, DTYPES[recipe.precision], width, recipe.seed)
+        model.pads = not recipe.data.text_embeddings and attention == "sdpa"
+        return model
+
+    def frozen(self, recipe: Recipe, path: str, device: torch.device) -> Frozen | None:
+        return None if recipe.data.text_embeddings else self._text_encoder(recipe, device)
+
+    def for_evaluation(
+        self, recipe: Recipe, processor: Processor, frozen: Frozen | None, device: torch.device
+    ) -> tuple[Processor, Features | None]:
+        if frozen is None:  # the texts of evaluation sets have no vectors
+            processor = replace(processor, with_vectors=False)
+            frozen = self._text_encoder(recipe, device)
+        return processor, frozen.features_of
+
+    def save(
+        self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
+    ) -> None:
+        llm2clip.save(model, _section(recipe.model).text_encoder, folder, recipe.model.path)
+        note_images(folder, reads_as_stored(source, _section(recipe.model).images))
+
+    def _texts(self, recipe: Recipe) -> TextProcessor:
+        return TextProcessor.load(_section(recipe.model).text_encoder, recipe.model.max_tokens)
+
+    def _text_encoder(self, recipe: Recipe, device: torch.device) -> FrozenTextEncoder:
+        dtype = DTYPES[recipe.precision]
+        attention = choose(recipe.model.attention, device.type, dtype)
+        return FrozenTextEncoder(TextEncoder.load(_section(recipe.model).text_encoder, dtype, attention), device)
+
+    @staticmethod
+    def dimension_of_texts(text_encoder: str) -> int:
+        return int(load_config(text_encoder).hidden_size)
+
+
+class SavedLlm2Clip(SavedModelInterface):
+    """A vision encoder's folder with an adapter, and a text encoder in a folder below it."""
+
+    def owns(self, path: str, config: dict[str, Any]) -> bool:
+        return llm2clip.settings(path) is not None
+
+    def dimension(self, path: str) -> int:
+        return shape_of(path).dimension
+
+    def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
+        texts = TextProcessor.load(llm2clip.text_encoder_of(path), max_tokens)
+        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts, video_frames)
+
+    def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
+        text_encoder, _ = SAVED_TEXT_ENCODER.open(llm2clip.text_encoder_of(path), precision, device)
+        model = Llm2Clip.load(path, DTYPES[precision], text_encoder.dimension).eval().to(device)
+        model.pads = text_encoder.pads
+        return model, FrozenTextEncoder(text_encoder, device).features_of
+
+    def open_trained(self, path: str) -> nn.Module:
+        return Llm2Clip.load(path, DTYPES["auto"], llm2clip.settings(path)["width"]).eval()
+
+    def probe(self, path: str) -> list[Encoded]:
+        pixels, width = Pixels.load(path), llm2clip.settings(path)["width"]
+        tile = np.linspace(0, 255, 3 * pixels.size**2).astype(np.uint8).reshape(1, 3, pixels.size, pixels.size)
+        image = Encoded(np.zeros(1, np.int32), (Image(tile, pixels.size, pixels.size),))
+        return [image, Encoded(np.zeros(1, np.int32), vector=np.linspace(-1, 1, width, dtype=np.float32))]
+
+
+def _section(model: ModelSection) -> Llm2ClipSection:
+    assert isinstance(model, Llm2ClipSection)
+    return model
+
+
+def _vision(model: ModelSection) -> dict[str, Any]:
+    architecture = _section(model).architecture
+    return architecture.vision if architecture else {}
+
+
+def _tokens(recipe: Recipe) -> int:
+    return tokens_of(recipe.model.path, _vision(recipe.model))
+
+
+TRAINING = {"contrastive": Llm2ClipTraining()}
+SAVED = SavedLlm2Clip()

@@ -1,0 +1,194 @@
+"""LLM2CLIP: a frozen language model's vectors of texts, and an adapter, teach a vision encoder (arXiv 2411.04997).
+
+As a folder: the vision encoder in transformers' format, which that loads alone; adapter.safetensors and llm2clip.json;
+and the text encoder, in text_encoder/.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from pipeline.data.collate import Packed, sent
+from pipeline.errors import PipelineError
+from pipeline.models.files import fetched, read_json, read_tensors, refuse_not_finite, refuse_zeros
+from pipeline.models.folder import base_of, finish, share
+from pipeline.models.text_encoder.checks import load_config
+from pipeline.models.two_tower import TwoTower
+from pipeline.models.vision import Pixels, VisionEncoder
+
+SETTINGS_FILE, ADAPTER_FILE, TEXT_ENCODER = "llm2clip.json", "adapter.safetensors", "text_encoder"
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: feature-extraction
+{base_model}tags:
+- llm2clip
+- multimodal
+- embedding
+---
+
+# LLM2CLIP
+
+A vision encoder that a language model taught ([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)), of images and of
+texts of any length. In this folder:
+
+- the vision encoder, which `transformers` loads alone: `{loader}`
+- `text_encoder/`, a decoder that attends both ways; its README says how to embed a text with it
+- `adapter.safetensors`, the MLP that brings these vectors to the images' space
+
+With the project that trained it:
+
+```python
+from pathlib import Path
+from pipeline.embed import Embedder
+
+embeddings = Embedder.load(".").embed(["a red star", Path("star.png")])
+```
+"""
+
+
+class TextAdapter(nn.Module):
+    """Residual MLP blocks, a norm and a projection (LLM2CLIP, arXiv 2411.04997; its eva_clip/model.py).
+
+    width: of the text embeddings.  dimension: of the shared space.  blocks: four in the paper.
+    """
+
+    def __init__(self, width: int, dimension: int, blocks: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(AdapterBlock(width) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, dimension)
+
+    def forward(self, texts: torch.Tensor) -> torch.Tensor:
+        """(n, width) embeddings, of any length -> (n, dimension) float32 unit rows."""
+        x = F.normalize(texts, dim=-1).to(self.projection.weight.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return F.normalize(self.projection(self.norm(x)).float(), dim=-1)
+
+
+class AdapterBlock(nn.Module):
+    """x + MLP(norm(x)), the MLP twice as wide within."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Llm2Clip(TwoTower):
+    """A vision encoder, and an adapter over the vectors, `width` wide, that a frozen language model gives texts."""
+
+    def __init__(self, vision: VisionEncoder, pixels: Pixels, width: int) -> None:
+        super().__init__(pixels)
+        self.vision, self.adapter, self.width = vision, TextAdapter(width, vision.dimension), width
+        self.adapter.to(next(vision.parameters()).dtype)
+
+    @classmethod
+    def load(cls, path: str, dtype: torch.dtype | Literal["auto"], width: int, seed: int = 0) -> "Llm2Clip":
+        """From a vision encoder's folder or hub name; with its adapter if it is an LLM2CLIP's, else a random one."""
+        vision, pixels = VisionEncoder.load(path, dtype), Pixels.load(path)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(vision, pixels, width)
+        if (given := settings(path)) is not None:
+            if given["width"] != width:
+                raise PipelineError(f"{path} was trained with vectors {given['width']} wide; these are {width} wide")
+            _fill(model.adapter, fetched(path) / ADAPTER_FILE)
+        return model
+
+    @property
+    def dimension(self) -> int:
+        return self.vision.dimension
+
+    def checkpoint_activations(self) -> None:
+        self.vision.checkpoint_activations()
+
+    def images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.vision(pixels)
+
+    def texts(self, packed: Packed, features: torch.Tensor | None) -> torch.Tensor:
+        nothing = torch.zeros(self.width)  # what stands in for a text has no vector
+        if features is None:
+            given = zip(packed.vectors, packed.tiles_of, strict=True)
+            vectors = [nothing if vector is None else torch.from_numpy(vector) for vector, tiles in given if not tiles]
+            features = sent(torch.stack(vectors or [nothing]), packed.input_ids.device)
+        return self.adapter(features)
+
+
+def settings(path: str) -> dict[str, Any] | None:
+    """Of an LLM2CLIP's folder or hub name: width of the text encoder's vectors. None if it is another model's."""
+    file = fetched(path, weights=False) / SETTINGS_FILE
+    if not file.is_file():
+        return None
+    width = (found := read_json(file)).get("width")
+    if isinstance(width, bool) or not isinstance(width, int) or not 0 < width < 2**20:
+        raise PipelineError(f"{file}: width={width!r} is no width of the text encoder's vectors: copy the folder again")
+    if unknown := sorted(found.keys() - {"width"}):
+        raise PipelineError(f"{file}: {unknown[0]} is unknown; width is known: was it written by a later version?")
+    return found
+
+
+def _fill(adapter: TextAdapter, file: Path) -> None:
+    """Give an adapter its stored weights; PipelineError where they are damaged, or others than it has."""
+    if not file.is_file():
+        raise PipelineError(f"{file} is missing: copy the folder again, whole")
+    weights, own = read_tensors(file), adapter.state_dict()
+    if differing := sorted(weights.keys() ^ own.keys()):
+        raise PipelineError(f"{file} is not this model's adapter: {differing[0]} is in only one of them")
+    for name, weight in weights.items():
+        if weight.shape != own[name].shape:
+            raise PipelineError(f"{file}: {name} is {list(weight.shape)}, but by the model {list(own[name].shape)}")
+        if not weight.is_floating_point():
+            raise PipelineError(f"{file}: {name} is in {weight.dtype}: quantised weights are not supported")
+        refuse_not_finite(file, name, weight)
+    refuse_zeros(file, {name: not weight.any() for name, weight in weights.items() if weight.ndim > 1})
+    adapter.load_state_dict(weights)
+
+
+def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> None:
+    """Write it as a folder.  text_encoder: its folder or hub name.  base: what training began with."""
+    model.vision.save(folder)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.adapter.state_dict().items()}
+    save_file(weights, folder / ADAPTER_FILE)
+    (folder / SETTINGS_FILE).write_text(json.dumps({"width": model.width}, indent=2) + "\n")
+    _copy(fetched(text_encoder), folder / TEXT_ENCODER)
+    loader = json.loads((folder / "config.json").read_text())["architectures"][0]
+    card = _CARD.format(base_model=base_of(base), loader=f"{loader}.from_pretrained(FOLDER)")
+    (folder / "README.md").write_text(card)
+    share(folder)
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """A text encoder's files, without a second copy of its weights where the file system can do without: as hard links,
+    which share what anybody writes into one of them."""
+
+    def copied(file: str, to: str) -> None:
+        try:
+            os.link(os.path.realpath(file), to)
+        except OSError:
+            shutil.copyfile(file, to)
+
+    wanted = shutil.ignore_patterns("checkpoints", "*.unfinished", ".*")
+    shutil.copytree(source, folder, copy_function=copied, ignore=wanted, ignore_dangling_symlinks=True)
+    folder.chmod(folder.stat().st_mode | 0o200)  # where the source is read-only
+    finish(folder)  # as what an earlier version exported is not
+
+
+def text_encoder_of(path: str) -> str:
+    """The text encoder's folder in an LLM2CLIP's. Raises PipelineError if there is none."""
+    folder = fetched(path) / TEXT_ENCODER
+    load_config(str(folder))
+    return str(folder)

@@ -1,0 +1,47 @@
+"""The text encoder's section of a recipe."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from pipeline.config import Fixed, LanguageModelTrain, ModelSection, Prefixes
+from pipeline.config.section import Place, Section
+
+
+class TextEncoderArchitecture(Section):
+    """The shape of a decoder."""
+
+    text: dict[str, Any] = Field(
+        min_length=1,
+        description="transformers' Qwen2Config, or another's, as {model_type: llama}; vocab_size is the size of the "
+        "tokenizer to train",
+    )
+
+
+class TextEncoderTrain(LanguageModelTrain):
+    """The parts of a text encoder."""
+
+    # With masked next-token prediction the decoder has its LM head, and its parameters other names.
+    language_model: Annotated[bool | float, Fixed(bool), Prefixes(["language_model.", "causal."])] = Field(
+        True, description="its weights, or adapters"
+    )
+
+
+class TextEncoderSection(ModelSection):
+    """A decoder as a text encoder: LLM2CLIP's first stage, or, to be trained before it, with masked tokens."""
+
+    objectives: ClassVar = ("contrastive", "masked_next_token")
+    text_part: ClassVar = "language_model"
+
+    family: Annotated[Literal["text_encoder"], Fixed()] = "text_encoder"
+    path: Annotated[Place | None, Fixed()] = Field(None, description="folder or hub name of a decoder")
+    architecture: Annotated[TextEncoderArchitecture | None, Fixed()] = Field(
+        None, description="or: random weights of this shape"
+    )
+    instruction: Annotated[str, Fixed()] = Field(
+        "", description="stands before each text; the mean over the text leaves out its tokens"
+    )
+    train: TextEncoderTrain = TextEncoderTrain()
+
+
+SECTION = TextEncoderSection

@@ -1,0 +1,134 @@
+"""LLM2CLIP's text encoder in training, with either objective, and in saved folders."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from pipeline.config import ModelSection, Recipe
+from pipeline.data.lengths import Lengths, Square
+from pipeline.data.sample import Draw, Pair
+from pipeline.models import loading
+from pipeline.models.attention import fastest
+from pipeline.models.chunks import Features
+from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
+from pipeline.models.loading import DTYPES
+from pipeline.models.text_encoder import masked
+from pipeline.models.text_encoder import model as decoder
+from pipeline.models.text_encoder.checks import SETTINGS, load_config
+from pipeline.models.text_encoder.config import TextEncoderSection
+from pipeline.models.text_encoder.masked import MaskedLanguageModel
+from pipeline.models.text_encoder.model import TextEncoder
+from pipeline.models.text_encoder.processor import TextProcessor
+
+
+class TextEncoderTraining(TrainingInterface):
+    """LLM2CLIP's first stage: a decoder as an encoder of texts, trained to tell captions apart."""
+
+    _transformers: ClassVar = AutoModel
+
+    def check(self, model: ModelSection) -> None:
+        model = _section(model)
+        if model.architecture:
+            decoder.random_config(model.architecture.text)
+        elif model.path:
+            config = load_config(model.path)
+            loading.check_weights(model.path, self._transformers, config)
+            decoder.check(model.path, config)
+            loading.tokenizer(model.path, config.vocab_size)
+
+    def lengths(self, recipe: Recipe) -> Lengths:
+        return Lengths(Square(), recipe.video.frames)
+
+    def trained_on(self, pair: Pair, draw: Draw) -> Pair:
+        return pair.two_texts(draw)
+
+    def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:
+        decoder.build(_text(model), texts, seed, folder)
+
+    def processor(self, recipe: Recipe, path: str) -> Processor:
+        return TextProcessor.load(path, recipe.model.max_tokens, _section(recipe.model).instruction)
+
+    def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
+        return TextEncoder.load(path, DTYPES[recipe.precision], attention)
+
+    def empty(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
+        return TextEncoder.of_config(load_config(path), attention)
+
+    def own_name(self, stored: str) -> str:
+        return re.sub(r"^(model\.)?(?=layers\.|embed_tokens\.|norm\.)", "language_model.", stored)
+
+    def save(
+        self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
+    ) -> None:
+        decoder.save(model, weights, source, folder, recipe.model.path, _section(recipe.model).instruction)
+
+
+class MaskedTraining(TextEncoderTraining):
+    """What may come before the first stage: a decoder gets used to attending both ways, by masked next tokens.
+
+    An export is a decoder with its LM head, and by itself an embedder no more than any other.
+    """
+
+    _transformers: ClassVar = AutoModelForCausalLM
+
+    def trained_on(self, pair: Pair, draw: Draw) -> Pair:
+        """Of an image one of its texts; of a pair of texts both."""
+        pair = pair.one_text(draw)
+        if pair.query.images or pair.query.video is not None:
+            return replace(pair, query=pair.target, negatives=())
+        return pair
+
+    def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:
+        masked.build(_text(model), texts, seed, folder)
+
+    def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
+        return MaskedLanguageModel.load(path, DTYPES[recipe.precision], attention)
+
+    def empty(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
+        return MaskedLanguageModel.empty(path, attention)
+
+    def own_name(self, stored: str) -> str:
+        return "causal." + re.sub(r"^(?=layers\.|embed_tokens\.|norm\.)", "model.", stored)
+
+    def save(
+        self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
+    ) -> None:
+        masked.save(model, weights, source, folder, recipe.model.path)
+
+
+class SavedTextEncoder(SavedModelInterface):
+    """A decoder whose config says that it is a text encoder."""
+
+    def owns(self, path: str, config: dict[str, Any]) -> bool:
+        return SETTINGS in config
+
+    def dimension(self, path: str) -> int:
+        return int(load_config(path).hidden_size)
+
+    def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
+        return TextProcessor.load(path, max_tokens)
+
+    def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
+        attention = fastest(load_config(path), DTYPES[precision], device)
+        return TextEncoder.load(path, DTYPES[precision], attention).eval().to(device), None
+
+
+def _section(model: ModelSection) -> TextEncoderSection:
+    assert isinstance(model, TextEncoderSection)
+    return model
+
+
+def _text(model: ModelSection) -> dict[str, Any]:
+    architecture = _section(model).architecture
+    assert architecture
+    return architecture.text
+
+
+TRAINING = {"contrastive": TextEncoderTraining(), "masked_next_token": MaskedTraining()}
+SAVED = SavedTextEncoder()

@@ -1,0 +1,145 @@
+"""A decoder with its LM head, trained by masked next-token prediction (LLM2Vec, arXiv 2404.05961).
+
+Some tokens of a text are hidden, and each is predicted from the last hidden state of the token before it: so the
+decoder's own head serves.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from pipeline.data.collate import Packed
+from pipeline.errors import PipelineError
+from pipeline.models import loading
+from pipeline.models.attention import Segments, implementation
+from pipeline.models.folder import base_of, finish
+from pipeline.models.text_encoder import model as decoder
+from pipeline.models.text_encoder.checks import SETTINGS, load_config
+from pipeline.models.text_encoder.model import TextEncoder
+from pipeline.models.text_encoder.processor import begins_with
+
+_BLANK = "_"  # hides a token where the tokenizer has nothing made for it, as Llama's and Qwen2's
+
+_CARD = """\
+---
+library_name: transformers
+{base_model}tags:
+- llm2vec
+- masked-next-token-prediction
+---
+
+# A decoder that attends both ways
+
+Trained by masked next-token prediction ([LLM2Vec](https://arxiv.org/abs/2404.05961)): with `is_causal: false` in its
+config, it predicts a token hidden by `{mask}` from the token before it. It is what LLM2CLIP's caption contrast
+([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)) begins with.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FOLDER = "."  # this folder, or its name on the hub
+tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModelForCausalLM.from_pretrained(FOLDER).eval()
+ids = torch.tensor([{before} + tokenizer("A cat and a dog", add_special_tokens=False)["input_ids"]])
+ids[0, 3] = {mask_id}
+with torch.no_grad():
+    print(tokenizer.decode(model(ids, use_cache=False).logits[0, 2].argmax()))
+```
+"""
+
+
+class MaskedLanguageModel(TextEncoder):
+    """From packed texts to what its predictions of their hidden tokens cost.
+
+    causal: a decoder with its LM head.  mask_token: what hides a token.  vocabulary: how many tokens there are.
+    """
+
+    def __init__(self, causal: PreTrainedModel, mask_token: int, vocabulary: int) -> None:
+        super(TextEncoder, self).__init__()
+        self.causal, self.mask_token, self.vocabulary = causal, mask_token, vocabulary
+
+    @classmethod
+    def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "MaskedLanguageModel":
+        """As TextEncoder.load; PipelineError where the decoder has no LM head, or its tokenizer nothing to hide by."""
+        attention = implementation(attention)
+        causal = loading.open_model(AutoModelForCausalLM, path, load_config(path), dtype, attention, decoder.check)
+        return cls(causal, *_tokens(path, causal.config))
+
+    @classmethod
+    def empty(cls, path: str, attention: str) -> "MaskedLanguageModel":
+        """The same without weights."""
+        config = load_config(path)
+        causal = AutoModelForCausalLM.from_config(config, attn_implementation=implementation(attention))
+        causal.tie_weights()  # where the config says so; partitioning them undid it
+        return cls(causal, *_tokens(path, config))
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The decoder without its head."""
+        return self.causal.base_model
+
+    def forward(self, packed: Packed, with_images: bool = False, predicted: torch.Tensor | None = None) -> torch.Tensor:
+        """N packed texts -> (N, 2) float32: the sum of each one's cross entropies, and how many it got right.
+
+        predicted: (2, M) int64, the places to predict from, and the tokens. Logits are computed at these places only, M
+        times the vocabulary.
+        Without it, the texts' embeddings, as those of a TextEncoder.
+        """
+        if predicted is None:
+            return super().forward(packed)
+        segments = Segments(packed.lengths, packed.input_ids.device, causal=False)
+        places, targets = predicted
+        logits = self.causal(
+            input_ids=packed.input_ids[None],
+            position_ids=packed.positions,
+            segments=segments,
+            use_cache=False,
+            logits_to_keep=places,
+        ).logits[0]
+        costs = F.cross_entropy(logits.float(), targets, reduction="none")
+        rows = torch.stack([costs, logits.argmax(dim=1) == targets], dim=1)
+        owner = torch.searchsorted(segments.bounds, places, right=True) - 1
+        return rows.new_zeros(len(packed.lengths), 2).index_add(0, owner, rows)
+
+
+def _tokens(path: str, config: PreTrainedConfig) -> tuple[int, int]:
+    """What hides a token, and how many tokens there are."""
+    tokenizer = loading.tokenizer(path, config.vocab_size)
+    token = tokenizer.mask_token_id
+    if token is None:
+        token = tokenizer.get_vocab().get(_BLANK)
+    if token is None:
+        raise PipelineError(f"{path}: its tokenizer has neither a mask token nor {_BLANK!r} to hide others by; set one")
+    return token, min(len(tokenizer), config.vocab_size)
+
+
+def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -> None:
+    """As decoder.build, with an LM head."""
+    decoder.build(text, texts, seed, folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(load_config(str(folder))).save_pretrained(folder)
+
+
+def save(
+    model: MaskedLanguageModel, weights: dict[str, torch.Tensor], source: str, folder: Path, base: str | None
+) -> None:
+    """Write `weights` (the model's parameters by name) as a decoder's folder, with its LM head; as decoder.save."""
+    own = {name.removeprefix("causal."): weight for name, weight in weights.items()}
+    model.causal.save_pretrained(folder, state_dict=own)
+    tokenizer = loading.tokenizer(source)
+    tokenizer.save_pretrained(folder)
+    mask_id = model.mask_token
+    card = _CARD.format(
+        base_model=base_of(base),
+        mask=tokenizer.convert_ids_to_tokens(mask_id),
+        mask_id=mask_id,
+        before=begins_with(tokenizer),
+    )
+    (folder / "README.md").write_text(card)
+    # A text encoder that training began with is none any more.
+    finish(folder, {"is_causal": False, SETTINGS: None})

@@ -1,0 +1,190 @@
+"""A decoder, such as Llama or Qwen2, as an encoder of texts: it attends both ways, and its mean is the embedding."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from pipeline.data.collate import Packed, pack, sent
+from pipeline.errors import PipelineError
+from pipeline.models import loading
+from pipeline.models.attention import Segments, implementation, pads
+from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.chunks import Chunk
+from pipeline.models.folder import base_of, finish
+from pipeline.models.loading import refuse_unknown, require_vocabulary
+from pipeline.models.packing import check_packing
+from pipeline.models.text_encoder.checks import SETTINGS, load_config, require_decoder
+from pipeline.models.text_encoder.processor import TextProcessor
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: feature-extraction
+{base_model}tags:
+- llm2clip
+- text-embedding
+---
+
+# A text encoder, trained to tell captions apart
+
+The first stage of LLM2CLIP ([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)): a decoder that attends both ways
+(`is_causal: false` in its config). A text's embedding is the unit vector along the mean of its tokens' last hidden
+states{instruction}. The dot product of two is their similarity.
+
+```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+FOLDER = "."  # this folder, or its name on the hub
+tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()
+
+def embed(text: str) -> torch.Tensor:
+    before = {before}  # stands before every text
+    ids = before + tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        hidden = model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, len(before) :]
+    return torch.nn.functional.normalize(hidden.float().mean(0), dim=-1)
+
+print(embed("A cat and a dog") @ embed("Two animals"))
+```
+"""
+
+
+class TextEncoder(nn.Module):
+    """From packed texts to unit vectors, as LLM2Vec (arXiv 2404.05961) and LLM2CLIP (2411.04997) have it.
+
+    language_model: a decoder without its LM head.
+    """
+
+    always_with_images = False
+
+    def __init__(self, language_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    @classmethod
+    def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "TextEncoder":
+        """From a folder or hub name.  dtype: "auto" is the stored one.  attention: see attention.py."""
+        attention = implementation(attention)
+        return cls(loading.open_model(AutoModel, path, load_config(path), dtype, attention, check))
+
+    @classmethod
+    def of_config(cls, config: PreTrainedConfig, attention: str = "sdpa") -> "TextEncoder":
+        return cls(AutoModel.from_config(config, attn_implementation=implementation(attention)))
+
+    @property
+    def pads(self) -> bool:
+        return pads(self.language_model.config)
+
+    @property
+    def dimension(self) -> int:
+        return self.language_model.config.hidden_size
+
+    def checkpoint_activations(self) -> None:
+        checkpoint_layers(self.language_model)
+
+    def forward(self, packed: Packed, with_images: bool = False, features: None = None) -> torch.Tensor:
+        """N packed texts -> (N, hidden) float32 unit rows: along the means of their tokens' last hidden states.
+
+        Of each text the first `packed.skipped` tokens, the instruction's, are seen and not pooled.
+        """
+        hidden = self.language_model(
+            input_ids=packed.input_ids[None],
+            position_ids=packed.positions,
+            segments=Segments(packed.lengths, packed.input_ids.device, causal=False),
+            use_cache=False,
+        ).last_hidden_state[0]
+        return pooled(hidden, packed.lengths, packed.skipped)
+
+
+def pooled(hidden: torch.Tensor, lengths: tuple[int, ...], skipped: tuple[int, ...]) -> torch.Tensor:
+    """The means of each item's rows of hidden (T, D), without its first `skipped`: (N, D) float32 unit rows."""
+    counts, first = torch.tensor(lengths), torch.tensor(skipped)
+    owner = torch.arange(len(lengths)).repeat_interleave(counts)
+    place = torch.arange(len(owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    taken = (place >= first.repeat_interleave(counts)).nonzero()[:, 0]
+    sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
+    owner, taken = sent(owner[taken], hidden.device), sent(taken, hidden.device)
+    sums = sums.index_add(0, owner, hidden[taken].float())
+    return F.normalize(sums, dim=-1)  # along the sum as along the mean
+
+
+class FrozenTextEncoder:
+    """A text encoder whose vectors another model takes: see frozen.py."""
+
+    def __init__(self, model: TextEncoder, device: torch.device) -> None:
+        self.model, self.device = model.eval().requires_grad_(False).to(device), device
+
+    @torch.no_grad()
+    def features_of(self, chunk: Chunk) -> torch.Tensor | None:
+        """(texts, width) float32 unit rows of the chunk's items that are texts, in their order; None if none is."""
+        texts = [item for item in chunk.items if not item.images]
+        return self.model(pack(texts).to(self.device)) if texts else None
+
+
+def check(path: str, config: PreTrainedConfig) -> None:
+    """PipelineError for a decoder that does not keep packed texts apart.  path: for errors."""
+    check_packing(path, config, TextEncoder.of_config)
+
+
+def random_config(text: dict[str, Any]) -> PreTrainedConfig:
+    """The config of model.architecture.text. Raises PipelineError for a kind or a field that is not known."""
+    kind = text.get("model_type", "qwen2")
+    if kind not in CONFIG_MAPPING:
+        raise PipelineError(f"model.architecture.text.model_type={kind} is no model that transformers has")
+    config = CONFIG_MAPPING[kind]
+    refuse_unknown("text", text, config())
+    require_vocabulary(text)
+    made = config(**{name: value for name, value in text.items() if name != "model_type"})
+    require_decoder("model.architecture.text", made)
+    check_packing("model.architecture.text", made, TextEncoder.of_config)
+    return made
+
+
+def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -> None:
+    """Write a decoder of random weights, with a tokenizer trained on `texts`, as a folder."""
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, int(text["vocab_size"]), show_progress=False)
+    config = random_config(
+        text
+        | {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save(
+    model: TextEncoder,
+    weights: dict[str, torch.Tensor],
+    source: str,
+    folder: Path,
+    base: str | None,
+    instruction: str,
+) -> None:
+    """Write `weights` (the model's parameters by name) as a folder in transformers' format, with a model card.
+
+    The tokenizer is that of `source`.  base: the model that training began with, which the card names if it is of the
+    hub.
+    """
+    prefix = "language_model."
+    own = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    model.language_model.save_pretrained(folder, state_dict=own)
+    tokenizer = loading.tokenizer(source)
+    tokenizer.save_pretrained(folder)
+    before = TextProcessor(tokenizer, 0, instruction).before
+    without = f", without those of the instruction that stands before it, `{instruction}`" if instruction else ""
+    card = _CARD.format(base_model=base_of(base), instruction=without, before=before)
+    (folder / "README.md").write_text(card)
+    finish(folder, {"is_causal": False, SETTINGS: {"pooling": "mean", "instruction": instruction}})

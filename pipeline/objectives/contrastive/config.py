@@ -1,0 +1,26 @@
+"""The contrastive objective's section of a recipe."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.config import Fixed, ObjectiveSection
+
+
+class ContrastiveSection(ObjectiveSection):
+    """LLaVE's hardness-weighted loss, whose negatives are the global batch's."""
+
+    name: Annotated[Literal["contrastive"], Fixed()] = "contrastive"
+    alpha: Annotated[float, Fixed()] = Field(9.0, ge=0, description="hardness weighting of LLaVE; 0 is plain InfoNCE")
+    temperature: Annotated[float, Fixed()] = Field(
+        0.02, ge=0.01, le=100, description="what similarities are divided by"
+    )
+    learn_temperature: Annotated[bool, Fixed()] = Field(
+        False, description="train it from there, at optimizer.lr; 0.01 is its lower bound"
+    )
+    margin: Annotated[float | None, Fixed()] = Field(
+        None, description="mask negatives more similar than the positive by this much"
+    )
+
+
+SECTION = ContrastiveSection

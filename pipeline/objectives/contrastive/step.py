@@ -1,0 +1,170 @@
+"""One optimizer step over the whole global batch: the gradient cache (GradCache, arXiv 2101.06983) inside DeepSpeed.
+
+The contrastive loss couples all B pairs of the global batch, which do not fit in memory with their activations.
+So embed everything without a graph, take the loss's gradient with respect to the embeddings, and embed again
+chunk by chunk, giving each chunk its rows of that gradient: the sum of the chunks' gradients is the batch's.
+Chunks whose graphs do fit in memory keep them from the first pass and need no second.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+
+from pipeline.config import Recipe
+from pipeline.data.batch import Batch
+from pipeline.distributed import all_gather_constant
+from pipeline.models.chunks import Features, in_order, plan_chunks, run_chunk
+from pipeline.objectives.contrastive.config import ContrastiveSection
+from pipeline.objectives.contrastive.loss import LossOutput, hardness_weighted_loss
+from pipeline.objectives.contrastive.temperature import Temperature
+from pipeline.objectives.objective import Cut, Objective, StepResult, backward_chunks, optimizer_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveResult(StepResult):
+    """loss: of this rank's pairs.  temperature: that of the loss, where it is learnt."""
+
+    loss: LossOutput
+    temperature: float | None
+
+    def metrics(self, batch: Batch) -> tuple[dict, dict]:
+        output = self.loss
+        valid = torch.tensor(batch.valid, device=output.positive.device)
+        loss = output.loss.detach().expand(len(valid))
+        rows = torch.stack([output.positive, output.hardest_negative, valid, loss], dim=1)
+        positive, hardest, valid, loss = all_gather_constant(rows).double().cpu().numpy().T
+        positive, hardest = positive[valid == 1], hardest[(valid == 1) & (hardest > -math.inf)]
+        metrics = {
+            "loss": float(loss.mean()),
+            "positive_similarity": float(positive.mean()) if len(positive) else None,
+            "hardest_negative_similarity": float(hardest.mean()) if len(hardest) else None,
+            "masked_pairs": float(output.masked_pairs),
+            "valid": int(valid.sum()),
+        }
+        if self.temperature is not None:
+            metrics["temperature"] = self.temperature
+        return metrics, {"positive": positive, "hardest_negative": hardest}
+
+
+def train_step(
+    engine: deepspeed.DeepSpeedEngine,
+    batch: Batch,
+    recipe: Recipe,
+    budget: Cut,
+    temperature: Temperature,
+    *,
+    lr: float,
+    features: Features | None = None,
+) -> ContrastiveResult:
+    """Take one step with this rank's part of the global batch.
+
+    Parameters end as if one process had embedded the whole global batch at once, whatever the ZeRO stage,
+    the chunks, how many of them keep their graph, and the number of ranks.
+
+    budget: how the batch is cut.  temperature: the loss's; where it is learnt, it takes a step, too.
+    lr: of parts without one of their own.
+    features: of a frozen part that is not of the engine.
+    """
+    items = list(batch.items.values())
+    # Where texts alone train nothing, a dummy image gives every chunk something to take a gradient of.
+    all_with_images, padded = not recipe.model.texts_train, engine.module.pads
+    chunks = plan_chunks(items, budget.chunk_tokens, engine.device, padded=padded, all_with_images=all_with_images)
+    kept, again = chunks[: budget.kept_chunks], chunks[budget.kept_chunks :]
+    graphs = [run_chunk(engine, chunk, features) for chunk in kept]
+    with torch.no_grad():
+        parts = graphs + [run_chunk(engine, chunk, features) for chunk in again]
+    embeddings = in_order(chunks, parts, len(items)).requires_grad_()
+    tau = temperature.value
+    output = contrastive_loss(embeddings, batch, recipe, tau)
+    gradient = temperature.gradient(output.loss, embeddings)
+    del parts
+    backward_chunks(engine, kept, graphs, again, gradient, features)
+    norm = optimizer_step(engine, lr)
+    temperature.step(lr)
+    return ContrastiveResult(
+        grad_norm=norm,
+        tokens=sum(len(item.input_ids) for item in items),
+        largest_chunk=max(chunk.size for chunk in chunks),
+        loss=output,
+        temperature=float(tau.detach()) if isinstance(tau, torch.Tensor) else None,
+    )
+
+
+def contrastive_loss(
+    embeddings: torch.Tensor, batch: Batch, recipe: Recipe, temperature: float | torch.Tensor
+) -> LossOutput:
+    """The batch's loss as a function of its distinct items' embeddings, (items, hidden).
+
+    Where the recipe names a sub-batch: the mean of the losses of the global batch's parts, each of its own negatives.
+    """
+    row = {content: i for i, content in enumerate(batch.items)}
+    device, objective = embeddings.device, recipe.objective
+    assert isinstance(objective, ContrastiveSection)
+
+    def of(hashes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings and ids."""
+        rows = torch.tensor([row[h] for h in hashes], dtype=torch.long, device=device)
+        return embeddings[rows], torch.from_numpy(np.array(hashes, np.uint64).view(np.int64)).to(device)
+
+    def part(pairs: np.ndarray) -> LossOutput:
+        query, query_ids = of([batch.query[i] for i in pairs])
+        target, target_ids = of([batch.target[i] for i in pairs])
+        negatives, negative_ids = of([negative for i in pairs for negative in batch.negatives[i]])
+        return hardness_weighted_loss(
+            query,
+            target,
+            alpha=objective.alpha,
+            temperature=temperature,
+            margin=objective.margin,
+            negatives=negatives,
+            query_ids=query_ids,
+            target_ids=target_ids,
+            negative_ids=negative_ids,
+            valid=torch.tensor([batch.valid[i] for i in pairs], device=device),
+        )
+
+    count = recipe.batch.global_batch // (recipe.batch.sub_batch or recipe.batch.global_batch)
+    # Of every lane an equal part: the sub-batches are the same on any number of ranks.
+    share = recipe.batch.global_batch // recipe.data.lanes
+    parts = np.arange(len(batch.query)).reshape(-1, count, share // count).swapaxes(0, 1).reshape(count, -1)
+    outputs = [part(pairs) for pairs in parts]
+    back = torch.from_numpy(np.argsort(parts.ravel())).to(device)
+    return LossOutput(
+        loss=torch.stack([output.loss for output in outputs]).mean(),
+        positive=torch.cat([output.positive for output in outputs])[back],
+        hardest_negative=torch.cat([output.hardest_negative for output in outputs])[back],
+        masked_pairs=torch.stack([output.masked_pairs for output in outputs]).mean(),
+        valid_count=torch.stack([output.valid_count for output in outputs]).sum(),
+    )
+
+
+class Contrastive(Objective):
+    """The hardness-weighted loss over the global batch, with its temperature."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self._recipe, self._temperature = recipe, Temperature(recipe, device)
+
+    def step(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        batch: Batch,
+        cut: Cut,
+        number: int,
+        *,
+        lr: float,
+        features: Features | None = None,
+    ) -> ContrastiveResult:
+        return train_step(engine, batch, self._recipe, cut, self._temperature, lr=lr, features=features)
+
+    def state(self) -> dict[str, Any]:
+        return {"temperature": self._temperature.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._temperature.load(state["temperature"])
+
+
+OBJECTIVE = Contrastive

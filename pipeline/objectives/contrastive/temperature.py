@@ -1,0 +1,57 @@
+"""The loss's temperature: a number of the recipe's, or learnt as CLIP's (arXiv 2103.00020)."""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import Recipe
+from pipeline.objectives.contrastive.config import ContrastiveSection
+
+_LARGEST_SCALE = 100.0  # CLIP's bound of 1 / tau, past which training becomes unstable
+
+
+class Temperature:
+    """Where it is learnt, log(1 / tau) is a parameter that every rank has whole: ZeRO has nothing to shard."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        objective = recipe.objective
+        assert isinstance(objective, ContrastiveSection)
+        self._constant = objective.temperature
+        self._log_scale: torch.Tensor | None = None
+        if objective.learn_temperature:
+            self._log_scale = torch.tensor(-math.log(self._constant), device=device, requires_grad=True)
+            options = {"betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps, "weight_decay": 0.0}
+            self._optimizer = torch.optim.AdamW([self._log_scale], **options)
+
+    @property
+    def value(self) -> float | torch.Tensor:
+        return self._constant if self._log_scale is None else torch.exp(-self._log_scale)
+
+    def gradient(self, loss: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """Of this rank's loss by its embeddings. That by the temperature, of all ranks' mean, is kept for `step`."""
+        if self._log_scale is None:
+            return torch.autograd.grad(loss, embeddings)[0]
+        gradient, self._log_scale.grad = torch.autograd.grad(loss, (embeddings, self._log_scale))
+        dist.all_reduce(self._log_scale.grad)
+        self._log_scale.grad /= dist.get_world_size()
+        return gradient
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        if self._log_scale is not None:
+            self._optimizer.param_groups[0]["lr"] = lr
+            self._optimizer.step()
+            self._log_scale.clamp_(max=math.log(_LARGEST_SCALE))
+
+    def state(self) -> dict | None:
+        """What a checkpoint keeps of it."""
+        if self._log_scale is None:
+            return None
+        return {"log_scale": self._log_scale.detach(), "optimizer": self._optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load(self, state: dict | None) -> None:
+        if self._log_scale is not None and state is not None:
+            self._log_scale.copy_(state["log_scale"])
+            self._optimizer.load_state_dict(state["optimizer"])

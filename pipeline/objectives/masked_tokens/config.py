@@ -1,0 +1,36 @@
+"""The section of a recipe for masked next-token prediction."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Fixed, ObjectiveSection
+
+
+class MaskedNextTokenSection(ObjectiveSection):
+    """Hidden tokens are predicted: there are no negatives, and one pass is enough."""
+
+    without: ClassVar = ("sub_batch", "kept_chunks")
+
+    name: Annotated[Literal["masked_next_token"], Fixed()] = "masked_next_token"
+    mask_rate: Annotated[float, Fixed()] = Field(
+        0.2, ge=1e-3, le=1, description="share of the tokens that are hidden, to be predicted"
+    )
+    mask_random: Annotated[float, Fixed()] = Field(
+        0.1, ge=0, le=1, description="share of these that any token replaces"
+    )
+    mask_kept: Annotated[float, Fixed()] = Field(
+        0.1, ge=0, le=1, description="share of these that stay as they are; a mask token hides the rest"
+    )
+
+    @model_validator(mode="after")
+    def shares_are_parts_of_one(self) -> "MaskedNextTokenSection":
+        if self.mask_random + self.mask_kept > 1:
+            raise ValueError(
+                f"objective.mask_random={self.mask_random} and objective.mask_kept={self.mask_kept} are more than 1 "
+                "together"
+            )
+        return self
+
+
+SECTION = MaskedNextTokenSection

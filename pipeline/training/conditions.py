@@ -1,0 +1,56 @@
+"""What must be the same for a checkpoint to be continued, with the same batches."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe, former, is_offloaded
+from pipeline.config.section import fixed, same_as_before
+from pipeline.data.lengths import VERSION as LENGTHS_VERSION
+from pipeline.data.order import VERSION as ORDER_VERSION
+from pipeline.data.source import Source
+from pipeline.errors import PipelineError
+from pipeline.models.registry import training_of
+from pipeline.objectives.objective import objective_of
+from pipeline.training import checkpoint
+
+# Of runs that began before these were among the conditions.
+_NOT_NOTED_ONCE = {
+    "the order's version": 1,
+    "the token lengths' version": 1,
+    "the masks' version": 1,
+    "model.images": "as_stored",
+}
+
+
+def conditions_of_run(recipe: Recipe, source: Source, zero: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's fixed fields, and what else decides a run's batches and the shape of its state, by name.
+
+    zero: the DeepSpeed config's "zero_optimization".
+    """
+    return (
+        fixed(recipe)
+        | {
+            "the data's fingerprint": source.fingerprint,
+            "the order's version": ORDER_VERSION,
+            "the token lengths' version": LENGTHS_VERSION,
+            checkpoint.STAGE: zero["stage"],
+            "the optimizer is offloaded": is_offloaded(zero),
+        }
+        | training_of(recipe).conditions(recipe.model)
+        | objective_of(recipe).conditions()
+    )
+
+
+def check(path: Path, conditions: Mapping[str, Any]) -> None:
+    """Raise PipelineError unless a run under these conditions continues what the checkpoint's run began."""
+    before = checkpoint.conditions_of(path)
+    if changed := changes(before, conditions):
+        raise PipelineError(f"{path} cannot be continued: {'; '.join(changed)}. Change it back, or set run= anew")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs from the conditions that a run, begun by any version, has kept; a sentence each."""
+    before = _NOT_NOTED_ONCE | former.conditions(before)
+    different = (name for name in now if not same_as_before(Recipe, name, before, now))
+    return [f"{name} is {now[name]} and was {before.get(name)}" for name in different]

@@ -1,0 +1,64 @@
+"""The model that a run begins with, in transformers' format."""
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import Recipe
+from pipeline.data.sample import BadSample
+from pipeline.data.source import Source
+from pipeline.models.registry import training_of
+from pipeline.training import checkpoint, manifest
+
+_TOKENIZER_SAMPLES, _TOKENIZER_SHARDS = 4096, 64
+
+
+def initial_model(recipe: Recipe, source: Source, folder: Path, *, anew: bool) -> str:
+    """Its folder or hub name. A model that is converted, or made of random weights, is written to `folder`.
+
+    Random weights come with a tokenizer of the data's texts, and are written where the run begins anew.
+    """
+    family = training_of(recipe)
+    if recipe.model.path:
+        before = checkpoint.entries(folder)
+        path = Path(family.resolve(recipe.model.path, folder))
+        if path.parent != folder:
+            return str(path)
+        if path in before:
+            manifest.check(path)
+        else:
+            manifest.seal(path)
+        return str(path)
+    if anew or not folder.exists():
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        family.build(recipe.model, _texts(source), recipe.seed, unfinished)
+        manifest.seal(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    else:
+        manifest.check(folder)  # a checkpoint has nothing of what is frozen
+    return str(folder)
+
+
+def _texts(source: Source) -> Iterator[str]:
+    """The texts of some thousand samples, from the start of shards spread over all datasets."""
+    chosen = np.linspace(0, len(source.shards), min(len(source.shards), _TOKENIZER_SHARDS), endpoint=False, dtype=int)
+    share = -(-_TOKENIZER_SAMPLES // len(chosen))
+
+    def read(number: int) -> list[tuple[bytes, np.void]]:
+        _, shard = source.shards[number]
+        records = source.records(number, 0, min(share, shard.samples))
+        return list(zip(source.read(number, records), records, strict=True))
+
+    with ThreadPoolExecutor(8) as pool:
+        for number, samples in zip(chosen.tolist(), pool.map(read, chosen.tolist()), strict=True):
+            for data, record in samples:
+                with suppress(BadSample):  # training counts it
+                    pair = source.parse(number, data, record)
+                    yield from (item.text for item in pair.items)
+                    yield from pair.alternatives

@@ -1,0 +1,345 @@
+"""A run of training: what is checked before it starts, what it loads, its steps, and its export."""
+
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from pipeline.config import Recipe, dump_recipe, load_ds_config
+from pipeline.data.batch import Batch
+from pipeline.data.source import Source
+from pipeline.data.stream import batches
+from pipeline.distributed import all_gather_constant, on_first_rank, start_distributed
+from pipeline.errors import PipelineError, disk_errors, printable
+from pipeline.evaluation import sets
+from pipeline.evaluation.encode import embed_collection
+from pipeline.evaluation.encoders import ModelEncoder
+from pipeline.evaluation.measure import measure
+from pipeline.evaluation.report import Report
+from pipeline.evaluation.sets import Collection
+from pipeline.evaluation.store import MemoryStore
+from pipeline.jobs import limits, status
+from pipeline.models.chunks import Features
+from pipeline.models.family import Processor
+from pipeline.models.frozen import KeptFeatures
+from pipeline.models.registry import saved, training_of
+from pipeline.objectives.objective import StepResult, objective_of
+from pipeline.training import checkpoint, resume
+from pipeline.training.budget import MEMORY, NOTE, Budget, found, found_before, out_of_memory_noted
+from pipeline.training.conditions import check, conditions_of_run
+from pipeline.training.engine import build_engine, learning_rate, load_frozen, set_hyperparameters
+from pipeline.training.export import export
+from pipeline.training.initial import initial_model
+from pipeline.training.meter import Meter
+from pipeline.training.monitor import Monitor, StepLog, score_of
+from pipeline.training.preemption import Preemption
+from pipeline.training.universal import for_this_world
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "webdataset")
+
+
+class Trainer:
+    """One run, on one rank. Call `check`, `build`, `train` and, if that returns True, `finish`, in this order.
+
+    preemption: notes the signals that ask the run to stop.
+    """
+
+    def __init__(self, recipe: Recipe, preemption: Preemption) -> None:
+        self.recipe, self.preemption, self.family = recipe, preemption, training_of(recipe)
+        self.folder = Path(recipe.run)
+        self.checkpoints = self.folder / "checkpoints"
+
+    def check(self, *, resumes: bool) -> None:
+        """Find what is wrong on every rank, before the ranks meet and a model is loaded. Raises PipelineError.
+
+        resumes: whether a checkpoint in the run directory is continued, or refused.
+        """
+        recipe, world = self.recipe, int(os.environ.get("WORLD_SIZE", 1))
+        self.family.check(recipe.model)
+        self.source = Source.open(recipe.data)
+        self.family.check_data(recipe, self.source)
+        lengths = self.family.lengths(recipe)
+        self.order = self.source.order(recipe.batch.global_batch, recipe.seed, lengths)
+        self.order.check_world(world)
+        self.ds_config = load_ds_config(recipe, world)
+        self.family.check_stage(self.ds_config["zero_optimization"]["stage"])
+        self.source.check_memory(self.order, world)
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        limits.require_shared_memory(recipe, self.source, lengths, world, ranks)
+        limits.raise_open_files()
+        self.steps = recipe.steps or round((recipe.epochs or 0) * self.order.steps_per_epoch)
+        if self.steps < 1:
+            raise PipelineError(f"epochs={recipe.epochs} of {self.order.steps_per_epoch} steps is less than a step")
+        self.conditions = conditions_of_run(recipe, self.source, self.ds_config["zero_optimization"])
+        if newest := resume.whole(self.checkpoints, quiet=True):
+            if not resumes:
+                raise PipelineError(f"{self.folder} has a checkpoint already; set run= to another directory, or resume")
+            check(newest, self.conditions)
+        instructed = saved(recipe.model.family).instructed
+        urls = recipe.evaluation.urls if recipe.evaluation else []
+        self.collection: Collection | None = sets.load(urls, instructed=instructed) if urls else None
+
+    def build(self) -> None:
+        """Start the process group, and load the model, its frozen part and the engine."""
+        recipe, minutes = self.recipe, self.recipe.timeout_minutes
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it does not survive the loader's forks
+        self.device = start_distributed(minutes)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.start = resume.choose(self.checkpoints, self.conditions)
+        if self.rank == 0:
+            self._write_recipe()
+        self.model_path = on_first_rank(
+            lambda: initial_model(recipe, self.source, self.folder / "init", anew=self.start is None),
+            "the model to begin with",
+        )
+        if as_saved := self.start:
+            if self.rank == 0:
+                self._shorten_ledgers(checkpoint.step_of(as_saved))
+            self.start = for_this_world(as_saved, minutes)
+            if self.start != as_saved:
+                self.ds_config.setdefault("checkpoint", {})["load_universal"] = True
+        self.processor = self.family.processor(recipe, self.model_path)
+        self.frozen = load_frozen(recipe, self.model_path, self.device)
+        self.engine = build_engine(recipe, self.ds_config, self.model_path)
+
+    def train(self) -> bool:
+        """Take all steps; or those until some rank is asked to stop, and return False. Both end with a checkpoint."""
+        done = self._restore()
+        with self.monitor, self.preemption.steps():
+            if self.monitor.leads:
+                status.note(self.folder, "running", step=done, steps=self.steps)
+            if self._evaluation_is_due(done) and self._evaluation_is_missing(done):
+                self._evaluate(done)
+            if self._is_asked_to_stop():
+                return False
+            stream = self._batches(range(done, self.steps))
+            for step in range(done, self.steps):
+                began = time.perf_counter()
+                batch = next(stream)
+                waited = time.perf_counter() - began
+                result, lr = self._step(step, batch)
+                done = step + 1
+                self._report(done, batch, result, lr, began, waited)
+                asked, evaluates = self.preemption.asked(), self._evaluation_is_due(done)
+                # Also before an evaluation: if that is cut short, the next start makes it.
+                if asked or evaluates or done == self.steps or done % self.recipe.checkpoint.every == 0:
+                    self._save(done)
+                if evaluates and not asked:
+                    self._evaluate(done)
+                    asked = self.preemption.asked()
+                if asked:
+                    self.monitor.stopped(asked)
+                    return False
+        return True
+
+    def finish(self) -> None:
+        """Export the model."""
+        export(self.engine, self.frozen, self.recipe, self.model_path, self.folder / "export")
+        if self.rank == 0:
+            status.note(self.folder, "finished", reason="")
+            print(f"the model: {self.folder}/export    the curves: tensorboard --logdir {self.folder}/tensorboard")
+
+    def _restore(self) -> int:
+        """Load the checkpoint to continue from, if there is one. Returns the number of steps that the run has taken."""
+        state: dict[str, Any] = {"step": 0, "bad_samples": 0}
+        self.objective = objective_of(self.recipe)(self.recipe, self.engine.device)
+        if self.start:
+            state = checkpoint.load(self.engine, self.start)
+            set_hyperparameters(self.engine, self.recipe)
+            self.objective.load(state)
+        self.bad_samples = int(state["bad_samples"])
+        self.meter = Meter(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
+        self.budget_conditions = self._conditions_of_budget()
+        self.budget = self._restored_budget(state.get("budget"))
+        done = int(state["step"])
+        self.monitor = Monitor(self.folder, dist.get_rank(), done, self.steps, ledger=self.recipe.ledger)
+        return done
+
+    def _conditions_of_budget(self) -> dict[str, Any]:
+        """What decides how much fits in memory, besides the cut itself."""
+        recipe = self.recipe
+        settings = recipe.batch.model_dump(include={"activation_checkpointing", "tower_tiles", "features_mb"})
+        settings |= {"max_tokens": recipe.model.max_tokens, "padded": self.engine.module.pads}
+        settings |= {"zero_optimization": self.engine.config["zero_optimization"]}
+        return self.conditions | settings | {checkpoint.PROCESSES: dist.get_world_size(), MEMORY: self.meter.total}
+
+    def _restored_budget(self, of_checkpoint: dict[str, Any] | None) -> Budget:
+        """The recipe's, with what an earlier start found, by the first rank's files, as of the checkpoint."""
+        before: list[Budget | None] = [None]
+        if dist.get_rank() == 0:
+            before = [found_before(self.folder, of_checkpoint, self.budget_conditions)]
+        dist.broadcast_object_list(before)
+        budget = Budget.of(self.recipe.batch, self.recipe.model.max_tokens, before[0])
+        if before[0] and budget.auto and dist.get_rank() == 0:
+            print(f"as found before: {budget}")
+        return budget
+
+    def _batches(self, steps: range) -> Iterator[Batch]:
+        """This rank's parts of the steps' batches."""
+        return batches(
+            self.source,
+            self.order,
+            self.processor.encode,
+            steps,
+            rank=self.rank,
+            world=self.world,
+            timeout=60 * self.recipe.timeout_minutes,
+            trained_on=self.family.trained_on,
+        )
+
+    def _step(self, step: int, batch: Batch) -> tuple[StepResult, float]:
+        """Take one optimizer step; returns its result and its learning rate."""
+        lr = learning_rate(step, self.steps, self.recipe.optimizer)
+        features = KeptFeatures(self.frozen, self.recipe.batch.features_mb << 20) if self.frozen else None
+        if measuring := not self.budget.is_fixed:
+            self.meter.start()
+        with out_of_memory_noted(self.folder, step + 1, self.budget, self.budget_conditions):
+            result = self.objective.step(self.engine, batch, self.budget, step, lr=lr, features=features)
+        if measuring:
+            memory, largest_chunk, items = self.meter.stop(result.largest_chunk, len(batch.items))
+            self.budget.measured(memory, largest_chunk, items)
+            if dist.get_rank() == 0:
+                how = "from now on" if self.budget.is_fixed else "next"
+                used = f"{memory.peak / 1e9:.1f} GB of {memory.total / 1e9:.1f}"
+                print(f"a step took {used}; {how} {self.budget}")
+        return result, lr
+
+    def _report(self, done: int, batch: Batch, result: StepResult, lr: float, began: float, waited: float) -> None:
+        """Write the step's metrics; raise PipelineError where the run should not go on."""
+        global_batch = self.recipe.batch.global_batch
+        self.monitor.consumed(done, batch.origins)
+        place = {"step": done, "epoch": self.order.locate(done - 1)[0], "samples": done * global_batch}
+        metrics, histograms = result.metrics(batch)
+        metrics = place | {"loss": metrics["loss"], "grad_norm": result.grad_norm, "lr": lr} | metrics
+        if metrics["valid"] < global_batch:
+            self._gather_bad(done, batch)
+        tokens, heaviest, received, waited = _over_ranks(result, batch, waited)
+        self.bad_samples += global_batch - metrics["valid"]
+        self._require_progress(metrics)
+        seconds = time.perf_counter() - began
+        speed = {
+            "seconds": seconds,
+            "waiting_for_data": waited,
+            "samples_per_second": global_batch / seconds,
+            "tokens_per_second": tokens / seconds,
+            "heaviest_rank": heaviest,
+            "read_mb_per_second": received / 1e6 / seconds,
+        }
+        self.monitor.step(metrics, speed, histograms)
+
+    def _gather_bad(self, step: int, batch: Batch) -> None:
+        """Send all ranks' bad samples of a step to the first rank, which writes them down."""
+        ranks: list[Any] | None = [None] * dist.get_world_size() if self.monitor.leads else None
+        dist.gather_object(batch.bad, ranks)
+        self.monitor.bad(step, [bad for rank in ranks or [] for bad in rank])
+
+    def _require_progress(self, metrics: dict[str, Any]) -> None:
+        """Stop a run that only burns hours."""
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+            raise PipelineError(
+                f"step {metrics['step']}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; lower "
+                "optimizer.lr or raise optimizer.warmup_ratio and start the same command: it goes on from the newest "
+                "checkpoint"
+            )
+        # The rate is of 10,000 samples at least: one bad sample among the first few is no rate yet.
+        most = self.recipe.data.max_bad_fraction
+        if self.bad_samples > most * max(metrics["samples"], 10_000):
+            raise PipelineError(
+                f"{self.bad_samples} of {metrics['samples']} samples so far could not be used, more than "
+                f"data.max_bad_fraction={most}; {self.folder / 'bad_samples.jsonl'} says which and why"
+            )
+
+    def _save(self, done: int) -> None:
+        self.monitor.flush()
+        state = {"bad_samples": self.bad_samples, "budget": found(self.budget, self.budget_conditions)}
+        state |= self.objective.state()
+        checkpoint.save(self.engine, self.checkpoints, done, state, self.conditions, self.recipe.checkpoint.keep)
+        if self.monitor.leads:
+            with disk_errors(self.folder / NOTE):
+                (self.folder / NOTE).unlink(missing_ok=True)  # the checkpoint has the budget now
+
+    def _is_asked_to_stop(self) -> bool:
+        if asked := self.preemption.asked():
+            self.monitor.stopped(asked)
+        return bool(asked)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        """Before the first step, after the last, and between as the recipe says."""
+        if (evaluation := self.recipe.evaluation) is None:
+            return False
+        return step in (0, self.steps) or bool(evaluation.every and step % evaluation.every == 0)
+
+    def _evaluation_is_missing(self, step: int) -> bool:
+        """Whether there is no evaluation yet of the step that a start continues from."""
+        due = torch.tensor(score_of(self.folder, step) is None, device=get_accelerator().current_device_name())
+        dist.broadcast(due, 0)  # on a shared file system another rank may not yet see it
+        return bool(due)
+
+    def _evaluate(self, step: int) -> None:
+        if report := self._measured():
+            if report.collapsed:
+                print(printable(f"step {step}: {report.remarks()[0]}"), file=sys.stderr, flush=True)
+            elif step:  # after which there is a checkpoint
+                checkpoint.keep_best(self.checkpoints, step, report.score, list(report.results))
+            self.monitor.evaluation(step, report)
+
+    def _measured(self) -> Report | None:
+        """A report at the present weights, on the first rank; None elsewhere, and where a signal cut it short."""
+        collection, (reader, features) = self.collection, self._reader_and_features
+        assert collection
+        encoder = ModelEncoder(
+            self.recipe.run,
+            "",
+            self.engine.module.dimension,
+            lambda: (self.engine, features),
+            reader,
+            self.budget.chunk_tokens,
+            self.device,
+        )
+        store = MemoryStore(len(collection.items), encoder.dimension) if self.rank == 0 else None
+        interrupted = lambda: self.preemption.asked() > 0  # noqa: E731
+        if not embed_collection(encoder, collection, store, interrupted=interrupted):
+            return None
+        report = on_first_rank(
+            lambda: measure(self.recipe.run, collection, store.take, device=self.device) if store else None,
+            "the scores",
+        )
+        return report if self.rank == 0 else None
+
+    @cached_property
+    def _reader_and_features(self) -> tuple[Processor, Features | None]:
+        return self.family.for_evaluation(self.recipe, self.processor, self.frozen, self.device)
+
+    def _write_recipe(self) -> None:
+        """Keep the resolved recipe with the run, and what ran it."""
+        versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+        header = f"# {self.world} processes; Python {platform.python_version()}, {versions}\n"
+        unfinished = self.folder / "recipe.unfinished"
+        with disk_errors(self.folder / "recipe.yaml"):
+            unfinished.write_text(header + dump_recipe(self.recipe))
+            unfinished.rename(self.folder / "recipe.yaml")
+
+    def _shorten_ledgers(self, step: int) -> None:
+        """Drop what ranks that are there no more noted of the steps after `step`, which others take again."""
+        for path in (self.folder / "ledger").glob("rank*.jsonl"):
+            number = path.stem.removeprefix("rank")
+            if number.isdecimal() and int(number) >= self.world:
+                StepLog(path, step)
+
+
+def _over_ranks(result: StepResult, batch: Batch, waited: float) -> tuple[float, float, float, float]:
+    """(tokens of all ranks, the heaviest's by the mean, bytes read by all, seconds the slowest waited for data)."""
+    device = get_accelerator().current_device_name()
+    ours = torch.tensor([[result.tokens, batch.received, waited]], device=device)
+    tokens, received, waits = all_gather_constant(ours).double().cpu().T
+    return float(tokens.sum()), float(tokens.max() / tokens.mean()), float(received.sum()), float(waits.max())

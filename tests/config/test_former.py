@@ -1,0 +1,64 @@
+"""Recipes of an earlier version are refused, with what to write; what a run directory has kept of them is read."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import load_recipe, recipe_of_run
+from pipeline.errors import PipelineError
+
+DEMO = Path("pipeline/recipes/demo.yaml")
+FORMER = Path(__file__).parent / "former"  # recipe.yaml as runs of each kind kept it
+NEW = {
+    "llave": ("demo", "model.mm_newline_position=grid", "model.train.lora={rank: 4}", "batch.sub_batch=32"),
+    "caption": ("demo_caption", "model.instruction=find"),
+    "mntp": ("demo_masked",),
+    "llm2clip": ("demo_llm2clip", "model.text_encoder=/tmp/none"),
+    "clip": ("demo_clip",),
+}
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_the_recipe_of_a_run_that_an_earlier_version_began_is_read(kind, tmp_path):
+    name, *overrides = NEW[kind]
+    (tmp_path / "recipe.yaml").write_text((FORMER / f"{kind}.yaml").read_text())
+    assert recipe_of_run(tmp_path) == load_recipe(DEMO.with_name(f"{name}.yaml"), overrides)
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_a_recipe_of_an_earlier_version_is_refused_with_the_lines_to_write(kind, tmp_path):
+    name, *overrides = NEW[kind]
+    values = yaml.safe_load((FORMER / f"{kind}.yaml").read_text())
+    with pytest.raises(PipelineError, match="are fields of an earlier version") as error:
+        load_recipe(FORMER / f"{kind}.yaml", [])
+    lines = yaml.safe_load(str(error.value).partition("as they are:\n")[2])
+    wanted = load_recipe(DEMO.with_name(f"{name}.yaml"), overrides)
+    new = {key: value for key, value in values.items() if key not in ("model", "train", "loss")}
+    new["objective"] = lines["objective"]
+    fields = type(wanted.model).model_fields
+    model = {key: value for key, value in values["model"].items() if key in fields}
+    if model["architecture"]:
+        model["architecture"] = {part: value for part, value in model["architecture"].items() if value}
+    new["model"] = model | lines["model"]
+    (tmp_path / "new.yaml").write_text(yaml.safe_dump(new))
+    assert load_recipe(tmp_path / "new.yaml", []) == wanted
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.vision_tower=true", "write model.train.vision_tower=true"),
+        ("train={projector: false}", "write model.train={projector: false}"),
+        ("loss.alpha=0", "write objective.alpha=0"),
+        ("model.kind=mntp", "write model.family=text_encoder objective.name=masked_next_token"),
+        ("model.kind=clip", "write model.family=clip objective.name=contrastive"),
+    ],
+)
+def test_an_override_of_an_earlier_version_is_refused_with_what_to_write(override, named, tmp_path):
+    with pytest.raises(PipelineError) as error:
+        load_recipe(DEMO, [override])
+    assert named in str(error.value)
+    (tmp_path / "recipe.yaml").write_text(DEMO.read_text() + "variants: {old: {loss.alpha: 0}}\n")
+    with pytest.raises(PipelineError, match=r"write objective\.alpha"):
+        load_recipe(tmp_path / "recipe.yaml", [])

@@ -1,0 +1,182 @@
+"""Families of models: found by their folders; and recipes that do not fit theirs."""
+
+import io
+from pathlib import Path
+
+import pytest
+from closeness import assert_close_in_norm
+from PIL import Image
+from sections import section
+
+from pipeline.config import Recipe, load_recipe
+from pipeline.data.sample import Item
+from pipeline.embedding.embedder import Embedder
+from pipeline.errors import PipelineError
+from pipeline.models.registry import family_of, saved, training
+from pipeline.models.text_encoder import model as decoder
+from pipeline.training.export import write_folder
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+VISION = SIZES | {"image_size": 24, "patch_size": 8, "projection_dim": 16}
+TEXT = SIZES | {"vocab_size": 600, "num_key_value_heads": 4}
+ARCHITECTURES = {
+    "text_encoder": {"text": TEXT},
+    "llm2clip": {"vision": VISION},
+    "clip": {"vision": VISION, "text": SIZES | {"vocab_size": 600, "max_position_embeddings": 20}},
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "named"),
+    [
+        ("demo", "model.train.adapter=false", "unknown field model.train.adapter; known here: "),
+        ("demo_caption", "model.train.projector=1e-4", "unknown field model.train.projector; known here: "),
+        ("demo_clip", "model.train.adapter=1e-4", "unknown field model.train.adapter; known here: "),
+        ("demo_llm2clip", "model.train.language_model=false", "unknown field model.train.language_model; known here: "),
+        (
+            "demo_llm2clip",
+            "model.train.lora.rank=4",
+            "unknown field model.train.lora; known here: vision_tower, adapter",
+        ),
+        ("demo_clip", "model.train.lora.rank=4", "unknown field model.train.lora; known here: vision_tower"),
+        ("demo_clip", "model.train={language_model: true}", "model.train.vision_tower is missing"),
+        (
+            "demo_caption",
+            "model.train.language_model=false",
+            "nothing is trained: set one of model.train.language_model",
+        ),
+        ("demo_llm2clip", "model.text_encoder=null", "model.text_encoder: it is empty"),
+        ("demo_clip", "model.text_encoder=folder", "unknown field model.text_encoder; "),
+        ("demo_llm2clip", "model.instruction=find", "unknown field model.instruction; "),
+        ("demo_caption", "model.architecture.vision={hidden_size: 8}", "unknown field model.architecture.vision; "),
+        ("demo_clip", "model.architecture.text={}", "model.architecture.text: Dictionary should have at least 1 item"),
+        ("demo_clip", "model.family=blip", "model.family is 'blip': set it to one of llave, text_encoder, "),
+        ("demo_caption", "model.images=as_stored", "unknown field model.images; "),
+        ("demo", "model.images=turned", "model.images: Input should be 'upright' or 'as_stored', got 'turned'"),
+        ("demo_clip", "objective.name=masked_next_token", "unknown field objective.alpha; "),
+        (
+            "demo_clip",
+            "objective={name: masked_next_token}",
+            "masked_next_token is not for model.family=clip, which is",
+        ),
+        ("demo_clip", "objective.name=guessing", "objective.name is 'guessing': set it to one of contrastive, "),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused(recipe, override, named):
+    with pytest.raises(PipelineError) as error:
+        load_recipe(f"pipeline/recipes/{recipe}.yaml", [override])
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "named"),
+    [
+        (
+            "text_encoder",
+            {"text": TEXT | {"hiden_size": 8}},
+            "model.architecture.text.hiden_size; did you mean hidden_size",
+        ),
+        (
+            "text_encoder",
+            {"text": TEXT | {"model_type": "llamma"}},
+            "model_type=llamma is no model that transformers has",
+        ),
+        ("text_encoder", {"text": SIZES}, "model.architecture.text.vocab_size is missing"),
+        ("clip", {"vision": VISION, "text": SIZES}, "model.architecture.text.vocab_size is missing"),
+        ("clip", {"vision": VISION | {"patch": 8}, "text": TEXT}, "model.architecture.vision.patch"),
+        ("llm2clip", {"vision": VISION | {"patch": 8}}, "model.architecture.vision.patch"),
+    ],
+)
+def test_what_transformers_does_not_know_is_refused_before_anything_is_built(kind, architecture, named, folders):
+    encoder = {"text_encoder": folders["text_encoder"]} if kind == "llm2clip" else {}
+    with pytest.raises(PipelineError) as error:
+        training(kind).check(section(kind, architecture=architecture, **encoder))
+    assert named in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """Of each of LLM2CLIP's families and of CLIP one of random weights as a run begins with, and a text encoder's."""
+    root = tmp_path_factory.mktemp("families")
+    found = {}
+    for kind, architecture in ARCHITECTURES.items():
+        encoder = {"text_encoder": found["text_encoder"]} if kind == "llm2clip" else {}
+        found[kind] = str(root / kind)
+        model = section(kind, architecture=architecture, **encoder)
+        training(kind).build(model, ["a red star"], 0, root / kind)
+    return found
+
+
+def test_families_are_found_by_their_folders(folders, tiny_model, tmp_path):
+    assert family_of(tiny_model) is saved("llave")
+    assert family_of(folders["clip"]) is saved("clip")
+    assert family_of(folders["text_encoder"]) is None  # any decoder
+    assert family_of(folders["llm2clip"]) is None  # a vision tower
+    encoder = decoder.TextEncoder.load(folders["text_encoder"], "auto")
+    decoder.save(encoder, dict(encoder.named_parameters()), folders["text_encoder"], tmp_path / "encoder", None, "")
+    assert family_of(str(tmp_path / "encoder")) is saved("text_encoder")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PipelineError, match=r"no model at .*empty.*: it has no config\.json"):
+        family_of(str(tmp_path / "empty"))
+
+
+def photo(orientation: int) -> bytes:
+    """Red at its left, and stored as a camera that was held so has it."""
+    picture, exif, data = Image.new("RGB", (48, 32), (0, 0, 255)), Image.Exif(), io.BytesIO()
+    picture.paste((255, 0, 0), (0, 0, 16, 32))
+    exif[0x0112] = orientation
+    picture.save(data, "PNG", exif=exif)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["llave", "llm2clip", "clip"])
+def test_pictures_are_read_as_the_recipe_says_and_so_by_its_export(kind, folders, tiny_model, tmp_path):
+    name, path = ("demo", tiny_model) if kind == "llave" else (f"demo_{kind}", folders[kind])
+    fields = [f"model.path={path}"] + [f"model.text_encoder={folders['text_encoder']}"] * (kind == "llm2clip")
+    item, upright = Item("<image>\nWhere?", (photo(6),)), Item("<image>\nWhere?", (photo(1),))
+
+    def recipe(path: str, *images: str) -> Recipe:
+        return load_recipe(f"pipeline/recipes/{name}.yaml", [*fields, f"model.path={path}", *images])
+
+    plain = recipe(path)
+    turned, stored = (
+        training(kind).processor(plain, path),
+        training(kind).processor(recipe(path, "model.images=as_stored"), path),
+    )
+    assert (turned.as_stored, stored.as_stored) == (False, True)
+    assert turned.encode(item).key != stored.encode(item).key == turned.encode(upright).key
+    given = path
+    for images, as_stored in (("as_stored", True), (None, True), ("upright", False)):  # each trained on from the last
+        chosen = recipe(given, *([f"model.images={images}"] if images else []))
+        model, out = training(kind).load_whole(chosen, given), tmp_path / f"out{images}"
+        write_folder(model, dict(model.named_parameters()), chosen, given, out)
+        reader = saved(kind).reader(str(out), 512, 8)
+        assert reader.as_stored == training(kind).processor(chosen, given).as_stored == as_stored
+        if kind == "llave":
+            assert reader.encode(item).key == (stored if as_stored else turned).encode(item).key
+        given = str(out)
+    (tmp_path / "photo.png").write_bytes(photo(6))
+    (tmp_path / "upright.png").write_bytes(photo(1))
+    with Image.open(tmp_path / "photo.png") as opened:
+        pictures = [tmp_path / "photo.png", opened, tmp_path / "upright.png", Image.open(tmp_path / "upright.png")]
+        for out, equal in (("outNone", True), ("outupright", False)):
+            rows = Embedder.load(tmp_path / out, device="cpu").embed(pictures)
+            assert_close_in_norm(rows[1::2], rows[::2])
+            assert (float((rows[0] - rows[2]).norm()) < 1e-4) == equal
+
+
+def test_a_model_of_another_kind_is_refused_before_it_is_loaded(folders, tmp_path):
+    def error(kind: str, path: str, **fields: str) -> str:
+        with pytest.raises(PipelineError) as error:
+            training(kind).check(section(kind, path=path, **fields))
+        return str(error.value)
+
+    assert "is a clip model; expected a decoder of texts" in error("text_encoder", folders["clip"])
+    assert "is a qwen2 model; expected clip" in error("clip", folders["text_encoder"])
+    assert "is a qwen2 model; a vision encoder is a clip" in error(
+        "llm2clip", folders["text_encoder"], text_encoder=folders["text_encoder"]
+    )
+    assert "expected a decoder of texts" in error("llm2clip", folders["llm2clip"], text_encoder=folders["clip"])
+    missing = str(Path(tmp_path, "missing"))
+    for kind in ("text_encoder", "clip"):
+        assert f"no model at '{missing}'" in error(kind, missing)
