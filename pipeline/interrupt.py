@@ -115,7 +115,9 @@ def _listen(read: int) -> None:
                 late.daemon = True
                 late.start()
             elif int(os.environ.get("RANK", 0)) == 0:
-                _say("interrupted: this step is finished, then a checkpoint is written; once more ends at once")
+                _say(
+                    "interrupted: finishing this step, then writing a checkpoint; press Ctrl-C once more to end at once"
+                )
     os.close(read)
 
 

@@ -56,11 +56,13 @@ class TrainingInterface(ABC):
     unused: beginnings of the names of parameters that no embedding depends on, which so have no gradient.
     stages: of ZeRO that it trains under.
     checks_config_alone: whether `check` downloads no weights of a model on the hub.
+    estimates_memory: whether it has a `memory_model`.
     """
 
     unused: ClassVar[tuple[str, ...]] = ()
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     checks_config_alone: ClassVar[bool] = False
+    estimates_memory: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, model: ModelSection) -> None:
@@ -107,9 +109,9 @@ class TrainingInterface(ABC):
         self.check(recipe.model)
         self.processor(recipe, path)
 
-    def memory_model(self, recipe: Recipe) -> "nn.Module | None":
-        """The model on the meta device, for an estimate of memory; None for a family without an estimate."""
-        return None
+    def memory_model(self, recipe: Recipe) -> "nn.Module":
+        """The model on the meta device, for an estimate of memory."""
+        raise NotImplementedError
 
     @abstractmethod
     def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:

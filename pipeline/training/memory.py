@@ -71,10 +71,12 @@ def meta_model(recipe: Recipe) -> nn.Module:
 
     Raises PipelineError if there is no such model, or its architecture is not one.
     """
-    if (model := training_of(recipe).memory_model(recipe)) is None:
+    family = training_of(recipe)
+    if not family.estimates_memory:
         raise PipelineError(
             f"memory is not estimated for model.family={recipe.model.family}: batch.chunk_tokens=auto finds what fits"
         )
+    model = family.memory_model(recipe)
     with torch.device("meta"):
         freeze(model, recipe)
         adapt(model, recipe)
@@ -157,7 +159,7 @@ def saved_bytes(config: LlavaOnevisionConfig, work: Work, tower_trained: bool, c
     checkpointing: of each layer its input alone.
     With adapters, or with a language model that is frozen, it is less than that.
     """
-    text, vision, width = config.text_config, config.vision_config, work.width
+    text, vision, width = _text(config), _vision(config), work.width
     patches = work.tiles * _patches(config)
     inputs = work.tokens * text.hidden_size * width, patches * vision.hidden_size * width
     language_layer, vision_layer = inputs if checkpointing else _layers(config, work)
@@ -179,8 +181,8 @@ def recomputed_bytes(config: LlavaOnevisionConfig, work: Work, tower_trained: bo
     language, vision = _layers(config, work)
     patches = work.tiles * _patches(config)
     # At the MLP's activation everything is there, and twice a gradient of that width.
-    language += 2 * work.tokens * config.text_config.intermediate_size * work.width
-    vision += 2 * patches * config.vision_config.intermediate_size * work.width
+    language += 2 * work.tokens * _text(config).intermediate_size * work.width
+    vision += 2 * patches * _vision(config).intermediate_size * work.width
     return max(language, vision if tower_trained else 0)
 
 
@@ -190,7 +192,7 @@ def working_bytes(config: LlavaOnevisionConfig, work: Work, tiles_at_once: int |
     It is at the widest place of a layer, its MLP; a backward pass needs about as much besides what autograd kept.
     tiles_at_once: that the tower sees, if not all.
     """
-    text, vision, width = config.text_config, config.vision_config, work.width
+    text, vision, width = _text(config), _vision(config), work.width
     features = work.tiles * _patches(config) * vision.hidden_size * width
     seen = min(work.tiles, tiles_at_once or work.tiles)
     # Of each layer its input, the residual and the normalised input of the MLP.
@@ -212,7 +214,7 @@ def working_bytes(config: LlavaOnevisionConfig, work: Work, tiles_at_once: int |
 
 def loss_bytes(config: LlavaOnevisionConfig, global_batch: int, gpus: int) -> int:
     """The most that the loss takes, in float32, while nothing but embeddings is there."""
-    width, rows = config.text_config.hidden_size, global_batch // gpus
+    width, rows = _text(config).hidden_size, global_batch // gpus
     work = FP32 * (
         4 * global_batch * width  # targets of all devices, as columns, as a factor of the logits, and their gradient
         + 3 * rows * width  # own queries, as a factor, and their gradient
@@ -223,7 +225,7 @@ def loss_bytes(config: LlavaOnevisionConfig, global_batch: int, gpus: int) -> in
 
 def embedding_bytes(config: LlavaOnevisionConfig, global_batch: int, gpus: int) -> int:
     """A device's embeddings and their gradient, float32, which a step keeps from its first pass to its end."""
-    return 2 * 2 * (global_batch // gpus) * config.text_config.hidden_size * FP32
+    return 2 * 2 * (global_batch // gpus) * _text(config).hidden_size * FP32
 
 
 def tokens_per_tile(tiling: Tiling, videos: bool) -> float:
@@ -237,7 +239,7 @@ def tokens_per_tile(tiling: Tiling, videos: bool) -> float:
 def _layers(config: LlavaOnevisionConfig, work: Work) -> tuple[int, int]:
     """What autograd keeps of a layer of the language model, and of the vision tower."""
     patches = work.tiles * _patches(config)
-    return _language_layer(config.text_config, work), _vision_layer(config.vision_config, patches, work.width)
+    return _language_layer(_text(config), work), _vision_layer(_vision(config), patches, work.width)
 
 
 def _language_layer(text: Qwen2Config, work: Work) -> int:
@@ -273,9 +275,19 @@ def _vision_layer(vision: SiglipVisionConfig, patches: int, width: int) -> int:
     )
 
 
+def _text(config: LlavaOnevisionConfig) -> Qwen2Config:
+    assert isinstance(config.text_config, Qwen2Config)
+    return config.text_config
+
+
+def _vision(config: LlavaOnevisionConfig) -> SiglipVisionConfig:
+    assert isinstance(config.vision_config, SiglipVisionConfig)
+    return config.vision_config
+
+
 def _patches(config: LlavaOnevisionConfig) -> int:
     """Of a tile."""
-    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    return (_vision(config).image_size // _vision(config).patch_size) ** 2
 
 
 def _head(text: Qwen2Config) -> int:
@@ -318,7 +330,7 @@ class Plan:
 
     def kept(self) -> dict[str, int]:
         """What a step keeps besides, by name."""
-        batch, vision = self.recipe.batch, self.config.vision_config
+        batch, vision = self.recipe.batch, _vision(self.config)
         kept = {"kept embeddings, their gradient": embedding_bytes(self.config, batch.global_batch, self.gpus)}
         if not _tower_trained(self.recipe):
             # Of the longest items, each full of tiles.

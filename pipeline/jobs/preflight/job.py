@@ -80,7 +80,7 @@ def model(job: Job) -> Check:
     job.lengths = family.lengths(recipe)
     if job.source:
         family.check_data(recipe, job.source)
-    if family.memory_model(recipe) is None:
+    if not family.estimates_memory:
         return green(_source_of(wanted))
     plan = Plan.of(recipe, job.world, videos=_mostly_videos(job.source))
     trained = sum(group.parameters for group in plan.groups if group.trained)
@@ -146,7 +146,7 @@ def processes(job: Job) -> Check:
 @check("memory", seconds=30, if_late="run tools/plan_memory.py")
 def memory(job: Job, gpu_bytes: int) -> Check:
     """Memory by the estimate of tools/plan_memory.py.  gpu_bytes: of the smallest GPU; 0 without GPUs."""
-    if training_of(job.recipe).memory_model(job.recipe) is None:
+    if not training_of(job.recipe).estimates_memory:
         family = job.recipe.model.family
         return skipped(f"not estimated for {family}; batch.chunk_tokens=auto finds what fits in the first steps")
     if job.plan is None or job.zero is None:

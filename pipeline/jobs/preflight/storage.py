@@ -116,7 +116,7 @@ def nearest(folder: Path) -> Path:
 @check("disk space", seconds=20, if_late="the file system hangs: set run= to another")
 def disk_space(job: Job) -> Check:
     """The space that checkpoints and models need, less that of existing checkpoints."""
-    if training_of(job.recipe).memory_model(job.recipe) is None:
+    if not training_of(job.recipe).estimates_memory:
         free = shutil.disk_usage(nearest(job.folder)).free
         return skipped(f"not estimated for {job.recipe.model.family}; {free / GB:,.2f} GB free")
     if job.plan is None or job.zero is None:

@@ -29,7 +29,7 @@ from pipeline.models.loading import DTYPES, image_reading, reads_as_stored
 class LlaveTraining(TrainingInterface):
     """A tower that is not trained is outside the engine."""
 
-    checks_config_alone = True
+    checks_config_alone = estimates_memory = True
     unused = ("vision_tower.post_layernorm.",)  # the embedding reads the tower before its final norm
 
     # Names that tensors have in LLaVA-OneVision's checkpoints of earlier and present versions of transformers.
