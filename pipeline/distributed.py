@@ -247,13 +247,13 @@ def all_gather_constant(x: Tensor, group: dist.ProcessGroup | None = None) -> Te
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
         return all_gather_constant(x, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rank, world = rank_and_world(ctx.group)
         own = grad.shape[0] // world
         if grad.is_cuda:

@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerC
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from deepspeed.utils.logging import log_levels
 from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline.config import typed
 from pipeline.errors import PipelineError, shown
@@ -73,7 +74,7 @@ class _Config(DeepSpeedConfigModel):
     memory_breakdown: bool = False
     dump_state: bool = False
     disable_python_gc: bool = False
-    log_level: Annotated[Literal[*log_levels], _AnyCase] | None = None
+    log_level: Annotated[Literal[*log_levels], _AnyCase] | None = None  # type: ignore[valid-type]  # DeepSpeed's names
     comms_logger: CommsLoggerConfig = Field(default_factory=CommsLoggerConfig)
     flops_profiler: _FlopsProfiler = Field(default_factory=_FlopsProfiler)
     timers: _Timers = Field(default_factory=_Timers)
@@ -224,6 +225,11 @@ def read(path: Path) -> dict[str, Any]:
         raise PipelineError(f"{path}: {error}") from None
 
 
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    """What DeepSpeed notes on a field besides pydantic's own attributes."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
 def _checked(model: type[BaseModel], config: dict[str, Any], above: str) -> dict[str, Any]:
     """Under the names that DeepSpeed's documentation has. Raises ValueError."""
     fields = {name: field for key, field in model.model_fields.items() for name in (key, field.alias) if name}
@@ -232,7 +238,7 @@ def _checked(model: type[BaseModel], config: dict[str, Any], above: str) -> dict
         place = above + key
         if key not in fields or place in _NOT_HERE:
             raise ValueError(_unknown(place))
-        field, extra = fields[key], fields[key].json_schema_extra or {}
+        field, extra = fields[key], _extra(fields[key])
         if extra.get("deprecated"):
             names = extra["new_param"].split(" or ")
             new = " or ".join(above + (model.model_fields[name].alias or name) for name in names)
@@ -296,7 +302,7 @@ def _places(model: type[BaseModel], above: str) -> list[str]:
     places, inner = [], []
     for key, field in model.model_fields.items():
         place = above + (field.alias or key)
-        if not (field.json_schema_extra or {}).get("deprecated"):
+        if not _extra(field).get("deprecated"):
             places.append(place)
         for option in typed.options(field.annotation):
             if isinstance(option, type) and issubclass(option, BaseModel):

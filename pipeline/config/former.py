@@ -3,7 +3,7 @@
 A recipe of a person is refused, with the lines to write instead. What a run directory keeps is translated.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.config import typed
@@ -14,7 +14,7 @@ _KINDS = {"caption": ("text_encoder", "contrastive"), "mntp": ("text_encoder", "
 _LOSS, _TRAINED = "the loss", "what is trained"  # names of conditions
 
 
-def refuse(values: Mapping[str, Any], overrides: list[str], where: str) -> None:
+def refuse(values: Mapping[str, Any], overrides: Sequence[str], where: str) -> None:
     """Raise PipelineError for a recipe, or an override, as earlier versions had them."""
     model = values.get("model")
     if "train" in values or "loss" in values or (isinstance(model, dict) and "kind" in model):

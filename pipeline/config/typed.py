@@ -11,7 +11,7 @@ from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -37,25 +37,29 @@ class Plain(str):
 
 
 def _refusal(problem: str, where: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=cast(yaml.Mark, where.start_mark))
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
+    yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}  # noqa: RUF012 (as its base class has it)
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.sizes: dict[yaml.Node, int] = {}  # values in each complete node
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
             raise _refusal(f"the tag {event.tag}: write the value alone", event)
-        node = super().compose_node(parent, index)
+        node = cast(yaml.Node, super().compose_node(parent, index))
         if isinstance(event, yaml.AliasEvent):
-            if not hasattr(node, "size"):
+            if node not in self.sizes:
                 raise _refusal(f"*{event.anchor} contains itself", event)
             return node
         children = () if isinstance(node, yaml.ScalarNode) else node.value
         inner = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
-        node.size = 1 + sum(part.size for part in inner)
-        if node.size > _MOST_VALUES:
+        self.sizes[node] = 1 + sum(self.sizes[part] for part in inner)
+        if self.sizes[node] > _MOST_VALUES:
             raise _refusal(f"more than {_MOST_VALUES:,} values", event)
         return node
 

@@ -79,7 +79,8 @@ class Share:
         images = [image.tiles for item in self.items.values() for image in item.images]
         tiles = _shared(images) if images else None
         counted = {
-            key: replace(item, images=tuple(replace(image, tiles=len(image.tiles)) for image in item.images))
+            # The number of its tiles stands for them meanwhile.
+            key: replace(item, images=tuple(replace(i, tiles=len(i.tiles)) for i in item.images))  # type: ignore[arg-type]
             for key, item in self.items.items()
         }
         return self.rows, counted, self.received, tiles

@@ -31,6 +31,8 @@ class ImageTokens(Protocol):
 
     def video_tokens(self, frames: int) -> int: ...
 
+    def __hash__(self) -> int: ...  # counts are cached
+
 
 @dataclass(frozen=True)
 class Square:
@@ -62,7 +64,7 @@ class Lengths:
 
     def of_records(self, records: np.ndarray) -> np.ndarray:
         """(n,) records of a sidecar -> (n,) int64 tokens of all items of each sample."""
-        counts = {name: records[name].astype(np.int64) for name in records.dtype.names if name != "image_sizes"}
+        counts = {name: records[name].astype(np.int64) for name in records.dtype.names or () if name != "image_sizes"}
         texts = counts["query_text"] + counts["target_text"] + counts["negative_text"]
         lengths = (2 + counts["negatives"]) * _PROMPT + texts // _TEXT_BYTES
         lengths += counts["videos"] * self.tiling.video_tokens(self.video_frames)
