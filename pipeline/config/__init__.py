@@ -340,9 +340,11 @@ class Recipe(Section):
                 f"objective.name={objective.name} is not for model.family={model.family}, which is trained by "
                 f"{', '.join(model.objectives)}"
             )
-        for name in objective.without:
-            if getattr(self.batch, name) != Batch.model_fields[name].default:
-                raise ValueError(f"batch.{name} is not for objective.name={objective.name}: remove it")
+        for place in objective.without:
+            name, field = place.split(".")
+            fields = type(section := getattr(self, name)).model_fields
+            if field in fields and getattr(section, field) != fields[field].default:
+                raise ValueError(f"{place} is not for objective.name={objective.name}: remove it")
         return self
 
     @model_validator(mode="after")
@@ -426,13 +428,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _existing(name: str | Path, folder: str, kind: str) -> Path:
-    """The file `name`, or else the project's own file of that name, which any working directory finds.
+    """The file `name`, here or in the checkout, or the project's own file of that name.
 
     The project's own files can be named alone, or as a checkout has them: demo.yaml, pipeline/recipes/demo.yaml.
     """
-    path, own = Path(name), {file.name: file for file in (_PACKAGE / folder).iterdir()}
-    if os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
-        return path
+    path = Path(name)
+    for place in (path, ROOT / path):
+        if os.path.exists(place):  # noqa: PTH110 (Path.exists raises for a name that is too long)
+            return place
+    own = {file.name: file for file in (_PACKAGE / folder).glob("*.*")}
     if path.name in own and path.parent.as_posix() in (".", folder, f"pipeline/{folder}"):
         return own[path.name]
     raise PipelineError(f"no {kind} at {path}; the project's own are {', '.join(sorted(own))}")

@@ -17,7 +17,13 @@ _LOSS, _TRAINED = "the loss", "what is trained"  # names of conditions
 def refuse(values: Mapping[str, Any], overrides: Sequence[str], where: str) -> None:
     """Raise PipelineError for a recipe, or an override, as earlier versions had them."""
     model = values.get("model")
-    if "train" in values or "loss" in values or (isinstance(model, dict) and "kind" in model):
+    left = [name for name in ("train", "loss") if name in values]
+    if left and isinstance(model, dict) and "family" in model:
+        raise PipelineError(
+            f"{where}: {' and '.join(left)}: sections of an earlier version. Move the fields of train to model.train, "
+            "and those of loss to objective"
+        )
+    if left or (isinstance(model, dict) and "kind" in model):
         new = recipe(values)
         changed = {name: new["model"][name] for name in ("family", "train") if name in new["model"]}
         lines = typed.dump(typed.guess({"model": changed, "objective": new["objective"]}))
@@ -44,7 +50,8 @@ def recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     from pipeline.models.registry import FAMILIES  # its sections are made of the classes of pipeline.config
     from pipeline.objectives import OBJECTIVES
 
-    model = dict(values.get("model") or {})
+    model = values.get("model") or {}
+    model = dict(model) if isinstance(model, dict) else {}
     if "family" in model:
         return dict(values)
     kind = str(model.pop("kind", "llave"))
@@ -64,7 +71,8 @@ def recipe(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _known(values: Any, section: Any) -> dict[str, Any]:
-    return {name: value for name, value in (values or {}).items() if name in section.model_fields}
+    values = values if isinstance(values, dict) else {}
+    return {name: value for name, value in values.items() if name in section.model_fields}
 
 
 def conditions(before: Mapping[str, Any]) -> dict[str, Any]:

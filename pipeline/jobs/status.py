@@ -169,8 +169,16 @@ def failures_noted(run: Path) -> Iterator[None]:
         elif not is_first and not is_of_lost_peer(error):
             with suppress(OSError, ValueError):
                 run.mkdir(parents=True, exist_ok=True)
-                with beside.open("x") as file:
-                    file.write(printable(reason, keep="\n"))
+                partial = beside.with_name(f".{beside.name}.{socket.gethostname()}-{os.getpid()}.partial")
+                try:
+                    partial.write_text(printable(reason, keep="\n"))
+                    os.link(partial, beside)  # complete, and only if no other rank was first
+                except FileExistsError:
+                    pass
+                except OSError:  # a file system without links
+                    partial.replace(beside)
+                finally:
+                    partial.unlink(missing_ok=True)
         raise
 
 

@@ -125,7 +125,7 @@ def found_before(run: Path, checkpoint: dict | None, conditions: dict) -> Budget
         noted = json.loads((run / NOTE).read_text())
     for kept in (noted, checkpoint):
         # What is not as `found` gives it is no budget, be it another version's.
-        with suppress(ValueError, TypeError, KeyError, AttributeError):
+        with suppress(ValueError, TypeError, KeyError, AttributeError, PipelineError):
             if _are_alike(kept["conditions"], conditions):
                 budget = TypeAdapter(Budget).validate_json(json.dumps(kept["budget"]), strict=True)
                 if min(budget.chunk_tokens, budget.longest) > 0 and min(budget.kept_chunks, budget.graph) >= 0:

@@ -261,8 +261,8 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         self.monitor.flush()
-        state = {"bad_samples": self.bad_samples, "budget": found(self.budget, self.budget_conditions)}
-        state |= self.objective.state()
+        state = self.objective.state() | {"bad_samples": self.bad_samples}
+        state |= {"budget": found(self.budget, self.budget_conditions)}
         checkpoint.save(self.engine, self.checkpoints, done, state, self.conditions, self.recipe.checkpoint.keep)
         if self.monitor.leads:
             with disk_errors(self.folder / NOTE):

@@ -131,3 +131,10 @@ def test_mixtures():
     assert data.parts == 4
     assert load_recipe(DEMO, ["data.batches=homogeneous"]).data.parts == 1
     assert load_recipe(DEMO, []).data.parts is None
+
+
+def test_a_field_that_the_objective_has_no_use_for_is_refused():
+    with pytest.raises(
+        PipelineError, match=r"model\.instruction is not for objective\.name=masked_next_token: remove it"
+    ):
+        load_recipe("demo_masked.yaml", ["model.instruction=find"])

@@ -45,6 +45,20 @@ def test_a_recipe_of_an_earlier_version_is_refused_with_the_lines_to_write(kind,
     assert load_recipe(tmp_path / "new.yaml", []) == wanted
 
 
+@pytest.mark.parametrize("section", ["train: {projector: false}", "loss: {alpha: 0}", "train: 5"])
+def test_a_recipe_of_both_versions_is_refused_with_where_fields_go(section, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"{DEMO.read_text()}{section}\n")
+    with pytest.raises(PipelineError, match=r"Move the fields of train to model\.train, and those of loss to obj"):
+        load_recipe(tmp_path / "recipe.yaml", [])
+
+
+@pytest.mark.parametrize("section", ["model: foo\nloss: x", "model: {kind: llave}\ntrain: 5", "loss: []"])
+def test_what_is_no_section_of_an_earlier_version_is_an_error_too(section, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(section)
+    with pytest.raises(PipelineError):
+        load_recipe(tmp_path / "recipe.yaml", [])
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [

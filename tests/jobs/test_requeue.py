@@ -1,5 +1,6 @@
 """What comes of a job after its training ended."""
 
+import errno
 import json
 import os
 import subprocess
@@ -261,3 +262,17 @@ def test_the_command(tmp_path):
     ended = subprocess.run([*command, "--exit-code", "0"], capture_output=True, text=True)
     assert ended.returncode == REQUEUE
     assert "7 of 20 steps are done" in ended.stderr
+
+
+def test_a_failure_that_a_full_disk_cut_short_leaves_no_empty_file(tmp_path, monkeypatch):
+    """It would hide what the first rank has to say."""
+    monkeypatch.setenv("RANK", "1")
+
+    def full(path: Path, text: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(PipelineError), status.failures_noted(tmp_path):
+        raise PipelineError("the cause")
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from pipeline.config import Fixed, ObjectiveSection
 class MaskedNextTokenSection(ObjectiveSection):
     """Hidden tokens are predicted: there are no negatives, and one pass is enough."""
 
-    without: ClassVar = ("sub_batch", "kept_chunks")
+    without: ClassVar = ("batch.sub_batch", "batch.kept_chunks", "model.instruction")
 
     name: Annotated[Literal["masked_next_token"], Fixed()] = "masked_next_token"
     mask_rate: Annotated[float, Fixed()] = Field(
