@@ -172,14 +172,21 @@ def failures_noted(run: Path) -> Iterator[None]:
                 partial = beside.with_name(f".{beside.name}.{socket.gethostname()}-{os.getpid()}.partial")
                 try:
                     partial.write_text(printable(reason, keep="\n"))
-                    os.link(partial, beside)  # complete, and only if no other rank was first
-                except FileExistsError:
-                    pass
-                except OSError:  # a file system without links
-                    partial.replace(beside)
+                    with suppress(FileExistsError):  # another rank was first
+                        _link(partial, beside)
                 finally:
                     partial.unlink(missing_ok=True)
         raise
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give a file a second name. FileExistsError if there is one; a file system without links replaces that."""
+    try:
+        os.link(file, name)
+    except FileExistsError:
+        raise
+    except OSError:
+        file.replace(name)
 
 
 def _launch() -> str:
