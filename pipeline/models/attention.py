@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from importlib import import_module
 from inspect import signature
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +147,7 @@ def packed_sdpa(
     Chunks are cut so that little of the rows is empty (see chunks.py); what is empty comes last in its row, where no
     token of a causal item looks.
     """
-    _refuse(module, attention_mask, segments, others)
+    segments = _refuse(module, attention_mask, segments, others)
 
     def spread(x: torch.Tensor, places: Segments) -> torch.Tensor:
         x = x.squeeze(0).transpose(0, 1)
@@ -157,12 +158,13 @@ def packed_sdpa(
     if query.is_cuda and (query.dtype not in HALF or not segments.causal):
         # Of CUDA's kernels FlashAttention alone knows groups, and neither fp32 nor masks; others would make T x T.
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    queries, where = segments.queries, {"is_causal": True} if segments.causal else {"attn_mask": segments.filled}
+    queries = segments.queries
     out = F.scaled_dot_product_attention(
         spread(query, queries),
         spread(key, segments),
         spread(value, segments),
-        **where,
+        attn_mask=None if segments.causal else segments.filled,
+        is_causal=segments.causal,
         scale=scaling,
         enable_gqa=key.shape[1] < query.shape[1],
     )
@@ -181,7 +183,7 @@ def packed_varlen(
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """By torch's own variable-length FlashAttention."""
-    _refuse(module, attention_mask, segments, others)
+    segments = _refuse(module, attention_mask, segments, others)
     window = (-1, 0) if segments.causal else (-1, -1)
     attend = partial(_varlen_attn(), scale=scaling, window_size=window)
     return _by_bounds(attend, (query, key, value), segments), None
@@ -192,7 +194,9 @@ def _varlen_attn() -> Callable[..., torch.Tensor]:
     from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
 
     # From torch 2.12 on it has to be told of groups.
-    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else varlen_attn
+    grouped = "enable_gqa" in signature(varlen_attn).parameters
+    attend = partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
+    return cast(Callable[..., torch.Tensor], attend)  # without the auxiliary results that it can be asked for
 
 
 def packed_flash_attn(
@@ -207,7 +211,7 @@ def packed_flash_attn(
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """By the flash-attn package."""
-    _refuse(module, attention_mask, segments, others)
+    segments = _refuse(module, attention_mask, segments, others)
     from flash_attn import flash_attn_varlen_func  # where it is installed
 
     attend = partial(flash_attn_varlen_func, softmax_scale=scaling, causal=segments.causal)
@@ -215,9 +219,9 @@ def packed_flash_attn(
 
 
 def _refuse(
-    module: torch.nn.Module, mask: torch.Tensor | None, segments: Segments | None, others: dict[str, object]
-) -> None:
-    """Raise PipelineError for what other models' attention does besides, which would be left out."""
+    module: torch.nn.Module, mask: torch.Tensor | None, segments: Segments | None, others: dict[str, Any]
+) -> Segments:
+    """The segments; PipelineError for what other models' attention does besides, which would be left out."""
     if segments is None:
         raise PipelineError("the model's layers do not tell its attention where items begin, which is not supported")
     if mask is not None:  # where a row is packed, none is made, but by layers that weigh tokens so, as Doge's
@@ -237,11 +241,12 @@ def _refuse(
             f"beyond {limit} tokens the model turns the positions of all items of a row otherwise, which is not "
             "supported: lower max_tokens to that"
         )
+    return segments
 
 
 def _rope_limit(module: torch.nn.Module) -> int | None:
     """The tokens beyond which rotary frequencies depend on the longest item of a row; None if they never do."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     rope = getattr(config, "rope_parameters", None) or {}
     for each in (rope, *(part for part in rope.values() if isinstance(part, dict))):
         if each.get("rope_type") in ("dynamic", "longrope"):

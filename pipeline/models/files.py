@@ -166,9 +166,9 @@ def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
     refuse_zeros(folder, matrices)
     index = folder / f"{_single(files[0])}.index.json"
     if index.is_file() and _single(files[0]) != files[0].name:
-        for name, file in _weight_map(index).items():
-            if name not in found or found[name].file.name != file:
-                raise PipelineError(f"{folder / file} lacks {name}, which {index.name} says it holds: {_AGAIN}")
+        for name, holder in _weight_map(index).items():
+            if name not in found or found[name].file.name != holder:
+                raise PipelineError(f"{folder / holder} lacks {name}, which {index.name} says it holds: {_AGAIN}")
     return found
 
 

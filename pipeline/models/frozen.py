@@ -38,5 +38,5 @@ class KeptFeatures:
         size = 0 if features is None else features.nbytes
         fits = size <= self._room
         self._room -= size if fits else 0
-        self._kept[id(chunk)] = features if fits else features.cpu()
+        self._kept[id(chunk)] = features if fits or features is None else features.cpu()
         return features

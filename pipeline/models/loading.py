@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast, overload
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import SizeDict
 from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -78,7 +79,24 @@ _SECTIONS = ("text_config", "vision_config", "rope_parameters", "rope_scaling")
 _TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+Config = TypeVar("Config", bound=PreTrainedConfig)
 Processor = TypeVar("Processor", bound=PilBackend)
+
+
+class ImageSettings(Protocol):
+    """What transformers' image processors have; their base class does not declare it."""
+
+    size: SizeDict
+    crop_size: SizeDict
+    resample: int
+    rescale_factor: float
+    image_mean: list[Any]
+    image_std: list[Any]
+    do_resize: bool
+    do_rescale: bool
+    do_normalize: bool
+    do_center_crop: bool
+    do_pad: bool
 
 
 def config_dict(path: str) -> dict[str, Any]:
@@ -141,6 +159,10 @@ def checked(file: Path, values: dict[str, Any], section: str = "") -> dict[str, 
     return kept
 
 
+@overload
+def config(path: str, kind: type[Config]) -> Config: ...
+@overload
+def config(path: str, kind: None = None) -> PreTrainedConfig: ...
 def config(path: str, kind: type[PreTrainedConfig] | None = None) -> PreTrainedConfig:
     """The config of a folder or hub name.  kind: the class, also of a part of a model; None: by its model_type.
 
@@ -153,7 +175,7 @@ def config(path: str, kind: type[PreTrainedConfig] | None = None) -> PreTrainedC
         with reading(file):
             if name == "mistral" and "layer_types" in values:  # as AutoConfig has it
                 name = "ministral"
-            kind = CONFIG_MAPPING[name]
+            kind = CONFIG_MAPPING[str(name)]
     for section in kind.sub_configs:
         if section in _SECTIONS and not isinstance(values.get(section), dict):
             found = shown(values[section]) if section in values else "missing"
@@ -161,7 +183,7 @@ def config(path: str, kind: type[PreTrainedConfig] | None = None) -> PreTrainedC
     if kind.base_config_key and isinstance(values.get(kind.base_config_key), dict):
         values = values[kind.base_config_key]
     with reading(file):
-        return deepcopy(_made(kind, json.dumps(values)))
+        return deepcopy(_made(kind, json.dumps(values)))  # type: ignore[arg-type]  # a class has a hash
 
 
 @lru_cache(maxsize=16)
@@ -238,17 +260,18 @@ def image_processor(path: str, kind: type[Processor], **fields: Any) -> Processo
         _refuse_code(file, read_json(file))
     with reading(files[0], *files):
         found = kind.from_pretrained(folder, local_files_only=True, **fields)
-    sizes = [side for size in (found.size, found.crop_size) if size for side in dict(size).values() if side is not None]
+    its = cast(ImageSettings, found)
+    sizes = [side for size in (its.size, its.crop_size) if size for side in dict(size).values() if side is not None]
     for name, value in (("size", side) for side in sizes):
         _require(files[0], name, value, isinstance(value, int) and 0 < value <= _WHOLE["image_size"])
     for name, least in (("image_mean", -math.inf), ("image_std", 0)):
         value = getattr(found, name)
         numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
         right = numbers and len(value) == 3 and all(least < v < math.inf for v in value)
-        _require(files[0], name, value, right or not found.do_normalize)
-    scale = found.rescale_factor
+        _require(files[0], name, value, right or not its.do_normalize)
+    scale = its.rescale_factor
     _require(files[0], "rescale_factor", scale, isinstance(scale, int | float) and 0 < scale < math.inf)
-    _require(files[0], "resample", found.resample, found.resample in range(6))
+    _require(files[0], "resample", its.resample, its.resample in range(6))
     return found
 
 
@@ -280,10 +303,10 @@ def check_weights(path: str, kind: type[PreTrainedModel | _BaseAutoModelClass], 
 def open_model(
     kind: type[Model] | type[_BaseAutoModelClass],
     path: str,
-    config: PreTrainedConfig,
+    config: Config,
     dtype: torch.dtype | Literal["auto"],
     attention: str | None = "sdpa",
-    check: Callable[[str, PreTrainedConfig], None] | None = None,
+    check: Callable[[str, Config], None] | None = None,
 ) -> Model:
     """The model of a folder or hub name, on the CPU.
 
@@ -297,7 +320,8 @@ def open_model(
         check(path, config)
     stored = survey(folder)
     with reading(next(iter(stored.values())).file, folder / "generation_config.json"):
-        model, loaded = kind.from_pretrained(
+        read = cast(Callable[..., tuple[Model, dict[str, Any]]], kind.from_pretrained)  # a pair, with loading info
+        model, loaded = read(
             str(folder),
             config=config,
             dtype=dtype,

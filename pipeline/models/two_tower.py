@@ -121,5 +121,5 @@ class TwoTowerProcessor:
             raise BadSample("a text beside an image: for this model they are two items")
         shown = [decode() for decode in images] + list(frames() if frames else [])
         tiles = np.stack([self.pixels.prepare(picture) for picture in shown])
-        image = Image(tiles, *tiles.shape[2:], video=frames is not None)
+        image = Image(tiles, tiles.shape[2], tiles.shape[3], video=frames is not None)
         return Encoded(np.zeros(len(tiles) * self.tokens, np.int32), (image,))

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -35,17 +35,17 @@ from pipeline.models import loading
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.files import fetched
 from pipeline.models.folder import share
-from pipeline.models.loading import config_dict, reads_as_stored, refuse_unknown
+from pipeline.models.loading import ImageSettings, config_dict, reads_as_stored, refuse_unknown
 
 
 # Of a checkpoint with both towers the vision half alone is read. The classes are named as their bases, for transformers
 # writes the name to config.json, and finds by it how a checkpoint calls the weights.
 class CLIPVisionModelWithProjection(transformers.CLIPVisionModelWithProjection):
-    _keys_to_ignore_on_load_unexpected = (r"^(text_model|text_projection|logit_scale)",)
+    _keys_to_ignore_on_load_unexpected = [r"^(text_model|text_projection|logit_scale)"]  # noqa: RUF012 (as its base class has it)
 
 
 class SiglipVisionModel(transformers.SiglipVisionModel):
-    _keys_to_ignore_on_load_unexpected = (r"^(text_model|logit_scale|logit_bias)",)
+    _keys_to_ignore_on_load_unexpected = [r"^(text_model|logit_scale|logit_bias)"]  # noqa: RUF012 (as its base class has it)
 
 
 names = get_checkpoint_conversion_mapping("SiglipVisionModel")
@@ -68,15 +68,19 @@ class VisionEncoder(nn.Module):
     dimension: of the vectors.  tokens: that an image is in the tower, its patches and class token.
     """
 
+    dimension: int
+    tokens: int
+
     def __init__(self, tower: PreTrainedModel, processor: PilBackend | None) -> None:
         super().__init__()
         self.tower, self._processor = tower, processor
         self._output, config = _OUTPUTS[tower.config.model_type], tower.config
         if config.model_type == "timm_wrapper":
-            if not hasattr(tower.timm_model, "num_prefix_tokens"):
+            timm: Any = tower.timm_model
+            if not hasattr(timm, "num_prefix_tokens"):
                 raise PipelineError(f"timm's {config.architecture} is no vision transformer, which alone is supported")
-            self.dimension = config.num_labels
-            self.tokens = tower.timm_model.patch_embed.num_patches + tower.timm_model.num_prefix_tokens
+            self.dimension = cast(int, config.num_labels)
+            self.tokens = timm.patch_embed.num_patches + timm.num_prefix_tokens
         else:
             clip = config.model_type == "clip_vision_model"
             self.dimension = config.projection_dim if clip else config.hidden_size
@@ -168,7 +172,7 @@ class Pixels:
         kind, processor_class = _family(path, settings)
         processor = loading.image_processor(path, processor_class)
         with loading.reading(fetched(path, weights=False) / "preprocessor_config.json"):
-            pixels = cls._of_processor(path, processor)
+            pixels = cls._of_processor(path, cast(ImageSettings, processor))
         if pixels.size != (side := loading.config(path, kind.config_class).image_size):
             raise PipelineError(
                 f"{path}: its image processor makes {pixels.size} pixels a side, its model takes {side}"
@@ -176,9 +180,10 @@ class Pixels:
         return replace(pixels, as_stored=as_stored)
 
     @classmethod
-    def _of_processor(cls, path: str, its: PilBackend) -> "Pixels":
-        edge = its.size.shortest_edge or its.size.height
-        height, width = (its.crop_size.height, its.crop_size.width) if its.do_center_crop else (edge, edge)
+    def _of_processor(cls, path: str, its: ImageSettings) -> "Pixels":
+        edge = cast(int, its.size.shortest_edge or its.size.height)
+        crop = (its.crop_size.height, its.crop_size.width) if its.do_center_crop else (edge, edge)
+        height, width = cast(tuple[int, int], crop)
         keeps_shape = its.size.shortest_edge is not None
         known = its.do_resize and its.do_rescale and its.do_normalize and not its.do_pad
         known = known and math.isclose(its.rescale_factor, 1 / 255)
@@ -213,7 +218,7 @@ class Pixels:
         if self.keeps_shape:
             shorter = min(rgb.size)
             height, width = (int(self.edge * side / shorter) for side in (rgb.height, rgb.width))
-        if height * width > Image.MAX_IMAGE_PIXELS:
+        if height * width > cast(int, Image.MAX_IMAGE_PIXELS):
             raise BadSample(f"{rgb.width}x{rgb.height} pixels, too long to be resized by the shorter edge")
         if self.resample == Image.Resampling.BICUBIC:
             planes = resize.Pixels(rgb).resized(height, width)
@@ -281,4 +286,5 @@ def tokens_of(path: str | None, vision: dict[str, Any]) -> int:
     if path:
         return shape_of(path).tokens
     config = CLIPVisionConfig(**vision)
-    return (config.image_size // config.patch_size) ** 2 + 1
+    size, patch = cast(tuple[int, int], (config.image_size, config.patch_size))
+    return (size // patch) ** 2 + 1

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 from pydantic import TypeAdapter
 
@@ -50,8 +51,8 @@ class Budget:
         """The recipe's; what it leaves open from a longest item on, or as far as it was found before."""
         auto = [name for name in ("chunk_tokens", "kept_chunks") if getattr(batch, name) == "auto"]
         budget = cls(
-            max_tokens if "chunk_tokens" in auto else batch.chunk_tokens,
-            0 if "kept_chunks" in auto else batch.kept_chunks,
+            max_tokens if batch.chunk_tokens == "auto" else batch.chunk_tokens,
+            0 if batch.kept_chunks == "auto" else batch.kept_chunks,
             "chunk_tokens" not in auto,
             "kept_chunks" not in auto,
             auto,
@@ -72,7 +73,8 @@ class Budget:
 
     def measured(self, memory: Memory, largest: int, items: int) -> None:
         """Learn from a step that was cut so. largest: tokens of its largest chunk; items: both the most of any rank."""
-        room, used = FULL * memory.total - memory.rest, max(memory.peak - memory.base, 1)
+        room = FULL * memory.total - memory.rest
+        used: float = max(memory.peak - memory.base, 1)
         if not self.chunk_is_fixed:
             # What does not grow with the chunk is counted as if it did: the estimate errs on the safe side.
             fits = int(largest * room / used)
@@ -123,7 +125,7 @@ def found_before(run: Path, checkpoint: dict | None, conditions: dict) -> Budget
     noted = None
     with suppress(OSError, ValueError, RecursionError):
         noted = json.loads((run / NOTE).read_text())
-    for kept in (noted, checkpoint):
+    for kept in cast(tuple[Any, Any], (noted, checkpoint)):
         # What is not as `found` gives it is no budget, be it another version's.
         with suppress(ValueError, TypeError, KeyError, AttributeError, PipelineError):
             if _are_alike(kept["conditions"], conditions):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import deepspeed
@@ -69,7 +70,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
         files = manifest.sums(folder / unfinished, ours, meanwhile=lambda: flush(folder / unfinished))
         of_ranks: list | None = [None] * dist.get_world_size() if leads else None
         dist.gather_object(files, of_ranks)
-        if leads:
+        if of_ranks is not None:
             manifest.write(folder / unfinished, step, {name: file for each in of_ranks for name, file in each.items()})
             flush_path(folder / unfinished)
             if (folder / name).exists():
@@ -246,7 +247,7 @@ def _universal_load(optimizer: deepspeed.runtime.base_optimizer.ZeROOptimizer) -
     """
     # Which of DeepSpeed's optimizers it is depends on stage and precision; that of ZeRO-3 has neither name.
     groups = getattr(optimizer, "bf16_groups", None) or getattr(optimizer, "bit16_groups", [])
-    stateless = {
+    stateless: dict[str, Any] = {
         "_hp_mapping": SimpleNamespace(get_optim_state_keys=list),
         "load_hp_checkpoint_state": lambda *_, **__: None,
     }

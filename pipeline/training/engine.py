@@ -1,7 +1,7 @@
 """A recipe and a DeepSpeed config -> an engine whose parameters are where ZeRO wants them."""
 
 import math
-from typing import Any
+from typing import Any, Protocol, cast
 
 import deepspeed
 import torch
@@ -19,6 +19,14 @@ from pipeline.models.registry import training_of
 from pipeline.training.partitions import load_partitioned
 
 
+class _Trained(Protocol):
+    """What a family's model has besides torch's."""
+
+    always_with_images: bool
+
+    def checkpoint_activations(self) -> None: ...
+
+
 def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> deepspeed.DeepSpeedEngine:
     """Load the model (under ZeRO-3 straight into its partitions) and give it an optimizer and its sharding.
 
@@ -26,7 +34,8 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     config: DeepSpeed's, as `load_ds_config` fills it.
     """
     family = training_of(recipe)
-    attention = choose(recipe.model.attention, get_accelerator().device_name(), DTYPES[recipe.precision])
+    dtype = cast(torch.dtype, DTYPES[recipe.precision])
+    attention = choose(recipe.model.attention, get_accelerator().device_name(), dtype)
     if dist.get_rank() == 0:
         print(f"attention: {attention}")
     if config["zero_optimization"]["stage"] == 3:
@@ -36,9 +45,9 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     freeze(model, recipe)
     adapt(model, recipe)
     if recipe.batch.activation_checkpointing:
-        model.checkpoint_activations()
+        cast(_Trained, model).checkpoint_activations()
     # Offloaded gradients count where a step's last backward pass has one: what it leaves out would be lost.
-    model.always_with_images = is_offloaded(config["zero_optimization"])
+    cast(_Trained, model).always_with_images = is_offloaded(config["zero_optimization"])
     optimizer = adamw(parameter_groups(model, recipe), recipe.optimizer.lr, config["zero_optimization"])
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine

@@ -13,7 +13,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def faults(folder: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, 
             try:
                 looked[name] = _look(folder / name, manifest.files[name], manifest.block, pool.submit)
             except OSError as error:
-                looked[name] = [lambda error=error, name=name: _fault(folder / name, error)]
+                looked[name] = [partial(_fault, folder / name, error)]
         return {name: said for name, parts in looked.items() if (said := next(filter(None, (p() for p in parts)), ""))}
 
 
@@ -171,7 +171,7 @@ def _look(file: Path, expected: File | None, block: int, submit: Callable) -> li
     ]
 
 
-def _said(file: Path, future: object) -> str:
+def _said(file: Path, future: Future[str]) -> str:
     try:
         return future.result()
     except OSError as error:

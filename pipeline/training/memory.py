@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from transformers.image_processing_utils import select_best_resolution
 from pipeline.config import Recipe, is_offloaded
 from pipeline.data.tiles import Tiling
 from pipeline.errors import PipelineError
+from pipeline.models.llave.checks import sides_of, text_of, vision_of
 from pipeline.models.registry import training_of
 from pipeline.objectives.contrastive.loss import KEPT_BYTES, TILE
 from pipeline.training.budget import Budget
@@ -159,7 +160,7 @@ def saved_bytes(config: LlavaOnevisionConfig, work: Work, tower_trained: bool, c
     checkpointing: of each layer its input alone.
     With adapters, or with a language model that is frozen, it is less than that.
     """
-    text, vision, width = _text(config), _vision(config), work.width
+    text, vision, width = text_of(config), vision_of(config), work.width
     patches = work.tiles * _patches(config)
     inputs = work.tokens * text.hidden_size * width, patches * vision.hidden_size * width
     language_layer, vision_layer = inputs if checkpointing else _layers(config, work)
@@ -172,7 +173,7 @@ def saved_bytes(config: LlavaOnevisionConfig, work: Work, tower_trained: bool, c
     )
     if tower_trained:
         kept += vision.num_hidden_layers * vision_layer
-        kept += work.tiles * 3 * vision.image_size**2 * width  # pixels, for the patch embedding
+        kept += work.tiles * 3 * sides_of(config)[0] ** 2 * width  # pixels, for the patch embedding
     return kept
 
 
@@ -181,8 +182,8 @@ def recomputed_bytes(config: LlavaOnevisionConfig, work: Work, tower_trained: bo
     language, vision = _layers(config, work)
     patches = work.tiles * _patches(config)
     # At the MLP's activation everything is there, and twice a gradient of that width.
-    language += 2 * work.tokens * _text(config).intermediate_size * work.width
-    vision += 2 * patches * _vision(config).intermediate_size * work.width
+    language += 2 * work.tokens * text_of(config).intermediate_size * work.width
+    vision += 2 * patches * vision_of(config).intermediate_size * work.width
     return max(language, vision if tower_trained else 0)
 
 
@@ -192,7 +193,7 @@ def working_bytes(config: LlavaOnevisionConfig, work: Work, tiles_at_once: int |
     It is at the widest place of a layer, its MLP; a backward pass needs about as much besides what autograd kept.
     tiles_at_once: that the tower sees, if not all.
     """
-    text, vision, width = _text(config), _vision(config), work.width
+    text, vision, width = text_of(config), vision_of(config), work.width
     features = work.tiles * _patches(config) * vision.hidden_size * width
     seen = min(work.tiles, tiles_at_once or work.tiles)
     # Of each layer its input, the residual and the normalised input of the MLP.
@@ -205,7 +206,7 @@ def working_bytes(config: LlavaOnevisionConfig, work: Work, tiles_at_once: int |
     tower = (
         4 * seen * _patches(config) * vision.hidden_size * width  # the same three, and the embedded patches
         + 2 * seen * _patches(config) * vision.intermediate_size * width  # before and after GELU
-        + seen * 3 * vision.image_size**2 * width  # pixels
+        + seen * 3 * sides_of(config)[0] ** 2 * width  # pixels
         + work.tokens * text.hidden_size * width  # the embedded tokens
         + (features if tiles_at_once else 0)  # of the tiles seen before
     )
@@ -214,7 +215,7 @@ def working_bytes(config: LlavaOnevisionConfig, work: Work, tiles_at_once: int |
 
 def loss_bytes(config: LlavaOnevisionConfig, global_batch: int, gpus: int) -> int:
     """The most that the loss takes, in float32, while nothing but embeddings is there."""
-    width, rows = _text(config).hidden_size, global_batch // gpus
+    width, rows = text_of(config).hidden_size, global_batch // gpus
     work = FP32 * (
         4 * global_batch * width  # targets of all devices, as columns, as a factor of the logits, and their gradient
         + 3 * rows * width  # own queries, as a factor, and their gradient
@@ -225,7 +226,7 @@ def loss_bytes(config: LlavaOnevisionConfig, global_batch: int, gpus: int) -> in
 
 def embedding_bytes(config: LlavaOnevisionConfig, global_batch: int, gpus: int) -> int:
     """A device's embeddings and their gradient, float32, which a step keeps from its first pass to its end."""
-    return 2 * 2 * (global_batch // gpus) * _text(config).hidden_size * FP32
+    return 2 * 2 * (global_batch // gpus) * text_of(config).hidden_size * FP32
 
 
 def tokens_per_tile(tiling: Tiling, videos: bool) -> float:
@@ -239,11 +240,11 @@ def tokens_per_tile(tiling: Tiling, videos: bool) -> float:
 def _layers(config: LlavaOnevisionConfig, work: Work) -> tuple[int, int]:
     """What autograd keeps of a layer of the language model, and of the vision tower."""
     patches = work.tiles * _patches(config)
-    return _language_layer(_text(config), work), _vision_layer(_vision(config), patches, work.width)
+    return _language_layer(text_of(config), work), _vision_layer(vision_of(config), patches, work.width)
 
 
 def _language_layer(text: Qwen2Config, work: Work) -> int:
-    hidden, width, keys = text.hidden_size, work.width, _head(text) * text.num_key_value_heads
+    hidden, width, keys = text.hidden_size, work.width, _head(text) * cast(int, text.num_key_value_heads)
     return (
         2 * _rms_norm(text, work)
         + work.tokens * (hidden + 2 * keys) * width  # q, k and v, packed
@@ -256,7 +257,7 @@ def _language_layer(text: Qwen2Config, work: Work) -> int:
 
 def _last_language_layer(text: Qwen2Config, work: Work) -> int:
     """It is pooled: of all tokens there are keys and values."""
-    keys = _head(text) * text.num_key_value_heads
+    keys = _head(text) * cast(int, text.num_key_value_heads)
     return _rms_norm(text, work) + 2 * (work.tokens + work.slots) * keys * work.width  # packed, and padded
 
 
@@ -275,19 +276,10 @@ def _vision_layer(vision: SiglipVisionConfig, patches: int, width: int) -> int:
     )
 
 
-def _text(config: LlavaOnevisionConfig) -> Qwen2Config:
-    assert isinstance(config.text_config, Qwen2Config)
-    return config.text_config
-
-
-def _vision(config: LlavaOnevisionConfig) -> SiglipVisionConfig:
-    assert isinstance(config.vision_config, SiglipVisionConfig)
-    return config.vision_config
-
-
 def _patches(config: LlavaOnevisionConfig) -> int:
     """Of a tile."""
-    return (_vision(config).image_size // _vision(config).patch_size) ** 2
+    side, patch = sides_of(config)
+    return (side // patch) ** 2
 
 
 def _head(text: Qwen2Config) -> int:
@@ -318,7 +310,7 @@ class Plan:
         model = meta_model(recipe)
         groups = groups_of(model, tower_in_engine=_tower_trained(recipe))
         tiling: Any = training_of(recipe).lengths(recipe).tiling
-        return cls(recipe, gpus, model.config, groups, tokens_per_tile(tiling, videos))
+        return cls(recipe, gpus, cast(LlavaOnevisionConfig, model.config), groups, tokens_per_tile(tiling, videos))
 
     @property
     def budget(self) -> Budget:
@@ -330,7 +322,7 @@ class Plan:
 
     def kept(self) -> dict[str, int]:
         """What a step keeps besides, by name."""
-        batch, vision = self.recipe.batch, _vision(self.config)
+        batch, vision = self.recipe.batch, vision_of(self.config)
         kept = {"kept embeddings, their gradient": embedding_bytes(self.config, batch.global_batch, self.gpus)}
         if not _tower_trained(self.recipe):
             # Of the longest items, each full of tiles.

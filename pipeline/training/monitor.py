@@ -202,9 +202,9 @@ class Monitor:
                 for name, value in values.items():
                     if name != "step" and value is not None:
                         self.board.add_scalar(f"{group}/{name}", value, metrics["step"])
-            for name, values in histograms.items():
-                if len(values):
-                    self.board.add_histogram(f"similarity/{name}", values, metrics["step"])
+            for name, similarities in histograms.items():
+                if len(similarities):
+                    self.board.add_histogram(f"similarity/{name}", similarities, metrics["step"])
         status.note(self.folder, "running", step=metrics["step"], steps=self.steps)
         self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
         self.bar.update()
@@ -225,7 +225,8 @@ class Monitor:
     def stopped(self, number: int) -> None:
         """Note that a signal ended the run for now, with a checkpoint."""
         if self.leads:
-            reason = f"{signal.Signals(number).name} {_WHY[number]}"
+            received = signal.Signals(number)
+            reason = f"{received.name} {_WHY[received]}"
             status.note(self.folder, "stopped", reason=reason)
             tqdm.write(f"stopped: {reason}; the same command goes on from here", file=sys.stderr)
 

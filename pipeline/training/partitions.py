@@ -4,7 +4,7 @@ transformers would have the first rank read all of it, and send every tensor who
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import deepspeed
 import torch
@@ -17,6 +17,14 @@ from pipeline.config import Recipe
 from pipeline.errors import PipelineError
 from pipeline.models.family import TrainingInterface
 from pipeline.models.files import Stored, fetched, refuse_more_layers, refuse_not_finite, survey
+
+
+class _Partitioned(Protocol):
+    """What DeepSpeed adds to a parameter of ZeRO-3. ds_tensor: this rank's part, flat."""
+
+    ds_shape: torch.Size
+    ds_numel: int
+    ds_tensor: torch.Tensor
 
 
 def load_partitioned(
@@ -45,7 +53,7 @@ def load_partitioned(
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
                 if (own := family.own_name(name)) in wanted:
-                    _fill(wanted.pop(own), tensors.get_slice(name), file, name)
+                    _fill(cast(_Partitioned, wanted.pop(own)), tensors.get_slice(name), file, name)
     if wanted:
         raise PipelineError(f"{path} lacks {len(wanted)} of the model's weights, {min(wanted)} the first")
     return model
@@ -59,7 +67,7 @@ def _stored(path: str) -> dict[str, Stored]:
     return survey(folder, None if known else files)
 
 
-def _fill(parameter: torch.nn.Parameter, stored: Any, file: Path, name: str) -> None:
+def _fill(parameter: _Partitioned, stored: Any, file: Path, name: str) -> None:
     """Copy this rank's part of a tensor, flat from rank * size on, out of the rows that hold it."""
     shape = stored.get_shape()
     if shape != list(parameter.ds_shape):

@@ -72,7 +72,7 @@ def choose(folder: Path, present: dict) -> Path | None:
     while True:
         # One rank's word counts: on a shared file system another may not yet see the newest checkpoint.
         path, content = on_first_rank(look)
-        if path is None:
+        if path is None or content is None:
             break
         share = [name for name in content.files if manifest.writer_of(name) % world == rank]
         try:

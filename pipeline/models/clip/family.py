@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ class ClipTraining(TrainingInterface):
     def save(
         self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
     ) -> None:
-        clip.save(model, source, folder)
+        clip.save(cast(Clip, model), source, folder)
         note_images(folder, reads_as_stored(source, _section(recipe.model).images))
 
 
@@ -73,7 +73,7 @@ class SavedClip(SavedModelInterface):
         return config.get("model_type") == "clip"
 
     def dimension(self, path: str) -> int:
-        return int(load_config(path).projection_dim)
+        return int(cast(int, load_config(path).projection_dim))
 
     def reader(self, path: str, max_tokens: int, video_frames: int) -> TwoTowerProcessor:
         texts = ClipTexts.load(path, max_tokens)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -20,7 +20,7 @@ from pipeline.data.collate import Packed
 from pipeline.models import loading
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.clip.config import ClipArchitecture
-from pipeline.models.clip.processor import load_config
+from pipeline.models.clip.processor import load_config, text_of
 from pipeline.models.folder import finish
 from pipeline.models.loading import refuse_unknown, require_vocabulary
 from pipeline.models.two_tower import TwoTower
@@ -43,7 +43,7 @@ class Clip(TwoTower):
 
     @property
     def dimension(self) -> int:
-        return self.clip.config.projection_dim
+        return cast(int, self.clip.config.projection_dim)
 
     def checkpoint_activations(self) -> None:
         checkpoint_layers(self.clip)
@@ -54,7 +54,7 @@ class Clip(TwoTower):
     def texts(self, packed: Packed, features: torch.Tensor | None) -> torch.Tensor:
         each = zip(packed.input_ids.split(packed.lengths), packed.tiles_of, strict=True)
         # The end of a text is pooled; attention is causal: nothing behind it is seen. A stand-in is an end alone.
-        end = torch.full((1,), self.clip.config.text_config.eos_token_id, device=packed.input_ids.device)
+        end = torch.full((1,), cast(int, text_of(self.clip.config).eos_token_id), device=packed.input_ids.device)
         ids = pad_sequence([ids for ids, tiles in each if not tiles] or [end], batch_first=True)
         return self.clip.get_text_features(input_ids=ids).pooler_output
 
@@ -77,9 +77,9 @@ def build(architecture: ClipArchitecture, texts: Iterable[str], seed: int, folde
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         CLIPModel(config).save_pretrained(folder)
-    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    tokenizer.model_max_length = text_of(config).max_position_embeddings
     tokenizer.save_pretrained(folder)
-    size = config.vision_config.image_size
+    size = cast(int, cast(CLIPVisionConfig, config.vision_config).image_size)
     CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(
         folder
     )

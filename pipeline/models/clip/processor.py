@@ -1,6 +1,7 @@
 """Texts -> token ids, as CLIP reads them."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from transformers import CLIPConfig, CLIPTextConfig, PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ class ClipTexts:
 
     @classmethod
     def load(cls, path: str, max_tokens: int) -> "ClipTexts":
-        config = load_config(path).text_config
+        config = text_of(load_config(path))
         tokenizer = loading.tokenizer(path, config.vocab_size)
         require_end(path, tokenizer, config)
         return cls(tokenizer, min(config.max_position_embeddings, max_tokens))
@@ -34,6 +35,10 @@ def load_config(path: str) -> CLIPConfig:
     if (kind := loading.config_dict(path).get("model_type")) != "clip":
         raise PipelineError(f"{path} is a {kind} model; expected clip")
     return loading.config(path, CLIPConfig)
+
+
+def text_of(config: CLIPConfig) -> CLIPTextConfig:
+    return cast(CLIPTextConfig, config.text_config)
 
 
 def require_end(path: str, tokenizer: PreTrainedTokenizerBase, config: CLIPTextConfig) -> None:

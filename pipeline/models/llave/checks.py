@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
@@ -14,19 +14,38 @@ from pipeline.models.files import fetched
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.loading import refuse_unknown, require_vocabulary
 
-NEWLINE_POSITIONS = ("one_token", "grid")
+Newline = Literal["one_token", "grid"]
+NEWLINE_POSITIONS: tuple[Newline, ...] = ("one_token", "grid")
 ORIGINAL = "LlavaQwenForCausalLM"  # the architecture of original checkpoints
 
 Pinpoints = Sequence[tuple[int, int]]  # (height, width)
 
 
+def text_of(config: LlavaOnevisionConfig) -> Qwen2Config:
+    return cast(Qwen2Config, config.text_config)
+
+
+def vision_of(config: LlavaOnevisionConfig) -> SiglipVisionConfig:
+    return cast(SiglipVisionConfig, config.vision_config)
+
+
+def sides_of(config: LlavaOnevisionConfig) -> tuple[int, int]:
+    """The sides of a tile and of a patch, in pixels."""
+    vision = vision_of(config)
+    return cast(tuple[int, int], (vision.image_size, vision.patch_size))
+
+
+def pinpoints_of(config: LlavaOnevisionConfig) -> list[Any]:
+    return cast(list[Any], config.image_grid_pinpoints)
+
+
 def tiling(config: LlavaOnevisionConfig) -> Tiling:
     """How a model of this config cuts images."""
-    vision = config.vision_config
+    side, patch = sides_of(config)
     return Tiling(
-        size=vision.image_size,
-        patches=vision.image_size // vision.patch_size,
-        pinpoints=tuple(tuple(size) for size in config.image_grid_pinpoints),
+        size=side,
+        patches=side // patch,
+        pinpoints=tuple(tuple(size) for size in pinpoints_of(config)),
         max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
         newline=newline_position(config),
     )
@@ -50,11 +69,11 @@ def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | No
     if (kind := given.get("model_type")) != "llava_onevision":
         raise PipelineError(f"{path} is a {kind} model; expected llava_onevision")
     config = loading.config(path, LlavaOnevisionConfig)
-    if config.text_config.model_type != "qwen2":
-        raise PipelineError(f"{path}: its language model is a {config.text_config.model_type}; expected qwen2")
-    if config.vision_config.model_type != "siglip_vision_model":
+    if text_of(config).model_type != "qwen2":
+        raise PipelineError(f"{path}: its language model is a {text_of(config).model_type}; expected qwen2")
+    if vision_of(config).model_type != "siglip_vision_model":
         raise PipelineError(
-            f"{path}: its vision tower is a {config.vision_config.model_type}; expected siglip_vision_model"
+            f"{path}: its vision tower is a {vision_of(config).model_type}; expected siglip_vision_model"
         )
     if config.vision_feature_layer != -1:
         raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
@@ -70,17 +89,17 @@ def require_tiles(path: str | Path, config: LlavaOnevisionConfig) -> None:
     def refuse(name: str, value: object, expected: str) -> None:
         raise PipelineError(f"{path}: {name}={value!r} in its config.json must be {expected}")
 
-    vision, pinpoints, ratio = config.vision_config, config.image_grid_pinpoints, config.vision_aspect_ratio
+    (side, patch), pinpoints, ratio = sides_of(config), pinpoints_of(config), config.vision_aspect_ratio
     if not isinstance(ratio, str) or not re.fullmatch(r"anyres_max_[1-9]\d{0,5}", ratio):
         refuse("vision_aspect_ratio", ratio, "anyres_max_N")
-    if vision.patch_size > vision.image_size:
-        refuse("vision_config.patch_size", vision.patch_size, f"at most the image_size, {vision.image_size}")
+    if patch > side:
+        refuse("vision_config.patch_size", patch, f"at most the image_size, {side}")
     if config.vision_feature_select_strategy != "full":
         refuse("vision_feature_select_strategy", config.vision_feature_select_strategy, "full")
     pairs = bool(pinpoints) and all(isinstance(size, list | tuple) and len(size) == 2 for size in pinpoints)
-    sizes = [side for size in pinpoints for side in size] if pairs else [0]
-    if not all(type(side) is int and 0 < side <= 2**16 and side % vision.image_size == 0 for side in sizes):
-        refuse("image_grid_pinpoints", pinpoints, f"pairs of multiples of the image_size, {vision.image_size}")
+    sizes = [length for size in pinpoints for length in size] if pairs else [0]
+    if not all(type(length) is int and 0 < length <= 2**16 and length % side == 0 for length in sizes):
+        refuse("image_grid_pinpoints", pinpoints, f"pairs of multiples of the image_size, {side}")
 
 
 def is_original(config: dict) -> bool:
@@ -98,7 +117,7 @@ def with_own(config: LlavaOnevisionConfig, pinpoints: Pinpoints | None, newline:
     return config
 
 
-def newline_position(config: LlavaOnevisionConfig) -> str:
+def newline_position(config: LlavaOnevisionConfig) -> Newline:
     """Where a video has its newlines: the original's field, without which transformers' checkpoints are one_token."""
     return getattr(config, "mm_newline_position", NEWLINE_POSITIONS[0])
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -62,7 +62,7 @@ class LlaveTraining(TrainingInterface):
 
     def preflight(self, recipe: Recipe, path: str) -> None:
         if Path(path).is_dir() and self.converts(path):
-            rows = weights.config_of(_section(recipe.model)).text_config.vocab_size
+            rows = checks.text_of(weights.config_of(_section(recipe.model))).vocab_size
             loading.tokenizer(path, rows, Qwen2Tokenizer)
         else:
             super().preflight(recipe, path)
@@ -81,7 +81,9 @@ class LlaveTraining(TrainingInterface):
         return weights.resolve(path, cache)
 
     def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:
-        build(_section(model).architecture, texts, seed, folder)
+        architecture = _section(model).architecture
+        assert architecture
+        build(architecture, texts, seed, folder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
         tokens, frames, images = recipe.model.max_tokens, recipe.video.frames, _section(recipe.model).images
@@ -110,12 +112,12 @@ class LlaveTraining(TrainingInterface):
     def exported(self, weights: dict[str, torch.Tensor], frozen: Frozen | None) -> dict[str, torch.Tensor]:
         if frozen is None:
             return weights
-        return weights | {name: parameter.to("cpu") for name, parameter in frozen.named_parameters()}
+        return weights | {name: parameter.to("cpu") for name, parameter in cast(FrozenTower, frozen).named_parameters()}
 
     def save(
         self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
     ) -> None:
-        save_folder(model, weights, source, folder, recipe.model.path)
+        save_folder(cast(Llave, model), weights, source, folder, recipe.model.path)
         note_images(folder, reads_as_stored(source, _section(recipe.model).images))
 
 
@@ -129,7 +131,7 @@ class SavedLlave(SavedModelInterface):
         return config.get("model_type") == "llava_onevision" or checks.is_original(config)
 
     def dimension(self, path: str) -> int:
-        return int(checks.load_config(path).text_config.hidden_size)
+        return int(checks.text_of(checks.load_config(path)).hidden_size)
 
     def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
         return LlaveProcessor.load(path, max_tokens, video_frames)

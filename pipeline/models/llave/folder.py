@@ -7,7 +7,7 @@ from transformers import LlavaOnevisionImageProcessorPil
 
 from pipeline.models import loading
 from pipeline.models.folder import base_of, finish
-from pipeline.models.llave.checks import newline_position
+from pipeline.models.llave.checks import newline_position, pinpoints_of
 from pipeline.models.llave.model import Llave
 from pipeline.models.llave.processor import PREFIX, SUFFIX
 
@@ -59,7 +59,7 @@ def save_folder(
     """
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)  # names do not depend on ZeRO
     loading.tokenizer(source).save_pretrained(folder)
-    pinpoints = [list(size) for size in model.config.image_grid_pinpoints]
+    pinpoints = [list(size) for size in pinpoints_of(model.config)]
     processor = loading.image_processor(source, LlavaOnevisionImageProcessorPil, image_grid_pinpoints=pinpoints)
     processor.save_pretrained(folder)
     newline = newline_position(model.config)

@@ -14,6 +14,7 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionModel,
+    PreTrainedConfig,
     Qwen2Config,
     SiglipVisionConfig,
 )
@@ -27,7 +28,7 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
-from pipeline.models.llave.checks import Pinpoints, load_config, newline_position
+from pipeline.models.llave.checks import Pinpoints, load_config, newline_position, sides_of, text_of, vision_of
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.processor import train_tokenizer
 from pipeline.models.llave.qwen2 import keep_less, pool_in_last_layer
@@ -81,7 +82,7 @@ class Llave(LlavaOnevisionModel):
 
     @property
     def dimension(self) -> int:
-        return self.config.text_config.hidden_size
+        return text_of(self.config).hidden_size
 
     def checkpoint_activations(self) -> None:
         checkpoint_layers(self)
@@ -135,16 +136,16 @@ class Llave(LlavaOnevisionModel):
 
     def _dummy_features(self, like: torch.Tensor) -> torch.Tensor:
         """The tower's of one black tile, or zeros where the tower is not part of the model."""
-        vision = self.config.vision_config
         if self.vision_tower is None:
-            return like.new_zeros(1, 1, vision.hidden_size)
-        return tower_features(self.vision_tower, like.new_zeros(1, 3, vision.image_size, vision.image_size))
+            return like.new_zeros(1, 1, vision_of(self.config).hidden_size)
+        side, _ = sides_of(self.config)
+        return tower_features(self.vision_tower, like.new_zeros(1, 3, side, side))
 
 
 class TowerlessLlave(Llave):
     """The model without its vision tower, whose features it is given."""
 
-    _keys_to_ignore_on_load_unexpected = (r"^(model\.)?vision_tower",)
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_tower"]  # noqa: RUF012 (as its base class has it)
 
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)
@@ -168,8 +169,8 @@ def build(architecture: LlaveArchitecture, texts: Iterable[str], seed: int, fold
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
-    config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**architecture.vision, vision_use_head=False),
+    config = LlavaOnevisionConfig(  # type: ignore[call-arg]  # its attribute_map knows the tokens by these names
+        vision_config=SiglipVisionConfig(**architecture.vision, vision_use_head=False),  # type: ignore[call-arg]  # read, not declared
         text_config=Qwen2Config(**text),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_MARK),
         video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_MARK),
@@ -181,9 +182,9 @@ def build(architecture: LlaveArchitecture, texts: Iterable[str], seed: int, fold
         torch.manual_seed(seed)
         LlavaOnevisionModel(config).save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
-    size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+    side, _ = sides_of(config)
     LlavaOnevisionImageProcessorPil(
-        size=size,
+        size={"height": side, "width": side},
         image_grid_pinpoints=config.image_grid_pinpoints,
         image_mean=[MEAN] * 3,
         image_std=[STD] * 3,
@@ -192,10 +193,10 @@ def build(architecture: LlaveArchitecture, texts: Iterable[str], seed: int, fold
 
 def check_language_model(path: str, config: LlavaOnevisionConfig) -> None:
     """Raise PipelineError where the model would not keep packed items apart."""
-    check_packing(path, config.text_config, _of_text)
+    check_packing(path, text_of(config), _of_text)
 
 
-def _of_text(text: Qwen2Config) -> Llave:
+def _of_text(text: PreTrainedConfig) -> Llave:
     """A model of this language model, and next to nothing else."""
     vision = SiglipVisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=8

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import cast
 
 import numpy as np
 from PIL.Image import Image as Picture
@@ -23,9 +24,9 @@ from pipeline.data.tiles import Tiling, decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.models import loading
-from pipeline.models.llave.checks import Pinpoints, load_config, tiling
+from pipeline.models.llave.checks import Pinpoints, load_config, sides_of, text_of, tiling
 from pipeline.models.llave.tower import MEAN, STD
-from pipeline.models.loading import reads_as_stored
+from pipeline.models.loading import ImageSettings, reads_as_stored
 
 # The published prompt: the assistant's turn is one newline, and so is the last token, which is pooled.
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -68,7 +69,7 @@ class LlaveProcessor:
         """
         compiled()  # once, not in every worker
         config = load_config(path, pinpoints, newline)
-        tokenizer = loading.tokenizer(path, config.text_config.vocab_size)
+        tokenizer = loading.tokenizer(path, text_of(config).vocab_size)
         _require_marks(path, config, tokenizer)
         _require_image_processor(path, config)
         ids = config.image_token_id, config.video_token_id
@@ -106,18 +107,19 @@ class LlaveProcessor:
                 encoded.append(Image(self.tiling.cut(picture, anyres=anyres), picture.height, picture.width))
                 ids += [self.image_token_id] * self.tiling.tokens(picture.height, picture.width, anyres=anyres)
             elif piece == VIDEO_MARK:
+                assert frames
                 shown = frames()
                 encoded.append(Image(self.tiling.cut_frames(shown), shown[0].height, shown[0].width, video=True))
                 ids += [self.video_token_id] * self.tiling.video_tokens(len(shown))
             else:
                 ids += self._tokenize(piece)
-        ids = np.array(ids, np.int32)
-        if len(ids) > self.max_tokens:
-            kept, cut = np.split(ids, [self.max_tokens - len(self._suffix)])
+        row = np.array(ids, np.int32)
+        if len(row) > self.max_tokens:
+            kept, cut = np.split(row, [self.max_tokens - len(self._suffix)])
             if np.isin(cut, (self.image_token_id, self.video_token_id)).any():
                 raise BadSample(f"{len(ids)} tokens with its images and video, of {self.max_tokens} at most")
-            ids = np.concatenate([kept, self._suffix])
-        return Encoded(ids, tuple(encoded))
+            row = np.concatenate([kept, self._suffix])
+        return Encoded(row, tuple(encoded))
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -143,7 +145,7 @@ def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTraine
     if missing := [mark for mark in _TURNS if mark not in vocabulary]:
         raise PipelineError(f"{path}: its tokenizer has no token {missing[0]}, of which the prompt is made")
     texts = vocabulary.values() - tokenizer.added_tokens_decoder.keys()
-    rows = config.text_config.vocab_size
+    rows = text_of(config).vocab_size
     ids = {name: getattr(config, name) for name in ("image_token_id", "video_token_id")}
     for name, value in ids.items():
         if not isinstance(value, int) or not 0 <= value < rows:
@@ -156,14 +158,18 @@ def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTraine
 
 def _require_image_processor(path: str, config: LlavaOnevisionConfig) -> None:
     """Raise PipelineError where images have another size than here. An export holds the processor."""
-    its, side = loading.image_processor(path, LlavaOnevisionImageProcessorPil), config.vision_config.image_size
+    its, (side, _) = _image_settings(path), sides_of(config)
     if (its.size.height, its.size.width) != (side, side):
         raise PipelineError(f"{path}: its image processor makes tiles of size {dict(its.size)}, its model takes {side}")
 
 
+def _image_settings(path: str) -> ImageSettings:
+    return cast(ImageSettings, loading.image_processor(path, LlavaOnevisionImageProcessorPil))
+
+
 def require_normalisation(path: str) -> None:
     """Raise PipelineError where the model was trained with pictures that are made otherwise than here."""
-    its = loading.image_processor(path, LlavaOnevisionImageProcessorPil)
+    its = _image_settings(path)
     for name in ("do_resize", "do_rescale", "do_normalize", "do_pad"):
         if not getattr(its, name):
             raise PipelineError(f"{path}: its image processor has {name}={getattr(its, name)}; only true is supported")

@@ -95,7 +95,7 @@ class _SiluProduct(torch.autograd.Function):
 class PoolingLayer(Qwen2DecoderLayer):
     """(1, T, hidden) of packed items -> (1, N, hidden)."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # the model calls it so, with segments
         self,
         hidden_states: Tensor,
         *,
@@ -109,7 +109,9 @@ class PoolingLayer(Qwen2DecoderLayer):
 
 
 class PoolingAttention(Qwen2Attention):
-    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+    def forward(  # type: ignore[override]  # PoolingLayer alone calls it
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], segments: Segments
+    ) -> Tensor:
         """(1, T, hidden) of packed items -> (1, N, hidden): what each one's last token makes of all of it."""
         last = segments.last
 

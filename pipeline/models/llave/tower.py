@@ -6,7 +6,7 @@ A frozen tower stays outside the engine: see frozen.py.
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import AutoModel, LlavaOnevisionConfig, LlavaOnevisionPreTrainedModel
+from transformers import AutoModel, LlavaOnevisionConfig, LlavaOnevisionPreTrainedModel, SiglipVisionModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from pipeline.data.collate import sent
@@ -23,7 +23,7 @@ def normalised(tiles: torch.Tensor, device: torch.device, dtype: torch.dtype) ->
     return sent(tiles, device).float().div_(255).sub_(MEAN).div_(STD).to(dtype)
 
 
-def tower_features(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+def tower_features(tower: SiglipVisionModel, pixels: torch.Tensor) -> torch.Tensor:
     """(n, 3, size, size) normalised -> (n, patches², width): the last layer, before the tower's final norm."""
     return tower.encoder(tower.embeddings(pixels)).last_hidden_state
 
@@ -36,7 +36,7 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
 
     tiles_at_once = 64
 
-    _keys_to_ignore_on_load_unexpected = (r"^(?!(model\.)?vision_tower)",)
+    _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?vision_tower)"]  # noqa: RUF012 (as its base class has it)
 
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)
@@ -49,7 +49,7 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
     ) -> "FrozenTower":
         tower = loading.open_model(cls, path, loading.config(path, LlavaOnevisionConfig), dtype)
         tower.tiles_at_once = tiles_at_once
-        return tower.to(device).eval().requires_grad_(False)
+        return tower.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]  # its decorator hides self
 
     @torch.no_grad()
     def features(self, tiles: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -46,8 +46,12 @@ from pipeline.models.llave.checks import (
     NEWLINE_POSITIONS,
     load_config,
     newline_position,
+    pinpoints_of,
     require_newline,
     require_tiles,
+    sides_of,
+    text_of,
+    vision_of,
     with_own,
 )
 from pipeline.models.llave.config import LlaveSection
@@ -175,11 +179,12 @@ def config_of(model: LlaveSection) -> LlavaOnevisionConfig:
     pinpoints, newline = model.image_grid_pinpoints, model.mm_newline_position
     if model.architecture:
         config = LlavaOnevisionConfig(
-            vision_config=SiglipVisionConfig(**model.architecture.vision, vision_use_head=False),
+            vision_config=SiglipVisionConfig(**model.architecture.vision, vision_use_head=False),  # type: ignore[call-arg]  # read, not declared
             text_config=Qwen2Config(**model.architecture.text),
             image_grid_pinpoints=[list(size) for size in model.architecture.image_grid_pinpoints],
         )
         return with_own(config, None, newline)
+    assert model.path
     source = _original_folder(model.path)
     if source is None:
         return load_config(model.path, pinpoints, newline)
@@ -199,6 +204,7 @@ def convert_original(source: Path, folder: Path) -> None:
     if not is_original(source):
         raise PipelineError(f"{source} is not an original checkpoint: its config.json is not of a {checks.ORIGINAL}")
     config = _config(source)
+    text = text_of(config)
     files, stored = weight_files(source), survey(source)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     if not any(name.startswith(_PREFIXES[0][0]) for name in shapes):
@@ -208,24 +214,25 @@ def convert_original(source: Path, folder: Path) -> None:
         )
     expected = {_original(name): shape for name, shape in _expected_shapes(source, config).items()}
     _check(source, {name: shape for name, shape in shapes.items() if name != _LM_HEAD}, expected)
-    tokenizer = loading.tokenizer(str(source), config.text_config.vocab_size, Qwen2Tokenizer)
+    tokenizer = loading.tokenizer(str(source), text.vocab_size, Qwen2Tokenizer)
     marks = [AddedToken(mark, special=True, normalized=False) for mark in (IMAGE_MARK, VIDEO_MARK)]
     tokenizer.add_tokens(marks, special_tokens=True)
-    config.image_token_id, config.video_token_id = tokenizer.convert_tokens_to_ids([IMAGE_MARK, VIDEO_MARK])
-    rows = config.text_config.vocab_size
-    config.text_config.vocab_size = max(rows, config.image_token_id + 1, config.video_token_id + 1)
+    ids = cast(list[int], tokenizer.convert_tokens_to_ids([IMAGE_MARK, VIDEO_MARK]))
+    config.image_token_id, config.video_token_id = ids
+    rows = text.vocab_size
+    text.vocab_size = max(rows, config.image_token_id + 1, config.video_token_id + 1)
 
     def renamed(tensors: Tensors) -> Tensors:
         tensors.pop(_LM_HEAD, None)
-        if _EMBEDDING in tensors and rows < config.text_config.vocab_size:
-            padding = 0, 0, 0, config.text_config.vocab_size - rows
+        if _EMBEDDING in tensors and rows < text.vocab_size:
+            padding = 0, 0, 0, text.vocab_size - rows
             tensors[_EMBEDDING] = torch.nn.functional.pad(tensors[_EMBEDDING], padding)
         return {_transformers(name): tensor for name, tensor in tensors.items()}
 
     _new_folder(folder)
     _rewrite(files, folder, renamed)
     tokenizer.save_pretrained(folder)
-    size = config.vision_config.image_size
+    size, _ = sides_of(config)
     LlavaOnevisionImageProcessorPil(
         size={"height": size, "width": size},
         image_grid_pinpoints=config.image_grid_pinpoints,
@@ -248,8 +255,9 @@ def export_original(folder: Path, out: Path) -> None:
     if not (folder / "config.json").is_file() or config_dict(str(folder)).get("model_type") != "llava_onevision":
         raise PipelineError(f"{folder} is no model to export: expected a config.json of model_type llava_onevision")
     config = loading.config(str(folder), LlavaOnevisionConfig)
-    text, vision = config.text_config, config.vision_config
-    if text.model_type != "qwen2" or text.rope_parameters["rope_type"] != "default" or text.use_sliding_window:
+    text, vision = text_of(config), vision_of(config)
+    rope = cast(dict[str, Any], text.rope_parameters)
+    if text.model_type != "qwen2" or rope["rope_type"] != "default" or text.use_sliding_window:
         raise PipelineError(
             f"{folder}: the original format is for Qwen2 with plain rotary embeddings and full attention only"
         )
@@ -274,7 +282,7 @@ def export_original(folder: Path, out: Path) -> None:
         "architectures": [checks.ORIGINAL],
         "model_type": "llava_qwen",
         **{name: getattr(text, name) for name in _TEXT},
-        "rope_theta": text.rope_parameters["rope_theta"],
+        "rope_theta": rope["rope_theta"],
         "torch_dtype": str(stored[_transformers(_EMBEDDING)].dtype).removeprefix("torch."),
         **{name: value for name, (value, _) in _CHOICES.items()},
         "use_mm_proj": True,
@@ -285,7 +293,7 @@ def export_original(folder: Path, out: Path) -> None:
         "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
         "mm_newline_position": newline_position(config),
         "image_aspect_ratio": config.vision_aspect_ratio,
-        "image_grid_pinpoints": [[width, height] for height, width in config.image_grid_pinpoints],
+        "image_grid_pinpoints": [[width, height] for height, width in pinpoints_of(config)],
         "tokenizer_model_max_length": text.max_position_embeddings,
         "tokenizer_padding_side": "right",
     }
@@ -313,14 +321,14 @@ def _config(source: Path) -> LlavaOnevisionConfig:
     if missing := [name for name in (*_TEXT, "rope_theta") if name not in original]:
         raise PipelineError(f"{file} lacks {', '.join(missing)}")
     rope = {"rope_type": "default", "rope_theta": original["rope_theta"]}
-    tokens = {name: original.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens: dict[str, Any] = {name: original.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with reading(file):
         config = LlavaOnevisionConfig(
             vision_config=_tower_config(source, original),
             text_config=Qwen2Config(**{name: original[name] for name in _TEXT}, rope_parameters=rope, **tokens),
             # The original writes width before height, transformers height before width.
             image_grid_pinpoints=[[height, width] for width, height in pinpoints],
-            vision_aspect_ratio=ratio,
+            vision_aspect_ratio=str(ratio),
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
             architectures=["LlavaOnevisionModel"],
@@ -342,7 +350,7 @@ def _tower_config(source: Path, original: dict[str, Any]) -> SiglipVisionConfig:
     else:
         raise PipelineError(f"{source}: mm_vision_tower={name!r} is not {_SO400M}; put its config at {file}")
     with reading(file if file.is_file() else source / "config.json"):
-        config = SiglipVisionConfig(**shape, vision_use_head=False)
+        config = SiglipVisionConfig(**shape, vision_use_head=False)  # type: ignore[call-arg]  # read, not declared
     config.num_hidden_layers -= 1
     return config
 
@@ -376,7 +384,8 @@ def _original(name: str) -> str:
 
 def _rewrite(files: list[Path], folder: Path, renamed: Callable[[Tensors], Tensors]) -> None:
     """Write a .safetensors for each file, with its tensors `renamed`, and their index if there are several."""
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, file in enumerate(files, 1):
         single = len(files) == 1
         name = "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -109,21 +109,21 @@ class Llm2ClipTraining(TrainingInterface):
         self, recipe: Recipe, processor: Processor, frozen: Frozen | None, device: torch.device
     ) -> tuple[Processor, Features | None]:
         if frozen is None:  # the texts of evaluation sets have no vectors
-            processor = replace(processor, with_vectors=False)
+            processor = replace(cast(TwoTowerProcessor, processor), with_vectors=False)
             frozen = self._text_encoder(recipe, device)
         return processor, frozen.features_of
 
     def save(
         self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
     ) -> None:
-        llm2clip.save(model, _section(recipe.model).text_encoder, folder, recipe.model.path)
+        llm2clip.save(cast(Llm2Clip, model), _section(recipe.model).text_encoder, folder, recipe.model.path)
         note_images(folder, reads_as_stored(source, _section(recipe.model).images))
 
     def _texts(self, recipe: Recipe) -> TextProcessor:
         return TextProcessor.load(_section(recipe.model).text_encoder, recipe.model.max_tokens)
 
     def _text_encoder(self, recipe: Recipe, device: torch.device) -> FrozenTextEncoder:
-        dtype = DTYPES[recipe.precision]
+        dtype = cast(torch.dtype, DTYPES[recipe.precision])
         attention = choose(recipe.model.attention, device.type, dtype)
         return FrozenTextEncoder(TextEncoder.load(_section(recipe.model).text_encoder, dtype, attention), device)
 
@@ -152,10 +152,10 @@ class SavedLlm2Clip(SavedModelInterface):
         return model, FrozenTextEncoder(text_encoder, device).features_of
 
     def open_trained(self, path: str) -> nn.Module:
-        return Llm2Clip.load(path, DTYPES["auto"], llm2clip.settings(path)["width"]).eval()
+        return Llm2Clip.load(path, DTYPES["auto"], _width(path)).eval()
 
     def probe(self, path: str) -> list[Encoded]:
-        pixels, width = Pixels.load(path), llm2clip.settings(path)["width"]
+        pixels, width = Pixels.load(path), _width(path)
         tile = np.linspace(0, 255, 3 * pixels.size**2).astype(np.uint8).reshape(1, 3, pixels.size, pixels.size)
         image = Encoded(np.zeros(1, np.int32), (Image(tile, pixels.size, pixels.size),))
         return [image, Encoded(np.zeros(1, np.int32), vector=np.linspace(-1, 1, width, dtype=np.float32))]
@@ -164,6 +164,13 @@ class SavedLlm2Clip(SavedModelInterface):
 def _section(model: ModelSection) -> Llm2ClipSection:
     assert isinstance(model, Llm2ClipSection)
     return model
+
+
+def _width(path: str) -> int:
+    """Of the text encoder's vectors."""
+    settings = llm2clip.settings(path)
+    assert settings
+    return int(settings["width"])
 
 
 def _vision(model: ModelSection) -> dict[str, Any]:

@@ -4,11 +4,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from pipeline.config import ModelSection, Recipe
 from pipeline.data.lengths import Lengths, Square
@@ -30,7 +31,7 @@ from pipeline.models.text_encoder.processor import TextProcessor
 class TextEncoderTraining(TrainingInterface):
     """LLM2CLIP's first stage: a decoder as an encoder of texts, trained to tell captions apart."""
 
-    _transformers: ClassVar = AutoModel
+    _transformers: ClassVar[type[_BaseAutoModelClass]] = AutoModel
 
     def check(self, model: ModelSection) -> None:
         model = _section(model)
@@ -66,7 +67,8 @@ class TextEncoderTraining(TrainingInterface):
     def save(
         self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
     ) -> None:
-        decoder.save(model, weights, source, folder, recipe.model.path, _section(recipe.model).instruction)
+        instruction = _section(recipe.model).instruction
+        decoder.save(cast(TextEncoder, model), weights, source, folder, recipe.model.path, instruction)
 
 
 class MaskedTraining(TextEncoderTraining):
@@ -99,7 +101,7 @@ class MaskedTraining(TextEncoderTraining):
     def save(
         self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
     ) -> None:
-        masked.save(model, weights, source, folder, recipe.model.path)
+        masked.save(cast(MaskedLanguageModel, model), weights, source, folder, recipe.model.path)
 
 
 class SavedTextEncoder(SavedModelInterface):
@@ -114,7 +116,7 @@ class SavedTextEncoder(SavedModelInterface):
     def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
         return TextProcessor.load(path, max_tokens)
 
-    def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
+    def open(self, path: str, precision: str, device: torch.device) -> tuple[TextEncoder, Features | None]:
         attention = fastest(load_config(path), DTYPES[precision], device)
         return TextEncoder.load(path, DTYPES[precision], attention).eval().to(device), None
 

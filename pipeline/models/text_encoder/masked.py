@@ -6,7 +6,7 @@ decoder's own head serves.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,9 @@ class MaskedLanguageModel(TextEncoder):
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "MaskedLanguageModel":
         """As TextEncoder.load; PipelineError where the decoder has no LM head, or its tokenizer nothing to hide by."""
         attention = implementation(attention)
-        causal = loading.open_model(AutoModelForCausalLM, path, load_config(path), dtype, attention, decoder.check)
+        config = load_config(path)
+        causal: PreTrainedModel
+        causal = loading.open_model(AutoModelForCausalLM, path, config, dtype, attention, decoder.check)
         return cls(causal, *_tokens(path, causal.config))
 
     @classmethod
@@ -78,9 +80,9 @@ class MaskedLanguageModel(TextEncoder):
         return cls(causal, *_tokens(path, config))
 
     @property
-    def language_model(self) -> PreTrainedModel:
+    def language_model(self) -> PreTrainedModel:  # type: ignore[override]  # TextEncoder has a submodule there
         """The decoder without its head."""
-        return self.causal.base_model
+        return cast(PreTrainedModel, self.causal.base_model)
 
     def forward(self, packed: Packed, with_images: bool = False, predicted: torch.Tensor | None = None) -> torch.Tensor:
         """N packed texts -> (N, 2) float32: the sum of each one's cross entropies, and how many it got right.

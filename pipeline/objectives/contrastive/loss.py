@@ -8,6 +8,7 @@ so sees every tile of rows twice: tiles are kept for that up to a bound, past wh
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -235,7 +236,7 @@ class _Matrix:
         x, y, reward = self.queries.vectors.detach(), self.columns, self.queries.reward
         if reward is None:
             return x * self._scale, y
-        rewards = torch.cat([self.targets.reward, self.extra.reward])
+        rewards = torch.cat(cast(list[Tensor], [self.targets.reward, self.extra.reward]))
         return torch.cat([x / self.tau, self.alpha * reward], dim=1), torch.cat([y, rewards], dim=1)
 
     @cached_property
@@ -247,14 +248,16 @@ class _Matrix:
     def _bias(self) -> tuple[Tensor, Tensor]:
         """(n, 1), (1, N + M): 0, or -inf for what is not valid."""
         valid = self.queries.valid[:, None], torch.cat([self.targets.valid, self.extra.valid])[None]
-        return tuple(torch.zeros_like(x, dtype=self.columns.dtype).masked_fill_(~x, -torch.inf) for x in valid)
+        rows, columns = (torch.zeros_like(x, dtype=self.columns.dtype).masked_fill_(~x, -torch.inf) for x in valid)
+        return rows, columns
 
     def sums(self, room: int) -> _Sums:
         """room: bytes of tiles to keep."""
         n, lowest = len(self.queries.vectors), torch.finfo(self.columns.dtype).min
         rows, hardest = self.columns.new_empty(n), self.columns.new_empty(n)
         column_top, columns = torch.full_like(self.positives, lowest), torch.zeros_like(self.positives)
-        all_masked, kept = torch.zeros((), dtype=torch.int64, device=rows.device), []
+        all_masked = torch.zeros((), dtype=torch.int64, device=rows.device)
+        kept: list[_Tile] = []
         for start in range(0, n, self.height):
             tile, masked = self._tile(start)
             all_masked += masked
@@ -352,11 +355,11 @@ class _WithGradients(torch.autograd.Function):
     """A scalar `loss` whose gradients by rows (n, d), columns (C, d) and tau are known already."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, by_rows: Tensor, by_columns: Tensor, by_tau: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, by_rows: Tensor, by_columns: Tensor, by_tau: Tensor, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(by_rows, by_columns, by_tau)
         return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, None, *(grad * gradient for gradient in ctx.saved_tensors)

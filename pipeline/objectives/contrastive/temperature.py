@@ -21,8 +21,8 @@ class Temperature:
         self._log_scale: torch.Tensor | None = None
         if objective.learn_temperature:
             self._log_scale = torch.tensor(-math.log(self._constant), device=device, requires_grad=True)
-            options = {"betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps, "weight_decay": 0.0}
-            self._optimizer = torch.optim.AdamW([self._log_scale], **options)
+            betas, eps = recipe.optimizer.betas, recipe.optimizer.eps
+            self._optimizer = torch.optim.AdamW([self._log_scale], betas=betas, eps=eps, weight_decay=0.0)
 
     @property
     def value(self) -> float | torch.Tensor:
