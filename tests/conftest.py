@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 # ATEN_CPU_CAPABILITY is of torch's own kernels; oneDNN and MKL take what the processor has. As another processor would,
@@ -18,6 +20,10 @@ import torch
 from limits import HANG_SECONDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# A shell's background jobs ignore Ctrl-C, and so would the programs that tests start and interrupt.
+with suppress(ValueError):  # not the main thread
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.folder import save_folder
