@@ -31,7 +31,7 @@ def test_overrides_are_typed_and_survive_a_dump(tmp_path):
         ("lr=1", "unknown field lr; did you mean optimizer.lr?"),
         ("data.lane=4", "did you mean data.lanes?"),
         ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number"),
-        ("model.architecture=null", "either model.path or model.architecture"),
+        ("model.architecture=null", "one of model.path and model.architecture"),
         ("epochs=null", "either steps or epochs"),
         ("data.lanes=6", "lanes that do: 1, 2, 4, 8"),
         ("data.lanes", "write it as key=value"),
