@@ -1,11 +1,11 @@
-"""Evaluate a model: `python -m pipeline.evaluate MODEL TASKS [key=value ...]`, on as many processes as started.
+"""Evaluate a model: `python -m pipeline.evaluate MODEL SETS [key=value ...]`, on as many processes as started.
 
     python -m pipeline.evaluate runs/llave_7b/export mmeb=s3://bucket/mmeb-eval
     torchrun --nproc-per-node 8 -m pipeline.evaluate llave-7b mmeb/vqa=MMEB-eval,msrvtt=/data/MSRVTT out=results/7b
     python -m pipeline.evaluate openai/clip-vit-large-patch14 coco=/data/coco out=results/clip against=results/7b
 
 MODEL is a folder or hub name: a model of this project, transformers' CLIP or SigLIP, or any other with encoder=.
-TASKS is a comma-separated list of NAME=URL. The URL is a folder or an s3:// prefix. NAME is one of
+SETS is a comma-separated list of NAME=URL. The URL is a folder or an s3:// prefix. NAME is one of
 
     mmeb, mmeb/ind, mmeb/ood, mmeb/vqa, ..., mmeb/OK-VQA, ...   MMEB, as on the hub or converted (make_shards.py)
     msrvtt, msvd                                                text-video retrieval, zero-shot
@@ -14,7 +14,7 @@ TASKS is a comma-separated list of NAME=URL. The URL is a folder or an s3:// pre
     text-video, text-image                                      your own captions.json (pipeline/evaluation/sets)
     classification                                              folders of images, class names and templates
 
-A task may also be only a URL: of sets in MMEB's layout with their tasks.json, or of shards of pairs (index.json).
+A set may also be only a URL: of sets in MMEB's layout with their tasks.json, or of shards of pairs (index.json).
 
 OUT gets report.html, report.json, figures/ and, for MMEB, leaderboard.json. If the program is killed and started again,
 it continues from the embeddings in OUT.
@@ -51,7 +51,7 @@ def main() -> None:
         epilog="options:\n" + EvaluationRun.describe(),
     )
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("tasks", metavar="TASKS")
+    parser.add_argument("tasks", metavar="SETS")
     parser.add_argument("options", nargs="*", metavar="key=value", help="see below")
     arguments = parser.parse_args()
     options = parse_options(EvaluationRun, arguments.options)

@@ -114,11 +114,13 @@ class ModelSection(Section):
 
     family: Annotated[str, Fixed()]
     path: Annotated[Place | None, Fixed()] = Field(None, description="folder or hub name")
-    architecture: Annotated[Section | None, Fixed()] = Field(None, description="or: random weights of this shape")
+    architecture: Annotated[Section | None, Fixed()] = Field(
+        None, description="train from random weights with this architecture, instead of model.path"
+    )
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
         "auto",
-        description="over texts and what is in them: flash-attn, torch's variable-length one, or SDPA; auto: the first "
-        "of them that runs there; over an image's tiles, all of one size, it is SDPA",
+        description="attention kernel of the language model: flash_attn, varlen (PyTorch) or sdpa; auto uses the first "
+        "one available; the vision tower always uses SDPA",
     )
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
     train: TrainSection
@@ -136,7 +138,7 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def one_source(self) -> "ModelSection":
         if (self.path is None) == (self.architecture is None):
-            raise ValueError("give either model.path or model.architecture, not both and not neither")
+            raise ValueError("give exactly one of model.path and model.architecture")
         return self
 
 
@@ -183,7 +185,7 @@ class Part(Section):
     name: str = Field(pattern=r"^[^./][^/]*$", description="its folder below data.url")
     weight: float = Field(1.0, gt=0, description="how often an epoch takes each of its samples")
     cap: int | None = Field(
-        None, gt=0, description="samples an epoch takes at most, weighted or not; the next takes others"
+        None, gt=0, description="maximum samples per epoch, weighted or not; the next epoch takes others"
     )
 
 
@@ -196,7 +198,7 @@ class Data(Store):
         None, description="vectors of the captions, by pipeline.embed --shards: its --out, or `beside`"
     )
     cap: Annotated[int | None, Fixed()] = Field(
-        None, gt=0, description="samples an epoch takes at most of a dataset that names no cap"
+        None, gt=0, description="maximum samples per dataset and epoch, unless the dataset has its own cap"
     )
     batches: Annotated[str, Fixed()] = Field(
         "mixed", description="mixed: from all datasets; homogeneous: from one; interleaved:K: K equal parts of one each"
@@ -210,10 +212,15 @@ class Data(Store):
     window_blocks: Annotated[int, Fixed()] = Field(
         16, gt=0, description="blocks a lane shuffles together, and deals out in equal numbers of tokens"
     )
-    memory_mb: int = Field(4096, gt=0, description="encoded samples that a rank holds, about, read ahead included")
+    memory_mb: int = Field(
+        4096, gt=0, description="approximate MiB of encoded samples per rank, including prefetched ones"
+    )
     workers: int = Field(2, ge=0, description="decoding processes per rank; 0: in the training process")
     max_bad_fraction: float = Field(
-        0.001, ge=0, le=1, description="of the samples so far, 10,000 at least; above it the run stops"
+        0.001,
+        ge=0,
+        le=1,
+        description="the run stops if a larger fraction of the samples so far is unusable (of at least 10,000 samples)",
     )
 
     @field_validator("datasets", mode="before")
@@ -262,20 +269,20 @@ class Batch(Section):
         None, gt=1, description="pairs that are each other's negatives, if not the whole global batch's"
     )
     chunk_tokens: PositiveInt | Literal["auto"] = Field(
-        description="tokens a forward pass holds at once, with SDPA's padding; auto: what fits is found in the first "
+        description="maximum tokens per forward pass, including padding under SDPA; auto finds what fits in the first "
         "steps"
     )
     kept_chunks: NonNegativeInt | Literal["auto"] = Field(
         0, description="chunks whose graph is kept from the first pass: memory for time; auto: as many as fit"
     )
     activation_checkpointing: bool = Field(
-        False, description="recompute each layer's activations in backward: for a chunk that fits only so"
+        False, description="recompute activations in the backward pass; use it if one chunk does not fit otherwise"
     )
     tower_tiles: int = Field(64, gt=0, description="tiles that a frozen vision tower sees at once")
     features_mb: int = Field(
         4096,
         ge=0,
-        description="what a frozen tower or text encoder gives, on the device; further ones wait in the host's memory",
+        description="MiB of frozen features kept on the device; the rest are kept in CPU memory",
     )
 
 
@@ -293,7 +300,8 @@ class Evaluation(Section):
     every: int | None = Field(
         None,
         gt=0,
-        description="steps; besides, always before the first and after the last. llm2clip loads its text encoder then",
+        description="steps between evaluations; a run also evaluates before the first and after the last step. "
+        "llm2clip loads its text encoder then",
     )
 
     @field_validator("urls")
@@ -348,7 +356,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def works_together(self) -> "Recipe":
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs, not both and not neither")
+            raise ValueError("give exactly one of steps and epochs")
         if not _LEAST_RATE <= self.optimizer.lr < 1:
             raise ValueError(f"optimizer.lr is {self.optimizer.lr:g}: give a learning rate as 1e-5")
         if self.batch.global_batch % self.data.lanes:
@@ -360,8 +368,8 @@ class Recipe(Section):
             )
         if self.batch.sub_batch and self.batch.sub_batch % self.data.lanes:
             raise ValueError(
-                f"batch.sub_batch={self.batch.sub_batch} is no multiple of data.lanes={self.data.lanes}, each of which "
-                "gives as many pairs to it"
+                f"batch.sub_batch={self.batch.sub_batch} must be a multiple of data.lanes={self.data.lanes}, "
+                "because every lane contributes equally"
             )
         if self.batch.sub_batch and self.batch.global_batch % self.batch.sub_batch:
             raise ValueError(
@@ -387,7 +395,7 @@ class EvaluationRun(Store):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16, fp32, or auto: the folder's own")
     chunk_tokens: int | None = Field(
-        None, gt=0, description="tokens a forward pass holds at once (16384, or 4096 where attention pads)"
+        None, gt=0, description="maximum tokens per forward pass (16384, or 4096 where attention pads)"
     )
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
     video: Video = Video()
@@ -481,7 +489,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """Read the recipe's DeepSpeed config, fill each "auto" from the recipe, refuse what contradicts it.
 
-    The contrastive batch is cut into chunks inside one optimizer step (pipeline/training/step.py), so for
+    The contrastive batch is cut into chunks inside one optimizer step (pipeline/objectives/contrastive/step.py), so for
     DeepSpeed a rank's share of the global batch is one micro-batch.
     """
     from pipeline.config import (
@@ -526,7 +534,7 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     for name in ("offload_optimizer", "offload_param"):
         device = zero.get(name, {"device": "none"}).get("device")
         if device is None:
-            raise PipelineError(f"{path}: zero_optimization.{name} names no device, and would do nothing: add one, cpu")
+            raise PipelineError(f"{path}: zero_optimization.{name} has no device; set device: cpu")
         if device not in ("cpu", "none"):
             raise PipelineError(f"{path}: {name} to {device!r} is not supported; its device is cpu, or none")
     try:

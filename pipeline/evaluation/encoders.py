@@ -25,7 +25,7 @@ To evaluate any other model, write a function (path, options) -> Encoder and nam
             rows = self.model.encode(list(texts), normalize_embeddings=True, convert_to_tensor=True)
             return rows.float().reshape(len(texts), self.dimension)
 
-    python -m pipeline.evaluate models/all-MiniLM-L6-v2 TASKS encoder=texts.py:Texts
+    python -m pipeline.evaluate models/all-MiniLM-L6-v2 SETS encoder=texts.py:Texts
 """
 
 import importlib

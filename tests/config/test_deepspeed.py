@@ -78,7 +78,7 @@ CPU = {"device": "cpu", "pin_memory": True}
         (zero(offload_optimizer="auto"), "zero_optimization.offload_optimizer is a section"),
         (zero(offload_optimizer={"device": None}), "zero_optimization.offload_optimizer.device is null"),
         (zero(offload_optimizer={"device": "auto"}), "zero_optimization.offload_optimizer.device"),
-        (zero(offload_optimizer={"pin_memory": True}), "zero_optimization.offload_optimizer names no device"),
+        (zero(offload_optimizer={"pin_memory": True}), "zero_optimization.offload_optimizer has no device"),
         (zero(offload_optimizer={"device": "gpu"}), "Input should be 'none', 'cpu' or 'nvme', got 'gpu'"),
         ({"bf16": True}, "bf16 is a section"),
         ({"bf16": None}, "bf16 is null"),

@@ -107,7 +107,7 @@ def test_variants(tmp_path):
     with pytest.raises(PipelineError, match=r"demo.yaml has no variant 'paper'; it has none"):
         load_recipe("pipeline/recipes/demo.yaml", ["variant=paper"])
     assert recipe("2b", "batch.sub_batch=64", "variant=paper").batch.sub_batch == 64
-    with pytest.raises(PipelineError, match=r"batch.sub_batch=48 is no multiple of data.lanes=32"):
+    with pytest.raises(PipelineError, match=r"batch.sub_batch=48 must be a multiple of data.lanes=32"):
         recipe("2b", "batch.sub_batch=48")
     with pytest.raises(PipelineError, match=r"batch.sub_batch=96 does not divide batch.global_batch=256"):
         recipe("2b", "batch.sub_batch=96")

@@ -36,7 +36,7 @@ class ClipSection(ModelSection):
     family: Annotated[Literal["clip"], Fixed()] = "clip"
     path: Annotated[Place | None, Fixed()] = Field(None, description="folder or hub name of a CLIP")
     architecture: Annotated[ClipArchitecture | None, Fixed()] = Field(
-        None, description="or: random weights of this shape"
+        None, description="train from random weights with this architecture, instead of model.path"
     )
     images: Literal["upright", "as_stored"] | None = Field(None, description="how images are read; see llave's")
     train: ClipTrain

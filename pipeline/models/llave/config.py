@@ -44,22 +44,22 @@ class LlaveSection(ModelSection):
         None, description="folder or hub name of a LLaVA-OneVision in transformers' format, or of an original LLaVE"
     )
     architecture: Annotated[LlaveArchitecture | None, Fixed()] = Field(
-        None, description="or: random weights of this shape"
+        None, description="train from random weights with this architecture, instead of model.path"
     )
     image_grid_pinpoints: Annotated[Sizes | None, Fixed()] = Field(
         None,
         min_length=1,
-        description="sizes (height, width) an image is tiled to, if not those in the model's config",
+        description="sizes (height, width) an image is tiled to; default: the model config's value",
     )
     mm_newline_position: Annotated[Literal["one_token", "grid"] | None, Fixed()] = Field(
         None,
-        description="where a video has newlines: at its end, or after each row of each frame; if not as the model's "
-        "config says",
+        description="where a video has newlines: at its end, or after each row of each frame; default: the model "
+        "config's value",
     )
     images: Literal["upright", "as_stored"] | None = Field(
         None,
-        description="upright: turned by their EXIF orientation, 16 bits scaled to 8; as_stored: by Pillow's "
-        "convert(\"RGB\") alone, as the papers' code; if not as the model's config says, or else upright",
+        description='upright: turned by their EXIF orientation, 16 bits scaled to 8; as_stored: only convert("RGB"), '
+        "like the papers' code; default: the model config's value, or else upright",
     )
     train: LlaveTrain = LlaveTrain()
 

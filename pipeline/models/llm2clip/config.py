@@ -33,7 +33,7 @@ class Llm2ClipSection(ModelSection):
         None, description="folder or hub name of a CLIP, SigLIP or timm vision tower"
     )
     architecture: Annotated[Llm2ClipArchitecture | None, Fixed()] = Field(
-        None, description="or: random weights of this shape"
+        None, description="train from random weights with this architecture, instead of model.path"
     )
     images: Literal["upright", "as_stored"] | None = Field(None, description="how images are read; see llave's")
     text_encoder: Annotated[Place, Fixed()] = Field(

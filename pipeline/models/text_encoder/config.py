@@ -36,10 +36,10 @@ class TextEncoderSection(ModelSection):
     family: Annotated[Literal["text_encoder"], Fixed()] = "text_encoder"
     path: Annotated[Place | None, Fixed()] = Field(None, description="folder or hub name of a decoder")
     architecture: Annotated[TextEncoderArchitecture | None, Fixed()] = Field(
-        None, description="or: random weights of this shape"
+        None, description="train from random weights with this architecture, instead of model.path"
     )
     instruction: Annotated[str, Fixed()] = Field(
-        "", description="stands before each text; the mean over the text leaves out its tokens"
+        "", description="prefix of each text; its tokens are excluded from mean pooling"
     )
     train: TextEncoderTrain = TextEncoderTrain()
 

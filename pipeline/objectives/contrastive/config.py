@@ -12,11 +12,9 @@ class ContrastiveSection(ObjectiveSection):
 
     name: Annotated[Literal["contrastive"], Fixed()] = "contrastive"
     alpha: Annotated[float, Fixed()] = Field(9.0, ge=0, description="hardness weighting of LLaVE; 0 is plain InfoNCE")
-    temperature: Annotated[float, Fixed()] = Field(
-        0.02, ge=0.01, le=100, description="what similarities are divided by"
-    )
+    temperature: Annotated[float, Fixed()] = Field(0.02, ge=0.01, le=100, description="softmax temperature")
     learn_temperature: Annotated[bool, Fixed()] = Field(
-        False, description="train it from there, at optimizer.lr; 0.01 is its lower bound"
+        False, description="learn the temperature, starting at this value, with optimizer.lr; its lower bound is 0.01"
     )
     margin: Annotated[float | None, Fixed()] = Field(
         None, description="mask negatives more similar than the positive by this much"

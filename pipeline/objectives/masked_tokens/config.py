@@ -14,13 +14,13 @@ class MaskedNextTokenSection(ObjectiveSection):
 
     name: Annotated[Literal["masked_next_token"], Fixed()] = "masked_next_token"
     mask_rate: Annotated[float, Fixed()] = Field(
-        0.2, ge=1e-3, le=1, description="share of the tokens that are hidden, to be predicted"
+        0.2, ge=1e-3, le=1, description="fraction of the tokens that are masked, to be predicted"
     )
     mask_random: Annotated[float, Fixed()] = Field(
-        0.1, ge=0, le=1, description="share of these that any token replaces"
+        0.1, ge=0, le=1, description="fraction of masked tokens replaced by a random token"
     )
     mask_kept: Annotated[float, Fixed()] = Field(
-        0.1, ge=0, le=1, description="share of these that stay as they are; a mask token hides the rest"
+        0.1, ge=0, le=1, description="fraction of masked tokens left unchanged; the rest become the mask token"
     )
 
     @model_validator(mode="after")
