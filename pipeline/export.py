@@ -3,11 +3,12 @@
     python -m pipeline.export runs/llave_7b llave-7b
     python -m pipeline.export runs/llave_7b llave-7b-best --step best
 
-A run that ends writes RUN/export itself; this is for one that was stopped, or for another checkpoint. Any ZeRO
-stage and number of processes will do; adapters are merged. OUT is loaded again and must give the same embedding.
+A run that ends writes RUN/export itself. Use this program for a run that was stopped, or for another checkpoint. The
+checkpoint may be of any ZeRO stage and number of processes. Adapters are merged. OUT is loaded again to check that it
+gives the same embedding.
 
-Of the host's memory it takes at most what the model has (7B in bf16: 15 GB) and, from a ZeRO-3 checkpoint, what is
-trained in fp32 (all but the tower: 28 GB more), or, with adapters, what they are merged into (13 GB more).
+It needs CPU memory for the model (7B in bf16: 15 GB). A ZeRO-3 checkpoint also needs the trained parameters in fp32 (28
+GB more). With adapters, it also needs the weights that they are merged into (13 GB more).
 """
 
 import argparse
@@ -39,7 +40,7 @@ def main() -> None:
         "--step",
         type=_step,
         metavar="N",
-        help="the checkpoint after N steps, or best, the one that evaluation liked best (default: the newest)",
+        help="the checkpoint after N steps, or `best`, the one with the best evaluation (default: the newest)",
     )
     arguments = parser.parse_args()
     run, out = arguments.run, arguments.out

@@ -6,8 +6,8 @@ Reads RUN/status.json and srun's exit code, prints one line that says what happe
 
      0    nothing is left to do
     75    requeue the job: it continues from the newest checkpoint
-     1    the job failed permanently: preflight refused its first start, it failed twice at one step, or too often from
-          one checkpoint
+     1    the job failed permanently: preflight refused its first start, it failed twice at one step or before a
+          first step, or four starts failed from the same checkpoint
 
 slurm/launch.sh calls it. pipeline/jobs/states.py has the rules.
 """

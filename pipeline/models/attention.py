@@ -234,8 +234,8 @@ def _refuse(
     limit = _rope_limit(module)
     if limit and segments.longest > limit:
         raise PipelineError(
-            f"beyond {limit} tokens the model turns the positions of all items of a row otherwise, which is not "
-            "supported: lower max_tokens to that"
+            f"beyond {limit} tokens the model changes the rotary frequencies of all packed items, which is not "
+            f"supported: lower max_tokens to {limit}"
         )
 
 

@@ -53,8 +53,8 @@ class Processor(Protocol):
 class TrainingInterface(ABC):
     """What training needs of a family.
 
-    unused: beginnings of the names of parameters that no embedding depends on, which so have no gradient.
-    stages: of ZeRO that it trains under.
+    unused: prefixes of parameters that get no gradient, because no embedding depends on them.
+    stages: supported ZeRO stages.
     checks_config_alone: whether `check` downloads no weights of a model on the hub.
     estimates_memory: whether it has a `memory_model`.
     """
@@ -69,7 +69,7 @@ class TrainingInterface(ABC):
         """Raise PipelineError for what is wrong in a recipe's model, before anything of it is loaded."""
 
     def check_stage(self, stage: int) -> None:
-        """Raise PipelineError for a stage of ZeRO that it does not train under."""
+        """Raise PipelineError for a ZeRO stage that is not supported."""
         if stage not in self.stages:
             known = ", ".join(map(str, self.stages))
             raise PipelineError(f"this family trains under ZeRO {known}, not {stage}: set deepspeed= to one of them")

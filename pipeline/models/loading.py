@@ -88,20 +88,18 @@ def config_dict(path: str) -> dict[str, Any]:
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
             raise PipelineError(
-                f"no model at {path!r}: it holds adapters (LoRA); merge them into their base model, and name the result"
+                f"no model at {path!r}: it holds adapters (LoRA); merge them into their base model and use that"
             )
         raise PipelineError(f"no model at {path!r}: it has no config.json")  # transformers would take its defaults
     values = read_json(file)
     _refuse_code(file, values)
     for name in ("quantization_config", "compression_config"):
         if values.get(name) is not None:
-            raise PipelineError(
-                f"{file} has a {name}: quantised models are not supported; name the one that it was made of"
-            )
+            raise PipelineError(f"{file} has a {name}: quantised models are not supported; use the original model")
     if not isinstance(values.get("model_type"), str | None):
-        raise PipelineError(f"{file}: model_type={shown(values['model_type'])} is no name of a kind of model")
+        raise PipelineError(f"{file}: model_type={shown(values['model_type'])} is not a string")
     if not isinstance(values.get("architectures"), list | None):
-        raise PipelineError(f"{file}: architectures={shown(values['architectures'])} is no list of names")
+        raise PipelineError(f"{file}: architectures={shown(values['architectures'])} is not a list of names")
     return checked(file, values)
 
 
@@ -110,9 +108,9 @@ def _refuse_code(file: Path, values: dict[str, Any]) -> None:
     for part in (values, *(part for part in values.values() if isinstance(part, dict))):
         if named := part.get("auto_map"):
             raise PipelineError(
-                f"{file} has an auto_map ({shown(named)}): the model comes with code of its own, which is not run "
-                "here. Name a model that transformers has itself; or, if that is what transformers' own class "
-                "computes, remove auto_map from the file"
+                f"{file} has an auto_map ({shown(named)}): the model needs its own code, which this project does not "
+                "run. Use a model that transformers itself implements; or, if transformers' own class computes the "
+                "same, remove auto_map from the file"
             )
 
 

@@ -64,13 +64,12 @@ def _problem(config: PreTrainedConfig, build: Build) -> str:
     except PipelineError as error:
         return f"a {config.model_type} model: {error}"
     except Exception as error:  # any, of any model's code
-        return f"a {config.model_type} model, which cannot be tried on packed texts and so is not supported: " + _why(
+        return f"a {config.model_type} model, which is not supported, because it fails on packed texts: " + _why(
             config, error
         )
     return (
-        f"a {config.model_type} model, and a text's vector by it depends on what the text is packed with (beside "
-        f"others it is {moved:.1e} from what it is alone){mixes}; it is not supported: take a decoder that mixes "
-        "tokens by attention alone"
+        f"a {config.model_type} model, which is not supported: a text's embedding depends on the texts packed with "
+        f"it (it moves by {moved:.1e}){mixes}; use a decoder in which only attention mixes tokens"
     )
 
 

@@ -1,4 +1,4 @@
-"""Two towers of one space: an image is what the vision side makes of it, a text what the text side does."""
+"""Models of two towers: a vision tower embeds images, a text tower embeds texts, in one vector space."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,10 +20,12 @@ from pipeline.models.vision import Pixels
 
 
 class TwoTower(nn.Module, ABC):
-    """From packed items to unit vectors. Of an item with several images, or a video's frames: along their mean.
+    """Embeds images with the vision tower and texts with the text tower, as unit vectors.
 
-    pixels: how the vision side takes images.  pads: whether attention over texts pads them to a chunk's longest.
-    always_with_images: every forward pass is as one with images (see `forward`), so that all it trains has a gradient.
+    Several images or frames of an item are averaged and normalised.
+
+    pixels: how images are prepared.  pads: whether attention pads the texts of a chunk to the longest.
+    always_with_images: run every forward pass as one with images (see `forward`), so all parameters get gradients.
     """
 
     always_with_images = False
@@ -51,8 +53,8 @@ class TwoTower(nn.Module, ABC):
     def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
         """N packed items -> (N, dimension) float32 unit rows.
 
-        with_images: whether any rank has an image in this forward pass. A rank that has none then sends one black tile
-        through the tower, times zero, as one without texts always does with a text: all ranks run the same modules.
+        with_images: whether any rank has an image in this forward pass. A rank without images then runs a black image
+        multiplied by zero; a rank without texts always runs a dummy text. ZeRO-3 needs the same modules on all ranks.
         features: (texts, width) vectors of the items without images, by a text encoder that is not part of the model.
         """
         device, dtype = packed.input_ids.device, next(self.parameters()).dtype

@@ -202,7 +202,7 @@ class Pixels:
             what = f"crop_mode={crop} with interpolation={its['interpolation']}"
             raise PipelineError(f"{path}: {what} is not supported; expected crop_mode=center and a filter of Pillow's")
         if height != width:
-            raise PipelineError(f"{path}: input_size {height}x{width} is no square, which alone is supported")
+            raise PipelineError(f"{path}: input_size {height}x{width} is not supported; it must be square")
         edge, resample = math.floor(height / its["crop_pct"]), Image.Resampling[filter_name]
         return cls(height, tuple(its["mean"]), tuple(its["std"]), edge, True, resample, to_even=True)
 
@@ -236,7 +236,7 @@ def _family(path: str, settings: dict[str, Any]) -> tuple[type[PreTrainedModel],
     kind = settings.get("model_type")
     if kind not in _FAMILIES:
         raise PipelineError(
-            f"{path} is a {kind} model; a vision encoder is a clip, a siglip (as is SigLIP 2 of a fixed size) or timm's"
+            f"{path} is a {kind} model; expected a vision encoder: clip, siglip (or a SigLIP 2 of fixed size) or timm's"
         )
     return _FAMILIES[kind]
 

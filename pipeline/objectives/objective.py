@@ -62,7 +62,7 @@ class Objective(ABC):
     ) -> StepResult:
         """Take optimizer step `number` (from 0) with this rank's part of the global batch.
 
-        lr: of parts without one of their own.  features: of a frozen part that is outside the engine.
+        lr: default learning rate, for parts without their own.  features: of a frozen part that is outside the engine.
         """
 
     def state(self) -> dict[str, Any]:
@@ -91,12 +91,12 @@ def backward_chunks(
     gradient: torch.Tensor,
     features: Features | None,
 ) -> list[torch.Tensor]:
-    """Bring d loss / d embeddings (items, hidden) to the parameters' gradients; `graphs` is empty afterwards.
+    """Backpropagate the embeddings' gradients (items, hidden) into the parameters; `graphs` is empty afterwards.
 
-    kept: chunks whose embeddings are `graphs`.  again: those to be embedded once more; returns what this gave.
+    kept: chunks whose embeddings are `graphs`.  again: chunks to embed once more; returns their embeddings.
 
-    DeepSpeed averages gradients over ranks, and each rank's loss is made so that the mean of them all is the
-    global batch's. Within the step nothing is averaged: chunks are parts of a sum.
+    DeepSpeed averages gradients over ranks; each rank's loss is scaled so that the mean over ranks is the global
+    batch's loss. Within a step nothing is averaged: the chunks' gradients are summed.
     """
     surrogates = [(graph * gradient[chunk.rows]).sum() for chunk, graph in zip(kept, graphs, strict=True)]
     graphs.clear()
@@ -114,9 +114,9 @@ def backward_chunks(
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine, lr: float) -> float:
-    """Have the optimizer take the step that all gradients are there for; returns their norm before it is clipped.
+    """Take the optimizer step; returns the gradient norm before clipping.
 
-    lr: of parts without one of their own.
+    lr: default learning rate, for parts without their own.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

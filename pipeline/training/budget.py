@@ -1,9 +1,9 @@
-"""How large chunks are and how many keep their graph: as the recipe says, or found by measuring the first steps.
+"""The size of chunks and the number of kept graphs: as the recipe says, or found by measuring the first steps.
 
-Results depend on it in their last bits at most, so the run's own steps are the probe: the first takes a chunk of one
-longest item, each further one at most twice as much as memory was seen to hold, until it is nine tenths full. Then it
-is fixed, and checkpoints carry it. A rank that runs out of memory all the same cannot go on, for the others are in a
-collective with it; it leaves a smaller cut for the next start.
+Results depend on them in the last bits at most, so a run measures in its own steps. The first step uses chunks of one
+longest item. Each further step at most doubles the chunk, until memory is 90 % full. Then the budget is fixed, and
+checkpoints carry it. If a rank runs out of memory all the same, it cannot continue, because the others wait for it in a
+collective. It notes a smaller budget for the next start.
 """
 
 import json
@@ -47,7 +47,7 @@ class Budget:
 
     @classmethod
     def of(cls, batch: Batch, max_tokens: int, before: "Budget | None" = None) -> "Budget":
-        """The recipe's; what it leaves open from a longest item on, or as far as it was found before."""
+        """From the recipe. What is `auto` starts at one longest item, or where an earlier search ended."""
         auto = [name for name in ("chunk_tokens", "kept_chunks") if getattr(batch, name) == "auto"]
         budget = cls(
             max_tokens if "chunk_tokens" in auto else batch.chunk_tokens,
@@ -58,7 +58,7 @@ class Budget:
             max_tokens,
         )
         if before:
-            # A chunk fits beside as many graphs as were kept, or fewer; and so many graphs only of such a chunk.
+            # A chunk size holds for that many kept graphs or fewer; kept graphs only for that chunk size.
             if "chunk_tokens" in auto and "chunk_tokens" in before.auto and budget.kept_chunks <= before.kept_chunks:
                 budget.chunk_tokens, budget.chunk_is_fixed = before.chunk_tokens, before.chunk_is_fixed
             if "kept_chunks" in auto and "kept_chunks" in before.auto and budget.chunk_tokens == before.chunk_tokens:
@@ -96,7 +96,7 @@ class Budget:
                 self.kept_chunks += 1 if not self.kept_chunks else min(more, self.kept_chunks)
 
     def smaller(self) -> "Budget | None":
-        """What to take where this one was too much: half the graphs, or else half the chunk; None if neither helps."""
+        """The budget to try after running out of memory: half the graphs or half the chunk; None if neither helps."""
         if self.kept_chunks > 1 and ("kept_chunks" in self.auto or "chunk_tokens" not in self.auto):
             return replace(self, kept_chunks=self.kept_chunks // 2, chunk_is_fixed=True, kept_is_fixed=True)
         if self.chunk_tokens <= self.longest:  # in a smaller chunk there would be no less than one item
@@ -147,14 +147,14 @@ def out_of_memory_noted(run: Path, step: int, budget: Budget, conditions: dict) 
         advice = _advice(run, budget, conditions)
         raise PipelineError(
             f"out of memory in step {step} with {budget}: {advice}batch.activation_checkpointing=true, "
-            "deepspeed=ds_configs/zero3_offload.json and more GPUs each take less"
+            "deepspeed=ds_configs/zero3_offload.json and more GPUs each need less memory"
         ) from error
 
 
 def _advice(run: Path, budget: Budget, conditions: dict) -> str:
     smaller = budget.smaller()
     if smaller is None:
-        return "an item of model.max_tokens is all there was in a chunk; "
+        return "a chunk holds only one item of model.max_tokens; "
     for name in ("chunk_tokens", "kept_chunks"):
         if name not in budget.auto and getattr(smaller, name) != getattr(budget, name):
             return f"start the run again with batch.{name}={getattr(smaller, name)}; if that is still too much, "
@@ -164,7 +164,7 @@ def _advice(run: Path, budget: Budget, conditions: dict) -> str:
         unfinished.replace(run / NOTE)
     except OSError:
         return f"start the run again with {smaller}; if that is still too much, "
-    return f"started again the run takes {smaller}; if that is still too much, "
+    return f"the next start uses {smaller}; if that is still too much, "
 
 
 def _are_alike(before: dict, now: dict) -> bool:

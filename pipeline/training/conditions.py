@@ -46,11 +46,13 @@ def check(path: Path, conditions: Mapping[str, Any]) -> None:
     """Raise PipelineError unless a run under these conditions continues what the checkpoint's run began."""
     before = checkpoint.conditions_of(path)
     if changed := changes(before, conditions):
-        raise PipelineError(f"{path} cannot be continued: {'; '.join(changed)}. Change it back, or set run= anew")
+        raise PipelineError(
+            f"cannot resume from {path}: {'; '.join(changed)}. Restore it, or set run= to a new directory"
+        )
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs from the conditions that a run, begun by any version, has kept; a sentence each."""
     before = _NOT_NOTED_ONCE | former.conditions(before)
     different = (name for name in now if not same_as_before(Recipe, name, before, now))
-    return [f"{name} is {now[name]} and was {before.get(name)}" for name in different]
+    return [f"{name} was {before.get(name)} and is now {now[name]}" for name in different]

@@ -53,7 +53,7 @@ def load_frozen(recipe: Recipe, model_path: str, device: torch.device) -> Frozen
 
 
 def freeze(model: torch.nn.Module, recipe: Recipe) -> None:
-    """Have only what the recipe trains take gradients."""
+    """Freeze everything that the recipe does not train."""
     train, frozen = recipe.model.train, training_of(recipe).unused
     for part, prefixes in train.parts().items():
         if not getattr(train, part) or (part == "language_model" and train.adapters):
@@ -72,9 +72,9 @@ def adapt(model: torch.nn.Module, recipe: Recipe) -> None:
 
 
 def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
-    """AdamW's groups: of each trained part its matrices, and its vectors, which by custom are spared weight decay.
+    """AdamW's groups: for each trained part, its matrices, and its vectors, which get no weight decay.
 
-    lr_scale: the part's learning rate by `optimizer.lr`.
+    lr_scale: the part's learning rate divided by `optimizer.lr`.
     """
     groups, optimizer = [], recipe.optimizer
     for part, prefixes in recipe.model.train.parts().items():
@@ -89,7 +89,7 @@ def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
 
 
 def adamw(groups: list[dict], lr: float, zero: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW of where its state is: torch's, one kernel a step on CUDA; on the host, if offloaded to it, DeepSpeed's.
+    """AdamW for the place where its state lives: torch's (fused on CUDA), or DeepSpeed's on the CPU if offloaded.
 
     zero: a DeepSpeed config's "zero_optimization".
     """

@@ -1,4 +1,4 @@
-"""What a run shows of itself: metrics.jsonl, TensorBoard, the progress bar, and each rank's ledger."""
+"""What a run reports: metrics.jsonl, speed.jsonl, TensorBoard, the progress bar, and each rank's ledger."""
 
 import json
 import os
@@ -48,9 +48,9 @@ def may_be_best(run: Path, step: int) -> tuple[float, list[str]] | None:
 
 
 def check_writable(run: Path) -> None:
-    """Raise PipelineError unless a run can write what it will: known before a model is loaded, not a checkpoint later.
+    """Raise PipelineError unless the run directory is writable; checked before a model is loaded.
 
-    A folder that is not there is made.
+    A missing run directory is created.
     """
     probe = f".probe.{socket.gethostname()}-{os.getpid()}.unfinished"
     for folder in (run, *(run / name for name in ("checkpoints", "evaluation", "ledger", "tensorboard"))):

@@ -244,7 +244,7 @@ class Trainer:
         self.monitor.bad(step, [bad for rank in ranks or [] for bad in rank])
 
     def _require_progress(self, metrics: dict[str, Any]) -> None:
-        """Stop a run that only burns hours."""
+        """Stop a run whose loss is not finite or that has too many bad samples."""
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise PipelineError(
                 f"step {metrics['step']}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; lower "
@@ -330,7 +330,7 @@ class Trainer:
             unfinished.rename(self.folder / "recipe.yaml")
 
     def _shorten_ledgers(self, step: int) -> None:
-        """Drop what ranks that are there no more noted of the steps after `step`, which others take again."""
+        """Truncate ledgers of ranks that no longer exist, after `step`: other ranks repeat those steps."""
         for path in (self.folder / "ledger").glob("rank*.jsonl"):
             number = path.stem.removeprefix("rank")
             if number.isdecimal() and int(number) >= self.world:

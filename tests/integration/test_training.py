@@ -191,7 +191,7 @@ def test_an_original_checkpoint_with_adapters_and_a_frozen_tower_by_what_fits(re
 def test_a_run_is_not_continued_with_another_order(finished, recipe):
     ended = launch(command(recipe, finished, "seed=7"), world=1)
     assert ended.status == [2]
-    assert "seed is 7 and was 0" in ended.output
+    assert "seed was 0 and is now 7" in ended.output
 
 
 def test_a_checkpoint_in_the_making_does_not_count(tmp_path):

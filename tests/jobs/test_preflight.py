@@ -195,7 +195,7 @@ def test_a_checkpoint_is_continued_or_it_is_said_why_not(overrides, tmp_path, ca
     status, _, errors = found(capsys, [*overrides, f"run={tmp_path}/run"])
     assert status == 2
     assert "preflight: resuming: " in errors[0]
-    assert "seed is 0 and was None" in errors[0]
+    assert "seed was None and is now 0" in errors[0]
 
 
 def test_a_job_whose_starts_all_ended_without_a_word_is_refused(overrides, tmp_path, capsys, monkeypatch):

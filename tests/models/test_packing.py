@@ -204,5 +204,7 @@ def test_frequencies_that_depend_on_the_longest_item_are_refused_where_they_do()
     model = TextEncoder.of_config(config_of("llama", rope_parameters=rope, max_position_embeddings=32)).eval()
     short, long = (Encoded(np.arange(length, dtype=np.int32) % 50) for length in (20, 40))
     assert model(pack([short, short])).isfinite().all()
-    with pytest.raises(PipelineError, match=r"beyond 32 tokens the model turns the positions .* lower max_tokens"):
+    with pytest.raises(
+        PipelineError, match=r"beyond 32 tokens the model changes the rotary frequencies .* lower max_tokens to 32"
+    ):
         model(pack([short, long]))

@@ -257,7 +257,7 @@ def test_what_cannot_be_used_is_refused(both, tmp_path, monkeypatch):
     config, settings = (json.loads(Path(both["siglip"], name).read_text()) for name in names)
     with pytest.raises(PipelineError, match=r"no model at .*: it has no config.json"):
         VisionEncoder.load(str(tmp_path), torch.float32)
-    refused(r"is a siglip2 model; a vision encoder is a clip, a siglip", model={"model_type": "siglip2"})
+    refused(r"is a siglip2 model; expected a vision encoder: clip, siglip", model={"model_type": "siglip2"})
     refused(r"no pooling head", model=VISION | {"model_type": "siglip_vision_model", "vision_use_head": False})
     refused(r"has no weights")
     weights = load_file(Path(both["siglip"], "model.safetensors"))

@@ -223,7 +223,7 @@ def in_cublas() -> None:
             ("auto", "auto"),
             (4096, 1),
             None,
-            "of model.max_tokens is all there was in a chunk; batch.activation",
+            "a chunk holds only one item of model.max_tokens; batch.activation",
         ),
         ((16384, "auto"), (16384, 1), None, "again with batch.chunk_tokens=8192;"),
         ((16384, 4), (16384, 4), None, "again with batch.kept_chunks=2;"),
@@ -292,7 +292,7 @@ def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_pa
         assert f"as found before: batch.chunk_tokens={now}" in capsys.readouterr().out
     # What was noted was of a longest item of 4,096 tokens, and of so much memory.
     longer = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.max_tokens=8192"])
-    with pytest.raises(PipelineError, match=r"with batch.chunk_tokens=8192 .* is all there was in a chunk"):
+    with pytest.raises(PipelineError, match=r"with batch.chunk_tokens=8192 .* a chunk holds only one item"):
         trainer(longer).train()
     monkeypatch.setattr(get_accelerator(), "total_memory", lambda: 48 * GB)
     with pytest.raises(PipelineError):

@@ -40,14 +40,14 @@ def test_a_run_from_before_versions_were_noted_began_with_the_first(tmp_path, co
     monkeypatch.setattr(conditions_module, "LENGTHS_VERSION", 1)
     conditions_module.check(before, conditions_of(DEMO))
     for name, constant in VERSIONS.items():
-        with monkeypatch.context() as changed, pytest.raises(PipelineError, match=f"{name} is 2 and was 1"):
+        with monkeypatch.context() as changed, pytest.raises(PipelineError, match=f"{name} was 1 and is now 2"):
             changed.setattr(conditions_module, constant, 2)
             conditions_module.check(before, conditions_of(DEMO))
 
 
 def test_a_run_from_before_images_were_turned_goes_on_as_it_read_them(tmp_path, conditions):
     before = begun(tmp_path, {name: value for name, value in conditions.items() if name != "model.images"})
-    with pytest.raises(PipelineError, match=r"model\.images is upright and was as_stored. Change it back"):
+    with pytest.raises(PipelineError, match=r"model\.images was as_stored and is now upright. Restore it"):
         conditions_module.check(before, conditions)
     stored = conditions_of(DEMO, "model.images=as_stored")
     conditions_module.check(before, stored)
@@ -78,7 +78,7 @@ def test_how_images_are_read_is_the_models_own_way_unless_the_recipe_says(tmp_pa
 def test_a_run_that_drew_its_masks_otherwise_is_not_continued(tmp_path):
     masked = conditions_of(MASKED)
     conditions_module.check(begun(tmp_path, masked), masked)
-    with pytest.raises(PipelineError, match="the masks' version is 2 and was 1"):
+    with pytest.raises(PipelineError, match="the masks' version was 1 and is now 2"):
         conditions_module.check(begun(tmp_path, {n: v for n, v in masked.items() if n != "the masks' version"}), masked)
 
 
@@ -86,7 +86,7 @@ def test_an_older_program_does_not_continue_what_a_newer_one_began(tmp_path, con
     assert [conditions[name] for name in VERSIONS] == [order.VERSION, lengths.VERSION]
     conditions_module.check(begun(tmp_path, conditions), conditions)
     for name in VERSIONS:
-        with pytest.raises(PipelineError, match=f"{name} is 1 and was 2"):
+        with pytest.raises(PipelineError, match=f"{name} was 2 and is now 1"):
             conditions_module.check(begun(tmp_path, conditions | {name: 2}), conditions | {name: 1})
 
 
@@ -116,8 +116,8 @@ def test_a_run_that_an_earlier_version_began_is_continued(kind, tmp_path, monkey
         ("batch.global_batch=16", "batch.global_batch is 16"),
         ("model.architecture.text={vocab_size: 900, hidden_size: 8}", "model.architecture is"),
         ("objective.alpha=3", "objective.alpha is 3.0"),
-        ("objective.mask_rate=0.5", "objective.mask_rate is 0.5 and was 0.2"),
-        ("model.train.language_model=false", "model.train.language_model is False and was True"),
+        ("objective.mask_rate=0.5", "objective.mask_rate was 0.2 and is now 0.5"),
+        ("model.train.language_model=false", "model.train.language_model was True and is now False"),
         ("model.train.lora={rank: 8}", "model.train.lora is"),
     ):
         try:
@@ -134,9 +134,9 @@ def test_a_field_that_is_new_refuses_no_run_unless_it_is_set(tmp_path, condition
     before["data.datasets"] = [{"name": part["name"]} for part in conditions["data.datasets"]]
     conditions_module.check(begun(tmp_path, before), conditions)
     for override, named in (
-        ("objective.margin=0.1", "objective.margin is 0.1 and was None"),
-        ("model.mm_newline_position=grid", "model.mm_newline_position is grid and was None"),
-        ("video.frames=4", "video.frames is 4 and was None"),
+        ("objective.margin=0.1", "objective.margin was None and is now 0.1"),
+        ("model.mm_newline_position=grid", "model.mm_newline_position was None and is now grid"),
+        ("video.frames=4", "video.frames was None and is now 4"),
         ("data.datasets=[{name: Scene-CLS, cap: 3}]", "data.datasets is"),
     ):
         with pytest.raises(PipelineError, match=named):

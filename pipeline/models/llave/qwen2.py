@@ -1,6 +1,6 @@
-"""Qwen2 as LLaVE needs it: the same function of the same weights, with less to compute and less to keep for backward.
+"""Qwen2 for LLaVE: the same outputs from the same weights, with less computation and fewer saved activations.
 
-transformers' modules take other classes, so that weights, their names and everything that goes by modules stay.
+The modules stay transformers' own and only change their class, so weights, their names and hooks stay as they are.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from pipeline.models.attention import Segments
 
 
 def keep_less(model: Qwen2Model) -> None:
-    """Have norms and MLPs keep for their backward pass what they cannot work out again, element by element."""
+    """Make norms and MLPs save less for the backward pass: what is cheap to recompute, they recompute."""
     for module in model.modules():
         if isinstance(module, Qwen2RMSNorm):
             module.__class__ = LeanRMSNorm
@@ -32,24 +32,24 @@ def keep_less(model: Qwen2Model) -> None:
 
 
 def pool_in_last_layer(model: Qwen2Model) -> None:
-    """Have the model return (1, N, hidden) for N packed items: the hidden states of their last tokens.
+    """Make the model return (1, N, hidden) for N packed items: the hidden states of their last tokens.
 
-    For these the last layer takes keys and values of all tokens. Nobody asks for the other tokens' queries, attention
-    and MLP, which are all but a few per cent of a layer.
+    The last layer computes keys and values of all tokens, but queries, attention and MLP only of the last tokens. This
+    saves all but a few per cent of the layer.
     """
     layer = model.layers[-1]
     layer.__class__, layer.self_attn.__class__ = PoolingLayer, PoolingAttention
 
 
 class LeanRMSNorm(Qwen2RMSNorm):
-    """Keeps its input as it is; transformers' keeps it in float32, too, and normalised."""
+    """Saves its input only; transformers' also saves the float32 copy and the normalised one."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
 class LeanMLP(Qwen2MLP):
-    """Keeps gate, up and their product; transformers' keeps the activated gate, too."""
+    """Saves gate, up and their product; transformers' also saves the activated gate."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
