@@ -2,9 +2,9 @@
 
     python benchmarks/compile.py [--hidden 256] [--layers 4] [--pairs 16] [--passes 5]
 
-A language model with the ratios of LLaVE-0.5B's, as pipeline/models/llave.py runs it, of random weights in float32, on
-the GPU if there is one. MMEB-like pairs (benchmarks/mmeb_like.py) of a ninth of the tokens go through it in chunks,
-forward and backward, other pairs in each pass, as in each step; attention is SDPA.
+A language model with the ratios of LLaVE-0.5B's, as pipeline/models/llave/model.py runs it, of random weights in
+float32, on the GPU if there is one. MMEB-like pairs (benchmarks/mmeb_like.py) of a ninth of the tokens go through it in
+chunks, forward and backward, other pairs in each pass, as in each step; attention is SDPA.
 
     eager               as the pipeline has it
     MLPs and norms      each compiled by itself, dynamic=True: one graph for all numbers of tokens

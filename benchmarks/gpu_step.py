@@ -10,9 +10,9 @@ The pairs are like MMEB-train's (benchmarks/mmeb_like.py): 61 % an image and its
 two images, of several shapes (1,485 to 3,699 tokens); texts of 10 to 60 tokens besides the prompt. Both sides train
 with DeepSpeed's ZeRO 1 and AdamW, the tower frozen in bf16 and outside the engine:
 
-    ours        pipeline/training/step.py; the fastest attention there is (model.attention=auto). Of its chunks none
-                keeps its graph, then as many as fit: 1, 2, 4, ... are tried until memory runs out. All pairs are
-                each other's negatives
+    ours        pipeline/objectives/contrastive/step.py; the fastest attention there is (model.attention=auto). Of its
+                chunks none keeps its graph, then as many as fit: 1, 2, 4, ... are tried until memory runs out. All
+                pairs are each other's negatives
     LLaVE       arXiv 2503.04812 as its code trains it: micro-batches of four pairs, alike in whether their queries
                 have an image, padded on the right to their longest item, queries and targets apart, a dummy tile for
                 each text, activation checkpointing in every layer of the language model, gradients accumulated; SDPA,

@@ -7,9 +7,9 @@ counts a ninth. The pairs are like MMEB-train's (benchmarks/mmeb_like.py): 61 % 
 its image, 14 % two images; images have 1,485 to 3,699 tokens, texts 10 to 60 besides the prompt, before all are divided
 by nine.
 
-    ours        pipeline/training/step.py on ZeRO 0, the frozen tower outside the engine. Chunks of as many tokens as
-                four of the longest items have, with none, half or all of their graphs kept from the first pass; and
-                chunks of one longest item
+    ours        pipeline/objectives/contrastive/step.py on ZeRO 0, the frozen tower outside the engine. Chunks of as
+                many tokens as four of the longest items have, with none, half or all of their graphs kept
+                from the first pass; and chunks of one longest item
     LLaVE       arXiv 2503.04812 as its code trains it: micro-batches of four pairs, alike in whether their queries have
                 an image (--group_by_modality_length), padded on the right to their longest item, queries and targets
                 apart, a dummy tile for each text, activation checkpointing in every layer, gradients accumulated. A
