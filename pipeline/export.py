@@ -7,8 +7,8 @@ A run that ends writes RUN/export itself. Use this program for a run that was st
 checkpoint may be of any ZeRO stage and number of processes. Adapters are merged. OUT is loaded again to check that it
 gives the same embedding.
 
-It needs CPU memory for the model (7B in bf16: 15 GB). A ZeRO-3 checkpoint also needs the trained parameters in fp32 (28
-GB more). With adapters, it also needs the weights that they are merged into (13 GB more).
+It needs at most the CPU memory of the model (7B in bf16: 15 GB) and, for a ZeRO-3 checkpoint, of the trained parameters
+in fp32 (all but the tower: 28 GB more) or, with adapters, of the weights that they are merged into (13 GB more).
 """
 
 import argparse

@@ -32,7 +32,7 @@ def test_overrides_are_typed_and_survive_a_dump(tmp_path):
         ("data.lane=4", "did you mean data.lanes?"),
         ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number"),
         ("model.architecture=null", "one of model.path and model.architecture"),
-        ("epochs=null", "either steps or epochs"),
+        ("epochs=null", "one of steps and epochs"),
         ("data.lanes=6", "lanes that do: 1, 2, 4, 8"),
         ("data.lanes", "write it as key=value"),
         ("seed.x=1", "seed is a single value"),
