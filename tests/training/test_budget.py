@@ -216,9 +216,9 @@ def in_cublas() -> None:
 @pytest.mark.parametrize(
     ("recipe", "cut", "smaller", "advice"),
     [
-        (("auto", "auto"), (16384, 5), (16384, 2, True), "the run takes batch.chunk_tokens=16384 batch.kept_chunks=2;"),
-        (("auto", "auto"), (16384, 1), (8192, 0, False), "the run takes batch.chunk_tokens=8192 batch.kept_chunks=0;"),
-        (("auto", 4), (6016, 4), (4096, 4, True), "the run takes batch.chunk_tokens=4096 batch.kept_chunks=4;"),
+        (("auto", "auto"), (16384, 5), (16384, 2, True), "start uses batch.chunk_tokens=16384 batch.kept_chunks=2;"),
+        (("auto", "auto"), (16384, 1), (8192, 0, False), "start uses batch.chunk_tokens=8192 batch.kept_chunks=0;"),
+        (("auto", 4), (6016, 4), (4096, 4, True), "start uses batch.chunk_tokens=4096 batch.kept_chunks=4;"),
         (
             ("auto", "auto"),
             (4096, 1),
@@ -287,7 +287,7 @@ def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_pa
     conditions = run._conditions_of_budget()
     (tmp_path / NOTE).write_text(json.dumps(found(Budget(16384, 3, True, True, BOTH, 4096), conditions)))
     for now, smaller in (("16384 batch.kept_chunks=3", "16384"), ("16384 batch.kept_chunks=1", "8192")):
-        with pytest.raises(PipelineError, match=f"in step 1 with .* takes batch.chunk_tokens={smaller} "):
+        with pytest.raises(PipelineError, match=f"in step 1 with .* uses batch.chunk_tokens={smaller} "):
             trainer().train()
         assert f"as found before: batch.chunk_tokens={now}" in capsys.readouterr().out
     # What was noted was of a longest item of 4,096 tokens, and of so much memory.
