@@ -182,6 +182,11 @@ def build(architecture: LlaveArchitecture, texts: Iterable[str], seed: int, fold
         torch.manual_seed(seed)
         LlavaOnevisionModel(config).save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
+    save_image_processor(config, folder)
+
+
+def save_image_processor(config: LlavaOnevisionConfig, folder: Path) -> None:
+    """Write the image processor of a model with this config."""
     side, _ = sides_of(config)
     LlavaOnevisionImageProcessorPil(
         size={"height": side, "width": side},

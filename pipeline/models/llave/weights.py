@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from transformers import (
     AddedToken,
     LlavaOnevisionConfig,
-    LlavaOnevisionImageProcessorPil,
     LlavaOnevisionModel,
     Qwen2Config,
     Qwen2Tokenizer,
@@ -49,13 +48,12 @@ from pipeline.models.llave.checks import (
     pinpoints_of,
     require_newline,
     require_tiles,
-    sides_of,
     text_of,
     vision_of,
     with_own,
 )
 from pipeline.models.llave.config import LlaveSection
-from pipeline.models.llave.tower import MEAN, STD
+from pipeline.models.llave.model import save_image_processor
 from pipeline.models.loading import checked, config_dict, reading
 
 # Prefixes of the original's tensor names, and those that transformers saves. The first that fits holds.
@@ -232,13 +230,7 @@ def convert_original(source: Path, folder: Path) -> None:
     _new_folder(folder)
     _rewrite(files, folder, renamed)
     tokenizer.save_pretrained(folder)
-    size, _ = sides_of(config)
-    LlavaOnevisionImageProcessorPil(
-        size={"height": size, "width": size},
-        image_grid_pinpoints=config.image_grid_pinpoints,
-        image_mean=[MEAN] * 3,
-        image_std=[STD] * 3,
-    ).save_pretrained(folder)
+    save_image_processor(config, folder)
     config.dtype = stored[_EMBEDDING].dtype  # which stands for the model's
     config.save_pretrained(folder)
     finish(folder)
