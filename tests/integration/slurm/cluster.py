@@ -149,6 +149,10 @@ class SlurmCluster:
             return Path(self.job(job)["StdOut"]).read_text(errors="replace")
         return ""
 
+    def errors(self, job: int) -> str:
+        """Of what the job has printed, the lines in which its starts and its errors are named."""
+        return "\n".join(re.findall(r"^(?:== |error: |slurmstepd: ).*$", self.output(job), re.MULTILINE))
+
     def wait(self, job: int, states: str | Collection[str], seconds: float = HANG_SECONDS) -> dict[str, str]:
         """Wait until the job's state is one of these; what `job` says then.
 
@@ -217,7 +221,8 @@ class SlurmCluster:
                 return
             if shown["JobState"] in ENDED or time.monotonic() > deadline:
                 told = ", ".join(f"{name} {shown[name]}" for name in ("JobState", "Reason", "Restarts", "ExitCode"))
-                raise SlurmFailure(f"job {job} {failure}: {told}; its output:\n{self.output(job)[-4000:]}")
+                printed = f"{self.errors(job)}\n...\n{self.output(job)[-4000:]}"
+                raise SlurmFailure(f"job {job} {failure}: {told}; its output:\n{printed}")
             time.sleep(0.1)
 
     def _configure(self) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -110,10 +111,16 @@ def test_two_jobs_on_the_same_nodes_train_as_under_torchrun(slurm, train, undist
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in slurm.output(job)
 
 
-def wait_for_requeue(slurm: SlurmCluster, job: int, restarts: int) -> None:
+def restarts(slurm: SlurmCluster, job: int) -> int:
+    return int(slurm.job(job)["Restarts"])
+
+
+def wait_for_requeue(slurm: SlurmCluster, job: int, before: int = 0) -> None:
+    """before: how often the job had been requeued."""
+
     def is_back() -> bool:
         shown = slurm.job(job)
-        return (shown["JobState"], shown["Restarts"]) == ("PENDING", str(restarts))
+        return shown["JobState"] == "PENDING" and int(shown["Restarts"]) > before
 
     slurm.wait_until(job, is_back, "was not requeued")
 
@@ -143,11 +150,12 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
 
     done, preempted = 0, "SIGTERM (preempted, requeued or cancelled)"
 
-    def stop(how: Callable[[int], None], restarts: int, reason: str) -> None:
+    def stop(how: Callable[[int], None], reason: str) -> None:
         nonlocal done
         wait_for_step(slurm, job, run, done + some.randint(1, 10))
+        before = restarts(slurm, job)
         how(job)
-        wait_for_requeue(slurm, job, restarts)
+        wait_for_requeue(slurm, job, before)
         status = Status.read(run)
         assert (status.state, status.reason) == ("stopped", reason)
         assert done < status.step < STEPS
@@ -155,19 +163,22 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
         assert len(lines(run / "metrics.jsonl")) == done
         assert (run / "checkpoints/latest").read_text() == f"step-{done:08d}\n"
 
-    stop(near_the_limit, 1, "SIGUSR1 (the time limit is near)")
+    stop(near_the_limit, "SIGUSR1 (the time limit is near)")
     slurm.release(job)
-    stop(slurm.requeue, 2, preempted)
+    stop(slurm.requeue, preempted)
     slurm.release(job)
 
     wait_for_step(slurm, job, run, done + some.randint(1, 10))
+    before, failures = restarts(slurm, job), Status.read(run).failures
+    if failures:  # on an overloaded machine a check of preflight may time out
+        warnings.warn(f"a start failed by itself:\n{slurm.errors(job)}", stacklevel=1)
     slurm.tasks(job)[1][0].kill()
-    wait_for_requeue(slurm, job, 3)
+    wait_for_requeue(slurm, job, before)
     status = Status.read(run)
-    assert (status.state, len(status.failures)) == ("failed", 1)
+    assert (status.state, len(status.failures)) == ("failed", len(failures) + 1)
     assert "a rank was killed" in last_line(slurm, job)
     done = status.step
-    wait_for_requeue(slurm, late, 1)
+    wait_for_requeue(slurm, late)
     slurm.cancel(late)
     slurm.release(job)
 
@@ -177,7 +188,7 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
         urgent.append(slurm.submit(tmp_path / "urgent.sh", partition="urgent", nodes=2, exclusive=None))
 
     urgent: list[int] = []
-    stop(preempt, 4, preempted)
+    stop(preempt, preempted)
     slurm.wait(*urgent, "COMPLETED")
     slurm.release(job)
     slurm.wait(job, "COMPLETED")
@@ -209,7 +220,7 @@ def test_without_its_second_node_a_job_goes_on_with_the_same_batches_on_the_firs
 
 def test_a_job_that_fails_twice_at_the_same_step_stays_away(slurm, train):
     hopeless, broken = train("optimizer.weight_decay=1e38")
-    wait_for_requeue(slurm, hopeless, 1)
+    wait_for_requeue(slurm, hopeless)
     slurm.release(hopeless)
     with pytest.raises(SlurmFailure):
         slurm.wait(hopeless, "COMPLETED")
