@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Evaluate a model. The tasks of an array share the datasets; a job that depends on the array writes the report.
-#     bash slurm/eval_mmeb.sh [flags of sbatch] MODEL TASKS OUT [key=value ...]    submits both and prints their ids
-# The flags, for example --array=0-35 or --dependency=afterok:ID, go to the array. key=value are options of
-# pipeline.evaluate. TASKS are NAME=URL, for example mmeb=s3://bucket/mmeb-eval. The figures are in OUT/report.html; the
-# output of the second job has the table. After a failure submit it again, with any --array: what is in OUT is kept.
+#     bash slurm/eval_mmeb.sh [flags of sbatch] MODEL SETS OUT [key=value ...]    submits both and prints their ids
+# The flags, for example --array=0-35 or --dependency=afterok:ID, go to the array. SETS are NAME=URL, with commas between
+# them, as mmeb=s3://bucket/mmeb-eval. key=value are options of pipeline.evaluate. The scores are in OUT/report.html and
+# in the output of the second job. After a failure submit it again, with any --array: finished work in OUT is kept.
 #SBATCH --job-name=eval-mmeb
 #SBATCH --array=0-7
 #SBATCH --nodes=1
@@ -26,7 +26,7 @@ while [[ ${1:-} == -* ]]; do
     flags+=("$1")
     shift
 done
-model=${1:?which MODEL?} tasks=${2:?which TASKS?} out=${3:?to which folder OUT?}
+model=${1:?which MODEL?} tasks=${2:?which SETS?} out=${3:?to which folder OUT?}
 if [ -z "$task" ]; then
     array=$(sbatch --parsable "${flags[@]}" slurm/eval_mmeb.sh --task "$@")
     echo "$array"

@@ -5,11 +5,11 @@ from itertools import product
 
 import numpy as np
 import pytest
-import pytrec_eval
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_reciprocal_rank
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation import metrics
@@ -76,24 +76,9 @@ def test_of_several_right_ones_the_best_counts_and_the_others_are_not_in_its_way
     )
 
 
-def recorded(pairs: list[tuple[list[float], set[int]]]) -> list[dict[str, float]]:
-    """pytrec_eval's figures for queries: the candidates' similarities, and the numbers of the right ones.
-
-    It puts equals in descending order of their ids. Only what scores strictly higher precedes a right one here, so
-    the right ones' ids are the higher.
-    """
-    ids = [[f"{'right' if n in right else 'other'}{n}" for n in range(len(row))] for row, right in pairs]
-    judged = {str(i): {name: int(name[0] == "r") for name in names} for i, names in enumerate(ids)}
-    run = {str(i): dict(zip(names, pairs[i][0], strict=True)) for i, names in enumerate(ids)}
-    found = pytrec_eval.RelevanceEvaluator(judged, {"success.1,5,10", "recip_rank"}).evaluate(run)
-    return [found[str(i)] for i in range(len(pairs))]
-
-
-def assert_as_recorded(scores: Scores, pairs: list[tuple[list[float], set[int]]]) -> None:
-    found = recorded(pairs)
-    assert [each["recip_rank"] for each in found] == pytest.approx((1 / scores.rank).tolist())
-    for k in (1, 5, 10):
-        assert metrics.recall_at(scores, k) == pytest.approx(np.mean([each[f"success_{k}"] for each in found]))
+def assert_as_torchmetrics(scores: Scores, pairs: list[tuple[list[float], set[int]]]) -> None:
+    """pairs: for each query the candidates' similarities, and the numbers of the right ones."""
+    hits: dict[int, list[float]] = {1: [], 5: [], 10: []}
     for query, (row, right) in enumerate(pairs):
         wrong = {number: s for number, s in enumerate(row) if number not in right}
         positive, hardest = max(row[number] for number in right), max(wrong.values(), default=-math.inf)
@@ -102,6 +87,15 @@ def assert_as_recorded(scores: Scores, pairs: list[tuple[list[float], set[int]]]
         assert scores.right[query] == min(number for number in right if row[number] == positive)
         best = [number for number, s in wrong.items() if s == hardest]
         assert scores.first[query] == (scores.right[query] if hardest <= positive else best[0])
+        # torchmetrics wants positive numbers without ties. Similarities are -1, -0.5, ..., 1, and here only a strictly
+        # higher one precedes a right one.
+        is_right = torch.tensor([number in right for number in range(len(row))])
+        raised = 2 + torch.tensor(row) + 0.1 * is_right
+        assert retrieval_reciprocal_rank(raised, is_right).item() == pytest.approx(1 / scores.rank[query])
+        for k, found in hits.items():
+            found.append(retrieval_hit_rate(raised, is_right, top_k=k).item())
+    for k, found in hits.items():
+        assert metrics.recall_at(scores, k) == pytest.approx(np.mean(found))
 
 
 corner = st.integers(0, 15)
@@ -111,21 +105,21 @@ checked = settings(max_examples=60, derandomize=True)
 
 @checked
 @given(st.data(), st.lists(corner, min_size=1, max_size=5), st.lists(corner, min_size=1, max_size=20), tile_bytes)
-def test_retrieval_agrees_with_pytrec_eval(data, queries, candidates, tile_bytes):
+def test_retrieval_agrees_with_torchmetrics(data, queries, candidates, tile_bytes):
     number = st.integers(0, len(candidates) - 1)
     right = [data.draw(st.lists(number, min_size=1, max_size=4)) for _ in queries]
     scores = scores_of(retrieval(queries, candidates, right), taking(CORNERS), tile_bytes=tile_bytes)
     similarities = (CORNERS[queries] @ CORNERS[candidates].T).tolist()
-    assert_as_recorded(scores, list(zip(similarities, map(set, right), strict=True)))
+    assert_as_torchmetrics(scores, list(zip(similarities, map(set, right), strict=True)))
 
 
 @checked
 @given(st.lists(st.tuples(corner, st.lists(corner, min_size=1, max_size=15)), min_size=1, max_size=70), tile_bytes)
-def test_a_ranking_agrees_with_pytrec_eval(rows, tile_bytes):
+def test_a_ranking_agrees_with_torchmetrics(rows, tile_bytes):
     queries, lists = zip(*rows, strict=True)
     scores = scores_of(ranking(queries, lists), taking(CORNERS), tile_bytes=tile_bytes)
     pairs = [((CORNERS[query] @ CORNERS[list_].T).tolist(), {0}) for query, list_ in rows]
-    assert_as_recorded(scores, pairs)
+    assert_as_torchmetrics(scores, pairs)
 
 
 def unit(count: int, dimension: int, seed: int = 0) -> np.ndarray:
