@@ -18,8 +18,8 @@ from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
 from pipeline.jobs.status import Status
 
-STEPS = 80
-EVERY = 20
+STEPS = 50
+EVERY = 10
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,7 +152,7 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
 
     def stop(how: Callable[[int], None], reason: str) -> None:
         nonlocal done
-        wait_for_step(slurm, job, run, done + some.randint(1, 10))
+        wait_for_step(slurm, job, run, done + some.randint(1, 5))
         before = restarts(slurm, job)
         how(job)
         wait_for_requeue(slurm, job, before)
@@ -168,7 +168,7 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
     stop(slurm.requeue, preempted)
     slurm.release(job)
 
-    wait_for_step(slurm, job, run, done + some.randint(1, 10))
+    wait_for_step(slurm, job, run, done + some.randint(1, 5))
     before, failures = restarts(slurm, job), Status.read(run).failures
     if failures:  # on an overloaded machine a check of preflight may time out
         warnings.warn(f"a start failed by itself:\n{slurm.errors(job)}", stacklevel=1)
