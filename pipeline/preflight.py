@@ -11,7 +11,6 @@ check has a time limit. The exit status is 2 if a check says FAIL, else 0.
 """
 
 import argparse
-import logging
 import os
 import sys
 import time
@@ -31,7 +30,6 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.world is not None and arguments.world < 1:
         raise PipelineError("--world must be a positive number")
-    logging.disable(logging.WARNING)  # warnings of libraries would hide the table
     # The packages are checked first: what follows imports them.
     try:
         from pipeline.jobs.preflight.packages import packages

@@ -62,14 +62,6 @@ def init_from_environment(
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + number % _PORTS))
 
 
-def rank() -> int:
-    """This process's rank, 0 without a launcher. PipelineError unless RANK and WORLD_SIZE are numbers."""
-    for name in ("RANK", "WORLD_SIZE"):
-        if not (text := os.environ.get(name, "0")).isdecimal():
-            raise PipelineError(f"{name}={text} in the environment was not set by a launcher: unset it")
-    return int(os.environ.get("RANK", 0))
-
-
 def rank_in_environment() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) without a launcher. PipelineError for values that no launcher sets."""
     if "RANK" not in os.environ:

@@ -93,7 +93,7 @@ def test_nothing_is_wrong_and_nothing_left_behind(overrides, tmp_path, capsys):
         (["model.attention=flash_attn"], {}, "attention: model.attention=flash_attn cannot run here: "),
         ([], {"world": 3}, "processes: 3 processes do not divide batch.global_batch=16"),
         (["batch.global_batch=48"], {"world": 16}, "processes: 16 processes cannot share 8 lanes equally: the number"),
-        (["epochs=0.01"], {}, "processes: epochs=0.01 of 3 steps is less than a step - raise it, or set steps"),
+        (["epochs=0.01"], {}, "processes: epochs=0.01 of 3 steps is less than a step: raise it, or set steps"),
         (["run=/proc/run"], {}, "run directory: /proc: "),
     ],
 )

@@ -24,6 +24,7 @@ from pipeline.training.budget import FULL
 from pipeline.training.conditions import check as check_conditions
 from pipeline.training.conditions import conditions_of_run
 from pipeline.training.memory import Plan
+from pipeline.training.trainer import plan
 
 _ABSENT = "is no folder, and not complete in the hub's cache"
 
@@ -124,14 +125,7 @@ def processes(job: Job) -> Check:
     training_of(recipe).check_stage(job.zero["stage"])
     if job.source is None or job.lengths is None:
         return skipped("without data and model")
-    order = job.source.order(recipe.batch.global_batch, recipe.seed, job.lengths)
-    order.check_world(world)
-    job.source.check_memory(order, world)
-    steps = recipe.steps or round((recipe.epochs or 0) * order.steps_per_epoch)
-    if steps < 1:
-        return red(
-            f"epochs={recipe.epochs} of {order.steps_per_epoch} steps is less than a step", "raise it, or set steps"
-        )
+    order, steps = plan(recipe, job.source, job.lengths, world)
     found = (
         f"{world}{' (--world sets it)' if job.guessed else ''}: {recipe.batch.global_batch // world} of "
         f"{recipe.batch.global_batch} pairs and {order.lanes // world} of {order.lanes} lanes each, {steps:,} steps"
