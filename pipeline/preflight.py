@@ -5,9 +5,9 @@
         python tools/preflight.py RECIPE key=value ... --slurm --world $SLURM_NTASKS    # on the nodes of a job
 
 From an installed package the command is pipeline-preflight. It checks the packages, the GPUs, attention, the network
-between the nodes and their clocks, the run directory and its free space, S3, the model's files, the batch and the
-number of processes, memory, and whether the run can resume from its newest checkpoint. It leaves nothing behind. Each
-check has a time limit. The exit status is 2 if a check says FAIL, else 0.
+between the nodes, the run directory and its free space, S3, the model's files, the batch and the number of processes,
+memory, and whether the run can resume from its newest checkpoint. It leaves nothing behind. Each check has a time
+limit. The exit status is 2 if a check says FAIL, else 0.
 """
 
 import argparse

@@ -129,11 +129,9 @@ def first_node(nodes: str) -> str:
 
 def _address(node: str, environment: Mapping[str, str]) -> str:
     """The node's name if it can be resolved; otherwise the address that Slurm has for it."""
-    try:
+    with suppress(OSError):
         socket.getaddrinfo(node, None)
         return node
-    except OSError:
-        pass
     with suppress(OSError, subprocess.SubprocessError):
         command = ["scontrol", "show", "node", node]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout

@@ -83,7 +83,9 @@ class Status:
 
     def failed(self, run: Path, reason: str, reported: bool = True) -> "Status":
         """The status after one more failure."""
-        failure = Failure(self.step, _newest_checkpoint(run), reported, self.trained)
+        steps = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
+        newest = max((int(step) for step in steps if step.isdecimal()), default=0)
+        failure = Failure(self.step, newest, reported, self.trained)
         return replace(self, state=State.FAILED, reason=reason, failures=[*self.failures, failure], launch="")
 
     @property
@@ -197,8 +199,3 @@ def _is_older_than_this_process(file: Path) -> bool:
         began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return now - then > time.clock_gettime(time.CLOCK_BOOTTIME) - began
     return True
-
-
-def _newest_checkpoint(run: Path) -> int:
-    names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)

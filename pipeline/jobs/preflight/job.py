@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from pipeline.config import ModelSection, Recipe, load_ds_config
+from pipeline.config import Recipe, load_ds_config
 from pipeline.data.lengths import Lengths
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
@@ -56,7 +56,7 @@ class Job:
 def model(job: Job) -> Check:
     """Whether this node has its files: configuration, weights, tokenizer and, for the export, image processor."""
     wanted, recipe, family = job.recipe.model, job.recipe, training_of(job.recipe)
-    absent = ""
+    absent, source = "", wanted.path or "random weights"
     for name, path in wanted.other_folders.items():
         if not _folder(name, path):
             download = "copy it there, or download it on a machine with a network (tools/offline.sh)"
@@ -82,18 +82,16 @@ def model(job: Job) -> Check:
     if job.source:
         family.check_data(recipe, job.source)
     if not family.estimates_memory:
-        return green(_source_of(wanted))
-    plan = Plan.of(recipe, job.world, videos=_mostly_videos(job.source))
+        return green(source)
+    shards = [shard for _, shard in job.source.shards] if job.source else []
+    mostly_videos = sum(shard.videos for shard in shards) > sum(shard.images for shard in shards)
+    plan = Plan.of(recipe, job.world, videos=mostly_videos)
     trained = sum(group.parameters for group in plan.groups if group.trained)
     every = sum(group.parameters for group in plan.groups)
     job.plan = plan
     if absent:
         return yellow(f"{absent}: the job would download it", download)
-    return green(f"{_source_of(wanted)}: {every / 1e6:,.1f} million parameters, {trained / 1e6:,.1f} million trained")
-
-
-def _source_of(model: ModelSection) -> str:
-    return model.path or "random weights"
+    return green(f"{source}: {every / 1e6:,.1f} million parameters, {trained / 1e6:,.1f} million trained")
 
 
 def _folder(field: str, path: str) -> Path | None:
@@ -110,11 +108,6 @@ def _folder(field: str, path: str) -> Path | None:
         return folder
     except (LocalEntryNotFoundError, PipelineError):
         return None
-
-
-def _mostly_videos(source: Source | None) -> bool:
-    shards = [shard for _, shard in source.shards] if source else []
-    return sum(shard.videos for shard in shards) > sum(shard.images for shard in shards)
 
 
 @check("processes", seconds=30, if_late="the datasets may have very many shards: run it again")
