@@ -10,24 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.config import load_recipe
-    from pipeline.data.order import Order
-    from pipeline.data.sample import Item, Pair
-    from pipeline.data.shards import write_shards
-    from pipeline.data.source import open_dataset
-    from pipeline.embedding.embedder import Embedder
-    from pipeline.objectives.contrastive.loss import hardness_weighted_loss
+    from pipeline.config import load_recipe as load_recipe
+    from pipeline.data.order import Order as Order
+    from pipeline.data.sample import Item as Item
+    from pipeline.data.sample import Pair as Pair
+    from pipeline.data.shards import write_shards as write_shards
+    from pipeline.data.source import open_dataset as open_dataset
+    from pipeline.embedding.embedder import Embedder as Embedder
+    from pipeline.objectives.contrastive.loss import hardness_weighted_loss as hardness_weighted_loss
 
-__all__ = [
-    "Embedder",
-    "Item",
-    "Order",
-    "Pair",
-    "hardness_weighted_loss",
-    "load_recipe",
-    "open_dataset",
-    "write_shards",
-]
 _MODULES = {
     "Embedder": "pipeline.embedding.embedder",
     "Item": "pipeline.data.sample",
@@ -38,6 +29,7 @@ _MODULES = {
     "open_dataset": "pipeline.data.source",
     "write_shards": "pipeline.data.shards",
 }
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

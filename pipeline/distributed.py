@@ -204,13 +204,9 @@ def remove_stale_lock() -> None:
 
 
 def _locks() -> list[Path]:
-    """PyTorch's lock files during a build. PyTorch's own function would create the folders."""
-    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return [Path(root, kernel, "lock") for kernel in _KERNELS]
-    versions = {"rocm": torch.version.hip, "cu": torch.version.cuda}
-    built = next((name + version.replace(".", "") for name, version in versions.items() if version), "cpu")
-    folder = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}_{built}"
-    return [Path(get_default_build_root(), folder, kernel, "lock") for kernel in _KERNELS]
+    """PyTorch's lock files during builds, of any version of it. PyTorch's own function would create the folders."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return [lock for kernel in _KERNELS for lock in root.glob(f"**/{kernel}/lock")]
 
 
 # torch 2.13 renamed both and warns at the old names

@@ -47,6 +47,7 @@ from pipeline.models.loading import DTYPES
 from pipeline.models.registry import family_of
 from pipeline.progress import progress_bar
 from pipeline.storage import lock
+from pipeline.storage.documents import utf8_text
 
 __all__ = ["Embedder", "main"]
 
@@ -54,19 +55,28 @@ __all__ = ["Embedder", "main"]
 @command_line
 def main() -> None:
     arguments = _arguments()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (arguments.published or not arguments.shards):
+        raise PipelineError("pipeline.embed runs as one process, except with --shards: start it without a launcher")
     if arguments.shards:
         _embed_shards(arguments)
         return
-    kinds = {kind: ids for kind in KINDS if (ids := _ids(arguments, kind)) is not None}
-    query = _query(arguments)
+    kinds = {}
+    for kind in KINDS:
+        if (given := getattr(arguments, kind)) is not None:
+            kinds[kind] = _lines(Path(given)) if kind == "texts" else _files(f"--{kind}", given)
+    query: Parts = {}
+    if arguments.query is not None:
+        query["text"] = arguments.query
+    if arguments.query_image is not None:
+        if not Path(arguments.query_image).is_file():
+            raise PipelineError(f"--query-image: there is no file {arguments.query_image}")
+        query["images"] = [arguments.query_image]
     if not kinds and not query:
         raise PipelineError("nothing to do: give --texts, --images, --videos or --shards, or --query to search")
     if not arguments.out and not (kinds and query):
         raise PipelineError(f"--out is missing: the folder {'to search' if query else 'for the embeddings'}")
     if "://" in (arguments.out or ""):
         raise PipelineError(f"--out {arguments.out} is a URL: give a local folder; only with --shards it may be on S3")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise PipelineError("pipeline.embed runs as one process: start it without a launcher")
     family_of(arguments.model)  # raises the errors
     folder = fetched(arguments.model)
     with ExitStack() as stack:
@@ -110,8 +120,6 @@ def _embed_shards(arguments: argparse.Namespace) -> None:
             raise PipelineError(f"--shards cannot be combined with --{name.replace('_', '-')}: use two calls")
     datasets = embed_shards.open_datasets(arguments.shards, arguments.out)
     if arguments.published:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise PipelineError("pipeline.embed --published runs as one process: start it without a launcher")
         with lock.held(dataset.place for dataset in datasets):
             index_published(arguments.model, datasets, overwrite=arguments.overwrite)
         return
@@ -172,28 +180,14 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def _ids(arguments: argparse.Namespace, kind: str) -> list[str] | None:
-    """The texts, or the paths of the files; None if the option was not given."""
-    given = getattr(arguments, kind)
-    if given is None:
-        return None
-    return _lines(Path(given)) if kind == "texts" else _files(f"--{kind}", given)
-
-
 def _lines(path: Path) -> list[str]:
     try:
-        data = path.read_bytes()
-        lines = data.decode("utf-8-sig").split("\n")
+        lines = utf8_text(path.read_bytes()).removesuffix("\n").split("\n")
     except OSError as error:
         raise PipelineError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        raise PipelineError(f"{path}, line {number} is not UTF-8: convert the file") from None
+    except ValueError as error:
+        raise PipelineError(f"{path} {error}") from None
     texts = [line.removesuffix("\r") for line in lines]
-    if not texts[-1]:  # after the last line's end
-        texts.pop()
-    if not texts:
-        raise PipelineError(f"{path} has no lines")
     for number, text in enumerate(texts, 1):
         if not text.strip():
             raise PipelineError(f"{path}, line {number} is empty: remove it")
@@ -214,18 +208,6 @@ def _files(option: str, pattern: str) -> list[str]:
     return files
 
 
-def _query(arguments: argparse.Namespace) -> Parts:
-    """{} without a query."""
-    query: Parts = {}
-    if arguments.query is not None:
-        query["text"] = arguments.query
-    if arguments.query_image is not None:
-        if not Path(arguments.query_image).is_file():
-            raise PipelineError(f"--query-image: there is no file {arguments.query_image}")
-        query["images"] = [arguments.query_image]
-    return query
-
-
 def _rows(embedder: Embedder, kind: str, ids: Sequence[str]) -> Iterator[torch.Tensor]:
     wrap = {"texts": lambda text: text, "images": lambda path: {"images": [path]}, "videos": lambda p: {"video": p}}
     with progress_bar(total=len(ids), desc=f"embedding {kind}", unit=kind.removesuffix("s")) as bar:
@@ -235,20 +217,15 @@ def _rows(embedder: Embedder, kind: str, ids: Sequence[str]) -> Iterator[torch.T
 
 
 def _print(title: str, ids: Sequence[str], matches: Sequence[tuple[int, float]]) -> None:
-    table = Table(title=_shown(title), title_justify="left", title_style="bold")
+    table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
     table.add_column("rank", justify="right")
     table.add_column("similarity", justify="right")
     table.add_column("id", overflow="fold")
     for rank, (row, similarity) in enumerate(matches, 1):
-        table.add_row(str(rank), f"{similarity:.3f}", _shown(ids[row]))
+        table.add_row(str(rank), f"{similarity:.3f}", Text(printable(ids[row])))  # Text: brackets are no markup
     width = max([120, *(len(ids[row]) + 40 for row, _ in matches)])  # a log file has no width
     console = Console() if sys.stdout.isatty() else Console(width=width)
     console.print(table)
-
-
-def _shown(text: str) -> Text:
-    """The text without markup, and with bytes that are not UTF-8 replaced."""
-    return Text(printable(text.encode(errors="replace").decode()))
 
 
 if __name__ == "__main__":

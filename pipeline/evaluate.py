@@ -57,7 +57,9 @@ def main() -> None:
     options = parse_options(EvaluationRun, arguments.options)
     objects.configure(**options.store())
     before = Report.read(Path(options.against)) if options.against else None
-    number, count = _part(options.part)
+    number, count = map(int, (options.part or "0/1").split("/"))
+    if number >= count:
+        raise PipelineError(f"part={options.part}: the parts are 0/{count} to {count - 1}/{count}")
     device = start_distributed(options.timeout_minutes)
     encoder = load_encoder(arguments.model, options, device)
     wanted = arguments.tasks.split(",")
@@ -91,13 +93,6 @@ def main() -> None:
 def _plain(name: str) -> str:
     """The name with only characters that suit a folder."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")
-
-
-def _part(part: str | None) -> tuple[int, int]:
-    number, count = map(int, (part or "0/1").split("/"))
-    if number >= count:
-        raise PipelineError(f"part={part}: the parts are 0/{count} to {count - 1}/{count}")
-    return number, count
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@
         python tools/preflight.py RECIPE key=value ... --slurm --world $SLURM_NTASKS    # on the nodes of a job
 
 From an installed package the command is pipeline-preflight. It checks the packages, the GPUs, attention, the network
-between the nodes and their clocks, the run directory and its free space, S3, the model's files, the batch and the
-number of processes, memory, and whether the run can resume from its newest checkpoint. It leaves nothing behind. Each
-check has a time limit. The exit status is 2 if a check says FAIL, else 0.
+between the nodes, the run directory and its free space, S3, the model's files, the batch and the number of processes,
+memory, and whether the run can resume from its newest checkpoint. It leaves nothing behind. Each check has a time
+limit. The exit status is 2 if a check says FAIL, else 0.
 """
 
 import argparse
-import logging
 import os
 import sys
 import time
@@ -31,7 +30,6 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.world is not None and arguments.world < 1:
         raise PipelineError("--world must be a positive number")
-    logging.disable(logging.WARNING)  # warnings of libraries would hide the table
     # The packages are checked first: what follows imports them.
     try:
         from pipeline.jobs.preflight.packages import packages

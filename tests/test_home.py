@@ -83,6 +83,8 @@ def test_a_lock_is_looked_for_where_pytorch_has_it_and_nothing_is_made(tmp_path,
     distributed.remove_stale_lock()
     assert list(tmp_path.iterdir()) == []
     wanted = [Path(_get_build_directory(kernel, verbose=False), "lock") for kernel in distributed._KERNELS]
+    for lock in wanted:
+        lock.touch()
     assert distributed._locks() == wanted
 
 

@@ -1,7 +1,7 @@
 """Which settings a DeepSpeed config may have, and where: DeepSpeed ignores most of those that it does not know.
 
-By DeepSpeed's own models of its sections, where it has some. What it knows and this pipeline has no use for, or cannot
-have, is refused with the reason. Importing this takes DeepSpeed.
+DeepSpeed's own models of its sections are used, where it has some. A setting that this pipeline cannot support is
+refused with the reason. This imports DeepSpeed.
 """
 
 import difflib
@@ -9,7 +9,7 @@ import json
 from math import isfinite
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
@@ -23,9 +23,9 @@ from deepspeed.utils.logging import log_levels
 from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipeline.config import typed
+from pipeline.config import Recipe, is_offloaded, typed
 from pipeline.errors import PipelineError, shown
-from pipeline.storage.documents import doubled_key
+from pipeline.storage.documents import parse_json
 
 _AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)  # as DeepSpeed reads it
 
@@ -84,13 +84,6 @@ class _Config(DeepSpeedConfigModel):
     comet: CometConfig = Field(default_factory=CometConfig)
 
 
-_NOT_USED = """
-    autotuning checkpoint.load_universal checkpoint.parallel_write checkpoint.serialization
-    checkpoint.use_node_local_storage checkpoint.writer compile data_efficiency dataloader_drop_last datastates
-    disable_allgather expert_parallel hybrid_engine managed_gradient_accumulation pipeline sequence_parallel_size
-    seq_parallel_communication_data_type tensor_parallel use_data_before_expert_parallelism vocabulary_size
-    weight_quantization
-"""
 _PRECISION = "the recipe's precision decides it"
 _NVME = "it is for offloading to nvme, which is not supported"
 _NOT_HERE = {
@@ -101,42 +94,34 @@ _NOT_HERE = {
     "bfloat16": "it is called bf16",
     "activation_checkpointing": "batch.activation_checkpointing of the recipe decides it",
     "aio": _NVME,
-    **dict.fromkeys(_NOT_USED.split(), "the pipeline has no use for it, and would ignore it"),
 }
-
-
-class _Only(NamedTuple):
-    """The one value that a setting can have here, and why."""
-
-    value: Any
-    why: str
 
 
 _SURROGATE = "it would log the gradient cache's surrogate; the run has its own tensorboard"
 _ROUNDED = "what it rounds is to be exact"
-_ONLY = {
-    "bf16.bf16_master_weights_and_grads": _Only(False, "the gradient cache sums in fp32"),
-    "bf16.bf16_optimizer_states": _Only(False, "master weights and moments are fp32"),
-    "prescale_gradients": _Only(False, "the gradient cache scales gradients"),
-    "gradient_predivide_factor": _Only(1.0, "the gradient cache scales gradients"),
-    "gradient_allreduce_op": _Only("mean", "the gradient cache counts on it"),
-    "zero_optimization.allgather_partitions": _Only(True, "DeepSpeed no longer reads it"),
-    "zero_optimization.compute_grad_norm": _Only(True, "the run logs it"),
-    "zero_optimization.elastic_checkpoint": _Only(False, "checkpoints load on any number of processes without it"),
-    "zero_optimization.ignore_unused_parameters": _Only(True, "a chunk without images has none of the tower's"),
-    "zero_optimization.load_from_fp32_weights": _Only(True, "a resumed run would begin with other weights"),
-    "zero_optimization.legacy_stage1": _Only(False, "DeepSpeed no longer has it"),
-    "zero_optimization.offload_optimizer.cpuadam_cores_perc": _Only(0.8, "it is for super_offload"),
-    "zero_optimization.offload_optimizer.ratio": _Only(1.0, "all of the optimizer is on the host, or none"),
-    "zero_optimization.offload_optimizer.super_offload": _Only(False, "it is not supported"),
-    "zero_optimization.pipeline_loading_checkpoint": _Only(False, "there is no pipeline"),
-    "zero_optimization.save_muon_momentum_buffer_in_memory": _Only(False, "the optimizer is not Muon"),
-    "zero_optimization.zenflow": _Only(None, "it puts off updates"),
-    "zero_optimization.zero_quantized_gradients": _Only(False, _ROUNDED),
-    "zero_optimization.zero_quantized_nontrainable_weights": _Only(False, _ROUNDED),
-    "zero_optimization.zero_quantized_weights": _Only(False, _ROUNDED),
+_ONLY: dict[str, tuple[Any, str]] = {  # the one value that a setting can have here, and why
+    "bf16.bf16_master_weights_and_grads": (False, "the gradient cache sums in fp32"),
+    "bf16.bf16_optimizer_states": (False, "master weights and moments are fp32"),
+    "prescale_gradients": (False, "the gradient cache scales gradients"),
+    "gradient_predivide_factor": (1.0, "the gradient cache scales gradients"),
+    "gradient_allreduce_op": ("mean", "the gradient cache counts on it"),
+    "zero_optimization.allgather_partitions": (True, "DeepSpeed no longer reads it"),
+    "zero_optimization.compute_grad_norm": (True, "the run logs it"),
+    "zero_optimization.elastic_checkpoint": (False, "checkpoints load on any number of processes without it"),
+    "zero_optimization.ignore_unused_parameters": (True, "a chunk without images has none of the tower's"),
+    "zero_optimization.load_from_fp32_weights": (True, "a resumed run would begin with other weights"),
+    "zero_optimization.legacy_stage1": (False, "DeepSpeed no longer has it"),
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": (0.8, "it is for super_offload"),
+    "zero_optimization.offload_optimizer.ratio": (1.0, "all of the optimizer is on the host, or none"),
+    "zero_optimization.offload_optimizer.super_offload": (False, "it is not supported"),
+    "zero_optimization.pipeline_loading_checkpoint": (False, "there is no pipeline"),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": (False, "the optimizer is not Muon"),
+    "zero_optimization.zenflow": (None, "it puts off updates"),
+    "zero_optimization.zero_quantized_gradients": (False, _ROUNDED),
+    "zero_optimization.zero_quantized_nontrainable_weights": (False, _ROUNDED),
+    "zero_optimization.zero_quantized_weights": (False, _ROUNDED),
     **{
-        f"zero_optimization.{section}.{name}": _Only(model.model_fields[name].default, _NVME)
+        f"zero_optimization.{section}.{name}": (model.model_fields[name].default, _NVME)
         for section, model, names in (
             ("offload_param", DeepSpeedZeroOffloadParamConfig, "nvme_path buffer_count buffer_size max_in_cpu"),
             (
@@ -147,7 +132,7 @@ _ONLY = {
         )
         for name in names.split()
     },
-    **{f"{monitor}.enabled": _Only(False, _SURROGATE) for monitor in ("tensorboard", "wandb", "csv_monitor", "comet")},
+    **{f"{monitor}.enabled": (False, _SURROGATE) for monitor in ("tensorboard", "wandb", "csv_monitor", "comet")},
 }
 
 # The ZeRO stages at which DeepSpeed reads a setting; "1 in bf16" has an optimizer of its own, that reads hardly any.
@@ -177,11 +162,64 @@ _STAGES = {
 }
 
 
-def check_zero(zero: dict[str, Any], precision: str, world_size: int) -> None:
-    """Raise ValueError for a setting that does nothing at this stage, as it is set, or that DeepSpeed would die of.
+def completed(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """A DeepSpeed config without its nulls, where the recipe has filled each "auto".
 
-    zero: a config's "zero_optimization", as `read` has it.
+    Raises ValueError for what DeepSpeed would ignore, or fail on, and for what contradicts the recipe; PipelineError
+    for a file that cannot be read.
     """
+    text = typed.read_text(path)
+    config = _checked(_Config, parse_json(text, str(path), dict[str, Any], remedy="correct it", nan=True), "")
+    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    batch = recipe.batch.global_batch
+    if batch % world_size:
+        raise PipelineError(f"{world_size} processes do not divide batch.global_batch={batch}")
+    filled = [
+        ("train_batch_size", batch, "batch.global_batch"),
+        ("train_micro_batch_size_per_gpu", batch // world_size, "batch.global_batch / processes"),
+        ("gradient_accumulation_steps", 1, "the gradient cache, which chunks the batch itself"),
+        ("gradient_clipping", recipe.optimizer.max_grad_norm, "optimizer.max_grad_norm"),
+        ("bf16.enabled", recipe.precision == "bf16", "precision"),
+        # In bf16 a sum of many chunks' gradients would lose more than any of them.
+        ("data_types.grad_accum_dtype", "fp32", "the gradient cache, which sums the chunks' gradients"),
+    ]
+    for place, value, source in filled:
+        above, _, name = place.rpartition(".")
+        section = config.setdefault(above, {}) if above else config
+        if section.get(name, "auto") not in ("auto", value):
+            raise ValueError(
+                f"{place}={json.dumps(section[name])} contradicts the recipe, where {source} gives "
+                f'{json.dumps(value)}; write "auto" there or change the recipe'
+            )
+        section[name] = value
+    _refuse_auto(config, "")
+    if (sum_in := config.get("communication_data_type", "fp32")).lower() not in ("fp32", recipe.precision):
+        raise ValueError(
+            f"communication_data_type={sum_in} contradicts the recipe's precision={recipe.precision}: gradients are "
+            "summed in that, or in fp32; remove it"
+        )
+    _check_zero(config["zero_optimization"], recipe.precision, world_size)
+    return config
+
+
+def _refuse_auto(config: dict[str, Any], above: str) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_auto(value, f"{above}{key}.")
+        elif value == "auto":
+            raise ValueError(f'the recipe has nothing for {above}{key}="auto"; give a value, or remove it')
+
+
+def _check_zero(zero: dict[str, Any], precision: str, world_size: int) -> None:
+    """Raise ValueError for a setting that does nothing at this stage, as it is set, or that DeepSpeed would fail on."""
+    if precision == "bf16" and zero["stage"] == 0:
+        raise ValueError("DeepSpeed cannot sum bf16 gradients in fp32 at ZeRO 0; use ds_configs/zero1.json")
+    for name in ("offload_optimizer", "offload_param"):
+        device = zero.get(name, {"device": "none"}).get("device")
+        if device is None:
+            raise ValueError(f"zero_optimization.{name} has no device; set device: cpu")
+        if device not in ("cpu", "none"):
+            raise ValueError(f"{name} to {device!r} is not supported; its device is cpu, or none")
     stage = "1 in bf16" if (zero["stage"], precision) == (1, "bf16") else zero["stage"]
     defaults = DeepSpeedZeroConfig(stage=zero["stage"]).model_dump(by_alias=True)
     idle = [
@@ -201,28 +239,12 @@ def check_zero(zero: dict[str, Any], precision: str, world_size: int) -> None:
     size = zero.get("zero_hpz_partition_size", 1)
     if size > 1 and world_size % size:
         raise ValueError(f"zero_optimization.zero_hpz_partition_size={size} does not divide {world_size} processes")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A DeepSpeed config, with its "auto" values as they are and without its nulls. Raises PipelineError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if (twice := doubled_key(pairs)) is not None:
-            raise PipelineError(f"{path}: {twice!r} is there twice")
-        return dict(pairs)
-
-    try:
-        config = json.loads(typed.read_text(path), object_pairs_hook=unique)
-    except ValueError as error:
-        raise PipelineError(f"{path} is not JSON: {error}") from None
-    except RecursionError:
-        raise PipelineError(f"{path} is nested too deeply") from None
-    if not isinstance(config, dict):
-        raise PipelineError(f"{path} is no DeepSpeed config: expected {{...}}, got {shown(config)}")
-    try:
-        return _checked(_Config, config, "")
-    except ValueError as error:
-        raise PipelineError(f"{path}: {error}") from None
+    if is_offloaded(zero) and zero["stage"] < 2:
+        raise ValueError("offload_optimizer is for ZeRO 2 and 3; use ds_configs/zero3_offload.json")
+    if precision == "bf16" and zero["stage"] == 2 and is_offloaded(zero):
+        raise ValueError(
+            "DeepSpeed cannot sum offloaded bf16 gradients in fp32 at ZeRO 2; use ds_configs/zero3_offload.json"
+        )
 
 
 def _extra(field: FieldInfo) -> dict[str, Any]:
@@ -245,9 +267,9 @@ def _checked(model: type[BaseModel], config: dict[str, Any], above: str) -> dict
             raise ValueError(f"{place} is deprecated: set {new}")
         if field.alias in config and key != field.alias:
             raise ValueError(f"{place} is there twice, as {field.alias}, too")
-        only = _ONLY.get(place)
-        if only and value not in (only.value, "auto"):
-            raise ValueError(f"{place}={json.dumps(value)} is not supported: {only.why}; remove it")
+        supported, why = _ONLY.get(place, (value, ""))
+        if value not in (supported, "auto"):
+            raise ValueError(f"{place}={json.dumps(value)} is not supported: {why}; remove it")
         if value is not None:
             checked[field.alias or key] = _checked_value(typed.options(field.annotation), value, place)
         elif NoneType not in typed.options(field.annotation):
@@ -291,9 +313,9 @@ def _unknown(place: str) -> str:
     if not meant:
         here = {other.rpartition(".")[2]: other for other in places if other.rpartition(".")[0] == section}
         names = {other.rpartition(".")[2]: other for other in reversed(places)}
-        near = difflib.get_close_matches(name, here, n=1) or difflib.get_close_matches(name, names, n=2, cutoff=0.7)
+        near = difflib.get_close_matches(name, here, 1, 0.7) or difflib.get_close_matches(name, names, 2, 0.7)
         meant = [here.get(each, names[each]) for each in near]
-    hint = f"did you mean {' or '.join(meant)}?" if meant else "DeepSpeed knows no such setting: remove it"
+    hint = f"did you mean {' or '.join(meant)}?" if meant else "nothing here uses it: remove it"
     return f"unknown setting {place}; {hint}"
 
 

@@ -62,14 +62,6 @@ def init_from_environment(
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + number % _PORTS))
 
 
-def rank() -> int:
-    """This process's rank, 0 without a launcher. PipelineError unless RANK and WORLD_SIZE are numbers."""
-    for name in ("RANK", "WORLD_SIZE"):
-        if not (text := os.environ.get(name, "0")).isdecimal():
-            raise PipelineError(f"{name}={text} in the environment was not set by a launcher: unset it")
-    return int(os.environ.get("RANK", 0))
-
-
 def rank_in_environment() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) without a launcher. PipelineError for values that no launcher sets."""
     if "RANK" not in os.environ:
@@ -137,11 +129,9 @@ def first_node(nodes: str) -> str:
 
 def _address(node: str, environment: Mapping[str, str]) -> str:
     """The node's name if it can be resolved; otherwise the address that Slurm has for it."""
-    try:
+    with suppress(OSError):
         socket.getaddrinfo(node, None)
         return node
-    except OSError:
-        pass
     with suppress(OSError, subprocess.SubprocessError):
         command = ["scontrol", "show", "node", node]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout

@@ -107,21 +107,14 @@ def too_low(recipe: Recipe, world: int, ranks: int) -> Iterator[str]:
 def _cgroup(kind: str) -> int | None:
     """The lowest limit of this process's control groups; None without a known limit."""
     limits = []
-    try:
-        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        return None
-    for _, controllers, path in groups:
-        version_1 = kind in controllers.split(",")
-        root = Path("/sys/fs/cgroup", kind if version_1 else "")
-        file = "memory.limit_in_bytes" if version_1 and kind == "memory" else f"{kind}.max"
-        if version_1 or not controllers:
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            version_1 = kind in controllers.split(",")
+            root = Path("/sys/fs/cgroup", kind if version_1 else "")
+            file = "memory.limit_in_bytes" if version_1 and kind == "memory" else f"{kind}.max"
             group = root / path.strip("/")
-            limits += [folder / file for folder in (group, *group.parents) if folder.is_relative_to(root)]
-    found = []
-    for limit in limits:
-        try:
-            found.append(int(limit.read_text()))
-        except (OSError, ValueError):  # "max": no limit
-            continue
-    return min(found, default=None)
+            for folder in (group, *group.parents) if version_1 or not controllers else ():
+                with suppress(OSError, ValueError):  # no such limit, or "max"
+                    limits.append(int((folder / file).read_text()))
+    return min(limits, default=None)

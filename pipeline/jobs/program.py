@@ -28,7 +28,7 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
         rank = 0
         try:
             launch.init_from_environment()
-            rank = launch.rank()
+            rank, _ = launch.rank_in_environment()
             configure_logging(rank)
             sys.argv[1:] = map(_with_home, sys.argv[1:])
             with interrupt.handled():

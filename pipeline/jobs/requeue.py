@@ -57,7 +57,8 @@ def decide(run: Path, exit_code: int, terminated: bool = False) -> tuple[str, Ve
             return f"error: {why}", Verdict.FAIL
         status = Status(State.STARTING, status.step, status.steps, job=job, trained=False)
     before = status.state
-    follows = transition(before, _event(exit_code, terminated), first_start=not status.start)
+    event = {0: Event.JOB_SUCCEEDED, INTERRUPTED: Event.JOB_INTERRUPTED}.get(exit_code, Event.JOB_FAILED)
+    follows = transition(before, Event.JOB_TERMINATED if terminated else event, first_start=not status.start)
     if follows.failure:
         reason = status.reason
         if before not in (State.FAILED, State.REFUSED):
@@ -77,12 +78,6 @@ def decide(run: Path, exit_code: int, terminated: bool = False) -> tuple[str, Ve
     assert follows.verdict is not None  # the job has ended
     done = f"{run}: {status.step} of {status.steps or '?'} steps are done; {status.reason}"
     return f"{done}; {_WHAT_FOLLOWS[follows.verdict]}", follows.verdict
-
-
-def _event(exit_code: int, terminated: bool) -> Event:
-    if terminated:
-        return Event.JOB_TERMINATED
-    return {0: Event.JOB_SUCCEEDED, INTERRUPTED: Event.JOB_INTERRUPTED}.get(exit_code, Event.JOB_FAILED)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.errors import PipelineError, is_of_lost_peer, printable
 from pipeline.jobs import launch
 from pipeline.jobs.states import Event, State, transition
-from pipeline.storage import objects
+from pipeline.storage.atomic import write_file
 from pipeline.storage.documents import DocumentError, parse_json
 
 _FROM_ONE_CHECKPOINT = 4  # failures, after which the job gives up
@@ -78,12 +78,14 @@ class Status:
     def write(self, run: Path) -> None:
         """Errors are ignored: if the folder cannot be written, the run fails elsewhere with a better message."""
         now = replace(self, time=datetime.now(UTC).isoformat(timespec="seconds"))
-        with suppress(PipelineError, ValueError):
-            objects.write(str(run / "status.json"), (json.dumps(asdict(now), indent=1) + "\n").encode())
+        with suppress(OSError, ValueError):
+            write_file(run / "status.json", (json.dumps(asdict(now), indent=1) + "\n").encode(), durable=False)
 
     def failed(self, run: Path, reason: str, reported: bool = True) -> "Status":
         """The status after one more failure."""
-        failure = Failure(self.step, _newest_checkpoint(run), reported, self.trained)
+        steps = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
+        newest = max((int(step) for step in steps if step.isdecimal()), default=0)
+        failure = Failure(self.step, newest, reported, self.trained)
         return replace(self, state=State.FAILED, reason=reason, failures=[*self.failures, failure], launch="")
 
     @property
@@ -153,7 +155,7 @@ def other_job(run: Path) -> str:
 def failures_noted(run: Path) -> Iterator[None]:
     """If this process fails, record why, unless it only lost the connection to another rank. The first failure counts.
 
-    Rank 0 writes status.json. Another rank writes a file of its own, which only one rank can create.
+    Rank 0 writes status.json. Another rank writes a file beside it, if there is none yet.
     """
     beside, is_first = _failure_file(run, _launch()), int(os.environ.get("RANK", 0)) == 0
     try:
@@ -164,29 +166,14 @@ def failures_noted(run: Path) -> Iterator[None]:
         raise
     except BaseException as error:
         reason = str(error) if isinstance(error, PipelineError) else repr(error)
-        if is_first and not is_of_lost_peer(error) and not beside.exists():
-            note(run, "failed", reason=reason)
-        elif not is_first and not is_of_lost_peer(error):
-            with suppress(OSError, ValueError):
-                run.mkdir(parents=True, exist_ok=True)
-                partial = beside.with_name(f".{beside.name}.{socket.gethostname()}-{os.getpid()}.partial")
-                try:
-                    partial.write_text(printable(reason, keep="\n"))
-                    with suppress(FileExistsError):  # another rank was first
-                        _link(partial, beside)
-                finally:
-                    partial.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):
+            if is_of_lost_peer(error) or beside.exists():
+                pass  # another rank was first
+            elif is_first:
+                note(run, "failed", reason=reason)
+            else:
+                write_file(beside, printable(reason, keep="\n").encode(), durable=False)
         raise
-
-
-def _link(file: Path, name: Path) -> None:
-    """Give a file a second name. FileExistsError if there is one; a file system without links replaces that."""
-    try:
-        os.link(file, name)
-    except FileExistsError:
-        raise
-    except OSError:
-        file.replace(name)
 
 
 def _launch() -> str:
@@ -212,8 +199,3 @@ def _is_older_than_this_process(file: Path) -> bool:
         began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return now - then > time.clock_gettime(time.CLOCK_BOOTTIME) - began
     return True
-
-
-def _newest_checkpoint(run: Path) -> int:
-    names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)

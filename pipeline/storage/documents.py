@@ -101,16 +101,10 @@ def no_json(text: str, error: ValueError) -> str:
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of (key, value) pairs. ValueError if a key occurs twice, since one of its values would be lost."""
-    if (twice := doubled_key(pairs)) is not None:
+    if len(result := dict(pairs)) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
         raise _Refused(f"has the key {twice!r} twice in an object")
-    return dict(pairs)
-
-
-def doubled_key(pairs: list[tuple[str, Any]]) -> str | None:
-    """The first key that occurs twice in an object's (key, value) pairs, or None."""
-    if len(dict(pairs)) == len(pairs):
-        return None
-    return next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+    return result
 
 
 def _refuse_constant(name: str) -> None:
@@ -137,15 +131,13 @@ def check_members(
     missing = {name.lower(): name for name in known if name not in found}
     for name in unknown:
         near = get_close_matches(name.strip("\ufeff ").lower(), missing, 1, 0.85)
-        if near or (
-            matters and re.search(matters, name, re.IGNORECASE) and not re.search("ids?$", name, re.IGNORECASE)
-        ):
-            hint = (
-                f"did you mean {missing[near[0]]}?"
-                if near
-                else f"the known ones are {', '.join(known)}; remove it, or rename it"
-            )
-            raise PipelineError(f"{where} has the {kind} {name!r}, which nothing reads: {hint}")
+        if near:
+            hint = f"did you mean {missing[near[0]]}?"
+        elif matters and re.search(matters, name, re.IGNORECASE) and not re.search("ids?$", name, re.IGNORECASE):
+            hint = f"the known ones are {', '.join(known)}; remove it, or rename it"
+        else:
+            continue
+        raise PipelineError(f"{where} has the {kind} {name!r}, which nothing reads: {hint}")
     note_unread(where, unknown, kind=kind)
 
 

@@ -209,17 +209,9 @@ def _born(pid: int) -> str:
     """The start time of a process of this machine, which tells it from others of its number; empty if it is dead."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state in "ZX" else fields[18]
-    except FileNotFoundError:
-        if Path("/proc/self").exists():
-            return ""
-    except ProcessLookupError:
+    except (FileNotFoundError, ProcessLookupError):
         return ""
-    try:  # not Linux
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    return "alive"
+    return "" if state in "ZX" else fields[18]
 
 
 def _job() -> tuple[str, int] | None:

@@ -448,6 +448,7 @@ _ADVICE = {
     "NoSuchUpload": "another program or a rule of the bucket ended this upload: upload it again",
     "SignatureDoesNotMatch": "the secret key is wrong: correct AWS_SECRET_ACCESS_KEY (or the profile's)",
     "InvalidAccessKeyId": "the server does not know the access key: correct AWS_ACCESS_KEY_ID (or the profile's)",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong: have it set (chrony or ntpd)",
     "ExpiredToken": "the session token has expired: sign in again",
     "AccessDenied": "access denied: these credentials lack the permission, or the object does not exist",
     "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION to the bucket's",

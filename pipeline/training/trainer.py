@@ -17,6 +17,8 @@ from deepspeed.accelerator import get_accelerator
 
 from pipeline.config import Recipe, dump_recipe, load_ds_config
 from pipeline.data.batch import Batch
+from pipeline.data.lengths import Lengths
+from pipeline.data.order import Order
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.distributed import all_gather_constant, on_first_rank, start_distributed
@@ -48,6 +50,19 @@ from pipeline.training.universal import for_this_world
 _PACKAGES = ("torch", "deepspeed", "transformers", "webdataset")
 
 
+def plan(recipe: Recipe, source: Source, lengths: Lengths, world: int) -> tuple[Order, int]:
+    """The order of a run's samples and its number of steps. PipelineError if they do not suit `world` processes."""
+    order = source.order(recipe.batch.global_batch, recipe.seed, lengths)
+    order.check_world(world)
+    source.check_memory(order, world)
+    steps = recipe.steps or round((recipe.epochs or 0) * order.steps_per_epoch)
+    if steps < 1:
+        raise PipelineError(
+            f"epochs={recipe.epochs} of {order.steps_per_epoch} steps is less than a step: raise it, or set steps"
+        )
+    return order, steps
+
+
 class Trainer:
     """One run, on one rank. Call `check`, `build`, `train` and, if that returns True, `finish`, in this order.
 
@@ -69,17 +84,12 @@ class Trainer:
         self.source = Source.open(recipe.data)
         self.family.check_data(recipe, self.source)
         lengths = self.family.lengths(recipe)
-        self.order = self.source.order(recipe.batch.global_batch, recipe.seed, lengths)
-        self.order.check_world(world)
+        self.order, self.steps = plan(recipe, self.source, lengths, world)
         self.ds_config = load_ds_config(recipe, world)
         self.family.check_stage(self.ds_config["zero_optimization"]["stage"])
-        self.source.check_memory(self.order, world)
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         limits.require_shared_memory(recipe, self.source, lengths, world, ranks)
         limits.raise_open_files()
-        self.steps = recipe.steps or round((recipe.epochs or 0) * self.order.steps_per_epoch)
-        if self.steps < 1:
-            raise PipelineError(f"epochs={recipe.epochs} of {self.order.steps_per_epoch} steps is less than a step")
         self.conditions = conditions_of_run(recipe, self.source, self.ds_config["zero_optimization"])
         if newest := resume.whole(self.checkpoints, quiet=True):
             if not resumes:

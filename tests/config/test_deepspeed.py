@@ -57,7 +57,7 @@ CPU = {"device": "cpu", "pin_memory": True}
         ({"gradient_cliping": 1.0}, "did you mean gradient_clipping?"),
         ({"comms_logger": {"enable": True}}, "did you mean comms_logger.enabled?"),
         ({"flops_profiler": {"profle_step": 1}}, "did you mean flops_profiler.profile_step?"),
-        ({"of_mine": 1}, "DeepSpeed knows no such setting: remove it"),
+        ({"of_mine": 1}, "unknown setting of_mine; nothing here uses it: remove it"),
         # deprecated, removed, or not of this pipeline
         (zero(cpu_offload=True), "cpu_offload is deprecated: set zero_optimization.offload_optimizer"),
         (zero(cpu_offload_param=True), "cpu_offload_param is deprecated: set zero_optimization.offload_param"),
@@ -69,7 +69,7 @@ CPU = {"device": "cpu", "pin_memory": True}
         ({"activation_checkpointing": {}}, "batch.activation_checkpointing of the recipe decides it"),
         ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is not set here"),
         ({"aio": {"block_size": 1048576}}, "'aio' is not set here"),
-        ({"checkpoint": {"load_universal": True}}, "'checkpoint.load_universal' is not set here"),
+        ({"checkpoint": {"load_universal": True}}, "unknown setting checkpoint.load_universal; nothing here uses it"),
         # null, true, text and auto in odd places
         ({"zero_optimization": None}, "zero_optimization is null"),
         ({"zero_optimization": True}, "zero_optimization is a section: expected {...}, got true"),
@@ -133,12 +133,12 @@ def test_what_would_be_ignored_or_die_later_is_refused(refused, config, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "is not JSON"),
-        ("<html>", "is not JSON"),
-        ("[]", "is no DeepSpeed config"),
-        ("null", "is no DeepSpeed config"),
+        ("", "is empty, but should be JSON"),
+        ("<html>", "but should be JSON"),
+        ("[]", "has another form than expected"),
+        ("null", "has another form than expected"),
         ("[" * 100_000, "nested too deeply"),
-        ('{"bf16": {}, "bf16": {"enabled": true}}', "'bf16' is there twice"),
+        ('{"bf16": {}, "bf16": {"enabled": true}}', "has the key 'bf16' twice"),
         ('{"gradient_clipping": NaN}', "gradient_clipping is nan, which is not finite"),
         ('{"gradient_clipping": 1e999}', "gradient_clipping is inf, which is not finite"),
         ('{"steps_per_print": ' + "9" * 5000 + "}", "is not JSON"),

@@ -365,8 +365,8 @@ def _write_and_die(store: EmbeddingFolder, identity: Identity, moment: int) -> N
     [
         (b"a\n\nb\n", "line 2 is empty"),
         (b"a\nb\n\n", "line 3 is empty"),
-        (b"", "has no lines"),
-        (b"a\nb\xff\n", "line 2 is not UTF-8"),
+        (b"", "line 1 is empty"),
+        (b"a\nb\xff\n", "is not UTF-8: byte 4"),
         (b"a\nan <image>\n", "line 2 has <image>"),
     ],
 )

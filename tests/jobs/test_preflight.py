@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -71,7 +70,7 @@ def test_nothing_is_wrong_and_nothing_left_behind(overrides, tmp_path, capsys):
     assert "2 (--world sets it): 8 of 16 pairs and 4 of 8 lanes each, 3 steps" in table
     assert "starts from the beginning" in table
     assert "\x1b" not in table  # no colour in a log
-    assert table.splitlines()[-1].startswith("10 ok, 0 warn, 0 FAIL, 5 skip; ")
+    assert table.splitlines()[-1].startswith("10 ok, 0 warn, 0 FAIL, 4 skip; ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -93,7 +92,7 @@ def test_nothing_is_wrong_and_nothing_left_behind(overrides, tmp_path, capsys):
         (["model.attention=flash_attn"], {}, "attention: model.attention=flash_attn cannot run here: "),
         ([], {"world": 3}, "processes: 3 processes do not divide batch.global_batch=16"),
         (["batch.global_batch=48"], {"world": 16}, "processes: 16 processes cannot share 8 lanes equally: the number"),
-        (["epochs=0.01"], {}, "processes: epochs=0.01 of 3 steps is less than a step - raise it, or set steps"),
+        (["epochs=0.01"], {}, "processes: epochs=0.01 of 3 steps is less than a step: raise it, or set steps"),
         (["run=/proc/run"], {}, "run directory: /proc: "),
     ],
 )
@@ -391,27 +390,22 @@ def test_two_nodes_are_fine(overrides, tmp_path):
     assert other == ("", "", 0)
     assert "n1, n2" in table
     assert "gloo: 64 MiB at" in table
-    assert re.search(r"within \d\.\d s of each other", table)
     assert "4: 4 of 16 pairs and 2 of 8 lanes each" in table
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "status.json"]
     assert Status.read(tmp_path / "run").state == "starting"
 
 
-def test_nodes_with_clocks_folders_and_secrets_apart(overrides, tmp_path):
-    """The second has a clock that is a minute ahead, a file system of its own, and a wrong secret."""
-    shared, ahead = tmp_path / "shared", tmp_path / "ahead"
+def test_nodes_with_folders_and_secrets_apart(overrides, tmp_path):
+    """The second has a file system of its own, and a wrong secret."""
+    shared = tmp_path / "shared"
     shared.mkdir()
-    ahead.mkdir()
-    (ahead / "sitecustomize.py").write_text("import time\nnow = time.time\ntime.time = lambda: now() + 60\n")
     apart = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {shared} && exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*apart, "true"], check=False).returncode:
         pytest.skip("file systems cannot be mounted here")
-    second = [*apart, "env", f"PYTHONPATH={ahead}", "AWS_SECRET_ACCESS_KEY=wrong-and-not-to-be-shown"]
+    second = [*apart, "env", "AWS_SECRET_ACCESS_KEY=wrong-and-not-to-be-shown"]
     (table, errors, status), other = on_two_nodes([*overrides, f"run={shared}/run"], second)
     assert (status, other[2]) == (2, 0)
-    clock, folder, data = errors.splitlines()
-    ahead_by = re.match(r"error: preflight: clocks: n2 is ([\d.]+) s ahead of n1 - have the nodes' clocks set", clock)
-    assert abs(float(ahead_by[1]) - 60) < 10
+    folder, data = errors.splitlines()
     assert folder.startswith(f"error: preflight: run directory: n2: {shared}/run is not the same folder as on n1 - set")
     assert data.startswith("error: preflight: data: n2: s3://pipeline-tests/preflight/index.json: the secret key is wr")
     assert "not-to-be-shown" not in table + errors + "".join(map(str, other))

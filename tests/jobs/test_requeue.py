@@ -269,11 +269,11 @@ def test_a_failure_that_a_full_disk_cut_short_leaves_no_empty_file(tmp_path, mon
     """It would hide what the first rank has to say."""
     monkeypatch.setenv("RANK", "1")
 
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, data: bytes) -> None:
         path.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(PipelineError), status.failures_noted(tmp_path):
         raise PipelineError("the cause")
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from pipeline.config import ModelSection, Recipe, load_ds_config
+from pipeline.config import Recipe, load_ds_config
 from pipeline.data.lengths import Lengths
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
@@ -24,6 +24,7 @@ from pipeline.training.budget import FULL
 from pipeline.training.conditions import check as check_conditions
 from pipeline.training.conditions import conditions_of_run
 from pipeline.training.memory import Plan
+from pipeline.training.trainer import plan
 
 _ABSENT = "is no folder, and not complete in the hub's cache"
 
@@ -55,7 +56,7 @@ class Job:
 def model(job: Job) -> Check:
     """Whether this node has its files: configuration, weights, tokenizer and, for the export, image processor."""
     wanted, recipe, family = job.recipe.model, job.recipe, training_of(job.recipe)
-    absent = ""
+    absent, source = "", wanted.path or "random weights"
     for name, path in wanted.other_folders.items():
         if not _folder(name, path):
             download = "copy it there, or download it on a machine with a network (tools/offline.sh)"
@@ -81,18 +82,16 @@ def model(job: Job) -> Check:
     if job.source:
         family.check_data(recipe, job.source)
     if not family.estimates_memory:
-        return green(_source_of(wanted))
-    plan = Plan.of(recipe, job.world, videos=_mostly_videos(job.source))
+        return green(source)
+    shards = [shard for _, shard in job.source.shards] if job.source else []
+    mostly_videos = sum(shard.videos for shard in shards) > sum(shard.images for shard in shards)
+    plan = Plan.of(recipe, job.world, videos=mostly_videos)
     trained = sum(group.parameters for group in plan.groups if group.trained)
     every = sum(group.parameters for group in plan.groups)
     job.plan = plan
     if absent:
         return yellow(f"{absent}: the job would download it", download)
-    return green(f"{_source_of(wanted)}: {every / 1e6:,.1f} million parameters, {trained / 1e6:,.1f} million trained")
-
-
-def _source_of(model: ModelSection) -> str:
-    return model.path or "random weights"
+    return green(f"{source}: {every / 1e6:,.1f} million parameters, {trained / 1e6:,.1f} million trained")
 
 
 def _folder(field: str, path: str) -> Path | None:
@@ -111,11 +110,6 @@ def _folder(field: str, path: str) -> Path | None:
         return None
 
 
-def _mostly_videos(source: Source | None) -> bool:
-    shards = [shard for _, shard in source.shards] if source else []
-    return sum(shard.videos for shard in shards) > sum(shard.images for shard in shards)
-
-
 @check("processes", seconds=30, if_late="the datasets may have very many shards: run it again")
 def processes(job: Job) -> Check:
     """Whether batch, lanes, sub-batch and processes divide each other, and the data suffice for a step."""
@@ -124,14 +118,7 @@ def processes(job: Job) -> Check:
     training_of(recipe).check_stage(job.zero["stage"])
     if job.source is None or job.lengths is None:
         return skipped("without data and model")
-    order = job.source.order(recipe.batch.global_batch, recipe.seed, job.lengths)
-    order.check_world(world)
-    job.source.check_memory(order, world)
-    steps = recipe.steps or round((recipe.epochs or 0) * order.steps_per_epoch)
-    if steps < 1:
-        return red(
-            f"epochs={recipe.epochs} of {order.steps_per_epoch} steps is less than a step", "raise it, or set steps"
-        )
+    order, steps = plan(recipe, job.source, job.lengths, world)
     found = (
         f"{world}{' (--world sets it)' if job.guessed else ''}: {recipe.batch.global_batch // world} of "
         f"{recipe.batch.global_batch} pairs and {order.lanes // world} of {order.lanes} lanes each, {steps:,} steps"

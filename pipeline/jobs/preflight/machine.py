@@ -91,9 +91,8 @@ def attention(recipe: Recipe, place: torch.device, slurm: bool) -> Check:
         kind = choose(wanted, "cuda", dtype)
         return yellow(f"{kind}, which runs on GPUs only", "there is no GPU here: check again on a node with GPUs")
     kind = choose(wanted, place.type, dtype)
-    whole, inputs = Segments((3, 5), place), []
-    for heads in (4, 2, 2):  # two query heads share a key and a value head
-        inputs.append(torch.randn(1, heads, 8, 64, device=place, dtype=dtype, requires_grad=True))
+    whole, heads = Segments((3, 5), place), (4, 2, 2)  # two query heads share a key and a value head
+    inputs = [torch.randn(1, count, 8, 64, device=place, dtype=dtype, requires_grad=True) for count in heads]
 
     def tried(kind: str) -> Iterator[torch.Tensor]:
         """The result and gradients of a function of it; then the same for last-token queries only."""

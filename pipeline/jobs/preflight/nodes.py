@@ -18,7 +18,6 @@ from pipeline.jobs.preflight.check import Check, check, green, red, skipped, yel
 
 MEET_SECONDS = 45  # imports are slow if all nodes read the same files
 SHARE_SECONDS = 45  # longer than any earlier check takes on another node
-_SKEW_SECONDS = 5
 _ROUNDS = 5
 _SLOW = 1.25e9  # bytes a second: at 10 Gbit/s GPUs wait for each other most of the time
 _INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
@@ -121,22 +120,6 @@ def meet(nodes: Nodes) -> Check:
             + _NETWORK,
         )
     return skipped("one node") if place.nodes == 1 else green(f"{place.nodes} at {where}: {first_few(nodes.names)}")
-
-
-@check("clocks", seconds=SHARE_SECONDS + 5, if_late="run it again")
-def clocks(nodes: Nodes) -> Check:
-    if nodes.place.nodes == 1:
-        return skipped("one node")
-    nodes.share("ready for the time", None)  # all nodes return from it within milliseconds
-    times = nodes.share("time", time.time())
-    early, late = times.index(min(times)), times.index(max(times))
-    skew = times[late] - times[early]
-    if skew > _SKEW_SECONDS:
-        return red(
-            f"{nodes.names[late]} is {skew:.1f} s ahead of {nodes.names[early]}",
-            "have the nodes' clocks set (chrony or ntpd); S3 refuses requests whose time is 15 minutes off",
-        )
-    return green(f"within {max(skew, 0.1):.1f} s of each other")
 
 
 @check("all-reduce", seconds=2 * MEET_SECONDS, if_late=_NETWORK)

@@ -14,7 +14,7 @@ from pipeline.jobs import status
 from pipeline.jobs.preflight.check import Check, timed_out
 from pipeline.jobs.preflight.job import Job, earlier_starts, memory, model, other_jobs, processes, resuming
 from pipeline.jobs.preflight.machine import attention, device, gpus
-from pipeline.jobs.preflight.nodes import Nodes, Place, all_reduce, clocks, meet
+from pipeline.jobs.preflight.nodes import Nodes, Place, all_reduce, meet
 from pipeline.jobs.preflight.report import over_nodes, show
 from pipeline.jobs.preflight.storage import data, disk_space, evaluation, machine, run_directory
 
@@ -45,7 +45,7 @@ def preflight(recipe: Recipe, place: Place, installed: Check, *, world: int | No
     hardware: list[dict] = []
     checks += [gpus(hardware, nodes, slurm), attention(recipe, device(), slurm)]
     if together:
-        checks += [all_reduce(nodes, device()), clocks(nodes)]
+        checks.append(all_reduce(nodes, device()))
     checks.append(run_directory(run, nodes))
 
     sizes = [total for node in hardware for _, total, _ in node["gpus"]]

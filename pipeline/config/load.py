@@ -1,0 +1,225 @@
+"""Read recipes, options and DeepSpeed configs; every error names the field and what to write."""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from pipeline.config import former, typed
+from pipeline.config.recipe import Recipe
+from pipeline.config.section import Section, field_names, sections_of, tag_of
+from pipeline.errors import PipelineError, shown
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = _PACKAGE.parent  # a checkout, or the folder that the package is installed in
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+# A field set on the command line takes the place of its alternative in the recipe.
+_ALTERNATIVES = {
+    "steps": "epochs",
+    "epochs": "steps",
+    "model.path": "model.architecture",
+    "model.architecture": "model.path",
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides (values are YAML). Errors name the field and a near miss.
+
+    `variant=NAME` applies those that the recipe itself lists under `variants`, before all others.
+    """
+    path = _existing(path, "recipes", "recipe")
+    values = _read(path)
+    former.refuse(values, overrides, str(path))
+    variants = _variants(values.pop("variants", None), path)
+    for name in [override.removeprefix("variant=") for override in overrides if override.startswith("variant=")]:
+        if name not in variants:
+            raise PipelineError(f"{path} has no variant {name!r}; it has {', '.join(variants) or 'none'}")
+        for key, value in variants[name].items():
+            _override(values, key, value, f"{path}: variants.{name}: {key}")
+    overrides = [override for override in overrides if not override.startswith("variant=")]
+    return _validated(Recipe, _overridden(values, overrides), f"{path}: ")
+
+
+def _existing(name: str | Path, folder: str, kind: str) -> Path:
+    """The file `name`, here or in the checkout, or the project's own file of that name.
+
+    The project's own files can be named alone, or as a checkout has them: demo.yaml, pipeline/recipes/demo.yaml.
+    """
+    path = Path(name)
+    for place in (path, ROOT / path):
+        if os.path.exists(place):  # noqa: PTH110 (Path.exists raises for a name that is too long)
+            return place
+    own = {file.name: file for file in (_PACKAGE / folder).glob("*.*")}
+    if path.name in own and path.parent.as_posix() in (".", folder, f"pipeline/{folder}"):
+        return own[path.name]
+    raise PipelineError(f"no {kind} at {path}; the project's own are {', '.join(sorted(own))}")
+
+
+def recipe_of_run(run: Path) -> Recipe:
+    """The recipe that a run directory keeps, also of a run that an earlier version began."""
+    path = run / "recipe.yaml"
+    if not path.exists():
+        raise PipelineError(f"no recipe at {path}: is {run} a run directory?")
+    return _validated(Recipe, former.recipe(_read(path)), f"{path}: ")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = typed.parse(typed.read_text(path), str(path))
+    if not isinstance(values, dict):
+        raise PipelineError(f"{path} is not a recipe: expected `key: value` lines")
+    return values
+
+
+def _variants(variants: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """What each sets by dotted names, all of them checked, whichever is chosen."""
+    if not isinstance(variants, dict | None):
+        raise PipelineError(f"{path}: variants is {shown(variants)}: expected names, below each what it sets")
+    for name, fields in (variants or {}).items():
+        if not isinstance(fields, dict):
+            raise PipelineError(
+                f"{path}: variants.{name} is {'empty' if fields is None else shown(fields)}: list below it what "
+                "it sets, as optimizer.lr: 2e-5, or remove it"
+            )
+        for field in fields:
+            if unknown := _unknown(Recipe, field.split(".")):
+                raise PipelineError(f"{path}: variants.{name}: {unknown}")
+    return variants or {}
+
+
+def parse_options(section: type[SectionType], options: list[str]) -> SectionType:
+    """`key=value` arguments as a section; errors as of `load_recipe`."""
+    return _validated(section, _overridden({}, options), "")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    return typed.dump(recipe.model_dump(mode="json"))
+
+
+def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """Read the recipe's DeepSpeed config, fill each "auto" from the recipe, refuse what contradicts it.
+
+    The contrastive batch is cut into chunks inside one optimizer step (pipeline/objectives/contrastive/step.py), so for
+    DeepSpeed a rank's share of the global batch is one micro-batch.
+    """
+    from pipeline.config import deepspeed  # it imports DeepSpeed: programs that only read recipes start without it
+
+    path = _existing(recipe.deepspeed, "ds_configs", "DeepSpeed config")
+    try:
+        return deepspeed.completed(path, recipe, world_size)
+    except ValueError as error:
+        raise PipelineError(f"{path}: {error}") from None
+
+
+def is_offloaded(zero: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed config's "zero_optimization" has the optimizer's state, and its work, on the host."""
+    return zero.get("offload_optimizer", {}).get("device", "none") == "cpu"
+
+
+def _overridden(values: dict, overrides: list[str]) -> dict:
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key or text.startswith("="):
+            raise PipelineError(f"cannot read {override!r}: write it as key=value, e.g. optimizer.lr=2e-5")
+        value = typed.parse(text, override)
+        if " #" in text and "#" not in str(value):
+            raise PipelineError(
+                f"cannot read {override!r}: YAML takes what follows ' #' for a comment: use quotes in it"
+            )
+        _override(values, key.strip(), value, override)
+    return values
+
+
+def _override(values: dict, key: str, value: Any, override: str) -> None:
+    _set(values, key.split("."), value, override)
+    if value is not None and key in _ALTERNATIVES:
+        _set(values, _ALTERNATIVES[key].split("."), None, override)
+
+
+def _validated(section: type[SectionType], values: dict, where: str) -> SectionType:
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise PipelineError(where + "; ".join(dict.fromkeys(_explain(section, e) for e in error.errors()))) from None
+
+
+def _set(values: dict, keys: list[str], value: Any, override: str) -> None:
+    if not all(keys):
+        raise PipelineError(f"cannot set {override!r}: a name is missing beside a dot")
+    for place, key in enumerate(keys[:-1], 1):
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+        if isinstance(values, list):
+            raise PipelineError(
+                f"cannot set {override!r}: {key} is a list: set all of it, {'.'.join(keys[:place])}=[...]"
+            )
+        if not isinstance(values, dict):
+            raise PipelineError(f"cannot set {override!r}: {key} is a single value, not a section")
+    values[keys[-1]] = value
+
+
+def _explain(root: type[Section], error: Mapping[str, Any]) -> str:
+    """One pydantic error as a sentence; for an unknown field, with the names that come near."""
+    place: list[str | int] = []
+    section: type[Section] | None = root
+    section_above = root
+    options: Mapping[str, type[Section]] = {}
+    for part in error["loc"]:  # the tags and types of unions are among them
+        if section is None and part in options:
+            section = options[str(part)]
+        elif isinstance(part, int) or (section and part in section.model_fields):
+            place.append(part)
+            if section and isinstance(part, str):
+                options, section_above = sections_of(section, part), section
+                section = options.get("")
+        elif error["type"] == "extra_forbidden" and part == error["loc"][-1]:
+            return _unknown(root, [*place, part], section)
+    name, kind = ".".join(map(str, place)), error["type"]
+    if kind == "missing":
+        return f"{name} is missing"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tag = tag_of(section_above, str(place[-1]))
+        given = error["input"].get(tag) if isinstance(error["input"], dict) else None
+        wrong = "is missing" if given is None else f"is {shown(str(given))}"
+        return f"{name}.{tag} {wrong}: set it to one of {', '.join(options)}"
+    if kind == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    if kind == "typed":
+        return f"{name}: {error['msg']}"
+    if kind in ("model_type", "model_attributes_type"):
+        fields = ", ".join(section.model_fields) if section else ", ".join(options)
+        return f"{name or 'this'} is a section, of {fields}; got {shown(error['input'])}"
+    return f"{name}: {error['msg']}, got {shown(error['input'])}"
+
+
+def _unknown(root: type[Section], place: Sequence[str | int], last: type[Section] | None = None) -> str:
+    """Why there is no field at this place, and what may be meant; empty where there is one.
+
+    last: the section that has no such field, where the tag of a union says which one it is.
+    """
+    sections, is_free, names = [root], False, [str(part) for part in place]
+    for depth, key in enumerate(place):
+        if isinstance(key, int):  # a place in a list
+            continue
+        if not sections:
+            return "" if is_free else f"{'.'.join(names[:depth])} has no fields"
+        known = [section for section in sections if key in section.model_fields]
+        if not known or (last and key is place[-1]):
+            break
+        is_free = any("dict" in str(section.model_fields[key].annotation) for section in known)
+        sections = [option for section in known for option in sections_of(section, key).values()]
+    else:
+        return ""
+    sections = [last] if last else sections
+    fields, above = list(dict.fromkeys(name for section in sections for name in section.model_fields)), names[:depth]
+    near = difflib.get_close_matches(key, fields, n=2, cutoff=0.5)
+    elsewhere = [other for other in dict.fromkeys(field_names(root)) if other.split(".")[-1] == key]
+    elsewhere = [other for other in elsewhere if other != ".".join(names)]
+    hint = " or ".join(elsewhere or [".".join([*above, field]) for field in near])
+    known_here = f"did you mean {hint}?" if hint else f"known here: {', '.join(fields)}"
+    return f"unknown field {'.'.join([*above, key])}; {known_here}"

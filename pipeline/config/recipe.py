@@ -1,0 +1,380 @@
+"""The sections of a recipe, and the options of an evaluation: their fields, defaults and checks.
+
+What a model or an objective needs of a recipe is declared in its own folder: see `ModelSection` and `ObjectiveSection`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from pipeline.config.section import Fixed, Local, OneOf, Place, Section
+
+_LEAST_RATE = 1e-12  # what a smaller one adds to a weight is lost in rounding
+
+
+class Lora(Section):
+    """Low-rank adapters in the language model (arXiv 2106.09685), without dropout: both passes must agree."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, ge=1e-6, description="the adapters' product is scaled by alpha / rank")
+    targets: list[Annotated[str, Field(min_length=1)]] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="the linear layers that get one",
+    )
+
+
+class Prefixes(tuple[str, ...]):
+    """Marks a field of `TrainSection`: the beginnings of the names of the part's parameters."""
+
+    __slots__ = ()
+
+
+class TrainSection(Section):
+    """The parts of a model that can be trained: true, false, or a learning rate beside optimizer.lr.
+
+    Each part is a field `Annotated[bool | float, Fixed(bool), Prefixes([...])]`. What is not trained is frozen.
+    """
+
+    @classmethod
+    def parts(cls) -> dict[str, tuple[str, ...]]:
+        """The beginnings of the parameters' names, by part."""
+        marks = ((name, mark) for name, field in cls.model_fields.items() for mark in field.metadata)
+        return {name: mark for name, mark in marks if isinstance(mark, Prefixes)}
+
+    @property
+    def adapters(self) -> Lora | None:
+        """Adapters that are trained in place of the language model's own weights."""
+        return None
+
+    @model_validator(mode="after")
+    def rates_are_positive(self) -> "TrainSection":
+        parts = self.parts()
+        for name in parts:
+            value = getattr(self, name)
+            if isinstance(value, float) and not _LEAST_RATE <= value < 1:
+                raise ValueError(
+                    f"model.train.{name} is {value:g}: give true, false or a positive learning rate, as 1e-5"
+                )
+        if not any(getattr(self, name) for name in parts):
+            raise ValueError(f"nothing is trained: set one of model.train.{', '.join(parts)}")
+        return self
+
+
+class LanguageModelTrain(TrainSection):
+    """For a model whose part `language_model` can have adapters."""
+
+    lora: Annotated[Lora | None, Fixed()] = Field(
+        None, description="adapters take the place of the language model's own weights"
+    )
+
+    @property
+    def adapters(self) -> Lora | None:
+        return self.lora
+
+    @model_validator(mode="after")
+    def adapters_have_a_rate(self) -> "LanguageModelTrain":
+        if self.lora and not getattr(self, "language_model", True):
+            raise ValueError("model.train.lora needs model.train.language_model, whose learning rate the adapters have")
+        return self
+
+
+class ModelSection(Section):
+    """What every family's section has. A family adds its own fields, and overrides `family`, `train` and more.
+
+    objectives: those that it can be trained with.  text_part: the part that a text without images trains.
+    """
+
+    objectives: ClassVar[tuple[str, ...]] = ("contrastive",)
+    text_part: ClassVar[str]
+    hidden: ClassVar[tuple[str, ...]] = ("family",)
+
+    family: Annotated[str, Fixed()]
+    path: Annotated[Place | None, Fixed()] = Field(None, description="folder or hub name")
+    architecture: Annotated[Section | None, Fixed()] = Field(
+        None, description="train from random weights with this architecture, instead of model.path"
+    )
+    attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
+        "auto",
+        description="attention kernel of the language model: flash_attn, varlen (PyTorch) or sdpa; auto uses the first "
+        "one available; the vision tower always uses SDPA",
+    )
+    max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
+    train: TrainSection
+
+    @property
+    def other_folders(self) -> dict[str, str]:
+        """Folders or hub names besides `path` that a run needs, by field."""
+        return {}
+
+    @property
+    def texts_train(self) -> bool:
+        """Whether a text without images trains anything."""
+        return bool(getattr(self.train, self.text_part))
+
+    @model_validator(mode="after")
+    def one_source(self) -> "ModelSection":
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("give exactly one of model.path and model.architecture")
+        return self
+
+
+class ObjectiveSection(Section):
+    """What every objective's section has.  without: fields of `batch` that mean nothing to it."""
+
+    without: ClassVar[tuple[str, ...]] = ()
+    hidden: ClassVar[tuple[str, ...]] = ("name",)
+
+    name: Annotated[str, Fixed()]
+
+
+def _families() -> Mapping[str, type[Section]]:
+    from pipeline.models.registry import FAMILIES  # here: their sections are made of those above
+
+    return FAMILIES.sections()
+
+
+def _objectives() -> Mapping[str, type[Section]]:
+    from pipeline.objectives import OBJECTIVES
+
+    return OBJECTIVES.sections()
+
+
+class Store(Section):
+    """How objects are read; endpoint and credentials come from the usual AWS environment."""
+
+    timeout_s: float = Field(
+        120, ge=0.1, le=24 * 3600, description="seconds without a byte after which a read is an error"
+    )
+    requester_pays: bool = Field(False, description="pay for reading from somebody else's requester-pays bucket")
+    addressing: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="path: server/bucket/key; virtual: bucket.server/key; auto: path unless it is AWS"
+    )
+
+    def store(self) -> dict[str, Any]:
+        """What `pipeline.storage.objects.configure` takes."""
+        return self.model_dump(include=set(Store.model_fields))
+
+
+class Part(Section):
+    """A dataset in a mixture."""
+
+    name: str = Field(pattern=r"^[^./][^/]*$", description="its folder below data.url")
+    weight: float = Field(1.0, gt=0, description="how often an epoch takes each of its samples")
+    cap: int | None = Field(
+        None, gt=0, description="maximum samples per epoch, weighted or not; the next epoch takes others"
+    )
+
+
+class Data(Store):
+    url: Place = Field(description="s3://bucket/prefix or a folder: an index.json, or one per dataset below it")
+    datasets: Annotated[list[Part], Fixed()] = Field(
+        [], description="datasets below url: NAME or {name: NAME, weight: 1, cap: 50000}; empty: url is itself one"
+    )
+    text_embeddings: Place | None = Field(
+        None, description="vectors of the captions, by pipeline.embed --shards: its --out, or `beside`"
+    )
+    cap: Annotated[int | None, Fixed()] = Field(
+        None, gt=0, description="maximum samples per dataset and epoch, unless the dataset has its own cap"
+    )
+    batches: Annotated[str, Fixed()] = Field(
+        "mixed", description="mixed: from all datasets; homogeneous: from one; interleaved:K: K equal parts of one each"
+    )
+    lanes: Annotated[int, Fixed()] = Field(
+        8, gt=0, description="parallel readers of an epoch; the world size must divide it"
+    )
+    block_samples: Annotated[int, Fixed()] = Field(
+        64, gt=0, description="consecutive samples fetched by one ranged read"
+    )
+    window_blocks: Annotated[int, Fixed()] = Field(
+        16, gt=0, description="blocks a lane shuffles together, and deals out in equal numbers of tokens"
+    )
+    memory_mb: int = Field(
+        4096, gt=0, description="approximate MiB of encoded samples per rank, including prefetched ones"
+    )
+    workers: int = Field(2, ge=0, description="decoding processes per rank; 0: in the training process")
+    max_bad_fraction: float = Field(
+        0.001,
+        ge=0,
+        le=1,
+        description="the run stops if a larger fraction of the samples so far is unusable (of at least 10,000 samples)",
+    )
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def names_are_parts(cls, datasets: Any) -> Any:
+        if not isinstance(datasets, list):
+            return datasets
+        return [{"name": each} if isinstance(each, str) else each for each in datasets]
+
+    @field_validator("datasets")
+    @classmethod
+    def names_differ(cls, datasets: list[Part]) -> list[Part]:
+        names = [part.name for part in datasets]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"data.datasets names {', '.join(twice)} twice; to take more of it, give it a weight")
+        return datasets
+
+    @field_validator("batches", mode="before")
+    @classmethod
+    def batches_are_known(cls, batches: Any) -> Any:
+        if isinstance(batches, dict) and len(batches) == 1:  # what YAML makes of `interleaved: 4`
+            batches = ":".join(str(part) for part in next(iter(batches.items())))
+        if not re.fullmatch(r"mixed|homogeneous|interleaved: *[1-9][0-9]*", str(batches)):
+            raise ValueError(
+                f"data.batches is {batches!r}; it can be mixed, homogeneous or interleaved:K, as interleaved:4"
+            )
+        return batches
+
+    @property
+    def parts(self) -> int | None:
+        """Homogeneous parts of a batch; None: it is mixed."""
+        if self.batches == "mixed":
+            return None
+        return 1 if self.batches == "homogeneous" else int(self.batches.partition(":")[2])
+
+
+class Video(Section):
+    frames: Annotated[int, Fixed()] = Field(8, gt=0, description="frames of a video that the model sees, evenly spaced")
+
+
+class Batch(Section):
+    global_batch: Annotated[int, Fixed()] = Field(
+        gt=1, description="pairs per optimizer step, over all ranks: the contrastive batch"
+    )
+    sub_batch: Annotated[int | None, Fixed()] = Field(
+        None, gt=1, description="pairs that are each other's negatives, if not the whole global batch's"
+    )
+    chunk_tokens: PositiveInt | Literal["auto"] = Field(
+        description="maximum tokens per forward pass, including padding under SDPA; auto finds what fits in the first "
+        "steps"
+    )
+    kept_chunks: NonNegativeInt | Literal["auto"] = Field(
+        0, description="chunks whose graph is kept from the first pass: memory for time; auto: as many as fit"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass; use it if one chunk does not fit otherwise"
+    )
+    tower_tiles: int = Field(64, gt=0, description="tiles that a frozen vision tower sees at once")
+    features_mb: int = Field(
+        4096,
+        ge=0,
+        description="MiB of frozen features kept on the device; the rest are kept in CPU memory",
+    )
+
+
+class Optimizer(Section):
+    lr: float = Field(gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps in which lr rises linearly")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: never")
+
+
+class Evaluation(Section):
+    urls: list[Place] = Field(
+        min_length=1, description="evaluation sets: URL or NAME=URL, as pipeline.evaluate takes them"
+    )
+    every: int | None = Field(
+        None,
+        gt=0,
+        description="steps between evaluations; a run also evaluates before the first and after the last step. "
+        "llm2clip loads its text encoder then",
+    )
+
+
+class Checkpoint(Section):
+    every: int = Field(gt=0, description="steps between checkpoints")
+    keep: int = Field(2, gt=0, description="how many of the newest stay on disk")
+
+
+class Recipe(Section):
+    # The schema is built when a recipe is first read, for the families' sections are made of classes of this module.
+    model_config = ConfigDict(defer_build=True)
+
+    run: Local = Field(description="the run directory: checkpoints, metrics, TensorBoard, the exported model")
+    seed: Annotated[int, Fixed()] = Field(0, ge=0)
+    steps: int | None = Field(None, gt=0, description="optimizer steps; or give epochs")
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    precision: Annotated[Literal["bf16", "fp32"], Fixed()] = "bf16"
+    deepspeed: Local = Field(description="a DeepSpeed config; its `auto` values are filled from the recipe")
+    model: Annotated[ModelSection, OneOf("family", _families)]
+    data: Data
+    video: Video = Video()
+    batch: Batch
+    objective: Annotated[ObjectiveSection, OneOf("name", _objectives)]
+    optimizer: Optimizer
+    checkpoint: Checkpoint
+    evaluation: Evaluation | None = None
+    ledger: bool = Field(False, description="write the sample keys of every step to RUN/ledger")
+    timeout_minutes: float = Field(
+        15, ge=0.01, le=7 * 24 * 60, description="a collective that waits longer ends the job"
+    )
+
+    @model_validator(mode="after")
+    def objective_fits(self) -> "Recipe":
+        model, objective = self.model, self.objective
+        if objective.name not in model.objectives:
+            raise ValueError(
+                f"objective.name={objective.name} is not for model.family={model.family}, which is trained by "
+                f"{', '.join(model.objectives)}"
+            )
+        for place in objective.without:
+            name, field = place.split(".")
+            fields = type(section := getattr(self, name)).model_fields
+            if field in fields and getattr(section, field) != fields[field].default:
+                raise ValueError(f"{place} is not for objective.name={objective.name}: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def works_together(self) -> "Recipe":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        if not _LEAST_RATE <= self.optimizer.lr < 1:
+            raise ValueError(f"optimizer.lr is {self.optimizer.lr:g}: give a learning rate as 1e-5")
+        if self.batch.global_batch % self.data.lanes:
+            fitting = [n for n in range(1, self.batch.global_batch + 1) if self.batch.global_batch % n == 0]
+            near = sorted(sorted(fitting, key=lambda n: abs(n - self.data.lanes))[:5])
+            raise ValueError(
+                f"data.lanes={self.data.lanes} does not divide batch.global_batch={self.batch.global_batch}; "
+                f"lanes that do: {', '.join(map(str, near))}"
+            )
+        if self.batch.sub_batch and self.batch.sub_batch % self.data.lanes:
+            raise ValueError(
+                f"batch.sub_batch={self.batch.sub_batch} must be a multiple of data.lanes={self.data.lanes}, "
+                "because every lane contributes equally"
+            )
+        if self.batch.sub_batch and self.batch.global_batch % self.batch.sub_batch:
+            raise ValueError(
+                f"batch.sub_batch={self.batch.sub_batch} does not divide batch.global_batch={self.batch.global_batch}"
+            )
+        return self
+
+
+class EvaluationRun(Store):
+    """The options of `python -m pipeline.evaluate`."""
+
+    out: Local | None = Field(None, description="folder of embeddings and report (evaluation/MODEL)")
+    against: Local | None = Field(
+        None, description="another evaluation's folder, or its report.json, to show beside it"
+    )
+    part: str | None = Field(
+        None,
+        pattern=r"^[0-9]+/[1-9][0-9]*$",
+        description="i/N: embed only every N-th dataset from the i-th on, counted from 0; a later call reports on all",
+    )
+    encoder: Place | None = Field(
+        None, description="module:function or file.py:function that makes an Encoder (pipeline/evaluation/encoder.py)"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16, fp32, or auto: the folder's own")
+    chunk_tokens: int | None = Field(
+        None, gt=0, description="maximum tokens per forward pass (16384, or 4096 where attention pads)"
+    )
+    max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
+    video: Video = Video()
+    timeout_minutes: float = Field(
+        15, ge=0.01, le=7 * 24 * 60, description="a collective that waits longer ends the job"
+    )
