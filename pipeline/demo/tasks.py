@@ -1,4 +1,4 @@
-"""A small MMEB: five datasets of pairs about drawn scenes, for MMEB's four meta-tasks.
+"""A small MMEB: five datasets of pairs about synthetic scenes, for MMEB's four meta-tasks.
 
 Each dataset has two evaluation sets: an in-distribution one, and a held-out one (`-OOD`), in which every question is
 about a combination of colour and shape that never occurs in training. Rows have the form of
@@ -69,7 +69,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class _Picture:
-    """An image to be drawn: a scene, or the crop of one thing. `name` distinguishes it from the row's other images."""
+    """An image to generate: a scene, or the crop of one thing. `name` distinguishes it from the row's other images."""
 
     scene: Scene
     name: str = ""
