@@ -1,12 +1,12 @@
-"""Does a language model teach better than a text tower of CLIP's own? On the demo world, from random weights.
+"""Does a language model teach better than a text tower of CLIP's own? On synthetic images, from random weights.
 
     python benchmarks/llm2clip.py [--seeds 3] [--processes 2] [--folder DIR]
 
-For each seed: a demo world; CLIP (demo_clip.yaml: both towers trained, texts cut at 77 tokens); and LLM2CLIP, a tiny
-decoder trained to tell captions apart (demo_caption.yaml), its vectors of the training captions (pipeline.embed), and
-the same vision encoder taught by them in as many steps of the same pictures and captions (demo_llm2clip.yaml). Both are
-asked to retrieve among 300 pictures: by short captions, by long ones, and by Chinese ones, which no step of either saw
-beside a picture; the decoder saw them beside other captions.
+For each seed: synthetic images with captions; CLIP (demo_clip.yaml: both towers trained, texts cut at 77 tokens); and
+LLM2CLIP, a tiny decoder trained to tell captions apart (demo_caption.yaml), its vectors of the training captions
+(pipeline.embed), and the same vision encoder taught by them in as many steps of the same pictures and captions
+(demo_llm2clip.yaml). Both are asked to retrieve among 300 pictures: by short captions, by long ones, and by Chinese
+ones, which no step of either saw beside a picture; the decoder saw them beside other captions.
 
 R@1 counts a query as 1/k where k candidates, the right one among them, are equally similar: a tower that reads the
 same 77 tokens of two captions has not told them apart. In DIR everything stays; a seed that is done is not done again.

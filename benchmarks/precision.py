@@ -164,7 +164,7 @@ def main() -> None:
     data, work = arguments.work.resolve() / "data", arguments.work.resolve() / f"{arguments.steps}-steps"
     if not data.is_dir():
         shutil.rmtree(unfinished := data.with_name("data.unfinished"), ignore_errors=True)
-        _python("drawing the demo world", "tools/make_shards.py", "demo", "0", str(unfinished))
+        _python("generating the demo data", "tools/make_shards.py", "demo", "0", str(unfinished))
         unfinished.rename(data)
     for number, run in enumerate(RUNS, 1):
         print(f"{run.name}, {number} of {len(RUNS)} runs", flush=True)

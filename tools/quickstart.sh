@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a tiny LLaVE on the demo world from a real S3 server, and print what it learned. See README.md.
+# Train a tiny LLaVE on synthetic images from a real S3 server, and print what it learned. See README.md.
 #
 #   bash tools/quickstart.sh [key=value ...]      fields of pipeline/recipes/demo.yaml, e.g. steps=50
 set -euo pipefail
@@ -18,7 +18,7 @@ began=$SECONDS
 rm -rf "$run"
 
 train_and_evaluate() {
-    echo "== Drawing the demo world and uploading its shards to $AWS_ENDPOINT_URL"
+    echo "== Generating synthetic images and uploading their shards to $AWS_ENDPOINT_URL"
     python tools/make_shards.py demo 0 s3://pipeline-demo
     echo "== Training on $PROCESSES processes"
     torchrun --standalone --nproc-per-node "$PROCESSES" -m pipeline.train pipeline/recipes/demo.yaml "$@" run="$run"

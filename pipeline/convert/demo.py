@@ -1,4 +1,4 @@
-"""The demo data: training pairs and evaluation sets of drawn scenes, all from one seed."""
+"""The demo data: training pairs and evaluation sets of synthetic scenes, all from one seed."""
 
 import argparse
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from pipeline.demo import captioned, clips, tasks
 from pipeline.storage import objects
 
 DESCRIPTION = """\
-demo data: drawn scenes with texts, to try out everything
+demo data: synthetic scenes with texts, to try out everything
 
 The same seed always gives the same data:
 
@@ -64,7 +64,7 @@ class TrainingPairs(Rows):
     count: int
 
     def sizes(self) -> np.ndarray:
-        """(count,) int64; drawn images are small when compressed."""
+        """(count,) int64; these images are small when compressed."""
         return np.full(self.count, 4096)
 
     def name(self, number: int) -> str:

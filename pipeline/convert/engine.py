@@ -5,26 +5,24 @@ conversion is started again, it runs the jobs without a record, and ends with th
 """
 
 import json
+import logging
 import math
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from pipeline.convert.workers import Report, job_threads, run_job, workers
+from pipeline.convert.workers import Report, job_threads, workers
 from pipeline.data.index import INDEX_FILE, Count, Index, IndexedFile, Shard, as_json, check_shards
 from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
@@ -36,7 +34,9 @@ from pipeline.storage.objects import ObjectError
 UNFINISHED = ".unfinished"
 REJECTED_FILE = "rejected.jsonl"
 _RESTART = f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
-SOURCE_STATE = ("content", "rows", "row_sizes")  # the members of a plan that describe the source's content
+_SOURCE_STATE = ("content", "rows", "row_sizes")  # the members of a plan that describe the source's content
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def run_conversions(
         todo = [(conversion, job) for conversion in conversions for job in conversion.todo]
         total = sum(sum(conversion.work.jobs.values()) for conversion in conversions)
         initial = total - sum(conversion.work.jobs[job] for conversion, job in todo)
-        outcomes: SimpleQueue[Future] = SimpleQueue()
+        futures: list[Future] = []
         with (
             progress_bar(total=total, initial=initial, unit=unit, unit_scale=True, desc="converting") as bar,
             _folders(conversions, tmp),
@@ -148,40 +148,27 @@ def run_conversions(
             try:
                 with (
                     job_threads(processes + 2) as threads,
-                    workers(processes, [each.work.run for each in conversions], len(todo)) as (pool, progress),
+                    workers(processes, [each.work.run for each in conversions], len(todo), bar) as run,
                 ):
                     for conversion in conversions:
-                        conversion.finalize(bar)
+                        conversion.finalize()
                     for number, (conversion, job) in enumerate(todo):
-                        threads.submit(conversion.run, job, number, pool).add_done_callback(outcomes.put)
-                    waiting = len(todo)
-                    while waiting:
-                        bar.update(initial + int(progress.sum()) - bar.n)
-                        try:
-                            outcome = outcomes.get(timeout=0.3)
-                        except Empty:
-                            continue
-                        waiting -= 1
-                        conversion, job, result = outcome.result()
+                        futures.append(threads.submit(conversion.run, job, number, run))
+                    for future in as_completed(futures):
+                        conversion, job, result = future.result()
                         conversion.results[job] = result
-                        conversion.finalize(bar)
-                bar.update(total - bar.n)
+                        conversion.finalize()
             except PipelineError:
-                _finalize_others(conversions, outcomes, bar)
+                # All jobs have ended. Finish the conversions whose jobs are all done.
+                for future in futures:
+                    if not future.cancelled() and future.exception() is None:
+                        conversion, job, result = future.result()
+                        conversion.results[job] = result
+                for conversion in conversions:
+                    with suppress(PipelineError):  # only the first error is reported
+                        conversion.finalize()
                 raise
     return {dest: Index.load(dest) for dest in works}
-
-
-def _finalize_others(conversions: list["_Conversion"], outcomes: SimpleQueue[Future], bar: tqdm) -> None:
-    """After an error, when all jobs have ended, finish the conversions whose jobs are all done."""
-    while not outcomes.empty():
-        outcome = outcomes.get()
-        if not outcome.cancelled() and outcome.exception() is None:
-            conversion, job, result = outcome.result()
-            conversion.results[job] = result
-    for conversion in conversions:
-        with suppress(PipelineError):  # only the first error is reported
-            conversion.finalize(bar)
 
 
 class _Conversion:
@@ -224,15 +211,13 @@ class _Conversion:
     def _record_url(self, job: str) -> str:
         return objects.join(self.dest, UNFINISHED, f"{job}.json")
 
-    def run(self, job: str, number: int, pool: Executor) -> tuple["_Conversion", str, JobResult]:
-        """Run the job, which has this number among all, in `pool`; upload its files to DEST and record it."""
+    def run(self, job: str, number: int, run: Callable[..., Any]) -> tuple["_Conversion", str, JobResult]:
+        """Run the job, which has this number among all, by `run`; upload its files to DEST and record it."""
         self._began = min(self._began, time.monotonic())
         try:
-            result: JobResult = pool.submit(run_job, self.number, job, number, self.folder).result()
+            result: JobResult = run(self.number, job, number, self.folder)
         except TooManyRejected as error:
             return self, job, error.args[0]  # not recorded; `finalize` raises the error
-        except BrokenProcessPool:
-            raise PipelineError("a process was killed: if memory ran out, use fewer --processes") from None
         if self.remote:
             for name, size in result.files.items():
                 url, path = objects.join(self.dest, name), self.folder / name
@@ -244,7 +229,7 @@ class _Conversion:
         objects.write(self._record_url(job), _json(record))
         return self, job, result
 
-    def finalize(self, bar: tqdm) -> None:
+    def finalize(self) -> None:
         """Finish the dataset if all jobs are done. Raises PipelineError as soon as too many rows are rejected."""
         read = sum(result.rows for result in self.results.values())
         rejected = self._rejected()
@@ -259,12 +244,12 @@ class _Conversion:
                 f"there: raise --max-rejected to continue without them, or correct them, {_RESTART}"
             )
         if self.complete and not self.finished:
-            bar.write(printable(self._finish()))
+            tqdm.write(printable(self._finish()))
             notes: Counter[str] = Counter()
             for result in self.results.values():
                 notes.update(result.notes)
             for what, count in notes.most_common():
-                bar.write(printable(f"note: {self.dest}: {count} {what}"), file=sys.stderr)
+                logger.warning("%s: %d %s", self.dest, count, what)
             self.finished = True
 
     def _write_rejected(self, rejected: list[dict[str, str]]) -> None:
@@ -305,7 +290,7 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
 
     If any plan of the command exists, then its finished datasets come from an earlier start of the same command: plans
     are written before everything else, and a plan is removed when its dataset is finished. If no plan exists, none of
-    the command's output files may exist.
+    the command's output files may exist. Files that an earlier, killed start left under temporary names are removed.
     """
     plans = {dest: _plan(dest) for dest in works}
     for dest, work in works.items():
@@ -313,7 +298,7 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
         if plan is None or plan == wanted:
             continue
         name = next(name for name in wanted | plan if plan.get(name) != wanted.get(name))
-        if name in SOURCE_STATE:
+        if name in _SOURCE_STATE:
             raise PipelineError(
                 f"{dest} contains an unfinished conversion, but SOURCE has changed: restore it, or {_RESTART}"
             )
@@ -330,6 +315,11 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
         if plans[dest] is None and dest not in finished:
             names = (REJECTED_FILE, *work.files(), *(job + end for job in work.jobs for end in (".tar", ".idx.npy")))
             _refuse_overwriting([objects.join(dest, name) for name in names])
+    for dest in works:
+        if "://" not in dest:
+            remove_leftovers(Path(dest))
+            for partial in Path(dest).glob("[0-9]" * 6 + ".tar.partial"):  # as earlier versions named them
+                partial.unlink()
     unfinished = {dest: work for dest, work in works.items() if dest not in finished}
     for dest, work in unfinished.items():
         objects.write(_plan_url(dest), _json(work.plan))
@@ -367,17 +357,13 @@ def _remove_unfinished(dest: str) -> None:
             list(threads.map(objects.delete, records))
     objects.delete(plan)
     if "://" not in dest:
-        remove_leftovers(Path(dest))
         with suppress(FileNotFoundError):
             Path(dest, UNFINISHED).rmdir()
 
 
 @contextmanager
 def _folders(conversions: list[_Conversion], tmp: Path | None) -> Iterator[None]:
-    """Set the folder in which each conversion's jobs write: DEST itself, or a temporary folder if DEST is on S3.
-
-    Files that an earlier, killed start left there are removed.
-    """
+    """Set the folder in which each conversion's jobs write: DEST itself, or a new temporary folder if it is on S3."""
     with ExitStack() as stack:
         for conversion in conversions:
             conversion.folder = Path(conversion.dest)
@@ -389,8 +375,6 @@ def _folders(conversions: list[_Conversion], tmp: Path | None) -> Iterator[None]
                 conversion.folder.mkdir(mode=0o700)
                 # After an error a process may still be writing there.
                 stack.callback(shutil.rmtree, conversion.folder, ignore_errors=True)
-            else:
-                remove_leftovers(conversion.folder)
         yield
 
 

@@ -3,40 +3,36 @@
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from io import BytesIO
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from numpy.typing import ArrayLike
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.convert.command import Command, add_processes
 from pipeline.convert.img2dataset import Tape, read_tape
-from pipeline.convert.workers import Report, job_threads, run_job, workers
+from pipeline.convert.workers import Report, job_threads, workers
 from pipeline.data.index import (
     INDEX_FILE,
     Captions,
     Index,
     Shard,
+    array_of,
     load_sidecar,
     read_records,
     read_samples,
-    record_checksums,
 )
 from pipeline.data.lengths import Lengths
 from pipeline.data.mmeb import ROWS_FILE, TASKS_FILE, converted_rows, read_tasks
 from pipeline.data.sample import BadSample, Item, Pair, Single
-from pipeline.data.shards import END, ShardRecords, parse_sample
+from pipeline.data.shards import ShardRecords, parse_sample
 from pipeline.data.tiles import Tiling, decode_image, image_format
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError, printable
@@ -49,7 +45,7 @@ _LENGTHS = Lengths(Tiling(size=384, patches=27, pinpoints=_PINPOINTS, max_tiles=
 _SHOWN = 10  # the most faults to print
 _BARS = 40  # characters of the longest bar
 _PERCENTILES = (1, 10, 50, 90, 99)
-_GROUP, _GROUP_BYTES = 500, 256 << 20  # the most shards of one job, and approximately their bytes
+_MOST_JOBS = 512  # of a dataset
 
 
 def _add_dest(parser: argparse.ArgumentParser) -> None:
@@ -80,9 +76,9 @@ _VERIFY = """\
 read datasets back, and check everything that their indexes say
 
 Every tar and sidecar is read completely. Their sizes and sha256 are checked, and each sample's position, CRC-32, texts,
-hashes and image sizes are compared with its record. Every image is decoded, every video is opened, and webdataset must
-find the same samples in the same order. The rows of an evaluation set must be those converted, and refer to existing
-items. Prints one line, or ends with status 2 and a list of faults.
+hashes and image sizes are compared with its record. Every image is decoded, and every video is opened. The rows of an
+evaluation set must be those converted, and refer to existing items. Prints one line, or ends with status 2 and a list
+of faults.
 
     python tools/make_shards.py verify s3://bucket/my-data
 """
@@ -96,31 +92,15 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     datasets = _indexes(arguments.dest)
     checks = [Check(url, index.shards_url or url, index.captions) for url, index in datasets.items()]
-    faults: list[str] = []
-    jobs: list[tuple[int, tuple[Shard, ...]]] = []
-    for dataset, (url, index) in enumerate(datasets.items()):
-        complete, missing = _complete(url, index)
-        faults += missing
-        jobs += [(dataset, group) for group in _grouped(complete)]
+    jobs = [(number, group) for number, index in enumerate(datasets.values()) for group in _grouped(index.shards)]
     size = sum(shard.size for _, group in jobs for shard in group)
     with (
         progress_bar(total=size, unit="B", unit_scale=True, desc="verifying") as bar,
         job_threads(arguments.processes) as threads,
-        workers(arguments.processes, [check.run for check in checks], len(jobs)) as (pool, progress),
+        workers(arguments.processes, [check.run for check in checks], len(jobs), bar) as run,
     ):
-
-        def check(number: int) -> list[str]:
-            try:
-                return pool.submit(run_job, *jobs[number], number, Path()).result()
-            except BrokenProcessPool:
-                raise PipelineError("a process was killed: if memory ran out, use fewer --processes") from None
-
-        outcomes = [threads.submit(check, number) for number in range(len(jobs))]
-        waiting = set(outcomes)
-        while waiting:
-            _, waiting = wait(waiting, timeout=0.3)
-            bar.update(int(progress.sum()) - bar.n)
-    faults += chain.from_iterable(outcome.result() for outcome in outcomes)
+        outcomes = [threads.submit(run, *job, number, Path()) for number, job in enumerate(jobs)]
+        faults = list(chain.from_iterable(outcome.result() for outcome in outcomes))
     faults += chain.from_iterable(_file_faults(url, index, arguments.dest) for url, index in datasets.items())
     if faults:
         more = f"\n(and {len(faults) - _SHOWN} more)" if len(faults) > _SHOWN else ""
@@ -130,36 +110,11 @@ def _verify(arguments: argparse.Namespace) -> None:
     print(f"{arguments.dest}: {samples} samples in {shards} shards are intact", flush=True)
 
 
-def _complete(url: str, index: Index) -> tuple[list[Shard], list[str]]:
-    """The shards whose tar and sidecar have the right sizes in the listings, and the faults of the others."""
-    tars_url = index.shards_url or url
-    sizes = {place: _sizes(place) for place in {url, tars_url}}
-    complete: list[Shard] = []
-    faults: list[str] = []
-    for shard in index.shards:
-        known = len(faults)
-        for place, name, size in ((tars_url, shard.file, shard.size), (url, shard.sidecar, shard.sidecar_bytes)):
-            if (found := sizes[place].get(name)) != size:
-                actual = "there is no such file" if found is None else f"{found} bytes"
-                faults.append(f"{objects.join(place, name)}: {actual}, but the index says {size} bytes")
-        if len(faults) == known:
-            complete.append(shard)
-    return complete, faults
-
-
-def _sizes(url: str) -> dict[str, int]:
-    """Name -> bytes of the files directly in a folder."""
-    plain = url.rstrip("/") if "://" in url else str(Path(url))
-    paths = ((name.removeprefix(f"{plain}/"), stamp) for name, stamp in objects.stamps(url).items())
-    return {path: int(stamp.split()[0]) for path, stamp in paths if "/" not in path}
-
-
-def _grouped(shards: Sequence[Shard]) -> Iterator[tuple[Shard, ...]]:
+def _grouped(shards: tuple[Shard, ...]) -> Iterator[tuple[Shard, ...]]:
     """Group consecutive shards into jobs: a job per shard would be slow for a million small ones."""
-    starts = np.cumsum([0, *(shard.size for shard in shards)])[: len(shards)]
-    cuts = np.flatnonzero(np.diff(starts // _GROUP_BYTES, prepend=-1) | (np.arange(len(starts)) % _GROUP == 0))
-    for start, stop in pairwise([*cuts.tolist(), len(shards)]):
-        yield tuple(shards[start:stop])
+    size = -(-len(shards) // _MOST_JOBS)
+    for start in range(0, len(shards), size):
+        yield shards[start : start + size]
 
 
 def _file_faults(url: str, index: Index, dest: str) -> list[str]:
@@ -195,74 +150,42 @@ class Check:
             tape = Tape(name, report)
             if tape.size != shard.size:
                 return [f"{name}: {tape.size} bytes, but the index says {shard.size}"]
-            records = load_sidecar(self.url, shard)
-            if (record_checksums(records) != records["checksum"]).any() or not self._in_order(shard, records):
-                return [f"{objects.join(self.url, shard.sidecar)}: its records are inconsistent; make the shards again"]
-            return [f"{name}{fault}" for fault in self._faults(shard, records, tape)]
+            return [f"{name}{fault}" for fault in self._faults(shard, load_sidecar(self.url, shard), tape)]
         except PipelineError as error:
             return [str(error)]
 
-    def _in_order(self, shard: Shard, records: np.ndarray) -> bool:
-        """Whether the samples follow each other; in our own layout, without gaps."""
-        starts = records["offset"].astype(np.int64)
-        reached = np.append(0, starts + records["length"])
-        if self.captions is None:
-            return np.array_equal(starts, reached[:-1]) and bool(reached[-1] == shard.size - len(END))
-        return bool((starts >= reached[:-1]).all() and reached[-1] <= shard.size)
-
     def _faults(self, shard: Shard, records: np.ndarray, tape: Tape) -> Iterator[str]:
+        rebuilt, intact = ShardRecords(), True
         begins, lengths = records["offset"].tolist(), records["length"].tolist()
-        rebuilt, good, keys = ShardRecords(), [], []
-        complaints: list[str] = []
-        plain, plain_keys = self._plain_keys(tape, complaints), []
         for number, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
-            tape.keep_from, end = begin, begin + length
-            while tape.tell() < end and (key := next(plain, None)) is not None:
-                plain_keys.append(key)
-            tape.seek(max(end, tape.tell()))  # webdataset may have stopped
-            data = tape.between(begin, end)
+            tape.keep_from = begin
+            data = tape.between(begin, begin + length)
+            tape.seek(begin + length)
             try:
                 sample = parse_sample(data, self.captions)
                 _decode(sample)
+                rebuilt.add(sample, begin, data)
             except BadSample as reason:
                 yield f"#{number}: {reason}"
-            else:
-                rebuilt.add(sample, begin, data)
-                good.append(number)
-                keys.append(sample.key)
-        plain_keys += plain
+                intact = False
         tape.keep_from = tape.size
         while tape.read(1 << 24):
             pass
         if tape.sha256.hexdigest() != shard.sha256:
             yield ": its sha256 is not the index's"
-        entry, sidecar = rebuilt.finish(shard.file, tape.size, tape.sha256.hexdigest())
-        found = np.load(BytesIO(sidecar))
-        for name in found.dtype.names[:-1]:  # all except the checksum
-            if found[name].shape == records[good][name].shape:
-                differ = _either_way_up(name, found[name]) != _either_way_up(name, records[good][name])
-                places = np.flatnonzero(differ.any(axis=tuple(range(1, differ.ndim))))
-                yield from (f"#{good[place]}: its record's {name} is wrong" for place in places)
-        yield from (f": {complaint}" for complaint in complaints)
-        if len(good) < len(records):
+        if not intact:
             return
+        entry, sidecar = rebuilt.finish(shard.file, tape.size, tape.sha256.hexdigest())
+        found = array_of(sidecar)
+        for name in (found.dtype.names or ())[:-1]:  # all except the checksum
+            if found[name].shape == records[name].shape:
+                differ = _either_way_up(name, found[name]) != _either_way_up(name, records[name])
+                places = np.flatnonzero(differ.any(axis=tuple(range(1, differ.ndim))))
+                yield from (f"#{place}: its record's {name} is wrong" for place in places)
         for name in (field.name for field in fields(Shard)):
             values, indexed = (np.array(_either_way_up(name, getattr(each, name))) for each in (entry, shard))
             if not name.endswith("sha256") and not np.array_equal(values, indexed):  # hashes were checked above
                 yield f": the index's {name} is wrong"
-        # Tars that are not ours may contain further samples, which are unusable.
-        rest = iter(plain_keys)
-        if not (plain_keys == keys or (self.captions and all(key in rest for key in keys))):
-            yield ": webdataset reads other samples, or in another order"
-
-    def _plain_keys(self, tape: Tape, complaints: list[str]) -> Iterator[str]:
-        """The keys in the order of webdataset.WebDataset; an error that stops it is added to the complaints."""
-        handler = webdataset.reraise_exception if self.captions is None else webdataset.ignore_and_continue
-        try:
-            files = tar_file_expander([{"url": tape.url, "stream": tape}], handler=handler)
-            yield from (sample["__key__"] for sample in group_by_keys(files, handler=handler))
-        except Exception as error:  # webdataset passes on errors of any type
-            complaints.append(f"webdataset cannot read it ({type(error).__name__}: {error})")
 
 
 def _either_way_up(name: str, values: ArrayLike) -> np.ndarray:
@@ -335,13 +258,12 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _numbered(url: str, index: Index, number: int) -> tuple[Shard, int]:
     """(shard, number in the shard) of the dataset's sample `number`."""
-    if not 0 <= number < index.samples:
-        raise PipelineError(f"{url} has no sample {number}: the samples are 0 to {index.samples - 1}")
+    first = 0
     for shard in index.shards:
-        if number < shard.samples:
-            return shard, number
-        number -= shard.samples
-    raise AssertionError("unreachable")
+        if first <= number < first + shard.samples:
+            return shard, number - first
+        first += shard.samples
+    raise PipelineError(f"{url} has no sample {number}: the samples are 0 to {index.samples - 1}")
 
 
 def _keyed(url: str, index: Index, key: str) -> tuple[Shard, int]:
@@ -408,13 +330,10 @@ def _stats(arguments: argparse.Namespace) -> None:
     table.add_row("all", "", *(f"{value:,.10g}" for value in totals.round(1)))
     console = _console()
     console.print(table)
-    groups = [(url, group) for url, index in datasets.items() for group in _grouped(index.shards)]
-    parts: list[dict[str, np.ndarray]] = []
-    total = sum(len(index.shards) for index in datasets.values())
-    with ThreadPoolExecutor(8) as pool, progress_bar(total=total, unit=" shards", desc="reading sidecars") as bar:
-        for (_, group), found in zip(groups, pool.map(lambda group: list(_facts_of(*group)), groups), strict=True):
-            parts += found
-            bar.update(len(group))
+    shards = [(url, shard) for url, index in datasets.items() for shard in index.shards]
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda each: _facts(load_sidecar(*each)), shards)
+        parts = list(progress_bar(iterable=found, total=len(shards), unit=" shards", desc="reading sidecars"))
     facts = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     queries, targets = facts.pop("query hash"), facts.pop("target hash")
     for name, values in facts.items():
@@ -431,14 +350,6 @@ def _stats(arguments: argparse.Namespace) -> None:
             console.print(
                 f"{name}: {distinct:,} distinct, {len(hashes) - distinct:,} of {len(hashes):,} are duplicates"
             )
-
-
-def _facts_of(url: str, shards: tuple[Shard, ...]) -> Iterator[dict[str, np.ndarray]]:
-    """`_facts` of some shards' samples; shards with equally wide records are handled together."""
-    by_width: dict[int, list[np.ndarray]] = {}
-    for shard in shards:
-        by_width.setdefault(shard.max_images, []).append(load_sidecar(url, shard))
-    yield from (_facts(np.concatenate(records)) for records in by_width.values())
 
 
 def _facts(records: np.ndarray) -> dict[str, np.ndarray]:

@@ -169,12 +169,10 @@ class Subset(Rows):
         for _, column in _SIDES:
             paths = _texts(group, column).cast(pa.binary()).combine_chunks()
             paths = paths.dictionary_encode()  # many rows share an image
-            known = [self._image_bytes(os.fsdecode(path)) for path in paths.dictionary.to_pylist()]
+            names = map(os.fsdecode, paths.dictionary.to_pylist())
+            known = [member_bytes(self.images.size(name)) if name else 0 for name in names]
             sizes += np.array(known, np.int64)[paths.indices.to_numpy()]
         return sizes
-
-    def _image_bytes(self, path: str) -> int:
-        return member_bytes(self.images.size(path)) if path else 0
 
     def name(self, number: int) -> str:
         return f"row {number}"

@@ -1,5 +1,6 @@
 """What all formats share: a source has rows in a fixed order, and each becomes a sample or is rejected."""
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Item, Pair, Single,
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
-from pipeline.storage.documents import note
+
+logger = logging.getLogger(__name__)
 
 
 class Rejection(Exception):
@@ -150,12 +152,13 @@ class CaptionedFiles(Rows):
         return Pair(f"{number:08d}", self.dataset, "retrieval", query, target, alternatives=tuple(texts[1:]))
 
     def note_skipped(self, file: Path) -> None:
-        """Print on stderr how many captions from `file` are skipped because only others of their rows are usable."""
+        """Log how many captions from `file` are skipped because only others of their rows are usable."""
         found = ((name, usable_captions(values)) for name, values in self.rows)
         faults = [(name, *fault) for name, (texts, faults) in found if texts for fault in faults]
         if faults:
             first = ": ".join(faults[0])[:300]
-            note(f"{len(faults)} unusable captions of {file} are skipped; their rows have others. The first: {first}")
+            text = "%d unusable captions of %s are skipped; their rows have others. The first: %s"
+            logger.warning(text, len(faults), file, first)
 
 
 def checked_text(text: str, images: int = 0, videos: int = 0) -> str:

@@ -54,7 +54,7 @@ class RowsWork:
         self._rows = rows
         self.rows = len(sizes)
         self._allowed = allowed(max_rejected, self.rows)
-        self._cuts = _equal_cuts(self.rows, shards) if shards else _size_cuts(sizes, shard_bytes)
+        self._cuts = _cuts(sizes, shard_bytes, shards)
         self.jobs = {f"{shard:06d}": int(rows) for shard, rows in enumerate(np.diff(self._cuts))}
         self._too_large = set(np.flatnonzero(sizes > MAX_SAMPLE_BYTES).tolist())
         source = {"rows": self.rows, "row_sizes": sha256(sizes.astype("<i8").tobytes()).hexdigest()}
@@ -92,14 +92,14 @@ class RowsWork:
         return self._rows.files()
 
 
-def _equal_cuts(rows: int, shards: int) -> np.ndarray:
-    """(shards + 1,) the first row of each shard, then the number of rows; no shard is empty."""
-    shards = min(shards, rows)
-    return np.arange(shards + 1) * rows // shards
+def _cuts(sizes: np.ndarray, shard_bytes: int, shards: int | None) -> np.ndarray:
+    """(shards + 1,) the first row of each shard, then the number of rows; no shard is empty.
 
-
-def _size_cuts(sizes: np.ndarray, shard_bytes: int) -> np.ndarray:
-    """As `_equal_cuts`: a shard ends with the row in which the total bytes pass a multiple of `shard_bytes`."""
+    Without `shards`, a shard ends with the row in which the total bytes pass a multiple of `shard_bytes`.
+    """
+    if shards:
+        shards = min(shards, len(sizes))
+        return np.arange(shards + 1) * len(sizes) // shards
     starts = np.cumsum(sizes) - sizes
     first = np.flatnonzero(np.diff(starts // shard_bytes, prepend=-1))
     return np.append(first, len(sizes))

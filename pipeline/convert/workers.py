@@ -7,12 +7,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, MutableSequence
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
+
+from pipeline.errors import PipelineError
 
 Report = Callable[[int], None]  # a job calls it with the amount of work just done, in the unit of its size
 Run = Callable[[Any, Path, Report], Any]  # (job, folder to write in, report) -> the job's result
@@ -31,9 +35,10 @@ def job_threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 @contextmanager
-def workers(processes: int, runs: list[Run], jobs: int) -> Iterator[tuple[Executor, np.ndarray]]:
-    """Yield an executor for `run_job`, and (jobs,) int64: the reported progress of each job.
+def workers(processes: int, runs: list[Run], jobs: int, bar: tqdm) -> Iterator[Callable[[int, Any, int, Path], Any]]:
+    """Yield a function of (dataset, job, number, folder) that runs a dataset's job, with this number among all `jobs`.
 
+    It returns the job's result; PipelineError if its process was killed. `bar` shows the progress that jobs report.
     One process means this one. Several are spawned, not forked: threads of this process may hold locks.
     """
     context = multiprocessing.get_context("spawn")
@@ -46,16 +51,35 @@ def workers(processes: int, runs: list[Run], jobs: int) -> Iterator[tuple[Execut
         parent, held_open = context.Pipe(duplex=False)
         pool = ProcessPoolExecutor(processes, context, _begin_process, (runs, progress, parent))
         end = held_open.close
+
+    def run(*job: Any) -> Any:
+        try:
+            return pool.submit(_run_job, *job).result()
+        except BrokenProcessPool:
+            raise PipelineError("a process was killed: if memory ran out, use fewer --processes") from None
+
+    def show_progress() -> None:
+        shown, ended = 0, False
+        while not ended:
+            ended = finished.wait(0.3)
+            reached = int(np.frombuffer(progress, np.int64).sum())
+            bar.update(reached - shown)
+            shown = reached
+
+    finished, shower = threading.Event(), threading.Thread(target=show_progress)
+    shower.start()
     try:
-        yield pool, np.frombuffer(progress, np.int64)
+        yield run
     except BaseException:
         end()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        finished.set()
+        shower.join()
 
 
-def run_job(dataset: int, job: Any, number: int, folder: Path) -> Any:
+def _run_job(dataset: int, job: Any, number: int, folder: Path) -> Any:
     """In a worker: run a job of a dataset, which has this number among all jobs, and return its result."""
 
     def report(done: int) -> None:

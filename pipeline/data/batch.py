@@ -87,7 +87,8 @@ class Share:
 
     def __setstate__(self, state: tuple) -> None:
         self.rows, counted, self.received, tiles = state
-        left = iter(() if tiles is None else np.split(tiles.numpy(), _tile_ends(counted)[:-1]))
+        ends = np.cumsum([image.tiles for item in counted.values() for image in item.images])
+        left = iter(() if tiles is None else np.split(tiles.numpy(), ends[:-1]))
         self.items = {
             key: replace(item, images=tuple(replace(image, tiles=next(left)) for image in item.images))
             for key, item in counted.items()
@@ -109,10 +110,6 @@ def _shared(tiles: list[np.ndarray]) -> torch.Tensor:
     shared = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
     np.concatenate(tiles, out=shared.numpy())
     return shared
-
-
-def _tile_ends(counted: dict[int, Encoded]) -> np.ndarray:
-    return np.cumsum([image.tiles for item in counted.values() for image in item.images])
 
 
 def encode_rows(samples: Iterable[RawSample], encode: Callable[[Item], Encoded]) -> Share:

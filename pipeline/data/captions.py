@@ -1,12 +1,15 @@
 """Read captions of images and videos from the files of published datasets."""
 
 import csv
+import logging
 from collections.abc import Iterable, Sequence
 from io import StringIO
 
 from pipeline.data.sample import BYTE_ORDER_MARK, is_absent, text_fault
 from pipeline.errors import PipelineError
-from pipeline.storage.documents import DocumentError, check_members, note, parse_json
+from pipeline.storage.documents import DocumentError, check_members, parse_json
+
+logger = logging.getLogger(__name__)
 
 _REMEDY = "download it again, or repair it"
 # All keys of files in the published forms, read or not.
@@ -42,7 +45,7 @@ def usable_captions(values: Iterable[object]) -> tuple[list[str], list[tuple[str
 def captioned_images(file: str, data: bytes, split: str) -> list[tuple[str, list[object]]]:
     """Return (path of an image, its captions) for every image of a split in Karpathy's JSON; train includes restval.
 
-    Captions may be any values: the caller decides which are usable. A note on stderr counts the images without a split.
+    Captions may be any values: the caller decides which are usable. A warning counts the images without a split.
     Raises PipelineError, which names `file`, if the split does not exist; ValueError if the file has another form.
     """
     try:
@@ -55,7 +58,7 @@ def captioned_images(file: str, data: bytes, split: str) -> list[tuple[str, list
     except (DocumentError, ValueError, KeyError, TypeError) as error:
         raise ValueError(_reason(error)) from None
     if without := len(listed) - len(images):
-        note(f"{without} images of {file} have no split and are skipped")
+        logger.warning("%d images of %s have no split and are skipped", without, file)
     wanted = {split} | ({"restval"} if split == "train" else set())
     rows = [_captioned(image) for image in images if image["split"] in wanted]
     if not rows:
@@ -92,7 +95,7 @@ def captioned_videos(
     MSVD       .csv         columns VideoID, Start, End, Language, Description
     your own   .json        [{"video", "caption": "..." or ["...", ...]}, ...] or {"video": ["...", ...], ...}
 
-    Captions may be any values, as in `captioned_images`. With a split, a note on stderr counts the captions of videos
+    Captions may be any values, as in `captioned_images`. With a split, a warning counts the captions of videos
     without one. Raises PipelineError, which names `file`, if the split does not exist; ValueError if the file has
     another form, or if no caption is a text.
     """
@@ -124,7 +127,7 @@ def captioned_videos(
             f"{file} has no split {split!r}: it has {', '.join(sorted(set(splits.values()) - {''})) or 'none'}"
         )
     if split is not None and (without := sum(not splits.get(video) for video, _ in named)):
-        note(f"{without} captions of {file} belong to videos without a split and are skipped")
+        logger.warning("%d captions of %s belong to videos without a split and are skipped", without, file)
     captions: dict[str, list[object]] = {}
     for video, texts in named:
         if split is None or splits.get(video) == split:

@@ -300,12 +300,11 @@ class Shares(IterableDataset):
     def _raw(
         self, step: int, place: int, shard: int, sample: int, data: bytes, record: np.void, vectors: bytes | None
     ) -> RawSample:
-        parse = partial(self._pair, step, shard, sample, record, vectors)
-        return RawSample(place, self.source.origin(shard, sample), data, parse)
+        def parse(data: bytes) -> Pair:
+            pair = self.source.parse(shard, data, record, vectors)
+            return self.trained_on(pair, partial(self.order.draw, step, shard, sample))
 
-    def _pair(self, step: int, shard: int, sample: int, record: np.void, vectors: bytes | None, data: bytes) -> Pair:
-        pair = self.source.parse(shard, data, record, vectors)
-        return self.trained_on(pair, partial(self.order.draw, step, shard, sample))
+        return RawSample(place, self.source.origin(shard, sample), data, parse)
 
 
 class Stop:

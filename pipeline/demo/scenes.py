@@ -49,7 +49,7 @@ _TRAINED = sorted(set(product(COLOURS, SHAPES)) - HELD_OUT)
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object. `jitter`: its offset from the centre of its quadrant, in oversampled pixels."""
+    """One object. `jitter`: its offset from the centre of its quadrant, in oversampled pixels."""
 
     colour: str
     shape: str

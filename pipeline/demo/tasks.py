@@ -1,4 +1,4 @@
-"""A small MMEB: five datasets of pairs about drawn scenes, for MMEB's four meta-tasks.
+"""A small MMEB: five datasets of pairs about synthetic scenes, for MMEB's four meta-tasks.
 
 Each dataset has two evaluation sets: an in-distribution one, and a held-out one (`-OOD`), in which every question is
 about a combination of colour and shape that never occurs in training. Rows have the form of
@@ -69,7 +69,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class _Picture:
-    """An image to be drawn: a scene, or the crop of one thing. `name` distinguishes it from the row's other images."""
+    """An image to generate: a scene, or the crop of one thing. `name` distinguishes it from the row's other images."""
 
     scene: Scene
     name: str = ""
@@ -100,15 +100,14 @@ class _Question:
     hard: Iterable[_Side]
 
 
-def training_pair(dataset: str, seed: int, index: int, image_negatives_every: int = 4) -> Pair:
+def training_pair(dataset: str, seed: int, index: int) -> Pair:
     """Pair number `index` of a training set, with at most one hard negative.
 
-    image_negatives_every: an image as negative costs a pass through the vision tower, so only every
-        `image_negatives_every`-th pair has one. Texts are always included.
+    An image as negative costs a pass through the vision tower, so only every fourth pair has one.
     """
     question = _ask(dataset, "train", _rng(f"{dataset} train", seed, index))
     hard = next(iter(question.hard))
-    wanted = hard.picture is None or index % image_negatives_every == 0
+    wanted = hard.picture is None or index % 4 == 0
     return Pair(
         key=f"{index:08d}",
         dataset=dataset,
@@ -117,11 +116,6 @@ def training_pair(dataset: str, seed: int, index: int, image_negatives_every: in
         target=question.right.item(),
         negatives=(hard.item(),) if wanted else (),
     )
-
-
-def training_pairs(dataset: str, seed: int, count: int, image_negatives_every: int = 4) -> Iterator[Pair]:
-    """The first `count` pairs of a training set; see `training_pair`."""
-    return (training_pair(dataset, seed, index, image_negatives_every) for index in range(count))
 
 
 def evaluation_rows(dataset: str, seed: int, count: int = QUERIES) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
@@ -136,16 +130,8 @@ def evaluation_rows(dataset: str, seed: int, count: int = QUERIES) -> tuple[list
     for index, question in enumerate(questions[:count]):
         rng = _rng(f"{dataset} candidates", seed, index)
         candidates = _candidates(question, pool, CANDIDATES[task], rng)
-        query_text, query_path = _mmeb(question.query)
-        texts, paths = zip(*map(_mmeb, candidates), strict=True)
-        rows.append(
-            {
-                "qry_text": query_text,
-                "qry_img_path": query_path,
-                "tgt_text": list(texts),
-                "tgt_img_path": list(paths),
-            }
-        )
+        texts, paths = map(list, zip(*map(_mmeb, candidates), strict=True))
+        rows.append(dict(zip(SCHEMA.names, (*_mmeb(question.query), texts, paths), strict=True)))
         for side in (question.query, *candidates):
             if side.picture and side.picture.name not in pictures:
                 pictures[side.picture.name] = side.picture.png()
@@ -201,7 +187,7 @@ def _classification(scene: Scene, split: Split, rng: np.random.Generator) -> _Qu
     large = next(thing for thing in scene.things if thing.size == "large")
     query = _Side(f"{IMAGE_MARK}\nClassify the large object.", _Picture(scene))
     near = _near(large, split, rng, ("colour", "shape"))
-    return _Question(query, _label(large), [_label(thing) for thing in near])
+    return _Question(query, _text(captions.label(large)), [_text(captions.label(thing)) for thing in near])
 
 
 def _vqa(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
@@ -209,7 +195,8 @@ def _vqa(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
     query = _Side(f"{IMAGE_MARK}\nAnswer: what is at the {asked.place}?", _Picture(scene))
     near = _near(asked, split, rng, ("colour", "shape", "size"))
     others = (thing for thing in scene.things if thing is not asked)
-    return _Question(query, _answer(asked), [_answer(thing) for thing in (*near, *others)])
+    hard = [_text(captions.phrase(thing, "en")) for thing in (*near, *others)]
+    return _Question(query, _text(captions.phrase(asked, "en")), hard)
 
 
 def _text_to_image(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
@@ -258,13 +245,7 @@ def _siblings(scene: Scene, split: Split, rng: np.random.Generator) -> Iterator[
     return islice((other for other in found if split != "train" or not other.reserved), HARD_SCENES)
 
 
-def _label(thing: Thing) -> _Side:
-    text = captions.label(thing)
-    return _Side(text, key=text)
-
-
-def _answer(thing: Thing) -> _Side:
-    text = captions.phrase(thing, "en")
+def _text(text: str) -> _Side:
     return _Side(text, key=text)
 
 
@@ -298,9 +279,9 @@ def _pool(dataset: str, questions: list[_Question]) -> list[_Side]:
     things = (Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))
     match dataset:
         case "Scene-CLS":
-            return [_label(thing) for thing in things]
+            return [_text(captions.label(thing)) for thing in things]
         case "Scene-VQA":
-            return [_answer(thing) for thing in things]
+            return [_text(captions.phrase(thing, "en")) for thing in things]
         case "Scene-Ground":
             return [side for question in questions for side in (question.right, *question.hard)]
     return [question.right for question in questions]

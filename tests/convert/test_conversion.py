@@ -427,6 +427,7 @@ def test_a_shard_that_is_gone_or_cut_short_is_made_again(tmp_path):
     (dest / "000004.idx.npy").write_bytes(b"short")
     (dest / ".000004.idx.npy.1.partial").write_bytes(b"what a kill leaves")
     (dest / ".000004.tar.1.partial").write_bytes(b"what a kill leaves")
+    (dest / "000004.tar.partial").write_bytes(b"what a kill of an earlier version leaves")
     (dest / ".unfinished/.000009.json.1.partial").write_bytes(b"what a kill leaves")
     convert({str(dest): Numbers(100)}, options={}, shards=10)
     assert content(str(dest)) == content(str(whole))

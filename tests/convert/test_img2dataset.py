@@ -256,7 +256,7 @@ def test_a_tar_without_samples_is_left_out(tmp_path):
     assert list(pairs_of(str(tmp_path))) == ["00001.tar"]
 
 
-def test_a_good_caption_is_enough_and_what_else_a_tar_has_is_listed(tmp_path, capsys):
+def test_a_good_caption_is_enough_and_what_else_a_tar_has_is_listed(tmp_path, caplog):
     deep, marked = b"[" * 200_000, b'{"caption_long": ["a <video>", "b"]}'
     samples = {
         "deep": members(0) | {"json": deep},
@@ -278,8 +278,7 @@ def test_a_good_caption_is_enough_and_what_else_a_tar_has_is_listed(tmp_path, ca
         ("two", "several images", "keep only one of jpg, png"),
         ("scan", "no image", "it has tif, txt"),
     ]
-    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert sorted(line.removeprefix(f"note: {tmp_path}: ") for line in notes) == [
+    assert sorted(message.removeprefix(f"{tmp_path}: ") for message in caplog.messages) == [
         "1 members .cls, which nothing reads",
         "1 members .seg.png, which nothing reads",
         "1 members .tif, which nothing reads",

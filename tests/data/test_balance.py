@@ -9,7 +9,7 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
 from pipeline.data.tiles import Tiling
-from pipeline.demo.tasks import DATASETS, training_pairs
+from pipeline.demo.tasks import DATASETS, training_pair
 from pipeline.models.llave.processor import LlaveProcessor, train_tokenizer
 
 PAIRS = 400  # of each dataset
@@ -21,7 +21,7 @@ TILING = Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48
 def demo(tmp_path_factory) -> tuple[str, dict[tuple[str, int], int]]:
     """The URL of the demo's training sets, and the tokens of each pair."""
     folder = tmp_path_factory.mktemp("demo")
-    pairs = {name: list(training_pairs(name, 0, PAIRS)) for name in DATASETS}
+    pairs = {name: [training_pair(name, 0, index) for index in range(PAIRS)] for name in DATASETS}
     texts = (item.text for some in pairs.values() for pair in some for item in pair.items)
     tokenizer = train_tokenizer(texts, 512)
     marks = [tokenizer.convert_tokens_to_ids(mark) for mark in (IMAGE_MARK, VIDEO_MARK)]

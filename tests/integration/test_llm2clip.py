@@ -44,7 +44,7 @@ SIGMAS = 6
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A few pairs of the demo world, and the evaluation set of short captions."""
+    """A few pairs of the demo data, and the evaluation set of short captions."""
     folder = tmp_path_factory.mktemp("data")
     convert({str(folder / name): TrainingPairs(name, 0, 48) for name in ("images", "texts")}, options={}, shards=2)
     for path, content in captioned.evaluation_files(0, 8):
