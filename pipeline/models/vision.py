@@ -35,7 +35,7 @@ from pipeline.models import loading
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.files import fetched
 from pipeline.models.folder import share
-from pipeline.models.loading import ImageSettings, config_dict, reads_as_stored, refuse_unknown
+from pipeline.models.loading import config_dict, reads_as_stored, refuse_unknown
 
 
 # Of a checkpoint with both towers the vision half alone is read. The classes are named as their bases, for transformers
@@ -172,7 +172,7 @@ class Pixels:
         kind, processor_class = _family(path, settings)
         processor = loading.image_processor(path, processor_class)
         with loading.reading(fetched(path, weights=False) / "preprocessor_config.json"):
-            pixels = cls._of_processor(path, cast(ImageSettings, processor))
+            pixels = cls._of_processor(path, processor)
         if pixels.size != (side := loading.config(path, kind.config_class).image_size):
             raise PipelineError(
                 f"{path}: its image processor makes {pixels.size} pixels a side, its model takes {side}"
@@ -180,10 +180,9 @@ class Pixels:
         return replace(pixels, as_stored=as_stored)
 
     @classmethod
-    def _of_processor(cls, path: str, its: ImageSettings) -> "Pixels":
-        edge = cast(int, its.size.shortest_edge or its.size.height)
-        crop = (its.crop_size.height, its.crop_size.width) if its.do_center_crop else (edge, edge)
-        height, width = cast(tuple[int, int], crop)
+    def _of_processor(cls, path: str, its: Any) -> "Pixels":
+        edge = its.size.shortest_edge or its.size.height
+        height, width = (its.crop_size.height, its.crop_size.width) if its.do_center_crop else (edge, edge)
         keeps_shape = its.size.shortest_edge is not None
         known = its.do_resize and its.do_rescale and its.do_normalize and not its.do_pad
         known = known and math.isclose(its.rescale_factor, 1 / 255)

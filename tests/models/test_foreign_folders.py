@@ -360,7 +360,7 @@ CASES: list[tuple[str, str, Damage, str]] = [
         (f"processor-{name}", "llave", config(file=IMAGES, **{name: value}), f"has {name}={value}")
         for name, value in {"do_normalize": False, "do_rescale": False, "rescale_factor": 0.0078}.items()
     ),
-    ("processor-resample", "llave", config(file=IMAGES, resample=0), "resample=0; only 1/255 and 3 (bicubic)"),
+    ("processor-resample", "llave", config(file=IMAGES, resample=0), "resample=0; only 3 is"),
     ("processor-list", "llave clip llm2clip", write(IMAGES, b"[]"), "preprocessor_config.json is not"),
     ("processor-size", "llave clip llm2clip", config(file=IMAGES, size={"height": 0, "width": 0}), IMAGES),
     ("processor-negative", "clip llm2clip", config(file=IMAGES, crop_size=-3), IMAGES),

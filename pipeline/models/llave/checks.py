@@ -51,11 +51,18 @@ def tiling(config: LlavaOnevisionConfig) -> Tiling:
     )
 
 
-def check_architecture(architecture: LlaveArchitecture) -> None:
-    """Refuse what transformers' configurations do not know: they would take it and ignore it."""
+def config_of_architecture(architecture: LlaveArchitecture) -> LlavaOnevisionConfig:
+    """The config of a model to be made; PipelineError for a field that transformers would ignore."""
     refuse_unknown("vision", architecture.vision, SiglipVisionConfig())
     refuse_unknown("text", architecture.text, Qwen2Config())
     require_vocabulary(architecture.text)
+    return LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**architecture.vision, vision_use_head=False),  # type: ignore[call-arg]  # read, not declared
+        text_config=Qwen2Config(**architecture.text),
+        image_grid_pinpoints=[list(size) for size in architecture.image_grid_pinpoints],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
 
 
 def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | None = None) -> LlavaOnevisionConfig:

@@ -21,7 +21,7 @@ from pipeline.models.llave import checks, weights
 from pipeline.models.llave.config import LlaveSection
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.model import Llave, TowerlessLlave, build, check_language_model
-from pipeline.models.llave.processor import LlaveProcessor, require_normalisation
+from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.llave.tower import FrozenTower
 from pipeline.models.loading import DTYPES, image_reading, reads_as_stored
 
@@ -41,13 +41,10 @@ class LlaveTraining(TrainingInterface):
 
     def check(self, model: ModelSection) -> None:
         model = _section(model)
-        if model.architecture:
-            checks.check_architecture(model.architecture)
         config = weights.config_of(model)
         if model.path and not weights.is_original(files.fetched(model.path, weights=False)):
             loading.check_weights(model.path, Llave, config)
             LlaveProcessor.load(model.path, model.max_tokens)
-            require_normalisation(model.path)
         check_language_model(model.path or "model.architecture", config)
 
     def conditions(self, model: ModelSection) -> dict[str, Any]:
@@ -68,11 +65,8 @@ class LlaveTraining(TrainingInterface):
             super().preflight(recipe, path)
 
     def memory_model(self, recipe: Recipe) -> Llave:
-        section = _section(recipe.model)
-        if section.architecture:
-            checks.check_architecture(section.architecture)
         with torch.device("meta"):
-            return Llave(weights.config_of(section))
+            return Llave(weights.config_of(_section(recipe.model)))
 
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(checks.tiling(weights.config_of(_section(recipe.model))), recipe.video.frames)
@@ -137,7 +131,6 @@ class SavedLlave(SavedModelInterface):
         return LlaveProcessor.load(path, max_tokens, video_frames)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
-        require_normalisation(path)
         attention = fastest(checks.load_config(path), DTYPES[precision], device)
         return Llave.load(path, DTYPES[precision], attention=attention).eval().to(device), None
 
