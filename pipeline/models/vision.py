@@ -118,8 +118,7 @@ class VisionEncoder(nn.Module):
         """
         refuse_unknown("vision", architecture, CLIPVisionConfig())
         config = CLIPVisionConfig(**architecture | {"projection_dim": dimension})
-        side = config.image_size
-        processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        processor = image_processor(cast(int, config.image_size))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(CLIPVisionModelWithProjection._from_config(config, attn_implementation="sdpa"), processor)
@@ -273,6 +272,11 @@ def _timm_parts(path: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     return TimmWrapperForImageClassification, config
 
 
+def image_processor(side: int) -> CLIPImageProcessorPil:
+    """CLIP's, for images of `side` pixels a side."""
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
 @cache
 def shape_of(path: str) -> VisionEncoder:
     """A vision encoder's folder or hub name -> the module without weights."""
@@ -284,6 +288,5 @@ def tokens_of(path: str | None, vision: dict[str, Any]) -> int:
     """How many tokens an image counts as, by the model's folder, or by fields of CLIPVisionConfig."""
     if path:
         return shape_of(path).tokens
-    config = CLIPVisionConfig(**vision)
-    size, patch = cast(tuple[int, int], (config.image_size, config.patch_size))
-    return (size // patch) ** 2 + 1
+    with torch.device("meta"):
+        return VisionEncoder.build(vision, 1, seed=0).tokens

@@ -60,7 +60,7 @@ class Llm2ClipTraining(TrainingInterface):
         if (made := source.embedding_metadata) is None:
             return
         text_encoder, again = _section(recipe.model).text_encoder, "embed the shards again, or name what made them"
-        width = self.dimension_of_texts(text_encoder)
+        width = load_config(text_encoder).hidden_size
         if made.width != width:
             raise PipelineError(
                 f"data.text_embeddings are {made.width} wide, made by {made.model}, and those of "
@@ -93,11 +93,14 @@ class Llm2ClipTraining(TrainingInterface):
         VisionEncoder.build(vision, CLIPVisionConfig(**vision).projection_dim, seed).save(folder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
-        pixels, vectors = Pixels.load(path, _section(recipe.model).images), bool(recipe.data.text_embeddings)
-        return TwoTowerProcessor(pixels, _tokens(recipe), self._texts(recipe), recipe.video.frames, vectors)
+        section, vectors = _section(recipe.model), bool(recipe.data.text_embeddings)
+        texts = TextProcessor.load(section.text_encoder, section.max_tokens)
+        return TwoTowerProcessor(
+            Pixels.load(path, section.images), _tokens(recipe), texts, recipe.video.frames, vectors
+        )
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        width = self.dimension_of_texts(_section(recipe.model).text_encoder)
+        width = load_config(_section(recipe.model).text_encoder).hidden_size
         model = Llm2Clip.load(path, DTYPES[recipe.precision], width, recipe.seed)
         model.pads = not recipe.data.text_embeddings and attention == "sdpa"
         return model
@@ -119,24 +122,17 @@ class Llm2ClipTraining(TrainingInterface):
         llm2clip.save(cast(Llm2Clip, model), _section(recipe.model).text_encoder, folder, recipe.model.path)
         note_images(folder, reads_as_stored(source, _section(recipe.model).images))
 
-    def _texts(self, recipe: Recipe) -> TextProcessor:
-        return TextProcessor.load(_section(recipe.model).text_encoder, recipe.model.max_tokens)
-
     def _text_encoder(self, recipe: Recipe, device: torch.device) -> FrozenTextEncoder:
         dtype = cast(torch.dtype, DTYPES[recipe.precision])
         attention = choose(recipe.model.attention, device.type, dtype)
         return FrozenTextEncoder(TextEncoder.load(_section(recipe.model).text_encoder, dtype, attention), device)
-
-    @staticmethod
-    def dimension_of_texts(text_encoder: str) -> int:
-        return int(load_config(text_encoder).hidden_size)
 
 
 class SavedLlm2Clip(SavedModelInterface):
     """A vision encoder's folder with an adapter, and a text encoder in a folder below it."""
 
     def owns(self, path: str, config: dict[str, Any]) -> bool:
-        return llm2clip.settings(path) is not None
+        return llm2clip.width_of(path) is not None
 
     def dimension(self, path: str) -> int:
         return shape_of(path).dimension
@@ -152,10 +148,10 @@ class SavedLlm2Clip(SavedModelInterface):
         return model, FrozenTextEncoder(text_encoder, device).features_of
 
     def open_trained(self, path: str) -> nn.Module:
-        return Llm2Clip.load(path, DTYPES["auto"], _width(path)).eval()
+        return Llm2Clip.load(path, DTYPES["auto"], cast(int, llm2clip.width_of(path))).eval()
 
     def probe(self, path: str) -> list[Encoded]:
-        pixels, width = Pixels.load(path), _width(path)
+        pixels, width = Pixels.load(path), cast(int, llm2clip.width_of(path))
         tile = np.linspace(0, 255, 3 * pixels.size**2).astype(np.uint8).reshape(1, 3, pixels.size, pixels.size)
         image = Encoded(np.zeros(1, np.int32), (Image(tile, pixels.size, pixels.size),))
         return [image, Encoded(np.zeros(1, np.int32), vector=np.linspace(-1, 1, width, dtype=np.float32))]
@@ -164,13 +160,6 @@ class SavedLlm2Clip(SavedModelInterface):
 def _section(model: ModelSection) -> Llm2ClipSection:
     assert isinstance(model, Llm2ClipSection)
     return model
-
-
-def _width(path: str) -> int:
-    """Of the text encoder's vectors."""
-    settings = llm2clip.settings(path)
-    assert settings
-    return int(settings["width"])
 
 
 def _vision(model: ModelSection) -> dict[str, Any]:
