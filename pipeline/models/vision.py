@@ -284,9 +284,9 @@ def shape_of(path: str) -> VisionEncoder:
         return VisionEncoder.empty(path)
 
 
-def tokens_of(path: str | None, vision: dict[str, Any]) -> int:
-    """How many tokens an image counts as, by the model's folder, or by fields of CLIPVisionConfig."""
+def tokens_of(path: str | None, architecture: Any) -> int:
+    """How many tokens an image counts as, by the model's folder, or by the section of a recipe that has its shape."""
     if path:
         return shape_of(path).tokens
     with torch.device("meta"):
-        return VisionEncoder.build(vision, 1, seed=0).tokens
+        return VisionEncoder.build(architecture.vision, 1, seed=0).tokens
