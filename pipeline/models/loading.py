@@ -321,20 +321,20 @@ def open_model(
     return model
 
 
-def reads_as_stored(path: str, images: str | None = None) -> bool:
-    """Whether the model in a folder or of a hub name takes images as they are stored, not upright; see `rgb`.
+def image_reading(path: str | None, images: str | None = None) -> str:
+    """How the model in a folder or of a hub name reads images, `upright` or `as_stored`; see `rgb`.
 
-    images: a recipe's choice, if not what the model's config says.
+    path: None is a model whose config does not say it.  images: a recipe's choice, if not what the config says.
     """
-    images = images or config_dict(path).get(IMAGES, "upright")
+    images = images or ("upright" if path is None else config_dict(path).get(IMAGES, "upright"))
     if images not in ("upright", "as_stored"):
         raise PipelineError(f"{path}: its config has {IMAGES}={images!r}; it can be upright or as_stored")
-    return images == "as_stored"
+    return images
 
 
-def image_reading(path: str | None, images: str | None) -> str:
-    """How a run reads images, `upright` or `as_stored`.  path: None is a model whose config does not say it."""
-    return "as_stored" if (images == "as_stored" if path is None else reads_as_stored(path, images)) else "upright"
+def reads_as_stored(path: str, images: str | None = None) -> bool:
+    """Whether images are read as they are stored, not upright; see `image_reading`."""
+    return image_reading(path, images) == "as_stored"
 
 
 def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -> None:
