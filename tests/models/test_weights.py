@@ -414,7 +414,7 @@ def test_a_folder_that_is_there_is_not_written_into(folders, tmp_path):
     for write, source in ((convert_original, GOLDEN), (export_original, folders["grid"])):
         with pytest.raises(PipelineError, match="hf is there already"):
             write(source, tmp_path / "hf")
-    with pytest.raises(PipelineError, match="is no model to export"):
+    with pytest.raises(PipelineError, match="is an original checkpoint"):
         export_original(GOLDEN, tmp_path / "out")
 
 

@@ -41,8 +41,8 @@ from pipeline.models.llave import checks
 from pipeline.models.llave.checks import load_config, text_of, vision_of, with_own
 from pipeline.models.llave.config import LlaveSection
 from pipeline.models.llave.model import save_image_processor
-from pipeline.models.loading import checked, config_dict, reading
-from pipeline.storage.atomic import replacing
+from pipeline.models.loading import checked, reading
+from pipeline.storage.atomic import remove_leftovers, replacing
 
 # Prefixes of the original's tensor names, and those that transformers saves. The first that fits holds.
 _PREFIXES = (
@@ -80,16 +80,6 @@ _TEXT = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
-_VISION = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-)
 _SO400M = "siglip-so400m-patch14-384"
 _SO400M_SHAPE = {
     "hidden_size": 1152,
@@ -99,6 +89,7 @@ _SO400M_SHAPE = {
     "image_size": 384,
     "patch_size": 14,
 }
+_VISION = (*_SO400M_SHAPE, "hidden_act", "layer_norm_eps")
 
 
 def is_original(folder: Path) -> bool:
@@ -109,12 +100,10 @@ def is_original(folder: Path) -> bool:
 
 def _original_folder(path: str) -> Path | None:
     """The folder of an original checkpoint, by its path or hub name, with its config at least; None if it is none."""
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            folder = fetched(path, weights=False)
-        except PipelineError:  # whoever loads it next says what is wrong
-            return None
+    try:
+        folder = fetched(path, weights=False)
+    except PipelineError:  # whoever loads it next says what is wrong
+        return None
     return folder if is_original(folder) else None
 
 
@@ -123,11 +112,9 @@ def resolve(path: str, cache: Path) -> str:
 
     It is converted once, and again when a file of it has another size or time.
     """
-    source = _original_folder(path)
-    if source is None:
+    if _original_folder(path) is None:
         return path
-    if not Path(path).is_dir():
-        source = fetched(path)
+    source = fetched(path)
     files = [
         (str(file), file.stat().st_size, file.stat().st_mtime_ns)
         for file in sorted(source.resolve().iterdir())
@@ -136,6 +123,7 @@ def resolve(path: str, cache: Path) -> str:
     fingerprint = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
     converted = cache / f"{Path(path).resolve().name}-{fingerprint}"
     if not converted.exists():
+        remove_leftovers(cache)
         with replacing(converted, durable=False) as partial:
             convert_original(source, partial)
     return str(converted)
@@ -148,9 +136,8 @@ def config_of(model: LlaveSection) -> LlavaOnevisionConfig:
         return with_own(checks.config_of_architecture(model.architecture), None, newline)
     assert model.path
     source = _original_folder(model.path)
-    if source is None:
-        return load_config(model.path, pinpoints, newline)
-    return with_own(_config(source), pinpoints, newline)
+    config = load_config(model.path) if source is None else _config(source)
+    return with_own(config, pinpoints, newline)
 
 
 def convert_original(source: Path, folder: Path) -> None:
@@ -208,17 +195,11 @@ def export_original(folder: Path, out: Path) -> None:
 
     Raises `PipelineError` as `convert_original` does.
     """
-    if not (folder / "config.json").is_file() or config_dict(str(folder)).get("model_type") != "llava_onevision":
-        raise PipelineError(f"{folder} is no model to export: expected a config.json of model_type llava_onevision")
-    config = loading.config(str(folder), LlavaOnevisionConfig)
+    config = load_config(str(folder))
     text, vision = text_of(config), vision_of(config)
     rope = cast(dict[str, Any], text.rope_parameters)
-    if text.model_type != "qwen2" or rope["rope_type"] != "default" or text.use_sliding_window:
-        raise PipelineError(
-            f"{folder}: the original format is for Qwen2 with plain rotary embeddings and full attention only"
-        )
-    if config.vision_feature_layer != -1:
-        raise PipelineError(f"{folder}: only vision_feature_layer=-1, the tower's last layer, can be exported")
+    if rope["rope_type"] != "default" or text.use_sliding_window:
+        raise PipelineError(f"{folder}: the original format has plain rotary embeddings and full attention only")
     files, stored = weight_files(folder), survey(folder)
     _check(folder, {name: tensor.shape for name, tensor in stored.items()}, _expected_shapes(folder, config))
 
