@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, overload
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -139,11 +139,7 @@ def checked(file: Path, values: dict[str, Any], section: str = "") -> dict[str, 
     return kept
 
 
-@overload
-def config(path: str, kind: type[Config]) -> Config: ...
-@overload
-def config(path: str, kind: None = None) -> PreTrainedConfig: ...
-def config(path: str, kind: type[PreTrainedConfig] | None = None) -> PreTrainedConfig:
+def config(path: str, kind: type[Config] | None = None) -> Config:
     """The config of a folder or hub name.  kind: the class, also of a part of a model; None: by its model_type.
 
     The caller has asked `config_dict` whether it is of that kind.
@@ -155,7 +151,7 @@ def config(path: str, kind: type[PreTrainedConfig] | None = None) -> PreTrainedC
         with reading(file):
             if name == "mistral" and "layer_types" in values:  # as AutoConfig has it
                 name = "ministral"
-            kind = CONFIG_MAPPING[str(name)]
+            kind = cast(type[Config], CONFIG_MAPPING[str(name)])
     for section in kind.sub_configs:
         if section in _SECTIONS and not isinstance(values.get(section), dict):
             found = shown(values[section]) if section in values else "missing"
@@ -163,7 +159,7 @@ def config(path: str, kind: type[PreTrainedConfig] | None = None) -> PreTrainedC
     if kind.base_config_key and isinstance(values.get(kind.base_config_key), dict):
         values = values[kind.base_config_key]
     with reading(file):
-        return deepcopy(_made(kind, json.dumps(values)))  # type: ignore[arg-type]  # a class has a hash
+        return cast(Config, deepcopy(_made(kind, json.dumps(values))))  # type: ignore[arg-type]  # a class has a hash
 
 
 @lru_cache(maxsize=16)
@@ -213,7 +209,7 @@ def tokenizer(
         if kind:
             found = kind.from_pretrained(folder, local_files_only=True)
         else:
-            its = config(path)
+            its: PreTrainedConfig = config(path)
             its.name_or_path = path  # transformers knows some by their names on the hub
             found = AutoTokenizer.from_pretrained(folder, config=its, trust_remote_code=False, local_files_only=True)
         ids = found("A cat and 2 dogs", add_special_tokens=False)["input_ids"]

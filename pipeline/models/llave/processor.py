@@ -147,12 +147,11 @@ def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTraine
     rows = text_of(config).vocab_size
     ids = {name: getattr(config, name) for name in ("image_token_id", "video_token_id")}
     for name, value in ids.items():
-        if not isinstance(value, int) or not 0 <= value < rows:
+        own = isinstance(value, int) and 0 <= value < rows and value not in texts
+        if not own or len(set(ids.values())) == 1:
             raise PipelineError(
-                f"{path}: {name}={value!r} in its config.json is no row of the embedding ({rows:,} rows)"
+                f"{path}: {name}={value!r} in its config.json must be a token by itself, below {rows:,}: correct it"
             )
-        if value in texts or len(set(ids.values())) == 1:
-            raise PipelineError(f"{path}: {name}={value} in its config.json stands for something else, too: correct it")
 
 
 def _require_image_processor(path: str, config: LlavaOnevisionConfig) -> None:

@@ -12,7 +12,7 @@ SETTINGS = "text_encoder"  # the field of config.json that tells a text encoder 
 
 def load_config(path: str) -> PreTrainedConfig:
     """The config of a decoder's folder or hub name; PipelineError if there is none."""
-    config = loading.config(path)
+    config: PreTrainedConfig = loading.config(path)
     require_decoder(path, config)
     settings = getattr(config, SETTINGS, {})
     right = isinstance(settings, dict) and settings.keys() <= {"pooling", "instruction"}

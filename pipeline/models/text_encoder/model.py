@@ -143,7 +143,7 @@ def random_config(text: dict[str, Any]) -> PreTrainedConfig:
     require_vocabulary(text)
     made = config(**{name: value for name, value in text.items() if name != "model_type"})
     require_decoder("model.architecture.text", made)
-    check_packing("model.architecture.text", made, TextEncoder.of_config)
+    check("model.architecture.text", made)
     return made
 
 
