@@ -86,8 +86,7 @@ from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave.model import TowerlessLlave
 from pipeline.models.llave.tower import FrozenTower
 from pipeline.models.lora import add_adapters
-from pipeline.objectives.contrastive.step import train_step
-from pipeline.objectives.contrastive.temperature import Temperature
+from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training.budget import Budget
 from pipeline.training.engine import adamw, freeze, parameter_groups
 
@@ -261,8 +260,8 @@ class Ours(Side):
     def step(self, batch: Batch, kept_chunks: int) -> None:
         recipe = self.setting.recipe(len(batch.query), kept_chunks)
         budget = Budget.of(recipe.batch, recipe.model.max_tokens)
-        temperature, features = Temperature(recipe, self.device), self._features(recipe)
-        train_step(self.engine, batch, recipe, budget, temperature, lr=recipe.optimizer.lr, features=features)
+        objective, features = Contrastive(recipe, self.device), self._features(recipe)
+        objective.step(self.engine, batch, budget, 0, lr=recipe.optimizer.lr, features=features)
 
     def _features(self, recipe: Recipe) -> KeptFeatures:
         return KeptFeatures(self.tower, recipe.batch.features_mb << 20)

@@ -79,8 +79,7 @@ from pipeline.models.llave.checks import load_config, tiling
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.model import build
 from pipeline.models.llave.tower import normalised, tower_features
-from pipeline.objectives.contrastive.step import train_step
-from pipeline.objectives.contrastive.temperature import Temperature
+from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze, load_frozen, parameter_groups
 
@@ -158,8 +157,8 @@ class Ours:
     def step(self, batch: Batch, tokens: int, kept_chunks: int) -> Result:
         recipe = recipe_of(len(batch.query))
         budget = Budget(tokens, kept_chunks, chunk_is_fixed=True, kept_is_fixed=True, auto=[], longest=tokens)
-        temperature, features = Temperature(recipe, CPU), self.features(recipe)
-        result = train_step(self.engine, batch, recipe, budget, temperature, lr=0.0, features=features)
+        objective, features = Contrastive(recipe, CPU), self.features(recipe)
+        result = objective.step(self.engine, batch, budget, 0, lr=0.0, features=features)
         return Result(float(result.loss.loss.detach()), result.grad_norm)
 
     def embeddings(self, batch: Batch) -> Tensor:

@@ -70,8 +70,7 @@ from pipeline.jobs.program import command_line
 from pipeline.models.registry import training
 from pipeline.models.text_encoder import model as decoder
 from pipeline.models.vision import VisionEncoder
-from pipeline.objectives.contrastive.step import train_step
-from pipeline.objectives.contrastive.temperature import Temperature
+from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.objectives.objective import StepResult
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine
@@ -236,7 +235,7 @@ class Ours:
         self.order = self.source.order(BATCH, self.recipe.seed, kind.lengths(self.recipe))
         start_distributed(timeout_minutes=5)
         self.engine = build_engine(self.recipe, load_ds_config(self.recipe, 1), path)
-        self.temperature = Temperature(self.recipe, CPU)
+        self.objective = Contrastive(self.recipe, CPU)
 
     def batches(self) -> Iterator[Batch]:
         steps = range(self.recipe.steps)
@@ -251,7 +250,7 @@ class Ours:
         assert all(batch.valid)
         tokens = BATCH * (self.processor.tokens + 1) // chunks
         budget = Budget(tokens, kept, chunk_is_fixed=True, kept_is_fixed=True, auto=[], longest=tokens)
-        return train_step(self.engine, batch, self.recipe, budget, self.temperature, lr=LR)
+        return self.objective.step(self.engine, batch, budget, 0, lr=LR)
 
 
 class Adapter(nn.Module):

@@ -53,25 +53,18 @@ def _why_not(kind: str, device: str, dtype: torch.dtype) -> str:
     """Why a kind does not run there; "" if it does."""
     if kind == "sdpa":
         return ""
-    module = {"flash_attn": "flash_attn", "varlen": "torch.nn.attention.varlen"}[kind]
-    return _no_flash_attention(device, dtype) or _no_module(module)
-
-
-def _no_flash_attention(device: str, dtype: torch.dtype) -> str:
     if device != "cuda":
         return f"it needs a CUDA device, and this is a {device}"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < _AMPERE:
         return f"it needs an Ampere GPU or a newer one, and this is a {torch.cuda.get_device_name()}"
-    return "" if dtype in HALF else "it is for bf16 only, and the precision is fp32"
-
-
-def _no_module(name: str) -> str:
+    if dtype not in HALF:
+        return "it is for bf16 only, and the precision is fp32"
+    name = {"flash_attn": "flash_attn", "varlen": "torch.nn.attention.varlen"}[kind]
     try:
         import_module(name)
-    except ModuleNotFoundError as error:
-        return "it is not installed" if error.name == name else f"it cannot be imported ({error})"
     except Exception as error:  # it was built for another torch, and may say so in any way
-        return f"it cannot be imported ({error})"
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        return "it is not installed" if missing else f"it cannot be imported ({error})"
     return ""
 
 
@@ -126,28 +119,38 @@ class Segments:
         return sent((torch.arange(self.longest) < lengths[:, None])[:, None, None], self.device)
 
 
-# What transformers calls an attention function with: query (1, heads, T, d), key and value (1, key-value heads, T, d);
-# it returns (1, T, heads, d). Where the items' last tokens alone ask, query and result have as many as there are items.
-# No token sees another segment's.
+def _packed(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, None]]:
+    """An attention function as transformers calls it. No token sees another segment's.
+
+    It has query (1, heads, T, d), key and value (1, key-value heads, T, d), and returns (1, T, heads, d). Where the
+    items' last tokens alone ask, query and result have as many as there are items.
+    """
+
+    def packed(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        segments: Segments | None = None,
+        scaling: float,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        _refuse(module, attention_mask, segments, others)
+        return attend(query, key, value, segments, scaling), None
+
+    return packed
 
 
-def packed_sdpa(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    *,
-    segments: Segments | None = None,
-    scaling: float,
-    **others: object,
-) -> tuple[torch.Tensor, None]:
+def _sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
+) -> torch.Tensor:
     """By torch's SDPA on rows of the longest item's length.
 
     Chunks are cut so that little of the rows is empty (see chunks.py); what is empty comes last in its row, where no
     token of a causal item looks.
     """
-    segments = _refuse(module, attention_mask, segments, others)
 
     def spread(x: torch.Tensor, places: Segments) -> torch.Tensor:
         x = x.squeeze(0).transpose(0, 1)
@@ -168,25 +171,15 @@ def packed_sdpa(
         scale=scaling,
         enable_gqa=key.shape[1] < query.shape[1],
     )
-    return out.transpose(1, 2).flatten(0, 1)[queries.slots][None], None
+    return out.transpose(1, 2).flatten(0, 1)[queries.slots][None]
 
 
-def packed_varlen(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    *,
-    segments: Segments | None = None,
-    scaling: float,
-    **others: object,
-) -> tuple[torch.Tensor, None]:
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
+) -> torch.Tensor:
     """By torch's own variable-length FlashAttention."""
-    segments = _refuse(module, attention_mask, segments, others)
     window = (-1, 0) if segments.causal else (-1, -1)
-    attend = partial(_varlen_attn(), scale=scaling, window_size=window)
-    return _by_bounds(attend, (query, key, value), segments), None
+    return _by_bounds(partial(_varlen_attn(), scale=scaling, window_size=window), (query, key, value), segments)
 
 
 @cache
@@ -199,29 +192,20 @@ def _varlen_attn() -> Callable[..., torch.Tensor]:
     return cast(Callable[..., torch.Tensor], attend)  # without the auxiliary results that it can be asked for
 
 
-def packed_flash_attn(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    *,
-    segments: Segments | None = None,
-    scaling: float,
-    **others: object,
-) -> tuple[torch.Tensor, None]:
+def _flash_attn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
+) -> torch.Tensor:
     """By the flash-attn package."""
-    segments = _refuse(module, attention_mask, segments, others)
     from flash_attn import flash_attn_varlen_func  # where it is installed
 
     attend = partial(flash_attn_varlen_func, softmax_scale=scaling, causal=segments.causal)
-    return _by_bounds(attend, (query, key, value), segments), None
+    return _by_bounds(attend, (query, key, value), segments)
 
 
 def _refuse(
     module: torch.nn.Module, mask: torch.Tensor | None, segments: Segments | None, others: dict[str, Any]
-) -> Segments:
-    """The segments; PipelineError for what other models' attention does besides, which would be left out."""
+) -> None:
+    """Raise PipelineError for what other models' attention does besides, which would be left out."""
     if segments is None:
         raise PipelineError("the model's layers do not tell its attention where items begin, which is not supported")
     if mask is not None:  # where a row is packed, none is made, but by layers that weigh tokens so, as Doge's
@@ -241,7 +225,6 @@ def _refuse(
             f"beyond {limit} tokens the model changes the rotary frequencies of all packed items, which is not "
             f"supported: lower max_tokens to {limit}"
         )
-    return segments
 
 
 def _rope_limit(module: torch.nn.Module) -> int | None:
@@ -264,6 +247,6 @@ def _by_bounds(
     return attend(*rows, queries.bounds, segments.bounds, most_queries, segments.longest)[None]
 
 
-KINDS = {"flash_attn": packed_flash_attn, "varlen": packed_varlen, "sdpa": packed_sdpa}
+KINDS = {"flash_attn": _packed(_flash_attn), "varlen": _packed(_varlen), "sdpa": _packed(_sdpa)}
 for kind, function in KINDS.items():
     AttentionInterface.register(implementation(kind), function)

@@ -14,7 +14,7 @@ Its model is a torch module that maps (packed items, with_images, features) to (
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from pipeline.config import ModelSection, Recipe
 from pipeline.errors import PipelineError
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pipeline.data.source import Source
     from pipeline.models.chunks import Features
     from pipeline.models.frozen import Frozen
+
+S = TypeVar("S", bound=ModelSection)
 
 _PROBE = "A cat and a dog on a red sofa"
 
@@ -50,8 +52,8 @@ class Processor(Protocol):
     ) -> "Encoded": ...
 
 
-class TrainingInterface(ABC):
-    """What training needs of a family.
+class TrainingInterface(ABC, Generic[S]):
+    """What training needs of a family, whose section of a recipe is an S.
 
     unused: prefixes of parameters that get no gradient, because no embedding depends on them.
     stages: supported ZeRO stages.
@@ -64,8 +66,11 @@ class TrainingInterface(ABC):
     checks_config_alone: ClassVar[bool] = False
     estimates_memory: ClassVar[bool] = False
 
+    def section(self, recipe: Recipe) -> S:
+        return cast(S, recipe.model)
+
     @abstractmethod
-    def check(self, model: ModelSection) -> None:
+    def check(self, model: S) -> None:
         """Raise PipelineError for what is wrong in a recipe's model, before anything of it is loaded."""
 
     def check_stage(self, stage: int) -> None:
@@ -82,7 +87,7 @@ class TrainingInterface(ABC):
                 f"model.family={recipe.model.family} has none: remove it"
             )
 
-    def conditions(self, model: ModelSection) -> dict[str, Any]:
+    def conditions(self, model: S) -> dict[str, Any]:
         """What must not change when a run resumes, besides the recipe's fixed fields, by name."""
         from pipeline.models.files import fingerprint
 
@@ -106,7 +111,7 @@ class TrainingInterface(ABC):
 
     def preflight(self, recipe: Recipe, path: str) -> None:
         """Raise PipelineError for what is wrong in the folder of the recipe's model, as far as no GPU is needed."""
-        self.check(recipe.model)
+        self.check(self.section(recipe))
         self.processor(recipe, path)
 
     def memory_model(self, recipe: Recipe) -> "nn.Module":
@@ -114,7 +119,7 @@ class TrainingInterface(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:
+    def build(self, model: S, texts: Iterable[str], seed: int, folder: Path) -> None:
         """Write random weights of model.architecture, with a tokenizer of the texts if it has one, as a folder."""
 
     @abstractmethod

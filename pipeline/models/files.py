@@ -144,13 +144,14 @@ def some(names: list[str]) -> str:
 def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
     """All tensors of a folder's weights by name, of which the files' headers and some rows are read.
 
-    files: None are those of `weight_files`.
+    files: to read; None are those of `weight_files`, which are compared with their index.
 
     Raises PipelineError where files are missing, damaged, do not fit their index, hold a tensor twice or a quantised
     one, would run code, or hold a layer (or embedding) whose matrices are all zero, as a save that failed leaves them.
     """
     found: dict[str, Stored] = {}
     matrices: dict[str, bool] = {}
+    whole = files is None
     files = files or weight_files(folder)
     for file in files:
         for name, (shape, dtype, zero) in _header(file).items():
@@ -163,17 +164,14 @@ def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
                 )
             found[name] = Stored(file, shape, dtype if dtype in _DTYPES.values() else None)
             matrices |= {name: zero} if len(shape) > 1 else {}
-    refuse_zeros(folder, matrices)
-    index = folder / f"{_single(files[0])}.index.json"
-    if index.is_file() and _single(files[0]) != files[0].name:
+    _refuse_zeros(folder, matrices)
+    single = "model.safetensors" if files[0].suffix == ".safetensors" else "pytorch_model.bin"
+    index = folder / f"{single}.index.json"
+    if whole and files[0].name != single and index.is_file():
         for name, holder in _weight_map(index).items():
             if name not in found or found[name].file.name != holder:
                 raise PipelineError(f"{folder / holder} lacks {name}, which {index.name} says it holds: {_AGAIN}")
     return found
-
-
-def _single(file: Path) -> str:
-    return "model.safetensors" if file.suffix == ".safetensors" else "pytorch_model.bin"
 
 
 def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
@@ -227,7 +225,7 @@ def refuse_not_finite(where: str | Path, name: str, tensor: torch.Tensor) -> Non
         raise PipelineError(f"{where}: {name} has NaN or infinite weights: {_AGAIN}, or name an earlier checkpoint")
 
 
-def refuse_zeros(where: Path, matrices: dict[str, bool]) -> None:
+def _refuse_zeros(where: Path, matrices: dict[str, bool]) -> None:
     """Raise PipelineError where all matrices of a layer, or of a module outside layers, are zero.  matrices: which are.
 
     Of a layer one may be: in some models what it adds begins at nothing.
@@ -241,25 +239,21 @@ def refuse_zeros(where: Path, matrices: dict[str, bool]) -> None:
 
 
 def refuse_more_layers(path: str, stored: dict[str, Stored], unexpected: set[str]) -> None:
-    """Raise PipelineError where `unexpected`, which the model leaves out, are layers, or parts of layers that it has.
+    """Raise PipelineError where `unexpected`, which the model leaves out, are of further layers, or of modules that it
+    has: of a model of another config.
 
-    A head, a tower that is not read, and buffers may be left out.
+    A head, or the other tower of a CLIP, may be left out.
     """
 
     def numberless(name: str) -> str:
         return re.sub(r"\.\d+(?=\.)", ".#", name)
 
-    known = {numberless(name) for name in stored.keys() - unexpected}
-    if layers := sorted(name for name in unexpected if "#" in numberless(name) and numberless(name) in known):
-        raise PipelineError(
-            f"{path} holds {len(layers)} weights of layers that its config.json does not count, {layers[0]} the "
-            "first: is that of another model?"
-        )
-    layer, read = re.compile(r".*?\blayers\.\d+\."), stored.keys() - unexpected
+    read = {numberless(name) for name in stored.keys() - unexpected}
     modules = {name.rpartition(".")[0] for name in read} - {""}
-    prefixes = {found.group() for found in map(layer.match, read) if found}
+    layers = tuple(found[0] for name in read if (found := re.match(r".*?\blayers\.#\.", name)))
     for name in sorted(unexpected):
-        inside = name.rpartition(".")[0] in modules or ((found := layer.match(name)) and found.group() in prefixes)
+        place = numberless(name)
+        inside = place.rpartition(".")[0] in modules or place.startswith(layers)
         if inside and stored[name].dtype is not None and not name.endswith("inv_freq"):
             raise PipelineError(
                 f"{path} holds {name}, which a model of its config.json has no place for: is that of another model?"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.models import loading
+from pipeline.storage.atomic import replacing
 
 _PARTIAL = "partial_rotary_factor"
 
@@ -76,10 +77,9 @@ def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> N
     after = change(before)
     if after == before:
         return
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(after, indent=2) + "\n")
-    unfinished.chmod(path.stat().st_mode)
-    unfinished.rename(path)
+    with replacing(path, durable=False) as partial:
+        partial.write_text(json.dumps(after, indent=2) + "\n")
+        partial.chmod(path.stat().st_mode)
 
 
 def share(folder: Path) -> None:

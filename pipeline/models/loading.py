@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, cast, overload
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import SizeDict
 from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -80,23 +79,6 @@ _TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.t
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Config = TypeVar("Config", bound=PreTrainedConfig)
-Processor = TypeVar("Processor", bound=PilBackend)
-
-
-class ImageSettings(Protocol):
-    """What transformers' image processors have; their base class does not declare it."""
-
-    size: SizeDict
-    crop_size: SizeDict
-    resample: int
-    rescale_factor: float
-    image_mean: list[Any]
-    image_std: list[Any]
-    do_resize: bool
-    do_rescale: bool
-    do_normalize: bool
-    do_center_crop: bool
-    do_pad: bool
 
 
 def config_dict(path: str) -> dict[str, Any]:
@@ -157,11 +139,7 @@ def checked(file: Path, values: dict[str, Any], section: str = "") -> dict[str, 
     return kept
 
 
-@overload
-def config(path: str, kind: type[Config]) -> Config: ...
-@overload
-def config(path: str, kind: None = None) -> PreTrainedConfig: ...
-def config(path: str, kind: type[PreTrainedConfig] | None = None) -> PreTrainedConfig:
+def config(path: str, kind: type[Config] | None = None) -> Config:
     """The config of a folder or hub name.  kind: the class, also of a part of a model; None: by its model_type.
 
     The caller has asked `config_dict` whether it is of that kind.
@@ -173,7 +151,7 @@ def config(path: str, kind: type[PreTrainedConfig] | None = None) -> PreTrainedC
         with reading(file):
             if name == "mistral" and "layer_types" in values:  # as AutoConfig has it
                 name = "ministral"
-            kind = CONFIG_MAPPING[str(name)]
+            kind = cast(type[Config], CONFIG_MAPPING[str(name)])
     for section in kind.sub_configs:
         if section in _SECTIONS and not isinstance(values.get(section), dict):
             found = shown(values[section]) if section in values else "missing"
@@ -181,7 +159,7 @@ def config(path: str, kind: type[PreTrainedConfig] | None = None) -> PreTrainedC
     if kind.base_config_key and isinstance(values.get(kind.base_config_key), dict):
         values = values[kind.base_config_key]
     with reading(file):
-        return deepcopy(_made(kind, json.dumps(values)))  # type: ignore[arg-type]  # a class has a hash
+        return cast(Config, deepcopy(_made(kind, json.dumps(values))))  # type: ignore[arg-type]  # a class has a hash
 
 
 @lru_cache(maxsize=16)
@@ -231,7 +209,7 @@ def tokenizer(
         if kind:
             found = kind.from_pretrained(folder, local_files_only=True)
         else:
-            its = config(path)
+            its: PreTrainedConfig = config(path)
             its.name_or_path = path  # transformers knows some by their names on the hub
             found = AutoTokenizer.from_pretrained(folder, config=its, trust_remote_code=False, local_files_only=True)
         ids = found("A cat and 2 dogs", add_special_tokens=False)["input_ids"]
@@ -247,7 +225,7 @@ def tokenizer(
     return found
 
 
-def image_processor(path: str, kind: type[Processor], **fields: Any) -> Processor:
+def image_processor(path: str, kind: type[PilBackend], **fields: Any) -> Any:
     """The image processor of a folder or hub name, of that class.  fields: in place of its own."""
     folder = fetched(path, weights=False)
     names = ("preprocessor_config.json", "processor_config.json")
@@ -256,27 +234,26 @@ def image_processor(path: str, kind: type[Processor], **fields: Any) -> Processo
         raise PipelineError(f"no image processor at {path!r}: {folder / names[0]} is missing; copy it from the model")
     for file in files:
         _refuse_code(file, read_json(file))
+
+    def require(right: bool, name: str, value: Any) -> None:
+        if not right:
+            value = list(value) if isinstance(value, tuple) else value
+            raise PipelineError(f"{files[0]}: {name}={shown(value)} makes no picture: copy or download it again")
+
     with reading(files[0], *files):
-        found = kind.from_pretrained(folder, local_files_only=True, **fields)
-    its = cast(ImageSettings, found)
-    sizes = [side for size in (its.size, its.crop_size) if size for side in dict(size).values() if side is not None]
-    for name, value in (("size", side) for side in sizes):
-        _require(files[0], name, value, isinstance(value, int) and 0 < value <= _WHOLE["image_size"])
+        its: Any = kind.from_pretrained(folder, local_files_only=True, **fields)
+    sides = [side for size in (its.size, its.crop_size) if size for side in dict(size).values() if side is not None]
+    for side in sides:
+        require(isinstance(side, int) and 0 < side <= _WHOLE["image_size"], "size", side)
     for name, least in (("image_mean", -math.inf), ("image_std", 0)):
-        value = getattr(found, name)
+        value = getattr(its, name)
         numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
         right = numbers and len(value) == 3 and all(least < v < math.inf for v in value)
-        _require(files[0], name, value, right or not its.do_normalize)
+        require(right or not its.do_normalize, name, value)
     scale = its.rescale_factor
-    _require(files[0], "rescale_factor", scale, isinstance(scale, int | float) and 0 < scale < math.inf)
-    _require(files[0], "resample", its.resample, its.resample in range(6))
-    return found
-
-
-def _require(file: Path, name: str, value: Any, right: bool) -> None:
-    if not right:
-        value = list(value) if isinstance(value, tuple) else value
-        raise PipelineError(f"{file}: {name}={shown(value)} makes no picture: copy or download it again")
+    require(isinstance(scale, int | float) and 0 < scale < math.inf, "rescale_factor", scale)
+    require(its.resample in range(6), "resample", its.resample)
+    return its
 
 
 def check_weights(path: str, kind: type[PreTrainedModel | _BaseAutoModelClass], config: PreTrainedConfig) -> None:
@@ -340,20 +317,20 @@ def open_model(
     return model
 
 
-def reads_as_stored(path: str, images: str | None = None) -> bool:
-    """Whether the model in a folder or of a hub name takes images as they are stored, not upright; see `rgb`.
+def image_reading(path: str | None, images: str | None = None) -> str:
+    """How the model in a folder or of a hub name reads images, `upright` or `as_stored`; see `rgb`.
 
-    images: a recipe's choice, if not what the model's config says.
+    path: None is a model whose config does not say it.  images: a recipe's choice, if not what the config says.
     """
-    images = images or config_dict(path).get(IMAGES, "upright")
+    images = images or ("upright" if path is None else config_dict(path).get(IMAGES, "upright"))
     if images not in ("upright", "as_stored"):
         raise PipelineError(f"{path}: its config has {IMAGES}={images!r}; it can be upright or as_stored")
-    return images == "as_stored"
+    return images
 
 
-def image_reading(path: str | None, images: str | None) -> str:
-    """How a run reads images, `upright` or `as_stored`.  path: None is a model whose config does not say it."""
-    return "as_stored" if (images == "as_stored" if path is None else reads_as_stored(path, images)) else "upright"
+def reads_as_stored(path: str, images: str | None = None) -> bool:
+    """Whether images are read as they are stored, not upright; see `image_reading`."""
+    return image_reading(path, images) == "as_stored"
 
 
 def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -> None:

@@ -40,9 +40,6 @@ class TwoTower(nn.Module, ABC):
     def dimension(self) -> int: ...
 
     @abstractmethod
-    def checkpoint_activations(self) -> None: ...
-
-    @abstractmethod
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
         """(n, 3, size, size) normalised -> (n, dimension)."""
 

@@ -35,7 +35,7 @@ from pipeline.models import loading
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.files import fetched
 from pipeline.models.folder import share
-from pipeline.models.loading import ImageSettings, config_dict, reads_as_stored, refuse_unknown
+from pipeline.models.loading import config_dict, reads_as_stored, refuse_unknown
 
 
 # Of a checkpoint with both towers the vision half alone is read. The classes are named as their bases, for transformers
@@ -118,8 +118,7 @@ class VisionEncoder(nn.Module):
         """
         refuse_unknown("vision", architecture, CLIPVisionConfig())
         config = CLIPVisionConfig(**architecture | {"projection_dim": dimension})
-        side = config.image_size
-        processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        processor = image_processor(cast(int, config.image_size))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(CLIPVisionModelWithProjection._from_config(config, attn_implementation="sdpa"), processor)
@@ -172,7 +171,7 @@ class Pixels:
         kind, processor_class = _family(path, settings)
         processor = loading.image_processor(path, processor_class)
         with loading.reading(fetched(path, weights=False) / "preprocessor_config.json"):
-            pixels = cls._of_processor(path, cast(ImageSettings, processor))
+            pixels = cls._of_processor(path, processor)
         if pixels.size != (side := loading.config(path, kind.config_class).image_size):
             raise PipelineError(
                 f"{path}: its image processor makes {pixels.size} pixels a side, its model takes {side}"
@@ -180,10 +179,9 @@ class Pixels:
         return replace(pixels, as_stored=as_stored)
 
     @classmethod
-    def _of_processor(cls, path: str, its: ImageSettings) -> "Pixels":
-        edge = cast(int, its.size.shortest_edge or its.size.height)
-        crop = (its.crop_size.height, its.crop_size.width) if its.do_center_crop else (edge, edge)
-        height, width = cast(tuple[int, int], crop)
+    def _of_processor(cls, path: str, its: Any) -> "Pixels":
+        edge = its.size.shortest_edge or its.size.height
+        height, width = (its.crop_size.height, its.crop_size.width) if its.do_center_crop else (edge, edge)
         keeps_shape = its.size.shortest_edge is not None
         known = its.do_resize and its.do_rescale and its.do_normalize and not its.do_pad
         known = known and math.isclose(its.rescale_factor, 1 / 255)
@@ -274,6 +272,11 @@ def _timm_parts(path: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     return TimmWrapperForImageClassification, config
 
 
+def image_processor(side: int) -> CLIPImageProcessorPil:
+    """CLIP's, for images of `side` pixels a side."""
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
 @cache
 def shape_of(path: str) -> VisionEncoder:
     """A vision encoder's folder or hub name -> the module without weights."""
@@ -281,10 +284,9 @@ def shape_of(path: str) -> VisionEncoder:
         return VisionEncoder.empty(path)
 
 
-def tokens_of(path: str | None, vision: dict[str, Any]) -> int:
-    """How many tokens an image counts as, by the model's folder, or by fields of CLIPVisionConfig."""
+def tokens_of(path: str | None, architecture: Any) -> int:
+    """How many tokens an image counts as, by the model's folder, or by the section of a recipe that has its shape."""
     if path:
         return shape_of(path).tokens
-    config = CLIPVisionConfig(**vision)
-    size, patch = cast(tuple[int, int], (config.image_size, config.patch_size))
-    return (size // patch) ** 2 + 1
+    with torch.device("meta"):
+        return VisionEncoder.build(architecture.vision, 1, seed=0).tokens

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import deepspeed
 import torch
+from deepspeed import DeepSpeedEngine
 
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
@@ -51,18 +51,12 @@ class Objective(ABC):
 
     @abstractmethod
     def step(
-        self,
-        engine: deepspeed.DeepSpeedEngine,
-        batch: Batch,
-        cut: Cut,
-        number: int,
-        *,
-        lr: float,
-        features: Features | None = None,
+        self, engine: DeepSpeedEngine, batch: Batch, cut: Cut, step: int, *, lr: float, features: Features | None = None
     ) -> StepResult:
-        """Take optimizer step `number` (from 0) with this rank's part of the global batch.
+        """Take one optimizer step with this rank's part of the global batch.
 
-        lr: default learning rate, for parts without their own.  features: of a frozen part that is outside the engine.
+        step: its number, from 0.  lr: default learning rate, for parts without their own.
+        features: of a frozen part that is outside the engine.
         """
 
     def state(self) -> dict[str, Any]:
@@ -84,7 +78,7 @@ def objective_of(recipe: Recipe) -> type[Objective]:
 
 
 def backward_chunks(
-    engine: deepspeed.DeepSpeedEngine,
+    engine: DeepSpeedEngine,
     kept: Sequence[Chunk],
     graphs: list[torch.Tensor],
     again: Sequence[Chunk],
@@ -113,20 +107,15 @@ def backward_chunks(
     return parts
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine, lr: float) -> float:
+def optimizer_step(engine: DeepSpeedEngine, lr: float) -> float:
     """Take the optimizer step; returns the gradient norm before clipping.
 
     lr: default learning rate, for parts without their own.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    norm = _unsharded_norm(engine)
+    norm = None
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # ZeRO 0 in fp32, where DeepSpeed does not keep the norm
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
     return float(engine.get_global_grad_norm() if norm is None else norm)
-
-
-def _unsharded_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | None:
-    """The gradient's norm where nothing is sharded (ZeRO 0 in fp32), which is where DeepSpeed does not keep it."""
-    if not isinstance(engine.optimizer, torch.optim.Optimizer):
-        return None
-    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

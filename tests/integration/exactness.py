@@ -36,8 +36,7 @@ from pipeline.models.llave.model import Llave
 from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.lora import add_adapters
 from pipeline.objectives.contrastive import step as step_module
-from pipeline.objectives.contrastive.step import train_step
-from pipeline.objectives.contrastive.temperature import Temperature
+from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze, load_frozen
 
@@ -296,18 +295,19 @@ def differences(
     pairs_of: those of a step, of all ranks.  features: anew for each step.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    temperature, result = Temperature(recipe, engine.device), {"loss": 0.0, "grad_norm": 0.0}
+    objective, result = Contrastive(recipe, engine.device), {"loss": 0.0, "grad_norm": 0.0}
     for step in range(STEPS):
         pairs = pairs_of(step)
         own = batch_of(pairs[rank * len(pairs) // world : (rank + 1) * len(pairs) // world], processor)
         budget = Budget.of(recipe.batch, 512)
-        ours = train_step(engine, own, recipe, budget, temperature, lr=LR, features=features())
+        ours = objective.step(engine, own, budget, step, lr=LR, features=features())
         loss = ours.loss.loss.detach().clone()
         dist.all_reduce(loss)
         result["loss"] = max(result["loss"], abs(float(loss) / world / theirs.losses[step] - 1))
         result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / theirs.norms[step] - 1))
-    result["temperature"] = abs(float(temperature.value) / theirs.temperature - 1)
-    result["learnt"] = abs(float(temperature.value) - recipe.objective.temperature)
+    temperature = float(objective.temperature.value)
+    result["temperature"] = abs(temperature / theirs.temperature - 1)
+    result["learnt"] = abs(temperature - recipe.objective.temperature)
     result["parameters"] = largest_difference(engine, theirs.parameters)
     engine.destroy()
     return result

@@ -26,7 +26,7 @@ from pipeline.models.text_encoder.checks import load_config
 from pipeline.models.text_encoder.masked import MaskedLanguageModel
 from pipeline.models.text_encoder.processor import TextProcessor
 from pipeline.objectives.masked_tokens.masks import mask
-from pipeline.objectives.masked_tokens.step import masked_step
+from pipeline.objectives.masked_tokens.step import MaskedNextToken
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze
 from pipeline.training.export import export
@@ -115,10 +115,11 @@ def compare(models: Path, case: Case) -> dict:
     groups = [{"params": [p], "weight_decay": 0.1 if p.ndim > 1 else 0} for p in trained]
     optimizer = torch.optim.AdamW(groups, lr=LR, eps=EPS)
     result = {"case": repr(case), "loss": 0.0, "grad_norm": 0.0}
+    objective = MaskedNextToken(recipe, engine.device)
     for step in range(STEPS):
         pairs = make_pairs(seed=step)
         own = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], texts)
-        ours = masked_step(engine, own, recipe, Budget.of(recipe.batch, 512), step, lr=LR)
+        ours = objective.step(engine, own, Budget.of(recipe.batch, 512), step, lr=LR)
         expected, count = formula(reference, pairs, texts, recipe, step)
         assert (ours.masked_tokens, ours.valid) == (count, PAIRS - len(INVALID))
         optimizer.zero_grad()

@@ -19,8 +19,7 @@ from pipeline.models.files import fingerprint
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave.model import Llave
 from pipeline.models.llave.processor import LlaveProcessor
-from pipeline.objectives.contrastive.step import train_step
-from pipeline.objectives.contrastive.temperature import Temperature
+from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_frozen
@@ -40,15 +39,8 @@ def main() -> None:
 
     def step(engine, batch) -> tuple[float, float]:
         features = KeptFeatures(tower, 0) if tower else None
-        result = train_step(
-            engine,
-            batch,
-            recipe,
-            Budget.of(recipe.batch, 512),
-            Temperature(recipe, engine.device),
-            lr=1e-3,
-            features=features,
-        )
+        objective, budget = Contrastive(recipe, engine.device), Budget.of(recipe.batch, 512)
+        result = objective.step(engine, batch, budget, 0, lr=1e-3, features=features)
         return float(result.loss.loss.detach()), result.grad_norm
 
     tower = load_frozen(recipe, model, torch.device("cpu"))

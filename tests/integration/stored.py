@@ -22,8 +22,7 @@ from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.chunks import Chunk
 from pipeline.models.registry import training
 from pipeline.models.text_encoder.model import FrozenTextEncoder
-from pipeline.objectives.contrastive.step import contrastive_loss, train_step
-from pipeline.objectives.contrastive.temperature import Temperature
+from pipeline.objectives.contrastive.step import Contrastive, contrastive_loss
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_frozen
 
@@ -40,7 +39,7 @@ def train(recipe: Recipe, stored: Stored | None = None) -> tuple[list[float], fl
     order = source.order(recipe.batch.global_batch, recipe.seed, kind.lengths(recipe))
     path = recipe.model.path
     processor, frozen = kind.processor(recipe, path), load_frozen(recipe, path, device)
-    engine, temperature = build_engine(recipe, load_ds_config(recipe, 1), path), Temperature(recipe, device)
+    engine, objective = build_engine(recipe, load_ds_config(recipe, 1), path), Contrastive(recipe, device)
 
     def features(chunk: Chunk) -> torch.Tensor | None:
         vectors = frozen.features_of(chunk)
@@ -50,11 +49,11 @@ def train(recipe: Recipe, stored: Stored | None = None) -> tuple[list[float], fl
 
     losses, expected = [], None
     given = {"rank": 0, "world": 1, "timeout": HANG_SECONDS, "trained_on": kind.trained_on}
-    for batch in batches(source, order, processor.encode, range(STEPS), **given):
+    for step, batch in enumerate(batches(source, order, processor.encode, range(STEPS), **given)):
         if frozen and not losses:
             expected = deviation(engine, frozen, batch, recipe)
         budget, seen = Budget.of(recipe.batch, 512), features if frozen else None
-        result = train_step(engine, batch, recipe, budget, temperature, lr=recipe.optimizer.lr, features=seen)
+        result = objective.step(engine, batch, budget, step, lr=recipe.optimizer.lr, features=seen)
         losses.append(result.loss.loss.item())
     return losses, expected
 

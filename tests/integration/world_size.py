@@ -17,8 +17,7 @@ from pipeline.config import load_ds_config, load_recipe
 from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave.processor import LlaveProcessor
-from pipeline.objectives.contrastive.step import train_step
-from pipeline.objectives.contrastive.temperature import Temperature
+from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_frozen, set_hyperparameters
@@ -57,24 +56,24 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
             config["checkpoint"] = {"load_universal": True}
     tower = load_frozen(recipe, model, torch.device("cpu"))
     engine, processor = build_engine(recipe, config, model), LlaveProcessor.load(model, 512)
-    temperature = Temperature(recipe, engine.device)
+    objective = Contrastive(recipe, engine.device)
     if start:
         state = checkpoint.load(engine, start)
         assert (state["step"], state["bad_samples"], state["budget"]) == (steps.start, 7, {"chunk_tokens": 200})
         set_hyperparameters(engine, recipe)
-        temperature.load(state["temperature"])
+        objective.load(state)
     results = []
     for step in steps:
         pairs = make_pairs("mixed", seed=step)
         batch = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
         features = KeptFeatures(tower, 0) if tower else None
         budget = Budget.of(recipe.batch, 512)
-        result = train_step(engine, batch, recipe, budget, temperature, lr=2e-3, features=features)
+        result = objective.step(engine, batch, budget, step, lr=2e-3, features=features)
         loss = result.loss.loss.detach().clone()
         dist.all_reduce(loss)
         results.append((float(loss) / world, result.grad_norm))
         if (step + 1) % 2 == 0:
-            kept = {"bad_samples": 7, "budget": {"chunk_tokens": 200}, "temperature": temperature.state()}
+            kept = {"bad_samples": 7, "budget": {"chunk_tokens": 200}} | objective.state()
             conditions = {"the ZeRO stage": config["zero_optimization"]["stage"]}
             checkpoint.save(engine, folder / case / f"by{world}", step + 1, kept, conditions, keep=9)
     engine.destroy()

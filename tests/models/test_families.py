@@ -1,7 +1,7 @@
 """Families of models: found by their folders; and recipes that do not fit theirs."""
 
 import io
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from closeness import assert_close_in_norm
@@ -24,6 +24,35 @@ ARCHITECTURES = {
     "llm2clip": {"vision": VISION},
     "clip": {"vision": VISION, "text": SIZES | {"vocab_size": 600, "max_position_embeddings": 20}},
 }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """Of each of LLM2CLIP's families and of CLIP one of random weights as a run begins with, and a text encoder's."""
+    root = tmp_path_factory.mktemp("families")
+    found = {"text_encoder": str(root / "text_encoder")}
+    for kind, architecture in ARCHITECTURES.items():
+        found[kind] = str(root / kind)
+        model = section(kind, architecture=architecture, **needed(kind, found))
+        training(kind).build(model, ["a red star"], 0, root / kind)
+    return found
+
+
+def needed(kind: str, folders: dict[str, str]) -> dict[str, str]:
+    """Fields that the family's section must have."""
+    return {"text_encoder": folders["text_encoder"]} if kind == "llm2clip" else {}
+
+
+@pytest.fixture(scope="module")
+def error_of(folders) -> Callable[..., str]:
+    """A family and fields of its section -> the error of its check."""
+
+    def error_of(kind: str, **fields: object) -> str:
+        with pytest.raises(PipelineError) as error:
+            training(kind).check(section(kind, **needed(kind, folders) | fields))
+        return str(error.value)
+
+    return error_of
 
 
 @pytest.mark.parametrize(
@@ -87,24 +116,8 @@ def test_what_a_family_does_not_have_is_refused(recipe, override, named):
         ("llm2clip", {"vision": VISION | {"patch": 8}}, "model.architecture.vision.patch"),
     ],
 )
-def test_what_transformers_does_not_know_is_refused_before_anything_is_built(kind, architecture, named, folders):
-    encoder = {"text_encoder": folders["text_encoder"]} if kind == "llm2clip" else {}
-    with pytest.raises(PipelineError) as error:
-        training(kind).check(section(kind, architecture=architecture, **encoder))
-    assert named in str(error.value)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, str]:
-    """Of each of LLM2CLIP's families and of CLIP one of random weights as a run begins with, and a text encoder's."""
-    root = tmp_path_factory.mktemp("families")
-    found = {}
-    for kind, architecture in ARCHITECTURES.items():
-        encoder = {"text_encoder": found["text_encoder"]} if kind == "llm2clip" else {}
-        found[kind] = str(root / kind)
-        model = section(kind, architecture=architecture, **encoder)
-        training(kind).build(model, ["a red star"], 0, root / kind)
-    return found
+def test_what_transformers_does_not_know_is_refused_before_anything_is_built(kind, architecture, named, error_of):
+    assert named in error_of(kind, architecture=architecture)
 
 
 def test_families_are_found_by_their_folders(folders, tiny_model, tmp_path):
@@ -132,7 +145,7 @@ def photo(orientation: int) -> bytes:
 @pytest.mark.parametrize("kind", ["llave", "llm2clip", "clip"])
 def test_pictures_are_read_as_the_recipe_says_and_so_by_its_export(kind, folders, tiny_model, tmp_path):
     name, path = ("demo", tiny_model) if kind == "llave" else (f"demo_{kind}", folders[kind])
-    fields = [f"model.path={path}"] + [f"model.text_encoder={folders['text_encoder']}"] * (kind == "llm2clip")
+    fields = [f"model.{name}={value}" for name, value in needed(kind, folders).items()]
     item, upright = Item("<image>\nWhere?", (photo(6),)), Item("<image>\nWhere?", (photo(1),))
 
     def recipe(path: str, *images: str) -> Recipe:
@@ -165,18 +178,12 @@ def test_pictures_are_read_as_the_recipe_says_and_so_by_its_export(kind, folders
             assert (float((rows[0] - rows[2]).norm()) < 1e-4) == equal
 
 
-def test_a_model_of_another_kind_is_refused_before_it_is_loaded(folders, tmp_path):
-    def error(kind: str, path: str, **fields: str) -> str:
-        with pytest.raises(PipelineError) as error:
-            training(kind).check(section(kind, path=path, **fields))
-        return str(error.value)
-
-    assert "is a clip model; expected a decoder of texts" in error("text_encoder", folders["clip"])
-    assert "is a qwen2 model; expected clip" in error("clip", folders["text_encoder"])
-    assert "is a qwen2 model; expected a vision encoder: clip" in error(
-        "llm2clip", folders["text_encoder"], text_encoder=folders["text_encoder"]
-    )
-    assert "expected a decoder of texts" in error("llm2clip", folders["llm2clip"], text_encoder=folders["clip"])
-    missing = str(Path(tmp_path, "missing"))
+def test_a_model_of_another_kind_is_refused_before_it_is_loaded(folders, error_of, tmp_path):
+    decoder, clip, tower = (folders[kind] for kind in ("text_encoder", "clip", "llm2clip"))
+    assert "is a clip model; expected a decoder of texts" in error_of("text_encoder", path=clip)
+    assert "is a qwen2 model; expected clip" in error_of("clip", path=decoder)
+    assert "is a qwen2 model; expected a vision encoder: clip" in error_of("llm2clip", path=decoder)
+    assert "expected a decoder of texts" in error_of("llm2clip", path=tower, text_encoder=clip)
+    missing = str(tmp_path / "missing")
     for kind in ("text_encoder", "clip"):
-        assert f"no model at '{missing}'" in error(kind, missing)
+        assert f"no model at '{missing}'" in error_of(kind, path=missing)

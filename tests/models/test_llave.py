@@ -16,7 +16,7 @@ from pipeline.data.sample import BadSample, Item
 from pipeline.data.tiles import Tiling
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
-from pipeline.models.llave.checks import check_architecture
+from pipeline.models.llave.checks import config_of_architecture
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.model import Llave
@@ -227,7 +227,7 @@ def test_an_architecture_that_transformers_does_not_know_is_refused(part, key, n
     if key:
         parts[part] = parts[part] | {key: 7}
     with pytest.raises(PipelineError, match=named):
-        check_architecture(LlaveArchitecture(**parts, image_grid_pinpoints=[(8, 8)]))
+        config_of_architecture(LlaveArchitecture(**parts, image_grid_pinpoints=[(8, 8)]))
 
 
 def test_missing_models_and_weights_are_clear_errors(tiny_model, tmp_path):

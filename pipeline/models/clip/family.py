@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel
 
-from pipeline.config import ModelSection, Recipe
+from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths, Square
 from pipeline.models import loading
 from pipeline.models.chunks import Features
@@ -24,34 +24,31 @@ from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels, shape_of, tokens_of
 
 
-class ClipTraining(TrainingInterface):
+class ClipTraining(TrainingInterface[ClipSection]):
     """Both towers are inside the engine."""
 
     stages = (0, 1, 2)
 
-    def check(self, model: ModelSection) -> None:
-        if architecture := _section(model).architecture:
+    def check(self, model: ClipSection) -> None:
+        if architecture := model.architecture:
             clip.check_architecture(architecture)
         elif model.path:
             loading.check_weights(model.path, CLIPModel, load_config(model.path))
             SAVED.reader(model.path, model.max_tokens, 1)
 
-    def conditions(self, model: ModelSection) -> dict[str, Any]:
-        return super().conditions(model) | {"model.images": image_reading(model.path, _section(model).images)}
+    def conditions(self, model: ClipSection) -> dict[str, Any]:
+        return super().conditions(model) | {"model.images": image_reading(model.path, model.images)}
 
     def lengths(self, recipe: Recipe) -> Lengths:
-        architecture = _section(recipe.model).architecture
-        return Lengths(
-            Square(tokens_of(recipe.model.path, architecture.vision if architecture else {})), recipe.video.frames
-        )
+        model = self.section(recipe)
+        return Lengths(Square(tokens_of(model.path, model.architecture)), recipe.video.frames)
 
-    def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:
-        architecture = _section(model).architecture
-        assert architecture
-        clip.build(architecture, texts, seed, folder)
+    def build(self, model: ClipSection, texts: Iterable[str], seed: int, folder: Path) -> None:
+        assert model.architecture
+        clip.build(model.architecture, texts, seed, folder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
-        pixels = Pixels.load(path, _section(recipe.model).images)
+        pixels = Pixels.load(path, self.section(recipe).images)
         return replace(SAVED.reader(path, recipe.model.max_tokens, recipe.video.frames), pixels=pixels)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
@@ -61,7 +58,7 @@ class ClipTraining(TrainingInterface):
         self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
     ) -> None:
         clip.save(cast(Clip, model), source, folder)
-        note_images(folder, reads_as_stored(source, _section(recipe.model).images))
+        note_images(folder, reads_as_stored(source, self.section(recipe).images))
 
 
 class SavedClip(SavedModelInterface):
@@ -81,11 +78,6 @@ class SavedClip(SavedModelInterface):
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         return Clip.load(path, DTYPES[precision]).eval().to(device), None
-
-
-def _section(model: ModelSection) -> ClipSection:
-    assert isinstance(model, ClipSection)
-    return model
 
 
 TRAINING = {"contrastive": ClipTraining()}

@@ -1,6 +1,5 @@
 """CLIP, whose two towers are both trained (arXiv 2103.00020): what LLM2CLIP is compared with."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,7 +23,7 @@ from pipeline.models.clip.processor import load_config, text_of
 from pipeline.models.folder import finish
 from pipeline.models.loading import refuse_unknown, require_vocabulary
 from pipeline.models.two_tower import TwoTower
-from pipeline.models.vision import Pixels
+from pipeline.models.vision import Pixels, image_processor
 
 
 class Clip(TwoTower):
@@ -80,9 +79,7 @@ def build(architecture: ClipArchitecture, texts: Iterable[str], seed: int, folde
     tokenizer.model_max_length = text_of(config).max_position_embeddings
     tokenizer.save_pretrained(folder)
     size = cast(int, cast(CLIPVisionConfig, config.vision_config).image_size)
-    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(
-        folder
-    )
+    image_processor(size).save_pretrained(folder)
 
 
 def save(model: Clip, source: str, folder: Path) -> None:
@@ -91,9 +88,8 @@ def save(model: Clip, source: str, folder: Path) -> None:
     model.clip.save_pretrained(folder, state_dict=model.clip.state_dict() | {"logit_scale": scale})
     loading.tokenizer(source).save_pretrained(folder)
     loading.image_processor(source, CLIPImageProcessorPil).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
     (folder / "README.md").write_text(
-        f"---\nlibrary_name: transformers\n---\n\n# CLIP\n\nA CLIP of {config['projection_dim']} dimensions: "
+        f"---\nlibrary_name: transformers\n---\n\n# CLIP\n\nA CLIP of {model.dimension} dimensions: "
         "`CLIPModel.from_pretrained(FOLDER)`, without a logit scale of its own.\n"
     )
     finish(folder)

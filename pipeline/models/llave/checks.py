@@ -51,11 +51,18 @@ def tiling(config: LlavaOnevisionConfig) -> Tiling:
     )
 
 
-def check_architecture(architecture: LlaveArchitecture) -> None:
-    """Refuse what transformers' configurations do not know: they would take it and ignore it."""
+def config_of_architecture(architecture: LlaveArchitecture) -> LlavaOnevisionConfig:
+    """The config of a model to be made; PipelineError for a field that transformers would ignore."""
     refuse_unknown("vision", architecture.vision, SiglipVisionConfig())
     refuse_unknown("text", architecture.text, Qwen2Config())
     require_vocabulary(architecture.text)
+    return LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**architecture.vision, vision_use_head=False),  # type: ignore[call-arg]  # read, not declared
+        text_config=Qwen2Config(**architecture.text),
+        image_grid_pinpoints=[list(size) for size in architecture.image_grid_pinpoints],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
 
 
 def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | None = None) -> LlavaOnevisionConfig:
@@ -69,12 +76,10 @@ def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | No
     if (kind := given.get("model_type")) != "llava_onevision":
         raise PipelineError(f"{path} is a {kind} model; expected llava_onevision")
     config = loading.config(path, LlavaOnevisionConfig)
-    if text_of(config).model_type != "qwen2":
-        raise PipelineError(f"{path}: its language model is a {text_of(config).model_type}; expected qwen2")
-    if vision_of(config).model_type != "siglip_vision_model":
-        raise PipelineError(
-            f"{path}: its vision tower is a {vision_of(config).model_type}; expected siglip_vision_model"
-        )
+    parts = ("language model", text_of(config), "qwen2"), ("vision tower", vision_of(config), "siglip_vision_model")
+    for name, part, expected in parts:
+        if part.model_type != expected:
+            raise PipelineError(f"{path}: its {name} is a {part.model_type}; expected {expected}")
     if config.vision_feature_layer != -1:
         raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
     require_newline(path, newline_position(config))

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Qwen2Tokenizer
 
-from pipeline.config import ModelSection, Recipe
+from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths
 from pipeline.models import files, loading
 from pipeline.models.attention import fastest
@@ -21,37 +21,26 @@ from pipeline.models.llave import checks, weights
 from pipeline.models.llave.config import LlaveSection
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.model import Llave, TowerlessLlave, build, check_language_model
-from pipeline.models.llave.processor import LlaveProcessor, require_normalisation
+from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.llave.tower import FrozenTower
 from pipeline.models.loading import DTYPES, image_reading, reads_as_stored
 
 
-class LlaveTraining(TrainingInterface):
+class LlaveTraining(TrainingInterface[LlaveSection]):
     """A tower that is not trained is outside the engine."""
 
     checks_config_alone = estimates_memory = True
     unused = ("vision_tower.post_layernorm.",)  # the embedding reads the tower before its final norm
 
-    # Names that tensors have in LLaVA-OneVision's checkpoints of earlier and present versions of transformers.
-    _RENAMED: ClassVar = (
-        (re.compile(r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)"), ""),
-        (re.compile(r"^language_model\.model\."), "language_model."),
-        (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
-    )
-
-    def check(self, model: ModelSection) -> None:
-        model = _section(model)
-        if model.architecture:
-            checks.check_architecture(model.architecture)
+    def check(self, model: LlaveSection) -> None:
         config = weights.config_of(model)
         if model.path and not weights.is_original(files.fetched(model.path, weights=False)):
             loading.check_weights(model.path, Llave, config)
             LlaveProcessor.load(model.path, model.max_tokens)
-            require_normalisation(model.path)
         check_language_model(model.path or "model.architecture", config)
 
-    def conditions(self, model: ModelSection) -> dict[str, Any]:
-        path, images = model.path, _section(model).images
+    def conditions(self, model: LlaveSection) -> dict[str, Any]:
+        path, images = model.path, model.images
         # The config of an original checkpoint does not say how images are read.
         if path and weights.is_original(files.fetched(path, weights=False)):
             path = None
@@ -62,50 +51,46 @@ class LlaveTraining(TrainingInterface):
 
     def preflight(self, recipe: Recipe, path: str) -> None:
         if Path(path).is_dir() and self.converts(path):
-            rows = checks.text_of(weights.config_of(_section(recipe.model))).vocab_size
+            rows = checks.text_of(weights.config_of(self.section(recipe))).vocab_size
             loading.tokenizer(path, rows, Qwen2Tokenizer)
         else:
             super().preflight(recipe, path)
 
     def memory_model(self, recipe: Recipe) -> Llave:
-        section = _section(recipe.model)
-        if section.architecture:
-            checks.check_architecture(section.architecture)
         with torch.device("meta"):
-            return Llave(weights.config_of(section))
+            return Llave(weights.config_of(self.section(recipe)))
 
     def lengths(self, recipe: Recipe) -> Lengths:
-        return Lengths(checks.tiling(weights.config_of(_section(recipe.model))), recipe.video.frames)
+        return Lengths(checks.tiling(weights.config_of(self.section(recipe))), recipe.video.frames)
 
     def resolve(self, path: str, cache: Path) -> str:
         return weights.resolve(path, cache)
 
-    def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:
-        architecture = _section(model).architecture
-        assert architecture
-        build(architecture, texts, seed, folder)
+    def build(self, model: LlaveSection, texts: Iterable[str], seed: int, folder: Path) -> None:
+        assert model.architecture
+        build(model.architecture, texts, seed, folder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
-        tokens, frames, images = recipe.model.max_tokens, recipe.video.frames, _section(recipe.model).images
-        return LlaveProcessor.load(path, tokens, frames, **_own(recipe), images=images)
+        tokens, frames, images = recipe.model.max_tokens, recipe.video.frames, self.section(recipe).images
+        return LlaveProcessor.load(path, tokens, frames, **self._own(recipe), images=images)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        return _llave(recipe).load(path, DTYPES[recipe.precision], attention=attention, **_own(recipe))
+        return self._llave(recipe).load(path, DTYPES[recipe.precision], attention=attention, **self._own(recipe))
 
     def empty(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        llave = _llave(recipe)
-        return llave(llave.config_for(path, attention=attention, **_own(recipe)))
+        llave = self._llave(recipe)
+        return llave(llave.config_for(path, attention=attention, **self._own(recipe)))
 
     def own_name(self, stored: str) -> str:
-        for pattern, replacement in self._RENAMED:
-            stored = pattern.sub(replacement, stored)
-        return stored
+        # In checkpoints of earlier and present versions of transformers.
+        stored = re.sub(r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)", "", stored)
+        return re.sub(r"^(language_model|vision_tower)\.(model|vision_model)\.", r"\1.", stored)
 
     def load_whole(self, recipe: Recipe, path: str) -> nn.Module:
-        return Llave.load(path, DTYPES[recipe.precision], **_own(recipe))
+        return Llave.load(path, DTYPES[recipe.precision], **self._own(recipe))
 
     def frozen(self, recipe: Recipe, path: str, device: torch.device) -> Frozen | None:
-        if _section(recipe.model).train.vision_tower:
+        if self.section(recipe).train.vision_tower:
             return None
         return FrozenTower.load(path, DTYPES[recipe.precision], device, recipe.batch.tower_tiles)
 
@@ -118,7 +103,15 @@ class LlaveTraining(TrainingInterface):
         self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
     ) -> None:
         save_folder(cast(Llave, model), weights, source, folder, recipe.model.path)
-        note_images(folder, reads_as_stored(source, _section(recipe.model).images))
+        note_images(folder, reads_as_stored(source, self.section(recipe).images))
+
+    def _own(self, recipe: Recipe) -> dict[str, Any]:
+        """What the recipe sets in place of the model's own."""
+        model = self.section(recipe)
+        return {"pinpoints": model.image_grid_pinpoints, "newline": model.mm_newline_position}
+
+    def _llave(self, recipe: Recipe) -> type[Llave]:
+        return Llave if self.section(recipe).train.vision_tower else TowerlessLlave
 
 
 class SavedLlave(SavedModelInterface):
@@ -137,24 +130,8 @@ class SavedLlave(SavedModelInterface):
         return LlaveProcessor.load(path, max_tokens, video_frames)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
-        require_normalisation(path)
         attention = fastest(checks.load_config(path), DTYPES[precision], device)
         return Llave.load(path, DTYPES[precision], attention=attention).eval().to(device), None
-
-
-def _section(model: ModelSection) -> LlaveSection:
-    assert isinstance(model, LlaveSection)
-    return model
-
-
-def _own(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe sets in place of the model's own."""
-    model = _section(recipe.model)
-    return {"pinpoints": model.image_grid_pinpoints, "newline": model.mm_newline_position}
-
-
-def _llave(recipe: Recipe) -> type[Llave]:
-    return Llave if _section(recipe.model).train.vision_tower else TowerlessLlave
 
 
 TRAINING = {"contrastive": LlaveTraining()}

@@ -15,7 +15,6 @@ from transformers import (
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionModel,
     PreTrainedConfig,
-    Qwen2Config,
     SiglipVisionConfig,
 )
 from transformers.conversion_mapping import (
@@ -28,7 +27,8 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
-from pipeline.models.llave.checks import Pinpoints, load_config, newline_position, sides_of, text_of, vision_of
+from pipeline.models.llave import checks
+from pipeline.models.llave.checks import Pinpoints, sides_of, text_of
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.processor import train_tokenizer
 from pipeline.models.llave.qwen2 import keep_less, pool_in_last_layer
@@ -71,8 +71,8 @@ class Llave(LlavaOnevisionModel):
         path: str, pinpoints: Pinpoints | None, attention: str, newline: str | None = None
     ) -> LlavaOnevisionConfig:
         """The config with which `load` builds the model."""
-        config = load_config(path, pinpoints, newline)
-        config.mm_newline_position = newline_position(config)
+        config = checks.load_config(path, pinpoints, newline)
+        config.mm_newline_position = checks.newline_position(config)
         config._attn_implementation = {"text_config": implementation(attention), "vision_config": "sdpa"}
         return config
 
@@ -137,7 +137,7 @@ class Llave(LlavaOnevisionModel):
     def _dummy_features(self, like: torch.Tensor) -> torch.Tensor:
         """The tower's of one black tile, or zeros where the tower is not part of the model."""
         if self.vision_tower is None:
-            return like.new_zeros(1, 1, vision_of(self.config).hidden_size)
+            return like.new_zeros(1, 1, checks.vision_of(self.config).hidden_size)
         side, _ = sides_of(self.config)
         return tower_features(self.vision_tower, like.new_zeros(1, 3, side, side))
 
@@ -163,21 +163,12 @@ def build(architecture: LlaveArchitecture, texts: Iterable[str], seed: int, fold
     It is written once and then loaded by every rank, which is also the one way to ZeRO-3's partitions.
     """
     tokenizer = train_tokenizer(texts, int(architecture.text["vocab_size"]))
-    text = architecture.text | {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }
-    config = LlavaOnevisionConfig(  # type: ignore[call-arg]  # its attribute_map knows the tokens by these names
-        vision_config=SiglipVisionConfig(**architecture.vision, vision_use_head=False),  # type: ignore[call-arg]  # read, not declared
-        text_config=Qwen2Config(**text),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_MARK),
-        video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_MARK),
-        image_grid_pinpoints=[list(size) for size in architecture.image_grid_pinpoints],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-    )
+    config = checks.config_of_architecture(architecture)
+    config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+    config.video_token_id = tokenizer.convert_tokens_to_ids(VIDEO_MARK)
+    text = text_of(config)
+    text.vocab_size, text.bos_token_id = len(tokenizer), None
+    text.pad_token_id, text.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         LlavaOnevisionModel(config).save_pretrained(folder, save_original_format=False)

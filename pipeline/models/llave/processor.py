@@ -1,11 +1,10 @@
 """Items -> token ids and tiles, as LLaVE reads them."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import cast
+from typing import Any
 
 import numpy as np
 from PIL.Image import Image as Picture
@@ -26,7 +25,7 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.llave.checks import Pinpoints, load_config, sides_of, text_of, tiling
 from pipeline.models.llave.tower import MEAN, STD
-from pipeline.models.loading import ImageSettings, reads_as_stored
+from pipeline.models.loading import reads_as_stored
 
 # The published prompt: the assistant's turn is one newline, and so is the last token, which is pooled.
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -148,38 +147,22 @@ def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTraine
     rows = text_of(config).vocab_size
     ids = {name: getattr(config, name) for name in ("image_token_id", "video_token_id")}
     for name, value in ids.items():
-        if not isinstance(value, int) or not 0 <= value < rows:
+        own = isinstance(value, int) and 0 <= value < rows and value not in texts
+        if not own or len(set(ids.values())) == 1:
             raise PipelineError(
-                f"{path}: {name}={value!r} in its config.json is no row of the embedding ({rows:,} rows)"
+                f"{path}: {name}={value!r} in its config.json must be a token by itself, below {rows:,}: correct it"
             )
-        if value in texts or len(set(ids.values())) == 1:
-            raise PipelineError(f"{path}: {name}={value} in its config.json stands for something else, too: correct it")
 
 
 def _require_image_processor(path: str, config: LlavaOnevisionConfig) -> None:
-    """Raise PipelineError where images have another size than here. An export holds the processor."""
-    its, (side, _) = _image_settings(path), sides_of(config)
+    """Raise PipelineError where the model was trained with pictures that are prepared otherwise than here."""
+    its, (side, _) = loading.image_processor(path, LlavaOnevisionImageProcessorPil), sides_of(config)
+    wanted: dict[str, Any] = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_pad"), True)
+    wanted |= {"rescale_factor": 1 / 255, "resample": int(Resampling.BICUBIC), "image_mean": MEAN, "image_std": STD}
+    for name, value in wanted.items():
+        if not np.allclose(getattr(its, name), value, rtol=1e-6, atol=0):
+            raise PipelineError(
+                f"{path}: its image processor has {name}={getattr(its, name)}; only {value} is supported"
+            )
     if (its.size.height, its.size.width) != (side, side):
         raise PipelineError(f"{path}: its image processor makes tiles of size {dict(its.size)}, its model takes {side}")
-
-
-def _image_settings(path: str) -> ImageSettings:
-    return cast(ImageSettings, loading.image_processor(path, LlavaOnevisionImageProcessorPil))
-
-
-def require_normalisation(path: str) -> None:
-    """Raise PipelineError where the model was trained with pictures that are made otherwise than here."""
-    its = _image_settings(path)
-    for name in ("do_resize", "do_rescale", "do_normalize", "do_pad"):
-        if not getattr(its, name):
-            raise PipelineError(f"{path}: its image processor has {name}={getattr(its, name)}; only true is supported")
-    if not math.isclose(its.rescale_factor, 1 / 255, rel_tol=1e-6) or its.resample != Resampling.BICUBIC:
-        raise PipelineError(
-            f"{path}: its image processor has rescale_factor={its.rescale_factor}, resample={its.resample}; only 1/255 "
-            f"and {int(Resampling.BICUBIC)} (bicubic) are supported"
-        )
-    if {*its.image_mean} != {MEAN} or {*its.image_std} != {STD}:
-        raise PipelineError(
-            f"{path}: its image processor has image_mean={its.image_mean}, image_std={its.image_std}; only {MEAN} and "
-            f"{STD} are supported"
-        )

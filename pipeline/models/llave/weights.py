@@ -7,10 +7,7 @@ tensors.
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -41,20 +38,11 @@ from pipeline.models.files import (
 )
 from pipeline.models.folder import finish
 from pipeline.models.llave import checks
-from pipeline.models.llave.checks import (
-    NEWLINE_POSITIONS,
-    load_config,
-    newline_position,
-    pinpoints_of,
-    require_newline,
-    require_tiles,
-    text_of,
-    vision_of,
-    with_own,
-)
+from pipeline.models.llave.checks import load_config, text_of, vision_of, with_own
 from pipeline.models.llave.config import LlaveSection
 from pipeline.models.llave.model import save_image_processor
-from pipeline.models.loading import checked, config_dict, reading
+from pipeline.models.loading import checked, reading
+from pipeline.storage.atomic import remove_leftovers, replacing
 
 # Prefixes of the original's tensor names, and those that transformers saves. The first that fits holds.
 _PREFIXES = (
@@ -66,7 +54,7 @@ _PREFIXES = (
 )
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Of the original's choices, those that LLaVE made, and what the original does where its config is silent.
+# Of the original's choices, those that LLaVE made, and what the original does where its config is silent or null.
 _CHOICES = {
     "mm_projector_type": ("mlp2x_gelu", "linear"),
     "mm_patch_merge_type": ("spatial_unpad", "flat"),
@@ -78,16 +66,6 @@ _CHOICES = {
     "mm_use_im_start_end": (False, False),
     "add_faster_video": (False, False),
     "use_sliding_window": (False, False),
-}
-# Where null is to it as silence: what it takes for false, what it never reads (the stride; of SigLIP the feature), and
-# the resampler, of which it writes null itself. With null in one of the others it breaks down.
-_NULL_IS_SILENCE = {
-    "mm_vision_select_feature",
-    "mm_spatial_pool_stride",
-    "mm_resampler_type",
-    "mm_use_im_start_end",
-    "add_faster_video",
-    "use_sliding_window",
 }
 # The language model's shape. Not rope_scaling, which the original sets to none whatever its config says.
 _TEXT = (
@@ -102,16 +80,6 @@ _TEXT = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
-_VISION = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-)
 _SO400M = "siglip-so400m-patch14-384"
 _SO400M_SHAPE = {
     "hidden_size": 1152,
@@ -121,6 +89,7 @@ _SO400M_SHAPE = {
     "image_size": 384,
     "patch_size": 14,
 }
+_VISION = (*_SO400M_SHAPE, "hidden_act", "layer_norm_eps")
 
 
 def is_original(folder: Path) -> bool:
@@ -131,26 +100,21 @@ def is_original(folder: Path) -> bool:
 
 def _original_folder(path: str) -> Path | None:
     """The folder of an original checkpoint, by its path or hub name, with its config at least; None if it is none."""
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            folder = fetched(path, weights=False)
-        except PipelineError:  # whoever loads it next says what is wrong
-            return None
+    try:
+        folder = fetched(path, weights=False)
+    except PipelineError:  # whoever loads it next says what is wrong
+        return None
     return folder if is_original(folder) else None
 
 
 def resolve(path: str, cache: Path) -> str:
     """The folder or hub name that `Llave.load` reads: `path` itself, or an original checkpoint converted in `cache`.
 
-    It is converted once, and again when a file of it has another size or time. Several processes may try at once: each
-    works in a folder of its own, and the first to rename it has done it for all.
+    It is converted once, and again when a file of it has another size or time.
     """
-    source = _original_folder(path)
-    if source is None:
+    if _original_folder(path) is None:
         return path
-    if not Path(path).is_dir():
-        source = fetched(path)
+    source = fetched(path)
     files = [
         (str(file), file.stat().st_size, file.stat().st_mtime_ns)
         for file in sorted(source.resolve().iterdir())
@@ -159,16 +123,9 @@ def resolve(path: str, cache: Path) -> str:
     fingerprint = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
     converted = cache / f"{Path(path).resolve().name}-{fingerprint}"
     if not converted.exists():
-        unfinished = cache / f"{converted.name}.unfinished-{socket.gethostname()}-{os.getpid()}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            convert_original(source, unfinished)
-            unfinished.rename(converted)
-        except OSError:
-            if not converted.exists():
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        remove_leftovers(cache)
+        with replacing(converted, durable=False) as partial:
+            convert_original(source, partial)
     return str(converted)
 
 
@@ -176,17 +133,11 @@ def config_of(model: LlaveSection) -> LlavaOnevisionConfig:
     """The config of the recipe's model, before there is one."""
     pinpoints, newline = model.image_grid_pinpoints, model.mm_newline_position
     if model.architecture:
-        config = LlavaOnevisionConfig(
-            vision_config=SiglipVisionConfig(**model.architecture.vision, vision_use_head=False),  # type: ignore[call-arg]  # read, not declared
-            text_config=Qwen2Config(**model.architecture.text),
-            image_grid_pinpoints=[list(size) for size in model.architecture.image_grid_pinpoints],
-        )
-        return with_own(config, None, newline)
+        return with_own(checks.config_of_architecture(model.architecture), None, newline)
     assert model.path
     source = _original_folder(model.path)
-    if source is None:
-        return load_config(model.path, pinpoints, newline)
-    return with_own(_config(source), pinpoints, newline)
+    config = load_config(model.path) if source is None else _config(source)
+    return with_own(config, pinpoints, newline)
 
 
 def convert_original(source: Path, folder: Path) -> None:
@@ -244,17 +195,11 @@ def export_original(folder: Path, out: Path) -> None:
 
     Raises `PipelineError` as `convert_original` does.
     """
-    if not (folder / "config.json").is_file() or config_dict(str(folder)).get("model_type") != "llava_onevision":
-        raise PipelineError(f"{folder} is no model to export: expected a config.json of model_type llava_onevision")
-    config = loading.config(str(folder), LlavaOnevisionConfig)
+    config = load_config(str(folder))
     text, vision = text_of(config), vision_of(config)
     rope = cast(dict[str, Any], text.rope_parameters)
-    if text.model_type != "qwen2" or rope["rope_type"] != "default" or text.use_sliding_window:
-        raise PipelineError(
-            f"{folder}: the original format is for Qwen2 with plain rotary embeddings and full attention only"
-        )
-    if config.vision_feature_layer != -1:
-        raise PipelineError(f"{folder}: only vision_feature_layer=-1, the tower's last layer, can be exported")
+    if rope["rope_type"] != "default" or text.use_sliding_window:
+        raise PipelineError(f"{folder}: the original format has plain rotary embeddings and full attention only")
     files, stored = weight_files(folder), survey(folder)
     _check(folder, {name: tensor.shape for name, tensor in stored.items()}, _expected_shapes(folder, config))
 
@@ -283,9 +228,9 @@ def export_original(folder: Path, out: Path) -> None:
         "mm_vision_tower": f"google/{_SO400M}",
         # Without mm_vision_tower here the original reads the tower from the hub, not from the checkpoint.
         "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
-        "mm_newline_position": newline_position(config),
+        "mm_newline_position": checks.newline_position(config),
         "image_aspect_ratio": config.vision_aspect_ratio,
-        "image_grid_pinpoints": [[width, height] for height, width in pinpoints_of(config)],
+        "image_grid_pinpoints": [[width, height] for height, width in checks.pinpoints_of(config)],
         "tokenizer_model_max_length": text.max_position_embeddings,
         "tokenizer_padding_side": "right",
     }
@@ -298,13 +243,11 @@ def _config(source: Path) -> LlavaOnevisionConfig:
     file = source / "config.json"
     original = checked(file, read_json(file))
     for name, (supported, default) in _CHOICES.items():
-        given = original.get(name, default)
-        if given is None and name in _NULL_IS_SILENCE:
-            given = default
+        given = default if original.get(name) is None else original[name]
         if given != supported:
             raise PipelineError(f"{file}: {name}={given!r} is not supported; {supported!r} is")
-    position = original.get("mm_newline_position", NEWLINE_POSITIONS[0])
-    require_newline(file, position)
+    position = original.get("mm_newline_position", checks.NEWLINE_POSITIONS[0])
+    checks.require_newline(file, position)
     ratio, pinpoints = original.get("image_aspect_ratio"), original.get("image_grid_pinpoints")
     if not re.fullmatch(r"anyres_max_\d+", str(ratio)):
         raise PipelineError(f"{file}: image_aspect_ratio={ratio!r} is not supported; 'anyres_max_N' is")
@@ -326,7 +269,7 @@ def _config(source: Path) -> LlavaOnevisionConfig:
             architectures=["LlavaOnevisionModel"],
         )
     config.mm_newline_position = position
-    require_tiles(file, config)
+    checks.require_tiles(file, config)
     return config
 
 

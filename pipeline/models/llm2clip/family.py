@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, CLIPVisionConfig
 
-from pipeline.config import ModelSection, Recipe
+from pipeline.config import Recipe
 from pipeline.data.collate import Encoded, Image
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.source import Source
@@ -35,7 +35,7 @@ from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels, VisionEncoder, shape_of, tokens_of
 
 
-class Llm2ClipTraining(TrainingInterface):
+class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
     """LLM2CLIP's second stage: a vision encoder, and an adapter over a frozen text encoder's vectors.
 
     These come with the data (data.text_embeddings), or the text encoder is outside the engine.
@@ -43,8 +43,7 @@ class Llm2ClipTraining(TrainingInterface):
 
     stages = (0, 1, 2)
 
-    def check(self, model: ModelSection) -> None:
-        model = _section(model)
+    def check(self, model: Llm2ClipSection) -> None:
         # The export needs it, whether or not training does.
         config = load_config(model.text_encoder)
         loading.check_weights(str(fetched(model.text_encoder)), AutoModel, config)
@@ -53,14 +52,14 @@ class Llm2ClipTraining(TrainingInterface):
         if model.path:
             Pixels.load(model.path)
             VisionEncoder.check(model.path)
-        else:
-            refuse_unknown("vision", _vision(model), CLIPVisionConfig())
+        elif model.architecture:
+            refuse_unknown("vision", model.architecture.vision, CLIPVisionConfig())
 
     def check_data(self, recipe: Recipe, source: Source) -> None:
         if (made := source.embedding_metadata) is None:
             return
-        text_encoder, again = _section(recipe.model).text_encoder, "embed the shards again, or name what made them"
-        width = self.dimension_of_texts(text_encoder)
+        text_encoder, again = self.section(recipe).text_encoder, "embed the shards again, or name what made them"
+        width = load_config(text_encoder).hidden_size
         if made.width != width:
             raise PipelineError(
                 f"data.text_embeddings are {made.width} wide, made by {made.model}, and those of "
@@ -77,27 +76,30 @@ class Llm2ClipTraining(TrainingInterface):
                 f"{recipe.model.max_tokens}: set it to that, or embed the shards again with --max-tokens"
             )
 
-    def conditions(self, model: ModelSection) -> dict[str, Any]:
-        section = _section(model)
+    def conditions(self, model: Llm2ClipSection) -> dict[str, Any]:
         return super().conditions(model) | {
-            "the text encoder's fingerprint": fingerprint(section.text_encoder),
-            "model.images": image_reading(section.path, section.images),
+            "the text encoder's fingerprint": fingerprint(model.text_encoder),
+            "model.images": image_reading(model.path, model.images),
         }
 
     def lengths(self, recipe: Recipe) -> Lengths:
         # Of texts, too, where their vectors come with them: few, and equal for all ranks.
-        return Lengths(Square(_tokens(recipe)), recipe.video.frames)
+        model = self.section(recipe)
+        return Lengths(Square(tokens_of(model.path, model.architecture)), recipe.video.frames)
 
-    def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:
-        vision = _vision(model)
+    def build(self, model: Llm2ClipSection, texts: Iterable[str], seed: int, folder: Path) -> None:
+        assert model.architecture
+        vision = model.architecture.vision
         VisionEncoder.build(vision, CLIPVisionConfig(**vision).projection_dim, seed).save(folder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
-        pixels, vectors = Pixels.load(path, _section(recipe.model).images), bool(recipe.data.text_embeddings)
-        return TwoTowerProcessor(pixels, _tokens(recipe), self._texts(recipe), recipe.video.frames, vectors)
+        model, vectors = self.section(recipe), bool(recipe.data.text_embeddings)
+        pixels, tokens = Pixels.load(path, model.images), tokens_of(model.path, model.architecture)
+        texts = TextProcessor.load(model.text_encoder, model.max_tokens)
+        return TwoTowerProcessor(pixels, tokens, texts, recipe.video.frames, vectors)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        width = self.dimension_of_texts(_section(recipe.model).text_encoder)
+        width = load_config(self.section(recipe).text_encoder).hidden_size
         model = Llm2Clip.load(path, DTYPES[recipe.precision], width, recipe.seed)
         model.pads = not recipe.data.text_embeddings and attention == "sdpa"
         return model
@@ -116,27 +118,20 @@ class Llm2ClipTraining(TrainingInterface):
     def save(
         self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
     ) -> None:
-        llm2clip.save(cast(Llm2Clip, model), _section(recipe.model).text_encoder, folder, recipe.model.path)
-        note_images(folder, reads_as_stored(source, _section(recipe.model).images))
-
-    def _texts(self, recipe: Recipe) -> TextProcessor:
-        return TextProcessor.load(_section(recipe.model).text_encoder, recipe.model.max_tokens)
+        llm2clip.save(cast(Llm2Clip, model), self.section(recipe).text_encoder, folder, recipe.model.path)
+        note_images(folder, reads_as_stored(source, self.section(recipe).images))
 
     def _text_encoder(self, recipe: Recipe, device: torch.device) -> FrozenTextEncoder:
         dtype = cast(torch.dtype, DTYPES[recipe.precision])
         attention = choose(recipe.model.attention, device.type, dtype)
-        return FrozenTextEncoder(TextEncoder.load(_section(recipe.model).text_encoder, dtype, attention), device)
-
-    @staticmethod
-    def dimension_of_texts(text_encoder: str) -> int:
-        return int(load_config(text_encoder).hidden_size)
+        return FrozenTextEncoder(TextEncoder.load(self.section(recipe).text_encoder, dtype, attention), device)
 
 
 class SavedLlm2Clip(SavedModelInterface):
     """A vision encoder's folder with an adapter, and a text encoder in a folder below it."""
 
     def owns(self, path: str, config: dict[str, Any]) -> bool:
-        return llm2clip.settings(path) is not None
+        return llm2clip.width_of(path) is not None
 
     def dimension(self, path: str) -> int:
         return shape_of(path).dimension
@@ -152,34 +147,13 @@ class SavedLlm2Clip(SavedModelInterface):
         return model, FrozenTextEncoder(text_encoder, device).features_of
 
     def open_trained(self, path: str) -> nn.Module:
-        return Llm2Clip.load(path, DTYPES["auto"], _width(path)).eval()
+        return Llm2Clip.load(path, DTYPES["auto"], cast(int, llm2clip.width_of(path))).eval()
 
     def probe(self, path: str) -> list[Encoded]:
-        pixels, width = Pixels.load(path), _width(path)
+        pixels, width = Pixels.load(path), cast(int, llm2clip.width_of(path))
         tile = np.linspace(0, 255, 3 * pixels.size**2).astype(np.uint8).reshape(1, 3, pixels.size, pixels.size)
         image = Encoded(np.zeros(1, np.int32), (Image(tile, pixels.size, pixels.size),))
         return [image, Encoded(np.zeros(1, np.int32), vector=np.linspace(-1, 1, width, dtype=np.float32))]
-
-
-def _section(model: ModelSection) -> Llm2ClipSection:
-    assert isinstance(model, Llm2ClipSection)
-    return model
-
-
-def _width(path: str) -> int:
-    """Of the text encoder's vectors."""
-    settings = llm2clip.settings(path)
-    assert settings
-    return int(settings["width"])
-
-
-def _vision(model: ModelSection) -> dict[str, Any]:
-    architecture = _section(model).architecture
-    return architecture.vision if architecture else {}
-
-
-def _tokens(recipe: Recipe) -> int:
-    return tokens_of(recipe.model.path, _vision(recipe.model))
 
 
 TRAINING = {"contrastive": Llm2ClipTraining()}

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import nn
 
 from pipeline.data.collate import Packed, sent
 from pipeline.errors import PipelineError
-from pipeline.models.files import fetched, read_json, read_tensors, refuse_not_finite, refuse_zeros
+from pipeline.models.files import fetched, read_json, read_tensors, refuse_not_finite, survey
 from pipeline.models.folder import base_of, finish, share
 from pipeline.models.text_encoder.checks import load_config
 from pipeline.models.two_tower import TwoTower
@@ -40,7 +40,7 @@ pipeline_tag: feature-extraction
 A vision encoder that a language model taught ([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)), of images and of
 texts of any length. In this folder:
 
-- the vision encoder, which `transformers` loads alone: `{loader}`
+- the vision encoder, which `transformers` loads alone: `{architecture}.from_pretrained(FOLDER)`
 - `text_encoder/`, a decoder that attends both ways; its README says how to embed a text with it
 - `adapter.safetensors`, the MLP that brings these vectors to the images' space
 
@@ -103,9 +103,9 @@ class Llm2Clip(TwoTower):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(vision, pixels, width)
-        if (given := settings(path)) is not None:
-            if given["width"] != width:
-                raise PipelineError(f"{path} was trained with vectors {given['width']} wide; these are {width} wide")
+        if (given := width_of(path)) is not None:
+            if given != width:
+                raise PipelineError(f"{path} was trained with vectors {given} wide; these are {width} wide")
             _fill(model.adapter, fetched(path) / ADAPTER_FILE)
         return model
 
@@ -128,33 +128,31 @@ class Llm2Clip(TwoTower):
         return self.adapter(features)
 
 
-def settings(path: str) -> dict[str, Any] | None:
-    """Of an LLM2CLIP's folder or hub name: width of the text encoder's vectors. None if it is another model's."""
+def width_of(path: str) -> int | None:
+    """Of the text encoder's vectors of an LLM2CLIP's folder or hub name. None if it is another model's."""
     file = fetched(path, weights=False) / SETTINGS_FILE
     if not file.is_file():
         return None
     width = (found := read_json(file)).get("width")
-    if isinstance(width, bool) or not isinstance(width, int) or not 0 < width < 2**20:
-        raise PipelineError(f"{file}: width={width!r} is no width of the text encoder's vectors: copy the folder again")
-    if unknown := sorted(found.keys() - {"width"}):
-        raise PipelineError(f"{file}: {unknown[0]} is unknown; width is known: was it written by a later version?")
-    return found
+    if found.keys() != {"width"} or isinstance(width, bool) or not isinstance(width, int) or not 0 < width < 2**20:
+        raise PipelineError(
+            f"{file}: {found} is not the width of the text encoder's vectors: copy the folder again, or was it written "
+            "by a later version?"
+        )
+    return width
 
 
 def _fill(adapter: TextAdapter, file: Path) -> None:
     """Give an adapter its stored weights; PipelineError where they are damaged, or others than it has."""
     if not file.is_file():
         raise PipelineError(f"{file} is missing: copy the folder again, whole")
-    weights, own = read_tensors(file), adapter.state_dict()
-    if differing := sorted(weights.keys() ^ own.keys()):
-        raise PipelineError(f"{file} is not this model's adapter: {differing[0]} is in only one of them")
+    found = {name: tensor.shape for name, tensor in survey(file.parent, [file]).items()}
+    own = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+    if differing := sorted(dict(found.items() ^ own.items())):
+        raise PipelineError(f"{file} is not this model's adapter: {differing[0]} is missing, left over or misshapen")
+    weights = read_tensors(file)
     for name, weight in weights.items():
-        if weight.shape != own[name].shape:
-            raise PipelineError(f"{file}: {name} is {list(weight.shape)}, but by the model {list(own[name].shape)}")
-        if not weight.is_floating_point():
-            raise PipelineError(f"{file}: {name} is in {weight.dtype}: quantised weights are not supported")
         refuse_not_finite(file, name, weight)
-    refuse_zeros(file, {name: not weight.any() for name, weight in weights.items() if weight.ndim > 1})
     adapter.load_state_dict(weights)
 
 
@@ -165,9 +163,8 @@ def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> 
     save_file(weights, folder / ADAPTER_FILE)
     (folder / SETTINGS_FILE).write_text(json.dumps({"width": model.width}, indent=2) + "\n")
     _copy(fetched(text_encoder), folder / TEXT_ENCODER)
-    loader = json.loads((folder / "config.json").read_text())["architectures"][0]
-    card = _CARD.format(base_model=base_of(base), loader=f"{loader}.from_pretrained(FOLDER)")
-    (folder / "README.md").write_text(card)
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    (folder / "README.md").write_text(_CARD.format(base_model=base_of(base), architecture=architecture))
     share(folder)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from pipeline.config import ModelSection, Recipe
+from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.sample import Draw, Pair
 from pipeline.models import loading
@@ -28,13 +28,12 @@ from pipeline.models.text_encoder.model import TextEncoder
 from pipeline.models.text_encoder.processor import TextProcessor
 
 
-class TextEncoderTraining(TrainingInterface):
+class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
     """LLM2CLIP's first stage: a decoder as an encoder of texts, trained to tell captions apart."""
 
     _transformers: ClassVar[type[_BaseAutoModelClass]] = AutoModel
 
-    def check(self, model: ModelSection) -> None:
-        model = _section(model)
+    def check(self, model: TextEncoderSection) -> None:
         if model.architecture:
             decoder.random_config(model.architecture.text)
         elif model.path:
@@ -49,11 +48,12 @@ class TextEncoderTraining(TrainingInterface):
     def trained_on(self, pair: Pair, draw: Draw) -> Pair:
         return pair.two_texts(draw)
 
-    def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:
-        decoder.build(_text(model), texts, seed, folder)
+    def build(self, model: TextEncoderSection, texts: Iterable[str], seed: int, folder: Path) -> None:
+        assert model.architecture
+        decoder.build(model.architecture.text, texts, seed, folder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
-        return TextProcessor.load(path, recipe.model.max_tokens, _section(recipe.model).instruction)
+        return TextProcessor.load(path, recipe.model.max_tokens, self.section(recipe).instruction)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return TextEncoder.load(path, DTYPES[recipe.precision], attention)
@@ -67,7 +67,7 @@ class TextEncoderTraining(TrainingInterface):
     def save(
         self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
     ) -> None:
-        instruction = _section(recipe.model).instruction
+        instruction = self.section(recipe).instruction
         decoder.save(cast(TextEncoder, model), weights, source, folder, recipe.model.path, instruction)
 
 
@@ -86,8 +86,9 @@ class MaskedTraining(TextEncoderTraining):
             return replace(pair, query=pair.target, negatives=())
         return pair
 
-    def build(self, model: ModelSection, texts: Iterable[str], seed: int, folder: Path) -> None:
-        masked.build(_text(model), texts, seed, folder)
+    def build(self, model: TextEncoderSection, texts: Iterable[str], seed: int, folder: Path) -> None:
+        assert model.architecture
+        masked.build(model.architecture.text, texts, seed, folder)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return MaskedLanguageModel.load(path, DTYPES[recipe.precision], attention)
@@ -119,17 +120,6 @@ class SavedTextEncoder(SavedModelInterface):
     def open(self, path: str, precision: str, device: torch.device) -> tuple[TextEncoder, Features | None]:
         attention = fastest(load_config(path), DTYPES[precision], device)
         return TextEncoder.load(path, DTYPES[precision], attention).eval().to(device), None
-
-
-def _section(model: ModelSection) -> TextEncoderSection:
-    assert isinstance(model, TextEncoderSection)
-    return model
-
-
-def _text(model: ModelSection) -> dict[str, Any]:
-    architecture = _section(model).architecture
-    assert architecture
-    return architecture.text
 
 
 TRAINING = {"contrastive": TextEncoderTraining(), "masked_next_token": MaskedTraining()}

@@ -135,13 +135,8 @@ def save(
     model.causal.save_pretrained(folder, state_dict=own)
     tokenizer = loading.tokenizer(source)
     tokenizer.save_pretrained(folder)
-    mask_id = model.mask_token
-    card = _CARD.format(
-        base_model=base_of(base),
-        mask=tokenizer.convert_ids_to_tokens(mask_id),
-        mask_id=mask_id,
-        before=begins_with(tokenizer),
-    )
+    mask, before = tokenizer.convert_ids_to_tokens(model.mask_token), begins_with(tokenizer)
+    card = _CARD.format(base_model=base_of(base), mask=mask, mask_id=model.mask_token, before=before)
     (folder / "README.md").write_text(card)
     # A text encoder that training began with is none any more.
     finish(folder, {"is_causal": False, SETTINGS: None})

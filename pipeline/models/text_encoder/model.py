@@ -143,22 +143,15 @@ def random_config(text: dict[str, Any]) -> PreTrainedConfig:
     require_vocabulary(text)
     made = config(**{name: value for name, value in text.items() if name != "model_type"})
     require_decoder("model.architecture.text", made)
-    check_packing("model.architecture.text", made, TextEncoder.of_config)
+    check("model.architecture.text", made)
     return made
 
 
 def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -> None:
     """Write a decoder of random weights, with a tokenizer trained on `texts`, as a folder."""
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, int(text["vocab_size"]), show_progress=False)
-    config = random_config(
-        text
-        | {
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": None,
-        }
-    )
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    config = random_config(text | tokens | {"vocab_size": len(tokenizer)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         AutoModel.from_config(config).save_pretrained(folder)
@@ -166,20 +159,14 @@ def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -
 
 
 def save(
-    model: TextEncoder,
-    weights: dict[str, torch.Tensor],
-    source: str,
-    folder: Path,
-    base: str | None,
-    instruction: str,
+    model: TextEncoder, weights: dict[str, torch.Tensor], source: str, folder: Path, base: str | None, instruction: str
 ) -> None:
     """Write `weights` (the model's parameters by name) as a folder in transformers' format, with a model card.
 
     The tokenizer is that of `source`.  base: the model that training began with, which the card names if it is of the
     hub.
     """
-    prefix = "language_model."
-    own = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    own = {name.removeprefix("language_model."): weight for name, weight in weights.items()}
     model.language_model.save_pretrained(folder, state_dict=own)
     tokenizer = loading.tokenizer(source)
     tokenizer.save_pretrained(folder)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from pipeline.data.collate import Encoded
 from pipeline.data.sample import BadSample, Item
 from pipeline.models import loading
-from pipeline.models.text_encoder.checks import load_config, text_settings
+from pipeline.models.text_encoder.checks import SETTINGS, load_config
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TextProcessor:
         """Of a folder or hub name.  instruction: None is the one that the text encoder was trained with."""
         config = load_config(path)
         if instruction is None:
-            instruction = text_settings(config).get("instruction", "")
+            instruction = getattr(config, SETTINGS, {}).get("instruction", "")
         return cls(loading.tokenizer(path, config.vocab_size), max_tokens, instruction)
 
     def encode(self, item: Item) -> Encoded:

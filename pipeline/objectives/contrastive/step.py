@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
+from deepspeed import DeepSpeedEngine
 
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
@@ -50,48 +50,48 @@ class ContrastiveResult(StepResult):
         return metrics, {"positive": positive, "hardest_negative": hardest}
 
 
-def train_step(
-    engine: deepspeed.DeepSpeedEngine,
-    batch: Batch,
-    recipe: Recipe,
-    budget: Cut,
-    temperature: Temperature,
-    *,
-    lr: float,
-    features: Features | None = None,
-) -> ContrastiveResult:
-    """Take one step with this rank's part of the global batch.
+class Contrastive(Objective):
+    """The hardness-weighted loss over the global batch, with its temperature, which takes a step too if it is learnt.
 
-    Parameters end as if one process had embedded the whole global batch at once, whatever the ZeRO stage,
-    the chunks, how many of them keep their graph, and the number of ranks.
-
-    budget: how the batch is cut.  temperature: the loss's; where it is learnt, it takes a step, too.
-    lr: of parts without one of their own.
-    features: of a frozen part that is not of the engine.
+    After a step the parameters are as if one process had embedded the whole global batch at once, whatever the ZeRO
+    stage, the chunks, how many of them keep their graph, and the number of ranks.
     """
-    items = list(batch.items.values())
-    # Where texts alone train nothing, a dummy image gives every chunk something to take a gradient of.
-    all_with_images, padded = not recipe.model.texts_train, engine.module.pads
-    chunks = plan_chunks(items, budget.chunk_tokens, engine.device, padded=padded, all_with_images=all_with_images)
-    kept, again = chunks[: budget.kept_chunks], chunks[budget.kept_chunks :]
-    graphs = [run_chunk(engine, chunk, features) for chunk in kept]
-    with torch.no_grad():
-        parts = graphs + [run_chunk(engine, chunk, features) for chunk in again]
-    embeddings = in_order(chunks, parts, len(items)).requires_grad_()
-    tau = temperature.value
-    output = contrastive_loss(embeddings, batch, recipe, tau)
-    gradient = temperature.gradient(output.loss, embeddings)
-    del parts
-    backward_chunks(engine, kept, graphs, again, gradient, features)
-    norm = optimizer_step(engine, lr)
-    temperature.step(lr)
-    return ContrastiveResult(
-        grad_norm=norm,
-        tokens=sum(len(item.input_ids) for item in items),
-        largest_chunk=max(chunk.size for chunk in chunks),
-        loss=output,
-        temperature=float(tau.detach()) if isinstance(tau, torch.Tensor) else None,
-    )
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self._recipe, self.temperature = recipe, Temperature(recipe, device)
+
+    def step(
+        self, engine: DeepSpeedEngine, batch: Batch, cut: Cut, step: int, *, lr: float, features: Features | None = None
+    ) -> ContrastiveResult:
+        items = list(batch.items.values())
+        # Where texts alone train nothing, a dummy image gives every chunk something to take a gradient of.
+        all_with_images, padded = not self._recipe.model.texts_train, engine.module.pads
+        chunks = plan_chunks(items, cut.chunk_tokens, engine.device, padded=padded, all_with_images=all_with_images)
+        kept, again = chunks[: cut.kept_chunks], chunks[cut.kept_chunks :]
+        graphs = [run_chunk(engine, chunk, features) for chunk in kept]
+        with torch.no_grad():
+            parts = graphs + [run_chunk(engine, chunk, features) for chunk in again]
+        embeddings = in_order(chunks, parts, len(items)).requires_grad_()
+        tau = self.temperature.value
+        output = contrastive_loss(embeddings, batch, self._recipe, tau)
+        gradient = self.temperature.gradient(output.loss, embeddings)
+        del parts
+        backward_chunks(engine, kept, graphs, again, gradient, features)
+        norm = optimizer_step(engine, lr)
+        self.temperature.step(lr)
+        return ContrastiveResult(
+            grad_norm=norm,
+            tokens=sum(len(item.input_ids) for item in items),
+            largest_chunk=max(chunk.size for chunk in chunks),
+            loss=output,
+            temperature=float(tau.detach()) if isinstance(tau, torch.Tensor) else None,
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"temperature": self.temperature.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.temperature.load(state["temperature"])
 
 
 def contrastive_loss(
@@ -140,31 +140,6 @@ def contrastive_loss(
         masked_pairs=torch.stack([output.masked_pairs for output in outputs]).mean(),
         valid_count=torch.stack([output.valid_count for output in outputs]).sum(),
     )
-
-
-class Contrastive(Objective):
-    """The hardness-weighted loss over the global batch, with its temperature."""
-
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self._recipe, self._temperature = recipe, Temperature(recipe, device)
-
-    def step(
-        self,
-        engine: deepspeed.DeepSpeedEngine,
-        batch: Batch,
-        cut: Cut,
-        number: int,
-        *,
-        lr: float,
-        features: Features | None = None,
-    ) -> ContrastiveResult:
-        return train_step(engine, batch, self._recipe, cut, self._temperature, lr=lr, features=features)
-
-    def state(self) -> dict[str, Any]:
-        return {"temperature": self._temperature.state()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self._temperature.load(state["temperature"])
 
 
 OBJECTIVE = Contrastive
