@@ -8,7 +8,7 @@ A family is a package with these modules:
 
 Its model is a torch module that maps (packed items, with_images, features) to (N, D) float32 unit rows. The module has
 `dimension`; `pads`, whether attention pads a chunk's items to its longest; `always_with_images`; and
-`checkpoint_activations()`. If recipes can ask for adapters, its attribute `language_model` is what gets them.
+`checkpoint_activations()`.
 """
 
 from abc import ABC, abstractmethod
@@ -54,12 +54,14 @@ class TrainingInterface(ABC):
     """What training needs of a family.
 
     unused: prefixes of parameters that get no gradient, because no embedding depends on them.
+    adapted: the part, an attribute of the model, that gets adapters where a recipe asks for them.
     stages: supported ZeRO stages.
     checks_config_alone: whether `check` downloads no weights of a model on the hub.
     estimates_memory: whether it has a `memory_model`.
     """
 
     unused: ClassVar[tuple[str, ...]] = ()
+    adapted: ClassVar[str] = ""
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     checks_config_alone: ClassVar[bool] = False
     estimates_memory: ClassVar[bool] = False

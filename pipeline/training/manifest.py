@@ -20,6 +20,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import PipelineError
+from pipeline.storage.atomic import write_file
 
 FILE, FORMAT = "manifest.json", 1
 _BLOCK = 64 << 20  # what a thread sums at once; a flipped bit is found for certain, whatever the size
@@ -85,10 +86,7 @@ def sums(folder: Path, names: Iterable[str], meanwhile: Callable[[], None] | Non
 def write(folder: Path, step: int, files: dict[str, File]) -> None:
     """Write the manifest, and bring it to the disk."""
     manifest = Manifest(format=FORMAT, step=step, block=_BLOCK, files=dict(sorted(files.items())))
-    with (folder / FILE).open("w") as opened:
-        opened.write(manifest.model_dump_json())
-        opened.flush()
-        os.fsync(opened.fileno())
+    write_file(folder / FILE, manifest.model_dump_json().encode())
 
 
 def seal(folder: Path) -> None:

@@ -30,6 +30,7 @@ class LlaveTraining(TrainingInterface):
     """A tower that is not trained is outside the engine."""
 
     checks_config_alone = estimates_memory = True
+    adapted = "language_model"
     unused = ("vision_tower.post_layernorm.",)  # the embedding reads the tower before its final norm
 
     # Names that tensors have in LLaVA-OneVision's checkpoints of earlier and present versions of transformers.
