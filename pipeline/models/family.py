@@ -13,6 +13,7 @@ Its model is a torch module that maps (packed items, with_images, features) to (
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -32,6 +33,33 @@ if TYPE_CHECKING:
     from pipeline.models.frozen import Frozen
 
 _PROBE = "A cat and a dog on a red sofa"
+
+
+@dataclass(frozen=True)
+class ChunkMemory:
+    """Bytes that a chunk takes on a device, parameters not counted.
+
+    forward: the most during a forward pass without gradient.  graph: what autograd keeps of one with gradient.
+    backward: the most during the backward pass, besides the graph.  features: of the frozen part.
+    """
+
+    forward: int
+    graph: int
+    backward: int
+    features: int
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """What an estimate of memory needs.
+
+    model: the engine's, on the meta device.  frozen: the part that is outside the engine, likewise, or None.
+    chunk: number of tokens -> their memory, if the chunk is full of images, or of videos.
+    """
+
+    model: "nn.Module"
+    frozen: "nn.Module | None"
+    chunk: Callable[[int], ChunkMemory]
 
 
 class Processor(Protocol):
@@ -57,7 +85,7 @@ class TrainingInterface(ABC):
     adapted: the part, an attribute of the model, that gets adapters where a recipe asks for them.
     stages: supported ZeRO stages.
     checks_config_alone: whether `check` downloads no weights of a model on the hub.
-    estimates_memory: whether it has a `memory_model`.
+    estimates_memory: whether it has `memory`.
     """
 
     unused: ClassVar[tuple[str, ...]] = ()
@@ -111,8 +139,8 @@ class TrainingInterface(ABC):
         self.check(recipe.model)
         self.processor(recipe, path)
 
-    def memory_model(self, recipe: Recipe) -> "nn.Module":
-        """The model on the meta device, for an estimate of memory."""
+    def memory(self, recipe: Recipe, videos: bool) -> ModelMemory:
+        """For an estimate of memory.  videos: chunks are full of videos, not of images."""
         raise NotImplementedError
 
     @abstractmethod
