@@ -118,12 +118,6 @@ def _best(folder: Path) -> dict:
     return {}
 
 
-def recover_best(scores: dict[Path, tuple[float, list[str]]]) -> None:
-    """Write `best` anew, by the scores of the checkpoints that have one; see `keep_best`."""
-    for path in sorted(scores, key=step_of):
-        keep_best(path.parent, step_of(path), *scores[path])
-
-
 def _point(folder: Path, pointer: str, text: str) -> None:
     with disk_errors(folder / pointer):
         write_file(folder / pointer, f"{text}\n".encode())

@@ -33,19 +33,12 @@ def evaluation_file(run: Path, step: int) -> Path:
     return run / "evaluation" / f"step-{step:08d}.json"
 
 
-def score_of(run: Path, step: int) -> tuple[float, list[str]] | None:
-    """The score of an evaluation, and the sets it is of; None where there is none that can be read."""
+def evaluation_of(run: Path, step: int) -> Report | None:
+    """That report, or None if there is none that can be read."""
     try:
-        report = Report.read(evaluation_file(run, step))
+        return Report.read(evaluation_file(run, step))
     except PipelineError:
         return None
-    return report.score, list(report.results)
-
-
-def may_be_best(run: Path, step: int) -> tuple[float, list[str]] | None:
-    """As `score_of`; None also where the model had collapsed."""
-    scored = score_of(run, step)
-    return None if scored and Report.read(evaluation_file(run, step)).collapsed else scored
 
 
 def check_writable(run: Path) -> None:

@@ -11,7 +11,7 @@ from pipeline.errors import PipelineError
 from pipeline.storage.atomic import sync_entry
 from pipeline.training import checkpoint, conditions, manifest
 from pipeline.training.manifest import Damaged, Manifest
-from pipeline.training.monitor import may_be_best
+from pipeline.training.monitor import evaluation_of
 
 _SHOWN = 3  # faults of one checkpoint in a message
 
@@ -39,16 +39,9 @@ def fault_of(path: Path, *, thorough: bool) -> str:
     """What is wrong with a checkpoint; empty where it is whole."""
     try:
         content = contents(path, thorough=thorough)
-        if thorough:
-            return _joined(manifest.faults(path, content, content.files))
-        for name, file in content.files.items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if file and (path / name).stat().st_size != file.bytes:
-                return f"{name} has {(path / name).stat().st_size:,} bytes of {file.bytes:,}"
+        return _joined(manifest.faults(path, content, content.files, thorough=thorough))
     except Damaged as error:
         return str(error)
-    return ""
 
 
 def choose(folder: Path, present: dict) -> Path | None:
@@ -107,10 +100,11 @@ def choose(folder: Path, present: dict) -> Path | None:
             _set_aside(each, why, path)
         checkpoint.point(path)
         if not checkpoint.best(folder):
-            scores = {
-                each: may_be_best(folder.parent, checkpoint.step_of(each)) for each in checkpoint.candidates(folder)
-            }
-            checkpoint.recover_best({each: score for each, score in scores.items() if score})
+            for each in reversed(checkpoint.candidates(folder)):  # from the oldest on, as the run did
+                step = checkpoint.step_of(each)
+                report = evaluation_of(folder.parent, step)
+                if report and not report.collapsed:
+                    checkpoint.keep_best(folder, step, report.score, list(report.results))
 
     on_first_rank(settle)
     return path

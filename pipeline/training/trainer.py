@@ -42,7 +42,7 @@ from pipeline.training.engine import build_engine, learning_rate, load_frozen, s
 from pipeline.training.export import export
 from pipeline.training.initial import initial_model
 from pipeline.training.meter import Meter
-from pipeline.training.monitor import Monitor, StepLog, score_of
+from pipeline.training.monitor import Monitor, StepLog, evaluation_of
 from pipeline.training.preemption import Preemption
 from pipeline.training.universal import for_this_world
 
@@ -123,7 +123,8 @@ class Trainer:
                 status.note(self.folder, "running", step=done, steps=self.steps)
             if self._evaluation_is_due(done) and self._evaluation_is_missing(done):
                 self._evaluate(done)
-            if self._is_asked_to_stop():
+            if asked := self.preemption.asked():
+                self.monitor.stopped(asked)
                 return False
             stream = self._batches(range(done, self.steps))
             for step in range(done, self.steps):
@@ -271,11 +272,6 @@ class Trainer:
             with disk_errors(self.folder / NOTE):
                 (self.folder / NOTE).unlink(missing_ok=True)  # the checkpoint has the budget now
 
-    def _is_asked_to_stop(self) -> bool:
-        if asked := self.preemption.asked():
-            self.monitor.stopped(asked)
-        return bool(asked)
-
     def _evaluation_is_due(self, step: int) -> bool:
         """Before the first step, after the last, and between as the recipe says."""
         if (evaluation := self.recipe.evaluation) is None:
@@ -284,7 +280,7 @@ class Trainer:
 
     def _evaluation_is_missing(self, step: int) -> bool:
         """Whether there is no evaluation yet of the step that a start continues from."""
-        due = torch.tensor(score_of(self.folder, step) is None, device=get_accelerator().current_device_name())
+        due = torch.tensor(evaluation_of(self.folder, step) is None, device=get_accelerator().current_device_name())
         dist.broadcast(due, 0)  # on a shared file system another rank may not yet see it
         return bool(due)
 
