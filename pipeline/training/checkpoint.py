@@ -153,11 +153,6 @@ def _pointed(folder: Path) -> str:
     return ""
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint, or None where there is none yet. Whether it is whole, resume.py finds out."""
-    return next(iter(candidates(folder)), None)
-
-
 def step_of(checkpoint: Path) -> int:
     """How many steps its run had taken."""
     return int(checkpoint.name.removeprefix("step-"))

@@ -322,27 +322,18 @@ def _first(file: str, number: int) -> list[Any]:
 
 def _leading(text: str, number: int) -> list[Any]:
     """The first objects of a JSON list; ValueError if the text ends before them and before the end of the list."""
-    start = re.match(r"\s*\[", text)
-    if start is None:
-        raise ValueError("it is no list")
+    decoder, separator = json.JSONDecoder(), re.compile(r"\s*([,\]])\s*")
     entries: list[Any] = []
-    position, decoder = start.end(), json.JSONDecoder()
-    while len(entries) < number:
-        entry, position = decoder.raw_decode(text, _skip_space(text, position))
+    found = re.match(r"\s*(\[)\s*", text)
+    if found is None:
+        raise ValueError("it is no list")
+    while len(entries) < number and found[1] != "]":
+        entry, position = decoder.raw_decode(text, found.end())
         entries.append(entry)
-        position = _skip_space(text, position)
-        if text[position : position + 1] == "]":
-            break
-        if text[position : position + 1] != ",":
+        found = separator.match(text, position)
+        if found is None:
             raise ValueError(f"no , or ] at character {position + 1}")
-        position += 1
     return entries
-
-
-def _skip_space(text: str, position: int) -> int:
-    while text[position : position + 1].isspace():
-        position += 1
-    return position
 
 
 _MSRVTT = ("MSRVTT_JSFUSION_test.csv", "msrvtt_test_1k.json")
