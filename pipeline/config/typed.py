@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from pipeline.errors import PipelineError
 
 _MOST_BYTES = 1 << 20
+_MOST_VALUES = 100_000  # with aliases written out: a few lines of them can stand for billions
 _NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+|0o[0-7]+|0b[01]+")
@@ -42,11 +43,25 @@ def _refusal(problem: str, where: yaml.Node | yaml.Event) -> yaml.MarkedYAMLErro
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}  # noqa: RUF012 (as its base class has it)
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.sizes: dict[yaml.Node, int] = {}  # values in each complete node
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
             raise _refusal(f"the tag {event.tag}: write the value alone", event)
-        return super().compose_node(parent, index)
+        node = cast(yaml.Node, super().compose_node(parent, index))
+        if isinstance(event, yaml.AliasEvent):
+            if node not in self.sizes:
+                raise _refusal(f"*{event.anchor} contains itself", event)
+            return node
+        children = () if isinstance(node, yaml.ScalarNode) else node.value
+        inner = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+        self.sizes[node] = 1 + sum(self.sizes[part] for part in inner)
+        if self.sizes[node] > _MOST_VALUES:
+            raise _refusal(f"more than {_MOST_VALUES:,} values", event)
+        return node
 
     def scalar(self, node: yaml.ScalarNode) -> str | None:
         if node.style is not None:

@@ -50,6 +50,7 @@ from pipeline.models.chunks import require_unit
 from pipeline.models.files import fetched, fingerprint
 from pipeline.progress import progress_bar
 from pipeline.storage import lock, objects
+from pipeline.storage.atomic import remove_leftovers
 from pipeline.storage.documents import DocumentError, parse_json
 from pipeline.storage.objects import ObjectError
 
@@ -199,8 +200,7 @@ class CaptionDataset:
         for url in objects.list_under(objects.join(self.place, _RECORDS)):
             objects.delete(url)
         if "://" not in self.place:
-            for left in Path(self.place).glob(".*_text_embeddings.*.partial"):  # of a killed process
-                left.unlink()
+            remove_leftovers(Path(self.place), "*_text_embeddings")
 
 
 def _recorded(url: str, data: bytes) -> Part | None:

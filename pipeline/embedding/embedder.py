@@ -7,7 +7,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NoReturn, TypedDict, cast
 
 import torch
 from PIL.Image import Image as Picture
@@ -168,21 +168,33 @@ class _Item:
     @classmethod
     def of(cls, number: int, given: Any) -> "_Item":
         """Raises PipelineError if `given` cannot be embedded."""
-        if isinstance(given, str):
-            item = cls(number, given)
-        elif isinstance(given, Path):
-            item = cls(number, file=given)
-        elif isinstance(given, Picture):
-            item = cls(number, images=(given,))
-        elif isinstance(given, dict):
-            if unknown := given.keys() - Parts.__annotations__.keys():
-                raise PipelineError(f"item {number} has {min(map(repr, unknown))}; it can have text, images and video")
-            item = cls(number, *_parts(number, given.get("text"), given.get("images"), given.get("video")))
-        else:
-            raise PipelineError(f"item {number} is a {type(given).__name__}, not a text, picture, Path or dict of them")
-        if not (item.text.strip() or item.images or item.video or item.file):
-            raise PipelineError(f"item {number} is empty: it has no text, image or video")
-        return item
+
+        def refuse(why: str) -> NoReturn:
+            raise PipelineError(f"item {number}{why}")
+
+        if isinstance(given, Path):
+            return cls(number, file=given)
+        if isinstance(given, str | Picture):
+            given = {"text": given} if isinstance(given, str) else {"images": [given]}
+        if not isinstance(given, dict):
+            refuse(f" is a {type(given).__name__}, not a text, picture, Path or dict of them")
+        if unknown := given.keys() - Parts.__annotations__.keys():
+            refuse(f" has {min(map(repr, unknown))}; it can have text, images and video")
+        text, images, video = given.get("text"), given.get("images"), given.get("video")
+        text, images = "" if text is None else text, () if images is None else images
+        if not isinstance(text, str):
+            refuse(f": its text is a {type(text).__name__}")
+        if not isinstance(images, list | tuple) or not all(isinstance(image, str | Path | Picture) for image in images):
+            refuse(": its images must be a list of paths or pictures")
+        if isinstance(video, str):
+            video = Path(video)
+        elif isinstance(video, list | tuple) and video and all(isinstance(frame, Picture) for frame in video):
+            video = tuple(video)
+        elif not isinstance(video, Path | None):
+            refuse(": its video must be a path, or a list of frames as pictures")
+        if not (text.strip() or images or video):
+            refuse(" is empty: it has no text, image or video")
+        return cls(number, text, tuple(Path(image) if isinstance(image, str) else image for image in images), video)
 
     @property
     def key(self) -> tuple:
@@ -211,24 +223,6 @@ class _Item:
         marks = [IMAGE_MARK] * len(self.images) if IMAGE_MARK not in text else []
         marks += [VIDEO_MARK] if self.video and VIDEO_MARK not in text else []
         return "\n".join([*marks, text])
-
-
-def _parts(
-    number: int, text: Any, images: Any, video: Any
-) -> tuple[str, tuple[Path | Picture, ...], Path | tuple[Picture, ...] | None]:
-    if not isinstance(text, str | None):
-        raise PipelineError(f"item {number}: its text is a {type(text).__name__}")
-    images = () if images is None else images
-    if not isinstance(images, list | tuple) or not all(isinstance(image, str | Path | Picture) for image in images):
-        raise PipelineError(f"item {number}: its images must be a list of paths or pictures")
-    images = tuple(Path(image) if isinstance(image, str) else image for image in images)
-    if isinstance(video, str | Path):
-        video = Path(video)
-    elif video is not None:
-        if not isinstance(video, list | tuple) or not video or not all(isinstance(frame, Picture) for frame in video):
-            raise PipelineError(f"item {number}: its video must be a path, or a list of frames as pictures")
-        video = tuple(video)
-    return text or "", images, video
 
 
 def _picture(source: Path | Picture, as_stored: bool) -> Picture:

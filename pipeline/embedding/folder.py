@@ -11,6 +11,7 @@ import torch
 from pipeline.data.index import NO_ARRAY
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
+from pipeline.storage.atomic import replacing
 from pipeline.storage.documents import DocumentError, parse_json
 
 KINDS = ("texts", "images", "videos")
@@ -55,11 +56,9 @@ class EmbeddingFolder:
 
     def write(self, kind: str, ids: Sequence[str], rows: Iterable[torch.Tensor], identity: Identity) -> None:
         """Write the rows of a kind, one for each id, as their parts (n, D) arrive."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self._array(kind).with_suffix(".npy.unfinished")
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), identity.dimension)}
-        try:
-            with unfinished.open("wb") as file:
+        with replacing(self._array(kind), durable=False) as partial:
+            with partial.open("wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for part in rows:
                     file.write(part.numpy().astype("<f4").tobytes())
@@ -70,9 +69,6 @@ class EmbeddingFolder:
             lines = "".join(f"{each}\n" for each in ids).encode(errors="surrogateescape")  # a path may not be UTF-8
             objects.write(str(self.folder / f"{kind}.txt"), lines)
             objects.write(str(self._about), (json.dumps(vars(identity), indent=1) + "\n").encode())
-            unfinished.replace(self._array(kind))
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def read(self, kind: str) -> tuple[list[str], np.ndarray]:
         """(ids, rows (N, D) as a memory map)."""

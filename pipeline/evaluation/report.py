@@ -9,7 +9,6 @@ from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +25,16 @@ AVERAGES = (*META_TASKS, "in distribution", "out of distribution", "overall")
 _ALIASES = {"ImageNet-1K": "ImageNet_1K"}  # an evaluation set may have the name of the training set
 # MMEB's 36 datasets: name -> (meta-task, in distribution).
 _MMEB = {name: task for name, task in MMEB_TASKS.items() if name not in _ALIASES.values()}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What report.json holds."""
+
+    format: int
+    model: str
+    averages: dict[str, float]
+    results: dict[str, DatasetResult]
 
 
 @dataclass(frozen=True)
@@ -131,36 +140,31 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write report.json, atomically."""
+        results = {name: asdict(result) for name, result in self.results.items()}
         head = {"format": FORMAT, "model": self.model, "averages": self.averages()}
-        write_text(
-            path, json.dumps(head | {"results": {name: asdict(result) for name, result in self.results.items()}})
-        )
+        write_text(path, json.dumps(head | {"results": results}))
 
     @classmethod
     def read(cls, path: Path) -> "Report":
         """Read the file of `save`, or the one in this folder; PipelineError if it is no report of this format."""
         file = path / REPORT_FILE if path.is_dir() else path
+        remedy = "it is not an evaluation's report: evaluate again, or name another file"
         try:
-            remedy = "it is not an evaluation's report: evaluate again, or name another file"
-            content = parse_json(file.read_bytes(), str(file), remedy=remedy)
-            version = content.get("format") if isinstance(content, dict) else None
-            if version != FORMAT:
-                raise PipelineError(
-                    f"{file} has format {version!r}, this version reads format {FORMAT} of reports: evaluate again"
-                )
-            results = TypeAdapter(dict[str, DatasetResult]).validate_python(content["results"])
-            for name, result in results.items():
-                similarities = result.similarities
-                counts = similarities.positive, similarities.hardest_negative
-                if not result.metrics or {len(each) for each in counts} != {len(BINS) - 1}:
-                    raise ValueError(f"{name} has no metrics, or not {len(BINS) - 1} bins of similarities")
-            return cls(str(content["model"]), results)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise PipelineError(f"{file} is not an evaluation's report: {where}: {first['msg']}") from None
-        except (OSError, ValueError, KeyError, RecursionError) as error:
-            raise PipelineError(f"{file} is not an evaluation's report: {error!r}") from None
+            data = file.read_bytes()
+        except OSError as error:
+            raise PipelineError(f"{file} cannot be read ({error.strerror}): {remedy}") from None
+        version = parse_json(data, str(file), dict, remedy=remedy).get("format")
+        if version != FORMAT:
+            raise PipelineError(
+                f"{file} has format {version!r}, this version reads format {FORMAT} of reports: evaluate again"
+            )
+        content = parse_json(data, str(file), _Stored, remedy=remedy)
+        for name, result in content.results.items():
+            similarities = result.similarities
+            counts = similarities.positive, similarities.hardest_negative
+            if not result.metrics or {len(each) for each in counts} != {len(BINS) - 1}:
+                raise PipelineError(f"{file}: {name} has no metrics, or not {len(BINS) - 1} bins: {remedy}")
+        return cls(content.model, content.results)
 
     def print(self, before: "Report | None" = None) -> None:
         """Print tables of all datasets, with chance and perhaps an earlier report; then the remarks."""

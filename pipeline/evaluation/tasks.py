@@ -101,15 +101,13 @@ class Collection:
         text = text.strip()
         return self.row(item_key(text), text, partial(Item, text))
 
-    def picture(self, text: str, url: str, stamp: str, name: str = "") -> int:
-        """The row of a picture with a text that has its mark.  stamp: see `objects.stamps`.  name: default: the URL."""
-        text = text.strip()
-        return self.row(item_key(text, url, stamp), name or url, partial(_picture, text, url))
+    def medium(self, text: str, url: str, stamp: str, *, video: bool = False, name: str = "") -> int:
+        """The row of a picture or video with a text that has its mark.
 
-    def video(self, text: str, url: str, stamp: str) -> int:
-        """The row of a video with a text that has its mark.  stamp: see `objects.stamps`."""
+        stamp: see `objects.stamps`.  name: default: the URL.
+        """
         text = text.strip()
-        return self.row(item_key(text, url, stamp), url, partial(_video, text, url))
+        return self.row(item_key(text, url, stamp), name or url, partial(_read, text, url, video))
 
 
 def item_key(*parts: str) -> bytes:
@@ -127,9 +125,6 @@ def content_key(content_hash: int) -> bytes:
     return b"content-" + content_hash.to_bytes(8, "little")
 
 
-def _picture(text: str, url: str) -> Item:
-    return Item(text, (objects.read(url),))
-
-
-def _video(text: str, url: str) -> Item:
-    return Item(text, video=objects.read(url))
+def _read(text: str, url: str, video: bool) -> Item:
+    data = objects.read(url)
+    return Item(text, video=data) if video else Item(text, (data,))

@@ -8,11 +8,12 @@ A family is a package with these modules:
 
 Its model is a torch module that maps (packed items, with_images, features) to (N, D) float32 unit rows. The module has
 `dimension`; `pads`, whether attention pads a chunk's items to its longest; `always_with_images`; and
-`checkpoint_activations()`. If recipes can ask for adapters, its attribute `language_model` is what gets them.
+`checkpoint_activations()`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
 
@@ -36,6 +37,33 @@ S = TypeVar("S", bound=ModelSection)
 _PROBE = "A cat and a dog on a red sofa"
 
 
+@dataclass(frozen=True)
+class ChunkMemory:
+    """Bytes that a chunk takes on a device, parameters not counted.
+
+    forward: the most during a forward pass without gradient.  graph: what autograd keeps of one with gradient.
+    backward: the most during the backward pass, besides the graph.  features: of the frozen part.
+    """
+
+    forward: int
+    graph: int
+    backward: int
+    features: int
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """What an estimate of memory needs.
+
+    model: the engine's, on the meta device.  frozen: the part that is outside the engine, likewise, or None.
+    chunk: number of tokens -> their memory, if the chunk is full of images, or of videos.
+    """
+
+    model: "nn.Module"
+    frozen: "nn.Module | None"
+    chunk: Callable[[int], ChunkMemory]
+
+
 class Processor(Protocol):
     """Items -> what a model takes; BadSample for those that it cannot take.
 
@@ -56,12 +84,14 @@ class TrainingInterface(ABC, Generic[S]):
     """What training needs of a family, whose section of a recipe is an S.
 
     unused: prefixes of parameters that get no gradient, because no embedding depends on them.
+    adapted: the part, an attribute of the model, that gets adapters where a recipe asks for them.
     stages: supported ZeRO stages.
     checks_config_alone: whether `check` downloads no weights of a model on the hub.
-    estimates_memory: whether it has a `memory_model`.
+    estimates_memory: whether it has `memory`.
     """
 
     unused: ClassVar[tuple[str, ...]] = ()
+    adapted: ClassVar[str] = ""
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     checks_config_alone: ClassVar[bool] = False
     estimates_memory: ClassVar[bool] = False
@@ -114,8 +144,8 @@ class TrainingInterface(ABC, Generic[S]):
         self.check(self.section(recipe))
         self.processor(recipe, path)
 
-    def memory_model(self, recipe: Recipe) -> "nn.Module":
-        """The model on the meta device, for an estimate of memory."""
+    def memory(self, recipe: Recipe, videos: bool) -> ModelMemory:
+        """For an estimate of memory.  videos: chunks are full of videos, not of images."""
         raise NotImplementedError
 
     @abstractmethod

@@ -1,21 +1,24 @@
 """Whether a model keeps packed items apart. No list of models says so: a small model of the same config is tried."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from textwrap import shorten
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
-from pipeline.data.collate import Encoded, pack
+from pipeline.data.collate import Encoded, Packed, pack
 from pipeline.errors import PipelineError
 
 Build = Callable[[PreTrainedConfig], nn.Module]
 
-_LENGTHS = (5, 7, 4)  # tokens of the items
+_LENGTHS = (5, 7, 4)  # tokens of the items; the last one is what is looked at
 _LAYERS, _WIDTH, _TOKENS, _HEADS, _EXPERTS, _CHUNK = 8, 256, 64, 2, 8, 16  # the most that the small model has
 # Of unit vectors. What layers mix, with these weights, moves them by 1e-3 or more. Rounding moves them by 2e-6 in
 # float32, by 1e-4 where attention is sharp (Gemma 4's), further where it chooses another expert; in float64 by 1e-7.
@@ -57,28 +60,92 @@ def _problem(config: PreTrainedConfig, build: Build) -> str:
                 moved = _moved(model.to(dtype), vocabulary)
                 if moved < _TOLERANCE:
                     return ""
+            mixes = _mixer(model, vocabulary)
     except PipelineError as error:
         return f"a {config.model_type} model: {error}"
     except Exception as error:  # any, of any model's code
-        return (
-            f"a {config.model_type} model, which is not supported: it fails on packed texts ({type(error).__name__}: "
-            f"{shorten(str(error), 160)}); use another decoder, such as Llama or Qwen2, or copy its config.json again"
+        return f"a {config.model_type} model, which is not supported, because it fails on packed texts: " + _why(
+            config, error
         )
     return (
         f"a {config.model_type} model, which is not supported: a text's embedding depends on the texts packed with "
-        f"it (it moves by {moved:.1e}); use a decoder in which only attention mixes tokens"
+        f"it (it moves by {moved:.1e}){mixes}; use a decoder in which only attention mixes tokens"
     )
+
+
+def _why(config: PreTrainedConfig, error: Exception) -> str:
+    """Why a small model of this config does not run, by what is known of the whole one."""
+    try:
+        with no_init_weights(), torch.device("meta"):
+            model = AutoModel.from_config(copy.deepcopy(config))
+    except Exception as whole:
+        return f"transformers makes no model of its config.json ({_said(whole)}): is it damaged?"
+    for module in model.modules():
+        if any(isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module.children()):
+            return f"its {type(module).__name__} mixes neighbouring tokens of a row by a convolution"
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} computes attention by code of its own, which cannot be told where texts begin"
+    if not model._supports_sdpa:
+        return f"{type(model).__name__} has attention that is more than scaled dot products (sinks, sparsity)"
+    modules = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    names = [type(each).__name__ for each in modules if type(each).__module__.startswith("transformers.models")]
+    name = names[-1] if names else type(model).__name__
+    return f"its {name} does not run on them ({_said(error)}); or is its config.json damaged?"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {shorten(str(error), 160)}"
+
+
+def _items(vocabulary: int) -> list[Encoded]:
+    draws = np.random.default_rng(0)
+    return [Encoded(draws.integers(vocabulary, size=length).astype(np.int32)) for length in _LENGTHS]
 
 
 def _moved(model: nn.Module, vocabulary: int) -> float:
     """How far an item's vector together with others is from the one apart, at most."""
-    draws = np.random.default_rng(0)
-    items = [Encoded(draws.integers(vocabulary, size=length).astype(np.int32)) for length in _LENGTHS]
+    items = _items(vocabulary)
     together = model(pack(items), False)
     apart = torch.cat([model(pack([item]), False) for item in items])
     if not (together.isfinite().all() and apart.isfinite().all()):
         raise PipelineError("a small one of its config gives NaN or infinity for random tokens")
     return float((together - apart).norm(dim=1).max())
+
+
+def _mixer(model: nn.Module, vocabulary: int) -> str:
+    """Which class of layer it is: the first that gives the last item something else, of the same, where others change.
+
+    Or that no change of the others matters, but where in the row the item is; "" if neither is found.
+    """
+    items = _items(vocabulary)
+    others = [replace(item, input_ids=(item.input_ids + 1) % vocabulary) for item in items[:-1]] + items[-1:]
+    (ours, theirs) = (_traced(model, pack(each)) for each in (items, others))
+    for (name, before, after), (other_name, other_before, other_after) in zip(ours, theirs, strict=False):
+        if name == other_name and torch.equal(before, other_before) and not torch.allclose(after, other_after):
+            return f", for its {name} mixes them"
+    ours, theirs = (model(pack(each), False)[-1] for each in (items, others))
+    return ", for its place in the row changes it" if (ours - theirs).norm() < _TOLERANCE else ""
+
+
+def _traced(model: nn.Module, packed: Packed) -> list[tuple[str, Tensor, Tensor]]:
+    """(class, input, output) of modules that take and give a row of tokens, the inner ones first; of the last item."""
+    trace, tokens = [], len(packed.input_ids)
+
+    def rows(values: Iterable[object]) -> Tensor | None:
+        found = (x for x in values if isinstance(x, Tensor) and x.ndim == 3 and x.shape[1] == tokens)
+        return next((x[:, -_LENGTHS[-1] :].clone() for x in found), None)
+
+    def note(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        before = rows([*args, *kwargs.values()])
+        after = rows([output] if isinstance(output, Tensor) else output if isinstance(output, tuple) else ())
+        if before is not None and after is not None:
+            trace.append((type(module).__name__, before, after))
+
+    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
+    model(packed, False)
+    for hook in hooks:
+        hook.remove()
+    return trace
 
 
 def _small(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -118,18 +185,25 @@ def _some_layers(config: PreTrainedConfig) -> list[int]:
 def _narrowing(config: PreTrainedConfig) -> Callable[[str, Any], Any]:
     """A field's name and value -> its value in the narrow model."""
     before, layer = config.num_attention_heads, getattr(config, "per_layer_config", [config])[0]
-    size, heads = getattr(layer, "head_dim", None) or config.hidden_size // before, min(before, _HEADS)
+    size = getattr(layer, "head_dim", None) or config.hidden_size // before
     grouped = getattr(layer, "num_key_value_heads", None) not in (None, before)
+    others = {n: v for n, v in vars(config).items() if "heads" in n and ("mamba" in n or "linear" in n) and v}
+    # As few heads as leave a whole number of each other sort, which recurrent layers have.
+    heads = next((n for n in range(_HEADS, before) if all(v * n % before == 0 for v in others.values())), before)
     exact = {"hidden_size": heads * size, "num_attention_heads": heads, "num_key_value_heads": 1 if grouped else heads}
     exact |= {"n_group": 1, "topk_group": 1, "num_layers": _LAYERS}
+    scaled = {*others, "attention_hidden_size", "lru_width", "mamba_d_ssm"}
     by_part = {"intermediate_size": _WIDTH, "ffn": _WIDTH, "vocab_size": _TOKENS, "token_id": _TOKENS - 1}
-    by_part |= {"per_tok": _HEADS, "topk": _HEADS, "top_k": _HEADS, "expert": _EXPERTS, "chunk_size": _CHUNK}
+    by_part |= {"per_tok": _HEADS, "topk": _HEADS, "top_k": _HEADS, "expert": _EXPERTS}
+    by_part |= {"chunk_size": _CHUNK, "d_state": _CHUNK}
 
     def narrow(name: str, value: Any) -> Any:
         if isinstance(value, list):
             return [narrow(name, each) for each in value]
         if type(value) is not int:
             return value
+        if name in scaled:
+            return value * heads // before
         return min(value, exact.get(name) or next((limit for part, limit in by_part.items() if part in name), value))
 
     return narrow

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,25 +12,29 @@ from pathlib import Path
 def replacing(target: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path for a new file or folder, which becomes `target` when the block ends without an error.
 
-    Readers see the old file or the whole new one. An existing folder is removed just before the rename. After an error
-    the temporary path is removed, and `target` is unchanged. A killed process leaves it: see `remove_leftovers`.
+    Readers see the old file or the whole new one. An existing folder is renamed before, and removed afterwards. After
+    an error the temporary path is removed, and `target` is unchanged. A killed process leaves it: see
+    `remove_leftovers`.
 
     durable: flush the content and the new name to the disk. Otherwise a crash of the machine may leave an empty file.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    # The host's name, because processes on several nodes may write the same target.
+    partial = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    old = partial.with_suffix(".old.partial")
     try:
         yield partial
         if durable:
             sync(partial)
-        if partial.is_dir() and target.exists():
-            remove(target)
+        if partial.is_dir() and os.path.lexists(target):
+            target.rename(old)
         partial.replace(target)
     except BaseException:
         remove(partial)
         raise
     if durable:
-        _sync_one(target.parent)
+        sync_entry(target.parent)
+    remove(old)
 
 
 def write_file(target: Path, data: bytes, *, durable: bool = True) -> None:
@@ -55,10 +60,11 @@ def remove(path: Path) -> None:
 def sync(path: Path) -> None:
     """Flush a file, or a folder with all that it contains, to the disk."""
     for each in (*path.rglob("*"), path) if path.is_dir() else (path,):
-        _sync_one(each)
+        sync_entry(each)
 
 
-def _sync_one(path: Path) -> None:
+def sync_entry(path: Path) -> None:
+    """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

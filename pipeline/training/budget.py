@@ -8,8 +8,6 @@ collective. It notes a smaller budget for the next start.
 
 import json
 import math
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +18,7 @@ from pydantic import TypeAdapter
 
 from pipeline.config import Batch
 from pipeline.errors import PipelineError, is_out_of_memory
+from pipeline.storage.atomic import write_file
 from pipeline.training.conditions import changes
 from pipeline.training.meter import Memory
 
@@ -160,10 +159,8 @@ def _advice(run: Path, budget: Budget, conditions: dict) -> str:
     for name in ("chunk_tokens", "kept_chunks"):
         if name not in budget.auto and getattr(smaller, name) != getattr(budget, name):
             return f"start the run again with batch.{name}={getattr(smaller, name)}; if that is still too much, "
-    unfinished = run / f"budget.{socket.gethostname()}-{os.getpid()}.unfinished"  # several ranks may write the same
     try:
-        unfinished.write_text(json.dumps(found(smaller, conditions)))
-        unfinished.replace(run / NOTE)
+        write_file(run / NOTE, json.dumps(found(smaller, conditions)).encode())
     except OSError:
         return f"start the run again with {smaller}; if that is still too much, "
     return f"the next start uses {smaller}; if that is still too much, "

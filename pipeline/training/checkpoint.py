@@ -28,6 +28,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch.utils.serialization import config as serialization
 
 from pipeline.errors import PipelineError, disk_errors, is_of_late_peer, is_of_lost_peer, is_out_of_memory
+from pipeline.storage.atomic import remove, remove_leftovers, sync, sync_entry, write_file
 from pipeline.training import manifest
 
 LATEST, BEST = "latest", "best"
@@ -55,6 +56,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob("unfinished-*"):
                 remove(left)
+            remove_leftovers(folder)
         dist.barrier()
         engine.save_checkpoint(
             str(folder),
@@ -67,16 +69,15 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
             kept = conditions | {PROCESSES: dist.get_world_size(), MANIFEST: manifest.FORMAT}
             (folder / unfinished / CONDITIONS).write_text(json.dumps(kept))
         ours = [name for name in manifest.names_of(folder / unfinished) if manifest.writer_of(name) == rank]
-        files = manifest.sums(folder / unfinished, ours, meanwhile=lambda: flush(folder / unfinished))
+        files = manifest.sums(folder / unfinished, ours, meanwhile=lambda: sync(folder / unfinished))
         of_ranks: list | None = [None] * dist.get_world_size() if leads else None
         dist.gather_object(files, of_ranks)
         if of_ranks is not None:
             manifest.write(folder / unfinished, step, {name: file for each in of_ranks for name, file in each.items()})
-            flush_path(folder / unfinished)
             if (folder / name).exists():
                 remove((folder / name).rename(folder / f"unfinished-old-{step:08d}"))
             (folder / unfinished).rename(folder / name)
-            flush_path(folder)
+            sync_entry(folder)
             _point(folder, LATEST, name)
             remove_old([path for path in reversed(candidates(folder)) if path.is_dir()], keep)
     dist.barrier()
@@ -117,19 +118,9 @@ def _best(folder: Path) -> dict:
     return {}
 
 
-def recover_best(scores: dict[Path, tuple[float, list[str]]]) -> None:
-    """Write `best` anew, by the scores of the checkpoints that have one; see `keep_best`."""
-    for path in sorted(scores, key=step_of):
-        keep_best(path.parent, step_of(path), *scores[path])
-
-
 def _point(folder: Path, pointer: str, text: str) -> None:
-    unfinished = folder / f"{pointer}.unfinished"
     with disk_errors(folder / pointer):
-        unfinished.write_text(text + "\n")
-        flush_path(unfinished)
-        unfinished.rename(folder / pointer)
-        flush_path(folder)
+        write_file(folder / pointer, f"{text}\n".encode())
 
 
 def point(checkpoint: Path) -> None:
@@ -160,11 +151,6 @@ def _pointed(folder: Path) -> str:
     with suppress(OSError, ValueError):
         return (folder / LATEST).read_text().strip()
     return ""
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint, or None where there is none yet. Whether it is whole, resume.py finds out."""
-    return next(iter(candidates(folder)), None)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -260,26 +246,3 @@ def _universal_load(optimizer: deepspeed.runtime.base_optimizer.ZeROOptimizer) -
         if torch.is_tensor(state.get("step")):
             device = partition.device if optimizer.optimizer.defaults.get("fused") else "cpu"
             state["step"] = state["step"].to(device, copy=True)
-
-
-def flush(folder: Path) -> None:
-    """Have this machine's writes below `folder` reach the disk: every rank flushes, for its node wrote them."""
-    for path in (folder, *folder.rglob("*")):
-        flush_path(path)
-
-
-def remove(path: Path) -> None:
-    """Remove a folder, or whatever else has its name, if anything has."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def flush_path(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

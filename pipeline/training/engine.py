@@ -1,5 +1,6 @@
 """A recipe and a DeepSpeed config -> an engine whose parameters are where ZeRO wants them."""
 
+import logging
 import math
 from typing import Any, Protocol, cast
 
@@ -17,6 +18,8 @@ from pipeline.models.loading import DTYPES
 from pipeline.models.lora import add_adapters
 from pipeline.models.registry import training_of
 from pipeline.training.partitions import load_partitioned
+
+logger = logging.getLogger(__name__)
 
 
 class _Trained(Protocol):
@@ -37,7 +40,7 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     dtype = cast(torch.dtype, DTYPES[recipe.precision])
     attention = choose(recipe.model.attention, get_accelerator().device_name(), dtype)
     if dist.get_rank() == 0:
-        print(f"attention: {attention}")
+        logger.info("attention: %s", attention)
     if config["zero_optimization"]["stage"] == 3:
         model = load_partitioned(family, recipe, model_path, attention, config)
     else:
@@ -63,9 +66,10 @@ def load_frozen(recipe: Recipe, model_path: str, device: torch.device) -> Frozen
 
 def freeze(model: torch.nn.Module, recipe: Recipe) -> None:
     """Freeze everything that the recipe does not train."""
-    train, frozen = recipe.model.train, training_of(recipe).unused
+    train, family = recipe.model.train, training_of(recipe)
+    frozen = family.unused
     for part, prefixes in train.parts().items():
-        if not getattr(train, part) or (part == "language_model" and train.adapters):
+        if not getattr(train, part) or (part == family.adapted and train.adapters):
             frozen += prefixes
     for name, parameter in model.named_parameters():
         if name.startswith(frozen):
@@ -73,11 +77,9 @@ def freeze(model: torch.nn.Module, recipe: Recipe) -> None:
 
 
 def adapt(model: torch.nn.Module, recipe: Recipe) -> None:
-    """Put adapters in the language model, if the recipe asks for them."""
+    """Put adapters in the part that the family names, if the recipe asks for them."""
     if lora := recipe.model.train.adapters:
-        language_model = model.language_model
-        assert isinstance(language_model, torch.nn.Module)
-        add_adapters(language_model, lora, recipe.seed)
+        add_adapters(model.get_submodule(training_of(recipe).adapted), lora, recipe.seed)
 
 
 def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:

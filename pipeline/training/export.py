@@ -1,6 +1,5 @@
 """A trained engine -> a Hugging Face folder that transformers loads alone."""
 
-import os
 from pathlib import Path
 
 import deepspeed
@@ -13,7 +12,7 @@ from pipeline.errors import disk_errors
 from pipeline.models.frozen import Frozen
 from pipeline.models.lora import merge_adapters
 from pipeline.models.registry import training_of
-from pipeline.training.checkpoint import remove
+from pipeline.storage.atomic import remove_leftovers, replacing
 
 
 def export(engine: deepspeed.DeepSpeedEngine, frozen: Frozen | None, recipe: Recipe, source: str, folder: Path) -> None:
@@ -39,15 +38,10 @@ def write_folder(
 
     What was there before goes when the new one is whole. With adapters, `weights` is empty afterwards.
     """
-    unfinished, old = (folder.with_name(f"{folder.name}.{what}") for what in ("unfinished", "old"))
-    for left in (unfinished, old):
-        remove(left)
+    remove_leftovers(folder.parent, folder.name)
     merged = merge_adapters(weights, lora) if (lora := recipe.model.train.adapters) else weights
-    training_of(recipe).save(recipe, model, merged, source, unfinished)
-    if os.path.lexists(folder):
-        folder.rename(old)
-    unfinished.rename(folder)
-    remove(old)
+    with replacing(folder) as partial:
+        training_of(recipe).save(recipe, model, merged, source, partial)
 
 
 def _gathered(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:

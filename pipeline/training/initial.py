@@ -1,6 +1,5 @@
 """The model that a run begins with, in transformers' format."""
 
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pipeline.config import Recipe
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.models.registry import training_of
+from pipeline.storage.atomic import remove_leftovers, replacing
 from pipeline.training import checkpoint, manifest
 
 _TOKENIZER_SAMPLES, _TOKENIZER_SHARDS = 4096, 64
@@ -34,12 +34,10 @@ def initial_model(recipe: Recipe, source: Source, folder: Path, *, anew: bool) -
             manifest.seal(path)
         return str(path)
     if anew or not folder.exists():
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        family.build(recipe.model, _texts(source), recipe.seed, unfinished)
-        manifest.seal(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        remove_leftovers(folder.parent, folder.name)
+        with replacing(folder) as partial:
+            family.build(recipe.model, _texts(source), recipe.seed, partial)
+            manifest.seal(partial)
     else:
         manifest.check(folder)  # a checkpoint has nothing of what is frozen
     return str(folder)

@@ -13,13 +13,13 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import PipelineError
+from pipeline.storage.atomic import write_file
 
 FILE, FORMAT = "manifest.json", 1
 _BLOCK = 64 << 20  # what a thread sums at once; a flipped bit is found for certain, whatever the size
@@ -85,10 +85,7 @@ def sums(folder: Path, names: Iterable[str], meanwhile: Callable[[], None] | Non
 def write(folder: Path, step: int, files: dict[str, File]) -> None:
     """Write the manifest, and bring it to the disk."""
     manifest = Manifest(format=FORMAT, step=step, block=_BLOCK, files=dict(sorted(files.items())))
-    with (folder / FILE).open("w") as opened:
-        opened.write(manifest.model_dump_json())
-        opened.flush()
-        os.fsync(opened.fileno())
+    write_file(folder / FILE, manifest.model_dump_json().encode())
 
 
 def seal(folder: Path) -> None:
@@ -139,62 +136,52 @@ def read_json(file: Path) -> dict:
     return content
 
 
-def faults(folder: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, str]:
+def faults(folder: Path, manifest: Manifest, names: Iterable[str], *, thorough: bool = True) -> dict[str, str]:
     """What is wrong with these of a folder's files, by their names; empty where all is as it was written.
 
-    Raises PipelineError where a file cannot be read that may be whole.
+    thorough: by checksums, not by sizes alone.  Raises PipelineError where a file cannot be read that may be whole.
     """
+    blocks: list[tuple[str, int]] = []
+    for name in names:
+        file = manifest.files[name]
+        blocks += ((name, number) for number in range(max(len(file.crc32) if file and thorough else 1, 1)))
+
+    def look(block: tuple[str, int]) -> str:
+        name, number = block
+        return _fault(folder / name, manifest.files[name], number, manifest.block, thorough)
+
+    found: dict[str, str] = {}
     with ThreadPoolExecutor(_threads()) as pool:
-        looked = {}
-        for name in names:
-            try:
-                looked[name] = _look(folder / name, manifest.files[name], manifest.block, pool.submit)
-            except OSError as error:
-                looked[name] = [partial(_fault, folder / name, error)]
-        return {name: said for name, parts in looked.items() if (said := next(filter(None, (p() for p in parts)), ""))}
+        for (name, _), said in zip(blocks, pool.map(look, blocks), strict=True):
+            if said:
+                found.setdefault(name, said)
+    return found
 
 
-def _look(file: Path, expected: File | None, block: int, submit: Callable) -> list[Callable[[], str]]:
-    """Begin to read a file; functions that wait and say what is wrong with a part of it, or nothing."""
-    if not file.is_file():
-        return [lambda: f"{file.name} is no file" if file.exists() else f"{file.name} is missing"]
-    if expected is None:
-        return [partial(_said, file, submit(_archive_fault, file))]
-    if (size := file.stat().st_size) != expected.bytes:
-        return [lambda: f"{file.name} has {size:,} bytes of {expected.bytes:,}"]
-    starts = range(0, size, block)
-    if len(starts) != len(expected.crc32):
-        return [lambda: f"{FILE} has {len(expected.crc32)} checksums of {file.name}, not {len(starts)}"]
-    return [
-        partial(_said, file, submit(_block_fault, file, start, block, crc))
-        for start, crc in zip(starts, expected.crc32, strict=True)
-    ]
-
-
-def _said(file: Path, future: Future[str]) -> str:
+def _fault(file: Path, expected: File | None, number: int, block: int, thorough: bool) -> str:
+    """What is wrong with a file, or with one block of it."""
     try:
-        return future.result()
+        if not file.is_file():
+            return f"{file.name} is no file" if file.exists() else f"{file.name} is missing"
+        if expected is None:
+            return _archive_fault(file) if thorough else ""
+        if (size := file.stat().st_size) != expected.bytes:
+            return f"{file.name} has {size:,} bytes of {expected.bytes:,}"
+        if (count := -(-size // block)) != len(expected.crc32):
+            return f"{FILE} has {len(expected.crc32)} checksums of {file.name}, not {count}"
+        if thorough and size and _crc32(file, number * block, block) != expected.crc32[number]:
+            return f"{file.name} is not as it was written: its checksum differs from byte {number * block:,} on"
     except OSError as error:
-        return _fault(file, error)
-
-
-def _fault(file: Path, error: OSError) -> str:
-    damage = _unread(file, error)
-    if isinstance(damage, Damaged):
-        return str(damage)
-    raise damage
+        if isinstance(damage := _unread(file, error), Damaged):
+            return str(damage)
+        raise damage from None
+    return ""
 
 
 def _unread(file: Path, error: OSError) -> PipelineError:
     if error.errno in _DAMAGE:
         return Damaged(f"{file.name} is missing" if error.errno == errno.ENOENT else f"{file.name}: {error.strerror}")
     return PipelineError(f"{file} cannot be read: {error.strerror}; mend that and start again")
-
-
-def _block_fault(file: Path, start: int, length: int, expected: int) -> str:
-    if _crc32(file, start, length) == expected:
-        return ""
-    return f"{file.name} is not as it was written: its checksum differs from byte {start:,} on"
 
 
 def _archive_fault(file: Path) -> str:

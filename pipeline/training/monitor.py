@@ -1,23 +1,22 @@
 """What a run reports: metrics.jsonl, speed.jsonl, TensorBoard, the progress bar, and each rank's ledger."""
 
 import json
+import logging
 import os
 import re
 import signal
-import socket
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from pipeline.data.batch import Bad, Origin
-from pipeline.errors import PipelineError, disk_errors, printable
+from pipeline.errors import PipelineError, disk_errors
 from pipeline.evaluation.report import Report
 from pipeline.jobs import status
 from pipeline.progress import progress_bar
+from pipeline.storage.atomic import write_file
 
 _PROBE = 64 << 10  # bytes: a disk that takes no more is full
 _WHY = {
@@ -26,25 +25,20 @@ _WHY = {
     signal.SIGINT: "(Ctrl-C)",
 }
 
+logger = logging.getLogger(__name__)
+
 
 def evaluation_file(run: Path, step: int) -> Path:
     """The report of the evaluation after `step` steps."""
     return run / "evaluation" / f"step-{step:08d}.json"
 
 
-def score_of(run: Path, step: int) -> tuple[float, list[str]] | None:
-    """The score of an evaluation, and the sets it is of; None where there is none that can be read."""
+def evaluation_of(run: Path, step: int) -> Report | None:
+    """That report, or None if there is none that can be read."""
     try:
-        report = Report.read(evaluation_file(run, step))
+        return Report.read(evaluation_file(run, step))
     except PipelineError:
         return None
-    return report.score, list(report.results)
-
-
-def may_be_best(run: Path, step: int) -> tuple[float, list[str]] | None:
-    """As `score_of`; None also where the model had collapsed."""
-    scored = score_of(run, step)
-    return None if scored and Report.read(evaluation_file(run, step)).collapsed else scored
 
 
 def check_writable(run: Path) -> None:
@@ -52,19 +46,13 @@ def check_writable(run: Path) -> None:
 
     A missing run directory is created.
     """
-    probe = f".probe.{socket.gethostname()}-{os.getpid()}.unfinished"
     for folder in (run, *(run / name for name in ("checkpoints", "evaluation", "ledger", "tensorboard"))):
         with disk_errors(folder):
             if folder == run:
                 folder.mkdir(parents=True, exist_ok=True)
             if folder == run or os.path.lexists(folder):
-                try:
-                    with (folder / probe).open("wb") as file:
-                        file.write(bytes(_PROBE))
-                        file.flush()
-                        os.fsync(file.fileno())
-                finally:
-                    (folder / probe).unlink(missing_ok=True)
+                write_file(folder / ".probe", bytes(_PROBE))
+                (folder / ".probe").unlink(missing_ok=True)  # two starts may write it
     for path in run.glob("*.jsonl"):
         with disk_errors(path):
             path.open("rb+").close()
@@ -90,12 +78,7 @@ class StepLog:
                 whole = range(min(steps, default=1), start + 1) if is_one_each else ()
                 self._note(damaged, [step for step in whole if step not in steps])
             if (kept := b"".join(line for step, line in lines if step <= start)) != before:
-                rewritten = path.with_suffix(".unfinished")
-                with rewritten.open("wb") as file:
-                    file.write(kept)
-                    file.flush()
-                    os.fsync(file.fileno())  # or a crash may leave zeros under the name
-                rewritten.rename(path)
+                write_file(path, kept)
             self.file = path.open("a", buffering=1)
 
     def _note(self, damaged: list[bytes], missing: list[int]) -> None:
@@ -108,7 +91,7 @@ class StepLog:
         if missing:
             said.append(f"has no line of {len(missing)} steps, the first of them {missing[0]}")
         if said:
-            print(printable(f"{self.path} {' and '.join(said)}"), file=sys.stderr, flush=True)
+            logger.warning("%s %s", self.path, " and ".join(said))
 
     def write(self, record: dict) -> None:
         with disk_errors(self.path):
@@ -189,7 +172,7 @@ class Monitor:
         for bad in samples:
             record = {"step": step, "shard": bad.origin.shard, "sample": bad.origin.sample, "key": bad.key}
             self.bad_samples.write(record | {"reason": bad.reason})
-            tqdm.write(printable(f"bad sample {bad.origin}, key {bad.key}: {bad.reason}"), file=sys.stderr)
+            logger.warning("bad sample %s, key %s: %s", bad.origin, bad.key, bad.reason)
 
     def step(self, metrics: dict, speed: dict, histograms: dict[str, np.ndarray]) -> None:
         """Show a step's figures; a metric that is None has no value in this step."""
@@ -220,7 +203,7 @@ class Monitor:
             for metric, value in result.metrics.items():
                 self.board.add_scalar(f"evaluation_datasets/{name}/{metric}", value, step)
         shown = ", ".join(f"{name} {value:.1%}" for name, value in averages.items())
-        tqdm.write(printable(f"step {step}: score {report.score:.1%}{', ' if shown else ''}{shown}"), file=sys.stderr)
+        logger.info("step %d: score %.1f%%%s%s", step, 100 * report.score, ", " if shown else "", shown)
 
     def stopped(self, number: int) -> None:
         """Note that a signal ended the run for now, with a checkpoint."""
@@ -228,7 +211,7 @@ class Monitor:
             received = signal.Signals(number)
             reason = f"{received.name} {_WHY[received]}"
             status.note(self.folder, "stopped", reason=reason)
-            tqdm.write(f"stopped: {reason}; the same command goes on from here", file=sys.stderr)
+            logger.info("stopped: %s; the same command goes on from here", reason)
 
     def flush(self) -> None:
         """Bring the logs to the disk, as a checkpoint does with itself: the two must not part in a crash."""

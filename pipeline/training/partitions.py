@@ -43,10 +43,10 @@ def load_partitioned(
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = family.empty(recipe, path, attention)
     # Init made the frequencies of rotary embeddings bf16, with which positions beyond some hundred are others.
-    language_model: Any = getattr(model, "language_model", None)
-    if hasattr(language_model, "rotary_emb"):
-        rotary = type(language_model.rotary_emb)(language_model.config)
-        language_model.rotary_emb = rotary.to(get_accelerator().current_device_name())
+    module: Any
+    for module in list(model.modules()):
+        if hasattr(module, "rotary_emb"):
+            module.rotary_emb = type(module.rotary_emb)(module.config).to(get_accelerator().current_device_name())
     wanted, stored = dict(model.named_parameters()), _stored(path)
     refuse_more_layers(path, stored, {name for name in stored if family.own_name(name) not in wanted})
     for file in sorted({tensor.file for tensor in stored.values()}):

@@ -1,24 +1,27 @@
 """Which checkpoint a run continues from: the newest whole one. Damaged ones are named and set aside, never deleted."""
 
+import logging
 import socket
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
 from pipeline.distributed import on_first_rank
-from pipeline.errors import PipelineError, printable
+from pipeline.errors import PipelineError
+from pipeline.storage.atomic import sync_entry
 from pipeline.training import checkpoint, conditions, manifest
 from pipeline.training.manifest import Damaged, Manifest
-from pipeline.training.monitor import may_be_best
+from pipeline.training.monitor import evaluation_of
 
 _SHOWN = 3  # faults of one checkpoint in a message
+
+logger = logging.getLogger(__name__)
 
 
 def whole(folder: Path, *, thorough: bool = False, quiet: bool = False) -> Path | None:
     """The newest checkpoint that is whole, by its files' sizes or (thorough) checksums; None where there never was one.
 
-    It changes nothing, and prints which newer ones are damaged, unless quiet. Raises PipelineError where all are.
+    It changes nothing, and logs which newer ones are damaged, unless quiet. Raises PipelineError where all are.
     """
     damaged = {}
     for each in checkpoint.candidates(folder):
@@ -26,7 +29,7 @@ def whole(folder: Path, *, thorough: bool = False, quiet: bool = False) -> Path 
             damaged[each] = fault
             continue
         for other, why in () if quiet else damaged.items():
-            print(printable(f"{other} is damaged: {why}; {each.name} is taken"), file=sys.stderr, flush=True)
+            logger.warning("%s is damaged: %s; %s is taken", other, why, each.name)
         return each
     _refuse(folder, damaged)
     return None
@@ -36,16 +39,9 @@ def fault_of(path: Path, *, thorough: bool) -> str:
     """What is wrong with a checkpoint; empty where it is whole."""
     try:
         content = contents(path, thorough=thorough)
-        if thorough:
-            return _joined(manifest.faults(path, content, content.files))
-        for name, file in content.files.items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if file and (path / name).stat().st_size != file.bytes:
-                return f"{name} has {(path / name).stat().st_size:,} bytes of {file.bytes:,}"
+        return _joined(manifest.faults(path, content, content.files, thorough=thorough))
     except Damaged as error:
         return str(error)
-    return ""
 
 
 def choose(folder: Path, present: dict) -> Path | None:
@@ -104,10 +100,11 @@ def choose(folder: Path, present: dict) -> Path | None:
             _set_aside(each, why, path)
         checkpoint.point(path)
         if not checkpoint.best(folder):
-            scores = {
-                each: may_be_best(folder.parent, checkpoint.step_of(each)) for each in checkpoint.candidates(folder)
-            }
-            checkpoint.recover_best({each: score for each, score in scores.items() if score})
+            for each in reversed(checkpoint.candidates(folder)):  # from the oldest on, as the run did
+                step = checkpoint.step_of(each)
+                report = evaluation_of(folder.parent, step)
+                if report and not report.collapsed:
+                    checkpoint.keep_best(folder, step, report.score, list(report.results))
 
     on_first_rank(settle)
     return path
@@ -141,15 +138,11 @@ def _set_aside(path: Path, why: str, taken: Path) -> None:
     numbers = ["", *(f"-{number}" for number in range(2, 1000))]
     target = next(new for each in numbers if not (new := path.with_name(f"damaged-{path.name}{each}")).exists())
     path.rename(target)
-    checkpoint.flush_path(path.parent)
+    sync_entry(path.parent)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    print(
-        printable(
-            f"{path} is damaged: {why}. It is kept as {target.name} ({size / 1e6:,.1f} MB; delete it when not needed), "
-            f"and the run continues from {taken.name}"
-        ),
-        file=sys.stderr,
-        flush=True,
+    logger.warning(
+        f"{path} is damaged: {why}. It is kept as {target.name} ({size / 1e6:,.1f} MB; delete it when not needed), and "
+        f"the run continues from {taken.name}"
     )
 
 

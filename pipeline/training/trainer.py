@@ -1,9 +1,9 @@
 """A run of training: what is checked before it starts, what it loads, its steps, and its export."""
 
+import logging
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -22,7 +22,7 @@ from pipeline.data.order import Order
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.distributed import all_gather_constant, on_first_rank, start_distributed
-from pipeline.errors import PipelineError, disk_errors, printable
+from pipeline.errors import PipelineError, disk_errors
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import ModelEncoder
@@ -36,6 +36,7 @@ from pipeline.models.family import Processor
 from pipeline.models.frozen import KeptFeatures
 from pipeline.models.registry import saved, training_of
 from pipeline.objectives.objective import StepResult, objective_of
+from pipeline.storage.atomic import write_file
 from pipeline.training import checkpoint, resume
 from pipeline.training.budget import MEMORY, NOTE, Budget, found, found_before, out_of_memory_noted
 from pipeline.training.conditions import check, conditions_of_run
@@ -43,11 +44,13 @@ from pipeline.training.engine import build_engine, learning_rate, load_frozen, s
 from pipeline.training.export import export
 from pipeline.training.initial import initial_model
 from pipeline.training.meter import Meter
-from pipeline.training.monitor import Monitor, StepLog, score_of
+from pipeline.training.monitor import Monitor, StepLog, evaluation_of
 from pipeline.training.preemption import Preemption
 from pipeline.training.universal import for_this_world
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "webdataset")
+
+logger = logging.getLogger(__name__)
 
 
 def plan(recipe: Recipe, source: Source, lengths: Lengths, world: int) -> tuple[Order, int]:
@@ -130,7 +133,8 @@ class Trainer:
                 status.note(self.folder, "running", step=done, steps=self.steps)
             if self._evaluation_is_due(done) and self._evaluation_is_missing(done):
                 self._evaluate(done)
-            if self._is_asked_to_stop():
+            if asked := self.preemption.asked():
+                self.monitor.stopped(asked)
                 return False
             stream = self._batches(range(done, self.steps))
             for step in range(done, self.steps):
@@ -191,7 +195,7 @@ class Trainer:
         dist.broadcast_object_list(before)
         budget = Budget.of(self.recipe.batch, self.recipe.model.max_tokens, before[0])
         if before[0] and budget.auto and dist.get_rank() == 0:
-            print(f"as found before: {budget}")
+            logger.info("as found before: %s", budget)
         return budget
 
     def _batches(self, steps: range) -> Iterator[Batch]:
@@ -221,7 +225,7 @@ class Trainer:
             if dist.get_rank() == 0:
                 how = "from now on" if self.budget.is_fixed else "next"
                 used = f"{memory.peak / 1e9:.1f} GB of {memory.total / 1e9:.1f}"
-                print(f"a step took {used}; {how} {self.budget}")
+                logger.info("a step took %s; %s %s", used, how, self.budget)
         return result, lr
 
     def _report(self, done: int, batch: Batch, result: StepResult, lr: float, began: float, waited: float) -> None:
@@ -278,11 +282,6 @@ class Trainer:
             with disk_errors(self.folder / NOTE):
                 (self.folder / NOTE).unlink(missing_ok=True)  # the checkpoint has the budget now
 
-    def _is_asked_to_stop(self) -> bool:
-        if asked := self.preemption.asked():
-            self.monitor.stopped(asked)
-        return bool(asked)
-
     def _evaluation_is_due(self, step: int) -> bool:
         """Before the first step, after the last, and between as the recipe says."""
         if (evaluation := self.recipe.evaluation) is None:
@@ -291,14 +290,14 @@ class Trainer:
 
     def _evaluation_is_missing(self, step: int) -> bool:
         """Whether there is no evaluation yet of the step that a start continues from."""
-        due = torch.tensor(score_of(self.folder, step) is None, device=get_accelerator().current_device_name())
+        due = torch.tensor(evaluation_of(self.folder, step) is None, device=get_accelerator().current_device_name())
         dist.broadcast(due, 0)  # on a shared file system another rank may not yet see it
         return bool(due)
 
     def _evaluate(self, step: int) -> None:
         if report := self._measured():
             if report.collapsed:
-                print(printable(f"step {step}: {report.remarks()[0]}"), file=sys.stderr, flush=True)
+                logger.warning("step %d: %s", step, report.remarks()[0])
             elif step:  # after which there is a checkpoint
                 checkpoint.keep_best(self.checkpoints, step, report.score, list(report.results))
             self.monitor.evaluation(step, report)
@@ -334,10 +333,8 @@ class Trainer:
         """Keep the resolved recipe with the run, and what ran it."""
         versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
         header = f"# {self.world} processes; Python {platform.python_version()}, {versions}\n"
-        unfinished = self.folder / "recipe.unfinished"
         with disk_errors(self.folder / "recipe.yaml"):
-            unfinished.write_text(header + dump_recipe(self.recipe))
-            unfinished.rename(self.folder / "recipe.yaml")
+            write_file(self.folder / "recipe.yaml", (header + dump_recipe(self.recipe)).encode())
 
     def _shorten_ledgers(self, step: int) -> None:
         """Truncate ledgers of ranks that no longer exist, after `step`: other ranks repeat those steps."""

@@ -5,6 +5,7 @@ them to files of one parameter each (https://www.deepspeed.ai/tutorials/universa
 itself, beside the checkpoint, which stays as it is; `checkpoint.load` removes the converted one.
 """
 
+import logging
 import os
 import shutil
 import signal
@@ -25,10 +26,13 @@ from pipeline.config import ROOT
 from pipeline.distributed import on_first_rank
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
+from pipeline.storage.atomic import sync
 from pipeline.training import checkpoint
 from pipeline.training.preemption import SIGNALS
 
 _POLL = 5  # seconds
+
+logger = logging.getLogger(__name__)
 
 
 def for_this_world(source: Path, timeout_minutes: float) -> Path:
@@ -64,7 +68,7 @@ def convert(source: Path, target: Path, before: int, world: int, timeout_minutes
             f"{source} is of {before} processes: converting it for {world} takes {size / 1e9:.1f} GB, and there are "
             f"{free / 1e9:.1f} GB free; make room, or continue on {before} processes"
         )
-    print(f"{source} is of {before} processes: converting it for {world} writes {size / 1e9:.1f} GB", flush=True)
+    logger.info("%s is of %d processes: converting it for %d writes %.1f GB", source, before, world, size / 1e9)
     command = [sys.executable, "-m", __name__, str(source.absolute()), str(target.absolute())]
     with (
         tempfile.TemporaryFile("w+") as output,
@@ -121,7 +125,7 @@ def main() -> None:
     )
     with checkpoint.weights_only(), checkpoint.mapped():
         ds_to_universal.main(arguments)
-    checkpoint.flush(target)
+    sync(target)
 
 
 def _end_with_rank() -> NoReturn:

@@ -111,10 +111,13 @@ def test_a_report_survives_its_file(tmp_path):
     [
         (lambda content: {}, "format None, this version reads format 1"),
         (lambda content: content | {"format": 2}, "format 2, this version"),
-        (lambda content: {"format": 1, "model": "m"}, "not an evaluation's report: KeyError"),
-        (lambda content: content | {"results": {"a": {"group": "vqa"}}}, "a.in_distribution: Field required"),
+        (lambda content: {"format": 1, "model": "m"}, "is missing: it is not an evaluation's report"),
+        (lambda content: content | {"results": {"a": {"group": "vqa"}}}, "a.in_distribution is missing"),
         (lambda content: content["results"]["a"].update(metrics={}) or content, "a has no metrics"),
-        (lambda content: content["results"]["a"]["similarities"]["positive"].clear() or content, "not 200 bins"),
+        (
+            lambda content: content["results"]["a"]["similarities"]["positive"].clear() or content,
+            "not 200 bins: it is not an",
+        ),
     ],
 )
 def test_what_is_no_report_is_a_clear_error(tmp_path, change, said):

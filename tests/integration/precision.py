@@ -52,7 +52,7 @@ def main() -> None:
     checkpoint.save(engine, run / "checkpoints", 2, {"bad_samples": 0}, conditions, keep=1)
     losses.append(step(engine, batches[2]))
     again = build_engine(recipe, ds_config, model)
-    assert checkpoint.load(again, checkpoint.latest(run / "checkpoints"))["step"] == 2
+    assert checkpoint.load(again, checkpoint.candidates(run / "checkpoints")[0])["step"] == 2
     export(again, tower, recipe, model, run / "export")
     items = list(batches[0].items.values())
     chunks = plan_chunks(items, 200, torch.device("cpu"))

@@ -211,28 +211,29 @@ def contents(folder: Path) -> list[bytes | str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_damaged_checkpoint_is_named_set_aside_and_the_next_older_whole_one_taken(case, run, group, capsys):
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_next_older_whole_one_taken(case, run, group, caplog):
     damage, taken, said = CASES[case]
     conditions = conditions_of(run)
     damage(run)
     checkpoints = run / "checkpoints"
     before = {path.name: contents(path) for path in checkpoints.iterdir() if path.name.startswith("step-")}
     assert resume.whole(checkpoints, thorough=True) == step(run, taken)
-    assert said in capsys.readouterr().err  # an export names it, too, and changes nothing
+    assert said in caplog.text  # an export names it, too, and changes nothing
     assert {path.name: contents(path) for path in checkpoints.iterdir() if path.name.startswith("step-")} == before
 
+    caplog.clear()
     assert resume.choose(checkpoints, conditions) == step(run, taken)
-    assert said in (printed := capsys.readouterr().err)
+    assert said in caplog.text
     assert (checkpoints / "latest").read_text().split() == [f"step-{taken:08d}"]
     aside = {path.name: contents(path) for path in checkpoints.iterdir() if path.name.startswith("damaged-step-")}
     damaged = [] if not said else [number for number in (4, 6) if number > taken]
     assert aside == {f"damaged-step-{number:08d}": before[f"step-{number:08d}"] for number in damaged}
-    assert printed.count(" is damaged: ") == len(damaged)
+    assert caplog.text.count(" is damaged: ") == len(damaged)
     for name in before.keys() - {f"step-{number:08d}" for number in damaged}:
         assert contents(checkpoints / name) == before[name]
 
 
-def test_what_is_set_aside_a_second_time_keeps_the_first(run, group, capsys):
+def test_what_is_set_aside_a_second_time_keeps_the_first(run, group):
     conditions = conditions_of(run)
     for number in (1, 2):
         shutil.rmtree(step(run, 6), ignore_errors=True)
@@ -288,7 +289,7 @@ def test_a_run_damaged_all_over_ends_as_if_it_had_not_been(finished, recipe, run
     for events in (run / "tensorboard").iterdir():
         cut(events)
     (run / "export/config.json").unlink()
-    for name in ("init", "init.unfinished", "export.unfinished", "checkpoints/unfinished-00000009"):
+    for name in ("init", ".init.1.partial", ".export.1.partial", "checkpoints/unfinished-00000009"):
         (run / name).mkdir()
     ended = train(recipe, run)
     assert ended.status == [0, 0], ended.output[-4000:]
@@ -306,10 +307,10 @@ def test_a_run_damaged_all_over_ends_as_if_it_had_not_been(finished, recipe, run
     assert ours == theirs
     weights = "export/model.safetensors"
     assert (run / weights).read_bytes() == (finished / weights).read_bytes()
-    assert {path.name for path in run.iterdir() if path.suffix in (".unfinished", ".old")} == {"init.unfinished"}
+    assert [path.name for path in run.glob(".*.partial")] == [".init.1.partial"]
 
 
-def test_on_another_number_of_processes_the_whole_one_is_converted(recipe, run, monkeypatch, capsys, tmp_path):
+def test_on_another_number_of_processes_the_whole_one_is_converted(recipe, run, monkeypatch, capsys, caplog, tmp_path):
     flip(step(run, 6) / OPTIMIZER)
     without_manifest(step(run, 4))
     left = run / "checkpoints/unfinished-universal/step-00000004"
@@ -323,9 +324,8 @@ def test_on_another_number_of_processes_the_whole_one_is_converted(recipe, run, 
     flip(step(run, 5) / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     monkeypatch.setattr("sys.argv", ["export", str(run), str(tmp_path / "out")])
     export.main.__wrapped__()
-    said = capsys.readouterr()
-    assert "step-00000005 is damaged" in said.err
-    assert "step-00000004 of" in said.out
+    assert "step-00000005 is damaged" in caplog.text
+    assert "step-00000004 of" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["export", str(run), str(tmp_path / "other"), "--step", "5"])
     with pytest.raises(PipelineError, match=r"step-00000005 is damaged: .*; steps that have a checkpoint: 2, 4, 5"):
         export.main.__wrapped__()

@@ -198,7 +198,7 @@ def test_a_checkpoint_in_the_making_does_not_count(tmp_path):
     """What a kill during a save leaves: files under another name, and `latest` as it was."""
     folder = tmp_path / "checkpoints"
     (folder / "unfinished-00000008").mkdir(parents=True)
-    assert checkpoint.latest(folder) is None
+    assert checkpoint.candidates(folder) == []
     (folder / "step-00000004").mkdir()
     (folder / "latest").write_text("step-00000004\n")
-    assert checkpoint.latest(folder) == folder / "step-00000004"
+    assert checkpoint.candidates(folder)[0] == folder / "step-00000004"

@@ -126,7 +126,7 @@ def test_a_run_on_one_process_goes_on_where_two_were_stopped(recipe, tmp_path, m
         shutil.rmtree(checkpoints / later)
     killed = checkpoints / "unfinished-universal" / "step-00000002" / "tmp"  # that was converting
     killed.mkdir(parents=True)
-    assert checkpoint.latest(checkpoints) == checkpoints / "step-00000002"
+    assert checkpoint.candidates(checkpoints)[0] == checkpoints / "step-00000002"
 
     ended = launch(["-m", "pipeline.train", *recipe, f"run={stopped}"], world=1)
     assert ended.status == [0], ended.output[-4000:]

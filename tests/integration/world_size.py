@@ -49,7 +49,7 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
     if sub_group:
         config["zero_optimization"]["sub_group_size"] = sub_group
     checkpoints = folder / case / f"by{saved_by}"
-    if start := checkpoint.latest(checkpoints) if steps.start else None:
+    if start := next(iter(checkpoint.candidates(checkpoints)), None) if steps.start else None:
         start = start.with_name(f"step-{steps.start:08d}")
         as_saved, start = start, for_this_world(start, timeout_minutes=HANG_MINUTES)
         if start != as_saved:

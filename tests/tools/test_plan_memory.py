@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 import weakref
@@ -17,23 +18,13 @@ from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 from pipeline.config import Recipe, load_recipe
 from pipeline.data.collate import Encoded, Image, Packed, pack
 from pipeline.data.tiles import Tiling
+from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import Llave, TowerlessLlave
 from pipeline.models.llave.tower import normalised, tower_features
+from pipeline.models.registry import training_of
 from pipeline.objectives.contrastive.loss import hardness_weighted_loss
 from pipeline.training.engine import freeze
-from pipeline.training.memory import (
-    Group,
-    Plan,
-    Work,
-    groups_of,
-    loss_bytes,
-    meta_model,
-    recomputed_bytes,
-    saved_bytes,
-    state_bytes,
-    tokens_per_tile,
-    working_bytes,
-)
+from pipeline.training.memory import Group, Plan, groups_of, loss_bytes, state_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "pipeline/recipes/demo.yaml"
@@ -67,14 +58,14 @@ def random_model(shape: LlavaOnevisionConfig, dtype: torch.dtype) -> Llave:
     return model
 
 
-def chunk(shape: LlavaOnevisionConfig) -> tuple[Packed, Work]:
-    """Items with images of two tiles and texts of several lengths."""
+def chunk(shape: LlavaOnevisionConfig) -> tuple[Packed, int, int]:
+    """Items with images of two tiles, of one length: attention pads nothing. With their tokens and tiles."""
     size = shape.vision_config.image_size
     side = size // 8
     image = Image(np.zeros((2, 3, size, size), np.uint8), size, size)
     marks = [IMAGE] * (side**2 + side * (side + 1))
-    packed = pack([Encoded(np.array(marks + [7] * n, np.int32), (image,)) for n in (50, 60, 40, 50)])
-    return packed, Work(sum(packed.lengths), len(packed.lengths) * max(packed.lengths), 8, 0)
+    packed = pack([Encoded(np.array(marks + [7] * n, np.int32), (image,)) for n in (50, 50, 50, 50)])
+    return packed, sum(packed.lengths), 8
 
 
 class LiveBytes(TorchDispatchMode):
@@ -121,19 +112,18 @@ def measured_saved(model: Llave, packed: Packed, features: torch.Tensor | None) 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_chunk_takes_what_is_planned(name, dtype):
     model = random_model(SHAPES[name], dtype)
-    packed, work = chunk(SHAPES[name])
-    work = Work(work.tokens, work.slots, work.tiles, dtype.itemsize)
-    saved, working = saved_bytes(model.config, work, tower_trained=True), working_bytes(model.config, work)
-    assert saved == pytest.approx(measured_saved(model, packed, None), rel=0.05)
+    packed, tokens, tiles = chunk(SHAPES[name])
+    planned = chunk_memory(model.config, tokens, tiles, dtype.itemsize, tower_trained=True)
+    assert planned.graph == pytest.approx(measured_saved(model, packed, None), rel=0.05)
     with torch.no_grad(), LiveBytes() as live:
         model(packed, True)
-    assert working == pytest.approx(live.peak, rel=0.05)
+    assert planned.forward == pytest.approx(live.peak, rel=0.05)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # gradients are counted by themselves
     with LiveBytes() as live:
         model(packed, True).sum().backward()
     # A parameter's gradient is there beside the sum for a moment: the largest counts.
-    assert saved + working == pytest.approx(live.peak, rel=0.15)
+    assert planned.graph + planned.backward == pytest.approx(live.peak, rel=0.15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -141,45 +131,45 @@ def test_a_chunk_takes_what_is_planned(name, dtype):
 def test_with_activation_checkpointing_a_chunk_takes_what_is_planned(name, dtype):
     model = random_model(SHAPES[name], dtype)
     model.checkpoint_activations()
-    packed, work = chunk(SHAPES[name])
-    work = Work(work.tokens, work.slots, work.tiles, dtype.itemsize)
-    saved = saved_bytes(model.config, work, tower_trained=True, checkpointing=True)
-    working, backward = working_bytes(model.config, work), recomputed_bytes(model.config, work, tower_trained=True)
+    packed, tokens, tiles = chunk(SHAPES[name])
+    without, planned = (
+        chunk_memory(model.config, tokens, tiles, dtype.itemsize, tower_trained=True, checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    )
     with torch.no_grad(), LiveBytes() as live:
         model(packed, True)
-    assert working == pytest.approx(live.peak, rel=0.05)
+    assert planned.forward == pytest.approx(live.peak, rel=0.05)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with LiveBytes() as live:
         embeddings = model(packed, True)
-        assert saved == pytest.approx(live.now, rel=0.15)
+        assert planned.graph == pytest.approx(live.now, rel=0.15)
         embeddings.sum().backward()
-    assert saved + backward == pytest.approx(live.peak, rel=0.15)
-    assert saved < saved_bytes(model.config, work, tower_trained=True) / 5
+    assert planned.graph + planned.backward == pytest.approx(live.peak, rel=0.15)
+    assert planned.graph < without.graph / 5
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_frozen_tower_keeps_nothing_but_its_features(name):
-    whole, (packed, work) = random_model(SHAPES[name], torch.float32), chunk(SHAPES[name])
-    work = Work(work.tokens, work.slots, work.tiles, 4)
+    whole, (packed, tokens, tiles) = random_model(SHAPES[name], torch.float32), chunk(SHAPES[name])
     with torch.no_grad():
         features = tower_features(whole.vision_tower, normalised(packed.tiles, whole.device, whole.dtype))
     model = TowerlessLlave(SHAPES[name])
     model.set_attn_implementation({"text_config": "packed_sdpa"})
-    assert saved_bytes(SHAPES[name], work, tower_trained=False) == pytest.approx(
-        measured_saved(model, packed, features), rel=0.05
-    )
+    planned = chunk_memory(SHAPES[name], tokens, tiles, 4, tower_trained=False)
+    assert planned.graph == pytest.approx(measured_saved(model, packed, features), rel=0.05)
+    assert planned.features == features.nbytes
 
 
 def test_the_tower_counts_where_it_is_wider_than_the_language_model():
     shape = config((256, 1024, 2, 4), (32, 64, 2, 2, 1), 56)
-    model, (packed, work) = random_model(shape, torch.float32), chunk(shape)
-    work = Work(work.tokens, work.slots, work.tiles, 4)
-    assert saved_bytes(shape, work, tower_trained=True) == pytest.approx(measured_saved(model, packed, None), rel=0.05)
+    model, (packed, tokens, tiles) = random_model(shape, torch.float32), chunk(shape)
+    planned = chunk_memory(shape, tokens, tiles, 4, tower_trained=True)
+    assert planned.graph == pytest.approx(measured_saved(model, packed, None), rel=0.05)
     with torch.no_grad(), LiveBytes() as live:
         model(packed, True)
-    assert working_bytes(shape, work) == pytest.approx(live.peak, rel=0.05)
-    assert working_bytes(shape, work, tiles_at_once=2) < working_bytes(shape, work) / 2
+    assert planned.forward == pytest.approx(live.peak, rel=0.05)
+    assert chunk_memory(shape, tokens, tiles, 4, tower_trained=False, tiles_at_once=2).forward < planned.forward / 2
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1024, 256), (3000, 64)])
@@ -188,8 +178,7 @@ def test_the_loss_takes_what_is_planned(rows, width):
     query, target = (F.normalize(torch.randn(rows, width), dim=-1).requires_grad_() for _ in range(2))
     with LiveBytes() as live:
         torch.autograd.grad(hardness_weighted_loss(query, target, alpha=9, temperature=0.02).loss, (query, target))
-    shape = config((8, 8, 1, 1), (width, 8, 1, 1, 1), 24)
-    assert loss_bytes(shape, rows, gpus=1) == pytest.approx(live.peak, rel=0.15)
+    assert loss_bytes(width, rows, gpus=1) == pytest.approx(live.peak, rel=0.15)
 
 
 def size_of(tensors) -> int:
@@ -206,7 +195,7 @@ def test_without_sharding_states_are_those_of_adamw():
     with LiveBytes() as live:
         optimizer.step()
     assert live.peak < 4 * len(trained) * 8  # its steps' numbers
-    states = state_bytes(groups_of(model, tower_in_engine=True), stage=0, gpus=2, width=4, zero={})
+    states = state_bytes(groups_of(model), stage=0, gpus=2, width=4, zero={})
     assert states.parameters == size_of(model.parameters())
     assert states.gradients == size_of(p.grad for p in trained) < states.parameters
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -226,9 +215,7 @@ def test_a_device_has_its_share_of_the_states(stage, dtype):
     optimizer.step()
     moments = [optimizer.state[master][name] for name in ("exp_avg", "exp_avg_sq")]
     zero = {"reduce_bucket_size": 1000, "stage3_max_live_parameters": 5000}
-    states = state_bytes(
-        groups_of(model, tower_in_engine=True), stage=stage, gpus=gpus, width=dtype.itemsize, zero=zero
-    )
+    states = state_bytes(groups_of(model), stage=stage, gpus=gpus, width=dtype.itemsize, zero=zero)
     assert states.optimizer == size_of([master, *moments])
     summed = flat.float().nbytes + (flat.nbytes if dtype == torch.bfloat16 else 0) if stage == 1 else master.nbytes
     assert states.gradients == summed
@@ -277,11 +264,11 @@ def recipe(*overrides: str) -> Recipe:
 
 def test_the_model_on_the_meta_device_is_the_one_that_trains(tiny_model):
     trains = recipe(f"model.path={tiny_model}", "model.train.vision_tower=true")
-    loaded, meta = Llave.load(tiny_model, torch.float32), meta_model(trains)
-    assert {p.device.type for p in meta.parameters()} == {"meta"}
+    loaded, memory = Llave.load(tiny_model, torch.float32), training_of(trains).memory(trains, videos=False)
+    assert {p.device.type for p in memory.model.parameters()} == {"meta"}
     freeze(loaded, trains)
-    assert groups_of(meta, True) == groups_of(loaded, True)
-    frozen = {name for name, p in meta.named_parameters() if not p.requires_grad}
+    assert Plan.of(trains, 2, videos=False).groups == groups_of(loaded)
+    frozen = {name for name, p in loaded.named_parameters() if not p.requires_grad}
     assert frozen == {"vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias"}
 
 
@@ -322,10 +309,11 @@ def test_as_many_graphs_are_kept_as_fit_and_no_more():
 def test_kept_features_are_no_more_than_a_ranks_items_have():
     fields = ("model.train.vision_tower=false", "batch.global_batch=64")
     two, eight = (Plan.of(recipe(*fields), gpus, videos=False) for gpus in (2, 8))
-    vision, longest = two.config.vision_config, two.recipe.model.max_tokens
-    tile = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size * 4
+    architecture, longest = two.recipe.model.architecture, two.recipe.model.max_tokens
+    side, patch, width = (architecture.vision[name] for name in ("image_size", "patch_size", "hidden_size"))
+    tiling = training_of(two.recipe).lengths(two.recipe).tiling
     # Of 32 queries and 32 targets, in each as many tiles as its tokens can stand for.
-    expected = 64 * int(longest / two.tile_tokens) * tile
+    expected = 64 * math.ceil(longest / tokens_per_tile(tiling, videos=False)) * (side // patch) ** 2 * width * 4
     assert 0 < two.kept()["kept features, at most"] == expected < two.recipe.batch.features_mb << 20
     assert eight.kept()["kept features, at most"] == expected // 4
     few = Plan.of(recipe(*fields, "batch.features_mb=1"), 2, videos=False)

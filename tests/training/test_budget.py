@@ -259,11 +259,12 @@ def one_rank():
     dist.destroy_process_group()
 
 
-def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_path, monkeypatch, one_rank, capsys):
+def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_path, monkeypatch, one_rank, caplog):
     """The whole loop, but for the step."""
     # Not above: processes that take no part in this import this module, too.
     from pipeline.training.trainer import Trainer
 
+    caplog.set_level("INFO", logger="pipeline")
     fields = [f"run={tmp_path}", "evaluation=null", "batch.chunk_tokens=auto", "batch.kept_chunks=auto"]
     recipe = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.max_tokens=4096"])
     nothing = SimpleNamespace(asked=lambda: 0, steps=nullcontext)
@@ -289,7 +290,7 @@ def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_pa
     for now, smaller in (("16384 batch.kept_chunks=3", "16384"), ("16384 batch.kept_chunks=1", "8192")):
         with pytest.raises(PipelineError, match=f"in step 1 with .* uses batch.chunk_tokens={smaller} "):
             trainer().train()
-        assert f"as found before: batch.chunk_tokens={now}" in capsys.readouterr().out
+        assert f"as found before: batch.chunk_tokens={now}" in caplog.messages[-1]
     # What was noted was of a longest item of 4,096 tokens, and of so much memory.
     longer = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.max_tokens=8192"])
     with pytest.raises(PipelineError, match=r"with batch.chunk_tokens=8192 .* a chunk holds only one item"):

@@ -1,5 +1,6 @@
 """Which checkpoints stay; that they are whole is shown by whole runs (tests/integration)."""
 
+import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from pipeline.evaluation.report import Report
 from pipeline.evaluation.results import DatasetResult, Similarities
 from pipeline.jobs.preflight.check import Check
 from pipeline.jobs.preflight.report import show
+from pipeline.jobs.program import configure_logging
 from pipeline.training import manifest, resume
 from pipeline.training.checkpoint import best, keep_best, remove_old
 from pipeline.training.trainer import Trainer
@@ -38,7 +40,9 @@ def test_a_best_one_that_is_gone_is_none(tmp_path):
     assert best(tmp_path).name == "step-00000004"
 
 
-def test_what_others_named_does_not_reach_the_terminal_as_it_is(tmp_path, capsys):
+def test_what_others_named_does_not_reach_the_terminal_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger("pipeline"), "handlers", [])
+    configure_logging(0)
     for step in (1, 2):
         (folder := tmp_path / f"step-{step:08d}").mkdir()
         (folder / "conditions.json").write_text("{}")
@@ -52,7 +56,7 @@ def test_what_others_named_does_not_reach_the_terminal_as_it_is(tmp_path, capsys
     assert all(shown in out for shown in (r"runs/[b]\x1b[2J", r"\x1b[2J [x] found", r"mend \x1b[2J"))
 
 
-def test_a_collapsed_model_is_never_the_best(tmp_path, capsys):
+def test_a_collapsed_model_is_never_the_best(tmp_path, caplog):
     similarities = Similarities([0] * 200, [0] * 200)
     result = DatasetResult("vqa", True, "", {"": 4}, {"P@1": 0.5}, 0.1, 0, similarities)
     reports = {1: replace(result, metrics={"P@1": 0.9}, collapsed=True), 2: result}
@@ -64,4 +68,4 @@ def test_a_collapsed_model_is_never_the_best(tmp_path, capsys):
         trainer._measured = lambda each=each: Report("m", {"A-OKVQA": each})
         trainer._evaluate(step)
         assert best(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step-00000002" if step == 2 else None)
-    assert "step 1: THE MODEL HAS COLLAPSED: in A-OKVQA all queries" in capsys.readouterr().err
+    assert "step 1: THE MODEL HAS COLLAPSED: in A-OKVQA all queries" in caplog.text

@@ -27,7 +27,7 @@ For a model that was trained with other instructions than INSTRUCTED below, a se
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -143,26 +143,22 @@ def _add(
     wording: Wording,
 ) -> None:
     """Add both tasks of one language.  captions: by URL."""
-    item, letter = (collection.video, "v") if kind == "text-video" else (collection.picture, "i")
+    video = kind == "text-video"
     texts = [text for own in captions.values() for text in own]
     counts = [len(own) for own in captions.values()]
 
-    def media(text: str) -> np.ndarray:
-        return np.array([item(text, url, stamps[url]) for url in captions], np.int64)
+    def add_task(direction: str, queries: list[int], candidates: list[int], right: list[np.ndarray]) -> None:
+        rows = (np.array(queries, np.int64), np.array(candidates, np.int64))
+        collection.tasks.append(Retrieval(name, kind, direction, language, *rows, right))
+
+    def media(text: str) -> list[int]:
+        return [collection.medium(text, url, stamps[url], video=video) for url in captions]
 
     seeking = [collection.text(wording.seeks_medium.replace("{}", text)) for text in texts]
     owners = np.repeat(np.arange(len(counts)), counts)
-    directions = [
-        (f"t2{letter}", np.array(seeking, np.int64), media(wording.medium), list(owners[:, None])),
-        (
-            f"{letter}2t",
-            media(wording.seeks_caption),
-            np.array([collection.text(text) for text in texts], np.int64),
-            np.split(np.arange(len(texts)), np.cumsum(counts)[:-1]),
-        ),
-    ]
-    for direction, queries, candidates, right in directions:
-        collection.tasks.append(Retrieval(name, kind, direction, language, queries, candidates, right))
+    add_task("t2v" if video else "t2i", seeking, media(wording.medium), list(owners[:, None]))
+    own = np.split(np.arange(len(texts)), np.cumsum(counts)[:-1])
+    add_task("v2t" if video else "i2t", media(wording.seeks_caption), [collection.text(text) for text in texts], own)
 
 
 def _wording(folder: Folder, kind: RetrievalKind) -> Wording:
@@ -180,18 +176,10 @@ def _wording(folder: Folder, kind: RetrievalKind) -> Wording:
     return wording
 
 
-def _own(folder: Folder) -> list[Captioned]:
-    return _listed(folder.named("captions.json"))
-
-
-def _msrvtt(folder: Folder) -> list[Captioned]:
-    return _listed(folder.named("MSRVTT_JSFUSION_test.csv", "msrvtt_test_1k.json"))
-
-
 def _msvd(folder: Folder) -> list[Captioned]:
     file = folder.named("msvd_test.json", "test_list.txt")
     if file.endswith(".json"):
-        return _listed(file)
+        return _listed(folder, names=["msvd_test.json"])
     captions: dict[str, list[str]] = {stem(video, VIDEOS): [] for video in read_text(file).split()}
     descriptions = folder.named("AllVideoDescriptions.txt")
     for line in read_text(descriptions).split("\n"):
@@ -201,7 +189,8 @@ def _msvd(folder: Folder) -> list[Captioned]:
     return [Captioned(video, {"en": texts}, descriptions) for video, texts in captions.items()]
 
 
-def _listed(file: str) -> list[Captioned]:
+def _listed(folder: Folder, *, names: Sequence[str]) -> list[Captioned]:
+    file = folder.named(*names)
     with expecting(file, "a list of names with their captions"):
         captions = captioned_videos(file, read_text(file))
     return [Captioned(video, {"en": texts}, file) for video, texts in captions.items()]
@@ -247,14 +236,10 @@ def _sharegpt4v(folder: Folder) -> list[Captioned]:
         if asked := [entry["image"] for entry in entries if entry["conversations"][1]["from"] == "human"]:
             raise ValueError(f"the second turn of {asked[0]} is no answer")
         return [
-            Captioned(entry["image"], {"en": [_in_one_line(entry["conversations"][1]["value"])]}, file)
+            # In one line, as in Long-CLIP's code.
+            Captioned(entry["image"], {"en": [entry["conversations"][1]["value"].replace("\n", " ")]}, file)
             for entry in entries
         ]
-
-
-def _in_one_line(answer: Any) -> Any:
-    """As in Long-CLIP's code."""
-    return answer.replace("\n", " ") if isinstance(answer, str) else answer
 
 
 def _xm3600(folder: Folder) -> list[Captioned]:
@@ -337,36 +322,29 @@ def _first(file: str, number: int) -> list[Any]:
 
 def _leading(text: str, number: int) -> list[Any]:
     """The first objects of a JSON list; ValueError if the text ends before them and before the end of the list."""
-    start = re.match(r"\s*\[", text)
-    if start is None:
-        raise ValueError("it is no list")
+    decoder, separator = json.JSONDecoder(), re.compile(r"\s*([,\]])\s*")
     entries: list[Any] = []
-    position, decoder = start.end(), json.JSONDecoder()
-    while len(entries) < number:
-        entry, position = decoder.raw_decode(text, _skip_space(text, position))
+    found = re.match(r"\s*(\[)\s*", text)
+    if found is None:
+        raise ValueError("it is no list")
+    while len(entries) < number and found[1] != "]":
+        entry, position = decoder.raw_decode(text, found.end())
         entries.append(entry)
-        position = _skip_space(text, position)
-        if text[position : position + 1] == "]":
-            break
-        if text[position : position + 1] != ",":
+        found = separator.match(text, position)
+        if found is None:
             raise ValueError(f"no , or ] at character {position + 1}")
-        position += 1
     return entries
 
 
-def _skip_space(text: str, position: int) -> int:
-    while text[position : position + 1].isspace():
-        position += 1
-    return position
-
-
+_MSRVTT = ("MSRVTT_JSFUSION_test.csv", "msrvtt_test_1k.json")
+_own = partial(_listed, names=("captions.json",))
 _images = partial(add, kind="text-image")
 _videos = partial(add, kind="text-video")
 # Name on the command line -> function (collection, url, instructed) that adds the set at a URL.
 SETS: dict[str, Callable[..., None]] = {
     "text-video": partial(_videos, read=_own),
     "text-image": partial(_images, read=_own),
-    "msrvtt": partial(_videos, name="MSR-VTT", read=_msrvtt),
+    "msrvtt": partial(_videos, name="MSR-VTT", read=partial(_listed, names=_MSRVTT)),
     "msvd": partial(_videos, name="MSVD", read=_msvd),
     "flickr30k": partial(_images, name="Flickr30k", read=partial(_karpathy, name="dataset_flickr30k.json")),
     "coco": partial(_images, name="COCO", read=partial(_karpathy, name="dataset_coco.json")),

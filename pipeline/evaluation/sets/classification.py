@@ -52,7 +52,7 @@ def add(collection: Collection, url: str, instructed: bool) -> None:
         turns = cycle(own)
         prompts.append([template.replace("{}", next(turns)) for template in templates for _ in range(most)])
     text = INSTRUCTION if instructed else IMAGE_MARK
-    queries = [collection.picture(text, file, folder.stamps[file]) for files in pictures.values() for file in files]
+    queries = [collection.medium(text, file, folder.stamps[file]) for files in pictures.values() for file in files]
     numbers = np.repeat(np.arange(len(pictures)), [len(files) for files in pictures.values()])
     collection.tasks.append(
         Retrieval(

@@ -99,7 +99,7 @@ def _published(
     @cache
     def row(side: Side) -> int:
         text, image = side
-        return collection.picture(text, *images.find(image), image) if image else collection.text(text)
+        return collection.medium(text, *images.find(image), name=image) if image else collection.text(text)
 
     numbers = [(row(query), np.array([row(side) for side in sides])) for query, sides in rows]
     return np.array([query for query, _ in numbers]), [candidates for _, candidates in numbers]

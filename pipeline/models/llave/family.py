@@ -1,5 +1,6 @@
 """LLaVE in training and in saved folders."""
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,12 +15,13 @@ from pipeline.data.lengths import Lengths
 from pipeline.models import files, loading
 from pipeline.models.attention import fastest
 from pipeline.models.chunks import Features
-from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
+from pipeline.models.family import ChunkMemory, ModelMemory, Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.folder import note_images
 from pipeline.models.frozen import Frozen
 from pipeline.models.llave import checks, weights
 from pipeline.models.llave.config import LlaveSection
 from pipeline.models.llave.folder import save_folder
+from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import Llave, TowerlessLlave, build, check_language_model
 from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.llave.tower import FrozenTower
@@ -30,6 +32,7 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
     """A tower that is not trained is outside the engine."""
 
     checks_config_alone = estimates_memory = True
+    adapted = "language_model"
     unused = ("vision_tower.post_layernorm.",)  # the embedding reads the tower before its final norm
 
     def check(self, model: LlaveSection) -> None:
@@ -56,9 +59,25 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
         else:
             super().preflight(recipe, path)
 
-    def memory_model(self, recipe: Recipe) -> Llave:
+    def memory(self, recipe: Recipe, videos: bool) -> ModelMemory:
+        section = self.section(recipe)
+        config, batch, trained = weights.config_of(section), recipe.batch, bool(section.train.vision_tower)
         with torch.device("meta"):
-            return Llave(weights.config_of(self.section(recipe)))
+            model, frozen = self._llave(recipe)(config), None if trained else FrozenTower(config)
+        tile_tokens = tokens_per_tile(checks.tiling(config), videos)
+
+        def chunk(tokens: int) -> ChunkMemory:
+            return chunk_memory(
+                config,
+                tokens,
+                math.ceil(tokens / tile_tokens),
+                2 if recipe.precision == "bf16" else 4,
+                tower_trained=trained,
+                checkpointing=batch.activation_checkpointing,
+                tiles_at_once=None if trained else batch.tower_tiles,
+            )
+
+        return ModelMemory(model, frozen, chunk)
 
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(checks.tiling(weights.config_of(self.section(recipe))), recipe.video.frames)

@@ -31,6 +31,7 @@ from pipeline.models.text_encoder.processor import TextProcessor
 class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
     """LLM2CLIP's first stage: a decoder as an encoder of texts, trained to tell captions apart."""
 
+    adapted = "language_model"
     _transformers: ClassVar[type[_BaseAutoModelClass]] = AutoModel
 
     def check(self, model: TextEncoderSection) -> None:
