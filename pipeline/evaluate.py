@@ -1,4 +1,4 @@
-"""Evaluate a model: `python -m pipeline.evaluate MODEL SETS [key=value ...]`, on as many processes as started.
+"""Evaluate a model: `python -m pipeline.evaluate MODEL SETS [key=value ...]`, on all processes of the launcher.
 
     python -m pipeline.evaluate runs/llave_7b/export mmeb=s3://bucket/mmeb-eval
     torchrun --nproc-per-node 8 -m pipeline.evaluate llave-7b mmeb/vqa=MMEB-eval,msrvtt=/data/MSRVTT out=results/7b
@@ -16,8 +16,8 @@ SETS is a comma-separated list of NAME=URL. The URL is a folder or an s3:// pref
 
 A set may also be only a URL: of sets in MMEB's layout with their tasks.json, or of shards of pairs (index.json).
 
-OUT gets report.html, report.json, figures/ and, for MMEB, leaderboard.json. If the program is killed and started again,
-it continues from the embeddings in OUT.
+The folder out= (evaluation/MODEL) gets report.html, report.json, figures/ and, for MMEB, leaderboard.json. If the
+program is killed and started again, it continues from the embeddings there.
 """
 
 import argparse

@@ -6,8 +6,9 @@
 
 From an installed package the command is pipeline-preflight. It checks the packages, the GPUs, attention, the network
 between the nodes, the run directory and its free space, S3, the model's files, the batch and the number of processes,
-memory, and whether the run can resume from its newest checkpoint. It leaves nothing behind. Each check has a time
-limit. The exit status is 2 if a check says FAIL, else 0.
+memory, and whether the run can resume from its newest checkpoint. Each check has a time limit. Files that the
+checks write are deleted; with --slurm the start is recorded in RUN/status.json. The exit status is 2 if a check says
+FAIL, else 0.
 """
 
 import argparse

@@ -1,9 +1,11 @@
 """Train a recipe: `python -m pipeline.train RECIPE [key=value ...]`, on as many processes as the launcher starts.
 
-    python -m pipeline.train pipeline/recipes/demo.yaml
-    torchrun --nproc-per-node 8 -m pipeline.train pipeline/recipes/demo.yaml optimizer.lr=2e-5
+    python tools/make_shards.py demo 0 demo
+    python -m pipeline.train demo.yaml data.url=demo/train 'evaluation.urls=[demo/eval]'
+    torchrun --nproc-per-node 8 -m pipeline.train llave_7b.yaml data.url=s3://bucket/mmeb-train optimizer.lr=2e-5
 
-Started again, a run continues from its newest checkpoint, on any number of processes that divides data.lanes.
+If the same command is started again, the run continues from its newest checkpoint. The number of processes may change
+if it divides data.lanes.
 """
 
 import argparse

@@ -189,7 +189,9 @@ class Data(Store):
         64, gt=0, description="consecutive samples fetched by one ranged read"
     )
     window_blocks: Annotated[int, Fixed()] = Field(
-        16, gt=0, description="blocks a lane shuffles together, and deals out in equal numbers of tokens"
+        16,
+        gt=0,
+        description="blocks in a window, in which a lane shuffles samples and balances them by tokens",
     )
     memory_mb: int = Field(
         4096, gt=0, description="approximate MiB of encoded samples per rank, including prefetched ones"
@@ -245,14 +247,15 @@ class Batch(Section):
         gt=1, description="pairs per optimizer step, over all ranks: the contrastive batch"
     )
     sub_batch: Annotated[int | None, Fixed()] = Field(
-        None, gt=1, description="pairs that are each other's negatives, if not the whole global batch's"
+        None, gt=1, description="size of the groups of pairs that share negatives (default: the whole global batch)"
     )
     chunk_tokens: PositiveInt | Literal["auto"] = Field(
         description="maximum tokens per forward pass, including padding under SDPA; auto finds what fits in the first "
         "steps"
     )
     kept_chunks: NonNegativeInt | Literal["auto"] = Field(
-        0, description="chunks whose graph is kept from the first pass: memory for time; auto: as many as fit"
+        0,
+        description="chunks whose graph is kept from the first pass, to save time; auto: as many as fit in memory",
     )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass; use it if one chunk does not fit otherwise"

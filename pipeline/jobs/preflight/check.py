@@ -13,6 +13,7 @@ from pipeline.errors import PipelineError
 
 Parameters = ParamSpec("Parameters")
 
+HANG_SECONDS = 120  # only what hangs takes longer, whatever the load of the nodes and file systems
 _AFTER_TIMEOUT_SECONDS = 5
 timed_out = threading.Event()  # a check that stops the run timed out: later checks get less time
 
@@ -43,7 +44,7 @@ skipped = partial(Check, "", "skipped")
 
 
 def check(
-    name: str, seconds: float, if_late: str, late: Callable[[str, str], Check] = red
+    name: str, if_late: str, seconds: float = HANG_SECONDS, late: Callable[[str, str], Check] = red
 ) -> Callable[[Callable[Parameters, Check]], Callable[Parameters, Check]]:
     """Make a function a check of this name: an exception is red, and so is a result later than `seconds`.
 

@@ -50,9 +50,7 @@ class Job:
         return Path(self.recipe.run)
 
 
-@check(
-    "model", seconds=40, if_late="is the file system with the model slow, or the hub? HF_HUB_OFFLINE=1 avoids the hub"
-)
+@check("model", if_late="is the file system with the model slow, or the hub? HF_HUB_OFFLINE=1 avoids the hub")
 def model(job: Job) -> Check:
     """Whether this node has its files: configuration, weights, tokenizer and, for the export, image processor."""
     wanted, recipe, family = job.recipe.model, job.recipe, training_of(job.recipe)
@@ -110,7 +108,7 @@ def _folder(field: str, path: str) -> Path | None:
         return None
 
 
-@check("processes", seconds=30, if_late="the datasets may have very many shards: run it again")
+@check("processes", if_late="the datasets may have very many shards: run it again")
 def processes(job: Job) -> Check:
     """Whether batch, lanes, sub-batch and processes divide each other, and the data suffice for a step."""
     recipe, world = job.recipe, job.world
@@ -130,7 +128,7 @@ def processes(job: Job) -> Check:
     return green(found)
 
 
-@check("memory", seconds=30, if_late="run tools/plan_memory.py")
+@check("memory", if_late="run tools/plan_memory.py")
 def memory(job: Job, gpu_bytes: int) -> Check:
     """Memory by the estimate of tools/plan_memory.py.  gpu_bytes: of the smallest GPU; 0 without GPUs."""
     if not training_of(job.recipe).estimates_memory:
@@ -155,9 +153,7 @@ def memory(job: Job, gpu_bytes: int) -> Check:
     return yellow(f"{found}: little is left", lower) if needed > FULL * gpu_bytes else green(found)
 
 
-@check(
-    "other jobs", seconds=40, if_late="is Slurm's controller slow? squeue shows whether another job trains the same run"
-)
+@check("other jobs", if_late="is Slurm's controller slow? squeue shows whether another job trains the same run")
 def other_jobs(folder: Path) -> Check:
     if job := status.other_job(folder):
         return red(f"job {job} trains {folder}", f"scancel {job}, or set run= to another directory")
@@ -168,7 +164,7 @@ def other_jobs(folder: Path) -> Check:
     return green(f"no other job trains {folder}")
 
 
-@check("earlier starts", seconds=30, if_late="is the file system of the run directory slow?")
+@check("earlier starts", if_late="is the file system of the run directory slow?")
 def earlier_starts(folder: Path) -> Check:
     """Whether this job failed too often. If each start ended with the whole job, only this check can stop it."""
     begun = Status.read(folder)
@@ -179,7 +175,7 @@ def earlier_starts(folder: Path) -> Check:
     return green(f"{len(begun.failures)} of {begun.start} failed" if begun.start else "none")
 
 
-@check("resuming", seconds=30, if_late="is the file system of the run directory slow?")
+@check("resuming", if_late="is the file system of the run directory slow?")
 def resuming(job: Job) -> Check:
     start = resume.whole(job.folder / "checkpoints")
     if start is None:

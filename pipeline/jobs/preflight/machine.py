@@ -33,7 +33,7 @@ def gpus_here() -> dict[str, Any]:
     return {"driver": driver, "gpus": gpus}
 
 
-@check("GPUs", seconds=40, if_late="a GPU or its driver may be broken, if nvidia-smi hangs, too: exclude that node")
+@check("GPUs", if_late="a GPU or its driver may be broken, if nvidia-smi hangs, too: exclude that node")
 def gpus(found: list[dict[str, Any]], nodes: Nodes, slurm: bool) -> Check:
     """found: gets every node's `gpus_here`."""
     found += nodes.share("gpus", gpus_here())
@@ -82,7 +82,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not _is_cpu_wanted() else "cpu")
 
 
-@check("attention", seconds=40, if_late="model.attention=sdpa needs no compiled extensions")
+@check("attention", if_late="model.attention=sdpa needs no compiled extensions")
 def attention(recipe: Recipe, place: torch.device, slurm: bool) -> Check:
     """Try the attention that training will use: an installed package may not fit this torch."""
     wanted, dtype = recipe.model.attention, DTYPES[recipe.precision]

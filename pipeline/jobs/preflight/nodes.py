@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from pipeline.errors import PipelineError, first_few
 from pipeline.jobs import launch
-from pipeline.jobs.preflight.check import Check, check, green, red, skipped, yellow
+from pipeline.jobs.preflight.check import HANG_SECONDS, Check, check, green, red, skipped, yellow
 
-MEET_SECONDS = 45  # imports are slow if all nodes read the same files
-SHARE_SECONDS = 45  # longer than any earlier check takes on another node
+MEET_SECONDS = 120  # imports are slow if all nodes read the same files
+SHARE_SECONDS = HANG_SECONDS + 30  # longer than an earlier check takes on another node
 _ROUNDS = 5
 _SLOW = 1.25e9  # bytes a second: at 10 Gbit/s GPUs wait for each other most of the time
 _INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")

@@ -14,7 +14,7 @@ _ROOT = Path(__file__).resolve().parents[3]
 _NAMED = ("torch", "deepspeed", "transformers", "webdataset")
 
 
-@check("packages", seconds=10, if_late="is the file system of the Python environment slow?")
+@check("packages", if_late="is the file system of the Python environment slow?")
 def packages() -> Check:
     """Red where a requirement is not met; yellow where a main package is not of the version that the tests ran with."""
     python, (python_versions, wanted) = platform.python_version(), _requirements()

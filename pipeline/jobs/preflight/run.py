@@ -11,14 +11,14 @@ import transformers
 from pipeline.config import Recipe
 from pipeline.errors import printable
 from pipeline.jobs import status
-from pipeline.jobs.preflight.check import Check, timed_out
+from pipeline.jobs.preflight.check import HANG_SECONDS, Check, timed_out
 from pipeline.jobs.preflight.job import Job, earlier_starts, memory, model, other_jobs, processes, resuming
 from pipeline.jobs.preflight.machine import attention, device, gpus
 from pipeline.jobs.preflight.nodes import Nodes, Place, all_reduce, meet
 from pipeline.jobs.preflight.report import over_nodes, show
 from pipeline.jobs.preflight.storage import data, disk_space, evaluation, machine, run_directory
 
-_RESULTS_SECONDS = 120  # that a node may be later than the first
+_RESULTS_SECONDS = 2 * HANG_SECONDS  # that a node may be later than the first
 _ACKNOWLEDGE_SECONDS = 5
 _CPU_PROCESSES = 2
 

@@ -23,7 +23,7 @@ _PROBE_BYTES = 64 << 20
 _SEE_SECONDS = 5  # until a file system shows other nodes a new file
 
 
-@check("data", seconds=40, if_late="is the endpoint (AWS_ENDPOINT_URL) overloaded, or the network to it?")
+@check("data", if_late="is the endpoint (AWS_ENDPOINT_URL) overloaded, or the network to it?")
 def data(job: Job, nodes: Nodes) -> Check:
     """Credentials, indexes and one block, from a different shard on each node. The rate is that of one read."""
     timeout = min(job.recipe.data.timeout_s, _STORE_SECONDS)
@@ -54,7 +54,7 @@ def evaluation(recipe: Recipe) -> Check:
     return green(f"{len(collection.tasks)} sets of {len(collection.items):,} items")
 
 
-@check("run directory", seconds=40, if_late="the file system hangs: set run= to another")
+@check("run directory", if_late="the file system hangs: set run= to another")
 def run_directory(folder: Path, nodes: Nodes) -> Check:
     """Each node writes to the folder, or above it if it does not exist, after it saw a file of the first node there."""
     probe, problem = nearest(folder) / f".preflight-{secrets.token_hex(4)}", ""
@@ -113,7 +113,7 @@ def nearest(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
-@check("disk space", seconds=20, if_late="the file system hangs: set run= to another")
+@check("disk space", if_late="the file system hangs: set run= to another")
 def disk_space(job: Job) -> Check:
     """The space that checkpoints and models need, less that of existing checkpoints."""
     if not training_of(job.recipe).estimates_memory:
@@ -136,7 +136,7 @@ def disk_space(job: Job) -> Check:
     return green(found)
 
 
-@check("machine", seconds=20, if_late="is the machine overloaded, or its /tmp on a network file system?")
+@check("machine", if_late="is the machine overloaded, or its /tmp on a network file system?")
 def machine(job: Job, nodes: int) -> Check:
     """Shared memory, and the limits of processes.  nodes: over which the processes are spread."""
     ranks = -(-job.world // nodes)
