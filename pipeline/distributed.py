@@ -204,7 +204,7 @@ def remove_stale_lock() -> None:
 
 
 def _locks() -> list[Path]:
-    """PyTorch's lock files during builds, of any version of it. PyTorch's own function would create the folders."""
+    """PyTorch's lock files during builds. PyTorch's own function would create the folders."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     return [lock for kernel in _KERNELS for lock in root.glob(f"**/{kernel}/lock")]
 
@@ -232,7 +232,7 @@ def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
 
 @torch.no_grad()
 def all_gather_constant(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The same for what has no gradient, such as hashes (int64) and masks (bool): (n, ...) -> (W*n, ...)."""
+    """Gather tensors without gradients, such as hashes (int64) and masks (bool): (n, ...) -> (W*n, ...)."""
     _, world = rank_and_world(group)
     if world == 1:
         return x.detach()
@@ -255,7 +255,7 @@ class _AllGatherRows(torch.autograd.Function):
         if grad.is_cuda:
             result = grad.new_empty(own, *grad.shape[1:])
             _reduce_scatter(result, grad.contiguous(), group=ctx.group)
-        else:  # gloo has learnt to reduce-scatter only lately
+        else:  # older versions of gloo have no reduce-scatter
             result = grad.clone(memory_format=torch.contiguous_format)  # autograd may still use `grad` elsewhere
             dist.all_reduce(result, group=ctx.group)
             result = result[rank * own : (rank + 1) * own].clone()  # frees the other ranks' rows

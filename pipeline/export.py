@@ -54,7 +54,7 @@ def main() -> None:
     recipe = recipe_of_run(run)
     family, saved_family = training_of(recipe), saved(recipe.model.family)
     source = family.resolve(recipe.model.path, run / "init") if recipe.model.path else str(run / "init")
-    if Path(source).is_relative_to(run / "init"):  # of what is frozen, no checkpoint has anything
+    if Path(source).is_relative_to(run / "init"):  # a checkpoint has no frozen weights
         manifest.check(Path(source))
     began_with = former.conditions(checkpoint.conditions_of(folder))
     for name, value in family.conditions(recipe.model).items():
@@ -68,7 +68,7 @@ def main() -> None:
     shutil.rmtree(unverified, ignore_errors=True)
     write_folder(model, dict(model.named_parameters()), recipe, source, unverified)
     count = sum(parameter.numel() for parameter in model.parameters())
-    # Of items as the written folder reads them.
+    # Tokens of items as the written folder reads them.
     probe = pack(saved_family.probe(str(unverified)))
     with torch.no_grad():
         embeddings = model(probe, True)
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def _load_trained(model: torch.nn.Module, folder: Path) -> None:
-    """Give the model what a checkpoint has trained of it; PipelineError if that is not what takes gradients."""
+    """Load a checkpoint's trained weights into the model. PipelineError unless they are the trained parameters."""
     weights = checkpoint.trained_weights(folder)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if differing := sorted(trained ^ weights.keys()):

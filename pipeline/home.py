@@ -67,7 +67,7 @@ def expanded(text: str) -> str:
 
 
 def _is_writable(folder: Path, executed: bool) -> bool:
-    """Whether it can be written, or created; nothing is created.  executed: also whether programs in it can be run."""
+    """Whether the folder can be written or created; nothing is created.  executed: must programs run there?"""
     if str(folder).startswith("~"):
         return False
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))

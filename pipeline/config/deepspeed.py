@@ -53,7 +53,7 @@ class _Checkpoint(DeepSpeedConfigModel):
 
 
 class _Config(DeepSpeedConfigModel):
-    """What DeepSpeed reads one by one of the top level (deepspeed/runtime/config.py)."""
+    """Top-level settings that DeepSpeed reads one by one (deepspeed/runtime/config.py)."""
 
     train_batch_size: int = 1
     train_micro_batch_size_per_gpu: int = 1
@@ -99,7 +99,7 @@ _NOT_HERE = {
 
 _SURROGATE = "it would log the gradient cache's surrogate; the run has its own tensorboard"
 _ROUNDED = "what it rounds is to be exact"
-_ONLY: dict[str, tuple[Any, str]] = {  # the one value that a setting can have here, and why
+_ONLY: dict[str, tuple[Any, str]] = {  # settings for which this project supports one value, and why
     "bf16.bf16_master_weights_and_grads": (False, "the gradient cache sums in fp32"),
     "bf16.bf16_optimizer_states": (False, "master weights and moments are fp32"),
     "prescale_gradients": (False, "the gradient cache scales gradients"),
@@ -135,7 +135,7 @@ _ONLY: dict[str, tuple[Any, str]] = {  # the one value that a setting can have h
     **{f"{monitor}.enabled": (False, _SURROGATE) for monitor in ("tensorboard", "wandb", "csv_monitor", "comet")},
 }
 
-# The ZeRO stages at which DeepSpeed reads a setting; "1 in bf16" has an optimizer of its own, that reads hardly any.
+# The ZeRO stages at which DeepSpeed reads a setting; "1 in bf16" has its own optimizer, which reads few settings.
 _PARTITIONED = (1, 2, 3)
 _STAGES = {
     **dict.fromkeys(("contiguous_gradients", "overlap_comm", "reduce_bucket_size", "reduce_scatter"), _PARTITIONED),
@@ -163,10 +163,10 @@ _STAGES = {
 
 
 def completed(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """A DeepSpeed config without its nulls, where the recipe has filled each "auto".
+    """Return a DeepSpeed config without nulls, with each "auto" filled from the recipe.
 
-    Raises ValueError for what DeepSpeed would ignore, or fail on, and for what contradicts the recipe; PipelineError
-    for a file that cannot be read.
+    Raises ValueError for a setting that DeepSpeed would ignore or fail on, or that contradicts the recipe. Raises
+    PipelineError for a file that cannot be read.
     """
     text = typed.read_text(path)
     config = _checked(_Config, parse_json(text, str(path), dict[str, Any], remedy="correct it", nan=True), "")
@@ -180,7 +180,7 @@ def completed(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
         ("gradient_accumulation_steps", 1, "the gradient cache, which chunks the batch itself"),
         ("gradient_clipping", recipe.optimizer.max_grad_norm, "optimizer.max_grad_norm"),
         ("bf16.enabled", recipe.precision == "bf16", "precision"),
-        # In bf16 a sum of many chunks' gradients would lose more than any of them.
+        # A sum of many chunks' gradients in bf16 would round away small ones.
         ("data_types.grad_accum_dtype", "fp32", "the gradient cache, which sums the chunks' gradients"),
     ]
     for place, value, source in filled:
@@ -211,7 +211,7 @@ def _refuse_auto(config: dict[str, Any], above: str) -> None:
 
 
 def _check_zero(zero: dict[str, Any], precision: str, world_size: int) -> None:
-    """Raise ValueError for a setting that does nothing at this stage, as it is set, or that DeepSpeed would fail on."""
+    """Raise ValueError for a setting that has no effect at this ZeRO stage, or on which DeepSpeed would fail."""
     if precision == "bf16" and zero["stage"] == 0:
         raise ValueError("DeepSpeed cannot sum bf16 gradients in fp32 at ZeRO 0; use ds_configs/zero1.json")
     for name in ("offload_optimizer", "offload_param"):
@@ -248,12 +248,12 @@ def _check_zero(zero: dict[str, Any], precision: str, world_size: int) -> None:
 
 
 def _extra(field: FieldInfo) -> dict[str, Any]:
-    """What DeepSpeed notes on a field besides pydantic's own attributes."""
+    """Return DeepSpeed's own annotations of a pydantic field."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 def _checked(model: type[BaseModel], config: dict[str, Any], above: str) -> dict[str, Any]:
-    """Under the names that DeepSpeed's documentation has. Raises ValueError."""
+    """Return the settings under the names in DeepSpeed's documentation. Raises ValueError."""
     fields = {name: field for key, field in model.model_fields.items() for name in (key, field.alias) if name}
     checked: dict[str, Any] = {}
     for key, value in config.items():
@@ -289,7 +289,7 @@ def _checked_value(options: list[Any], value: Any, place: str) -> Any:
             if not isinstance(value, dict):
                 raise ValueError(f"{place} is a section: expected {{...}}, got {json.dumps(value)}")
             return _checked(option, value, f"{place}.")
-    # Pydantic takes true for 1 and "1" for 1, and what reads the config besides does not.
+    # Pydantic accepts true and "1" as 1; DeepSpeed's other readers of the config do not.
     numbers = [option for option in options if isinstance(option, type) and issubclass(option, int | float)]
     if isinstance(value, bool) and numbers and bool not in options:
         raise ValueError(f"{place} is {json.dumps(value)}: expected a number")
@@ -301,7 +301,7 @@ def _checked_value(options: list[Any], value: Any, place: str) -> Any:
 
 
 def _unknown(place: str) -> str:
-    """Why there is nothing to set at this place."""
+    """Explain why DeepSpeed has no setting at this place."""
     if why := _NOT_HERE.get(place):
         return f"{place!r} is not set here; {why}"
     section, _, name = place.rpartition(".")
@@ -320,7 +320,7 @@ def _unknown(place: str) -> str:
 
 
 def _places(model: type[BaseModel], above: str) -> list[str]:
-    """Where settings are, those at the top first."""
+    """Return the places of all settings, top-level ones first."""
     places, inner = [], []
     for key, field in model.model_fields.items():
         place = above + (field.alias or key)

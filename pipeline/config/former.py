@@ -9,13 +9,13 @@ from typing import Any
 from pipeline.config import typed
 from pipeline.errors import PipelineError
 
-# (family, objective) of a kind; of every other kind the family has its name, and the objective is contrastive.
+# kind -> (family, objective). Every other kind is the family of the same name, with the contrastive objective.
 _KINDS = {"caption": ("text_encoder", "contrastive"), "mntp": ("text_encoder", "masked_next_token")}
 _LOSS, _TRAINED = "the loss", "what is trained"  # names of conditions
 
 
 def refuse(values: Mapping[str, Any], overrides: Sequence[str], where: str) -> None:
-    """Raise PipelineError for a recipe, or an override, as earlier versions had them."""
+    """Raise PipelineError for a recipe or an override in the form of an earlier version."""
     model = values.get("model")
     left = [name for name in ("train", "loss") if name in values]
     if left and isinstance(model, dict) and "family" in model:
@@ -46,8 +46,8 @@ def refuse(values: Mapping[str, Any], overrides: Sequence[str], where: str) -> N
 
 
 def recipe(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe of any version as one of this version. Fields that the family or the objective lacks are dropped."""
-    from pipeline.models.registry import FAMILIES  # its sections are made of the classes of pipeline.config
+    """Convert a recipe of any version to this version. Fields that the family or the objective lacks are dropped."""
+    from pipeline.models.registry import FAMILIES  # imported here: its sections use classes of pipeline.config
     from pipeline.objectives import OBJECTIVES
 
     model = values.get("model") or {}
@@ -76,7 +76,7 @@ def _known(values: Any, section: Any) -> dict[str, Any]:
 
 
 def conditions(before: Mapping[str, Any]) -> dict[str, Any]:
-    """The conditions of a run, begun by any version, by the names of this version."""
+    """Convert the conditions of a run that any version began to the names of this version."""
     if _LOSS not in before:
         return dict(before)
     model = {name: value for name, value in before["model"].items() if name != "images"}

@@ -18,7 +18,7 @@ ROOT = _PACKAGE.parent  # a checkout, or the folder that the package is installe
 
 SectionType = TypeVar("SectionType", bound=Section)
 
-# A field set on the command line takes the place of its alternative in the recipe.
+# A field set on the command line replaces its alternative in the recipe.
 _ALTERNATIVES = {
     "steps": "epochs",
     "epochs": "steps",
@@ -30,7 +30,7 @@ _ALTERNATIVES = {
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides (values are YAML). Errors name the field and a near miss.
 
-    `variant=NAME` applies those that the recipe itself lists under `variants`, before all others.
+    `variant=NAME` first applies the overrides that the recipe lists under `variants`.
     """
     path = _existing(path, "recipes", "recipe")
     values = _read(path)
@@ -46,9 +46,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _existing(name: str | Path, folder: str, kind: str) -> Path:
-    """The file `name`, here or in the checkout, or the project's own file of that name.
+    """Find the file `name`: in the working directory, in the checkout, or among the project's own files.
 
-    The project's own files can be named alone, or as a checkout has them: demo.yaml, pipeline/recipes/demo.yaml.
+    The project's own files can be named alone or by their path in a checkout: demo.yaml, pipeline/recipes/demo.yaml.
     """
     path = Path(name)
     for place in (path, ROOT / path):
@@ -61,7 +61,7 @@ def _existing(name: str | Path, folder: str, kind: str) -> Path:
 
 
 def recipe_of_run(run: Path) -> Recipe:
-    """The recipe that a run directory keeps, also of a run that an earlier version began."""
+    """Load the recipe stored in a run directory, including one of an earlier version."""
     path = run / "recipe.yaml"
     if not path.exists():
         raise PipelineError(f"no recipe at {path}: is {run} a run directory?")
@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _variants(variants: Any, path: Path) -> dict[str, dict[str, Any]]:
-    """What each sets by dotted names, all of them checked, whichever is chosen."""
+    """Return each variant's overrides by dotted name. All variants are checked, not only the chosen one."""
     if not isinstance(variants, dict | None):
         raise PipelineError(f"{path}: variants is {shown(variants)}: expected names, below each what it sets")
     for name, fields in (variants or {}).items():
@@ -92,7 +92,7 @@ def _variants(variants: Any, path: Path) -> dict[str, dict[str, Any]]:
 
 
 def parse_options(section: type[SectionType], options: list[str]) -> SectionType:
-    """`key=value` arguments as a section; errors as of `load_recipe`."""
+    """Parse `key=value` arguments as a section. Raises the errors of `load_recipe`."""
     return _validated(section, _overridden({}, options), "")
 
 
@@ -101,12 +101,14 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """Read the recipe's DeepSpeed config, fill each "auto" from the recipe, refuse what contradicts it.
+    """Read the recipe's DeepSpeed config, fill each "auto" from the recipe, and refuse settings that contradict it.
 
     The contrastive batch is cut into chunks inside one optimizer step (pipeline/objectives/contrastive/step.py), so for
     DeepSpeed a rank's share of the global batch is one micro-batch.
     """
-    from pipeline.config import deepspeed  # it imports DeepSpeed: programs that only read recipes start without it
+    from pipeline.config import (
+        deepspeed,
+    )  # imported here because it imports DeepSpeed
 
     path = _existing(recipe.deepspeed, "ds_configs", "DeepSpeed config")
     try:
@@ -116,7 +118,7 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 
 def is_offloaded(zero: dict[str, Any]) -> bool:
-    """Whether a DeepSpeed config's "zero_optimization" has the optimizer's state, and its work, on the host."""
+    """Return whether a DeepSpeed config's "zero_optimization" offloads the optimizer to the CPU."""
     return zero.get("offload_optimizer", {}).get("device", "none") == "cpu"
 
 
@@ -164,12 +166,12 @@ def _set(values: dict, keys: list[str], value: Any, override: str) -> None:
 
 
 def _explain(root: type[Section], error: Mapping[str, Any]) -> str:
-    """One pydantic error as a sentence; for an unknown field, with the names that come near."""
+    """Describe one pydantic error in a sentence; for an unknown field, suggest similar names."""
     place: list[str | int] = []
     section: type[Section] | None = root
     section_above = root
     options: Mapping[str, type[Section]] = {}
-    for part in error["loc"]:  # the tags and types of unions are among them
+    for part in error["loc"]:  # pydantic includes the tags and types of unions
         if section is None and part in options:
             section = options[str(part)]
         elif isinstance(part, int) or (section and part in section.model_fields):
@@ -198,9 +200,9 @@ def _explain(root: type[Section], error: Mapping[str, Any]) -> str:
 
 
 def _unknown(root: type[Section], place: Sequence[str | int], last: type[Section] | None = None) -> str:
-    """Why there is no field at this place, and what may be meant; empty where there is one.
+    """Explain why no field exists at this place, and suggest similar ones; "" if one exists.
 
-    last: the section that has no such field, where the tag of a union says which one it is.
+    last: the section without this field, if the tag of a union selects it.
     """
     sections, is_free, names = [root], False, [str(part) for part in place]
     for depth, key in enumerate(place):

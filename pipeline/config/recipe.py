@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, field_valid
 
 from pipeline.config.section import Fixed, Local, OneOf, Place, Section
 
-_LEAST_RATE = 1e-12  # what a smaller one adds to a weight is lost in rounding
+_LEAST_RATE = 1e-12  # a smaller one changes no weight: rounding removes the update
 
 
 class Lora(Section):
@@ -27,7 +27,7 @@ class Lora(Section):
 
 
 class Prefixes(tuple[str, ...]):
-    """Marks a field of `TrainSection`: the beginnings of the names of the part's parameters."""
+    """Marks a field of `TrainSection`: prefixes of the names of the part's parameters."""
 
     __slots__ = ()
 
@@ -35,12 +35,12 @@ class Prefixes(tuple[str, ...]):
 class TrainSection(Section):
     """The parts of a model that can be trained: true, false, or a learning rate beside optimizer.lr.
 
-    Each part is a field `Annotated[bool | float, Fixed(bool), Prefixes([...])]`. What is not trained is frozen.
+    Each part is a field `Annotated[bool | float, Fixed(bool), Prefixes([...])]`. A part that is not trained is frozen.
     """
 
     @classmethod
     def parts(cls) -> dict[str, tuple[str, ...]]:
-        """The beginnings of the parameters' names, by part."""
+        """Prefixes of the parameters' names, by part."""
         marks = ((name, mark) for name, field in cls.model_fields.items() for mark in field.metadata)
         return {name: mark for name, mark in marks if isinstance(mark, Prefixes)}
 
@@ -82,9 +82,9 @@ class LanguageModelTrain(TrainSection):
 
 
 class ModelSection(Section):
-    """What every family's section has. A family adds its own fields, and overrides `family`, `train` and more.
+    """Fields of every family's section. A family adds its own, and overrides `family`, `train` and others.
 
-    objectives: those that it can be trained with.  text_part: the part that a text without images trains.
+    objectives: those that can train the family.  text_part: the part that a text without images trains.
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("contrastive",)
@@ -122,7 +122,7 @@ class ModelSection(Section):
 
 
 class ObjectiveSection(Section):
-    """What every objective's section has.  without: fields of `batch` that mean nothing to it."""
+    """Fields of every objective's section.  without: fields of `batch` that it does not use."""
 
     without: ClassVar[tuple[str, ...]] = ()
     hidden: ClassVar[tuple[str, ...]] = ("name",)
@@ -131,7 +131,7 @@ class ObjectiveSection(Section):
 
 
 def _families() -> Mapping[str, type[Section]]:
-    from pipeline.models.registry import FAMILIES  # here: their sections are made of those above
+    from pipeline.models.registry import FAMILIES  # imported here: their sections use the classes above
 
     return FAMILIES.sections()
 
@@ -154,7 +154,7 @@ class Store(Section):
     )
 
     def store(self) -> dict[str, Any]:
-        """What `pipeline.storage.objects.configure` takes."""
+        """Arguments for `pipeline.storage.objects.configure`."""
         return self.model_dump(include=set(Store.model_fields))
 
 
@@ -222,7 +222,7 @@ class Data(Store):
     @field_validator("batches", mode="before")
     @classmethod
     def batches_are_known(cls, batches: Any) -> Any:
-        if isinstance(batches, dict) and len(batches) == 1:  # what YAML makes of `interleaved: 4`
+        if isinstance(batches, dict) and len(batches) == 1:  # YAML reads `interleaved: 4` as a mapping
             batches = ":".join(str(part) for part in next(iter(batches.items())))
         if not re.fullmatch(r"mixed|homogeneous|interleaved: *[1-9][0-9]*", str(batches)):
             raise ValueError(
@@ -232,7 +232,7 @@ class Data(Store):
 
     @property
     def parts(self) -> int | None:
-        """Homogeneous parts of a batch; None: it is mixed."""
+        """Number of homogeneous parts of a batch; None if batches are mixed."""
         if self.batches == "mixed":
             return None
         return 1 if self.batches == "homogeneous" else int(self.batches.partition(":")[2])
@@ -295,7 +295,7 @@ class Checkpoint(Section):
 
 
 class Recipe(Section):
-    # The schema is built when a recipe is first read, for the families' sections are made of classes of this module.
+    # The schema is built when a recipe is first read, because the families' sections use classes of this module.
     model_config = ConfigDict(defer_build=True)
 
     run: Local = Field(description="the run directory: checkpoints, metrics, TensorBoard, the exported model")

@@ -8,9 +8,9 @@ from pipeline.config.section import Section
 
 
 class Registry:
-    """Packages by name. The module `config` of each has the class of its section of a recipe, as SECTION.
+    """Packages by name. The module `config` of each has SECTION, the class of its section of a recipe.
 
-    Sections are imported without the rest, so that a recipe can be read without torch.
+    A section is imported without its package, so that a recipe can be read without torch.
     """
 
     def __init__(self, packages: dict[str, str]) -> None:

@@ -37,7 +37,7 @@ Local = Annotated[Place, AfterValidator(_folder)]  # a path
 class Fixed:
     """Marks a field that a run must not change when it resumes.
 
-    by: what of the value must not change, if not all of it.
+    by: maps the value to the part of it that must not change; by default all of it.
     """
 
     by: Callable[[Any], Any] | None = None
@@ -55,7 +55,7 @@ class OneOf:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         choices = {tag: handler.generate_schema(section) for tag, section in self.sections().items()}
-        # A function, for pydantic allows no other with a validator of all fields.
+        # A function, because pydantic allows nothing else beside a validator of all fields.
         return core_schema.tagged_union_schema(choices, discriminator=self._chosen)
 
     def _chosen(self, value: Any) -> str | None:
@@ -64,7 +64,7 @@ class OneOf:
 
 
 class Section(BaseModel):
-    """Strict fields. `as_meant` first reads what a person typed as the field's type (pipeline/config/typed.py)."""
+    """Fields of strict types. `as_meant` first converts the text that a person typed (pipeline/config/typed.py)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -111,7 +111,7 @@ def tag_of(section: type[Section], name: str) -> str:
 
 
 def fixed(section: Section, prefix: str = "") -> dict[str, Any]:
-    """The values that a run must not change when it resumes, by dotted name, as JSON has them."""
+    """Return the JSON values that a run must not change when it resumes, by dotted name."""
     found, values = {}, section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
@@ -123,7 +123,7 @@ def fixed(section: Section, prefix: str = "") -> dict[str, Any]:
 
 
 def same_as_before(root: type[Section], name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a fixed value is what it was, where a field that did not exist before had its default.
+    """Return whether a fixed value is unchanged. A field that did not exist before had its default.
 
     name: dotted.  before, now: values by name, as `fixed` returns them; the tags in `now` choose among sections.
     """

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pipeline.errors import PipelineError
 
 _MOST_BYTES = 1 << 20
-_MOST_VALUES = 100_000  # with aliases written out: a few lines of them can stand for billions
+_MOST_VALUES = 100_000  # after aliases are expanded: a few lines of aliases can expand to billions of values
 _NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+|0o[0-7]+|0b[01]+")
@@ -79,7 +79,7 @@ class _Loader(yaml.SafeLoader):
 
 class _Dumper(yaml.SafeDumper):
     def text(self, text: str) -> yaml.Node:
-        """In quotes, where `guess` would read it as something else."""
+        """Quote text that `guess` would not read as text."""
         with suppress(ValueError):
             if guess(Plain(text)) == text:
                 return self.represent_str(text)
@@ -91,7 +91,7 @@ _Dumper.add_representer(str, _Dumper.text)
 
 
 def parse(text: str, where: str) -> Any:
-    """YAML as mappings, lists, None and text: `Plain` where it had no quotes. Raises PipelineError."""
+    """Parse YAML into mappings, lists, None and text: `Plain` if it had no quotes. Raises PipelineError."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -103,12 +103,12 @@ def parse(text: str, where: str) -> Any:
 
 
 def dump(values: dict[str, Any]) -> str:
-    """As YAML that `parse` reads back."""
+    """Write YAML that `parse` reads back."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def read_text(path: Path) -> str:
-    """A short text file that a person wrote. Raises PipelineError."""
+    """Read a short text file that a person wrote. Raises PipelineError."""
     try:
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)
@@ -122,9 +122,9 @@ def read_text(path: Path) -> str:
 
 
 def read(wanted: Any, value: Any) -> Any:
-    """The value that was typed, as a field of this type means it; what means nothing to it stays, to be refused.
+    """Convert a typed value to the field's type. A value that does not fit is returned as it is; pydantic refuses it.
 
-    Raises ValueError, which says what to write, for what could mean two things.
+    Raises ValueError, which says what to write, if the value is ambiguous.
     """
     kinds = options(wanted)
     section = any(isinstance(option, type) and issubclass(option, BaseModel) for option in kinds)
@@ -153,7 +153,7 @@ def read(wanted: Any, value: Any) -> Any:
 
 
 def guess(value: Any) -> Any:
-    """A value of a free-form mapping: text without quotes is a boolean or a number where it reads as one."""
+    """Convert a value of a free-form mapping: text without quotes may be a boolean or a number."""
     if isinstance(value, dict):
         return {key: guess(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -190,7 +190,7 @@ def _read_text(kinds: list[Any], text: str) -> Any:
 
 
 def _number(text: str) -> int | float | None:
-    """None: it is none. Raises ValueError for what one reader takes for a number, and another for something else."""
+    """Return a number, or None. Raises ValueError for text that only some YAML readers read as a number."""
     digits = re.sub(r"(?<=[0-9])_(?=[0-9])", "", text)
     if re.fullmatch(r"[-+]?0[0-9]+", digits):
         raise ValueError(f"{text} is octal to some: write it without the leading zero")
@@ -210,7 +210,7 @@ def _number(text: str) -> int | float | None:
 
 
 def options(wanted: Any) -> list[Any]:
-    """The types that a field takes: of unions each."""
+    """Return the types of a field: each member of a union."""
     if get_origin(wanted) is Annotated:
         return options(get_args(wanted)[0])
     if get_origin(wanted) in (Union, UnionType):
