@@ -493,7 +493,7 @@ def test_an_original_checkpoint_is_refused_before_it_is_converted(tmp_path):
     for number, (damage, named) in enumerate(
         [
             (config(hidden_size="64"), "hidden_size='64' must be"),
-            (config(num_attention_heads=5), "or copy its config.json again"),
+            (config(num_attention_heads=5), "or is its config.json damaged?"),
             (config(file="vision_config.json", hidden_size=None), "vision_config.json: hidden_size=None must be"),
             (config(image_grid_pinpoints=[[0, 384]]), "image_grid_pinpoints"),
             (cut("model.safetensors", 0.5), "model.safetensors: it is cut or damaged"),
