@@ -1,4 +1,4 @@
-"""Images with several captions each: COCO and Flickr30k in Karpathy's splits."""
+"""Convert images with several captions each: COCO and Flickr30k in Karpathy's splits."""
 
 import argparse
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
-    """The URL of the dataset, and its rows."""
+    """Return the URL of the dataset and its rows."""
     check_query(arguments.query, IMAGE_MARK)
     folder = image_folder(arguments, arguments.images or arguments.source.parent)
     try:
