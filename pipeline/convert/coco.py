@@ -8,7 +8,7 @@ from pipeline.data.captions import captioned_images
 from pipeline.data.sample import IMAGE_MARK, Item
 from pipeline.errors import PipelineError
 
-QUERY = f"{IMAGE_MARK}\nFind an image caption describing the given everyday image."  # MMEB's
+QUERY = f"{IMAGE_MARK}\nFind an image caption describing the given everyday image."  # from MMEB
 
 DESCRIPTION = """\
 images with captions: COCO and Flickr30k in Karpathy's splits

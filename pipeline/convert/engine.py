@@ -201,7 +201,7 @@ class _Conversion:
         return "://" in self.dest
 
     def _recorded(self, job: str) -> JobResult | None:
-        """Return the result in the job's record; None if the record is damaged, or if files are missing."""
+        """Return the result in the job's record; None if the record is damaged, or a file is missing or truncated."""
         result = JobResult.from_json(objects.read(url := self._record_url(job)), url)
         if result is None:
             return None

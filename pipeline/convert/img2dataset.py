@@ -104,7 +104,7 @@ def _tars(source: str) -> dict[str, int]:
 
 
 def _check_columns(url: str, captions: Captions) -> None:
-    """Raise PipelineError if no sample of this tar has a column; a misspelt column would only cause rejections."""
+    """Raise PipelineError if this tar lacks one of the columns; a misspelt column would only cause rejections."""
     found: set[str] = set()
     tape, sample = Tape(url), None
     for sample in read_tape(tape):

@@ -45,7 +45,7 @@ _LENGTHS = Lengths(Tiling(size=384, patches=27, pinpoints=_PINPOINTS, max_tiles=
 _SHOWN = 10  # the most faults to print
 _BARS = 40  # characters of the longest bar
 _PERCENTILES = (1, 10, 50, 90, 99)
-_MOST_JOBS = 512  # of a dataset
+_MOST_JOBS = 512  # per dataset
 
 
 def _add_dest(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ Run = Callable[[Any, Path, Report], Any]  # (job, folder to write in, report) ->
 
 @contextmanager
 def job_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield threads that each supervise one job at a time. Processes that they start ignore Ctrl-C and SIGTERM."""
+    """Yield threads, each supervising one job at a time. Processes that they start ignore Ctrl-C and SIGTERM."""
     block = signal.pthread_sigmask, (signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     threads = ThreadPoolExecutor(count, "job", *block)
     try:

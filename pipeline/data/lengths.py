@@ -39,7 +39,7 @@ class Square:
     """Each image and each video frame has `image_tokens` tokens. 0: the model does not accept images."""
 
     image_tokens: int = 0
-    patch: float = 16  # about
+    patch: float = 16  # approximate
 
     @property
     def frame_patches(self) -> int:

@@ -152,7 +152,7 @@ class Order:
     """The order of a run over its datasets. Shards are numbered consecutively over all datasets.
 
     global_batch: samples per step over all ranks (B). lanes: independent readers (L), a divisor of B.
-    block_samples, window_blocks: the most samples of a block, and blocks of a window.
+    block_samples, window_blocks: the most samples per block, and blocks per window.
     seed: 0 to 2**32 - 1.
     parts: None: batches are mixed from all datasets. K, a divisor of B/L: a batch has K parts of B/K samples, each
         from one dataset (1: homogeneous batches), drawn in proportion to the dataset's samples in an epoch.

@@ -1,9 +1,9 @@
 """The stream of a run's batches: the rank plans the samples, threads read them, worker processes decode them.
 
-plan     the rank computes the order of the samples, window after window as the steps need them. For this it reads the
-         sidecars' records, once per rank, whatever the number of workers
+plan     the rank computes the order of the samples, window by window as the steps need them. It reads the sidecars'
+         records once, regardless of the number of workers
 read     every worker reads its pieces of these windows in the same order, as far ahead as its memory allows
-decode   every worker decodes its share of every step, and the rank combines the shares to a batch
+decode   every worker decodes its share of every step, and the rank combines the shares into a batch
 """
 
 import atexit
@@ -39,7 +39,7 @@ from pipeline.storage import objects
 _THREADS = 4  # readers in each process
 _READ_BYTES = 16 << 20  # the most bytes of a ranged read, unless a sample is larger
 _STEPS_AHEAD = 64  # steps that a worker may read ahead
-_PARENT_SECONDS = 0.3  # between a worker's checks that its rank is alive
+_PARENT_SECONDS = 0.3  # interval of a worker's checks that its rank is alive
 _PLANNED_AHEAD = 64  # planned windows and steps that a worker's queue holds
 
 
@@ -111,7 +111,7 @@ class Planner:
     def _window(
         self, number: int, stream_number: int, lane: int, epoch: int, index: int, first_slice: int
     ) -> PlannedWindow:
-        """Plan a window from slice `first_slice` on: a resumed run may begin in its middle."""
+        """Plan a window from slice `first_slice` on: a resumed run may begin in the middle of a window."""
         stream = self.order.streams[stream_number]
         window = stream.window(epoch, lane, index)
         rows = stream.samples_of(epoch, lane, index)[first_slice - window.first :]
@@ -139,7 +139,7 @@ class Planner:
         return PlannedWindow(number, epoch, np.array(pieces), records, vectors, cut_rows)
 
     def _cuts(self, lengths: np.ndarray, pieces: int) -> np.ndarray:
-        """Where to cut a piece into ranged reads: small enough for memory, and enough of them for all workers."""
+        """Return where to cut a piece into ranged reads of limited size, with enough reads for all workers."""
         by_bytes = np.cumsum(lengths) // _READ_BYTES
         by_count = np.arange(len(lengths)) * -(-2 * self.workers // pieces) // len(lengths)
         begins = np.diff(by_bytes, prepend=-1).astype(bool) | np.diff(by_count, prepend=-1).astype(bool)
@@ -166,7 +166,7 @@ class Reading:
 
 
 class Reader:
-    """Reads a worker's pieces in the order of use: those of the current step, and more while memory is left."""
+    """Reads a worker's pieces in the order of use: all pieces of the current step, then more while memory is left."""
 
     def __init__(self, source: Source, plan: Plan, stop: "Stop", worker: int, workers: int) -> None:
         self.source, self.plan, self.stop, self.worker, self.workers = source, plan, stop, worker, workers
@@ -344,9 +344,9 @@ def _plan_ahead(planner: Planner, plans: Sequence[Plan], stop: "Stop") -> None:
 def _live_with_parent(stop: "Stop", parent: int, worker: int) -> None:
     """Make the worker end only when its rank, the process `parent`, stops it or dies.
 
-    Slurm's signals and Ctrl-C reach the workers too, while their rank finishes its step: so workers ignore them, and
-    SIGTERM until `stop` is set. If the rank is killed, the worker ends itself; otherwise it would wait forever to send
-    its share. Linux's PR_SET_PDEATHSIG does not help: it watches the thread that forked the worker, not the rank.
+    Slurm's signals and Ctrl-C also reach the workers, whose rank first finishes its step. So workers ignore them, and
+    ignore SIGTERM until `stop` is set. If the rank is killed, the worker ends itself; otherwise it would wait forever
+    to send its share. PR_SET_PDEATHSIG does not help: it watches the thread that forked the worker, not the rank.
     """
 
     def end_if_stopped(number: int, frame: FrameType | None) -> None:

@@ -170,7 +170,7 @@ def image_format(data: bytes) -> tuple[str, int, int]:
         tagged = image.format != "PNG" or any(chunk in data for chunk in _PNG_TAGS)
         if tagged and orientation(image) >= 5:
             size = size[::-1]
-        fits = max(size) <= np.iinfo(np.uint16).max  # the sidecar's field
+        fits = max(size) <= np.iinfo(np.uint16).max  # the range of the sidecar's field
         return suffix, *(size if fits else (0, 0))
     return "bin", 0, 0
 
