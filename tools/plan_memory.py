@@ -38,7 +38,7 @@ STAGES = (0, 1, 2, 3)
 
 
 def zero_sections(recipe: Recipe, gpus: int) -> dict[int, dict]:
-    """Stage -> "zero_optimization" of its DeepSpeed config, without stage 0 in bf16, which the pipeline refuses."""
+    """Return stage -> "zero_optimization" of its DeepSpeed config. The pipeline does not support stage 0 in bf16."""
     own = load_ds_config(recipe, gpus)["zero_optimization"]
     sections = {own["stage"]: own}
     for stage in STAGES:
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=80, metavar="GB", help="memory of one GPU (80)")
     parser.add_argument("--videos", action="store_true", help="fill the chunks with videos")
     arguments = parser.parse_intermixed_args()
-    if arguments.gpus < 1 or not 0 < arguments.memory < float("inf"):  # nor is nan
+    if arguments.gpus < 1 or not 0 < arguments.memory < float("inf"):  # nan fails this, too
         raise PipelineError("--gpus and --memory must be positive numbers")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     sections = zero_sections(recipe, arguments.gpus)

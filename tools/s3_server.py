@@ -33,14 +33,14 @@ from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
 
 START_SECONDS = 60
-STOP_SECONDS = 10  # for the command to stop, after a signal to this program
+STOP_SECONDS = 10  # time for the command to stop after SIGTERM
 SERVICES = ("master", "volume", "filer", "s3")
 
 
 class S3Server:
     """A SeaweedFS server with the given buckets, as a context manager.
 
-    folder: its data are in a new folder below this one, by default among the temporary files.
+    folder: data are stored in a new folder below this one; by default, in the system's temporary folder.
     endpoint: http://127.0.0.1:PORT, once started.
     """
 
@@ -55,7 +55,7 @@ class S3Server:
         self._ports: dict[str, int] = {}
 
     def environment(self) -> dict[str, str]:
-        """The variables that a client needs in its environment."""
+        """Return the environment variables that a client needs."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self._access_key,
@@ -65,7 +65,7 @@ class S3Server:
 
     def __enter__(self) -> "S3Server":
         try:
-            # Another program may open a port that was chosen before the server does: then choose again.
+            # Another program may open a chosen port before the server does. Then choose other ports.
             for attempt in range(3):
                 self._prepare()
                 self._launch()
@@ -85,7 +85,7 @@ class S3Server:
         self._stop()
 
     def _prepare(self) -> None:
-        """Make the folder and the file of credentials, and choose ports."""
+        """Create the folder and the credentials file, and choose ports."""
         if self.parent:
             self.parent.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="s3-server-", dir=self.parent)).resolve()  # mode 0700
@@ -113,11 +113,11 @@ class S3Server:
         command += [f"-{service}.port.grpc={port + 10000}" for service, port in self._ports.items()]
         command += ["-filer", "-s3", f"-s3.config={self._folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += ["-master.volumeSizeLimitMB=256", "-volume.max=100", "-master.telemetry=false"]
-        command += ["-master.peers=none"]  # without an election, which delays some starts by 5 s
+        command += ["-master.peers=none"]  # skip the election, which delays some starts by 5 s
         if setpriv := shutil.which("setpriv"):  # the kernel ends the server if this process is killed
             command = [setpriv, "--pdeathsig", "KILL", *command]
         with (self._folder / "log").open("ab") as log:
-            # A session of its own: Ctrl-C must reach only the command; the server stops after it.
+            # A new session: Ctrl-C must reach only the command; the server stops after it.
             self._process = subprocess.Popen(
                 command,
                 cwd=self._folder,
@@ -164,7 +164,7 @@ class S3Server:
         raise PipelineError(f"the S3 server did not answer within {START_SECONDS} s ({problem}):\n{self._log_tail()}")
 
     def restart(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """Kill the server, as if its machine had failed, and start it again with its data."""
+        """Kill the server, as a machine failure would, and start it again with its data."""
         self._process.send_signal(number)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=15)  # after SIGTERM it waits for its clients
@@ -208,9 +208,9 @@ def find_weed() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct free ports; the port 10000 higher, which SeaweedFS uses for gRPC, is free, too.
+    """Return distinct free ports whose gRPC ports (10000 higher, as SeaweedFS expects) are free, too.
 
-    They are below 32768: Linux gives higher ports to outgoing connections.
+    All are below 32768, because Linux assigns higher ports to outgoing connections.
     """
     ports: list[int] = []
     with ExitStack() as held:
@@ -226,7 +226,7 @@ def free_ports(count: int) -> list[int]:
 def run_beside(server: S3Server, command: list[str]) -> int:
     """Run the command with the server's environment. Returns its exit status: 128 + N if signal N ended it."""
     try:
-        # A process group of its own: processes that the command starts are stopped with it.
+        # A new process group: processes that the command starts are stopped with it.
         child = subprocess.Popen(command, env=os.environ | server.environment(), process_group=0)
     except OSError as error:
         raise PipelineError(f"{command[0]}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Images with several captions each: COCO and Flickr30k in Karpathy's splits."""
+"""Convert images with several captions each: COCO and Flickr30k in Karpathy's splits."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from pipeline.data.captions import captioned_images
 from pipeline.data.sample import IMAGE_MARK, Item
 from pipeline.errors import PipelineError
 
-QUERY = f"{IMAGE_MARK}\nFind an image caption describing the given everyday image."  # MMEB's
+QUERY = f"{IMAGE_MARK}\nFind an image caption describing the given everyday image."  # from MMEB
 
 DESCRIPTION = """\
 images with captions: COCO and Flickr30k in Karpathy's splits
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
-    """The URL of the dataset, and its rows."""
+    """Return the URL of the dataset and its rows."""
     check_query(arguments.query, IMAGE_MARK)
     folder = image_folder(arguments, arguments.images or arguments.source.parent)
     try:

@@ -20,7 +20,7 @@ _NO_OPTIONS = ("run", "dest", "processes", "max_rejected", "tmp", "shard_mb", "s
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand. description: its --help; its first line is also the entry in the list of all commands."""
+    """A subcommand. description: its --help; the first line is also shown in the list of all commands."""
 
     description: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -33,7 +33,7 @@ def conversion(
     datasets: Callable[[argparse.Namespace], Mapping[str, Rows]],
     files: Callable[[argparse.Namespace], Iterable[tuple[str, bytes]]] = lambda arguments: (),
 ) -> Command:
-    """The command of a format: its own arguments, then DEST and the options of every conversion.
+    """Return the command of a format: its own arguments, then DEST and the options of every conversion.
 
     datasets: URL of each dataset's folder -> its rows. files: (URL, content) of files outside of the datasets.
     If SOURCE is a Path, it must be local, and must not be DEST.
@@ -76,7 +76,7 @@ def conversion(
 
 
 def check_query(query: str, mark: str) -> None:
-    """Raise PipelineError unless --query has one `mark`, of an image or a video, and no other."""
+    """Raise PipelineError unless --query has one `mark` (an image or video mark) and no other."""
     if [query.count(each) for each in (IMAGE_MARK, VIDEO_MARK)] != [mark == IMAGE_MARK, mark == VIDEO_MARK]:
         raise PipelineError(f"--query {query!r} must have one {mark}, and no other mark")
 
@@ -105,7 +105,7 @@ def add_work(parser: argparse.ArgumentParser) -> None:
 
 
 def add_images(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --images and the options to scale images down. default: describes the folder without --images."""
+    """Add --images and the options to scale images down. default: describes the default folder."""
     parser.add_argument(
         "--images", type=local_path, metavar="FOLDER", help=f"folder of the images (default: {default})"
     )
@@ -122,22 +122,22 @@ def add_images(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def image_folder(arguments: argparse.Namespace, place: Path) -> ImageFolder:
-    """The images in `place`, scaled as the arguments of `add_images` say."""
+    """Return the images in `place`, scaled according to the arguments of `add_images`."""
     if arguments.image_quality and not arguments.image_max_side:
         raise PipelineError("--image-quality only applies with --image-max-side: give both, or neither")
     return ImageFolder(folder(place), arguments.image_max_side, arguments.image_quality or 90)
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, object]:
-    """The format's own arguments, which affect the output, as JSON values."""
+    """Return the format's own arguments, which affect the output, as JSON values."""
     chosen = {name: value for name, value in vars(arguments).items() if name not in _NO_OPTIONS}
     return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in chosen.items()}
 
 
 def _content(arguments: argparse.Namespace) -> dict[str, str]:
-    """Identify the content of the files with the rows, to detect a change during an unfinished conversion.
+    """Identify the content of the source's files, to detect changes during an unfinished conversion.
 
-    Hashes of the files that the arguments name; size and time of the parquet files in the source's folders.
+    Returns hashes of the files that the arguments name, and size and modification time of the source's parquet files.
     """
     content = {}
     for path in (value for value in vars(arguments).values() if isinstance(value, Path) and value.is_file()):

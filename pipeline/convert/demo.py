@@ -1,4 +1,4 @@
-"""The demo data: training pairs and evaluation sets of synthetic scenes, all from one seed."""
+"""Generate the demo data: training pairs and evaluation sets of synthetic scenes, all from one seed."""
 
 import argparse
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def _seed(text: str) -> int:
 
 
 def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
-    """The URL of each training set, and its rows."""
+    """Return the URL of each training set and its rows."""
     counts = dict.fromkeys(captioned.DATASETS, arguments.pairs) | {"sentences": -(-arguments.pairs // 4)}
     urls = {objects.join(arguments.dest, "train", name): name for name in tasks.DATASETS}
     urls |= {objects.join(arguments.dest, "captions/train", name): name for name in captioned.DATASETS}
@@ -50,7 +50,7 @@ def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
 
 
 def evaluation_files(arguments: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
-    """(URL, content) of all evaluation files."""
+    """Yield (URL, content) of all evaluation files."""
     for folder, module in (("eval", tasks), ("clips", clips), ("captions/eval", captioned)):
         for path, content in dict(module.evaluation_files(arguments.source, arguments.queries)).items():
             yield objects.join(arguments.dest, folder, path), content
@@ -64,8 +64,7 @@ class TrainingPairs(Rows):
     count: int
 
     def sizes(self) -> np.ndarray:
-        """(count,) int64; these images are small when compressed."""
-        return np.full(self.count, 4096)
+        return np.full(self.count, 4096)  # a rough estimate: the images are small when compressed
 
     def name(self, number: int) -> str:
         return f"pair {number}"

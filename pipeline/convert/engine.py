@@ -1,7 +1,7 @@
 """Run conversions that can be interrupted at any point: each shard is a job, recorded when its files are complete.
 
 DEST/.unfinished/plan.json describes the conversion, DEST/.unfinished/NAME.json is the result of job NAME. When the same
-conversion is started again, it runs the jobs without a record, and ends with the same bytes as an uninterrupted one.
+conversion is started again, it runs the jobs without a record. Its output is the same as without an interruption.
 """
 
 import json
@@ -34,7 +34,7 @@ from pipeline.storage.objects import ObjectError
 UNFINISHED = ".unfinished"
 REJECTED_FILE = "rejected.jsonl"
 _RESTART = f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
-_SOURCE_STATE = ("content", "rows", "row_sizes")  # the members of a plan that describe the source's content
+_SOURCE_STATE = ("content", "rows", "row_sizes")  # members of a plan that describe the source's content
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class JobResult:
 
     shard: its entry in the index; None if all rows were rejected.
     rows: the number of its rows. rejected: {"row", "cause", "detail"} of each rejected row, in order.
-    files: name -> bytes of the files that it wrote to its folder for DEST.
-    notes: a note for the user -> its count, such as "members .npy, which nothing reads".
+    files: name -> bytes of the files that the job wrote for DEST.
+    notes: note for the user -> count, such as "members .npy, which nothing reads".
     """
 
     __pydantic_config__ = FIXED
@@ -59,7 +59,7 @@ class JobResult:
 
     @classmethod
     def from_json(cls, data: bytes, url: str) -> "JobResult | None":
-        """None for a damaged record, whose job then runs again."""
+        """Parse a record. Returns None if it is damaged; its job then runs again."""
         with suppress(DocumentError, ValueError):
             result: JobResult = parse_json(data, url, cls, remedy="")
             check_shards([result.shard] if result.shard else [])
@@ -77,31 +77,31 @@ class Work(Protocol):
 
     @property
     def jobs(self) -> Mapping[str, int]:
-        """Name -> size in the unit of the progress bar, in the order of the shards."""
+        """Job name -> size in the unit of the progress bar, in the order of the shards."""
         ...
 
     @property
     def rows(self) -> int | None:
-        """The rows of all jobs together; None if only the jobs can tell."""
+        """The total rows of all jobs; None if it is unknown until the jobs have run."""
         ...
 
     def run(self, job: str, folder: Path, report: Report) -> JobResult:
-        """Run a job in `folder`, and report its progress. May raise TooManyRejected."""
+        """Run a job, which writes to `folder`, and report its progress. May raise TooManyRejected."""
         ...
 
     def index(self, shards: tuple[Shard, ...]) -> Index: ...
 
     def files(self) -> dict[str, bytes]:
-        """Further files for DEST, by name."""
+        """Return additional files for DEST, by name."""
         ...
 
 
 class TooManyRejected(Exception):
-    """A job rejected more rows than all jobs together may reject. Its argument is the JobResult so far."""
+    """A job rejected more rows than all jobs together may reject. The argument is the JobResult so far."""
 
 
 def allowed(max_rejected: float, rows: int) -> int:
-    """The most rows that may be rejected. The tolerance corrects rounding: 0.29 of 100 is 29, not 28."""
+    """Return the most rows that may be rejected. A tolerance corrects rounding errors: 0.29 of 100 is 29, not 28."""
     return math.floor(max_rejected * rows * (1 + 1e-12))
 
 
@@ -125,14 +125,14 @@ def run_conversions(
 ) -> dict[str, Index]:
     """Run all jobs of all works. `works` maps a folder or S3 prefix to its work. Returns the indexes.
 
-    unit: of the jobs' sizes, for the progress bar. processes: 1 means this process. tmp: the folder of files before
-    their upload to S3, for at most processes + 2 jobs. max_rejected: the fraction of a dataset's rows that may be
-    rejected. files: (URL, content) of files outside of the datasets; they are written first.
+    unit: unit of the jobs' sizes, for the progress bar. processes: 1 means this process. tmp: folder for files before
+    their upload to S3; it holds files of at most processes + 2 jobs. max_rejected: the fraction of a dataset's rows
+    that may be rejected. files: (URL, content) of files outside of the datasets; they are written first.
 
-    Raises PipelineError if a folder contains a dataset or an unfinished conversion with another plan, and if too many
-    rows are rejected; ObjectError if anything cannot be written. Finished jobs are kept for the next start.
+    Raises PipelineError if a folder contains a dataset or an unfinished conversion with another plan, or if too many
+    rows are rejected; ObjectError if a file cannot be written. Finished jobs are kept for the next start.
     """
-    files = list(files)  # an error while making them must come before anything is written
+    files = list(files)  # an error while generating them must occur before anything is written
     with lock.held(works):
         conversions = _open(works, max_rejected, files)
         with ThreadPoolExecutor(8) as threads:
@@ -172,7 +172,7 @@ def run_conversions(
 
 
 class _Conversion:
-    """The state of a work. results: those of finished jobs. folder: where jobs write."""
+    """The state of one dataset's conversion. results: results of finished jobs. folder: where jobs write."""
 
     folder: Path
     finished = False
@@ -201,7 +201,7 @@ class _Conversion:
         return "://" in self.dest
 
     def _recorded(self, job: str) -> JobResult | None:
-        """The result in the job's record, if its files are there too."""
+        """Return the result in the job's record; None if the record is damaged, or a file is missing or truncated."""
         result = JobResult.from_json(objects.read(url := self._record_url(job)), url)
         if result is None:
             return None
@@ -212,7 +212,7 @@ class _Conversion:
         return objects.join(self.dest, UNFINISHED, f"{job}.json")
 
     def run(self, job: str, number: int, run: Callable[..., Any]) -> tuple["_Conversion", str, JobResult]:
-        """Run the job, which has this number among all, by `run`; upload its files to DEST and record it."""
+        """Run the job (`number` among all jobs) with `run`, upload its files to DEST, and record its result."""
         self._began = min(self._began, time.monotonic())
         try:
             result: JobResult = run(self.number, job, number, self.folder)
@@ -256,12 +256,12 @@ class _Conversion:
         objects.write(objects.join(self.dest, REJECTED_FILE), b"".join(_json(each) + b"\n" for each in rejected))
 
     def _rejected(self) -> list[dict[str, str]]:
-        """The rejected rows known so far, in order."""
+        """Return the rejected rows known so far, in order."""
         results = (self.results.get(job) for job in self.work.jobs)
         return [each for result in results if result for each in result.rejected]
 
     def _finish(self) -> str:
-        """Write the files of the whole dataset, its index last. Returns a summary in one line."""
+        """Write the dataset's files, the index last. Returns a summary in one line."""
         results = [self.results[job] for job in self.work.jobs]
         shards = tuple(result.shard for result in results if result.shard)
         rejected = self._rejected()
@@ -288,9 +288,9 @@ class _Conversion:
 def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str, bytes]]) -> list[_Conversion]:
     """Write the plans of the unfinished conversions, and read their records.
 
-    If any plan of the command exists, then its finished datasets come from an earlier start of the same command: plans
-    are written before everything else, and a plan is removed when its dataset is finished. If no plan exists, none of
-    the command's output files may exist. Files that an earlier, killed start left under temporary names are removed.
+    If any plan of the command exists, its finished datasets come from an earlier start of the same command: plans are
+    written before everything else, and a plan is removed when its dataset is finished. If no plan exists, none of the
+    command's output files may exist. Temporary files of an earlier start that was killed are removed.
     """
     plans = {dest: _plan(dest) for dest in works}
     for dest, work in works.items():
@@ -318,7 +318,7 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
     for dest in works:
         if "://" not in dest:
             remove_leftovers(Path(dest))
-            for partial in Path(dest).glob("[0-9]" * 6 + ".tar.partial"):  # as earlier versions named them
+            for partial in Path(dest).glob("[0-9]" * 6 + ".tar.partial"):  # the names that earlier versions used
                 partial.unlink()
     unfinished = {dest: work for dest, work in works.items() if dest not in finished}
     for dest, work in unfinished.items():
@@ -336,7 +336,7 @@ def _refuse_overwriting(urls: list[str]) -> None:
 
 
 def _plan(dest: str) -> dict[str, object] | None:
-    """The plan that an earlier start wrote; None if there is none, or if that conversion has finished."""
+    """Read the plan of an earlier start; None if there is none, or if that conversion has finished."""
     if not objects.exists(url := _plan_url(dest)):
         return None
     return parse_json(objects.read(url), url, dict, remedy=_RESTART)

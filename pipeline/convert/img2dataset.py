@@ -1,4 +1,4 @@
-"""Index tars in img2dataset's layout: write an index and sidecars, and leave the tars unchanged."""
+"""Index tars in img2dataset's layout: write an index and sidecars without changing the tars."""
 
 import argparse
 import hashlib
@@ -48,7 +48,7 @@ hidden files and names without a suffix are skipped.
 """
 _MAX_SAMPLE = 256 << 20
 _PIECE = 16 << 20  # bytes per read
-_NOTES = 20  # the most per tar: if keys contain dots, every member may have another name
+_NOTES = 20  # the most notes per tar: if keys contain dots, every member may have another name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def _absolute(url: str) -> str:
 
 
 def _tars(source: str) -> dict[str, int]:
-    """File name -> bytes of the tars directly in `source`."""
+    """Return file name -> bytes of the tars directly in `source`."""
     names = [url.removeprefix(source + "/") for url in objects.list_under(source)]
     below = {name.partition("/")[0] for name in names if "/" in name and name.endswith(".tar")}
     note_unread(f"{source}, since only tars directly in it are read", sorted(below), kind="folder")
@@ -104,7 +104,7 @@ def _tars(source: str) -> dict[str, int]:
 
 
 def _check_columns(url: str, captions: Captions) -> None:
-    """Raise PipelineError if a column is in no sample of this tar: a misspelt one would only cause rejections."""
+    """Raise PipelineError if this tar lacks one of the columns; a misspelt column would only cause rejections."""
     found: set[str] = set()
     tape, sample = Tape(url), None
     for sample in read_tape(tape):
@@ -130,7 +130,7 @@ def _columns(data: bytes) -> set[str]:
 
 @dataclass(frozen=True)
 class TarsWork:
-    """The indexing of the tars in `source` (file name -> bytes): every job indexes one tar."""
+    """Indexes the tars in `source`, one per job. tars: file name -> bytes."""
 
     dataset: str
     source: str
@@ -145,7 +145,7 @@ class TarsWork:
 
     @property
     def jobs(self) -> dict[str, int]:
-        # A job's name contains the size, so a tar that was repaired meanwhile is a new job, and only it runs again.
+        # A job's name contains the size, so a tar that was repaired in the meantime is a new job, and only it is run.
         return {f"{name}.{size}": size for name, size in self.tars.items()}
 
     def run(self, job: str, folder: Path, report: Report) -> JobResult:
@@ -185,7 +185,7 @@ class TarsWork:
 
 
 def _rows(file: str, rejected: list[tuple[str, Rejection]], times: Counter[str]) -> Iterator[dict[str, str]]:
-    """The rows of rejected.jsonl.  times: how often each key occurred; separated members cause several occurrences."""
+    """Yield the rows of rejected.jsonl.  times: occurrences of each key, several if its members are not consecutive."""
     apart = set()
     for key, reason in rejected:
         name = key.encode(errors="backslashreplace").decode()
@@ -199,7 +199,7 @@ def _rows(file: str, rejected: list[tuple[str, Rejection]], times: Counter[str])
 
 
 def _pair(data: bytes, captions: Captions) -> tuple[Pair, list[tuple[str, str]]]:
-    """The sample, and (cause, detail) of its skipped captions."""
+    """Parse a sample. Returns the pair, and (cause, detail) of each skipped caption."""
     try:
         pair, faults = captioned(*members_of(data), captions)
     except BadSample as reason:
@@ -215,8 +215,8 @@ def _pair(data: bytes, captions: Captions) -> tuple[Pair, list[tuple[str, str]]]
 class Tape:
     """A tar as a file object for `tarfile`, which reads it once from start to end in large pieces.
 
-    sha256: of the bytes so far.
-    keep_from: bytes before this position may be dropped once they are read.
+    sha256: hash of the bytes read so far.
+    keep_from: bytes before this position may be dropped after they are read.
     """
 
     def __init__(self, url: str, report: Report = lambda read: None) -> None:
@@ -243,7 +243,7 @@ class Tape:
         return data
 
     def between(self, begin: int, end: int) -> bytes:
-        """Bytes begin..end-1, none of which may be dropped yet."""
+        """Return bytes begin..end-1. None of them may have been dropped."""
         while self._start + len(self._kept) < end:
             reached = self._start + len(self._kept)
             piece = objects.read(self.url, reached, min(_PIECE, self.size - reached))
@@ -319,6 +319,6 @@ def _key_fault(key: str) -> Rejection | None:
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts:
         return Rejection("unsafe name", repr(key))
-    if not key.isprintable():  # this includes surrogates, which stand for bytes that are not UTF-8
+    if not key.isprintable():  # surrogates are not printable: they represent bytes that are not UTF-8
         return Rejection("unprintable name", repr(key))
     return None

@@ -39,13 +39,13 @@ from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
 from pipeline.storage import objects
 
-# Token lengths are estimates for LLaVA-OneVision with 8 frames per video.
+# Token lengths are estimated for LLaVA-OneVision with 8 frames per video.
 _PINPOINTS = ((384, 384), (384, 768), (768, 384), (768, 768))
 _LENGTHS = Lengths(Tiling(size=384, patches=27, pinpoints=_PINPOINTS, max_tiles=9), video_frames=8)
 _SHOWN = 10  # the most faults to print
 _BARS = 40  # characters of the longest bar
 _PERCENTILES = (1, 10, 50, 90, 99)
-_MOST_JOBS = 512  # of a dataset
+_MOST_JOBS = 512  # per dataset
 
 
 def _add_dest(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def _add_dest(parser: argparse.ArgumentParser) -> None:
 
 
 def _datasets(dest: str) -> list[str]:
-    """The URL of the dataset `dest`, or of all datasets below it."""
+    """Return the URL of the dataset `dest`, or of all datasets below it."""
     if objects.exists(objects.join(dest, INDEX_FILE)):
         return [dest]
     ending = f"/{INDEX_FILE}"
@@ -64,7 +64,7 @@ def _datasets(dest: str) -> list[str]:
 
 
 def _indexes(dest: str) -> dict[str, Index]:
-    """URL -> index of the same datasets."""
+    """Load URL -> index of the dataset `dest`, or of all datasets below it."""
     urls = _datasets(dest)
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(urls, pool.map(Index.load, urls), strict=True))
@@ -111,14 +111,14 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _grouped(shards: tuple[Shard, ...]) -> Iterator[tuple[Shard, ...]]:
-    """Group consecutive shards into jobs: a job per shard would be slow for a million small ones."""
+    """Group consecutive shards into jobs: one job per shard would be slow for a million small shards."""
     size = -(-len(shards) // _MOST_JOBS)
     for start in range(0, len(shards), size):
         yield shards[start : start + size]
 
 
 def _file_faults(url: str, index: Index, dest: str) -> list[str]:
-    """The faults of the files beside the shards; for an evaluation set below `dest`, also of tasks.json."""
+    """Return the faults of the files beside the shards; for an evaluation set below `dest`, also of tasks.json."""
     try:
         for name in index.files:
             index.read_file(url, name)
@@ -134,14 +134,14 @@ def _file_faults(url: str, index: Index, dest: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Check:
-    """Checks a dataset's shards, whose sidecars are in `url` and tars in `tars_url`."""
+    """Checks a dataset's shards. url: folder of the sidecars. tars_url: folder of the tars."""
 
     url: str
     tars_url: str
     captions: Captions | None
 
     def run(self, shards: tuple[Shard, ...], folder: Path, report: Report) -> list[str]:
-        """The faults of some shards, one line each."""
+        """Return the faults of some shards, one line each."""
         return list(chain.from_iterable(self._shard(shard, report) for shard in shards))
 
     def _shard(self, shard: Shard, report: Report) -> list[str]:
@@ -189,7 +189,7 @@ class Check:
 
 
 def _either_way_up(name: str, values: ArrayLike) -> np.ndarray:
-    """The values; image sizes with their sides sorted, since earlier versions recorded them before EXIF's rotation."""
+    """Return the values. Sides of image sizes are sorted: earlier versions recorded them before the EXIF rotation."""
     return np.sort(values, axis=-1) if name == "image_sizes" else np.asarray(values)
 
 
@@ -257,7 +257,7 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _numbered(url: str, index: Index, number: int) -> tuple[Shard, int]:
-    """(shard, number in the shard) of the dataset's sample `number`."""
+    """Return (shard, number in the shard) of the dataset's sample `number`."""
     first = 0
     for shard in index.shards:
         if first <= number < first + shard.samples:
@@ -353,7 +353,7 @@ def _stats(arguments: argparse.Namespace) -> None:
 
 
 def _facts(records: np.ndarray) -> dict[str, np.ndarray]:
-    """Properties of samples, or of their images: one number each."""
+    """Return arrays of properties: one number per sample, or per image."""
     counts = records["query_images"].astype(np.int64) + records["target_images"] + records["negative_images"]
     sizes = records["image_sizes"].astype(np.int64)
     sizes = sizes[np.arange(sizes.shape[1]) < counts[:, None]]

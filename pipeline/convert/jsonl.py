@@ -1,4 +1,4 @@
-"""Your own pairs: one JSON object per line."""
+"""Convert your own pairs: one JSON object per line."""
 
 import argparse
 import os
@@ -48,7 +48,7 @@ number. An unreadable row belongs to the dataset of the row before it.
     python tools/make_shards.py jsonl pairs.jsonl s3://bucket/my-data --images photos
 """
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a dataset, which becomes a folder
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # valid names of datasets, which become folders
 MAX_LINE = 16 << 20  # bytes; a file without line ends must not fill the memory
 MAX_COUNT = 255  # images, videos and negatives: the limit of the index
 
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
-    """The URL of each dataset in the file, and its rows."""
+    """Return the URL of each dataset in the file and its rows."""
     fallback = arguments.dataset or arguments.source.stem
     if not re.fullmatch(NAME, fallback):
         raise PipelineError(
@@ -143,7 +143,7 @@ class PairRow(BaseModel, extra="forbid", strict=True):
 
 @dataclass(frozen=True)
 class Lines(Rows):
-    """The rows of one dataset. places: (rows, 3) int64: line number from 1, byte offset, estimated bytes in a shard."""
+    """The rows of one dataset. places: (rows, 3) int64: line number from 1, byte offset, approximate shard bytes."""
 
     file: Path
     source: ImageFolder
@@ -175,7 +175,7 @@ def _checked(text: str, entry: Entry) -> str:
 
 
 def _check_form(path: Path, file: BinaryIO) -> None:
-    """Raise PipelineError if the beginning of the file cannot be that of a file with one JSON object per line."""
+    """Raise PipelineError if the beginning of the file shows that it does not have one JSON object per line."""
     why = foreign(file.read(8))
     file.seek(0)
     lines = (line.strip() for _, line in _lines(file))
@@ -192,7 +192,7 @@ def _check_form(path: Path, file: BinaryIO) -> None:
 
 
 def _scan(path: Path, source: ImageFolder, fallback: str) -> tuple[dict[str, np.ndarray], bool]:
-    """The places of each dataset's rows (see `Lines`), and whether any row names its dataset."""
+    """Return the places of each dataset's rows (see `Lines`), and whether any row names its dataset."""
     places: dict[str, array[int]] = {}
     name, named = "", False
     with path.open("rb") as file:
@@ -219,7 +219,7 @@ def _scan(path: Path, source: ImageFolder, fallback: str) -> tuple[dict[str, np.
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(offset, content) of each line, without a byte-order mark; a longer line is cut to MAX_LINE + 1 bytes."""
+    """Yield (offset, content) of each line, without a byte-order mark; long lines are cut to MAX_LINE + 1 bytes."""
     if file.read(len(BOM_UTF8)) != BOM_UTF8:
         file.seek(0)
     while line := file.readline(MAX_LINE + 1):

@@ -1,4 +1,4 @@
-"""MMEB's training set, and others in its layout."""
+"""Convert MMEB's training set, and others in its layout."""
 
 import argparse
 import os
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
-    """The URL of each selected subset, and its rows."""
+    """Return the URL of each selected subset and its rows."""
     source = folder(arguments.source)
     files: dict[str, list[Path]] = {}
     for file in sorted(source.glob(f"*/{arguments.split}-*.parquet")):
@@ -74,7 +74,7 @@ def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group of a parquet file. rows: the number of its first rows to use."""
+    """A row group of a parquet file. rows: only its first `rows` rows are used."""
 
     file: Path
     number: int
@@ -95,7 +95,7 @@ def _row_groups(file: Path) -> list[RowGroup]:
 
 
 def _first_rows(groups: Iterable[RowGroup], limit: int | None) -> tuple[RowGroup, ...]:
-    """The groups of the first `limit` rows."""
+    """Return the groups that contain the first `limit` rows."""
     if limit is None:
         return tuple(groups)
     kept = []
@@ -107,9 +107,9 @@ def _first_rows(groups: Iterable[RowGroup], limit: int | None) -> tuple[RowGroup
     return tuple(kept)
 
 
-@lru_cache(maxsize=2)  # rows are read in their order
+@lru_cache(maxsize=2)  # rows are read in order
 def _table(group: RowGroup) -> pa.Table:
-    """A group's rows; columns of any text type become strings."""
+    """Read a group's rows. Columns of any text type become strings."""
     with _readable(group.file), parquet.ParquetFile(group.file) as file:
         table = file.read_row_group(group.number, columns=_COLUMNS).slice(0, group.rows)
         return pa.table({name: _as_strings(table[name]) for name in _COLUMNS})
@@ -131,7 +131,7 @@ _TEXTUAL = (
 
 
 def _texts(group: RowGroup, name: str) -> pa.ChunkedArray:
-    """A column as strings; "" for missing values, and for values that are not texts."""
+    """Return a column as strings, with "" for missing values and for values that are not texts."""
     column = _table(group)[name]
     column = column if pa.types.is_string(column.type) else pa.chunked_array([pa.nulls(len(column), pa.string())])
     return pc.fill_null(column, "")
@@ -146,7 +146,7 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def _image_place(source: Path, groups: Iterable[RowGroup]) -> Path:
-    """The folder of the first image. Published paths begin with "images/"; those of some copies do not."""
+    """Return the folder of the first image. Published paths begin with "images/", but paths in some copies do not."""
     columns = (_texts(group, column).cast(pa.binary()) for group in groups for _, column in _SIDES)
     first = next((path for column in columns for path in column.to_pylist() if path), b"")
     return source / "images" if ImageFolder(source / "images").size(os.fsdecode(first)) else source
@@ -160,7 +160,6 @@ class Subset(Rows):
     groups: tuple[RowGroup, ...]
 
     def sizes(self) -> np.ndarray:
-        """(rows,) int64."""
         return np.concatenate([np.zeros(0, np.int64), *map(self._group_sizes, self.groups)])
 
     def _group_sizes(self, group: RowGroup) -> np.ndarray:
@@ -184,7 +183,7 @@ class Subset(Rows):
         return Pair(f"{number:08d}", self.dataset, task, self._item(*query), self._item(*target), negatives)
 
     def _sides(self, number: int) -> list[tuple[str, str]]:
-        """(text with our marks, image path) of the row's query, positive and negative."""
+        """Return (text with our marks, image path) of the row's query, positive and negative."""
         for group in self.groups:
             if number < group.rows:
                 break

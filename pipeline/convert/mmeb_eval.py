@@ -1,4 +1,4 @@
-"""MMEB's evaluation sets: each distinct query and candidate becomes one item, and rows refer to items by number."""
+"""Convert MMEB's evaluation sets: each distinct query and candidate becomes an item, and rows contain item numbers."""
 
 import argparse
 import json
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
-    """The URL of each selected set, and its items."""
+    """Return the URL of each selected set and its items."""
     source = folder(arguments.source)
     beside = next((source / name for name in IMAGE_FOLDERS if (source / name).is_dir()), source)
     images = ImageFolder(folder(arguments.images or beside))
@@ -72,13 +72,13 @@ def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
 
 
 def tasks_file(arguments: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
-    """DEST/tasks.json, for the selected sets."""
+    """Yield DEST/tasks.json for the selected sets."""
     tasks = {name: {"task": task, "in_distribution": known} for name, (task, known) in _tasks(arguments).items()}
     yield objects.join(arguments.dest, TASKS_FILE), (json.dumps(tasks, indent=1) + "\n").encode()
 
 
 def _tasks(arguments: argparse.Namespace) -> dict[str, tuple[str, bool]]:
-    """Name -> (meta-task, whether it is in distribution) of the selected sets."""
+    """Return name -> (meta-task, whether it is in distribution) of the selected sets."""
     source = folder(arguments.source)
     file = source / TASKS_FILE
     known, where = (read_tasks(str(source)), file) if file.is_file() else (MMEB_TASKS, "MMEB's 36 datasets")
@@ -95,7 +95,7 @@ def _tasks(arguments: argparse.Namespace) -> dict[str, tuple[str, bool]]:
 
 @dataclass(frozen=True)
 class EvaluationSet(Rows):
-    """One set. items: the distinct queries and candidates; queries, candidates: their numbers, row by row."""
+    """One set. items: the distinct queries and candidates. queries, candidates: item numbers of each row."""
 
     task: str
     images: ImageFolder
@@ -113,12 +113,11 @@ class EvaluationSet(Rows):
         return cls(dataset, task, images, list(numbers), queries, candidates)
 
     def sizes(self) -> np.ndarray:
-        """(items,) int64."""
         sizes = [self.images.size(image) if image else 0 for _, image in self.items]
         return 1024 + member_bytes(np.array(sizes, np.int64))
 
     def name(self, number: int) -> str:
-        """The first row with the item."""
+        """Return the item's first occurrence: row and role."""
         for row, (query, candidates) in enumerate(zip(self.queries, self.candidates, strict=True)):
             if query == number:
                 return f"row {row}, query"
@@ -138,7 +137,7 @@ class EvaluationSet(Rows):
         return Single(f"{number:08d}", self.dataset, self.task, item)
 
     def files(self) -> dict[str, bytes]:
-        """The rows, and the name of each item: its image's path, or its text."""
+        """Return the rows, and the name of each item: its image's path, or its text."""
         candidates = pa.array(self.candidates, pa.list_(pa.int32()))
         return {
             ROWS_FILE: _parquet({"query": pa.array(self.queries, pa.int32()), "candidates": candidates}),

@@ -1,4 +1,4 @@
-"""What all formats share: a source has rows in a fixed order, and each becomes a sample or is rejected."""
+"""Base classes of all formats: a source has rows in a fixed order, and each becomes a sample or is rejected."""
 
 import logging
 import re
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class Rejection(Exception):
-    """A row that cannot become a sample. cause: one of a few, for counting; detail: what is wrong with this row.
+    """A row that cannot become a sample. cause: a category, for counting; detail: what is wrong with this row.
 
-    The detail becomes one line of at most 300 characters without memory addresses, so it is reproducible.
+    The detail is converted to one line of at most 300 characters. Memory addresses are removed, so it is reproducible.
     """
 
     def __init__(self, cause: str, detail: str) -> None:
@@ -34,27 +34,27 @@ class Rejection(Exception):
 
 @dataclass(frozen=True)
 class Rows(ABC):
-    """The rows of one dataset, by its name. They are sent to other processes, and must depend on nothing else."""
+    """The rows of one dataset. Objects are sent to other processes, so they must not depend on global state."""
 
     dataset: str
 
     @abstractmethod
     def sizes(self) -> np.ndarray:
-        """(rows,) int64: the approximate bytes of each row in a shard, by which rows are divided into shards.
+        """Return (rows,) int64: the approximate bytes of each row in a shard, used to divide rows into shards.
 
-        It may read the sizes of files, but not their content. A missing file has size 0; its row is rejected later.
+        May read the sizes of files, but not their content. A missing file has size 0; its row is rejected later.
         """
 
     @abstractmethod
     def name(self, number: int) -> str:
-        """A readable name of the row in the source: "line 17"."""
+        """Return a readable name of the row in the source, such as "line 17"."""
 
     @abstractmethod
     def sample(self, number: int) -> Pair | Single:
         """Read row `number`; raises Rejection."""
 
     def files(self) -> dict[str, bytes]:
-        """Further files for the dataset's folder, by name."""
+        """Return additional files for the dataset's folder, by name."""
         return {}
 
 
@@ -63,7 +63,7 @@ class ImageFolder:
     """Reads the images and videos of a source.
 
     max_side: larger images are scaled down to this many pixels on their longer side, and encoded as JPEG of `quality`;
-    the bytes of all others stay unchanged.
+    other images keep their bytes.
     """
 
     folder: Path
@@ -71,7 +71,7 @@ class ImageFolder:
     quality: int = 90
 
     def path(self, name: str) -> Path:
-        """The path of the file; Rejection if the name leads out of the folder, even by a link."""
+        """Return the path of the file. Raises Rejection if the name leads out of the folder, even by a link."""
         try:
             found = (self.folder / name).resolve()
         except (OSError, ValueError, RuntimeError):  # the name contains a NUL, or links form a cycle
@@ -81,14 +81,14 @@ class ImageFolder:
         return found
 
     def size(self, name: str) -> int:
-        """The bytes of the file; 0 if it cannot be read."""
+        """Return the file's size in bytes; 0 if it cannot be read."""
         try:
             return self.path(name).stat().st_size
         except (Rejection, OSError, ValueError):
             return 0
 
     def read(self, name: str) -> bytes:
-        """The image's bytes; Rejection if it is missing, broken or too large to decode."""
+        """Return the image's bytes. Raises Rejection if it is missing, broken or too large to decode."""
         data = self._bytes(name)
         try:
             image = decode_image(data)
@@ -102,7 +102,7 @@ class ImageFolder:
         return buffer.getvalue()
 
     def read_video(self, name: str) -> bytes:
-        """The video's bytes; Rejection if it is missing or no frame of it can be decoded."""
+        """Return the video's bytes. Raises Rejection if it is missing, or if no frame of it can be decoded."""
         data = self._bytes(name)
         try:
             sample_frames(data, 1)
@@ -122,19 +122,19 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class CaptionedFiles(Rows):
-    """Rows of (name of a file, its captions): the query is `query` with the file, the target its first caption."""
+    """Rows of (file name, captions). The query is the text `query` with the file, the target the first caption."""
 
     folder: ImageFolder
     rows: list[tuple[str, list[object]]]
     query: str
 
     def path(self, name: str) -> str:
-        """The path of the file in the folder."""
+        """Return the path of the file in the folder."""
         return name
 
     @abstractmethod
     def item(self, path: str) -> Item:
-        """The query with the file; raises Rejection."""
+        """Return the query with the file; raises Rejection."""
 
     def sizes(self) -> np.ndarray:
         files = np.array([self.folder.size(self.path(name)) for name, _ in self.rows], np.int64)
@@ -152,7 +152,7 @@ class CaptionedFiles(Rows):
         return Pair(f"{number:08d}", self.dataset, "retrieval", query, target, alternatives=tuple(texts[1:]))
 
     def note_skipped(self, file: Path) -> None:
-        """Log how many captions from `file` are skipped because only others of their rows are usable."""
+        """Log how many unusable captions from `file` are skipped in rows that have usable ones."""
         found = ((name, usable_captions(values)) for name, values in self.rows)
         faults = [(name, *fault) for name, (texts, faults) in found if texts for fault in faults]
         if faults:
@@ -162,7 +162,7 @@ class CaptionedFiles(Rows):
 
 
 def checked_text(text: str, images: int = 0, videos: int = 0) -> str:
-    """The text without a leading byte-order mark, otherwise unchanged; Rejection if it has a `text_fault`."""
+    """Return the text without a leading byte-order mark. Raises Rejection if it has a `text_fault`."""
     if fault := text_fault(text, images, videos):
         raise Rejection(*fault)
     return text.lstrip(BYTE_ORDER_MARK)
@@ -172,7 +172,7 @@ Bytes = TypeVar("Bytes", int, np.ndarray)
 
 
 def member_bytes(content: Bytes) -> Bytes:
-    """The bytes of a file with `content` bytes in a tar: a header, and blocks of 512."""
+    """Return the size in a tar of a file with `content` bytes: a header, and blocks of 512 bytes."""
     return 512 + -(-content // 512) * 512
 
 

@@ -1,4 +1,4 @@
-"""Convert rows to shards. The rows of each shard are fixed before the first is read, so shards are independent jobs."""
+"""Convert rows to shards. The rows of each shard are fixed before any row is read, so shards are independent jobs."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
@@ -30,10 +30,11 @@ def convert(
     tmp: Path | None = None,
     files: Iterable[tuple[str, bytes]] = (),
 ) -> dict[str, Index]:
-    """Write each dataset's rows in their order as shards with an index. `datasets` maps a folder or S3 prefix to rows.
+    """Write each dataset's rows in order as shards with an index. `datasets` maps a folder or S3 prefix to rows.
 
     options: everything else that affects the output, as JSON values; only the same conversion is resumed.
-    shard_bytes: of each shard, estimated by `Rows.sizes`. shards: write this many, with equal numbers of rows, instead.
+    shard_bytes: approximate size of a shard, estimated from `Rows.sizes`.
+    shards: if given, write this many shards with equal numbers of rows instead.
     For the other arguments and the errors see `run_conversions`.
     """
     plan = dict(options) | {"shard_bytes": shard_bytes, "shards": shards}
@@ -93,7 +94,7 @@ class RowsWork:
 
 
 def _cuts(sizes: np.ndarray, shard_bytes: int, shards: int | None) -> np.ndarray:
-    """(shards + 1,) the first row of each shard, then the number of rows; no shard is empty.
+    """Return (shards + 1,): the first row of each shard, then the number of rows. No shard is empty.
 
     Without `shards`, a shard ends with the row in which the total bytes pass a multiple of `shard_bytes`.
     """

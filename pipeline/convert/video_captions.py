@@ -1,4 +1,4 @@
-"""A folder of videos and a file of their captions: the video is the query, a caption the target."""
+"""Convert a folder of videos and a file of captions: the video is the query, a caption the target."""
 
 import argparse
 from pathlib import Path
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
-    """The URL of the dataset, and its rows."""
+    """Return the URL of the dataset and its rows."""
     videos = folder(arguments.source)
     check_query(arguments.query, VIDEO_MARK)
     captions = _captions(arguments.captions, arguments.split, arguments.language)
@@ -71,7 +71,7 @@ class CaptionedVideos(CaptionedFiles):
     """Rows of (name of a video, its captions), in the order of their first appearance."""
 
     def path(self, name: str) -> str:
-        """The path of the video's file; its name may lack the suffix."""
+        """Return the path of the video's file. The name may lack the suffix."""
         if _without_suffix(name) != name:
             return name
         files = (f"{name}.{suffix}" for suffix in VIDEO_SUFFIXES)
@@ -85,7 +85,7 @@ class CaptionedVideos(CaptionedFiles):
 
 
 def _captions(file: Path, split: str | None, language: str) -> dict[str, list[object]]:
-    """Read video -> its captions from a file in one of the forms above."""
+    """Read video -> captions from a file in one of the forms above."""
     if file.suffix not in (".json", ".csv"):
         raise PipelineError(
             f"{file} is neither .json nor .csv; for MSVD use video_corpus.csv, since a pickle can execute any code"

@@ -1,4 +1,4 @@
-"""The processes that run a conversion's jobs, and their end."""
+"""Start, supervise and stop the processes that run a conversion's jobs."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ Run = Callable[[Any, Path, Report], Any]  # (job, folder to write in, report) ->
 
 @contextmanager
 def job_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that each supervise one job at a time. Processes that they start ignore Ctrl-C and SIGTERM."""
+    """Yield threads, each supervising one job at a time. Processes that they start ignore Ctrl-C and SIGTERM."""
     block = signal.pthread_sigmask, (signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     threads = ThreadPoolExecutor(count, "job", *block)
     try:
@@ -36,10 +36,10 @@ def job_threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def workers(processes: int, runs: list[Run], jobs: int, bar: tqdm) -> Iterator[Callable[[int, Any, int, Path], Any]]:
-    """Yield a function of (dataset, job, number, folder) that runs a dataset's job, with this number among all `jobs`.
+    """Yield a function (dataset, job, number, folder) -> result that runs job `number` of `jobs`.
 
-    It returns the job's result; PipelineError if its process was killed. `bar` shows the progress that jobs report.
-    One process means this one. Several are spawned, not forked: threads of this process may hold locks.
+    It raises PipelineError if the job's process was killed. `bar` shows the progress that jobs report.
+    processes: 1 means this process. Several are spawned, not forked, because threads of this process may hold locks.
     """
     context = multiprocessing.get_context("spawn")
     progress = context.RawArray("q", jobs)
@@ -80,7 +80,7 @@ def workers(processes: int, runs: list[Run], jobs: int, bar: tqdm) -> Iterator[C
 
 
 def _run_job(dataset: int, job: Any, number: int, folder: Path) -> Any:
-    """In a worker: run a job of a dataset, which has this number among all jobs, and return its result."""
+    """Run a job of a dataset in a worker; `number` is the job's number among all jobs."""
 
     def report(done: int) -> None:
         if _stop.is_set():
@@ -107,6 +107,6 @@ def _begin_process(runs: list[Run], progress: MutableSequence[int], parent: Conn
 
 
 def _end_with(parent: Connection) -> None:
-    """End this process at once when the other end of the pipe is closed, or its process is killed."""
+    """End this process at once when the parent closes the other end of the pipe or is killed."""
     parent.poll(None)
     os._exit(1)

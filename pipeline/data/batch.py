@@ -1,4 +1,4 @@
-"""A step's pairs: decoded in shares by several workers, put together as one rank's part of the global batch."""
+"""The pairs of a step: workers decode shares of them, which are combined into a rank's part of the global batch."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ _STAND_IN = Pair("", "", "", Item(""), Item(""))
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a sample came from: its shard's URL and its number in it."""
+    """The location of a sample: its shard's URL, and its number in the shard."""
 
     shard: str
     sample: int
@@ -28,7 +28,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as it lies in its shard. place: its row in the rank's part of the batch."""
+    """A sample as stored in its shard. place: its row in the rank's part of the batch."""
 
     place: int
     origin: Origin
@@ -38,7 +38,7 @@ class RawSample:
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample that could not be used. key: in its shard."""
+    """A sample that cannot be used, with its key in the shard."""
 
     origin: Origin
     key: str
@@ -47,7 +47,7 @@ class Bad:
 
 @dataclass(frozen=True)
 class Row:
-    """A pair by its items' keys. place: its row in the rank's part of the batch.  bad: why it has none."""
+    """A pair as `Encoded.key` of its items. place: its row in the rank's part of the batch. bad: why it is invalid."""
 
     place: int
     origin: Origin
@@ -59,9 +59,9 @@ class Row:
 
 @dataclass
 class Share:
-    """The rows of a step that one worker decoded, with their distinct items by `Encoded.key`.
+    """The rows of a step that one worker decoded, and their distinct items by `Encoded.key`.
 
-    received: bytes that came from the object store since the worker's last share.
+    received: bytes received from the object store since the worker's previous share.
     """
 
     rows: list[Row]
@@ -69,17 +69,20 @@ class Share:
     received: int = 0
 
     def to_shared_memory(self) -> None:
-        """Now, not while it is sent: there an error would be lost, and the share waited for. Raises PipelineError."""
+        """Copy the tiles to shared memory. Raises PipelineError if there is no room.
+
+        While the share is being sent, the same error would be lost, and the rank would wait for the share forever.
+        """
         self.state = self.__getstate__()
 
-    # A share goes from process to process with all tiles in one tensor, which torch hands over in shared memory.
+    # Shares are pickled with all tiles in one tensor, which torch passes between processes in shared memory.
     def __getstate__(self) -> tuple:
         if hasattr(self, "state"):
             return self.state
         images = [image.tiles for item in self.items.values() for image in item.images]
         tiles = _shared(images) if images else None
         counted = {
-            # The number of its tiles stands for them meanwhile.
+            # In the pickled state, each image has its number of tiles instead of the tiles.
             key: replace(item, images=tuple(replace(i, tiles=len(i.tiles)) for i in item.images))  # type: ignore[arg-type]
             for key, item in self.items.items()
         }
@@ -96,7 +99,7 @@ class Share:
 
 
 def _shared(tiles: list[np.ndarray]) -> torch.Tensor:
-    """The tiles in one tensor, in shared memory from the start, as torch's own collation has it: one copy less."""
+    """Concatenate tiles directly into shared memory, like torch's collation, which saves one copy."""
     shape = sum(map(len, tiles)), *tiles[0].shape[1:]
     try:
         storage = torch.UntypedStorage._new_shared(math.prod(shape))
@@ -113,9 +116,9 @@ def _shared(tiles: list[np.ndarray]) -> torch.Tensor:
 
 
 def encode_rows(samples: Iterable[RawSample], encode: Callable[[Item], Encoded]) -> Share:
-    """Parse and encode samples; a `BadSample` becomes an invalid row, for which an empty text stands in.
+    """Parse and encode samples. A `BadSample` becomes an invalid row with empty texts as its items.
 
-    Items are told apart by what the model sees. What comes again in the same bytes is not encoded again.
+    Items with equal `content_hash` are encoded once; items with equal `Encoded.key` are stored once.
     """
     share, keys = Share([], {}), {}  # content hash -> key
     for sample in samples:
@@ -138,13 +141,13 @@ def encode_rows(samples: Iterable[RawSample], encode: Callable[[Item], Encoded])
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's part of a global batch, as distinct items and where each pair finds its own.
+    """A rank's part of a global batch.
 
-    items: the distinct items by `Encoded.key`; what occurs twice is embedded once.
-    query, target, negatives: each pair's items, by key; lane after lane, as many of each.
-    valid: False for a pair that could not be used; an empty text stands in for its items.
-    origins: where each pair came from.  bad: the invalid ones.
-    received: bytes that came from the object store meanwhile.
+    items: the distinct items by `Encoded.key`; an item that occurs twice is embedded once.
+    query, target, negatives: the keys of each pair's items; lane after lane, with equally many pairs per lane.
+    valid: False for an invalid row, whose items are empty texts.
+    origins: the location of each pair.  bad: the invalid samples.
+    received: bytes received from the object store for this batch.
     """
 
     items: dict[int, Encoded]
@@ -158,7 +161,7 @@ class Batch:
 
     @classmethod
     def of(cls, shares: Sequence[Share], received: int = 0) -> "Batch":
-        """Put the shares' rows in their places; they do not tell which worker decoded them."""
+        """Combine shares into a batch, which does not depend on how workers divided the rows."""
         rows = sorted((row for share in shares for row in share.rows), key=lambda row: row.place)
         encoded = {key: item for share in shares for key, item in share.items.items()}
         used = dict.fromkeys(key for row in rows for key in (row.query, row.target, *row.negatives))

@@ -12,21 +12,21 @@ from pipeline.storage.documents import DocumentError, check_members, parse_json
 logger = logging.getLogger(__name__)
 
 _REMEDY = "download it again, or repair it"
-# All keys of files in the published forms, read or not.
+# All keys of the published formats, including those that are not read.
 _KARPATHY = ("filename", "filepath", "split", "sentences", "imgid", "sentids", "cocoid")
 _SENTENCE = ("raw", "tokens", "imgid", "sentid")
 _MSRVTT_VIDEO = ("video_id", "split", "category", "url", "start time", "end time", "id")
 _MSRVTT_SENTENCE = ("video_id", "caption", "sen_id")
 _MSRVTT_CSV = ("video_id", "sentence", "key", "vid_key")
 _MSVD_CSV = ("VideoID", "Start", "End", "Language", "Description", "WorkerID", "Source", "AnnotationTime")
-# Unknown keys with such names are an error: they may change which caption belongs to what.
+# An unknown key that matches this is an error: it may change which caption belongs to which file.
 _MATTERS = "caption|sentence|description|conversation|text|start|end|begin|split|lang"
 
 
 def usable_captions(values: Iterable[object]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Split values into usable captions, stripped and without duplicates, and (cause, detail) of the unusable ones.
+    """Split values into usable captions, stripped and without duplicates, and (cause, detail) of each unusable value.
 
-    A caption is usable if it is a text without `text_fault`. Empty values are ignored.
+    A caption is usable if it is a str without a `text_fault`. Empty values are ignored.
     """
     texts: list[str] = []
     faults: list[tuple[str, str]] = []
@@ -74,12 +74,11 @@ def _captioned(image: dict) -> tuple[str, list[object]]:
 
 
 def file_name(value: object) -> str:
-    """A file name; for a value that is not a text, a name that no file has."""
+    """Return a file name; for a value that is not a str, return a name that no file has."""
     return value if isinstance(value, str) else f"({value!r} is not a file name)"
 
 
 def _listed(value: object) -> list[object]:
-    """The value as a list."""
     if isinstance(value, list):
         return value
     return [] if is_absent(value) else [value]
@@ -144,7 +143,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_keys(file: str, objects: Iterable[object], known: tuple[str, ...]) -> None:
-    """Check all keys of the objects in a file of captions; see `check_members`."""
+    """Check all keys of the objects in a file of captions with `check_members`."""
     keys = dict.fromkeys(key for each in objects if isinstance(each, dict) for key in each)
     check_members(file, keys, known, kind="key", matters=_MATTERS)
 

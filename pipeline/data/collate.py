@@ -1,4 +1,4 @@
-"""Items as tokens and tiles; many of them packed into one row without padding, and brought to a device."""
+"""Encoded items (token ids and image tiles), packed into one row without padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from pipeline.data.digest import digest
 
 @dataclass(frozen=True)
 class Image:
-    """An image as its tiles (n, 3, size, size) uint8, with the (height, width) it had; or a video, a tile a frame."""
+    """An image or a video as tiles (n, 3, size, size) uint8, and its original size; a video has one tile per frame."""
 
     tiles: np.ndarray
     height: int
@@ -22,12 +22,14 @@ class Image:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One item ready for the model: token ids (T,) int32, a placeholder for each image token, and the images.
+    """The input of a model for one item.
 
-    skipped: tokens of an instruction at its beginning, which a mean over the text leaves out.
-    vector: (width,) of the text, by a frozen language model, where it was computed beforehand.
-    text: in bytes what that model reads, where the vector stands for it: one text's vectors differ in their last bits.
-    positions: (T,), or (3, T) of rotary embeddings with three axes; None counts the tokens from 0.
+    input_ids: (T,) int32, with one placeholder per image token.
+    skipped: number of instruction tokens at the beginning, which mean pooling excludes.
+    vector: (width,), the text's precomputed embedding by a frozen language model, or None.
+    text: the token ids of that language model as bytes. `key` hashes them instead of `vector`, because vectors of the
+        same text can differ in their last bits.
+    positions: (T,), or (3, T) for rotary embeddings with three axes; None: 0 to T - 1.
     """
 
     input_ids: np.ndarray
@@ -39,10 +41,10 @@ class Encoded:
 
     @cached_property
     def key(self) -> int:
-        """64 bits that two items share when, and in practice only when, they are the same to the model."""
+        """A 64-bit hash of the model's input: equal inputs share it and, in practice, no others."""
         shapes = [self.skipped]
         for image in self.images:
-            # Of what is one tile, or a video, the model does not see what size it had.
+            # The original size affects the model's input only for images of several tiles.
             sized = not image.video and len(image.tiles) > 1
             size = (image.height, image.width) if sized else (0, 0)
             shapes += [*image.tiles.shape, *size, image.video]
@@ -55,12 +57,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Packed:
-    """Items end to end in one row of T tokens.
+    """Items concatenated into one row of T tokens.
 
-    input_ids: (T,) int64.  host_ids: input_ids, on the host.  position_ids: (T,) int64, or (3, T) where an item has
-        three axes; they restart with each item.
-    lengths: tokens of each item, sum T.  images: in the order of their placeholders.
-    tiles_of: of each item, how many tiles its images have.  skipped, vectors: of each item, see `Encoded`.
+    input_ids: (T,) int64.  host_ids: input_ids in CPU memory.
+    position_ids: (T,) int64, or (3, T) if any item has three axes; they restart at each item.
+    lengths: tokens of each item, T in total.  images: in the order of their placeholders.
+    tiles_of: number of tiles of each item.  skipped, vectors: per item, see `Encoded`.
     """
 
     input_ids: torch.Tensor
@@ -79,13 +81,13 @@ class Packed:
 
     @property
     def tiles(self) -> torch.Tensor:
-        """(n, 3, size, size) uint8, all images': a copy, made at each use and kept nowhere."""
+        """The tiles of all images: (n, 3, size, size) uint8. Each access makes a new copy."""
         if not self.images:
             return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
         return torch.from_numpy(np.concatenate([image.tiles for image in self.images]))
 
     def to(self, device: torch.device) -> "Packed":
-        """With the tokens on a device; the tiles, which the vision tower may have seen already, stay where they are."""
+        """Copy token and position ids to a device. Tiles stay in CPU memory: they may be encoded already."""
         return replace(self, input_ids=sent(self.input_ids, device), position_ids=sent(self.position_ids, device))
 
 
@@ -104,14 +106,14 @@ def pack(items: Sequence[Encoded]) -> Packed:
 
 
 def _positions(items: Sequence[Encoded]) -> list[np.ndarray]:
-    """Each item's, all of one shape but for T."""
+    """Return the positions of each item, all with the same number of axes."""
     given = [np.arange(len(item.input_ids)) if item.positions is None else item.positions for item in items]
     axes = max(positions.ndim for positions in given)
     return [each if each.ndim == axes else np.broadcast_to(each, (3, len(each))) for each in given]
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On a device; to a GPU from page-locked memory, from which alone it is copied while the host goes on."""
+    """Copy a tensor to a device. Pinned memory makes the copy to a GPU asynchronous."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -36,7 +36,7 @@ def compiled() -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _mixed(words: np.ndarray) -> np.ndarray:
-    """(n,) uint64, n a multiple of _LANES -> (_LANES,). The rounds of xxHash64, each of which is invertible."""
+    """Mix (n,) uint64, n a multiple of _LANES, to (_LANES,) with the rounds of xxHash64. Each round is invertible."""
     first, second = np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x9E3779B185EBCA87)
     left, right = np.uint64(31), np.uint64(33)
     a, b, c, d = first, second, first + second, first ^ second

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 INDEX_FILE = "index.json"
 _ATTEMPTS = 3  # data that arrives damaged may have been damaged in transit
-_MOST_IMAGES = 3 * 255  # of a sample: a record counts those of query, target and negatives in one byte each
+_MOST_IMAGES = 3 * 255  # per sample: a record has one byte each for the number of query, target and negative images
 
 # Strict numbers: 4.0, "4" and true are errors.
 Count = Annotated[int, Field(strict=True, ge=0, le=2**50)]
@@ -48,8 +48,8 @@ Size = Annotated[int, Field(strict=True, ge=0, le=2**50, alias="bytes")]  # "byt
 class Shard:
     """One tar: its file name, its number of samples, and size and SHA-256 (hex) of the tar and of its sidecar.
 
-    For estimates that read no sidecar: text_bytes (UTF-8), images and videos are totals over all samples; image_sizes
-    are (width, height) of some images, evenly spaced in the order of area.
+    text_bytes, images, videos: totals over all samples; text in UTF-8. Estimates use them without reading the sidecar.
+    image_sizes: (width, height) of some images, evenly spaced in the order of area.
     max_images: the most images of one sample; it sets the width of the sidecar's records. tasks: samples of each task.
     """
 
@@ -75,10 +75,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Captions:
-    """How tars in img2dataset's layout are read as pairs: the image is the query, a caption the target.
+    """How to read tars in img2dataset's layout as pairs: the image is the query, a caption the target.
 
-    query: the query's text, with one `<image>`. columns: where the captions are: "txt" is the member KEY.txt, any
-    other name a column of KEY.json, with a text or a list of texts. task: the task of all samples.
+    query: the query's text, with one `<image>`. task: the task of all samples.
+    columns: the places of the captions: "txt" is the member KEY.txt, any other name a column of KEY.json, with a text
+        or a list of texts.
     """
 
     __pydantic_config__ = FIXED
@@ -90,7 +91,7 @@ class Captions:
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """Size and SHA-256 (hex) of a further file beside the index."""
+    """Size and SHA-256 (hex) of an additional file beside the index."""
 
     __pydantic_config__ = FIXED
 
@@ -106,8 +107,8 @@ class IndexedFile:
 class Index:
     """The content of a dataset.
 
-    captions: None for shards in our own layout.  shards_url: where the tars are, if not beside the index.
-    files: further files of the dataset by name, such as the rows of a converted evaluation set.
+    captions: None for shards in our own layout.  shards_url: the folder of the tars, if it is not that of the index.
+    files: additional files of the dataset by name, such as the rows of a converted evaluation set.
     """
 
     __pydantic_config__ = FIXED
@@ -141,7 +142,7 @@ class Index:
 
     @classmethod
     def load(cls, url: str) -> "Index":
-        """Read the index in the folder `url`; ObjectError if missing, malformed, damaged or of another format."""
+        """Read the index in the folder `url`. Raises ObjectError if it is missing, invalid or of another format."""
         name, remedy = objects.join(url, INDEX_FILE), "make the shards again"
         with index_content(name, FORMAT, remedy) as (content, checksum):
             totals = {total: content.pop(total, None) for total in ("samples", "bytes")}
@@ -159,7 +160,7 @@ class Index:
             return index
 
     def read_file(self, url: str, name: str) -> bytes:
-        """Read the further file `name` of the dataset in the folder `url`; ObjectError if it is not the one indexed."""
+        """Read an additional file of the dataset in the folder `url`. Raises ObjectError if it is not as indexed."""
         place = objects.join(url, name)
         if name not in self.files:
             raise ObjectError(f"{objects.join(url, INDEX_FILE)} names no {name}: make the shards again")
@@ -172,12 +173,12 @@ class Index:
 
 
 def as_json(value: object) -> Any:
-    """A dataclass as the JSON object that is stored: dictionaries, lists and plain values."""
+    """Return a dataclass as the JSON object that is stored: dictionaries, lists and plain values."""
     return adapter(type(value)).dump_python(value, mode="json", by_alias=True)
 
 
 def index_text(content: dict[str, Any], checksum: str) -> str:
-    """The stored text of an index. pydantic writes a million shards in seconds, the json module in minutes."""
+    """Return the stored text of an index. pydantic writes a million shards in seconds, the json module in minutes."""
     return to_json(content | {"checksum": checksum}, indent=1).decode() + "\n"
 
 
@@ -221,7 +222,7 @@ Form = TypeVar("Form", bound="DataclassInstance")
 
 
 def validated(form: type[Form], content: dict[str, Any]) -> Form:
-    """Validate the content as a dataclass whose members must all be present, defaults or not; else ValueError."""
+    """Validate the content as a dataclass. Raises ValueError if any member is missing, even one with a default."""
     if missing := [each.name for each in fields(form) if each.name not in content]:
         raise ValueError(f"{missing[0]!r} is missing")
     return adapter(form).validate_python(content)
@@ -231,13 +232,13 @@ _NAME = re.compile(r"[^/.\x00-\x1f\x7f-\x9f][^/\x00-\x1f\x7f-\x9f]*")
 
 
 def check_name(name: str, what: str) -> None:
-    """Raise ValueError unless `name` is a plain file name: others could leave the folder, or control the terminal."""
+    """Raise ValueError unless `name` is a plain file name, which cannot leave the folder or control the terminal."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not a valid name of a {what}")
 
 
 def check_shards(shards: Sequence[Shard]) -> None:
-    """Raise ValueError if entries of shards are inconsistent, alone or together."""
+    """Raise ValueError if an entry is inconsistent, or if two shards have the same name."""
     for shard in shards:
         check_name(shard.file, "shard")
         if not shard.file.endswith(".tar"):
@@ -268,13 +269,13 @@ def checksum_of(content: dict[str, Any]) -> str:
 
 
 def sidecar_dtype(max_images: int) -> np.dtype:
-    """One record of a sidecar, for a shard whose samples have at most `max_images` images.
+    """Return the dtype of a sidecar's records, for a shard whose samples have at most `max_images` images.
 
-    offset, length: of the sample's bytes (tar headers included) in the tar; crc32: of these bytes.
+    offset, length: position of the sample's bytes (tar headers included) in the tar; crc32: of these bytes.
     query_hash, target_hash: Item.content_hash; a Single's item is the query, and its target_hash is 0.
     *_text: UTF-8 bytes; for the target those of its longest text, for the negatives the total.
-    image_sizes: (width, height) in pixels of the images of the query, the target, then the negatives; the rest is zero.
-        An image whose size cannot be read also has (0, 0).
+    image_sizes: (width, height) in pixels of the images of the query, the target, then the negatives; the rest is zero,
+        and so is the size of an image that cannot be read.
     checksum: CRC-32 of the record's other bytes.
     """
     return np.dtype(
@@ -299,7 +300,7 @@ def sidecar_dtype(max_images: int) -> np.dtype:
 
 
 def record_checksums(records: np.ndarray) -> np.ndarray:
-    """(n,) records -> (n,) uint32, the correct checksum of each record."""
+    """Compute the correct checksum of each record: (n,) records -> (n,) uint32."""
     rows = np.ascontiguousarray(records).tobytes()
     width = records.dtype.itemsize
     sums = [zlib.crc32(rows[start : start + width - 4]) for start in range(0, len(rows), width)]
@@ -307,7 +308,7 @@ def record_checksums(records: np.ndarray) -> np.ndarray:
 
 
 def sidecar_of(records: np.ndarray) -> bytes:
-    """The bytes of a sidecar with these records of `sidecar_dtype`. Sets their checksums."""
+    """Set the checksums of records of `sidecar_dtype`, and return the bytes of a sidecar with them."""
     records["checksum"] = record_checksums(records)
     buffer = BytesIO()
     np.save(buffer, records, allow_pickle=False)
@@ -315,14 +316,14 @@ def sidecar_of(records: np.ndarray) -> bytes:
 
 
 def shard_entry(file: str, size: int, sha256: str, records: np.ndarray, **totals: Any) -> tuple[Shard, bytes]:
-    """A tar's entry in the index, and the bytes of its sidecar. size, sha256: the tar's.  totals: the other fields."""
+    """Return a tar's entry in the index and its sidecar's bytes. size, sha256: of the tar. totals: the other fields."""
     sidecar = sidecar_of(records)
     sums: dict[str, Any] = {"sidecar_sha256": hashlib.sha256(sidecar).hexdigest(), "sidecar_bytes": len(sidecar)}
     return Shard(file=file, samples=len(records), size=size, sha256=sha256, **sums, **totals), sidecar
 
 
 def load_sidecar(url: str, shard: Shard) -> np.ndarray:
-    """(shard.samples,) records of `sidecar_dtype`. Raises ObjectError if the bytes are not those indexed."""
+    """Read all (shard.samples,) records of `sidecar_dtype`. Raises ObjectError if the bytes are not those indexed."""
     name = objects.join(url, shard.sidecar)
 
     def read() -> bytes | None:
@@ -345,7 +346,7 @@ NO_ARRAY = (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionE
 
 
 def array_of(data: bytes) -> np.ndarray:
-    """The array in the bytes of a .npy file; else ValueError. A wrong size in its header allocates nothing."""
+    """Parse the bytes of a .npy file; ValueError if they are invalid. A wrong size in the header allocates nothing."""
     file = BytesIO(data)
     try:
         np.lib.format.read_magic(file)
@@ -388,8 +389,8 @@ def read_records(url: str, shard: Shard, start: int, stop: int) -> np.ndarray:
 def read_samples(url: str, shard: Shard, records: np.ndarray) -> list[bytes]:
     """Read the bytes of consecutive samples of a shard, given their records, by one ranged read.
 
-    Raises ObjectError if a CRC-32 differs from the indexed one: damaged bytes must not count as a bad sample, which
-    training would only mask.
+    Raises ObjectError if a CRC-32 differs from the indexed one. Damaged bytes must not count as an invalid sample,
+    because training would only mask it.
     """
     if not len(records):
         return []
@@ -414,7 +415,7 @@ def read_samples(url: str, shard: Shard, records: np.ndarray) -> list[bytes]:
 
 
 def intact(read: Callable[[], T | None], complaint: str | Callable[[], str]) -> T:
-    """Call `read` until it does not return None, which means damaged; after some attempts raise ObjectError."""
+    """Call `read` until its result is not None, which means damaged data. Raises ObjectError after some attempts."""
     for _ in range(_ATTEMPTS):
         if (content := read()) is not None:
             return content

@@ -1,4 +1,4 @@
-"""How many tokens samples take, from what the index and the sidecars say of them: no sample is opened."""
+"""Estimate the token lengths of samples from the index and the sidecars, without reading the samples."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,17 +8,17 @@ import numpy as np
 
 from pipeline.data.index import Shard
 
-# Of how tokens are counted, on which the order of samples depends: raise it with every change of what comes out.
+# The order of samples depends on the token counts: increase this with every change to them.
 VERSION = 1
 
 _PROMPT = 21  # tokens around an item's text
-_TEXT_BYTES = 4  # of UTF-8 a token holds, about: English has 4 letters, Chinese 1 or 2 characters
+_TEXT_BYTES = 4  # approximate UTF-8 bytes per token: 4 English letters, or 1 to 2 Chinese characters
 
 
 class ImageTokens(Protocol):
-    """How many tokens images and videos take. A family of models decides it.
+    """Token counts of images and videos, which depend on the model family.
 
-    patch: the side, in pixels, of what a token stands for.  frame_patches: how many of these a video's frame has.
+    patch: the side of a patch in pixels.  frame_patches: patches in a frame of a video.
     """
 
     @property
@@ -36,10 +36,10 @@ class ImageTokens(Protocol):
 
 @dataclass(frozen=True)
 class Square:
-    """Each image, and each frame of a video, is one square of as many tokens; 0: the model takes no images."""
+    """Each image and each video frame has `image_tokens` tokens. 0: the model does not accept images."""
 
     image_tokens: int = 0
-    patch: float = 16  # about
+    patch: float = 16  # approximate
 
     @property
     def frame_patches(self) -> int:
@@ -54,16 +54,16 @@ class Square:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Token lengths for a model that tiles images so and sees so many frames of a video.
+    """Token lengths of samples for a model that samples `video_frames` frames of a video.
 
-    Images count exactly, texts about; a text that is cut to fit counts as a whole.
+    Image tokens are exact. Text tokens are approximate, and truncation is ignored.
     """
 
     tiling: ImageTokens
     video_frames: int
 
     def of_records(self, records: np.ndarray) -> np.ndarray:
-        """(n,) records of a sidecar -> (n,) int64 tokens of all items of each sample."""
+        """Return (n,) int64 from (n,) records of a sidecar: the tokens of all items of each sample."""
         counts = {name: records[name].astype(np.int64) for name in records.dtype.names or () if name != "image_sizes"}
         texts = counts["query_text"] + counts["target_text"] + counts["negative_text"]
         lengths = (2 + counts["negatives"]) * _PROMPT + texts // _TEXT_BYTES
@@ -71,7 +71,7 @@ class Lengths:
         queries, targets = counts["query_images"][:, None], counts["target_images"][:, None]
         place = np.arange(records["image_sizes"].shape[1])[None]
         present = place < queries + targets + counts["negative_images"][:, None]
-        # An item of several images has one tile of each; negatives are taken to have one image each.
+        # Each image of an item with several images is one tile. Negatives are assumed to have one image each.
         alone = np.where(place < queries, queries == 1, (place >= queries + targets) | (targets == 1))
         sizes = np.concatenate([records["image_sizes"], alone[:, :, None].astype(np.uint16)], axis=2)
         kinds, which = np.unique(sizes.reshape(-1, 3), axis=0, return_inverse=True)
@@ -81,7 +81,7 @@ class Lengths:
         return lengths
 
     def of_shard(self, shard: Shard) -> int:
-        """Tokens of the shard's average sample."""
+        """Return the mean number of tokens per sample of the shard."""
         sizes = [_image_tokens(self.tiling, width, height, True) for width, height in shard.image_sizes]
         images = shard.images * sum(sizes) // max(len(sizes), 1)
         videos = shard.videos * self.tiling.video_tokens(self.video_frames)
@@ -90,6 +90,6 @@ class Lengths:
 
 @lru_cache(maxsize=1 << 16)
 def _image_tokens(tiling: ImageTokens, width: int, height: int, alone: bool) -> int:
-    if not width or not height:  # it cannot be read: its sample will be a bad one
+    if not width or not height:  # the image is unreadable, so its sample becomes an invalid row
         return 0
     return tiling.tokens(height, width, anyres=bool(alone))

@@ -1,15 +1,15 @@
 """MMEB (https://huggingface.co/TIGER-Lab): its datasets, and the files of its evaluation sets.
 
-    URL/tasks.json          {"Scene-VQA": {"task": "vqa", "in_distribution": true}, ...}; MMEB itself has no such file
+    URL/tasks.json          {"Scene-VQA": {"task": "vqa", "in_distribution": true}, ...}; MMEB itself lacks this file
     URL/<dataset>/*.parquet rows: qry_text, qry_img_path, tgt_text, tgt_img_path; the first target is the correct one.
                             MMEB-V2's image sets have instructions in separate columns: qry_inst, tgt_inst
     URL/images/<path>       the images that the rows name; or eval_images, as in the hub's archive
 
 After conversion, the queries and candidates are items in shards:
 
-    URL/tasks.json                  the same
+    URL/tasks.json                  as above
     URL/<dataset>/index.json        each distinct query and candidate, once
-    URL/<dataset>/rows.parquet      query, candidates: the numbers of items
+    URL/<dataset>/rows.parquet      query, candidates: item numbers
     URL/<dataset>/items.parquet     name: a readable name of each item
 """
 
@@ -33,7 +33,7 @@ TASKS_FILE, ROWS_FILE, ITEMS_FILE = "tasks.json", "rows.parquet", "items.parquet
 IMAGE_FOLDERS = ("images", "eval_images")
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 
-# Meta-task -> the datasets that are also in the training set (in distribution), and those of evaluation only.
+# Meta-task -> (datasets that are also in the training set, which are in distribution; datasets only for evaluation).
 _NAMES = {
     "classification": (
         "ImageNet-1K N24News HatefulMemes VOC2007 SUN397",
@@ -68,7 +68,7 @@ Side = tuple[str, str]  # a text, and the path of its image or ""
 def mmeb_text(text: str, has_image: bool) -> str:
     """Convert a row's text: MMEB's image mark becomes `<image>`; if there is none, `<image>` goes to the front.
 
-    Without an image, the mark and the white space after it are removed. ValueError for any other mark.
+    Without an image, the mark and the white space after it are removed. Raises ValueError for any other mark.
     """
     if others := set(_MARKS.findall(text)) - {MMEB_IMAGE_MARK}:
         raise ValueError(f"the mark {min(others)}, but only {MMEB_IMAGE_MARK} is supported, in {text[:200]!r}")
@@ -122,7 +122,7 @@ def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
 def _sides(
     number: int, text: object, image: object, texts: object, images: object, asks: object, answers: object
 ) -> tuple[Side, list[Side]]:
-    """A row's query and candidates; ValueError, with the row's number, if they are invalid.
+    """Return a row's query and candidates. Raises ValueError, with the row's number, if they are invalid.
 
     asks, answers: the instructions of the query and of all candidates, if there are any.
     """
@@ -159,16 +159,16 @@ def _side(number: int, instruction: str, text: str, image: str) -> Side:
 
 
 def _instructed(instruction: str, text: str) -> str:
-    """Join an instruction and its text as VLM2Vec does, and as they are joined in MMEB's own rows."""
+    """Join an instruction and its text as in VLM2Vec and in MMEB's own rows."""
     if not (instruction := instruction.replace(MMEB_IMAGE_MARK, "").strip()):
         return text
     return (f"{instruction} {text}" if text.strip() else instruction).replace(" \n", "\n") + "\n"
 
 
 def converted_rows(url: str, index: Index) -> tuple[list[str], np.ndarray, list[np.ndarray]]:
-    """Read the rows of a converted set: the name of each item, the number of each query, and those of its candidates.
+    """Read a converted set. Returns each item's name, each row's query, and each row's candidates, as item numbers.
 
-    Raises ObjectError if a file is not the one indexed, PipelineError if there are no items of these numbers.
+    Raises ObjectError if a file differs from the indexed one, PipelineError if an item number does not exist.
     """
     try:
         names = _table(url, index, ITEMS_FILE)["name"].to_pylist()

@@ -1,4 +1,4 @@
-"""The order of samples: which samples each step reads on each rank, a pure function of shards, seed and step.
+"""The order of samples: the samples that each step reads on each rank, a pure function of shards, seed and step.
 
     block    up to `block_samples` consecutive samples of one shard: one ranged read
     pass     all blocks of a dataset, shuffled; passes follow each other without end
@@ -14,8 +14,8 @@ The world size only decides which rank reads a lane. So a run resumes from one i
 same batches. Arrays are as long as the number of blocks, never as the number of samples.
 
 A step takes as long as the rank with the most tokens. So blocks are assigned to windows, and a window's samples to its
-slices, such that all get about as many tokens: they are sorted by length, and each group of similar length is spread
-evenly. Among samples of equal length the order is a plain shuffle.
+slices, with about the same number of tokens in each: they are sorted by length, and each group of similar length is
+spread evenly. Samples of equal length are in plain shuffled order.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,8 +27,7 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 
-# Increase this with every change to the samples of a step: a resumed run would otherwise read some samples twice and
-# others never.
+# Increase this with every change to the samples of a step. Otherwise, a resumed run would repeat and omit samples.
 VERSION = 1
 
 # Runs resume from these random numbers, so they must never change. They sort the raw output of PCG64 with SeedSequence,
@@ -37,7 +36,7 @@ _PASS, _BLOCKS, _POSITIONS, _LANES, _SAMPLES, _SLICES, _PLACES, _SCHEDULE, _ALTE
 
 
 def _shuffled(shape: int | tuple[int, ...], *key: int) -> np.ndarray:
-    """Permutations of the indices along the last axis, int64: a function of `key` (always six words)."""
+    """Return int64 permutations of the indices along the last axis, determined by `key` (always six words)."""
     raw = np.random.PCG64(key).random_raw(np.prod(shape)).reshape(shape)
     return np.argsort(raw, axis=-1, kind="stable")
 
@@ -46,8 +45,8 @@ def _balance(values: np.ndarray) -> np.ndarray:
     """Assign one item of each group to every bin, so that the sums of the bins are about equal.
 
     values: int64 (..., groups, bins), the value of each item. Returns int64 of that shape: [..., g, b] is the item of
-    group g that bin b gets. Greedy: the bin with the smallest sum gets the largest item of the group, and so on. Groups
-    with the most unequal items come first, since later groups can compensate for them.
+    group g that is assigned to bin b. Greedy: the bin with the smallest sum gets the largest item of the group, and so
+    on. Groups with the most unequal items come first, since later groups can compensate for them.
     """
     *outer, groups, bins = values.shape
     if bins == 1:
@@ -84,8 +83,8 @@ def _listed(numbers: Iterable[int]) -> str:
 class Dataset:
     """A dataset's shards, and how many of its samples an epoch contains.
 
-    shard_samples: (S,) samples of every shard, stored as a read-only int64 array.
-    shard_lengths: (S,) mean tokens per sample of every shard, stored likewise; None: all equal.
+    shard_samples: (S,) number of samples of each shard, stored as a read-only int64 array.
+    shard_lengths: (S,) mean tokens per sample of each shard, stored likewise; None: all equal.
     weight: how often an epoch contains each sample.
     cap: the most samples of the dataset in an epoch (MMEB's `num_sample_per_subset`). The next epochs continue with
         other samples until all have been used.
@@ -122,19 +121,19 @@ class Dataset:
 
     @cached_property
     def samples(self) -> int:
-        """The samples of all shards."""
+        """The number of samples in all shards."""
         return int(self.shard_samples.sum())
 
     @cached_property
     def quota(self) -> int:
-        """The samples in an epoch."""
+        """The number of samples in an epoch."""
         weighted = round(self.weight * self.samples)
         return weighted if self.cap is None else min(weighted, self.cap)
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """A part of a lane's epoch within which samples are shuffled; it contains whole slices.
+    """A part of a lane's epoch in which samples are shuffled. It consists of whole slices.
 
     first: the number of its first slice in the lane's epoch.
     pieces: int64 (P, 3) rows of (shard, start, stop), one ranged read each; `stop` is excluded.
@@ -153,13 +152,13 @@ class Order:
     """The order of a run over its datasets. Shards are numbered consecutively over all datasets.
 
     global_batch: samples per step over all ranks (B). lanes: independent readers (L), a divisor of B.
-    block_samples, window_blocks: the most samples of a block, and blocks of a window.
+    block_samples, window_blocks: the most samples per block, and blocks per window.
     seed: 0 to 2**32 - 1.
     parts: None: batches are mixed from all datasets. K, a divisor of B/L: a batch has K parts of B/K samples, each
         from one dataset (1: homogeneous batches), drawn in proportion to the dataset's samples in an epoch.
     lengths: (shard, start, stop) -> int64, the tokens of each of these samples; by default all are equal.
 
-    Raises PipelineError if these numbers do not fit together; it names numbers that would work.
+    Raises PipelineError, which names numbers that work, if these numbers are inconsistent.
     """
 
     datasets: tuple[Dataset, ...]
@@ -192,7 +191,7 @@ class Order:
             raise PipelineError(self._too_few_samples())
 
     def _fills_a_step(self, parts: int, slice_samples: int) -> bool:
-        """Whether an epoch has a slice of every stream, and enough slices for one step."""
+        """Return whether an epoch has a slice of every stream, and enough slices for one step."""
         slices = [stream.samples // (slice_samples * self.lanes) for stream in self.streams]
         return min(slices) > 0 and sum(slices) >= parts
 
@@ -223,24 +222,24 @@ class Order:
 
     @property
     def slice_samples(self) -> int:
-        """B/(K L), the samples of a slice in each lane."""
+        """B/(K L), the number of samples of a slice in each lane."""
         return self.global_batch // (self.slices_per_step * self.lanes)
 
     @cached_property
     def streams(self) -> tuple["Stream", ...]:
-        """One stream over all datasets if batches are mixed, else one per dataset."""
+        """One stream over all datasets for mixed batches, otherwise one per dataset."""
         numbers = range(len(self.datasets))
         groups = [tuple(numbers)] if self.parts is None else [(number,) for number in numbers]
         return tuple(Stream(self, number, datasets) for number, datasets in enumerate(groups))
 
     @cached_property
     def samples(self) -> int:
-        """The samples of an epoch."""
+        """The number of samples in an epoch."""
         return sum(stream.samples for stream in self.streams)
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Samples that fill no slice, and slices that fill no step, are left out: different ones in each epoch."""
+        """The number of steps. Incomplete slices and steps are left out: different samples in each epoch."""
         return sum(stream.slices for stream in self.streams) // self.slices_per_step
 
     def check_world(self, world: int) -> None:
@@ -252,28 +251,28 @@ class Order:
             )
 
     def lanes_of(self, rank: int, world: int) -> range:
-        """The lanes that `rank` of `world` reads."""
+        """Return the lanes that `rank` of `world` reads."""
         self.check_world(world)
         count = self.lanes // world
         return range(rank * count, (rank + 1) * count)
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, step in the epoch) of a run's step, both counted from 0."""
+        """Return (epoch, step in the epoch) of a run's step, both counted from 0."""
         return divmod(step, self.steps_per_epoch)
 
     def slices(self, step: int) -> list[tuple[int, int, int]]:
-        """The K slices of `step`: (number of the stream, epoch, number of the slice in the stream's epoch)."""
+        """Return the K slices of `step`: (number of the stream, epoch, number of the slice in the stream's epoch)."""
         epoch, step = self.locate(step)
         first = step * self.slices_per_step
         chosen = _schedule(self, epoch)[first : first + self.slices_per_step]
         return [(stream, epoch, number) for stream, number in chosen.tolist()]
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """The samples of `rank` in `step`: int64 (B/W, 2) rows of (shard, sample in the shard), lane after lane."""
+        """Return the samples of `rank` in `step`: int64 (B/W, 2) rows of (shard, sample in the shard), lane by lane."""
         return np.concatenate([self.lane_batch(step, lane) for lane in self.lanes_of(rank, world)])
 
     def lane_batch(self, step: int, lane: int) -> np.ndarray:
-        """The samples of `step` in `lane`: int64 (B/L, 2) rows of (shard, sample in the shard), slice after slice."""
+        """Return the samples of `step` in `lane`: int64 (B/L, 2) rows of (shard, sample in it), slice by slice."""
         rows = []
         for stream_number, epoch, number in self.slices(step):
             stream = self.streams[stream_number]
@@ -283,7 +282,7 @@ class Order:
         return np.concatenate(rows)
 
     def draw(self, step: int, shard: int, sample: int, count: int) -> int:
-        """The alternative (such as a caption) of a sample that `step` uses: uniform over 0 to count - 1."""
+        """Draw which alternative (for example, caption) of a sample `step` uses, uniformly from 0 to count - 1."""
         return int(np.random.PCG64((self.seed, step, shard, sample, 0, _ALTERNATIVE)).random_raw() % count)
 
 
@@ -297,27 +296,27 @@ class Stream:
 
     @cached_property
     def samples(self) -> int:
-        """The samples of an epoch."""
+        """The number of samples in an epoch."""
         return sum(self.order.datasets[number].quota for number in self.datasets)
 
     @cached_property
     def slices(self) -> int:
-        """floor(samples / (B/K)), the slices of an epoch."""
+        """floor(samples / (B/K)), the number of slices in an epoch."""
         return self.samples // (self.order.slice_samples * self.order.lanes)
 
     def windows(self, epoch: int, lane: int) -> int:
-        """The number of windows in the lane."""
+        """Return the number of windows in a lane."""
         return len(self._lane(epoch, lane).firsts) - 1
 
     def window_at(self, epoch: int, lane: int, number: int) -> int:
-        """The index of the lane's window that contains slice `number`."""
+        """Return the index of the lane's window that contains slice `number`."""
         return int(np.searchsorted(self._lane(epoch, lane).firsts, number, side="right")) - 1
 
     def window(self, epoch: int, lane: int, index: int) -> Window:
-        """Window `index` of a lane; IndexError if it does not exist. Does not call `lengths`.
+        """Return window `index` of a lane. Raises IndexError if it does not exist. Does not call `lengths`.
 
-        The windows of a lane follow each other without gaps, from slice 0 to the last. The pieces of all windows of all
-        lanes contain every sample as often as the epoch does, except those left out at its end.
+        The windows of a lane cover all its slices without gaps. The pieces of all windows of all lanes contain every
+        sample as often as the epoch does, except the samples left out at its end.
         """
         layout = self._lane(epoch, lane)
         if not 0 <= index < len(layout.firsts) - 1:
@@ -327,10 +326,10 @@ class Stream:
         return Window(first, pieces.astype(np.int64))
 
     def samples_of(self, epoch: int, lane: int, index: int) -> np.ndarray:
-        """The samples of window `index` of a lane in the order of use; calls `lengths` for each piece.
+        """Return the samples of window `index` of a lane in the order of use. Calls `lengths` for each piece.
 
         Returns int64 (T, B/(K L), 3): for each of the window's T slices, rows of (piece, shard, sample in the shard).
-        All slices have about as many tokens, and a sample's place is independent of its length.
+        All slices have about the same number of tokens. A sample's position is independent of its length.
         """
         pieces = self.window(epoch, lane, index).pieces
         sizes = pieces[:, 2] - pieces[:, 1]
@@ -349,7 +348,7 @@ class Stream:
         return samples[np.take_along_axis(slices, shuffled(slices.shape, _PLACES), axis=1)]
 
     def pieces(self, epoch: int) -> np.ndarray:
-        """All samples of the epoch, dataset after dataset: int32 (P, 3) rows of (shard, start, stop)."""
+        """Return all samples of the epoch, dataset by dataset: int32 (P, 3) rows of (shard, start, stop)."""
         return np.concatenate([_epoch_pieces(self.order, number, epoch) for number in self.datasets])
 
     def _lane(self, epoch: int, lane: int) -> "_Lane":
@@ -374,7 +373,7 @@ class _Sequence:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def between(self, start: int, stop: int) -> np.ndarray:
-        """The pieces of samples start..stop-1 of the sequence, cut at both ends; none unless start < stop."""
+        """Return the pieces of samples start..stop-1 of the sequence, cut at both ends; none unless start < stop."""
         if start >= stop:
             return self.pieces[:0]
         first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
@@ -393,7 +392,7 @@ class _Lane:
 
 
 def _epoch_pieces(order: Order, number: int, epoch: int) -> np.ndarray:
-    """A dataset's samples in the epoch: the next `quota` samples of its passes, as int32 pieces."""
+    """Return a dataset's samples in the epoch, the next `quota` samples of its passes, as int32 pieces."""
     dataset = order.datasets[number]
     counts = -(-dataset.shard_samples // order.block_samples)
     shard = np.repeat(np.arange(len(counts)), counts)
@@ -415,9 +414,9 @@ def _epoch_pieces(order: Order, number: int, epoch: int) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-@lru_cache(maxsize=2)  # a reader is in one epoch, or between two
+@lru_cache(maxsize=2)  # readers are in at most two epochs at a time
 def _schedule(order: Order, epoch: int) -> np.ndarray:
-    """The epoch's slices of all streams, shuffled: int64 rows of (number of the stream, number of its slice)."""
+    """Shuffle the epoch's slices of all streams. Returns int64 rows of (number of the stream, number of its slice)."""
     counts = [stream.slices for stream in order.streams]
     streams = np.repeat(np.arange(len(counts)), counts)
     streams = streams[_shuffled(len(streams), order.seed, epoch, 0, 0, 0, _SCHEDULE)]
@@ -428,7 +427,6 @@ def _schedule(order: Order, epoch: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _lanes(order: Order, epoch: int) -> tuple[tuple[_Lane, ...], ...]:
-    """The lanes of every stream in the epoch."""
     return tuple(_lanes_of_stream(stream, epoch) for stream in order.streams)
 
 
@@ -443,34 +441,33 @@ def _lanes_of_stream(stream: Stream, epoch: int) -> tuple[_Lane, ...]:
     pieces = pieces[shuffled(len(pieces), _BLOCKS)]
     sizes = pieces[:, 2] - pieces[:, 1]
     lengths = np.concatenate([dataset.shard_lengths for dataset in order.datasets])[pieces[:, 0]]
-    none = len(pieces)  # the index of an empty piece, which fills up incomplete windows
-    excess = np.append(lengths - sizes @ lengths // stream.samples, 0)  # tokens of a sample above the mean
+    none = len(pieces)  # the index of an empty piece, which pads incomplete windows
+    excess = np.append(lengths - sizes @ lengths // stream.samples, 0)  # tokens per sample above the mean
     sizes = np.append(sizes, 0)
 
-    # A lane has one window at each of `positions`. Every position gets a random one of each group of `positions` pieces
-    # of similar length: so the batches of the epoch have similar lengths.
+    # A lane has one window at each of `positions`. Each position gets one random piece from every group of `positions`
+    # pieces of similar length, so the batches of the epoch have similar lengths.
     positions = -(-none // (order.lanes * order.window_blocks))
     ranked = np.argsort(lengths.astype(np.min_scalar_type(lengths.max())), kind="stable")  # 16 bits sort in linear time
     groups = np.pad(ranked, (0, -none % positions), constant_values=none).reshape(-1, positions)
     chosen = np.take_along_axis(groups, shuffled(groups.shape, _POSITIONS), axis=1).T
 
-    # A position's pieces are balanced over its windows, one per lane: so the ranks of a step have similar lengths.
+    # A position's pieces are balanced over its windows, one per lane, so the ranks of a step have similar lengths.
     chosen = np.pad(chosen, ((0, 0), (0, -chosen.shape[1] % order.lanes)), constant_values=none)
     by_lane = chosen.reshape(positions, -1, order.lanes)
     by_lane = np.take_along_axis(by_lane, _balance((sizes * excess)[by_lane]), axis=2)
     windows = by_lane.swapaxes(1, 2)  # (positions, lanes, pieces)
 
-    # Windows are moved to the borders of slices, which cuts their first and last pieces. So these are the pieces with
-    # lengths nearest to the mean.
+    # Aligning windows to slices cuts their first and last pieces, so lengths nearest to the mean are put there.
     nearest = np.argsort(np.abs(excess)[windows], axis=2, kind="stable")
     inwards = np.concatenate([nearest[..., ::2], nearest[..., 1::2][..., ::-1]], axis=2)
     windows = np.take_along_axis(windows, inwards, axis=2)
 
-    # A position's windows are balanced over the lanes, which get about as many samples.
+    # A position's windows are balanced over the lanes, so all lanes have about the same number of samples.
     windows = np.take_along_axis(windows, shuffled((positions, order.lanes), _LANES)[..., None], axis=1)
     windows = np.take_along_axis(windows, _balance(sizes[windows].sum(axis=2))[..., None], axis=1).swapaxes(0, 1)
 
-    # The excess samples of longer lanes fill up the shorter ones.
+    # Samples are moved from longer to shorter lanes.
     sequences = [_Sequence(pieces[window[window < none]]) for window in windows]
     samples = stream.slices * order.slice_samples
     spare = _Sequence(np.concatenate([sequence.between(samples, sequence.samples) for sequence in sequences]))

@@ -10,7 +10,7 @@ import numpy as np
 
 IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
-MMEB_IMAGE_MARK = "<|image_1|>"  # in MMEB's own rows
+MMEB_IMAGE_MARK = "<|image_1|>"  # the mark in MMEB's rows
 
 BYTE_ORDER_MARK = "\ufeff"  # some programs write it before a text
 
@@ -44,13 +44,13 @@ class Item:
         return int.from_bytes(digest.digest(), "little")
 
     def hashed(self, content_hash: int) -> "Item":
-        """The same item with its known content hash, which is then not computed."""
+        """Return a copy with a known content hash, so that it is not computed."""
         item = replace(self)
         item.__dict__["content_hash"] = content_hash
         return item
 
 
-Draw = Callable[[int], int]  # n -> a random number from 0 to n - 1, a function of step and sample
+Draw = Callable[[int], int]  # n -> a pseudorandom number from 0 to n - 1, determined by step and sample
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class Pair:
         return (self.target.text, *self.alternatives)
 
     def one_text(self, draw: Draw) -> "Pair":
-        """The pair with one of its target's texts, drawn uniformly."""
+        """Return the pair with one of its target's texts, drawn uniformly."""
         return self.drawn(draw(len(self.texts)) if self.alternatives else 0)
 
     def two_texts(self, draw: Draw) -> "Pair":
-        """A pair of two different texts of an image, drawn uniformly. A pair without image or video: as `one_text`.
+        """Return a pair of two different texts of an image or video, drawn uniformly; without either, as `one_text`.
 
-        Raises BadSample for an image with fewer than two different texts.
+        Raises BadSample if there are fewer than two different texts, or if the target has images.
         """
         if not self.query.images and self.query.video is None:
             return self.one_text(draw)
@@ -98,7 +98,7 @@ class Pair:
         return replace(self, query=Item(texts[query]), target=Item(texts[target]), negatives=(), alternatives=())
 
     def drawn(self, number: int) -> "Pair":
-        """The pair with text `number` of its target, and no alternatives."""
+        """Return the pair with text `number` of its target, and no alternatives."""
         target = replace(self.target, text=self.texts[number]) if number else self.target
         if self.vectors is not None:
             target = replace(target, vector=self.vectors[number]).hashed(target.content_hash)
@@ -120,7 +120,7 @@ class Single:
 
 
 def text_fault(text: str, images: int = 0, videos: int = 0) -> tuple[str, str] | None:
-    """Why a text is invalid for an item with so many images and videos: (cause, detail), or None if it is valid."""
+    """Return (cause, detail) if a text is invalid for an item with these numbers of images and videos, else None."""
     shown = repr(text[:200])
     try:
         text.encode()
@@ -137,7 +137,7 @@ def text_fault(text: str, images: int = 0, videos: int = 0) -> tuple[str, str] |
 
 
 def is_absent(value: object) -> bool:
-    """Whether a value stands for an empty cell: None, or NaN, which pandas writes."""
+    """Return whether a value is an empty cell: None, or NaN, which pandas writes."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 

@@ -23,11 +23,11 @@ from pipeline.storage.objects import ObjectError
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The datasets of a recipe.
+    """All datasets of a run.
 
     indexes: (URL, index) of each dataset.  shards: (number of the dataset, shard) of each shard.
-    embeddings: (URL, index) of each dataset's text embeddings, if the recipe uses them.  vectors: the shard of
-        embeddings of each of `shards`.
+    embeddings: (URL, index) of each dataset's text embeddings, if the recipe uses them.
+    vectors: for each of `shards`, the shard of its text embeddings.
     """
 
     data: Data
@@ -38,9 +38,9 @@ class Source:
 
     @classmethod
     def open(cls, data: Data) -> "Source":
-        """Read the datasets' indexes, and nothing else.
+        """Read only the datasets' indexes.
 
-        Raises ObjectError if one is missing, and if text embeddings belong to other shards or to different models.
+        Raises ObjectError if one is missing, or if text embeddings belong to other shards or come from several models.
         """
         objects.configure(**data.store())
         urls = [objects.join(data.url, part.name) for part in data.datasets] or [data.url]
@@ -63,7 +63,7 @@ class Source:
         return hashlib.sha256("".join(texts).encode()).hexdigest()
 
     def order(self, global_batch: int, seed: int, lengths: Lengths) -> Order:
-        """The order in which a run uses the samples."""
+        """Return the order in which a run uses the samples."""
         data = self.data
         datasets = []
         for number, (_, index) in enumerate(self.indexes):
@@ -92,7 +92,7 @@ class Source:
         return sum(shard.samples for _, shard in self.shards)
 
     def __iter__(self) -> Iterator[Pair]:
-        """All samples as they are stored, `data.block_samples` at a time; a run reads them in its `order`."""
+        """Yield all samples in stored order, `data.block_samples` per read; a run reads them in its `order`."""
         for number, (_, shard) in enumerate(self.shards):
             for start in range(0, shard.samples, self.data.block_samples):
                 records = self.records(number, start, min(start + self.data.block_samples, shard.samples))
@@ -100,7 +100,7 @@ class Source:
                     yield self.parse(number, data, record)
 
     def records(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """The sidecar's records of samples start..stop-1 of a shard; the latest ones are cached."""
+        """Return the sidecar's records of samples start..stop-1 of a shard; recent results are cached."""
         number, info = self.shards[shard]
         return _records(self.indexes[number][0], info, start, stop)
 
@@ -109,7 +109,7 @@ class Source:
         return read_samples(self._tars(shard), self.shards[shard][1], records)
 
     def vector_records(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """The sidecar's records of the text embeddings of samples start..stop-1 of a shard."""
+        """Return the sidecar's records of the text embeddings of samples start..stop-1 of a shard."""
         return _records(self.embeddings[self.shards[shard][0]][0], self.vectors[shard], start, stop)
 
     def read_vectors(self, shard: int, records: np.ndarray) -> list[bytes]:
@@ -120,9 +120,9 @@ class Source:
         return Origin(objects.join(self._tars(shard), self.shards[shard][1].file), sample)
 
     def parse(self, shard: int, data: bytes, record: np.void, vectors: bytes | None = None) -> Pair:
-        """Parse a sample's bytes, given its record, as a pair; BadSample if they contain none.
+        """Parse a sample's bytes as a pair, given its record. Raises BadSample if they contain no pair.
 
-        vectors: the bytes of its text embeddings, if there are any.
+        vectors: the bytes of its text embeddings, or None.
         """
         _, index = self.indexes[self.shards[shard][0]]
         pair = parse_sample(data, index.captions)
@@ -167,15 +167,15 @@ class Source:
 
 
 def open_dataset(url: str, *names: str) -> Source:
-    """The dataset in a folder or at an s3:// URL; with names, the datasets of these names below it.
+    """Open the dataset in a folder or at an s3:// URL; with names, open the datasets of these names below it.
 
-    It has a length, and iterating over it reads its pairs. Raises ObjectError where there is no index.
+    The result has a length, and iterating over it reads the pairs. Raises ObjectError if an index is missing.
     """
     return Source.open(Data(url=url, datasets=[Part(name=name) for name in names]))
 
 
 def _embeddings(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tuple[str, TextEmbeddings], ...]:
-    """(URL, index) of each dataset's text embeddings; see `Source.open`."""
+    """Load (URL, index) of each dataset's text embeddings; see `Source.open`."""
     place = data.text_embeddings or ""
     if place == "beside":
         urls = [url for url, _ in indexes]

@@ -1,9 +1,9 @@
 """The stream of a run's batches: the rank plans the samples, threads read them, worker processes decode them.
 
-plan     the rank computes the order of the samples, window after window as the steps need them. For this it reads the
-         sidecars' records, once per rank, whatever the number of workers
+plan     the rank computes the order of the samples, window by window as the steps need them. It reads the sidecars'
+         records once, regardless of the number of workers
 read     every worker reads its pieces of these windows in the same order, as far ahead as its memory allows
-decode   every worker decodes its share of every step, and the rank combines the shares to a batch
+decode   every worker decodes its share of every step, and the rank combines the shares into a batch
 """
 
 import atexit
@@ -39,7 +39,7 @@ from pipeline.storage import objects
 _THREADS = 4  # readers in each process
 _READ_BYTES = 16 << 20  # the most bytes of a ranged read, unless a sample is larger
 _STEPS_AHEAD = 64  # steps that a worker may read ahead
-_PARENT_SECONDS = 0.3  # between a worker's checks that its rank is alive
+_PARENT_SECONDS = 0.3  # interval of a worker's checks that its rank is alive
 _PLANNED_AHEAD = 64  # planned windows and steps that a worker's queue holds
 
 
@@ -47,7 +47,7 @@ _PLANNED_AHEAD = 64  # planned windows and steps that a worker's queue holds
 class PlannedWindow:
     """A lane's window, ready to be read.
 
-    pieces: (P, 3) rows of (shard, start, stop), one ranged read each, and another one for text embeddings if there are.
+    pieces: (P, 3) rows of (shard, start, stop), one ranged read each, plus one for text embeddings if there are any.
     records: the sidecars' records of each piece.  vectors: likewise for text embeddings; [] without them.
     rows: (T, slice samples, 3) of (piece, shard, sample), in the order of use.
     """
@@ -83,7 +83,7 @@ class Planner:
     workers: int
 
     def __iter__(self) -> Iterator[PlannedWindow | PlannedStep]:
-        """Yield every step after the windows that it is the first to need. Several windows are planned at a time."""
+        """Yield each step, preceded by the windows that it needs first. Several windows are planned concurrently."""
         # (stream, lane, epoch, index) -> (number of the window, the first slice that is needed)
         known: dict[tuple[int, int, int, int], tuple[int, int]] = {}
         waiting: deque[Future[PlannedWindow] | PlannedStep] = deque()
@@ -111,7 +111,7 @@ class Planner:
     def _window(
         self, number: int, stream_number: int, lane: int, epoch: int, index: int, first_slice: int
     ) -> PlannedWindow:
-        """Plan a window from slice `first_slice` on: a resumed run may begin in its middle."""
+        """Plan a window from slice `first_slice` on: a resumed run may begin in the middle of a window."""
         stream = self.order.streams[stream_number]
         window = stream.window(epoch, lane, index)
         rows = stream.samples_of(epoch, lane, index)[first_slice - window.first :]
@@ -139,7 +139,7 @@ class Planner:
         return PlannedWindow(number, epoch, np.array(pieces), records, vectors, cut_rows)
 
     def _cuts(self, lengths: np.ndarray, pieces: int) -> np.ndarray:
-        """Where to cut a piece into ranged reads: small enough for memory, and enough of them for all workers."""
+        """Return where to cut a piece into ranged reads of limited size, with enough reads for all workers."""
         by_bytes = np.cumsum(lengths) // _READ_BYTES
         by_count = np.arange(len(lengths)) * -(-2 * self.workers // pieces) // len(lengths)
         begins = np.diff(by_bytes, prepend=-1).astype(bool) | np.diff(by_count, prepend=-1).astype(bool)
@@ -156,7 +156,7 @@ class Reading:
 
     samples: requested piece -> a future of its samples' bytes by sample number.
     vectors: likewise for text embeddings.
-    held: bytes that were requested and are not yet used.
+    held: bytes that are requested but not yet used.
     """
 
     window: PlannedWindow
@@ -166,7 +166,7 @@ class Reading:
 
 
 class Reader:
-    """Reads a worker's pieces in the order of use: those of the current step, and more while memory is left."""
+    """Reads a worker's pieces in the order of use: all pieces of the current step, then more while memory is left."""
 
     def __init__(self, source: Source, plan: Plan, stop: "Stop", worker: int, workers: int) -> None:
         self.source, self.plan, self.stop, self.worker, self.workers = source, plan, stop, worker, workers
@@ -177,11 +177,11 @@ class Reader:
 
     @property
     def held(self) -> int:
-        """Bytes of samples that were requested and are not yet used."""
+        """Bytes that are requested but not yet used."""
         return sum(reading.held for reading in self.readings.values())
 
     def next_step(self) -> tuple[int, list[tuple[int, int, int, bytes, np.void, bytes | None]]]:
-        """The next step, and (row, shard, sample, bytes, record, text embeddings) of this worker's samples in it."""
+        """Return the next step, and this worker's samples: (row, shard, sample, bytes, record, text embeddings)."""
         while not self.steps:
             self._receive(wait=True)
         step = self.steps.popleft()
@@ -265,8 +265,8 @@ def _by_number(
 class Shares(IterableDataset):
     """Each worker's share of every step: the samples of the pieces that it reads.
 
-    Workers yield in turn, so as many consecutive shares as there are workers make up one step.
-    trained_on: the pair of a sample that a step trains on.  plans: one per worker.  stop: set when the run ends.
+    The loader takes shares from the workers in turn, so consecutive shares, one per worker, make up one step.
+    trained_on: selects the pair that a step trains on.  plans: one per worker.  stop: set when the run ends.
     """
 
     source: Source
@@ -292,7 +292,7 @@ class Shares(IterableDataset):
                     share.to_shared_memory()
                 yield share
         except PipelineError as error:
-            # Yielded, since a loader would raise it wrapped in its own traceback.
+            # Yielded, because the loader would raise it wrapped in its own traceback.
             yield error
         finally:
             reader.pool.shutdown(wait=False, cancel_futures=True)
@@ -321,7 +321,7 @@ class Stop:
 
 
 def _plan_ahead(planner: Planner, plans: Sequence[Plan], stop: "Stop") -> None:
-    """Send the plan to all workers, as far as their queues have room; an error becomes its last item."""
+    """Send the plan to all workers, and wait while their queues are full. An error becomes the last item."""
 
     def send(message: PlannedWindow | PlannedStep | PipelineError) -> None:
         for plan in plans:
@@ -344,9 +344,9 @@ def _plan_ahead(planner: Planner, plans: Sequence[Plan], stop: "Stop") -> None:
 def _live_with_parent(stop: "Stop", parent: int, worker: int) -> None:
     """Make the worker end only when its rank, the process `parent`, stops it or dies.
 
-    Slurm's signals and Ctrl-C reach the workers too, while their rank finishes its step: so workers ignore them, and
-    SIGTERM until `stop` is set. If the rank is killed, the worker ends itself; otherwise it would wait forever to send
-    its share. Linux's PR_SET_PDEATHSIG does not help: it watches the thread that forked the worker, not the rank.
+    Slurm's signals and Ctrl-C also reach the workers, whose rank first finishes its step. So workers ignore them, and
+    ignore SIGTERM until `stop` is set. If the rank is killed, the worker ends itself; otherwise it would wait forever
+    to send its share. PR_SET_PDEATHSIG does not help: it watches the thread that forked the worker, not the rank.
     """
 
     def end_if_stopped(number: int, frame: FrameType | None) -> None:
@@ -378,7 +378,7 @@ def batches(
     """Yield the batches of `rank` of `world` for each of `steps`; workers prepare them ahead.
 
     timeout: seconds that decoding may take. Reading has its own limit.
-    trained_on: the pair of a sample that a step trains on.
+    trained_on: selects the pair that a step trains on.
     Raises PipelineError for damaged, missing or unreachable objects, and for workers that die or hang.
     """
     source.check_memory(order, world)
@@ -389,7 +389,7 @@ def batches(
     plans: list[Plan] = [forking.Queue(_PLANNED_AHEAD) for _ in range(workers)] or [queue.Queue(_PLANNED_AHEAD)]
     for plan in plans:
         if isinstance(plan, ProcessQueue):
-            plan.cancel_join_thread()  # at the rank's end nobody reads the rest
+            plan.cancel_join_thread()  # do not wait at exit: no process reads the remaining items
     loader = iter(
         DataLoader(
             Shares(source, order, steps, encode, trained_on, plans, stop),
@@ -403,7 +403,7 @@ def batches(
     forked = [child for child in multiprocessing.active_children() if child not in others]
 
     def end_workers() -> None:
-        """Kill them: a rank that exits would wait for them forever, and a waiting worker may miss SIGTERM."""
+        """Kill the workers: an exiting rank would wait for them forever, and a waiting worker may miss SIGTERM."""
         stop.set()
         for worker in forked:
             with suppress(RuntimeError):  # torch raises it for a killed worker
@@ -417,7 +417,7 @@ def batches(
     received = objects.bytes_received()
     waiting: list[Share] = []
     try:
-        # No further: the loader would end the workers before `stop`.
+        # Never exhaust the loader: it would end the workers before `stop` is set.
         for share in islice(loader, len(steps) * len(plans)):
             if isinstance(share, PipelineError):
                 raise share

@@ -1,13 +1,13 @@
 """Precomputed embeddings of captions by a frozen language model: tars beside the images' tars, and their index.
 
     NAME_text_embeddings.tar        for each sample of NAME.tar, in the same order, KEY.text_embeddings.npy: (texts,
-                                    width), a row for each of Pair.texts; no rows if the sample is unusable
+                                    width), one row for each of Pair.texts; no rows if the sample is unusable
     NAME_text_embeddings.idx.npy    a sidecar like that of any shard: the position of each sample, and its CRC-32
     text_embeddings.json            the metadata of the model, the shards, and the tars' sizes and SHA-256
 
 Vectors are stored in fp16, or in bf16 as uint16 bits, since numpy has no bf16. The tars of LLM2CLIP's own code (arXiv
-2411.04997; its llm2clip/data/extract_embedding.py) are read without conversion: fp32 without a header, KEY.COLUMN for
-each column of an img2dataset sample's json that contains a caption.
+2411.04997; its llm2clip/data/extract_embedding.py) are read without conversion: they have a member KEY.COLUMN, fp32
+without a header, for each column of an img2dataset sample's json that contains a caption.
 """
 
 import hashlib
@@ -56,8 +56,8 @@ Stored = Literal["bf16", "fp16", "fp32"]
 class EmbeddingMetadata:
     """How embeddings were computed.
 
-    model: its name.  identity: a hash of its weights and of everything else that changes a vector (see Encoder).
-    width: of the vectors.  instruction: the text before each caption.
+    model: name of the language model.  identity: a hash of its weights and of everything else that affects a vector
+        (see Encoder).  width: of the vectors.  instruction: the text before each caption.
     stored: the number format; fp32 means the tars of LLM2CLIP's own code.
     columns: the columns of img2dataset's samples with captions, in the order of the rows; None for our own layout.
     weights: the fingerprint of the model's folder.  max_tokens: the length to which texts were truncated.
@@ -92,7 +92,7 @@ _PARTS = TypeAdapter(Annotated[tuple[Part, ...], FailFast()])
 class TextEmbeddings:
     """The embeddings of a dataset's captions.
 
-    parts: one per shard, in their order.  tars_url: where the tars are, if not beside this index.
+    parts: one per shard, in the same order.  tars_url: the folder of the tars, if it is not that of this index.
     """
 
     metadata: EmbeddingMetadata
@@ -110,7 +110,7 @@ class TextEmbeddings:
 
     @classmethod
     def load(cls, url: str) -> "TextEmbeddings":
-        """Read the index in the folder `url`; ObjectError if missing, damaged or of another format."""
+        """Read the index in the folder `url`. Raises ObjectError if it is missing, damaged or of another format."""
         with index_content(objects.join(url, EMBEDDINGS_FILE), FORMAT, "embed the shards again") as (content, _):
             tars_url, parts = content.pop("tars_url", None), content.pop("parts", None)
             if not isinstance(tars_url, str):
@@ -134,10 +134,10 @@ class TextEmbeddings:
             )
 
     def vectors(self, data: bytes, pair: Pair, sample: bytes, captions: Captions | None) -> np.ndarray:
-        """(texts, width) float32, the vectors of a pair's texts, from the bytes of its embeddings.
+        """Parse the vectors of a pair's texts, (texts, width) float32, from the bytes of its embeddings.
 
-        sample, captions: the bytes of the pair and how they are read, to find the column of each caption.
-        Raises BadSample if no text of the sample is embedded, and ObjectError if the vectors are another sample's.
+        sample, captions: the bytes of the pair and how to read them, to find the column of each caption.
+        Raises BadSample if no text of the sample is embedded, ObjectError if the vectors belong to another sample.
         """
         if not data:  # LLM2CLIP's tars may lack samples
             raise BadSample(_NONE)
@@ -176,7 +176,7 @@ _EMBED = "embed its shard again, with --overwrite"
 
 
 def columns_of(index: Index) -> tuple[str, ...] | None:
-    """The columns with captions of a dataset in img2dataset's layout; None for our own layout."""
+    """Return the caption columns of a dataset in img2dataset's layout; None for our own layout."""
     return index.captions.columns if index.captions else None
 
 
@@ -203,7 +203,7 @@ def texts_by_column(pair: Pair, sample: bytes, captions: Captions) -> dict[str, 
 
 
 def _by_column(members: dict[str, bytes], columns: Iterable[str]) -> np.ndarray:
-    """(columns, width) float32. Names are compared in lower case, as webdataset may have written them."""
+    """Return (columns, width) float32. Ignores case in names, because webdataset may have written lower case."""
     by_name = {name.lower(): content for name, content in members.items()}
     try:
         return np.stack([np.frombuffer(by_name[column.lower()], "<f4") for column in columns])
@@ -214,7 +214,7 @@ def _by_column(members: dict[str, bytes], columns: Iterable[str]) -> np.ndarray:
 
 
 def rounded(vectors: torch.Tensor, stored: Stored) -> np.ndarray:
-    """Round (n, width) float32 to the stored format: to nearest, ties to even."""
+    """Round (n, width) float32 to the stored format (to nearest, ties to even)."""
     if stored == "bf16":
         return vectors.to(torch.bfloat16).view(torch.uint16).numpy()
     return vectors.to(torch.float16).numpy()
@@ -226,21 +226,21 @@ def restored(rows: np.ndarray, stored: Stored) -> np.ndarray:
 
 
 def sample_bytes(key: str, rows: np.ndarray) -> bytes:
-    """The tar member of a sample's stored rows, header included, without the end of the archive."""
+    """Return the tar member of a sample's stored rows, with its header and without the end of the archive."""
     content = BytesIO()
     np.save(content, rows, allow_pickle=False)
     return tar_bytes(key, {MEMBER: content.getvalue()})
 
 
 def file_of(shard: Shard) -> str:
-    """The name of the tar with the embeddings of a shard."""
+    """Return the name of the tar with a shard's embeddings."""
     return shard.file.removesuffix(".tar") + SUFFIX
 
 
 def indexed(file: str, size: int, sha256: str, places: list[tuple[int, int, int]]) -> tuple[Shard, bytes]:
-    """A tar's entry in the index and the bytes of its sidecar.
+    """Return a tar's entry in the index and the bytes of its sidecar.
 
-    size, sha256: the tar's.  places: (offset, bytes, CRC-32) of each sample in it.
+    size, sha256: of the tar.  places: (offset, bytes, CRC-32) of each sample in it.
     """
     records = np.zeros(len(places), sidecar_dtype(0))  # the other fields stay 0
     for name, values in zip(("offset", "length", "crc32"), zip(*places, strict=True), strict=True):
@@ -267,7 +267,7 @@ class TarFile:
         self._write(sample)
 
     def finish(self, file: str) -> tuple[Shard, bytes]:
-        """Close the tar. Returns its entry in the index, under the name `file`, and the bytes of its sidecar."""
+        """Close the tar. Returns its index entry with the name `file`, and the bytes of its sidecar."""
         self._write(END)
         self._file.close()
         return indexed(file, self._size, self._digest.hexdigest(), self._places)

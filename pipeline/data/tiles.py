@@ -28,7 +28,7 @@ class Tiling:
     patches: patches along a tile's side; a tile has patches² tokens.
     pinpoints: the (height, width) to which images may be resized and padded, multiples of `size`.
     max_tiles: N; the tokens of more than N tiles are reduced by interpolation.
-    newline: the newlines of a video: "one_token" at its end, or "grid", after each row of every frame.
+    newline: the newline tokens of a video: "one_token" at its end, or "grid": after each row of every frame.
     """
 
     size: int
@@ -47,9 +47,9 @@ class Tiling:
         return self.patches**2
 
     def tokens(self, height: int, width: int, *, anyres: bool) -> int:
-        """Tokens of an image of this size: the base tile, then the unpadded grid with a newline per row.
+        """Count the tokens of an image of this size: the base tile, then the unpadded grid with a newline per row.
 
-        anyres: False for an item with several images, each of which is one tile and one newline.
+        anyres: False for an item with several images; each image then has one tile and one newline.
         """
         base = self.patches**2
         if not anyres:
@@ -66,12 +66,12 @@ class Tiling:
         return base + rows * (columns + 1)
 
     def video_tokens(self, frames: int) -> int:
-        """Tokens of a video: each frame's patches, pooled 2x2, and its newlines."""
+        """Count the tokens of a video: each frame's patches, pooled 2x2, and the newlines."""
         side = math.ceil(self.patches / 2)
         return frames * side * (side + 1) if self.newline == "grid" else frames * side**2 + 1
 
     def cut(self, image: Image.Image, *, anyres: bool) -> np.ndarray:
-        """RGB image -> (tiles, 3, size, size) uint8: the whole image first, then its grid row by row."""
+        """Cut an RGB image into (tiles, 3, size, size) uint8: the whole image first, then its grid row by row."""
         if not anyres:
             return self._tile(Pixels(_pad_to_square(image)))[None]
         from transformers.image_processing_utils import get_patch_output_size
@@ -90,11 +90,11 @@ class Tiling:
         return tiles
 
     def cut_frames(self, frames: Iterable[Image.Image]) -> np.ndarray:
-        """RGB frames of a video -> (frames, 3, size, size) uint8: one tile each, whatever its aspect ratio."""
+        """Resize RGB frames of a video to (frames, 3, size, size) uint8: one tile each, for every aspect ratio."""
         return np.stack([self._tile(Pixels(frame)) for frame in frames])
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """The best pinpoint for an image."""
+        """Return the best pinpoint for an image."""
         # Imported here because it takes two seconds.
         from transformers.image_processing_utils import select_best_resolution
 
@@ -105,7 +105,7 @@ class Tiling:
 
 
 def decode_image(data: bytes, as_stored: bool = False) -> Image.Image:
-    """Decode an image to RGB, as `rgb` does. Raises BadSample if that fails, or if it exceeds Pillow's pixel limit."""
+    """Decode an image to RGB with `rgb`. Raises BadSample if that fails, or if it exceeds Pillow's pixel limit."""
     try:
         image = Image.open(io.BytesIO(data), formats=tuple(IMAGE_SUFFIXES))
         if image.width * image.height > MAX_PIXELS:
@@ -116,11 +116,11 @@ def decode_image(data: bytes, as_stored: bool = False) -> Image.Image:
 
 
 def rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:
-    """An opened image as a viewer shows it: rotated by its EXIF orientation, 16-bit greys scaled to 8 bits.
+    """Convert an opened image to RGB as viewers do: rotated by its EXIF orientation, 16-bit greys scaled to 8 bits.
 
-    Transparency is dropped, as in transformers' `load_image`. An animation gives its first frame.
-    as_stored: only Pillow's `convert("RGB")`, as in the papers' code: not rotated, 16-bit greys above 255 become white.
-    Raises ValueError for an image of floats, whose range is unknown.
+    Transparency is dropped, as in transformers' `load_image`. Only the first frame of an animation is used.
+    as_stored: only call Pillow's `convert("RGB")`, as the code of the papers does: no rotation, and 16-bit greys above
+    255 become white. Raises ValueError for an image of floats, because their range is unknown.
     """
     image.load()
     if as_stored:
@@ -138,7 +138,7 @@ def rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """An opened image's EXIF orientation, 1 to 8; 1, which is upright, if it cannot be read."""
+    """Return an opened image's EXIF orientation, 1 to 8; 1 (upright) if it cannot be read."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation)
         return found if found in _TURNED else 1
@@ -162,7 +162,7 @@ _PNG_TAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
 def image_format(data: bytes) -> tuple[str, int, int]:
-    """(suffix, width, height in pixels when upright) by content; ("bin", 0, 0) unless it is PNG, JPEG, WebP or GIF."""
+    """Return (suffix, width, height when upright) of a PNG, JPEG, WebP or GIF; ("bin", 0, 0) for anything else."""
     with suppress(Exception):  # Pillow raises many types on malformed input
         image = Image.open(io.BytesIO(data), formats=tuple(IMAGE_SUFFIXES))
         suffix, size = IMAGE_SUFFIXES.get(image.format or "", "jpg"), image.size  # MPO is several JPEGs
@@ -170,7 +170,7 @@ def image_format(data: bytes) -> tuple[str, int, int]:
         tagged = image.format != "PNG" or any(chunk in data for chunk in _PNG_TAGS)
         if tagged and orientation(image) >= 5:
             size = size[::-1]
-        fits = max(size) <= np.iinfo(np.uint16).max  # the sidecar's field
+        fits = max(size) <= np.iinfo(np.uint16).max  # the range of the sidecar's field
         return suffix, *(size if fits else (0, 0))
     return "bin", 0, 0
 

@@ -21,7 +21,7 @@ _DEMUXERS = {"mp4": "mp4", "mov": "mov", "webm": "webm", "mkv": "matroska", "avi
 
 
 def video_format(data: bytes) -> str:
-    """The suffix of a video by its first bytes: mp4, mov, webm, mkv or avi; "bin" for anything else."""
+    """Return the suffix of a video from its first bytes: mp4, mov, webm, mkv or avi; "bin" for anything else."""
     if data[4:8] == b"ftyp":
         return "mov" if data[8:12] == b"qt  " else "mp4"
     if data[4:8] in (b"moov", b"mdat", b"wide"):  # QuickTime before it had `ftyp`
@@ -32,13 +32,11 @@ def video_format(data: bytes) -> str:
 
 
 def sample_frames(data: bytes, count: int) -> list[Image.Image]:
-    """`count` RGB frames from the first to the last, evenly spaced as LLaVA-OneVision samples them.
+    """Return `count` RGB frames, evenly spaced from the first to the last as LLaVA-OneVision samples them.
 
     These are the frames `np.linspace(0, total - 1, count).astype(int)` of the `total` frames that can be decoded, even
-    if the container says otherwise. A video of fewer than `count` frames repeats some. Rotated videos are turned
-    upright.
-
-    Raises `BadSample` if the video is undecodable, has no frames or exceeds the limits above.
+    if the container states another number. A video of fewer than `count` frames repeats some. Rotated videos are turned
+    upright. Raises BadSample if the video is undecodable, has no frames or exceeds the limits above.
     """
     try:
         packets, max_pixels = _survey(data)
@@ -61,7 +59,7 @@ def _evenly_spaced(total: int, count: int) -> list[int]:
 
 
 def _survey(data: bytes) -> tuple[int, int]:
-    """(packets of the video, the most pixels that a frame may have), without decoding."""
+    """Return (packets of the video, the most pixels that a frame may have), without decoding."""
     packets = 0
     with _open(data) as (container, stream):
         for packets, _ in enumerate(container.demux(stream)):  # the last one flushes the decoder
@@ -74,7 +72,7 @@ def _survey(data: bytes) -> tuple[int, int]:
 
 
 def _decode(data: bytes, numbers: list[int], max_pixels: int) -> tuple[dict[int, Image.Image], int]:
-    """(the frames of these numbers, the number of all frames)."""
+    """Decode the frames with these numbers. Returns (number -> frame, the number of all frames)."""
     wanted, total = set(numbers), 0
     frames: dict[int, Image.Image] = {}
     with _open(data) as (container, stream):

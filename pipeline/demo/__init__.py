@@ -1,1 +1,1 @@
-"""Demo data: synthetic scenes and texts about them, all from one seed, so that everything runs anywhere."""
+"""Demo data: synthetic scenes with texts, generated from one seed, so the examples run without downloads."""

@@ -1,7 +1,7 @@
 """Training and evaluation sets for LLM2CLIP (arXiv 2411.04997): images with captions, and pairs of captions.
 
-Training sets contain no reserved scene and no held-out combination of colour and shape. Chinese only occurs in "texts"
-and "sentences", which train the language model; "images", which trains the vision encoder, has none.
+Training sets contain no reserved scene and no held-out combination of colour and shape. Chinese occurs in "texts" and
+"sentences", which train the language model, but not in "images", which trains the vision encoder.
 """
 
 import json
@@ -32,31 +32,31 @@ from pipeline.demo.tasks import parquet_of
 
 Caption = tuple[Callable[[Scene, Language], str], Language]
 
-# Training set -> its pairs.
+# Training set -> description of its pairs.
 DATASETS = {
     "images": "an image with four captions: short and long, in English and in German or French",
     "texts": "two captions of one scene that differ in length, language or both",
     "sentences": "two sentences about the positions of two things, one from the side of each, in any languages",
 }
-# Caption set -> the captions of its images. All sets have the same images.
+# Caption set -> type and language of its captions. All sets have the same images.
 RETRIEVAL: dict[str, Caption] = {
     "short": (captions.short, "en"),
     "long": (captions.long, "en"),
     "chinese": (captions.short, "zh"),
 }
-# Separation set -> its queries, and their candidates.
+# Separation set -> type and language of (queries, candidates).
 SEPARATION: dict[str, tuple[Caption, Caption]] = {
     "Caption-Length": ((captions.long, "en"), (captions.short, "en")),
     "Caption-German": ((captions.short, "en"), (captions.short, "de")),
     "Caption-Chinese": ((captions.short, "en"), (captions.short, "zh")),
 }
-SIBLINGS = 2  # variants in one attribute that follow each image of the caption sets
+SIBLINGS = 2  # one-attribute variants that follow each image of the caption sets
 CANDIDATES = 16  # candidates of a query in a separation set
 _CAPTIONS: tuple[Caption, ...] = tuple(product((captions.short, captions.long), LANGUAGES))
 
 
 def training_pair(dataset: str, seed: int, index: int) -> Pair:
-    """Pair number `index` of a training set, a name in `DATASETS`."""
+    """Generate pair `index` of a training set, a name in `DATASETS`."""
     rng = _rng(dataset, seed, index)
     match dataset:
         case "images":
@@ -73,11 +73,11 @@ def training_pair(dataset: str, seed: int, index: int) -> Pair:
 
 
 def evaluation_files(seed: int, queries: int) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of the evaluation sets' files.
+    """Yield (path, content) of the evaluation sets' files.
 
-    short, long, chinese: text-image sets of the same scenes, 1.5 times as many as `queries`.
-    classification: scenes of one thing in ImageNet's layout, including the held-out combinations.
-    separation: sets of texts in MMEB's layout.
+    short, long, chinese: image-caption sets of the same scenes, 1.5 times as many as `queries`.
+    classification: scenes with one thing in ImageNet's layout, including held-out combinations.
+    separation: text sets in MMEB's layout.
     """
     scenes = retrieval_scenes(seed, max(queries // 2, 1))
     pictures = {f"{number:04d}.png": png(draw(scene)) for number, scene in enumerate(scenes)}
@@ -94,7 +94,7 @@ def evaluation_files(seed: int, queries: int) -> Iterator[tuple[str, bytes]]:
 
 
 def retrieval_scenes(seed: int, groups: int) -> list[Scene]:
-    """Reserved scenes with different contents, each followed by SIBLINGS reserved variants in one attribute."""
+    """Generate reserved scenes with different contents, each followed by SIBLINGS reserved one-attribute variants."""
     scenes: dict[tuple[tuple[str, str, str, str], ...], Scene] = {}
     for index in count():
         if len(scenes) >= groups * (1 + SIBLINGS):
@@ -109,7 +109,7 @@ def retrieval_scenes(seed: int, groups: int) -> list[Scene]:
 
 
 def separation_rows(name: str, seed: int, queries: int) -> list[dict[str, str | list[str]]]:
-    """MMEB's rows of a set in `SEPARATION`: find a scene's other caption among the captions of its variants."""
+    """Generate rows in MMEB's form for a set in `SEPARATION`: find a scene's other caption among those of variants."""
     (ask, asked), (answer, answered) = SEPARATION[name]
     rows: list[dict[str, str | list[str]]] = []
     for index in range(queries):
@@ -137,7 +137,7 @@ def _captions(rng: np.random.Generator) -> tuple[Item, list[str]]:
 
 def _sentences(rng: np.random.Generator) -> tuple[Item, list[str]]:
     thing, other = random_scene(rng, held_out=False).things[:2]
-    # Only the things come from the scene. Their relation is random.
+    # Only the things come from the scene: their relation is random.
     relation = tuple(CONVERSE)[rng.integers(len(CONVERSE))]
     first, second = (LANGUAGES[i] for i in rng.integers(len(LANGUAGES), size=2))
     query = captions.relation(relation, thing, other, first)
@@ -145,7 +145,7 @@ def _sentences(rng: np.random.Generator) -> tuple[Item, list[str]]:
 
 
 def _classification(seed: int, number: int) -> Iterator[tuple[str, bytes]]:
-    """Images of each class in turn, and the class names in the words of the training sets."""
+    """Yield images of each class in turn, and class names and templates in the training sets' wording."""
     names = {}
     for index, (colour, shape) in enumerate(islice(cycle(product(COLOURS, SHAPES)), number)):
         rng = _rng("classification", seed, index)

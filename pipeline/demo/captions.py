@@ -1,6 +1,6 @@
 """Captions of scenes in English, German, French and Chinese.
 
-The grammar is in tables: genders of nouns, forms of adjectives, and templates of sentences.
+Tables contain the grammar: genders of nouns, forms of adjectives, and templates of sentences.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from pipeline.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
 Language = Literal["en", "de", "fr", "zh"]
-# The form of a thing in its sentence: "a star"; "the star"; after "left of" (German: dative; French: "de" with the
+# The form of a thing in a sentence: "a star"; "the star"; after "left of" (German: dative; French: "de" with the
 # article); "a star, which is small and red" (German: adjectives without endings).
 Form = Literal["indefinite", "definite", "relative", "predicate"]
 _FORMS: tuple[Form, ...] = get_args(Form)
@@ -18,17 +18,17 @@ _FORMS: tuple[Form, ...] = get_args(Form)
 Relation = Literal["left", "right", "above", "below"]
 
 LANGUAGES: tuple[Language, ...] = ("en", "de", "fr", "zh")
-# Relation -> the relation of the other thing.
+# Relation of one thing to another -> relation of the other thing to the first.
 CONVERSE: dict[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 def _table(words: Iterable[str], translations: str) -> dict[str, str]:
-    """Each word's translation, from a list separated by commas."""
+    """Map each word to its translation, given a list separated by commas."""
     return dict(zip(words, translations.split(", "), strict=True))
 
 
 def _forms(words: Iterable[str], translations: str) -> dict[str, tuple[str, str]]:
-    """Each word's two forms, from a list such as "petit/petite, grand/grande"."""
+    """Map each word to its two forms, given a list such as "petit/petite, grand/grande"."""
     pairs = (each.split("/") for each in translations.split(", "))
     return {word: (first, second) for word, (first, second) in zip(words, pairs, strict=True)}
 
@@ -100,7 +100,7 @@ _NUMBERS: dict[Language, dict[int, str]] = {
     "zh": {2: "两", 3: "三"},
 }
 
-# and, last: joiners of a list; or: joiner of free places; between: joiner of sentences.
+# Separators: "and" and "last" (before the last part) in lists; "or" between free places; "between" between sentences.
 _SENTENCES = {
     "en": {
         "phrase": "{article} {size} {colour} {shape}",
@@ -185,17 +185,17 @@ _SENTENCES = {
 
 
 def label(thing: Thing) -> str:
-    """The English class name of a thing, without its size: "red star"."""
+    """Return the English class name of a thing, without its size: "red star"."""
     return f"{thing.colour} {thing.shape}"
 
 
 def phrase(thing: Thing, language: Language, form: Form = "indefinite") -> str:
-    """A noun phrase with the thing's size, colour and shape: "a small red star"."""
+    """Return a noun phrase with the thing's size, colour and shape: "a small red star"."""
     return _SENTENCES[language]["phrase"].format(**_words(thing, language, form))
 
 
 def short(scene: Scene, language: Language) -> str:
-    """Every thing and its place, in one line without a full stop."""
+    """Describe every thing and its place, in one line without a full stop."""
     template = _SENTENCES[language]["short"]
     parts = [
         template.format(thing=phrase(thing, language), place=_PLACES[language][thing.place]) for thing in scene.things
@@ -204,9 +204,9 @@ def short(scene: Scene, language: Language) -> str:
 
 
 def long(scene: Scene, language: Language) -> str:
-    """Some 140 words: places and sizes of the things, then their shapes and colours, their relations, the background.
+    """Describe the scene in about 140 words: places, sizes, then shapes and colours, relations, and background.
 
-    Its first 77 words mention no shape and no colour, so a reader limited like CLIP (77 tokens) cannot learn them.
+    The first 77 words mention no shape or colour, so a model with CLIP's limit of 77 tokens cannot learn them.
     """
     sentences, places = _SENTENCES[language], _PLACES[language]
     said = [sentences["opening"], sentences["number"].format(number=_NUMBERS[language][len(scene.things)])]
@@ -230,13 +230,13 @@ def long(scene: Scene, language: Language) -> str:
 
 
 def relation(name: Relation, thing: Thing, other: Thing, language: Language) -> str:
-    """A sentence about the relation of two things: "The small red star is above the large blue circle."."""
+    """Return a sentence about two things, such as "The small red star is above the large blue circle."."""
     definite, relative = phrase(thing, language, "definite"), phrase(other, language, "relative")
     return _capitalised(_SENTENCES[language][name].format(thing=definite, other=relative))
 
 
 def _words(thing: Thing, language: Language, form: Form) -> dict[str, str]:
-    """The words for a thing, inflected for the noun's gender and the form."""
+    """Return the words for a thing, inflected for the noun's gender and the form."""
     noun, gender = _SHAPES[language][thing.shape]
     if language == "de" and form == "relative":
         noun = _DATIVES.get(noun, noun)
@@ -260,6 +260,6 @@ def _capitalised(sentence: str) -> str:
 
 
 def _listed(parts: list[str], language: Language, last: str) -> str:
-    """The parts as a list; the language's word for `last` joins the last one."""
+    """Join the parts as a list. `last`: the key of the separator before the last part."""
     *others, final = parts
     return _SENTENCES[language]["and"].join(others) + (_SENTENCES[language][last] if others else "") + final

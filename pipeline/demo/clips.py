@@ -1,4 +1,4 @@
-"""Clips: one thing that moves from one quadrant to the next, with captions in four languages."""
+"""Video clips: one thing moves from one quadrant to the next. Captions are in four languages."""
 
 import json
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Clip:
 
 
 def random_clip(rng: np.random.Generator) -> Clip:
-    """A clip of a thing without a held-out combination."""
+    """Draw a clip of a thing without a held-out combination."""
     direction = tuple(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
     starts = [place for place in PLACES if _can_start(place, direction)]
     size = tuple(SIZES)[rng.integers(len(SIZES))]
@@ -62,7 +62,7 @@ def random_clip(rng: np.random.Generator) -> Clip:
 
 
 def frames(clip: Clip, count: int = 8) -> list[Image.Image]:
-    """The clip as `count` (two or more) RGB images of 48 x 48 pixels, evenly spaced from start to end."""
+    """Draw the clip as `count` (two or more) RGB images of 48 x 48 pixels, evenly spaced from start to end."""
     x, y = centre(clip.thing)
     dx, dy = (QUADRANT * OVERSAMPLING * part for part in DIRECTIONS[clip.direction])
     steps = [i / (count - 1) for i in range(count)]
@@ -70,16 +70,16 @@ def frames(clip: Clip, count: int = 8) -> list[Image.Image]:
 
 
 def caption(clip: Clip, language: Language) -> str:
-    """What moves in which direction, without a full stop."""
+    """Describe the thing and its direction, without a full stop."""
     move = _MOVES[language][tuple(DIRECTIONS).index(clip.direction)]
     return _SENTENCES[language].format(thing=phrase(clip.thing, language), move=move)
 
 
 def evaluation_files(seed: int, number: int) -> dict[str, bytes]:
-    """A set of up to 50 clips: their files by name, captions.json, and wording.json with the words of training.
+    """Generate a set of up to 50 clips: name -> content of the videos, captions.json, and wording.json.
 
-    All things are large, since models see frames at a lower resolution than images. All look different, so that a model
-    trained on images only can find each one, although it cannot know how things move.
+    wording.json has the prompts of training. All things are large, since models get frames at a lower resolution than
+    images. All things look different, so a model trained only on images can find each clip without knowing motion.
     """
     clips: dict[str, Clip] = {}
     for index in count():
@@ -112,6 +112,6 @@ def _mp4(pictures: list[Image.Image]) -> bytes:
 
 
 def _can_start(place: str, direction: str) -> bool:
-    """Whether there is a quadrant in this direction."""
+    """Return whether there is a quadrant in this direction."""
     column, row = (a + b for a, b in zip(PLACES[place], DIRECTIONS[direction], strict=True))
     return (column, row) in PLACES.values()

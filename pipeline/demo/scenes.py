@@ -1,7 +1,7 @@
 """Scenes: a plain background with two or three things, each in its own quadrant.
 
-All random choices come from the caller's generator, `np.random.default_rng([seed, stream, index])`: a scene never
-depends on the scenes before it.
+All random choices come from the caller's generator, `np.random.default_rng([seed, stream, index])`, so a scene does
+not depend on the scenes before it.
 """
 
 import io
@@ -41,7 +41,7 @@ BACKGROUNDS = {
 }
 ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "place": tuple(PLACES)}
 
-# 3 has an inverse modulo 8, so every colour and every shape is in exactly one of the eight combinations.
+# 3 has an inverse modulo 8, so each colour and each shape is in exactly one of the eight combinations.
 HELD_OUT = frozenset((tuple(COLOURS)[(3 * i + 5) % 8], shape) for i, shape in enumerate(SHAPES))
 _HELD_OUT = sorted(HELD_OUT)
 _TRAINED = sorted(set(product(COLOURS, SHAPES)) - HELD_OUT)
@@ -59,7 +59,7 @@ class Thing:
 
     @property
     def looks(self) -> tuple[str, str, str]:
-        """What a phrase such as "the small red star" describes."""
+        """The attributes in a phrase such as "the small red star": size, colour, shape."""
         return (self.size, self.colour, self.shape)
 
     @property
@@ -77,7 +77,7 @@ class Scene:
 
     @cached_property
     def content(self) -> tuple[tuple[str, str, str, str], ...]:
-        """What a short caption describes: scenes that differ only in background or jitter have the same content."""
+        """The attributes in a short caption. Scenes that differ only in background or jitter have the same content."""
         return tuple((*thing.looks, thing.place) for thing in self.things)
 
     @property
@@ -86,9 +86,9 @@ class Scene:
 
     @cached_property
     def reserved(self) -> bool:
-        """Whether it is reserved for evaluation: one content in eight, the same for every seed.
+        """Whether the scene is reserved for evaluation: one content in eight, the same for every seed.
 
-        A separate random stream would not suffice: there are only some 75,000 contents of two things, and a large
+        A separate random stream would not suffice: there are only about 75,000 contents of two things, and a large
         training set contains most of them.
         """
         return blake2b(repr(self.content).encode(), digest_size=1).digest()[0] % 8 == 0
@@ -99,7 +99,7 @@ def in_reading_order(things: Iterable[Thing]) -> tuple[Thing, ...]:
 
 
 def random_thing(rng: np.random.Generator, place: str, size: str, held_out: bool) -> Thing:
-    """A thing with a random combination of colour and shape, which is held out or not."""
+    """Draw a thing with a random combination of colour and shape: a held-out one, or one that is not held out."""
     combinations = _HELD_OUT if held_out else _TRAINED
     colour, shape = combinations[rng.integers(len(combinations))]
     dx, dy = rng.integers(-JITTER, JITTER + 1, 2).tolist()
@@ -124,7 +124,7 @@ def random_scene(rng: np.random.Generator, held_out: bool, one_large: bool = Fal
 
 
 def scene_of_part(rng: np.random.Generator, reserved: bool, one_large: bool = False) -> Scene:
-    """A scene without held-out combinations that is reserved for evaluation, or is not; see `random_scene`."""
+    """Draw a scene without held-out combinations that is reserved for evaluation, or is not; see `random_scene`."""
     while (scene := random_scene(rng, held_out=False, one_large=one_large)).reserved != reserved:
         pass
     return scene
@@ -135,20 +135,20 @@ def random_background(rng: np.random.Generator) -> str:
 
 
 def replaced(scene: Scene, old: Thing, new: Thing) -> Scene:
-    """The scene with `new` instead of `old`."""
+    """Return the scene with `new` instead of `old`."""
     return replace(scene, things=in_reading_order(new if thing is old else thing for thing in scene.things))
 
 
 def changed(thing: Thing, attribute: str, value: str) -> Thing:
-    """The thing with another value of one of the `ATTRIBUTES`."""
+    """Return the thing with another value of one of the `ATTRIBUTES`."""
     return Thing(**{**vars(thing), attribute: value})
 
 
 def variants(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> Iterator[Scene]:
-    """All scenes that differ in one attribute of one thing, in random order.
+    """Generate all scenes that differ in one attribute of one thing, in random order.
 
-    The attributes alternate, so that the first few variants are not all about colour and shape.
-    held_out: include those in which a thing becomes a held-out combination.
+    The attributes alternate, so the first few variants do not all differ in colour or shape.
+    held_out: include scenes in which a thing becomes a held-out combination.
     """
     turns = []
     for attribute in rng.permutation(list(ATTRIBUTES)).tolist():
@@ -163,7 +163,7 @@ def variants(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> 
 
 
 def _applied(scene: Scene, changes: list[tuple[Thing, Thing]], held_out: bool) -> Iterator[Scene]:
-    """The scene with each of the changes that keep it valid."""
+    """Yield the scene with each change that keeps it valid."""
     for old, new in changes:
         if new.held_out and not old.held_out and not held_out:
             continue
@@ -173,12 +173,12 @@ def _applied(scene: Scene, changes: list[tuple[Thing, Thing]], held_out: bool) -
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene as an RGB image of 48 x 48 pixels."""
+    """Draw the scene as an RGB image of 48 x 48 pixels."""
     return paint(scene.background, ((thing, centre(thing)) for thing in scene.things))
 
 
 def crop(scene: Scene, thing: Thing) -> Image.Image:
-    """The thing's quadrant of the scene: 24 x 24 pixels, without other things."""
+    """Return the thing's quadrant of the scene: 24 x 24 pixels, without other things."""
     column, row = (QUADRANT * part for part in PLACES[thing.place])
     return draw(scene).crop((column, row, column + QUADRANT, row + QUADRANT))
 
@@ -190,7 +190,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def centre(thing: Thing) -> tuple[int, int]:
-    """The centre of a thing in oversampled pixels."""
+    """Return the centre of a thing in oversampled pixels."""
     column, row = PLACES[thing.place]
     step = QUADRANT * OVERSAMPLING
     return column * step + step // 2 + thing.jitter[0], row * step + step // 2 + thing.jitter[1]
@@ -207,7 +207,7 @@ def paint(background: str, placed: Iterable[tuple[Thing, tuple[int, int]]]) -> I
 
 @cache
 def _mask(shape: str, radius: int) -> Image.Image:
-    """The shape in white on black, in a square of 2 radius + 1 pixels."""
+    """Draw the shape in white on black, in a square with sides of 2 radius + 1 pixels."""
     mask = Image.new("L", (2 * radius + 1,) * 2)
     pen = ImageDraw.Draw(mask)
     if shape in ("circle", "ring"):
@@ -221,7 +221,7 @@ def _mask(shape: str, radius: int) -> Image.Image:
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
-    """The corners of a shape inside the square from -1 to 1, y downwards."""
+    """Return the corners of a shape in the square from -1 to 1, with y downwards."""
     match shape:
         case "square":
             return [(-0.95, -0.95), (0.95, -0.95), (0.95, 0.95), (-0.95, 0.95)]
@@ -245,6 +245,6 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 
 
 def _heart(t: float) -> tuple[float, float]:
-    """The heart curve, https://mathworld.wolfram.com/HeartCurve.html, scaled and with y downwards."""
+    """Compute a point of https://mathworld.wolfram.com/HeartCurve.html, scaled, with y downwards."""
     y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
     return math.sin(t) ** 3, -y / 16 - 0.1

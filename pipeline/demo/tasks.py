@@ -1,7 +1,7 @@
 """A small MMEB: five datasets of pairs about synthetic scenes, for MMEB's four meta-tasks.
 
-Each dataset has two evaluation sets: an in-distribution one, and a held-out one (`-OOD`), in which every question is
-about a combination of colour and shape that never occurs in training. Rows have the form of
+Each dataset has two evaluation sets: an in-distribution set, and a held-out set (`-OOD`), whose questions are all about
+combinations of colour and shape that never occur in training. Rows have the form of
 https://huggingface.co/datasets/TIGER-Lab/MMEB-eval: the first candidate of a row is the correct one.
 """
 
@@ -51,9 +51,9 @@ TASKS = {name: (task, True) for name, task in DATASETS.items()} | {
 }
 CANDIDATES = {"classification": 64, "vqa": 64, "retrieval": 128, "grounding": 64}
 QUERIES = 200
-POOL = 200  # scenes for an evaluation set's easier candidates: few, so that encoding is fast
+POOL = 200  # scenes for the easier candidates of an evaluation set; few, so that encoding is fast
 HARD_SCENES = 6  # one-attribute variants among the candidates of a retrieval query
-HARD_CROPS = 3  # crops of the query's own scene, or of a variant of it
+HARD_CROPS = 3  # crops of the query's scene or of a variant
 
 # Independent random streams: the candidates of a row do not depend on the scenes of other rows.
 _STREAMS = [*(f"{name} train" for name in DATASETS), *TASKS, *(f"{name} candidates" for name in TASKS)]
@@ -93,7 +93,7 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Question:
-    """A query, its correct answer, and hard negatives, the best one for training first."""
+    """A query, its correct answer, and its hard negatives; training uses the first one."""
 
     query: _Side
     right: _Side
@@ -101,9 +101,9 @@ class _Question:
 
 
 def training_pair(dataset: str, seed: int, index: int) -> Pair:
-    """Pair number `index` of a training set, with at most one hard negative.
+    """Generate pair `index` of a training set, with at most one hard negative.
 
-    An image as negative costs a pass through the vision tower, so only every fourth pair has one.
+    A negative image costs a pass through the vision tower, so only every fourth pair has one.
     """
     question = _ask(dataset, "train", _rng(f"{dataset} train", seed, index))
     hard = next(iter(question.hard))
@@ -119,7 +119,7 @@ def training_pair(dataset: str, seed: int, index: int) -> Pair:
 
 
 def evaluation_rows(dataset: str, seed: int, count: int = QUERIES) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """The rows of an evaluation set (a name in `TASKS`), and its images: path -> PNG bytes."""
+    """Generate the rows of an evaluation set (a name in `TASKS`), and its images: path -> PNG bytes."""
     task, in_distribution = TASKS[dataset]
     base = dataset.removesuffix("-OOD")
     split: Split = "in-distribution" if in_distribution else "held-out"
@@ -139,7 +139,7 @@ def evaluation_rows(dataset: str, seed: int, count: int = QUERIES) -> tuple[list
 
 
 def evaluation_files(seed: int, count: int = QUERIES) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of all evaluation sets' files: NAME/*.parquet, images/* and tasks.json."""
+    """Yield (path, content) of all evaluation sets' files: NAME/*.parquet, images/* and tasks.json."""
     for dataset in TASKS:
         rows, pictures = evaluation_rows(dataset, seed, count)
         yield f"{dataset}/test-00000-of-00001.parquet", parquet_of(rows)
@@ -149,7 +149,7 @@ def evaluation_files(seed: int, count: int = QUERIES) -> Iterator[tuple[str, byt
 
 
 def parquet_of(rows: list[dict[str, Any]]) -> bytes:
-    """MMEB's rows as a parquet file."""
+    """Write rows in MMEB's form as a parquet file."""
     buffer = BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
     return buffer.getvalue()
@@ -167,7 +167,7 @@ def _ask(dataset: str, split: Split, rng: np.random.Generator) -> _Question:
     else:
         scene = scene_of_part(rng, reserved=split == "in-distribution", one_large=one_large)
     if dataset == "Scene-Ground":
-        # One background for all: otherwise it would reveal which crops are of the same scene.
+        # All scenes have the same background: otherwise it would reveal which crops are from the same scene.
         scene = replace(scene, background=next(iter(BACKGROUNDS)))
     match dataset:
         case "Scene-CLS":
@@ -222,13 +222,13 @@ def _grounding(scene: Scene, split: Split, rng: np.random.Generator) -> _Questio
 
 
 def _asked(scene: Scene, rng: np.random.Generator) -> Thing:
-    """The thing that a question is about: the held-out one if there is one."""
+    """Draw the thing that a question is about, a held-out one if there is any."""
     things = [thing for thing in scene.things if thing.held_out] or scene.things
     return things[rng.integers(len(things))]
 
 
 def _near(thing: Thing, split: Split, rng: np.random.Generator, attributes: tuple[str, ...]) -> list[Thing]:
-    """Things that differ from this one in one attribute, in random order."""
+    """Return things that differ from this one in one attribute, in random order."""
     near = [
         changed(thing, attribute, value)
         for attribute in attributes
@@ -240,7 +240,7 @@ def _near(thing: Thing, split: Split, rng: np.random.Generator, attributes: tupl
 
 
 def _siblings(scene: Scene, split: Split, rng: np.random.Generator) -> Iterator[Scene]:
-    """Some variants of a scene as wrong answers; in training none that is reserved for evaluation."""
+    """Generate variants of a scene as wrong answers; in training, none that are reserved for evaluation."""
     found = variants(scene, rng, held_out=split == "held-out")
     return islice((other for other in found if split != "train" or not other.reserved), HARD_SCENES)
 
@@ -259,12 +259,12 @@ def _caption(scene: Scene) -> _Side:
 
 def _part(scene: Scene, thing: Thing, name: str = "") -> _Side:
     picture = _Picture(scene, name or "-" + thing.place.replace(" ", "-"), thing)
-    # Without the place, which the phrase in the query does not mention.
+    # The key excludes the place, which the phrase in the query does not mention.
     return _Side(f"{IMAGE_MARK}\nRepresent the part.", picture, thing.looks)
 
 
 def _named(question: _Question, stem: str) -> _Question:
-    """The question with its images named after the row: "Scene-T2I/000123-v2.png"."""
+    """Name the question's images after the row: "Scene-T2I/000123-v2.png"."""
 
     def named(side: _Side) -> _Side:
         if side.picture is None:
@@ -275,7 +275,7 @@ def _named(question: _Question, stem: str) -> _Question:
 
 
 def _pool(dataset: str, questions: list[_Question]) -> list[_Side]:
-    """The pool of a dataset's easier candidates."""
+    """Return the pool of a dataset's easier candidates."""
     things = (Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))
     match dataset:
         case "Scene-CLS":
@@ -288,7 +288,7 @@ def _pool(dataset: str, questions: list[_Question]) -> list[_Side]:
 
 
 def _candidates(question: _Question, pool: list[_Side], count: int, rng: np.random.Generator) -> list[_Side]:
-    """The correct answer, the hard negatives, and others from the pool; no two with the same key."""
+    """Return the correct answer, hard negatives, and others from the pool; no two have the same key."""
     shuffled = (pool[i] for i in rng.permutation(len(pool)))
     chosen: dict[Hashable, _Side] = {}
     for side in chain((question.right, *question.hard), shuffled):
@@ -299,5 +299,5 @@ def _candidates(question: _Question, pool: list[_Side], count: int, rng: np.rand
 
 
 def _mmeb(side: _Side) -> tuple[str, str]:
-    """MMEB's text and image path; the path is empty without an image."""
+    """Return MMEB's text and image path; the path is empty without an image."""
     return side.text.replace(IMAGE_MARK, MMEB_IMAGE_MARK), side.picture.name if side.picture else ""
