@@ -119,7 +119,7 @@ def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, recipe: Recipe) -> No
 
 
 def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
-    """Return the learning rate: linear warm-up over the first `warmup_ratio` of the steps, then cosine decay to zero."""
+    """Return the learning rate: linear warm-up over the first `warmup_ratio` of steps, then cosine decay to zero."""
     warmup = math.ceil(optimizer.warmup_ratio * steps)
     if step < warmup:
         return optimizer.lr * (step + 1) / warmup

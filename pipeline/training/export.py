@@ -16,9 +16,9 @@ from pipeline.storage.atomic import remove_leftovers, replacing
 
 
 def export(engine: deepspeed.DeepSpeedEngine, frozen: Frozen | None, recipe: Recipe, source: str, folder: Path) -> None:
-    """Write the engine's weights, with the tokenizer and image processor of `source`, to `folder` atomically. Collective.
+    """Write the engine's weights, and the tokenizer and image processor of `source`, to `folder` atomically.
 
-    frozen: the part outside the engine.  The first rank holds one copy of all weights in CPU memory.
+    frozen: the part outside the engine.  Collective; the first rank holds one copy of all weights in CPU memory.
     """
     weights = _gathered(engine)
     if dist.get_rank() == 0:

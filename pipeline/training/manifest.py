@@ -123,7 +123,7 @@ def read(folder: Path, step: int) -> Manifest | None:
 
 
 def read_json(file: Path) -> dict:
-    """Return the object in a JSON file. Raises Damaged if the file is missing or invalid, else PipelineError."""
+    """Return the object in a JSON file. Raises Damaged if it is missing or invalid, PipelineError if unreadable now."""
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
