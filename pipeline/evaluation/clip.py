@@ -123,7 +123,7 @@ class ClipEncoder:
         return encoder
 
     def prepare(self, item: Item) -> Prepared:
-        """Decode and tokenize an item. Raises BadSample if it cannot be decoded or its marks do not match its pictures."""
+        """Decode and tokenize an item. Raises BadSample if that fails, or if its marks do not match its pictures."""
         for mark, count in ((IMAGE_MARK, len(item.images)), (VIDEO_MARK, int(item.video is not None))):
             if item.text.count(mark) != count:
                 raise BadSample(f"{item.text.count(mark)} {mark} marks in the text, {count} expected")

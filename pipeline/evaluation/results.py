@@ -60,7 +60,7 @@ class DatasetResult:
     """The result of one dataset.
 
     group: one of MMEB's meta-tasks; or "text-image", "text-video", "zero-shot classification".
-    in_distribution: None for datasets outside MMEB.
+    in_distribution: None outside MMEB's meta-tasks.
     queries: their number by direction; the key is "" if there is only one direction.
     metrics: "P@1"; "t2i R@1", "t2i R@5", "t2i R@10", "t2i MdR", "t2i MnR", then the same for "i2t", or for "t2v" and
         "v2t"; "top-1", "top-5". Shares from 0 to 1, ranks from 1. The first metric is the dataset's score.

@@ -92,7 +92,7 @@ class Budget:
             used *= min(max(self.chunk_tokens / largest, 1), 2)
             self.graph = self.graph or int(used)
             more = int((room - used) // self.graph)
-            if more < 0 or (self.kept_chunks and not more) or self.kept_chunks >= items:  # items: all are cached
+            if more < 0 or (self.kept_chunks and not more) or self.kept_chunks >= items:  # at `items` all are cached
                 self.kept_chunks = max(self.kept_chunks + min(more, 0), 0)
                 self.kept_is_fixed = True
             else:

@@ -143,7 +143,7 @@ class Plan:
 
     @classmethod
     def of(cls, recipe: Recipe, gpus: int, videos: bool) -> "Plan":
-        """Return the plan for chunks full of images or `videos`. Raises PipelineError if the family has no estimate."""
+        """Return the plan for chunks full of images or `videos`. Raises PipelineError if memory cannot be estimated."""
         family = training_of(recipe)
         if not family.estimates_memory:
             raise PipelineError(
@@ -172,7 +172,7 @@ class Plan:
         """Return, by name, what else a step keeps in memory throughout."""
         batch, items = self.recipe.batch, 2 * (self.recipe.batch.global_batch // self.gpus)
         kept = {"kept embeddings, their gradient": 2 * items * self.dimension * FP32}
-        if any(not group.in_engine for group in self.groups):  # of the longest items
+        if any(not group.in_engine for group in self.groups):  # for items of maximum length
             features = items * self.chunk(self.recipe.model.max_tokens).features
             kept["kept features, at most"] = min(batch.features_mb << 20, features)
         return kept
