@@ -1,4 +1,4 @@
-"""The interface that an evaluation needs of a model."""
+"""The interface that evaluation needs from a model."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol

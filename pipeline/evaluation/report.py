@@ -29,8 +29,6 @@ _MMEB = {name: task for name, task in MMEB_TASKS.items() if name not in _ALIASES
 
 @dataclass(frozen=True)
 class _Stored:
-    """The content of report.json."""
-
     format: int
     model: str
     averages: dict[str, float]

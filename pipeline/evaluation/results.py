@@ -18,7 +18,7 @@ class Similarities:
 
     @classmethod
     def of(cls, positive: np.ndarray, hardest_negative: np.ndarray) -> "Similarities":
-        """Count similarities (Q,); -inf, for a query without a wrong candidate, is not counted."""
+        """Count similarities (Q,). -inf, for a query without a wrong candidate, is not counted."""
         counts = (
             np.histogram(np.clip(values[np.isfinite(values)], -1, 1), BINS)[0]
             for values in (positive, hardest_negative)

@@ -96,7 +96,6 @@ class Collection:
         return self._rows[key]
 
     def text(self, text: str) -> int:
-        """Return the row of a text."""
         text = text.strip()
         return self.row(item_key(text), text, partial(Item, text))
 

@@ -100,7 +100,7 @@ class Budget:
                 self.kept_chunks += 1 if not self.kept_chunks else min(more, self.kept_chunks)
 
     def smaller(self) -> "Budget | None":
-        """The budget to try after running out of memory: half the graphs or half the chunk; None if neither helps."""
+        """Return the budget to try after running out of memory: half the graphs or tokens; None if neither helps."""
         if self.kept_chunks > 1 and ("kept_chunks" in self.auto or "chunk_tokens" not in self.auto):
             return replace(self, kept_chunks=self.kept_chunks // 2, chunk_is_fixed=True, kept_is_fixed=True)
         if self.chunk_tokens <= self.longest:  # a chunk holds at least one item

@@ -23,9 +23,9 @@ class Memory:
 
 
 class Meter:
-    """Measures the memory of steps on a GPU; on a CPU, the process's memory, as part of its share of the machine.
+    """Measures the memory of steps on a GPU. On a CPU the device is the process's share of the machine's memory.
 
-    total: bytes of the smallest device of all ranks.  The constructor is collective.
+    total: bytes of the smallest rank's device.  The constructor is collective.
     """
 
     def __init__(self, local_world: int) -> None:

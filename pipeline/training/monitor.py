@@ -130,7 +130,7 @@ def _step(line: bytes) -> int | None:
 
 
 class Monitor:
-    """Reports one rank's part of a run in `folder`, from step `start` of `steps`. Rank 0 reports for all ranks."""
+    """Reports on a run in `folder` from step `start` of `steps`. Rank 0 writes everything but other ranks' ledgers."""
 
     def __init__(self, folder: Path, rank: int, start: int, steps: int, *, ledger: bool) -> None:
         self.folder, self.steps = folder, steps

@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class Preemption:
-    """Records the signals instead of letting them end the process; Ctrl-C only inside `steps`, with work to save.
+    """Records SIGNALS, so that they do not end the process; Ctrl-C only inside `steps`: outside, nothing needs saving.
 
     answer: the signal that made all ranks stop, or 0.
     """
