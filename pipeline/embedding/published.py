@@ -51,7 +51,6 @@ def index_published(model: str, datasets: list[CaptionDataset], *, overwrite: bo
 
 
 def _width(url: str, columns: tuple[str, ...]) -> int:
-    """Return the width of the vectors of a tar's first sample."""
     tape = Tape(url)
     for sample in read_tape(tape):
         sizes = _sizes(tape.between(sample.begin, sample.end))
@@ -67,7 +66,7 @@ def _sizes(data: bytes) -> dict[str, int]:
 
 
 def _index_tar(dataset: CaptionDataset, made: EmbeddingMetadata, number: int) -> int:
-    """Index the vectors of a shard. Returns the number of its samples without vectors."""
+    """Index a shard's vectors, and return the number of its samples without vectors."""
     source, shard = dataset.source, dataset.shards[number]
     url, captions = objects.join(dataset.tars_url, file_of(shard)), source.indexes[0][1].captions
     assert captions  # `columns_of` is not None

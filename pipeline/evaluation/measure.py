@@ -54,8 +54,6 @@ def measure(
 
 
 class _Pictures:
-    """Prepares items for display."""
-
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
         self._cache: dict[int, Shown] = {}

@@ -102,8 +102,6 @@ class DiskStore:
 
 
 class _File:
-    """The two files of one dataset."""
-
     def __init__(self, path: Path, dimension: int) -> None:
         self.path, self.keys_path, self.dimension = path, path.with_suffix(".keys"), dimension
         self.count = self.keys_path.stat().st_size // _KEY_BYTES if self.keys_path.exists() else 0

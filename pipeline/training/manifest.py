@@ -159,7 +159,6 @@ def faults(folder: Path, manifest: Manifest, names: Iterable[str], *, thorough: 
 
 
 def _fault(file: Path, expected: File | None, number: int, block: int, thorough: bool) -> str:
-    """Return the fault of a file, or of one block of it; empty if there is none."""
     try:
         if not file.is_file():
             return f"{file.name} is no file" if file.exists() else f"{file.name} is missing"

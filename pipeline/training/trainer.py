@@ -212,7 +212,6 @@ class Trainer:
         )
 
     def _step(self, step: int, batch: Batch) -> tuple[StepResult, float]:
-        """Take one optimizer step, and return its result and learning rate."""
         lr = learning_rate(step, self.steps, self.recipe.optimizer)
         features = KeptFeatures(self.frozen, self.recipe.batch.features_mb << 20) if self.frozen else None
         if measuring := not self.budget.is_fixed:
