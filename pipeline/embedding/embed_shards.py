@@ -1,10 +1,10 @@
-"""Embed the captions of datasets, on all processes, and write them as tars; see data/text_embeddings.py.
+"""Embed the captions of datasets on all processes, and write the vectors as tars; see data/text_embeddings.py.
 
-Ranks take turns with groups of consecutive samples, across shards, so that all are busy even if there are fewer shards
-than ranks. A rank reads the samples of its groups. The first rank writes all vectors: a vector has a few kilobytes, its
-caption's image has tens. The groups do not depend on the number of processes.
+Groups of consecutive samples, across shards, are assigned to ranks in turn, so that all ranks are busy even with fewer
+shards than ranks. Each rank reads the samples of its groups. The first rank writes all vectors, which are small: a few
+kilobytes, while a caption's image has tens. The groups do not depend on the number of processes.
 
-Finished shards are recorded in PLACE/.text_embeddings: after a kill the same command continues.
+Finished shards are recorded in PLACE/.text_embeddings: if the command is killed, run it again to continue.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ from pipeline.storage.objects import ObjectError
 
 GROUP = 256  # samples whose captions one rank embeds at a time
 _AHEAD = 3  # groups that a rank reads while it embeds one
-_READ_BYTES = 16 << 20  # of one ranged read, unless a sample is larger
+_READ_BYTES = 16 << 20  # per ranged read, unless a sample is larger
 _UPLOADS = 2
 _SHOWN = 10  # unusable samples that each rank logs
 _RECORDS = ".text_embeddings"
@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CaptionDataset:
-    """A dataset, and the folder `place` for its captions' embeddings.  parts: the finished ones, by file."""
+    """A dataset, and the folder `place` for the embeddings of its captions.  parts: finished parts by file."""
 
     source: Source
     place: str
@@ -101,7 +101,7 @@ class CaptionDataset:
         )
 
     def begin(self, made: EmbeddingMetadata, overwrite: bool) -> None:
-        """Find the finished parts that have the same shards and the same model.
+        """Find the finished parts with the same shards and model, and prepare to write the others.
 
         Raises PipelineError if the place has other embeddings, unless `overwrite`.
         """
@@ -127,18 +127,18 @@ class CaptionDataset:
             self.parts = {part.shard.file: part for part, found in zip(same, there, strict=True) if found}
         if finished and not stale and len(self.parts) == len(shards):
             return
-        # Delete records of another model before the name of this one is written.
+        # Delete another model's records before writing this model's name.
         kept = {self._record("made"), *map(self._record, self.parts)}
         for url in set(self._records()) - kept:
             objects.delete(url)
         objects.write(self._record("made"), json.dumps(asdict(made)).encode())
-        if finished:  # otherwise they have records
+        if finished:  # without an index the parts have records already
             with ThreadPoolExecutor(16) as pool:
                 list(pool.map(self._note, self.parts.values()))
-        objects.delete(index_url)  # before any tar is overwritten, so that nobody reads a mixture
+        objects.delete(index_url)  # before any tar is overwritten, so that nobody reads a mix of old and new
 
     def _unfinished(self, overwrite: bool) -> tuple[EmbeddingMetadata | None, list[Part]]:
-        """The model and the recorded parts of an earlier start; a part with a damaged record is embedded again."""
+        """Return the model and recorded parts of an earlier start. A part with a damaged record is embedded again."""
         records = self._records()
         if (url := self._record("made")) not in records:
             return None, []
@@ -155,7 +155,7 @@ class CaptionDataset:
 
     def _records(self) -> list[str]:
         found = objects.list_under(objects.join(self.place, _RECORDS))
-        return [url for url in found if url.endswith(".json")]  # without temporary files of a killed process
+        return [url for url in found if url.endswith(".json")]  # excludes temporary files of a killed process
 
     def _record(self, name: str) -> str:
         return objects.join(self.place, _RECORDS, f"{name}.json")
@@ -181,9 +181,9 @@ class CaptionDataset:
         self.parts[part.shard.file] = part
 
     def finish(self, made: EmbeddingMetadata) -> None:
-        """Verify all files by their hashes, and write the index."""
+        """Verify the hashes of all files, and write the index."""
         parts = [self.parts[file_of(shard)] for shard in self.shards]
-        if not self._records():  # an earlier start finished it
+        if not self._records():  # an earlier start has finished
             return
         hashes = {objects.join(self.place, part.shard.sidecar): part.shard.sidecar_sha256 for part in parts}
         if made.stored != "fp32":
@@ -216,7 +216,7 @@ def _is_of(part: Part, shard: Shard) -> bool:
 
 
 def _described(made: EmbeddingMetadata) -> str:
-    """The properties in which vectors for one shard can differ."""
+    """Return the properties in which vectors for the same shard can differ."""
     columns = f", captions in {', '.join(made.columns)}" if made.columns else ""
     return f"({made.identity}, width {made.width}, {made.stored}{columns})"
 
@@ -229,10 +229,10 @@ def _sha256(url: str) -> str:
 
 
 def open_datasets(shards: list[str], out: str | None) -> list[CaptionDataset]:
-    """The datasets at these URLs, or below them.
+    """Open the datasets at these URLs, or below them.
 
-    out: the folder for embeddings, with a folder in it for each of several datasets; default: beside each index.
-    Raises PipelineError if there is no dataset, or if two would be written to one place.
+    out: the folder for embeddings, with a subfolder for each of several datasets; default: beside each index.
+    Raises PipelineError if there is no dataset, or if two would be written to the same place.
     """
     places: dict[str, str] = {}
     for url in map(_plain, shards):
@@ -253,7 +253,7 @@ def open_datasets(shards: list[str], out: str | None) -> list[CaptionDataset]:
 
 
 def _plain(url: str) -> str:
-    """The URL as listings return it."""
+    """Return the URL in the form that listings use."""
     return url.rstrip("/") if "://" in url else str(Path(url))
 
 
@@ -261,8 +261,8 @@ def _plain(url: str) -> str:
 class SampleGroup:
     """Consecutive samples that a rank embeds together.
 
-    keys: of the samples.  texts: for each sample the indices of its texts in `prepared`; empty for an unusable one.
-    prepared: the distinct texts, the longest first.  unusable: a message for each unusable sample.
+    keys: of the samples.  texts: for each sample, the indices of its texts in `prepared`; empty if it is unusable.
+    prepared: the distinct texts, longest first.  unusable: a message for each unusable sample.
     """
 
     keys: list[str]
@@ -288,7 +288,7 @@ def embed_shards(
 def embed_datasets(
     encoder: Encoder, datasets: list[CaptionDataset], stored: Stored, device: torch.device, *, overwrite: bool
 ) -> None:
-    """The same with a loaded encoder.  device: on which the process group communicates."""
+    """Like `embed_shards`, with a loaded encoder.  device: the one on which the process group communicates."""
     rank, world = rank_and_world()
     made = [dataset.made(encoder, stored) for dataset in datasets]
 
@@ -349,7 +349,7 @@ def _on_first_rank(work: Callable[[], T]) -> T:
 
 
 def read_group(source: Source, encoder: Encoder, number: int, start: int, stop: int) -> SampleGroup:
-    """Read the texts of samples start..stop-1 of a shard, with only a part of the samples in memory at a time."""
+    """Read the texts of samples start..stop-1 of a shard, with only part of the samples in memory at a time."""
     keys: list[str] = []
     samples: list[tuple[str, ...]] = []
     unusable: list[str] = []
@@ -367,14 +367,14 @@ def read_group(source: Source, encoder: Encoder, number: int, start: int, stop: 
             unusable.append(f"{source.origin(number, start + len(keys))}, key {key}: {reason}")
         keys.append(key)
         samples.append(texts)
-    ordered = sorted(prepared, key=lambda text: -len(text))  # a stable sort, for the same chunks and vectors every time
+    ordered = sorted(prepared, key=lambda text: -len(text))  # stable, so that chunks and vectors are reproducible
     places = {text: place for place, text in enumerate(ordered)}
     numbers = [[places[text] for text in texts] for texts in samples]
     return SampleGroup(keys, numbers, [prepared[text] for text in ordered], unusable)
 
 
 def samples_of(source: Source, number: int, start: int, stop: int) -> Iterator[tuple[np.void, bytes]]:
-    """(record, bytes) of samples start..stop-1 of a shard, in ranged reads of about _READ_BYTES."""
+    """Yield (record, bytes) of samples start..stop-1 of a shard, in ranged reads of about _READ_BYTES."""
     records = source.records(number, start, stop)
     pieces = np.cumsum(records["length"].astype(np.int64)) // _READ_BYTES
     for piece in np.split(records, np.flatnonzero(np.diff(pieces)) + 1):
@@ -382,7 +382,7 @@ def samples_of(source: Source, number: int, start: int, stop: int) -> Iterator[t
 
 
 def embedded(encoder: Encoder, group: SampleGroup, stored: Stored) -> list[bytes]:
-    """The tar members of the group's samples. Collective, like `Encoder.embed`."""
+    """Embed a group, and return the tar members of its samples. Collective, like `Encoder.embed`."""
     vectors = encoder.embed(group.prepared).float().cpu()
     if vectors.shape != (len(group.prepared), encoder.dimension):
         raise PipelineError(
@@ -393,15 +393,15 @@ def embedded(encoder: Encoder, group: SampleGroup, stored: Stored) -> list[bytes
         samples = zip(group.keys, group.texts, strict=True)
         return next(f"a caption of sample {key}" for key, texts in samples if row in texts)
 
-    require_unit(vectors, encoder.name, caption)  # a stored vector is not computed again
+    require_unit(vectors, encoder.name, caption)  # stored vectors are not computed again
     rows = rounded(vectors, stored)
     return [sample_bytes(key, rows[texts]) for key, texts in zip(group.keys, group.texts, strict=True)]
 
 
 class TarWriter:
-    """Appends samples, in their order, to tars, and uploads each complete tar.
+    """Appends samples in order to tars, and uploads each complete tar.
 
-    As a context manager, it waits at the end for running uploads, also after an error.
+    On exit, the context manager waits for running uploads, even after an error.
     """
 
     def __init__(self, datasets: list[CaptionDataset], folder: Path) -> None:
@@ -411,7 +411,7 @@ class TarWriter:
         self._uploads: deque[Future[None]] = deque()
 
     def add(self, dataset: int, number: int, samples: list[bytes]) -> int:
-        """Append samples of a shard; returns their number. Waits while too many uploads are running."""
+        """Append samples of a shard. Returns their number. Waits while too many uploads are running."""
         shard = self._datasets[dataset].shards[number]
         self._tar = self._tar or TarFile(self._folder / f"{dataset}.{number}.tar")
         for sample in samples:

@@ -26,7 +26,7 @@ LEAST_TOKENS = 64  # enough for the prompt and some text
 
 _GROUP = 256  # items embedded at a time, while as many are decoded
 _THREADS = 16
-_LOADING = Lock()  # Pillow reads an opened file's pixels at first use, and this is not thread-safe
+_LOADING = Lock()  # Pillow reads an opened file's pixels at first use, which is not thread-safe
 
 
 class Parts(TypedDict, total=False):
@@ -67,11 +67,11 @@ class Embedder:
 
         device: None: the accelerator, or else the CPU.
         precision: of the weights; "auto": as stored.
-        max_tokens: of an item, at least 64; a longer text is cut at its end, a longer image or video is an error.
-        video_frames: sampled from a video file, evenly spaced.
-        chunk_tokens: in one forward pass; None: 16,384, or 4,096 if attention pads.
+        max_tokens: of an item, at least 64; a longer text is truncated, a longer image or video is an error.
+        video_frames: number of frames sampled from a video file, evenly spaced.
+        chunk_tokens: tokens in one forward pass; None: 16,384, or 4,096 if attention pads.
 
-        Raises `PipelineError` if there is no such model, or for an option out of its range.
+        Raises `PipelineError` if the model does not exist, or for an option out of range.
         """
         if precision not in DTYPES:
             raise PipelineError(f"precision is {precision!r}; it can be {', '.join(DTYPES)}")
@@ -92,20 +92,20 @@ class Embedder:
         return cast(int, self.model.dimension)
 
     def embed(self, items: Iterable[Embeddable]) -> torch.Tensor:
-        """N items -> (N, D) float32 unit rows on the CPU, in their order.
+        """Embed N items, and return (N, D) float32 unit rows on the CPU, in the same order.
 
         An item is a text, a picture, the `Path` of an image or video file (recognised by its content), or a dict of
         `Parts`. `<image>` and `<video>` mark the places of images and video in a text; without marks they come first.
         Images or a video without a text get MMEB's instruction, "Represent the given image.", if the model was trained
-        with instructions. LLM2CLIP and CLIP were not; for them an item is a text, or pictures.
+        with instructions. LLM2CLIP and CLIP were not; for them an item is either a text or pictures.
 
-        Raises `PipelineError` with the number of the item, from 0, if it cannot be used, or if its vector is no unit
+        Raises `PipelineError` with the item's number, from 0, if the item cannot be used or its vector is not a unit
         vector (for example, with NaN in the weights). In a process group all ranks must embed the same number of items.
         """
         return torch.cat([torch.empty(0, self.dimension), *self.stream(items)])
 
     def stream(self, items: Iterable[Embeddable]) -> Iterator[torch.Tensor]:
-        """Like `embed`, for any number of items: yields (n, D) rows, one group of items at a time.
+        """Embed any number of items like `embed`, and yield (n, D) rows for one group of items at a time.
 
         While the model embeds one group, threads read and decode the next.
         """
@@ -121,7 +121,7 @@ class Embedder:
             pool.shutdown(cancel_futures=True)
 
     def _decoding(self, pool: ThreadPoolExecutor, group: list["_Item"]) -> tuple[list[Future[Encoded]], list[int], int]:
-        """(futures of the group's distinct items, the index of each item among them, the first item's number)."""
+        """Return (futures of the distinct items, the index of each item among them, the first item's number)."""
         distinct: dict[tuple, _Item] = {}
         for item in group:
             distinct.setdefault(item.key, item)
@@ -157,7 +157,7 @@ class Embedder:
 
 @dataclass(frozen=True)
 class _Item:
-    """An item before it is read.  file: an image or a video."""
+    """An item before it is read.  file: an image or a video, not yet known which."""
 
     number: int
     text: str = ""
@@ -167,7 +167,7 @@ class _Item:
 
     @classmethod
     def of(cls, number: int, given: Any) -> "_Item":
-        """Raises PipelineError if `given` cannot be embedded."""
+        """Check and convert a user's item. Raises PipelineError if it cannot be embedded."""
 
         def refuse(why: str) -> NoReturn:
             raise PipelineError(f"item {number}{why}")
@@ -198,7 +198,7 @@ class _Item:
 
     @property
     def key(self) -> tuple:
-        """Equal only for equal items; pictures are compared by identity, while both are in memory."""
+        """A key that is equal only for equal items; pictures are compared by identity, while both are in memory."""
 
         def same(part: Any) -> Any:
             return id(part) if isinstance(part, Picture) else part
@@ -207,7 +207,7 @@ class _Item:
         return self.text, tuple(map(same, self.images)), video, self.file
 
     def by_content(self) -> "_Item":
-        """With the file as an image or a video, by its content."""
+        """Return the item with its file as an image or a video, by the file's content."""
         if self.file is None:
             return self
         if _from_file(self.file, _is_video):
@@ -215,7 +215,7 @@ class _Item:
         return replace(self, file=None, images=(self.file,))
 
     def marked_text(self) -> str:
-        """The text, with marks added if it has none; an instruction if there is no text."""
+        """Return the text, or an instruction if there is none, with marks added if it has none."""
         text = self.text
         if not text.strip():
             given = ["image" if len(self.images) == 1 else "images"] * bool(self.images) + ["video"] * bool(self.video)
@@ -226,7 +226,7 @@ class _Item:
 
 
 def _picture(source: Path | Picture, as_stored: bool) -> Picture:
-    """As RGB; see `rgb`."""
+    """Return a picture as RGB; see `rgb`."""
     if isinstance(source, Path):
         return _from_file(source, partial(decode_image, as_stored=as_stored))
     try:
@@ -246,7 +246,7 @@ def _is_video(data: bytes) -> bool:
 
 
 def _from_file(path: Path, decode: Callable[[bytes], Any]) -> Any:
-    """Decode the file. BadSample, with the file's name, if it cannot be read or decoded."""
+    """Decode a file. Raises BadSample with the file's name if it cannot be read or decoded."""
     try:
         return decode(path.read_bytes())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A folder of embeddings: KIND.npy (N, D), KIND.txt with one id on each line, embeddings.json with the model."""
+"""A folder of embeddings: KIND.npy (N, D), KIND.txt with one id per line, and embeddings.json with the model."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ KINDS = ("texts", "images", "videos")
 
 @dataclass(frozen=True)
 class Identity:
-    """The model of some embeddings.  fingerprint: of its files, wherever they are."""
+    """The model that computed embeddings.  fingerprint: of its files, independent of their location."""
 
     model: str
     dimension: int
@@ -28,7 +28,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class EmbeddingFolder:
-    """A folder of embeddings, all of one model.
+    """A folder of embeddings from one model.
 
     KIND.npy is written last: if it exists, KIND.txt and embeddings.json belong to it.
     """
@@ -39,7 +39,7 @@ class EmbeddingFolder:
         return [kind for kind in KINDS if self._array(kind).exists()]
 
     def check(self, model: str, fingerprint: str, written: Iterable[str], overwrite: bool) -> None:
-        """Raise PipelineError if writing these kinds would overwrite some without `overwrite`, or mix two models."""
+        """Raise PipelineError if writing these kinds would overwrite any without `overwrite`, or mix two models."""
         existing = self.kinds()
         if (again := [str(self._array(kind)) for kind in existing if kind in written]) and not overwrite:
             raise PipelineError(f"{', '.join(again)}: already exists; add --overwrite, or choose another --out")
@@ -55,7 +55,7 @@ class EmbeddingFolder:
             )
 
     def write(self, kind: str, ids: Sequence[str], rows: Iterable[torch.Tensor], identity: Identity) -> None:
-        """Write the rows of a kind, one for each id, as their parts (n, D) arrive."""
+        """Write the rows of a kind, one for each id, as their parts (n, D) arrive. KIND.npy is replaced atomically."""
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), identity.dimension)}
         with replacing(self._array(kind), durable=False) as partial:
             with partial.open("wb") as file:
@@ -63,7 +63,7 @@ class EmbeddingFolder:
                 for part in rows:
                     file.write(part.numpy().astype("<f4").tobytes())
             before = self._identity()
-            # Delete all of another model; `check` made sure that each is written again.
+            # Delete another model's embeddings; `check` ensured that each kind is written again.
             for stale in [kind] if before and before.fingerprint == identity.fingerprint else KINDS:
                 self._array(stale).unlink(missing_ok=True)
             lines = "".join(f"{each}\n" for each in ids).encode(errors="surrogateescape")  # a path may not be UTF-8
@@ -71,7 +71,7 @@ class EmbeddingFolder:
             objects.write(str(self._about), (json.dumps(vars(identity), indent=1) + "\n").encode())
 
     def read(self, kind: str) -> tuple[list[str], np.ndarray]:
-        """(ids, rows (N, D) as a memory map)."""
+        """Return (ids, rows (N, D) as a memory map). Raises PipelineError if they cannot be read or do not match."""
         path = self._array(kind)
         try:
             ids = path.with_suffix(".txt").read_bytes().decode(errors="surrogateescape").split("\n")[:-1]
@@ -90,7 +90,7 @@ class EmbeddingFolder:
         return self.folder / "embeddings.json"
 
     def _identity(self) -> Identity | None:
-        """The model in embeddings.json; None if it cannot be read."""
+        """Return the model in embeddings.json, or None if it cannot be read."""
         try:
             return parse_json(self._about.read_bytes(), str(self._about), Identity, remedy="")
         except (OSError, DocumentError):
@@ -98,7 +98,7 @@ class EmbeddingFolder:
 
 
 def mapped(path: Path) -> np.ndarray:
-    """The array of a .npy file as a memory map; ValueError or OSError if the file is invalid or incomplete."""
+    """Return a .npy file's array as a memory map. Raises ValueError or OSError if the file is invalid or incomplete."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except NO_ARRAY as error:
@@ -106,6 +106,6 @@ def mapped(path: Path) -> np.ndarray:
 
 
 def best(rows: np.ndarray, query: np.ndarray, top: int) -> list[tuple[int, float]]:
-    """(row, similarity) of the `top` rows of (N, D) most similar to the query (D,), the most similar first."""
+    """Return (row, similarity) for the `top` rows of (N, D) most similar to the query (D,), most similar first."""
     similarities = rows @ query
     return [(int(row), float(similarities[row])) for row in np.argsort(-similarities, kind="stable")[:top]]

@@ -1,7 +1,7 @@
 """Index the tars of vectors that LLM2CLIP's own code wrote beside img2dataset's tars. The tars do not change.
 
-llm2clip/data/extract_embedding.py of github.com/microsoft/LLM2CLIP writes NAME_text_embeddings.tar. It has a member
-KEY.COLUMN for each column of captions: the vector's float32 values without a header.
+llm2clip/data/extract_embedding.py in github.com/microsoft/LLM2CLIP writes NAME_text_embeddings.tar. Each sample has a
+member KEY.COLUMN for each column of captions, with the vector's float32 values and no header.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def index_published(model: str, datasets: list[CaptionDataset], *, overwrite: bool) -> None:
-    """Index the published vectors of these datasets.  model: the name of their model, which the tars do not contain.
+    """Index the published vectors of these datasets, reading each tar of vectors and of images once.
 
-    Each tar of vectors, and each of images, is read once.
-    Raises PipelineError for tars with other samples, or without the vectors of a column with captions.
+    model: the name of the model that computed them, which the tars do not contain.
+    Raises PipelineError for tars with other samples, or without vectors for a column of captions.
     """
     identity = hashlib.sha256(f"published {model}".encode()).hexdigest()[:16]
     for dataset in datasets:
@@ -51,7 +51,6 @@ def index_published(model: str, datasets: list[CaptionDataset], *, overwrite: bo
 
 
 def _width(url: str, columns: tuple[str, ...]) -> int:
-    """The width of the vectors of a tar's first sample."""
     tape = Tape(url)
     for sample in read_tape(tape):
         sizes = _sizes(tape.between(sample.begin, sample.end))
@@ -62,15 +61,15 @@ def _width(url: str, columns: tuple[str, ...]) -> int:
 
 
 def _sizes(data: bytes) -> dict[str, int]:
-    """The sizes of a sample's members, by their names in lower case."""
+    """Return the sizes of a sample's members, by lower-case name."""
     return {name.lower(): len(content) for name, content in members_of(data)[1].items()}
 
 
 def _index_tar(dataset: CaptionDataset, made: EmbeddingMetadata, number: int) -> int:
-    """Index the vectors of a shard; returns the number of its samples without vectors."""
+    """Index a shard's vectors, and return the number of its samples without vectors."""
     source, shard = dataset.source, dataset.shards[number]
     url, captions = objects.join(dataset.tars_url, file_of(shard)), source.indexes[0][1].captions
-    assert captions  # `columns_of` found some
+    assert captions  # `columns_of` is not None
     tape, entries = Tape(url), {}
     for sample in read_tape(tape):
         data = tape.between(sample.begin, sample.end) if sample.fault is None else b""

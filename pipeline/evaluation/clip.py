@@ -84,7 +84,7 @@ class ClipEncoder:
 
     @classmethod
     def load(cls, path: str, kind: str, options: EvaluationRun, device: torch.device) -> "ClipEncoder":
-        """From a folder or hub name with a model_type of PEERS; raises the errors of `load_encoder`."""
+        """Load a model with a model_type in PEERS from a folder or hub name. Raises the errors of `load_encoder`."""
         model_class, processor_class = PEERS[kind]
         folder = model_folder(path)
         config = loading.config(path, model_class.config_class)
@@ -123,7 +123,7 @@ class ClipEncoder:
         return encoder
 
     def prepare(self, item: Item) -> Prepared:
-        """Raises BadSample if a picture cannot be decoded, or if the text has more or fewer marks than pictures."""
+        """Decode and tokenize an item. Raises BadSample if that fails, or if its marks do not match its pictures."""
         for mark, count in ((IMAGE_MARK, len(item.images)), (VIDEO_MARK, int(item.video is not None))):
             if item.text.count(mark) != count:
                 raise BadSample(f"{item.text.count(mark)} {mark} marks in the text, {count} expected")
@@ -164,7 +164,7 @@ class ClipEncoder:
         return vision.num_patches if "num_patches" in vision else (vision.image_size // vision.patch_size) ** 2
 
     def _tokenize(self, text: str) -> torch.Tensor:
-        """(T,) int64. SigLIP was trained on lower-case texts, padded to its context length."""
+        """Return (T,) int64 tokens. SigLIP was trained on lower-case texts, padded to its context length."""
         siglip = self.config.model_type != "clip"
         ids = self.tokenizer(
             text.lower() if siglip else text,
@@ -175,7 +175,7 @@ class ClipEncoder:
         return torch.tensor(ids)
 
     def _texts(self, texts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(n, D) unit rows."""
+        """Embed texts as (n, D) unit rows."""
         # CLIP pools the first end-of-text token with causal attention, so padding needs no mask. SigLIP was trained
         # without a mask.
         ids = pad_sequence(list(texts), batch_first=True)
@@ -184,14 +184,14 @@ class ClipEncoder:
         return F.normalize(features.float(), dim=-1)
 
     def _pictures(self, pictures: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """(n, D) unit rows."""
+        """Embed pictures as (n, D) unit rows."""
         model: Any = self.model()
         inputs = {name: torch.stack([p[name] for p in pictures]).to(self.device) for name in pictures[0]}
         inputs["pixel_values"] = self._normalised(inputs["pixel_values"]).to(model.dtype)
         return F.normalize(model.get_image_features(**inputs).pooler_output.float(), dim=-1)
 
     def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalise as the image processor would, but after the transfer: its floats are four times as many bytes.
+        """Normalise pixels like the image processor, but on the device: float32 needs four times the transfer of uint8.
 
         pixels: (n, 3, height, width); or for SigLIP 2 (n, patches, values) with the colour last in each patch.
         """
@@ -205,12 +205,12 @@ class ClipEncoder:
                 torch.tensor(values, device=pixels.device)[:, None, None]
                 for values in (settings.image_mean, settings.image_std)
             )
-            colours.sub_(mean).div_(std)  # in place, also of a view
+            colours.sub_(mean).div_(std)  # in place, through the view
         return pixels
 
 
 def without_marks(text: str) -> str:
-    """An item's text without the marks of its images and video and the white space around them."""
+    """Return an item's text without its image and video marks and the white space around them."""
     return re.sub(rf"\s*({IMAGE_MARK}|{VIDEO_MARK})\s*", " ", text).strip()
 
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 GROUP = 256  # items that one rank packs into chunks together
-_WINDOW = 16  # groups over which rows are interleaved; with more, all ranks would read each block of texts
+_WINDOW = 16  # groups over which rows are interleaved; with more, every rank would read every block of texts
 _THREADS = 16
 
 
@@ -36,9 +36,9 @@ def embed_collection(
 ) -> bool:
     """Embed the items that the first rank's store lacks. Returns False if interrupted.
 
-    The groups of items do not depend on the number of processes; nor do the embeddings, apart from rounding that
-    depends on the number of threads. While a group is embedded, the next one is read and decoded. An item that cannot
-    be used raises PipelineError, because a score without it would not be comparable.
+    The groups of items do not depend on the number of processes. Neither do the embeddings, except for rounding that
+    depends on the number of threads. While a group is embedded, the next one is read and decoded. An unusable item
+    raises PipelineError, because a score without it would not be comparable.
 
     store: None on all ranks but the first.
     interrupted: called on all ranks between groups; it must return the same on all.
@@ -103,9 +103,9 @@ def _check_same(collection: Collection) -> None:
 
 
 def _plan(collection: Collection, store: MemoryStore | DiskStore) -> list[tuple[str, np.ndarray]]:
-    """Groups of rows that the store lacks, each with the name of the first dataset that needs them.
+    """Return groups of rows that the store lacks, each with the name of the first dataset that needs them.
 
-    The rows of a dataset are interleaved over its groups, so that a run of pictures is spread over the ranks.
+    A dataset's rows are interleaved over its groups, so that consecutive pictures are spread over the ranks.
     """
     groups: list[tuple[str, np.ndarray]] = []
     planned = np.zeros(len(collection.items), bool)
@@ -130,7 +130,7 @@ def _prepared(encoder: Encoder, collection: Collection, row: int) -> Any:
 
 
 def gather_on_first(value: T) -> list[T]:
-    """On the first rank: the values of all ranks; on the others an empty list. Collective."""
+    """Return the values of all ranks on the first rank, an empty list on the others. Collective."""
     rank, world = rank_and_world()
     if world == 1:
         return [value]

@@ -1,4 +1,4 @@
-"""The interface that an evaluation needs of a model."""
+"""The interface that evaluation needs from a model."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -14,8 +14,8 @@ class Encoder(Protocol):
     name: for the report.
     identity: a hash of its weights and of all other settings that change a vector.
     dimension: of the vectors.
-    instructed: queries contain an instruction, as MMEB's do. Otherwise sets give only captions, pictures and videos;
-        the text of a picture or video is its mark.
+    instructed: whether queries contain an instruction, as in MMEB. Otherwise items are only captions, pictures and
+        videos; the text of a picture or video is its mark.
     """
 
     @property
@@ -34,7 +34,7 @@ class Encoder(Protocol):
         """Decode and tokenize an item for `embed`. Called in threads. Raises BadSample if the item cannot be used."""
 
     def embed(self, prepared: Sequence[Any]) -> torch.Tensor:
-        """(n, dimension) float32 unit rows, on any device.
+        """Return (n, dimension) float32 unit rows, on any device.
 
-        In a process group all ranks call it equally often, some perhaps without items.
+        In a process group, all ranks call this the same number of times, some perhaps without items.
         """

@@ -55,9 +55,9 @@ __all__ = ["ModelEncoder", "identity_of", "load_encoder"]
 
 
 def load_encoder(path: str, options: EvaluationRun, device: torch.device | None = None) -> Encoder:
-    """The encoder for a folder or hub name, by its config's model_type, or from the function in options.encoder.
+    """Return the encoder for a folder or hub name, by its config's model_type or from the function in options.encoder.
 
-    Its weights are read when the first items are embedded.  device: None: the accelerator, or else the CPU.
+    The weights are read when the first items are embedded.  device: None: the accelerator, or else the CPU.
 
     Raises PipelineError if there is no such model or function, for an unknown model_type, and if the function returns
     no Encoder.
@@ -78,10 +78,10 @@ def load_encoder(path: str, options: EvaluationRun, device: torch.device | None 
 
 @dataclass(frozen=True)
 class ModelEncoder:
-    """A model of this project, or the DeepSpeed engine that trains it, also with ZeRO-3.
+    """An encoder for a model of this project, or for the DeepSpeed engine that trains it, including ZeRO-3.
 
-    dimension: of its vectors.
-    model: called at the first `embed`; returns the model or its engine, and the features of a frozen part outside it.
+    dimension: of the vectors.
+    model: returns the model or its engine, and the features of a frozen part outside it; first called by `embed`.
     """
 
     name: str
@@ -97,7 +97,7 @@ class ModelEncoder:
     def load(
         cls, path: str, family: SavedModelInterface, options: EvaluationRun, device: torch.device
     ) -> "ModelEncoder":
-        """From a folder or hub name; raises the errors of `load_encoder`."""
+        """Load a model from a folder or hub name. Raises the errors of `load_encoder`."""
         dimension, folder = family.dimension(path), model_folder(path)
         return cls(
             name=path,
@@ -112,19 +112,19 @@ class ModelEncoder:
 
     @property
     def max_tokens(self) -> int | None:
-        """The length to which texts are cut."""
+        """The length in tokens to which texts are truncated; None if the processor has none."""
         return getattr(self.processor, "max_tokens", None)
 
     @property
     def instruction(self) -> str:
-        """The text before each text, for a model that was trained with one."""
+        """The instruction that precedes each text; empty for a model trained without one."""
         return getattr(self.processor, "instruction", "")
 
     def prepare(self, item: Item) -> Encoded:
         return self.processor.encode(item)
 
     def embed(self, prepared: Sequence[Encoded]) -> torch.Tensor:
-        """(n, D) float32 unit rows. Collective: all ranks call it equally often, some perhaps without items."""
+        """Return (n, D) float32 unit rows. Collective: all ranks call it equally often, some perhaps without items."""
         model, features = self.model()
         pads = getattr(model, "module", model).pads  # an engine's module is the model
         chunk_tokens = self.chunk_tokens or chunk_tokens_for(pads)
@@ -156,7 +156,7 @@ def _module(name: str) -> ModuleType:
         if not Path(name).is_file():
             raise PipelineError(f"encoder: there is no file {name}")
         spec = spec_from_file_location(Path(name).stem, name)
-        assert spec and spec.loader  # it is a .py file
+        assert spec and spec.loader  # always set for a .py file
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -165,4 +165,4 @@ def _module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise PipelineError(f"encoder: there is no module {name} on Python's path") from None
-        raise  # a module that it imports is missing
+        raise  # the module exists, but one of its imports is missing

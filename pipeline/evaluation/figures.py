@@ -1,6 +1,6 @@
-"""The figures of a report: a bar for each dataset, and the distributions of its similarities.
+"""Draw a report's figures: a bar for each dataset, and the distributions of its similarities.
 
-PNGs in a light and a dark theme, for slides and papers; SVG for the HTML page, with CSS variables as colours.
+PNGs have a light and a dark theme, for slides and papers. SVGs are for the HTML page, with CSS variables as colours.
 """
 
 import io
@@ -26,9 +26,9 @@ from pipeline.evaluation.results import BINS, DatasetResult
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours, as #rrggbb. positive and negative are Okabe and Ito's, which colour-blind people can distinguish.
+    """Colours as #rrggbb.
 
-    https://jfly.uni-koeln.de/color/
+    positive and negative come from Okabe and Ito's palette for colour-blind people: https://jfly.uni-koeln.de/color/
     """
 
     background: str
@@ -52,7 +52,7 @@ _DRAWN_BINS = 2  # bins of BINS in a drawn bin
 
 
 def write(report: Report, folder: Path, before: Report | None = None) -> None:
-    """Write bars-THEME.png and similarities-THEME.png."""
+    """Write bars-THEME.png and similarities-THEME.png for each theme."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, theme in THEMES.items():
         _save(_all_bars(report, before, theme), folder / f"bars-{name}.png")
@@ -60,21 +60,21 @@ def write(report: Report, folder: Path, before: Report | None = None) -> None:
 
 
 def svg_bars(results: dict[str, DatasetResult], before: Report | None) -> str:
-    """An SVG element with the bars of one group's datasets."""
+    """Return an SVG element with the bars of one group's datasets."""
     figure = Figure(figsize=(4, 0.4 + _ROW * len(results)), layout="constrained")
     bars(figure.add_subplot(), results, before, THEMES["light"])
     return _svg(figure, f"Bars of {', '.join(results)}")
 
 
 def svg_similarities(name: str, result: DatasetResult, span: tuple[float, float]) -> str:
-    """An SVG element with the similarities of one dataset."""
+    """Return an SVG element with the similarity histograms of one dataset."""
     figure = Figure(figsize=(1.9, 1))
     similarities(figure.add_axes((0.06, 0.2, 0.83, 0.78)), result, span, THEMES["light"])
     return _svg(figure, f"Similarities of {name}")
 
 
 def grouped(report: Report) -> dict[str, dict[str, DatasetResult]]:
-    """Group -> its datasets, in the report's order."""
+    """Return group -> its datasets, in the report's order."""
     groups: dict[str, dict[str, DatasetResult]] = {}
     for name, result in report.results.items():
         groups.setdefault(result.group, {})[name] = result
@@ -82,7 +82,7 @@ def grouped(report: Report) -> dict[str, dict[str, DatasetResult]]:
 
 
 def span_of(report: Report) -> tuple[float, float]:
-    """The range of all similarities, so that all datasets are drawn to one scale."""
+    """Return the range of all similarities, so that all datasets are drawn to the same scale."""
     counts = sum(
         np.array(each.similarities.positive) + each.similarities.hardest_negative for each in report.results.values()
     )
@@ -91,7 +91,7 @@ def span_of(report: Report) -> tuple[float, float]:
 
 
 def bars(axes: Axes, results: dict[str, DatasetResult], before: Report | None, theme: Theme) -> None:
-    """The datasets' scores from top to bottom, with chance and the scores of an earlier report."""
+    """Draw the datasets' scores from top to bottom, with chance and the scores of an earlier report."""
     for place, (name, result) in enumerate(results.items()):
         then = before.results.get(name) if before else None
         top, height = (place - 0.13, 0.46) if then else (place, 0.6)
@@ -116,7 +116,7 @@ def bars(axes: Axes, results: dict[str, DatasetResult], before: Report | None, t
 
 
 def similarities(axes: Axes, result: DatasetResult, span: tuple[float, float], theme: Theme) -> None:
-    """Histograms of the queries' similarities to the right candidate, and to the hardest negative."""
+    """Draw histograms of the queries' similarities to the right candidate, and to the hardest negative."""
     pairs = (result.similarities.hardest_negative, theme.negative), (result.similarities.positive, theme.positive)
     edges = BINS[::_DRAWN_BINS]
     within = (edges >= span[0] - 0.02) & (edges <= span[1] + 0.02)  # the other bins are empty
@@ -180,7 +180,7 @@ def _all_similarities(report: Report, theme: Theme) -> Figure:
 
 
 def overlap(result: DatasetResult) -> str:
-    """`Similarities.overlap` in percent, as text."""
+    """Return `Similarities.overlap` in percent, as text."""
     if not sum(result.similarities.hardest_negative):
         return "no negatives"
     return f"overlap {100 * result.similarities.overlap:.0f}%"
@@ -206,7 +206,7 @@ def _legend(figure: Figure, handles: Sequence[Artist], theme: Theme, outside: bo
 
 
 def _brief(name: str, characters: int = 24) -> str:
-    """The name as a label: shortened, as valid UTF-8, and with $ escaped, which would begin a formula."""
+    """Return the name as a label: shortened, as valid UTF-8, and with $ escaped, because it would begin a formula."""
     name = name if len(name) <= characters else f"{name[: characters - 1]}…"
     return name.encode(errors="replace").decode().replace("$", r"\$")
 
@@ -217,7 +217,7 @@ def _save(figure: Figure, file: Path) -> None:
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """The figure as an SVG element that fills the available width and has the page's colours."""
+    """Return the figure as an SVG element that fills the available width and uses the page's colours."""
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
@@ -226,7 +226,7 @@ def _svg(figure: Figure, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'(?<=<svg)[^>]*?( viewBox="[^"]*")[^>]*', r' aria-hidden="true"\1', text, count=1)
-    text = re.sub(r' id="[a-z0-9]+_\d+"', "", text)  # every figure would have the same ids
+    text = re.sub(r' id="[a-z0-9]+_\d+"', "", text)  # the same in every figure
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)  # they repeat the labels
     for name, colour in asdict(THEMES["light"]).items():
         text = text.replace(colour, f"var(--{name})")

@@ -1,4 +1,4 @@
-"""The files of a report: report.html, which needs no network and no script, and those beside it."""
+"""Write a report's files: report.html, which needs neither network nor scripts, and the files beside it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -42,7 +42,7 @@ class Change:
 
 
 def write_report(report: Report, folder: Path, before: Report | None = None) -> None:
-    """Write report.json, report.html, figures/*.png and, for MMEB's datasets, leaderboard.json.
+    """Write report.json, report.html, figures/*.png and, for MMEB datasets, leaderboard.json.
 
     before: an earlier report to compare with.
     """
@@ -54,7 +54,7 @@ def write_report(report: Report, folder: Path, before: Report | None = None) -> 
 
 
 def page(report: Report, before: Report | None = None) -> str:
-    """The HTML of a report, compared with an earlier one if given. Text from data or models is escaped."""
+    """Return the HTML of a report, compared with an earlier one if given. Text from data or models is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -82,6 +82,6 @@ def page(report: Report, before: Report | None = None) -> str:
 
 
 def papers_of(row: TableRow) -> list[tuple[Published, dict[str, float]]]:
-    """Published metrics for the dataset and direction of a row."""
+    """Return the published metrics for a row's dataset and direction."""
     found = [(paper, by_direction(paper.metrics_of(row.name)).get(row.direction, {})) for paper in PUBLISHED]
     return [(paper, metrics) for paper, metrics in found if metrics]

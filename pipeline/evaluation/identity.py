@@ -6,24 +6,24 @@ from pathlib import Path
 
 from pipeline.models.files import SETTINGS, fetched, fingerprint, survey
 
-_VERSION = 3  # raise it if a change of prompts, tiles, pooling or of this file changes the vectors of an encoder
+_VERSION = 3  # raise it when a change of prompts, tiles, pooling or this file changes an encoder's vectors
 
 
 def model_folder(path: str) -> Path:
-    """The folder with the files of a model. PipelineError if there is none, or if it has no weights."""
+    """Return the folder with a model's files. Raises PipelineError if it does not exist or has no weights."""
     folder = fetched(path)
     survey(folder)  # raises the errors
     return folder
 
 
 def identity_of(folder: Path, *options: object) -> str:
-    """16 hexadecimal digits for a model folder and the options that change its vectors.
+    """Return a hash, 16 hexadecimal digits, of a model folder and the options that change its vectors.
 
     Settings that change only the rounding are not included: device, attention, chunk size.
     """
     parts = [fingerprint(str(part)) for part in (folder, *sorted(file.parent for file in folder.glob("*/config.json")))]
     digest = hashlib.sha256(json.dumps([_VERSION, *parts, *options]).encode())
-    for file in sorted([*folder.glob("*.*"), *folder.glob("*/config.json")]):  # of sentence-transformers
+    for file in sorted([*folder.glob("*.*"), *folder.glob("*/config.json")]):  # used by sentence-transformers
         if not file.is_file():
             continue
         if file.suffix in SETTINGS:

@@ -8,13 +8,13 @@ from pipeline.evaluation.results import DatasetResult
 
 
 def leaderboard(model: str, datasets: Mapping[str, DatasetResult | None]) -> dict[str, Any]:
-    """The content of its scores/MODEL.json, with the image datasets only.
+    """Return the content of the leaderboard's scores/MODEL.json, for the image datasets only.
 
-    datasets: MMEB's 36 by name; None for one that was not evaluated, which is written as the authors' program does.
+    datasets: MMEB's 36 datasets by name; None for one that was not evaluated, written as in the authors' program.
     Metadata that an evaluation does not know is None: fill it in before submitting.
 
-    The layout is that of experiments/report_score_v2.py in https://github.com/TIGER-AI-Lab/VLM2Vec, and of the file
-    from the leaderboard in docs/mmebv2_reproduction/ there, where model_size is in billions of parameters.
+    The layout follows experiments/report_score_v2.py in https://github.com/TIGER-AI-Lab/VLM2Vec, and the leaderboard's
+    file in docs/mmebv2_reproduction/ there, where model_size is in billions of parameters.
     """
     metadata = {
         "model_name": model,

@@ -31,7 +31,7 @@ def measure(
     worst: int = 0,
     device: torch.device | str = "cpu",
 ) -> Report:
-    """The report of a model.
+    """Return the report of a model.
 
     take: rows of the collection -> (n, D) unit vectors.  worst: how many of each dataset's worst queries to include.
     """
@@ -54,8 +54,6 @@ def measure(
 
 
 class _Pictures:
-    """Items for display."""
-
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
         self._cache: dict[int, Shown] = {}
@@ -78,7 +76,7 @@ class _Pictures:
         )
 
     def of(self, row: int) -> Shown:
-        """An item with a thumbnail of its image, or of the middle frame of its video."""
+        """Return an item with a thumbnail of its first image, or of the middle frame of its video."""
         if row not in self._cache:
             item, name = self.collection.items[row](), self.collection.names[row]
             text, picture = without_marks(item.text), ""
@@ -87,7 +85,7 @@ class _Pictures:
                     picture = _jpeg(decode_image(item.images[0]))
                 elif item.video is not None:
                     picture = _jpeg(sample_frames(item.video, 3)[1])
-            except BadSample:  # a user's encoder may read formats that this project does not
+            except BadSample:  # a user's encoder may support more formats
                 pass
             seen = item.images or item.video is not None
             self._cache[row] = Shown(f"{text} ({name})" if text and seen else name, picture)

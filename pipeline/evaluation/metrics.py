@@ -1,4 +1,4 @@
-"""Exact ranks from embeddings, computed in tiles, and the metrics that papers report."""
+"""Compute exact ranks from embeddings, in tiles, and the metrics that papers report."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ Take = Callable[[np.ndarray], np.ndarray]  # (n,) rows of the collection -> (n, 
 
 _SAMPLE = 256  # items that are tested for collapse
 _COLLAPSED = 1e-3  # distance of unit vectors below which they count as equal
-_GROUP = 32  # queries of a ranking in one product: with more, most similarities would not be needed
+_GROUP = 32  # queries of a ranking in one product; with more, most of the computed similarities would not be needed
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Scores:
     """Ranks and similarities of a task's Q queries. "Best" means most similar.
 
     rank: (Q,) int64, 1 + the number of wrong candidates that are strictly more similar than the best right one.
-    tied: (Q,) bool, a wrong candidate is exactly as similar as the best right one.
+    tied: (Q,) bool, whether a wrong candidate is exactly as similar as the best right one.
     positive: (Q,) float32, the similarity of the best right candidate.
     hardest: (Q,) float32, the similarity of the best wrong candidate; -inf without one.
     right: (Q,) int64, the number of the best right candidate; 0 in a Ranking.
@@ -58,10 +58,10 @@ def scores_of(task: Task, take: Take, *, device: torch.device | str = "cpu", til
 
     The result is bitwise independent of tiles, kernels and threads.
     device: for the matrix products; it must support float64.
-    tile_bytes: approximate size of a tile; a few are in memory, whatever the number of queries and candidates.
+    tile_bytes: approximate size of a tile; a few are in memory at a time, for any number of queries and candidates.
 
-    Raises PipelineError for an embedding that is no unit vector (a NaN would count as right: nothing is larger), for a
-    task without queries, and for a query without a right candidate.
+    Raises PipelineError for an embedding that is not a unit vector (a NaN would count as right, as nothing is larger),
+    for a task without queries, and for a query without a right candidate.
     """
     if not len(task.queries):
         raise PipelineError(f"{task.name} has no queries; check its annotations")
@@ -81,8 +81,8 @@ def scores_of(task: Task, take: Take, *, device: torch.device | str = "cpu", til
     return Scores(1 + above, tied, positive, hardest, right, first, float(np.mean(chances)), equal)
 
 
-# Arrays (q,) for some queries: the number of wrong candidates above the best right one, whether any ties with it, its
-# similarity, that of the best wrong one, the numbers of both candidates, and the number of ties with other items.
+# (q,) arrays for some queries: the number of wrong candidates above the best right one, whether any ties with it, the
+# similarities of the best right and the best wrong candidate, their numbers, and the number of ties with other items.
 _Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 _Vectors = Callable[[np.ndarray], Tensor]
 
@@ -110,7 +110,7 @@ def _ranked(task: Ranking, vectors: _Vectors, dimension: int, tile_bytes: int) -
 def _retrieved(task: Retrieval, vectors: _Vectors, dimension: int, tile_bytes: int) -> Iterable[_Part]:
     candidates, width = task.candidates, dimension * task.candidates[0].size
     items = np.sort(candidates.reshape(len(candidates), -1), axis=1)
-    same = np.unique(items, axis=0, return_inverse=True)[1].reshape(-1)  # equal numbers: candidates of the same items
+    same = np.unique(items, axis=0, return_inverse=True)[1].reshape(-1)  # equal for candidates with the same items
     for group in _cuts(len(task.queries), max(1, tile_bytes // (16 * dimension))):
         queries, right = vectors(task.queries[group]), task.right[group]
         height = max(1, tile_bytes // (16 * (width + len(queries))))
@@ -148,12 +148,12 @@ def _retrieved(task: Retrieval, vectors: _Vectors, dimension: int, tile_bytes: i
 
 
 def _similarities(queries: Tensor, candidates: Tensor) -> Tensor:
-    """(q, c) float32: exact products of rows from `_fixed`, rounded to float32. The reported values are compared."""
+    """Return (q, c) exact products of rows from `_fixed`, rounded to float32: ranks compare the reported values."""
     return (queries @ candidates.T).float()
 
 
 def _vectors(name: str, take: Take, device: torch.device | str, rows: np.ndarray) -> Tensor:
-    """(n, D) float64 vectors from `_fixed`: of the items in rows (n,), or of means over K items in rows (n, K).
+    """Return (n, D) float64 vectors from `_fixed`: of the items in rows (n,), or means over K items in rows (n, K).
 
     name: of the task, for errors.
     """
@@ -168,7 +168,7 @@ def _vectors(name: str, take: Take, device: torch.device | str, rows: np.ndarray
     vectors = _fixed(taken.double())
     if rows.ndim == 1:
         return vectors
-    # All is exact except division and square root, which do not depend on tiles. A mean of zero stays zero.
+    # Everything is exact except division and square root, which do not depend on tiles. A mean of zero stays zero.
     means = _fixed(vectors.view(*rows.shape, -1).sum(dim=1) / rows.shape[1])
     return _fixed(means / means.square().sum(dim=1, keepdim=True).sqrt().clamp(min=_STEP))
 
@@ -177,12 +177,12 @@ _STEP = 2.0**-26
 
 
 def _fixed(vectors: Tensor) -> Tensor:
-    """Round float64 unit vectors in place to multiples of 2^-26: then their dot products are exact.
+    """Round float64 unit vectors in place to multiples of 2^-26, so that their dot products are exact.
 
     Each product is a multiple of 2^-52. By Cauchy-Schwarz no partial sum exceeds 1, or 2 for vectors within the
-    tolerance, so float64 represents all partial sums and the order of additions does not matter. Otherwise the last
-    digits would depend on kernel, tile and threads, and a candidate identical to the right one could count as strictly
-    more similar. A similarity changes by about 1e-8, less than the resolution of float32 near 1.
+    tolerance. So float64 represents all partial sums, and the order of additions does not matter. Without rounding, the
+    last digits would depend on kernel, tile and threads, and a candidate identical to the right one could count as
+    strictly more similar. A similarity changes by about 1e-8, less than the resolution of float32 near 1.
     """
     return vectors.mul_(1 / _STEP).round_().mul_(_STEP)
 
@@ -196,22 +196,22 @@ def _cuts(count: int, size: int) -> Iterable[slice]:
 
 
 def recall_at(scores: Scores, k: int) -> float:
-    """Share of queries with a right candidate among the first k; for classification, the top-k accuracy.
+    """Return the share of queries with a right candidate among the first k; for classification, the top-k accuracy.
 
-    If an image has several captions, one of them among the first k suffices, as in CLIP's papers.
+    For an image with several captions, one of them among the first k suffices, as in the CLIP papers.
     """
     return float(np.mean(scores.rank <= k))
 
 
 def worst_queries(scores: Scores, count: int) -> np.ndarray:
-    """The numbers of up to `count` queries with the lowest positive minus hardest similarity, the lowest first."""
+    """Return the numbers of up to `count` queries with the lowest positive minus hardest similarity, lowest first."""
     return np.argsort(scores.positive - scores.hardest, kind="stable")[:count]
 
 
 def collapsed(task: Task, take: Take) -> bool:
-    """Whether all queries, or all candidates, of a task have the same vector, apart from rounding.
+    """Return whether all queries, or all candidates, of a task have the same vector, up to rounding.
 
-    It tests some hundred of each, spread over the task.
+    Up to _SAMPLE of each, spread over the task, are tested.
     """
     candidates = np.concatenate(task.candidates) if isinstance(task, Ranking) else task.candidates.ravel()
     for rows in (task.queries, candidates):
@@ -223,10 +223,10 @@ def collapsed(task: Task, take: Take) -> bool:
 
 
 def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case], *, collapsed: bool = False) -> DatasetResult:
-    """The result of one dataset: of a Ranking, or of one Retrieval for each direction.
+    """Return the result of one dataset, from a Ranking or from one Retrieval for each direction.
 
-    The direction from text comes first, whatever the order of the tasks: its R@1 is the dataset's score.
-    worst: of all directions.  collapsed: see `collapsed`.
+    The direction from text comes first, in any order of the tasks: its R@1 is the dataset's score.
+    worst: cases of all directions.  collapsed: see `collapsed`.
     """
     strict = [replace(own, rank=own.worst_rank) for own in scores]
     both = sorted(zip(tasks, strict, strict=True), key=lambda pair: not pair[0].direction.startswith("t"))

@@ -20,7 +20,7 @@ class Published:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def metrics_of(self, dataset: str) -> dict[str, float]:
-        """Metrics of a dataset; case and punctuation of its name do not matter. Empty if there are none."""
+        """Return a dataset's metrics, ignoring case and punctuation of its name; empty if there are none."""
         return next((metrics for name, metrics in self.metrics.items() if _plain(dataset) == _plain(name)), {})
 
 

@@ -20,7 +20,7 @@ from pipeline.storage.documents import parse_json
 
 FORMAT = 1
 REPORT_FILE = "report.json"
-_MMEB_QUERIES = 1000  # in each dataset, as sampled by the VLM2Vec paper (arXiv 2410.05160)
+_MMEB_QUERIES = 1000  # per dataset, as sampled in the VLM2Vec paper (arXiv 2410.05160)
 AVERAGES = (*META_TASKS, "in distribution", "out of distribution", "overall")
 _ALIASES = {"ImageNet-1K": "ImageNet_1K"}  # an evaluation set may have the name of the training set
 # MMEB's 36 datasets: name -> (meta-task, in distribution).
@@ -29,8 +29,6 @@ _MMEB = {name: task for name, task in MMEB_TASKS.items() if name not in _ALIASES
 
 @dataclass(frozen=True)
 class _Stored:
-    """What report.json holds."""
-
     format: int
     model: str
     averages: dict[str, float]
@@ -39,10 +37,10 @@ class _Stored:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row in the table of a group of datasets that are not MMEB's.
+    """A row in the table of a group of datasets outside MMEB.
 
     direction: see Retrieval.  queries: None in a row of means.  chance: None for the second direction.
-    metrics: without the direction in their names.  before: the same from an earlier report; empty without one.
+    metrics: named without the direction.  before: the metrics from an earlier report; empty without one.
     """
 
     name: str
@@ -55,7 +53,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Results of `model` by dataset: MMEB's in the order of its table, then the others in the given order."""
+    """Results of `model` by dataset: MMEB datasets in the order of MMEB's table, then the others in the given order."""
 
     model: str
     results: dict[str, DatasetResult]
@@ -70,24 +68,24 @@ class Report:
 
     @property
     def score(self) -> float:
-        """The mean of all datasets' scores. It compares checkpoints that were evaluated on the same sets."""
+        """The mean of all datasets' scores, to compare checkpoints that were evaluated on the same sets."""
         return float(np.mean([result.score for result in self.results.values()]))
 
     @property
     def collapsed(self) -> list[str]:
-        """The datasets for which the model gives the same vector for all queries, or for all candidates."""
+        """The datasets where all queries, or all candidates, have the same vector."""
         return [name for name, result in self.results.items() if result.collapsed]
 
     def mmeb(self) -> dict[str, DatasetResult | None]:
-        """MMEB's 36 datasets in the order of its table, None for missing ones; empty if all are missing."""
+        """Return MMEB's 36 datasets in the order of its table, None for missing ones; empty if all are missing."""
         ours = {name: result for name, result in self.results.items() if result.is_mmeb}
         found = {name: ours.get(name) or ours.get(_ALIASES.get(name, "")) for name in _MMEB}
         return found if any(found.values()) else {}
 
     def averages(self, of: Callable[[DatasetResult], float] = attrgetter("score")) -> dict[str, float]:
-        """Means over datasets, not over queries, as in MMEB's table: by meta-task, by distribution, and overall.
+        """Return means over datasets, not queries, as in MMEB's table: by meta-task, by distribution, and overall.
 
-        If the report has any of MMEB's own datasets, a mean is over MMEB's only, and is omitted if one is missing.
+        If the report has any of MMEB's 36 datasets, means are over those only, and omitted if one is missing.
         """
         return {
             group: float(np.mean([of(result) for result in members.values() if result]))
@@ -96,7 +94,7 @@ class Report:
         }
 
     def missing(self) -> dict[str, list[str]]:
-        """Each omitted average -> the datasets that are missing for it."""
+        """Return omitted average -> the datasets that are missing for it."""
         omitted = {
             group: [name for name, result in members.items() if result is None]
             for group, members in self._groups().items()
@@ -104,7 +102,7 @@ class Report:
         return {group: names for group, names in omitted.items() if names}
 
     def _groups(self) -> dict[str, dict[str, DatasetResult | None]]:
-        """The datasets of each average."""
+        """Return the datasets of each average; None for a missing one."""
         datasets: list[tuple[str, str, bool | None, DatasetResult | None]] = [
             (name, *_MMEB[name], result) for name, result in self.mmeb().items()
         ]
@@ -118,7 +116,7 @@ class Report:
         return {group: members for group, members in groups.items() if members}
 
     def others(self, before: "Report | None" = None) -> dict[str, list[TableRow]]:
-        """Group -> a row for each dataset and direction, for results that are not MMEB's.
+        """Return group -> a row for each dataset and direction, for results outside MMEB.
 
         If a dataset has several languages, rows with their means follow.
         """
@@ -146,7 +144,7 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> "Report":
-        """Read the file of `save`, or the one in this folder; PipelineError if it is no report of this format."""
+        """Read a file from `save`, or report.json in a folder. Raises PipelineError if it is not in this format."""
         file = path / REPORT_FILE if path.is_dir() else path
         remedy = "it is not an evaluation's report: evaluate again, or name another file"
         try:
@@ -167,7 +165,7 @@ class Report:
         return cls(content.model, content.results)
 
     def print(self, before: "Report | None" = None) -> None:
-        """Print tables of all datasets, with chance and perhaps an earlier report; then the remarks."""
+        """Print tables of all datasets, with chance and optionally an earlier report; then the remarks."""
         # A log file has no width. Names may contain brackets, which are not markup.
         width = None if sys.stdout.isatty() else 120
         console = Console(width=width, markup=False, emoji=False, highlight=False)
@@ -179,7 +177,7 @@ class Report:
             console.print(printable(sentence))
 
     def remarks(self) -> list[str]:
-        """Notes for the reader of the tables: collapse, omitted averages, small datasets, ties."""
+        """Return notes on the tables: collapse, omitted averages, small datasets, ties."""
         remarks, omitted = [], []
         if self.collapsed:
             remarks.append(
@@ -232,22 +230,22 @@ class Report:
 
 
 def shown(metric: str, value: float) -> str:
-    """A metric as text: ranks as they are, shares in percent."""
+    """Return a metric as text: ranks as they are, shares in percent."""
     return f"{value if is_rank(metric) else 100 * value:.1f}"
 
 
 def changed(metric: str, now: float, before: float) -> str:
-    """The signed difference, in the unit of `shown`."""
+    """Return the signed difference as text, in the unit of `shown`."""
     return f"{(now - before) * (1 if is_rank(metric) else 100):+.1f}"
 
 
 def is_rank(metric: str) -> bool:
-    """Whether the metric is a median or mean rank, for which lower is better."""
+    """Return whether the metric is a median or mean rank, for which lower is better."""
     return metric.endswith(("MdR", "MnR"))
 
 
 def by_direction(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """{"t2i R@1": 0.5, ...} -> {"t2i": {"R@1": 0.5, ...}, ...}, in the same order; "" for those without direction."""
+    """Convert {"t2i R@1": 0.5, ...} to {"t2i": {"R@1": 0.5, ...}, ...}, in the same order; "" for no direction."""
     grouped: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         direction, _, metric = name.rpartition(" ")
@@ -256,7 +254,7 @@ def by_direction(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def _family(name: str, language: str) -> str:
-    """A dataset's name without the language at its end: XM3600-de, XM3600/de -> XM3600."""
+    """Return a dataset's name without the language at its end: XM3600-de, XM3600/de -> XM3600."""
     return re.sub(rf"[\W_]*(?<![A-Za-z]){re.escape(language)}\W*$", "", name) or name if language else name
 
 
@@ -268,7 +266,7 @@ def _rows(name: str, result: DatasetResult, before: Report | None) -> list[Table
             name,
             direction,
             result.queries.get(direction),
-            None if place else result.chance,  # chance belongs to the first metric, hence to the first direction
+            None if place else result.chance,  # chance belongs to the first metric, so to the first direction
             metrics,
             earlier.get(direction, {}),
         )
@@ -277,7 +275,7 @@ def _rows(name: str, result: DatasetResult, before: Report | None) -> list[Table
 
 
 def _mean(name: str, rows: Sequence[TableRow]) -> TableRow:
-    """The mean over languages; with earlier metrics only if all of them have some."""
+    """Return the mean over languages, with earlier metrics only if all languages have them."""
     befores = [row.before for row in rows]
     chance = None if rows[0].chance is None else float(np.mean([row.chance for row in rows]))
     before = _means(befores) if all(befores) else {}
@@ -310,5 +308,5 @@ def _table(title: str, rows: Sequence[TableRow]) -> Table:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write the text atomically; a file's name in it that is not UTF-8 is replaced."""
+    """Write the text atomically. Characters that are not UTF-8, as in some file names, are replaced."""
     objects.write(str(path), text.encode(errors="replace"))

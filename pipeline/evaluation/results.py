@@ -18,7 +18,7 @@ class Similarities:
 
     @classmethod
     def of(cls, positive: np.ndarray, hardest_negative: np.ndarray) -> "Similarities":
-        """positive, hardest_negative: (Q,); -inf for a query without a wrong candidate, which is not counted."""
+        """Count similarities (Q,). -inf, for a query without a wrong candidate, is not counted."""
         counts = (
             np.histogram(np.clip(values[np.isfinite(values)], -1, 1), BINS)[0]
             for values in (positive, hardest_negative)
@@ -60,14 +60,14 @@ class DatasetResult:
     """The result of one dataset.
 
     group: one of MMEB's meta-tasks; or "text-image", "text-video", "zero-shot classification".
-    in_distribution: only for MMEB's datasets.
+    in_distribution: None outside MMEB's meta-tasks.
     queries: their number by direction; the key is "" if there is only one direction.
     metrics: "P@1"; "t2i R@1", "t2i R@5", "t2i R@10", "t2i MdR", "t2i MnR", then the same for "i2t", or for "t2v" and
-        "v2t"; "top-1", "top-5". Shares from 0 to 1, ranks from 1. The first one is the dataset's score.
+        "v2t"; "top-1", "top-5". Shares from 0 to 1, ranks from 1. The first metric is the dataset's score.
     chance: the first metric's value for random ranking.
     ties: the number of queries with a wrong candidate exactly as similar as the best right one. The wrong one ranks
         first, unless both are the same item.
-    collapsed: all queries, or all candidates, have the same vector: the metrics are meaningless.
+    collapsed: whether all queries, or all candidates, have the same vector; the metrics are then meaningless.
     worst: the queries with the lowest positive minus hardest negative similarity, the worst first.
     """
 

@@ -1,4 +1,4 @@
-"""Stores for the embeddings of a collection's items: in memory, or on disk, from where a killed evaluation continues.
+"""Stores for the embeddings of a collection's items: in memory, or on disk to resume a killed evaluation.
 
     FOLDER/<dataset>.npy    (N, D) float32, in the order in which items were embedded
     FOLDER/<dataset>.keys   N keys of items, 16 bytes each (see Collection)
@@ -26,7 +26,7 @@ _KEY_BYTES = 16
 
 @contextmanager
 def held(folder: Path, datasets: Iterable[str]) -> Iterator[None]:
-    """Inside, no other process can embed these datasets into `folder`, only others; see `lock.held`."""
+    """Prevent other processes from embedding these datasets into `folder`; see `lock.held`."""
     places = [folder / _name(dataset) for dataset in datasets]
     try:
         with lock.held(map(str, places)):
@@ -61,7 +61,7 @@ class DiskStore:
     """Embeddings of one encoder in `folder`."""
 
     def __init__(self, folder: Path, keys: Sequence[bytes], dimension: int) -> None:
-        """keys: of the collection's items.  Raises PipelineError for a file of another dimension."""
+        """Open the files in `folder`. Raises PipelineError if one has another dimension.  keys: the collection's."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.keys, self.dimension = folder, keys, dimension
         self.files = [_File(path, dimension) for path in sorted(folder.glob("*.npy"))]
@@ -75,7 +75,7 @@ class DiskStore:
                     self._file[row], self._row[row] = number, place
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
-        """The rows that have no vector yet."""
+        """Return the rows that have no vector yet."""
         return rows[self._file[rows] < 0]
 
     def append(self, dataset: str, rows: np.ndarray, vectors: np.ndarray) -> None:
@@ -93,7 +93,7 @@ class DiskStore:
         self._file[rows], self._row[rows] = number, np.arange(first, file.count)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """The vectors (n, D) of these rows; none may be missing."""
+        """Return the vectors (n, D) of these rows; none may be missing."""
         vectors = np.empty((len(rows), self.dimension), np.float32)
         for number in np.unique(self._file[rows]):
             here = np.flatnonzero(self._file[rows] == number)
@@ -102,8 +102,6 @@ class DiskStore:
 
 
 class _File:
-    """The two files of one dataset."""
-
     def __init__(self, path: Path, dimension: int) -> None:
         self.path, self.keys_path, self.dimension = path, path.with_suffix(".keys"), dimension
         self.count = self.keys_path.stat().st_size // _KEY_BYTES if self.keys_path.exists() else 0
@@ -152,7 +150,7 @@ class _File:
         )
 
     def _header(self, count: int) -> bytes:
-        """The .npy header, which has the same length for every count."""
+        """Return the .npy header, which has the same length for every count."""
         header = BytesIO()
         described = {"descr": "<f4", "fortran_order": False, "shape": (count, self.dimension)}
         np.lib.format.write_array_header_1_0(header, described)

@@ -42,11 +42,11 @@ RetrievalKind = Literal["text-image", "text-video", "classification"]
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Queries with common candidates, one or several of which are right for a query.
+    """Queries that share their candidates; one or several candidates are right for a query.
 
     direction: "t2i", "i2t", "t2v" or "v2t"; "" for classification of images.
     queries: (Q,) rows of the collection's items.
-    candidates: (C,) rows; or (C, K) rows, if a candidate is the mean of K unit vectors: those of a class's prompts.
+    candidates: (C,) rows; or (C, K) rows, if each candidate is the mean of K unit vectors, for a class's prompts.
     right: for each query the numbers, from 0 to C - 1, of its right candidates.
     names: of the classes, if the candidates are classes.
     """
@@ -73,11 +73,10 @@ Task = Ranking | Retrieval
 class Collection:
     """Tasks and their items. An item that several tasks use is stored, and embedded, once.
 
-    Texts are stripped, as models read them. Pictures with different bytes are different items, even if a model sees no
-    difference (a copy with other metadata): that is only known after decoding, and a picture whose embedding is on disk
-    is not decoded.
+    Texts are stripped, as models read them. Pictures with different bytes are different items, even if their pixels are
+    equal (copies with other metadata): comparing pixels needs decoding, which is skipped for embeddings on disk.
 
-    items: functions that read them.  keys: 16 bytes, equal only for equal items.
+    items: functions that read the items.  keys: 16 bytes, equal only for equal items.
     names: for display: the path of a picture, or else the text.
     """
 
@@ -88,7 +87,7 @@ class Collection:
     _rows: dict[bytes, int] = field(default_factory=dict)
 
     def row(self, key: bytes, name: str, item: Callable[[], Item]) -> int:
-        """The row of the item with this key; the item is added if it is new."""
+        """Return the row of the item with this key; a new item is added."""
         if key not in self._rows:
             self._rows[key] = len(self.items)
             self.items.append(item)
@@ -97,12 +96,11 @@ class Collection:
         return self._rows[key]
 
     def text(self, text: str) -> int:
-        """The row of a text."""
         text = text.strip()
         return self.row(item_key(text), text, partial(Item, text))
 
     def medium(self, text: str, url: str, stamp: str, *, video: bool = False, name: str = "") -> int:
-        """The row of a picture or video with a text that has its mark.
+        """Return the row of a picture or video with a text that contains its mark.
 
         stamp: see `objects.stamps`.  name: default: the URL.
         """
@@ -111,7 +109,7 @@ class Collection:
 
 
 def item_key(*parts: str) -> bytes:
-    """The key of an item, from its text and perhaps the URL and stamp of its file."""
+    """Return the key of an item, from its text and, if it has a file, the URL and stamp."""
     digest = blake2b(digest_size=16)
     for part in parts:
         encoded = part.encode(errors="surrogateescape")
@@ -121,7 +119,7 @@ def item_key(*parts: str) -> bytes:
 
 
 def content_key(content_hash: int) -> bytes:
-    """The key of an item with a known `content_hash`."""
+    """Return the key of an item with a known `content_hash`."""
     return b"content-" + content_hash.to_bytes(8, "little")
 
 

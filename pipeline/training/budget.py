@@ -1,9 +1,9 @@
-"""The size of chunks and the number of kept graphs: as the recipe says, or found by measuring the first steps.
+"""The chunk size and the number of cached graphs: set by the recipe, or found by measuring the first steps.
 
-Results depend on them in the last bits at most, so a run measures in its own steps. The first step uses chunks of one
-longest item. Each further step at most doubles the chunk, until memory is 90 % full. Then the budget is fixed, and
-checkpoints carry it. If a rank runs out of memory all the same, it cannot continue, because the others wait for it in a
-collective. It notes a smaller budget for the next start.
+They change results in the last bits at most, so a run measures during its own steps. The first step uses chunks of one
+longest item. Each further step at most doubles the chunk size, until memory is 90 % full. Then the budget is fixed, and
+checkpoints store it. A rank that still runs out of memory cannot continue, because the others wait for it in a
+collective. It records a smaller budget for the next start.
 """
 
 import json
@@ -22,19 +22,19 @@ from pipeline.storage.atomic import write_file
 from pipeline.training.conditions import changes
 from pipeline.training.meter import Memory
 
-FULL = 0.9  # of the memory that torch's allocator can have
-LARGEST_CHUNK = 16384  # tokens: more do not make a GPU faster, and memory serves better to keep graphs
-MEMORY = "the device's memory"  # in bytes, a condition by its name
+FULL = 0.9  # of the memory available to torch's allocator
+LARGEST_CHUNK = 16384  # tokens; a larger chunk is no faster, and cached graphs make better use of the memory
+MEMORY = "the device's memory"  # a condition's name; the value is in bytes
 NOTE = "budget.json"  # in the run directory
 _ROUND = 128  # tokens
 
 
 @dataclass
 class Budget:
-    """The next step's cut.
+    """How the next step is split into chunks.
 
-    auto: which of `chunk_tokens` and `kept_chunks` the recipe leaves to be found.  longest: tokens of an item, at most.
-    graph: bytes that a full chunk with its graph takes, once known.
+    auto: which of `chunk_tokens` and `kept_chunks` are "auto" in the recipe.  longest: maximum tokens of an item.
+    graph: bytes of a full chunk with its graph; 0 until measured.
     """
 
     chunk_tokens: int
@@ -47,7 +47,7 @@ class Budget:
 
     @classmethod
     def of(cls, batch: Batch, max_tokens: int, before: "Budget | None" = None) -> "Budget":
-        """From the recipe. What is `auto` starts at one longest item, or where an earlier search ended."""
+        """Return the recipe's budget. An `auto` value starts at its minimum, or where the search in `before` ended."""
         auto = [name for name in ("chunk_tokens", "kept_chunks") if getattr(batch, name) == "auto"]
         budget = cls(
             max_tokens if batch.chunk_tokens == "auto" else batch.chunk_tokens,
@@ -58,7 +58,7 @@ class Budget:
             max_tokens,
         )
         if before:
-            # A chunk size holds for that many kept graphs or fewer; kept graphs only for that chunk size.
+            # A chunk size stays valid with as many cached graphs or fewer; a graph count only with the same chunk size.
             if "chunk_tokens" in auto and "chunk_tokens" in before.auto and budget.kept_chunks <= before.kept_chunks:
                 budget.chunk_tokens, budget.chunk_is_fixed = before.chunk_tokens, before.chunk_is_fixed
             if "kept_chunks" in auto and "kept_chunks" in before.auto and budget.chunk_tokens == before.chunk_tokens:
@@ -71,39 +71,42 @@ class Budget:
         return self.chunk_is_fixed and self.kept_is_fixed
 
     def measured(self, memory: Memory, largest: int, items: int) -> None:
-        """Learn from a step that was cut so. largest: tokens of its largest chunk; items: both the most of any rank."""
+        """Update the budget from a step that used it.
+
+        largest: tokens of the step's largest chunk.  items: items in the step.  Both are maxima over ranks.
+        """
         room = FULL * memory.total - memory.rest
         used: float = max(memory.peak - memory.base, 1)
         if not self.chunk_is_fixed:
-            # What does not grow with the chunk is counted as if it did: the estimate errs on the safe side.
+            # Memory that does not grow with the chunk is counted as if it did, so the estimate is conservative.
             fits = int(largest * room / used)
             larger = min(2 * self.chunk_tokens, fits, LARGEST_CHUNK) // _ROUND * _ROUND
-            # A batch that does not fill a chunk tells nothing of larger ones.
+            # A batch that does not fill a chunk says nothing about larger chunks.
             if larger > 1.1 * self.chunk_tokens and largest > 0.7 * self.chunk_tokens:
                 self.chunk_tokens = larger
                 return
             self.chunk_tokens = max(min(self.chunk_tokens, fits) // _ROUND, 1) * _ROUND
             self.chunk_is_fixed = True
         if not self.kept_is_fixed:
-            # Another step's chunks may be full. Where these are not even half full, the batch is small, not the cut.
+            # Later chunks may be full, so scale to a full chunk, by 2 at most: emptier chunks mean a small batch.
             used *= min(max(self.chunk_tokens / largest, 1), 2)
             self.graph = self.graph or int(used)
             more = int((room - used) // self.graph)
-            if more < 0 or (self.kept_chunks and not more) or self.kept_chunks >= items:  # then all are kept
+            if more < 0 or (self.kept_chunks and not more) or self.kept_chunks >= items:  # at `items` all are cached
                 self.kept_chunks = max(self.kept_chunks + min(more, 0), 0)
                 self.kept_is_fixed = True
             else:
-                # The first costs nothing: its graph is gone before a chunk is embedded again.
+                # The first cached graph costs nothing: it is freed before any chunk is recomputed.
                 self.kept_chunks += 1 if not self.kept_chunks else min(more, self.kept_chunks)
 
     def smaller(self) -> "Budget | None":
-        """The budget to try after running out of memory: half the graphs or half the chunk; None if neither helps."""
+        """Return the budget to try after running out of memory: half the graphs or tokens; None if neither helps."""
         if self.kept_chunks > 1 and ("kept_chunks" in self.auto or "chunk_tokens" not in self.auto):
             return replace(self, kept_chunks=self.kept_chunks // 2, chunk_is_fixed=True, kept_is_fixed=True)
-        if self.chunk_tokens <= self.longest:  # in a smaller chunk there would be no less than one item
+        if self.chunk_tokens <= self.longest:  # a chunk holds at least one item
             return None
         half = replace(self, chunk_tokens=max(self.chunk_tokens // 2, self.longest), chunk_is_fixed=True)
-        # How many graphs of the smaller chunk fit is found anew.
+        # Search again for the number of graphs that fit with the smaller chunk.
         return replace(half, kept_chunks=0, kept_is_fixed=False, graph=0) if "kept_chunks" in self.auto else half
 
     def __str__(self) -> str:
@@ -111,21 +114,21 @@ class Budget:
 
 
 def found(budget: Budget, conditions: dict) -> dict:
-    """A budget as it is kept, in checkpoints and in a run directory's note: plain values."""
+    """Return a budget as plain values, for checkpoints and the run directory's note."""
     return {"budget": asdict(budget), "conditions": conditions}
 
 
 def found_before(run: Path, checkpoint: dict | None, conditions: dict) -> Budget | None:
-    """The budget to go on with; None where there is none, or none that was found under such conditions.
+    """Return the budget to restore; None if there is none for these conditions.
 
-    That of a start that ran out of memory since the newest checkpoint, or else the checkpoint's.
-    checkpoint: as `found` gave it for it.  conditions: by name, what memory depends on, `MEMORY` among it.
+    The note of a start that ran out of memory after the newest checkpoint takes precedence over the checkpoint.
+    checkpoint: the checkpoint's result of `found`.  conditions: by name, what memory depends on, including `MEMORY`.
     """
     noted = None
     with suppress(OSError, ValueError, RecursionError):
         noted = json.loads((run / NOTE).read_text())
     for kept in cast(tuple[Any, Any], (noted, checkpoint)):
-        # What is not as `found` gives it is no budget, be it another version's.
+        # Ignore content in another form, for example from another version.
         with suppress(ValueError, TypeError, KeyError, AttributeError, PipelineError):
             if _are_alike(kept["conditions"], conditions):
                 budget = TypeAdapter(Budget).validate_json(json.dumps(kept["budget"]), strict=True)
@@ -136,9 +139,9 @@ def found_before(run: Path, checkpoint: dict | None, conditions: dict) -> Budget
 
 @contextmanager
 def out_of_memory_noted(run: Path, step: int, budget: Budget, conditions: dict) -> Iterator[None]:
-    """Around step number `step`: turn an error that says that memory is short into PipelineError, with what to do.
+    """Turn an out-of-memory error in step number `step` into a PipelineError that says what to do.
 
-    Where it is ours to take less, that is noted in the run directory: the next start takes it.
+    If the recipe's `auto` allows a smaller budget, it is written to the run directory, and the next start uses it.
     """
     try:
         yield
@@ -167,6 +170,6 @@ def _advice(run: Path, budget: Budget, conditions: dict) -> str:
 
 
 def _are_alike(before: dict, now: dict) -> bool:
-    """But for the last megabytes of memory: equal machines differ in them, and FULL leaves more than that."""
+    """Whether the conditions are equal, up to 5 % of memory: equal machines differ a little, and FULL leaves more."""
     memory = {MEMORY: before[MEMORY]} if math.isclose(before.get(MEMORY, 0), now.get(MEMORY, 0), rel_tol=0.05) else {}
     return not changes(before, now | memory)

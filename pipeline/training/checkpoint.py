@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there at all.
+"""Atomic checkpoints.
 
-RUN/checkpoints/step-00000100/ is written under another name, flushed to the disk with its manifest, and renamed;
-`latest` then names it. Whatever moment a run is killed at, `latest` names a whole checkpoint or there is none. `best`
-names the one that the run's evaluation liked best, with its score. What a disk damages afterwards is resume.py's
-concern. On another number of processes a checkpoint is loaded through universal.py.
+RUN/checkpoints/step-00000100/ is written under another name, synced to disk with its manifest, and renamed; then
+`latest` names it. Whenever a run is killed, `latest` names a complete checkpoint or does not exist. `best` names the
+checkpoint with the highest evaluation score, and the score. resume.py detects later damage. universal.py converts a
+checkpoint for another number of processes.
 """
 
 import copyreg
@@ -34,20 +34,21 @@ from pipeline.training import manifest
 LATEST, BEST = "latest", "best"
 CONDITIONS = "conditions.json"
 PROCESSES, STAGE = "the number of processes", "the ZeRO stage"
-MANIFEST = "the manifest's format"  # among the conditions, so that a manifest that is gone is missed
+MANIFEST = "the manifest's format"  # a condition, so that a missing manifest is detected
 _NAME = re.compile(r"step-\d{8,}")
 
-# What DeepSpeed's own files hold besides tensors and plain values; nothing else is unpickled.
+# The types in DeepSpeed's files besides tensors and plain values; no others are unpickled.
 _DEEPSPEED_TYPES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
 # Python before 3.11.4 would pickle an enumeration through `getattr`, which must stay forbidden.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict, conditions: dict, keep: int) -> None:
-    """Write the engine's state after `step` steps, with `state` (plain values); keep `keep` newest ones and the best.
+    """Write the engine's state after `step` steps, with `state` (plain values). Collective.
 
-    conditions: what must be the same to continue from here, by name; see conditions.py. The number of processes is kept
-        with them, though it may differ.
+    conditions: by name, what must not change when the run resumes; see conditions.py. The number of processes is stored
+        with them, but may change.
+    keep: how many of the newest checkpoints to keep besides the best one.
     """
     name, unfinished = f"step-{step:08d}", f"unfinished-{step:08d}"
     leads, rank = dist.get_rank() == 0, dist.get_rank()
@@ -63,7 +64,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
             tag=unfinished,
             client_state=state | {"step": step},
             save_latest=False,
-            exclude_frozen_parameters=True,  # they are the initial model's
+            exclude_frozen_parameters=True,  # they are in the initial model
         )
         if leads:
             kept = conditions | {PROCESSES: dist.get_world_size(), MANIFEST: manifest.FORMAT}
@@ -84,18 +85,18 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
 
 
 def remove_old(checkpoints: list[Path], keep: int) -> None:
-    """Of checkpoints in the order of their steps remove all but the last `keep` and the best."""
+    """Remove all checkpoints, given in the order of their steps, except the last `keep` and the best."""
     for old in checkpoints[:-keep]:
         if old != best(old.parent):
             doomed = old.with_name(old.name.replace("step", "unfinished"))
-            old.rename(doomed)  # under its own name it must not be there in parts
+            old.rename(doomed)  # a partly removed checkpoint must not keep its name
             remove(doomed)
 
 
 def keep_best(folder: Path, step: int, score: float, by: list[str]) -> None:
-    """Keep the checkpoint after `step` steps until another has a higher score; of equal ones the earlier.
+    """Mark the checkpoint after `step` steps as the best if its score is higher than that of the marked one.
 
-    by: what the score is a mean of. A score by anything else is not compared with it.
+    by: the datasets whose mean is the score. A mark with other datasets is replaced without a comparison.
     """
     kept = _best(folder)
     if not kept or by != kept["by"] or score > kept["score"]:
@@ -103,13 +104,13 @@ def keep_best(folder: Path, step: int, score: float, by: list[str]) -> None:
 
 
 def best(folder: Path) -> Path | None:
-    """The checkpoint with the highest score, or None where none has one."""
+    """Return the checkpoint with the highest score, or None if none has a score."""
     kept = _best(folder)
     return folder / kept["checkpoint"] if kept else None
 
 
 def _best(folder: Path) -> dict:
-    """What `keep_best` wrote; empty where there is none, or its checkpoint is not there any more."""
+    """Return what `keep_best` wrote; empty if that is missing or invalid, or if its checkpoint no longer exists."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         kept = json.loads((folder / BEST).read_text())
         named, by = kept["checkpoint"], kept["by"]
@@ -124,13 +125,13 @@ def _point(folder: Path, pointer: str, text: str) -> None:
 
 
 def point(checkpoint: Path) -> None:
-    """Have `latest` name a checkpoint, if it does not."""
+    """Make `latest` name a checkpoint."""
     if _pointed(checkpoint.parent) != checkpoint.name:
         _point(checkpoint.parent, LATEST, checkpoint.name)
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a folder, which need not be there. PipelineError where it cannot be looked into."""
+    """Return the entries of a folder; none if it does not exist. Raises PipelineError if it cannot be read."""
     try:
         return list(folder.iterdir())
     except FileNotFoundError:
@@ -140,7 +141,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """All checkpoints, whole or not, from the newest on: the one that `latest` names, unless it names none."""
+    """Return all checkpoints, complete or not, newest first; if `latest` names one, only those up to it."""
     there = {path.name: path for path in entries(folder) if _NAME.fullmatch(path.name)}
     newest = _pointed(folder)
     steps = sorted(there.values(), key=step_of, reverse=True)
@@ -154,20 +155,20 @@ def _pointed(folder: Path) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """How many steps its run had taken."""
+    """Return the number of steps that its run had taken."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def conditions_of(checkpoint: Path) -> dict:
-    """Those under which it was written. Raises manifest.Damaged where they are not there."""
+    """Return the conditions stored with a checkpoint. Raises manifest.Damaged if they are missing."""
     return manifest.read_json(checkpoint / CONDITIONS)
 
 
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict:
-    """Bring the engine to a checkpoint; returns the state saved with it, `step` among it.
+    """Load a checkpoint into the engine. Returns the state saved with it, including `step`. Collective.
 
-    A converted one (see universal.py), for which the engine's config has {"checkpoint": {"load_universal": true}}, is
-    removed afterwards.
+    A converted checkpoint (see universal.py) needs {"checkpoint": {"load_universal": true}} in the engine's config, and
+    is removed afterwards. Raises PipelineError if DeepSpeed cannot load the checkpoint.
     """
     universal = engine.load_universal_checkpoint()
     try:
@@ -185,14 +186,14 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict:
     if universal:
         dist.barrier()
         if dist.get_rank() == 0:
-            shutil.rmtree(checkpoint.parent, ignore_errors=True)  # the next save removes what could not be
+            shutil.rmtree(checkpoint.parent, ignore_errors=True)  # the next save removes anything left
     return state
 
 
 def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The trained parameters by name, on the CPU, of a checkpoint of any ZeRO stage and number of processes.
+    """Return a checkpoint's trained parameters by name, on the CPU, for any ZeRO stage and number of processes.
 
-    In the precision of training, or (ZeRO-3) in float32.
+    They have the precision of training, or float32 under ZeRO-3.
     """
     with weights_only():
         if conditions_of(checkpoint)[STAGE] == 3:
@@ -206,7 +207,7 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """Have torch.load refuse arbitrary pickles, also where DeepSpeed asks it not to."""
+    """Make torch.load refuse arbitrary pickles, even where DeepSpeed allows them."""
     with (
         mock.patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}),
         torch.serialization.safe_globals(_DEEPSPEED_TYPES),
@@ -216,22 +217,22 @@ def weights_only() -> Iterator[None]:
 
 @contextmanager
 def mapped() -> Iterator[None]:
-    """Have torch.load map files into memory, so that of a big one only what is used is read."""
+    """Make torch.load map files into memory, so that only the parts in use are read."""
     with mock.patch.object(serialization.load, "mmap", True):
         yield
 
 
 @contextmanager
 def _universal_load(optimizer: deepspeed.runtime.base_optimizer.ZeROOptimizer) -> Iterator[None]:
-    """Where DeepSpeed loads a universal checkpoint: read of each file only what is used, and mend its omissions.
+    """Map files into memory while DeepSpeed loads a universal checkpoint, and work around two faults of DeepSpeed.
 
-    It takes every rank to have something of every group of parameters. At ZeRO 1 and 2 a small group may leave a rank
-    nothing but padding: there a parameter without state stands in.
+    It expects every rank to hold part of every parameter group. Under ZeRO 1 and 2 a rank may hold only the padding of
+    a small group: one parameter of the group then acts as if it had an empty state.
 
-    It leaves one tensor for the count of steps to all partitions of ZeRO-3, so that each would count up the others',
-    and leaves it on the CPU, where a fused optimizer does not look for it.
+    Under ZeRO-3 all partitions share one step counter, so each partition's step would increment it for all others; and
+    the counter stays on the CPU, where a fused optimizer does not expect it.
     """
-    # Which of DeepSpeed's optimizers it is depends on stage and precision; that of ZeRO-3 has neither name.
+    # The attribute's name depends on stage and precision; DeepSpeed's ZeRO-3 optimizer has neither.
     groups = getattr(optimizer, "bf16_groups", None) or getattr(optimizer, "bit16_groups", [])
     stateless: dict[str, Any] = {
         "_hp_mapping": SimpleNamespace(get_optim_state_keys=list),

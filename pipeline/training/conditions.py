@@ -1,4 +1,4 @@
-"""What must be the same for a checkpoint to be continued, with the same batches."""
+"""The conditions under which a run may resume from a checkpoint and continue with the same batches."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from pipeline.models.registry import training_of
 from pipeline.objectives.objective import objective_of
 from pipeline.training import checkpoint
 
-# Of runs that began before these were among the conditions.
+# Values for runs that began before these conditions were stored.
 _NOT_NOTED_ONCE = {
     "the order's version": 1,
     "the token lengths' version": 1,
@@ -24,7 +24,7 @@ _NOT_NOTED_ONCE = {
 
 
 def conditions_of_run(recipe: Recipe, source: Source, zero: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's fixed fields, and what else decides a run's batches and the shape of its state, by name.
+    """Return, by name, the recipe's fixed fields and all else that determines a run's batches and its state's shape.
 
     zero: the DeepSpeed config's "zero_optimization".
     """
@@ -43,7 +43,7 @@ def conditions_of_run(recipe: Recipe, source: Source, zero: dict[str, Any]) -> d
 
 
 def check(path: Path, conditions: Mapping[str, Any]) -> None:
-    """Raise PipelineError unless a run under these conditions continues what the checkpoint's run began."""
+    """Raise PipelineError unless a run under these conditions can resume from the checkpoint."""
     before = checkpoint.conditions_of(path)
     if changed := changes(before, conditions):
         raise PipelineError(
@@ -52,7 +52,7 @@ def check(path: Path, conditions: Mapping[str, Any]) -> None:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs from the conditions that a run, begun by any version, has kept; a sentence each."""
+    """Return a sentence for each condition that differs from those stored by a run of any version."""
     before = _NOT_NOTED_ONCE | former.conditions(before)
     different = (name for name in now if not same_as_before(Recipe, name, before, now))
     return [f"{name} was {before.get(name)} and is now {now[name]}" for name in different]

@@ -1,4 +1,4 @@
-"""A recipe and a DeepSpeed config -> an engine whose parameters are where ZeRO wants them."""
+"""Build a DeepSpeed engine from a recipe and a DeepSpeed config."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Trained(Protocol):
-    """What a family's model has besides torch's."""
+    """The members that a family's model adds to torch's Module."""
 
     always_with_images: bool
 
@@ -31,10 +31,10 @@ class _Trained(Protocol):
 
 
 def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> deepspeed.DeepSpeedEngine:
-    """Load the model (under ZeRO-3 straight into its partitions) and give it an optimizer and its sharding.
+    """Load the model (under ZeRO-3 directly into its partitions), and build its engine with the optimizer. Collective.
 
-    A frozen part that is outside the engine is left out: see `load_frozen`.
-    config: DeepSpeed's, as `load_ds_config` fills it.
+    A frozen part outside the engine is not included: see `load_frozen`.
+    config: DeepSpeed's config, from `load_ds_config`.
     """
     family = training_of(recipe)
     dtype = cast(torch.dtype, DTYPES[recipe.precision])
@@ -49,7 +49,7 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     adapt(model, recipe)
     if recipe.batch.activation_checkpointing:
         cast(_Trained, model).checkpoint_activations()
-    # Offloaded gradients count where a step's last backward pass has one: what it leaves out would be lost.
+    # DeepSpeed drops a parameter's offloaded gradient if the step's last backward pass computes none for it.
     cast(_Trained, model).always_with_images = is_offloaded(config["zero_optimization"])
     optimizer = adamw(parameter_groups(model, recipe), recipe.optimizer.lr, config["zero_optimization"])
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -57,15 +57,15 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
 
 
 def load_frozen(recipe: Recipe, model_path: str, device: torch.device) -> Frozen | None:
-    """The part of the model that is not trained and stays outside the engine, if it has one.
+    """Load the model's frozen part that stays outside the engine; None if it has none.
 
-    To be loaded before the engine: under ZeRO-3 it must not be partitioned.
+    Call this before `build_engine`: under ZeRO-3 the part must not be partitioned.
     """
     return training_of(recipe).frozen(recipe, model_path, device)
 
 
 def freeze(model: torch.nn.Module, recipe: Recipe) -> None:
-    """Freeze everything that the recipe does not train."""
+    """Freeze all parameters that the recipe does not train."""
     train, family = recipe.model.train, training_of(recipe)
     frozen = family.unused
     for part, prefixes in train.parts().items():
@@ -77,13 +77,13 @@ def freeze(model: torch.nn.Module, recipe: Recipe) -> None:
 
 
 def adapt(model: torch.nn.Module, recipe: Recipe) -> None:
-    """Put adapters in the part that the family names, if the recipe asks for them."""
+    """Add adapters to the family's adapted part, if the recipe asks for them."""
     if lora := recipe.model.train.adapters:
         add_adapters(model.get_submodule(training_of(recipe).adapted), lora, recipe.seed)
 
 
 def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
-    """AdamW's groups: for each trained part, its matrices, and its vectors, which get no weight decay.
+    """Return AdamW's groups: for each trained part, one of matrices and one of vectors without weight decay.
 
     lr_scale: the part's learning rate divided by `optimizer.lr`.
     """
@@ -100,9 +100,9 @@ def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
 
 
 def adamw(groups: list[dict], lr: float, zero: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW for the place where its state lives: torch's (fused on CUDA), or DeepSpeed's on the CPU if offloaded.
+    """Return torch's AdamW (fused on CUDA), or DeepSpeed's AdamW on the CPU if the optimizer is offloaded.
 
-    zero: a DeepSpeed config's "zero_optimization".
+    zero: a DeepSpeed config's "zero_optimization".  Raises PipelineError if the CPU kernel cannot be compiled.
     """
     if not is_offloaded(zero):
         return torch.optim.AdamW(groups, lr=lr, fused=get_accelerator().device_name() == "cuda" or None)
@@ -113,13 +113,13 @@ def adamw(groups: list[dict], lr: float, zero: dict[str, Any]) -> torch.optim.Op
 
 
 def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, recipe: Recipe) -> None:
-    """Give the recipe's to an optimizer to which a checkpoint brought its own."""
+    """Set the recipe's hyperparameters in the optimizer, after a checkpoint has restored older ones."""
     for group, wanted in zip(engine.optimizer.param_groups, parameter_groups(engine.module, recipe), strict=True):
         group.update({name: value for name, value in wanted.items() if name != "params"})
 
 
 def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
-    """Linear warm-up over the first `warmup_ratio` of the steps, then a cosine down to zero at the end."""
+    """Return the learning rate: linear warm-up over the first `warmup_ratio` of steps, then cosine decay to zero."""
     warmup = math.ceil(optimizer.warmup_ratio * steps)
     if step < warmup:
         return optimizer.lr * (step + 1) / warmup

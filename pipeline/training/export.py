@@ -1,4 +1,4 @@
-"""A trained engine -> a Hugging Face folder that transformers loads alone."""
+"""Write a trained model as a Hugging Face folder that transformers loads without this package."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from pipeline.storage.atomic import remove_leftovers, replacing
 
 
 def export(engine: deepspeed.DeepSpeedEngine, frozen: Frozen | None, recipe: Recipe, source: str, folder: Path) -> None:
-    """Write the engine's weights, with the tokenizer and image processor of `source`, to `folder`; whole or not.
+    """Write the engine's weights, and the tokenizer and image processor of `source`, to `folder` atomically.
 
-    frozen: the part that is not of the engine.  The first rank holds all weights in the host's memory, once.
+    frozen: the part outside the engine.  Collective; the first rank holds one copy of all weights in CPU memory.
     """
     weights = _gathered(engine)
     if dist.get_rank() == 0:
@@ -34,9 +34,9 @@ def export(engine: deepspeed.DeepSpeedEngine, frozen: Frozen | None, recipe: Rec
 def write_folder(
     model: torch.nn.Module, weights: dict[str, torch.Tensor], recipe: Recipe, source: str, folder: Path
 ) -> None:
-    """Write `weights`, adapters merged, to a folder that is whole or not there; as `export`, in one process.
+    """Write `weights`, with adapters merged, to a folder atomically, in one process.
 
-    What was there before goes when the new one is whole. With adapters, `weights` is empty afterwards.
+    An existing folder is replaced once the new one is complete. With adapters, `weights` is empty afterwards.
     """
     remove_leftovers(folder.parent, folder.name)
     merged = merge_adapters(weights, lora) if (lora := recipe.model.train.adapters) else weights
@@ -45,10 +45,10 @@ def write_folder(
 
 
 def _gathered(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """The module's parameters on the CPU of rank 0, one whole at a time; empty on the other ranks."""
+    """Return the module's parameters on rank 0's CPU, gathered one at a time; empty on the other ranks."""
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        # Where it is not partitioned this does nothing.
+        # Does nothing for a parameter that is not partitioned.
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if dist.get_rank() == 0:
                 weights[name] = parameter.detach().to("cpu", copy=True)

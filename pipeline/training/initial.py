@@ -1,4 +1,4 @@
-"""The model that a run begins with, in transformers' format."""
+"""The initial model of a run, in transformers' format."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +18,10 @@ _TOKENIZER_SAMPLES, _TOKENIZER_SHARDS = 4096, 64
 
 
 def initial_model(recipe: Recipe, source: Source, folder: Path, *, anew: bool) -> str:
-    """Its folder or hub name. A model that is converted, or made of random weights, is written to `folder`.
+    """Return the initial model's folder or hub name. A converted or randomly initialised model is written to `folder`.
 
-    Random weights come with a tokenizer of the data's texts, and are written where the run begins anew.
+    A random model gets a tokenizer trained on the data's texts. It is written again if the run begins `anew`.
+    Raises manifest.Damaged if the files in `folder` are not as they were written.
     """
     family = training_of(recipe)
     if recipe.model.path:
@@ -39,12 +40,12 @@ def initial_model(recipe: Recipe, source: Source, folder: Path, *, anew: bool) -
             family.build(recipe.model, _texts(source), recipe.seed, partial)
             manifest.seal(partial)
     else:
-        manifest.check(folder)  # a checkpoint has nothing of what is frozen
+        manifest.check(folder)  # checkpoints lack frozen parameters
     return str(folder)
 
 
 def _texts(source: Source) -> Iterator[str]:
-    """The texts of some thousand samples, from the start of shards spread over all datasets."""
+    """Yield the texts of about _TOKENIZER_SAMPLES samples, from the start of shards across all datasets."""
     chosen = np.linspace(0, len(source.shards), min(len(source.shards), _TOKENIZER_SHARDS), endpoint=False, dtype=int)
     share = -(-_TOKENIZER_SAMPLES // len(chosen))
 

@@ -1,9 +1,9 @@
-"""A folder's manifest.json: sizes and checksums of its files, so that damage is found before anything is loaded.
+"""A folder's manifest.json: sizes and checksums of its files, to detect damage before anything is loaded.
 
     {"format": 1, "step": 100, "block": 67108864, "files": {NAME: {"bytes": 123, "crc32": [one number a block]}}}
 
-It is written last. Ranks and threads share the work by files and blocks. A checkpoint of an older version has none;
-its files are zip archives, which carry sizes and checksums of their own.
+It is written last. The work is divided among ranks by file, and among threads by block. Checkpoints of older versions
+have no manifest; their files are zip archives, which contain their own sizes and checksums.
 """
 
 import errno
@@ -22,15 +22,15 @@ from pipeline.errors import PipelineError
 from pipeline.storage.atomic import write_file
 
 FILE, FORMAT = "manifest.json", 1
-_BLOCK = 64 << 20  # what a thread sums at once; a flipped bit is found for certain, whatever the size
-_PIECE = 1 << 20  # is summed while it lies in the processor's cache
+_BLOCK = 64 << 20  # bytes per checksum; CRC-32 detects any single flipped bit, whatever the size
+_PIECE = 1 << 20  # bytes read at once: they fit in the processor's cache
 _RANK = re.compile(r"(?:zero_pp_rank_|offloaded_tensors/rank)0*(\d+)")
-# That a file is not as it was written. Any other error says nothing of the file: it may be read another time.
+# Errors that mean damage. After any other error the file may be readable later.
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP}
 
 
 class Damaged(PipelineError):
-    """What is there is not what was written."""
+    """A file or folder is not as it was written."""
 
 
 class File(BaseModel):
@@ -41,7 +41,7 @@ class File(BaseModel):
 
 
 class Manifest(BaseModel):
-    """files: by their path below the folder. None: of an archive that is to be checked by its own checksums."""
+    """files: path below the folder -> entry; None for an archive, which is checked by its own checksums."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -52,20 +52,20 @@ class Manifest(BaseModel):
 
 
 def writer_of(name: str) -> int:
-    """The rank that writes a checkpoint's file of this name, and that reads it."""
+    """Return the rank that writes and reads the checkpoint file with this name."""
     match = _RANK.search(name)
     return int(match.group(1)) if match else 0
 
 
 def names_of(folder: Path) -> list[str]:
-    """All files below a folder, by their paths in it."""
+    """Return the paths of all files below a folder, relative to it."""
     return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
 
 
 def sums(folder: Path, names: Iterable[str], meanwhile: Callable[[], None] | None = None) -> dict[str, File]:
-    """Sizes and checksums of files, by their names. `meanwhile` runs beside: the disk and the processor share no work.
+    """Return the sizes and checksums of files, by name.
 
-    Files that were just written are read from memory.
+    meanwhile: runs in parallel. It may sync the files to disk: checksums of new files are read from the page cache.
     """
     sizes = {name: (folder / name).stat().st_size for name in names}
     with ThreadPoolExecutor(_threads() + 1) as pool:
@@ -83,18 +83,18 @@ def sums(folder: Path, names: Iterable[str], meanwhile: Callable[[], None] | Non
 
 
 def write(folder: Path, step: int, files: dict[str, File]) -> None:
-    """Write the manifest, and bring it to the disk."""
+    """Write the manifest, and sync it to disk."""
     manifest = Manifest(format=FORMAT, step=step, block=_BLOCK, files=dict(sorted(files.items())))
     write_file(folder / FILE, manifest.model_dump_json().encode())
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of a folder that one process made, and that is of no step."""
+    """Write the manifest of a folder that one process wrote and that belongs to no step."""
     write(folder, 0, sums(folder, names_of(folder)))
 
 
 def check(folder: Path) -> None:
-    """Raise Damaged unless a folder is as it was sealed, or never was, as by an older version."""
+    """Raise Damaged if a folder has changed since `seal`. One without a manifest, from an older version, passes."""
     try:
         manifest = read(folder, 0)
         found = faults(folder, manifest, manifest.files) if manifest else {}
@@ -105,7 +105,7 @@ def check(folder: Path) -> None:
 
 
 def read(folder: Path, step: int) -> Manifest | None:
-    """A folder's manifest, or None where there is none. Raises Damaged where it is none of this folder after `step`."""
+    """Return a folder's manifest, or None if it has none. Raises Damaged if it is invalid or of another step."""
     file = folder / FILE
     if not file.exists():
         return None
@@ -123,7 +123,7 @@ def read(folder: Path, step: int) -> Manifest | None:
 
 
 def read_json(file: Path) -> dict:
-    """An object from a file. Raises Damaged where there is none, PipelineError where the file cannot be read now."""
+    """Return the object in a JSON file. Raises Damaged if it is missing or invalid, PipelineError if unreadable now."""
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
@@ -137,9 +137,9 @@ def read_json(file: Path) -> dict:
 
 
 def faults(folder: Path, manifest: Manifest, names: Iterable[str], *, thorough: bool = True) -> dict[str, str]:
-    """What is wrong with these of a folder's files, by their names; empty where all is as it was written.
+    """Return the fault of each damaged file among `names`; empty if all are as they were written.
 
-    thorough: by checksums, not by sizes alone.  Raises PipelineError where a file cannot be read that may be whole.
+    thorough: check checksums, not only sizes.  Raises PipelineError if a file cannot be read but may be undamaged.
     """
     blocks: list[tuple[str, int]] = []
     for name in names:
@@ -159,7 +159,6 @@ def faults(folder: Path, manifest: Manifest, names: Iterable[str], *, thorough: 
 
 
 def _fault(file: Path, expected: File | None, number: int, block: int, thorough: bool) -> str:
-    """What is wrong with a file, or with one block of it."""
     try:
         if not file.is_file():
             return f"{file.name} is no file" if file.exists() else f"{file.name} is missing"

@@ -1,6 +1,6 @@
-"""What training takes of a device's memory, from the model's shapes alone: no weights are read and nothing is run.
+"""Estimate a device's memory in training from the model's shapes alone: no weights are read and nothing is run.
 
-All sizes are bytes, under AdamW and the gradient cache. The family says what a chunk takes.
+All sizes are in bytes, for AdamW with gradient caching. The family gives the memory of a chunk.
 """
 
 import math
@@ -21,17 +21,17 @@ from pipeline.training.budget import Budget
 from pipeline.training.engine import adapt, freeze
 
 FP32 = 4
-MOST_TOKENS = 1 << 24  # of a chunk: nobody has a device for larger ones
-MOST_CHUNKS = 1 << 12  # that keep their graph
+MOST_TOKENS = 1 << 24  # of a chunk; no device can hold more
+MOST_CHUNKS = 1 << 12  # with cached graphs
 
 
 @dataclass(frozen=True)
 class Group:
-    """Some of the model's parameters.
+    """A group of the model's parameters.
 
-    trained: they have a gradient and an optimizer state.
-    in_engine: ZeRO shards them; a frozen part outside is whole on every device.
-    largest: how many are in one tensor, at most.
+    trained: they have gradients and optimizer states.
+    in_engine: ZeRO shards them; a frozen part outside the engine is replicated on every device.
+    largest: parameters in the largest tensor.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Group:
 
 @dataclass(frozen=True)
 class States:
-    """What a device holds all the time.
+    """Bytes that a device holds throughout training.
 
-    buckets: DeepSpeed's buffer for gradients under way.  gathered: parameters that ZeRO-3 has whole, at most.
-    step: more that the optimizer needs while it steps, when no chunk is there.
-    host: what is offloaded to the host's memory, of each device.
+    buckets: DeepSpeed's buffers for gradient reduction.  gathered: maximum size of parameters gathered by ZeRO-3.
+    step: additional memory during the optimizer's step, when no chunk is in memory.
+    host: CPU memory for offloaded states, per device.
     """
 
     parameters: int
@@ -64,7 +64,7 @@ class States:
 
 
 def groups_of(model: nn.Module, *, in_engine: bool = True) -> list[Group]:
-    """The model's parameters by its top modules, the trained ones and the frozen ones apart."""
+    """Return the model's parameters grouped by top-level module, trained and frozen ones separately."""
     counts: dict[tuple[str, bool], list[int]] = {}
     for name, parameter in model.named_parameters():
         trained = in_engine and parameter.requires_grad
@@ -73,9 +73,9 @@ def groups_of(model: nn.Module, *, in_engine: bool = True) -> list[Group]:
 
 
 def state_bytes(groups: Sequence[Group], *, stage: int, gpus: int, width: int, zero: dict) -> States:
-    """Under ZeRO stage 0 to 3 and AdamW, as DeepSpeed 0.19 allocates it.
+    """Return the memory of all states under ZeRO stage 0 to 3 and AdamW, as DeepSpeed 0.19 allocates it.
 
-    width: bytes of a parameter, 2 in bf16 and 4 in fp32.  zero: a DeepSpeed config's "zero_optimization".
+    width: bytes per parameter: 2 in bf16, 4 in fp32.  zero: a DeepSpeed config's "zero_optimization".
     """
     outside = sum(group.parameters for group in groups if not group.in_engine)
     inside = sum(group.parameters for group in groups if group.in_engine)
@@ -84,17 +84,17 @@ def state_bytes(groups: Sequence[Group], *, stage: int, gpus: int, width: int, z
     parameters = width * (outside + (math.ceil(inside / gpus) if stage == 3 else inside))
     if stage == 0:
         return States(parameters, FP32 * trained, 2 * FP32 * trained, 0, 0, 0)  # two moments
-    # Gradients are summed in fp32: of a device's share, but with stage 1 of all parameters; there bf16 gradients stay
-    # beside that sum.
+    # Gradients are accumulated in fp32, for the device's partition; under stage 1 for all parameters, besides the bf16
+    # gradients.
     gradients = FP32 * (trained if stage == 1 else share)
     if stage == 1 and width < FP32:
         gradients += width * trained
-    optimizer = 3 * FP32 * share  # two moments and the master weights, which ZeRO has in fp32 runs, too
+    optimizer = 3 * FP32 * share  # two moments and the master weights, which ZeRO also keeps in fp32 runs
     step = FP32 * share  # the gradients as one tensor
     host = 0
     if is_offloaded(zero):
-        # There the gradients' sum is beside those that the optimizer takes; with stage 2 also the parameters on their
-        # way back, and of a gradient on its way a buffer on both sides.
+        # CPU memory holds the accumulated gradients and the optimizer's copy of them. Stage 2 adds the updated
+        # parameters, and one gradient in transfer, buffered on both sides.
         host = optimizer + 2 * FP32 * share
         optimizer = step = gradients = 0
         if stage == 2:
@@ -107,7 +107,7 @@ def state_bytes(groups: Sequence[Group], *, stage: int, gpus: int, width: int, z
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
-        # Stage 1 in bf16 reduces fp32 sums.  With overlap_comm stages 1 and 2 fill one while the other is under way.
+        # Stage 1 reduces in fp32. With overlap_comm stages 1 and 2 fill one bucket while the other is reduced.
         buckets=int(zero.get("reduce_bucket_size", 5e8))
         * (FP32 if stage == 1 else width)
         * (2 if stage < 3 and zero.get("overlap_comm") else 1),
@@ -118,21 +118,21 @@ def state_bytes(groups: Sequence[Group], *, stage: int, gpus: int, width: int, z
 
 
 def loss_bytes(dimension: int, global_batch: int, gpus: int) -> int:
-    """The most that the loss takes, in float32, while nothing but embeddings is there."""
+    """Return the peak memory of the loss, in float32, when only embeddings are in memory."""
     rows = global_batch // gpus
     work = FP32 * (
-        4 * global_batch * dimension  # targets of all devices, as columns, as a factor of the logits, their gradient
-        + 3 * rows * dimension  # own queries, as a factor, and their gradient
+        4 * global_batch * dimension  # all devices' targets: gathered, as columns, as a factor of the logits; gradient
+        + 3 * rows * dimension  # this device's queries: as they are, as a factor of the logits; gradient
         + 2 * min(TILE, rows) * global_batch  # a tile's gradient, in both directions
     )
-    return work + min(KEPT_BYTES, FP32 * rows * global_batch)  # tiles of logits
+    return work + min(KEPT_BYTES, FP32 * rows * global_batch)  # cached tiles of logits
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe takes of one of `gpus` devices.
+    """The memory that a recipe needs on each of `gpus` devices.
 
-    dimension: of an embedding.  chunk: number of tokens -> what their chunk takes.
+    dimension: of an embedding.  chunk: number of tokens -> memory of a chunk with them.
     """
 
     recipe: Recipe
@@ -143,7 +143,7 @@ class Plan:
 
     @classmethod
     def of(cls, recipe: Recipe, gpus: int, videos: bool) -> "Plan":
-        """For chunks full of images, or of videos. Raises PipelineError if the recipe's model cannot be had."""
+        """Return the plan for chunks full of images or `videos`. Raises PipelineError if memory cannot be estimated."""
         family = training_of(recipe)
         if not family.estimates_memory:
             raise PipelineError(
@@ -161,7 +161,7 @@ class Plan:
 
     @property
     def budget(self) -> Budget:
-        """How the first step is cut: where the recipe says auto, into longest items, of which no graph is kept."""
+        """The first step's budget: for `auto`, chunks of one longest item, and no cached graphs."""
         return Budget.of(self.recipe.batch, self.recipe.model.max_tokens)
 
     def states(self, stage: int, zero: dict) -> States:
@@ -169,17 +169,17 @@ class Plan:
         return state_bytes(self.groups, stage=stage, gpus=self.gpus, width=width, zero=zero)
 
     def kept(self) -> dict[str, int]:
-        """What a step keeps besides, by name."""
+        """Return, by name, what else a step keeps in memory throughout."""
         batch, items = self.recipe.batch, 2 * (self.recipe.batch.global_batch // self.gpus)
         kept = {"kept embeddings, their gradient": 2 * items * self.dimension * FP32}
-        if any(not group.in_engine for group in self.groups):  # of the longest items
+        if any(not group.in_engine for group in self.groups):  # for items of maximum length
             features = items * self.chunk(self.recipe.model.max_tokens).features
             kept["kept features, at most"] = min(batch.features_mb << 20, features)
         return kept
 
     def phases(self, chunk_tokens: int, states: States, kept_chunks: int | None = None) -> dict[str, int]:
-        """What the parts of a step take that follow each other, by name.  kept_chunks: the budget's if None."""
-        # An item that is longer than a chunk may be is a chunk by itself.
+        """Return the memory of a step's successive phases, by name.  kept_chunks: None: the budget's."""
+        # An item longer than the chunk size is a chunk by itself.
         chunk = self.chunk(max(chunk_tokens, self.recipe.model.max_tokens))
         graphs = self.budget.kept_chunks if kept_chunks is None else kept_chunks
         return {
@@ -194,15 +194,15 @@ class Plan:
         return states.total + sum(self.kept().values()) + max(phases.values())
 
     def largest_chunk(self, memory: float, states: States) -> int:
-        """The most tokens, of chunks that hold a longest item, with which it fits in `memory` bytes; 0 if none does.
+        """Return the largest chunk size, in tokens, with which training fits in `memory` bytes; 0 if none does.
 
-        In steps of 64, up to `MOST_TOKENS`.
+        Sizes from one longest item to `MOST_TOKENS` are considered, in steps of 64.
         """
         tokens = range(self.recipe.model.max_tokens, MOST_TOKENS + 1, 64)
         fitting = bisect_right(tokens, memory, key=lambda count: self.total(count, states))
         return tokens[fitting - 1] if fitting else 0
 
     def most_kept(self, memory: float, states: States) -> int:
-        """Of how many chunks of a longest item the graphs can be kept in `memory` bytes; 0 if one does not fit."""
+        """Return how many graphs of chunks of one longest item can be cached in `memory` bytes; 0 if none fits."""
         longest = self.recipe.model.max_tokens
         return bisect_right(range(1, MOST_CHUNKS + 1), memory, key=lambda count: self.total(longest, states, count))

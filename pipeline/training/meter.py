@@ -1,4 +1,4 @@
-"""What a step takes of a device's memory."""
+"""Measure a step's device memory."""
 
 import resource
 from dataclasses import dataclass
@@ -10,9 +10,10 @@ from deepspeed.accelerator import get_accelerator
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device. total: that torch's allocator can have; base: in use before a step; peak: during it.
+    """Bytes of a device's memory.
 
-    rest: after it. The first step leaves AdamW's moments.
+    total: available to torch's allocator.  base: in use before a step.  peak: maximum during the step.
+    rest: in use after it; the first step allocates AdamW's moments.
     """
 
     total: int
@@ -22,9 +23,9 @@ class Memory:
 
 
 class Meter:
-    """Measures steps, on a GPU; on a CPU the process, whose share of the machine is the device.
+    """Measures the memory of steps on a GPU. On a CPU the device is the process's share of the machine's memory.
 
-    total: bytes of the smallest rank's device. Every rank makes one.
+    total: bytes of the smallest rank's device.  The constructor is collective.
     """
 
     def __init__(self, local_world: int) -> None:
@@ -40,14 +41,14 @@ class Meter:
         self._base = get_accelerator().memory_allocated()
 
     def stop(self, largest_chunk: int, items: int) -> tuple[Memory, int, int]:
-        """Since `start`, with the tokens of the largest chunk and the items: of all ranks the most, that all learn."""
+        """Return the memory since `start`, largest_chunk (tokens) and items, all as maxima over ranks. Collective."""
         accelerator = get_accelerator()
         if self._cpu:
             peak, others = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, 0
         else:
             peak = accelerator.max_memory_allocated()
             free, total = torch.cuda.mem_get_info()
-            # CUDA's context, NCCL's buffers, other processes: the allocator cannot have it.
+            # CUDA's context, NCCL's buffers and other processes: not available to the allocator.
             others = total - free - torch.cuda.memory_reserved()
         ours = [self._base, peak, accelerator.memory_allocated(), others, largest_chunk, items]
         most = torch.tensor(ours, device=accelerator.current_device_name())

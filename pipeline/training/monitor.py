@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, speed.jsonl, TensorBoard, the progress bar, and each rank's ledger."""
+"""A run's output: metrics.jsonl, speed.jsonl, TensorBoard, the progress bar, and each rank's ledger."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from pipeline.jobs import status
 from pipeline.progress import progress_bar
 from pipeline.storage.atomic import write_file
 
-_PROBE = 64 << 10  # bytes: a disk that takes no more is full
+_PROBE = 64 << 10  # bytes: a disk without room for them is full
 _WHY = {
     signal.SIGUSR1: "(the time limit is near)",
     signal.SIGTERM: "(preempted, requeued or cancelled)",
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 def evaluation_file(run: Path, step: int) -> Path:
-    """The report of the evaluation after `step` steps."""
+    """Return the path of the report of the evaluation after `step` steps."""
     return run / "evaluation" / f"step-{step:08d}.json"
 
 
 def evaluation_of(run: Path, step: int) -> Report | None:
-    """That report, or None if there is none that can be read."""
+    """Return the report of the evaluation after `step` steps, or None if it is missing or cannot be read."""
     try:
         return Report.read(evaluation_file(run, step))
     except PipelineError:
@@ -42,29 +42,26 @@ def evaluation_of(run: Path, step: int) -> Report | None:
 
 
 def check_writable(run: Path) -> None:
-    """Raise PipelineError unless the run directory is writable; checked before a model is loaded.
-
-    A missing run directory is created.
-    """
+    """Raise PipelineError unless the run directory, which is created if missing, and its contents are writable."""
     for folder in (run, *(run / name for name in ("checkpoints", "evaluation", "ledger", "tensorboard"))):
         with disk_errors(folder):
             if folder == run:
                 folder.mkdir(parents=True, exist_ok=True)
             if folder == run or os.path.lexists(folder):
                 write_file(folder / ".probe", bytes(_PROBE))
-                (folder / ".probe").unlink(missing_ok=True)  # two starts may write it
+                (folder / ".probe").unlink(missing_ok=True)  # two starts may write the same file
     for path in run.glob("*.jsonl"):
         with disk_errors(path):
             path.open("rb+").close()
 
 
 class StepLog:
-    """A file of one JSON object a line, each with its "step"; continued from `start`, later lines are dropped.
+    """A file of JSON objects with a "step", one per line. Lines after step `start` are dropped when it is opened.
 
-    A run killed between two checkpoints takes the steps after the first one again, and logs them again. What is no such
-    line is cut with a note, and kept beside the file in NAME.damaged: a log must not keep a run from going on.
+    A run killed between two checkpoints repeats the steps after the first one, and logs them again. Invalid content is
+    moved to NAME.damaged with a warning: a damaged log must not stop a run.
 
-    is_one_each: a step has one line; of two, the later holds.
+    is_one_each: each step has one line; of several, the last is kept.
     """
 
     def __init__(self, path: Path, start: int, *, is_one_each: bool = True) -> None:
@@ -103,13 +100,13 @@ class StepLog:
 
 
 def _parsed(content: bytes, is_one_each: bool) -> tuple[list[tuple[int, bytes]], list[bytes]]:
-    """A log's steps with their lines, in the order of the steps, and what else is in it."""
+    """Return a log's (step, line) pairs, sorted by step, and all other content."""
     found, damaged = [], []
     for raw in content.splitlines(keepends=True):
         if (step := _step(raw)) is not None and not raw.endswith(b"\r\n"):
             found.append((step, raw))
             continue
-        # A whole line may be left between zeros, of a power loss, after a byte-order mark, or after a torn line.
+        # A complete line may be between zeros from a power loss, or follow a byte-order mark or an incomplete line.
         for part in re.split(rb'(?=\{"step": )', raw):
             line = part.strip(b"\0 \t\r\n") + b"\n"
             if (step := _step(line)) is not None:
@@ -124,7 +121,7 @@ def _parsed(content: bytes, is_one_each: bool) -> tuple[list[tuple[int, bytes]],
 
 
 def _step(line: bytes) -> int | None:
-    """The step of a log's whole line, None of anything else: a process may have been killed while it wrote."""
+    """Return the step of a complete line; None for anything else, for example the last line of a killed process."""
     try:
         step = json.loads(line.decode())["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -133,7 +130,7 @@ def _step(line: bytes) -> int | None:
 
 
 class Monitor:
-    """One rank's view of a run in `folder`, from step `start` of `steps`; what concerns all ranks, rank 0 shows."""
+    """Reports on a run in `folder` from step `start` of `steps`. Rank 0 writes everything but other ranks' ledgers."""
 
     def __init__(self, folder: Path, rank: int, start: int, steps: int, *, ledger: bool) -> None:
         self.folder, self.steps = folder, steps
@@ -144,8 +141,8 @@ class Monitor:
             self.logs.append(self.ledger)
         self.leads = rank == 0
         if self.leads:
-            # metrics.jsonl holds what recipe, seed and world size decide, so that two runs can be compared bit
-            # for bit; how fast it went has a file of its own.
+            # metrics.jsonl holds only values determined by recipe, seed and world size, so that two runs can be
+            # compared bit for bit. Speed has its own file.
             self.metrics = StepLog(folder / "metrics.jsonl", start)
             self.speed = StepLog(folder / "speed.jsonl", start)
             self.bad_samples = StepLog(folder / "bad_samples.jsonl", start, is_one_each=False)
@@ -163,19 +160,19 @@ class Monitor:
             self.board.close()
 
     def consumed(self, step: int, origins: Iterable[Origin]) -> None:
-        """Note where the samples came from that this rank consumed in `step`."""
+        """Record the origins of the samples that this rank consumed in `step`."""
         if self.ledger:
             self.ledger.write({"step": step, "keys": list(map(str, origins))})
 
     def bad(self, step: int, samples: Iterable[Bad]) -> None:
-        """Note, on the first rank, what of a step could not be used."""
+        """Record, on the first rank, a step's unusable samples."""
         for bad in samples:
             record = {"step": step, "shard": bad.origin.shard, "sample": bad.origin.sample, "key": bad.key}
             self.bad_samples.write(record | {"reason": bad.reason})
             logger.warning("bad sample %s, key %s: %s", bad.origin, bad.key, bad.reason)
 
     def step(self, metrics: dict, speed: dict, histograms: dict[str, np.ndarray]) -> None:
-        """Show a step's figures; a metric that is None has no value in this step."""
+        """Write and show a step's metrics. A metric that is None has no value in this step."""
         if not self.leads:
             return
         self.metrics.write(metrics)
@@ -193,7 +190,7 @@ class Monitor:
         self.bar.update()
 
     def evaluation(self, step: int, report: Report) -> None:
-        """Show and keep an evaluation after `step` steps."""
+        """Save and show the evaluation after `step` steps."""
         with disk_errors(evaluation_file(self.folder, step)):
             report.save(evaluation_file(self.folder, step))
         averages = report.averages()
@@ -206,7 +203,7 @@ class Monitor:
         logger.info("step %d: score %.1f%%%s%s", step, 100 * report.score, ", " if shown else "", shown)
 
     def stopped(self, number: int) -> None:
-        """Note that a signal ended the run for now, with a checkpoint."""
+        """Record that a signal stopped the run, which can be resumed."""
         if self.leads:
             received = signal.Signals(number)
             reason = f"{received.name} {_WHY[received]}"
@@ -214,6 +211,6 @@ class Monitor:
             logger.info("stopped: %s; the same command goes on from here", reason)
 
     def flush(self) -> None:
-        """Bring the logs to the disk, as a checkpoint does with itself: the two must not part in a crash."""
+        """Sync the logs to disk, so that after a crash they have all steps of the checkpoint written next."""
         for log in self.logs:
             log.flush()

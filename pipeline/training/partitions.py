@@ -1,6 +1,6 @@
-"""Weights -> ZeRO-3's partitions: of every tensor a rank reads its own part, and no other.
+"""Load weights into ZeRO-3 partitions: each rank reads only its own part of every tensor.
 
-transformers would have the first rank read all of it, and send every tensor whole to all others.
+With transformers' loader the first rank would read all weights, and send every full tensor to all other ranks.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline.models.files import Stored, fetched, refuse_more_layers, refuse_no
 
 
 class _Partitioned(Protocol):
-    """What DeepSpeed adds to a parameter of ZeRO-3. ds_tensor: this rank's part, flat."""
+    """The attributes that DeepSpeed adds to a ZeRO-3 parameter.  ds_tensor: this rank's partition, flat."""
 
     ds_shape: torch.Size
     ds_numel: int
@@ -30,10 +30,10 @@ class _Partitioned(Protocol):
 def load_partitioned(
     family: TrainingInterface, recipe: Recipe, path: str, attention: str, ds_config: dict[str, Any]
 ) -> torch.nn.Module:
-    """The model of a folder or hub name in transformers' format, partitioned over all ranks.
+    """Load a model from a folder or hub name, in transformers' format, partitioned over all ranks.
 
-    Raises PipelineError where tensors are missing, misshapen, or not in .safetensors files, and for partitions
-    of a kind that is not filled here.
+    Raises PipelineError if tensors are missing, have a wrong shape, or are not in .safetensors files, and for
+    unsupported ZeRO-3 options.
     """
     zero = ds_config["zero_optimization"]
     if zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("zero_quantized_weights"):
@@ -42,7 +42,7 @@ def load_partitioned(
         raise PipelineError("offload_param to nvme is not supported: use cpu, or none")
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = family.empty(recipe, path, attention)
-    # Init made the frequencies of rotary embeddings bf16, with which positions beyond some hundred are others.
+    # Init cast the rotary frequencies to bf16, too coarse for positions beyond a few hundred: compute them again.
     module: Any
     for module in list(model.modules()):
         if hasattr(module, "rotary_emb"):
@@ -68,14 +68,14 @@ def _stored(path: str) -> dict[str, Stored]:
 
 
 def _fill(parameter: _Partitioned, stored: Any, file: Path, name: str) -> None:
-    """Copy this rank's part of a tensor, flat from rank * size on, out of the rows that hold it."""
+    """Copy this rank's part of a tensor, from flat index rank * size on, reading only the rows that contain it."""
     shape = stored.get_shape()
     if shape != list(parameter.ds_shape):
         raise PipelineError(f"{file}: {name} is {shape}, but by its config {list(parameter.ds_shape)}")
     partition = parameter.ds_tensor
     start = partition.numel() * dist.get_rank()
     stop = min(start + partition.numel(), parameter.ds_numel)
-    partition.data.zero_()  # what is past the tensor's end
+    partition.data.zero_()  # padding past the tensor's end
     if start < stop:
         row = parameter.ds_numel // shape[0]
         first = start // row

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: each rank finishes its step, all write a checkpoint, and the run can go on later."""
+"""Signals that ask a run to stop: all ranks finish the step and write a checkpoint, so that the run can be resumed."""
 
 import signal
 from contextlib import AbstractContextManager
@@ -10,13 +10,13 @@ from deepspeed.accelerator import get_accelerator
 
 from pipeline import interrupt
 
-# Slurm: SIGUSR1 some time before the time limit (`#SBATCH --signal`), SIGTERM where the job is preempted, requeued or
-# cancelled, some seconds before SIGKILL.
+# Slurm sends SIGUSR1 before the time limit (`#SBATCH --signal`); and SIGTERM, some seconds before SIGKILL, when a job
+# is preempted, requeued or cancelled.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class Preemption:
-    """From its making on, signals are only noted; Ctrl-C, in `steps` alone: before and after there is nothing to save.
+    """Records SIGNALS, so that they do not end the process; Ctrl-C only inside `steps`: outside, nothing needs saving.
 
     answer: the signal that made all ranks stop, or 0.
     """
@@ -33,7 +33,7 @@ class Preemption:
         return interrupt.postponed(self._note)
 
     def asked(self) -> int:
-        """The signal that asks some rank to stop, or 0. Every rank calls this, and all get the same."""
+        """Return the signal that any rank has received, or 0; the same on all ranks. Collective."""
         asked = torch.tensor(self._received, device=get_accelerator().current_device_name())
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         self.answer = int(asked)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from: the newest whole one. Damaged ones are named and set aside, never deleted."""
+"""Choose the checkpoint to resume from: the newest undamaged one. Damaged ones are logged and renamed, not deleted."""
 
 import logging
 import socket
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 def whole(folder: Path, *, thorough: bool = False, quiet: bool = False) -> Path | None:
-    """The newest checkpoint that is whole, by its files' sizes or (thorough) checksums; None where there never was one.
+    """Return the newest undamaged checkpoint, by file sizes or (thorough) checksums; None if there never was one.
 
-    It changes nothing, and logs which newer ones are damaged, unless quiet. Raises PipelineError where all are.
+    Logs which newer ones are damaged, unless quiet. Changes no files. Raises PipelineError if all are damaged.
     """
     damaged = {}
     for each in checkpoint.candidates(folder):
@@ -36,7 +36,7 @@ def whole(folder: Path, *, thorough: bool = False, quiet: bool = False) -> Path 
 
 
 def fault_of(path: Path, *, thorough: bool) -> str:
-    """What is wrong with a checkpoint; empty where it is whole."""
+    """Return a checkpoint's faults as text; empty if it is undamaged."""
     try:
         content = contents(path, thorough=thorough)
         return _joined(manifest.faults(path, content, content.files, thorough=thorough))
@@ -45,11 +45,11 @@ def fault_of(path: Path, *, thorough: bool) -> str:
 
 
 def choose(folder: Path, present: dict) -> Path | None:
-    """The checkpoint to continue from, checked by all ranks; None where there never was one. Every rank calls this.
+    """Return the checkpoint to resume from, checked by all ranks; None if there never was one. Collective.
 
-    Newer ones that are damaged are set aside under other names.  present: the conditions of the run that starts.
+    Newer ones that are damaged are renamed.  present: the conditions of the run that starts.
 
-    Raises PipelineError, on the first rank, where none is whole, and as `conditions.check` does.
+    Raises PipelineError on the first rank if all are damaged, and as `conditions.check` does.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     left, damaged = None, {}
@@ -66,7 +66,7 @@ def choose(folder: Path, present: dict) -> Path | None:
         return None, None
 
     while True:
-        # One rank's word counts: on a shared file system another may not yet see the newest checkpoint.
+        # The first rank decides: on a shared file system other ranks may not yet see the newest checkpoint.
         path, content = on_first_rank(look)
         if path is None or content is None:
             break
@@ -81,7 +81,7 @@ def choose(folder: Path, present: dict) -> Path | None:
             break
 
         def judge(path: Path = path, content: Manifest = content, complaints: list = complaints) -> None:
-            # A node whose memory or cache is at fault must not cost a checkpoint.
+            # A node with faulty memory or cache must not cause a good checkpoint to be rejected.
             names = [name for _, found in complaints for name in found]
             if ours := manifest.faults(path, content, names):
                 damaged[path] = _joined(ours)
@@ -100,7 +100,7 @@ def choose(folder: Path, present: dict) -> Path | None:
             _set_aside(each, why, path)
         checkpoint.point(path)
         if not checkpoint.best(folder):
-            for each in reversed(checkpoint.candidates(folder)):  # from the oldest on, as the run did
+            for each in reversed(checkpoint.candidates(folder)):  # oldest first, as in the run
                 step = checkpoint.step_of(each)
                 report = evaluation_of(folder.parent, step)
                 if report and not report.collapsed:
@@ -111,7 +111,7 @@ def choose(folder: Path, present: dict) -> Path | None:
 
 
 def contents(path: Path, *, thorough: bool = True) -> Manifest:
-    """What a checkpoint should hold; of one without a manifest, nothing unless thorough. Raises Damaged."""
+    """Return a checkpoint's manifest; without one, list DeepSpeed's files if thorough, else none. Raises Damaged."""
     if not path.is_dir():
         raise Damaged("it is no folder")
     kept = checkpoint.conditions_of(path)
@@ -122,7 +122,7 @@ def contents(path: Path, *, thorough: bool = True) -> Manifest:
         raise Damaged(f"{manifest.FILE} is missing")
     if not thorough:
         return Manifest(format=manifest.FORMAT, step=step, block=1, files={})
-    # Of an older version: DeepSpeed's files, by the names it gives them.
+    # A checkpoint of an older version: list the files that DeepSpeed writes.
     world, stage = (kept.get(name) for name in (checkpoint.PROCESSES, checkpoint.STAGE))
     if type(world) is not int or type(stage) is not int:
         raise Damaged(f"{checkpoint.CONDITIONS} does not say by how many processes, and by which ZeRO stage")
@@ -147,7 +147,7 @@ def _set_aside(path: Path, why: str, taken: Path) -> None:
 
 
 def _refuse(folder: Path, damaged: dict[Path, str]) -> None:
-    """Raise PipelineError where there was a checkpoint: what is left of a run is not written over unasked."""
+    """Raise PipelineError if there was a checkpoint: the remains of a run must not be overwritten without consent."""
     aside = [path for path in checkpoint.entries(folder) if path.name.startswith("damaged-step-")]
     if damaged or aside:
         whys = [f"{path.name}: {why}" for path, why in damaged.items()] + [path.name for path in aside]

@@ -1,4 +1,4 @@
-"""A run of training: what is checked before it starts, what it loads, its steps, and its export."""
+"""One training run: checks, loading, steps, evaluation and export."""
 
 import logging
 import math
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 def plan(recipe: Recipe, source: Source, lengths: Lengths, world: int) -> tuple[Order, int]:
-    """The order of a run's samples and its number of steps. PipelineError if they do not suit `world` processes."""
+    """Return a run's order and number of steps. Raises PipelineError if they do not suit `world` processes."""
     order = source.order(recipe.batch.global_batch, recipe.seed, lengths)
     order.check_world(world)
     source.check_memory(order, world)
@@ -78,9 +78,9 @@ class Trainer:
         self.checkpoints = self.folder / "checkpoints"
 
     def check(self, *, resumes: bool) -> None:
-        """Find what is wrong on every rank, before the ranks meet and a model is loaded. Raises PipelineError.
+        """Raise PipelineError for anything wrong, on every rank, before the process group starts and a model is loaded.
 
-        resumes: whether a checkpoint in the run directory is continued, or refused.
+        resumes: whether to resume from a checkpoint in the run directory; otherwise a checkpoint is an error.
         """
         recipe, world = self.recipe, int(os.environ.get("WORLD_SIZE", 1))
         self.family.check(recipe.model)
@@ -105,7 +105,7 @@ class Trainer:
     def build(self) -> None:
         """Start the process group, and load the model, its frozen part and the engine."""
         recipe, minutes = self.recipe, self.recipe.timeout_minutes
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it does not survive the loader's forks
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the loader's forks
         self.device = start_distributed(minutes)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.start = resume.choose(self.checkpoints, self.conditions)
@@ -126,7 +126,7 @@ class Trainer:
         self.engine = build_engine(recipe, self.ds_config, self.model_path)
 
     def train(self) -> bool:
-        """Take all steps; or those until some rank is asked to stop, and return False. Both end with a checkpoint."""
+        """Take the remaining steps and return True, or return False if a rank is asked to stop. All steps are saved."""
         done = self._restore()
         with self.monitor, self.preemption.steps():
             if self.monitor.leads:
@@ -145,7 +145,7 @@ class Trainer:
                 done = step + 1
                 self._report(done, batch, result, lr, began, waited)
                 asked, evaluates = self.preemption.asked(), self._evaluation_is_due(done)
-                # Also before an evaluation: if that is cut short, the next start makes it.
+                # Also save before an evaluation: if that is interrupted, the next start repeats it.
                 if asked or evaluates or done == self.steps or done % self.recipe.checkpoint.every == 0:
                     self._save(done)
                 if evaluates and not asked:
@@ -164,7 +164,7 @@ class Trainer:
             print(f"the model: {self.folder}/export    the curves: tensorboard --logdir {self.folder}/tensorboard")
 
     def _restore(self) -> int:
-        """Load the checkpoint to continue from, if there is one. Returns the number of steps that the run has taken."""
+        """Load the checkpoint to resume from, if there is one. Returns the number of steps that the run has taken."""
         state: dict[str, Any] = {"step": 0, "bad_samples": 0}
         self.objective = objective_of(self.recipe)(self.recipe, self.engine.device)
         if self.start:
@@ -180,7 +180,7 @@ class Trainer:
         return done
 
     def _conditions_of_budget(self) -> dict[str, Any]:
-        """What decides how much fits in memory, besides the cut itself."""
+        """Return what determines how much fits in memory, besides the budget itself."""
         recipe = self.recipe
         settings = recipe.batch.model_dump(include={"activation_checkpointing", "tower_tiles", "features_mb"})
         settings |= {"max_tokens": recipe.model.max_tokens, "padded": self.engine.module.pads}
@@ -188,7 +188,7 @@ class Trainer:
         return self.conditions | settings | {checkpoint.PROCESSES: dist.get_world_size(), MEMORY: self.meter.total}
 
     def _restored_budget(self, of_checkpoint: dict[str, Any] | None) -> Budget:
-        """The recipe's, with what an earlier start found, by the first rank's files, as of the checkpoint."""
+        """Return the recipe's budget, with results of an earlier start from the first rank's note or checkpoint."""
         before: list[Budget | None] = [None]
         if dist.get_rank() == 0:
             before = [found_before(self.folder, of_checkpoint, self.budget_conditions)]
@@ -199,7 +199,7 @@ class Trainer:
         return budget
 
     def _batches(self, steps: range) -> Iterator[Batch]:
-        """This rank's parts of the steps' batches."""
+        """Iterate over this rank's slices of the steps' batches."""
         return batches(
             self.source,
             self.order,
@@ -212,7 +212,6 @@ class Trainer:
         )
 
     def _step(self, step: int, batch: Batch) -> tuple[StepResult, float]:
-        """Take one optimizer step; returns its result and its learning rate."""
         lr = learning_rate(step, self.steps, self.recipe.optimizer)
         features = KeptFeatures(self.frozen, self.recipe.batch.features_mb << 20) if self.frozen else None
         if measuring := not self.budget.is_fixed:
@@ -229,7 +228,7 @@ class Trainer:
         return result, lr
 
     def _report(self, done: int, batch: Batch, result: StepResult, lr: float, began: float, waited: float) -> None:
-        """Write the step's metrics; raise PipelineError where the run should not go on."""
+        """Write the step's metrics. Raises PipelineError if the run must stop."""
         global_batch = self.recipe.batch.global_batch
         self.monitor.consumed(done, batch.origins)
         place = {"step": done, "epoch": self.order.locate(done - 1)[0], "samples": done * global_batch}
@@ -252,20 +251,20 @@ class Trainer:
         self.monitor.step(metrics, speed, histograms)
 
     def _gather_bad(self, step: int, batch: Batch) -> None:
-        """Send all ranks' bad samples of a step to the first rank, which writes them down."""
+        """Gather a step's bad samples on the first rank, which records them."""
         ranks: list[Any] | None = [None] * dist.get_world_size() if self.monitor.leads else None
         dist.gather_object(batch.bad, ranks)
         self.monitor.bad(step, [bad for rank in ranks or [] for bad in rank])
 
     def _require_progress(self, metrics: dict[str, Any]) -> None:
-        """Stop a run whose loss is not finite or that has too many bad samples."""
+        """Raise PipelineError if the loss or gradient norm is not finite, or if there are too many bad samples."""
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise PipelineError(
                 f"step {metrics['step']}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; lower "
                 "optimizer.lr or raise optimizer.warmup_ratio and start the same command: it goes on from the newest "
                 "checkpoint"
             )
-        # The rate is of 10,000 samples at least: one bad sample among the first few is no rate yet.
+        # The rate is computed over at least 10,000 samples: one bad sample among the first few must not stop the run.
         most = self.recipe.data.max_bad_fraction
         if self.bad_samples > most * max(metrics["samples"], 10_000):
             raise PipelineError(
@@ -283,13 +282,13 @@ class Trainer:
                 (self.folder / NOTE).unlink(missing_ok=True)  # the checkpoint has the budget now
 
     def _evaluation_is_due(self, step: int) -> bool:
-        """Before the first step, after the last, and between as the recipe says."""
+        """Whether to evaluate after `step` steps: at the start, at the end, and every `evaluation.every` steps."""
         if (evaluation := self.recipe.evaluation) is None:
             return False
         return step in (0, self.steps) or bool(evaluation.every and step % evaluation.every == 0)
 
     def _evaluation_is_missing(self, step: int) -> bool:
-        """Whether there is no evaluation yet of the step that a start continues from."""
+        """Whether there is no report yet for the step from which this start continues. Collective."""
         due = torch.tensor(evaluation_of(self.folder, step) is None, device=get_accelerator().current_device_name())
         dist.broadcast(due, 0)  # on a shared file system another rank may not yet see it
         return bool(due)
@@ -298,12 +297,12 @@ class Trainer:
         if report := self._measured():
             if report.collapsed:
                 logger.warning("step %d: %s", step, report.remarks()[0])
-            elif step:  # after which there is a checkpoint
+            elif step:  # step 0 has no checkpoint
                 checkpoint.keep_best(self.checkpoints, step, report.score, list(report.results))
             self.monitor.evaluation(step, report)
 
     def _measured(self) -> Report | None:
-        """A report at the present weights, on the first rank; None elsewhere, and where a signal cut it short."""
+        """Return a report on the current weights, on the first rank; None on others, and if a signal interrupts it."""
         collection, (reader, features) = self.collection, self._reader_and_features
         assert collection
         encoder = ModelEncoder(
@@ -330,14 +329,14 @@ class Trainer:
         return self.family.for_evaluation(self.recipe, self.processor, self.frozen, self.device)
 
     def _write_recipe(self) -> None:
-        """Keep the resolved recipe with the run, and what ran it."""
+        """Write recipe.yaml: the resolved recipe, with the number of processes and the packages' versions."""
         versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
         header = f"# {self.world} processes; Python {platform.python_version()}, {versions}\n"
         with disk_errors(self.folder / "recipe.yaml"):
             write_file(self.folder / "recipe.yaml", (header + dump_recipe(self.recipe)).encode())
 
     def _shorten_ledgers(self, step: int) -> None:
-        """Truncate ledgers of ranks that no longer exist, after `step`: other ranks repeat those steps."""
+        """Truncate the ledgers of ranks that no longer exist after `step`: other ranks repeat the later steps."""
         for path in (self.folder / "ledger").glob("rank*.jsonl"):
             number = path.stem.removeprefix("rank")
             if number.isdecimal() and int(number) >= self.world:
@@ -345,7 +344,7 @@ class Trainer:
 
 
 def _over_ranks(result: StepResult, batch: Batch, waited: float) -> tuple[float, float, float, float]:
-    """(tokens of all ranks, the heaviest's by the mean, bytes read by all, seconds the slowest waited for data)."""
+    """Return (sum of tokens, largest rank's tokens / mean, sum of bytes read, longest wait for data in seconds)."""
     device = get_accelerator().current_device_name()
     ours = torch.tensor([[result.tokens, batch.received, waited]], device=device)
     tokens, received, waits = all_gather_constant(ours).double().cpu().T

@@ -1,8 +1,8 @@
-"""A checkpoint for another number of processes: DeepSpeed's universal checkpoint, made where one is needed.
+"""Convert a checkpoint for another number of processes, to DeepSpeed's universal checkpoint.
 
-ZeRO's files hold each rank's part of the optimizer, which another number of ranks cannot load. DeepSpeed converts
-them to files of one parameter each (https://www.deepspeed.ai/tutorials/universal-checkpointing/). That happens here by
-itself, beside the checkpoint, which stays as it is; `checkpoint.load` removes the converted one.
+ZeRO's files hold each rank's partition of the optimizer state, which another number of ranks cannot load. DeepSpeed
+converts them to separate files for each parameter (https://www.deepspeed.ai/tutorials/universal-checkpointing/). The
+copy is written beside the checkpoint, which does not change; `checkpoint.load` removes the copy.
 """
 
 import logging
@@ -36,17 +36,17 @@ logger = logging.getLogger(__name__)
 
 
 def for_this_world(source: Path, timeout_minutes: float) -> Path:
-    """A checkpoint as the present processes can load it: itself, or, of another number of them, converted beside it.
+    """Return a checkpoint that this number of processes can load: `source`, or a converted copy of it. Collective.
 
-    Every rank calls this. The first one converts, and the others see the files when they are whole and on the disk.
+    The first rank converts it; the others wait until all files are on disk.
 
-    Raises PipelineError, on the first rank, where the conversion fails, or writes nothing for `timeout_minutes`.
+    Raises PipelineError on the first rank if the conversion fails, or writes nothing for `timeout_minutes`.
     """
     leads = dist.get_rank() == 0
     world = dist.get_world_size()
     target = source.parent / "unfinished-universal" / source.name
     conditions = checkpoint.conditions_of(source) if leads else {}
-    # Without ZeRO every rank has all, and the first one saves it.
+    # Without ZeRO every rank has the full state, and the first rank saves it.
     needed = [leads and conditions["the ZeRO stage"] > 0 and conditions[checkpoint.PROCESSES] != world]
     dist.broadcast_object_list(needed)
     if not needed[0]:
@@ -56,12 +56,12 @@ def for_this_world(source: Path, timeout_minutes: float) -> Path:
 
 
 def convert(source: Path, target: Path, before: int, world: int, timeout_minutes: float) -> None:
-    """Convert a checkpoint of `before` processes, in another process, which does not outlive this one.
+    """Convert a checkpoint of `before` processes in a subprocess, which ends with this process.
 
-    Raises PipelineError where there is no room for it, and as `for_this_world` does.
+    Raises PipelineError if there is not enough disk space, and as `for_this_world` does.
     """
-    shutil.rmtree(target.parent, ignore_errors=True)  # of one that was killed
-    # The optimizer's state is written in fragments, and again as they are put together; the rest is copied.
+    shutil.rmtree(target.parent, ignore_errors=True)  # from a killed conversion
+    # The optimizer's state is written twice, as fragments and merged; the rest is copied.
     size = _size(source) + sum(file.stat().st_size for file in source.glob("*_optim_states.pt"))
     if (free := shutil.disk_usage(source.parent).free) < size:
         raise PipelineError(
@@ -96,7 +96,7 @@ def convert(source: Path, target: Path, before: int, world: int, timeout_minutes
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files below a folder, some of which are being removed."""
+    """Return the bytes of all files below a folder; files may disappear meanwhile."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -108,20 +108,20 @@ def _size(folder: Path) -> int:
 def main() -> None:
     """`python -m pipeline.training.universal SOURCE TARGET`: convert a checkpoint's folder."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # Slurm sends them to all processes; the rank sees to them afterwards
+        signal.signal(number, signal.SIG_IGN)  # Slurm sends them to all processes; the rank handles them afterwards
     threading.Thread(target=_end_with_rank, daemon=True).start()
     source, target = map(Path, sys.argv[1:])
-    # DeepSpeed takes paths for patterns, in which a folder's `+` or `[` would be another thing.
+    # DeepSpeed interprets paths as patterns, in which a `+` or `[` in a folder's name would have another meaning.
     os.chdir(source.parent)
     arguments = Namespace(
         input_folder=source.name,
         output_folder=str(target.relative_to(source.parent)),
-        # In this process: its pools would outlive it when it is killed.
+        # No worker pools: they would survive if this process is killed.
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
-        inject_missing_state=True,  # that it is no pipeline's or tensor-parallel checkpoint
+        inject_missing_state=True,  # that there is no pipeline or tensor parallelism
     )
     with checkpoint.weights_only(), checkpoint.mapped():
         ds_to_universal.main(arguments)
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def _end_with_rank() -> NoReturn:
-    """The standard input ends when the rank that holds its other end does, even if that was killed."""
+    """Exit when standard input ends: the rank that holds its other end has ended, perhaps killed."""
     os.read(sys.stdin.fileno(), 1)
     os._exit(1)
 

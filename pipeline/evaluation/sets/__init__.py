@@ -1,4 +1,4 @@
-"""Evaluation sets by name, in the layouts that they have on disk or on S3."""
+"""Load evaluation sets by name, in the layouts that they have on disk or on S3."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ NAMES = (*mmeb.GROUPS, *captions.SETS, *classification.SETS)
 
 
 def load(sets: Sequence[str], *, instructed: bool = True, number: int = 0, count: int = 1) -> Collection:
-    """A collection of the datasets in `sets`: every `count`-th one, beginning with number `number`.
+    """Return a collection of the datasets in `sets`: every `count`-th one, beginning with number `number`.
 
-    sets: each NAME=URL, with a name of NAMES; or only a URL: a folder with tasks.json or MMEB's datasets, or shards of
-        pairs.
+    sets: each is NAME=URL with a name in NAMES, or only a URL: a folder with tasks.json or MMEB's datasets, or shards
+        of pairs.
     instructed: see Encoder.
 
-    Raises PipelineError if there is no such set, if a file of it is missing, and if two have the same name.
+    Raises PipelineError if a set does not exist or lacks a file, and if two sets have the same name.
     """
     collection = Collection()
     adding = [add for each in sets for add in _datasets(each, instructed)]
@@ -48,5 +48,5 @@ def _datasets(given: str, instructed: bool) -> list[Callable[[Collection], None]
 
 
 def _shown() -> list[str]:
-    """The names, with one entry for all of MMEB's datasets."""
+    """Return NAMES, with MMEB's groups and datasets shortened to two entries."""
     return [name for name in NAMES if not name.startswith("mmeb/")] + ["mmeb/GROUP", "mmeb/DATASET"]

@@ -1,7 +1,7 @@
-"""Retrieval of pictures or videos by their captions, and of captions by pictures or videos.
+"""Sets for retrieval of pictures or videos by captions, and of captions by pictures or videos.
 
-A set is a folder, local or on S3. Its pictures or videos are anywhere below it, with the names that its files give
-them. The files are:
+A set is a folder, local or on S3. Its pictures or videos are anywhere below it, under the names in the set's files,
+which are:
 
     msrvtt      MSRVTT_JSFUSION_test.csv (video_id, sentence: the 1,000 clips of "1k-A"; Yu et al., 2018)
                 or msrvtt_test_1k.json [{"video": "video7020.mp4", "caption": "..."}, ...]
@@ -21,7 +21,7 @@ them. The files are:
     text-video, text-image
                 your own: captions.json {"NAME": "caption" or ["caption", ...], ...}; the folder's name is the set's.
 
-For a model that was trained with other instructions than INSTRUCTED below, a set may also have a wording.json:
+For a model that was trained with instructions other than INSTRUCTED below, a set may also have a wording.json:
 {"medium": "...", "seeks_caption": "...", "seeks_medium": "..."}.
 """
 
@@ -53,12 +53,16 @@ from pipeline.storage import objects
 from pipeline.storage.documents import foreign, parse_json
 
 WORDING_FILE = "wording.json"
-_FIRST_BYTES = 4 << 20  # of a long file that are read; doubled until they suffice
+_FIRST_BYTES = 4 << 20  # bytes read from a long file at first; doubled until they suffice
 
 
 @dataclass(frozen=True)
 class Wording:
-    """The texts of the items. seeks_medium: for a caption as a query, which replaces {}."""
+    """The texts of the items.
+
+    medium: of a picture or video as a candidate.  seeks_caption: of one as a query.
+    seeks_medium: of a caption as a query; the caption replaces {}.
+    """
 
     medium: str
     seeks_caption: str
@@ -69,7 +73,7 @@ BARE = {
     "text-image": Wording(medium=IMAGE_MARK, seeks_caption=IMAGE_MARK),
     "text-video": Wording(medium=VIDEO_MARK, seeks_caption=VIDEO_MARK),
 }
-# MMEB's; for videos MMEB-V2's (VLM2Vec-V2, arXiv 2507.04590).
+# MMEB's instructions; for videos those of MMEB-V2 (VLM2Vec-V2, arXiv 2507.04590).
 INSTRUCTED = {
     "text-image": Wording(
         seeks_medium="Find me an everyday image that matches the given caption: {}",
@@ -85,7 +89,7 @@ INSTRUCTED = {
 
 
 class Captioned(NamedTuple):
-    """A picture or video with its captions by language.  medium: its name in the file `source`, a URL."""
+    """A picture or video with its captions by language.  medium: its name in the file with the URL `source`."""
 
     medium: str
     captions: dict[str, list[Any]]
@@ -106,9 +110,9 @@ def add(
     name: of the dataset, with {} for the language; default: the folder's name.
     instructed: see Encoder.
 
-    Each caption is a query and a candidate of its own, even if two are equal, as in the papers. Raises PipelineError
-    with the name of the file if the set is not complete: a missing picture, an empty caption, or a picture without
-    captions in a language.
+    Each caption is a separate query and candidate, even if two are equal, as in the papers. Raises PipelineError with
+    the file's name if the set is incomplete: a missing picture, an empty caption, or a picture without captions in a
+    language.
     """
     folder = Folder.of(url)
     suffixes = VIDEOS if kind == "text-video" else PICTURES
@@ -200,7 +204,7 @@ def _karpathy(folder: Folder, *, name: str) -> list[Captioned]:
     file = folder.named(name)
     with expecting(file, 'Karpathy\'s {"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}'):
         images = captioned_images(file, objects.read(file), "test")
-    # COCO's test split has 25,010 captions; papers use 25,000 of them, as does Long-CLIP's code.
+    # COCO's test split has 25,010 captions; papers and Long-CLIP's code use 25,000 of them.
     return [Captioned(image, {"en": texts[:5]}, file) for image, texts in images]
 
 
@@ -236,7 +240,7 @@ def _sharegpt4v(folder: Folder) -> list[Captioned]:
         if asked := [entry["image"] for entry in entries if entry["conversations"][1]["from"] == "human"]:
             raise ValueError(f"the second turn of {asked[0]} is no answer")
         return [
-            # In one line, as in Long-CLIP's code.
+            # On one line, as in Long-CLIP's code.
             Captioned(entry["image"], {"en": [entry["conversations"][1]["value"].replace("\n", " ")]}, file)
             for entry in entries
         ]
@@ -306,7 +310,7 @@ def _json_lines(file: str) -> list[Any]:
 
 
 def _first(file: str, number: int) -> list[Any]:
-    """The first objects of a JSON list. Little more of the file is read: ShareGPT4V's has 1.5 GB."""
+    """Return the first objects of a JSON list, reading little more of the file: ShareGPT4V's has 1.5 GB."""
     size, length = objects.size(file), _FIRST_BYTES
     if why := foreign(objects.read(file, 0, min(8, size))):
         raise ValueError(f"it {why}")
@@ -314,14 +318,14 @@ def _first(file: str, number: int) -> list[Any]:
         data = objects.read(file, 0, min(length, size))
         try:
             return _leading(data.decode("utf-8-sig"), number)
-        except ValueError:  # the data end inside a character or an object
+        except ValueError:  # the data may end inside a character or an object
             if length >= size:
                 raise
             length *= 2
 
 
 def _leading(text: str, number: int) -> list[Any]:
-    """The first objects of a JSON list; ValueError if the text ends before them and before the end of the list."""
+    """Return the first objects of a JSON list. Raises ValueError if the text ends before them and within the list."""
     decoder, separator = json.JSONDecoder(), re.compile(r"\s*([,\]])\s*")
     entries: list[Any] = []
     found = re.match(r"\s*(\[)\s*", text)

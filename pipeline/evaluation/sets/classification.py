@@ -1,9 +1,9 @@
-"""Zero-shot classification of pictures, in ImageNet's layout (Radford et al., arXiv 2103.00020, section 3.1).
+"""Sets for zero-shot classification of pictures (Radford et al., arXiv 2103.00020, section 3.1), in ImageNet's layout.
 
-URL/<class>/*.jpg, or URL/val/<class>/*.jpg     the pictures, in any format; if there is val, other folders are ignored
+URL/<class>/*.jpg, or URL/val/<class>/*.jpg     the pictures, in any format; if val exists, other folders are ignored
 URL/classnames.json     {"n01440764": "tench", "n01443537": ["goldfish", "Carassius auratus"], ...},
                         or a list of names, in the order of the sorted folders (numbers by value)
-URL/templates.txt       a template a line, with {} for the name; without the file, TEMPLATES
+URL/templates.txt       one template per line, with {} for the name; default: TEMPLATES
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from pipeline.storage.documents import parse_json
 
 NAMES_FILE, TEMPLATES_FILE = "classnames.json", "templates.txt"
 INSTRUCTION = f"{IMAGE_MARK}\nRepresent the given image for classification."
-# The seven that CLIP's authors chose from their 80 (in the notebook "Prompt engineering for ImageNet").
+# The seven templates that CLIP's authors selected from their 80 (notebook "Prompt engineering for ImageNet").
 TEMPLATES = (
     "itap of a {}.",
     "a bad photo of the {}.",
@@ -33,14 +33,14 @@ TEMPLATES = (
 
 
 def add(collection: Collection, url: str, instructed: bool) -> None:
-    """Add the set at `url`, with the folder's name. Queries are pictures, candidates are classes: means of prompts.
+    """Add the set at `url`, with the folder's name. Queries are pictures. Candidates are classes: means of prompts.
 
-    If classes have several names, all classes have as many prompts as the class with the most names: for each template
-    one prompt for each of that many names, over which the names of a class are repeated in turn.
+    All classes have the same number of prompts: for each template as many as the maximum number of names of a class.
+    A class with fewer names repeats them in turn.
 
     instructed: see Encoder.
 
-    Raises PipelineError for a picture outside a class's folder, and for a class without name or pictures.
+    Raises PipelineError for a picture outside a class's folder, and for a class without a name or pictures.
     """
     folder = Folder.of(url)
     pictures = _pictures(folder)
@@ -69,7 +69,7 @@ def add(collection: Collection, url: str, instructed: bool) -> None:
 
 
 def _pictures(folder: Folder) -> dict[str, list[str]]:
-    """Folder of a class -> URLs of its pictures, in the order of the classes."""
+    """Return folder of a class -> URLs of its pictures, in the order of the classes."""
     paths = [path for path in folder.files if path.rpartition(".")[2].lower() in PICTURES]
     paths = [path for path in paths if path.startswith("val/")] or paths
     if not paths:
@@ -93,12 +93,12 @@ def _pictures(folder: Folder) -> dict[str, list[str]]:
 
 
 def _hidden(path: str) -> bool:
-    """Whether it is a file that operating systems leave in folders."""
+    """Return whether the file is one that operating systems create in folders."""
     return path.rpartition("/")[2].startswith(".") or path.endswith(("Thumbs.db", "desktop.ini"))
 
 
 def _names(file: str, folder: Folder, pictures: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Folder of a class -> its names, at least one, in the order of `pictures`."""
+    """Return folder of a class -> its names, at least one, in the order of `pictures`."""
     if NAMES_FILE not in folder.files:
         raise PipelineError(f"{file} is missing; it must have the names of the classes")
     with expecting(file, '{"folder": "name" or ["name", ...], ...}, or a list in the order of the sorted folders'):

@@ -1,4 +1,4 @@
-"""The files below an evaluation set's folder, found by the names in the set's own files."""
+"""Find the files below an evaluation set's folder by the names in the set's own files."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ _THREADS = 16
 
 @dataclass(frozen=True)
 class Folder:
-    """The files below a folder, without hidden ones.
+    """The files below a folder, except hidden ones.
 
     url: of the folder.
     files: path below it -> URL, sorted by URL.
@@ -34,8 +34,8 @@ class Folder:
 
     @classmethod
     def of(cls, url: str) -> "Folder":
-        """List a folder, local or on S3; PipelineError if it is empty."""
-        # Archives from a Mac have a ._NAME.jpg, which is no picture, for each NAME.jpg.
+        """List a folder, local or on S3. Raises PipelineError if it is empty."""
+        # Archives from a Mac have a file ._NAME.jpg, which is not a picture, for each NAME.jpg.
         stamps = {each: stamp for each, stamp in objects.stamps(url).items() if not _name(each).startswith(".")}
         if not stamps:
             raise PipelineError(f"{url} has no files: give the folder of the evaluation set")
@@ -45,13 +45,13 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The name of the folder, and of a user's own set."""
+        """The name of the folder, which is also the name of a user's own set."""
         return _name(self.url.rstrip("/") if "://" in self.url else str(Path(self.url).resolve()))
 
     def named(self, *names: str) -> str:
-        """The URL of the file below the folder with the first of these names that exists; * matches anything.
+        """Return the URL of the file with the first of these names that exists; * matches anything.
 
-        PipelineError if there is none, and if there are several.
+        Raises PipelineError if no file or several files have the name.
         """
         for name in names:
             found = [url for path, url in self.files.items() if fnmatchcase(_name(path), name)]
@@ -62,10 +62,10 @@ class Folder:
         raise PipelineError(f"{self.url} has no {' or '.join(names)}, which lists the items of this evaluation set")
 
     def media(self, name: str, suffixes: frozenset[str]) -> str:
-        """The URL of a picture or video with this name, with or without suffix, in a set's file.
+        """Return the URL of a picture or video by its name, with or without suffix, in a set's file.
 
-        It is the file whose path ends with the name; or else the one with the same last part. PipelineError if there is
-        none, and if there are several.
+        The file's path ends with the name, or else with the name's last part. Raises PipelineError if no file or
+        several files match.
         """
         wanted = stem(name, suffixes)
         called = [path for path in self._by_name.get(_name(wanted), []) if _suffix(path) in suffixes]
@@ -81,7 +81,7 @@ class Folder:
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
-        """Name of a picture or video without suffix -> its paths."""
+        """Name of a picture or video, without suffix -> its paths."""
         paths: dict[str, list[str]] = {}
         for path in self.files:
             if _suffix(path) in PICTURES | VIDEOS:
@@ -90,7 +90,7 @@ class Folder:
 
 
 def read_text(url: str) -> str:
-    """A file's text; PipelineError if it is not UTF-8."""
+    """Return a file's text. Raises PipelineError if it is not UTF-8."""
     try:
         return utf8_text(objects.read(url))
     except ValueError as error:
@@ -98,14 +98,14 @@ def read_text(url: str) -> str:
 
 
 def read_texts(urls: Sequence[str]) -> list[str]:
-    """The texts of many small files, read in parallel to hide S3's latency."""
+    """Return the texts of many small files, read in parallel to hide S3's latency."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(read_text, urls))
 
 
 @contextmanager
 def expecting(url: str, form: str) -> Iterator[None]:
-    """Turn the errors of reading a file in another form into a PipelineError with the file and the expected form."""
+    """Turn errors from a file in an unexpected form into a PipelineError with the file and the expected form."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -114,7 +114,7 @@ def expecting(url: str, form: str) -> Iterator[None]:
 
 
 def plain_text(text: object, where: str) -> str:
-    """The text without white space and byte-order marks around it; PipelineError for one with a `text_fault`."""
+    """Strip white space and byte-order marks from a text. Raises PipelineError if it has a `text_fault`."""
     if not isinstance(text, str):
         raise PipelineError(f"{where} is {text!r}, not a text")
     if fault := text_fault(text):
@@ -123,7 +123,7 @@ def plain_text(text: object, where: str) -> str:
 
 
 def stem(name: str, suffixes: frozenset[str]) -> str:
-    """The path without its suffix, if that is one of these."""
+    """Return the path without its suffix, if that is in `suffixes`."""
     path = PurePosixPath(name)
     return str(path.with_suffix("") if _suffix(name) in suffixes else path)
 

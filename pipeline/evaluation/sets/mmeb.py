@@ -1,4 +1,4 @@
-"""MMEB's datasets, as on the hub or converted, and other sets in the same layout (pipeline/data/mmeb.py)."""
+"""Load MMEB's datasets, as on the hub or converted, and other sets in the same layout (pipeline/data/mmeb.py)."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,13 +28,14 @@ from pipeline.storage import objects
 from pipeline.storage.documents import note_unread
 
 GROUPS = ("mmeb", "mmeb/ind", "mmeb/ood", *(f"mmeb/{name}" for name in (*META_TASKS, *MMEB_TASKS)))
-_BLOCK_BYTES = 256 << 10  # of a shard that are read together: about one picture, or a hundred texts
+_BLOCK_BYTES = 256 << 10  # read from a shard at once: about one picture, or a hundred texts
 
 
 def datasets(url: str, group: str | None = None) -> dict[str, Callable[[Collection], None]]:
-    """For each dataset of the group at `url`, by name: the function that adds it.
+    """Return, by name, a function for each dataset of the group at `url` that adds it to a collection.
 
-    group: one of GROUPS; None: all datasets in tasks.json, or those of MMEB that exist. PipelineError if there is none.
+    group: one of GROUPS; None: all datasets in tasks.json, or the MMEB datasets that exist. Raises PipelineError if
+        there are none.
     """
     listed = objects.exists(objects.join(url, TASKS_FILE))
     known = read_tasks(url) if listed else MMEB_TASKS
@@ -68,7 +69,7 @@ def _add(collection: Collection, url: str, name: str, kind: tuple[str, bool], im
 
 
 class _Images:
-    """URLs and stamps of pictures, by the paths in the rows.
+    """Finds URLs and stamps of pictures by their paths in the rows.
 
     Each dataset has a folder of pictures, which is listed when a row first refers to it.
     """
@@ -79,7 +80,7 @@ class _Images:
         self._listed: set[str] = set()
 
     def find(self, path: str) -> tuple[str, str]:
-        """(URL, stamp) of a picture; PipelineError if it does not exist."""
+        """Return (URL, stamp) of a picture. Raises PipelineError if it does not exist."""
         top = path.partition("/")[0]
         if top not in self._listed:
             self._listed.add(top)
@@ -131,7 +132,7 @@ class _Block:
     lock: Lock = field(default_factory=Lock)
 
     def item(self, number: int) -> Item:
-        with self.lock:  # other threads wait for the block instead of reading it, too
+        with self.lock:  # other threads wait for the block instead of reading it again
             data = _samples(self)[number]
         single = parse_sample(data)
         if not isinstance(single, Single):

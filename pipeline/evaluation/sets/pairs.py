@@ -1,4 +1,4 @@
-"""Shards of pairs, as for training: the candidates of each query are all targets."""
+"""Load shards of pairs, as for training, as a dataset: all targets are candidates for each query."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ _SIMILARITIES = 100_000_000
 
 
 def add(collection: Collection, url: str) -> None:
-    """Add the pairs at `url` as a dataset of their meta-task, or else of "retrieval".
+    """Add the pairs at `url` as a dataset of their meta-task; without one, of "retrieval".
 
     A query with several targets is repeated for each of them, without the others among its candidates.
     """
@@ -48,7 +48,7 @@ def add(collection: Collection, url: str) -> None:
         for target in sorted(own):
             queries.append(rows[query])
             candidates.append(np.concatenate([[target], others]).astype(np.int32))
-    # Pairs with the name of an MMEB dataset are another set, because the candidates differ.
+    # Pairs with the name of an MMEB dataset need another name, because the candidates differ.
     name = f"{index.dataset}, pairs" if index.dataset in MMEB_TASKS else index.dataset
     meta_task = pairs[0].task if pairs[0].task in META_TASKS else "retrieval"
     collection.tasks.append(Ranking(name, meta_task, True, np.array(queries), candidates))
