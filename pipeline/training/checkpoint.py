@@ -179,7 +179,7 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict:
             raise
         raise PipelineError(
             f"{checkpoint} cannot be loaded ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}), though "
-            f"its files are as they were written; if nothing else has changed, rename it: an older one is then taken"
+            f"its files are as they were written; if nothing else has changed, rename it: an older one is used instead"
         ) from error
     if path is None:
         raise PipelineError(f"{checkpoint} holds no checkpoint that DeepSpeed can read")

@@ -101,7 +101,9 @@ def check(folder: Path) -> None:
     except Damaged as error:
         found = {FILE: str(error)}
     if found:
-        raise Damaged(f"{folder} is damaged: {'; '.join(found.values())}. Delete it and start again: it is made anew")
+        raise Damaged(
+            f"{folder} is damaged: {'; '.join(found.values())}. Delete it and start again; it is created then"
+        )
 
 
 def read(folder: Path, step: int) -> Manifest | None:
@@ -118,7 +120,7 @@ def read(folder: Path, step: int) -> Manifest | None:
     if manifest.format != FORMAT or manifest.step != step or manifest.block < 1 or None in manifest.files.values():
         raise Damaged(f"{FILE} is of another folder or format")
     if strange := [name for name in manifest.files if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise Damaged(f"{FILE} names {strange[0]!r}, which is no file of the folder")
+        raise Damaged(f"{FILE} names {strange[0]!r}, which is not a file of the folder")
     return manifest
 
 
@@ -130,9 +132,9 @@ def read_json(file: Path) -> dict:
         raise _unread(file, error) from None
     except (ValueError, RecursionError) as error:
         size = file.stat().st_size
-        raise Damaged(f"{file.name} is no JSON ({size} bytes: {str(error).splitlines()[0]})") from None
+        raise Damaged(f"{file.name} is not JSON ({size} bytes: {str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
-        raise Damaged(f"{file.name} is no JSON object")
+        raise Damaged(f"{file.name} is not a JSON object")
     return content
 
 
@@ -161,7 +163,7 @@ def faults(folder: Path, manifest: Manifest, names: Iterable[str], *, thorough: 
 def _fault(file: Path, expected: File | None, number: int, block: int, thorough: bool) -> str:
     try:
         if not file.is_file():
-            return f"{file.name} is no file" if file.exists() else f"{file.name} is missing"
+            return f"{file.name} is not a file" if file.exists() else f"{file.name} is missing"
         if expected is None:
             return _archive_fault(file) if thorough else ""
         if (size := file.stat().st_size) != expected.bytes:
@@ -180,7 +182,7 @@ def _fault(file: Path, expected: File | None, number: int, block: int, thorough:
 def _unread(file: Path, error: OSError) -> PipelineError:
     if error.errno in _DAMAGE:
         return Damaged(f"{file.name} is missing" if error.errno == errno.ENOENT else f"{file.name}: {error.strerror}")
-    return PipelineError(f"{file} cannot be read: {error.strerror}; mend that and start again")
+    return PipelineError(f"{file} cannot be read: {error.strerror}; correct that and start again")
 
 
 def _archive_fault(file: Path) -> str:

@@ -208,7 +208,7 @@ class Monitor:
             received = signal.Signals(number)
             reason = f"{received.name} {_WHY[received]}"
             status.note(self.folder, "stopped", reason=reason)
-            logger.info("stopped: %s; the same command goes on from here", reason)
+            logger.info("stopped: %s; the same command continues from here", reason)
 
     def flush(self) -> None:
         """Sync the logs to disk, so that after a crash they have all steps of the checkpoint written next."""

@@ -29,7 +29,7 @@ def whole(folder: Path, *, thorough: bool = False, quiet: bool = False) -> Path 
             damaged[each] = fault
             continue
         for other, why in () if quiet else damaged.items():
-            logger.warning("%s is damaged: %s; %s is taken", other, why, each.name)
+            logger.warning("%s is damaged: %s; the run continues from %s", other, why, each.name)
         return each
     _refuse(folder, damaged)
     return None
@@ -113,7 +113,7 @@ def choose(folder: Path, present: dict) -> Path | None:
 def contents(path: Path, *, thorough: bool = True) -> Manifest:
     """Return a checkpoint's manifest; without one, list DeepSpeed's files if thorough, else none. Raises Damaged."""
     if not path.is_dir():
-        raise Damaged("it is no folder")
+        raise Damaged("it is not a folder")
     kept = checkpoint.conditions_of(path)
     step = checkpoint.step_of(path)
     if found := manifest.read(path, step):
@@ -153,7 +153,7 @@ def _refuse(folder: Path, damaged: dict[Path, str]) -> None:
         whys = [f"{path.name}: {why}" for path, why in damaged.items()] + [path.name for path in aside]
         raise PipelineError(
             f"{folder} has no whole checkpoint: {'; '.join(whys)}. Restore one, set run= to another directory, or move "
-            "that folder away to begin anew"
+            "that folder away to start from the beginning"
         )
 
 

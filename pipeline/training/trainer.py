@@ -195,7 +195,7 @@ class Trainer:
         dist.broadcast_object_list(before)
         budget = Budget.of(self.recipe.batch, self.recipe.model.max_tokens, before[0])
         if before[0] and budget.auto and dist.get_rank() == 0:
-            logger.info("as found before: %s", budget)
+            logger.info("restored budget: %s", budget)
         return budget
 
     def _batches(self, steps: range) -> Iterator[Batch]:
@@ -261,7 +261,7 @@ class Trainer:
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise PipelineError(
                 f"step {metrics['step']}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; lower "
-                "optimizer.lr or raise optimizer.warmup_ratio and start the same command: it goes on from the newest "
+                "optimizer.lr or raise optimizer.warmup_ratio and start the same command: it continues from the newest "
                 "checkpoint"
             )
         # The rate is computed over at least 10,000 samples: one bad sample among the first few must not stop the run.

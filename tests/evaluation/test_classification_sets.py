@@ -105,7 +105,7 @@ def test_s3(s3, tmp_path):
         (["a", "b", "c"], "a photo\n", "n02/5.jpg", "'a photo' must have one {}"),
         (["a", "b", "c"], "\n", "n02/5.jpg", "templates.txt has no templates"),
         (["a", "b", "c"], None, "5.jpg", "5.jpg should be "),
-        (["a", "b", "c"], None, "n02/5.bmp", "5.bmp (1 such) is no picture in a known format"),
+        (["a", "b", "c"], None, "n02/5.bmp", "5.bmp (1 in all) is not an image in a known format"),
         (["a", "b", "c"], None, "n02/more/5.jpg", "5.jpg should be "),
     ],
 )

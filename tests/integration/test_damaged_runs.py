@@ -131,15 +131,15 @@ CASES = {
     "a folder in place of a file": (
         all_of(newest(Path.unlink, MODEL), newest(Path.mkdir, MODEL)),
         4,
-        f"{MODEL} is no file",
+        f"{MODEL} is not a file",
     ),
     "a dangling link in place of a file": (
         all_of(newest(Path.unlink, MODEL), newest(Path.symlink_to, MODEL, "nowhere")),
         4,
         f"{MODEL} {NO_SUCH}",
     ),
-    "empty conditions": (newest(cut, CONDITIONS, 0), 4, f"{CONDITIONS} is no JSON (0 bytes"),
-    "conditions of zeros": (newest(Path.write_bytes, CONDITIONS, bytes(99)), 4, f"{CONDITIONS} is no JSON (99 bytes"),
+    "empty conditions": (newest(cut, CONDITIONS, 0), 4, f"{CONDITIONS} is not JSON (0 bytes"),
+    "conditions of zeros": (newest(Path.write_bytes, CONDITIONS, bytes(99)), 4, f"{CONDITIONS} is not JSON (99 bytes"),
     "conditions that are a list": (newest(Path.write_text, CONDITIONS, "[]"), 4, f"{CONDITIONS} is no JSON object"),
     "conditions that lack one": (newest(Path.write_text, CONDITIONS, "{}"), 4, f"{CONDITIONS} has 2 bytes of"),
     "an older version's that lack one": (
@@ -150,7 +150,7 @@ CASES = {
     "conditions of another seed": (newest(edit, CONDITIONS, seed=1), 4, f"{CONDITIONS} "),
     "no conditions": (newest(Path.unlink, CONDITIONS), 4, f"{CONDITIONS} {NO_SUCH}"),
     "no manifest": (newest(Path.unlink, manifest.FILE), 4, f"{manifest.FILE} {NO_SUCH}"),
-    "an empty manifest": (newest(cut, manifest.FILE, 0), 4, f"{manifest.FILE} is no JSON (0 bytes"),
+    "an empty manifest": (newest(cut, manifest.FILE, 0), 4, f"{manifest.FILE} is not JSON (0 bytes"),
     "another's manifest": (
         lambda run: shutil.copy(step(run, 4) / manifest.FILE, step(run, 6)),
         4,
@@ -159,7 +159,7 @@ CASES = {
     "a manifest that leads away": (
         newest(edit, manifest.FILE, files={"../latest": {"bytes": 1, "crc32": [1]}}),
         4,
-        "which is no file of the folder",
+        "which is not a file of the folder",
     ),
     "a manifest of other types": (newest(edit, manifest.FILE, files={MODEL: {"bytes": "1"}}), 4, "files"),
     "a manifest of no blocks": (newest(edit, manifest.FILE, block=0), 4, f"{manifest.FILE} is of another"),
@@ -167,7 +167,7 @@ CASES = {
     "a file in place of the folder": (
         lambda run: [shutil.rmtree(step(run, 6)), step(run, 6).write_text("")],
         4,
-        "it is no folder",
+        "it is not a folder",
     ),
     "two of them": (
         all_of(newest(cut, CONDITIONS, 0), lambda run: flip(step(run, 4) / OPTIMIZER)),

@@ -64,7 +64,7 @@ def assert_stopped(run: Path, printed: str) -> None:
     status = Status.read(run)
     assert (status.state, status.reason) == ("stopped", "SIGINT (Ctrl-C)"), printed[-4000:]
     assert (run / "checkpoints/latest").read_text() == f"step-{status.step:08d}\n"
-    assert "stopped: SIGINT (Ctrl-C); the same command goes on from here" in printed
+    assert "stopped: SIGINT (Ctrl-C); the same command continues from here" in printed
     assert not psutil.wait_procs(of_run(run), timeout=HANG_SECONDS)[1]
     assert not (run / lock.FOLDER).exists()
 

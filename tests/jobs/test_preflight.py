@@ -88,7 +88,11 @@ def test_nothing_is_wrong_and_nothing_left_behind(overrides, tmp_path, capsys):
             "evaluation: nothing to evaluate at s3://pipeline-tests",
         ),
         (["model.path=/nowhere/llave"], {}, "model: there is no folder /nowhere/llave: correct model.path"),
-        (["model.path=nobody/nothing"], {}, "model: nobody/nothing is no folder, and not complete in the hub's cache"),
+        (
+            ["model.path=nobody/nothing"],
+            {},
+            "model: nobody/nothing is not a folder, and not complete in the hub's cache",
+        ),
         (["model.attention=flash_attn"], {}, "attention: model.attention=flash_attn cannot run here: "),
         ([], {"world": 3}, "processes: 3 processes do not divide batch.global_batch=16"),
         (["batch.global_batch=48"], {"world": 16}, "processes: 16 processes cannot share 8 lanes equally: the number"),

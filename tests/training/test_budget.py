@@ -290,7 +290,7 @@ def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_pa
     for now, smaller in (("16384 batch.kept_chunks=3", "16384"), ("16384 batch.kept_chunks=1", "8192")):
         with pytest.raises(PipelineError, match=f"in step 1 with .* uses batch.chunk_tokens={smaller} "):
             trainer().train()
-        assert f"as found before: batch.chunk_tokens={now}" in caplog.messages[-1]
+        assert f"restored budget: batch.chunk_tokens={now}" in caplog.messages[-1]
     # What was noted was of a longest item of 4,096 tokens, and of so much memory.
     longer = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.max_tokens=8192"])
     with pytest.raises(PipelineError, match=r"with batch.chunk_tokens=8192 .* a chunk holds only one item"):

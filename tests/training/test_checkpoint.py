@@ -52,7 +52,7 @@ def test_what_others_named_does_not_reach_the_terminal_as_it_is(tmp_path, monkey
     show([Check("run", "red", "\x1b[2J [x] found\nthere", "mend \x1b[2J")], "runs/[b]\x1b[2J", 1.0)
     out, err = capsys.readouterr()
     assert not {*out, *err} & {"\x1b", "\u202e"}
-    assert r"\x1b[2J\u202e is missing; step-00000001 is taken" in err
+    assert r"\x1b[2J\u202e is missing; the run continues from step-00000001" in err
     assert all(shown in out for shown in (r"runs/[b]\x1b[2J", r"\x1b[2J [x] found", r"mend \x1b[2J"))
 
 

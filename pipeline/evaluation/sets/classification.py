@@ -85,7 +85,7 @@ def _pictures(folder: Folder) -> dict[str, list[str]]:
     read = {url for urls in pictures.values() for url in urls}
     if unread := [folder.files[path] for path in others if folder.files[path] not in read and not _hidden(path)]:
         raise PipelineError(
-            f"{unread[0]} ({len(unread)} such) is no picture in a known format ({', '.join(sorted(PICTURES))}): "
+            f"{unread[0]} ({len(unread)} in all) is not an image in a known format ({', '.join(sorted(PICTURES))}): "
             "convert or remove it; a score over fewer pictures would not be comparable"
         )
     numbered = all(name.isdecimal() for name in pictures)

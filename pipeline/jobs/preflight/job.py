@@ -26,7 +26,7 @@ from pipeline.training.conditions import conditions_of_run
 from pipeline.training.memory import Plan
 from pipeline.training.trainer import plan
 
-_ABSENT = "is no folder, and not complete in the hub's cache"
+_ABSENT = "is not a folder, and not complete in the hub's cache"
 
 
 @dataclass
