@@ -140,7 +140,7 @@ CASES = {
     ),
     "empty conditions": (newest(cut, CONDITIONS, 0), 4, f"{CONDITIONS} is not JSON (0 bytes"),
     "conditions of zeros": (newest(Path.write_bytes, CONDITIONS, bytes(99)), 4, f"{CONDITIONS} is not JSON (99 bytes"),
-    "conditions that are a list": (newest(Path.write_text, CONDITIONS, "[]"), 4, f"{CONDITIONS} is no JSON object"),
+    "conditions that are a list": (newest(Path.write_text, CONDITIONS, "[]"), 4, f"{CONDITIONS} is not a JSON object"),
     "conditions that lack one": (newest(Path.write_text, CONDITIONS, "{}"), 4, f"{CONDITIONS} has 2 bytes of"),
     "an older version's that lack one": (
         all_of(older, newest(Path.write_text, CONDITIONS, "{}")),
@@ -195,7 +195,7 @@ CASES = {
     ),
     "an older version's that is cut": (all_of(older, newest(cut, MODEL)), 4, f"{MODEL} is damaged or cut"),
     "an older version's that is gone": (all_of(older, newest(Path.unlink, OPTIMIZER)), 4, f"{OPTIMIZER} {NO_SUCH}"),
-    "an older version's empty conditions": (all_of(older, newest(cut, CONDITIONS, 0)), 4, f"{CONDITIONS} is no JSON"),
+    "an older version's empty conditions": (all_of(older, newest(cut, CONDITIONS, 0)), 4, f"{CONDITIONS} is not JSON"),
 }
 
 
