@@ -45,7 +45,7 @@ class TwoTower(nn.Module, ABC):
 
     @abstractmethod
     def texts(self, packed: Packed, features: torch.Tensor | None) -> torch.Tensor:
-        """Return (texts, dimension) for the items without images; (1, dimension) for a dummy text if all have images."""
+        """Return (texts, dimension) for the items without images, or (1, dimension) for a dummy if all have images."""
 
     def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
         """Map N packed items to (N, dimension) float32 unit rows.

@@ -49,7 +49,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
 
 
 names = get_checkpoint_conversion_mapping("SiglipVisionModel")
-register_checkpoint_conversion_mapping("SiglipVisionModel", names, overwrite=True)  # extends it to our class
+register_checkpoint_conversion_mapping("SiglipVisionModel", names, overwrite=True)  # or only transformers' own has it
 
 # The classes by model_type in config.json.
 _FAMILIES: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {

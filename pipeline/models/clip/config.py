@@ -29,7 +29,7 @@ class ClipTrain(TrainSection):
 
 
 class ClipSection(ModelSection):
-    """CLIP, both of whose towers are trained."""
+    """CLIP with both towers trained."""
 
     text_part: ClassVar = "language_model"
 

@@ -21,7 +21,7 @@ class LlaveArchitecture(Section):
 
 
 class LlaveTrain(LanguageModelTrain):
-    """The parts of a LLaVE."""
+    """The trainable parts of a LLaVE."""
 
     projector: Annotated[bool | float, Fixed(bool), Prefixes(["multi_modal_projector.", "image_newline"])] = Field(
         True, description="with the newline's embedding"
