@@ -50,7 +50,7 @@ class TwoTower(nn.Module, ABC):
     def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
         """Map N packed items to (N, dimension) float32 unit rows.
 
-        with_images: whether any rank has an image in this forward pass. A rank without images then runs a black image
+        with_images: whether any rank has an image in this forward pass. A rank without images then runs a dummy image
         multiplied by zero; a rank without texts always runs a dummy text. ZeRO-3 needs the same modules on all ranks.
         features: (texts, width) vectors of the items without images, from a text encoder outside the model.
         """

@@ -42,9 +42,10 @@ def text_of(config: CLIPConfig) -> CLIPTextConfig:
 
 
 def require_end(path: str, tokenizer: PreTrainedTokenizerBase, config: CLIPTextConfig) -> None:
-    """Raise PipelineError if texts do not end with the token that CLIP pools; it would then pool every first token.
+    """Raise PipelineError if texts do not end with the token that CLIP pools.
 
-    For old configs, whose eos_token_id is 2, CLIP pools the token with the largest id.
+    CLIP would then pool the first token, which is the same for all texts. For old configs, whose eos_token_id is 2, it
+    pools the token with the largest id.
     """
     ids, end = tokenizer("a")["input_ids"], config.eos_token_id
     if not ids or ids[-1] != (max(ids) if end == 2 else end):

@@ -123,7 +123,7 @@ def with_own(config: LlavaOnevisionConfig, pinpoints: Pinpoints | None, newline:
 
 
 def newline_position(config: LlavaOnevisionConfig) -> Newline:
-    """Return where a video has newlines. Only original configs have the field; transformers always uses one_token."""
+    """Return where a video has newlines: the original format's field, or one_token, as in transformers."""
     return getattr(config, "mm_newline_position", NEWLINE_POSITIONS[0])
 
 

@@ -19,16 +19,16 @@ class TextEncoderArchitecture(Section):
 
 
 class TextEncoderTrain(LanguageModelTrain):
-    """The parts of a text encoder."""
+    """The trainable parts of a text encoder."""
 
-    # With masked next-token prediction the decoder has its LM head, and its parameters other names.
+    # For masked next-token prediction the model includes the LM head, and its parameters begin with `causal.`.
     language_model: Annotated[bool | float, Fixed(bool), Prefixes(["language_model.", "causal."])] = Field(
         True, description="its weights, or adapters"
     )
 
 
 class TextEncoderSection(ModelSection):
-    """A decoder as a text encoder: LLM2CLIP's first stage, or, to be trained before it, with masked tokens."""
+    """A decoder as a text encoder: LLM2CLIP's first stage, or masked next-token prediction before it."""
 
     objectives: ClassVar = ("contrastive", "masked_next_token")
     text_part: ClassVar = "language_model"
