@@ -35,7 +35,7 @@ class StepResult(ABC):
 
     @abstractmethod
     def metrics(self, batch: Batch) -> tuple[dict, dict]:
-        """Return the global batch's metrics by name, including `loss` and `valid` (pairs), and histogram values by name.
+        """Return the global batch's metrics, with `loss` and `valid` (pairs), and values for histograms, by name.
 
         Every rank calls it.  batch: this rank's part.
         """

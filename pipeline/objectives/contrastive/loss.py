@@ -71,8 +71,8 @@ def hardness_weighted_loss(
     query, target: (n, d) unit rows of this rank, of any float dtype; computation is in float32 (or float64).
     temperature: a number, or a scalar tensor, which may require grad (a learned temperature).
     negatives: (m, d) unit rows; extra columns for the queries of all ranks. m may differ between ranks.
-    query_ids, target_ids, negative_ids: int64 (n,), (n,), (m,) content hashes. For row i, they mask column j if both
-        have the same target or the same query, or if one's query is the other's target; and negatives equal to target i.
+    query_ids, target_ids, negative_ids: int64 (n,), (n,), (m,) content hashes. They mask pair (i, j) if i and j share
+        their target or query, or if one's query is the other's target; and negatives equal to target i.
     valid, negatives_valid: bool (n,), (m,); an invalid row has no loss and is not a column.
     margin: masks negatives whose similarity exceeds the positive's by more than this.
     reward_query, reward_target, reward_negatives: (n, e), (n, e), (m, e) unit rows of another embedder, whose
@@ -200,9 +200,9 @@ class _Tile:
 class _Sums:
     """Reductions of the matrix.
 
-    rows: (n,) log-sum-exp of the negatives' logits of this rank's queries.  columns: (N,) the same for each target, over
-    all ranks.  hardest: (n,) largest similarity of each query's negatives.  masked: pairs of all ranks masked by content
-    or margin.  kept: the first tiles, cached.
+    rows: (n,) log-sum-exp of the negatives' logits of this rank's queries.  columns: (N,) the same of all targets, over
+    all ranks.  hardest: (n,) largest similarity of each query's negatives.  masked: number of pairs of all ranks masked
+    by content or margin.  kept: the first tiles, cached.
     """
 
     rows: Tensor
