@@ -178,7 +178,6 @@ def _sdpa(
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
 ) -> torch.Tensor:
-    """Attend with torch's variable-length FlashAttention."""
     window = (-1, 0) if segments.causal else (-1, -1)
     return _by_bounds(partial(_varlen_attn(), scale=scaling, window_size=window), (query, key, value), segments)
 
@@ -196,7 +195,6 @@ def _varlen_attn() -> Callable[..., torch.Tensor]:
 def _flash_attn(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
 ) -> torch.Tensor:
-    """Attend with the flash-attn package."""
     from flash_attn import flash_attn_varlen_func  # optional
 
     attend = partial(flash_attn_varlen_func, softmax_scale=scaling, causal=segments.causal)

@@ -16,7 +16,7 @@ _DUMMY = Encoded(np.zeros(1, np.int32))
 
 
 def chunk_tokens_for(padded: bool) -> int:
-    """Return a good `chunk_tokens` for inference: a smaller chunk if attention pads, as it then has less padding."""
+    """Return a good `chunk_tokens` for inference: smaller if attention pads, which limits the padding."""
     return 4096 if padded else 16384
 
 

@@ -89,7 +89,6 @@ def _line(error: BaseException) -> str:
 
 
 def _damage(file: Path, error: BaseException) -> str:
-    """Describe why a file cannot be read, and what to do."""
     try:
         with file.open("rb") as opened:
             begin = opened.read(200).strip()
@@ -105,10 +104,7 @@ def _damage(file: Path, error: BaseException) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a checkpoint's tensors, the same that transformers would read; from its index, if any.
-
-    Raises PipelineError if there are none, if one is missing, or if the folder holds adapters.
-    """
+    """Return the weight files that transformers would read; PipelineError if one is missing, or for adapters."""
     if (folder / "adapter_config.json").is_file():
         raise PipelineError(
             f"{folder} has an adapter_config.json: it holds adapters (LoRA), which are not loaded; merge them into "
@@ -185,7 +181,7 @@ def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
     try:
         found = {}
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 part = tensors.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
                 found[name] = shape, dtype, _is_zero(part, shape, dtype)

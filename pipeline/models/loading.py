@@ -104,7 +104,6 @@ def config_dict(path: str) -> dict[str, Any]:
 
 
 def _refuse_code(file: Path, values: dict[str, Any]) -> None:
-    """Raise PipelineError if a config refers to custom code."""
     for part in (values, *(part for part in values.values() if isinstance(part, dict))):
         if named := part.get("auto_map"):
             raise PipelineError(
@@ -160,7 +159,7 @@ def config(path: str, kind: type[Config] | None = None) -> Config:
     if kind.base_config_key and isinstance(values.get(kind.base_config_key), dict):
         values = values[kind.base_config_key]
     with reading(file):
-        return cast(Config, deepcopy(_made(kind, json.dumps(values))))  # type: ignore[arg-type]  # a class has a hash
+        return cast(Config, deepcopy(_made(kind, json.dumps(values))))  # type: ignore[arg-type]  # classes are hashable
 
 
 @lru_cache(maxsize=16)

@@ -19,7 +19,7 @@ def add_adapters(model: torch.nn.Module, lora: Lora, seed: int) -> None:
         raise PipelineError(
             f"model.train.lora.targets has {wrong[0]}; its linear layers are {', '.join(sorted(linear))}"
         )
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets)  # type: ignore[arg-type]  # it takes fractions
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets)  # type: ignore[arg-type]  # alpha can be a float
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)

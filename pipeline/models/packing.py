@@ -1,4 +1,4 @@
-"""Check that a model keeps packed items independent. There is no list of models: a small one of its config is tried."""
+"""Check that a model keeps packed items independent, by running a small model of its config."""
 
 import copy
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""The model families. To add one, write its package and add its line here."""
+"""The model families. To add one, write its package and add a line here."""
 
 from pipeline.config import Recipe
 from pipeline.config.registry import Registry

@@ -41,15 +41,15 @@ from pipeline.models.loading import config_dict, reads_as_stored, refuse_unknown
 # From a checkpoint with both towers only the vision tower is read. These classes keep their bases' names, because
 # transformers writes the name to config.json and selects the mapping of checkpoint names by it.
 class CLIPVisionModelWithProjection(transformers.CLIPVisionModelWithProjection):
-    _keys_to_ignore_on_load_unexpected = [r"^(text_model|text_projection|logit_scale)"]  # noqa: RUF012 (as its base class has it)
+    _keys_to_ignore_on_load_unexpected = [r"^(text_model|text_projection|logit_scale)"]  # noqa: RUF012 (as in its base class)
 
 
 class SiglipVisionModel(transformers.SiglipVisionModel):
-    _keys_to_ignore_on_load_unexpected = [r"^(text_model|logit_scale|logit_bias)"]  # noqa: RUF012 (as its base class has it)
+    _keys_to_ignore_on_load_unexpected = [r"^(text_model|logit_scale|logit_bias)"]  # noqa: RUF012 (as in its base class)
 
 
 names = get_checkpoint_conversion_mapping("SiglipVisionModel")
-register_checkpoint_conversion_mapping("SiglipVisionModel", names, overwrite=True)  # or only transformers' own has it
+register_checkpoint_conversion_mapping("SiglipVisionModel", names, overwrite=True)  # also for the class here
 
 # The classes by model_type in config.json.
 _FAMILIES: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
@@ -248,7 +248,6 @@ def _family(path: str, settings: dict[str, Any]) -> tuple[type[PreTrainedModel],
 
 
 def _parts(path: str, settings: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedConfig, PilBackend | None]:
-    """Return the tower's class, its config, and the image processor."""
     if "pretrained_cfg" in settings:
         return *_timm_parts(path), None
     kind, processor_class = _family(path, settings)

@@ -1,4 +1,4 @@
-"""The training objectives. To add one, write its package and add its line here."""
+"""The training objectives. To add one, write its package and add a line here."""
 
 from pipeline.config.registry import Registry
 

@@ -62,8 +62,6 @@ class ClipTraining(TrainingInterface[ClipSection]):
 
 
 class SavedClip(SavedModelInterface):
-    """A CLIP in transformers' format."""
-
     as_clip = True
 
     def owns(self, path: str, config: dict[str, Any]) -> bool:

@@ -27,8 +27,6 @@ from pipeline.models.vision import Pixels, image_processor
 
 
 class Clip(TwoTower):
-    """transformers' CLIP."""
-
     def __init__(self, clip: CLIPModel, pixels: Pixels) -> None:
         super().__init__(pixels)
         del clip.logit_scale  # the loss owns the temperature

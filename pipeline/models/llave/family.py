@@ -134,8 +134,6 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
 
 
 class SavedLlave(SavedModelInterface):
-    """A LLaVA-OneVision in transformers' format."""
-
     instructed = True
 
     def owns(self, path: str, config: dict[str, Any]) -> bool:

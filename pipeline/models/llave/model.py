@@ -145,7 +145,7 @@ class Llave(LlavaOnevisionModel):
 class TowerlessLlave(Llave):
     """The model without its vision tower; it gets the tower's features as input."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_tower"]  # noqa: RUF012 (as its base class has it)
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_tower"]  # noqa: RUF012 (as in its base class)
 
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)

@@ -36,7 +36,7 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
 
     tiles_at_once = 64
 
-    _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?vision_tower)"]  # noqa: RUF012 (as its base class has it)
+    _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?vision_tower)"]  # noqa: RUF012 (as in its base class)
 
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)

@@ -273,7 +273,7 @@ def _config(source: Path) -> LlavaOnevisionConfig:
 
 
 def _tower_config(source: Path, original: dict[str, Any]) -> SiglipVisionConfig:
-    """Return the config, from vision_config.json or else SO400M's shape, of the tower without its last layer."""
+    """Return the tower's config without the last layer, from vision_config.json or else with SO400M's shape."""
     file = source / "vision_config.json"
     name = str(original.get("mm_vision_tower"))
     if file.is_file():

@@ -9,8 +9,6 @@ from pipeline.config.section import Place, Section
 
 
 class Llm2ClipArchitecture(Section):
-    """The shape of a vision encoder."""
-
     vision: dict[str, Any] = Field(min_length=1, description="transformers' CLIPVisionConfig")
 
 

@@ -175,10 +175,7 @@ def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> 
 
 
 def _copy(source: Path, folder: Path) -> None:
-    """Copy a text encoder's files, as hard links where the file system allows.
-
-    Writing to a hard-linked file changes both folders.
-    """
+    """Copy a text encoder's files, as hard links where possible; writing into a linked file changes both folders."""
 
     def copied(file: str, to: str) -> None:
         try:

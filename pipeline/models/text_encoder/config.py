@@ -9,8 +9,6 @@ from pipeline.config.section import Place, Section
 
 
 class TextEncoderArchitecture(Section):
-    """The shape of a decoder."""
-
     text: dict[str, Any] = Field(
         min_length=1,
         description="transformers' Qwen2Config, or another's, as {model_type: llama}; vocab_size is the size of the "
@@ -19,8 +17,6 @@ class TextEncoderArchitecture(Section):
 
 
 class TextEncoderTrain(LanguageModelTrain):
-    """The trainable parts of a text encoder."""
-
     # For masked next-token prediction the model includes the LM head, and its parameters begin with `causal.`.
     language_model: Annotated[bool | float, Fixed(bool), Prefixes(["language_model.", "causal."])] = Field(
         True, description="its weights, or adapters"

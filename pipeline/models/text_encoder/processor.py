@@ -68,7 +68,7 @@ class TextProcessor:
 
 
 def begins_with(tokenizer: Tokenizer) -> list[int]:
-    """Return the start tokens that the tokenizer adds: what two texts' tokens share at the start only because of it."""
+    """Return the tokenizer's start tokens: two texts' common prefix with special tokens, less that without."""
     bare, whole = (tokenizer(["A cat", "2 dogs"], add_special_tokens=special)["input_ids"] for special in (False, True))
     alike, own = (list(takewhile(lambda pair: eq(*pair), zip(*texts, strict=False))) for texts in (whole, bare))
     return whole[0][: len(alike) - len(own)]

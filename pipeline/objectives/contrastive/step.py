@@ -106,7 +106,6 @@ def contrastive_loss(
     assert isinstance(objective, ContrastiveSection)
 
     def of(hashes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the embeddings and ids of items."""
         rows = torch.tensor([row[h] for h in hashes], dtype=torch.long, device=device)
         return embeddings[rows], torch.from_numpy(np.array(hashes, np.uint64).view(np.int64)).to(device)
 

@@ -29,10 +29,7 @@ class Temperature:
         return self._constant if self._log_scale is None else torch.exp(-self._log_scale)
 
     def gradient(self, loss: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of this rank's loss with respect to its embeddings.
-
-        It also stores the temperature's gradient, averaged over ranks, for `step`.
-        """
+        """Return the gradient of this rank's loss by its embeddings; store the temperature's, averaged over ranks."""
         if self._log_scale is None:
             return torch.autograd.grad(loss, embeddings)[0]
         gradient, self._log_scale.grad = torch.autograd.grad(loss, (embeddings, self._log_scale))

@@ -12,7 +12,7 @@ from pipeline.data.collate import Encoded, sent
 from pipeline.models.chunks import Chunk
 from pipeline.objectives.masked_tokens.config import MaskedNextTokenSection
 
-# Version of the random choice; increase it when other tokens would be masked. Version 2 seeds by `Encoded.key`.
+# The version of the masks; increase it when a change masks other tokens. Since version 2, `Encoded.key` is in the seed.
 VERSION = 2
 
 
