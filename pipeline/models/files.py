@@ -40,7 +40,7 @@ class Stored:
 
 
 def fetched(path: str, *, weights: bool = True) -> Path:
-    """Return the local folder with a model's files; a hub name is downloaded, without the weights unless `weights`.
+    """Return the local folder of a model, after a download for a hub name.  weights: whether weights are needed.
 
     Raises PipelineError if there is no such model. If the hub is unreachable it fails at once, because
     `snapshot_download` does not retry.

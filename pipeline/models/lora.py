@@ -10,7 +10,7 @@ _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weigh
 
 
 def add_adapters(model: torch.nn.Module, lora: Lora, seed: int) -> None:
-    """Add adapters to the targeted linear layers and freeze everything else. The seed makes them equal on all ranks.
+    """Add adapters to the targeted linear layers and freeze the rest of `model`. A seed makes them equal on all ranks.
 
     Raises PipelineError for a target that names no linear layer.
     """

@@ -115,7 +115,7 @@ def _moved(model: nn.Module, vocabulary: int) -> float:
 def _mixer(model: nn.Module, vocabulary: int) -> str:
     """Return the layer class that mixes items: the first whose output for the last item changes with the other items.
 
-    If none does and the embedding depends on the item's position in the row, say that; "" if neither is found.
+    If no layer does, but the embedding depends on the item's position in the row, say so; "" if neither is found.
     """
     items = _items(vocabulary)
     others = [replace(item, input_ids=(item.input_ids + 1) % vocabulary) for item in items[:-1]] + items[-1:]
