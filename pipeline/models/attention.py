@@ -1,4 +1,4 @@
-"""Attention over a packed row: each item attends to itself alone, and no mask of the whole row is made."""
+"""Attention over a packed row: each item attends only to itself, without a mask of the whole row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,22 +19,22 @@ _AMPERE = (8, 0)  # compute capability
 
 
 def implementation(kind: str) -> str:
-    """What transformers knows a kind by. Names with "flash" in them it takes for kernels of its own."""
+    """Return the name that transformers knows a kind by. It treats any name with "flash" as one of its own kernels."""
     return "packed_" + kind.removeprefix("flash_")
 
 
 def pads(config: PreTrainedConfig) -> bool:
-    """Whether attention pads a chunk's items to the longest of them; kernels of variable length do not.
+    """Whether attention pads a chunk's items to the longest of them; variable-length kernels do not.
 
-    config: a language model's.
+    config: the language model's config.
     """
     return config._attn_implementation == implementation("sdpa")
 
 
 def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
-    """The kind of attention, by its name in KINDS: the one wanted, or for "auto" the best that runs there.
+    """Return the kind of attention, a key of KINDS: `wanted`, or for "auto" the fastest that runs on the device.
 
-    device: its type, "cuda" or "cpu".  Raises PipelineError where the one wanted does not run.
+    device: "cuda" or "cpu".  Raises PipelineError if `wanted` does not run there.
     """
     if wanted == "auto":
         return next(kind for kind in KINDS if not _why_not(kind, device, dtype))
@@ -44,13 +44,13 @@ def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
 
 
 def fastest(config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device) -> str:
-    """The kind of attention for a model of this config on a device.  dtype: "auto" is the stored one."""
+    """Return the fastest kind of attention for a model on a device.  dtype: "auto" is the stored dtype."""
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return choose("auto", device.type, stored if isinstance(dtype, str) else dtype)
 
 
 def _why_not(kind: str, device: str, dtype: torch.dtype) -> str:
-    """Why a kind does not run there; "" if it does."""
+    """Return why a kind does not run on the device, or "" if it does."""
     if kind == "sdpa":
         return ""
     if device != "cuda":
@@ -62,7 +62,7 @@ def _why_not(kind: str, device: str, dtype: torch.dtype) -> str:
     name = {"flash_attn": "flash_attn", "varlen": "torch.nn.attention.varlen"}[kind]
     try:
         import_module(name)
-    except Exception as error:  # it was built for another torch, and may say so in any way
+    except Exception as error:  # a build for another torch can raise anything
         missing = isinstance(error, ModuleNotFoundError) and error.name == name
         return "it is not installed" if missing else f"it cannot be imported ({error})"
     return ""
@@ -70,10 +70,10 @@ def _why_not(kind: str, device: str, dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the items of a packed row of T tokens are, and where each looks.
+    """The items of a packed row of T tokens, and how they attend.
 
-    lengths: tokens of each, sum T.  causal: a token sees those before it, or else all of its item.
-    by_last: there are queries of each item's last token alone.
+    lengths: tokens of each item; their sum is T.  causal: a token attends to itself and earlier tokens of its item,
+    otherwise to its whole item.  by_last: only each item's last token has a query.
     """
 
     lengths: tuple[int, ...]
@@ -82,12 +82,12 @@ class Segments:
     by_last: bool = False
 
     def asked_by_last(self) -> "Segments":
-        """The same items, of which only the last tokens look: each at all of its item."""
+        """Return the same items with last-token queries, each over its whole item."""
         return replace(self, causal=False, by_last=True)
 
     @cached_property
     def queries(self) -> "Segments":
-        """Where each item's queries are in the row of all queries."""
+        """The segments of the row of queries."""
         return Segments((1,) * len(self.lengths), self.device) if self.by_last else self
 
     @property
@@ -96,34 +96,34 @@ class Segments:
 
     @cached_property
     def bounds(self) -> torch.Tensor:
-        """(items + 1,) int32: where each begins, and the end."""
+        """(items + 1,) int32: the start of each item, and the end of the row."""
         return sent(F.pad(torch.tensor(self.lengths).cumsum(0, dtype=torch.int32), (1, 0)), self.device)
 
     @cached_property
     def last(self) -> torch.Tensor:
-        """(items,) int64: the place of each one's last token in the row."""
+        """(items,) int64: the index of each item's last token in the row."""
         return self.bounds[1:].long() - 1
 
     @cached_property
     def slots(self) -> torch.Tensor:
-        """(T,) int64: the place of each token among (items, longest) slots."""
+        """(T,) int64: the index of each token in the flattened (items, longest) padded layout."""
         lengths = torch.tensor(self.lengths)
-        # Token i of the row stands at i plus the slots left empty by the items before its own.
+        # Token i moves to i plus the padding of the items before its own.
         shift = torch.arange(len(lengths)) * self.longest - (lengths.cumsum(0) - lengths)
         return sent(torch.arange(sum(self.lengths)) + shift.repeat_interleave(lengths), self.device)
 
     @cached_property
     def filled(self) -> torch.Tensor:
-        """(items, 1, 1, longest) bool: which slots have a token."""
+        """(items, 1, 1, longest) bool: which positions of the padded layout hold a token."""
         lengths = torch.tensor(self.lengths)
         return sent((torch.arange(self.longest) < lengths[:, None])[:, None, None], self.device)
 
 
 def _packed(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, None]]:
-    """An attention function as transformers calls it. No token sees another segment's.
+    """Wrap a kernel as an attention function that transformers calls. No token attends to another item.
 
-    It has query (1, heads, T, d), key and value (1, key-value heads, T, d), and returns (1, T, heads, d). Where the
-    items' last tokens alone ask, query and result have as many as there are items.
+    It maps query (1, heads, T, d), key and value (1, key-value heads, T, d) to (1, T, heads, d). With last-token
+    queries, query and result have one row per item instead of T.
     """
 
     def packed(
@@ -146,10 +146,10 @@ def _packed(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Te
 def _sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
 ) -> torch.Tensor:
-    """By torch's SDPA on rows of the longest item's length.
+    """Attend with torch's SDPA on items padded to the longest.
 
-    Chunks are cut so that little of the rows is empty (see chunks.py); what is empty comes last in its row, where no
-    token of a causal item looks.
+    Chunks are cut so that there is little padding (see chunks.py). It is at the end of a row, where causal attention
+    does not look.
     """
 
     def spread(x: torch.Tensor, places: Segments) -> torch.Tensor:
@@ -159,7 +159,8 @@ def _sdpa(
         return rows.view(count, longest, *x.shape[1:]).transpose(1, 2)
 
     if query.is_cuda and (query.dtype not in HALF or not segments.causal):
-        # Of CUDA's kernels FlashAttention alone knows groups, and neither fp32 nor masks; others would make T x T.
+        # Of SDPA's CUDA kernels only FlashAttention supports grouped queries, and it supports neither fp32 nor masks.
+        # The fallback would materialise T x T scores.
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     queries = segments.queries
     out = F.scaled_dot_product_attention(
@@ -177,7 +178,6 @@ def _sdpa(
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
 ) -> torch.Tensor:
-    """By torch's own variable-length FlashAttention."""
     window = (-1, 0) if segments.causal else (-1, -1)
     return _by_bounds(partial(_varlen_attn(), scale=scaling, window_size=window), (query, key, value), segments)
 
@@ -186,17 +186,16 @@ def _varlen(
 def _varlen_attn() -> Callable[..., torch.Tensor]:
     from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
 
-    # From torch 2.12 on it has to be told of groups.
+    # From torch 2.12 on, grouped queries need a flag.
     grouped = "enable_gqa" in signature(varlen_attn).parameters
     attend = partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
-    return cast(Callable[..., torch.Tensor], attend)  # without the auxiliary results that it can be asked for
+    return cast(Callable[..., torch.Tensor], attend)  # it can also return auxiliary results, not used here
 
 
 def _flash_attn(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
 ) -> torch.Tensor:
-    """By the flash-attn package."""
-    from flash_attn import flash_attn_varlen_func  # where it is installed
+    from flash_attn import flash_attn_varlen_func  # optional
 
     attend = partial(flash_attn_varlen_func, softmax_scale=scaling, causal=segments.causal)
     return _by_bounds(attend, (query, key, value), segments)
@@ -205,17 +204,17 @@ def _flash_attn(
 def _refuse(
     module: torch.nn.Module, mask: torch.Tensor | None, segments: Segments | None, others: dict[str, Any]
 ) -> None:
-    """Raise PipelineError for what other models' attention does besides, which would be left out."""
+    """Raise PipelineError for attention features that these kernels would silently ignore."""
     if segments is None:
         raise PipelineError("the model's layers do not tell its attention where items begin, which is not supported")
-    if mask is not None:  # where a row is packed, none is made, but by layers that weigh tokens so, as Doge's
+    if mask is not None:  # transformers makes none for a packed row, but some layers do, such as Doge's
         raise PipelineError("the model's layers make an attention mask of their own, which is not supported")
     if others.get("softcap"):
         raise PipelineError("the model caps attention's logits, as Gemma 2 does, which is not supported")
-    for name in ("s_aux", "position_bias"):  # sinks, as gpt-oss has, and biases by distance
+    for name in ("s_aux", "position_bias"):  # sinks (gpt-oss) and relative position biases
         if others.get(name) is not None:
             raise PipelineError(f"the model's attention takes {name}, which is not supported")
-    # Llama 4's layers, which see a chunk of the row, do not say so.
+    # Llama 4's chunked layers pass no sliding_window; the limit is in their config.
     window = others.get("sliding_window") or getattr(getattr(module, "config", None), "attention_chunk_size", None)
     if window and segments.longest > window:
         raise PipelineError(f"the model sees {window} tokens at once, which is not supported: lower max_tokens to that")
@@ -228,7 +227,7 @@ def _refuse(
 
 
 def _rope_limit(module: torch.nn.Module) -> int | None:
-    """The tokens beyond which rotary frequencies depend on the longest item of a row; None if they never do."""
+    """Return the length beyond which rotary frequencies depend on the longest item of a row, or None."""
     config: Any = getattr(module, "config", None)
     rope = getattr(config, "rope_parameters", None) or {}
     for each in (rope, *(part for part in rope.values() if isinstance(part, dict))):
@@ -240,9 +239,9 @@ def _rope_limit(module: torch.nn.Module) -> int | None:
 def _by_bounds(
     attend: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], segments: Segments
 ) -> torch.Tensor:
-    """By a kernel that takes each of query, key and value as (T, heads, d), and where items begin."""
+    """Call a variable-length kernel on (T, heads, d) query, key and value with the items' bounds."""
     rows, queries = (x.squeeze(0).transpose(0, 1) for x in inputs), segments.queries
-    # From one query an item the kernels infer that a text is being generated, and go another way, without need here.
+    # With one query per item the kernels would switch to their decoding path.
     most_queries = max(queries.longest, 2)
     return attend(*rows, queries.bounds, segments.bounds, most_queries, segments.longest)[None]
 

@@ -1,4 +1,4 @@
-"""Many items through a model, in chunks that every rank runs in step."""
+"""Run many items through a model in chunks, with the same number of chunks on every rank."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ import torch.distributed as dist
 from pipeline.data.collate import Encoded, Packed, pack
 from pipeline.errors import PipelineError
 
-UNIT_TOLERANCE = 1e-4  # of a unit vector's length; what bf16 leaves is more, and would favour the longer ones
+UNIT_TOLERANCE = 1e-4  # of a unit vector's length; bf16 rounding exceeds it, and longer vectors would rank higher
 
 _DUMMY = Encoded(np.zeros(1, np.int32))
 
 
 def chunk_tokens_for(padded: bool) -> int:
-    """A good `chunk_tokens` where items are only embedded: attention that pads does so less in a small chunk."""
+    """Return a good `chunk_tokens` for inference: smaller if attention pads, which limits the padding."""
     return 4096 if padded else 16384
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some of the items; `rows` says which. A chunk without rows has a dummy item.
+    """The items at `rows`. A chunk without rows has a dummy item.
 
-    with_images: some rank's chunk of this number has an image.  padded: see `plan_chunks`.
+    with_images: the chunk with this number has an image on some rank.  padded: see `plan_chunks`.
     """
 
     rows: torch.Tensor
@@ -34,12 +34,12 @@ class Chunk:
 
     @property
     def packed(self) -> Packed:
-        """The items in one row, made at each use: a step's chunks would hold all of its tokens a second time."""
+        """The items in one row, packed at each use; cached, a step's chunks would hold all its tokens twice."""
         return pack(self.items)
 
     @property
     def size(self) -> int:
-        """Tokens, as `chunk_tokens` counts them."""
+        """Tokens as `chunk_tokens` counts them: with padding if `padded`."""
         lengths = [len(item.input_ids) for item in self.items]
         return len(lengths) * max(lengths) if self.padded else sum(lengths)
 
@@ -52,20 +52,19 @@ def plan_chunks(
     padded: bool = True,
     all_with_images: bool = False,
 ) -> list[Chunk]:
-    """Cut items into chunks of at most `chunk_tokens` tokens, the longest first.
+    """Cut items into chunks of at most `chunk_tokens` tokens, longest first. A longer item is a chunk by itself.
 
-    An item longer than that is a chunk by itself.
+    All ranks get the same number of chunks; the last ones are empty on a rank with fewer items. Ranks agree on which
+    chunks run the vision tower: under ZeRO-3, ranks that run different modules hang the job.
 
-    All ranks get the same number of chunks, the last ones empty where a rank has fewer items, and agree on which
-    chunks run the vision tower: under ZeRO-3 a rank that ran other modules than the rest would hang the job.
-    padded: the model's attention pads a chunk's items to its longest (`pads` of a model), and so many tokens count.
-    all_with_images: all do.
+    padded: the model's attention pads items to the longest of their chunk (see `pads`), so padding counts.
+    all_with_images: all chunks run the vision tower.
     """
     lengths = np.array([len(item.input_ids) for item in items])
     cuts: list[list[int]] = []
     size = 0
     for row in np.argsort(-lengths, kind="stable").tolist():
-        # Padded, an item takes as much as the chunk's longest, which is its first.
+        # With padding, an item costs as much as the chunk's longest, which is its first.
         size += lengths[cuts[-1][0]] if cuts and padded else lengths[row]
         if not cuts or size > chunk_tokens:
             cuts.append([])
@@ -90,12 +89,12 @@ def plan_chunks(
     ]
 
 
-# What a frozen part that is outside the model makes of a chunk; None where there is nothing for it to see.
+# A chunk -> its features from a frozen part outside the model; None if the chunk has no input for that part.
 Features = Callable[[Chunk], torch.Tensor | None]
 
 
 def run_chunk(model: Callable[..., torch.Tensor], chunk: Chunk, features: Features | None = None) -> torch.Tensor:
-    """The embeddings of a chunk's items, (len(rows), hidden)."""
+    """Return the embeddings of a chunk's items, (len(rows), hidden)."""
     packed = chunk.packed.to(chunk.rows.device)
     return model(packed, chunk.with_images, features(chunk) if features else None)[: len(chunk.rows)]
 
@@ -104,12 +103,12 @@ def run_chunk(model: Callable[..., torch.Tensor], chunk: Chunk, features: Featur
 def embed_chunks(
     model: Callable[..., torch.Tensor], chunks: Sequence[Chunk], count: int, features: Features | None = None
 ) -> torch.Tensor:
-    """All `count` items' embeddings in the items' order, (count, hidden) float32, without a graph."""
+    """Return the embeddings of all `count` items in their order, (count, hidden) float32, without a graph."""
     return in_order(chunks, [run_chunk(model, chunk, features) for chunk in chunks], count)
 
 
 def in_order(chunks: Sequence[Chunk], parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
-    """The chunks' embeddings, each (len(rows), hidden), as one (count, hidden) in the items' order."""
+    """Merge the chunks' embeddings, each (len(rows), hidden), into one (count, hidden) in the items' order."""
     embeddings = parts[0].new_empty(count, parts[0].shape[1])
     for chunk, part in zip(chunks, parts, strict=True):
         embeddings[chunk.rows] = part.detach()
@@ -117,9 +116,9 @@ def in_order(chunks: Sequence[Chunk], parts: Sequence[torch.Tensor], count: int)
 
 
 def require_unit(vectors: torch.Tensor | np.ndarray, model: str, name_of: Callable[[int], str]) -> None:
-    """Raise PipelineError for a vector (of n, D, on the CPU) that is no unit vector: for one, a NaN is not.
+    """Raise PipelineError if a row of vectors (n, D), on the CPU, is not a unit vector, for example NaN.
 
-    To be asked where vectors leave a model, before they are kept or compared.  name_of: a row's item, for the error.
+    Call it on a model's output before vectors are stored or compared.  name_of: row -> name of its item, for the error.
     """
     lengths = np.linalg.norm(np.asarray(vectors), axis=1)
     if (wrong := np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE))).size:

@@ -1,13 +1,13 @@
-"""What a family of models implements: one interface for training, one for its saved folders.
+"""The interfaces that a model family implements: one for training, one for saved models.
 
 A family is a package with these modules:
 
-    config.py   SECTION, its section of a recipe (see `ModelSection`), without torch
+    config.py   SECTION, the family's section of a recipe (see `ModelSection`); it does not import torch
     family.py   TRAINING, a `TrainingInterface` for each objective that the section lists, and SAVED, a
                 `SavedModelInterface`
 
-Its model is a torch module that maps (packed items, with_images, features) to (N, D) float32 unit rows. The module has
-`dimension`; `pads`, whether attention pads a chunk's items to its longest; `always_with_images`; and
+The model is a torch module that maps (packed items, with_images, features) to (N, D) float32 unit rows. It has
+`dimension`; `pads`, whether attention pads a chunk's items to the longest; `always_with_images`; and
 `checkpoint_activations()`.
 """
 
@@ -39,10 +39,10 @@ _PROBE = "A cat and a dog on a red sofa"
 
 @dataclass(frozen=True)
 class ChunkMemory:
-    """Bytes that a chunk takes on a device, parameters not counted.
+    """Device memory of a chunk in bytes, without parameters.
 
-    forward: the most during a forward pass without gradient.  graph: what autograd keeps of one with gradient.
-    backward: the most during the backward pass, besides the graph.  features: of the frozen part.
+    forward: peak of a forward pass without gradient.  graph: saved by autograd in a forward pass with gradient.
+    backward: peak of the backward pass besides the graph.  features: the frozen part's output.
     """
 
     forward: int
@@ -53,10 +53,10 @@ class ChunkMemory:
 
 @dataclass(frozen=True)
 class ModelMemory:
-    """What an estimate of memory needs.
+    """The input of a memory estimate.
 
-    model: the engine's, on the meta device.  frozen: the part that is outside the engine, likewise, or None.
-    chunk: number of tokens -> their memory, if the chunk is full of images, or of videos.
+    model: the engine's model, on the meta device.  frozen: the part outside the engine, on the meta device, or None.
+    chunk: number of tokens -> memory of a chunk that is full of images or of videos.
     """
 
     model: "nn.Module"
@@ -65,7 +65,7 @@ class ModelMemory:
 
 
 class Processor(Protocol):
-    """Items -> what a model takes; BadSample for those that it cannot take.
+    """Encodes items for a model. Raises BadSample for items that the model cannot read.
 
     as_stored: how it reads images, see `rgb`.
     """
@@ -81,13 +81,13 @@ class Processor(Protocol):
 
 
 class TrainingInterface(ABC, Generic[S]):
-    """What training needs of a family, whose section of a recipe is an S.
+    """The training interface of a family whose recipe section is an S.
 
     unused: prefixes of parameters that get no gradient, because no embedding depends on them.
-    adapted: the part, an attribute of the model, that gets adapters where a recipe asks for them.
+    adapted: the model's attribute that gets LoRA adapters if a recipe sets them.
     stages: supported ZeRO stages.
-    checks_config_alone: whether `check` downloads no weights of a model on the hub.
-    estimates_memory: whether it has `memory`.
+    checks_config_alone: whether `check` needs no weights of a model on the hub.
+    estimates_memory: whether `memory` is implemented.
     """
 
     unused: ClassVar[tuple[str, ...]] = ()
@@ -101,7 +101,7 @@ class TrainingInterface(ABC, Generic[S]):
 
     @abstractmethod
     def check(self, model: S) -> None:
-        """Raise PipelineError for what is wrong in a recipe's model, before anything of it is loaded."""
+        """Raise PipelineError if a recipe's model is invalid, before any of it is loaded."""
 
     def check_stage(self, stage: int) -> None:
         """Raise PipelineError for a ZeRO stage that is not supported."""
@@ -118,21 +118,21 @@ class TrainingInterface(ABC, Generic[S]):
             )
 
     def conditions(self, model: S) -> dict[str, Any]:
-        """What must not change when a run resumes, besides the recipe's fixed fields, by name."""
+        """Return, by name, the values besides the recipe's fixed fields that must not change when a run resumes."""
         from pipeline.models.files import fingerprint
 
         return {"the model's fingerprint": fingerprint(model.path)}
 
     @abstractmethod
     def lengths(self, recipe: Recipe) -> "Lengths":
-        """The samples' lengths in tokens."""
+        """Return the rule for the samples' lengths in tokens."""
 
     def trained_on(self, pair: "Pair", draw: "Draw") -> "Pair":
-        """The part of a sample that a step trains on."""
+        """Return the part of a sample that a step trains on."""
         return pair.one_text(draw)
 
     def resolve(self, path: str, cache: Path) -> str:
-        """The folder or hub name to load for model.path; a format that must be converted is, into `cache`."""
+        """Return the folder or hub name to load for model.path; formats that need it are converted into `cache`."""
         return path
 
     def converts(self, path: str) -> bool:
@@ -140,50 +140,50 @@ class TrainingInterface(ABC, Generic[S]):
         return False
 
     def preflight(self, recipe: Recipe, path: str) -> None:
-        """Raise PipelineError for what is wrong in the folder of the recipe's model, as far as no GPU is needed."""
+        """Raise PipelineError if the folder of the recipe's model is invalid, as far as a check without a GPU shows."""
         self.check(self.section(recipe))
         self.processor(recipe, path)
 
     def memory(self, recipe: Recipe, videos: bool) -> ModelMemory:
-        """For an estimate of memory.  videos: chunks are full of videos, not of images."""
+        """Return the input of a memory estimate.  videos: chunks are full of videos instead of images."""
         raise NotImplementedError
 
     @abstractmethod
     def build(self, model: S, texts: Iterable[str], seed: int, folder: Path) -> None:
-        """Write random weights of model.architecture, with a tokenizer of the texts if it has one, as a folder."""
+        """Write a folder with random weights of model.architecture and any tokenizer, trained on `texts`."""
 
     @abstractmethod
     def processor(self, recipe: Recipe, path: str) -> Processor:
-        """The processor for training."""
+        """Return the processor for training."""
 
     @abstractmethod
     def load(self, recipe: Recipe, path: str, attention: str) -> "nn.Module":
-        """The model that the engine trains."""
+        """Return the model that the engine trains."""
 
     def empty(self, recipe: Recipe, path: str, attention: str) -> "nn.Module":
-        """The same without weights, for the partitions of ZeRO-3."""
+        """Return the model of `load` without weights, to be partitioned by ZeRO-3."""
         raise NotImplementedError
 
     def own_name(self, stored: str) -> str:
-        """The name in the model of a tensor that is stored under another."""
+        """Return the model's name for a tensor by its name in a stored checkpoint."""
         return stored
 
     def load_whole(self, recipe: Recipe, path: str) -> "nn.Module":
-        """The model with its frozen part that is outside the engine, if an export holds that."""
+        """Return the model, with the frozen part outside the engine if an export includes that."""
         return self.load(recipe, path, "sdpa")
 
     def frozen(self, recipe: Recipe, path: str, device: "torch.device") -> "Frozen | None":
-        """The part that is outside the engine, if there is one. It is loaded before the engine."""
+        """Load the frozen part outside the engine, or return None. It is called before the engine is created."""
         return None
 
     def exported(self, weights: "dict[str, torch.Tensor]", frozen: "Frozen | None") -> "dict[str, torch.Tensor]":
-        """What an export holds: the engine's weights, and those of the frozen part if they belong to the model."""
+        """Return the weights of an export: the engine's, with those of the frozen part if it belongs to the model."""
         return weights
 
     def for_evaluation(
         self, recipe: Recipe, processor: Processor, frozen: "Frozen | None", device: "torch.device"
     ) -> "tuple[Processor, Features | None]":
-        """The processor and the frozen part's features with which evaluation sets are embedded during training."""
+        """Return the processor and the frozen part's features for embedding evaluation sets during training."""
         return processor, frozen.features_of if frozen else None
 
     @abstractmethod
@@ -194,9 +194,9 @@ class TrainingInterface(ABC, Generic[S]):
 
 
 class SavedModelInterface(ABC):
-    """What evaluation and embedding need of a saved folder, or of a hub name.
+    """The interface of a family's saved models, a folder or hub name, for evaluation and embedding.
 
-    instructed: whether its texts carry instructions.  as_clip: whether evaluation reads it as it reads any CLIP.
+    instructed: whether its texts carry instructions.  as_clip: whether evaluation treats it like any CLIP.
     """
 
     instructed: ClassVar[bool] = False
@@ -204,27 +204,27 @@ class SavedModelInterface(ABC):
 
     @abstractmethod
     def owns(self, path: str, config: dict[str, Any]) -> bool:
-        """Whether the model is of this family.  config: its config.json."""
+        """Whether the model belongs to this family.  config: its config.json."""
 
     @abstractmethod
     def dimension(self, path: str) -> int: ...
 
     @abstractmethod
     def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
-        """The processor to embed with."""
+        """Return the processor for embedding."""
 
     @abstractmethod
     def open(self, path: str, precision: str, device: "torch.device") -> "tuple[nn.Module, Features | None]":
-        """The model on a device, with the fastest attention that runs there, and a frozen part's features."""
+        """Return the model on a device, with the fastest attention that runs there, and the frozen part's features."""
 
     def open_trained(self, path: str) -> "nn.Module":
-        """The model on the CPU, in the precision that it is stored in, without a frozen part that is outside it."""
+        """Return the model on the CPU in its stored precision, without a frozen part outside it."""
         import torch
 
         return self.open(path, "auto", torch.device("cpu"))[0]
 
     def probe(self, path: str) -> "list[Encoded]":
-        """Items whose vectors tell whether an export is the model that was to be exported."""
+        """Return items whose embeddings are compared to verify an export."""
         from pipeline.data.sample import Item
 
         return [self.reader(path, 512, 8).encode(Item(_PROBE))]

@@ -1,6 +1,6 @@
-"""The files of a model's folder: fetched from the hub, and read so that none of them can run code.
+"""Fetch a model's files from the hub, and read them so that none can run code.
 
-What is missing, damaged or hostile ends in a PipelineError that names the file and says what to do.
+A missing, damaged or hostile file raises a PipelineError that names the file and says what to do.
 """
 
 import hashlib
@@ -20,30 +20,30 @@ from safetensors.torch import load_file
 from pipeline.errors import PipelineError
 from pipeline.storage.documents import unique
 
-# Configurations, tokenizers, processors: what the vectors of a model depend on besides its weights.
+# Configs, tokenizers and processors: the files besides the weights that a model's embeddings depend on.
 SETTINGS = (".json", ".txt", ".model", ".jinja")
 
 Tensors = dict[str, torch.Tensor]
 
 _AGAIN = "copy or download it again"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_COUNTING = ("I64", "I32", "BOOL", torch.int64, torch.int32, torch.bool)  # of buffers, as position_ids
+_COUNTING = ("I64", "I32", "BOOL", torch.int64, torch.int32, torch.bool)  # of buffers such as position_ids
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor by its file's header."""
+    """A tensor as described by its file's header."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None: whole numbers, of a buffer
+    dtype: torch.dtype | None  # None: integers of a buffer
 
 
 def fetched(path: str, *, weights: bool = True) -> Path:
-    """Where a folder's or hub name's files lie; from the hub they are fetched, without `weights` the small ones alone.
+    """Return the local folder of a model, after a download for a hub name.  weights: whether weights are needed.
 
-    PipelineError where there are none. Where the hub cannot be reached it says so at once: a snapshot is asked for
-    without the retries that single files have.
+    Raises PipelineError if there is no such model. If the hub is unreachable it fails at once, because
+    `snapshot_download` does not retry.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -52,7 +52,7 @@ def fetched(path: str, *, weights: bool = True) -> Path:
     settings = [f"*{suffix}" for suffix in SETTINGS]
     try:
         folder = Path(snapshot_download(path, allow_patterns=[*settings, "*.safetensors"] if weights else settings))
-        if weights and not any(folder.glob("*.safetensors")):  # older models have but the other sort
+        if weights and not any(folder.glob("*.safetensors")):  # some older models have only .bin files
             folder = Path(snapshot_download(path, allow_patterns=[*settings, "pytorch_model*.bin*"]))
         return folder
     except (OSError, ValueError) as error:
@@ -71,7 +71,7 @@ def _of_hub(error: Exception) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file that others wrote."""
+    """Return the object in an untrusted JSON file. Raises PipelineError if it is not one."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except OSError as error:
@@ -89,7 +89,6 @@ def _line(error: BaseException) -> str:
 
 
 def _damage(file: Path, error: BaseException) -> str:
-    """What has become of a file that cannot be read, as far as it shows, and what to do."""
     try:
         with file.open("rb") as opened:
             begin = opened.read(200).strip()
@@ -105,7 +104,7 @@ def _damage(file: Path, error: BaseException) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors, by its index if it has one; those that transformers would read."""
+    """Return the weight files that transformers would read; PipelineError if one is missing, or for adapters."""
     if (folder / "adapter_config.json").is_file():
         raise PipelineError(
             f"{folder} has an adapter_config.json: it holds adapters (LoRA), which are not loaded; merge them into "
@@ -126,7 +125,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """File names, none of them in another folder, by the tensors' names."""
+    """Return an index's tensor name -> file name; PipelineError if a file is outside the index's folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise PipelineError(f"{index} has no weight_map of file names by tensors' names: {_AGAIN}")
@@ -142,12 +141,12 @@ def some(names: list[str]) -> str:
 
 
 def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
-    """All tensors of a folder's weights by name, of which the files' headers and some rows are read.
+    """Return all tensors of a folder's weights by name. It reads the files' headers and some rows.
 
-    files: to read; None are those of `weight_files`, which are compared with their index.
+    files: the files to read; None reads those of `weight_files` and compares them with their index.
 
-    Raises PipelineError where files are missing, damaged, do not fit their index, hold a tensor twice or a quantised
-    one, would run code, or hold a layer (or embedding) whose matrices are all zero, as a save that failed leaves them.
+    Raises PipelineError if a file is missing, damaged, does not match its index, holds a duplicate or quantised tensor,
+    could run code, or holds a layer (or embedding) whose matrices are all zero, as after a failed save.
     """
     found: dict[str, Stored] = {}
     matrices: dict[str, bool] = {}
@@ -175,14 +174,14 @@ def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
 
 
 def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
-    """(shape, dtype, whether it is a matrix of zeros) by name."""
+    """Return tensor name -> (shape, dtype, whether it is a matrix of zeros)."""
     if file.suffix != ".safetensors":
         tensors = read_tensors(file)
         return {name: (tuple(t.shape), t.dtype, _is_zero(t, tuple(t.shape), t.dtype)) for name, t in tensors.items()}
     try:
         found = {}
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 part = tensors.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
                 found[name] = shape, dtype, _is_zero(part, shape, dtype)
@@ -192,7 +191,7 @@ def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
 
 
 def _is_zero(tensor: Any, shape: tuple[int, ...], dtype: Any) -> bool:
-    """Whether a matrix, or its slice of a file, is all zeros: by some rows, where one of them is not."""
+    """Whether a matrix, or its slice of a file, is all zeros. Three rows are read first, the rest only if needed."""
     if len(shape) < 2 or dtype not in _DTYPES.values():
         return False
     some_rows = (tensor[row : row + 1] for row in (0, shape[0] // 2, shape[0] - 1))
@@ -200,7 +199,7 @@ def _is_zero(tensor: Any, shape: tuple[int, ...], dtype: Any) -> bool:
 
 
 def read_tensors(file: Path) -> Tensors:
-    """A file's tensors, mapped into memory: its pages are read when they are needed. Nothing else is unpickled."""
+    """Return a file's tensors, memory-mapped where the format allows. Only tensors are unpickled."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -219,16 +218,17 @@ def read_tensors(file: Path) -> Tensors:
 
 
 def refuse_not_finite(where: str | Path, name: str, tensor: torch.Tensor) -> None:
-    """Raise PipelineError for NaN or infinity in a weight, which would be in every vector. One pass over it."""
-    # A sum is an eighth of the time of isfinite and has all that is not finite; a finite one's may overflow.
+    """Raise PipelineError for NaN or infinity in a weight."""
+    # A sum takes an eighth of the time of isfinite and propagates NaN and infinity. It can overflow, so check again.
     if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise PipelineError(f"{where}: {name} has NaN or infinite weights: {_AGAIN}, or name an earlier checkpoint")
 
 
 def _refuse_zeros(where: Path, matrices: dict[str, bool]) -> None:
-    """Raise PipelineError where all matrices of a layer, or of a module outside layers, are zero.  matrices: which are.
+    """Raise PipelineError if all matrices of a layer, or of a module outside layers, are zero.
 
-    Of a layer one may be: in some models what it adds begins at nothing.
+    A single zero matrix in a layer is valid: some models initialise residual branches to zero.
+    matrices: name -> whether it is zero.
     """
     zeros: dict[str, bool] = {}
     for name, zero in matrices.items():
@@ -239,10 +239,9 @@ def _refuse_zeros(where: Path, matrices: dict[str, bool]) -> None:
 
 
 def refuse_more_layers(path: str, stored: dict[str, Stored], unexpected: set[str]) -> None:
-    """Raise PipelineError where `unexpected`, which the model leaves out, are of further layers, or of modules that it
-    has: of a model of another config.
+    """Raise PipelineError if `unexpected` tensors, which the model did not load, belong to its modules or extra layers.
 
-    A head, or the other tower of a CLIP, may be left out.
+    Then the config is of another model. Heads, or the other tower of a CLIP, may be left out.
     """
 
     def numberless(name: str) -> str:
@@ -261,9 +260,9 @@ def refuse_more_layers(path: str, stored: dict[str, Stored], unexpected: set[str
 
 
 def fingerprint(path: str | None) -> str | None:
-    """sha256 over a folder's config, tokenizer and weights, of which it reads the first 4 KiB of every tensor.
+    """Return the sha256 of a folder's config, tokenizer and weights, or None if `path` is not a folder.
 
-    None for what is no folder. Of .bin files, names and sizes are all that tells them apart.
+    Of weights it reads the first 4 KiB of each tensor in .safetensors files, and only names and sizes of .bin files.
     """
     if path is None or not (folder := Path(path)).is_dir():
         return None
@@ -278,8 +277,8 @@ def fingerprint(path: str | None) -> str | None:
 
 
 def _samples(file: Path) -> bytes:
-    """The header of a .safetensors file and the beginning of each of its tensors."""
-    _header(file)  # for its errors
+    """Return the header of a .safetensors file and the first 4 KiB of each tensor."""
+    _header(file)  # raises if the file is damaged
     with file.open("rb") as opened:
         size = opened.read(8)
         header = opened.read(int.from_bytes(size, "little"))

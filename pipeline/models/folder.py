@@ -1,4 +1,4 @@
-"""What exports of all families share: a Hugging Face folder that earlier versions of transformers read, too."""
+"""Shared by all families' exports: write Hugging Face folders that earlier versions of transformers can also read."""
 
 import json
 from collections.abc import Callable
@@ -13,17 +13,17 @@ _PARTIAL = "partial_rotary_factor"
 
 
 def base_of(base: str | None) -> str:
-    """The line of a model card for what training began with, if that is of the hub."""
+    """Return the model card's base_model line if `base`, the model that training started from, is on the hub."""
     return f"base_model: {base}\n" if base and not Path(base).exists() else ""
 
 
 def finish(folder: Path, fields: dict[str, Any] | None = None) -> None:
-    """Make what transformers wrote readable for its earlier versions and for other users.
+    """Make a folder written by transformers readable by earlier versions and by other users of the machine.
 
-    fields: of config.json that are to be other than transformers wrote them; None: to be left out.
+    fields: config.json fields to override; None removes a field.
 
-    Before version 5, transformers and what else reads these folders look for `rope_theta` and `rope_scaling`, and
-    would take defaults in place of `rope_parameters`; they also want additional_special_tokens by that name.
+    Before version 5, transformers and other readers of these folders expect `rope_theta` and `rope_scaling`, and use
+    defaults if they find only `rope_parameters`. They also expect the name `additional_special_tokens`.
     """
     _change(folder / "config.json", partial(_for_earlier, fields=fields or {}))
     if (settings := folder / "tokenizer_config.json").is_file():
@@ -32,7 +32,7 @@ def finish(folder: Path, fields: dict[str, Any] | None = None) -> None:
 
 
 def note_images(folder: Path, as_stored: bool) -> None:
-    """Have the config.json in a folder say how the model takes images, where it is not upright."""
+    """Record in a folder's config.json that the model reads images as stored; nothing is recorded for upright."""
     finish(folder, {loading.IMAGES: "as_stored" if as_stored else None})
 
 
@@ -42,8 +42,8 @@ def _for_earlier(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, An
 
     config = {name: with_rope(value) for name, value in with_rope(config | fields).items()}
     if config.get("is_causal") is False:
-        # Before version 5 transformers ignores is_causal, and would have each token see those before it alone. It reads
-        # these names as numbers, later versions do not read them: so they are what its error says.
+        # Before version 5, transformers ignores is_causal and would attend causally. It parses the keys of pruned_heads
+        # as numbers, so its error shows this text; later versions do not read the field.
         config["pruned_heads"] = {"the model attends both ways, which needs transformers 5 or later": []}
     return {name: value for name, value in config.items() if name not in fields or value is not None}
 
@@ -58,7 +58,7 @@ def _marks_for_earlier(tokenizer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _earlier_rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The fields that transformers had before `rope_parameters`, for these, which Gemma 3 has by sorts of layers."""
+    """Return the fields that transformers used before `rope_parameters`, which Gemma 3 has for each layer type."""
     if "rope_theta" in parameters:
         scaling = {name: value for name, value in parameters.items() if name not in ("rope_theta", _PARTIAL)}
         earlier = {name: parameters[name] for name in ("rope_theta", _PARTIAL) if name in parameters}
@@ -72,7 +72,7 @@ def _earlier_rope(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """A JSON file, where the change makes one. Anew: it may be a link to somebody else's."""
+    """Apply a change to a JSON file. The file is replaced, not rewritten: it may be a link to someone else's."""
     before = json.loads(path.read_text())
     after = change(before)
     if after == before:
@@ -83,7 +83,7 @@ def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> N
 
 
 def share(folder: Path) -> None:
-    """Let those read the weights who may read the rest: safetensors writes them for their owner alone."""
+    """Give weights the permissions of config.json: safetensors writes files that only their owner can read."""
     for file in folder.glob("*.safetensors"):
-        if file.stat().st_nlink == 1:  # or it is somebody's own
+        if file.stat().st_nlink == 1:  # a hard link may be someone else's file
             file.chmod((folder / "config.json").stat().st_mode)

@@ -1,6 +1,6 @@
-"""A frozen part of a model: outside the engine, whole on every rank, without gradient or optimizer state.
+"""A frozen part of a model: outside the engine, unsharded on every rank, without gradient or optimizer state.
 
-What it makes of a chunk is kept from a step's first pass for its second, so that it runs once.
+Its output for a chunk is cached between a step's two passes, so it runs once per step.
 """
 
 from typing import Protocol
@@ -11,19 +11,19 @@ from pipeline.models.chunks import Chunk
 
 
 class Frozen(Protocol):
-    """A vision tower whose features, or a text encoder whose vectors, the trained parts take."""
+    """A vision tower or text encoder whose output is input to the trained parts."""
 
     @property
     def device(self) -> torch.device: ...
 
     def features_of(self, chunk: Chunk) -> torch.Tensor | None:
-        """What the model's forward pass takes as `features`; None where the chunk has nothing for it to see."""
+        """Return the `features` for the model's forward pass; None if the chunk has no input for the frozen part."""
 
 
 class KeptFeatures:
-    """A step's features by chunk: worked out at the first use, then at hand.
+    """A cache of a step's features by chunk, computed at the first use.
 
-    limit: bytes of them that stay on the device; further ones wait in the host's memory.
+    limit: bytes that stay on the device; the rest is offloaded to CPU memory.
     """
 
     def __init__(self, frozen: Frozen, limit: int) -> None:

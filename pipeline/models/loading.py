@@ -1,7 +1,7 @@
-"""The one way to a model from elsewhere: its config, tokenizer, image processor and weights, each checked before use.
+"""Load a model's config, tokenizer, image processor and weights, each checked before use.
 
-Whatever is wrong with a folder is a PipelineError that names the file and says what to do. Nothing of a folder is run:
-transformers is told so, and never gets to ask at the terminal.
+Any fault of a folder raises a PipelineError that names the file and says what to do. No code of a folder is run, and
+transformers never prompts for permission to run it.
 """
 
 import difflib
@@ -24,13 +24,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from pipeline.errors import PipelineError, shown
 from pipeline.models.files import fetched, read_json, refuse_more_layers, refuse_not_finite, survey
 
-# A precision by its name in recipes and options; "auto" is the one that the weights are stored in.
+# The precisions by their names in recipes and options; "auto" is the stored one.
 DTYPES: dict[str, torch.dtype | Literal["auto"]] = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
 IMAGES = "image_reading"  # the config's field for `model.images`
 _STORED_DTYPES = ("float32", "float16", "bfloat16", "float64")
-# What a config says of how a model is run, and of where its files are, is not asked: attention, outputs and files are
-# chosen here. A kernel that it names would be fetched and run; of labels it could ask for any number.
+# Config fields that are ignored: they set how a model runs and where its files are, which this project decides. A named
+# kernel would be downloaded and run; the number of labels could be arbitrarily large.
 _NOT_ASKED = (
     "_attn_implementation",
     "_attn_implementation_internal",
@@ -54,11 +54,11 @@ _NOT_ASKED = (
     "use_return_dict",
 )
 _MOST = 2**31 - 1
-# Fields of a config that are whole numbers from 1 on; of some, null is a choice.
+# Config fields that are whole numbers, and their maximum; null is valid for those in _NULLABLE.
 _WHOLE = {
     "hidden_size": _MOST,
     "intermediate_size": _MOST,
-    "num_hidden_layers": 10_000,  # of each, configs make lists
+    "num_hidden_layers": 10_000,  # configs build lists of this length
     "num_attention_heads": _MOST,
     "vocab_size": _MOST,
     "max_position_embeddings": _MOST,
@@ -72,7 +72,7 @@ _WHOLE = {
     "head_dim": _MOST,
 }
 _NULLABLE = ("num_key_value_heads", "head_dim", "projection_dim", "projection_size", "intermediate_size", "num_patches")
-# Numbers above 0.
+# Config fields that are numbers above 0.
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "factor")
 _SECTIONS = ("text_config", "vision_config", "rope_parameters", "rope_scaling")
 _TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
@@ -82,7 +82,7 @@ Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
 def config_dict(path: str) -> dict[str, Any]:
-    """The config.json of a folder or hub name, without what is not asked; PipelineError where there is no model."""
+    """Return the config.json of a folder or hub name without ignored fields; PipelineError if there is no model."""
     folder = fetched(path, weights=False)
     file = folder / "config.json"
     if not file.is_file():
@@ -90,7 +90,7 @@ def config_dict(path: str) -> dict[str, Any]:
             raise PipelineError(
                 f"no model at {path!r}: it holds adapters (LoRA); merge them into their base model and use that"
             )
-        raise PipelineError(f"no model at {path!r}: it has no config.json")  # transformers would take its defaults
+        raise PipelineError(f"no model at {path!r}: it has no config.json")  # transformers would use its defaults
     values = read_json(file)
     _refuse_code(file, values)
     for name in ("quantization_config", "compression_config"):
@@ -104,7 +104,6 @@ def config_dict(path: str) -> dict[str, Any]:
 
 
 def _refuse_code(file: Path, values: dict[str, Any]) -> None:
-    """Raise PipelineError where a folder says that code of its own belongs to it."""
     for part in (values, *(part for part in values.values() if isinstance(part, dict))):
         if named := part.get("auto_map"):
             raise PipelineError(
@@ -115,7 +114,7 @@ def _refuse_code(file: Path, values: dict[str, Any]) -> None:
 
 
 def checked(file: Path, values: dict[str, Any], section: str = "") -> dict[str, Any]:
-    """A config's values without those not asked; PipelineError for a number that none can be."""
+    """Return a config's values without ignored fields; PipelineError for an impossible number."""
 
     def refuse(name: str, expected: str) -> None:
         raise PipelineError(f"{file}: {section}{name}={shown(values[name])} must be {expected}: is the file damaged?")
@@ -140,16 +139,17 @@ def checked(file: Path, values: dict[str, Any], section: str = "") -> dict[str, 
 
 
 def config(path: str, kind: type[Config] | None = None) -> Config:
-    """The config of a folder or hub name.  kind: the class, also of a part of a model; None: by its model_type.
+    """Return the config of a folder or hub name.
 
-    The caller has asked `config_dict` whether it is of that kind.
+    kind: the config class, of a model or a part of one; None chooses it by model_type. The caller has already checked
+    with `config_dict` that the model is of this class.
     """
     values, file = config_dict(path), fetched(path, weights=False) / "config.json"
     if kind is None:
         if (name := values.get("model_type")) not in CONFIG_MAPPING:
             raise PipelineError(f"{file}: model_type={name!r} is no kind of model that this transformers has itself")
         with reading(file):
-            if name == "mistral" and "layer_types" in values:  # as AutoConfig has it
+            if name == "mistral" and "layer_types" in values:  # as in AutoConfig
                 name = "ministral"
             kind = cast(type[Config], CONFIG_MAPPING[str(name)])
     for section in kind.sub_configs:
@@ -159,23 +159,23 @@ def config(path: str, kind: type[Config] | None = None) -> Config:
     if kind.base_config_key and isinstance(values.get(kind.base_config_key), dict):
         values = values[kind.base_config_key]
     with reading(file):
-        return cast(Config, deepcopy(_made(kind, json.dumps(values))))  # type: ignore[arg-type]  # a class has a hash
+        return cast(Config, deepcopy(_made(kind, json.dumps(values))))  # type: ignore[arg-type]  # classes are hashable
 
 
 @lru_cache(maxsize=16)
 def _made(kind: type[PreTrainedConfig], values: str) -> PreTrainedConfig:
-    """Once for all that ask: to check the fields of a model of several parts takes transformers 40 ms."""
+    """Build a config, cached: transformers takes 40 ms to validate a model of several parts."""
     return kind.from_dict(json.loads(values))
 
 
 @contextmanager
 def reading(file: Path, *others: Path) -> Iterator[None]:
-    """What any library says of a file becomes a PipelineError of the first one that is damaged, or of the file."""
+    """Convert any error of a library into a PipelineError about the first damaged JSON file, or else about `file`."""
     try:
         yield
     except (PipelineError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # of many kinds, and what tokenizers' own code panics with is not an Exception
+    except BaseException as error:  # panics in the Rust code of tokenizers are not Exceptions
         for other in (file, *others):
             if other.suffix == ".json" and other.is_file():
                 read_json(other)
@@ -192,9 +192,9 @@ def reading(file: Path, *others: Path) -> Iterator[None]:
 def tokenizer(
     path: str, rows: int | None = None, kind: type[PreTrainedTokenizerBase] | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name.
+    """Return the tokenizer of a folder or hub name.
 
-    rows: of the embedding that its tokens are looked up in.  kind: its class; None: as transformers finds it.
+    rows: of the embedding matrix, to check token ids against.  kind: its class; None lets transformers choose.
     """
     folder = fetched(path, weights=False)
     if not any(file.is_file() for pattern in _TOKENIZERS for file in folder.glob(pattern)):
@@ -210,7 +210,7 @@ def tokenizer(
             found = kind.from_pretrained(folder, local_files_only=True)
         else:
             its: PreTrainedConfig = config(path)
-            its.name_or_path = path  # transformers knows some by their names on the hub
+            its.name_or_path = path  # transformers recognises some models by their hub names
             found = AutoTokenizer.from_pretrained(folder, config=its, trust_remote_code=False, local_files_only=True)
         ids = found("A cat and 2 dogs", add_special_tokens=False)["input_ids"]
         vocabulary = found.get_vocab()
@@ -226,7 +226,7 @@ def tokenizer(
 
 
 def image_processor(path: str, kind: type[PilBackend], **fields: Any) -> Any:
-    """The image processor of a folder or hub name, of that class.  fields: in place of its own."""
+    """Return the image processor of a folder or hub name.  kind: its class.  fields: override its own."""
     folder = fetched(path, weights=False)
     names = ("preprocessor_config.json", "processor_config.json")
     files = [folder / name for name in names if (folder / name).is_file()]
@@ -257,9 +257,9 @@ def image_processor(path: str, kind: type[PilBackend], **fields: Any) -> Any:
 
 
 def check_weights(path: str, kind: type[PreTrainedModel | _BaseAutoModelClass], config: PreTrainedConfig) -> None:
-    """Raise PipelineError where a folder's weights cannot be those of its config; a hub name's are checked when opened.
+    """Raise PipelineError if a folder's weights, by their files' headers, cannot match its config.
 
-    By the files' headers. What the model would take is compared before anything is made of that size.
+    It compares the number of weights before memory of that size is allocated. A hub name is checked when opened.
     """
     if not Path(path).is_dir():
         return
@@ -283,11 +283,11 @@ def open_model(
     attention: str | None = "sdpa",
     check: Callable[[str, Config], None] | None = None,
 ) -> Model:
-    """The model of a folder or hub name, on the CPU.
+    """Return the model of a folder or hub name, on the CPU.
 
-    Raises PipelineError where weights are damaged, missing, left over, of another shape, or not finite.
-    dtype: "auto" is the stored one.  attention: as transformers knows it; None: the config says it.
-    check: looks at the config, once it is known to be that of the weights.
+    dtype: "auto" is the stored one.  attention: transformers' name for it; None uses the config's.
+    check: is called with (path, config) after the config is known to match the weights.
+    Raises PipelineError if weights are damaged, missing, left over, of another shape, or not finite.
     """
     folder = fetched(path)
     check_weights(str(folder), kind, config)
@@ -295,14 +295,14 @@ def open_model(
         check(path, config)
     stored = survey(folder)
     with reading(next(iter(stored.values())).file, folder / "generation_config.json"):
-        read = cast(Callable[..., tuple[Model, dict[str, Any]]], kind.from_pretrained)  # a pair, with loading info
+        read = cast(Callable[..., tuple[Model, dict[str, Any]]], kind.from_pretrained)  # (model, loading info)
         model, loaded = read(
             str(folder),
             config=config,
             dtype=dtype,
             **({"attn_implementation": attention} if attention else {}),
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named below
+            ignore_mismatched_sizes=True,  # reported below
             trust_remote_code=False,
             local_files_only=True,
             weights_only=True,
@@ -318,9 +318,10 @@ def open_model(
 
 
 def image_reading(path: str | None, images: str | None = None) -> str:
-    """How the model in a folder or of a hub name reads images, `upright` or `as_stored`; see `rgb`.
+    """Return how a model reads images, `upright` or `as_stored`; see `rgb`.
 
-    path: None is a model whose config does not say it.  images: a recipe's choice, if not what the config says.
+    path: folder or hub name, or None for a model whose config does not say.  images: a recipe's value, which overrides
+    the config's.
     """
     images = images or ("upright" if path is None else config_dict(path).get(IMAGES, "upright"))
     if images not in ("upright", "as_stored"):
@@ -329,15 +330,12 @@ def image_reading(path: str | None, images: str | None = None) -> str:
 
 
 def reads_as_stored(path: str, images: str | None = None) -> bool:
-    """Whether images are read as they are stored, not upright; see `image_reading`."""
+    """Whether `image_reading` is `as_stored`."""
     return image_reading(path, images) == "as_stored"
 
 
 def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Raise PipelineError for a field of model.architecture.NAME that is none of the config's.
-
-    transformers would take it and ignore it.
-    """
+    """Raise PipelineError for a field of model.architecture.NAME that the config lacks, or a value that it rejects."""
     known = config.to_dict()
     for key in given:
         if key not in known:
@@ -348,12 +346,12 @@ def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -
             raise PipelineError(f"model.architecture.{name}.{key} is {given[key]}: give a positive number")
     try:
         type(config)(**{key: value for key, value in given.items() if key != "model_type"})
-    except Exception as error:  # each config checks in its own way
+    except Exception as error:  # each config class validates in its own way
         why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise PipelineError(f"model.architecture.{name}: {why}") from None
 
 
 def require_vocabulary(text: dict[str, Any]) -> None:
-    """Raise PipelineError where model.architecture.text does not say how large a tokenizer is to be trained."""
+    """Raise PipelineError if model.architecture.text lacks the size of the tokenizer to train."""
     if "vocab_size" not in text:
         raise PipelineError("model.architecture.text.vocab_size is missing: the size of the tokenizer to train")

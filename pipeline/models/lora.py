@@ -10,7 +10,7 @@ _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weigh
 
 
 def add_adapters(model: torch.nn.Module, lora: Lora, seed: int) -> None:
-    """Put adapters beside the targeted linear layers; they alone are then trained. Equal on all ranks, by the seed.
+    """Add adapters to the targeted linear layers and freeze the rest of `model`. A seed makes them equal on all ranks.
 
     Raises PipelineError for a target that names no linear layer.
     """
@@ -19,16 +19,16 @@ def add_adapters(model: torch.nn.Module, lora: Lora, seed: int) -> None:
         raise PipelineError(
             f"model.train.lora.targets has {wrong[0]}; its linear layers are {', '.join(sorted(linear))}"
         )
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets)  # type: ignore[arg-type]  # it takes fractions
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets)  # type: ignore[arg-type]  # alpha can be a float
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
 
 
 def merge_adapters(weights: dict[str, torch.Tensor], lora: Lora) -> dict[str, torch.Tensor]:
-    """Weights by name -> those of the model without adapters that computes the same, up to the weights' dtype.
+    """Return the weights of an equivalent model without adapters, up to rounding to the weights' dtype.
 
-    They are taken out of `weights` as they are merged, so that no two copies of a model need be there at once.
+    Entries are removed from `weights` as they are merged, so that memory never holds two copies of the model.
     """
     merged = {}
     for name in [name for name in weights if not name.endswith((_A, _B))]:

@@ -1,4 +1,4 @@
-"""Whether a model keeps packed items apart. No list of models says so: a small model of the same config is tried."""
+"""Check that a model keeps packed items independent, by running a small model of its config."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -18,21 +18,21 @@ from pipeline.errors import PipelineError
 
 Build = Callable[[PreTrainedConfig], nn.Module]
 
-_LENGTHS = (5, 7, 4)  # tokens of the items; the last one is what is looked at
-_LAYERS, _WIDTH, _TOKENS, _HEADS, _EXPERTS, _CHUNK = 8, 256, 64, 2, 8, 16  # the most that the small model has
-# Of unit vectors. What layers mix, with these weights, moves them by 1e-3 or more. Rounding moves them by 2e-6 in
-# float32, by 1e-4 where attention is sharp (Gemma 4's), further where it chooses another expert; in float64 by 1e-7.
+_LENGTHS = (5, 7, 4)  # tokens of the items; layers are traced on the last one
+_LAYERS, _WIDTH, _TOKENS, _HEADS, _EXPERTS, _CHUNK = 8, 256, 64, 2, 8, 16  # upper bounds for the small model
+# Distance of unit vectors. A layer that mixes items moves them by 1e-3 or more with these weights. Rounding moves them
+# by 2e-6 in float32, by 1e-4 where attention is sharp (Gemma 4), by more if an expert choice flips; by 1e-7 in float64.
 _TOLERANCE = 1e-5
 
 
 def check_packing(path: str, config: PreTrainedConfig, build: Build) -> None:
-    """Raise PipelineError where an item's vector depends on the items that it is packed with.
+    """Raise PipelineError if an item's embedding depends on the items that it is packed with.
 
-    Each sort of layer that the config has runs, in float32 on the CPU, but narrow and with random weights: a leak is in
-    what layers do, not in their weights. So neither precision nor ZeRO's partitions matter, a job can be refused before
-    it loads anything, and it takes a second at most, once a process.
+    A narrow model with random weights and every layer type of the config runs in float32 on the CPU. A leak is in the
+    layers' code, not in their weights, so precision and ZeRO do not matter. The check runs before anything is loaded
+    and takes a second at most, once per process.
 
-    path: for errors.  build: a config -> a model of it, from packed items to unit vectors.
+    path: for errors.  build: config -> model that maps packed items to unit vectors.
     """
     key = config.to_json_string(use_diff=False), build
     if key not in _problems:
@@ -41,29 +41,29 @@ def check_packing(path: str, config: PreTrainedConfig, build: Build) -> None:
         raise PipelineError(f"{path} is {_problems[key]}")
 
 
-_problems: dict[tuple[str, Build], str] = {}  # of configs, as JSON, that were tried
+_problems: dict[tuple[str, Build], str] = {}  # results by config as JSON
 
 
 def _problem(config: PreTrainedConfig, build: Build) -> str:
-    """What is wrong with models of this config; "" if nothing is."""
+    """Return what is wrong with models of this config, or "" if nothing is."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
             torch.manual_seed(0)
             small = _small(config)
-            small.dtype, small._experts_implementation = torch.float32, "eager"  # the others know no float64
+            small.dtype, small._experts_implementation = torch.float32, "eager"  # only eager supports float64
             model = build(small).float().eval()
             for parameter in model.parameters():
-                if parameter.ndim > 1:  # as large as trained ones, so that each layer counts
+                if parameter.ndim > 1:  # of the size of trained weights, so that every layer has an effect
                     parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5)
             vocabulary = min(small.vocab_size, _TOKENS)
-            for dtype in (torch.float32, torch.float64):  # the slower one, where it may be rounding
+            for dtype in (torch.float32, torch.float64):  # float64 is slower; it rules out rounding
                 moved = _moved(model.to(dtype), vocabulary)
                 if moved < _TOLERANCE:
                     return ""
             mixes = _mixer(model, vocabulary)
     except PipelineError as error:
         return f"a {config.model_type} model: {error}"
-    except Exception as error:  # any, of any model's code
+    except Exception as error:  # model code can raise anything
         return f"a {config.model_type} model, which is not supported, because it fails on packed texts: " + _why(
             config, error
         )
@@ -74,7 +74,7 @@ def _problem(config: PreTrainedConfig, build: Build) -> str:
 
 
 def _why(config: PreTrainedConfig, error: Exception) -> str:
-    """Why a small model of this config does not run, by what is known of the whole one."""
+    """Return why the small model does not run, judged by the full model on the meta device."""
     try:
         with no_init_weights(), torch.device("meta"):
             model = AutoModel.from_config(copy.deepcopy(config))
@@ -103,7 +103,7 @@ def _items(vocabulary: int) -> list[Encoded]:
 
 
 def _moved(model: nn.Module, vocabulary: int) -> float:
-    """How far an item's vector together with others is from the one apart, at most."""
+    """Return the largest distance between an item's embedding when packed with others and when alone."""
     items = _items(vocabulary)
     together = model(pack(items), False)
     apart = torch.cat([model(pack([item]), False) for item in items])
@@ -113,9 +113,9 @@ def _moved(model: nn.Module, vocabulary: int) -> float:
 
 
 def _mixer(model: nn.Module, vocabulary: int) -> str:
-    """Which class of layer it is: the first that gives the last item something else, of the same, where others change.
+    """Return the layer class that mixes items: the first whose output for the last item changes with the other items.
 
-    Or that no change of the others matters, but where in the row the item is; "" if neither is found.
+    If no layer does, but the embedding depends on the item's position in the row, say so; "" if neither is found.
     """
     items = _items(vocabulary)
     others = [replace(item, input_ids=(item.input_ids + 1) % vocabulary) for item in items[:-1]] + items[-1:]
@@ -128,7 +128,7 @@ def _mixer(model: nn.Module, vocabulary: int) -> str:
 
 
 def _traced(model: nn.Module, packed: Packed) -> list[tuple[str, Tensor, Tensor]]:
-    """(class, input, output) of modules that take and give a row of tokens, the inner ones first; of the last item."""
+    """Return (class, input, output) for the last item of each module that maps token rows to rows, inner ones first."""
     trace, tokens = [], len(packed.input_ids)
 
     def rows(values: Iterable[object]) -> Tensor | None:
@@ -149,7 +149,7 @@ def _traced(model: nn.Module, packed: Packed) -> list[tuple[str, Tensor, Tensor]
 
 
 def _small(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of a narrow model that has each sort of layer. Heads keep their size, by which other fields go."""
+    """Return the config of a narrow model with each layer type. Heads keep their size: other fields depend on it."""
     small, layers = copy.deepcopy(config), _some_layers(config)
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
@@ -157,38 +157,38 @@ def _small(config: PreTrainedConfig) -> PreTrainedConfig:
     small.num_hidden_layers = len(layers)
     if shared := getattr(config, "num_kv_shared_layers", None):
         small.num_kv_shared_layers = sum(layer >= config.num_hidden_layers - shared for layer in layers)
-    for name in ("sliding_window", "attention_chunk_size"):  # longer items are refused when they come
+    for name in ("sliding_window", "attention_chunk_size"):  # attention refuses longer items
         if limit := getattr(config, name, None):
             setattr(small, name, max(limit, _CHUNK))
-    if getattr(config, "floor_scale", None):  # tokens by which Llama 4 counts where in the row one is
+    if getattr(config, "floor_scale", None):  # the step, in positions, of Llama 4's attention temperature
         small.floor_scale = 1
     narrow = _narrowing(config) if config.hidden_size > _WIDTH else lambda name, value: value
     names = {field: name for name, field in config.attribute_map.items()}
     for field, value in list(vars(small).items()):
         setattr(small, field, narrow(names.get(field, field), value))
-    if by_layer := config.to_dict().get("per_layer_config"):  # as Gemma 4 has it: fields that differ by layers
+    if by_layer := config.to_dict().get("per_layer_config"):  # Gemma 4's fields that differ between layers
         fields = {int(layer): {name: narrow(name, v) for name, v in own.items()} for layer, own in by_layer.items()}
         small.per_layer_config = {new: fields[layer] for new, layer in enumerate(layers) if layer in fields}
     return small
 
 
 def _some_layers(config: PreTrainedConfig) -> list[int]:
-    """The first layers, which have all sorts that come in periods, and the first of each sort by the config's lists."""
+    """Return the first layers, which cover periodic layer types, and the first of each type in the config's lists."""
     depth = config.num_hidden_layers
     lists = [value for value in vars(config).values() if isinstance(value, list) and len(value) == depth]
-    lists = [value for value in lists if value != list(range(depth))]  # of all layers' numbers
-    own = depth - (getattr(config, "num_kv_shared_layers", None) or 0)  # later ones take others' keys and values
+    lists = [value for value in lists if value != list(range(depth))]  # not a list of layer indices
+    own = depth - (getattr(config, "num_kv_shared_layers", None) or 0)  # later layers share others' keys and values
     sorts = [(layer < own, *map(str, each)) for layer, *each in zip(range(depth), *lists, strict=True)]
     return sorted({*range(min(depth, _LAYERS)), *(sorts.index(sort) for sort in set(sorts))})
 
 
 def _narrowing(config: PreTrainedConfig) -> Callable[[str, Any], Any]:
-    """A field's name and value -> its value in the narrow model."""
+    """Return a function that maps a field's name and value to its value in the narrow model."""
     before, layer = config.num_attention_heads, getattr(config, "per_layer_config", [config])[0]
     size = getattr(layer, "head_dim", None) or config.hidden_size // before
     grouped = getattr(layer, "num_key_value_heads", None) not in (None, before)
     others = {n: v for n, v in vars(config).items() if "heads" in n and ("mamba" in n or "linear" in n) and v}
-    # As few heads as leave a whole number of each other sort, which recurrent layers have.
+    # As few heads as keep the head counts of recurrent layers whole.
     heads = next((n for n in range(_HEADS, before) if all(v * n % before == 0 for v in others.values())), before)
     exact = {"hidden_size": heads * size, "num_attention_heads": heads, "num_key_value_heads": 1 if grouped else heads}
     exact |= {"n_group": 1, "topk_group": 1, "num_layers": _LAYERS}

@@ -1,4 +1,4 @@
-"""The families of models. To add one, write its folder and add its line here."""
+"""The model families. To add one, write its package and add a line here."""
 
 from pipeline.config import Recipe
 from pipeline.config.registry import Registry
@@ -15,7 +15,7 @@ FAMILIES = Registry(
 
 
 def training(family: str, objective: str = "contrastive") -> TrainingInterface:
-    """What training needs of a family, with one of the objectives that its section lists."""
+    """Return a family's training interface for one of the objectives that its section lists."""
     found: TrainingInterface = FAMILIES.module(family, "family").TRAINING[objective]
     return found
 
@@ -25,17 +25,17 @@ def training_of(recipe: Recipe) -> TrainingInterface:
 
 
 def saved(family: str) -> SavedModelInterface:
-    """What a program needs of a family's saved folders."""
+    """Return a family's saved-model interface."""
     found: SavedModelInterface = FAMILIES.module(family, "family").SAVED
     return found
 
 
 def family_of(path: str) -> SavedModelInterface | None:
-    """The family of the model in a folder or of a hub name, by its files; None if it is none of these.
+    """Return the family of the model in a folder or at a hub name, from its files, or None if no family owns it.
 
-    Raises PipelineError where there is no model.
+    Raises PipelineError if there is no model.
     """
-    from pipeline.models.loading import config_dict  # here: it imports torch, which a recipe is read without
+    from pipeline.models.loading import config_dict  # imports torch, which reading a recipe must not need
 
     config = config_dict(path)
     return next((each for each in map(saved, FAMILIES) if each.owns(path, config)), None)

@@ -1,4 +1,4 @@
-"""Models of two towers: a vision tower embeds images, a text tower embeds texts, in one vector space."""
+"""Two-tower models: a vision tower embeds images and a text tower embeds texts in one vector space."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ from pipeline.models.vision import Pixels
 class TwoTower(nn.Module, ABC):
     """Embeds images with the vision tower and texts with the text tower, as unit vectors.
 
-    Several images or frames of an item are averaged and normalised.
+    An item with several images or frames gets the normalised mean of their unit vectors.
 
     pixels: how images are prepared.  pads: whether attention pads the texts of a chunk to the longest.
-    always_with_images: run every forward pass as one with images (see `forward`), so all parameters get gradients.
+    always_with_images: run the vision tower in every forward pass (see `forward`), so all parameters get gradients.
     """
 
     always_with_images = False
@@ -41,18 +41,18 @@ class TwoTower(nn.Module, ABC):
 
     @abstractmethod
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(n, 3, size, size) normalised -> (n, dimension)."""
+        """Map (n, 3, size, size) normalised pixels to (n, dimension)."""
 
     @abstractmethod
     def texts(self, packed: Packed, features: torch.Tensor | None) -> torch.Tensor:
-        """(texts, dimension) of the items without images; where all have images, (1, dimension) of any text."""
+        """Return (texts, dimension) for the items without images, or (1, dimension) for a dummy if all have images."""
 
     def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
-        """N packed items -> (N, dimension) float32 unit rows.
+        """Map N packed items to (N, dimension) float32 unit rows.
 
-        with_images: whether any rank has an image in this forward pass. A rank without images then runs a black image
+        with_images: whether any rank has an image in this forward pass. A rank without images then runs a dummy image
         multiplied by zero; a rank without texts always runs a dummy text. ZeRO-3 needs the same modules on all ranks.
-        features: (texts, width) vectors of the items without images, by a text encoder that is not part of the model.
+        features: (texts, width) vectors of the items without images, from a text encoder outside the model.
         """
         device, dtype = packed.input_ids.device, next(self.parameters()).dtype
         tiles = torch.tensor(packed.tiles_of)
@@ -71,17 +71,17 @@ class TwoTower(nn.Module, ABC):
 
 
 class TextReader(Protocol):
-    """What turns the texts of a two-tower model into tokens."""
+    """Tokenizes texts for a two-tower model."""
 
     def tokenized(self, text: str) -> Encoded: ...
 
 
 @dataclass(frozen=True)
 class TwoTowerProcessor:
-    """Items -> tiles or tokens. An image stands for `tokens` tokens, so that chunks are cut by the work they make.
+    """Encodes items as tiles or tokens. An image counts as `tokens` tokens, so that chunk sizes reflect compute.
 
-    texts: reads texts; where their vectors come with them, it tells them apart.
-    with_vectors: whether they do.
+    texts: tokenizes texts; its tokens identify a text even if its vector comes with the data.
+    with_vectors: whether the data has the texts' vectors.
     """
 
     pixels: Pixels
@@ -95,9 +95,10 @@ class TwoTowerProcessor:
         return self.pixels.as_stored
 
     def encode(self, item: Item) -> Encoded:
-        """Of an item with images or a video these alone: the text beside them is an instruction, for other models.
+        """Encode an item's images or video if it has any, otherwise its text. Text beside images is ignored.
 
-        Raises BadSample for an image or video that cannot be decoded, and for a text whose vector is missing.
+        Such text is an instruction for other models. Raises BadSample for an image or video that cannot be decoded, and
+        for a text whose vector is missing.
         """
         images = [partial(decode_image, image, self.as_stored) for image in item.images]
         if images or item.video is not None:
@@ -113,7 +114,7 @@ class TwoTowerProcessor:
     def encode_parts(
         self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
     ) -> Encoded:
-        """Of a text, or of RGB images and a video's frames; BadSample for both at once."""
+        """Encode a text, or RGB images and a video's frames; BadSample for both at once."""
         if not images and frames is None:
             return self.texts.tokenized(text)
         if text:

@@ -1,7 +1,7 @@
-"""A vision encoder: pictures -> vectors, by the vision half of CLIP or SigLIP, or by timm's EVA02-CLIP.
+"""Vision encoders that map images to vectors: the vision tower of CLIP or SigLIP, or timm's EVA02-CLIP.
 
-Three published families: transformers' CLIP (arXiv 2103.00020), its SigLIP (2303.15343; SigLIP 2, 2502.14786, in the
-sizes that are fixed), and vision transformers of timm with a projection as their head (EVA-CLIP, 2303.15389).
+Supported are transformers' CLIP (arXiv 2103.00020), its SigLIP (2303.15343; of SigLIP 2, 2502.14786, the fixed
+sizes), and timm's vision transformers whose head is a projection (EVA-CLIP, 2303.15389).
 """
 
 import importlib
@@ -38,20 +38,20 @@ from pipeline.models.folder import share
 from pipeline.models.loading import config_dict, reads_as_stored, refuse_unknown
 
 
-# Of a checkpoint with both towers the vision half alone is read. The classes are named as their bases, for transformers
-# writes the name to config.json, and finds by it how a checkpoint calls the weights.
+# From a checkpoint with both towers only the vision tower is read. These classes keep their bases' names, because
+# transformers writes the name to config.json and selects the mapping of checkpoint names by it.
 class CLIPVisionModelWithProjection(transformers.CLIPVisionModelWithProjection):
-    _keys_to_ignore_on_load_unexpected = [r"^(text_model|text_projection|logit_scale)"]  # noqa: RUF012 (as its base class has it)
+    _keys_to_ignore_on_load_unexpected = [r"^(text_model|text_projection|logit_scale)"]  # noqa: RUF012 (as in its base class)
 
 
 class SiglipVisionModel(transformers.SiglipVisionModel):
-    _keys_to_ignore_on_load_unexpected = [r"^(text_model|logit_scale|logit_bias)"]  # noqa: RUF012 (as its base class has it)
+    _keys_to_ignore_on_load_unexpected = [r"^(text_model|logit_scale|logit_bias)"]  # noqa: RUF012 (as in its base class)
 
 
 names = get_checkpoint_conversion_mapping("SiglipVisionModel")
-register_checkpoint_conversion_mapping("SiglipVisionModel", names, overwrite=True)  # for classes of others too
+register_checkpoint_conversion_mapping("SiglipVisionModel", names, overwrite=True)  # also for the class here
 
-# By config.json's model_type.
+# The classes by model_type in config.json.
 _FAMILIES: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
     "clip": (CLIPVisionModelWithProjection, CLIPImageProcessorPil),
     "clip_vision_model": (CLIPVisionModelWithProjection, CLIPImageProcessorPil),
@@ -62,10 +62,10 @@ _OUTPUTS = {"clip_vision_model": "image_embeds", "siglip_vision_model": "pooler_
 
 
 class VisionEncoder(nn.Module):
-    """From normalised pixels to vectors.
+    """Maps normalised pixels to vectors.
 
-    tower: transformers' model.  processor: what `save` writes beside it; timm's is part of its config.
-    dimension: of the vectors.  tokens: that an image is in the tower, its patches and class token.
+    tower: transformers' model.  processor: is saved beside it; None for timm, whose config includes it.
+    dimension: of the vectors.  tokens: the tower's tokens per image, patches and class token.
     """
 
     dimension: int
@@ -88,32 +88,32 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"]) -> "VisionEncoder":
-        """From a folder or hub name, which may hold a text tower too.  dtype: "auto" is the stored one.
+        """Load from a folder or hub name, which may also hold a text tower.  dtype: "auto" is the stored one.
 
-        Raises PipelineError where there is no such model, for one of another family, where weights are missing, and
-        for one of timm where that is not installed.
+        Raises PipelineError if there is no model, if its family is not supported, if weights are missing, or if it
+        needs timm and timm is not installed.
         """
         kind, config, processor = _parts(path, config_dict(path))
         return cls(loading.open_model(kind, path, config, dtype), processor)
 
     @staticmethod
     def check(path: str) -> None:
-        """Raise `load`'s errors, as far as the files' headers show them."""
+        """Raise the errors of `load` that the files' headers reveal."""
         kind, config, _ = _parts(path, config_dict(path))
         loading.check_weights(path, kind, config)
 
     @classmethod
     def empty(cls, path: str) -> "VisionEncoder":
-        """The same without its weights, for its shape. Errors as of `load`."""
+        """Build the model of `load` without its weights. Raises the same errors for its config."""
         kind, config, processor = _parts(path, config_dict(path))
         with loading.reading(fetched(path, weights=False) / "config.json"):
             return cls(kind._from_config(config, attn_implementation="sdpa"), processor)
 
     @classmethod
     def build(cls, architecture: dict[str, Any], dimension: int, seed: int) -> "VisionEncoder":
-        """A CLIP vision tower of random weights.
+        """Build a CLIP vision tower with random weights.
 
-        architecture: fields of transformers' CLIPVisionConfig; PipelineError for one that it does not have.
+        architecture: fields of transformers' CLIPVisionConfig; PipelineError for an unknown one.
         dimension: of the vectors.
         """
         refuse_unknown("vision", architecture, CLIPVisionConfig())
@@ -127,11 +127,11 @@ class VisionEncoder(nn.Module):
         checkpoint_layers(self.tower)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(n, 3, size, size), as `Pixels.normalised` has them -> (n, dimension), of any length."""
+        """Map (n, 3, size, size) from `Pixels.normalised` to (n, dimension), which are not unit vectors."""
         return getattr(self.tower(pixel_values=pixels), self._output)
 
     def save(self, folder: Path) -> None:
-        """Write tower and image processor as a folder that transformers loads alone."""
+        """Write tower and image processor as a folder that transformers loads by itself."""
         self.tower.save_pretrained(folder)
         if self._processor:
             self._processor.save_pretrained(folder)
@@ -140,12 +140,12 @@ class VisionEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Pixels:
-    """How a picture becomes what a vision encoder takes: resized, cropped at its centre, normalised on the device.
+    """Prepares images for a vision encoder: resize, centre crop, and normalisation on the device.
 
-    size: pixels of a side.  mean, std: of each colour, where white is 1.
-    edge: pixels that the shorter side is resized to; both sides, if a picture does not keep its shape.
-    to_even: where a crop begins at half a pixel, torchvision, which timm uses, rounds to even, transformers down.
-    as_stored: how images are read, see `rgb`.
+    size: pixels of a side.  mean, std: per channel, for values in [0, 1].
+    edge: pixels that the shorter side is resized to, or both sides if not `keeps_shape`.  keeps_shape: keep the aspect
+    ratio.  to_even: round a crop offset of half a pixel to even, as torchvision and so timm do; transformers rounds
+    down.  as_stored: how images are read, see `rgb`.
     """
 
     size: int
@@ -159,9 +159,9 @@ class Pixels:
 
     @classmethod
     def load(cls, path: str, images: str | None = None) -> "Pixels":
-        """Of a folder or hub name.  images: how they are read, if not as it says.
+        """Load from a folder or hub name.  images: how they are read, if not as its config says.
 
-        Raises PipelineError where what it says is not known here, or is not the model's.
+        Raises PipelineError if its settings are not supported or do not match the model.
         """
         resize.compiled()  # once, not in every worker
         settings, as_stored = config_dict(path), reads_as_stored(path, images)
@@ -210,7 +210,10 @@ class Pixels:
         return cls(height, tuple(its["mean"]), tuple(its["std"]), edge, True, resample, to_even=True)
 
     def prepare(self, picture: Image.Image) -> np.ndarray:
-        """(3, size, size) uint8, to the byte as the model's own image processor; `BadSample` if it is far too long."""
+        """Return (3, size, size) uint8, byte for byte as the model's own image processor gives.
+
+        Raises BadSample if the aspect ratio is so extreme that the resized image would be too large.
+        """
         rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
         height = width = self.edge
         if self.keeps_shape:
@@ -230,7 +233,7 @@ class Pixels:
         return round(spare / 2) if self.to_even else spare // 2
 
     def normalised(self, tiles: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """(n, 3, size, size) uint8 -> what the tower takes. In float32 on the way: bf16 has but eight bits."""
+        """Normalise (n, 3, size, size) uint8 for the tower. It computes in float32: bf16 has only eight bits."""
         mean, std = (sent(torch.tensor(values)[:, None, None], device) for values in (self.mean, self.std))
         return sent(tiles, device).float().div_(255).sub_(mean).div_(std).to(dtype)
 
@@ -245,12 +248,11 @@ def _family(path: str, settings: dict[str, Any]) -> tuple[type[PreTrainedModel],
 
 
 def _parts(path: str, settings: dict[str, Any]) -> tuple[type[PreTrainedModel], PreTrainedConfig, PilBackend | None]:
-    """(class of the tower, its config, the image processor)."""
     if "pretrained_cfg" in settings:
         return *_timm_parts(path), None
     kind, processor_class = _family(path, settings)
     config = loading.config(path, kind.config_class)
-    if settings["model_type"] == "clip":  # whose own projection_dim holds; the vision half's is often a default
+    if settings["model_type"] == "clip":  # the top-level projection_dim is valid; the vision part's is often a default
         config.projection_dim = loading.config(path, CLIPConfig).projection_dim
     if not getattr(config, "vision_use_head", True):
         raise PipelineError(f"{path} has no pooling head (vision_use_head=false), which gives an image's vector")
@@ -260,32 +262,32 @@ def _parts(path: str, settings: dict[str, Any]) -> tuple[type[PreTrainedModel], 
 def _timm_parts(path: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     try:
         importlib.import_module("timm")
-    except (ImportError, RuntimeError) as error:  # the latter of a torchvision that does not fit torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not match torch
         raise PipelineError(f"{path} needs timm ({str(error).splitlines()[0]}): pip install timm") from None
-    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification  # which import it where it is
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification  # these import timm
 
     config = loading.config(path, TimmWrapperConfig)
     if not config.num_labels:
         raise PipelineError(f"{path} has no head (num_classes=0), which is the projection of timm's CLIP towers")
     if config.model_args:
-        config.model_args.pop("num_classes", None)  # transformers gives it a second time
+        config.model_args.pop("num_classes", None)  # transformers passes it too
     return TimmWrapperForImageClassification, config
 
 
 def image_processor(side: int) -> CLIPImageProcessorPil:
-    """CLIP's, for images of `side` pixels a side."""
+    """Return CLIP's image processor for images of `side` pixels a side."""
     return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 @cache
 def shape_of(path: str) -> VisionEncoder:
-    """A vision encoder's folder or hub name -> the module without weights."""
+    """Return the vision encoder of a folder or hub name on the meta device."""
     with torch.device("meta"):
         return VisionEncoder.empty(path)
 
 
 def tokens_of(path: str | None, architecture: Any) -> int:
-    """How many tokens an image counts as, by the model's folder, or by the section of a recipe that has its shape."""
+    """Return how many tokens an image counts as, from the model at `path` or from the recipe's architecture."""
     if path:
         return shape_of(path).tokens
     with torch.device("meta"):

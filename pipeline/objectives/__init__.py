@@ -1,4 +1,4 @@
-"""What a model is trained to do. To add an objective, write its folder and add its line here."""
+"""The training objectives. To add one, write its package and add a line here."""
 
 from pipeline.config.registry import Registry
 

@@ -1,4 +1,4 @@
-"""What an objective implements, and what the steps of all objectives share."""
+"""The interface of objectives, and the code that their steps share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from pipeline.objectives import OBJECTIVES
 
 
 class Cut(Protocol):
-    """How a step cuts a batch. chunk_tokens: of a chunk.  kept_chunks: chunks whose graphs the first pass keeps."""
+    """How a step cuts a batch.  chunk_tokens: the most per chunk.  kept_chunks: chunks with cached graphs."""
 
     chunk_tokens: int
     kept_chunks: int
@@ -23,7 +23,11 @@ class Cut(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult(ABC):
-    """tokens: of this rank's items.  largest_chunk: tokens of its largest chunk, as the budget counts them."""
+    """A step's result.
+
+    grad_norm: before clipping.  tokens: of this rank's items.  largest_chunk: tokens of its largest chunk, as the
+    budget counts them.
+    """
 
     grad_norm: float
     tokens: int
@@ -31,19 +35,19 @@ class StepResult(ABC):
 
     @abstractmethod
     def metrics(self, batch: Batch) -> tuple[dict, dict]:
-        """The global batch's metrics, `loss` and `valid` pairs among them, and values for histograms by name.
+        """Return the global batch's metrics, with `loss` and `valid` (pairs), and values for histograms, by name.
 
-        batch: this rank's part; every rank calls it.
+        Every rank calls it.  batch: this rank's part.
         """
 
 
 class Objective(ABC):
-    """What training asks of an objective. One is made for a run, from its recipe and device.
+    """The interface of an objective. A run creates one from its recipe and device.
 
     An objective is a package with these modules:
 
         config.py   SECTION, its section of a recipe (see `ObjectiveSection`)
-        step.py     OBJECTIVE, a class of this interface
+        step.py     OBJECTIVE, a class with this interface
     """
 
     @abstractmethod
@@ -56,19 +60,19 @@ class Objective(ABC):
         """Take one optimizer step with this rank's part of the global batch.
 
         step: its number, from 0.  lr: default learning rate, for parts without their own.
-        features: of a frozen part that is outside the engine.
+        features: of the frozen part outside the engine.
         """
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return the state to checkpoint."""
         return {}
 
-    def load(self, state: dict[str, Any]) -> None:  # noqa: B027 (most objectives keep nothing)
-        """Restore what `state` returned.  state: a checkpoint's, with other entries beside it."""
+    def load(self, state: dict[str, Any]) -> None:  # noqa: B027 (most objectives have no state)
+        """Restore the state that `state` returned. The dict may hold other entries of the checkpoint."""
 
     @classmethod
     def conditions(cls) -> dict[str, Any]:
-        """What must not change when a run resumes, besides the recipe's fixed fields, by name."""
+        """Return, by name, the values besides the recipe's fixed fields that must not change when a run resumes."""
         return {}
 
 
@@ -85,17 +89,18 @@ def backward_chunks(
     gradient: torch.Tensor,
     features: Features | None,
 ) -> list[torch.Tensor]:
-    """Backpropagate the embeddings' gradients (items, hidden) into the parameters; `graphs` is empty afterwards.
+    """Backpropagate the embeddings' gradients (items, hidden) into the parameters, and empty `graphs`.
 
-    kept: chunks whose embeddings are `graphs`.  again: chunks to embed once more; returns their embeddings.
+    kept: chunks with cached graphs, whose embeddings are `graphs`.  again: chunks to recompute; their embeddings are
+    returned.
 
     DeepSpeed averages gradients over ranks; each rank's loss is scaled so that the mean over ranks is the global
-    batch's loss. Within a step nothing is averaged: the chunks' gradients are summed.
+    batch's loss. Within a step the chunks' gradients are summed, not averaged.
     """
     surrogates = [(graph * gradient[chunk.rows]).sum() for chunk, graph in zip(kept, graphs, strict=True)]
     graphs.clear()
     if surrogates:
-        # All in one backward pass, before any other: under ZeRO-3 every other order loses gradients.
+        # One backward pass for all, before any other: under ZeRO-3 any other order loses gradients.
         engine.set_gradient_accumulation_boundary(not again)
         engine.backward(torch.stack(surrogates).sum(), scale_wrt_gas=False)
     parts = []
@@ -108,14 +113,14 @@ def backward_chunks(
 
 
 def optimizer_step(engine: DeepSpeedEngine, lr: float) -> float:
-    """Take the optimizer step; returns the gradient norm before clipping.
+    """Take the optimizer step, and return the gradient norm before clipping.
 
     lr: default learning rate, for parts without their own.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     norm = None
-    if isinstance(engine.optimizer, torch.optim.Optimizer):  # ZeRO 0 in fp32, where DeepSpeed does not keep the norm
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # ZeRO 0 in fp32: DeepSpeed does not record the norm
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
     return float(engine.get_global_grad_norm() if norm is None else norm)

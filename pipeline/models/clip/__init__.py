@@ -1,1 +1,1 @@
-"""CLIP, whose two towers are both trained (arXiv 2103.00020): what LLM2CLIP is compared with."""
+"""CLIP with both towers trained (arXiv 2103.00020), the baseline for LLM2CLIP."""

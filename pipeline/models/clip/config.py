@@ -9,8 +9,6 @@ from pipeline.config.section import Place, Section
 
 
 class ClipArchitecture(Section):
-    """The shape of a CLIP."""
-
     vision: dict[str, Any] = Field(min_length=1, description="transformers' CLIPVisionConfig")
     text: dict[str, Any] = Field(
         min_length=1, description="transformers' CLIPTextConfig; vocab_size is the size of the tokenizer to train"
@@ -18,8 +16,6 @@ class ClipArchitecture(Section):
 
 
 class ClipTrain(TrainSection):
-    """The towers of a CLIP."""
-
     vision_tower: Annotated[bool | float, Fixed(bool), Prefixes(["clip.vision_model.", "clip.visual_projection."])] = (
         Field(description="with its projection")
     )
@@ -29,8 +25,6 @@ class ClipTrain(TrainSection):
 
 
 class ClipSection(ModelSection):
-    """CLIP, both of whose towers are trained."""
-
     text_part: ClassVar = "language_model"
 
     family: Annotated[Literal["clip"], Fixed()] = "clip"

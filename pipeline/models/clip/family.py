@@ -1,4 +1,4 @@
-"""CLIP in training and in saved folders."""
+"""CLIP's training and saved-model interfaces."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -25,7 +25,7 @@ from pipeline.models.vision import Pixels, shape_of, tokens_of
 
 
 class ClipTraining(TrainingInterface[ClipSection]):
-    """Both towers are inside the engine."""
+    """Trains both towers inside the engine."""
 
     stages = (0, 1, 2)
 
@@ -62,8 +62,6 @@ class ClipTraining(TrainingInterface[ClipSection]):
 
 
 class SavedClip(SavedModelInterface):
-    """A CLIP in transformers' format."""
-
     as_clip = True
 
     def owns(self, path: str, config: dict[str, Any]) -> bool:

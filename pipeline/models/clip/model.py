@@ -1,4 +1,4 @@
-"""CLIP, whose two towers are both trained (arXiv 2103.00020): what LLM2CLIP is compared with."""
+"""CLIP with both towers trained (arXiv 2103.00020), the baseline for LLM2CLIP."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,16 +27,14 @@ from pipeline.models.vision import Pixels, image_processor
 
 
 class Clip(TwoTower):
-    """transformers' CLIP."""
-
     def __init__(self, clip: CLIPModel, pixels: Pixels) -> None:
         super().__init__(pixels)
-        del clip.logit_scale  # the loss has the temperature
+        del clip.logit_scale  # the loss owns the temperature
         self.clip = clip
 
     @classmethod
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"]) -> "Clip":
-        """From a folder or hub name."""
+        """Load from a folder or hub name."""
         model = loading.open_model(CLIPModel, path, load_config(path), dtype)
         return cls(model, Pixels.load(path))
 
@@ -52,21 +50,21 @@ class Clip(TwoTower):
 
     def texts(self, packed: Packed, features: torch.Tensor | None) -> torch.Tensor:
         each = zip(packed.input_ids.split(packed.lengths), packed.tiles_of, strict=True)
-        # The end of a text is pooled; attention is causal: nothing behind it is seen. A stand-in is an end alone.
+        # The end token is pooled. Attention is causal, so it ignores the padding. A dummy text is one end token.
         end = torch.full((1,), cast(int, text_of(self.clip.config).eos_token_id), device=packed.input_ids.device)
         ids = pad_sequence([ids for ids, tiles in each if not tiles] or [end], batch_first=True)
         return self.clip.get_text_features(input_ids=ids).pooler_output
 
 
 def check_architecture(architecture: ClipArchitecture) -> None:
-    """Refuse what transformers' configurations do not know."""
+    """Raise PipelineError for fields that transformers' configs do not have, or a missing vocab_size."""
     refuse_unknown("vision", architecture.vision, CLIPVisionConfig())
     refuse_unknown("text", architecture.text, CLIPTextConfig())
     require_vocabulary(architecture.text)
 
 
 def build(architecture: ClipArchitecture, texts: Iterable[str], seed: int, folder: Path) -> None:
-    """Write a CLIP of random weights, with a tokenizer trained on `texts`, as a folder."""
+    """Write a folder with a CLIP of random weights and a tokenizer trained on `texts`."""
     vision, text = dict(architecture.vision), dict(architecture.text)
     tokenizer = CLIPTokenizer().train_new_from_iterator(texts, int(text["vocab_size"]), show_progress=False)
     marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -83,8 +81,8 @@ def build(architecture: ClipArchitecture, texts: Iterable[str], seed: int, folde
 
 
 def save(model: Clip, source: str, folder: Path) -> None:
-    """Write it as a folder in transformers' format, with the tokenizer and image processor of `source`."""
-    scale = torch.tensor(model.clip.config.logit_scale_init_value)  # which transformers misses where there is none
+    """Write the model as a folder in transformers' format, with the tokenizer and image processor of `source`."""
+    scale = torch.tensor(model.clip.config.logit_scale_init_value)  # transformers reports it missing otherwise
     model.clip.save_pretrained(folder, state_dict=model.clip.state_dict() | {"logit_scale": scale})
     loading.tokenizer(source).save_pretrained(folder)
     loading.image_processor(source, CLIPImageProcessorPil).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Texts -> token ids, as CLIP reads them."""
+"""CLIP's tokenization of texts."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -13,7 +13,7 @@ from pipeline.models import loading
 
 @dataclass(frozen=True)
 class ClipTexts:
-    """Texts -> token ids between the tokenizer's marks, cut at the model's context."""
+    """Tokenizes texts with the tokenizer's start and end tokens, cut at the model's context length."""
 
     tokenizer: PreTrainedTokenizerBase
     context: int
@@ -31,7 +31,7 @@ class ClipTexts:
 
 
 def load_config(path: str) -> CLIPConfig:
-    """The config of a CLIP's folder or hub name; PipelineError if there is none."""
+    """Return the config of a folder or hub name; PipelineError if it is not a CLIP."""
     if (kind := loading.config_dict(path).get("model_type")) != "clip":
         raise PipelineError(f"{path} is a {kind} model; expected clip")
     return loading.config(path, CLIPConfig)
@@ -42,9 +42,10 @@ def text_of(config: CLIPConfig) -> CLIPTextConfig:
 
 
 def require_end(path: str, tokenizer: PreTrainedTokenizerBase, config: CLIPTextConfig) -> None:
-    """Raise PipelineError where texts do not end with the token that CLIP pools: all would have the first one's vector.
+    """Raise PipelineError if texts do not end with the token that CLIP pools.
 
-    For configs of old, whose eos_token_id is 2, that is the one of the largest number.
+    CLIP would then pool the first token, which is the same for all texts. For old configs, whose eos_token_id is 2, it
+    pools the token with the largest id.
     """
     ids, end = tokenizer("a")["input_ids"], config.eos_token_id
     if not ids or ids[-1] != (max(ids) if end == 2 else end):

@@ -1,4 +1,4 @@
-"""The config of a LLaVA-OneVision, checked for what this project supports."""
+"""Load the config of a LLaVA-OneVision, and check that this project supports it."""
 
 import re
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def vision_of(config: LlavaOnevisionConfig) -> SiglipVisionConfig:
 
 
 def sides_of(config: LlavaOnevisionConfig) -> tuple[int, int]:
-    """The sides of a tile and of a patch, in pixels."""
+    """Return the sides of a tile and of a patch, in pixels."""
     vision = vision_of(config)
     return cast(tuple[int, int], (vision.image_size, vision.patch_size))
 
@@ -40,7 +40,7 @@ def pinpoints_of(config: LlavaOnevisionConfig) -> list[Any]:
 
 
 def tiling(config: LlavaOnevisionConfig) -> Tiling:
-    """How a model of this config cuts images."""
+    """Return how a model with this config tiles images."""
     side, patch = sides_of(config)
     return Tiling(
         size=side,
@@ -52,7 +52,7 @@ def tiling(config: LlavaOnevisionConfig) -> Tiling:
 
 
 def config_of_architecture(architecture: LlaveArchitecture) -> LlavaOnevisionConfig:
-    """The config of a model to be made; PipelineError for a field that transformers would ignore."""
+    """Return the config of model.architecture; PipelineError for a field that transformers would ignore."""
     refuse_unknown("vision", architecture.vision, SiglipVisionConfig())
     refuse_unknown("text", architecture.text, Qwen2Config())
     require_vocabulary(architecture.text)
@@ -66,9 +66,9 @@ def config_of_architecture(architecture: LlaveArchitecture) -> LlavaOnevisionCon
 
 
 def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | None = None) -> LlavaOnevisionConfig:
-    """The config of a folder or hub name; PipelineError if it is of no model that `Llave` reads.
+    """Return the config of a folder or hub name; PipelineError if `Llave` does not support the model.
 
-    pinpoints: sizes to tile images to, newline: where a video has newlines, if not the model's own.
+    pinpoints, newline: override the config's tile sizes and newline position.
     """
     given = loading.config_dict(path)
     if is_original(given):
@@ -89,7 +89,7 @@ def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | No
 
 
 def require_tiles(path: str | Path, config: LlavaOnevisionConfig) -> None:
-    """Raise PipelineError where a config does not say how images are cut."""
+    """Raise PipelineError if a config's tiling of images is missing or not supported."""
 
     def refuse(name: str, value: object, expected: str) -> None:
         raise PipelineError(f"{path}: {name}={value!r} in its config.json must be {expected}")
@@ -108,13 +108,13 @@ def require_tiles(path: str | Path, config: LlavaOnevisionConfig) -> None:
 
 
 def is_original(config: dict) -> bool:
-    """Whether it is of an original checkpoint. The model_type of some is llava, which is also that of others."""
+    """Whether it is the config of an original checkpoint. Some have the model_type llava, which other models share."""
     named = config.get("architectures")
     return config.get("model_type") == "llava_qwen" or (isinstance(named, list) and ORIGINAL in named)
 
 
 def with_own(config: LlavaOnevisionConfig, pinpoints: Pinpoints | None, newline: str | None) -> LlavaOnevisionConfig:
-    """The config itself, with what a recipe sets in place of the model's own."""
+    """Override fields of the config in place with a recipe's values, and return it."""
     if pinpoints:
         config.image_grid_pinpoints = [list(size) for size in pinpoints]
     if newline:
@@ -123,12 +123,12 @@ def with_own(config: LlavaOnevisionConfig, pinpoints: Pinpoints | None, newline:
 
 
 def newline_position(config: LlavaOnevisionConfig) -> Newline:
-    """Where a video has its newlines: the original's field, without which transformers' checkpoints are one_token."""
+    """Return where a video has newlines: the original format's field, or one_token, as in transformers."""
     return getattr(config, "mm_newline_position", NEWLINE_POSITIONS[0])
 
 
 def require_newline(path: str | Path, position: Any) -> None:
-    """Raise PipelineError for an mm_newline_position, of the config at `path`, that is none of ours."""
+    """Raise PipelineError if the mm_newline_position of the config at `path` is not supported."""
     if position not in NEWLINE_POSITIONS:
         known = " and ".join(NEWLINE_POSITIONS)
         raise PipelineError(f"{path}: mm_newline_position={position!r} is not supported; {known} are")

@@ -11,8 +11,6 @@ Sizes = list[tuple[PositiveInt, PositiveInt]]
 
 
 class LlaveArchitecture(Section):
-    """The shape of a LLaVA-OneVision."""
-
     vision: dict[str, Any] = Field(min_length=1, description="transformers' SiglipVisionConfig")
     text: dict[str, Any] = Field(
         min_length=1, description="transformers' Qwen2Config; vocab_size is the size of the tokenizer to train"
@@ -21,8 +19,6 @@ class LlaveArchitecture(Section):
 
 
 class LlaveTrain(LanguageModelTrain):
-    """The parts of a LLaVE."""
-
     projector: Annotated[bool | float, Fixed(bool), Prefixes(["multi_modal_projector.", "image_newline"])] = Field(
         True, description="with the newline's embedding"
     )
@@ -35,8 +31,6 @@ class LlaveTrain(LanguageModelTrain):
 
 
 class LlaveSection(ModelSection):
-    """LLaVA-OneVision as an embedder."""
-
     text_part: ClassVar = "language_model"
 
     family: Annotated[Literal["llave"], Fixed()] = "llave"

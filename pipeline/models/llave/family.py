@@ -1,4 +1,4 @@
-"""LLaVE in training and in saved folders."""
+"""LLaVE's training and saved-model interfaces."""
 
 import math
 import re
@@ -29,7 +29,7 @@ from pipeline.models.loading import DTYPES, image_reading, reads_as_stored
 
 
 class LlaveTraining(TrainingInterface[LlaveSection]):
-    """A tower that is not trained is outside the engine."""
+    """Keeps a frozen tower outside the engine."""
 
     checks_config_alone = estimates_memory = True
     adapted = "language_model"
@@ -101,7 +101,7 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
         return llave(llave.config_for(path, attention=attention, **self._own(recipe)))
 
     def own_name(self, stored: str) -> str:
-        # In checkpoints of earlier and present versions of transformers.
+        # Checkpoints of earlier and current versions of transformers use different prefixes.
         stored = re.sub(r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)", "", stored)
         return re.sub(r"^(language_model|vision_tower)\.(model|vision_model)\.", r"\1.", stored)
 
@@ -125,7 +125,7 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
         note_images(folder, reads_as_stored(source, self.section(recipe).images))
 
     def _own(self, recipe: Recipe) -> dict[str, Any]:
-        """What the recipe sets in place of the model's own."""
+        """Return the recipe's values that override the model's own."""
         model = self.section(recipe)
         return {"pinpoints": model.image_grid_pinpoints, "newline": model.mm_newline_position}
 
@@ -134,12 +134,10 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
 
 
 class SavedLlave(SavedModelInterface):
-    """A LLaVA-OneVision in transformers' format."""
-
     instructed = True
 
     def owns(self, path: str, config: dict[str, Any]) -> bool:
-        # `load_config` says of an original checkpoint that it is to be converted.
+        # `load_config` raises an error for an original checkpoint that says how to convert it.
         return config.get("model_type") == "llava_onevision" or checks.is_original(config)
 
     def dimension(self, path: str) -> int:

@@ -1,4 +1,4 @@
-"""A LLaVE as a Hugging Face folder, with its tokenizer, image processor and model card."""
+"""Write a LLaVE as a Hugging Face folder with tokenizer, image processor and model card."""
 
 from pathlib import Path
 
@@ -54,8 +54,8 @@ def save_folder(
 ) -> None:
     """Write `weights` (the model's parameters by name) as a folder in transformers' format, with a model card.
 
-    Tokenizer and image processor are those of `source`, a folder or hub name.  base: the model that training began
-    with, which the card names if it is of the hub.
+    source: folder or hub name of the tokenizer and image processor.  base: the model that training started from; the
+    card names it if it is on the hub.
     """
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)  # names do not depend on ZeRO
     loading.tokenizer(source).save_pretrained(folder)

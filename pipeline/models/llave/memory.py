@@ -1,4 +1,4 @@
-"""The memory that a chunk takes in LLaVE, from the model's shapes: with a pooled last layer, in fp32 or bf16."""
+"""Estimate the memory of a chunk in LLaVE from the model's shapes, with a pooled last layer, in fp32 or bf16."""
 
 import math
 from typing import cast
@@ -11,7 +11,7 @@ from pipeline.models.family import ChunkMemory
 from pipeline.models.llave.checks import sides_of, text_of, vision_of
 
 _FP32 = 4  # bytes
-_PHOTO = (3000, 4000)  # height and width of the image that chunks are taken to be full of
+_PHOTO = (3000, 4000)  # height and width of the images assumed to fill a chunk
 
 
 def chunk_memory(
@@ -24,39 +24,39 @@ def chunk_memory(
     checkpointing: bool = False,
     tiles_at_once: int | None = None,
 ) -> ChunkMemory:
-    """Of so many tokens of the language model, and tiles of the vision tower.
+    """Return the memory of a chunk with `tokens` in the language model and `tiles` in the vision tower.
 
-    With adapters, or with a frozen language model, the graph is smaller.
+    It overestimates the graph with adapters or a frozen language model.
 
-    width: bytes of a number, 2 in bf16 and 4 in fp32.  checkpointing: of activations: a graph has each layer's input.
-    tiles_at_once: that the tower sees, if not all.
+    width: bytes per number, 2 in bf16 and 4 in fp32.  checkpointing: the graph holds only each layer's input.
+    tiles_at_once: the tower's tiles per forward pass; None is all.
     """
     text, vision, (side, patch) = text_of(config), vision_of(config), sides_of(config)
     head = text.hidden_size // text.num_attention_heads
-    # Bytes of a number for each token, or for each patch.
+    # Bytes of one number per token, and per patch.
     token, patches = tokens * width, tiles * (side // patch) ** 2 * width
     keys = token * head * cast(int, text.num_key_value_heads)
     pixels = tiles * 3 * side**2 * width
     features = patches * vision.hidden_size  # the tower's output
-    rotary = 2 * token * head  # cosines and sines of the positions, which all layers share
+    rotary = 2 * token * head  # cosines and sines of the positions, shared by all layers
 
-    # What autograd keeps of a layer.
-    norm = 2 * token * text.hidden_size + tokens * _FP32  # the hidden state and its scale, and normalised
+    # Saved by autograd for each layer.
+    norm = 2 * token * text.hidden_size + tokens * _FP32  # the hidden state, its scale, and the normalised state
     language_layer = (
         2 * norm
-        + 4 * token * text.hidden_size  # q and what attention makes of it, both packed and padded
+        + 4 * token * text.hidden_size  # queries and attention output, both packed and padded
         + 4 * keys  # keys and values, packed and padded
         + tokens * text.num_attention_heads * _FP32  # the softmax's denominators
-        + 3 * token * text.intermediate_size  # gate, up, and the product of the two
+        + 3 * token * text.intermediate_size  # gate, up, and their product
     )
-    last_layer = norm + 4 * keys  # it is pooled: of all tokens there are only keys and values
+    last_layer = norm + 4 * keys  # pooled: only keys and values have all tokens
     vision_layer = (
         4 * patches * (vision.hidden_size + 1)  # before and after two layer norms, their means and deviations
-        + 4 * patches * vision.hidden_size  # q, k, v and what attention makes of them
+        + 4 * patches * vision.hidden_size  # queries, keys, values and attention output
         + patches // width * vision.num_attention_heads * _FP32  # the softmax's denominators
         + 2 * patches * vision.intermediate_size  # before and after GELU
     )
-    # What a backward pass has of a layer that is recomputed: all, and twice a gradient of the MLP's width.
+    # Backward pass of a recomputed layer: its whole graph, and two gradients of the MLP's width.
     recomputed = language_layer + 2 * token * text.intermediate_size
     if tower_trained:
         recomputed = max(recomputed, vision_layer + 2 * patches * vision.intermediate_size)
@@ -73,10 +73,9 @@ def chunk_memory(
     if tower_trained:
         graph += vision.num_hidden_layers * vision_layer + pixels
 
-    # The widest place of a layer is its MLP. There are its input, the residual and the normalised input; and what was
-    # embedded.
+    # A layer's peak is in its MLP, with the layer's input, the residual, the normalised input, and the model's input.
     language = (
-        token * (4 * text.hidden_size + 3 * text.intermediate_size)  # SiLU of the gate, up, and the product
+        token * (4 * text.hidden_size + 3 * text.intermediate_size)  # SiLU of the gate, up, and their product
         + rotary
         + features
     )
@@ -88,7 +87,7 @@ def chunk_memory(
 
 
 def tokens_per_tile(tiling: Tiling, videos: bool) -> float:
-    """Tokens that an image of 4:3 gives the language model for each tile it gives the vision tower; or a video."""
+    """Return the language model's tokens per tile of the vision tower, for a 4:3 image or for a video."""
     if videos:
         return math.ceil(tiling.patches / 2) ** 2
     height, width = select_best_resolution(_PHOTO, [list(size) for size in tiling.pinpoints])

@@ -1,6 +1,6 @@
-"""LLaVA-OneVision without an LM head, from packed items to unit vectors.
+"""LLaVA-OneVision without an LM head as an embedder.
 
-An item's embedding is the language model's last hidden state at the prompt's last token, as a unit vector.
+An item's embedding is the language model's last hidden state at the prompt's last token, normalised to length 1.
 """
 
 import math
@@ -37,9 +37,9 @@ from pipeline.models.packing import check_packing
 
 
 class Llave(LlavaOnevisionModel):
-    """LLaVA-OneVision without an LM head, from packed items to unit vectors.
+    """LLaVA-OneVision without an LM head; maps packed items to unit vectors.
 
-    always_with_images: every forward pass is as one with images (see `forward`), so that all it trains has a gradient.
+    always_with_images: run the tower in every forward pass (see `forward`), so all trained parameters get gradients.
     """
 
     always_with_images = False
@@ -58,10 +58,10 @@ class Llave(LlavaOnevisionModel):
         attention: str = "sdpa",
         newline: str | None = None,
     ) -> "Llave":
-        """From a folder or hub name in transformers' format (under ZeRO-3 straight into its partitions).
+        """Load from a folder or hub name in transformers' format; under ZeRO-3 straight into its partitions.
 
-        dtype: of the weights; "auto" is the one they are stored in.  attention: see pipeline/models/attention.py.
-        pinpoints: sizes to tile images to, newline: where a video has newlines, if not the model's own.
+        dtype: of the weights; "auto" is the stored one.  attention: see pipeline/models/attention.py.
+        pinpoints, newline: override the config's tile sizes and newline position.
         """
         config = cls.config_for(path, pinpoints, attention, newline)
         return loading.open_model(cls, path, config, dtype, None, check_language_model)
@@ -70,7 +70,7 @@ class Llave(LlavaOnevisionModel):
     def config_for(
         path: str, pinpoints: Pinpoints | None, attention: str, newline: str | None = None
     ) -> LlavaOnevisionConfig:
-        """The config with which `load` builds the model."""
+        """Return the config with which `load` builds the model."""
         config = checks.load_config(path, pinpoints, newline)
         config.mm_newline_position = checks.newline_position(config)
         config._attn_implementation = {"text_config": implementation(attention), "vision_config": "sdpa"}
@@ -88,15 +88,15 @@ class Llave(LlavaOnevisionModel):
         checkpoint_layers(self)
 
     def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
-        """N packed items -> (N, hidden) float32 unit rows.
+        """Map N packed items to (N, hidden) float32 unit rows.
 
-        with_images: whether any rank has an image or video in this forward pass. A rank that has none then sends one
-        dummy tile through tower and projector, times zero: under ZeRO-3 every rank must run the same modules.
-        features: (tiles, patches², width) of the tower, where it is not part of the model.
+        with_images: whether any rank has an image or video in this forward pass. A rank without one then runs a dummy
+        tile through tower and projector, multiplied by zero: under ZeRO-3 every rank must run the same modules.
+        features: (tiles, patches², width) of the tower, if it is not part of the model.
         """
         embeds = self.language_model.embed_tokens(packed.input_ids)
         if packed.images:
-            # Found on the host, which else would wait until the device has done all that it was given before.
+            # Computed on the CPU: `nonzero` on the device would wait for all queued work.
             marks = torch.tensor([self.config.image_token_id, self.config.video_token_id])
             placeholders = sent(torch.isin(packed.host_ids, marks).nonzero()[:, 0], embeds.device)
             if features is None:
@@ -114,7 +114,7 @@ class Llave(LlavaOnevisionModel):
         return F.normalize(hidden.float(), dim=-1)
 
     def image_tokens(self, packed: Packed, features: torch.Tensor) -> torch.Tensor:
-        """All images' and videos' rows, in the order of their placeholders: (placeholders, hidden)."""
+        """Return the embeddings of all images and videos in the order of their placeholders, (placeholders, hidden)."""
         features = self.multi_modal_projector(features).split([len(image.tiles) for image in packed.images])
         rows = []
         for tiles, image in zip(features, packed.images, strict=True):
@@ -135,7 +135,7 @@ class Llave(LlavaOnevisionModel):
         return torch.cat(rows)
 
     def _dummy_features(self, like: torch.Tensor) -> torch.Tensor:
-        """The tower's of one black tile, or zeros where the tower is not part of the model."""
+        """Return the tower's features of a dummy tile, or zeros if the tower is not part of the model."""
         if self.vision_tower is None:
             return like.new_zeros(1, 1, checks.vision_of(self.config).hidden_size)
         side, _ = sides_of(self.config)
@@ -143,24 +143,24 @@ class Llave(LlavaOnevisionModel):
 
 
 class TowerlessLlave(Llave):
-    """The model without its vision tower, whose features it is given."""
+    """The model without its vision tower; it gets the tower's features as input."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_tower"]  # noqa: RUF012 (as its base class has it)
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_tower"]  # noqa: RUF012 (as in its base class)
 
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)
         self.vision_tower = None
 
 
-# transformers finds a class's checkpoint names by the name of the class.
+# transformers looks up the mapping of checkpoint names by class name.
 for name in ("Llave", "TowerlessLlave"):
     register_checkpoint_conversion_mapping(name, get_checkpoint_conversion_mapping("LlavaOnevisionModel"))
 
 
 def build(architecture: LlaveArchitecture, texts: Iterable[str], seed: int, folder: Path) -> None:
-    """Write a model of random weights, with a tokenizer trained on `texts`, as a folder that `load` reads.
+    """Write a folder, readable by `load`, with a model of random weights and a tokenizer trained on `texts`.
 
-    It is written once and then loaded by every rank, which is also the one way to ZeRO-3's partitions.
+    It is written once and loaded by every rank, because loading is the only way into ZeRO-3's partitions.
     """
     tokenizer = train_tokenizer(texts, int(architecture.text["vocab_size"]))
     config = checks.config_of_architecture(architecture)
@@ -177,7 +177,7 @@ def build(architecture: LlaveArchitecture, texts: Iterable[str], seed: int, fold
 
 
 def save_image_processor(config: LlavaOnevisionConfig, folder: Path) -> None:
-    """Write the image processor of a model with this config."""
+    """Write the image processor that fits a config."""
     side, _ = sides_of(config)
     LlavaOnevisionImageProcessorPil(
         size={"height": side, "width": side},
@@ -188,12 +188,12 @@ def save_image_processor(config: LlavaOnevisionConfig, folder: Path) -> None:
 
 
 def check_language_model(path: str, config: LlavaOnevisionConfig) -> None:
-    """Raise PipelineError where the model would not keep packed items apart."""
+    """Raise PipelineError if the model does not keep packed items independent."""
     check_packing(path, text_of(config), _of_text)
 
 
 def _of_text(text: PreTrainedConfig) -> Llave:
-    """A model of this language model, and next to nothing else."""
+    """Build a model with this language model and a minimal rest."""
     vision = SiglipVisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=8
     )

@@ -1,4 +1,4 @@
-"""Items -> token ids and tiles, as LLaVE reads them."""
+"""LLaVE's processor: encodes items as token ids and tiles."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ from pipeline.models.llave.checks import Pinpoints, load_config, sides_of, text_
 from pipeline.models.llave.tower import MEAN, STD
 from pipeline.models.loading import reads_as_stored
 
-# The published prompt: the assistant's turn is one newline, and so is the last token, which is pooled.
+# The published prompt. The assistant's turn is one newline; the last token, also a newline, is pooled.
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
@@ -41,7 +41,7 @@ def prompt(text: str) -> str:
 
 @dataclass(frozen=True)
 class LlaveProcessor:
-    """Items -> token ids and tiles, as LLaVE reads them; of a video, `video_frames` frames.  as_stored: see `rgb`."""
+    """Encodes items as token ids and tiles; samples `video_frames` frames of a video.  as_stored: see `rgb`."""
 
     tokenizer: PreTrainedTokenizerBase
     tiling: Tiling
@@ -61,10 +61,9 @@ class LlaveProcessor:
         newline: str | None = None,
         images: str | None = None,
     ) -> "LlaveProcessor":
-        """The processor of a model folder or hub name.
+        """Load from a folder or hub name.
 
-        pinpoints: sizes to tile images to, newline: where a video has newlines, images: how they are read, if not the
-        model's own.
+        pinpoints, newline, images: override the config's tile sizes, newline position and image reading.
         """
         compiled()  # once, not in every worker
         config = load_config(path, pinpoints, newline)
@@ -75,10 +74,10 @@ class LlaveProcessor:
         return cls(tokenizer, tiling(config), *ids, max_tokens, video_frames, reads_as_stored(path, images))
 
     def encode(self, item: Item) -> Encoded:
-        """Token ids with a placeholder for each image or video token. A text too long is cut at its end, images never.
+        """Encode an item, with a placeholder for each image or video token. Too long a text is cut at its end.
 
-        Raises `BadSample` if an image or the video is undecodable or does not fit `max_tokens`, or if the text's
-        marks are not as many as they are.
+        Raises BadSample if an image or video cannot be decoded or does not fit in `max_tokens`, or if the text does not
+        have one mark for each.
         """
         images = [partial(decode_image, image, self.as_stored) for image in item.images]
         frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
@@ -87,9 +86,9 @@ class LlaveProcessor:
     def encode_parts(
         self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
     ) -> Encoded:
-        """The same of a text with RGB images, and a video's RGB frames, all of which are used.
+        """Encode a text with RGB images and all given RGB frames of a video. Raises BadSample as `encode` does.
 
-        Each is called when its turn comes: one decoded image is in memory at a time, none where the marks are wrong.
+        Images are decoded one at a time to save memory, and not at all if the marks are wrong.
         """
         pieces = _MARKS.split(prompt(text))
         for mark, name, count in (
@@ -129,7 +128,7 @@ class LlaveProcessor:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """Qwen2's byte-level BPE and special tokens, with at most `vocab_size` tokens, of these texts in their prompt."""
+    """Train Qwen2's byte-level BPE, with special tokens and at most `vocab_size` tokens, on the texts in the prompt."""
     return Qwen2Tokenizer().train_new_from_iterator(
         (prompt(text) for text in texts),
         vocab_size,
@@ -139,7 +138,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 
 def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise PipelineError where the prompt's marks, or those of images and videos, are not tokens of their own."""
+    """Raise PipelineError if the prompt's turn marks, or the image and video marks, are not separate tokens."""
     vocabulary = tokenizer.get_vocab()
     if missing := [mark for mark in _TURNS if mark not in vocabulary]:
         raise PipelineError(f"{path}: its tokenizer has no token {missing[0]}, of which the prompt is made")
@@ -155,7 +154,7 @@ def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTraine
 
 
 def _require_image_processor(path: str, config: LlavaOnevisionConfig) -> None:
-    """Raise PipelineError where the model was trained with pictures that are prepared otherwise than here."""
+    """Raise PipelineError if the model's image processor differs from the preprocessing implemented here."""
     its, (side, _) = loading.image_processor(path, LlavaOnevisionImageProcessorPil), sides_of(config)
     wanted: dict[str, Any] = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_pad"), True)
     wanted |= {"rescale_factor": 1 / 255, "resample": int(Resampling.BICUBIC), "image_mean": MEAN, "image_std": STD}

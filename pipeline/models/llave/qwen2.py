@@ -1,6 +1,6 @@
 """Qwen2 for LLaVE: the same outputs from the same weights, with less computation and fewer saved activations.
 
-The modules stay transformers' own and only change their class, so weights, their names and hooks stay as they are.
+The modules are transformers' own with a changed class, so weights, their names and hooks stay the same.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from pipeline.models.attention import Segments
 
 
 def keep_less(model: Qwen2Model) -> None:
-    """Make norms and MLPs save less for the backward pass: what is cheap to recompute, they recompute."""
+    """Make norms and MLPs save less for the backward pass and recompute what is cheap."""
     for module in model.modules():
         if isinstance(module, Qwen2RMSNorm):
             module.__class__ = LeanRMSNorm
@@ -34,8 +34,8 @@ def keep_less(model: Qwen2Model) -> None:
 def pool_in_last_layer(model: Qwen2Model) -> None:
     """Make the model return (1, N, hidden) for N packed items: the hidden states of their last tokens.
 
-    The last layer computes keys and values of all tokens, but queries, attention and MLP only of the last tokens. This
-    saves all but a few per cent of the layer.
+    The last layer computes keys and values for all tokens, but queries, attention and MLP only for the last tokens.
+    This saves all but a few per cent of the layer.
     """
     layer = model.layers[-1]
     layer.__class__, layer.self_attn.__class__ = PoolingLayer, PoolingAttention
@@ -53,7 +53,7 @@ class LeanMLP(Qwen2MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return super().forward(x)  # which lets go of the gate before it has the product
+            return super().forward(x)  # frees the gate before it computes the product
         return self.down_proj(_SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -93,9 +93,9 @@ class _SiluProduct(torch.autograd.Function):
 
 
 class PoolingLayer(Qwen2DecoderLayer):
-    """(1, T, hidden) of packed items -> (1, N, hidden)."""
+    """Maps (1, T, hidden) of N packed items to (1, N, hidden), their last tokens."""
 
-    def forward(  # type: ignore[override]  # the model calls it so, with segments
+    def forward(  # type: ignore[override]  # the model passes segments
         self,
         hidden_states: Tensor,
         *,
@@ -109,10 +109,10 @@ class PoolingLayer(Qwen2DecoderLayer):
 
 
 class PoolingAttention(Qwen2Attention):
-    def forward(  # type: ignore[override]  # PoolingLayer alone calls it
+    def forward(  # type: ignore[override]  # only PoolingLayer calls it
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], segments: Segments
     ) -> Tensor:
-        """(1, T, hidden) of packed items -> (1, N, hidden): what each one's last token makes of all of it."""
+        """Map (1, T, hidden) of N packed items to (1, N, hidden): each item's last token attends to the whole item."""
         last = segments.last
 
         def heads(projected: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The vision tower: tiles -> features, as LLaVA-OneVision's projector takes them.
+"""The vision tower, which maps tiles to features for LLaVA-OneVision's projector.
 
 A frozen tower stays outside the engine: see frozen.py.
 """
@@ -19,24 +19,24 @@ MEAN = STD = 0.5  # SigLIP's
 
 
 def normalised(tiles: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """(n, 3, size, size) uint8 -> what the tower takes. In float32 on the way: bf16 has but eight bits."""
+    """Normalise (n, 3, size, size) uint8 for the tower. It computes in float32: bf16 has only eight bits."""
     return sent(tiles, device).float().div_(255).sub_(MEAN).div_(STD).to(dtype)
 
 
 def tower_features(tower: SiglipVisionModel, pixels: torch.Tensor) -> torch.Tensor:
-    """(n, 3, size, size) normalised -> (n, patches², width): the last layer, before the tower's final norm."""
+    """Map (n, 3, size, size) normalised pixels to (n, patches², width) of the last layer, before the final norm."""
     return tower.encoder(tower.embeddings(pixels)).last_hidden_state
 
 
 class FrozenTower(LlavaOnevisionPreTrainedModel):
-    """The tower of a LLaVA-OneVision folder or hub name, alone: of its weights no others are read.
+    """The tower of a LLaVA-OneVision folder or hub name; no other weights are read.
 
-    tiles_at_once: that it sees in a forward pass.
+    tiles_at_once: tiles per forward pass.
     """
 
     tiles_at_once = 64
 
-    _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?vision_tower)"]  # noqa: RUF012 (as its base class has it)
+    _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?vision_tower)"]  # noqa: RUF012 (as in its base class)
 
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)
@@ -53,15 +53,15 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
 
     @torch.no_grad()
     def features(self, tiles: torch.Tensor) -> torch.Tensor:
-        """(n, 3, size, size) uint8 -> (n, patches², width), in the tower's dtype."""
+        """Map (n, 3, size, size) uint8 to (n, patches², width) in the tower's dtype."""
         parts = (normalised(part, self.device, self.dtype) for part in tiles.split(self.tiles_at_once))
         return torch.cat([tower_features(self.vision_tower, part) for part in parts])
 
     def features_of(self, chunk: "Chunk") -> torch.Tensor | None:
-        """Those of all its tiles; None if it has no image."""
+        """Return the features of all the chunk's tiles; None if it has no image."""
         packed = chunk.packed
         return self.features(packed.tiles) if packed.images else None
 
 
-# transformers finds a class's checkpoint names by the name of the class.
+# transformers looks up the mapping of checkpoint names by class name.
 register_checkpoint_conversion_mapping("FrozenTower", get_checkpoint_conversion_mapping("LlavaOnevisionModel"))

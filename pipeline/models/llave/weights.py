@@ -1,8 +1,7 @@
-"""Original LLaVE checkpoints <-> Hugging Face folders, one file of weights at a time.
+"""Convert between original LLaVE checkpoints and Hugging Face folders, one weight file at a time.
 
-The original format is that of LLaVA-NeXT: config.json of architecture LlavaQwenForCausalLM, tensors by the names of its
-modules, in .safetensors or .bin files. Files are mapped into memory, of one at a time; none is unpickled beyond its
-tensors.
+The original format is LLaVA-NeXT's: a config.json with architecture LlavaQwenForCausalLM, and .safetensors or .bin
+files with its tensor names. One file is in memory at a time, and only tensors are unpickled.
 """
 
 import hashlib
@@ -44,7 +43,7 @@ from pipeline.models.llave.model import save_image_processor
 from pipeline.models.loading import checked, reading
 from pipeline.storage.atomic import remove_leftovers, replacing
 
-# Prefixes of the original's tensor names, and those that transformers saves. The first that fits holds.
+# Prefixes of the original's tensor names, and those that transformers saves. The first match applies.
 _PREFIXES = (
     ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
@@ -54,7 +53,7 @@ _PREFIXES = (
 )
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Of the original's choices, those that LLaVE made, and what the original does where its config is silent or null.
+# Options of the original: (LLaVE's value, the original's default if its config lacks the field or has null).
 _CHOICES = {
     "mm_projector_type": ("mlp2x_gelu", "linear"),
     "mm_patch_merge_type": ("spatial_unpad", "flat"),
@@ -67,7 +66,7 @@ _CHOICES = {
     "add_faster_video": (False, False),
     "use_sliding_window": (False, False),
 }
-# The language model's shape. Not rope_scaling, which the original sets to none whatever its config says.
+# Fields of the language model's shape. The original ignores rope_scaling.
 _TEXT = (
     "vocab_size",
     "hidden_size",
@@ -93,24 +92,24 @@ _VISION = (*_SO400M_SHAPE, "hidden_act", "layer_norm_eps")
 
 
 def is_original(folder: Path) -> bool:
-    """Whether a folder holds an original checkpoint. Raises `PipelineError` if its config.json is damaged."""
+    """Whether a folder holds an original checkpoint. Raises PipelineError if its config.json is damaged."""
     config = folder / "config.json"
     return config.is_file() and checks.is_original(read_json(config))
 
 
 def _original_folder(path: str) -> Path | None:
-    """The folder of an original checkpoint, by its path or hub name, with its config at least; None if it is none."""
+    """Return the local folder, perhaps without weights, of an original checkpoint; None if it is another model."""
     try:
         folder = fetched(path, weights=False)
-    except PipelineError:  # whoever loads it next says what is wrong
+    except PipelineError:  # loading it will raise the same error
         return None
     return folder if is_original(folder) else None
 
 
 def resolve(path: str, cache: Path) -> str:
-    """The folder or hub name that `Llave.load` reads: `path` itself, or an original checkpoint converted in `cache`.
+    """Return a folder or hub name for `Llave.load`: `path`, or the folder in `cache` with the converted original.
 
-    It is converted once, and again when a file of it has another size or time.
+    An original is converted once, and again if the size or time of one of its files changes.
     """
     if _original_folder(path) is None:
         return path
@@ -130,7 +129,7 @@ def resolve(path: str, cache: Path) -> str:
 
 
 def config_of(model: LlaveSection) -> LlavaOnevisionConfig:
-    """The config of the recipe's model, before there is one."""
+    """Return the config of the recipe's model without loading or building the model."""
     pinpoints, newline = model.image_grid_pinpoints, model.mm_newline_position
     if model.architecture:
         return with_own(checks.config_of_architecture(model.architecture), None, newline)
@@ -141,14 +140,14 @@ def config_of(model: LlaveSection) -> LlavaOnevisionConfig:
 
 
 def convert_original(source: Path, folder: Path) -> None:
-    """Write an original checkpoint as a new folder in transformers' format, file by file; tensors keep their bits.
+    """Convert an original checkpoint into a new folder in transformers' format, file by file and without rounding.
 
-    The language model's head is dropped. The tower has one layer less than its config says: the original drops it, and
-    so its tensors are not in the checkpoint. The embedding gets rows of zeros where it has none for the marks of image
-    and video. config.json comes last: a folder without it is not finished.
+    The language model's head is dropped. The tower has one layer fewer than its config says: the original drops it, so
+    the checkpoint lacks its tensors. The embedding gets rows of zeros for the image and video marks if it lacks them.
+    config.json is written last: a folder without it is incomplete.
 
-    Raises `PipelineError` for a config of another kind of LLaVA, missing, unknown and misshapen tensors, unreadable
-    files, or if `folder` is there already.
+    Raises PipelineError for another LLaVA's config, missing, unknown or misshapen tensors, unreadable files, or if
+    `folder` exists.
     """
     if not is_original(source):
         raise PipelineError(f"{source} is not an original checkpoint: its config.json is not of a {checks.ORIGINAL}")
@@ -182,18 +181,18 @@ def convert_original(source: Path, folder: Path) -> None:
     _rewrite(files, folder, renamed)
     tokenizer.save_pretrained(folder)
     save_image_processor(config, folder)
-    config.dtype = stored[_EMBEDDING].dtype  # which stands for the model's
+    config.dtype = stored[_EMBEDDING].dtype  # taken as the whole model's
     config.save_pretrained(folder)
     finish(folder)
 
 
 def export_original(folder: Path, out: Path) -> None:
-    """Write a folder in transformers' format, as we save it, as an original checkpoint in the new folder `out`.
+    """Convert a folder that `save_folder` wrote into an original checkpoint in the new folder `out`.
 
-    The head is the embedding: ours has none. vision_config.json counts the tower's layers with the one that the
-    original drops, of which there are no tensors, as in its own checkpoints.
+    The LM head is a copy of the embedding. vision_config.json counts the layer that the original drops, which has no
+    tensors, as in original checkpoints.
 
-    Raises `PipelineError` as `convert_original` does.
+    Raises PipelineError as `convert_original` does.
     """
     config = load_config(str(folder))
     text, vision = text_of(config), vision_of(config)
@@ -226,7 +225,7 @@ def export_original(folder: Path, out: Path) -> None:
         "mm_use_im_patch_token": False,
         "mm_hidden_size": vision.hidden_size,
         "mm_vision_tower": f"google/{_SO400M}",
-        # Without mm_vision_tower here the original reads the tower from the hub, not from the checkpoint.
+        # Without mm_vision_tower in this list the original reads the tower from the hub, not from the checkpoint.
         "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
         "mm_newline_position": checks.newline_position(config),
         "image_aspect_ratio": config.vision_aspect_ratio,
@@ -239,7 +238,7 @@ def export_original(folder: Path, out: Path) -> None:
 
 
 def _config(source: Path) -> LlavaOnevisionConfig:
-    """transformers' config of an original checkpoint, without the marks' token ids."""
+    """Return transformers' config for an original checkpoint, without the token ids of the image and video marks."""
     file = source / "config.json"
     original = checked(file, read_json(file))
     for name, (supported, default) in _CHOICES.items():
@@ -274,7 +273,7 @@ def _config(source: Path) -> LlavaOnevisionConfig:
 
 
 def _tower_config(source: Path, original: dict[str, Any]) -> SiglipVisionConfig:
-    """The tower without its last layer, by vision_config.json or by the one tower that the original knows."""
+    """Return the tower's config without the last layer, from vision_config.json or else with SO400M's shape."""
     file = source / "vision_config.json"
     name = str(original.get("mm_vision_tower"))
     if file.is_file():
@@ -291,7 +290,7 @@ def _tower_config(source: Path, original: dict[str, Any]) -> SiglipVisionConfig:
 
 
 def _expected_shapes(source: Path, config: LlavaOnevisionConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each of the model's tensors, by the name that transformers saves it under."""
+    """Return the shapes of the model's tensors by the names that transformers saves."""
     with reading(source / "config.json"), torch.device("meta"):
         model = LlavaOnevisionModel(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -318,7 +317,7 @@ def _original(name: str) -> str:
 
 
 def _rewrite(files: list[Path], folder: Path, renamed: Callable[[Tensors], Tensors]) -> None:
-    """Write a .safetensors for each file, with its tensors `renamed`, and their index if there are several."""
+    """Write a .safetensors file with `renamed` tensors for each file, and an index if there are several."""
     weight_map: dict[str, str] = {}
     total = 0
     for number, file in enumerate(files, 1):

@@ -9,13 +9,11 @@ from pipeline.config.section import Place, Section
 
 
 class Llm2ClipArchitecture(Section):
-    """The shape of a vision encoder."""
-
     vision: dict[str, Any] = Field(min_length=1, description="transformers' CLIPVisionConfig")
 
 
 class Llm2ClipTrain(TrainSection):
-    """The parts of an LLM2CLIP; its text encoder is frozen."""
+    """The trainable parts of an LLM2CLIP; its text encoder is frozen."""
 
     vision_tower: Annotated[bool | float, Fixed(bool), Prefixes(["vision."])]
     adapter: Annotated[bool | float, Fixed(bool), Prefixes(["adapter."])] = Field(
@@ -24,7 +22,7 @@ class Llm2ClipTrain(TrainSection):
 
 
 class Llm2ClipSection(ModelSection):
-    """LLM2CLIP's second stage: a vision encoder that a frozen text encoder teaches."""
+    """LLM2CLIP's second stage: a vision encoder trained against a frozen text encoder."""
 
     text_part: ClassVar = "adapter"
 

@@ -1,4 +1,4 @@
-"""LLM2CLIP's vision encoder with its adapter, in training and in saved folders."""
+"""LLM2CLIP's training and saved-model interfaces."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -36,15 +36,15 @@ from pipeline.models.vision import Pixels, VisionEncoder, shape_of, tokens_of
 
 
 class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
-    """LLM2CLIP's second stage: a vision encoder, and an adapter over a frozen text encoder's vectors.
+    """LLM2CLIP's second stage: trains a vision encoder, and an adapter on a frozen text encoder's vectors.
 
-    These come with the data (data.text_embeddings), or the text encoder is outside the engine.
+    The vectors come with the data (data.text_embeddings) or from the text encoder, which runs outside the engine.
     """
 
     stages = (0, 1, 2)
 
     def check(self, model: Llm2ClipSection) -> None:
-        # The export needs it, whether or not training does.
+        # An export needs the text encoder even if training does not.
         config = load_config(model.text_encoder)
         loading.check_weights(str(fetched(model.text_encoder)), AutoModel, config)
         decoder.check(model.text_encoder, config)
@@ -83,7 +83,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         }
 
     def lengths(self, recipe: Recipe) -> Lengths:
-        # Of texts, too, where their vectors come with them: few, and equal for all ranks.
+        # Texts count by tokens even if their vectors come with the data: it is little, and equal on all ranks.
         model = self.section(recipe)
         return Lengths(Square(tokens_of(model.path, model.architecture)), recipe.video.frames)
 
@@ -110,7 +110,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
     def for_evaluation(
         self, recipe: Recipe, processor: Processor, frozen: Frozen | None, device: torch.device
     ) -> tuple[Processor, Features | None]:
-        if frozen is None:  # the texts of evaluation sets have no vectors
+        if frozen is None:  # evaluation sets have no text vectors
             processor = replace(cast(TwoTowerProcessor, processor), with_vectors=False)
             frozen = self._text_encoder(recipe, device)
         return processor, frozen.features_of
@@ -128,7 +128,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
 
 
 class SavedLlm2Clip(SavedModelInterface):
-    """A vision encoder's folder with an adapter, and a text encoder in a folder below it."""
+    """A vision encoder's folder with an adapter and the text encoder in a subfolder."""
 
     def owns(self, path: str, config: dict[str, Any]) -> bool:
         return llm2clip.width_of(path) is not None

@@ -1,7 +1,7 @@
-"""LLM2CLIP: a frozen language model's vectors of texts, and an adapter, teach a vision encoder (arXiv 2411.04997).
+"""LLM2CLIP (arXiv 2411.04997): a vision encoder trained against a frozen language model's text vectors and an adapter.
 
-As a folder: the vision encoder in transformers' format, which that loads alone; adapter.safetensors and llm2clip.json;
-and the text encoder, in text_encoder/.
+A saved folder holds the vision encoder in transformers' format, which transformers loads by itself;
+adapter.safetensors and llm2clip.json; and the text encoder in text_encoder/.
 """
 
 import json
@@ -56,7 +56,7 @@ embeddings = Embedder.load(".").embed(["a red star", Path("star.png")])
 
 
 class TextAdapter(nn.Module):
-    """Residual MLP blocks, a norm and a projection (LLM2CLIP, arXiv 2411.04997; its eva_clip/model.py).
+    """Residual MLP blocks, a norm and a projection (arXiv 2411.04997; eva_clip/model.py of LLM2CLIP's code).
 
     width: of the text embeddings.  dimension: of the shared space.  blocks: four in the paper.
     """
@@ -68,7 +68,7 @@ class TextAdapter(nn.Module):
         self.projection = nn.Linear(width, dimension)
 
     def forward(self, texts: torch.Tensor) -> torch.Tensor:
-        """(n, width) embeddings, of any length -> (n, dimension) float32 unit rows."""
+        """Map (n, width) embeddings, which need not be unit vectors, to (n, dimension) float32 unit rows."""
         x = F.normalize(texts, dim=-1).to(self.projection.weight.dtype)
         for block in self.blocks:
             x = block(x)
@@ -76,7 +76,7 @@ class TextAdapter(nn.Module):
 
 
 class AdapterBlock(nn.Module):
-    """x + MLP(norm(x)), the MLP twice as wide within."""
+    """x + MLP(norm(x)); the MLP's hidden layer is twice as wide."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class AdapterBlock(nn.Module):
 
 
 class Llm2Clip(TwoTower):
-    """A vision encoder, and an adapter over the vectors, `width` wide, that a frozen language model gives texts."""
+    """A vision encoder, and an adapter on a frozen language model's text vectors of `width` numbers."""
 
     def __init__(self, vision: VisionEncoder, pixels: Pixels, width: int) -> None:
         super().__init__(pixels)
@@ -98,7 +98,10 @@ class Llm2Clip(TwoTower):
 
     @classmethod
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"], width: int, seed: int = 0) -> "Llm2Clip":
-        """From a vision encoder's folder or hub name; with its adapter if it is an LLM2CLIP's, else a random one."""
+        """Load from a vision encoder's folder or hub name, with the adapter of an LLM2CLIP or else a random one.
+
+        Raises PipelineError if the adapter was trained for another width, or is missing or damaged.
+        """
         vision, pixels = VisionEncoder.load(path, dtype), Pixels.load(path)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -120,7 +123,7 @@ class Llm2Clip(TwoTower):
         return self.vision(pixels)
 
     def texts(self, packed: Packed, features: torch.Tensor | None) -> torch.Tensor:
-        nothing = torch.zeros(self.width)  # what stands in for a text has no vector
+        nothing = torch.zeros(self.width)  # for a dummy text, which has no vector
         if features is None:
             given = zip(packed.vectors, packed.tiles_of, strict=True)
             vectors = [nothing if vector is None else torch.from_numpy(vector) for vector, tiles in given if not tiles]
@@ -129,7 +132,7 @@ class Llm2Clip(TwoTower):
 
 
 def width_of(path: str) -> int | None:
-    """Of the text encoder's vectors of an LLM2CLIP's folder or hub name. None if it is another model's."""
+    """Return the width of an LLM2CLIP's text vectors; None if the folder or hub name is another model."""
     file = fetched(path, weights=False) / SETTINGS_FILE
     if not file.is_file():
         return None
@@ -143,7 +146,7 @@ def width_of(path: str) -> int | None:
 
 
 def _fill(adapter: TextAdapter, file: Path) -> None:
-    """Give an adapter its stored weights; PipelineError where they are damaged, or others than it has."""
+    """Load an adapter's weights from a file; PipelineError if they are damaged or do not match its shapes."""
     if not file.is_file():
         raise PipelineError(f"{file} is missing: copy the folder again, whole")
     found = {name: tensor.shape for name, tensor in survey(file.parent, [file]).items()}
@@ -157,7 +160,10 @@ def _fill(adapter: TextAdapter, file: Path) -> None:
 
 
 def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> None:
-    """Write it as a folder.  text_encoder: its folder or hub name.  base: what training began with."""
+    """Write the model as a folder.
+
+    text_encoder: folder or hub name of the text encoder.  base: the model that training started from.
+    """
     model.vision.save(folder)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.adapter.state_dict().items()}
     save_file(weights, folder / ADAPTER_FILE)
@@ -169,8 +175,7 @@ def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> 
 
 
 def _copy(source: Path, folder: Path) -> None:
-    """A text encoder's files, without a second copy of its weights where the file system can do without: as hard links,
-    which share what anybody writes into one of them."""
+    """Copy a text encoder's files, as hard links where possible; writing into a linked file changes both folders."""
 
     def copied(file: str, to: str) -> None:
         try:
@@ -180,12 +185,12 @@ def _copy(source: Path, folder: Path) -> None:
 
     wanted = shutil.ignore_patterns("checkpoints", "*.unfinished", ".*")
     shutil.copytree(source, folder, copy_function=copied, ignore=wanted, ignore_dangling_symlinks=True)
-    folder.chmod(folder.stat().st_mode | 0o200)  # where the source is read-only
-    finish(folder)  # as what an earlier version exported is not
+    folder.chmod(folder.stat().st_mode | 0o200)  # the source may be read-only
+    finish(folder)  # exports of earlier versions lack these fields
 
 
 def text_encoder_of(path: str) -> str:
-    """The text encoder's folder in an LLM2CLIP's. Raises PipelineError if there is none."""
+    """Return the folder of an LLM2CLIP's text encoder. Raises PipelineError if there is none."""
     folder = fetched(path) / TEXT_ENCODER
     load_config(str(folder))
     return str(folder)

@@ -1,4 +1,4 @@
-"""The config of a decoder that is to encode texts, checked for what this project supports."""
+"""Load the config of a decoder for encoding texts, and check that this project supports it."""
 
 import re
 
@@ -7,11 +7,11 @@ from transformers import PreTrainedConfig
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 
-SETTINGS = "text_encoder"  # the field of config.json that tells a text encoder from any decoder
+SETTINGS = "text_encoder"  # the field of config.json that marks a text encoder
 
 
 def load_config(path: str) -> PreTrainedConfig:
-    """The config of a decoder's folder or hub name; PipelineError if there is none."""
+    """Return the config of a folder or hub name; PipelineError if it is not a supported decoder."""
     config: PreTrainedConfig = loading.config(path)
     require_decoder(path, config)
     settings = getattr(config, SETTINGS, {})

@@ -9,8 +9,6 @@ from pipeline.config.section import Place, Section
 
 
 class TextEncoderArchitecture(Section):
-    """The shape of a decoder."""
-
     text: dict[str, Any] = Field(
         min_length=1,
         description="transformers' Qwen2Config, or another's, as {model_type: llama}; vocab_size is the size of the "
@@ -19,16 +17,14 @@ class TextEncoderArchitecture(Section):
 
 
 class TextEncoderTrain(LanguageModelTrain):
-    """The parts of a text encoder."""
-
-    # With masked next-token prediction the decoder has its LM head, and its parameters other names.
+    # For masked next-token prediction the model includes the LM head, and its parameters begin with `causal.`.
     language_model: Annotated[bool | float, Fixed(bool), Prefixes(["language_model.", "causal."])] = Field(
         True, description="its weights, or adapters"
     )
 
 
 class TextEncoderSection(ModelSection):
-    """A decoder as a text encoder: LLM2CLIP's first stage, or, to be trained before it, with masked tokens."""
+    """A decoder as a text encoder: LLM2CLIP's first stage, or masked next-token prediction before it."""
 
     objectives: ClassVar = ("contrastive", "masked_next_token")
     text_part: ClassVar = "language_model"

@@ -1,4 +1,4 @@
-"""LLM2CLIP's text encoder in training, with either objective, and in saved folders."""
+"""The training interfaces of LLM2CLIP's text encoder, one for each objective, and its saved-model interface."""
 
 import re
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ from pipeline.models.text_encoder.processor import TextProcessor
 
 
 class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
-    """LLM2CLIP's first stage: a decoder as an encoder of texts, trained to tell captions apart."""
+    """LLM2CLIP's first stage: trains a decoder as a text encoder by caption contrast."""
 
     adapted = "language_model"
     _transformers: ClassVar[type[_BaseAutoModelClass]] = AutoModel
@@ -73,15 +73,15 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
 
 
 class MaskedTraining(TextEncoderTraining):
-    """What may come before the first stage: a decoder gets used to attending both ways, by masked next tokens.
+    """An optional stage before the first: adapts a decoder to bidirectional attention by masked next-token prediction.
 
-    An export is a decoder with its LM head, and by itself an embedder no more than any other.
+    An export is a decoder with its LM head. It is not trained as an embedder.
     """
 
     _transformers: ClassVar = AutoModelForCausalLM
 
     def trained_on(self, pair: Pair, draw: Draw) -> Pair:
-        """Of an image one of its texts; of a pair of texts both."""
+        """Return one of an image's texts, or both texts of a pair."""
         pair = pair.one_text(draw)
         if pair.query.images or pair.query.video is not None:
             return replace(pair, query=pair.target, negatives=())
@@ -107,7 +107,7 @@ class MaskedTraining(TextEncoderTraining):
 
 
 class SavedTextEncoder(SavedModelInterface):
-    """A decoder whose config says that it is a text encoder."""
+    """A decoder that its config marks as a text encoder."""
 
     def owns(self, path: str, config: dict[str, Any]) -> bool:
         return SETTINGS in config

@@ -1,7 +1,7 @@
 """A decoder with its LM head, trained by masked next-token prediction (LLM2Vec, arXiv 2404.05961).
 
-Some tokens of a text are hidden, and each is predicted from the last hidden state of the token before it: so the
-decoder's own head serves.
+Some tokens of a text are masked. Each is predicted from the last hidden state of the token before it, so the decoder's
+own LM head fits.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from pipeline.models.text_encoder.checks import SETTINGS, load_config
 from pipeline.models.text_encoder.model import TextEncoder
 from pipeline.models.text_encoder.processor import begins_with
 
-_BLANK = "_"  # hides a token where the tokenizer has nothing made for it, as Llama's and Qwen2's
+_BLANK = "_"  # masks tokens if the tokenizer has no mask token, like those of Llama and Qwen2
 
 _CARD = """\
 ---
@@ -53,9 +53,9 @@ with torch.no_grad():
 
 
 class MaskedLanguageModel(TextEncoder):
-    """From packed texts to what its predictions of their hidden tokens cost.
+    """Maps packed texts to the cross entropies of their masked tokens.
 
-    causal: a decoder with its LM head.  mask_token: what hides a token.  vocabulary: how many tokens there are.
+    causal: a decoder with its LM head.  mask_token: id of the token that masks others.  vocabulary: number of tokens.
     """
 
     def __init__(self, causal: PreTrainedModel, mask_token: int, vocabulary: int) -> None:
@@ -64,7 +64,7 @@ class MaskedLanguageModel(TextEncoder):
 
     @classmethod
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "MaskedLanguageModel":
-        """As TextEncoder.load; PipelineError where the decoder has no LM head, or its tokenizer nothing to hide by."""
+        """Load like TextEncoder.load. Raises PipelineError if the decoder has no LM head or its tokenizer no mask."""
         attention = implementation(attention)
         config = load_config(path)
         causal: PreTrainedModel
@@ -73,10 +73,10 @@ class MaskedLanguageModel(TextEncoder):
 
     @classmethod
     def empty(cls, path: str, attention: str) -> "MaskedLanguageModel":
-        """The same without weights."""
+        """Build the model of `load` without weights."""
         config = load_config(path)
         causal = AutoModelForCausalLM.from_config(config, attn_implementation=implementation(attention))
-        causal.tie_weights()  # where the config says so; partitioning them undid it
+        causal.tie_weights()  # if the config says so; ZeRO-3's partitioning undid it
         return cls(causal, *_tokens(path, config))
 
     @property
@@ -85,11 +85,10 @@ class MaskedLanguageModel(TextEncoder):
         return cast(PreTrainedModel, self.causal.base_model)
 
     def forward(self, packed: Packed, with_images: bool = False, predicted: torch.Tensor | None = None) -> torch.Tensor:
-        """N packed texts -> (N, 2) float32: the sum of each one's cross entropies, and how many it got right.
+        """Map N packed texts to (N, 2) float32: each text's sum of cross entropies and number of correct predictions.
 
-        predicted: (2, M) int64, the places to predict from, and the tokens. Logits are computed at these places only, M
-        times the vocabulary.
-        Without it, the texts' embeddings, as those of a TextEncoder.
+        predicted: (2, M) int64, the positions to predict from and the target tokens. Only the logits (M, vocabulary) at
+        these positions are computed. Without it, return the texts' embeddings like a TextEncoder.
         """
         if predicted is None:
             return super().forward(packed)
@@ -109,7 +108,7 @@ class MaskedLanguageModel(TextEncoder):
 
 
 def _tokens(path: str, config: PreTrainedConfig) -> tuple[int, int]:
-    """What hides a token, and how many tokens there are."""
+    """Return the id of the mask token and the number of tokens. Raises PipelineError if there is no mask token."""
     tokenizer = loading.tokenizer(path, config.vocab_size)
     token = tokenizer.mask_token_id
     if token is None:
@@ -120,7 +119,7 @@ def _tokens(path: str, config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -> None:
-    """As decoder.build, with an LM head."""
+    """Write the folder of decoder.build, with an LM head."""
     decoder.build(text, texts, seed, folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -130,7 +129,7 @@ def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -
 def save(
     model: MaskedLanguageModel, weights: dict[str, torch.Tensor], source: str, folder: Path, base: str | None
 ) -> None:
-    """Write `weights` (the model's parameters by name) as a decoder's folder, with its LM head; as decoder.save."""
+    """Write `weights` (the model's parameters by name) as a folder like decoder.save, with the LM head."""
     own = {name.removeprefix("causal."): weight for name, weight in weights.items()}
     model.causal.save_pretrained(folder, state_dict=own)
     tokenizer = loading.tokenizer(source)
@@ -138,5 +137,5 @@ def save(
     mask, before = tokenizer.convert_ids_to_tokens(model.mask_token), begins_with(tokenizer)
     card = _CARD.format(base_model=base_of(base), mask=mask, mask_id=model.mask_token, before=before)
     (folder / "README.md").write_text(card)
-    # A text encoder that training began with is none any more.
+    # If training started from a text encoder, the result is no longer one.
     finish(folder, {"is_causal": False, SETTINGS: None})

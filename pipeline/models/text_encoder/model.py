@@ -1,4 +1,4 @@
-"""A decoder, such as Llama or Qwen2, as an encoder of texts: it attends both ways, and its mean is the embedding."""
+"""A decoder such as Llama or Qwen2 as a text encoder, with bidirectional attention and mean pooling."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,7 +57,7 @@ print(embed("A cat and a dog") @ embed("Two animals"))
 
 
 class TextEncoder(nn.Module):
-    """From packed texts to unit vectors, as LLM2Vec (arXiv 2404.05961) and LLM2CLIP (2411.04997) have it.
+    """Maps packed texts to unit vectors as in LLM2Vec (arXiv 2404.05961) and LLM2CLIP (2411.04997).
 
     language_model: a decoder without its LM head.
     """
@@ -70,7 +70,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "TextEncoder":
-        """From a folder or hub name.  dtype: "auto" is the stored one.  attention: see attention.py."""
+        """Load from a folder or hub name.  dtype: "auto" is the stored one.  attention: see attention.py."""
         attention = implementation(attention)
         return cls(loading.open_model(AutoModel, path, load_config(path), dtype, attention, check))
 
@@ -90,9 +90,9 @@ class TextEncoder(nn.Module):
         checkpoint_layers(self.language_model)
 
     def forward(self, packed: Packed, with_images: bool = False, features: None = None) -> torch.Tensor:
-        """N packed texts -> (N, hidden) float32 unit rows: along the means of their tokens' last hidden states.
+        """Map N packed texts to (N, hidden) float32 unit rows, the normalised means of their last hidden states.
 
-        Of each text the first `packed.skipped` tokens, the instruction's, are seen and not pooled.
+        The first `packed.skipped` tokens of each text, those of the instruction, are excluded from pooling.
         """
         hidden = self.language_model(
             input_ids=packed.input_ids[None],
@@ -104,7 +104,7 @@ class TextEncoder(nn.Module):
 
 
 def pooled(hidden: torch.Tensor, lengths: tuple[int, ...], skipped: tuple[int, ...]) -> torch.Tensor:
-    """The means of each item's rows of hidden (T, D), without its first `skipped`: (N, D) float32 unit rows."""
+    """Pool hidden (T, D) to (N, D) float32 unit rows: each item's normalised mean, without its first `skipped` rows."""
     counts, first = torch.tensor(lengths), torch.tensor(skipped)
     owner = torch.arange(len(lengths)).repeat_interleave(counts)
     place = torch.arange(len(owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
@@ -112,29 +112,29 @@ def pooled(hidden: torch.Tensor, lengths: tuple[int, ...], skipped: tuple[int, .
     sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
     owner, taken = sent(owner[taken], hidden.device), sent(taken, hidden.device)
     sums = sums.index_add(0, owner, hidden[taken].float())
-    return F.normalize(sums, dim=-1)  # along the sum as along the mean
+    return F.normalize(sums, dim=-1)  # sum and mean have the same direction
 
 
 class FrozenTextEncoder:
-    """A text encoder whose vectors another model takes: see frozen.py."""
+    """A text encoder whose vectors are another model's input: see frozen.py."""
 
     def __init__(self, model: TextEncoder, device: torch.device) -> None:
         self.model, self.device = model.eval().requires_grad_(False).to(device), device
 
     @torch.no_grad()
     def features_of(self, chunk: Chunk) -> torch.Tensor | None:
-        """(texts, width) float32 unit rows of the chunk's items that are texts, in their order; None if none is."""
+        """Return (texts, width) float32 unit rows for the chunk's texts in their order; None if it has no text."""
         texts = [item for item in chunk.items if not item.images]
         return self.model(pack(texts).to(self.device)) if texts else None
 
 
 def check(path: str, config: PreTrainedConfig) -> None:
-    """PipelineError for a decoder that does not keep packed texts apart.  path: for errors."""
+    """Raise PipelineError if a decoder does not keep packed texts independent.  path: for errors."""
     check_packing(path, config, TextEncoder.of_config)
 
 
 def random_config(text: dict[str, Any]) -> PreTrainedConfig:
-    """The config of model.architecture.text. Raises PipelineError for a kind or a field that is not known."""
+    """Return the config of model.architecture.text. Raises PipelineError for an unknown model_type or field."""
     kind = text.get("model_type", "qwen2")
     if kind not in CONFIG_MAPPING:
         raise PipelineError(f"model.architecture.text.model_type={kind} is no model that transformers has")
@@ -148,7 +148,7 @@ def random_config(text: dict[str, Any]) -> PreTrainedConfig:
 
 
 def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -> None:
-    """Write a decoder of random weights, with a tokenizer trained on `texts`, as a folder."""
+    """Write a folder with a decoder of random weights and a tokenizer trained on `texts`."""
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, int(text["vocab_size"]), show_progress=False)
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     config = random_config(text | tokens | {"vocab_size": len(tokenizer)})
@@ -163,8 +163,8 @@ def save(
 ) -> None:
     """Write `weights` (the model's parameters by name) as a folder in transformers' format, with a model card.
 
-    The tokenizer is that of `source`.  base: the model that training began with, which the card names if it is of the
-    hub.
+    source: folder or hub name of the tokenizer.  base: the model that training started from; the card names it if it is
+    on the hub.
     """
     own = {name.removeprefix("language_model."): weight for name, weight in weights.items()}
     model.language_model.save_pretrained(folder, state_dict=own)

@@ -1,4 +1,4 @@
-"""Texts -> token ids."""
+"""The text encoder's tokenization."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from pipeline.models.text_encoder.checks import SETTINGS, load_config
 
 @dataclass(frozen=True)
 class TextProcessor:
-    """Texts -> token ids. instruction: stands before each of them, seen and not pooled."""
+    """Tokenizes texts.  instruction: is put before each text, and its tokens are excluded from pooling."""
 
     tokenizer: Tokenizer
     max_tokens: int
@@ -29,14 +29,14 @@ class TextProcessor:
 
     @classmethod
     def load(cls, path: str, max_tokens: int, instruction: str | None = None) -> "TextProcessor":
-        """Of a folder or hub name.  instruction: None is the one that the text encoder was trained with."""
+        """Load from a folder or hub name.  instruction: None is the one that the text encoder was trained with."""
         config = load_config(path)
         if instruction is None:
             instruction = getattr(config, SETTINGS, {}).get("instruction", "")
         return cls(loading.tokenizer(path, config.vocab_size), max_tokens, instruction)
 
     def encode(self, item: Item) -> Encoded:
-        """Raises BadSample for an item with an image or a video. A text too long is cut at its end."""
+        """Encode an item's text, cut to `max_tokens`. Raises BadSample for an item with an image or a video."""
         if item.images or item.video is not None:
             raise BadSample("an item with an image or a video, and the model reads texts alone")
         return self.tokenized(item.text)
@@ -44,17 +44,17 @@ class TextProcessor:
     def encode_parts(
         self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
     ) -> Encoded:
-        """As `encode`, of a text by itself."""
+        """Encode a text; BadSample if there are images or a video."""
         if images or frames:
             raise BadSample("the model reads texts alone, no images or videos")
         return self.tokenized(text)
 
     @cached_property
     def before(self) -> list[int]:
-        """What stands before every text: what the tokenizer begins texts with, as Llama's does, and the instruction.
+        """The tokens before every text: the tokenizer's start tokens, which Llama has, and the instruction.
 
-        What it ends texts with, be that its end of text or another token (Qwen3-Embedding), is left out: LLM2CLIP has
-        none, nor had any text encoder that was trained here.
+        The tokenizer's end tokens (Qwen3-Embedding has one) are left out: neither LLM2CLIP nor any text encoder trained
+        with this project uses them.
         """
         instruction = self.tokenizer(self.instruction, add_special_tokens=False)["input_ids"]
         return begins_with(self.tokenizer) + instruction
@@ -62,13 +62,13 @@ class TextProcessor:
     def tokenized(self, text: str) -> Encoded:
         before = self.before
         ids = self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-        # A text of no tokens has its start pooled, or something that stands for it.
+        # For a text without tokens, pool the last token before it, or an end token.
         ids = (before + ids)[: self.max_tokens] or [self.tokenizer.eos_token_id or 0]
         return Encoded(np.array(ids, np.int32), skipped=min(len(before), len(ids) - 1))
 
 
 def begins_with(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that the tokenizer puts before a text: those in which two texts begin alike, less their own."""
+    """Return the tokenizer's start tokens: two texts' common prefix with special tokens, less that without."""
     bare, whole = (tokenizer(["A cat", "2 dogs"], add_special_tokens=special)["input_ids"] for special in (False, True))
     alike, own = (list(takewhile(lambda pair: eq(*pair), zip(*texts, strict=False))) for texts in (whole, bare))
     return whole[0][: len(alike) - len(own)]

@@ -1,1 +1,1 @@
-"""Pairs are told apart from all others of the global batch: LLaVE's hardness-weighted loss (arXiv 2503.04812)."""
+"""LLaVE's hardness-weighted contrastive loss (arXiv 2503.04812) with the global batch as negatives."""

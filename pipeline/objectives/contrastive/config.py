@@ -8,8 +8,6 @@ from pipeline.config import Fixed, ObjectiveSection
 
 
 class ContrastiveSection(ObjectiveSection):
-    """LLaVE's hardness-weighted loss, whose negatives are the global batch's."""
-
     name: Annotated[Literal["contrastive"], Fixed()] = "contrastive"
     alpha: Annotated[float, Fixed()] = Field(9.0, ge=0, description="hardness weighting of LLaVE; 0 is plain InfoNCE")
     temperature: Annotated[float, Fixed()] = Field(0.02, ge=0.01, le=100, description="softmax temperature")

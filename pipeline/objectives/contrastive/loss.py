@@ -1,8 +1,8 @@
 """Hardness-weighted contrastive loss over the global batch, in row tiles.
 
-Each rank compares its own queries with the targets of all ranks, once for both directions: a row of that matrix is a
-query among all targets; a column, a target among all queries, is summed over ranks. The gradient needs these sums and
-so sees every tile of rows twice: tiles are kept for that up to a bound, past which they are computed again.
+Each rank compares its own queries with the targets of all ranks, once for both directions. A row of this matrix is a
+query against all targets. A column is a target against all queries, so it is summed over ranks. The gradient needs the
+sums and so uses each tile of rows a second time: tiles are cached up to a limit, and the rest are recomputed.
 """
 
 from collections.abc import Callable
@@ -24,14 +24,14 @@ KEPT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The loss, and what one wants to see of it (detached).
+    """The loss and detached metrics.
 
     loss: scalar; this rank's part, whose mean over ranks is the loss of the global batch.
-    positive: (n,) similarity of each own row's query and target; 0 for an invalid row.
-    hardest_negative: (n,) the largest similarity of each own query to what counts as its negative; -inf
-        where there is none; of no meaning for an invalid row.
-    masked_pairs: scalar; of the global batch's valid queries with the valid columns that are not their own
-        target (explicit negatives included), the share taken out for their content or by the margin.
+    positive: (n,) similarity of query and target in this rank's rows; 0 for an invalid row.
+    hardest_negative: (n,) largest similarity of each of this rank's queries to a negative; -inf without negatives;
+        undefined for an invalid row.
+    masked_pairs: scalar; the fraction masked by content or margin, among all pairs of a valid query of the global batch
+        and a valid column (explicit negatives included) other than its target.
     valid_count: int64 scalar; valid rows of the global batch.
     """
 
@@ -61,32 +61,31 @@ def hardness_weighted_loss(
     group: dist.ProcessGroup | None = None,
     tile: int = TILE,
 ) -> LossOutput:
-    """LLaVE's loss (arXiv 2503.04812) from query to target and back, the mean of both:
+    """Compute LLaVE's loss (arXiv 2503.04812), the mean over the directions query to target and target to query:
 
         L_i = -log( exp(s_ii/tau) / (exp(s_ii/tau) + sum_{j != i} m_ij exp(alpha r_ij) exp(s_ij/tau)) )
 
-    s are similarities, tau the temperature, r the rewards, which carry no gradient, and m_ij = 0 masks
-    what is no negative. With alpha 0 and no mask it is cross entropy (InfoNCE).
+    s are similarities, tau is the temperature, r are rewards, which carry no gradient, and m_ij = 0 masks pair (i, j).
+    With alpha 0 and no mask it is cross entropy (InfoNCE).
 
-    query, target: (n, d) unit rows of this rank, of any float dtype; float32 (or float64) is computed with.
-    temperature: a number, or a scalar tensor, which may require grad (a learnt temperature).
-    negatives: (m, d) unit rows; further columns for the queries of all ranks. m may differ between ranks.
-    query_ids, target_ids, negative_ids: int64 (n,), (n,), (m,) content hashes. For row i, column j is no
-        negative where it has the same target or the same query, or where one's query is the other's target; nor is
-        a negative equal to target i.
-    valid, negatives_valid: bool (n,), (m,); what is not valid has no loss and is no column.
+    query, target: (n, d) unit rows of this rank, of any float dtype; computation is in float32 (or float64).
+    temperature: a number, or a scalar tensor, which may require grad (a learned temperature).
+    negatives: (m, d) unit rows; extra columns for the queries of all ranks. m may differ between ranks.
+    query_ids, target_ids, negative_ids: int64 (n,), (n,), (m,) content hashes. They mask pair (i, j) if i and j share
+        their target or query, or if one's query is the other's target; and negatives equal to target i.
+    valid, negatives_valid: bool (n,), (m,); an invalid row has no loss and is not a column.
     margin: masks negatives whose similarity exceeds the positive's by more than this.
     reward_query, reward_target, reward_negatives: (n, e), (n, e), (m, e) unit rows of another embedder, whose
         similarities are r; by default r = s.
     tile: rows per tile.
 
-    Requirements: n is the same on all ranks, or ValueError; all ranks call it with the same options; only
-    `negatives` and what belongs to them may be missing on some. `query` requires grad on all ranks or on
-    none, likewise `target` and `temperature`. Rewards come for queries, targets and negatives alike, or ValueError.
+    Raises ValueError if n differs between ranks, or if rewards are given for only some of queries, targets and
+    negatives. All ranks must call it with the same options; only `negatives` and their ids, validity and rewards may be
+    missing on some. `query` requires grad on all ranks or on none; likewise `target` and `temperature`.
 
-    Each rank's loss is the sum over its own valid rows / valid rows of all ranks * W; the mean over ranks is the global
-    batch's. An engine that averages gradients over ranks thus gets exactly the gradient of that mean, of which each
-    rank computes what its own queries bring, in both directions.
+    Each rank's loss is W / (valid rows of all W ranks) times the sum over its valid rows; the mean over ranks is the
+    global batch's loss. An engine that averages gradients over ranks gets exactly its gradient: each rank computes the
+    contribution of its own queries, in both directions.
     """
     rank, world = rank_and_world(group)
     most = _most_negatives(query, negatives, group)
@@ -97,11 +96,11 @@ def hardness_weighted_loss(
         reward_negatives = None if reward_query is None else reward_query[:0]
     if (reward_query is None) != (reward_negatives is None):
         raise ValueError("reward_negatives are given where negatives and reward_query are, and only there")
-    # Part of the graph on every rank: one without negatives, too, must run the gather's backward.
+    # Part of the graph on every rank: a rank without negatives must also run the gather's backward.
     negatives = torch.cat([negatives, query[:0], target[:0]])
 
     with torch.autocast(query.device.type, enabled=False):
-        if negative_ids is None:  # what no row has; no hash in practice
+        if negative_ids is None:  # a value that in practice is no row's hash
             negative_ids = torch.full((len(negatives),), torch.iinfo(torch.int64).max, device=query.device)
         queries = _Vectors.of(query, valid, reward_query, query=query_ids, target=target_ids)
         targets = _Vectors.of(target, valid, reward_target, query=query_ids, target=target_ids).gathered(group)
@@ -119,7 +118,7 @@ def hardness_weighted_loss(
         )
         sums = matrix.sums(KEPT_BYTES if differentiable else 0)
 
-        # L = log(1 + exp(excess)), exact where the loss is tiny, too
+        # L = log(1 + exp(excess)) is also exact for tiny losses.
         row_excess, column_excess = sums.rows - positive / matrix.tau, sums.columns - positives / matrix.tau
         valid_count = targets.valid.sum()
         weights = targets.valid.to(rows.dtype) * world / (2 * valid_count.clamp(min=1))
@@ -135,10 +134,10 @@ def hardness_weighted_loss(
 
 @dataclass(frozen=True)
 class _Vectors:
-    """One side of a comparison.
+    """The rows or columns of a comparison.
 
-    vectors: (k, d), zero where invalid. valid: bool (k,). reward: (k, e) or None.
-    ids: int64 (k,) hashes of the "query" and of the "target", as far as they are given.
+    vectors: (k, d), zero where invalid.  valid: bool (k,).  reward: (k, e) or None.
+    ids: int64 (k,) hashes by name, "query" and "target", if given.
     """
 
     vectors: Tensor
@@ -151,13 +150,13 @@ class _Vectors:
         if valid is None:
             valid = torch.ones(len(vectors), dtype=torch.bool, device=vectors.device)
         dtype = torch.promote_types(vectors.dtype, torch.float32)
-        # Zeroed, not only masked: whatever an invalid row holds (NaN, too) ends here.
+        # Zeroed, not only masked, so that NaN in an invalid row does not spread.
         vectors = vectors.to(dtype).masked_fill(~valid[:, None], 0)
         reward = None if reward is None else reward.detach().to(dtype).masked_fill(~valid[:, None], 0)
         return cls(vectors, valid, reward, {name: x for name, x in ids.items() if x is not None})
 
     def padded(self, rows: int) -> "_Vectors":
-        """With invalid rows at the end, up to `rows`."""
+        """Return these with invalid rows appended, `rows` in total."""
         return self._map(lambda x: F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - len(x))))
 
     def gathered(self, group: dist.ProcessGroup | None) -> "_Vectors":
@@ -169,7 +168,7 @@ class _Vectors:
 
 
 def _most_negatives(query: Tensor, negatives: Tensor | None, group: dist.ProcessGroup | None) -> int:
-    """The largest number of negatives any rank has; ValueError where ranks differ in their rows."""
+    """Return the largest number of negatives of any rank; ValueError if ranks differ in their number of rows."""
     rows, most = len(query), 0 if negatives is None else len(negatives)
     if rank_and_world(group)[1] > 1:
         sizes = torch.tensor([most, rows, -rows], device=query.device)
@@ -182,9 +181,10 @@ def _most_negatives(query: Tensor, negatives: Tensor | None, group: dist.Process
 
 @dataclass(frozen=True)
 class _Tile:
-    """Logits of the queries `part`, -inf where there is no negative.
+    """Logits of the queries `part`, -inf where a pair is not a negative.
 
-    forth: (rows, N + M), of the queries' losses. back: (rows, N), of the targets'; a part of forth without a margin.
+    forth: (rows, N + M), for the queries' losses.  back: (rows, N), for the targets' losses; without a margin it is a
+    view of forth.
     """
 
     part: slice
@@ -198,10 +198,11 @@ class _Tile:
 
 @dataclass(frozen=True)
 class _Sums:
-    """rows: (n,) log of the sum over each own query's negatives. columns: (N,) over each target's, of all ranks.
+    """Reductions of the matrix.
 
-    hardest: (n,) largest similarity of each own query's negatives. masked: pairs masked by content or margin, of all
-    ranks. kept: the first tiles.
+    rows: (n,) log-sum-exp of the negatives' logits of this rank's queries.  columns: (N,) the same of all targets, over
+    all ranks.  hardest: (n,) largest similarity of each query's negatives.  masked: number of pairs of all ranks masked
+    by content or margin.  kept: the first tiles, cached.
     """
 
     rows: Tensor
@@ -215,7 +216,7 @@ class _Sums:
 class _Matrix:
     """This rank's n queries (rows) with all ranks' N targets and M extra vectors (columns), a tile of rows at a time.
 
-    own: the targets of the queries. positives: (N,) similarities of all pairs.
+    own: the columns of this rank's targets.  positives: (N,) similarities of all pairs.  height: rows per tile.
     """
 
     queries: _Vectors
@@ -232,7 +233,7 @@ class _Matrix:
 
     @cached_property
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """(n, k), (N + M, k): their product is the logits s / tau + alpha r."""
+        """(n, k) and (N + M, k) factors of the logits s / tau + alpha r."""
         x, y, reward = self.queries.vectors.detach(), self.columns, self.queries.reward
         if reward is None:
             return x * self._scale, y
@@ -241,18 +242,18 @@ class _Matrix:
 
     @cached_property
     def _scale(self) -> Tensor:
-        """A logit by its similarity, where that is the reward."""
+        """The ratio of logit to similarity if the similarity is the reward."""
         return 1 / self.tau + self.alpha
 
     @cached_property
     def _bias(self) -> tuple[Tensor, Tensor]:
-        """(n, 1), (1, N + M): 0, or -inf for what is not valid."""
+        """(n, 1) and (1, N + M): 0, or -inf for invalid rows and columns."""
         valid = self.queries.valid[:, None], torch.cat([self.targets.valid, self.extra.valid])[None]
         rows, columns = (torch.zeros_like(x, dtype=self.columns.dtype).masked_fill_(~x, -torch.inf) for x in valid)
         return rows, columns
 
     def sums(self, room: int) -> _Sums:
-        """room: bytes of tiles to keep."""
+        """Compute the sums.  room: bytes of tiles to cache."""
         n, lowest = len(self.queries.vectors), torch.finfo(self.columns.dtype).min
         rows, hardest = self.columns.new_empty(n), self.columns.new_empty(n)
         column_top, columns = torch.full_like(self.positives, lowest), torch.zeros_like(self.positives)
@@ -261,7 +262,7 @@ class _Matrix:
         for start in range(0, n, self.height):
             tile, masked = self._tile(start)
             all_masked += masked
-            # As logsumexp, without the difference of two -inf, which is no number.
+            # Like logsumexp, but the clamp avoids -inf minus -inf, which is NaN.
             top = tile.forth.amax(dim=1)
             hardest[tile.part] = self._hardest(tile, top)
             top.clamp_(min=lowest)
@@ -283,9 +284,10 @@ class _Matrix:
         return _Sums(rows.clamp_(min=lowest), columns.clamp_(min=lowest), hardest, all_masked, kept)
 
     def gradients(self, sums: _Sums, row_slope: Tensor, column_slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the loss by own queries (n, d), by the columns (N + M, d), and by tau: what own queries bring to each.
+        """Return this rank's contributions to the loss's gradients by its queries (n, d), columns (N + M, d), and tau.
 
-        row_slope, column_slope: (n,), (N,) derivatives of the loss by each excess, over tau. Takes the kept tiles.
+        row_slope, column_slope: (n,), (N,) derivatives of the loss by each excess, divided by tau.  It consumes the
+        cached tiles.
         """
         x, y, count = self.queries.vectors.detach(), self.columns, len(self.positives)
         by_rows, by_columns = torch.empty_like(x), torch.zeros_like(y)
@@ -298,11 +300,11 @@ class _Matrix:
             gradient[self._diagonal(start, len(gradient))] = positive_slope[tile.part]
             by_rows[tile.part] = gradient @ y
             by_columns.addmm_(gradient.T, x[tile.part])
-        # Of s / tau alone: the reward has no gradient.
+        # Only s / tau contributes: the reward has no gradient.
         return by_rows, by_columns, -(x * by_rows).sum() / self.tau
 
     def _tile(self, start: int) -> tuple[_Tile, Tensor]:
-        """With the number of its pairs that content or margin masked."""
+        """Return a tile, and the number of its pairs masked by content or margin."""
         part, count = slice(start, start + self.height), len(self.positives)
         (left, right), (row_bias, column_bias) = self._factors, self._bias
         forth = (row_bias[part] + column_bias).addmm_(left[part], right.T)
@@ -322,23 +324,23 @@ class _Matrix:
         return _Tile(part, forth, back), masked
 
     def _similarity(self, part: slice, logits: Tensor) -> Tensor:
-        """(rows, N + M), where there are logits."""
+        """Return the similarities (rows, N + M) of a tile; valid where the logits are finite."""
         if self.queries.reward is None:
             return logits / self._scale
         return self.queries.vectors[part].detach() @ self.columns.T
 
     def _hardest(self, tile: _Tile, largest: Tensor) -> Tensor:
-        """The largest similarity of each query's negatives, from the largest of their logits: (rows,)."""
+        """Return the largest similarity of each query's negatives, (rows,).  largest: their largest logits."""
         if self.queries.reward is None:
             return largest / self._scale
         return self._similarity(tile.part, tile.forth).masked_fill_(tile.forth == -torch.inf, -torch.inf).amax(dim=1)
 
     def _alike(self, part: slice, logits: Tensor) -> Tensor:
-        """Bool (rows, N + M): pairs whose content forbids that one is the other's negative."""
+        """Return bool (rows, N + M): pairs that are not negatives because of their content."""
         alike = torch.zeros_like(logits, dtype=torch.bool)
         for name, ids in self.queries.ids.items():
             alike[:, : len(self.positives)] |= ids[part, None] == self.targets.ids[name]
-        if len(self.queries.ids) == 2:  # one pair's query may be another's target, as where both are captions
+        if len(self.queries.ids) == 2:  # one pair's query may be another's target, for example if both are captions
             for name, other in (("query", "target"), ("target", "query")):
                 alike[:, : len(self.positives)] |= self.queries.ids[name][part, None] == self.targets.ids[other]
         if "target" in self.queries.ids:
@@ -346,13 +348,13 @@ class _Matrix:
         return alike
 
     def _diagonal(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Where a tile has its queries' own targets."""
+        """Return the indices of the queries' own targets in a tile."""
         index = torch.arange(rows, device=self.columns.device)
         return index, index + self.own.start + start
 
 
 class _WithGradients(torch.autograd.Function):
-    """A scalar `loss` whose gradients by rows (n, d), columns (C, d) and tau are known already."""
+    """A scalar `loss` with precomputed gradients by rows (n, d), columns (C, d) and tau."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, by_rows: Tensor, by_columns: Tensor, by_tau: Tensor, *inputs: Tensor) -> Tensor:

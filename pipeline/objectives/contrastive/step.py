@@ -1,9 +1,9 @@
 """One optimizer step over the whole global batch: the gradient cache (GradCache, arXiv 2101.06983) inside DeepSpeed.
 
-The contrastive loss couples all B pairs of the global batch, which do not fit in memory with their activations.
-So embed everything without a graph, take the loss's gradient with respect to the embeddings, and embed again
-chunk by chunk, giving each chunk its rows of that gradient: the sum of the chunks' gradients is the batch's.
-Chunks whose graphs do fit in memory keep them from the first pass and need no second.
+The contrastive loss couples all pairs of the global batch, whose activations do not fit in memory. So a step embeds
+everything without a graph, computes the loss's gradient with respect to the embeddings, then embeds again chunk by
+chunk and backpropagates each chunk's rows of that gradient. The sum of the chunks' gradients is the batch's gradient.
+Chunks with cached graphs need no second pass.
 """
 
 import math
@@ -26,7 +26,7 @@ from pipeline.objectives.objective import Cut, Objective, StepResult, backward_c
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveResult(StepResult):
-    """loss: of this rank's pairs.  temperature: that of the loss, where it is learnt."""
+    """A step's result.  loss: this rank's part.  temperature: the loss's temperature if it is learned, or None."""
 
     loss: LossOutput
     temperature: float | None
@@ -51,10 +51,10 @@ class ContrastiveResult(StepResult):
 
 
 class Contrastive(Objective):
-    """The hardness-weighted loss over the global batch, with its temperature, which takes a step too if it is learnt.
+    """The hardness-weighted loss over the global batch, with a fixed or learned temperature.
 
-    After a step the parameters are as if one process had embedded the whole global batch at once, whatever the ZeRO
-    stage, the chunks, how many of them keep their graph, and the number of ranks.
+    A step updates parameters as if one process had embedded the whole global batch at once, for any ZeRO stage, chunks,
+    number of cached graphs, and number of ranks.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class Contrastive(Objective):
         self, engine: DeepSpeedEngine, batch: Batch, cut: Cut, step: int, *, lr: float, features: Features | None = None
     ) -> ContrastiveResult:
         items = list(batch.items.values())
-        # Where texts alone train nothing, a dummy image gives every chunk something to take a gradient of.
+        # If no trained part processes texts, a dummy image gives every chunk a gradient.
         all_with_images, padded = not self._recipe.model.texts_train, engine.module.pads
         chunks = plan_chunks(items, cut.chunk_tokens, engine.device, padded=padded, all_with_images=all_with_images)
         kept, again = chunks[: cut.kept_chunks], chunks[cut.kept_chunks :]
@@ -97,16 +97,15 @@ class Contrastive(Objective):
 def contrastive_loss(
     embeddings: torch.Tensor, batch: Batch, recipe: Recipe, temperature: float | torch.Tensor
 ) -> LossOutput:
-    """The batch's loss as a function of its distinct items' embeddings, (items, hidden).
+    """Compute the batch's loss from the embeddings of its distinct items, (items, hidden).
 
-    Where the recipe names a sub-batch: the mean of the losses of the global batch's parts, each of its own negatives.
+    If the recipe sets batch.sub_batch, it is the mean of the sub-batches' losses, each with only its own negatives.
     """
     row = {content: i for i, content in enumerate(batch.items)}
     device, objective = embeddings.device, recipe.objective
     assert isinstance(objective, ContrastiveSection)
 
     def of(hashes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings and ids."""
         rows = torch.tensor([row[h] for h in hashes], dtype=torch.long, device=device)
         return embeddings[rows], torch.from_numpy(np.array(hashes, np.uint64).view(np.int64)).to(device)
 
@@ -128,7 +127,7 @@ def contrastive_loss(
         )
 
     count = recipe.batch.global_batch // (recipe.batch.sub_batch or recipe.batch.global_batch)
-    # Of every lane an equal part: the sub-batches are the same on any number of ranks.
+    # Each sub-batch has equally many pairs of every lane, so it is the same for any number of ranks.
     share = recipe.batch.global_batch // recipe.data.lanes
     parts = np.arange(len(batch.query)).reshape(-1, count, share // count).swapaxes(0, 1).reshape(count, -1)
     outputs = [part(pairs) for pairs in parts]

@@ -1,4 +1,4 @@
-"""The loss's temperature: a number of the recipe's, or learnt as CLIP's (arXiv 2103.00020)."""
+"""The loss's temperature: constant, or learned as in CLIP (arXiv 2103.00020)."""
 
 import math
 
@@ -8,11 +8,11 @@ import torch.distributed as dist
 from pipeline.config import Recipe
 from pipeline.objectives.contrastive.config import ContrastiveSection
 
-_LARGEST_SCALE = 100.0  # CLIP's bound of 1 / tau, past which training becomes unstable
+_LARGEST_SCALE = 100.0  # CLIP's upper bound of 1 / tau, above which training becomes unstable
 
 
 class Temperature:
-    """Where it is learnt, log(1 / tau) is a parameter that every rank has whole: ZeRO has nothing to shard."""
+    """A constant temperature, or log(1 / tau) as a learned parameter that is replicated on every rank, outside ZeRO."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         objective = recipe.objective
@@ -29,7 +29,7 @@ class Temperature:
         return self._constant if self._log_scale is None else torch.exp(-self._log_scale)
 
     def gradient(self, loss: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Of this rank's loss by its embeddings. That by the temperature, of all ranks' mean, is kept for `step`."""
+        """Return the gradient of this rank's loss by its embeddings; store the temperature's, averaged over ranks."""
         if self._log_scale is None:
             return torch.autograd.grad(loss, embeddings)[0]
         gradient, self._log_scale.grad = torch.autograd.grad(loss, (embeddings, self._log_scale))
@@ -45,7 +45,7 @@ class Temperature:
             self._log_scale.clamp_(max=math.log(_LARGEST_SCALE))
 
     def state(self) -> dict | None:
-        """What a checkpoint keeps of it."""
+        """Return the state to checkpoint, or None if the temperature is constant."""
         if self._log_scale is None:
             return None
         return {"log_scale": self._log_scale.detach(), "optimizer": self._optimizer.state_dict()}

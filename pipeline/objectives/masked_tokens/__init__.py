@@ -1,1 +1,1 @@
-"""Masked next-token prediction (LLM2Vec, arXiv 2404.05961): a decoder learns to attend both ways."""
+"""Masked next-token prediction (LLM2Vec, arXiv 2404.05961), which adapts a decoder to bidirectional attention."""

@@ -8,7 +8,7 @@ from pipeline.config import Fixed, ObjectiveSection
 
 
 class MaskedNextTokenSection(ObjectiveSection):
-    """Hidden tokens are predicted: there are no negatives, and one pass is enough."""
+    """Masked next-token prediction, which needs no negatives and only one pass per step."""
 
     without: ClassVar = ("batch.sub_batch", "batch.kept_chunks", "model.instruction")
 

@@ -1,6 +1,6 @@
-"""Which tokens of a text are hidden, and by what.
+"""Choose the masked tokens of a text and their replacements.
 
-How many, and by what, are those of LLM2Vec's run_mntp.py and its train_configs/mntp (github.com/McGill-NLP/llm2vec).
+The rates follow LLM2Vec's run_mntp.py and its train_configs/mntp (github.com/McGill-NLP/llm2vec).
 """
 
 from dataclasses import dataclass, field
@@ -12,15 +12,15 @@ from pipeline.data.collate import Encoded, sent
 from pipeline.models.chunks import Chunk
 from pipeline.objectives.masked_tokens.config import MaskedNextTokenSection
 
-# Of what is drawn, by what: raise it with every change of which tokens are hidden. 2: by `Encoded.key`.
+# The version of the masks; increase it when a change masks other tokens. Since version 2, `Encoded.key` is in the seed.
 VERSION = 2
 
 
 @dataclass(frozen=True)
 class MaskedText(Encoded):
-    """A text some of whose tokens are hidden.
+    """A text with masked tokens.
 
-    places: (M,) int64, where they are, none of them 0.  targets: (M,) int64, the tokens that they were.
+    places: (M,) int64, their positions, all above 0.  targets: (M,) int64, the original tokens.
     """
 
     places: np.ndarray = field(kw_only=True)
@@ -30,13 +30,13 @@ class MaskedText(Encoded):
 def mask(
     text: Encoded, objective: MaskedNextTokenSection, mask_token: int, vocabulary: int, key: tuple[int, ...]
 ) -> MaskedText:
-    """Hide a share of the text's tokens; a pure function of its arguments.
+    """Mask tokens of a text; a pure function of its arguments.
 
-    Each token is hidden with the probability `mask_rate`. The shares `mask_random` and `mask_kept` of the hidden ones
-    are replaced by any token of the vocabulary, and by themselves; `mask_token` replaces the rest. The first token is
-    never hidden, for it has no token before it to be predicted from; nor are an instruction's.
+    Each token is masked with probability `mask_rate`. A fraction `mask_random` of masked tokens is replaced by a random
+    token of the vocabulary, a fraction `mask_kept` is unchanged, and the rest becomes `mask_token`. The first token,
+    which has no token before it to predict it from, and an instruction's tokens are never masked.
 
-    key: non-negative, what the draws depend on besides.
+    key: non-negative numbers that seed the random choice.
     """
     draws = np.random.default_rng(key)
     hidden = draws.random(len(text.input_ids)) < objective.mask_rate
@@ -55,7 +55,7 @@ def mask(
 
 
 def to_predict(chunk: Chunk) -> torch.Tensor:
-    """(2, M) int64 of a chunk of masked texts: the places in their packed row to predict from, and the tokens."""
+    """Return (2, M) int64 for a chunk of masked texts: the positions in the packed row to predict from, and targets."""
     places, targets, start = [], [], 0
     for item in chunk.items:
         if isinstance(item, MaskedText):  # not an empty chunk's dummy

@@ -1,7 +1,7 @@
 """One optimizer step of masked next-token prediction over the whole global batch.
 
-Its loss is a sum over texts, by the number of hidden tokens of them all, which is known beforehand: each chunk's
-gradient needs no other chunk, and there is one pass.
+The loss is a sum over texts, divided by the number of all their masked tokens. That number is known in advance, so a
+chunk's gradient does not depend on other chunks, and one pass is enough.
 """
 
 from collections import Counter
@@ -24,10 +24,10 @@ from pipeline.objectives.objective import Cut, Objective, StepResult, backward_c
 
 @dataclass(frozen=True)
 class MaskedResult(StepResult):
-    """Of the global batch. loss: the mean cross entropy of its hidden tokens, nats.
+    """The result for the global batch.
 
-    masked_tokens: how many these are.  accuracy: the share of them that were predicted, or None where there are none.
-    valid: pairs that could be used.
+    loss: mean cross entropy of the masked tokens, in nats.  masked_tokens: their number.
+    accuracy: fraction of them predicted correctly, or None if there are none.  valid: number of valid pairs.
     """
 
     loss: float
@@ -41,10 +41,10 @@ class MaskedResult(StepResult):
 
 
 class MaskedNextToken(Objective):
-    """The mean cross entropy over the global batch's hidden tokens, not a mean of ranks' means.
+    """The mean cross entropy over all masked tokens of the global batch, not a mean of the ranks' means.
 
-    What is hidden of a text depends on the seed, the step and the text alone. A text counts as often as pairs have it,
-    whichever ranks these are on.
+    A text's mask depends only on the seed, the step and the text. A text counts once for each occurrence in a pair, on
+    any rank.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -60,7 +60,7 @@ class MaskedNextToken(Objective):
             mask(item, objective, model.mask_token, model.vocabulary, (recipe.seed, step, content))
             for content, item in batch.items.items()
         ]
-        # Of the empty text that stands in for what could not be used, nothing is hidden.
+        # An unusable item is an empty text, in which nothing is masked.
         counts = Counter(chain(batch.query, batch.target, *batch.negatives))
         occurring = torch.tensor([counts[content] for content in batch.items], dtype=torch.float64, device=device)
         ours = [sum(counts[c] * len(text.places) for c, text in zip(batch.items, texts, strict=True)), sum(batch.valid)]
@@ -69,7 +69,7 @@ class MaskedNextToken(Objective):
         masked_tokens, valid = totals.tolist()
 
         chunks = plan_chunks(texts, cut.chunk_tokens, device, padded=model.pads)
-        # DeepSpeed takes the mean over ranks of what is to be a sum.
+        # DeepSpeed averages gradients over ranks; `world` turns the mean into a sum.
         by_cost = occurring * world / max(masked_tokens, 1)
         gradient = torch.stack([by_cost, torch.zeros_like(by_cost)], dim=1).float()
         rows = in_order(chunks, backward_chunks(engine, [], [], chunks, gradient, to_predict), len(texts))
