@@ -59,7 +59,7 @@ def test_a_job_that_is_submitted_from_inside_another_is_itself(slurm, tmp_path):
     probe, inner, outer = (tmp_path / name for name in ("probe.py", "inner.sh", "outer.sh"))
     probe.write_text(PROBE)
     python = f"{sys.executable} {probe} {ROOT}"
-        # An outer job's --mem-per-cpu next to this job's --mem would make srun fail.
+    # An outer job's --mem-per-cpu next to this job's --mem would make srun fail.
     requests = "export SLURM_MEM_PER_CPU=100 SLURM_MEM_PER_NODE=200"
     direct, clean = f"{python} >> direct.txt", f"{requests}\nsource slurm/setup.sh\ncd -\n{python} >> clean.txt"
     steps = f"srun {python} >> steps.txt"
