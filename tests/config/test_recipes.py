@@ -14,7 +14,7 @@ from pipeline.training.engine import freeze, parameter_groups
 
 SIZES = ("0.5b", "2b", "7b")
 
-# Language models: (hidden size, layers, heads, key-value heads, MLP, vocabulary size); published parameters in billions.
+# Language models: (hidden size, layers, heads, key-value heads, MLP, vocabulary); published parameters in billions.
 # The published 7B count includes an LM head in addition to the embedding; an embedder has none.
 BACKBONES = {
     "0.5b": ((896, 24, 14, 2, 4864, 151_936), 0.89, 0),

@@ -161,7 +161,7 @@ def test_windows_hold_what_the_epoch_takes_once_in_whole_takes(order, epoch):
 
 
 def test_windows_are_no_larger_than_asked_for():
-    """A window, which a reader holds in memory, has `window_blocks` blocks and parts of others to fill its last slice."""
+    """A reader holds a window in memory: `window_blocks` blocks, and parts of others to fill its last slice."""
     order = one((1000,) * 50, 128, 8, block_samples=30, window_blocks=4, seed=1)
     stream = order.streams[0]
     for lane in range(order.lanes):

@@ -112,7 +112,7 @@ def test_what_is_no_unit_vector_is_not_kept(collection, tmp_path):
 
 
 def _embedded_here(rank: int) -> tuple[list[list[str]], torch.Tensor]:
-    """Return a rank's groups and, on the first rank, all vectors; then an error, as the second rank has one more item."""
+    """Return a rank's groups, all vectors (on rank 0), and the error that follows from rank 1's additional item."""
     encode.GROUP, encoder, collection = 4, Lengths(), thirty_items()
     store = MemoryStore(30, 2) if rank == 0 else None
     assert embed_collection(encoder, collection, store)

@@ -13,7 +13,7 @@ ASKED = "runs/a b|mmeb=s3://bucket/mmeb|{}max_tokens=512|precision=fp32|"
 
 @pytest.fixture
 def evaluate(tmp_path):
-    """Return a function that runs slurm/eval_mmeb.sh and returns the arguments of Slurm's programs, one line per call."""
+    """Return a function that runs slurm/eval_mmeb.sh; it returns one line of arguments per call of a Slurm program."""
     for name in ("sbatch", "srun"):
         (tmp_path / name).write_text('#!/bin/sh\n{ printf "%s|" "${0##*/}" "$@"; echo; } >> "${0%/*}/given"\necho 77\n')
         (tmp_path / name).chmod(0o755)
