@@ -363,7 +363,7 @@ def sidecar_damaged(trial: Trial) -> None:
 
 
 def _look(trial: Trial, shards: Path, refused: bool = False) -> None:
-    """Check that every program that reads the dataset succeeds or gives one clear error. refused: an error is required."""
+    """Check that all programs that read the dataset succeed or give one clear error. refused: it must be an error."""
     commands = [["tools/make_shards.py", *each, str(shards)] for each in (["show"], ["stats"], ["verify"])]
     out = trial.folder / "out"
     arguments = trial.chance.choice(

@@ -232,7 +232,7 @@ def test_what_always_ends_without_a_word_is_not_begun_for_ever(tmp_path, monkeyp
     for start in range(4):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
         status.begin(tmp_path)
-        assert earlier_starts(tmp_path).state == "green"  # two failures at one step may have other causes, such as power cuts
+        assert earlier_starts(tmp_path).state == "green"  # for example two power cuts at one step
         status.note(tmp_path, "running", step=7, steps=20)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
     status.begin(tmp_path)

@@ -159,7 +159,7 @@ def test_pictures_are_read_as_the_recipe_says_and_so_by_its_export(kind, folders
     assert (turned.as_stored, stored.as_stored) == (False, True)
     assert turned.encode(item).key != stored.encode(item).key == turned.encode(upright).key
     given = path
-    for images, as_stored in (("as_stored", True), (None, True), ("upright", False)):  # each model is trained on from the previous one
+    for images, as_stored in (("as_stored", True), (None, True), ("upright", False)):  # each continues the previous one
         chosen = recipe(given, *([f"model.images={images}"] if images else []))
         model, out = training(kind).load_whole(chosen, given), tmp_path / f"out{images}"
         write_folder(model, dict(model.named_parameters()), chosen, given, out)

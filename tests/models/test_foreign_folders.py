@@ -411,7 +411,7 @@ _turn = count()
 
 
 def families(kinds: str) -> list[str]:
-    """Return the families of a case. For "all", one after another over the cases: they share the code that reads them."""
+    """Return the families of a case. "all" gives a different one for each case, since they share the reading code."""
     every = ["llave", "text_encoder", "clip", "llm2clip"]
     return every if kinds == "every" else [every[next(_turn) % 4]] if kinds == "all" else kinds.split()
 

@@ -48,7 +48,7 @@ GEMMA = {  # only the first layers: later ones share keys and values of earlier 
     "vocab_size_per_layer_input": 64,
     "hidden_size_per_layer_input": 8,
 }
-WIDE = {"hidden_size": 1024, "num_attention_heads": 32, "mamba_n_heads": 64, "mamba_d_head": 32}  # consistent with each other
+WIDE = {"hidden_size": 1024, "num_attention_heads": 32, "mamba_n_heads": 64, "mamba_d_head": 32}  # consistent values
 ZAMBA = {"layer_types": ["linear_attention", "linear_attention", "hybrid"], "n_mamba_heads": 8}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 

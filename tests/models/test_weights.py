@@ -39,7 +39,7 @@ TOWER = "model.vision_tower.vision_tower.vision_model."
 def checkpoint(
     folder: Path, tensors: dict[str, torch.Tensor] = TENSORS, files: int = 1, suffix: str = "safetensors", **config
 ) -> Path:
-    """Write an original checkpoint: the golden one with changed tensors or config fields (None removes), split in files."""
+    """Write the golden original checkpoint, in several files, with changed tensors or config fields (None: removed)."""
     shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("*.png", "model.safetensors"))
     values = json.loads((GOLDEN / "config.json").read_text()) | config
     values = {name: value for name, value in values.items() if value is not None or name not in config}
@@ -285,7 +285,7 @@ def test_memory_for_little_more_than_one_file_is_enough(tmp_path, suffix):
     for layer in range(3):
         for name, shape in (("gate", (wide, 64)), ("up", (wide, 64)), ("down", (64, wide))):
             tensors[f"model.layers.{layer}.mlp.{name}_proj.weight"] = torch.full(shape, float(layer))
-    order = sorted(tensors, key=lambda name: name.split(".mlp.")[-1])  # puts the large tensors of a layer into different files
+    order = sorted(tensors, key=lambda name: name.split(".mlp.")[-1])  # splits a layer's large tensors over files
     source = checkpoint(
         tmp_path / "source", {n: tensors[n] for n in order}, files=3, suffix=suffix, intermediate_size=wide
     )

@@ -163,7 +163,7 @@ def test_a_requeued_job_does_not_wait_for_its_former_self(tmp_path, monkeypatch,
     left(str(tmp_path), job=job)
     assert (lock.in_use(str(tmp_path)) == "") == passes
     waits = []
-    monkeypatch.setattr(lock, "_stamp", lambda url: waits.append(url) or str(len(waits)))  # the other process gives a sign of life at once
+    monkeypatch.setattr(lock, "_stamp", lambda url: waits.append(url) or str(len(waits)))  # a sign of life at once
     try:
         with lock.held([str(tmp_path)]):
             assert passes

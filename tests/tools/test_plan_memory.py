@@ -59,7 +59,7 @@ def random_model(shape: LlavaOnevisionConfig, dtype: torch.dtype) -> Llave:
 
 
 def chunk(shape: LlavaOnevisionConfig) -> tuple[Packed, int, int]:
-    """Return packed items of equal length, each with two tiles, so that nothing is padded; and their tokens and tiles."""
+    """Return packed items of equal length (no padding), each with two tiles; and their numbers of tokens and tiles."""
     size = shape.vision_config.image_size
     side = size // 8
     image = Image(np.zeros((2, 3, size, size), np.uint8), size, size)
