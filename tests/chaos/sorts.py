@@ -130,7 +130,6 @@ def train_killed(trial: Trial) -> None:
 
 
 def launcher_killed(trial: Trial) -> None:
-    """Disturb torchrun, the launcher."""
     run = trial.folder / "run"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     (launcher,) = ranks = fork([*torchrun, *trial.world.train(run)], 1)
@@ -379,7 +378,6 @@ def _look(trial: Trial, shards: Path, refused: bool = False) -> None:
 
 
 def model_damaged(trial: Trial) -> None:
-    """Damage a file of a model's folder."""
     model = copy_of(trial.world.model, trial.folder / "model")
     path = trial.chance.choice(sorted(each for each in model.iterdir() if each.is_file()))
     if path.suffix == ".json" and trial.chance.random() < 0.6:

@@ -145,7 +145,6 @@ def a_world(folder: Path) -> Iterator[World]:
 
 
 def _write_pairs(folder: Path) -> None:
-    """Write pairs.jsonl and its images."""
     lines = []
     for number in range(60):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)

@@ -29,7 +29,6 @@ def make_shards(*arguments: object) -> None:
 
 
 def error_of(*arguments: object) -> str:
-    """Return the error line with which the command line fails."""
     with pytest.raises(PipelineError) as caught:
         make_shards(*arguments)
     text = str(caught.value)
@@ -45,7 +44,6 @@ def start(*arguments: object) -> subprocess.Popen:
 
 
 def read_all(url: str) -> list[Pair | Single]:
-    """Return all samples of a dataset in order."""
     samples = []
     for shard in Index.load(url).shards:
         samples += map(parse_sample, read_samples(url, shard, load_sidecar(url, shard)))

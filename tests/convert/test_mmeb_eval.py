@@ -294,7 +294,6 @@ def test_the_converted_demo_is_the_same_evaluation(tmp_path, dest):
 
 
 def put_table(source: Path, **columns: list) -> None:
-    """Replace GQA's columns."""
     parquet.write_table(pa.table(columns), source / "GQA/test-00000-of-00001.parquet")
 
 

@@ -48,7 +48,6 @@ def orders(draw) -> Order:
 
 
 def one(shard_samples, *sizes, **named) -> Order:
-    """Return an order over one dataset."""
     return Order((Dataset("one", shard_samples),), *sizes, **named)
 
 

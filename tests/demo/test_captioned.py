@@ -47,7 +47,6 @@ def pairs(dataset: str, count: int) -> list[Pair]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create the evaluation sets with 70 queries."""
     folder = tmp_path_factory.mktemp("captions")
     for path, content in captioned.evaluation_files(SEED, 70):
         assert not (folder / path).exists()

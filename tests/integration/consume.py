@@ -55,7 +55,6 @@ def consume(steps: range, folder: Path, options: list[str]) -> None:
 
 
 def run_rank(environment: dict[str, str], steps: range, folder: Path, options: list[str]) -> None:
-    """Run one rank's whole process."""
     begin(environment, folder / "output")
     command_line(lambda: consume(steps, folder, options))()
 

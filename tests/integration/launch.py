@@ -170,7 +170,6 @@ def say_where(pids: Sequence[int]) -> None:
 
 
 def _run(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """Run `python ARGUMENTS` in this process."""
     begin(environment, output)
     if arguments[0] == "-m":
         sys.argv = arguments[1:]

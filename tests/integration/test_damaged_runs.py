@@ -60,7 +60,6 @@ def run(finished, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[None]:
-    """Create a process group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -63,7 +63,6 @@ def embedded(out: Path) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def alone(tiny_model, mmeb, tmp_path_factory) -> Path:
-    """Return the output of an undisturbed evaluation on one process."""
     out = tmp_path_factory.mktemp("evaluations") / "alone"
     ended = launch(command(tiny_model, mmeb, out), world=1)
     assert ended.status == [0], ended.output[-4000:]

@@ -93,7 +93,6 @@ def caption_recipe(data, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def caption_run(caption_recipe, tmp_path_factory) -> Path:
-    """Return an undisturbed run of the first stage."""
     return finished(caption_recipe, tmp_path_factory.mktemp("runs") / "caption")
 
 
@@ -117,7 +116,6 @@ def vision_recipe(caption_run, data, vectors) -> list[str]:
 
 @pytest.fixture(scope="module")
 def vision_run(vision_recipe, tmp_path_factory) -> Path:
-    """Return an undisturbed run of the second stage."""
     return finished(vision_recipe, tmp_path_factory.mktemp("runs") / "vision")
 
 

@@ -38,7 +38,6 @@ checkpoint: {every: 4}
 
 @pytest.fixture(scope="module")
 def world_of_words(tmp_path_factory) -> Path:
-    """Create a recipe and its training data."""
     folder = tmp_path_factory.mktemp("words")
     convert({f"{folder}/pairs": TrainingPairs("Scene-CLS", 0, 64)}, options={}, shard_bytes=200_000)
     (folder / "recipe.yaml").write_text(RECIPE)

@@ -59,7 +59,6 @@ def command(recipe: list[str], run: Path, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory) -> Path:
-    """Return an undisturbed run."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     ended = launch(command(recipe, run), world=2)
     assert ended.status == [0, 0], ended.output[-4000:]

@@ -66,7 +66,6 @@ def mark(folder: Path, marks: str) -> None:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
-    """Save a decoder with its LM head and a tokenizer."""
     folder = tmp_path_factory.mktemp("decoders") / "plain"
     masked.build(SIZES | {"num_key_value_heads": 2, "vocab_size": 400}, CORPUS, 0, folder)
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(

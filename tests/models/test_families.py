@@ -39,7 +39,6 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 def needed(kind: str, folders: dict[str, str]) -> dict[str, str]:
-    """Return the fields that the family's section requires."""
     return {"text_encoder": folders["text_encoder"]} if kind == "llm2clip" else {}
 
 

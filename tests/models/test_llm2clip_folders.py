@@ -86,7 +86,6 @@ def encoders(tmp_path_factory) -> dict[str, tuple[Path, TextEncoder]]:
 
 @pytest.fixture(scope="module")
 def folder(encoders, tmp_path_factory) -> Path:
-    """Create an LLM2CLIP folder."""
     base, folder = (tmp_path_factory.mktemp("llm2clip") / name for name in ("base", "trained"))
     randomised(VisionEncoder.build(VISION, 20, 0)).save(base)
     model = randomised(llm2clip.Llm2Clip.load(str(base), torch.float32, width=32))

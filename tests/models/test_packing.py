@@ -145,7 +145,6 @@ def test_positions_that_go_on_from_one_text_to_the_next_are_noticed():
 
 @pytest.fixture
 def conv(tmp_path) -> str:
-    """Create a folder of a decoder with convolutions."""
     AutoModel.from_config(config_of("lfm2", **CONV)).save_pretrained(tmp_path)
     Qwen2Tokenizer().train_new_from_iterator(["a cat"], 300, show_progress=False).save_pretrained(tmp_path)
     return str(tmp_path)

@@ -48,7 +48,6 @@ def randomised(model: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Create folders of models with both towers."""
     root = tmp_path_factory.mktemp("towers")
     clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=20))
     randomised(clip).save_pretrained(root / "clip")

@@ -168,8 +168,6 @@ def test_a_tile_that_was_not_kept_is_computed_again(name, tiles, monkeypatch):
 
 
 class CountProducts(TorchDispatchMode):
-    """Count matrix products."""
-
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

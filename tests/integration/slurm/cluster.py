@@ -144,7 +144,6 @@ class SlurmCluster:
         return dict(re.findall(r"(?:^| )([A-Z][\w/:]*)=(\S*)", shown))
 
     def output(self, job: int) -> str:
-        """Return what the job has printed so far."""
         with suppress(FileNotFoundError):
             return Path(self.job(job)["StdOut"]).read_text(errors="replace")
         return ""
