@@ -236,7 +236,7 @@ def test_vectors_of_texts_cut_elsewhere_are_refused(vision_recipe):
 
 @pytest.mark.parametrize("stage", ["caption", "vision"])
 def test_bf16_follows_fp32(stage, request, tmp_path):
-    """Use ZeRO-1, which adds fp32 gradients to the bf16 ones. The last chunk of a step contains only texts."""
+    """Use ZeRO-1, which keeps fp32 gradients in addition to bf16 ones. A step's last chunk contains only texts."""
     recipe, expected = request.getfixturevalue(f"{stage}_recipe"), request.getfixturevalue(f"{stage}_run")
     fields = ["precision=bf16", "deepspeed=ds_configs/zero1.json", "evaluation=null"]
     run = finished([*recipe, *fields], tmp_path / "bf16")
@@ -257,7 +257,7 @@ def test_a_checkpoint_is_exported_as_the_run_itself_exports_it(stage, request, t
     ours, theirs = weights(tmp_path / "out"), weights(run / "export")
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if "lora" in name]
-    for name, weight in theirs.items():  # the export of one process has merged adapters
+    for name, weight in theirs.items():  # one process merges the adapters here
         assert_close_in_norm(ours[name], weight, operations=64)
     files = {path.relative_to(folder) for folder in (run / "export",) for path in folder.rglob("*")}
     assert files == {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}

@@ -157,7 +157,7 @@ def test_an_original_checkpoint_with_adapters_and_a_frozen_tower_by_what_fits(re
     found = budget_of(run, 8)
     (converted,) = (run / "init").iterdir()
     written = (converted / "model.safetensors").stat().st_mtime_ns
-    # The file of a start on four GPUs that ran out of memory. It must not apply to two, and must go at a checkpoint.
+    # The file of a start on four GPUs that ran out of memory. It does not apply to two; the next checkpoint removes it.
     left = {"budget": found["budget"] | {"chunk_tokens": 128}, "conditions": found["conditions"] | {PROCESSES: 4}}
     (run / "budget.json").write_text(json.dumps(left))
     ended = launch(command(recipe, run, *fields, "steps=10"), world=2)

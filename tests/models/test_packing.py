@@ -41,7 +41,7 @@ LINEAR = SIZES | {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
-GEMMA = {  # only the first layers: later ones share keys and values of earlier ones
+GEMMA = {  # the first layers include all types, except those that reuse earlier keys and values
     "num_hidden_layers": 14,
     "layer_types": ["sliding_attention", "full_attention"] * 7,
     "head_dim": 16,
