@@ -1,11 +1,11 @@
-"""How equal are ranks' numbers of tokens, beside a plain shuffle of the same samples?
+"""How equal are the ranks' numbers of tokens, compared with a plain shuffle of the same samples?
 
     python benchmarks/balance.py
 
-A mixture like MMEB's: 20 datasets of 60 to 400 blocks of 64 samples; a sample has a text of 10 to 60 tokens on either
-side and one image of 1,200 to 3,600 tokens, in every fourth dataset two. 1,024 samples a step. "Text" has no images in
-a quarter of the datasets. Over all steps of an epoch: by how much the heaviest rank exceeds the step's mean, which is
-what all others wait for.
+A mixture like MMEB's: 20 datasets of 60 to 400 blocks of 64 samples. A sample has 10 to 60 text tokens on each side and
+one image of 1,200 to 3,600 tokens; in every fourth dataset it has two images. A step has 1,024 samples. In the mixture
+"text", a quarter of the datasets has no images. Reported over all steps of an epoch: by how much the heaviest rank,
+for which all others wait, exceeds the step's mean.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BATCH, BLOCK, WINDOW, SHARD = 1024, 64, 16, 4000
 
 @dataclass(frozen=True)
 class Mixture:
-    """datasets, and the tokens of every sample: of each shard, and of all end to end."""
+    """Datasets, and the number of tokens of every sample, one array per shard."""
 
     datasets: tuple[Dataset, ...]
     tokens: list[np.ndarray]
@@ -54,7 +54,7 @@ class Mixture:
         return Order(datasets, BATCH, lanes, BLOCK, WINDOW, **options)
 
     def excess(self, order: Order, ranks: int) -> np.ndarray:
-        """(steps,) by how much the heaviest rank exceeds the mean."""
+        """Return by how much the heaviest rank exceeds the mean, (steps,)."""
         flat, first = np.concatenate(self.tokens), np.cumsum([0] + [len(shard) for shard in self.tokens])
         lanes = [[self._takes(stream, lane) for lane in range(order.lanes)] for stream in order.streams]
         excess = []

@@ -1,18 +1,19 @@
-"""Does torch.compile make the language model faster on packed chunks, no two of which have the same lengths?
+"""Does torch.compile make the language model faster on packed chunks, which all have different lengths?
 
     python benchmarks/compile.py [--hidden 256] [--layers 4] [--pairs 16] [--passes 5]
 
-A language model with the ratios of LLaVE-0.5B's, as pipeline/models/llave/model.py runs it, of random weights in
-float32, on the GPU if there is one. MMEB-like pairs (benchmarks/mmeb_like.py) of a ninth of the tokens go through it in
-chunks, forward and backward, other pairs in each pass, as in each step; attention is SDPA.
+A language model with the proportions of LLaVE-0.5B's, as pipeline/models/llave/model.py runs it, with random float32
+weights, on the GPU if there is one. Chunks of MMEB-like pairs (benchmarks/mmeb_like.py) with a ninth of the tokens run
+forward and backward; every pass has new pairs, as every step has. Attention is SDPA.
 
-    eager               as the pipeline has it
-    MLPs and norms      each compiled by itself, dynamic=True: one graph for all numbers of tokens
-    whole layers        each compiled, dynamic=True: attention takes the items' lengths, on which its graphs depend.
-                        What needs more graphs than torch's limit, 8, runs eagerly then, and torch says so
+    eager               as in the pipeline
+    MLPs and norms      each module compiled with dynamic=True: one graph for all numbers of tokens
+    whole layers        each layer compiled with dynamic=True: graphs depend on the items' lengths through attention.
+                        Beyond torch's limit of 8 graphs, layers run eagerly, and torch reports it
 
-The first pass compiles, from an empty cache. Later ones are timed in turns: medians of the seconds, and of their ratios
-to eager's in the same pass. After each, all gradients must agree with eager's to 1e-5 of the largest.
+The first pass compiles with an empty cache. In later passes the variants alternate; reported are the median seconds,
+and the median ratio to eager in the same pass. After each pass, all gradients must agree with eager's to 1e-5 of the
+largest value.
 """
 
 import argparse
@@ -42,9 +43,9 @@ from pipeline.models.attention import Segments, implementation
 from pipeline.models.chunks import Chunk, plan_chunks
 from pipeline.models.llave.qwen2 import keep_less, pool_in_last_layer
 
-TILE, PATCH, FEWER_TOKENS = 72, 8, 9  # 9 x 9 patches a tile; SigLIP-so400m has 27 x 27
+TILE, PATCH, FEWER_TOKENS = 72, 8, 9  # 9 x 9 patches per tile; SigLIP-so400m has 27 x 27
 HEAD = 64
-CHUNK_TOKENS = 864  # as many as two of the longest items have
+CHUNK_TOKENS = 864  # the tokens of two of the longest items
 TOLERANCE = 1e-5
 VARIANTS: dict[str, tuple[type[nn.Module], ...]] = {
     "eager": (),
@@ -73,7 +74,7 @@ def config_of(hidden: int, layers: int) -> LlavaOnevisionConfig:
 
 
 def make(config: Qwen2Config, compiled: tuple[type[nn.Module], ...], device: torch.device) -> Qwen2Model:
-    """Of one config always the same weights.  compiled: kinds of modules that are."""
+    """Return a model whose weights depend only on the config. compiled: the types of modules to compile."""
     torch.manual_seed(0)
     model = Qwen2Model(config).to(device)
     keep_less(model)
@@ -85,7 +86,7 @@ def make(config: Qwen2Config, compiled: tuple[type[nn.Module], ...], device: tor
 
 
 def run(model: Qwen2Model, chunks: Sequence[Chunk], device: torch.device) -> float:
-    """Seconds of a forward and backward pass over all chunks; gradients are there afterwards."""
+    """Run a forward and backward pass over all chunks, and keep the gradients; return the seconds."""
     model.zero_grad()
     directions = torch.linspace(-1, 1, model.config.hidden_size, device=device)
     _wait(device)
@@ -109,7 +110,7 @@ def _wait(device: torch.device) -> None:
 
 
 def difference(model: Qwen2Model, eager: Qwen2Model) -> float:
-    """Of their gradients, by the largest of eager's."""
+    """Return the largest difference of the gradients, relative to eager's largest gradient."""
     pairs = [(mine.grad, right.grad) for mine, right in zip(model.parameters(), eager.parameters(), strict=True)]
     return max(float((mine - right).abs().max()) for mine, right in pairs) / max(
         float(right.abs().max()) for _, right in pairs
@@ -147,7 +148,7 @@ def main() -> None:
         raise PipelineError(f"--hidden is {arguments.hidden}; heads are {HEAD} wide, of which it is no multiple")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        torch.set_num_threads(1)  # more would spin at every barrier where others use the cores, too
+        torch.set_num_threads(1)  # more would spin at every barrier if other programs use the cores
     config = config_of(arguments.hidden, arguments.layers)
     count = 1 + arguments.passes
     words = np.arange(config.video_token_id)

@@ -1,20 +1,21 @@
-"""How fast is the data plane, beside plain webdataset and transformers' image processor, in one run?
+"""How fast is the data pipeline, compared with plain webdataset and transformers' image processor?
 
     python benchmarks/data.py --work /tmp/data [--images 5000] [--rounds 3]
 
-Draws JPEGs of 640x480 with captions and converts them to shards in --work, which it uploads to a real S3 server. Then,
-in turns, with the same number of decoding workers on both sides:
+Draws JPEGs of 640x480 with captions, converts them to shards in --work and uploads these to a real S3 server. Then it
+runs both sides alternately, with the same number of decoding workers:
 
-    reading     an epoch's samples, no decoding: samples/s of pipeline/data/stream.py beside
-                webdataset.WebDataset(...).shuffle(1000).batched(...), from files and from S3 (webdataset by presigned
-                URLs and curl)
-    loading     the same with every image decoded and cut into LLaVA-OneVision's 384-pixel tiles: by Pillow behind
-                webdataset, which gives the same bytes; and by pipeline/data/tiles.py on both sides
-    tiles       one core: JPEG -> tiles beside transformers' LlavaOnevisionImageProcessorPil
-    bytes       what an epoch reads from S3 at 1, 2 and 4 ranks with as many workers each, by the dataset's bytes
+    reading     an epoch's samples without decoding: samples/s of pipeline/data/stream.py and of
+                webdataset.WebDataset(...).shuffle(1000).batched(...), from files and from S3 (webdataset through
+                presigned URLs and curl)
+    loading     the same, with every image decoded and cut into LLaVA-OneVision's 384-pixel tiles; webdataset with
+                Pillow, which gives the same bytes, and with pipeline/data/tiles.py, as on our side
+    tiles       one core: JPEG -> tiles, compared with transformers' LlavaOnevisionImageProcessorPil
+    bytes       bytes that an epoch reads from S3 at 1, 2 and 4 ranks with --workers each, relative to the
+                dataset's bytes
 
-Figures are medians over the rounds, ratios those of the medians; both sides run in every round, in turns first. An
-epoch is timed with the start of the workers, and from the first batch on.
+Figures are medians over the rounds, and ratios are ratios of medians. Both sides run in every round and take turns to
+be first. An epoch's rate is given including the start of the workers, and from the first batch on.
 """
 
 import argparse
@@ -67,7 +68,7 @@ Decode = Callable[[bytes], np.ndarray]
 
 
 def picture(number: int) -> bytes:
-    """A JPEG of 640x480: coloured clouds with the grain of a photograph, about 90 kB."""
+    """Return a JPEG of 640x480, about 90 kB: coloured clouds with photograph-like grain."""
     rng = np.random.default_rng(number)
     clouds = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
     grain = rng.normal(0, 6, (480, 640, 1))
@@ -91,7 +92,7 @@ def our_tiles(data: bytes) -> np.ndarray:
 
 
 def pillow_tiles(data: bytes) -> np.ndarray:
-    """The same of an image of 640x480, as one would write it with Pillow."""
+    """Cut an image of 640x480 into the same tiles with plain Pillow."""
     image = Image.open(BytesIO(data)).convert("RGB")
     grid = Image.new("RGB", (768, 768))
     grid.paste(image.resize((768, 576), Image.BICUBIC), (0, 96))
@@ -114,7 +115,7 @@ def epoch(url: str, workers: int, decode: Decode | None, rank: int = 0, world: i
 
 
 def ours(url: str, workers: int, decode: Decode | None) -> Iterator[int]:
-    """Samples, batch by batch, of an epoch."""
+    """Yield the numbers of samples of an epoch's batches."""
     for batch in epoch(url, workers, decode):
         assert all(batch.valid)
         yield len(batch.origins)
@@ -132,7 +133,7 @@ def theirs(urls: list[str], workers: int, decode: Decode | None) -> Iterator[int
 
 
 def rates(samples: Callable[[], Iterator[int]]) -> tuple[float, float]:
-    """Samples per second of a whole epoch, and after its first batch."""
+    """Return samples per second over a whole epoch, and after its first batch."""
     began = time.perf_counter()
     batches = samples()
     first = next(batches)
@@ -143,7 +144,7 @@ def rates(samples: Callable[[], Iterator[int]]) -> tuple[float, float]:
 
 
 def presigned(url: str, index: Index) -> list[str]:
-    """The shards' URLs for anybody, for an hour."""
+    """Return presigned URLs of the shards, valid for an hour."""
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     config = Config(s3={"addressing_style": "path"}, signature_version="s3v4")
     sign = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], config=config).generate_presigned_url

@@ -1,12 +1,12 @@
-"""Does the pipeline learn from pictures that nobody drew for it? Retrieval among all of Debian's colour emoji.
+"""Does the pipeline learn from real pictures? Retrieval among all of Debian's colour emoji.
 
     apt-get install fonts-noto-color-emoji
     python benchmarks/emoji.py --work /tmp/emoji [key=value ...]
 
-Renders every emoji that is one character and has a Unicode name, writes a jsonl of (name, picture) and (picture,
-name) pairs, converts it with tools/make_shards.py, uploads it to a real S3 server, trains the demo's tiny model from
-random weights with the usual command, and prints Precision@1 among all of them, both ways, before and after.
-The emoji are evaluated that were trained on: this shows that real pictures go through and are told apart, no more.
+Renders every emoji that is one character and has a Unicode name, and writes a jsonl of (name, picture) and (picture,
+name) pairs. Converts it with tools/make_shards.py, uploads it to a real S3 server, and trains the demo's tiny model
+from random weights with the usual command. Prints Precision@1 among all emoji in both directions, before and after
+training. Evaluation uses the training emoji: it only shows that real pictures are processed and distinguished.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from pipeline.jobs.program import command_line
 from tools.s3_server import S3Server
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-FONT_SIZE = 109  # the one size its bitmaps have
+FONT_SIZE = 109  # the only size of its bitmaps
 BLOCKS = [range(0x2300, 0x2400), range(0x2600, 0x27C0), range(0x1F000, 0x1FB00)]
 SIDE = 48
 DATASETS = ("Emoji-T2I", "Emoji-I2T")
 
 
 def render(character: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
-    """The emoji on white, SIDE pixels wide; None if the font has no picture of it."""
+    """Return the emoji on white, SIDE pixels wide, or None if the font does not have it."""
     canvas = Image.new("RGBA", (136, 128), (255, 255, 255, 0))
     ImageDraw.Draw(canvas).text((0, 0), character, font=font, embedded_color=True)
     if canvas.getchannel("A").getextrema()[1] == 0:
@@ -45,7 +45,7 @@ def render(character: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
 
 
 def write_rows(folder: Path) -> int:
-    """Write the pictures and rows.jsonl; how many emoji there are. Two that look the same are taken once."""
+    """Write the pictures and rows.jsonl; return the number of emoji. Emoji that look the same count once."""
     if not FONT.exists():
         raise PipelineError(f"{FONT} is missing: apt-get install fonts-noto-color-emoji")
     font = ImageFont.truetype(str(FONT), FONT_SIZE)

@@ -1,26 +1,26 @@
-"""How fast does an evaluation embed its items, beside the loop of the published evaluation code?
+"""How fast does an evaluation embed its items, compared with the loop of the published evaluation code?
 
     python benchmarks/encode.py [--pairs 4] [--rounds 3]
 
-A LLaVE-0.5B and a LLaVE-7B in small, of random weights in float32 on one thread of the CPU. In the first the vision
-tower takes half of the work for an image's tokens, in the second a sixteenth; it sees the same tiles on both sides. A
-tile has 14 x 14 patches of 27 x 27, so that texts have 0.27 of the tokens, as pictures have. The items are like MMEB's
-(DATASETS below): of each dataset so many pairs, as JPEGs and texts, all of them distinct. Before that, texts have 10 to
-500 tokens besides the prompt; pictures become 2, 3 or 5 tiles.
+Scaled-down LLaVE-0.5B and LLaVE-7B with random float32 weights, on one CPU thread. The vision tower takes half of the
+work for an image's tokens in the first, a sixteenth in the second; both sides give it the same tiles. A tile has 14 x
+14 patches instead of 27 x 27; to keep the proportions, texts also have 0.27 of their tokens. Items are MMEB-like
+(DATASETS below): distinct pairs of JPEGs and texts, with the same number of pairs for each of MMEB's datasets. Before
+scaling, texts have 10 to 500 tokens in addition to the prompt, and images have 2, 3 or 5 tiles.
 
-    ours        embed_collection with a ModelEncoder, as pipeline.evaluate runs it: threads prepare the next group while
-                the model embeds one, which is sorted by length and packed in chunks of as many tokens as the longest
-                item and a little more have, as with 4,096 in a LLaVE
-    published   the loop of VLM2Vec's eval.py, which LLaVE's is made from: a dataset's queries in order, then its
-                targets, in batches of 16, prepared by transformers' image processor in the same process, padded on the
-                right to the longest with an attention mask, through transformers' LlavaOnevisionModel
+    ours        embed_collection with a ModelEncoder, as in pipeline.evaluate: threads prepare the next group while the
+                model embeds one. A group is sorted by length and packed in chunks with slightly more tokens than the
+                longest item, as with 4,096 in LLaVE
+    published   the loop of VLM2Vec's eval.py, on which LLaVE's is based: a dataset's queries in order, then its
+                targets, in batches of 16, prepared by transformers' image processor in the same process, right-padded
+                to the longest with an attention mask, through transformers' LlavaOnevisionModel
 
-The published loop is spared what it need not have: the LM head, all hidden states, the cache, and the items that occur
-in several datasets, which ours embeds once.
+Unnecessary work is removed from the published loop: the LM head, the list of hidden states, the cache, and repeated
+items of several datasets, which our side embeds once.
 
-Both begin with JPEGs and texts, and take turns, dataset by dataset, and to be first; a round is all datasets, and a
-ratio the median of the rounds'. CPU seconds are those of all of the process's threads, which other programs on the
-machine do not change as they do the clock's. The embeddings of both must agree to 1e-4.
+Both sides start with JPEGs and texts. They alternate by dataset and take turns to be first; a round covers all
+datasets, and a ratio is the median over the rounds. CPU seconds include all threads of the process; unlike clock
+seconds, other programs hardly affect them. The embeddings of both sides must agree to 1e-4.
 """
 
 import argparse
@@ -62,12 +62,12 @@ from pipeline.models.registry import training
 
 transformers_logging.disable_progress_bar()
 CPU = torch.device("cpu")
-TILE, PATCH = 112, 8  # 14 x 14 patches a tile; SigLIP-so400m has 27 x 27 of 384 pixels
+TILE, PATCH = 112, 8  # 14 x 14 patches per tile; SigLIP-so400m has 27 x 27 from 384 pixels
 TOKENS = (TILE / PATCH / 27) ** 2
 
 
 def architecture(tower: tuple[int, int, int, int], text: tuple[int, int, int, int, int]) -> LlaveArchitecture:
-    """Of (width, MLP, layers, heads) and (width, MLP, layers, heads, key-value heads)."""
+    """Return a config from (width, MLP, layers, heads) and (width, MLP, layers, heads, key-value heads)."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return LlaveArchitecture(
         vision=dict(zip(names, tower, strict=True)) | {"image_size": TILE, "patch_size": PATCH},
@@ -76,8 +76,8 @@ def architecture(tower: tuple[int, int, int, int], text: tuple[int, int, int, in
     )
 
 
-# SigLIP-so400m and Qwen2-0.5B with as many layers, about an eighth as wide, and SigLIP-so400m and Qwen2-7B, a 16th.
-# The heads are as wide as theirs and so the fewer, for attention to have about its share of the work.
+# SigLIP-so400m and Qwen2-0.5B with all layers and about an eighth of the width; SigLIP-so400m and Qwen2-7B at a 16th.
+# Heads keep their width, and there are fewer of them, so that attention has about its original share of the work.
 MODELS = {
     "0.5B": architecture((144, 538, 26, 2), (128, 608, 24, 2, 1)),
     "7B": architecture((72, 269, 26, 1), (256, 1184, 28, 2, 1)),
@@ -86,7 +86,7 @@ BATCH = 16
 CHUNK = int(4096 * TOKENS)
 TOLERANCE = 1e-4
 
-# Height and width.
+# (height, width)
 PHOTOS = (480, 640), (640, 480), (427, 640), (375, 500), (500, 375), (500, 500), (768, 1024)
 PAGES = (2200, 1700), (600, 850), (2000, 800)
 CROPS = (80, 120), (200, 150), (224, 224), (300, 380), (90, 320)
@@ -94,13 +94,13 @@ CROPS = (80, 120), (200, 150), (224, 224), (300, 380), (90, 320)
 
 @dataclass(frozen=True)
 class Side:
-    """Queries or targets: what pictures they have, and the fewest and most words of their texts."""
+    """Queries or targets: the sizes of their images, and the range of words in their texts."""
 
     pictures: tuple[tuple[int, int], ...]
     words: tuple[int, int]
 
 
-# Queries and targets of MMEB's kinds, and by how many of its 36 datasets they stand for.
+# MMEB's types of queries and targets, and how many of its 36 datasets have them.
 DATASETS = {
     "classification": (10, Side(PHOTOS, (10, 20)), Side((), (10, 15))),
     "visual questions": (6, Side(PHOTOS, (15, 40)), Side((), (10, 15))),
@@ -132,7 +132,7 @@ VOCABULARY = [
 
 
 def draw(pairs: int) -> dict[str, "Sides"]:
-    """Queries and targets by dataset: `pairs` times its share."""
+    """Return queries and targets by type of dataset: `pairs` per dataset that it represents."""
     rng = np.random.default_rng(0)
 
     def item(side: Side) -> Item:
@@ -142,7 +142,7 @@ def draw(pairs: int) -> dict[str, "Sides"]:
         if not side.pictures:
             return Item(text)
         height, width = (round(n * TILE / 384) for n in side.pictures[rng.integers(len(side.pictures))])
-        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)  # as smooth as photographs are
+        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)  # as smooth as photographs
         Image.fromarray(coarse).resize((width, height)).save(buffer := io.BytesIO(), "JPEG", quality=90)
         return Item(f"{IMAGE_MARK}\n{text}", (buffer.getvalue(),))
 
@@ -152,7 +152,7 @@ def draw(pairs: int) -> dict[str, "Sides"]:
     }
 
 
-Sides = tuple[list[Item], list[Item]]  # a dataset's queries and targets
+Sides = tuple[list[Item], list[Item]]  # queries and targets of a dataset
 
 
 class Ours:
@@ -163,14 +163,14 @@ class Ours:
         self.collections = {name: _collection(name, *sides) for name, sides in datasets.items()}
 
     def embed(self, dataset: str) -> torch.Tensor:
-        """(items, D), queries and then targets."""
+        """Embed the queries, then the targets, (items, D)."""
         collection = self.collections[dataset]
         store = MemoryStore(len(collection.items), self.encoder.dimension)
         embed_collection(self.encoder, collection, store)
         return torch.from_numpy(store.vectors)
 
     def tokens(self) -> int:
-        """No padding is embedded; attention alone has it."""
+        """Return the number of embedded tokens. There is no padding, except inside attention."""
         items = (item for collection in self.collections.values() for item in collection.items)
         return sum(len(self.encoder.prepare(item()).input_ids) for item in items)
 
@@ -190,7 +190,7 @@ def _same(item: Item) -> Item:
 
 
 class Published:
-    """The plain loop."""
+    """The published loop."""
 
     def __init__(self, path: str, datasets: dict[str, Sides], tiling: Tiling) -> None:
         self.datasets, self.tiling = datasets, tiling
@@ -204,7 +204,7 @@ class Published:
                 yield self._batch(side[start : start + BATCH])
 
     def _batch(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
-        """What the model takes. transformers' own processor for it wants torchvision; this does the same."""
+        """Return the model's inputs, as transformers' own processor does, which needs torchvision."""
         pictures = [Image.open(io.BytesIO(image)).convert("RGB") for item in items for image in item.images]
         counts = iter([self.tiling.tokens(picture.height, picture.width, anyres=True) for picture in pictures])
         texts = [
@@ -216,7 +216,7 @@ class Published:
 
     @torch.no_grad()
     def embed(self, dataset: str) -> torch.Tensor:
-        """(items, D), queries and then targets."""
+        """Embed the queries, then the targets, (items, D)."""
         rows = []
         for inputs in self._batches(dataset):
             hidden = self.model(**inputs, use_cache=False).last_hidden_state
@@ -225,12 +225,12 @@ class Published:
         return torch.cat(rows)
 
     def tokens(self) -> int:
-        """With padding."""
+        """Return the number of embedded tokens, including padding."""
         return sum(inputs["input_ids"].numel() for dataset in self.datasets for inputs in self._batches(dataset))
 
 
 def measure(ours: Ours, published: Published, number: int) -> tuple[np.ndarray, float]:
-    """A round's seconds, (2 sides, datasets, 2): of the clock and of the CPU; the embeddings' largest difference."""
+    """Return clock and CPU seconds of a round, (2 sides, datasets, 2); and the embeddings' largest difference."""
     seconds, off = np.zeros((2, len(DATASETS), 2)), 0.0
     for place, dataset in enumerate(DATASETS):
         found = {}
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, choices=range(1, 100), metavar="N", help="(3)")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="(0.5B 7B)")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # more would spin at every barrier where others use the cores, too
+    torch.set_num_threads(1)  # more would spin at every barrier if other programs use the cores
     datasets, pairs = draw(arguments.pairs), 36 * arguments.pairs
     for name in arguments.models:
         with TemporaryDirectory() as folder:

@@ -1,44 +1,44 @@
-"""How fast is a training step on one GPU of 80 GB, beside the published recipe, and is its attention right?
+"""How fast is a training step on one 80 GB GPU, compared with the published recipe, and is its attention correct?
 
     python benchmarks/gpu_step.py [--models 0.5b,2b,7b] [--pairs 256] [--rounds 3]
 
-LLaVE's three sizes of random weights in bf16, made on the device; 7B with LoRA, which is what one GPU has room for. No
-data and no network are needed. Without a GPU, or with --dry-run, the same code runs on the CPU with tiny shapes, in
-about two minutes: its figures mean nothing, and the memory is the process's.
+LLaVE's three sizes with random bf16 weights, created on the device; 7B with LoRA, the only way it fits one GPU. No data
+and no network are needed. Without a GPU, or with --dry-run, the same code runs on the CPU with tiny shapes in about two
+minutes. Its figures are then meaningless, and memory is that of the process.
 
-The pairs are like MMEB-train's (benchmarks/mmeb_like.py): 61 % an image and its text, 25 % a text and its image, 14 %
-two images, of several shapes (1,485 to 3,699 tokens); texts of 10 to 60 tokens besides the prompt. Both sides train
-with DeepSpeed's ZeRO 1 and AdamW, the tower frozen in bf16 and outside the engine:
+The pairs are MMEB-like (benchmarks/mmeb_like.py): 61 % an image and its text, 25 % a text and its image, 14 % two
+images. Images have several shapes (1,485 to 3,699 tokens); texts have 10 to 60 tokens in addition to the prompt. Both
+sides train with DeepSpeed's ZeRO 1 and AdamW, with the frozen bf16 tower outside the engine:
 
-    ours        pipeline/objectives/contrastive/step.py; the fastest attention there is (model.attention=auto). Of its
-                chunks none keeps its graph, then as many as fit: 1, 2, 4, ... are tried until memory runs out. All
-                pairs are each other's negatives
-    LLaVE       arXiv 2503.04812 as its code trains it: micro-batches of four pairs, alike in whether their queries
-                have an image, padded on the right to their longest item, queries and targets apart, a dummy tile for
-                each text, activation checkpointing in every layer of the language model, gradients accumulated; SDPA,
-                causal without a mask. A pair has three negatives a side
+    ours        pipeline/objectives/contrastive/step.py with the fastest available attention (model.attention=auto).
+                First no chunk keeps its graph, then as many as fit: 1, 2, 4, ... are tried until memory runs out. All
+                pairs are negatives of each other
+    LLaVE       arXiv 2503.04812 as its code trains it: micro-batches of four pairs, grouped by whether queries have an
+                image, right-padded to the longest item, queries and targets separately, a dummy tile for each text,
+                activation checkpointing in every layer of the language model, accumulated gradients; SDPA, causal
+                without a mask. A pair has three negatives per side
 
-Each row is measured in a process of its own: one that runs out of memory says so in the table. Seconds are medians
-over the rounds, after a step of four pairs; samples are pairs, tokens those of the items, without padding. Memory is
-the most that torch had allocated on the device, weights and AdamW's moments included. The two sides must agree on the
-embeddings of the same items, or it is an error.
+Each row is measured in a new process; if it runs out of memory, the table reports this. Seconds are medians over the
+rounds, after a step of four pairs. Samples are pairs; tokens exclude padding. Memory is torch's peak allocation on the
+device, including weights and AdamW's moments. It is an error if the two sides' embeddings of the same items disagree.
 
-Model FLOPs utilisation counts what a step has to compute, and not how a side does it: neither padding, nor dummy
-tiles, nor what is computed twice. With N the elements of the linear layers' weights (no embedding table; of the last
-layer keys and values alone, since nothing but the last tokens' states is wanted of it):
+Model FLOPs utilisation counts what a step must compute, however a side does it: no padding, no dummy tiles and no
+recomputation. N is the number of elements in the weights of the linear layers, without the embedding table. Of the last
+layer only keys and values count, since only the last tokens' states are needed from it:
 
-    language model   an item of T tokens: 2 N T forward, 2 N T for the inputs' gradient, 2 N' T for that of the N' that
-                     are trained (all, or LoRA's alone); and in each other layer causal attention, 2 T² width forward,
-                     twice that backward
-    projector        6 N for each patch of a tile; of its first layer 4 N, since no one asks for its inputs' gradient
-    vision tower     forward only, once: 2 N for each patch, and in each layer 4 patches² width for each tile
+    language model   an item of T tokens: 2 N T forward, 2 N T for the inputs' gradient, 2 N' T for the gradient of the
+                     N' trained elements (all, or LoRA's). In each layer except the last, causal attention takes 2 T²
+                     width forward and twice that backward
+    projector        6 N per patch of a tile; 4 N for its first layer, which needs no gradient of its inputs
+    vision tower     forward only, once: 2 N per patch, and 4 patches² width per tile in each layer
 
-The second table is of attention: items in one packed row, their embeddings and the gradient of sum(embeddings * random
-directions) with respect to the trained parameters, by each kind in pipeline/models/attention.py in bf16 beside SDPA in
-fp32, which is taken as right, and SDPA in bf16, whose own distance from fp32 is what to expect of any. A kernel with a
-difference from fp32 of more than three times SDPA's is an error. Tried on the CPU, right ones (one item at a time,
-other roundings, SDPA's other backend) came to 2.0 times at most; wrong ones (a token ahead, all tokens or another
-item's last seen, the last key left out, the scale 5 % off, heads mixed) to 4.4 at least in the embeddings.
+The second table is about attention. For items in one packed row it compares the embeddings, and the gradient of
+sum(embeddings * random directions) with respect to the trained parameters. Each implementation in
+pipeline/models/attention.py runs in bf16 and is compared with SDPA in fp32, the reference, and with SDPA in bf16, whose
+own distance from fp32 is the expected error. It is an error if a kernel is more than three times as far from fp32 as
+SDPA. In trials on the CPU, correct variants (one item at a time, other roundings, SDPA's other backend) reached at most
+2.0 times. Wrong ones (attention to one token ahead, to all tokens or to another item's last token, the last key left
+out, the scale 5 % off, heads mixed) reached at least 4.4 times in the embeddings.
 """
 
 import argparse
@@ -93,7 +93,7 @@ from pipeline.training.engine import adamw, freeze, parameter_groups
 
 @dataclass(frozen=True)
 class Backbone:
-    """A language model's shape, and the tokens of a chunk for which one GPU has room."""
+    """A language model's shape, and the chunk size in tokens that fits one GPU."""
 
     hidden: int
     layers: int
@@ -128,14 +128,14 @@ TINY = {
 }
 COMPARED = 8  # items embedded by both sides
 PARITY_PAIRS = 2
-STANDARD_DEVIATION = 0.02  # of the weights
-TIMES_SDPA = 3  # that a kernel in bf16 may be as far from fp32
+STANDARD_DEVIATION = 0.02  # of the initial weights
+TIMES_SDPA = 3  # limit for a bf16 kernel's distance from fp32
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of a table share. dry: of tiny shapes."""
+    """What all rows of a table have in common. dry: use tiny shapes."""
 
     model: str
     pairs: int
@@ -144,7 +144,7 @@ class Setting:
     dry: bool
 
     def config(self, attention: str) -> LlavaOnevisionConfig:
-        """attention: transformers' name for it."""
+        """Return the model's config. attention: its name in transformers."""
         backbone, vision = BACKBONES[self.model], TINY if self.dry else SO400M
         text = Qwen2Config(
             hidden_size=8 * backbone.heads if self.dry else backbone.hidden,
@@ -180,7 +180,7 @@ class Setting:
 
 
 def batch_of(config: LlavaOnevisionConfig, pairs: int) -> Batch:
-    return draw(config, pairs, np.arange(config.video_token_id))  # the marks are the vocabulary's last two
+    return draw(config, pairs, np.arange(config.video_token_id))  # the last two tokens are placeholders
 
 
 class PaddedLlave(TowerlessLlave):
@@ -188,11 +188,11 @@ class PaddedLlave(TowerlessLlave):
 
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)
-        self.language_model = Qwen2Model(config.text_config)  # which does not pool in its last layer
+        self.language_model = Qwen2Model(config.text_config)  # it does not pool in its last layer
         self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, packed: Packed, features: Tensor, dummies: Tensor) -> Tensor:
-        """N items -> (N, hidden) float32 unit rows. dummies: the features of the texts' tiles, which no token takes."""
+        """Embed N items as (N, hidden) float32 unit rows. dummies: features of the texts' dummy tiles, not used."""
         embeds = self.language_model.embed_tokens(packed.input_ids)
         if packed.images:
             placeholders = (packed.input_ids == self.config.image_token_id).nonzero()[:, 0]
@@ -203,7 +203,7 @@ class PaddedLlave(TowerlessLlave):
 
 
 def make(kind: Callable[[LlavaOnevisionConfig], nn.Module], config: LlavaOnevisionConfig, device: torch.device) -> Any:
-    """A model in bf16, on the device from the start; of one config always the same weights."""
+    """Create a bf16 model directly on the device; its weights depend only on the config."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with no_init_weights(), device:
@@ -223,7 +223,7 @@ def make(kind: Callable[[LlavaOnevisionConfig], nn.Module], config: LlavaOnevisi
 
 
 def make_trained(kind: type[TowerlessLlave], setting: Setting, attention: str, device: torch.device) -> TowerlessLlave:
-    """All but the tower; what the recipe trains takes gradients."""
+    """Create the model without the tower; the parameters that the recipe trains require gradients."""
     model, recipe = make(kind, setting.config(attention), device), setting.recipe(setting.pairs, 0)
     freeze(model, recipe)
     if recipe.model.train.adapters:
@@ -254,7 +254,7 @@ class Ours(Side):
         return embed_chunks(self.engine, self.chunks(items), len(items), features)
 
     def chunks(self, items: Sequence[Encoded]) -> list[Chunk]:
-        """As a step cuts them."""
+        """Plan the chunks as a step does."""
         return plan_chunks(items, self.setting.chunk_tokens, self.device, padded=self.engine.module.pads)
 
     def step(self, batch: Batch, kept_chunks: int) -> None:
@@ -267,7 +267,7 @@ class Ours(Side):
         return KeptFeatures(self.tower, recipe.batch.features_mb << 20)
 
     def most_kept(self, batch: Batch, chunks: int) -> int:
-        """As many chunks as may keep their graph: all of them, or a power of two. Memory may have run out then."""
+        """Return how many graphs fit: a power of two, or all. The last trial may have run out of memory."""
         fitting = 0
         while fitting < chunks:
             tried = min(2 * fitting or 1, chunks)
@@ -300,14 +300,14 @@ class Paper(Side):
 
 
 def model_flops(model: TowerlessLlave, tower: FrozenTower, items: Sequence[Encoded]) -> float:
-    """Of a step on these items; by the formulas above."""
+    """Return the FLOPs of a step on these items, by the formulas above."""
     config = model.config
     text, vision = config.text_config, config.vision_config
     tokens, patches = tokens_of(items), (vision.image_size // vision.patch_size) ** 2
     squares = sum(len(item.input_ids) ** 2 for item in items)
     *layers, last = model.language_model.layers
     language = nn.ModuleList([*layers, last.self_attn.k_proj, last.self_attn.v_proj])
-    passes = 2 * _weights(language) + _weights(language, trained=True)  # forward, inputs' gradient, weights' gradient
+    passes = 2 * _weights(language) + _weights(language, trained=True)  # forward, input and weight gradients
     causal = 3 * 2 * squares * text.hidden_size * len(layers)
     tower_attention = 4 * patches**2 * vision.hidden_size * vision.num_hidden_layers
     projector = model.multi_modal_projector
@@ -317,16 +317,16 @@ def model_flops(model: TowerlessLlave, tower: FrozenTower, items: Sequence[Encod
 
 
 def _weights(module: nn.Module, trained: bool = False) -> int:
-    """Elements of the matrices that inputs are multiplied with; of the trained ones, or of all."""
+    """Return the number of elements of all (or all trained) matrices that inputs are multiplied with."""
     layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     return sum(layer.weight.numel() for layer in layers if layer.weight.requires_grad or not trained)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A row. embeddings: (COMPARED, hidden), before the first step.
+    """A row of the table. embeddings: (COMPARED, hidden), before the first step.
 
-    chunks, most_kept: of ours without kept graphs, how many there are, and how many graphs may be kept.
+    chunks, most_kept: for ours without kept graphs, the number of chunks and the number of graphs that fit.
     """
 
     seconds: float
@@ -358,7 +358,7 @@ def _measure(side: Paper | Ours, step: Callable[[Batch], None], batch: Batch) ->
     flops = side.cost(items)
     with torch.no_grad():
         embeddings = side.embed(items[:COMPARED]).cpu().numpy()
-    step(batch_of(side.engine.module.config, MICRO_BATCH))  # AdamW's moments are made in the first step
+    step(batch_of(side.engine.module.config, MICRO_BATCH))  # the first step allocates AdamW's moments
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(setting.rounds):
@@ -383,7 +383,7 @@ def _peak(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Differences:
-    """embedding: the largest of an element. gradient: that by the largest element; norm: relative, over all."""
+    """embedding: largest of any element. gradient: largest relative to the largest element. norm: relative, overall."""
 
     embedding: float
     gradient: float
@@ -409,11 +409,11 @@ class Run:
 
 
 def measure_attention(setting: Setting) -> dict[str, tuple[Differences, Differences] | str]:
-    """By kind of attention: beside SDPA in fp32 and in bf16; or why it does not run."""
+    """Compare each attention with SDPA in fp32 and in bf16; instead, give the reason if it does not run."""
     device = start_distributed(timeout_minutes=5)
     model = make_trained(TowerlessLlave, setting, "packed_sdpa", device)
-    model.language_model.gradient_checkpointing_enable({"use_reentrant": False})  # 7B in fp32 fits only so
-    # Random weights look at all tokens alike, and hide what a wrong kernel does: have queries and keys of length.
+    model.language_model.gradient_checkpointing_enable({"use_reentrant": False})  # otherwise 7B in fp32 does not fit
+    # Random weights attend to all tokens alike, which hides errors of kernels. Use larger queries and keys.
     with torch.no_grad():
         for name, parameter in model.language_model.named_parameters():
             if name.endswith(".weight") and ("q_proj" in name or "k_proj" in name) and "lora" not in name:
@@ -440,7 +440,7 @@ def measure_attention(setting: Setting) -> dict[str, tuple[Differences, Differen
             runs[kind] = run(kind)
         except PipelineError as error:
             why_not[kind] = str(error).partition(": ")[2].partition(";")[0]
-    model.float()  # of the same digits
+    model.float()  # convert the same values
     exact = run("sdpa")
     measured = {kind: (each.beside(exact), each.beside(runs["sdpa"])) for kind, each in runs.items()}
     return {kind: measured.get(kind) or why_not[kind] for kind in ATTENTION_KINDS}
@@ -448,7 +448,7 @@ def measure_attention(setting: Setting) -> dict[str, tuple[Differences, Differen
 
 def _survives(function: Callable[..., Result], *arguments: Any) -> Result | None:
     try:
-        with redirect_stdout(StringIO()):  # DeepSpeed prints what memory there is
+        with redirect_stdout(StringIO()):  # DeepSpeed prints the available memory
             return function(*arguments)
     except torch.OutOfMemoryError:
         return None
@@ -458,13 +458,13 @@ def _survives(function: Callable[..., Result], *arguments: Any) -> Result | None
 
 
 def fresh(function: Callable[..., Result], *arguments: Any) -> Result | None:
-    """What it returns in a process of its own; None where the device's memory does not do."""
+    """Call the function in a new process and return its result, or None if the device's memory does not suffice."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_survives, function, *arguments).result()
 
 
 def check(paper: Measured, ours: Measured) -> str:
-    """Raise PipelineError where the sides do not agree; else say how well they do."""
+    """Raise PipelineError if the sides disagree; otherwise describe how well they agree."""
     mine, other = ours.embeddings, paper.embeddings
     off = float(np.linalg.norm(mine - other, axis=1).max())
     apart = np.linalg.norm(mine[:, None] - mine, axis=2)
@@ -527,7 +527,7 @@ def compare_attention(setting: Setting, console: Console) -> None:
 
 
 def judge(from_fp32: dict[str, Differences]) -> None:
-    """Raise PipelineError for a kind of attention that is much further from SDPA in fp32 than SDPA in bf16."""
+    """Raise PipelineError for attention that is much further from SDPA in fp32 than SDPA in bf16 is."""
     expected = astuple(from_fp32["sdpa"])
     for kind, differences in from_fp32.items():
         if not all(mine <= TIMES_SDPA * sdpa for mine, sdpa in zip(astuple(differences), expected, strict=True)):
@@ -565,7 +565,7 @@ def main() -> None:
     if pairs < MICRO_BATCH:
         raise PipelineError(f"--pairs is {pairs}; a micro-batch has {MICRO_BATCH}")
     if dry:
-        # Of the processes to come.
+        # For the new processes.
         os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     console = Console(width=120)
     device = "the CPU, tiny shapes" if dry else torch.cuda.get_device_name()

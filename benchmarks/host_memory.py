@@ -1,28 +1,28 @@
-"""How much of a node's memory does loading a model under ZeRO-3 take, and its export?
+"""How much CPU memory of a node do loading a model under ZeRO-3 and its export take?
 
     python benchmarks/host_memory.py --work /tmp/host_memory [--processes 1 2 4] [--stored bf16 fp16]
 
-A LLaVA-OneVision of random weights, 0.32 B parameters of which its largest tensor has a tenth, in files of 150 MB, is
-loaded as training loads one: the frozen vision tower by every process, the rest by pipeline.training.engine under
-ds_configs/zero3.json in bf16; then it is exported, as a run ends. The same once more on one process, with adapters in
-the language model, which are merged. Last an original checkpoint of it is converted, as the first process does it.
-Takes 6 GB of memory, and 4 GB of disk.
+A LLaVA-OneVision with random weights, in files of 150 MB, is loaded as in training. It has 0.32 B parameters, a tenth
+of them in its largest tensor. Every process loads the frozen vision tower; pipeline.training.engine loads the rest with
+ds_configs/zero3.json in bf16. Then it is exported, as at the end of a run. The same is repeated on one process with
+adapters in the language model, which are merged. Finally an original checkpoint is converted, as the first process does
+it. Takes 6 GB of memory and 4 GB of disk.
 
-Every 5 ms all processes' anonymous memory (RssAnon in /proc/PID/status) is read and added up; given is by how much it
-exceeds what they had when they had met, before they loaded anything. Mapped files are not in it: the kernel drops their
-pages when it needs room. The allocator gives what is freed back at once (MALLOC_MMAP_THRESHOLD_).
+Every 5 ms, the anonymous memory of all processes (RssAnon in /proc/PID/status) is read and added up. Reported is the
+increase since their rendezvous, before they loaded anything. Mapped files do not count: the kernel drops their pages
+when it needs memory. The allocator returns freed memory at once (MALLOC_MMAP_THRESHOLD_).
 
-On the CPU the device's memory is the host's. In the last column is what the host has of it beside a GPU:
+On the CPU, device memory is CPU memory. The last column estimates the CPU memory on a node with GPUs:
 
     start        all: Python, torch, DeepSpeed, without CUDA
-    tower        the peak: it is loaded by the CPU, and then goes to the GPU
-    partitions   nothing: DeepSpeed makes each tensor, whole, on the GPU, and keeps a part
-    weights      the peak less what stays, which is the partitions. Weights that are not stored in bf16 are, on the
-                 way to a GPU, converted by the CPU: all processes' parts of the largest tensor are added
-    engine       the buffers in which DeepSpeed's `defragment` collects each process's trained partitions, by their
-                 size: here what they take is given back elsewhere at the same time. The rest is on the GPU: master
-                 weights, sums of gradients
-    export       what the peak has more than there was before, and the tower, which there is copied from the GPU
+    tower        the peak: the CPU loads it before it moves to the GPU
+    partitions   nothing: DeepSpeed creates each whole tensor on the GPU, and keeps a part
+    weights      the peak without the partitions, which remain. Weights that are not stored in bf16 are converted on the
+                 CPU; this adds all processes' parts of the largest tensor
+    engine       the sizes of the buffers in which DeepSpeed's `defragment` collects each process's trained partitions;
+                 in this benchmark other memory is freed at the same time. The rest is on the GPU: master weights,
+                 accumulated gradients
+    export       the increase at the peak, plus the tower, which is copied from the GPU
 """
 
 import argparse
@@ -40,7 +40,7 @@ from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)  # for the processes started here
+os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)  # for the child processes
 
 import deepspeed
 import numpy as np
@@ -93,14 +93,14 @@ ARCHITECTURE = LlaveArchitecture(
 )
 START, TOWER, PARTITIONS, WEIGHTS, ENGINE, EXPORT = "start", "tower", "partitions", "weights", "engine", "export"
 
-# A phase's name where it begins, or again with the bytes that were collected in it; "" where the last one ends.
+# Called with a phase's name at its start, and again with the bytes collected in it; with "" at the end of the last one.
 Mark = Callable[..., None]
 Task = Callable[[Path, Mark], None]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes of all processes together, but for the first phase above what they had in the beginning.
+    """Bytes of all processes together; except in the first phase, relative to the start.
 
     collected: by DeepSpeed's `defragment`.
     """
@@ -113,11 +113,11 @@ class Phase:
 
 
 def write_models(folder: Path, dtype: torch.dtype) -> None:
-    """The model in transformers' format in `folder`/model, in several files, and as `folder`/original."""
+    """Save the model in transformers' format as `folder`/model, in several files, and as `folder`/original."""
     made, unfinished = folder / "made", folder / "model.unfinished"
     shutil.rmtree(folder, ignore_errors=True)
     rng = np.random.default_rng(0)
-    # Words enough for a tokenizer of the architecture's size.
+    # Enough words for a tokenizer of the architecture's vocabulary size.
     texts = (" ".join("".join(map(chr, rng.integers(97, 123, 8))) for _ in range(500)) for _ in range(200))
     llave.build(ARCHITECTURE, texts, seed=0, folder=made)
     shutil.copytree(made, unfinished, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
@@ -129,7 +129,7 @@ def write_models(folder: Path, dtype: torch.dtype) -> None:
 
 
 def train(folder: Path, mark: Mark, *overrides: str) -> None:
-    """Load the model and export it, as training does."""
+    """Load and export the model as training does."""
     world = int(os.environ["WORLD_SIZE"])
     fields = [f"model.path={folder}/model", "precision=bf16", "deepspeed=ds_configs/zero3.json"]
     fields += ["model.train.vision_tower=false", f"batch.global_batch={2 * world}", f"data.lanes={world}", *overrides]
@@ -137,7 +137,7 @@ def train(folder: Path, mark: Mark, *overrides: str) -> None:
     device = start_distributed(timeout_minutes=1)
 
     def marked(module: object, name: str, phase: str) -> None:
-        """Have a phase begin, on all processes at once, where a function is called."""
+        """Start a phase on all processes when the function is called."""
         function = getattr(module, name)
 
         def marking(*arguments: object, **options: object) -> object:
@@ -154,7 +154,7 @@ def train(folder: Path, mark: Mark, *overrides: str) -> None:
 
     collect, stage3.defragment = stage3.defragment, defragment
     marked(engine, "load_partitioned", PARTITIONS)
-    marked(partitions, "_files", WEIGHTS)  # which are listed when the partitions are there, and then read
+    marked(partitions, "_files", WEIGHTS)  # after the partitions exist, the files are listed and read
     marked(deepspeed, "initialize", ENGINE)
     dist.barrier()
     mark(TOWER)
@@ -165,7 +165,7 @@ def train(folder: Path, mark: Mark, *overrides: str) -> None:
     export(whole, tower, recipe, recipe.model.path, folder / "exported")
     dist.barrier()
     mark("")
-    time.sleep(0.1)  # with all that stays
+    time.sleep(0.1)  # measure while everything is still allocated
     del tower, whole
 
 
@@ -182,7 +182,7 @@ def convert(folder: Path, mark: Mark) -> None:
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
-    """Bytes of each tensor in bf16, by name."""
+    """Return each tensor's bytes in bf16, by name."""
     sizes = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -191,7 +191,7 @@ def sizes_of(folder: Path) -> dict[str, int]:
 
 
 def measured(task: Task, folder: Path, processes: int) -> list[Phase]:
-    """Run a task on so many processes, while their memory is watched."""
+    """Run a task on that many processes and sample their memory."""
     context = get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -222,7 +222,7 @@ def _rank(sender: Connection, task: Task, folder: Path, rank: int, world: int, p
     os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
     task(folder, lambda phase, collected=0: sender.send((time.monotonic(), phase, collected)))
     sender.close()
-    os._exit(0)  # as training ends
+    os._exit(0)  # as at the end of training
 
 
 def _received(receiver: Connection) -> list[tuple[float, str, int]]:
@@ -235,7 +235,7 @@ def _received(receiver: Connection) -> list[tuple[float, str, int]]:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """0 for a process that has ended."""
+    """Return a process's anonymous memory, or 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -244,7 +244,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def phases_of(samples: np.ndarray, marks: list[tuple[float, str, int]]) -> list[Phase]:
-    """samples: (n, 2) times and bytes.  marks: a phase's begin, or what was collected in it; "" ends the last one."""
+    """Return the phases. samples: (n, 2) times and bytes. marks: (time, name, bytes collected) from calls of Mark."""
     begins = {}
     for moment, name, _ in sorted(marks):
         begins.setdefault(name, moment)
@@ -259,7 +259,7 @@ def phases_of(samples: np.ndarray, marks: list[tuple[float, str, int]]) -> list[
 
 
 def on_host(phase: Phase, sizes: dict[str, int], stored: str) -> int:
-    """What the host has of it at most, beside a GPU."""
+    """Return an upper estimate of the phase's CPU memory on a node with GPUs."""
     if phase.name == PARTITIONS:
         return 0
     if phase.name == WEIGHTS:

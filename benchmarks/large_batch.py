@@ -2,14 +2,14 @@
 
     python benchmarks/large_batch.py --work /tmp/large_batch [--batch 4096] [--steps 2]
 
-Draws twice as many JPEGs of 80x64 with captions, whose vectors, 512 wide, pipeline.embed caches, and trains a small
-vision tower of 4 layers, 64 wide, at 64 pixels, with the adapter, by pipeline.train on two processes with a decoding
-process each: all of a run, the export too. Once by the gradient cache, in chunks of 128 images; once with all chunks'
-graphs kept, as a step without the cache would have them; and by the gradient cache at an eighth of the batch.
+Draws twice as many JPEGs of 80x64 with captions; pipeline.embed caches the captions' vectors, 512 wide. pipeline.train
+trains a small vision tower (4 layers, width 64, 64 pixels) and the adapter on two processes with one decoding process
+each, including the export. It runs with the gradient cache in chunks of 128 images; with the graphs of all chunks kept,
+as in a step without the cache; and with the gradient cache at an eighth of the batch.
 
-Memory is the proportional set size (Pss in /proc/PID/smaps_rollup, in which processes share what they share) of a rank
-and its workers, read every quarter of a second, and of all together, the launcher too. A whole B x B matrix of
-similarities is float32's B² x 4 bytes.
+Memory is the proportional set size (Pss in /proc/PID/smaps_rollup, which divides shared pages among processes), read
+every quarter of a second: of each rank with its workers, and of all processes with the launcher. For comparison, a
+B x B float32 matrix of similarities has B² x 4 bytes.
 """
 
 import argparse
@@ -52,14 +52,14 @@ VISION = {
     "patch_size": 8,
     "hidden_act": "gelu",
 }
-TOKENS = (64 // 8) ** 2 + 1  # of an image
+TOKENS = (64 // 8) ** 2 + 1  # per image
 CHUNK, ALL = 128, 1_000_000
 PROCESSES = 2
 
 
 @dataclass(frozen=True)
 class Measured:
-    """ranks: each one's peak, its workers included.  together: the peak of all processes.  seconds: the last step's."""
+    """ranks: peak bytes of each, including workers. together: peak bytes of all. seconds: duration of the last step."""
 
     ranks: list[int]
     together: int
@@ -118,7 +118,7 @@ def tree(process: psutil.Process) -> list[psutil.Process]:
 
 
 def bytes_of(process: psutil.Process) -> int:
-    """0 for a process that has ended."""
+    """Return a process's proportional set size, or 0 if it has ended."""
     with suppress(OSError):
         lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
         return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)

@@ -1,15 +1,15 @@
-"""Does a language model teach better than a text tower of CLIP's own? On synthetic images, from random weights.
+"""Does a language model teach better than CLIP's own text tower? On synthetic images, from random weights.
 
     python benchmarks/llm2clip.py [--seeds 3] [--processes 2] [--folder DIR]
 
-For each seed: synthetic images with captions; CLIP (demo_clip.yaml: both towers trained, texts cut at 77 tokens); and
-LLM2CLIP, a tiny decoder trained to tell captions apart (demo_caption.yaml), its vectors of the training captions
-(pipeline.embed), and the same vision encoder taught by them in as many steps of the same pictures and captions
-(demo_llm2clip.yaml). Both are asked to retrieve among 300 pictures: by short captions, by long ones, and by Chinese
-ones, which no step of either saw beside a picture; the decoder saw them beside other captions.
+Each seed has its own synthetic images with captions. CLIP (demo_clip.yaml) trains both towers, with texts truncated to
+77 tokens. LLM2CLIP trains a tiny decoder to distinguish captions (demo_caption.yaml), embeds the training captions with
+it (pipeline.embed), and trains the same vision encoder with these vectors, for as many steps on the same images and
+captions (demo_llm2clip.yaml). Both then retrieve among 300 images: by short captions, by long ones, and by Chinese
+ones, which neither saw together with an image in training; the decoder saw them together with other captions.
 
-R@1 counts a query as 1/k where k candidates, the right one among them, are equally similar: a tower that reads the
-same 77 tokens of two captions has not told them apart. In DIR everything stays; a seed that is done is not done again.
+R@1 counts a query as 1/k if k candidates, including the right one, are equally similar: a tower that reads the same 77
+tokens of two captions has not distinguished them. All results stay in DIR; finished seeds are not repeated.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from pipeline.jobs.program import command_line
 
 CPU = torch.device("cpu")
 SETS = ("short", "long", "chinese")
-EQUAL = 1e-5  # similarities that differ by less differ by rounding
+EQUAL = 1e-5  # smaller differences of similarities are rounding
 MODELS = {"CLIP": "clip", "LLM2CLIP": "llm2clip"}
 
 
@@ -81,14 +81,14 @@ def _of_seed(seed: int, folder: Path, processes: int) -> dict:
 
 
 def _separation(run: Path) -> dict[str, list[float]]:
-    """Precision@1 of each set, before training and after it."""
+    """Return {set: [Precision@1 before training, after training]}."""
     reports = [json.loads(path.read_text()) for path in sorted((run / "evaluation").glob("step-*.json"))]
     first, last = reports[0]["results"], reports[-1]["results"]
     return {name: [100 * first[name]["metrics"]["P@1"], 100 * last[name]["metrics"]["P@1"]] for name in first}
 
 
 def _recalls(model: Path, url: str) -> dict[str, float]:
-    """R@1 of a set, in percent, by direction."""
+    """Return R@1 in percent by direction."""
     encoder = load_encoder(str(model), EvaluationRun(), CPU)
     collection = sets.load([f"text-image={url}"], instructed=encoder.instructed)
     store = MemoryStore(len(collection.items), encoder.dimension)
@@ -103,7 +103,7 @@ def _recall(task: Retrieval, rows: np.ndarray) -> float:
 
 
 def _share(scores: np.ndarray, right: np.ndarray) -> float:
-    """Of the candidates that are most similar, how many are right."""
+    """Return the fraction of right candidates among the most similar ones."""
     best = np.flatnonzero(scores >= scores.max() - EQUAL)
     return float(np.isin(best, right).mean())
 

@@ -1,19 +1,19 @@
-"""What does the tiled contrastive loss take, beside the same formulas over the whole B x B matrix?
+"""What does the tiled contrastive loss cost, compared with the same formulas over the whole B x B matrix?
 
     python benchmarks/loss.py [--sizes 4096 16384 32768] [--dim 1024] [--rounds 3]
 
-Forward and backward of B pairs of float32 vectors on one process, at the temperature 0.02:
+Forward and backward of B pairs of float32 vectors on one process, at temperature 0.02:
 
-    ClipLoss    two-sided cross entropy as open_clip's src/open_clip/loss.py has it on one process, a matrix for each
-                side; ours with alpha 0
-    LLaVE       formula L of arXiv 2503.04812 over one matrix, to whose negatives alpha s is added without gradient,
+    ClipLoss    two-sided cross entropy as in open_clip's src/open_clip/loss.py on one process, with a matrix per side;
+                ours with alpha 0
+    LLaVE       formula L of arXiv 2503.04812 over one matrix, which adds alpha s to the negatives without gradient,
                 with alpha 9; ours with alpha 9
 
-Each measurement has a process of its own, on the GPU if there is one. Memory is the peak above what the process has
-after the imports, the inputs and a small warm-up: resident memory, on a GPU torch's allocations. What asks for more
-than the machine has available does not fit: the table says how much that was, and the ratio is then a bound. Seconds
-are medians over the rounds, in which the two sides take turns to be first. The losses, and the norms of their
-gradients, must agree to 1e-5 wherever both sides fit.
+Each measurement runs in a new process, on the GPU if there is one. Memory is the peak above the level after the
+imports, the inputs and a small warm-up: resident memory, or torch's allocations on a GPU. A side that needs more than
+the available memory does not fit; the table gives the available memory, and the ratio is a bound. Seconds are medians
+over the rounds, in which the sides take turns to be first. If both fit, the losses and the norms of their gradients
+must agree to 1e-5.
 """
 
 import argparse
@@ -76,7 +76,7 @@ PEERS = {"ClipLoss": (ours_plain, clip_loss), "LLaVE": (ours_weighted, llave_los
 
 @dataclass(frozen=True)
 class Measured:
-    """bytes: peak memory, or what was available where it did not `fit`. The rest is of no meaning there."""
+    """bytes: peak memory, or the available memory if not `fits`; the other fields are then meaningless."""
 
     fits: bool
     bytes: int
@@ -86,9 +86,9 @@ class Measured:
 
 
 def pairs(rows: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(rows, dim) unit queries and targets: the similarity of pairs is about 0.6, that of others 0.5 +- 0.5/sqrt(dim).
+    """Return unit queries and targets, (rows, dim). Similarities are about 0.6 in pairs, else 0.5 +- 0.5/sqrt(dim).
 
-    The cone in which embeddings lie makes alpha * s matter; with a loss far from zero its digits mean something.
+    Vectors in a cone, like real embeddings, make alpha * s matter, and give a loss whose digits are meaningful.
     """
     generator = torch.Generator(device).manual_seed(0)
     query, own = (torch.randn(rows, dim, device=device, generator=generator) for _ in range(2))
@@ -99,7 +99,7 @@ def pairs(rows: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def measure(loss: Callable[[Tensor, Tensor], Tensor], rows: int, dim: int, device: torch.device) -> Measured:
-    """One forward and backward pass; to be called in a process that has done nothing else."""
+    """Run one forward and backward pass. Must be called in a new process."""
     small = pairs(WARM_UP, dim, device)
     loss(*small).backward()
     del small
@@ -114,7 +114,7 @@ def measure(loss: Callable[[Tensor, Tensor], Tensor], rows: int, dim: int, devic
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    except RuntimeError as error:  # torch has no narrower class for the CPU
+    except RuntimeError as error:  # torch raises no more specific class on the CPU
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         return Measured(False, available)
@@ -123,13 +123,13 @@ def measure(loss: Callable[[Tensor, Tensor], Tensor], rows: int, dim: int, devic
 
 
 def limit_memory(device: torch.device) -> int:
-    """Forget the peak so far, where one can. Returns the bytes available, past which allocations fail from here on."""
+    """Reset the peak if possible; return the available bytes. Further allocations beyond them fail."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.mem_get_info()[0]
     available = available_bytes()
-    # Past the limit torch raises; past the machine's memory the kernel kills some process.
+    # Beyond this limit torch raises; beyond the machine's memory the kernel would kill a process.
     limit = proc_bytes("self/status", "VmData") + available
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     return available
@@ -142,7 +142,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def available_bytes() -> int:
-    """What this machine can spare; a twentieth is left to others."""
+    """Return the available memory of this machine, less a twentieth for other programs."""
     return proc_bytes("meminfo", "MemAvailable") * 19 // 20
 
 
@@ -161,7 +161,7 @@ def in_new_process(loss: Callable[[Tensor, Tensor], Tensor], rows: int, dim: int
         return receiver.recv()
     except EOFError:
         process.join()
-    if process.exitcode == -signal.SIGKILL:  # by the kernel: others took memory meanwhile
+    if process.exitcode == -signal.SIGKILL:  # by the kernel, since others took memory meanwhile
         return Measured(False, available_bytes())
     raise PipelineError(f"{loss.__name__} at B={rows} ended with status {process.exitcode}; what it printed says why")
 
@@ -171,7 +171,7 @@ def _send(sender: Connection, *arguments: object) -> None:
 
 
 def median(rounds: list[Measured]) -> Measured:
-    """The median of seconds and bytes; the first that did not fit where one did not."""
+    """Return median seconds and bytes, or the first measurement that did not fit."""
     if missed := [each for each in rounds if not each.fits]:
         return missed[0]
     seconds, size = (statistics.median(getattr(each, name) for each in rounds) for name in ("seconds", "bytes"))
@@ -179,7 +179,7 @@ def median(rounds: list[Measured]) -> Measured:
 
 
 def compare(peer: str, rows: int, dim: int, rounds: int, device: torch.device) -> list[str]:
-    """A row of the table. Raises PipelineError where ours and theirs do not agree."""
+    """Return a row of the table. Raises PipelineError if ours and theirs disagree."""
     sides = ([], [])
     for number in tqdm(range(rounds), desc=f"B={rows}, {peer}", leave=False):
         for side in (0, 1) if number % 2 == 0 else (1, 0):

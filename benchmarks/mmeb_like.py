@@ -1,13 +1,13 @@
-"""Pairs like MMEB-train's, and how LLaVE's code takes them, for the benchmarks of a training step.
+"""MMEB-like training pairs, and their use as in LLaVE's code, for the benchmarks of a training step.
 
-MMEB-train, with at most 50,000 pairs of a dataset, has 662,000. By the sizes in arXiv 2410.05160, in thousands:
+MMEB-train, with at most 50,000 pairs per dataset, has 662,000. By the sizes in arXiv 2410.05160, in thousands:
 
     image -> text   403   ImageNet-1K 50, N24News 49, SUN397 20, VOC2007 8, HatefulMemes 8; Visual7W 50, DocVQA 40,
                           ChartQA 28, InfographicsVQA 24, A-OKVQA 17, OK-VQA 9; VisualNews 50, MSCOCO 50
-    text -> image   167   VisDial 50, VisualNews 50, MSCOCO 50; WebQA 17, with a text beside the image
+    text -> image   167   VisDial 50, VisualNews 50, MSCOCO 50; WebQA 17, with an additional text for the image
     image -> image   92   MSCOCO's grounding 50, CIRR 26, NIGHTS 16
 
-Lengths are not counted there: texts of 10 to 60 tokens besides the prompt, and the images' shapes, are ours.
+The paper gives no lengths: the shapes of images, and 10 to 60 text tokens in addition to the prompt, are our choice.
 """
 
 import math
@@ -25,22 +25,22 @@ from pipeline.data.batch import Batch
 from pipeline.data.collate import Encoded, Image
 from pipeline.models.llave.checks import tiling
 
-PAIR_KINDS = {(True, False): 0.61, (False, True): 0.25, (True, True): 0.14}  # query and target: whether with an image
+PAIR_KINDS = {(True, False): 0.61, (False, True): 0.25, (True, True): 0.14}  # (query, target) with an image: fraction
 PROMPT, BEFORE_IMAGE, SHORTEST_TEXT, LONGEST_TEXT = 22, 14, 10, 60  # tokens
-# Height and width: photographs, thumbnails, charts, pages, infographics.
+# (height, width) of photographs, thumbnails, charts, pages, infographics
 SHAPES = (
     *((480, 640), (640, 480), (427, 640), (375, 500), (500, 375), (500, 500), (768, 1024)),
     *((224, 224), (300, 400), (600, 850), (2200, 1700), (2000, 800), (400, 1000)),
 )
-LLAVE_TILE = 384  # pixels, of which images of these shapes have 1,485 to 3,699 tokens
+LLAVE_TILE = 384  # pixels; images of these shapes then have 1,485 to 3,699 tokens
 MICRO_BATCH = 4  # pairs
 
 
 def draw(config: LlavaOnevisionConfig, pairs: int, words: np.ndarray, fewer: int = 1) -> Batch:
-    """A global batch of distinct items for a model of this config; the same each time.
+    """Return a global batch of distinct items for a model of this config; the same in each call.
 
-    words: the token ids that texts consist of.  fewer: how many times fewer tokens a text has than LLaVE's. Images have
-    fewer where the model's tiles have fewer patches; in pixels they are as large beside its tiles as beside LLaVE's.
+    words: the token ids in texts. fewer: the divisor of the texts' numbers of tokens. The number of image tokens
+    follows from the model's patches per tile; images are scaled with the tile, relative to LLaVE's.
     """
     rng, cutting, tile = np.random.default_rng(0), tiling(config), config.vision_config.image_size
 
@@ -71,7 +71,7 @@ def tiles_of(items: Iterable[Encoded]) -> int:
 
 
 def micro_batches(batch: Batch) -> list[tuple[list[Encoded], list[Encoded]]]:
-    """Queries and targets of four pairs each; at most one part has queries with and without an image."""
+    """Return queries and targets in groups of four pairs; at most one group mixes queries with and without image."""
     pairs = [(batch.items[q], batch.items[t]) for q, t in zip(batch.query, batch.target, strict=True)]
     pairs.sort(key=lambda pair: not pair[0].images)
     parts = [pairs[start : start + MICRO_BATCH] for start in range(0, len(pairs), MICRO_BATCH)]
@@ -79,9 +79,9 @@ def micro_batches(batch: Batch) -> list[tuple[list[Encoded], list[Encoded]]]:
 
 
 def embed_padded(model: Qwen2Model, rows: Sequence[Tensor]) -> Tensor:
-    """N items' token embeddings, each (T, hidden), padded on the right to the longest: (N, hidden) float32 unit rows.
+    """Embed N items, (T, hidden) token embeddings each, right-padded to the longest, as (N, hidden) float32 unit rows.
 
-    model: as transformers has it, of causal attention: no token looks at the padding after it, and no mask is needed.
+    model: transformers' model with causal attention: no token attends to the padding after it, so it needs no mask.
     """
     hidden = model(inputs_embeds=pad_sequence(rows, batch_first=True), use_cache=False).last_hidden_state
     last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)

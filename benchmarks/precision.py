@@ -5,17 +5,17 @@
 Trains the demo's tiny model (pipeline/recipes/demo.yaml) on two CPU processes with the usual command:
 
     fp32         at ZeRO 0, 1, 2 and 3
-    bf16         at ZeRO 1, 2 and 3; at ZeRO 0 the pipeline refuses it. It begins at the same weights, rounded
-    weights      fp32 from two other draws of initial weights, on the same batches
-    seed         fp32 with the two seeds of these draws, which change the order of the data as well
+    bf16         at ZeRO 1, 2 and 3 (the pipeline refuses ZeRO 0), from the same weights, rounded
+    weights      fp32 from two other draws of initial weights, with the same batches
+    seed         fp32 with the two seeds of these draws, which also change the order of the data
 
-Prints the mean loss over windows of steps; the exported model's Precision@1 on the demo's evaluation sets, embedding in
-the precision of training and in fp32; and by how much curves differ: the moving average over 25 steps of one run's loss
-less the other's. The runs of other weights and seeds say what such a difference amounts to when nothing but chance is
-behind it. The ledgers of runs that are to see the same batches are compared: a difference is an error.
+Prints the mean loss over windows of steps; the exported model's Precision@1 on the demo's evaluation sets, embedded in
+the training precision and in fp32; and the differences between loss curves, each a moving average over 25 steps. The
+runs with other weights and seeds show how large differences by chance are. The ledgers of runs that must see the same
+batches are compared; a difference is an error.
 
-Started again on the same folder with the same steps, finished runs are not run again, and one that was broken off goes
-on from its last checkpoint.
+If it is started again with the same folder and steps, finished runs are not repeated, and an unfinished one resumes
+from its last checkpoint.
 """
 
 import argparse
@@ -41,14 +41,14 @@ from pipeline.jobs.program import command_line
 
 PROCESSES = 2
 WINDOW = 25  # steps
-SEEDS = (1, 2)  # besides the recipe's, 0
+SEEDS = (1, 2)  # in addition to the recipe's seed 0
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training. seed: of the batches and, unless another is named, of the weights.
+    """One training run. seed: the seed of the batches and, by default, of the weights.
 
-    weights: the seed of the run whose initial weights it begins with.
+    weights: the seed of the run whose initial weights are used.
     """
 
     precision: str
@@ -67,14 +67,14 @@ class Run:
 
 FP32 = {stage: Run("fp32", stage) for stage in (0, 1, 2, 3)}
 BF16 = {stage: Run("bf16", stage) for stage in (1, 2, 3)}
-# Initial weights are read from where the run of their seed made them: it comes first.
+# A run with other weights reads the initial weights of the run with that seed, which must come first.
 OTHER_SEEDS = [Run("fp32", 0, seed=seed) for seed in SEEDS]
 OTHER_WEIGHTS = [Run("fp32", 0, weights=seed) for seed in SEEDS]
 RUNS = (*FP32.values(), *BF16.values(), *OTHER_SEEDS, *OTHER_WEIGHTS)
 
 
 def train(run: Run, work: Path, data: Path, steps: int) -> None:
-    """Train and evaluate, as far as that was not done before."""
+    """Train and evaluate, unless that is already done."""
     folder = run.folder(work)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES), "-m"]
     if not (folder / "export").is_dir():
@@ -90,7 +90,7 @@ def train(run: Run, work: Path, data: Path, steps: int) -> None:
 
 
 def report_of(run: Run, work: Path, precision: str) -> Path:
-    """Of the exported model, embedding in a precision."""
+    """Return the folder of the exported model's report, with embedding in this precision."""
     return run.folder(work) / f"evaluation/export-{precision}"
 
 
@@ -101,13 +101,13 @@ def _python(what: str, *arguments: str) -> None:
 
 
 def losses(run: Run, work: Path) -> np.ndarray:
-    """(steps,)"""
+    """Return the losses, (steps,)."""
     lines = (run.folder(work) / "metrics.jsonl").read_text().splitlines()
     return np.array([json.loads(line)["loss"] for line in lines])
 
 
 def check_batches(runs: Sequence[Run], work: Path) -> None:
-    """Raise PipelineError unless all runs took the same samples on the same ranks in the same steps."""
+    """Raise PipelineError unless all runs used the same samples on the same ranks in the same steps."""
     ledgers = [
         [(run.folder(work) / f"ledger/rank{rank}.jsonl").read_text() for rank in range(PROCESSES)] for run in runs
     ]
@@ -117,7 +117,7 @@ def check_batches(runs: Sequence[Run], work: Path) -> None:
 
 
 def smoothed(loss: np.ndarray) -> np.ndarray:
-    """(steps,) -> (steps - WINDOW + 1,) moving averages."""
+    """Return moving averages, (steps,) -> (steps - WINDOW + 1,)."""
     return np.convolve(loss, np.full(WINDOW, 1 / WINDOW), "valid")
 
 
@@ -136,7 +136,7 @@ def curves_table(runs: Sequence[Run], work: Path, steps: int) -> Table:
 
 
 def differences_table(work: Path) -> Table:
-    """Of each comparison the largest difference of smoothed curves, where it is, and how they end."""
+    """Return each comparison's largest difference of smoothed curves, its step, the mean and the last difference."""
     table = Table("", "largest difference", "after step", "mean", "at the end", title="smoothed loss, first - second")
     chance = [FP32[0], *OTHER_WEIGHTS], [FP32[0], *OTHER_SEEDS]
     for pairs in (

@@ -1,16 +1,17 @@
-"""What does it take to score queries among a million candidates, beside plain float32 products?
+"""What does scoring queries against a million candidates cost, compared with plain float32 products?
 
     python benchmarks/score.py [--candidates 1000000] [--queries 1000] [--dim 1024] [--work DIR]
 
-Random unit vectors in a file under DIR, which is removed afterwards; each query's similarity to its one right candidate
-is 0.15, about what the nearest of a million others has.
+Random unit vectors in a file under DIR, which is removed afterwards. Each query's similarity to its right candidate is
+0.15, about that of the nearest among a million others.
 
-    ours    pipeline.evaluation.metrics: exact similarities, the rank of the right one, ties, the hardest wrong one
-    peer    torch: float32 products in tiles of 8,192 candidates and the 10 best by topk, which is all it tells
+    ours    pipeline.evaluation.metrics: exact similarities, the rank of the right candidate, ties, the hardest wrong
+            one
+    peer    torch: float32 products in tiles of 8,192 candidates and topk of the 10 best; it gives only these
 
-Each has a process of its own and reads the file with read(), in its own memory: the peak is of the resident memory
-(VmHWM), the libraries' included. CPU seconds say more where other programs use the machine. R@1, R@5 and R@10 must be
-the same.
+Each runs in a new process and reads the file with read() into its own memory. The peak is of the resident memory
+(VmHWM), including libraries. CPU seconds are more reliable if other programs use the machine. R@1, R@5 and R@10 must be
+equal.
 """
 
 import argparse
@@ -46,7 +47,7 @@ Recalls = tuple[float, ...]
 
 
 def write(file: Path, candidates: int, queries: int, dim: int) -> None:
-    """(candidates + queries, dim) float32: the candidates, then the queries; query i seeks candidate `right(i)`."""
+    """Write (candidates + queries, dim) float32: the candidates, then the queries. Query i matches `right(i)`."""
     generator = torch.Generator().manual_seed(0)
     wanted, sought = right(candidates, queries), torch.empty(queries, dim)
     with file.open("wb") as opened:
@@ -65,7 +66,7 @@ def right(candidates: int, queries: int) -> np.ndarray:
 
 
 def read(file: Path, dim: int, rows: np.ndarray) -> np.ndarray:
-    """(n, dim), of ascending rows: runs of consecutive ones are read at once."""
+    """Read ascending rows as (n, dim); consecutive rows are read at once."""
     runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
     parts = [np.fromfile(file, np.float32, len(run) * dim, offset=int(run[0]) * dim * 4) for run in runs]
     return np.concatenate(parts).reshape(-1, dim) if len(parts) > 1 else parts[0].reshape(-1, dim)
@@ -92,7 +93,7 @@ def peer(file: Path, candidates: int, queries: int, dim: int) -> Recalls:
 
 
 def measured(score: Callable[..., Recalls], *arguments: object) -> tuple[Recalls, float, float, int]:
-    """(recalls, seconds, CPU seconds, bytes at the peak); to be called in a process that has done nothing else."""
+    """Return (recalls, seconds, CPU seconds, peak bytes). Must be called in a new process."""
     began, worked = time.perf_counter(), time.process_time()
     recalls = score(*arguments)
     seconds, work = time.perf_counter() - began, time.process_time() - worked

@@ -1,37 +1,37 @@
-"""What does an optimizer step cost, beside the published recipe and the published gradient cache?
+"""What does an optimizer step cost, compared with the published recipe and the published gradient cache?
 
     python benchmarks/step_cost.py [--pairs 64] [--sizes 32 128 512 1024] [--rounds 3]
 
-A LLaVE-0.5B in small, of random weights in float32 on the CPU: as many layers, widths an eighth of the recipe's, token
-counts a ninth. The pairs are like MMEB-train's (benchmarks/mmeb_like.py): 61 % an image and its text, 25 % a text and
-its image, 14 % two images; images have 1,485 to 3,699 tokens, texts 10 to 60 besides the prompt, before all are divided
-by nine.
+A scaled-down LLaVE-0.5B with random float32 weights on the CPU: all layers, an eighth of the width, and a ninth of the
+tokens. The pairs are MMEB-like (benchmarks/mmeb_like.py): 61 % an image and its text, 25 % a text and its image, 14 %
+two images. Before the division by nine, images have 1,485 to 3,699 tokens, and texts 10 to 60 in addition to the
+prompt.
 
-    ours        pipeline/objectives/contrastive/step.py on ZeRO 0, the frozen tower outside the engine. Chunks of as
-                many tokens as four of the longest items have, with none, half or all of their graphs kept
-                from the first pass; and chunks of one longest item
-    LLaVE       arXiv 2503.04812 as its code trains it: micro-batches of four pairs, alike in whether their queries have
-                an image (--group_by_modality_length), padded on the right to their longest item, queries and targets
-                apart, a dummy tile for each text, activation checkpointing in every layer, gradients accumulated. A
-                pair's negatives are those of its micro-batch, three a side, not the batch's
-    GradCache   arXiv 2101.06983, the same four pairs at a time: padded alike, all embedded twice, the tower's part
-                included; no activation checkpointing, as ours has none
+    ours        pipeline/objectives/contrastive/step.py on ZeRO 0, with the frozen tower outside the engine. Chunks with
+                the tokens of four of the longest items, with none, half or all of their graphs kept from the first
+                pass; and chunks of one longest item
+    LLaVE       arXiv 2503.04812 as its code trains it: micro-batches of four pairs, grouped by whether queries have an
+                image (--group_by_modality_length), right-padded to the longest item, queries and targets separately, a
+                dummy tile for each text, activation checkpointing in every layer, accumulated gradients. The negatives
+                are those of the micro-batch, three per side, instead of the batch's
+    GradCache   arXiv 2101.06983, with the same four pairs at a time and the same padding; everything is embedded twice,
+                including the tower's part; no activation checkpointing, as in ours
 
-Both peers run transformers' own modules on the same weights and are spared what they need not have: causal SDPA
-without a mask, no LM head, no list of hidden states; LLaVE the tower's graph, and a layer's last product in the
-recomputation, which reentrant checkpointing would do; GradCache the dummy tiles.
+Both peers run transformers' own modules with the same weights. Unnecessary work is removed: causal SDPA needs no mask;
+there is no LM head and no list of hidden states. LLaVE omits the tower's graph, and the last product of a layer in the
+recomputation, which reentrant checkpointing would do; GradCache omits the dummy tiles.
 
-FLOPs are those of torch's FlopCounterMode over the whole step, with the CPU's attention kernel, which it does not
-know, and causal attention as half of the square. Seconds are those of one thread, medians over the rounds, in which all
-take turns to be first. Every side clips the gradient and runs AdamW; the learning rate is 0, so that all steps begin at
-the same weights.
+FLOPs are counted by torch's FlopCounterMode over the whole step. Added are the CPU's attention kernel, which it does
+not know, and causal attention as half of the square. Seconds are for one thread, medians over the rounds, in which all
+sides take turns to be first. Every side clips the gradient and runs AdamW; the learning rate is 0, so that all steps
+start with the same weights.
 
-Memory is the most that a step's tensors take at once, gradients included; weights, data and AdamW's moments were there
-before and are not. It is counted tensor by tensor: the process's resident memory also holds what the allocator has
-back and not yet returned, up to three times as much. In the second table the global batch grows and the chunk does not.
-There the tower's kept features are shown apart: on a GPU they wait in the host's memory from batch.features_mb on.
+Memory is the peak of the step's live tensors, including gradients, but not weights, data and AdamW's moments, which
+exist before. It is counted per tensor: resident memory also includes what the allocator has freed but not returned, up
+to three times as much. In the second table, the global batch grows and the chunk size does not. That table lists the
+tower's kept features separately: on a GPU, they are offloaded to CPU memory beyond batch.features_mb.
 
-All must agree: embeddings to 1e-5, GradCache's loss and gradient norm with ours to 1e-4.
+All sides must agree: embeddings to 1e-5, GradCache's loss and gradient norm with ours to 1e-4.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU: the counts are the same, and know the CPU's kernels
+os.environ["DS_ACCELERATOR"] = "cpu"  # even with a GPU: the counts are the same, and the CPU's kernels are added below
 
 import numpy as np
 import torch
@@ -85,8 +85,8 @@ from pipeline.training.engine import build_engine, freeze, load_frozen, paramete
 
 transformers_logging.disable_progress_bar()
 CPU = torch.device("cpu")
-TILE, PATCH = 72, 8  # 9 x 9 patches a tile; SigLIP-so400m has 27 x 27 of 384 pixels
-TOKENS = 9  # by how much there are fewer tokens
+TILE, PATCH = 72, 8  # 9 x 9 patches per tile; SigLIP-so400m has 27 x 27 from 384 pixels
+TOKENS = 9  # the divisor of the number of tokens
 ARCHITECTURE = LlaveArchitecture(
     vision={
         "hidden_size": 1152 // 8,
@@ -107,7 +107,7 @@ ARCHITECTURE = LlaveArchitecture(
     image_grid_pinpoints=[(TILE, TILE), (TILE, 2 * TILE), (2 * TILE, TILE), (2 * TILE, 2 * TILE)],
 )
 PAPER, CACHED = "LLaVE", "GradCache"
-LARGEST_DIFFERENCE = 1e-5  # of two embeddings
+LARGEST_DIFFERENCE = 1e-5  # between two embeddings
 TOLERANCE = 1e-4  # relative
 
 
@@ -118,7 +118,7 @@ def batch_of(pairs: int, path: str) -> Batch:
 
 
 def chunk_tokens(cutting: Tiling, items: int) -> int:
-    """As many as that number of the longest items has."""
+    """Return the number of tokens of that many of the longest items."""
     longest = cutting.tokens(2 * TILE, 2 * TILE, anyres=True)
     return items * (longest + round((PROMPT + LONGEST_TEXT) / TOKENS))
 
@@ -162,7 +162,7 @@ class Ours:
         return Result(float(result.loss.loss.detach()), result.grad_norm)
 
     def embeddings(self, batch: Batch) -> Tensor:
-        """(items, hidden)"""
+        """Embed the batch, (items, hidden)."""
         items, tokens = list(batch.items.values()), chunk_tokens(self.tiling, MICRO_BATCH)
         features = self.features(recipe_of(len(batch.query)))
         return embed_chunks(self.engine, plan_chunks(items, tokens, CPU), len(items), features)
@@ -171,7 +171,7 @@ class Ours:
 class Padded:
     """transformers' model on right-padded rows.
 
-    checkpointing: of activations, in every layer of the language model.  dummies: a tile for each text.
+    checkpointing: of the activations of every layer of the language model. dummies: whether texts have a dummy tile.
     """
 
     def __init__(self, path: str, *, checkpointing: bool, dummies: bool) -> None:
@@ -186,7 +186,7 @@ class Padded:
         self.largest_norm = recipe.optimizer.max_grad_norm
 
     def embed(self, items: Sequence[Encoded]) -> Tensor:
-        """(items, hidden)"""
+        """Embed the items, (items, hidden)."""
         rows = [self.model.language_model.embed_tokens(torch.from_numpy(item.input_ids)) for item in items]
         for row, projected in self._projected(items).items():
             tokens, config = projected.flatten(0, 1)[:0], self.model.config
@@ -203,7 +203,7 @@ class Padded:
         return embed_padded(self.model.language_model, rows)
 
     def _projected(self, items: Sequence[Encoded]) -> dict[int, Tensor]:
-        """By item, the projector's (tiles, patches², hidden)."""
+        """Return the projector's outputs by item, (tiles, patches², hidden)."""
         dummy = np.zeros((1, 3, TILE, TILE), np.uint8)
         tiles = {row: item.images[0].tiles for row, item in enumerate(items) if item.images}
         if self.dummies:
@@ -247,7 +247,7 @@ class Padded:
 
 @dataclass(frozen=True)
 class Side:
-    """One way to take a step. keeps_features: the tower's, to the end of the step."""
+    """One variant of a step. keeps_features: whether the tower's features are kept until the end of the step."""
 
     name: str
     negatives: int
@@ -273,12 +273,12 @@ def sides_of(ours: Ours, paper: Padded, cached: Padded, batch: Batch) -> list[Si
 
 
 def flops(step: Callable[[], Result]) -> tuple[int, Result]:
-    # Given shapes, in the order of the kernels' arguments.
+    # Called with shapes in the order of the kernels' arguments.
     def forward(query: tuple, key: tuple, value: tuple, dropout: float = 0.0, causal: bool = False, **_: object) -> int:
         return sdpa_flop_count(query, key, value) // (2 if causal else 1)
 
     def backward(grad, query, key, value, out, sums, dropout: float, causal: bool, **_: object) -> int:
-        # The similarities once more, and two products for each of the forward pass.
+        # Recompute the similarities, and two products for each of the forward pass.
         return sdpa_flop_count(query, key, value) * 5 // (4 if causal else 2)
 
     kernels = {
@@ -291,7 +291,7 @@ def flops(step: Callable[[], Result]) -> tuple[int, Result]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within it and still there; `peak` is the most there were."""
+    """Count the bytes of live tensors that operations allocate; `peak` is their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ def feature_bytes(batch: Batch) -> int:
 
 
 def check(batch: Batch, ours: Ours, peers: Sequence[Padded], results: dict[str, Result]) -> str:
-    """Raise PipelineError where the sides do not agree; else say how well they do."""
+    """Raise PipelineError if the sides disagree; otherwise describe how well they agree."""
     items = list(batch.items.values())
     mine = ours.embeddings(batch)
     parts = [items[start : start + MICRO_BATCH] for start in range(0, len(items), MICRO_BATCH)]
@@ -367,7 +367,7 @@ def compare(ours: Ours, path: str, pairs: int, rounds: int) -> tuple[list[str], 
     paper, cached = Padded(path, checkpointing=True, dummies=True), Padded(path, checkpointing=False, dummies=False)
     sides = sides_of(ours, paper, cached, batch)
     for side in sides:
-        side.step(batch_of(2, path))  # the optimizer's state is made in the first step
+        side.step(batch_of(2, path))  # the first step allocates the optimizer's state
     counted, results, peaks, seconds = {}, {}, {}, {side.name: [] for side in sides}
     for side in tqdm(sides, desc="FLOPs, bytes", leave=False):
         counted[side.name], results[side.name] = flops(partial(side.step, batch))
@@ -420,7 +420,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if min([arguments.pairs, *arguments.sizes]) < MICRO_BATCH:
         raise PipelineError(f"--pairs and --sizes are {MICRO_BATCH} at least")
-    torch.set_num_threads(1)  # more would spin at every barrier where others use the cores, too
+    torch.set_num_threads(1)  # more would spin at every barrier if other programs use the cores
     console = Console(width=120)
     with TemporaryDirectory() as folder:
         path = str(Path(folder, "model"))

@@ -1,28 +1,28 @@
-"""How fast do images train in LLM2CLIP's second stage, beside open_clip's loader and step on the same shards?
+"""How fast do images train in LLM2CLIP's second stage, compared with open_clip's loader and step on the same shards?
 
     pip install --no-deps --target /tmp/peer open_clip_torch==3.3.0 torchvision==0.28.0 webdataset==0.2.86
     pip install --no-deps --target /tmp/peer timm ftfy wcwidth pandas python-dateutil six
     python benchmarks/vision_step.py --work /tmp/vision_step --peer /tmp/peer [--images 2048] [--rounds 3]
 
-Draws JPEGs of 336x252 with captions, in img2dataset's layout, which both sides read as it is. Towers have one shape and
-the same weights: ViT-Ti/32 at 224 pixels, 2 layers, float32, of which a step costs a few times what decoding does.
+Draws JPEGs of 336x252 with captions, in img2dataset's layout, which both sides read directly. The towers have the same
+shape and weights: ViT-Ti/32 at 224 pixels, 2 layers, float32. A step costs a few times as much as decoding.
 
-    ours        pipeline/data/stream.py and the contrastive objective's step, llm2clip, the captions' vectors cached
-                by pipeline.embed, ZeRO 1. In one chunk whose graph is kept, as open_clip keeps its own; and by the
-                gradient cache: chunks of an eighth of the batch, embedded twice
-    open_clip   open_clip_train.data.get_wds_dataset with its transform for training (RandomResizedCrop), and
-                open_clip_train.train.train_one_epoch with ClipLoss and AdamW. In the place of its text tower is our
-                adapter, and in that of its tokenizer a table of the vectors, which costs it next to nothing; ours reads
-                them from tars
+    ours        pipeline/data/stream.py and the step of the contrastive objective, llm2clip, with the captions' vectors
+                cached by pipeline.embed, ZeRO 1. Once with one chunk whose graph is kept, as in open_clip; and once
+                with the gradient cache: chunks of an eighth of the batch, embedded twice
+    open_clip   open_clip_train.data.get_wds_dataset with its training transform (RandomResizedCrop), and
+                open_clip_train.train.train_one_epoch with ClipLoss and AdamW. Our adapter replaces its text tower, and
+                a table of the vectors, which costs almost nothing, replaces its tokenizer; ours reads the vectors from
+                tars
 
-A CUDA build of torchvision cannot load its own operators beside a CPU's torch, and is not imported without them: two
-that nothing here uses are declared first. Before anything is timed, of one batch both sides' pixels (open_clip's by its
-transform for evaluation) must be the same, and loss and gradient norm agree to 1e-4.
+A CUDA build of torchvision cannot load its operators with a CPU build of torch, and its import fails without them. Two
+of them, unused here, are therefore declared first. Before the timing, both sides' pixels of one batch must be equal
+(with open_clip's evaluation transform), and loss and gradient norm must agree to 1e-4.
 
-Measured are the loader alone, steps on a batch at hand, and both together; each side in a process of its own, with one
-thread for the model and --workers processes that decode. Rates are of all steps after the first three, CPU seconds
-those of the process and its workers meanwhile: where others use the cores too, these tell more. All sides run in every
-round, in turns first; figures are medians, ratios those of the medians.
+Measured are the loader alone, steps on a given batch, and both together. Each side runs in a new process with one
+thread for the model and --workers decoding processes. Rates cover all steps after the first three, and CPU seconds are
+those of the process and its workers in these steps; they are more reliable if other programs use the cores. All sides
+run in every round and take turns to be first. Figures are medians, and ratios are ratios of medians.
 """
 
 import argparse
@@ -92,13 +92,13 @@ BATCH, WARM_UP = 256, 3
 LR = 1e-5
 TOLERANCE = 1e-4
 OURS, CACHED, THEIRS = "ours", "ours, all embedded twice", "open_clip"
-CUTS = {OURS: (1, 1), CACHED: (8, 0)}  # into how many chunks, of which how many keep their graph
+CUTS = {OURS: (1, 1), CACHED: (8, 0)}  # (chunks, kept graphs)
 LOADER, STEP, BOTH = "loader alone", "step alone", "loader and step"
 CPU = torch.device("cpu")
 
 
 def picture(number: int, width: int, height: int) -> bytes:
-    """A JPEG: coloured clouds with the grain of a photograph."""
+    """Return a JPEG of coloured clouds with photograph-like grain."""
     rng = np.random.default_rng(number)
     clouds = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
     grain = rng.normal(0, 6, (height, width, 1))
@@ -108,7 +108,7 @@ def picture(number: int, width: int, height: int) -> bytes:
 
 
 def make_dataset(folder: Path, images: int, width: int, height: int, text_encoder: Path) -> None:
-    """Tars in img2dataset's layout with our index, and the captions' vectors beside them."""
+    """Create tars in img2dataset's layout with our index, and the captions' vectors next to them."""
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
         drawn = pool.map(picture, range(images), repeat(width), repeat(height), chunksize=32)
@@ -128,7 +128,7 @@ def run(*command: str) -> None:
 
 
 def make_text_encoder(folder: Path, width: int) -> None:
-    """A decoder of one layer, as a text encoder is exported."""
+    """Create a decoder of one layer in the format of exported text encoders."""
     text = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 4}
     text |= {"num_key_value_heads": 4, "vocab_size": 300}
     with TemporaryDirectory() as made:
@@ -138,7 +138,7 @@ def make_text_encoder(folder: Path, width: int) -> None:
 
 
 def vectors_of(recipe: Recipe) -> np.ndarray:
-    """(images, width) float32 of all captions, by the numbers in them."""
+    """Return the vectors of all captions, (images, width) float32, ordered by the numbers in the captions."""
     source, found = Source.open(recipe.data), {}
     for shard, (_, info) in enumerate(source.shards):
         records, places = source.records(shard, 0, info.samples), source.vector_records(shard, 0, info.samples)
@@ -155,7 +155,7 @@ def number_of(text: str) -> int:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where everything is, and how much of it is run. peer: the folder that has open_clip."""
+    """The paths and sizes of a benchmark run. peer: the folder with open_clip."""
 
     work: Path
     peer: Path
@@ -192,14 +192,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of the steps after the first ones, by sample."""
+    """Averages per sample over the steps after the first ones."""
 
     samples_per_second: float
     cpu_milliseconds: float
 
 
 class Clock:
-    """Notes the moments at which batches are asked for."""
+    """Record the times at which batches are requested."""
 
     def __init__(self) -> None:
         self._process, self._noted = psutil.Process(), []
@@ -209,7 +209,7 @@ class Clock:
         self._noted.append((time.perf_counter(), sum(each.user + each.system for each in times)))
 
     def over(self, batches: Iterable[Any], steps: int) -> Iterator[Any]:
-        """So many of the batches; the workers that made them live until the last is used."""
+        """Yield that many batches; the workers that create them live until the last is used."""
         given = iter(batches)
         for _ in range(steps):
             batch = next(given)
@@ -225,7 +225,7 @@ class Clock:
 
 
 class Ours:
-    """The engine, and batches as training has them."""
+    """The engine, and batches as in training."""
 
     def __init__(self, setting: Setting) -> None:
         self.recipe = setting.recipe
@@ -246,7 +246,7 @@ class Ours:
             self.step(batch, chunks, kept)
 
     def step(self, batch: Batch, chunks: int, kept: int) -> StepResult:
-        """chunks: that the batch is cut into.  kept: how many of them keep their graph."""
+        """chunks: number of chunks of the batch. kept: number of chunks whose graph is kept."""
         assert all(batch.valid)
         tokens = BATCH * (self.processor.tokens + 1) // chunks
         budget = Budget(tokens, kept, chunk_is_fixed=True, kept_is_fixed=True, auto=[], longest=tokens)
@@ -254,7 +254,7 @@ class Ours:
 
 
 class Adapter(nn.Module):
-    """A text tower for open_clip: our adapter, and what `train_one_epoch` may ask of a tower."""
+    """A text tower for open_clip: our adapter, with the attributes that `train_one_epoch` may use."""
 
     context_length, vocab_size = 1, 1
 
@@ -267,7 +267,7 @@ class Adapter(nn.Module):
 
 
 class Theirs:
-    """open_clip's model, loader, loss and optimizer, as its main.py makes them; weights and text side are ours."""
+    """open_clip's model, loader, loss and optimizer, as its main.py creates them, with our weights and text side."""
 
     def __init__(self, setting: Setting) -> None:
         set_start_method("fork", force=True)  # its loader's workers get functions that cannot be pickled
@@ -288,12 +288,12 @@ class Theirs:
             "patch_size": PATCH,
             "image_size": SIDE,
         }
-        text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}  # which is put aside
+        text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}  # this tower is replaced
         self.model = CustomTextCLIP(DIMENSION, shape, text, output_dict=True)
         self.model.text = Adapter(ours.adapter)
         self.model.visual.load_state_dict(renamed(ours.vision.tower.state_dict()))
         self.loss = ClipLoss()
-        # As open_clip_train/main.py groups them.
+        # Parameter groups as in open_clip_train/main.py.
         named = dict(self.model.named_parameters())
         spared = {name for name, p in named.items() if p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name}
         groups = [
@@ -325,7 +325,7 @@ class Theirs:
         )
 
     def tokens(self, text: str) -> Tensor:
-        """(1, width)"""
+        """Return the text's vector, (1, width)."""
         return self.vectors[number_of(text)][None]
 
     def batches(self) -> Iterator[list[Tensor]]:
@@ -339,7 +339,7 @@ class Theirs:
 
 @dataclass(frozen=True)
 class _Given:
-    """What `train_one_epoch` asks of a loader."""
+    """The part of a loader's interface that `train_one_epoch` uses."""
 
     batches: Iterable[list[Tensor]]
     num_batches: int
@@ -353,10 +353,10 @@ class _Given:
 
 
 def import_peer(folder: Path) -> None:
-    """Have open_clip found, with the webdataset that it wants, and torchvision imported."""
+    """Import open_clip with the webdataset version that it requires, and torchvision."""
     sys.path.insert(0, str(folder))
     for name in [name for name in sys.modules if name.partition(".")[0] == "webdataset"]:
-        del sys.modules[name]  # ours keeps the one that it imported
+        del sys.modules[name]  # our modules keep the version that they imported
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     try:
@@ -368,7 +368,7 @@ def import_peer(folder: Path) -> None:
 
 
 def renamed(tower: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' CLIP vision tower as open_clip's."""
+    """Rename weights of transformers' CLIP vision tower for open_clip."""
     names = {
         "embeddings.class_embedding": "class_embedding",
         "embeddings.patch_embedding.weight": "conv1.weight",
@@ -420,7 +420,7 @@ def measure(name: str, what: str, setting: Setting) -> Measured:
 
 
 def compare(setting: Setting) -> str:
-    """Raise PipelineError where loss or gradient norm of one batch differ; else say how much they do."""
+    """Raise PipelineError if loss or gradient norm of one batch differ; otherwise describe the difference."""
     ours, theirs = Ours(setting), made(THEIRS, setting)
     batch = next(ours.batches())
     images, vectors = [], []

@@ -1,4 +1,4 @@
-"""Whether a result equals its reference but for rounding, on whatever processor: nothing here is a measured number."""
+"""Compare results up to rounding, on any processor. The tolerances are derived, not measured."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-# A result went through so many operations in a row at most, forth and back through the few layers of a test's model.
-# Each rounds by at most half a unit in the last place; rounding errors have no preferred sign, so they add up to the
-# root of their number, and conditioning (norms, softmax) takes a few of them. In bf16 sums are in float32: the
-# roundings that count are those between the operations.
+# An upper bound on the number of consecutive operations, forward and backward through the few layers of a test model.
+# Each rounds by at most half a unit in the last place. Rounding errors have no preferred sign, so they grow with the
+# square root of their number; conditioning (norms, softmax) adds a small factor. bf16 kernels accumulate in float32, so
+# only the roundings between operations count.
 OPERATIONS = 4096
 OPERATIONS_BF16 = 64
 
@@ -17,7 +17,7 @@ Values = torch.Tensor | np.ndarray | float | Sequence | Mapping
 
 
 def rounding(precision: torch.dtype, operations: int | None = None) -> float:
-    """By how much of a tensor's largest value rounding may change any of it, after so many operations in a row."""
+    """Return the rounding error to allow after that many operations, relative to a tensor's largest value."""
     operations = operations or (OPERATIONS_BF16 if precision == torch.bfloat16 else OPERATIONS)
     return math.sqrt(operations) * torch.finfo(precision).eps / 2
 
@@ -30,12 +30,12 @@ def assert_close_in_norm(
     scale: float | None = None,
     operations: int | None = None,
 ) -> None:
-    """Of the same shape, and no value further off than rounding allows by the largest value of the tensor.
+    """Assert equal shapes, and differences within the rounding error relative to the tensor's largest value.
 
-    Lists and dicts are compared tensor by tensor, each by its own largest value.
-    precision: what was computed with; by default what `actual` is in.
-    scale: the largest value on the way to the result, where that is larger than the result's.
-    operations: how many follow each other, where they are not a model's.
+    Lists and dicts are compared tensor by tensor, each relative to its own largest value.
+    precision: the dtype of the computation; by default the dtype of `actual`.
+    scale: the largest intermediate value, if it is larger than the largest value of the result.
+    operations: the number of consecutive operations, if the result is not that of a model.
     """
     if isinstance(expected, Mapping):
         assert actual.keys() == expected.keys()
@@ -52,7 +52,7 @@ def assert_close_in_norm(
         return
     precision = precision or actual.dtype
     mine, right = actual.detach().double().cpu(), expected.detach().double().cpu()
-    off = torch.where(mine == right, 0, (mine - right).abs())  # infinities are equal, too
+    off = torch.where(mine == right, 0, (mine - right).abs())  # inf - inf is nan
     largest = float(right.masked_fill(~right.isfinite(), 0).abs().max()) if scale is None else scale
     allowed = rounding(precision, operations) * largest
     place = int(off.argmax())

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-# ATEN_CPU_CAPABILITY is of torch's own kernels; oneDNN and MKL take what the processor has. As another processor would,
-# all three take the same: torch's attention in bf16 otherwise fails where oneDNN packs for AMX, and torch may not.
-# Before torch is imported, and for all processes that tests start.
+# ATEN_CPU_CAPABILITY limits only torch's own kernels; oneDNN and MKL detect the processor themselves. Limit all three
+# alike: in bf16, torch's attention fails if oneDNN packs weights for AMX and torch cannot use it. This must be set
+# before torch is imported; subprocesses inherit it.
 if less := {"default": ("SSE41", "SSE4_2"), "avx2": ("AVX2", "AVX2")}.get(os.environ.get("ATEN_CPU_CAPABILITY", "")):
     os.environ |= dict(zip(("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"), less, strict=True))
 
@@ -21,7 +21,7 @@ from limits import HANG_SECONDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# A shell's background jobs ignore Ctrl-C, and so would the programs that tests start and interrupt.
+# A shell's background jobs ignore Ctrl-C, and programs that tests start and interrupt would inherit this.
 with suppress(ValueError):  # not the main thread
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -30,7 +30,7 @@ from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.model import Llave, build
 from tools.s3_server import S3Server
 
-# How long an example takes, and how long its making, depends on the machine.
+# The time that an example and its generation take depends on the machine.
 hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("tests")
 
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3 * HANG_SECONDS))
-    if config.getoption("--fast"):  # a file that starts programs imports subprocess: each of them imports torch anew
+    if config.getoption("--fast"):  # files that start programs import subprocess; each program imports torch again
         slow = [item for item in items if item.get_closest_marker("slow") or hasattr(item.module, "subprocess")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in {*slow}]
@@ -54,14 +54,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_running() -> Iterator[None]:
-    """A process that a test left would hold up the end of this one."""
+    """Check that no child process is left; one would delay the end of this process."""
     yield
     assert multiprocessing.active_children() == []
 
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3Server]:
-    """A real S3 server with the bucket `pipeline-tests`; the environment points at it from here on."""
+    """Start a real S3 server with the bucket `pipeline-tests`; the environment points to it for the whole session."""
     with S3Server("pipeline-tests") as server, pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
             patch.delenv(name, raising=False)
@@ -72,7 +72,7 @@ def s3() -> Iterator[S3Server]:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Writes a LLaVA-OneVision of random weights with the given vision and text configs; returns its folder."""
+    """Return a function that saves a LLaVA-OneVision of random weights with given configs and returns its folder."""
 
     def make(vision: dict, text: dict) -> str:
         side = vision["image_size"]
@@ -80,7 +80,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         architecture = LlaveArchitecture(vision=vision, text=text, image_grid_pinpoints=pinpoints)
         folder = tmp_path_factory.mktemp("models") / "model"
         build(architecture, ["a small red star at the top left", "a large blue ring"], seed=1, folder=folder)
-        # Biases begin at zero, where a relative difference means nothing; a trained model's do not lie there.
+        # Biases are initialized to zero, where a relative difference is meaningless. Those of trained models are not.
         model = Llave.load(str(folder), torch.float32)
         torch.manual_seed(1)
         with torch.no_grad():
@@ -95,7 +95,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def tiny_model(make_model: Callable[..., str]) -> str:
-    """The folder of a LLaVA-OneVision of random weights, some 100,000 parameters."""
+    """Return the folder of a LLaVA-OneVision with random weights and about 100,000 parameters."""
     return make_model(
         vision={
             "hidden_size": 32,

@@ -1,5 +1,5 @@
-"""No test depends on speed: whatever waits goes on when something happens, and gives up only where it never would."""
+"""Time limits. No test depends on speed: every wait ends with an event, and its limit is reached only by a hang."""
 
-HANG_SECONDS = 600  # far more than any wait takes on a machine that is loaded many times over
+HANG_SECONDS = 600  # far more than any wait takes, even on a heavily loaded machine
 HANG_MINUTES = HANG_SECONDS / 60
-SECONDS_AFTER_A_FAILURE = 60  # that the other ranks have to end by themselves
+SECONDS_AFTER_A_FAILURE = 60  # for the other ranks to end by themselves

@@ -22,16 +22,16 @@ fi
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-# Compile kernels for this clone only: kernels that others on this machine compiled must not matter.
+# Compile kernels for this clone only, so that kernels of other clones on this machine have no effect.
 export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
-# Compile DeepSpeed's CPU Adam, which takes a minute, before the integration tests begin.
+# Compile DeepSpeed's CPU Adam, which takes a minute, before the integration tests start.
 DS_ACCELERATOR=cpu PYTHONPATH=. python tests/integration/build_cpu_adam.py >/dev/null 2>&1 &
 # Ranks that tests kill leave semaphores behind; multiprocessing would warn about each.
 export PYTHONWARNINGS="ignore:resource_tracker:UserWarning"
 # Unit tests, two at a time.
 OMP_NUM_THREADS=1 python -m pytest --ignore=tests/integration -n 2 --dist loadfile || status=$?
-# Another processor adds numbers in another order. Tests that compare numbers within rounding must also pass with the
-# instructions that every processor has. Skip this if the processor has no others.
+# Another processor may add numbers in another order. Tests that allow for rounding must also pass with the basic
+# instructions that every processor has. Skip this if the processor has only these.
 if ! python -c 'import torch; raise SystemExit(torch.backends.cpu.get_cpu_capability() != "DEFAULT")'; then
     mapfile -t numeric < <(
         grep -rlE --include='test_*.py' --exclude-dir=integration 'closeness|assert_close|allclose' tests
@@ -39,7 +39,7 @@ if ! python -c 'import torch; raise SystemExit(torch.backends.cpu.get_cpu_capabi
     ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 python -m pytest "${numeric[@]}" -n 2 --dist loadfile || status=$?
 fi
 wait
-# Integration tests start processes and wait for them. The cluster's tests mostly wait, so they run beside the others.
+# Integration tests start processes and wait for them. The cluster's tests mostly wait, so they run in parallel.
 printed=$(mktemp)
 python -m pytest tests/integration/slurm >"$printed" 2>&1 &
 cluster=$!
@@ -47,6 +47,6 @@ python -m pytest tests/integration --ignore=tests/integration/slurm || status=$?
 wait "$cluster" || status=$?
 cat "$printed"
 rm "$printed"
-# Random damage and signals; the seed makes the same trials each time. One trial of each sort, or as many as two minutes allow.
+# Random damage and signals; the seed fixes the trials. One trial of each sort, or as many as fit in two minutes.
 python tests/chaos/run.py --seed 1 --trials 15 --minutes 2 || status=$?
 exit "$status"

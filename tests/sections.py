@@ -1,4 +1,4 @@
-"""A family's section of a recipe, for tests that need no more of one."""
+"""A minimal model section of a recipe for each family."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from pipeline.models.registry import FAMILIES
 
 
 def section(family: str, **fields: Any) -> ModelSection:
-    """Where a family does not say by itself what it trains: its vision tower."""
+    """Return the family's section. If the family requires `train`, its default here is the vision tower."""
     kind = FAMILIES.sections()[family]
     if kind.model_fields["train"].is_required():
         fields = {"train": {"vision_tower": True}} | fields

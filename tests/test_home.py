@@ -1,4 +1,4 @@
-"""A home that is missing or cannot be written ends nothing, and nothing is made in one only to look."""
+"""A missing or read-only home directory stops nothing, and reading never creates a directory there."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ VARIABLES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR", "MPL
 
 @pytest.fixture
 def no_home(tmp_path, monkeypatch) -> Path:
-    """HOME is a file, in which even root makes no folder; the folder for temporary files is the test's."""
+    """Set HOME to a file, in which not even root can create a folder, and use the test's own temporary directory."""
     (tmp_path / "home").write_text("")
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -34,7 +34,7 @@ def test_what_libraries_keep_goes_to_a_private_folder(no_home, capsys):
     assert private.stat().st_mode & 0o777 == 0o700
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {no_home}/home/.cache/torch_extensions cannot be written")
-    home.replace_if_unwritable(environment)  # as a process does that it starts
+    home.replace_if_unwritable(environment)  # as a process does for the processes that it starts
     assert capsys.readouterr().err == ""
 
 
@@ -67,7 +67,7 @@ def test_a_folder_of_ones_own_that_somebody_else_could_write_is_not_taken(no_hom
 
 def test_nobody_knows_of_a_home(no_home, monkeypatch):
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it is for a user whom the system does not know
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # the result for a user that the system does not know
     environment = {}
     home.replace_if_unwritable(environment)
     assert environment["HOME"] == str(no_home / "tmp" / f"embedding-pipeline-{os.getuid()}")

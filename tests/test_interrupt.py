@@ -1,4 +1,4 @@
-"""Ctrl-C, as real processes get it: one line and status 130, wherever a program is."""
+"""Ctrl-C in real processes: one line and exit status 130, at every stage of a program."""
 
 import os
 import signal
@@ -68,7 +68,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
     started = []
 
     def start(*arguments: str, **environment: str) -> subprocess.Popen:
-        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which what runs in the background ignores
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore SIGINT
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)} | environment
         started.append(
@@ -99,11 +99,11 @@ def test_a_program_ends_with_one_line_whatever_it_does_with_it(start, how):
 
 @pytest.mark.parametrize(
     "in_slurm", [False, True]
-)  # torchrun passes its second one on as SIGTERM, which Slurm sends, too
+)  # torchrun forwards its second signal as SIGTERM, which Slurm also sends
 def test_where_a_program_stops_by_itself_only_a_second_one_ends_it(start, in_slurm):
     process = start("-c", PROGRAM, "steps", TORCHELASTIC_RUN_ID="x", **({"SLURM_JOB_ID": "1"} if in_slurm else {}))
     assert process.stdout.readline() == "in\n"
-    for _ in range(2):  # of which a launcher passed one on
+    for _ in range(2):  # a launcher forwarded one of them
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "noted\n"
     assert "press Ctrl-C once more to end at once" in process.stderr.readline()

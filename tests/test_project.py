@@ -1,4 +1,4 @@
-"""The project as a whole: its requirements, its public API, its documents."""
+"""Tests of the whole project: its requirements, its public API, its documents."""
 
 import re
 import tomllib
@@ -56,7 +56,7 @@ def test_recipes_and_deepspeed_configs_are_found_from_any_folder(tmp_path, monke
     with pytest.raises(PipelineError, match=r"no DeepSpeed config at zero9.json; the project's own are zero0.json, "):
         load_ds_config(load_recipe("demo.yaml", ["deepspeed=zero9.json"]), 2)
     monkeypatch.chdir(tmp_path)
-    assert load_recipe("demo.yaml").steps == 7  # a file that is there comes first
+    assert load_recipe("demo.yaml").steps == 7  # an existing file takes precedence
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -74,7 +74,7 @@ def test_links_lead_somewhere(document):
 
 
 def test_files_that_documents_name_exist():
-    """Paths in the repository, in `code` or in commands."""
+    """Check paths inside the repository, in inline code and in commands."""
     place = re.compile(r"(?<![\w/.:-])(?:pipeline|tools|slurm|tests|benchmarks|ds_configs|docs)/[\w./-]*\w")
     made = {"slurm/site.env"}
     for document in DOCUMENTS:
@@ -83,7 +83,7 @@ def test_files_that_documents_name_exist():
 
 
 def test_the_examples_of_the_api_run(tiny_model, tmp_path, monkeypatch):
-    """The Python blocks of docs/api.md, in one process after each other."""
+    """Run the Python blocks of docs/api.md one after another in one process."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (24, 24), "red").save("star.png")
     Path("model").symlink_to(tiny_model)

@@ -1,4 +1,4 @@
-"""Two gloo processes that run a function of a test module, and never hang."""
+"""Run a function of a test module in two gloo processes, with a time limit."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from limits import HANG_SECONDS
 
-# What the processes are forked from has imported this, once for all tests of a session.
+# The fork server imports these modules once for all tests of a session.
 multiprocessing.set_forkserver_preload(["two_ranks", "pipeline.training.engine", "pipeline.models.llave"])
 
 
@@ -33,7 +33,7 @@ def _process(rank: int, folder: str, function: Callable, environment: dict[str, 
 
 
 def on_two_ranks(function: Callable) -> list:
-    """[function(0), function(1)], each in its own process of one group."""
+    """Return [function(0), function(1)], each computed in its own process of one process group."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (folder, function, dict(os.environ))
         ranks = mp.start_processes(_process, arguments, nprocs=2, join=False, start_method="forkserver")

@@ -1,4 +1,4 @@
-"""Random damage to files, as disks, proxies and people do it."""
+"""Random damage to files, as disks, proxies and people cause it."""
 
 import json
 import random
@@ -26,7 +26,7 @@ def flipped(content: bytes, chance: random.Random) -> bytes:
 
 
 def zeroed(content: bytes, chance: random.Random) -> bytes:
-    """A block of zeros, as a disk leaves it after a power failure."""
+    """Zero a block, as a disk may after a power failure."""
     start = chance.randrange(len(content) + 1)
     length = min(512, len(content) - start)
     return content[:start] + bytes(length) + content[start + length :]
@@ -50,7 +50,7 @@ BYTES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 
 def damage_file(path: Path, chance: random.Random) -> str:
-    """Change the bytes of a file, remove it, or put a folder in its place; returns the name of the damage."""
+    """Change the bytes of a file, remove it, or replace it by a folder; return the name of the damage."""
     name = chance.choice([*BYTES, "removed", "a folder"])
     if name == "removed":
         path.unlink()
@@ -63,7 +63,7 @@ def damage_file(path: Path, chance: random.Random) -> str:
 
 
 def damage_json(content: object, chance: random.Random) -> object:
-    """A copy of a JSON value with one node replaced, removed or doubled."""
+    """Return a copy of a JSON value with one node replaced, removed or duplicated."""
     content = json.loads(json.dumps(content))
     nodes = [(parent, key) for parent in _containers(content) for key in _keys(parent)]
     if not nodes:
@@ -82,7 +82,7 @@ def damage_json(content: object, chance: random.Random) -> object:
 
 
 def _containers(content: object) -> list:
-    """The content's lists and dictionaries, itself included."""
+    """Return all lists and dictionaries in the content, including itself."""
     if not isinstance(content, (dict, list)):
         return []
     inner = content.values() if isinstance(content, dict) else content
@@ -94,6 +94,5 @@ def _keys(parent: dict | list) -> list:
 
 
 def copy_of(source: Path, folder: Path) -> Path:
-    """A copy of a folder, to be damaged."""
     shutil.copytree(source, folder, symlinks=True)
     return folder

@@ -1,15 +1,15 @@
-"""Disturb small runs at random and look whether anything goes wrong in silence, hangs, or is lost.
+"""Disturb small runs at random, and find silent errors, hangs and lost data.
 
     python tests/chaos/run.py --minutes 30 --seed 7
-    python tests/chaos/run.py --seed 7 --only 123      # the same trial once more
+    python tests/chaos/run.py --seed 7 --only 123      # repeat one trial
 
 Small runs of train, evaluate, embed and make_shards read from a real S3 server behind a proxy. Each trial injects
-faults drawn from its number and the seed: signals to ranks, data workers, the launcher and the server; broken, refused,
-stalled and damaged responses; full and read-only disks; damaged checkpoints, logs, indexes, sidecars, shards and
-models; two starts in one directory. Then the same command runs again. A trial is violated by a hang, a traceback, a
-failure without a word, a process left over, or a result that differs from the undisturbed run's.
+faults that its number and the seed determine: signals to ranks, data workers, the launcher and the server; broken,
+refused, stalled and damaged responses; full and read-only disks; damaged checkpoints, logs, indexes, sidecars, shards
+and models; two starts in one directory. Then the same command runs again. Violations are a hang, a traceback, a failure
+without a message, a leftover process, and a result that differs from the undisturbed run's.
 
-Ends with status 1 if there was a violation; each is printed with the command that repeats its trial.
+Each violation is printed with the command that repeats its trial. The exit status is 1 if there was one.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def chaos(arguments: argparse.Namespace, folder: Path) -> int:
-    """Do the trials; returns how many were violated."""
+    """Run the trials; return the number of violations."""
     weights = {sort: weight for sort, weight in SORTS.items() if arguments.sort in (None, sort.__name__)}
     if not can_mount():
         print("no disk can be mounted here: trials of disks are left out")
@@ -96,10 +96,7 @@ def chaos(arguments: argparse.Namespace, folder: Path) -> int:
 
 
 def _end_children() -> None:
-    """Of a trial that was violated, processes may be left, which the next one must not meet.
-
-    They are children of the process that ranks are forked from.
-    """
+    """Kill processes that a violated trial left; they are children of the fork server."""
     for server in psutil.Process().children():
         for child in server.children(recursive=True):
             with suppress(psutil.NoSuchProcess):

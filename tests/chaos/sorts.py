@@ -1,4 +1,4 @@
-"""The sorts of trials: each disturbs one small run, starts the same command again, and looks at what came out."""
+"""The sorts of trials: each disturbs a small run, repeats its command, and checks the result."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP]
 
 @dataclass
 class Trial:
-    """One trial. chance: all that is drawn. folder: its own, empty at first.  faults: those that were injected."""
+    """One trial. chance: its source of randomness. folder: its own, initially empty. faults: the injected ones."""
 
     world: World
     chance: random.Random
@@ -43,7 +43,7 @@ class Trial:
 
 
 def _moments(run: Path) -> dict[str, Callable[[], bool]]:
-    """Moments of a training run: whether each has come."""
+    """Return, for moments of a training run, functions that tell whether they have come."""
     metrics = run / "metrics.jsonl"
 
     def steps() -> int:
@@ -62,14 +62,14 @@ def _moments(run: Path) -> dict[str, Callable[[], bool]]:
 
 
 def _await(come: Callable[[], bool], ranks: list[Rank], chance: random.Random) -> None:
-    """Until a moment has come, and a little longer; or the ranks have ended."""
+    """Wait for a moment and a little longer, or until the ranks have ended."""
     while not come() and None in [rank.poll() for rank in ranks]:
         time.sleep(0.002)
     time.sleep(chance.choice([0, 0.01, 0.05, 0.2, 0.6]))
 
 
 def _strike(pids: list[int], number: signal.Signals, chance: random.Random) -> None:
-    """Send a signal to processes; what is stopped goes on after a while, or is killed."""
+    """Send a signal to processes; continue or kill stopped ones after a while."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -89,7 +89,7 @@ def _children(ranks: list[Rank]) -> list[psutil.Process]:
 
 
 def _victims(trial: Trial, ranks: list[Rank]) -> tuple[str, list[int]]:
-    """The name of what is struck, and its processes."""
+    """Choose processes to disturb; return their name and ids."""
     workers = [child.pid for child in _children(ranks)]
     choices = {"first process": [ranks[0].pid], "last process": [ranks[-1].pid], "all": [rank.pid for rank in ranks]}
     if workers:
@@ -101,7 +101,7 @@ def _victims(trial: Trial, ranks: list[Rank]) -> tuple[str, list[int]]:
 def _disturbed(
     trial: Trial, arguments: list[str], processes: int, moments: dict[str, Callable[[], bool]], signals: list
 ) -> Ended:
-    """A program struck by a signal at some moment, unless it ended before; what it started must end with it."""
+    """Run a program and send it a signal at some moment, unless it has ended. All its children must end with it."""
     ranks = fork(arguments, processes)
     moment = trial.chance.choice(list(moments))
     _await(moments[moment], ranks, trial.chance)
@@ -120,7 +120,7 @@ def _disturbed(
 
 
 def train_killed(trial: Trial) -> None:
-    """A training run is struck, up to three times, and continued."""
+    """Disturb a training run up to three times, and resume it."""
     run = trial.folder / "run"
     arguments = trial.world.train(run, f"data.workers={trial.chance.choice([0, 1])}")
     for _ in range(trial.chance.choice([1, 1, 2, 3])):
@@ -130,7 +130,6 @@ def train_killed(trial: Trial) -> None:
 
 
 def launcher_killed(trial: Trial) -> None:
-    """The launcher, which is torchrun, is struck."""
     run = trial.folder / "run"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     (launcher,) = ranks = fork([*torchrun, *trial.world.train(run)], 1)
@@ -139,7 +138,7 @@ def launcher_killed(trial: Trial) -> None:
     number = trial.chance.choice(SIGNALS)
     trial.note(f"{number.name} of launcher")
     _strike([launcher.pid], number, trial.chance)
-    if None in wait(ranks, HANG).status:  # with a traceback of its own torchrun says which signal it got
+    if None in wait(ranks, HANG).status:  # torchrun prints a traceback with the signal that it received
         raise Violation("the launcher hangs")
     for process in psutil.wait_procs(children, timeout=HANG)[1]:
         process.kill()
@@ -170,7 +169,7 @@ def convert_killed(trial: Trial) -> None:
     dest = trial.chance.choice([str(trial.folder / "pairs"), f"s3://chaos/{trial.folder.name}/pairs"])
     arguments = trial.world.convert(dest)
     moments = {"start": lambda: True, "converting": lambda: any(Path(dest).glob("*"))}
-    if any(_disturbed(trial, arguments, 1, moments, SIGNALS).status):  # it was not over
+    if any(_disturbed(trial, arguments, 1, moments, SIGNALS).status):  # it had not finished
         succeed(arguments, 1)
     same_files(dest, str(trial.world.undisturbed / "pairs"))
 
@@ -195,7 +194,7 @@ def two_starts(trial: Trial) -> None:
 
 
 def _with_broken_storage(trial: Trial, arguments: list[str], processes: int) -> None:
-    """Run with storage that breaks; what ends in an error is started again without."""
+    """Run with failing storage; after an error, run again without faults."""
     permanent = trial.chance.random() < 0.2
     fault = trial.chance.choice([refuse(403, "AccessDenied"), UNAVAILABLE, RESET, TRUNCATE, stall(60)])
     before = trial.world.injected.copy()
@@ -225,7 +224,7 @@ def convert_storage(trial: Trial) -> None:
 
 
 def server_struck(trial: Trial) -> None:
-    """The S3 server is killed and comes back, or stands still, while a run reads from it."""
+    """Kill and restart the S3 server, or suspend it, while a run reads from it."""
     run = trial.folder / "run"
     arguments = trial.world.train(run, "data.workers=1")
     ranks = fork(arguments, 2)
@@ -244,7 +243,7 @@ def server_struck(trial: Trial) -> None:
 
 @contextmanager
 def _small_disk(folder: Path, megabytes: float) -> Iterator[Callable[[str], None]]:
-    """A disk of this size at a folder; gives what changes its options. For root alone."""
+    """Mount a disk of this size at a folder; yield a function that changes its options. Requires root."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", folder], check=True)
     try:
@@ -254,11 +253,11 @@ def _small_disk(folder: Path, megabytes: float) -> Iterator[Callable[[str], None
 
 
 def disk(trial: Trial) -> None:
-    """A disk that is full, or cannot be written, at the start or after some steps."""
+    """Use a disk that is full or read-only at the start or after some steps."""
     with _small_disk(trial.folder / "disk", 300) as remount:
         run = trial.folder / "disk/run"
         arguments = trial.world.train(run)
-        if trial.chance.random() < 0.5:  # a run that began well
+        if trial.chance.random() < 0.5:  # a run that had started normally
             _disturbed(trial, arguments, 2, {"step": _moments(run)["step"]}, [signal.SIGTERM])
         if trial.chance.random() < 0.3:
             trial.note("a read-only disk")
@@ -281,7 +280,7 @@ def disk(trial: Trial) -> None:
 
 
 def run_damaged(trial: Trial) -> None:
-    """A file of a run that was killed is damaged: the run continues, or says why not and loses nothing."""
+    """Damage a file of a killed run: the run resumes, or reports why it cannot and loses nothing."""
     run = copy_of(_killed_run(trial.world), trial.folder / "run")
     files = [path for path in sorted(run.rglob("*")) if path.is_file() and "tensorboard" not in path.parts]
     path = trial.chance.choice(files)
@@ -300,7 +299,7 @@ def run_damaged(trial: Trial) -> None:
 
 
 def _killed_run(world: World) -> Path:
-    """A run that was killed with two checkpoints; made once."""
+    """Return a run that was killed with two checkpoints; create it once."""
     run = world.folder / "killed"
     if not run.exists():
         made = run.with_name("killed.unfinished")
@@ -317,12 +316,12 @@ def _killed_run(world: World) -> Path:
 
 
 def _kind_of(name: Path) -> str:
-    """The file's name, of a checkpoint without its step."""
+    """Return the file's name, without the step in a checkpoint's name."""
     return "/".join(part for part in name.parts if not part.startswith("step-"))
 
 
 def index_damaged(trial: Trial) -> None:
-    """One node of an index is another, with or without the right checksum; or its bytes are damaged."""
+    """Change one node of an index, with or without a valid checksum, or damage its bytes."""
     shards = copy_of(trial.world.shards, trial.folder / "shards")
     path, refused = shards / INDEX_FILE, False
     if trial.chance.random() < 0.3:
@@ -340,7 +339,7 @@ def index_damaged(trial: Trial) -> None:
 
 
 def sidecar_damaged(trial: Trial) -> None:
-    """Damage to a sidecar or a shard, at times with an index that says that it is right."""
+    """Damage a sidecar or a shard, sometimes with a matching index."""
     shards = copy_of(trial.world.shards, trial.folder / "shards")
     path = trial.chance.choice(sorted(each for each in shards.iterdir() if each.suffix in (".npy", ".tar")))
     before = path.read_bytes()
@@ -363,7 +362,7 @@ def sidecar_damaged(trial: Trial) -> None:
 
 
 def _look(trial: Trial, shards: Path, refused: bool = False) -> None:
-    """Every program that reads a dataset ends well or with one clear error. refused: with an error."""
+    """Check that all programs that read the dataset succeed or give one clear error. refused: it must be an error."""
     commands = [["tools/make_shards.py", *each, str(shards)] for each in (["show"], ["stats"], ["verify"])]
     out = trial.folder / "out"
     arguments = trial.chance.choice(
@@ -379,7 +378,6 @@ def _look(trial: Trial, shards: Path, refused: bool = False) -> None:
 
 
 def model_damaged(trial: Trial) -> None:
-    """A file of a model's folder is damaged."""
     model = copy_of(trial.world.model, trial.folder / "model")
     path = trial.chance.choice(sorted(each for each in model.iterdir() if each.is_file()))
     if path.suffix == ".json" and trial.chance.random() < 0.6:
@@ -399,7 +397,7 @@ def _same_report(out: Path, world: World) -> None:
 
 
 def can_mount() -> bool:
-    """Whether a disk can be made to fill up: as root, where the kernel lets it."""
+    """Return whether a small disk can be mounted: as root, if the kernel permits it."""
     folder = Path(os.environ.get("TMPDIR", "/tmp"), f"chaos-mount-{os.getpid()}")
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode == 0
@@ -409,7 +407,7 @@ def can_mount() -> bool:
     return mounted
 
 
-# How many trials of each sort there are in a round.
+# The number of trials of each sort in a round.
 SORTS: dict[Callable[[Trial], None], int] = {
     train_killed: 4,
     train_storage: 1,

@@ -1,4 +1,4 @@
-"""What is disturbed: small runs on a real S3 server, and what each of them gives undisturbed."""
+"""The runs that trials disturb: small runs with a real S3 server, and their undisturbed results."""
 
 import json
 import os
@@ -25,8 +25,8 @@ from tools.s3_server import S3Server
 
 BUCKET = "chaos"
 DATASETS = ("Scene-I2T", "Scene-CLS")
-HANG = 400  # seconds after which a program counts as hanging; the slowest machine needs far less
-AFTER_FAILURE = 10  # seconds that ranks have after one has failed; then they are killed, as a launcher does
+HANG = 400  # seconds after which a program counts as hanging; slow machines need far less
+AFTER_FAILURE = 10  # seconds from a rank's failure until the others are killed, as by a launcher
 STEPS, EVERY = 8, 2
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 24, "patch_size": 8}
@@ -35,15 +35,15 @@ TEXT |= {"num_key_value_heads": 2, "vocab_size": 320}
 
 
 class Violation(Exception):
-    """Something that must never happen."""
+    """A result that must never occur."""
 
 
 @dataclass
 class World:
     """The server with its data, the model, and the undisturbed results.
 
-    folder: on the disk; each trial has a folder of its own in it.
-    proxy: stands before the server; programs are told its endpoint.
+    folder: on the disk; each trial has its own folder in it.
+    proxy: in front of the server; programs use its endpoint.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class World:
 
     @property
     def shards(self) -> Path:
-        """A copy of a dataset of the server, on the disk."""
+        """Return a local copy of one of the server's datasets."""
         return self.folder / "shards"
 
     @property
@@ -95,10 +95,10 @@ class World:
 
     @contextmanager
     def broken_storage(self, chance: random.Random, rate: float, only: Fault | None = None) -> Iterator[None]:
-        """Of all requests so many meet a fault: any of those that pass, or `only` this one."""
+        """Give this fraction of requests a fault: a random transient one, or `only` this one."""
         passing = [RESET, TRUNCATE, FLIP, UNAVAILABLE, stall(1), stall(8), refuse(403, "AccessDenied")]
         faults = [only] if only else passing
-        lock = threading.Lock()  # the proxy asks from many threads
+        lock = threading.Lock()  # the proxy calls it from many threads
 
         def plan(number: int, method: str, path: str) -> Fault | None:
             with lock:
@@ -117,7 +117,7 @@ class World:
 
 @contextmanager
 def a_world(folder: Path) -> Iterator[World]:
-    """Make all of it, undisturbed results included."""
+    """Create everything, including the undisturbed results."""
     with ExitStack() as stack:
         server = stack.enter_context(S3Server(BUCKET, folder=folder))
         os.environ |= server.environment()
@@ -145,7 +145,6 @@ def a_world(folder: Path) -> Iterator[World]:
 
 
 def _write_pairs(folder: Path) -> None:
-    """pairs.jsonl and its pictures."""
     lines = []
     for number in range(60):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
@@ -156,12 +155,11 @@ def _write_pairs(folder: Path) -> None:
 
 
 def launched(arguments: list[str], world: int) -> Ended:
-    """Run a program on so many ranks."""
     return wait(fork(arguments, world), HANG, AFTER_FAILURE)
 
 
 def judged(ended: Ended) -> Ended:
-    """The end of a program, which may fail but in one clear line; Violation if it did otherwise."""
+    """Return a program's result. Raise Violation unless it succeeded or failed with one clear line."""
     failed = [status for status in ended.status if status]
     if None in ended.status and not failed:
         raise Violation(f"it hangs\n{ended.output[-3000:]}")
@@ -175,7 +173,7 @@ def judged(ended: Ended) -> Ended:
 
 
 def succeed(arguments: list[str], world: int) -> Ended:
-    """Run to the end; Violation if that fails."""
+    """Run a program; raise Violation if it fails."""
     ended = judged(launched(arguments, world))
     if any(ended.status):
         raise Violation(f"it ended with {ended.status}: {' '.join(arguments)}\n{ended.output[-3000:]}")
@@ -183,9 +181,9 @@ def succeed(arguments: list[str], world: int) -> Ended:
 
 
 def same_run(run: Path, expected: Path, *, whole: bool = True) -> None:
-    """Violation unless a run ended with what the undisturbed one did.
+    """Raise Violation unless a run ended with the undisturbed run's results.
 
-    whole: False where lines of the logs were lost to damage: then those that are there are the same ones.
+    whole: False if damage may have removed lines of the logs; the remaining lines must be equal.
     """
     for name in ("metrics.jsonl", "ledger/rank0.jsonl", "ledger/rank1.jsonl"):
         ours, theirs = (folder / name for folder in (run, expected))
@@ -206,7 +204,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def same_files(url: str, expected: str) -> None:
-    """Violation unless two folders or prefixes hold the same files, byte for byte."""
+    """Raise Violation unless two folders or prefixes contain the same files, byte for byte."""
     ours, theirs = ({each.removeprefix(place): each for each in objects.list_under(place)} for place in (url, expected))
     if ours.keys() != theirs.keys():
         raise Violation(f"{url} holds {sorted(ours)}, the undisturbed one {sorted(theirs)}")

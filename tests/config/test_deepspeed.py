@@ -1,4 +1,4 @@
-"""A DeepSpeed config is checked as a recipe is: what DeepSpeed would ignore, or die of, is refused by name."""
+"""A DeepSpeed config is validated like a recipe: errors name settings that DeepSpeed would ignore or fail on."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ DEMO = Path(__file__).parents[2] / "pipeline/recipes/demo.yaml"
 
 @pytest.fixture
 def loaded(tmp_path):
-    """A function that loads a config, of values or of text."""
+    """Return a function that loads a config from values or text."""
 
     def load(config: dict | str, *overrides: str) -> dict:
         file = tmp_path / "ds.json"
@@ -46,7 +46,7 @@ CPU = {"device": "cpu", "pin_memory": True}
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        # in the wrong place, or misspelt
+        # misplaced or misspelt
         ({"offload_optimizer": CPU, **zero()}, "unknown setting offload_optimizer; did you mean zero_optimization.off"),
         ({"stage": 3}, "unknown setting stage; did you mean zero_optimization.stage?"),
         ({"reduce_bucket_size": 5e8}, "did you mean zero_optimization.reduce_bucket_size?"),
@@ -58,7 +58,7 @@ CPU = {"device": "cpu", "pin_memory": True}
         ({"comms_logger": {"enable": True}}, "did you mean comms_logger.enabled?"),
         ({"flops_profiler": {"profle_step": 1}}, "did you mean flops_profiler.profile_step?"),
         ({"of_mine": 1}, "unknown setting of_mine; nothing here uses it: remove it"),
-        # deprecated, removed, or not of this pipeline
+        # deprecated, removed, or not supported by this pipeline
         (zero(cpu_offload=True), "cpu_offload is deprecated: set zero_optimization.offload_optimizer"),
         (zero(cpu_offload_param=True), "cpu_offload_param is deprecated: set zero_optimization.offload_param"),
         (zero(stage3_gather_fp16_weights_on_model_save=True), "set zero_optimization.stage3_gather_16bit_weights"),
@@ -70,7 +70,7 @@ CPU = {"device": "cpu", "pin_memory": True}
         ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is not set here"),
         ({"aio": {"block_size": 1048576}}, "'aio' is not set here"),
         ({"checkpoint": {"load_universal": True}}, "unknown setting checkpoint.load_universal; nothing here uses it"),
-        # null, true, text and auto in odd places
+        # null, true, text and auto in unexpected places
         ({"zero_optimization": None}, "zero_optimization is null"),
         ({"zero_optimization": True}, "zero_optimization is a section: expected {...}, got true"),
         ({"zero_optimization": "auto"}, 'zero_optimization is a section: expected {...}, got "auto"'),
@@ -92,7 +92,7 @@ CPU = {"device": "cpu", "pin_memory": True}
         (zero(reduce_bucket_size="auto"), 'zero_optimization.reduce_bucket_size="auto"; give a value, or remove it'),
         ({"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown="auto"'),
         (zero(max_live_parameters=1, stage3_max_live_parameters=2), "max_live_parameters is there twice"),
-        # what contradicts the recipe, or what the gradient cache counts on
+        # settings that contradict the recipe or the gradient cache's assumptions
         ({"communication_data_type": "fp16"}, "contradicts the recipe's precision=fp32"),
         ({"communication_data_type": "bf16"}, "contradicts the recipe's precision=fp32"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, 'data_types.grad_accum_dtype="bf16" contradicts the recipe'),
@@ -155,7 +155,7 @@ def test_a_folder_is_no_config(tmp_path):
 
 
 def test_what_people_use_elsewhere_still_works(loaded):
-    """The ZeRO-3 example of transformers' documentation, with numbers for what only it can fill."""
+    """Load the ZeRO-3 example of transformers' documentation, with numbers for values that only its Trainer can set."""
     sizes = {"reduce_bucket_size": 1e6, "stage3_prefetch_bucket_size": 1e6, "stage3_param_persistence_threshold": 1e4}
     config = loaded(
         {

@@ -1,4 +1,4 @@
-"""Recipes of an earlier version are refused, with what to write; what a run directory has kept of them is read."""
+"""Recipes of an earlier version are refused, with the replacement; those in run directories are still read."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from pipeline.config import load_recipe, recipe_of_run
 from pipeline.errors import PipelineError
 
 DEMO = Path("pipeline/recipes/demo.yaml")
-FORMER = Path(__file__).parent / "former"  # recipe.yaml as runs of each kind kept it
+FORMER = Path(__file__).parent / "former"  # recipe.yaml of earlier runs, one per former model type
 NEW = {
     "llave": ("demo", "model.mm_newline_position=grid", "model.train.lora={rank: 4}", "batch.sub_batch=32"),
     "caption": ("demo_caption", "model.instruction=find"),

@@ -1,4 +1,4 @@
-"""The project's recipes for the published models: their values, their size."""
+"""The project's recipes for the published models: their values and model sizes."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from pipeline.training.engine import freeze, parameter_groups
 
 SIZES = ("0.5b", "2b", "7b")
 
-# Language models by hidden size, layers, heads, key-value heads, MLP, vocabulary; parameters as published, in billions.
-# The 7B's count has an LM head beside the embedding, which an embedder has no use for.
+# Language models: (hidden size, layers, heads, key-value heads, MLP, vocabulary); published parameters in billions.
+# The published 7B count includes an LM head in addition to the embedding; an embedder has none.
 BACKBONES = {
     "0.5b": ((896, 24, 14, 2, 4864, 151_936), 0.89, 0),
     "2b": ((1536, 28, 12, 2, 8960, 151_936), 1.95, 0),
@@ -55,7 +55,7 @@ def test_values_are_the_papers(size):
     assert (ours.model.images, paper.model.images) == (None, "as_stored")
     stages = [load_ds_config(each, 8)["zero_optimization"]["stage"] for each in (ours, paper)]
     assert stages == [{"0.5b": 1, "2b": 2, "7b": 3}[size], 3]
-    assert paper.run == f"{ours.run}_paper"  # it never goes on where the other was
+    assert paper.run == f"{ours.run}_paper"  # it never resumes the other recipe's run
     names = [part.name for part in ours.data.datasets]
     in_distribution = {name for name, (_, known) in MMEB_TASKS.items() if known} - {"ImageNet-1K"}
     assert set(names) == in_distribution and len(names) == 20

@@ -1,4 +1,4 @@
-"""What people type into recipes and options is read as they mean it, or refused with what to write."""
+"""Values in recipes and options are read as the user means them, or refused with the correct form."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ def value_of(override: str) -> object:
     return value
 
 
-# Fields that the demo's own recipe does not have.
+# Fields that the demo's recipe does not have.
 OF_OTHERS = {
     "model.text_encoder": "demo_llm2clip",
     "model.instruction": "demo_caption",
@@ -35,7 +35,7 @@ def error_of(path: Path, *overrides: str) -> str:
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A function that appends text to the demo's recipe, and returns the new one's path."""
+    """Return a function that appends text to the demo's recipe and returns the new recipe's path."""
 
     def write(text: str | bytes, whole: bool = False) -> Path:
         data = text if isinstance(text, bytes) else text.encode()

@@ -1,4 +1,4 @@
-"""What the tests of several formats need: the command line in this process and in another, and what it wrote."""
+"""Helpers for the tests of several formats: run the command line in this or another process, and read its output."""
 
 import signal
 import subprocess
@@ -21,7 +21,7 @@ COMMAND = [sys.executable, str(Path(__file__).resolve().parents[2] / "tools/make
 
 
 def make_shards(*arguments: object) -> None:
-    """Run the command line in this process, which does all the work if the arguments do not say otherwise."""
+    """Run the command line in this process, which does all the work unless the arguments set --processes."""
     with pytest.MonkeyPatch.context() as patch:
         more = () if "--processes" in arguments else ("--processes", "1")
         patch.setattr(sys, "argv", ["make_shards.py", *map(str, arguments), *more])
@@ -29,7 +29,6 @@ def make_shards(*arguments: object) -> None:
 
 
 def error_of(*arguments: object) -> str:
-    """The one line with which the command line fails."""
     with pytest.raises(PipelineError) as caught:
         make_shards(*arguments)
     text = str(caught.value)
@@ -38,14 +37,13 @@ def error_of(*arguments: object) -> str:
 
 
 def start(*arguments: object) -> subprocess.Popen:
-    """Start the command line in a process of its own, in a folder that is not the repository."""
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which what runs in the background ignores
+    """Start the command line in a new process, outside of the repository."""
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore SIGINT
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*COMMAND, *map(str, arguments)], **pipes, text=True, cwd="/", preexec_fn=heed)
 
 
 def read_all(url: str) -> list[Pair | Single]:
-    """All samples of a dataset, in order."""
     samples = []
     for shard in Index.load(url).shards:
         samples += map(parse_sample, read_samples(url, shard, load_sidecar(url, shard)))
@@ -53,12 +51,12 @@ def read_all(url: str) -> list[Pair | Single]:
 
 
 def content(url: str) -> dict[str, bytes]:
-    """Name -> bytes of every object below `url`."""
+    """Return {name: bytes} for every object below `url`."""
     return {name.removeprefix(url): objects.read(name) for name in objects.list_under(url)}
 
 
 def picture(width: int, height: int, seed: int = 0, format: str = "PNG") -> bytes:
-    """An encoded image, of noise so that it does not compress away."""
+    """Return an encoded image of noise, which does not compress."""
     import numpy as np
 
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)

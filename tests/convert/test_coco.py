@@ -1,4 +1,4 @@
-"""Karpathy's files: a pair an image, all its captions with it."""
+"""Karpathy's files: one pair per image, with all its captions."""
 
 import json
 import math

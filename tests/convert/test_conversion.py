@@ -1,4 +1,4 @@
-"""The engine: same bytes on any number of processes and after any end; what is left out is said, or stops it all."""
+"""The conversion engine: same bytes for any number of processes and after any stop; omitted rows are reported."""
 
 import json
 import os
@@ -27,12 +27,12 @@ from pipeline.errors import PipelineError
 from pipeline.storage import lock, objects
 
 ROWS = 400
-BROKEN = 7  # number of the row whose image is none
+BROKEN = 7  # the number of the row with an invalid image
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A jsonl file of two datasets whose conversion makes many shards and leaves one row out."""
+    """Create a jsonl file of two datasets whose conversion writes many shards and omits one row."""
     folder = tmp_path_factory.mktemp("source")
     for number in range(20):
         (folder / f"{number}.png").write_bytes(picture(60 + number, 60, number))
@@ -53,7 +53,7 @@ def arguments(source: Path, dest: str, *more: object) -> tuple:
 
 @pytest.fixture(scope="module")
 def undisturbed(source, tmp_path_factory) -> dict[str, bytes]:
-    """What a conversion by one process writes."""
+    """Return the files that a conversion by one process writes."""
     dest = str(tmp_path_factory.mktemp("dest") / "out")
     make_shards(*arguments(source, dest))
     written = content(dest)
@@ -80,7 +80,7 @@ def test_samples_are_the_rows_in_order(source, tmp_path):
 
 
 def state(path: str | Path) -> tuple[int, int]:
-    """What changes when a file is written again."""
+    """Return values that change when a file is rewritten."""
     found = Path(path).stat()
     return found.st_ino, found.st_mtime_ns
 
@@ -98,7 +98,7 @@ def wait_for_records(process: subprocess.Popen, dest: str, count: int) -> None:
 
 
 def test_killed_in_the_middle_it_goes_on_and_nothing_is_done_twice(source, undisturbed, tmp_path):
-    """Begun by two processes, ended by three: the same bytes as by one."""
+    """Two processes start and three finish; the bytes equal those of one process."""
     dest = str(tmp_path / "out")
     process = start(*arguments(source, dest, "--processes", 2))
     wait_for_records(process, dest, 5)
@@ -136,7 +136,7 @@ def test_interrupted_on_the_way_to_s3_it_ends_at_once_and_goes_on(s3, source, un
     first, second, *others = records(dest)
     assert len(others) < 22
     kept, lost = (name.replace("/.unfinished", "").replace(".json", ".tar") for name in (first, second))
-    objects.write(kept, bytes(objects.size(kept)))  # would be mended if it were converted again
+    objects.write(kept, bytes(objects.size(kept)))  # a second conversion would repair it
     objects.delete(lost)
     make_shards(*arguments(source, dest))
     written = content(dest)
@@ -146,7 +146,7 @@ def test_interrupted_on_the_way_to_s3_it_ends_at_once_and_goes_on(s3, source, un
 
 @dataclass(frozen=True)
 class Numbers:
-    """Rows that are their number, of which some are rejected."""
+    """Rows that contain their number; some are rejected."""
 
     count: int
     rejected: frozenset[int] = frozenset()
@@ -174,7 +174,7 @@ def test_the_same_dest_on_another_server_has_another_folder_for_its_uploads(tmp_
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server}")
         with _folders([conversion := Namespace(dest=dest, remote=True)], tmp_path):
             found.append(conversion.folder)
-    assert len(set(found[:3])) == 3 and found[3] == found[0]  # where an earlier start left something
+    assert len(set(found[:3])) == 3 and found[3] == found[0]  # an earlier start's files are found
 
 
 def test_rejected_rows_are_listed_in_order_and_their_shards_may_be_missing(tmp_path, capsys):
@@ -227,7 +227,7 @@ def test_too_many_rejected_rows_stop_it_and_a_higher_limit_goes_on(tmp_path):
     assert listed[:3] == ["number 13", "number 14", "number 33"]
     done = {name[-11:-5] for name in records(dest)}
     assert {"000013", "000014", "000033"} <= done
-    assert len(done) < 100  # it stopped when it was certain
+    assert len(done) < 100  # it stopped as soon as the result was certain
     before = state(tmp_path / "out/000012.tar")
     convert({dest: rows}, options={}, shards=100, max_rejected=0.04)
     assert state(tmp_path / "out/000012.tar") == before
@@ -377,13 +377,13 @@ def test_a_killed_upload_leaves_no_folder_behind_once_it_is_gone_on_with(s3, sou
     process.communicate()
     _, alive = psutil.wait_procs(children, timeout=HANG_SECONDS)
     assert alive == []
-    assert len(list(tmp.iterdir())) == 2  # one a dataset
+    assert len(list(tmp.iterdir())) == 2  # one per dataset
     make_shards(*arguments(source, dest, "--tmp", tmp))
     assert list(tmp.iterdir()) == []
 
 
 def test_what_can_be_finished_is_finished_before_an_error_is_raised(tmp_path):
-    """The first dataset's record, being long, is still on its way when the second fails."""
+    """The first dataset's long record is still being written when the second dataset fails."""
 
     class Failing(Numbers):
         def sample(self, number: int) -> Pair:
@@ -399,7 +399,7 @@ def test_what_can_be_finished_is_finished_before_an_error_is_raised(tmp_path):
 
 @pytest.mark.parametrize("tidy", [True, False])
 def test_of_several_datasets_the_finished_ones_are_not_done_again(tmp_path, tidy):
-    """Also (not tidy) when the end came between a dataset's index and the removal of its plan."""
+    """Without `tidy`, the stop came between writing a dataset's index and removing its plan."""
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     both = {first: Numbers(10, dataset="first"), second: Numbers(10, frozenset({5}), dataset="second")}
     with pytest.raises(PipelineError, match="second: 1 rows are rejected so far, of 6 rows read"):

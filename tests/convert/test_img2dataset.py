@@ -32,7 +32,7 @@ def picture(number: int, format: str = "JPEG") -> bytes:
 
 
 def members(number: int) -> dict[str, bytes]:
-    """A good sample: an image, a short caption and a column of long ones."""
+    """Return a valid sample: an image, a short caption and a column of long captions."""
     described = {
         "url": f"http://x/{number}",
         "caption_long": [f"A long caption, number {number}.", f"ünïcode {number}"],
@@ -63,7 +63,7 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
 
 
 def make_source(folder: Path) -> dict[str, list[Pair]]:
-    """Three tars, one of them with bad samples. Returns the pairs of the good ones, by tar."""
+    """Write three tars, one of them with bad samples. Return the pairs of the valid ones by tar."""
     folder.mkdir()
     tars, expected = {}, {}
     for tar in range(3):
@@ -84,7 +84,7 @@ def make_source(folder: Path) -> dict[str, list[Pair]]:
     tars["00001.tar"] = dict([*good[:2], *BAD.items(), *good[2:]])
     for name, samples in tars.items():
         write_tar(folder / name, samples)
-    (folder / "00000_stats.json").write_text("{}")  # img2dataset leaves this and more beside the tars
+    (folder / "00000_stats.json").write_text("{}")  # img2dataset leaves such files next to the tars
     return expected
 
 
@@ -99,7 +99,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def pairs_of(dest: str) -> dict[str, list[Pair]]:
-    """Every sample read back as training reads it: records by the block, and samples by them."""
+    """Read every sample as training does: first the records of a block, then the samples."""
     loaded = Index.load(dest)
     pairs = {}
     for shard in loaded.shards:
@@ -115,7 +115,7 @@ OPTIONS = ("--captions", "txt", "caption_long", "--max-rejected", "0.5", "--proc
 
 @pytest.fixture(params=["beside the tars", "elsewhere", "s3"])
 def places(request, tmp_path) -> tuple[str, str, dict[str, list[Pair]]]:
-    """(source, destination, the pairs there are)."""
+    """Return (source, destination, expected pairs by tar)."""
     expected = make_source(tmp_path / "source")
     if request.param == "beside the tars":
         return str(tmp_path / "source"), str(tmp_path / "source"), expected
@@ -168,7 +168,7 @@ def test_the_result_is_the_same_on_any_number_of_processes_and_after_a_break(tmp
     index(tmp_path / "source", tmp_path / "three", *OPTIONS)
     assert files(tmp_path / "three") == files(tmp_path / "one")
     read = {Path(url).name for url in read if url.endswith(".tar")}
-    assert "00002.tar" in read and not read & (recorded - {"00000.tar"})  # of which the columns are looked at
+    assert "00002.tar" in read and not read & (recorded - {"00000.tar"})  # the first tar is read to find the columns
 
 
 def test_a_tar_that_changed_since_the_break_is_indexed_again(tmp_path):
@@ -216,9 +216,9 @@ def tar_of(*named: tuple[str, bytes], format: int = tarfile.USTAR_FORMAT) -> byt
 
 
 def broken_tars() -> dict[str, tuple[bytes, str]]:
-    """Name -> (bytes, what is said of them)."""
+    """Return {name: (bytes, error message)}."""
     good = tar_of(("a.jpg", picture(1)), ("a.txt", b"a"))
-    second = 512 + len(picture(1)) // 512 * 512 + 512  # where the second member begins
+    second = 512 + len(picture(1)) // 512 * 512 + 512  # offset of the second member
     negative = bytearray(good)
     member = tarfile.TarInfo("a.txt")
     member.size = -512
@@ -337,7 +337,7 @@ def test_long_names_folders_and_links_are_read_as_webdataset_reads_them(tmp_path
 
 
 def foreign_members() -> list[tuple[str, bytes]]:
-    """What other tools leave in tars, between, before and within samples of which webdataset makes the most it can."""
+    """Return members that other tools write between, before and within samples; webdataset still reads the samples."""
     a, b, c, d = (members(number) for number in range(4))
     return [
         (".DS_Store", b"finder"),
@@ -353,7 +353,7 @@ def foreign_members() -> list[tuple[str, bytes]]:
         ("./.hidden", b""),
         ("LICENSE", b""),
         ("./b.TXT", b["txt"]),
-        ("folder.v1/c.seg.jpg", c["jpg"]),  # a suffix with a dot
+        ("folder.v1/c.seg.jpg", c["jpg"]),  # a suffix that contains a dot
         ("folder.v1/c.jpg", c["jpg"]),
         ("folder.v1/noext", b""),
         ("folder.v1/c.txt", c["txt"]),
@@ -363,7 +363,7 @@ def foreign_members() -> list[tuple[str, bytes]]:
         ("photos/e.jpg", a["jpg"]),
         ("photos/between.txt", b"a sample of another key"),
         ("photos/e.txt", a["txt"]),
-        ("a.jpg", b["jpg"]),  # a key that comes again, whole
+        ("a.jpg", b["jpg"]),  # a key that occurs again, with a complete sample
         ("a.txt", b["txt"]),
         ("__x__.jpg", a["jpg"]),
         ("__x__.txt", a["txt"]),
@@ -389,7 +389,7 @@ def foreign_tar(format: int, v7: bool = False) -> bytes:
                 member.pax_headers = {"SCHILY.xattr.com.apple": "x", "comment": "ü"}
             tar.addfile(member, io.BytesIO(content))
     data = bytearray(buffer.getvalue())
-    if v7:  # without a magic; files, and folders, whose names end by a slash, are of type NUL
+    if v7:  # without magic bytes; files have type NUL, as have folders, whose names end in a slash
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             written = tar.getmembers()
         for member in written:
@@ -433,9 +433,9 @@ def test_members_that_lie_apart_are_said_to(tmp_path):
     assert [pair.key for pair in pairs_of(str(tmp_path))["0.tar"]] == ["7", "8"]
     rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert [(line["row"][7:], line["cause"]) for line in rejected] == [
-        *((str(n), "members apart") for n in range(3)),  # each sample once
+        *((str(n), "members apart") for n in range(3)),  # once per sample
         ("7", "broken image"),
-        ("8", "members apart"),  # a column of captions is not found
+        ("8", "members apart"),  # the column of captions is missing
         ("9", "no image"),
     ]
     assert rejected[0]["detail"] == (
@@ -469,9 +469,9 @@ def test_hostile_members_are_rejected_by_name(tmp_path, monkeypatch):
     sparse = tarfile.TarInfo("sparse.jpg")
     sparse.type = tarfile.GNUTYPE_SPARSE
     header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
-    header[386:398] = b"%011o\0" % 0  # one run of data, at 0, without a byte
+    header[386:398] = b"%011o\0" % 0  # one data run at offset 0, with length 0
     header[398:410] = b"%011o\0" % 0
-    header[483:495] = b"%011o\0" % (1 << 30)  # of a file that claims a gigabyte
+    header[483:495] = b"%011o\0" % (1 << 30)  # the file claims to have a gigabyte
     header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
     (tmp_path / "0.tar").write_bytes(bytes(header) + data)
     index(tmp_path, tmp_path / "dest", "--processes", "1", "--max-rejected", "0.9")

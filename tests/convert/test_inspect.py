@@ -64,7 +64,7 @@ def make_pairs() -> list[Pair]:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A dataset of pairs in three shards, in a folder beside one of single items and one of img2dataset's tars."""
+    """Create a dataset of pairs in three shards, next to one of single items and one of img2dataset's tars."""
     pairs = make_pairs()
     index = write_shards(pairs, tmp_path / "all/pairs", dataset="Pairs", shard_bytes=sum(map(size, pairs)) * 3 // 10)
     assert len(index.shards) == 3
@@ -120,17 +120,17 @@ def flip(place: int) -> Callable[[bytearray], object]:
         ("000001.tar", lambda data: data.__delitem__(slice(-512, None)), [r": \d+ bytes, but the index says \d+"]),
         ("000002.tar", lambda data: data.clear(), [": 0 bytes, but the index says"]),
         ("000001.idx.npy", flip(-9), ["is damaged"]),
-        # In the middle of a picture: its content is another, and may no longer decode.
+        # In the middle of an image: its content changes, and it may no longer decode.
         ("000000.tar", lambda data: flip(data.index(b"IDAT") + 6)(data), [r"#\d: ", "its sha256 is not"]),
         # In the padding after a text.
         ("000000.tar", lambda data: flip(data.index(b"negatives") + 300)(data), ["#0: its record's crc32 is wrong"]),
-        # A letter of a text.
+        # In a letter of a text.
         (
             "000000.tar",
             lambda data: flip(data.index(b"answer"))(data),
             ["#0: its record's crc32 is wrong", "#0: its record's target_hash is wrong", "its sha256 is not"],
         ),
-        # A header's checksum.
+        # In a header's checksum.
         ("000000.tar", flip(150), ["#0: not a tar", "its sha256 is not"]),
     ],
 )
@@ -144,7 +144,7 @@ def test_what_is_damaged_is_listed(folder, file, edit, faults):
 
 
 def forge(folder: Path, edit: Callable[[np.ndarray], object] = len, **entry: object) -> None:
-    """Let the first shard's records and entry be others, with all their checksums."""
+    """Change the first shard's records and index entry, and update all checksums."""
     index = Index.load(str(folder))
     shard = index.shards[0]
     records = load_sidecar(str(folder), shard).copy()
@@ -249,7 +249,7 @@ def test_show(folder, capsys):
         assert all(f"hash {item.content_hash:016x}" in printed for item in pair.items)
         assert printed.count("another answer") == len(pair.alternatives)
         assert shown(capsys, folder / "pairs", "--key", pair.key) == printed
-    assert "image jpg, 30 x 40," in printed  # the last one's negative
+    assert "image jpg, 30 x 40," in printed  # the negative of the last pair
     assert "video avi, 48 x 32," in shown(capsys, folder / "pairs", 5)
     assert "item 'item 2'" in shown(capsys, folder / "singles", 2)
     assert "cc/00000.tar, sample 2" in (printed := shown(capsys, folder / "cc", "--key", "3"))
@@ -326,7 +326,7 @@ def test_a_histogram_counts_by_powers_of_two():
 
 def test_what_is_missing_is_named_and_the_rest_is_still_checked(tmp_path):
     folder = tmp_path / "pairs"
-    for number in range(4):  # shards of one index
+    for number in range(4):  # the shards of one index
         write_shards(
             [Pair(f"{number}", "X", "t", Item(f"q{number}"), Item("t"))], tmp_path / f"part{number}", dataset="X"
         )

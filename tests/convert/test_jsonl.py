@@ -1,4 +1,4 @@
-"""The jsonl format: every field and every file reach the shards; every bad row is rejected by its line and a cause."""
+"""The jsonl format: every field and file reaches the shards; every bad row is rejected with its line and the cause."""
 
 import gzip
 import io
@@ -38,7 +38,7 @@ def row(number: int, **more: object) -> dict:
 
 
 def write(folder: Path, *rows: dict | bytes) -> Path:
-    """A jsonl file of these rows, or raw lines."""
+    """Write these rows or raw lines to a jsonl file."""
     lines = [each if isinstance(each, bytes) else json.dumps(each).encode() for each in rows]
     (folder / "pairs.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     return folder / "pairs.jsonl"
@@ -46,7 +46,7 @@ def write(folder: Path, *rows: dict | bytes) -> Path:
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """A folder in which three pictures, a clip and what is neither lie."""
+    """Create a folder with three images, a clip and an invalid file."""
     folder = tmp_path / "source"
     (folder / "photos").mkdir(parents=True)
     for number in range(3):
@@ -80,7 +80,7 @@ def test_all_fields(source, tmp_path):
 
 
 def test_several_datasets(source, tmp_path):
-    """A row that cannot be read counts with the one before it, the first ones with the first that can."""
+    """An unreadable row belongs to the dataset of the row before it, or, at the start, of the first readable row."""
     rows = [b"?", row(0, dataset="B"), row(1), b"?", row(2, dataset="A"), row(0, dataset="B"), b"?"]
     file = write(source, *rows)
     make_shards("jsonl", file, tmp_path / "out", "--dataset", "Rest", "--images", source, "--max-rejected", 0.9)
@@ -159,7 +159,7 @@ BAD_ROWS = [
 
 
 def huge_png() -> bytes:
-    """The header of an image of 60,000 x 60,000 pixels, which would be 10 GB."""
+    """Return the header of an image of 60,000 x 60,000 pixels, which would take 10 GB."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
@@ -224,7 +224,7 @@ def test_re_encoding_touches_only_larger_images(source, tmp_path):
 
 
 def test_a_photo_is_stored_as_it_is_or_scaled_upright_and_its_size_is_noted_upright(source, tmp_path):
-    """Red at its top, as a camera that was turned stores it: at the left; and a scan of 16 bits."""
+    """Use photos that are red at the top, stored rotated with red at the left; and a 16-bit scan."""
     photo, exif = Image.new("RGB", (300, 200), (0, 0, 255)), Image.Exif()
     photo.paste((255, 0, 0), (0, 0, 75, 200))
     exif[0x0112] = 6

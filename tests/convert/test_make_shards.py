@@ -1,4 +1,4 @@
-"""The command line: every command explains itself; folders and S3 alike; one clear line for a mistake."""
+"""The command line: help for every command; folders and S3 behave alike; one clear line per mistake."""
 
 import signal
 import socket
@@ -100,7 +100,7 @@ def test_what_cannot_be_drawn_leaves_nothing_behind(tmp_path):
     [("verify", "interrupted"), ("jsonl", "interrupted: the same command continues from here")],
 )
 def test_only_a_conversion_goes_on_after_an_interruption(command, said, tmp_path, monkeypatch):
-    """Both wait for a server that does not answer."""
+    """Both commands wait for a server that does not answer."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "none")
     source = ("pairs.jsonl",) if command == "jsonl" else ()

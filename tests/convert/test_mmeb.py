@@ -1,4 +1,4 @@
-"""MMEB-train's layout: every text and every image byte arrives, and marks stand where images go."""
+"""MMEB-train's layout: every text and every image byte is converted, with image placeholders at the right positions."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.data.sample import Item, Pair
 
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
 
-# Subset -> rows of the split `original`, in the order of COLUMNS.
+# {subset: rows of the split `original`}, with columns in the order of COLUMNS.
 ROWS = {
     "ImageNet_1K": [
         ("<|image_1|>\nClassify: 图", "images/ImageNet_1K/a.jpg", "Katze ü", "", "", ""),
@@ -29,7 +29,7 @@ ROWS = {
 
 
 def images(folder: Path) -> dict[str, bytes]:
-    """Path -> bytes of the images that the rows name, written to `folder`."""
+    """Write the images that the rows name to `folder`; return {path: bytes}."""
     paths = {path for rows in ROWS.values() for row in rows for path in row[1::2] if path}
     found = {}
     for number, path in enumerate(sorted(paths)):
@@ -49,7 +49,7 @@ def write(file: Path, rows: list[tuple], **options: object) -> None:
 def source(tmp_path) -> Path:
     folder = tmp_path / "MMEB-train"
     for subset, rows in ROWS.items():
-        # The columns of nulls alone have no type. There are two files: one of three rows, one of groups of one row.
+        # A column of nulls only has no type. One file has three rows in a group; the other has groups of one row.
         write(folder / subset / "original-00000-of-00002.parquet", rows[:1] * 3)
         if rows[1:]:
             write(folder / subset / "original-00001-of-00002.parquet", rows[1:] * 2, row_group_size=1)

@@ -36,7 +36,7 @@ def picture(colour: str) -> bytes:
 
 @pytest.fixture
 def source(tmp_path):
-    """Two of MMEB's datasets as they are published."""
+    """Create two of MMEB's datasets in their published layout."""
     folder = tmp_path / "MMEB-eval"
     for name in ("red", "blue"):
         path = folder / f"images/NIGHTS/{name}.png"
@@ -65,14 +65,14 @@ COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 
 
 def put_rows(source: Path, rows: list[tuple]) -> None:
-    """Let these be GQA's rows: (qry_text, qry_img_path, tgt_text, tgt_img_path)."""
+    """Replace GQA's rows: (qry_text, qry_img_path, tgt_text, tgt_img_path)."""
     columns = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
     table = pa.Table.from_pylist([dict(zip(columns, row, strict=True)) for row in rows])
     parquet.write_table(table, source / "GQA/test-00000-of-00001.parquet")
 
 
 def broken(source: Path) -> str:
-    """A picture that is none, by its name; of GQA alone, for it is not said which of two datasets fails first."""
+    """Write an invalid image and return its name. Only GQA uses it, since either of two datasets may fail first."""
     (source / "images/NIGHTS/broken.png").write_bytes(b"x")
     return "NIGHTS/broken.png"
 
@@ -156,7 +156,7 @@ def test_an_evaluation_set_is_converted_whole_or_not_at_all(source, tmp_path, sp
     spoil(source)
     with pytest.raises(PipelineError, match=reason):
         convert(source, tmp_path / "dest", "--max-rejected", "1")
-    assert not (tmp_path / "dest/GQA/index.json").exists()  # another process may have done the other, which is sound
+    assert not (tmp_path / "dest/GQA/index.json").exists()  # another process may have finished the valid dataset
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_the_36_datasets():
 
 
 def content(collection: Collection) -> list[tuple]:
-    """What a collection asks, in items and not their numbers."""
+    """Return a collection's tasks with items instead of their numbers."""
     items = [read() for read in collection.items]
     return [
         (task.name, task.meta_task, task.in_distribution, items[query], [items[row] for row in candidates])
@@ -275,7 +275,7 @@ def test_verify_looks_at_what_is_beside_the_shards(source, tmp_path, spoil, reas
 
 
 def renumber(folder: Path) -> None:
-    """Let a row ask for an item that is not there, and the index say so."""
+    """Make a row refer to an item that does not exist, and update the index."""
     rows = parquet.read_table(folder / "rows.parquet").to_pydict()
     parquet.write_table(pa.table(rows | {"query": [0, 9999]}), folder / "rows.parquet")
     index = Index.load(str(folder))
@@ -290,11 +290,10 @@ def test_the_converted_demo_is_the_same_evaluation(tmp_path, dest):
     assert objects.exists(f"{dest}/Scene-CLS/000001.tar")
     as_published, converted = load([str(tmp_path / "demo")]), load([dest])
     assert content(converted) == content(as_published)
-    assert len(converted.items) < len(as_published.items)  # pictures of several names and one content are one item
+    assert len(converted.items) < len(as_published.items)  # images with equal content and different names are one item
 
 
 def put_table(source: Path, **columns: list) -> None:
-    """Let these be GQA's columns."""
     parquet.write_table(pa.table(columns), source / "GQA/test-00000-of-00001.parquet")
 
 
@@ -310,7 +309,7 @@ def test_instructions_that_stand_apart_are_part_of_the_texts(source, tmp_path):
     )
     put = source / "GQA/test-00000-of-00001.parquet"
     rows = parquet.read_table(put).to_pylist()
-    rows[1]["tgt_text"] = ""  # one for all pictures
+    rows[1]["tgt_text"] = ""  # one text for all images
     parquet.write_table(pa.Table.from_pylist([rows[1] | {"tgt_text": [""]}, rows[0], rows[2]]), put)
     find, answer, as_it_was = evaluation_rows(str(source / "GQA"))
     shown = "<image>\nRepresent the picture.\n"
@@ -321,7 +320,7 @@ def test_instructions_that_stand_apart_are_part_of_the_texts(source, tmp_path):
     convert(source, tmp_path / "dest")
     texts = {item.item.text for item in items_of(tmp_path / "dest/GQA")}
     assert {asked, shown, "Find the picture: a red one\n"} <= texts
-    # A collection's texts are without white space around, as models read them.
+    # Texts of a collection are stripped, as for the models.
     assert {text.strip() for text in texts} >= {item().text for item in load([str(source)]).items} - {
         "<image>\nFind a day-to-day image that looks similar to the provided image.",
         "<image>\nRepresent the given image.",

@@ -18,7 +18,7 @@ QUERY = "<video>\nDescribe the video."
 
 
 def convert(*arguments: str | Path) -> list[Pair]:
-    """Run the command, and read back what it wrote."""
+    """Run the command and read its output."""
     parser = argparse.ArgumentParser()
     video_captions.COMMAND.add_arguments(parser)
     parsed = parser.parse_args([*map(str, arguments), "--processes", "1"])

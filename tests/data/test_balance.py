@@ -1,4 +1,4 @@
-"""The demo's batches: ranks have about equal numbers of tokens, counted by the demo's own tokenizer and tiles."""
+"""The demo's batches: ranks have nearly equal numbers of tokens, according to the demo's own tokenizer and tiling."""
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ from pipeline.data.tiles import Tiling
 from pipeline.demo.tasks import DATASETS, training_pair
 from pipeline.models.llave.processor import LlaveProcessor, train_tokenizer
 
-PAIRS = 400  # of each dataset
+PAIRS = 400  # per dataset
 BATCH = 512
 TILING = Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48)))
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[str, dict[tuple[str, int], int]]:
-    """The URL of the demo's training sets, and the tokens of each pair."""
+    """Return the URL of the demo's training sets, and the number of tokens of each pair."""
     folder = tmp_path_factory.mktemp("demo")
     pairs = {name: [training_pair(name, 0, index) for index in range(PAIRS)] for name in DATASETS}
     texts = (item.text for some in pairs.values() for pair in some for item in pair.items)

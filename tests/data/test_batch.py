@@ -1,4 +1,4 @@
-"""Items that are equal to the model are one item, and no negatives of each other; others never are."""
+"""Items that are equal for the model are one item and not negatives of each other; others never are."""
 
 import io
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def upright_and_tagged() -> tuple[bytes, bytes]:
     return stored(picture()), stored(picture().transpose(Pillow.Transpose.ROTATE_90), exif=exif)
 
 
-# What differs in its bytes alone.
+# Items that differ only in their bytes.
 SAME = {
     "white space at the ends": (Item("a red star"), Item("  a red star\n")),
     "what is cut": (Item("star " * 300), Item("star " * 301)),
@@ -89,7 +89,7 @@ def test_what_the_processor_makes_equal_is_one_item(case, llave):
     recipe = load_recipe("pipeline/recipes/demo.yaml", ["batch.global_batch=2", "data.lanes=1"])
     embeddings = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     output = contrastive_loss(embeddings, batch, recipe, 0.02)
-    assert output.loss == 0  # neither is the other's negative, nor is what is given as one
+    assert output.loss == 0  # the two are not negatives of each other, and an equal explicit negative is masked
 
 
 def test_equal_to_one_model_is_not_equal_to_another(llave):
@@ -98,17 +98,17 @@ def test_equal_to_one_model_is_not_equal_to_another(llave):
     clip = TwoTowerProcessor(pixels, 10, ClipTexts(lower, 16))
     image = stored(picture())
     for one, other in (
-        (Item("A Red Star"), Item("a red star")),  # which CLIP's tokenizer reads in lower case
-        (Item(ASK, (image,)), Item("<image>\nWhere is it?", (image,))),  # of which CLIP sees the image alone
+        (Item("A Red Star"), Item("a red star")),  # CLIP's tokenizer lowercases
+        (Item(ASK, (image,)), Item("<image>\nWhere is it?", (image,))),  # CLIP reads only the image
     ):
         assert clip.encode(one).key == clip.encode(other).key
         assert llave.encode(one).key != llave.encode(other).key
 
 
 def test_everything_that_a_model_takes_is_in_the_key():
-    tiles = np.random.default_rng(0).integers(0, 256, (2, 3, 14, 14), np.uint8)  # no multiple of 32 bytes
+    tiles = np.random.default_rng(0).integers(0, 256, (2, 3, 14, 14), np.uint8)  # not a multiple of 32 bytes
     item = Encoded(np.arange(5, dtype=np.int32), (Image(tiles, 20, 30), Image(tiles, 20, 30)))
-    assert replace(item).key == item.key == Encoded(np.arange(5), item.images).key  # whatever the ids' type
+    assert replace(item).key == item.key == Encoded(np.arange(5), item.images).key  # for any integer type of the ids
     changed = tiles.copy()
     changed[-1, -1, -1, -1] ^= 128
     first, second = item.images
@@ -137,7 +137,7 @@ def test_every_bit_of_the_tiles_is_in_the_digest():
             changed = data.copy()
             changed[place] ^= 1 << bit
             found.add(digest([changed]))
-    for one, other in ((0, 8), (0, 32), (5, 45)):  # words that change places
+    for one, other in ((0, 8), (0, 32), (5, 45)):  # two words are swapped
         changed = data.copy()
         changed[[one, other]] = changed[[other, one]]
         found.add(digest([changed]))
@@ -179,5 +179,5 @@ def test_of_what_is_one_tile_or_a_video_the_size_it_had_makes_no_difference():
 
     assert key(tile, 20, 20) == key(tile, 40, 30)
     assert key(two, 20, 20, video=True) == key(two, 40, 30, video=True)
-    assert key(two, 20, 20) != key(two, 40, 30)  # its padding is cut away
+    assert key(two, 20, 20) != key(two, 40, 30)  # the padding is removed
     assert key(two, 20, 20) != key(two, 20, 20, video=True)

@@ -1,4 +1,4 @@
-"""Files of captions with more, other or damaged members than those that are read."""
+"""Caption files with additional, different or damaged fields."""
 
 import json
 import math
@@ -78,7 +78,7 @@ def test_a_value_that_is_no_text_costs_no_other(caplog):
     )
     assert captioned_images("K.json", images(sentences=None, filepath=None), "test") == [("a.jpg", [])]
     assert usable_captions(values) == (["c"], [("no caption", "7 is not a text")])
-    nothing = ["\u200b", " \u2060\ufeff", "\u00ad"]  # characters that show nothing
+    nothing = ["\u200b", " \u2060\ufeff", "\u00ad"]  # invisible characters
     assert usable_captions([*nothing, "c"]) == (
         ["c"],
         [("empty text", repr(text.replace("\ufeff", "").strip())) for text in nothing],

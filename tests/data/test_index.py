@@ -1,4 +1,4 @@
-"""Indexes and sidecars that others damaged, or made to harm: every program refuses them by name, before it reads on."""
+"""Damaged and malicious indexes and sidecars: every program names the file and refuses it before reading further."""
 
 import hashlib
 import io
@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 
 def put(folder, change):
-    """Store the index anew as `change` leaves it, with the checksum that is then right."""
+    """Rewrite the index as `change` modifies it, with a valid checksum."""
     path = folder / "index.json"
     content = json.loads(path.read_text())
     del content["checksum"]
@@ -150,7 +150,7 @@ def test_an_index_is_stored_as_it_always_was_and_loaded_with_a_byte_order_mark(f
 
 
 def sidecar_of_bytes(folder, data):
-    """Put these bytes in the place of the sidecar, with an index that fits them."""
+    """Replace the sidecar by these bytes; return a matching entry of the index."""
     index = Index.load(str(folder))
     (shard,) = index.shards
     (folder / shard.sidecar).write_bytes(data)
@@ -200,11 +200,11 @@ def test_what_is_no_sidecar_is_refused_before_anything_is_allocated(folder, bad)
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("offset", [0, 1 << 63, 1 << 63]),  # beyond the tar
-        ("offset", [0, 2**64 - 1, 4096]),  # which wraps
+        ("offset", [0, 1 << 63, 1 << 63]),  # beyond the end of the tar
+        ("offset", [0, 2**64 - 1, 4096]),  # wraps around
         ("length", [4096, 4096, 2**32 - 1]),
-        ("offset", [4096, 0, 8192]),  # in another order
-        ("offset", [0, 0, 0]),  # one over the other
+        ("offset", [4096, 0, 8192]),  # in the wrong order
+        ("offset", [0, 0, 0]),  # overlapping
         ("length", [2**32 - 1, 0, 0]),
     ],
 )

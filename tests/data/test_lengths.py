@@ -27,7 +27,7 @@ def image_tokens(number: int, alone: bool) -> int:
 
 
 def samples() -> list[tuple[Pair | Single, int]]:
-    """Samples, each with what its images and videos take by themselves."""
+    """Return samples, each with the number of tokens of its images and videos."""
     one, two = (picture(0),), (picture(1), picture(2))
     text, video = Item("t" * 40), Item("<video>", video=b"film")
     queries = [

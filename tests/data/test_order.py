@@ -1,4 +1,4 @@
-"""The order: every epoch takes what it should, the same batches at every world size, equal ranks, any step at once."""
+"""The order: complete epochs, the same batches at every world size, balanced ranks, direct access to any step."""
 
 import pickle
 from collections import Counter
@@ -48,12 +48,11 @@ def orders(draw) -> Order:
 
 
 def one(shard_samples, *sizes, **named) -> Order:
-    """An order over one dataset."""
     return Order((Dataset("one", shard_samples),), *sizes, **named)
 
 
 def inside(pieces: np.ndarray) -> Counter:
-    """The samples of pieces, with how often each is in them."""
+    """Count the samples in pieces."""
     return Counter((shard, i) for shard, start, stop in pieces.tolist() for i in range(start, stop))
 
 
@@ -67,7 +66,7 @@ def epoch_samples(order: Order, epoch: int) -> list[tuple[int, int]]:
 
 
 def lane_takes(stream: Stream, epoch: int, lane: int) -> np.ndarray:
-    """The lane's takes of an epoch, window by window, as a reader comes by them: (takes, share, 2)."""
+    """Return the lane's slices of an epoch, window by window, as a reader gets them: (slices, samples per slice, 2)."""
     windows = range(stream.windows(epoch, lane))
     return np.concatenate([stream.samples_of(epoch, lane, index)[:, :, 1:] for index in windows])
 
@@ -78,11 +77,11 @@ def every_sample(dataset: Dataset, first_shard: int = 0) -> Counter:
 
 
 def dataset_of(order: Order, shards: np.ndarray) -> np.ndarray:
-    """The number of the dataset that each shard belongs to."""
+    """Return the number of each shard's dataset."""
     return np.searchsorted(np.cumsum([len(dataset.shard_samples) for dataset in order.datasets]), shards, side="right")
 
 
-# What an epoch takes
+# The samples of an epoch
 
 
 @settings(max_examples=50)
@@ -97,7 +96,7 @@ def test_an_epoch_takes_the_quota_of_each_dataset_less_what_is_left_over(order, 
             mine = pieces[dataset_of(order, pieces[:, 0]) == number]
             assert (mine[:, 2] - mine[:, 1]).sum() == order.datasets[number].quota
         seen -= inside(pieces)
-    assert not seen  # nothing else, and nothing more often
+    assert not seen  # no other samples, and none too often
     left_over_takes = sum(stream.slices for stream in order.streams) - order.steps_per_epoch * order.slices_per_step
     assert 0 <= left_over_takes < order.slices_per_step
     assert all(0 <= stream.samples - stream.slices * part < part for stream in order.streams)
@@ -106,7 +105,7 @@ def test_an_epoch_takes_the_quota_of_each_dataset_less_what_is_left_over(order, 
 @settings(max_examples=50)
 @given(orders())
 def test_no_sample_is_taken_again_before_all_others_of_its_dataset(order):
-    """Over any number of epochs from the start, how often samples were taken differs by one at most."""
+    """Over any number of epochs from the start, the counts of any two samples differ by at most one."""
     first_shards = np.cumsum([0] + [len(dataset.shard_samples) for dataset in order.datasets])
     taken = Counter()
     for epoch in range(5):
@@ -131,7 +130,7 @@ def test_weights_and_caps():
     assert taken(0, cap=80, weight=0.5).total() == 50
     assert not taken(0, cap=40) & taken(1, cap=40)
     assert taken(0, weight=0.5) + taken(1, weight=0.5) == everything
-    assert taken(0, weight=0.5) != taken(2, weight=0.5)  # each pass is shuffled anew
+    assert taken(0, weight=0.5) != taken(2, weight=0.5)  # each pass is shuffled differently
     assert taken(3, cap=200) == everything
 
 
@@ -161,13 +160,13 @@ def test_windows_hold_what_the_epoch_takes_once_in_whole_takes(order, epoch):
 
 
 def test_windows_are_no_larger_than_asked_for():
-    """A reader holds them in memory: `window_blocks` blocks, and at most a part of one more to fill the last take."""
+    """A reader holds a window in memory: `window_blocks` blocks, and parts of others to fill its last slice."""
     order = one((1000,) * 50, 128, 8, block_samples=30, window_blocks=4, seed=1)
     stream = order.streams[0]
     for lane in range(order.lanes):
         sizes = [len(stream.window(0, lane, index).pieces) for index in range(stream.windows(0, lane))]
         assert max(sizes[:-1]) <= 4 + 2
-        assert sizes[-1] <= 4 + 4  # and what evens out the lanes
+        assert sizes[-1] <= 4 + 4  # the last window also balances the lanes
 
 
 def test_a_window_is_known_without_the_lengths_of_its_samples():
@@ -197,7 +196,7 @@ def test_every_world_size_sees_the_same_batches(order, data):
 @settings(max_examples=50)
 @given(orders(), st.integers(0, 2))
 def test_any_step_equals_that_step_of_a_run_from_the_start(order, epoch):
-    """The run from the start reads each stream lane by lane, window by window, as a reader does."""
+    """A run from the start reads each stream lane by lane and window by window."""
     unread = {
         (stream.number, lane): iter(lane_takes(stream, epoch, lane))
         for stream in order.streams
@@ -224,7 +223,7 @@ def test_parts_are_drawn_as_often_as_their_datasets_have_samples():
     order = Order(chosen, 40, 2, 8, 4, seed=0, parts=2)
     drawn = [stream for step in range(order.steps_per_epoch) for stream, _, _ in order.slices(step)]
     assert Counter(drawn) == {0: 20, 1: 40, 2: 10}
-    assert len(set(drawn[:20])) == 3  # and not one dataset after the other
+    assert len(set(drawn[:20])) == 3  # not one dataset after another
     assert drawn != [stream for step in range(order.steps_per_epoch, 70) for stream, _, _ in order.slices(step)]
 
 
@@ -234,7 +233,7 @@ def test_epochs_and_seeds_differ_and_so_do_the_left_over_samples():
 
     first, second = epoch_samples(order(0), 0), epoch_samples(order(0), 1)
     assert first != second
-    assert set(first) != set(second)  # 7 of 247 are left over: other ones
+    assert set(first) != set(second)  # 7 of 247 samples are left over, and these differ
     assert first != epoch_samples(order(1), 0)
     assert first == epoch_samples(order(0), 0)
 
@@ -249,7 +248,7 @@ def test_either_shuffle_changes_with_epoch_and_seed(block_samples):
 
 @pytest.mark.parametrize("block_samples", [1, 2, 12], ids=["one by one", "in pairs", "in one block"])
 def test_what_is_equally_long_is_shuffled_evenly(block_samples):
-    """Over seeds, each of 12 samples comes equally often to each of 12 places, and with each other in one take."""
+    """Over seeds, each of 12 samples is equally often at each position, and with each other sample in one slice."""
     seeds, places, together = 600, np.zeros((12, 12), dtype=np.int64), np.zeros((12, 12), dtype=np.int64)
     for seed in range(seeds):
         order = one((12,), 6, 1, block_samples, window_blocks=12, seed=seed)
@@ -293,13 +292,13 @@ def test_a_sample_draws_another_alternative_each_time():
     assert order.draw(5, 0, 0, 1) == 0
 
 
-# Equal ranks
+# Balanced ranks
 
 
 class Mixture:
-    """Twenty datasets of very different sizes, one of five with two images a sample, as MMEB's training set has.
+    """Twenty datasets of very different sizes; one in five has two images per sample, as in MMEB's training set.
 
-    texts: whether a quarter of the datasets has no images at all.
+    texts: whether a quarter of the datasets has no images.
     """
 
     def __init__(self, *, texts: bool, block_samples: int = 64) -> None:
@@ -324,13 +323,13 @@ class Mixture:
         return Order(tuple(self.datasets), 1024, lanes, 64, window_blocks, seed=1, parts=parts, lengths=lengths)
 
     def of(self, samples: np.ndarray) -> np.ndarray:
-        """The tokens of each of these samples, (..., 2) -> (...)."""
+        """Return the number of tokens of each sample, (..., 2) -> (...)."""
         flat = np.concatenate(self.tokens)
         starts = np.cumsum([0] + [len(shard) for shard in self.tokens])
         return flat[starts[samples[..., 0]] + samples[..., 1]]
 
     def lane_tokens(self, order: Order) -> np.ndarray:
-        """The tokens of every lane in every step of epoch 0, (steps, lanes)."""
+        """Return the tokens of every lane in every step of epoch 0, (steps, lanes)."""
         takes = [
             np.stack([self.of(lane_takes(stream, 0, lane)).sum(axis=1) for lane in range(order.lanes)], axis=1)
             for stream in order.streams
@@ -359,11 +358,11 @@ def images_and_texts() -> Mixture:
         ("images_and_texts", 16, None, 1.05),
         ("images_and_texts", 32, None, 1.04),
         ("images_and_texts", 16, 4, 1.10),
-        ("images_and_texts", 16, 1, 1.20),  # where a lane has one block of a small dataset, nothing evens it out
+        ("images_and_texts", 16, 1, 1.20),  # a lane with one block of a small dataset cannot be balanced
     ],
 )
 def test_no_rank_has_many_more_tokens_than_the_mean(request, mixture, window_blocks, parts, most, lanes, worlds):
-    """Of any step of the epoch, its last ones included."""
+    """Check every step of the epoch, including the last ones."""
     mixture = request.getfixturevalue(mixture)
     lane_tokens = mixture.lane_tokens(mixture.order(lanes, window_blocks, parts))
     for world in worlds:
@@ -377,7 +376,7 @@ def test_steps_are_alike_where_batches_are_mixed(images_and_texts):
 
 
 def test_a_place_says_nothing_about_the_length(images_and_texts):
-    """Neither a place in the share that a step takes from a lane, nor a lane, nor the time in the epoch."""
+    """Check positions in a slice, lanes, and the halves of the epoch."""
     order = images_and_texts.order(16, 8)
     lanes = [lane_takes(order.streams[0], 0, lane) for lane in range(order.lanes)]
     tokens = images_and_texts.of(np.stack(lanes)).astype(float)  # (lanes, takes, places)
@@ -391,7 +390,7 @@ def test_a_place_says_nothing_about_the_length(images_and_texts):
 
 
 def test_windows_are_other_mixtures_of_shards_each_epoch(images):
-    """Long and short are dealt, but not the same with the same: two shards rarely meet in one lane's window again."""
+    """Balancing must not combine the same shards each epoch: two shards rarely share a lane's window again."""
 
     def meetings(epoch: int) -> set[tuple[int, int]]:
         stream = images.order(8, 8).streams[0]
@@ -409,7 +408,7 @@ def test_windows_are_other_mixtures_of_shards_each_epoch(images):
 
 
 def test_the_order_is_pinned():
-    """Runs resume by this order: if it changes, every run that is under way sees other samples."""
+    """Runs resume by this order: a change would give every unfinished run different samples."""
     order = one((5, 0, 4, 6), global_batch=6, lanes=2, block_samples=3, window_blocks=2, seed=7)
     assert [order.batch(step).tolist() for step in range(4)] == [
         [[3, 2], [2, 0], [3, 1], [0, 3], [2, 3], [0, 4]],

@@ -1,4 +1,4 @@
-"""Pictures are read as a person sees them, everywhere by one function; or as they are stored, as in the papers."""
+"""Images are decoded by one function, upright as people see them; or as they are stored, as in the papers."""
 
 import io
 import struct
@@ -38,7 +38,7 @@ def png(*chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def png_16(values: np.ndarray, colour: int, *more: tuple[bytes, bytes]) -> bytes:
-    """Of (height, width, bands) uint16.  colour: 0 grey, 2 RGB, 4 grey with alpha, 6 RGB with alpha."""
+    """Return a PNG of (height, width, bands) uint16. colour: 0 grey, 2 RGB, 4 grey with alpha, 6 RGB with alpha."""
     height, width = values.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
@@ -46,7 +46,7 @@ def png_16(values: np.ndarray, colour: int, *more: tuple[bytes, bytes]) -> bytes
 
 
 def tagged_behind_its_pixels(orientation: int) -> bytes:
-    """A PNG, as some tools tag them: they append."""
+    """Return a PNG whose orientation tag follows the pixels, as some tools append it."""
     data = encoded(PICTURE)
     return data[:-12] + png((b"eXIf", tag(orientation).removeprefix(b"Exif\0\0")))[8:] + data[-12:]
 
@@ -100,14 +100,14 @@ def test_sixteen_bit_grey_as_it_is_stored_is_as_pillow_has_it():
     data = png_16(RAMP, 0)
     stored = np.asarray(decode_image(data, as_stored=True))
     assert np.array_equal(stored, Image.open(io.BytesIO(data)).convert("RGB"))
-    assert (stored == 255).mean() > 0.99  # which is why it is not scaled so elsewhere
+    assert (stored == 255).mean() > 0.99  # the reason for scaling it in all other cases
 
 
 def test_pictures_of_other_modes():
     levels = RAMP[..., 0]
     for mode in ("<u2", ">u2", "<i4"):  # I;16, I;16B, I
         assert np.array_equal(rgb(Image.fromarray(levels.astype(mode))), (RAMP >> 8).repeat(3, axis=2))
-    small = Image.fromarray((levels >> 8).astype(np.int32))  # 32 bits that hold eight
+    small = Image.fromarray((levels >> 8).astype(np.int32))  # 32-bit pixels with 8-bit values
     assert np.array_equal(rgb(small), (RAMP >> 8).repeat(3, axis=2))
     beyond = Image.fromarray(np.array([[-5, 70_000]], np.int32))
     assert np.asarray(rgb(beyond)).tolist() == [[[0] * 3, [255] * 3]]
@@ -142,7 +142,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_all_else_is_read_as_transformers_and_the_papers_read_it(name):
-    """Transparency is dropped, of an animation it is the first frame."""
+    """Transparency is dropped, and an animation is represented by its first frame."""
     data = OTHERS[name]
     expected = load_image(Image.open(io.BytesIO(data)))
     assert np.array_equal(decode_image(data), expected)

@@ -20,7 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.storage import objects
 from pipeline.storage.objects import ObjectError
 
-DEEP = b"[" * 200_000 + b"]" * 200_000  # JSON, but nobody can read it
+DEEP = b"[" * 200_000 + b"]" * 200_000  # JSON that is nested too deeply for any parser
 
 
 def picture(number: int, format: str = "PNG") -> bytes:
@@ -44,7 +44,7 @@ def make_pairs(count: int = 23) -> list[Pair]:
 
 @pytest.fixture(params=["file", "s3"])
 def dataset(request, tmp_path):
-    """URL and pairs of a dataset of several shards."""
+    """Return the URL and the pairs of a dataset of several shards."""
     pairs = make_pairs()
     index = write_shards(iter(pairs), tmp_path / "data", dataset="Mixed", shard_bytes=60_000)
     assert len(index.shards) > 2
@@ -65,7 +65,7 @@ def test_round_trip(dataset):
     for shard in index.shards:
         sidecar = load_sidecar(url, shard)
         assert objects.size(objects.join(url, shard.file)) == shard.size
-        assert hash(shard) == hash(replace(shard))  # caches of what was read are keyed by shards
+        assert hash(shard) == hash(replace(shard))  # caches use shards as keys
         read += map(parse_sample, read_samples(url, shard, sidecar))
         assert read_samples(url, shard, sidecar[1:1]) == []
         for start in range(shard.samples):
@@ -361,7 +361,7 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
         return parse_sample(tar_of({"jpg": jpg} | members, tmp_path / "a.tar"), CAPTIONS).texts
 
     long = json.dumps({"long": ["\ufeffshort\n", "\ufeff", " \ufeff a\ufeff", "b"]}, ensure_ascii=False)
-    for encoding in ("utf-8", "utf-8-sig", "utf-16"):  # as JSON may be
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):  # JSON may use any of these
         assert texts(txt="\ufeff short\r\n".encode(), json=long.encode(encoding)) == ("short", "a", "b")
     with pytest.raises(BadSample, match="no caption in txt, long"):
         texts(txt="\ufeff \ufeff".encode())
@@ -401,7 +401,7 @@ def test_a_sparse_file_claims_no_memory(tmp_path):
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("folder", ["", "f" * 60 + "/" + "g" * 60 + "/", "ü/"])
-@pytest.mark.parametrize("time", [0, 1795284872.5])  # a fraction is in a header of its own
+@pytest.mark.parametrize("time", [0, 1795284872.5])  # a fractional time needs a header of its own
 def test_tars_of_all_kinds_are_read_as_tarfile_reads_them(format, folder, time):
     contents = {"json": b"{}", "txt": b"a caption", "jpg": picture(1, "JPEG"), "empty": b"", "block": bytes(512)}
     buffer = BytesIO()

@@ -1,4 +1,4 @@
-"""The reader beside the order: the same samples at every number of ranks and workers, and none read twice."""
+"""The reader follows the order: the same samples for every number of ranks and workers, and none read twice."""
 
 import multiprocessing
 import os
@@ -88,7 +88,7 @@ def test_every_world_and_number_of_workers_sees_the_batches_of_the_order(data, m
     data = changed(data, **mixture)
     opened = Source.open(data)
     order = opened.order(BATCH, 5, LENGTHS)
-    steps = range(3, 3 + 2 * order.steps_per_epoch)  # over epochs' borders
+    steps = range(3, 3 + 2 * order.steps_per_epoch)  # across the boundaries of epochs
     expected = [[opened.origin(*row) for row in order.batch(step).tolist()] for step in steps]
     contents = None
     for world, workers in [(1, 0), (1, 3), (2, 0), (2, 2), (4, 1)]:
@@ -114,11 +114,11 @@ def test_a_batch_holds_what_was_written(data):
             assert text(batch, target).split()[:2] == ["answer", number]
             assert f"/{dataset}/" in origin.shard
             origins[text(batch, query)] = origin
-    assert len(origins) == 119  # 10 steps of 12, each sample once, less the one that cannot be encoded
+    assert len(origins) == 119  # 10 steps of 12, each sample once, except for the one that cannot be encoded
 
 
 def test_items_are_known_by_what_the_model_sees(data):
-    for batch in read(data, range(40)):  # those of the index, of alternatives that were drawn, of negatives
+    for batch in read(data, range(40)):  # items of the index, of drawn alternatives, and of negatives
         assert all(encode(Item(text(batch, key))).key == key for key in batch.items)
 
 
@@ -175,7 +175,7 @@ raise RuntimeError("out of memory")
 
 
 def test_workers_heed_a_signal_to_the_job_no_more_than_the_rank_and_end_with_it(data):
-    """Also where the rank fails in a step of its own, which leaves the reader in the middle."""
+    """The rank fails in its own step, while the reader is in the middle of an epoch."""
     given = changed(data, workers=2).model_dump_json()
     here = Path(__file__).parent
     path = os.pathsep.join(map(str, (here, *here.parents[:2])))
@@ -223,7 +223,7 @@ def test_workers_live_with_the_process_and_not_with_the_thread_that_began_them(d
     with rank:
         left, pids = rank.stdout.readline(), rank.stdout.readline().split()
         workers = [psutil.Process(int(pid)) for pid in pids]
-        for worker in workers:  # a terminal's Ctrl-C reaches them, too
+        for worker in workers:  # a terminal also sends Ctrl-C to them
             worker.send_signal(signal.SIGINT)
         assert (left, len(pids)) == ("8\n", 2), rank.communicate()[1]
         assert not psutil.wait_procs(workers, timeout=1)[0]
@@ -254,7 +254,7 @@ def _heavy(index):
 
 
 def test_an_epoch_reads_each_sample_once_and_holds_no_more_than_it_may(data, tmp_path, monkeypatch):
-    """Blocks are read ahead while there is room, and none is read twice."""
+    """Blocks are read ahead while memory allows, and none is read twice."""
     noise = np.random.default_rng(0)
     pairs = (Pair(str(i), "d", "", Item("<image>", (noise.bytes(50_000),)), Item(str(i))) for i in range(160))
     write_shards(pairs, tmp_path, dataset="d")
@@ -284,7 +284,7 @@ def test_an_epoch_reads_each_sample_once_and_holds_no_more_than_it_may(data, tmp
 
 @pytest.mark.parametrize("mixture", ["mixed", "homogeneous", "interleaved:3"])
 def test_a_short_run_from_any_step_reads_only_what_it_takes(data, monkeypatch, mixture):
-    """Also of windows that were begun before, and where no step takes of some dataset."""
+    """Also test windows that began earlier, and steps without samples of some dataset."""
     opened = Source.open(changed(data, batches=mixture))
     order = opened.order(BATCH, 5, LENGTHS)
     asked = []
@@ -327,7 +327,7 @@ def test_pieces_are_cut_for_memory_and_for_all_workers(data, workers, monkeypatc
 
 
 def test_a_window_is_forgotten_after_its_last_slice(data, monkeypatch):
-    """Else memory, and the time of every step, would grow over an epoch."""
+    """Otherwise memory, and the time of every step, would grow over an epoch."""
     monkeypatch.setattr(stream, "_STEPS_AHEAD", 1)
     known, read_ahead = [], stream.Reader._read_ahead
 

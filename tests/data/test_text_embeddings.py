@@ -1,4 +1,4 @@
-"""Vectors of captions: written once, whatever happens meanwhile, and read with each drawn caption's image."""
+"""Caption vectors: written once despite interruptions, and read together with the image of each drawn caption."""
 
 import json
 import shutil
@@ -42,13 +42,13 @@ BATCH = 8
 
 
 def vector(text: str) -> np.ndarray:
-    """(WIDTH,) float64, of length 1."""
+    """Return a float64 vector (WIDTH,) of length 1."""
     drawn = np.random.default_rng(zlib.crc32(text.encode())).normal(size=WIDTH)
     return drawn / np.linalg.norm(drawn)
 
 
 def as_stored(text: str, stored: str) -> np.ndarray:
-    """(WIDTH,) float32, rounded as it is stored: bf16 by hand, to the nearest and of two as near to the even one."""
+    """Return the vector as float32 (WIDTH,), rounded to the stored format; bf16 manually, to nearest, ties to even."""
     exact = vector(text).astype(np.float32)
     if stored == "fp16":
         return exact.astype(np.float16).astype(np.float32)
@@ -57,7 +57,7 @@ def as_stored(text: str, stored: str) -> np.ndarray:
 
 
 class Texts:
-    """An encoder that notes what it embeds, and fails after so many calls."""
+    """An encoder that records the texts that it embeds, and fails after a number of calls."""
 
     name, identity, dimension, instructed = "texts", "1", WIDTH, False
 
@@ -82,7 +82,7 @@ class Texts:
 
 
 def pair(dataset: str, number: int) -> Pair:
-    image = np.random.default_rng(number).bytes(300 + 50 * (number % 7))  # no picture, but nobody looks
+    image = np.random.default_rng(number).bytes(300 + 50 * (number % 7))  # not an image, but no code decodes it
     texts = [f"{dataset} {number}", *(f"{dataset} {number} long {i}" * 3 for i in range(number % 4)), "the same"]
     if number == 17:
         texts[0] += " unusable"
@@ -122,12 +122,12 @@ def data_of(shards: str | Path, embeddings: str | Path | None, **fields) -> Data
 
 
 def encode(item: Item) -> Encoded:
-    """A text's ids are its bytes."""
+    """Use a text's bytes as token ids."""
     return Encoded(np.frombuffer(item.text.encode(), np.uint8).astype(np.int32), vector=item.vector)
 
 
 def read(data: Data, steps: int = 7, world: int = 1) -> Iterator:
-    """(batch, which of its pairs, the caption, its vector) of all rows."""
+    """Yield (batch, row, caption, vector) for all rows."""
     opened = Source.open(data)
     order = opened.order(BATCH, 3, Lengths(Square(), 8))
     for rank in range(world):
@@ -140,7 +140,7 @@ def read(data: Data, steps: int = 7, world: int = 1) -> Iterator:
 @pytest.mark.parametrize("stored", ["fp16", "bf16"])
 def test_a_tar_has_a_row_for_each_text_and_webdataset_reads_it(shards, tmp_path, stored):
     encoder = embed(shards, tmp_path, Texts(), stored)
-    assert max(Counter(encoder.texts).values()) < sum(SAMPLES.values()) / 2  # "the same" once a group
+    assert max(Counter(encoder.texts).values()) < sum(SAMPLES.values()) / 2  # "the same" is embedded once per group
     assert all(group == sorted(group, key=len, reverse=True) for group in encoder.groups)
     for dataset, count in SAMPLES.items():
         made = TextEmbeddings.load(str(tmp_path / dataset)).metadata
@@ -184,7 +184,7 @@ def test_each_drawn_caption_comes_with_its_row(request, shards, tmp_path, place)
             assert found.dtype == np.float32
             np.testing.assert_array_equal(found, as_stored(text, stored))
         assert len(rows) == 7 * BATCH
-        assert len({str(origin) for origin, *_ in rows}) == len(rows)  # an epoch
+        assert len({str(origin) for origin, *_ in rows}) == len(rows)  # the steps are one epoch
         if world == 1:
             assert seen in (None, rows)
             seen = rows
@@ -265,7 +265,7 @@ def test_killed_it_goes_on_and_embeds_no_shard_twice(shards, tmp_path, calls):
     assert calls < 9 or done > 0
     assert again.groups == whole.groups[done:]
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert embed(shards, tmp_path / "killed", Texts()).groups == []  # and nothing the third time
+    assert embed(shards, tmp_path / "killed", Texts()).groups == []  # the third start has nothing to do
 
 
 def test_of_many_samples_that_cannot_be_used_some_are_named(shards, tmp_path, monkeypatch, caplog):
@@ -330,10 +330,10 @@ def test_other_vectors_are_not_overwritten_unless_asked(shards, tmp_path):
         Source.open(data_of(shards, out))
 
     changed = embed(shards, out, Texts(), overwrite=True)
-    assert {text.split()[0] for text in changed.texts} == {"first", "the"}  # the second dataset is as it was
+    assert {text.split()[0] for text in changed.texts} == {"first", "the"}  # the second dataset is unchanged
     with pytest.raises(RuntimeError, match="killed"):
         embed(shards, out, Other(5), overwrite=True)
-    assert not list((out / "first").glob("*.json"))  # nobody reads half of each
+    assert not list((out / "first").glob("*.json"))  # without an index, no program reads the half-replaced vectors
     with pytest.raises(PipelineError, match="add --overwrite"):
         embed(shards, out, Texts())
     with pytest.raises(RuntimeError, match="killed"):
@@ -372,7 +372,7 @@ def test_what_is_damaged_missing_or_of_another_model_is_refused_by_name(shards, 
 
 
 def test_rows_of_another_sample_are_never_taken(shards, tmp_path):
-    """Say the index of the tars was put in order by hand."""
+    """The tars' index may have been sorted manually."""
     embed(shards / "first", tmp_path, Texts())
     opened = Source.open(data_of(shards / "first", tmp_path, datasets=[]))
     records, vectors = opened.records(0, 0, 6), opened.vector_records(0, 0, 6)
@@ -381,7 +381,7 @@ def test_rows_of_another_sample_are_never_taken(shards, tmp_path):
     with pytest.raises(
         PipelineError, match=r"000000_text_embeddings\.tar: the vectors \(3, 6\) of sample '0001' are not"
     ):
-        opened.parse(0, samples[5], records[5], rows[1])  # which has as many texts
+        opened.parse(0, samples[5], records[5], rows[1])  # that sample has the same number of texts
     with pytest.raises(PipelineError, match=r"of sample '0002', which has 4 texts"):
         opened.parse(0, samples[2], records[2], rows[1])
     key, vectors = "0001", np.zeros((3, WIDTH), np.float16)
@@ -422,13 +422,13 @@ def test_what_the_command_cannot_do_is_said(shards, monkeypatch, arguments, comp
         main.__wrapped__()
 
 
-# LLM2CLIP's own tars, as its llm2clip/data/extract_embedding.py writes them beside img2dataset's.
+# LLM2CLIP's own tars, which its llm2clip/data/extract_embedding.py writes next to those of img2dataset.
 
 COLUMNS = ("shortSV_captions", "longSV_captions")
 
 
 def published(folder: Path, tars: int = 2, samples: int = 9) -> dict[str, dict[str, str]]:
-    """Images with captions, and vectors of all of them. Returns the captions by key."""
+    """Write images with captions, and vectors of all captions. Return the captions by key."""
     folder.mkdir()
     captions = {}
     for tar in range(tars):
@@ -441,7 +441,7 @@ def published(folder: Path, tars: int = 2, samples: int = 9) -> dict[str, dict[s
                 key, buffer = f"{tar:05d}{number:04d}", BytesIO()
                 Image.new("RGB", (8, 8), (number, tar, 0)).save(buffer, "JPEG")
                 texts = [f"short {key}", f"long {key} " * 5]
-                texts[1] = {3: texts[0], 4: ""}.get(number, texts[1])  # the same twice, none
+                texts[1] = {3: texts[0], 4: ""}.get(number, texts[1])  # a repeated text and an empty one
                 captions[key] = dict(zip(COLUMNS, texts, strict=True))
                 described = json.dumps(captions[key] | {"url": "x"}).encode()
                 jpeg = b"broken" if number == 5 else buffer.getvalue()

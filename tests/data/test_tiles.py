@@ -1,4 +1,4 @@
-"""Tiles and token counts are those of transformers' image processor; what is no image is refused."""
+"""Tiles and token counts equal those of transformers' image processor; invalid images are refused."""
 
 import io
 import resource
@@ -21,13 +21,13 @@ from pipeline.data.resize import Pixels
 from pipeline.data.sample import BadSample
 from pipeline.data.tiles import Tiling, decode_image
 
-PINPOINTS = ((384, 384), (384, 768), (768, 384), (768, 768))  # LLaVE's
+PINPOINTS = ((384, 384), (384, 768), (768, 384), (768, 768))  # values of LLaVE
 WIDE = (*PINPOINTS, (384, 1152), (1152, 384))
-SIGHTED = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # SigLIP's
+SIGHTED = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # values of SigLIP
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Noise, which shows every difference in how it is resized."""
+    """Return an image of noise, which reveals every difference in resizing."""
     shape = (len(Image.new(mode, (1, 1)).getbands()), height, width)
     bands = np.random.default_rng(shape).integers(0, 256, shape, dtype=np.uint8)
     return Image.merge(mode, [Image.fromarray(band) for band in bands])
@@ -40,7 +40,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def sideways() -> bytes:
-    """A JPEG of a camera that was turned by a quarter."""
+    """Return a JPEG from a camera that was rotated by 90 degrees."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return encoded(picture(300, 200), "JPEG", exif=exif)
@@ -71,7 +71,7 @@ IMAGES = {
 
 
 def assert_like_transformers(images: list[bytes], pinpoints: tuple[tuple[int, int], ...]) -> None:
-    """As one sample, these images become the same pixels."""
+    """Assert that these images, as one sample, give the same pixels as in transformers."""
     theirs = LlavaOnevisionImageProcessorPil(image_grid_pinpoints=[list(size) for size in pinpoints], **SIGHTED)
     tiling = Tiling(384, 27, pinpoints)
     anyres = len(images) == 1
@@ -113,8 +113,8 @@ def test_tokens_are_as_many_as_the_model_makes_of_the_tiles(pinpoints):
 
 
 @given(st.tuples(*[st.integers(1, 300)] * 4))
-@example((5, 75, 5, 1))  # one side only
-@example((95, 16, 972, 1))  # where Pillow begins with the height
+@example((5, 75, 5, 1))  # resized along one side only
+@example((95, 16, 972, 1))  # Pillow resizes the height first
 @example((120, 120, 60, 119))
 @settings(max_examples=100)
 def test_an_image_is_resized_as_by_pillow_to_the_byte(sizes):
@@ -147,7 +147,7 @@ def test_tokens_of_a_video():
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG that is whole but for its pixels: a few bytes that claim to be an image of this size."""
+    """Return a PNG without pixels: a few bytes that claim an image of this size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

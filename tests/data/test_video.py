@@ -1,4 +1,4 @@
-"""Frames are those that one counts decoding; what is no sane video is refused and opens nothing."""
+"""Sampled frames equal those found by decoding and counting; invalid videos are refused and open no other file."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from pipeline.data import video
 from pipeline.data.sample import BadSample
 from pipeline.data.video import sample_frames, video_format
 
-BARS = 8  # of a frame: its number in binary, white for one
+BARS = 8  # per frame: its number in binary, white is 1
 
 
 def pixels(number: int, width: int = 128, height: int = 32) -> np.ndarray:
@@ -31,7 +31,7 @@ def number(frame: Image.Image) -> int:
 def encoded(
     container: str, codec: str, frames: int = 40, *, start: int = 0, muxer: dict[str, str] | None = None, **options: str
 ) -> bytes:
-    """A video of numbered frames, of which the first is shown at time `start` / 25."""
+    """Return a video of numbered frames. The first frame is shown at time `start` / 25."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container, container_options=muxer) as file:
         stream = file.add_stream(codec, rate=25, options=options, width=128, height=32, pix_fmt="yuv420p")
@@ -94,7 +94,7 @@ def test_a_short_video_repeats_frames():
 def test_a_sideways_video_is_turned_upright():
     data = bytearray(MP4)
     matrix = data.index(b"tkhd") + 44
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # a quarter clockwise
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # by 90 degrees
     upright = sample_frames(bytes(data), 2)[1]
     assert upright.size == (32, 128)
     assert number(upright.transpose(Image.Transpose.ROTATE_90)) == 39
@@ -173,7 +173,7 @@ def test_a_playlist_opens_no_other_file(tmp_path, disguise):
     concat = f"ffconcat version 1.0\nfile '{tmp_path}/secret.mp4'\n".encode()
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\n{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n".encode()
     with av.open(io.BytesIO(concat), options={"safe": "0"}) as container:
-        assert container.streams.video[0].width == 128  # FFmpeg, asked without care, does open it
+        assert container.streams.video[0].width == 128  # FFmpeg opens it with safety checks off
     for data in (concat, playlist):
         with pytest.raises(BadSample):
             sample_frames(disguise + data, 8)

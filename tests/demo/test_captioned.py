@@ -1,4 +1,4 @@
-"""The caption sets: nothing kept for evaluation or held out in training, one right answer, read by the evaluation."""
+"""The caption sets: no evaluation or held-out content in training, one right answer, readable by the evaluation."""
 
 import io
 import re
@@ -22,13 +22,13 @@ THING = re.compile(f"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES
 
 
 def scene_of(caption: str, background: str = "white") -> Scene:
-    """The scene of which this is the short English caption."""
+    """Return the scene that the short English caption describes."""
     things = [Thing(colour, shape, size, place) for size, colour, shape, place in THING.findall(caption)]
     return Scene(tuple(things), background)
 
 
 def coloured(image: bytes, background: str) -> dict[str, str]:
-    """Place -> the colour that pixels have there; the background's aside, there are no others."""
+    """Return {place: the colour of the thing there}; check that each place has only one."""
     pixels = np.asarray(Image.open(io.BytesIO(image)))
     assert pixels[0, 0].tolist() == list(BACKGROUNDS[background])
     found = {}
@@ -47,7 +47,6 @@ def pairs(dataset: str, count: int) -> list[Pair]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The evaluation sets for 70 queries."""
     folder = tmp_path_factory.mktemp("captions")
     for path, content in captioned.evaluation_files(SEED, 70):
         assert not (folder / path).exists()
@@ -85,7 +84,7 @@ def test_images_show_what_their_captions_say() -> None:
 
 
 def test_texts_are_two_captions_of_one_scene() -> None:
-    """Beside a short English caption there may be any other, of the same scene."""
+    """One text is a short English caption; the other is any other caption of the same scene."""
     seen = set()
     for pair in pairs("texts", 600):
         assert not pair.query.images and not pair.alternatives
@@ -131,7 +130,7 @@ def test_training_never_has_what_is_kept_for_evaluation_or_held_out() -> None:
     asked = captioned.retrieval_scenes(SEED, 100)
     assert contents.isdisjoint(scene.content for scene in asked)
     for name in SEPARATION:
-        # In every set the short caption is the query or the right answer.
+        # In every set, the short caption is the query or the right answer.
         rows = captioned.separation_rows(name, SEED, 100)
         short = [next(text for text in (row["qry_text"], row["tgt_text"][0]) if THING.search(text)) for row in rows]
         assert all(scene_of(text).reserved for text in short)

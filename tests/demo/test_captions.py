@@ -1,4 +1,4 @@
-"""Captions: grammar in four languages, and everything there is to say in the long ones."""
+"""Captions: grammar in four languages; long captions describe everything."""
 
 from dataclasses import replace
 
@@ -119,7 +119,7 @@ def test_long(language: str, expected: str) -> None:
     opening, _, rest = captions.long(SCENE, language).partition(expected[:5])
     assert expected[:5] + rest == expected
     twin = Scene((HEART, DIAMOND), "white")
-    assert opening and captions.long(twin, language).startswith(opening)  # the same of all scenes
+    assert opening and captions.long(twin, language).startswith(opening)  # the opening is the same for all scenes
 
 
 def test_left_of_when_the_left_thing_is_read_second() -> None:
@@ -148,7 +148,7 @@ def test_relations(language: str, one: str, other: str) -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_long_needs_its_end(language: str) -> None:
-    """Neither shapes nor colours nor the background are in its first 77 words, or so many letters of Chinese."""
+    """Shapes, colours and background come after its first 77 words (Chinese: characters)."""
     units = list if language == "zh" else str.split
     for number, scene in enumerate(scenes(100)):
         text = captions.long(scene, language)
@@ -166,7 +166,7 @@ def test_long_needs_its_end(language: str) -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_captions_tell_contents_apart(language: str) -> None:
-    """Two scenes share a short caption only if they share their content; a long one says the background, too."""
+    """Scenes with equal short captions have equal content; those with equal long captions also share the background."""
     short, long = {}, {}
     for scene in scenes(1000):
         whole = scene.content, scene.background

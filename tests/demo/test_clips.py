@@ -1,4 +1,4 @@
-"""Clips: things move the way their captions say."""
+"""Clips: things move as their captions say."""
 
 import json
 
@@ -13,7 +13,7 @@ from pipeline.demo.scenes import BACKGROUNDS, Thing
 
 
 def middle(clip: Clip, index: int) -> np.ndarray:
-    """The (x, y) around which the pixels that are not background lie."""
+    """Return the mean (x, y) of the pixels that are not background."""
     pixels = np.asarray(clips.frames(clip)[index])
     y, x = np.nonzero((pixels != BACKGROUNDS[clip.background]).any(-1))
     return np.array([x.mean(), y.mean()])

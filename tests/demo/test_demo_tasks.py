@@ -33,7 +33,7 @@ def training_questions(dataset: str, count: int) -> list[tasks._Question]:
 
 
 def shown(question: tasks._Question) -> list[Scene]:
-    """Every scene that a training pair shows, as query, answer or negative."""
+    """Return every scene in a training pair: in its query, answer or negative."""
     sides = (question.query, question.right, next(iter(question.hard)))
     return [side.picture.scene for side in sides if side.picture]
 
@@ -147,7 +147,7 @@ def test_hard_candidates_are_there(evaluation: tuple[str, list[dict], dict[str, 
 
 
 def test_the_right_answer_follows_from_the_scene() -> None:
-    """Ask each dataset's question of the scene itself and compare."""
+    """Answer each dataset's question from the scene itself, and compare."""
     for dataset in TASKS:
         base = dataset.removesuffix("-OOD")
         part = "in-distribution" if base == dataset else "held-out"

@@ -1,4 +1,4 @@
-"""Scenes: the same bytes every time, distinct things, variants that change one attribute."""
+"""Scenes: reproducible bytes, distinct things, variants that change one attribute."""
 
 import hashlib
 from collections import Counter
@@ -27,7 +27,7 @@ def scenes(count: int, held_out: bool = False, **kwargs: bool) -> list[Scene]:
 
 
 def changes(before: Scene, after: Scene) -> list[str]:
-    """The attributes in which the things of two scenes differ, found without knowing which became which."""
+    """Return the attributes in which the things of two scenes differ, without knowing which things correspond."""
     gone = sorted(set(before.things) - set(after.things), key=repr)
     new = sorted(set(after.things) - set(before.things), key=repr)
     assert len(before.things) == len(after.things)
@@ -90,7 +90,7 @@ def test_variants_differ_in_one_attribute(held_out: bool) -> None:
         assert len(set(found)) == len(found) > 25
         kinds = [changes(scene, other) for other in found]
         assert all(len(kind) == 1 for kind in kinds)
-        # The attributes take turns from the first variant on.
+        # From the first variant on, the changed attributes alternate.
         assert {kind[0] for kind in kinds[:4]} == set(ATTRIBUTES)
         before = {thing for thing in scene.things if thing.held_out}
         for other in found:
@@ -122,7 +122,7 @@ def test_a_crop_shows_its_thing_and_no_other() -> None:
 
 
 def test_all_looks_are_far_apart() -> None:
-    """Any two of the 128 looks differ clearly in several pixels, on any background."""
+    """Any two of the 128 looks differ clearly in several pixels, on every background."""
     for background in ("white", "light blue"):
         pictures = []
         for colour in COLOURS:

@@ -39,7 +39,7 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> Path:
-    """Images a.png, deep/b.jpg (in truth a WebP) and a lossless clip.mkv, whose frames are frame0.png to frame8.png."""
+    """Create a.png, deep/b.jpg (actually a WebP) and a lossless clip.mkv with frames frame0.png to frame8.png."""
     folder = tmp_path_factory.mktemp("media")
     (folder / "deep").mkdir()
     picture(40, 30, 0).save(folder / "a.png")
@@ -61,7 +61,7 @@ def embedder(tiny_model) -> Embedder:
 
 @pytest.fixture(scope="module")
 def by_hand(tiny_model):
-    """The model's embedding of one item by itself."""
+    """Return a function that embeds one item alone with the model."""
     processor, model = LlaveProcessor.load(tiny_model, 256, video_frames=4), Llave.load(tiny_model, "auto").eval()
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ def test_every_kind_of_item_is_embedded_as_the_model_embeds_it_alone(embedder, b
     assert (embeddings.dtype, embeddings.device.type, embeddings.shape) == (torch.float32, "cpu", (len(cases), 48))
     expected = torch.stack([by_hand(item) for _, item in cases])
     assert_close_in_norm(embeddings, expected)
-    assert len(set(map(tuple, expected.tolist()))) == 11  # so that an order would show
+    assert len(set(map(tuple, expected.tolist()))) == 11  # all vectors differ, so that a wrong order is noticed
 
 
 def test_a_list_of_frames_is_used_as_it_is(embedder, media):
@@ -177,7 +177,7 @@ def test_a_damaged_picture_is_named(embedder, media, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_vector_that_is_none_is_refused_with_its_item_and_model(tiny_model, tmp_path, monkeypatch, value):
-    monkeypatch.setattr(loading, "refuse_not_finite", lambda *_: None)  # it may come of finite weights, too
+    monkeypatch.setattr(loading, "refuse_not_finite", lambda *_: None)  # finite weights may also give such vectors
     model = Llave.load(tiny_model, torch.float32)
     token = AutoTokenizer.from_pretrained(tiny_model)("q", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
@@ -215,7 +215,7 @@ TEXTS = ["ein roter Stern", "[red] étoile\u2028rouge", "blue ring"]
 
 
 def call(monkeypatch, *arguments: object) -> None:
-    """main() of these arguments; a PipelineError is raised, where the program would print it and end."""
+    """Run main() with these arguments; a PipelineError is raised instead of printed."""
     monkeypatch.setattr(sys, "argv", ["embed", *map(str, arguments)])
     main.__wrapped__()
 
@@ -247,13 +247,13 @@ def test_from_files_to_a_search(tiny_model, inputs, media, tmp_path, monkeypatch
     assert (made["model"], made["dimension"]) == (tiny_model, 48)
 
     capsys.readouterr()
-    monkeypatch.setattr(embed, "_rows", None)  # nothing is embedded again
+    monkeypatch.setattr(embed, "_rows", None)  # embedding again would fail
     call(monkeypatch, *common, "--query", TEXTS[1], "--top", 2)
     printed = capsys.readouterr().out
     first = printed[printed.index("texts most similar") :].split("\n")[4]
     assert first.replace("│", " ").split()[:4] == ["1", "1.000", "[red]", "étoile\\u2028rouge"]
     assert [f"{kind} most similar to [red] étoile" in printed for kind in expected] == [True] * 3
-    assert printed.count(" 2 ") == 2  # of three texts and two images, the best two; of videos there is one
+    assert printed.count(" 2 ") == 2  # two of three texts and of two images; there is only one video
     call(monkeypatch, *common, "--query-image", media / "deep/b.jpg")
     printed = capsys.readouterr().out
     line = next(line for line in printed.split("\n") if "b.jpg" in line and "1.000" in line)
@@ -276,9 +276,9 @@ def test_embeddings_of_another_model_are_noticed(tiny_model, inputs, media, tmp_
     before = fingerprint(moved)
     moved.rename(moved := tmp_path / "elsewhere")
     assert fingerprint(moved) == before
-    call(monkeypatch, moved, "--out", out, "--query", "star")  # it is known by its content
+    call(monkeypatch, moved, "--out", out, "--query", "star")  # models are identified by content
 
-    with torch.no_grad():  # a state that is a little further trained, and not in all parts
+    with torch.no_grad():  # a model that was trained a little further, in some parts only
         model.multi_modal_projector.linear_1.weight.mul_(1.001)
     save_folder(model, dict(model.named_parameters()), tiny_model, moved)
     assert fingerprint(moved) != before
@@ -343,7 +343,7 @@ def test_a_process_killed_at_any_moment_leaves_no_rows_beside_wrong_ids(tmp_path
 
 
 def _write_and_die(store: EmbeddingFolder, identity: Identity, moment: int) -> None:
-    """Write anew in this process, which is killed before the write's n-th change of the folder."""
+    """Overwrite the folder in this process, which is killed before the n-th change to the folder."""
     left = iter(range(moment))
 
     def dying(change):

@@ -1,4 +1,4 @@
-"""Each layout from a few files, whose pictures and videos are their own paths as bytes."""
+"""Each layout, with a few files; the content of an image or video is its own path."""
 
 import json
 
@@ -14,7 +14,7 @@ from pipeline.storage import objects
 
 
 def lay_out(root: str, files: dict[str, object]) -> str:
-    """Write files: a list as lines of JSON, other objects as JSON, a text as it is, None as the file's path."""
+    """Write files: lists as lines of JSON, other objects as JSON, texts unchanged, None as the file's path."""
     for path, content in files.items():
         if isinstance(content, list):
             content = "\n".join(json.dumps(row, ensure_ascii=False) for row in content) + "\n"
@@ -31,7 +31,7 @@ def added(name: str, url: str, instructed: bool = False) -> Collection:
 
 
 def pairs(collection: Collection, task: Retrieval) -> list[tuple[Item, list[Item]]]:
-    """Each query's item with its right candidates'."""
+    """Return each query's item with the items of its right candidates."""
     return [
         (collection.items[query](), [collection.items[row]() for row in task.candidates[right]])
         for query, right in zip(task.queries, task.right, strict=True)
@@ -49,7 +49,7 @@ def karpathy(*images: tuple[str, str, str, list[str]]) -> dict:
     }
 
 
-# In a list of JSON, which lay_out would write as lines.
+# A JSON list in one file, which lay_out would write as lines.
 def listing(*entries: dict) -> str:
     return json.dumps(entries, ensure_ascii=False)
 
@@ -60,7 +60,7 @@ def said(image: str, text: str) -> dict:
 
 FIVE = ["one", "two ", "three", "four", "five"]
 HEAD = "# a comment\n\n"
-# Set -> its files, and what of them are the pictures or videos, by language, with which captions.
+# {set: (its files, {language: {path of an image or video: its captions}})}
 LAYOUTS = {
     "text-video": (
         {"captions.json": {"clips/1.mp4": ["a man"], "2": "a dog"}, "clips/1.mp4": None, "clips/2.webm": None},
@@ -209,7 +209,7 @@ CALLED = {
 
 
 def expected(kind: str, by_path: dict[str, list[str]], words: tuple[str, str, str]) -> tuple[list, list]:
-    """`pairs` of both directions. words: of a caption that asks, of a medium that is asked for, of one that asks."""
+    """Return `pairs` of both directions. words: prefixes of a query caption, a candidate medium and a query medium."""
 
     def medium(text: str, path: str) -> Item:
         return Item(text, video=path.encode()) if kind == "text-video" else Item(text, (path.encode(),))
@@ -235,10 +235,10 @@ def test_every_layout(layout, tmp_path):
         assert tuple(pairs(collection, task) for task in tasks) == expected(kind, by_path, ("", mark, mark))
         assert tasks[0].queries.tolist() == tasks[1].candidates.tolist()
         assert tasks[1].queries.tolist() == tasks[0].candidates.tolist()
-        assert len(tasks[1].candidates) == sum(map(len, by_path.values()))  # equal ones are not one
+        assert len(tasks[1].candidates) == sum(map(len, by_path.values()))  # equal captions stay separate candidates
     paths = {path for by_path in by_language.values() for path in by_path}
     texts = {text for by_path in by_language.values() for own in by_path.values() for text in own}
-    assert len(collection.items) == len(paths) + len(texts)  # each once, in all tasks
+    assert len(collection.items) == len(paths) + len(texts)  # each once over all tasks
     assert {str(tmp_path / path) for path in paths} < set(collection.names)
 
 
@@ -279,8 +279,8 @@ def test_sharegpt4v_is_its_first_thousand(tmp_path, monkeypatch):
     text = listing(*(said(f"{number}.jpg", f"view {number} ü") for number in range(1001)))
     lay_out(str(tmp_path), {f"{number}.jpg": "" for number in range(1000)})
     file = tmp_path / "share-captioner_coco_lcs_sam_1246k_1107.json"
-    file.write_text(text.replace("},", "}\n ,")[:-1] + ", broken")  # which is beyond
-    monkeypatch.setattr(module, "_FIRST_BYTES", text.index("ü") + 1)  # between this letter's bytes
+    file.write_text(text.replace("},", "}\n ,")[:-1] + ", broken")  # the invalid part is after the first thousand
+    monkeypatch.setattr(module, "_FIRST_BYTES", text.index("ü") + 1)  # the first block ends between this letter's bytes
     collection = added("sharegpt4v", str(tmp_path))
     names = [collection.names[row] for row in collection.tasks[0].queries]
     assert names == [f"view {number} ü" for number in range(1000)]

@@ -31,7 +31,7 @@ def added(folder: Path | str, instructed: bool = False) -> tuple[Collection, Ret
 
 
 def classes(collection: Collection, task: Retrieval) -> dict[bytes, str]:
-    """Picture -> name of its class."""
+    """Return {image: name of its class}."""
     return {
         collection.items[query]().images[0]: task.names[right]
         for query, (right,) in zip(task.queries, task.right, strict=True)

@@ -1,4 +1,4 @@
-"""Each item is embedded once, and what lacks, whatever was there; see tests/integration/test_evaluate.py, too."""
+"""Each item is embedded once, and missing ones again after any stop; see also tests/integration/test_evaluate.py."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from pipeline.evaluation.tasks import Collection, Ranking, Retrieval, item_key
 
 
 class Lengths:
-    """A text's vector is of its length; a group's, and how it was called, is kept."""
+    """An encoder whose vectors depend on a text's length, and that records its calls."""
 
     name = identity = "lengths"
     dimension, instructed = 2, True
@@ -41,7 +41,7 @@ def collection(monkeypatch) -> Collection:
 
 
 def thirty_items() -> Collection:
-    """Two tasks, which share half of them."""
+    """Return two tasks that share half of the items."""
     collection = Collection()
     for number in range(30):
         collection.row(item_key(str(number)), f"item {number}", partial(Item, "x" * number))
@@ -57,7 +57,7 @@ def test_all_is_embedded_once_and_then_what_is_new(collection, tmp_path):
     assert embed_collection(encoder, collection, disk)
     assert sorted(len(text) for group in encoder.groups for text in group) == list(range(30))
     assert [len(group) for group in encoder.groups] == [4] * 5 + [4, 3, 3]
-    for group in encoder.groups[:5]:  # the long ones are dealt, too
+    for group in encoder.groups[:5]:  # long items are also distributed over the groups
         assert [len(text) // 5 for text in group] == [0, 1, 2, 3]
     expected = np.array([[np.cos(n), np.sin(n)] for n in range(30)], np.float32)
     np.testing.assert_array_equal(disk.take(np.arange(30)), expected)
@@ -112,7 +112,7 @@ def test_what_is_no_unit_vector_is_not_kept(collection, tmp_path):
 
 
 def _embedded_here(rank: int) -> tuple[list[list[str]], torch.Tensor]:
-    """A rank's groups, and on the first one all vectors; then the error where the second finds an item more."""
+    """Return a rank's groups, all vectors (on rank 0), and the error that follows from rank 1's additional item."""
     encode.GROUP, encoder, collection = 4, Lengths(), thirty_items()
     store = MemoryStore(30, 2) if rank == 0 else None
     assert embed_collection(encoder, collection, store)

@@ -89,7 +89,7 @@ ITEMS = [
 
 
 def build(kind: str, folder: Path) -> str:
-    """Write a model of random weights, of a kind of PEERS."""
+    """Write a model of random weights, of one of the types in PEERS."""
     config_class, text_class, vision_class, model_class, tokenizer_class = CONFIGS[kind]
     tokenizer = tokenizer_class().train_new_from_iterator(
         ["a Red star, a blue ring; what moves? What is red?"] * 4, 300, show_progress=False
@@ -105,7 +105,7 @@ def build(kind: str, folder: Path) -> str:
     torch.manual_seed(0)
     model = model_class(config_class(text_config=text.to_dict(), vision_config=vision.to_dict(), **whole))
     with torch.no_grad():
-        for parameter in model.parameters():  # so that no two inputs are nearly alike
+        for parameter in model.parameters():  # gives clearly different vectors for all inputs
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     PEERS[kind][1](**IMAGE_PROCESSORS[kind]).save_pretrained(folder)
@@ -124,7 +124,7 @@ def tiny_clip(tmp_path_factory) -> str:
 
 @torch.no_grad()
 def by_transformers(folder: str, texts: list[str], pictures: list[Image.Image]) -> torch.Tensor:
-    """Unit rows of the texts, then of the pictures, one by one."""
+    """Return unit vectors of the texts, then of the images, computed one by one."""
     kind = json.loads(Path(folder, "config.json").read_text())["model_type"]
     model = CONFIGS[kind][3].from_pretrained(folder).eval()
     tokenizer, processor = CONFIGS[kind][4].from_pretrained(folder), PEERS[kind][1].from_pretrained(folder)
@@ -165,7 +165,7 @@ def test_a_peers_vectors_are_transformers_own_and_fused_as_mmebs_baselines_are(p
     embeddings = encoder.embed([encoder.prepare(item) for item in ITEMS])
     assert (embeddings.dtype, embeddings.shape) == (torch.float32, (len(ITEMS), encoder.dimension))
     assert_close_in_norm(embeddings, expected)
-    assert (torch.cdist(expected, expected) + torch.eye(len(ITEMS))).min() > 1e-2  # so that an order would show
+    assert (torch.cdist(expected, expected) + torch.eye(len(ITEMS))).min() > 1e-2  # a wrong order would be noticed
     assert (encoder.name, encoder.instructed) == (peer, False)
 
 
@@ -268,7 +268,7 @@ def test_the_identity_is_of_weights_settings_and_options_but_not_of_the_path(tin
     assert load_encoder(copy, options(), CPU).identity == given
     assert load_encoder(copy, options(chunk_tokens=77, out="elsewhere"), CPU).identity == given
     changes = [{"precision": "bf16"}, {"precision": "fp32"}, {"video": {"frames": 4}}]
-    changes += [{"max_tokens": 100}] if kind == "llave" else []  # a peer has a context of its own
+    changes += [{"max_tokens": 100}] if kind == "llave" else []  # the context length of a peer is fixed
     identities = {load_encoder(copy, options(**change), CPU).identity for change in changes}
     assert len(identities | {given}) == len(changes) + 1
     settings = Path(copy, "preprocessor_config.json")
@@ -283,7 +283,7 @@ def test_the_identity_is_of_weights_settings_and_options_but_not_of_the_path(tin
     Path(copy, "pytorch_model.bin").unlink()
     given = load_encoder(copy, options(), CPU).identity
     weights = Path(copy, "model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")  # of the last tensor, which is shorter than 4 KiB
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")  # the last tensor is shorter than 4 KiB
     assert load_encoder(copy, options(), CPU).identity != given
 
 
@@ -355,7 +355,7 @@ def test_what_is_no_model_is_a_clear_error(tiny_clip, tmp_path, monkeypatch):
             (folder / removed).unlink()
         return str(folder)
 
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)  # in whatever environment
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)  # as in an environment without the package
     for path, reason in (
         (str(tmp_path), "no config.json"),
         (changed("bert", model_type="bert"), r"is a bert model; .* siglip2\. For another model write a function"),

@@ -1,4 +1,4 @@
-"""What a report shows of single queries is what was compared."""
+"""A report's examples of queries show what was compared."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from pipeline.evaluation.tasks import Collection, Ranking, Retrieval
 
 
 def angled(*degrees: float) -> MemoryStore:
-    """Vectors by their angles, whose differences are easy to compare."""
+    """Return vectors with these angles, whose differences are easy to compare."""
     store = MemoryStore(len(degrees), 2)
     store.vectors[:] = np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
     return store
@@ -24,7 +24,7 @@ def angled(*degrees: float) -> MemoryStore:
 
 @pytest.fixture
 def collection() -> Collection:
-    """Two pictures that ask, then five texts."""
+    """Return a collection of two images as queries and five texts."""
     picture = io.BytesIO()
     Image.new("RGB", (400, 200), "red").save(picture, "PNG")
     items = [Item(f"<image>\nWhat is {n}?", (picture.getvalue(),)) for n in range(2)]
@@ -80,7 +80,7 @@ def test_the_directions_of_a_set_are_one_result_and_classes_go_by_their_names(co
 
 
 def tasks_of(ways: int = 7) -> list[Ranking | Retrieval]:
-    """Each of the collection's items asks for itself: in lists, among all, and among means of two."""
+    """Return tasks in which each item's right answer is itself: in lists, among all, and among means of two."""
     rows = np.arange(ways)
     lists = [np.roll(rows, -row) for row in rows]
     pairs = np.stack([rows, np.roll(rows, -1)], axis=1)
@@ -100,7 +100,7 @@ def test_a_model_that_gives_all_items_one_vector_finds_nothing_and_the_report_sa
     report = measure("a model", collection, store.take)
     assert report.collapsed == ["QA", "Captions", "Classes"]
     assert report.remarks()[0].startswith("THE MODEL HAS COLLAPSED")
-    if spread:  # then rounding decides
+    if spread:  # rounding decides the scores
         return
     assert report.score == 0
     assert all(value == 0 for name, value in report.results["Captions"].metrics.items() if name.endswith("R@1"))
@@ -122,7 +122,7 @@ def test_half_a_collapse_does_not_flatter(collection):
 
 
 def test_a_copy_of_the_right_candidate_does_no_harm(collection):
-    """As in MMEB's lists, and of classes that have one name."""
+    """Such copies occur in MMEB's lists, and in classes with the same name."""
     copies = [np.array([2, 3, 2, 2]), np.array([3, 2, 3, 4])]
     classes = np.array([[2, 3], [4, 5], [3, 2]])
     queries = np.array([0, 1])

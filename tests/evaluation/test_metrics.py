@@ -1,4 +1,4 @@
-"""Scores against cases made by hand, an independent library, and sums that nothing rounds."""
+"""Scores compared with manual cases, an independent library, and exact sums."""
 
 import math
 from itertools import product
@@ -17,7 +17,7 @@ from pipeline.evaluation.metrics import Scores, result_of, scores_of, worst_quer
 from pipeline.evaluation.results import Case, Shown, Similarities
 from pipeline.evaluation.tasks import Ranking, Retrieval
 
-# The 16 unit vectors (+-1/2, +-1/2, +-1/2, +-1/2): their similarities are -1, -0.5, 0, 0.5 and 1, so ties are many.
+# The 16 unit vectors (+-1/2, +-1/2, +-1/2, +-1/2). Their similarities are -1, -0.5, 0, 0.5 and 1, with many ties.
 CORNERS = np.array(list(product((-0.5, 0.5), repeat=4)), np.float32)
 
 
@@ -36,7 +36,7 @@ def taking(rows: np.ndarray):
 
 
 def at(*similarities: float) -> np.ndarray:
-    """Vectors in the plane with these similarities to the first, which is row 0."""
+    """Return vectors in the plane: row 0, and rows with these similarities to row 0."""
     return np.array([[1, 0], *([s, math.sqrt(1 - s * s)] for s in similarities)], np.float32)
 
 
@@ -46,12 +46,12 @@ def assert_scores(scores: Scores, **expected) -> None:
 
 
 def test_of_a_ranking_the_first_candidate_is_right():
-    rows = at(0.2, 0.4, 0.4, 0.6)  # rows 2 and 3 are the same vector
+    rows = at(0.2, 0.4, 0.4, 0.6)  # rows 2 and 3 are equal
     task = ranking([0] * 6, [[4, 1, 2], [2, 1, 3], [2, 4, 3], [1, 2, 4, 3], [3], [2, 2]])
     assert_scores(
         scores_of(task, taking(rows)),
         rank=[1, 1, 2, 4, 1, 1],
-        tied=[False, True, True, False, False, True],  # the third has an equal one, and a better one
+        tied=[False, True, True, False, False, True],  # the third query has one equal and one better candidate
         positive=np.float32([0.6, 0.4, 0.4, 0.2, 0.4, 0.4]),
         hardest=np.float32([0.4, 0.4, 0.6, 0.6, -math.inf, 0.4]),
         right=[0] * 6,
@@ -70,14 +70,14 @@ def test_of_several_right_ones_the_best_counts_and_the_others_are_not_in_its_way
         tied=[False, True, False, False, False, False],
         positive=np.float32([0.8, 0.4, 0.4, 0.2, 0.8, 0.6]),
         hardest=np.float32([0.4, 0.8, 0.8, 0.8, -math.inf, 0.8]),
-        right=[0, 3, 3, 1, 0, 2],  # of equals the one with the lowest number
+        right=[0, 3, 3, 1, 0, 2],  # the lowest number among equals
         first=[0, 0, 0, 0, 0, 0],
         chance=np.mean([2 / 5, 2 / 5, 2 / 5, 1 / 5, 1, 2 / 5]),
     )
 
 
 def assert_as_torchmetrics(scores: Scores, pairs: list[tuple[list[float], set[int]]]) -> None:
-    """pairs: for each query the candidates' similarities, and the numbers of the right ones."""
+    """Compare with torchmetrics. pairs: for each query the candidates' similarities, and the right candidates."""
     hits: dict[int, list[float]] = {1: [], 5: [], 10: []}
     for query, (row, right) in enumerate(pairs):
         wrong = {number: s for number, s in enumerate(row) if number not in right}
@@ -87,8 +87,8 @@ def assert_as_torchmetrics(scores: Scores, pairs: list[tuple[list[float], set[in
         assert scores.right[query] == min(number for number in right if row[number] == positive)
         best = [number for number, s in wrong.items() if s == hardest]
         assert scores.first[query] == (scores.right[query] if hardest <= positive else best[0])
-        # torchmetrics wants positive numbers without ties. Similarities are -1, -0.5, ..., 1, and here only a strictly
-        # higher one precedes a right one.
+        # torchmetrics needs positive values without ties. Similarities are multiples of 0.5, so adding 0.1 lets only
+        # strictly better candidates precede a right one.
         is_right = torch.tensor([number in right for number in range(len(row))])
         raised = 2 + torch.tensor(row) + 0.1 * is_right
         assert retrieval_reciprocal_rank(raised, is_right).item() == pytest.approx(1 / scores.rank[query])
@@ -135,11 +135,11 @@ def threads():
 
 
 def test_identical_vectors_tie_in_whatever_tile_and_kernel(threads):
-    """In a float32 product some differ in the last digit."""
+    """In a plain float32 product, some similarities differ in the last digit."""
     distinct = unit(48, 333)
-    rows = np.tile(distinct, (9, 1))  # item i and i + 48 n are the same
+    rows = np.tile(distinct, (9, 1))  # items i and i + 48 n are equal
     queries = list(range(48))
-    # The right ones stand at the end, where a tile has its remainder, and their equals everywhere.
+    # The right candidates are at the end, where a tile may be incomplete; their copies are everywhere.
     flat = retrieval(queries, range(48, 9 * 48), [[8 * 48 - 48 + (q + 1) % 48] for q in queries])
     listed = ranking(queries, [[8 * 48 + (q + 1) % 48, *range(48 + q, 8 * 48)] for q in queries])
     for task in (flat, listed):
@@ -159,7 +159,7 @@ def exact(*rows: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def test_no_order_of_the_dimensions_changes_a_similarity():
-    """In float64 alone it would, by 1e-17, and at a border of two float32 that is a whole digit."""
+    """In plain float64 it changes by about 1e-17, which can change the last digit after rounding to float32."""
     rows = torch.from_numpy(unit(64, 1000)).double()
     orders = [torch.randperm(1000, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     plain = [rows[:, order] @ rows[:, order].T for order in orders]
@@ -173,7 +173,7 @@ def test_no_order_of_the_dimensions_changes_a_similarity():
 def test_a_candidate_of_several_items_is_their_mean():
     rows = unit(40, 24)
     classes = np.arange(10, 40).reshape(10, 3)
-    classes[7] = classes[2][[1, 2, 0]]  # the same prompts
+    classes[7] = classes[2][[1, 2, 0]]  # the same prompts as class 2
     task = retrieval(list(range(10)), classes, [[n] for n in range(10)], "", "classification")
     means = rows[classes].astype(np.float64).mean(axis=1)
     similar = rows[:10] @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
@@ -184,7 +184,7 @@ def test_a_candidate_of_several_items_is_their_mean():
     np.testing.assert_array_equal(scores.rank, 1 + higher.sum(axis=1))
     for size in (1, 5000):
         assert_scores(scores_of(task, taking(rows), tile_bytes=size), **vars(scores))
-    opposite = np.array([[1, 0], [1, 0], [-1, 0]], np.float32)  # a mean of zero is similar to nothing
+    opposite = np.array([[1, 0], [1, 0], [-1, 0]], np.float32)  # a mean of zero has similarity 0 to everything
     assert scores_of(retrieval([0], [[1, 2]], [[0]]), taking(opposite)).positive == 0
 
 

@@ -1,4 +1,4 @@
-"""Sets in MMEB's layout, converted and as published, and shards of pairs, as tasks over distinct items."""
+"""MMEB's layout, converted and as published, and shards of pairs, as tasks over distinct items."""
 
 import argparse
 import io
@@ -24,7 +24,7 @@ from pipeline.storage import objects
 
 @pytest.fixture
 def mmeb(tmp_path):
-    """Two datasets in MMEB's layout that share an image."""
+    """Create two datasets in MMEB's layout that share an image."""
     (tmp_path / "images/x").mkdir(parents=True)
     for name in "ab":
         (tmp_path / f"images/x/{name}.png").write_bytes(name.encode())
@@ -112,7 +112,7 @@ def test_tars_with_captions_elsewhere_are_a_task_too(tmp_path):
 
 
 def put_rows(folder, queries: list[int], candidates: list[list[int]], items: int) -> None:
-    """Write an evaluation set's rows and names, and index them."""
+    """Write the rows and names of an evaluation set, and update its index."""
     rows = {"query": pa.array(queries, pa.int32()), "candidates": pa.array(candidates, pa.list_(pa.int32()))}
     parquet.write_table(pa.table(rows), folder / "rows.parquet")
     parquet.write_table(pa.table({"name": [f"name {number}" for number in range(items)]}), folder / "items.parquet")
@@ -122,7 +122,7 @@ def put_rows(folder, queries: list[int], candidates: list[list[int]], items: int
 
 @pytest.fixture
 def singles(tmp_path):
-    """A converted set of 600 items, in blocks of a few hundred."""
+    """Create a converted set of 600 items in blocks of a few hundred."""
     folder = tmp_path / "collection/Set"
     samples = [Single(f"{number}", "Set", "vqa", Item(f"item {number}")) for number in range(600)]
     write_shards(samples, folder, dataset="Set", shard_bytes=1 << 20)
@@ -217,10 +217,10 @@ def test_a_picture_that_rows_name_is_missed_at_once_and_found_in_either_folder(m
     keys = load([str(mmeb)]).keys
     assert load([str(mmeb)]).keys == keys
     (mmeb / "images").rename(mmeb / "eval_images")
-    assert len(set(load([str(mmeb)]).keys) & set(keys)) == 4  # the texts
+    assert len(set(load([str(mmeb)]).keys) & set(keys)) == 4  # only the texts
     keys = load([str(mmeb)]).keys
     (mmeb / "eval_images/x/a.png").write_bytes(b"another")
-    assert len(set(load([str(mmeb)]).keys) & set(keys)) == 5  # but for what has that picture
+    assert len(set(load([str(mmeb)]).keys) & set(keys)) == 5  # all keys except those of items with that image
     (mmeb / "eval_images/x/b.png").unlink()
     with pytest.raises(PipelineError, match=r"there is no .*/images/x/b\.png or .*/eval_images/x/b\.png"):
         load([str(mmeb)])

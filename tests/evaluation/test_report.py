@@ -38,7 +38,7 @@ def own_sets(**sets: tuple[str, bool, float]) -> Report:
 
 
 def mmeb(names: list[str] = NAMES) -> dict[str, DatasetResult]:
-    """The n-th dataset of MMEB's table scores n %."""
+    """Return results in which the n-th dataset of MMEB's table scores n %."""
     scores = {name: (place + 1) / 100 for place, name in enumerate(NAMES)} | {"ImageNet_1K": 0.01}
     return {name: result(*MMEB_TASKS[name], metrics={"P@1": scores[name]}) for name in names}
 
@@ -47,7 +47,7 @@ def test_mmebs_averages_are_over_datasets_however_many_rows_they_have():
     results = mmeb()
     results["OVEN"] = replace(results["OVEN"], queries={"": 10**6}, chance=0.3)
     averages = Report("m", results).averages()
-    # By the table's order: 10 of classification, 10 of VQA, 12 of retrieval, 4 of grounding.
+    # In the order of the table: 10 of classification, 10 of VQA, 12 of retrieval, 4 of grounding.
     expected = {"classification": 5.5, "vqa": 15.5, "retrieval": 26.5, "grounding": 34.5, "overall": 18.5}
     inside = [*range(1, 6), *range(11, 17), *range(21, 29), 33]
     assert len(inside) == 20
@@ -86,7 +86,7 @@ def test_own_sets_average_over_what_there_is():
     )
     assert (report.missing(), report.mmeb()) == ({}, {})
     assert report.score == pytest.approx(0.5)
-    # Nor is a set of captions MMEB's for its name.
+    # A caption set with the name of an MMEB dataset does not count as MMEB.
     assert Report("m", {"MSCOCO": retrieval()}).mmeb() == {}
 
 
@@ -166,7 +166,7 @@ def test_retrieval_is_printed_both_ways_with_means_over_languages(capsys):
     assert rows[4].metrics == pytest.approx({"R@1": 0.3, "R@5": 0.6, "R@10": 0.7, "MdR": 2, "MnR": 12.5})
     for text in ("20.0 (-20.0)", "30.0 (-10.0)", "13.5 (+2.0)", "MdR", "3 queries had a wrong candidate as similar"):
         assert text in printed
-    # A mean is only set beside one of the same languages.
+    # Means are only compared over the same languages.
     (rows,) = report.others(Report("n", {"XM3600-de": retrieval("de")})).values()
     assert (bool(rows[0].before), rows[4].before) == (True, {})
 
@@ -180,7 +180,7 @@ def test_a_lower_rank_is_better():
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The folder of a report of all kinds of sets beside one of some."""
+    """Return the folder of a report with all kinds of sets, compared with a report with some of them."""
     folder = tmp_path_factory.mktemp("report")
     video = {"t2v R@1": 0.4, "t2v R@5": 0.6, "v2t R@1": 0.3, "v2t R@5": 0.5}
     alone = result("zero-shot classification", None, metrics={"top-1": 0.7, "top-5": 0.9}, worst=[])
@@ -246,7 +246,7 @@ def test_the_leaderboards_file_has_mmebs_datasets_alone(written, tmp_path):
 
 
 def test_what_is_published_agrees_with_itself():
-    """Rounded means of each meta-task and part give the rounded mean of all."""
+    """The rounded means of meta-tasks and parts give the rounded overall mean."""
     for paper in PUBLISHED:
         mean = paper.averages
         tasks = {"classification": 10, "vqa": 10, "retrieval": 12, "grounding": 4}

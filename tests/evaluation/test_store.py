@@ -1,4 +1,4 @@
-"""Embeddings on disk: what is counted is there, whenever the process that wrote it was killed."""
+"""Embeddings on disk: every counted embedding is complete, whenever the writing process was killed."""
 
 import os
 import signal
@@ -52,12 +52,12 @@ def test_a_process_killed_at_any_moment_leaves_what_it_counted(tmp_path, monkeyp
         counts.add(len(there))
         disk.append("a", disk.missing(np.arange(12)), VECTORS[disk.missing(np.arange(12))])
         np.testing.assert_array_equal(DiskStore(folder, KEYS, 6).take(np.arange(12)), VECTORS)
-    assert counts == {0, 1, 2, 3, 4}  # a key is written in the middle of a write, too
-    assert moment == 9  # three appends, of three writes each
+    assert counts == {0, 1, 2, 3, 4}  # half of a write of keys may contain whole keys
+    assert moment == 9  # three appends with three writes each
 
 
 def _write_and_die(folder, moment: int, monkeypatch) -> None:
-    """Be killed in the middle of a write."""
+    """Write in this process, which is killed in the middle of a write."""
     left, original = iter(range(moment)), store._write
 
     def dying(file, data: bytes, offset: int) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed compiles its CPU Adam once a machine, with DS_ACCELERATOR=cpu: here."""
+"""Build DeepSpeed's CPU Adam, which DeepSpeed compiles once per machine. Run with DS_ACCELERATOR=cpu."""
 
 from deepspeed.accelerator import get_accelerator
 

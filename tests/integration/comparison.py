@@ -1,4 +1,4 @@
-"""What the tests share that compare runs: a step with one process, an evaluation with another."""
+"""Comparisons of runs that several tests share: a step with one process, an evaluation with another."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pipeline.evaluation.results import DatasetResult
 
 
 def zero_config(name: str, folder: Path) -> str:
-    """The project's config, with ZeRO-3 partitioning every parameter: by default it leaves small ones whole."""
+    """Return the project's config, changed so that ZeRO-3 partitions even small parameters."""
     config = json.loads(Path(f"ds_configs/{name}.json").read_text())
     if name.startswith("zero3"):
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -21,7 +21,7 @@ def zero_config(name: str, folder: Path) -> str:
 
 
 def assert_equal(out: Path, name: str) -> None:
-    """Of all cases that a worker wrote.  name: of what it did, for whoever reads the output."""
+    """Check all results that a worker wrote. name: the worker's job, for the printed output."""
     for result in json.loads(out.read_text()):
         print(f"{name}: {result}")
         assert result["loss"] < 1e-5, result
@@ -32,10 +32,10 @@ def assert_equal(out: Path, name: str) -> None:
 
 
 def assert_results_alike(ours: Mapping[str, DatasetResult], theirs: Mapping[str, DatasetResult]) -> None:
-    """Of the same vectors but for rounding.
+    """Assert that two evaluations used the same vectors up to rounding.
 
-    Where two similarities are nearly the same, rounding may swap them, or put one on the other side of a bin's edge: so
-    one query of each direction may be ranked otherwise, by one place. The worst queries are not compared.
+    If two similarities are nearly equal, rounding may swap them or move one across a bin's edge. Therefore one query
+    per direction may differ by one rank. The worst queries are not compared.
     """
     assert ours.keys() == theirs.keys()
     for name, result in ours.items():

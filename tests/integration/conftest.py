@@ -13,9 +13,9 @@ _building = pytest.StashKey[subprocess.Popen]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """DeepSpeed compiles its CPU Adam once a machine: while other tests run.
+    """Compile DeepSpeed's CPU Adam, once per machine, while other tests run.
 
-    And the process that ranks are forked from imports what they need.
+    Also start the fork server, which imports the modules that ranks need.
     """
     if not session.config.option.collectonly:
         fork_server()
@@ -26,13 +26,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if building := session.stash.get(_building, None):
-        building.send_signal(signal.SIGINT)  # killed, it would leave PyTorch's lock
+        building.send_signal(signal.SIGINT)  # SIGKILL would leave PyTorch's lock file
         building.wait()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cpu_adam(request: pytest.FixtureRequest) -> None:
-    """Before any test has a time limit."""
+    """Wait for the build before any test's time limit starts."""
     building = request.session.stash[_building]
     errors = building.communicate()[1]
     assert building.returncode == 0, errors.decode()[-4000:]
@@ -40,5 +40,5 @@ def cpu_adam(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def as_many_threads_as_a_rank_has() -> None:
-    """With another number of them sums are rounded otherwise, in the last bits."""
+    """Use one thread: another number rounds sums differently in the last bits."""
     torch.set_num_threads(1)

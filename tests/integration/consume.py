@@ -1,4 +1,4 @@
-"""A job of ranks that only read: each writes what every step brought to a ledger, as fast as the data come."""
+"""Ranks that only read: each writes every step's samples to a ledger, as fast as the data arrive."""
 
 import json
 import os
@@ -26,7 +26,7 @@ TILING = Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48
 
 
 def encode(item: Item) -> Encoded:
-    """An item's content, not its tokens: what a test compares."""
+    """Return the item's content hash instead of its tokens, for tests to compare."""
     return Encoded(np.frombuffer(item.content_hash.to_bytes(8, "little"), np.uint8).astype(np.int32))
 
 
@@ -36,16 +36,16 @@ def open_order(data: Data) -> tuple[Source, Order]:
 
 
 def rows(batch: Batch) -> list:
-    """Where each of the batch's samples came from, and what it is."""
+    """Return each sample's origin and content."""
     return [list(row) for row in zip(map(str, batch.origins), batch.query, batch.target, batch.valid, strict=True)]
 
 
 def consume(steps: range, folder: Path, options: list[str]) -> None:
-    """Note each of the steps in FOLDER/rankR.jsonl, and in the end the bytes received. options: fields of Data."""
+    """Write each step's rows to FOLDER/rankR.jsonl, then the number of bytes received. options: fields of Data."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     data = parse_options(Data, options)
     source, order = open_order(data)
-    received = objects.bytes_received()  # the indexes
+    received = objects.bytes_received()  # bytes of the indexes
     with (folder / f"rank{rank}.jsonl").open("a", buffering=1) as ledger:
         read = batches(source, order, encode, steps, rank=rank, world=world, timeout=HANG_SECONDS)
         for step, batch in zip(steps, read, strict=True):
@@ -55,13 +55,12 @@ def consume(steps: range, folder: Path, options: list[str]) -> None:
 
 
 def run_rank(environment: dict[str, str], steps: range, folder: Path, options: list[str]) -> None:
-    """A rank's process, from its start to its end."""
     begin(environment, folder / "output")
     command_line(lambda: consume(steps, folder, options))()
 
 
 class Job:
-    """The ranks as processes of the fork server, so that they start at once."""
+    """The ranks as processes of the fork server, which start without delay."""
 
     def __init__(self, world: int, steps: range, folder: Path, options: list[str]) -> None:
         folder.mkdir(exist_ok=True)
@@ -77,7 +76,7 @@ class Job:
         return any(rank.is_alive() for rank in self.ranks)
 
     def ledger(self) -> list[list]:
-        """The rows of each step that all ranks have noted, the ranks' end to end."""
+        """Return the rows of each step that all ranks have written, concatenated over the ranks."""
         ranks = []
         for rank in range(len(self.ranks)):
             path = self.folder / f"rank{rank}.jsonl"
@@ -91,7 +90,7 @@ class Job:
         self.wait()
 
     def wait(self) -> list[int | None]:
-        """The ranks' exit statuses; what still runs at the time limit, or some time after a failure, is killed."""
+        """Return the ranks' exit statuses. Kill ranks still running at the time limit, or some time after a failure."""
         deadline = time.monotonic() + HANG_SECONDS
         while self.runs and time.monotonic() < deadline:
             if any(rank.exitcode for rank in self.ranks):

@@ -2,8 +2,8 @@
 
 Flags: `few`, `alone`, `offloaded`, `shaped`, or `no-guard MIX`.
 
-Takes optimizer steps through the engine and, beside it, the same steps in one process with the whole global
-batch, item by item, the loss as one B x B formula, plain autograd and torch's AdamW. Writes the differences.
+Takes optimizer steps through the engine. Takes the same steps in one process with the whole global batch: item by item,
+with the loss as one B x B formula, plain autograd and torch's AdamW. Writes the differences.
 """
 
 import io
@@ -43,10 +43,10 @@ from pipeline.training.engine import build_engine, freeze, load_frozen
 PAIRS = 16
 STEPS = 2
 LR = 0.1
-EPS = 1.0  # so that a step is nearly proportional to the gradient: Adam otherwise hides its scale
+EPS = 1.0  # makes a step nearly proportional to the gradient, whose scale Adam otherwise hides
 INVALID = {3, 9}
 MIXES = ("images", "text", "mixed")
-CHUNK_TOKENS = (1, 200, 100_000)  # one item a chunk, a few, all
+CHUNK_TOKENS = (1, 200, 100_000)  # one item per chunk, several, all
 PARTS = {
     "multi_modal_projector": "projector",
     "image_newline": "projector",
@@ -60,7 +60,7 @@ CHECKPOINTING = "batch.activation_checkpointing=true"
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of batch, how it is cut, how many chunks keep their graph, and further fields of the recipe."""
+    """A batch type, the chunk size, the number of chunks whose graph is cached, and further fields of the recipe."""
 
     mix: str
     chunk_tokens: int
@@ -81,14 +81,14 @@ FEW = (
 )
 ALL = (
     *FEW,
-    *(Case("mixed", 200, kept) for kept in range(2, 7)),  # with 1, of two ranks all numbers: they have six chunks
+    *(Case("mixed", 200, kept) for kept in range(2, 7)),  # FEW has 1; two ranks have six chunks
     *(Case(mix, 200, kept, FROZEN) for mix, kept in (("mixed", 0), ("text", 1))),
     Case("mixed", 200, 1, ("model.train.language_model=false", "model.train.projector=0.03")),
     Case("mixed", 200, 2, ("model.train.projector=false", "model.train.vision_tower=0.02")),
     Case("mixed", 200, 0, (*WHOLE, CHECKPOINTING)),
     Case("images", 200, 1000, (*FROZEN, CHECKPOINTING, "model.train.lora.rank=4")),
 )
-ALONE = FEW[::2]  # no other rank takes part: what differs is how the batch is cut
+ALONE = FEW[::2]  # there is no other rank: only the chunking of the batch differs
 SHAPED = (Case("mixed", 200, 2),)
 OFFLOADED = (
     Case("mixed", 200),
@@ -107,9 +107,9 @@ def picture(rng: np.random.Generator) -> bytes:
 
 
 def make_pairs(mix: str, seed: int) -> list[Pair]:
-    """Pairs with explicit negatives for some, a query and targets that occur twice, and texts of unlike lengths.
+    """Return pairs of different lengths: some have explicit negatives, and a query and targets occur twice.
 
-    mix: "images" or "text"; "mixed": images in the first half only, so that of two ranks one has none; "fading": images
+    mix: "images" or "text"; "mixed": images in the first half only, so that one of two ranks has none; "fading": images
     in the first step only.
     """
     rng = np.random.default_rng(seed)
@@ -141,7 +141,7 @@ def batch_of(pairs: list[Pair], processor: LlaveProcessor) -> Batch:
 
 
 def sub_batches(pairs: list[Pair], recipe: Recipe) -> list[list[Pair]]:
-    """Of each lane's part of the global batch the first, the next, ... as many."""
+    """Split the global batch into sub-batches, each with an equal number of consecutive pairs from every lane."""
     size = recipe.batch.sub_batch or PAIRS
     share, piece = PAIRS // recipe.data.lanes, size // recipe.data.lanes
     return [[pair for i, pair in enumerate(pairs) if i % share // piece == part] for part in range(PAIRS // size)]
@@ -150,7 +150,7 @@ def sub_batches(pairs: list[Pair], recipe: Recipe) -> list[list[Pair]]:
 def formula(
     model: Llave, pairs: list[Pair], processor: LlaveProcessor, alpha: float, temperature: torch.Tensor
 ) -> torch.Tensor:
-    """LLaVE's loss (arXiv 2503.04812) as one B x B matrix, each item embedded by itself."""
+    """Return LLaVE's loss (arXiv 2503.04812) as one B x B matrix, with each item embedded separately."""
     pairs = [pair for pair in pairs if int(pair.key) not in INVALID]
 
     def embed(items: list[Item]) -> torch.Tensor:
@@ -174,7 +174,7 @@ def formula(
 
 
 def largest_difference(engine: deepspeed.DeepSpeedEngine, theirs: dict[str, torch.Tensor]) -> float:
-    """The largest difference of a parameter, relative to the largest value of its tensor."""
+    """Return the largest difference of any parameter, relative to the largest value of its tensor."""
     largest = 0.0
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -191,7 +191,7 @@ def recipe_of(fields: tuple[str, ...]) -> Recipe:
 
 @dataclass(frozen=True)
 class Expected:
-    """Results of one process with the whole batch: losses and gradient norms by step, and the parameters at the end."""
+    """One process's results with the whole batch: losses and gradient norms per step, and the final parameters."""
 
     losses: list[float]
     norms: list[float]
@@ -203,7 +203,7 @@ Key = TypeVar("Key")
 
 
 def computed_once(keys: Iterable[Key], compute: Callable[[Key], Expected]) -> dict[Key, Expected]:
-    """`compute(key)` of every distinct key, each on one rank, for all ranks."""
+    """Compute `compute(key)` once for every distinct key, distributed over the ranks; all ranks get all results."""
     rank, world = dist.get_rank(), dist.get_world_size()
     ours = {key: compute(key) for number, key in enumerate(dict.fromkeys(keys)) if number % world == rank}
     of_ranks: list = [None] * world
@@ -229,9 +229,9 @@ def trained_alone(
     parts: dict[str, str],
     loss: Callable[[int, torch.Tensor], torch.Tensor],
 ) -> Expected:
-    """Take the steps in this process by plain autograd and AdamW.
+    """Take the steps in this process with plain autograd and AdamW.
 
-    parts: the recipe's name of each part by the prefix of its parameters.  loss: of a step, at a temperature.
+    parts: maps prefixes of parameter names to the recipe's part names. loss: the loss of a step at a temperature.
     """
     freeze(reference, recipe)
     if recipe.model.train.adapters:
@@ -252,7 +252,7 @@ def trained_alone(
         scale_optimizer.zero_grad()
         value.backward()
         for parameter in trained.values():
-            # What no item of the batch runs through has a zero gradient, and weight decay.
+            # Parameters that no item of the batch uses get a zero gradient, and weight decay.
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         losses.append(float(value.detach()))
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)))
@@ -263,7 +263,7 @@ def trained_alone(
 
 
 def reference_of(model: str, case: Case) -> tuple[str, str, tuple[str, ...]]:
-    """The arguments of `expected`: equal for all cases that differ only in how the work is done."""
+    """Return the arguments of `expected`, which are equal for all cases with the same mathematical result."""
     return model, case.mix, tuple(field for field in case.fields if field not in (*FROZEN, CHECKPOINTING))
 
 
@@ -290,9 +290,9 @@ def differences(
     pairs_of: Callable[[int], list[Pair]],
     features: Callable[[], Features | None],
 ) -> dict[str, float]:
-    """Take the steps through the engine: by how much it differs, relatively, and how far the temperature has moved.
+    """Take the steps through the engine; return its relative differences and the change of the temperature.
 
-    pairs_of: those of a step, of all ranks.  features: anew for each step.
+    pairs_of: returns the pairs of a step, for all ranks. features: created anew for each step.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     objective, result = Contrastive(recipe, engine.device), {"loss": 0.0, "grad_norm": 0.0}
@@ -319,7 +319,7 @@ def main() -> None:
     named = {"few": FEW, "alone": ALONE, "offloaded": OFFLOADED, "shaped": SHAPED}
     cases = next((named[flag] for flag in flags if flag in named), ALL)
     if "no-guard" in flags:
-        # Each rank runs the tower only for chunks that have an image themselves.
+        # Without the guard, each rank runs the tower only for its own chunks that have an image.
         def unguarded(*arguments, **options):
             chunks = chunks_module.plan_chunks(*arguments, **options)
             return [replace(chunk, with_images=bool(chunk.packed.images)) for chunk in chunks]

@@ -1,4 +1,4 @@
-"""An HTTP proxy on loopback that stands before the S3 server and breaks what a test tells it to break."""
+"""An HTTP proxy on loopback, in front of the S3 server, that injects the faults that a test asks for."""
 
 import fcntl
 import socket
@@ -16,13 +16,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from urllib.parse import urlsplit
 
-TARGET_SECONDS = 60  # how long the server behind may say nothing
+TARGET_SECONDS = 60  # how long the server may be silent
 BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to one request: to the request's body if it is a PUT, else to the response's."""
+    """A fault of one request: in the request body of a PUT, otherwise in the response body."""
 
     kind: str
     seconds: float = 0.0
@@ -30,17 +30,17 @@ class Fault:
 
 
 RESET = Fault("reset")  # the connection is reset (RST) in the middle of the body
-TRUNCATE = Fault("truncate")  # the connection is closed there
-FLIP = Fault("flip")  # one bit there is flipped
+TRUNCATE = Fault("truncate")  # the connection is closed in the middle of the body
+FLIP = Fault("flip")  # one bit in the middle of the body is flipped
 
 
 def stall(seconds: float) -> Fault:
-    """Half the body, then nothing for so long."""
+    """Send half the body, then wait for that long."""
     return Fault("stall", seconds=seconds)
 
 
 def refuse(status: int, code: str) -> Fault:
-    """An error response of S3, instead of asking the server."""
+    """Answer with an S3 error response without asking the server."""
     return Fault(code, status=status)
 
 
@@ -48,13 +48,13 @@ UNAVAILABLE = refuse(503, "SlowDown")
 
 
 class FaultProxy:
-    """Forwards requests unchanged to `target_endpoint`, with `faults`, as a context manager.
+    """Forward requests to `target_endpoint`, with `faults`, as a context manager.
 
-    faults: called with (how many requests of this method came before, the method, path and query).
-    port: where to listen; by default any free one.
-    endpoint: the proxy's URL. While the server behind is away, the answer is 502.
+    faults: called with (the number of earlier requests with this method, the method, path and query).
+    port: the port to listen on; by default any free one.
+    endpoint: the proxy's URL. While the server is down, the proxy answers 502.
     requests: (method, path and query) in the order of arrival.
-    body_bytes: of each path, without query, how many bytes of the server's bodies went to clients.
+    body_bytes: for each path without query, the number of body bytes that the server sent to clients.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class FaultProxy:
         self._server.drop_connections()
 
     def count(self, method: str) -> int:
-        """How many requests of this method came so far."""
+        """Return the number of requests with this method so far."""
         with self._lock:
             return self._seen[method]
 
     def arrived(self, method: str, path: str) -> Fault | None:
-        """Note a request; what is to happen to it."""
+        """Record a request and return its fault."""
         with self._lock:
             number = self._seen[method]
             self._seen[method] += 1
@@ -99,7 +99,7 @@ class FaultProxy:
         return self.faults(number, method, path)
 
     def sending(self, path: str, number: int) -> None:
-        """Note bytes of a body that go to a client."""
+        """Record body bytes that are sent to a client."""
         with self._lock:
             self.body_bytes[path.partition("?")[0]] += number
 
@@ -128,13 +128,13 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request, address) -> None:
-        """Clients come and go as the tests want it; what else is wrong is shown."""
+        """Ignore connection errors, which tests cause on purpose; show all others."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, address)
 
 
 class _Cut(Exception):
-    """The connection to the client ends here."""
+    """The connection to the client is to be closed."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _ask(self, upstream: HTTPConnection, body: Iterator[bytes]):
         upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():  # Host among them, which is signed
+        for name, value in self.headers.items():  # including Host, which is signed
             if name.lower() not in ("connection", "expect"):
                 upstream.putheader(name, value)
         upstream.endheaders()
@@ -192,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(block)
 
     def _blocks(self, read: Callable[[int], bytes], length: int, fault: Fault | None) -> Iterator[bytes]:
-        """A body in blocks; the fault comes after length // 2 bytes."""
+        """Yield a body in blocks; apply the fault after length // 2 bytes."""
         position, middle = 0, length // 2
         while position < length:
             at_fault = fault is not None and position == middle
@@ -208,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
             yield bytes([block[0] ^ 1]) + block[1:] if at_fault and fault == FLIP else block
 
     def _refuse(self, status: int, code: str, body: Iterator[bytes]) -> None:
-        for _ in body:  # else the next request on this connection would begin with it
+        for _ in body:  # otherwise the next request on this connection would start with the rest of the body
             pass
         content = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>as planned</Message></Error>".encode()
         self.send_response_only(status)
@@ -221,8 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _cut(self, reset: bool) -> None:
         self.close_connection = True
         if reset:
-            # RST follows when the last reference to a socket that lingers for 0 s is closed; what had not left the
-            # machine by then would be lost, and the place of the break be chance.
+            # Closing the last reference to a socket with a linger time of 0 s sends RST and discards unsent data. Wait
+            # until the send queue is empty, so that the break is always at the same byte.
             deadline = time.monotonic() + 1
             while time.monotonic() < deadline and any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4))):
                 time.sleep(0.001)
@@ -231,4 +231,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
 
     def log_message(self, *_) -> None:
-        """Quiet."""
+        """Log nothing."""

@@ -1,6 +1,6 @@
-"""`python -m pipeline.train` for which the disk is full from the Nth checkpoint on: `python full_disk.py N ARGUMENTS`.
+"""`python -m pipeline.train` with a full disk from the Nth checkpoint on: `python full_disk.py N ARGUMENTS`.
 
-No file grows past a limit, which the operating system refuses as it refuses a full disk.
+A file-size limit simulates the full disk: the operating system refuses writes beyond it.
 """
 
 import resource
@@ -10,7 +10,7 @@ import deepspeed
 
 from pipeline import train
 
-_LARGEST = 100_000  # bytes; a log has fewer, an optimizer's state more
+_LARGEST = 100_000  # bytes; logs are smaller, optimizer states are larger
 
 
 def main() -> None:

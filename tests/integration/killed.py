@@ -14,7 +14,7 @@ def main() -> None:
     finish, steps = deepspeed.DeepSpeedEngine.step, 0
 
     def step(engine: deepspeed.DeepSpeedEngine) -> None:
-        """The gradients are there, and the optimizer's step is to come."""
+        """Kill the process after the backward pass, before the optimizer's step."""
         nonlocal steps
         steps += 1
         if steps == last:

@@ -1,7 +1,7 @@
-"""Runs the ranks of a distributed program, with a time limit for all of them.
+"""Run the ranks of a distributed program, with one time limit for all of them.
 
-`launch` and `fork` make them copies of one process that has imported everything, since DeepSpeed and transformers take
-seconds to import; `start` starts them as a launcher does.
+`launch` and `fork` fork them from one process that has imported everything, since DeepSpeed and transformers take
+seconds to import. `start` starts them as a launcher does.
 """
 
 import faulthandler
@@ -37,7 +37,7 @@ _PRELOADED = [
 
 @dataclass(frozen=True)
 class Ended:
-    """Exit status of each rank (None: it had to be killed at the time limit) and what they printed."""
+    """Exit status of each rank (None: killed at the time limit), and what they printed."""
 
     status: list[int | None]
     output: str
@@ -45,7 +45,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Rank:
-    """A process, and the file that its output goes to, so that nobody has to read it while it runs."""
+    """A process, and the file that receives its output, so that no reader is needed while it runs."""
 
     process: subprocess.Popen | ForkServerProcess
     output: IO[str]
@@ -55,22 +55,22 @@ class Rank:
         return self.process.pid
 
     def poll(self) -> int | None:
-        """Its exit status, None while it runs."""
+        """Return the exit status, or None while the process runs."""
         return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
 
     def kill(self) -> None:
-        """End it at once, if it has not ended, and wait until it has."""
+        """Kill the process if it still runs, and wait for its end."""
         self.process.kill()
         (self.process.wait if isinstance(self.process, subprocess.Popen) else self.process.join)()
 
 
 def launch(arguments: list[str], world: int, seconds: float = HANG_SECONDS) -> Ended:
-    """Run `python ARGUMENTS` on `world` ranks. As under a launcher, a rank that fails ends the others."""
+    """Run `python ARGUMENTS` on `world` ranks and wait. As under a launcher, a failed rank ends the others."""
     return wait(fork(arguments, world), seconds)
 
 
 def fork(arguments: list[str], world: int) -> list[Rank]:
-    """Start what `launch` runs."""
+    """Start the ranks that `launch` waits for."""
     ranks = []
     for environment in _environments(world):
         output = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115 (closed by `wait`)
@@ -81,7 +81,7 @@ def fork(arguments: list[str], world: int) -> list[Rank]:
 
 
 def start(arguments: list[str], world: int) -> list[Rank]:
-    """Start `python ARGUMENTS` on `world` ranks, each a Python of its own."""
+    """Start `python ARGUMENTS` on `world` ranks, each in a new Python process."""
     ranks = []
     for environment in _environments(world):
         output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `wait`)
@@ -98,7 +98,7 @@ def start(arguments: list[str], world: int) -> list[Rank]:
 
 
 def wait(ranks: Sequence[Rank], seconds: float = HANG_SECONDS, after_failure: float = SECONDS_AFTER_A_FAILURE) -> Ended:
-    """Wait for the ranks to end; kill what is left some time after a failure, or at the time limit."""
+    """Wait for the ranks to end. Kill the rest at the time limit, or some time after a failure."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and None in (status := [rank.poll() for rank in ranks]):
         if any(status):
@@ -117,7 +117,7 @@ def wait(ranks: Sequence[Rank], seconds: float = HANG_SECONDS, after_failure: fl
 
 @cache
 def fork_server() -> ForkServerContext:
-    """Processes of this context are forked from one that has imported what ranks need, with one thread."""
+    """Return a context that forks processes from a single-threaded one with all imports that ranks need."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
@@ -128,7 +128,7 @@ def fork_server() -> ForkServerContext:
 
 
 def _environments(world: int) -> list[dict[str, str]]:
-    """What a launcher adds to each rank's environment."""
+    """Return the variables that a launcher sets for each rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -138,14 +138,15 @@ def _environments(world: int) -> list[dict[str, str]]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "WORLD_SIZE": str(world),
-        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/integration:{ROOT}/tests",  # the fork server knows no other way there
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/integration:{ROOT}/tests",  # the fork server finds modules only by this
     }
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def begin(environment: dict[str, str], output: str | Path) -> None:
-    """In a process of the fork server: take over an environment, print to the end of a file, and at SIGUSR2 say where
-    each thread is, as do the processes that this one forks.
+    """Initialize a process of the fork server: set its environment and append its output to a file.
+
+    On SIGUSR2 it prints the stack of each thread, as do the processes that it forks.
     """
     os.environ.clear()
     os.environ |= environment
@@ -154,22 +155,21 @@ def begin(environment: dict[str, str], output: str | Path) -> None:
         os.dup2(file, stream.fileno())
     os.close(file)
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    gc.freeze()  # DeepSpeed collects for every engine: what was imported need not be looked through
+    gc.freeze()  # DeepSpeed runs the garbage collector for every engine; skip imported objects
 
 
 def say_where(pids: Sequence[int]) -> None:
-    """Have these processes, which began so, and those that they forked print what each thread is at."""
+    """Make these processes and their children print the stack of each thread. They must have called `begin`."""
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
             for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
                 print(f"process {process.pid}: {process.status()}")
                 process.send_signal(signal.SIGUSR2)
     if pids:
-        time.sleep(1)  # they print it themselves
+        time.sleep(1)  # time for them to print
 
 
 def _run(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """`python ARGUMENTS` in this process."""
     begin(environment, output)
     if arguments[0] == "-m":
         sys.argv = arguments[1:]

@@ -1,8 +1,8 @@
 """One rank of the tests of masked next-token prediction: `python masked_steps.py MODELS OUT`.
 
-Takes optimizer steps through the engine and, beside it, the same steps in one process with the whole global batch,
-text by text, through transformers' own model, plain autograd and torch's AdamW. Writes the differences.
-MODELS: the folder that test_masked_steps.py fills.
+Takes optimizer steps through the engine. Takes the same steps in one process with the whole global batch: text by text,
+with transformers' model, plain autograd and torch's AdamW. Writes the differences.
+MODELS: the folder that test_masked_steps.py creates.
 """
 
 import json
@@ -56,7 +56,7 @@ CASES = {
 
 
 def make_pairs(seed: int) -> list[Pair]:
-    """Pairs of texts of unlike lengths; one text is twice in a batch on one rank, one on both of two, one is empty."""
+    """Return pairs of texts of different lengths. One text occurs twice on a rank, one on both ranks; one is empty."""
     rng = np.random.default_rng(seed)
 
     def item(name: str) -> Item:
@@ -75,7 +75,7 @@ def make_pairs(seed: int) -> list[Pair]:
 def formula(
     reference: MaskedLanguageModel, pairs: list[Pair], texts: TextProcessor, recipe: Recipe, step: int
 ) -> tuple[torch.Tensor, int]:
-    """The mean of the cross entropies of all hidden tokens of all texts, and how many they are."""
+    """Return the mean cross entropy over all masked tokens of all texts, and the number of these tokens."""
     costs = []
     for item in (item for pair in pairs if int(pair.key) not in INVALID for item in pair.items):
         encoded = texts.encode(item)

@@ -1,6 +1,6 @@
-"""`python partitions.py MODEL DS_CONFIG WHOLE`: MODEL in ZeRO-3's partitions, gathered again, beside WHOLE's weights.
+"""`python partitions.py MODEL DS_CONFIG WHOLE`: load MODEL partitioned by ZeRO-3, gather it, compare it with WHOLE.
 
-Each rank prints which parameters and buffers differ, and the share of the weights that it read, as JSON.
+Each rank prints as JSON the parameters and buffers that differ, and the fraction of the weights that it read.
 """
 
 import json
@@ -22,7 +22,7 @@ read = []
 
 
 class Counting:
-    """A tensor in a file, which notes how much of it is read."""
+    """A tensor in a file that counts how much of it is read."""
 
     def __init__(self, stored) -> None:
         self.stored, self.get_shape = stored, stored.get_shape

@@ -1,6 +1,8 @@
-"""`python precision.py MODEL DS_CONFIG PRECISION RUN [key=value ...]`: two steps, a checkpoint, a third step; then a
-new engine that loads the checkpoint, exports it, and takes the third step again. Prints as JSON the losses, and the
-smallest cosine of the exported model's embeddings with the engine's.
+"""`python precision.py MODEL DS_CONFIG PRECISION RUN [key=value ...]`: checkpoints and exports of one precision.
+
+Takes two steps, saves a checkpoint and takes a third step. Then a new engine loads the checkpoint, exports it and takes
+the third step again. Prints as JSON the losses, and the smallest cosine between embeddings of the exported model and
+of the engine.
 """
 
 import json

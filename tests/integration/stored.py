@@ -1,7 +1,7 @@
-"""Steps of LLM2CLIP's second stage with stored vectors, and beside them with a live text encoder.
+"""Steps of LLM2CLIP's second stage with stored vectors, compared with a live text encoder.
 
-`python stored.py OUT VECTORS FORMAT RECIPE [key=value ...]`, in one process.  VECTORS: what pipeline.embed wrote of the
-recipe's data.  FORMAT: how it stored them.
+`python stored.py OUT VECTORS FORMAT RECIPE [key=value ...]`, in one process. VECTORS: the output of pipeline.embed for
+the recipe's data. FORMAT: the number format of the stored vectors.
 """
 
 import json
@@ -27,13 +27,13 @@ from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_frozen
 
 STEPS = 5
-ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # of a number, relative to it, at most
+ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # largest relative rounding error of a number
 
 
 def train(recipe: Recipe, stored: Stored | None = None) -> tuple[list[float], float | None]:
-    """(loss of each step, with a live text encoder the first one's `deviation`).
+    """Return the loss of each step and, with a live text encoder, the first step's `deviation`.
 
-    stored: the live text encoder's vectors are rounded as these are.
+    stored: round the live text encoder's vectors as these are rounded.
     """
     source, kind, device = Source.open(recipe.data), training("llm2clip"), torch.device("cpu")
     order = source.order(recipe.batch.global_batch, recipe.seed, kind.lengths(recipe))
@@ -59,8 +59,9 @@ def train(recipe: Recipe, stored: Stored | None = None) -> tuple[list[float], fl
 
 
 def deviation(engine: deepspeed.DeepSpeedEngine, frozen: FrozenTextEncoder, batch: Batch, recipe: Recipe) -> float:
-    """The loss's first-order change by errors of the vectors, each number's independent and as large as itself:
-    the root of the sum of squares of v * dL/dv. Times the format's rounding it is no less than a standard deviation.
+    """Return sqrt(sum((v * dL/dv)^2)): the loss's first-order change if the error of each number v equals v.
+
+    The errors are independent. Multiplied by the format's rounding, this bounds the standard deviation from above.
     """
     items = list(batch.items.values())
     vectors = frozen.model(pack([item for item in items if not item.images])).requires_grad_()

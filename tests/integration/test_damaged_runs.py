@@ -1,6 +1,6 @@
-"""A run directory that a disk or a hand damaged: the run continues from the newest whole checkpoint, or says why not.
+"""Damaged run directories: the run continues from the newest intact checkpoint, or reports why it cannot.
 
-Two processes really train one run; each case damages a copy of it.
+Two processes train one real run; each case damages a copy of it.
 """
 
 import json
@@ -46,7 +46,7 @@ def train(recipe: list[str], run: Path, world: int = 2, *overrides: str) -> Ende
 
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory) -> Path:
-    """A run that nothing disturbed, with checkpoints after 2, 4 and 6 steps."""
+    """Return an undisturbed run with checkpoints after 2, 4 and 6 steps."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     ended = train(recipe, run)
     assert ended.status == [0, 0], ended.output[-4000:]
@@ -60,7 +60,6 @@ def run(finished, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[None]:
-    """A process group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -90,7 +89,7 @@ def edit(file: Path, **changes: object) -> None:
 
 
 def without_manifest(checkpoint: Path) -> None:
-    """As an older version wrote it."""
+    """Change the checkpoint to the format of an older version."""
     (checkpoint / manifest.FILE).unlink()
     conditions = json.loads((checkpoint / "conditions.json").read_text())
     conditions.pop("the manifest's format")
@@ -116,7 +115,7 @@ def newest(damage: Callable[..., object], file: str, *more: object, **options: o
 
 MODEL, CONDITIONS = "mp_rank_00_model_states.pt", "conditions.json"
 NO_SUCH = "is missing"
-# What is done to a run that has checkpoints after 2, 4 and 6 steps; the one that is then taken; what is said.
+# The damage to a run with checkpoints after 2, 4 and 6 steps; the checkpoint then used; the message.
 CASES = {
     "nothing": (lambda run: None, 6, ""),
     "an optimizer's file is cut": (newest(cut, OPTIMIZER), 4, f"{OPTIMIZER} has "),
@@ -200,13 +199,13 @@ CASES = {
 
 
 def conditions_of(run: Path) -> dict:
-    """Those of the run, as a start knows them."""
+    """Return the run's conditions as a start computes them."""
     kept = checkpoint.conditions_of(step(run, 2))
     return {name: value for name, value in kept.items() if name not in (checkpoint.PROCESSES, checkpoint.MANIFEST)}
 
 
 def contents(folder: Path) -> list[bytes | str]:
-    """Of all files below a folder, and names of what else is there."""
+    """Return the contents of all files below a folder, and the names of all other entries."""
     return sorted((path.read_bytes() if path.is_file() else path.name.encode()) for path in folder.rglob("*"))
 
 
@@ -218,7 +217,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_next_older_whole_one_ta
     checkpoints = run / "checkpoints"
     before = {path.name: contents(path) for path in checkpoints.iterdir() if path.name.startswith("step-")}
     assert resume.whole(checkpoints, thorough=True) == step(run, taken)
-    assert said in caplog.text  # an export names it, too, and changes nothing
+    assert said in caplog.text  # an export reports it, too, and changes nothing
     assert {path.name: contents(path) for path in checkpoints.iterdir() if path.name.startswith("step-")} == before
 
     caplog.clear()
@@ -243,7 +242,7 @@ def test_what_is_set_aside_a_second_time_keeps_the_first(run, group):
         assert resume.choose(run / "checkpoints", conditions) == step(run, 4)
     asides = [run / f"checkpoints/damaged-step-00000006{end}/number" for end in ("", "-2")]
     assert [path.read_text() for path in asides] == ["1", "2"]
-    # They are none of those that are kept.
+    # Set-aside checkpoints do not count as kept ones.
     checkpoint.remove_old(list(reversed(checkpoint.candidates(run / "checkpoints"))), keep=2)
     assert all(path.exists() for path in (*asides, step(run, 2), step(run, 4)))
 
@@ -335,7 +334,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(recipe, run):
     for number in (2, 4, 6):
         cut(step(run, number) / OPTIMIZER)
     kept = contents(run / "checkpoints"), (run / "metrics.jsonl").read_bytes()
-    for _ in range(2):  # nor at the next start
+    for _ in range(2):  # the next start ends the same way
         ended = train(recipe, run, 1)
         assert ended.status == [2], ended.output[-4000:]
         assert "Traceback" not in ended.output

@@ -1,4 +1,4 @@
-"""The command that embeds datasets' captions: on two processes, killed, and started again."""
+"""The command that embeds the captions of datasets: on two processes, killed, and restarted."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from pipeline.embedding import embed_shards
 from pipeline.evaluation.encoders import load_encoder
 
 NAMES = ("first", "second")
-SAMPLES = 480  # of each, in 12 shards
+SAMPLES = 480  # per dataset, in 12 shards
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a user gets wrong: one clear line, a status that is not zero, and no traceback."""
+"""User errors: one clear line, a nonzero exit status, and no traceback."""
 
 import pytest
 from launch import launch
@@ -13,7 +13,7 @@ URL = "s3://pipeline-tests/errors"
 
 @pytest.fixture(scope="module")
 def dataset(s3) -> str:
-    """A dataset in S3, one shard of which was damaged after it was uploaded."""
+    """Create a dataset in S3 and damage one of its shards after the upload."""
     convert({URL: TrainingPairs("Scene-CLS", 0, 60)}, options={})
     shard = f"{URL}/000000.tar"
     content = bytearray(objects.read(shard))
@@ -43,7 +43,7 @@ def error_of(overrides: list[str], world: int = 1) -> str:
 )
 def test_mistakes_are_found_before_anything_starts(dataset, tmp_path, overrides, named):
     assert named in error_of([f"run={tmp_path}/run", *overrides])
-    if (tmp_path / "run").exists():  # the recipe, which says where it is, was read
+    if (tmp_path / "run").exists():  # the recipe, which names this folder, was read
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
         assert named in Status.read(tmp_path / "run").reason
 
@@ -73,4 +73,4 @@ def test_under_torchrun_the_error_comes_first(dataset, tmp_path):
     before, error, _ = ended.output.partition("error: s3://pipeline-nowhere")
     assert error
     assert "Traceback" not in before
-    assert ended.output.count("error: s3://") == 1  # not once a rank
+    assert ended.output.count("error: s3://") == 1  # once, not once per rank

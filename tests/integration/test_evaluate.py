@@ -1,4 +1,4 @@
-"""MMEB's 36 datasets in their own layout: the same figures on any number of processes, and after a kill."""
+"""MMEB's 36 datasets in their original layout: the same scores on any number of processes, and after a kill."""
 
 import io
 import json
@@ -24,7 +24,7 @@ NAMES = [name for name in MMEB_TASKS if name != "ImageNet_1K"]
 
 @pytest.fixture(scope="module")
 def mmeb(tmp_path_factory) -> Path:
-    """Few rows a dataset: queries of a text with or without a picture, candidates of texts or pictures, some shared."""
+    """Create few rows per dataset. Queries: a text, some with an image. Candidates: texts or images, some shared."""
     folder, some = tmp_path_factory.mktemp("mmeb"), random.Random(0)
     for name in NAMES:
         pictures = folder / "eval_images" / name
@@ -41,7 +41,7 @@ def mmeb(tmp_path_factory) -> Path:
                 texts = [f"{MMEB_IMAGE_MARK} Represent the given image."] * 4
                 images = [f"{name}/{n}.png" for n in (number, *others)]
             else:
-                texts = [f"answer {n}" for n in some.sample(range(40), 4)]  # which other datasets have, too
+                texts = [f"answer {n}" for n in some.sample(range(40), 4)]  # other datasets have the same answers
                 images = [""] * 4
             image = "" if asks_for_pictures and number % 2 else f"{name}/{number}.png"
             text = f"{MMEB_IMAGE_MARK}\n{name}: question {number}?" if image else f"Find picture {number} of {name}."
@@ -56,14 +56,13 @@ def command(model: str, mmeb: Path, out: Path, *options: str) -> list[str]:
 
 
 def embedded(out: Path) -> list[bytes]:
-    """The keys of all items whose embeddings are there."""
+    """Return the keys of all items whose embeddings are stored."""
     keys = b"".join(path.read_bytes() for path in sorted(out.glob("embeddings/*/*.keys")))
     return [keys[start : start + 16] for start in range(0, len(keys), 16)]
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_model, mmeb, tmp_path_factory) -> Path:
-    """The evaluation of one process, which nothing disturbed."""
     out = tmp_path_factory.mktemp("evaluations") / "alone"
     ended = launch(command(tiny_model, mmeb, out), world=1)
     assert ended.status == [0], ended.output[-4000:]
@@ -76,7 +75,7 @@ def test_all_36_are_measured_and_each_item_is_embedded_once(alone):
     assert len(report.averages()) == 7
     keys = embedded(alone)
     assert len(keys) == len(set(keys))
-    assert len(keys) == 24 * 5 + 12 * 5 + 40 + 12 * 6  # queries, and candidates: all answers, all pictures of retrieval
+    assert len(keys) == 24 * 5 + 12 * 5 + 40 + 12 * 6  # queries, and candidates: all answers, all images of retrieval
     board = json.loads((alone / "leaderboard.json").read_text())
     assert len(board["metrics"]["image"]) == 36
     assert (alone / "report.html").stat().st_size > 100_000

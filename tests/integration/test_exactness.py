@@ -1,4 +1,4 @@
-"""The step equals one process with one big batch: every ZeRO stage, world size, chunking and kind of batch."""
+"""The step equals one process with one big batch: every ZeRO stage, world size, chunking and batch type."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from comparison import assert_equal, zero_config
 from launch import Rank, fork, launch, wait
 
-# Of the language models: hidden size, heads, key-value heads, MLP.
+# Language models: hidden size, heads, key-value heads, MLP size.
 BACKBONES = {"0.5b": (896, 14, 2, 4864), "2b": (1536, 12, 2, 8960), "7b": (3584, 28, 4, 18_944)}
 WORKER = str(Path(__file__).with_name("exactness.py"))
 
@@ -27,7 +27,7 @@ def test_a_step_equals_one_process_with_the_whole_batch(stage, flags, tiny_model
 
 
 def test_so_does_a_step_of_one_process_in_chunks(tiny_model, tmp_path):
-    """Two at a time, a core each."""
+    """Run two at a time, one per core."""
     begun = {name: begin(name, 1, tiny_model, tmp_path, "alone") for name in ("zero0", "zero3")}
     for name, ranks in begun.items():
         assert_exact(name, ranks, tmp_path)
@@ -40,7 +40,7 @@ def test_so_does_one_whose_optimizer_is_on_the_host(stage, tiny_model, tmp_path)
 
 
 def test_so_does_one_of_each_backbone_in_small(make_model, tmp_path):
-    """The recipes' shapes: widths by 16 (the tower's by 8, its heads' 9), as many heads, three layers."""
+    """Use the recipes' shapes with fewer layers: widths / 16 (tower / 8), three layers, the same number of heads."""
     vision = {"hidden_size": 144, "intermediate_size": 538, "num_attention_heads": 16}
     vision |= {"num_hidden_layers": 3, "image_size": 24, "patch_size": 8}
     models = []
@@ -52,7 +52,7 @@ def test_so_does_one_of_each_backbone_in_small(make_model, tmp_path):
 
 
 def test_without_the_dummy_tile_a_rank_without_images_breaks_zero_3(tiny_model, tmp_path):
-    """The guard the test above relies on in its mixed batches, where the second of two ranks has no image."""
+    """Show that the guard is needed in the mixed batches above, where the second of two ranks has no image."""
     config = zero_config("zero3", tmp_path)
     for mix, works in (("images", True), ("mixed", False)):
         out = tmp_path / f"{mix}.json"

@@ -1,4 +1,4 @@
-"""The project as an installed package, in an environment of its own and away from any checkout."""
+"""The project as an installed package, in its own environment and outside of any checkout."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def test_a_wheel_makes_shards_and_trains_and_embeds_without_a_checkout(tmp_path)
     (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
     (packages / "others.pth").write_text(
         sysconfig.get_path("purelib")
-    )  # the dependencies are those of this environment
+    )  # the dependencies come from the current environment
     run(*pip, "--python", commands / "python", "install", "-q", *offline, *tmp_path.glob("*.whl"))
 
     where = run(commands / "python", "-c", "import pipeline; print(pipeline.__file__)")

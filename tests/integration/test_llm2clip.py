@@ -1,4 +1,4 @@
-"""LLM2CLIP's stages by their command lines, on two processes: killed, resumed, exported, evaluated."""
+"""LLM2CLIP's stages, run by their commands on two processes: killed, resumed, exported, evaluated."""
 
 import json
 import signal
@@ -34,17 +34,17 @@ from pipeline.training.conditions import check as check_conditions
 from pipeline.training.conditions import conditions_of_run
 
 CPU = torch.device("cpu")
-STEPS, EVERY, KILLED = 6, 2, 6  # in this step
+STEPS, EVERY, KILLED = 6, 2, 6  # the step in which ranks are killed
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = SIZES | {"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 400}
 VISION = SIZES | {"image_size": 48, "patch_size": 16, "projection_dim": 16}
-TOKENS = 128  # of a text, at most: long captions are cut
+TOKENS = 128  # maximum length of a text; long captions are truncated
 SIGMAS = 6
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A few pairs of the demo data, and the evaluation set of short captions."""
+    """Create a few pairs of the demo data, and the evaluation set of short captions."""
     folder = tmp_path_factory.mktemp("data")
     convert({str(folder / name): TrainingPairs(name, 0, 48) for name in ("images", "texts")}, options={}, shards=2)
     for path, content in captioned.evaluation_files(0, 8):
@@ -76,7 +76,7 @@ def fields(data: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def caption_recipe(data, tmp_path_factory) -> list[str]:
-    """Adapters in a Llama of random weights, with an instruction."""
+    """Return a recipe with adapters in a Llama of random weights, and with an instruction."""
     model = tmp_path_factory.mktemp("models") / "llama"
     pairs = [captioned.training_pair("texts", 0, number) for number in range(50)]
     decoder.build(TEXT, [text for pair in pairs for text in (pair.query.text, *pair.texts)], 0, model)
@@ -93,7 +93,6 @@ def caption_recipe(data, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def caption_run(caption_recipe, tmp_path_factory) -> Path:
-    """A first stage that nothing disturbed."""
     return finished(caption_recipe, tmp_path_factory.mktemp("runs") / "caption")
 
 
@@ -117,7 +116,6 @@ def vision_recipe(caption_run, data, vectors) -> list[str]:
 
 @pytest.fixture(scope="module")
 def vision_run(vision_recipe, tmp_path_factory) -> Path:
-    """A second stage that nothing disturbed."""
     return finished(vision_recipe, tmp_path_factory.mktemp("runs") / "vision")
 
 
@@ -128,7 +126,7 @@ def finished(recipe: list[str], run: Path) -> Path:
 
 
 def embedded(encoder: Path, data: Path, out: Path, stored: str) -> Path:
-    """The folder of the vectors of the dataset `images`."""
+    """Embed the dataset `images`; return the folder of its vectors."""
     (out / "images").mkdir(parents=True)
     datasets = open_datasets([str(data / "images")], str(out / "images"))
     model = load_encoder(str(encoder), EvaluationRun(max_tokens=TOKENS), CPU)
@@ -149,7 +147,7 @@ def test_killed_in_the_middle_a_stage_ends_as_if_it_had_not_been(stage, request,
     times = (run / "speed.jsonl").read_text().splitlines()[:before]
 
     finished(recipe, run)
-    assert (run / "speed.jsonl").read_text().splitlines()[:before] == times  # it went on and did not begin again
+    assert (run / "speed.jsonl").read_text().splitlines()[:before] == times  # it continued instead of restarting
     assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
     ours, theirs = (weights(folder / "export") for folder in (run, undisturbed))
@@ -169,10 +167,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_stored_vectors_give_a_live_text_encoders_losses(
     stored, vision_run, vision_recipe, caption_run, data, vectors, tmp_path
 ):
-    """Within their rounding: each number is off by at most 2^-11 of itself, or 2^-8 in bf16, independently of all
-    others; so the first loss by a normal deviate, whose standard deviation is at most that of stored.py. Through the
-    parameters each step is taken to add as much again. And nothing but rounding differs: a live encoder whose vectors
-    are rounded likewise gives the stored ones' losses.
+    """Check that stored vectors change the losses only by their rounding.
+
+    Each number has an independent error of at most 2^-11 (bf16: 2^-8) of its value. The first loss then has a normal
+    error, and stored.py bounds its standard deviation; each further step may add as much through the parameters.
+    A live encoder whose vectors are rounded in the same way must give the same losses as the stored vectors.
     """
     if stored == "bf16":
         vectors = embedded(caption_run / "export", data, tmp_path / stored, stored)
@@ -186,7 +185,7 @@ def test_stored_vectors_give_a_live_text_encoders_losses(
     torch.testing.assert_close(cached, rounded, rtol=1e-5, atol=0)
     steps = torch.arange(1, len(live) + 1)
     assert (abs(cached - live) < SIGMAS * result["deviation"] * steps).all()
-    assert SIGMAS * result["deviation"] < 0.01  # of a loss of 2.8
+    assert SIGMAS * result["deviation"] < 0.01  # the loss is about 2.8
     assert not torch.equal(cached, live)
 
 
@@ -217,7 +216,7 @@ def test_a_run_is_not_continued_with_another_text_encoder_or_other_vectors(
         with pytest.raises(PipelineError, match=r"cannot resume from .*: the text encoder's fingerprint was"):
             check()
         with pytest.raises(PipelineError, match=r"data\.text_embeddings were made by .* with other weights than"):
-            training("llm2clip").check_data(recipe, source)  # nor is a new run begun with them
+            training("llm2clip").check_data(recipe, source)  # a new run does not start with them, either
     finally:
         kept.rename(weights)
 
@@ -237,7 +236,7 @@ def test_vectors_of_texts_cut_elsewhere_are_refused(vision_recipe):
 
 @pytest.mark.parametrize("stage", ["caption", "vision"])
 def test_bf16_follows_fp32(stage, request, tmp_path):
-    """Under ZeRO-1, which has gradients in fp32 beside bf16's; a step's last chunk is of texts alone."""
+    """Use ZeRO-1, which keeps fp32 gradients in addition to bf16 ones. A step's last chunk contains only texts."""
     recipe, expected = request.getfixturevalue(f"{stage}_recipe"), request.getfixturevalue(f"{stage}_run")
     fields = ["precision=bf16", "deepspeed=ds_configs/zero1.json", "evaluation=null"]
     run = finished([*recipe, *fields], tmp_path / "bf16")
@@ -258,14 +257,14 @@ def test_a_checkpoint_is_exported_as_the_run_itself_exports_it(stage, request, t
     ours, theirs = weights(tmp_path / "out"), weights(run / "export")
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if "lora" in name]
-    for name, weight in theirs.items():  # adapters are merged here on one process
+    for name, weight in theirs.items():  # one process merges the adapters here
         assert_close_in_norm(ours[name], weight, operations=64)
     files = {path.relative_to(folder) for folder in (run / "export",) for path in folder.rglob("*")}
     assert files == {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}
 
 
 def test_the_exported_model_scores_what_training_said(vision_run, data):
-    """There with the text encoder of the recipe, here with that of the folder, in other chunks."""
+    """Training uses the recipe's text encoder, evaluation that of the export, with other chunks."""
     encoder = load_encoder(str(vision_run / "export"), EvaluationRun(max_tokens=TOKENS), CPU)
     collection = sets.load([evaluation_set(data)], instructed=encoder.instructed)
     store = MemoryStore(len(collection.items), encoder.dimension)

@@ -1,4 +1,4 @@
-"""Masked next-token prediction: steps equal one process with the whole batch; a run learns, is killed and goes on."""
+"""Masked next-token prediction: steps equal one process with the whole batch; a run learns, is killed and resumes."""
 
 import json
 import shutil
@@ -31,12 +31,12 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Two models, and DeepSpeed's configs beside them."""
+    """Create two models, and DeepSpeed's configs in the same folder."""
     folder = tmp_path_factory.mktemp("models")
     for name, tied in (("tied", True), ("untied", False)):
         shape = SIZES | {"vocab_size": 300, "tie_word_embeddings": tied}
         masked.build(shape, ["query target negative 0 1 2 3 4 5 6 7 8 9"], seed=1, folder=folder / name)
-        # Biases begin at zero, where a relative difference means nothing; a trained model's do not lie there.
+        # Biases are initialized to zero, where a relative difference is meaningless. Those of trained models are not.
         model = masked.MaskedLanguageModel.load(str(folder / name), torch.float32)
         torch.manual_seed(1)
         with torch.no_grad():
@@ -79,7 +79,7 @@ def test_a_run_learns_goes_on_where_it_was_killed_and_leaves_a_decoder(tmp_path,
     assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
     assert metrics[-1]["accuracy"] > 0.1 > metrics[0]["accuracy"]
 
-    # As a kill after the checkpoint of step 9 leaves it.
+    # The state after a kill that follows the checkpoint of step 9.
     shutil.copytree(run, again)
     shutil.rmtree(again / f"checkpoints/step-{STEPS:08d}")
     shutil.rmtree(again / "export")

@@ -1,4 +1,4 @@
-"""A family that is registered by a test, from a folder of the tests: the programs do with it what they do with all."""
+"""A family that a test registers from its own folder works with all programs."""
 
 import json
 import shutil
@@ -38,7 +38,6 @@ checkpoint: {every: 4}
 
 @pytest.fixture(scope="module")
 def world_of_words(tmp_path_factory) -> Path:
-    """A recipe, and what it trains on."""
     folder = tmp_path_factory.mktemp("words")
     convert({f"{folder}/pairs": TrainingPairs("Scene-CLS", 0, 64)}, options={}, shard_bytes=200_000)
     (folder / "recipe.yaml").write_text(RECIPE)
@@ -61,7 +60,7 @@ def test_a_family_of_a_folder_of_its_own_goes_through_all_programs(stage, world_
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 8 and lines[-1]["loss"] < lines[0]["loss"]
 
-    # Stopped after half of its steps, it ends the same.
+    # A run that stops after half of its steps and resumes ends with the same metrics.
     resumed = tmp_path / "resumed"
     shutil.copytree(trained, resumed)
     shutil.rmtree(resumed / "checkpoints/step-00000008")

@@ -1,4 +1,4 @@
-"""Under ZeRO-3 every rank reads its own part of the weights, whatever names they have."""
+"""Under ZeRO-3 every rank reads only its own part of the weights, for all naming schemes."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ CONFIG = "ds_configs/zero3.json"
 
 
 def stored_as(model: str, folder: Path, rename) -> Path:
-    """The model in two files, with other names; a name of None is left out."""
+    """Save the model in two files with renamed weights; omit weights that are renamed to None."""
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -25,7 +25,7 @@ def stored_as(model: str, folder: Path, rename) -> Path:
 
 
 def of_the_hub(name: str) -> str:
-    """As llava-hf's checkpoints have it."""
+    """Return the name as in checkpoints of llava-hf."""
     return name.replace("language_model.", "language_model.model.").replace(
         "vision_tower.", "vision_tower.vision_model."
     )
@@ -38,7 +38,7 @@ def test_ranks_read_a_part_each_and_together_have_it_all(tiny_model, tmp_path, r
     assert ended.status == [0] * 3, ended.output[-4000:]
     results = [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
     assert [result["differing"] for result in results] == [[], [], []]
-    # A part's first and last row are read whole.
+    # Each rank reads the first and the last row of its part completely.
     assert 1 <= sum(result["read"] for result in results) < 1.1
     assert max(result["read"] for result in results) < 0.4
 

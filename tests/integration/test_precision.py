@@ -1,4 +1,4 @@
-"""bf16 beside fp32, and checkpoints, at every ZeRO stage."""
+"""bf16 compared with fp32, and checkpoints, at every ZeRO stage."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ WORKER = str(Path(__file__).with_name("precision.py"))
 
 
 def assert_exported_alike(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`pipeline.export` makes of the checkpoint what the engine made of itself."""
+    """Assert that `pipeline.export` writes the same model from the checkpoint as the engine's own export."""
     monkeypatch.setattr(sys, "argv", ["export", str(run), str(run / "again")])
     main()
     files = [run / folder / "model.safetensors" for folder in ("export", "again")]
@@ -58,5 +58,5 @@ def test_adapters_beside_frozen_parts_resume_exactly_and_are_merged_into_the_exp
     assert result["resumed"] == result["losses"][2]
     assert result["cosine"] > 1 - 1e-6
     assert_exported_alike(tmp_path, monkeypatch)
-    # What is frozen is not in the checkpoint: 70,000 parameters against 7,000 in the adapters.
+    # Frozen parameters are not in the checkpoint: 70,000 parameters, against 7,000 in the adapters.
     assert max(path.stat().st_size for path in (tmp_path / "checkpoints/step-00000002").rglob("*.pt")) < 60_000

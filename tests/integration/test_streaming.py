@@ -1,4 +1,4 @@
-"""Jobs of several ranks that only read from a real S3 server: killed, disturbed, counted, with the same batches."""
+"""Jobs of several ranks that only read from a real S3 server: kills and faults do not change the batches."""
 
 import ctypes
 import multiprocessing
@@ -39,14 +39,14 @@ DATA = [
 
 def pair(dataset: str, number: int) -> Pair:
     noise = random.Random(f"{dataset} {number}")
-    image = noise.randbytes(noise.randrange(2_000, 6_000))  # no picture, but nobody looks
+    image = noise.randbytes(noise.randrange(2_000, 6_000))  # not an image, but no code decodes it
     texts = tuple(f"{dataset} {number} {i}" for i in range(number % 3))
     return Pair(f"{number:06d}", dataset, "", Item("<image> what?", (image,)), Item("x" * number), (), texts)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A server of this module's own, since it is killed at times; the environment points at it."""
+    """Start a server for this module alone, since tests kill it; the environment points to it."""
     folder = tmp_path_factory.mktemp("stream")
     with S3Server("pipeline-stream") as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment().items():
@@ -63,7 +63,7 @@ def server(tmp_path_factory):
 
 @lru_cache
 def undisturbed(*mixture: str) -> list[list]:
-    """The rows of every step of two epochs, as one process reads them."""
+    """Return the rows of every step of two epochs, as one process reads them."""
     source, order = open_order(parse_options(Data, [f"url={BUCKET}", *DATA, *mixture, "workers=0"]))
     steps = range(2 * order.steps_per_epoch)
     return [rows(batch) for batch in batches(source, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS)]
@@ -101,7 +101,7 @@ def test_an_epoch_takes_every_sample_as_often_as_its_weight_says(server):
         assert len(first) == len(set(first)) >= 371 - left_over
         assert len({key for key in keys if "/second/" in key}) >= 145 - left_over
     second = Counter(row[0] for step in undisturbed() for row in step if "/second/" in row[0])
-    assert max(second.values()) == 4  # 3 epochs' worth and one sample, in 2 epochs
+    assert max(second.values()) == 4  # in 2 epochs, the second dataset is read 3 times, plus one sample
     assert sum(second.values()) >= 3 * 145 + 1 - 2 * left_over
     assert not [row for step in undisturbed() for row in step if not row[3]]
 
@@ -114,12 +114,12 @@ def test_an_epoch_reads_each_byte_once(server, tmp_path, world):
     read = job(world, range(order.steps_per_epoch), tmp_path, *data)
     assert read.wait() == [0] * world, read.output
     received = [int((tmp_path / f"received{rank}").read_text()) for rank in range(world)]
-    assert size <= sum(received) + 64 * 6_000  # but for the samples that fill no batch
+    assert size <= sum(received) + 64 * 6_000  # except for the samples that do not fill a batch
     assert sum(received) <= 1.05 * size
 
 
 def test_faults_do_not_show(server, tmp_path, monkeypatch):
-    """Resets, bursts of 503, stalls of 5 s, truncated bodies, flipped bits: the batches are the same."""
+    """Inject resets, bursts of 503, stalls of 5 s, truncated bodies and flipped bits; the batches stay the same."""
     injected = Counter()
     mixture = ["batches=interleaved:2", "workers=2"]
     expected = undisturbed(*mixture)
@@ -128,7 +128,7 @@ def test_faults_do_not_show(server, tmp_path, monkeypatch):
         fault = (RESET, UNAVAILABLE, TRUNCATE, FLIP, stall(5))[number // 7 % 5]
         if fault.kind == "stall" and injected["stall"] == 3:
             return None
-        if number % 7 >= (1 if fault is FLIP else 3):  # three in a row, so that second attempts are hit as well
+        if number % 7 >= (1 if fault is FLIP else 3):  # three consecutive faults also hit second attempts
             return None
         injected[fault.kind] += 1
         return fault
@@ -176,12 +176,12 @@ def test_a_fault_that_stays_is_one_error_that_names_the_object(server, tmp_path,
 
 
 def test_no_process_is_forked_while_a_thread_that_spoke_to_s3_is_ending(server):
-    """It holds OpenSSL's locks at times, which the process would never get."""
+    """Such a thread may hold OpenSSL's locks, which a forked process could never acquire."""
     libc, key = ctypes.CDLL(None), ctypes.c_uint()
     libc.pthread_key_create(ctypes.byref(key), ctypes.cast(libc.usleep, ctypes.c_void_p))
 
     def speak(_: int) -> Path:
-        libc.pthread_setspecific(key, ctypes.c_void_p(2_000_000))  # how long it takes to end, in microseconds
+        libc.pthread_setspecific(key, ctypes.c_void_p(2_000_000))  # the thread takes 2,000,000 microseconds to end
         assert objects.exists(f"{BUCKET}/first/000001.tar")
         return Path(f"/proc/self/task/{threading.get_native_id()}")
 

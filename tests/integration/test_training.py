@@ -30,7 +30,7 @@ EVERY = 4
 
 @pytest.fixture(scope="module")
 def recipe(s3, tiny_model) -> list[str]:
-    """The demo's recipe on few samples in S3, from a model that exists already."""
+    """Return the demo's recipe with few samples in S3 and an existing model."""
     names = ("Scene-T2I", "Scene-CLS")
     datasets = {f"s3://pipeline-tests/training/{name}": TrainingPairs(name, 0, 90) for name in names}
     convert(datasets, options={}, shard_bytes=200_000)
@@ -59,7 +59,6 @@ def command(recipe: list[str], run: Path, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory) -> Path:
-    """A run that nothing disturbed."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     ended = launch(command(recipe, run), world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
@@ -74,7 +73,7 @@ def test_a_run_leaves_what_it_promises(finished, recipe):
     metrics = lines(finished / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert [line["samples"] for line in metrics] == [24 * step for step in range(1, STEPS + 1)]
-    assert {line["epoch"] for line in metrics} == {0, 1, 2, 3}  # 180 samples are 7 steps
+    assert {line["epoch"] for line in metrics} == {0, 1, 2, 3}  # an epoch has 180 samples, 7 steps
     assert all(np.isfinite(line[name]) for line in metrics for name in ("loss", "grad_norm", "lr"))
     assert [line["step"] for line in lines(finished / "speed.jsonl")] == list(range(1, STEPS + 1))
     assert any((finished / "tensorboard").iterdir())
@@ -103,7 +102,7 @@ def test_a_run_leaves_what_it_promises(finished, recipe):
 def test_killed_in_the_middle_a_run_ends_as_if_it_had_not_been(finished, recipe, tmp_path):
     run = tmp_path / "killed"
     metrics = run / "metrics.jsonl"
-    # Another number of workers, too, must change nothing.
+    # A different number of workers must not change anything, either.
     ranks = start(command(recipe, run, "data.workers=2"), world=2)
     deadline = time.monotonic() + HANG_SECONDS
     while not metrics.exists() or len(metrics.read_text().splitlines()) < EVERY + 2:
@@ -121,7 +120,7 @@ def test_killed_in_the_middle_a_run_ends_as_if_it_had_not_been(finished, recipe,
 
     ended = launch(command(recipe, run, "data.workers=2"), world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
-    # It went on and did not begin again: that would end with the same bits, too.
+    # The run resumed instead of restarting, which would give the same bits.
     assert (run / "evaluation/step-00000000.json").stat().st_mtime_ns == first_evaluation
     for name in ("metrics.jsonl", "ledger/rank0.jsonl", "ledger/rank1.jsonl"):
         assert (run / name).read_bytes() == (finished / name).read_bytes(), name
@@ -141,7 +140,7 @@ def test_the_exported_model_scores_what_training_said(finished, tmp_path):
 
 
 def budget_of(run: Path, step: int) -> dict:
-    """As the checkpoint after `step` steps keeps it."""
+    """Return the budget in the checkpoint after `step` steps."""
     with checkpoint.weights_only():
         path = run / f"checkpoints/step-{step:08d}/zero_pp_rank_0_mp_rank_00_model_states.pt"
         return torch.load(path, map_location="cpu", weights_only=True)["budget"]
@@ -158,7 +157,7 @@ def test_an_original_checkpoint_with_adapters_and_a_frozen_tower_by_what_fits(re
     found = budget_of(run, 8)
     (converted,) = (run / "init").iterdir()
     written = (converted / "model.safetensors").stat().st_mtime_ns
-    # What a start on four GPUs left that ran out of memory; it holds for no others, and until the next checkpoint.
+    # The file of a start on four GPUs that ran out of memory. It does not apply to two; the next checkpoint removes it.
     left = {"budget": found["budget"] | {"chunk_tokens": 128}, "conditions": found["conditions"] | {PROCESSES: 4}}
     (run / "budget.json").write_text(json.dumps(left))
     ended = launch(command(recipe, run, *fields, "steps=10"), world=2)
@@ -168,7 +167,7 @@ def test_an_original_checkpoint_with_adapters_and_a_frozen_tower_by_what_fits(re
     assert [line["step"] for line in metrics] == list(range(1, 11))
     assert found["budget"]["chunk_is_fixed"] and found["budget"]["kept_is_fixed"]
     assert budget_of(run, 10) == found
-    assert "a step took" not in ended.output  # it knows
+    assert "a step took" not in ended.output  # the budget was restored, not measured
     assert not (run / "budget.json").exists()
 
     monkeypatch.setattr(sys, "argv", ["export", str(run), str(tmp_path / "out")])
@@ -195,7 +194,7 @@ def test_a_run_is_not_continued_with_another_order(finished, recipe):
 
 
 def test_a_checkpoint_in_the_making_does_not_count(tmp_path):
-    """What a kill during a save leaves: files under another name, and `latest` as it was."""
+    """A kill during a save leaves files under another name, and `latest` unchanged."""
     folder = tmp_path / "checkpoints"
     (folder / "unfinished-00000008").mkdir(parents=True)
     assert checkpoint.candidates(folder) == []

@@ -1,4 +1,4 @@
-"""A run that somebody interrupts at the terminal, and one that is started twice."""
+"""A run that a user interrupts at the terminal, and a run that is started twice."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from pipeline.jobs.status import Status
 from pipeline.storage import lock
 
 ROOT = Path(__file__).parents[2]
-STEPS = 500  # more than are made
+STEPS = 500  # more than the tests run
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +81,10 @@ def test_interrupted_a_run_finishes_its_step_and_goes_on_from_there(recipe, tmp_
 
 
 def test_torchrun_passes_an_interruption_on(recipe, tmp_path):
-    """To the group of each rank, which is not the terminal's, once; it ends in a traceback of its own."""
+    """torchrun forwards it once, to each rank's process group (not the terminal's), and ends with a traceback."""
     run, printed = tmp_path / "run", tmp_path / "printed"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which what runs in the background ignores
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore SIGINT
     with printed.open("w") as file:
         process = subprocess.Popen(
             [*launcher, *command(recipe, run)],
@@ -116,7 +116,7 @@ def test_a_second_start_is_refused_and_the_first_goes_on(recipe, tmp_path):
     until_step(run, Status.read(run).step + 1, first.poll)
     first.kill()
     Status("failed").write(run)
-    (third,) = fork(command(recipe, run), 1)  # at once
+    (third,) = fork(command(recipe, run), 1)  # immediately
     until_step(run, 1, third.poll)
     third.kill()
     for rank in (first, third):

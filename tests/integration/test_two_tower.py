@@ -26,14 +26,14 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Of each kind a folder, and DeepSpeed's configs beside them."""
+    """Create a model folder per family, and DeepSpeed's configs in the same folder."""
     folder = tmp_path_factory.mktemp("models")
     for kind, architecture in SHAPES.items():
         made = folder / f"{kind}-made"
         encoder = {"text_encoder": str(folder / "text_encoder")} if kind == "llm2clip" else {}
         model = section(kind, architecture=architecture, **encoder)
         training(kind).build(model, TEXTS, 1, made)
-        # Biases begin at zero, where a relative difference means nothing; a trained model's do not lie there.
+        # Biases are initialized to zero, where a relative difference is meaningless. Those of trained models are not.
         if kind == "text_encoder":
             model = randomised(decoder.TextEncoder.load(str(made), torch.float32))
             decoder.save(model, dict(model.named_parameters()), str(made), folder / kind, None, "")

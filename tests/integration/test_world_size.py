@@ -1,4 +1,4 @@
-"""A run goes on, on another number of processes: with the same batches, and fp32's losses to five digits."""
+"""A run resumes on another number of processes, with the same batches and, in fp32, losses equal to five digits."""
 
 import json
 import os
@@ -28,7 +28,7 @@ LAST = 7
 
 @dataclass(frozen=True)
 class Saved:
-    """What WORKER left in a folder, and each case's (loss, gradient norm) of each step from `first` on."""
+    """The folder that WORKER wrote to, and (loss, gradient norm) for each case and step, starting with step `first`."""
 
     model: str
     folder: Path
@@ -36,7 +36,7 @@ class Saved:
     results: dict[str, list[list[float]]]
 
     def resumed(self, by: int, saved_by: int, first: int, cases: list[str]) -> "Saved":
-        """Steps `first` to LAST on `by` processes, from the checkpoints that `saved_by` wrote."""
+        """Take steps `first` to LAST on `by` processes, from the checkpoints that `saved_by` processes wrote."""
         arguments = [self.model, str(self.folder), str(saved_by), str(first), str(LAST), *cases]
         ended = launch([WORKER, *arguments], by)
         assert ended.status == [0] * by, ended.output[-4000:]
@@ -60,7 +60,7 @@ class Saved:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Saved:
-    """Every case on two processes, of a model so narrow that of four one has nothing of the smallest group."""
+    """Run every case on two processes. The model is so small that one of four ranks has no part of a small group."""
     folder = tmp_path_factory.mktemp("world")
     model = folder / "model"
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -76,7 +76,7 @@ def undisturbed(tmp_path_factory) -> Saved:
 
 @pytest.fixture(scope="module")
 def alone(undisturbed) -> Saved:
-    """What two processes saved after two steps, resumed by one."""
+    """Resume on one process what two processes saved after two steps."""
     return undisturbed.resumed(by=1, saved_by=2, first=2, cases=CASES)
 
 
@@ -116,7 +116,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_a_run_on_one_process_goes_on_where_two_were_stopped(recipe, tmp_path, monkeypatch, capsys):
-    whole, stopped = tmp_path / "whole", tmp_path / "stop+ped"  # a folder's name is no pattern
+    whole, stopped = tmp_path / "whole", tmp_path / "stop+ped"  # the folder's name must not act as a pattern
     ended = launch(["-m", "pipeline.train", *recipe, f"run={whole}"], world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
     shutil.copytree(whole, stopped)
@@ -124,7 +124,7 @@ def test_a_run_on_one_process_goes_on_where_two_were_stopped(recipe, tmp_path, m
     (checkpoints / "latest").write_text("step-00000002\n")
     for later in ("step-00000004", "step-00000005"):
         shutil.rmtree(checkpoints / later)
-    killed = checkpoints / "unfinished-universal" / "step-00000002" / "tmp"  # that was converting
+    killed = checkpoints / "unfinished-universal" / "step-00000002" / "tmp"  # a killed conversion left it
     killed.mkdir(parents=True)
     assert checkpoint.candidates(checkpoints)[0] == checkpoints / "step-00000002"
 

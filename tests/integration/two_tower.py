@@ -1,7 +1,7 @@
 """One rank of the exactness tests of LLM2CLIP's two stages and of CLIP: `python two_tower.py MODELS OUT CASES`.
 
-As exactness.py, whose reference and comparison it shares. MODELS: the folder that test_two_tower.py fills.
-CASES: a name in `CASES`.
+The reference and the comparison are those of exactness.py. MODELS: the folder that test_two_tower.py creates.
+CASES: a key of `CASES`.
 """
 
 import json
@@ -26,7 +26,7 @@ from pipeline.models.registry import training
 from pipeline.training.engine import build_engine, load_frozen
 
 PAIRS = 12
-WIDTH = 32  # of the text encoder's vectors
+WIDTH = 32  # size of the text encoder's vectors
 PARTS = {
     "vision": "vision_tower",
     "adapter": "adapter",
@@ -47,7 +47,7 @@ INSTRUCTION = "model.instruction=what a caption shows"
 
 @dataclass(frozen=True)
 class Case:
-    """mix: see `make_pairs`.  recomputed: a frozen text encoder's vectors are made anew in the second pass."""
+    """mix: see `make_pairs`. recomputed: the second pass computes the frozen text encoder's vectors again."""
 
     kind: str
     stage: int
@@ -66,7 +66,7 @@ CASES = {
         Case("text_encoder", 2, "texts", 60, 1, ("model.train.lora.rank=4", INSTRUCTION)),
     ),
     "two": (
-        # One item a chunk, a few, all; in "divided" the first rank has no text, and the second no image.
+        # One item per chunk, several, all. In "divided" the first rank has no text and the second has no image.
         *(Case("llm2clip", 1, mix, tokens) for mix in ("captioned", "divided") for tokens in (60, 100_000)),
         Case("llm2clip", 2, "divided", 1),
         *(Case("llm2clip", stage, "divided", 60, kept) for stage, kept in ((0, 1), (2, 2), (1, 1000))),
@@ -93,10 +93,10 @@ CASES = {
 
 
 def make_pairs(mix: str, seed: int) -> list[Pair]:
-    """Pairs with a negative for some, an image and a caption that occur twice, and texts of very unlike lengths.
+    """Return pairs with texts of very different lengths; some have a negative; an image and a caption occur twice.
 
-    mix: "captioned": images, some items with two of them, and their captions; "texts": these alone; "divided": images
-    alone in the first half, and texts alone in the second.
+    mix: "captioned": images, some items with two of them, and their captions; "texts": only texts; "divided": only
+    images in the first half, and only texts in the second.
     """
     rng = np.random.default_rng(seed)
 
@@ -143,7 +143,7 @@ def expected(models: str, kind: str, mix: str, fields: tuple[str, ...]) -> Expec
 
 
 def reference_of(models: str, case: Case) -> tuple[str, str, str, tuple[str, ...]]:
-    """The arguments of `expected`: equal for all cases that differ only in how the work is done."""
+    """Return the arguments of `expected`, which are equal for all cases with the same mathematical result."""
     return models, case.kind, case.mix, tuple(f for f in case.fields if f not in (CHECKPOINTING, IN_HOST_MEMORY))
 
 

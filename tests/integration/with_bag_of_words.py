@@ -1,4 +1,4 @@
-"""One of the project's programs, once a family is registered: `python with_bag_of_words.py MODULE ARGUMENTS`."""
+"""Register the family and run one of the project's programs: `python with_bag_of_words.py MODULE ARGUMENTS`."""
 
 import runpy
 import sys

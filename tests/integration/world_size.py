@@ -1,7 +1,7 @@
 """`python world_size.py MODEL RUN SAVED_BY FIRST LAST CASE...`: take steps FIRST to LAST in an engine of each case.
 
-Begins anew at step 0; else from the checkpoint that SAVED_BY processes wrote after FIRST steps. Writes a checkpoint
-after each two steps, and prints as JSON each case's losses and gradient norms.
+If FIRST is 0, starts a new run; otherwise loads the checkpoint that SAVED_BY processes wrote after FIRST steps. Writes
+a checkpoint every two steps, and prints each case's losses and gradient norms as JSON.
 """
 
 import json
@@ -26,9 +26,9 @@ from pipeline.training.universal import for_this_world
 WHOLE = (
     "model.train.vision_tower=true",
     "model.train.projector=0.004",
-)  # groups that differ in rate and in weight decay
+)  # parameter groups with different learning rates and weight decays
 ADAPTERS = ("model.train.vision_tower=false", "model.train.projector=false", "model.train.lora.rank=2")
-# By name: DeepSpeed's config, elements of ZeRO-3's sub-groups, precision, and further fields.
+# Name: (DeepSpeed config, elements per ZeRO-3 sub-group, precision, further fields).
 CASES = {
     "zero0": ("zero0", None, "fp32", WHOLE),
     "zero1": ("zero1", None, "fp32", WHOLE),

@@ -1,4 +1,4 @@
-"""Slurm's environment of a task as torchrun would have it."""
+"""The environment of a Slurm task, translated to that of torchrun."""
 
 import pytest
 
@@ -43,17 +43,17 @@ ELASTIC = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "gp
 @pytest.mark.parametrize(
     ("changes", "parents"),
     [
-        ({"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, []),  # salloc's shell
+        ({"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, []),  # the shell of salloc
         ({"SLURM_STEP_ID": "4294967291"}, []),  # a batch script
-        ({"SLURM_NTASKS": "8"}, []),  # the job's, in a step of others
+        ({"SLURM_NTASKS": "8"}, []),  # the job's, in a step with another number
         ({"SLURM_NTASKS": "1"}, []),  # a job submitted from inside the step
         ({"SLURM_PROCID": "12"}, []),
         ({"SLURM_NODEID": "4"}, []),
         ({"SLURM_LOCALID": "4"}, []),
         ({"SLURM_STEP_NUM_TASKS": "many"}, []),
-        ({"SLURM_STEP_NUM_TASKS": "11"}, []),  # and 12 by their nodes
+        ({"SLURM_STEP_NUM_TASKS": "11"}, []),  # but 12 by the tasks per node
         ({"SLURM_STEP_NODELIST": ""}, []),
-        ({}, [SHELL, "slurmstepd: [418.batch] ", "slurmd "]),  # of another job
+        ({}, [SHELL, "slurmstepd: [418.batch] ", "slurmd "]),  # belongs to another job
         ({}, ["slurmstepd: [417.batch] "]),
         ({}, [SHELL, "slurmstepd: [417.interactive] "]),
         ({}, ["slurmstepd: [417.2] ", STEP]),
@@ -61,7 +61,7 @@ ELASTIC = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "gp
     ],
 )
 def test_what_is_no_task_of_the_step_in_its_environment_is_no_rank(changes, parents):
-    for others in ({}, {"WORLD_SIZE": "8", "LOCAL_RANK": "3"}):  # half a launcher's
+    for others in ({}, {"WORLD_SIZE": "8", "LOCAL_RANK": "3"}):  # an incomplete launcher environment
         assert not initialized(*parents, **changes, **others).keys() & set(NAMES[:4])
 
 
@@ -70,7 +70,7 @@ def test_what_is_no_task_of_the_step_in_its_environment_is_no_rank(changes, pare
     [
         ({"SLURM_NTASKS": "12"}, [STEP, "slurmd "]),
         ({}, [SHELL, STEP]),  # srun bash script.sh
-        ({"SLURM_PTY_WIN_COL": "80"}, [SHELL, STEP]),  # the same in salloc's shell
+        ({"SLURM_PTY_WIN_COL": "80"}, [SHELL, STEP]),  # in the shell of salloc
         ({}, [SHELL, "apptainer "]),  # in a container, without Slurm's processes
         ({"SLURM_PTY_PORT": "41234"}, [STEP]),  # srun --pty python
         (ELASTIC, [STEP]),  # submitted from inside a rank of torchrun
@@ -84,7 +84,7 @@ def test_what_is_a_task_is_a_rank(changes, parents):
 
 def test_a_launcher_below_a_task_is_believed():
     assert initialized(AGENT, STEP, **ELASTIC) == TASK | ELASTIC
-    own = {"RANK": "5", "WORLD_SIZE": "12"}  # by a script of the user's
+    own = {"RANK": "5", "WORLD_SIZE": "12"}  # set by the user's script
     assert initialized(STEP, **own) == TASK | own
 
 

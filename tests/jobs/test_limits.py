@@ -1,4 +1,4 @@
-"""What a machine lacks is said before a run begins, or at once: nothing waits for a batch that cannot come."""
+"""Limits of a machine are reported before or at the start of a run: no process waits for an impossible batch."""
 
 import resource
 from pathlib import Path
@@ -35,7 +35,7 @@ PAIRS, BATCH = 48, 16
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Source:
     folder = str(tmp_path_factory.mktemp("limits") / "data")
-    convert({folder: TrainingPairs("Scene-CLS", 0, PAIRS)}, options={})  # of each pair the query is a picture
+    convert({folder: TrainingPairs("Scene-CLS", 0, PAIRS)}, options={})  # every query has an image
     return Source.open(Data(url=folder, lanes=4, workers=1, timeout_s=5))
 
 
@@ -54,7 +54,7 @@ def test_a_batch_that_does_not_fit_shared_memory_is_said_at_once(source, monkeyp
             "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
         )
 
-    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)  # which the worker inherits
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)  # the worker inherits it
     order = source.order(BATCH, 0, Lengths(TILING, 8))
     with pytest.raises(PipelineError, match=r"/dev/shm has no room left .* --shm-size=8g.* data\.workers=0"):
         next(batches(source, order, encode, range(1), rank=0, world=1, timeout=HANG_SECONDS))
@@ -65,7 +65,7 @@ def test_what_a_pair_takes_follows_from_the_index(source):
     sizes = np.array(shard.image_sizes)
     cut = [TILING.cut(Picture.new("RGB", tuple(size)), anyres=True).nbytes for size in sizes.tolist()]
     exact = np.mean(cut) * shard.images / shard.samples
-    # Tokens are fewer than patches where a grid is padded, and have a newline a row.
+    # Padded grids have fewer tokens than patches; each row has an additional newline token.
     assert 0.6 < limits.pair_bytes(source, Lengths(TILING, 8)) / exact < 1.4
     assert limits.pair_bytes(source, Lengths(Square(196), 8)) == 3 * 224**2 * shard.images // shard.samples
     assert limits.pair_bytes(source, Lengths(Square(0), 8)) == 0
@@ -83,7 +83,7 @@ def test_a_run_does_not_start_where_its_first_batch_would_not_fit(source, monkey
         limits.require_shared_memory(workers, source, lengths, 2, 1)
     limits.require_shared_memory(recipe("data.workers=0"), source, lengths, 2, 1)
     assert limits.shared_bytes(workers, source, lengths, 2, 2, gpus=True) == (pairs, 2 * (4 * pairs + (20 << 20)))
-    monkeypatch.setattr(limits, "free_bytes", lambda folder: None)  # no Linux
+    monkeypatch.setattr(limits, "free_bytes", lambda folder: None)  # not on Linux
     limits.require_shared_memory(workers, source, lengths, 2, 2)
 
 
@@ -147,5 +147,5 @@ def deepspeeds_shared_memory(rank: int) -> bool:
 
 
 def test_deepspeeds_reduction_through_shared_memory_is_not_set_up():
-    """It takes 66 MB a rank, of the 64 MB that a container has."""
+    """It would take 66 MB per rank; a container has 64 MB by default."""
     assert on_two_ranks(deepspeeds_shared_memory) == [False, False]

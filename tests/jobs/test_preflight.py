@@ -1,4 +1,4 @@
-"""What would stop a run is found, named and not waited for; here on one machine, whose processes are the nodes."""
+"""Preflight reports what would stop a run, without long waits. On one machine, two processes act as nodes."""
 
 import json
 import os
@@ -48,14 +48,14 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def overrides(s3, tiny_model) -> list[str]:
-    """The demo on a few pairs in S3, from a model that exists."""
+    """Return overrides for the demo with a few pairs in S3 and an existing model."""
     convert({URL: TrainingPairs("Scene-CLS", 0, 60)}, options={})
     data = [f"data.url={URL}", "data.datasets=[]", f"evaluation.urls=[{URL}]", "batch.global_batch=16"]
     return [*data, f"model.path={tiny_model}", "data.timeout_s=20"]
 
 
 def found(capsys: pytest.CaptureFixture, overrides: list[str], place: Place | None = None, **options) -> tuple:
-    """Exit status, what stdout says, and the lines of stderr, of all checks in this process."""
+    """Run all checks in this process; return the exit status, the output, and the lines of stderr."""
     options = {"world": None, "slurm": False, "began": time.monotonic()} | options
     status = preflight(load_recipe(DEMO, overrides), place or Place(name="n1"), INSTALLED, **options)
     said = capsys.readouterr()
@@ -69,7 +69,7 @@ def test_nothing_is_wrong_and_nothing_left_behind(overrides, tmp_path, capsys):
     assert "60 samples in 1 datasets" in table
     assert "2 (--world sets it): 8 of 16 pairs and 4 of 8 lanes each, 3 steps" in table
     assert "starts from the beginning" in table
-    assert "\x1b" not in table  # no colour in a log
+    assert "\x1b" not in table  # no colours in a log
     assert table.splitlines()[-1].startswith("10 ok, 0 warn, 0 FAIL, 4 skip; ")
     assert list(tmp_path.iterdir()) == []
 
@@ -118,7 +118,7 @@ def test_a_wrong_secret_is_named_and_not_shown(overrides, tmp_path, capsys, monk
 
 
 class Items(TrainingPairs):
-    """An evaluation set's items, which are no pairs."""
+    """The items of an evaluation set, which are not pairs."""
 
     def sample(self, number: int) -> Single:
         pair = super().sample(number)
@@ -138,7 +138,7 @@ def test_shards_without_pairs_are_found(overrides, tmp_path, capsys):
 
 @pytest.fixture
 def full_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+    """Create a file system of 1 MB."""
     folder = tmp_path / "full"
     folder.mkdir()
     mount = shutil.which("mount") and subprocess.run(
@@ -232,7 +232,7 @@ def test_memory_says_what_to_lower():
 
 
 def test_space_is_that_of_real_checkpoints(tmp_path):
-    """The sizes that training on the demo left: of 667,264 parameters, with some KB of DeepSpeed's own."""
+    """Compare with the sizes of a demo run: 667,264 parameters, and a few KB of DeepSpeed's metadata."""
     job = planned(f"run={tmp_path}")
     for stage, written in ((0, 8_058_780), (1, 10_656_284), (2, 10_656_284), (3, 8_058_545)):
         job.zero = {"stage": stage}
@@ -251,7 +251,7 @@ def test_kernels_for_gpus_are_missed_where_training_is(monkeypatch):
     assert attention(recipe, cpu, slurm=True).state == "red"
     monkeypatch.delenv("DS_ACCELERATOR")
     assert attention(recipe, cpu, slurm=True).state == "red"
-    assert attention(recipe, cpu, slurm=False).state == "yellow"  # on a login node, say
+    assert attention(recipe, cpu, slurm=False).state == "yellow"  # for example on a login node
 
 
 def gpu_node(count: int, free: float = 1.0) -> dict:
@@ -308,7 +308,7 @@ def test_a_check_that_hangs_or_raises_is_red_and_keeps_secrets(monkeypatch):
     assert slow_too() == Check("slow too", "green", "at last")
     assert slow() == Check("slow", "red", "no answer within 0.05 s", "wake it")
     assert broken() == Check("broken", "red", "RuntimeError: cannot sign in with ***")
-    assert slow_too().found == "no answer within 0.1 s"  # one is waited for, not each
+    assert slow_too().found == "no answer within 0.1 s"  # later checks get less time after a timeout
     preflight_check.timed_out.clear()
 
 
@@ -328,7 +328,7 @@ def test_packages_are_those_that_are_asked_for(monkeypatch):
 
 
 def slurm(node: int, port: int, *, tasks: int = 1) -> dict[str, str]:
-    """The environment of a task of srun on the first or second of two nodes."""
+    """Return the environment of a task that srun starts on the first or second of two nodes."""
     step = {"STEP_NUM_TASKS": 2 * tasks, "STEP_TASKS_PER_NODE": f"{tasks}(x2)", "STEP_NODELIST": "n[1-2]", "STEP_ID": 0}
     place = {"PROCID": node * tasks, "NODEID": node, "LOCALID": 0, "JOB_ID": 7} | step
     slurm = {f"SLURM_{name}": str(value) for name, value in place.items()}
@@ -354,7 +354,7 @@ def test_nodes_that_do_not_meet_say_where(overrides, tmp_path, capsys, monkeypat
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     port = free_port()
     arguments = [*overrides, f"run={tmp_path}/run"]
-    for node in (1, 0):  # each without the other
+    for node in (1, 0):  # each runs without the other
         place = slurm_place(slurm(node, port))
         status, table, errors = found(capsys, arguments, place, slurm=True)
         assert (status, len(errors)) == (2, 1)
@@ -365,7 +365,7 @@ def test_nodes_that_do_not_meet_say_where(overrides, tmp_path, capsys, monkeypat
 
 
 def on_two_nodes(overrides: list[str], second: list[str]) -> list[tuple[str, str, int]]:
-    """What the program prints on each, and its exit status.  second: what starts it on the second node."""
+    """Return each node's output, errors and exit status. second: the command that starts it on the second node."""
     port, command = (
         free_port(),
         [sys.executable, str(ROOT / "tools/preflight.py"), str(DEMO), "--slurm", "--world", "4"],
@@ -400,7 +400,7 @@ def test_two_nodes_are_fine(overrides, tmp_path):
 
 
 def test_nodes_with_folders_and_secrets_apart(overrides, tmp_path):
-    """The second has a file system of its own, and a wrong secret."""
+    """The second node has a different file system and a wrong secret."""
     shared = tmp_path / "shared"
     shared.mkdir()
     apart = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {shared} && exec "$@"', "sh"]

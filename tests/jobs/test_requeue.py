@@ -1,4 +1,4 @@
-"""What comes of a job after its training ended."""
+"""The decision about a job after its training ended."""
 
 import errno
 import json
@@ -49,8 +49,8 @@ def add_checkpoint(run, step: int) -> None:
         ("refused", "preflight: data: no bucket", 2, FAILED),
         ("running", "", 137, REQUEUE),
         ("starting", "", 1, REQUEUE),
-        ("finished", "", 139, REQUEUE),  # a crash at the very end
-        ("stopped", "SIGINT (Ctrl-C)", 130, FAILED),  # somebody wants it to end
+        ("finished", "", 139, REQUEUE),  # a crash during exit
+        ("stopped", "SIGINT (Ctrl-C)", 130, FAILED),  # a user interrupted it
     ],
 )
 def test_how_it_ended_decides(tmp_path, state, reason, exit_code, verdict):
@@ -71,12 +71,12 @@ def test_a_second_failure_at_the_same_step_is_the_last(tmp_path):
     assert "out of memory" in message
 
 
-# Ends of a job's starts: (the last step, or None if it did not reach its first one; is it over then?).
+# Ends of a job's starts: (last step, or None before the first one; whether the job is given up).
 @pytest.mark.parametrize(
     "ends",
     [
         [(7, False), (None, False), (7, True)],  # out of memory, no rendezvous, out of memory again
-        [(7, False), (None, False), (9, False), (None, True)],  # four from one checkpoint
+        [(7, False), (None, False), (9, False), (None, True)],  # four failures from one checkpoint
         [(None, False), (None, True)],
         [(7, False), (None, False), (None, True)],
         [(None, False), (0, False), (0, True)],  # before the first step, and in it
@@ -107,10 +107,10 @@ def test_a_status_of_an_older_version_is_read(tmp_path):
 
 
 def test_a_ranks_failure_is_not_lost_to_one_that_goes_on(tmp_path, monkeypatch):
-    """However their writes fall between each other: neither writes what the other does."""
+    """For any interleaving of their writes, ranks never write the same file."""
     status.begin(tmp_path)
     status.note(tmp_path, "running", step=3, steps=20)
-    seen = Status._read_file(tmp_path)  # by the first rank, before the others fail
+    seen = Status._read_file(tmp_path)  # the first rank reads it before the others fail
 
     for rank, why in ((1, "no space left"), (2, "a consequence")):
         monkeypatch.setenv("RANK", str(rank))
@@ -141,7 +141,7 @@ def test_a_rank_that_fails_before_the_first_one_begins_is_heard(tmp_path, monkey
     status.begin(tmp_path)
     assert (Status.read(tmp_path).state, Status.read(tmp_path).reason) == ("failed", "no such file")
     (left,) = tmp_path.glob("failed-*")
-    os.utime(left, (0, 0))  # of an earlier start, which was called the same
+    os.utime(left, (0, 0))  # as if an earlier start with the same name had left it
     Status("failed").write(tmp_path)
     status.begin(tmp_path)
     assert Status.read(tmp_path).state == "starting"
@@ -208,7 +208,7 @@ def test_another_job_begins_without_the_failures_of_the_one_before(tmp_path, mon
     assert Status.read(tmp_path).failures == [Failure(7, 0)]
     assert Status.read(tmp_path).reason == "out of memory"
     monkeypatch.setenv("SLURM_JOB_ID", "42")
-    # It did not even begin.
+    # The training did not start.
     assert "srun exited with status 1" in decide(tmp_path, 1)[0]
     assert Status.read(tmp_path).failures == [Failure(7, 0, trained=False)]
     monkeypatch.setenv("SLURM_JOB_ID", "43")
@@ -219,7 +219,7 @@ def test_another_job_begins_without_the_failures_of_the_one_before(tmp_path, mon
 def test_an_end_without_a_word_is_a_failure_and_a_job_begins_once(tmp_path, monkeypatch):
     reach(tmp_path, "running")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    for _ in range(2):  # preflight, and training
+    for _ in range(2):  # by preflight and by training
         status.begin(tmp_path)
     kept = Status.read(tmp_path)
     assert (kept.state, kept.start, kept.failures) == ("starting", 1, [Failure(7, 0, told=False)])
@@ -227,12 +227,12 @@ def test_an_end_without_a_word_is_a_failure_and_a_job_begins_once(tmp_path, monk
 
 
 def test_what_always_ends_without_a_word_is_not_begun_for_ever(tmp_path, monkeypatch):
-    """Then no job's script lives to decide: preflight does, and after it `decide`."""
+    """No job script survives to decide, so preflight decides, and `decide` agrees."""
     add_checkpoint(tmp_path, 4)
     for start in range(4):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
         status.begin(tmp_path)
-        assert earlier_starts(tmp_path).state == "green"  # twice at one step, yes: by two power cuts, say
+        assert earlier_starts(tmp_path).state == "green"  # for example two power cuts at one step
         status.note(tmp_path, "running", step=7, steps=20)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
     status.begin(tmp_path)
@@ -266,7 +266,7 @@ def test_the_command(tmp_path):
 
 
 def test_a_failure_that_a_full_disk_cut_short_leaves_no_empty_file(tmp_path, monkeypatch):
-    """It would hide what the first rank has to say."""
+    """An empty file would hide the first rank's report."""
     monkeypatch.setenv("RANK", "1")
 
     def full(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What job scripts make of their arguments, with programs in Slurm's place that say what they are given."""
+"""How job scripts use their arguments; stubs that print their arguments replace Slurm's programs."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ASKED = "runs/a b|mmeb=s3://bucket/mmeb|{}max_tokens=512|precision=fp32|"
 
 @pytest.fixture
 def evaluate(tmp_path):
-    """Runs slurm/eval_mmeb.sh; returns what Slurm's programs were given, a line each."""
+    """Return a function that runs slurm/eval_mmeb.sh; it returns one line of arguments per call of a Slurm program."""
     for name in ("sbatch", "srun"):
         (tmp_path / name).write_text('#!/bin/sh\n{ printf "%s|" "${0##*/}" "$@"; echo; } >> "${0%/*}/given"\necho 77\n')
         (tmp_path / name).chmod(0o755)

@@ -1,4 +1,4 @@
-"""The table of a run's states: state and event -> state, verdict, and whether it counts as a failure."""
+"""The table of a run's states: (state, event) -> (state, verdict, whether it counts as a failure)."""
 
 import pytest
 
@@ -49,4 +49,4 @@ def test_a_refused_later_start_counts_as_a_failure(event):
 
 def test_stored_strings_do_not_change():
     assert [state.value for state in S] == ["starting", "running", "stopped", "finished", "refused", "failed"]
-    assert [int(verdict) for verdict in V] == [0, 1, 75]  # slurm/launch.sh reads the last one
+    assert [int(verdict) for verdict in V] == [0, 1, 75]  # slurm/launch.sh reads the last value

@@ -53,7 +53,7 @@ def test_each_item_attends_to_itself_alone_and_backwards(kind, looks):
 
 
 def test_the_best_that_runs_is_chosen_and_what_does_not_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not there
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not installed
     assert choose("auto", "cpu", torch.bfloat16) == "sdpa"
     assert choose("auto", "cuda", torch.float32) == "sdpa"
     assert choose("auto", "cuda", torch.bfloat16) == "varlen"
@@ -82,7 +82,7 @@ def test_the_best_that_runs_is_chosen_and_what_does_not_is_refused(monkeypatch, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_is_made_with_each_kind(tiny_model, kind):
-    """transformers takes some names for kernels that it would fetch."""
+    """transformers treats some names as kernels to download."""
     config = Llave.config_for(tiny_model, None, kind)
     with torch.device("meta"):
         model = Llave(config)

@@ -26,13 +26,13 @@ def test_chunks_hold_every_item_once_within_the_budget(budget, padded):
         assert inside == tuple(lengths[row] for row in chunk.rows)
         assert chunk.size == (len(inside) * max(inside) if padded else sum(inside))
         assert len(chunk.rows) == 1 or chunk.size <= budget
-        if following:  # whose longest item did not fit
+        if following:  # its longest item did not fit
             more = following.packed.lengths[0]
             assert (chunk.size + (max(inside) if padded else more)) > budget
 
 
 def test_short_items_do_not_share_a_chunk_with_a_long_one():
-    """Attention pads a chunk's items to its longest: 100 short ones beside one of 3000 would be 300,000 tokens."""
+    """Attention pads items to the chunk's longest: 100 short ones next to one of 3000 would take 300,000 tokens."""
     chunks = plan_chunks([encoded(40)] * 100 + [encoded(3000)], 4000, CPU)
     assert [len(chunk.rows) for chunk in chunks] == [1, 100]
 

@@ -1,6 +1,6 @@
-"""Exports as others read them: by their cards' code, with any tokenizer, and by earlier versions of transformers.
+"""Exports used by other software: with the code in their model card, any tokenizer, and earlier transformers.
 
-That these give the same vectors was tried once with transformers 4.57; here it is what they look for in the files.
+The vectors were once compared in transformers 4.57. Here, tests check what it reads in the files.
 """
 
 import json
@@ -37,7 +37,7 @@ CORPUS = ["a small red star at the top left", "a large blue ring", "A cat and a 
 TEXTS = ["a cat", "a large blue ring at the top left", "A"]
 CPU = torch.device("cpu")
 
-# What tokenizers put around a text, their end of text, padding and beginning of text; and what then stands before it.
+# (template around a text; end-of-text, padding and beginning-of-text tokens; the tokens then before a text)
 MARKS = {
     "nothing": (None, "<|im_end|>", "<|endoftext|>", None, []),
     "ends with padding, as Qwen3-Embedding": ("$A <|endoftext|>", "<|im_end|>", "<|endoftext|>", None, []),
@@ -48,12 +48,12 @@ MARKS = {
     "begins with its end": ("<|im_end|> $A", "<|im_end|>", None, "<|im_end|>", ["<|im_end|>"]),
     "begins as a text does": ("a $A a", "<|im_end|>", None, None, ["a"]),
 }
-# That which a model card has to leave out or to repeat.
+# Cases in which a model card has to remove or repeat tokens.
 OF_CARDS = ["ends with two", "begins and ends", "begins as a text does"]
 
 
 def mark(folder: Path, marks: str) -> None:
-    """Give the folder's tokenizer these."""
+    """Configure the folder's tokenizer as in MARKS."""
     template, eos, pad, bos, _ = MARKS[marks]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if template:
@@ -66,7 +66,6 @@ def mark(folder: Path, marks: str) -> None:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
-    """A decoder with its head, and a tokenizer."""
     folder = tmp_path_factory.mktemp("decoders") / "plain"
     masked.build(SIZES | {"num_key_value_heads": 2, "vocab_size": 400}, CORPUS, 0, folder)
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
@@ -150,7 +149,7 @@ def test_a_clip_whose_tokenizer_does_not_end_texts_with_what_is_pooled_is_refuse
         load_encoder(str(tmp_path), EvaluationRun(), CPU)
 
     open_both()
-    config["text_config"]["eos_token_id"] = 2  # as in published configs of old
+    config["text_config"]["eos_token_id"] = 2  # as in old published configs
     (tmp_path / "config.json").write_text(json.dumps(config))
     tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
     if end == max(tokenizer["model"]["vocab"].values()):
@@ -220,7 +219,7 @@ def test_what_attends_both_ways_ends_in_an_error_where_that_would_be_ignored(pla
     model = MaskedLanguageModel.load(str(plain), torch.float32)
     masked.save(model, dict(model.named_parameters()), str(plain), tmp_path / "out", None)
     config = json.loads((tmp_path / "out/config.json").read_text())
-    # transformers 4 makes numbers of these names, in every config.
+    # transformers 4 converts these keys to int in every config.
     with pytest.raises(ValueError, match="attends both ways, which needs transformers 5 or later"):
         {int(layer): heads for layer, heads in config["pruned_heads"].items()}
     assert config["is_causal"] is False
@@ -233,9 +232,9 @@ def test_a_llave_is_written_in_both_forms(tiny_model, tmp_path):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["text_config"]["rope_theta"] == config["text_config"]["rope_parameters"]["rope_theta"]
     assert config["text_config"]["rope_scaling"] is None
-    assert "pruned_heads" not in config  # which looks back only, in all versions
+    assert "pruned_heads" not in config  # this model is causal in all versions
     settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
-    assert "extra_special_tokens" not in settings  # a list by this name ends transformers 4
+    assert "extra_special_tokens" not in settings  # transformers 4 fails on a list with this name
     assert {"<image>", "<video>"} <= set(settings["additional_special_tokens"])
     ours, its = (AutoTokenizer.from_pretrained(folder) for folder in (tiny_model, tmp_path / "out"))
     prompt = "<|im_start|>a <image> star<|im_end|>"

@@ -1,4 +1,4 @@
-"""Families of models: found by their folders; and recipes that do not fit theirs."""
+"""Model families: recognized by their folders; and recipes that do not fit their family."""
 
 import io
 from collections.abc import Callable
@@ -28,7 +28,7 @@ ARCHITECTURES = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """Of each of LLM2CLIP's families and of CLIP one of random weights as a run begins with, and a text encoder's."""
+    """Build an untrained model for each of LLM2CLIP's families and CLIP, and a text encoder; return their folders."""
     root = tmp_path_factory.mktemp("families")
     found = {"text_encoder": str(root / "text_encoder")}
     for kind, architecture in ARCHITECTURES.items():
@@ -39,13 +39,12 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 def needed(kind: str, folders: dict[str, str]) -> dict[str, str]:
-    """Fields that the family's section must have."""
     return {"text_encoder": folders["text_encoder"]} if kind == "llm2clip" else {}
 
 
 @pytest.fixture(scope="module")
 def error_of(folders) -> Callable[..., str]:
-    """A family and fields of its section -> the error of its check."""
+    """Return a function that returns the error for a family and fields of its section."""
 
     def error_of(kind: str, **fields: object) -> str:
         with pytest.raises(PipelineError) as error:
@@ -123,8 +122,8 @@ def test_what_transformers_does_not_know_is_refused_before_anything_is_built(kin
 def test_families_are_found_by_their_folders(folders, tiny_model, tmp_path):
     assert family_of(tiny_model) is saved("llave")
     assert family_of(folders["clip"]) is saved("clip")
-    assert family_of(folders["text_encoder"]) is None  # any decoder
-    assert family_of(folders["llm2clip"]) is None  # a vision tower
+    assert family_of(folders["text_encoder"]) is None  # any decoder is like this
+    assert family_of(folders["llm2clip"]) is None  # it is only a vision tower
     encoder = decoder.TextEncoder.load(folders["text_encoder"], "auto")
     decoder.save(encoder, dict(encoder.named_parameters()), folders["text_encoder"], tmp_path / "encoder", None, "")
     assert family_of(str(tmp_path / "encoder")) is saved("text_encoder")
@@ -134,7 +133,7 @@ def test_families_are_found_by_their_folders(folders, tiny_model, tmp_path):
 
 
 def photo(orientation: int) -> bytes:
-    """Red at its left, and stored as a camera that was held so has it."""
+    """Return an image that is red at the left, with this EXIF orientation."""
     picture, exif, data = Image.new("RGB", (48, 32), (0, 0, 255)), Image.Exif(), io.BytesIO()
     picture.paste((255, 0, 0), (0, 0, 16, 32))
     exif[0x0112] = orientation
@@ -159,7 +158,7 @@ def test_pictures_are_read_as_the_recipe_says_and_so_by_its_export(kind, folders
     assert (turned.as_stored, stored.as_stored) == (False, True)
     assert turned.encode(item).key != stored.encode(item).key == turned.encode(upright).key
     given = path
-    for images, as_stored in (("as_stored", True), (None, True), ("upright", False)):  # each trained on from the last
+    for images, as_stored in (("as_stored", True), (None, True), ("upright", False)):  # each continues the previous one
         chosen = recipe(given, *([f"model.images={images}"] if images else []))
         model, out = training(kind).load_whole(chosen, given), tmp_path / f"out{images}"
         write_folder(model, dict(model.named_parameters()), chosen, given, out)

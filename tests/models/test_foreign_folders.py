@@ -1,4 +1,4 @@
-"""Folders from elsewhere, damaged and hostile ones: each ends in one clear error, and nothing of it is run."""
+"""Foreign, damaged and hostile folders: each gives one clear error, and no code in them is run."""
 
 import builtins
 import io
@@ -40,7 +40,7 @@ CORPUS = ["a small red star at the top left", "a large blue ring"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_model) -> dict[str, Path]:
-    """A whole folder of each family."""
+    """Create an intact folder of each family."""
     root = tmp_path_factory.mktemp("whole")
     training("text_encoder").build(section("text_encoder", architecture={"text": TEXT}), CORPUS, 0, root / "decoder")
     encoder = decoder.TextEncoder.load(str(root / "decoder"), "auto")
@@ -56,7 +56,7 @@ def whole(tmp_path_factory, tiny_model) -> dict[str, Path]:
 
 
 def use(kind: str, folder: Path) -> None:
-    """Open a folder, and embed, by every public way to its kind."""
+    """Open the folder in every public way for its family, and embed."""
     path, picture = str(folder), Image.new("RGB", (30, 20), "red")
     if kind == "llm2clip":
         training(kind).check(section(kind, path=path, text_encoder=str(folder / "text_encoder")))
@@ -68,7 +68,7 @@ def use(kind: str, folder: Path) -> None:
 
 
 def error_of(kind: str, folder: Path) -> list[str]:
-    """What each way says: what a run checks first, what opens a model, what evaluates it."""
+    """Return the errors of a run's check and loading, of the Embedder, and of the evaluation."""
 
     def checked() -> None:
         fields = {"text_encoder": str(folder / "text_encoder")} if kind == "llm2clip" else {}
@@ -94,7 +94,7 @@ Damage = Callable[[Path], None]
 
 
 def config(section: str = "", file: str = "config.json", **fields: object) -> Damage:
-    """Set fields of a JSON file, in a section if one is named; ... removes one."""
+    """Return damage that sets fields of a JSON file or of one of its sections; ... removes a field."""
 
     def damage(folder: Path) -> None:
         values = json.loads((folder / file).read_text())
@@ -137,7 +137,7 @@ def last(weights: dict[str, torch.Tensor]) -> str:
 
 
 def empty_layer(weights: dict[str, torch.Tensor]) -> None:
-    """Of the first layer one matrix, as may be, and of the second all."""
+    """Zero one matrix of the first layer, which is legitimate, and all of the second."""
     first, *_ = (name for name in weights if "layers.0." in name and weights[name].ndim > 1)
     for name in (first, *(name for name in weights if "layers.1." in name)):
         weights[name].zero_()
@@ -151,7 +151,7 @@ def spoil(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
 
 
 def sharded(index: Callable[[dict[str, str]], object], drop: int | None = None, twice: bool = False) -> Damage:
-    """In two files and an index, which `index` changes."""
+    """Return damage that splits the weights into two files with an index, which `index` changes."""
 
     def damage(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -172,7 +172,7 @@ def sharded(index: Callable[[dict[str, str]], object], drop: int | None = None, 
 
 
 class Harmful:
-    """Unpickled, it makes a file beside the tests'."""
+    """An object that creates a file next to the tests' when unpickled."""
 
     touched: Path
 
@@ -191,7 +191,7 @@ def plainly_pickled(folder: Path) -> None:
 
 
 def own_code(file: str, **auto_map: str) -> Damage:
-    """A folder with code, named by a JSON file's auto_map, that makes a file when it is imported."""
+    """Return damage that adds code which creates a file on import, named by a JSON file's auto_map."""
 
     def damage(folder: Path) -> None:
         (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(Harmful.touched)!r}).touch()\n")
@@ -227,7 +227,7 @@ def linked(folder: Path) -> None:
 IMAGES = "preprocessor_config.json"
 HTML, EMPTY = b"<html><body>502 Bad Gateway</body></html>", b""
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-# (what it is; the families; the damage; what the error names, in each way)
+# (name; families; damage; what every error must contain)
 CASES: list[tuple[str, str, Damage, str]] = [
     ("config-empty", "all", write("config.json", EMPTY), "config.json is not JSON: it is empty"),
     ("config-html", "all", write("config.json", HTML), "config.json is not JSON: it is a web page"),
@@ -411,7 +411,7 @@ _turn = count()
 
 
 def families(kinds: str) -> list[str]:
-    """Of "all" one after the other: they share what reads them."""
+    """Return the families of a case. "all" gives a different one for each case, since they share the reading code."""
     every = ["llave", "text_encoder", "clip", "llm2clip"]
     return every if kinds == "every" else [every[next(_turn) % 4]] if kinds == "all" else kinds.split()
 
@@ -448,7 +448,7 @@ def test_whole_folders_of_all_families_open(whole):
 
 @pytest.mark.parametrize("kind", ["llave", "text_encoder", "clip", "llm2clip"])
 def test_how_a_config_would_have_the_model_run_does_not_matter(kind, whole, tmp_path):
-    """Attention is chosen here; kernels that a config names would be fetched and run."""
+    """This project chooses the attention; kernels that a config names would be downloaded and run."""
     folder = shutil.copytree(whole[kind], tmp_path / "model")
     asked = {
         "_attn_implementation": "flash_attention_2",
@@ -479,7 +479,7 @@ def test_how_a_config_would_have_the_model_run_does_not_matter(kind, whole, tmp_
 
 
 def test_a_decoder_with_a_head_is_read_past_a_damaged_generation_config(whole, tmp_path):
-    """Nothing is generated."""
+    """The config is irrelevant, since nothing is generated."""
     training("text_encoder", "masked_next_token").build(
         section("text_encoder", architecture={"text": TEXT}), CORPUS, 0, tmp_path / "mntp"
     )

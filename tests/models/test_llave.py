@@ -24,7 +24,7 @@ from pipeline.models.llave.processor import SUFFIX, LlaveProcessor, prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
-MARK = -200  # what the original code writes for an image
+MARK = -200  # the original code's placeholder of an image
 
 
 def png(width: int, height: int, seed: int = 0) -> bytes:
@@ -69,7 +69,7 @@ def test_golden_prompts_and_token_ids(case):
     processor = LlaveProcessor(tokenizer, tiling, image_token_id=MARK, video_token_id=MARK - 1, max_tokens=4096)
     images = (png(16, 16),) * case["text"].count("<image>")
     ids = processor.encode(Item(case["text"], images)).input_ids.tolist()
-    # An image is one mark there, a placeholder per token of it here.
+    # The original uses one placeholder per image, this project one per token.
     collapsed = [token for i, token in enumerate(ids) if token != MARK or ids[i - 1] != MARK]
     assert collapsed == case["input_ids"]
 
@@ -97,7 +97,7 @@ def test_tiles_and_embeddings_are_those_of_transformers(tiny_model, items):
 
 
 def video_pixels(data: bytes, frames: int, size: int) -> torch.Tensor:
-    """What transformers' LlavaOnevisionVideoProcessor, which needs torchvision, makes of a video."""
+    """Return the pixels that transformers' LlavaOnevisionVideoProcessor, which needs torchvision, computes."""
     pictures = [frame.resize((size, size), Picture.Resampling.BICUBIC) for frame in sample_frames(data, frames)]
     pixels = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32)
     return torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)[None]
@@ -138,7 +138,7 @@ def test_activation_checkpointing_runs_each_layer_again_for_the_same_gradients(t
     assert model.language_model.embed_tokens(packed.input_ids).requires_grad == (not frozen)
     (once, expected), (twice, gradients) = found
     assert once == len(layers)
-    # A tower that is frozen needs no backward pass.
+    # A frozen tower needs no backward pass.
     assert twice == len(layers) + (2 if "vision_tower" in frozen else len(layers))
     assert gradients.keys() == expected.keys()
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)

@@ -1,4 +1,4 @@
-"""Folders of LLM2CLIP's stages and of CLIP: in transformers alone, through the Embedder, in evaluation."""
+"""Folders of LLM2CLIP's stages and of CLIP: in transformers alone, in the Embedder, and in the evaluation."""
 
 import json
 import re
@@ -50,7 +50,7 @@ TEXTS = ["a red star", "ein großer blauer Ring", "a large blue ring at the top 
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """So that each weight shows: biases are not zero and norms are not one."""
+    """Set biases to nonzero and norms to non-one values, so that every weight affects the result."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,7 +60,7 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory) -> dict[str, tuple[Path, TextEncoder]]:
-    """Folders of text encoders, and the models with adapters that these were written of."""
+    """Return folders of text encoders, and the models with adapters that were saved there."""
     root, lora = tmp_path_factory.mktemp("encoders"), Lora(rank=2)
     torch.manual_seed(0)
     made = {}
@@ -86,7 +86,6 @@ def encoders(tmp_path_factory) -> dict[str, tuple[Path, TextEncoder]]:
 
 @pytest.fixture(scope="module")
 def folder(encoders, tmp_path_factory) -> Path:
-    """Of an LLM2CLIP."""
     base, folder = (tmp_path_factory.mktemp("llm2clip") / name for name in ("base", "trained"))
     randomised(VisionEncoder.build(VISION, 20, 0)).save(base)
     model = randomised(llm2clip.Llm2Clip.load(str(base), torch.float32, width=32))
@@ -108,7 +107,7 @@ def picture(width: int = 60, height: int = 40) -> Image.Image:
 
 
 def run_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """The code of a folder's README, as somebody runs it there; returns its names."""
+    """Run the code of a folder's README inside the folder; return its names."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
     names: dict = {}
@@ -125,11 +124,11 @@ def test_a_text_encoder_works_in_transformers_alone_as_its_readme_says(name, enc
     processor = decoder.TextProcessor.load(str(folder), 4096)
     adapted = Embedder(trained, processor, CPU, 4096, instructed=False)
     assert_close_in_norm(adapted.embed(TEXTS), expected)
-    assert abs(expected[0] @ expected[1]) < 0.999  # or a comparison would say nothing
+    assert abs(expected[0] @ expected[1]) < 0.999  # otherwise the comparison would prove nothing
 
 
 def by_hand(folder: Path, text: str) -> torch.Tensor:
-    """By transformers' own classes and the adapter's formula in float64."""
+    """Embed a text with transformers' classes and the adapter's formula, in float64."""
     instruction = INSTRUCTIONS["llama"]
     encoder = AutoModel.from_pretrained(folder / "text_encoder", attn_implementation="eager").double().eval()
     assert encoder.config.is_causal is False
@@ -189,7 +188,7 @@ def test_an_llm2clips_readme_runs(folder, monkeypatch):
 
 
 def test_evaluation_takes_every_kind_of_folder(folder, clip_folder, encoders, tmp_path):
-    """With the Embedder's vectors, CLIP's by an encoder of its own."""
+    """Evaluation and Embedder give the same vectors, although CLIP has a separate encoder there."""
     picture().save(tmp_path / "image.png")
     image = Item("<image>", ((tmp_path / "image.png").read_bytes(),))
     for path, kind in ((encoders["qwen2"][0], "text_encoder"), (folder, "llm2clip"), (clip_folder, "clip")):
@@ -204,7 +203,7 @@ def test_evaluation_takes_every_kind_of_folder(folder, clip_folder, encoders, tm
 
 
 def changed(folder: Path, copy: Path, file: str) -> str:
-    """The identity of a copy in which the last number of a file's last tensor is another."""
+    """Return the identity of a copy in which a file's last number is changed."""
     shutil.copytree(folder, copy)
     weights = load_file(copy / file)
     last = weights[max(weights)].flatten()[-1:]
@@ -218,7 +217,7 @@ def identity(folder: Path, **options: int) -> str:
 
 
 def test_an_identity_is_of_all_parts(folder, clip_folder, encoders, tmp_path):
-    """Or an evaluation would take the stored vectors of another model for this one's."""
+    """Otherwise an evaluation would reuse another model's stored vectors."""
     files = ("model.safetensors", "adapter.safetensors", "text_encoder/model.safetensors")
     found = [changed(folder, tmp_path / str(number), file) for number, file in enumerate(files)]
     found += [identity(folder), identity(folder, max_tokens=64)]

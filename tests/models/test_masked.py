@@ -1,4 +1,4 @@
-"""What is hidden of a text, and the model that predicts it beside transformers' own, text by text."""
+"""Masking of a text, and the model that predicts masked tokens, compared with transformers text by text."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ SHAPES = {
     "qwen2": SIZES | {"tie_word_embeddings": True},
     "granite": SIZES | {"model_type": "granite", "logits_scaling": 0.5},
 }
-MASK, VOCABULARY = 7, 250  # a trained tokenizer has 256 bytes at least
+MASK, VOCABULARY = 7, 250  # a trained tokenizer has at least the 256 bytes
 
 
 def text(length: int, seed: int = 0, skipped: int = 0) -> Encoded:
@@ -46,7 +46,7 @@ def text(length: int, seed: int = 0, skipped: int = 0) -> Encoded:
 
 
 def hidden(*lengths: int) -> list[MaskedText]:
-    """Texts half of whose tokens are hidden, from the second or third on."""
+    """Return texts with half of their tokens masked, starting with the second or third."""
     rate = MaskedNextTokenSection(mask_rate=0.5)
     return [mask(text(n, i, i % 2 * 2), rate, MASK, VOCABULARY, (0, i)) for i, n in enumerate(lengths)]
 
@@ -60,7 +60,7 @@ def folder(request, tmp_path_factory) -> str:
 
 @torch.no_grad()
 def loaded(folder: str) -> MaskedLanguageModel:
-    """With larger weights, so that predictions depend on all that a token sees."""
+    """Load the model with larger weights, so that predictions depend on all tokens that it attends to."""
     model, generator = MaskedLanguageModel.load(folder, torch.float32), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
@@ -117,7 +117,7 @@ def test_costs_and_hits_are_those_of_the_token_before_as_transformers_has_it(fol
         ]
         hits = [int(logits[at - 1].argmax()) == of for at, of in zip(item.places, item.targets, strict=True)]
         assert row.tolist() == pytest.approx([float(sum(costs)), sum(hits)], rel=1e-5, abs=1e-6)
-    assert (rows[:, 0] > 0).sum() == 3  # the text of one token has nothing to predict
+    assert (rows[:, 0] > 0).sum() == 3  # a text of one token has nothing to predict
 
 
 def test_an_empty_chunk_costs_nothing_and_has_a_gradient_of_every_parameter(folder):

@@ -1,4 +1,4 @@
-"""Whether models whose layers mix packed texts are noticed, by what the layers do."""
+"""The check that a model's layers do not mix packed texts, based on the layers' outputs."""
 
 from pathlib import Path
 
@@ -41,14 +41,14 @@ LINEAR = SIZES | {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
-GEMMA = {  # the first layers have all sorts, but for those that take keys and values from earlier ones
+GEMMA = {  # the first layers include all types, except those that reuse earlier keys and values
     "num_hidden_layers": 14,
     "layer_types": ["sliding_attention", "full_attention"] * 7,
     "head_dim": 16,
     "vocab_size_per_layer_input": 64,
     "hidden_size_per_layer_input": 8,
 }
-WIDE = {"hidden_size": 1024, "num_attention_heads": 32, "mamba_n_heads": 64, "mamba_d_head": 32}  # and fit each other
+WIDE = {"hidden_size": 1024, "num_attention_heads": 32, "mamba_n_heads": 64, "mamba_d_head": 32}  # consistent values
 ZAMBA = {"layer_types": ["linear_attention", "linear_attention", "hybrid"], "n_mamba_heads": 8}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 
@@ -112,7 +112,7 @@ def test_decoders_of_other_positions_are_refused_by_name(kind, tmp_path):
 
 def test_layers_that_pay_no_heed_to_where_texts_begin_are_noticed():
     class Deaf(torch.nn.Module):
-        """Attention that is told where texts begin, and looks at the whole row."""
+        """Attention that ignores the boundaries of texts and mixes the whole row."""
 
         def __init__(self, attention: torch.nn.Module) -> None:
             super().__init__()
@@ -145,7 +145,6 @@ def test_positions_that_go_on_from_one_text_to_the_next_are_noticed():
 
 @pytest.fixture
 def conv(tmp_path) -> str:
-    """A folder of a decoder with convolutions."""
     AutoModel.from_config(config_of("lfm2", **CONV)).save_pretrained(tmp_path)
     Qwen2Tokenizer().train_new_from_iterator(["a cat"], 300, show_progress=False).save_pretrained(tmp_path)
     return str(tmp_path)

@@ -1,4 +1,4 @@
-"""Beside transformers' own Qwen2, of the same weights."""
+"""Compare with transformers' Qwen2 with the same weights."""
 
 import copy
 
@@ -88,6 +88,6 @@ def test_gradients_of_norm_and_mlp_are_those_of_their_formulas():
         directions = torch.randn(2, 5, 32)
         wanted = [torch.autograd.grad((each(x) * directions).sum(), [x, *each.parameters()]) for each in (module, lean)]
         assert_close_in_norm(*reversed(wanted))
-        frozen = lean.requires_grad_(False)  # as beside adapters
+        frozen = lean.requires_grad_(False)  # as with adapters
         (of_x,) = torch.autograd.grad((frozen(x) * directions).sum(), x)
         assert_close_in_norm(of_x, wanted[0][0])

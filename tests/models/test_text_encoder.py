@@ -1,4 +1,4 @@
-"""The text encoder beside formulas in float64, and where its tokens look."""
+"""The text encoder compared with formulas in float64, and its attention pattern."""
 
 import copy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A frozen tower outside the model: the same embeddings, and it sees each tile once a step."""
+"""A frozen tower outside the model gives the same embeddings, and processes each tile once per step."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def items(tiny_model) -> list[Encoded]:
-    """Texts, and images of two and of five tiles."""
+    """Return texts, and images of two and of five tiles."""
     processor, rng = LlaveProcessor.load(tiny_model, 512), np.random.default_rng(0)
     items = []
     for number in range(9):
@@ -41,7 +41,7 @@ def test_embeddings_are_those_of_the_whole_model(tiny_model, items):
     expected = embed_chunks(whole, chunks, len(items))
     for limit in (0, 1 << 30):
         features = KeptFeatures(tower, limit)
-        for _ in range(2):  # as they are made, and as they were kept
+        for _ in range(2):  # computed first, then cached
             assert_close_in_norm(embed_chunks(without, chunks, len(items), features), expected)
 
 
@@ -56,7 +56,7 @@ def test_each_tile_is_seen_once_and_few_at_a_time(tiny_model, items):
             made = features(chunk)
             pixels = normalised(chunk.packed.tiles, CPU, torch.float32)
             assert_close_in_norm(made, tower_features(tower.vision_tower, pixels))
-            seen.pop()  # this test's own
+            seen.pop()  # the reference above also ran the tower
     assert sum(seen) == sum(len(image.tiles) for item in items for image in item.images)
     assert max(seen) == 2
 

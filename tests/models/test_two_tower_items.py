@@ -1,4 +1,4 @@
-"""Items as the models of texts, and of two towers, take them; and which texts of a sample a step takes."""
+"""Items of text models and of two-tower models; and the texts of a sample that a step uses."""
 
 import io
 from collections import Counter
@@ -22,7 +22,7 @@ PIXELS = Pixels(24, (0.5,) * 3, (0.5,) * 3, 24, False, Image.Resampling.BICUBIC)
 
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedTokenizerBase:
-    """Which begins each text with a mark."""
+    """Return a tokenizer that adds a token before each text."""
     tokenizer = LlamaTokenizer().train_new_from_iterator(CORPUS, 300, show_progress=False)
     tokenizer.add_bos_token = True
     return tokenizer
@@ -91,7 +91,7 @@ def test_images_stand_for_tokens_and_frames_for_images(processor):
     (video,) = (data for name, data in clips.evaluation_files(0, 1).items() if name.endswith(".mp4"))
     frames = processor.encode(Item("", video=video))
     assert len(frames.input_ids) == 30 and frames.images[0].video and len(frames.images[0].tiles) == 3
-    assert np.ptp(frames.images[0].tiles.astype(int), axis=0).any()  # other frames
+    assert np.ptp(frames.images[0].tiles.astype(int), axis=0).any()  # the frames differ
     for broken in (Item("", (b"no image",)), Item("", video=b"no video")):
         with pytest.raises(BadSample):
             processor.encode(broken)
@@ -107,10 +107,10 @@ def test_a_texts_vector_comes_with_it_or_it_is_of_no_use(processor):
     assert given.encode(Item("<image>", (png(),))).images
     with pytest.raises(BadSample, match=r"its text has no vector in data\.text_embeddings"):
         given.encode(Item("a red star"))
-    stand_in = given.encode(Item(""))  # of a sample that is bad already
+    stand_in = given.encode(Item(""))  # a bad sample's replacement
     assert stand_in.vector is None and len(stand_in.input_ids) == 1
     assert processor.encode(Item("a red star", vector=vector)).vector is None
-    # Vectors of one text that were computed beside others differ in their last bits: its tokens tell it from others.
+    # A text's vector differs in its last bits if computed with other texts, so the tokens identify the item.
     other = given.encode(Item(" a red star\n", vector=np.nextafter(vector, np.float32(9))))
     assert other.key == item.key != given.encode(Item("a red ring", vector=vector)).key
 
@@ -119,7 +119,7 @@ IMAGE = Item("<image>", (b"image",))
 
 
 def drawn(pair: Pair) -> Counter:
-    """(query, target) texts of what caption contrast takes, over all that can be drawn."""
+    """Count the (query, target) texts over all possible draws of caption contrast."""
     sizes: list[int] = []
 
     def size(n: int) -> int:

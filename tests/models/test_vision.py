@@ -1,4 +1,4 @@
-"""Vision encoders beside transformers' own classes, and their pixels beside its image processors."""
+"""Vision encoders compared with transformers' classes, and their pixels with its image processors."""
 
 import io
 import json
@@ -38,7 +38,7 @@ ALONE = {"clip": CLIPVisionModelWithProjection, "siglip": SiglipVisionModel}
 
 
 def randomised(model: PreTrainedModel) -> PreTrainedModel:
-    """With biases that are not zero and norms that are not one, so that each weight shows."""
+    """Set biases to nonzero and norms to non-one values, so that every weight affects the result."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -48,7 +48,6 @@ def randomised(model: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of models with both towers."""
     root = tmp_path_factory.mktemp("towers")
     clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=20))
     randomised(clip).save_pretrained(root / "clip")
@@ -143,7 +142,7 @@ PICTURES = [
 def picture(mode: str, width: int, height: int) -> Image.Image:
     bands = np.random.default_rng(width).integers(0, 256, (height, width, 4), dtype=np.uint8)
     rgba = Image.fromarray(bands, "RGBA")
-    if mode == "P":  # as a file has it, with a transparent colour
+    if mode == "P":  # as read from a file, with a transparent colour
         file = io.BytesIO()
         rgba.convert("RGB").quantize(16).save(file, "PNG", transparency=3)
         return Image.open(file)
@@ -178,7 +177,7 @@ def test_pixels_are_those_of_the_image_processor(both, tmp_path, kind, settings)
 
 
 def prepared_by(model: str, processor: PreTrainedModel, folder: Path) -> Pixels:
-    """Of a folder with the model's config and this image processor."""
+    """Load the pixels' settings from a folder with the model's config and this image processor."""
     (folder / "config.json").write_bytes(Path(model, "config.json").read_bytes())
     processor.save_pretrained(folder)
     return Pixels.load(str(folder))
@@ -205,7 +204,7 @@ def test_timms_pixels_are_cropped_where_torchvision_does(tmp_path):
     for width, height in ((40, 26), (26, 27), (29, 26), (31, 26), (26, 26)):
         shown, begins = picture("RGB", width, height), (round((height - 24) / 2), round((width - 24) / 2))
         expected = np.asarray(shown)[begins[0] : begins[0] + 24, begins[1] : begins[1] + 24].transpose(2, 0, 1)
-        assert np.array_equal(ours.prepare(shown), expected)  # the shorter edge is 26 already
+        assert np.array_equal(ours.prepare(shown), expected)  # the shorter edge is already 26
 
 
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
@@ -240,7 +239,7 @@ def test_timms_vectors_are_those_of_its_head(tmp_path):
 
 def test_what_cannot_be_used_is_refused(both, tmp_path, monkeypatch):
     def write(model: dict | None = None, processor: dict | None = None) -> str:
-        """A SigLIP's folder with its config.json in whole, or its image processor in parts, another."""
+        """Write a SigLIP folder; `model` replaces config.json, and `processor` updates its image processor's config."""
         (tmp_path / "config.json").write_text(json.dumps(model or config))
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | (processor or {})))
         return str(tmp_path)

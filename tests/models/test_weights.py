@@ -39,7 +39,7 @@ TOWER = "model.vision_tower.vision_tower.vision_model."
 def checkpoint(
     folder: Path, tensors: dict[str, torch.Tensor] = TENSORS, files: int = 1, suffix: str = "safetensors", **config
 ) -> Path:
-    """An original checkpoint: the golden one with other tensors or config fields (None: without), in several files."""
+    """Write the golden original checkpoint, in several files, with changed tensors or config fields (None: removed)."""
     shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("*.png", "model.safetensors"))
     values = json.loads((GOLDEN / "config.json").read_text()) | config
     values = {name: value for name, value in values.items() if value is not None or name not in config}
@@ -65,7 +65,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Converted from checkpoints that say `grid`, and nothing, of a video's newlines."""
+    """Convert checkpoints whose video newlines are `grid`, and not given."""
     folder = tmp_path_factory.mktemp("weights")
     convert_original(GOLDEN, folder / "grid")
     convert_original(checkpoint(folder / "original", mm_newline_position=None), folder / "one_token")
@@ -101,7 +101,7 @@ def test_an_original_checkpoint_embeds_as_the_original_code_does(folders, case):
 
 
 def test_videos_of_both_newlines_have_as_many_placeholders_as_tokens(folders):
-    """4 frames of 27x27 patches, pooled to 14x14."""
+    """Use 4 frames of 27x27 patches, pooled to 14x14."""
     video = next(case for case in CASES if "video" in case)
     for name, count in (("grid", 4 * 14 * 15), ("one_token", 4 * 14 * 14 + 1)):
         assert (encode(folders[name], video).input_ids == load(folders[name])[0].video_token_id).sum() == count
@@ -130,18 +130,18 @@ def test_there_and_back_and_there_again_is_the_same_bit_for_bit(folders, tmp_pat
     assert same(stored(tmp_path / "again"), stored(tmp_path / "hf"))
     for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
         assert json.loads((tmp_path / "hf" / name).read_text()) == json.loads((tmp_path / "again" / name).read_text())
-    # Width before height in the original, height before width in transformers.
+    # Sizes are (width, height) in the original and (height, width) in transformers.
     assert json.loads((tmp_path / "hf/config.json").read_text())["image_grid_pinpoints"] == [[384, 384], [1152, 384]]
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "back"))
     assert {name for name in before.keys() & after.keys() if before[name] != after[name]} == {"mm_tunable_parts"}
-    assert "mm_vision_tower" in after["mm_tunable_parts"]  # else the original reads the tower from elsewhere
+    assert "mm_vision_tower" in after["mm_tunable_parts"]  # otherwise the original reads the tower from elsewhere
     assert {"mm_projector_type", "mm_vision_tower", "rope_theta", "torch_dtype", "vocab_size"} <= after.keys()
     tower = json.loads((tmp_path / "back/vision_config.json").read_text())
     assert tower.items() <= json.loads((GOLDEN / "vision_config.json").read_text()).items()
 
 
 def test_an_export_embeds_as_the_original_and_so_it_does_in_the_original_format(folders, tmp_path):
-    """original -> Hugging Face -> export -> original -> Hugging Face: of all golden cases, after each way back."""
+    """original -> Hugging Face -> export -> original -> Hugging Face: compare all golden cases after both exports."""
     chosen = load_recipe("pipeline/recipes/demo.yaml", ["model.path=lab/original"])
     for newline, folder in folders.items():
         exported, again = tmp_path / f"{newline}-exported", tmp_path / f"{newline}-again"
@@ -169,8 +169,8 @@ def test_a_checkpoint_in_several_files_becomes_several_files(folders, tmp_path, 
 
 
 def test_the_embedding_grows_for_the_marks_and_the_dtype_stays(tmp_path):
-    tensors = {name: tensor.bfloat16() for name, tensor in TENSORS.items() if name != HEAD}  # as where it is tied
-    tensors[EMBEDDING] = tensors[EMBEDDING][:384].contiguous()  # the tokenizer's own
+    tensors = {name: tensor.bfloat16() for name, tensor in TENSORS.items() if name != HEAD}  # as with tied embeddings
+    tensors[EMBEDDING] = tensors[EMBEDDING][:384].contiguous()  # only the tokenizer's own tokens
     source = checkpoint(tmp_path / "source", tensors, vocab_size=384, tie_word_embeddings=True)
     convert_original(source, tmp_path / "hf")
     model, processor = Llave.load(str(tmp_path / "hf"), "auto"), LlaveProcessor.load(str(tmp_path / "hf"), 4096)
@@ -279,19 +279,19 @@ def test_damaged_files_are_refused_and_no_pickle_is_run(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_memory_for_little_more_than_one_file_is_enough(tmp_path, suffix):
-    """The kernel refuses what exceeds RLIMIT_DATA: the heap and private mappings, which are how both kinds are read."""
+    """The kernel limits by RLIMIT_DATA the heap and private mappings, which both formats are read into."""
     wide, size = 16384, 3 * 16384 * 64 * 4
     tensors = dict(TENSORS)
     for layer in range(3):
         for name, shape in (("gate", (wide, 64)), ("up", (wide, 64)), ("down", (64, wide))):
             tensors[f"model.layers.{layer}.mlp.{name}_proj.weight"] = torch.full(shape, float(layer))
-    order = sorted(tensors, key=lambda name: name.split(".mlp.")[-1])  # a layer's big ones fall into different files
+    order = sorted(tensors, key=lambda name: name.split(".mlp.")[-1])  # splits a layer's large tensors over files
     source = checkpoint(
         tmp_path / "source", {n: tensors[n] for n in order}, files=3, suffix=suffix, intermediate_size=wide
     )
     largest = max(file.stat().st_size for file in source.glob(f"*.{suffix}"))
     assert size * 0.9 < largest < size * 1.3
-    convert_original(GOLDEN, tmp_path / "small")  # whatever is allocated once
+    convert_original(GOLDEN, tmp_path / "small")  # allocates what is allocated only once
 
     def limited(spare: float, folder: str) -> None:
         before = resource.getrlimit(resource.RLIMIT_DATA)
@@ -305,7 +305,7 @@ def test_memory_for_little_more_than_one_file_is_enough(tmp_path, suffix):
 
     limited(1.4, "hf")
     assert same(stored(tmp_path / "hf-back"), tensors | {HEAD: tensors[EMBEDDING]})
-    with pytest.raises((PipelineError, MemoryError)):  # the limit is one
+    with pytest.raises((PipelineError, MemoryError)):  # the limit is effective
         limited(0.6, "too-little")
 
 
@@ -318,7 +318,7 @@ def test_resolve_converts_an_original_once_and_again_when_it_changed(folders, tm
     written = (first / "model.safetensors").stat().st_mtime_ns
     assert resolve(str(source), store) == str(first)
     assert (first / "model.safetensors").stat().st_mtime_ns == written
-    save_file(TENSORS | {"model.norm.weight": torch.ones(64)}, source / "model.safetensors")  # of the same size
+    save_file(TENSORS | {"model.norm.weight": torch.ones(64)}, source / "model.safetensors")  # a file of the same size
     second = Path(resolve(str(source), store))
     assert second != first and stored(second)["language_model.norm.weight"].eq(1).all()
     assert sorted(store.iterdir()) == sorted([first, second])
@@ -455,7 +455,7 @@ def test_a_folder_with_unknown_newlines_is_refused(folders, tmp_path):
 
 
 def test_grid_newlines_stand_at_the_end_of_each_row_of_each_frame(folders):
-    """By the tokens themselves, of videos of one and of three frames beside an image in one row."""
+    """Check the tokens of videos of one and three frames, packed with an image."""
     processor, model = load(folders["grid"])
     video = next(case for case in CASES if "video" in case)
     items = [encode(folders["grid"], CASES[2])]

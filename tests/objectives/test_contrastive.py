@@ -1,4 +1,4 @@
-"""The loss against its formula, written out in float64, and two processes against one."""
+"""The loss compared with its formula in float64, and two processes compared with one."""
 
 import math
 from itertools import product
@@ -15,7 +15,7 @@ from pipeline.objectives.contrastive.loss import hardness_weighted_loss
 
 ALPHA, TEMPERATURE = 9.0, 0.02
 
-# An error of a logit is one of its exponential, relatively. From the vectors on it takes a few dozen operations.
+# A logit's absolute error is its exponential's relative error. A few dozen operations lead from the vectors to it.
 OF_LOGITS = {"scale": 1 / TEMPERATURE + ALPHA, "operations": 64}
 
 
@@ -25,7 +25,7 @@ def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torc
 
 
 def near(x: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
-    """Unit rows near those of x, so that losses are neither zero nor those of noise."""
+    """Return unit rows near those of x, which give losses between zero and those of noise."""
     return F.normalize(x + noise * unit(*x.shape, seed=seed, dtype=x.dtype), dim=-1)
 
 
@@ -47,7 +47,7 @@ def formula(
     reward_negatives=None,
     tile=None,
 ):
-    """The formula term by term; exponentials as they stand. Returns loss, pairs masked, all pairs."""
+    """Return the loss, the masked pairs and all pairs, computed term by term with plain exponentials."""
     n, m = len(query), 0 if negatives is None else len(negatives)
     is_valid = [True] * n if valid is None else valid.tolist()
     negative_is_valid = [True] * m if negatives_valid is None else negatives_valid.tolist()
@@ -106,7 +106,7 @@ def with_gradients(function, inputs: dict, **options):
 
 
 IDS = {
-    "query_ids": torch.tensor([1, 2, 3, 4, 5, 1, 15]),  # the last is what the fifth has as its target
+    "query_ids": torch.tensor([1, 2, 3, 4, 5, 1, 15]),  # the last equals the fifth's target
     "target_ids": torch.tensor([11, 12, 12, 14, 15, 16, 17]),
     "negative_ids": torch.tensor([20, 14, 15, 12]),
 }
@@ -154,7 +154,7 @@ def test_loss_and_gradients_are_the_formula(name, explicit, tile):
 @pytest.mark.parametrize("name", ["ids", "margin"])
 @pytest.mark.parametrize("tiles", [0, 2])
 def test_a_tile_that_was_not_kept_is_computed_again(name, tiles, monkeypatch):
-    """Of four tiles of two rows (the last: one), with 11 logits a row, and 7 more with a margin."""
+    """Use four tiles of two rows (the last one: one row), with 11 logits per row, and 7 more with a margin."""
     inputs, options = example(), {"alpha": ALPHA, "temperature": TEMPERATURE, **OPTIONS[name], "tile": 2}
     output, expected = with_gradients(hardness_weighted_loss, inputs, **options)
     monkeypatch.setattr(contrastive, "KEPT_BYTES", tiles * 2 * (11 + 7 * (name == "margin")) * 8)
@@ -163,13 +163,11 @@ def test_a_tile_that_was_not_kept_is_computed_again(name, tiles, monkeypatch):
         again, gradients = with_gradients(hardness_weighted_loss, inputs, **options)
     assert again.loss == output.loss
     torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
-    # Each tile of logits once, and once more unless kept; then two products of its gradient.
+    # Each tile's logits once, and again unless cached; then two products for its gradients.
     assert products.count == 4 + (4 - tiles) + 2 * 4
 
 
 class CountProducts(TorchDispatchMode):
-    """Matrix products."""
-
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -189,7 +187,7 @@ def test_float32_is_computed_with_whatever_the_dtype(dtype):
 
 
 def test_gradients_by_finite_differences():
-    """With a fixed reward: through r = s the loss would depend on s, but no gradient flows there."""
+    """Use a fixed reward: with r = s the loss depends on s through r, where no gradient flows."""
     inputs = [x.requires_grad_() for x in example(n=7, m=4, d=4).values()]
 
     def loss(query, target, negatives):
@@ -211,7 +209,7 @@ def test_alpha_zero_is_cross_entropy():
 
 
 def test_a_harder_negative_weighs_exp_of_alpha_times_the_difference():
-    """A negative's share of the gradient, over what it has with alpha 0, grows as exp(alpha r)."""
+    """A negative's share of the gradient, relative to that with alpha 0, is multiplied by exp(alpha r)."""
     query = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     angles = torch.tensor([0.5, 1.2], dtype=torch.float64)
     negatives = torch.stack([angles.cos(), angles.sin()], dim=1).requires_grad_()
@@ -285,7 +283,7 @@ def test_nothing_makes_it_nan(name):
 
 
 def test_a_tiny_loss_keeps_its_digits():
-    """log(sum) - positive would round 1e-9 to 0 in float32."""
+    """In float32, log(sum) - positive would round 1e-9 to 0."""
     query = torch.eye(4)
     loss = hardness_weighted_loss(query, query, alpha=0.0, temperature=1 / 20).loss
     assert loss.item() == pytest.approx(math.log1p(3 * math.exp(-20)), rel=1e-5)
@@ -320,10 +318,10 @@ def test_rewards_that_are_not_complete_are_refused():
         )
 
 
-# Two processes, each with half the rows, against one with all of them.
+# Two processes, each with half of the rows, compared with one that has all rows.
 
 ROWS = 6
-NEGATIVES = {  # how many each rank has
+NEGATIVES = {  # number of negatives per rank
     "unequal": (2, 5),
     "on one rank only": (0, 5),
     "none": (0, 0),
@@ -333,7 +331,7 @@ NEGATIVES = {  # how many each rank has
 
 
 def global_batch(name: str) -> tuple[dict, dict]:
-    """2 * ROWS rows; ids, reward and masks for all of them."""
+    """Return 2 * ROWS rows, with ids, reward and masks for all of them."""
     negatives = sum(NEGATIVES[name])
     n = 2 * ROWS
     inputs = example(n=n, m=negatives, d=8, dtype=torch.float32)
@@ -374,7 +372,7 @@ def on_rank(rank: int) -> dict:
             return {key: x[own if "negative" in key else rows] for key, x in batch.items()}
 
         inputs, options = local(inputs), local(options)
-        if not counts[rank]:  # a rank without any passes none
+        if not counts[rank]:  # a rank without negatives passes none
             inputs = {key: x for key, x in inputs.items() if "negative" not in key}
             options = {key: x for key, x in options.items() if "negative" not in key}
         inputs["temperature"] = torch.tensor(TEMPERATURE)
@@ -403,7 +401,7 @@ def test_two_processes_are_one_with_the_whole_batch(of_two_ranks, name):
     ranks = [results[name] for results in of_two_ranks]
     assert_close_in_norm(torch.stack([r["loss"] for r in ranks]).mean(), output.loss, **OF_LOGITS)
     for key, whole in expected.items():
-        # An engine averages over ranks: half of what each rank hands on.
+        # The engine averages over ranks, so each rank's gradient counts half.
         parts = [r["gradients"][key] / 2 for r in ranks if key in r["gradients"]]
         if key == "temperature":
             parts = [sum(parts)[None]]

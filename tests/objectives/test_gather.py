@@ -1,4 +1,4 @@
-"""The gather and the way back of its gradient."""
+"""The gather and the backward pass of its gradient."""
 
 import torch
 from two_ranks import on_two_ranks
@@ -30,7 +30,7 @@ def test_two_processes():
         assert result["ids"].tolist() == [0, -(2**63), 1, -(2**63) + 1]
         assert result["mask"].tolist() == [True, False, True, True]
         assert result["columns"].tolist() == [[0, 3], [1, 4], [2, 5]] * 2
-    # Both ranks used every row: the gradient sums the weights of rank 0 and, twice those, of rank 1.
+    # Both ranks used every row: the gradient is rank 0's weights plus rank 1's, which are twice as large.
     weights = 3 * torch.arange(12.0).reshape(6, 2)
     torch.testing.assert_close(zero["grad"], weights[:3])
     torch.testing.assert_close(one["grad"], weights[3:])

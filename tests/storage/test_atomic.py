@@ -1,4 +1,4 @@
-"""A file or folder is replaced as a whole, or not at all."""
+"""A file or folder is replaced completely, or not at all."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The one reader of JSON that others may have damaged; columns that nobody reads; what may reach a terminal."""
+"""The reader for untrusted JSON; warnings about unused columns; escaping for the terminal."""
 
 import subprocess
 import sys
@@ -68,7 +68,7 @@ def test_whole_documents_are_read():
 def test_columns_that_nothing_reads(capsys):
     known = ("text", "image", "caption")
     check_members("F", ["text", "image", "caption"], known)
-    check_members("F", ["text", "image", "caption", "note", "captions"], known)  # of known ones none lacks
+    check_members("F", ["text", "image", "caption", "note", "captions"], known)  # no known column is missing
     check_members("G", ["text", "image", "note", "row_id"], known, matters="row")
     assert capsys.readouterr().err.splitlines() == [
         "note: nothing reads the columns note, captions of F",
@@ -98,7 +98,7 @@ def test_what_would_command_a_terminal_is_written_as_python_writes_it():
     ("error", "said"),
     [
         ("PipelineError('a\\x1b[31m\\nb')", "error: a\\x1b[31m\nb\n"),
-        # as torch raises it in whatever the process is at
+        # torch raises it at any point of the process
         ("RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')",
          "error: a data worker failed: DataLoader worker (pid 7) is killed by signal: Killed. ; if it ran out of "
          "memory (or of /dev/shm), lower data.workers or data.memory_mb\n"),

@@ -1,4 +1,4 @@
-"""Reads and writes of a real S3 server through a proxy that breaks connections by plan."""
+"""Reads and writes of a real S3 server through a proxy that breaks connections as planned."""
 
 import multiprocessing
 import os
@@ -23,12 +23,12 @@ ROOT = "s3://pipeline-tests/faults"
 OBJECT = f"{ROOT}/object"
 PATH = "/pipeline-tests/faults/object"
 CONTENT = os.urandom(1 << 20)
-LARGE = client.MULTIPART_BYTES + 12345  # bytes; three parts
+LARGE = client.MULTIPART_BYTES + 12345  # bytes, three parts
 
 
 @pytest.fixture
 def proxied(s3, monkeypatch):
-    """A function that starts a proxy with the given plan and points this process at it."""
+    """Return a function that starts a proxy with a plan and points this process to it."""
     objects.write(OBJECT, CONTENT)
     started = []
 
@@ -44,7 +44,7 @@ def proxied(s3, monkeypatch):
 
 
 def only(method: str, numbers: range, fault: Fault):
-    """The plan in which these requests of this method meet the fault."""
+    """Return a plan that gives the fault to requests with this method and these numbers."""
     return lambda number, asked, path: fault if asked == method and number in numbers else None
 
 
@@ -56,13 +56,13 @@ def message(action, *arguments) -> str:
 
 
 def unfinished(key: str) -> list[str]:
-    """The keys of the multipart uploads that were begun and not ended."""
+    """Return the keys of unfinished multipart uploads."""
     listed = client._client().list_multipart_uploads(Bucket="pipeline-tests", Prefix=key)
     return [entry["Key"] for entry in listed.get("Uploads", [])]
 
 
 def parts_sent(proxy: FaultProxy) -> list[int]:
-    """The numbers of the parts that were sent, as often as they were."""
+    """Return the numbers of all sent parts, with repetitions."""
     return [int(part[1]) for _, path in proxy.requests if (part := re.search(r"partNumber=(\d+)", path))]
 
 
@@ -96,7 +96,7 @@ def test_what_passes_is_tried_again(proxied, fault):
 def test_an_answer_that_breaks_off_is_asked_for_again(proxied, fault):
     for action, answer in ((objects.list_under, [OBJECT]), (objects.exists, False)):
         proxied(only("GET", range(2), fault))
-        assert action(ROOT) == answer  # that there is no object of this name, S3 explains in a body
+        assert action(ROOT) == answer  # S3 reports a missing object in a body
 
 
 def test_what_does_not_pass_fails_at_once(proxied):
@@ -107,8 +107,8 @@ def test_what_does_not_pass_fails_at_once(proxied):
 
 
 def test_progress_gives_more_time(proxied):
-    objects.configure(timeout_s=6)  # a loaded machine, too, answers in a third of it
-    proxied(only("GET", range(4), stall(60)))  # 4 times 2 s, and half of the rest each time
+    objects.configure(timeout_s=6)  # even a loaded machine answers in a third of it
+    proxied(only("GET", range(4), stall(60)))  # four timeouts of 2 s; each attempt receives half of the rest
     before = objects.bytes_received()
     assert objects.read(OBJECT) == CONTENT
     assert objects.bytes_received() - before == len(CONTENT)
@@ -119,7 +119,7 @@ def test_no_progress_is_an_error(proxied, fault, reason):
     objects.configure(timeout_s=3)
     proxied(lambda number, method, path: fault)
     began = time.monotonic()
-    text = message(objects.read, OBJECT, 1000, 2)  # two bytes: a stall lets one pass, then none
+    text = message(objects.read, OBJECT, 1000, 2)  # of two bytes, the first attempt receives one and the others none
     assert time.monotonic() - began >= 3
     for part in (f"{OBJECT}, bytes 1000-1001: no progress in ", reason):
         assert part in text
@@ -185,7 +185,7 @@ def test_an_object_overwritten_while_it_is_read(s3, proxied, replacement):
 
 
 def _read_pieces(count: int) -> tuple[bool, int]:
-    """Whether so many reads in 4 threads brought what they should, and the bytes received for them."""
+    """Read pieces in 4 threads; return whether all are right, and the number of received bytes."""
     spans = [(number * 7919, 20_000) for number in range(count)]
     with ThreadPoolExecutor(4) as pool:
         pieces = pool.map(lambda span: objects.read(OBJECT, *span), spans)
@@ -201,7 +201,7 @@ def test_processes_with_threads(proxied):
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as processes:
         for right, received in processes.map(_read_pieces, [12, 12]):
             assert right
-            assert received % (12 * 20_000) == 0  # one process may have done both
+            assert received % (12 * 20_000) == 0  # one process may have run both
     assert proxy.body_bytes[PATH] == 2 * 12 * 20_000
 
 
@@ -222,7 +222,7 @@ def test_a_body_damaged_each_time_is_refused(proxied):
 
 
 def test_a_killed_upload_goes_on(proxied, tmp_path):
-    """A process is killed while two of five parts are on the server and three on the way."""
+    """A process is killed when two of five parts are on the server and three are being sent."""
     source, url = tmp_path / "source", f"{ROOT}/resumed"
     size = 4 * client.PART_BYTES + 1000
     source.write_bytes(os.urandom(size))
@@ -257,7 +257,7 @@ def test_stale_uploads_of_the_key_are_removed(proxied):
             client._client().upload_part(**where, UploadId=upload, PartNumber=1, Body=body)
     proxy = proxied(lambda number, method, path: None)
     objects.write(f"{ROOT}/stale", data)
-    assert proxy.count("POST") == 2  # an upload of its own was begun, and ended
+    assert proxy.count("POST") == 2  # one to start a new upload and one to complete it
     assert objects.read(f"{ROOT}/stale") == data
     assert unfinished(key) == [key + "-beside"]
 
@@ -295,7 +295,7 @@ def test_servers_that_do_not_list_uploads(proxied):
 
 
 def test_a_lost_answer_to_the_end_of_an_upload(proxied):
-    """The next attempt then finds no upload; whether the first did its work, the object itself shows."""
+    """The next attempt finds no upload, and the object itself shows whether the first one succeeded."""
     data = os.urandom(LARGE)
     plan = {1: RESET, 2: refuse(404, "NoSuchUpload")}
     proxy = proxied(lambda number, method, path: plan.get(number) if method == "POST" else None)

@@ -1,4 +1,4 @@
-"""Never two, and nobody waits for the dead: on this machine, on another one, after a requeue; in a folder and on S3."""
+"""Never two holders, and no waiting for dead ones: on one machine, on two, after a requeue; in a folder and on S3."""
 
 import json
 import os
@@ -30,7 +30,7 @@ with lock.held([sys.argv[1]]):
 
 @pytest.fixture
 def hold() -> Iterator[Callable[[str], subprocess.Popen]]:
-    """A process that holds a folder, as it says."""
+    """Return a function that starts a process that holds a folder and waits until it does."""
     holders = []
 
     def hold(folder: str) -> subprocess.Popen:
@@ -58,7 +58,7 @@ def hurried(monkeypatch) -> None:
 
 
 def left(folder: str, **changes: object) -> str:
-    """What another process may have left in a folder."""
+    """Write the lock file of another process to a folder; return its URL."""
     content = {"host": "elsewhere", "pid": 7, "machine": "another", "born": "1", "job": None, "time": time.time()}
     url = objects.join(folder, lock.FOLDER, "elsewhere.7.0")
     objects.write(url, json.dumps(content | changes).encode())
@@ -76,7 +76,7 @@ def test_one_process_at_a_time_and_none_waits_for_a_dead_one(s3, tmp_path, hold)
         with pytest.raises(PipelineError, match="in use"), lock.held([folder]):
             pass
         holder.kill()
-        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # dead, also where nobody has waited for it yet
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # dead, even before its parent has reaped it
         assert lock.in_use(folder) == ""
         with lock.held([folder]):
             assert len(objects.list_under(folder)) == 1
@@ -96,7 +96,7 @@ def test_in_one_process_too(tmp_path):
 
 
 def test_a_process_elsewhere_lives_as_long_as_it_says_so(tmp_path, hurried):
-    """Whatever its clock says: here an hour ago."""
+    """Its clock does not matter; here it is an hour late."""
     folder, ended = str(tmp_path), threading.Event()
 
     def beat() -> None:
@@ -151,9 +151,9 @@ def test_a_file_that_says_nothing_is_watched_as_well(tmp_path, hurried, capsys, 
     ("job", "passes"),
     [
         (["41 a", 0], True),
-        (["41 a", 1], False),  # another step of this very start
+        (["41 a", 1], False),  # another step of the same start
         (["42 a", 0], False),
-        (["41 b", 0], False),  # another cluster's
+        (["41 b", 0], False),  # of another cluster
         (None, False),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_requeued_job_does_not_wait_for_its_former_self(tmp_path, monkeypatch,
     left(str(tmp_path), job=job)
     assert (lock.in_use(str(tmp_path)) == "") == passes
     waits = []
-    monkeypatch.setattr(lock, "_stamp", lambda url: waits.append(url) or str(len(waits)))  # a sign, as soon as asked
+    monkeypatch.setattr(lock, "_stamp", lambda url: waits.append(url) or str(len(waits)))  # a sign of life at once
     try:
         with lock.held([str(tmp_path)]):
             assert passes

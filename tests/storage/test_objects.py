@@ -56,7 +56,7 @@ def test_write_read_list(root, tmp_path):
     objects.write(objects.join(root, "folder-beside", "x"), b"x")
     assert objects.list_under(objects.join(root, "folder")) == [name, large]
     assert objects.list_under(objects.join(root, "none")) == []
-    for _ in range(2):  # the second time there is nothing to delete
+    for _ in range(2):  # the second call finds nothing to delete
         objects.delete(large)
         assert not objects.exists(large)
     assert objects.exists(name)
@@ -66,7 +66,7 @@ def test_stamps_change_with_their_objects(root, monkeypatch):
     names = [objects.join(root, name) for name in ("a", "folder/b", "folder/c")]
     for name in names:
         objects.write(name, b"old")
-    monkeypatch.setattr(client, "_head", None)  # the listing says it all
+    monkeypatch.setattr(client, "_head", None)  # the listing suffices
     before = objects.stamps(root)
     assert list(before) == names
     assert objects.stamps(f"{root}/") == before
@@ -157,7 +157,7 @@ def test_one_clear_error(s3, monkeypatch, environment, url, expected):
             assert secret not in text
     if expected != "there is no such object":
         assert expected in message(objects.exists, url)
-    if not expected.startswith("there is no such"):  # this server creates a bucket that is written to
+    if not expected.startswith("there is no such"):  # this server creates a missing bucket on writes
         assert expected in message(objects.write, url, b"data")
 
 
@@ -184,7 +184,7 @@ def test_a_forked_child_reads(s3):
 
 @pytest.fixture
 def configured():
-    """`objects.configure`, undone after the test."""
+    """Provide `objects.configure`, and reset it after the test."""
     yield objects.configure
     objects.configure()
 
@@ -243,7 +243,7 @@ def test_addressing(s3, configured, monkeypatch, endpoint, addressing, expected)
 
 
 class OddServer(ThreadingHTTPServer):
-    """A server that answers GETs of bytes 10-19 in ways that the real one does not; `requests` are their ranges."""
+    """A server that answers GETs of bytes 10-19 unlike the real one; `requests` contains their ranges."""
 
     def __init__(self, cut: int = 10, announced: bool = True, status: int = 206, overwritten: bool = False) -> None:
         requests = self.requests = []
@@ -270,7 +270,7 @@ class OddServer(ThreadingHTTPServer):
 
 @pytest.fixture
 def odd(s3, monkeypatch):
-    """A function that starts an OddServer and points this process at it."""
+    """Return a function that starts an OddServer and points this process to it."""
     started = []
 
     def start(**behaviour) -> OddServer:
@@ -288,7 +288,7 @@ def odd(s3, monkeypatch):
 
 @pytest.mark.parametrize("announced", [True, False])
 def test_short_bodies_are_resumed(odd, announced):
-    """A server that cuts its bodies short, and says so in Content-Length or breaks off."""
+    """The server sends short bodies: with the short length in Content-Length, or by closing the connection."""
     server = odd(cut=4, announced=announced)
     assert objects.read("s3://bucket/key", 10, 10) == b"0123456789"
     assert server.requests == ["bytes=10-19", "bytes=14-19", "bytes=18-19"]
@@ -311,7 +311,7 @@ def test_a_server_that_ignores_if_match(odd):
 
 
 def test_the_page_of_a_proxy_is_no_answer(s3, monkeypatch):
-    """With status 200, to whatever is asked."""
+    """The proxy answers every request with status 200."""
     body = b"<html><body>log in</body></html>"
 
     class Handler(BaseHTTPRequestHandler):

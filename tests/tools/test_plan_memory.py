@@ -28,11 +28,11 @@ from pipeline.training.memory import Group, Plan, groups_of, loss_bytes, state_b
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "pipeline/recipes/demo.yaml"
-IMAGE = 3  # the placeholder's token id
+IMAGE = 3  # token id of the placeholder
 
 
 def config(vision: tuple[int, ...], text: tuple[int, ...], image_size: int) -> LlavaOnevisionConfig:
-    """From (hidden, MLP, layers, heads) and, for the language model, key-value heads."""
+    """Return a config from (hidden size, MLP, layers, heads) and, for the language model, key-value heads."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     return LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
@@ -59,7 +59,7 @@ def random_model(shape: LlavaOnevisionConfig, dtype: torch.dtype) -> Llave:
 
 
 def chunk(shape: LlavaOnevisionConfig) -> tuple[Packed, int, int]:
-    """Items with images of two tiles, of one length: attention pads nothing. With their tokens and tiles."""
+    """Return packed items of equal length (no padding), each with two tiles; and their numbers of tokens and tiles."""
     size = shape.vision_config.image_size
     side = size // 8
     image = Image(np.zeros((2, 3, size, size), np.uint8), size, size)
@@ -69,7 +69,7 @@ def chunk(shape: LlavaOnevisionConfig) -> tuple[Packed, int, int]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make, while they live, and their peak."""
+    """Track the bytes of live storages that operations allocate, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measured_saved(model: Llave, packed: Packed, features: torch.Tensor | None) -> int:
-    """Bytes of the distinct storages that autograd saves, parameters excepted."""
+    """Return the bytes of the distinct storages that autograd saves, except parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
 
@@ -119,10 +119,10 @@ def test_a_chunk_takes_what_is_planned(name, dtype):
         model(packed, True)
     assert planned.forward == pytest.approx(live.peak, rel=0.05)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # gradients are counted by themselves
+        parameter.grad = torch.zeros_like(parameter)  # gradients are counted separately
     with LiveBytes() as live:
         model(packed, True).sum().backward()
-    # A parameter's gradient is there beside the sum for a moment: the largest counts.
+    # For a moment, a new gradient exists in addition to the accumulated one; the largest counts.
     assert planned.graph + planned.backward == pytest.approx(live.peak, rel=0.15)
 
 
@@ -194,7 +194,7 @@ def test_without_sharding_states_are_those_of_adamw():
     optimizer.step()
     with LiveBytes() as live:
         optimizer.step()
-    assert live.peak < 4 * len(trained) * 8  # its steps' numbers
+    assert live.peak < 4 * len(trained) * 8  # the step counters
     states = state_bytes(groups_of(model), stage=0, gpus=2, width=4, zero={})
     assert states.parameters == size_of(model.parameters())
     assert states.gradients == size_of(p.grad for p in trained) < states.parameters
@@ -206,7 +206,7 @@ def test_without_sharding_states_are_those_of_adamw():
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_device_has_its_share_of_the_states(stage, dtype):
-    """The shares as ZeRO makes them: of the trained parameters end to end, the master weights and moments in fp32."""
+    """Compare with ZeRO's partitions of the flattened parameters; master weights and moments are in fp32."""
     model, gpus = random_model(SHAPES["tiny"], dtype), 3
     flat = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     master = flat.chunk(gpus)[0].float().clone().requires_grad_()
@@ -239,7 +239,7 @@ def test_what_is_offloaded_is_on_the_host(stage):
     own = 30
     if stage == 3:
         assert (states.parameters, states.gradients) == (2 * 1000, 0)
-        # Master weights, two moments, the gradients' sum and as the optimizer takes it; parameters of both kinds.
+        # Master weights, two moments, accumulated gradients and their fp32 copy; trained and frozen parameters.
         assert states.host == 5 * 4 * own + 2 * 330
     else:
         assert (states.parameters, states.gradients) == (4 * 1660, 4 * 40)
@@ -276,7 +276,7 @@ def test_adapters_take_the_place_of_the_language_model():
     groups = Plan.of(recipe("model.train.lora={rank: 4}", "model.train.vision_tower=false"), 2, videos=False).groups
     trained = {group.name: group.parameters for group in groups if group.trained}
     assert set(trained) == {"image_newline", "multi_modal_projector", "language_model"}
-    # Demo: two layers, hidden 128, MLP 256, keys and values 64; in and out of q, k, v, o and the three of the MLP.
+    # Demo: two layers, hidden 128, MLP 256, keys and values 64; inputs and outputs of q, k, v, o and three of the MLP.
     assert trained["language_model"] == 2 * 4 * (2 * 256 + 2 * 192 + 3 * 384)
     assert all(not group.in_engine for group in groups if group.name == "vision_tower")
 
@@ -289,7 +289,7 @@ def test_the_largest_chunk_fits_and_a_larger_one_does_not():
     for memory in (1e8, 1e9):
         largest = plan.largest_chunk(memory, states)
         assert plan.total(largest, states) <= memory < plan.total(largest + 64, states)
-    # Below one item of max_tokens there is no smaller chunk.
+    # A chunk cannot be smaller than one item of max_tokens.
     assert plan.total(1, states) == plan.total(plan.recipe.model.max_tokens, states)
     assert plan.largest_chunk(plan.total(1, states) - 1, states) == 0
 
@@ -312,7 +312,7 @@ def test_kept_features_are_no_more_than_a_ranks_items_have():
     architecture, longest = two.recipe.model.architecture, two.recipe.model.max_tokens
     side, patch, width = (architecture.vision[name] for name in ("image_size", "patch_size", "hidden_size"))
     tiling = training_of(two.recipe).lengths(two.recipe).tiling
-    # Of 32 queries and 32 targets, in each as many tiles as its tokens can stand for.
+    # 32 queries and 32 targets, each with as many tiles as its tokens allow.
     expected = 64 * math.ceil(longest / tokens_per_tile(tiling, videos=False)) * (side // patch) ** 2 * width * 4
     assert 0 < two.kept()["kept features, at most"] == expected < two.recipe.batch.features_mb << 20
     assert eight.kept()["kept features, at most"] == expected // 4
@@ -356,7 +356,7 @@ def test_the_program_says_what_fits():
     assert done.returncode == 0, done.stderr
     cells = [line.strip("│┃ ").split("│") for line in done.stdout.splitlines()]
     rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
-    # DeepSpeed's bucket of 500 million numbers alone is more.
+    # DeepSpeed's bucket of 500 million numbers alone does not fit.
     assert rows["fits"] == ["yes", "no", "no", "yes"]
     assert rows["largest batch.chunk_tokens"][1:3] == ["none", "none"]
 

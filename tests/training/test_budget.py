@@ -1,4 +1,4 @@
-"""What fits is found in a few steps, never tried beyond what was seen to fit, and survives a checkpoint."""
+"""The budget is found in a few steps, never exceeds the memory on the way, and is restored from a checkpoint."""
 
 import json
 import os
@@ -36,10 +36,10 @@ BOTH = ["chunk_tokens", "kept_chunks"]
 
 
 class Device:
-    """Memory as a step takes it: what is resident, something for each step, and so much a token of a graph.
+    """A memory model of a step: resident memory, a constant per step, and memory per token of a graph.
 
-    fills: how full each step's largest chunk is.  others: what torch's allocator cannot have.
-    moments: of what is resident, what the first step leaves.
+    fills: how full each step's largest chunk is. others: memory that torch's allocator cannot use.
+    moments: the part of the resident memory that the first step allocates.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Device:
         return int(self.base + self.step + self.token * fill * budget.chunk_tokens * max(budget.kept_chunks, 1))
 
     def run(self, budget: Budget) -> list[tuple[int, int]]:
-        """Steps until all is found: their cuts."""
+        """Take steps until the budget is fixed; return the (chunk_tokens, kept_chunks) of each."""
         cuts = []
         while not budget.is_fixed:
             fill = self.fills[len(cuts) % len(self.fills)]
@@ -68,7 +68,7 @@ class Device:
             absent = 0 if cuts[1:] else self.moments
             peak = max(self.peak(budget, fill) - absent, self.base)
             memory = Memory(self.total - self.others, self.base - absent, peak, self.base)
-            # Between its blocks the allocator loses some of what it has.
+            # The allocator loses some memory between its blocks.
             assert 1.04 * memory.peak <= memory.total, "out of memory"
             budget.measured(memory, int(fill * budget.chunk_tokens), items=10_000)
             assert len(cuts) < 30
@@ -91,7 +91,7 @@ def test_memory_is_filled_and_never_exceeded(token, base, step):
     room = FULL * device.total - device.peak(budget)
     assert room >= 0
     graph = token * budget.chunk_tokens
-    # Another graph would not fit, by the estimate that counts what a step takes besides as part of it.
+    # Another graph would not fit, if its estimate includes the step's constant.
     assert room < graph + step or budget.kept_chunks == 0
 
 
@@ -104,11 +104,11 @@ def test_what_was_found_in_steps_that_were_not_full_holds_for_one_that_is(seed):
     device.run(budget)
     available = device.total - device.others
     room = FULL * available - device.peak(budget)
-    assert 0 <= room < device.token * budget.chunk_tokens + 2 * device.step  # for no further graph
+    assert 0 <= room < device.token * budget.chunk_tokens + 2 * device.step  # no other graph fits
 
 
 def test_room_is_left_for_the_moments_that_the_first_step_makes():
-    """As of a 7B model on eight GPUs, whose longest item takes 27 GB."""
+    """Use a 7B model's numbers on eight GPUs, whose longest item takes 27 GB."""
     device, budget = Device(80 * GB, 28 * GB, 0, 6.6e6, moments=7.6 * GB), Budget.of(batch("auto", 0), 4096)
     assert device.run(budget)[1] == (6656, 0)
 
@@ -117,7 +117,7 @@ def test_the_order_of_trials():
     device = Device(80 * GB, 20 * GB, 0, 1e6)
     budget = Budget.of(batch("auto", "auto"), 4096)
     assert device.run(budget) == [(4096, 0), (8192, 0), (16384, 0), (16384, 1), (16384, 2), (16384, 3)]
-    assert (budget.chunk_tokens, budget.kept_chunks) == (16384, 3)  # 52 GB are left, of which one takes 16.4
+    assert (budget.chunk_tokens, budget.kept_chunks) == (16384, 3)  # 52 GB are free, and one graph takes 16.4
 
 
 def test_what_the_recipe_says_is_not_measured():
@@ -135,7 +135,7 @@ def test_a_batch_that_does_not_fill_a_chunk_tells_nothing_of_larger_ones():
     budget = Budget.of(batch("auto", 0), 4096)
     budget.measured(Memory(80 * GB, GB, 2 * GB, GB), 1000, 32)
     assert budget.is_fixed and budget.chunk_tokens == 4096
-    # Where a chunk could never be full, its graph is kept as long as a batch twice as large would fit.
+    # If the batch cannot fill a chunk, its graph is cached as long as a batch twice as large would fit.
     unlimited = Budget.of(batch(1_000_000, "auto"), 4096)
     unlimited.measured(Memory(80 * GB, 20 * GB, 40 * GB, 20 * GB), 2000, 32)
     assert unlimited.kept_chunks == 1
@@ -170,11 +170,11 @@ def test_what_the_recipe_fixes_meanwhile_takes_the_place_of_what_was_found():
 
     assert now("auto", "auto") == (16384, 5, True, True)
     assert now(5000, 0) == (5000, 0, True, True)
-    assert now(8192, "auto") == (8192, 0, True, False)  # how many graphs of such a chunk fit is not known
+    assert now(8192, "auto") == (8192, 0, True, False)  # the number of graphs of such chunks that fit is unknown
     assert now(16384, "auto") == (16384, 5, True, True)
-    assert now("auto", 2) == (16384, 2, True, True)  # beside five it did fit
+    assert now("auto", 2) == (16384, 2, True, True)  # it fitted next to five graphs
     assert now("auto", 8) == (4096, 8, False, True)
-    # What the recipe said then was not found to be the most.
+    # Values that the recipe had set are not known to be the largest.
     assert now("auto", "auto", Budget(16384, 0, True, True, BOTH[:1], 4096)) == (16384, 0, True, False)
     assert now("auto", "auto", Budget(5000, 5, True, True, BOTH[1:], 4096)) == (4096, 0, False, False)
 
@@ -186,14 +186,14 @@ def test_what_was_found_holds_for_as_many_processes_with_as_much_memory(tmp_path
     budget = Budget(16384, 5, True, True, BOTH, 4096)
     kept = found(budget, CONDITIONS)
     assert found_before(tmp_path, kept, CONDITIONS) == budget
-    # Of CPUs it is the machine's, which differs by some megabytes.
+    # On CPUs, this is the machine's memory, which varies by some megabytes.
     for memory, holds in ((79.5, True), (84, True), (72, False), (141, False)):
         before = found_before(tmp_path, kept, CONDITIONS | {MEMORY: int(memory * GB)})
         assert (before is not None) == holds, memory
     for other in ({"processes": 8}, {"seed": 1}):
         assert found_before(tmp_path, kept, CONDITIONS | other) is None
     assert found_before(tmp_path, None, CONDITIONS) is None
-    # An older checkpoint's, and notes that are none.
+    # The format of an older checkpoint, and invalid notes.
     assert found_before(tmp_path, {"chunk_tokens": 16384, "kept_chunks": 5}, CONDITIONS) is None
     for note in ("[1]", '{"conditions": null}', "{", json.dumps(kept | {"budget": {"tokens": 1}})):
         (tmp_path / NOTE).write_text(note)
@@ -246,7 +246,7 @@ def test_out_of_memory_says_what_to_set_and_auto_comes_back_with_less(tmp_path, 
     assert (again.chunk_tokens, again.kept_chunks, again.kept_is_fixed) == smaller and again.chunk_is_fixed
     assert again.kept_is_fixed or again.graph == 0
     assert [path.name for path in tmp_path.iterdir()] == ["budget.json"]
-    # On other GPUs it says nothing, and what the checkpoint has of them holds.
+    # On another number of GPUs the note does not apply, and the checkpoint's budget does.
     elsewhere = CONDITIONS | {"processes": 32}
     assert found_before(tmp_path, found(budget, elsewhere), elsewhere) == budget
     assert found_before(tmp_path, None, elsewhere) is None
@@ -260,8 +260,8 @@ def one_rank():
 
 
 def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_path, monkeypatch, one_rank, caplog):
-    """The whole loop, but for the step."""
-    # Not above: processes that take no part in this import this module, too.
+    """Run the whole training loop, except for the step itself."""
+    # Imported here, because processes that do not run this test also import this module.
     from pipeline.training.trainer import Trainer
 
     caplog.set_level("INFO", logger="pipeline")
@@ -291,7 +291,7 @@ def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_pa
         with pytest.raises(PipelineError, match=f"in step 1 with .* uses batch.chunk_tokens={smaller} "):
             trainer().train()
         assert f"restored budget: batch.chunk_tokens={now}" in caplog.messages[-1]
-    # What was noted was of a longest item of 4,096 tokens, and of so much memory.
+    # The note applies to a longest item of 4,096 tokens and to that much memory.
     longer = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.max_tokens=8192"])
     with pytest.raises(PipelineError, match=r"with batch.chunk_tokens=8192 .* a chunk holds only one item"):
         trainer(longer).train()
@@ -309,10 +309,10 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
 
 def gpu(rank: int) -> SimpleNamespace:
-    """An accelerator's calls: the second GPU is smaller, has more in it, and other libraries have more of it."""
+    """Mock an accelerator. The second GPU is smaller, and both torch and other libraries use more of it."""
     return SimpleNamespace(
         device_name=lambda: "cuda",
-        current_device_name=lambda: "cpu",  # of the tensors that gloo reduces
+        current_device_name=lambda: "cpu",  # for the tensors that gloo reduces
         total_memory=lambda: (80 - rank) * GB,
         reset_peak_memory_stats=lambda: None,
         memory_allocated=mock.Mock(side_effect=[(10 + rank) * GB, (15 + rank) * GB]),
@@ -343,7 +343,7 @@ def allocator_settings(rank: int) -> str:
 
 
 def test_torchs_allocator_loses_little_between_blocks_unless_the_user_says_otherwise():
-    """In processes of their own, for it is read once; after torch and DeepSpeed are imported."""
+    """Use new processes, since torch reads the setting only once; torch and DeepSpeed are already imported."""
     assert on_two_ranks(allocator_settings) == ["expandable_segments:True", "max_split_size_mb:512"]
 
 

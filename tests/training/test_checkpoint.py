@@ -1,4 +1,4 @@
-"""Which checkpoints stay; that they are whole is shown by whole runs (tests/integration)."""
+"""Which checkpoints are kept. Whole runs (tests/integration) show that they are complete."""
 
 import logging
 from dataclasses import replace
@@ -27,7 +27,7 @@ def test_the_newest_stay_and_the_best(tmp_path):
         left.append(there())
     assert left == [[1], [1, 2], [2, 3], [2, 4], [2, 5]]
     assert best(tmp_path).name == "step-00000002"
-    keep_best(tmp_path, 5, 0.1, ["Scene-VQA", "clips"])  # of other sets: the two cannot be compared
+    keep_best(tmp_path, 5, 0.1, ["Scene-VQA", "clips"])  # scores on different sets cannot be compared
     assert best(tmp_path).name == "step-00000005"
 
 

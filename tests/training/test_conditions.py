@@ -1,4 +1,4 @@
-"""A run is continued only with the batches that it began with: also where the code that orders them has changed."""
+"""A run is only continued with the batches that it started with, even if the code that orders them has changed."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def conditions() -> dict:
 
 
 def begun(folder: Path, conditions: dict) -> Path:
-    """A checkpoint's folder, as far as it says how its run began."""
+    """Write a checkpoint folder with only the conditions that its run started with."""
     (folder / "conditions.json").write_text(json.dumps(conditions | {checkpoint.PROCESSES: 1}))
     return folder
 
@@ -60,7 +60,7 @@ def test_a_run_from_before_images_were_turned_goes_on_as_it_read_them(tmp_path, 
     [
         ({"model_type": "llava_onevision"}, "upright"),
         ({"model_type": "llava_onevision", "image_reading": "as_stored"}, "as_stored"),
-        ({"model_type": "llava_qwen", "auto_map": {"AutoModel": "code.Model"}}, "upright"),  # an original one
+        ({"model_type": "llava_qwen", "auto_map": {"AutoModel": "code.Model"}}, "upright"),  # an original checkpoint
     ],
 )
 def test_how_images_are_read_is_the_models_own_way_unless_the_recipe_says(tmp_path, config, read):
@@ -101,7 +101,7 @@ AS_FORMER = {
 
 
 def as_former(kind: str, monkeypatch, *overrides: str) -> dict:
-    """Conditions of the recipe by which a run of an earlier version's kind began, with models of the same weights."""
+    """Return the conditions of the recipe that corresponds to an earlier version's run, with the same model weights."""
     monkeypatch.setattr("pipeline.models.files.fingerprint", lambda path: path and "f")
     monkeypatch.setattr("pipeline.models.llm2clip.family.fingerprint", lambda path: path and "f")
     name, *own = AS_FORMER[kind]

@@ -32,7 +32,7 @@ def model(tiny_model) -> Llave:
 
 
 def names(model: Llave, group: dict) -> set[str]:
-    """The first parts of the names of a group's parameters."""
+    """Return the first components of the names of a group's parameters."""
     members = {id(parameter) for parameter in group["params"]}
     return {name.partition(".")[0] for name, parameter in model.named_parameters() if id(parameter) in members}
 
@@ -79,11 +79,11 @@ def test_adapters_alone_are_trained_and_begin_as_nothing(tiny_model):
     before = dict(model.named_parameters())
     add_adapters(model.language_model, chosen.model.train.adapters, seed=1)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "tower" not in name}
-    assert len(trained) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
+    assert len(trained) == 2 * 7 * 2  # A and B for seven linear layers in each of two blocks
     assert all("lora_" in name and 3 in parameter.shape for name, parameter in trained.items())
     given = dict(model.named_parameters())
     merged = merge_adapters(given, chosen.model.train.adapters)
-    assert not given  # a big model and its merged copy would not both fit
+    assert not given  # a large model and its merged copy would not fit together
     assert merged.keys() == before.keys()
     assert all(torch.equal(merged[name], weight) for name, weight in before.items())
 
@@ -150,6 +150,6 @@ def test_a_build_that_goes_on_is_waited_for(tmp_path, monkeypatch, caplog):
     lock = tmp_path / "cpu_adam/lock"
     lock.parent.mkdir()
     lock.touch()
-    monkeypatch.setattr("time.sleep", lambda _: lock.unlink())  # the build ends meanwhile
+    monkeypatch.setattr("time.sleep", lambda _: lock.unlink())  # the build ends during the wait
     remove_stale_lock()
     assert caplog.messages == []

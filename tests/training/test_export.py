@@ -15,7 +15,7 @@ from pipeline.training import export
 
 
 def _slow_export(rank: int) -> list[str]:
-    """Where a collective waits for 8 s, an export that takes longer, and one that fails on the first rank."""
+    """With a collective timeout of 8 s, run an export that takes longer, then one that fails on the first rank."""
     dist.destroy_process_group()
     store = dist.FileStore(os.environ["SLOW_EXPORT_STORE"], 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=8))

@@ -66,7 +66,7 @@ def test_what_is_no_line_of_a_log_is_cut_with_a_note_and_kept(content, kept, dam
     assert said in caplog.text
     assert len(caplog.messages) == bool(said)
     caplog.clear()
-    StepLog(path, 3)  # cut once
+    StepLog(path, 3)  # the file was already repaired
     assert "damaged" not in caplog.text
 
 
@@ -80,7 +80,7 @@ def test_a_step_may_have_several_bad_samples(tmp_path, caplog):
 
 @contextmanager
 def no_file_above(size: int) -> Iterator[None]:
-    """As on a full disk."""
+    """Limit the size of files, which then fail as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

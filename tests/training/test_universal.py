@@ -1,4 +1,4 @@
-"""A conversion that cannot end well ends soon: it runs no code of the files, does not hang, and dies with its rank."""
+"""A conversion that cannot succeed ends soon: it runs no code from the files, does not hang, and ends with its rank."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def target(source: Path) -> Path:
 
 
 class Hostile:
-    """What, unpickled, would make a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -62,7 +62,7 @@ def test_one_for_which_there_is_no_room_does_not_begin(source, monkeypatch):
 
 
 def test_one_that_writes_nothing_is_ended_at_the_time_limit(source):
-    os.mkfifo(source / OPTIMIZER)  # which nobody writes to
+    os.mkfifo(source / OPTIMIZER)  # no process writes to it
     with pytest.raises(PipelineError, match=r"nothing written for 0\.05 minutes"):
         convert(source, target(source), 2, 1, timeout_minutes=0.05)
 

@@ -1,1 +1,1 @@
-"""A family of models that the project does not know: an item is the sum of its words' vectors."""
+"""A model family that is not part of the project: an item's embedding is the sum of its word vectors."""

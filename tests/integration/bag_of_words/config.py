@@ -1,4 +1,4 @@
-"""The section of a recipe."""
+"""The family's section of a recipe."""
 
 from typing import Annotated, ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""The model, and the two interfaces."""
+"""The model, its training interface and its saved-model interface."""
 
 import json
 import re
@@ -27,7 +27,7 @@ from pipeline.models.loading import DTYPES, config_dict
 
 @dataclass(frozen=True)
 class BagOfWordsProcessor:
-    """Words, and an image as a word for its colour, -> rows of the table."""
+    """Map words to rows of the table; an image counts as one word, its colour."""
 
     rows: int
     lower_case: bool

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes, n1 and n2, on this machine, with all its files and ports its own."""
+"""A real Slurm cluster of two nodes, n1 and n2, on this machine, with its own files and ports."""
 
 import os
 import re
@@ -24,10 +24,10 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "setpriv")
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 
-# Without cgroups. Nodes are such as the job scripts ask for, whatever the machine is. One that does not answer is down
-# after SlurmdTimeout: seconds, but more than a busy machine needs to answer. One that a test sets down stays so: were
-# ReturnToService 2, it would be back at its next answer. Records of ended jobs are kept. A job in the partition urgent
-# takes nodes from those in test, whose steps are told so GraceTime seconds before.
+# No cgroups. The nodes have the resources that the job scripts request, whatever the machine has. A node that does not
+# answer is down after SlurmdTimeout: a few seconds, but longer than a busy machine needs to answer. A node that a test
+# sets down stays down; with ReturnToService=2 it would return at its next answer. Records of ended jobs are kept. Jobs
+# in the partition urgent preempt those in test, whose steps get a signal GraceTime seconds before.
 _CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -67,22 +67,22 @@ PartitionName=urgent Nodes=n1,n2 State=UP PriorityTier=2
 
 
 class SlurmFailure(Exception):
-    """A client command failed, or what a test waits for did not come; with what the job or the daemons printed."""
+    """A client command failed, or a wait ended without success; includes the output of the job or the daemons."""
 
 
 def unavailable() -> str:
-    """Why no cluster can run here; empty where one can."""
+    """Return why no cluster can run on this machine, or an empty string."""
     if absent := [name for name in _PROGRAMS if not shutil.which(name, path=_PATH)]:
         return f"no {', '.join(absent)} here: apt-get install slurm-wlm munge"
     return "" if os.geteuid() == 0 else "a Slurm of our own runs as root only"
 
 
 class SlurmCluster:
-    """Two nodes, which say that they have 96 CPUs and 8 GPUs each, as a context manager.
+    """Two nodes that claim 96 CPUs and 8 GPUs each, as a context manager.
 
-    Jobs run as root in the repository's root, with this process's environment, and this Python first in their PATH.
-    The daemons are child processes; they end with the context, and with them every job's processes.
-    folder: all of its files; new, and removed with it. daemons: by name, a slurmd by its node's.
+    Jobs run as root in the repository's root, with this process's environment, and with this Python first in PATH.
+    The daemons are child processes; they and all jobs' processes end with the context.
+    folder: contains all files of the cluster, and is removed at the end. daemons: by name; a slurmd by its node's name.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class SlurmCluster:
         self.daemons: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> "SlurmCluster":
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path must be short
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # paths of sockets must be short
         try:
             self._configure()
             files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
@@ -98,7 +98,7 @@ class SlurmCluster:
             self._launch("munged", "munged", "--foreground", "--force", *files)
             self._until((self.folder / "munge.socket").exists, "munged has no socket")
             self._launch("slurmctld", "slurmctld", "-D")
-            self._until(self._answers, "slurmctld does not answer")  # a node that comes sooner is long not heard again
+            self._until(self._answers, "slurmctld does not answer")  # slurmctld contacts earlier nodes much later
             for node in NODES:
                 self._launch(node, "slurmd", "-D", "-N", node)
             self._until(self._idle, "the nodes are not idle")
@@ -112,13 +112,13 @@ class SlurmCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client's environment must say, cleared of a Slurm job that these tests may run in."""
+        """Return a client's environment, without variables of a Slurm job that these tests may run in."""
         others = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         path = f"{Path(sys.executable).parent}:{_PATH}"
         return others | {"PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def run(self, *command: str, **environment: str) -> str:
-        """What a client command, such as `sinfo`, prints. Raises SlurmFailure with its words if it fails."""
+        """Return the output of a client command such as `sinfo`. Raises SlurmFailure with its output if it fails."""
         ended = subprocess.run(
             command, env=self.environment | environment, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS
         )
@@ -127,10 +127,10 @@ class SlurmCluster:
         return ended.stdout
 
     def submit(self, script: Path, *arguments: str, **options: str | int | None) -> int:
-        """Submit a script with arguments of its own; the job's number.
+        """Submit a script with arguments; return the job's number.
 
-        options: sbatch's, as in ntasks_per_node=1; None for one that takes no value. Output is appended to a file of
-        the cluster's unless they say otherwise.
+        options: options of sbatch, such as ntasks_per_node=1; None for one without a value. By default, output is
+        appended to a file in the cluster's folder.
         """
         options = {"output": str(self.folder / "%j.out"), "open_mode": "append"} | options
         flags = [
@@ -139,24 +139,23 @@ class SlurmCluster:
         return int(self.run("sbatch", "--parsable", *flags, str(script), *arguments))
 
     def job(self, job: int) -> dict[str, str]:
-        """What `scontrol show job` says: JobState, Reason, Restarts, NodeList, ExitCode, StdOut, ..."""
+        """Return the fields of `scontrol show job`: JobState, Reason, Restarts, NodeList, ExitCode, StdOut, ..."""
         shown = self.run("scontrol", "--oneliner", "show", "job", str(job))
         return dict(re.findall(r"(?:^| )([A-Z][\w/:]*)=(\S*)", shown))
 
     def output(self, job: int) -> str:
-        """What the job has printed so far."""
         with suppress(FileNotFoundError):
             return Path(self.job(job)["StdOut"]).read_text(errors="replace")
         return ""
 
     def errors(self, job: int) -> str:
-        """Of what the job has printed, the lines in which its starts and its errors are named."""
+        """Return the lines of the job's output that report starts and errors."""
         return "\n".join(re.findall(r"^(?:== |error: |slurmstepd: ).*$", self.output(job), re.MULTILINE))
 
     def wait(self, job: int, states: str | Collection[str], seconds: float = HANG_SECONDS) -> dict[str, str]:
-        """Wait until the job's state is one of these; what `job` says then.
+        """Wait until the job is in one of these states; return the result of `job`.
 
-        Raises SlurmFailure with the job's output at the time limit, and as soon as it has ended in another state.
+        Raises SlurmFailure with the job's output at the time limit, or as soon as the job has ended in another state.
         """
         states = {states} if isinstance(states, str) else states
 
@@ -171,9 +170,9 @@ class SlurmCluster:
         self.wait_until(job, lambda: text in self.output(job), f"has not printed {text!r}", seconds)
 
     def release(self, job: int) -> None:
-        """Let a requeued job start in two seconds; by itself it waits two minutes.
+        """Let a requeued job start in two seconds instead of two minutes.
 
-        Not sooner: a node refuses a job that was ended there in the same second, and the job has failed.
+        An earlier start would fail: a node refuses a job that ended there in the same second.
         """
         self._until(lambda: self.job(job)["JobState"] == "PENDING", f"job {job} is not pending")
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds")
@@ -185,14 +184,14 @@ class SlurmCluster:
         self.run("scancel", str(job))
 
     def set_node(self, name: str, state: str, reason: str = "test") -> None:
-        """Set a node's state: down (ends its jobs), drain, resume."""
+        """Set a node's state: down (ends its jobs), drain or resume."""
         self.run("scontrol", "update", f"NodeName={name}", f"State={state}", f"Reason={reason}")
 
     def tasks(self, job: int) -> dict[int, list[psutil.Process]]:
-        """The processes of each rank of the job's running step: the task itself, then all that it started."""
+        """Return the processes of each rank of the job's running step: the task, then its descendants."""
         ranks = {}
         for process, environment in self._processes():
-            # The batch script has a SLURM_PROCID, too, and srun passes for one of the step.
+            # The batch script also has SLURM_PROCID, and srun also looks like a process of the step.
             if environment.get("SLURM_JOB_ID") == str(job) and "SLURM_STEP_ID" in environment:
                 with suppress(psutil.Error):
                     if process.parent().name() == "slurmstepd":
@@ -200,23 +199,23 @@ class SlurmCluster:
         return ranks
 
     def clear(self) -> None:
-        """End all jobs at once, and take all nodes back into service."""
+        """End all jobs and return all nodes to service."""
         self.run("scancel", "--user=root")
         for node in NODES:
-            with suppress(SlurmFailure):  # it is in service
+            with suppress(SlurmFailure):  # the node is in service
                 self.set_node(node, "resume")
 
         def free() -> bool:
-            self._kill_jobs()  # what ignores SIGTERM would live for KILL_WAIT
+            self._kill_jobs()  # processes that ignore SIGTERM would live for KILL_WAIT
             return self._idle() and not self.run("squeue", "--noheader")
 
         self._until(free, "jobs do not end")
 
     def wait_until(self, job: int, condition: Callable[[], bool], failure: str, seconds: float = HANG_SECONDS) -> None:
-        """Wait until the condition holds. Raises SlurmFailure as `wait` does; failure: what is wrong then."""
+        """Wait until the condition holds. Raises SlurmFailure as `wait` does. failure: the error message."""
         deadline = time.monotonic() + seconds
         while True:
-            shown = self.job(job)  # before the condition: what an ended job has printed is then all there
+            shown = self.job(job)  # read before the condition, so that the output of an ended job is complete
             if condition():
                 return
             if shown["JobState"] in ENDED or time.monotonic() > deadline:
@@ -239,7 +238,7 @@ class SlurmCluster:
         (self.folder / "gres.conf").write_text("".join(f"Name=gpu File={gpu}\n" for gpu in gpus))
 
     def _launch(self, name: str, program: str, *arguments: str) -> None:
-        # If we are killed outright, the kernel ends the daemon.
+        # The kernel ends the daemon if this process is killed.
         command = [shutil.which("setpriv"), "--pdeathsig", "KILL", shutil.which(program, path=_PATH), *arguments]
         with (self.folder / f"{name}.printed").open("wb") as printed:
             self.daemons[name] = subprocess.Popen(
@@ -277,7 +276,7 @@ class SlurmCluster:
             time.sleep(0.1)
 
     def _processes(self) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
-        """All processes with this cluster's configuration, and their environments."""
+        """Yield all processes that use this cluster's configuration, with their environments."""
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 environment = process.environ()
@@ -295,7 +294,7 @@ class SlurmCluster:
             daemon.kill()
             daemon.wait()
         self.daemons.clear()
-        for process in psutil.process_iter():  # step daemons overwrite their environment; their folder is slurmd's
+        for process in psutil.process_iter():  # slurmstepd overwrites its environment; its working folder is slurmd's
             with suppress(psutil.Error):
                 if process.name() == "slurmstepd" and process.cwd() == str(self.folder):
                     process.kill()

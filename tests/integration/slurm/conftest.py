@@ -7,7 +7,7 @@ from cluster import SlurmCluster, unavailable
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """A real Slurm of two nodes; skipped where there can be none, unless it is required."""
+    """Start a real Slurm of two nodes; skip the test if that is impossible, unless Slurm is required."""
     if reason := unavailable():
         required = os.environ.get("CI") or os.environ.get("PIPELINE_REQUIRE_SLURM") == "1"
         (pytest.fail if required else pytest.skip)(reason)
@@ -17,7 +17,7 @@ def slurm() -> Iterator[SlurmCluster]:
 
 @pytest.fixture(autouse=True)
 def cleared(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No test finds another's jobs or nodes out of service."""
+    """End all jobs and restore all nodes after each test."""
     yield
     if "slurm" in request.fixturenames:
         request.getfixturevalue("slurm").clear()

@@ -1,4 +1,4 @@
-"""Conversion, training, evaluation and report as jobs; and every script as sbatch and shellcheck see it."""
+"""Conversion, training, evaluation and report as jobs; and every script checked by sbatch and shellcheck."""
 
 import os
 import re
@@ -21,7 +21,7 @@ SUBMITTED = [path for path in SCRIPTS if "#SBATCH" in path.read_text()]
 
 @pytest.fixture
 def site(tmp_path) -> dict[str, str]:
-    """The environment to submit in: as on a site without GPUs, and what jobs print stays out of the repository."""
+    """Return the environment for submitting, as on a site without GPUs. Jobs write outside the repository."""
     file = tmp_path / "site.env"
     file.write_text("export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1\n")
     return {
@@ -69,7 +69,7 @@ def test_the_chain_from_a_seed_to_a_report(slurm, s3, site, tmp_path):
     assert (len(gathered.results), gathered.model) == (10, str(run / "export"))
     assert (run / "mmeb/report.html").exists()
     told = re.search(r"([\d,]+) of ([\d,]+) items are already embedded", slurm.output(report))
-    assert told[1] == told[2]  # the array's tasks left nothing to do
+    assert told[1] == told[2]  # the array's tasks left no work
     assert "mean: overall" in slurm.output(report)
 
 

@@ -1,4 +1,4 @@
-"""What our job scripts rely on, as this Slurm does it."""
+"""The behaviour of Slurm that our job scripts rely on."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 from cluster import SlurmCluster, SlurmFailure
 from limits import HANG_SECONDS
 
-# A rank that says which signal it gets, and goes on.
+# Ranks that print the signals that they get, and continue.
 PATIENT = """srun --kill-on-bad-exit=1 bash -c '
     for signal in USR1 TERM; do trap "echo rank $SLURM_PROCID has $signal" $signal; done
     echo rank $SLURM_PROCID is there
@@ -21,7 +21,7 @@ ONCE_MORE = """
 
 @pytest.fixture
 def submit(slurm, tmp_path) -> Callable[..., int]:
-    """Submit the lines of a script as a job of two ranks on two nodes."""
+    """Return a function that submits lines of a script as a job with two ranks on two nodes."""
 
     def submit(script: str, to: SlurmCluster = slurm, **options: str | int | None) -> int:
         path = tmp_path / "job.sh"
@@ -38,7 +38,7 @@ def both_there(slurm: SlurmCluster, job: int) -> None:
 
 def alive(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
-        return process.status() != psutil.STATUS_ZOMBIE  # one that nobody reaps, where process 1 does not
+        return process.status() != psutil.STATUS_ZOMBIE  # a zombie stays if process 1 does not reap it
     return False
 
 
@@ -71,7 +71,7 @@ def test_a_node_that_goes_down_sends_its_jobs_back(slurm, submit):
     slurm.set_node("n2", "down")
     slurm.release(job)
     time.sleep(4)
-    assert slurm.job(job)["JobState"] == "PENDING"  # it stays down
+    assert slurm.job(job)["JobState"] == "PENDING"  # the node stays down
     slurm.set_node("n2", "resume")
     assert slurm.wait(job, "COMPLETED")["Restarts"] == "1"
 

@@ -1,4 +1,4 @@
-"""What a program takes itself for that was not started by srun itself, but somewhere in a job or a step."""
+"""How a program interprets its environment if srun did not start it directly, but another process of a job did."""
 
 import re
 import subprocess
@@ -38,13 +38,13 @@ def test_in_an_interactive_step_a_program_is_no_rank_and_says_so(slurm, tmp_path
     probe = tmp_path / "probe.py"
     probe.write_text(PROBE)
     python = f"{sys.executable} {probe} {ROOT}"
-    lines = tmp_path / "typed.sh"  # what is typed into the shell
+    lines = tmp_path / "typed.sh"  # the lines typed into the shell
     lines.write_text(f"{python}\nsrun {python}\nsrun bash -c '{python}; true'\n")
-    shell = ("srun", "--interactive", "--preserve-env", "--pty", "bash")  # Slurm's own InteractiveStepOptions
+    shell = ("srun", "--interactive", "--preserve-env", "--pty", "bash")  # Slurm's default InteractiveStepOptions
     printed = in_a_terminal(slurm, "salloc", "--nodes=2", "--ntasks-per-node=1", *shell, str(lines))
     assert places(printed) == ["- - - -", *sorted(TWO + TWO)], printed
 
-    # A shell of one task, whose others have ended.
+    # A shell in one task, after the other tasks have ended.
     printed = in_a_terminal(slurm, "srun", "--nodes=2", "--ntasks=2", "--pty", "bash", "-c", f"'{python}; true'")
     assert places(printed) == ["- - - -"], printed
 
@@ -55,11 +55,11 @@ def test_in_an_interactive_step_a_program_is_no_rank_and_says_so(slurm, tmp_path
 
 
 def test_a_job_that_is_submitted_from_inside_another_is_itself(slurm, tmp_path):
-    """Also from below a launcher there, and of as many tasks."""
+    """Check this also below a launcher in the outer job, and with the same number of tasks."""
     probe, inner, outer = (tmp_path / name for name in ("probe.py", "inner.sh", "outer.sh"))
     probe.write_text(PROBE)
     python = f"{sys.executable} {probe} {ROOT}"
-    # As of an outer job's --mem-per-cpu, beside this one's --mem, of which srun would die.
+    # An outer job's --mem-per-cpu next to this job's --mem would make srun fail.
     requests = "export SLURM_MEM_PER_CPU=100 SLURM_MEM_PER_NODE=200"
     direct, clean = f"{python} >> direct.txt", f"{requests}\nsource slurm/setup.sh\ncd -\n{python} >> clean.txt"
     steps = f"srun {python} >> steps.txt"
@@ -72,5 +72,5 @@ def test_a_job_that_is_submitted_from_inside_another_is_itself(slurm, tmp_path):
     found = {path.stem: places(path.read_text()) for path in tmp_path.glob("*.txt")}
     assert found["steps"] == sorted(4 * TWO), printed
     assert found["clean"] == 2 * ["- - - -"], printed
-    # The second was submitted below a launcher; without setup.sh nothing tells that it has none of its own.
+    # The second job was submitted below a launcher; without setup.sh nothing shows that it has no launcher itself.
     assert found["direct"] == ["- - - -", "5 8 5 -"], printed

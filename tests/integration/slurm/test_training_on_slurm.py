@@ -1,4 +1,4 @@
-"""The job scripts on a real Slurm: what becomes of a training that is stopped, killed, or moved to other nodes."""
+"""The job scripts on a real Slurm: a training run is stopped, killed, or moved to other nodes."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def site(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def recipe(s3, tiny_model) -> list[str]:
-    """The demo's recipe on few samples in S3, from a model that exists already."""
+    """Return the demo's recipe with few samples in S3 and an existing model."""
     convert({"s3://pipeline-tests/slurm": TrainingPairs("Scene-T2I", 0, 400)}, options={}, shard_bytes=200_000)
     return [
         f"model.path={tiny_model}",
@@ -55,7 +55,7 @@ def recipe(s3, tiny_model) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe, tmp_path_factory) -> Path:
-    """What all other runs are compared with: one under torchrun, on two processes."""
+    """Return the reference run for all others: under torchrun, on two processes."""
     run = tmp_path_factory.mktemp("runs") / "torchrun"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
@@ -72,7 +72,7 @@ def undisturbed(recipe, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def train(slurm, recipe, tmp_path) -> Callable[..., tuple[int, Path]]:
-    """Submit slurm/train_demo.sh; the job and its run directory."""
+    """Return a function that submits slurm/train_demo.sh and returns the job and its run directory."""
 
     def train(*overrides: str, name: str = "run", **options: str | int | None) -> tuple[int, Path]:
         run = tmp_path / name
@@ -86,7 +86,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def last_line(slurm: SlurmCluster, job: int) -> str:
-    """Of the job's output, but for Slurm's own."""
+    """Return the last line of the job's output that is not from Slurm itself."""
     return [line for line in slurm.output(job).splitlines() if not line.startswith("slurmstepd")][-1]
 
 
@@ -116,7 +116,7 @@ def restarts(slurm: SlurmCluster, job: int) -> int:
 
 
 def wait_for_requeue(slurm: SlurmCluster, job: int, before: int = 0) -> None:
-    """before: how often the job had been requeued."""
+    """Wait until the job is requeued. before: how often it had been requeued already."""
 
     def is_back() -> bool:
         shown = slurm.job(job)
@@ -130,16 +130,16 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
 ):
     some = random.Random(0)
     job, run = train()
-    # And one whose programs, here asleep, heed no signal before its time is up: Slurm would not start it again.
+    # Also a job whose programs (here: sleep) ignore the signal before the time limit. Slurm would not requeue it.
     (tmp_path / "asleep.env").write_text("CONTAINER=(bash -c 'sleep 300')\n")
     with monkeypatch.context() as patch:
         patch.setenv("SITE_ENV", str(tmp_path / "asleep.env"))
         late, _ = train(name="late", time=1)
 
     def near_the_limit(job: int) -> None:
-        """Slurm looks at limits every 30 seconds: until it sends its signal, which ends a pause, there is no step.
+        """Suspend a rank until Slurm sends its signal; Slurm checks time limits only every 30 seconds.
 
-        Then the job has time again: a busy machine may take longer than the minutes that limits are counted in.
+        Then extend the job's limit, which is counted in minutes: a busy machine may need longer.
         """
         rank = slurm.tasks(job)[0][0]
         rank.suspend()
@@ -183,7 +183,7 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
     slurm.release(job)
 
     def preempt(job: int) -> None:
-        """By a job that takes both nodes; in the grace time only the steps are told."""
+        """Preempt the job by one that takes both nodes; during the grace time only the steps get a signal."""
         (tmp_path / "urgent.sh").write_text("#!/bin/sh\n")
         urgent.append(slurm.submit(tmp_path / "urgent.sh", partition="urgent", nodes=2, exclusive=None))
 
@@ -201,12 +201,12 @@ def test_without_its_second_node_a_job_goes_on_with_the_same_batches_on_the_firs
     assert slurm.job(job)["NumNodes"] == "2"
     slurm.set_node("n2", "down")
     slurm.wait(job, "PENDING")
-    slurm.run("scontrol", "update", f"JobId={job}", "NumTasks=1")  # else it waits for a second node
+    slurm.run("scontrol", "update", f"JobId={job}", "NumTasks=1")  # otherwise it waits for a second node
     slurm.release(job)
     assert slurm.wait(job, "COMPLETED")["NodeList"] == "n1"
     ours, theirs = (lines(folder / "metrics.jsonl") for folder in (run, undisturbed))
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
-    for mine, other in zip(ours, theirs, strict=True):  # through the parameters, each step adds to the difference
+    for mine, other in zip(ours, theirs, strict=True):  # each step adds to the difference through the parameters
         assert mine["loss"] == pytest.approx(other["loss"], rel=mine["step"] * 1e-5)
     batches = []
     for folder in (run, undisturbed):
