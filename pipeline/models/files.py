@@ -61,7 +61,7 @@ def fetched(path: str, *, weights: bool = True) -> Path:
 
 def _of_hub(error: Exception) -> str:
     if isinstance(error, GatedRepoError):
-        return "the hub gives it only to who accepted its terms: do so on its page there, then `hf auth login`"
+        return "the hub requires that you accept its terms: do so on its page, then run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return "the hub has no such model, or a private one: correct the name, or `hf auth login`"
     if isinstance(error, LocalEntryNotFoundError):
@@ -155,7 +155,7 @@ def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
     for file in files:
         for name, (shape, dtype, zero) in _header(file).items():
             if name in found:
-                raise PipelineError(f"{name} is in {found[name].file} and in {file}: remove the file that is too many")
+                raise PipelineError(f"{name} is in {found[name].file} and in {file}: remove one of the two files")
             if dtype not in _DTYPES.values() and (dtype not in _COUNTING or name.endswith((".weight", ".bias"))):
                 raise PipelineError(
                     f"{file}: {name} is {dtype}, of quantised weights: name a folder whose weights are float32, "
@@ -255,7 +255,7 @@ def refuse_more_layers(path: str, stored: dict[str, Stored], unexpected: set[str
         inside = place.rpartition(".")[0] in modules or place.startswith(layers)
         if inside and stored[name].dtype is not None and not name.endswith("inv_freq"):
             raise PipelineError(
-                f"{path} holds {name}, which a model of its config.json has no place for: is that of another model?"
+                f"{path} holds {name}, which the model of its config.json lacks: is the file from another model?"
             )
 
 

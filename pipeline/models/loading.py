@@ -147,7 +147,7 @@ def config(path: str, kind: type[Config] | None = None) -> Config:
     values, file = config_dict(path), fetched(path, weights=False) / "config.json"
     if kind is None:
         if (name := values.get("model_type")) not in CONFIG_MAPPING:
-            raise PipelineError(f"{file}: model_type={name!r} is no kind of model that this transformers has itself")
+            raise PipelineError(f"{file}: model_type={name!r} is not a model type of the installed transformers")
         with reading(file):
             if name == "mistral" and "layer_types" in values:  # as in AutoConfig
                 name = "ministral"
@@ -215,7 +215,7 @@ def tokenizer(
         ids = found("A cat and 2 dogs", add_special_tokens=False)["input_ids"]
         vocabulary = found.get_vocab()
     if not ids or all(token == found.unk_token_id for token in ids):
-        raise PipelineError(f"{main}: its tokenizer knows no letters: it is cut or damaged; copy or download it again")
+        raise PipelineError(f"{main}: its tokenizer encodes no letters: it is damaged; copy or download it again")
     last = max(vocabulary, key=vocabulary.get)
     if rows is not None and (vocabulary[last] >= rows or max(ids) >= rows):
         raise PipelineError(

@@ -84,7 +84,7 @@ def _why(config: PreTrainedConfig, error: Exception) -> str:
         if any(isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module.children()):
             return f"its {type(module).__name__} mixes neighbouring tokens of a row by a convolution"
     if not model._supports_attention_backend:
-        return f"{type(model).__name__} computes attention by code of its own, which cannot be told where texts begin"
+        return f"{type(model).__name__} computes attention with its own code, which cannot separate packed texts"
     if not model._supports_sdpa:
         return f"{type(model).__name__} has attention that is more than scaled dot products (sinks, sparsity)"
     modules = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
@@ -122,9 +122,9 @@ def _mixer(model: nn.Module, vocabulary: int) -> str:
     (ours, theirs) = (_traced(model, pack(each)) for each in (items, others))
     for (name, before, after), (other_name, other_before, other_after) in zip(ours, theirs, strict=False):
         if name == other_name and torch.equal(before, other_before) and not torch.allclose(after, other_after):
-            return f", for its {name} mixes them"
+            return f", because its {name} mixes them"
     ours, theirs = (model(pack(each), False)[-1] for each in (items, others))
-    return ", for its place in the row changes it" if (ours - theirs).norm() < _TOLERANCE else ""
+    return ", because its place in the row changes it" if (ours - theirs).norm() < _TOLERANCE else ""
 
 
 def _traced(model: nn.Module, packed: Packed) -> list[tuple[str, Tensor, Tensor]]:

@@ -78,7 +78,7 @@ class VisionEncoder(nn.Module):
         if config.model_type == "timm_wrapper":
             timm: Any = tower.timm_model
             if not hasattr(timm, "num_prefix_tokens"):
-                raise PipelineError(f"timm's {config.architecture} is no vision transformer, which alone is supported")
+                raise PipelineError(f"timm's {config.architecture} is not a vision transformer; only those work")
             self.dimension = cast(int, config.num_labels)
             self.tokens = timm.patch_embed.num_patches + timm.num_prefix_tokens
         else:
@@ -191,7 +191,7 @@ class Pixels:
             known = known and its.size.height == its.size.width
         if not (known and height == width <= edge):
             raise PipelineError(
-                f"{path}: its image processor does what is not supported; expected are a resize to a square, or of the "
+                f"{path}: its image processor is not supported; expected are a resize to a square, or of the "
                 "shorter edge before a square crop, then a division by 255 and a normalisation"
             )
         resample = Image.Resampling(its.resample)
@@ -203,7 +203,7 @@ class Pixels:
         crop, filter_name = its.get("crop_mode", "center"), its["interpolation"].upper()
         if crop != "center" or filter_name not in Image.Resampling.__members__:
             what = f"crop_mode={crop} with interpolation={its['interpolation']}"
-            raise PipelineError(f"{path}: {what} is not supported; expected crop_mode=center and a filter of Pillow's")
+            raise PipelineError(f"{path}: {what} is not supported; expected crop_mode=center and a Pillow filter")
         if height != width:
             raise PipelineError(f"{path}: input_size {height}x{width} is not supported; it must be square")
         edge, resample = math.floor(height / its["crop_pct"]), Image.Resampling[filter_name]

@@ -92,7 +92,7 @@ def test_decoders_that_keep_texts_apart_pass(kind, own, fields):
         ("zamba2", ZAMBA, "zamba2 model.*Zamba2MambaMixer"),
         ("llama4_text", {"no_rope_layers": [1, 1, 0]}, "llama4_text model.*depend.*its place in the row"),
         ("doge", {}, "doge model.*an attention mask of their own"),
-        ("falcon", {}, "falcon model.*FalconModel computes attention by code of its own"),
+        ("falcon", {}, "falcon model.*FalconModel computes attention with its own code"),
         ("gpt_oss", {}, "gpt_oss model.*GptOssModel has attention that is more than scaled dot products"),
         ("dots1", {}, "dots1 model.*transformers makes no model of its config.json"),
         ("axk2", {"qk_rope_head_dim": 8}, "axk2 model.*its AXK2Attention does not run on them"),
@@ -128,7 +128,7 @@ def test_layers_that_pay_no_heed_to_where_texts_begin_are_noticed():
         model.language_model.layers[-1].self_attn = Deaf(model.language_model.layers[-1].self_attn)
         return model
 
-    with pytest.raises(PipelineError, match=r"qwen2 model.*depend.*for its Deaf mixes them"):
+    with pytest.raises(PipelineError, match=r"qwen2 model.*depend.*because its Deaf mixes them"):
         check_packing("here", config_of("qwen2"), build)
 
 

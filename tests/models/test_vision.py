@@ -265,8 +265,8 @@ def test_what_cannot_be_used_is_refused(both, tmp_path, monkeypatch):
     refused(r"lacks 1 of the model's weights, head.probe the first")
     monkeypatch.setitem(sys.modules, "timm", None)
     refused(r"needs timm .*: pip install timm", model=TIMM)
-    pixels_refused(r"does what is not supported", processor={"do_normalize": False})
-    pixels_refused(r"does what is not supported", processor={"size": {"height": 24, "width": 32}})
+    pixels_refused(r"its image processor is not supported", processor={"do_normalize": False})
+    pixels_refused(r"its image processor is not supported", processor={"size": {"height": 24, "width": 32}})
     pixels_refused(r"makes 32 pixels a side, its model takes 24", processor={"size": {"height": 32, "width": 32}})
     framed = TIMM | {"pretrained_cfg": TIMM["pretrained_cfg"] | {"crop_mode": "border"}}
     pixels_refused(r"crop_mode=border .* is not supported", model=framed)

@@ -58,7 +58,8 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
     def check_data(self, recipe: Recipe, source: Source) -> None:
         if (made := source.embedding_metadata) is None:
             return
-        text_encoder, again = self.section(recipe).text_encoder, "embed the shards again, or name what made them"
+        text_encoder = self.section(recipe).text_encoder
+        again = "embed the shards again, or set model.text_encoder to the model that embedded them"
         width = load_config(text_encoder).hidden_size
         if made.width != width:
             raise PipelineError(

@@ -37,11 +37,11 @@ pipeline_tag: feature-extraction
 
 # LLM2CLIP
 
-A vision encoder that a language model taught ([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)), of images and of
-texts of any length. In this folder:
+A vision encoder that was trained against a text encoder made from a language model
+([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)). It embeds images, and texts of any length. In this folder:
 
 - the vision encoder, which `transformers` loads alone: `{architecture}.from_pretrained(FOLDER)`
-- `text_encoder/`, a decoder that attends both ways; its README says how to embed a text with it
+- `text_encoder/`, a decoder with bidirectional attention; its README says how to embed a text with it
 - `adapter.safetensors`, the MLP that brings these vectors to the images' space
 
 With the project that trained it:

@@ -32,10 +32,10 @@ library_name: transformers
 - masked-next-token-prediction
 ---
 
-# A decoder that attends both ways
+# A decoder with bidirectional attention
 
 Trained by masked next-token prediction ([LLM2Vec](https://arxiv.org/abs/2404.05961)): with `is_causal: false` in its
-config, it predicts a token hidden by `{mask}` from the token before it. It is what LLM2CLIP's caption contrast
+config, it predicts a token masked by `{mask}` from the token before it. It is what LLM2CLIP's caption contrast
 ([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)) begins with.
 
 ```python
@@ -114,7 +114,7 @@ def _tokens(path: str, config: PreTrainedConfig) -> tuple[int, int]:
     if token is None:
         token = tokenizer.get_vocab().get(_BLANK)
     if token is None:
-        raise PipelineError(f"{path}: its tokenizer has neither a mask token nor {_BLANK!r} to hide others by; set one")
+        raise PipelineError(f"{path}: its tokenizer has no mask token, and no {_BLANK!r} to use as one; add one")
     return token, min(len(tokenizer), config.vocab_size)
 
 

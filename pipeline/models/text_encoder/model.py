@@ -33,7 +33,7 @@ pipeline_tag: feature-extraction
 
 # A text encoder, trained to tell captions apart
 
-The first stage of LLM2CLIP ([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)): a decoder that attends both ways
+The first stage of LLM2CLIP ([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)): a bidirectional decoder
 (`is_causal: false` in its config). A text's embedding is the unit vector along the mean of its tokens' last hidden
 states{instruction}. The dot product of two is their similarity.
 
