@@ -269,7 +269,12 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("pinpoints", "llave", config(image_grid_pinpoints=[[24, 0]]), "image_grid_pinpoints=[[24, 0]]"),
     ("pinpoints-float", "llave", config(image_grid_pinpoints=[[24.0, 48.0]]), "image_grid_pinpoints=[[24.0, 48.0]]"),
     ("pinpoints-triples", "llave", config(image_grid_pinpoints=[[24, 24, 24]]), "must be pairs of multiples"),
-    ("without-its-biases", "llave", config(multimodal_projector_bias=False), "which a model of its config.json has no"),
+    (
+        "without-its-biases",
+        "llave",
+        config(multimodal_projector_bias=False),
+        "which the model of its config.json lacks",
+    ),
     ("features-without-first", "llave", config(vision_feature_select_strategy="default"), "must be full"),
     ("ratio", "llave", config(vision_aspect_ratio="square"), "vision_aspect_ratio='square'"),
     ("mark-out-of-range", "llave", config(image_token_id=10**6), "image_token_id=1000000"),
