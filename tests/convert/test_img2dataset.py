@@ -148,6 +148,7 @@ def test_every_good_sample_is_read_back_and_every_bad_one_is_listed(places):
     } == written
 
 
+@pytest.mark.slow
 def test_the_result_is_the_same_on_any_number_of_processes_and_after_a_break(tmp_path, monkeypatch):
     make_source(tmp_path / "source")
     index(tmp_path / "source", tmp_path / "one", *OPTIONS)

@@ -91,6 +91,7 @@ def test_intact_datasets_are_one_line(folder, capsys):
     assert capsys.readouterr().out == f"{folder / 'pairs'}: 12 samples in 3 shards are intact\n"
 
 
+@pytest.mark.slow
 def test_on_s3_by_several_processes(folder, s3, capsys):
     dest = f"s3://pipeline-tests/inspect/{folder.parent.name}"
     for path in (folder / "pairs").iterdir():

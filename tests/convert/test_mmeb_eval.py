@@ -283,6 +283,7 @@ def renumber(folder: Path) -> None:
     (folder / "index.json").write_text(replace(index, files=files).to_json())
 
 
+@pytest.mark.slow
 def test_the_converted_demo_is_the_same_evaluation(tmp_path, dest):
     for path, file in evaluation_files(seed=0, count=2):
         objects.write(str(tmp_path / "demo" / path), file)

@@ -159,6 +159,7 @@ def test_a_tar_has_a_row_for_each_text_and_webdataset_reads_it(shards, tmp_path,
 
 
 @pytest.mark.parametrize("place", ["beside", "elsewhere", "s3"])
+@pytest.mark.slow
 def test_each_drawn_caption_comes_with_its_row(request, shards, tmp_path, place):
     url, out, embeddings, stored = shutil.copytree(shards, tmp_path / "shards"), None, "beside", "fp16"
     if place == "elsewhere":

@@ -140,6 +140,7 @@ def test_there_and_back_and_there_again_is_the_same_bit_for_bit(folders, tmp_pat
     assert tower.items() <= json.loads((GOLDEN / "vision_config.json").read_text()).items()
 
 
+@pytest.mark.slow
 def test_an_export_embeds_as_the_original_and_so_it_does_in_the_original_format(folders, tmp_path):
     """original -> Hugging Face -> export -> original -> Hugging Face: compare all golden cases after both exports."""
     chosen = load_recipe("pipeline/recipes/demo.yaml", ["model.path=lab/original"])

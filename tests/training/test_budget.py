@@ -342,10 +342,12 @@ def allocator_settings(rank: int) -> str:
     return torch._C._accelerator_getAllocatorSettings()
 
 
+@pytest.mark.slow
 def test_torchs_allocator_loses_little_between_blocks_unless_the_user_says_otherwise():
     """Use new processes, since torch reads the setting only once; torch and DeepSpeed are already imported."""
     assert on_two_ranks(allocator_settings) == ["expandable_segments:True", "max_split_size_mb:512"]
 
 
+@pytest.mark.slow
 def test_all_ranks_measure_the_fullest_and_leave_out_what_others_hold():
     assert on_two_ranks(measured_by) == [[79 * GB, (79 - 5) * GB, 11 * GB, 32 * GB, 16 * GB, 5000, 31]] * 2

@@ -4,6 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 from two_ranks import on_two_ranks
@@ -38,6 +39,7 @@ def _slow_export(rank: int) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_an_export_may_take_longer_than_a_collective_may_wait(tmp_path, monkeypatch):
     monkeypatch.setenv("SLOW_EXPORT_STORE", str(tmp_path / "store"))
     assert on_two_ranks(_slow_export) == [["done", "the disk is full"], ["done", "left"]]
