@@ -167,12 +167,11 @@ def failures_noted(run: Path) -> Iterator[None]:
     except BaseException as error:
         reason = str(error) if isinstance(error, PipelineError) else repr(error)
         with suppress(OSError, ValueError):
-            if is_of_lost_peer(error) or beside.exists():
-                pass  # another rank was first
-            elif is_first:
-                note(run, "failed", reason=reason)
-            else:
-                write_file(beside, printable(reason, keep="\n").encode(), durable=False)
+            if not is_of_lost_peer(error) and not beside.exists():  # otherwise another rank failed first
+                if is_first:
+                    note(run, "failed", reason=reason)
+                else:
+                    write_file(beside, printable(reason, keep="\n").encode(), durable=False)
         raise
 
 

@@ -30,6 +30,8 @@ def replacing(target: Path, *, durable: bool = True) -> Iterator[Path]:
             target.rename(old)
         partial.replace(target)
     except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(target):
+            old.rename(target)
         remove(partial)
         raise
     if durable:

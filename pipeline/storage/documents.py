@@ -145,16 +145,12 @@ _noted: set[tuple[str, str]] = set()
 
 
 def note_unread(where: str, names: Iterable[str], *, kind: str) -> None:
-    """Print a note on stderr, once for each name, that nothing reads these names."""
+    """Print a note on stderr of rank 0, once for each name, that nothing reads these names."""
     if new := [name for name in names if (kind, name) not in _noted]:
         _noted.update((kind, name) for name in new)
-        note(f"nothing reads the {kind}{'s' * (len(new) > 1)} {', '.join(new)} of {where}")
-
-
-def note(text: str) -> None:
-    """Print a note on stderr, on rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        print(printable(f"note: {text}"), file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            text = f"note: nothing reads the {kind}{'s' * (len(new) > 1)} {', '.join(new)} of {where}"
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 # pydantic's validator of a type, made once.

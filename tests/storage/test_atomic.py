@@ -29,6 +29,17 @@ def test_after_an_error_the_target_is_unchanged(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
+def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/old").write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.delattr(Path, "replace")
+        with pytest.raises(AttributeError), atomic.replacing(tmp_path / "folder") as partial:
+            partial.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder/old").read_bytes() == b"old"
+
+
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     for name in (".a.1.partial", ".b.22.partial", "a"):
         (tmp_path / name).write_bytes(b"")
