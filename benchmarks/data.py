@@ -44,12 +44,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pipeline.config import Data
-from pipeline.data.batch import Batch
-from pipeline.data.collate import Encoded
-from pipeline.data.collate import Image as Tiles
+from pipeline.data.batch import Batch, Encoded
+from pipeline.data.batch import Image as Tiles
 from pipeline.data.index import Index
 from pipeline.data.lengths import Lengths
-from pipeline.data.resize import compiled
 from pipeline.data.sample import IMAGE_MARK, Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
@@ -220,7 +218,6 @@ def main() -> None:
     index = Index.load(str(folder)) if (folder / "index.json").exists() else make_dataset(folder, arguments.images)
     if index.samples != arguments.images:
         raise PipelineError(f"{folder} holds {index.samples} images: delete it or choose another --work")
-    compiled()  # as `pipeline.models.llave.Processor` does before workers start
     assert np.array_equal(our_tiles(picture(0)), pillow_tiles(picture(0)))
     with S3Server(BUCKET, folder=arguments.work) as server:
         os.environ |= server.environment()

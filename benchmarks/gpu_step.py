@@ -74,17 +74,14 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.loss import llave_loss
 from benchmarks.mmeb_like import MICRO_BATCH, draw, embed_padded, micro_batches, tiles_of, tokens_of
 from pipeline.config import Recipe, load_ds_config, load_recipe
-from pipeline.data.batch import Batch
-from pipeline.data.collate import Encoded, Packed, pack
+from pipeline.data.batch import Batch, Encoded
 from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
 from pipeline.models.attention import KINDS as ATTENTION_KINDS
 from pipeline.models.attention import choose, implementation
-from pipeline.models.chunks import Chunk, embed_chunks, plan_chunks, run_chunk
-from pipeline.models.frozen import KeptFeatures
-from pipeline.models.llave.model import TowerlessLlave
-from pipeline.models.llave.tower import FrozenTower
+from pipeline.models.chunks import Chunk, KeptFeatures, Packed, embed_chunks, pack, plan_chunks, run_chunk
+from pipeline.models.llave.model import FrozenTower, TowerlessLlave
 from pipeline.models.lora import add_adapters
 from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training.budget import Budget

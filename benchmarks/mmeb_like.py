@@ -21,8 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaOnevisionConfig, Qwen2Model
 from transformers.image_processing_utils import select_best_resolution
 
-from pipeline.data.batch import Batch
-from pipeline.data.collate import Encoded, Image
+from pipeline.data.batch import Batch, Encoded, Image
 from pipeline.models.llave.checks import tiling
 
 PAIR_KINDS = {(True, False): 0.61, (False, True): 0.25, (True, True): 0.14}  # (query, target) with an image: fraction

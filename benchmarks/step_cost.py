@@ -67,18 +67,15 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.loss import llave_loss
 from benchmarks.mmeb_like import LONGEST_TEXT, MICRO_BATCH, PROMPT, draw, embed_padded, micro_batches, tiles_of
 from pipeline.config import Recipe, load_ds_config, load_recipe
-from pipeline.data.batch import Batch
-from pipeline.data.collate import Encoded
+from pipeline.data.batch import Batch, Encoded
 from pipeline.data.tiles import Tiling
 from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
-from pipeline.models.chunks import embed_chunks, plan_chunks
-from pipeline.models.frozen import KeptFeatures
+from pipeline.models.chunks import KeptFeatures, embed_chunks, plan_chunks
 from pipeline.models.llave.checks import load_config, tiling
 from pipeline.models.llave.config import LlaveArchitecture
-from pipeline.models.llave.model import build
-from pipeline.models.llave.tower import normalised, tower_features
+from pipeline.models.llave.model import build, normalised, tower_features
 from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze, load_frozen, parameter_groups

@@ -20,9 +20,9 @@ import torch
 import transformers
 
 from pipeline.config import former, recipe_of_run
-from pipeline.data.collate import pack
 from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
+from pipeline.models.chunks import pack
 from pipeline.models.registry import saved, training_of
 from pipeline.training import checkpoint, manifest, resume
 from pipeline.training.engine import adapt, freeze

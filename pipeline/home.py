@@ -17,7 +17,6 @@ from pathlib import Path
 _CACHES = {
     "TORCH_EXTENSIONS_DIR": ("XDG_CACHE_HOME", "~/.cache", "torch_extensions"),
     "TRITON_CACHE_DIR": ("TRITON_HOME", "~", ".triton/cache"),
-    "NUMBA_CACHE_DIR": ("XDG_CACHE_HOME", "~/.cache", "numba"),
     "MPLCONFIGDIR": ("XDG_CONFIG_HOME", "~/.config", "matplotlib"),
     "HF_HOME": ("XDG_CACHE_HOME", "~/.cache", "huggingface"),
 }

@@ -13,7 +13,7 @@ from pipeline.errors import PipelineError
 from pipeline.jobs import program
 
 ROOT = Path(__file__).parents[1]
-VARIABLES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME")
+VARIABLES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME")
 
 
 @pytest.fixture

@@ -1,18 +1,66 @@
-"""The pairs of a step: workers decode shares of them, which are combined into a rank's part of the global batch."""
+"""Items as a model's input, and the pairs of a step.
+
+Workers decode shares of a step's pairs, which are combined into a rank's part of the global batch.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
 
 import numpy as np
 import torch
 
-from pipeline.data.collate import Encoded
-from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.data.sample import BadSample, Item, Pair, hash64
 from pipeline.data.shards import sample_key
 from pipeline.errors import PipelineError
 
 _STAND_IN = Pair("", "", "", Item(""), Item(""))
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image or a video as tiles (n, 3, size, size) uint8, and its original size; a video has one tile per frame."""
+
+    tiles: np.ndarray
+    height: int
+    width: int
+    video: bool = False
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The input of a model for one item.
+
+    input_ids: (T,) int32, with one placeholder per image token.
+    skipped: number of instruction tokens at the beginning, which mean pooling excludes.
+    vector: (width,), the text's precomputed embedding by a frozen language model, or None.
+    text: the token ids of that language model as bytes. `key` hashes them instead of `vector`, because vectors of the
+        same text can differ in their last bits.
+    positions: (T,), or (3, T) for rotary embeddings with three axes; None: 0 to T - 1.
+    """
+
+    input_ids: np.ndarray
+    images: tuple[Image, ...] = ()
+    skipped: int = 0
+    vector: np.ndarray | None = None
+    text: bytes = b""
+    positions: np.ndarray | None = None
+
+    @cached_property
+    def key(self) -> int:
+        """A 64-bit hash of the model's input: equal inputs share it and, in practice, no others."""
+        shapes = [self.skipped]
+        for image in self.images:
+            # The original size affects the model's input only for images of several tiles.
+            sized = not image.video and len(image.tiles) > 1
+            size = (image.height, image.width) if sized else (0, 0)
+            shapes += [*image.tiles.shape, *size, image.video]
+        ids = np.ascontiguousarray(self.input_ids, np.int32).tobytes()
+        places = b"" if self.positions is None else np.ascontiguousarray(self.positions, np.int64).tobytes()
+        tiles = (sha256(np.ascontiguousarray(image.tiles).data).digest() for image in self.images)
+        return hash64(ids, self.text + places, np.array(shapes, np.int64).tobytes(), *tiles)
 
 
 @dataclass(frozen=True)

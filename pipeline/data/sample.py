@@ -37,17 +37,22 @@ class Item:
     @cached_property
     def content_hash(self) -> int:
         """A 64-bit hash of text, images and video: in practice, only equal items share it."""
-        digest = blake2b(digest_size=8)
-        for part in (self.text.encode(), *self.images, self.video or b""):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        return int.from_bytes(digest.digest(), "little")
+        return hash64(self.text.encode(), *self.images, self.video or b"")
 
     def hashed(self, content_hash: int) -> "Item":
         """Return a copy with a known content hash, so that it is not computed."""
         item = replace(self)
         item.__dict__["content_hash"] = content_hash
         return item
+
+
+def hash64(*parts: bytes) -> int:
+    """Return a 64-bit hash of these parts and of where one ends and the next begins."""
+    digest = blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little")
 
 
 Draw = Callable[[int], int]  # n -> a pseudorandom number from 0 to n - 1, determined by step and sample

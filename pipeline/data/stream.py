@@ -27,9 +27,7 @@ from types import FrameType
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from pipeline.data import digest
-from pipeline.data.batch import Batch, RawSample, Share, encode_rows
-from pipeline.data.collate import Encoded
+from pipeline.data.batch import Batch, Encoded, RawSample, Share, encode_rows
 from pipeline.data.order import Order
 from pipeline.data.sample import Draw, Item, Pair
 from pipeline.data.source import Source
@@ -382,8 +380,6 @@ def batches(
     Raises PipelineError for damaged, missing or unreachable objects, and for workers that die or hang.
     """
     source.check_memory(order, world)
-    if any(shard.images or shard.videos for _, shard in source.shards):
-        digest.compiled()  # once, before the fork, instead of in every worker
     workers, forking = source.data.workers, multiprocessing.get_context("fork")
     stop, others = Stop(), multiprocessing.active_children()
     plans: list[Plan] = [forking.Queue(_PLANNED_AHEAD) for _ in range(workers)] or [queue.Queue(_PLANNED_AHEAD)]

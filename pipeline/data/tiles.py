@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image
 
-from pipeline.data.resize import Pixels
 from pipeline.data.sample import IMAGE_SUFFIXES, BadSample
 
 MAX_PIXELS = 89_478_485  # Pillow's default limit: more may be a decompression bomb
@@ -73,25 +72,25 @@ class Tiling:
     def cut(self, image: Image.Image, *, anyres: bool) -> np.ndarray:
         """Cut an RGB image into (tiles, 3, size, size) uint8: the whole image first, then its grid row by row."""
         if not anyres:
-            return self._tile(Pixels(_pad_to_square(image)))[None]
+            return self._tile(_pad_to_square(image))[None]
         from transformers.image_processing_utils import get_patch_output_size
 
         target = self._grid(image.height, image.width)
         channels_first = np.empty((3, image.height, image.width), np.uint8)  # only its shape matters
         height, width = get_patch_output_size(channels_first, target, input_data_format="channels_first")
-        pixels, grid = Pixels(image), np.zeros((3, *target), np.uint8)
+        grid = np.zeros((3, *target), np.uint8)
         top, left = (target[0] - height) // 2, (target[1] - width) // 2
-        grid[:, top : top + height, left : left + width] = pixels.resized(height, width)
+        grid[:, top : top + height, left : left + width] = resized(image, height, width)
         rows, columns = target[0] // self.size, target[1] // self.size
         tiles = np.empty((1 + rows * columns, 3, self.size, self.size), np.uint8)
-        tiles[0] = self._tile(pixels)
+        tiles[0] = self._tile(image)
         cells = grid.reshape(3, rows, self.size, columns, self.size).transpose(1, 3, 0, 2, 4)
         tiles[1:].reshape(cells.shape)[:] = cells  # one copy
         return tiles
 
     def cut_frames(self, frames: Iterable[Image.Image]) -> np.ndarray:
         """Resize RGB frames of a video to (frames, 3, size, size) uint8: one tile each, for every aspect ratio."""
-        return np.stack([self._tile(Pixels(frame)) for frame in frames])
+        return np.stack([self._tile(frame) for frame in frames])
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the best pinpoint for an image."""
@@ -100,8 +99,13 @@ class Tiling:
 
         return select_best_resolution((height, width), list(self.pinpoints))
 
-    def _tile(self, pixels: Pixels) -> np.ndarray:
-        return pixels.resized(self.size, self.size)
+    def _tile(self, image: Image.Image) -> np.ndarray:
+        return resized(image, self.size, self.size)
+
+
+def resized(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Resize an RGB image with Pillow's bicubic filter, as the papers' code does, to (3, height, width) uint8."""
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
 def decode_image(data: bytes, as_stored: bool = False) -> Image.Image:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn, TypedDict, cast
 import torch
 from PIL.Image import Image as Picture
 
-from pipeline.data.collate import Encoded
+from pipeline.data.batch import Encoded
 from pipeline.data.sample import IMAGE_MARK, IMAGE_SUFFIXES, VIDEO_MARK, VIDEO_SUFFIXES, BadSample
 from pipeline.data.tiles import decode_image, image_format, rgb
 from pipeline.data.video import sample_frames, video_format

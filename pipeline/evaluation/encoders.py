@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from pipeline.config import EvaluationRun
-from pipeline.data.collate import Encoded
+from pipeline.data.batch import Encoded
 from pipeline.data.sample import Item
 from pipeline.errors import PipelineError
 from pipeline.evaluation.clip import PEERS, ClipEncoder

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedConfig
 
-from pipeline.data.collate import sent
 from pipeline.errors import PipelineError
+from pipeline.models.chunks import sent
 
 HALF = (torch.bfloat16, torch.float16)
 _AMPERE = (8, 0)  # compute capability

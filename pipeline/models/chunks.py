@@ -1,13 +1,18 @@
-"""Run many items through a model in chunks, with the same number of chunks on every rank."""
+"""Run many items through a model in chunks, with the same number of chunks on every rank.
+
+The items of a chunk are packed into one row without padding. A frozen part of the model runs outside the engine,
+unsharded on every rank; its output for a chunk is cached between a step's two passes, so it runs once per step.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.data.collate import Encoded, Packed, pack
+from pipeline.data.batch import Encoded, Image
 from pipeline.errors import PipelineError
 
 UNIT_TOLERANCE = 1e-4  # of a unit vector's length; bf16 rounding exceeds it, and longer vectors would rank higher
@@ -18,6 +23,70 @@ _DUMMY = Encoded(np.zeros(1, np.int32))
 def chunk_tokens_for(padded: bool) -> int:
     """Return a good `chunk_tokens` for inference: smaller if attention pads, which limits the padding."""
     return 4096 if padded else 16384
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Items concatenated into one row of T tokens.
+
+    input_ids: (T,) int64.  host_ids: input_ids in CPU memory.
+    position_ids: (T,) int64, or (3, T) if any item has three axes; they restart at each item.
+    lengths: tokens of each item, T in total.  images: in the order of their placeholders.
+    tiles_of: number of tiles of each item.  skipped, vectors: per item, see `Encoded`.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    host_ids: torch.Tensor
+    lengths: tuple[int, ...]
+    images: tuple[Image, ...]
+    tiles_of: tuple[int, ...]
+    skipped: tuple[int, ...]
+    vectors: tuple[np.ndarray | None, ...]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """`position_ids` for a batch of one row: (1, T) or (3, 1, T)."""
+        return self.position_ids.unsqueeze(-2)
+
+    @property
+    def tiles(self) -> torch.Tensor:
+        """The tiles of all images: (n, 3, size, size) uint8. Each access makes a new copy."""
+        if not self.images:
+            return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+        return torch.from_numpy(np.concatenate([image.tiles for image in self.images]))
+
+    def to(self, device: torch.device) -> "Packed":
+        """Copy token and position ids to a device. Tiles stay in CPU memory: they may be encoded already."""
+        return replace(self, input_ids=sent(self.input_ids, device), position_ids=sent(self.position_ids, device))
+
+
+def pack(items: Sequence[Encoded]) -> Packed:
+    ids = torch.from_numpy(np.concatenate([item.input_ids for item in items]).astype(np.int64))
+    return Packed(
+        input_ids=ids,
+        position_ids=torch.from_numpy(np.concatenate(_positions(items), axis=-1)),
+        host_ids=ids,
+        lengths=tuple(len(item.input_ids) for item in items),
+        images=tuple(image for item in items for image in item.images),
+        tiles_of=tuple(sum(len(image.tiles) for image in item.images) for item in items),
+        skipped=tuple(item.skipped for item in items),
+        vectors=tuple(item.vector for item in items),
+    )
+
+
+def _positions(items: Sequence[Encoded]) -> list[np.ndarray]:
+    """Return the positions of each item, all with the same number of axes."""
+    given = [np.arange(len(item.input_ids)) if item.positions is None else item.positions for item in items]
+    axes = max(positions.ndim for positions in given)
+    return [each if each.ndim == axes else np.broadcast_to(each, (3, len(each))) for each in given]
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to a device. Pinned memory makes the copy to a GPU asynchronous."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,3 +195,35 @@ def require_unit(vectors: torch.Tensor | np.ndarray, model: str, name_of: Callab
             f"{model}: the embedding of {name_of(int(wrong[0]))} has length {lengths[wrong[0]]:.5g}, not 1: check the "
             "model's weights, whether it overflows, and that its vectors are normalised in float32"
         )
+
+
+class Frozen(Protocol):
+    """A vision tower or text encoder whose output is input to the trained parts."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def features_of(self, chunk: Chunk) -> torch.Tensor | None:
+        """Return the `features` for the model's forward pass; None if the chunk has no input for the frozen part."""
+
+
+class KeptFeatures:
+    """A cache of a step's features by chunk, computed at the first use.
+
+    limit: bytes that stay on the device; the rest is offloaded to CPU memory.
+    """
+
+    def __init__(self, frozen: Frozen, limit: int) -> None:
+        self._frozen, self._room = frozen, limit
+        self._kept: dict[int, torch.Tensor | None] = {}
+
+    def __call__(self, chunk: Chunk) -> torch.Tensor | None:
+        if id(chunk) in self._kept:
+            kept = self._kept[id(chunk)]
+            return None if kept is None else kept.to(self._frozen.device, non_blocking=True)
+        features = self._frozen.features_of(chunk)
+        size = 0 if features is None else features.nbytes
+        fits = size <= self._room
+        self._room -= size if fits else 0
+        self._kept[id(chunk)] = features if fits or features is None else features.cpu()
+        return features

@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
     from torch import nn
 
-    from pipeline.data.collate import Encoded
+    from pipeline.data.batch import Encoded
     from pipeline.data.lengths import Lengths
     from pipeline.data.sample import Draw, Item, Pair
     from pipeline.data.source import Source
-    from pipeline.models.chunks import Features
-    from pipeline.models.frozen import Frozen
+    from pipeline.models.chunks import Features, Frozen
 
 S = TypeVar("S", bound=ModelSection)
 

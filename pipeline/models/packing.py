@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from pipeline.data.collate import Encoded, Packed, pack
+from pipeline.data.batch import Encoded
 from pipeline.errors import PipelineError
+from pipeline.models.chunks import Packed, pack
 
 Build = Callable[[PreTrainedConfig], nn.Module]
 

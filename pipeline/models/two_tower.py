@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from PIL.Image import Image as Picture
 from torch import nn
 
-from pipeline.data.collate import Encoded, Image, Packed, sent
+from pipeline.data.batch import Encoded, Image
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
+from pipeline.models.chunks import Packed, sent
 from pipeline.models.vision import Pixels
 
 

@@ -27,12 +27,11 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.image_processing_backends import PilBackend
 
-from pipeline.data import resize
-from pipeline.data.collate import sent
 from pipeline.data.sample import BadSample
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.chunks import sent
 from pipeline.models.files import fetched
 from pipeline.models.folder import share
 from pipeline.models.loading import config_dict, reads_as_stored, refuse_unknown
@@ -163,7 +162,6 @@ class Pixels:
 
         Raises PipelineError if its settings are not supported or do not match the model.
         """
-        resize.compiled()  # once, not in every worker
         settings, as_stored = config_dict(path), reads_as_stored(path, images)
         if "pretrained_cfg" in settings:
             with loading.reading(fetched(path, weights=False) / "config.json"):
@@ -221,10 +219,7 @@ class Pixels:
             height, width = (int(self.edge * side / shorter) for side in (rgb.height, rgb.width))
         if height * width > cast(int, Image.MAX_IMAGE_PIXELS):
             raise BadSample(f"{rgb.width}x{rgb.height} pixels, too long to be resized by the shorter edge")
-        if self.resample == Image.Resampling.BICUBIC:
-            planes = resize.Pixels(rgb).resized(height, width)
-        else:
-            planes = np.asarray(rgb.resize((width, height), self.resample)).transpose(2, 0, 1)
+        planes = np.asarray(rgb.resize((width, height), self.resample)).transpose(2, 0, 1)
         top, left = self._begin(height), self._begin(width)
         return np.ascontiguousarray(planes[:, top : top + self.size, left : left + self.size])
 

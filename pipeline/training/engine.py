@@ -13,7 +13,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from pipeline.config import Optimizer, Recipe, is_offloaded
 from pipeline.errors import PipelineError
 from pipeline.models.attention import choose
-from pipeline.models.frozen import Frozen
+from pipeline.models.chunks import Frozen
 from pipeline.models.loading import DTYPES
 from pipeline.models.lora import add_adapters
 from pipeline.models.registry import training_of

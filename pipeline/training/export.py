@@ -9,7 +9,7 @@ import torch.distributed as dist
 from pipeline.config import Recipe
 from pipeline.distributed import on_first_rank
 from pipeline.errors import disk_errors
-from pipeline.models.frozen import Frozen
+from pipeline.models.chunks import Frozen
 from pipeline.models.lora import merge_adapters
 from pipeline.models.registry import training_of
 from pipeline.storage.atomic import remove_leftovers, replacing

@@ -31,9 +31,8 @@ from pipeline.evaluation.report import Report
 from pipeline.evaluation.sets import Collection
 from pipeline.evaluation.store import MemoryStore
 from pipeline.jobs import limits, status
-from pipeline.models.chunks import Features
+from pipeline.models.chunks import Features, KeptFeatures
 from pipeline.models.family import Processor
-from pipeline.models.frozen import KeptFeatures
 from pipeline.models.registry import saved, training_of
 from pipeline.objectives.objective import StepResult, objective_of
 from pipeline.storage.atomic import write_file

@@ -18,8 +18,7 @@ from limits import HANG_SECONDS
 
 from pipeline.config import Data
 from pipeline.data import source, stream
-from pipeline.data.batch import Batch
-from pipeline.data.collate import Encoded
+from pipeline.data.batch import Batch, Encoded
 from pipeline.data.lengths import Lengths
 from pipeline.data.sample import BadSample, Item, Pair, Single
 from pipeline.data.shards import write_shards

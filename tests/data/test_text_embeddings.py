@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline.config import Data
 from pipeline.convert.img2dataset import TarsWork
 from pipeline.data import source
-from pipeline.data.collate import Encoded
+from pipeline.data.batch import Encoded
 from pipeline.data.index import INDEX_FILE, Captions, Index, checksum_of
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.sample import BadSample, Item, Pair

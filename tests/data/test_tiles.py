@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close_in_norm
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
 from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import load_image
 
-from pipeline.data.resize import Pixels
 from pipeline.data.sample import BadSample
 from pipeline.data.tiles import Tiling, decode_image
 
@@ -110,27 +107,6 @@ def test_tokens_are_as_many_as_the_model_makes_of_the_tiles(pinpoints):
         tiles = torch.zeros(1 + grid[0] * grid[1] // 384**2, 27 * 27, 1)
         _, tokens = LlavaOnevisionModel.pack_image_features(model, [tiles], [(height, width)], newline, **options)
         assert tiling.tokens(height, width, anyres=True) == tokens
-
-
-@given(st.tuples(*[st.integers(1, 300)] * 4))
-@example((5, 75, 5, 1))  # resized along one side only
-@example((95, 16, 972, 1))  # Pillow resizes the height first
-@example((120, 120, 60, 119))
-@settings(max_examples=100)
-def test_an_image_is_resized_as_by_pillow_to_the_byte(sizes):
-    width, height, new_width, new_height = sizes
-    image = picture(width, height)
-    resized = np.asarray(image.resize((new_width, new_height), Image.Resampling.BICUBIC))
-    assert np.array_equal(Pixels(image).resized(new_height, new_width), resized.transpose(2, 0, 1))
-
-
-def test_pixels_are_resized_as_by_pillow_where_weights_reach_beyond_the_image_and_sums_beyond_a_byte():
-    stripes = np.zeros((40, 40, 3), np.uint8)
-    stripes[::2, ::3] = 255
-    image = Image.fromarray(stripes)
-    for size in ((7, 9), (39, 41), (97, 97), (400, 3)):
-        resized = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-        assert np.array_equal(Pixels(image).resized(*size[::-1]), resized.transpose(2, 0, 1))
 
 
 def test_a_frame_is_resized_without_regard_to_its_shape():

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 
 from pipeline import embed
 from pipeline.config import EvaluationRun
-from pipeline.data.collate import pack
 from pipeline.data.sample import Item
 from pipeline.embed import Embedder, main
 from pipeline.embedding import embedder as embedder_module
@@ -25,6 +24,7 @@ from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.store import MemoryStore
 from pipeline.evaluation.tasks import Collection, Ranking
 from pipeline.models import loading
+from pipeline.models.chunks import pack
 from pipeline.models.files import fingerprint
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.model import Llave

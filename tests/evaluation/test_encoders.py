@@ -31,7 +31,6 @@ from transformers import (
 )
 
 from pipeline.config import EvaluationRun
-from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.video import sample_frames
 from pipeline.embedding.embedder import Embedder
@@ -39,9 +38,9 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation import clip as peers
 from pipeline.evaluation.clip import PEERS
 from pipeline.evaluation.encoders import ModelEncoder, load_encoder
-from pipeline.models.llave.model import Llave, TowerlessLlave
+from pipeline.models.chunks import pack
+from pipeline.models.llave.model import FrozenTower, Llave, TowerlessLlave
 from pipeline.models.llave.processor import LlaveProcessor
-from pipeline.models.llave.tower import FrozenTower
 
 CPU = torch.device("cpu")
 CONTEXT, SIDE, PATCHES = 12, 32, 16

@@ -10,8 +10,7 @@ from launch import begin, fork_server, say_where
 from limits import HANG_SECONDS, SECONDS_AFTER_A_FAILURE
 
 from pipeline.config import Data, parse_options
-from pipeline.data.batch import Batch
-from pipeline.data.collate import Encoded
+from pipeline.data.batch import Batch, Encoded
 from pipeline.data.lengths import Lengths
 from pipeline.data.order import Order
 from pipeline.data.sample import Item

@@ -26,12 +26,10 @@ from PIL import Image
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch, Origin, RawSample, encode_rows
-from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models import chunks as chunks_module
-from pipeline.models.chunks import Features
-from pipeline.models.frozen import KeptFeatures
+from pipeline.models.chunks import Features, KeptFeatures, pack
 from pipeline.models.llave.model import Llave
 from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.lora import add_adapters

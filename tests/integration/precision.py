@@ -16,9 +16,8 @@ from limits import HANG_MINUTES
 
 from pipeline.config import dump_recipe, load_ds_config, load_recipe
 from pipeline.distributed import end_distributed, start_distributed
-from pipeline.models.chunks import embed_chunks, plan_chunks
+from pipeline.models.chunks import KeptFeatures, embed_chunks, plan_chunks
 from pipeline.models.files import fingerprint
-from pipeline.models.frozen import KeptFeatures
 from pipeline.models.llave.model import Llave
 from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.objectives.contrastive.step import Contrastive

@@ -14,12 +14,11 @@ from limits import HANG_MINUTES, HANG_SECONDS
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
-from pipeline.data.collate import pack
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
 from pipeline.data.text_embeddings import Stored, restored, rounded
 from pipeline.distributed import end_distributed, start_distributed
-from pipeline.models.chunks import Chunk
+from pipeline.models.chunks import Chunk, pack
 from pipeline.models.registry import training
 from pipeline.models.text_encoder.model import FrozenTextEncoder
 from pipeline.objectives.contrastive.step import Contrastive, contrastive_loss

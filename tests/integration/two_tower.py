@@ -17,11 +17,9 @@ from exactness import CHECKPOINTING, EPS, LR, Expected, computed_once, differenc
 from limits import HANG_MINUTES
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
-from pipeline.data.collate import Packed
 from pipeline.data.sample import Item, Pair
 from pipeline.distributed import end_distributed, start_distributed
-from pipeline.models.chunks import Features
-from pipeline.models.frozen import KeptFeatures
+from pipeline.models.chunks import Features, KeptFeatures, Packed
 from pipeline.models.registry import training
 from pipeline.training.engine import build_engine, load_frozen
 

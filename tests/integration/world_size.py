@@ -15,7 +15,7 @@ from limits import HANG_MINUTES
 
 from pipeline.config import load_ds_config, load_recipe
 from pipeline.distributed import end_distributed, start_distributed
-from pipeline.models.frozen import KeptFeatures
+from pipeline.models.chunks import KeptFeatures
 from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training import checkpoint

@@ -15,7 +15,7 @@ from two_ranks import on_two_ranks
 from pipeline.config import Data, load_recipe
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
-from pipeline.data.collate import Encoded, Image
+from pipeline.data.batch import Encoded, Image
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.sample import Item
 from pipeline.data.source import Source

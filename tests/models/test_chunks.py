@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.collate import Encoded, Image
+from pipeline.data.batch import Encoded, Image
 from pipeline.models.chunks import embed_chunks, plan_chunks
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ from closeness import assert_close_in_norm
 from PIL import Image as Picture
 from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
 
-from pipeline.data.collate import pack
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.tiles import Tiling
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
+from pipeline.models.chunks import pack
 from pipeline.models.llave.checks import config_of_architecture
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.folder import save_folder

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import load_recipe
-from pipeline.data.collate import Encoded, pack
+from pipeline.data.batch import Encoded
 from pipeline.data.sample import Item, Pair
 from pipeline.errors import PipelineError
-from pipeline.models.chunks import Chunk, plan_chunks
+from pipeline.models.chunks import Chunk, pack, plan_chunks
 from pipeline.models.registry import family_of, training
 from pipeline.models.text_encoder import masked
 from pipeline.models.text_encoder import model as decoder

@@ -10,10 +10,11 @@ from transformers import AutoModel, PreTrainedConfig, Qwen2Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.config import load_recipe
-from pipeline.data.collate import Encoded, pack
+from pipeline.data.batch import Encoded
 from pipeline.errors import PipelineError
 from pipeline.jobs.preflight.job import Job
 from pipeline.jobs.preflight.job import model as preflight_model
+from pipeline.models.chunks import pack
 from pipeline.models.llave import model as llave
 from pipeline.models.packing import check_packing
 from pipeline.models.registry import saved, training

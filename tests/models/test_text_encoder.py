@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from closeness import assert_close_in_norm
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
-from pipeline.data.collate import Encoded, pack
+from pipeline.data.batch import Encoded
 from pipeline.errors import PipelineError
 from pipeline.models.attention import KINDS, Segments
+from pipeline.models.chunks import pack
 from pipeline.models.llm2clip.model import TextAdapter
 from pipeline.models.text_encoder.model import TextEncoder, pooled
 

@@ -5,14 +5,12 @@ import pytest
 import torch
 from closeness import assert_close_in_norm
 
-from pipeline.data.collate import Encoded, Image
+from pipeline.data.batch import Encoded, Image
 from pipeline.errors import PipelineError
-from pipeline.models.chunks import embed_chunks, plan_chunks
-from pipeline.models.frozen import KeptFeatures
+from pipeline.models.chunks import KeptFeatures, embed_chunks, plan_chunks
 from pipeline.models.llave.folder import save_folder
-from pipeline.models.llave.model import Llave, TowerlessLlave
+from pipeline.models.llave.model import FrozenTower, Llave, TowerlessLlave, normalised, tower_features
 from pipeline.models.llave.processor import LlaveProcessor
-from pipeline.models.llave.tower import FrozenTower, normalised, tower_features
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,9 @@ from sections import section
 from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionModel
 
 from pipeline.config import load_recipe
-from pipeline.data.collate import Encoded, pack
+from pipeline.data.batch import Encoded
 from pipeline.errors import PipelineError
+from pipeline.models.chunks import pack
 from pipeline.models.llave import weights
 from pipeline.models.llave.checks import tiling
 from pipeline.models.llave.folder import save_folder

@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
 from pipeline.config import Recipe, load_recipe
-from pipeline.data.collate import Encoded, Image, Packed, pack
+from pipeline.data.batch import Encoded, Image
 from pipeline.data.tiles import Tiling
+from pipeline.models.chunks import Packed, pack
 from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
-from pipeline.models.llave.model import Llave, TowerlessLlave
-from pipeline.models.llave.tower import normalised, tower_features
+from pipeline.models.llave.model import Llave, TowerlessLlave, normalised, tower_features
 from pipeline.models.registry import training_of
 from pipeline.objectives.contrastive.loss import hardness_weighted_loss
 from pipeline.training.engine import freeze

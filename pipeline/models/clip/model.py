@@ -15,9 +15,9 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from pipeline.data.collate import Packed
 from pipeline.models import loading
 from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.chunks import Packed
 from pipeline.models.clip.config import ClipArchitecture
 from pipeline.models.clip.processor import load_config, text_of
 from pipeline.models.folder import finish

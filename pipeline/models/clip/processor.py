@@ -6,7 +6,7 @@ from typing import cast
 import numpy as np
 from transformers import CLIPConfig, CLIPTextConfig, PreTrainedTokenizerBase
 
-from pipeline.data.collate import Encoded
+from pipeline.data.batch import Encoded
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 

@@ -16,6 +16,7 @@ from pipeline.models.loading import refuse_unknown, require_vocabulary
 
 Newline = Literal["one_token", "grid"]
 NEWLINE_POSITIONS: tuple[Newline, ...] = ("one_token", "grid")
+MEAN = STD = 0.5  # SigLIP's normalisation of images
 ORIGINAL = "LlavaQwenForCausalLM"  # the architecture of original checkpoints
 
 Pinpoints = Sequence[tuple[int, int]]  # (height, width)

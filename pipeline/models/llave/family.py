@@ -14,17 +14,15 @@ from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths
 from pipeline.models import files, loading
 from pipeline.models.attention import fastest
-from pipeline.models.chunks import Features
+from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import ChunkMemory, ModelMemory, Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.folder import note_images
-from pipeline.models.frozen import Frozen
 from pipeline.models.llave import checks, weights
 from pipeline.models.llave.config import LlaveSection
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
-from pipeline.models.llave.model import Llave, TowerlessLlave, build, check_language_model
+from pipeline.models.llave.model import FrozenTower, Llave, TowerlessLlave, build, check_language_model
 from pipeline.models.llave.processor import LlaveProcessor
-from pipeline.models.llave.tower import FrozenTower
 from pipeline.models.loading import DTYPES, image_reading, reads_as_stored
 
 

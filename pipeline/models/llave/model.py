@@ -11,29 +11,41 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from transformers import (
+    AutoModel,
     LlavaOnevisionConfig,
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionModel,
+    LlavaOnevisionPreTrainedModel,
     PreTrainedConfig,
     SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 
-from pipeline.data.collate import Packed, sent
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.chunks import Chunk, Packed, sent
 from pipeline.models.llave import checks
-from pipeline.models.llave.checks import Pinpoints, sides_of, text_of
+from pipeline.models.llave.checks import MEAN, STD, Pinpoints, sides_of, text_of
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.processor import train_tokenizer
 from pipeline.models.llave.qwen2 import keep_less, pool_in_last_layer
-from pipeline.models.llave.tower import MEAN, STD, normalised, tower_features
 from pipeline.models.packing import check_packing
+
+
+def normalised(tiles: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Normalise (n, 3, size, size) uint8 for the tower. It computes in float32: bf16 has only eight bits."""
+    return sent(tiles, device).float().div_(255).sub_(MEAN).div_(STD).to(dtype)
+
+
+def tower_features(tower: SiglipVisionModel, pixels: torch.Tensor) -> torch.Tensor:
+    """Map (n, 3, size, size) normalised pixels to (n, patches², width) of the last layer, before the final norm."""
+    return tower.encoder(tower.embeddings(pixels)).last_hidden_state
 
 
 class Llave(LlavaOnevisionModel):
@@ -152,8 +164,43 @@ class TowerlessLlave(Llave):
         self.vision_tower = None
 
 
+class FrozenTower(LlavaOnevisionPreTrainedModel):
+    """The frozen tower of a LLaVA-OneVision folder or hub name, outside the engine; no other weights are read.
+
+    tiles_at_once: tiles per forward pass.
+    """
+
+    tiles_at_once = 64
+
+    _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?vision_tower)"]  # noqa: RUF012 (as in its base class)
+
+    def __init__(self, config: LlavaOnevisionConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.post_init()
+
+    @classmethod
+    def load(
+        cls, path: str, dtype: torch.dtype | Literal["auto"], device: torch.device, tiles_at_once: int = 64
+    ) -> "FrozenTower":
+        tower = loading.open_model(cls, path, loading.config(path, LlavaOnevisionConfig), dtype)
+        tower.tiles_at_once = tiles_at_once
+        return tower.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]  # its decorator hides self
+
+    @torch.no_grad()
+    def features(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Map (n, 3, size, size) uint8 to (n, patches², width) in the tower's dtype."""
+        parts = (normalised(part, self.device, self.dtype) for part in tiles.split(self.tiles_at_once))
+        return torch.cat([tower_features(self.vision_tower, part) for part in parts])
+
+    def features_of(self, chunk: Chunk) -> torch.Tensor | None:
+        """Return the features of all the chunk's tiles; None if it has no image."""
+        packed = chunk.packed
+        return self.features(packed.tiles) if packed.images else None
+
+
 # transformers looks up the mapping of checkpoint names by class name.
-for name in ("Llave", "TowerlessLlave"):
+for name in ("Llave", "TowerlessLlave", "FrozenTower"):
     register_checkpoint_conversion_mapping(name, get_checkpoint_conversion_mapping("LlavaOnevisionModel"))
 
 

@@ -16,15 +16,13 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from pipeline.data.collate import Encoded, Image
-from pipeline.data.resize import compiled
+from pipeline.data.batch import Encoded, Image
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
 from pipeline.data.tiles import Tiling, decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.models import loading
-from pipeline.models.llave.checks import Pinpoints, load_config, sides_of, text_of, tiling
-from pipeline.models.llave.tower import MEAN, STD
+from pipeline.models.llave.checks import MEAN, STD, Pinpoints, load_config, sides_of, text_of, tiling
 from pipeline.models.loading import reads_as_stored
 
 # The published prompt. The assistant's turn is one newline; the last token, also a newline, is pooled.
@@ -65,7 +63,6 @@ class LlaveProcessor:
 
         pinpoints, newline, images: override the config's tile sizes, newline position and image reading.
         """
-        compiled()  # once, not in every worker
         config = load_config(path, pinpoints, newline)
         tokenizer = loading.tokenizer(path, text_of(config).vocab_size)
         _require_marks(path, config, tokenizer)

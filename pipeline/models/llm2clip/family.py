@@ -11,17 +11,16 @@ from torch import nn
 from transformers import AutoModel, CLIPVisionConfig
 
 from pipeline.config import Recipe
-from pipeline.data.collate import Encoded, Image
+from pipeline.data.batch import Encoded, Image
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import choose
-from pipeline.models.chunks import Features
+from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import fetched, fingerprint
 from pipeline.models.folder import note_images
-from pipeline.models.frozen import Frozen
 from pipeline.models.llm2clip import model as llm2clip
 from pipeline.models.llm2clip.config import Llm2ClipSection
 from pipeline.models.llm2clip.model import Llm2Clip

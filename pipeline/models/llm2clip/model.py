@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.data.collate import Packed, sent
 from pipeline.errors import PipelineError
+from pipeline.models.chunks import Packed, sent
 from pipeline.models.files import fetched, read_json, read_tensors, refuse_not_finite, survey
 from pipeline.models.folder import base_of, finish, share
 from pipeline.models.text_encoder.checks import load_config

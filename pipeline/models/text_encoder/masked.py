@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pipeline.data.collate import Packed
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation
+from pipeline.models.chunks import Packed
 from pipeline.models.folder import base_of, finish
 from pipeline.models.text_encoder import model as decoder
 from pipeline.models.text_encoder.checks import SETTINGS, load_config

@@ -10,12 +10,11 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pipeline.data.collate import Packed, pack, sent
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
-from pipeline.models.chunks import Chunk
+from pipeline.models.chunks import Chunk, Packed, pack, sent
 from pipeline.models.folder import base_of, finish
 from pipeline.models.loading import refuse_unknown, require_vocabulary
 from pipeline.models.packing import check_packing
@@ -116,7 +115,7 @@ def pooled(hidden: torch.Tensor, lengths: tuple[int, ...], skipped: tuple[int, .
 
 
 class FrozenTextEncoder:
-    """A text encoder whose vectors are another model's input: see frozen.py."""
+    """A text encoder whose vectors are another model's input: see `chunks.Frozen`."""
 
     def __init__(self, model: TextEncoder, device: torch.device) -> None:
         self.model, self.device = model.eval().requires_grad_(False).to(device), device

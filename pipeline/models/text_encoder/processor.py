@@ -11,7 +11,7 @@ import numpy as np
 from PIL.Image import Image as Picture
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from pipeline.data.collate import Encoded
+from pipeline.data.batch import Encoded
 from pipeline.data.sample import BadSample, Item
 from pipeline.models import loading
 from pipeline.models.text_encoder.checks import SETTINGS, load_config

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pipeline.data.collate import Encoded, sent
-from pipeline.models.chunks import Chunk
+from pipeline.data.batch import Encoded
+from pipeline.models.chunks import Chunk, sent
 from pipeline.objectives.masked_tokens.config import MaskedNextTokenSection
 
 # The version of the masks; increase it when a change masks other tokens. Since version 2, `Encoded.key` is in the seed.

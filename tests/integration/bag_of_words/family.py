@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.config import ModelSection, Recipe
-from pipeline.data.collate import Encoded, Packed
+from pipeline.data.batch import Encoded
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.sample import Item
 from pipeline.data.tiles import decode_image
+from pipeline.models.chunks import Packed
 from pipeline.models.family import SavedModelInterface, TrainingInterface
 from pipeline.models.loading import DTYPES, config_dict
 
