@@ -80,7 +80,7 @@ from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
 from pipeline.models.attention import KINDS as ATTENTION_KINDS
 from pipeline.models.attention import choose, implementation
-from pipeline.models.chunks import Chunk, KeptFeatures, Packed, embed_chunks, pack, plan_chunks, run_chunk
+from pipeline.models.chunks import CachedFeatures, Chunk, Packed, embed_chunks, pack, plan_chunks, run_chunk
 from pipeline.models.llave.model import FrozenTower, TowerlessLlave
 from pipeline.models.lora import add_adapters
 from pipeline.objectives.contrastive.step import Contrastive
@@ -260,10 +260,10 @@ class Ours(Side):
         objective, features = Contrastive(recipe, self.device), self._features(recipe)
         objective.step(self.engine, batch, budget, 0, lr=recipe.optimizer.lr, features=features)
 
-    def _features(self, recipe: Recipe) -> KeptFeatures:
-        return KeptFeatures(self.tower, recipe.batch.features_mb << 20)
+    def _features(self, recipe: Recipe) -> CachedFeatures:
+        return CachedFeatures(self.tower, recipe.batch.features_mb << 20)
 
-    def most_kept(self, batch: Batch, chunks: int) -> int:
+    def most_cached(self, batch: Batch, chunks: int) -> int:
         """Return how many graphs fit: a power of two, or all. The last trial may have run out of memory."""
         fitting = 0
         while fitting < chunks:
@@ -323,7 +323,7 @@ def _weights(module: nn.Module, trained: bool = False) -> int:
 class Measured:
     """A row of the table. embeddings: (COMPARED, hidden), before the first step.
 
-    chunks, most_kept: for ours without kept graphs, the number of chunks and the number of graphs that fit.
+    chunks, most_cached: for ours without kept graphs, the number of chunks and the number of graphs that fit.
     """
 
     seconds: float
@@ -331,7 +331,7 @@ class Measured:
     flops: float
     embeddings: np.ndarray
     chunks: int = 0
-    most_kept: int = 0
+    most_cached: int = 0
 
 
 def measure_paper(setting: Setting) -> Measured | None:
@@ -346,7 +346,7 @@ def measure_ours(setting: Setting, kept_chunks: int) -> Measured | None:
     if kept_chunks:
         return measured
     chunks = len(side.chunks(list(batch.items.values())))
-    return replace(measured, chunks=chunks, most_kept=side.most_kept(batch, chunks))
+    return replace(measured, chunks=chunks, most_cached=side.most_cached(batch, chunks))
 
 
 def _measure(side: Paper | Ours, step: Callable[[Batch], None], batch: Batch) -> Measured:
@@ -476,9 +476,9 @@ def compare_steps(setting: Setting, peak_tflops: float, console: Console) -> Non
     plain = fresh(measure_ours, setting, 0)
     rows = {"LLaVE": (MICRO_BATCH - 1, paper), "ours, no graph kept": (setting.pairs - 1, plain)}
     items = list(batch_of(setting.config("sdpa"), setting.pairs).items.values())
-    if plain and plain.most_kept:
-        name = f"ours, {plain.most_kept} graphs of {plain.chunks} kept"
-        rows[name] = (setting.pairs - 1, fresh(measure_ours, setting, plain.most_kept))
+    if plain and plain.most_cached:
+        name = f"ours, {plain.most_cached} graphs of {plain.chunks} kept"
+        rows[name] = (setting.pairs - 1, fresh(measure_ours, setting, plain.most_cached))
     table = Table(
         *("", "negatives", "seconds", "samples/s", "tokens/s", "ratio", "MFU", "peak, GB", "ratio"),
         title=f"a step of {setting.model}{' with LoRA' if BACKBONES[setting.model].lora else ''}, "

@@ -72,7 +72,7 @@ from pipeline.data.tiles import Tiling
 from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
-from pipeline.models.chunks import KeptFeatures, embed_chunks, plan_chunks
+from pipeline.models.chunks import CachedFeatures, embed_chunks, plan_chunks
 from pipeline.models.llave.checks import load_config, tiling
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.model import build, normalised, tower_features
@@ -148,8 +148,8 @@ class Ours:
         self.tower = load_frozen(recipe, path, CPU)
         self.engine = build_engine(recipe, load_ds_config(recipe, 1), path)
 
-    def features(self, recipe: Recipe) -> KeptFeatures:
-        return KeptFeatures(self.tower, recipe.batch.features_mb << 20)
+    def features(self, recipe: Recipe) -> CachedFeatures:
+        return CachedFeatures(self.tower, recipe.batch.features_mb << 20)
 
     def step(self, batch: Batch, tokens: int, kept_chunks: int) -> Result:
         recipe = recipe_of(len(batch.query))

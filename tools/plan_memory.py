@@ -85,7 +85,7 @@ def memory_table(plan: Plan, sections: dict[int, dict], memory: float) -> Table:
     table.add_row("fits", *(coloured("yes" if each <= memory else "no", each <= memory) for each in totals))
     table.add_row("largest batch.chunk_tokens", *(largest(plan, each, memory) for each in states))
     longest = f"chunks of {plan.recipe.model.max_tokens:,} tokens that can keep their graph"
-    table.add_row(longest, *(most_kept(plan, each, memory) for each in states))
+    table.add_row(longest, *(most_cached(plan, each, memory) for each in states))
     if any(each.host for each in states):
         row("CPU memory for each GPU", [each.host for each in states])
     return table
@@ -105,8 +105,8 @@ def largest(plan: Plan, states: States, memory: float) -> str:
     return coloured(text, bool(tokens))
 
 
-def most_kept(plan: Plan, states: States, memory: float) -> str:
-    count = plan.most_kept(memory, states)
+def most_cached(plan: Plan, states: States, memory: float) -> str:
+    count = plan.most_cached(memory, states)
     return f"{count:,}" + (" or more" if count == MOST_CHUNKS else "")
 
 

@@ -29,7 +29,7 @@ def chunk_tokens_for(padded: bool) -> int:
 class Packed:
     """Items concatenated into one row of T tokens.
 
-    input_ids: (T,) int64.  host_ids: input_ids in CPU memory.
+    input_ids: (T,) int64.  cpu_ids: input_ids in CPU memory.
     position_ids: (T,) int64, or (3, T) if any item has three axes; they restart at each item.
     lengths: tokens of each item, T in total.  images: in the order of their placeholders.
     tiles_of: number of tiles of each item.  skipped, vectors: per item, see `Encoded`.
@@ -37,7 +37,7 @@ class Packed:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    host_ids: torch.Tensor
+    cpu_ids: torch.Tensor
     lengths: tuple[int, ...]
     images: tuple[Image, ...]
     tiles_of: tuple[int, ...]
@@ -66,7 +66,7 @@ def pack(items: Sequence[Encoded]) -> Packed:
     return Packed(
         input_ids=ids,
         position_ids=torch.from_numpy(np.concatenate(_positions(items), axis=-1)),
-        host_ids=ids,
+        cpu_ids=ids,
         lengths=tuple(len(item.input_ids) for item in items),
         images=tuple(image for item in items for image in item.images),
         tiles_of=tuple(sum(len(image.tiles) for image in item.images) for item in items),
@@ -207,7 +207,7 @@ class Frozen(Protocol):
         """Return the `features` for the model's forward pass; None if the chunk has no input for the frozen part."""
 
 
-class KeptFeatures:
+class CachedFeatures:
     """A cache of a step's features by chunk, computed at the first use.
 
     limit: bytes that stay on the device; the rest is offloaded to CPU memory.
@@ -215,15 +215,15 @@ class KeptFeatures:
 
     def __init__(self, frozen: Frozen, limit: int) -> None:
         self._frozen, self._room = frozen, limit
-        self._kept: dict[int, torch.Tensor | None] = {}
+        self._cached: dict[int, torch.Tensor | None] = {}
 
     def __call__(self, chunk: Chunk) -> torch.Tensor | None:
-        if id(chunk) in self._kept:
-            kept = self._kept[id(chunk)]
-            return None if kept is None else kept.to(self._frozen.device, non_blocking=True)
+        if id(chunk) in self._cached:
+            cached = self._cached[id(chunk)]
+            return None if cached is None else cached.to(self._frozen.device, non_blocking=True)
         features = self._frozen.features_of(chunk)
         size = 0 if features is None else features.nbytes
         fits = size <= self._room
         self._room -= size if fits else 0
-        self._kept[id(chunk)] = features if fits or features is None else features.cpu()
+        self._cached[id(chunk)] = features if fits or features is None else features.cpu()
         return features

@@ -83,29 +83,29 @@ def objective_of(recipe: Recipe) -> type[Objective]:
 
 def backward_chunks(
     engine: DeepSpeedEngine,
-    kept: Sequence[Chunk],
+    cached: Sequence[Chunk],
     graphs: list[torch.Tensor],
-    again: Sequence[Chunk],
+    recomputed: Sequence[Chunk],
     gradient: torch.Tensor,
     features: Features | None,
 ) -> list[torch.Tensor]:
     """Backpropagate the embeddings' gradients (items, hidden) into the parameters, and empty `graphs`.
 
-    kept: chunks with cached graphs, whose embeddings are `graphs`.  again: chunks to recompute; their embeddings are
-    returned.
+    cached: chunks with cached graphs, whose embeddings are `graphs`.  recomputed: the other chunks; their embeddings
+    are returned.
 
     DeepSpeed averages gradients over ranks; each rank's loss is scaled so that the mean over ranks is the global
     batch's loss. Within a step the chunks' gradients are summed, not averaged.
     """
-    surrogates = [(graph * gradient[chunk.rows]).sum() for chunk, graph in zip(kept, graphs, strict=True)]
+    surrogates = [(graph * gradient[chunk.rows]).sum() for chunk, graph in zip(cached, graphs, strict=True)]
     graphs.clear()
     if surrogates:
         # One backward pass for all, before any other: under ZeRO-3 any other order loses gradients.
-        engine.set_gradient_accumulation_boundary(not again)
+        engine.set_gradient_accumulation_boundary(not recomputed)
         engine.backward(torch.stack(surrogates).sum(), scale_wrt_gas=False)
     parts = []
-    for number, chunk in enumerate(again, 1):
-        engine.set_gradient_accumulation_boundary(number == len(again))
+    for number, chunk in enumerate(recomputed, 1):
+        engine.set_gradient_accumulation_boundary(number == len(recomputed))
         part = run_chunk(engine, chunk, features)
         engine.backward((part * gradient[chunk.rows]).sum(), scale_wrt_gas=False)
         parts.append(part.detach())

@@ -8,25 +8,77 @@ collective. It records a smaller budget for the next start.
 
 import json
 import math
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from pydantic import TypeAdapter
 
 from pipeline.config import Batch
 from pipeline.errors import PipelineError, is_out_of_memory
 from pipeline.storage.atomic import write_file
 from pipeline.training.conditions import changes
-from pipeline.training.meter import Memory
 
 FULL = 0.9  # of the memory available to torch's allocator
 LARGEST_CHUNK = 16384  # tokens; a larger chunk is no faster, and cached graphs make better use of the memory
 MEMORY = "the device's memory"  # a condition's name; the value is in bytes
 NOTE = "budget.json"  # in the run directory
 _ROUND = 128  # tokens
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device's memory.
+
+    total: available to torch's allocator.  base: in use before a step.  peak: maximum during the step.
+    rest: in use after it; the first step allocates AdamW's moments.
+    """
+
+    total: int
+    base: int
+    peak: int
+    rest: int
+
+
+class Meter:
+    """Measures the memory of steps on a GPU. On a CPU the device is the process's share of the machine's memory.
+
+    total: bytes of the smallest rank's device.  The constructor is collective.
+    """
+
+    def __init__(self, local_world: int) -> None:
+        accelerator = get_accelerator()
+        self._cpu = accelerator.device_name() == "cpu"
+        total = accelerator.total_memory() // (local_world if self._cpu else 1)
+        least = torch.tensor(total, device=accelerator.current_device_name())
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        self.total = int(least)
+
+    def start(self) -> None:
+        get_accelerator().reset_peak_memory_stats()
+        self._base = get_accelerator().memory_allocated()
+
+    def stop(self, largest_chunk: int, items: int) -> tuple[Memory, int, int]:
+        """Return the memory since `start`, largest_chunk (tokens) and items, all as maxima over ranks. Collective."""
+        accelerator = get_accelerator()
+        if self._cpu:
+            peak, others = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, 0
+        else:
+            peak = accelerator.max_memory_allocated()
+            free, total = torch.cuda.mem_get_info()
+            # CUDA's context, NCCL's buffers and other processes: not available to the allocator.
+            others = total - free - torch.cuda.memory_reserved()
+        ours = [self._base, peak, accelerator.memory_allocated(), others, largest_chunk, items]
+        most = torch.tensor(ours, device=accelerator.current_device_name())
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        base, peak, rest, others, largest_chunk, items = most.tolist()
+        return Memory(self.total - others, base, peak, rest), largest_chunk, items
 
 
 @dataclass
@@ -113,16 +165,17 @@ class Budget:
         return f"batch.chunk_tokens={self.chunk_tokens} batch.kept_chunks={self.kept_chunks}"
 
 
-def found(budget: Budget, conditions: dict) -> dict:
+def record_of(budget: Budget, conditions: dict) -> dict:
     """Return a budget as plain values, for checkpoints and the run directory's note."""
     return {"budget": asdict(budget), "conditions": conditions}
 
 
-def found_before(run: Path, checkpoint: dict | None, conditions: dict) -> Budget | None:
+def restored_budget(run: Path, checkpoint: dict | None, conditions: dict) -> Budget | None:
     """Return the budget to restore; None if there is none for these conditions.
 
     The note of a start that ran out of memory after the newest checkpoint takes precedence over the checkpoint.
-    checkpoint: the checkpoint's result of `found`.  conditions: by name, what memory depends on, including `MEMORY`.
+    checkpoint: the result of `record_of` in the checkpoint.
+    conditions: by name, what memory depends on, including `MEMORY`.
     """
     noted = None
     with suppress(OSError, ValueError, RecursionError):
@@ -163,7 +216,7 @@ def _advice(run: Path, budget: Budget, conditions: dict) -> str:
         if name not in budget.auto and getattr(smaller, name) != getattr(budget, name):
             return f"start the run again with batch.{name}={getattr(smaller, name)}; if that is still too much, "
     try:
-        write_file(run / NOTE, json.dumps(found(smaller, conditions)).encode())
+        write_file(run / NOTE, json.dumps(record_of(smaller, conditions)).encode())
     except OSError:
         return f"start the run again with {smaller}; if that is still too much, "
     return f"the next start uses {smaller}; if that is still too much, "

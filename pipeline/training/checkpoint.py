@@ -88,9 +88,9 @@ def remove_old(checkpoints: list[Path], keep: int) -> None:
     """Remove all checkpoints, given in the order of their steps, except the last `keep` and the best."""
     for old in checkpoints[:-keep]:
         if old != best(old.parent):
-            doomed = old.with_name(old.name.replace("step", "unfinished"))
-            old.rename(doomed)  # a partly removed checkpoint must not keep its name
-            remove(doomed)
+            unfinished = old.with_name(old.name.replace("step", "unfinished"))
+            old.rename(unfinished)  # a partly removed checkpoint must not keep its name
+            remove(unfinished)
 
 
 def keep_best(folder: Path, step: int, score: float, by: list[str]) -> None:

@@ -148,15 +148,15 @@ def faults(folder: Path, manifest: Manifest, names: Iterable[str], *, thorough: 
         file = manifest.files[name]
         blocks += ((name, number) for number in range(max(len(file.crc32) if file and thorough else 1, 1)))
 
-    def look(block: tuple[str, int]) -> str:
+    def checked(block: tuple[str, int]) -> str:
         name, number = block
         return _fault(folder / name, manifest.files[name], number, manifest.block, thorough)
 
     found: dict[str, str] = {}
     with ThreadPoolExecutor(_threads()) as pool:
-        for (name, _), said in zip(blocks, pool.map(look, blocks), strict=True):
-            if said:
-                found.setdefault(name, said)
+        for (name, _), fault in zip(blocks, pool.map(checked, blocks), strict=True):
+            if fault:
+                found.setdefault(name, fault)
     return found
 
 

@@ -16,7 +16,7 @@ from pipeline.config import Recipe, is_offloaded
 from pipeline.errors import PipelineError
 from pipeline.models.family import ChunkMemory
 from pipeline.models.registry import training_of
-from pipeline.objectives.contrastive.loss import KEPT_BYTES, TILE
+from pipeline.objectives.contrastive.loss import CACHED_BYTES, TILE
 from pipeline.training.budget import Budget
 from pipeline.training.engine import adapt, freeze
 
@@ -125,7 +125,7 @@ def loss_bytes(dimension: int, global_batch: int, gpus: int) -> int:
         + 3 * rows * dimension  # this device's queries: as they are, as a factor of the logits; gradient
         + 2 * min(TILE, rows) * global_batch  # a tile's gradient, in both directions
     )
-    return work + min(KEPT_BYTES, FP32 * rows * global_batch)  # cached tiles of logits
+    return work + min(CACHED_BYTES, FP32 * rows * global_batch)  # cached tiles of logits
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Plan:
         fitting = bisect_right(tokens, memory, key=lambda count: self.total(count, states))
         return tokens[fitting - 1] if fitting else 0
 
-    def most_kept(self, memory: float, states: States) -> int:
+    def most_cached(self, memory: float, states: States) -> int:
         """Return how many graphs of chunks of one longest item can be cached in `memory` bytes; 0 if none fits."""
         longest = self.recipe.model.max_tokens
         return bisect_right(range(1, MOST_CHUNKS + 1), memory, key=lambda count: self.total(longest, states, count))

@@ -79,16 +79,16 @@ class StepLog:
             self.file = path.open("a", buffering=1)
 
     def _note(self, damaged: list[bytes], missing: list[int]) -> None:
-        said = []
+        notes = []
         if damaged:
             aside = self.path.with_name(self.path.name + ".damaged")
             with aside.open("ab") as file:
                 file.writelines(damaged)
-            said.append(f"had {sum(map(len, damaged))} damaged bytes, which are now in {aside.name}")
+            notes.append(f"had {sum(map(len, damaged))} damaged bytes, which are now in {aside.name}")
         if missing:
-            said.append(f"has no line of {len(missing)} steps, the first of them {missing[0]}")
-        if said:
-            logger.warning("%s %s", self.path, " and ".join(said))
+            notes.append(f"has no line of {len(missing)} steps, the first of them {missing[0]}")
+        if notes:
+            logger.warning("%s %s", self.path, " and ".join(notes))
 
     def write(self, record: dict) -> None:
         with disk_errors(self.path):

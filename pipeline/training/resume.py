@@ -54,7 +54,7 @@ def choose(folder: Path, present: dict) -> Path | None:
     rank, world = dist.get_rank(), dist.get_world_size()
     left, damaged = None, {}
 
-    def look() -> tuple[Path | None, Manifest | None]:
+    def newest_readable() -> tuple[Path | None, Manifest | None]:
         nonlocal left
         left = checkpoint.candidates(folder) if left is None else left
         while left:
@@ -67,7 +67,7 @@ def choose(folder: Path, present: dict) -> Path | None:
 
     while True:
         # The first rank decides: on a shared file system other ranks may not yet see the newest checkpoint.
-        path, content = on_first_rank(look)
+        path, content = on_first_rank(newest_readable)
         if path is None or content is None:
             break
         share = [name for name in content.files if manifest.writer_of(name) % world == rank]
@@ -75,23 +75,23 @@ def choose(folder: Path, present: dict) -> Path | None:
             found = manifest.faults(path, content, share)
         except PipelineError as error:
             found = dict.fromkeys(share, str(error))
-        complaints: list = [None] * world
-        dist.all_gather_object(complaints, (socket.gethostname(), found))
-        if not any(found for _, found in complaints):
+        reports: list = [None] * world
+        dist.all_gather_object(reports, (socket.gethostname(), found))
+        if not any(found for _, found in reports):
             break
 
-        def judge(path: Path = path, content: Manifest = content, complaints: list = complaints) -> None:
+        def verify_on_first_rank(path: Path = path, content: Manifest = content, reports: list = reports) -> None:
             # A node with faulty memory or cache must not cause a good checkpoint to be rejected.
-            names = [name for _, found in complaints for name in found]
+            names = [name for _, found in reports for name in found]
             if ours := manifest.faults(path, content, names):
                 damaged[path] = _joined(ours)
                 return
-            host, said = next((host, _joined(found)) for host, found in complaints if found)
-            raise PipelineError(f"{path}: on {host} {said}; on {socket.gethostname()} the same files are whole")
+            host, faults = next((host, _joined(found)) for host, found in reports if found)
+            raise PipelineError(f"{path}: on {host} {faults}; on {socket.gethostname()} the same files are whole")
 
-        on_first_rank(judge)
+        on_first_rank(verify_on_first_rank)
 
-    def settle() -> None:
+    def finalize() -> None:
         if path is None:
             _refuse(folder, damaged)
             return
@@ -106,7 +106,7 @@ def choose(folder: Path, present: dict) -> Path | None:
                 if report and not report.collapsed:
                     checkpoint.keep_best(folder, step, report.score, list(report.results))
 
-    on_first_rank(settle)
+    on_first_rank(finalize)
     return path
 
 
@@ -134,7 +134,7 @@ def contents(path: Path, *, thorough: bool = True) -> Manifest:
     return Manifest(format=manifest.FORMAT, step=step, block=1, files=dict.fromkeys(files))
 
 
-def _set_aside(path: Path, why: str, taken: Path) -> None:
+def _set_aside(path: Path, why: str, used: Path) -> None:
     numbers = ["", *(f"-{number}" for number in range(2, 1000))]
     target = next(new for each in numbers if not (new := path.with_name(f"damaged-{path.name}{each}")).exists())
     path.rename(target)
@@ -142,7 +142,7 @@ def _set_aside(path: Path, why: str, taken: Path) -> None:
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     logger.warning(
         f"{path} is damaged: {why}. It is kept as {target.name} ({size / 1e6:,.1f} MB; delete it when not needed), and "
-        f"the run continues from {taken.name}"
+        f"the run continues from {used.name}"
     )
 
 
@@ -150,10 +150,10 @@ def _refuse(folder: Path, damaged: dict[Path, str]) -> None:
     """Raise PipelineError if there was a checkpoint: the remains of a run must not be overwritten without consent."""
     aside = [path for path in checkpoint.entries(folder) if path.name.startswith("damaged-step-")]
     if damaged or aside:
-        whys = [f"{path.name}: {why}" for path, why in damaged.items()] + [path.name for path in aside]
+        reasons = [f"{path.name}: {why}" for path, why in damaged.items()] + [path.name for path in aside]
         raise PipelineError(
-            f"{folder} has no whole checkpoint: {'; '.join(whys)}. Restore one, set run= to another directory, or move "
-            "that folder away to start from the beginning"
+            f"{folder} has no whole checkpoint: {'; '.join(reasons)}. Restore one, set run= to another directory, or "
+            "move that folder away to start from the beginning"
         )
 
 

@@ -31,18 +31,17 @@ from pipeline.evaluation.report import Report
 from pipeline.evaluation.sets import Collection
 from pipeline.evaluation.store import MemoryStore
 from pipeline.jobs import limits, status
-from pipeline.models.chunks import Features, KeptFeatures
+from pipeline.models.chunks import CachedFeatures, Features
 from pipeline.models.family import Processor
 from pipeline.models.registry import saved, training_of
 from pipeline.objectives.objective import StepResult, objective_of
 from pipeline.storage.atomic import write_file
 from pipeline.training import checkpoint, resume
-from pipeline.training.budget import MEMORY, NOTE, Budget, found, found_before, out_of_memory_noted
+from pipeline.training.budget import MEMORY, NOTE, Budget, Meter, out_of_memory_noted, record_of, restored_budget
 from pipeline.training.conditions import check, conditions_of_run
 from pipeline.training.engine import build_engine, learning_rate, load_frozen, set_hyperparameters
 from pipeline.training.export import export
 from pipeline.training.initial import initial_model
-from pipeline.training.meter import Meter
 from pipeline.training.monitor import Monitor, StepLog, evaluation_of
 from pipeline.training.preemption import Preemption
 from pipeline.training.universal import for_this_world
@@ -190,7 +189,7 @@ class Trainer:
         """Return the recipe's budget, with results of an earlier start from the first rank's note or checkpoint."""
         before: list[Budget | None] = [None]
         if dist.get_rank() == 0:
-            before = [found_before(self.folder, of_checkpoint, self.budget_conditions)]
+            before = [restored_budget(self.folder, of_checkpoint, self.budget_conditions)]
         dist.broadcast_object_list(before)
         budget = Budget.of(self.recipe.batch, self.recipe.model.max_tokens, before[0])
         if before[0] and budget.auto and dist.get_rank() == 0:
@@ -212,7 +211,7 @@ class Trainer:
 
     def _step(self, step: int, batch: Batch) -> tuple[StepResult, float]:
         lr = learning_rate(step, self.steps, self.recipe.optimizer)
-        features = KeptFeatures(self.frozen, self.recipe.batch.features_mb << 20) if self.frozen else None
+        features = CachedFeatures(self.frozen, self.recipe.batch.features_mb << 20) if self.frozen else None
         if measuring := not self.budget.is_fixed:
             self.meter.start()
         with out_of_memory_noted(self.folder, step + 1, self.budget, self.budget_conditions):
@@ -274,7 +273,7 @@ class Trainer:
     def _save(self, done: int) -> None:
         self.monitor.flush()
         state = self.objective.state() | {"bad_samples": self.bad_samples}
-        state |= {"budget": found(self.budget, self.budget_conditions)}
+        state |= {"budget": record_of(self.budget, self.budget_conditions)}
         checkpoint.save(self.engine, self.checkpoints, done, state, self.conditions, self.recipe.checkpoint.keep)
         if self.monitor.leads:
             with disk_errors(self.folder / NOTE):

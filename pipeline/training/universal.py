@@ -87,9 +87,9 @@ def convert(source: Path, target: Path, before: int, world: int, timeout_minutes
                 process.kill()
         if process.returncode:
             output.seek(0)
-            said = output.read().strip().splitlines()
+            lines = output.read().strip().splitlines()
             stalled = f"nothing written for {timeout_minutes:g} minutes"
-            reason = stalled if is_stalled else said[-1] if said else f"status {process.returncode}"
+            reason = stalled if is_stalled else lines[-1] if lines else f"status {process.returncode}"
             raise PipelineError(
                 f"{source} could not be converted for {world} processes: {reason}; continue on {before} processes"
             )

@@ -29,7 +29,7 @@ from pipeline.data.batch import Batch, Origin, RawSample, encode_rows
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models import chunks as chunks_module
-from pipeline.models.chunks import Features, KeptFeatures, pack
+from pipeline.models.chunks import CachedFeatures, Features, pack
 from pipeline.models.llave.model import Llave
 from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.lora import add_adapters
@@ -276,7 +276,7 @@ def compare(model: str, stage: str, case: Case, theirs: Expected) -> dict:
         theirs,
         LlaveProcessor.load(model, 512),
         partial(make_pairs, case.mix),
-        lambda: KeptFeatures(tower, recipe.batch.features_mb << 20) if tower else None,
+        lambda: CachedFeatures(tower, recipe.batch.features_mb << 20) if tower else None,
     )
 
 

@@ -16,7 +16,7 @@ from limits import HANG_MINUTES
 
 from pipeline.config import dump_recipe, load_ds_config, load_recipe
 from pipeline.distributed import end_distributed, start_distributed
-from pipeline.models.chunks import KeptFeatures, embed_chunks, plan_chunks
+from pipeline.models.chunks import CachedFeatures, embed_chunks, plan_chunks
 from pipeline.models.files import fingerprint
 from pipeline.models.llave.model import Llave
 from pipeline.models.llave.processor import LlaveProcessor
@@ -39,7 +39,7 @@ def main() -> None:
     batches = [batch_of(make_pairs("mixed", seed)[rank::world], processor) for seed in range(3)]
 
     def step(engine, batch) -> tuple[float, float]:
-        features = KeptFeatures(tower, 0) if tower else None
+        features = CachedFeatures(tower, 0) if tower else None
         objective, budget = Contrastive(recipe, engine.device), Budget.of(recipe.batch, 512)
         result = objective.step(engine, batch, budget, 0, lr=1e-3, features=features)
         return float(result.loss.loss.detach()), result.grad_norm
@@ -57,7 +57,7 @@ def main() -> None:
     export(again, tower, recipe, model, run / "export")
     items = list(batches[0].items.values())
     chunks = plan_chunks(items, 200, torch.device("cpu"))
-    features = KeptFeatures(tower, 0) if tower else None
+    features = CachedFeatures(tower, 0) if tower else None
     trained = embed_chunks(again, chunks, len(items), features)
     exported = embed_chunks(Llave.load(str(run / "export"), "auto"), chunks, len(items))
     cosine = float((trained * exported).sum(dim=1).min())

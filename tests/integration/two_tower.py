@@ -19,7 +19,7 @@ from limits import HANG_MINUTES
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.sample import Item, Pair
 from pipeline.distributed import end_distributed, start_distributed
-from pipeline.models.chunks import Features, KeptFeatures, Packed
+from pipeline.models.chunks import CachedFeatures, Features, Packed
 from pipeline.models.registry import training
 from pipeline.training.engine import build_engine, load_frozen
 
@@ -155,7 +155,7 @@ def compare(models: str, case: Case, theirs: Expected) -> dict:
     def features() -> Features | None:
         if case.recomputed:
             return frozen.features_of
-        return KeptFeatures(frozen, recipe.batch.features_mb << 20) if frozen else None
+        return CachedFeatures(frozen, recipe.batch.features_mb << 20) if frozen else None
 
     pairs_of = partial(make_pairs, case.mix)
     return {"case": repr(case)} | differences(engine, recipe, theirs, processor, pairs_of, features)

@@ -15,7 +15,7 @@ from limits import HANG_MINUTES
 
 from pipeline.config import load_ds_config, load_recipe
 from pipeline.distributed import end_distributed, start_distributed
-from pipeline.models.chunks import KeptFeatures
+from pipeline.models.chunks import CachedFeatures
 from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training import checkpoint
@@ -66,7 +66,7 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
     for step in steps:
         pairs = make_pairs("mixed", seed=step)
         batch = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
-        features = KeptFeatures(tower, 0) if tower else None
+        features = CachedFeatures(tower, 0) if tower else None
         budget = Budget.of(recipe.batch, 512)
         result = objective.step(engine, batch, budget, step, lr=2e-3, features=features)
         loss = result.loss.loss.detach().clone()

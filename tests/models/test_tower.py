@@ -7,7 +7,7 @@ from closeness import assert_close_in_norm
 
 from pipeline.data.batch import Encoded, Image
 from pipeline.errors import PipelineError
-from pipeline.models.chunks import KeptFeatures, embed_chunks, plan_chunks
+from pipeline.models.chunks import CachedFeatures, embed_chunks, plan_chunks
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.model import FrozenTower, Llave, TowerlessLlave, normalised, tower_features
 from pipeline.models.llave.processor import LlaveProcessor
@@ -38,7 +38,7 @@ def test_embeddings_are_those_of_the_whole_model(tiny_model, items):
     chunks = plan_chunks(items, 60, CPU)
     expected = embed_chunks(whole, chunks, len(items))
     for limit in (0, 1 << 30):
-        features = KeptFeatures(tower, limit)
+        features = CachedFeatures(tower, limit)
         for _ in range(2):  # computed first, then cached
             assert_close_in_norm(embed_chunks(without, chunks, len(items), features), expected)
 
@@ -46,7 +46,7 @@ def test_embeddings_are_those_of_the_whole_model(tiny_model, items):
 def test_each_tile_is_seen_once_and_few_at_a_time(tiny_model, items):
     tower, seen = FrozenTower.load(tiny_model, torch.float32, CPU, tiles_at_once=2), []
     tower.vision_tower.embeddings.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
-    features, chunks = KeptFeatures(tower, 0), plan_chunks(items, 60, CPU)
+    features, chunks = CachedFeatures(tower, 0), plan_chunks(items, 60, CPU)
     with_images = [chunk for chunk in chunks if chunk.packed.images]
     assert len(with_images) > 1
     for _ in range(3):

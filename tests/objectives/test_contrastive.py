@@ -157,7 +157,7 @@ def test_a_tile_that_was_not_kept_is_computed_again(name, tiles, monkeypatch):
     """Use four tiles of two rows (the last one: one row), with 11 logits per row, and 7 more with a margin."""
     inputs, options = example(), {"alpha": ALPHA, "temperature": TEMPERATURE, **OPTIONS[name], "tile": 2}
     output, expected = with_gradients(hardness_weighted_loss, inputs, **options)
-    monkeypatch.setattr(contrastive, "KEPT_BYTES", tiles * 2 * (11 + 7 * (name == "margin")) * 8)
+    monkeypatch.setattr(contrastive, "CACHED_BYTES", tiles * 2 * (11 + 7 * (name == "margin")) * 8)
     products = CountProducts()
     with products:
         again, gradients = with_gradients(hardness_weighted_loss, inputs, **options)

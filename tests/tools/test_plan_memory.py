@@ -301,9 +301,9 @@ def test_as_many_graphs_are_kept_as_fit_and_no_more():
     states = plan(0).states(3, {"reduce_bucket_size": 1000})
     longest = plan(0).recipe.model.max_tokens
     for memory in (1e8, 1e9):
-        most = plan(0).most_kept(memory, states)
+        most = plan(0).most_cached(memory, states)
         assert plan(most).total(longest, states) <= memory < plan(most + 1).total(longest, states)
-    assert plan(0).most_kept(plan(1).total(longest, states) - 1, states) == 0
+    assert plan(0).most_cached(plan(1).total(longest, states) - 1, states) == 0
 
 
 def test_kept_features_are_no_more_than_a_ranks_items_have():

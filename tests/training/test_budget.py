@@ -18,18 +18,19 @@ from pipeline.config import Batch, Recipe, load_recipe
 from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
 from pipeline.objectives.contrastive.step import Contrastive
-from pipeline.training import meter as meters
+from pipeline.training import budget as meters
 from pipeline.training.budget import (
     FULL,
     LARGEST_CHUNK,
     MEMORY,
     NOTE,
     Budget,
-    found,
-    found_before,
+    Memory,
+    Meter,
     out_of_memory_noted,
+    record_of,
+    restored_budget,
 )
-from pipeline.training.meter import Memory, Meter
 
 GB = 10**9
 BOTH = ["chunk_tokens", "kept_chunks"]
@@ -184,20 +185,20 @@ CONDITIONS = {"seed": 0, "processes": 16, MEMORY: 80 * GB}
 
 def test_what_was_found_holds_for_as_many_processes_with_as_much_memory(tmp_path):
     budget = Budget(16384, 5, True, True, BOTH, 4096)
-    kept = found(budget, CONDITIONS)
-    assert found_before(tmp_path, kept, CONDITIONS) == budget
+    kept = record_of(budget, CONDITIONS)
+    assert restored_budget(tmp_path, kept, CONDITIONS) == budget
     # On CPUs, this is the machine's memory, which varies by some megabytes.
     for memory, holds in ((79.5, True), (84, True), (72, False), (141, False)):
-        before = found_before(tmp_path, kept, CONDITIONS | {MEMORY: int(memory * GB)})
+        before = restored_budget(tmp_path, kept, CONDITIONS | {MEMORY: int(memory * GB)})
         assert (before is not None) == holds, memory
     for other in ({"processes": 8}, {"seed": 1}):
-        assert found_before(tmp_path, kept, CONDITIONS | other) is None
-    assert found_before(tmp_path, None, CONDITIONS) is None
+        assert restored_budget(tmp_path, kept, CONDITIONS | other) is None
+    assert restored_budget(tmp_path, None, CONDITIONS) is None
     # The format of an older checkpoint, and invalid notes.
-    assert found_before(tmp_path, {"chunk_tokens": 16384, "kept_chunks": 5}, CONDITIONS) is None
+    assert restored_budget(tmp_path, {"chunk_tokens": 16384, "kept_chunks": 5}, CONDITIONS) is None
     for note in ("[1]", '{"conditions": null}', "{", json.dumps(kept | {"budget": {"tokens": 1}})):
         (tmp_path / NOTE).write_text(note)
-        assert found_before(tmp_path, kept, CONDITIONS) == budget
+        assert restored_budget(tmp_path, kept, CONDITIONS) == budget
 
 
 def too_much() -> None:
@@ -233,12 +234,12 @@ def in_cublas() -> None:
 def test_out_of_memory_says_what_to_set_and_auto_comes_back_with_less(tmp_path, step, recipe, cut, smaller, advice):
     budget = Budget.of(batch(*recipe), 4096)
     budget.chunk_tokens, budget.kept_chunks, budget.graph = *cut, 7
-    too_large = found(budget, CONDITIONS)
+    too_large = record_of(budget, CONDITIONS)
     with pytest.raises(PipelineError) as raised, out_of_memory_noted(tmp_path, 12, budget, CONDITIONS):
         step()
     assert f"in step 12 with batch.chunk_tokens={cut[0]} batch.kept_chunks={cut[1]}: " in str(raised.value)
     assert advice in str(raised.value)
-    before = found_before(tmp_path, too_large, CONDITIONS)
+    before = restored_budget(tmp_path, too_large, CONDITIONS)
     if smaller is None:
         assert before == budget and not list(tmp_path.iterdir())
         return
@@ -248,8 +249,8 @@ def test_out_of_memory_says_what_to_set_and_auto_comes_back_with_less(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["budget.json"]
     # On another number of GPUs the note does not apply, and the checkpoint's budget does.
     elsewhere = CONDITIONS | {"processes": 32}
-    assert found_before(tmp_path, found(budget, elsewhere), elsewhere) == budget
-    assert found_before(tmp_path, None, elsewhere) is None
+    assert restored_budget(tmp_path, record_of(budget, elsewhere), elsewhere) == budget
+    assert restored_budget(tmp_path, None, elsewhere) is None
 
 
 @pytest.fixture
@@ -286,7 +287,7 @@ def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_pa
     run = trainer()
     run.meter = Meter(1)
     conditions = run._conditions_of_budget()
-    (tmp_path / NOTE).write_text(json.dumps(found(Budget(16384, 3, True, True, BOTH, 4096), conditions)))
+    (tmp_path / NOTE).write_text(json.dumps(record_of(Budget(16384, 3, True, True, BOTH, 4096), conditions)))
     for now, smaller in (("16384 batch.kept_chunks=3", "16384"), ("16384 batch.kept_chunks=1", "8192")):
         with pytest.raises(PipelineError, match=f"in step 1 with .* uses batch.chunk_tokens={smaller} "):
             trainer().train()

@@ -110,7 +110,7 @@ class Llave(LlavaOnevisionModel):
         if packed.images:
             # Computed on the CPU: `nonzero` on the device would wait for all queued work.
             marks = torch.tensor([self.config.image_token_id, self.config.video_token_id])
-            placeholders = sent(torch.isin(packed.host_ids, marks).nonzero()[:, 0], embeds.device)
+            placeholders = sent(torch.isin(packed.cpu_ids, marks).nonzero()[:, 0], embeds.device)
             if features is None:
                 features = tower_features(self.vision_tower, normalised(packed.tiles, embeds.device, embeds.dtype))
             embeds = embeds.index_copy(0, placeholders, self.image_tokens(packed, features))

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from pipeline.distributed import all_gather_constant, all_gather_rows, rank_and_world
 
 TILE = 256  # rows
-KEPT_BYTES = 1 << 30
+CACHED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def hardness_weighted_loss(
         matrix = _Matrix(
             queries, targets, extra, columns.detach(), positives, own, alpha, tau.detach(), margin, tile, group
         )
-        sums = matrix.sums(KEPT_BYTES if differentiable else 0)
+        sums = matrix.sums(CACHED_BYTES if differentiable else 0)
 
         # L = log(1 + exp(excess)) is also exact for tiny losses.
         row_excess, column_excess = sums.rows - positive / matrix.tau, sums.columns - positives / matrix.tau
@@ -202,14 +202,14 @@ class _Sums:
 
     rows: (n,) log-sum-exp of the negatives' logits of this rank's queries.  columns: (N,) the same of all targets, over
     all ranks.  hardest: (n,) largest similarity of each query's negatives.  masked: number of pairs of all ranks masked
-    by content or margin.  kept: the first tiles, cached.
+    by content or margin.  cached: the first tiles.
     """
 
     rows: Tensor
     columns: Tensor
     hardest: Tensor
     masked: Tensor
-    kept: list[_Tile]
+    cached: list[_Tile]
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class _Matrix:
         rows, hardest = self.columns.new_empty(n), self.columns.new_empty(n)
         column_top, columns = torch.full_like(self.positives, lowest), torch.zeros_like(self.positives)
         all_masked = torch.zeros((), dtype=torch.int64, device=rows.device)
-        kept: list[_Tile] = []
+        cached: list[_Tile] = []
         for start in range(0, n, self.height):
             tile, masked = self._tile(start)
             all_masked += masked
@@ -270,8 +270,8 @@ class _Matrix:
             top = torch.maximum(column_top, tile.back.amax(dim=0))
             columns.mul_((column_top - top).exp_()).add_((tile.back - top).exp_().sum(dim=0))
             column_top = top
-            if len(kept) * self.height == start and tile.bytes <= room:
-                kept.append(tile)
+            if len(cached) * self.height == start and tile.bytes <= room:
+                cached.append(tile)
                 room -= tile.bytes
         if rank_and_world(self.group)[1] > 1:
             top = column_top.clone()
@@ -281,7 +281,7 @@ class _Matrix:
             dist.all_reduce(columns, group=self.group)
             dist.all_reduce(all_masked, group=self.group)
         columns = columns.log_().add_(column_top)
-        return _Sums(rows.clamp_(min=lowest), columns.clamp_(min=lowest), hardest, all_masked, kept)
+        return _Sums(rows.clamp_(min=lowest), columns.clamp_(min=lowest), hardest, all_masked, cached)
 
     def gradients(self, sums: _Sums, row_slope: Tensor, column_slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return this rank's contributions to the loss's gradients by its queries (n, d), columns (N + M, d), and tau.
@@ -293,7 +293,7 @@ class _Matrix:
         by_rows, by_columns = torch.empty_like(x), torch.zeros_like(y)
         positive_slope = -(row_slope + column_slope[self.own])
         for start in range(0, len(x), self.height):
-            tile = sums.kept.pop(0) if sums.kept else self._tile(start)[0]
+            tile = sums.cached.pop(0) if sums.cached else self._tile(start)[0]
             back = (tile.back - sums.columns).exp_().mul_(column_slope)
             gradient = tile.forth.sub_(sums.rows[tile.part, None]).exp_().mul_(row_slope[tile.part, None])
             gradient[:, :count] += back

@@ -118,16 +118,16 @@ class Contrastive(Objective):
         # If no trained part processes texts, a dummy image gives every chunk a gradient.
         all_with_images, padded = not self._recipe.model.texts_train, engine.module.pads
         chunks = plan_chunks(items, cut.chunk_tokens, engine.device, padded=padded, all_with_images=all_with_images)
-        kept, again = chunks[: cut.kept_chunks], chunks[cut.kept_chunks :]
-        graphs = [run_chunk(engine, chunk, features) for chunk in kept]
+        cached, recomputed = chunks[: cut.kept_chunks], chunks[cut.kept_chunks :]
+        graphs = [run_chunk(engine, chunk, features) for chunk in cached]
         with torch.no_grad():
-            parts = graphs + [run_chunk(engine, chunk, features) for chunk in again]
+            parts = graphs + [run_chunk(engine, chunk, features) for chunk in recomputed]
         embeddings = in_order(chunks, parts, len(items)).requires_grad_()
         tau = self.temperature.value
         output = contrastive_loss(embeddings, batch, self._recipe, tau)
         gradient = self.temperature.gradient(output.loss, embeddings)
         del parts
-        backward_chunks(engine, kept, graphs, again, gradient, features)
+        backward_chunks(engine, cached, graphs, recomputed, gradient, features)
         norm = optimizer_step(engine, lr)
         self.temperature.step(lr)
         return ContrastiveResult(
