@@ -141,10 +141,11 @@ def vectors_of(recipe: Recipe) -> np.ndarray:
     """Return the vectors of all captions, (images, width) float32, ordered by the numbers in the captions."""
     source, found = Source.open(recipe.data), {}
     for shard, (_, info) in enumerate(source.shards):
-        records, places = source.records(shard, 0, info.samples), source.vector_records(shard, 0, info.samples)
-        read = zip(source.read(shard, records), records, source.read_vectors(shard, places), strict=True)
+        tar, embedded = source.tars(shard)
+        records, places = tar.records(0, info.samples), embedded.records(0, info.samples)
+        read = zip(tar.read(records), records, embedded.read(places), strict=True)
         for data, record, vectors in read:
-            pair = source.parse(shard, data, record, vectors)
+            pair = source.parse(shard, record, data, vectors)
             found[number_of(pair.target.text)] = pair.vectors[0]
     return np.stack([found[number] for number in range(len(found))])
 

@@ -76,12 +76,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as stored in its shard. place: its row in the rank's part of the batch."""
+    """A sample's bytes in its shard, and how to parse it.  place: its row in the rank's part of the batch."""
 
     place: int
     origin: Origin
     data: bytes
-    parse: Callable[[bytes], Pair]
+    parse: Callable[[], Pair]
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def encode_rows(samples: Iterable[RawSample], encode: Callable[[Item], Encoded])
     for sample in samples:
         origin, bad = sample.origin, None
         try:
-            pair = sample.parse(sample.data)
+            pair = sample.parse()
             encoded = {i.content_hash: encode(i) for i in pair.items if i.content_hash not in keys}
         except MemoryError:
             raise PipelineError(f"{origin}, key {sample_key(sample.data)}: no memory left to decode it") from None

@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 
@@ -21,20 +22,39 @@ from pipeline.storage import objects
 from pipeline.storage.objects import ObjectError
 
 
+@dataclass(frozen=True)
+class Tar:
+    """A tar of samples, or of their text embeddings.  folder: its URL's folder.  sidecars: that of its sidecar."""
+
+    shard: Shard
+    folder: str
+    sidecars: str
+
+    @property
+    def url(self) -> str:
+        return objects.join(self.folder, self.shard.file)
+
+    def records(self, start: int, stop: int) -> np.ndarray:
+        """Return the sidecar's records of samples start..stop-1; recent results are cached."""
+        return _records(self.sidecars, self.shard, start, stop)
+
+    def read(self, records: np.ndarray) -> list[bytes]:
+        """Read the samples of consecutive records, by one ranged read."""
+        return read_samples(self.folder, self.shard, records)
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """All datasets of a run.
 
     indexes: (URL, index) of each dataset.  shards: (number of the dataset, shard) of each shard.
     embeddings: (URL, index) of each dataset's text embeddings, if the recipe uses them.
-    vectors: for each of `shards`, the shard of its text embeddings.
     """
 
     data: Data
     indexes: tuple[tuple[str, Index], ...]
     shards: tuple[tuple[int, Shard], ...]
     embeddings: tuple[tuple[str, TextEmbeddings], ...] = ()
-    vectors: tuple[Shard, ...] = ()
 
     @classmethod
     def open(cls, data: Data) -> "Source":
@@ -48,8 +68,7 @@ class Source:
             indexes = tuple(zip(urls, pool.map(Index.load, urls), strict=True))
         shards = tuple((number, shard) for number, (_, index) in enumerate(indexes) for shard in index.shards)
         embeddings = _embeddings(data, indexes) if data.text_embeddings else ()
-        vectors = tuple(part.shard for _, found in embeddings for part in found.parts)
-        return cls(data, indexes, shards, embeddings, vectors)
+        return cls(data, indexes, shards, embeddings)
 
     @property
     def embedding_metadata(self) -> EmbeddingMetadata | None:
@@ -97,29 +116,36 @@ class Source:
             for start in range(0, shard.samples, self.data.block_samples):
                 records = self.records(number, start, min(start + self.data.block_samples, shard.samples))
                 for record, data in zip(records, self.read(number, records), strict=True):
-                    yield self.parse(number, data, record)
+                    yield self.parse(number, record, data)
+
+    def tars(self, shard: int) -> list[Tar]:
+        """Return the tar of a shard's samples and, if the recipe uses them, that of their text embeddings."""
+        number, info = self.shards[shard]
+        url, index = self.indexes[number]
+        tars = [Tar(info, index.shards_url or url, url)]
+        if self.embeddings:
+            url, embeddings = self.embeddings[number]
+            part = embeddings.parts[shard - self._first_shards[number]]
+            tars.append(Tar(part.shard, embeddings.tars_url or url, url))
+        return tars
+
+    @cached_property
+    def _first_shards(self) -> list[int]:
+        """The number of each dataset's first shard."""
+        return [0, *accumulate(len(index.shards) for _, index in self.indexes)]
 
     def records(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Return the sidecar's records of samples start..stop-1 of a shard; recent results are cached."""
-        number, info = self.shards[shard]
-        return _records(self.indexes[number][0], info, start, stop)
+        """Return the sidecar's records of samples start..stop-1 of a shard."""
+        return self.tars(shard)[0].records(start, stop)
 
     def read(self, shard: int, records: np.ndarray) -> list[bytes]:
         """Read the samples of consecutive records of a shard, by one ranged read."""
-        return read_samples(self._tars(shard), self.shards[shard][1], records)
-
-    def vector_records(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Return the sidecar's records of the text embeddings of samples start..stop-1 of a shard."""
-        return _records(self.embeddings[self.shards[shard][0]][0], self.vectors[shard], start, stop)
-
-    def read_vectors(self, shard: int, records: np.ndarray) -> list[bytes]:
-        """Read the text embeddings of consecutive samples of a shard, by one ranged read."""
-        return read_samples(self._vector_tars(shard), self.vectors[shard], records)
+        return self.tars(shard)[0].read(records)
 
     def origin(self, shard: int, sample: int) -> Origin:
-        return Origin(objects.join(self._tars(shard), self.shards[shard][1].file), sample)
+        return Origin(self.tars(shard)[0].url, sample)
 
-    def parse(self, shard: int, data: bytes, record: np.void, vectors: bytes | None = None) -> Pair:
+    def parse(self, shard: int, record: np.void, data: bytes, vectors: bytes | None = None) -> Pair:
         """Parse a sample's bytes as a pair, given its record. Raises BadSample if they contain no pair.
 
         vectors: the bytes of its text embeddings, or None.
@@ -134,19 +160,9 @@ class Source:
             try:
                 rows = embeddings.vectors(vectors, pair, data, index.captions)
             except ObjectError as error:
-                raise ObjectError(
-                    f"{objects.join(self._vector_tars(shard), self.vectors[shard].file)}: {error}"
-                ) from None
+                raise ObjectError(f"{self.tars(shard)[1].url}: {error}") from None
         query, target = int(record["query_hash"]), int(record["target_hash"])
         return replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target), vectors=rows)
-
-    def _vector_tars(self, shard: int) -> str:
-        url, embeddings = self.embeddings[self.shards[shard][0]]
-        return embeddings.tars_url or url
-
-    def _tars(self, shard: int) -> str:
-        url, index = self.indexes[self.shards[shard][0]]
-        return index.shards_url or url
 
     def check_memory(self, order: Order, world: int) -> None:
         """Raise PipelineError unless `data.memory_mb` holds one window of every lane and stream of a rank."""

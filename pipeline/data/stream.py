@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from pipeline.data.batch import Batch, Encoded, RawSample, Share, encode_rows
 from pipeline.data.order import Order
 from pipeline.data.sample import Draw, Item, Pair
-from pipeline.data.source import Source
+from pipeline.data.source import Source, Tar
 from pipeline.errors import PipelineError, of_failed_worker
 from pipeline.storage import objects
 
@@ -45,16 +45,15 @@ _PLANNED_AHEAD = 64  # planned windows and steps that a worker's queue holds
 class PlannedWindow:
     """A lane's window, ready to be read.
 
-    pieces: (P, 3) rows of (shard, start, stop), one ranged read each, plus one for text embeddings if there are any.
-    records: the sidecars' records of each piece.  vectors: likewise for text embeddings; [] without them.
+    pieces: (P, 3) rows of (shard, start, stop), one ranged read each from every tar of the shard.
+    records: the records of each piece for every tar of the shard: its samples and, if used, their text embeddings.
     rows: (T, slice samples, 3) of (piece, shard, sample), in the order of use.
     """
 
     number: int
     epoch: int
     pieces: np.ndarray
-    records: list[np.ndarray]
-    vectors: list[np.ndarray]
+    records: list[list[np.ndarray]]
     rows: np.ndarray
 
 
@@ -114,7 +113,7 @@ class Planner:
         window = stream.window(epoch, lane, index)
         rows = stream.samples_of(epoch, lane, index)[first_slice - window.first :]
         pieces: list[tuple[int, int, int]] = []
-        records, vectors, cut_rows = [], [], np.empty_like(rows)
+        records, cut_rows = [], np.empty_like(rows)
         cut_rows[..., 1:] = rows[..., 1:]
         for piece, (shard, start, stop) in enumerate(window.pieces.tolist()):
             mine = rows[..., 0] == piece
@@ -122,19 +121,13 @@ class Planner:
             if not len(samples):
                 continue  # all its samples were used before the run resumed
             start, stop = int(samples.min()), int(samples.max()) + 1
-            known = self.source.records(shard, start, stop)
-            lengths = known["length"].astype(np.int64)
-            if self.source.embeddings:
-                embedded = self.source.vector_records(shard, start, stop)
-                lengths += embedded["length"]
-            cuts = self._cuts(lengths, len(window.pieces))
+            known = [tar.records(start, stop) for tar in self.source.tars(shard)]
+            cuts = self._cuts(np.add.reduce([each["length"].astype(np.int64) for each in known]), len(window.pieces))
             cut_rows[mine, 0] = len(pieces) + np.searchsorted(cuts, samples - start, side="right") - 1
             for begin, end in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
                 pieces.append((shard, start + begin, start + end))
-                records.append(known[begin:end])
-                if self.source.embeddings:
-                    vectors.append(embedded[begin:end])
-        return PlannedWindow(number, epoch, np.array(pieces), records, vectors, cut_rows)
+                records.append([each[begin:end] for each in known])
+        return PlannedWindow(number, epoch, np.array(pieces), records, cut_rows)
 
     def _cuts(self, lengths: np.ndarray, pieces: int) -> np.ndarray:
         """Return where to cut a piece into ranged reads of limited size, with enough reads for all workers."""
@@ -152,14 +145,12 @@ def _result(planned: Future[PlannedWindow] | PlannedStep) -> PlannedWindow | Pla
 class Reading:
     """The state of reading a window.
 
-    samples: requested piece -> a future of its samples' bytes by sample number.
-    vectors: likewise for text embeddings.
+    samples: requested piece -> a future of its samples' bytes in every tar, by sample number.
     held: bytes that are requested but not yet used.
     """
 
     window: PlannedWindow
-    samples: dict[int, Future[dict[int, bytes]]] = field(default_factory=dict)
-    vectors: dict[int, Future[dict[int, bytes]]] = field(default_factory=dict)
+    samples: dict[int, Future[dict[int, tuple[bytes, ...]]]] = field(default_factory=dict)
     held: int = 0
 
 
@@ -178,8 +169,8 @@ class Reader:
         """Bytes that are requested but not yet used."""
         return sum(reading.held for reading in self.readings.values())
 
-    def next_step(self) -> tuple[int, list[tuple[int, int, int, bytes, np.void, bytes | None]]]:
-        """Return the next step, and this worker's samples: (row, shard, sample, bytes, record, text embeddings)."""
+    def next_step(self) -> tuple[int, list[tuple[int, int, int, np.void, tuple[bytes, ...]]]]:
+        """Return the next step, and this worker's samples: (row, shard, sample, record, bytes in every tar)."""
         while not self.steps:
             self._receive(wait=True)
         step = self.steps.popleft()
@@ -196,10 +187,9 @@ class Reader:
         for number, place, piece, shard, sample in rows:
             reading = self.readings[number]
             data = reading.samples[piece].result().pop(sample)
-            vectors = reading.vectors[piece].result().pop(sample) if reading.vectors else None
-            reading.held -= len(data) + len(vectors or b"")
-            record = reading.window.records[piece][sample - reading.window.pieces[piece, 1]]
-            samples.append((place, shard, sample, data, record, vectors))
+            reading.held -= sum(map(len, data))
+            record = reading.window.records[piece][0][sample - reading.window.pieces[piece, 1]]
+            samples.append((place, shard, sample, record, data))
         for number, slice_number, _ in step.slices:
             if slice_number + 1 == len(self.readings[number].window.rows):
                 del self.readings[number]
@@ -240,23 +230,19 @@ class Reader:
     def _request(self, reading: Reading, piece: int, limit: int | None = None) -> bool:
         """Start reading a piece, unless it is already requested; False if this would exceed `limit` held bytes."""
         if piece not in reading.samples:
-            records, (shard, start, stop) = reading.window.records[piece], reading.window.pieces[piece].tolist()
-            vectors = reading.window.vectors[piece] if reading.window.vectors else None
-            size = int(records["length"].sum()) + (0 if vectors is None else int(vectors["length"].sum()))
+            records, (shard, start, _) = reading.window.records[piece], reading.window.pieces[piece].tolist()
+            size = sum(int(each["length"].sum()) for each in records)
             if limit is not None and self.held + size > limit:
                 return False
             reading.held += size
-            reading.samples[piece] = self.pool.submit(_by_number, self.source.read, shard, start, stop, records)
-            if vectors is not None:
-                read = self.source.read_vectors
-                reading.vectors[piece] = self.pool.submit(_by_number, read, shard, start, stop, vectors)
+            reading.samples[piece] = self.pool.submit(_read, self.source.tars(shard), start, records)
         return True
 
 
-def _by_number(
-    read: Callable[[int, np.ndarray], list[bytes]], shard: int, start: int, stop: int, records: np.ndarray
-) -> dict[int, bytes]:
-    return dict(zip(range(start, stop), read(shard, records), strict=True))
+def _read(tars: list[Tar], start: int, records: list[np.ndarray]) -> dict[int, tuple[bytes, ...]]:
+    """Return the bytes of consecutive samples in every tar, by sample number from `start` on."""
+    samples = [tar.read(each) for tar, each in zip(tars, records, strict=True)]
+    return dict(enumerate(zip(*samples, strict=True), start))
 
 
 @dataclass
@@ -296,13 +282,13 @@ class Shares(IterableDataset):
             reader.pool.shutdown(wait=False, cancel_futures=True)
 
     def _raw(
-        self, step: int, place: int, shard: int, sample: int, data: bytes, record: np.void, vectors: bytes | None
+        self, step: int, place: int, shard: int, sample: int, record: np.void, data: tuple[bytes, ...]
     ) -> RawSample:
-        def parse(data: bytes) -> Pair:
-            pair = self.source.parse(shard, data, record, vectors)
+        def parse() -> Pair:
+            pair = self.source.parse(shard, record, *data)
             return self.trained_on(pair, partial(self.order.draw, step, shard, sample))
 
-        return RawSample(place, self.source.origin(shard, sample), data, parse)
+        return RawSample(place, self.source.origin(shard, sample), data[0], parse)
 
 
 class Stop:

@@ -357,7 +357,7 @@ def read_group(source: Source, encoder: Encoder, number: int, start: int, stop: 
     for record, data in samples_of(source, number, start, stop):
         key, texts = sample_key(data) or str(start + len(keys)), tuple[str, ...]()
         try:
-            pair = source.parse(number, data, record)
+            pair = source.parse(number, record, data)
             key = pair.key
             if pair.target.images or pair.target.video is not None:
                 raise BadSample("the target is not only a text")

@@ -79,7 +79,7 @@ def _index_tar(dataset: CaptionDataset, made: EmbeddingMetadata, number: int) ->
     for record, data in samples_of(source, number, 0, shard.samples):
         place, vectors = (reached, 0, 0), set()
         try:
-            pair = source.parse(number, data, record)
+            pair = source.parse(number, record, data)
             place, vectors = entries.get(pair.key, (place, vectors))
             if not vectors.issuperset(column.lower() for column in texts_by_column(pair, data, captions).values()):
                 place = (reached, 0, 0)

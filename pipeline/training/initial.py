@@ -58,6 +58,6 @@ def _texts(source: Source) -> Iterator[str]:
         for number, samples in zip(chosen.tolist(), pool.map(read, chosen.tolist()), strict=True):
             for data, record in samples:
                 with suppress(BadSample):  # training counts it
-                    pair = source.parse(number, data, record)
+                    pair = source.parse(number, record, data)
                     yield from (item.text for item in pair.items)
                     yield from pair.alternatives

@@ -24,7 +24,7 @@ ASK = "<image>\nWhat is it?"
 
 
 def batch_of(pairs: list[Pair], encode: Callable[[Item], Encoded], workers: int = 1) -> Batch:
-    samples = [RawSample(i, Origin("", i), b"", lambda _, pair=pair: pair) for i, pair in enumerate(pairs)]
+    samples = [RawSample(i, Origin("", i), b"", lambda pair=pair: pair) for i, pair in enumerate(pairs)]
     return Batch.of([encode_rows(samples[worker::workers], encode) for worker in range(workers)])
 
 

@@ -317,7 +317,7 @@ def test_pieces_are_cut_for_memory_and_for_all_workers(data, workers, monkeypatc
     windows = [planned for planned in planner if isinstance(planned, stream.PlannedWindow)]
     for window in windows:
         assert len(window.pieces) >= min(workers, window.rows[..., 0].size)
-        for number, ((shard, start, stop), records) in enumerate(zip(window.pieces, window.records, strict=True)):
+        for number, ((shard, start, stop), (records,)) in enumerate(zip(window.pieces, window.records, strict=True)):
             mine = window.rows[window.rows[:, :, 0] == number]
             assert sorted(mine[:, 2]) == list(range(start, stop))
             assert set(mine[:, 1]) == {shard}

@@ -376,18 +376,19 @@ def test_rows_of_another_sample_are_never_taken(shards, tmp_path):
     """The tars' index may have been sorted manually."""
     embed(shards / "first", tmp_path, Texts())
     opened = Source.open(data_of(shards / "first", tmp_path, datasets=[]))
-    records, vectors = opened.records(0, 0, 6), opened.vector_records(0, 0, 6)
-    rows, samples = opened.read_vectors(0, vectors), opened.read(0, records)
-    assert opened.parse(0, samples[1], records[1], rows[1]).vectors.shape == (3, WIDTH)
+    tar, embedded = opened.tars(0)
+    records = tar.records(0, 6)
+    rows, samples = embedded.read(embedded.records(0, 6)), tar.read(records)
+    assert opened.parse(0, records[1], samples[1], rows[1]).vectors.shape == (3, WIDTH)
     with pytest.raises(
         PipelineError, match=r"000000_text_embeddings\.tar: the vectors \(3, 6\) of sample '0001' are not"
     ):
-        opened.parse(0, samples[5], records[5], rows[1])  # that sample has the same number of texts
+        opened.parse(0, records[5], samples[5], rows[1])  # that sample has the same number of texts
     with pytest.raises(PipelineError, match=r"of sample '0002', which has 4 texts"):
-        opened.parse(0, samples[2], records[2], rows[1])
+        opened.parse(0, records[2], samples[2], rows[1])
     key, vectors = "0001", np.zeros((3, WIDTH), np.float16)
     with pytest.raises(BadSample, match="a caption's embedding is zero or not finite"):
-        opened.parse(0, samples[1], records[1], sample_bytes(key, vectors))
+        opened.parse(0, records[1], samples[1], sample_bytes(key, vectors))
 
 
 def test_vectors_that_are_none_are_refused(shards, tmp_path):

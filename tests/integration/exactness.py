@@ -134,7 +134,7 @@ def batch_of(pairs: list[Pair], processor: LlaveProcessor) -> Batch:
             raise BadSample("made so")
         return pair
 
-    samples = [RawSample(i, Origin("", i), b"", lambda _, pair=pair: parse(pair)) for i, pair in enumerate(pairs)]
+    samples = [RawSample(i, Origin("", i), b"", lambda pair=pair: parse(pair)) for i, pair in enumerate(pairs)]
     return Batch.of([encode_rows(samples, processor.encode)])
 
 

@@ -36,7 +36,7 @@ def data(job: Job, nodes: Nodes) -> Check:
     bad = []
     for sample, record in zip(samples, records, strict=True):
         try:
-            source.parse(number, sample, record)
+            source.parse(number, record, sample)
         except BadSample as reason:
             bad.append(str(reason))
     if len(bad) == len(samples):
