@@ -196,7 +196,7 @@ def test_each_drawn_caption_comes_with_its_row(request, shards, tmp_path, place)
 def test_a_run_without_them_is_as_before_and_one_with_them_is_another(shards, tmp_path):
     embed(shards, tmp_path, Texts())
     without, with_them = (Source.open(data_of(shards, place)) for place in (None, tmp_path))
-    assert (without.embedding_metadata, without.vectors) == (None, ())
+    assert without.embedding_metadata is None and len(without.tars(0)) == 1
     assert (with_them.embedding_metadata.width, with_them.embedding_metadata.model) == (WIDTH, "texts")
     assert without.fingerprint != with_them.fingerprint
     texts = {(row, text): found for _, row, text, found in read(data_of(shards, None), 3)}
@@ -222,7 +222,9 @@ def test_what_was_read_and_what_is_held_count_both_tars(shards, tmp_path, monkey
         received = sum(
             batch.received for batch in batches(opened, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS)
         )
-        read_bytes = received - sum(shard.sidecar_bytes for shard in (*opened.vectors, *(s for _, s in opened.shards)))
+        read_bytes = received - sum(
+            tar.shard.sidecar_bytes for n in range(len(opened.shards)) for tar in opened.tars(n)
+        )
         tars = sum(index.total_bytes for _, index in (*opened.indexes, *opened.embeddings))
         assert 0.75 * tars < read_bytes < tars
     assert [counted for counted, _ in held] == [there for _, there in held]
@@ -232,7 +234,7 @@ def test_what_was_read_and_what_is_held_count_both_tars(shards, tmp_path, monkey
     for _, index in opened.embeddings:
         monkeypatch.setattr(type(index), "total_bytes", property(lambda self: 2 << 20))
     with pytest.raises(PipelineError, match="memory_mb=1 is too little"):
-        Source(heavy.data, heavy.indexes, heavy.shards, opened.embeddings, opened.vectors).check_memory(order, 1)
+        Source(heavy.data, heavy.indexes, heavy.shards, opened.embeddings).check_memory(order, 1)
 
 
 def test_of_a_shard_no_more_than_a_piece_is_in_memory(shards, tmp_path, monkeypatch):
