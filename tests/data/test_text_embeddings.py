@@ -210,8 +210,9 @@ def test_what_was_read_and_what_is_held_count_both_tars(shards, tmp_path, monkey
 
     def noting(reader: Reader) -> None:
         read_ahead(reader)
-        futures = [f for each in reader.readings.values() for f in (*each.samples.values(), *each.vectors.values())]
-        held.append((reader.held, sum(len(data) for future in futures for data in future.result().values())))
+        futures = [future for reading in reader.readings.values() for future in reading.samples.values()]
+        found = [data for future in futures for of_tars in future.result().values() for data in of_tars]
+        held.append((reader.held, sum(map(len, found))))
 
     monkeypatch.setattr(Reader, "_read_ahead", noting)
     for embeddings in (None, tmp_path):
