@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from pipeline.convert.command import Command, add_dest, add_work, check_query
-from pipeline.convert.engine import JobResult, refuse_occupied, run_conversions
+from pipeline.convert.engine import JobResult, Work, refuse_occupied, run_conversions
 from pipeline.convert.rows import Rejection
-from pipeline.convert.workers import Report
-from pipeline.data.index import Captions, Index, Shard
+from pipeline.data.index import Captions, Index
 from pipeline.data.sample import IMAGE_MARK, BadSample, Pair
 from pipeline.data.shards import READ_NAMES, ShardRecords, captioned, members_of, split_name
 from pipeline.data.text_embeddings import SUFFIX
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     source, dest = _absolute(arguments.source), _absolute(arguments.dest)
     tars = _tars(source)
     _check_columns(objects.join(source, min(tars)), captions)
-    work = TarsWork(arguments.dataset or source.rpartition("/")[2], source, dest, captions, tars)
+    work = indexing(arguments.dataset or source.rpartition("/")[2], source, dest, captions, tars)
     run_conversions({dest: work}, unit="B", processes=arguments.processes, max_rejected=arguments.max_rejected)
 
 
@@ -108,80 +108,59 @@ def _check_columns(url: str, captions: Captions) -> None:
     found: set[str] = set()
     tape, sample = Tape(url), None
     for sample in read_tape(tape):
-        if sample.fault is None:
-            found |= _columns(tape.between(sample.begin, sample.end))
-            if found.issuperset(captions.columns):
-                return
+        with suppress(BadSample, ValueError, TypeError, RecursionError):  # as in a row that will be rejected
+            if sample.fault is None:
+                _, named = members_of(tape.between(sample.begin, sample.end))
+                members = {name.lower(): content for name, content in named.items()}
+                found |= {"txt"} & members.keys()
+                found |= dict(json.loads(members.get("json", b"{}"))).keys()
+        if found.issuperset(captions.columns):
+            return
     if sample is None:  # a shard without any successful download
         return
     missing = ", ".join(sorted(set(captions.columns) - found))
     raise PipelineError(f"--captions: no sample of {url} has {missing}; it has {', '.join(sorted(found)) or 'none'}")
 
 
-def _columns(data: bytes) -> set[str]:
-    columns: set[str] = set()
-    with suppress(BadSample, ValueError, RecursionError):
-        members = {name.lower(): content for name, content in members_of(data)[1].items()}
-        columns |= {"txt"} & members.keys()
-        if isinstance(described := json.loads(members.get("json", b"{}")), dict):
-            columns.update(described)
-    return columns
-
-
-@dataclass(frozen=True)
-class TarsWork:
-    """Indexes the tars in `source`, one per job. tars: file name -> bytes."""
-
-    dataset: str
-    source: str
-    dest: str
-    captions: Captions
-    tars: dict[str, int]
-    rows: None = None
-
-    @property
-    def plan(self) -> dict[str, object]:
-        return {"dataset": self.dataset, "source": self.source, "captions": asdict(self.captions)}
-
-    @property
-    def jobs(self) -> dict[str, int]:
+def indexing(dataset: str, source: str, dest: str, captions: Captions, tars: dict[str, int]) -> Work:
+    """Return the work that indexes the tars in `source`, one per job. tars: file name -> bytes."""
+    return Work(
+        plan={"dataset": dataset, "source": source, "captions": asdict(captions)},
         # A job's name contains the size, so a tar that was repaired in the meantime is a new job, and only it is run.
-        return {f"{name}.{size}": size for name, size in self.tars.items()}
+        jobs={f"{name}.{size}": size for name, size in tars.items()},
+        run=partial(_index_tar, source, captions),
+        index=Index(dataset, (), captions, "" if source == dest else source),
+    )
 
-    def run(self, job: str, folder: Path, report: Report) -> JobResult:
-        file = job.rpartition(".")[0]
-        tape = Tape(objects.join(self.source, file), report)
-        records, rejections = ShardRecords(), []
-        times: Counter[str] = Counter()
-        unread: Counter[str] = Counter()
-        notes: Counter[str] = Counter()
-        for sample in read_tape(tape):
-            times[sample.key] += 1
-            unread.update(sample.names - READ_NAMES)
-            try:
-                if sample.fault is not None:
-                    raise sample.fault
-                data = tape.between(sample.begin, sample.end)
-                pair, faults = _pair(data, self.captions)
-                records.add(pair, sample.begin, data)
-                notes.update(f"unusable captions skipped: {cause}" for cause, _ in faults)
-            except Rejection as reason:
-                rejections.append((sample.key, reason))
-        rejected = list(_rows(file, rejections, times))
-        for name, count in unread.most_common():
-            notes[f"members .{name if len(notes) < _NOTES else '...'}, which nothing reads"] += count
-        if not len(records):
-            return JobResult(None, len(rejected), rejected, {}, dict(notes))
-        shard, sidecar = records.finish(file, tape.size, tape.sha256.hexdigest())
-        objects.write(str(folder / shard.sidecar), sidecar)
-        files = {shard.sidecar: shard.sidecar_bytes}
-        return JobResult(shard, len(records) + len(rejected), rejected, files, dict(notes))
 
-    def index(self, shards: tuple[Shard, ...]) -> Index:
-        return Index(self.dataset, shards, self.captions, "" if self.source == self.dest else self.source)
-
-    def files(self) -> dict[str, bytes]:
-        return {}
+def _index_tar(source: str, captions: Captions, job: str, folder: Path) -> JobResult:
+    file = job.rpartition(".")[0]
+    tape = Tape(objects.join(source, file))
+    records, rejections = ShardRecords(), []
+    times: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
+    for sample in read_tape(tape):
+        times[sample.key] += 1
+        unread.update(sample.names - READ_NAMES)
+        try:
+            if sample.fault is not None:
+                raise sample.fault
+            data = tape.between(sample.begin, sample.end)
+            pair, faults = _pair(data, captions)
+            records.add(pair, sample.begin, data)
+            notes.update(f"unusable captions skipped: {cause}" for cause, _ in faults)
+        except Rejection as reason:
+            rejections.append((sample.key, reason))
+    rejected = list(_rows(file, rejections, times))
+    for name, count in unread.most_common():
+        notes[f"members .{name if len(notes) < _NOTES else '...'}, which nothing reads"] += count
+    if not len(records):
+        return JobResult(None, len(rejected), rejected, {}, dict(notes))
+    shard, sidecar = records.finish(file, tape.size, tape.sha256.hexdigest())
+    objects.write(str(folder / shard.sidecar), sidecar)
+    files = {shard.sidecar: shard.sidecar_bytes}
+    return JobResult(shard, len(records) + len(rejected), rejected, files, dict(notes))
 
 
 def _rows(file: str, rejected: list[tuple[str, Rejection]], times: Counter[str]) -> Iterator[dict[str, str]]:
@@ -219,11 +198,10 @@ class Tape:
     keep_from: bytes before this position may be dropped after they are read.
     """
 
-    def __init__(self, url: str, report: Report = lambda read: None) -> None:
+    def __init__(self, url: str) -> None:
         self.url, self.size = url, objects.size(url)
         self.sha256 = hashlib.sha256()
         self.keep_from = 0
-        self._report = report
         self._position = 0
         self._start, self._kept = 0, bytearray()
 
@@ -252,7 +230,6 @@ class Tape:
             del self._kept[:dropped]
             self._start += dropped
             self._kept += piece
-            self._report(len(piece))
         return bytes(memoryview(self._kept)[begin - self._start : end - self._start])
 
 

@@ -1,16 +1,16 @@
 """Convert rows to shards. The rows of each shard are fixed before any row is read, so shards are independent jobs."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.convert.engine import JobResult, TooManyRejected, allowed, run_conversions
+from pipeline.convert.engine import JobResult, Work, run_conversions
 from pipeline.convert.rows import Rejection, Rows
-from pipeline.convert.workers import Report
-from pipeline.data.index import Index, Shard
+from pipeline.data.index import Index
 from pipeline.data.sample import Pair, Single
 from pipeline.data.shards import write_shard
 from pipeline.errors import PipelineError
@@ -39,58 +39,47 @@ def convert(
     """
     plan = dict(options) | {"shard_bytes": shard_bytes, "shards": shards}
     planned = progress_bar(iterable=datasets.items(), unit=" datasets", desc="planning")
-    works = {dest: RowsWork(rows, plan, shard_bytes, shards, max_rejected) for dest, rows in planned}
+    works = {dest: _planned(rows, plan, shard_bytes, shards) for dest, rows in planned}
     return run_conversions(works, unit=" rows", processes=processes, max_rejected=max_rejected, tmp=tmp, files=files)
 
 
-class RowsWork:
-    """The conversion of a dataset's rows: every job writes a shard of consecutive rows."""
+def _planned(rows: Rows, options: dict[str, object], shard_bytes: int, shards: int | None) -> Work:
+    """Return the conversion of a dataset's rows: every job writes a shard of consecutive rows."""
+    sizes = rows.sizes()
+    if not len(sizes):
+        raise PipelineError(f"{rows.dataset}: the source has no rows")
+    cuts = _cuts(sizes, shard_bytes, shards)
+    hashed = sha256(sizes.astype("<i8").tobytes()).hexdigest()
+    return Work(
+        plan={**options, "dataset": rows.dataset, "rows": len(sizes), "row_sizes": hashed},
+        jobs={f"{shard:06d}": int(count) for shard, count in enumerate(np.diff(cuts))},
+        run=partial(_write, rows, cuts, set(np.flatnonzero(sizes > MAX_SAMPLE_BYTES).tolist())),
+        index=Index(rows.dataset, ()),
+        rows=len(sizes),
+        files=rows.files(),
+    )
 
-    def __init__(
-        self, rows: Rows, options: dict[str, object], shard_bytes: int, shards: int | None, max_rejected: float
-    ) -> None:
-        sizes = rows.sizes()
-        if not len(sizes):
-            raise PipelineError(f"{rows.dataset}: the source has no rows")
-        self._rows = rows
-        self.rows = len(sizes)
-        self._allowed = allowed(max_rejected, self.rows)
-        self._cuts = _cuts(sizes, shard_bytes, shards)
-        self.jobs = {f"{shard:06d}": int(rows) for shard, rows in enumerate(np.diff(self._cuts))}
-        self._too_large = set(np.flatnonzero(sizes > MAX_SAMPLE_BYTES).tolist())
-        source = {"rows": self.rows, "row_sizes": sha256(sizes.astype("<i8").tobytes()).hexdigest()}
-        self.plan: dict[str, object] = {**options, "dataset": rows.dataset, **source}
 
-    def run(self, job: str, folder: Path, report: Report) -> JobResult:
-        rows = range(*self._cuts[int(job) : int(job) + 2].tolist())
-        rejected: list[dict[str, str]] = []
-        samples = self._samples(rows, rejected, report)
-        first = next(samples, None)
-        if first is None:
-            return JobResult(None, len(rows), rejected, {})
-        shard = write_shard(chain([first], samples), folder / f"{job}.tar")
-        files = {shard.file: shard.size, shard.sidecar: shard.sidecar_bytes}
-        return JobResult(shard, len(rows), rejected, files)
+def _write(rows: Rows, cuts: np.ndarray, too_large: set[int], job: str, folder: Path) -> JobResult:
+    """Write shard `job`. Rows whose numbers are in `too_large` are rejected unread."""
+    numbers = range(*cuts[int(job) : int(job) + 2].tolist())
+    rejected: list[dict[str, str]] = []
 
-    def _samples(self, rows: range, rejected: list[dict[str, str]], report: Report) -> Iterator[Pair | Single]:
-        for row in rows:
+    def samples() -> Iterator[Pair | Single]:
+        for number in numbers:
             try:
-                if row in self._too_large:
+                if number in too_large:
                     raise Rejection("too large", f"more than {MAX_SAMPLE_BYTES >> 20} MiB")
-                sample = self._rows.sample(row)
+                yield rows.sample(number)
             except Rejection as reason:
-                rejected.append({"row": self._rows.name(row), "cause": reason.cause, "detail": reason.detail})
-                if len(rejected) > self._allowed:
-                    raise TooManyRejected(JobResult(None, row - rows.start + 1, rejected, {})) from None
-            else:
-                yield sample
-            report(1)
+                rejected.append({"row": rows.name(number), "cause": reason.cause, "detail": reason.detail})
 
-    def index(self, shards: tuple[Shard, ...]) -> Index:
-        return Index(self._rows.dataset, shards)
-
-    def files(self) -> dict[str, bytes]:
-        return self._rows.files()
+    usable = samples()
+    first = next(usable, None)
+    if first is None:
+        return JobResult(None, len(numbers), rejected, {})
+    shard = write_shard(chain([first], usable), folder / f"{job}.tar")
+    return JobResult(shard, len(numbers), rejected, {shard.file: shard.size, shard.sidecar: shard.sidecar_bytes})
 
 
 def _cuts(sizes: np.ndarray, shard_bytes: int, shards: int | None) -> np.ndarray:
