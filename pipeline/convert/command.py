@@ -14,6 +14,7 @@ from pipeline.convert.sharding import convert
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.errors import PipelineError
 
+IMAGE_QUERY = f"{IMAGE_MARK}\nFind an image caption describing the given everyday image."  # from MMEB
 # Arguments of a conversion that do not affect the output, or that `convert` gets separately.
 _NO_OPTIONS = ("run", "dest", "processes", "max_rejected", "tmp", "shard_mb", "shards")
 
@@ -102,6 +103,12 @@ def add_work(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="fail if more than this fraction of a dataset's rows is rejected (default 0.01)",
     )
+
+
+def add_names(parser: argparse.ArgumentParser, query: str, default: str) -> None:
+    """Add --query and --dataset. default: describes the default name."""
+    parser.add_argument("--query", default=query, metavar="TEXT", help=f"query of all pairs (default {query!r})")
+    parser.add_argument("--dataset", metavar="NAME", help=f"name of the dataset (default: {default})")
 
 
 def add_images(parser: argparse.ArgumentParser, default: str) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from pipeline.convert.command import Command, add_dest, add_work, check_query
+from pipeline.convert.command import IMAGE_QUERY, Command, add_dest, add_names, add_work, check_query
 from pipeline.convert.engine import JobResult, Work, refuse_occupied, run_conversions
 from pipeline.convert.rows import Rejection
 from pipeline.data.index import Captions, Index
@@ -61,10 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="COLUMN",
         help='where the captions are: "txt" is the .txt member, any other name a column of the .json (default txt)',
     )
-    query = f"{IMAGE_MARK}\nFind an image caption describing the given everyday image."
-    parser.add_argument("--query", default=query, metavar="TEXT", help=f"query of all pairs (default {query!r})")
+    add_names(parser, IMAGE_QUERY, "the last part of SOURCE")
     parser.add_argument("--task", default="retrieval", metavar="NAME", help="name of the task (default retrieval)")
-    parser.add_argument("--dataset", metavar="NAME", help="name of the dataset (default: the last part of SOURCE)")
     add_work(parser)
 
 

@@ -1,6 +1,5 @@
 """Base classes of all formats: a source has rows in a fixed order, and each becomes a sample or is rejected."""
 
-import logging
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,13 +10,10 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from pipeline.data.captions import usable_captions
-from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Item, Pair, Single, text_fault
+from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Pair, Single, text_fault
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
-
-logger = logging.getLogger(__name__)
 
 
 class Rejection(Exception):
@@ -118,47 +114,6 @@ class ImageFolder:
             return path.read_bytes()
         except OSError as error:
             raise Rejection("unreadable file", f"{name}: {error.strerror}") from None
-
-
-@dataclass(frozen=True)
-class CaptionedFiles(Rows):
-    """Rows of (file name, captions). The query is the text `query` with the file, the target the first caption."""
-
-    folder: ImageFolder
-    rows: list[tuple[str, list[object]]]
-    query: str
-
-    def path(self, name: str) -> str:
-        """Return the path of the file in the folder."""
-        return name
-
-    @abstractmethod
-    def item(self, path: str) -> Item:
-        """Return the query with the file; raises Rejection."""
-
-    def sizes(self) -> np.ndarray:
-        files = np.array([self.folder.size(self.path(name)) for name, _ in self.rows], np.int64)
-        return 1024 + member_bytes(files)
-
-    def name(self, number: int) -> str:
-        return self.rows[number][0]
-
-    def sample(self, number: int) -> Pair:
-        name, values = self.rows[number]
-        texts, faults = usable_captions(values)
-        if not texts:
-            raise Rejection(*(faults[0] if faults else ("no caption", "it has none")))
-        query, target = self.item(self.path(name)), Item(texts[0])
-        return Pair(f"{number:08d}", self.dataset, "retrieval", query, target, alternatives=tuple(texts[1:]))
-
-    def note_skipped(self, file: Path) -> None:
-        """Log how many unusable captions from `file` are skipped in rows that have usable ones."""
-        found = ((name, usable_captions(values)) for name, values in self.rows)
-        faults = [(name, *fault) for name, (texts, faults) in found if texts for fault in faults]
-        if faults:
-            first = ": ".join(faults[0])[:300]
-            text = "%d unusable captions of %s are skipped; their rows have others. The first: %s"
-            logger.warning(text, len(faults), file, first)
 
 
 def checked_text(text: str, images: int = 0, videos: int = 0) -> str:
