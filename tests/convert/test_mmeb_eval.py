@@ -10,7 +10,7 @@ import pytest
 from conversion import make_shards
 from PIL import Image
 
-from pipeline.convert import mmeb_eval
+from pipeline.convert import mmeb
 from pipeline.data.index import Index, IndexedFile, load_sidecar, read_samples
 from pipeline.data.mmeb import MMEB_TASKS, evaluation_rows, mmeb_text
 from pipeline.data.sample import Item, Single
@@ -24,8 +24,8 @@ from pipeline.storage import objects
 
 def convert(*arguments: str | Path) -> None:
     parser = argparse.ArgumentParser()
-    mmeb_eval.COMMAND.add_arguments(parser)
-    mmeb_eval.COMMAND.run(parser.parse_args([*map(str, arguments), "--processes", "1"]))
+    mmeb.EVAL.add_arguments(parser)
+    mmeb.EVAL.run(parser.parse_args([*map(str, arguments), "--processes", "1"]))
 
 
 def picture(colour: str) -> bytes:
