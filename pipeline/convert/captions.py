@@ -18,7 +18,7 @@ from pipeline.convert.command import (
     image_folder,
     local_path,
 )
-from pipeline.convert.rows import ImageFolder, Rejection, Rows, folder, member_bytes
+from pipeline.convert.sharding import ImageFolder, Rejection, Rows, folder, member_bytes
 from pipeline.data.captions import captioned_images, captioned_videos, usable_captions
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, VIDEO_SUFFIXES, Item, Pair
 from pipeline.errors import PipelineError

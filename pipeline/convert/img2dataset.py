@@ -15,7 +15,7 @@ from typing import IO, cast
 
 from pipeline.convert.command import IMAGE_QUERY, Command, add_dest, add_names, add_work, check_query
 from pipeline.convert.engine import JobResult, Work, refuse_occupied, run_conversions
-from pipeline.convert.rows import Rejection
+from pipeline.convert.sharding import Rejection
 from pipeline.data.index import Captions, Index
 from pipeline.data.sample import IMAGE_MARK, BadSample, Pair
 from pipeline.data.shards import READ_NAMES, ShardRecords, captioned, members_of, split_name

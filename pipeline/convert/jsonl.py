@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.convert.command import add_images, conversion, filled, image_folder
-from pipeline.convert.rows import ImageFolder, Rejection, Rows, checked_text, member_bytes
+from pipeline.convert.sharding import ImageFolder, Rejection, Rows, checked_text, member_bytes
 from pipeline.data.sample import Item, Pair
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
-from pipeline.convert.command import add_images, conversion, image_folder, local_path, positive
-from pipeline.convert.rows import ImageFolder, Rejection, Rows, checked_text, folder, member_bytes
+from pipeline.convert.command import add_images, conversion, image_folder, in_range, local_path
+from pipeline.convert.sharding import ImageFolder, Rejection, Rows, checked_text, folder, member_bytes
 from pipeline.data.mmeb import (
     IMAGE_FOLDERS,
     ITEMS_FILE,
@@ -81,7 +81,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", choices=("original", "diverse_instruction"), default="original", help="(default original)"
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="use only the first N rows of each subset")
+    parser.add_argument("--limit", type=in_range(1), metavar="N", help="use only the first N rows of each subset")
     add_images(parser, "SOURCE/images or SOURCE, depending on where the first image is")
 
 
@@ -198,9 +198,12 @@ class Subset(Rows):
 
     def sample(self, number: int) -> Pair:
         query, target, negative = self._sides(number)
-        negatives = (self._item(*negative),) if negative[0].strip() else ()  # with an image, the text has a mark
+        negatives = (
+            (_item(self.images, *negative),) if negative[0].strip() else ()
+        )  # with an image, the text has a mark
         task, _ = MMEB_TASKS.get(self.dataset, ("", True))
-        return Pair(f"{number:08d}", self.dataset, task, self._item(*query), self._item(*target), negatives)
+        query_item, target_item = _item(self.images, *query), _item(self.images, *target)
+        return Pair(f"{number:08d}", self.dataset, task, query_item, target_item, negatives)
 
     def _sides(self, number: int) -> list[tuple[str, str]]:
         """Return (text with our marks, image path) of the row's query, positive and negative."""
@@ -222,8 +225,10 @@ class Subset(Rows):
         except ValueError as error:
             raise Rejection("marks and files differ", str(error)) from None
 
-    def _item(self, text: str, path: str) -> Item:
-        return Item(checked_text(text, images=int(bool(path))), (self.images.read(path),) if path else ())
+
+def _item(images: ImageFolder, text: str, path: str) -> Item:
+    """Return a text with the image at `path`, if there is one. Raises Rejection."""
+    return Item(checked_text(text, images=int(bool(path))), (images.read(path),) if path else ())
 
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -235,7 +240,7 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the images (default: SOURCE/images, SOURCE/eval_images or SOURCE)",
     )
     parser.add_argument("--subset", nargs="+", metavar="NAME", help="use only these datasets (default: all)")
-    parser.add_argument("--limit", type=positive, metavar="N", help="use only the first N queries of each dataset")
+    parser.add_argument("--limit", type=in_range(1), metavar="N", help="use only the first N queries of each dataset")
 
 
 def _evaluation_sets(arguments: argparse.Namespace) -> dict[str, Rows]:
@@ -304,9 +309,8 @@ class EvaluationSet(Rows):
         raise AssertionError("unreachable")
 
     def sample(self, number: int) -> Single:
-        text, image = self.items[number]
         try:
-            item = Item(checked_text(text, images=int(bool(image))), (self.images.read(image),) if image else ())
+            item = _item(self.images, *self.items[number])
         except Rejection as reason:
             raise PipelineError(
                 f"{self.dataset}, {self.name(number)}: {reason}; an evaluation set must be complete: correct it, or "

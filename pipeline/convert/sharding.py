@@ -1,22 +1,70 @@
-"""Convert rows to shards. The rows of each shard are fixed before any row is read, so shards are independent jobs."""
+"""Convert rows to shards: a source has rows in a fixed order, and each becomes a sample or is rejected.
 
+The rows of each shard are fixed before any row is read, so shards are independent jobs.
+"""
+
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 
 from pipeline.convert.engine import JobResult, Work, run_conversions
-from pipeline.convert.rows import Rejection, Rows
 from pipeline.data.index import Index
-from pipeline.data.sample import Pair, Single
+from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Pair, Single, text_fault
 from pipeline.data.shards import write_shard
+from pipeline.data.tiles import decode_image
+from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 
 MAX_SAMPLE_BYTES = 1 << 30  # a process holds a whole sample in memory
+
+
+class Rejection(Exception):
+    """A row that cannot become a sample. cause: a category, for counting; detail: what is wrong with this row.
+
+    The detail is converted to one line of at most 300 characters. Memory addresses are removed, so it is reproducible.
+    """
+
+    def __init__(self, cause: str, detail: str) -> None:
+        detail = " ".join(re.sub(" at 0x[0-9a-f]+", "", detail).split())[:300]
+        super().__init__(f"{cause}: {detail}")
+        self.cause, self.detail = cause, detail
+
+
+@dataclass(frozen=True)
+class Rows(ABC):
+    """The rows of one dataset. Objects are sent to other processes, so they must not depend on global state."""
+
+    dataset: str
+
+    @abstractmethod
+    def sizes(self) -> np.ndarray:
+        """Return (rows,) int64: the approximate bytes of each row in a shard, used to divide rows into shards.
+
+        May read the sizes of files, but not their content. A missing file has size 0; its row is rejected later.
+        """
+
+    @abstractmethod
+    def name(self, number: int) -> str:
+        """Return a readable name of the row in the source, such as "line 17"."""
+
+    @abstractmethod
+    def sample(self, number: int) -> Pair | Single:
+        """Read row `number`; raises Rejection."""
+
+    def files(self) -> dict[str, bytes]:
+        """Return additional files for the dataset's folder, by name."""
+        return {}
 
 
 def convert(
@@ -93,3 +141,87 @@ def _cuts(sizes: np.ndarray, shard_bytes: int, shards: int | None) -> np.ndarray
     starts = np.cumsum(sizes) - sizes
     first = np.flatnonzero(np.diff(starts // shard_bytes, prepend=-1))
     return np.append(first, len(sizes))
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Reads the images and videos of a source.
+
+    max_side: larger images are scaled down to this many pixels on their longer side, and encoded as JPEG of `quality`;
+    other images keep their bytes.
+    """
+
+    folder: Path
+    max_side: int | None = None
+    quality: int = 90
+
+    def path(self, name: str) -> Path:
+        """Return the path of the file. Raises Rejection if the name leads out of the folder, even by a link."""
+        try:
+            found = (self.folder / name).resolve()
+        except (OSError, ValueError, RuntimeError):  # the name contains a NUL, or links form a cycle
+            raise Rejection("missing file", repr(name)) from None
+        if not found.is_relative_to(self.folder.resolve()):
+            raise Rejection("path leaves the source", name)
+        return found
+
+    def size(self, name: str) -> int:
+        """Return the file's size in bytes; 0 if it cannot be read."""
+        try:
+            return self.path(name).stat().st_size
+        except (Rejection, OSError, ValueError):
+            return 0
+
+    def read(self, name: str) -> bytes:
+        """Return the image's bytes. Raises Rejection if it is missing, broken or too large to decode."""
+        data = self._bytes(name)
+        try:
+            image = decode_image(data)
+        except BadSample as reason:
+            raise Rejection("broken image", f"{name}: {reason}") from None
+        if self.max_side is None or max(image.size) <= self.max_side:
+            return data
+        image.thumbnail((self.max_side, self.max_side), Image.Resampling.LANCZOS)
+        buffer = BytesIO()
+        image.save(buffer, "JPEG", quality=self.quality)
+        return buffer.getvalue()
+
+    def read_video(self, name: str) -> bytes:
+        """Return the video's bytes. Raises Rejection if it is missing, or if no frame of it can be decoded."""
+        data = self._bytes(name)
+        try:
+            sample_frames(data, 1)
+        except BadSample as reason:
+            raise Rejection("broken video", f"{name}: {reason}") from None
+        return data
+
+    def _bytes(self, name: str) -> bytes:
+        path = self.path(name)
+        try:
+            if not path.is_file():
+                raise Rejection("missing file", name)
+            return path.read_bytes()
+        except OSError as error:
+            raise Rejection("unreadable file", f"{name}: {error.strerror}") from None
+
+
+def checked_text(text: str, images: int = 0, videos: int = 0) -> str:
+    """Return the text without a leading byte-order mark. Raises Rejection if it has a `text_fault`."""
+    if fault := text_fault(text, images, videos):
+        raise Rejection(*fault)
+    return text.lstrip(BYTE_ORDER_MARK)
+
+
+Bytes = TypeVar("Bytes", int, np.ndarray)
+
+
+def member_bytes(content: Bytes) -> Bytes:
+    """Return the size in a tar of a file with `content` bytes: a header, and blocks of 512 bytes."""
+    return 512 + -(-content // 512) * 512
+
+
+def folder(path: Path) -> Path:
+    """Return `path` if it is a folder; otherwise raise PipelineError."""
+    if not path.is_dir():
+        raise PipelineError(f"{path}: there is no such folder")
+    return path

@@ -19,8 +19,7 @@ from limits import HANG_SECONDS
 
 from pipeline.convert.command import _content
 from pipeline.convert.engine import JobResult, _folders
-from pipeline.convert.rows import Rejection
-from pipeline.convert.sharding import convert
+from pipeline.convert.sharding import Rejection, convert
 from pipeline.data.index import Index
 from pipeline.data.sample import Item, Pair
 from pipeline.errors import PipelineError
