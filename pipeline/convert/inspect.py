@@ -5,7 +5,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -17,7 +18,7 @@ from rich.text import Text
 
 from pipeline.convert.command import Command, add_processes
 from pipeline.convert.img2dataset import Tape
-from pipeline.convert.workers import workers
+from pipeline.convert.workers import Run, workers
 from pipeline.data.index import (
     INDEX_FILE,
     Captions,
@@ -81,7 +82,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     datasets = _indexes(arguments.dest)
-    checks = [Check(url, index.shards_url or url, index.captions).faults for url, index in datasets.items()]
+    checks: list[Run] = [
+        partial(_shard_faults, url, index.shards_url or url, index.captions) for url, index in datasets.items()
+    ]
     jobs = [(number, shard) for number, index in enumerate(datasets.values()) for shard in index.shards]
     size = sum(shard.size for _, shard in jobs)
     faults: list[str] = []
@@ -116,60 +119,53 @@ def _file_faults(url: str, index: Index, dest: str) -> list[str]:
     return []
 
 
-@dataclass(frozen=True)
-class Check:
-    """Checks a dataset's shards. url: folder of the sidecars. tars_url: folder of the tars."""
+def _shard_faults(url: str, tars_url: str, captions: Captions | None, shard: Shard) -> list[str]:
+    """Return the faults of a shard, one line each. url: folder of the sidecars. tars_url: folder of the tars."""
+    name = objects.join(tars_url, shard.file)
+    try:
+        tape = Tape(name)
+        if tape.size != shard.size:
+            return [f"{name}: {tape.size} bytes, but the index says {shard.size}"]
+        return [f"{name}{fault}" for fault in _sample_faults(shard, load_sidecar(url, shard), tape, captions)]
+    except PipelineError as error:
+        return [str(error)]
 
-    url: str
-    tars_url: str
-    captions: Captions | None
 
-    def faults(self, shard: Shard) -> list[str]:
-        """Return the faults of a shard, one line each."""
-        name = objects.join(self.tars_url, shard.file)
+def _sample_faults(shard: Shard, records: np.ndarray, tape: Tape, captions: Captions | None) -> Iterator[str]:
+    rebuilt = ShardRecords()
+    begins, lengths = records["offset"].tolist(), records["length"].tolist()
+    for number, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
+        tape.keep_from = begin
+        data = tape.between(begin, begin + length)
+        tape.seek(begin + length)
         try:
-            tape = Tape(name)
-            if tape.size != shard.size:
-                return [f"{name}: {tape.size} bytes, but the index says {shard.size}"]
-            return [f"{name}{fault}" for fault in self._faults(shard, load_sidecar(self.url, shard), tape)]
-        except PipelineError as error:
-            return [str(error)]
-
-    def _faults(self, shard: Shard, records: np.ndarray, tape: Tape) -> Iterator[str]:
-        rebuilt = ShardRecords()
-        begins, lengths = records["offset"].tolist(), records["length"].tolist()
-        for number, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
-            tape.keep_from = begin
-            data = tape.between(begin, begin + length)
-            tape.seek(begin + length)
-            try:
-                sample = parse_sample(data, self.captions)
-                for item in sample.items:
-                    for image in item.images:
-                        decode_image(image)
-                    if item.video is not None:
-                        sample_frames(item.video, 1)
-                rebuilt.add(sample, begin, data)
-            except BadSample as reason:
-                yield f"#{number}: {reason}"
-        tape.keep_from = tape.size
-        while tape.read(1 << 24):
-            pass
-        if tape.sha256.hexdigest() != shard.sha256:
-            yield ": its sha256 is not the index's"
-        if len(rebuilt) < len(records):
-            return
-        entry, sidecar = rebuilt.finish(shard.file, tape.size, tape.sha256.hexdigest())
-        found = array_of(sidecar)
-        for name in (found.dtype.names or ())[:-1]:  # all except the checksum
-            if found[name].shape == records[name].shape:
-                differ = _either_way_up(name, found[name]) != _either_way_up(name, records[name])
-                places = np.flatnonzero(differ.any(axis=tuple(range(1, differ.ndim))))
-                yield from (f"#{place}: its record's {name} is wrong" for place in places)
-        for name in (field.name for field in fields(Shard)):
-            values, indexed = (np.array(_either_way_up(name, getattr(each, name))) for each in (entry, shard))
-            if not name.endswith("sha256") and not np.array_equal(values, indexed):  # hashes were checked above
-                yield f": the index's {name} is wrong"
+            sample = parse_sample(data, captions)
+            for item in sample.items:
+                for image in item.images:
+                    decode_image(image)
+                if item.video is not None:
+                    sample_frames(item.video, 1)
+            rebuilt.add(sample, begin, data)
+        except BadSample as reason:
+            yield f"#{number}: {reason}"
+    tape.keep_from = tape.size
+    while tape.read(1 << 24):
+        pass
+    if tape.sha256.hexdigest() != shard.sha256:
+        yield ": its sha256 is not the index's"
+    if len(rebuilt) < len(records):
+        return
+    entry, sidecar = rebuilt.finish(shard.file, tape.size, tape.sha256.hexdigest())
+    found = array_of(sidecar)
+    for name in (found.dtype.names or ())[:-1]:  # all except the checksum
+        if found[name].shape == records[name].shape:
+            differ = _either_way_up(name, found[name]) != _either_way_up(name, records[name])
+            places = np.flatnonzero(differ.any(axis=tuple(range(1, differ.ndim))))
+            yield from (f"#{place}: its record's {name} is wrong" for place in places)
+    for name in (field.name for field in fields(Shard)):
+        values, indexed = (np.array(_either_way_up(name, getattr(each, name))) for each in (entry, shard))
+        if not name.endswith("sha256") and not np.array_equal(values, indexed):  # hashes were checked above
+            yield f": the index's {name} is wrong"
 
 
 def _either_way_up(name: str, values: ArrayLike) -> np.ndarray:
