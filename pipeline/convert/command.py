@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError
 
 IMAGE_QUERY = f"{IMAGE_MARK}\nFind an image caption describing the given everyday image."  # from MMEB
 # Arguments of a conversion that do not affect the output, or that `convert` gets separately.
-_NO_OPTIONS = ("run", "dest", "processes", "max_rejected", "tmp", "shard_mb", "shards")
+_NO_OPTIONS = ("run", "dest", "processes", "max_rejected", "shard_mb", "shards")
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,6 @@ def conversion(
             "--shards", type=in_range(1), metavar="N", help="write N shards with equal numbers of rows instead"
         )
         add_work(parser)
-        parser.add_argument(
-            "--tmp",
-            type=local_path,
-            metavar="FOLDER",
-            help="folder for shards before their upload (default: the system's)",
-        )
 
     def run(arguments: argparse.Namespace) -> None:
         source = arguments.source
@@ -72,7 +66,6 @@ def conversion(
             shards=arguments.shards,
             processes=arguments.processes,
             max_rejected=arguments.max_rejected,
-            tmp=arguments.tmp,
             files=files(arguments),
         )
 
@@ -86,7 +79,8 @@ def check_query(query: str, mark: str) -> None:
 
 
 def add_dest(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dest", metavar="DEST", type=filled, help="a folder or s3://bucket/prefix")
+    where = "a folder or s3://bucket/prefix (shards are in TMPDIR before their upload)"
+    parser.add_argument("dest", metavar="DEST", type=filled, help=where)
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

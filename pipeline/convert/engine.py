@@ -100,14 +100,13 @@ def run_conversions(
     unit: str,
     processes: int,
     max_rejected: float,
-    tmp: Path | None = None,
     files: Iterable[tuple[str, bytes]] = (),
 ) -> dict[str, Index]:
     """Run all jobs of all works. `works` maps a folder or S3 prefix to its work. Returns the indexes.
 
-    unit: unit of the jobs' sizes, for the progress bar. processes: 1 means this process. tmp: folder for files before
-    their upload to S3; it holds files of at most processes + 2 jobs. max_rejected: the fraction of a dataset's rows
-    that may be rejected. files: (URL, content) of files outside of the datasets; they are written first.
+    unit: unit of the jobs' sizes, for the progress bar. processes: 1 means this process. max_rejected: the fraction of
+    a dataset's rows that may be rejected. files: (URL, content) of files outside of the datasets; they are written
+    first. Files of at most processes + 2 jobs are in the system's temporary folder (TMPDIR) before their upload to S3.
 
     Raises PipelineError if a folder contains a dataset or an unfinished conversion with another plan, or if too many
     rows are rejected; ObjectError if a file cannot be written. Finished jobs are kept for the next start.
@@ -122,7 +121,7 @@ def run_conversions(
         initial = total - sum(conversion.work.jobs[job] for conversion, job in todo)
         with (
             progress_bar(total=total, initial=initial, unit=unit, unit_scale=True, desc="converting") as bar,
-            _folders(conversions, tmp),
+            _folders(conversions),
         ):
             try:
                 with workers(processes, [each.work.run for each in conversions]) as (threads, run):
@@ -320,7 +319,7 @@ def _remove_unfinished(dest: str) -> None:
 
 
 @contextmanager
-def _folders(conversions: list[_Conversion], tmp: Path | None) -> Iterator[None]:
+def _folders(conversions: list[_Conversion]) -> Iterator[None]:
     """Set the folder in which each conversion's jobs write: DEST itself, or a new temporary folder if it is on S3."""
     with ExitStack() as stack:
         for conversion in conversions:
@@ -328,7 +327,7 @@ def _folders(conversions: list[_Conversion], tmp: Path | None) -> Iterator[None]
             if conversion.remote:
                 place = f"{objects.server()} {conversion.dest}"  # the same DEST on another server may be in use
                 name = f"make-shards-{os.getuid()}-{sha256(place.encode()).hexdigest()[:16]}"
-                conversion.folder = Path(tmp or tempfile.gettempdir(), name)
+                conversion.folder = Path(tempfile.gettempdir(), name)
                 shutil.rmtree(conversion.folder, ignore_errors=True)
                 conversion.folder.mkdir(mode=0o700)
                 # After an error a process may still be writing there.

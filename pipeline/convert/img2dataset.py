@@ -6,7 +6,6 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -86,10 +85,10 @@ def _absolute(url: str) -> str:
 
 def _tars(source: str) -> dict[str, int]:
     """Return file name -> bytes of the tars directly in `source`."""
-    names = [url.removeprefix(source + "/") for url in objects.list_under(source)]
-    below = {name.partition("/")[0] for name in names if "/" in name and name.endswith(".tar")}
+    stamps = {url.removeprefix(source + "/"): stamp for url, stamp in objects.stamps(source).items()}
+    below = {name.partition("/")[0] for name in stamps if "/" in name and name.endswith(".tar")}
     note_unread(f"{source}, since only tars directly in it are read", sorted(below), kind="folder")
-    names = [name for name in names if "/" not in name and not name.startswith(".")]
+    names = [name for name in stamps if "/" not in name and not name.startswith(".")]
     if packed := [name for name in names if name.endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))]:
         raise PipelineError(
             f"{objects.join(source, packed[0])} is compressed, so single samples cannot be read: decompress it"
@@ -97,8 +96,7 @@ def _tars(source: str) -> dict[str, int]:
     tars = [name for name in names if name.endswith(".tar") and not name.endswith(SUFFIX)]
     if not tars:
         raise PipelineError(f"{source} contains no .tar files: give the folder (or prefix) that directly contains them")
-    with ThreadPoolExecutor(16) as pool:
-        return dict(zip(tars, pool.map(lambda name: objects.size(objects.join(source, name)), tars), strict=True))
+    return {name: int(stamps[name].partition(" ")[0]) for name in tars}  # a stamp begins with the size
 
 
 def _check_columns(url: str, captions: Captions) -> None:

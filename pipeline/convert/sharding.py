@@ -75,7 +75,6 @@ def convert(
     shards: int | None = None,
     processes: int = 1,
     max_rejected: float = 0.01,
-    tmp: Path | None = None,
     files: Iterable[tuple[str, bytes]] = (),
 ) -> dict[str, Index]:
     """Write each dataset's rows in order as shards with an index. `datasets` maps a folder or S3 prefix to rows.
@@ -88,7 +87,7 @@ def convert(
     plan = dict(options) | {"shard_bytes": shard_bytes, "shards": shards}
     planned = progress_bar(iterable=datasets.items(), unit=" datasets", desc="planning")
     works = {dest: _planned(rows, plan, shard_bytes, shards) for dest, rows in planned}
-    return run_conversions(works, unit=" rows", processes=processes, max_rejected=max_rejected, tmp=tmp, files=files)
+    return run_conversions(works, unit=" rows", processes=processes, max_rejected=max_rejected, files=files)
 
 
 def _planned(rows: Rows, options: dict[str, object], shard_bytes: int, shards: int | None) -> Work:

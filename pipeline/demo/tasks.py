@@ -56,14 +56,8 @@ HARD_CROPS = 3  # crops of the query's scene or of a variant
 
 # Independent random streams: the candidates of a row do not depend on the scenes of other rows.
 _STREAMS = [*(f"{name} train" for name in DATASETS), *TASKS, *(f"{name} candidates" for name in TASKS)]
-SCHEMA = pa.schema(
-    {
-        "qry_text": pa.string(),
-        "qry_img_path": pa.string(),
-        "tgt_text": pa.list_(pa.string()),
-        "tgt_img_path": pa.list_(pa.string()),
-    }
-)
+_ONE, _SEVERAL = pa.string(), pa.list_(pa.string())
+SCHEMA = pa.schema({"qry_text": _ONE, "qry_img_path": _ONE, "tgt_text": _SEVERAL, "tgt_img_path": _SEVERAL})
 
 
 @dataclass(frozen=True)
@@ -106,15 +100,9 @@ def training_pair(dataset: str, seed: int, index: int) -> Pair:
     """
     question = _ask(dataset, "train", _rng(f"{dataset} train", seed, index))
     hard = next(iter(question.hard))
-    wanted = hard.picture is None or index % 4 == 0
-    return Pair(
-        key=f"{index:08d}",
-        dataset=dataset,
-        task=DATASETS[dataset],
-        query=question.query.item(),
-        target=question.right.item(),
-        negatives=(hard.item(),) if wanted else (),
-    )
+    negatives = (hard.item(),) if hard.picture is None or index % 4 == 0 else ()
+    query, target = question.query.item(), question.right.item()
+    return Pair(f"{index:08d}", dataset, DATASETS[dataset], query, target, negatives)
 
 
 def evaluation_rows(dataset: str, seed: int, count: int = QUERIES) -> tuple[list[dict[str, Any]], dict[str, bytes]]:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import tarfile
+import tempfile
 import time
 from argparse import Namespace
 from dataclasses import dataclass
@@ -117,10 +118,11 @@ def test_killed_in_the_middle_it_goes_on_and_nothing_is_done_twice(source, undis
     assert {name: state(name) for name in done} == before
 
 
-def test_interrupted_on_the_way_to_s3_it_ends_at_once_and_goes_on(s3, source, undisturbed, tmp_path):
+def test_interrupted_on_the_way_to_s3_it_ends_at_once_and_goes_on(s3, source, undisturbed, tmp_path, monkeypatch):
     dest = f"s3://pipeline-tests/engine/{tmp_path.name}"
     (tmp_path / "tmp").mkdir()
-    process = start(*arguments(source, dest, "--processes", 2, "--tmp", tmp_path / "tmp"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    process = start(*arguments(source, dest, "--processes", 2))
     wait_for_records(process, dest, 3)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
@@ -130,7 +132,7 @@ def test_interrupted_on_the_way_to_s3_it_ends_at_once_and_goes_on(s3, source, un
     assert "Traceback" not in output[1]
     _, alive = psutil.wait_procs(children, timeout=HANG_SECONDS)
     assert alive == []
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert list((tmp_path / "tmp").glob("make-shards-*")) == []
 
     first, second, *others = records(dest)
     assert len(others) < 22
@@ -169,9 +171,10 @@ class Numbers:
 
 def test_the_same_dest_on_another_server_has_another_folder_for_its_uploads(tmp_path, monkeypatch):
     found = []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for server, dest in (("a", "s3://b/d"), ("b", "s3://b/d"), ("a", "s3://c/d"), ("a", "s3://b/d")):
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server}")
-        with _folders([conversion := Namespace(dest=dest, remote=True)], tmp_path):
+        with _folders([conversion := Namespace(dest=dest, remote=True)]):
             found.append(conversion.folder)
     assert len(set(found[:3])) == 3 and found[3] == found[0]  # an earlier start's files are found
 
@@ -357,19 +360,21 @@ def test_the_lock_is_held_as_long_as_it_may_write(tmp_path):
     assert found == {1}
 
 
-def test_a_killed_upload_leaves_no_folder_behind_once_it_is_gone_on_with(s3, source, tmp_path):
+def test_a_killed_upload_leaves_no_folder_behind_once_it_is_gone_on_with(s3, source, tmp_path, monkeypatch):
     dest, tmp = f"s3://pipeline-tests/killed/{tmp_path.name}", tmp_path / "tmp"
     tmp.mkdir()
-    process = start(*arguments(source, dest, "--processes", 2, "--tmp", tmp))
+    monkeypatch.setenv("TMPDIR", str(tmp))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it is found again
+    process = start(*arguments(source, dest, "--processes", 2))
     wait_for_records(process, dest, 3)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
     _, alive = psutil.wait_procs(children, timeout=HANG_SECONDS)
     assert alive == []
-    assert len(list(tmp.iterdir())) == 2  # one per dataset
-    make_shards(*arguments(source, dest, "--tmp", tmp))
-    assert list(tmp.iterdir()) == []
+    assert len(list(tmp.glob("make-shards-*"))) == 2  # one per dataset
+    make_shards(*arguments(source, dest))
+    assert list(tmp.glob("make-shards-*")) == []
 
 
 def test_what_can_be_finished_is_finished_before_an_error_is_raised(tmp_path):
