@@ -32,6 +32,7 @@ from pipeline.storage.objects import ObjectError
 
 UNFINISHED = ".unfinished"
 REJECTED_FILE = "rejected.jsonl"
+_PLAN = "plan"  # no job has this name
 _RESTART = f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
 
 logger = logging.getLogger(__name__)
@@ -54,15 +55,6 @@ class JobResult:
     rejected: list[dict[str, str]]
     files: dict[str, Count]
     notes: dict[str, Count] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, data: bytes, url: str) -> "JobResult | None":
-        """Parse a record. Returns None if it is damaged; its job then runs again."""
-        with suppress(DocumentError, ValueError):
-            result: JobResult = parse_json(data, url, cls, remedy="")
-            check_shards([result.shard] if result.shard else [])
-            return result
-        return None
 
 
 @dataclass(frozen=True)
@@ -87,7 +79,7 @@ class Work:
 
 def refuse_occupied(dest: str) -> None:
     """Raise PipelineError if `dest` contains a finished dataset, and ObjectError if it is unreachable."""
-    if objects.exists(objects.join(dest, INDEX_FILE)) and not objects.exists(_plan_url(dest)):
+    if objects.exists(objects.join(dest, INDEX_FILE)) and not objects.exists(_record_url(dest, _PLAN)):
         raise PipelineError(
             f"{dest} already contains a dataset: choose another DEST, or delete {INDEX_FILE}, {REJECTED_FILE} and "
             "*.idx.npy there, and the *.tar if they are not SOURCE"
@@ -172,14 +164,14 @@ class _Conversion:
 
     def _recorded(self, job: str) -> JobResult | None:
         """Return the result in the job's record; None if the record is damaged, or a file is missing or truncated."""
-        result = JobResult.from_json(objects.read(url := self._record_url(job)), url)
-        if result is None:
-            return None
-        urls = {objects.join(self.dest, name): size for name, size in result.files.items()}
-        return result if all(objects.exists(url) and objects.size(url) == size for url, size in urls.items()) else None
-
-    def _record_url(self, job: str) -> str:
-        return objects.join(self.dest, UNFINISHED, f"{job}.json")
+        with suppress(DocumentError, ValueError):
+            record = _record_url(self.dest, job)
+            result: JobResult = parse_json(objects.read(record), record, JobResult, remedy="")
+            check_shards([result.shard] if result.shard else [])
+            urls = {objects.join(self.dest, name): size for name, size in result.files.items()}
+            if all(objects.exists(url) and objects.size(url) == size for url, size in urls.items()):
+                return result
+        return None
 
     def run(self, job: str, run: Run) -> tuple["_Conversion", str]:
         """Run the job with `run`, upload its files to DEST, and record its result."""
@@ -193,7 +185,7 @@ class _Conversion:
                     raise ObjectError(f"{url} has {stored} bytes, but {size} were written: start again")
                 path.unlink()
         record = vars(result) | {"shard": result.shard and as_json(result.shard)}
-        objects.write(self._record_url(job), _json(record))
+        objects.write(_record_url(self.dest, job), _json(record))
         self.results[job] = result
         return self, job
 
@@ -255,23 +247,24 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
     written before everything else, and a plan is removed when its dataset is finished. If no plan exists, none of the
     command's output files may exist. Temporary files of an earlier start that was killed are removed.
     """
-    plans = {dest: _plan(dest) for dest in works}
+    begun = set()
     for dest, work in works.items():
-        wanted, plan = json.loads(_json(work.plan)), plans[dest]
-        if plan is None or plan == wanted:
-            continue
-        name = next(name for name in wanted | plan if plan.get(name) != wanted.get(name))
-        raise PipelineError(
-            f"{dest} contains an unfinished conversion whose {name} was {shown(plan.get(name))} and is now "
-            f"{shown(wanted.get(name))}: give the same command with the same source, or {_RESTART}"
-        )
+        if objects.exists(url := _record_url(dest, _PLAN)):
+            begun.add(dest)
+            wanted, plan = json.loads(_json(work.plan)), parse_json(objects.read(url), url, dict, remedy=_RESTART)
+            for name in wanted | plan:
+                if plan.get(name) != wanted.get(name):
+                    raise PipelineError(
+                        f"{dest} contains an unfinished conversion whose {name} was {shown(plan.get(name))} and is now "
+                        f"{shown(wanted.get(name))}: give the same command with the same source, or {_RESTART}"
+                    )
     finished = [dest for dest in works if objects.exists(objects.join(dest, INDEX_FILE))]
-    if not any(plans.values()):
+    if not begun:
         for dest in finished:
             refuse_occupied(dest)
         _refuse_overwriting([url for url, _ in files])
     for dest, work in works.items():
-        if plans[dest] is None and dest not in finished:
+        if dest not in begun and dest not in finished:
             names = (REJECTED_FILE, *work.files, *(job + end for job in work.jobs for end in (".tar", ".idx.npy")))
             _refuse_overwriting([objects.join(dest, name) for name in names])
     for dest in works:
@@ -279,7 +272,7 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
             remove_leftovers(Path(dest))
     unfinished = {dest: work for dest, work in works.items() if dest not in finished}
     for dest, work in unfinished.items():
-        objects.write(_plan_url(dest), _json(work.plan))
+        objects.write(_record_url(dest, _PLAN), _json(work.plan))
     for dest in finished:
         _remove_unfinished(dest)
     return [_Conversion(number, dest, work, max_rejected) for number, (dest, work) in enumerate(unfinished.items())]
@@ -292,27 +285,20 @@ def _refuse_overwriting(urls: list[str]) -> None:
                 raise PipelineError(f"{url} exists and would be overwritten: move it or choose another DEST")
 
 
-def _plan(dest: str) -> dict[str, object] | None:
-    """Read the plan of an earlier start; None if there is none, or if that conversion has finished."""
-    if not objects.exists(url := _plan_url(dest)):
-        return None
-    return parse_json(objects.read(url), url, dict, remedy=_RESTART)
-
-
-def _plan_url(dest: str) -> str:
-    return objects.join(dest, UNFINISHED, "plan.json")
+def _record_url(dest: str, name: str) -> str:
+    """Return the URL of a job's record, or of the plan."""
+    return objects.join(dest, UNFINISHED, f"{name}.json")
 
 
 def _remove_unfinished(dest: str) -> None:
     """Remove the files of an unfinished conversion, the plan last."""
-    plan = _plan_url(dest)
     for _ in range(3):  # a listing has no checksum, so it may arrive with damaged names
         listed = objects.list_under(objects.join(dest, UNFINISHED))
         if not (records := [url for url in listed if not url.endswith("/plan.json")]):
             break
         with ThreadPoolExecutor(16) as threads:
             list(threads.map(objects.delete, records))
-    objects.delete(plan)
+    objects.delete(_record_url(dest, _PLAN))
     if "://" not in dest:
         with suppress(FileNotFoundError):
             Path(dest, UNFINISHED).rmdir()
