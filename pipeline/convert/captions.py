@@ -99,10 +99,6 @@ def _image_datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
 def _video_datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
     videos, file = folder(arguments.source), arguments.captions
     check_query(arguments.query, VIDEO_MARK)
-    if file.suffix not in (".json", ".csv"):
-        raise PipelineError(
-            f"{file} is neither .json nor .csv; for MSVD use video_corpus.csv, since a pickle can execute any code"
-        )
     text = _text(file)
     with _form_of(file):
         captions = captioned_videos(str(file), text, arguments.split, arguments.language)

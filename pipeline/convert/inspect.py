@@ -266,9 +266,8 @@ def _console() -> Console:
 _STATS = """\
 statistics of datasets: tasks, sizes, lengths, duplicates
 
-Every task of a dataset has a row with its samples; the other columns are totals of the dataset, in its first row. Only
-indexes and sidecars are read, not the tars. p90 is the 90th percentile. Token lengths are estimates for LLaVA-OneVision
-with 8 frames per video.
+Only indexes and sidecars are read, not the tars. p90 is the 90th percentile. Token lengths are estimates for
+LLaVA-OneVision with 8 frames per video.
 
     python tools/make_shards.py stats s3://bucket/my-data
 """
@@ -302,8 +301,8 @@ def _stats(arguments: argparse.Namespace) -> None:
 
 
 def _totals(datasets: dict[str, Index]) -> Table:
-    table = _right_aligned("dataset", "task", "samples", "shards", "MB", "images", "videos")
-    table.columns[1].justify = "left"
+    table = _right_aligned("dataset", "samples", "shards", "MB", "images", "videos", "samples of each task")
+    table.columns[-1].justify = "left"
     totals = np.zeros(5)
     for index in datasets.values():
         images, videos = (sum(getattr(shard, name) for shard in index.shards) for name in ("images", "videos"))
@@ -312,12 +311,10 @@ def _totals(datasets: dict[str, Index]) -> Table:
         tasks: Counter[str] = Counter()
         for shard in index.shards:
             tasks.update(shard.tasks)
-        rest = [f"{value:,.10g}" for value in row[1:].round(1)]
-        for number, (task, samples) in enumerate(tasks.most_common()):
-            name, more = (repr(index.dataset), rest) if number == 0 else ("", [])
-            table.add_row(Text(name), Text(repr(task)), f"{samples:,}", *more)
+        listed = ", ".join(f"{task!r} {samples:,}" for task, samples in tasks.most_common())
+        table.add_row(Text(repr(index.dataset)), *(f"{value:,.10g}" for value in row.round(1)), Text(listed))
     table.add_section()
-    table.add_row("all", "", *(f"{value:,.10g}" for value in totals.round(1)))
+    table.add_row("all", *(f"{value:,.10g}" for value in totals.round(1)))
     return table
 
 

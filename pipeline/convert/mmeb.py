@@ -193,9 +193,6 @@ class Subset(Rows):
             sizes += np.array(known, np.int64)[paths.indices.to_numpy()]
         return sizes
 
-    def name(self, number: int) -> str:
-        return f"row {number}"
-
     def sample(self, number: int) -> Pair:
         query, target, negative = self._sides(number)
         negatives = (

@@ -5,7 +5,7 @@ The rows of each shard are fixed before any row is read, so shards are independe
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -25,6 +25,9 @@ from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
+
+T = TypeVar("T")
+Bytes = TypeVar("Bytes", int, np.ndarray)
 
 MAX_SAMPLE_BYTES = 1 << 30  # a process holds a whole sample in memory
 
@@ -54,9 +57,9 @@ class Rows(ABC):
         May read the sizes of files, but not their content. A missing file has size 0; its row is rejected later.
         """
 
-    @abstractmethod
     def name(self, number: int) -> str:
         """Return a readable name of the row in the source, such as "line 17"."""
+        return f"row {number}"
 
     @abstractmethod
     def sample(self, number: int) -> Pair | Single:
@@ -173,11 +176,7 @@ class ImageFolder:
 
     def read(self, name: str) -> bytes:
         """Return the image's bytes. Raises Rejection if it is missing, broken or too large to decode."""
-        data = self._bytes(name)
-        try:
-            image = decode_image(data)
-        except BadSample as reason:
-            raise Rejection("broken image", f"{name}: {reason}") from None
+        data, image = self._decoded(name, "image", decode_image)
         if self.max_side is None or max(image.size) <= self.max_side:
             return data
         image.thumbnail((self.max_side, self.max_side), Image.Resampling.LANCZOS)
@@ -187,21 +186,20 @@ class ImageFolder:
 
     def read_video(self, name: str) -> bytes:
         """Return the video's bytes. Raises Rejection if it is missing, or if no frame of it can be decoded."""
-        data = self._bytes(name)
-        try:
-            sample_frames(data, 1)
-        except BadSample as reason:
-            raise Rejection("broken video", f"{name}: {reason}") from None
+        data, _ = self._decoded(name, "video", lambda data: sample_frames(data, 1))
         return data
 
-    def _bytes(self, name: str) -> bytes:
+    def _decoded(self, name: str, kind: str, decode: Callable[[bytes], T]) -> tuple[bytes, T]:
         path = self.path(name)
         try:
             if not path.is_file():
                 raise Rejection("missing file", name)
-            return path.read_bytes()
+            data = path.read_bytes()
+            return data, decode(data)
         except OSError as error:
             raise Rejection("unreadable file", f"{name}: {error.strerror}") from None
+        except BadSample as reason:
+            raise Rejection(f"broken {kind}", f"{name}: {reason}") from None
 
 
 def checked_text(text: str, images: int = 0, videos: int = 0) -> str:
@@ -209,9 +207,6 @@ def checked_text(text: str, images: int = 0, videos: int = 0) -> str:
     if fault := text_fault(text, images, videos):
         raise Rejection(*fault)
     return text.lstrip(BYTE_ORDER_MARK)
-
-
-Bytes = TypeVar("Bytes", int, np.ndarray)
 
 
 def member_bytes(content: Bytes) -> Bytes:

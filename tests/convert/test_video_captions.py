@@ -159,7 +159,7 @@ def test_listed_videos_without_captions_are_rejected_by_name(videos, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "options", "reason"),
     [
-        ("raw-captions.pkl", "", [], r"for MSVD use video_corpus\.csv"),
+        ("raw-captions.pkl", b"\x80\x04}\x94.", [], r"raw-captions\.pkl is not UTF-8"),
         ("all.json", "{", [], r"all\.json is damaged: it is not JSON"),
         pytest.param("all.json", "[" * 200_000, [], r"all\.json is damaged: it is nested too deeply", id="deep"),
         ("all.json", "1", [], r"all\.json has none of the forms"),
