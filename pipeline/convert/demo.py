@@ -62,9 +62,6 @@ class TrainingPairs(Rows):
     def sizes(self) -> np.ndarray:
         return np.full(self.count, 4096)  # a rough estimate: the images are small when compressed
 
-    def name(self, number: int) -> str:
-        return f"pair {number}"
-
     def sample(self, number: int) -> Pair:
         draw = captioned.training_pair if self.dataset in captioned.DATASETS else tasks.training_pair
         return draw(self.dataset, self.seed, number)

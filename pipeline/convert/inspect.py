@@ -286,8 +286,8 @@ def _stats(arguments: argparse.Namespace) -> None:
     table = _right_aligned("", "mean", *(f"p{percent}" for percent in _PERCENTILES), "most")
     for name, values in facts.items():
         if values.any():
-            numbers = (values.mean(), *np.percentile(values, _PERCENTILES), values.max())
-            table.add_row(name, *(f"{number:,.0f}" for number in numbers))
+            spread = (*np.percentile(values, _PERCENTILES), values.max())
+            table.add_row(name, f"{values.mean():,.1f}", *(f"{number:,.0f}" for number in spread))
     console.print(table)
     single = targets == 0
     pairs = np.stack([queries, targets], axis=1)[~single]

@@ -1,7 +1,6 @@
 """Convert your own pairs: one JSON object per line."""
 
 import argparse
-import os
 import re
 from array import array
 from codecs import BOM_UTF8
@@ -182,20 +181,17 @@ def _scan(path: Path, source: ImageFolder, fallback: str) -> tuple[dict[str, np.
     name, named = "", False
     with path.open("rb") as file:
         _check_form(path, file)
-        size = os.fstat(file.fileno()).st_size
-        with progress_bar(total=size, unit="B", unit_scale=True, desc="reading") as bar:
-            for number, (offset, line) in enumerate(_lines(file), 1):
-                bar.update(offset - bar.n)
-                if not line.strip():
-                    continue
-                shard_bytes = member_bytes(len(line))
-                with suppress(Rejection):
-                    row = PairRow.parse(line)
-                    name, named = row.dataset or fallback, named or bool(row.dataset)
-                    paths = (path for entry in row.entries for path in entry.paths)
-                    shard_bytes += sum(member_bytes(source.size(path)) for path in paths)
-                places.setdefault(name, array("q")).extend((number, offset, shard_bytes))
-            bar.update(size - bar.n)
+        lines = progress_bar(iterable=_lines(file), unit=" lines", unit_scale=True, desc="reading")
+        for number, (offset, line) in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            shard_bytes = member_bytes(len(line))
+            with suppress(Rejection):
+                row = PairRow.parse(line)
+                name, named = row.dataset or fallback, named or bool(row.dataset)
+                paths = (path for entry in row.entries for path in entry.paths)
+                shard_bytes += sum(member_bytes(source.size(path)) for path in paths)
+            places.setdefault(name, array("q")).extend((number, offset, shard_bytes))
     if "" in places:  # unreadable rows before the first readable one
         first = places.pop("")
         name = next(iter(places), fallback)

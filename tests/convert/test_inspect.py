@@ -288,9 +288,10 @@ def test_stats(folder, capsys):
     assert f"all 18 5 0.1 {images + 3} 1" in printed
     assert "mean p1 p10 p50 p90 p99 most" in printed
     counts = [sum(len(item.images) for item in pair.items) for pair in pairs] + [1, 1, 1] + [0, 0, 0]
-    spread = [np.mean(counts), *np.percentile(counts, (1, 10, 50, 90, 99)), 3]
-    assert " ".join(["images of a sample", *(f"{number:.0f}" for number in spread)]) in printed
-    assert "longer side of an image 40 40 40 40 40 40 40" in printed
+    spread = [*np.percentile(counts, (1, 10, 50, 90, 99)), 3]
+    mean = f"{np.mean(counts):.1f}"
+    assert " ".join(["images of a sample", mean, *(f"{number:.0f}" for number in spread)]) in printed
+    assert "longer side of an image 40.0 40 40 40 40 40 40" in printed
     assert "items: 3 distinct, 0 of 3 are duplicates" in printed
     assert "queries: 15 distinct, 0 of 15 are duplicates" in printed
     assert "targets: 9 distinct, 6 of 15 are duplicates" in printed
