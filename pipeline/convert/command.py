@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.convert.engine import refuse_occupied
-from pipeline.convert.rows import ImageFolder, Rows, folder
-from pipeline.convert.sharding import convert
+from pipeline.convert.sharding import ImageFolder, Rows, convert, folder
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.errors import PipelineError
 
+IMAGE_QUERY = f"{IMAGE_MARK}\nFind an image caption describing the given everyday image."  # from MMEB
 # Arguments of a conversion that do not affect the output, or that `convert` gets separately.
-_NO_OPTIONS = ("run", "dest", "processes", "max_rejected", "tmp", "shard_mb", "shards")
+_NO_OPTIONS = ("run", "dest", "processes", "max_rejected", "shard_mb", "shards")
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,20 @@ def conversion(
         add_dest(parser)
         cut = parser.add_mutually_exclusive_group()
         cut.add_argument(
-            "--shard-mb", type=positive, default=256, metavar="N", help="approximate MiB per shard (default 256)"
+            "--shard-mb", type=in_range(1), default=256, metavar="N", help="approximate MiB per shard (default 256)"
         )
         cut.add_argument(
-            "--shards", type=positive, metavar="N", help="write N shards with equal numbers of rows instead"
+            "--shards", type=in_range(1), metavar="N", help="write N shards with equal numbers of rows instead"
         )
         add_work(parser)
-        parser.add_argument(
-            "--tmp",
-            type=local_path,
-            metavar="FOLDER",
-            help="folder for shards before their upload (default: the system's)",
-        )
 
     def run(arguments: argparse.Namespace) -> None:
-        if isinstance(arguments.source, Path):
-            _check_place(arguments.source, arguments.dest)
+        source = arguments.source
+        if isinstance(source, Path):
+            if source.parts[:1] == ("s3:",):
+                raise PipelineError(f"SOURCE s3://{'/'.join(source.parts[1:])} must be a local file or folder")
+            if source.resolve() == Path(arguments.dest).resolve():
+                raise PipelineError(f"DEST {arguments.dest} is SOURCE: choose another DEST")
         refuse_occupied(arguments.dest)  # before a large source is read
         convert(
             datasets(arguments),
@@ -68,7 +66,6 @@ def conversion(
             shards=arguments.shards,
             processes=arguments.processes,
             max_rejected=arguments.max_rejected,
-            tmp=arguments.tmp,
             files=files(arguments),
         )
 
@@ -82,13 +79,18 @@ def check_query(query: str, mark: str) -> None:
 
 
 def add_dest(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dest", metavar="DEST", type=filled, help="a folder or s3://bucket/prefix")
+    where = "a folder or s3://bucket/prefix (shards are in TMPDIR before their upload)"
+    parser.add_argument("dest", metavar="DEST", type=filled, help=where)
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
     cpus = len(os.sched_getaffinity(0))
     parser.add_argument(
-        "--processes", type=positive, default=cpus, metavar="N", help=f"worker processes (default {cpus}, one per CPU)"
+        "--processes",
+        type=in_range(1),
+        default=cpus,
+        metavar="N",
+        help=f"worker processes (default {cpus}, one per CPU)",
     )
 
 
@@ -97,11 +99,17 @@ def add_work(parser: argparse.ArgumentParser) -> None:
     add_processes(parser)
     parser.add_argument(
         "--max-rejected",
-        type=fraction,
+        type=in_range(0, 1, float),
         default=0.01,
         metavar="X",
         help="fail if more than this fraction of a dataset's rows is rejected (default 0.01)",
     )
+
+
+def add_names(parser: argparse.ArgumentParser, query: str, default: str) -> None:
+    """Add --query and --dataset. default: describes the default name."""
+    parser.add_argument("--query", default=query, metavar="TEXT", help=f"query of all pairs (default {query!r})")
+    parser.add_argument("--dataset", metavar="NAME", help=f"name of the dataset (default: {default})")
 
 
 def add_images(parser: argparse.ArgumentParser, default: str) -> None:
@@ -111,13 +119,13 @@ def add_images(parser: argparse.ArgumentParser, default: str) -> None:
     )
     parser.add_argument(
         "--image-max-side",
-        type=positive,
+        type=in_range(1),
         metavar="N",
         help="scale images with a longer side than N pixels down to N, as JPEG, upright and with 8 bits per channel, "
         "regardless of model.images later (default: keep all images unchanged)",
     )
     parser.add_argument(
-        "--image-quality", type=_quality, metavar="Q", help="quality of these JPEGs, 1 to 95 (default 90)"
+        "--image-quality", type=in_range(1, 95), metavar="Q", help="quality of these JPEGs, 1 to 95 (default 90)"
     )
 
 
@@ -149,13 +157,6 @@ def _content(arguments: argparse.Namespace) -> dict[str, str]:
     return content
 
 
-def _check_place(source: Path, dest: str) -> None:
-    if source.parts[:1] == ("s3:",):
-        raise PipelineError(f"SOURCE {source.parts[0]}//{'/'.join(source.parts[1:])} must be a local file or folder")
-    if source.resolve() == Path(dest).resolve():
-        raise PipelineError(f"DEST {dest} is SOURCE: choose another DEST")
-
-
 def filled(text: str) -> str:
     if not text:  # for example, an unset variable of a script
         raise argparse.ArgumentTypeError("it is empty")
@@ -166,20 +167,14 @@ def local_path(text: str) -> Path:
     return Path(filled(text))
 
 
-def _quality(text: str) -> int:
-    if (value := positive(text)) > 95:  # Pillow advises against more
-        raise argparse.ArgumentTypeError(f"{value} is not between 1 and 95")
-    return value
+def in_range(least: int, most: int = 10**9, kind: type[int] | type[float] = int) -> Callable[[str], float]:
+    """Return the `type` of an argument that is a number in a range."""
+    a = "a whole" if kind is int else "a"
 
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {a} number between {least} and {most}")
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def fraction(text: str) -> float:
-    with suppress(ValueError):
-        if 0 <= (value := float(text)) <= 1:
-            return value
-    raise argparse.ArgumentTypeError(f"{text} is not a number between 0 and 1")
+    return parse

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.convert.command import conversion, positive
-from pipeline.convert.rows import Rows
+from pipeline.convert.command import conversion, in_range
+from pipeline.convert.sharding import Rows
 from pipeline.data.sample import Pair
 from pipeline.demo import captioned, clips, tasks
 from pipeline.storage import objects
@@ -30,15 +30,11 @@ The same seed always gives the same data:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SEED", type=_seed, help="the seed, a number of at least 0")
-    parser.add_argument("--pairs", type=positive, default=4800, metavar="N", help="pairs per dataset (default 4800)")
-    parser.add_argument("--queries", type=positive, default=200, metavar="N", help="queries per dataset (default 200)")
-
-
-def _seed(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
+    parser.add_argument("source", metavar="SEED", type=in_range(0, 1 << 63), help="the seed, a number of at least 0")
+    parser.add_argument("--pairs", type=in_range(1), default=4800, metavar="N", help="pairs per dataset (default 4800)")
+    parser.add_argument(
+        "--queries", type=in_range(1), default=200, metavar="N", help="queries per dataset (default 200)"
+    )
 
 
 def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
@@ -65,9 +61,6 @@ class TrainingPairs(Rows):
 
     def sizes(self) -> np.ndarray:
         return np.full(self.count, 4096)  # a rough estimate: the images are small when compressed
-
-    def name(self, number: int) -> str:
-        return f"pair {number}"
 
     def sample(self, number: int) -> Pair:
         draw = captioned.training_pair if self.dataset in captioned.DATASETS else tasks.training_pair

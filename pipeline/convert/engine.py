@@ -13,18 +13,17 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from pipeline.convert.workers import Report, job_threads, workers
+from pipeline.convert.workers import Run, workers
 from pipeline.data.index import INDEX_FILE, Count, Index, IndexedFile, Shard, as_json, check_shards
-from pipeline.errors import PipelineError, printable
+from pipeline.errors import PipelineError, printable, shown
 from pipeline.progress import progress_bar
 from pipeline.storage import lock, objects
 from pipeline.storage.atomic import remove_leftovers
@@ -33,8 +32,8 @@ from pipeline.storage.objects import ObjectError
 
 UNFINISHED = ".unfinished"
 REJECTED_FILE = "rejected.jsonl"
+_PLAN = "plan"  # no job has this name
 _RESTART = f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
-_SOURCE_STATE = ("content", "rows", "row_sizes")  # members of a plan that describe the source's content
 
 logger = logging.getLogger(__name__)
 
@@ -57,57 +56,30 @@ class JobResult:
     files: dict[str, Count]
     notes: dict[str, Count] = field(default_factory=dict)
 
-    @classmethod
-    def from_json(cls, data: bytes, url: str) -> "JobResult | None":
-        """Parse a record. Returns None if it is damaged; its job then runs again."""
-        with suppress(DocumentError, ValueError):
-            result: JobResult = parse_json(data, url, cls, remedy="")
-            check_shards([result.shard] if result.shard else [])
-            return result
-        return None
 
+@dataclass(frozen=True)
+class Work:
+    """The conversion of one dataset, divided into independent jobs.
 
-class Work(Protocol):
-    """The conversion of one dataset, divided into independent jobs. It is sent to other processes."""
+    plan: everything that determines the output, as JSON values. Only a conversion with the same plan is resumed.
+    jobs: job name -> size in the unit of the progress bar, in the order of the shards.
+    run: runs a job: (job, folder to write in) -> its result. It is sent to other processes.
+    index: the index without shards and files.
+    rows: the total rows of all jobs; None if it is unknown until the jobs have run.
+    files: additional files for DEST, by name.
+    """
 
-    @property
-    def plan(self) -> dict[str, object]:
-        """Everything that determines the output, as JSON values. Only a conversion with the same plan is resumed."""
-        ...
-
-    @property
-    def jobs(self) -> Mapping[str, int]:
-        """Job name -> size in the unit of the progress bar, in the order of the shards."""
-        ...
-
-    @property
-    def rows(self) -> int | None:
-        """The total rows of all jobs; None if it is unknown until the jobs have run."""
-        ...
-
-    def run(self, job: str, folder: Path, report: Report) -> JobResult:
-        """Run a job, which writes to `folder`, and report its progress. May raise TooManyRejected."""
-        ...
-
-    def index(self, shards: tuple[Shard, ...]) -> Index: ...
-
-    def files(self) -> dict[str, bytes]:
-        """Return additional files for DEST, by name."""
-        ...
-
-
-class TooManyRejected(Exception):
-    """A job rejected more rows than all jobs together may reject. The argument is the JobResult so far."""
-
-
-def allowed(max_rejected: float, rows: int) -> int:
-    """Return the most rows that may be rejected. A tolerance corrects rounding errors: 0.29 of 100 is 29, not 28."""
-    return math.floor(max_rejected * rows * (1 + 1e-12))
+    plan: dict[str, object]
+    jobs: Mapping[str, int]
+    run: Callable[[str, Path], JobResult]
+    index: Index
+    rows: int | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def refuse_occupied(dest: str) -> None:
     """Raise PipelineError if `dest` contains a finished dataset, and ObjectError if it is unreachable."""
-    if objects.exists(objects.join(dest, INDEX_FILE)) and not objects.exists(_plan_url(dest)):
+    if objects.exists(objects.join(dest, INDEX_FILE)) and not objects.exists(_record_url(dest, _PLAN)):
         raise PipelineError(
             f"{dest} already contains a dataset: choose another DEST, or delete {INDEX_FILE}, {REJECTED_FILE} and "
             "*.idx.npy there, and the *.tar if they are not SOURCE"
@@ -120,14 +92,13 @@ def run_conversions(
     unit: str,
     processes: int,
     max_rejected: float,
-    tmp: Path | None = None,
     files: Iterable[tuple[str, bytes]] = (),
 ) -> dict[str, Index]:
     """Run all jobs of all works. `works` maps a folder or S3 prefix to its work. Returns the indexes.
 
-    unit: unit of the jobs' sizes, for the progress bar. processes: 1 means this process. tmp: folder for files before
-    their upload to S3; it holds files of at most processes + 2 jobs. max_rejected: the fraction of a dataset's rows
-    that may be rejected. files: (URL, content) of files outside of the datasets; they are written first.
+    unit: unit of the jobs' sizes, for the progress bar. processes: 1 means this process. max_rejected: the fraction of
+    a dataset's rows that may be rejected. files: (URL, content) of files outside of the datasets; they are written
+    first. Files of at most processes + 2 jobs are in the system's temporary folder (TMPDIR) before their upload to S3.
 
     Raises PipelineError if a folder contains a dataset or an unfinished conversion with another plan, or if too many
     rows are rejected; ObjectError if a file cannot be written. Finished jobs are kept for the next start.
@@ -140,30 +111,21 @@ def run_conversions(
         todo = [(conversion, job) for conversion in conversions for job in conversion.todo]
         total = sum(sum(conversion.work.jobs.values()) for conversion in conversions)
         initial = total - sum(conversion.work.jobs[job] for conversion, job in todo)
-        futures: list[Future] = []
         with (
             progress_bar(total=total, initial=initial, unit=unit, unit_scale=True, desc="converting") as bar,
-            _folders(conversions, tmp),
+            _folders(conversions),
         ):
             try:
-                with (
-                    job_threads(processes + 2) as threads,
-                    workers(processes, [each.work.run for each in conversions], len(todo), bar) as run,
-                ):
+                with workers(processes, [each.work.run for each in conversions]) as (threads, run):
                     for conversion in conversions:
                         conversion.finalize()
-                    for number, (conversion, job) in enumerate(todo):
-                        futures.append(threads.submit(conversion.run, job, number, run))
+                    futures = [threads.submit(conversion.run, job, run) for conversion, job in todo]
                     for future in as_completed(futures):
-                        conversion, job, result = future.result()
-                        conversion.results[job] = result
+                        conversion, job = future.result()
+                        bar.update(conversion.work.jobs[job])
                         conversion.finalize()
             except PipelineError:
                 # All jobs have ended. Finish the conversions whose jobs are all done.
-                for future in futures:
-                    if not future.cancelled() and future.exception() is None:
-                        conversion, job, result = future.result()
-                        conversion.results[job] = result
                 for conversion in conversions:
                     with suppress(PipelineError):  # only the first error is reported
                         conversion.finalize()
@@ -172,52 +134,49 @@ def run_conversions(
 
 
 class _Conversion:
-    """The state of one dataset's conversion. results: results of finished jobs. folder: where jobs write."""
+    """The state of one dataset's conversion. results: of each job, in order; None until it is done.
+
+    folder: where jobs write.
+    """
 
     folder: Path
     finished = False
 
     def __init__(self, number: int, dest: str, work: Work, max_rejected: float) -> None:
         self.number, self.dest, self.work = number, dest, work
+        self.remote = "://" in dest
         self._max_rejected = max_rejected
         self._began = math.inf
         recorded = {url.rpartition("/")[2] for url in objects.list_under(objects.join(dest, UNFINISHED))}
         jobs = [job for job in work.jobs if f"{job}.json" in recorded]
+        self.results: dict[str, JobResult | None] = dict.fromkeys(work.jobs)
         with ThreadPoolExecutor(16) as threads:
-            results = zip(jobs, threads.map(self._recorded, jobs), strict=True)
-            self.results = {job: result for job, result in results if result}
-        self._samples_before = sum(result.shard.samples for result in self.results.values() if result.shard)
+            self.results.update(zip(jobs, threads.map(self._recorded, jobs), strict=True))
+        self._samples_before = sum(result.shard.samples for result in self._done if result.shard)
 
     @property
     def todo(self) -> list[str]:
-        return [job for job in self.work.jobs if job not in self.results]
+        return [job for job, result in self.results.items() if result is None]
 
     @property
-    def complete(self) -> bool:
-        return len(self.results) == len(self.work.jobs)
-
-    @property
-    def remote(self) -> bool:
-        return "://" in self.dest
+    def _done(self) -> list[JobResult]:
+        return [result for result in self.results.values() if result]
 
     def _recorded(self, job: str) -> JobResult | None:
         """Return the result in the job's record; None if the record is damaged, or a file is missing or truncated."""
-        result = JobResult.from_json(objects.read(url := self._record_url(job)), url)
-        if result is None:
-            return None
-        urls = {objects.join(self.dest, name): size for name, size in result.files.items()}
-        return result if all(objects.exists(url) and objects.size(url) == size for url, size in urls.items()) else None
+        with suppress(DocumentError, ValueError):
+            record = _record_url(self.dest, job)
+            result: JobResult = parse_json(objects.read(record), record, JobResult, remedy="")
+            check_shards([result.shard] if result.shard else [])
+            urls = {objects.join(self.dest, name): size for name, size in result.files.items()}
+            if all(objects.exists(url) and objects.size(url) == size for url, size in urls.items()):
+                return result
+        return None
 
-    def _record_url(self, job: str) -> str:
-        return objects.join(self.dest, UNFINISHED, f"{job}.json")
-
-    def run(self, job: str, number: int, run: Callable[..., Any]) -> tuple["_Conversion", str, JobResult]:
-        """Run the job (`number` among all jobs) with `run`, upload its files to DEST, and record its result."""
+    def run(self, job: str, run: Run) -> tuple["_Conversion", str]:
+        """Run the job with `run`, upload its files to DEST, and record its result."""
         self._began = min(self._began, time.monotonic())
-        try:
-            result: JobResult = run(self.number, job, number, self.folder)
-        except TooManyRejected as error:
-            return self, job, error.args[0]  # not recorded; `finalize` raises the error
+        result: JobResult = run(self.number, job, self.folder)
         if self.remote:
             for name, size in result.files.items():
                 url, path = objects.join(self.dest, name), self.folder / name
@@ -226,63 +185,59 @@ class _Conversion:
                     raise ObjectError(f"{url} has {stored} bytes, but {size} were written: start again")
                 path.unlink()
         record = vars(result) | {"shard": result.shard and as_json(result.shard)}
-        objects.write(self._record_url(job), _json(record))
-        return self, job, result
+        objects.write(_record_url(self.dest, job), _json(record))
+        self.results[job] = result
+        return self, job
 
     def finalize(self) -> None:
         """Finish the dataset if all jobs are done. Raises PipelineError as soon as too many rows are rejected."""
-        read = sum(result.rows for result in self.results.values())
-        rejected = self._rejected()
-        if self.work.rows is None and not self.complete:
+        complete, done = not self.todo, self._done
+        if self.finished or (self.work.rows is None and not complete):
             return
-        if len(rejected) > allowed(self._max_rejected, self.work.rows or read):
-            self._write_rejected(rejected)
+        read = sum(result.rows for result in done)
+        rejected = [row for result in done for row in result.rejected]
+        rows = self.work.rows or read
+        # The tolerance corrects rounding errors: 0.29 of 100 is 29, not 28.
+        too_many = len(rejected) > math.floor(self._max_rejected * rows * (1 + 1e-12))
+        if complete or too_many:
+            lines = b"".join(_json(row) + b"\n" for row in rejected)
+            objects.write(objects.join(self.dest, REJECTED_FILE), lines)
+        if too_many:
             first = "; ".join(f"{each['row']}: {each['cause']}: {each['detail']}" for each in rejected[:3])
             raise PipelineError(
                 f"{self.dest}: {len(rejected)} rows are rejected so far, of {read} rows read, more than --max-rejected "
                 f"{self._max_rejected} allows: {_causes(rejected)}; the first: {first}. They are in {REJECTED_FILE} "
                 f"there: raise --max-rejected to continue without them, or correct them, {_RESTART}"
             )
-        if self.complete and not self.finished:
-            tqdm.write(printable(self._finish()))
-            notes: Counter[str] = Counter()
-            for result in self.results.values():
-                notes.update(result.notes)
-            for what, count in notes.most_common():
-                logger.warning("%s: %d %s", self.dest, count, what)
+        if complete:
+            self._finish(done, rejected)
             self.finished = True
 
-    def _write_rejected(self, rejected: list[dict[str, str]]) -> None:
-        objects.write(objects.join(self.dest, REJECTED_FILE), b"".join(_json(each) + b"\n" for each in rejected))
-
-    def _rejected(self) -> list[dict[str, str]]:
-        """Return the rejected rows known so far, in order."""
-        results = (self.results.get(job) for job in self.work.jobs)
-        return [each for result in results if result for each in result.rejected]
-
-    def _finish(self) -> str:
-        """Write the dataset's files, the index last. Returns a summary in one line."""
-        results = [self.results[job] for job in self.work.jobs]
+    def _finish(self, results: list[JobResult], rejected: list[dict[str, str]]) -> None:
+        """Write the dataset's files, the index last. Prints a summary in one line, and logs the notes of the jobs."""
         shards = tuple(result.shard for result in results if result.shard)
-        rejected = self._rejected()
-        self._write_rejected(rejected)
         if not shards:
             why = f"see {REJECTED_FILE} there" if rejected else "SOURCE has none"
             raise PipelineError(f"{self.dest}: no row is usable, {why}")
-        files = self.work.files()
+        files = self.work.files
         for name, content in files.items():
             objects.write(objects.join(self.dest, name), content)
-        index = replace(
-            self.work.index(shards), files={name: IndexedFile.of(content) for name, content in files.items()}
-        )
+        indexed = {name: IndexedFile.of(content) for name, content in files.items()}
+        index = replace(self.work.index, shards=shards, files=indexed)
         objects.write(objects.join(self.dest, INDEX_FILE), index.to_json().encode())
         _remove_unfinished(self.dest)
         seconds = max(time.monotonic() - self._began, 1e-3)  # all jobs may have been finished earlier
-        return (
+        summary = (
             f"{self.dest}: {index.samples} samples in {len(shards)} shards, {index.total_bytes / 1e6:.1f} MB, "
             f"{seconds:.1f} s, {(index.samples - self._samples_before) / seconds:.0f} samples/s, "
             f"{len(rejected)} rejected" + (f" ({_causes(rejected)})" if rejected else "")
         )
+        tqdm.write(printable(summary))
+        notes: Counter[str] = Counter()
+        for result in results:
+            notes.update(result.notes)
+        for what, count in notes.most_common():
+            logger.warning("%s: %d %s", self.dest, count, what)
 
 
 def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str, bytes]]) -> list[_Conversion]:
@@ -292,37 +247,32 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
     written before everything else, and a plan is removed when its dataset is finished. If no plan exists, none of the
     command's output files may exist. Temporary files of an earlier start that was killed are removed.
     """
-    plans = {dest: _plan(dest) for dest in works}
+    begun = set()
     for dest, work in works.items():
-        wanted, plan = json.loads(_json(work.plan)), plans[dest]
-        if plan is None or plan == wanted:
-            continue
-        name = next(name for name in wanted | plan if plan.get(name) != wanted.get(name))
-        if name in _SOURCE_STATE:
-            raise PipelineError(
-                f"{dest} contains an unfinished conversion, but SOURCE has changed: restore it, or {_RESTART}"
-            )
-        raise PipelineError(
-            f"{dest} contains an unfinished conversion whose {name} was {plan.get(name)!r} and is now "
-            f"{wanted.get(name)!r}: give the same command with the same source, or {_RESTART}"
-        )
+        if objects.exists(url := _record_url(dest, _PLAN)):
+            begun.add(dest)
+            wanted, plan = json.loads(_json(work.plan)), parse_json(objects.read(url), url, dict, remedy=_RESTART)
+            for name in wanted | plan:
+                if plan.get(name) != wanted.get(name):
+                    raise PipelineError(
+                        f"{dest} contains an unfinished conversion whose {name} was {shown(plan.get(name))} and is now "
+                        f"{shown(wanted.get(name))}: give the same command with the same source, or {_RESTART}"
+                    )
     finished = [dest for dest in works if objects.exists(objects.join(dest, INDEX_FILE))]
-    if not any(plans.values()):
+    if not begun:
         for dest in finished:
             refuse_occupied(dest)
         _refuse_overwriting([url for url, _ in files])
     for dest, work in works.items():
-        if plans[dest] is None and dest not in finished:
-            names = (REJECTED_FILE, *work.files(), *(job + end for job in work.jobs for end in (".tar", ".idx.npy")))
+        if dest not in begun and dest not in finished:
+            names = (REJECTED_FILE, *work.files, *(job + end for job in work.jobs for end in (".tar", ".idx.npy")))
             _refuse_overwriting([objects.join(dest, name) for name in names])
     for dest in works:
         if "://" not in dest:
             remove_leftovers(Path(dest))
-            for partial in Path(dest).glob("[0-9]" * 6 + ".tar.partial"):  # the names that earlier versions used
-                partial.unlink()
     unfinished = {dest: work for dest, work in works.items() if dest not in finished}
     for dest, work in unfinished.items():
-        objects.write(_plan_url(dest), _json(work.plan))
+        objects.write(_record_url(dest, _PLAN), _json(work.plan))
     for dest in finished:
         _remove_unfinished(dest)
     return [_Conversion(number, dest, work, max_rejected) for number, (dest, work) in enumerate(unfinished.items())]
@@ -335,34 +285,27 @@ def _refuse_overwriting(urls: list[str]) -> None:
                 raise PipelineError(f"{url} exists and would be overwritten: move it or choose another DEST")
 
 
-def _plan(dest: str) -> dict[str, object] | None:
-    """Read the plan of an earlier start; None if there is none, or if that conversion has finished."""
-    if not objects.exists(url := _plan_url(dest)):
-        return None
-    return parse_json(objects.read(url), url, dict, remedy=_RESTART)
-
-
-def _plan_url(dest: str) -> str:
-    return objects.join(dest, UNFINISHED, "plan.json")
+def _record_url(dest: str, name: str) -> str:
+    """Return the URL of a job's record, or of the plan."""
+    return objects.join(dest, UNFINISHED, f"{name}.json")
 
 
 def _remove_unfinished(dest: str) -> None:
     """Remove the files of an unfinished conversion, the plan last."""
-    plan = _plan_url(dest)
     for _ in range(3):  # a listing has no checksum, so it may arrive with damaged names
         listed = objects.list_under(objects.join(dest, UNFINISHED))
         if not (records := [url for url in listed if not url.endswith("/plan.json")]):
             break
         with ThreadPoolExecutor(16) as threads:
             list(threads.map(objects.delete, records))
-    objects.delete(plan)
+    objects.delete(_record_url(dest, _PLAN))
     if "://" not in dest:
         with suppress(FileNotFoundError):
             Path(dest, UNFINISHED).rmdir()
 
 
 @contextmanager
-def _folders(conversions: list[_Conversion], tmp: Path | None) -> Iterator[None]:
+def _folders(conversions: list[_Conversion]) -> Iterator[None]:
     """Set the folder in which each conversion's jobs write: DEST itself, or a new temporary folder if it is on S3."""
     with ExitStack() as stack:
         for conversion in conversions:
@@ -370,7 +313,7 @@ def _folders(conversions: list[_Conversion], tmp: Path | None) -> Iterator[None]
             if conversion.remote:
                 place = f"{objects.server()} {conversion.dest}"  # the same DEST on another server may be in use
                 name = f"make-shards-{os.getuid()}-{sha256(place.encode()).hexdigest()[:16]}"
-                conversion.folder = Path(tmp or tempfile.gettempdir(), name)
+                conversion.folder = Path(tempfile.gettempdir(), name)
                 shutil.rmtree(conversion.folder, ignore_errors=True)
                 conversion.folder.mkdir(mode=0o700)
                 # After an error a process may still be writing there.

@@ -6,17 +6,16 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from pipeline.convert.command import Command, add_dest, add_work, check_query
-from pipeline.convert.engine import JobResult, refuse_occupied, run_conversions
-from pipeline.convert.rows import Rejection
-from pipeline.convert.workers import Report
-from pipeline.data.index import Captions, Index, Shard
+from pipeline.convert.command import IMAGE_QUERY, Command, add_dest, add_names, add_work, check_query
+from pipeline.convert.engine import JobResult, Work, refuse_occupied, run_conversions
+from pipeline.convert.sharding import Rejection
+from pipeline.data.index import Captions, Index
 from pipeline.data.sample import IMAGE_MARK, BadSample, Pair
 from pipeline.data.shards import READ_NAMES, ShardRecords, captioned, members_of, split_name
 from pipeline.data.text_embeddings import SUFFIX
@@ -61,10 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="COLUMN",
         help='where the captions are: "txt" is the .txt member, any other name a column of the .json (default txt)',
     )
-    query = f"{IMAGE_MARK}\nFind an image caption describing the given everyday image."
-    parser.add_argument("--query", default=query, metavar="TEXT", help=f"query of all pairs (default {query!r})")
+    add_names(parser, IMAGE_QUERY, "the last part of SOURCE")
     parser.add_argument("--task", default="retrieval", metavar="NAME", help="name of the task (default retrieval)")
-    parser.add_argument("--dataset", metavar="NAME", help="name of the dataset (default: the last part of SOURCE)")
     add_work(parser)
 
 
@@ -75,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     source, dest = _absolute(arguments.source), _absolute(arguments.dest)
     tars = _tars(source)
     _check_columns(objects.join(source, min(tars)), captions)
-    work = TarsWork(arguments.dataset or source.rpartition("/")[2], source, dest, captions, tars)
+    work = indexing(arguments.dataset or source.rpartition("/")[2], source, dest, captions, tars)
     run_conversions({dest: work}, unit="B", processes=arguments.processes, max_rejected=arguments.max_rejected)
 
 
@@ -88,10 +85,10 @@ def _absolute(url: str) -> str:
 
 def _tars(source: str) -> dict[str, int]:
     """Return file name -> bytes of the tars directly in `source`."""
-    names = [url.removeprefix(source + "/") for url in objects.list_under(source)]
-    below = {name.partition("/")[0] for name in names if "/" in name and name.endswith(".tar")}
+    stamps = {url.removeprefix(source + "/"): stamp for url, stamp in objects.stamps(source).items()}
+    below = {name.partition("/")[0] for name in stamps if "/" in name and name.endswith(".tar")}
     note_unread(f"{source}, since only tars directly in it are read", sorted(below), kind="folder")
-    names = [name for name in names if "/" not in name and not name.startswith(".")]
+    names = [name for name in stamps if "/" not in name and not name.startswith(".")]
     if packed := [name for name in names if name.endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))]:
         raise PipelineError(
             f"{objects.join(source, packed[0])} is compressed, so single samples cannot be read: decompress it"
@@ -99,8 +96,7 @@ def _tars(source: str) -> dict[str, int]:
     tars = [name for name in names if name.endswith(".tar") and not name.endswith(SUFFIX)]
     if not tars:
         raise PipelineError(f"{source} contains no .tar files: give the folder (or prefix) that directly contains them")
-    with ThreadPoolExecutor(16) as pool:
-        return dict(zip(tars, pool.map(lambda name: objects.size(objects.join(source, name)), tars), strict=True))
+    return {name: int(stamps[name].partition(" ")[0]) for name in tars}  # a stamp begins with the size
 
 
 def _check_columns(url: str, captions: Captions) -> None:
@@ -108,94 +104,57 @@ def _check_columns(url: str, captions: Captions) -> None:
     found: set[str] = set()
     tape, sample = Tape(url), None
     for sample in read_tape(tape):
-        if sample.fault is None:
-            found |= _columns(tape.between(sample.begin, sample.end))
-            if found.issuperset(captions.columns):
-                return
+        with suppress(BadSample, ValueError, TypeError, RecursionError):  # as in a row that will be rejected
+            if sample.fault is None:
+                _, named = members_of(tape.between(sample.begin, sample.end))
+                members = {name.lower(): content for name, content in named.items()}
+                found |= {"txt"} & members.keys()
+                found |= dict(json.loads(members.get("json", b"{}"))).keys()
+        if found.issuperset(captions.columns):
+            return
     if sample is None:  # a shard without any successful download
         return
     missing = ", ".join(sorted(set(captions.columns) - found))
     raise PipelineError(f"--captions: no sample of {url} has {missing}; it has {', '.join(sorted(found)) or 'none'}")
 
 
-def _columns(data: bytes) -> set[str]:
-    columns: set[str] = set()
-    with suppress(BadSample, ValueError, RecursionError):
-        members = {name.lower(): content for name, content in members_of(data)[1].items()}
-        columns |= {"txt"} & members.keys()
-        if isinstance(described := json.loads(members.get("json", b"{}")), dict):
-            columns.update(described)
-    return columns
-
-
-@dataclass(frozen=True)
-class TarsWork:
-    """Indexes the tars in `source`, one per job. tars: file name -> bytes."""
-
-    dataset: str
-    source: str
-    dest: str
-    captions: Captions
-    tars: dict[str, int]
-    rows: None = None
-
-    @property
-    def plan(self) -> dict[str, object]:
-        return {"dataset": self.dataset, "source": self.source, "captions": asdict(self.captions)}
-
-    @property
-    def jobs(self) -> dict[str, int]:
+def indexing(dataset: str, source: str, dest: str, captions: Captions, tars: dict[str, int]) -> Work:
+    """Return the work that indexes the tars in `source`, one per job. tars: file name -> bytes."""
+    return Work(
+        plan={"dataset": dataset, "source": source, "captions": asdict(captions)},
         # A job's name contains the size, so a tar that was repaired in the meantime is a new job, and only it is run.
-        return {f"{name}.{size}": size for name, size in self.tars.items()}
-
-    def run(self, job: str, folder: Path, report: Report) -> JobResult:
-        file = job.rpartition(".")[0]
-        tape = Tape(objects.join(self.source, file), report)
-        records, rejections = ShardRecords(), []
-        times: Counter[str] = Counter()
-        unread: Counter[str] = Counter()
-        notes: Counter[str] = Counter()
-        for sample in read_tape(tape):
-            times[sample.key] += 1
-            unread.update(sample.names - READ_NAMES)
-            try:
-                if sample.fault is not None:
-                    raise sample.fault
-                data = tape.between(sample.begin, sample.end)
-                pair, faults = _pair(data, self.captions)
-                records.add(pair, sample.begin, data)
-                notes.update(f"unusable captions skipped: {cause}" for cause, _ in faults)
-            except Rejection as reason:
-                rejections.append((sample.key, reason))
-        rejected = list(_rows(file, rejections, times))
-        for name, count in unread.most_common():
-            notes[f"members .{name if len(notes) < _NOTES else '...'}, which nothing reads"] += count
-        if not len(records):
-            return JobResult(None, len(rejected), rejected, {}, dict(notes))
-        shard, sidecar = records.finish(file, tape.size, tape.sha256.hexdigest())
-        objects.write(str(folder / shard.sidecar), sidecar)
-        files = {shard.sidecar: shard.sidecar_bytes}
-        return JobResult(shard, len(records) + len(rejected), rejected, files, dict(notes))
-
-    def index(self, shards: tuple[Shard, ...]) -> Index:
-        return Index(self.dataset, shards, self.captions, "" if self.source == self.dest else self.source)
-
-    def files(self) -> dict[str, bytes]:
-        return {}
+        jobs={f"{name}.{size}": size for name, size in tars.items()},
+        run=partial(_index_tar, source, captions),
+        index=Index(dataset, (), captions, "" if source == dest else source),
+    )
 
 
-def _rows(file: str, rejected: list[tuple[str, Rejection]], times: Counter[str]) -> Iterator[dict[str, str]]:
-    """Yield the rows of rejected.jsonl.  times: occurrences of each key, several if its members are not consecutive."""
-    apart = set()
-    for key, reason in rejected:
-        name = key.encode(errors="backslashreplace").decode()
-        if times[key] > 1 and reason.cause.startswith(("no image", "no caption")):
-            if key in apart:  # the same sample
-                continue
-            apart.add(key)
-            what = f"the members of key {name} are not consecutive in {file}, as WebDataset requires"
-            reason = Rejection("members apart", f"{what}: repack it sorted by name, for example with tar --sort=name")
-        yield {"row": f"{file}: {name}", "cause": reason.cause, "detail": reason.detail}
+def _index_tar(source: str, captions: Captions, job: str, folder: Path) -> JobResult:
+    file = job.rpartition(".")[0]
+    tape = Tape(objects.join(source, file))
+    records, rejected = ShardRecords(), []
+    unread: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
+    for sample in read_tape(tape):
+        unread.update(sample.names - READ_NAMES)
+        try:
+            if sample.fault is not None:
+                raise sample.fault
+            data = tape.between(sample.begin, sample.end)
+            pair, faults = _pair(data, captions)
+            records.add(pair, sample.begin, data)
+            notes.update(f"unusable captions skipped: {cause}" for cause, _ in faults)
+        except Rejection as reason:
+            key = sample.key.encode(errors="backslashreplace").decode()
+            rejected.append({"row": f"{file}: {key}", "cause": reason.cause, "detail": reason.detail})
+    for name, count in unread.most_common():
+        notes[f"members .{name if len(notes) < _NOTES else '...'}, which nothing reads"] += count
+    if not len(records):
+        return JobResult(None, len(rejected), rejected, {}, dict(notes))
+    shard, sidecar = records.finish(file, tape.size, tape.sha256.hexdigest())
+    objects.write(str(folder / shard.sidecar), sidecar)
+    files = {shard.sidecar: shard.sidecar_bytes}
+    return JobResult(shard, len(records) + len(rejected), rejected, files, dict(notes))
 
 
 def _pair(data: bytes, captions: Captions) -> tuple[Pair, list[tuple[str, str]]]:
@@ -204,7 +163,10 @@ def _pair(data: bytes, captions: Captions) -> tuple[Pair, list[tuple[str, str]]]
         pair, faults = captioned(*members_of(data), captions)
     except BadSample as reason:
         cause, _, detail = str(reason).partition(" (")
-        raise Rejection(cause, detail.removesuffix(")") or cause) from None
+        detail = detail.removesuffix(")") or cause
+        if cause.startswith(("no image", "no caption")):
+            detail += "; if its other members are elsewhere in the tar, repack it with tar --sort=name"
+        raise Rejection(cause, detail) from None
     try:
         decode_image(pair.query.images[0])
     except BadSample as reason:
@@ -219,11 +181,10 @@ class Tape:
     keep_from: bytes before this position may be dropped after they are read.
     """
 
-    def __init__(self, url: str, report: Report = lambda read: None) -> None:
+    def __init__(self, url: str) -> None:
         self.url, self.size = url, objects.size(url)
         self.sha256 = hashlib.sha256()
         self.keep_from = 0
-        self._report = report
         self._position = 0
         self._start, self._kept = 0, bytearray()
 
@@ -252,7 +213,6 @@ class Tape:
             del self._kept[:dropped]
             self._start += dropped
             self._kept += piece
-            self._report(len(piece))
         return bytes(memoryview(self._kept)[begin - self._start : end - self._start])
 
 

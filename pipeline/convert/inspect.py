@@ -5,9 +5,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.convert.command import Command, add_processes
-from pipeline.convert.img2dataset import Tape, read_tape
-from pipeline.convert.workers import Report, job_threads, workers
+from pipeline.convert.img2dataset import Tape
+from pipeline.convert.workers import Run, workers
 from pipeline.data.index import (
     INDEX_FILE,
     Captions,
@@ -31,8 +31,8 @@ from pipeline.data.index import (
 )
 from pipeline.data.lengths import Lengths
 from pipeline.data.mmeb import ROWS_FILE, TASKS_FILE, converted_rows, read_tasks
-from pipeline.data.sample import BadSample, Item, Pair, Single
-from pipeline.data.shards import ShardRecords, parse_sample
+from pipeline.data.sample import BadSample, Pair, Single
+from pipeline.data.shards import ShardRecords, members_of, parse_sample
 from pipeline.data.tiles import Tiling, decode_image, image_format
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError, printable
@@ -43,29 +43,20 @@ from pipeline.storage import objects
 _PINPOINTS = ((384, 384), (384, 768), (768, 384), (768, 768))
 _LENGTHS = Lengths(Tiling(size=384, patches=27, pinpoints=_PINPOINTS, max_tiles=9), video_frames=8)
 _SHOWN = 10  # the most faults to print
-_BARS = 40  # characters of the longest bar
 _PERCENTILES = (1, 10, 50, 90, 99)
-_MOST_JOBS = 512  # per dataset
 
 
 def _add_dest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dest", metavar="DEST", help="a dataset, or a folder (or s3:// prefix) of several")
 
 
-def _datasets(dest: str) -> list[str]:
-    """Return the URL of the dataset `dest`, or of all datasets below it."""
-    if objects.exists(objects.join(dest, INDEX_FILE)):
-        return [dest]
-    ending = f"/{INDEX_FILE}"
-    urls = [url.removesuffix(ending) for url in objects.list_under(dest) if url.endswith(ending)]
-    if not urls:
-        raise PipelineError(f"neither {dest} nor any folder below it contains {INDEX_FILE}")
-    return urls
-
-
 def _indexes(dest: str) -> dict[str, Index]:
     """Load URL -> index of the dataset `dest`, or of all datasets below it."""
-    urls = _datasets(dest)
+    urls, ending = [dest], f"/{INDEX_FILE}"
+    if not objects.exists(objects.join(dest, INDEX_FILE)):
+        urls = [url.removesuffix(ending) for url in objects.list_under(dest) if url.endswith(ending)]
+    if not urls:
+        raise PipelineError(f"neither {dest} nor any folder below it contains {INDEX_FILE}")
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(urls, pool.map(Index.load, urls), strict=True))
 
@@ -91,30 +82,26 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     datasets = _indexes(arguments.dest)
-    checks = [Check(url, index.shards_url or url, index.captions) for url, index in datasets.items()]
-    jobs = [(number, group) for number, index in enumerate(datasets.values()) for group in _grouped(index.shards)]
-    size = sum(shard.size for _, group in jobs for shard in group)
+    checks: list[Run] = [
+        partial(_shard_faults, url, index.shards_url or url, index.captions) for url, index in datasets.items()
+    ]
+    jobs = [(number, shard) for number, index in enumerate(datasets.values()) for shard in index.shards]
+    size = sum(shard.size for _, shard in jobs)
+    faults: list[str] = []
     with (
         progress_bar(total=size, unit="B", unit_scale=True, desc="verifying") as bar,
-        job_threads(arguments.processes) as threads,
-        workers(arguments.processes, [check.run for check in checks], len(jobs), bar) as run,
+        workers(arguments.processes, checks) as (threads, run),
     ):
-        outcomes = [threads.submit(run, *job, number, Path()) for number, job in enumerate(jobs)]
-        faults = list(chain.from_iterable(outcome.result() for outcome in outcomes))
+        outcomes = [threads.submit(run, *job) for job in jobs]
+        for (_, shard), outcome in zip(jobs, outcomes, strict=True):
+            faults += outcome.result()
+            bar.update(shard.size)
     faults += chain.from_iterable(_file_faults(url, index, arguments.dest) for url, index in datasets.items())
     if faults:
         more = f"\n(and {len(faults) - _SHOWN} more)" if len(faults) > _SHOWN else ""
         raise PipelineError(f"{arguments.dest} is not intact:\n" + "\n".join(faults[:_SHOWN]) + more)
     samples = sum(index.samples for index in datasets.values())
-    shards = sum(len(index.shards) for index in datasets.values())
-    print(f"{arguments.dest}: {samples} samples in {shards} shards are intact", flush=True)
-
-
-def _grouped(shards: tuple[Shard, ...]) -> Iterator[tuple[Shard, ...]]:
-    """Group consecutive shards into jobs: one job per shard would be slow for a million small shards."""
-    size = -(-len(shards) // _MOST_JOBS)
-    for start in range(0, len(shards), size):
-        yield shards[start : start + size]
+    print(f"{arguments.dest}: {samples} samples in {len(jobs)} shards are intact", flush=True)
 
 
 def _file_faults(url: str, index: Index, dest: str) -> list[str]:
@@ -132,74 +119,58 @@ def _file_faults(url: str, index: Index, dest: str) -> list[str]:
     return []
 
 
-@dataclass(frozen=True)
-class Check:
-    """Checks a dataset's shards. url: folder of the sidecars. tars_url: folder of the tars."""
+def _shard_faults(url: str, tars_url: str, captions: Captions | None, shard: Shard) -> list[str]:
+    """Return the faults of a shard, one line each. url: folder of the sidecars. tars_url: folder of the tars."""
+    name = objects.join(tars_url, shard.file)
+    try:
+        tape = Tape(name)
+        if tape.size != shard.size:
+            return [f"{name}: {tape.size} bytes, but the index says {shard.size}"]
+        return [f"{name}{fault}" for fault in _sample_faults(shard, load_sidecar(url, shard), tape, captions)]
+    except PipelineError as error:
+        return [str(error)]
 
-    url: str
-    tars_url: str
-    captions: Captions | None
 
-    def run(self, shards: tuple[Shard, ...], folder: Path, report: Report) -> list[str]:
-        """Return the faults of some shards, one line each."""
-        return list(chain.from_iterable(self._shard(shard, report) for shard in shards))
-
-    def _shard(self, shard: Shard, report: Report) -> list[str]:
-        name = objects.join(self.tars_url, shard.file)
+def _sample_faults(shard: Shard, records: np.ndarray, tape: Tape, captions: Captions | None) -> Iterator[str]:
+    rebuilt = ShardRecords()
+    begins, lengths = records["offset"].tolist(), records["length"].tolist()
+    for number, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
+        tape.keep_from = begin
+        data = tape.between(begin, begin + length)
+        tape.seek(begin + length)
         try:
-            tape = Tape(name, report)
-            if tape.size != shard.size:
-                return [f"{name}: {tape.size} bytes, but the index says {shard.size}"]
-            return [f"{name}{fault}" for fault in self._faults(shard, load_sidecar(self.url, shard), tape)]
-        except PipelineError as error:
-            return [str(error)]
-
-    def _faults(self, shard: Shard, records: np.ndarray, tape: Tape) -> Iterator[str]:
-        rebuilt, intact = ShardRecords(), True
-        begins, lengths = records["offset"].tolist(), records["length"].tolist()
-        for number, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
-            tape.keep_from = begin
-            data = tape.between(begin, begin + length)
-            tape.seek(begin + length)
-            try:
-                sample = parse_sample(data, self.captions)
-                _decode(sample)
-                rebuilt.add(sample, begin, data)
-            except BadSample as reason:
-                yield f"#{number}: {reason}"
-                intact = False
-        tape.keep_from = tape.size
-        while tape.read(1 << 24):
-            pass
-        if tape.sha256.hexdigest() != shard.sha256:
-            yield ": its sha256 is not the index's"
-        if not intact:
-            return
-        entry, sidecar = rebuilt.finish(shard.file, tape.size, tape.sha256.hexdigest())
-        found = array_of(sidecar)
-        for name in (found.dtype.names or ())[:-1]:  # all except the checksum
-            if found[name].shape == records[name].shape:
-                differ = _either_way_up(name, found[name]) != _either_way_up(name, records[name])
-                places = np.flatnonzero(differ.any(axis=tuple(range(1, differ.ndim))))
-                yield from (f"#{place}: its record's {name} is wrong" for place in places)
-        for name in (field.name for field in fields(Shard)):
-            values, indexed = (np.array(_either_way_up(name, getattr(each, name))) for each in (entry, shard))
-            if not name.endswith("sha256") and not np.array_equal(values, indexed):  # hashes were checked above
-                yield f": the index's {name} is wrong"
+            sample = parse_sample(data, captions)
+            for item in sample.items:
+                for image in item.images:
+                    decode_image(image)
+                if item.video is not None:
+                    sample_frames(item.video, 1)
+            rebuilt.add(sample, begin, data)
+        except BadSample as reason:
+            yield f"#{number}: {reason}"
+    tape.keep_from = tape.size
+    while tape.read(1 << 24):
+        pass
+    if tape.sha256.hexdigest() != shard.sha256:
+        yield ": its sha256 is not the index's"
+    if len(rebuilt) < len(records):
+        return
+    entry, sidecar = rebuilt.finish(shard.file, tape.size, tape.sha256.hexdigest())
+    found = array_of(sidecar)
+    for name in (found.dtype.names or ())[:-1]:  # all except the checksum
+        if found[name].shape == records[name].shape:
+            differ = _either_way_up(name, found[name]) != _either_way_up(name, records[name])
+            places = np.flatnonzero(differ.any(axis=tuple(range(1, differ.ndim))))
+            yield from (f"#{place}: its record's {name} is wrong" for place in places)
+    for name in (field.name for field in fields(Shard)):
+        values, indexed = (np.array(_either_way_up(name, getattr(each, name))) for each in (entry, shard))
+        if not name.endswith("sha256") and not np.array_equal(values, indexed):  # hashes were checked above
+            yield f": the index's {name} is wrong"
 
 
 def _either_way_up(name: str, values: ArrayLike) -> np.ndarray:
     """Return the values. Sides of image sizes are sorted: earlier versions recorded them before the EXIF rotation."""
     return np.sort(values, axis=-1) if name == "image_sizes" else np.asarray(values)
-
-
-def _decode(sample: Pair | Single) -> None:
-    """Raise BadSample if an image or a video cannot be decoded."""
-    for item in sample.items:
-        for image in item.images:
-            decode_image(image)
-        if item.video is not None:
-            sample_frames(item.video, 1)
 
 
 # show
@@ -222,72 +193,67 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    url, *more = _datasets(arguments.dest)
-    if url != arguments.dest:
-        raise PipelineError(f"{arguments.dest} is not a dataset; show one of those below it: {', '.join([url, *more])}")
-    index = Index.load(url)
-    shard, number = (
-        _numbered(url, index, arguments.number) if arguments.key is None else _keyed(url, index, arguments.key)
-    )
+    url, datasets = arguments.dest, _indexes(arguments.dest)
+    if url not in datasets:
+        raise PipelineError(f"{url} is not a dataset; show one of those below it: {', '.join(datasets)}")
+    index = datasets[url]
+    tars = index.shards_url or url
+    shard, number = _place(url, index, arguments.number, arguments.key)
     record = read_records(url, shard, number, number + 1)
-    (data,) = read_samples(index.shards_url or url, shard, record)
+    (data,) = read_samples(tars, shard, record)
+    offset = int(record["offset"][0])
     try:
         sample = parse_sample(data, index.captions)
+        rows = [
+            ("shard", f"{printable(objects.join(tars, shard.file))}, sample {number}"),
+            ("bytes", f"{offset:,} to {offset + len(data) - 1:,}: {len(data):,}"),
+            # repr: control characters of the dataset must not reach the terminal.
+            ("key", repr(sample.key)),
+            ("dataset", repr(index.dataset)),
+            ("task", repr(sample.task)),
+            ("tokens", f"about {_LENGTHS.of_records(record)[0]:,} for LLaVA-OneVision"),
+            *_item_rows(sample),
+        ]
     except BadSample as reason:
         raise PipelineError(f"{shard.file}#{number} of {url} is not a valid sample: {reason}") from None
     table = Table.grid(padding=(0, 2))
-    offset, length = int(record["offset"][0]), len(data)
-    place = printable(objects.join(index.shards_url or url, shard.file))
-    table.add_row("shard", Text(f"{place}, sample {number}"))
-    table.add_row("bytes", f"{offset:,} to {offset + length - 1:,}: {length:,}")
-    # repr: control characters of the dataset must not reach the terminal.
-    table.add_row("key", Text(repr(sample.key)))
-    table.add_row("dataset", Text(repr(index.dataset)))
-    table.add_row("task", Text(repr(sample.task)))
-    table.add_row("tokens", f"about {_LENGTHS.of_records(record)[0]:,} for LLaVA-OneVision")
-    roles = ("item",) if isinstance(sample, Single) else ("query", "target", *("negative" for _ in sample.negatives))
-    for role, item in zip(roles, sample.items, strict=True):
-        table.add_row()
-        for label, value in ((role, Text(repr(item.text))), *_details(item)):
-            table.add_row(label, value)
-        if role == "target" and isinstance(sample, Pair):
-            for text in sample.alternatives:
-                table.add_row("  or", Text(repr(text)))
+    for label, value in rows:
+        table.add_row(label, Text(value))
     _console().print(table)
 
 
-def _numbered(url: str, index: Index, number: int) -> tuple[Shard, int]:
-    """Return (shard, number in the shard) of the dataset's sample `number`."""
+def _place(url: str, index: Index, number: int, key: str | None) -> tuple[Shard, int]:
+    """Return (shard, number in the shard) of the dataset's sample `number`, or of the one with the key, if given."""
     first = 0
     for shard in index.shards:
-        if first <= number < first + shard.samples:
+        if key is not None:
+            samples = read_samples(index.shards_url or url, shard, load_sidecar(url, shard))
+            keys = [members_of(data)[0] for data in samples]
+            if key in keys:
+                return shard, keys.index(key)
+        elif first <= number < first + shard.samples:
             return shard, number - first
         first += shard.samples
+    if key is not None:
+        raise PipelineError(f"{url} has no sample with key {key!r}; rejected.jsonl lists the rejected ones")
     raise PipelineError(f"{url} has no sample {number}: the samples are 0 to {index.samples - 1}")
 
 
-def _keyed(url: str, index: Index, key: str) -> tuple[Shard, int]:
-    for shard in index.shards:
-        for sample in read_tape(Tape(objects.join(index.shards_url or url, shard.file))):
-            if sample.key == key:
-                at = np.flatnonzero(load_sidecar(url, shard)["offset"] == sample.begin)
-                if not len(at):
-                    raise PipelineError(f"{key} in {shard.file} was rejected: see rejected.jsonl")
-                return shard, int(at[0])
-    raise PipelineError(f"{url} has no sample with key {key!r}")
-
-
-def _details(item: Item) -> Iterator[tuple[str, str | Text]]:
-    for image in item.images:
-        suffix, width, height = image_format(image)
-        yield "  image", f"{suffix}, {width} x {height}, {len(image):,} bytes"
-    if item.video is not None:
-        try:
-            size = "{} x {}".format(*sample_frames(item.video, 1)[0].size)
-        except BadSample as reason:
-            size = printable(str(reason))
-        yield "  video", Text(f"{video_format(item.video)}, {size}, {len(item.video):,} bytes")
-    yield "  hash", f"{item.content_hash:016x}"
+def _item_rows(sample: Pair | Single) -> Iterator[tuple[str, str]]:
+    """Yield (label, value) of each item's properties. Raises BadSample if a video cannot be decoded."""
+    roles = ("item",) if isinstance(sample, Single) else ("query", "target", *("negative" for _ in sample.negatives))
+    for role, item in zip(roles, sample.items, strict=True):
+        yield "", ""
+        yield role, repr(item.text)
+        for image in item.images:
+            suffix, width, height = image_format(image)
+            yield "  image", f"{suffix}, {width} x {height}, {len(image):,} bytes"
+        if item.video is not None:
+            width, height = sample_frames(item.video, 1)[0].size
+            yield "  video", f"{video_format(item.video)}, {width} x {height}, {len(item.video):,} bytes"
+        yield "  hash", f"{item.content_hash:016x}"
+        if role == "target" and isinstance(sample, Pair):
+            yield from (("  or", repr(text)) for text in sample.alternatives)
 
 
 def _console() -> Console:
@@ -300,8 +266,7 @@ def _console() -> Console:
 _STATS = """\
 statistics of datasets: tasks, sizes, lengths, duplicates
 
-Every task of a dataset has a row with its samples; the other columns are totals of the dataset, in its first row. Only
-indexes and sidecars are read, not the tars. The bins of a histogram are powers of two. Token lengths are estimates for
+Only indexes and sidecars are read, not the tars. p90 is the 90th percentile. Token lengths are estimates for
 LLaVA-OneVision with 8 frames per video.
 
     python tools/make_shards.py stats s3://bucket/my-data
@@ -310,37 +275,20 @@ LLaVA-OneVision with 8 frames per video.
 
 def _stats(arguments: argparse.Namespace) -> None:
     datasets = _indexes(arguments.dest)
-    columns = ("samples", "shards", "MB", "images", "videos")
-    table = Table("dataset", "task", box=SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="right")
-    totals = np.zeros(len(columns))
-    for index in datasets.values():
-        images, videos = (sum(getattr(shard, name) for shard in index.shards) for name in ("images", "videos"))
-        row = np.array([index.samples, len(index.shards), index.total_bytes / 1e6, images, videos])
-        totals += row
-        tasks: Counter[str] = Counter()
-        for shard in index.shards:
-            tasks.update(shard.tasks)
-        rest = [f"{value:,.10g}" for value in row[1:].round(1)]
-        for number, (task, samples) in enumerate(tasks.most_common()):
-            name, more = (repr(index.dataset), rest) if number == 0 else ("", [])
-            table.add_row(Text(name), Text(repr(task)), f"{samples:,}", *more)
-    table.add_section()
-    table.add_row("all", "", *(f"{value:,.10g}" for value in totals.round(1)))
     console = _console()
-    console.print(table)
+    console.print(_totals(datasets))
     shards = [(url, shard) for url, index in datasets.items() for shard in index.shards]
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda each: _facts(load_sidecar(*each)), shards)
         parts = list(progress_bar(iterable=found, total=len(shards), unit=" shards", desc="reading sidecars"))
     facts = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     queries, targets = facts.pop("query hash"), facts.pop("target hash")
+    table = _right_aligned("", "mean", *(f"p{percent}" for percent in _PERCENTILES), "most")
     for name, values in facts.items():
         if values.any():
-            spread = ", ".join(f"p{percent} {np.percentile(values, percent):,.0f}" for percent in _PERCENTILES)
-            console.print(f"[bold]{name}[/bold]: mean {values.mean():,.1f}, {spread}, most {values.max():,}")
-            console.print(_histogram(values))
+            spread = (*np.percentile(values, _PERCENTILES), values.max())
+            table.add_row(name, f"{values.mean():,.1f}", *(f"{number:,.0f}" for number in spread))
+    console.print(table)
     single = targets == 0
     pairs = np.stack([queries, targets], axis=1)[~single]
     contents = {"items": queries[single], "queries": pairs[:, 0], "targets": pairs[:, 1], "pairs": pairs}
@@ -350,6 +298,31 @@ def _stats(arguments: argparse.Namespace) -> None:
             console.print(
                 f"{name}: {distinct:,} distinct, {len(hashes) - distinct:,} of {len(hashes):,} are duplicates"
             )
+
+
+def _totals(datasets: dict[str, Index]) -> Table:
+    table = _right_aligned("dataset", "samples", "shards", "MB", "images", "videos", "samples of each task")
+    table.columns[-1].justify = "left"
+    totals = np.zeros(5)
+    for index in datasets.values():
+        images, videos = (sum(getattr(shard, name) for shard in index.shards) for name in ("images", "videos"))
+        row = np.array([index.samples, len(index.shards), index.total_bytes / 1e6, images, videos])
+        totals += row
+        tasks: Counter[str] = Counter()
+        for shard in index.shards:
+            tasks.update(shard.tasks)
+        listed = ", ".join(f"{task!r} {samples:,}" for task, samples in tasks.most_common())
+        table.add_row(Text(repr(index.dataset)), *(f"{value:,.10g}" for value in row.round(1)), Text(listed))
+    table.add_section()
+    table.add_row("all", *(f"{value:,.10g}" for value in totals.round(1)))
+    return table
+
+
+def _right_aligned(first: str, *others: str) -> Table:
+    table = Table(first, box=SIMPLE_HEAD)
+    for column in others:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _facts(records: np.ndarray) -> dict[str, np.ndarray]:
@@ -369,20 +342,6 @@ def _facts(records: np.ndarray) -> dict[str, np.ndarray]:
         "longer side of an image": sizes.max(axis=1, initial=0),
         "shorter side of an image": sizes.min(axis=1, initial=1 << 16),
     }
-
-
-def _histogram(values: np.ndarray) -> Table:
-    """Count the values by their number of binary digits."""
-    table = Table(box=None, show_header=False)
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_column(no_wrap=True)
-    counts = np.bincount(np.frexp(values)[1])
-    for digits in range(np.flatnonzero(counts)[0], len(counts)):
-        low, high = (1 << digits) // 2, (1 << digits) - 1
-        bar = "█" * round(_BARS * counts[digits] / counts.max())
-        table.add_row(f"{low:,} - {high:,}" if high > low else f"{low}", f"{counts[digits]:,}", bar)
-    return table
 
 
 VERIFY = Command(_VERIFY, _add_verify, _verify)

@@ -1,15 +1,12 @@
 """Convert your own pairs: one JSON object per line."""
 
 import argparse
-import os
 import re
 from array import array
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,12 +14,12 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.convert.command import add_images, conversion, filled, image_folder
-from pipeline.convert.rows import ImageFolder, Rejection, Rows, checked_text, member_bytes
+from pipeline.convert.sharding import ImageFolder, Rejection, Rows, checked_text, member_bytes
 from pipeline.data.sample import Item, Pair
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 from pipeline.storage import objects
-from pipeline.storage.documents import DocumentError, foreign, parse_json
+from pipeline.storage.documents import DocumentError, explained, foreign, parse_json
 
 DESCRIPTION = """\
 your own pairs, one JSON object per line
@@ -126,19 +123,9 @@ class PairRow(BaseModel, extra="forbid", strict=True):
         except UnicodeDecodeError as error:
             raise Rejection("not UTF-8", f"byte {error.start + 1} of the line") from None
         except ValidationError as error:
-            errors = error.errors()
-            first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-            where = ".".join(map(str, first["loc"]))
-            if first["type"] == "json_invalid":
+            if (first := error.errors()[0])["type"] == "json_invalid":
                 raise Rejection("not JSON", first["msg"].replace(" at line 1 column", " at column")) from None
-            if first["type"] == "extra_forbidden":
-                *place, name = first["loc"]
-                forms: dict[str | int, type[BaseModel]] = {"query": Entry, "target": Target, "negatives": Entry}
-                known = (forms[place[0]] if place else cls).model_fields
-                near = get_close_matches(str(name).lower(), known, 1, 0.6)
-                hint = f", did you mean {near[0]}?" if near else f": the known ones are {', '.join(known)}"
-                raise Rejection("wrong fields", f"unknown field {where!r}{hint}") from None
-            raise Rejection("wrong fields", f"{where} {first['msg'].removeprefix('Value error, ')}".strip()) from None
+            raise Rejection("wrong fields", explained(error)) from None
 
 
 @dataclass(frozen=True)
@@ -178,15 +165,12 @@ def _check_form(path: Path, file: BinaryIO) -> None:
     """Raise PipelineError if the beginning of the file shows that it does not have one JSON object per line."""
     why = foreign(file.read(8))
     file.seek(0)
-    lines = (line.strip() for _, line in _lines(file))
-    first, second, *_ = [*islice(filter(None, lines), 2), b"", b""]
+    first = next((line.strip() for _, line in _lines(file) if line.strip()), b"")
     file.seek(0)
     if not first and not why:
         why = "has no rows: it is empty"
-    elif first.startswith(b"["):
-        why = f"contains an array: write each object on one line, with jq -c '.[]' {path} > lines.jsonl"
-    elif first == b"{" and second.startswith(b'"'):
-        why = f"contains objects of several lines: write each on one line, with jq -c . {path} > lines.jsonl"
+    elif first.startswith(b"[") or first == b"{":
+        why = "does not have one object per line: write it so with jq -c 'if type == \"array\" then .[] else . end'"
     if why:
         raise PipelineError(f"{path} {why}")
 
@@ -197,20 +181,17 @@ def _scan(path: Path, source: ImageFolder, fallback: str) -> tuple[dict[str, np.
     name, named = "", False
     with path.open("rb") as file:
         _check_form(path, file)
-        size = os.fstat(file.fileno()).st_size
-        with progress_bar(total=size, unit="B", unit_scale=True, desc="reading") as bar:
-            for number, (offset, line) in enumerate(_lines(file), 1):
-                bar.update(offset - bar.n)
-                if not line.strip():
-                    continue
-                shard_bytes = member_bytes(len(line))
-                with suppress(Rejection):
-                    row = PairRow.parse(line)
-                    name, named = row.dataset or fallback, named or bool(row.dataset)
-                    paths = (path for entry in row.entries for path in entry.paths)
-                    shard_bytes += sum(member_bytes(source.size(path)) for path in paths)
-                places.setdefault(name, array("q")).extend((number, offset, shard_bytes))
-            bar.update(size - bar.n)
+        lines = progress_bar(iterable=_lines(file), unit=" lines", unit_scale=True, desc="reading")
+        for number, (offset, line) in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            shard_bytes = member_bytes(len(line))
+            with suppress(Rejection):
+                row = PairRow.parse(line)
+                name, named = row.dataset or fallback, named or bool(row.dataset)
+                paths = (path for entry in row.entries for path in entry.paths)
+                shard_bytes += sum(member_bytes(source.size(path)) for path in paths)
+            places.setdefault(name, array("q")).extend((number, offset, shard_bytes))
     if "" in places:  # unreadable rows before the first readable one
         first = places.pop("")
         name = next(iter(places), fallback)

@@ -1,12 +1,15 @@
-"""Convert MMEB's training set, and others in its layout."""
+"""Convert MMEB's training set and its evaluation sets, and others in their layouts."""
 
 import argparse
+import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from io import BytesIO
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +17,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
-from pipeline.convert.command import add_images, conversion, image_folder, local_path, positive
-from pipeline.convert.rows import ImageFolder, Rejection, Rows, checked_text, folder, member_bytes
-from pipeline.data.mmeb import MATTERS, MMEB_TASKS, mmeb_text
-from pipeline.data.sample import Item, Pair, is_absent
+from pipeline.convert.command import add_images, conversion, image_folder, in_range, local_path
+from pipeline.convert.sharding import ImageFolder, Rejection, Rows, checked_text, folder, member_bytes
+from pipeline.data.mmeb import (
+    IMAGE_FOLDERS,
+    ITEMS_FILE,
+    MATTERS,
+    MMEB_TASKS,
+    ROWS_FILE,
+    TASKS_FILE,
+    Side,
+    evaluation_rows,
+    mmeb_text,
+    read_tasks,
+)
+from pipeline.data.sample import Item, Pair, Single, is_absent
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
 from pipeline.storage.documents import check_members, note_unread
 
-DESCRIPTION = """\
+_TRAIN = """\
 MMEB's training set, or another one in its layout
 
 SOURCE has the layout of https://huggingface.co/datasets/TIGER-Lab/MMEB-train:
@@ -39,23 +53,39 @@ text; null and NaN count as the empty text.
 
     python tools/make_shards.py mmeb-train MMEB-train s3://bucket/mmeb --split diverse_instruction
 """
+_EVAL = """\
+MMEB's evaluation sets, or others in their layout
 
+SOURCE has the layout of https://huggingface.co/datasets/TIGER-Lab/MMEB-eval:
+
+    SOURCE/<dataset>/*.parquet   rows: qry_text, qry_img_path, tgt_text, tgt_img_path; the first target is correct.
+                                 The instructions qry_inst and tgt_inst of MMEB-V2 are put before the texts
+    SOURCE/images/<path>         the images that the rows name; or eval_images, as in the hub's archive
+    SOURCE/tasks.json            only for datasets other than MMEB's 36:
+                                 {"My-Set": {"task": "retrieval", "in_distribution": false}, ...}, where task is
+                                 classification, vqa, retrieval or grounding
+
+Each dataset becomes DEST/<dataset>/: its distinct queries and candidates are items in shards, and rows.parquet lists
+the candidates of each query by number. Give DEST to `pipeline.evaluate`. A score over fewer rows would not be
+comparable, so a missing or broken image is an error here, regardless of --max-rejected.
+
+    python tools/make_shards.py mmeb-eval MMEB-eval s3://bucket/mmeb-eval
+"""
 _SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path"))
 _COLUMNS = [column for side in _SIDES for column in side]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", type=local_path, help="the folder with one folder per subset")
     parser.add_argument("--subset", nargs="+", metavar="NAME", help="use only these subsets (default: all)")
     parser.add_argument(
         "--split", choices=("original", "diverse_instruction"), default="original", help="(default original)"
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="use only the first N rows of each subset")
+    parser.add_argument("--limit", type=in_range(1), metavar="N", help="use only the first N rows of each subset")
     add_images(parser, "SOURCE/images or SOURCE, depending on where the first image is")
 
 
-def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
-    """Return the URL of each selected subset and its rows."""
+def _subsets(arguments: argparse.Namespace) -> dict[str, Rows]:
     source = folder(arguments.source)
     files: dict[str, list[Path]] = {}
     for file in sorted(source.glob(f"*/{arguments.split}-*.parquet")):
@@ -67,7 +97,7 @@ def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
     names = arguments.subset or list(files)
     if unknown := [name for name in names if name not in files]:
         raise PipelineError(f"--subset: no {', '.join(unknown)} in {source}; it has {', '.join(files)}")
-    groups = {name: _first_rows(chain.from_iterable(map(_row_groups, files[name])), arguments.limit) for name in names}
+    groups = {name: _row_groups(files[name], arguments.limit or sys.maxsize) for name in names}
     images = image_folder(arguments, arguments.images or _image_place(source, chain(*groups.values())))
     return {objects.join(arguments.dest, name): Subset(name, images, groups[name]) for name in names}
 
@@ -81,30 +111,27 @@ class RowGroup:
     rows: int
 
 
-def _row_groups(file: Path) -> list[RowGroup]:
-    with _readable(file):
-        metadata = parquet.read_metadata(file)
-        names = metadata.schema.to_arrow_schema().names
-        check_members(str(file), names, _COLUMNS, matters=MATTERS)
-        if missing := set(_COLUMNS) - set(names):
-            raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-        types = {name: metadata.schema.to_arrow_schema().field(name).type for name in _COLUMNS}
-        if nested := [name for name in _COLUMNS if pa.types.is_nested(types[name])]:
-            raise ValueError(f"its column {nested[0]} contains {types[nested[0]]} instead of texts")
-    return [RowGroup(file, number, metadata.row_group(number).num_rows) for number in range(metadata.num_row_groups)]
-
-
-def _first_rows(groups: Iterable[RowGroup], limit: int | None) -> tuple[RowGroup, ...]:
-    """Return the groups that contain the first `limit` rows."""
-    if limit is None:
-        return tuple(groups)
-    kept = []
-    for group in groups:
-        kept.append(replace(group, rows=min(group.rows, limit)))
-        limit -= kept[-1].rows
+def _row_groups(files: list[Path], limit: int) -> tuple[RowGroup, ...]:
+    """Return the row groups that contain the first `limit` rows. Later files are not opened."""
+    groups = []
+    for file in files:
         if not limit:
             break
-    return tuple(kept)
+        with _readable(file):
+            metadata = parquet.read_metadata(file)
+            schema = metadata.schema.to_arrow_schema()
+            check_members(str(file), schema.names, _COLUMNS, matters=MATTERS)
+            if missing := set(_COLUMNS) - set(schema.names):
+                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+            types = {name: schema.field(name).type for name in _COLUMNS}
+            if nested := [name for name in _COLUMNS if pa.types.is_nested(types[name])]:
+                raise ValueError(f"its column {nested[0]} contains {types[nested[0]]} instead of texts")
+        for number in range(metadata.num_row_groups):
+            rows = min(metadata.row_group(number).num_rows, limit)
+            if rows:
+                groups.append(RowGroup(file, number, rows))
+            limit -= rows
+    return tuple(groups)
 
 
 @lru_cache(maxsize=2)  # rows are read in order
@@ -117,17 +144,10 @@ def _table(group: RowGroup) -> pa.Table:
 
 def _as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
     type_ = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    return column.cast(pa.string()) if any(is_type(type_) for is_type in _TEXTUAL) else column
+    return column.cast(pa.string()) if str(type_) in _TEXTUAL else column
 
 
-_TEXTUAL = (
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_string_view,
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-    pa.types.is_null,
-)
+_TEXTUAL = ("string", "large_string", "string_view", "binary", "large_binary", "null")
 
 
 def _texts(group: RowGroup, name: str) -> pa.ChunkedArray:
@@ -173,14 +193,14 @@ class Subset(Rows):
             sizes += np.array(known, np.int64)[paths.indices.to_numpy()]
         return sizes
 
-    def name(self, number: int) -> str:
-        return f"row {number}"
-
     def sample(self, number: int) -> Pair:
         query, target, negative = self._sides(number)
-        negatives = (self._item(*negative),) if negative[0].strip() else ()  # with an image, the text has a mark
+        negatives = (
+            (_item(self.images, *negative),) if negative[0].strip() else ()
+        )  # with an image, the text has a mark
         task, _ = MMEB_TASKS.get(self.dataset, ("", True))
-        return Pair(f"{number:08d}", self.dataset, task, self._item(*query), self._item(*target), negatives)
+        query_item, target_item = _item(self.images, *query), _item(self.images, *target)
+        return Pair(f"{number:08d}", self.dataset, task, query_item, target_item, negatives)
 
     def _sides(self, number: int) -> list[tuple[str, str]]:
         """Return (text with our marks, image path) of the row's query, positive and negative."""
@@ -202,8 +222,113 @@ class Subset(Rows):
         except ValueError as error:
             raise Rejection("marks and files differ", str(error)) from None
 
-    def _item(self, text: str, path: str) -> Item:
-        return Item(checked_text(text, images=int(bool(path))), (self.images.read(path),) if path else ())
+
+def _item(images: ImageFolder, text: str, path: str) -> Item:
+    """Return a text with the image at `path`, if there is one. Raises Rejection."""
+    return Item(checked_text(text, images=int(bool(path))), (images.read(path),) if path else ())
 
 
-COMMAND = conversion(DESCRIPTION, add_arguments, datasets)
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=local_path, help="the folder with one folder per dataset")
+    parser.add_argument(
+        "--images",
+        type=local_path,
+        metavar="FOLDER",
+        help="folder of the images (default: SOURCE/images, SOURCE/eval_images or SOURCE)",
+    )
+    parser.add_argument("--subset", nargs="+", metavar="NAME", help="use only these datasets (default: all)")
+    parser.add_argument("--limit", type=in_range(1), metavar="N", help="use only the first N queries of each dataset")
+
+
+def _evaluation_sets(arguments: argparse.Namespace) -> dict[str, Rows]:
+    source = folder(arguments.source)
+    beside = next((source / name for name in IMAGE_FOLDERS if (source / name).is_dir()), source)
+    images = ImageFolder(folder(arguments.images or beside))
+    sets: dict[str, Rows] = {}
+    for name, (meta_task, _) in _tasks(arguments).items():
+        rows = list(islice(evaluation_rows(str(source / name)), arguments.limit))
+        sets[objects.join(arguments.dest, name)] = EvaluationSet.of(name, meta_task, images, rows)
+    return sets
+
+
+def _tasks_file(arguments: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
+    """Yield DEST/tasks.json for the selected sets."""
+    tasks = {name: {"task": task, "in_distribution": known} for name, (task, known) in _tasks(arguments).items()}
+    yield objects.join(arguments.dest, TASKS_FILE), (json.dumps(tasks, indent=1) + "\n").encode()
+
+
+def _tasks(arguments: argparse.Namespace) -> dict[str, tuple[str, bool]]:
+    """Return name -> (meta-task, whether it is in distribution) of the selected sets."""
+    source = folder(arguments.source)
+    file = source / TASKS_FILE
+    known, where = (read_tasks(str(source)), file) if file.is_file() else (MMEB_TASKS, "MMEB's 36 datasets")
+    names = set(arguments.subset or (file.parent.name for file in source.glob("*/*.parquet")))
+    if not names:
+        raise PipelineError(f"{source} has no <dataset>/*.parquet: see --help for the layout")
+    if unknown := names - known.keys():
+        raise PipelineError(
+            f"{', '.join(sorted(unknown))}: not in {where}; choose others with --subset, or give the meta-task of each "
+            f"dataset in {file}: see --help"
+        )
+    return {name: task for name, task in known.items() if name in names}
+
+
+@dataclass(frozen=True)
+class EvaluationSet(Rows):
+    """One set. items: the distinct queries and candidates. queries, candidates: item numbers of each row."""
+
+    task: str
+    images: ImageFolder
+    items: list[Side]
+    queries: list[int]
+    candidates: list[list[int]]
+
+    @classmethod
+    def of(cls, dataset: str, task: str, images: ImageFolder, rows: list[tuple[Side, list[Side]]]) -> "EvaluationSet":
+        """Number the queries in order of appearance, then the candidates that are not queries."""
+        sides = chain((query for query, _ in rows), chain.from_iterable(candidates for _, candidates in rows))
+        numbers = {side: number for number, side in enumerate(dict.fromkeys(sides))}
+        queries = [numbers[query] for query, _ in rows]
+        candidates = [[numbers[side] for side in sides] for _, sides in rows]
+        return cls(dataset, task, images, list(numbers), queries, candidates)
+
+    def sizes(self) -> np.ndarray:
+        sizes = [self.images.size(image) if image else 0 for _, image in self.items]
+        return 1024 + member_bytes(np.array(sizes, np.int64))
+
+    def name(self, number: int) -> str:
+        """Return the item's first occurrence: row and role."""
+        for row, (query, candidates) in enumerate(zip(self.queries, self.candidates, strict=True)):
+            if query == number:
+                return f"row {row}, query"
+            if number in candidates:
+                return f"row {row}, candidate {candidates.index(number)}"
+        raise AssertionError("unreachable")
+
+    def sample(self, number: int) -> Single:
+        try:
+            item = _item(self.images, *self.items[number])
+        except Rejection as reason:
+            raise PipelineError(
+                f"{self.dataset}, {self.name(number)}: {reason}; an evaluation set must be complete: correct it, or "
+                "choose others with --subset"
+            ) from None
+        return Single(f"{number:08d}", self.dataset, self.task, item)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the rows, and the name of each item: its image's path, or its text."""
+        candidates = pa.array(self.candidates, pa.list_(pa.int32()))
+        return {
+            ROWS_FILE: _parquet({"query": pa.array(self.queries, pa.int32()), "candidates": candidates}),
+            ITEMS_FILE: _parquet({"name": pa.array([image or text for text, image in self.items])}),
+        }
+
+
+def _parquet(columns: dict[str, pa.Array]) -> bytes:
+    buffer = BytesIO()
+    parquet.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
+
+
+TRAIN = conversion(_TRAIN, _add_train_arguments, _subsets)
+EVAL = conversion(_EVAL, _add_eval_arguments, _evaluation_sets, _tasks_file)

@@ -2,12 +2,12 @@
 
 import csv
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from io import StringIO
 
 from pipeline.data.sample import BYTE_ORDER_MARK, is_absent, text_fault
 from pipeline.errors import PipelineError
-from pipeline.storage.documents import DocumentError, check_members, parse_json
+from pipeline.storage.documents import check_members, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -46,31 +46,28 @@ def captioned_images(file: str, data: bytes, split: str) -> list[tuple[str, list
     """Return (path of an image, its captions) for every image of a split in Karpathy's JSON; train includes restval.
 
     Captions may be any values: the caller decides which are usable. A warning counts the images without a split.
-    Raises PipelineError, which names `file`, if the split does not exist; ValueError if the file has another form.
+    Raises PipelineError, which names `file`, if it is damaged or the split does not exist; KeyError, TypeError or
+    ValueError if it has another form.
     """
-    try:
-        listed = parse_json(data, file, remedy=_REMEDY, nan=True)["images"]
-        images = [each for each in listed if isinstance(each, dict) and isinstance(each.get("split"), str)]
-        if not images:
-            raise ValueError("none of its images has a split")
-        check_keys(file, images, _KARPATHY)
-        check_keys(file, (each for image in images for each in _listed(image.get("sentences"))), _SENTENCE)
-    except (DocumentError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(_reason(error)) from None
+    listed = parse_json(data, file, remedy=_REMEDY, nan=True)["images"]
+    images = [each for each in listed if isinstance(each, dict) and isinstance(each.get("split"), str)]
+    if not images:
+        raise ValueError("none of its images has a split")
+    check_keys(file, images, _KARPATHY)
+    check_keys(file, (each for image in images for each in _listed(image.get("sentences"))), _SENTENCE)
     if without := len(listed) - len(images):
         logger.warning("%d images of %s have no split and are skipped", without, file)
-    wanted = {split} | ({"restval"} if split == "train" else set())
-    rows = [_captioned(image) for image in images if image["split"] in wanted]
+    rows = []
+    for image in images:
+        if image["split"] == split or (split, image["split"]) == ("train", "restval"):
+            folder, name = image.get("filepath"), file_name(image.get("filename"))
+            path = name if is_absent(folder) else f"{file_name(folder)}/{name}"
+            sentences = _listed(image.get("sentences"))
+            texts = [each.get("raw") if isinstance(each, dict) else each for each in sentences]
+            rows.append((path.lstrip("/"), texts))
     if not rows:
         raise PipelineError(f"{file} has no split {split!r}: it has {', '.join(sorted({i['split'] for i in images}))}")
     return rows
-
-
-def _captioned(image: dict) -> tuple[str, list[object]]:
-    folder, name = image.get("filepath"), file_name(image.get("filename"))
-    path = name if is_absent(folder) else f"{file_name(folder)}/{name}"
-    sentences = _listed(image.get("sentences"))
-    return path.lstrip("/"), [each.get("raw") if isinstance(each, dict) else each for each in sentences]
 
 
 def file_name(value: object) -> str:
@@ -95,51 +92,42 @@ def captioned_videos(
     your own   .json        [{"video", "caption": "..." or ["...", ...]}, ...] or {"video": ["...", ...], ...}
 
     Captions may be any values, as in `captioned_images`. With a split, a warning counts the captions of videos
-    without one. Raises PipelineError, which names `file`, if the split does not exist; ValueError if the file has
-    another form, or if no caption is a text.
+    without one. The errors are those of `captioned_images`.
     """
-    splits: dict[str, str] = {}
-    pairs: Sequence[tuple[object, object]]
-    try:
-        if file.endswith(".csv"):
-            pairs = _csv_pairs(file, text, language)
-        else:
-            match parse_json(text, file, remedy=_REMEDY, nan=True):
-                case {"videos": list(videos), "sentences": list(sentences)}:
-                    check_keys(file, videos, _MSRVTT_VIDEO)
-                    check_keys(file, sentences, _MSRVTT_SENTENCE)
-                    splits = {file_name(_get(video, "video_id")): str(_get(video, "split") or "") for video in videos}
-                    pairs = [(_get(sentence, "video_id"), _get(sentence, "caption")) for sentence in sentences]
-                case dict(videos):
-                    pairs = list(videos.items())
-                case videos:
-                    check_keys(file, videos, ("video", "caption"))
-                    pairs = [(_get(video, "video"), _get(video, "caption")) for video in videos]
-    except (DocumentError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(_reason(error)) from None
-    named = [(file_name(video), _listed(texts)) for video, texts in pairs]
-    if named and not any(isinstance(text, str) for _, texts in named for text in texts):
-        video, texts = next((each for each in named if each[1]), named[0])
-        raise ValueError(f"the captions of {video!r} are neither a text nor a list of texts: {texts!r}"[:300])
-    if split is not None and split not in splits.values():
-        raise PipelineError(
-            f"{file} has no split {split!r}: it has {', '.join(sorted(set(splits.values()) - {''})) or 'none'}"
-        )
-    if split is not None and (without := sum(not splits.get(video) for video, _ in named)):
-        logger.warning("%d captions of %s belong to videos without a split and are skipped", without, file)
+    splits: dict[str, object] = {}
+    pairs: Iterable[tuple[object, object]]
+    if file.endswith(".csv"):
+        pairs = _csv_pairs(file, text, language)
+    else:
+        match parse_json(text, file, remedy=_REMEDY, nan=True):
+            case {"videos": list(videos), "sentences": list(sentences)}:
+                check_keys(file, videos, _MSRVTT_VIDEO)
+                check_keys(file, sentences, _MSRVTT_SENTENCE)
+                splits = {file_name(_get(video, "video_id")): _get(video, "split") for video in videos}
+                pairs = ((_get(sentence, "video_id"), _get(sentence, "caption")) for sentence in sentences)
+            case dict(videos):
+                pairs = videos.items()
+            case videos:
+                check_keys(file, videos, ("video", "caption"))
+                pairs = ((_get(video, "video"), _get(video, "caption")) for video in videos)
+    known = {each for each in splits.values() if isinstance(each, str) and each}
+    if split is not None and split not in known:
+        raise PipelineError(f"{file} has no split {split!r}: it has {', '.join(sorted(known)) or 'none'}")
     captions: dict[str, list[object]] = {}
-    for video, texts in named:
-        if split is None or splits.get(video) == split:
-            captions.setdefault(video, []).extend(texts)
+    without = 0
+    for video, texts in pairs:
+        name = file_name(video)
+        if split is None or splits.get(name) == split:
+            captions.setdefault(name, []).extend(_listed(texts))
+        elif splits.get(name) not in known:
+            without += 1
+    if without:
+        logger.warning("%d captions of %s belong to videos without a split and are skipped", without, file)
     return captions
 
 
 def _get(entry: object, key: str) -> object:
     return entry.get(key) if isinstance(entry, dict) else None
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if type(error) in (DocumentError, ValueError) else repr(error)
 
 
 def check_keys(file: str, objects: Iterable[object], known: tuple[str, ...]) -> None:
@@ -156,17 +144,17 @@ def _csv_pairs(file: str, text: str, language: str) -> list[tuple[str, str]]:
     known = _MSRVTT_CSV if "sentence" in (rows.fieldnames or ()) else _MSVD_CSV
     check_members(file, rows.fieldnames or (), known, matters=_MATTERS)
     found = []
-    for row in rows:
-        if broken := next((each for each in row.values() if isinstance(each, str) and "\n" in each), None):
-            raise ValueError(
-                f"a field that ends on line {rows.line_num} has several lines: is a quote open in {broken[:80]!r}?"
-            )
-        if None in row or None in row.values():
-            raise ValueError(
-                f"line {rows.line_num} and the first line differ in their number of fields: quote texts with commas"
-            )
-        if known is _MSRVTT_CSV:
-            found.append((row["video_id"], row["sentence"]))
-        elif row["Language"] == language:
-            found.append((f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"]))
+    try:
+        for row in rows:
+            if None in row or None in row.values() or any("\n" in field for field in row.values()):
+                raise ValueError(
+                    f"line {rows.line_num} does not have the fields of the first line, each on one line: quote texts "
+                    "that contain the separator, and close each quote"
+                )
+            if known is _MSRVTT_CSV:
+                found.append((row["video_id"], row["sentence"]))
+            elif row["Language"] == language:
+                found.append((f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"]))
+    except csv.Error as error:
+        raise ValueError(f"line {rows.line_num}: {error}") from None
     return found

@@ -114,48 +114,41 @@ def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
             columns = [*_COLUMNS, *(name for name in _INSTRUCTIONS if name in names)]
             batches = table.iter_batches(batch_size=64, columns=columns)
             for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-                yield _sides(number, *(row.get(name) for name in (*_COLUMNS, *_INSTRUCTIONS)))
+                try:
+                    yield _sides(row)
+                except ValueError as error:
+                    raise ValueError(f"row {number}: {error}") from None
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise PipelineError(f"{file} does not contain MMEB's rows ({', '.join(_COLUMNS)}): {error}") from None
 
 
-def _sides(
-    number: int, text: object, image: object, texts: object, images: object, asks: object, answers: object
-) -> tuple[Side, list[Side]]:
-    """Return a row's query and candidates. Raises ValueError, with the row's number, if they are invalid.
-
-    asks, answers: the instructions of the query and of all candidates, if there are any.
-    """
+def _sides(row: dict[str, object]) -> tuple[Side, list[Side]]:
+    """Return a row's query and candidates. Raises ValueError if they are invalid."""
 
     def plain(value: object) -> str:
         if not isinstance(value, str) and not is_absent(value):
-            raise ValueError(f"row {number} has {value!r} instead of a text")
+            raise ValueError(f"{value!r} is not a text")
         return value.lstrip(BYTE_ORDER_MARK) if isinstance(value, str) else ""
 
     def listed(values: object) -> list[str]:  # a single candidate may have no list around it
         return list(map(plain, values if isinstance(values, list) else [values]))
 
-    targets, paths = listed(texts), listed(images)
+    def side(text: str, image: str, instruction: object) -> Side:
+        text = mmeb_text(_instructed(plain(instruction), text), bool(image))
+        if text.strip() and (fault := text_fault(text, images=int(bool(image)))):
+            raise ValueError(": ".join(fault))
+        return text, image
+
+    targets, paths = listed(row["tgt_text"]), listed(row["tgt_img_path"])
     # As in VLM2Vec: images may share one empty text, and texts one empty path.
     if len(targets) == 1 and not targets[0]:
         targets = targets * len(paths)
     if len(paths) < 2 and not any(paths):
         paths = [""] * len(targets)
     if not targets or len(targets) != len(paths):
-        raise ValueError(f"row {number} has {len(targets)} tgt_text and {len(paths)} tgt_img_path")
-    query = _side(number, plain(asks), plain(text), plain(image))
-    instruction = plain(answers)
-    return query, [_side(number, instruction, *side) for side in zip(targets, paths, strict=True)]
-
-
-def _side(number: int, instruction: str, text: str, image: str) -> Side:
-    try:
-        text = mmeb_text(_instructed(instruction, text), bool(image))
-    except ValueError as error:
-        raise ValueError(f"row {number} has {error}") from None
-    if text.strip() and (fault := text_fault(text, images=int(bool(image)))):
-        raise ValueError(f"row {number}: {fault[0]}: {fault[1]}")
-    return text, image
+        raise ValueError(f"{len(targets)} tgt_text and {len(paths)} tgt_img_path")
+    query = side(plain(row["qry_text"]), plain(row["qry_img_path"]), row.get("qry_inst"))
+    return query, [side(*target, row.get("tgt_inst")) for target in zip(targets, paths, strict=True)]
 
 
 def _instructed(instruction: str, text: str) -> str:

@@ -32,12 +32,6 @@ from pipeline.demo.tasks import parquet_of
 
 Caption = tuple[Callable[[Scene, Language], str], Language]
 
-# Training set -> description of its pairs.
-DATASETS = {
-    "images": "an image with four captions: short and long, in English and in German or French",
-    "texts": "two captions of one scene that differ in length, language or both",
-    "sentences": "two sentences about the positions of two things, one from the side of each, in any languages",
-}
 # Caption set -> type and language of its captions. All sets have the same images.
 RETRIEVAL: dict[str, Caption] = {
     "short": (captions.short, "en"),
@@ -57,16 +51,7 @@ _CAPTIONS: tuple[Caption, ...] = tuple(product((captions.short, captions.long), 
 
 def training_pair(dataset: str, seed: int, index: int) -> Pair:
     """Generate pair `index` of a training set, a name in `DATASETS`."""
-    rng = _rng(dataset, seed, index)
-    match dataset:
-        case "images":
-            query, texts = _image(rng)
-        case "texts":
-            query, texts = _captions(rng)
-        case "sentences":
-            query, texts = _sentences(rng)
-        case _:
-            raise ValueError(f"no such dataset: {dataset}")
+    query, texts = DATASETS[dataset](_rng(dataset, seed, index))
     target, *alternatives = texts
     key = f"{index:08d}"
     return Pair(key, dataset, "retrieval", query, Item(target), alternatives=tuple(alternatives))
@@ -123,6 +108,7 @@ def separation_rows(name: str, seed: int, queries: int) -> list[dict[str, str | 
 
 
 def _image(rng: np.random.Generator) -> tuple[Item, list[str]]:
+    """Draw an image with four captions: short and long, in English and in German or French."""
     scene = scene_of_part(rng, reserved=False)
     other: Language = ("de", "fr")[rng.integers(2)]
     texts = [describe(scene, language) for language in ("en", other) for describe in (captions.short, captions.long)]
@@ -130,18 +116,24 @@ def _image(rng: np.random.Generator) -> tuple[Item, list[str]]:
 
 
 def _captions(rng: np.random.Generator) -> tuple[Item, list[str]]:
+    """Draw two captions of one scene that differ in length, language or both."""
     scene = scene_of_part(rng, reserved=False)
     query, target = (_CAPTIONS[i] for i in rng.permutation(len(_CAPTIONS))[:2])
     return Item(query[0](scene, query[1])), [target[0](scene, target[1])]
 
 
 def _sentences(rng: np.random.Generator) -> tuple[Item, list[str]]:
+    """Draw two sentences about the positions of two things, one from the side of each, in any languages."""
     thing, other = random_scene(rng, held_out=False).things[:2]
     # Only the things come from the scene: their relation is random.
     relation = tuple(CONVERSE)[rng.integers(len(CONVERSE))]
     first, second = (LANGUAGES[i] for i in rng.integers(len(LANGUAGES), size=2))
     query = captions.relation(relation, thing, other, first)
     return Item(query), [captions.relation(CONVERSE[relation], other, thing, second)]
+
+
+# Training set -> function that draws a query and its target's texts.
+DATASETS = {"images": _image, "texts": _captions, "sentences": _sentences}
 
 
 def _classification(seed: int, number: int) -> Iterator[tuple[str, bytes]]:

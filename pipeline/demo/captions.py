@@ -5,7 +5,7 @@ Tables contain the grammar: genders of nouns, forms of adjectives, and templates
 
 from collections.abc import Iterable, Mapping
 from itertools import combinations
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from pipeline.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
@@ -16,14 +16,15 @@ Form = Literal["indefinite", "definite", "relative", "predicate"]
 _FORMS: tuple[Form, ...] = get_args(Form)
 
 Relation = Literal["left", "right", "above", "below"]
+Word = TypeVar("Word", bound=str)
 
 LANGUAGES: tuple[Language, ...] = ("en", "de", "fr", "zh")
 # Relation of one thing to another -> relation of the other thing to the first.
 CONVERSE: dict[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
-def _table(words: Iterable[str], translations: str) -> dict[str, str]:
-    """Map each word to its translation, given a list separated by commas."""
+def _table(words: Iterable[Word], translations: str) -> dict[Word, str]:
+    """Map each word to its translation, given a list separated by commas. A translation may be empty."""
     return dict(zip(words, translations.split(", "), strict=True))
 
 
@@ -56,29 +57,22 @@ _ADJECTIVES: dict[Language, Mapping[str, str | tuple[str, str]]] = {
 _INDECLINABLE = {"rosa"}
 _DATIVES = {"Herz": "Herzen"}  # the other nouns keep their form
 
-_GENDERS = ("m", "f", "n")
-_ARTICLES: dict[Language, dict[Form, dict[str, str]]] = {
-    "en": {form: {"n": word} for form, word in zip(_FORMS, ("a", "the", "the", "a"), strict=True)},
+# Language -> gender -> form -> article.
+_ARTICLES: dict[Language, dict[str, dict[Form, str]]] = {
+    "en": {"n": _table(_FORMS, "a, the, the, a")},
     "de": {
-        "indefinite": _table(_GENDERS, "ein, eine, ein"),
-        "definite": _table(_GENDERS, "der, die, das"),
-        "relative": _table(_GENDERS, "dem, der, dem"),
-        "predicate": _table(_GENDERS, "ein, eine, ein"),
+        "m": _table(_FORMS, "ein, der, dem, ein"),
+        "f": _table(_FORMS, "eine, die, der, eine"),
+        "n": _table(_FORMS, "ein, das, dem, ein"),
     },
-    "fr": {
-        "indefinite": {"m": "un", "f": "une"},
-        "definite": {"m": "le", "f": "la"},
-        "relative": {"m": "du", "f": "de la"},
-        "predicate": {"m": "un", "f": "une"},
-    },
-    "zh": {form: {"n": word} for form, word in zip(_FORMS, ("一个", "", "", "一个"), strict=True)},
+    "fr": {"m": _table(_FORMS, "un, le, du, un"), "f": _table(_FORMS, "une, la, de la, une")},
+    "zh": {"n": _table(_FORMS, "一个, , , 一个")},
 }
 # The endings of German adjectives after these articles.
-_ENDINGS: dict[Form, dict[str, str]] = {
-    "indefinite": _table(_GENDERS, "er, e, es"),
-    "definite": _table(_GENDERS, "e, e, e"),
-    "relative": _table(_GENDERS, "en, en, en"),
-    "predicate": dict.fromkeys(_GENDERS, ""),
+_ENDINGS: dict[str, dict[Form, str]] = {
+    "m": _table(_FORMS, "er, e, en, "),
+    "f": _table(_FORMS, "e, e, en, "),
+    "n": _table(_FORMS, "es, e, en, "),
 }
 
 _PLACES: dict[Language, dict[str, str]] = {
@@ -100,6 +94,13 @@ _NUMBERS: dict[Language, dict[int, str]] = {
     "zh": {2: "两", 3: "三"},
 }
 
+_RELATIONS: dict[Language, dict[Relation, str]] = {
+    "en": _table(CONVERSE, "to the left of, to the right of, above, below"),
+    "de": _table(CONVERSE, "links von, rechts von, über, unter"),
+    "fr": _table(CONVERSE, "à gauche, à droite, au-dessus, au-dessous"),
+    "zh": _table(CONVERSE, "左边, 右边, 上方, 下方"),
+}
+
 # Separators: "and" and "last" (before the last part) in lists; "or" between free places; "between" between sentences.
 _SENTENCES = {
     "en": {
@@ -114,10 +115,7 @@ _SENTENCES = {
         "size": "The object {place} is {size}.",
         "kind": "The object {place} is {article} {shape}, which is {colour}.",
         "background": "All of it lies on a plain {background} background.",
-        "left": "{thing} is to the left of {other}.",
-        "right": "{thing} is to the right of {other}.",
-        "above": "{thing} is above {other}.",
-        "below": "{thing} is below {other}.",
+        "relation": "{thing} is {where} {other}.",
         "free": "There is nothing {places}.",
         "or": " or ",
         "between": " ",
@@ -134,10 +132,7 @@ _SENTENCES = {
         "size": "Das Objekt {place} ist {size}.",
         "kind": "Das Objekt {place} ist {article} {shape}, {which} {colour} ist.",
         "background": "Das alles liegt auf einem einfarbigen {background} Hintergrund.",
-        "left": "{thing} befindet sich links von {other}.",
-        "right": "{thing} befindet sich rechts von {other}.",
-        "above": "{thing} befindet sich über {other}.",
-        "below": "{thing} befindet sich unter {other}.",
+        "relation": "{thing} befindet sich {where} {other}.",
         "free": "{places} ist nichts zu sehen.",
         "or": " und ",
         "between": " ",
@@ -154,10 +149,7 @@ _SENTENCES = {
         "size": "L'objet {place} est {size}.",
         "kind": "L'objet {place} est {article} {shape}, qui est {colour}.",
         "background": "Le tout se trouve sur un fond {background} uni.",
-        "left": "{thing} se trouve à gauche {other}.",
-        "right": "{thing} se trouve à droite {other}.",
-        "above": "{thing} se trouve au-dessus {other}.",
-        "below": "{thing} se trouve au-dessous {other}.",
+        "relation": "{thing} se trouve {where} {other}.",
         "free": "Il n'y a rien {places}.",
         "or": " ni ",
         "between": " ",
@@ -173,10 +165,7 @@ _SENTENCES = {
         "size": "{place}的物体比较{size}。",
         "kind": "{place}的物体是{article}{shape}，它的颜色是{colour}。",
         "background": "它们都在单一的{background}背景上。",
-        "left": "{thing}在{other}的左边。",
-        "right": "{thing}在{other}的右边。",
-        "above": "{thing}在{other}的上方。",
-        "below": "{thing}在{other}的下方。",
+        "relation": "{thing}在{other}的{where}。",
         "free": "{places}什么也没有。",
         "or": "和",
         "between": "",
@@ -232,7 +221,8 @@ def long(scene: Scene, language: Language) -> str:
 def relation(name: Relation, thing: Thing, other: Thing, language: Language) -> str:
     """Return a sentence about two things, such as "The small red star is above the large blue circle."."""
     definite, relative = phrase(thing, language, "definite"), phrase(other, language, "relative")
-    return _capitalised(_SENTENCES[language][name].format(thing=definite, other=relative))
+    words = {"thing": definite, "where": _RELATIONS[language][name], "other": relative}
+    return _capitalised(_SENTENCES[language]["relation"].format(**words))
 
 
 def _words(thing: Thing, language: Language, form: Form) -> dict[str, str]:
@@ -240,13 +230,13 @@ def _words(thing: Thing, language: Language, form: Form) -> dict[str, str]:
     noun, gender = _SHAPES[language][thing.shape]
     if language == "de" and form == "relative":
         noun = _DATIVES.get(noun, noun)
-    words = {"article": _ARTICLES[language][form][gender], "shape": noun}
+    words = {"article": _ARTICLES[language][gender][form], "shape": noun}
     for name, value in (("size", thing.size), ("colour", thing.colour)):
         words[name] = _adjective(value, language, feminine=gender == "f")
         if language == "de" and words[name] not in _INDECLINABLE:
-            words[name] += _ENDINGS[form][gender]
+            words[name] += _ENDINGS[gender][form]
     if language == "de":
-        words["which"] = _ARTICLES["de"]["definite"][gender]  # articles serve as relative pronouns
+        words["which"] = _ARTICLES["de"][gender]["definite"]  # articles serve as relative pronouns
     return words
 
 

@@ -1,4 +1,4 @@
-"""Video clips: one thing moves from one quadrant to the next. Captions are in four languages."""
+"""Video clips: one thing moves from one quadrant to the next."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from pipeline.demo.captions import Language, phrase
+from pipeline.demo.captions import phrase
 from pipeline.demo.scenes import (
     OVERSAMPLING,
     PLACES,
@@ -22,20 +22,12 @@ from pipeline.demo.scenes import (
     random_thing,
 )
 
-DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
-
-# Language -> the words for each of DIRECTIONS.
-_MOVES: dict[Language, tuple[str, str, str, str]] = {
-    "en": ("from left to right", "from right to left", "from top to bottom", "from bottom to top"),
-    "de": ("von links nach rechts", "von rechts nach links", "von oben nach unten", "von unten nach oben"),
-    "fr": ("de gauche à droite", "de droite à gauche", "de haut en bas", "de bas en haut"),
-    "zh": ("从左向右", "从右向左", "从上向下", "从下向上"),
-}
-_SENTENCES: dict[Language, str] = {
-    "en": "{thing} moves {move}",
-    "de": "{thing} bewegt sich {move}",
-    "fr": "{thing} se déplace {move}",
-    "zh": "{thing}{move}移动",
+# Direction -> the step to the next quadrant in columns and rows, and words for it.
+DIRECTIONS = {
+    "right": (1, 0, "from left to right"),
+    "left": (-1, 0, "from right to left"),
+    "down": (0, 1, "from top to bottom"),
+    "up": (0, -1, "from bottom to top"),
 }
 
 
@@ -47,15 +39,12 @@ class Clip:
     direction: str
     background: str
 
-    @property
-    def start(self) -> str:
-        return self.thing.place
-
 
 def random_clip(rng: np.random.Generator) -> Clip:
     """Draw a clip of a thing without a held-out combination."""
     direction = tuple(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
-    starts = [place for place in PLACES if _can_start(place, direction)]
+    dx, dy, _ = DIRECTIONS[direction]
+    starts = [place for place, (x, y) in PLACES.items() if (x + dx, y + dy) in PLACES.values()]
     size = tuple(SIZES)[rng.integers(len(SIZES))]
     thing = random_thing(rng, starts[rng.integers(len(starts))], size, held_out=False)
     return Clip(thing, direction, random_background(rng))
@@ -64,15 +53,14 @@ def random_clip(rng: np.random.Generator) -> Clip:
 def frames(clip: Clip, count: int = 8) -> list[Image.Image]:
     """Draw the clip as `count` (two or more) RGB images of 48 x 48 pixels, evenly spaced from start to end."""
     x, y = centre(clip.thing)
-    dx, dy = (QUADRANT * OVERSAMPLING * part for part in DIRECTIONS[clip.direction])
+    dx, dy = (QUADRANT * OVERSAMPLING * part for part in DIRECTIONS[clip.direction][:2])
     steps = [i / (count - 1) for i in range(count)]
     return [paint(clip.background, [(clip.thing, (x + round(dx * t), y + round(dy * t)))]) for t in steps]
 
 
-def caption(clip: Clip, language: Language) -> str:
-    """Describe the thing and its direction, without a full stop."""
-    move = _MOVES[language][tuple(DIRECTIONS).index(clip.direction)]
-    return _SENTENCES[language].format(thing=phrase(clip.thing, language), move=move)
+def caption(clip: Clip) -> str:
+    """Describe the thing and its direction in English, without a full stop."""
+    return f"{phrase(clip.thing, 'en')} moves {DIRECTIONS[clip.direction][2]}"
 
 
 def evaluation_files(seed: int, number: int) -> dict[str, bytes]:
@@ -94,7 +82,7 @@ def evaluation_files(seed: int, number: int) -> dict[str, bytes]:
         "medium": "<video>\nRepresent the image.",
         "seeks_caption": "<video>\nFind the caption.",
     }
-    listed = {"captions.json": {name: caption(clip, "en") for name, clip in files.items()}, "wording.json": wording}
+    listed = {"captions.json": {name: caption(clip) for name, clip in files.items()}, "wording.json": wording}
     texts = {name: (json.dumps(content, indent=1) + "\n").encode() for name, content in listed.items()}
     return {name: _mp4(frames(clip)) for name, clip in files.items()} | texts
 
@@ -109,9 +97,3 @@ def _mp4(pictures: list[Image.Image]) -> bytes:
             file.mux(stream.encode(av.VideoFrame.from_image(picture)))
         file.mux(stream.encode())
     return data.getvalue()
-
-
-def _can_start(place: str, direction: str) -> bool:
-    """Return whether there is a quadrant in this direction."""
-    column, row = (a + b for a, b in zip(PLACES[place], DIRECTIONS[direction], strict=True))
-    return (column, row) in PLACES.values()

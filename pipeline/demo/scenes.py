@@ -139,9 +139,10 @@ def replaced(scene: Scene, old: Thing, new: Thing) -> Scene:
     return replace(scene, things=in_reading_order(new if thing is old else thing for thing in scene.things))
 
 
-def changed(thing: Thing, attribute: str, value: str) -> Thing:
-    """Return the thing with another value of one of the `ATTRIBUTES`."""
-    return Thing(**{**vars(thing), attribute: value})
+def changed(thing: Thing, attribute: str) -> list[Thing]:
+    """Return the things that differ from this one in one of the `ATTRIBUTES`."""
+    others = (value for value in ATTRIBUTES[attribute] if value != getattr(thing, attribute))
+    return [Thing(**{**vars(thing), attribute: value}) for value in others]
 
 
 def variants(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> Iterator[Scene]:
@@ -152,12 +153,7 @@ def variants(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> 
     """
     turns = []
     for attribute in rng.permutation(list(ATTRIBUTES)).tolist():
-        changes = [
-            (thing, changed(thing, attribute, value))
-            for thing in scene.things
-            for value in ATTRIBUTES[attribute]
-            if value != getattr(thing, attribute)
-        ]
+        changes = [(thing, new) for thing in scene.things for new in changed(thing, attribute)]
         turns.append(_applied(scene, [changes[i] for i in rng.permutation(len(changes))], held_out))
     return (variant for variant in chain.from_iterable(zip_longest(*turns)) if variant is not None)
 
@@ -216,35 +212,30 @@ def _mask(shape: str, radius: int) -> Image.Image:
             rim = round(0.44 * radius)
             pen.ellipse((rim, rim, 2 * radius - rim, 2 * radius - rim), fill=0)
     else:
-        pen.polygon([(round(radius + radius * x), round(radius + radius * y)) for x, y in _outline(shape)], 255)
+        pen.polygon([(round(radius + radius * x), round(radius + radius * y)) for x, y in _OUTLINES[shape]], 255)
     return mask
 
 
-def _outline(shape: str) -> list[tuple[float, float]]:
-    """Return the corners of a shape in the square from -1 to 1, with y downwards."""
-    match shape:
-        case "square":
-            return [(-0.95, -0.95), (0.95, -0.95), (0.95, 0.95), (-0.95, 0.95)]
-        case "triangle":
-            return [(0, -0.95), (1, 0.8), (-1, 0.8)]
-        case "diamond":
-            return [(0, -1), (0.74, 0), (0, 1), (-0.74, 0)]
-        case "cross":
-            w = 0.3
-            return [
-                *[(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w)],
-                *[(w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)],
-            ]
-        case "star":
-            reach = [1.0 if i % 2 == 0 else 0.42 for i in range(10)]
-            angle = [math.pi * i / 5 for i in range(10)]
-            return [(r * math.sin(a), 0.08 - r * math.cos(a)) for r, a in zip(reach, angle, strict=True)]
-        case "heart":
-            return [_heart(math.pi * i / 32) for i in range(64)]
-    raise ValueError(f"no such shape: {shape}")
-
-
-def _heart(t: float) -> tuple[float, float]:
-    """Compute a point of https://mathworld.wolfram.com/HeartCurve.html, scaled, with y downwards."""
-    y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
-    return math.sin(t) ** 3, -y / 16 - 0.1
+# Shape -> its corners in the square from -1 to 1, with y downwards.
+_W = 0.3  # half the width of the cross's arms
+_OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "square": [(-0.95, -0.95), (0.95, -0.95), (0.95, 0.95), (-0.95, 0.95)],
+    "triangle": [(0, -0.95), (1, 0.8), (-1, 0.8)],
+    "diamond": [(0, -1), (0.74, 0), (0, 1), (-0.74, 0)],
+    "cross": [
+        *[(-_W, -1), (_W, -1), (_W, -_W), (1, -_W), (1, _W), (_W, _W)],
+        *[(_W, 1), (-_W, 1), (-_W, _W), (-1, _W), (-1, -_W), (-_W, -_W)],
+    ],
+    "star": [
+        (reach * math.sin(math.pi * i / 5), 0.08 - reach * math.cos(math.pi * i / 5))
+        for i, reach in enumerate([1.0, 0.42] * 5)
+    ],
+    # https://mathworld.wolfram.com/HeartCurve.html, scaled
+    "heart": [
+        (
+            math.sin(t) ** 3,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16 - 0.1,
+        )
+        for t in (math.pi * i / 32 for i in range(64))
+    ],
+}

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from pipeline.data.sample import IMAGE_MARK, MMEB_IMAGE_MARK, Item, Pair
 from pipeline.demo import captions
 from pipeline.demo.scenes import (
-    ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
     SHAPES,
@@ -57,14 +56,8 @@ HARD_CROPS = 3  # crops of the query's scene or of a variant
 
 # Independent random streams: the candidates of a row do not depend on the scenes of other rows.
 _STREAMS = [*(f"{name} train" for name in DATASETS), *TASKS, *(f"{name} candidates" for name in TASKS)]
-SCHEMA = pa.schema(
-    {
-        "qry_text": pa.string(),
-        "qry_img_path": pa.string(),
-        "tgt_text": pa.list_(pa.string()),
-        "tgt_img_path": pa.list_(pa.string()),
-    }
-)
+_ONE, _SEVERAL = pa.string(), pa.list_(pa.string())
+SCHEMA = pa.schema({"qry_text": _ONE, "qry_img_path": _ONE, "tgt_text": _SEVERAL, "tgt_img_path": _SEVERAL})
 
 
 @dataclass(frozen=True)
@@ -107,15 +100,9 @@ def training_pair(dataset: str, seed: int, index: int) -> Pair:
     """
     question = _ask(dataset, "train", _rng(f"{dataset} train", seed, index))
     hard = next(iter(question.hard))
-    wanted = hard.picture is None or index % 4 == 0
-    return Pair(
-        key=f"{index:08d}",
-        dataset=dataset,
-        task=DATASETS[dataset],
-        query=question.query.item(),
-        target=question.right.item(),
-        negatives=(hard.item(),) if wanted else (),
-    )
+    negatives = (hard.item(),) if hard.picture is None or index % 4 == 0 else ()
+    query, target = question.query.item(), question.right.item()
+    return Pair(f"{index:08d}", dataset, DATASETS[dataset], query, target, negatives)
 
 
 def evaluation_rows(dataset: str, seed: int, count: int = QUERIES) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
@@ -169,18 +156,7 @@ def _ask(dataset: str, split: Split, rng: np.random.Generator) -> _Question:
     if dataset == "Scene-Ground":
         # All scenes have the same background: otherwise it would reveal which crops are from the same scene.
         scene = replace(scene, background=next(iter(BACKGROUNDS)))
-    match dataset:
-        case "Scene-CLS":
-            return _classification(scene, split, rng)
-        case "Scene-VQA":
-            return _vqa(scene, split, rng)
-        case "Scene-T2I":
-            return _text_to_image(scene, split, rng)
-        case "Scene-I2T":
-            return _image_to_text(scene, split, rng)
-        case "Scene-Ground":
-            return _grounding(scene, split, rng)
-    raise ValueError(f"no such dataset: {dataset}")
+    return _QUESTIONS[dataset](scene, split, rng)
 
 
 def _classification(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
@@ -221,6 +197,15 @@ def _grounding(scene: Scene, split: Split, rng: np.random.Generator) -> _Questio
     return _Question(query, _part(scene, asked), islice(chain(others, variant_parts), HARD_CROPS))
 
 
+_QUESTIONS = {
+    "Scene-CLS": _classification,
+    "Scene-VQA": _vqa,
+    "Scene-T2I": _text_to_image,
+    "Scene-I2T": _image_to_text,
+    "Scene-Ground": _grounding,
+}
+
+
 def _asked(scene: Scene, rng: np.random.Generator) -> Thing:
     """Draw the thing that a question is about, a held-out one if there is any."""
     things = [thing for thing in scene.things if thing.held_out] or scene.things
@@ -229,12 +214,7 @@ def _asked(scene: Scene, rng: np.random.Generator) -> Thing:
 
 def _near(thing: Thing, split: Split, rng: np.random.Generator, attributes: tuple[str, ...]) -> list[Thing]:
     """Return things that differ from this one in one attribute, in random order."""
-    near = [
-        changed(thing, attribute, value)
-        for attribute in attributes
-        for value in ATTRIBUTES[attribute]
-        if value != getattr(thing, attribute)
-    ]
+    near = [new for attribute in attributes for new in changed(thing, attribute)]
     near = [other for other in near if split == "held-out" or not other.held_out]
     return [near[i] for i in rng.permutation(len(near))]
 
@@ -277,13 +257,12 @@ def _named(question: _Question, stem: str) -> _Question:
 def _pool(dataset: str, questions: list[_Question]) -> list[_Side]:
     """Return the pool of a dataset's easier candidates."""
     things = (Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))
-    match dataset:
-        case "Scene-CLS":
-            return [_text(captions.label(thing)) for thing in things]
-        case "Scene-VQA":
-            return [_text(captions.phrase(thing, "en")) for thing in things]
-        case "Scene-Ground":
-            return [side for question in questions for side in (question.right, *question.hard)]
+    if dataset == "Scene-CLS":
+        return [_text(captions.label(thing)) for thing in things]
+    if dataset == "Scene-VQA":
+        return [_text(captions.phrase(thing, "en")) for thing in things]
+    if dataset == "Scene-Ground":
+        return [side for question in questions for side in (question.right, *question.hard)]
     return [question.right for question in questions]
 
 

@@ -108,17 +108,17 @@ BAD_ROWS = [
     (b"[" * 100_000, "not JSON", "recursion"),
     (b'{"query": {"text": "\xff"}, "target": {"text": "t"}}', "not UTF-8", "byte 21 of the line"),
     (b"[]", "wrong fields", "object"),
-    ({"query": TEXT}, "wrong fields", "target Field required"),
-    ({"query": TEXT, "target": TEXT, "negative": []}, "wrong fields", "unknown field 'negative'"),
-    ({"query": TEXT, "target": {"text": "t", "image": "x"}}, "wrong fields", "'target.image', did you mean images?"),
-    ({"query": TEXT, "target": TEXT, "Negatives": []}, "wrong fields", "'Negatives', did you mean negatives?"),
-    ({"query": TEXT, "target": TEXT, "negatives": [{"txt": "t"}]}, "wrong fields", "'negatives.0.txt'"),
-    ({"query": TEXT, "target": TEXT, "weight": 3}, "wrong fields", "'weight': the known ones are query, target"),
+    ({"query": TEXT}, "wrong fields", "target is missing"),
+    ({"query": TEXT, "target": TEXT, "negative": []}, "wrong fields", "negative is unknown"),
+    ({"query": TEXT, "target": {"text": "t", "image": "x"}}, "wrong fields", "target.image is unknown"),
+    ({"query": TEXT, "target": TEXT, "Negatives": []}, "wrong fields", "Negatives is unknown"),
+    ({"query": TEXT, "target": TEXT, "negatives": [{"txt": "t"}]}, "wrong fields", "negatives.0.txt is unknown"),
+    ({"query": TEXT, "target": TEXT, "weight": 3}, "wrong fields", "weight is unknown"),
     (b'{"query": {"text": "a", "text": "b"}, "target": {"text": "t"}}', "wrong fields", "has the key 'text' twice"),
     (
         {"query": {"text": "t", "alternatives": []}, "target": TEXT},
         "wrong fields",
-        "unknown field 'query.alternatives'",
+        "query.alternatives is unknown",
     ),
     ({"query": TEXT, "target": {"text": 1}}, "wrong fields", "target.text"),
     ({"query": TEXT, "target": TEXT, "dataset": "../up"}, "wrong fields", "dataset"),
@@ -271,10 +271,10 @@ def test_shards_are_as_large_as_asked_for(source, tmp_path):
         (b"\xef\xbb\xbf", "has no rows: it is empty"),
         (
             json.dumps([row(0), row(1)]).encode(),
-            "contains an array: write each object on one line, with jq -c '.[]'",
+            "does not have one object per line: write it so with jq -c 'if type",
         ),
-        (json.dumps([row(0)], indent=1).encode(), "contains an array"),
-        (json.dumps(row(0), indent=1).encode(), "contains objects of several lines: write each on one"),
+        (json.dumps([row(0)], indent=1).encode(), "does not have one object per line"),
+        (json.dumps(row(0), indent=1).encode(), "does not have one object per line"),
         (json.dumps(row(0)).encode("utf-16"), "is UTF-16: convert it with iconv -f UTF-16 -t UTF-8"),
         (json.dumps(row(0)).encode("utf-16-le"), "is UTF-16: convert it with iconv -f UTF-16LE -t UTF-8"),
         (gzip.compress(b"{}", mtime=0), "is compressed by gzip: unpack it"),
@@ -287,9 +287,9 @@ def test_a_file_of_another_form_is_a_clear_error(source, tmp_path, content, said
 
 
 def test_no_good_row(source, tmp_path):
-    text = error_of("jsonl", write(source, b"{", row(0)), tmp_path / "out")
+    text = error_of("jsonl", write(source, b"{]", row(0)), tmp_path / "out")
     assert "1 not JSON; the first: line 1: not JSON: Invalid JSON" in text
-    assert content(str(tmp_path / "out")).keys() == {"/.unfinished/plan.json", "/rejected.jsonl"}
+    assert "/index.json" not in content(str(tmp_path / "out"))
     assert lines(tmp_path / "out") == ["line 1"]
 
 

@@ -72,7 +72,10 @@ def test_an_occupied_folder_is_found_before_the_source_is_read(tmp_path):
         (("mmeb-eval", "x", "out", "--images", ""), "argument --images: it is empty"),
         (("demo", "-1", "out"), "-1"),
         (("jsonl", "x", "out", "--max-rejected", "1%"), "argument --max-rejected: 1% is not a number between 0 and 1"),
-        (("jsonl", "x", "out", "--image-max-side", 9, "--image-quality", 96), "96 is not between 1 and 95"),
+        (
+            ("jsonl", "x", "out", "--image-max-side", 9, "--image-quality", 96),
+            "96 is not a whole number between 1 and 95",
+        ),
         (("jsonl", "x", "out", "--shards", 2, "--shard-mb", 2), "not allowed with argument"),
     ],
 )

@@ -8,7 +8,7 @@ import pyarrow.parquet as parquet
 import pytest
 from conversion import error_of, make_shards, picture, read_all
 
-from pipeline.convert.rows import ImageFolder
+from pipeline.convert.sharding import ImageFolder
 from pipeline.data.sample import Item, Pair
 
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")

@@ -10,7 +10,7 @@ import pytest
 from conversion import make_shards
 from PIL import Image
 
-from pipeline.convert import mmeb_eval
+from pipeline.convert import mmeb
 from pipeline.data.index import Index, IndexedFile, load_sidecar, read_samples
 from pipeline.data.mmeb import MMEB_TASKS, evaluation_rows, mmeb_text
 from pipeline.data.sample import Item, Single
@@ -24,8 +24,8 @@ from pipeline.storage import objects
 
 def convert(*arguments: str | Path) -> None:
     parser = argparse.ArgumentParser()
-    mmeb_eval.COMMAND.add_arguments(parser)
-    mmeb_eval.COMMAND.run(parser.parse_args([*map(str, arguments), "--processes", "1"]))
+    mmeb.EVAL.add_arguments(parser)
+    mmeb.EVAL.run(parser.parse_args([*map(str, arguments), "--processes", "1"]))
 
 
 def picture(colour: str) -> bytes:
@@ -162,8 +162,8 @@ def test_an_evaluation_set_is_converted_whole_or_not_at_all(source, tmp_path, sp
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (("q", "", ["a"], ["", ""]), "row 70 has 1 tgt_text and 2 tgt_img_path"),
-        (("q", "", [], []), "row 70 has 0 tgt_text and 0 tgt_img_path"),
+        (("q", "", ["a"], ["", ""]), "row 70: 1 tgt_text and 2 tgt_img_path"),
+        (("q", "", [], []), "row 70: 0 tgt_text and 0 tgt_img_path"),
     ],
 )
 def test_rows_whose_candidates_do_not_make_sense(source, tmp_path, row, reason):
@@ -175,14 +175,14 @@ def test_rows_whose_candidates_do_not_make_sense(source, tmp_path, row, reason):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ((7, "", ["a"], [""]), "row 0 has 7 instead of a text"),
-        (("q", "", ["a"], [False]), "row 0 has False instead of a text"),
+        ((7, "", ["a"], [""]), "row 0: 7 is not a text"),
+        (("q", "", ["a"], [False]), "row 0: False is not a text"),
         (
             ("q", "", ["<|image_2|>"], [""]),
-            r"row 0 has the mark <\|image_2\|>, but only <\|image_1\|> is supported",
+            r"row 0: the mark <\|image_2\|>, but only <\|image_1\|> is supported",
         ),
-        (("<|video_1|> q", "", ["a"], [""]), r"row 0 has the mark <\|video_1\|>, but"),
-        (("<|vision_start|><|image_pad|> q", "", ["a"], [""]), r"row 0 has the mark <\|image_pad\|>, but"),
+        (("<|video_1|> q", "", ["a"], [""]), r"row 0: the mark <\|video_1\|>, but"),
+        (("<|vision_start|><|image_pad|> q", "", ["a"], [""]), r"row 0: the mark <\|image_pad\|>, but"),
         (("<|image_1|><|image_1|>", "x", ["a"], [""]), "row 0: marks and files differ: 2 <image> for 1 files"),
         (("q", "", ["a", "a <video>"], [""]), "row 0: marks and files differ: 1 <video> for 0 files"),
         (("a\0b", "", ["a"], [""]), "row 0: NUL character"),

@@ -7,6 +7,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from limits import HANG_SECONDS
 from PIL import Image
 
 from pipeline.config import Data
-from pipeline.convert.img2dataset import TarsWork
+from pipeline.convert.img2dataset import indexing
 from pipeline.data import source
 from pipeline.data.batch import Encoded
 from pipeline.data.index import INDEX_FILE, Captions, Index, checksum_of
@@ -459,10 +460,10 @@ def published(folder: Path, tars: int = 2, samples: int = 9) -> dict[str, dict[s
 
 def indexed_images(folder: Path, dest: Path, columns: tuple[str, ...] = COLUMNS) -> None:
     tars = {path.name: path.stat().st_size for path in sorted(folder.glob("?????.tar"))}
-    work = TarsWork("cc", str(folder), str(dest), Captions("<image>", columns, "retrieval"), tars)
+    work = indexing("cc", str(folder), str(dest), Captions("<image>", columns, "retrieval"), tars)
     dest.mkdir(exist_ok=True)
-    shards = tuple(work.run(job, dest, lambda read: None).shard for job in work.jobs)
-    objects.write(str(dest / INDEX_FILE), work.index(shards).to_json().encode())
+    shards = tuple(work.run(job, dest).shard for job in work.jobs)
+    objects.write(str(dest / INDEX_FILE), replace(work.index, shards=shards).to_json().encode())
 
 
 @pytest.mark.parametrize("columns", [COLUMNS, COLUMNS[::-1], COLUMNS[1:]], ids=["both", "reversed", "one"])

@@ -44,18 +44,17 @@ def test_deterministic_and_without_held_out_combinations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("direction", "language", "expected"),
+    ("direction", "words"),
     [
-        ("right", "en", "a small red star moves from left to right"),
-        ("left", "de", "ein kleiner roter Stern bewegt sich von rechts nach links"),
-        ("down", "fr", "une petite étoile rouge se déplace de haut en bas"),
-        ("up", "zh", "一个红色的小五角星从下向上移动"),
+        ("right", "from left to right"),
+        ("left", "from right to left"),
+        ("down", "from top to bottom"),
+        ("up", "from bottom to top"),
     ],
 )
-def test_captions(direction: str, language: str, expected: str) -> None:
+def test_captions(direction: str, words: str) -> None:
     clip = Clip(Thing("red", "star", "small", "top left"), direction, "white")
-    assert clip.start == "top left"
-    assert clips.caption(clip, language) == expected
+    assert clips.caption(clip) == f"a small red star moves {words}"
 
 
 def test_evaluation_files_show_another_thing_each_and_are_the_same_each_time() -> None:

@@ -112,7 +112,10 @@ def test_mistakes_are_clear_errors(source, tmp_path):
         "coco-captions", source, dest, "--images", tmp_path, "--split", "dev"
     )
     assert "must have one <image>" in error_of("coco-captions", source, dest, "--query", "Describe.")
-    for text in ("[]", "{", '{"images": [{"filename": "a"}]}', '{"images": 3}', "[" * 200_000):
+    for text in ("[]", '{"images": [{"filename": "a"}]}', '{"images": 3}'):
         source.write_text(text)
-        assert "does not have the form that --help describes" in error_of("coco-captions", source, dest)
+        assert "has none of the forms that --help describes" in error_of("coco-captions", source, dest)
+    for text in ("{", "[" * 200_000):
+        source.write_text(text)
+        assert "dataset_coco.json is damaged: it is " in error_of("coco-captions", source, dest)
     assert not dest.exists()
