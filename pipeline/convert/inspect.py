@@ -56,7 +56,9 @@ def _indexes(dest: str) -> dict[str, Index]:
     if not objects.exists(objects.join(dest, INDEX_FILE)):
         urls = [url.removesuffix(ending) for url in objects.list_under(dest) if url.endswith(ending)]
     if not urls:
-        raise PipelineError(f"neither {dest} nor any folder below it contains {INDEX_FILE}")
+        raise PipelineError(
+            f"neither {dest} nor a folder below it contains {INDEX_FILE}: correct the path, or convert a dataset to it"
+        )
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(urls, pool.map(Index.load, urls), strict=True))
 

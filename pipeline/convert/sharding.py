@@ -217,5 +217,5 @@ def member_bytes(content: Bytes) -> Bytes:
 def folder(path: Path) -> Path:
     """Return `path` if it is a folder; otherwise raise PipelineError."""
     if not path.is_dir():
-        raise PipelineError(f"{path}: there is no such folder")
+        raise PipelineError(f"{path} is not a folder: name the folder of the dataset")
     return path

@@ -86,7 +86,7 @@ class Dataset:
     shard_samples: (S,) number of samples of each shard, stored as a read-only int64 array.
     shard_lengths: (S,) mean tokens per sample of each shard, stored likewise; None: all equal.
     weight: how often an epoch contains each sample.
-    cap: the most samples of the dataset in an epoch (MMEB's `num_sample_per_subset`). The next epochs continue with
+    cap: the maximum number of its samples in an epoch (MMEB's `num_sample_per_subset`). The next epochs continue with
         other samples until all have been used.
 
     Raises PipelineError if an epoch would contain no sample.
@@ -112,7 +112,7 @@ class Dataset:
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         if not self.samples:
-            raise PipelineError(f"dataset {self.name} has 0 samples: are the shards empty?")
+            raise PipelineError(f"dataset {self.name} has 0 samples: convert it again, or remove it from data.datasets")
         if self.cap is not None and self.cap < 1:
             raise PipelineError(f"dataset {self.name}: cap is {self.cap}: it must be 1 or more")
         if not (isfinite(self.weight) and self.weight > 0 and self.quota):

@@ -47,7 +47,7 @@ class Item:
 
 
 def hash64(*parts: bytes) -> int:
-    """Return a 64-bit hash of these parts and of where one ends and the next begins."""
+    """Return a 64-bit hash of these parts and of their boundaries."""
     digest = blake2b(digest_size=8)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
@@ -96,8 +96,10 @@ class Pair:
         if not self.query.images and self.query.video is None:
             return self.one_text(draw)
         texts = [text for text in dict.fromkeys(text.strip() for text in self.texts) if text]  # models strip them, too
-        if self.target.images or len(texts) < 2:
-            raise BadSample("an image without two different captions to pair")
+        if self.target.images:
+            raise BadSample("its target has an image; only captions can be paired")
+        if len(texts) < 2:
+            raise BadSample("fewer than two different captions to pair")
         query, target = divmod(draw(len(texts) * (len(texts) - 1)), len(texts) - 1)
         target += target >= query
         return replace(self, query=Item(texts[query]), target=Item(texts[target]), negatives=(), alternatives=())

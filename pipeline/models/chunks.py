@@ -103,7 +103,7 @@ class Chunk:
 
     @property
     def packed(self) -> Packed:
-        """The items in one row, packed at each use; cached, a step's chunks would hold all its tokens twice."""
+        """The items in one row, packed at each access: a cache would hold all tokens of a step twice."""
         return pack(self.items)
 
     @property

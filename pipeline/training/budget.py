@@ -204,7 +204,8 @@ def out_of_memory_noted(run: Path, step: int, budget: Budget, conditions: dict) 
         advice = _advice(run, budget, conditions)
         raise PipelineError(
             f"out of memory in step {step} with {budget}: {advice}batch.activation_checkpointing=true and more GPUs "
-            "each need less memory; so does deepspeed=ds_configs/zero3_offload.json, in a new run directory"
+            "each need less memory; so does deepspeed=ds_configs/zero3_offload.json, if the model supports ZeRO 3, in "
+            "a new run directory"
         ) from error
 
 

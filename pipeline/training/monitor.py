@@ -58,7 +58,7 @@ def check_writable(run: Path) -> None:
 class StepLog:
     """A file of JSON objects with a "step", one per line. Lines after step `start` are dropped when it is opened.
 
-    A run killed between two checkpoints repeats the steps after the first one, and logs them again. Invalid content is
+    A resumed run repeats the steps after its checkpoint and logs them again. Invalid content is
     moved to NAME.damaged with a warning: a damaged log must not stop a run.
 
     is_one_each: each step has one line; of several, the last is kept.

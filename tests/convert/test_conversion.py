@@ -450,7 +450,7 @@ def test_a_killed_process_is_one_clear_error(tmp_path):
 def test_mistakes_of_the_command_line(source, tmp_path):
     for arguments, reason in [
         (("jsonl", tmp_path / "none.jsonl", tmp_path / "out"), "none.jsonl: No such file"),
-        (("jsonl", source, tmp_path / "out", "--images", tmp_path / "none"), "none: there is no such folder"),
+        (("jsonl", source, tmp_path / "out", "--images", tmp_path / "none"), "none is not a folder"),
         (("jsonl", source, tmp_path / "out", "--dataset", "a b"), "is not a valid dataset name"),
         (("jsonl", source, "/proc/none/out"), "/proc/none"),
         (("jsonl", source, "s3://me:hidden@bucket/x"), "carries credentials"),

@@ -182,7 +182,7 @@ def test_mistakes_are_clear_errors(source, tmp_path):
     assert "--subset: no Owl in" in error_of("mmeb-train", source, dest, "--subset", "Owl")
     assert "it has ImageNet_1K, Own, VisDial, WebQA" in error_of("mmeb-train", source, dest, "--subset", "Owl")
     assert "has no <subset>/original-*.parquet" in error_of("mmeb-train", source / "Own", dest)
-    assert "there is no such folder" in error_of("mmeb-train", source / "none", dest)
+    assert "is not a folder" in error_of("mmeb-train", source / "none", dest)
     file = source / "Own/original-0.parquet"
     parquet.write_table(pa.table({"qry": ["q"]}), file)
     assert f"{file} does not contain MMEB's rows: it has no column neg_image_path, neg_text" in error_of(

@@ -534,7 +534,7 @@ def test_what_does_not_fit_names_what_would(changes, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shard_samples": ()}, "dataset one has 0 samples: are the shards empty?"),
+        ({"shard_samples": ()}, "dataset one has 0 samples: convert it again"),
         ({"shard_samples": (500, -1)}, "dataset one: shard 1 has -1 samples, but needs at least 0"),
         ({"shard_lengths": (10, -2)}, "dataset one: shard 1 has -2 tokens a sample, but needs at least 0"),
         ({"shard_lengths": (10,)}, "dataset one has 2 shards, but 1 mean lengths"),

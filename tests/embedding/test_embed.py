@@ -156,7 +156,10 @@ def test_a_stream_reads_one_group_ahead_and_no_more(embedder, monkeypatch):
         ({}, r"item 1 is empty"),
         (" \n", r"item 1 is empty"),
         (b"bytes", r"item 1 is a bytes"),
-        ({"images": [picture(24, 24, 0)] * 24}, r"item 1: \d+ tokens with its images and video, of 256"),
+        (
+            {"images": [picture(24, 24, 0)] * 24},
+            r"item 1: \d+ tokens: its images or video do not fit in max_tokens=256",
+        ),
     ],
 )
 def test_an_item_that_cannot_be_used_is_named(embedder, media, tmp_path, monkeypatch, item, reason):

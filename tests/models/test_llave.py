@@ -184,14 +184,14 @@ def test_a_long_text_is_cut_before_the_prompts_end(tiny_model):
         (Item("<image>\nbroken", (b"no image",)), "undecodable"),
         (Item("no mark", (png(8, 8),)), "0 <image> marks in the text, 1 images"),
         (Item("<image> <image>", (png(8, 8),)), "2 <image> marks in the text, 1 images"),
-        (Item("<image>\nbig", (png(48, 48),)), "tokens with its images"),
+        (Item("<image>\nbig", (png(48, 48),)), "its images or video do not fit in max_tokens"),
         (Item("<image>\ncut off", (png(48, 48)[:500],)), "undecodable"),
         (Item("<video>", video=b""), "not a video in one of the formats"),
         (Item("<video>"), "1 <video> marks in the text, 0 videos"),
         (Item("no mark", video=mp4(16, 16, 1)), "0 <video> marks in the text, 1 videos"),
         (Item("<video> <video>", video=mp4(16, 16, 1)), "2 <video> marks in the text, 1 videos"),
         (Item("<image>", video=mp4(16, 16, 1)), "1 <image> marks in the text, 0 images"),
-        (Item("star " * 20 + "<video>", video=mp4(16, 16, 1)), "tokens with its images and video"),
+        (Item("star " * 20 + "<video>", video=mp4(16, 16, 1)), "its images or video do not fit in max_tokens"),
     ],
 )
 def test_unusable_items_are_bad_samples(tiny_model, item, reason):

@@ -112,7 +112,7 @@ class LlaveProcessor:
         if len(row) > self.max_tokens:
             kept, cut = np.split(row, [self.max_tokens - len(self._suffix)])
             if np.isin(cut, (self.image_token_id, self.video_token_id)).any():
-                raise BadSample(f"{len(ids)} tokens with its images and video, of {self.max_tokens} at most")
+                raise BadSample(f"{len(ids)} tokens: its images or video do not fit in max_tokens={self.max_tokens}")
             row = np.concatenate([kept, self._suffix])
         return Encoded(row, tuple(encoded))
 
