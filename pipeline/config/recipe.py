@@ -299,7 +299,7 @@ class Recipe(Section):
     model_config = ConfigDict(defer_build=True)
 
     run: Local = Field(description="the run directory: checkpoints, metrics, TensorBoard, the exported model")
-    seed: Annotated[int, Fixed()] = Field(0, ge=0)
+    seed: Annotated[int, Fixed()] = Field(0, ge=0, lt=1 << 63)
     steps: int | None = Field(None, gt=0, description="optimizer steps; or give epochs")
     epochs: float | None = Field(None, gt=0, le=1e6)
     precision: Annotated[Literal["bf16", "fp32"], Fixed()] = "bf16"
