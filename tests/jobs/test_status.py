@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.jobs.states import Event, State, Verdict, transition
+from pipeline.jobs.status import Event, State, Verdict, transition
 
 S, E, V = State, Event, Verdict
 ENDED = (S.STOPPED, S.FINISHED, S.REFUSED, S.FAILED)
