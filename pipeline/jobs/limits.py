@@ -15,37 +15,25 @@ from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 
 SHARED = Path("/dev/shm")
-_MB = 1e6
-_NCCL = 20 << 20  # a rank, if there are several on GPUs: about 10 MB for each neighbour; gloo uses none
-_BATCHES = 4  # two ready, one being collated, one in training
 _SHARDS = 1000  # that are sampled
 _THREADS = 16  # of a process, about
 
 
 def require_shared_memory(recipe: Recipe, source: Source, lengths: Lengths, world: int, ranks: int) -> None:
-    """Raise PipelineError if the ranks' first batch does not fit.  ranks: on this machine."""
-    least, _ = shared_bytes(recipe, source, lengths, world, ranks)
-    if least > (free := shutil.disk_usage(SHARED).free):
-        raise PipelineError(too_little(free, least, ranks))
+    """Raise PipelineError if half of the ranks' first batch does not fit.  ranks: on this machine.
 
-
-def too_little(free: int, needed: int, ranks: int) -> str:
-    return (
-        f"{SHARED} has {free / _MB:,.0f} MB free, and {ranks} process{'es' * (ranks > 1)} on this machine need about "
-        f"{needed / _MB:,.0f}: give the container more (docker run --shm-size={max(1, round(2 * needed / 1e9))}g, or "
-        "--ipc=host), or set data.workers=0, which does not use it"
-    )
-
-
-def shared_bytes(
-    recipe: Recipe, source: Source, lengths: Lengths, world: int, ranks: int, gpus: bool = False
-) -> tuple[int, int]:
-    """An estimate of (the least that a step needs, the most in use at once), for all ranks of a machine.
-
-    The first is half of the estimate, so that no run is refused wrongly; a worker reports a batch that does not fit.
+    Half, because the sizes are estimated, and no run is to be refused wrongly. A worker reports a batch that does not
+    fit.
     """
-    batch = recipe.batch.global_batch // world * pair_bytes(source, lengths) if recipe.data.workers else 0
-    return ranks * batch // 2, ranks * (_BATCHES * batch + _NCCL * (gpus and ranks > 1))
+    if not recipe.data.workers:
+        return
+    least = ranks * (recipe.batch.global_batch // world * pair_bytes(source, lengths)) // 2
+    if least > (free := shutil.disk_usage(SHARED).free):
+        raise PipelineError(
+            f"{SHARED} has {free / 1e6:,.0f} MB free, and {ranks} process{'es' * (ranks > 1)} on this machine need "
+            f"about {least / 1e6:,.0f}: give the container more (docker run --shm-size="
+            f"{max(1, round(8 * least / 1e9))}g, or --ipc=host), or set data.workers=0, which does not use it"
+        )
 
 
 def pair_bytes(source: Source, lengths: Lengths) -> int:

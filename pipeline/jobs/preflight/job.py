@@ -286,12 +286,8 @@ def machine(job: Job, nodes: int) -> Check:
         return red("; ".join(problems))
     if job.source is None or job.lengths is None:
         return skipped("without data and model")
-    free = shutil.disk_usage(limits.SHARED).free
-    least, most = limits.shared_bytes(job.recipe, job.source, job.lengths, job.world, ranks, gpus=job.gpus > 0)
-    if most > free:
-        found, do = limits.too_little(free, most, ranks).split(": ", 1)
-        return red(found, do) if least > free else yellow(found, do)
-    return green(f"{free / GB:,.1f} GB of {limits.SHARED} free, about {most / GB:,.2f} GB needed at most")
+    limits.require_shared_memory(job.recipe, job.source, job.lengths, job.world, ranks)
+    return green(f"{shutil.disk_usage(limits.SHARED).free / GB:,.1f} GB of {limits.SHARED} free")
 
 
 @check("other jobs", if_late="is Slurm's controller slow? squeue shows whether another job trains the same run")
