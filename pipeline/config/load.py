@@ -188,7 +188,4 @@ def _explain(root: type[Section], error: Mapping[str, Any]) -> str:
         return str(error["msg"]).removeprefix("Value error, ")
     if kind == "typed":
         return f"{name}: {error['msg']}"
-    if kind in ("model_type", "model_attributes_type"):
-        fields = ", ".join(section.model_fields) if section else ", ".join(options)
-        return f"{name or 'this'} is a section, of {fields}; got {shown(error['input'])}"
     return f"{name}: {error['msg']}, got {shown(error['input'])}"

@@ -245,17 +245,13 @@ def stamps_under(bucket: str, prefix: str) -> Iterator[tuple[str, str]]:
 
 def exists(bucket: str, key: str) -> bool:
     """Whether the object exists."""
-
-    def found() -> bool:
-        try:
-            _head(bucket, key)
-        except aws.ClientError as error:
-            if _code(error) in ("NoSuchKey", "404"):
-                return False
-            raise
-        return True
-
-    return _persist(f"s3://{bucket}/{key}", found)
+    try:
+        size(bucket, key)
+    except ObjectError as error:
+        if isinstance(error.__cause__, aws.ClientError) and _code(error.__cause__) in ("NoSuchKey", "404"):
+            return False
+        raise
+    return True
 
 
 def size(bucket: str, key: str) -> int:
@@ -332,19 +328,13 @@ def _call(what: str, operation: str, **parameters: object) -> dict[str, Any]:
 
 
 _TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
-_TRANSIENT_CODES = {
+_TRANSIENT_CODES = {  # with another status
     "BadDigest",  # damaged in transit
     "BandwidthLimitExceeded",
-    "InternalError",
     "OperationAborted",
-    "RequestLimitExceeded",
-    "RequestThrottled",
     "RequestTimeout",
-    "ServiceUnavailable",
-    "SlowDown",
     "Throttling",
     "ThrottlingException",
-    "TooManyRequests",
 }
 
 

@@ -114,7 +114,7 @@ def _worst(found: list[tuple[str, Check]]) -> Check:
     text = worst.found
     if len(findings) > 1 or len(findings[text]) < len(found):
         listed = [f"{first_few(nodes, _LISTED)}: {each}" for each, nodes in findings.items()]
-        text = "; ".join(listed[:_LISTED]) + (f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else "")
+        text = first_few(listed, _LISTED)
     return replace(worst, found=text)
 
 
