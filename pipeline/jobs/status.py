@@ -32,14 +32,9 @@ class State(StrEnum):
 
 
 class Event(StrEnum):
-    """What a program of the run reports, or how its job ended."""
+    """The start of a run, or how its job ended. In between, the run reports its state (`note`)."""
 
     START = "start"
-    RUNNING = "running"
-    STOPPED = "stopped"
-    FINISHED = "finished"
-    REFUSED = "refused"
-    FAILED = "failed"
     JOB_SUCCEEDED = "job succeeded"  # srun exited with 0
     JOB_INTERRUPTED = "job interrupted"  # with 130: Ctrl-C
     JOB_FAILED = "job failed"  # with any other status
@@ -70,15 +65,10 @@ def transition(state: State, event: Event, *, first_start: bool = True) -> Trans
 
     The caller turns REQUEUE into FAIL if the job has failed too often (`Status.give_up_reason`).
     """
-    match event:
-        case Event.START:
+    match state, event:
+        case _, Event.START:
             # The earlier start ended and reported nothing: it was killed, or its node failed.
             return Transition(State.STARTING, failure=state in (State.STARTING, State.RUNNING))
-        case Event.RUNNING:  # another rank may have failed already
-            return Transition(State.FAILED if state == State.FAILED else State.RUNNING)
-        case Event.STOPPED | Event.FINISHED | Event.REFUSED | Event.FAILED:
-            return Transition(State(event.value))
-    match state, event:
         case State.FINISHED, Event.JOB_SUCCEEDED | Event.JOB_TERMINATED:
             return Transition(state, Verdict.DONE)
         case _, Event.JOB_TERMINATED:
@@ -198,17 +188,14 @@ def begin(run: Path) -> None:
     replace(before, state=follows.state, trained=False, **changes).write(run)
 
 
-def note(run: Path, event: str, **changes: Any) -> None:
-    """Record an event, and these fields. Only the first rank calls it, and programs before and after training.
-
-    event: "running", "stopped", "finished", "refused" or "failed".
+def note(run: Path, state: str, **changes: Any) -> None:
+    """Record a state, and these fields. Only the first rank calls it, and programs before and after training.
 
     Other ranks write their failure to a file of its own (`failures_noted`), which this cannot overwrite.
     """
-    before = Status._read_file(run)
-    state = transition(before.state, Event(event)).state
-    if event == state.value:  # it is not if a failure came before
-        replace(before, state=state, trained=before.trained or state == State.RUNNING, **changes).write(run)
+    before, trained = Status._read_file(run), state == State.RUNNING
+    if not (trained and before.state == State.FAILED):  # another rank has failed meanwhile
+        replace(before, state=State(state), trained=before.trained or trained, **changes).write(run)
 
 
 def other_job(run: Path) -> str:

@@ -239,10 +239,7 @@ def test_options_are_read_so_too():
     options = parse_options(EvaluationRun, ["timeout_s=1_0", "requester_pays=1", "max_tokens=1000", "out=", "part=0/4"])
     assert (options.timeout_s, options.requester_pays, options.max_tokens) == (10.0, True, 1000)
     assert (options.out, options.part) == (None, "0/4")
-    for option, said in (
-        ("video=8", "video: Input should be a valid dictionary"),
-        ("chunk_tokens=yes", "valid integer"),
-    ):
+    for option, said in (("video=8", "video: Input should be a valid dict"), ("chunk_tokens=yes", "valid integer")):
         with pytest.raises(PipelineError, match=said):
             parse_options(EvaluationRun, [option])
 
