@@ -34,6 +34,7 @@ from pipeline.training.memory import Plan
 from pipeline.training.trainer import plan
 
 _ABSENT = "is not a folder, and not complete in the hub's cache"
+_NOT_ESTIMATED = "not estimated for this family, or without model and processes"
 _STORE_SECONDS = 20  # without a byte, if the recipe's data.timeout_s is longer
 _PROBE_BYTES = 64 << 20
 _SEE_SECONDS = 5  # until a file system shows other nodes a new file
@@ -211,11 +212,8 @@ def processes(job: Job) -> Check:
 @check("memory", if_late="run tools/plan_memory.py")
 def memory(job: Job, gpu_bytes: int) -> Check:
     """Memory by the estimate of tools/plan_memory.py.  gpu_bytes: of the smallest GPU; 0 without GPUs."""
-    if not training_of(job.recipe).estimates_memory:
-        family = job.recipe.model.family
-        return skipped(f"not estimated for {family}; batch.chunk_tokens=auto finds what fits in the first steps")
     if job.plan is None or job.zero is None:
-        return skipped("without model and processes")
+        return skipped(_NOT_ESTIMATED)
     if not gpu_bytes:
         return skipped("there is no GPU here; tools/plan_memory.py estimates for any GPU")
     plan, stage = job.plan, job.zero["stage"]
@@ -236,11 +234,8 @@ def memory(job: Job, gpu_bytes: int) -> Check:
 @check("disk space", if_late="the file system hangs: set run= to another")
 def disk_space(job: Job) -> Check:
     """The space that checkpoints and models need, less that of existing checkpoints."""
-    if not training_of(job.recipe).estimates_memory:
-        free = shutil.disk_usage(nearest(job.folder)).free
-        return skipped(f"not estimated for {job.recipe.model.family}; {free / GB:,.2f} GB free")
     if job.plan is None or job.zero is None:
-        return skipped("without model and processes")
+        return skipped(_NOT_ESTIMATED)
     evaluation = job.recipe.evaluation
     kept = job.recipe.checkpoint.keep + bool(evaluation and evaluation.every)  # one for the best checkpoint
     one, whole = checkpoint_bytes(job), model_bytes(job)
