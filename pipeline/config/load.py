@@ -184,8 +184,6 @@ def _explain(root: type[Section], error: Mapping[str, Any]) -> str:
         given = error["input"].get(tag) if isinstance(error["input"], dict) else None
         wrong = "is missing" if given is None else f"is {shown(str(given))}"
         return f"{name}.{tag} {wrong}: set it to one of {', '.join(options)}"
-    if kind == "value_error":
-        return str(error["msg"]).removeprefix("Value error, ")
-    if kind == "typed":
-        return f"{name}: {error['msg']}"
+    if kind == "value_error":  # a check of a section names its fields
+        return ("" if section else f"{name}: ") + str(error["msg"]).removeprefix("Value error, ")
     return f"{name}: {error['msg']}, got {shown(error['input'])}"

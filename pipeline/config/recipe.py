@@ -226,7 +226,7 @@ class Data(Store):
             batches = ":".join(str(part) for part in next(iter(batches.items())))
         if not re.fullmatch(r"mixed|homogeneous|interleaved: *[1-9][0-9]*", str(batches)):
             raise ValueError(
-                f"data.batches is {batches!r}; it can be mixed, homogeneous or interleaved:K, as interleaved:4"
+                f"{str(batches)!r} is unknown; it can be mixed, homogeneous or interleaved:K, as interleaved:4"
             )
         return batches
 

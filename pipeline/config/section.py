@@ -13,26 +13,19 @@ from types import ModuleType
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationInfo, field_validator
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, core_schema
 
 from pipeline import home
 from pipeline.config import typed
 
 
-def _place(text: str) -> str:
-    try:
-        return home.expanded(text)
-    except ValueError as error:
-        raise PydanticCustomError("typed", "{reason}", {"reason": str(error)}) from None
-
-
 def _folder(path: str) -> str:
     if "://" in path:
-        raise PydanticCustomError("typed", "it is a URL: name a file or a folder; only data may be on S3")
+        raise ValueError("it is a URL: name a file or a folder; only data may be on S3")
     return path
 
 
-Place = Annotated[str, AfterValidator(_place)]  # a path, a URL or a name; of an evaluation set also NAME=URL
+Place = Annotated[str, AfterValidator(home.expanded)]  # a path, a URL or a name; of an evaluation set also NAME=URL
 Local = Annotated[Place, AfterValidator(_folder)]  # a path
 
 
