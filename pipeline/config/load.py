@@ -37,7 +37,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     variants = values.pop("variants", None)
     for name in [override.removeprefix("variant=") for override in overrides if override.startswith("variant=")]:
         for key, value in _variant(variants, name, path).items():
-            _override(values, key, value, f"{path}: variants.{name}: {key}")
+            _set(values, key, value, f"{path}: variants.{name}: {key}")
     overrides = [override for override in overrides if not override.startswith("variant=")]
     return _validated(Recipe, _overridden(values, overrides), f"{path}: ")
 
@@ -121,14 +121,8 @@ def _overridden(values: dict, overrides: list[str]) -> dict:
             raise PipelineError(
                 f"cannot read {override!r}: YAML takes what follows ' #' for a comment: use quotes in it"
             )
-        _override(values, key.strip(), value, override)
+        _set(values, key.strip(), value, override)
     return values
-
-
-def _override(values: dict, key: str, value: Any, override: str) -> None:
-    _set(values, key.split("."), value, override)
-    if value is not None and key in _ALTERNATIVES:
-        _set(values, _ALTERNATIVES[key].split("."), None, override)
 
 
 def _validated(section: type[SectionType], values: dict, where: str) -> SectionType:
@@ -138,20 +132,25 @@ def _validated(section: type[SectionType], values: dict, where: str) -> SectionT
         raise PipelineError(where + "; ".join(dict.fromkeys(_explain(section, e) for e in error.errors()))) from None
 
 
-def _set(values: dict, keys: list[str], value: Any, override: str) -> None:
-    if not all(keys):
+def _set(values: dict, name: str, value: Any, override: str) -> None:
+    """Set a field by its dotted name, and remove its alternative.  override: what a user wrote, for messages."""
+    *place, last = name.split(".")
+    if not last or not all(place):
         raise PipelineError(f"cannot set {override!r}: a name is missing beside a dot")
-    for place, key in enumerate(keys[:-1], 1):
-        if values.get(key) is None:
-            values[key] = {}
-        values = values[key]
-        if isinstance(values, list):
+    section = values
+    for depth, key in enumerate(place, 1):
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if isinstance(section, list):
             raise PipelineError(
-                f"cannot set {override!r}: {key} is a list: set all of it, {'.'.join(keys[:place])}=[...]"
+                f"cannot set {override!r}: {key} is a list: set all of it, {'.'.join(place[:depth])}=[...]"
             )
-        if not isinstance(values, dict):
+        if not isinstance(section, dict):
             raise PipelineError(f"cannot set {override!r}: {key} is a single value, not a section")
-    values[keys[-1]] = value
+    section[last] = value
+    if value is not None and name in _ALTERNATIVES:
+        _set(values, _ALTERNATIVES[name], None, override)
 
 
 def _explain(root: type[Section], error: Mapping[str, Any]) -> str:
