@@ -100,30 +100,26 @@ def _unraisable(raised: "sys.UnraisableHookArgs") -> None:
 
 def _listen(read: int) -> None:
     first = 0.0
+    # torchrun's second Ctrl-C arrives as SIGTERM. Slurm's SIGTERM asks to stop, which the first signal already did.
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and "SLURM_JOB_ID" not in os.environ
     while numbers := os.read(read, 64):
-        if first and signal.SIGTERM in numbers and _passed_on_by_torchrun() and time.monotonic() - first > _ONE_SECOND:
+        is_second = first > 0 and time.monotonic() - first > _ONE_SECOND
+        if is_second and under_torchrun and signal.SIGTERM in numbers:
             end()
         if signal.SIGINT not in numbers or signal.getsignal(signal.SIGINT) is not _handle:
             continue  # the program has a handler of its own
-        now = time.monotonic()
-        if first and now - first > _ONE_SECOND:
+        if is_second:
             end()
-        if not first:
-            first = now
-            if _instead is None:
-                late = threading.Timer(_LEAVE_SECONDS, end)
-                late.daemon = True
-                late.start()
-            elif int(os.environ.get("RANK", 0)) == 0:
-                _say(
-                    "interrupted: finishing this step, then writing a checkpoint; press Ctrl-C once more to end at once"
-                )
+        if first:
+            continue
+        first = time.monotonic()
+        if _instead is None:
+            late = threading.Timer(_LEAVE_SECONDS, end)
+            late.daemon = True
+            late.start()
+        elif int(os.environ.get("RANK", 0)) == 0:
+            _say("interrupted: finishing this step, then writing a checkpoint; press Ctrl-C once more to end at once")
     os.close(read)
-
-
-def _passed_on_by_torchrun() -> bool:
-    """Whether SIGTERM is torchrun's second Ctrl-C. Slurm's SIGTERM asks to stop, which the first signal already did."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and "SLURM_JOB_ID" not in os.environ
 
 
 def _say(line: str) -> None:

@@ -13,11 +13,43 @@ FAIL, else 0.
 
 import argparse
 import os
+import platform
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.jobs.preflight.check import Check, check, green, red
 from pipeline.jobs.program import command_line
+
+_NAMED = ("torch", "deepspeed", "transformers", "webdataset")
+_INSTALL = "activate .venv, or pip install -c constraints.txt -r requirements.txt"
+
+
+@check("packages", if_late="is the file system of the Python environment slow?")
+def packages() -> Check:
+    """Whether the packages are installed in the versions that the project requires. None of them is imported."""
+    import tomllib  # imported here: an old Python, or a bare environment, lacks them
+
+    from packaging.requirements import Requirement
+
+    file = Path(__file__).resolve().parents[1] / "pyproject.toml"  # of a checkout; an installed package has metadata
+    wanted = tomllib.loads(file.read_text())["project"]["dependencies"] if file.exists() else requires("pipeline")
+    wrong, installed = [], {}
+    for requirement in map(Requirement, wanted or []):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue  # it belongs to an extra, as dev
+        try:
+            found = installed[requirement.name] = version(requirement.name)
+        except PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+        else:
+            if not requirement.specifier.contains(found, prereleases=True):
+                wrong.append(f"{requirement.name} {found} is not {requirement.specifier}")
+    if wrong:
+        return red(", ".join(wrong), _INSTALL)
+    return green(f"Python {platform.python_version()}, " + ", ".join(f"{name} {installed[name]}" for name in _NAMED))
 
 
 @command_line
@@ -33,20 +65,17 @@ def main() -> None:
         raise PipelineError("--world must be a positive number")
     # The packages are checked first: what follows imports them.
     try:
-        from pipeline.jobs.preflight.packages import packages
-
         installed = packages()
         from pipeline.config import load_recipe
-        from pipeline.jobs.preflight.nodes import Place, slurm_place
+        from pipeline.jobs.preflight.nodes import Nodes
         from pipeline.jobs.preflight.run import preflight
     except (ImportError, OSError) as error:
         if (getattr(error, "name", None) or "").startswith("pipeline"):
             raise
-        advice = "activate .venv, or pip install -c constraints.txt -r requirements.txt"
-        raise PipelineError(f"preflight: packages: {error} - {advice}") from None
+        raise PipelineError(f"preflight: packages: {error} - {_INSTALL}") from None
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    place = slurm_place(os.environ) if arguments.slurm else Place()
-    status = preflight(recipe, place, installed, world=arguments.world, slurm=arguments.slurm, began=began)
+    nodes = Nodes.of_slurm(os.environ) if arguments.slurm else Nodes()
+    status = preflight(recipe, nodes, installed, world=arguments.world, slurm=arguments.slurm, began=began)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # even if a check still hangs

@@ -1,31 +1,27 @@
 """Which settings a DeepSpeed config may have, and where: DeepSpeed ignores most of those that it does not know.
 
 DeepSpeed's own models of its sections are used, where it has some. A setting that this pipeline cannot support is
-refused with the reason. This imports DeepSpeed.
+refused. This imports DeepSpeed.
 """
 
-import difflib
 import json
-from math import isfinite
+from collections.abc import Iterator
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from deepspeed.comm.config import CommsLoggerConfig
-from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
-from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from deepspeed.utils.logging import log_levels
-from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 from pydantic.fields import FieldInfo
 
 from pipeline.config import Recipe, is_offloaded, typed
-from pipeline.errors import PipelineError, shown
-from pipeline.storage.documents import parse_json
+from pipeline.config.section import suggestion
+from pipeline.errors import PipelineError
+from pipeline.storage.documents import explained, parse_json
 
 _AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)  # as DeepSpeed reads it
 
@@ -55,6 +51,8 @@ class _Checkpoint(DeepSpeedConfigModel):
 class _Config(DeepSpeedConfigModel):
     """Top-level settings that DeepSpeed reads one by one (deepspeed/runtime/config.py)."""
 
+    model_config = ConfigDict(strict=True)
+
     train_batch_size: int = 1
     train_micro_batch_size_per_gpu: int = 1
     gradient_accumulation_steps: int = 1
@@ -78,88 +76,52 @@ class _Config(DeepSpeedConfigModel):
     comms_logger: CommsLoggerConfig = Field(default_factory=CommsLoggerConfig)
     flops_profiler: _FlopsProfiler = Field(default_factory=_FlopsProfiler)
     timers: _Timers = Field(default_factory=_Timers)
-    tensorboard: TensorBoardConfig = Field(default_factory=TensorBoardConfig)
-    wandb: WandbConfig = Field(default_factory=WandbConfig)
-    csv_monitor: CSVConfig = Field(default_factory=CSVConfig)
-    comet: CometConfig = Field(default_factory=CometConfig)
 
 
 _PRECISION = "the recipe's precision decides it"
-_NVME = "it is for offloading to nvme, which is not supported"
+_MONITOR = "it would log the gradient cache's surrogate loss; the run has its own tensorboard"
 _NOT_HERE = {
     **dict.fromkeys(("optimizer", "scheduler"), "the recipe's optimizer decides it"),
     **dict.fromkeys(("fp16", "amp", "torch_autocast"), f"{_PRECISION}: bf16 or fp32"),
     **dict.fromkeys(("data_types.param_dtype", "data_types.buffer_dtype"), _PRECISION),
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), _MONITOR),
     "data_types.keep_in_fp32_modules": _PRECISION,
     "bfloat16": "it is called bf16",
     "activation_checkpointing": "batch.activation_checkpointing of the recipe decides it",
-    "aio": _NVME,
+    "aio": "it is for offloading to nvme, which is not supported",
 }
 
+# Another value than the default would make steps inexact, or checkpoints or logs incomplete.
+_NEEDS_DEFAULT = (
+    "bf16.bf16_master_weights_and_grads",
+    "bf16.bf16_optimizer_states",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "gradient_allreduce_op",
+    "zero_optimization.compute_grad_norm",
+    "zero_optimization.elastic_checkpoint",
+    "zero_optimization.ignore_unused_parameters",
+    "zero_optimization.load_from_fp32_weights",
+    "zero_optimization.offload_optimizer.ratio",
+    "zero_optimization.offload_optimizer.super_offload",
+    "zero_optimization.zenflow",
+    "zero_optimization.zero_quantized_gradients",
+    "zero_optimization.zero_quantized_nontrainable_weights",
+    "zero_optimization.zero_quantized_weights",
+)
 
-_SURROGATE = "it would log the gradient cache's surrogate; the run has its own tensorboard"
-_ROUNDED = "what it rounds is to be exact"
-_ONLY: dict[str, tuple[Any, str]] = {  # settings for which this project supports one value, and why
-    "bf16.bf16_master_weights_and_grads": (False, "the gradient cache sums in fp32"),
-    "bf16.bf16_optimizer_states": (False, "master weights and moments are fp32"),
-    "prescale_gradients": (False, "the gradient cache scales gradients"),
-    "gradient_predivide_factor": (1.0, "the gradient cache scales gradients"),
-    "gradient_allreduce_op": ("mean", "the gradient cache counts on it"),
-    "zero_optimization.allgather_partitions": (True, "DeepSpeed no longer reads it"),
-    "zero_optimization.compute_grad_norm": (True, "the run logs it"),
-    "zero_optimization.elastic_checkpoint": (False, "checkpoints load on any number of processes without it"),
-    "zero_optimization.ignore_unused_parameters": (True, "a chunk without images has none of the tower's"),
-    "zero_optimization.load_from_fp32_weights": (True, "a resumed run would begin with other weights"),
-    "zero_optimization.legacy_stage1": (False, "DeepSpeed no longer has it"),
-    "zero_optimization.offload_optimizer.cpuadam_cores_perc": (0.8, "it is for super_offload"),
-    "zero_optimization.offload_optimizer.ratio": (1.0, "all of the optimizer is on the host, or none"),
-    "zero_optimization.offload_optimizer.super_offload": (False, "it is not supported"),
-    "zero_optimization.pipeline_loading_checkpoint": (False, "there is no pipeline"),
-    "zero_optimization.save_muon_momentum_buffer_in_memory": (False, "the optimizer is not Muon"),
-    "zero_optimization.zenflow": (None, "it puts off updates"),
-    "zero_optimization.zero_quantized_gradients": (False, _ROUNDED),
-    "zero_optimization.zero_quantized_nontrainable_weights": (False, _ROUNDED),
-    "zero_optimization.zero_quantized_weights": (False, _ROUNDED),
-    **{
-        f"zero_optimization.{section}.{name}": (model.model_fields[name].default, _NVME)
-        for section, model, names in (
-            ("offload_param", DeepSpeedZeroOffloadParamConfig, "nvme_path buffer_count buffer_size max_in_cpu"),
-            (
-                "offload_optimizer",
-                DeepSpeedZeroOffloadOptimizerConfig,
-                "nvme_path buffer_count pipeline_read pipeline_write fast_init",
-            ),
-        )
-        for name in names.split()
-    },
-    **{f"{monitor}.enabled": (False, _SURROGATE) for monitor in ("tensorboard", "wandb", "csv_monitor", "comet")},
-}
 
-# The ZeRO stages at which DeepSpeed reads a setting; "1 in bf16" has its own optimizer, which reads few settings.
-_PARTITIONED = (1, 2, 3)
-_STAGES = {
-    **dict.fromkeys(("contiguous_gradients", "overlap_comm", "reduce_bucket_size", "reduce_scatter"), _PARTITIONED),
-    "allgather_bucket_size": ("1 in bf16", 1, 2),
-    **dict.fromkeys(("parameter_alignment", "round_robin_gradients", "use_multi_rank_bucket_allreduce"), (1, 2)),
-    **{
-        name: (3,)
-        for key, field in DeepSpeedZeroConfig.model_fields.items()
-        if (name := field.alias or key).startswith("stage3_")
-    },
-    **dict.fromkeys(
-        (
-            "enable_sanity_checks",
-            "leaf_module",
-            "log_trace_cache_warnings",
-            "memory_efficient_linear",
-            "offload_param",
-            "override_module_apply",
-            "sub_group_size",
-            "zero_hpz_partition_size",
-        ),
-        (3,),
-    ),
-}
+def _settings(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """The dotted names of all settings below a model."""
+    for key, field in model.model_fields.items():
+        place = above + (field.alias or key)
+        yield place, field
+        for option in (field.annotation, *get_args(field.annotation)):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                yield from _settings(option, f"{place}.")
+
+
+_SETTINGS = dict(_settings(_Config))
 
 
 def completed(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -168,9 +130,9 @@ def completed(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
     Raises ValueError for a setting that DeepSpeed would ignore or fail on, or that contradicts the recipe. Raises
     PipelineError for a file that cannot be read.
     """
-    text = typed.read_text(path)
-    config = _checked(_Config, parse_json(text, str(path), dict[str, Any], remedy="correct it", nan=True), "")
-    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    config = parse_json(typed.read_text(path), str(path), dict[str, Any], remedy="correct it")
+    stage = int(_checked(config).zero_optimization.stage)
+    config = _without_nulls(config)
     batch = recipe.batch.global_batch
     if batch % world_size:
         raise PipelineError(f"{world_size} processes do not divide batch.global_batch={batch}")
@@ -183,6 +145,10 @@ def completed(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
         # A sum of many chunks' gradients in bf16 would round away small ones.
         ("data_types.grad_accum_dtype", "fp32", "the gradient cache, which sums the chunks' gradients"),
     ]
+    names = [place for place, _, _ in filled]
+    if unknown := [place for place, value in _flat(config) if value == "auto" and place not in names]:
+        raise ValueError(f'the recipe has nothing for {unknown[0]}="auto"; give a value, or remove it')
+    config.setdefault("zero_optimization", {})["stage"] = stage
     for place, value, source in filled:
         above, _, name = place.rpartition(".")
         section = config.setdefault(above, {}) if above else config
@@ -192,7 +158,6 @@ def completed(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
                 f'{json.dumps(value)}; write "auto" there or change the recipe'
             )
         section[name] = value
-    _refuse_auto(config, "")
     if (sum_in := config.get("communication_data_type", "fp32")).lower() not in ("fp32", recipe.precision):
         raise ValueError(
             f"communication_data_type={sum_in} contradicts the recipe's precision={recipe.precision}: gradients are "
@@ -202,131 +167,59 @@ def completed(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
     return config
 
 
-def _refuse_auto(config: dict[str, Any], above: str) -> None:
-    for key, value in config.items():
+def _checked(config: dict[str, Any]) -> _Config:
+    """A config as DeepSpeed reads it. Raises ValueError for a setting that is unknown, unsupported or wrong."""
+    for place, value in _flat(config):
+        if why := _NOT_HERE.get(place):
+            raise ValueError(f"{place!r} is not set here; {why}")
+        if place not in _SETTINGS:
+            above = place.rpartition(".")[0]
+            here = [other.rpartition(".")[2] for other in _SETTINGS if other.rpartition(".")[0] == above]
+            raise ValueError(f"unknown setting {place}; {suggestion(place, here, _SETTINGS)}")
+        field = _SETTINGS[place]
+        if isinstance(extra := field.json_schema_extra, dict) and extra.get("deprecated"):
+            raise ValueError(f"{place} is deprecated: set {extra['new_param']}")
+        default = field.get_default(call_default_factory=True)
+        if place in _NEEDS_DEFAULT and value not in (default, "auto"):
+            raise ValueError(
+                f"{place}={json.dumps(value)} is not supported: training needs the default, {json.dumps(default)}; "
+                "remove it"
+            )
+    try:
+        return _Config(**config)
+    except ValidationError as error:
+        raise ValueError(explained(error)) from None
+
+
+def _flat(config: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """All settings and sections by dotted name."""
+    for name, value in config.items():
+        yield above + name, value
         if isinstance(value, dict):
-            _refuse_auto(value, f"{above}{key}.")
-        elif value == "auto":
-            raise ValueError(f'the recipe has nothing for {above}{key}="auto"; give a value, or remove it')
+            yield from _flat(value, f"{above}{name}.")
+
+
+def _without_nulls(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_nulls(each) for name, each in value.items() if each is not None}
 
 
 def _check_zero(zero: dict[str, Any], precision: str, world_size: int) -> None:
-    """Raise ValueError for a setting that has no effect at this ZeRO stage, or on which DeepSpeed would fail."""
-    if precision == "bf16" and zero["stage"] == 0:
+    """Raise ValueError for an offload or a size that DeepSpeed cannot do."""
+    stage, bf16 = zero["stage"], precision == "bf16"
+    if bf16 and stage == 0:
         raise ValueError("DeepSpeed cannot sum bf16 gradients in fp32 at ZeRO 0; use ds_configs/zero1.json")
-    for name in ("offload_optimizer", "offload_param"):
+    for name, least in (("offload_optimizer", 2), ("offload_param", 3)):
         device = zero.get(name, {"device": "none"}).get("device")
-        if device is None:
-            raise ValueError(f"zero_optimization.{name} has no device; set device: cpu")
         if device not in ("cpu", "none"):
-            raise ValueError(f"{name} to {device!r} is not supported; its device is cpu, or none")
-    stage = "1 in bf16" if (zero["stage"], precision) == (1, "bf16") else zero["stage"]
-    defaults = DeepSpeedZeroConfig(stage=zero["stage"]).model_dump(by_alias=True)
-    idle = [
-        name
-        for name, value in zero.items()
-        if stage not in _STAGES.get(name, (stage,)) and value not in (defaults[name], {"device": "none"})
-    ]
-    if idle:
-        stages = ", ".join(map(str, _STAGES[idle[0]]))
-        raise ValueError(
-            f"zero_optimization has {', '.join(idle)}, which would do nothing at ZeRO {stage} ({idle[0]} is for "
-            f"{stages}): remove {'it' if len(idle) == 1 else 'them'}, or set another stage"
-        )
-    size = zero.get("allgather_bucket_size", 2)
-    if size < 2 or size % 2:
-        raise ValueError(f"zero_optimization.allgather_bucket_size={size}: DeepSpeed needs an even number, above 0")
-    size = zero.get("zero_hpz_partition_size", 1)
-    if size > 1 and world_size % size:
-        raise ValueError(f"zero_optimization.zero_hpz_partition_size={size} does not divide {world_size} processes")
-    if is_offloaded(zero) and zero["stage"] < 2:
-        raise ValueError("offload_optimizer is for ZeRO 2 and 3; use ds_configs/zero3_offload.json")
-    if precision == "bf16" and zero["stage"] == 2 and is_offloaded(zero):
+            raise ValueError(f"zero_optimization.{name}.device is {json.dumps(device)}: set it to cpu, or none")
+        if device == "cpu" and stage < least:
+            raise ValueError(f"{name} needs ZeRO {least} or higher; use ds_configs/zero3_offload.json")
+    if bf16 and stage == 2 and is_offloaded(zero):
         raise ValueError(
             "DeepSpeed cannot sum offloaded bf16 gradients in fp32 at ZeRO 2; use ds_configs/zero3_offload.json"
         )
-
-
-def _extra(field: FieldInfo) -> dict[str, Any]:
-    """Return DeepSpeed's own annotations of a pydantic field."""
-    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-
-
-def _checked(model: type[BaseModel], config: dict[str, Any], above: str) -> dict[str, Any]:
-    """Return the settings under the names in DeepSpeed's documentation. Raises ValueError."""
-    fields = {name: field for key, field in model.model_fields.items() for name in (key, field.alias) if name}
-    checked: dict[str, Any] = {}
-    for key, value in config.items():
-        place = above + key
-        if key not in fields or place in _NOT_HERE:
-            raise ValueError(_unknown(place))
-        field, extra = fields[key], _extra(fields[key])
-        if extra.get("deprecated"):
-            names = extra["new_param"].split(" or ")
-            new = " or ".join(above + (model.model_fields[name].alias or name) for name in names)
-            raise ValueError(f"{place} is deprecated: set {new}")
-        if field.alias in config and key != field.alias:
-            raise ValueError(f"{place} is there twice, as {field.alias}, too")
-        supported, why = _ONLY.get(place, (value, ""))
-        if value not in (supported, "auto"):
-            raise ValueError(f"{place}={json.dumps(value)} is not supported: {why}; remove it")
-        if value is not None:
-            checked[field.alias or key] = _checked_value(typed.options(field.annotation), value, place)
-        elif NoneType not in typed.options(field.annotation):
-            raise ValueError(f"{place} is null: give a value, or remove it")
-    try:
-        model(**config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = above + ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place.rstrip('.')}: {first['msg']}, got {shown(first['input'])}") from None
-    return checked
-
-
-def _checked_value(options: list[Any], value: Any, place: str) -> Any:
-    for option in options:
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            if not isinstance(value, dict):
-                raise ValueError(f"{place} is a section: expected {{...}}, got {json.dumps(value)}")
-            return _checked(option, value, f"{place}.")
-    # Pydantic accepts true and "1" as 1; DeepSpeed's other readers of the config do not.
-    numbers = [option for option in options if isinstance(option, type) and issubclass(option, int | float)]
-    if isinstance(value, bool) and numbers and bool not in options:
-        raise ValueError(f"{place} is {json.dumps(value)}: expected a number")
-    if isinstance(value, str) and value != "auto" and numbers and {*numbers, NoneType}.issuperset(options):
-        raise ValueError(f"{place} is {json.dumps(value)}: write it without quotes")
-    if isinstance(value, float) and not isfinite(value):
-        raise ValueError(f"{place} is {value}, which is not finite")
-    return value
-
-
-def _unknown(place: str) -> str:
-    """Explain why DeepSpeed has no setting at this place."""
-    if why := _NOT_HERE.get(place):
-        return f"{place!r} is not set here; {why}"
-    section, _, name = place.rpartition(".")
-    removed = deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS | deepspeed_config._REMOVED_ZERO_CONFIG_KEYS
-    if name in removed:
-        return f"{place!r}: {removed[name].partition('. ')[0]}"
-    places = _places(_Config, "")
-    meant = [other for other in (*places, *_NOT_HERE) if other.rpartition(".")[2] == name]
-    if not meant:
-        here = {other.rpartition(".")[2]: other for other in places if other.rpartition(".")[0] == section}
-        names = {other.rpartition(".")[2]: other for other in reversed(places)}
-        near = difflib.get_close_matches(name, here, 1, 0.7) or difflib.get_close_matches(name, names, 2, 0.7)
-        meant = [here.get(each, names[each]) for each in near]
-    hint = f"did you mean {' or '.join(meant)}?" if meant else "nothing here uses it: remove it"
-    return f"unknown setting {place}; {hint}"
-
-
-def _places(model: type[BaseModel], above: str) -> list[str]:
-    """Return the places of all settings, top-level ones first."""
-    places, inner = [], []
-    for key, field in model.model_fields.items():
-        place = above + (field.alias or key)
-        if not _extra(field).get("deprecated"):
-            places.append(place)
-        for option in typed.options(field.annotation):
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                inner += _places(option, f"{place}.")
-    return places + inner
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size > 1 and world_size % size:
+        raise ValueError(f"zero_optimization.zero_hpz_partition_size={size} does not divide {world_size} processes")

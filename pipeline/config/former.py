@@ -31,18 +31,14 @@ def refuse(values: Mapping[str, Any], overrides: Sequence[str], where: str) -> N
             f"{where}: model.kind, train and loss are fields of an earlier version. Remove them, and write instead, "
             f"with the other lines of model as they are:\n{lines}"
         )
-    variants = values.get("variants")
-    variants = list(variants.values()) if isinstance(variants, dict) else []
-    keys = [key for fields in variants if isinstance(fields, dict) for key in fields]
-    for text in [*keys, *overrides]:
-        key, sign, value = text.partition("=")
+    for text in overrides:
+        key, _, value = text.partition("=")
         family, objective = _KINDS.get(value, (value, "contrastive"))
         for old, name in (("train", "model.train"), ("loss", "objective")):
             if key == old or key.startswith(f"{old}."):
                 raise PipelineError(f"{key} is now {name}{key.removeprefix(old)}: write {name}{text.removeprefix(old)}")
         if key == "model.kind":
-            wanted = f"model.family={family} objective.name={objective}" if sign else "model.family and objective.name"
-            raise PipelineError(f"model.kind is now model.family, and objective.name: write {wanted}")
+            raise PipelineError(f"{key} is now two: write model.family={family} objective.name={objective}")
 
 
 def recipe(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Read recipes, options and DeepSpeed configs; every error names the field and what to write."""
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pydantic import ValidationError
 
 from pipeline.config import former, typed
 from pipeline.config.recipe import Recipe
-from pipeline.config.section import Section, field_names, sections_of, tag_of
+from pipeline.config.section import Section, field_names, sections_of, suggestion, tag_of
 from pipeline.errors import PipelineError, shown
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -35,12 +34,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = _existing(path, "recipes", "recipe")
     values = _read(path)
     former.refuse(values, overrides, str(path))
-    variants = _variants(values.pop("variants", None), path)
+    variants = values.pop("variants", None)
     for name in [override.removeprefix("variant=") for override in overrides if override.startswith("variant=")]:
-        if name not in variants:
-            raise PipelineError(f"{path} has no variant {name!r}; it has {', '.join(variants) or 'none'}")
-        for key, value in variants[name].items():
-            _override(values, key, value, f"{path}: variants.{name}: {key}")
+        for key, value in _variant(variants, name, path).items():
+            _set(values, key, value, f"{path}: variants.{name}: {key}")
     overrides = [override for override in overrides if not override.startswith("variant=")]
     return _validated(Recipe, _overridden(values, overrides), f"{path}: ")
 
@@ -75,20 +72,14 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _variants(variants: Any, path: Path) -> dict[str, dict[str, Any]]:
-    """Return each variant's overrides by dotted name. All variants are checked, not only the chosen one."""
-    if not isinstance(variants, dict | None):
-        raise PipelineError(f"{path}: variants is {shown(variants)}: expected names, below each what it sets")
-    for name, fields in (variants or {}).items():
-        if not isinstance(fields, dict):
-            raise PipelineError(
-                f"{path}: variants.{name} is {'empty' if fields is None else shown(fields)}: list below it what "
-                "it sets, as optimizer.lr: 2e-5, or remove it"
-            )
-        for field in fields:
-            if unknown := _unknown(Recipe, field.split(".")):
-                raise PipelineError(f"{path}: variants.{name}: {unknown}")
-    return variants or {}
+def _variant(variants: Any, name: str, path: Path) -> dict[str, Any]:
+    """Return a variant's overrides by dotted name."""
+    variants = variants if isinstance(variants, dict) else {}
+    if name not in variants:
+        raise PipelineError(f"{path} has no variant {name!r}; it has {', '.join(variants) or 'none'}")
+    if not isinstance(fields := variants[name], dict):
+        raise PipelineError(f"{path}: variants.{name}: list below it what it sets, as optimizer.lr: 2e-5")
+    return fields
 
 
 def parse_options(section: type[SectionType], options: list[str]) -> SectionType:
@@ -106,9 +97,7 @@ def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     The contrastive batch is cut into chunks inside one optimizer step (pipeline/objectives/contrastive/step.py), so for
     DeepSpeed a rank's share of the global batch is one micro-batch.
     """
-    from pipeline.config import (
-        deepspeed,
-    )  # imported here because it imports DeepSpeed
+    from pipeline.config import deepspeed  # imported here because it imports DeepSpeed
 
     path = _existing(recipe.deepspeed, "ds_configs", "DeepSpeed config")
     try:
@@ -132,14 +121,8 @@ def _overridden(values: dict, overrides: list[str]) -> dict:
             raise PipelineError(
                 f"cannot read {override!r}: YAML takes what follows ' #' for a comment: use quotes in it"
             )
-        _override(values, key.strip(), value, override)
+        _set(values, key.strip(), value, override)
     return values
-
-
-def _override(values: dict, key: str, value: Any, override: str) -> None:
-    _set(values, key.split("."), value, override)
-    if value is not None and key in _ALTERNATIVES:
-        _set(values, _ALTERNATIVES[key].split("."), None, override)
 
 
 def _validated(section: type[SectionType], values: dict, where: str) -> SectionType:
@@ -149,20 +132,25 @@ def _validated(section: type[SectionType], values: dict, where: str) -> SectionT
         raise PipelineError(where + "; ".join(dict.fromkeys(_explain(section, e) for e in error.errors()))) from None
 
 
-def _set(values: dict, keys: list[str], value: Any, override: str) -> None:
-    if not all(keys):
+def _set(values: dict, name: str, value: Any, override: str) -> None:
+    """Set a field by its dotted name, and remove its alternative.  override: what a user wrote, for messages."""
+    *place, last = name.split(".")
+    if not last or not all(place):
         raise PipelineError(f"cannot set {override!r}: a name is missing beside a dot")
-    for place, key in enumerate(keys[:-1], 1):
-        if values.get(key) is None:
-            values[key] = {}
-        values = values[key]
-        if isinstance(values, list):
+    section = values
+    for depth, key in enumerate(place, 1):
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if isinstance(section, list):
             raise PipelineError(
-                f"cannot set {override!r}: {key} is a list: set all of it, {'.'.join(keys[:place])}=[...]"
+                f"cannot set {override!r}: {key} is a list: set all of it, {'.'.join(place[:depth])}=[...]"
             )
-        if not isinstance(values, dict):
+        if not isinstance(section, dict):
             raise PipelineError(f"cannot set {override!r}: {key} is a single value, not a section")
-    values[keys[-1]] = value
+    section[last] = value
+    if value is not None and name in _ALTERNATIVES:
+        _set(values, _ALTERNATIVES[name], None, override)
 
 
 def _explain(root: type[Section], error: Mapping[str, Any]) -> str:
@@ -180,48 +168,21 @@ def _explain(root: type[Section], error: Mapping[str, Any]) -> str:
                 options, section_above = sections_of(section, part), section
                 section = options.get("")
         elif error["type"] == "extra_forbidden" and part == error["loc"][-1]:
-            return _unknown(root, [*place, part], section)
+            known = section.model_fields if section else options
+            unknown = ".".join(map(str, [*place, part]))
+            return f"unknown field {unknown}; {suggestion(unknown, known, field_names(root))}"
     name, kind = ".".join(map(str, place)), error["type"]
     if kind == "missing":
         return f"{name} is missing"
+    if error["input"] is None:
+        return f"{name}: it is empty: give a value, or leave it out for its default"
+    if kind == "string_type" and isinstance(error["input"], dict):
+        return f"{name} is a mapping: write a text that has a colon and a space in quotes, 'key=\"a: b\"'"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         tag = tag_of(section_above, str(place[-1]))
         given = error["input"].get(tag) if isinstance(error["input"], dict) else None
         wrong = "is missing" if given is None else f"is {shown(str(given))}"
         return f"{name}.{tag} {wrong}: set it to one of {', '.join(options)}"
-    if kind == "value_error":
-        return str(error["msg"]).removeprefix("Value error, ")
-    if kind == "typed":
-        return f"{name}: {error['msg']}"
-    if kind in ("model_type", "model_attributes_type"):
-        fields = ", ".join(section.model_fields) if section else ", ".join(options)
-        return f"{name or 'this'} is a section, of {fields}; got {shown(error['input'])}"
+    if kind == "value_error":  # a check of a section names its fields
+        return ("" if section else f"{name}: ") + str(error["msg"]).removeprefix("Value error, ")
     return f"{name}: {error['msg']}, got {shown(error['input'])}"
-
-
-def _unknown(root: type[Section], place: Sequence[str | int], last: type[Section] | None = None) -> str:
-    """Explain why no field exists at this place, and suggest similar ones; "" if one exists.
-
-    last: the section without this field, if the tag of a union selects it.
-    """
-    sections, is_free, names = [root], False, [str(part) for part in place]
-    for depth, key in enumerate(place):
-        if isinstance(key, int):  # a place in a list
-            continue
-        if not sections:
-            return "" if is_free else f"{'.'.join(names[:depth])} has no fields"
-        known = [section for section in sections if key in section.model_fields]
-        if not known or (last and key is place[-1]):
-            break
-        is_free = any("dict" in str(section.model_fields[key].annotation) for section in known)
-        sections = [option for section in known for option in sections_of(section, key).values()]
-    else:
-        return ""
-    sections = [last] if last else sections
-    fields, above = list(dict.fromkeys(name for section in sections for name in section.model_fields)), names[:depth]
-    near = difflib.get_close_matches(key, fields, n=2, cutoff=0.5)
-    elsewhere = [other for other in dict.fromkeys(field_names(root)) if other.split(".")[-1] == key]
-    elsewhere = [other for other in elsewhere if other != ".".join(names)]
-    hint = " or ".join(elsewhere or [".".join([*above, field]) for field in near])
-    known_here = f"did you mean {hint}?" if hint else f"known here: {', '.join(fields)}"
-    return f"unknown field {'.'.join([*above, key])}; {known_here}"

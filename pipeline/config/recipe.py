@@ -226,7 +226,7 @@ class Data(Store):
             batches = ":".join(str(part) for part in next(iter(batches.items())))
         if not re.fullmatch(r"mixed|homogeneous|interleaved: *[1-9][0-9]*", str(batches)):
             raise ValueError(
-                f"data.batches is {batches!r}; it can be mixed, homogeneous or interleaved:K, as interleaved:4"
+                f"{str(batches)!r} is unknown; it can be mixed, homogeneous or interleaved:K, as interleaved:4"
             )
         return batches
 
@@ -299,7 +299,7 @@ class Recipe(Section):
     model_config = ConfigDict(defer_build=True)
 
     run: Local = Field(description="the run directory: checkpoints, metrics, TensorBoard, the exported model")
-    seed: Annotated[int, Fixed()] = Field(0, ge=0)
+    seed: Annotated[int, Fixed()] = Field(0, ge=0, lt=1 << 63)
     steps: int | None = Field(None, gt=0, description="optimizer steps; or give epochs")
     epochs: float | None = Field(None, gt=0, le=1e6)
     precision: Annotated[Literal["bf16", "fp32"], Fixed()] = "bf16"

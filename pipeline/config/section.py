@@ -5,31 +5,27 @@ Which ones exist is read from a registry when it is needed, so that one can be a
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from types import ModuleType
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationInfo, field_validator
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, core_schema
 
 from pipeline import home
 from pipeline.config import typed
 
 
-def _place(text: str) -> str:
-    try:
-        return home.expanded(text)
-    except ValueError as error:
-        raise PydanticCustomError("typed", "{reason}", {"reason": str(error)}) from None
-
-
 def _folder(path: str) -> str:
     if "://" in path:
-        raise PydanticCustomError("typed", "it is a URL: name a file or a folder; only data may be on S3")
+        raise ValueError("it is a URL: name a file or a folder; only data may be on S3")
     return path
 
 
-Place = Annotated[str, AfterValidator(_place)]  # a path, a URL or a name; of an evaluation set also NAME=URL
+Place = Annotated[str, AfterValidator(home.expanded)]  # a path, a URL or a name; of an evaluation set also NAME=URL
 Local = Annotated[Place, AfterValidator(_folder)]  # a path
 
 
@@ -64,17 +60,19 @@ class OneOf:
 
 
 class Section(BaseModel):
-    """Fields of strict types. `as_meant` first converts the text that a person typed (pipeline/config/typed.py)."""
+    """Fields that are read by their types: YAML gives the text of every value (pipeline/config/typed.py)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def as_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        try:
-            return typed.read(cls.model_fields[str(info.field_name)].annotation, value)
-        except ValueError as error:
-            raise PydanticCustomError("typed", "{reason}", {"reason": str(error)}) from None
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if get_origin(annotation) is dict:
+            return typed.guess(value)
+        if value is None and isinstance(annotation, type) and issubclass(annotation, Section):
+            return {}  # a section whose lines are all comments
+        return value
 
     @classmethod
     def describe(cls, prefix: str = "") -> str:
@@ -166,3 +164,37 @@ def field_names(section: type[Section], prefix: str = "") -> Iterator[str]:
             yield from field_names(option, f"{prefix}{name}.")
         if not options:
             yield prefix + name
+
+
+def suggestion(unknown: str, here: Collection[str], everywhere: Iterable[str]) -> str:
+    """What to write instead of an unknown dotted name: the same name in another section, or a similar one in its own.
+
+    here: the names of its section.  everywhere: all dotted names.
+    """
+    above, _, name = unknown.rpartition(".")
+    same = [other for other in dict.fromkeys(everywhere) if other.rpartition(".")[2] == name and other != unknown]
+    near = [f"{above}.{each}" if above else each for each in get_close_matches(name, here, 1)]
+    hint = " or ".join(same or near)
+    return f"did you mean {hint}?" if hint else f"known here: {', '.join(here)}"
+
+
+class Registry(dict[str, str]):
+    """The implementations of a thing that a recipe names, as its model's family: one package each, by name.
+
+    The module `config` of a package has SECTION, the class of its section of a recipe. A section is imported without
+    its package, so that a recipe can be read without torch.
+    """
+
+    def sections(self) -> dict[str, type[Section]]:
+        return {name: import_module(f"{package}.config").SECTION for name, package in self.items()}
+
+    def module(self, name: str, part: str) -> ModuleType:
+        """The module `part` of the package of this name."""
+        return import_module(f"{self[name]}.{part}")
+
+    def register(self, name: str, package: str) -> None:
+        """Add a package. Recipes accept its section from now on."""
+        from pipeline.config import Recipe
+
+        self[name] = package
+        Recipe.model_rebuild(force=True)

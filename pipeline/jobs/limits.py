@@ -1,11 +1,10 @@
-"""Limits of the machine that can be checked before a run: shared memory, open files, threads, memory.
+"""Limits of the machine that can be checked before a run: shared memory, threads, memory.
 
 Containers have 64 MB of /dev/shm by default. A batch that does not fit there kills a data worker, or a rank.
 """
 
-import os
 import resource
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,38 +15,25 @@ from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 
 SHARED = Path("/dev/shm")
-_MB = 1e6
-_NCCL = 20 << 20  # a rank, if there are several on GPUs: about 10 MB for each neighbour; gloo uses none
-_BATCHES = 4  # two ready, one being collated, one in training
 _SHARDS = 1000  # that are sampled
-_FILES, _THREADS = 64, 16  # of a process, about
-_TEMPORARY = 64 << 20
+_THREADS = 16  # of a process, about
 
 
 def require_shared_memory(recipe: Recipe, source: Source, lengths: Lengths, world: int, ranks: int) -> None:
-    """Raise PipelineError if the ranks' first batch does not fit.  ranks: on this machine."""
-    least, _ = shared_bytes(recipe, source, lengths, world, ranks)
-    if (free := free_bytes(SHARED)) is not None and least > free:
-        raise PipelineError(too_little(free, least, ranks))
+    """Raise PipelineError if half of the ranks' first batch does not fit.  ranks: on this machine.
 
-
-def too_little(free: int, needed: int, ranks: int) -> str:
-    return (
-        f"{SHARED} has {free / _MB:,.0f} MB free, and {ranks} process{'es' * (ranks > 1)} on this machine need about "
-        f"{needed / _MB:,.0f}: give the container more (docker run --shm-size={max(1, round(2 * needed / 1e9))}g, or "
-        "--ipc=host), or set data.workers=0, which does not use it"
-    )
-
-
-def shared_bytes(
-    recipe: Recipe, source: Source, lengths: Lengths, world: int, ranks: int, gpus: bool = False
-) -> tuple[int, int]:
-    """An estimate of (the least that a step needs, the most in use at once), for all ranks of a machine.
-
-    The first is half of the estimate, so that no run is refused wrongly; a worker reports a batch that does not fit.
+    Half, because the sizes are estimated, and no run is to be refused wrongly. A worker reports a batch that does not
+    fit.
     """
-    batch = recipe.batch.global_batch // world * pair_bytes(source, lengths) if recipe.data.workers else 0
-    return ranks * batch // 2, ranks * (_BATCHES * batch + _NCCL * (gpus and ranks > 1))
+    if not recipe.data.workers:
+        return
+    least = ranks * (recipe.batch.global_batch // world * pair_bytes(source, lengths)) // 2
+    if least > (free := shutil.disk_usage(SHARED).free):
+        raise PipelineError(
+            f"{SHARED} has {free / 1e6:,.0f} MB free, and {ranks} process{'es' * (ranks > 1)} on this machine need "
+            f"about {least / 1e6:,.0f}: give the container more (docker run --shm-size="
+            f"{max(1, round(8 * least / 1e9))}g, or --ipc=host), or set data.workers=0, which does not use it"
+        )
 
 
 def pair_bytes(source: Source, lengths: Lengths) -> int:
@@ -62,15 +48,6 @@ def pair_bytes(source: Source, lengths: Lengths) -> int:
     return int(3 * tiling.patch**2 * total) // max(sum(shard.samples for shard in shards), 1)
 
 
-def free_bytes(folder: Path) -> int | None:
-    """None if there is no such file system."""
-    try:
-        found = os.statvfs(folder)
-    except OSError:
-        return None
-    return found.f_bavail * found.f_frsize
-
-
 def raise_open_files() -> None:
     """Raise the limit of open files to its maximum: each batch in transit needs some."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -79,13 +56,9 @@ def raise_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def too_low(recipe: Recipe, world: int, ranks: int) -> Iterator[str]:
-    """The limits of this process that are too low for the run, and what to do about each."""
-    workers = recipe.data.workers
-    files, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[1], _FILES + world + 16 * workers
-    if 0 <= files < needed:
-        yield f"a process may open {files} files, and about {needed} are needed: raise it (ulimit -Hn {2 * needed})"
-    threads = ranks * (1 + workers) * _THREADS
+def too_low(recipe: Recipe, ranks: int) -> Iterator[str]:
+    """The limits of this process that are too low for the run, and what to do about each.  ranks: on this machine."""
+    threads = ranks * (1 + recipe.data.workers) * _THREADS
     for limit, most in (("ulimit -u", resource.getrlimit(resource.RLIMIT_NPROC)[0]), ("pids.max", _cgroup("pids"))):
         if most is not None and 0 <= most < threads:
             yield f"{limit} allows {most} threads, and about {threads} are needed: raise it, or lower data.workers"
@@ -95,13 +68,6 @@ def too_low(recipe: Recipe, world: int, ranks: int) -> Iterator[str]:
             f"the job may use {most >> 20:,} MiB of memory, and {ranks} times data.memory_mb={memory} do not fit: ask "
             "for more (--mem), or lower data.memory_mb"
         )
-    try:
-        folder = Path(tempfile.gettempdir())
-    except OSError as error:
-        yield f"no folder for temporary files can be written: set TMPDIR to a writable one ({error.strerror})"
-        return
-    if (free := free_bytes(folder)) is not None and free < _TEMPORARY:
-        yield f"{folder} has {free / _MB:,.0f} MB free: free space there, or set TMPDIR to another folder"
 
 
 def _cgroup(kind: str) -> int | None:

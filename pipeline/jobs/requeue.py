@@ -9,7 +9,7 @@ Reads RUN/status.json and srun's exit code, prints one line that says what happe
      1    the job failed permanently: preflight refused its first start, it failed twice at one step or before a
           first step, or four starts failed from the same checkpoint
 
-slurm/launch.sh calls it. pipeline/jobs/states.py has the rules.
+slurm/launch.sh calls it. pipeline/jobs/status.py has the rules.
 """
 
 import argparse
@@ -22,8 +22,7 @@ from pipeline.config import load_recipe
 from pipeline.errors import printable
 from pipeline.interrupt import INTERRUPTED
 from pipeline.jobs.program import command_line
-from pipeline.jobs.states import Event, State, Verdict, transition
-from pipeline.jobs.status import Status
+from pipeline.jobs.status import Event, State, Status, Verdict, transition
 from pipeline.storage import lock
 
 _WHAT_FOLLOWS = {

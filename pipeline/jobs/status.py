@@ -1,25 +1,85 @@
-"""RUN/status.json: a run's state, its step, and why it last stopped."""
+"""RUN/status.json: a run's state, its step, and why it last stopped; and what moves it from one state to another."""
 
 import json
 import os
 import re
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import PipelineError, is_of_lost_peer, printable
 from pipeline.jobs import launch
-from pipeline.jobs.states import Event, State, transition
 from pipeline.storage.atomic import write_file
 from pipeline.storage.documents import DocumentError, parse_json
 
 _FROM_ONE_CHECKPOINT = 4  # failures, after which the job gives up
+
+
+class State(StrEnum):
+    """The state in RUN/status.json."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPED = "stopped"  # by a signal, after it wrote a checkpoint
+    FINISHED = "finished"
+    REFUSED = "refused"  # by preflight
+    FAILED = "failed"
+
+
+class Event(StrEnum):
+    """The start of a run, or how its job ended. In between, the run reports its state (`note`)."""
+
+    START = "start"
+    JOB_SUCCEEDED = "job succeeded"  # srun exited with 0
+    JOB_INTERRUPTED = "job interrupted"  # with 130: Ctrl-C
+    JOB_FAILED = "job failed"  # with any other status
+    JOB_TERMINATED = "job terminated"  # by Slurm, which itself decides whether the job starts again
+
+
+class Verdict(IntEnum):
+    """What becomes of the job: the exit status of `python -m pipeline.jobs.requeue`."""
+
+    DONE = 0
+    FAIL = 1
+    REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class Transition(NamedTuple):
+    """verdict: None until the job has ended.  failure: the run's list of failures gets one more."""
+
+    state: State
+    verdict: Verdict | None = None
+    failure: bool = False
+
+
+def transition(state: State, event: Event, *, first_start: bool = True) -> Transition:
+    """What follows from an event.
+
+    first_start: the job has not been requeued before. If preflight refuses a later start, the cause may be temporary,
+        because preflight accepted an earlier one: this counts as a failure.
+
+    The caller turns REQUEUE into FAIL if the job has failed too often (`Status.give_up_reason`).
+    """
+    match state, event:
+        case _, Event.START:
+            # The earlier start ended and reported nothing: it was killed, or its node failed.
+            return Transition(State.STARTING, failure=state in (State.STARTING, State.RUNNING))
+        case State.FINISHED, Event.JOB_SUCCEEDED | Event.JOB_TERMINATED:
+            return Transition(state, Verdict.DONE)
+        case _, Event.JOB_TERMINATED:
+            return Transition(State.STOPPED, Verdict.DONE)
+        case State.STOPPED, Event.JOB_SUCCEEDED:
+            return Transition(state, Verdict.REQUEUE)
+        case State.STOPPED, Event.JOB_INTERRUPTED:  # the user ended it
+            return Transition(state, Verdict.FAIL)
+        case State.REFUSED, _ if first_start:
+            return Transition(state, Verdict.FAIL)
+    return Transition(State.FAILED, Verdict.REQUEUE, failure=True)
 
 
 @dataclass(frozen=True)
@@ -121,23 +181,21 @@ def begin(run: Path) -> None:
         before = before.failed(run, "it ended without a report: killed, or its node failed", reported=False)
     failures = before.failures if job and job == before.job else []
     for left in run.glob("failed-*.txt"):
-        if left != _failure_file(run, _launch()) or _is_older_than_this_process(left):
+        # That of this start is kept, unless an earlier start had the same id.
+        if left != _failure_file(run, _launch()) or recorded.launch == _launch():
             left.unlink(missing_ok=True)
     changes: dict[str, Any] = {"job": job, "start": start, "failures": failures, "launch": _launch()}
     replace(before, state=follows.state, trained=False, **changes).write(run)
 
 
-def note(run: Path, event: str, **changes: Any) -> None:
-    """Record an event, and these fields. Only the first rank calls it, and programs before and after training.
-
-    event: "running", "stopped", "finished", "refused" or "failed".
+def note(run: Path, state: str, **changes: Any) -> None:
+    """Record a state, and these fields. Only the first rank calls it, and programs before and after training.
 
     Other ranks write their failure to a file of its own (`failures_noted`), which this cannot overwrite.
     """
-    before = Status._read_file(run)
-    state = transition(before.state, Event(event)).state
-    if event == state.value:  # it is not if a failure came before
-        replace(before, state=state, trained=before.trained or state == State.RUNNING, **changes).write(run)
+    before, trained = Status._read_file(run), state == State.RUNNING
+    if not (trained and before.state == State.FAILED):  # another rank has failed meanwhile
+        replace(before, state=State(state), trained=before.trained or trained, **changes).write(run)
 
 
 def other_job(run: Path) -> str:
@@ -186,15 +244,3 @@ def _launch() -> str:
 
 def _failure_file(run: Path, launch: str) -> Path:
     return run / f"failed-{launch}.txt"
-
-
-def _is_older_than_this_process(file: Path) -> bool:
-    """By the file system's clock; true if that cannot be read."""
-    probe = file.with_name(f".clock.{socket.gethostname()}-{os.getpid()}")
-    with suppress(OSError):
-        probe.touch()
-        now, then = probe.stat().st_mtime, file.stat().st_mtime
-        probe.unlink()
-        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return now - then > time.clock_gettime(time.CLOCK_BOOTTIME) - began
-    return True

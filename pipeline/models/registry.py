@@ -1,7 +1,7 @@
 """The model families. To add one, write its package and add a line here."""
 
 from pipeline.config import Recipe
-from pipeline.config.registry import Registry
+from pipeline.config.section import Registry
 from pipeline.models.family import SavedModelInterface, TrainingInterface
 
 FAMILIES = Registry(

@@ -1,6 +1,6 @@
 """The training objectives. To add one, write its package and add a line here."""
 
-from pipeline.config.registry import Registry
+from pipeline.config.section import Registry
 
 OBJECTIVES = Registry(
     {

@@ -66,8 +66,8 @@ def read(url: str, start: int = 0, length: int | None = None) -> bytes:
 def write(url: str, data: bytes | Path) -> None:
     """Store bytes, or the content of the file `data`. Readers see the old object or the whole new one.
 
-    Large S3 objects are uploaded in parts. After a failure or a kill, the next `write` of the same content sends only
-    the missing parts. Raises ObjectError as `read` does, and if the stored object differs from what was sent.
+    Large S3 objects are uploaded in parts. Raises ObjectError as `read` does, and if the stored object differs from
+    what was sent.
     """
     location = _s3_location(url)
     with _explained(url):

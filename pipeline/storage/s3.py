@@ -1,4 +1,4 @@
-"""S3 objects through boto3, for jobs that run for days: interrupted reads and uploads resume where they stopped.
+"""S3 objects through boto3, for jobs that run for days: interrupted reads resume where they stopped.
 
 boto3's own retries are off: they cannot resume a body, and would multiply the waits. This module repeats every request
 that fails with a transient error, until there has been no progress for `Settings.timeout_s`.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -178,34 +178,22 @@ def write(bucket: str, key: str, total: int, part: Callable[[int, int], bytes]) 
 
 
 def _write_parts(bucket: str, key: str, total: int, part: Callable[[int, int], bytes]) -> None:
-    """Upload in parts; resume an unfinished upload of this key that began with the same content."""
+    """Upload in parts, several at once."""
     url, where = f"s3://{bucket}/{key}", {"Bucket": bucket, "Key": key}
     step = max(PART_BYTES, -(-total // MAX_PARTS))
-    unfinished = _unfinished(bucket, key)
-
-    def begins_like_ours(parts: dict[int, tuple[int, str]]) -> bool:
-        first = min(parts)
-        data = part((first - 1) * step, step)
-        return parts[first] == (len(data), _md5(data).hex())
-
-    upload = next((upload for upload, parts in unfinished.items() if parts and begins_like_ours(parts)), None)
-    there = unfinished[upload] if upload else {}
-    if upload is None:
-        upload = _call(url, "create_multipart_upload", **where)["UploadId"]
+    upload = {**where, "UploadId": _call(url, "create_multipart_upload", **where)["UploadId"]}
 
     def send(number: int) -> tuple[str, bytes]:
-        """Upload a part, if the server lacks it. Returns its ETag and its MD5."""
+        """Upload a part. Returns its ETag and its MD5."""
         data = part((number - 1) * step, step)
         md5 = _md5(data)
-        if there.get(number) == (len(data), md5.hex()):
-            return md5.hex(), md5
-        this = where | {"UploadId": upload, "PartNumber": number} | _checked(data, md5)
-        return _call(f"{url}, part {number}", "upload_part", **this)["ETag"].strip('"'), md5
+        sent = _call(f"{url}, part {number}", "upload_part", **upload, PartNumber=number, **_checked(data, md5))
+        return sent["ETag"].strip('"'), md5
 
     def complete() -> bool:
         """Complete the upload. False if it no longer exists, as after an earlier completion whose response was lost."""
         try:
-            _client().complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": listed})
+            _client().complete_multipart_upload(**upload, MultipartUpload={"Parts": listed})
         except aws.ClientError as error:
             if _code(error) != "NoSuchUpload":
                 raise
@@ -225,29 +213,11 @@ def _write_parts(bucket: str, key: str, total: int, part: Callable[[int, int], b
         raise ObjectError(
             f"{url} differs from what was sent ({stored['ContentLength']} of {total} bytes): upload it again"
         )
-    for stale in unfinished.keys() - {upload}:
-        with suppress(ObjectError):  # the object is complete, even if these credentials may not delete uploads
-            _call(url, "abort_multipart_upload", **where, UploadId=stale)
-
-
-def _unfinished(bucket: str, key: str) -> dict[str, dict[int, tuple[int, str]]]:
-    """Map each unfinished upload of this key to its finished parts: number -> (size, ETag)."""
-
-    def listed(operation: str, kind: str, **where: str) -> list[dict]:
-        try:
-            return _client().get_paginator(operation).paginate(**where).build_full_result().get(kind, [])
-        except aws.ClientError as error:
-            if _transient(error):
-                raise
-            return []  # the server does not list uploads, or not with these credentials: start a new one
-
-    url = f"s3://{bucket}/{key}"
-    uploads = _persist(url, partial(listed, "list_multipart_uploads", "Uploads", Bucket=bucket, Prefix=key))
-    unfinished = {}
-    for upload in (entry["UploadId"] for entry in uploads if entry["Key"] == key):
-        parts = _persist(url, partial(listed, "list_parts", "Parts", Bucket=bucket, Key=key, UploadId=upload))
-        unfinished[upload] = {entry["PartNumber"]: (entry["Size"], entry["ETag"].strip('"')) for entry in parts}
-    return unfinished
+    # Failed and killed uploads of this key left parts, which stores charge for.
+    with suppress(ObjectError):  # not every server lists uploads, and not with all credentials
+        for stale in _call(url, "list_multipart_uploads", Bucket=bucket, Prefix=key).get("Uploads", []):
+            if stale["Key"] == key:
+                _call(url, "abort_multipart_upload", **where, UploadId=stale["UploadId"])
 
 
 def _md5(data: bytes) -> bytes:
@@ -275,17 +245,13 @@ def stamps_under(bucket: str, prefix: str) -> Iterator[tuple[str, str]]:
 
 def exists(bucket: str, key: str) -> bool:
     """Whether the object exists."""
-
-    def found() -> bool:
-        try:
-            _head(bucket, key)
-        except aws.ClientError as error:
-            if _code(error) in ("NoSuchKey", "404"):
-                return False
-            raise
-        return True
-
-    return _persist(f"s3://{bucket}/{key}", found)
+    try:
+        size(bucket, key)
+    except ObjectError as error:
+        if isinstance(error.__cause__, aws.ClientError) and _code(error.__cause__) in ("NoSuchKey", "404"):
+            return False
+        raise
+    return True
 
 
 def size(bucket: str, key: str) -> int:
@@ -362,19 +328,13 @@ def _call(what: str, operation: str, **parameters: object) -> dict[str, Any]:
 
 
 _TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
-_TRANSIENT_CODES = {
+_TRANSIENT_CODES = {  # with another status
     "BadDigest",  # damaged in transit
     "BandwidthLimitExceeded",
-    "InternalError",
     "OperationAborted",
-    "RequestLimitExceeded",
-    "RequestThrottled",
     "RequestTimeout",
-    "ServiceUnavailable",
-    "SlowDown",
     "Throttling",
     "ThrottlingException",
-    "TooManyRequests",
 }
 
 

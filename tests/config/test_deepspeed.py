@@ -57,73 +57,61 @@ CPU = {"device": "cpu", "pin_memory": True}
         ({"gradient_cliping": 1.0}, "did you mean gradient_clipping?"),
         ({"comms_logger": {"enable": True}}, "did you mean comms_logger.enabled?"),
         ({"flops_profiler": {"profle_step": 1}}, "did you mean flops_profiler.profile_step?"),
-        ({"of_mine": 1}, "unknown setting of_mine; nothing here uses it: remove it"),
+        ({"of_mine": 1}, "unknown setting of_mine; known here: train_batch_size, "),
         # deprecated, removed, or not supported by this pipeline
-        (zero(cpu_offload=True), "cpu_offload is deprecated: set zero_optimization.offload_optimizer"),
-        (zero(cpu_offload_param=True), "cpu_offload_param is deprecated: set zero_optimization.offload_param"),
-        (zero(stage3_gather_fp16_weights_on_model_save=True), "set zero_optimization.stage3_gather_16bit_weights"),
+        (zero(cpu_offload=True), "cpu_offload is deprecated: set offload_optimizer"),
+        (zero(cpu_offload_param=True), "cpu_offload_param is deprecated: set offload_param"),
+        (zero(stage3_gather_fp16_weights_on_model_save=True), "deprecated: set gather_16bit_weights"),
         ({"bfloat16": {"enabled": True}}, "'bfloat16' is not set here; it is called bf16"),
         ({"fp16": {"auto_cast": True}}, "'fp16' is not set here; the recipe's precision"),
-        ({"compression_training": {}}, "'compression_training': The DeepSpeed compression library has been removed"),
-        (zero(mics_shard_size=2), "MiCS ZeRO-3 sharding has been removed"),
+        ({"compression_training": {}}, "unknown setting compression_training"),
+        (zero(mics_shard_size=2), "unknown setting zero_optimization.mics_shard_size"),
         ({"activation_checkpointing": {}}, "batch.activation_checkpointing of the recipe decides it"),
         ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is not set here"),
         ({"aio": {"block_size": 1048576}}, "'aio' is not set here"),
-        ({"checkpoint": {"load_universal": True}}, "unknown setting checkpoint.load_universal; nothing here uses it"),
+        ({"checkpoint": {"load_universal": True}}, "unknown setting checkpoint.load_universal; known here: tag_"),
         # null, true, text and auto in unexpected places
-        ({"zero_optimization": None}, "zero_optimization is null"),
-        ({"zero_optimization": True}, "zero_optimization is a section: expected {...}, got true"),
-        ({"zero_optimization": "auto"}, 'zero_optimization is a section: expected {...}, got "auto"'),
-        (zero(offload_optimizer=True), "zero_optimization.offload_optimizer is a section"),
-        (zero(offload_optimizer="auto"), "zero_optimization.offload_optimizer is a section"),
-        (zero(offload_optimizer={"device": None}), "zero_optimization.offload_optimizer.device is null"),
+        ({"zero_optimization": None}, "zero_optimization: Input should be a valid dictionary"),
+        ({"zero_optimization": True}, "zero_optimization: Input should be a valid dictionary"),
+        ({"zero_optimization": "auto"}, 'nothing for zero_optimization="auto"'),
+        (zero(offload_optimizer=True), "offload_optimizer: Input should be a valid dictionary"),
+        (zero(offload_optimizer="auto"), 'nothing for zero_optimization.offload_optimizer="auto"'),
+        (zero(offload_optimizer={"device": None}), "offload_optimizer.device: Input should be 'none', 'cpu'"),
         (zero(offload_optimizer={"device": "auto"}), "zero_optimization.offload_optimizer.device"),
-        (zero(offload_optimizer={"pin_memory": True}), "zero_optimization.offload_optimizer has no device"),
+        (zero(offload_optimizer={"pin_memory": True}), "offload_optimizer.device is null: set it to cpu, or none"),
         (zero(offload_optimizer={"device": "gpu"}), "Input should be 'none', 'cpu' or 'nvme', got 'gpu'"),
-        ({"bf16": True}, "bf16 is a section"),
-        ({"bf16": None}, "bf16 is null"),
-        ({"bf16": {"enabled": "false"}}, 'bf16.enabled is "false": write it without quotes'),
-        ({"gradient_clipping": None}, "gradient_clipping is null"),
-        ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps is true: expected a number"),
-        ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage is "3": write it without quotes'),
-        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is true"),
+        ({"bf16": True}, "bf16: Input should be a valid dictionary"),
+        ({"bf16": None}, "bf16: Input should be a valid dictionary"),
+        ({"bf16": {"enabled": "false"}}, 'bf16.enabled="false" contradicts the recipe'),
+        ({"gradient_clipping": None}, "gradient_clipping: Input should be a valid number"),
+        ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps: Input should be a valid integer"),
+        ({"wall_clock_breakdown": "false"}, "wall_clock_breakdown: Input should be a valid boolean"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: Input should be 0, 1, 2, 3"),
         (zero(reduce_bucket_size=-1), "zero_optimization.reduce_bucket_size: Input should be greater than 0"),
         (zero(reduce_bucket_size="auto"), 'zero_optimization.reduce_bucket_size="auto"; give a value, or remove it'),
         ({"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown="auto"'),
-        (zero(max_live_parameters=1, stage3_max_live_parameters=2), "max_live_parameters is there twice"),
+        (zero(max_live_parameters=1), "did you mean zero_optimization.stage3_max_live_parameters?"),
         # settings that contradict the recipe or the gradient cache's assumptions
         ({"communication_data_type": "fp16"}, "contradicts the recipe's precision=fp32"),
         ({"communication_data_type": "bf16"}, "contradicts the recipe's precision=fp32"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, 'data_types.grad_accum_dtype="bf16" contradicts the recipe'),
         ({"data_types": {"param_dtype": "bf16"}}, "'data_types.param_dtype' is not set here"),
-        ({"bf16": {"bf16_master_weights_and_grads": True}}, "the gradient cache sums in fp32"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "is not supported: training needs the default, false"),
         ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op="sum" is not supported'),
         ({"prescale_gradients": True}, "prescale_gradients=true is not supported"),
         (zero(zero_quantized_gradients=True), "zero_quantized_gradients=true is not supported"),
         (zero(zenflow={"topk_ratio": 0.1}), "zenflow"),
         (zero(2, compute_grad_norm=False), "compute_grad_norm=false is not supported"),
-        (zero(2, offload_param=CPU), "has offload_param, which would do nothing at ZeRO 2 (offload_param is for 3):"),
-        (zero(1, zero_hpz_partition_size=8), "zero_hpz_partition_size, which would do nothing at ZeRO 1"),
-        (zero(2, stage3_max_live_parameters=5, sub_group_size=5), "has stage3_max_live_parameters, sub_group_size, wh"),
-        (zero(2, max_live_parameters=5), "stage3_max_live_parameters, which would do nothing"),
-        (zero(3, allgather_bucket_size=4e8), "would do nothing at ZeRO 3 (allgather_bucket_size is for 1 in bf16"),
-        (zero(0, reduce_bucket_size=4e8), "would do nothing at ZeRO 0"),
-        (zero(1, allgather_bucket_size=0), "allgather_bucket_size=0: DeepSpeed needs an even number"),
-        (zero(1, allgather_bucket_size=4001), "allgather_bucket_size=4001: DeepSpeed needs an even number"),
+        (zero(2, offload_param=CPU), "offload_param needs ZeRO 3 or higher"),
         (zero(3, zero_hpz_partition_size=3), "zero_hpz_partition_size=3 does not divide 2 processes"),
         (zero(3, zero_hpz_partition_size=8), "zero_hpz_partition_size=8 does not divide 2 processes"),
-        (zero(offload_param=CPU | {"nvme_path": "/scratch"}), "offload_param.nvme_path=\"/scratch\" is not supported"),
-        (zero(offload_optimizer=CPU | {"pipeline_read": True}), "pipeline_read=true is not supported: it is for offlo"),
-        (zero(2, allgather_partitions=False), "allgather_partitions=false is not supported: DeepSpeed no longer"),
-        (zero(1, legacy_stage1=True), "legacy_stage1=true is not supported"),
-        (zero(1, load_from_fp32_weights=False), "load_from_fp32_weights=false is not supported: a resumed run"),
+        (zero(1, load_from_fp32_weights=False), "load_from_fp32_weights=false is not supported"),
         ({"log_level": "verbose"}, "log_level: Input should be 'debug', 'info', 'warning', 'error' or 'critical'"),
         ({"steps_per_print": 0}, "steps_per_print: Input should be greater than 0, got 0"),
         ({"steps_per_print": -1}, "steps_per_print: Input should be greater than 0, got -1"),
         ({"flops_profiler": {"profile_step": 0}}, "flops_profiler.profile_step: Input should be greater than 0"),
         ({"checkpoint": {"tag_validation": "never"}}, "checkpoint.tag_validation: Input should be 'ignore', 'warn' or"),
-        ({"tensorboard": {"enabled": True}}, "tensorboard.enabled=true is not supported"),
+        ({"tensorboard": {"enabled": True}}, "'tensorboard' is not set here; it would log"),
     ],
 )  # fmt: skip
 def test_what_would_be_ignored_or_die_later_is_refused(refused, config, said):
@@ -139,8 +127,8 @@ def test_what_would_be_ignored_or_die_later_is_refused(refused, config, said):
         ("null", "has another form than expected"),
         ("[" * 100_000, "nested too deeply"),
         ('{"bf16": {}, "bf16": {"enabled": true}}', "has the key 'bf16' twice"),
-        ('{"gradient_clipping": NaN}', "gradient_clipping is nan, which is not finite"),
-        ('{"gradient_clipping": 1e999}', "gradient_clipping is inf, which is not finite"),
+        ('{"gradient_clipping": NaN}', "has NaN, which is not a JSON number"),
+        ('{"gradient_clipping": 1e999}', "gradient_clipping=Infinity contradicts the recipe"),
         ('{"steps_per_print": ' + "9" * 5000 + "}", "is not JSON"),
     ],
 )
@@ -183,7 +171,6 @@ def test_what_people_use_elsewhere_still_works(loaded):
             "comms_logger": {"enabled": False, "verbose": False, "prof_all": True, "debug": False},
             "flops_profiler": {"enabled": False, "profile_step": 1, "module_depth": -1, "output_file": None},
             "timers": {"throughput": {"enabled": True, "synchronized": False}},
-            "wandb": {"enabled": False},
         },
         "precision=bf16",
     )
@@ -191,15 +178,8 @@ def test_what_people_use_elsewhere_still_works(loaded):
     assert config["train_micro_batch_size_per_gpu"] == 64
 
 
-def test_in_bf16_stage_1_has_an_optimizer_of_its_own(loaded, refused):
-    settings = {"overlap_comm": True, "reduce_bucket_size": 5e8, "reduce_scatter": False}
-    assert loaded(zero(1, **settings))
-    said = "has overlap_comm, reduce_scatter, which would do nothing at ZeRO 1 in bf16"
-    assert said in refused(zero(1, **settings), "precision=bf16")
-
-
 def test_no_section_takes_what_it_does_not_know(refused):
-    for place in {place.rpartition(".")[0] for place in ds_config._places(ds_config._Config, "")}:
+    for place in {place.rpartition(".")[0] for place in ds_config._SETTINGS}:
         section = config = {}
         for name in filter(None, place.split(".")):
             section[name] = section = {}
@@ -218,7 +198,3 @@ def test_an_offload_of_null_is_none(loaded):
     assert config["zero_optimization"] == {"stage": 3}
     assert not is_offloaded(config["zero_optimization"])
     assert state_bytes([], stage=3, gpus=1, width=4, zero=config["zero_optimization"]).total == 4 * int(5e8)
-
-
-def test_settings_are_read_by_either_of_their_names(loaded):
-    assert loaded(zero(max_live_parameters=5))["zero_optimization"] == {"stage": 3, "stage3_max_live_parameters": 5}

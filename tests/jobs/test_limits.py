@@ -1,7 +1,9 @@
 """Limits of a machine are reported before or at the start of a run: no process waits for an impossible batch."""
 
 import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import numpy as np
@@ -24,8 +26,7 @@ from pipeline.data.tiles import Tiling
 from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
 from pipeline.jobs import limits
-from pipeline.jobs.preflight.job import Job
-from pipeline.jobs.preflight.storage import machine
+from pipeline.jobs.preflight.job import Job, machine
 
 DEMO = Path(__file__).parents[2] / "pipeline/recipes/demo.yaml"
 TILING = Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48)))
@@ -73,18 +74,13 @@ def test_what_a_pair_takes_follows_from_the_index(source):
 
 def test_a_run_does_not_start_where_its_first_batch_would_not_fit(source, monkeypatch):
     lengths, workers = Lengths(TILING, 8), recipe("data.workers=1")
-    pairs = BATCH // 2 * limits.pair_bytes(source, lengths)
-    least, most = limits.shared_bytes(workers, source, lengths, 2, 1)
-    assert (least, most) == (pairs // 2, 4 * pairs)
-    monkeypatch.setattr(limits, "free_bytes", lambda folder: least)
+    usage = SimpleNamespace(free=BATCH // 2 * limits.pair_bytes(source, lengths) // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     limits.require_shared_memory(workers, source, lengths, 2, 1)
-    monkeypatch.setattr(limits, "free_bytes", lambda folder: least - 1)
+    usage.free -= 1
     with pytest.raises(PipelineError, match=r"/dev/shm has .* MB free, .* --shm-size=1g"):
         limits.require_shared_memory(workers, source, lengths, 2, 1)
     limits.require_shared_memory(recipe("data.workers=0"), source, lengths, 2, 1)
-    assert limits.shared_bytes(workers, source, lengths, 2, 2, gpus=True) == (pairs, 2 * (4 * pairs + (20 << 20)))
-    monkeypatch.setattr(limits, "free_bytes", lambda folder: None)  # not on Linux
-    limits.require_shared_memory(workers, source, lengths, 2, 2)
 
 
 def checked(source: Source, *overrides: str) -> tuple[str, str]:
@@ -94,28 +90,25 @@ def checked(source: Source, *overrides: str) -> tuple[str, str]:
 
 
 def test_preflight_looks_at_shared_memory(source, monkeypatch):
-    assert checked(source, "data.workers=0")[0] in ("green", "red", "yellow")
+    assert checked(source, "data.workers=0")[0] in ("green", "red")
     needed = BATCH * limits.pair_bytes(source, Lengths(TILING, 8))
-    for free, state in ((4 * needed, "green"), (needed, "yellow"), (needed // 2 - 1, "red"), (None, "skipped")):
-        monkeypatch.setattr(
-            limits, "free_bytes", lambda folder, free=free: free if folder == limits.SHARED else 1 << 40
-        )
+    for free, state in ((needed // 2, "green"), (needed // 2 - 1, "red")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
         found = checked(source, "data.workers=1")
         assert found[0] == state
-        assert ("--shm-size" in found[1]) == (state in ("yellow", "red"))
+        assert ("--shm-size" in found[1]) == (state == "red")
 
 
 def test_preflight_looks_at_the_limits_of_processes(source, monkeypatch):
-    monkeypatch.setattr(limits, "free_bytes", lambda folder: 1 << 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 40))
     monkeypatch.setattr(limits, "_cgroup", lambda kind: None)
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda which: unlimited)
     assert checked(source)[0] == "green"
-    for which, said in ((resource.RLIMIT_NOFILE, "may open 40 files"), (resource.RLIMIT_NPROC, "ulimit -u allows 40")):
-        with monkeypatch.context() as patch:
-            patch.setattr(resource, "getrlimit", lambda one, which=which: (40, 40) if one == which else unlimited)
-            assert checked(source, "data.workers=2")[0] == "red"
-            assert said in checked(source, "data.workers=2")[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(resource, "getrlimit", lambda which: (40, 40))
+        assert checked(source, "data.workers=2")[0] == "red"
+        assert "ulimit -u allows 40" in checked(source, "data.workers=2")[1]
     for kind, said in (
         ("pids", "pids.max allows 40"),
         ("memory", "may use 0 MiB of memory, and 2 times data.memory_mb"),
@@ -123,11 +116,6 @@ def test_preflight_looks_at_the_limits_of_processes(source, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(limits, "_cgroup", lambda one, kind=kind: 40 if one == kind else None)
             assert said in checked(source, "data.workers=2")[1]
-    monkeypatch.setattr(limits, "free_bytes", lambda folder: 0 if folder != limits.SHARED else 1 << 40)
-    assert "set TMPDIR to another folder" in checked(source)[1]
-    monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr("tempfile._get_default_tempdir", lambda: (_ for _ in ()).throw(FileNotFoundError(2, "none")))
-    assert "no folder for temporary files" in checked(source)[1]
 
 
 def test_open_files_are_raised_as_far_as_they_may():

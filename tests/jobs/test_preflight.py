@@ -24,14 +24,11 @@ from pipeline.errors import PipelineError
 from pipeline.jobs.preflight import check as preflight_check
 from pipeline.jobs.preflight import nodes as preflight_nodes
 from pipeline.jobs.preflight.check import Check, check, green
-from pipeline.jobs.preflight.job import Job, memory, model
-from pipeline.jobs.preflight.machine import attention, judge
-from pipeline.jobs.preflight.nodes import Place, slurm_place
-from pipeline.jobs.preflight.packages import packages
-from pipeline.jobs.preflight.report import over_nodes
-from pipeline.jobs.preflight.run import preflight
-from pipeline.jobs.preflight.storage import checkpoint_bytes, disk_space, model_bytes
+from pipeline.jobs.preflight.job import Job, checkpoint_bytes, disk_space, memory, model, model_bytes
+from pipeline.jobs.preflight.nodes import Nodes, attention, judge
+from pipeline.jobs.preflight.run import over_nodes, preflight
 from pipeline.jobs.status import Status
+from pipeline.preflight import packages
 from pipeline.training import manifest
 from pipeline.training.conditions import conditions_of_run
 
@@ -54,10 +51,10 @@ def overrides(s3, tiny_model) -> list[str]:
     return [*data, f"model.path={tiny_model}", "data.timeout_s=20"]
 
 
-def found(capsys: pytest.CaptureFixture, overrides: list[str], place: Place | None = None, **options) -> tuple:
+def found(capsys: pytest.CaptureFixture, overrides: list[str], nodes: Nodes | None = None, **options) -> tuple:
     """Run all checks in this process; return the exit status, the output, and the lines of stderr."""
     options = {"world": None, "slurm": False, "began": time.monotonic()} | options
-    status = preflight(load_recipe(DEMO, overrides), place or Place(name="n1"), INSTALLED, **options)
+    status = preflight(load_recipe(DEMO, overrides), nodes or Nodes(name="n1"), INSTALLED, **options)
     said = capsys.readouterr()
     assert "Traceback" not in said.out + said.err
     return status, said.out, said.err.splitlines()
@@ -254,31 +251,28 @@ def test_kernels_for_gpus_are_missed_where_training_is(monkeypatch):
     assert attention(recipe, cpu, slurm=False).state == "yellow"  # for example on a login node
 
 
-def gpu_node(count: int, free: float = 1.0) -> dict:
-    return {"driver": "570.1", "gpus": [["H100", 80 * 10**9, int(free * 80 * 10**9)]] * count}
+def gpu_node(count: int, free: float = 1.0, name: str = "H100") -> list:
+    return [[name, 80 * 10**9, int(free * 80 * 10**9)]] * count
 
 
 def test_gpus_are_alike_and_free():
-    def judged(*nodes: dict, meant_for_cpu: bool = False) -> Check:
+    def judged(*nodes: list, meant_for_cpu: bool = False) -> Check:
         return judge(list(nodes), [f"n{number}" for number in range(1, len(nodes) + 1)], meant_for_cpu)
 
-    assert judged(gpu_node(8), gpu_node(8)).found == "8 x H100, 80 GB, driver 570.1 on each node"
+    assert judged(gpu_node(8), gpu_node(8)).found == "8 x H100, 80 GB on each node"
     lacking = judged(gpu_node(8), gpu_node(8), gpu_node(7))
     assert lacking.state == "red"
     assert "but n3 has 7 x H100" in lacking.found
-    assert judged(gpu_node(8), gpu_node(8), gpu_node(8) | {"driver": "550.2"}).state == "yellow"
+    assert judged(gpu_node(8), gpu_node(8), gpu_node(8, name="A100")).state == "yellow"
     assert "GPU 0 of n2 has 40 of 80 GB free" in judged(gpu_node(1), gpu_node(1, 0.5)).found
     assert judged(gpu_node(0)).state == "yellow"
     assert judged(gpu_node(0), meant_for_cpu=True).state == "skipped"
 
 
 def test_a_line_names_the_nodes_that_differ():
-    def checks(state: str, text: str, rate: float | None = None) -> list[Check]:
-        return [Check("data", state, text, rate=rate)]
+    def checks(state: str, text: str) -> list[Check]:
+        return [Check("data", state, text)]
 
-    assert over_nodes([("n1", checks("green", "60 samples", 9.0)), ("n2", checks("green", "60 samples", 5.0))]) == (
-        checks("green", "60 samples, 5 (n2) to 9 MB/s (n1)", 9.0)
-    )
     many = [(f"n{number}", checks("green", "fine")) for number in range(1, 7)]
     assert over_nodes(many)[0].found == "fine"
     for number in (2, 4, 5, 6):
@@ -315,16 +309,12 @@ def test_a_check_that_hangs_or_raises_is_red_and_keeps_secrets(monkeypatch):
 def test_packages_are_those_that_are_asked_for(monkeypatch):
     installed = packages()
     assert installed.state == "green", installed
-    versions = {"torch": "2.11.0", "urllib3": "1.26.1"}
     original = packages.__wrapped__.__globals__["version"]
     monkeypatch.setitem(
-        packages.__wrapped__.__globals__, "version", lambda name: versions.get(name) or original(name)
-    )  # fmt: skip
+        packages.__wrapped__.__globals__, "version", lambda name: "1.26.1" if name == "urllib3" else original(name)
+    )
     refused = packages()
     assert (refused.state, refused.found) == ("red", "urllib3 1.26.1 is not >=2")
-    del versions["urllib3"]
-    assert packages().state == "yellow"
-    assert "tested with torch==" in packages().do
 
 
 def slurm(node: int, port: int, *, tasks: int = 1) -> dict[str, str]:
@@ -342,11 +332,11 @@ def free_port() -> int:
 
 
 def test_a_place_is_that_of_the_task():
-    assert slurm_place(slurm(1, 4000)) == Place(1, 2, "n2", "127.0.0.1", 4000)
+    assert Nodes.of_slurm(slurm(1, 4000)) == Nodes(1, 2, "n2", "127.0.0.1", 4000)
     with pytest.raises(PipelineError, match="'RANK' is not in the environment"):
-        slurm_place({})
+        Nodes.of_slurm({})
     with pytest.raises(PipelineError, match="one task on each node"):
-        slurm_place(slurm(1, 4000, tasks=8))
+        Nodes.of_slurm(slurm(1, 4000, tasks=8))
 
 
 def test_nodes_that_do_not_meet_say_where(overrides, tmp_path, capsys, monkeypatch):
@@ -355,8 +345,7 @@ def test_nodes_that_do_not_meet_say_where(overrides, tmp_path, capsys, monkeypat
     port = free_port()
     arguments = [*overrides, f"run={tmp_path}/run"]
     for node in (1, 0):  # each runs without the other
-        place = slurm_place(slurm(node, port))
-        status, table, errors = found(capsys, arguments, place, slurm=True)
+        status, table, errors = found(capsys, arguments, Nodes.of_slurm(slurm(node, port)), slurm=True)
         assert (status, len(errors)) == (2, 1)
         assert f"nodes meet: n{node + 1}, node {node} of 2, did not reach all at 127.0.0.1:{port}" in errors[0]
         assert "NCCL_SOCKET_IFNAME=ib0" in errors[0]

@@ -2,16 +2,11 @@
 
 import multiprocessing
 import os
-import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
-from limits import HANG_SECONDS
 
 from pipeline.storage import objects
 from pipeline.storage import s3 as client
@@ -59,11 +54,6 @@ def unfinished(key: str) -> list[str]:
     """Return the keys of unfinished multipart uploads."""
     listed = client._client().list_multipart_uploads(Bucket="pipeline-tests", Prefix=key)
     return [entry["Key"] for entry in listed.get("Uploads", [])]
-
-
-def parts_sent(proxy: FaultProxy) -> list[int]:
-    """Return the numbers of all sent parts, with repetitions."""
-    return [int(part[1]) for _, path in proxy.requests if (part := re.search(r"partNumber=(\d+)", path))]
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, None), (1000, None), (77, 1_000_000)])
@@ -221,33 +211,6 @@ def test_a_body_damaged_each_time_is_refused(proxied):
     assert objects.read(OBJECT) == CONTENT
 
 
-def test_a_killed_upload_goes_on(proxied, tmp_path):
-    """A process is killed when two of five parts are on the server and three are being sent."""
-    source, url = tmp_path / "source", f"{ROOT}/resumed"
-    size = 4 * client.PART_BYTES + 1000
-    source.write_bytes(os.urandom(size))
-    proxy = proxied(only("PUT", range(2, 9), stall(60)))
-    program = "import sys; from pathlib import Path; from pipeline.storage import objects\n"
-    program += "objects.write(sys.argv[1], Path(sys.argv[2]))"
-    process = subprocess.Popen([sys.executable, "-c", program, url, str(source)])
-    parts: list[int] = []
-    deadline = time.monotonic() + HANG_SECONDS
-    while len(parts) < 2 and time.monotonic() < deadline:
-        uploads = client._unfinished("pipeline-tests", "faults/resumed")
-        parts = [number for upload in uploads.values() for number in upload]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert len(parts) == 2
-    assert not objects.exists(url)
-
-    proxy = proxied(lambda number, method, path: None)
-    objects.write(url, source)
-    assert sorted(parts + parts_sent(proxy)) == [1, 2, 3, 4, 5]
-    assert objects.read(url) == source.read_bytes()
-    assert unfinished("faults/resumed") == []
-
-
 def test_stale_uploads_of_the_key_are_removed(proxied):
     key, data = "faults/stale", os.urandom(LARGE)
     for name, body in ((key, b"other content"), (key, None), (key + "-beside", None)):
@@ -262,29 +225,15 @@ def test_stale_uploads_of_the_key_are_removed(proxied):
     assert unfinished(key) == [key + "-beside"]
 
 
-def test_a_part_that_differs_is_sent_again(s3):
-    key, data = "faults/differs", os.urandom(LARGE)
-    where = {"Bucket": "pipeline-tests", "Key": key}
-    upload = client._client().create_multipart_upload(**where)["UploadId"]
-    for number, body in (
-        (1, data[: client.PART_BYTES]),
-        (2, bytes(client.PART_BYTES)),
-        (9, b"more parts than there are"),
-    ):
-        client._client().upload_part(**where, UploadId=upload, PartNumber=number, Body=body)
-    objects.write(f"{ROOT}/differs", data)
-    assert objects.read(f"{ROOT}/differs") == data
-    assert unfinished(key) == []
-
-
-def test_a_failed_upload_leaves_its_parts(proxied):
+def test_a_failed_upload_is_removed_by_the_next(proxied):
     url, data = f"{ROOT}/failed", os.urandom(LARGE)
     proxied(lambda number, method, path: refuse(403, "AccessDenied") if "partNumber=2" in path else None)
     assert f"{url}, part 2: access denied" in message(objects.write, url, data)
-    proxy = proxied(lambda number, method, path: None)
+    assert unfinished("faults/failed")
+    proxied(lambda number, method, path: None)
     objects.write(url, data)
-    assert parts_sent(proxy) == [2]
     assert objects.read(url) == data
+    assert unfinished("faults/failed") == []
 
 
 def test_servers_that_do_not_list_uploads(proxied):

@@ -8,7 +8,7 @@ from pipeline.config import load_recipe
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.results import DatasetResult, Similarities
 from pipeline.jobs.preflight.check import Check
-from pipeline.jobs.preflight.report import show
+from pipeline.jobs.preflight.run import show
 from pipeline.jobs.program import configure_logging
 from pipeline.training import manifest, resume
 from pipeline.training.checkpoint import best, keep_best, remove_old

@@ -23,14 +23,12 @@ class Check:
     """A row of the table.
 
     state: red would stop the run; yellow does not.  do: what to do, unless `found` says it.
-    rate: the measured MB/s, which differ from node to node.
     """
 
     name: str
     state: Literal["skipped", "green", "yellow", "red"]
     found: str
     do: str = ""
-    rate: float | None = None
 
     @property
     def error(self) -> str:

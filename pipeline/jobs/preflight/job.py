@@ -1,6 +1,11 @@
-"""Whether the recipe's model, batches, memory and checkpoints fit together, by the functions that training calls."""
+"""Whether the recipe's data, model, batches, memory, disks and checkpoints fit together: the functions of training."""
 
+import os
 import re
+import secrets
+import shutil
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +15,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.config import Recipe, load_ds_config
 from pipeline.data.lengths import Lengths
+from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
-from pipeline.jobs import status
+from pipeline.evaluation import sets
+from pipeline.jobs import limits, status
 from pipeline.jobs.preflight.check import Check, check, green, red, skipped, yellow
-from pipeline.jobs.preflight.machine import GB
+from pipeline.jobs.preflight.nodes import GB, Nodes
 from pipeline.jobs.status import Status
 from pipeline.models.files import survey
 from pipeline.models.registry import training_of
@@ -27,6 +34,10 @@ from pipeline.training.memory import Plan
 from pipeline.training.trainer import plan
 
 _ABSENT = "is not a folder, and not complete in the hub's cache"
+_NOT_ESTIMATED = "not estimated for this family, or without model and processes"
+_STORE_SECONDS = 20  # without a byte, if the recipe's data.timeout_s is longer
+_PROBE_BYTES = 64 << 20
+_SEE_SECONDS = 5  # until a file system shows other nodes a new file
 
 
 @dataclass
@@ -48,6 +59,76 @@ class Job:
     @property
     def folder(self) -> Path:
         return Path(self.recipe.run)
+
+
+@check("data", if_late="is the endpoint (AWS_ENDPOINT_URL) overloaded, or the network to it?")
+def data(job: Job, node: int, nodes: int) -> Check:
+    """Credentials, indexes and one block, from a different shard on each node."""
+    timeout = min(job.recipe.data.timeout_s, _STORE_SECONDS)
+    source = Source.open(job.recipe.data.model_copy(update={"timeout_s": timeout}))
+    number = node * len(source.shards) // nodes
+    records = source.records(number, 0, min(job.recipe.data.block_samples, source.shards[number][1].samples))
+    bad = []
+    for sample, record in zip(source.read(number, records), records, strict=True):
+        try:
+            source.parse(number, record, sample)
+        except BadSample as reason:
+            bad.append(str(reason))
+    if len(bad) == len(records):
+        return red(f"{source.origin(number, 0).shard}: {bad[0]}", "name shards of pairs in data.url and data.datasets")
+    job.source = source
+    total = sum(index.samples for _, index in source.indexes)
+    return green(f"{total:,} samples in {len(source.indexes)} datasets, {len(source.shards)} shards")
+
+
+@check("evaluation", seconds=30, if_late="large sets take longer; training waits for them", late=yellow)
+def evaluation(recipe: Recipe) -> Check:
+    if not recipe.evaluation:
+        return skipped("the recipe has no evaluation")
+    collection = sets.load(recipe.evaluation.urls)
+    return green(f"{len(collection.tasks)} sets of {len(collection.items):,} items")
+
+
+@check("run directory", if_late="the file system hangs: set run= to another")
+def run_directory(folder: Path, nodes: Nodes) -> Check:
+    """Each node writes to the folder, or above it if it does not exist, after it saw a file of the first node there."""
+    probe, problem = nearest(folder) / f".preflight-{secrets.token_hex(4)}", ""
+    if nodes.node == 0:
+        try:
+            probe.touch()
+        except OSError as error:
+            problem = error.strerror or str(error)
+    try:
+        name, problem = nodes.share("probe", [str(probe), problem])[0]
+        probe = Path(name)
+        if problem:
+            return red(f"{probe.parent}: {problem}", "set run= to a folder that can be written")
+        deadline = time.monotonic() + _SEE_SECONDS
+        while not (seen := probe.exists()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        nodes.share("seen", seen)  # the first node removes it after that
+        if not seen:
+            return red(
+                f"{probe.parent} is not the same folder as on {nodes.names[0]}",
+                "set run= to a folder on a file system that all nodes share",
+            )
+        own = Path(f"{probe}-{nodes.node}")
+        try:
+            own.write_bytes(os.urandom(_PROBE_BYTES))  # random: no file system can compress it
+        finally:
+            own.unlink(missing_ok=True)
+        return green(str(folder.absolute()))
+    except OSError as error:
+        return red(f"{probe.parent}: {error.strerror}", "free space there, or set run= to another file system")
+    finally:
+        if nodes.node == 0:
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the nearest existing one above it."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
 @check("model", if_late="is the file system with the model slow, or the hub? HF_HUB_OFFLINE=1 avoids the hub")
@@ -131,11 +212,8 @@ def processes(job: Job) -> Check:
 @check("memory", if_late="run tools/plan_memory.py")
 def memory(job: Job, gpu_bytes: int) -> Check:
     """Memory by the estimate of tools/plan_memory.py.  gpu_bytes: of the smallest GPU; 0 without GPUs."""
-    if not training_of(job.recipe).estimates_memory:
-        family = job.recipe.model.family
-        return skipped(f"not estimated for {family}; batch.chunk_tokens=auto finds what fits in the first steps")
     if job.plan is None or job.zero is None:
-        return skipped("without model and processes")
+        return skipped(_NOT_ESTIMATED)
     if not gpu_bytes:
         return skipped("there is no GPU here; tools/plan_memory.py estimates for any GPU")
     plan, stage = job.plan, job.zero["stage"]
@@ -151,6 +229,60 @@ def memory(job: Job, gpu_bytes: int) -> Check:
         return red(found, lower)
     # CUDA, NCCL and fragmentation need a few more GB.
     return yellow(f"{found}: little is left", lower) if needed > FULL * gpu_bytes else green(found)
+
+
+@check("disk space", if_late="the file system hangs: set run= to another")
+def disk_space(job: Job) -> Check:
+    """The space that checkpoints and models need, less that of existing checkpoints."""
+    if job.plan is None or job.zero is None:
+        return skipped(_NOT_ESTIMATED)
+    evaluation = job.recipe.evaluation
+    kept = job.recipe.checkpoint.keep + bool(evaluation and evaluation.every)  # one for the best checkpoint
+    one, whole = checkpoint_bytes(job), model_bytes(job)
+    there = sum(file.stat().st_size for file in (job.folder / "checkpoints").glob("step-*/**/*") if file.is_file())
+    # The oldest is deleted after the newest is complete, hence one more.
+    needed = max((kept + 1) * one - there, 0) + whole
+    free = shutil.disk_usage(nearest(job.folder)).free
+    found = f"{free / GB:,.2f} GB free, {needed / GB:,.2f} GB needed: {kept} + 1 checkpoints of {one / GB:,.2f} GB"
+    if needed > free:
+        return red(
+            f"{found}, models of {whole / GB:,.2f} GB", "free space, lower checkpoint.keep, or set run= elsewhere"
+        )
+    return green(found)
+
+
+def checkpoint_bytes(job: Job) -> int:
+    """The size of a checkpoint: for each trained parameter the master weight and two moments, in fp32.
+
+    ZeRO 1 and 2 also write the parameter in the precision of training.
+    """
+    assert job.plan and job.zero
+    trained = sum(group.parameters for group in job.plan.groups if group.trained)
+    return trained * (12 + (_width(job.recipe) if job.zero["stage"] in (1, 2) else 0))
+
+
+def model_bytes(job: Job) -> int:
+    """The size of the export and, if the run creates or converts its initial model, of that."""
+    assert job.plan
+    path = job.recipe.model.path
+    made = path is None or (Path(path).is_dir() and training_of(job.recipe).converts(path))
+    return (2 if made else 1) * sum(group.parameters for group in job.plan.groups) * _width(job.recipe)
+
+
+def _width(recipe: Recipe) -> int:
+    return 2 if recipe.precision == "bf16" else 4
+
+
+@check("machine", if_late="is the machine overloaded, or its /tmp on a network file system?")
+def machine(job: Job, nodes: int) -> Check:
+    """Shared memory, and the limits of processes.  nodes: over which the processes are spread."""
+    ranks = -(-job.world // nodes)
+    if problems := list(limits.too_low(job.recipe, ranks)):
+        return red("; ".join(problems))
+    if job.source is None or job.lengths is None:
+        return skipped("without data and model")
+    limits.require_shared_memory(job.recipe, job.source, job.lengths, job.world, ranks)
+    return green(f"{shutil.disk_usage(limits.SHARED).free / GB:,.1f} GB of {limits.SHARED} free")
 
 
 @check("other jobs", if_late="is Slurm's controller slow? squeue shows whether another job trains the same run")

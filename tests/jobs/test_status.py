@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.jobs.states import Event, State, Verdict, transition
+from pipeline.jobs.status import Event, State, Verdict, transition
 
 S, E, V = State, Event, Verdict
 ENDED = (S.STOPPED, S.FINISHED, S.REFUSED, S.FAILED)
@@ -11,12 +11,6 @@ TABLE = {
     **{(state, E.START): (S.STARTING, None, False) for state in ENDED},
     (S.STARTING, E.START): (S.STARTING, None, True),
     (S.RUNNING, E.START): (S.STARTING, None, True),
-    **{(state, E.RUNNING): (S.RUNNING, None, False) for state in S if state != S.FAILED},
-    (S.FAILED, E.RUNNING): (S.FAILED, None, False),  # another rank failed
-    **{(state, E.STOPPED): (S.STOPPED, None, False) for state in S},
-    **{(state, E.FINISHED): (S.FINISHED, None, False) for state in S},
-    **{(state, E.REFUSED): (S.REFUSED, None, False) for state in S},
-    **{(state, E.FAILED): (S.FAILED, None, False) for state in S},
     (S.STARTING, E.JOB_SUCCEEDED): FAILURE,
     (S.RUNNING, E.JOB_SUCCEEDED): FAILURE,
     (S.STOPPED, E.JOB_SUCCEEDED): (S.STOPPED, V.REQUEUE, False),
