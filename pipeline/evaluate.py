@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="options:\n" + EvaluationRun.describe(),
+        epilog="key=value options:\n" + EvaluationRun.describe(),
     )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("tasks", metavar="SETS")

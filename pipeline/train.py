@@ -29,14 +29,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="a recipe's fields, with their defaults:\n" + Recipe.describe(),
+        epilog="a recipe's fields with their defaults (* must not change when a run resumes):\n" + Recipe.describe(),
     )
     parser.add_argument("recipe", help="a YAML file; pipeline/recipes/ has the project's own")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a recipe's field by its dotted name")
     parser.add_argument(
         "--no-resume",
         action="store_true",
-        help="stop if the run directory has a checkpoint, rather than continue it",
+        help="stop if the run directory has a checkpoint, instead of resuming",
     )
     arguments = parser.parse_args()
     preemption = Preemption()

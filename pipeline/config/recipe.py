@@ -67,7 +67,7 @@ class LanguageModelTrain(TrainSection):
     """For a model whose part `language_model` can have adapters."""
 
     lora: Annotated[Lora | None, Fixed()] = Field(
-        None, description="adapters take the place of the language model's own weights"
+        None, description="train adapters instead of the language model's own weights; its fields:"
     )
 
     @property
@@ -77,7 +77,9 @@ class LanguageModelTrain(TrainSection):
     @model_validator(mode="after")
     def adapters_have_a_rate(self) -> "LanguageModelTrain":
         if self.lora and not getattr(self, "language_model", True):
-            raise ValueError("model.train.lora needs model.train.language_model, whose learning rate the adapters have")
+            raise ValueError(
+                "model.train.lora needs model.train.language_model=true or a learning rate, which the adapters use"
+            )
         return self
 
 
@@ -94,12 +96,11 @@ class ModelSection(Section):
     family: Annotated[str, Fixed()]
     path: Annotated[Place | None, Fixed()] = Field(None, description="folder or hub name")
     architecture: Annotated[Section | None, Fixed()] = Field(
-        None, description="train from random weights with this architecture, instead of model.path"
+        None, description="train from random weights with this architecture, instead of model.path; its fields:"
     )
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
         "auto",
-        description="attention kernel of the language model: flash_attn, varlen (PyTorch) or sdpa; auto uses the first "
-        "one available; the vision tower always uses SDPA",
+        description="attention kernel for texts: flash_attn, varlen (PyTorch) or sdpa; auto: the first one available",
     )
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
     train: TrainSection
@@ -162,9 +163,9 @@ class Part(Section):
     """A dataset in a mixture."""
 
     name: str = Field(pattern=r"^[^./][^/]*$", description="its folder below data.url")
-    weight: float = Field(1.0, gt=0, description="how often an epoch takes each of its samples")
+    weight: float = Field(1.0, gt=0, description="how often an epoch uses each of its samples")
     cap: int | None = Field(
-        None, gt=0, description="maximum samples per epoch, weighted or not; the next epoch takes others"
+        None, gt=0, description="maximum samples per epoch, weighted or not; the next epoch uses others"
     )
 
 
@@ -174,7 +175,9 @@ class Data(Store):
         [], description="datasets below url: NAME or {name: NAME, weight: 1, cap: 50000}; empty: url is itself one"
     )
     text_embeddings: Place | None = Field(
-        None, description="vectors of the captions, by pipeline.embed --shards: its --out, or `beside`"
+        None,
+        description="the captions' embeddings by pipeline.embed --shards: its --out, or `beside` the shards; null: the "
+        "text encoder runs in every step",
     )
     cap: Annotated[int | None, Fixed()] = Field(
         None, gt=0, description="maximum samples per dataset and epoch, unless the dataset has its own cap"
@@ -201,7 +204,7 @@ class Data(Store):
         0.001,
         ge=0,
         le=1,
-        description="the run stops if a larger fraction of the samples so far is unusable (of at least 10,000 samples)",
+        description="the run stops if more than this fraction of max(samples so far, 10,000) is unusable",
     )
 
     @field_validator("datasets", mode="before")
@@ -216,7 +219,7 @@ class Data(Store):
     def names_differ(cls, datasets: list[Part]) -> list[Part]:
         names = [part.name for part in datasets]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"data.datasets names {', '.join(twice)} twice; to take more of it, give it a weight")
+            raise ValueError(f"data.datasets names {', '.join(twice)} twice; to use more of it, give it a weight")
         return datasets
 
     @field_validator("batches", mode="before")
@@ -226,7 +229,7 @@ class Data(Store):
             batches = ":".join(str(part) for part in next(iter(batches.items())))
         if not re.fullmatch(r"mixed|homogeneous|interleaved: *[1-9][0-9]*", str(batches)):
             raise ValueError(
-                f"{str(batches)!r} is unknown; it can be mixed, homogeneous or interleaved:K, as interleaved:4"
+                f"{str(batches)!r} is unknown; it can be mixed, homogeneous or interleaved:K, such as interleaved:4"
             )
         return batches
 
@@ -255,12 +258,12 @@ class Batch(Section):
     )
     kept_chunks: NonNegativeInt | Literal["auto"] = Field(
         0,
-        description="chunks whose graph is kept from the first pass, to save time; auto: as many as fit in memory",
+        description="chunks whose graph is kept, so that they are not recomputed; auto: as many as fit in memory",
     )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass; use it if one chunk does not fit otherwise"
     )
-    tower_tiles: int = Field(64, gt=0, description="tiles that a frozen vision tower sees at once")
+    tower_tiles: int = Field(64, gt=0, description="tiles in one forward pass of a frozen vision tower")
     features_mb: int = Field(
         4096,
         ge=0,
@@ -269,11 +272,11 @@ class Batch(Section):
 
 
 class Optimizer(Section):
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, description="peak learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps in which lr rises linearly")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="fraction of the steps in which lr rises linearly")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: never")
 
 
@@ -285,13 +288,13 @@ class Evaluation(Section):
         None,
         gt=0,
         description="steps between evaluations; a run also evaluates before the first and after the last step. "
-        "llm2clip loads its text encoder then",
+        "llm2clip loads its text encoder for each evaluation",
     )
 
 
 class Checkpoint(Section):
     every: int = Field(gt=0, description="steps between checkpoints")
-    keep: int = Field(2, gt=0, description="how many of the newest stay on disk")
+    keep: int = Field(2, gt=0, description="how many of the newest to keep, besides the best")
 
 
 class Recipe(Section):
@@ -300,8 +303,8 @@ class Recipe(Section):
 
     run: Local = Field(description="the run directory: checkpoints, metrics, TensorBoard, the exported model")
     seed: Annotated[int, Fixed()] = Field(0, ge=0, lt=1 << 63)
-    steps: int | None = Field(None, gt=0, description="optimizer steps; or give epochs")
-    epochs: float | None = Field(None, gt=0, le=1e6)
+    steps: int | None = Field(None, gt=0, description="optimizer steps; set either steps or epochs")
+    epochs: float | None = Field(None, gt=0, le=1e6, description="passes over the data")
     precision: Annotated[Literal["bf16", "fp32"], Fixed()] = "bf16"
     deepspeed: Local = Field(description="a DeepSpeed config; its `auto` values are filled from the recipe")
     model: Annotated[ModelSection, OneOf("family", _families)]
@@ -337,7 +340,7 @@ class Recipe(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
         if not _LEAST_RATE <= self.optimizer.lr < 1:
-            raise ValueError(f"optimizer.lr is {self.optimizer.lr:g}: give a learning rate as 1e-5")
+            raise ValueError(f"optimizer.lr is {self.optimizer.lr:g}: give a learning rate such as 1e-5")
         if self.batch.global_batch % self.data.lanes:
             fitting = [n for n in range(1, self.batch.global_batch + 1) if self.batch.global_batch % n == 0]
             near = sorted(sorted(fitting, key=lambda n: abs(n - self.data.lanes))[:5])
@@ -360,21 +363,24 @@ class Recipe(Section):
 class EvaluationRun(Store):
     """The options of `python -m pipeline.evaluate`."""
 
-    out: Local | None = Field(None, description="folder of embeddings and report (evaluation/MODEL)")
+    out: Local | None = Field(None, description="folder of embeddings and report; default: evaluation/MODEL")
     against: Local | None = Field(
         None, description="another evaluation's folder, or its report.json, to show beside it"
     )
     part: str | None = Field(
         None,
         pattern=r"^[0-9]+/[1-9][0-9]*$",
-        description="i/N: embed only every N-th dataset from the i-th on, counted from 0; a later call reports on all",
+        description="i/N: embed part i (0 to N-1) of the datasets; a run without it writes the report",
     )
     encoder: Place | None = Field(
-        None, description="module:function or file.py:function that makes an Encoder (pipeline/evaluation/encoder.py)"
+        None,
+        description="module:function or file.py:function that makes an Encoder (see pipeline/evaluation/encoders.py)",
     )
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16, fp32, or auto: the folder's own")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="of the weights: bf16, fp32, or auto: as stored"
+    )
     chunk_tokens: int | None = Field(
-        None, gt=0, description="maximum tokens per forward pass (16384, or 4096 where attention pads)"
+        None, gt=0, description="maximum tokens per forward pass; default: 16384, or 4096 if attention pads"
     )
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
     video: Video = Video()

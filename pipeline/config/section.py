@@ -76,18 +76,18 @@ class Section(BaseModel):
 
     @classmethod
     def describe(cls, prefix: str = "") -> str:
-        """All fields with their defaults and meanings, one line each, for --help."""
+        """Return all fields with their defaults and meanings, one line each, for --help. Fixed ones have a star."""
         lines = []
         for name, field in cls.model_fields.items():
-            is_list = get_origin(field.annotation) is list
-            if options := {} if is_list else sections_of(cls, name):
-                for tag, section in options.items():
-                    if tag:
-                        lines.append(f"  {prefix}{name}.{tag_of(cls, name)}={tag}:")
-                    lines.append(section.describe(f"{prefix}{name}."))
-            elif name not in cls.hidden:
+            options = {} if get_origin(field.annotation) is list else sections_of(cls, name)
+            if name not in cls.hidden and (field.description or not options):
                 default = "" if field.is_required() else json.dumps(field.get_default(), default=lambda _: None)
-                lines.append(f"  {prefix + name + '=' + default:<34} {field.description or ''}".rstrip())
+                star = "*" if any(isinstance(mark, Fixed) for mark in field.metadata) else " "
+                lines.append(f"{star} {prefix + name + '=' + default:<34} {field.description or ''}".rstrip())
+            for tag, section in options.items():
+                if tag:
+                    lines.append(f"  {prefix}{name}.{tag_of(cls, name)}={tag}:")
+                lines.append(section.describe(f"{prefix}{name}."))
         return "\n".join(lines)
 
     hidden: ClassVar[tuple[str, ...]] = ()  # fields without a line of their own in `describe`

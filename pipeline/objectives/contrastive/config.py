@@ -15,7 +15,7 @@ class ContrastiveSection(ObjectiveSection):
         False, description="learn the temperature, starting at this value, with optimizer.lr; its lower bound is 0.01"
     )
     margin: Annotated[float | None, Fixed()] = Field(
-        None, description="mask negatives more similar than the positive by this much"
+        None, description="mask negatives whose similarity exceeds the positive's by more than this"
     )
 
 
