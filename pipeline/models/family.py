@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.data.sample import Draw, Item, Pair
     from pipeline.data.source import Source
     from pipeline.models.chunks import Features
+    from pipeline.models.files import Tensors
     from pipeline.models.frozen import Frozen
 
 S = TypeVar("S", bound=ModelSection)
@@ -86,14 +87,12 @@ class TrainingInterface(ABC, Generic[S]):
     unused: prefixes of parameters that get no gradient, because no embedding depends on them.
     adapted: the model's attribute that gets LoRA adapters if a recipe sets them.
     stages: supported ZeRO stages.
-    checks_config_alone: whether `check` needs no weights of a model on the hub.
     estimates_memory: whether `memory` is implemented.
     """
 
     unused: ClassVar[tuple[str, ...]] = ()
     adapted: ClassVar[str] = ""
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
-    checks_config_alone: ClassVar[bool] = False
     estimates_memory: ClassVar[bool] = False
 
     def section(self, recipe: Recipe) -> S:
@@ -101,7 +100,10 @@ class TrainingInterface(ABC, Generic[S]):
 
     @abstractmethod
     def check(self, model: S) -> None:
-        """Raise PipelineError if a recipe's model is invalid, before any of it is loaded."""
+        """Raise PipelineError if a recipe's model is invalid, before any of it is loaded.
+
+        Of a model on the hub this reads no weights.
+        """
 
     def check_stage(self, stage: int) -> None:
         """Raise PipelineError for a ZeRO stage that is not supported."""
@@ -139,11 +141,6 @@ class TrainingInterface(ABC, Generic[S]):
         """Whether `resolve` writes a converted copy of the folder at `path`."""
         return False
 
-    def preflight(self, recipe: Recipe, path: str) -> None:
-        """Raise PipelineError if the folder of the recipe's model is invalid, as far as a check without a GPU shows."""
-        self.check(self.section(recipe))
-        self.processor(recipe, path)
-
     def memory(self, recipe: Recipe, videos: bool) -> ModelMemory:
         """Return the input of a memory estimate.  videos: chunks are full of videos instead of images."""
         raise NotImplementedError
@@ -176,7 +173,7 @@ class TrainingInterface(ABC, Generic[S]):
         """Load the frozen part outside the engine, or return None. It is called before the engine is created."""
         return None
 
-    def exported(self, weights: "dict[str, torch.Tensor]", frozen: "Frozen | None") -> "dict[str, torch.Tensor]":
+    def exported(self, weights: "Tensors", frozen: "Frozen | None") -> "Tensors":
         """Return the weights of an export: the engine's, with those of the frozen part if it belongs to the model."""
         return weights
 
@@ -187,9 +184,7 @@ class TrainingInterface(ABC, Generic[S]):
         return processor, frozen.features_of if frozen else None
 
     @abstractmethod
-    def save(
-        self, recipe: Recipe, model: "nn.Module", weights: "dict[str, torch.Tensor]", source: str, folder: Path
-    ) -> None:
+    def save(self, recipe: Recipe, model: "nn.Module", weights: "Tensors", source: str, folder: Path) -> None:
         """Write an export: `weights` with the tokenizer and image processor of `source`, and a model card."""
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, processors
-from transformers import AutoConfig, AutoTokenizer, Qwen2Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.config import EvaluationRun
@@ -67,7 +67,7 @@ def mark(folder: Path, marks: str) -> None:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("decoders") / "plain"
-    masked.build(SIZES | {"num_key_value_heads": 2, "vocab_size": 400}, CORPUS, 0, folder)
+    decoder.build(SIZES | {"num_key_value_heads": 2, "vocab_size": 400}, CORPUS, 0, folder, AutoModelForCausalLM)
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         CORPUS, 280, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
     )

@@ -18,6 +18,7 @@ from pipeline.models.clip.config import ClipSection
 from pipeline.models.clip.model import Clip
 from pipeline.models.clip.processor import ClipTexts, load_config
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
+from pipeline.models.files import Tensors
 from pipeline.models.folder import note_images
 from pipeline.models.loading import DTYPES, image_reading, reads_as_stored
 from pipeline.models.two_tower import TwoTowerProcessor
@@ -54,9 +55,7 @@ class ClipTraining(TrainingInterface[ClipSection]):
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return Clip.load(path, DTYPES[recipe.precision])
 
-    def save(
-        self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
-    ) -> None:
+    def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         clip.save(cast(Clip, model), source, folder)
         note_images(folder, reads_as_stored(source, self.section(recipe).images))
 

@@ -19,7 +19,7 @@ from pipeline.models import loading
 from pipeline.models.attention import choose
 from pipeline.models.chunks import Features
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
-from pipeline.models.files import fetched, fingerprint
+from pipeline.models.files import Tensors, fetched, fingerprint
 from pipeline.models.folder import note_images
 from pipeline.models.frozen import Frozen
 from pipeline.models.llm2clip import model as llm2clip
@@ -27,10 +27,9 @@ from pipeline.models.llm2clip.config import Llm2ClipSection
 from pipeline.models.llm2clip.model import Llm2Clip
 from pipeline.models.loading import DTYPES, image_reading, reads_as_stored, refuse_unknown
 from pipeline.models.text_encoder import model as decoder
-from pipeline.models.text_encoder.checks import load_config
 from pipeline.models.text_encoder.family import SAVED as SAVED_TEXT_ENCODER
 from pipeline.models.text_encoder.model import FrozenTextEncoder, TextEncoder
-from pipeline.models.text_encoder.processor import TextProcessor
+from pipeline.models.text_encoder.processor import TextProcessor, load_config
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels, VisionEncoder, shape_of, tokens_of
 
@@ -116,9 +115,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
             frozen = self._text_encoder(recipe, device)
         return processor, frozen.features_of
 
-    def save(
-        self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
-    ) -> None:
+    def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         llm2clip.save(cast(Llm2Clip, model), self.section(recipe).text_encoder, folder, recipe.model.path)
         note_images(folder, reads_as_stored(source, self.section(recipe).images))
 

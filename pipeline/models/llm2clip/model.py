@@ -18,41 +18,12 @@ from torch import nn
 from pipeline.data.collate import Packed, sent
 from pipeline.errors import PipelineError
 from pipeline.models.files import fetched, read_json, read_tensors, refuse_not_finite, survey
-from pipeline.models.folder import base_of, finish, share
-from pipeline.models.text_encoder.checks import load_config
+from pipeline.models.folder import finish, share, write_card
+from pipeline.models.text_encoder.processor import load_config
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, VisionEncoder
 
 SETTINGS_FILE, ADAPTER_FILE, TEXT_ENCODER = "llm2clip.json", "adapter.safetensors", "text_encoder"
-
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: feature-extraction
-{base_model}tags:
-- llm2clip
-- multimodal
-- embedding
----
-
-# LLM2CLIP
-
-A vision encoder that was trained against a text encoder made from a language model
-([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)). It embeds images, and texts of any length. In this folder:
-
-- the vision encoder, which `transformers` loads alone: `{architecture}.from_pretrained(FOLDER)`
-- `text_encoder/`, a decoder with bidirectional attention; its README says how to embed a text with it
-- `adapter.safetensors`, the MLP that brings these vectors to the images' space
-
-With the project that trained it:
-
-```python
-from pathlib import Path
-from pipeline.embed import Embedder
-
-embeddings = Embedder.load(".").embed(["a red star", Path("star.png")])
-```
-"""
 
 
 class TextAdapter(nn.Module):
@@ -170,7 +141,7 @@ def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> 
     (folder / SETTINGS_FILE).write_text(json.dumps({"width": model.width}, indent=2) + "\n")
     _copy(fetched(text_encoder), folder / TEXT_ENCODER)
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    (folder / "README.md").write_text(_CARD.format(base_model=base_of(base), architecture=architecture))
+    write_card(folder, Path(__file__).with_name("card.md.jinja"), base, architecture=architecture)
     share(folder)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.data.collate import Packed, pack, sent
@@ -16,44 +17,10 @@ from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Chunk
-from pipeline.models.folder import base_of, finish
+from pipeline.models.folder import finish, write_card
 from pipeline.models.loading import refuse_unknown, require_vocabulary
 from pipeline.models.packing import check_packing
-from pipeline.models.text_encoder.checks import SETTINGS, load_config, require_decoder
-from pipeline.models.text_encoder.processor import TextProcessor
-
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: feature-extraction
-{base_model}tags:
-- llm2clip
-- text-embedding
----
-
-# A text encoder, trained to tell captions apart
-
-The first stage of LLM2CLIP ([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)): a bidirectional decoder
-(`is_causal: false` in its config). A text's embedding is the unit vector along the mean of its tokens' last hidden
-states{instruction}. The dot product of two is their similarity.
-
-```python
-import torch
-from transformers import AutoModel, AutoTokenizer
-
-FOLDER = "."  # this folder, or its name on the hub
-tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()
-
-def embed(text: str) -> torch.Tensor:
-    before = {before}  # stands before every text
-    ids = before + tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
-        hidden = model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, len(before) :]
-    return torch.nn.functional.normalize(hidden.float().mean(0), dim=-1)
-
-print(embed("A cat and a dog") @ embed("Two animals"))
-```
-"""
+from pipeline.models.text_encoder.processor import SETTINGS, TextProcessor, load_config, require_decoder
 
 
 class TextEncoder(nn.Module):
@@ -73,6 +40,11 @@ class TextEncoder(nn.Module):
         """Load from a folder or hub name.  dtype: "auto" is the stored one.  attention: see attention.py."""
         attention = implementation(attention)
         return cls(loading.open_model(AutoModel, path, load_config(path), dtype, attention, check))
+
+    @classmethod
+    def empty(cls, path: str, attention: str) -> "TextEncoder":
+        """Build the model of `load` without weights."""
+        return cls.of_config(load_config(path), attention)
 
     @classmethod
     def of_config(cls, config: PreTrainedConfig, attention: str = "sdpa") -> "TextEncoder":
@@ -147,14 +119,23 @@ def random_config(text: dict[str, Any]) -> PreTrainedConfig:
     return made
 
 
-def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -> None:
-    """Write a folder with a decoder of random weights and a tokenizer trained on `texts`."""
+def build(
+    text: dict[str, Any],
+    texts: Iterable[str],
+    seed: int,
+    folder: Path,
+    kind: type[_BaseAutoModelClass] = AutoModel,
+) -> None:
+    """Write a folder with a decoder of random weights and a tokenizer trained on `texts`.
+
+    kind: AutoModelForCausalLM adds an LM head.
+    """
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, int(text["vocab_size"]), show_progress=False)
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     config = random_config(text | tokens | {"vocab_size": len(tokenizer)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        AutoModel.from_config(config).save_pretrained(folder)
+        kind.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -171,7 +152,5 @@ def save(
     tokenizer = loading.tokenizer(source)
     tokenizer.save_pretrained(folder)
     before = TextProcessor(tokenizer, 0, instruction).before
-    without = f", without those of the instruction that stands before it, `{instruction}`" if instruction else ""
-    card = _CARD.format(base_model=base_of(base), instruction=without, before=before)
-    (folder / "README.md").write_text(card)
+    write_card(folder, Path(__file__).with_name("card.md.jinja"), base, instruction=instruction, before=before)
     finish(folder, {"is_causal": False, SETTINGS: {"pooling": "mean", "instruction": instruction}})
