@@ -219,7 +219,7 @@ def _varlen(scaling: float, causal: bool) -> Callable[..., Any]:
     from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
 
     # From torch 2.12 on, grouped queries need a flag.
-    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     return partial(varlen_attn, scale=scaling, window_size=(-1, 0 if causal else -1), **grouped)
 
 

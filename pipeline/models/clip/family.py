@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths, Square
@@ -20,7 +20,7 @@ from pipeline.models.clip.processor import ClipTexts, load_config
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
 from pipeline.models.folder import note_images
-from pipeline.models.loading import DTYPES, image_reading, reads_as_stored
+from pipeline.models.loading import DTYPES, image_reading, reads_as_stored, refuse_unknown
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels, shape_of, tokens_of
 
@@ -32,7 +32,8 @@ class ClipTraining(TrainingInterface[ClipSection]):
 
     def check(self, model: ClipSection) -> None:
         if architecture := model.architecture:
-            clip.check_architecture(architecture)
+            refuse_unknown("vision", architecture.vision, CLIPVisionConfig())
+            refuse_unknown("text", architecture.text, CLIPTextConfig())
         elif model.path:
             loading.check_weights(model.path, CLIPModel, load_config(model.path))
             SAVED.reader(model.path, model.max_tokens, 1)

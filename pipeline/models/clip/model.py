@@ -10,7 +10,6 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    CLIPTextConfig,
     CLIPTokenizer,
     CLIPVisionConfig,
 )
@@ -21,7 +20,6 @@ from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.clip.config import ClipArchitecture
 from pipeline.models.clip.processor import load_config, text_of
 from pipeline.models.folder import finish
-from pipeline.models.loading import refuse_unknown, require_vocabulary
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, image_processor
 
@@ -54,13 +52,6 @@ class Clip(TwoTower):
         end = torch.full((1,), cast(int, text_of(self.clip.config).eos_token_id), device=packed.input_ids.device)
         ids = pad_sequence([ids for ids, tiles in each if not tiles] or [end], batch_first=True)
         return self.clip.get_text_features(input_ids=ids).pooler_output
-
-
-def check_architecture(architecture: ClipArchitecture) -> None:
-    """Raise PipelineError for fields that transformers' configs do not have, or a missing vocab_size."""
-    refuse_unknown("vision", architecture.vision, CLIPVisionConfig())
-    refuse_unknown("text", architecture.text, CLIPTextConfig())
-    require_vocabulary(architecture.text)
 
 
 def build(architecture: ClipArchitecture, texts: Iterable[str], seed: int, folder: Path) -> None:

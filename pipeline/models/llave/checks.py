@@ -12,7 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.files import fetched
 from pipeline.models.llave.config import LlaveArchitecture
-from pipeline.models.loading import refuse_unknown, require_vocabulary
+from pipeline.models.loading import refuse_unknown
 
 Newline = Literal["one_token", "grid"]
 NEWLINE_POSITIONS: tuple[Newline, ...] = ("one_token", "grid")
@@ -55,7 +55,6 @@ def config_of_architecture(architecture: LlaveArchitecture) -> LlavaOnevisionCon
     """Return the config of model.architecture; PipelineError for a field that transformers would ignore."""
     refuse_unknown("vision", architecture.vision, SiglipVisionConfig())
     refuse_unknown("text", architecture.text, Qwen2Config())
-    require_vocabulary(architecture.text)
     return LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**architecture.vision, vision_use_head=False),  # type: ignore[call-arg]  # read, not declared
         text_config=Qwen2Config(**architecture.text),

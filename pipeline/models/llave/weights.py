@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_few
 from pipeline.models import loading
 from pipeline.models.files import (
     Tensors,
@@ -31,7 +31,6 @@ from pipeline.models.files import (
     read_json,
     read_tensors,
     refuse_not_finite,
-    some,
     survey,
     weight_files,
 )
@@ -298,9 +297,9 @@ def _expected_shapes(source: Path, config: LlavaOnevisionConfig) -> dict[str, tu
 
 def _check(source: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
     if missing := sorted(expected.keys() - found.keys()):
-        raise PipelineError(f"{source} lacks {len(missing)} of the model's tensors: {some(missing)}")
+        raise PipelineError(f"{source} lacks {len(missing)} of the model's tensors: {first_few(missing)}")
     if unknown := sorted(found.keys() - expected.keys()):
-        raise PipelineError(f"{source} has {len(unknown)} tensors that are not of this model: {some(unknown)}")
+        raise PipelineError(f"{source} has {len(unknown)} tensors that are not of this model: {first_few(unknown)}")
     for name, shape in found.items():
         if shape != expected[name]:
             raise PipelineError(f"{source}: {name} is {list(shape)}, but by its config {list(expected[name])}")

@@ -18,7 +18,7 @@ from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Chunk
 from pipeline.models.folder import finish, write_card
-from pipeline.models.loading import refuse_unknown, require_vocabulary
+from pipeline.models.loading import refuse_unknown
 from pipeline.models.packing import check_packing
 from pipeline.models.text_encoder.processor import SETTINGS, TextProcessor, load_config, require_decoder
 
@@ -112,7 +112,6 @@ def random_config(text: dict[str, Any]) -> PreTrainedConfig:
         raise PipelineError(f"model.architecture.text.model_type={kind} is no model that transformers has")
     config = CONFIG_MAPPING[kind]
     refuse_unknown("text", text, config())
-    require_vocabulary(text)
     made = config(**{name: value for name, value in text.items() if name != "model_type"})
     require_decoder("model.architecture.text", made)
     check("model.architecture.text", made)
