@@ -7,8 +7,7 @@ A family is a package with these modules:
                 `SavedModelInterface`
 
 The model is a torch module that maps (packed items, with_images, features) to (N, D) float32 unit rows. It has
-`dimension`; `pads`, whether attention pads a chunk's items to the longest; `always_with_images`; and
-`checkpoint_activations()`.
+`dimension`; `pads`, whether attention pads a chunk's items to the longest; and `always_with_images`.
 """
 
 from abc import ABC, abstractmethod

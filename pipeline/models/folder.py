@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import StrictUndefined, Template
 
-from pipeline.models.loading import IMAGES
+from pipeline.models.loading import IMAGES, reads_as_stored
 from pipeline.storage.atomic import replacing
 
 _PARTIAL = "partial_rotary_factor"
@@ -40,9 +40,9 @@ def finish(folder: Path, fields: dict[str, Any] | None = None) -> None:
     share(folder)
 
 
-def note_images(folder: Path, as_stored: bool) -> None:
-    """Record in a folder's config.json that the model reads images as stored; nothing is recorded for upright."""
-    finish(folder, {IMAGES: "as_stored" if as_stored else None})
+def note_images(folder: Path, source: str, images: str | None) -> None:
+    """Record in config.json that a model reads images as stored, by `reads_as_stored`; upright is not recorded."""
+    finish(folder, {IMAGES: "as_stored" if reads_as_stored(source, images) else None})
 
 
 def _for_earlier(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:

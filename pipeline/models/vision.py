@@ -32,7 +32,6 @@ from pipeline.data.collate import sent
 from pipeline.data.sample import BadSample
 from pipeline.errors import PipelineError
 from pipeline.models import loading
-from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.files import fetched
 from pipeline.models.folder import share
 from pipeline.models.loading import config_dict, reads_as_stored, refuse_unknown
@@ -122,9 +121,6 @@ class VisionEncoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(CLIPVisionModelWithProjection._from_config(config, attn_implementation="sdpa"), processor)
-
-    def checkpoint_activations(self) -> None:
-        checkpoint_layers(self.tower)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Map (n, 3, size, size) from `Pixels.normalised` to (n, dimension), which are not unit vectors."""

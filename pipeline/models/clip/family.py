@@ -20,7 +20,7 @@ from pipeline.models.clip.processor import ClipTexts, load_config
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
 from pipeline.models.folder import note_images
-from pipeline.models.loading import DTYPES, image_reading, reads_as_stored, refuse_unknown
+from pipeline.models.loading import DTYPES, image_reading, refuse_unknown
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels, shape_of, tokens_of
 
@@ -58,7 +58,7 @@ class ClipTraining(TrainingInterface[ClipSection]):
 
     def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         clip.save(cast(Clip, model), source, folder)
-        note_images(folder, reads_as_stored(source, self.section(recipe).images))
+        note_images(folder, source, self.section(recipe).images)
 
 
 class SavedClip(SavedModelInterface):

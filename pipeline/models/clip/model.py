@@ -16,7 +16,6 @@ from transformers import (
 
 from pipeline.data.collate import Packed
 from pipeline.models import loading
-from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.clip.config import ClipArchitecture
 from pipeline.models.clip.processor import load_config, text_of
 from pipeline.models.folder import finish
@@ -39,9 +38,6 @@ class Clip(TwoTower):
     @property
     def dimension(self) -> int:
         return cast(int, self.clip.config.projection_dim)
-
-    def checkpoint_activations(self) -> None:
-        checkpoint_layers(self.clip)
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.clip.get_image_features(pixel_values=pixels).pooler_output

@@ -26,7 +26,7 @@ from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import Llave, TowerlessLlave, build, check_language_model
 from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.llave.tower import FrozenTower
-from pipeline.models.loading import DTYPES, image_reading, reads_as_stored
+from pipeline.models.loading import DTYPES, image_reading
 
 
 class LlaveTraining(TrainingInterface[LlaveSection]):
@@ -116,7 +116,7 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
 
     def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         save_folder(cast(Llave, model), weights, source, folder, recipe.model.path)
-        note_images(folder, reads_as_stored(source, self.section(recipe).images))
+        note_images(folder, source, self.section(recipe).images)
 
     def _own(self, recipe: Recipe) -> dict[str, Any]:
         """Return the recipe's values that override the model's own."""

@@ -26,7 +26,6 @@ from pipeline.data.collate import Packed, sent
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
-from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.llave import checks
 from pipeline.models.llave.checks import Pinpoints, sides_of, text_of
 from pipeline.models.llave.config import LlaveArchitecture
@@ -83,9 +82,6 @@ class Llave(LlavaOnevisionModel):
     @property
     def dimension(self) -> int:
         return text_of(self.config).hidden_size
-
-    def checkpoint_activations(self) -> None:
-        checkpoint_layers(self)
 
     def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
         """Map N packed items to (N, hidden) float32 unit rows.

@@ -8,14 +8,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModel, CLIPVisionConfig
+from transformers import CLIPVisionConfig
 
 from pipeline.config import Recipe
 from pipeline.data.collate import Encoded, Image
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
-from pipeline.models import loading
 from pipeline.models.attention import choose
 from pipeline.models.chunks import Features
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
@@ -25,7 +24,7 @@ from pipeline.models.frozen import Frozen
 from pipeline.models.llm2clip import model as llm2clip
 from pipeline.models.llm2clip.config import Llm2ClipSection
 from pipeline.models.llm2clip.model import Llm2Clip
-from pipeline.models.loading import DTYPES, image_reading, reads_as_stored, refuse_unknown
+from pipeline.models.loading import DTYPES, image_reading, refuse_unknown
 from pipeline.models.text_encoder import model as decoder
 from pipeline.models.text_encoder.family import SAVED as SAVED_TEXT_ENCODER
 from pipeline.models.text_encoder.model import FrozenTextEncoder, TextEncoder
@@ -44,10 +43,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
 
     def check(self, model: Llm2ClipSection) -> None:
         # An export needs the text encoder even if training does not.
-        config = load_config(model.text_encoder)
-        loading.check_weights(str(fetched(model.text_encoder)), AutoModel, config)
-        decoder.check(model.text_encoder, config)
-        TextProcessor.load(model.text_encoder, model.max_tokens)
+        decoder.check_folder(str(fetched(model.text_encoder)))
         if model.path:
             Pixels.load(model.path)
             VisionEncoder.check(model.path)
@@ -117,7 +113,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
 
     def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         llm2clip.save(cast(Llm2Clip, model), self.section(recipe).text_encoder, folder, recipe.model.path)
-        note_images(folder, reads_as_stored(source, self.section(recipe).images))
+        note_images(folder, source, self.section(recipe).images)
 
     def _text_encoder(self, recipe: Recipe, device: torch.device) -> FrozenTextEncoder:
         dtype = cast(torch.dtype, DTYPES[recipe.precision])

@@ -19,6 +19,7 @@ from pipeline.data.collate import Packed, sent
 from pipeline.errors import PipelineError
 from pipeline.models.files import fetched, read_json, read_tensors, refuse_not_finite, survey
 from pipeline.models.folder import finish, share, write_card
+from pipeline.models.loading import reading
 from pipeline.models.text_encoder.processor import load_config
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, VisionEncoder
@@ -87,9 +88,6 @@ class Llm2Clip(TwoTower):
     def dimension(self) -> int:
         return self.vision.dimension
 
-    def checkpoint_activations(self) -> None:
-        self.vision.checkpoint_activations()
-
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.vision(pixels)
 
@@ -120,14 +118,12 @@ def _fill(adapter: TextAdapter, file: Path) -> None:
     """Load an adapter's weights from a file; PipelineError if they are damaged or do not match its shapes."""
     if not file.is_file():
         raise PipelineError(f"{file} is missing: copy the folder again, whole")
-    found = {name: tensor.shape for name, tensor in survey(file.parent, [file]).items()}
-    own = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
-    if differing := sorted(dict(found.items() ^ own.items())):
-        raise PipelineError(f"{file} is not this model's adapter: {differing[0]} is missing, left over or misshapen")
+    survey(file.parent, [file])
     weights = read_tensors(file)
     for name, weight in weights.items():
         refuse_not_finite(file, name, weight)
-    adapter.load_state_dict(weights)
+    with reading(file):
+        adapter.load_state_dict(weights)
 
 
 def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> None:

@@ -14,7 +14,6 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.sample import Draw, Pair
-from pipeline.models import loading
 from pipeline.models.attention import fastest
 from pipeline.models.chunks import Features
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
@@ -39,10 +38,7 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
         if model.architecture:
             decoder.random_config(model.architecture.text)
         elif model.path:
-            config = load_config(model.path)
-            loading.check_weights(model.path, self._decoder, config)
-            decoder.check(model.path, config)
-            loading.tokenizer(model.path, config.vocab_size)
+            decoder.check_folder(model.path, self._decoder)
 
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(Square(), recipe.video.frames)

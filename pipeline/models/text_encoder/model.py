@@ -15,7 +15,6 @@ from pipeline.data.collate import Packed, pack, sent
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
-from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Chunk
 from pipeline.models.folder import finish, write_card
 from pipeline.models.loading import refuse_unknown
@@ -57,9 +56,6 @@ class TextEncoder(nn.Module):
     @property
     def dimension(self) -> int:
         return self.language_model.config.hidden_size
-
-    def checkpoint_activations(self) -> None:
-        checkpoint_layers(self.language_model)
 
     def forward(self, packed: Packed, with_images: bool = False, features: None = None) -> torch.Tensor:
         """Map N packed texts to (N, hidden) float32 unit rows, the normalised means of their last hidden states.
@@ -103,6 +99,14 @@ class FrozenTextEncoder:
 def check(path: str, config: PreTrainedConfig) -> None:
     """Raise PipelineError if a decoder does not keep packed texts independent.  path: for errors."""
     check_packing(path, config, TextEncoder.of_config)
+
+
+def check_folder(path: str, kind: type[_BaseAutoModelClass] = AutoModel) -> None:
+    """Raise PipelineError if the decoder at a folder or hub name cannot be a text encoder.  kind: see `build`."""
+    config = load_config(path)
+    loading.check_weights(path, kind, config)
+    check(path, config)
+    loading.tokenizer(path, config.vocab_size)
 
 
 def random_config(text: dict[str, Any]) -> PreTrainedConfig:
