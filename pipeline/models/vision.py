@@ -102,13 +102,6 @@ class VisionEncoder(nn.Module):
         loading.check_weights(path, kind, config)
 
     @classmethod
-    def empty(cls, path: str) -> "VisionEncoder":
-        """Build the model of `load` without its weights. Raises the same errors for its config."""
-        kind, config, processor = _parts(path, config_dict(path))
-        with loading.reading(fetched(path, weights=False) / "config.json"):
-            return cls(kind._from_config(config, attn_implementation="sdpa"), processor)
-
-    @classmethod
     def build(cls, architecture: dict[str, Any], dimension: int, seed: int) -> "VisionEncoder":
         """Build a CLIP vision tower with random weights.
 
@@ -277,9 +270,10 @@ def image_processor(side: int) -> CLIPImageProcessorPil:
 
 @cache
 def shape_of(path: str) -> VisionEncoder:
-    """Return the vision encoder of a folder or hub name on the meta device."""
-    with torch.device("meta"):
-        return VisionEncoder.empty(path)
+    """Return the vision encoder of a folder or hub name on the meta device. It raises the errors of `load`."""
+    kind, config, processor = _parts(path, config_dict(path))
+    with loading.reading(fetched(path, weights=False) / "config.json"), torch.device("meta"):
+        return VisionEncoder(kind._from_config(config, attn_implementation="sdpa"), processor)
 
 
 def tokens_of(path: str | None, architecture: Any) -> int:

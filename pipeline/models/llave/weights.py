@@ -6,7 +6,6 @@ files with its tensor names. One file is in memory at a time, and only tensors a
 
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -244,12 +243,8 @@ def _config(source: Path) -> LlavaOnevisionConfig:
         given = default if original.get(name) is None else original[name]
         if given != supported:
             raise PipelineError(f"{file}: {name}={given!r} is not supported; {supported!r} is")
-    position = original.get("mm_newline_position", checks.NEWLINE_POSITIONS[0])
-    checks.require_newline(file, position)
-    ratio, pinpoints = original.get("image_aspect_ratio"), original.get("image_grid_pinpoints")
-    if not re.fullmatch(r"anyres_max_\d+", str(ratio)):
-        raise PipelineError(f"{file}: image_aspect_ratio={ratio!r} is not supported; 'anyres_max_N' is")
-    if not isinstance(pinpoints, list) or not all(isinstance(size, list) and len(size) == 2 for size in pinpoints):
+    pinpoints = original.get("image_grid_pinpoints")
+    if not isinstance(pinpoints, list) or not all(isinstance(size, list) for size in pinpoints):
         raise PipelineError(f"{file}: image_grid_pinpoints is not a list of [width, height]")
     if missing := [name for name in (*_TEXT, "rope_theta") if name not in original]:
         raise PipelineError(f"{file} lacks {', '.join(missing)}")
@@ -260,14 +255,14 @@ def _config(source: Path) -> LlavaOnevisionConfig:
             vision_config=_tower_config(source, original),
             text_config=Qwen2Config(**{name: original[name] for name in _TEXT}, rope_parameters=rope, **tokens),
             # The original writes width before height, transformers height before width.
-            image_grid_pinpoints=[[height, width] for width, height in pinpoints],
-            vision_aspect_ratio=str(ratio),
+            image_grid_pinpoints=[size[::-1] for size in pinpoints],
+            vision_aspect_ratio=str(original.get("image_aspect_ratio")),
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
             architectures=["LlavaOnevisionModel"],
         )
-    config.mm_newline_position = position
-    checks.require_tiles(file, config)
+    config.mm_newline_position = original.get("mm_newline_position", checks.NEWLINES[0])
+    checks.require_supported(file, config)
     return config
 
 
