@@ -337,8 +337,9 @@ def test_an_original_checkpoint_of_the_hub_is_converted_from_its_snapshot(folder
     assert config_of(section("llave", path="lab/original")).mm_newline_position == "grid"
     converted = Path(resolve("lab/original", tmp_path / "cache"))
     assert converted.name.startswith("original-") and same(stored(converted), stored(folders["grid"]))
-    for name in ("lab/converted", "lab/unknown"):
-        assert resolve(name, tmp_path / "cache") == name
+    assert resolve("lab/converted", tmp_path / "cache") == "lab/converted"
+    with pytest.raises(PipelineError, match="no model at 'lab/unknown'"):
+        resolve("lab/unknown", tmp_path / "cache")
 
 
 def test_a_recipe_may_tile_images_to_other_sizes(folders, tmp_path):

@@ -12,7 +12,7 @@ from transformers import Qwen2Tokenizer
 
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths
-from pipeline.models import files, loading
+from pipeline.models import loading
 from pipeline.models.attention import fastest
 from pipeline.models.chunks import Features
 from pipeline.models.family import ChunkMemory, ModelMemory, Processor, SavedModelInterface, TrainingInterface
@@ -38,7 +38,7 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
 
     def check(self, model: LlaveSection) -> None:
         config = weights.config_of(model)
-        if model.path and weights.is_original(files.fetched(model.path, weights=False)):
+        if model.path and weights.is_original(model.path):
             loading.tokenizer(model.path, checks.text_of(config).vocab_size, Qwen2Tokenizer)
         elif model.path:
             loading.check_weights(model.path, Llave, config)
@@ -48,12 +48,12 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
     def conditions(self, model: LlaveSection) -> dict[str, Any]:
         path, images = model.path, model.images
         # The config of an original checkpoint does not say how images are read.
-        if path and weights.is_original(files.fetched(path, weights=False)):
+        if path and weights.is_original(path):
             path = None
         return super().conditions(model) | {"model.images": image_reading(path, images)}
 
     def converts(self, path: str) -> bool:
-        return weights.is_original(Path(path))
+        return weights.is_original(path)
 
     def memory(self, recipe: Recipe, videos: bool) -> ModelMemory:
         section = self.section(recipe)

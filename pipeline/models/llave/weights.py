@@ -89,19 +89,10 @@ _SO400M_SHAPE = {
 _VISION = (*_SO400M_SHAPE, "hidden_act", "layer_norm_eps")
 
 
-def is_original(folder: Path) -> bool:
-    """Whether a folder holds an original checkpoint. Raises PipelineError if its config.json is damaged."""
-    config = folder / "config.json"
+def is_original(path: str | Path) -> bool:
+    """Whether a folder or hub name is an original checkpoint. Raises PipelineError if its config.json is damaged."""
+    config = fetched(str(path), weights=False) / "config.json"
     return config.is_file() and checks.is_original(read_json(config))
-
-
-def _original_folder(path: str) -> Path | None:
-    """Return the local folder, perhaps without weights, of an original checkpoint; None if it is another model."""
-    try:
-        folder = fetched(path, weights=False)
-    except PipelineError:  # loading it will raise the same error
-        return None
-    return folder if is_original(folder) else None
 
 
 def resolve(path: str, cache: Path) -> str:
@@ -109,7 +100,7 @@ def resolve(path: str, cache: Path) -> str:
 
     An original is converted once, and again if the size or time of one of its files changes.
     """
-    if _original_folder(path) is None:
+    if not is_original(path):
         return path
     source = fetched(path)
     files = [
@@ -132,8 +123,8 @@ def config_of(model: LlaveSection) -> LlavaOnevisionConfig:
     if model.architecture:
         return with_own(checks.config_of_architecture(model.architecture), None, newline)
     assert model.path
-    source = _original_folder(model.path)
-    config = load_config(model.path) if source is None else _config(source)
+    original = is_original(model.path)
+    config = _config(fetched(model.path, weights=False)) if original else load_config(model.path)
     return with_own(config, pinpoints, newline)
 
 
