@@ -139,17 +139,15 @@ def _files_of(index: Path) -> list[str]:
 
 
 def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
-    """Return all tensors of a folder's weights by name. It reads the files' headers and some rows.
+    """Return all tensors of a folder's weights by name, from the files' headers.
 
     files: the files to read, by default those of `weight_files`.
 
-    Raises PipelineError if a file is missing, damaged, holds a duplicate or quantised tensor, could run code, or holds
-    a layer (or embedding) whose matrices are all zero, as after a failed save.
+    Raises PipelineError if a file is missing, damaged, holds a duplicate or quantised tensor, or could run code.
     """
     found: dict[str, Stored] = {}
-    matrices: dict[str, bool] = {}
     for file in files or weight_files(folder):
-        for name, (shape, dtype, zero) in _header(file).items():
+        for name, (shape, dtype) in _header(file).items():
             if name in found:
                 raise PipelineError(f"{name} is in {found[name].file} and in {file}: remove one of the two files")
             if dtype not in _DTYPES.values() and (dtype not in _COUNTING or name.endswith((".weight", ".bias"))):
@@ -158,34 +156,20 @@ def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
                     "float16 or bfloat16"
                 )
             found[name] = Stored(file, shape, dtype if dtype in _DTYPES.values() else None)
-            matrices |= {name: zero} if len(shape) > 1 else {}
-    _refuse_zeros(folder, matrices)
     return found
 
 
-def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
-    """Return tensor name -> (shape, dtype, whether it is a matrix of zeros)."""
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Return tensor name -> (shape, dtype)."""
     if file.suffix != ".safetensors":
-        tensors = read_tensors(file)
-        return {name: (tuple(t.shape), t.dtype, _is_zero(t, tuple(t.shape), t.dtype)) for name, t in tensors.items()}
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in read_tensors(file).items()}
     try:
-        found = {}
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                part = tensors.get_slice(name)
-                shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
-                found[name] = shape, dtype, _is_zero(part, shape, dtype)
-        return found
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+            stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+            return {name: (shape, _DTYPES.get(dtype, dtype)) for name, (shape, dtype) in stored.items()}
     except Exception as error:  # damaged files raise many kinds
         raise PipelineError(f"cannot read {file}: {_damage(file, error)}") from None
-
-
-def _is_zero(tensor: Any, shape: tuple[int, ...], dtype: Any) -> bool:
-    """Whether a matrix, or its slice of a file, is all zeros. Three rows are read first, the rest only if needed."""
-    if len(shape) < 2 or dtype not in _DTYPES.values():
-        return False
-    some_rows = (tensor[row : row + 1] for row in (0, shape[0] // 2, shape[0] - 1))
-    return not any(rows.any() for rows in some_rows) and not tensor[:].any()
 
 
 def read_tensors(file: Path) -> Tensors:
@@ -212,22 +196,6 @@ def refuse_not_finite(where: str | Path, name: str, tensor: torch.Tensor) -> Non
     # A sum takes an eighth of the time of isfinite and propagates NaN and infinity. It can overflow, so check again.
     if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise PipelineError(f"{where}: {name} has NaN or infinite weights: {_AGAIN}, or name an earlier checkpoint")
-
-
-def _refuse_zeros(where: Path, matrices: dict[str, bool]) -> None:
-    """Raise PipelineError if all matrices of a layer, or of a module outside layers, are zero.
-
-    A single zero matrix in a layer is valid: some models initialise residual branches to zero.
-    matrices: name -> whether it is zero.
-    """
-    zeros: dict[str, bool] = {}
-    for name, zero in matrices.items():
-        if part := re.match(r".*?\.\d+(?=\.)|.+(?=\.weight$)", name):
-            zeros[part[0]] = zeros.get(part[0], True) and zero
-    if damaged := [part for part, zero in zeros.items() if zero]:
-        raise PipelineError(
-            f"{where}: all weights of {first_few(damaged)} are zero, as a failed save leaves them: {_AGAIN}"
-        )
 
 
 def refuse_more_layers(path: str, stored: dict[str, Stored], unexpected: set[str]) -> None:

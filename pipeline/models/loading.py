@@ -5,13 +5,11 @@ transformers never prompts for permission to run it.
 """
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -132,13 +130,7 @@ def config(path: str, kind: type[Config] | None = None) -> Config:
     if kind.base_config_key and isinstance(values.get(kind.base_config_key), dict):
         values = values[kind.base_config_key]
     with reading(file):
-        return cast(Config, deepcopy(_made(kind, json.dumps(values))))  # type: ignore[arg-type]  # classes are hashable
-
-
-@lru_cache(maxsize=16)
-def _made(kind: type[PreTrainedConfig], values: str) -> PreTrainedConfig:
-    """Build a config, cached: transformers takes 40 ms to validate a model of several parts."""
-    return kind.from_dict(json.loads(values))
+        return kind.from_dict(values)
 
 
 @contextmanager
