@@ -51,26 +51,21 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
             refuse_unknown("vision", model.architecture.vision, CLIPVisionConfig())
 
     def check_data(self, recipe: Recipe, source: Source) -> None:
-        if (made := source.embedding_metadata) is None:
+        if (stored := source.embedding_metadata) is None:
             return
-        text_encoder = self.section(recipe).text_encoder
-        again = "embed the shards again, or set model.text_encoder to the model that embedded them"
-        width = load_config(text_encoder).hidden_size
-        if made.width != width:
-            raise PipelineError(
-                f"data.text_embeddings are {made.width} wide, made by {made.model}, and those of "
-                f"model.text_encoder={text_encoder} are {width} wide: {again}"
-            )
-        if made.weights and made.weights != fingerprint(str(fetched(text_encoder))):
-            raise PipelineError(
-                f"data.text_embeddings were made by {made.model} with other weights than "
-                f"model.text_encoder={text_encoder} has now: {again}"
-            )
-        if made.max_tokens and made.max_tokens != recipe.model.max_tokens:
-            raise PipelineError(
-                f"data.text_embeddings are of texts cut at {made.max_tokens} tokens, and model.max_tokens is "
-                f"{recipe.model.max_tokens}: set it to that, or embed the shards again with --max-tokens"
-            )
+        model = self.section(recipe)
+        now = {
+            "width": load_config(model.text_encoder).hidden_size,
+            "weights": fingerprint(str(fetched(model.text_encoder))),
+            "max_tokens": model.max_tokens,
+        }
+        for name, value in now.items():
+            if (before := getattr(stored, name)) and before != value:
+                raise PipelineError(
+                    f"data.text_embeddings were made by {stored.model} with {name}={before}, which is {value} for "
+                    f"model.text_encoder={model.text_encoder} and model.max_tokens={model.max_tokens}: embed the "
+                    "shards again, or set both to what embedded them"
+                )
 
     def conditions(self, model: Llm2ClipSection) -> dict[str, Any]:
         return super().conditions(model) | {
