@@ -173,11 +173,15 @@ def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
 
 
 def read_tensors(file: Path) -> Tensors:
-    """Return a file's tensors, memory-mapped where the format allows. Only tensors are unpickled."""
+    """Return a file's tensors, memory-mapped where the format allows. Only tensors are unpickled.
+
+    Raises PipelineError for a damaged file, and for NaN or infinity.
+    """
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+            tensors = load_file(file)
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:  # damaged files raise many kinds
         if "weights_only" in str(error) or "Unsupported" in str(error):
             why = "it is a pickle of more than tensors, which could run code; get the model as .safetensors"
@@ -188,6 +192,8 @@ def read_tensors(file: Path) -> Tensors:
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
         raise PipelineError(f"{file} is not a table of tensors by name: name a folder with the model's own weights")
+    for name, tensor in tensors.items():
+        refuse_not_finite(file, name, tensor)
     return tensors
 
 

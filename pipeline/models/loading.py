@@ -76,8 +76,7 @@ def config_dict(path: str) -> dict[str, Any]:
     file = fetched(path, weights=False) / "config.json"
     if not file.is_file():
         raise PipelineError(f"no model at {path!r}: it has no config.json")  # transformers would use its defaults
-    values = read_json(file)
-    _refuse_code(file, values)
+    values = _read(file)
     for name in ("quantization_config", "compression_config"):
         if values.get(name) is not None:
             raise PipelineError(f"{file} has a {name}: quantised models are not supported; use the original model")
@@ -86,7 +85,9 @@ def config_dict(path: str) -> dict[str, Any]:
     return checked(file, values)
 
 
-def _refuse_code(file: Path, values: dict[str, Any]) -> None:
+def _read(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises PipelineError if it names code to run."""
+    values = read_json(file)
     for part in (values, *(part for part in values.values() if isinstance(part, dict))):
         if named := part.get("auto_map"):
             raise PipelineError(
@@ -94,6 +95,7 @@ def _refuse_code(file: Path, values: dict[str, Any]) -> None:
                 "run. Use a model that transformers itself implements; or, if transformers' own class computes the "
                 "same, remove auto_map from the file"
             )
+    return values
 
 
 def checked(where: str | Path, values: dict[str, Any], section: str = "") -> dict[str, Any]:
@@ -166,7 +168,7 @@ def tokenizer(
         raise PipelineError(f"{folder} has no tokenizer: expected tokenizer.json; copy it from where the model is from")
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        _refuse_code(settings, read_json(settings))
+        _read(settings)
     main = folder / ("tokenizer.json" if (folder / "tokenizer.json").is_file() else "vocab.json")
     with reading(main):
         if kind:
@@ -196,7 +198,7 @@ def image_processor(path: str, kind: type[PilBackend], **fields: Any) -> Any:
         missing = folder / _PROCESSORS[0]
         raise PipelineError(f"no image processor at {path!r}: {missing} is missing; copy it from the model")
     for file in files:
-        _refuse_code(file, read_json(file))
+        _read(file)
     with reading(files[0]):
         its: Any = kind.from_pretrained(folder, local_files_only=True, **fields)
         mean, std = list(its.image_mean), list(its.image_std)

@@ -25,11 +25,11 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.errors import PipelineError, first_few
 from pipeline.models import loading
 from pipeline.models.files import (
+    Stored,
     Tensors,
     fetched,
     read_json,
     read_tensors,
-    refuse_not_finite,
     survey,
     weight_files,
 )
@@ -143,14 +143,7 @@ def convert_original(source: Path, folder: Path) -> None:
     config = _config(source)
     text = text_of(config)
     files, stored = weight_files(source), survey(source)
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    if not any(name.startswith(_PREFIXES[0][0]) for name in shapes):
-        raise PipelineError(
-            f"{source} has no vision tower: none of its tensors begins with {_PREFIXES[0][0]}; "
-            "use a checkpoint that was saved with its tower"
-        )
-    expected = {_original(name): shape for name, shape in _expected_shapes(source, config).items()}
-    _check(source, {name: shape for name, shape in shapes.items() if name != _LM_HEAD}, expected)
+    _check(source, config, {name: tensor for name, tensor in stored.items() if name != _LM_HEAD}, _original)
     tokenizer = loading.tokenizer(str(source), text.vocab_size, Qwen2Tokenizer)
     marks = [AddedToken(mark, special=True, normalized=False) for mark in (IMAGE_MARK, VIDEO_MARK)]
     tokenizer.add_tokens(marks, special_tokens=True)
@@ -189,7 +182,7 @@ def export_original(folder: Path, out: Path) -> None:
     if rope["rope_type"] != "default" or text.use_sliding_window:
         raise PipelineError(f"{folder}: the original format has plain rotary embeddings and full attention only")
     files, stored = weight_files(folder), survey(folder)
-    _check(folder, {name: tensor.shape for name, tensor in stored.items()}, _expected_shapes(folder, config))
+    _check(folder, config, stored)
 
     def renamed(tensors: Tensors) -> Tensors:
         tensors = {_original(name): tensor for name, tensor in tensors.items()}
@@ -274,21 +267,20 @@ def _tower_config(source: Path, original: dict[str, Any]) -> SiglipVisionConfig:
     return config
 
 
-def _expected_shapes(source: Path, config: LlavaOnevisionConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the model's tensors by the names that transformers saves."""
+def _check(
+    source: Path, config: LlavaOnevisionConfig, found: dict[str, Stored], renamed: Callable[[str], str] = str
+) -> None:
+    """Raise PipelineError if the tensors are not those of the config's model.  renamed: changes expected names."""
     with reading(source / "config.json"), torch.device("meta"):
         model = LlavaOnevisionModel(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _check(source: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    expected = {renamed(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if missing := sorted(expected.keys() - found.keys()):
         raise PipelineError(f"{source} lacks {len(missing)} of the model's tensors: {first_few(missing)}")
     if unknown := sorted(found.keys() - expected.keys()):
         raise PipelineError(f"{source} has {len(unknown)} tensors that are not of this model: {first_few(unknown)}")
-    for name, shape in found.items():
-        if shape != expected[name]:
-            raise PipelineError(f"{source}: {name} is {list(shape)}, but by its config {list(expected[name])}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name]:
+            raise PipelineError(f"{source}: {name} is {list(tensor.shape)}, but by its config {list(expected[name])}")
 
 
 def _transformers(name: str) -> str:
@@ -308,10 +300,7 @@ def _rewrite(files: list[Path], folder: Path, renamed: Callable[[Tensors], Tenso
     for number, file in enumerate(files, 1):
         single = len(files) == 1
         name = "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = read_tensors(file)
-        for key in tensors:
-            refuse_not_finite(file, key, tensors[key])
-        tensors = {key: tensor.contiguous() for key, tensor in renamed(tensors).items()}
+        tensors = {key: tensor.contiguous() for key, tensor in renamed(read_tensors(file)).items()}
         save_file(tensors, folder / name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())

@@ -17,7 +17,7 @@ from torch import nn
 
 from pipeline.data.collate import Packed, sent
 from pipeline.errors import PipelineError
-from pipeline.models.files import fetched, read_json, read_tensors, refuse_not_finite, survey
+from pipeline.models.files import fetched, read_json, read_tensors, survey
 from pipeline.models.folder import finish, share, write_card
 from pipeline.models.loading import reading
 from pipeline.models.text_encoder.processor import load_config
@@ -119,11 +119,8 @@ def _fill(adapter: TextAdapter, file: Path) -> None:
     if not file.is_file():
         raise PipelineError(f"{file} is missing: copy the folder again, whole")
     survey(file.parent, [file])
-    weights = read_tensors(file)
-    for name, weight in weights.items():
-        refuse_not_finite(file, name, weight)
     with reading(file):
-        adapter.load_state_dict(weights)
+        adapter.load_state_dict(read_tensors(file))
 
 
 def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> None:
