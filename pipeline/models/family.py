@@ -83,6 +83,9 @@ class Processor(Protocol):
 class TrainingInterface(ABC, Generic[S]):
     """The training interface of a family whose recipe section is an S.
 
+    A family needs the abstract methods, for ZeRO-3 also `empty`. The others are for models that need more: weights in
+    another format, a frozen part outside the engine, a memory estimate.
+
     unused: prefixes of parameters that get no gradient, because no embedding depends on them.
     adapted: the model's attribute that gets LoRA adapters if a recipe sets them.
     stages: supported ZeRO stages.
@@ -104,6 +107,34 @@ class TrainingInterface(ABC, Generic[S]):
         Of a model on the hub this reads no weights.
         """
 
+    @abstractmethod
+    def build(self, model: S, texts: Iterable[str], seed: int, folder: Path) -> None:
+        """Write a folder with random weights of model.architecture and any tokenizer, trained on `texts`."""
+
+    @abstractmethod
+    def processor(self, recipe: Recipe, path: str) -> Processor:
+        """Return the processor for training."""
+
+    @abstractmethod
+    def lengths(self, recipe: Recipe) -> "Lengths":
+        """Return the rule for the samples' lengths in tokens."""
+
+    @abstractmethod
+    def load(self, recipe: Recipe, path: str, attention: str) -> "nn.Module":
+        """Return the model that the engine trains."""
+
+    @abstractmethod
+    def save(self, recipe: Recipe, model: "nn.Module", weights: "Tensors", source: str, folder: Path) -> None:
+        """Write an export: `weights` with the tokenizer and image processor of `source`, and a model card."""
+
+    def empty(self, recipe: Recipe, path: str, attention: str) -> "nn.Module":
+        """Return the model of `load` without weights, to be partitioned by ZeRO-3."""
+        raise NotImplementedError
+
+    def own_name(self, stored: str) -> str:
+        """Return the model's name for a tensor by its name in a stored checkpoint."""
+        return stored
+
     def check_stage(self, stage: int) -> None:
         """Raise PipelineError for a ZeRO stage that is not supported."""
         if stage not in self.stages:
@@ -124,10 +155,6 @@ class TrainingInterface(ABC, Generic[S]):
 
         return {"the model's fingerprint": fingerprint(model.path)}
 
-    @abstractmethod
-    def lengths(self, recipe: Recipe) -> "Lengths":
-        """Return the rule for the samples' lengths in tokens."""
-
     def trained_on(self, pair: "Pair", draw: "Draw") -> "Pair":
         """Return the part of a sample that a step trains on."""
         return pair.one_text(draw)
@@ -144,33 +171,13 @@ class TrainingInterface(ABC, Generic[S]):
         """Return the input of a memory estimate.  videos: chunks are full of videos instead of images."""
         raise NotImplementedError
 
-    @abstractmethod
-    def build(self, model: S, texts: Iterable[str], seed: int, folder: Path) -> None:
-        """Write a folder with random weights of model.architecture and any tokenizer, trained on `texts`."""
-
-    @abstractmethod
-    def processor(self, recipe: Recipe, path: str) -> Processor:
-        """Return the processor for training."""
-
-    @abstractmethod
-    def load(self, recipe: Recipe, path: str, attention: str) -> "nn.Module":
-        """Return the model that the engine trains."""
-
-    def empty(self, recipe: Recipe, path: str, attention: str) -> "nn.Module":
-        """Return the model of `load` without weights, to be partitioned by ZeRO-3."""
-        raise NotImplementedError
-
-    def own_name(self, stored: str) -> str:
-        """Return the model's name for a tensor by its name in a stored checkpoint."""
-        return stored
+    def frozen(self, recipe: Recipe, path: str, device: "torch.device") -> "Frozen | None":
+        """Load the frozen part outside the engine, or return None. It is called before the engine is created."""
+        return None
 
     def load_whole(self, recipe: Recipe, path: str) -> "nn.Module":
         """Return the model, with the frozen part outside the engine if an export includes that."""
         return self.load(recipe, path, "sdpa")
-
-    def frozen(self, recipe: Recipe, path: str, device: "torch.device") -> "Frozen | None":
-        """Load the frozen part outside the engine, or return None. It is called before the engine is created."""
-        return None
 
     def exported(self, weights: "Tensors", frozen: "Frozen | None") -> "Tensors":
         """Return the weights of an export: the engine's, with those of the frozen part if it belongs to the model."""
@@ -181,10 +188,6 @@ class TrainingInterface(ABC, Generic[S]):
     ) -> "tuple[Processor, Features | None]":
         """Return the processor and the frozen part's features for embedding evaluation sets during training."""
         return processor, frozen.features_of if frozen else None
-
-    @abstractmethod
-    def save(self, recipe: Recipe, model: "nn.Module", weights: "Tensors", source: str, folder: Path) -> None:
-        """Write an export: `weights` with the tokenizer and image processor of `source`, and a model card."""
 
 
 class SavedModelInterface(ABC):
