@@ -85,8 +85,6 @@ def _why(config: PreTrainedConfig, error: Exception) -> str:
             return f"its {type(module).__name__} mixes neighbouring tokens of a row by a convolution"
     if not model._supports_attention_backend:
         return f"{type(model).__name__} computes attention with its own code, which cannot separate packed texts"
-    if not model._supports_sdpa:
-        return f"{type(model).__name__} has attention that is more than scaled dot products (sinks, sparsity)"
     modules = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
     names = [type(each).__name__ for each in modules if type(each).__module__.startswith("transformers.models")]
     name = names[-1] if names else type(model).__name__
