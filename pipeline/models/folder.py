@@ -9,7 +9,7 @@ from jinja2 import StrictUndefined, Template
 from pipeline.models.loading import IMAGES, reads_as_stored
 from pipeline.storage.atomic import replacing
 
-_PARTIAL = "partial_rotary_factor"
+_UNSCALED = ("rope_theta", "partial_rotary_factor")
 
 
 def write_card(folder: Path, template: Path, base: str | None = None, **fields: object) -> None:
@@ -58,17 +58,12 @@ def _for_earlier(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, An
 
 
 def _earlier_rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that transformers used before `rope_parameters`, which Gemma 3 has for each layer type."""
-    if "rope_theta" in parameters:
-        scaling = {name: value for name, value in parameters.items() if name not in ("rope_theta", _PARTIAL)}
-        earlier = {name: parameters[name] for name in ("rope_theta", _PARTIAL) if name in parameters}
-        return earlier | {"rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None}
-    earlier = {}
-    if full := parameters.get("full_attention"):
-        earlier = _earlier_rope(full)
-        if sliding := parameters.get("sliding_attention"):
-            earlier["rope_local_base_freq"] = sliding["rope_theta"]
-    return earlier
+    """Return the fields that transformers used before `rope_parameters`, if these are the same for all layers."""
+    if "rope_theta" not in parameters:
+        return {}
+    scaling = {name: value for name, value in parameters.items() if name not in _UNSCALED}
+    earlier = {name: parameters[name] for name in _UNSCALED if name in parameters}
+    return earlier | {"rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None}
 
 
 def _replace(file: Path, values: dict[str, Any]) -> None:

@@ -24,20 +24,17 @@ class TwoTower(nn.Module, ABC):
 
     An item with several images or frames gets the normalised mean of their unit vectors.
 
-    pixels: how images are prepared.  pads: whether attention pads the texts of a chunk to the longest.
+    pixels: how images are prepared.  dimension: of the vectors.
+    pads: whether attention pads the texts of a chunk to the longest.
     always_with_images: run the vision tower in every forward pass (see `forward`), so all parameters get gradients.
     """
 
     always_with_images = False
     pads = False
 
-    def __init__(self, pixels: Pixels) -> None:
+    def __init__(self, pixels: Pixels, dimension: int) -> None:
         super().__init__()
-        self.pixels = pixels
-
-    @property
-    @abstractmethod
-    def dimension(self) -> int: ...
+        self.pixels, self.dimension = pixels, dimension
 
     @abstractmethod
     def images(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -183,18 +183,6 @@ ROPES = [
         {"rope_parameters": {"rope_theta": 2e4, "rope_type": "default", "partial_rotary_factor": 0.25}},
         {"rope_theta": 2e4, "rope_scaling": None, "partial_rotary_factor": 0.25},
     ),
-    (
-        "gemma3_text",
-        {
-            "head_dim": 8,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "rope_parameters": {
-                "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
-                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
-            },
-        },
-        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-    ),
 ]
 
 

@@ -25,7 +25,7 @@ from pipeline.models.vision import Pixels, image_processor
 
 class Clip(TwoTower):
     def __init__(self, clip: CLIPModel, pixels: Pixels) -> None:
-        super().__init__(pixels)
+        super().__init__(pixels, cast(int, clip.config.projection_dim))
         del clip.logit_scale  # the loss owns the temperature
         self.clip = clip
 
@@ -34,10 +34,6 @@ class Clip(TwoTower):
         """Load from a folder or hub name."""
         model = loading.open_model(CLIPModel, path, load_config(path), dtype)
         return cls(model, Pixels.load(path))
-
-    @property
-    def dimension(self) -> int:
-        return cast(int, self.clip.config.projection_dim)
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.clip.get_image_features(pixel_values=pixels).pooler_output

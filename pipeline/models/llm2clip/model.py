@@ -64,7 +64,7 @@ class Llm2Clip(TwoTower):
     """A vision encoder, and an adapter on a frozen language model's text vectors of `width` numbers."""
 
     def __init__(self, vision: VisionEncoder, pixels: Pixels, width: int) -> None:
-        super().__init__(pixels)
+        super().__init__(pixels, vision.dimension)
         self.vision, self.adapter, self.width = vision, TextAdapter(width, vision.dimension), width
         self.adapter.to(next(vision.parameters()).dtype)
 
@@ -83,10 +83,6 @@ class Llm2Clip(TwoTower):
                 raise PipelineError(f"{path} was trained with vectors {given} wide; these are {width} wide")
             _fill(model.adapter, fetched(path) / ADAPTER_FILE)
         return model
-
-    @property
-    def dimension(self) -> int:
-        return self.vision.dimension
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.vision(pixels)
