@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -67,23 +66,17 @@ class TwoTower(nn.Module, ABC):
         return F.normalize(rows, dim=-1)
 
 
-class TextReader(Protocol):
-    """Tokenizes texts for a two-tower model."""
-
-    def tokenized(self, text: str) -> Encoded: ...
-
-
 @dataclass(frozen=True)
 class TwoTowerProcessor:
     """Encodes items as tiles or tokens. An image counts as `tokens` tokens, so that chunk sizes reflect compute.
 
-    texts: tokenizes texts; its tokens identify a text even if its vector comes with the data.
+    tokenized: tokenizes a text; the tokens identify it even if its vector comes with the data.
     with_vectors: whether the data has the texts' vectors.
     """
 
     pixels: Pixels
     tokens: int
-    texts: TextReader
+    tokenized: Callable[[str], Encoded]
     video_frames: int = 8
     with_vectors: bool = False
 
@@ -101,7 +94,7 @@ class TwoTowerProcessor:
         if images or item.video is not None:
             frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
             return self.encode_parts("", images, frames)
-        told = self.texts.tokenized(item.text)
+        told = self.tokenized(item.text)
         if not self.with_vectors:
             return told
         if item.vector is None and item.text:
@@ -113,7 +106,7 @@ class TwoTowerProcessor:
     ) -> Encoded:
         """Encode a text, or RGB images and a video's frames; BadSample for both at once."""
         if not images and frames is None:
-            return self.texts.tokenized(text)
+            return self.tokenized(text)
         if text:
             raise BadSample("a text beside an image: for this model they are two items")
         shown = [decode() for decode in images] + list(frames() if frames else [])

@@ -72,7 +72,7 @@ class SavedClip(SavedModelInterface):
 
     def reader(self, path: str, max_tokens: int, video_frames: int) -> TwoTowerProcessor:
         texts = ClipTexts.load(path, max_tokens)
-        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts, video_frames)
+        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts.tokenized, video_frames)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         return Clip.load(path, DTYPES[precision]).eval().to(device), None

@@ -87,7 +87,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         model, vectors = self.section(recipe), bool(recipe.data.text_embeddings)
         pixels, tokens = Pixels.load(path, model.images), tokens_of(model.path, model.architecture)
         texts = TextProcessor.load(model.text_encoder, model.max_tokens)
-        return TwoTowerProcessor(pixels, tokens, texts, recipe.video.frames, vectors)
+        return TwoTowerProcessor(pixels, tokens, texts.tokenized, recipe.video.frames, vectors)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         width = load_config(self.section(recipe).text_encoder).hidden_size
@@ -127,7 +127,7 @@ class SavedLlm2Clip(SavedModelInterface):
 
     def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
         texts = TextProcessor.load(llm2clip.text_encoder_of(path), max_tokens)
-        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts, video_frames)
+        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts.tokenized, video_frames)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         text_encoder, _ = SAVED_TEXT_ENCODER.open(llm2clip.text_encoder_of(path), precision, device)
