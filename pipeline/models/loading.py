@@ -35,24 +35,12 @@ _NOT_ASKED = re.compile(
     "fusion_config|output_attentions|output_hidden_states|torchscript|transformers_weights"
 )
 _LABELS = ("id2label", "label2id", "num_labels")
-# Config fields whose whole numbers are 1 or more, and their maximum. transformers checks the types, not the values.
-_LARGEST = dict.fromkeys(
-    (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-        "max_position_embeddings",
-        "projection_dim",
-        "projection_size",
-        "num_patches",
-    ),
-    2**31 - 1,
+# Config fields whose whole numbers are 1 or more: transformers checks their types, not their values.
+_SIZES = re.compile(
+    "(hidden|intermediate|vocab|projection|image|patch)_size|head_dim|projection_dim|max_position_embeddings|"
+    "num_(hidden_layers|attention_heads|key_value_heads|channels|patches)"
 )
-_LARGEST |= dict.fromkeys(("image_size", "patch_size", "num_channels"), 2**16)
-_LARGEST["num_hidden_layers"] = 10_000  # configs build lists of this length
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # configs build lists with an item for each layer
 _PARTS = ("text_config", "vision_config")
 _TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -104,8 +92,9 @@ def checked(where: str | Path, values: dict[str, Any], section: str = "") -> dic
     for name, value in values.items():
         if _NOT_ASKED.fullmatch(name) or (name in _LABELS and "pretrained_cfg" not in values):
             continue
-        if name in _LARGEST and isinstance(value, int) and not 1 <= value <= _LARGEST[name]:
-            raise PipelineError(f"{where}: {section}{name}={value} must be a whole number of 1 to {_LARGEST[name]:,}")
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+        if _SIZES.fullmatch(name) and isinstance(value, int) and not 1 <= value <= most:
+            raise PipelineError(f"{where}: {section}{name}={value} must be a whole number of 1 to {most:,}")
         nested = name in _PARTS and isinstance(value, dict)
         kept[name] = checked(where, value, f"{name}.") if nested else value
     return kept
