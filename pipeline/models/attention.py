@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from importlib import import_module
 from inspect import signature
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig
 
 from pipeline.errors import PipelineError
@@ -16,6 +17,10 @@ from pipeline.models.chunks import sent
 
 HALF = (torch.bfloat16, torch.float16)
 _AMPERE = (8, 0)  # compute capability
+_MODULES = {"flash_attn": "flash_attn", "varlen": "torch.nn.attention.varlen"}  # with the kernel, by kind
+# What layers can pass to their attention and these kernels would ignore. transformers makes no mask for a packed row,
+# but some layers do, as Doge's; Gemma 2 caps logits, gpt-oss has sinks.
+_UNSUPPORTED = {"attention_mask": "a mask", "softcap": "a cap on logits", "s_aux": "sinks", "position_bias": "a bias"}
 
 
 def implementation(kind: str) -> str:
@@ -59,11 +64,10 @@ def _why_not(kind: str, device: str, dtype: torch.dtype) -> str:
         return f"it needs an Ampere GPU or a newer one, and this is a {torch.cuda.get_device_name()}"
     if dtype not in HALF:
         return "it is for bf16 only, and the precision is fp32"
-    name = {"flash_attn": "flash_attn", "varlen": "torch.nn.attention.varlen"}[kind]
     try:
-        import_module(name)
+        import_module(_MODULES[kind])
     except Exception as error:  # a build for another torch can raise anything
-        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        missing = isinstance(error, ModuleNotFoundError) and error.name == _MODULES[kind]
         return "it is not installed" if missing else f"it cannot be imported ({error})"
     return ""
 
@@ -119,40 +123,59 @@ class Segments:
         return sent((torch.arange(self.longest) < lengths[:, None])[:, None, None], self.device)
 
 
-def _packed(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, None]]:
-    """Wrap a kernel as an attention function that transformers calls. No token attends to another item.
+def _attention(
+    attend: Callable[..., Tensor],
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    scaling: float,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls, with the kernel `attend`. No token attends to another item.
 
     It maps query (1, heads, T, d), key and value (1, key-value heads, T, d) to (1, T, heads, d). With last-token
     queries, query and result have one row per item instead of T.
+
+    Raises PipelineError for attention features that the kernels would silently ignore.
     """
+    if segments is None:
+        raise PipelineError("the model's layers do not tell its attention where items begin, which is not supported")
+    given = others | {"attention_mask": attention_mask}
+    if named := [what for name, what in _UNSUPPORTED.items() if given.get(name) is not None]:
+        raise PipelineError(f"the model's layers give their attention {named[0]}, which is not supported")
+    config: Any = getattr(module, "config", None)
+    # Llama 4's chunked layers pass no sliding_window; the limit is in their config.
+    window = others.get("sliding_window") or getattr(config, "attention_chunk_size", None)
+    changes = {"attends within a window": window, "changes the rotary frequencies of all items": _rope_limit(config)}
+    for change, limit in changes.items():
+        if limit and segments.longest > limit:
+            raise PipelineError(
+                f"beyond {limit} tokens the model {change}, which is not supported: lower max_tokens to {limit}"
+            )
+    return attend(query, key, value, segments, scaling), None
 
-    def packed(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *,
-        segments: Segments | None = None,
-        scaling: float,
-        **others: Any,
-    ) -> tuple[torch.Tensor, None]:
-        _refuse(module, attention_mask, segments, others)
-        return attend(query, key, value, segments, scaling), None
 
-    return packed
+def _rope_limit(config: Any) -> int | None:
+    """Return the length beyond which rotary frequencies depend on the longest item of a row, or None."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if each.get("rope_type") in ("dynamic", "longrope"):
+            return each.get("original_max_position_embeddings") or config.max_position_embeddings
+    return None
 
 
-def _sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
-) -> torch.Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
     """Attend with torch's SDPA on items padded to the longest.
 
     Chunks are cut so that there is little padding (see chunks.py). It is at the end of a row, where causal attention
     does not look.
     """
 
-    def spread(x: torch.Tensor, places: Segments) -> torch.Tensor:
+    def spread(x: Tensor, places: Segments) -> Tensor:
         x = x.squeeze(0).transpose(0, 1)
         count, longest = len(places.lengths), places.longest
         rows = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, places.slots, x)
@@ -175,77 +198,42 @@ def _sdpa(
     return out.transpose(1, 2).flatten(0, 1)[queries.slots][None]
 
 
-def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
-) -> torch.Tensor:
-    window = (-1, 0) if segments.causal else (-1, -1)
-    return _by_bounds(partial(_varlen_attn(), scale=scaling, window_size=window), (query, key, value), segments)
-
-
-@cache
-def _varlen_attn() -> Callable[..., torch.Tensor]:
-    from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
-
-    # From torch 2.12 on, grouped queries need a flag.
-    grouped = "enable_gqa" in signature(varlen_attn).parameters
-    attend = partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
-    return cast(Callable[..., torch.Tensor], attend)  # it can also return auxiliary results, not used here
-
-
-def _flash_attn(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
-) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_func  # optional
-
-    attend = partial(flash_attn_varlen_func, softmax_scale=scaling, causal=segments.causal)
-    return _by_bounds(attend, (query, key, value), segments)
-
-
-def _refuse(
-    module: torch.nn.Module, mask: torch.Tensor | None, segments: Segments | None, others: dict[str, Any]
-) -> None:
-    """Raise PipelineError for attention features that these kernels would silently ignore."""
-    if segments is None:
-        raise PipelineError("the model's layers do not tell its attention where items begin, which is not supported")
-    if mask is not None:  # transformers makes none for a packed row, but some layers do, such as Doge's
-        raise PipelineError("the model's layers make an attention mask of their own, which is not supported")
-    if others.get("softcap"):
-        raise PipelineError("the model caps attention's logits, as Gemma 2 does, which is not supported")
-    for name in ("s_aux", "position_bias"):  # sinks (gpt-oss) and relative position biases
-        if others.get(name) is not None:
-            raise PipelineError(f"the model's attention takes {name}, which is not supported")
-    # Llama 4's chunked layers pass no sliding_window; the limit is in their config.
-    window = others.get("sliding_window") or getattr(getattr(module, "config", None), "attention_chunk_size", None)
-    if window and segments.longest > window:
-        raise PipelineError(f"the model sees {window} tokens at once, which is not supported: lower max_tokens to that")
-    limit = _rope_limit(module)
-    if limit and segments.longest > limit:
-        raise PipelineError(
-            f"beyond {limit} tokens the model changes the rotary frequencies of all packed items, which is not "
-            f"supported: lower max_tokens to {limit}"
-        )
-
-
-def _rope_limit(module: torch.nn.Module) -> int | None:
-    """Return the length beyond which rotary frequencies depend on the longest item of a row, or None."""
-    config: Any = getattr(module, "config", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    for each in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        if each.get("rope_type") in ("dynamic", "longrope"):
-            return each.get("original_max_position_embeddings") or config.max_position_embeddings
-    return None
-
-
 def _by_bounds(
-    attend: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], segments: Segments
-) -> torch.Tensor:
-    """Call a variable-length kernel on (T, heads, d) query, key and value with the items' bounds."""
-    rows, queries = (x.squeeze(0).transpose(0, 1) for x in inputs), segments.queries
+    kernel: Callable[[float, bool], Callable[..., Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+) -> Tensor:
+    """Attend with a variable-length kernel, which reads (T, heads, d) query, key and value and the items' bounds."""
+    rows, queries = (x.squeeze(0).transpose(0, 1) for x in (query, key, value)), segments.queries
     # With one query per item the kernels would switch to their decoding path.
     most_queries = max(queries.longest, 2)
+    attend = kernel(scaling, segments.causal)
     return attend(*rows, queries.bounds, segments.bounds, most_queries, segments.longest)[None]
 
 
-KINDS = {"flash_attn": _packed(_flash_attn), "varlen": _packed(_varlen), "sdpa": _packed(_sdpa)}
+@cache
+def _varlen(scaling: float, causal: bool) -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
+
+    # From torch 2.12 on, grouped queries need a flag.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    return partial(varlen_attn, scale=scaling, window_size=(-1, 0 if causal else -1), **grouped)
+
+
+@cache
+def _flash_attn(scaling: float, causal: bool) -> Callable[..., Tensor]:
+    from flash_attn import flash_attn_varlen_func  # optional
+
+    return partial(flash_attn_varlen_func, softmax_scale=scaling, causal=causal)
+
+
+KINDS = {
+    "flash_attn": partial(_attention, partial(_by_bounds, _flash_attn)),
+    "varlen": partial(_attention, partial(_by_bounds, _varlen)),
+    "sdpa": partial(_attention, _sdpa),
+}
 for kind, function in KINDS.items():
     AttentionInterface.register(implementation(kind), function)

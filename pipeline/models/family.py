@@ -7,8 +7,7 @@ A family is a package with these modules:
                 `SavedModelInterface`
 
 The model is a torch module that maps (packed items, with_images, features) to (N, D) float32 unit rows. It has
-`dimension`; `pads`, whether attention pads a chunk's items to the longest; `always_with_images`; and
-`checkpoint_activations()`.
+`dimension`; `pads`, whether attention pads a chunk's items to the longest; and `always_with_images`.
 """
 
 from abc import ABC, abstractmethod
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from pipeline.data.sample import Draw, Item, Pair
     from pipeline.data.source import Source
     from pipeline.models.chunks import Features, Frozen
+    from pipeline.models.files import Tensors
 
 S = TypeVar("S", bound=ModelSection)
 
@@ -82,17 +82,18 @@ class Processor(Protocol):
 class TrainingInterface(ABC, Generic[S]):
     """The training interface of a family whose recipe section is an S.
 
+    A family needs the abstract methods, for ZeRO-3 also `empty`. The others are for models that need more: weights in
+    another format, a frozen part outside the engine, a memory estimate.
+
     unused: prefixes of parameters that get no gradient, because no embedding depends on them.
     adapted: the model's attribute that gets LoRA adapters if a recipe sets them.
     stages: supported ZeRO stages.
-    checks_config_alone: whether `check` needs no weights of a model on the hub.
     estimates_memory: whether `memory` is implemented.
     """
 
     unused: ClassVar[tuple[str, ...]] = ()
     adapted: ClassVar[str] = ""
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
-    checks_config_alone: ClassVar[bool] = False
     estimates_memory: ClassVar[bool] = False
 
     def section(self, recipe: Recipe) -> S:
@@ -100,7 +101,38 @@ class TrainingInterface(ABC, Generic[S]):
 
     @abstractmethod
     def check(self, model: S) -> None:
-        """Raise PipelineError if a recipe's model is invalid, before any of it is loaded."""
+        """Raise PipelineError if a recipe's model is invalid, before any of it is loaded.
+
+        Of a model on the hub this reads no weights.
+        """
+
+    @abstractmethod
+    def build(self, model: S, texts: Iterable[str], seed: int, folder: Path) -> None:
+        """Write a folder with random weights of model.architecture and any tokenizer, trained on `texts`."""
+
+    @abstractmethod
+    def processor(self, recipe: Recipe, path: str) -> Processor:
+        """Return the processor for training."""
+
+    @abstractmethod
+    def lengths(self, recipe: Recipe) -> "Lengths":
+        """Return the rule for the samples' lengths in tokens."""
+
+    @abstractmethod
+    def load(self, recipe: Recipe, path: str, attention: str) -> "nn.Module":
+        """Return the model that the engine trains."""
+
+    @abstractmethod
+    def save(self, recipe: Recipe, model: "nn.Module", weights: "Tensors", source: str, folder: Path) -> None:
+        """Write an export: `weights` with the tokenizer and image processor of `source`, and a model card."""
+
+    def empty(self, recipe: Recipe, path: str, attention: str) -> "nn.Module":
+        """Return the model of `load` without weights, to be partitioned by ZeRO-3."""
+        raise NotImplementedError
+
+    def own_name(self, stored: str) -> str:
+        """Return the model's name for a tensor by its name in a stored checkpoint."""
+        return stored
 
     def check_stage(self, stage: int) -> None:
         """Raise PipelineError for a ZeRO stage that is not supported."""
@@ -122,10 +154,6 @@ class TrainingInterface(ABC, Generic[S]):
 
         return {"the model's fingerprint": fingerprint(model.path)}
 
-    @abstractmethod
-    def lengths(self, recipe: Recipe) -> "Lengths":
-        """Return the rule for the samples' lengths in tokens."""
-
     def trained_on(self, pair: "Pair", draw: "Draw") -> "Pair":
         """Return the part of a sample that a step trains on."""
         return pair.one_text(draw)
@@ -138,44 +166,19 @@ class TrainingInterface(ABC, Generic[S]):
         """Whether `resolve` writes a converted copy of the folder at `path`."""
         return False
 
-    def preflight(self, recipe: Recipe, path: str) -> None:
-        """Raise PipelineError if the folder of the recipe's model is invalid, as far as a check without a GPU shows."""
-        self.check(self.section(recipe))
-        self.processor(recipe, path)
-
     def memory(self, recipe: Recipe, videos: bool) -> ModelMemory:
         """Return the input of a memory estimate.  videos: chunks are full of videos instead of images."""
         raise NotImplementedError
-
-    @abstractmethod
-    def build(self, model: S, texts: Iterable[str], seed: int, folder: Path) -> None:
-        """Write a folder with random weights of model.architecture and any tokenizer, trained on `texts`."""
-
-    @abstractmethod
-    def processor(self, recipe: Recipe, path: str) -> Processor:
-        """Return the processor for training."""
-
-    @abstractmethod
-    def load(self, recipe: Recipe, path: str, attention: str) -> "nn.Module":
-        """Return the model that the engine trains."""
-
-    def empty(self, recipe: Recipe, path: str, attention: str) -> "nn.Module":
-        """Return the model of `load` without weights, to be partitioned by ZeRO-3."""
-        raise NotImplementedError
-
-    def own_name(self, stored: str) -> str:
-        """Return the model's name for a tensor by its name in a stored checkpoint."""
-        return stored
-
-    def load_whole(self, recipe: Recipe, path: str) -> "nn.Module":
-        """Return the model, with the frozen part outside the engine if an export includes that."""
-        return self.load(recipe, path, "sdpa")
 
     def frozen(self, recipe: Recipe, path: str, device: "torch.device") -> "Frozen | None":
         """Load the frozen part outside the engine, or return None. It is called before the engine is created."""
         return None
 
-    def exported(self, weights: "dict[str, torch.Tensor]", frozen: "Frozen | None") -> "dict[str, torch.Tensor]":
+    def load_whole(self, recipe: Recipe, path: str) -> "nn.Module":
+        """Return the model, with the frozen part outside the engine if an export includes that."""
+        return self.load(recipe, path, "sdpa")
+
+    def exported(self, weights: "Tensors", frozen: "Frozen | None") -> "Tensors":
         """Return the weights of an export: the engine's, with those of the frozen part if it belongs to the model."""
         return weights
 
@@ -184,12 +187,6 @@ class TrainingInterface(ABC, Generic[S]):
     ) -> "tuple[Processor, Features | None]":
         """Return the processor and the frozen part's features for embedding evaluation sets during training."""
         return processor, frozen.features_of if frozen else None
-
-    @abstractmethod
-    def save(
-        self, recipe: Recipe, model: "nn.Module", weights: "dict[str, torch.Tensor]", source: str, folder: Path
-    ) -> None:
-        """Write an export: `weights` with the tokenizer and image processor of `source`, and a model card."""
 
 
 class SavedModelInterface(ABC):

@@ -17,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_few
 from pipeline.storage.documents import unique
 
 # Configs, tokenizers and processors: the files besides the weights that a model's embeddings depend on.
@@ -42,11 +42,18 @@ class Stored:
 def fetched(path: str, *, weights: bool = True) -> Path:
     """Return the local folder of a model, after a download for a hub name.  weights: whether weights are needed.
 
-    Raises PipelineError if there is no such model. If the hub is unreachable it fails at once, because
-    `snapshot_download` does not retry.
+    Raises PipelineError if there is no such model, or only adapters for one. If the hub is unreachable it fails at
+    once, because `snapshot_download` does not retry.
     """
-    if Path(path).is_dir():
-        return Path(path)
+    folder = Path(path) if Path(path).is_dir() else _downloaded(path, weights)
+    if (folder / "adapter_config.json").is_file():
+        raise PipelineError(
+            f"no model at {path!r}: it holds adapters (LoRA); merge them into their base model and name the result"
+        )
+    return folder
+
+
+def _downloaded(path: str, weights: bool) -> Path:
     if Path(path).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise PipelineError(f"no model at {path!r}: there is no such folder")
     settings = [f"*{suffix}" for suffix in SETTINGS]
@@ -104,56 +111,43 @@ def _damage(file: Path, error: BaseException) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files that transformers would read; PipelineError if one is missing, or for adapters."""
-    if (folder / "adapter_config.json").is_file():
-        raise PipelineError(
-            f"{folder} has an adapter_config.json: it holds adapters (LoRA), which are not loaded; merge them into "
-            "their base model and name the result"
-        )
+    """Return the weight files that transformers would read; PipelineError if one is missing."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
             return [folder / single]
         if index.is_file():
-            files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+            files = [folder / name for name in _files_of(index)]
             if missing := [file.name for file in files if not file.is_file()]:
-                raise PipelineError(f"{folder} lacks {some(missing)}, which {index.name} names: {_AGAIN}")
+                raise PipelineError(f"{folder} lacks {first_few(missing)}, which {index.name} names: {_AGAIN}")
             return files
     raise PipelineError(
         f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, or several files and their index"
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """Return an index's tensor name -> file name; PipelineError if a file is outside the index's folder."""
+def _files_of(index: Path) -> list[str]:
+    """Return the names of an index's files; PipelineError if one is outside the index's folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise PipelineError(f"{index} has no weight_map of file names by tensors' names: {_AGAIN}")
-    suffix = "." + index.name.split(".")[1]
-    for name in sorted(set(weight_map.values())):
+    suffix, names = index.suffixes[0], sorted(set(weight_map.values()))
+    for name in names:
         if not re.fullmatch(r"[\w.-]+", name) or not name.endswith(suffix):
             raise PipelineError(f"{index} names {name!r}, which is no {suffix} file of its folder: do not trust it")
-    return weight_map
-
-
-def some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return names
 
 
 def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
-    """Return all tensors of a folder's weights by name. It reads the files' headers and some rows.
+    """Return all tensors of a folder's weights by name, from the files' headers.
 
-    files: the files to read; None reads those of `weight_files` and compares them with their index.
+    files: the files to read, by default those of `weight_files`.
 
-    Raises PipelineError if a file is missing, damaged, does not match its index, holds a duplicate or quantised tensor,
-    could run code, or holds a layer (or embedding) whose matrices are all zero, as after a failed save.
+    Raises PipelineError if a file is missing, damaged, holds a duplicate or quantised tensor, or could run code.
     """
     found: dict[str, Stored] = {}
-    matrices: dict[str, bool] = {}
-    whole = files is None
-    files = files or weight_files(folder)
-    for file in files:
-        for name, (shape, dtype, zero) in _header(file).items():
+    for file in files or weight_files(folder):
+        for name, (shape, dtype) in _header(file).items():
             if name in found:
                 raise PipelineError(f"{name} is in {found[name].file} and in {file}: remove one of the two files")
             if dtype not in _DTYPES.values() and (dtype not in _COUNTING or name.endswith((".weight", ".bias"))):
@@ -162,48 +156,32 @@ def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
                     "float16 or bfloat16"
                 )
             found[name] = Stored(file, shape, dtype if dtype in _DTYPES.values() else None)
-            matrices |= {name: zero} if len(shape) > 1 else {}
-    _refuse_zeros(folder, matrices)
-    single = "model.safetensors" if files[0].suffix == ".safetensors" else "pytorch_model.bin"
-    index = folder / f"{single}.index.json"
-    if whole and files[0].name != single and index.is_file():
-        for name, holder in _weight_map(index).items():
-            if name not in found or found[name].file.name != holder:
-                raise PipelineError(f"{folder / holder} lacks {name}, which {index.name} says it holds: {_AGAIN}")
     return found
 
 
-def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
-    """Return tensor name -> (shape, dtype, whether it is a matrix of zeros)."""
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Return tensor name -> (shape, dtype)."""
     if file.suffix != ".safetensors":
-        tensors = read_tensors(file)
-        return {name: (tuple(t.shape), t.dtype, _is_zero(t, tuple(t.shape), t.dtype)) for name, t in tensors.items()}
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in read_tensors(file).items()}
     try:
-        found = {}
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                part = tensors.get_slice(name)
-                shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
-                found[name] = shape, dtype, _is_zero(part, shape, dtype)
-        return found
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+            stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+            return {name: (shape, _DTYPES.get(dtype, dtype)) for name, (shape, dtype) in stored.items()}
     except Exception as error:  # damaged files raise many kinds
         raise PipelineError(f"cannot read {file}: {_damage(file, error)}") from None
 
 
-def _is_zero(tensor: Any, shape: tuple[int, ...], dtype: Any) -> bool:
-    """Whether a matrix, or its slice of a file, is all zeros. Three rows are read first, the rest only if needed."""
-    if len(shape) < 2 or dtype not in _DTYPES.values():
-        return False
-    some_rows = (tensor[row : row + 1] for row in (0, shape[0] // 2, shape[0] - 1))
-    return not any(rows.any() for rows in some_rows) and not tensor[:].any()
-
-
 def read_tensors(file: Path) -> Tensors:
-    """Return a file's tensors, memory-mapped where the format allows. Only tensors are unpickled."""
+    """Return a file's tensors, memory-mapped where the format allows. Only tensors are unpickled.
+
+    Raises PipelineError for a damaged file, and for NaN or infinity.
+    """
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+            tensors = load_file(file)
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:  # damaged files raise many kinds
         if "weights_only" in str(error) or "Unsupported" in str(error):
             why = "it is a pickle of more than tensors, which could run code; get the model as .safetensors"
@@ -214,6 +192,8 @@ def read_tensors(file: Path) -> Tensors:
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
         raise PipelineError(f"{file} is not a table of tensors by name: name a folder with the model's own weights")
+    for name, tensor in tensors.items():
+        refuse_not_finite(file, name, tensor)
     return tensors
 
 
@@ -222,20 +202,6 @@ def refuse_not_finite(where: str | Path, name: str, tensor: torch.Tensor) -> Non
     # A sum takes an eighth of the time of isfinite and propagates NaN and infinity. It can overflow, so check again.
     if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise PipelineError(f"{where}: {name} has NaN or infinite weights: {_AGAIN}, or name an earlier checkpoint")
-
-
-def _refuse_zeros(where: Path, matrices: dict[str, bool]) -> None:
-    """Raise PipelineError if all matrices of a layer, or of a module outside layers, are zero.
-
-    A single zero matrix in a layer is valid: some models initialise residual branches to zero.
-    matrices: name -> whether it is zero.
-    """
-    zeros: dict[str, bool] = {}
-    for name, zero in matrices.items():
-        if part := re.match(r".*?\.\d+(?=\.)|.+(?=\.weight$)", name):
-            zeros[part[0]] = zeros.get(part[0], True) and zero
-    if damaged := [part for part, zero in zeros.items() if zero]:
-        raise PipelineError(f"{where}: all weights of {some(damaged)} are zero, as a failed save leaves them: {_AGAIN}")
 
 
 def refuse_more_layers(path: str, stored: dict[str, Stored], unexpected: set[str]) -> None:

@@ -5,15 +5,15 @@ transformers never prompts for permission to run it.
 """
 
 import difflib
-import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_backends import PilBackend
@@ -28,54 +28,32 @@ from pipeline.models.files import fetched, read_json, refuse_more_layers, refuse
 DTYPES: dict[str, torch.dtype | Literal["auto"]] = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
 IMAGES = "image_reading"  # the config's field for `model.images`
-_STORED_DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Config fields that are ignored: they set how a model runs and where its files are, which this project decides. A named
-# kernel would be downloaded and run; the number of labels could be arbitrarily large.
-_NOT_ASKED = (
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "_commit_hash",
-    "_experts_implementation",
-    "_experts_implementation_internal",
-    "_name_or_path",
-    "attn_implementation",
-    "distributed_config",
-    "experts_implementation",
-    "fusion_config",
-    "id2label",
-    "label2id",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-    "torchscript",
-    "transformers_weights",
-    "use_return_dict",
+# kernel would be downloaded and run; the number of labels could be arbitrarily large, but timm's is the dimension.
+_NOT_ASKED = re.compile(
+    r"_?(attn|experts)_implementation(_internal)?|_?name_or_path|_commit_hash|(use_)?return_dict|distributed_config|"
+    "fusion_config|output_attentions|output_hidden_states|torchscript|transformers_weights"
 )
-_MOST = 2**31 - 1
-# Config fields that are whole numbers, and their maximum; null is valid for those in _NULLABLE.
-_WHOLE = {
-    "hidden_size": _MOST,
-    "intermediate_size": _MOST,
-    "num_hidden_layers": 10_000,  # configs build lists of this length
-    "num_attention_heads": _MOST,
-    "vocab_size": _MOST,
-    "max_position_embeddings": _MOST,
-    "image_size": 2**16,
-    "patch_size": 2**16,
-    "num_channels": 2**16,
-    "num_patches": _MOST,
-    "projection_dim": _MOST,
-    "projection_size": _MOST,
-    "num_key_value_heads": _MOST,
-    "head_dim": _MOST,
-}
-_NULLABLE = ("num_key_value_heads", "head_dim", "projection_dim", "projection_size", "intermediate_size", "num_patches")
-# Config fields that are numbers above 0.
-_POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "factor")
-_SECTIONS = ("text_config", "vision_config", "rope_parameters", "rope_scaling")
+_LABELS = ("id2label", "label2id", "num_labels")
+# Config fields whose whole numbers are 1 or more: transformers checks their types, not their values.
+_SIZES = re.compile(
+    "(hidden|intermediate|vocab|projection|image|patch)_size|head_dim|projection_dim|max_position_embeddings|"
+    "num_(hidden_layers|attention_heads|key_value_heads|channels|patches)"
+)
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # configs build lists with an item for each layer
+_PARTS = ("text_config", "vision_config")
 _TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# The files that transformers reads beside the one that it was asked for.
+_OTHERS = (
+    "tokenizer.json",
+    "vocab.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    *_PROCESSORS,
+    "generation_config.json",
+)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -83,27 +61,21 @@ Config = TypeVar("Config", bound=PreTrainedConfig)
 
 def config_dict(path: str) -> dict[str, Any]:
     """Return the config.json of a folder or hub name without ignored fields; PipelineError if there is no model."""
-    folder = fetched(path, weights=False)
-    file = folder / "config.json"
+    file = fetched(path, weights=False) / "config.json"
     if not file.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise PipelineError(
-                f"no model at {path!r}: it holds adapters (LoRA); merge them into their base model and use that"
-            )
         raise PipelineError(f"no model at {path!r}: it has no config.json")  # transformers would use its defaults
-    values = read_json(file)
-    _refuse_code(file, values)
+    values = _read(file)
     for name in ("quantization_config", "compression_config"):
         if values.get(name) is not None:
             raise PipelineError(f"{file} has a {name}: quantised models are not supported; use the original model")
     if not isinstance(values.get("model_type"), str | None):
         raise PipelineError(f"{file}: model_type={shown(values['model_type'])} is not a string")
-    if not isinstance(values.get("architectures"), list | None):
-        raise PipelineError(f"{file}: architectures={shown(values['architectures'])} is not a list of names")
     return checked(file, values)
 
 
-def _refuse_code(file: Path, values: dict[str, Any]) -> None:
+def _read(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises PipelineError if it names code to run."""
+    values = read_json(file)
     for part in (values, *(part for part in values.values() if isinstance(part, dict))):
         if named := part.get("auto_map"):
             raise PipelineError(
@@ -111,30 +83,20 @@ def _refuse_code(file: Path, values: dict[str, Any]) -> None:
                 "run. Use a model that transformers itself implements; or, if transformers' own class computes the "
                 "same, remove auto_map from the file"
             )
+    return values
 
 
-def checked(file: Path, values: dict[str, Any], section: str = "") -> dict[str, Any]:
-    """Return a config's values without ignored fields; PipelineError for an impossible number."""
-
-    def refuse(name: str, expected: str) -> None:
-        raise PipelineError(f"{file}: {section}{name}={shown(values[name])} must be {expected}: is the file damaged?")
-
+def checked(where: str | Path, values: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """Return a config's values without ignored fields; PipelineError for an impossible size.  where: for errors."""
     kept = {}
     for name, value in values.items():
-        if name in _NOT_ASKED and not ("pretrained_cfg" in values and name in ("num_labels", "id2label", "label2id")):
+        if _NOT_ASKED.fullmatch(name) or (name in _LABELS and "pretrained_cfg" not in values):
             continue
-        if name in _WHOLE and not isinstance(value, list) and not (value is None and name in _NULLABLE):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _WHOLE[name]:
-                refuse(name, f"a whole number of 1 to {_WHOLE[name]:,}")
-        elif name in _POSITIVE and not (isinstance(value, list) or (value is None and "rope_" in section + name)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                refuse(name, "a number above 0")
-        elif name in ("torch_dtype", "dtype") and value is not None:
-            if str(value).removeprefix("torch.") not in _STORED_DTYPES:
-                refuse(name, f"one of {', '.join(_STORED_DTYPES)}")
-        elif name in _SECTIONS or "rope_" in section:
-            value = checked(file, value, f"{section}{name}.") if isinstance(value, dict) else value
-        kept[name] = value
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+        if _SIZES.fullmatch(name) and isinstance(value, int) and not 1 <= value <= most:
+            raise PipelineError(f"{where}: {section}{name}={value} must be a whole number of 1 to {most:,}")
+        nested = name in _PARTS and isinstance(value, dict)
+        kept[name] = checked(where, value, f"{name}.") if nested else value
     return kept
 
 
@@ -153,30 +115,24 @@ def config(path: str, kind: type[Config] | None = None) -> Config:
                 name = "ministral"
             kind = cast(type[Config], CONFIG_MAPPING[str(name)])
     for section in kind.sub_configs:
-        if section in _SECTIONS and not isinstance(values.get(section), dict):
+        if section in _PARTS and not isinstance(values.get(section), dict):
             found = shown(values[section]) if section in values else "missing"
             raise PipelineError(f"{file}: {section} is {found}, and not a part of the model: name a whole model")
     if kind.base_config_key and isinstance(values.get(kind.base_config_key), dict):
         values = values[kind.base_config_key]
     with reading(file):
-        return cast(Config, deepcopy(_made(kind, json.dumps(values))))  # type: ignore[arg-type]  # classes are hashable
-
-
-@lru_cache(maxsize=16)
-def _made(kind: type[PreTrainedConfig], values: str) -> PreTrainedConfig:
-    """Build a config, cached: transformers takes 40 ms to validate a model of several parts."""
-    return kind.from_dict(json.loads(values))
+        return kind.from_dict(values)
 
 
 @contextmanager
-def reading(file: Path, *others: Path) -> Iterator[None]:
+def reading(file: Path) -> Iterator[None]:
     """Convert any error of a library into a PipelineError about the first damaged JSON file, or else about `file`."""
     try:
         yield
     except (PipelineError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # panics in the Rust code of tokenizers are not Exceptions
-        for other in (file, *others):
+        for other in (file, *(file.parent / name for name in _OTHERS)):
             if other.suffix == ".json" and other.is_file():
                 read_json(other)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -199,13 +155,11 @@ def tokenizer(
     folder = fetched(path, weights=False)
     if not any(file.is_file() for pattern in _TOKENIZERS for file in folder.glob(pattern)):
         raise PipelineError(f"{folder} has no tokenizer: expected tokenizer.json; copy it from where the model is from")
-    names = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-    files = [folder / name for name in names if (folder / name).is_file()]
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        _refuse_code(settings, read_json(settings))
-    main = next((file for file in files if file.name in ("tokenizer.json", "vocab.json")), folder / "tokenizer.json")
-    with reading(main, *files):
+        _read(settings)
+    main = folder / ("tokenizer.json" if (folder / "tokenizer.json").is_file() else "vocab.json")
+    with reading(main):
         if kind:
             found = kind.from_pretrained(folder, local_files_only=True)
         else:
@@ -228,31 +182,21 @@ def tokenizer(
 def image_processor(path: str, kind: type[PilBackend], **fields: Any) -> Any:
     """Return the image processor of a folder or hub name.  kind: its class.  fields: override its own."""
     folder = fetched(path, weights=False)
-    names = ("preprocessor_config.json", "processor_config.json")
-    files = [folder / name for name in names if (folder / name).is_file()]
+    files = [folder / name for name in _PROCESSORS if (folder / name).is_file()]
     if not files:
-        raise PipelineError(f"no image processor at {path!r}: {folder / names[0]} is missing; copy it from the model")
+        missing = folder / _PROCESSORS[0]
+        raise PipelineError(f"no image processor at {path!r}: {missing} is missing; copy it from the model")
     for file in files:
-        _refuse_code(file, read_json(file))
-
-    def require(right: bool, name: str, value: Any) -> None:
-        if not right:
-            value = list(value) if isinstance(value, tuple) else value
-            raise PipelineError(f"{files[0]}: {name}={shown(value)} makes no picture: copy or download it again")
-
-    with reading(files[0], *files):
+        _read(file)
+    with reading(files[0]):
         its: Any = kind.from_pretrained(folder, local_files_only=True, **fields)
-    sides = [side for size in (its.size, its.crop_size) if size for side in dict(size).values() if side is not None]
-    for side in sides:
-        require(isinstance(side, int) and 0 < side <= _WHOLE["image_size"], "size", side)
-    for name, least in (("image_mean", -math.inf), ("image_std", 0)):
-        value = getattr(its, name)
-        numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
-        right = numbers and len(value) == 3 and all(least < v < math.inf for v in value)
-        require(right or not its.do_normalize, name, value)
-    scale = its.rescale_factor
-    require(isinstance(scale, int | float) and 0 < scale < math.inf, "rescale_factor", scale)
-    require(its.resample in range(6), "resample", its.resample)
+        mean, std = list(its.image_mean), list(its.image_std)
+        numbers = np.isfinite([*mean, *std, its.rescale_factor, its.resample]).all()
+    if not (numbers and len(mean) == len(std) == 3 and min(std) > 0):
+        raise PipelineError(
+            f"{files[0]}: image_mean={shown(mean)}, image_std={shown(std)}, rescale_factor={its.rescale_factor} and "
+            f"resample={its.resample} make no picture: copy or download it again"
+        )
     return its
 
 
@@ -294,7 +238,7 @@ def open_model(
     if check:
         check(path, config)
     stored = survey(folder)
-    with reading(next(iter(stored.values())).file, folder / "generation_config.json"):
+    with reading(next(iter(stored.values())).file):
         read = cast(Callable[..., tuple[Model, dict[str, Any]]], kind.from_pretrained)  # (model, loading info)
         model, loaded = read(
             str(folder),
@@ -335,23 +279,21 @@ def reads_as_stored(path: str, images: str | None = None) -> bool:
 
 
 def refuse_unknown(name: str, given: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Raise PipelineError for a field of model.architecture.NAME that the config lacks, or a value that it rejects."""
+    """Raise PipelineError for a field of model.architecture.NAME that the config lacks, or a value that it rejects.
+
+    name: "vision" or "text", which must have vocab_size.
+    """
     known = config.to_dict()
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise PipelineError(f"unknown field model.architecture.{name}.{key}{hint}")
-        if key.endswith(("size", "layers", "heads", "channels")) and isinstance(given[key], int) and given[key] < 1:
-            raise PipelineError(f"model.architecture.{name}.{key} is {given[key]}: give a positive number")
+    checked(f"model.architecture.{name}", given)
     try:
         type(config)(**{key: value for key, value in given.items() if key != "model_type"})
     except Exception as error:  # each config class validates in its own way
         why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise PipelineError(f"model.architecture.{name}: {why}") from None
-
-
-def require_vocabulary(text: dict[str, Any]) -> None:
-    """Raise PipelineError if model.architecture.text lacks the size of the tokenizer to train."""
-    if "vocab_size" not in text:
+    if name == "text" and "vocab_size" not in given:
         raise PipelineError("model.architecture.text.vocab_size is missing: the size of the tokenizer to train")

@@ -86,8 +86,6 @@ def _why(config: PreTrainedConfig, error: Exception) -> str:
             return f"its {type(module).__name__} mixes neighbouring tokens of a row by a convolution"
     if not model._supports_attention_backend:
         return f"{type(model).__name__} computes attention with its own code, which cannot separate packed texts"
-    if not model._supports_sdpa:
-        return f"{type(model).__name__} has attention that is more than scaled dot products (sinks, sparsity)"
     modules = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
     names = [type(each).__name__ for each in modules if type(each).__module__.startswith("transformers.models")]
     name = names[-1] if names else type(model).__name__
@@ -188,12 +186,9 @@ def _narrowing(config: PreTrainedConfig) -> Callable[[str, Any], Any]:
     before, layer = config.num_attention_heads, getattr(config, "per_layer_config", [config])[0]
     size = getattr(layer, "head_dim", None) or config.hidden_size // before
     grouped = getattr(layer, "num_key_value_heads", None) not in (None, before)
-    others = {n: v for n, v in vars(config).items() if "heads" in n and ("mamba" in n or "linear" in n) and v}
-    # As few heads as keep the head counts of recurrent layers whole.
-    heads = next((n for n in range(_HEADS, before) if all(v * n % before == 0 for v in others.values())), before)
+    heads = min(_HEADS, before)
     exact = {"hidden_size": heads * size, "num_attention_heads": heads, "num_key_value_heads": 1 if grouped else heads}
     exact |= {"n_group": 1, "topk_group": 1, "num_layers": _LAYERS}
-    scaled = {*others, "attention_hidden_size", "lru_width", "mamba_d_ssm"}
     by_part = {"intermediate_size": _WIDTH, "ffn": _WIDTH, "vocab_size": _TOKENS, "token_id": _TOKENS - 1}
     by_part |= {"per_tok": _HEADS, "topk": _HEADS, "top_k": _HEADS, "expert": _EXPERTS}
     by_part |= {"chunk_size": _CHUNK, "d_state": _CHUNK}
@@ -203,8 +198,6 @@ def _narrowing(config: PreTrainedConfig) -> Callable[[str, Any], Any]:
             return [narrow(name, each) for each in value]
         if type(value) is not int:
             return value
-        if name in scaled:
-            return value * heads // before
         return min(value, exact.get(name) or next((limit for part, limit in by_part.items() if part in name), value))
 
     return narrow

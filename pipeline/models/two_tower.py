@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,20 +24,17 @@ class TwoTower(nn.Module, ABC):
 
     An item with several images or frames gets the normalised mean of their unit vectors.
 
-    pixels: how images are prepared.  pads: whether attention pads the texts of a chunk to the longest.
+    pixels: how images are prepared.  dimension: of the vectors.
+    pads: whether attention pads the texts of a chunk to the longest.
     always_with_images: run the vision tower in every forward pass (see `forward`), so all parameters get gradients.
     """
 
     always_with_images = False
     pads = False
 
-    def __init__(self, pixels: Pixels) -> None:
+    def __init__(self, pixels: Pixels, dimension: int) -> None:
         super().__init__()
-        self.pixels = pixels
-
-    @property
-    @abstractmethod
-    def dimension(self) -> int: ...
+        self.pixels, self.dimension = pixels, dimension
 
     @abstractmethod
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -71,23 +67,17 @@ class TwoTower(nn.Module, ABC):
         return F.normalize(rows, dim=-1)
 
 
-class TextReader(Protocol):
-    """Tokenizes texts for a two-tower model."""
-
-    def tokenized(self, text: str) -> Encoded: ...
-
-
 @dataclass(frozen=True)
 class TwoTowerProcessor:
     """Encodes items as tiles or tokens. An image counts as `tokens` tokens, so that chunk sizes reflect compute.
 
-    texts: tokenizes texts; its tokens identify a text even if its vector comes with the data.
+    tokenized: tokenizes a text; the tokens identify it even if its vector comes with the data.
     with_vectors: whether the data has the texts' vectors.
     """
 
     pixels: Pixels
     tokens: int
-    texts: TextReader
+    tokenized: Callable[[str], Encoded]
     video_frames: int = 8
     with_vectors: bool = False
 
@@ -105,7 +95,7 @@ class TwoTowerProcessor:
         if images or item.video is not None:
             frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
             return self.encode_parts("", images, frames)
-        told = self.texts.tokenized(item.text)
+        told = self.tokenized(item.text)
         if not self.with_vectors:
             return told
         if item.vector is None and item.text:
@@ -117,7 +107,7 @@ class TwoTowerProcessor:
     ) -> Encoded:
         """Encode a text, or RGB images and a video's frames; BadSample for both at once."""
         if not images and frames is None:
-            return self.texts.tokenized(text)
+            return self.tokenized(text)
         if text:
             raise BadSample("a text beside an image: for this model they are two items")
         shown = [decode() for decode in images] + list(frames() if frames else [])

@@ -30,7 +30,6 @@ from transformers.image_processing_backends import PilBackend
 from pipeline.data.sample import BadSample
 from pipeline.errors import PipelineError
 from pipeline.models import loading
-from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import sent
 from pipeline.models.files import fetched
 from pipeline.models.folder import share
@@ -102,13 +101,6 @@ class VisionEncoder(nn.Module):
         loading.check_weights(path, kind, config)
 
     @classmethod
-    def empty(cls, path: str) -> "VisionEncoder":
-        """Build the model of `load` without its weights. Raises the same errors for its config."""
-        kind, config, processor = _parts(path, config_dict(path))
-        with loading.reading(fetched(path, weights=False) / "config.json"):
-            return cls(kind._from_config(config, attn_implementation="sdpa"), processor)
-
-    @classmethod
     def build(cls, architecture: dict[str, Any], dimension: int, seed: int) -> "VisionEncoder":
         """Build a CLIP vision tower with random weights.
 
@@ -121,9 +113,6 @@ class VisionEncoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(CLIPVisionModelWithProjection._from_config(config, attn_implementation="sdpa"), processor)
-
-    def checkpoint_activations(self) -> None:
-        checkpoint_layers(self.tower)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Map (n, 3, size, size) from `Pixels.normalised` to (n, dimension), which are not unit vectors."""
@@ -276,9 +265,10 @@ def image_processor(side: int) -> CLIPImageProcessorPil:
 
 @cache
 def shape_of(path: str) -> VisionEncoder:
-    """Return the vision encoder of a folder or hub name on the meta device."""
-    with torch.device("meta"):
-        return VisionEncoder.empty(path)
+    """Return the vision encoder of a folder or hub name on the meta device. It raises the errors of `load`."""
+    kind, config, processor = _parts(path, config_dict(path))
+    with loading.reading(fetched(path, weights=False) / "config.json"), torch.device("meta"):
+        return VisionEncoder(kind._from_config(config, attn_implementation="sdpa"), processor)
 
 
 def tokens_of(path: str | None, architecture: Any) -> int:

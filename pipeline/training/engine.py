@@ -13,6 +13,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from pipeline.config import Optimizer, Recipe, is_offloaded
 from pipeline.errors import PipelineError
 from pipeline.models.attention import choose
+from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Frozen
 from pipeline.models.loading import DTYPES
 from pipeline.models.lora import add_adapters
@@ -26,8 +27,6 @@ class _Trained(Protocol):
     """The members that a family's model adds to torch's Module."""
 
     always_with_images: bool
-
-    def checkpoint_activations(self) -> None: ...
 
 
 def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> deepspeed.DeepSpeedEngine:
@@ -48,7 +47,7 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     freeze(model, recipe)
     adapt(model, recipe)
     if recipe.batch.activation_checkpointing:
-        cast(_Trained, model).checkpoint_activations()
+        checkpoint_layers(model)
     # DeepSpeed drops a parameter's offloaded gradient if the step's last backward pass computes none for it.
     cast(_Trained, model).always_with_images = is_offloaded(config["zero_optimization"])
     optimizer = adamw(parameter_groups(model, recipe), recipe.optimizer.lr, config["zero_optimization"])

@@ -177,8 +177,8 @@ def test_a_recipe_that_cannot_be_meant_is_refused(recipe, text, said):
         ("text.num_hidden_layers=yes", "model.architecture.text: .*'num_hidden_layers' expected int, got bool"),
         ("text.vocab_size=~", "model.architecture.text: .*'vocab_size' expected int"),
         ("vision.patch_size=[a]", "model.architecture.vision: .*'patch_size'"),
-        ("text.hidden_size=-1", "model.architecture.text.hidden_size is -1: give a positive number"),
-        ("text.num_attention_heads=0", "model.architecture.text.num_attention_heads is 0"),
+        ("text.hidden_size=-1", "model.architecture.text: hidden_size=-1 must be a whole number of 1 to"),
+        ("text.num_attention_heads=0", "model.architecture.text: num_attention_heads=0 must be"),
     ],
 )
 def test_a_free_field_of_another_type_is_refused_before_a_model_is_built(field, said):

@@ -93,7 +93,7 @@ def test_what_the_processor_makes_equal_is_one_item(case, llave):
 def test_equal_to_one_model_is_not_equal_to_another(llave):
     lower = CLIPTokenizer().train_new_from_iterator(["a small red star"], 300, show_progress=False)
     pixels = Pixels(24, (0.5,) * 3, (0.5,) * 3, 24, False, Pillow.Resampling.BICUBIC)
-    clip = TwoTowerProcessor(pixels, 10, ClipTexts(lower, 16))
+    clip = TwoTowerProcessor(pixels, 10, ClipTexts(lower, 16).tokenized)
     image = stored(picture())
     for one, other in (
         (Item("A Red Star"), Item("a red star")),  # CLIP's tokenizer lowercases

@@ -22,9 +22,8 @@ from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.sample import Item, Pair
 from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.lora import add_adapters
-from pipeline.models.text_encoder.checks import load_config
 from pipeline.models.text_encoder.masked import MaskedLanguageModel
-from pipeline.models.text_encoder.processor import TextProcessor
+from pipeline.models.text_encoder.processor import TextProcessor, load_config
 from pipeline.objectives.masked_tokens.masks import mask
 from pipeline.objectives.masked_tokens.step import MaskedNextToken
 from pipeline.training.budget import Budget

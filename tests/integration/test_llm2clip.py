@@ -215,7 +215,7 @@ def test_a_run_is_not_continued_with_another_text_encoder_or_other_vectors(
     try:
         with pytest.raises(PipelineError, match=r"cannot resume from .*: the text encoder's fingerprint was"):
             check()
-        with pytest.raises(PipelineError, match=r"data\.text_embeddings were made by .* with other weights than"):
+        with pytest.raises(PipelineError, match=r"data\.text_embeddings were made by .* with weights="):
             training("llm2clip").check_data(recipe, source)  # a new run does not start with them, either
     finally:
         kept.rename(weights)
@@ -230,7 +230,7 @@ def test_what_would_be_partitioned_is_refused(vision_recipe, tmp_path):
 
 def test_vectors_of_texts_cut_elsewhere_are_refused(vision_recipe):
     recipe = load_recipe(vision_recipe[0], [*vision_recipe[1:], f"model.max_tokens={TOKENS + 1}"])
-    with pytest.raises(PipelineError, match=f"cut at {TOKENS} tokens, and model.max_tokens is {TOKENS + 1}"):
+    with pytest.raises(PipelineError, match=f"with max_tokens={TOKENS}, which is {TOKENS + 1} for"):
         training("llm2clip").check_data(recipe, Source.open(recipe.data))
 
 

@@ -16,7 +16,7 @@ from pipeline import export
 from pipeline.data.shards import write_shards
 from pipeline.demo.captioned import training_pair
 from pipeline.models.text_encoder import masked
-from pipeline.models.text_encoder.model import TextEncoder
+from pipeline.models.text_encoder.model import TextEncoder, build
 
 WORKER = str(Path(__file__).with_name("masked_steps.py"))
 SIZES = {
@@ -35,7 +35,7 @@ def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name, tied in (("tied", True), ("untied", False)):
         shape = SIZES | {"vocab_size": 300, "tie_word_embeddings": tied}
-        masked.build(shape, ["query target negative 0 1 2 3 4 5 6 7 8 9"], seed=1, folder=folder / name)
+        build(shape, ["query target negative 0 1 2 3 4 5 6 7 8 9"], 1, folder / name, AutoModelForCausalLM)
         # Biases are initialized to zero, where a relative difference is meaningless. Those of trained models are not.
         model = masked.MaskedLanguageModel.load(str(folder / name), torch.float32)
         torch.manual_seed(1)

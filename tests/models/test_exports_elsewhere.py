@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, processors
-from transformers import AutoConfig, AutoTokenizer, Qwen2Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.config import EvaluationRun
@@ -67,7 +67,7 @@ def mark(folder: Path, marks: str) -> None:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("decoders") / "plain"
-    masked.build(SIZES | {"num_key_value_heads": 2, "vocab_size": 400}, CORPUS, 0, folder)
+    decoder.build(SIZES | {"num_key_value_heads": 2, "vocab_size": 400}, CORPUS, 0, folder, AutoModelForCausalLM)
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         CORPUS, 280, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
     )
@@ -182,18 +182,6 @@ ROPES = [
         "phi",
         {"rope_parameters": {"rope_theta": 2e4, "rope_type": "default", "partial_rotary_factor": 0.25}},
         {"rope_theta": 2e4, "rope_scaling": None, "partial_rotary_factor": 0.25},
-    ),
-    (
-        "gemma3_text",
-        {
-            "head_dim": 8,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "rope_parameters": {
-                "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
-                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
-            },
-        },
-        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     ),
 ]
 

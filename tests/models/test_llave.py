@@ -15,6 +15,7 @@ from pipeline.data.sample import BadSample, Item
 from pipeline.data.tiles import Tiling
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
+from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import pack
 from pipeline.models.llave.checks import config_of_architecture
 from pipeline.models.llave.config import LlaveArchitecture
@@ -134,7 +135,7 @@ def test_activation_checkpointing_runs_each_layer_again_for_the_same_gradients(t
         found.append((len(runs), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
         model.zero_grad()
         runs.clear()
-        model.checkpoint_activations()
+        checkpoint_layers(model)
     assert model.language_model.embed_tokens(packed.input_ids).requires_grad == (not frozen)
     (once, expected), (twice, gradients) = found
     assert once == len(layers)

@@ -19,9 +19,9 @@ from pipeline.models.chunks import Chunk, pack, plan_chunks
 from pipeline.models.registry import family_of, training
 from pipeline.models.text_encoder import masked
 from pipeline.models.text_encoder import model as decoder
-from pipeline.models.text_encoder.checks import load_config
 from pipeline.models.text_encoder.masked import MaskedLanguageModel
 from pipeline.models.text_encoder.model import TextEncoder
+from pipeline.models.text_encoder.processor import load_config
 from pipeline.objectives.masked_tokens.config import MaskedNextTokenSection
 from pipeline.objectives.masked_tokens.masks import MaskedText, mask, to_predict
 
@@ -54,7 +54,7 @@ def hidden(*lengths: int) -> list[MaskedText]:
 @pytest.fixture(scope="module", params=SHAPES)
 def folder(request, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("models") / request.param
-    masked.build(SHAPES[request.param], ["a red star _ a blue ring"], seed=1, folder=folder)
+    decoder.build(SHAPES[request.param], ["a red star _ a blue ring"], 1, folder, AutoModelForCausalLM)
     return str(folder)
 
 

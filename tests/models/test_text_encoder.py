@@ -75,7 +75,9 @@ def test_every_token_is_seen_by_all_of_its_text_and_by_no_other(encoder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("others", "told"), [({"softcap": 50.0}, "caps"), ({"sliding_window": 8}, "sees 8 tokens")])
+@pytest.mark.parametrize(
+    ("others", "told"), [({"softcap": 50.0}, "a cap on"), ({"sliding_window": 8}, "beyond 8 tokens")]
+)
 def test_attention_that_would_be_another_is_refused(kind, others, told):
     states = torch.zeros(1, 2, 12, 4)
     segments = Segments((3, 9), torch.device("cpu"), causal=False)

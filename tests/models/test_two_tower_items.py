@@ -75,7 +75,7 @@ def test_a_text_encoder_takes_no_images(qwen):
 
 @pytest.fixture
 def processor(qwen) -> TwoTowerProcessor:
-    return TwoTowerProcessor(PIXELS, 10, TextProcessor(qwen, 64), video_frames=3)
+    return TwoTowerProcessor(PIXELS, 10, TextProcessor(qwen, 64).tokenized, video_frames=3)
 
 
 def test_images_stand_for_tokens_and_frames_for_images(processor):

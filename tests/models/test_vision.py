@@ -28,7 +28,8 @@ from transformers import (
 
 from pipeline.data.sample import BadSample
 from pipeline.errors import PipelineError
-from pipeline.models.vision import Pixels, VisionEncoder
+from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.vision import Pixels, VisionEncoder, shape_of
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -93,9 +94,8 @@ def test_a_saved_tower_loads_alone_in_transformers_and_here(both, pixels, kind, 
     assert Pixels.load(str(tmp_path)) == Pixels.load(both[kind])
 
 
-def shape_of(folder: Path) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in VisionEncoder.empty(str(folder)).named_parameters()}
+def shapes(encoder: VisionEncoder) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in encoder.named_parameters()}
 
 
 def test_random_weights_are_of_their_seed_and_what_is_loaded_again(pixels, tmp_path):
@@ -104,7 +104,7 @@ def test_random_weights_are_of_their_seed_and_what_is_loaded_again(pixels, tmp_p
     encoder.save(tmp_path)
     assert torch.equal(VisionEncoder.load(str(tmp_path), torch.float32)(pixels), encoder(pixels))
     assert (made := Pixels.load(str(tmp_path))).size == made.edge == 24
-    assert shape_of(tmp_path) == {name: p.shape for name, p in encoder.named_parameters()}
+    assert shapes(shape_of(str(tmp_path))) == shapes(encoder)
     with pytest.raises(PipelineError, match=r"model.architecture.vision.patchsize; did you mean patch_size"):
         VisionEncoder.build({"patchsize": 8}, 20, 0)
 
@@ -123,7 +123,7 @@ def test_activation_checkpointing_runs_each_layer_again_for_the_same_gradients(b
 
     plain = gradients()
     assert len(runs) == 2 and all(gradient is not None for gradient in plain.values())
-    encoder.checkpoint_activations()
+    checkpoint_layers(encoder)
     torch.testing.assert_close(gradients(), plain, rtol=0, atol=0)
     assert len(runs) == 4
 
@@ -229,10 +229,10 @@ def test_timms_vectors_are_those_of_its_head(tmp_path):
     encoder.save(tmp_path / "saved")
     again = VisionEncoder.load(str(tmp_path / "saved"), "auto")
     assert torch.equal(again(pixels), encoder(pixels)) and Pixels.load(str(tmp_path / "saved")) == ours
-    assert shape_of(tmp_path) == {name: p.shape for name, p in encoder.named_parameters()}
+    assert shapes(shape_of(str(tmp_path))) == shapes(encoder)
     with torch.enable_grad():
         plain = torch.autograd.grad(encoder(pixels).square().sum(), list(encoder.parameters()))
-        encoder.checkpoint_activations()
+        checkpoint_layers(encoder)
         again = torch.autograd.grad(encoder(pixels).square().sum(), list(encoder.parameters()))
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
 

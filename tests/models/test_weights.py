@@ -188,13 +188,13 @@ def test_the_embedding_grows_for_the_marks_and_the_dtype_stays(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"mm_newline_position": "frame"}, "mm_newline_position='frame' is not supported; one_token and grid are"),
+        ({"mm_newline_position": "frame"}, "mm_newline_position='frame' is not supported; one_token or grid is"),
         ({"mm_projector_type": "linear"}, "mm_projector_type='linear'"),
         ({"mm_patch_merge_type": None}, "mm_patch_merge_type='flat'"),
         ({"mm_vision_select_layer": -1}, "mm_vision_select_layer=-1"),
         ({"mm_spatial_pool_mode": "max"}, "mm_spatial_pool_mode='max'"),
         ({"mm_resampler_type": "qformer"}, "mm_resampler_type='qformer'"),
-        ({"image_aspect_ratio": "pad"}, "image_aspect_ratio='pad'"),
+        ({"image_aspect_ratio": "pad"}, "aspect_ratio='pad'"),
         ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints is not a list"),
         ({"rope_theta": None}, "lacks rope_theta"),
         ({"vocab_size": 513}, r"model.embed_tokens.weight is \[512, 64\], but by its config \[513, 64\]"),
@@ -238,7 +238,7 @@ def test_wrong_tensors_are_refused_by_their_names(tmp_path):
         [
             ({name: tensor for name, tensor in TENSORS.items() if name != norm}, f"lacks 1 of .*: {norm}"),
             (TENSORS | extra, "has 2 tensors that are not of this model: head.bias, model.faster_token"),
-            (towerless, "has no vision tower"),
+            (towerless, r"lacks \d+ of the model's tensors: model.vision_tower"),
         ]
     ):
         with pytest.raises(PipelineError, match=named):
@@ -338,8 +338,9 @@ def test_an_original_checkpoint_of_the_hub_is_converted_from_its_snapshot(folder
     assert config_of(section("llave", path="lab/original")).mm_newline_position == "grid"
     converted = Path(resolve("lab/original", tmp_path / "cache"))
     assert converted.name.startswith("original-") and same(stored(converted), stored(folders["grid"]))
-    for name in ("lab/converted", "lab/unknown"):
-        assert resolve(name, tmp_path / "cache") == name
+    assert resolve("lab/converted", tmp_path / "cache") == "lab/converted"
+    with pytest.raises(PipelineError, match="no model at 'lab/unknown'"):
+        resolve("lab/unknown", tmp_path / "cache")
 
 
 def test_a_recipe_may_tile_images_to_other_sizes(folders, tmp_path):
@@ -452,7 +453,7 @@ def test_a_folder_with_unknown_newlines_is_refused(folders, tmp_path):
     config = json.loads((tmp_path / "hf/config.json").read_text()) | {"mm_newline_position": "frame"}
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
     for load_from in (lambda path: Llave.load(path, "auto"), lambda path: LlaveProcessor.load(path, 4096)):
-        with pytest.raises(PipelineError, match="mm_newline_position='frame' is not supported; one_token and grid are"):
+        with pytest.raises(PipelineError, match="mm_newline_position='frame' is not supported; one_token or grid is"):
             load_from(str(tmp_path / "hf"))
 
 

@@ -18,6 +18,7 @@ from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 from pipeline.config import Recipe, load_recipe
 from pipeline.data.batch import Encoded, Image
 from pipeline.data.tiles import Tiling
+from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Packed, pack
 from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import Llave, TowerlessLlave, normalised, tower_features
@@ -130,7 +131,7 @@ def test_a_chunk_takes_what_is_planned(name, dtype):
 @pytest.mark.parametrize("name", SHAPES)
 def test_with_activation_checkpointing_a_chunk_takes_what_is_planned(name, dtype):
     model = random_model(SHAPES[name], dtype)
-    model.checkpoint_activations()
+    checkpoint_layers(model)
     packed, tokens, tiles = chunk(SHAPES[name])
     without, planned = (
         chunk_memory(model.config, tokens, tiles, dtype.itemsize, tower_trained=True, checkpointing=checkpointing)

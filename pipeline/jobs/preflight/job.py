@@ -147,21 +147,18 @@ def model(job: Job) -> Check:
         if absent and constants.HF_HUB_OFFLINE:
             return red(f"{absent} (HF_HUB_OFFLINE=1)", download)
         try:
-            if folder or family.checks_config_alone:
-                family.preflight(recipe, str(folder or wanted.path))
+            family.check(wanted)
         except (PipelineError, OSError, ValueError):
             if absent:
                 return red(f"{absent}, and the hub cannot be reached from here", download)
             raise
     else:
         family.check(wanted)
-    if absent and not family.checks_config_alone:
-        return yellow(f"{absent}: the job would download it", download)
     job.lengths = family.lengths(recipe)
     if job.source:
         family.check_data(recipe, job.source)
     if not family.estimates_memory:
-        return green(source)
+        return yellow(f"{absent}: the job would download it", download) if absent else green(source)
     shards = [shard for _, shard in job.source.shards] if job.source else []
     mostly_videos = sum(shard.videos for shard in shards) > sum(shard.images for shard in shards)
     plan = Plan.of(recipe, job.world, videos=mostly_videos)

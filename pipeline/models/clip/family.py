@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths, Square
@@ -18,8 +18,9 @@ from pipeline.models.clip.config import ClipSection
 from pipeline.models.clip.model import Clip
 from pipeline.models.clip.processor import ClipTexts, load_config
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
+from pipeline.models.files import Tensors
 from pipeline.models.folder import note_images
-from pipeline.models.loading import DTYPES, image_reading, reads_as_stored
+from pipeline.models.loading import DTYPES, image_reading, refuse_unknown
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels, shape_of, tokens_of
 
@@ -31,7 +32,8 @@ class ClipTraining(TrainingInterface[ClipSection]):
 
     def check(self, model: ClipSection) -> None:
         if architecture := model.architecture:
-            clip.check_architecture(architecture)
+            refuse_unknown("vision", architecture.vision, CLIPVisionConfig())
+            refuse_unknown("text", architecture.text, CLIPTextConfig())
         elif model.path:
             loading.check_weights(model.path, CLIPModel, load_config(model.path))
             SAVED.reader(model.path, model.max_tokens, 1)
@@ -54,11 +56,9 @@ class ClipTraining(TrainingInterface[ClipSection]):
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return Clip.load(path, DTYPES[recipe.precision])
 
-    def save(
-        self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
-    ) -> None:
+    def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         clip.save(cast(Clip, model), source, folder)
-        note_images(folder, reads_as_stored(source, self.section(recipe).images))
+        note_images(folder, source, self.section(recipe).images)
 
 
 class SavedClip(SavedModelInterface):
@@ -72,7 +72,7 @@ class SavedClip(SavedModelInterface):
 
     def reader(self, path: str, max_tokens: int, video_frames: int) -> TwoTowerProcessor:
         texts = ClipTexts.load(path, max_tokens)
-        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts, video_frames)
+        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts.tokenized, video_frames)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         return Clip.load(path, DTYPES[precision]).eval().to(device), None

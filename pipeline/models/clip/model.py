@@ -10,25 +10,22 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    CLIPTextConfig,
     CLIPTokenizer,
     CLIPVisionConfig,
 )
 
 from pipeline.models import loading
-from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Packed
 from pipeline.models.clip.config import ClipArchitecture
 from pipeline.models.clip.processor import load_config, text_of
 from pipeline.models.folder import finish
-from pipeline.models.loading import refuse_unknown, require_vocabulary
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, image_processor
 
 
 class Clip(TwoTower):
     def __init__(self, clip: CLIPModel, pixels: Pixels) -> None:
-        super().__init__(pixels)
+        super().__init__(pixels, cast(int, clip.config.projection_dim))
         del clip.logit_scale  # the loss owns the temperature
         self.clip = clip
 
@@ -37,13 +34,6 @@ class Clip(TwoTower):
         """Load from a folder or hub name."""
         model = loading.open_model(CLIPModel, path, load_config(path), dtype)
         return cls(model, Pixels.load(path))
-
-    @property
-    def dimension(self) -> int:
-        return cast(int, self.clip.config.projection_dim)
-
-    def checkpoint_activations(self) -> None:
-        checkpoint_layers(self.clip)
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.clip.get_image_features(pixel_values=pixels).pooler_output
@@ -54,13 +44,6 @@ class Clip(TwoTower):
         end = torch.full((1,), cast(int, text_of(self.clip.config).eos_token_id), device=packed.input_ids.device)
         ids = pad_sequence([ids for ids, tiles in each if not tiles] or [end], batch_first=True)
         return self.clip.get_text_features(input_ids=ids).pooler_output
-
-
-def check_architecture(architecture: ClipArchitecture) -> None:
-    """Raise PipelineError for fields that transformers' configs do not have, or a missing vocab_size."""
-    refuse_unknown("vision", architecture.vision, CLIPVisionConfig())
-    refuse_unknown("text", architecture.text, CLIPTextConfig())
-    require_vocabulary(architecture.text)
 
 
 def build(architecture: ClipArchitecture, texts: Iterable[str], seed: int, folder: Path) -> None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
@@ -12,11 +12,12 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.files import fetched
 from pipeline.models.llave.config import LlaveArchitecture
-from pipeline.models.loading import refuse_unknown, require_vocabulary
+from pipeline.models.loading import refuse_unknown
 
 Newline = Literal["one_token", "grid"]
-NEWLINE_POSITIONS: tuple[Newline, ...] = ("one_token", "grid")
 MEAN = STD = 0.5  # SigLIP's normalisation of images
+NEWLINES: tuple[Newline, ...] = get_args(Newline)
+SIGLIP = "siglip_vision_model"
 ORIGINAL = "LlavaQwenForCausalLM"  # the architecture of original checkpoints
 
 Pinpoints = Sequence[tuple[int, int]]  # (height, width)
@@ -56,7 +57,6 @@ def config_of_architecture(architecture: LlaveArchitecture) -> LlavaOnevisionCon
     """Return the config of model.architecture; PipelineError for a field that transformers would ignore."""
     refuse_unknown("vision", architecture.vision, SiglipVisionConfig())
     refuse_unknown("text", architecture.text, Qwen2Config())
-    require_vocabulary(architecture.text)
     return LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**architecture.vision, vision_use_head=False),  # type: ignore[call-arg]  # read, not declared
         text_config=Qwen2Config(**architecture.text),
@@ -77,35 +77,32 @@ def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | No
     if (kind := given.get("model_type")) != "llava_onevision":
         raise PipelineError(f"{path} is a {kind} model; expected llava_onevision")
     config = loading.config(path, LlavaOnevisionConfig)
-    parts = ("language model", text_of(config), "qwen2"), ("vision tower", vision_of(config), "siglip_vision_model")
-    for name, part, expected in parts:
-        if part.model_type != expected:
-            raise PipelineError(f"{path}: its {name} is a {part.model_type}; expected {expected}")
-    if config.vision_feature_layer != -1:
-        raise PipelineError(f"{path}: only vision_feature_layer=-1, the tower's last layer, is supported")
-    require_newline(path, newline_position(config))
-    with loading.reading(fetched(path, weights=False) / "config.json"):
-        require_tiles(path, config)
+    require_supported(fetched(path, weights=False) / "config.json", config)
     return with_own(config, pinpoints, newline)
 
 
-def require_tiles(path: str | Path, config: LlavaOnevisionConfig) -> None:
-    """Raise PipelineError if a config's tiling of images is missing or not supported."""
-
-    def refuse(name: str, value: object, expected: str) -> None:
-        raise PipelineError(f"{path}: {name}={value!r} in its config.json must be {expected}")
-
-    (side, patch), pinpoints, ratio = sides_of(config), pinpoints_of(config), config.vision_aspect_ratio
-    if not isinstance(ratio, str) or not re.fullmatch(r"anyres_max_[1-9]\d{0,5}", ratio):
-        refuse("vision_aspect_ratio", ratio, "anyres_max_N")
-    if patch > side:
-        refuse("vision_config.patch_size", patch, f"at most the image_size, {side}")
-    if config.vision_feature_select_strategy != "full":
-        refuse("vision_feature_select_strategy", config.vision_feature_select_strategy, "full")
-    pairs = bool(pinpoints) and all(isinstance(size, list | tuple) and len(size) == 2 for size in pinpoints)
-    sizes = [length for size in pinpoints for length in size] if pairs else [0]
-    if not all(type(length) is int and 0 < length <= 2**16 and length % side == 0 for length in sizes):
-        refuse("image_grid_pinpoints", pinpoints, f"pairs of multiples of the image_size, {side}")
+def require_supported(file: Path, config: LlavaOnevisionConfig) -> None:
+    """Raise PipelineError if the config in a file is of parts, or of a tiling of images, that are not supported."""
+    text, vision, strategy = text_of(config), vision_of(config), config.vision_feature_select_strategy
+    ratio, pinpoints, newline = config.vision_aspect_ratio, pinpoints_of(config), newline_position(config)
+    with loading.reading(file):
+        side, patch = sides_of(config)
+        lengths = [length for size in pinpoints for length in size]
+        tiled = all(type(length) is int and 0 < length <= 2**16 and length % side == 0 for length in lengths)
+        tiled = tiled and bool(lengths) and all(len(size) == 2 for size in pinpoints)
+        fields = (  # (name, value, whether it is supported, what is)
+            ("text_config.model_type", text.model_type, text.model_type == "qwen2", "qwen2"),
+            ("vision_config.model_type", vision.model_type, vision.model_type == SIGLIP, SIGLIP),
+            ("vision_config.patch_size", patch, patch <= side, f"at most the image_size, {side},"),
+            ("vision_feature_layer", config.vision_feature_layer, config.vision_feature_layer == -1, "-1"),
+            ("vision_feature_select_strategy", strategy, strategy == "full", "full"),
+            ("vision_aspect_ratio", ratio, re.fullmatch(r"anyres_max_[1-9]\d{0,5}", ratio), "anyres_max_N"),
+            ("image_grid_pinpoints", pinpoints, tiled, f"pairs of multiples of the image_size, {side},"),
+            ("mm_newline_position", newline, newline in NEWLINES, "one_token or grid"),
+        )
+    for name, value, supported, expected in fields:
+        if not supported:
+            raise PipelineError(f"{file}: {name}={value!r} is not supported; {expected} is")
 
 
 def is_original(config: dict) -> bool:
@@ -125,11 +122,4 @@ def with_own(config: LlavaOnevisionConfig, pinpoints: Pinpoints | None, newline:
 
 def newline_position(config: LlavaOnevisionConfig) -> Newline:
     """Return where a video has newlines: the original format's field, or one_token, as in transformers."""
-    return getattr(config, "mm_newline_position", NEWLINE_POSITIONS[0])
-
-
-def require_newline(path: str | Path, position: Any) -> None:
-    """Raise PipelineError if the mm_newline_position of the config at `path` is not supported."""
-    if position not in NEWLINE_POSITIONS:
-        known = " and ".join(NEWLINE_POSITIONS)
-        raise PipelineError(f"{path}: mm_newline_position={position!r} is not supported; {known} are")
+    return getattr(config, "mm_newline_position", NEWLINES[0])

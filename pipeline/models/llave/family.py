@@ -12,10 +12,11 @@ from transformers import Qwen2Tokenizer
 
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths
-from pipeline.models import files, loading
+from pipeline.models import loading
 from pipeline.models.attention import fastest
 from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import ChunkMemory, ModelMemory, Processor, SavedModelInterface, TrainingInterface
+from pipeline.models.files import Tensors
 from pipeline.models.folder import note_images
 from pipeline.models.llave import checks, weights
 from pipeline.models.llave.config import LlaveSection
@@ -23,19 +24,21 @@ from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import FrozenTower, Llave, TowerlessLlave, build, check_language_model
 from pipeline.models.llave.processor import LlaveProcessor
-from pipeline.models.loading import DTYPES, image_reading, reads_as_stored
+from pipeline.models.loading import DTYPES, image_reading
 
 
 class LlaveTraining(TrainingInterface[LlaveSection]):
     """Keeps a frozen tower outside the engine."""
 
-    checks_config_alone = estimates_memory = True
+    estimates_memory = True
     adapted = "language_model"
     unused = ("vision_tower.post_layernorm.",)  # the embedding reads the tower before its final norm
 
     def check(self, model: LlaveSection) -> None:
         config = weights.config_of(model)
-        if model.path and not weights.is_original(files.fetched(model.path, weights=False)):
+        if model.path and weights.is_original(model.path):
+            loading.tokenizer(model.path, checks.text_of(config).vocab_size, Qwen2Tokenizer)
+        elif model.path:
             loading.check_weights(model.path, Llave, config)
             LlaveProcessor.load(model.path, model.max_tokens)
         check_language_model(model.path or "model.architecture", config)
@@ -43,19 +46,12 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
     def conditions(self, model: LlaveSection) -> dict[str, Any]:
         path, images = model.path, model.images
         # The config of an original checkpoint does not say how images are read.
-        if path and weights.is_original(files.fetched(path, weights=False)):
+        if path and weights.is_original(path):
             path = None
         return super().conditions(model) | {"model.images": image_reading(path, images)}
 
     def converts(self, path: str) -> bool:
-        return weights.is_original(Path(path))
-
-    def preflight(self, recipe: Recipe, path: str) -> None:
-        if Path(path).is_dir() and self.converts(path):
-            rows = checks.text_of(weights.config_of(self.section(recipe))).vocab_size
-            loading.tokenizer(path, rows, Qwen2Tokenizer)
-        else:
-            super().preflight(recipe, path)
+        return weights.is_original(path)
 
     def memory(self, recipe: Recipe, videos: bool) -> ModelMemory:
         section = self.section(recipe)
@@ -111,16 +107,14 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
             return None
         return FrozenTower.load(path, DTYPES[recipe.precision], device, recipe.batch.tower_tiles)
 
-    def exported(self, weights: dict[str, torch.Tensor], frozen: Frozen | None) -> dict[str, torch.Tensor]:
+    def exported(self, weights: Tensors, frozen: Frozen | None) -> Tensors:
         if frozen is None:
             return weights
         return weights | {name: parameter.to("cpu") for name, parameter in cast(FrozenTower, frozen).named_parameters()}
 
-    def save(
-        self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
-    ) -> None:
+    def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         save_folder(cast(Llave, model), weights, source, folder, recipe.model.path)
-        note_images(folder, reads_as_stored(source, self.section(recipe).images))
+        note_images(folder, source, self.section(recipe).images)
 
     def _own(self, recipe: Recipe) -> dict[str, Any]:
         """Return the recipe's values that override the model's own."""

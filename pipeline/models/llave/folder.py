@@ -6,47 +6,10 @@ import torch
 from transformers import LlavaOnevisionImageProcessorPil
 
 from pipeline.models import loading
-from pipeline.models.folder import base_of, finish
+from pipeline.models.folder import finish, write_card
 from pipeline.models.llave.checks import newline_position, pinpoints_of
 from pipeline.models.llave.model import Llave
 from pipeline.models.llave.processor import PREFIX, SUFFIX
-
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: feature-extraction
-{base_model}tags:
-- llave
-- multimodal
-- embedding
----
-
-# LLaVE embedder
-
-A LLaVE ([arXiv 2503.04812](https://arxiv.org/abs/2503.04812)) embedder of texts, images and videos: the unit vector
-along the last hidden state at the prompt's last token. The dot product of two is their similarity.
-
-```python
-import torch
-from transformers import AutoTokenizer, LlavaOnevisionModel
-
-FOLDER = "."  # this folder, or its name on the hub
-tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), LlavaOnevisionModel.from_pretrained(FOLDER).eval()
-
-def embed(text: str) -> torch.Tensor:
-    prompt = {prefix!r} + text.strip() + {suffix!r}
-    with torch.no_grad():
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-        hidden = model(**ids, use_cache=False).last_hidden_state
-    return torch.nn.functional.normalize(hidden[0, -1].float(), dim=-1)
-
-print(embed("A cat and a dog") @ embed("Two animals"))
-```
-
-With an image, the text begins with a line `<image>`, in whose place stand as many `<image>` as the image has tokens,
-and the model also takes the `pixel_values` and `image_sizes` of the folder's `LlavaOnevisionImageProcessor`.
-Images are tiled as the config's `{ratio}`; a video has newlines by `mm_newline_position: {newline}`.{grid}
-"""
 
 
 def save_folder(
@@ -62,14 +25,13 @@ def save_folder(
     pinpoints = [list(size) for size in pinpoints_of(model.config)]
     processor = loading.image_processor(source, LlavaOnevisionImageProcessorPil, image_grid_pinpoints=pinpoints)
     processor.save_pretrained(folder)
-    newline = newline_position(model.config)
-    card = _CARD.format(
-        base_model=base_of(base),
-        prefix=PREFIX,
-        suffix=SUFFIX,
+    write_card(
+        folder,
+        Path(__file__).with_name("card.md.jinja"),
+        base,
+        prefix=repr(PREFIX),
+        suffix=repr(SUFFIX),
         ratio=model.config.vision_aspect_ratio,
-        newline=newline,
-        grid="\ntransformers itself knows only `one_token`." if newline == "grid" else "",
+        newline=newline_position(model.config),
     )
-    (folder / "README.md").write_text(card)
     finish(folder, {"architectures": ["LlavaOnevisionModel"]})

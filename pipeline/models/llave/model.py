@@ -28,7 +28,6 @@ from transformers.conversion_mapping import (
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
-from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Chunk, Packed, sent
 from pipeline.models.llave import checks
 from pipeline.models.llave.checks import MEAN, STD, Pinpoints, sides_of, text_of
@@ -95,9 +94,6 @@ class Llave(LlavaOnevisionModel):
     @property
     def dimension(self) -> int:
         return text_of(self.config).hidden_size
-
-    def checkpoint_activations(self) -> None:
-        checkpoint_layers(self)
 
     def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
         """Map N packed items to (N, hidden) float32 unit rows.

@@ -6,7 +6,6 @@ files with its tensor names. One file is in memory at a time, and only tensors a
 
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -23,15 +22,14 @@ from transformers import (
 )
 
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_few
 from pipeline.models import loading
 from pipeline.models.files import (
+    Stored,
     Tensors,
     fetched,
     read_json,
     read_tensors,
-    refuse_not_finite,
-    some,
     survey,
     weight_files,
 )
@@ -91,19 +89,10 @@ _SO400M_SHAPE = {
 _VISION = (*_SO400M_SHAPE, "hidden_act", "layer_norm_eps")
 
 
-def is_original(folder: Path) -> bool:
-    """Whether a folder holds an original checkpoint. Raises PipelineError if its config.json is damaged."""
-    config = folder / "config.json"
+def is_original(path: str | Path) -> bool:
+    """Whether a folder or hub name is an original checkpoint. Raises PipelineError if its config.json is damaged."""
+    config = fetched(str(path), weights=False) / "config.json"
     return config.is_file() and checks.is_original(read_json(config))
-
-
-def _original_folder(path: str) -> Path | None:
-    """Return the local folder, perhaps without weights, of an original checkpoint; None if it is another model."""
-    try:
-        folder = fetched(path, weights=False)
-    except PipelineError:  # loading it will raise the same error
-        return None
-    return folder if is_original(folder) else None
 
 
 def resolve(path: str, cache: Path) -> str:
@@ -111,7 +100,7 @@ def resolve(path: str, cache: Path) -> str:
 
     An original is converted once, and again if the size or time of one of its files changes.
     """
-    if _original_folder(path) is None:
+    if not is_original(path):
         return path
     source = fetched(path)
     files = [
@@ -134,8 +123,8 @@ def config_of(model: LlaveSection) -> LlavaOnevisionConfig:
     if model.architecture:
         return with_own(checks.config_of_architecture(model.architecture), None, newline)
     assert model.path
-    source = _original_folder(model.path)
-    config = load_config(model.path) if source is None else _config(source)
+    original = is_original(model.path)
+    config = _config(fetched(model.path, weights=False)) if original else load_config(model.path)
     return with_own(config, pinpoints, newline)
 
 
@@ -154,14 +143,7 @@ def convert_original(source: Path, folder: Path) -> None:
     config = _config(source)
     text = text_of(config)
     files, stored = weight_files(source), survey(source)
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    if not any(name.startswith(_PREFIXES[0][0]) for name in shapes):
-        raise PipelineError(
-            f"{source} has no vision tower: none of its tensors begins with {_PREFIXES[0][0]}; "
-            "use a checkpoint that was saved with its tower"
-        )
-    expected = {_original(name): shape for name, shape in _expected_shapes(source, config).items()}
-    _check(source, {name: shape for name, shape in shapes.items() if name != _LM_HEAD}, expected)
+    _check(source, config, {name: tensor for name, tensor in stored.items() if name != _LM_HEAD}, _original)
     tokenizer = loading.tokenizer(str(source), text.vocab_size, Qwen2Tokenizer)
     marks = [AddedToken(mark, special=True, normalized=False) for mark in (IMAGE_MARK, VIDEO_MARK)]
     tokenizer.add_tokens(marks, special_tokens=True)
@@ -200,7 +182,7 @@ def export_original(folder: Path, out: Path) -> None:
     if rope["rope_type"] != "default" or text.use_sliding_window:
         raise PipelineError(f"{folder}: the original format has plain rotary embeddings and full attention only")
     files, stored = weight_files(folder), survey(folder)
-    _check(folder, {name: tensor.shape for name, tensor in stored.items()}, _expected_shapes(folder, config))
+    _check(folder, config, stored)
 
     def renamed(tensors: Tensors) -> Tensors:
         tensors = {_original(name): tensor for name, tensor in tensors.items()}
@@ -245,12 +227,8 @@ def _config(source: Path) -> LlavaOnevisionConfig:
         given = default if original.get(name) is None else original[name]
         if given != supported:
             raise PipelineError(f"{file}: {name}={given!r} is not supported; {supported!r} is")
-    position = original.get("mm_newline_position", checks.NEWLINE_POSITIONS[0])
-    checks.require_newline(file, position)
-    ratio, pinpoints = original.get("image_aspect_ratio"), original.get("image_grid_pinpoints")
-    if not re.fullmatch(r"anyres_max_\d+", str(ratio)):
-        raise PipelineError(f"{file}: image_aspect_ratio={ratio!r} is not supported; 'anyres_max_N' is")
-    if not isinstance(pinpoints, list) or not all(isinstance(size, list) and len(size) == 2 for size in pinpoints):
+    pinpoints = original.get("image_grid_pinpoints")
+    if not isinstance(pinpoints, list) or not all(isinstance(size, list) for size in pinpoints):
         raise PipelineError(f"{file}: image_grid_pinpoints is not a list of [width, height]")
     if missing := [name for name in (*_TEXT, "rope_theta") if name not in original]:
         raise PipelineError(f"{file} lacks {', '.join(missing)}")
@@ -261,14 +239,14 @@ def _config(source: Path) -> LlavaOnevisionConfig:
             vision_config=_tower_config(source, original),
             text_config=Qwen2Config(**{name: original[name] for name in _TEXT}, rope_parameters=rope, **tokens),
             # The original writes width before height, transformers height before width.
-            image_grid_pinpoints=[[height, width] for width, height in pinpoints],
-            vision_aspect_ratio=str(ratio),
+            image_grid_pinpoints=[size[::-1] for size in pinpoints],
+            vision_aspect_ratio=str(original.get("image_aspect_ratio")),
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
             architectures=["LlavaOnevisionModel"],
         )
-    config.mm_newline_position = position
-    checks.require_tiles(file, config)
+    config.mm_newline_position = original.get("mm_newline_position", checks.NEWLINES[0])
+    checks.require_supported(file, config)
     return config
 
 
@@ -289,21 +267,20 @@ def _tower_config(source: Path, original: dict[str, Any]) -> SiglipVisionConfig:
     return config
 
 
-def _expected_shapes(source: Path, config: LlavaOnevisionConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the model's tensors by the names that transformers saves."""
+def _check(
+    source: Path, config: LlavaOnevisionConfig, found: dict[str, Stored], renamed: Callable[[str], str] = str
+) -> None:
+    """Raise PipelineError if the tensors are not those of the config's model.  renamed: changes expected names."""
     with reading(source / "config.json"), torch.device("meta"):
         model = LlavaOnevisionModel(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _check(source: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    expected = {renamed(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if missing := sorted(expected.keys() - found.keys()):
-        raise PipelineError(f"{source} lacks {len(missing)} of the model's tensors: {some(missing)}")
+        raise PipelineError(f"{source} lacks {len(missing)} of the model's tensors: {first_few(missing)}")
     if unknown := sorted(found.keys() - expected.keys()):
-        raise PipelineError(f"{source} has {len(unknown)} tensors that are not of this model: {some(unknown)}")
-    for name, shape in found.items():
-        if shape != expected[name]:
-            raise PipelineError(f"{source}: {name} is {list(shape)}, but by its config {list(expected[name])}")
+        raise PipelineError(f"{source} has {len(unknown)} tensors that are not of this model: {first_few(unknown)}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name]:
+            raise PipelineError(f"{source}: {name} is {list(tensor.shape)}, but by its config {list(expected[name])}")
 
 
 def _transformers(name: str) -> str:
@@ -323,10 +300,7 @@ def _rewrite(files: list[Path], folder: Path, renamed: Callable[[Tensors], Tenso
     for number, file in enumerate(files, 1):
         single = len(files) == 1
         name = "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = read_tensors(file)
-        for key in tensors:
-            refuse_not_finite(file, key, tensors[key])
-        tensors = {key: tensor.contiguous() for key, tensor in renamed(tensors).items()}
+        tensors = {key: tensor.contiguous() for key, tensor in renamed(read_tensors(file)).items()}
         save_file(tensors, folder / name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())

@@ -8,28 +8,26 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModel, CLIPVisionConfig
+from transformers import CLIPVisionConfig
 
 from pipeline.config import Recipe
 from pipeline.data.batch import Encoded, Image
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
-from pipeline.models import loading
 from pipeline.models.attention import choose
 from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
-from pipeline.models.files import fetched, fingerprint
+from pipeline.models.files import Tensors, fetched, fingerprint
 from pipeline.models.folder import note_images
 from pipeline.models.llm2clip import model as llm2clip
 from pipeline.models.llm2clip.config import Llm2ClipSection
 from pipeline.models.llm2clip.model import Llm2Clip
-from pipeline.models.loading import DTYPES, image_reading, reads_as_stored, refuse_unknown
+from pipeline.models.loading import DTYPES, image_reading, refuse_unknown
 from pipeline.models.text_encoder import model as decoder
-from pipeline.models.text_encoder.checks import load_config
 from pipeline.models.text_encoder.family import SAVED as SAVED_TEXT_ENCODER
 from pipeline.models.text_encoder.model import FrozenTextEncoder, TextEncoder
-from pipeline.models.text_encoder.processor import TextProcessor
+from pipeline.models.text_encoder.processor import TextProcessor, load_config
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels, VisionEncoder, shape_of, tokens_of
 
@@ -44,10 +42,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
 
     def check(self, model: Llm2ClipSection) -> None:
         # An export needs the text encoder even if training does not.
-        config = load_config(model.text_encoder)
-        loading.check_weights(str(fetched(model.text_encoder)), AutoModel, config)
-        decoder.check(model.text_encoder, config)
-        TextProcessor.load(model.text_encoder, model.max_tokens)
+        decoder.check_folder(str(fetched(model.text_encoder)))
         if model.path:
             Pixels.load(model.path)
             VisionEncoder.check(model.path)
@@ -55,26 +50,21 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
             refuse_unknown("vision", model.architecture.vision, CLIPVisionConfig())
 
     def check_data(self, recipe: Recipe, source: Source) -> None:
-        if (made := source.embedding_metadata) is None:
+        if (stored := source.embedding_metadata) is None:
             return
-        text_encoder = self.section(recipe).text_encoder
-        again = "embed the shards again, or set model.text_encoder to the model that embedded them"
-        width = load_config(text_encoder).hidden_size
-        if made.width != width:
-            raise PipelineError(
-                f"data.text_embeddings are {made.width} wide, made by {made.model}, and those of "
-                f"model.text_encoder={text_encoder} are {width} wide: {again}"
-            )
-        if made.weights and made.weights != fingerprint(str(fetched(text_encoder))):
-            raise PipelineError(
-                f"data.text_embeddings were made by {made.model} with other weights than "
-                f"model.text_encoder={text_encoder} has now: {again}"
-            )
-        if made.max_tokens and made.max_tokens != recipe.model.max_tokens:
-            raise PipelineError(
-                f"data.text_embeddings are of texts cut at {made.max_tokens} tokens, and model.max_tokens is "
-                f"{recipe.model.max_tokens}: set it to that, or embed the shards again with --max-tokens"
-            )
+        model = self.section(recipe)
+        now = {
+            "width": load_config(model.text_encoder).hidden_size,
+            "weights": fingerprint(str(fetched(model.text_encoder))),
+            "max_tokens": model.max_tokens,
+        }
+        for name, value in now.items():
+            if (before := getattr(stored, name)) and before != value:
+                raise PipelineError(
+                    f"data.text_embeddings were made by {stored.model} with {name}={before}, which is {value} for "
+                    f"model.text_encoder={model.text_encoder} and model.max_tokens={model.max_tokens}: embed the "
+                    "shards again, or set both to what embedded them"
+                )
 
     def conditions(self, model: Llm2ClipSection) -> dict[str, Any]:
         return super().conditions(model) | {
@@ -96,7 +86,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         model, vectors = self.section(recipe), bool(recipe.data.text_embeddings)
         pixels, tokens = Pixels.load(path, model.images), tokens_of(model.path, model.architecture)
         texts = TextProcessor.load(model.text_encoder, model.max_tokens)
-        return TwoTowerProcessor(pixels, tokens, texts, recipe.video.frames, vectors)
+        return TwoTowerProcessor(pixels, tokens, texts.tokenized, recipe.video.frames, vectors)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         width = load_config(self.section(recipe).text_encoder).hidden_size
@@ -115,11 +105,9 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
             frozen = self._text_encoder(recipe, device)
         return processor, frozen.features_of
 
-    def save(
-        self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
-    ) -> None:
+    def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         llm2clip.save(cast(Llm2Clip, model), self.section(recipe).text_encoder, folder, recipe.model.path)
-        note_images(folder, reads_as_stored(source, self.section(recipe).images))
+        note_images(folder, source, self.section(recipe).images)
 
     def _text_encoder(self, recipe: Recipe, device: torch.device) -> FrozenTextEncoder:
         dtype = cast(torch.dtype, DTYPES[recipe.precision])
@@ -138,7 +126,7 @@ class SavedLlm2Clip(SavedModelInterface):
 
     def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
         texts = TextProcessor.load(llm2clip.text_encoder_of(path), max_tokens)
-        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts, video_frames)
+        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts.tokenized, video_frames)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         text_encoder, _ = SAVED_TEXT_ENCODER.open(llm2clip.text_encoder_of(path), precision, device)

@@ -17,42 +17,14 @@ from torch import nn
 
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import Packed, sent
-from pipeline.models.files import fetched, read_json, read_tensors, refuse_not_finite, survey
-from pipeline.models.folder import base_of, finish, share
-from pipeline.models.text_encoder.checks import load_config
+from pipeline.models.files import fetched, read_json, read_tensors, survey
+from pipeline.models.folder import finish, share, write_card
+from pipeline.models.loading import reading
+from pipeline.models.text_encoder.processor import load_config
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, VisionEncoder
 
 SETTINGS_FILE, ADAPTER_FILE, TEXT_ENCODER = "llm2clip.json", "adapter.safetensors", "text_encoder"
-
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: feature-extraction
-{base_model}tags:
-- llm2clip
-- multimodal
-- embedding
----
-
-# LLM2CLIP
-
-A vision encoder that was trained against a text encoder made from a language model
-([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)). It embeds images, and texts of any length. In this folder:
-
-- the vision encoder, which `transformers` loads alone: `{architecture}.from_pretrained(FOLDER)`
-- `text_encoder/`, a decoder with bidirectional attention; its README says how to embed a text with it
-- `adapter.safetensors`, the MLP that brings these vectors to the images' space
-
-With the project that trained it:
-
-```python
-from pathlib import Path
-from pipeline.embed import Embedder
-
-embeddings = Embedder.load(".").embed(["a red star", Path("star.png")])
-```
-"""
 
 
 class TextAdapter(nn.Module):
@@ -92,7 +64,7 @@ class Llm2Clip(TwoTower):
     """A vision encoder, and an adapter on a frozen language model's text vectors of `width` numbers."""
 
     def __init__(self, vision: VisionEncoder, pixels: Pixels, width: int) -> None:
-        super().__init__(pixels)
+        super().__init__(pixels, vision.dimension)
         self.vision, self.adapter, self.width = vision, TextAdapter(width, vision.dimension), width
         self.adapter.to(next(vision.parameters()).dtype)
 
@@ -111,13 +83,6 @@ class Llm2Clip(TwoTower):
                 raise PipelineError(f"{path} was trained with vectors {given} wide; these are {width} wide")
             _fill(model.adapter, fetched(path) / ADAPTER_FILE)
         return model
-
-    @property
-    def dimension(self) -> int:
-        return self.vision.dimension
-
-    def checkpoint_activations(self) -> None:
-        self.vision.checkpoint_activations()
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.vision(pixels)
@@ -149,14 +114,9 @@ def _fill(adapter: TextAdapter, file: Path) -> None:
     """Load an adapter's weights from a file; PipelineError if they are damaged or do not match its shapes."""
     if not file.is_file():
         raise PipelineError(f"{file} is missing: copy the folder again, whole")
-    found = {name: tensor.shape for name, tensor in survey(file.parent, [file]).items()}
-    own = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
-    if differing := sorted(dict(found.items() ^ own.items())):
-        raise PipelineError(f"{file} is not this model's adapter: {differing[0]} is missing, left over or misshapen")
-    weights = read_tensors(file)
-    for name, weight in weights.items():
-        refuse_not_finite(file, name, weight)
-    adapter.load_state_dict(weights)
+    survey(file.parent, [file])
+    with reading(file):
+        adapter.load_state_dict(read_tensors(file))
 
 
 def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> None:
@@ -170,7 +130,7 @@ def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> 
     (folder / SETTINGS_FILE).write_text(json.dumps({"width": model.width}, indent=2) + "\n")
     _copy(fetched(text_encoder), folder / TEXT_ENCODER)
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    (folder / "README.md").write_text(_CARD.format(base_model=base_of(base), architecture=architecture))
+    write_card(folder, Path(__file__).with_name("card.md.jinja"), base, architecture=architecture)
     share(folder)
 
 

@@ -14,34 +14,31 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.sample import Draw, Pair
-from pipeline.models import loading
 from pipeline.models.attention import fastest
 from pipeline.models.chunks import Features
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
+from pipeline.models.files import Tensors
 from pipeline.models.loading import DTYPES
 from pipeline.models.text_encoder import masked
 from pipeline.models.text_encoder import model as decoder
-from pipeline.models.text_encoder.checks import SETTINGS, load_config
 from pipeline.models.text_encoder.config import TextEncoderSection
 from pipeline.models.text_encoder.masked import MaskedLanguageModel
 from pipeline.models.text_encoder.model import TextEncoder
-from pipeline.models.text_encoder.processor import TextProcessor
+from pipeline.models.text_encoder.processor import SETTINGS, TextProcessor, load_config
 
 
 class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
     """LLM2CLIP's first stage: trains a decoder as a text encoder by caption contrast."""
 
     adapted = "language_model"
-    _transformers: ClassVar[type[_BaseAutoModelClass]] = AutoModel
+    _model: ClassVar[type[TextEncoder]] = TextEncoder
+    _decoder: ClassVar[type[_BaseAutoModelClass]] = AutoModel
 
     def check(self, model: TextEncoderSection) -> None:
         if model.architecture:
             decoder.random_config(model.architecture.text)
         elif model.path:
-            config = load_config(model.path)
-            loading.check_weights(model.path, self._transformers, config)
-            decoder.check(model.path, config)
-            loading.tokenizer(model.path, config.vocab_size)
+            decoder.check_folder(model.path, self._decoder)
 
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(Square(), recipe.video.frames)
@@ -51,23 +48,21 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
 
     def build(self, model: TextEncoderSection, texts: Iterable[str], seed: int, folder: Path) -> None:
         assert model.architecture
-        decoder.build(model.architecture.text, texts, seed, folder)
+        decoder.build(model.architecture.text, texts, seed, folder, self._decoder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
         return TextProcessor.load(path, recipe.model.max_tokens, self.section(recipe).instruction)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        return TextEncoder.load(path, DTYPES[recipe.precision], attention)
+        return self._model.load(path, DTYPES[recipe.precision], attention)
 
     def empty(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        return TextEncoder.of_config(load_config(path), attention)
+        return self._model.empty(path, attention)
 
     def own_name(self, stored: str) -> str:
         return re.sub(r"^(model\.)?(?=layers\.|embed_tokens\.|norm\.)", "language_model.", stored)
 
-    def save(
-        self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
-    ) -> None:
+    def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         instruction = self.section(recipe).instruction
         decoder.save(cast(TextEncoder, model), weights, source, folder, recipe.model.path, instruction)
 
@@ -78,7 +73,8 @@ class MaskedTraining(TextEncoderTraining):
     An export is a decoder with its LM head. It is not trained as an embedder.
     """
 
-    _transformers: ClassVar = AutoModelForCausalLM
+    _model = MaskedLanguageModel
+    _decoder = AutoModelForCausalLM
 
     def trained_on(self, pair: Pair, draw: Draw) -> Pair:
         """Return one of an image's texts, or both texts of a pair."""
@@ -87,22 +83,10 @@ class MaskedTraining(TextEncoderTraining):
             return replace(pair, query=pair.target, negatives=())
         return pair
 
-    def build(self, model: TextEncoderSection, texts: Iterable[str], seed: int, folder: Path) -> None:
-        assert model.architecture
-        masked.build(model.architecture.text, texts, seed, folder)
-
-    def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        return MaskedLanguageModel.load(path, DTYPES[recipe.precision], attention)
-
-    def empty(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        return MaskedLanguageModel.empty(path, attention)
-
     def own_name(self, stored: str) -> str:
         return "causal." + re.sub(r"^(?=layers\.|embed_tokens\.|norm\.)", "model.", stored)
 
-    def save(
-        self, recipe: Recipe, model: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: Path
-    ) -> None:
+    def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         masked.save(cast(MaskedLanguageModel, model), weights, source, folder, recipe.model.path)
 
 

@@ -4,9 +4,8 @@ Some tokens of a text are masked. Each is predicted from the last hidden state o
 own LM head fits.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,40 +15,11 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.chunks import Packed
-from pipeline.models.folder import base_of, finish
-from pipeline.models.text_encoder import model as decoder
-from pipeline.models.text_encoder.checks import SETTINGS, load_config
-from pipeline.models.text_encoder.model import TextEncoder
-from pipeline.models.text_encoder.processor import begins_with
+from pipeline.models.folder import finish, write_card
+from pipeline.models.text_encoder.model import TextEncoder, check
+from pipeline.models.text_encoder.processor import SETTINGS, begins_with, load_config
 
 _BLANK = "_"  # masks tokens if the tokenizer has no mask token, like those of Llama and Qwen2
-
-_CARD = """\
----
-library_name: transformers
-{base_model}tags:
-- llm2vec
-- masked-next-token-prediction
----
-
-# A decoder with bidirectional attention
-
-Trained by masked next-token prediction ([LLM2Vec](https://arxiv.org/abs/2404.05961)): with `is_causal: false` in its
-config, it predicts a token masked by `{mask}` from the token before it. It is what LLM2CLIP's caption contrast
-([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)) begins with.
-
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-FOLDER = "."  # this folder, or its name on the hub
-tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModelForCausalLM.from_pretrained(FOLDER).eval()
-ids = torch.tensor([{before} + tokenizer("A cat and a dog", add_special_tokens=False)["input_ids"]])
-ids[0, 3] = {mask_id}
-with torch.no_grad():
-    print(tokenizer.decode(model(ids, use_cache=False).logits[0, 2].argmax()))
-```
-"""
 
 
 class MaskedLanguageModel(TextEncoder):
@@ -65,10 +35,9 @@ class MaskedLanguageModel(TextEncoder):
     @classmethod
     def load(cls, path: str, dtype: torch.dtype | Literal["auto"], attention: str = "sdpa") -> "MaskedLanguageModel":
         """Load like TextEncoder.load. Raises PipelineError if the decoder has no LM head or its tokenizer no mask."""
-        attention = implementation(attention)
-        config = load_config(path)
-        causal: PreTrainedModel
-        causal = loading.open_model(AutoModelForCausalLM, path, config, dtype, attention, decoder.check)
+        causal: PreTrainedModel = loading.open_model(
+            AutoModelForCausalLM, path, load_config(path), dtype, implementation(attention), check
+        )
         return cls(causal, *_tokens(path, causal.config))
 
     @classmethod
@@ -118,24 +87,16 @@ def _tokens(path: str, config: PreTrainedConfig) -> tuple[int, int]:
     return token, min(len(tokenizer), config.vocab_size)
 
 
-def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -> None:
-    """Write the folder of decoder.build, with an LM head."""
-    decoder.build(text, texts, seed, folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(load_config(str(folder))).save_pretrained(folder)
-
-
 def save(
     model: MaskedLanguageModel, weights: dict[str, torch.Tensor], source: str, folder: Path, base: str | None
 ) -> None:
-    """Write `weights` (the model's parameters by name) as a folder like decoder.save, with the LM head."""
+    """Write `weights` (the model's parameters by name) as a folder like TextEncoder's, with the LM head."""
     own = {name.removeprefix("causal."): weight for name, weight in weights.items()}
     model.causal.save_pretrained(folder, state_dict=own)
     tokenizer = loading.tokenizer(source)
     tokenizer.save_pretrained(folder)
     mask, before = tokenizer.convert_ids_to_tokens(model.mask_token), begins_with(tokenizer)
-    card = _CARD.format(base_model=base_of(base), mask=mask, mask_id=model.mask_token, before=before)
-    (folder / "README.md").write_text(card)
+    names = {"mask": mask, "mask_id": model.mask_token, "before": before}
+    write_card(folder, Path(__file__).with_name("masked.md.jinja"), base, **names)
     # If training started from a text encoder, the result is no longer one.
     finish(folder, {"is_causal": False, SETTINGS: None})

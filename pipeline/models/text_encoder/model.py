@@ -8,51 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
-from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Chunk, Packed, pack, sent
-from pipeline.models.folder import base_of, finish
-from pipeline.models.loading import refuse_unknown, require_vocabulary
+from pipeline.models.folder import finish, write_card
+from pipeline.models.loading import refuse_unknown
 from pipeline.models.packing import check_packing
-from pipeline.models.text_encoder.checks import SETTINGS, load_config, require_decoder
-from pipeline.models.text_encoder.processor import TextProcessor
-
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: feature-extraction
-{base_model}tags:
-- llm2clip
-- text-embedding
----
-
-# A text encoder, trained to tell captions apart
-
-The first stage of LLM2CLIP ([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)): a bidirectional decoder
-(`is_causal: false` in its config). A text's embedding is the unit vector along the mean of its tokens' last hidden
-states{instruction}. The dot product of two is their similarity.
-
-```python
-import torch
-from transformers import AutoModel, AutoTokenizer
-
-FOLDER = "."  # this folder, or its name on the hub
-tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()
-
-def embed(text: str) -> torch.Tensor:
-    before = {before}  # stands before every text
-    ids = before + tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
-        hidden = model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, len(before) :]
-    return torch.nn.functional.normalize(hidden.float().mean(0), dim=-1)
-
-print(embed("A cat and a dog") @ embed("Two animals"))
-```
-"""
+from pipeline.models.text_encoder.processor import SETTINGS, TextProcessor, load_config, require_decoder
 
 
 class TextEncoder(nn.Module):
@@ -74,6 +40,11 @@ class TextEncoder(nn.Module):
         return cls(loading.open_model(AutoModel, path, load_config(path), dtype, attention, check))
 
     @classmethod
+    def empty(cls, path: str, attention: str) -> "TextEncoder":
+        """Build the model of `load` without weights."""
+        return cls.of_config(load_config(path), attention)
+
+    @classmethod
     def of_config(cls, config: PreTrainedConfig, attention: str = "sdpa") -> "TextEncoder":
         return cls(AutoModel.from_config(config, attn_implementation=implementation(attention)))
 
@@ -84,9 +55,6 @@ class TextEncoder(nn.Module):
     @property
     def dimension(self) -> int:
         return self.language_model.config.hidden_size
-
-    def checkpoint_activations(self) -> None:
-        checkpoint_layers(self.language_model)
 
     def forward(self, packed: Packed, with_images: bool = False, features: None = None) -> torch.Tensor:
         """Map N packed texts to (N, hidden) float32 unit rows, the normalised means of their last hidden states.
@@ -132,6 +100,14 @@ def check(path: str, config: PreTrainedConfig) -> None:
     check_packing(path, config, TextEncoder.of_config)
 
 
+def check_folder(path: str, kind: type[_BaseAutoModelClass] = AutoModel) -> None:
+    """Raise PipelineError if the decoder at a folder or hub name cannot be a text encoder.  kind: see `build`."""
+    config = load_config(path)
+    loading.check_weights(path, kind, config)
+    check(path, config)
+    loading.tokenizer(path, config.vocab_size)
+
+
 def random_config(text: dict[str, Any]) -> PreTrainedConfig:
     """Return the config of model.architecture.text. Raises PipelineError for an unknown model_type or field."""
     kind = text.get("model_type", "qwen2")
@@ -139,21 +115,29 @@ def random_config(text: dict[str, Any]) -> PreTrainedConfig:
         raise PipelineError(f"model.architecture.text.model_type={kind} is no model that transformers has")
     config = CONFIG_MAPPING[kind]
     refuse_unknown("text", text, config())
-    require_vocabulary(text)
     made = config(**{name: value for name, value in text.items() if name != "model_type"})
     require_decoder("model.architecture.text", made)
     check("model.architecture.text", made)
     return made
 
 
-def build(text: dict[str, Any], texts: Iterable[str], seed: int, folder: Path) -> None:
-    """Write a folder with a decoder of random weights and a tokenizer trained on `texts`."""
+def build(
+    text: dict[str, Any],
+    texts: Iterable[str],
+    seed: int,
+    folder: Path,
+    kind: type[_BaseAutoModelClass] = AutoModel,
+) -> None:
+    """Write a folder with a decoder of random weights and a tokenizer trained on `texts`.
+
+    kind: AutoModelForCausalLM adds an LM head.
+    """
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, int(text["vocab_size"]), show_progress=False)
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     config = random_config(text | tokens | {"vocab_size": len(tokenizer)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        AutoModel.from_config(config).save_pretrained(folder)
+        kind.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -170,7 +154,5 @@ def save(
     tokenizer = loading.tokenizer(source)
     tokenizer.save_pretrained(folder)
     before = TextProcessor(tokenizer, 0, instruction).before
-    without = f", without those of the instruction that stands before it, `{instruction}`" if instruction else ""
-    card = _CARD.format(base_model=base_of(base), instruction=without, before=before)
-    (folder / "README.md").write_text(card)
+    write_card(folder, Path(__file__).with_name("card.md.jinja"), base, instruction=instruction, before=before)
     finish(folder, {"is_causal": False, SETTINGS: {"pooling": "mean", "instruction": instruction}})

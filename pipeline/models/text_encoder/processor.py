@@ -1,5 +1,6 @@
-"""The text encoder's tokenization."""
+"""The text encoder's config and tokenization."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,12 +10,15 @@ from typing import ClassVar
 
 import numpy as np
 from PIL.Image import Image as Picture
+from transformers import PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pipeline.data.batch import Encoded
 from pipeline.data.sample import BadSample, Item
+from pipeline.errors import PipelineError
 from pipeline.models import loading
-from pipeline.models.text_encoder.checks import SETTINGS, load_config
+
+SETTINGS = "text_encoder"  # the field of config.json that marks a text encoder
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,23 @@ def begins_with(tokenizer: Tokenizer) -> list[int]:
     bare, whole = (tokenizer(["A cat", "2 dogs"], add_special_tokens=special)["input_ids"] for special in (False, True))
     alike, own = (list(takewhile(lambda pair: eq(*pair), zip(*texts, strict=False))) for texts in (whole, bare))
     return whole[0][: len(alike) - len(own)]
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """Return the config of a folder or hub name; PipelineError if it is not a supported decoder."""
+    config: PreTrainedConfig = loading.config(path)
+    require_decoder(path, config)
+    settings = getattr(config, SETTINGS, {})
+    right = isinstance(settings, dict) and settings.keys() <= {"pooling", "instruction"}
+    if not right or settings.get("pooling", "mean") != "mean" or not isinstance(settings.get("instruction", ""), str):
+        raise PipelineError(
+            f"{path}: {SETTINGS}={settings!r} in its config.json is not supported; expected are pooling, as mean, "
+            "and instruction, a text: was it written by a later version?"
+        )
+    return config
+
+
+def require_decoder(where: str, config: PreTrainedConfig) -> None:
+    parts = [name for name in type(config).sub_configs if re.search("text|vision|audio", name)]
+    if parts or not hasattr(config, "num_hidden_layers") or not hasattr(type(config), "rope_parameters"):
+        raise PipelineError(f"{where} is a {config.model_type} model; expected a decoder of texts, as llama or qwen2")

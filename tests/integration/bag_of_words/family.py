@@ -59,9 +59,6 @@ class BagOfWords(nn.Module):
         model.load_state_dict(weights)
         return model if isinstance(dtype, str) else model.to(dtype)
 
-    def checkpoint_activations(self) -> None:
-        pass
-
     def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
         vectors = self.table(packed.input_ids)
         owner = torch.arange(len(packed.lengths)).repeat_interleave(torch.tensor(packed.lengths))
