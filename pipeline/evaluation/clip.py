@@ -1,6 +1,5 @@
 """Encoders for the CLIP and SigLIP models of transformers."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -30,7 +29,7 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
-from pipeline.evaluation.identity import identity_of, model_folder
+from pipeline.evaluation.encoder import identity_of, model_folder, without_marks
 from pipeline.models import loading
 from pipeline.models.chunks import chunk_tokens_for
 from pipeline.models.clip.processor import require_end
@@ -207,11 +206,6 @@ class ClipEncoder:
             )
             colours.sub_(mean).div_(std)  # in place, through the view
         return pixels
-
-
-def without_marks(text: str) -> str:
-    """Return an item's text without its image and video marks and the white space around them."""
-    return re.sub(rf"\s*({IMAGE_MARK}|{VIDEO_MARK})\s*", " ", text).strip()
 
 
 def _batches(items: list, size: int) -> list[list]:

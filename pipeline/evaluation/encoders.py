@@ -43,15 +43,15 @@ from pipeline.config import EvaluationRun
 from pipeline.data.collate import Encoded
 from pipeline.data.sample import Item
 from pipeline.errors import PipelineError
-from pipeline.evaluation.clip import PEERS, ClipEncoder
-from pipeline.evaluation.encoder import Encoder
-from pipeline.evaluation.identity import identity_of, model_folder
+from pipeline.evaluation.encoder import Encoder, identity_of, model_folder
 from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, plan_chunks
 from pipeline.models.family import Processor, SavedModelInterface
 from pipeline.models.loading import config_dict
 from pipeline.models.registry import FAMILIES, family_of
 
 __all__ = ["ModelEncoder", "identity_of", "load_encoder"]
+
+_PEERS = ("clip", "siglip", "siglip2")  # model types in transformers that clip.py opens
 
 
 def load_encoder(path: str, options: EvaluationRun, device: torch.device | None = None) -> Encoder:
@@ -66,12 +66,14 @@ def load_encoder(path: str, options: EvaluationRun, device: torch.device | None 
         return _by_function(options.encoder, path, options)
     family, model_type = family_of(path), config_dict(path).get("model_type")
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if model_type in PEERS and (family is None or family.as_clip):
+    if model_type in _PEERS and (family is None or family.as_clip):
+        from pipeline.evaluation.clip import ClipEncoder  # here: transformers' models take seconds to import
+
         return ClipEncoder.load(path, model_type, options, device)
     if family:
         return ModelEncoder.load(path, family, options, device)
     raise PipelineError(
-        f"{path} is a {model_type} model; supported are {', '.join(FAMILIES)} and {', '.join(PEERS)}. For another "
+        f"{path} is a {model_type} model; supported are {', '.join(FAMILIES)} and {', '.join(_PEERS)}. For another "
         "model write a function and pass encoder=FILE.py:FUNCTION; pipeline/evaluation/encoders.py has an example"
     )
 

@@ -12,10 +12,9 @@ from PIL.Image import Image as Picture
 from pipeline.data.sample import BadSample
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
-from pipeline.evaluation.clip import without_marks
+from pipeline.evaluation.encoder import without_marks
 from pipeline.evaluation.metrics import Scores, collapsed, result_of, scores_of, worst_queries
-from pipeline.evaluation.report import Report
-from pipeline.evaluation.results import Case, Shown
+from pipeline.evaluation.report import Case, Report, Shown
 from pipeline.evaluation.tasks import Collection, Ranking, Task
 from pipeline.progress import progress_bar
 

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from rich.table import Table
 
 from pipeline.data.mmeb import META_TASKS, MMEB_TASKS
 from pipeline.errors import PipelineError, first_few, printable
-from pipeline.evaluation.results import BINS, DatasetResult
 from pipeline.storage import objects
 from pipeline.storage.documents import parse_json
 
+BINS = np.linspace(-1, 1, 201)
 FORMAT = 1
 REPORT_FILE = "report.json"
 _MMEB_QUERIES = 1000  # per dataset, as sampled in the VLM2Vec paper (arXiv 2410.05160)
@@ -25,6 +25,93 @@ AVERAGES = (*META_TASKS, "in distribution", "out of distribution", "overall")
 _ALIASES = {"ImageNet-1K": "ImageNet_1K"}  # an evaluation set may have the name of the training set
 # MMEB's 36 datasets: name -> (meta-task, in distribution).
 _MMEB = {name: task for name, task in MMEB_TASKS.items() if name not in _ALIASES.values()}
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Histograms over BINS: the queries' similarities to their right candidate, and to their hardest negative."""
+
+    positive: list[int]
+    hardest_negative: list[int]
+
+    @classmethod
+    def of(cls, positive: np.ndarray, hardest_negative: np.ndarray) -> "Similarities":
+        """Count similarities (Q,). -inf, for a query without a wrong candidate, is not counted."""
+        counts = (
+            np.histogram(np.clip(values[np.isfinite(values)], -1, 1), BINS)[0]
+            for values in (positive, hardest_negative)
+        )
+        return cls(*(each.tolist() for each in counts))
+
+    @property
+    def overlap(self) -> float:
+        """The common area of the two distributions, from 0 (disjoint) to 1 (equal)."""
+        positive, negative = (
+            np.array(counts) / max(sum(counts), 1) for counts in (self.positive, self.hardest_negative)
+        )
+        return float(np.minimum(positive, negative).sum())
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An item for display.  picture: a JPEG in base64, or empty."""
+
+    name: str
+    picture: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A query, its right candidate and the first-ranked one, with their similarities to the query."""
+
+    query: Shown
+    right: Shown
+    first: Shown
+    positive: float
+    similarity: float
+    rank: int
+    direction: str = ""
+
+
+@dataclass(frozen=True)
+class DatasetResult:
+    """The result of one dataset.
+
+    group: one of MMEB's meta-tasks; or "text-image", "text-video", "zero-shot classification".
+    in_distribution: None outside MMEB's meta-tasks.
+    queries: their number by direction; the key is "" if there is only one direction.
+    metrics: "P@1"; "t2i R@1", "t2i R@5", "t2i R@10", "t2i MdR", "t2i MnR", then the same for "i2t", or for "t2v" and
+        "v2t"; "top-1", "top-5". Shares from 0 to 1, ranks from 1. The first metric is the dataset's score.
+    chance: the first metric's value for random ranking.
+    ties: the number of queries with a wrong candidate exactly as similar as the best right one. The wrong one ranks
+        first, unless both are the same item.
+    collapsed: whether all queries, or all candidates, have the same vector; the metrics are then meaningless.
+    worst: the queries with the lowest positive minus hardest negative similarity, the worst first.
+    """
+
+    group: str
+    in_distribution: bool | None
+    language: str
+    queries: dict[str, int]
+    metrics: dict[str, float]
+    chance: float
+    ties: int
+    similarities: Similarities
+    worst: list[Case] = field(default_factory=list)
+    collapsed: bool = False
+
+    @property
+    def metric(self) -> str:
+        """The name of the metric that is the score."""
+        return next(iter(self.metrics))
+
+    @property
+    def score(self) -> float:
+        return self.metrics[self.metric]
+
+    @property
+    def is_mmeb(self) -> bool:
+        return self.group in META_TASKS
 
 
 @dataclass(frozen=True)
@@ -172,7 +259,7 @@ class Report:
         if any(result.is_mmeb for result in self.results.values()):
             console.print(self._precision_table(before))
         for group, rows in self.others(before).items():
-            console.print(_table(printable(f"{group}, of {self.model}"), rows))
+            console.print(_table(f"{group}, of {self.model}", rows))
         for sentence in self.remarks():
             console.print(printable(sentence))
 
@@ -199,33 +286,21 @@ class Report:
         return remarks
 
     def _precision_table(self, before: "Report | None") -> Table:
-        table = Table(title=printable(f"Precision@1 (%) of {self.model}"), title_justify="left", title_style="bold")
-        table.add_column("", no_wrap=True)
-        table.add_column("task", no_wrap=True)
-        for column in ("queries", "chance", *(["before", "after"] if before else ["Precision@1"]), "× chance"):
-            table.add_column(column, justify="right")
-
-        def add(name: str, task: str, queries: str, chance: float, now: float, then: float | None) -> None:
-            earlier = [f"{100 * then:.1f}" if then is not None else "-"] if before else []
-            table.add_row(
-                printable(name),
-                task,
-                queries,
-                f"{100 * chance:.1f}",
-                *earlier,
-                f"{100 * now:.1f}",
-                f"{now / chance:.1f}",
-            )
-
-        for name, result in self.results.items():
-            if result.is_mmeb:
-                then = before.results.get(name) if before else None
-                queries = sum(result.queries.values())
-                add(name, result.group, str(queries), result.chance, result.score, then.score if then else None)
-        table.add_section()
-        chances, earlier = self.averages(attrgetter("chance")), before.averages() if before else {}
-        for group, value in self.averages().items():
-            add(f"mean: {group}", "", "", chances[group], value, earlier.get(group))
+        """Return a table of the results of MMEB's meta-tasks, and of the averages."""
+        columns = ["queries", "chance", *(["before", "after"] if before else ["Precision@1"]), "× chance"]
+        table = _titled(f"Precision@1 (%) of {self.model}", "task", columns)
+        mmeb = {name: result for name, result in self.results.items() if result.is_mmeb}
+        means, chances = self.averages(), self.averages(attrgetter("chance"))
+        earlier = {name: result.score for name, result in before.results.items()} if before else {}
+        earlier |= {f"mean: {group}": value for group, value in before.averages().items()} if before else {}
+        rows: dict[str, tuple[str, int | str, float, float]] = {
+            name: (each.group, sum(each.queries.values()), each.chance, each.score) for name, each in mmeb.items()
+        }
+        rows |= {f"mean: {group}": ("", "", chances[group], value) for group, value in means.items()}
+        for number, (name, (task, queries, chance, score)) in enumerate(rows.items(), 1):
+            then = [shown("P@1", earlier[name]) if name in earlier else "-"] if before else []
+            figures = [shown("P@1", chance), *then, shown("P@1", score), f"{score / chance:.1f}"]
+            table.add_row(printable(name), task, str(queries), *figures, end_section=number == len(mmeb))
         return table
 
 
@@ -286,13 +361,19 @@ def _means(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([each[name] for each in metrics])) for name in metrics[0]}
 
 
-def _table(title: str, rows: Sequence[TableRow]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+def _titled(title: str, second: str, columns: Sequence[str]) -> Table:
+    """Return an empty table with columns for a name, a text and numbers."""
+    table = Table(title=printable(title), title_justify="left", title_style="bold")
     table.add_column("", overflow="fold")
-    table.add_column("", no_wrap=True)
-    metrics = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
-    for column in ("queries", "chance", *metrics):
+    table.add_column(second, no_wrap=True)
+    for column in columns:
         table.add_column(column, justify="right")
+    return table
+
+
+def _table(title: str, rows: Sequence[TableRow]) -> Table:
+    metrics = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
+    table = _titled(title, "", ["queries", "chance", *metrics])
     for row in rows:
         figures = [
             shown(metric, row.metrics[metric])

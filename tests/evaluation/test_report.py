@@ -8,10 +8,9 @@ from PIL import Image
 
 from pipeline.data.mmeb import MMEB_TASKS
 from pipeline.errors import PipelineError
-from pipeline.evaluation.html import Change, write_report
+from pipeline.evaluation.html import change, write_report
 from pipeline.evaluation.published import PUBLISHED
-from pipeline.evaluation.report import Report
-from pipeline.evaluation.results import Case, DatasetResult, Shown, Similarities
+from pipeline.evaluation.report import Case, DatasetResult, Report, Shown, Similarities
 
 NAMES = [name for name in MMEB_TASKS if name != "ImageNet_1K"]
 FEW = [name for name in NAMES if MMEB_TASKS[name][0] in ("classification", "grounding")][:-1]
@@ -172,10 +171,10 @@ def test_retrieval_is_printed_both_ways_with_means_over_languages(capsys):
 
 
 def test_a_lower_rank_is_better():
-    assert Change.of("R@1", 0.5, 0.4) == Change("+10.0", "better")
-    assert Change.of("R@1", 0.4, 0.5) == Change("−10.0", "worse")
-    assert Change.of("MnR", 3.0, 2.0) == Change("+1.0", "worse")
-    assert Change.of("MdR", 2.0, 2.0) == Change("0.0", "")
+    assert change("R@1", 0.5, 0.4) == ("+10.0", "better")
+    assert change("R@1", 0.4, 0.5) == ("−10.0", "worse")
+    assert change("MnR", 3.0, 2.0) == ("+1.0", "worse")
+    assert change("MdR", 2.0, 2.0) == ("0.0", "")
 
 
 @pytest.fixture(scope="module")
