@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipeline.evaluation.results import Case, Shown, Similarities
 from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_reciprocal_rank
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.metrics import Scores, result_of, scores_of, worst_queries
+from pipeline.evaluation.report import Case, Shown, Similarities
 from pipeline.evaluation.tasks import Ranking, Retrieval
 
 # The 16 unit vectors (+-1/2, +-1/2, +-1/2, +-1/2). Their similarities are -1, -0.5, 0, 0.5 and 1, with many ties.
