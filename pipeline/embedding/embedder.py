@@ -112,31 +112,19 @@ class Embedder:
         read = (_Item.of(number, item) for number, item in enumerate(items))
         pool = ThreadPoolExecutor(_THREADS)
         try:
-            groups = (self._decoding(pool, group) for group in iter(lambda: list(islice(read, _GROUP)), []))
+            groups = iter(lambda: [(item.number, pool.submit(self._encode, item)) for item in islice(read, _GROUP)], [])
             following = next(groups, None)
             while following:
                 group, following = following, next(groups, None)
-                yield self._embedded(*group)
+                yield self._embedded(group)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _decoding(self, pool: ThreadPoolExecutor, group: list["_Item"]) -> tuple[list[Future[Encoded]], list[int], int]:
-        """Return (futures of the distinct items, the index of each item among them, the first item's number)."""
-        distinct: dict[tuple, _Item] = {}
-        for item in group:
-            distinct.setdefault(item.key, item)
-        places = {key: place for place, key in enumerate(distinct)}
-        return (
-            [pool.submit(self._encode, item) for item in distinct.values()],
-            [places[item.key] for item in group],
-            group[0].number,
-        )
-
-    def _embedded(self, decoding: list[Future[Encoded]], rows: list[int], first: int) -> torch.Tensor:
-        encoded = [future.result() for future in decoding]
+    def _embedded(self, group: list[tuple[int, Future[Encoded]]]) -> torch.Tensor:
+        encoded = [future.result() for _, future in group]
         chunks = plan_chunks(encoded, self.chunk_tokens, self.device, padded=bool(self.model.pads))
-        vectors = embed_chunks(self.model, chunks, len(encoded), self.features).cpu()[rows]
-        require_unit(vectors, self.name, lambda row: f"item {first + row}")
+        vectors = embed_chunks(self.model, chunks, len(encoded), self.features).cpu()
+        require_unit(vectors, self.name, lambda row: f"item {group[row][0]}")
         return vectors
 
     def _encode(self, item: "_Item") -> Encoded:
@@ -195,16 +183,6 @@ class _Item:
         if not (text.strip() or images or video):
             refuse(" is empty: it has no text, image or video")
         return cls(number, text, tuple(Path(image) if isinstance(image, str) else image for image in images), video)
-
-    @property
-    def key(self) -> tuple:
-        """A key that is equal only for equal items; pictures are compared by identity, while both are in memory."""
-
-        def same(part: Any) -> Any:
-            return id(part) if isinstance(part, Picture) else part
-
-        video = tuple(map(same, self.video)) if isinstance(self.video, tuple) else self.video
-        return self.text, tuple(map(same, self.images)), video, self.file
 
     def by_content(self) -> "_Item":
         """Return the item with its file as an image or a video, by the file's content."""

@@ -137,12 +137,15 @@ class ModelEncoder:
 
 
 def _by_function(name: str, path: str, options: EvaluationRun) -> Encoder:
-    module, _, function = name.rpartition(":")
-    if not module or not function:
-        raise PipelineError(f"encoder={name}: write it as module:function or path/to/file.py:function")
-    make = getattr(_module(module), function, None)
-    if not callable(make):
-        raise PipelineError(f"encoder={name}: {module} has no function {function}")
+    place, _, function = name.rpartition(":")
+    try:
+        module = _module(place)
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        raise PipelineError(
+            f"encoder={name}: {error}; write it as module:function or path/to/file.py:function"
+        ) from error
+    if not callable(make := getattr(module, function, None)):
+        raise PipelineError(f"encoder={name}: {place} has no function {function}")
     encoder = make(path, options)
     wanted = ("name", "identity", "dimension", "instructed", "prepare", "embed")
     if missing := [attribute for attribute in wanted if not hasattr(encoder, attribute)]:
@@ -154,17 +157,10 @@ def _by_function(name: str, path: str, options: EvaluationRun) -> Encoder:
 
 
 def _module(name: str) -> ModuleType:
-    if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise PipelineError(f"encoder: there is no file {name}")
-        spec = spec_from_file_location(Path(name).stem, name)
-        assert spec and spec.loader  # always set for a .py file
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    try:
+    if not name.endswith(".py"):
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            raise PipelineError(f"encoder: there is no module {name} on Python's path") from None
-        raise  # the module exists, but one of its imports is missing
+    spec = spec_from_file_location(Path(name).stem, name)
+    assert spec and spec.loader  # always set for a .py file
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
