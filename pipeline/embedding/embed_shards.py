@@ -83,13 +83,14 @@ class CaptionDataset:
         return self.index.shards_url or self.url
 
     def made(self, encoder: Encoder, stored: Stored) -> EmbeddingMetadata:
-        max_tokens = getattr(encoder, "max_tokens", None)
+        reader = getattr(encoder, "processor", None)  # a user's encoder may have none
+        max_tokens = getattr(reader, "max_tokens", None)
         return EmbeddingMetadata(
             encoder.name,
             encoder.identity,
             encoder.dimension,
             stored,
-            getattr(encoder, "instruction", ""),
+            getattr(reader, "instruction", ""),
             columns_of(self.index),
             weights=fingerprint(str(fetched(encoder.name))) if max_tokens else None,
             max_tokens=max_tokens,
@@ -258,13 +259,12 @@ def _plain(url: str) -> str:
 class SampleGroup:
     """Consecutive samples that a rank embeds together.
 
-    keys: of the samples.  texts: of each sample; empty if it is unusable.
+    samples: the key and the texts of each; no texts if it is unusable.
     prepared: the distinct texts, longest first, as the encoder prepared them.
     unusable: a message for each unusable sample.
     """
 
-    keys: list[str]
-    texts: list[tuple[str, ...]]
+    samples: list[tuple[str, tuple[str, ...]]]
     prepared: dict[str, Any]
     unusable: list[str]
 
@@ -315,7 +315,7 @@ def embed_datasets(
 
     def embed(group: SampleGroup | None) -> list[bytes]:
         nonlocal unusable
-        group = group or SampleGroup([], [], {}, [])
+        group = group or SampleGroup([], {}, [])
         for line in group.unusable[: max(_SHOWN - unusable, 0)]:
             logger.warning("no embeddings for %s", printable(line))
         unusable += len(group.unusable)
@@ -361,9 +361,9 @@ def _on_first_rank(work: Callable[[], T]) -> T:
 
 def read_group(source: Source, encoder: Encoder, number: int, start: int, stop: int) -> SampleGroup:
     """Read the texts of samples start..stop-1 of a shard, with only part of the samples in memory at a time."""
-    group, prepared = SampleGroup([], [], {}, []), dict[str, Any]()
+    group, prepared = SampleGroup([], {}, []), dict[str, Any]()
     for record, data in samples_of(source, number, start, stop):
-        place = start + len(group.keys)
+        place = start + len(group.samples)
         key, texts = sample_key(data) or str(place), tuple[str, ...]()
         try:
             pair = source.parse(number, data, record)
@@ -374,8 +374,7 @@ def read_group(source: Source, encoder: Encoder, number: int, start: int, stop: 
             texts = tuple(pair.texts)
         except BadSample as reason:
             group.unusable.append(f"{source.origin(number, place)}, key {key}: {reason}")
-        group.keys.append(key)
-        group.texts.append(texts)
+        group.samples.append((key, texts))
     ordered = sorted(prepared, key=lambda text: -len(text))  # stable, so that chunks and vectors are reproducible
     return replace(group, prepared={text: prepared[text] for text in ordered})
 
@@ -390,9 +389,8 @@ def samples_of(source: Source, number: int, start: int, stop: int) -> Iterator[t
 
 def embedded(encoder: Encoder, group: SampleGroup, stored: Stored) -> list[bytes]:
     """Embed a group, and return the tar members of its samples. Collective, like `Encoder.embed`."""
-    samples = list(zip(group.keys, group.texts, strict=True))
-    owners = {text: f"a caption of sample {key}" for key, texts in samples for text in texts}
+    owners = {text: f"a caption of sample {key}" for key, texts in group.samples for text in texts}
     vectors = unit_vectors(encoder, list(group.prepared.values()), [owners[text] for text in group.prepared])
     rows = rounded(torch.from_numpy(vectors), stored)
     places = {text: place for place, text in enumerate(group.prepared)}
-    return [sample_bytes(key, rows[[places[text] for text in texts]]) for key, texts in samples]
+    return [sample_bytes(key, rows[[places[text] for text in texts]]) for key, texts in group.samples]

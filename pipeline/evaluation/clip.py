@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +44,7 @@ PEERS: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """An item for a ClipEncoder.
 
     ids: (T,) int64 tokens of the text, or None.
@@ -130,10 +129,8 @@ class ClipEncoder:
         if item.video is not None:
             pictures += sample_frames(item.video, self.video_frames)
         text = without_marks(item.text)
-        return Prepared(
-            ids=None if pictures and not text else self._tokenize(text),
-            pictures=tuple(map(self._pixels, pictures)),
-        )
+        ids = None if pictures and not text else self._tokenize(text)
+        return Prepared(ids, tuple(map(self._pixels, pictures)))
 
     def _pixels(self, picture: Image.Image) -> dict[str, torch.Tensor]:
         prepared = self.image_processor(picture, do_rescale=False, do_normalize=False)
@@ -177,10 +174,9 @@ class ClipEncoder:
         """Embed texts as (n, D) unit rows."""
         # CLIP pools the first end-of-text token with causal attention, so padding needs no mask. SigLIP was trained
         # without a mask.
-        ids = pad_sequence(list(texts), batch_first=True)
         model: Any = self.model()
-        features = model.get_text_features(input_ids=ids.to(self.device)).pooler_output
-        return F.normalize(features.float(), dim=-1)
+        ids = pad_sequence(list(texts), batch_first=True).to(self.device)
+        return F.normalize(model.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
 
     def _pictures(self, pictures: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Embed pictures as (n, D) unit rows."""
@@ -200,10 +196,7 @@ class ClipEncoder:
             pixels *= settings.rescale_factor
         if settings.do_normalize:
             colours = pixels if pixels.ndim == 4 else pixels.unflatten(-1, (-1, 3)).movedim(-1, 1)
-            mean, std = (
-                torch.tensor(values, device=pixels.device)[:, None, None]
-                for values in (settings.image_mean, settings.image_std)
-            )
+            mean, std = torch.tensor([settings.image_mean, settings.image_std], device=pixels.device)[..., None, None]
             colours.sub_(mean).div_(std)  # in place, through the view
         return pixels
 

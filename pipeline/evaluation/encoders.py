@@ -112,16 +112,6 @@ class ModelEncoder:
             instructed=family.instructed,
         )
 
-    @property
-    def max_tokens(self) -> int | None:
-        """The length in tokens to which texts are truncated; None if the processor has none."""
-        return getattr(self.processor, "max_tokens", None)
-
-    @property
-    def instruction(self) -> str:
-        """The instruction that precedes each text; empty for a model trained without one."""
-        return getattr(self.processor, "instruction", "")
-
     def prepare(self, item: Item) -> Encoded:
         return self.processor.encode(item)
 

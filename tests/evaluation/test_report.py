@@ -108,14 +108,17 @@ def test_a_report_survives_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda content: {}, "format None, this version reads format 1"),
-        (lambda content: content | {"format": 2}, "format 2, this version"),
+        (lambda content: {}, "format is missing: it is not an evaluation's report"),
+        (lambda content: content | {"format": 2}, "format: Input should be 1, got 2: it is not an evaluation's report"),
         (lambda content: {"format": 1, "model": "m"}, "is missing: it is not an evaluation's report"),
         (lambda content: content | {"results": {"a": {"group": "vqa"}}}, "a.in_distribution is missing"),
-        (lambda content: content["results"]["a"].update(metrics={}) or content, "a has no metrics"),
+        (
+            lambda content: content["results"]["a"].update(metrics={}) or content,
+            "results.a.metrics: Dictionary should have at least 1 item",
+        ),
         (
             lambda content: content["results"]["a"]["similarities"]["positive"].clear() or content,
-            "not 200 bins: it is not an",
+            "results.a.similarities.positive: List should have at least 200 items",
         ),
     ],
 )
