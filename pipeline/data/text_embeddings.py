@@ -249,9 +249,9 @@ def indexed(file: str, size: int, sha256: str, places: list[tuple[int, int, int]
     return shard_entry(file, size, sha256, records, **nothing)
 
 
-def tar_of(file: str, samples: list[bytes]) -> tuple[bytes, Shard, bytes]:
-    """Return the tar with these results of `sample_bytes`, its index entry with the name `file`, and its sidecar."""
+def tar_of(file: str, samples: list[bytes]) -> tuple[Shard, bytes, bytes]:
+    """Return the index entry with the name `file`, the sidecar, and the tar, of these results of `sample_bytes`."""
     tar = b"".join([*samples, END])
     starts = accumulate(map(len, samples), initial=0)
     places = [(start, len(sample), zlib.crc32(sample)) for start, sample in zip(starts, samples, strict=False)]
-    return tar, *indexed(file, len(tar), hashlib.sha256(tar).hexdigest(), places)
+    return *indexed(file, len(tar), hashlib.sha256(tar).hexdigest(), places), tar

@@ -164,8 +164,9 @@ class CaptionDataset:
         }
         return all(objects.exists(url) and objects.size(url) == size for url, size in sizes.items())
 
-    def keep(self, part: Part, sidecar: bytes, tar: bytes | None = None) -> None:
-        """Upload a finished part (tar: None if it exists already), and record it."""
+    def keep(self, shard: Shard, entry: Shard, sidecar: bytes, tar: bytes | None = None) -> None:
+        """Upload the embeddings of a shard (tar: None if it exists already), and record them as a finished part."""
+        part = Part(shard.sha256, entry)
         if tar:
             objects.write(objects.join(self.place, part.shard.file), tar)
         objects.write(objects.join(self.place, part.shard.sidecar), sidecar)
@@ -173,9 +174,8 @@ class CaptionDataset:
         self.parts[part.shard.file] = part
 
     def upload(self, shard: Shard, samples: list[bytes]) -> None:
-        """Write the tar of a shard's samples to a finished part."""
-        tar, entry, sidecar = tar_of(file_of(shard), samples)
-        self.keep(Part(shard.sha256, entry), sidecar, tar)
+        """Write the tar of these samples, all of a shard."""
+        self.keep(shard, *tar_of(file_of(shard), samples))
 
     def finish(self, made: EmbeddingMetadata) -> None:
         """Verify the hashes of all files, and write the index."""

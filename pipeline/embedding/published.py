@@ -13,7 +13,7 @@ from functools import partial
 from pipeline.convert.img2dataset import Tape, read_tape
 from pipeline.data.sample import BadSample
 from pipeline.data.shards import members_of
-from pipeline.data.text_embeddings import EmbeddingMetadata, Part, columns_of, file_of, indexed, texts_by_column
+from pipeline.data.text_embeddings import EmbeddingMetadata, columns_of, file_of, indexed, texts_by_column
 from pipeline.embedding.embed_shards import CaptionDataset, samples_of
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
@@ -95,6 +95,5 @@ def _index_tar(dataset: CaptionDataset, made: EmbeddingMetadata, number: int) ->
         raise PipelineError(
             f"{url} has vectors of {made.width} float32 for no sample of {shard.file}: does it belong to other images?"
         )
-    entry, sidecar = indexed(file_of(shard), tape.size, tape.sha256.hexdigest(), places)
-    dataset.keep(Part(shard.sha256, entry), sidecar)
+    dataset.keep(shard, *indexed(file_of(shard), tape.size, tape.sha256.hexdigest(), places))
     return lacking
