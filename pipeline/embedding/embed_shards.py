@@ -55,7 +55,7 @@ from pipeline.storage.objects import ObjectError
 GROUP = 256  # samples whose captions one rank embeds at a time
 _AHEAD = 3  # groups that a rank reads while it embeds one
 _READ_BYTES = 16 << 20  # per ranged read, unless a sample is larger
-_UPLOADS = 2
+_UPLOADS = 2  # at a time; their tars are in memory, beside the samples of the next
 _SHOWN = 10  # unusable samples that each rank logs
 _RECORDS = ".text_embeddings"
 
