@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path
+from itertools import accumulate
 from typing import Annotated, Literal
 
 import numpy as np
@@ -249,30 +249,9 @@ def indexed(file: str, size: int, sha256: str, places: list[tuple[int, int, int]
     return shard_entry(file, size, sha256, records, **nothing)
 
 
-class TarFile:
-    """Writes a tar of embeddings to a local file, sample after sample."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._file, self._digest = path, path.open("wb"), hashlib.sha256()
-        self._places: list[tuple[int, int, int]] = []
-        self._size = 0
-
-    @property
-    def samples(self) -> int:
-        return len(self._places)
-
-    def add(self, sample: bytes) -> None:
-        """Append the result of `sample_bytes`."""
-        self._places.append((self._size, len(sample), zlib.crc32(sample)))
-        self._write(sample)
-
-    def finish(self, file: str) -> tuple[Shard, bytes]:
-        """Close the tar. Returns its index entry with the name `file`, and the bytes of its sidecar."""
-        self._write(END)
-        self._file.close()
-        return indexed(file, self._size, self._digest.hexdigest(), self._places)
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._size += len(data)
+def tar_of(file: str, samples: list[bytes]) -> tuple[Shard, bytes, bytes]:
+    """Return the index entry with the name `file`, the sidecar, and the tar, of these results of `sample_bytes`."""
+    tar = b"".join([*samples, END])
+    starts = accumulate(map(len, samples), initial=0)
+    places = [(start, len(sample), zlib.crc32(sample)) for start, sample in zip(starts, samples, strict=False)]
+    return *indexed(file, len(tar), hashlib.sha256(tar).hexdigest(), places), tar

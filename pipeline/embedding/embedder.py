@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, NoReturn, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from PIL.Image import Image as Picture
+from pydantic import ConfigDict, ValidationError
 
 from pipeline.data.batch import Encoded
 from pipeline.data.sample import IMAGE_MARK, IMAGE_SUFFIXES, VIDEO_MARK, VIDEO_SUFFIXES, BadSample
@@ -21,6 +22,7 @@ from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, pla
 from pipeline.models.family import Processor
 from pipeline.models.loading import DTYPES
 from pipeline.models.registry import FAMILIES, family_of
+from pipeline.storage.documents import adapter, explained
 
 LEAST_TOKENS = 64  # enough for the prompt and some text
 
@@ -109,45 +111,34 @@ class Embedder:
 
         While the model embeds one group, threads read and decode the next.
         """
-        read = (_Item.of(number, item) for number, item in enumerate(items))
+        read = ((number, _checked(number, item)) for number, item in enumerate(items))
         pool = ThreadPoolExecutor(_THREADS)
         try:
-            groups = (self._decoding(pool, group) for group in iter(lambda: list(islice(read, _GROUP)), []))
+            groups = iter(lambda: [(each[0], pool.submit(self._encode, *each)) for each in islice(read, _GROUP)], [])
             following = next(groups, None)
             while following:
                 group, following = following, next(groups, None)
-                yield self._embedded(*group)
+                yield self._embedded(group)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _decoding(self, pool: ThreadPoolExecutor, group: list["_Item"]) -> tuple[list[Future[Encoded]], list[int], int]:
-        """Return (futures of the distinct items, the index of each item among them, the first item's number)."""
-        distinct: dict[tuple, _Item] = {}
-        for item in group:
-            distinct.setdefault(item.key, item)
-        places = {key: place for place, key in enumerate(distinct)}
-        return (
-            [pool.submit(self._encode, item) for item in distinct.values()],
-            [places[item.key] for item in group],
-            group[0].number,
-        )
-
-    def _embedded(self, decoding: list[Future[Encoded]], rows: list[int], first: int) -> torch.Tensor:
-        encoded = [future.result() for future in decoding]
+    def _embedded(self, group: list[tuple[int, Future[Encoded]]]) -> torch.Tensor:
+        encoded = [future.result() for _, future in group]
         chunks = plan_chunks(encoded, self.chunk_tokens, self.device, padded=bool(self.model.pads))
-        vectors = embed_chunks(self.model, chunks, len(encoded), self.features).cpu()[rows]
-        require_unit(vectors, self.name, lambda row: f"item {first + row}")
+        vectors = embed_chunks(self.model, chunks, len(encoded), self.features).cpu()
+        require_unit(vectors, self.name, lambda row: f"item {group[row][0]}")
         return vectors
 
-    def _encode(self, item: "_Item") -> Encoded:
+    def _encode(self, number: int, item: "Path | _Item") -> Encoded:
         try:
-            item = item.by_content()
+            if isinstance(item, Path):
+                item = _Item(video=item) if _from_file(item, _is_video) else _Item(images=(item,))
             images = [partial(_picture, image, self.processor.as_stored) for image in item.images]
             frames = None if item.video is None else partial(self._frames, item.video)
             text = item.marked_text() if self.instructed else item.text.strip()
             return self.processor.encode_parts(text, images, frames)
         except BadSample as reason:
-            raise PipelineError(f"item {item.number}: {reason}") from None
+            raise PipelineError(f"item {number}: {reason}") from None
 
     def _frames(self, video: "Path | tuple[Picture, ...]") -> list[Picture]:
         if isinstance(video, Path):
@@ -157,62 +148,13 @@ class Embedder:
 
 @dataclass(frozen=True)
 class _Item:
-    """An item before it is read.  file: an image or a video, not yet known which."""
+    """An item before it is read."""
 
-    number: int
+    __pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
     text: str = ""
     images: tuple[Path | Picture, ...] = ()
     video: Path | tuple[Picture, ...] | None = None
-    file: Path | None = None
-
-    @classmethod
-    def of(cls, number: int, given: Any) -> "_Item":
-        """Check and convert a user's item. Raises PipelineError if it cannot be embedded."""
-
-        def refuse(why: str) -> NoReturn:
-            raise PipelineError(f"item {number}{why}")
-
-        if isinstance(given, Path):
-            return cls(number, file=given)
-        if isinstance(given, str | Picture):
-            given = {"text": given} if isinstance(given, str) else {"images": [given]}
-        if not isinstance(given, dict):
-            refuse(f" is a {type(given).__name__}, not a text, picture, Path or dict of them")
-        if unknown := given.keys() - Parts.__annotations__.keys():
-            refuse(f" has {min(map(repr, unknown))}; it can have text, images and video")
-        text, images, video = given.get("text"), given.get("images"), given.get("video")
-        text, images = "" if text is None else text, () if images is None else images
-        if not isinstance(text, str):
-            refuse(f": its text is a {type(text).__name__}")
-        if not isinstance(images, list | tuple) or not all(isinstance(image, str | Path | Picture) for image in images):
-            refuse(": its images must be a list of paths or pictures")
-        if isinstance(video, str):
-            video = Path(video)
-        elif isinstance(video, list | tuple) and video and all(isinstance(frame, Picture) for frame in video):
-            video = tuple(video)
-        elif not isinstance(video, Path | None):
-            refuse(": its video must be a path, or a list of frames as pictures")
-        if not (text.strip() or images or video):
-            refuse(" is empty: it has no text, image or video")
-        return cls(number, text, tuple(Path(image) if isinstance(image, str) else image for image in images), video)
-
-    @property
-    def key(self) -> tuple:
-        """A key that is equal only for equal items; pictures are compared by identity, while both are in memory."""
-
-        def same(part: Any) -> Any:
-            return id(part) if isinstance(part, Picture) else part
-
-        video = tuple(map(same, self.video)) if isinstance(self.video, tuple) else self.video
-        return self.text, tuple(map(same, self.images)), video, self.file
-
-    def by_content(self) -> "_Item":
-        """Return the item with its file as an image or a video, by the file's content."""
-        if self.file is None:
-            return self
-        if _from_file(self.file, _is_video):
-            return replace(self, file=None, video=self.file)
-        return replace(self, file=None, images=(self.file,))
 
     def marked_text(self) -> str:
         """Return the text, or an instruction if there is none, with marks added if it has none."""
@@ -223,6 +165,25 @@ class _Item:
         marks = [IMAGE_MARK] * len(self.images) if IMAGE_MARK not in text else []
         marks += [VIDEO_MARK] if self.video and VIDEO_MARK not in text else []
         return "\n".join([*marks, text])
+
+
+def _checked(number: int, given: Any) -> Path | _Item:
+    """Convert a user's item; a path is of an image or a video. Raises PipelineError if it cannot be embedded."""
+    if isinstance(given, Path):
+        return given
+    if isinstance(given, str | Picture):
+        given = {"text": given} if isinstance(given, str) else {"images": [given]}
+    if not isinstance(given, dict):
+        raise PipelineError(
+            f"item {number} is a {type(given).__name__}, not a text, picture, Path or dict of text, images and video"
+        )
+    try:
+        item = adapter(_Item).validate_python({name: part for name, part in given.items() if part is not None})
+    except ValidationError as error:
+        raise PipelineError(f"item {number}: {explained(error)}") from None
+    if not (item.text.strip() or item.images or item.video):
+        raise PipelineError(f"item {number} is empty: it has no text, image or video")
+    return item
 
 
 def _picture(source: Path | Picture, as_stored: bool) -> Picture:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +57,9 @@ class EmbeddingFolder:
 
     def write(self, kind: str, ids: Sequence[str], rows: Iterable[torch.Tensor], identity: Identity) -> None:
         """Write the rows of a kind, one for each id, as their parts (n, D) arrive. KIND.npy is replaced atomically."""
-        header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), identity.dimension)}
         with replacing(self._array(kind), durable=False) as partial:
             with partial.open("wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
+                file.write(npy_header(len(ids), identity.dimension))
                 for part in rows:
                     file.write(part.numpy().astype("<f4").tobytes())
             before = self._identity()
@@ -95,6 +95,14 @@ class EmbeddingFolder:
             return parse_json(self._about.read_bytes(), str(self._about), Identity, remedy="")
         except (OSError, DocumentError):
             return None
+
+
+def npy_header(count: int, dimension: int) -> bytes:
+    """Return the header of a .npy file of `count` float32 rows."""
+    header = BytesIO()
+    described = {"descr": "<f4", "fortran_order": False, "shape": (count, dimension)}
+    np.lib.format.write_array_header_1_0(header, described)
+    return header.getvalue()
 
 
 def mapped(path: Path) -> np.ndarray:

@@ -13,7 +13,7 @@ from functools import partial
 from pipeline.convert.img2dataset import Tape, read_tape
 from pipeline.data.sample import BadSample
 from pipeline.data.shards import members_of
-from pipeline.data.text_embeddings import EmbeddingMetadata, Part, columns_of, file_of, indexed, texts_by_column
+from pipeline.data.text_embeddings import EmbeddingMetadata, columns_of, file_of, indexed, texts_by_column
 from pipeline.embedding.embed_shards import CaptionDataset, samples_of
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
@@ -30,23 +30,22 @@ def index_published(model: str, datasets: list[CaptionDataset], *, overwrite: bo
     """
     identity = hashlib.sha256(f"published {model}".encode()).hexdigest()[:16]
     for dataset in datasets:
-        if (columns := columns_of(dataset.source.indexes[0][1])) is None:
+        if (columns := columns_of(dataset.index)) is None:
             raise PipelineError(f"{dataset.url} has no tars from img2dataset: embed its captions without --published")
-        width = _width(objects.join(dataset.tars_url, file_of(dataset.shards[0])), columns)
+        width = _width(objects.join(dataset.tars_url, file_of(dataset.index.shards[0])), columns)
         made = EmbeddingMetadata(model, identity, width, "fp32", "", columns)
         dataset.begin(made, overwrite)
-        todo = [number for number, shard in enumerate(dataset.shards) if file_of(shard) not in dataset.parts]
-        total = sum(shard.samples for shard in dataset.shards)
-        left = sum(dataset.shards[number].samples for number in todo)
+        todo = [number for number, shard in enumerate(dataset.index.shards) if file_of(shard) not in dataset.parts]
+        left = sum(dataset.index.shards[number].samples for number in todo)
         index_tar = partial(_index_tar, dataset, made)
         with (
             ThreadPoolExecutor(4) as pool,
-            progress_bar(initial=total - left, total=total, desc="indexing", unit="sample") as bar,
+            progress_bar(initial=dataset.samples - left, total=dataset.samples, desc="indexing", unit="sample") as bar,
         ):
             for number, lacking in zip(todo, pool.map(index_tar, todo), strict=True):
-                bar.update(dataset.shards[number].samples)
+                bar.update(dataset.index.shards[number].samples)
                 if lacking:
-                    logger.warning("%s: %d samples have no embeddings", file_of(dataset.shards[number]), lacking)
+                    logger.warning("%s: %d samples have no embeddings", file_of(dataset.index.shards[number]), lacking)
         dataset.finish(made)
 
 
@@ -67,8 +66,8 @@ def _sizes(data: bytes) -> dict[str, int]:
 
 def _index_tar(dataset: CaptionDataset, made: EmbeddingMetadata, number: int) -> int:
     """Index a shard's vectors, and return the number of its samples without vectors."""
-    source, shard = dataset.source, dataset.shards[number]
-    url, captions = objects.join(dataset.tars_url, file_of(shard)), source.indexes[0][1].captions
+    source, shard = dataset.source, dataset.index.shards[number]
+    url, captions = objects.join(dataset.tars_url, file_of(shard)), dataset.index.captions
     assert captions  # `columns_of` is not None
     tape, entries = Tape(url), {}
     for sample in read_tape(tape):
@@ -96,6 +95,5 @@ def _index_tar(dataset: CaptionDataset, made: EmbeddingMetadata, number: int) ->
         raise PipelineError(
             f"{url} has vectors of {made.width} float32 for no sample of {shard.file}: does it belong to other images?"
         )
-    entry, sidecar = indexed(file_of(shard), tape.size, tape.sha256.hexdigest(), places)
-    dataset.keep(Part(shard.sha256, entry), sidecar, None)
+    dataset.keep(shard, *indexed(file_of(shard), tape.size, tape.sha256.hexdigest(), places))
     return lacking

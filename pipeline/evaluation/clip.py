@@ -1,11 +1,10 @@
 """Encoders for the CLIP and SigLIP models of transformers."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
-from pipeline.evaluation.identity import identity_of, model_folder
+from pipeline.evaluation.encoder import identity_of, model_folder, without_marks
 from pipeline.models import loading
 from pipeline.models.chunks import chunk_tokens_for
 from pipeline.models.clip.processor import require_end
@@ -45,8 +44,7 @@ PEERS: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """An item for a ClipEncoder.
 
     ids: (T,) int64 tokens of the text, or None.
@@ -131,10 +129,8 @@ class ClipEncoder:
         if item.video is not None:
             pictures += sample_frames(item.video, self.video_frames)
         text = without_marks(item.text)
-        return Prepared(
-            ids=None if pictures and not text else self._tokenize(text),
-            pictures=tuple(map(self._pixels, pictures)),
-        )
+        ids = None if pictures and not text else self._tokenize(text)
+        return Prepared(ids, tuple(map(self._pixels, pictures)))
 
     def _pixels(self, picture: Image.Image) -> dict[str, torch.Tensor]:
         prepared = self.image_processor(picture, do_rescale=False, do_normalize=False)
@@ -178,10 +174,9 @@ class ClipEncoder:
         """Embed texts as (n, D) unit rows."""
         # CLIP pools the first end-of-text token with causal attention, so padding needs no mask. SigLIP was trained
         # without a mask.
-        ids = pad_sequence(list(texts), batch_first=True)
         model: Any = self.model()
-        features = model.get_text_features(input_ids=ids.to(self.device)).pooler_output
-        return F.normalize(features.float(), dim=-1)
+        ids = pad_sequence(list(texts), batch_first=True).to(self.device)
+        return F.normalize(model.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
 
     def _pictures(self, pictures: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Embed pictures as (n, D) unit rows."""
@@ -201,17 +196,9 @@ class ClipEncoder:
             pixels *= settings.rescale_factor
         if settings.do_normalize:
             colours = pixels if pixels.ndim == 4 else pixels.unflatten(-1, (-1, 3)).movedim(-1, 1)
-            mean, std = (
-                torch.tensor(values, device=pixels.device)[:, None, None]
-                for values in (settings.image_mean, settings.image_std)
-            )
+            mean, std = torch.tensor([settings.image_mean, settings.image_std], device=pixels.device)[..., None, None]
             colours.sub_(mean).div_(std)  # in place, through the view
         return pixels
-
-
-def without_marks(text: str) -> str:
-    """Return an item's text without its image and video marks and the white space around them."""
-    return re.sub(rf"\s*({IMAGE_MARK}|{VIDEO_MARK})\s*", " ", text).strip()
 
 
 def _batches(items: list, size: int) -> list[list]:

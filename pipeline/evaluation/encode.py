@@ -1,9 +1,11 @@
-"""Embed a collection's items on all processes."""
+"""Embed groups of items on all processes, and with that a collection's items."""
 
 import hashlib
 import logging
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +20,9 @@ from pipeline.evaluation.tasks import Collection
 from pipeline.models.chunks import require_unit
 from pipeline.progress import progress_bar
 
-T = TypeVar("T")
+Group = TypeVar("Group")
+Read = TypeVar("Read")
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -56,36 +60,31 @@ def embed_collection(
     if not groups:
         return True
     bar = progress_bar(initial=count - total, total=count, desc="embedding", unit="item", disable=rank > 0)
-    pool = ThreadPoolExecutor(_THREADS)
+    pool, stopped = ThreadPoolExecutor(_THREADS), False
+
+    def begin(group: tuple[str, np.ndarray]) -> Callable[[], tuple[list[int], list[Any]]]:
+        rows = group[1].tolist()
+        futures = [pool.submit(_prepared, encoder, collection, row) for row in rows]
+        return lambda: (rows, [future.result() for future in futures])
+
+    def embed(read: tuple[list[int], list[Any]] | None) -> np.ndarray:
+        rows, prepared = read or ([], [])
+        return unit_vectors(encoder, prepared, [collection.names[row] for row in rows])
+
+    def stop() -> bool:
+        nonlocal stopped
+        stopped = bool(interrupted and interrupted())
+        return stopped
+
     with bar:
-
-        def begin(round_: int) -> list[Future]:
-            number = round_ + rank
-            rows = groups[number][1].tolist() if number < len(groups) else []
-            return [pool.submit(_prepared, encoder, collection, row) for row in rows]
-
-        following = begin(0)
         try:
-            for round_ in range(0, len(groups), world):
-                if interrupted and interrupted():
-                    return False
-                current, following = following, begin(round_ + world)
-                vectors = encoder.embed([future.result() for future in current]).float().cpu().numpy()
-                if vectors.shape != (len(current), encoder.dimension):
-                    raise PipelineError(
-                        f"the encoder returned {tuple(vectors.shape)} for {len(current)} items of {encoder.dimension}"
-                    )
-                parts = gather_on_first(vectors)
-                for (dataset, rows), part in zip(groups[round_ : round_ + world], parts, strict=False):
-                    if store:
-                        # A stored vector is not computed again, so it must be right.
-                        names = [collection.names[row] for row in rows]
-                        require_unit(part, encoder.name, names.__getitem__)
-                        store.append(dataset, rows, part)
-                    bar.update(len(rows))
+            for (dataset, rows), vectors in in_turn(groups, begin, embed, stop=stop):
+                assert store  # this is the first rank
+                store.append(dataset, rows, vectors)
+                bar.update(len(rows))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    return True
+    return not stopped
 
 
 def _check_same(collection: Collection) -> None:
@@ -129,11 +128,46 @@ def _prepared(encoder: Encoder, collection: Collection, row: int) -> Any:
         raise PipelineError(f"evaluation item {collection.names[row]}: {reason}") from None
 
 
-def gather_on_first(value: T) -> list[T]:
-    """Return the values of all ranks on the first rank, an empty list on the others. Collective."""
+def in_turn(
+    groups: Sequence[Group],
+    begin: Callable[[Group], Callable[[], Read]],
+    embed: Callable[[Read | None], Result],
+    *,
+    ahead: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Group, Result]]:
+    """Embed groups on the ranks in turn; yield each group with its result, in their order, on the first rank.
+
+    Collective: all ranks iterate to the end, the others over nothing.
+
+    begin: starts to read a group in a thread, and returns a function that waits for it.
+    embed: returns the result of a group; called on all ranks equally often, with None on a rank without another group.
+    ahead: groups that are read while one is embedded.
+    stop: called on all ranks between groups; it must return the same on all.
+    """
     rank, world = rank_and_world()
-    if world == 1:
-        return [value]
-    values: list[Any] = [None] * world
-    dist.gather_object(value, values if rank == 0 else None)
-    return values if rank == 0 else []
+    mine, reading = iter(groups[rank::world]), deque[Callable[[], Read]]()
+    for begun in range(0, len(groups), world):
+        if stop():
+            return
+        reading += map(begin, islice(mine, ahead + 1 - len(reading)))
+        results: list[Any] = [embed(reading.popleft()() if reading else None)]
+        if world > 1:
+            (own,), results = results, [None] * world
+            dist.gather_object(own, results if rank == 0 else None)
+        if rank == 0:
+            yield from zip(groups[begun : begun + world], results, strict=False)
+
+
+def unit_vectors(encoder: Encoder, prepared: Sequence[Any], names: Sequence[str]) -> np.ndarray:
+    """Embed prepared items as float32 unit rows (n, D). Collective, like `Encoder.embed`.
+
+    Raises PipelineError with an item's name for a vector that is no unit vector: a stored one is not computed again.
+    """
+    vectors = encoder.embed(prepared).float().cpu().numpy()
+    if vectors.shape != (len(prepared), encoder.dimension):
+        raise PipelineError(
+            f"the encoder returned {tuple(vectors.shape)} for {len(prepared)} items of {encoder.dimension}"
+        )
+    require_unit(vectors, encoder.name, names.__getitem__)
+    return vectors

@@ -43,15 +43,15 @@ from pipeline.config import EvaluationRun
 from pipeline.data.batch import Encoded
 from pipeline.data.sample import Item
 from pipeline.errors import PipelineError
-from pipeline.evaluation.clip import PEERS, ClipEncoder
-from pipeline.evaluation.encoder import Encoder
-from pipeline.evaluation.identity import identity_of, model_folder
+from pipeline.evaluation.encoder import Encoder, identity_of, model_folder
 from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, plan_chunks
 from pipeline.models.family import Processor, SavedModelInterface
 from pipeline.models.loading import config_dict
 from pipeline.models.registry import FAMILIES, family_of
 
 __all__ = ["ModelEncoder", "identity_of", "load_encoder"]
+
+_PEERS = ("clip", "siglip", "siglip2")  # model types in transformers that clip.py opens
 
 
 def load_encoder(path: str, options: EvaluationRun, device: torch.device | None = None) -> Encoder:
@@ -66,12 +66,14 @@ def load_encoder(path: str, options: EvaluationRun, device: torch.device | None 
         return _by_function(options.encoder, path, options)
     family, model_type = family_of(path), config_dict(path).get("model_type")
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if model_type in PEERS and (family is None or family.as_clip):
+    if model_type in _PEERS and (family is None or family.as_clip):
+        from pipeline.evaluation.clip import ClipEncoder  # here: transformers' models take seconds to import
+
         return ClipEncoder.load(path, model_type, options, device)
     if family:
         return ModelEncoder.load(path, family, options, device)
     raise PipelineError(
-        f"{path} is a {model_type} model; supported are {', '.join(FAMILIES)} and {', '.join(PEERS)}. For another "
+        f"{path} is a {model_type} model; supported are {', '.join(FAMILIES)} and {', '.join(_PEERS)}. For another "
         "model write a function and pass encoder=FILE.py:FUNCTION; pipeline/evaluation/encoders.py has an example"
     )
 
@@ -110,16 +112,6 @@ class ModelEncoder:
             instructed=family.instructed,
         )
 
-    @property
-    def max_tokens(self) -> int | None:
-        """The length in tokens to which texts are truncated; None if the processor has none."""
-        return getattr(self.processor, "max_tokens", None)
-
-    @property
-    def instruction(self) -> str:
-        """The instruction that precedes each text; empty for a model trained without one."""
-        return getattr(self.processor, "instruction", "")
-
     def prepare(self, item: Item) -> Encoded:
         return self.processor.encode(item)
 
@@ -135,12 +127,15 @@ class ModelEncoder:
 
 
 def _by_function(name: str, path: str, options: EvaluationRun) -> Encoder:
-    module, _, function = name.rpartition(":")
-    if not module or not function:
-        raise PipelineError(f"encoder={name}: write it as module:function or path/to/file.py:function")
-    make = getattr(_module(module), function, None)
-    if not callable(make):
-        raise PipelineError(f"encoder={name}: {module} has no function {function}")
+    place, _, function = name.rpartition(":")
+    try:
+        module = _module(place)
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        raise PipelineError(
+            f"encoder={name}: {error}; write it as module:function or path/to/file.py:function"
+        ) from error
+    if not callable(make := getattr(module, function, None)):
+        raise PipelineError(f"encoder={name}: {place} has no function {function}")
     encoder = make(path, options)
     wanted = ("name", "identity", "dimension", "instructed", "prepare", "embed")
     if missing := [attribute for attribute in wanted if not hasattr(encoder, attribute)]:
@@ -152,17 +147,10 @@ def _by_function(name: str, path: str, options: EvaluationRun) -> Encoder:
 
 
 def _module(name: str) -> ModuleType:
-    if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise PipelineError(f"encoder: there is no file {name}")
-        spec = spec_from_file_location(Path(name).stem, name)
-        assert spec and spec.loader  # always set for a .py file
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    try:
+    if not name.endswith(".py"):
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            raise PipelineError(f"encoder: there is no module {name} on Python's path") from None
-        raise  # the module exists, but one of its imports is missing
+    spec = spec_from_file_location(Path(name).stem, name)
+    assert spec and spec.loader  # always set for a .py file
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

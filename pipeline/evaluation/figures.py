@@ -5,23 +5,18 @@ PNGs have a light and a dark theme, for slides and papers. SVGs are for the HTML
 
 import io
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from pipeline.evaluation.report import Report
-from pipeline.evaluation.results import BINS, DatasetResult
+from pipeline.evaluation.report import BINS, DatasetResult, Report
 
 
 @dataclass(frozen=True)
@@ -55,8 +50,8 @@ def write(report: Report, folder: Path, before: Report | None = None) -> None:
     """Write bars-THEME.png and similarities-THEME.png for each theme."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, theme in THEMES.items():
-        _save(_all_bars(report, before, theme), folder / f"bars-{name}.png")
-        _save(_all_similarities(report, theme), folder / f"similarities-{name}.png")
+        _all_bars(report, before, theme).savefig(folder / f"bars-{name}.png", dpi=160)
+        _all_similarities(report, theme).savefig(folder / f"similarities-{name}.png", dpi=160)
 
 
 def svg_bars(results: dict[str, DatasetResult], before: Report | None) -> str:
@@ -96,14 +91,13 @@ def bars(axes: Axes, results: dict[str, DatasetResult], before: Report | None, t
         then = before.results.get(name) if before else None
         top, height = (place - 0.13, 0.46) if then else (place, 0.6)
         opacity = OUTSIDE if result.in_distribution is False else 1
-        axes.barh(top, 100 * result.score, height, color=theme.background)  # hides the grid behind a transparent bar
-        axes.barh(top, 100 * result.score, height, color=theme.positive, alpha=opacity)
+        score = 100 * result.score
+        axes.barh(top, score, height, color=theme.background)  # hides the grid behind a transparent bar
+        axes.barh(top, score, height, color=theme.positive, alpha=opacity)
         if then:
             axes.barh(place + 0.24, 100 * then.score, 0.2, color=theme.before)
         axes.vlines(100 * result.chance, place - 0.42, place + 0.42, color=theme.ink, linewidth=1.2)
-        axes.text(
-            100 * result.score + 1.2, top, f"{100 * result.score:.1f}", color=theme.ink, fontsize=_SMALL, va="center"
-        )
+        axes.text(score + 1.2, top, f"{score:.1f}", color=theme.ink, fontsize=_SMALL, va="center")
     axes.set_ylim(len(results) - 0.4, -0.6)
     axes.set_xlim(0, 106)  # room for the number beside a bar of 100
     axes.set_xticks(range(0, 101, 25))
@@ -111,7 +105,6 @@ def bars(axes: Axes, results: dict[str, DatasetResult], before: Report | None, t
     axes.set_axisbelow(True)
     axes.grid(axis="x", color=theme.rule, linewidth=0.8)
     _dress(axes, theme)
-    axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", labelcolor=theme.ink, labelsize=_TEXT)
 
 
@@ -130,17 +123,12 @@ def similarities(axes: Axes, result: DatasetResult, span: tuple[float, float], t
     axes.set_yticks([])
     axes.locator_params(axis="x", nbins=5)
     _dress(axes, theme)
-    axes.spines["left"].set_visible(False)
 
 
 def _all_bars(report: Report, before: Report | None, theme: Theme) -> Figure:
     groups = grouped(report)
     rows = [len(results) for results in groups.values()]
-    figure = Figure(
-        figsize=(7, _ROW * sum(rows) + 0.55 * len(rows) + 0.7),
-        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
-        facecolor=theme.background,
-    )
+    figure = _sheet(7, _ROW * sum(rows) + 0.55 * len(rows) + 0.7, theme)
     every = figure.subplots(len(groups), height_ratios=rows, squeeze=False)[:, 0]
     for axes, (group, results) in zip(every, groups.items(), strict=True):
         bars(axes, results, before, theme)
@@ -152,7 +140,7 @@ def _all_bars(report: Report, before: Report | None, theme: Theme) -> Figure:
     if before:
         handles.append(Patch(color=theme.before, label=_brief(before.model, 40)))
     handles.append(Line2D([], [], color=theme.ink, marker="|", markersize=9, linestyle="", label="chance"))
-    _legend(figure, handles, theme, outside=True)
+    _legend(figure, handles, theme)
     return figure
 
 
@@ -160,23 +148,22 @@ def _all_similarities(report: Report, theme: Theme) -> Figure:
     count = len(report.results)
     columns = min(count, 6 if count > 12 else 4 if count > 4 else 3)
     lines = -(-count // columns)
-    width, height = 2.1 * columns + 0.3, 1.4 * lines + 0.6
-    figure = Figure(figsize=(width, height), facecolor=theme.background)
-    edges = {"left": 0.15 / width, "right": 1 - 0.15 / width, "bottom": 0.6 / height, "top": 1 - 0.35 / height}
-    every = figure.subplots(lines, columns, squeeze=False, gridspec_kw=edges | {"wspace": 0.12, "hspace": 0.6}).flat
+    figure = _sheet(2.1 * columns + 0.3, 1.4 * lines + 0.6, theme)
+    every = list(figure.subplots(lines, columns, squeeze=False).flat)
     span = span_of(report)
     for axes, (name, result) in zip(every, report.results.items(), strict=False):
         similarities(axes, result, span, theme)
-        title = f"{_brief(name)}: {overlap(result)}"
-        axes.set_title(title, loc="left", color=theme.ink, fontsize=_TEXT - 0.5)
-    for axes in list(figure.axes)[count:]:
+        axes.set_title(f"{_brief(name)}: {overlap(result)}", loc="left", color=theme.ink, fontsize=_TEXT - 0.5)
+    for axes in every[count:]:
         axes.remove()
-    handles = [
-        Patch(color=theme.positive, alpha=0.6, label="positive"),
-        Patch(color=theme.negative, alpha=0.6, label="hardest negative"),
-    ]
-    _legend(figure, handles, theme, outside=False)
+    colours = {"positive": theme.positive, "hardest negative": theme.negative}
+    _legend(figure, [Patch(color=colour, alpha=0.6, label=label) for label, colour in colours.items()], theme)
     return figure
+
+
+def _sheet(width: float, height: float, theme: Theme) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    return Figure(figsize=(width, height), layout=layout, facecolor=theme.background)
 
 
 def overlap(result: DatasetResult) -> str:
@@ -188,21 +175,14 @@ def overlap(result: DatasetResult) -> str:
 
 def _dress(axes: Axes, theme: Theme) -> None:
     axes.set_facecolor("none")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.rule)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(theme.rule)
     axes.tick_params(colors=theme.faint, labelsize=_SMALL, length=0, pad=3)
 
 
-def _legend(figure: Figure, handles: Sequence[Artist], theme: Theme, outside: bool) -> None:
-    figure.legend(
-        handles=handles,
-        loc="outside lower left" if outside else "lower left",
-        ncols=len(handles),
-        frameon=False,
-        fontsize=_TEXT,
-        labelcolor=theme.ink,
-        handlelength=1.2,
-    )
+def _legend(figure: Figure, handles: list, theme: Theme) -> None:
+    look = {"frameon": False, "fontsize": _TEXT, "labelcolor": theme.ink, "handlelength": 1.2}
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), **look)
 
 
 def _brief(name: str, characters: int = 24) -> str:
@@ -211,14 +191,8 @@ def _brief(name: str, characters: int = 24) -> str:
     return name.encode(errors="replace").decode().replace("$", r"\$")
 
 
-def _save(figure: Figure, file: Path) -> None:
-    FigureCanvasAgg(figure)
-    figure.savefig(file, format="png", dpi=160)
-
-
 def _svg(figure: Figure, label: str) -> str:
     """Return the figure as an SVG element that fills the available width and uses the page's colours."""
-    FigureCanvasSVG(figure)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -1,18 +1,21 @@
 """Write a report's files: report.html, which needs neither network nor scripts, and the files beside it."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.evaluation import figures
-from pipeline.evaluation.leaderboard import leaderboard
 from pipeline.evaluation.published import PUBLISHED, Published
 from pipeline.evaluation.report import (
     AVERAGES,
     REPORT_FILE,
+    DatasetResult,
     Report,
     TableRow,
     by_direction,
@@ -25,20 +28,13 @@ from pipeline.evaluation.report import (
 _TEMPLATE = "report.html.jinja"
 
 
-@dataclass(frozen=True)
-class Change:
-    """A signed difference as text; kind: "better", "worse", or "" if it rounds to zero."""
-
-    text: str
-    kind: str
-
-    @classmethod
-    def of(cls, metric: str, now: float, before: float) -> "Change":
-        text = changed(metric, now, before)
-        if float(text) == 0:
-            return cls("0.0", "")
-        better = (float(text) > 0) != is_rank(metric)
-        return cls(text.replace("-", "−"), "better" if better else "worse")
+def change(metric: str, now: float, before: float) -> tuple[str, str]:
+    """Return a signed difference as text, and "better" or "worse", or "" if it rounds to zero."""
+    text = changed(metric, now, before)
+    if float(text) == 0:
+        return "0.0", ""
+    better = (float(text) > 0) != is_rank(metric)
+    return text.replace("-", "−"), "better" if better else "worse"
 
 
 def write_report(report: Report, folder: Path, before: Report | None = None) -> None:
@@ -48,9 +44,33 @@ def write_report(report: Report, folder: Path, before: Report | None = None) -> 
     """
     report.save(folder / REPORT_FILE)
     if datasets := report.mmeb():
-        write_text(folder / "leaderboard.json", json.dumps(leaderboard(report.model, datasets), indent=4) + "\n")
+        write_text(folder / "leaderboard.json", json.dumps(_leaderboard(report.model, datasets), indent=4) + "\n")
     figures.write(report, folder / "figures", before)
     write_text(folder / "report.html", page(report, before))
+
+
+def _leaderboard(model: str, datasets: Mapping[str, DatasetResult | None]) -> dict[str, Any]:
+    """Return the file to submit to https://huggingface.co/spaces/TIGER-Lab/MMEB-Leaderboard, image datasets only.
+
+    datasets: MMEB's 36 datasets by name; None for one that was not evaluated, written as in the authors' program.
+    Metadata that an evaluation does not know is None: fill it in before submitting.
+
+    The layout follows experiments/report_score_v2.py in https://github.com/TIGER-AI-Lab/VLM2Vec, and the leaderboard's
+    file in docs/mmebv2_reproduction/ there, where model_size is in billions of parameters.
+    """
+    unknown = ("model_backbone", "model_size", "embedding_dimension", "max_length_tokens", "model_release_date", "url")
+    metadata = {
+        "model_name": model,
+        **dict.fromkeys(unknown),
+        "data_source": "Self-Reported",
+        "report_generated_date": datetime.now().isoformat(),
+    }
+    image: dict[str, Any] = dict.fromkeys(datasets, "FILE_N/A")
+    for name, result in datasets.items():
+        if result:
+            queries = sum(result.queries.values())
+            image[name] = {"hit@1": result.score, "num_pred": queries, "num_data": queries}
+    return {"metadata": metadata, "metrics": {"image": image, "video": {}, "visdoc": {}}}
 
 
 def page(report: Report, before: Report | None = None) -> str:
@@ -62,7 +82,7 @@ def page(report: Report, before: Report | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"shown": shown, "change": Change.of, "overlap": figures.overlap}
+    environment.globals |= {"shown": shown, "change": change, "overlap": figures.overlap}
     averages, groups, span = report.averages(), figures.grouped(report), figures.span_of(report)
     return environment.get_template(_TEMPLATE).render(
         report=report,

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from io import BytesIO
 
 import numpy as np
@@ -12,10 +13,9 @@ from PIL.Image import Image as Picture
 from pipeline.data.sample import BadSample
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
-from pipeline.evaluation.clip import without_marks
+from pipeline.evaluation.encoder import without_marks
 from pipeline.evaluation.metrics import Scores, collapsed, result_of, scores_of, worst_queries
-from pipeline.evaluation.report import Report
-from pipeline.evaluation.results import Case, Shown
+from pipeline.evaluation.report import Case, Report, Shown
 from pipeline.evaluation.tasks import Collection, Ranking, Task
 from pipeline.progress import progress_bar
 
@@ -36,7 +36,7 @@ def measure(
     take: rows of the collection -> (n, D) unit vectors.  worst: how many of each dataset's worst queries to include.
     """
     results = {}
-    shown = _Pictures(collection)
+    shown = cache(partial(_shown, collection))
     names = dict.fromkeys(task.name for task in collection.tasks)
     for name in progress_bar(iterable=names, desc="scoring", unit="dataset", leave=False):
         tasks = [task for task in collection.tasks if task.name == name]
@@ -48,48 +48,42 @@ def measure(
         ]
         chosen.sort(key=lambda case: case[1].positive[case[2]] - case[1].hardest[case[2]])
         with ThreadPoolExecutor(_THREADS) as pool:
-            cases = list(pool.map(lambda case: shown.case(*case), chosen[:worst]))
+            cases = list(pool.map(lambda case: _case(shown, *case), chosen[:worst]))
         results[name] = result_of(tasks, scores, cases, collapsed=any(collapsed(task, take) for task in tasks))
     return Report(model, results)
 
 
-class _Pictures:
-    def __init__(self, collection: Collection) -> None:
-        self.collection = collection
-        self._cache: dict[int, Shown] = {}
+def _case(shown: Callable[[int], Shown], task: Task, scores: Scores, query: int) -> Case:
+    def candidate(number: int) -> Shown:
+        if isinstance(task, Ranking):
+            return shown(task.candidates[query][number])
+        return Shown(task.names[number]) if task.names else shown(task.candidates[number])
 
-    def case(self, task: Task, scores: Scores, query: int) -> Case:
-        def candidate(number: int) -> Shown:
-            if isinstance(task, Ranking):
-                return self.of(task.candidates[query][number])
-            return Shown(task.names[number]) if task.names else self.of(task.candidates[number])
+    found = scores.worst_rank[query] == 1
+    return Case(
+        query=shown(task.queries[query]),
+        right=candidate(scores.right[query]),
+        first=candidate(scores.first[query]),
+        positive=round(float(scores.positive[query]), 4),
+        similarity=round(float(scores.positive[query] if found else scores.hardest[query]), 4),
+        rank=int(scores.worst_rank[query]),
+        direction=task.direction,
+    )
 
-        found = scores.worst_rank[query] == 1
-        return Case(
-            query=self.of(task.queries[query]),
-            right=candidate(scores.right[query]),
-            first=candidate(scores.first[query]),
-            positive=round(float(scores.positive[query]), 4),
-            similarity=round(float(scores.positive[query] if found else scores.hardest[query]), 4),
-            rank=int(scores.worst_rank[query]),
-            direction=task.direction,
-        )
 
-    def of(self, row: int) -> Shown:
-        """Return an item with a thumbnail of its first image, or of the middle frame of its video."""
-        if row not in self._cache:
-            item, name = self.collection.items[row](), self.collection.names[row]
-            text, picture = without_marks(item.text), ""
-            try:
-                if item.images:
-                    picture = _jpeg(decode_image(item.images[0]))
-                elif item.video is not None:
-                    picture = _jpeg(sample_frames(item.video, 3)[1])
-            except BadSample:  # a user's encoder may support more formats
-                pass
-            seen = item.images or item.video is not None
-            self._cache[row] = Shown(f"{text} ({name})" if text and seen else name, picture)
-        return self._cache[row]
+def _shown(collection: Collection, row: int) -> Shown:
+    """Return an item with a thumbnail of its first image, or of the middle frame of its video."""
+    item, name = collection.items[row](), collection.names[row]
+    text, picture = without_marks(item.text), ""
+    try:
+        if item.images:
+            picture = _jpeg(decode_image(item.images[0]))
+        elif item.video is not None:
+            picture = _jpeg(sample_frames(item.video, 3)[1])
+    except BadSample:  # a user's encoder may support more formats
+        pass
+    seen = item.images or item.video is not None
+    return Shown(f"{text} ({name})" if text and seen else name, picture)
 
 
 def _jpeg(picture: Picture) -> str:

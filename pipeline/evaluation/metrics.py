@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.evaluation.results import Case, DatasetResult, Similarities
+from pipeline.evaluation.report import Case, DatasetResult, Similarities
 from pipeline.evaluation.tasks import Ranking, Retrieval, Task
 from pipeline.models.chunks import UNIT_TOLERANCE
 

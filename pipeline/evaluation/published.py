@@ -11,7 +11,7 @@ class Published:
     """Results of one model, as shares from 0 to 1.
 
     averages: over MMEB's datasets, with the names of `Report.averages`.
-    metrics: by dataset, with the names of `DatasetResult.metrics`.
+    metrics: by dataset, with the names of `DatasetResult.metrics`. Names of datasets are in lower case, letters only.
     """
 
     model: str
@@ -21,11 +21,7 @@ class Published:
 
     def metrics_of(self, dataset: str) -> dict[str, float]:
         """Return a dataset's metrics, ignoring case and punctuation of its name; empty if there are none."""
-        return next((metrics for name, metrics in self.metrics.items() if _plain(dataset) == _plain(name)), {})
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\W_]", "", name).lower()
+        return self.metrics.get(re.sub(r"[\W_]", "", dataset).lower(), {})
 
 
 def _shares(names: tuple[str, ...], percents: str) -> dict[str, float]:
@@ -42,6 +38,6 @@ PUBLISHED = (
         "LLaVE-7B",
         _LLAVE,
         _shares(AVERAGES, "65.7 65.4 70.9 91.9 75.0 64.4 70.3"),
-        {"MSR-VTT": _shares(_T2V, "46.8 71.1 80.0"), "MSVD": _shares(_T2V, "52.9 80.1 87.0")},
+        {"msrvtt": _shares(_T2V, "46.8 71.1 80.0"), "msvd": _shares(_T2V, "52.9 80.1 87.0")},
     ),
 )

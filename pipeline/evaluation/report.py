@@ -4,21 +4,23 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.data.mmeb import META_TASKS, MMEB_TASKS
 from pipeline.errors import PipelineError, first_few, printable
-from pipeline.evaluation.results import BINS, DatasetResult
 from pipeline.storage import objects
 from pipeline.storage.documents import parse_json
 
-FORMAT = 1
+BINS = np.linspace(-1, 1, 201)
+Counts = Annotated[list[int], Field(min_length=200, max_length=200)]  # of each bin
 REPORT_FILE = "report.json"
 _MMEB_QUERIES = 1000  # per dataset, as sampled in the VLM2Vec paper (arXiv 2410.05160)
 AVERAGES = (*META_TASKS, "in distribution", "out of distribution", "overall")
@@ -28,8 +30,95 @@ _MMEB = {name: task for name, task in MMEB_TASKS.items() if name not in _ALIASES
 
 
 @dataclass(frozen=True)
+class Similarities:
+    """Histograms over BINS: the queries' similarities to their right candidate, and to their hardest negative."""
+
+    positive: Counts
+    hardest_negative: Counts
+
+    @classmethod
+    def of(cls, positive: np.ndarray, hardest_negative: np.ndarray) -> "Similarities":
+        """Count similarities (Q,). -inf, for a query without a wrong candidate, is not counted."""
+        counts = (
+            np.histogram(np.clip(values[np.isfinite(values)], -1, 1), BINS)[0]
+            for values in (positive, hardest_negative)
+        )
+        return cls(*(each.tolist() for each in counts))
+
+    @property
+    def overlap(self) -> float:
+        """The common area of the two distributions, from 0 (disjoint) to 1 (equal)."""
+        positive, negative = (
+            np.array(counts) / max(sum(counts), 1) for counts in (self.positive, self.hardest_negative)
+        )
+        return float(np.minimum(positive, negative).sum())
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An item for display.  picture: a JPEG in base64, or empty."""
+
+    name: str
+    picture: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A query, its right candidate and the first-ranked one, with their similarities to the query."""
+
+    query: Shown
+    right: Shown
+    first: Shown
+    positive: float
+    similarity: float
+    rank: int
+    direction: str = ""
+
+
+@dataclass(frozen=True)
+class DatasetResult:
+    """The result of one dataset.
+
+    group: one of MMEB's meta-tasks; or "text-image", "text-video", "zero-shot classification".
+    in_distribution: None outside MMEB's meta-tasks.
+    queries: their number by direction; the key is "" if there is only one direction.
+    metrics: "P@1"; "t2i R@1", "t2i R@5", "t2i R@10", "t2i MdR", "t2i MnR", then the same for "i2t", or for "t2v" and
+        "v2t"; "top-1", "top-5". Shares from 0 to 1, ranks from 1. The first metric is the dataset's score.
+    chance: the first metric's value for random ranking.
+    ties: the number of queries with a wrong candidate exactly as similar as the best right one. The wrong one ranks
+        first, unless both are the same item.
+    collapsed: whether all queries, or all candidates, have the same vector; the metrics are then meaningless.
+    worst: the queries with the lowest positive minus hardest negative similarity, the worst first.
+    """
+
+    group: str
+    in_distribution: bool | None
+    language: str
+    queries: dict[str, int]
+    metrics: Annotated[dict[str, float], Field(min_length=1)]
+    chance: float
+    ties: int
+    similarities: Similarities
+    worst: list[Case] = field(default_factory=list)
+    collapsed: bool = False
+
+    @property
+    def metric(self) -> str:
+        """The name of the metric that is the score."""
+        return next(iter(self.metrics))
+
+    @property
+    def score(self) -> float:
+        return self.metrics[self.metric]
+
+    @property
+    def is_mmeb(self) -> bool:
+        return self.group in META_TASKS
+
+
+@dataclass(frozen=True)
 class _Stored:
-    format: int
+    format: Literal[1]
     model: str
     averages: dict[str, float]
     results: dict[str, DatasetResult]
@@ -139,29 +228,19 @@ class Report:
     def save(self, path: Path) -> None:
         """Write report.json, atomically."""
         results = {name: asdict(result) for name, result in self.results.items()}
-        head = {"format": FORMAT, "model": self.model, "averages": self.averages()}
+        head = {"format": 1, "model": self.model, "averages": self.averages()}
         write_text(path, json.dumps(head | {"results": results}))
 
     @classmethod
     def read(cls, path: Path) -> "Report":
-        """Read a file from `save`, or report.json in a folder. Raises PipelineError if it is not in this format."""
+        """Read a file from `save`, or report.json in a folder. Raises PipelineError if it has another form."""
         file = path / REPORT_FILE if path.is_dir() else path
         remedy = "it is not an evaluation's report: evaluate again, or name another file"
         try:
             data = file.read_bytes()
         except OSError as error:
             raise PipelineError(f"{file} cannot be read ({error.strerror}): {remedy}") from None
-        version = parse_json(data, str(file), dict, remedy=remedy).get("format")
-        if version != FORMAT:
-            raise PipelineError(
-                f"{file} has format {version!r}, this version reads format {FORMAT} of reports: evaluate again"
-            )
         content = parse_json(data, str(file), _Stored, remedy=remedy)
-        for name, result in content.results.items():
-            similarities = result.similarities
-            counts = similarities.positive, similarities.hardest_negative
-            if not result.metrics or {len(each) for each in counts} != {len(BINS) - 1}:
-                raise PipelineError(f"{file}: {name} has no metrics, or not {len(BINS) - 1} bins: {remedy}")
         return cls(content.model, content.results)
 
     def print(self, before: "Report | None" = None) -> None:
@@ -172,7 +251,7 @@ class Report:
         if any(result.is_mmeb for result in self.results.values()):
             console.print(self._precision_table(before))
         for group, rows in self.others(before).items():
-            console.print(_table(printable(f"{group}, of {self.model}"), rows))
+            console.print(_table(f"{group}, of {self.model}", rows))
         for sentence in self.remarks():
             console.print(printable(sentence))
 
@@ -199,33 +278,21 @@ class Report:
         return remarks
 
     def _precision_table(self, before: "Report | None") -> Table:
-        table = Table(title=printable(f"Precision@1 (%) of {self.model}"), title_justify="left", title_style="bold")
-        table.add_column("", no_wrap=True)
-        table.add_column("task", no_wrap=True)
-        for column in ("queries", "chance", *(["before", "after"] if before else ["Precision@1"]), "× chance"):
-            table.add_column(column, justify="right")
-
-        def add(name: str, task: str, queries: str, chance: float, now: float, then: float | None) -> None:
-            earlier = [f"{100 * then:.1f}" if then is not None else "-"] if before else []
-            table.add_row(
-                printable(name),
-                task,
-                queries,
-                f"{100 * chance:.1f}",
-                *earlier,
-                f"{100 * now:.1f}",
-                f"{now / chance:.1f}",
-            )
-
-        for name, result in self.results.items():
-            if result.is_mmeb:
-                then = before.results.get(name) if before else None
-                queries = sum(result.queries.values())
-                add(name, result.group, str(queries), result.chance, result.score, then.score if then else None)
-        table.add_section()
-        chances, earlier = self.averages(attrgetter("chance")), before.averages() if before else {}
-        for group, value in self.averages().items():
-            add(f"mean: {group}", "", "", chances[group], value, earlier.get(group))
+        """Return a table of the results of MMEB's meta-tasks, and of the averages."""
+        columns = ["queries", "chance", *(["before", "after"] if before else ["Precision@1"]), "× chance"]
+        table = _titled(f"Precision@1 (%) of {self.model}", "task", columns)
+        mmeb = {name: result for name, result in self.results.items() if result.is_mmeb}
+        means, chances = self.averages(), self.averages(attrgetter("chance"))
+        earlier = {name: result.score for name, result in before.results.items()} if before else {}
+        earlier |= {f"mean: {group}": value for group, value in before.averages().items()} if before else {}
+        rows: dict[str, tuple[str, int | str, float, float]] = {
+            name: (each.group, sum(each.queries.values()), each.chance, each.score) for name, each in mmeb.items()
+        }
+        rows |= {f"mean: {group}": ("", "", chances[group], value) for group, value in means.items()}
+        for number, (name, (task, queries, chance, score)) in enumerate(rows.items(), 1):
+            then = [shown("P@1", earlier[name]) if name in earlier else "-"] if before else []
+            figures = [shown("P@1", chance), *then, shown("P@1", score), f"{score / chance:.1f}"]
+            table.add_row(printable(name), task, str(queries), *figures, end_section=number == len(mmeb))
         return table
 
 
@@ -286,13 +353,19 @@ def _means(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([each[name] for each in metrics])) for name in metrics[0]}
 
 
-def _table(title: str, rows: Sequence[TableRow]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+def _titled(title: str, second: str, columns: Sequence[str]) -> Table:
+    """Return an empty table with columns for a name, a text and numbers."""
+    table = Table(title=printable(title), title_justify="left", title_style="bold")
     table.add_column("", overflow="fold")
-    table.add_column("", no_wrap=True)
-    metrics = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
-    for column in ("queries", "chance", *metrics):
+    table.add_column(second, no_wrap=True)
+    for column in columns:
         table.add_column(column, justify="right")
+    return table
+
+
+def _table(title: str, rows: Sequence[TableRow]) -> Table:
+    metrics = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
+    table = _titled(title, "", ["queries", "chance", *metrics])
     for row in rows:
         figures = [
             shown(metric, row.metrics[metric])

@@ -12,12 +12,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from io import BytesIO, FileIO
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.embedding.folder import mapped
+from pipeline.embedding.folder import mapped, npy_header
 from pipeline.errors import PipelineError
 from pipeline.storage import lock
 
@@ -64,14 +63,18 @@ class DiskStore:
         """Open the files in `folder`. Raises PipelineError if one has another dimension.  keys: the collection's."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.keys, self.dimension = folder, keys, dimension
-        self.files = [_File(path, dimension) for path in sorted(folder.glob("*.npy"))]
+        self._paths = sorted(folder.glob("*.npy"))
+        self._counts = [_count(path) for path in self._paths]
         # For each row of the collection: the file with its vector, or -1, and the row in that file.
         self._file = np.full(len(keys), -1)
         self._row = np.zeros(len(keys), np.int64)
         rows = {key: row for row, key in enumerate(keys)}
-        for number, file in enumerate(self.files):
-            for place, key in enumerate(file.keys()):
-                if (row := rows.get(key)) is not None:
+        for number, count in enumerate(self._counts):
+            if count:
+                self._mapped(number)  # raises the errors
+                data = _keys_of(self._paths[number]).read_bytes()
+            for place in range(count):
+                if (row := rows.get(data[place * _KEY_BYTES : (place + 1) * _KEY_BYTES])) is not None:
                     self._file[row], self._row[row] = number, place
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
@@ -84,80 +87,68 @@ class DiskStore:
         Raises PipelineError if another process has written to the file, or if the disk is full.
         """
         path = self.folder / f"{_name(dataset)}.npy"
-        number = next((number for number, file in enumerate(self.files) if file.path == path), len(self.files))
-        if number == len(self.files):
-            self.files.append(_File(path, self.dimension))
-        file = self.files[number]
-        first = file.count
-        file.append(vectors, [self.keys[row] for row in rows])
-        self._file[rows], self._row[rows] = number, np.arange(first, file.count)
+        if path not in self._paths:
+            self._paths.append(path)
+            self._counts.append(0)
+        number = self._paths.index(path)
+        first, count = self._counts[number], self._counts[number] + len(rows)
+        if _count(path) != first:
+            raise PipelineError(f"{path}: another evaluation has written to it; start this one again")
+        header = npy_header(count, self.dimension)  # it has the same length for every count
+        try:
+            with _synced(path) as file:
+                _write(file, vectors.astype("<f4").tobytes(), len(header) + 4 * first * self.dimension)
+                _write(file, header, 0)
+            with _synced(_keys_of(path)) as file:
+                _write(file, b"".join(self.keys[row] for row in rows), first * _KEY_BYTES)
+        except OSError as error:
+            raise PipelineError(f"{path}: {error.strerror}; the vectors written before are kept") from None
+        self._counts[number] = count
+        self._file[rows], self._row[rows] = number, np.arange(first, count)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors (n, D) of these rows; none may be missing."""
         vectors = np.empty((len(rows), self.dimension), np.float32)
         for number in np.unique(self._file[rows]):
             here = np.flatnonzero(self._file[rows] == number)
-            vectors[here] = self.files[number].take(self._row[rows[here]])
+            vectors[here] = self._mapped(number)[self._row[rows[here]]]
         return vectors
 
-
-class _File:
-    def __init__(self, path: Path, dimension: int) -> None:
-        self.path, self.keys_path, self.dimension = path, path.with_suffix(".keys"), dimension
-        self.count = self.keys_path.stat().st_size // _KEY_BYTES if self.keys_path.exists() else 0
-        self._opened: tuple[FileIO, FileIO] | None = None
-        self._vectors = self._mapped() if self.count else None
-
-    def keys(self) -> list[bytes]:
-        data = self.keys_path.read_bytes() if self.count else b""
-        return [data[start : start + _KEY_BYTES] for start in range(0, self.count * _KEY_BYTES, _KEY_BYTES)]
-
-    def append(self, vectors: np.ndarray, keys: Sequence[bytes]) -> None:
-        try:
-            vectors_file, keys_file = self._opened = self._opened or self._open()
-            data = np.ascontiguousarray(vectors, "<f4").tobytes()
-            _write(vectors_file, data, len(self._header(0)) + 4 * self.count * self.dimension)
-            _write(vectors_file, self._header(self.count + len(keys)), 0)
-            os.fsync(vectors_file.fileno())
-            _write(keys_file, b"".join(keys), self.count * _KEY_BYTES)
-            os.fsync(keys_file.fileno())
-        except OSError as error:
-            raise PipelineError(f"{self.path}: {error.strerror}; the vectors written before are kept") from None
-        self.count, self._vectors = self.count + len(keys), None
-
-    def take(self, places: np.ndarray) -> np.ndarray:
-        if self._vectors is None:
-            self._vectors = self._mapped()
-        return self._vectors[places]
-
-    def _open(self) -> tuple[FileIO, FileIO]:
-        for path in (self.path, self.keys_path):
-            path.touch()
-        vectors_file, keys_file = (FileIO(path, "r+") for path in (self.path, self.keys_path))
-        if os.fstat(keys_file.fileno()).st_size // _KEY_BYTES != self.count:
-            raise PipelineError(f"{self.path}: another evaluation has written to it; start this one again")
-        return vectors_file, keys_file
-
-    def _mapped(self) -> np.ndarray:
+    def _mapped(self, number: int) -> np.ndarray:
+        path, count = self._paths[number], self._counts[number]
         with suppress(OSError, ValueError):
-            vectors = mapped(self.path)
+            vectors = mapped(path)
             fits = vectors.dtype == np.dtype("<f4") and vectors.shape[1:] == (self.dimension,)
-            if fits and len(vectors) >= self.count:
+            if fits and len(vectors) >= count:
                 return vectors
         raise PipelineError(
-            f"{self.path} does not contain {self.count} vectors of {self.dimension} float32, as many as "
-            f"{self.keys_path.name} has keys: delete both files, and the items are embedded again"
+            f"{path} does not contain {count} vectors of {self.dimension} float32, as many as {_keys_of(path).name} "
+            "has keys: delete both files, and the items are embedded again"
         )
 
-    def _header(self, count: int) -> bytes:
-        """Return the .npy header, which has the same length for every count."""
-        header = BytesIO()
-        described = {"descr": "<f4", "fortran_order": False, "shape": (count, self.dimension)}
-        np.lib.format.write_array_header_1_0(header, described)
-        return header.getvalue()
+
+def _keys_of(path: Path) -> Path:
+    return path.with_suffix(".keys")
 
 
-def _write(file: FileIO, data: bytes, offset: int) -> None:
+def _count(path: Path) -> int:
+    """Return the number of vectors in a file, by its keys."""
+    keys = _keys_of(path)
+    return keys.stat().st_size // _KEY_BYTES if keys.exists() else 0
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[int]:
+    """Open a file for `_write`, and sync it to disk afterwards."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield file
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _write(file: int, data: bytes, offset: int) -> None:
     while data:
-        written = os.pwrite(file.fileno(), data, offset)
+        written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written

@@ -405,7 +405,7 @@ def test_vectors_that_are_none_are_refused(shards, tmp_path):
 
     with pytest.raises(PipelineError, match=r": the embedding of a caption of sample \w+ has length 1\.01, not 1"):
         embed(shards, tmp_path, Long())
-    with pytest.raises(PipelineError, match=r"returned \(\d+, 6\) for \d+ texts of 7"):
+    with pytest.raises(PipelineError, match=r"returned \(\d+, 6\) for \d+ items of 7"):
         embed(shards, tmp_path / "wide", Wide())
     with pytest.raises(PipelineError, match="has no index"):
         embed(tmp_path, None, Texts())

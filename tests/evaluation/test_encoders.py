@@ -335,8 +335,8 @@ def test_a_users_function_makes_the_encoder(tmp_path, monkeypatch):
     for wrong, reason in (
         ("users_encoder", "write it as module:function"),
         ("users_encoder:Width", "users_encoder has no function Width"),
-        ("users_encoders:Lengths", "there is no module users_encoders"),
-        (f"{tmp_path}/none.py:Lengths", r"there is no file .*none\.py"),
+        ("users_encoders:Lengths", "No module named 'users_encoders'; write it as"),
+        (f"{tmp_path}/none.py:Lengths", r"No such file or directory: .*none\.py"),
         ("users_encoder:nothing", "returned a Identity without name, identity, dimension, instructed, prepare, embed"),
     ):
         with pytest.raises(PipelineError, match=reason):

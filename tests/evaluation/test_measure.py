@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.data.sample import Item
 from pipeline.evaluation.measure import measure
-from pipeline.evaluation.results import Shown
+from pipeline.evaluation.report import Shown
 from pipeline.evaluation.store import MemoryStore
 from pipeline.evaluation.tasks import Collection, Ranking, Retrieval
 

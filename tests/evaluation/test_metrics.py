@@ -14,7 +14,7 @@ from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_reci
 from pipeline.errors import PipelineError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.metrics import Scores, result_of, scores_of, worst_queries
-from pipeline.evaluation.results import Case, Shown, Similarities
+from pipeline.evaluation.report import Case, Shown, Similarities
 from pipeline.evaluation.tasks import Ranking, Retrieval
 
 # The 16 unit vectors (+-1/2, +-1/2, +-1/2, +-1/2). Their similarities are -1, -0.5, 0, 0.5 and 1, with many ties.

@@ -8,10 +8,9 @@ from PIL import Image
 
 from pipeline.data.mmeb import MMEB_TASKS
 from pipeline.errors import PipelineError
-from pipeline.evaluation.html import Change, write_report
+from pipeline.evaluation.html import change, write_report
 from pipeline.evaluation.published import PUBLISHED
-from pipeline.evaluation.report import Report
-from pipeline.evaluation.results import Case, DatasetResult, Shown, Similarities
+from pipeline.evaluation.report import Case, DatasetResult, Report, Shown, Similarities
 
 NAMES = [name for name in MMEB_TASKS if name != "ImageNet_1K"]
 FEW = [name for name in NAMES if MMEB_TASKS[name][0] in ("classification", "grounding")][:-1]
@@ -109,14 +108,17 @@ def test_a_report_survives_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda content: {}, "format None, this version reads format 1"),
-        (lambda content: content | {"format": 2}, "format 2, this version"),
+        (lambda content: {}, "format is missing: it is not an evaluation's report"),
+        (lambda content: content | {"format": 2}, "format: Input should be 1, got 2: it is not an evaluation's report"),
         (lambda content: {"format": 1, "model": "m"}, "is missing: it is not an evaluation's report"),
         (lambda content: content | {"results": {"a": {"group": "vqa"}}}, "a.in_distribution is missing"),
-        (lambda content: content["results"]["a"].update(metrics={}) or content, "a has no metrics"),
+        (
+            lambda content: content["results"]["a"].update(metrics={}) or content,
+            "results.a.metrics: Dictionary should have at least 1 item",
+        ),
         (
             lambda content: content["results"]["a"]["similarities"]["positive"].clear() or content,
-            "not 200 bins: it is not an",
+            "results.a.similarities.positive: List should have at least 200 items",
         ),
     ],
 )
@@ -172,10 +174,10 @@ def test_retrieval_is_printed_both_ways_with_means_over_languages(capsys):
 
 
 def test_a_lower_rank_is_better():
-    assert Change.of("R@1", 0.5, 0.4) == Change("+10.0", "better")
-    assert Change.of("R@1", 0.4, 0.5) == Change("−10.0", "worse")
-    assert Change.of("MnR", 3.0, 2.0) == Change("+1.0", "worse")
-    assert Change.of("MdR", 2.0, 2.0) == Change("0.0", "")
+    assert change("R@1", 0.5, 0.4) == ("+10.0", "better")
+    assert change("R@1", 0.4, 0.5) == ("−10.0", "worse")
+    assert change("MnR", 3.0, 2.0) == ("+1.0", "worse")
+    assert change("MdR", 2.0, 2.0) == ("0.0", "")
 
 
 @pytest.fixture(scope="module")

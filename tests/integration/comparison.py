@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.evaluation.results import DatasetResult
+from pipeline.evaluation.report import DatasetResult
 
 
 def zero_config(name: str, folder: Path) -> str:

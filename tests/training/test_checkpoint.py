@@ -5,8 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from pipeline.config import load_recipe
-from pipeline.evaluation.report import Report
-from pipeline.evaluation.results import DatasetResult, Similarities
+from pipeline.evaluation.report import DatasetResult, Report, Similarities
 from pipeline.jobs.preflight.check import Check
 from pipeline.jobs.preflight.run import show
 from pipeline.jobs.program import configure_logging

@@ -9,8 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.errors import PipelineError
-from pipeline.evaluation.report import Report
-from pipeline.evaluation.results import BINS, DatasetResult, Similarities
+from pipeline.evaluation.report import BINS, DatasetResult, Report, Similarities
 from pipeline.training.monitor import Monitor, StepLog, check_writable
 
 

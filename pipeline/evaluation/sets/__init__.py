@@ -41,12 +41,8 @@ def _datasets(given: str, instructed: bool) -> list[Callable[[Collection], None]
     if name in NAMES:
         raise PipelineError(f"{given}: add the location, as {name}=/data/folder or {name}=s3://bucket/folder")
     if url and "/" not in name:
-        raise PipelineError(f"there is no evaluation set {name!r}; the sets are {', '.join(_shown())}")
+        shown = [each for each in NAMES if not each.startswith("mmeb/")] + ["mmeb/GROUP", "mmeb/DATASET"]
+        raise PipelineError(f"there is no evaluation set {name!r}; the sets are {', '.join(shown)}")
     if objects.exists(objects.join(given, INDEX_FILE)):
         return [partial(pairs.add, url=given)]
     return list(mmeb.datasets(given).values())
-
-
-def _shown() -> list[str]:
-    """Return NAMES, with MMEB's groups and datasets shortened to two entries."""
-    return [name for name in NAMES if not name.startswith("mmeb/")] + ["mmeb/GROUP", "mmeb/DATASET"]

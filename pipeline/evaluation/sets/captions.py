@@ -115,7 +115,7 @@ def add(
     language.
     """
     folder = Folder.of(url)
-    suffixes = VIDEOS if kind == "text-video" else PICTURES
+    letter, suffixes = ("v", VIDEOS) if kind == "text-video" else ("i", PICTURES)
     media: dict[str, Captioned] = {}  # by URL
     captions: dict[str, dict[str, list[str]]] = {}  # by language and URL
     for each in read(folder):
@@ -134,35 +134,24 @@ def add(
     for language, by_url in captions.items():
         if missing := [each for found, each in media.items() if not by_url.get(found)]:
             raise PipelineError(f"{missing[0].source} has no caption of {missing[0].medium} ({language}): add one")
-        _add(collection, name.format(language) or folder.name, kind, language, by_url, folder.stamps, wording)
-
-
-def _add(
-    collection: Collection,
-    name: str,
-    kind: RetrievalKind,
-    language: str,
-    captions: dict[str, list[str]],
-    stamps: dict[str, str],
-    wording: Wording,
-) -> None:
-    """Add both tasks of one language.  captions: by URL."""
-    video = kind == "text-video"
-    texts = [text for own in captions.values() for text in own]
-    counts = [len(own) for own in captions.values()]
-
-    def add_task(direction: str, queries: list[int], candidates: list[int], right: list[np.ndarray]) -> None:
-        rows = (np.array(queries, np.int64), np.array(candidates, np.int64))
-        collection.tasks.append(Retrieval(name, kind, direction, language, *rows, right))
-
-    def media(text: str) -> list[int]:
-        return [collection.medium(text, url, stamps[url], video=video) for url in captions]
-
-    seeking = [collection.text(wording.seeks_medium.replace("{}", text)) for text in texts]
-    owners = np.repeat(np.arange(len(counts)), counts)
-    add_task("t2v" if video else "t2i", seeking, media(wording.medium), list(owners[:, None]))
-    own = np.split(np.arange(len(texts)), np.cumsum(counts)[:-1])
-    add_task("v2t" if video else "i2t", media(wording.seeks_caption), [collection.text(text) for text in texts], own)
+        texts = [text for own in by_url.values() for text in own]
+        counts = [len(own) for own in by_url.values()]
+        owners = np.repeat(np.arange(len(counts)), counts)
+        captions_of = np.split(np.arange(len(texts)), np.cumsum(counts)[:-1])
+        seeking = [collection.text(wording.seeks_medium.replace("{}", text)) for text in texts]
+        sought, asking = (
+            [collection.medium(text, each, folder.stamps[each], video=letter == "v") for each in by_url]
+            for text in (wording.medium, wording.seeks_caption)
+        )
+        answers = [collection.text(text) for text in texts]
+        for direction, queries, candidates, right in (
+            (f"t2{letter}", seeking, sought, list(owners[:, None])),
+            (f"{letter}2t", asking, answers, captions_of),
+        ):
+            rows = np.array(queries, np.int64), np.array(candidates, np.int64)
+            collection.tasks.append(
+                Retrieval(name.format(language) or folder.name, kind, direction, language, *rows, right)
+            )
 
 
 def _wording(folder: Folder, kind: RetrievalKind) -> Wording:
@@ -272,35 +261,29 @@ def _list(captions: Any) -> list[Any]:
     return captions
 
 
-def _flickr_cn(folder: Folder) -> list[Captioned]:
-    file = folder.named("flickr30k_cn_test.txt", "*flickr*cn*test*.txt")
-    return _named_lines(file, read_text(file))
-
-
-def _coco_cn(folder: Folder) -> list[Captioned]:
-    file = folder.named("coco-cn_test.txt", "*coco*cn*test*.txt")
-    text = read_text(file)
-    if any(_NAMED_LINE.fullmatch(line.strip()) for line in text.split("\n")):
-        return _named_lines(file, text)
-    captions = folder.named("imageid.human-written-caption.txt")
-    by_name = {each.medium: each for each in _named_lines(captions, read_text(captions))}
-    return [by_name.get(name, Captioned(name, {"zh": []}, captions)) for name in text.split()]
-
-
 # "1007129816.jpg#0 caption", "1007129816#zhm#0\tcaption", "1007129816.jpg,caption"
 _NAMED_LINE = re.compile(r"(?P<name>[^\s#,]+)(#\w+)*(\s+|,)(?P<caption>.+)")
 
 
-def _named_lines(file: str, text: str) -> list[Captioned]:
+def _named_lines(folder: Folder, *, names: Sequence[str]) -> list[Captioned]:
+    file = folder.named(*names)
     captions: dict[str, list[str]] = {}
-    lines = [line.strip() for line in text.split("\n")]
     with expecting(file, 'lines "NAME#0 caption"'):
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(map(str.strip, read_text(file).split("\n")), 1):
             if line and (number, line) != (1, "image,caption"):
                 if (found := _NAMED_LINE.fullmatch(line)) is None:
                     raise ValueError(f"line {number} is {line[:80]!r}")
                 captions.setdefault(found["name"], []).append(found["caption"])
     return [Captioned(name, {"zh": texts}, file) for name, texts in captions.items()]
+
+
+def _coco_cn(folder: Folder) -> list[Captioned]:
+    listed, written = ("coco-cn_test.txt", "*coco*cn*test*.txt"), "imageid.human-written-caption.txt"
+    text = read_text(folder.named(*listed))
+    if any(_NAMED_LINE.fullmatch(line.strip()) for line in text.split("\n")):
+        return _named_lines(folder, names=listed)
+    by_name = {each.medium: each for each in _named_lines(folder, names=[written])}
+    return [by_name.get(name, Captioned(name, {"zh": []}, folder.named(written))) for name in text.split()]
 
 
 def _json_lines(file: str) -> list[Any]:
@@ -329,17 +312,16 @@ def _leading(text: str, number: int) -> list[Any]:
     decoder, separator = json.JSONDecoder(), re.compile(r"\s*([,\]])\s*")
     entries: list[Any] = []
     found = re.match(r"\s*(\[)\s*", text)
-    if found is None:
-        raise ValueError("it is no list")
-    while len(entries) < number and found[1] != "]":
+    while found and len(entries) < number and found[1] != "]":
         entry, position = decoder.raw_decode(text, found.end())
         entries.append(entry)
         found = separator.match(text, position)
-        if found is None:
-            raise ValueError(f"no , or ] at character {position + 1}")
+    if found is None:
+        raise ValueError("it is no list" if not entries else f"no , or ] at character {position + 1}")
     return entries
 
 
+_FLICKR_CN = ("flickr30k_cn_test.txt", "*flickr*cn*test*.txt")
 _MSRVTT = ("MSRVTT_JSFUSION_test.csv", "msrvtt_test_1k.json")
 _own = partial(_listed, names=("captions.json",))
 _images = partial(add, kind="text-image")
@@ -356,6 +338,6 @@ SETS: dict[str, Callable[..., None]] = {
     "docci": partial(_images, name="DOCCI", read=_docci),
     "sharegpt4v": partial(_images, name="ShareGPT4V", read=_sharegpt4v),
     "xm3600": partial(_images, name="XM3600 {}", read=_xm3600),
-    "flickr-cn": partial(_images, name="Flickr30k-CN", read=_flickr_cn),
+    "flickr-cn": partial(_images, name="Flickr30k-CN", read=partial(_named_lines, names=_FLICKR_CN)),
     "coco-cn": partial(_images, name="COCO-CN", read=_coco_cn),
 }

@@ -15,7 +15,6 @@ from pipeline.data.sample import IMAGE_MARK
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sets.folder import MEND, PICTURES, Folder, expecting, plain_text, read_text
 from pipeline.evaluation.tasks import Collection, Retrieval
-from pipeline.storage import objects
 from pipeline.storage.documents import parse_json
 
 NAMES_FILE, TEMPLATES_FILE = "classnames.json", "templates.txt"
@@ -44,8 +43,7 @@ def add(collection: Collection, url: str, instructed: bool) -> None:
     """
     folder = Folder.of(url)
     pictures = _pictures(folder)
-    names = _names(objects.join(url, NAMES_FILE), folder, pictures)
-    templates = _templates(objects.join(url, TEMPLATES_FILE), folder)
+    names, templates = _names(folder, pictures), _templates(folder)
     most = max(map(len, names.values()))
     prompts = []
     for own in names.values():
@@ -76,14 +74,13 @@ def _pictures(folder: Folder) -> dict[str, list[str]]:
         raise PipelineError(f"{folder.url} has no <class>/*.jpg, nor val/<class>/*.jpg")
     pictures: dict[str, list[str]] = {}
     for path in paths:
-        match path.removeprefix("val/").split("/"):
-            case [name, _]:
-                pictures.setdefault(name, []).append(folder.files[path])
-            case _:
-                raise PipelineError(f"{folder.files[path]} should be {folder.url}/<class>/NAME, or val/<class>/NAME")
-    others = [path for path in folder.files if path.removeprefix("val/").rpartition("/")[0] in pictures]
-    read = {url for urls in pictures.values() for url in urls}
-    if unread := [folder.files[path] for path in others if folder.files[path] not in read and not _hidden(path)]:
+        name, _, file = path.removeprefix("val/").partition("/")
+        if not file or "/" in file:
+            raise PipelineError(f"{folder.files[path]} should be {folder.url}/<class>/NAME, or val/<class>/NAME")
+        pictures.setdefault(name, []).append(folder.files[path])
+    others = [path for path in folder.files.keys() - paths if not path.endswith(("Thumbs.db", "desktop.ini"))]
+    within = (path for path in others if path.removeprefix("val/").rpartition("/")[0] in pictures)
+    if unread := sorted(folder.files[path] for path in within):
         raise PipelineError(
             f"{unread[0]} ({len(unread)} in all) is not an image in a known format ({', '.join(sorted(PICTURES))}): "
             "convert or remove it; a score over fewer pictures would not be comparable"
@@ -92,35 +89,29 @@ def _pictures(folder: Folder) -> dict[str, list[str]]:
     return {name: pictures[name] for name in sorted(pictures, key=int if numbered else str)}
 
 
-def _hidden(path: str) -> bool:
-    """Return whether the file is one that operating systems create in folders."""
-    return path.rpartition("/")[2].startswith(".") or path.endswith(("Thumbs.db", "desktop.ini"))
-
-
-def _names(file: str, folder: Folder, pictures: dict[str, list[str]]) -> dict[str, list[str]]:
+def _names(folder: Folder, pictures: dict[str, list[str]]) -> dict[str, list[str]]:
     """Return folder of a class -> its names, at least one, in the order of `pictures`."""
-    if NAMES_FILE not in folder.files:
-        raise PipelineError(f"{file} is missing; it must have the names of the classes")
+    if not (file := folder.files.get(NAMES_FILE)):
+        raise PipelineError(f"{folder.url}/{NAMES_FILE} is missing; it must have the names of the classes")
     with expecting(file, '{"folder": "name" or ["name", ...], ...}, or a list in the order of the sorted folders'):
         given = parse_json(read_text(file), file, remedy=MEND)
         if isinstance(given, list):
             if len(given) != len(pictures):
                 raise ValueError(f"it has {len(given)} names for {len(pictures)} folders of pictures")
             given = dict(zip(pictures, given, strict=True))
-        if apart := sorted(given.keys() ^ pictures.keys()):
-            lack = "pictures" if apart[0] in given else "a name"
+        named = {name for name, own in given.items() if own}
+        if apart := sorted(named ^ pictures.keys()):
+            lack = "pictures" if apart[0] in named else "a name"
             raise ValueError(f"the class {apart[0]!r} lacks {lack}")
-        if empty := [name for name in pictures if not given[name]]:
-            raise ValueError(f"the class {empty[0]!r} lacks a name")
-    place = f"{file}: a name of the class"
-    return {
-        name: [plain_text(each, f"{place} {name}") for each in (own if isinstance(own, list) else [own])]
-        for name, own in ((name, given[name]) for name in pictures)
-    }
+    names = {}
+    for name in pictures:
+        own = given[name] if isinstance(given[name], list) else [given[name]]
+        names[name] = [plain_text(each, f"{file}: a name of the class {name}") for each in own]
+    return names
 
 
-def _templates(file: str, folder: Folder) -> tuple[str, ...]:
-    if TEMPLATES_FILE not in folder.files:
+def _templates(folder: Folder) -> tuple[str, ...]:
+    if not (file := folder.files.get(TEMPLATES_FILE)):
         return TEMPLATES
     templates = tuple(line.strip() for line in read_text(file).split("\n") if line.strip())
     for template in templates:

@@ -28,6 +28,7 @@ from pipeline.storage import objects
 from pipeline.storage.documents import note_unread
 
 GROUPS = ("mmeb", "mmeb/ind", "mmeb/ood", *(f"mmeb/{name}" for name in (*META_TASKS, *MMEB_TASKS)))
+Find = Callable[[str], tuple[str, str]]  # a picture's path in the rows -> URL and stamp; PipelineError if it is missing
 _BLOCK_BYTES = 256 << 10  # read from a shard at once: about one picture, or a hundred texts
 
 
@@ -55,52 +56,46 @@ def datasets(url: str, group: str | None = None) -> dict[str, Callable[[Collecti
             f"nothing to evaluate at {url}: it has no "
             + (f"dataset of {group}" if group else f"{TASKS_FILE}, {INDEX_FILE} or dataset of MMEB's")
         )
-    images = _Images(url)
-    return {name: partial(_add, url=url, name=name, kind=kind, images=images) for name, kind in there.items()}
+    find = _finder(url)
+    return {name: partial(_add, url=url, name=name, kind=kind, find=find) for name, kind in there.items()}
 
 
-def _add(collection: Collection, url: str, name: str, kind: tuple[str, bool], images: "_Images") -> None:
+def _add(collection: Collection, url: str, name: str, kind: tuple[str, bool], find: Find) -> None:
     folder = objects.join(url, name)
     if objects.exists(objects.join(folder, INDEX_FILE)):
         queries, candidates = _converted(collection, folder)
     else:
-        queries, candidates = _published(collection, images, evaluation_rows(folder))
+        queries, candidates = _published(collection, find, evaluation_rows(folder))
     collection.tasks.append(Ranking(name, *kind, queries, candidates))
 
 
-class _Images:
-    """Finds URLs and stamps of pictures by their paths in the rows.
+def _finder(url: str) -> Find:
+    """Each dataset has a folder of pictures, which is listed when a row first refers to it."""
 
-    Each dataset has a folder of pictures, which is listed when a row first refers to it.
-    """
+    @cache
+    def stamps(top: str) -> dict[str, str]:
+        found = [objects.stamps(objects.join(url, folder, top)) for folder in IMAGE_FOLDERS]
+        return {each: stamp for listed in found for each, stamp in listed.items()}
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._stamps: dict[str, str] = {}
-        self._listed: set[str] = set()
+    def find(path: str) -> tuple[str, str]:
+        urls = [objects.join(url, folder, path) for folder in IMAGE_FOLDERS]
+        for each in urls:
+            if stamp := stamps(path.partition("/")[0]).get(each):
+                return each, stamp
+        raise PipelineError(
+            f"there is no {' or '.join(urls)}, to which a row refers: a score without it would not be comparable"
+        )
 
-    def find(self, path: str) -> tuple[str, str]:
-        """Return (URL, stamp) of a picture. Raises PipelineError if it does not exist."""
-        top = path.partition("/")[0]
-        if top not in self._listed:
-            self._listed.add(top)
-            for folder in IMAGE_FOLDERS:
-                self._stamps |= objects.stamps(objects.join(self.url, folder, top))
-        for folder in IMAGE_FOLDERS:
-            url = objects.join(self.url, folder, path)
-            if stamp := self._stamps.get(url):
-                return url, stamp
-        looked = " or ".join(objects.join(self.url, folder, path) for folder in IMAGE_FOLDERS)
-        raise PipelineError(f"there is no {looked}, to which a row refers: a score without it would not be comparable")
+    return find
 
 
 def _published(
-    collection: Collection, images: _Images, rows: Iterable[tuple[Side, list[Side]]]
+    collection: Collection, find: Find, rows: Iterable[tuple[Side, list[Side]]]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     @cache
     def row(side: Side) -> int:
         text, image = side
-        return collection.medium(text, *images.find(image), name=image) if image else collection.text(text)
+        return collection.medium(text, *find(image), name=image) if image else collection.text(text)
 
     numbers = [(row(query), np.array([row(side) for side in sides])) for query, sides in rows]
     return np.array([query for query, _ in numbers]), [candidates for _, candidates in numbers]
