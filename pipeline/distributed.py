@@ -39,10 +39,10 @@ _ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLO
 
 
 def start_distributed(timeout_minutes: float) -> torch.device:
-    """Join the process group that the launcher's environment describes; without a launcher, create one of one process.
+    """Join the process group that the launcher's environment describes; without a launcher, create one for one process.
 
-    Returns this process's device. If a collective waits longer than the time limit, the process ends. PipelineError if
-    a rank does not join within that limit, which is at least three and at most ten minutes here.
+    Returns this process's device. If a collective waits longer than `timeout_minutes`, the process ends. Raises
+    PipelineError if a rank does not join within that time, or within three minutes if it is less, ten if it is more.
     """
     import deepspeed  # here: gathering rows needs neither of them
     import transformers

@@ -17,7 +17,8 @@ number of processes. If it is killed and started again, it continues.
 
 In Python:
 
-    from pipeline.embed import Embedder
+    from pathlib import Path
+    from pipeline import Embedder
     embeddings = Embedder.load("runs/demo/export").embed(["a red star", Path("star.png"), {"video": "star.mp4"}])
 """
 
@@ -56,7 +57,10 @@ __all__ = ["Embedder", "main"]
 def main() -> None:
     arguments = _arguments()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (arguments.published or not arguments.shards):
-        raise PipelineError("pipeline.embed runs as one process, except with --shards: start it without a launcher")
+        raise PipelineError(
+            "pipeline.embed runs as one process, unless --shards is given without --published: start it without a "
+            "launcher"
+        )
     if arguments.shards:
         _embed_shards(arguments)
         return
@@ -137,7 +141,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--texts", metavar="FILE", help="a UTF-8 file with a text on each line; empty lines are errors")
-    parser.add_argument("--images", metavar="GLOB", help="image files, in quotes; ** matches any folders")
+    parser.add_argument("--images", metavar="GLOB", help="glob of image files, in quotes; ** matches nested folders")
     parser.add_argument("--videos", metavar="GLOB", help="video files, likewise")
     parser.add_argument(
         "--shards", metavar="URL", action="append", help="a dataset of images and captions; may be repeated"
@@ -148,7 +152,7 @@ def _arguments() -> argparse.Namespace:
         "--stored",
         choices=("fp16", "bf16"),
         default="fp16",  # unit vectors do not need bf16's range
-        help="number format for --shards; fp16 has three more bits of precision (%(default)s)",
+        help="number format for --shards; fp16 is more precise for unit vectors (default: %(default)s)",
     )
     published = "index the vectors that LLM2CLIP's own code wrote beside --shards; MODEL is the name of their model"
     parser.add_argument("--published", action="store_true", help=published)
@@ -156,7 +160,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--query-image", metavar="PATH", help="print the items most similar to an image")
     parser.add_argument("--top", type=_at_least(1), default=10, metavar="N", help="matches to print (%(default)s)")
     parser.add_argument(
-        "--precision", choices=DTYPES, default="auto", help="of the weights; auto: as stored (%(default)s)"
+        "--precision",
+        choices=DTYPES,
+        default="auto",
+        help="precision of the weights; auto: as stored (default: %(default)s)",
     )
     tokens = "maximum for an item; longer texts are cut (%(default)s)"
     parser.add_argument("--max-tokens", type=_at_least(LEAST_TOKENS), default=4096, metavar="N", help=tokens)

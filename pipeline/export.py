@@ -35,7 +35,7 @@ _LEAST_COSINE = {"fp32": 0.99999, "bf16": 0.999}  # adapters are merged in the w
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory of pipeline.train")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not be there")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist")
     parser.add_argument(
         "--step",
         type=_step,

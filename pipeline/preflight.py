@@ -56,10 +56,12 @@ def packages() -> Check:
 def main() -> None:
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file, or the name of one of the project's own, as demo.yaml")
+    parser.add_argument("recipe", help="a YAML file, or the name of one of the project's own, such as demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a recipe's field by its dotted name")
     parser.add_argument("--slurm", action="store_true", help="this process is a task of srun, one for each node")
-    parser.add_argument("--world", type=int, metavar="N", help="processes of the run (one a GPU; on the CPU 2)")
+    parser.add_argument(
+        "--world", type=int, metavar="N", help="number of processes (default: one per GPU, or 2 on the CPU)"
+    )
     arguments = parser.parse_intermixed_args()
     if arguments.world is not None and arguments.world < 1:
         raise PipelineError("--world must be a positive number")

@@ -6,15 +6,14 @@
 Reads only the model's configuration, no weights. Sizes are in GB of 10^9 bytes, the unit of GPU vendors. The column of
 the recipe's own ZeRO stage uses its DeepSpeed config; the other columns use ds_configs/. ZeRO 0 needs fp32.
 
-A chunk has batch.chunk_tokens tokens, or model.max_tokens, the size of one longest item, if that is more. The estimate
-fills it with photographs (4:3), or with videos (--videos), which have more tiles. Phases of a step in brackets do not
-overlap, so only the largest counts. The last lines show the largest possible batch.chunk_tokens (none: one item of
+A chunk has batch.chunk_tokens tokens, or model.max_tokens if that is more. The estimate assumes chunks full of
+photographs (4:3), or full of videos (--videos), which have more tiles. Phases of a step in brackets do not overlap, so
+only the largest counts. The last lines show the largest batch.chunk_tokens that fits (none: one item of
 model.max_tokens does not fit), and how many chunks of one such item can keep their graph (batch.kept_chunks). If the
 DeepSpeed config offloads, the CPU memory follows.
 
-The estimate leaves out CUDA, NCCL and fragmentation, which need a few GB, and explicit negatives. With auto,
-batch.chunk_tokens and kept_chunks leave a tenth of the memory free: --memory 72 shows about what they choose on a GPU
-of 80 GB.
+The estimate leaves out CUDA, NCCL and fragmentation, which need a few GB, and explicit negatives. With `auto`, training
+fills at most 90 % of the memory: use --memory 72 for a GPU of 80 GB.
 """
 
 import argparse

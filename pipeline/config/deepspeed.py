@@ -147,7 +147,7 @@ def completed(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
     ]
     names = [place for place, _, _ in filled]
     if unknown := [place for place, value in _flat(config) if value == "auto" and place not in names]:
-        raise ValueError(f'the recipe has nothing for {unknown[0]}="auto"; give a value, or remove it')
+        raise ValueError(f'no recipe field fills {unknown[0]}="auto"; give a value, or remove it')
     config.setdefault("zero_optimization", {})["stage"] = stage
     for place, value, source in filled:
         above, _, name = place.rpartition(".")

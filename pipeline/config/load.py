@@ -27,7 +27,7 @@ _ALTERNATIVES = {
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `key=value` overrides (values are YAML). Errors name the field and a near miss.
+    """Read a recipe and apply `key=value` overrides (values are YAML). Errors name the field and the nearest known one.
 
     `variant=NAME` first applies the overrides that the recipe lists under `variants`.
     """
@@ -78,7 +78,7 @@ def _variant(variants: Any, name: str, path: Path) -> dict[str, Any]:
     if name not in variants:
         raise PipelineError(f"{path} has no variant {name!r}; it has {', '.join(variants) or 'none'}")
     if not isinstance(fields := variants[name], dict):
-        raise PipelineError(f"{path}: variants.{name}: list below it what it sets, as optimizer.lr: 2e-5")
+        raise PipelineError(f"{path}: variants.{name}: list below it what it sets, such as optimizer.lr: 2e-5")
     return fields
 
 

@@ -56,7 +56,7 @@ class TrainSection(Section):
             value = getattr(self, name)
             if isinstance(value, float) and not _LEAST_RATE <= value < 1:
                 raise ValueError(
-                    f"model.train.{name} is {value:g}: give true, false or a positive learning rate, as 1e-5"
+                    f"model.train.{name} is {value:g}: give true, false or a positive learning rate, such as 1e-5"
                 )
         if not any(getattr(self, name) for name in parts):
             raise ValueError(f"nothing is trained: set one of model.train.{', '.join(parts)}")

@@ -43,7 +43,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
-            raise _refusal(f"the tag {event.tag}: write the value alone", event)
+            raise _refusal(f"the YAML tag {event.tag} is not supported: write the value alone", event)
         node = cast(yaml.Node, super().compose_node(parent, index))
         if isinstance(event, yaml.AliasEvent):
             if node not in self.sizes:

@@ -208,7 +208,7 @@ def _by_column(members: dict[str, bytes], columns: Iterable[str]) -> np.ndarray:
     try:
         return np.stack([np.frombuffer(by_name[column.lower()], "<f4") for column in columns])
     except KeyError as error:
-        raise BadSample(f"no embedding of {error.args[0]}") from None
+        raise BadSample(f"no embedding for caption column {error.args[0]}") from None
     except ValueError as error:
         raise BadSample(f"its embeddings differ in width ({error})") from None
 

@@ -40,7 +40,7 @@ class EmbeddingFolder:
         return [kind for kind in KINDS if self._array(kind).exists()]
 
     def check(self, model: str, fingerprint: str, written: Iterable[str], overwrite: bool) -> None:
-        """Raise PipelineError if writing these kinds would overwrite any without `overwrite`, or mix two models."""
+        """Raise PipelineError if this would overwrite embeddings without `overwrite`, or mix two models."""
         existing = self.kinds()
         if (again := [str(self._array(kind)) for kind in existing if kind in written]) and not overwrite:
             raise PipelineError(f"{', '.join(again)}: already exists; add --overwrite, or choose another --out")

@@ -56,7 +56,7 @@ def _width(url: str, columns: tuple[str, ...]) -> int:
         if missing := [column for column in columns if column.lower() not in sizes]:
             raise PipelineError(f"{url} has vectors for {', '.join(sizes)}, but not for captions in {missing[0]}")
         return sizes[columns[0].lower()] // 4
-    raise PipelineError(f"{url} is empty")
+    raise PipelineError(f"{url} has no samples: write the vectors again, or embed without --published")
 
 
 def _sizes(data: bytes) -> dict[str, int]:

@@ -162,8 +162,8 @@ def _vectors(name: str, take: Take, device: torch.device | str, rows: np.ndarray
     if (wrong := ~((lengths - 1).abs() <= UNIT_TOLERANCE)).any():
         place = int(wrong.nonzero()[0])
         raise PipelineError(
-            f"{name}: the embedding of item {rows.flat[place]} is no unit vector, its length is {lengths[place]:.3g}; "
-            "check the model's weights, whether it overflows, and whether its vectors are normalised in float32"
+            f"{name}: the embedding of item {rows.flat[place]} has length {lengths[place]:.5g}, not 1: check the "
+            "model's weights, that it does not overflow, and that its vectors are normalised in float32"
         )
     vectors = _fixed(taken.double())
     if rows.ndim == 1:

@@ -63,7 +63,7 @@ def init_from_environment(
 
 
 def rank_in_environment() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) without a launcher. PipelineError for values that no launcher sets."""
+    """(rank, number of processes); (0, 1) without a launcher. Raises PipelineError if they are inconsistent."""
     if "RANK" not in os.environ:
         return 0, 1
     for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("MASTER_PORT", 0)):

@@ -37,7 +37,7 @@ def require_shared_memory(recipe: Recipe, source: Source, lengths: Lengths, worl
 
 
 def pair_bytes(source: Source, lengths: Lengths) -> int:
-    """About the size of an average pair's tiles, counting one patch for each image token."""
+    """Estimate the bytes of an average pair's image tiles, with one patch per image token."""
     tiling, total = lengths.tiling, 0
     shards = [shard for _, shard in source.shards[:: max(1, len(source.shards) // _SHARDS)]]
     for shard in shards:

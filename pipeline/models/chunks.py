@@ -193,7 +193,7 @@ def require_unit(vectors: torch.Tensor | np.ndarray, model: str, name_of: Callab
     if (wrong := np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE))).size:
         raise PipelineError(
             f"{model}: the embedding of {name_of(int(wrong[0]))} has length {lengths[wrong[0]]:.5g}, not 1: check the "
-            "model's weights, whether it overflows, and that its vectors are normalised in float32"
+            "model's weights, that it does not overflow, and that its vectors are normalised in float32"
         )
 
 

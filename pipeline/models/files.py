@@ -191,7 +191,7 @@ def read_tensors(file: Path) -> Tensors:
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
-        raise PipelineError(f"{file} is not a table of tensors by name: name a folder with the model's own weights")
+        raise PipelineError(f"{file} is not a state dict (tensors by name): name a folder with the model's own weights")
     for name, tensor in tensors.items():
         refuse_not_finite(file, name, tensor)
     return tensors

@@ -180,7 +180,7 @@ def tokenizer(
 
 
 def image_processor(path: str, kind: type[PilBackend], **fields: Any) -> Any:
-    """Return the image processor of a folder or hub name.  kind: its class.  fields: override its own."""
+    """Return the image processor of a folder or hub name.  kind: its class.  fields: values that replace its own."""
     folder = fetched(path, weights=False)
     files = [folder / name for name in _PROCESSORS if (folder / name).is_file()]
     if not files:
@@ -252,7 +252,7 @@ def open_model(
             weights_only=True,
         )
     for name, found, expected in sorted(loaded["mismatched_keys"]):
-        raise PipelineError(f"{path}: {name} is {list(found)}, but by its config {list(expected)}")
+        raise PipelineError(f"{path}: {name} has shape {list(found)}, but its config needs {list(expected)}")
     if missing := sorted(loaded["missing_keys"]):
         raise PipelineError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]} the first")
     refuse_more_layers(path, stored, set(loaded["unexpected_keys"]))

@@ -99,7 +99,7 @@ class TwoTowerProcessor:
         if not self.with_vectors:
             return told
         if item.vector is None and item.text:
-            raise BadSample("its text has no vector in data.text_embeddings")
+            raise BadSample("its text has no vector in data.text_embeddings: embed the shards again")
         return Encoded(np.zeros(1, np.int32), vector=item.vector, text=told.input_ids.tobytes())
 
     def encode_parts(

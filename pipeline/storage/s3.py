@@ -304,7 +304,7 @@ class _Retries:
             limit = min(limit, FIRST_ANSWER_S)
         if idle >= limit:
             raise ObjectError(
-                f"{self.what}: no progress in {idle:.0f} s and {self.failures} attempts, the last: {reason}"
+                f"{self.what}: no progress in {idle:.0f} s and {self.failures} attempts; last error: {reason}"
             ) from error
         time.sleep(min(_jitter.uniform(0, min(10.0, 0.1 * 2 ** min(self.failures, 7))), limit - idle))
 

@@ -71,7 +71,7 @@ def _fill(parameter: _Partitioned, stored: Any, file: Path, name: str) -> None:
     """Copy this rank's part of a tensor, from flat index rank * size on, reading only the rows that contain it."""
     shape = stored.get_shape()
     if shape != list(parameter.ds_shape):
-        raise PipelineError(f"{file}: {name} is {shape}, but by its config {list(parameter.ds_shape)}")
+        raise PipelineError(f"{file}: {name} has shape {shape}, but its config needs {list(parameter.ds_shape)}")
     partition = parameter.ds_tensor
     start = partition.numel() * dist.get_rank()
     stop = min(start + partition.numel(), parameter.ds_numel)

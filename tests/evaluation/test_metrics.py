@@ -214,7 +214,7 @@ def test_what_is_in_memory_at_once_does_not_grow_with_the_task():
 def test_a_vector_that_is_not_of_length_1_is_an_error_that_names_its_item(task, value):
     rows = np.tile(np.float32([1, 0]), (6, 1))
     rows[4, 0] = value
-    with pytest.raises(PipelineError, match=r"^Set: the embedding of item 4 is no unit vector, its length is "):
+    with pytest.raises(PipelineError, match=r"^Set: the embedding of item 4 has length "):
         scores_of(task, taking(rows))
 
 

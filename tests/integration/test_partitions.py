@@ -61,7 +61,7 @@ def test_what_is_missing_misshapen_or_not_in_safetensors_is_named(tiny_model, tm
         file.rename(file.with_suffix(".bin"))
     for folder, reason in (
         (lacking, "lacks 3 of the model's weights, language_model.layers.1.mlp.down_proj.weight the first"),
-        (misshapen, "image_newline is [47], but by its config [48]"),
+        (misshapen, "image_newline has shape [47], but its config needs [48]"),
         (damaged, "has NaN or infinite weights"),
         (empty, "has no .safetensors files"),
     ):

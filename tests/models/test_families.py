@@ -179,10 +179,10 @@ def test_pictures_are_read_as_the_recipe_says_and_so_by_its_export(kind, folders
 
 def test_a_model_of_another_kind_is_refused_before_it_is_loaded(folders, error_of, tmp_path):
     decoder, clip, tower = (folders[kind] for kind in ("text_encoder", "clip", "llm2clip"))
-    assert "is a clip model; expected a decoder of texts" in error_of("text_encoder", path=clip)
+    assert "is a clip model; expected a text-only decoder" in error_of("text_encoder", path=clip)
     assert "is a qwen2 model; expected clip" in error_of("clip", path=decoder)
     assert "is a qwen2 model; expected a vision encoder: clip" in error_of("llm2clip", path=decoder)
-    assert "expected a decoder of texts" in error_of("llm2clip", path=tower, text_encoder=clip)
+    assert "expected a text-only decoder" in error_of("llm2clip", path=tower, text_encoder=clip)
     missing = str(tmp_path / "missing")
     for kind in ("text_encoder", "clip"):
         assert f"no model at '{missing}'" in error_of(kind, path=missing)

@@ -299,7 +299,7 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("weights-pickled", "every", pickled, "pytorch_model.bin: it is a pickle of more than tensors"),
     ("weights-plainly-pickled", "every", plainly_pickled, "pytorch_model.bin: it is a pickle of more than tensors"),
     ("adapters", "all", lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds adapters (LoRA)"),
-    ("misshapen", "all", tensors(lambda w: w.update({last(w): w[last(w)][:-1].contiguous()})), "but by its config"),
+    ("misshapen", "all", tensors(lambda w: w.update({last(w): w[last(w)][:-1].contiguous()})), "but its config needs"),
     ("lacking", "all", tensors(lambda w: w.pop(last(w))), "lacks 1 of the model's weights"),
     ("integers", "all", tensors(lambda w: w.update({last(w): w[last(w)].to(torch.int8)})), "of quantised weights"),
     ("nan", "every", tensors(spoil(float("nan"))), "has NaN or infinite weights"),

@@ -197,7 +197,7 @@ def test_the_embedding_grows_for_the_marks_and_the_dtype_stays(tmp_path):
         ({"image_aspect_ratio": "pad"}, "aspect_ratio='pad'"),
         ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints is not a list"),
         ({"rope_theta": None}, "lacks rope_theta"),
-        ({"vocab_size": 513}, r"model.embed_tokens.weight is \[512, 64\], but by its config \[513, 64\]"),
+        ({"vocab_size": 513}, r"model.embed_tokens.weight has shape \[512, 64\], but its config needs \[513, 64\]"),
         ({"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}, "is not an original checkpoint"),
     ],
 )

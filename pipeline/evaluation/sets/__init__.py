@@ -39,7 +39,7 @@ def _datasets(given: str, instructed: bool) -> list[Callable[[Collection], None]
     if (add := (captions.SETS | classification.SETS).get(name)) and url:
         return [partial(add, url=url, instructed=instructed)]
     if name in NAMES:
-        raise PipelineError(f"{given}: add the location, as {name}=/data/folder or {name}=s3://bucket/folder")
+        raise PipelineError(f"{given}: add the location, such as {name}=/data/folder or {name}=s3://bucket/folder")
     if url and "/" not in name:
         shown = [each for each in NAMES if not each.startswith("mmeb/")] + ["mmeb/GROUP", "mmeb/DATASET"]
         raise PipelineError(f"there is no evaluation set {name!r}; the sets are {', '.join(shown)}")

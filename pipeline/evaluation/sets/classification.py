@@ -92,7 +92,7 @@ def _pictures(folder: Folder) -> dict[str, list[str]]:
 def _names(folder: Folder, pictures: dict[str, list[str]]) -> dict[str, list[str]]:
     """Return folder of a class -> its names, at least one, in the order of `pictures`."""
     if not (file := folder.files.get(NAMES_FILE)):
-        raise PipelineError(f"{folder.url}/{NAMES_FILE} is missing; it must have the names of the classes")
+        raise PipelineError(f'{folder.url}/{NAMES_FILE} is missing; list the classes in it: {{"folder": "name", ...}}')
     with expecting(file, '{"folder": "name" or ["name", ...], ...}, or a list in the order of the sorted folders'):
         given = parse_json(read_text(file), file, remedy=MEND)
         if isinstance(given, list):

@@ -42,7 +42,7 @@ _SEE_SECONDS = 5  # until a file system shows other nodes a new file
 
 @dataclass
 class Job:
-    """A recipe on `world` processes, and what earlier checks have opened: None if they did not run, or failed.
+    """A recipe on `world` processes, and what earlier checks opened: None if that check failed or did not run.
 
     gpus: on all nodes together.  guessed: `world` was not given.
     """

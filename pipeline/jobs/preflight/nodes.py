@@ -155,7 +155,7 @@ def gpus(found: list[list], nodes: Nodes, slurm: bool) -> Check:
 
 
 def judge(found: list[list], names: list[str], meant_for_cpu: bool) -> Check:
-    """Whether the nodes have the same GPUs, and all are free."""
+    """Check that all nodes have the same GPUs and that these are free."""
     counts = [len(node) for node in found]
     if not any(counts):
         if meant_for_cpu:

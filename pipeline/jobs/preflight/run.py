@@ -95,7 +95,7 @@ def _of_others(nodes: Nodes) -> list[tuple[str, list[Check]]]:
 
 
 def over_nodes(results: Sequence[tuple[str, Sequence[Check]]]) -> list[Check]:
-    """(node's name, its checks) -> each check once, in the first node's order: the worst result of the nodes.
+    """Merge the nodes' checks: return the worst result of each, in the first node's order.
 
     If not all nodes have the same finding, their names stand before it.
     """

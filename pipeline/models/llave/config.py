@@ -26,7 +26,7 @@ class LlaveTrain(LanguageModelTrain):
         True, description="its weights, or adapters"
     )
     vision_tower: Annotated[bool | float, Fixed(bool), Prefixes(["vision_tower."])] = Field(
-        False, description="where it is frozen, it runs outside the engine, once a step"
+        False, description="if frozen, it runs outside the DeepSpeed engine, once per step"
     )
 
 

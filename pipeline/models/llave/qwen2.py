@@ -35,7 +35,7 @@ def pool_in_last_layer(model: Qwen2Model) -> None:
     """Make the model return (1, N, hidden) for N packed items: the hidden states of their last tokens.
 
     The last layer computes keys and values for all tokens, but queries, attention and MLP only for the last tokens.
-    This saves all but a few per cent of the layer.
+    This removes nearly all of the layer's computation.
     """
     layer = model.layers[-1]
     layer.__class__, layer.self_attn.__class__ = PoolingLayer, PoolingAttention
@@ -49,7 +49,7 @@ class LeanRMSNorm(Qwen2RMSNorm):
 
 
 class LeanMLP(Qwen2MLP):
-    """Saves gate, up and their product; transformers' also saves the activated gate."""
+    """Keeps gate, up and their product for the backward pass; transformers' also keeps the activated gate."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():

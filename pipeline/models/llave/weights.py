@@ -280,7 +280,9 @@ def _check(
         raise PipelineError(f"{source} has {len(unknown)} tensors that are not of this model: {first_few(unknown)}")
     for name, tensor in found.items():
         if tensor.shape != expected[name]:
-            raise PipelineError(f"{source}: {name} is {list(tensor.shape)}, but by its config {list(expected[name])}")
+            raise PipelineError(
+                f"{source}: {name} has shape {list(tensor.shape)}, but its config needs {list(expected[name])}"
+            )
 
 
 def _transformers(name: str) -> str:

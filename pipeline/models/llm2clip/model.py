@@ -61,7 +61,7 @@ class AdapterBlock(nn.Module):
 
 
 class Llm2Clip(TwoTower):
-    """A vision encoder, and an adapter on a frozen language model's text vectors of `width` numbers."""
+    """A vision encoder, and an adapter on a frozen language model's text embeddings, `width` wide."""
 
     def __init__(self, vision: VisionEncoder, pixels: Pixels, width: int) -> None:
         super().__init__(pixels, vision.dimension)

@@ -11,8 +11,8 @@ from pipeline.config.section import Place, Section
 class TextEncoderArchitecture(Section):
     text: dict[str, Any] = Field(
         min_length=1,
-        description="transformers' Qwen2Config, or another's, as {model_type: llama}; vocab_size is the size of the "
-        "tokenizer to train",
+        description="transformers' Qwen2Config, or another's, such as {model_type: llama}; vocab_size is the size of "
+        "the tokenizer to train",
     )
 
 

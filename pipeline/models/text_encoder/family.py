@@ -28,7 +28,7 @@ from pipeline.models.text_encoder.processor import SETTINGS, TextProcessor, load
 
 
 class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
-    """LLM2CLIP's first stage: trains a decoder as a text encoder by caption contrast."""
+    """LLM2CLIP's first stage: trains a decoder as a text encoder with a contrastive loss on pairs of captions."""
 
     adapted = "language_model"
     _model: ClassVar[type[TextEncoder]] = TextEncoder

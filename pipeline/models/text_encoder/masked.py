@@ -42,7 +42,7 @@ class MaskedLanguageModel(TextEncoder):
 
     @classmethod
     def empty(cls, path: str, attention: str) -> "MaskedLanguageModel":
-        """Build the model of `load` without weights."""
+        """Build the model that `load` returns, without loading weights."""
         config = load_config(path)
         causal = AutoModelForCausalLM.from_config(config, attn_implementation=implementation(attention))
         causal.tie_weights()  # if the config says so; ZeRO-3's partitioning undid it

@@ -41,7 +41,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def empty(cls, path: str, attention: str) -> "TextEncoder":
-        """Build the model of `load` without weights."""
+        """Build the model that `load` returns, without loading weights."""
         return cls.of_config(load_config(path), attention)
 
     @classmethod

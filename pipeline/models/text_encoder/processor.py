@@ -86,7 +86,7 @@ def load_config(path: str) -> PreTrainedConfig:
     right = isinstance(settings, dict) and settings.keys() <= {"pooling", "instruction"}
     if not right or settings.get("pooling", "mean") != "mean" or not isinstance(settings.get("instruction", ""), str):
         raise PipelineError(
-            f"{path}: {SETTINGS}={settings!r} in its config.json is not supported; expected are pooling, as mean, "
+            f"{path}: {SETTINGS}={settings!r} in its config.json is not supported; expected are pooling, such as mean, "
             "and instruction, a text: was it written by a later version?"
         )
     return config
@@ -95,4 +95,6 @@ def load_config(path: str) -> PreTrainedConfig:
 def require_decoder(where: str, config: PreTrainedConfig) -> None:
     parts = [name for name in type(config).sub_configs if re.search("text|vision|audio", name)]
     if parts or not hasattr(config, "num_hidden_layers") or not hasattr(type(config), "rope_parameters"):
-        raise PipelineError(f"{where} is a {config.model_type} model; expected a decoder of texts, as llama or qwen2")
+        raise PipelineError(
+            f"{where} is a {config.model_type} model; expected a text-only decoder, such as llama or qwen2"
+        )
