@@ -13,7 +13,7 @@ import pytest
 import torch
 from closeness import assert_close_in_norm
 from comparison import assert_results_alike
-from launch import launch, start, wait
+from launch import fork, launch, wait
 from limits import HANG_MINUTES, HANG_SECONDS
 from safetensors.torch import load_file
 
@@ -103,17 +103,18 @@ def test_killed_in_the_middle_a_run_ends_as_if_it_had_not_been(finished, recipe,
     run = tmp_path / "killed"
     metrics = run / "metrics.jsonl"
     # A different number of workers must not change anything, either.
-    ranks = start(command(recipe, run, "data.workers=2"), world=2)
+    ranks = fork(command(recipe, run, "data.workers=2"), world=2)
     deadline = time.monotonic() + HANG_SECONDS
     while not metrics.exists() or len(metrics.read_text().splitlines()) < EVERY + 2:
         assert time.monotonic() < deadline, wait(ranks, seconds=1).output[-8000:]
         assert [rank.poll() for rank in ranks] == [None, None]
         time.sleep(0.01)
+    workers = [worker for rank in ranks for worker in psutil.Process(rank.pid).children(recursive=True)]
+    assert len(workers) >= 4
     os.kill(ranks[1].pid, signal.SIGKILL)
     ended = wait(ranks)
     assert ended.status[1] == -signal.SIGKILL
-    left = [process for process in psutil.process_iter(["cmdline"]) if f"run={run}" in (process.info["cmdline"] or [])]
-    assert not psutil.wait_procs(left, timeout=HANG_SECONDS)[1], "data workers outlived their ranks"
+    assert not psutil.wait_procs(workers, timeout=HANG_SECONDS)[1], "data workers outlived their ranks"
     assert (run / "checkpoints/latest").read_text() in ("step-00000004\n", "step-00000008\n")
     assert len(metrics.read_text().splitlines()) < STEPS
     first_evaluation = (run / "evaluation/step-00000000.json").stat().st_mtime_ns
