@@ -26,8 +26,13 @@ fi
 export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
 # Compile DeepSpeed's CPU Adam, which takes a minute, before the integration tests start.
 DS_ACCELERATOR=cpu PYTHONPATH=. python tests/integration/build_cpu_adam.py >/dev/null 2>&1 &
+building=$!
 # Ranks that tests kill leave semaphores behind; multiprocessing would warn about each.
 export PYTHONWARNINGS="ignore:resource_tracker:UserWarning"
+# The cluster's tests take the longest and wait half of the time, so they run beside all others.
+printed=$(mktemp)
+python -m pytest tests/integration/slurm >"$printed" 2>&1 &
+cluster=$!
 # Unit tests, two at a time.
 OMP_NUM_THREADS=1 python -m pytest --ignore=tests/integration -n 2 --dist loadfile || status=$?
 # Another processor may add numbers in another order. Tests that allow for rounding must also pass with the basic
@@ -38,15 +43,11 @@ if ! python -c 'import torch; raise SystemExit(torch.backends.cpu.get_cpu_capabi
     )
     ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 python -m pytest "${numeric[@]}" -n 2 --dist loadfile || status=$?
 fi
-wait
-# Integration tests start processes and wait for them. The cluster's tests mostly wait, so they run in parallel.
-printed=$(mktemp)
-python -m pytest tests/integration/slurm >"$printed" 2>&1 &
-cluster=$!
+wait "$building" || true # the integration tests report its errors
 python -m pytest tests/integration --ignore=tests/integration/slurm || status=$?
+# Random damage and signals; the seed fixes the trials. One trial of each sort, or as many as fit in two minutes.
+python tests/chaos/run.py --seed 1 --trials 15 --minutes 2 || status=$?
 wait "$cluster" || status=$?
 cat "$printed"
 rm "$printed"
-# Random damage and signals; the seed fixes the trials. One trial of each sort, or as many as fit in two minutes.
-python tests/chaos/run.py --seed 1 --trials 15 --minutes 2 || status=$?
 exit "$status"

@@ -15,10 +15,11 @@ _building = pytest.StashKey[subprocess.Popen]()
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Compile DeepSpeed's CPU Adam, once per machine, while other tests run.
 
-    Also start the fork server, which imports the modules that ranks need.
+    Also start the fork server, which imports the modules that ranks need; Slurm starts its ranks without it.
     """
     if not session.config.option.collectonly:
-        fork_server()
+        if any("slurm" not in item.path.parts for item in session.items):
+            fork_server()
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(_BUILD.parents[2])}
         session.stash[_building] = subprocess.Popen([sys.executable, _BUILD], **pipes, env=environment)

@@ -1,7 +1,6 @@
 """Run the ranks of a distributed program, with one time limit for all of them.
 
-`launch` and `fork` fork them from one process that has imported everything, since DeepSpeed and transformers take
-seconds to import. `start` starts them as a launcher does.
+They are forked from one process that has imported everything, since DeepSpeed and transformers take seconds to import.
 """
 
 import faulthandler
@@ -11,7 +10,6 @@ import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,9 +27,16 @@ import pytest
 from limits import HANG_SECONDS, SECONDS_AFTER_A_FAILURE
 
 ROOT = Path(__file__).parents[2]
+# What programs import, also later: DeepSpeed and transformers import much only when an engine or a model is built.
 _PRELOADED = [
     *("launch", "consume", "pipeline.train", "pipeline.evaluate", "pipeline.embed", "pipeline.embedding.embed_shards"),
-    *("pipeline.training.universal", "tools.make_shards", "peft"),
+    *("pipeline.export", "pipeline.training.universal", "tools.make_shards"),
+    *(f"pipeline.models.{family}.family" for family in ("llave", "clip", "llm2clip", "text_encoder")),
+    *(f"pipeline.objectives.{name}.step" for name in ("contrastive", "masked_tokens")),
+    *("peft", "peft.utils.transformers_weight_conversion", "transformers.models.audioflamingo3"),
+    *("deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer"),
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.superoffload.superoffload_stage3"),
+    "warm",
 ]
 
 
@@ -47,7 +52,7 @@ class Ended:
 class Rank:
     """A process, and the file that receives its output, so that no reader is needed while it runs."""
 
-    process: subprocess.Popen | ForkServerProcess
+    process: ForkServerProcess
     output: IO[str]
 
     @property
@@ -56,12 +61,12 @@ class Rank:
 
     def poll(self) -> int | None:
         """Return the exit status, or None while the process runs."""
-        return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
+        return self.process.exitcode
 
     def kill(self) -> None:
         """Kill the process if it still runs, and wait for its end."""
         self.process.kill()
-        (self.process.wait if isinstance(self.process, subprocess.Popen) else self.process.join)()
+        self.process.join()
 
 
 def launch(arguments: list[str], world: int, seconds: float = HANG_SECONDS) -> Ended:
@@ -80,23 +85,6 @@ def fork(arguments: list[str], world: int) -> list[Rank]:
     return ranks
 
 
-def start(arguments: list[str], world: int) -> list[Rank]:
-    """Start `python ARGUMENTS` on `world` ranks, each in a new Python process."""
-    ranks = []
-    for environment in _environments(world):
-        output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `wait`)
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-        )
-        ranks.append(Rank(process, output))
-    return ranks
-
-
 def wait(ranks: Sequence[Rank], seconds: float = HANG_SECONDS, after_failure: float = SECONDS_AFTER_A_FAILURE) -> Ended:
     """Wait for the ranks to end. Kill the rest at the time limit, or some time after a failure."""
     deadline = time.monotonic() + seconds
@@ -105,7 +93,7 @@ def wait(ranks: Sequence[Rank], seconds: float = HANG_SECONDS, after_failure: fl
             deadline = min(deadline, time.monotonic() + after_failure)
         time.sleep(0.05)
     status = [rank.poll() for rank in ranks]
-    say_where([rank.pid for rank in ranks if rank.poll() is None and isinstance(rank.process, ForkServerProcess)])
+    say_where([rank.pid for rank in ranks if rank.poll() is None])
     texts = []
     for number, rank in enumerate(ranks):
         rank.kill()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import launch, start, wait
+from launch import fork, launch, wait
 from limits import HANG_SECONDS
 
 from pipeline.config import Data, EvaluationRun
@@ -50,7 +50,7 @@ def test_killed_on_two_processes_it_goes_on_to_the_same_bytes_as_on_one(tiny_mod
     out = tmp_path / "out"
     command = ["-m", "pipeline.embed", tiny_model, "--out", str(out), "--stored", "bf16"]
     command += [word for name in NAMES for word in ("--shards", str(shards / name))]
-    ranks, deadline = start(command, world=2), time.monotonic() + HANG_SECONDS
+    ranks, deadline = fork(command, world=2), time.monotonic() + HANG_SECONDS
     while len(list(out.glob("*/.text_embeddings/0*.json"))) < 3 and time.monotonic() < deadline:
         assert ranks[0].poll() is None, wait(ranks, 1).output
         time.sleep(0.002)

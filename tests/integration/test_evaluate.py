@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from launch import launch, start, wait
+from launch import fork, launch, wait
 from limits import HANG_SECONDS
 from PIL import Image
 
@@ -89,7 +89,7 @@ def test_on_two_processes_the_figures_are_the_same(alone, tiny_model, mmeb, tmp_
 
 
 def test_killed_in_the_middle_it_goes_on_and_embeds_nothing_twice(alone, tiny_model, mmeb, tmp_path):
-    processes, deadline = start(command(tiny_model, mmeb, tmp_path), world=1), time.monotonic() + HANG_SECONDS
+    processes, deadline = fork(command(tiny_model, mmeb, tmp_path), world=1), time.monotonic() + HANG_SECONDS
     while len(embedded(tmp_path)) < 100 and time.monotonic() < deadline:
         time.sleep(0.002)
     os.kill(processes[0].pid, signal.SIGKILL)

@@ -1,5 +1,6 @@
 """The project as an installed package, in its own environment and outside of any checkout."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,22 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# Run the installed scripts, each in a process of its own that has imported what all of them need.
+ONE_AFTER_ANOTHER = """
+import json, os, runpy, sys
+import pipeline.evaluate, pipeline.train
+
+for name, *arguments in json.loads(sys.argv[1]):
+    print(f"--- {name}", flush=True)
+    if child := os.fork():
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(f"{name} ended with status {status}")
+    else:
+        sys.argv = [f"{sys.argv[2]}/pipeline-{name}", *arguments]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        os._exit(99)  # a script ends by sys.exit
+"""
 
 
 @pytest.mark.timeout(600)
@@ -44,14 +61,19 @@ def test_a_wheel_makes_shards_and_trains_and_embeds_without_a_checkout(tmp_path)
 
     where = run(commands / "python", "-c", "import pipeline; print(pipeline.__file__)")
     assert Path(where.strip()) == packages / "pipeline/__init__.py"
-    run(commands / "pipeline-make-shards", "demo", 0, "world", "--pairs", 40, "--queries", 2, "--processes", 1)
-    settings = ["data.url=world/train", "run=run", "evaluation=null", "steps=4", "batch.global_batch=16"]
-    assert "packages" in run(commands / "pipeline-preflight", "demo.yaml", *settings, "--world", 1)
-    run(commands / "pipeline-train", "demo.yaml", *settings, "deepspeed=zero1.json")
-    assert len((folder / "run/metrics.jsonl").read_text().splitlines()) == 4
     (folder / "texts.txt").write_text("a red star\na blue ring\n")
-    run(commands / "pipeline-embed", "run/export", "--texts", "texts.txt", "--out", "vectors")
+    settings = ["data.url=world/train", "run=run", "evaluation=null", "steps=4", "batch.global_batch=16"]
+    scripts = [
+        ["make-shards", "demo", "0", "world", "--pairs", "40", "--queries", "2", "--processes", "1"],
+        ["preflight", "demo.yaml", *settings, "--world", "1"],
+        ["train", "demo.yaml", *settings, "deepspeed=zero1.json"],
+        ["embed", "run/export", "--texts", "texts.txt", "--out", "vectors"],
+        ["export", "run", "exported"],
+        ["evaluate", "run/export", "world/train/Scene-CLS", "out=report"],
+    ]
+    printed = run(commands / "python", "-c", ONE_AFTER_ANOTHER, json.dumps(scripts), commands)
+    assert "packages" in printed.partition("--- train")[0].partition("--- preflight")[2]
+    assert len((folder / "run/metrics.jsonl").read_text().splitlines()) == 4
     assert np.allclose(np.linalg.norm(np.load(folder / "vectors/texts.npy"), axis=1), [1, 1], atol=1e-5)
-    run(commands / "pipeline-export", "run", "exported")
-    run(commands / "pipeline-evaluate", "run/export", "world/train/Scene-CLS", "out=report")
+    assert (folder / "exported/model.safetensors").exists()
     assert (folder / "report/report.html").exists()
