@@ -73,9 +73,9 @@ CPU = {"device": "cpu", "pin_memory": True}
         # null, true, text and auto in unexpected places
         ({"zero_optimization": None}, "zero_optimization: Input should be a valid dictionary"),
         ({"zero_optimization": True}, "zero_optimization: Input should be a valid dictionary"),
-        ({"zero_optimization": "auto"}, 'nothing for zero_optimization="auto"'),
+        ({"zero_optimization": "auto"}, 'no recipe field fills zero_optimization="auto"'),
         (zero(offload_optimizer=True), "offload_optimizer: Input should be a valid dictionary"),
-        (zero(offload_optimizer="auto"), 'nothing for zero_optimization.offload_optimizer="auto"'),
+        (zero(offload_optimizer="auto"), 'no recipe field fills zero_optimization.offload_optimizer="auto"'),
         (zero(offload_optimizer={"device": None}), "offload_optimizer.device: Input should be 'none', 'cpu'"),
         (zero(offload_optimizer={"device": "auto"}), "zero_optimization.offload_optimizer.device"),
         (zero(offload_optimizer={"pin_memory": True}), "offload_optimizer.device is null: set it to cpu, or none"),

@@ -36,7 +36,6 @@ _PRELOADED = [
     *("peft", "peft.utils.transformers_weight_conversion", "transformers.models.audioflamingo3"),
     *("deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer"),
     *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.superoffload.superoffload_stage3"),
-    "warm",
 ]
 
 

@@ -230,7 +230,7 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("config-deep", "all", write("config.json", b"[" * 100_000), "config.json is not JSON"),
     ("unknown-type", "text_encoder", config(model_type="llamma"), "model_type='llamma'"),
     ("type-of-no-name", "all", config(model_type=["qwen2"]), "model_type=['qwen2']"),
-    ("another-kind", "text_encoder", config(model_type="bert"), "is a bert model; expected a decoder"),
+    ("another-kind", "text_encoder", config(model_type="bert"), "is a bert model; expected a text-only decoder"),
     ("null-size", "text_encoder", config(hidden_size=None), "Field 'hidden_size' expected int, got NoneType"),
     ("text-size", "text_encoder", config(hidden_size="32"), "Field 'hidden_size' expected int, got str"),
     ("list-size", "text_encoder", config(hidden_size=[32]), "config.json"),

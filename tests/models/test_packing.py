@@ -111,7 +111,7 @@ def test_others_are_refused_by_name(kind, fields, named):
 @pytest.mark.parametrize("kind", ["gpt2", "bloom", "mamba", "jamba", "opt", "phi4_multimodal"])
 def test_decoders_of_other_positions_are_refused_by_name(kind, tmp_path):
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
-    with pytest.raises(PipelineError, match=f"is a {kind} model; expected a decoder"):
+    with pytest.raises(PipelineError, match=f"is a {kind} model; expected a text-only decoder"):
         training("text_encoder").check(section("text_encoder", path=str(tmp_path)))
 
 
