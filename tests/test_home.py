@@ -26,7 +26,7 @@ def no_home(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_what_libraries_keep_goes_to_a_private_folder(no_home, capsys):
+def test_library_caches_move_to_a_private_folder(no_home, capsys):
     environment = {}
     home.replace_if_unwritable(environment)
     private = no_home / "tmp" / f"embedding-pipeline-{os.getuid()}"
@@ -38,14 +38,14 @@ def test_what_libraries_keep_goes_to_a_private_folder(no_home, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_only_the_first_rank_says_so(no_home, capsys):
+def test_only_rank_0_prints_the_warning(no_home, capsys):
     environment = {"RANK": "1"}
     home.replace_if_unwritable(environment)
     assert set(environment) == {*VARIABLES, "RANK"}
     assert capsys.readouterr().err == ""
 
 
-def test_what_can_be_written_stays_and_so_do_models_that_are_only_read(no_home, monkeypatch):
+def test_writable_folders_and_readonly_model_cache_are_kept(no_home, monkeypatch):
     monkeypatch.setattr(home, "_is_writable", lambda folder, executed: folder != no_home / "models")
     (no_home / "models").mkdir()
     kept = {"HF_HOME": str(no_home / "models")}
@@ -54,7 +54,7 @@ def test_what_can_be_written_stays_and_so_do_models_that_are_only_read(no_home, 
     assert environment == kept
 
 
-def test_a_folder_of_ones_own_that_somebody_else_could_write_is_not_taken(no_home):
+def test_private_folder_writable_by_others_is_not_used(no_home):
     private = no_home / "tmp" / f"embedding-pipeline-{os.getuid()}"
     for make in (lambda: private.symlink_to(no_home), lambda: private.mkdir(mode=0o777)):
         make()
@@ -65,7 +65,7 @@ def test_a_folder_of_ones_own_that_somebody_else_could_write_is_not_taken(no_hom
         private.unlink() if private.is_symlink() else private.rmdir()
 
 
-def test_nobody_knows_of_a_home(no_home, monkeypatch):
+def test_missing_home_is_replaced_by_private_folder(no_home, monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # the result for a user that the system does not know
     environment = {}
@@ -75,7 +75,7 @@ def test_nobody_knows_of_a_home(no_home, monkeypatch):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_lock_is_looked_for_where_pytorch_has_it_and_nothing_is_made(tmp_path, monkeypatch, named):
+def test_build_locks_are_found_without_creating_folders(tmp_path, monkeypatch, named):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     if named:
@@ -88,7 +88,7 @@ def test_a_lock_is_looked_for_where_pytorch_has_it_and_nothing_is_made(tmp_path,
     assert distributed._locks() == wanted
 
 
-def test_a_program_starts_without_a_home(no_home):
+def test_program_starts_without_a_home(no_home):
     environment = os.environ | {"TMPDIR": str(no_home / "tmp")}
     command = [sys.executable, "tools/make_shards.py", "--help"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -96,7 +96,7 @@ def test_a_program_starts_without_a_home(no_home):
     assert len(run.stderr.splitlines()) == 1, run.stderr
 
 
-def test_importing_the_package_changes_nothing_and_loads_nothing_heavy(no_home):
+def test_package_import_has_no_side_effects_and_loads_no_torch(no_home):
     code = (
         "import os, signal, sys; before = dict(os.environ), signal.getsignal(signal.SIGINT); import pipeline;"
         "print(before == (dict(os.environ), signal.getsignal(signal.SIGINT)), {'torch', 'numpy'} & {*sys.modules});"
@@ -107,7 +107,7 @@ def test_importing_the_package_changes_nothing_and_loads_nothing_heavy(no_home):
     assert done.stdout == "True set()\nPair False\n"
 
 
-def test_no_folder_is_called_so(monkeypatch):
+def test_tilde_in_arguments_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     given = ["~/x", "--out=~/x", "run=~/a=b", "mmeb=~/x", "objective.margin=~", "s3://b/~/x", "./~/x", "a ~/b", "~"]
     meant = ["/home/me/x", "--out=/home/me/x", "run=/home/me/a=b", "mmeb=/home/me/x", *given[4:]]

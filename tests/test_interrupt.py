@@ -89,7 +89,7 @@ def until(condition: Callable[[], object], process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize("how", ["at once", "hangs", "error", "traceback", "callback"])
-def test_a_program_ends_with_one_line_whatever_it_does_with_it(start, how):
+def test_interrupted_program_ends_with_one_line_and_status_130(start, how):
     process = start("-c", PROGRAM, how)
     assert process.stdout.readline() == "in\n"
     process.send_signal(signal.SIGINT)
@@ -100,7 +100,7 @@ def test_a_program_ends_with_one_line_whatever_it_does_with_it(start, how):
 @pytest.mark.parametrize(
     "in_slurm", [False, True]
 )  # torchrun forwards its second signal as SIGTERM, which Slurm also sends
-def test_where_a_program_stops_by_itself_only_a_second_one_ends_it(start, in_slurm):
+def test_second_interrupt_ends_a_program_that_postpones_the_first(start, in_slurm):
     process = start("-c", PROGRAM, "steps", TORCHELASTIC_RUN_ID="x", **({"SLURM_JOB_ID": "1"} if in_slurm else {}))
     assert process.stdout.readline() == "in\n"
     for _ in range(2):  # a launcher forwarded one of them
@@ -119,7 +119,7 @@ def test_where_a_program_stops_by_itself_only_a_second_one_ends_it(start, in_slu
     assert process.returncode == 130
 
 
-def test_a_program_that_handles_it_is_left_alone(start):
+def test_own_sigint_handler_is_preserved(start):
     process = start("-c", PROGRAM.replace("@command_line", "interrupt._LEAVE_SECONDS = 0.2\n@command_line"), "own")
     assert process.stdout.readline() == "in\n"
     process.send_signal(signal.SIGINT)
@@ -127,7 +127,7 @@ def test_a_program_that_handles_it_is_left_alone(start):
     assert process.returncode == 7
 
 
-def test_what_runs_in_the_background_of_a_shell_is_not_interrupted(start):
+def test_background_program_ignores_sigint(start):
     process = start("-c", f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{PROGRAM}", "at once")
     assert process.stdout.readline() == "in\n"
     process.send_signal(signal.SIGINT)
@@ -136,7 +136,7 @@ def test_what_runs_in_the_background_of_a_shell_is_not_interrupted(start):
 
 
 @pytest.mark.parametrize("program", [["-m", "pipeline.train"], ["tools/preflight.py"], ["tools/make_shards.py"]])
-def test_while_it_imports(start, program):
+def test_interrupt_during_import_ends_with_one_line(start, program):
     process = start(*program, "pipeline/recipes/demo.yaml")
     maps = Path(f"/proc/{process.pid}/maps")
     until(lambda: "numpy" in maps.read_text(), process)
@@ -145,7 +145,7 @@ def test_while_it_imports(start, program):
     assert process.returncode == 130
 
 
-def test_while_it_waits_for_ranks_inside_a_library(start):
+def test_interrupt_during_rendezvous_ends_without_traceback(start):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = free.getsockname()

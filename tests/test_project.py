@@ -22,18 +22,18 @@ DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.
 
 
 @pytest.mark.parametrize("file", LISTS)
-def test_the_requirements_are_those_of_pyproject(file):
+def test_requirements_match_pyproject(file):
     lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
     assert lines == LISTS[file], f"{file} and pyproject.toml must list the same packages"
 
 
-def test_commands_exist():
+def test_functions_of_commands_exist():
     for place in PROJECT["scripts"].values():
         module, _, function = place.partition(":")
         assert f"def {function}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
 
 
-def test_the_public_api_is_what_the_package_exports():
+def test_public_api_matches_exported_names():
     assert {name: getattr(pipeline, name).__name__ for name in pipeline.__all__} == {n: n for n in pipeline.__all__}
     with pytest.raises(AttributeError, match="no attribute 'embedder'"):
         pipeline.embedder  # noqa: B018
@@ -60,7 +60,7 @@ def test_recipes_and_deepspeed_configs_are_found_from_any_folder(tmp_path, monke
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_somewhere(document):
+def test_links_in_documents_resolve(document):
     text = re.sub(r"```.*?```", "", (ROOT / document).read_text(), flags=re.DOTALL)
     for link in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', text):
         target, _, heading = "".join(link).partition("#")
@@ -73,7 +73,7 @@ def test_links_lead_somewhere(document):
         assert not heading or heading in slugs, f"{document} links to {target}#{heading}"
 
 
-def test_files_that_documents_name_exist():
+def test_paths_in_documents_exist():
     """Check paths inside the repository, in inline code and in commands."""
     place = re.compile(r"(?<![\w/.:-])(?:pipeline|tools|slurm|tests|benchmarks|ds_configs|docs)/[\w./-]*\w")
     made = {"slurm/site.env"}
@@ -82,7 +82,7 @@ def test_files_that_documents_name_exist():
             assert (ROOT / name).exists(), f"{document} names {name}"
 
 
-def test_the_examples_of_the_api_run(tiny_model, tmp_path, monkeypatch):
+def test_api_examples_run(tiny_model, tmp_path, monkeypatch):
     """Run the Python blocks of docs/api.md one after another in one process."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (24, 24), "red").save("star.png")

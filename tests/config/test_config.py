@@ -15,7 +15,7 @@ def error_of(*overrides: str) -> str:
     return str(error.value)
 
 
-def test_overrides_are_typed_and_survive_a_dump(tmp_path):
+def test_overrides_are_typed_and_survive_dump(tmp_path):
     recipe = load_recipe(DEMO, ["optimizer.lr=2e-5", "data.url=s3://b/p", "objective.margin=0.1", "evaluation=null"])
     assert recipe.optimizer.lr == 2e-5
     assert (recipe.data.url, recipe.objective.margin, recipe.evaluation) == ("s3://b/p", 0.1, None)
@@ -39,11 +39,11 @@ def test_overrides_are_typed_and_survive_a_dump(tmp_path):
         ("data.url=[", "cannot read"),
     ],
 )
-def test_errors_name_the_field_and_what_to_do(override, named):
+def test_override_errors_name_field_and_fix(override, named):
     assert named in error_of(override)
 
 
-def test_an_override_takes_the_place_of_its_alternative():
+def test_override_replaces_its_alternative():
     recipe = load_recipe(DEMO, ["steps=7", "model.path=folder"])
     assert (recipe.steps, recipe.epochs) == (7, None)
     assert (recipe.model.path, recipe.model.architecture) == ("folder", None)
@@ -64,13 +64,13 @@ def test_offloaded_bf16_gradients_are_summed_in_fp32_or_refused():
         load_ds_config(load_recipe(DEMO, [field.format(2) for field in fields]), 1)
 
 
-def test_a_missing_recipe_names_those_there_are():
+def test_missing_recipe_error_lists_known_recipes():
     with pytest.raises(PipelineError, match=r"demo\.yaml"):
         load_recipe("nowhere.yaml", [])
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
-def test_ds_configs_are_filled_from_the_recipe(name):
+def test_ds_configs_are_filled_from_recipe(name):
     recipe = load_recipe(DEMO, [f"deepspeed=ds_configs/{name}.json", "optimizer.max_grad_norm=0.5", *BATCH])
     config = load_ds_config(recipe, 4)
     assert config["zero_optimization"]["stage"] == int(name[4])
@@ -100,7 +100,7 @@ def test_ds_configs_are_filled_from_the_recipe(name):
         ),
     ],
 )
-def test_a_ds_config_that_contradicts_the_recipe_is_refused(tmp_path, changed, named):
+def test_ds_config_contradicting_recipe_is_refused(tmp_path, changed, named):
     config = {"zero_optimization": {"stage": 1}} | changed
     (tmp_path / "ds.json").write_text(json.dumps(config))
     recipe = load_recipe(DEMO, [f"deepspeed={tmp_path / 'ds.json'}", *BATCH])
@@ -119,13 +119,13 @@ def test_a_ds_config_that_contradicts_the_recipe_is_refused(tmp_path, changed, n
         ("data.batches=interleaved:0", "it can be mixed"),
     ],
 )
-def test_a_mistake_in_a_mixture_is_named(override, reason):
+def test_mixture_errors_name_the_cause(override, reason):
     with pytest.raises(PipelineError) as error:
         load_recipe(DEMO, [override])
     assert reason in str(error.value)
 
 
-def test_mixtures():
+def test_mixture_weights_caps_and_parts_are_parsed():
     data = load_recipe(DEMO, ["data.datasets=[a, {name: b, weight: 2, cap: 9}]", "data.batches=interleaved: 4"]).data
     assert [(part.name, part.weight, part.cap) for part in data.datasets] == [("a", 1, None), ("b", 2, 9)]
     assert data.parts == 4
@@ -133,6 +133,6 @@ def test_mixtures():
     assert load_recipe(DEMO, []).data.parts is None
 
 
-def test_a_field_that_the_objective_has_no_use_for_is_refused():
+def test_field_unused_by_objective_is_refused():
     with pytest.raises(PipelineError, match=r"model\.instruction is not for objective\.name=masked_next_token"):
         load_recipe("demo_masked.yaml", ["model.instruction=find"])

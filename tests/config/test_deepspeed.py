@@ -114,7 +114,7 @@ CPU = {"device": "cpu", "pin_memory": True}
         ({"tensorboard": {"enabled": True}}, "'tensorboard' is not set here; it would log"),
     ],
 )  # fmt: skip
-def test_what_would_be_ignored_or_die_later_is_refused(refused, config, said):
+def test_invalid_or_ineffective_settings_are_refused(refused, config, said):
     assert said in refused(config)
 
 
@@ -132,17 +132,17 @@ def test_what_would_be_ignored_or_die_later_is_refused(refused, config, said):
         ('{"steps_per_print": ' + "9" * 5000 + "}", "is not JSON"),
     ],
 )
-def test_a_file_that_is_no_config_is_refused(refused, text, said):
+def test_invalid_config_file_is_refused(refused, text, said):
     assert said in refused(text)
 
 
-def test_a_folder_is_no_config(tmp_path):
+def test_directory_as_config_is_refused(tmp_path):
     recipe = load_recipe(DEMO, [f"deepspeed={tmp_path}"])
     with pytest.raises(PipelineError, match="Is a directory"):
         load_ds_config(recipe, 1)
 
 
-def test_what_people_use_elsewhere_still_works(loaded):
+def test_transformers_example_config_loads(loaded):
     """Load the ZeRO-3 example of transformers' documentation, with numbers for values that only its Trainer can set."""
     sizes = {"reduce_bucket_size": 1e6, "stage3_prefetch_bucket_size": 1e6, "stage3_param_persistence_threshold": 1e4}
     config = loaded(
@@ -178,7 +178,7 @@ def test_what_people_use_elsewhere_still_works(loaded):
     assert config["train_micro_batch_size_per_gpu"] == 64
 
 
-def test_no_section_takes_what_it_does_not_know(refused):
+def test_unknown_settings_are_refused_in_every_section(refused):
     for place in {place.rpartition(".")[0] for place in ds_config._SETTINGS}:
         section = config = {}
         for name in filter(None, place.split(".")):
@@ -187,13 +187,13 @@ def test_no_section_takes_what_it_does_not_know(refused):
         assert "of_mine" in refused(config), place
 
 
-def test_words_are_read_as_deepspeed_reads_them(loaded):
+def test_enum_values_are_case_insensitive(loaded):
     for word in ("Ignore", "ignore", "IGNORE"):
         assert loaded({"checkpoint": {"tag_validation": word}})["checkpoint"] == {"tag_validation": word}
     assert loaded({"communication_data_type": "FP32"})
 
 
-def test_an_offload_of_null_is_none(loaded):
+def test_null_offload_means_no_offload(loaded):
     config = loaded(zero(offload_optimizer=None, offload_param=None, overlap_comm=None))
     assert config["zero_optimization"] == {"stage": 3}
     assert not is_offloaded(config["zero_optimization"])

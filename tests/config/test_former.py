@@ -20,14 +20,14 @@ NEW = {
 
 
 @pytest.mark.parametrize("kind", NEW)
-def test_the_recipe_of_a_run_that_an_earlier_version_began_is_read(kind, tmp_path):
+def test_run_recipe_of_earlier_version_is_read(kind, tmp_path):
     name, *overrides = NEW[kind]
     (tmp_path / "recipe.yaml").write_text((FORMER / f"{kind}.yaml").read_text())
     assert recipe_of_run(tmp_path) == load_recipe(DEMO.with_name(f"{name}.yaml"), overrides)
 
 
 @pytest.mark.parametrize("kind", NEW)
-def test_a_recipe_of_an_earlier_version_is_refused_with_the_lines_to_write(kind, tmp_path):
+def test_earlier_recipe_is_refused_with_replacement_lines(kind, tmp_path):
     name, *overrides = NEW[kind]
     values = yaml.safe_load((FORMER / f"{kind}.yaml").read_text())
     with pytest.raises(PipelineError, match="are fields of an earlier version") as error:
@@ -46,14 +46,14 @@ def test_a_recipe_of_an_earlier_version_is_refused_with_the_lines_to_write(kind,
 
 
 @pytest.mark.parametrize("section", ["train: {projector: false}", "loss: {alpha: 0}", "train: 5"])
-def test_a_recipe_of_both_versions_is_refused_with_where_fields_go(section, tmp_path):
+def test_recipe_mixing_versions_is_refused_with_field_moves(section, tmp_path):
     (tmp_path / "recipe.yaml").write_text(f"{DEMO.read_text()}{section}\n")
     with pytest.raises(PipelineError, match=r"Move the fields of train to model\.train, and those of loss to obj"):
         load_recipe(tmp_path / "recipe.yaml", [])
 
 
 @pytest.mark.parametrize("section", ["model: foo\nloss: x", "model: {kind: llave}\ntrain: 5", "loss: []"])
-def test_what_is_no_section_of_an_earlier_version_is_an_error_too(section, tmp_path):
+def test_malformed_earlier_sections_are_refused(section, tmp_path):
     (tmp_path / "recipe.yaml").write_text(section)
     with pytest.raises(PipelineError):
         load_recipe(tmp_path / "recipe.yaml", [])
@@ -69,7 +69,7 @@ def test_what_is_no_section_of_an_earlier_version_is_an_error_too(section, tmp_p
         ("model.kind=clip", "write model.family=clip objective.name=contrastive"),
     ],
 )
-def test_an_override_of_an_earlier_version_is_refused_with_what_to_write(override, named):
+def test_earlier_override_is_refused_with_replacement(override, named):
     with pytest.raises(PipelineError) as error:
         load_recipe(DEMO, [override])
     assert named in str(error.value)

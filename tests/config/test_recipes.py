@@ -36,7 +36,7 @@ def recipe(size: str, *overrides: str):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_values_are_the_papers(size):
+def test_recipe_values_match_paper(size):
     ours, paper = recipe(size), recipe(size, "variant=paper")
     for each in (ours, paper):
         assert each.model.path == MODELS[size]
@@ -62,7 +62,7 @@ def test_values_are_the_papers(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_models_have_the_published_number_of_parameters(size):
+def test_parameter_counts_match_published_models(size):
     (hidden, layers, heads, key_value_heads, mlp, vocabulary), published, head = BACKBONES[size]
     tower = SiglipVisionConfig(
         hidden_size=1152,
@@ -97,7 +97,7 @@ def test_models_have_the_published_number_of_parameters(size):
     )
 
 
-def test_variants(tmp_path):
+def test_variants_override_recipe_values(tmp_path):
     text = Path("pipeline/recipes/demo.yaml").read_text()
     (tmp_path / "a.yaml").write_text(text + "variants: {short: {steps: 3, data.url: here}}\n")
     short = load_recipe(tmp_path / "a.yaml", ["variant=short"])

@@ -79,7 +79,7 @@ def recipe(tmp_path):
          {"b": True, "c": "1", "d": 10, "e": 1e-5, "f": None, "g": "x"}),
     ],
 )  # fmt: skip
-def test_what_is_typed_gets_what_it_means(override, meant):
+def test_override_values_are_parsed_to_intended_types(override, meant):
     value = value_of(override.replace(" =", "="))
     assert load_recipe(DEMO, [override]) == load_recipe(DEMO, [override.replace(" =", "=")])
     assert value == meant
@@ -147,7 +147,7 @@ def test_what_is_typed_gets_what_it_means(override, meant):
         ("optimizer..lr=1e-5", "a name is missing beside a dot"),
     ],
 )  # fmt: skip
-def test_what_could_mean_something_else_is_refused_with_what_to_write(override, said):
+def test_invalid_override_values_are_refused_with_fix(override, said):
     recipe = next((name for field, name in OF_OTHERS.items() if override.startswith(field)), "demo")
     assert said in error_of(DEMO.with_name(f"{recipe}.yaml"), override)
 
@@ -165,7 +165,7 @@ def test_what_could_mean_something_else_is_refused_with_what_to_write(override, 
         ("1: 2", "unknown field 1"),
     ],
 )  # fmt: skip
-def test_a_recipe_that_cannot_be_meant_is_refused(recipe, text, said):
+def test_malformed_recipe_yaml_is_refused(recipe, text, said):
     assert said in error_of(recipe(text))
 
 
@@ -181,13 +181,13 @@ def test_a_recipe_that_cannot_be_meant_is_refused(recipe, text, said):
         ("text.num_attention_heads=0", "model.architecture.text: num_attention_heads=0 must be"),
     ],
 )
-def test_a_free_field_of_another_type_is_refused_before_a_model_is_built(field, said):
+def test_wrong_architecture_values_are_refused_before_model_build(field, said):
     model = load_recipe(DEMO, [f"model.architecture.{field}"]).model
     with pytest.raises(PipelineError, match=said):
         training(model.family).check(model)
 
 
-def test_a_file_that_is_no_recipe_is_refused(recipe, tmp_path):
+def test_invalid_recipe_file_is_refused(recipe, tmp_path):
     for data in (b"", b"# nothing\n", b"- a\n", b"~\n"):
         assert "is not a recipe" in error_of(recipe(data, whole=True))
     assert "not UTF-8 text (byte 0)" in error_of(recipe("seed: 1".encode("utf-16"), whole=True))
@@ -197,12 +197,12 @@ def test_a_file_that_is_no_recipe_is_refused(recipe, tmp_path):
     assert "no recipe at" in error_of(Path("x" * 5000))
 
 
-def test_a_mark_before_the_text_and_the_line_ends_of_windows_are_nothing(recipe):
+def test_byte_order_mark_and_crlf_are_ignored(recipe):
     path = recipe(b"\xef\xbb\xbf" + DEMO.read_bytes().replace(b"\n", b"\r\n"), whole=True)
     assert load_recipe(path, []) == load_recipe(DEMO, [])
 
 
-def test_an_empty_section_has_its_defaults(recipe):
+def test_empty_section_uses_defaults(recipe):
     path = recipe("video:  # frames: 8\nvariants:\n")
     assert load_recipe(path, []) == load_recipe(DEMO, [])
 
@@ -221,21 +221,21 @@ def test_a_variant_that_cannot_be_meant_is_refused(recipe, variants, said):
     assert said in error_of(recipe(f"variants: {variants}"), "variant=paper")
 
 
-def test_a_variant_is_read_as_the_recipe_is_and_may_share_lines(recipe):
+def test_variants_are_typed_and_support_yaml_anchors(recipe):
     path = recipe("variants:\n  a: &a\n    optimizer.lr: 1e-4\n    ledger: on\n  b:\n    <<: *a\n    ledger: no\n")
     assert (load_recipe(path, ["variant=a"]).optimizer.lr, load_recipe(path, ["variant=a"]).ledger) == (1e-4, True)
     assert (load_recipe(path, ["variant=b"]).optimizer.lr, load_recipe(path, ["variant=b"]).ledger) == (1e-4, False)
     assert "has no variant 'c'; it has a, b" in error_of(path, "variant=c")
 
 
-def test_a_dump_is_read_back(tmp_path):
+def test_dumped_recipe_reads_back_equal(tmp_path):
     text = "{a: '08', b: 'yes', c: '1e5', d: 'inf', e: '', f: 'null', g: '1:30', h: 1e-5, i: [1, '2'], j: '<<', k: =}"
     recipe = load_recipe(DEMO, [f"model.architecture.text.extra={text}", "run='1e-5'", "model.train.projector=1e-5"])
     (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "again.yaml", []) == recipe
 
 
-def test_options_are_read_so_too():
+def test_evaluation_options_are_typed_like_recipe_fields():
     options = parse_options(EvaluationRun, ["timeout_s=1_0", "requester_pays=1", "max_tokens=1000", "out=", "part=0/4"])
     assert (options.timeout_s, options.requester_pays, options.max_tokens) == (10.0, True, 1000)
     assert (options.out, options.part) == (None, "0/4")

@@ -62,7 +62,7 @@ def undisturbed(source, tmp_path_factory) -> dict[str, bytes]:
     return written
 
 
-def test_samples_are_the_rows_in_order(source, tmp_path):
+def test_samples_follow_row_order(source, tmp_path):
     dest = tmp_path / "out"
     make_shards("jsonl", source, dest, "--shard-mb", 1)
     samples = {name: read_all(str(dest / name)) for name in "AB"}
@@ -97,7 +97,7 @@ def wait_for_records(process: subprocess.Popen, dest: str, count: int) -> None:
         time.sleep(0.005)
 
 
-def test_killed_in_the_middle_it_goes_on_and_nothing_is_done_twice(source, undisturbed, tmp_path):
+def test_killed_conversion_resumes_without_rewriting_shards(source, undisturbed, tmp_path):
     """Two processes start and three finish; the bytes equal those of one process."""
     dest = str(tmp_path / "out")
     process = start(*arguments(source, dest, "--processes", 2))
@@ -118,7 +118,7 @@ def test_killed_in_the_middle_it_goes_on_and_nothing_is_done_twice(source, undis
     assert {name: state(name) for name in done} == before
 
 
-def test_interrupted_on_the_way_to_s3_it_ends_at_once_and_goes_on(s3, source, undisturbed, tmp_path, monkeypatch):
+def test_interrupted_s3_conversion_stops_cleanly_and_resumes(s3, source, undisturbed, tmp_path, monkeypatch):
     dest = f"s3://pipeline-tests/engine/{tmp_path.name}"
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
@@ -169,7 +169,7 @@ class Numbers:
         return {"more.bin": b"more"}
 
 
-def test_the_same_dest_on_another_server_has_another_folder_for_its_uploads(tmp_path, monkeypatch):
+def test_upload_folder_depends_on_server_and_dest(tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for server, dest in (("a", "s3://b/d"), ("b", "s3://b/d"), ("a", "s3://c/d"), ("a", "s3://b/d")):
@@ -179,7 +179,7 @@ def test_the_same_dest_on_another_server_has_another_folder_for_its_uploads(tmp_
     assert len(set(found[:3])) == 3 and found[3] == found[0]  # an earlier start's files are found
 
 
-def test_rejected_rows_are_listed_in_order_and_their_shards_may_be_missing(tmp_path, capsys):
+def test_rejected_rows_are_listed_in_order_and_empty_shards_omitted(tmp_path, capsys):
     rows = Numbers(100, frozenset({3, 50, *range(20, 30)}))
     dest = str(tmp_path / "out")
     (index,) = convert({dest: rows}, options={}, shards=10, max_rejected=0.12).values()
@@ -197,7 +197,7 @@ def test_rejected_rows_are_listed_in_order_and_their_shards_may_be_missing(tmp_p
     assert summary.endswith("12 rejected (6 odd, 6 even)\n")
 
 
-def test_a_listing_that_was_damaged_on_the_way_leaves_no_record_behind(tmp_path, monkeypatch):
+def test_corrupt_listing_leaves_no_records(tmp_path, monkeypatch):
     listed, damaged = objects.list_under, []
 
     def once_damaged(url: str) -> list[str]:
@@ -213,7 +213,7 @@ def test_a_listing_that_was_damaged_on_the_way_leaves_no_record_behind(tmp_path,
     assert not (tmp_path / ".unfinished").exists()
 
 
-def test_too_many_rejected_rows_stop_it_and_a_higher_limit_goes_on(tmp_path):
+def test_too_many_rejections_stop_conversion_and_higher_limit_resumes(tmp_path):
     dest = str(tmp_path / "out")
     rows = Numbers(100, frozenset({13, 14, 33, 75}))
     with pytest.raises(PipelineError) as caught:
@@ -237,14 +237,14 @@ def test_too_many_rejected_rows_stop_it_and_a_higher_limit_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("percent", [0, 1, 29, 57, 58, 99])  # 0.29 * 100 is less than 29 in floating point
-def test_what_the_fraction_allows(tmp_path, percent):
+def test_allowed_rejections_round_down(tmp_path, percent):
     convert({str(tmp_path / "out"): Numbers(100, frozenset(range(percent)))}, options={}, max_rejected=percent / 100)
     with pytest.raises(PipelineError, match=f"{percent + 1} rows are rejected"):
         more = Numbers(100, frozenset(range(percent + 1)))
         convert({str(tmp_path / "more"): more}, options={}, max_rejected=percent / 100)
 
 
-def test_nothing_left_is_an_error(tmp_path):
+def test_source_without_usable_rows_is_refused(tmp_path):
     with pytest.raises(PipelineError, match="no row is usable"):
         convert({str(tmp_path / "out"): Numbers(5, frozenset(range(5)))}, options={}, max_rejected=1)
     assert len((tmp_path / "out/rejected.jsonl").read_text().splitlines()) == 5
@@ -255,7 +255,7 @@ def test_nothing_left_is_an_error(tmp_path):
         convert({str(tmp_path / "out"): Numbers(0)}, options={})
 
 
-def test_a_sample_too_large_for_memory_is_rejected_unread(tmp_path, monkeypatch):
+def test_oversized_sample_is_rejected(tmp_path, monkeypatch):
     with pytest.raises(PipelineError, match="3 too large; the first: number 0: too large: more than 1024 MiB"):
         convert({str(tmp_path / "out"): Numbers(3, size=(1 << 30) + 1)}, options={}, shards=1, max_rejected=0.7)
 
@@ -268,7 +268,7 @@ def test_a_sample_too_large_for_memory_is_rejected_unread(tmp_path, monkeypatch)
         ({"rows": Numbers(100, dataset="Other")}, "whose dataset was 'Numbers' and is now 'Other'"),
     ],
 )
-def test_another_conversion_is_not_gone_on_with(tmp_path, change, named):
+def test_resume_with_changed_options_is_refused(tmp_path, change, named):
     dest = str(tmp_path / "out")
     with pytest.raises(PipelineError, match="max-rejected"):
         convert({dest: Numbers(100, frozenset({55}))}, options={"query": "a"}, shards=10, max_rejected=0)
@@ -284,7 +284,7 @@ def test_another_conversion_is_not_gone_on_with(tmp_path, change, named):
     assert content(dest) == left
 
 
-def test_a_finished_dataset_is_refused(tmp_path):
+def test_finished_dataset_is_not_overwritten(tmp_path):
     dest = str(tmp_path / "out")
     convert({dest: Numbers(10)}, options={})
     before = content(dest)
@@ -299,7 +299,7 @@ def test_a_finished_dataset_is_refused(tmp_path):
     ("rows", "named"),
     [(Numbers(101), "rows was 100 and is now 101"), (Numbers(100, size=1001), "row_sizes was '[0-9a-f]+' and is now")],
 )
-def test_a_changed_source_is_not_gone_on_with(tmp_path, rows, named):
+def test_resume_with_changed_source_is_refused(tmp_path, rows, named):
     dest = str(tmp_path / "out")
     with pytest.raises(PipelineError, match="max-rejected"):
         convert({dest: Numbers(100, frozenset({55}))}, options={}, shards=10, max_rejected=0)
@@ -307,7 +307,7 @@ def test_a_changed_source_is_not_gone_on_with(tmp_path, rows, named):
         convert({dest: rows}, options={}, shards=10)
 
 
-def test_a_changed_line_of_the_same_length_is_a_changed_source(source, tmp_path):
+def test_changed_line_of_same_length_counts_as_changed_source(source, tmp_path):
     file, dest = tmp_path / "pairs.jsonl", tmp_path / "out"
     given = ("jsonl", file, dest, "--images", source.parent)
     file.write_bytes(source.read_bytes())
@@ -318,7 +318,7 @@ def test_a_changed_line_of_the_same_length_is_a_changed_source(source, tmp_path)
     make_shards(*given)
 
 
-def test_a_parquet_file_written_anew_is_a_changed_source(tmp_path):
+def test_parquet_mtime_change_counts_as_changed_source(tmp_path):
     (tmp_path / "set").mkdir()
     file = tmp_path / "set/rows.parquet"
     file.write_bytes(b"rows")
@@ -329,7 +329,7 @@ def test_a_parquet_file_written_anew_is_a_changed_source(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["000001.tar", "000001.idx.npy", "rejected.jsonl", "more.bin"])
-def test_files_of_others_are_not_overwritten(tmp_path, name):
+def test_foreign_files_are_not_overwritten(tmp_path, name):
     (tmp_path / name).write_bytes(b"precious")
     with pytest.raises(PipelineError, match=f"{re.escape(name)} exists and would be overwritten"):
         convert({str(tmp_path): Numbers(10)}, options={}, shards=2)
@@ -338,7 +338,7 @@ def test_files_of_others_are_not_overwritten(tmp_path, name):
         convert({str(tmp_path / "out"): Numbers(10)}, options={}, files=[(str(tmp_path / name), b"")])
 
 
-def test_only_one_process_converts_into_a_folder(s3, tmp_path):
+def test_locked_destination_is_refused(s3, tmp_path):
     for dest in (str(tmp_path / "out"), f"s3://pipeline-tests/lock/{tmp_path.name}"):
         with lock.held([dest]):
             there = objects.list_under(dest)
@@ -349,7 +349,7 @@ def test_only_one_process_converts_into_a_folder(s3, tmp_path):
         assert not [name for name in objects.list_under(dest) if "/." in name.removeprefix(dest)]
 
 
-def test_the_lock_is_held_as_long_as_it_may_write(tmp_path):
+def test_lock_is_held_during_conversion(tmp_path):
     class Looking(Numbers):
         def sample(self, number: int) -> Pair:
             found.add(len(list((tmp_path / "out" / lock.FOLDER).iterdir())))
@@ -360,7 +360,7 @@ def test_the_lock_is_held_as_long_as_it_may_write(tmp_path):
     assert found == {1}
 
 
-def test_a_killed_upload_leaves_no_folder_behind_once_it_is_gone_on_with(s3, source, tmp_path, monkeypatch):
+def test_resumed_upload_removes_temporary_folders(s3, source, tmp_path, monkeypatch):
     dest, tmp = f"s3://pipeline-tests/killed/{tmp_path.name}", tmp_path / "tmp"
     tmp.mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp))
@@ -377,7 +377,7 @@ def test_a_killed_upload_leaves_no_folder_behind_once_it_is_gone_on_with(s3, sou
     assert list(tmp.glob("make-shards-*")) == []
 
 
-def test_what_can_be_finished_is_finished_before_an_error_is_raised(tmp_path):
+def test_finishable_datasets_finish_before_error_is_raised(tmp_path):
     """The first dataset's long record is still being written when the second dataset fails."""
 
     class Failing(Numbers):
@@ -393,7 +393,7 @@ def test_what_can_be_finished_is_finished_before_an_error_is_raised(tmp_path):
 
 
 @pytest.mark.parametrize("tidy", [True, False])
-def test_of_several_datasets_the_finished_ones_are_not_done_again(tmp_path, tidy):
+def test_finished_datasets_are_not_converted_again(tmp_path, tidy):
     """Without `tidy`, the stop came between writing a dataset's index and removing its plan."""
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     both = {first: Numbers(10, dataset="first"), second: Numbers(10, frozenset({5}), dataset="second")}
@@ -422,7 +422,7 @@ class Stopping(Numbers):
         return super().sample(number)
 
 
-def test_a_shard_that_is_gone_or_cut_short_is_made_again(tmp_path):
+def test_missing_or_truncated_shards_are_rewritten(tmp_path):
     dest, whole = tmp_path / "out", tmp_path / "whole"
     convert({str(whole): Numbers(100)}, options={}, shards=10)
     with pytest.raises(PipelineError, match="no more"):
@@ -442,12 +442,12 @@ class Deadly(Numbers):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_process_is_one_clear_error(tmp_path):
+def test_killed_worker_is_reported_as_one_error(tmp_path):
     with pytest.raises(PipelineError, match="a process was killed: if memory ran out, use fewer --processes"):
         convert({str(tmp_path / "out"): Deadly(10)}, options={}, shards=2, processes=2)
 
 
-def test_mistakes_of_the_command_line(source, tmp_path):
+def test_invalid_command_lines_are_refused(source, tmp_path):
     for arguments, reason in [
         (("jsonl", tmp_path / "none.jsonl", tmp_path / "out"), "none.jsonl: No such file"),
         (("jsonl", source, tmp_path / "out", "--images", tmp_path / "none"), "none is not a folder"),
@@ -465,7 +465,7 @@ def test_mistakes_of_the_command_line(source, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"<html>busy</html>", b"[]", b'{"shard": null}', b'{"rows": 1.5'])
-def test_what_is_damaged_of_an_unfinished_conversion_is_done_again_or_refused(tmp_path, damage):
+def test_damaged_plan_is_refused_and_damaged_records_are_redone(tmp_path, damage):
     rows, dest = Numbers(40, frozenset(range(40))), str(tmp_path / "out")
     with pytest.raises(PipelineError, match="rows are rejected"):
         convert({dest: rows}, options={}, shards=10, max_rejected=0.1)
@@ -486,7 +486,7 @@ def test_what_is_damaged_of_an_unfinished_conversion_is_done_again_or_refused(tm
     assert not plan.parent.exists()
 
 
-def test_a_record_that_names_another_place_is_not_believed(tmp_path):
+def test_record_naming_path_outside_dest_is_ignored(tmp_path):
     dest = tmp_path / "out"
     with pytest.raises(PipelineError, match="no more"):
         convert({str(dest): Stopping(40)}, options={}, shards=10)
@@ -498,7 +498,7 @@ def test_a_record_that_names_another_place_is_not_believed(tmp_path):
     assert index.samples == 40
 
 
-def test_a_plan_that_says_more_is_another_plan(tmp_path):
+def test_resume_without_earlier_option_is_refused(tmp_path):
     dest = tmp_path / "out"
     with pytest.raises(PipelineError, match="rows are rejected"):
         convert({str(dest): Numbers(40, frozenset({39}))}, options={"scale": 2}, shards=10, max_rejected=0.0)

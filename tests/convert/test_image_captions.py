@@ -35,7 +35,7 @@ def source(tmp_path) -> Path:
 QUERY = "<image>\nFind an image caption describing the given everyday image."
 
 
-def test_train_and_restval_are_one(source, tmp_path):
+def test_train_and_restval_splits_are_merged(source, tmp_path):
     folder = tmp_path / "coco"
     make_shards("coco-captions", source, tmp_path / "out", "--images", folder)
     a, b, c = (Item(QUERY, ((folder / n).read_bytes(),)) for n in ("train2014/a.jpg", "val2014/b.jpg", "c.jpg"))
@@ -46,7 +46,7 @@ def test_train_and_restval_are_one(source, tmp_path):
     ]
 
 
-def test_another_split_query_and_name(source, tmp_path):
+def test_split_query_and_dataset_options_are_applied(source, tmp_path):
     more = ("--split", "test", "--query", "<image> Say.", "--dataset", "COCO")
     make_shards("coco-captions", source, tmp_path / "out", "--images", tmp_path / "coco", *more)
     (pair,) = read_all(str(tmp_path / "out"))
@@ -87,7 +87,7 @@ def test_bad_rows_are_rejected(tmp_path):
     assert json.loads(lines[-1])["row"] == "gone \ud800.png"
 
 
-def test_a_good_caption_is_enough(tmp_path, caplog):
+def test_row_with_one_usable_caption_is_kept(tmp_path, caplog):
     (tmp_path / "good.png").write_bytes(picture(5, 5))
     captions = (None, "one", math.nan, 7, "a <video>", {"en": "x"}, " \ufeffone", "a\0b", "half \ud800", "two")
     images = [entry("train", folder, "good.png", *captions) for folder in ("", None)]
@@ -106,7 +106,7 @@ def test_a_good_caption_is_enough(tmp_path, caplog):
     assert unusable.endswith("good.png: no caption: 7 is not a text")
 
 
-def test_mistakes_are_clear_errors(source, tmp_path):
+def test_invalid_options_and_files_are_refused(source, tmp_path):
     dest = tmp_path / "out"
     assert "has no split 'dev': it has restval, test, train" in error_of(
         "coco-captions", source, dest, "--images", tmp_path, "--split", "dev"

@@ -128,7 +128,7 @@ def places(request, tmp_path) -> tuple[str, str, dict[str, list[Pair]]]:
     return source, source + "-index", expected
 
 
-def test_every_good_sample_is_read_back_and_every_bad_one_is_listed(places):
+def test_valid_samples_are_read_back_and_bad_ones_listed(places):
     source, dest, expected = places
     before = {url: objects.read(url) for url in objects.list_under(source)}
     index(source, dest, *OPTIONS)
@@ -149,7 +149,7 @@ def test_every_good_sample_is_read_back_and_every_bad_one_is_listed(places):
 
 
 @pytest.mark.slow
-def test_the_result_is_the_same_on_any_number_of_processes_and_after_a_break(tmp_path, monkeypatch):
+def test_index_is_identical_across_processes_and_after_failure(tmp_path, monkeypatch):
     make_source(tmp_path / "source")
     index(tmp_path / "source", tmp_path / "one", *OPTIONS)
     index(tmp_path / "source", tmp_path / "two", *OPTIONS, "--processes", "2")
@@ -172,7 +172,7 @@ def test_the_result_is_the_same_on_any_number_of_processes_and_after_a_break(tmp
     assert "00002.tar" in read and not read & (recorded - {"00000.tar"})  # the first tar is read to find the columns
 
 
-def test_a_tar_that_changed_since_the_break_is_indexed_again(tmp_path):
+def test_tar_changed_since_failure_is_indexed_again(tmp_path):
     make_source(tmp_path / "source")
     last = tmp_path / "source/00002.tar"
     whole = last.read_bytes()
@@ -186,7 +186,7 @@ def test_a_tar_that_changed_since_the_break_is_indexed_again(tmp_path):
     assert files(tmp_path / "dest") == files(tmp_path / "fresh")
 
 
-def test_other_options_are_another_indexing(tmp_path):
+def test_resume_with_changed_options_is_refused(tmp_path):
     make_source(tmp_path / "source")
     with pytest.raises(PipelineError, match=r"more than --max-rejected 0\.01 allows: 2 unsafe name, 2 marks"):
         index(tmp_path / "source", tmp_path / "dest", "--processes", "1")
@@ -197,7 +197,7 @@ def test_other_options_are_another_indexing(tmp_path):
         index(tmp_path / "source", tmp_path / "dest")
 
 
-def test_a_column_that_the_first_tar_lacks_is_an_error_that_lists_those_it_has(tmp_path):
+def test_missing_caption_column_error_lists_available_columns(tmp_path):
     make_source(tmp_path / "source")
     with pytest.raises(PipelineError, match=r"no sample of .*00000.tar has longcaption; it has caption_long, txt, url"):
         index(tmp_path / "source", tmp_path / "dest", "--captions", "txt", "longcaption")
@@ -242,7 +242,7 @@ def broken_tars() -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("name", broken_tars())
-def test_a_broken_tar_is_an_error_by_name(tmp_path, name):
+def test_broken_tar_error_names_file_and_cause(tmp_path, name):
     write_tar(tmp_path / "00000.tar", {"a": members(1)})
     data, reason = broken_tars()[name]
     (tmp_path / "00001.tar").write_bytes(data)
@@ -250,14 +250,14 @@ def test_a_broken_tar_is_an_error_by_name(tmp_path, name):
         index(tmp_path, tmp_path / "dest", "--processes", "1")
 
 
-def test_a_tar_without_samples_is_left_out(tmp_path):
+def test_empty_tar_is_omitted(tmp_path):
     (tmp_path / "00000.tar").write_bytes(tar_of())
     write_tar(tmp_path / "00001.tar", {"a": members(1)})
     index(tmp_path, tmp_path, "--processes", "1")
     assert list(pairs_of(str(tmp_path))) == ["00001.tar"]
 
 
-def test_a_good_caption_is_enough_and_what_else_a_tar_has_is_listed(tmp_path, caplog):
+def test_one_usable_caption_suffices_and_unread_members_are_listed(tmp_path, caplog):
     deep, marked = b"[" * 200_000, b'{"caption_long": ["a <video>", "b"]}'
     samples = {
         "deep": members(0) | {"json": deep},
@@ -295,7 +295,7 @@ NUL_TEXT = "a caption".encode("utf-16-le").decode()
 APART = "; if its other members are elsewhere in the tar, repack it with tar --sort=name"
 
 
-def test_what_a_mac_leaves_in_tars_is_skipped_in_folders_too(tmp_path):
+def test_macos_leftovers_in_tars_are_skipped(tmp_path):
     named = [(f"d/{number}.{name}", each) for number in range(2) for name, each in members(number).items()]
     leftovers = [("d/.DS_Store", b"x"), *((name.replace("d/", "d/._"), b"fork") for name, _ in named)]
     leftovers += [(f"__MACOSX/{name}", b"fork") for name, _ in leftovers]
@@ -306,7 +306,7 @@ def test_what_a_mac_leaves_in_tars_is_skipped_in_folders_too(tmp_path):
     make_shards("verify", tmp_path)
 
 
-def test_what_is_no_folder_of_tars_is_an_error(tmp_path):
+def test_folder_without_tars_is_refused(tmp_path):
     with pytest.raises(PipelineError, match=r"contains no \.tar files"):
         index(tmp_path, tmp_path / "dest")
     (tmp_path / "00000.tar.gz").write_bytes(b"")
@@ -315,7 +315,7 @@ def test_what_is_no_folder_of_tars_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names_folders_and_links_are_read_as_webdataset_reads_them(tmp_path, format):
+def test_long_names_folders_and_links_match_webdataset(tmp_path, format):
     keys = [f"{'deep/' * 30}{'ü' * 60}{number}" for number in range(3)]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
@@ -406,7 +406,7 @@ def foreign_tar(format: int, v7: bool = False) -> bytes:
 
 
 @pytest.mark.parametrize("format", ["ustar", "gnu", "pax", "v7"])
-def test_of_tars_that_other_tools_made_samples_are_webdatasets(tmp_path, format):
+def test_samples_of_foreign_tars_match_webdataset(tmp_path, format):
     kinds = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
     (tmp_path / "0.tar").write_bytes(foreign_tar(kinds.get(format, tarfile.USTAR_FORMAT), format == "v7"))
     own = list(webdataset.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False))
@@ -426,7 +426,7 @@ def test_of_tars_that_other_tools_made_samples_are_webdatasets(tmp_path, format)
     assert "photos/e" in causes and set(causes.values()) == {"no image"}
 
 
-def test_members_that_lie_apart_are_said_to(tmp_path):
+def test_nonconsecutive_members_are_rejected(tmp_path):
     named = [(f"{n}.{name}", members(n)[name]) for name in ("jpg", "json", "txt") for n in range(3)]
     whole = [(f"{n}.{name}", content) for n in (7, 8) for name, content in members(n).items()]
     again = [(f"7.{name}", content) for name, content in (members(9) | {"jpg": b"broken"}).items()]
@@ -485,7 +485,7 @@ def test_hostile_members_are_rejected_by_name(tmp_path, monkeypatch):
     ]
 
 
-def test_a_tape_keeps_no_more_than_the_largest_sample_and_a_piece(tmp_path, monkeypatch):
+def test_tape_memory_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(img2dataset, "_PIECE", 20_000)
     monkeypatch.setattr(img2dataset, "_MAX_SAMPLE", 50_000)
     data = tar_of(*((f"{n}.jpg", bytes([n]) * (200_000 if n == 7 else 10_000)) for n in range(20)))

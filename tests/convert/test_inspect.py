@@ -83,7 +83,7 @@ def size(pair: Pair) -> int:
     return len(sample_bytes(pair))
 
 
-def test_intact_datasets_are_one_line(folder, capsys):
+def test_verify_prints_one_line_for_intact_datasets(folder, capsys):
     capsys.readouterr()
     verify(folder)
     assert capsys.readouterr().out == f"{folder}: 18 samples in 5 shards are intact\n"
@@ -92,7 +92,7 @@ def test_intact_datasets_are_one_line(folder, capsys):
 
 
 @pytest.mark.slow
-def test_on_s3_by_several_processes(folder, s3, capsys):
+def test_verify_on_s3_with_several_processes(folder, s3, capsys):
     dest = f"s3://pipeline-tests/inspect/{folder.parent.name}"
     for path in (folder / "pairs").iterdir():
         objects.write(f"{dest}/pairs/{path.name}", path)
@@ -135,7 +135,7 @@ def flip(place: int) -> Callable[[bytearray], object]:
         ("000000.tar", flip(150), ["#0: not a tar", "its sha256 is not"]),
     ],
 )
-def test_what_is_damaged_is_listed(folder, file, edit, faults):
+def test_verify_lists_damage(folder, file, edit, faults):
     change(folder / "pairs" / file, edit)
     with pytest.raises(PipelineError, match=r"is not intact:\n") as caught:
         verify(folder)
@@ -162,7 +162,7 @@ def put(field: str, value: object, place: object = 1) -> Callable[[np.ndarray], 
 
 
 @pytest.mark.parametrize("dataset", ["pairs", "singles", "cc"])
-def test_forging_alone_changes_nothing(folder, dataset):
+def test_verify_accepts_rewritten_unchanged_records(folder, dataset):
     forge(folder / dataset)
     verify(folder)
 
@@ -188,13 +188,13 @@ def test_forging_alone_changes_nothing(folder, dataset):
         ("cc", {"image_sizes": ((7, 7),)}, "the index's image_sizes is wrong"),
     ],
 )
-def test_an_index_that_says_other_things_than_the_tars(folder, dataset, changed, fault):
+def test_verify_finds_index_contradicting_tars(folder, dataset, changed, fault):
     forge(folder / dataset, **changed)
     with pytest.raises(PipelineError, match=f"all/{dataset}/.*{fault}" if dataset != "cc" else fault):
         verify(folder)
 
 
-def test_samples_that_webdataset_leaves_out(tmp_path):
+def test_verify_ignores_samples_skipped_by_webdataset(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "0.tar"), encoder=False) as writer:
         for number, folder in enumerate(("", "__meta__/", "")):
             writer.write({"__key__": f"{folder}{number}", "jpg": picture(1, "JPEG"), "txt": b"a caption"})
@@ -203,7 +203,7 @@ def test_samples_that_webdataset_leaves_out(tmp_path):
     verify(tmp_path)
 
 
-def test_sizes_from_before_pictures_were_turned_are_no_fault(tmp_path):
+def test_verify_accepts_image_sizes_before_exif_rotation(tmp_path):
     exif, data = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     Image.new("RGB", (30, 20)).save(data, "JPEG", exif=exif)
@@ -217,7 +217,7 @@ def test_sizes_from_before_pictures_were_turned_are_no_fault(tmp_path):
         verify(tmp_path)
 
 
-def test_samples_that_cannot_be_decoded_and_no_more_than_ten_lines(folder):
+def test_verify_lists_at_most_ten_undecodable_samples(folder):
     pair = make_pairs()[1]
     broken = [
         replace(pair, key=f"{number}", query=Item("<image>", (picture(3)[:60],)), negatives=()) for number in range(15)
@@ -230,7 +230,7 @@ def test_samples_that_cannot_be_decoded_and_no_more_than_ten_lines(folder):
     assert lines[11] == "(and 5 more)"
 
 
-def test_where_nothing_is(tmp_path):
+def test_commands_refuse_folder_without_index(tmp_path):
     for command, more in ((inspect.VERIFY, ()), (inspect.STATS, ()), (inspect.SHOW, ("0",))):
         with pytest.raises(PipelineError, match=r"neither .* nor a folder below it contains index\.json"):
             run(command, tmp_path, *more)
@@ -242,7 +242,7 @@ def shown(capsys, *arguments: str | Path) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_show(folder, capsys):
+def test_show_prints_every_sample(folder, capsys):
     for number, pair in enumerate(make_pairs()):
         printed = shown(capsys, folder / "pairs", number)
         assert f"key '{pair.key}'" in printed and "task 'vqa'" in printed
@@ -266,19 +266,19 @@ def test_show(folder, capsys):
         (["cc", "--key", "2"], r"has no sample with key '2'; rejected\.jsonl lists the rejected ones"),
     ],
 )
-def test_show_of_what_is_not_there(folder, arguments, reason):
+def test_show_of_missing_sample_is_refused(folder, arguments, reason):
     with pytest.raises(PipelineError, match=reason):
         run(inspect.SHOW, folder / arguments[0], *arguments[1:])
 
 
-def test_show_keeps_control_characters_from_the_terminal(tmp_path, capsys):
+def test_show_escapes_control_characters(tmp_path, capsys):
     write_shards([Pair("k", "d", "\x1b[31m", Item("a\x1b[2Jb [red]c"), Item("\x9b2J"))], tmp_path, dataset="D")
     printed = shown(capsys, tmp_path, 0)
     assert "\x1b" not in printed and "\x9b" not in printed
     assert r"'a\x1b[2Jb [red]c'" in printed
 
 
-def test_stats(folder, capsys):
+def test_stats_print_totals_and_duplicates(folder, capsys):
     capsys.readouterr()
     run(inspect.STATS, folder)
     printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -298,7 +298,7 @@ def test_stats(folder, capsys):
     assert "pairs: 15 distinct, 0 of 15 are duplicates" in printed
 
 
-def test_stats_count_by_task_and_keep_control_characters_from_the_terminal(tmp_path, capsys):
+def test_stats_count_by_task_and_escape_control_characters(tmp_path, capsys):
     tasks = ["\x1b[31m", "vqa", "vqa", "vqa", "\x1b[31m", "retrieval"]
     pairs = [Pair(str(number), "D", task, Item(f"q{number}"), Item("a")) for number, task in enumerate(tasks)]
     assert len(write_shards(pairs, tmp_path, dataset="\x1b[2J", shard_bytes=4096).shards) > 1
@@ -312,7 +312,7 @@ def test_stats_count_by_task_and_keep_control_characters_from_the_terminal(tmp_p
     assert "items:" not in printed
 
 
-def test_what_is_missing_is_named_and_the_rest_is_still_checked(tmp_path):
+def test_verify_names_missing_files_and_checks_the_rest(tmp_path):
     folder = tmp_path / "pairs"
     for number in range(4):  # the shards of one index
         write_shards(
@@ -340,7 +340,7 @@ def test_what_is_missing_is_named_and_the_rest_is_still_checked(tmp_path):
     assert len(lines) > 3 and all(line.startswith(f"{folder}/[3] a.tar") for line in lines[3:])
 
 
-def test_names_are_shown_as_they_are_without_commands_for_the_terminal(tmp_path, capsys):
+def test_show_and_stats_escape_control_characters_in_names(tmp_path, capsys):
     pairs = [Pair("k\x1b[1m", "X\x1b[2J[/red]", "[/t]\x9b", Item("q"), Item("t"))]
     write_shards(pairs, tmp_path, dataset="X\x1b[2J[/red]")
     (tmp_path / "000000.tar").rename(tmp_path / "[bold].tar")

@@ -55,7 +55,7 @@ def source(tmp_path) -> Path:
     return folder
 
 
-def test_all_fields(source, tmp_path):
+def test_all_fields_are_converted(source, tmp_path):
     negative = {"text": "<image> or <image>", "images": ["photos/2.png", "photos/1.png"]}
     target = {"text": "<video> so", "video": "clip.mp4", "alternatives": ["other <video>", "<video>"]}
     file = write(
@@ -79,7 +79,7 @@ def test_all_fields(source, tmp_path):
     assert (tmp_path / "out/rejected.jsonl").read_bytes() == b""
 
 
-def test_several_datasets(source, tmp_path):
+def test_rows_are_split_by_dataset(source, tmp_path):
     """An unreadable row belongs to the dataset of the row before it, or, at the start, of the first readable row."""
     rows = [b"?", row(0, dataset="B"), row(1), b"?", row(2, dataset="A"), row(0, dataset="B"), b"?"]
     file = write(source, *rows)
@@ -164,7 +164,7 @@ def huge_png() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
-def test_hostile_rows_are_rejected_and_nothing_outside_is_touched(source, tmp_path):
+def test_hostile_rows_are_rejected_without_touching_other_files(source, tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(picture(9, 9))
     (source / "photos/link.png").symlink_to(secret)
@@ -194,7 +194,7 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_a_line_without_end_does_not_fill_the_memory(source, tmp_path, monkeypatch):
+def test_overlong_lines_are_rejected_in_bounded_memory(source, tmp_path, monkeypatch):
     monkeypatch.setattr(jsonl, "MAX_LINE", 200)
     for length in (200, 201, 399, 402, 403, 1000):
         file = write(source, row(0), b"x" * length, row(1), b"y" * length)
@@ -207,7 +207,7 @@ def test_a_line_without_end_does_not_fill_the_memory(source, tmp_path, monkeypat
     assert '"line 2", "cause": "line too long"' in (tmp_path / "out/rejected.jsonl").read_text()
 
 
-def test_re_encoding_touches_only_larger_images(source, tmp_path):
+def test_only_larger_images_are_reencoded(source, tmp_path):
     Image.new("RGBA", (300, 100), (200, 0, 0, 255)).save(source / "wide.png")
     (source / "edge.png").write_bytes(picture(150, 20))
     rows = [asking("<image>", images=[name]) for name in ("wide.png", "edge.png", "photos/0.png")]
@@ -223,7 +223,7 @@ def test_re_encoding_touches_only_larger_images(source, tmp_path):
     assert read_all(str(tmp_path / "plain"))[0].query.images[0] == (source / "wide.png").read_bytes()
 
 
-def test_a_photo_is_stored_as_it_is_or_scaled_upright_and_its_size_is_noted_upright(source, tmp_path):
+def test_rotated_photos_are_kept_or_scaled_with_upright_sizes(source, tmp_path):
     """Use photos that are red at the top, stored rotated with red at the left; and a 16-bit scan."""
     photo, exif = Image.new("RGB", (300, 200), (0, 0, 255)), Image.Exif()
     photo.paste((255, 0, 0), (0, 0, 75, 200))
@@ -254,7 +254,7 @@ def test_a_photo_is_stored_as_it_is_or_scaled_upright_and_its_size_is_noted_upri
         )
 
 
-def test_shards_are_as_large_as_asked_for(source, tmp_path):
+def test_shards_have_requested_size(source, tmp_path):
     (source / "large.png").write_bytes(picture(100, 100))
     file = write(source, *[asking("<image>", images=["large.png"])] * 110)
     make_shards("jsonl", file, tmp_path / "out", "--shard-mb", 1)
@@ -280,20 +280,20 @@ def test_shards_are_as_large_as_asked_for(source, tmp_path):
         (gzip.compress(b"{}", mtime=0), "is compressed by gzip: unpack it"),
     ],
 )
-def test_a_file_of_another_form_is_a_clear_error(source, tmp_path, content, said):
+def test_file_in_other_format_is_refused(source, tmp_path, content, said):
     (source / "pairs.jsonl").write_bytes(content)
     assert f"pairs.jsonl {said}" in error_of("jsonl", source / "pairs.jsonl", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_no_good_row(source, tmp_path):
+def test_exceeded_rejection_limit_leaves_plan_and_rejected_rows(source, tmp_path):
     text = error_of("jsonl", write(source, b"{]", row(0)), tmp_path / "out")
     assert "1 not JSON; the first: line 1: not JSON: Invalid JSON" in text
     assert "/index.json" not in content(str(tmp_path / "out"))
     assert lines(tmp_path / "out") == ["line 1"]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row_or_a_text(source, tmp_path):
+def test_byte_order_marks_are_stripped_from_rows_and_texts(source, tmp_path):
     target = {"text": "\ufeff t \n", "alternatives": ["\ufeff other"]}
     marked = {"query": {"text": "\ufeffq"}, "target": target, "negatives": [{"text": "\ufeffn"}]}
     file = write(source, row(0), marked, b"\xef\xbb\xbf" + json.dumps(row(2)).encode())

@@ -14,7 +14,7 @@ from pipeline.demo import captioned, tasks
 
 
 @pytest.mark.parametrize("command", tool.COMMANDS)
-def test_help_names_every_option_and_an_example(command, capsys):
+def test_help_shows_example_within_120_columns(command, capsys):
     with pytest.raises(SystemExit) as ended:
         make_shards(command, "--help")
     assert ended.value.code == 0
@@ -23,7 +23,7 @@ def test_help_names_every_option_and_an_example(command, capsys):
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
-def test_help_lists_the_commands(capsys):
+def test_help_lists_commands(capsys):
     with pytest.raises(SystemExit):
         make_shards("--help")
     text = capsys.readouterr().out
@@ -33,7 +33,7 @@ def test_help_lists_the_commands(capsys):
 
 
 @pytest.mark.slow
-def test_demo(s3, tmp_path, capsys):
+def test_demo_command_writes_all_datasets(s3, tmp_path, capsys):
     url = f"s3://pipeline-tests/make-shards/{tmp_path.name}"
     make_shards("demo", 3, url, "--pairs", 20, "--queries", 3)
     summaries = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
@@ -50,14 +50,14 @@ def test_demo(s3, tmp_path, capsys):
     assert content(f"{url}/captions/eval/") == dict(captioned.evaluation_files(3, 3))
 
 
-def test_a_missing_bucket_is_found_before_the_source_is_read(s3, tmp_path):
+def test_missing_bucket_is_reported_before_reading_source(s3, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("not looked at\n")
     assert error_of("jsonl", tmp_path / "pairs.jsonl", "s3://nope/x") == (
         "s3://nope/x/index.json: there is no such bucket: create it, or correct the name or AWS_ENDPOINT_URL"
     )
 
 
-def test_an_occupied_folder_is_found_before_the_source_is_read(tmp_path):
+def test_occupied_destination_is_reported_before_reading_source(tmp_path):
     (tmp_path / "index.json").write_text("{}")
     assert "already contains a dataset" in error_of("jsonl", tmp_path / "none.jsonl", tmp_path)
 
@@ -79,14 +79,14 @@ def test_an_occupied_folder_is_found_before_the_source_is_read(tmp_path):
         (("jsonl", "x", "out", "--shards", 2, "--shard-mb", 2), "not allowed with argument"),
     ],
 )
-def test_mistakes_that_the_arguments_show(arguments, reason, capsys):
+def test_invalid_arguments_exit_with_reason(arguments, reason, capsys):
     with pytest.raises(SystemExit) as ended:
         make_shards(*arguments)
     assert ended.value.code == 2
     assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_what_cannot_be_drawn_leaves_nothing_behind(tmp_path):
+def test_failed_file_generation_leaves_no_files(tmp_path):
     with pytest.raises(ValueError, match="nothing"):
 
         def files() -> Iterator[tuple[str, bytes]]:
@@ -102,7 +102,7 @@ def test_what_cannot_be_drawn_leaves_nothing_behind(tmp_path):
     ("command", "said"),
     [("verify", "interrupted"), ("jsonl", "interrupted: the same command continues from here")],
 )
-def test_only_a_conversion_goes_on_after_an_interruption(command, said, tmp_path, monkeypatch):
+def test_interruption_message_offers_resume_only_for_conversions(command, said, tmp_path, monkeypatch):
     """Both commands wait for a server that does not answer."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "none")

@@ -63,7 +63,7 @@ def rejected(dest: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("place", ["beside", "in the folder images", "elsewhere"])
-def test_every_text_and_image_arrives(source, tmp_path, place):
+def test_every_text_and_image_is_converted(source, tmp_path, place):
     found = images({"beside": source, "in the folder images": source / "images", "elsewhere": tmp_path / "x"}[place])
     more = ("--images", tmp_path / "x") if place == "elsewhere" else ()
     make_shards("mmeb-train", source, tmp_path / "out", *more)
@@ -93,7 +93,7 @@ def test_every_text_and_image_arrives(source, tmp_path, place):
         assert rejected(tmp_path / "out" / subset) == []
 
 
-def test_split_subset_and_limit(source, tmp_path):
+def test_split_subset_and_limit_options_are_applied(source, tmp_path):
     images(source)
     make_shards("mmeb-train", source, tmp_path / "a", "--split", "diverse_instruction", "--subset", "Own", "WebQA")
     assert [pair.query.text for name in ("Own", "WebQA") for pair in read_all(str(tmp_path / "a" / name))] == [
@@ -106,7 +106,7 @@ def test_split_subset_and_limit(source, tmp_path):
     assert lengths == {"ImageNet_1K": 4, "VisDial": 4, "WebQA": 4, "Own": 3}
 
 
-def test_a_limit_leaves_the_other_rows_images_alone(source, tmp_path, monkeypatch):
+def test_limit_skips_images_of_other_rows(source, tmp_path, monkeypatch):
     images(source)
     sized, original = set(), ImageFolder.size
     monkeypatch.setattr(ImageFolder, "size", lambda self, name: sized.add(name) or original(self, name))
@@ -150,7 +150,7 @@ def test_bad_rows_are_rejected(source, tmp_path):
     ]
 
 
-def test_values_that_are_no_texts_and_marks_of_other_files(source, tmp_path):
+def test_non_text_values_and_unsupported_placeholders_are_rejected(source, tmp_path):
     (source / "a.png").write_bytes(picture(5, 5))
     nan = float("nan")
     columns = {
@@ -176,7 +176,7 @@ def test_values_that_are_no_texts_and_marks_of_other_files(source, tmp_path):
     ]  # fmt: skip
 
 
-def test_mistakes_are_clear_errors(source, tmp_path):
+def test_invalid_options_and_files_are_refused(source, tmp_path):
     images(source)
     dest = tmp_path / "out"
     assert "--subset: no Owl in" in error_of("mmeb-train", source, dest, "--subset", "Owl")

@@ -86,7 +86,7 @@ def items_of(folder: Path) -> list[Single]:
     ]
 
 
-def test_distinct_sides_become_items_and_rows_say_their_numbers(source, tmp_path):
+def test_rows_reference_deduplicated_items(source, tmp_path):
     convert(source, tmp_path / "dest")
     asked = "<image>\nFind a day-to-day image that looks similar to the provided image.\n"
     shown = "<image>\nRepresent the given image."
@@ -114,7 +114,7 @@ def test_distinct_sides_become_items_and_rows_say_their_numbers(source, tmp_path
     }
 
 
-def test_items_are_called_as_those_of_the_published_files(source, tmp_path):
+def test_converted_item_names_match_published_layout(source, tmp_path):
     convert(source, tmp_path / "dest")
     (source / "tasks.json").write_bytes((tmp_path / "dest/tasks.json").read_bytes())
     published, converted = load([str(source)]), load([str(tmp_path / "dest")])
@@ -122,7 +122,7 @@ def test_items_are_called_as_those_of_the_published_files(source, tmp_path):
     assert {"NIGHTS/red.png", "a red one"} < set(converted.names)
 
 
-def test_subset_limit_and_images_elsewhere(source, tmp_path):
+def test_subset_limit_and_images_options_are_applied(source, tmp_path):
     (source / "images").rename(tmp_path / "pictures")
     convert(source, tmp_path / "dest", "--subset", "NIGHTS", "--limit", "1", "--images", tmp_path / "pictures")
     assert {path.name for path in (tmp_path / "dest").iterdir()} == {"NIGHTS", "tasks.json"}
@@ -152,7 +152,7 @@ def test_subset_limit_and_images_elsewhere(source, tmp_path):
         (lambda source: [path.unlink() for path in source.glob("*/*.parquet")], r"has no <dataset>/\*.parquet"),
     ],
 )
-def test_an_evaluation_set_is_converted_whole_or_not_at_all(source, tmp_path, spoil, reason):
+def test_invalid_evaluation_set_is_not_converted(source, tmp_path, spoil, reason):
     spoil(source)
     with pytest.raises(PipelineError, match=reason):
         convert(source, tmp_path / "dest", "--max-rejected", "1")
@@ -166,7 +166,7 @@ def test_an_evaluation_set_is_converted_whole_or_not_at_all(source, tmp_path, sp
         (("q", "", [], []), "row 70: 0 tgt_text and 0 tgt_img_path"),
     ],
 )
-def test_rows_whose_candidates_do_not_make_sense(source, tmp_path, row, reason):
+def test_rows_with_inconsistent_candidates_are_refused(source, tmp_path, row, reason):
     put_rows(source, [("q", "", ["a"], [""])] * 70 + [row])
     with pytest.raises(PipelineError, match=f"GQA/.* does not contain MMEB's rows .*: {reason}"):
         convert(source, tmp_path / "dest")
@@ -188,14 +188,14 @@ def test_rows_whose_candidates_do_not_make_sense(source, tmp_path, row, reason):
         (("a\0b", "", ["a"], [""]), "row 0: NUL character"),
     ],
 )
-def test_what_is_no_text_of_mmebs_is_an_error_by_its_row(source, tmp_path, row, reason):
+def test_invalid_mmeb_text_error_names_row(source, tmp_path, row, reason):
     put_rows(source, [row])
     with pytest.raises(PipelineError, match=reason):
         list(evaluation_rows(str(source / "GQA")))
 
 
 @pytest.mark.parametrize("nothing", [None, float("nan")])
-def test_null_is_an_empty_text_and_a_byte_order_mark_is_none(source, tmp_path, nothing):
+def test_null_text_is_empty_and_byte_order_mark_is_stripped(source, tmp_path, nothing):
     put_rows(source, [(None, "NIGHTS/red.png", "\ufeff a \n", nothing)])
     convert(source, tmp_path / "dest", "--subset", "GQA")
     assert [single.item.text for single in items_of(tmp_path / "dest/GQA")] == ["<image>\n", " a \n"]
@@ -211,11 +211,11 @@ def test_null_is_an_empty_text_and_a_byte_order_mark_is_none(source, tmp_path, n
         ("A text alone.", False, "A text alone."),
     ],
 )
-def test_where_an_image_goes(text, has_image, converted):
+def test_mmeb_image_placeholders_are_converted(text, has_image, converted):
     assert mmeb_text(text, has_image) == converted
 
 
-def test_the_36_datasets():
+def test_mmeb_has_36_datasets():
     names = MMEB_TASKS.keys() - {"ImageNet_1K"}
     assert len(names) == 36 and sum(MMEB_TASKS[name][1] for name in names) == 20
     counts = {task: sum(MMEB_TASKS[name][0] == task for name in names) for task in ("classification", "vqa")}
@@ -242,7 +242,7 @@ def dest(request, tmp_path) -> str:
 
 
 @pytest.mark.parametrize("file", ["rows.parquet", "items.parquet", "000000.tar"])
-def test_a_converted_set_that_was_spoilt_is_an_error_by_name(source, tmp_path, file):
+def test_corrupt_converted_set_error_names_file(source, tmp_path, file):
     convert(source, tmp_path / "dest")
     (tmp_path / "dest/GQA" / file).write_bytes(bytes(1 << 16))
     with pytest.raises(PipelineError, match=f"dest/GQA/{file}"):
@@ -264,7 +264,7 @@ def test_a_converted_set_that_was_spoilt_is_an_error_by_name(source, tmp_path, f
         (lambda dest: (dest / "tasks.json").write_text("{}"), r"dest/tasks\.json does not name GQA"),
     ],
 )
-def test_verify_looks_at_what_is_beside_the_shards(source, tmp_path, spoil, reason):
+def test_verify_checks_files_beside_shards(source, tmp_path, spoil, reason):
     dest = tmp_path / "dest"
     convert(source, dest)
     make_shards("verify", dest)
@@ -284,7 +284,7 @@ def renumber(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_converted_demo_is_the_same_evaluation(tmp_path, dest):
+def test_converted_demo_gives_same_evaluation_tasks(tmp_path, dest):
     for path, file in evaluation_files(seed=0, count=2):
         objects.write(str(tmp_path / "demo" / path), file)
     convert(tmp_path / "demo", dest, "--shards", "2")
@@ -298,7 +298,7 @@ def put_table(source: Path, **columns: list) -> None:
     parquet.write_table(pa.table(columns), source / "GQA/test-00000-of-00001.parquet")
 
 
-def test_instructions_that_stand_apart_are_part_of_the_texts(source, tmp_path):
+def test_instruction_columns_are_prepended_to_texts(source, tmp_path):
     put_table(
         source,
         qry_inst=["<|image_1|> Answer the question:", "Find the picture:", None],
@@ -329,7 +329,7 @@ def test_instructions_that_stand_apart_are_part_of_the_texts(source, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Qry_Text", "qry_image_path", "tgt_prompt", "query_video"])
-def test_a_column_that_changes_what_rows_mean_is_refused_by_name(source, name):
+def test_unknown_column_affecting_rows_is_refused_by_name(source, name):
     columns = {column: [["a"]] if column.startswith("tgt") else ["a"] for column in COLUMNS}
     put_table(source, **columns | {name: ["x"]})
     if name in ("Qry_Text", "qry_image_path"):
@@ -339,7 +339,7 @@ def test_a_column_that_changes_what_rows_mean_is_refused_by_name(source, name):
         list(evaluation_rows(str(source / "GQA")))
 
 
-def test_other_columns_are_listed_once(source, capsys):
+def test_ignored_columns_are_listed_once(source, capsys):
     put_table(source, **{c: [["a"]] if c[0] == "t" else ["a"] for c in COLUMNS}, shard_no=[1], qry_id=["\x1b[31m"])
     for _ in range(2):
         list(evaluation_rows(str(source / "GQA")))

@@ -98,7 +98,7 @@ id-1,2,10,3,clean,5,English,A bird flies.
         ("own.json", {"clips/a": ["one", "two"]}, [], {"clips/a.mkv": ("one", "two")}),
     ],
 )
-def test_every_form_of_captions(videos, tmp_path, file, content, options, captions):
+def test_all_caption_formats_are_converted(videos, tmp_path, file, content, options, captions):
     (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
     (tmp_path / "list.txt").write_text("video2\nvideo0.mp4\n")
     options = [str(tmp_path / "list.txt") if option == "LIST" else option for option in options]
@@ -117,7 +117,7 @@ def test_every_form_of_captions(videos, tmp_path, file, content, options, captio
     ]
 
 
-def test_videos_that_cannot_be_used_are_listed(videos, tmp_path):
+def test_unusable_videos_are_rejected_with_cause(videos, tmp_path):
     (videos / "broken.mp4").write_bytes(film(9, "mp4")[:300])
     (videos / "text.avi").write_bytes(b"#EXTM3U\n/etc/passwd")
     (tmp_path / "secret.mp4").write_bytes(film(1, "mp4"))
@@ -181,7 +181,7 @@ def test_listed_videos_without_captions_are_rejected_by_name(videos, tmp_path):
         ("all.json", json.dumps(MSRVTT), ["--query", "Describe it."], "must have one <video>"),
     ],
 )
-def test_what_is_no_file_of_captions_is_an_error(videos, tmp_path, file, content, options, reason):
+def test_invalid_caption_files_and_options_are_refused(videos, tmp_path, file, content, options, reason):
     (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises((PipelineError, FileNotFoundError), match=reason):
         convert(videos, tmp_path / "dest", "--captions", tmp_path / file, *options)

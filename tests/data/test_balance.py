@@ -36,7 +36,7 @@ def demo(tmp_path_factory) -> tuple[str, dict[tuple[str, int], int]]:
 
 
 @pytest.mark.parametrize("ranks", [8, 64])
-def test_no_rank_of_a_step_has_a_tenth_more_tokens_than_the_mean(demo, ranks):
+def test_rank_tokens_stay_within_10_percent_of_mean(demo, ranks):
     url, tokens = demo
     source = Source.open(Data(url=url, datasets=list(DATASETS), lanes=ranks, block_samples=16))
     order = source.order(BATCH, 0, Lengths(TILING, 8))

@@ -77,7 +77,7 @@ def llave(tiny_model) -> LlaveProcessor:
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_what_the_processor_makes_equal_is_one_item(case, llave):
+def test_items_equal_after_processing_are_deduplicated(case, llave):
     one, other = SAME[case]
     assert one.content_hash != other.content_hash
     pairs = [Pair("0", "d", "t", Item("query 0"), one), Pair("1", "d", "t", Item("query 1"), other, (one,))]
@@ -90,7 +90,7 @@ def test_what_the_processor_makes_equal_is_one_item(case, llave):
     assert output.loss == 0  # the two are not negatives of each other, and an equal explicit negative is masked
 
 
-def test_equal_to_one_model_is_not_equal_to_another(llave):
+def test_item_equality_depends_on_model(llave):
     lower = CLIPTokenizer().train_new_from_iterator(["a small red star"], 300, show_progress=False)
     pixels = Pixels(24, (0.5,) * 3, (0.5,) * 3, 24, False, Pillow.Resampling.BICUBIC)
     clip = TwoTowerProcessor(pixels, 10, ClipTexts(lower, 16).tokenized)
@@ -103,7 +103,7 @@ def test_equal_to_one_model_is_not_equal_to_another(llave):
         assert llave.encode(one).key != llave.encode(other).key
 
 
-def test_everything_that_a_model_takes_is_in_the_key():
+def test_item_key_covers_all_model_inputs():
     tiles = np.random.default_rng(0).integers(0, 256, (2, 3, 14, 14), np.uint8)
     item = Encoded(np.arange(5, dtype=np.int32), (Image(tiles, 20, 30), Image(tiles, 20, 30)))
     assert replace(item).key == item.key == Encoded(np.arange(5), item.images).key  # for any integer type of the ids
@@ -127,7 +127,7 @@ def test_everything_that_a_model_takes_is_in_the_key():
     assert len(keys) == 1 + len(others)
 
 
-def test_what_comes_again_in_the_same_bytes_is_not_encoded_again(llave):
+def test_repeated_items_are_encoded_once(llave):
     encoded = []
 
     def encode(item: Item) -> Encoded:
@@ -146,13 +146,13 @@ def test_what_comes_again_in_the_same_bytes_is_not_encoded_again(llave):
     assert batch.query[4] == batch.target[5] == llave.encode(Item("")).key
 
 
-def test_texts_beside_an_instruction(tiny_model, llave):
+def test_text_key_ignores_whitespace_but_not_instruction(tiny_model, llave):
     processor = TextProcessor(llave.tokenizer, 64, "find:")
     assert processor.encode(Item("a star")).key == processor.encode(Item(" a star ")).key
     assert processor.encode(Item("a star")).key != TextProcessor(llave.tokenizer, 64).encode(Item("a star")).key
 
 
-def test_of_what_is_one_tile_or_a_video_the_size_it_had_makes_no_difference():
+def test_key_ignores_original_size_of_single_tiles_and_videos():
     tile = np.zeros((1, 3, 4, 4), np.uint8)
     two = np.zeros((2, 3, 4, 4), np.uint8)
 

@@ -15,7 +15,7 @@ def images(**changes):
     return json.dumps({"images": [KARPATHY | changes]}).encode()
 
 
-def test_what_else_a_file_has_is_listed_once(capsys):
+def test_unread_keys_are_listed_once(capsys):
     expected = [("val/a.jpg", ["a"])]
     assert captioned_images("K.json", b"\xef\xbb\xbf" + images(imgid=3, cocoid=4), "test") == expected
     assert capsys.readouterr().err == ""
@@ -35,7 +35,7 @@ def test_what_else_a_file_has_is_listed_once(capsys):
         (KARPATHY | {"sentences": [{"raw": "a", "text": "b"}]}, "'text', which nothing reads"),
     ],
 )
-def test_a_key_that_would_change_the_pairs_is_refused(form, said):
+def test_keys_that_would_change_image_captions_are_refused(form, said):
     with pytest.raises(PipelineError, match=f"K.json has the key {said}"):
         captioned_images("K.json", json.dumps({"images": [form]}).encode(), "test")
 
@@ -50,7 +50,7 @@ def test_a_key_that_would_change_the_pairs_is_refused(form, said):
         ("v.csv", "video_id,sentence,start\nv,c,3\n", "v.csv has the column 'start', which nothing reads"),
     ],
 )
-def test_of_videos_too(file, text, said):
+def test_keys_that_would_change_video_captions_are_refused(file, text, said):
     with pytest.raises(PipelineError, match=said):
         captioned_videos(file, text)
 
@@ -72,7 +72,7 @@ def test_what_would_lose_a_caption_is_an_error(file, text, said):
         captioned_videos(file, text)
 
 
-def test_a_value_that_is_no_text_costs_no_other(caplog):
+def test_invalid_captions_do_not_discard_valid_ones(caplog):
     values = [None, math.nan, 7, "c"]
     assert str(captioned_images("K.json", images(sentences=[{"raw": each} for each in values]), "test")[0][1]) == (
         "[None, nan, 7, 'c']"
@@ -93,7 +93,7 @@ def test_a_value_that_is_no_text_costs_no_other(caplog):
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_the_first_line_says_how_columns_are_parted(delimiter):
+def test_csv_delimiter_is_detected_from_header(delimiter):
     rows = [["video_id", "sentence"], ["v", "a man"], ["v", '"a dog, and; a\tcat"']]
     text = "\n".join(delimiter.join(row) for row in rows)
     assert captioned_videos("v.csv", text) == {"v": ["a man", "a dog, and; a\tcat"]}

@@ -103,7 +103,7 @@ def without(name):
         (lambda content: content.update(format=True), "has format True"),
     ],
 )
-def test_what_an_index_cannot_say_is_refused_by_name(folder, change, reason):
+def test_invalid_index_values_are_refused_by_name(folder, change, reason):
     put(folder, change)
     with pytest.raises(ObjectError, match=reason) as caught:
         Index.load(str(folder))
@@ -125,14 +125,14 @@ def test_what_an_index_cannot_say_is_refused_by_name(folder, change, reason):
         (b"null", "has format None"),
     ],
 )
-def test_what_is_no_index_at_all(folder, content, reason):
+def test_non_index_files_are_refused(folder, content, reason):
     for name, load in (("index.json", Index.load), (EMBEDDINGS_FILE, TextEmbeddings.load)):
         (folder / name).write_bytes(content)
         with pytest.raises(ObjectError, match=f"{name} .*{reason}"):
             load(str(folder))
 
 
-def test_an_index_is_stored_as_it_always_was_and_loaded_with_a_byte_order_mark(folder):
+def test_index_json_is_pinned_and_loads_with_byte_order_mark(folder):
     index = Index.load(str(folder))
     captions = Captions("<image>\nWas ist das? \x7f ä 图 \u2028", ("txt",), "")
     index = replace(index, dataset='ö"\\\x1f\n', captions=captions, shards_url="s3://b/é")
@@ -190,7 +190,7 @@ def huge(records):
         lambda records: b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535,
     ],
 )
-def test_what_is_no_sidecar_is_refused_before_anything_is_allocated(folder, bad):
+def test_malformed_sidecar_is_refused(folder, bad):
     (shard,) = Index.load(str(folder)).shards
     shard = sidecar_of_bytes(folder, bad(load_sidecar(str(folder), shard).copy()))
     with pytest.raises(ObjectError, match=r"000000\.idx\.npy is not a sidecar of 3 samples: make the shards again"):
@@ -208,7 +208,7 @@ def test_what_is_no_sidecar_is_refused_before_anything_is_allocated(folder, bad)
         ("length", [2**32 - 1, 0, 0]),
     ],
 )
-def test_records_that_make_no_sense_are_refused(folder, name, values):
+def test_inconsistent_records_are_refused(folder, name, values):
     (shard,) = Index.load(str(folder)).shards
     records = load_sidecar(str(folder), shard).copy()
     records[name] = values
@@ -218,7 +218,7 @@ def test_records_that_make_no_sense_are_refused(folder, name, values):
             read()
 
 
-def test_arrays_are_read_as_numpy_reads_them_and_nothing_else_is():
+def test_array_reader_matches_numpy_and_refuses_other_bytes():
     for array in (np.arange(6.0).reshape(2, 3), np.zeros((0, 4), "<f2"), np.asfortranarray(np.arange(6).reshape(2, 3))):
         found = array_of(stored(array))
         assert found.dtype == array.dtype and np.array_equal(found, array)
@@ -238,5 +238,5 @@ def test_arrays_are_read_as_numpy_reads_them_and_nothing_else_is():
             array_of(bad)
 
 
-def test_a_record_of_a_sidecar_has_the_bytes_it_always_had():
+def test_sidecar_record_size_is_pinned():
     assert [sidecar_dtype(images).itemsize for images in (0, 1, 765)] == [53, 57, 53 + 4 * 765]

@@ -47,7 +47,7 @@ def samples() -> list[tuple[Pair | Single, int]]:
     return [*listed, (Single("single", "d", "", queries[1][0]), queries[1][1])]
 
 
-def test_records_say_what_images_and_videos_take(tmp_path):
+def test_record_lengths_count_image_and_video_tokens(tmp_path):
     listed = samples()
     (shard,) = write_shards((sample for sample, _ in listed), tmp_path, dataset="d").shards
     lengths = LENGTHS.of_records(load_sidecar(str(tmp_path), shard))
@@ -58,14 +58,14 @@ def test_records_say_what_images_and_videos_take(tmp_path):
         assert length == wanted + texts // 4 + prompts, sample
 
 
-def test_the_longest_of_the_alternatives_counts(tmp_path):
+def test_longest_alternative_sets_length(tmp_path):
     pairs = [Pair("a", "d", "", Item("q" * 4), Item("t"), (), ("x" * 80, "y"))]
     (shard,) = write_shards(pairs, tmp_path, dataset="d").shards
     assert LENGTHS.of_records(load_sidecar(str(tmp_path), shard)).tolist() == [2 * 21 + 84 // 4]
     assert LENGTHS.of_shard(shard) == 2 * 21 + 84 // 4
 
 
-def test_a_shard_is_as_long_as_its_samples_on_average(tmp_path):
+def test_shard_length_approximates_mean_sample_length(tmp_path):
     rng = np.random.default_rng(0)
     pairs = [
         Pair(str(i), "d", "", Item("q", (picture(int(rng.integers(4))),)), Item("t" * int(rng.integers(200))))
@@ -76,6 +76,6 @@ def test_a_shard_is_as_long_as_its_samples_on_average(tmp_path):
     assert LENGTHS.of_shard(shard) == pytest.approx(lengths.mean(), rel=0.03)
 
 
-def test_an_image_whose_size_is_unknown_counts_nothing(tmp_path):
+def test_image_of_unknown_size_adds_no_tokens(tmp_path):
     (shard,) = write_shards([Pair("a", "d", "", Item("", (b"?",)), Item(""))], tmp_path, dataset="d").shards
     assert LENGTHS.of_records(load_sidecar(str(tmp_path), shard)).tolist() == [42]

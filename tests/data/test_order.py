@@ -86,7 +86,7 @@ def dataset_of(order: Order, shards: np.ndarray) -> np.ndarray:
 
 @settings(max_examples=50)
 @given(orders(), st.integers(0, 3))
-def test_an_epoch_takes_the_quota_of_each_dataset_less_what_is_left_over(order, epoch):
+def test_epoch_takes_each_dataset_quota_except_remainder(order, epoch):
     seen = Counter(epoch_samples(order, epoch))
     assert seen.total() == order.steps_per_epoch * order.global_batch
     part = order.lanes * order.slice_samples
@@ -104,7 +104,7 @@ def test_an_epoch_takes_the_quota_of_each_dataset_less_what_is_left_over(order, 
 
 @settings(max_examples=50)
 @given(orders())
-def test_no_sample_is_taken_again_before_all_others_of_its_dataset(order):
+def test_no_sample_repeats_before_rest_of_its_dataset(order):
     """Over any number of epochs from the start, the counts of any two samples differ by at most one."""
     first_shards = np.cumsum([0] + [len(dataset.shard_samples) for dataset in order.datasets])
     taken = Counter()
@@ -117,7 +117,7 @@ def test_no_sample_is_taken_again_before_all_others_of_its_dataset(order):
             assert max(counts) - min(counts) <= 1
 
 
-def test_weights_and_caps():
+def test_weights_and_caps_set_epoch_quota():
     def taken(epoch: int, **settings) -> Counter:
         order = Order((Dataset("one", (60, 40), **settings),), 4, 1, 16, 4, seed=0)
         return inside(order.streams[0].pieces(epoch))
@@ -136,7 +136,7 @@ def test_weights_and_caps():
 
 @settings(max_examples=50)
 @given(orders(), st.integers(0, 3))
-def test_windows_hold_what_the_epoch_takes_once_in_whole_takes(order, epoch):
+def test_windows_cover_epoch_once_in_whole_slices(order, epoch):
     for stream in order.streams:
         read = Counter()
         for lane in range(order.lanes):
@@ -159,7 +159,7 @@ def test_windows_hold_what_the_epoch_takes_once_in_whole_takes(order, epoch):
         assert read <= inside(stream.pieces(epoch))
 
 
-def test_windows_are_no_larger_than_asked_for():
+def test_window_size_is_bounded():
     """A reader holds a window in memory: `window_blocks` blocks, and parts of others to fill its last slice."""
     order = one((1000,) * 50, 128, 8, block_samples=30, window_blocks=4, seed=1)
     stream = order.streams[0]
@@ -169,7 +169,7 @@ def test_windows_are_no_larger_than_asked_for():
         assert sizes[-1] <= 4 + 4  # the last window also balances the lanes
 
 
-def test_a_window_is_known_without_the_lengths_of_its_samples():
+def test_window_needs_no_sample_lengths():
     def unknown(shard: int, start: int, stop: int) -> np.ndarray:
         raise AssertionError("not needed")
 
@@ -195,7 +195,7 @@ def test_every_world_size_sees_the_same_batches(order, data):
 
 @settings(max_examples=50)
 @given(orders(), st.integers(0, 2))
-def test_any_step_equals_that_step_of_a_run_from_the_start(order, epoch):
+def test_random_access_step_matches_sequential_read(order, epoch):
     """A run from the start reads each stream lane by lane and window by window."""
     unread = {
         (stream.number, lane): iter(lane_takes(stream, epoch, lane))
@@ -209,7 +209,7 @@ def test_any_step_equals_that_step_of_a_run_from_the_start(order, epoch):
 
 @settings(max_examples=50)
 @given(orders(), st.data())
-def test_every_part_of_a_batch_is_of_one_dataset(order, data):
+def test_each_batch_part_comes_from_one_dataset(order, data):
     step = data.draw(st.integers(0, 3 * order.steps_per_epoch))
     assume(order.parts is not None)
     takes = order.slices(step)
@@ -218,7 +218,7 @@ def test_every_part_of_a_batch_is_of_one_dataset(order, data):
     assert (found == np.array([stream for stream, _, _ in takes])[None, :, None]).all()
 
 
-def test_parts_are_drawn_as_often_as_their_datasets_have_samples():
+def test_parts_are_drawn_in_proportion_to_dataset_size():
     chosen = tuple(Dataset(name, (size,)) for name, size in (("a", 400), ("b", 800), ("c", 200)))
     order = Order(chosen, 40, 2, 8, 4, seed=0, parts=2)
     drawn = [stream for step in range(order.steps_per_epoch) for stream, _, _ in order.slices(step)]
@@ -227,7 +227,7 @@ def test_parts_are_drawn_as_often_as_their_datasets_have_samples():
     assert drawn != [stream for step in range(order.steps_per_epoch, 70) for stream, _, _ in order.slices(step)]
 
 
-def test_epochs_and_seeds_differ_and_so_do_the_left_over_samples():
+def test_order_differs_by_epoch_and_seed_and_remainder_by_epoch():
     def order(seed: int) -> Order:
         return one((100, 60, 87), 48, 4, block_samples=8, window_blocks=4, seed=seed)
 
@@ -239,7 +239,7 @@ def test_epochs_and_seeds_differ_and_so_do_the_left_over_samples():
 
 
 @pytest.mark.parametrize("block_samples", [1, 64], ids=["blocks alone", "samples alone"])
-def test_either_shuffle_changes_with_epoch_and_seed(block_samples):
+def test_block_and_sample_shuffles_change_with_epoch_and_seed(block_samples):
     def samples(epoch: int, seed: int) -> list:
         return epoch_samples(one((64,), 32, 1, block_samples, window_blocks=1, seed=seed), epoch)
 
@@ -247,7 +247,7 @@ def test_either_shuffle_changes_with_epoch_and_seed(block_samples):
 
 
 @pytest.mark.parametrize("block_samples", [1, 2, 12], ids=["one by one", "in pairs", "in one block"])
-def test_what_is_equally_long_is_shuffled_evenly(block_samples):
+def test_equal_length_samples_are_shuffled_uniformly(block_samples):
     """Over seeds, each of 12 samples is equally often at each position, and with each other sample in one slice."""
     seeds, places, together = 600, np.zeros((12, 12), dtype=np.int64), np.zeros((12, 12), dtype=np.int64)
     for seed in range(seeds):
@@ -261,7 +261,7 @@ def test_what_is_equally_long_is_shuffled_evenly(block_samples):
     assert np.abs(others - seeds * 5 / 11).max() < 5 * np.sqrt(seeds / 4)
 
 
-def test_what_is_long_comes_to_every_lane_take_and_place_equally_often():
+def test_placement_is_uniform_for_every_sample_length():
     seeds, counts = 1600, np.zeros((16, 2, 4, 2), dtype=np.int64)  # shard, lane, take, place
     lanes, takes, places = np.indices((2, 4, 2))
     for seed in range(seeds):
@@ -272,7 +272,7 @@ def test_what_is_long_comes_to_every_lane_take_and_place_equally_often():
     assert np.abs(counts - seeds / 16).max() < 5 * np.sqrt(seeds / 16)
 
 
-def test_neighbours_in_a_shard_are_spread():
+def test_neighbouring_samples_of_shard_are_spread():
     """Windows mix blocks of several shards: a batch is not a run of one shard's samples."""
     order = one((1000,) * 20, 128, 8, block_samples=50, window_blocks=4, seed=0)
     batch = order.batch(30)
@@ -282,7 +282,7 @@ def test_neighbours_in_a_shard_are_spread():
         assert not (np.diff(samples[:, 1]) == 1).all()
 
 
-def test_a_sample_draws_another_alternative_each_time():
+def test_alternatives_are_drawn_uniformly_by_step_and_seed():
     order = one((100,), 10, 1, 8, 4, seed=0)
     drawn = [order.draw(step, 0, sample, 3) for step in range(20) for sample in range(60)]
     assert np.abs(np.bincount(drawn, minlength=3) - 400).max() < 60
@@ -361,7 +361,7 @@ def images_and_texts() -> Mixture:
         ("images_and_texts", 16, 1, 1.20),  # a lane with one block of a small dataset cannot be balanced
     ],
 )
-def test_no_rank_has_many_more_tokens_than_the_mean(request, mixture, window_blocks, parts, most, lanes, worlds):
+def test_rank_tokens_stay_close_to_mean(request, mixture, window_blocks, parts, most, lanes, worlds):
     """Check every step of the epoch, including the last ones."""
     mixture = request.getfixturevalue(mixture)
     lane_tokens = mixture.lane_tokens(mixture.order(lanes, window_blocks, parts))
@@ -370,12 +370,12 @@ def test_no_rank_has_many_more_tokens_than_the_mean(request, mixture, window_blo
         assert (ranks.max(axis=1) / ranks.mean(axis=1)).max() < most
 
 
-def test_steps_are_alike_where_batches_are_mixed(images_and_texts):
+def test_mixed_batches_have_similar_token_counts(images_and_texts):
     steps = images_and_texts.lane_tokens(images_and_texts.order(64, 16)).sum(axis=1)
     assert steps.max() / steps.mean() < 1.04
 
 
-def test_a_place_says_nothing_about_the_length(images_and_texts):
+def test_position_is_independent_of_sample_length(images_and_texts):
     """Check positions in a slice, lanes, and the halves of the epoch."""
     order = images_and_texts.order(16, 8)
     lanes = [lane_takes(order.streams[0], 0, lane) for lane in range(order.lanes)]
@@ -389,7 +389,7 @@ def test_a_place_says_nothing_about_the_length(images_and_texts):
     assert halves == pytest.approx([1, 1], abs=0.01)
 
 
-def test_windows_are_other_mixtures_of_shards_each_epoch(images):
+def test_windows_mix_different_shards_each_epoch(images):
     """Balancing must not combine the same shards each epoch: two shards rarely share a lane's window again."""
 
     def meetings(epoch: int) -> set[tuple[int, int]]:
@@ -407,7 +407,7 @@ def test_windows_are_other_mixtures_of_shards_each_epoch(images):
 # The format
 
 
-def test_the_order_is_pinned():
+def test_order_is_pinned():
     """Runs resume by this order: a change would give every unfinished run different samples."""
     order = one((5, 0, 4, 6), global_batch=6, lanes=2, block_samples=3, window_blocks=2, seed=7)
     assert [order.batch(step).tolist() for step in range(4)] == [
@@ -418,7 +418,7 @@ def test_the_order_is_pinned():
     ]
 
 
-def test_the_order_of_weights_caps_and_lengths_is_pinned():
+def test_order_with_weights_caps_and_lengths_is_pinned():
     order = Order(
         (Dataset("a", (5, 6), (30, 10), weight=1.5, cap=6), Dataset("b", (7,), (20,), weight=0.5)),
         global_batch=4,
@@ -437,7 +437,7 @@ def test_the_order_of_weights_caps_and_lengths_is_pinned():
     ]
 
 
-def test_the_order_of_parts_is_pinned():
+def test_order_with_parts_is_pinned():
     order = Order(
         (Dataset("a", (5, 4)), Dataset("b", (6,)), Dataset("c", (2,), weight=2)),
         global_batch=4,
@@ -469,13 +469,13 @@ def test_draws_are_pinned():
     assert [order.draw(step, 3, 5, 5) for step in range(12)] == [0, 4, 0, 3, 4, 2, 3, 4, 4, 4, 4, 1]
 
 
-def test_an_order_can_be_sent_to_another_process():
+def test_order_can_be_pickled():
     order = Order((Dataset("a", (50, 9), (3, 4)), Dataset("b", (30,))), 8, 2, 4, 4, seed=0, parts=2)
     before = order.batch(3)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(order)).batch(3), before)
 
 
-def test_a_hundred_million_samples_start_at_any_step():
+def test_order_of_100_million_samples_starts_at_late_step():
     lengths = np.random.default_rng(0).integers(10, 4000, 5_000)
     halves = tuple(Dataset(name, np.full(5_000, 10_000), lengths) for name in "ab")
     order = Order(halves, 1024, 128, block_samples=64, window_blocks=16, seed=3)
@@ -525,7 +525,7 @@ FITS = {
         ({"seed": -1}, "seed -1 is not between 0 and 4294967295"),
     ],
 )
-def test_what_does_not_fit_names_what_would(changes, message):
+def test_invalid_order_errors_suggest_valid_values(changes, message):
     with pytest.raises(PipelineError) as error:
         Order(**(FITS | changes))
     assert message in str(error.value)
@@ -543,13 +543,13 @@ def test_what_does_not_fit_names_what_would(changes, message):
         ({"cap": 0}, "dataset one: cap is 0: it must be 1 or more"),
     ],
 )
-def test_a_dataset_of_which_nothing_can_be_taken_says_why(settings, message):
+def test_invalid_dataset_error_gives_reason(settings, message):
     with pytest.raises(PipelineError) as error:
         Dataset(**({"name": "one", "shard_samples": (60, 40)} | settings))
     assert message in str(error.value)
 
 
-def test_a_world_that_does_not_divide_the_lanes_is_named_with_those_that_do():
+def test_invalid_world_size_error_lists_valid_sizes():
     order = Order(**FITS)
     order.check_world(4)
     for world in (0, 3, 16):
@@ -557,7 +557,7 @@ def test_a_world_that_does_not_divide_the_lanes_is_named_with_those_that_do():
             order.check_world(world)
 
 
-def test_lanes_and_windows_out_of_range_are_errors():
+def test_out_of_range_lane_or_window_raises_index_error():
     stream = Order(**FITS).streams[0]
     for lane, index in ((-1, 0), (8, 0), (0, -1), (0, stream.windows(0, 0))):
         with pytest.raises(IndexError):

@@ -53,7 +53,7 @@ def tagged_behind_its_pixels(orientation: int) -> bytes:
 
 @pytest.mark.parametrize("orientation", [*range(10), 42, 65535])
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "MPO", "PNG, at its end"])
-def test_a_picture_is_turned_upright(form, orientation):
+def test_image_is_rotated_by_exif_orientation(form, orientation):
     if form == "PNG, at its end":
         data = tagged_behind_its_pixels(orientation)
     elif form == "MPO":
@@ -71,14 +71,14 @@ def test_a_picture_is_turned_upright(form, orientation):
 
 
 @pytest.mark.parametrize("form", ["JPEG", "WEBP"])
-def test_or_by_its_xmp_as_transformers_does(form):
+def test_image_is_rotated_by_xmp_orientation(form):
     data = encoded(LOSSY, form, xmp=XMP)
     assert np.array_equal(decode_image(data), load_image(Image.open(io.BytesIO(data))))
     assert decode_image(data).size == image_format(data)[1:] == (HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0noise and more", tag(6)[:-9], bytes(50)])
-def test_damaged_tags_do_not_cost_the_picture(exif):
+def test_image_with_damaged_exif_is_decoded(exif):
     data = encoded(LOSSY, "JPEG", exif=exif)
     assert np.array_equal(decode_image(data), Image.open(io.BytesIO(data)).convert("RGB"))
     assert image_format(data) == ("jpg", WIDTH, HEIGHT)
@@ -88,7 +88,7 @@ RAMP = np.linspace(0, 65535, WIDTH * HEIGHT).astype(np.uint16).reshape(HEIGHT, W
 
 
 @pytest.mark.parametrize(("colour", "bands"), [(0, 1), (2, 3), (4, 2), (6, 4)])
-def test_sixteen_bits_are_scaled_to_eight(colour, bands):
+def test_16_bit_images_are_scaled_to_8_bits(colour, bands):
     values = np.concatenate([RAMP, RAMP[::-1], RAMP[:, ::-1], RAMP], axis=2)[..., :bands]
     shown = values[..., :3] if bands > 2 else values[..., [0, 0, 0]]
     assert np.array_equal(decode_image(png_16(values, colour)), shown >> 8)
@@ -96,14 +96,14 @@ def test_sixteen_bits_are_scaled_to_eight(colour, bands):
     assert np.array_equal(turned, np.rot90(shown >> 8, -1))
 
 
-def test_sixteen_bit_grey_as_it_is_stored_is_as_pillow_has_it():
+def test_16_bit_grey_as_stored_matches_pillow():
     data = png_16(RAMP, 0)
     stored = np.asarray(decode_image(data, as_stored=True))
     assert np.array_equal(stored, Image.open(io.BytesIO(data)).convert("RGB"))
     assert (stored == 255).mean() > 0.99  # the reason for scaling it in all other cases
 
 
-def test_pictures_of_other_modes():
+def test_integer_modes_convert_to_rgb_and_floats_are_refused():
     levels = RAMP[..., 0]
     for mode in ("<u2", ">u2", "<i4"):  # I;16, I;16B, I
         assert np.array_equal(rgb(Image.fromarray(levels.astype(mode))), (RAMP >> 8).repeat(3, axis=2))
@@ -141,7 +141,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_all_else_is_read_as_transformers_and_the_papers_read_it(name):
+def test_other_formats_match_transformers(name):
     """Transparency is dropped, and an animation is represented by its first frame."""
     data = OTHERS[name]
     expected = load_image(Image.open(io.BytesIO(data)))
@@ -151,7 +151,7 @@ def test_all_else_is_read_as_transformers_and_the_papers_read_it(name):
     assert image_format(data) == (suffix, WIDTH, HEIGHT)
 
 
-def test_a_picture_that_is_cut_or_of_another_format_is_none():
+def test_truncated_or_unsupported_images_are_refused():
     jpeg = encoded(LOSSY.resize((300, 200)), "JPEG")
     for data in (jpeg[: len(jpeg) // 2], OTHERS["palette"][:-40], encoded(PICTURE, "BMP"), encoded(PICTURE, "TIFF")):
         with pytest.raises(BadSample, match="undecodable image"):

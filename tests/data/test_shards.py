@@ -57,7 +57,7 @@ def dataset(request, tmp_path):
     return url, pairs
 
 
-def test_round_trip(dataset):
+def test_shards_round_trip(dataset):
     url, pairs = dataset
     index = Index.load(url)
     assert (index.dataset, index.samples) == ("Mixed", len(pairs))
@@ -93,7 +93,7 @@ def test_sidecar_describes_samples(dataset):
         assert not record["image_sizes"][len(sizes) :].any()
 
 
-def test_one_ranged_read(dataset, monkeypatch):
+def test_samples_are_read_in_one_ranged_read(dataset, monkeypatch):
     url, _ = dataset
     shard = Index.load(url).shards[0]
     sidecar = load_sidecar(url, shard)
@@ -119,7 +119,7 @@ def test_webdataset_reads_our_shards(tmp_path):
     assert decoded["query.0.jpg"].shape == (21, 11, 3)
 
 
-def test_same_samples_same_bytes(tmp_path):
+def test_same_samples_give_same_bytes(tmp_path):
     for name in "ab":
         write_shards(make_pairs(), tmp_path / name, dataset="Mixed", shard_bytes=60_000)
     first, second = (sorted((tmp_path / name).iterdir()) for name in "ab")
@@ -127,7 +127,7 @@ def test_same_samples_same_bytes(tmp_path):
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
-def test_without_images(tmp_path):
+def test_sample_without_images_round_trips(tmp_path):
     pair = Pair("a", "Texts", "", Item("q"), Item("t"))
     (shard,) = write_shards([pair], tmp_path, dataset="Texts").shards
     sidecar = load_sidecar(str(tmp_path), shard)
@@ -143,7 +143,7 @@ def test_unreadable_image_has_no_size(tmp_path):
     assert parse_sample(read_samples(str(tmp_path), shard, sidecar)[0]) == pair
 
 
-def test_the_index_sums_up_its_sidecars(dataset):
+def test_index_totals_match_sidecars(dataset):
     url, _ = dataset
     for shard in Index.load(url).shards:
         records = load_sidecar(url, shard)
@@ -155,7 +155,7 @@ def test_the_index_sums_up_its_sidecars(dataset):
         assert shard.image_sizes == tuple(sizes[(2 * i + 1) * len(sizes) // 32][1] for i in range(16))
 
 
-def test_a_shard_counts_its_samples_by_task(tmp_path):
+def test_shard_counts_samples_by_task(tmp_path):
     tasks = ["vqa", "", "vqa", "retrieval"]
     pairs = [Pair(str(number), "X", task, Item("q"), Item("a")) for number, task in enumerate(tasks)]
     write_shards(pairs, tmp_path, dataset="X")
@@ -163,7 +163,7 @@ def test_a_shard_counts_its_samples_by_task(tmp_path):
     assert shard.tasks == {"vqa": 2, "": 1, "retrieval": 1}
 
 
-def test_an_item_alone(tmp_path):
+def test_single_items_round_trip(tmp_path):
     samples = [Single("a", "X", "vqa", Item("<image> q", (picture(1),))), Single("b", "X", "vqa", Item("t"))]
     (shard,) = write_shards(samples, tmp_path, dataset="X").shards
     records = load_sidecar(str(tmp_path), shard)
@@ -181,13 +181,13 @@ def test_an_item_alone(tmp_path):
         ([Pair("a", "X", "", Item("q", (b"",) * 256), Item("t"))], "256 images of the query"),
     ],
 )
-def test_refused_samples(tmp_path, pairs, reason):
+def test_invalid_samples_are_refused(tmp_path, pairs, reason):
     with pytest.raises(PipelineError, match=reason):
         write_shards(pairs, tmp_path, dataset="X")
     assert not (tmp_path / "index.json").exists()
 
 
-def test_damaged_shard_names_object_and_range(dataset):
+def test_damaged_shard_error_names_object_and_range(dataset):
     url, _ = dataset
     shard = Index.load(url).shards[1]
     sidecar = load_sidecar(url, shard)
@@ -208,7 +208,7 @@ def test_damaged_shard_names_object_and_range(dataset):
         read_samples(url, shard, sidecar[:4])
 
 
-def test_what_was_damaged_on_its_way_is_read_again(dataset, monkeypatch):
+def test_corrupt_reads_are_retried(dataset, monkeypatch):
     url, pairs = dataset
     original, calls = objects.read, []
 
@@ -227,7 +227,7 @@ def test_what_was_damaged_on_its_way_is_read_again(dataset, monkeypatch):
     assert len(calls) == 12
 
 
-def test_damaged_sidecar(dataset):
+def test_damaged_sidecar_is_refused(dataset):
     url, _ = dataset
     shard = Index.load(url).shards[0]
     name = objects.join(url, shard.sidecar)
@@ -257,7 +257,7 @@ def signed(content: dict) -> dict:
         (lambda index: signed({k: v for k, v in index.items() if k != "dataset"}), "'dataset'"),
     ],
 )
-def test_malformed_index(tmp_path, change, reason):
+def test_malformed_index_is_refused(tmp_path, change, reason):
     write_shards(make_pairs(1), tmp_path, dataset="X")
     path = tmp_path / "index.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
@@ -266,7 +266,7 @@ def test_malformed_index(tmp_path, change, reason):
     assert str(path) in str(caught.value)
 
 
-def test_index_that_is_no_json(tmp_path):
+def test_non_json_or_missing_index_is_refused(tmp_path):
     for content in (b"{", DEEP):
         (tmp_path / "index.json").write_bytes(content)
         with pytest.raises(ObjectError, match="it is not JSON"):
@@ -295,12 +295,12 @@ def tar_of(members: dict[str, bytes], path: Path, key: str = "a") -> bytes:
         ),
     ],
 )
-def test_bad_sample(tmp_path, members, reason):
+def test_malformed_sample_raises_bad_sample(tmp_path, members, reason):
     with pytest.raises(BadSample, match=reason):
         parse_sample(tar_of(members, tmp_path / "bad.tar"))
 
 
-def test_bytes_that_are_no_sample():
+def test_non_sample_bytes_raise_bad_sample():
     one = sample_bytes(make_pairs(3)[2])
     other = sample_bytes(make_pairs(3)[1])
     for data, reason in (
@@ -318,7 +318,7 @@ def test_bytes_that_are_no_sample():
 CAPTIONS = Captions("<image>\nWhat is this?", ("txt", "long"), "retrieval")
 
 
-def test_img2dataset_layout(tmp_path):
+def test_img2dataset_sample_is_parsed(tmp_path):
     members = {
         "jpg": picture(1, "JPEG"),
         "txt": "kurz ü".encode(),
@@ -338,7 +338,7 @@ def test_img2dataset_layout(tmp_path):
 @pytest.mark.parametrize(
     "column", ["NaN", "null", '""', '" "', "[]", "[null]", "[NaN, 3]", "7", "-Infinity", "{}", "true", None]
 )
-def test_a_good_caption_is_enough(tmp_path, column):
+def test_one_usable_caption_is_enough(tmp_path, column):
     described = {} if column is None else {"json": b'{"long": %s}' % column.encode()}
     members = {"jpg": picture(1, "JPEG"), "txt": b"short"} | described
     assert parse_sample(tar_of(members, tmp_path / "a.tar"), CAPTIONS).texts == ("short",)
@@ -348,13 +348,13 @@ def test_a_good_caption_is_enough(tmp_path, column):
         parse_sample(tar_of({"jpg": members["jpg"]} | described, tmp_path / "a.tar"), CAPTIONS)
 
 
-def test_json_that_is_not_asked_for_costs_nothing(tmp_path):
+def test_unrequested_malformed_json_is_ignored(tmp_path):
     members = {"jpg": picture(1, "JPEG"), "txt": b"short", "json": b"{"}
     captions = replace(CAPTIONS, columns=("txt",))
     assert parse_sample(tar_of(members, tmp_path / "a.tar"), captions).texts == ("short",)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+def test_byte_order_marks_are_stripped_from_captions(tmp_path):
     jpg = picture(1, "JPEG")
 
     def texts(**members: bytes) -> tuple[str, ...]:
@@ -384,14 +384,14 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
         ({"png": b""}, "several images"),
     ],
 )
-def test_img2dataset_sample_that_is_none(tmp_path, change, reason):
+def test_invalid_img2dataset_sample_raises_bad_sample(tmp_path, change, reason):
     members = {"jpg": picture(1, "JPEG"), "txt": b"short"} | change
     members = {name: content for name, content in members.items() if content is not None}
     with pytest.raises(BadSample, match=reason):
         parse_sample(tar_of(members, tmp_path / "a.tar"), CAPTIONS)
 
 
-def test_a_sparse_file_claims_no_memory(tmp_path):
+def test_sparse_file_raises_bad_sample(tmp_path):
     (tmp_path / "huge.jpg").touch()
     os.truncate(tmp_path / "huge.jpg", 1 << 40)
     subprocess.run(["tar", "--sparse", "-cf", "bomb.tar", "huge.jpg"], cwd=tmp_path, check=True)
@@ -402,7 +402,7 @@ def test_a_sparse_file_claims_no_memory(tmp_path):
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("folder", ["", "f" * 60 + "/" + "g" * 60 + "/", "ü/"])
 @pytest.mark.parametrize("time", [0, 1795284872.5])  # a fractional time needs a header of its own
-def test_tars_of_all_kinds_are_read_as_tarfile_reads_them(format, folder, time):
+def test_all_tar_formats_are_parsed(format, folder, time):
     contents = {"json": b"{}", "txt": b"a caption", "jpg": picture(1, "JPEG"), "empty": b"", "block": bytes(512)}
     buffer = BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:

@@ -83,7 +83,7 @@ def read(*arguments) -> list[Batch]:
     ],
     ids=["mixed", "homogeneous", "interleaved", "weights"],
 )
-def test_every_world_and_number_of_workers_sees_the_batches_of_the_order(data, mixture):
+def test_batches_match_order_for_any_world_size_and_workers(data, mixture):
     data = changed(data, **mixture)
     opened = Source.open(data)
     order = opened.order(BATCH, 5, LENGTHS)
@@ -104,7 +104,7 @@ def test_every_world_and_number_of_workers_sees_the_batches_of_the_order(data, m
             contents = rows
 
 
-def test_a_batch_holds_what_was_written(data):
+def test_batch_contains_written_samples(data):
     origins = {}
     for batch in read(data, range(10)):
         rows = zip(batch.origins, batch.query, batch.target, batch.valid, strict=True)
@@ -116,12 +116,12 @@ def test_a_batch_holds_what_was_written(data):
     assert len(origins) == 119  # 10 steps of 12, each sample once, except for the one that cannot be encoded
 
 
-def test_items_are_known_by_what_the_model_sees(data):
+def test_items_are_keyed_by_encoded_content(data):
     for batch in read(data, range(40)):  # items of the index, of drawn alternatives, and of negatives
         assert all(encode(Item(text(batch, key))).key == key for key in batch.items)
 
 
-def test_each_step_draws_one_of_the_alternatives(data):
+def test_each_step_draws_one_alternative(data):
     drawn = Counter()
     for batch in read(data, range(100)):
         for target in batch.target:
@@ -134,7 +134,7 @@ def test_each_step_draws_one_of_the_alternatives(data):
     assert again == [batch.target for batch in read(data, range(60))][50:]
 
 
-def test_a_bad_sample_is_an_invalid_row_with_its_origin_and_reason(data):
+def test_bad_sample_becomes_invalid_row_with_origin_and_reason(data):
     found = [batch for batch in read(data, range(10)) if not all(batch.valid)]
     assert len(found) == 1
     (batch,) = found
@@ -146,7 +146,7 @@ def test_a_bad_sample_is_an_invalid_row_with_its_origin_and_reason(data):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_bytes_are_an_error_that_names_them_not_a_bad_sample(data, tmp_path, workers):
+def test_damaged_bytes_raise_error_instead_of_bad_sample(data, tmp_path, workers):
     pairs = (pair("first", number) for number in range(40))
     write_shards(pairs, tmp_path, dataset="first")
     shard = tmp_path / "000000.tar"
@@ -173,7 +173,7 @@ raise RuntimeError("out of memory")
 """
 
 
-def test_workers_heed_a_signal_to_the_job_no_more_than_the_rank_and_end_with_it(data):
+def test_workers_ignore_sigterm_and_end_with_rank(data):
     """The rank fails in its own step, while the reader is in the middle of an epoch."""
     given = changed(data, workers=2).model_dump_json()
     here = Path(__file__).parent
@@ -207,7 +207,7 @@ sys.stdin.read()
 """
 
 
-def test_workers_live_with_the_process_and_not_with_the_thread_that_began_them(data):
+def test_workers_outlive_starting_thread_and_end_with_process(data):
     given = changed(data, workers=2).model_dump_json()
     here = Path(__file__).parent
     path = os.pathsep.join(map(str, (here, *here.parents[:2])))
@@ -231,14 +231,14 @@ def test_workers_live_with_the_process_and_not_with_the_thread_that_began_them(d
         assert rank.communicate()[1] == ""
 
 
-def test_an_item_of_an_evaluation_set_is_no_pair(data, tmp_path):
+def test_evaluation_items_are_invalid_for_training(data, tmp_path):
     write_shards((Single(str(i), "d", "vqa", Item(str(i))) for i in range(12)), tmp_path, dataset="d")
     (batch,) = read(changed(data, url=str(tmp_path), datasets=[]), range(1))
     assert not any(batch.valid)
     assert "not a pair to train on" in batch.bad[0].reason
 
 
-def test_what_cannot_work_is_refused_before_it_begins(data):
+def test_invalid_world_size_and_memory_limit_are_refused(data):
     opened = Source.open(data)
     order = opened.order(BATCH, 5, LENGTHS)
     with pytest.raises(PipelineError, match="could be 1, 2, 4"):
@@ -252,7 +252,7 @@ def _heavy(index):
     return replace(index, shards=tuple(replace(shard, size=shard.size * 1000) for shard in index.shards))
 
 
-def test_an_epoch_reads_each_sample_once_and_holds_no_more_than_it_may(data, tmp_path, monkeypatch):
+def test_epoch_reads_each_sample_once_within_memory_limit(data, tmp_path, monkeypatch):
     """Blocks are read ahead while memory allows, and none is read twice."""
     noise = np.random.default_rng(0)
     pairs = (Pair(str(i), "d", "", Item("<image>", (noise.bytes(50_000),)), Item(str(i))) for i in range(160))
@@ -282,7 +282,7 @@ def test_an_epoch_reads_each_sample_once_and_holds_no_more_than_it_may(data, tmp
 
 
 @pytest.mark.parametrize("mixture", ["mixed", "homogeneous", "interleaved:3"])
-def test_a_short_run_from_any_step_reads_only_what_it_takes(data, monkeypatch, mixture):
+def test_run_from_any_step_reads_only_its_samples(data, monkeypatch, mixture):
     """Also test windows that began earlier, and steps without samples of some dataset."""
     opened = Source.open(changed(data, batches=mixture))
     order = opened.order(BATCH, 5, LENGTHS)
@@ -298,7 +298,7 @@ def test_a_short_run_from_any_step_reads_only_what_it_takes(data, monkeypatch, m
 
 
 @pytest.mark.parametrize("workers", [0, 1, 5])
-def test_what_is_read_of_sidecars_does_not_grow_with_the_workers(data, workers):
+def test_sidecar_reads_do_not_grow_with_workers(data, workers):
     opened = Source.open(changed(data, workers=workers))
     order = opened.order(BATCH, 5, LENGTHS)
     steps = range(order.steps_per_epoch)
@@ -309,7 +309,7 @@ def test_what_is_read_of_sidecars_does_not_grow_with_the_workers(data, workers):
 
 
 @pytest.mark.parametrize("workers", [1, 7])
-def test_pieces_are_cut_for_memory_and_for_all_workers(data, workers, monkeypatch):
+def test_pieces_are_cut_for_memory_and_workers(data, workers, monkeypatch):
     monkeypatch.setattr(stream, "_READ_BYTES", 6_000)
     opened = Source.open(data)
     order = opened.order(BATCH, 5, LENGTHS)
@@ -325,7 +325,7 @@ def test_pieces_are_cut_for_memory_and_for_all_workers(data, workers, monkeypatc
             assert stop - start == 1 or records["length"].sum() <= 2 * 6_000
 
 
-def test_a_window_is_forgotten_after_its_last_slice(data, monkeypatch):
+def test_window_is_released_after_last_slice(data, monkeypatch):
     """Otherwise memory, and the time of every step, would grow over an epoch."""
     monkeypatch.setattr(stream, "_STEPS_AHEAD", 1)
     known, read_ahead = [], stream.Reader._read_ahead

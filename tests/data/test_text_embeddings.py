@@ -139,7 +139,7 @@ def read(data: Data, steps: int = 7, world: int = 1) -> Iterator:
 
 
 @pytest.mark.parametrize("stored", ["fp16", "bf16"])
-def test_a_tar_has_a_row_for_each_text_and_webdataset_reads_it(shards, tmp_path, stored):
+def test_embedding_tars_have_one_row_per_text(shards, tmp_path, stored):
     encoder = embed(shards, tmp_path, Texts(), stored)
     assert max(Counter(encoder.texts).values()) < sum(SAMPLES.values()) / 2  # "the same" is embedded once per group
     assert all(group == sorted(group, key=len, reverse=True) for group in encoder.groups)
@@ -161,7 +161,7 @@ def test_a_tar_has_a_row_for_each_text_and_webdataset_reads_it(shards, tmp_path,
 
 @pytest.mark.parametrize("place", ["beside", "elsewhere", "s3"])
 @pytest.mark.slow
-def test_each_drawn_caption_comes_with_its_row(request, shards, tmp_path, place):
+def test_each_drawn_caption_comes_with_its_embedding(request, shards, tmp_path, place):
     url, out, embeddings, stored = shutil.copytree(shards, tmp_path / "shards"), None, "beside", "fp16"
     if place == "elsewhere":
         out = embeddings = tmp_path / "vectors"
@@ -194,7 +194,7 @@ def test_each_drawn_caption_comes_with_its_row(request, shards, tmp_path, place)
     assert sum(drawn.values()) >= 3 * 7 * BATCH - 6
 
 
-def test_a_run_without_them_is_as_before_and_one_with_them_is_another(shards, tmp_path):
+def test_text_embeddings_change_fingerprint_but_not_captions(shards, tmp_path):
     embed(shards, tmp_path, Texts())
     without, with_them = (Source.open(data_of(shards, place)) for place in (None, tmp_path))
     assert without.embedding_metadata is None and len(without.tars(0)) == 1
@@ -205,7 +205,7 @@ def test_a_run_without_them_is_as_before_and_one_with_them_is_another(shards, tm
     assert {(row, text) for _, row, text, _ in read(data_of(shards, tmp_path), 3)} == texts.keys()
 
 
-def test_what_was_read_and_what_is_held_count_both_tars(shards, tmp_path, monkeypatch):
+def test_bytes_read_and_held_count_both_tars(shards, tmp_path, monkeypatch):
     embed(shards, tmp_path, Texts())
     held, read_ahead = [], Reader._read_ahead
 
@@ -239,7 +239,7 @@ def test_what_was_read_and_what_is_held_count_both_tars(shards, tmp_path, monkey
         Source(heavy.data, heavy.indexes, heavy.shards, opened.embeddings).check_memory(order, 1)
 
 
-def test_of_a_shard_no_more_than_a_piece_is_in_memory(shards, tmp_path, monkeypatch):
+def test_shards_are_embedded_in_bounded_pieces(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_shards, "_READ_BYTES", 4_000)
     pieces, plain = [], source.read_samples
 
@@ -256,7 +256,7 @@ def test_of_a_shard_no_more_than_a_piece_is_in_memory(shards, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("calls", [0, 3, 9, 15])
-def test_killed_it_goes_on_and_embeds_no_shard_twice(shards, tmp_path, calls):
+def test_killed_embedding_resumes_and_embeds_no_shard_twice(shards, tmp_path, calls):
     whole = embed(shards, tmp_path / "whole", Texts())
     killed = Texts(calls)
     with pytest.raises(RuntimeError, match="killed"):
@@ -273,7 +273,7 @@ def test_killed_it_goes_on_and_embeds_no_shard_twice(shards, tmp_path, calls):
     assert embed(shards, tmp_path / "killed", Texts()).groups == []  # the third start has nothing to do
 
 
-def test_of_many_samples_that_cannot_be_used_some_are_named(shards, tmp_path, monkeypatch, caplog):
+def test_only_some_unusable_samples_are_logged(shards, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(Texts, "prepare", lambda self, item: _refuse(item) if "first" in item.text else item.text)
     embed(shards, tmp_path, Texts())
     assert caplog.text.count("no embeddings for") == embed_shards._SHOWN
@@ -284,7 +284,7 @@ def _refuse(item: Item) -> None:
     raise BadSample("made so")
 
 
-def test_a_file_cut_short_or_changed_is_embedded_again(shards, tmp_path, monkeypatch):
+def test_truncated_or_corrupt_tar_is_embedded_again(shards, tmp_path, monkeypatch):
     embed(shards, tmp_path, Texts())
     expected = files(tmp_path)
     tar = tmp_path / "first/000001_text_embeddings.tar"
@@ -312,7 +312,7 @@ def test_a_file_cut_short_or_changed_is_embedded_again(shards, tmp_path, monkeyp
     assert files(tmp_path / "flipped")["first/000001_text_embeddings.tar"] == tar.read_bytes()
 
 
-def test_other_vectors_are_not_overwritten_unless_asked(shards, tmp_path):
+def test_embeddings_are_replaced_only_with_overwrite(shards, tmp_path):
     shards, out = shutil.copytree(shards, tmp_path / "shards"), tmp_path / "out"
     embed(shards, out, Texts())
     before = files(out)
@@ -349,7 +349,7 @@ def test_other_vectors_are_not_overwritten_unless_asked(shards, tmp_path):
     assert Source.open(data_of(shards, out)).embedding_metadata.identity == "2"
 
 
-def test_what_is_damaged_missing_or_of_another_model_is_refused_by_name(shards, tmp_path):
+def test_damaged_missing_or_mismatched_embeddings_are_refused_by_name(shards, tmp_path):
     embed(shards, tmp_path, Texts())
     tar = tmp_path / "second/000001_text_embeddings.tar"
     content = bytearray(tar.read_bytes())
@@ -376,7 +376,7 @@ def test_what_is_damaged_missing_or_of_another_model_is_refused_by_name(shards, 
         Source.open(data_of(shards, tmp_path))
 
 
-def test_rows_of_another_sample_are_never_taken(shards, tmp_path):
+def test_embeddings_of_another_sample_are_refused(shards, tmp_path):
     """The tars' index may have been sorted manually."""
     embed(shards / "first", tmp_path, Texts())
     opened = Source.open(data_of(shards / "first", tmp_path, datasets=[]))
@@ -395,7 +395,7 @@ def test_rows_of_another_sample_are_never_taken(shards, tmp_path):
         opened.parse(0, records[1], samples[1], sample_bytes(key, vectors))
 
 
-def test_vectors_that_are_none_are_refused(shards, tmp_path):
+def test_invalid_embeddings_and_shards_are_refused(shards, tmp_path):
     class Long(Texts):
         def embed(self, prepared):
             return super().embed(prepared) * 1.01
@@ -422,7 +422,7 @@ def test_vectors_that_are_none_are_refused(shards, tmp_path):
         (["--published"], "has no tars from img2dataset: embed its captions without --published"),
     ],
 )
-def test_what_the_command_cannot_do_is_said(shards, monkeypatch, arguments, complaint):
+def test_invalid_option_combinations_are_refused(shards, monkeypatch, arguments, complaint):
     monkeypatch.setattr(sys, "argv", ["embed", "Llama", "--shards", str(shards), *arguments])
     with pytest.raises(PipelineError, match=complaint):
         main.__wrapped__()
@@ -467,7 +467,7 @@ def indexed_images(folder: Path, dest: Path, columns: tuple[str, ...] = COLUMNS)
 
 
 @pytest.mark.parametrize("columns", [COLUMNS, COLUMNS[::-1], COLUMNS[1:]], ids=["both", "reversed", "one"])
-def test_llm2clips_own_tars_are_read_where_they_are(tmp_path, columns):
+def test_published_llm2clip_tars_are_read_in_place(tmp_path, columns):
     folder = tmp_path / "cc"
     captions = published(folder)
     before = files(folder)
@@ -493,7 +493,7 @@ def test_llm2clips_own_tars_are_read_where_they_are(tmp_path, columns):
     assert set(lacking) == {"its captions have no embeddings"}
 
 
-def test_tars_that_are_not_of_these_captions_are_refused(tmp_path):
+def test_published_tars_of_other_captions_are_refused(tmp_path):
     folder = tmp_path / "cc"
     published(folder)
 
@@ -524,7 +524,7 @@ def test_tars_that_are_not_of_these_captions_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"<html>", b"{}", b"[" * 200_000])
-def test_a_damaged_record_is_embedded_again_and_a_damaged_name_of_the_model_is_refused(shards, tmp_path, damage):
+def test_damaged_records_are_redone_and_damaged_metadata_is_refused(shards, tmp_path, damage):
     with pytest.raises(RuntimeError, match="killed"):
         embed(shards / "first", tmp_path / "out", Texts(9))
     begun = tmp_path / "out/.text_embeddings"
@@ -550,7 +550,7 @@ def test_a_damaged_record_is_embedded_again_and_a_damaged_name_of_the_model_is_r
     ("name", "value"),
     [("width", 4.0), ("width", -1), ("stored", "int8"), ("columns", 7), ("tars_url", None), ("parts", {}), ("more", 1)],
 )
-def test_an_index_of_embeddings_that_makes_no_sense_is_refused(shards, tmp_path, name, value):
+def test_invalid_embedding_index_is_refused(shards, tmp_path, name, value):
     embed(shards / "first", tmp_path, Texts())
     file = tmp_path / "text_embeddings.json"
     content = json.loads(file.read_text())

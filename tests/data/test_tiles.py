@@ -82,22 +82,22 @@ def assert_like_transformers(images: list[bytes], pinpoints: tuple[tuple[int, in
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_an_image_alone_is_cut_as_transformers_cuts_it(name):
+def test_single_image_tiles_match_transformers(name):
     assert_like_transformers([IMAGES[name]], PINPOINTS)
 
 
 @pytest.mark.parametrize("size", [(1000, 300), (250, 900)])
-def test_other_grids(size):
+def test_other_grids_match_transformers(size):
     assert_like_transformers([encoded(picture(*size))], WIDE)
 
 
-def test_one_of_several_images_is_a_padded_square():
+def test_several_images_are_padded_like_transformers():
     names = ("square", "landscape", "portrait", "smaller than a tile", "one pixel wide", "with alpha", "turned by exif")
     assert_like_transformers([IMAGES[name] for name in names], PINPOINTS)
 
 
 @pytest.mark.parametrize("pinpoints", [PINPOINTS, WIDE])
-def test_tokens_are_as_many_as_the_model_makes_of_the_tiles(pinpoints):
+def test_token_count_matches_model(pinpoints):
     config = LlavaOnevisionConfig(image_grid_pinpoints=[list(size) for size in pinpoints])
     model, tiling = SimpleNamespace(config=config), Tiling(384, 27, pinpoints, max_tiles=2)
     newline, options = torch.zeros(1), {"vision_aspect_ratio": "anyres_max_2"}
@@ -109,7 +109,7 @@ def test_tokens_are_as_many_as_the_model_makes_of_the_tiles(pinpoints):
         assert tiling.tokens(height, width, anyres=True) == tokens
 
 
-def test_a_frame_is_resized_without_regard_to_its_shape():
+def test_frames_are_resized_ignoring_aspect_ratio():
     frames = [picture(64, 32), picture(17, 40), picture(24, 24)]
     tiles = Tiling(24, 3, ((24, 24),)).cut_frames(frames)
     assert tiles.shape == (3, 3, 24, 24)
@@ -117,7 +117,7 @@ def test_a_frame_is_resized_without_regard_to_its_shape():
         assert np.array_equal(tile.transpose(1, 2, 0), np.asarray(frame.resize((24, 24), Image.Resampling.BICUBIC)))
 
 
-def test_tokens_of_a_video():
+def test_video_token_count():
     assert Tiling(384, 27, PINPOINTS).video_tokens(32) == 32 * 14 * 14 + 1
     assert Tiling(56, 4, ((56, 56),)).video_tokens(1) == 2 * 2 + 1
 
@@ -135,7 +135,7 @@ def png_of(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("side", "reason"), [(60_000, "DecompressionBombError.*3600000000 pixels"), (12_000, "12000x12000 pixels")]
 )
-def test_a_decompression_bomb_is_refused_before_it_is_allocated(side, reason):
+def test_decompression_bomb_is_refused_before_allocation(side, reason):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BadSample, match=reason):
         decode_image(png_of(side, side))
@@ -143,12 +143,12 @@ def test_a_decompression_bomb_is_refused_before_it_is_allocated(side, reason):
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", IMAGES["jpeg"][:3000], encoded(picture(8, 8), "BMP")])
-def test_what_is_no_whole_image_in_a_known_format_is_refused(data):
+def test_truncated_or_unsupported_images_are_refused(data):
     with pytest.raises(BadSample, match="undecodable image"):
         decode_image(data)
 
 
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (9_500, 100)])
-def test_a_long_image_is_not_padded_to_a_huge_square(size):
+def test_elongated_image_is_refused_instead_of_padded(size):
     with pytest.raises(BadSample, match=f"{size[0]}x{size[1]} pixels are too many"):
         Tiling(24, 3, ((24, 24),)).cut(Image.new("RGB", size), anyres=False)

@@ -57,7 +57,7 @@ VIDEOS = {
 
 
 @pytest.mark.parametrize("name", VIDEOS)
-def test_frames_are_evenly_spaced_over_those_that_are_decoded(name):
+def test_sampled_frames_are_evenly_spaced(name):
     with av.open(io.BytesIO(VIDEOS[name])) as container:
         decoded = [frame.to_image() for frame in container.decode(video=0)]
     for count in (1, 2, 7, 8, len(decoded)):
@@ -68,7 +68,7 @@ def test_frames_are_evenly_spaced_over_those_that_are_decoded(name):
             assert np.array_equal(np.asarray(frame), np.asarray(decoded[place]))
 
 
-def test_frames_before_an_edit_list_begins_do_not_count():
+def test_frames_before_edit_list_are_skipped():
     data = encoded("mp4", "mpeg4", start=-10, muxer={"avoid_negative_ts": "disabled"})
     with av.open(io.BytesIO(data)) as container:
         packets = sum(packet.size > 0 for packet in container.demux(video=0))
@@ -76,7 +76,7 @@ def test_frames_before_an_edit_list_begins_do_not_count():
     assert [number(frame) for frame in sample_frames(data, 4)] == [10, 19, 29, 39]
 
 
-def test_a_wrong_count_in_the_container_is_not_believed():
+def test_wrong_frame_count_in_container_is_ignored():
     avi = bytearray(VIDEOS["avi"])
     header = avi.index(b"avih") + 8
     avi[header + 16 : header + 20] = struct.pack("<I", 7)
@@ -87,11 +87,11 @@ def test_a_wrong_count_in_the_container_is_not_believed():
     assert [number(frame) for frame in sample_frames(bytes(avi), 3)] == [0, 19, 39]
 
 
-def test_a_short_video_repeats_frames():
+def test_short_video_repeats_frames():
     assert [number(frame) for frame in sample_frames(encoded("mp4", "libx264", 3), 8)] == [0, 0, 0, 0, 1, 1, 1, 2]
 
 
-def test_a_sideways_video_is_turned_upright():
+def test_rotated_video_is_turned_upright():
     data = bytearray(MP4)
     matrix = data.index(b"tkhd") + 44
     data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # by 90 degrees
@@ -100,7 +100,7 @@ def test_a_sideways_video_is_turned_upright():
     assert number(upright.transpose(Image.Transpose.ROTATE_90)) == 39
 
 
-def test_metadata_in_any_encoding():
+def test_non_utf8_metadata_is_accepted():
     data = encoded("avi", "mpeg4", 2)
     title = b"LIST" + struct.pack("<I", 16) + b"INFOINAM" + struct.pack("<I", 4) + b"caf\xe9"
     start = data.index(b"LIST", data.index(b"LIST") + 4)
@@ -124,7 +124,7 @@ def test_metadata_in_any_encoding():
         (b"#EXTM3U\n", "bin"),
     ],
 )
-def test_formats_are_told_by_content(data, suffix):
+def test_video_format_is_detected_from_content(data, suffix):
     assert video_format(data) == suffix
 
 
@@ -156,7 +156,7 @@ def test_broken_videos_are_bad_samples(data, reason):
         sample_frames(data, 8)
 
 
-def test_damage_anywhere_is_at_most_a_bad_sample():
+def test_damaged_videos_decode_or_raise_bad_sample():
     rng = np.random.default_rng(0)
     for data in (MP4, VIDEOS["webm of vp8"], VIDEOS["avi"]):
         for _ in range(30):
@@ -168,7 +168,7 @@ def test_damage_anywhere_is_at_most_a_bad_sample():
 
 
 @pytest.mark.parametrize("disguise", [b"", b"\0\0\0\x08ftyp"])
-def test_a_playlist_opens_no_other_file(tmp_path, disguise):
+def test_playlist_opens_no_other_file(tmp_path, disguise):
     (tmp_path / "secret.mp4").write_bytes(MP4)
     concat = f"ffconcat version 1.0\nfile '{tmp_path}/secret.mp4'\n".encode()
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\n{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n".encode()
@@ -179,7 +179,7 @@ def test_a_playlist_opens_no_other_file(tmp_path, disguise):
             sample_frames(disguise + data, 8)
 
 
-def test_a_video_of_too_many_frames_is_refused(monkeypatch):
+def test_video_with_too_many_frames_is_refused(monkeypatch):
     monkeypatch.setattr(video, "MAX_FRAMES", 40)
     assert len(sample_frames(MP4, 2)) == 2
     monkeypatch.setattr(video, "MAX_FRAMES", 39)
@@ -188,7 +188,7 @@ def test_a_video_of_too_many_frames_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(("limit", "needed"), [("MAX_FRAME_PIXELS", 128 * 32), ("MAX_PIXELS", 40 * 128 * 32)])
-def test_a_video_of_too_many_pixels_is_refused(monkeypatch, limit, needed):
+def test_video_with_too_many_pixels_is_refused(monkeypatch, limit, needed):
     monkeypatch.setattr(video, limit, needed)
     assert len(sample_frames(MP4, 2)) == 2
     monkeypatch.setattr(video, limit, needed - 1)
@@ -196,7 +196,7 @@ def test_a_video_of_too_many_pixels_is_refused(monkeypatch, limit, needed):
         sample_frames(MP4, 2)
 
 
-def test_frames_may_not_grow_past_the_limit_on_the_way(monkeypatch):
+def test_frame_growing_past_pixel_limit_is_refused(monkeypatch):
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska") as file:
         stream = file.add_stream("mjpeg", rate=25, width=128, height=32, pix_fmt="yuvj420p")

@@ -60,7 +60,7 @@ def loaded(*urls: str) -> Collection:
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_training_is_a_function_of_seed_and_index(dataset: str) -> None:
+def test_training_pairs_depend_only_on_seed_and_index(dataset: str) -> None:
     drawn = pairs(dataset, 20)
     assert drawn[13] == training_pair(dataset, SEED, 13)
     assert drawn == pairs(dataset, 20)
@@ -68,7 +68,7 @@ def test_training_is_a_function_of_seed_and_index(dataset: str) -> None:
     assert len({pair.key for pair in drawn}) == len({pair.query.content_hash for pair in drawn}) == 20
 
 
-def test_images_show_what_their_captions_say() -> None:
+def test_images_match_their_captions() -> None:
     languages = set()
     for pair in pairs("images", 60):
         short, long, other, other_long = pair.texts
@@ -83,7 +83,7 @@ def test_images_show_what_their_captions_say() -> None:
     assert languages == {"de", "fr"}
 
 
-def test_texts_are_two_captions_of_one_scene() -> None:
+def test_text_pairs_caption_the_same_scene() -> None:
     """One text is a short English caption; the other is any other caption of the same scene."""
     seen = set()
     for pair in pairs("texts", 600):
@@ -101,7 +101,7 @@ def test_texts_are_two_captions_of_one_scene() -> None:
     assert len(seen) == 7 and ("short", "en") not in seen
 
 
-def test_sentences_say_the_same_from_either_side() -> None:
+def test_sentence_pairs_state_converse_relations() -> None:
     sentence = re.compile(r"The (.+) is (above|below|to the left of|to the right of) the (.+)\.")
     converse = {"above": "below", "below": "above", "to the left of": "to the right of"}
     converse |= {"to the right of": "to the left of"}
@@ -115,7 +115,7 @@ def test_sentences_say_the_same_from_either_side() -> None:
     assert any(CHINESE.search(pair.query.text) and not CHINESE.search(pair.target.text) for pair in drawn)
 
 
-def test_training_never_has_what_is_kept_for_evaluation_or_held_out() -> None:
+def test_training_excludes_evaluation_and_held_out_content() -> None:
     combination = re.compile(f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
     in_long = re.compile(f"is an? ({'|'.join(SHAPES)}), which is ({'|'.join(COLOURS)})")
     said, contents = set(), set()
@@ -140,11 +140,11 @@ def scene_of_content(content: tuple[tuple[str, str, str, str], ...]) -> Scene:
     return Scene(tuple(Thing(colour, shape, size, place) for size, colour, shape, place in content), "white")
 
 
-def test_chinese_is_never_with_pictures() -> None:
+def test_image_captions_contain_no_chinese() -> None:
     assert not any(CHINESE.search(text) for pair in pairs("images", 500) for text in pair.texts)
 
 
-def test_retrieval_scenes_differ_from_their_siblings_in_one_attribute() -> None:
+def test_retrieval_siblings_differ_in_one_attribute() -> None:
     scenes = captioned.retrieval_scenes(SEED, 400)
     assert scenes == captioned.retrieval_scenes(SEED, 500)[: len(scenes)]
     assert len({scene.content for scene in scenes}) == len(scenes) == 400 * (1 + SIBLINGS)
@@ -156,7 +156,7 @@ def test_retrieval_scenes_differ_from_their_siblings_in_one_attribute() -> None:
             assert sum(a != b for a, b in zip(old, new, strict=True)) == 1
 
 
-def test_evaluation_reads_the_caption_sets(folder: Path) -> None:
+def test_evaluation_reads_caption_sets(folder: Path) -> None:
     collection = loaded(*(f"text-image={folder / name}" for name in RETRIEVAL))
     assert [(task.name, task.direction) for task in collection.tasks] == [
         (name, direction) for name in RETRIEVAL for direction in ("t2i", "i2t")
@@ -176,12 +176,12 @@ def test_evaluation_reads_the_caption_sets(folder: Path) -> None:
             assert Image.open(io.BytesIO(item.images[0])).tobytes() == draw(scene).tobytes()
 
 
-def test_trained_wording_is_that_of_bare_texts(folder: Path) -> None:
+def test_instructed_and_bare_wording_have_same_keys(folder: Path) -> None:
     bare, instructed = (sets.load([f"text-image={folder / 'short'}"], instructed=each) for each in (False, True))
     assert bare.keys == instructed.keys
 
 
-def test_evaluation_reads_the_separation_sets(folder: Path) -> None:
+def test_evaluation_reads_separation_sets(folder: Path) -> None:
     collection = loaded(str(folder / "separation"))
     assert [task.name for task in collection.tasks] == list(SEPARATION)
     for task in collection.tasks:
@@ -208,7 +208,7 @@ def test_separation_candidates_differ_in_one_attribute() -> None:
             assert sum(a != b for a, b in zip(old, new, strict=True)) == 1
 
 
-def test_evaluation_reads_the_classification(folder: Path) -> None:
+def test_evaluation_reads_classification_set(folder: Path) -> None:
     (task,) = loaded(f"classification={folder / 'classification'}").tasks
     assert sorted(task.names) == sorted(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
     assert len(task.queries) == 70 and task.candidates.shape == (64, len(SIZES) * len(PLACES))
@@ -217,7 +217,7 @@ def test_evaluation_reads_the_classification(folder: Path) -> None:
         assert np.abs(pixels.astype(int) - COLOURS[path.parent.name.partition("-")[0]]).max(-1).min() == 0
 
 
-def test_few_queries_do() -> None:
+def test_single_query_writes_few_files() -> None:
     files = dict(captioned.evaluation_files(SEED, 1))
     assert sum(path.startswith("short/") for path in files) == 2 + 1 + SIBLINGS
     assert len([path for path in files if path.startswith("classification/") and path.endswith(".png")]) == 1

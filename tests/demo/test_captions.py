@@ -54,11 +54,11 @@ def test_phrases(thing: Thing, language: str, form: str, expected: str) -> None:
         ("zh", "左上角有一个红色的小五角星，右下角有一个蓝色的大圆形"),
     ],
 )
-def test_short(language: str, expected: str) -> None:
+def test_short_caption(language: str, expected: str) -> None:
     assert captions.short(SCENE, language) == expected
 
 
-def test_short_with_three_things() -> None:
+def test_short_caption_with_three_things() -> None:
     scene = Scene((STAR, DIAMOND, CIRCLE), "white")
     assert captions.short(scene, "en") == (
         "a small red star at the top left, a small purple diamond at the top right "
@@ -115,14 +115,14 @@ def test_short_with_three_things() -> None:
         ),
     ],
 )
-def test_long(language: str, expected: str) -> None:
+def test_long_caption(language: str, expected: str) -> None:
     opening, _, rest = captions.long(SCENE, language).partition(expected[:5])
     assert expected[:5] + rest == expected
     twin = Scene((HEART, DIAMOND), "white")
     assert opening and captions.long(twin, language).startswith(opening)  # the opening is the same for all scenes
 
 
-def test_left_of_when_the_left_thing_is_read_second() -> None:
+def test_left_of_relation_when_left_thing_comes_second() -> None:
     text = captions.long(Scene((DIAMOND, HEART), "light blue"), "en")
     assert "The large pink heart is to the left of the small purple diamond." in text
     assert "The small purple diamond is above the large pink heart." in text
@@ -147,7 +147,7 @@ def test_relations(language: str, one: str, other: str) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_long_needs_its_end(language: str) -> None:
+def test_long_captions_differ_only_after_first_77_words(language: str) -> None:
     """Shapes, colours and background come after its first 77 words (Chinese: characters)."""
     units = list if language == "zh" else str.split
     for number, scene in enumerate(scenes(100)):
@@ -165,7 +165,7 @@ def test_long_needs_its_end(language: str) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_captions_tell_contents_apart(language: str) -> None:
+def test_captions_identify_scene_content(language: str) -> None:
     """Scenes with equal short captions have equal content; those with equal long captions also share the background."""
     short, long = {}, {}
     for scene in scenes(1000):

@@ -23,21 +23,21 @@ def random_clips(count: int) -> list[Clip]:
     return [clips.random_clip(np.random.default_rng([1, 0, i])) for i in range(count)]
 
 
-def test_things_move_their_way() -> None:
+def test_things_move_in_clip_direction() -> None:
     ways = {"right": (24, 0), "left": (-24, 0), "down": (0, 24), "up": (0, -24)}
     for clip in random_clips(40):
         way = middle(clip, 7) - middle(clip, 0)
         np.testing.assert_allclose(way, ways[clip.direction], atol=0.5)
 
 
-def test_every_step_moves() -> None:
+def test_every_frame_differs() -> None:
     for clip in random_clips(10):
         pictures = clips.frames(clip)
         assert len(pictures) == 8
         assert len({picture.tobytes() for picture in pictures}) == 8
 
 
-def test_deterministic_and_without_held_out_combinations() -> None:
+def test_clips_are_deterministic_without_held_out_combinations() -> None:
     assert random_clips(200) == random_clips(200)
     assert not any(clip.thing.held_out for clip in random_clips(200))
     assert {clip.direction for clip in random_clips(200)} == set(DIRECTIONS)
@@ -57,7 +57,7 @@ def test_captions(direction: str, words: str) -> None:
     assert clips.caption(clip) == f"a small red star moves {words}"
 
 
-def test_evaluation_files_show_another_thing_each_and_are_the_same_each_time() -> None:
+def test_evaluation_clips_are_deterministic_with_distinct_things() -> None:
     files = clips.evaluation_files(3, 60)
     assert files == clips.evaluation_files(3, 60)
     captions = json.loads(files["captions.json"])

@@ -73,7 +73,7 @@ def test_text_negatives_differ_in_one_attribute(dataset: str) -> None:
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_training_never_shows_or_names_a_held_out_combination(dataset: str) -> None:
+def test_training_excludes_held_out_combinations(dataset: str) -> None:
     for question in training_questions(dataset, 500):
         assert not any(scene.held_out for scene in shown(question))
         for side in (question.query, question.right, *question.hard):
@@ -81,7 +81,7 @@ def test_training_never_shows_or_names_a_held_out_combination(dataset: str) -> N
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_evaluation_scenes_are_not_among_training_scenes(dataset: str) -> None:
+def test_evaluation_scenes_are_not_in_training(dataset: str) -> None:
     trained = {scene.content for question in training_questions(dataset, 2000) for scene in shown(question)}
     rng = tasks._rng
     for part, name in (("in-distribution", dataset), ("held-out", f"{dataset}-OOD")):
@@ -91,7 +91,7 @@ def test_evaluation_scenes_are_not_among_training_scenes(dataset: str) -> None:
         assert all(scene.held_out == (part == "held-out") for scene in scenes)
 
 
-def test_held_out_questions_are_about_a_held_out_thing() -> None:
+def test_held_out_questions_ask_about_held_out_things() -> None:
     for dataset in ("Scene-CLS", "Scene-VQA"):
         for row in evaluated(f"{dataset}-OOD")[0]:
             assert HELD_OUT.issuperset(COMBINATION.findall(row["tgt_text"][0]))
@@ -101,7 +101,7 @@ def test_held_out_questions_are_about_a_held_out_thing() -> None:
         assert HELD_OUT.issuperset(COMBINATION.findall(row["qry_text"]))
 
 
-def test_rows_are_in_the_format_and_have_their_candidates(
+def test_rows_have_mmeb_format_and_candidates(
     evaluation: tuple[str, list[dict], dict[str, bytes]],
 ) -> None:
     name, rows, pictures = evaluation
@@ -122,7 +122,7 @@ def test_rows_are_in_the_format_and_have_their_candidates(
     assert all(path.startswith(f"{name}/") and path.endswith(".png") for path in pictures)
 
 
-def test_no_two_candidates_of_a_row_are_equal(evaluation: tuple[str, list[dict], dict[str, bytes]]) -> None:
+def test_candidates_of_row_are_distinct(evaluation: tuple[str, list[dict], dict[str, bytes]]) -> None:
     _, rows, pictures = evaluation
     for row in rows:
         pairs = zip(row["tgt_text"], row["tgt_img_path"], strict=True)
@@ -130,7 +130,7 @@ def test_no_two_candidates_of_a_row_are_equal(evaluation: tuple[str, list[dict],
         assert len(set(contents)) == len(contents)
 
 
-def test_hard_candidates_are_there(evaluation: tuple[str, list[dict], dict[str, bytes]]) -> None:
+def test_rows_contain_hard_candidates(evaluation: tuple[str, list[dict], dict[str, bytes]]) -> None:
     name, rows, _ = evaluation
     for row in rows:
         right, *wrong = zip(row["tgt_text"], row["tgt_img_path"], strict=True)
@@ -146,7 +146,7 @@ def test_hard_candidates_are_there(evaluation: tuple[str, list[dict], dict[str, 
             assert all(len(set(text.split()) - set(right[0].split())) <= 2 for text, _ in wrong[:6])
 
 
-def test_the_right_answer_follows_from_the_scene() -> None:
+def test_right_answer_follows_from_scene() -> None:
     """Answer each dataset's question from the scene itself, and compare."""
     for dataset in TASKS:
         base = dataset.removesuffix("-OOD")
@@ -182,22 +182,22 @@ def test_the_right_answer_follows_from_the_scene() -> None:
                     assert text.endswith(captions.phrase(thing, "en", "definite"))
 
 
-def test_few_enough_pictures_to_encode_fast() -> None:
+def test_evaluation_has_at_most_6000_images() -> None:
     assert sum(len(evaluated(name)[1]) for name in TASKS) <= 6000
 
 
-def test_a_row_does_not_depend_on_the_count() -> None:
+def test_rows_do_not_depend_on_count() -> None:
     few, _ = evaluation_rows("Scene-Ground", SEED, 5)
     many, _ = evaluation_rows("Scene-Ground", SEED, 220)
     assert few == many[:5]
     assert len(many) == 220
 
 
-def test_files_have_the_same_bytes_each_time() -> None:
+def test_evaluation_files_are_deterministic() -> None:
     assert list(tasks.evaluation_files(SEED, 1)) == list(tasks.evaluation_files(SEED, 1))
 
 
-def test_files_are_read_back() -> None:
+def test_evaluation_files_round_trip() -> None:
     files = dict(tasks.evaluation_files(SEED, 3))
     described = json.loads(files["tasks.json"])
     assert described["Scene-T2I-OOD"] == {"task": "retrieval", "in_distribution": False}

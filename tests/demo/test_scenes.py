@@ -43,7 +43,7 @@ def test_first_scenes_are_pinned() -> None:
     assert digest.hexdigest() == "2fd91a25a9ed5150746f6004f6e4906b75bd2e9220e62b4b58124575362065f7"
 
 
-def test_same_bytes_twice() -> None:
+def test_scene_pngs_are_deterministic() -> None:
     assert [png(draw(scene)) for scene in scenes(50)] == [png(draw(scene)) for scene in scenes(50)]
 
 
@@ -60,13 +60,13 @@ def test_scenes_are_well_formed() -> None:
         assert len({thing.looks for thing in scene.things}) == len(scene.things)
 
 
-def test_held_out_combinations_only_when_asked_for() -> None:
+def test_held_out_combinations_only_on_request() -> None:
     assert not any(scene.held_out for scene in scenes(2000))
     assert all(sum(thing.held_out for thing in s.things) == 1 for s in scenes(500, held_out=True))
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_one_large_thing(held_out: bool) -> None:
+def test_one_large_option_gives_one_large_thing(held_out: bool) -> None:
     for scene in scenes(300, held_out, one_large=True):
         (large,) = [thing for thing in scene.things if thing.size == "large"]
         assert large.held_out == held_out
@@ -79,7 +79,7 @@ def test_every_attribute_value_is_common() -> None:
         assert min(counts[value] for value in values) > 0.7 * len(things) / len(values)
 
 
-def test_an_eighth_is_reserved() -> None:
+def test_one_eighth_of_scenes_is_reserved() -> None:
     assert 0.1 < np.mean([scene.reserved for scene in scenes(2000)]) < 0.15
 
 
@@ -101,27 +101,27 @@ def test_variants_differ_in_one_attribute(held_out: bool) -> None:
             assert np.any(np.asarray(draw(other)) != np.asarray(draw(scene)))
 
 
-def test_variants_with_held_out_combinations_when_asked() -> None:
+def test_variants_include_held_out_combinations_on_request() -> None:
     scene = scenes(1)[0]
     rng = np.random.default_rng(0)
     assert any(other.held_out for other in variants(scene, rng, held_out=True))
 
 
-def test_pictures_have_their_sizes() -> None:
+def test_scene_and_crop_sizes() -> None:
     scene = scenes(1)[0]
     assert draw(scene).size == (48, 48)
     assert draw(scene).mode == "RGB"
     assert crop(scene, scene.things[0]).size == (24, 24)
 
 
-def test_a_crop_shows_its_thing_and_no_other() -> None:
+def test_crop_shows_only_its_thing() -> None:
     for scene in scenes(50):
         for thing in scene.things:
             alone = Scene((thing,), scene.background)
             assert crop(scene, thing).tobytes() == crop(alone, thing).tobytes()
 
 
-def test_all_looks_are_far_apart() -> None:
+def test_all_looks_differ_clearly() -> None:
     """Any two of the 128 looks differ clearly in several pixels, on every background."""
     for background in ("white", "light blue"):
         pictures = []

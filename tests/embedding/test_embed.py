@@ -71,7 +71,7 @@ def by_hand(tiny_model):
     return embedding
 
 
-def test_every_kind_of_item_is_embedded_as_the_model_embeds_it_alone(embedder, by_hand, media, monkeypatch):
+def test_batched_embeddings_match_single_item_embeddings(embedder, by_hand, media, monkeypatch):
     monkeypatch.setattr(embedder_module, "_GROUP", 4)
     a, b, clip = (media / name for name in ("a.png", "deep/b.jpg", "clip.mkv"))
     image, other, video = (path.read_bytes() for path in (a, b, clip))
@@ -101,7 +101,7 @@ def test_every_kind_of_item_is_embedded_as_the_model_embeds_it_alone(embedder, b
     assert len(set(map(tuple, expected.tolist()))) == 11  # all vectors differ, so that a wrong order is noticed
 
 
-def test_a_list_of_frames_is_used_as_it_is(embedder, media):
+def test_frame_list_is_used_unsampled(embedder, media):
     frames = [Image.open(media / f"frame{number}.png") for number in range(9)]
     sampled = [frames[number] for number in (0, 2, 5, 8)]
     clip, same, all_of_them, one = embedder.embed(
@@ -115,7 +115,7 @@ def test_a_list_of_frames_is_used_as_it_is(embedder, media):
     assert (clip - one).abs().max() > 1e-4
 
 
-def test_a_stream_reads_one_group_ahead_and_no_more(embedder, monkeypatch):
+def test_stream_reads_only_one_group_ahead(embedder, monkeypatch):
     monkeypatch.setattr(embedder_module, "_GROUP", 3)
     taken = []
     stream = embedder.stream(taken.append(number) or f"text {number}" for number in range(100))
@@ -150,7 +150,7 @@ def test_a_stream_reads_one_group_ahead_and_no_more(embedder, monkeypatch):
         ),
     ],
 )
-def test_an_item_that_cannot_be_used_is_named(embedder, media, tmp_path, monkeypatch, item, reason):
+def test_unusable_item_is_refused_by_number(embedder, media, tmp_path, monkeypatch, item, reason):
     for name in ("a.png", "clip.mkv"):
         (tmp_path / name).symlink_to(media / name)
     (tmp_path / "notes.txt").write_text("no picture")
@@ -160,14 +160,14 @@ def test_an_item_that_cannot_be_used_is_named(embedder, media, tmp_path, monkeyp
         embedder.embed(["fine", item])
 
 
-def test_a_damaged_picture_is_named(embedder, media, tmp_path):
+def test_truncated_pil_image_is_refused_by_number(embedder, media, tmp_path):
     (tmp_path / "cut.png").write_bytes((media / "a.png").read_bytes()[:300])
     with pytest.raises(PipelineError, match="item 0: undecodable picture"):
         embedder.embed([Image.open(tmp_path / "cut.png")])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_vector_that_is_none_is_refused_with_its_item_and_model(tiny_model, tmp_path, monkeypatch, value):
+def test_non_finite_embedding_error_names_item_and_model(tiny_model, tmp_path, monkeypatch, value):
     monkeypatch.setattr(loading, "refuse_not_finite", lambda *_: None)  # finite weights may also give such vectors
     model = Llave.load(tiny_model, torch.float32)
     token = AutoTokenizer.from_pretrained(tiny_model)("q", add_special_tokens=False)["input_ids"]
@@ -188,7 +188,7 @@ def test_a_vector_that_is_none_is_refused_with_its_item_and_model(tiny_model, tm
         embed_collection(encoder, collection, MemoryStore(2, 48))
 
 
-def test_options_out_of_range_and_missing_models_are_clear_errors(tiny_model, tmp_path):
+def test_invalid_options_and_missing_models_are_refused(tiny_model, tmp_path):
     for options in ({"precision": "fp8"}, {"max_tokens": 63}, {"video_frames": 0}):
         with pytest.raises(PipelineError, match=next(iter(options))):
             Embedder.load(tiny_model, **options)
@@ -215,7 +215,7 @@ def ids(folder: Path, kind: str) -> list[str]:
     return (folder / f"{kind}.txt").read_bytes().decode().removesuffix("\n").split("\n")
 
 
-def test_from_files_to_a_search(tiny_model, inputs, media, tmp_path, monkeypatch, capsys, by_hand):
+def test_files_are_embedded_and_searched(tiny_model, inputs, media, tmp_path, monkeypatch, capsys, by_hand):
     out = tmp_path / "out"
     common = [tiny_model, "--out", out, "--video-frames", 4]
     call(monkeypatch, *common, "--texts", inputs / "texts.txt", "--images", media / "**/[ab].*")
@@ -251,13 +251,13 @@ def test_from_files_to_a_search(tiny_model, inputs, media, tmp_path, monkeypatch
     assert line.replace("│", " ").split() == ["1", "1.000", str(media / "deep/b.jpg")]
 
 
-def test_a_pattern_that_matches_nothing_is_said_before_a_folder_is_made(tiny_model, tmp_path, monkeypatch):
+def test_unmatched_pattern_is_refused_before_folder_creation(tiny_model, tmp_path, monkeypatch):
     with pytest.raises(PipelineError, match=r"^--images '.*\*\.png' matches no file$"):
         call(monkeypatch, tiny_model, "--images", tmp_path / "*.png", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_embeddings_of_another_model_are_noticed(tiny_model, inputs, media, tmp_path, monkeypatch, capsys):
+def test_embeddings_of_another_model_are_refused(tiny_model, inputs, media, tmp_path, monkeypatch, capsys):
     out, moved = tmp_path / "out", tmp_path / "moved"
     texts = ["--texts", inputs / "texts.txt"]
     images = ["--images", media / "a.png"]
@@ -286,7 +286,7 @@ def test_embeddings_of_another_model_are_noticed(tiny_model, inputs, media, tmp_
     call(monkeypatch, moved, *texts, *images, "--out", out, "--overwrite")
 
 
-def test_nothing_is_overwritten_unasked(tiny_model, inputs, tmp_path, monkeypatch):
+def test_embeddings_are_overwritten_only_on_request(tiny_model, inputs, tmp_path, monkeypatch):
     out, texts = tmp_path / "out", inputs / "texts.txt"
     arguments = [tiny_model, "--texts", texts, "--out", out]
     call(monkeypatch, *arguments)
@@ -299,7 +299,7 @@ def test_nothing_is_overwritten_unasked(tiny_model, inputs, tmp_path, monkeypatc
     assert (ids(out, "texts"), np.load(out / "texts.npy").shape) == (["another"], (1, 48))
 
 
-def test_a_failure_in_the_middle_leaves_what_was_whole(tiny_model, inputs, media, tmp_path, monkeypatch):
+def test_failure_keeps_completed_embeddings(tiny_model, inputs, media, tmp_path, monkeypatch):
     monkeypatch.setattr(embedder_module, "_GROUP", 1)
     out, many = tmp_path / "out", tmp_path / "many"
     many.mkdir()
@@ -313,7 +313,7 @@ def test_a_failure_in_the_middle_leaves_what_was_whole(tiny_model, inputs, media
 
 
 @pytest.mark.parametrize("same_model", [True, False])
-def test_a_process_killed_at_any_moment_leaves_no_rows_beside_wrong_ids(tmp_path, monkeypatch, same_model):
+def test_killed_write_leaves_rows_and_ids_consistent(tmp_path, monkeypatch, same_model):
     old, new = (Identity(name, 2, name) for name in ("old", "old" if same_model else "new"))
     for moment in range(8):
         store = EmbeddingFolder(tmp_path / str(moment))
@@ -361,15 +361,13 @@ def _write_and_die(store: EmbeddingFolder, identity: Identity, moment: int) -> N
         (b"a\nan <image>\n", "line 2 has <image>"),
     ],
 )
-def test_a_file_of_texts_that_cannot_be_read_as_one_is_refused(tmp_path, monkeypatch, content, reason):
+def test_invalid_text_file_is_refused(tmp_path, monkeypatch, content, reason):
     (tmp_path / "texts").write_bytes(content)
     with pytest.raises(PipelineError, match=reason):
         call(monkeypatch, "no-model", "--texts", tmp_path / "texts", "--out", tmp_path / "out")
 
 
-def test_what_makes_no_sense_together_is_refused_before_a_model_is_loaded(
-    tiny_model, inputs, media, tmp_path, monkeypatch
-):
+def test_invalid_arguments_are_refused_before_model_load(tiny_model, inputs, media, tmp_path, monkeypatch):
     texts, out = ["--texts", inputs / "texts.txt"], ["--out", tmp_path / "out"]
     monkeypatch.setattr(Embedder, "load", None)
     for arguments, reason in (
@@ -391,7 +389,7 @@ def test_what_makes_no_sense_together_is_refused_before_a_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_files_are_clear_errors(tmp_path):
+def test_damaged_embedding_files_are_refused(tmp_path):
     store = EmbeddingFolder(tmp_path)
     store.write("texts", ["a", "b"], [torch.ones(2, 3)], Identity("m", 3, "f"))
     (tmp_path / "texts.txt").write_text("a\n")

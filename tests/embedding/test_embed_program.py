@@ -11,7 +11,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_search_without_a_folder_needs_no_deepspeed(tiny_model, tmp_path):
+def test_search_without_folder_needs_no_deepspeed(tiny_model, tmp_path):
     (tmp_path / "broken/deepspeed").mkdir(parents=True)
     (tmp_path / "broken/deepspeed/__init__.py").write_text("raise AssertionError('it is not needed here')")
     (tmp_path / "texts.txt").write_text("a red star\na blue ring\n")

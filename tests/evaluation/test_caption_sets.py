@@ -220,7 +220,7 @@ def expected(kind: str, by_path: dict[str, list[str]], words: tuple[str, str, st
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(layout, tmp_path):
+def test_all_layouts_load_as_retrieval_tasks(layout, tmp_path):
     name = layout.split()[0]
     files, by_language = LAYOUTS[layout]
     collection = added(name, lay_out(str(tmp_path), files))
@@ -242,7 +242,7 @@ def test_every_layout(layout, tmp_path):
     assert {str(tmp_path / path) for path in paths} < set(collection.names)
 
 
-def test_instructions(tmp_path):
+def test_instructions_are_added_to_items(tmp_path):
     for name, words in {
         "flickr30k": (
             "Find me an everyday image that matches the given caption: ",
@@ -261,7 +261,7 @@ def test_instructions(tmp_path):
         assert found == expected(collection.tasks[0].kind, by_language["en"], words)
 
 
-def test_s3_and_another_version_of_a_picture(s3, tmp_path):
+def test_s3_set_loads_and_changed_image_changes_key(s3, tmp_path):
     root = lay_out(f"s3://pipeline-tests/caption-sets/{tmp_path.name}", LAYOUTS["xm3600"][0])
     collection = added("xm3600", f"{root}/")
     assert [task.name for task in collection.tasks] == ["XM3600 sw", "XM3600 sw", "XM3600 de", "XM3600 de"]
@@ -275,7 +275,7 @@ def test_s3_and_another_version_of_a_picture(s3, tmp_path):
     assert changed == {f"{root}/images/b2.jpg"}
 
 
-def test_sharegpt4v_is_its_first_thousand(tmp_path, monkeypatch):
+def test_sharegpt4v_reads_first_1000_entries(tmp_path, monkeypatch):
     text = listing(*(said(f"{number}.jpg", f"view {number} ü") for number in range(1001)))
     lay_out(str(tmp_path), {f"{number}.jpg": "" for number in range(1000)})
     file = tmp_path / "share-captioner_coco_lcs_sam_1246k_1107.json"
@@ -354,7 +354,7 @@ def test_sharegpt4v_is_its_first_thousand(tmp_path, monkeypatch):
         ("coco-cn", {"coco-cn_test.txt": "COCO_val2014_9", "COCO_val2014_9.jpg": None}, "no caption of COCO_val2014_9"),
     ],
 )
-def test_mistakes_are_clear_errors(tmp_path, layout, files, said):
+def test_invalid_caption_sets_are_refused(tmp_path, layout, files, said):
     lay_out(str(tmp_path), {**LAYOUTS[layout][0], **{path: what for path, what in files.items() if what is not ...}})
     for path, what in files.items():
         if what is ...:
@@ -366,7 +366,7 @@ def test_mistakes_are_clear_errors(tmp_path, layout, files, said):
     assert "\n" not in str(caught.value)
 
 
-def test_no_folder_and_no_text(tmp_path):
+def test_missing_folder_and_non_utf8_file_are_refused(tmp_path):
     with pytest.raises(PipelineError, match="has no files"):
         added("coco", str(tmp_path / "gone"))
     for content, said in ((b'["\xff"]', "is not UTF-8: byte 3"), ("[]".encode("utf-16"), "is UTF-16: convert it")):
@@ -375,12 +375,12 @@ def test_no_folder_and_no_text(tmp_path):
             added("msvd", str(tmp_path))
 
 
-def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+def test_byte_order_mark_is_stripped_from_captions(tmp_path):
     url = lay_out(str(tmp_path), {"captions.json": {"1.jpg": "\ufeff a man"}, "1.jpg": None})
     assert "a man" in added("text-image", url).names
 
 
-def test_a_set_in_the_words_of_a_models_training(tmp_path):
+def test_wording_file_sets_instructions(tmp_path):
     words = {"medium": "<video>\nEmbed.", "seeks_caption": "<video>\nCaption?", "seeks_medium": "Which shows {}?"}
     files = {"captions.json": {"1.mp4": "a {man}"}, "1.mp4": None}
     url = lay_out(str(tmp_path), files | {"wording.json": words})

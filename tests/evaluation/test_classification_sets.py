@@ -46,7 +46,7 @@ RIGHT = {b"n01/4.jpg": "tench", b"n02/1.JPEG": "goldfish", b"n02/2.png": "goldfi
 
 
 @pytest.mark.parametrize("instructed", [False, True])
-def test_pictures_seek_their_class(tmp_path, instructed):
+def test_images_are_matched_to_class_prompts(tmp_path, instructed):
     names = {"n10": "{shark}", "n02": "goldfish ", "n01": "tench"}
     collection, task = added(lay_out(tmp_path / "fish", names, "a photo of a {}.\n\n{} {once}\n"), instructed)
     assert (task.name, task.kind, task.direction, task.language) == ("fish", "classification", "", "en")
@@ -58,14 +58,14 @@ def test_pictures_seek_their_class(tmp_path, instructed):
     assert len(collection.items) == 4 + 6
 
 
-def test_names_as_a_list_and_templates_of_clip(tmp_path):
+def test_list_of_names_uses_clip_templates(tmp_path):
     collection, task = added(lay_out(tmp_path, ["tench", "goldfish", "{shark}"]))
     assert classes(collection, task) == RIGHT
     assert prompts(collection, task)[1] == [template.format("goldfish") for template in TEMPLATES]
     assert task.candidates.shape == (3, 7)
 
 
-def test_several_names_take_turns(tmp_path):
+def test_class_name_variants_alternate_over_templates(tmp_path):
     names = {"n01": ["tench", "Tinca"], "n02": ["goldfish"], "n10": ["shark", "hai", "requin"]}
     collection, task = added(lay_out(tmp_path, names, "a {}\nthe {}\n"))
     assert task.names == ("tench", "goldfish", "shark")
@@ -76,13 +76,13 @@ def test_several_names_take_turns(tmp_path):
     ]
 
 
-def test_val_alone_and_numbers_by_number(tmp_path):
+def test_only_val_is_read_and_folders_sort_numerically(tmp_path):
     places = ("val/10/1.jpg", "val/9/2.jpg", "train/9/3.jpg", "val/9/._2.jpg", "train/9/more/4.jpg", "shown.png")
     collection, task = added(lay_out(tmp_path, ["nine", "ten"], places=places))
     assert classes(collection, task) == {b"val/9/2.jpg": "nine", b"val/10/1.jpg": "ten"}
 
 
-def test_s3(s3, tmp_path):
+def test_set_on_s3_is_read(s3, tmp_path):
     url = f"s3://pipeline-tests/classification-sets/{tmp_path.name}/fish/"
     for path in lay_out(tmp_path, ["tench", "goldfish", "{shark}"], "{}").rglob("*.*"):
         objects.write(url + path.relative_to(tmp_path).as_posix(), path)
@@ -109,14 +109,14 @@ def test_s3(s3, tmp_path):
         (["a", "b", "c"], None, "n02/more/5.jpg", "5.jpg should be "),
     ],
 )
-def test_mistakes_are_clear_errors(tmp_path, names, templates, place, said):
+def test_invalid_classification_sets_are_refused(tmp_path, names, templates, place, said):
     with pytest.raises(PipelineError) as caught:
         added(lay_out(tmp_path, names, templates, (*PLACES, place)))
     assert said in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_files_that_are_missing(tmp_path):
+def test_missing_classnames_or_images_are_refused(tmp_path):
     (lay_out(tmp_path, []) / "classnames.json").unlink()
     with pytest.raises(PipelineError, match=r"classnames\.json is missing"):
         added(tmp_path)

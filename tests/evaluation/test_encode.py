@@ -52,7 +52,7 @@ def thirty_items() -> Collection:
     return collection
 
 
-def test_all_is_embedded_once_and_then_what_is_new(collection, tmp_path):
+def test_items_are_embedded_once_and_only_new_items_later(collection, tmp_path):
     encoder, disk = Lengths(), DiskStore(tmp_path, collection.keys, 2)
     assert embed_collection(encoder, collection, disk)
     assert sorted(len(text) for group in encoder.groups for text in group) == list(range(30))
@@ -73,7 +73,7 @@ def test_all_is_embedded_once_and_then_what_is_new(collection, tmp_path):
     np.testing.assert_array_equal(memory.take(np.arange(31)), disk.take(np.arange(31)))
 
 
-def test_interrupted_it_goes_on_with_the_same_groups(collection, tmp_path):
+def test_interrupted_embedding_resumes_with_same_groups(collection, tmp_path):
     whole = Lengths()
     embed_collection(whole, collection, MemoryStore(30, 2))
     first, second, left = Lengths(), Lengths(), iter(range(3))
@@ -86,13 +86,13 @@ def test_interrupted_it_goes_on_with_the_same_groups(collection, tmp_path):
     assert first.groups + second.groups == whole.groups
 
 
-def test_an_item_that_cannot_be_used_is_named(collection):
+def test_unusable_item_is_named(collection):
     collection.items[7] = partial(Item, "broken")
     with pytest.raises(PipelineError, match="evaluation item item 7: undecodable"):
         embed_collection(Lengths(), collection, MemoryStore(30, 2))
 
 
-def test_what_is_no_unit_vector_is_not_kept(collection, tmp_path):
+def test_non_unit_embeddings_are_not_stored(collection, tmp_path):
     class Overflowing(Lengths):
         def embed(self, prepared: list[str]) -> torch.Tensor:
             return super().embed(prepared) * (torch.nan if "x" * 9 in prepared else 1)
@@ -125,7 +125,7 @@ def _embedded_here(rank: int) -> tuple[list[list[str]], torch.Tensor]:
     return encoder.groups, torch.tensor(store.vectors if store else []), ""
 
 
-def test_two_ranks_share_the_groups_and_must_have_the_same_items(collection):
+def test_two_ranks_share_groups_and_require_equal_items(collection):
     whole, memory = Lengths(), MemoryStore(30, 2)
     embed_collection(whole, collection, memory)
     (first, vectors, _), (second, _, error) = on_two_ranks(_embedded_here)

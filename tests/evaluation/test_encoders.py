@@ -141,7 +141,7 @@ def options(**fields: object) -> EvaluationRun:
     return EvaluationRun(**{"video": {"frames": 3}, "chunk_tokens": 40, "max_tokens": 256} | fields)
 
 
-def test_a_peers_vectors_are_transformers_own_and_fused_as_mmebs_baselines_are(peer):
+def test_peer_embeddings_match_fused_transformers_features(peer):
     encoder = load_encoder(peer, options(), CPU)
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for item in ITEMS for data in item.images]
     frames = sample_frames(VIDEO, 3)
@@ -168,7 +168,7 @@ def test_a_peers_vectors_are_transformers_own_and_fused_as_mmebs_baselines_are(p
     assert (encoder.name, encoder.instructed) == (peer, False)
 
 
-def test_a_peers_vectors_depend_on_no_others_and_batches_are_bounded(peer, monkeypatch):
+def test_peer_embeddings_are_independent_and_batches_bounded(peer, monkeypatch):
     encoder = load_encoder(peer, options(chunk_tokens=2 * PATCHES), CPU)
     prepared = [encoder.prepare(item) for item in ITEMS]
     alone = torch.cat([encoder.embed([one]) for one in prepared])
@@ -186,7 +186,7 @@ def test_a_peers_vectors_depend_on_no_others_and_batches_are_bounded(peer, monke
     assert encoder.embed([]).shape == (0, encoder.dimension)
 
 
-def test_a_peer_prepares_in_threads_and_keeps_pixels_as_bytes(peer):
+def test_peer_prepares_in_threads_with_uint8_pixels(peer):
     encoder = load_encoder(peer, options(), CPU)
     with ThreadPoolExecutor(8) as pool:
         prepared = list(pool.map(encoder.prepare, ITEMS * 8))
@@ -204,13 +204,13 @@ def test_a_peer_prepares_in_threads_and_keeps_pixels_as_bytes(peer):
         (Item("<video>"), "1 <video> marks in the text, 0 expected"),
     ],
 )
-def test_what_a_peer_cannot_use_is_a_bad_sample(peer, item, reason):
+def test_unusable_peer_item_raises_bad_sample(peer, item, reason):
     with pytest.raises(BadSample, match=reason):
         load_encoder(peer, options(), CPU).prepare(item)
 
 
 @torch.no_grad()
-def test_our_vectors_are_those_of_each_item_alone(tiny_model):
+def test_llave_embeddings_match_single_item_embeddings(tiny_model):
     encoder = load_encoder(tiny_model, options(chunk_tokens=100), CPU)
     embeddings = encoder.embed([encoder.prepare(item) for item in ITEMS])
     processor, model = LlaveProcessor.load(tiny_model, 256, video_frames=3), Llave.load(tiny_model, "auto").eval()
@@ -220,7 +220,7 @@ def test_our_vectors_are_those_of_each_item_alone(tiny_model):
     assert (encoder.name, encoder.instructed) == (tiny_model, True)
 
 
-def test_an_engines_model_with_its_tower_outside_is_embedded_the_same(tiny_model):
+def test_engine_with_external_tower_gives_same_embeddings(tiny_model):
     class Engine:
         module = TowerlessLlave.load(tiny_model, torch.float32)
 
@@ -243,7 +243,7 @@ def test_an_engines_model_with_its_tower_outside_is_embedded_the_same(tiny_model
 
 
 @pytest.mark.parametrize("pads", [True, False])
-def test_padding_counts_only_where_attention_pads(tiny_model, monkeypatch, pads):
+def test_padding_counts_only_with_padded_attention(tiny_model, monkeypatch, pads):
     monkeypatch.setattr(Llave, "pads", pads)
     calls, original = [], Llave.forward
     monkeypatch.setattr(Llave, "forward", lambda *given: calls.append(given[1].lengths) or original(*given))
@@ -259,7 +259,7 @@ def test_padding_counts_only_where_attention_pads(tiny_model, monkeypatch, pads)
 
 
 @pytest.mark.parametrize("kind", ["llave", "clip"])
-def test_the_identity_is_of_weights_settings_and_options_but_not_of_the_path(tiny_clip, tiny_model, tmp_path, kind):
+def test_identity_depends_on_weights_and_options_not_path(tiny_clip, tiny_model, tmp_path, kind):
     source = {"llave": tiny_model, "clip": tiny_clip}[kind]
     given = load_encoder(source, options(), CPU).identity
     shutil.copytree(source, tmp_path / "copy")
@@ -286,7 +286,7 @@ def test_the_identity_is_of_weights_settings_and_options_but_not_of_the_path(tin
     assert load_encoder(copy, options(), CPU).identity != given
 
 
-def test_weights_are_read_when_the_first_items_are_embedded(tiny_clip, tiny_model, monkeypatch):
+def test_weights_are_loaded_at_first_embedding(tiny_clip, tiny_model, monkeypatch):
     loads = []
     for owner, name in ((Llave, "load"), (CLIPModel, "from_pretrained")):
         original = getattr(owner, name)
@@ -325,7 +325,7 @@ def nothing(path, options):
 """
 
 
-def test_a_users_function_makes_the_encoder(tmp_path, monkeypatch):
+def test_user_function_creates_encoder(tmp_path, monkeypatch):
     (tmp_path / "users_encoder.py").write_text(USERS)
     monkeypatch.syspath_prepend(str(tmp_path))
     for where in (f"{tmp_path}/users_encoder.py", "users_encoder"):
@@ -344,7 +344,7 @@ def test_a_users_function_makes_the_encoder(tmp_path, monkeypatch):
     del sys.modules["users_encoder"]
 
 
-def test_what_is_no_model_is_a_clear_error(tiny_clip, tmp_path, monkeypatch):
+def test_invalid_model_folders_are_refused(tiny_clip, tmp_path, monkeypatch):
     def changed(name: str, removed: str = "", **fields: str) -> str:
         folder = shutil.copytree(tiny_clip, tmp_path / name)
         for file in ("config.json", "tokenizer_config.json"):
@@ -383,7 +383,7 @@ def test_what_is_no_model_is_a_clear_error(tiny_clip, tmp_path, monkeypatch):
         ("config.json", {"text_config": None}, "config.json: text_config is None"),
     ],
 )
-def test_what_a_siglip_2_from_elsewhere_says_wrong_is_found_before_an_item_is_read(tmp_path, file, fields, named):
+def test_invalid_siglip2_files_are_refused_at_load(tmp_path, file, fields, named):
     folder = Path(build("siglip2", tmp_path))
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | fields))
     with pytest.raises(PipelineError, match=named):

@@ -36,7 +36,7 @@ def collection() -> Collection:
     return collection
 
 
-def test_the_worst_queries_with_what_was_right_and_what_came_first(collection):
+def test_worst_queries_show_right_and_first_candidates(collection):
     candidates = [np.array([2, 3, 4]), np.array([5, 6, 3])]
     collection.tasks.append(Ranking("QA", "vqa", True, np.array([0, 1]), candidates))
     take = angled(0, 100, 50, 10, 70, 100, 130).take
@@ -58,7 +58,7 @@ def test_the_worst_queries_with_what_was_right_and_what_came_first(collection):
     assert measure("m", collection, take).results["QA"].worst == []
 
 
-def test_the_directions_of_a_set_are_one_result_and_classes_go_by_their_names(collection):
+def test_directions_share_one_result_and_classes_show_names(collection):
     right = [np.array([0]), np.array([1])]
     pictures, texts = np.array([0, 1]), np.array([2, 3])
     collection.tasks += [
@@ -94,7 +94,7 @@ def tasks_of(ways: int = 7) -> list[Ranking | Retrieval]:
 
 
 @pytest.mark.parametrize("spread", [0, 1e-7, 1e-5], ids=["one vector", "but for rounding", "but for more of it"])
-def test_a_model_that_gives_all_items_one_vector_finds_nothing_and_the_report_says_why(collection, spread):
+def test_collapsed_embeddings_are_reported_and_score_zero(collection, spread):
     collection.tasks += tasks_of()
     store = angled(*(30 + 57 * spread * np.random.default_rng(0).random(7)))
     report = measure("a model", collection, store.take)
@@ -107,21 +107,21 @@ def test_a_model_that_gives_all_items_one_vector_finds_nothing_and_the_report_sa
     assert report.results["Captions"].metrics["t2i MnR"] == 7
 
 
-def test_a_model_that_tells_only_queries_apart_has_collapsed_too(collection):
+def test_identical_candidate_embeddings_count_as_collapse(collection):
     rows = np.arange(3)
     collection.tasks.append(Ranking("QA", "vqa", True, rows, [np.array([3 + row, 3 + (row + 1) % 3]) for row in rows]))
     report = measure("a model", collection, angled(0, 10, 50, 30, 30, 30, 200).take)
     assert (report.collapsed, report.score, report.results["QA"].ties) == (["QA"], 0, 3)
 
 
-def test_half_a_collapse_does_not_flatter(collection):
+def test_partial_collapse_scores_zero(collection):
     collection.tasks += tasks_of()
     report = measure("a model", collection, angled(0, 0, 0, 90, 90, 90, 90).take)
     assert report.collapsed == []
     assert [result.score for result in report.results.values()] == [0, 0, 0]
 
 
-def test_a_copy_of_the_right_candidate_does_no_harm(collection):
+def test_copy_of_right_candidate_does_not_lower_score(collection):
     """Such copies occur in MMEB's lists, and in classes with the same name."""
     copies = [np.array([2, 3, 2, 2]), np.array([3, 2, 3, 4])]
     classes = np.array([[2, 3], [4, 5], [3, 2]])

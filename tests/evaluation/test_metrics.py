@@ -45,7 +45,7 @@ def assert_scores(scores: Scores, **expected) -> None:
         np.testing.assert_array_equal(getattr(scores, name), np.array(values), err_msg=name)
 
 
-def test_of_a_ranking_the_first_candidate_is_right():
+def test_first_ranking_candidate_is_right():
     rows = at(0.2, 0.4, 0.4, 0.6)  # rows 2 and 3 are equal
     task = ranking([0] * 6, [[4, 1, 2], [2, 1, 3], [2, 4, 3], [1, 2, 4, 3], [3], [2, 2]])
     assert_scores(
@@ -60,7 +60,7 @@ def test_of_a_ranking_the_first_candidate_is_right():
     )
 
 
-def test_of_several_right_ones_the_best_counts_and_the_others_are_not_in_its_way():
+def test_best_of_several_right_candidates_counts():
     rows = at(0.2, 0.4, 0.4, 0.6, 0.8)
     candidates = [5, 1, 4, 2, 3]
     right = [[0, 2], [1, 3], [4, 3], [1], [0, 1, 2, 3, 4], [2, 2, 1]]
@@ -115,7 +115,7 @@ def test_retrieval_agrees_with_torchmetrics(data, queries, candidates, tile_byte
 
 @checked
 @given(st.lists(st.tuples(corner, st.lists(corner, min_size=1, max_size=15)), min_size=1, max_size=70), tile_bytes)
-def test_a_ranking_agrees_with_torchmetrics(rows, tile_bytes):
+def test_ranking_agrees_with_torchmetrics(rows, tile_bytes):
     queries, lists = zip(*rows, strict=True)
     scores = scores_of(ranking(queries, lists), taking(CORNERS), tile_bytes=tile_bytes)
     pairs = [((CORNERS[query] @ CORNERS[list_].T).tolist(), {0}) for query, list_ in rows]
@@ -134,7 +134,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_identical_vectors_tie_in_whatever_tile_and_kernel(threads):
+def test_identical_embeddings_tie_for_any_tile_and_thread_count(threads):
     """In a plain float32 product, some similarities differ in the last digit."""
     distinct = unit(48, 333)
     rows = np.tile(distinct, (9, 1))  # items i and i + 48 n are equal
@@ -158,7 +158,7 @@ def exact(*rows: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.round(each.astype(np.float64) * 2**26) / 2**26 for each in rows)
 
 
-def test_no_order_of_the_dimensions_changes_a_similarity():
+def test_similarity_is_independent_of_dimension_order():
     """In plain float64 it changes by about 1e-17, which can change the last digit after rounding to float32."""
     rows = torch.from_numpy(unit(64, 1000)).double()
     orders = [torch.randperm(1000, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
@@ -170,7 +170,7 @@ def test_no_order_of_the_dimensions_changes_a_similarity():
     assert (ours[0] - plain[0]).abs().max() < 3e-8
 
 
-def test_a_candidate_of_several_items_is_their_mean():
+def test_candidate_of_several_items_is_their_mean():
     rows = unit(40, 24)
     classes = np.arange(10, 40).reshape(10, 3)
     classes[7] = classes[2][[1, 2, 0]]  # the same prompts as class 2
@@ -188,7 +188,7 @@ def test_a_candidate_of_several_items_is_their_mean():
     assert scores_of(retrieval([0], [[1, 2]], [[0]]), taking(opposite)).positive == 0
 
 
-def test_what_is_in_memory_at_once_does_not_grow_with_the_task():
+def test_embeddings_read_at_once_are_bounded():
     rows, taken = unit(3000, 64), []
 
     def take(numbers: np.ndarray) -> np.ndarray:
@@ -211,14 +211,14 @@ def test_what_is_in_memory_at_once_does_not_grow_with_the_task():
     "task",
     [ranking([0, 1], [[2, 3], [4, 5]]), retrieval([0, 1], [2, 3, 4, 5], [[0], [1]]), retrieval([0], [[2, 4]], [[0]])],
 )
-def test_a_vector_that_is_not_of_length_1_is_an_error_that_names_its_item(task, value):
+def test_non_unit_embedding_error_names_item(task, value):
     rows = np.tile(np.float32([1, 0]), (6, 1))
     rows[4, 0] = value
     with pytest.raises(PipelineError, match=r"^Set: the embedding of item 4 has length "):
         scores_of(task, taking(rows))
 
 
-def test_what_cannot_be_scored_is_a_clear_error():
+def test_task_without_queries_or_right_candidate_is_refused():
     with pytest.raises(PipelineError, match="Set has no queries"):
         scores_of(ranking([], []), taking(CORNERS))
     with pytest.raises(PipelineError, match="Set: query 1 has no right candidate"):
@@ -238,7 +238,7 @@ def scores(rank: list[int], tied: int = 0, positive=0.5, hardest=0.25, chance: f
     )
 
 
-def test_worst_queries_have_the_lowest_margin_and_keep_their_order():
+def test_worst_queries_are_sorted_stably_by_margin():
     some = scores([1] * 5, positive=[0.5, 0.25, 0.75, 0.25, 0.5], hardest=[0.25, 0.5, 0.5, 0.5, -math.inf])
     assert worst_queries(some, 4).tolist() == [1, 3, 0, 2]
     assert worst_queries(some, 9).tolist() == [1, 3, 0, 2, 4]
@@ -249,7 +249,7 @@ def test_worst_queries_have_the_lowest_margin_and_keep_their_order():
 WORST = [Case(Shown("q"), Shown("r"), Shown("f"), 0.1, 0.2, 2)]
 
 
-def test_the_result_of_an_mmeb_dataset():
+def test_mmeb_dataset_result():
     result = result_of([ranking([0], [[1]])], [scores([1, 2, 1, 9], tied=2)], WORST)
     assert (result.group, result.in_distribution, result.language, result.queries) == ("vqa", True, "", {"": 4})
     assert result.metrics == {"P@1": 0.5}
@@ -257,7 +257,7 @@ def test_the_result_of_an_mmeb_dataset():
     assert result.similarities == Similarities.of(np.full(4, 0.5), np.full(4, 0.25))
 
 
-def test_the_result_of_both_directions_begins_with_the_texts():
+def test_two_direction_result_lists_text_queries_first():
     back, forth = (retrieval([0], [1], [[0]], direction, "text-video") for direction in ("v2t", "t2v"))
     of_back, of_forth = scores([1, 11], 1, hardest=0.75, chance=0.5), scores([1, 2, 5, 6, 10, 11], 2)
     result = result_of([back, forth], [of_back, of_forth], [])
@@ -270,7 +270,7 @@ def test_the_result_of_both_directions_begins_with_the_texts():
     assert result.similarities == Similarities.of(np.full(8, 0.5), np.array([0.25] * 6 + [0.75] * 2))
 
 
-def test_the_result_of_a_classification():
+def test_classification_result():
     task = retrieval([0], [[1, 2]], [[0]], "", "classification")
     result = result_of([task], [scores([1, 5, 6, 7])], [])
     assert (result.group, result.language, result.queries) == ("zero-shot classification", "en", {"": 4})

@@ -54,7 +54,7 @@ def mmeb(tmp_path):
     return tmp_path
 
 
-def test_mmebs_rows_become_tasks_over_distinct_items(mmeb):
+def test_mmeb_rows_become_tasks_over_distinct_items(mmeb):
     collection = load([str(mmeb)])
     vqa, t2i = collection.tasks
     assert (vqa.name, vqa.meta_task, vqa.in_distribution) == ("VQA", "vqa", True)
@@ -69,7 +69,7 @@ def test_mmebs_rows_become_tasks_over_distinct_items(mmeb):
     ]
 
 
-def test_shards_of_pairs_are_a_task_where_each_query_seeks_its_target_among_all(tmp_path):
+def test_pair_shards_become_task_ranking_all_targets(tmp_path):
     texts = [("q0", "t0"), ("q1", "t1"), ("q1 ", "t2"), ("q3", " t0\n")]  # q1 has two right answers, t0 two queries
     pairs = [Pair(str(i), "d", "grounding", Item(q), Item(t)) for i, (q, t) in enumerate(texts)]
     write_shards(pairs, tmp_path, dataset="pairs")
@@ -86,12 +86,12 @@ def test_shards_of_pairs_are_a_task_where_each_query_seeks_its_target_among_all(
     ]
 
 
-def test_pairs_of_mmebs_training_sets_are_not_its_evaluation(tmp_path):
+def test_mmeb_training_pairs_get_separate_task_name(tmp_path):
     write_shards([Pair("0", "d", "vqa", Item("q"), Item("t"))], tmp_path, dataset="OK-VQA")
     assert [task.name for task in load([str(tmp_path)]).tasks] == ["OK-VQA, pairs"]
 
 
-def test_tars_with_captions_elsewhere_are_a_task_too(tmp_path):
+def test_indexed_caption_tars_become_task(tmp_path):
     (tmp_path / "tars").mkdir()
     image = io.BytesIO()
     Image.new("RGB", (8, 8)).save(image, "PNG")
@@ -131,7 +131,7 @@ def singles(tmp_path):
     return tmp_path / "collection"
 
 
-def test_converted_items_are_read_by_the_block_and_each_block_once(singles, monkeypatch):
+def test_converted_items_are_read_once_per_block(singles, monkeypatch):
     read, original = [], objects.read
     monkeypatch.setattr(objects, "read", lambda url, *arguments: read.append(url) or original(url, *arguments))
     collection = load([str(singles)])
@@ -146,7 +146,7 @@ def test_converted_items_are_read_by_the_block_and_each_block_once(singles, monk
     assert (task.queries.tolist(), [row.tolist() for row in task.candidates]) == ([0, 599], [[1, 2], [3]])
 
 
-def test_a_converted_set_whose_parts_do_not_fit_is_a_clear_error(singles):
+def test_inconsistent_converted_set_is_refused(singles):
     with pytest.raises(PipelineError, match=r"item of an evaluation set: give the folder above, with its tasks\.json"):
         load([str(singles / "Set")])
     for queries, candidates, items in (([0], [[1]], 599), ([600], [[1]], 600), ([0], [[1, -1]], 600)):
@@ -161,7 +161,7 @@ def test_a_converted_set_whose_parts_do_not_fit_is_a_clear_error(singles):
         load([str(singles)])
 
 
-def test_a_column_that_is_missing_and_a_dataset_that_nothing_lists_are_said(mmeb, capsys):
+def test_missing_column_and_unlisted_dataset_are_reported(mmeb, capsys):
     file = mmeb / "VQA/test-00000-of-00001.parquet"
     (mmeb / "Mine").mkdir()
     parquet.write_table(parquet.read_table(file), mmeb / "Mine/t.parquet")
@@ -172,7 +172,7 @@ def test_a_column_that_is_missing_and_a_dataset_that_nothing_lists_are_said(mmeb
         load([str(mmeb)])
 
 
-def test_what_is_no_evaluation_set_is_a_clear_error(mmeb, tmp_path):
+def test_invalid_evaluation_sets_are_refused(mmeb, tmp_path):
     with pytest.raises(PipelineError, match=r"nothing to evaluate at .*: it has no tasks\.json, index\.json or d"):
         load([str(tmp_path / "nowhere")])
     with pytest.raises(PipelineError, match="two evaluation sets have the name"):
@@ -185,7 +185,7 @@ def test_what_is_no_evaluation_set_is_a_clear_error(mmeb, tmp_path):
         load([str(mmeb)])
 
 
-def test_mmebs_datasets_by_name_and_group(tmp_path):
+def test_mmeb_datasets_are_selected_by_name_and_group(tmp_path):
     names = {name for name in MMEB_TASKS if name != "ImageNet_1K"}
     assert len(names) == 36
     row = {"qry_text": "a?", "qry_img_path": "", "tgt_text": ["b", "c"], "tgt_img_path": ["", ""]}
@@ -213,7 +213,7 @@ def test_mmebs_datasets_by_name_and_group(tmp_path):
         load([f"mmebb={tmp_path}"])
 
 
-def test_a_picture_that_rows_name_is_missed_at_once_and_found_in_either_folder(mmeb):
+def test_images_are_found_in_either_folder_or_reported_missing(mmeb):
     keys = load([str(mmeb)]).keys
     assert load([str(mmeb)]).keys == keys
     (mmeb / "images").rename(mmeb / "eval_images")
@@ -226,7 +226,7 @@ def test_a_picture_that_rows_name_is_missed_at_once_and_found_in_either_folder(m
         load([str(mmeb)])
 
 
-def test_a_dataset_that_is_none_of_mmebs_is_not_left_out_in_silence(tmp_path, capsys):
+def test_ignored_non_mmeb_dataset_is_reported(tmp_path, capsys):
     row = {"qry_text": "a?", "qry_img_path": "", "tgt_text": ["b", "c"], "tgt_img_path": ["", ""]}
     for name in ("GQA", "GQA-mine"):
         (tmp_path / name).mkdir()

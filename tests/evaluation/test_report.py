@@ -42,7 +42,7 @@ def mmeb(names: list[str] = NAMES) -> dict[str, DatasetResult]:
     return {name: result(*MMEB_TASKS[name], metrics={"P@1": scores[name]}) for name in names}
 
 
-def test_mmebs_averages_are_over_datasets_however_many_rows_they_have():
+def test_mmeb_averages_weight_datasets_equally():
     results = mmeb()
     results["OVEN"] = replace(results["OVEN"], queries={"": 10**6}, chance=0.3)
     averages = Report("m", results).averages()
@@ -57,20 +57,20 @@ def test_mmebs_averages_are_over_datasets_however_many_rows_they_have():
     assert (chances["vqa"], chances["retrieval"]) == pytest.approx((0.1, (11 * 0.1 + 0.3) / 12))
 
 
-def test_an_average_that_lacks_a_dataset_is_not_given_but_named():
+def test_incomplete_averages_are_omitted_and_named():
     report = Report("m", mmeb([name for name in NAMES if name != "GQA"]) | {"Scene": result("vqa", False)})
     assert set(report.averages()) == {"classification", "retrieval", "grounding", "in distribution"}
     assert report.missing() == {"vqa": ["GQA"], "out of distribution": ["GQA"], "overall": ["GQA"]}
     assert "vqa lacks GQA of its 10; out of distribution lacks GQA of its 16" in report.remarks()[0]
 
 
-def test_of_the_sets_out_of_distribution_alone_there_is_their_average_alone():
+def test_out_of_distribution_sets_alone_give_one_average():
     report = Report("m", mmeb([name for name in NAMES if not MMEB_TASKS[name][1]]))
     assert list(report.averages()) == ["out of distribution"]
     assert len(report.missing()["overall"]) == 20
 
 
-def test_imagenet_counts_once_by_either_name():
+def test_imagenet_counts_once_under_either_name():
     whole = Report("m", mmeb()).averages()
     alias = Report("m", mmeb(["ImageNet_1K", *NAMES[1:]]))
     assert alias.averages() == whole
@@ -78,7 +78,7 @@ def test_imagenet_counts_once_by_either_name():
     assert Report("m", mmeb([*NAMES, "ImageNet_1K"])).averages() == whole
 
 
-def test_own_sets_average_over_what_there_is():
+def test_own_sets_average_over_available_results():
     report = own_sets(a=("vqa", True, 0.2), b=("vqa", False, 0.4), c=("retrieval", True, 0.9))
     assert report.averages() == pytest.approx(
         {"vqa": 0.3, "retrieval": 0.9, "in distribution": 0.55, "out of distribution": 0.4, "overall": 0.5}
@@ -89,13 +89,13 @@ def test_own_sets_average_over_what_there_is():
     assert Report("m", {"MSCOCO": retrieval()}).mmeb() == {}
 
 
-def test_results_stand_in_the_tables_order_then_as_given():
+def test_results_follow_mmeb_table_then_input_order():
     shuffled = {"z": result("vqa", True), "Flickr30k": retrieval()} | mmeb(["RefCOCO", "OK-VQA", "A-OKVQA", "SUN397"])
     report = Report("m", shuffled)
     assert list(report.results) == ["SUN397", "OK-VQA", "A-OKVQA", "RefCOCO", "z", "Flickr30k"]
 
 
-def test_a_report_survives_its_file(tmp_path):
+def test_report_round_trips_through_file(tmp_path):
     report = Report("m", mmeb() | {"XM3600/de": retrieval("de"), "Flickr30k": retrieval()})
     report.save(tmp_path / "there/report.json")
     for place in (tmp_path / "there/report.json", tmp_path / "there"):
@@ -122,7 +122,7 @@ def test_a_report_survives_its_file(tmp_path):
         ),
     ],
 )
-def test_what_is_no_report_is_a_clear_error(tmp_path, change, said):
+def test_invalid_report_is_refused(tmp_path, change, said):
     own_sets(a=("vqa", True, 0.1)).save(file := tmp_path / "r.json")
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(PipelineError, match=re.escape(said)) as raised:
@@ -130,7 +130,7 @@ def test_what_is_no_report_is_a_clear_error(tmp_path, change, said):
     assert "\n" not in str(raised.value)
 
 
-def test_no_file_and_no_json_are_clear_errors(tmp_path):
+def test_missing_or_non_json_report_is_refused(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 200_000)
     for path in (tmp_path, tmp_path / "absent.json", tmp_path / "deep.json"):
         with pytest.raises(PipelineError, match="not an evaluation's report"):
@@ -150,7 +150,7 @@ def test_precision_is_printed_before_and_after(capsys):
     assert "before" not in printed
 
 
-def test_retrieval_is_printed_both_ways_with_means_over_languages(capsys):
+def test_printed_retrieval_has_both_directions_and_language_means(capsys):
     languages = {"XM3600-de": retrieval("de"), "XM3600-sw": retrieval("sw", -0.2, ties=3)}
     earlier = {name: replace(each, metrics=retrieval().metrics) for name, each in languages.items()}
     report = Report("m", languages | {"Flickr30k": retrieval("en")})
@@ -173,7 +173,7 @@ def test_retrieval_is_printed_both_ways_with_means_over_languages(capsys):
     assert (bool(rows[0].before), rows[4].before) == (True, {})
 
 
-def test_a_lower_rank_is_better():
+def test_lower_rank_is_better():
     assert change("R@1", 0.5, 0.4) == ("+10.0", "better")
     assert change("R@1", 0.4, 0.5) == ("−10.0", "worse")
     assert change("MnR", 3.0, 2.0) == ("+1.0", "worse")
@@ -198,7 +198,7 @@ def written(tmp_path_factory):
     return folder
 
 
-def test_the_page_has_every_dataset_and_takes_nothing_from_elsewhere(written):
+def test_html_page_lists_every_dataset_without_external_content(written):
     page = (written / "report.html").read_text()
     for name in (*FEW, "MSR-VTT", "XM3600-de", "XM3600-&lt;b&gt;", "ImageNet $x$"):
         assert page.count(name) >= 3, name  # in a table, with its bar, with its similarities
@@ -212,7 +212,7 @@ def test_the_page_has_every_dataset_and_takes_nothing_from_elsewhere(written):
     assert "default-src 'none'" in page
 
 
-def test_the_page_sets_figures_beside_the_papers(written):
+def test_html_page_shows_scores_beside_published_ones(written):
     page = (written / "report.html").read_text()
     rows = [re.sub(r"<[^>]+>|&[a-z]+;", " ", row).split() for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]
     assert ["classification", "5.5", "–", "–", "10.0", "57.4", "62.1", "65.7"] in rows
@@ -234,7 +234,7 @@ def test_figures_are_drawn_in_both_themes(written):
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
 
 
-def test_the_leaderboards_file_has_mmebs_datasets_alone(written, tmp_path):
+def test_leaderboard_file_has_only_mmeb_datasets(written, tmp_path):
     content = json.loads((written / "leaderboard.json").read_text())
     assert list(content) == ["metadata", "metrics"]
     assert content["metadata"]["model_name"] == "runs/<i>model</i>"
@@ -247,7 +247,7 @@ def test_the_leaderboards_file_has_mmebs_datasets_alone(written, tmp_path):
     assert "LLaVE" not in (tmp_path / "report.html").read_text()
 
 
-def test_what_is_published_agrees_with_itself():
+def test_published_averages_are_consistent():
     """The rounded means of meta-tasks and parts give the rounded overall mean."""
     for paper in PUBLISHED:
         mean = paper.averages

@@ -24,7 +24,7 @@ def write(folder) -> None:
         disk.append(dataset, numbers, VECTORS[numbers])
 
 
-def test_what_was_appended_is_found_again_also_by_others_rows_and_by_numpy_alone(tmp_path):
+def test_appended_embeddings_are_readable_with_other_keys_and_by_numpy(tmp_path):
     write(tmp_path)
     disk = DiskStore(tmp_path, KEYS, 6)
     assert disk.missing(np.arange(12)).tolist() == [6, 7, 8, 9, 10, 11]
@@ -38,7 +38,7 @@ def test_what_was_appended_is_found_again_also_by_others_rows_and_by_numpy_alone
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.keys", "a.npy", "b_c_d.keys", "b_c_d.npy"]
 
 
-def test_a_process_killed_at_any_moment_leaves_what_it_counted(tmp_path, monkeypatch):
+def test_kill_during_append_preserves_all_counted_embeddings(tmp_path, monkeypatch):
     counts = set()
     for moment in range(20):
         folder = tmp_path / str(moment)
@@ -71,7 +71,7 @@ def _write_and_die(folder, moment: int, monkeypatch) -> None:
     os._exit(0)
 
 
-def test_one_evaluation_at_a_time_embeds_a_dataset_and_others_may_embed_others(tmp_path):
+def test_only_one_evaluation_at_a_time_embeds_a_dataset(tmp_path):
     with store.held(tmp_path, ["a", "b c/d"]):
         with store.held(tmp_path, ["c"]):
             pass
@@ -81,7 +81,7 @@ def test_one_evaluation_at_a_time_embeds_a_dataset_and_others_may_embed_others(t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_files_and_other_writers_are_refused(tmp_path):
+def test_mismatched_files_and_concurrent_writers_are_refused(tmp_path):
     write(tmp_path)
     with pytest.raises(PipelineError, match=r"a\.npy does not contain 5 vectors of 7 float32, .*: delete both"):
         DiskStore(tmp_path, KEYS, 7)

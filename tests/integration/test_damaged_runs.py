@@ -210,7 +210,7 @@ def contents(folder: Path) -> list[bytes | str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_damaged_checkpoint_is_named_set_aside_and_the_next_older_whole_one_taken(case, run, group, caplog):
+def test_damaged_checkpoint_is_set_aside_and_older_intact_one_is_used(case, run, group, caplog):
     damage, taken, said = CASES[case]
     conditions = conditions_of(run)
     damage(run)
@@ -232,7 +232,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_next_older_whole_one_ta
         assert contents(checkpoints / name) == before[name]
 
 
-def test_what_is_set_aside_a_second_time_keeps_the_first(run, group):
+def test_second_damaged_checkpoint_does_not_overwrite_the_first(run, group):
     conditions = conditions_of(run)
     for number in (1, 2):
         shutil.rmtree(step(run, 6), ignore_errors=True)
@@ -247,7 +247,7 @@ def test_what_is_set_aside_a_second_time_keeps_the_first(run, group):
     assert all(path.exists() for path in (*asides, step(run, 2), step(run, 4)))
 
 
-def test_other_conditions_are_no_damage(run, group):
+def test_changed_conditions_are_not_treated_as_damage(run, group):
     (step(run, 6) / OPTIMIZER).unlink()
     conditions = conditions_of(run) | {"seed": 7}
     before = contents(run)
@@ -263,7 +263,7 @@ def test_other_conditions_are_no_damage(run, group):
         *('{"checkpoint": 3, "score": 1, "by": []}', '{"checkpoint": "..", "score": 1, "by": []}'),
     ],
 )
-def test_a_best_that_cannot_be_read_is_found_again_by_the_reports(best, run, group):
+def test_unreadable_best_file_is_rebuilt_from_reports(best, run, group):
     file = run / "checkpoints/best"
     expected = json.loads(file.read_text())
     file.write_text(best)
@@ -275,7 +275,7 @@ def test_a_best_that_cannot_be_read_is_found_again_by_the_reports(best, run, gro
     assert expected["score"] == max(scores.values()) == scores[int(expected["checkpoint"][5:])]
 
 
-def test_a_run_damaged_all_over_ends_as_if_it_had_not_been(finished, recipe, run, tmp_path):
+def test_run_with_many_damaged_files_matches_undamaged_run(finished, recipe, run, tmp_path):
     cut(step(run, 6) / OPTIMIZER)
     flip(step(run, 4) / OPTIMIZER)
     (run / "checkpoints/latest").write_text("")
@@ -309,7 +309,7 @@ def test_a_run_damaged_all_over_ends_as_if_it_had_not_been(finished, recipe, run
     assert [path.name for path in run.glob(".*.partial")] == [".init.1.partial"]
 
 
-def test_on_another_number_of_processes_the_whole_one_is_converted(recipe, run, monkeypatch, capsys, caplog, tmp_path):
+def test_intact_checkpoint_is_converted_for_another_world_size(recipe, run, monkeypatch, capsys, caplog, tmp_path):
     flip(step(run, 6) / OPTIMIZER)
     without_manifest(step(run, 4))
     left = run / "checkpoints/unfinished-universal/step-00000004"
@@ -330,7 +330,7 @@ def test_on_another_number_of_processes_the_whole_one_is_converted(recipe, run, 
         export.main.__wrapped__()
 
 
-def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(recipe, run):
+def test_run_without_intact_checkpoint_is_not_restarted(recipe, run):
     for number in (2, 4, 6):
         cut(step(run, number) / OPTIMIZER)
     kept = contents(run / "checkpoints"), (run / "metrics.jsonl").read_bytes()
@@ -346,7 +346,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(recipe, run):
         kept = contents(run / "checkpoints"), kept[1]
 
 
-def test_a_damaged_model_to_begin_with_is_named_and_made_anew(recipe, tmp_path):
+def test_damaged_initial_model_is_refused_and_rebuilt_after_deletion(recipe, tmp_path):
     chosen = load_recipe(recipe[0], [field for field in recipe[1:] if "model.path" not in field])
     source, run = Source.open(chosen.data), tmp_path / "run"
     run.mkdir()
@@ -363,7 +363,7 @@ def test_a_damaged_model_to_begin_with_is_named_and_made_anew(recipe, tmp_path):
     assert initial_model(chosen, source, run / "init", anew=False) == str(weights.parent)
 
 
-def test_a_converted_model_to_begin_with_that_is_damaged_is_named(recipe, tmp_path):
+def test_damaged_converted_initial_model_is_refused(recipe, tmp_path):
     chosen = load_recipe(recipe[0], [*recipe[1:], "model.path=tests/golden"])
     source, run = Source.open(chosen.data), tmp_path / "run"
     path = Path(initial_model(chosen, source, run / "init", anew=True))
@@ -376,7 +376,7 @@ def test_a_converted_model_to_begin_with_that_is_damaged_is_named(recipe, tmp_pa
     assert initial_model(chosen, source, run / "init", anew=False) == str(path)
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_whole(recipe, finished, tmp_path):
+def test_full_disk_leaves_previous_checkpoint_intact(recipe, finished, tmp_path):
     run = tmp_path / "run"
     arguments = [*recipe, f"run={run}", "evaluation=null"]
     ended = launch(["tests/integration/full_disk.py", "2", *arguments], world=1)

@@ -40,7 +40,7 @@ def embedded(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-def test_killed_on_two_processes_it_goes_on_to_the_same_bytes_as_on_one(tiny_model, shards, tmp_path):
+def test_killed_embedding_resumes_to_the_bytes_of_one_process(tiny_model, shards, tmp_path):
     device = torch.device("cpu")
     encoder = load_encoder(tiny_model, EvaluationRun(), device)
     alone = embed_shards.open_datasets([str(shards)], str(tmp_path / "alone"))

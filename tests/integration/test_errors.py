@@ -41,31 +41,31 @@ def error_of(overrides: list[str], world: int = 1) -> str:
         (["deepspeed=ds_configs/zero9.json"], "zero3.json"),
     ],
 )
-def test_mistakes_are_found_before_anything_starts(dataset, tmp_path, overrides, named):
+def test_recipe_errors_are_reported_before_start(dataset, tmp_path, overrides, named):
     assert named in error_of([f"run={tmp_path}/run", *overrides])
     if (tmp_path / "run").exists():  # the recipe, which names this folder, was read
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
         assert named in Status.read(tmp_path / "run").reason
 
 
-def test_a_wrong_secret_is_named_and_not_shown(dataset, tmp_path, monkeypatch):
+def test_wrong_secret_is_reported_without_its_value(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-and-not-to-be-shown")
     error = error_of([f"run={tmp_path}/run"])
     assert "AWS_SECRET_ACCESS_KEY" in error
     assert "not-to-be-shown" not in error
 
 
-def test_a_number_of_processes_that_cannot_share_the_lanes_is_refused(dataset, tmp_path):
+def test_world_size_that_does_not_divide_lanes_is_refused(dataset, tmp_path):
     error = error_of([f"run={tmp_path}/run", "batch.global_batch=24", "data.lanes=8"], world=3)
     assert "could be 1, 2, 4, 8" in error
 
 
-def test_a_damaged_shard_stops_the_run_and_is_named(dataset, tmp_path, tiny_model):
+def test_damaged_shard_stops_the_run_and_is_named(dataset, tmp_path, tiny_model):
     error = error_of([f"run={tmp_path}/run", f"model.path={tiny_model}", "data.workers=1"], world=2)
     assert "000000.tar is damaged" in error
 
 
-def test_under_torchrun_the_error_comes_first(dataset, tmp_path):
+def test_torchrun_prints_one_error_before_any_traceback(dataset, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     recipe = ["pipeline.train", "pipeline/recipes/demo.yaml", f"run={tmp_path}/run", "data.url=s3://pipeline-nowhere/x"]
     ended = launch([*torchrun, *recipe], 1)

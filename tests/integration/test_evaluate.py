@@ -69,7 +69,7 @@ def alone(tiny_model, mmeb, tmp_path_factory) -> Path:
     return out
 
 
-def test_all_36_are_measured_and_each_item_is_embedded_once(alone):
+def test_all_36_datasets_are_scored_and_items_embedded_once(alone):
     report = Report.read(alone)
     assert list(report.results) == NAMES
     assert len(report.averages()) == 7
@@ -81,14 +81,14 @@ def test_all_36_are_measured_and_each_item_is_embedded_once(alone):
     assert (alone / "report.html").stat().st_size > 100_000
 
 
-def test_on_two_processes_the_figures_are_the_same(alone, tiny_model, mmeb, tmp_path):
+def test_two_processes_give_the_same_scores(alone, tiny_model, mmeb, tmp_path):
     ended = launch(command(tiny_model, mmeb, tmp_path), world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
     assert Report.read(tmp_path).results == Report.read(alone).results
     assert sorted(embedded(tmp_path)) == sorted(embedded(alone))
 
 
-def test_killed_in_the_middle_it_goes_on_and_embeds_nothing_twice(alone, tiny_model, mmeb, tmp_path):
+def test_killed_evaluation_resumes_without_embedding_items_twice(alone, tiny_model, mmeb, tmp_path):
     processes, deadline = fork(command(tiny_model, mmeb, tmp_path), world=1), time.monotonic() + HANG_SECONDS
     while len(embedded(tmp_path)) < 100 and time.monotonic() < deadline:
         time.sleep(0.002)

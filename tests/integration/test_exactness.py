@@ -22,11 +22,11 @@ def assert_exact(name: str, ranks: list[Rank], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "flags"), [(0, ["few"]), (1, ["few"]), (2, ["few"]), (3, [])])
-def test_a_step_equals_one_process_with_the_whole_batch(stage, flags, tiny_model, tmp_path):
+def test_step_equals_one_process_with_whole_batch(stage, flags, tiny_model, tmp_path):
     assert_exact(f"zero{stage}", begin(f"zero{stage}", 2, tiny_model, tmp_path, *flags), tmp_path)
 
 
-def test_so_does_a_step_of_one_process_in_chunks(tiny_model, tmp_path):
+def test_chunked_step_of_one_process_equals_whole_batch(tiny_model, tmp_path):
     """Run two at a time, one per core."""
     begun = {name: begin(name, 1, tiny_model, tmp_path, "alone") for name in ("zero0", "zero3")}
     for name, ranks in begun.items():
@@ -34,12 +34,12 @@ def test_so_does_a_step_of_one_process_in_chunks(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_so_does_one_whose_optimizer_is_on_the_host(stage, tiny_model, tmp_path):
+def test_step_with_offloaded_optimizer_equals_whole_batch(stage, tiny_model, tmp_path):
     name = f"zero{stage}_offload"
     assert_exact(name, begin(name, 2, tiny_model, tmp_path, "offloaded"), tmp_path)
 
 
-def test_so_does_one_of_each_backbone_in_small(make_model, tmp_path):
+def test_step_of_scaled_down_backbones_equals_whole_batch(make_model, tmp_path):
     """Use the recipes' shapes with fewer layers: widths / 16 (tower / 8), three layers, the same number of heads."""
     vision = {"hidden_size": 144, "intermediate_size": 538, "num_attention_heads": 16}
     vision |= {"num_hidden_layers": 3, "image_size": 24, "patch_size": 8}
@@ -51,7 +51,7 @@ def test_so_does_one_of_each_backbone_in_small(make_model, tmp_path):
     assert_exact("zero3", begin("zero3", 2, ",".join(models), tmp_path, "shaped"), tmp_path)
 
 
-def test_without_the_dummy_tile_a_rank_without_images_breaks_zero_3(tiny_model, tmp_path):
+def test_zero3_without_dummy_tile_fails_on_rank_without_images(tiny_model, tmp_path):
     """Show that the guard is needed in the mixed batches above, where the second of two ranks has no image."""
     config = zero_config("zero3", tmp_path)
     for mix, works in (("images", True), ("mixed", False)):

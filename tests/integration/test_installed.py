@@ -31,7 +31,7 @@ for name, *arguments in json.loads(sys.argv[1]):
 
 
 @pytest.mark.timeout(600)
-def test_a_wheel_makes_shards_and_trains_and_embeds_without_a_checkout(tmp_path):
+def test_installed_wheel_runs_without_a_checkout(tmp_path):
     source, folder = tmp_path / "source", tmp_path / "elsewhere"
     for name in ("pipeline", "ds_configs"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))

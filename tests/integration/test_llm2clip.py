@@ -135,7 +135,7 @@ def embedded(encoder: Path, data: Path, out: Path, stored: str) -> Path:
 
 
 @pytest.mark.parametrize("stage", ["caption", "vision"])
-def test_killed_in_the_middle_a_stage_ends_as_if_it_had_not_been(stage, request, tmp_path):
+def test_killed_stage_matches_uninterrupted_run(stage, request, tmp_path):
     recipe, undisturbed = (request.getfixturevalue(f"{stage}_{what}") for what in ("recipe", "run"))
     recipe = [*recipe, "evaluation=null"]
     run, worker = tmp_path / "killed", str(Path(__file__).with_name("killed.py"))
@@ -164,7 +164,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stored", ["fp16", "bf16"])
-def test_stored_vectors_give_a_live_text_encoders_losses(
+def test_stored_embeddings_give_losses_of_live_text_encoder(
     stored, vision_run, vision_recipe, caption_run, data, vectors, tmp_path
 ):
     """Check that stored vectors change the losses only by their rounding.
@@ -189,7 +189,7 @@ def test_stored_vectors_give_a_live_text_encoders_losses(
     assert not torch.equal(cached, live)
 
 
-def test_a_run_is_not_continued_with_another_text_encoder_or_other_vectors(
+def test_resume_with_changed_text_encoder_or_embeddings_is_refused(
     vision_run, vision_recipe, caption_run, data, vectors, tmp_path
 ):
     recipe, source = None, None
@@ -221,21 +221,21 @@ def test_a_run_is_not_continued_with_another_text_encoder_or_other_vectors(
         kept.rename(weights)
 
 
-def test_what_would_be_partitioned_is_refused(vision_recipe, tmp_path):
+def test_zero_stage_3_is_refused(vision_recipe, tmp_path):
     zero3 = "deepspeed=ds_configs/zero3.json"
     ended = launch(["-m", "pipeline.train", *vision_recipe, f"run={tmp_path}", zero3], world=1)
     assert ended.status == [2]
     assert "error: this family trains under ZeRO 0, 1, 2, not 3: set deepspeed=" in ended.output
 
 
-def test_vectors_of_texts_cut_elsewhere_are_refused(vision_recipe):
+def test_embeddings_with_another_max_tokens_are_refused(vision_recipe):
     recipe = load_recipe(vision_recipe[0], [*vision_recipe[1:], f"model.max_tokens={TOKENS + 1}"])
     with pytest.raises(PipelineError, match=f"with max_tokens={TOKENS}, which is {TOKENS + 1} for"):
         training("llm2clip").check_data(recipe, Source.open(recipe.data))
 
 
 @pytest.mark.parametrize("stage", ["caption", "vision"])
-def test_bf16_follows_fp32(stage, request, tmp_path):
+def test_bf16_losses_are_close_to_fp32(stage, request, tmp_path):
     """Use ZeRO-1, which keeps fp32 gradients in addition to bf16 ones. A step's last chunk contains only texts."""
     recipe, expected = request.getfixturevalue(f"{stage}_recipe"), request.getfixturevalue(f"{stage}_run")
     fields = ["precision=bf16", "deepspeed=ds_configs/zero1.json", "evaluation=null"]
@@ -249,7 +249,7 @@ def test_bf16_follows_fp32(stage, request, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["caption", "vision"])
-def test_a_checkpoint_is_exported_as_the_run_itself_exports_it(stage, request, tmp_path, monkeypatch, capsys):
+def test_exported_checkpoint_matches_export_of_the_run(stage, request, tmp_path, monkeypatch, capsys):
     run = request.getfixturevalue(f"{stage}_run")
     monkeypatch.setattr(sys, "argv", ["export", str(run), str(tmp_path / "out")])
     export.main()
@@ -263,7 +263,7 @@ def test_a_checkpoint_is_exported_as_the_run_itself_exports_it(stage, request, t
     assert files == {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}
 
 
-def test_the_exported_model_scores_what_training_said(vision_run, data):
+def test_exported_model_matches_evaluation_during_training(vision_run, data):
     """Training uses the recipe's text encoder, evaluation that of the export, with other chunks."""
     encoder = load_encoder(str(vision_run / "export"), EvaluationRun(max_tokens=TOKENS), CPU)
     collection = sets.load([evaluation_set(data)], instructed=encoder.instructed)

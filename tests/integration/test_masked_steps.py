@@ -49,7 +49,7 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_step_equals_one_process_with_the_whole_batch(world, models, tmp_path):
+def test_step_equals_one_process_with_whole_batch(world, models, tmp_path):
     out = tmp_path / "out.json"
     ended = launch([WORKER, str(models), str(out)], world)
     assert ended.status == [0] * world, ended.output[-4000:]
@@ -58,7 +58,7 @@ def test_a_step_equals_one_process_with_the_whole_batch(world, models, tmp_path)
         assert all(result[name] < 1e-5 for name in ("loss", "grad_norm", "parameters", "export")), result
 
 
-def test_a_run_learns_goes_on_where_it_was_killed_and_leaves_a_decoder(tmp_path, monkeypatch):
+def test_run_learns_resumes_after_a_kill_and_exports_a_decoder(tmp_path, monkeypatch):
     for name in ("images", "texts"):
         pairs = (training_pair(name, 0, number) for number in range(100))
         write_shards(pairs, tmp_path / "data" / name, dataset=name, shard_bytes=100_000)

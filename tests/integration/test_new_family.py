@@ -52,7 +52,7 @@ def run(world: int, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_family_of_a_folder_of_its_own_goes_through_all_programs(stage, world_of_words, tmp_path, monkeypatch):
+def test_registered_family_trains_exports_evaluates_and_embeds(stage, world_of_words, tmp_path, monkeypatch):
     pairs, trained = world_of_words / "pairs", tmp_path / "trained"
     fields = [f"data.url={pairs}", f"deepspeed=ds_configs/zero{stage}.json", f"evaluation.urls=[{pairs}]"]
     train = ["pipeline.train", world_of_words / "recipe.yaml", *fields]

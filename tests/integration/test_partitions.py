@@ -32,7 +32,7 @@ def of_the_hub(name: str) -> str:
 
 
 @pytest.mark.parametrize("rename", [str, of_the_hub, lambda name: f"model.{of_the_hub(name)}"])
-def test_ranks_read_a_part_each_and_together_have_it_all(tiny_model, tmp_path, rename):
+def test_each_rank_reads_only_its_part_of_the_weights(tiny_model, tmp_path, rename):
     folder = stored_as(tiny_model, tmp_path / "model", rename)
     ended = launch([WORKER, str(folder), CONFIG, tiny_model], 3)
     assert ended.status == [0] * 3, ended.output[-4000:]
@@ -47,7 +47,7 @@ def without_a_layer(name: str) -> str | None:
     return None if "layers.1.mlp" in name else name
 
 
-def test_what_is_missing_misshapen_or_not_in_safetensors_is_named(tiny_model, tmp_path):
+def test_unusable_weights_and_unsupported_zero_options_are_refused(tiny_model, tmp_path):
     lacking = stored_as(tiny_model, tmp_path / "lacking", without_a_layer)
     misshapen = stored_as(tiny_model, tmp_path / "misshapen", str)
     weights = load_file(misshapen / "model-0.safetensors")

@@ -25,7 +25,7 @@ def assert_exported_alike(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_follows_fp32_and_both_resume_exactly(stage, tiny_model, tmp_path, monkeypatch):
+def test_bf16_losses_are_close_to_fp32_and_both_resume_exactly(stage, tiny_model, tmp_path, monkeypatch):
     results = {}
     for precision in ("fp32", "bf16"):
         config = f"ds_configs/zero{stage}.json"
@@ -42,9 +42,7 @@ def test_bf16_follows_fp32_and_both_resume_exactly(stage, tiny_model, tmp_path, 
 
 
 @pytest.mark.parametrize(("stage", "world"), [(1, 1), (3, 2)])
-def test_adapters_beside_frozen_parts_resume_exactly_and_are_merged_into_the_export(
-    stage, world, tiny_model, tmp_path, monkeypatch
-):
+def test_adapters_with_frozen_parts_resume_exactly_and_merge_on_export(stage, world, tiny_model, tmp_path, monkeypatch):
     fields = [
         "model.train.vision_tower=false",
         "model.train.projector=false",

@@ -73,7 +73,7 @@ def job(world: int, steps: range, folder: Path, *overrides: str) -> Job:
     return Job(world, steps, folder, [f"url={BUCKET}", *DATA, *overrides])
 
 
-def test_killed_six_times_on_changing_numbers_of_ranks(server, tmp_path):
+def test_six_kills_with_changing_world_size_preserve_batches(server, tmp_path):
     chance = random.Random(3)
     expected, seen = undisturbed(), []
     steps = len(expected)
@@ -90,7 +90,7 @@ def test_killed_six_times_on_changing_numbers_of_ranks(server, tmp_path):
     assert seen == expected
 
 
-def test_an_epoch_takes_every_sample_as_often_as_its_weight_says(server):
+def test_epoch_reads_each_sample_as_often_as_its_weight(server):
     _, order = open_order(parse_options(Data, [f"url={BUCKET}", *DATA]))
     for epoch in (0, 1):
         steps = undisturbed()[epoch * order.steps_per_epoch : (epoch + 1) * order.steps_per_epoch]
@@ -107,7 +107,7 @@ def test_an_epoch_takes_every_sample_as_often_as_its_weight_says(server):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_an_epoch_reads_each_byte_once(server, tmp_path, world):
+def test_epoch_reads_each_byte_once(server, tmp_path, world):
     data = ["datasets=[first, second]", f"workers={2 if world < 4 else 1}"]
     source, order = open_order(parse_options(Data, [f"url={BUCKET}", *DATA, *data]))
     size = sum(index.total_bytes for _, index in source.indexes)
@@ -118,7 +118,7 @@ def test_an_epoch_reads_each_byte_once(server, tmp_path, world):
     assert sum(received) <= 1.05 * size
 
 
-def test_faults_do_not_show(server, tmp_path, monkeypatch):
+def test_transient_faults_do_not_change_batches(server, tmp_path, monkeypatch):
     """Inject resets, bursts of 503, stalls of 5 s, truncated bodies and flipped bits; the batches stay the same."""
     injected = Counter()
     mixture = ["batches=interleaved:2", "workers=2"]
@@ -142,7 +142,7 @@ def test_faults_do_not_show(server, tmp_path, monkeypatch):
     assert all(injected[fault.kind] > 5 for fault in (RESET, UNAVAILABLE, TRUNCATE, FLIP))
 
 
-def test_a_server_that_is_killed_and_comes_back_does_not_show(server, tmp_path):
+def test_server_restart_does_not_change_batches(server, tmp_path):
     expected = undisturbed("batches=homogeneous")
     read = job(2, range(len(expected)), tmp_path, "batches=homogeneous")
     while len(read.ledger()) < len(expected) // 4 and read.runs:
@@ -162,7 +162,7 @@ def test_a_server_that_is_killed_and_comes_back_does_not_show(server, tmp_path):
     ],
     ids=["flipped", "unavailable", "stalled"],
 )
-def test_a_fault_that_stays_is_one_error_that_names_the_object(server, tmp_path, monkeypatch, fault, complaint):
+def test_permanent_fault_raises_one_error_naming_the_object(server, tmp_path, monkeypatch, fault, complaint):
     def plan(number: int, method: str, path: str) -> Fault | None:
         return fault if "first/000001.tar" in path else None
 
@@ -175,7 +175,7 @@ def test_a_fault_that_stays_is_one_error_that_names_the_object(server, tmp_path,
     assert "Traceback" not in read.output
 
 
-def test_no_process_is_forked_while_a_thread_that_spoke_to_s3_is_ending(server):
+def test_fork_waits_for_ending_threads_that_used_s3(server):
     """Such a thread may hold OpenSSL's locks, which a forked process could never acquire."""
     libc, key = ctypes.CDLL(None), ctypes.c_uint()
     libc.pthread_key_create(ctypes.byref(key), ctypes.cast(libc.usleep, ctypes.c_void_p))
@@ -210,7 +210,7 @@ raise RuntimeError("out of memory")
 """
 
 
-def test_a_rank_that_fails_does_not_wait_for_workers_that_heed_nothing(server):
+def test_failing_rank_does_not_wait_for_unresponsive_workers(server):
     ended = subprocess.run(
         [sys.executable, "-c", _RANK, f"url={BUCKET}", *DATA],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},

@@ -69,7 +69,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_leaves_what_it_promises(finished, recipe):
+def test_finished_run_has_all_outputs_and_no_secrets(finished, recipe):
     metrics = lines(finished / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert [line["samples"] for line in metrics] == [24 * step for step in range(1, STEPS + 1)]
@@ -99,7 +99,7 @@ def test_a_run_leaves_what_it_promises(finished, recipe):
     assert len(first_epoch) == len(set(first_epoch)) == 24 * 7
 
 
-def test_killed_in_the_middle_a_run_ends_as_if_it_had_not_been(finished, recipe, tmp_path):
+def test_killed_run_matches_uninterrupted_run(finished, recipe, tmp_path):
     run = tmp_path / "killed"
     metrics = run / "metrics.jsonl"
     # A different number of workers must not change anything, either.
@@ -129,7 +129,7 @@ def test_killed_in_the_middle_a_run_ends_as_if_it_had_not_been(finished, recipe,
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_the_exported_model_scores_what_training_said(finished, tmp_path):
+def test_exported_model_matches_evaluation_during_training(finished, tmp_path):
     arguments = [str(finished / "export"), "s3://pipeline-tests/training/Scene-T2I", f"out={tmp_path}"]
     ended = launch(["-m", "pipeline.evaluate", *arguments], world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
@@ -147,7 +147,7 @@ def budget_of(run: Path, step: int) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)["budget"]
 
 
-def test_an_original_checkpoint_with_adapters_and_a_frozen_tower_by_what_fits(recipe, tmp_path, monkeypatch, capsys):
+def test_original_checkpoint_trains_adapters_with_automatic_budget(recipe, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     fields = ["model.path=tests/golden", "model.max_tokens=4096", "model.image_grid_pinpoints=[[384, 384]]"]
     fields += ["batch.global_batch=4", "data.lanes=2", "batch.chunk_tokens=auto", "batch.kept_chunks=auto"]
@@ -188,13 +188,13 @@ def test_an_original_checkpoint_with_adapters_and_a_frozen_tower_by_what_fits(re
         assert_close_in_norm(by_command[name], weight, operations=64)
 
 
-def test_a_run_is_not_continued_with_another_order(finished, recipe):
+def test_resume_with_another_seed_is_refused(finished, recipe):
     ended = launch(command(recipe, finished, "seed=7"), world=1)
     assert ended.status == [2]
     assert "seed was 0 and is now 7" in ended.output
 
 
-def test_a_checkpoint_in_the_making_does_not_count(tmp_path):
+def test_unfinished_checkpoint_is_ignored(tmp_path):
     """A kill during a save leaves files under another name, and `latest` unchanged."""
     folder = tmp_path / "checkpoints"
     (folder / "unfinished-00000008").mkdir(parents=True)

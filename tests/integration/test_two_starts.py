@@ -69,7 +69,7 @@ def assert_stopped(run: Path, printed: str) -> None:
     assert not (run / lock.FOLDER).exists()
 
 
-def test_interrupted_a_run_finishes_its_step_and_goes_on_from_there(recipe, tmp_path):
+def test_sigint_ends_the_run_with_a_checkpoint(recipe, tmp_path):
     run = tmp_path / "run"
     (rank,) = fork(command(recipe, run), 1)
     until_step(run, 2, rank.poll)
@@ -80,7 +80,7 @@ def test_interrupted_a_run_finishes_its_step_and_goes_on_from_there(recipe, tmp_
     assert_stopped(run, ended.output)
 
 
-def test_torchrun_passes_an_interruption_on(recipe, tmp_path):
+def test_sigint_to_torchrun_ends_the_run_with_a_checkpoint(recipe, tmp_path):
     """torchrun forwards it once, to each rank's process group (not the terminal's), and ends with a traceback."""
     run, printed = tmp_path / "run", tmp_path / "printed"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -104,7 +104,7 @@ def test_torchrun_passes_an_interruption_on(recipe, tmp_path):
         process.wait()
 
 
-def test_a_second_start_is_refused_and_the_first_goes_on(recipe, tmp_path):
+def test_second_start_is_refused_and_the_first_continues(recipe, tmp_path):
     run = tmp_path / "run"
     (first,) = fork(command(recipe, run), 1)
     until_step(run, 1, first.poll)

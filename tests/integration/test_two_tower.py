@@ -57,7 +57,7 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(("world", "cases"), [(1, "alone"), (2, "two")])
-def test_a_step_equals_one_process_with_the_whole_batch(world, cases, models, tmp_path):
+def test_step_equals_one_process_with_whole_batch(world, cases, models, tmp_path):
     out = tmp_path / "out.json"
     ended = launch([WORKER, str(models), str(out), cases], world)
     assert ended.status == [0] * world, ended.output[-4000:]

@@ -80,7 +80,7 @@ def alone(undisturbed) -> Saved:
     return undisturbed.resumed(by=1, saved_by=2, first=2, cases=CASES)
 
 
-def test_what_two_processes_saved_one_resumes(undisturbed, alone):
+def test_checkpoint_of_two_processes_resumes_on_one(undisturbed, alone):
     alone.assert_follows(undisturbed)
     for case in CASES:
         by_two, by_one = (undisturbed.folder / case / f"by{world}" for world in (2, 1))
@@ -92,12 +92,12 @@ def test_what_two_processes_saved_one_resumes(undisturbed, alone):
                 torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_what_one_process_saved_two_resume(undisturbed, alone):
+def test_checkpoint_of_one_process_resumes_on_two(undisturbed, alone):
     cases = ["zero2", "zero3", "zero1-bf16"]
     alone.resumed(by=2, saved_by=1, first=4, cases=cases).assert_follows(undisturbed)
 
 
-def test_what_two_processes_saved_four_resume(undisturbed):
+def test_checkpoint_of_two_processes_resumes_on_four(undisturbed):
     undisturbed.resumed(by=4, saved_by=2, first=4, cases=["zero1", "zero3-adapters"]).assert_follows(undisturbed)
 
 
@@ -115,7 +115,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_on_one_process_goes_on_where_two_were_stopped(recipe, tmp_path, monkeypatch, capsys):
+def test_run_stopped_on_two_processes_continues_on_one(recipe, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stop+ped"  # the folder's name must not act as a pattern
     ended = launch(["-m", "pipeline.train", *recipe, f"run={whole}"], world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
@@ -155,7 +155,7 @@ def test_a_run_on_one_process_goes_on_where_two_were_stopped(recipe, tmp_path, m
 
 
 @pytest.mark.parametrize("world", [3, 5])
-def test_a_number_of_processes_that_cannot_be_is_refused_with_those_that_can(recipe, world, tmp_path, monkeypatch):
+def test_invalid_world_size_error_lists_valid_sizes(recipe, world, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": str(world)})
     monkeypatch.setattr(sys, "argv", ["train", *recipe, f"run={tmp_path}", "batch.sub_batch=12"])
     with pytest.raises(PipelineError, match="the number of processes could be 1, 2, 4"):

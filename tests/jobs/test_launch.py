@@ -25,11 +25,11 @@ def initialized(*parents: str, **changes: str) -> dict[str, str]:
     return environment
 
 
-def test_a_task_of_srun_is_a_rank():
+def test_srun_task_becomes_a_rank():
     assert [initialized()[name] for name in NAMES] == ["10", "12", "2", "3", "localhost"]
 
 
-def test_what_is_set_already_stays():
+def test_variables_already_set_are_preserved():
     environment = initialized(MASTER_ADDR="ib0.node", MASTER_PORT="1234")
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("ib0.node", "1234")
     of_torchrun = TASK | {"RANK": "3", "WORLD_SIZE": "8"}
@@ -60,7 +60,7 @@ ELASTIC = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "gp
         ({"SLURM_PTY_PORT": "41234"}, [SHELL, STEP]),  # srun --pty bash
     ],
 )
-def test_what_is_no_task_of_the_step_in_its_environment_is_no_rank(changes, parents):
+def test_process_that_is_not_a_step_task_gets_no_rank(changes, parents):
     for others in ({}, {"WORLD_SIZE": "8", "LOCAL_RANK": "3"}):  # an incomplete launcher environment
         assert not initialized(*parents, **changes, **others).keys() & set(NAMES[:4])
 
@@ -76,37 +76,37 @@ def test_what_is_no_task_of_the_step_in_its_environment_is_no_rank(changes, pare
         (ELASTIC, [STEP]),  # submitted from inside a rank of torchrun
     ],
 )
-def test_what_is_a_task_is_a_rank(changes, parents):
+def test_process_of_a_step_task_gets_its_rank(changes, parents):
     environment = initialized(*parents, **changes)
     assert [environment[name] for name in NAMES] == ["10", "12", "2", "3", "localhost"]
     assert "TORCHELASTIC_RUN_ID" not in environment
 
 
-def test_a_launcher_below_a_task_is_believed():
+def test_ranks_set_below_a_task_are_preserved():
     assert initialized(AGENT, STEP, **ELASTIC) == TASK | ELASTIC
     own = {"RANK": "5", "WORLD_SIZE": "12"}  # set by the user's script
     assert initialized(STEP, **own) == TASK | own
 
 
-def test_outside_of_a_step_nothing_is_said():
+def test_environment_outside_a_step_is_unchanged():
     environment = {"SLURM_JOB_ID": "417", "SLURM_NTASKS": "12", "SLURM_PROCID": "0"}
     launch.init_from_environment(environment)
     assert environment == {"SLURM_JOB_ID": "417", "SLURM_NTASKS": "12", "SLURM_PROCID": "0"}
 
 
-def test_a_node_whose_name_is_no_hosts_is_found_where_srun_runs(monkeypatch):
+def test_unresolvable_node_name_falls_back_to_launch_address(monkeypatch):
     monkeypatch.setenv("PATH", "")  # no scontrol
     assert initialized(SLURM_STEP_NODELIST="no-such-node[1-2]")["MASTER_ADDR"] == "10.0.0.7"
 
 
-def test_what_slurm_leaves_out_is_no_error(monkeypatch):
+def test_missing_slurm_variables_raise_no_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delitem(TASK, "SLURM_LAUNCH_NODE_IPADDR")
     unknown = initialized(SLURM_STEP_NODELIST="no-such-node", SLURM_RESTART_COUNT="")
     assert (unknown["MASTER_ADDR"], unknown["MASTER_PORT"]) == ("no-such-node", initialized()["MASTER_PORT"])
 
 
-def test_jobs_and_steps_and_starts_have_ports_of_their_own():
+def test_jobs_steps_and_restarts_get_distinct_ports():
     starts = {initialized(SLURM_RESTART_COUNT=str(start))["MASTER_PORT"] for start in range(4)}
     assert len(starts) == 4
     ports = {
@@ -128,5 +128,5 @@ def test_jobs_and_steps_and_starts_have_ports_of_their_own():
         ("gpu-[a,b].local", "gpu-a.local"),
     ],
 )
-def test_the_first_of_a_list_of_nodes(nodes, first):
+def test_first_node_of_a_node_list(nodes, first):
     assert launch.first_node(nodes) == first

@@ -49,7 +49,7 @@ def encode(item: Item) -> Encoded:
     return Encoded(np.arange(9, dtype=np.int32), images)
 
 
-def test_a_batch_that_does_not_fit_shared_memory_is_said_at_once(source, monkeypatch):
+def test_batch_exceeding_shared_memory_raises_at_once(source, monkeypatch):
     def full(size: int) -> None:
         raise RuntimeError(
             "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
@@ -61,7 +61,7 @@ def test_a_batch_that_does_not_fit_shared_memory_is_said_at_once(source, monkeyp
         next(batches(source, order, encode, range(1), rank=0, world=1, timeout=HANG_SECONDS))
 
 
-def test_what_a_pair_takes_follows_from_the_index(source):
+def test_pair_bytes_are_estimated_from_the_index(source):
     (_, shard), *_ = source.shards
     sizes = np.array(shard.image_sizes)
     cut = [TILING.cut(Picture.new("RGB", tuple(size)), anyres=True).nbytes for size in sizes.tolist()]
@@ -72,7 +72,7 @@ def test_what_a_pair_takes_follows_from_the_index(source):
     assert limits.pair_bytes(source, Lengths(Square(0), 8)) == 0
 
 
-def test_a_run_does_not_start_where_its_first_batch_would_not_fit(source, monkeypatch):
+def test_first_batch_exceeding_shared_memory_is_refused_at_start(source, monkeypatch):
     lengths, workers = Lengths(TILING, 8), recipe("data.workers=1")
     usage = SimpleNamespace(free=BATCH // 2 * limits.pair_bytes(source, lengths) // 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
@@ -89,7 +89,7 @@ def checked(source: Source, *overrides: str) -> tuple[str, str]:
     return check.state, f"{check.found} - {check.do}"
 
 
-def test_preflight_looks_at_shared_memory(source, monkeypatch):
+def test_preflight_checks_shared_memory(source, monkeypatch):
     assert checked(source, "data.workers=0")[0] in ("green", "red")
     needed = BATCH * limits.pair_bytes(source, Lengths(TILING, 8))
     for free, state in ((needed // 2, "green"), (needed // 2 - 1, "red")):
@@ -99,7 +99,7 @@ def test_preflight_looks_at_shared_memory(source, monkeypatch):
         assert ("--shm-size" in found[1]) == (state == "red")
 
 
-def test_preflight_looks_at_the_limits_of_processes(source, monkeypatch):
+def test_preflight_checks_resource_limits(source, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 40))
     monkeypatch.setattr(limits, "_cgroup", lambda kind: None)
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
@@ -118,7 +118,7 @@ def test_preflight_looks_at_the_limits_of_processes(source, monkeypatch):
             assert said in checked(source, "data.workers=2")[1]
 
 
-def test_open_files_are_raised_as_far_as_they_may():
+def test_open_file_limit_is_raised_to_the_hard_limit():
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, before[1]), before[1]))
@@ -134,6 +134,6 @@ def deepspeeds_shared_memory(rank: int) -> bool:
     return deepspeed.comm.comm.cdb.shm_comm_op is not None
 
 
-def test_deepspeeds_reduction_through_shared_memory_is_not_set_up():
+def test_deepspeed_shared_memory_reduction_is_disabled():
     """It would take 66 MB per rank; a container has 64 MB by default."""
     assert on_two_ranks(deepspeeds_shared_memory) == [False, False]

@@ -60,7 +60,7 @@ def found(capsys: pytest.CaptureFixture, overrides: list[str], nodes: Nodes | No
     return status, said.out, said.err.splitlines()
 
 
-def test_nothing_is_wrong_and_nothing_left_behind(overrides, tmp_path, capsys):
+def test_valid_recipe_passes_and_leaves_no_files(overrides, tmp_path, capsys):
     status, table, errors = found(capsys, [*overrides, f"run={tmp_path}/run"])
     assert (status, errors) == (0, []), table
     assert "60 samples in 1 datasets" in table
@@ -97,7 +97,7 @@ def test_nothing_is_wrong_and_nothing_left_behind(overrides, tmp_path, capsys):
         (["run=/proc/run"], {}, "run directory: /proc: "),
     ],
 )
-def test_what_stops_a_run_is_named(overrides, tmp_path, capsys, monkeypatch, changes, options, error):
+def test_each_blocking_problem_is_reported(overrides, tmp_path, capsys, monkeypatch, changes, options, error):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     status, table, errors = found(capsys, [*overrides, f"run={tmp_path}/run", *changes], **options)
     assert status == 2
@@ -106,7 +106,7 @@ def test_what_stops_a_run_is_named(overrides, tmp_path, capsys, monkeypatch, cha
     assert "FAIL" in table
 
 
-def test_a_wrong_secret_is_named_and_not_shown(overrides, tmp_path, capsys, monkeypatch):
+def test_wrong_secret_is_reported_without_its_value(overrides, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-and-not-to-be-shown")
     status, table, errors = found(capsys, [*overrides, f"run={tmp_path}/run"])
     assert status == 2
@@ -122,7 +122,7 @@ class Items(TrainingPairs):
         return Single(pair.key, pair.dataset, pair.task, pair.query)
 
 
-def test_shards_without_pairs_are_found(overrides, tmp_path, capsys):
+def test_shards_without_pairs_are_refused(overrides, tmp_path, capsys):
     convert({f"{tmp_path}/items": Items("Scene-CLS", 0, 20)}, options={})
     capsys.readouterr()
     status, _, errors = found(capsys, [*overrides, f"run={tmp_path}/run", f"data.url={tmp_path}/items"])
@@ -147,7 +147,7 @@ def full_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_is_found(overrides, full_disk, capsys):
+def test_full_disk_is_reported(overrides, full_disk, capsys):
     status, _, errors = found(capsys, [*overrides, f"run={full_disk}/run"])
     assert status == 2
     assert errors[0].startswith(f"error: preflight: run directory: {full_disk}: No space left on device - free space")
@@ -164,7 +164,7 @@ def test_a_full_disk_is_found(overrides, full_disk, capsys):
         ("*processor*", "processor"),
     ],
 )
-def test_a_file_that_the_model_lacks_is_found(tiny_model, tmp_path, missing, named):
+def test_missing_model_file_is_reported(tiny_model, tmp_path, missing, named):
     shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(missing))
     job = Job(load_recipe(DEMO, [f"model.path={tmp_path}/model"]), 2, 0, False)
     result = model(job)
@@ -173,7 +173,7 @@ def test_a_file_that_the_model_lacks_is_found(tiny_model, tmp_path, missing, nam
     assert job.plan is None
 
 
-def test_a_checkpoint_is_continued_or_it_is_said_why_not(overrides, tmp_path, capsys):
+def test_resumable_checkpoint_passes_and_changed_conditions_fail(overrides, tmp_path, capsys):
     folder = tmp_path / "run/checkpoints/step-00000004"
     folder.mkdir(parents=True)
     (folder.parent / "latest").write_text("step-00000004\n")
@@ -198,7 +198,7 @@ def test_a_checkpoint_is_continued_or_it_is_said_why_not(overrides, tmp_path, ca
     assert "seed was None and is now 0" in errors[0]
 
 
-def test_a_job_whose_starts_all_ended_without_a_word_is_refused(overrides, tmp_path, capsys, monkeypatch):
+def test_job_with_four_unreported_failures_is_refused(overrides, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     for start, expected in ((0, 0), (1, 0), (2, 0), (3, 0), (4, 2)):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
@@ -215,7 +215,7 @@ def planned(*overrides: str) -> Job:
     return job
 
 
-def test_memory_says_what_to_lower():
+def test_memory_check_names_the_setting_to_lower():
     job = planned("batch.chunk_tokens=100000", "batch.kept_chunks=0")
     assert memory(job, 80 * 10**9).state == "green"
     needed = job.plan.total(100_000, job.plan.states(3, job.zero))
@@ -228,7 +228,7 @@ def test_memory_says_what_to_lower():
     assert memory(job, 0).state == "skipped"
 
 
-def test_space_is_that_of_real_checkpoints(tmp_path):
+def test_estimated_disk_space_matches_real_checkpoints(tmp_path):
     """Compare with the sizes of a demo run: 667,264 parameters, and a few KB of DeepSpeed's metadata."""
     job = planned(f"run={tmp_path}")
     for stage, written in ((0, 8_058_780), (1, 10_656_284), (2, 10_656_284), (3, 8_058_545)):
@@ -243,7 +243,7 @@ def test_space_is_that_of_real_checkpoints(tmp_path):
     assert "0.01 GB needed" in disk_space(job).found
 
 
-def test_kernels_for_gpus_are_missed_where_training_is(monkeypatch):
+def test_missing_gpu_kernels_fail_only_where_training_runs(monkeypatch):
     recipe, cpu = load_recipe(DEMO, ["model.attention=varlen", "precision=bf16"]), torch.device("cpu")
     assert attention(recipe, cpu, slurm=True).state == "red"
     monkeypatch.delenv("DS_ACCELERATOR")
@@ -255,7 +255,7 @@ def gpu_node(count: int, free: float = 1.0, name: str = "H100") -> list:
     return [[name, 80 * 10**9, int(free * 80 * 10**9)]] * count
 
 
-def test_gpus_are_alike_and_free():
+def test_unequal_missing_or_occupied_gpus_are_reported():
     def judged(*nodes: list, meant_for_cpu: bool = False) -> Check:
         return judge(list(nodes), [f"n{number}" for number in range(1, len(nodes) + 1)], meant_for_cpu)
 
@@ -269,7 +269,7 @@ def test_gpus_are_alike_and_free():
     assert judged(gpu_node(0), meant_for_cpu=True).state == "skipped"
 
 
-def test_a_line_names_the_nodes_that_differ():
+def test_result_line_names_the_nodes_that_differ():
     def checks(state: str, text: str) -> list[Check]:
         return [Check("data", state, text)]
 
@@ -281,7 +281,7 @@ def test_a_line_names_the_nodes_that_differ():
     assert over_nodes(many)[0].state == "red"
 
 
-def test_a_check_that_hangs_or_raises_is_red_and_keeps_secrets(monkeypatch):
+def test_hanging_or_raising_check_fails_without_showing_secrets(monkeypatch):
     @check("slow", seconds=0.05, if_late="wake it")
     def slow() -> Check:
         time.sleep(1)
@@ -306,7 +306,7 @@ def test_a_check_that_hangs_or_raises_is_red_and_keeps_secrets(monkeypatch):
     preflight_check.timed_out.clear()
 
 
-def test_packages_are_those_that_are_asked_for(monkeypatch):
+def test_outdated_and_untested_packages_are_reported(monkeypatch):
     installed = packages()
     assert installed.state == "green", installed
     original = packages.__wrapped__.__globals__["version"]
@@ -331,7 +331,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def test_a_place_is_that_of_the_task():
+def test_slurm_place_is_read_from_the_task_environment():
     assert Nodes.of_slurm(slurm(1, 4000)) == Nodes(1, 2, "n2", "127.0.0.1", 4000)
     with pytest.raises(PipelineError, match="'RANK' is not in the environment"):
         Nodes.of_slurm({})
@@ -339,7 +339,7 @@ def test_a_place_is_that_of_the_task():
         Nodes.of_slurm(slurm(1, 4000, tasks=8))
 
 
-def test_nodes_that_do_not_meet_say_where(overrides, tmp_path, capsys, monkeypatch):
+def test_failed_rendezvous_names_node_and_address(overrides, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(preflight_nodes, "MEET_SECONDS", 1)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     port = free_port()
@@ -377,7 +377,7 @@ def on_two_nodes(overrides: list[str], second: list[str]) -> list[tuple[str, str
             node.kill()
 
 
-def test_two_nodes_are_fine(overrides, tmp_path):
+def test_two_valid_nodes_pass(overrides, tmp_path):
     (table, errors, status), other = on_two_nodes([*overrides, f"run={tmp_path}/run"], [])
     assert (status, errors) == (0, ""), table
     assert other == ("", "", 0)
@@ -388,7 +388,7 @@ def test_two_nodes_are_fine(overrides, tmp_path):
     assert Status.read(tmp_path / "run").state == "starting"
 
 
-def test_nodes_with_folders_and_secrets_apart(overrides, tmp_path):
+def test_differing_folders_and_secrets_of_nodes_are_reported(overrides, tmp_path):
     """The second node has a different file system and a wrong secret."""
     shared = tmp_path / "shared"
     shared.mkdir()
@@ -410,7 +410,7 @@ def test_nodes_with_folders_and_secrets_apart(overrides, tmp_path):
     )
 
 
-def test_help_needs_nothing_heavy():
+def test_help_imports_no_heavy_packages():
     seen = "import sys; sys.path.insert(0, 'tools'); sys.argv = ['preflight', '--help']; import preflight\n"
     seen += (
         "try: preflight.main()\nexcept SystemExit: print('heavy:', {'torch', 'rich', 'pydantic'} & set(sys.modules))"

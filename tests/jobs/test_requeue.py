@@ -52,7 +52,7 @@ def add_checkpoint(run, step: int) -> None:
         ("stopped", "SIGINT (Ctrl-C)", 130, FAILED),  # a user interrupted it
     ],
 )
-def test_how_it_ended_decides(tmp_path, state, reason, exit_code, verdict):
+def test_final_state_and_exit_code_decide_the_verdict(tmp_path, state, reason, exit_code, verdict):
     reach(tmp_path, state, reason=reason)
     message, status = decide(tmp_path, exit_code)
     assert status == verdict
@@ -60,7 +60,7 @@ def test_how_it_ended_decides(tmp_path, state, reason, exit_code, verdict):
     assert message.startswith("error: ") == (state not in ("stopped",) and exit_code != 0)
 
 
-def test_a_second_failure_at_the_same_step_is_the_last(tmp_path):
+def test_second_failure_at_the_same_step_is_final(tmp_path):
     for step, verdict in ((7, REQUEUE), (9, REQUEUE), (7, FAILED)):
         add_checkpoint(tmp_path, step)
         reach(tmp_path, "failed", step=step, reason="out of memory")
@@ -82,7 +82,7 @@ def test_a_second_failure_at_the_same_step_is_the_last(tmp_path):
         [(0, False), (None, False), (0, True)],
     ],
 )
-def test_what_fails_before_a_starts_first_step_counts_for_itself(tmp_path, monkeypatch, ends):
+def test_failures_before_the_first_step_are_counted_separately(tmp_path, monkeypatch, ends):
     add_checkpoint(tmp_path, 4)
     for start, (step, over) in enumerate(ends):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
@@ -98,14 +98,14 @@ def test_what_fails_before_a_starts_first_step_counts_for_itself(tmp_path, monke
         assert ("before its first step" in message) == (step is None)
 
 
-def test_a_status_of_an_older_version_is_read(tmp_path):
+def test_status_of_older_version_is_read(tmp_path):
     old = {"state": "failed", "step": 7, "steps": 20, "reason": "x", "job": "41", "start": 0, "time": ""}
     failures = [{"step": 7, "checkpoint": 4, "told": True}]
     (tmp_path / "status.json").write_text(json.dumps(old | {"failures": failures}))
     assert Status.read(tmp_path).failures == [Failure(7, 4)]
 
 
-def test_a_ranks_failure_is_not_lost_to_one_that_goes_on(tmp_path, monkeypatch):
+def test_failure_is_preserved_while_another_rank_continues(tmp_path, monkeypatch):
     """For any interleaving of their writes, ranks never write the same file."""
     status.begin(tmp_path)
     status.note(tmp_path, "running", step=3, steps=20)
@@ -132,7 +132,7 @@ def test_a_ranks_failure_is_not_lost_to_one_that_goes_on(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
-def test_a_rank_that_fails_before_the_first_one_begins_is_heard(tmp_path, monkeypatch):
+def test_rank_failure_before_rank_0_begins_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(PipelineError), status.failures_noted(tmp_path):
         raise PipelineError("no such file")
@@ -144,7 +144,7 @@ def test_a_rank_that_fails_before_the_first_one_begins_is_heard(tmp_path, monkey
     assert Status.read(tmp_path).state == "starting"
 
 
-def test_another_starts_rank_says_nothing_of_this_one(tmp_path, monkeypatch):
+def test_rank_failure_of_another_start_is_ignored(tmp_path, monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -160,7 +160,7 @@ def test_another_starts_rank_says_nothing_of_this_one(tmp_path, monkeypatch):
     assert Status.read(tmp_path).state == "running"
 
 
-def test_a_job_that_did_not_begin_leaves_a_run_alone_that_another_process_trains(tmp_path):
+def test_job_refused_by_the_lock_leaves_status_unchanged(tmp_path):
     with lock.held([str(tmp_path)]):
         Status("running", 5, 20).write(tmp_path)
         message, verdict = decide(tmp_path, 2)
@@ -169,7 +169,7 @@ def test_a_job_that_did_not_begin_leaves_a_run_alone_that_another_process_trains
         assert Status.read(tmp_path).state == "running"
 
 
-def test_failures_without_a_checkpoint_between_them_end(tmp_path):
+def test_failures_without_a_new_checkpoint_end_the_job(tmp_path):
     for step in (4, 2):
         add_checkpoint(tmp_path, step)
     for step, verdict in ((5, REQUEUE), (9, REQUEUE), (8, REQUEUE), (6, FAILED)):
@@ -180,7 +180,7 @@ def test_failures_without_a_checkpoint_between_them_end(tmp_path):
     assert "a rank was killed" in message
 
 
-def test_what_slurm_ended_is_no_failure(tmp_path):
+def test_termination_by_slurm_is_not_a_failure(tmp_path):
     reach(tmp_path, "running")
     assert decide(tmp_path, 143, terminated=True)[1] == DONE
     kept = Status.read(tmp_path)
@@ -190,14 +190,14 @@ def test_what_slurm_ended_is_no_failure(tmp_path):
     assert "SIGTERM" in Status.read(tmp_path).reason
 
 
-def test_preflight_may_be_wrong_once_where_it_was_right_before(tmp_path, monkeypatch):
+def test_preflight_refusal_after_a_restart_is_requeued_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     for verdict in (REQUEUE, FAILED):
         reach(tmp_path, "refused", reason="preflight: data: no answer")
         assert decide(tmp_path, 2)[1] == verdict
 
 
-def test_another_job_begins_without_the_failures_of_the_one_before(tmp_path, monkeypatch):
+def test_new_job_starts_without_failures_of_previous_job(tmp_path, monkeypatch):
     reach(tmp_path, "failed", reason="out of memory")
     decide(tmp_path, 1)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -213,7 +213,7 @@ def test_another_job_begins_without_the_failures_of_the_one_before(tmp_path, mon
     assert (Status.read(tmp_path).failures, Status.read(tmp_path).state) == ([], "starting")
 
 
-def test_an_end_without_a_word_is_a_failure_and_a_job_begins_once(tmp_path, monkeypatch):
+def test_unreported_end_counts_as_one_failure(tmp_path, monkeypatch):
     reach(tmp_path, "running")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     for _ in range(2):  # by preflight and by training
@@ -223,7 +223,7 @@ def test_an_end_without_a_word_is_a_failure_and_a_job_begins_once(tmp_path, monk
     assert "without a report" in kept.reason
 
 
-def test_what_always_ends_without_a_word_is_not_begun_for_ever(tmp_path, monkeypatch):
+def test_job_that_always_ends_unreported_is_finally_refused(tmp_path, monkeypatch):
     """No job script survives to decide, so preflight decides, and `decide` agrees."""
     add_checkpoint(tmp_path, 4)
     for start in range(4):
@@ -244,7 +244,7 @@ def test_what_always_ends_without_a_word_is_not_begun_for_ever(tmp_path, monkeyp
     assert earlier_starts(tmp_path).state == "green"
 
 
-def test_a_failure_is_noted_and_not_taken_back(tmp_path):
+def test_first_failure_is_recorded_and_not_overwritten(tmp_path):
     with pytest.raises(PipelineError), status.failures_noted(tmp_path):
         raise PipelineError("no index at s3://bucket/train")
     with pytest.raises(RuntimeError), status.failures_noted(tmp_path):
@@ -254,7 +254,7 @@ def test_a_failure_is_noted_and_not_taken_back(tmp_path):
     assert (content["state"], content["reason"]) == ("failed", "no index at s3://bucket/train")
 
 
-def test_the_command(tmp_path):
+def test_requeue_command_returns_verdict_and_reports_steps(tmp_path):
     reach(tmp_path, "stopped", reason="SIGUSR1 (the time limit is near)")
     command = [sys.executable, "-m", "pipeline.jobs.requeue", "pipeline/recipes/demo.yaml", f"run={tmp_path}"]
     ended = subprocess.run([*command, "--exit-code", "0"], capture_output=True, text=True)
@@ -262,7 +262,7 @@ def test_the_command(tmp_path):
     assert "7 of 20 steps are done" in ended.stderr
 
 
-def test_a_failure_that_a_full_disk_cut_short_leaves_no_empty_file(tmp_path, monkeypatch):
+def test_failure_report_on_full_disk_leaves_no_empty_file(tmp_path, monkeypatch):
     """An empty file would hide the first rank's report."""
     monkeypatch.setenv("RANK", "1")
 

@@ -28,7 +28,7 @@ def evaluate(tmp_path):
     return run
 
 
-def test_an_evaluation_is_an_array_and_a_report_after_it(evaluate):
+def test_evaluation_submits_an_array_and_a_dependent_report(evaluate):
     array, report = evaluate("--array=4-7", "--dependency=afterok:5", *GIVEN, SLURM_ARRAY_TASK_ID="3")
     flags = "sbatch|--parsable|--array=4-7|--dependency=afterok:5|"
     assert array == f"{flags}slurm/eval_mmeb.sh|--task|{ASKED.format('results|')}"
@@ -36,7 +36,7 @@ def test_an_evaluation_is_an_array_and_a_report_after_it(evaluate):
     assert report.endswith(f"slurm/gather_report.sh|{ASKED.format('')}out=results|")
 
 
-def test_a_task_of_the_array_embeds_its_part(evaluate):
+def test_array_task_embeds_its_part(evaluate):
     place = {"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "4"}
     (given,) = evaluate("--task", *GIVEN, **place)
     assert given.endswith(f"|python|-u|-m|pipeline.evaluate|{ASKED.format('')}part=2/4|out=results|")

@@ -32,12 +32,12 @@ TABLE = {
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("event", Event)
-def test_each_state_and_event(state, event):
+def test_transition_of_each_state_and_event(state, event):
     assert transition(state, event) == TABLE[state, event]
 
 
 @pytest.mark.parametrize("event", [E.JOB_SUCCEEDED, E.JOB_INTERRUPTED, E.JOB_FAILED])
-def test_a_refused_later_start_counts_as_a_failure(event):
+def test_refusal_of_a_later_start_counts_as_a_failure(event):
     assert transition(S.REFUSED, event, first_start=False) == FAILURE
 
 

@@ -13,7 +13,7 @@ from pipeline.models.llave.model import Llave
 LENGTHS = (5, 1, 17, 3)
 
 
-def test_where_items_are():
+def test_segments_give_bounds_and_padded_slots():
     segments = Segments(LENGTHS, torch.device("cpu"))
     assert segments.bounds.tolist() == [0, 5, 6, 23, 26]
     expected = [item * 17 + token for item, length in enumerate(LENGTHS) for token in range(length)]
@@ -22,7 +22,7 @@ def test_where_items_are():
 
 @pytest.mark.parametrize("looks", ["causal", "both ways", "by last"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_item_attends_to_itself_alone_and_backwards(kind, looks):
+def test_packed_attention_and_gradients_match_each_item_alone(kind, looks):
     device = "cpu" if kind == "sdpa" else "cuda"
     dtype = torch.float64 if kind == "sdpa" else torch.bfloat16
     try:
@@ -52,7 +52,7 @@ def test_each_item_attends_to_itself_alone_and_backwards(kind, looks):
     assert_close_in_norm(gradients, others)
 
 
-def test_the_best_that_runs_is_chosen_and_what_does_not_is_refused(monkeypatch, tmp_path):
+def test_best_attention_is_chosen_and_unsupported_is_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not installed
     assert choose("auto", "cpu", torch.bfloat16) == "sdpa"
     assert choose("auto", "cuda", torch.float32) == "sdpa"
@@ -81,7 +81,7 @@ def test_the_best_that_runs_is_chosen_and_what_does_not_is_refused(monkeypatch, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_is_made_with_each_kind(tiny_model, kind):
+def test_model_is_built_with_each_attention_kernel(tiny_model, kind):
     """transformers treats some names as kernels to download."""
     config = Llave.config_for(tiny_model, None, kind)
     with torch.device("meta"):

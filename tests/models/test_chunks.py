@@ -17,7 +17,7 @@ def encoded(length: int, image: bool = False, size: int = 4) -> Encoded:
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
-def test_chunks_hold_every_item_once_within_the_budget(budget, padded):
+def test_chunks_contain_each_item_once_within_the_budget(budget, padded):
     lengths = np.random.default_rng(0).integers(1, 60, 50).tolist()
     chunks = plan_chunks([encoded(n) for n in lengths], budget, CPU, padded=padded)
     assert sorted(torch.cat([chunk.rows for chunk in chunks]).tolist()) == list(range(50))
@@ -37,12 +37,12 @@ def test_short_items_do_not_share_a_chunk_with_a_long_one():
     assert [len(chunk.rows) for chunk in chunks] == [1, 100]
 
 
-def test_kernels_without_padding_take_short_items_beside_a_long_one():
+def test_unpadded_chunk_mixes_short_and_long_items():
     chunks = plan_chunks([encoded(40)] * 100 + [encoded(3000)], 4000, CPU, padded=False)
     assert [len(chunk.rows) for chunk in chunks] == [26, 75]
 
 
-def test_tiles_are_copied_for_one_chunk_at_a_time():
+def test_tiles_are_copied_one_chunk_at_a_time():
     size = 512
     items = [encoded(20, image=True, size=size) for _ in range(30)]
 
@@ -62,12 +62,12 @@ def test_tiles_are_copied_for_one_chunk_at_a_time():
     assert now < size**2
 
 
-def test_chunks_say_whether_they_have_images():
+def test_with_images_is_set_per_chunk():
     chunks = plan_chunks([encoded(9, image=True), encoded(8), encoded(7)], 9, CPU)
     assert [chunk.with_images for chunk in chunks] == [True, False, False]
 
 
-def test_embeddings_come_in_the_items_order():
+def test_embeddings_keep_the_order_of_items():
     lengths = [5, 30, 2, 17]
 
     def model(packed, with_images, features):

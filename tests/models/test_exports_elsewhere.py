@@ -93,7 +93,7 @@ def run_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 
 
 @pytest.mark.parametrize("instruction", ["", "Represent: "])
-def test_what_a_tokenizer_puts_before_stands_before_and_what_it_puts_behind_does_not(marked, instruction):
+def test_tokenizer_prefix_is_kept_and_suffix_removed(marked, instruction):
     folder, marks = marked
     processor = TextProcessor.load(str(folder), 64, instruction)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -107,7 +107,7 @@ def test_what_a_tokenizer_puts_before_stands_before_and_what_it_puts_behind_does
 
 @pytest.mark.parametrize("marked", OF_CARDS, indirect=True)
 @pytest.mark.parametrize("instruction", ["", "Represent: "])
-def test_a_text_encoders_card_gives_our_vectors(marked, instruction, tmp_path, monkeypatch):
+def test_text_encoder_card_example_matches_embedder(marked, instruction, tmp_path, monkeypatch):
     base, _ = marked
     model = TextEncoder.load(str(base), torch.float32)
     decoder.save(model, dict(model.named_parameters()), str(base), tmp_path / "out", None, instruction)
@@ -117,7 +117,7 @@ def test_a_text_encoders_card_gives_our_vectors(marked, instruction, tmp_path, m
 
 
 @pytest.mark.parametrize("marked", OF_CARDS, indirect=True)
-def test_a_masked_models_card_reads_a_text_as_training_does(marked, tmp_path, monkeypatch):
+def test_masked_model_card_example_tokenizes_as_training(marked, tmp_path, monkeypatch):
     base, _ = marked
     model = MaskedLanguageModel.load(str(base), torch.float32)
     masked.save(model, dict(model.named_parameters()), str(base), tmp_path / "out", None)
@@ -128,7 +128,7 @@ def test_a_masked_models_card_reads_a_text_as_training_does(marked, tmp_path, mo
 
 
 @pytest.mark.parametrize("marks", OF_CARDS)
-def test_llaves_card_gives_our_vectors(marks, tiny_model, tmp_path, monkeypatch):
+def test_llave_card_example_matches_embedder(marks, tiny_model, tmp_path, monkeypatch):
     shutil.copytree(tiny_model, tmp_path / "base")
     mark(tmp_path / "base", marks)
     model = Llave.load(str(tmp_path / "base"), torch.float32)
@@ -138,7 +138,7 @@ def test_llaves_card_gives_our_vectors(marks, tiny_model, tmp_path, monkeypatch)
     torch.testing.assert_close(Embedder.load(tmp_path / "out").embed(TEXTS), expected, atol=3e-6, rtol=0)
 
 
-def test_a_clip_whose_tokenizer_does_not_end_texts_with_what_is_pooled_is_refused(tmp_path):
+def test_clip_whose_tokenizer_lacks_the_pooled_end_token_is_refused(tmp_path):
     text = SIZES | {"vocab_size": 600, "max_position_embeddings": 20}
     clip.build(ClipArchitecture(vision=VISION, text=text), CORPUS, 0, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -187,7 +187,7 @@ ROPES = [
 
 
 @pytest.mark.parametrize(("kind", "fields", "earlier"), ROPES, ids=[kind for kind, *_ in ROPES])
-def test_rotary_embeddings_are_written_in_both_forms_and_read_alike(kind, fields, earlier, plain, tmp_path):
+def test_rotary_config_is_written_in_both_formats_and_read_alike(kind, fields, earlier, plain, tmp_path):
     text = SIZES | {"num_key_value_heads": 2, "vocab_size": 400, "model_type": kind, "max_position_embeddings": 128}
     decoder.build(text | fields, CORPUS, 0, tmp_path / "base")
     model = TextEncoder.load(str(tmp_path / "base"), torch.float32)
@@ -203,7 +203,7 @@ def test_rotary_embeddings_are_written_in_both_forms_and_read_alike(kind, fields
     assert torch.equal(new, old)
 
 
-def test_what_attends_both_ways_ends_in_an_error_where_that_would_be_ignored(plain, tmp_path):
+def test_bidirectional_export_raises_in_earlier_transformers(plain, tmp_path):
     model = MaskedLanguageModel.load(str(plain), torch.float32)
     masked.save(model, dict(model.named_parameters()), str(plain), tmp_path / "out", None)
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -214,7 +214,7 @@ def test_what_attends_both_ways_ends_in_an_error_where_that_would_be_ignored(pla
     assert decoder.SETTINGS not in config
 
 
-def test_a_llave_is_written_in_both_forms(tiny_model, tmp_path):
+def test_llave_config_and_tokenizer_are_written_in_both_formats(tiny_model, tmp_path):
     model = Llave.load(tiny_model, torch.float32)
     save_folder(model, dict(model.named_parameters()), tiny_model, tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -230,7 +230,7 @@ def test_a_llave_is_written_in_both_forms(tiny_model, tmp_path):
     assert set(ours.all_special_tokens) == set(its.all_special_tokens)
 
 
-def test_a_text_encoder_that_an_earlier_version_exported_is_brought_up_to_date_as_a_copy(plain, tmp_path):
+def test_text_encoder_from_older_export_is_copied_and_updated(plain, tmp_path):
     source = tmp_path / "source"
     model = TextEncoder.load(str(plain), torch.float32)
     decoder.save(model, dict(model.named_parameters()), str(plain), source, None, "")

@@ -90,7 +90,7 @@ def error_of(folders) -> Callable[..., str]:
         ("demo_clip", "objective.name=guessing", "objective.name is 'guessing': set it to one of contrastive, "),
     ],
 )
-def test_what_a_family_does_not_have_is_refused(recipe, override, named):
+def test_unsupported_recipe_fields_of_a_family_are_refused(recipe, override, named):
     with pytest.raises(PipelineError) as error:
         load_recipe(f"pipeline/recipes/{recipe}.yaml", [override])
     assert named in str(error.value)
@@ -115,11 +115,11 @@ def test_what_a_family_does_not_have_is_refused(recipe, override, named):
         ("llm2clip", {"vision": VISION | {"patch": 8}}, "model.architecture.vision.patch"),
     ],
 )
-def test_what_transformers_does_not_know_is_refused_before_anything_is_built(kind, architecture, named, error_of):
+def test_invalid_architecture_is_refused_before_building(kind, architecture, named, error_of):
     assert named in error_of(kind, architecture=architecture)
 
 
-def test_families_are_found_by_their_folders(folders, tiny_model, tmp_path):
+def test_family_is_detected_from_its_folder(folders, tiny_model, tmp_path):
     assert family_of(tiny_model) is saved("llave")
     assert family_of(folders["clip"]) is saved("clip")
     assert family_of(folders["text_encoder"]) is None  # any decoder is like this
@@ -142,7 +142,7 @@ def photo(orientation: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["llave", "llm2clip", "clip"])
-def test_pictures_are_read_as_the_recipe_says_and_so_by_its_export(kind, folders, tiny_model, tmp_path):
+def test_image_orientation_setting_is_applied_and_exported(kind, folders, tiny_model, tmp_path):
     name, path = ("demo", tiny_model) if kind == "llave" else (f"demo_{kind}", folders[kind])
     fields = [f"model.{name}={value}" for name, value in needed(kind, folders).items()]
     item, upright = Item("<image>\nWhere?", (photo(6),)), Item("<image>\nWhere?", (photo(1),))
@@ -177,7 +177,7 @@ def test_pictures_are_read_as_the_recipe_says_and_so_by_its_export(kind, folders
             assert (float((rows[0] - rows[2]).norm()) < 1e-4) == equal
 
 
-def test_a_model_of_another_kind_is_refused_before_it_is_loaded(folders, error_of, tmp_path):
+def test_model_of_another_family_is_refused_before_loading(folders, error_of, tmp_path):
     decoder, clip, tower = (folders[kind] for kind in ("text_encoder", "clip", "llm2clip"))
     assert "is a clip model; expected a text-only decoder" in error_of("text_encoder", path=clip)
     assert "is a qwen2 model; expected clip" in error_of("clip", path=decoder)

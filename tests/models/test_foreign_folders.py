@@ -402,9 +402,7 @@ def families(kinds: str) -> list[str]:
         for kind in families(kinds)
     ],
 )
-def test_what_is_wrong_with_a_folder_is_said_and_nothing_of_it_is_run(
-    kind, damage, named, whole, tmp_path, monkeypatch
-):
+def test_damaged_or_hostile_folder_raises_and_runs_no_code(kind, damage, named, whole, tmp_path, monkeypatch):
     Harmful.touched = tmp_path / "touched"
     monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked at the terminal"))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
@@ -419,13 +417,13 @@ def test_what_is_wrong_with_a_folder_is_said_and_nothing_of_it_is_run(
     assert not Harmful.touched.exists()
 
 
-def test_whole_folders_of_all_families_open(whole):
+def test_intact_folders_of_all_families_load_and_embed(whole):
     for kind, folder in whole.items():
         use(kind, folder)
 
 
 @pytest.mark.parametrize("kind", ["llave", "text_encoder", "clip", "llm2clip"])
-def test_how_a_config_would_have_the_model_run_does_not_matter(kind, whole, tmp_path):
+def test_execution_settings_in_config_are_ignored(kind, whole, tmp_path):
     """This project chooses the attention; kernels that a config names would be downloaded and run."""
     folder = shutil.copytree(whole[kind], tmp_path / "model")
     asked = {
@@ -456,7 +454,7 @@ def test_how_a_config_would_have_the_model_run_does_not_matter(kind, whole, tmp_
     torch.testing.assert_close(found, rows[0], rtol=0, atol=1e-6)
 
 
-def test_a_decoder_with_a_head_is_read_past_a_damaged_generation_config(whole, tmp_path):
+def test_damaged_generation_config_of_a_decoder_is_ignored(whole, tmp_path):
     """The config is irrelevant, since nothing is generated."""
     training("text_encoder", "masked_next_token").build(
         section("text_encoder", architecture={"text": TEXT}), CORPUS, 0, tmp_path / "mntp"
@@ -466,7 +464,7 @@ def test_a_decoder_with_a_head_is_read_past_a_damaged_generation_config(whole, t
     MaskedLanguageModel.load(str(tmp_path / "mntp"), "auto")
 
 
-def test_an_original_checkpoint_is_refused_before_it_is_converted(tmp_path):
+def test_damaged_original_checkpoint_is_refused(tmp_path):
     golden = Path(__file__).parents[1] / "golden"
     for number, (damage, named) in enumerate(
         [
@@ -491,7 +489,7 @@ def test_an_original_checkpoint_is_refused_before_it_is_converted(tmp_path):
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_a_hub_that_cannot_be_asked_is_one_clear_line_at_once(offline, tmp_path, monkeypatch):
+def test_unreachable_hub_raises_one_clear_error(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     asked = []

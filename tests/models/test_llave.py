@@ -63,7 +63,7 @@ def items() -> list[Item]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_golden_prompts_and_token_ids(case):
+def test_prompts_and_token_ids_match_golden_cases(case):
     assert prompt(case["text"]) == case["prompt"]
     tiling = Tiling(size=16, patches=2, pinpoints=((16, 16),))
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN)
@@ -75,7 +75,7 @@ def test_golden_prompts_and_token_ids(case):
     assert collapsed == case["input_ids"]
 
 
-def test_tiles_and_embeddings_are_those_of_transformers(tiny_model, items):
+def test_tiles_and_embeddings_match_transformers(tiny_model, items):
     processor, model = LlaveProcessor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32).eval()
     theirs = LlavaOnevisionModel.from_pretrained(tiny_model).eval()
     raw = LlavaOnevisionImageProcessorPil.from_pretrained(tiny_model, do_rescale=False, do_normalize=False)
@@ -104,7 +104,7 @@ def video_pixels(data: bytes, frames: int, size: int) -> torch.Tensor:
     return torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)[None]
 
 
-def test_a_chunk_with_only_a_video_trains_what_one_with_an_image_does(tiny_model, items):
+def test_video_only_chunk_trains_the_parameters_of_an_image_chunk(tiny_model, items):
     processor, model = LlaveProcessor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32)
     trained = {}
     for name, item in (("text", items[0]), ("image", items[1]), ("video", items[7])):
@@ -115,7 +115,7 @@ def test_a_chunk_with_only_a_video_trains_what_one_with_an_image_does(tiny_model
 
 
 @pytest.mark.parametrize("frozen", [(), ("language_model.embed_tokens",), ("language_model", "vision_tower")])
-def test_activation_checkpointing_runs_each_layer_again_for_the_same_gradients(tiny_model, items, frozen):
+def test_activation_checkpointing_recomputes_layers_for_equal_gradients(tiny_model, items, frozen):
     processor, model = LlaveProcessor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32)
     packed = pack([processor.encode(item) for item in items])
     for name, parameter in model.named_parameters():
@@ -145,12 +145,12 @@ def test_activation_checkpointing_runs_each_layer_again_for_the_same_gradients(t
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
-def test_sdpa_pads_and_kernels_of_variable_length_do_not(tiny_model):
+def test_sdpa_pads_and_varlen_does_not(tiny_model):
     assert Llave.load(tiny_model, torch.float32, attention="sdpa").pads
     assert not Llave.load(tiny_model, torch.float32, attention="varlen").pads
 
 
-def test_the_number_of_video_frames_is_the_processors(tiny_model, items):
+def test_video_frames_setting_determines_tiles_and_placeholders(tiny_model, items):
     placeholder = AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids("<video>")
     for frames in (1, 3, 8):
         encoded = LlaveProcessor.load(tiny_model, 512, video_frames=frames).encode(items[7])
@@ -158,7 +158,7 @@ def test_the_number_of_video_frames_is_the_processors(tiny_model, items):
         assert (encoded.input_ids == placeholder).sum() == frames * 2 * 2 + 1  # 3x3 patches pooled 2x2
 
 
-def test_a_packed_item_does_not_see_its_neighbours(tiny_model, items):
+def test_packed_item_does_not_depend_on_its_neighbours(tiny_model, items):
     processor, model = LlaveProcessor.load(tiny_model, 512), Llave.load(tiny_model, torch.float32).eval()
     encoded = [processor.encode(item) for item in items]
     with torch.no_grad():
@@ -167,11 +167,11 @@ def test_a_packed_item_does_not_see_its_neighbours(tiny_model, items):
     assert_close_in_norm(together, alone)
 
 
-def test_a_text_is_stripped_as_the_original_code_does():
+def test_prompt_strips_surrounding_whitespace():
     assert prompt("  <image>\nwhat? \n") == prompt("<image>\nwhat?")
 
 
-def test_a_long_text_is_cut_before_the_prompts_end(tiny_model):
+def test_long_text_is_truncated_before_the_prompt_suffix(tiny_model):
     whole, cut = (LlaveProcessor.load(tiny_model, n).encode(Item("star " * 200)).input_ids for n in (4096, 64))
     end = len(LlaveProcessor.load(tiny_model, 64).tokenizer(SUFFIX)["input_ids"])
     assert len(cut) == 64 < len(whole)
@@ -195,12 +195,12 @@ def test_a_long_text_is_cut_before_the_prompts_end(tiny_model):
         (Item("star " * 20 + "<video>", video=mp4(16, 16, 1)), "its images or video do not fit in max_tokens"),
     ],
 )
-def test_unusable_items_are_bad_samples(tiny_model, item, reason):
+def test_unusable_items_raise_bad_sample(tiny_model, item, reason):
     with pytest.raises(BadSample, match=reason):
         LlaveProcessor.load(tiny_model, 60).encode(item)
 
 
-def test_a_saved_folder_loads_in_transformers_and_here(tiny_model, items, tmp_path):
+def test_saved_folder_loads_in_llave_and_in_transformers(tiny_model, items, tmp_path):
     model = Llave.load(tiny_model, torch.float32)
     with torch.no_grad():
         model.image_newline.add_(1)
@@ -223,7 +223,7 @@ def test_a_saved_folder_loads_in_transformers_and_here(tiny_model, items, tmp_pa
         ("text", None, "vocab_size is missing"),
     ],
 )
-def test_an_architecture_that_transformers_does_not_know_is_refused(part, key, named):
+def test_unknown_or_missing_architecture_field_is_refused(part, key, named):
     parts = {"vision": {"image_size": 8}, "text": {"vocab_size": 300} if key else {"hidden_size": 8}}
     if key:
         parts[part] = parts[part] | {key: 7}
@@ -231,7 +231,7 @@ def test_an_architecture_that_transformers_does_not_know_is_refused(part, key, n
         config_of_architecture(LlaveArchitecture(**parts, image_grid_pinpoints=[(8, 8)]))
 
 
-def test_missing_models_and_weights_are_clear_errors(tiny_model, tmp_path):
+def test_missing_model_and_missing_weights_raise(tiny_model, tmp_path):
     with pytest.raises(PipelineError, match="no model at"):
         Llave.load(str(tmp_path / "nothing"), torch.float32)
     model = Llave.load(tiny_model, torch.float32)

@@ -116,7 +116,7 @@ def run_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
-def test_a_text_encoder_works_in_transformers_alone_as_its_readme_says(name, encoders, monkeypatch):
+def test_text_encoder_readme_example_matches_embedder(name, encoders, monkeypatch):
     folder, trained = encoders[name]
     embed = run_example(folder, monkeypatch)["embed"]
     expected = torch.stack([embed(text) for text in TEXTS])
@@ -150,7 +150,7 @@ def by_hand(folder: Path, text: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_an_llm2clip_embeds_as_its_parts_do_by_hand(folder, tmp_path):
+def test_llm2clip_embeddings_match_manual_computation(folder, tmp_path):
     first, second = picture(), picture(31, 90)
     second.save(tmp_path / "second.png")
     items = [TEXTS[0], first, tmp_path / "second.png", TEXTS[2], {"images": [first, second]}, TEXTS[1]]
@@ -172,7 +172,7 @@ def test_an_llm2clip_embeds_as_its_parts_do_by_hand(folder, tmp_path):
     assert_close_in_norm(few, rows)
 
 
-def test_a_text_beside_an_image_is_no_item_of_two_towers(folder, clip_folder, encoders):
+def test_text_with_image_in_one_item_is_refused(folder, clip_folder, encoders):
     for path in (folder, clip_folder):
         with pytest.raises(PipelineError, match="item 1: a text beside an image: for this model they are two items"):
             Embedder.load(path).embed(["a red star", {"text": "a red star", "images": [picture()]}])
@@ -180,14 +180,14 @@ def test_a_text_beside_an_image_is_no_item_of_two_towers(folder, clip_folder, en
         Embedder.load(encoders["llama"][0]).embed([picture()])
 
 
-def test_an_llm2clips_readme_runs(folder, monkeypatch):
+def test_llm2clip_readme_example_matches_embedder(folder, monkeypatch):
     shutil.copytree(folder, copy := folder.with_name("copy"))
     picture().save(copy / "star.png")
     embeddings = run_example(copy, monkeypatch)["embeddings"]
     assert_close_in_norm(embeddings, Embedder.load(folder).embed(["a red star", picture()]))
 
 
-def test_evaluation_takes_every_kind_of_folder(folder, clip_folder, encoders, tmp_path):
+def test_evaluation_matches_embedder_for_each_family(folder, clip_folder, encoders, tmp_path):
     """Evaluation and Embedder give the same vectors, although CLIP has a separate encoder there."""
     picture().save(tmp_path / "image.png")
     image = Item("<image>", ((tmp_path / "image.png").read_bytes(),))
@@ -216,7 +216,7 @@ def identity(folder: Path, **options: int) -> str:
     return load_encoder(str(folder), EvaluationRun(**options), CPU).identity
 
 
-def test_an_identity_is_of_all_parts(folder, clip_folder, encoders, tmp_path):
+def test_encoder_identity_depends_on_all_parts(folder, clip_folder, encoders, tmp_path):
     """Otherwise an evaluation would reuse another model's stored vectors."""
     files = ("model.safetensors", "adapter.safetensors", "text_encoder/model.safetensors")
     found = [changed(folder, tmp_path / str(number), file) for number, file in enumerate(files)]

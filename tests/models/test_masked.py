@@ -67,7 +67,7 @@ def loaded(folder: str) -> MaskedLanguageModel:
     return model
 
 
-def test_of_what_is_hidden_most_is_masked_and_some_another_token_or_itself():
+def test_masking_replaces_tokens_at_the_default_rates():
     whole = text(50_000, skipped=400)
     masked = mask(whole, MaskedNextTokenSection(), MASK, VOCABULARY, (0, 3, 2**64 - 1))
     places, seen = masked.places, masked.input_ids[masked.places]
@@ -83,7 +83,7 @@ def test_of_what_is_hidden_most_is_masked_and_some_another_token_or_itself():
     assert (others.min(), others.max()) == (0, VOCABULARY - 1)
 
 
-def test_it_depends_on_the_key_alone():
+def test_mask_depends_on_the_key():
     def of(*key: int) -> tuple[list[int], list[int]]:
         masked = mask(text(200), MaskedNextTokenSection(), MASK, VOCABULARY, key)
         return masked.places.tolist(), masked.input_ids.tolist()
@@ -92,7 +92,7 @@ def test_it_depends_on_the_key_alone():
     assert len({str(of(*key)) for key in ((0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3))}) == 4
 
 
-def test_everything_is_hidden_but_a_first_token_and_an_instruction():
+def test_first_token_and_instruction_are_never_masked():
     every = MaskedNextTokenSection(mask_rate=1.0, mask_random=0.0, mask_kept=0.0)
     for length, skipped, first in ((5, 0, 1), (5, 1, 1), (5, 3, 3), (1, 0, 1)):
         masked = mask(text(length, skipped=skipped), every, MASK, VOCABULARY, (0,))
@@ -101,7 +101,7 @@ def test_everything_is_hidden_but_a_first_token_and_an_instruction():
 
 
 @torch.no_grad()
-def test_costs_and_hits_are_those_of_the_token_before_as_transformers_has_it(folder):
+def test_losses_and_hits_match_previous_token_logits_of_transformers(folder):
     items = hidden(9, 1, 30, 4)
     model = loaded(folder)
     config = load_config(folder)
@@ -120,7 +120,7 @@ def test_costs_and_hits_are_those_of_the_token_before_as_transformers_has_it(fol
     assert (rows[:, 0] > 0).sum() == 3  # a text of one token has nothing to predict
 
 
-def test_an_empty_chunk_costs_nothing_and_has_a_gradient_of_every_parameter(folder):
+def test_empty_chunk_has_zero_loss_and_zero_gradients(folder):
     model = MaskedLanguageModel.load(folder, torch.float32)
     dummy = Encoded(np.zeros(1, np.int32))
     chunk = Chunk(torch.zeros(0, dtype=torch.long), (dummy,), False, True)
@@ -131,7 +131,7 @@ def test_an_empty_chunk_costs_nothing_and_has_a_gradient_of_every_parameter(fold
 
 
 @torch.no_grad()
-def test_a_prediction_depends_on_what_comes_later_in_its_text_and_on_no_other(folder):
+def test_prediction_depends_on_later_tokens_but_not_on_other_texts(folder):
     model = MaskedLanguageModel.load(folder, torch.float32)
     items = hidden(20, 20)
     changed = replace(items[0], input_ids=np.append(items[0].input_ids[:-1], 9).astype(np.int32))
@@ -146,7 +146,7 @@ def test_a_prediction_depends_on_what_comes_later_in_its_text_and_on_no_other(fo
 
 
 @torch.no_grad()
-def test_a_folder_loads_in_transformers_and_as_a_text_encoder(folder, tmp_path):
+def test_saved_folder_loads_in_transformers_and_as_text_encoder(folder, tmp_path):
     source, out = str(shutil.copytree(folder, tmp_path / "source")), str(tmp_path / "out")
     config = json.loads(Path(source, "config.json").read_text()) | {decoder.SETTINGS: {"instruction": "Say: "}}
     Path(source, "config.json").write_text(json.dumps(config))
@@ -164,13 +164,13 @@ def test_a_folder_loads_in_transformers_and_as_a_text_encoder(folder, tmp_path):
     assert AutoTokenizer.from_pretrained(out).convert_ids_to_tokens(model.mask_token) == "_"
 
 
-def test_a_decoder_without_its_head_is_refused(tmp_path):
+def test_decoder_without_lm_head_is_refused(tmp_path):
     decoder.build(SIZES, ["a red star"], seed=1, folder=tmp_path)
     with pytest.raises(PipelineError, match=r"lacks 1 of the model's weights, lm_head\.weight"):
         MaskedLanguageModel.load(str(tmp_path), torch.float32)
 
 
-def test_a_step_takes_one_text_of_an_image_and_both_of_a_pair_of_texts():
+def test_step_uses_one_caption_of_an_image_and_both_of_a_text_pair():
     kind = training("text_encoder", "masked_next_token")
     image = Pair("0", "d", "", Item("<image>", (b"...",)), Item("one"), (Item("no"),), ("two",))
     for number, name in enumerate(("one", "two")):
@@ -193,13 +193,13 @@ def test_a_step_takes_one_text_of_an_image_and_both_of_a_pair_of_texts():
         ("demo_caption", "objective.mask_rate=0.3", "unknown field objective.mask_rate; "),
     ],
 )
-def test_what_another_objective_takes_is_refused(recipe, override, named):
+def test_fields_of_another_objective_are_refused(recipe, override, named):
     with pytest.raises(PipelineError) as error:
         load_recipe(f"pipeline/recipes/{recipe}.yaml", [override])
     assert named in str(error.value)
 
 
-def test_the_recipe_is_as_published():
+def test_recipe_matches_published_hyperparameters():
     ours = load_recipe("pipeline/recipes/masked_next_token.yaml", [])
     mistral = load_recipe("pipeline/recipes/masked_next_token.yaml", ["variant=mistral"])
     assert (ours.objective.mask_rate, ours.objective.mask_random, ours.objective.mask_kept) == (0.2, 0.1, 0.1)

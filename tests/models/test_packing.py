@@ -75,7 +75,7 @@ def config_of(kind: str, **fields: object) -> PreTrainedConfig:
         ("gemma3n_text", GEMMA | {"num_kv_shared_layers": 5, "laurel_rank": 8}),
     ],
 )
-def test_decoders_that_keep_texts_apart_pass(kind, own, fields):
+def test_decoders_that_separate_packed_texts_pass(kind, own, fields):
     check_packing("here", config_of(kind, **own | fields), TextEncoder.of_config)
 
 
@@ -103,19 +103,19 @@ def test_decoders_that_keep_texts_apart_pass(kind, own, fields):
         ("axk2", {"qk_rope_head_dim": 8}, "axk2 model.*its AXK2Attention does not run on them"),
     ],
 )
-def test_others_are_refused_by_name(kind, fields, named):
+def test_decoders_that_fail_the_packing_check_are_refused(kind, fields, named):
     with pytest.raises(PipelineError, match=f"^here is a {named}"):
         check_packing("here", config_of(kind, **fields), TextEncoder.of_config)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bloom", "mamba", "jamba", "opt", "phi4_multimodal"])
-def test_decoders_of_other_positions_are_refused_by_name(kind, tmp_path):
+def test_decoders_of_unsupported_model_types_are_refused(kind, tmp_path):
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
     with pytest.raises(PipelineError, match=f"is a {kind} model; expected a text-only decoder"):
         training("text_encoder").check(section("text_encoder", path=str(tmp_path)))
 
 
-def test_layers_that_pay_no_heed_to_where_texts_begin_are_noticed():
+def test_layers_that_ignore_text_boundaries_are_refused():
     class Deaf(torch.nn.Module):
         """Attention that ignores the boundaries of texts and mixes the whole row."""
 
@@ -137,7 +137,7 @@ def test_layers_that_pay_no_heed_to_where_texts_begin_are_noticed():
         check_packing("here", config_of("qwen2"), build)
 
 
-def test_positions_that_go_on_from_one_text_to_the_next_are_noticed():
+def test_positions_that_continue_across_texts_are_refused():
     def build(config: PreTrainedConfig) -> TextEncoder:
         model = TextEncoder.of_config(config)
         inner = model.language_model.embed_tokens.forward
@@ -155,7 +155,7 @@ def conv(tmp_path) -> str:
     return str(tmp_path)
 
 
-def test_every_way_to_open_a_decoder_refuses_it(conv):
+def test_every_loader_refuses_an_unsupported_decoder(conv):
     ways = [
         lambda: TextEncoder.load(conv, torch.float32),
         lambda: MaskedLanguageModel.load(conv, torch.float32),
@@ -171,7 +171,7 @@ def test_every_way_to_open_a_decoder_refuses_it(conv):
 
 
 @pytest.mark.parametrize("recipe", ["demo_caption", "demo_masked"])
-def test_preflight_refuses_it(conv, recipe):
+def test_preflight_refuses_an_unsupported_decoder(conv, recipe):
     path = Path(__file__).parents[2] / f"pipeline/recipes/{recipe}.yaml"
     overrides = [f"model.path={conv}", "model.architecture=null"]
     found = preflight_model(Job(load_recipe(path, overrides), world=1, gpus=0, guessed=True))
@@ -180,7 +180,7 @@ def test_preflight_refuses_it(conv, recipe):
     assert "Lfm2ShortConv" in found.found
 
 
-def test_llaves_own_layers_are_tried_too(tiny_model, monkeypatch):
+def test_packing_check_covers_llave_layers(tiny_model, monkeypatch):
     model = section("llave", path=tiny_model)
     training("llave").check(model)
     monkeypatch.setattr("pipeline.models.packing._problems", {})
@@ -194,7 +194,7 @@ def test_llaves_own_layers_are_tried_too(tiny_model, monkeypatch):
             way()
 
 
-def test_items_longer_than_what_is_seen_at_once_are_refused():
+def test_items_longer_than_the_attention_window_are_refused():
     chunked = {"attention_chunk_size": 8, "attn_temperature_tuning": False}
     for kind, fields in (("llama4_text", chunked), ("mistral", {"sliding_window": 8})):
         model = TextEncoder.of_config(config_of(kind, **fields)).eval()
@@ -203,7 +203,7 @@ def test_items_longer_than_what_is_seen_at_once_are_refused():
             model(pack([Encoded(np.arange(9, dtype=np.int32))]))
 
 
-def test_frequencies_that_depend_on_the_longest_item_are_refused_where_they_do():
+def test_items_beyond_the_dynamic_rope_limit_are_refused():
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     model = TextEncoder.of_config(config_of("llama", rope_parameters=rope, max_position_embeddings=32)).eval()
     short, long = (Encoded(np.arange(length, dtype=np.int32) % 50) for length in (20, 40))

@@ -51,7 +51,7 @@ def gradients(states: torch.Tensor, model: Qwen2Model, inputs: dict) -> list[tor
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_pooling_gives_the_last_tokens_states_and_all_gradients(checkpointed):
+def test_last_layer_pooling_matches_whole_model_and_gradients(checkpointed):
     whole = theirs().double()
     pooling = copy.deepcopy(whole)
     pool_in_last_layer(pooling)
@@ -66,7 +66,7 @@ def test_pooling_gives_the_last_tokens_states_and_all_gradients(checkpointed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_keeps_less_computes_the_same(dtype):
+def test_lean_modules_match_transformers(dtype):
     whole = theirs().to(dtype)
     lean = copy.deepcopy(whole)
     keep_less(lean)
@@ -79,7 +79,7 @@ def test_what_keeps_less_computes_the_same(dtype):
     assert_close_in_norm(gradients(ours, lean, inputs), gradients(expected, whole, inputs))
 
 
-def test_gradients_of_norm_and_mlp_are_those_of_their_formulas():
+def test_lean_norm_and_mlp_gradients_match_autograd():
     torch.manual_seed(0)
     x = torch.randn(2, 5, 32, requires_grad=True)
     for module in (theirs().norm, theirs().layers[0].mlp):

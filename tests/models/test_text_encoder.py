@@ -40,7 +40,7 @@ def texts(*lengths: int) -> list[Encoded]:
 
 
 @torch.no_grad()
-def test_packed_texts_are_each_as_by_itself_and_as_transformers_has_it(encoder):
+def test_packed_embeddings_match_single_texts_and_transformers(encoder):
     items, skipped = texts(5, 1, 9, 3), (2, 0, 4, 0)
     items = [replace(item, skipped=first) for item, first in zip(items, skipped, strict=True)]
     rows = encoder(pack(items))
@@ -56,7 +56,7 @@ def test_packed_texts_are_each_as_by_itself_and_as_transformers_has_it(encoder):
 
 
 @torch.no_grad()
-def test_every_token_is_seen_by_all_of_its_text_and_by_no_other(encoder):
+def test_attention_is_bidirectional_and_only_within_a_text(encoder):
     items = texts(6, 4)
 
     def hidden(items: list[Encoded]) -> torch.Tensor:
@@ -78,14 +78,14 @@ def test_every_token_is_seen_by_all_of_its_text_and_by_no_other(encoder):
 @pytest.mark.parametrize(
     ("others", "told"), [({"softcap": 50.0}, "a cap on"), ({"sliding_window": 8}, "beyond 8 tokens")]
 )
-def test_attention_that_would_be_another_is_refused(kind, others, told):
+def test_unsupported_attention_options_are_refused(kind, others, told):
     states = torch.zeros(1, 2, 12, 4)
     segments = Segments((3, 9), torch.device("cpu"), causal=False)
     with pytest.raises(PipelineError, match=told):
         KINDS[kind](None, states, states, states, None, segments=segments, scaling=1.0, **others)
 
 
-def test_pooling_by_the_formula():
+def test_pooling_matches_formula():
     torch.manual_seed(0)
     hidden = torch.randn(9, 5, dtype=torch.float64)
     rows = pooled(hidden, (4, 2, 3), (1, 0, 2))
@@ -94,7 +94,7 @@ def test_pooling_by_the_formula():
         assert_close_in_norm(row, mean / mean.norm())
 
 
-def test_the_adapter_by_the_formula():
+def test_adapter_matches_formula():
     torch.manual_seed(0)
     adapter = TextAdapter(width=6, dimension=4).double()
     texts = torch.randn(3, 6, dtype=torch.float64)

@@ -30,7 +30,7 @@ def items(tiny_model) -> list[Encoded]:
     return items
 
 
-def test_embeddings_are_those_of_the_whole_model(tiny_model, items):
+def test_embeddings_match_whole_model(tiny_model, items):
     whole, without = Llave.load(tiny_model, torch.float32), TowerlessLlave.load(tiny_model, torch.float32)
     assert not [name for name, _ in without.named_parameters() if "tower" in name]
     tower = FrozenTower.load(tiny_model, torch.float32, CPU, tiles_at_once=2)
@@ -43,7 +43,7 @@ def test_embeddings_are_those_of_the_whole_model(tiny_model, items):
             assert_close_in_norm(embed_chunks(without, chunks, len(items), features), expected)
 
 
-def test_each_tile_is_seen_once_and_few_at_a_time(tiny_model, items):
+def test_each_tile_is_processed_once_in_small_batches(tiny_model, items):
     tower, seen = FrozenTower.load(tiny_model, torch.float32, CPU, tiles_at_once=2), []
     tower.vision_tower.embeddings.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
     features, chunks = CachedFeatures(tower, 0), plan_chunks(items, 60, CPU)
@@ -59,7 +59,7 @@ def test_each_tile_is_seen_once_and_few_at_a_time(tiny_model, items):
     assert max(seen) == 2
 
 
-def test_a_folder_without_the_towers_weights_is_refused(tiny_model, tmp_path):
+def test_folder_without_tower_weights_is_refused(tiny_model, tmp_path):
     model = Llave.load(tiny_model, torch.float32)
     weights = {name: p for name, p in model.named_parameters() if "patch_embedding" not in name}
     save_folder(model, weights, tiny_model, tmp_path / "partial")

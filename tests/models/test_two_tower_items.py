@@ -39,7 +39,7 @@ def png(width: int = 40, height: int = 24) -> bytes:
     return buffer.getvalue()
 
 
-def test_before_a_text_stands_an_instruction_or_the_tokenizers_mark(llama, qwen):
+def test_bos_token_and_instruction_precede_the_text(llama, qwen):
     for tokenizer, mark in ((llama, [llama.bos_token_id]), (qwen, [])):
         ids = tokenizer("a red star", add_special_tokens=False)["input_ids"]
         before = tokenizer("find the same:", add_special_tokens=False)["input_ids"]
@@ -51,7 +51,7 @@ def test_before_a_text_stands_an_instruction_or_the_tokenizers_mark(llama, qwen)
         assert instructed.input_ids.dtype == np.int32
 
 
-def test_a_text_is_cut_and_something_of_it_always_pooled(llama, qwen):
+def test_truncated_text_keeps_at_least_one_pooled_token(llama, qwen):
     for tokenizer in (llama, qwen):
         whole = TextProcessor(tokenizer, 4096, "find the same:").encode(Item("a large blue ring " * 40))
         for limit in (64, whole.skipped + 1, whole.skipped, 1):
@@ -66,7 +66,7 @@ def test_a_text_is_cut_and_something_of_it_always_pooled(llama, qwen):
         assert (empty.input_ids.tolist(), empty.skipped) == ([stands_in], 0)
 
 
-def test_a_text_encoder_takes_no_images(qwen):
+def test_text_encoder_rejects_images_and_videos(qwen):
     processor = TextProcessor(qwen, 64)
     for item in (Item("a red star", (png(),)), Item("", video=b"video")):
         with pytest.raises(BadSample, match="the model reads texts alone"):
@@ -78,7 +78,7 @@ def processor(qwen) -> TwoTowerProcessor:
     return TwoTowerProcessor(PIXELS, 10, TextProcessor(qwen, 64).tokenized, video_frames=3)
 
 
-def test_images_stand_for_tokens_and_frames_for_images(processor):
+def test_images_and_video_frames_have_a_fixed_token_count(processor):
     text = processor.encode(Item("a red star"))
     assert not text.images and len(text.input_ids) > 1
     one = processor.encode(Item("<image> what is asked of other models", (png(),)))
@@ -99,7 +99,7 @@ def test_images_stand_for_tokens_and_frames_for_images(processor):
         processor.encode_parts("a red star", [lambda: Image.new("RGB", (24, 24))], None)
 
 
-def test_a_texts_vector_comes_with_it_or_it_is_of_no_use(processor):
+def test_text_without_stored_embedding_raises_bad_sample(processor):
     given = replace(processor, with_vectors=True)
     vector = np.arange(4, dtype=np.float32)
     item = given.encode(Item("a red star", vector=vector))
@@ -132,7 +132,7 @@ def drawn(pair: Pair) -> Counter:
     return Counter((each.query.text, each.target.text) for each in pairs)
 
 
-def test_two_different_captions_of_an_image_all_pairs_as_likely():
+def test_two_different_captions_are_drawn_uniformly():
     pair = Pair("0", "d", "t", IMAGE, Item("a"), alternatives=("b", "c", "d"))
     assert drawn(pair) == Counter((x, y) for x in "abcd" for y in "abcd" if x != y)
     again = replace(pair, alternatives=("b", "a", " ", "b", "", "a\n", "\t b"))
@@ -147,7 +147,7 @@ def test_two_different_captions_of_an_image_all_pairs_as_likely():
         Pair("0", "d", "t", IMAGE, IMAGE).two_texts(lambda n: 0)
 
 
-def test_a_pair_of_texts_stays_one_with_any_of_its_targets():
+def test_text_pair_keeps_its_query_with_each_target():
     pair = Pair("0", "d", "t", Item("q"), Item("a"), (Item("n"),), ("b",), vectors=np.eye(2, dtype=np.float32))
     assert drawn(replace(pair, vectors=None)) == Counter([("q", "a"), ("q", "b")])
     for number, text in enumerate("ab"):
@@ -156,7 +156,7 @@ def test_a_pair_of_texts_stays_one_with_any_of_its_targets():
         assert one.target.content_hash == Item(text).content_hash and one.negatives == (Item("n"),)
 
 
-def test_the_kinds_take_what_they_learn_from():
+def test_each_family_trains_on_its_own_items():
     pair = Pair("0", "d", "t", IMAGE, Item("a"), alternatives=("b",))
     assert training("text_encoder").trained_on(pair, lambda n: 0).query == Item("a")
     for kind in ("llm2clip", "clip", "llave"):

@@ -66,7 +66,7 @@ def pixels() -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "dimension", "tokens"), [("clip", 20, 10), ("siglip", 32, 9)])
 @torch.no_grad()
-def test_vectors_are_those_of_the_model_with_both_towers(both, pixels, kind, dimension, tokens, dtype):
+def test_embeddings_match_model_with_both_towers(both, pixels, kind, dimension, tokens, dtype):
     encoder, pixels = VisionEncoder.load(both[kind], dtype), pixels.to(dtype)
     whole = {"clip": CLIPModel, "siglip": SiglipModel}[kind].from_pretrained(both[kind], dtype=dtype)
     vectors = encoder(pixels)
@@ -77,7 +77,7 @@ def test_vectors_are_those_of_the_model_with_both_towers(both, pixels, kind, dim
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @torch.no_grad()
-def test_a_saved_tower_loads_alone_in_transformers_and_here(both, pixels, kind, tmp_path, monkeypatch, caplog):
+def test_saved_tower_loads_in_transformers_and_vision_encoder(both, pixels, kind, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     encoder = VisionEncoder.load(both[kind], torch.float32)
     assert "UNEXPECTED" not in caplog.text
@@ -98,7 +98,7 @@ def shapes(encoder: VisionEncoder) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in encoder.named_parameters()}
 
 
-def test_random_weights_are_of_their_seed_and_what_is_loaded_again(pixels, tmp_path):
+def test_random_weights_depend_on_seed_and_are_saved(pixels, tmp_path):
     encoder, same, other = (VisionEncoder.build(VISION, 20, seed) for seed in (1, 1, 2))
     assert torch.equal(encoder(pixels), same(pixels)) and not torch.equal(encoder(pixels), other(pixels))
     encoder.save(tmp_path)
@@ -110,7 +110,7 @@ def test_random_weights_are_of_their_seed_and_what_is_loaded_again(pixels, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_activation_checkpointing_runs_each_layer_again_for_the_same_gradients(both, pixels, kind):
+def test_activation_checkpointing_recomputes_layers_for_equal_gradients(both, pixels, kind):
     encoder, runs = VisionEncoder.load(both[kind], torch.float32), []
     for layer in getattr(encoder.tower, "vision_model", encoder.tower).encoder.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -162,7 +162,7 @@ SQUARE = {"height": 24, "width": 24}
         ("siglip", {"size": SQUARE, "resample": 2}),
     ],
 )
-def test_pixels_are_those_of_the_image_processor(both, tmp_path, kind, settings):
+def test_pixels_match_image_processor(both, tmp_path, kind, settings):
     processor = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}[kind](**settings)
     ours = prepared_by(both[kind], processor, tmp_path)
     for shape in PICTURES:
@@ -197,7 +197,7 @@ TIMM = {
 }
 
 
-def test_timms_pixels_are_cropped_where_torchvision_does(tmp_path):
+def test_timm_pixels_are_center_cropped(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TIMM))
     ours = Pixels.load(str(tmp_path))
     assert (ours.size, ours.edge, ours.mean, ours.std) == (24, 26, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -209,7 +209,7 @@ def test_timms_pixels_are_cropped_where_torchvision_does(tmp_path):
 
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
 @torch.no_grad()
-def test_timms_vectors_are_those_of_its_head(tmp_path):
+def test_timm_embeddings_and_pixels_match_timm(tmp_path):
     import timm
 
     config = TIMM | {"model_args": {"embed_dim": 48, "depth": 2, "num_heads": 2, "img_size": 32}}
@@ -237,7 +237,7 @@ def test_timms_vectors_are_those_of_its_head(tmp_path):
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
 
 
-def test_what_cannot_be_used_is_refused(both, tmp_path, monkeypatch):
+def test_unusable_folders_and_images_are_refused(both, tmp_path, monkeypatch):
     def write(model: dict | None = None, processor: dict | None = None) -> str:
         """Write a SigLIP folder; `model` replaces config.json, and `processor` updates its image processor's config."""
         (tmp_path / "config.json").write_text(json.dumps(model or config))

@@ -90,7 +90,7 @@ def encode(folder: Path, case: dict) -> Encoded:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.get("image") or case.get("newline") or "text")
-def test_an_original_checkpoint_embeds_as_the_original_code_does(folders, case):
+def test_converted_checkpoint_matches_golden_embeddings(folders, case):
     folder = folders[case.get("newline", "grid")]
     encoded = encode(folder, case)
     marks = {load(folder)[0].image_token_id: -200, load(folder)[0].video_token_id: -200}
@@ -101,7 +101,7 @@ def test_an_original_checkpoint_embeds_as_the_original_code_does(folders, case):
     assert F.cosine_similarity(embedding, torch.tensor(case["embedding"]), dim=0) > 1 - 1e-6
 
 
-def test_videos_of_both_newlines_have_as_many_placeholders_as_tokens(folders):
+def test_video_placeholder_count_matches_newline_position(folders):
     """Use 4 frames of 27x27 patches, pooled to 14x14."""
     video = next(case for case in CASES if "video" in case)
     for name, count in (("grid", 4 * 14 * 15), ("one_token", 4 * 14 * 14 + 1)):
@@ -109,7 +109,7 @@ def test_videos_of_both_newlines_have_as_many_placeholders_as_tokens(folders):
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=["text", "image"])
-def test_transformers_alone_loads_the_folder_and_embeds_the_same(folders, case):
+def test_transformers_loads_converted_folder_with_equal_embeddings(folders, case):
     model, loaded = LlavaOnevisionModel.from_pretrained(folders["grid"], output_loading_info=True)
     assert not any(loaded.values())
     inputs = {}
@@ -122,7 +122,7 @@ def test_transformers_alone_loads_the_folder_and_embeds_the_same(folders, case):
     assert F.cosine_similarity(hidden[0, -1], torch.tensor(case["embedding"]), dim=0) > 1 - 1e-6
 
 
-def test_there_and_back_and_there_again_is_the_same_bit_for_bit(folders, tmp_path):
+def test_conversion_round_trip_is_exact(folders, tmp_path):
     source = checkpoint(tmp_path / "source", image_grid_pinpoints=[[384, 384], [384, 1152]], rope_theta=1234.5)
     convert_original(source, tmp_path / "hf")
     export_original(tmp_path / "hf", tmp_path / "back")
@@ -142,7 +142,7 @@ def test_there_and_back_and_there_again_is_the_same_bit_for_bit(folders, tmp_pat
 
 
 @pytest.mark.slow
-def test_an_export_embeds_as_the_original_and_so_it_does_in_the_original_format(folders, tmp_path):
+def test_export_matches_golden_embeddings_in_both_formats(folders, tmp_path):
     """original -> Hugging Face -> export -> original -> Hugging Face: compare all golden cases after both exports."""
     chosen = load_recipe("pipeline/recipes/demo.yaml", ["model.path=lab/original"])
     for newline, folder in folders.items():
@@ -159,7 +159,7 @@ def test_an_export_embeds_as_the_original_and_so_it_does_in_the_original_format(
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_checkpoint_in_several_files_becomes_several_files(folders, tmp_path, suffix):
+def test_checkpoint_in_several_files_converts_to_several_files(folders, tmp_path, suffix):
     source = checkpoint(tmp_path / "source", files=2, suffix=suffix)
     convert_original(source, tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) == 2
@@ -170,7 +170,7 @@ def test_a_checkpoint_in_several_files_becomes_several_files(folders, tmp_path, 
     assert same(stored(tmp_path / "back"), TENSORS | {HEAD: TENSORS[EMBEDDING]})
 
 
-def test_the_embedding_grows_for_the_marks_and_the_dtype_stays(tmp_path):
+def test_conversion_adds_placeholder_rows_and_preserves_dtype(tmp_path):
     tensors = {name: tensor.bfloat16() for name, tensor in TENSORS.items() if name != HEAD}  # as with tied embeddings
     tensors[EMBEDDING] = tensors[EMBEDDING][:384].contiguous()  # only the tokenizer's own tokens
     source = checkpoint(tmp_path / "source", tensors, vocab_size=384, tie_word_embeddings=True)
@@ -207,7 +207,7 @@ def test_configs_of_other_models_are_refused(tmp_path, fields, named):
     assert not (tmp_path / "hf").exists()
 
 
-def test_null_is_to_a_config_what_it_is_to_the_original_code(tmp_path):
+def test_null_config_fields_are_defaulted_or_refused(tmp_path):
     def nulled(name: str, *fields: str) -> Path:
         source = checkpoint(tmp_path / name)
         values = json.loads((source / "config.json").read_text()) | dict.fromkeys(fields)
@@ -222,7 +222,7 @@ def test_null_is_to_a_config_what_it_is_to_the_original_code(tmp_path):
             weights._config(nulled(name, f"mm_{name}"))
 
 
-def test_an_original_is_known_by_its_architecture_too(folders, tmp_path):
+def test_original_checkpoint_is_recognized_by_its_architecture(folders, tmp_path):
     source = checkpoint(tmp_path / "source", model_type="llava")
     assert same(stored(Path(resolve(str(source), tmp_path / "cache"))), stored(folders["grid"]))
     with pytest.raises(PipelineError, match="is an original checkpoint: convert it"):
@@ -231,7 +231,7 @@ def test_an_original_is_known_by_its_architecture_too(folders, tmp_path):
     assert not is_original(folders["grid"])
 
 
-def test_wrong_tensors_are_refused_by_their_names(tmp_path):
+def test_wrong_tensors_are_refused_by_name(tmp_path):
     norm, extra = "model.norm.weight", {"model.faster_token": torch.zeros(64), "head.bias": torch.zeros(2)}
     towerless = {name: tensor for name, tensor in TENSORS.items() if not name.startswith(TOWER)}
     for number, (tensors, named) in enumerate(
@@ -250,7 +250,7 @@ def test_wrong_tensors_are_refused_by_their_names(tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-def test_without_a_config_the_tower_is_so400m(tmp_path):
+def test_missing_vision_config_defaults_to_so400m(tmp_path):
     source = checkpoint(tmp_path / "source")
     (source / "vision_config.json").unlink()
     vision = weights._config(source).vision_config
@@ -259,7 +259,7 @@ def test_without_a_config_the_tower_is_so400m(tmp_path):
         convert_original(source, tmp_path / "hf")
 
 
-def test_damaged_files_are_refused_and_no_pickle_is_run(tmp_path):
+def test_damaged_files_are_refused_without_unpickling(tmp_path):
     class Harmful:
         def __reduce__(self):
             return Path.touch, (tmp_path / "touched",)
@@ -280,7 +280,7 @@ def test_damaged_files_are_refused_and_no_pickle_is_run(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_memory_for_little_more_than_one_file_is_enough(tmp_path, suffix):
+def test_conversion_needs_little_more_memory_than_one_file(tmp_path, suffix):
     """The kernel limits by RLIMIT_DATA the heap and private mappings, which both formats are read into."""
     wide, size = 16384, 3 * 16384 * 64 * 4
     tensors = dict(TENSORS)
@@ -311,7 +311,7 @@ def test_memory_for_little_more_than_one_file_is_enough(tmp_path, suffix):
         limited(0.6, "too-little")
 
 
-def test_resolve_converts_an_original_once_and_again_when_it_changed(folders, tmp_path, tiny_model):
+def test_resolve_converts_once_and_again_after_a_change(folders, tmp_path, tiny_model):
     source, store = checkpoint(tmp_path / "LLaVE-tiny"), tmp_path / "cache"
     assert resolve(tiny_model, store) == tiny_model
     assert is_original(source) and not store.exists()
@@ -326,7 +326,7 @@ def test_resolve_converts_an_original_once_and_again_when_it_changed(folders, tm
     assert sorted(store.iterdir()) == sorted([first, second])
 
 
-def test_an_original_checkpoint_of_the_hub_is_converted_from_its_snapshot(folders, tmp_path, monkeypatch):
+def test_original_checkpoint_on_hub_is_converted_from_its_snapshot(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     names = {"lab/original": checkpoint(tmp_path / "source"), "lab/converted": folders["grid"]}
@@ -343,7 +343,7 @@ def test_an_original_checkpoint_of_the_hub_is_converted_from_its_snapshot(folder
         resolve("lab/unknown", tmp_path / "cache")
 
 
-def test_a_recipe_may_tile_images_to_other_sizes(folders, tmp_path):
+def test_recipe_sets_image_grid_pinpoints(folders, tmp_path):
     pinpoints, source = [(384, 384), (768, 384)], str(checkpoint(tmp_path / "source"))
     for path in (source, str(folders["grid"])):
         assert tiling(config_of(section("llave", path=path, image_grid_pinpoints=pinpoints))).pinpoints == tuple(
@@ -360,7 +360,7 @@ def test_a_recipe_may_tile_images_to_other_sizes(folders, tmp_path):
     assert [tuple(size) for size in sizes] == pinpoints
 
 
-def test_a_recipe_may_have_a_videos_newlines_elsewhere(folders, tmp_path):
+def test_recipe_sets_video_newline_position(folders, tmp_path):
     source, folder = str(checkpoint(tmp_path / "source")), str(folders["grid"])
     for path, newline in ((source, "one_token"), (folder, "one_token"), (str(folders["one_token"]), "grid")):
         assert tiling(config_of(section("llave", path=path, mm_newline_position=newline))).newline == newline
@@ -378,7 +378,7 @@ def test_a_recipe_may_have_a_videos_newlines_elsewhere(folders, tmp_path):
     assert F.cosine_similarity(embedding, torch.tensor(case["embedding"]), dim=0) > 1 - 1e-6
 
 
-def test_training_and_its_export_have_the_newlines_of_the_recipe(folders, tmp_path):
+def test_training_and_export_use_newline_position_of_recipe(folders, tmp_path):
     fields = [f"model.path={folders['one_token']}", "model.mm_newline_position=grid", "model.train.vision_tower=false"]
     chosen, kind = load_recipe("pipeline/recipes/demo.yaml", fields), training("llave")
     path = chosen.model.path
@@ -390,7 +390,7 @@ def test_training_and_its_export_have_the_newlines_of_the_recipe(folders, tmp_pa
     assert LlaveProcessor.load(str(tmp_path / "out"), 4096).tiling.newline == "grid"
 
 
-def test_a_conversion_that_fails_or_comes_second_leaves_nothing(tmp_path, monkeypatch):
+def test_failed_or_concurrent_conversion_leaves_no_files(tmp_path, monkeypatch):
     source, store = checkpoint(tmp_path / "source"), tmp_path / "cache"
 
     def fails(files, folder, renamed):
@@ -412,7 +412,7 @@ def test_a_conversion_that_fails_or_comes_second_leaves_nothing(tmp_path, monkey
     assert list(store.iterdir()) == [Path(converted)]
 
 
-def test_a_folder_that_is_there_is_not_written_into(folders, tmp_path):
+def test_existing_folder_is_not_overwritten(folders, tmp_path):
     (tmp_path / "hf").mkdir()
     for write, source in ((convert_original, GOLDEN), (export_original, folders["grid"])):
         with pytest.raises(PipelineError, match="hf is there already"):
@@ -422,7 +422,7 @@ def test_a_folder_that_is_there_is_not_written_into(folders, tmp_path):
 
 
 @pytest.mark.parametrize("position", ["grid", "one_token"])
-def test_a_saved_folder_keeps_the_newlines_and_its_card_embeds_as_we_do(folders, tmp_path, monkeypatch, position):
+def test_saved_folder_keeps_newlines_and_its_card_example_embeds(folders, tmp_path, monkeypatch, position):
     processor, model = load(folders[position])
     folder = tmp_path / "saved"
     save_folder(model, dict(model.named_parameters()), str(folders[position]), folder)
@@ -439,7 +439,7 @@ def test_a_saved_folder_keeps_the_newlines_and_its_card_embeds_as_we_do(folders,
         assert F.cosine_similarity(code["embed"](case["text"]), torch.tensor(case["embedding"]), dim=0) > 1 - 1e-6
 
 
-def test_the_card_names_the_model_of_the_hub_that_it_comes_from(folders, tmp_path, monkeypatch):
+def test_card_names_its_base_model(folders, tmp_path, monkeypatch):
     _, model = load(folders["grid"])
     save_folder(
         model, dict(model.named_parameters()), str(folders["grid"]), tmp_path / "saved", base="zhibinlan/LLaVE-2B"
@@ -448,7 +448,7 @@ def test_the_card_names_the_model_of_the_hub_that_it_comes_from(folders, tmp_pat
     assert front["base_model"] == "zhibinlan/LLaVE-2B"
 
 
-def test_a_folder_with_unknown_newlines_is_refused(folders, tmp_path):
+def test_unknown_newline_position_is_refused(folders, tmp_path):
     shutil.copytree(folders["grid"], tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text()) | {"mm_newline_position": "frame"}
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
@@ -457,7 +457,7 @@ def test_a_folder_with_unknown_newlines_is_refused(folders, tmp_path):
             load_from(str(tmp_path / "hf"))
 
 
-def test_grid_newlines_stand_at_the_end_of_each_row_of_each_frame(folders):
+def test_grid_newlines_end_each_row_of_each_frame(folders):
     """Check the tokens of videos of one and three frames, packed with an image."""
     processor, model = load(folders["grid"])
     video = next(case for case in CASES if "video" in case)

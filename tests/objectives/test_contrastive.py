@@ -136,7 +136,7 @@ OPTIONS = {
 @pytest.mark.parametrize("tile", [1, 3, 1000])
 @pytest.mark.parametrize("explicit", [True, False], ids=["negatives", "no negatives"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_loss_and_gradients_are_the_formula(name, explicit, tile):
+def test_loss_and_gradients_match_formula(name, explicit, tile):
     inputs, options = example() | {"temperature": torch.tensor(TEMPERATURE).double()}, {"alpha": ALPHA, **OPTIONS[name]}
     if not explicit:
         del inputs["negatives"]
@@ -153,7 +153,7 @@ def test_loss_and_gradients_are_the_formula(name, explicit, tile):
 
 @pytest.mark.parametrize("name", ["ids", "margin"])
 @pytest.mark.parametrize("tiles", [0, 2])
-def test_a_tile_that_was_not_kept_is_computed_again(name, tiles, monkeypatch):
+def test_uncached_tile_is_recomputed(name, tiles, monkeypatch):
     """Use four tiles of two rows (the last one: one row), with 11 logits per row, and 7 more with a margin."""
     inputs, options = example(), {"alpha": ALPHA, "temperature": TEMPERATURE, **OPTIONS[name], "tile": 2}
     output, expected = with_gradients(hardness_weighted_loss, inputs, **options)
@@ -176,7 +176,7 @@ class CountProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_float32_is_computed_with_whatever_the_dtype(dtype):
+def test_loss_is_computed_in_float32_for_any_dtype(dtype):
     inputs = {name: x.to(dtype) for name, x in example(n=32, m=8, d=16).items()}
     loss, *_ = formula(**{k: x.double() for k, x in inputs.items()}, alpha=ALPHA, temperature=TEMPERATURE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -186,7 +186,7 @@ def test_float32_is_computed_with_whatever_the_dtype(dtype):
     assert all(g.dtype == dtype for g in gradients.values())
 
 
-def test_gradients_by_finite_differences():
+def test_gradients_match_finite_differences():
     """Use a fixed reward: with r = s the loss depends on s through r, where no gradient flows."""
     inputs = [x.requires_grad_() for x in example(n=7, m=4, d=4).values()]
 
@@ -198,7 +198,7 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(loss, inputs, eps=1e-6, atol=1e-6)
 
 
-def test_alpha_zero_is_cross_entropy():
+def test_alpha_zero_equals_cross_entropy():
     inputs = example()
     query, target, negatives = inputs.values()
     diagonal = torch.arange(len(query))
@@ -208,7 +208,7 @@ def test_alpha_zero_is_cross_entropy():
     torch.testing.assert_close(output.loss, (forth + back) / 2, rtol=1e-9, atol=1e-9)
 
 
-def test_a_harder_negative_weighs_exp_of_alpha_times_the_difference():
+def test_harder_negative_is_weighted_by_exp_alpha_times_reward():
     """A negative's share of the gradient, relative to that with alpha 0, is multiplied by exp(alpha r)."""
     query = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     angles = torch.tensor([0.5, 1.2], dtype=torch.float64)
@@ -224,7 +224,7 @@ def test_a_harder_negative_weighs_exp_of_alpha_times_the_difference():
     assert hard > easy
 
 
-def test_what_the_output_says():
+def test_output_reports_similarities_and_masked_pairs():
     inputs = example()
     query, target, negatives = inputs.values()
     output = hardness_weighted_loss(**inputs, alpha=ALPHA, temperature=TEMPERATURE, tile=3, **IDS)
@@ -271,7 +271,7 @@ def broken(name: str) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("name", ["identical", "zero", "nan in an invalid row", "none valid", "no negatives left"])
-def test_nothing_makes_it_nan(name):
+def test_degenerate_inputs_give_finite_loss_and_gradients(name):
     inputs, options = broken(name)
     output, gradients = with_gradients(hardness_weighted_loss, inputs, **options)
     assert output.loss.isfinite()
@@ -282,14 +282,14 @@ def test_nothing_makes_it_nan(name):
         assert not any(g.any() for g in gradients.values())
 
 
-def test_a_tiny_loss_keeps_its_digits():
+def test_tiny_loss_keeps_its_precision():
     """In float32, log(sum) - positive would round 1e-9 to 0."""
     query = torch.eye(4)
     loss = hardness_weighted_loss(query, query, alpha=0.0, temperature=1 / 20).loss
     assert loss.item() == pytest.approx(math.log1p(3 * math.exp(-20)), rel=1e-5)
 
 
-def test_the_whole_matrix_is_never_in_memory():
+def test_similarity_matrix_is_never_whole_in_memory():
     rows, dim, tile = 96, 8, 16
 
     class Largest(TorchDispatchMode):
@@ -308,7 +308,7 @@ def test_the_whole_matrix_is_never_in_memory():
     assert largest.numel == tile * (rows + 4)
 
 
-def test_rewards_that_are_not_complete_are_refused():
+def test_incomplete_rewards_are_refused():
     inputs = example()
     with pytest.raises(ValueError, match="reward_query and reward_target"):
         hardness_weighted_loss(**inputs, alpha=1.0, temperature=1.0, reward_query=inputs["query"])
@@ -394,7 +394,7 @@ def of_two_ranks():
 
 
 @pytest.mark.parametrize("name", NEGATIVES)
-def test_two_processes_are_one_with_the_whole_batch(of_two_ranks, name):
+def test_two_processes_equal_one_with_whole_batch(of_two_ranks, name):
     inputs, options = global_batch(name)
     inputs["temperature"] = torch.tensor(TEMPERATURE)
     output, expected = with_gradients(hardness_weighted_loss, inputs, **options, alpha=ALPHA)
@@ -417,5 +417,5 @@ def test_two_processes_are_one_with_the_whole_batch(of_two_ranks, name):
             assert_close_in_norm(torch.cat(parts), whole)
 
 
-def test_ranks_with_different_numbers_of_rows_are_refused():
+def test_ranks_with_different_row_counts_are_refused():
     assert on_two_ranks(unequal_rows) == ["ranks have between 3 and 4 rows: all need the same number"] * 2

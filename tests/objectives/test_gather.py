@@ -21,7 +21,7 @@ def on_rank(rank: int) -> dict:
     }
 
 
-def test_two_processes():
+def test_two_processes_gather_rows_and_sum_gradients():
     zero, one = on_two_ranks(on_rank)
     assert (zero["world"], one["world"]) == ((0, 2), (1, 2))
     rows = torch.arange(6.0).reshape(3, 2)
@@ -36,7 +36,7 @@ def test_two_processes():
     torch.testing.assert_close(one["grad"], weights[3:])
 
 
-def test_without_a_process_group_it_is_the_identity():
+def test_gather_without_process_group_is_the_identity():
     x = torch.ones(2, 3, requires_grad=True)
     assert rank_and_world() == (0, 1)
     assert all_gather_rows(x) is x

@@ -20,7 +20,7 @@ def test_files_and_folders_are_replaced(tmp_path: Path, durable: bool) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "made"]
 
 
-def test_after_an_error_the_target_is_unchanged(tmp_path: Path) -> None:
+def test_error_leaves_target_unchanged(tmp_path: Path) -> None:
     atomic.write_file(tmp_path / "file", b"old")
     with pytest.raises(KeyboardInterrupt), atomic.replacing(tmp_path / "file") as partial:
         partial.write_bytes(b"half")
@@ -29,7 +29,7 @@ def test_after_an_error_the_target_is_unchanged(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_restored_if_replacement_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/old").write_bytes(b"old")
     with monkeypatch.context() as patch:

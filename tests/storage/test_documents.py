@@ -52,20 +52,20 @@ class Form:
         (b"9" * 5000, dict, "F "),
     ],
 )
-def test_damaged_documents_are_named_with_what_to_do(data, form, reason):
+def test_damaged_document_error_names_cause_and_remedy(data, form, reason):
     with pytest.raises(DocumentError, match=reason) as caught:
         parse_json(data, "F", form, remedy="R")
     assert str(caught.value).isprintable()
 
 
-def test_whole_documents_are_read():
+def test_valid_documents_are_read():
     assert parse_json(b'\xef\xbb\xbf{"number": 1, "names": ["a", "\xc3\xa4"]}', "F", Form, remedy="") == Form(
         1, ("a", "ä")
     )
     assert parse_json("\ufeff[1.5, null]", "F", remedy="") == [1.5, None]
 
 
-def test_columns_that_nothing_reads(capsys):
+def test_unused_columns_are_noted_or_refused(capsys):
     known = ("text", "image", "caption")
     check_members("F", ["text", "image", "caption"], known)
     check_members("F", ["text", "image", "caption", "note", "captions"], known)  # no known column is missing
@@ -88,7 +88,7 @@ def test_columns_that_nothing_reads(capsys):
             check_members("F", found, known, matters="start")
 
 
-def test_what_would_command_a_terminal_is_written_as_python_writes_it():
+def test_control_characters_are_escaped():
     assert printable("ä 图.tar") == "ä 图.tar"
     assert printable("a\x1b[2J\x9b\0\n\u202eb\ud800") == r"a\x1b[2J\x9b\x00\n\u202eb\ud800"
     assert printable("two\nlines\r", keep="\n") == "two\nlines\\r"
@@ -104,7 +104,7 @@ def test_what_would_command_a_terminal_is_written_as_python_writes_it():
          "memory (or of /dev/shm), lower data.workers or data.memory_mb\n"),
     ],
 )  # fmt: skip
-def test_a_program_ends_with_one_line(error, said):
+def test_program_error_prints_message_without_traceback(error, said):
     program = (
         f"from pipeline.errors import PipelineError\n"
         f"from pipeline.jobs.program import command_line\ndef main(): raise {error}\ncommand_line(main)()"

@@ -58,7 +58,7 @@ def unfinished(key: str) -> list[str]:
 
 @pytest.mark.parametrize(("start", "length"), [(0, None), (1000, None), (77, 1_000_000)])
 @pytest.mark.parametrize("fault", [RESET, TRUNCATE, UNAVAILABLE], ids=lambda fault: fault.kind)
-def test_a_broken_read_goes_on_where_it_broke(proxied, fault, start, length):
+def test_broken_read_resumes_at_the_break(proxied, fault, start, length):
     proxy = proxied(only("GET", range(3), fault))
     before = objects.bytes_received()
     data = objects.read(OBJECT, start, length)
@@ -72,7 +72,7 @@ def test_a_broken_read_goes_on_where_it_broke(proxied, fault, start, length):
     [refuse(*answer) for answer in ((429, "TooManyRequests"), (500, "InternalError"), (400, "RequestTimeout"))],
     ids=lambda fault: fault.kind,
 )
-def test_what_passes_is_tried_again(proxied, fault):
+def test_transient_error_is_retried(proxied, fault):
     proxied(lambda number, method, path: fault if number == 0 else None)
     assert objects.exists(OBJECT)
     assert objects.list_under(ROOT) == [OBJECT]
@@ -83,20 +83,20 @@ def test_what_passes_is_tried_again(proxied, fault):
 
 
 @pytest.mark.parametrize("fault", [RESET, TRUNCATE], ids=lambda fault: fault.kind)
-def test_an_answer_that_breaks_off_is_asked_for_again(proxied, fault):
+def test_truncated_response_is_requested_again(proxied, fault):
     for action, answer in ((objects.list_under, [OBJECT]), (objects.exists, False)):
         proxied(only("GET", range(2), fault))
         assert action(ROOT) == answer  # S3 reports a missing object in a body
 
 
-def test_what_does_not_pass_fails_at_once(proxied):
+def test_permanent_error_is_not_retried(proxied):
     proxy = proxied(lambda number, method, path: refuse(403, "AccessDenied"))
     for action in (objects.read, objects.delete):
         assert "access denied" in message(action, OBJECT)
     assert proxy.requests == [("GET", PATH), ("DELETE", PATH)]
 
 
-def test_progress_gives_more_time(proxied):
+def test_progress_extends_the_timeout(proxied):
     objects.configure(timeout_s=6)  # even a loaded machine answers in a third of it
     proxied(only("GET", range(4), stall(60)))  # four timeouts of 2 s; each attempt receives half of the rest
     before = objects.bytes_received()
@@ -105,7 +105,7 @@ def test_progress_gives_more_time(proxied):
 
 
 @pytest.mark.parametrize(("fault", "reason"), [(stall(60), "ReadTimeoutError"), (UNAVAILABLE, "503 SlowDown")])
-def test_no_progress_is_an_error(proxied, fault, reason):
+def test_no_progress_raises_after_the_timeout(proxied, fault, reason):
     objects.configure(timeout_s=3)
     proxied(lambda number, method, path: fault)
     began = time.monotonic()
@@ -115,14 +115,14 @@ def test_no_progress_is_an_error(proxied, fault, reason):
         assert part in text
 
 
-def test_writes_give_up_too(proxied):
+def test_size_and_write_raise_on_persistent_error(proxied):
     objects.configure(timeout_s=3)
     proxied(lambda number, method, path: UNAVAILABLE)
     assert "503" in message(objects.size, OBJECT)
     assert "503 SlowDown" in message(objects.write, OBJECT, b"data")
 
 
-def test_an_endpoint_that_never_answered_gets_less_time(s3, monkeypatch):
+def test_endpoint_that_never_answered_raises(s3, monkeypatch):
     monkeypatch.setattr(client, "FIRST_ANSWER_S", 0.5)
     endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
@@ -132,7 +132,7 @@ def test_an_endpoint_that_never_answered_gets_less_time(s3, monkeypatch):
         assert time.monotonic() - began >= 0.5
 
 
-def test_a_server_that_comes_back_is_waited_for(s3, monkeypatch):
+def test_read_waits_for_server_to_return(s3, monkeypatch):
     monkeypatch.setattr(client, "FIRST_ANSWER_S", 0.1)
     objects.write(OBJECT, CONTENT)
     port = free_ports(1)[0]
@@ -150,7 +150,7 @@ def test_a_server_that_comes_back_is_waited_for(s3, monkeypatch):
     assert back[0].requests == [("GET", PATH)]
 
 
-def test_a_proxy_outlives_its_target(monkeypatch):
+def test_fault_proxy_answers_502_without_its_server(monkeypatch):
     with FaultProxy(f"http://127.0.0.1:{free_ports(1)[0]}") as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         objects.configure(timeout_s=3)
@@ -161,7 +161,7 @@ def test_a_proxy_outlives_its_target(monkeypatch):
 
 
 @pytest.mark.parametrize("replacement", [CONTENT[::-1], CONTENT[:1000]], ids=["same size", "shorter"])
-def test_an_object_overwritten_while_it_is_read(s3, proxied, replacement):
+def test_object_overwritten_during_read_raises(s3, proxied, replacement):
     def plan(number: int, method: str, path: str) -> Fault | None:
         if number == 0:
             return TRUNCATE
@@ -183,7 +183,7 @@ def _read_pieces(count: int) -> tuple[bool, int]:
     return right, objects.bytes_received()
 
 
-def test_processes_with_threads(proxied):
+def test_threads_in_forked_processes_survive_faults(proxied):
     def plan(number: int, method: str, path: str) -> Fault | None:
         return (RESET, TRUNCATE, UNAVAILABLE, None)[number % 4]
 
@@ -196,7 +196,7 @@ def test_processes_with_threads(proxied):
 
 
 @pytest.mark.parametrize("size", [1000, LARGE], ids=["whole", "in parts"])
-def test_a_body_damaged_on_the_way_is_sent_again(proxied, size):
+def test_body_damaged_in_transit_is_sent_again(proxied, size):
     data = os.urandom(size)
     proxy = proxied(only("PUT", range(1), FLIP))
     objects.write(OBJECT, data)
@@ -204,14 +204,14 @@ def test_a_body_damaged_on_the_way_is_sent_again(proxied, size):
     assert proxy.count("PUT") == (2 if size == 1000 else 4)
 
 
-def test_a_body_damaged_each_time_is_refused(proxied):
+def test_body_damaged_on_every_attempt_is_refused(proxied):
     objects.configure(timeout_s=3)
     proxied(lambda number, method, path: FLIP if method == "PUT" else None)
     assert "BadDigest" in message(objects.write, OBJECT, b"other")
     assert objects.read(OBJECT) == CONTENT
 
 
-def test_stale_uploads_of_the_key_are_removed(proxied):
+def test_stale_uploads_of_the_same_key_are_removed(proxied):
     key, data = "faults/stale", os.urandom(LARGE)
     for name, body in ((key, b"other content"), (key, None), (key + "-beside", None)):
         where = {"Bucket": "pipeline-tests", "Key": name}
@@ -236,14 +236,14 @@ def test_a_failed_upload_is_removed_by_the_next(proxied):
     assert unfinished("faults/failed") == []
 
 
-def test_servers_that_do_not_list_uploads(proxied):
+def test_write_works_without_listing_uploads(proxied):
     data = os.urandom(LARGE)
     proxied(only("GET", range(1), refuse(501, "NotImplemented")))
     objects.write(f"{ROOT}/unlisted", data)
     assert objects.read(f"{ROOT}/unlisted") == data
 
 
-def test_a_lost_answer_to_the_end_of_an_upload(proxied):
+def test_lost_completion_response_is_checked_against_object(proxied):
     """The next attempt finds no upload, and the object itself shows whether the first one succeeded."""
     data = os.urandom(LARGE)
     plan = {1: RESET, 2: refuse(404, "NoSuchUpload")}
@@ -257,6 +257,6 @@ def test_a_lost_answer_to_the_end_of_an_upload(proxied):
     assert objects.read(OBJECT) == data
 
 
-def test_an_object_that_is_not_what_was_sent(s3):
+def test_write_raises_if_object_differs_from_sent_data(s3):
     with pytest.raises(ObjectError, match="differs from what was sent"):
         client.write("pipeline-tests", "faults/short", LARGE, lambda start, length: bytes(length - 1))

@@ -65,7 +65,7 @@ def left(folder: str, **changes: object) -> str:
     return url
 
 
-def test_one_process_at_a_time_and_none_waits_for_a_dead_one(s3, tmp_path, hold):
+def test_lock_excludes_other_processes_and_ends_with_its_holder(s3, tmp_path, hold):
     for folder in (str(tmp_path / "run"), f"s3://pipeline-tests/locked/{tmp_path.name}"):
         holder = hold(folder)
         refused = pytest.raises(PipelineError, match=f"{folder} is in use by process {holder.pid} on .*: wait for it")
@@ -84,18 +84,18 @@ def test_one_process_at_a_time_and_none_waits_for_a_dead_one(s3, tmp_path, hold)
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_number_that_another_process_has_now_is_of_none(tmp_path):
+def test_lock_of_reused_process_id_is_ignored(tmp_path):
     left(str(tmp_path), pid=os.getppid(), machine=lock._machine(), born="1")
     with lock.held([str(tmp_path)]):
         pass
 
 
-def test_in_one_process_too(tmp_path):
+def test_lock_excludes_second_holder_in_one_process(tmp_path):
     with lock.held([str(tmp_path)]), pytest.raises(PipelineError, match="in use"), lock.held([str(tmp_path)]):
         pass
 
 
-def test_a_process_elsewhere_lives_as_long_as_it_says_so(tmp_path, hurried):
+def test_remote_lock_is_valid_while_its_heartbeat_continues(tmp_path, hurried):
     """Its clock does not matter; here it is an hour late."""
     folder, ended = str(tmp_path), threading.Event()
 
@@ -114,7 +114,7 @@ def test_a_process_elsewhere_lives_as_long_as_it_says_so(tmp_path, hurried):
         assert not Path(folder, lock.FOLDER, "elsewhere.7.0").exists()
 
 
-def test_of_several_folders_all_dead_are_waited_for_at_once(tmp_path, monkeypatch, capsys):
+def test_stale_locks_of_several_folders_are_awaited_together(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lock, "SILENCE_SECONDS", 0.2)
     folders = [str(tmp_path / str(number)) for number in range(9)]
     files = [left(folder) for folder in folders]
@@ -123,11 +123,11 @@ def test_of_several_folders_all_dead_are_waited_for_at_once(tmp_path, monkeypatc
     assert capsys.readouterr().err.count("(and 8 more) exists: is process 7 on elsewhere alive? Waiting") == 1
 
 
-def test_ranks_wait_for_the_first_as_long_as_it_may_wait_for_a_lock():
+def test_rendezvous_timeout_exceeds_lock_wait():
     assert 60 * distributed._RENDEZVOUS_MINUTES[0] > lock.SILENCE_SECONDS
 
 
-def test_one_that_cannot_be_read_is_watched_as_well(tmp_path, hurried, capsys, monkeypatch):
+def test_unreadable_lock_is_watched_for_a_heartbeat(tmp_path, hurried, capsys, monkeypatch):
     left(str(tmp_path))
 
     def stale(url: str) -> bytes:
@@ -140,7 +140,7 @@ def test_one_that_cannot_be_read_is_watched_as_well(tmp_path, hurried, capsys, m
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"pid": "x"}', b"\xff"])
-def test_a_file_that_says_nothing_is_watched_as_well(tmp_path, hurried, capsys, content):
+def test_invalid_lock_file_is_watched_for_a_heartbeat(tmp_path, hurried, capsys, content):
     objects.write(str(tmp_path / lock.FOLDER / "x"), content)
     with lock.held([str(tmp_path)]):
         pass
@@ -157,7 +157,7 @@ def test_a_file_that_says_nothing_is_watched_as_well(tmp_path, hurried, capsys, 
         (None, False),
     ],
 )
-def test_a_requeued_job_does_not_wait_for_its_former_self(tmp_path, monkeypatch, job, passes):
+def test_requeued_job_does_not_wait_for_its_previous_start(tmp_path, monkeypatch, job, passes):
     for name, value in {"JOB_ID": "41", "RESTART_COUNT": "1", "CLUSTER_NAME": "a"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     left(str(tmp_path), job=job)
@@ -173,7 +173,7 @@ def test_a_requeued_job_does_not_wait_for_its_former_self(tmp_path, monkeypatch,
     assert bool(waits) != passes
 
 
-def test_who_only_asks_judges_by_the_clock(tmp_path):
+def test_in_use_judges_lock_by_its_timestamp(tmp_path):
     url = left(str(tmp_path), time=time.time() - lock.SILENCE_SECONDS - 60)
     assert lock.in_use(str(tmp_path)) == ""
     assert Path(url).exists()
@@ -181,7 +181,7 @@ def test_who_only_asks_judges_by_the_clock(tmp_path):
     assert "elsewhere" in lock.in_use(str(tmp_path))
 
 
-def test_who_was_taken_for_dead_ends(tmp_path, hold):
+def test_process_whose_lock_is_removed_ends(tmp_path, hold):
     holder = hold(str(tmp_path))
     (file,) = (tmp_path / lock.FOLDER).iterdir()
     file.unlink()

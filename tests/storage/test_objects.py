@@ -29,7 +29,7 @@ def message(action, *arguments) -> str:
     return text
 
 
-def test_write_read_list(root, tmp_path):
+def test_write_read_list_and_delete(root, tmp_path):
     name = objects.join(root, "folder", "a b ü.bin")
     assert not objects.exists(name)
     objects.write(name, bytes(range(100)))
@@ -86,7 +86,7 @@ def test_stamps_follow_links(tmp_path):
     assert list(objects.stamps(str(tmp_path / "set"))) == [str(tmp_path / "set/linked/a")]
 
 
-def test_bytes_received(root):
+def test_bytes_received_counts_read_bytes_only(root):
     name = objects.join(root, "counted")
     objects.write(name, bytes(1000))
     before = objects.bytes_received()
@@ -102,7 +102,7 @@ def test_list_is_paginated(s3):
     assert objects.list_under(f"{ROOT}/many/") == [f"{ROOT}/many/{number:04d}" for number in range(1005)]
 
 
-def test_out_of_bounds_and_missing(root, tmp_path):
+def test_out_of_bounds_and_missing_reads_raise(root, tmp_path):
     name = objects.join(root, "short")
     objects.write(name, bytes(100))
     for start, length in ((90, 11), (100, 1), (200, 5), (100, None)):
@@ -116,7 +116,7 @@ def test_out_of_bounds_and_missing(root, tmp_path):
     assert "null byte: correct the name" in message(objects.read, str(tmp_path / "a\0b"))
 
 
-def test_write_is_whole_or_absent(tmp_path, monkeypatch):
+def test_failed_write_preserves_old_object(tmp_path, monkeypatch):
     name = tmp_path / "object"
     name.write_bytes(b"old")
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
@@ -146,7 +146,7 @@ def test_write_is_whole_or_absent(tmp_path, monkeypatch):
         ({}, "s3://bucket", "has no key"),
     ],
 )
-def test_one_clear_error(s3, monkeypatch, environment, url, expected):
+def test_misconfiguration_raises_clear_error_without_secrets(s3, monkeypatch, environment, url, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(client, "FIRST_ANSWER_S", 0.5)
@@ -161,7 +161,7 @@ def test_one_clear_error(s3, monkeypatch, environment, url, expected):
         assert expected in message(objects.write, url, b"data")
 
 
-def test_no_credentials(s3, monkeypatch, tmp_path):
+def test_missing_credentials_error_names_the_variable(s3, monkeypatch, tmp_path):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
@@ -170,7 +170,7 @@ def test_no_credentials(s3, monkeypatch, tmp_path):
     assert "AWS_ACCESS_KEY_ID" in message(objects.read, f"{ROOT}/key")
 
 
-def test_a_forked_child_reads(s3):
+def test_forked_child_reads_with_its_own_client(s3):
     objects.write(f"{ROOT}/forked", b"data")
     objects.read(f"{ROOT}/forked")
     parent = client._client()
@@ -189,7 +189,7 @@ def configured():
     objects.configure()
 
 
-def test_settings(configured):
+def test_configure_replaces_all_settings(configured):
     assert asdict(client._settings) == {"timeout_s": 120.0, "requester_pays": False, "addressing": "auto"}
     configured(timeout_s=5, requester_pays=True, addressing="path")
     changed = client._settings
@@ -200,7 +200,7 @@ def test_settings(configured):
 
 
 @pytest.mark.parametrize("pays", [True, False])
-def test_requester_pays(s3, configured, pays):
+def test_requester_pays_header_is_sent_with_every_operation(s3, configured, pays):
     configured(requester_pays=pays)
     sent = {}
 
@@ -233,7 +233,7 @@ def test_requester_pays(s3, configured, pays):
         ("https://store.example", "virtual", "https://bucket.store.example/key"),
     ],
 )
-def test_addressing(s3, configured, monkeypatch, endpoint, addressing, expected):
+def test_addressing_style_determines_the_url(s3, configured, monkeypatch, endpoint, addressing, expected):
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     if endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
@@ -294,23 +294,23 @@ def test_short_bodies_are_resumed(odd, announced):
     assert server.requests == ["bytes=10-19", "bytes=14-19", "bytes=18-19"]
 
 
-def test_empty_bodies_are_an_error(odd, configured):
+def test_empty_bodies_raise(odd, configured):
     configured(timeout_s=3)
     odd(cut=0)
     assert "bytes 10-19: no progress" in message(objects.read, "s3://bucket/key", 10, 10)
 
 
-def test_a_server_without_ranges(odd):
+def test_server_without_range_support_is_refused(odd):
     odd(status=200)
     assert "does not support ranged reads" in message(objects.read, "s3://bucket/key", 10, 10)
 
 
-def test_a_server_that_ignores_if_match(odd):
+def test_server_that_ignores_if_match_is_detected(odd):
     odd(cut=4, overwritten=True)
     assert "was overwritten" in message(objects.read, "s3://bucket/key", 10, 10)
 
 
-def test_the_page_of_a_proxy_is_no_answer(s3, monkeypatch):
+def test_html_page_of_a_proxy_is_refused(s3, monkeypatch):
     """The proxy answers every request with status 200."""
     body = b"<html><body>log in</body></html>"
 

@@ -111,7 +111,7 @@ def measured_saved(model: Llave, packed: Packed, features: torch.Tensor | None) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_chunk_takes_what_is_planned(name, dtype):
+def test_chunk_memory_matches_plan(name, dtype):
     model = random_model(SHAPES[name], dtype)
     packed, tokens, tiles = chunk(SHAPES[name])
     planned = chunk_memory(model.config, tokens, tiles, dtype.itemsize, tower_trained=True)
@@ -129,7 +129,7 @@ def test_a_chunk_takes_what_is_planned(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPES)
-def test_with_activation_checkpointing_a_chunk_takes_what_is_planned(name, dtype):
+def test_chunk_memory_with_activation_checkpointing_matches_plan(name, dtype):
     model = random_model(SHAPES[name], dtype)
     checkpoint_layers(model)
     packed, tokens, tiles = chunk(SHAPES[name])
@@ -151,7 +151,7 @@ def test_with_activation_checkpointing_a_chunk_takes_what_is_planned(name, dtype
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_frozen_tower_keeps_nothing_but_its_features(name):
+def test_frozen_tower_keeps_only_its_features(name):
     whole, (packed, tokens, tiles) = random_model(SHAPES[name], torch.float32), chunk(SHAPES[name])
     with torch.no_grad():
         features = tower_features(whole.vision_tower, normalised(packed.tiles, whole.device, whole.dtype))
@@ -162,7 +162,7 @@ def test_a_frozen_tower_keeps_nothing_but_its_features(name):
     assert planned.features == features.nbytes
 
 
-def test_the_tower_counts_where_it_is_wider_than_the_language_model():
+def test_tower_wider_than_language_model_is_counted():
     shape = config((256, 1024, 2, 4), (32, 64, 2, 2, 1), 56)
     model, (packed, tokens, tiles) = random_model(shape, torch.float32), chunk(shape)
     planned = chunk_memory(shape, tokens, tiles, 4, tower_trained=True)
@@ -174,7 +174,7 @@ def test_the_tower_counts_where_it_is_wider_than_the_language_model():
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1024, 256), (3000, 64)])
-def test_the_loss_takes_what_is_planned(rows, width):
+def test_loss_memory_matches_plan(rows, width):
     torch.manual_seed(0)
     query, target = (F.normalize(torch.randn(rows, width), dim=-1).requires_grad_() for _ in range(2))
     with LiveBytes() as live:
@@ -186,7 +186,7 @@ def size_of(tensors) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def test_without_sharding_states_are_those_of_adamw():
+def test_unsharded_states_match_adamw():
     model = random_model(SHAPES["tiny"], torch.float32)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
@@ -206,7 +206,7 @@ def test_without_sharding_states_are_those_of_adamw():
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_device_has_its_share_of_the_states(stage, dtype):
+def test_sharded_states_match_zero_partitions(stage, dtype):
     """Compare with ZeRO's partitions of the flattened parameters; master weights and moments are in fp32."""
     model, gpus = random_model(SHAPES["tiny"], dtype), 3
     flat = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
@@ -227,7 +227,7 @@ def test_a_device_has_its_share_of_the_states(stage, dtype):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_what_is_offloaded_is_on_the_host(stage):
+def test_offloaded_states_are_in_cpu_memory(stage):
     groups = [
         Group("tower", 1000, False, in_engine=False),
         Group("frozen", 600, False),
@@ -252,7 +252,7 @@ def test_what_is_offloaded_is_on_the_host(stage):
     assert without.host == 0
 
 
-def test_what_is_frozen_has_neither_gradient_nor_optimizer_state():
+def test_frozen_parameters_have_no_gradient_or_optimizer_state():
     groups = [Group("tower", 1000, False, in_engine=False), Group("frozen", 600, False), Group("trained", 60, True)]
     states = state_bytes(groups, stage=3, gpus=2, width=2, zero={})
     assert states.parameters == 2 * (1000 + 330)
@@ -263,7 +263,7 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe(DEMO, ["precision=fp32", *overrides])
 
 
-def test_the_model_on_the_meta_device_is_the_one_that_trains(tiny_model):
+def test_meta_device_model_matches_trained_model(tiny_model):
     trains = recipe(f"model.path={tiny_model}", "model.train.vision_tower=true")
     loaded, memory = Llave.load(tiny_model, torch.float32), training_of(trains).memory(trains, videos=False)
     assert {p.device.type for p in memory.model.parameters()} == {"meta"}
@@ -273,7 +273,7 @@ def test_the_model_on_the_meta_device_is_the_one_that_trains(tiny_model):
     assert frozen == {"vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias"}
 
 
-def test_adapters_take_the_place_of_the_language_model():
+def test_adapters_replace_language_model_parameters():
     groups = Plan.of(recipe("model.train.lora={rank: 4}", "model.train.vision_tower=false"), 2, videos=False).groups
     trained = {group.name: group.parameters for group in groups if group.trained}
     assert set(trained) == {"image_newline", "multi_modal_projector", "language_model"}
@@ -282,7 +282,7 @@ def test_adapters_take_the_place_of_the_language_model():
     assert all(not group.in_engine for group in groups if group.name == "vision_tower")
 
 
-def test_the_largest_chunk_fits_and_a_larger_one_does_not():
+def test_largest_chunk_fits_and_a_larger_one_does_not():
     plan = Plan.of(
         recipe("model.train.vision_tower=false", "batch.kept_chunks=2", "batch.features_mb=1"), 2, videos=False
     )
@@ -295,7 +295,7 @@ def test_the_largest_chunk_fits_and_a_larger_one_does_not():
     assert plan.largest_chunk(plan.total(1, states) - 1, states) == 0
 
 
-def test_as_many_graphs_are_kept_as_fit_and_no_more():
+def test_most_cached_graphs_fit_and_one_more_does_not():
     def plan(count: int) -> Plan:
         return Plan.of(recipe(f"batch.kept_chunks={count}"), 2, videos=False)
 
@@ -307,7 +307,7 @@ def test_as_many_graphs_are_kept_as_fit_and_no_more():
     assert plan(0).most_cached(plan(1).total(longest, states) - 1, states) == 0
 
 
-def test_kept_features_are_no_more_than_a_ranks_items_have():
+def test_cached_features_are_bounded_by_the_items_of_a_rank():
     fields = ("model.train.vision_tower=false", "batch.global_batch=64")
     two, eight = (Plan.of(recipe(*fields), gpus, videos=False) for gpus in (2, 8))
     architecture, longest = two.recipe.model.architecture, two.recipe.model.max_tokens
@@ -321,7 +321,7 @@ def test_kept_features_are_no_more_than_a_ranks_items_have():
     assert few.kept()["kept features, at most"] == 1 << 20 < expected
 
 
-def test_kept_chunks_have_their_graphs_at_the_same_time():
+def test_cached_chunks_hold_their_graphs_simultaneously():
     plans = [Plan.of(recipe(f"batch.kept_chunks={count}"), 2, videos=False) for count in (0, 1, 3)]
     none, one, three = (plan.phases(4096, plan.states(3, {}))["a chunk with gradient"] for plan in plans)
     alone = plans[0].phases(4096, plans[0].states(3, {}))["a chunk without gradient"]
@@ -329,18 +329,18 @@ def test_kept_chunks_have_their_graphs_at_the_same_time():
     assert three - one == 2 * (one - alone)
 
 
-def test_with_activation_checkpointing_larger_chunks_fit():
+def test_activation_checkpointing_allows_larger_chunks():
     plans = [Plan.of(recipe(f"batch.activation_checkpointing={on}"), 2, videos=False) for on in ("false", "true")]
     without, checkpointing = (plan.largest_chunk(1e9, plan.states(3, {"reduce_bucket_size": 1000})) for plan in plans)
     assert checkpointing > 1.3 * without
 
 
-def test_the_program_says_what_is_on_the_host():
+def test_program_reports_cpu_memory_of_offloading():
     done = plan_memory("--gpus", "2", "deepspeed=ds_configs/zero3_offload.json")
     assert "CPU memory for each GPU" in done.stdout
 
 
-def test_tiles_are_those_that_an_image_is_cut_to():
+def test_tokens_per_tile_match_tiling():
     tiling = Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48)))
     tiles = tiling.cut(Picture.new("RGB", (4000, 3000)), anyres=True)
     assert tokens_per_tile(tiling, videos=False) * len(tiles) == tiling.tokens(3000, 4000, anyres=True)
@@ -352,7 +352,7 @@ def plan_memory(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
-def test_the_program_says_what_fits():
+def test_program_reports_which_zero_stages_fit():
     done = plan_memory("--gpus", "2", "--memory", "1", "batch.chunk_tokens=1024")
     assert done.returncode == 0, done.stderr
     cells = [line.strip("│┃ ").split("│") for line in done.stdout.splitlines()]
@@ -362,7 +362,7 @@ def test_the_program_says_what_fits():
     assert rows["largest batch.chunk_tokens"][1:3] == ["none", "none"]
 
 
-def test_the_program_names_mistakes():
+def test_program_reports_invalid_arguments():
     done = plan_memory("--gpus", "3")
     assert done.returncode == 2
     assert done.stderr.strip() == "error: 3 processes do not divide batch.global_batch=64"

@@ -82,7 +82,7 @@ def batch(chunk: int | str, kept: int | str) -> Batch:
 
 @pytest.mark.parametrize("token", [0.1e6, 0.7e6, 3e6, 6e6, 15e6])
 @pytest.mark.parametrize(("base", "step"), [(2 * GB, 0), (40 * GB, 2 * GB)])
-def test_memory_is_filled_and_never_exceeded(token, base, step):
+def test_budget_fills_memory_without_exceeding_the_limit(token, base, step):
     device = Device(80 * GB, base, step, token)
     if device.peak(Budget.of(batch(4096, 0), 4096)) > device.total:
         pytest.skip("no chunk fits")
@@ -97,7 +97,7 @@ def test_memory_is_filled_and_never_exceeded(token, base, step):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_was_found_in_steps_that_were_not_full_holds_for_one_that_is(seed):
+def test_budget_measured_on_partial_chunks_fits_full_chunks(seed):
     draws = np.random.default_rng(seed)
     fills = tuple(draws.uniform(0.72, 1, size=29).tolist())
     device = Device(80 * GB, draws.uniform(5, 40) * GB, GB, draws.uniform(0.2e6, 4e6), fills=fills, others=5 * GB)
@@ -108,20 +108,20 @@ def test_what_was_found_in_steps_that_were_not_full_holds_for_one_that_is(seed):
     assert 0 <= room < device.token * budget.chunk_tokens + 2 * device.step  # no other graph fits
 
 
-def test_room_is_left_for_the_moments_that_the_first_step_makes():
+def test_budget_reserves_memory_for_optimizer_moments():
     """Use a 7B model's numbers on eight GPUs, whose longest item takes 27 GB."""
     device, budget = Device(80 * GB, 28 * GB, 0, 6.6e6, moments=7.6 * GB), Budget.of(batch("auto", 0), 4096)
     assert device.run(budget)[1] == (6656, 0)
 
 
-def test_the_order_of_trials():
+def test_chunk_size_is_tried_before_cached_graphs():
     device = Device(80 * GB, 20 * GB, 0, 1e6)
     budget = Budget.of(batch("auto", "auto"), 4096)
     assert device.run(budget) == [(4096, 0), (8192, 0), (16384, 0), (16384, 1), (16384, 2), (16384, 3)]
     assert (budget.chunk_tokens, budget.kept_chunks) == (16384, 3)  # 52 GB are free, and one graph takes 16.4
 
 
-def test_what_the_recipe_says_is_not_measured():
+def test_values_set_by_the_recipe_are_not_measured():
     budget = Budget.of(batch(5000, 3), 4096)
     assert budget.is_fixed and (budget.chunk_tokens, budget.kept_chunks) == (5000, 3)
     kept = Budget.of(batch(5000, "auto"), 4096)
@@ -132,7 +132,7 @@ def test_what_the_recipe_says_is_not_measured():
     assert chunk.kept_chunks == 4 and 0.7 * 52e9 < 4 * chunk.chunk_tokens * 1e6 <= 52e9
 
 
-def test_a_batch_that_does_not_fill_a_chunk_tells_nothing_of_larger_ones():
+def test_batch_smaller_than_a_chunk_does_not_enlarge_chunks():
     budget = Budget.of(batch("auto", 0), 4096)
     budget.measured(Memory(80 * GB, GB, 2 * GB, GB), 1000, 32)
     assert budget.is_fixed and budget.chunk_tokens == 4096
@@ -142,7 +142,7 @@ def test_a_batch_that_does_not_fill_a_chunk_tells_nothing_of_larger_ones():
     assert unlimited.kept_chunks == 1
 
 
-def test_all_chunks_are_kept_of_a_batch_that_fits_as_a_whole():
+def test_all_graphs_are_cached_if_the_whole_batch_fits():
     budget, kept = Budget.of(batch(5000, "auto"), 4096), []
     while not budget.is_fixed:
         budget.measured(Memory(80 * GB, 20 * GB, 21 * GB, 20 * GB), 5000, items=12)
@@ -151,7 +151,7 @@ def test_all_chunks_are_kept_of_a_batch_that_fits_as_a_whole():
     assert kept == [1, 2, 4, 8, 16, 16]
 
 
-def test_a_continued_run_goes_on_with_what_was_found():
+def test_resumed_run_continues_with_restored_budget():
     device, budget = Device(80 * GB, 20 * GB, GB, 2e6), Budget.of(batch("auto", "auto"), 4096)
     for _ in range(3):
         memory = Memory(device.total, device.base, device.peak(budget), device.base)
@@ -161,7 +161,7 @@ def test_a_continued_run_goes_on_with_what_was_found():
     assert again == budget
 
 
-def test_what_the_recipe_fixes_meanwhile_takes_the_place_of_what_was_found():
+def test_recipe_values_override_restored_budget():
     saved = Budget(16384, 5, True, True, BOTH, 4096, graph=9)
 
     def now(chunk: int | str, kept: int | str, before: Budget = saved) -> tuple[int, int, bool, bool]:
@@ -183,7 +183,7 @@ def test_what_the_recipe_fixes_meanwhile_takes_the_place_of_what_was_found():
 CONDITIONS = {"seed": 0, "processes": 16, MEMORY: 80 * GB}
 
 
-def test_what_was_found_holds_for_as_many_processes_with_as_much_memory(tmp_path):
+def test_budget_is_restored_only_for_same_processes_and_memory(tmp_path):
     budget = Budget(16384, 5, True, True, BOTH, 4096)
     kept = record_of(budget, CONDITIONS)
     assert restored_budget(tmp_path, kept, CONDITIONS) == budget
@@ -231,7 +231,7 @@ def in_cublas() -> None:
         ((16384, 0), (16384, 0), None, "again with batch.chunk_tokens=8192;"),
     ],
 )
-def test_out_of_memory_says_what_to_set_and_auto_comes_back_with_less(tmp_path, step, recipe, cut, smaller, advice):
+def test_out_of_memory_names_settings_and_lowers_automatic_budget(tmp_path, step, recipe, cut, smaller, advice):
     budget = Budget.of(batch(*recipe), 4096)
     budget.chunk_tokens, budget.kept_chunks, budget.graph = *cut, 7
     too_large = record_of(budget, CONDITIONS)
@@ -260,7 +260,7 @@ def one_rank():
     dist.destroy_process_group()
 
 
-def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_path, monkeypatch, one_rank, caplog):
+def test_run_out_of_memory_restarts_with_smaller_budget(tmp_path, monkeypatch, one_rank, caplog):
     """Run the whole training loop, except for the step itself."""
     # Imported here, because processes that do not run this test also import this module.
     from pipeline.training.trainer import Trainer
@@ -302,7 +302,7 @@ def test_a_run_that_had_too_little_memory_starts_again_with_a_smaller_cut(tmp_pa
     assert cuts == [(16384, 3), (16384, 1), (8192, 0), (4096, 0)]
 
 
-def test_other_errors_stay_what_they_are(tmp_path):
+def test_other_errors_are_raised_unchanged(tmp_path):
     budget = Budget(1, 0, True, True, [], 1)
     with pytest.raises(RuntimeError, match="shapes"), out_of_memory_noted(tmp_path, 1, budget, {}):
         raise RuntimeError("shapes do not fit")
@@ -344,11 +344,11 @@ def allocator_settings(rank: int) -> str:
 
 
 @pytest.mark.slow
-def test_torchs_allocator_loses_little_between_blocks_unless_the_user_says_otherwise():
+def test_allocator_uses_expandable_segments_by_default():
     """Use new processes, since torch reads the setting only once; torch and DeepSpeed are already imported."""
     assert on_two_ranks(allocator_settings) == ["expandable_segments:True", "max_split_size_mb:512"]
 
 
 @pytest.mark.slow
-def test_all_ranks_measure_the_fullest_and_leave_out_what_others_hold():
+def test_ranks_agree_on_fullest_device_and_exclude_foreign_memory():
     assert on_two_ranks(measured_by) == [[79 * GB, (79 - 5) * GB, 11 * GB, 32 * GB, 16 * GB, 5000, 31]] * 2

@@ -14,7 +14,7 @@ from pipeline.training.checkpoint import best, keep_best, remove_old
 from pipeline.training.trainer import Trainer
 
 
-def test_the_newest_stay_and_the_best(tmp_path):
+def test_newest_and_best_checkpoints_are_kept(tmp_path):
     def there() -> list[int]:
         return [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))]
 
@@ -30,7 +30,7 @@ def test_the_newest_stay_and_the_best(tmp_path):
     assert best(tmp_path).name == "step-00000005"
 
 
-def test_a_best_one_that_is_gone_is_none(tmp_path):
+def test_missing_best_checkpoint_is_none(tmp_path):
     assert best(tmp_path) is None
     keep_best(tmp_path, 3, 0.9, ["a"])
     assert best(tmp_path) is None
@@ -39,7 +39,7 @@ def test_a_best_one_that_is_gone_is_none(tmp_path):
     assert best(tmp_path).name == "step-00000004"
 
 
-def test_what_others_named_does_not_reach_the_terminal_as_it_is(tmp_path, monkeypatch, capsys):
+def test_control_characters_are_escaped_in_logs_and_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(logging.getLogger("pipeline"), "handlers", [])
     configure_logging(0)
     for step in (1, 2):
@@ -55,7 +55,7 @@ def test_what_others_named_does_not_reach_the_terminal_as_it_is(tmp_path, monkey
     assert all(shown in out for shown in (r"runs/[b]\x1b[2J", r"\x1b[2J [x] found", r"mend \x1b[2J"))
 
 
-def test_a_collapsed_model_is_never_the_best(tmp_path, caplog):
+def test_collapsed_model_is_never_the_best(tmp_path, caplog):
     similarities = Similarities([0] * 200, [0] * 200)
     result = DatasetResult("vqa", True, "", {"": 4}, {"P@1": 0.5}, 0.1, 0, similarities)
     reports = {1: replace(result, metrics={"P@1": 0.9}, collapsed=True), 2: result}

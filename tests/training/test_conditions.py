@@ -34,7 +34,7 @@ def begun(folder: Path, conditions: dict) -> Path:
     return folder
 
 
-def test_a_run_from_before_versions_were_noted_began_with_the_first(tmp_path, conditions, monkeypatch):
+def test_run_without_recorded_versions_counts_as_version_1(tmp_path, conditions, monkeypatch):
     before = begun(tmp_path, {name: value for name, value in conditions.items() if name not in VERSIONS})
     monkeypatch.setattr(conditions_module, "ORDER_VERSION", 1)
     monkeypatch.setattr(conditions_module, "LENGTHS_VERSION", 1)
@@ -45,7 +45,7 @@ def test_a_run_from_before_versions_were_noted_began_with_the_first(tmp_path, co
             conditions_module.check(before, conditions_of(DEMO))
 
 
-def test_a_run_from_before_images_were_turned_goes_on_as_it_read_them(tmp_path, conditions):
+def test_run_without_image_condition_resumes_only_as_stored(tmp_path, conditions):
     before = begun(tmp_path, {name: value for name, value in conditions.items() if name != "model.images"})
     with pytest.raises(PipelineError, match=r"model\.images was as_stored and is now upright. Restore it"):
         conditions_module.check(before, conditions)
@@ -63,7 +63,7 @@ def test_a_run_from_before_images_were_turned_goes_on_as_it_read_them(tmp_path, 
         ({"model_type": "llava_qwen", "auto_map": {"AutoModel": "code.Model"}}, "upright"),  # an original checkpoint
     ],
 )
-def test_how_images_are_read_is_the_models_own_way_unless_the_recipe_says(tmp_path, config, read):
+def test_recipe_overrides_image_reading_of_the_model(tmp_path, config, read):
     (tmp_path / "config.json").write_text(json.dumps(config))
     path = f"model.path={tmp_path}"
 
@@ -75,14 +75,14 @@ def test_how_images_are_read_is_the_models_own_way_unless_the_recipe_says(tmp_pa
     assert images(path, "model.images=as_stored") == "as_stored"
 
 
-def test_a_run_that_drew_its_masks_otherwise_is_not_continued(tmp_path):
+def test_run_with_older_mask_version_is_not_resumed(tmp_path):
     masked = conditions_of(MASKED)
     conditions_module.check(begun(tmp_path, masked), masked)
     with pytest.raises(PipelineError, match="the masks' version was 1 and is now 2"):
         conditions_module.check(begun(tmp_path, {n: v for n, v in masked.items() if n != "the masks' version"}), masked)
 
 
-def test_an_older_program_does_not_continue_what_a_newer_one_began(tmp_path, conditions):
+def test_run_of_newer_version_is_not_resumed(tmp_path, conditions):
     assert [conditions[name] for name in VERSIONS] == [order.VERSION, lengths.VERSION]
     conditions_module.check(begun(tmp_path, conditions), conditions)
     for name in VERSIONS:
@@ -109,7 +109,7 @@ def as_former(kind: str, monkeypatch, *overrides: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", AS_FORMER)
-def test_a_run_that_an_earlier_version_began_is_continued(kind, tmp_path, monkeypatch):
+def test_run_of_earlier_version_resumes_only_with_same_recipe(kind, tmp_path, monkeypatch):
     before = begun(tmp_path, FORMER[kind])
     conditions_module.check(before, as_former(kind, monkeypatch))
     for override, named in (
@@ -128,7 +128,7 @@ def test_a_run_that_an_earlier_version_began_is_continued(kind, tmp_path, monkey
             conditions_module.check(before, other)
 
 
-def test_a_field_that_is_new_refuses_no_run_unless_it_is_set(tmp_path, conditions):
+def test_new_field_blocks_resume_only_if_set(tmp_path, conditions):
     new = ("objective.margin", "model.mm_newline_position", "video.frames")
     before = {name: value for name, value in conditions.items() if name not in new}
     before["data.datasets"] = [{"name": part["name"]} for part in conditions["data.datasets"]]

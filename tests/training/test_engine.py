@@ -13,7 +13,7 @@ from pipeline.models.lora import add_adapters, merge_adapters
 from pipeline.training.engine import adamw, freeze, learning_rate, parameter_groups
 
 
-def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
+def test_learning_rate_rises_linearly_and_decays_as_cosine():
     optimizer = Optimizer(lr=2.0, warmup_ratio=0.1)
     rates = [learning_rate(step, 100, optimizer) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
@@ -21,7 +21,7 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 1.0), (3, 1.0), (2, 0.03)])
-def test_short_runs_have_a_rate_too(steps, warmup):
+def test_short_runs_have_positive_learning_rates(steps, warmup):
     optimizer = Optimizer(lr=1.0, warmup_ratio=warmup)
     assert all(0 < learning_rate(step, steps, optimizer) <= 1 for step in range(steps))
 
@@ -41,7 +41,7 @@ def recipe(*fields: str) -> Recipe:
     return load_recipe("pipeline/recipes/demo.yaml", ["optimizer.lr=0.1", "optimizer.weight_decay=0.2", *fields])
 
 
-def test_each_part_has_its_learning_rate_and_vectors_no_weight_decay(model):
+def test_each_part_has_its_learning_rate_and_vectors_no_decay(model):
     groups = parameter_groups(model, recipe("model.train.projector=0.3", "model.train.vision_tower=0.05"))
     assert [(names(model, group), group["lr_scale"], group["weight_decay"]) for group in groups] == [
         ({"multi_modal_projector"}, pytest.approx(3.0), 0.2),
@@ -63,14 +63,14 @@ def test_each_part_has_its_learning_rate_and_vectors_no_weight_decay(model):
         (("model.train.language_model=false", "model.train.projector=false"), {"vision_tower"}),
     ],
 )
-def test_what_is_frozen_has_no_optimizer_state(tiny_model, fields, trained):
+def test_frozen_parameters_are_in_no_parameter_group(tiny_model, fields, trained):
     model = Llave.load(tiny_model, torch.float32)
     chosen = recipe(*fields)
     freeze(model, chosen)
     assert set().union(*(names(model, group) for group in parameter_groups(model, chosen))) == trained
 
 
-def test_adapters_alone_are_trained_and_begin_as_nothing(tiny_model):
+def test_new_adapters_are_trained_and_merge_to_original_weights(tiny_model):
     model, chosen = (
         Llave.load(tiny_model, torch.float32),
         recipe("model.train.projector=false", "model.train.lora.rank=3"),
@@ -110,14 +110,14 @@ def test_adapters_alone_are_trained_and_begin_as_nothing(tiny_model):
         (["model.train.lora.targets=[embed_tokens]"], "model.train.lora.targets has embed_tokens"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(tiny_model, fields, reason):
+def test_untrainable_settings_are_refused(tiny_model, fields, reason):
     with pytest.raises(PipelineError, match=reason):
         chosen = recipe(*fields)
         add_adapters(Llave.load(tiny_model, torch.float32).language_model, chosen.model.train.adapters, seed=0)
 
 
 @pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", None)])
-def test_adamw_is_one_kernel_on_cuda(model, monkeypatch, device, fused):
+def test_adamw_is_fused_only_on_cuda(model, monkeypatch, device, fused):
     monkeypatch.setattr(get_accelerator(), "device_name", lambda: device)
     chosen = recipe("model.train.projector=0.3")
     optimizer = adamw(parameter_groups(model, chosen), chosen.optimizer.lr, {"stage": 2})
@@ -127,14 +127,14 @@ def test_adamw_is_one_kernel_on_cuda(model, monkeypatch, device, fused):
 
 
 @pytest.mark.parametrize("name, value", [("LOCAL_WORLD_SIZE", "0"), ("MASTER_PORT", "http"), ("LOCAL_RANK", "")])
-def test_an_environment_that_no_launcher_set_is_named(monkeypatch, name, value):
+def test_invalid_launcher_variable_is_named(monkeypatch, name, value):
     for variable, here in {"RANK": "0", "WORLD_SIZE": "1", name: value}.items():
         monkeypatch.setenv(variable, here)
     with pytest.raises(PipelineError, match=f"^{name}={value} in the environment was not set by a launcher: unset it"):
         start_distributed(1)
 
 
-def test_a_lock_of_a_build_that_was_killed_is_deleted_and_said(tmp_path, monkeypatch, caplog):
+def test_stale_build_lock_is_deleted_and_logged(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "cpu_adam/lock"
     lock.parent.mkdir()
@@ -145,7 +145,7 @@ def test_a_lock_of_a_build_that_was_killed_is_deleted_and_said(tmp_path, monkeyp
     assert caplog.messages == [f"deleted {lock}, which a killed build left"]
 
 
-def test_a_build_that_goes_on_is_waited_for(tmp_path, monkeypatch, caplog):
+def test_running_build_is_waited_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "cpu_adam/lock"
     lock.parent.mkdir()

@@ -40,6 +40,6 @@ def _slow_export(rank: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_an_export_may_take_longer_than_a_collective_may_wait(tmp_path, monkeypatch):
+def test_export_may_exceed_the_collective_timeout(tmp_path, monkeypatch):
     monkeypatch.setenv("SLOW_EXPORT_STORE", str(tmp_path / "store"))
     assert on_two_ranks(_slow_export) == [["done", "the disk is full"], ["done", "left"]]

@@ -13,7 +13,7 @@ from pipeline.evaluation.report import BINS, DatasetResult, Report, Similarities
 from pipeline.training.monitor import Monitor, StepLog, check_writable
 
 
-def test_a_continued_log_drops_the_steps_taken_again_and_a_torn_line(tmp_path):
+def test_resumed_log_drops_repeated_steps_and_torn_line(tmp_path):
     path = tmp_path / "log.jsonl"
     log = StepLog(path, 0)
     for step in range(1, 6):
@@ -55,7 +55,7 @@ ONE, TWO, THREE = (b'{"step": %d, "loss": 0.5}\n' % step for step in (1, 2, 3))
         (ONE + TWO, ONE + TWO, b"", "has no line of 1 steps, the first of them 3"),
     ],
 )
-def test_what_is_no_line_of_a_log_is_cut_with_a_note_and_kept(content, kept, damaged, said, tmp_path, caplog):
+def test_damaged_log_lines_are_moved_aside_with_a_warning(content, kept, damaged, said, tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content)
     StepLog(path, 3)
@@ -69,7 +69,7 @@ def test_what_is_no_line_of_a_log_is_cut_with_a_note_and_kept(content, kept, dam
     assert "damaged" not in caplog.text
 
 
-def test_a_step_may_have_several_bad_samples(tmp_path, caplog):
+def test_bad_samples_log_allows_several_lines_per_step(tmp_path, caplog):
     path = tmp_path / "bad_samples.jsonl"
     path.write_bytes(ONE + ONE + THREE + bytes(3))
     StepLog(path, 3, is_one_each=False)
@@ -88,7 +88,7 @@ def no_file_above(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_said_by_a_log(tmp_path):
+def test_log_write_on_full_disk_raises(tmp_path):
     log, path = StepLog(tmp_path / "log.jsonl", 0), tmp_path / "log.jsonl"
     with no_file_above(50):
         log.write({"step": 1, "loss": 0.5})
@@ -111,14 +111,14 @@ def test_a_full_disk_is_said_by_a_log(tmp_path):
         (lambda run: (run / "metrics.jsonl").mkdir(parents=True), r"metrics\.jsonl cannot be written: Is a directory"),
     ],
 )
-def test_a_run_directory_that_cannot_be_written_is_known_at_the_start(make, named, tmp_path):
+def test_unwritable_run_directory_is_refused(make, named, tmp_path):
     run = tmp_path / "run"
     make(run)
     with pytest.raises(PipelineError, match=named):
         check_writable(run)
 
 
-def test_a_run_directory_is_made_with_its_parents_and_nothing_is_left_in_it(tmp_path):
+def test_run_directory_check_creates_parents_and_leaves_no_files(tmp_path):
     run = tmp_path / "a/b/run"
     check_writable(run)
     (run / "checkpoints").mkdir()

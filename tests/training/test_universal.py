@@ -41,7 +41,7 @@ class Hostile:
         return Path.touch, (self.mark,)
 
 
-def test_a_file_with_more_than_tensors_is_refused_and_runs_nothing(source):
+def test_pickle_with_code_is_refused_and_not_run(source):
     mark = source / "mark"
     torch.save({"optimizer_state_dict": Hostile(mark)}, source / OPTIMIZER)
     torch.load(source / OPTIMIZER, weights_only=False)
@@ -54,20 +54,20 @@ def test_a_file_with_more_than_tensors_is_refused_and_runs_nothing(source):
     assert not mark.exists()
 
 
-def test_one_for_which_there_is_no_room_does_not_begin(source, monkeypatch):
+def test_conversion_without_disk_space_does_not_start(source, monkeypatch):
     (source / OPTIMIZER).write_bytes(bytes(100))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=199))
     with pytest.raises(PipelineError, match="make room, or continue on 2 processes"):
         convert(source, target(source), 2, 1, timeout_minutes=HANG_MINUTES)
 
 
-def test_one_that_writes_nothing_is_ended_at_the_time_limit(source):
+def test_stalled_conversion_ends_at_the_time_limit(source):
     os.mkfifo(source / OPTIMIZER)  # no process writes to it
     with pytest.raises(PipelineError, match=r"nothing written for 0\.05 minutes"):
         convert(source, target(source), 2, 1, timeout_minutes=0.05)
 
 
-def test_one_whose_rank_is_killed_ends_with_it(source):
+def test_conversion_ends_when_its_rank_is_killed(source):
     os.mkfifo(source / OPTIMIZER)
     code = (
         f"from pathlib import Path; from pipeline.training.universal import convert; source = Path({str(source)!r})\n"

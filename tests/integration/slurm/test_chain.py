@@ -32,11 +32,11 @@ def site(tmp_path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("script", SUBMITTED, ids=lambda path: path.name)
-def test_slurm_takes_every_script(slurm, script):
+def test_sbatch_accepts_every_script(slurm, script):
     slurm.run("sbatch", "--test-only", str(script))
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_reports_nothing():
     if not shutil.which("shellcheck") and not os.environ.get("PIPELINE_REQUIRE_SLURM"):
         pytest.skip("no shellcheck here: apt-get install shellcheck")
     files = [*SCRIPTS, ROOT / "slurm/site.env.example", *(ROOT / "tools").glob("*.sh"), ROOT / "tests/run.sh"]
@@ -44,7 +44,7 @@ def test_shellcheck_has_nothing_to_say():
     assert checked.returncode == 0, checked.stdout
 
 
-def test_the_chain_from_a_seed_to_a_report(slurm, s3, site, tmp_path):
+def test_pipeline_jobs_run_from_conversion_to_report(slurm, s3, site, tmp_path):
     run = tmp_path / "run"
     recipe = [
         "steps=4",
@@ -73,7 +73,7 @@ def test_the_chain_from_a_seed_to_a_report(slurm, s3, site, tmp_path):
     assert "mean: overall" in slurm.output(report)
 
 
-def test_llm2clips_chain_from_captions_to_a_report(slurm, s3, site, tmp_path):
+def test_llm2clip_jobs_run_from_captions_to_report(slurm, s3, site, tmp_path):
     runs, url = tmp_path / "runs", "s3://pipeline-tests/llm2clip"
     sets = [f"text-image={url}/captions/eval/{name}" for name in ("short", "long", "chinese")]
     sets.append(f"classification={url}/captions/eval/classification")
@@ -96,7 +96,7 @@ def test_llm2clips_chain_from_captions_to_a_report(slurm, s3, site, tmp_path):
     assert gathered.model == str(runs / "vision/export")
 
 
-def test_the_tasks_of_an_array_share_the_subsets(slurm, site, tmp_path):
+def test_array_tasks_convert_all_subsets(slurm, site, tmp_path):
     source, out = tmp_path / "MMEB-train", tmp_path / "shards"
     for number, subset in enumerate(("OK-VQA", "SUN397", "VisDial")):
         (source / subset).mkdir(parents=True)
@@ -109,7 +109,7 @@ def test_the_tasks_of_an_array_share_the_subsets(slurm, site, tmp_path):
     assert [Index.load(str(out / subset)).samples for subset in ("OK-VQA", "SUN397", "VisDial")] == [5, 6, 7]
 
 
-def test_what_a_failed_job_leaves_undone_is_not_begun(slurm, s3, site, tmp_path):
+def test_failed_job_cancels_dependent_job(slurm, s3, site, tmp_path):
     submitted = slurm.run(
         *("bash", "slurm/pipeline.sh", "--train", "slurm/train_demo.sh", "--run", str(tmp_path / "run")),
         *("--shards", "demo 0 s3://no-such-bucket/chain"),

@@ -42,7 +42,7 @@ def alive(process: psutil.Process) -> bool:
     return False
 
 
-def test_two_ranks_know_their_places(slurm, submit):
+def test_srun_sets_rank_and_node_of_each_task(slurm, submit):
     words = "$SLURM_PROCID of $SLURM_NTASKS, node $SLURM_NODEID, $SLURMD_NODENAME, local $SLURM_LOCALID"
     job = submit(f"srun bash -c 'echo {words}'")
     assert slurm.wait(job, "COMPLETED")["NodeList"] == "n[1-2]"
@@ -55,7 +55,7 @@ def test_two_jobs_share_the_nodes(slurm, submit):
         assert slurm.job(job)["JobState"] == "RUNNING"
 
 
-def test_a_requeued_job_runs_again_and_its_output_is_kept(slurm, submit):
+def test_requeued_job_runs_again_and_keeps_its_output(slurm, submit):
     job = submit(ONCE_MORE)
     both_there(slurm, job)
     slurm.requeue(job)
@@ -65,7 +65,7 @@ def test_a_requeued_job_runs_again_and_its_output_is_kept(slurm, submit):
     assert attempts == ["attempt 0", "attempt 1"]
 
 
-def test_a_node_that_goes_down_sends_its_jobs_back(slurm, submit):
+def test_job_on_a_failed_node_is_requeued(slurm, submit):
     job = submit(ONCE_MORE)
     both_there(slurm, job)
     slurm.set_node("n2", "down")
@@ -76,7 +76,7 @@ def test_a_node_that_goes_down_sends_its_jobs_back(slurm, submit):
     assert slurm.wait(job, "COMPLETED")["Restarts"] == "1"
 
 
-def test_a_killed_rank_ends_the_step(slurm, submit):
+def test_killed_rank_ends_the_step(slurm, submit):
     job = submit(f"{PATIENT}\necho srun ended with $?\nexit 7")
     both_there(slurm, job)
     (first, *_), (second, *children) = (slurm.tasks(job)[rank] for rank in range(2))
@@ -89,7 +89,7 @@ def test_a_killed_rank_ends_the_step(slurm, submit):
         slurm.wait(job, "COMPLETED")
 
 
-def test_a_second_cluster_ends_with_all_that_ran_on_it(slurm, submit):
+def test_closed_cluster_ends_its_daemons_and_jobs(slurm, submit):
     with SlurmCluster() as other:
         job = submit(PATIENT, to=other)
         both_there(other, job)

@@ -34,7 +34,7 @@ def in_a_terminal(slurm: SlurmCluster, *command: str) -> str:
     return ended.stdout
 
 
-def test_in_an_interactive_step_a_program_is_no_rank_and_says_so(slurm, tmp_path):
+def test_program_in_interactive_step_gets_no_rank_and_an_error(slurm, tmp_path):
     probe = tmp_path / "probe.py"
     probe.write_text(PROBE)
     python = f"{sys.executable} {probe} {ROOT}"
@@ -54,7 +54,7 @@ def test_in_an_interactive_step_a_program_is_no_rank_and_says_so(slurm, tmp_path
     assert "Traceback" not in printed
 
 
-def test_a_job_that_is_submitted_from_inside_another_is_itself(slurm, tmp_path):
+def test_steps_of_a_nested_job_get_their_own_ranks(slurm, tmp_path):
     """Check this also below a launcher in the outer job, and with the same number of tasks."""
     probe, inner, outer = (tmp_path / name for name in ("probe.py", "inner.sh", "outer.sh"))
     probe.write_text(PROBE)

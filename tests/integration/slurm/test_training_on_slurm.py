@@ -99,7 +99,7 @@ def assert_same(run: Path, other: Path) -> None:
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def test_two_jobs_on_the_same_nodes_train_as_under_torchrun(slurm, train, undisturbed):
+def test_slurm_run_beside_another_job_matches_torchrun_run(slurm, train, undisturbed):
     (job, run), (other, second) = train(), train("steps=20", name="second")
     slurm.wait(job, "COMPLETED")
     slurm.wait(other, "COMPLETED")
@@ -125,9 +125,7 @@ def wait_for_requeue(slurm: SlurmCluster, job: int, before: int = 0) -> None:
     slurm.wait_until(job, is_back, "was not requeued")
 
 
-def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not_been(
-    slurm, train, undisturbed, tmp_path, monkeypatch
-):
+def test_interrupted_run_matches_uninterrupted_run(slurm, train, undisturbed, tmp_path, monkeypatch):
     some = random.Random(0)
     job, run = train()
     # Also a job whose programs (here: sleep) ignore the signal before the time limit. Slurm would not requeue it.
@@ -195,7 +193,7 @@ def test_stopped_by_its_time_limit_preempted_and_killed_it_ends_as_if_it_had_not
     assert_same(run, undisturbed)
 
 
-def test_without_its_second_node_a_job_goes_on_with_the_same_batches_on_the_first(slurm, train, undisturbed):
+def test_job_continues_on_one_node_with_the_same_batches(slurm, train, undisturbed):
     job, run = train(nodes="1-2", ntasks=2)
     wait_for_step(slurm, job, run, EVERY + 5)
     assert slurm.job(job)["NumNodes"] == "2"
@@ -218,7 +216,7 @@ def test_without_its_second_node_a_job_goes_on_with_the_same_batches_on_the_firs
     assert batches[0] == batches[1]
 
 
-def test_a_job_that_fails_twice_at_the_same_step_stays_away(slurm, train):
+def test_job_failing_twice_at_the_same_step_is_not_requeued(slurm, train):
     hopeless, broken = train("optimizer.weight_decay=1e38")
     wait_for_requeue(slurm, hopeless)
     slurm.release(hopeless)
@@ -241,7 +239,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_what_would_fail_is_found_before_training(slurm, train, small_disk, tmp_path):
+def test_preflight_failure_ends_the_job_before_training(slurm, train, small_disk, tmp_path):
     jobs = {
         "no-such-bucket": train("data.url=s3://no-such-bucket/train", name="bucket"),
         "no-such-model": train(f"model.path={tmp_path}/no-such-model", name="model"),
