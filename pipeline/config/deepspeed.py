@@ -178,7 +178,18 @@ def _checked(config: dict[str, Any]) -> _Config:
             raise ValueError(f"unknown setting {place}; {suggestion(place, here, _SETTINGS)}")
         field = _SETTINGS[place]
         if isinstance(extra := field.json_schema_extra, dict) and extra.get("deprecated"):
-            raise ValueError(f"{place} is deprecated: set {extra['new_param']}")
+            names = [
+                DeepSpeedZeroConfig.model_fields[name].alias or name for name in str(extra["new_param"]).split(" or ")
+            ]
+            raise ValueError(f"{place} is deprecated: set zero_optimization.{' or zero_optimization.'.join(names)}")
+        # DeepSpeed also reads "2", "false" and true as numbers or booleans; what reads its config later does not.
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        kinds = [kind for kind in kinds if kind is not type(None)]
+        if value not in (None, "auto") and kinds == [bool] and not isinstance(value, bool):
+            raise ValueError(f"{place} is {json.dumps(value)}: write true or false, without quotes")
+        is_number = kinds and bool not in kinds and all(issubclass(kind, int | float) for kind in kinds)
+        if value != "auto" and isinstance(value, str | bool) and is_number:
+            raise ValueError(f"{place} is {json.dumps(value)}: write a number, without quotes")
         default = field.get_default(call_default_factory=True)
         if place in _NEEDS_DEFAULT and value not in (default, "auto"):
             raise ValueError(
@@ -220,6 +231,9 @@ def _check_zero(zero: dict[str, Any], precision: str, world_size: int) -> None:
         raise ValueError(
             "DeepSpeed cannot sum offloaded bf16 gradients in fp32 at ZeRO 2; use ds_configs/zero3_offload.json"
         )
+    size = zero.get("allgather_bucket_size", 2)
+    if size < 2 or size % 2:
+        raise ValueError(f"zero_optimization.allgather_bucket_size={size}: DeepSpeed needs an even number, above 0")
     size = zero.get("zero_hpz_partition_size", 1)
     if size > 1 and world_size % size:
         raise ValueError(f"zero_optimization.zero_hpz_partition_size={size} does not divide {world_size} processes")

@@ -185,4 +185,9 @@ def _explain(root: type[Section], error: Mapping[str, Any]) -> str:
         return f"{name}.{tag} {wrong}: set it to one of {', '.join(options)}"
     if kind == "value_error":  # a check of a section names its fields
         return ("" if section else f"{name}: ") + str(error["msg"]).removeprefix("Value error, ")
+    if kind in ("list_type", "tuple_type"):
+        return f"{name} is a list: write [{error['input']}]"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        fields = ", ".join(section.model_fields) if section else ", ".join(options)
+        return f"{name or 'this'} is a section{f', of {fields}' if fields else ''}; got {shown(error['input'])}"
     return f"{name}: {error['msg']}, got {shown(error['input'])}"

@@ -1,10 +1,11 @@
-"""Limits of the machine that can be checked before a run: shared memory, threads, memory.
+"""Limits of the machine that can be checked before a run: shared and other memory, threads, files.
 
 Containers have 64 MB of /dev/shm by default. A batch that does not fit there kills a data worker, or a rank.
 """
 
 import resource
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,12 @@ from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 
 SHARED = Path("/dev/shm")
+MORE_SHARED = (
+    "give the container more (docker run --shm-size=8g, or --ipc=host), or set data.workers=0, which does not use it"
+)
 _SHARDS = 1000  # that are sampled
-_THREADS = 16  # of a process, about
+_FILES, _THREADS = 64, 16  # of a process, about
+_TEMPORARY = 64 << 20  # bytes
 
 
 def require_shared_memory(recipe: Recipe, source: Source, lengths: Lengths, world: int, ranks: int) -> None:
@@ -25,15 +30,24 @@ def require_shared_memory(recipe: Recipe, source: Source, lengths: Lengths, worl
     Half, because the sizes are estimated, and no run is to be refused wrongly. A worker reports a batch that does not
     fit.
     """
-    if not recipe.data.workers:
-        return
-    least = ranks * (recipe.batch.global_batch // world * pair_bytes(source, lengths)) // 2
-    if least > (free := shutil.disk_usage(SHARED).free):
+    least = ranks * batch_bytes(recipe, source, lengths, world) // 2
+    if (free := free_bytes(SHARED)) is not None and least > free:
         raise PipelineError(
             f"{SHARED} has {free / 1e6:,.0f} MB free, and {ranks} process{'es' * (ranks > 1)} on this machine need "
-            f"about {least / 1e6:,.0f}: give the container more (docker run --shm-size="
-            f"{max(1, round(8 * least / 1e9))}g, or --ipc=host), or set data.workers=0, which does not use it"
+            f"about {least / 1e6:,.0f}: {MORE_SHARED}"
         )
+
+
+def batch_bytes(recipe: Recipe, source: Source, lengths: Lengths, world: int) -> int:
+    """Estimate the shared memory of a rank's part of a batch, in bytes; 0 without workers, which do not use it."""
+    return recipe.batch.global_batch // world * pair_bytes(source, lengths) if recipe.data.workers else 0
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return the free bytes of a folder's file system; None if the folder cannot be read."""
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free
+    return None
 
 
 def pair_bytes(source: Source, lengths: Lengths) -> int:
@@ -56,8 +70,11 @@ def raise_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def too_low(recipe: Recipe, ranks: int) -> Iterator[str]:
+def too_low(recipe: Recipe, world: int, ranks: int) -> Iterator[str]:
     """The limits of this process that are too low for the run, and what to do about each.  ranks: on this machine."""
+    files, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[1], _FILES + world + 16 * recipe.data.workers
+    if 0 <= files < needed:
+        yield f"a process may open {files} files, and about {needed} are needed: raise it (ulimit -Hn {2 * needed})"
     threads = ranks * (1 + recipe.data.workers) * _THREADS
     for limit, most in (("ulimit -u", resource.getrlimit(resource.RLIMIT_NPROC)[0]), ("pids.max", _cgroup("pids"))):
         if most is not None and 0 <= most < threads:
@@ -68,6 +85,13 @@ def too_low(recipe: Recipe, ranks: int) -> Iterator[str]:
             f"the job may use {most >> 20:,} MiB of memory, and {ranks} times data.memory_mb={memory} do not fit: ask "
             "for more (--mem), or lower data.memory_mb"
         )
+    try:
+        folder = Path(tempfile.gettempdir())
+    except OSError as error:
+        yield f"no folder for temporary files can be written: set TMPDIR to a writable one ({error.strerror})"
+        return
+    if (free := free_bytes(folder)) is not None and free < _TEMPORARY:
+        yield f"{folder} has {free / 1e6:,.0f} MB free: free space there, or set TMPDIR to another folder"
 
 
 def _cgroup(kind: str) -> int | None:

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -181,8 +183,8 @@ def begin(run: Path) -> None:
         before = before.failed(run, "it ended without a report: killed, or its node failed", reported=False)
     failures = before.failures if job and job == before.job else []
     for left in run.glob("failed-*.txt"):
-        # That of this start is kept, unless an earlier start had the same id.
-        if left != _failure_file(run, _launch()) or recorded.launch == _launch():
+        # That of this start is kept. An earlier start may have had the same id.
+        if left != _failure_file(run, _launch()) or _is_older_than_this_process(left):
             left.unlink(missing_ok=True)
     changes: dict[str, Any] = {"job": job, "start": start, "failures": failures, "launch": _launch()}
     replace(before, state=follows.state, trained=False, **changes).write(run)
@@ -244,3 +246,15 @@ def _launch() -> str:
 
 def _failure_file(run: Path, launch: str) -> Path:
     return run / f"failed-{launch}.txt"
+
+
+def _is_older_than_this_process(file: Path) -> bool:
+    """By the file system's clock; true if that cannot be read."""
+    probe = file.with_name(f".clock.{socket.gethostname()}-{os.getpid()}")
+    with suppress(OSError):
+        probe.touch()
+        now, then = probe.stat().st_mtime, file.stat().st_mtime
+        probe.unlink()
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return now - then > time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    return True

@@ -4,9 +4,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from pipeline.errors import PipelineError
+
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Make transformers' layers in a model save only their input; the backward pass recomputes the rest."""
+    """Make transformers' layers in a model save only their input; the backward pass recomputes the rest.
+
+    Raises PipelineError if the model has no such layers.
+    """
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
             # Without dropout there is no RNG state to restore.
@@ -15,3 +20,5 @@ def checkpoint_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # it checkpoints only then; its children stay in eval mode, without dropout
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise PipelineError("batch.activation_checkpointing is not supported by this model: set it to false")

@@ -117,7 +117,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if index.is_file():
-            files = [folder / name for name in _files_of(index)]
+            files = [folder / name for name in sorted(set(_weight_map(index).values()))]
             if missing := [file.name for file in files if not file.is_file()]:
                 raise PipelineError(f"{folder} lacks {first_few(missing)}, which {index.name} names: {_AGAIN}")
             return files
@@ -126,28 +126,31 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _files_of(index: Path) -> list[str]:
-    """Return the names of an index's files; PipelineError if one is outside the index's folder."""
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return an index's tensor name -> file name; PipelineError if a file is outside the index's folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise PipelineError(f"{index} has no weight_map of file names by tensors' names: {_AGAIN}")
-    suffix, names = index.suffixes[0], sorted(set(weight_map.values()))
-    for name in names:
+    suffix = index.suffixes[0]
+    for name in sorted(set(weight_map.values())):
         if not re.fullmatch(r"[\w.-]+", name) or not name.endswith(suffix):
             raise PipelineError(f"{index} names {name!r}, which is no {suffix} file of its folder: do not trust it")
-    return names
+    return weight_map
 
 
 def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
-    """Return all tensors of a folder's weights by name, from the files' headers.
+    """Return all tensors of a folder's weights by name. It reads the files' headers and some rows.
 
-    files: the files to read, by default those of `weight_files`.
+    files: the files to read; None reads those of `weight_files` and compares them with their index.
 
-    Raises PipelineError if a file is missing, damaged, holds a duplicate or quantised tensor, or could run code.
+    Raises PipelineError if a file is missing, damaged, does not match its index, holds a duplicate or quantised tensor,
+    could run code, or holds a layer (or embedding) whose matrices are all zero, as after a failed copy.
     """
     found: dict[str, Stored] = {}
-    for file in files or weight_files(folder):
-        for name, (shape, dtype) in _header(file).items():
+    zeros: dict[str, bool] = {}  # layer or module -> whether all its matrices are zero; a single one is valid
+    read = files or weight_files(folder)
+    for file in read:
+        for name, (shape, dtype, is_zero) in _header(file).items():
             if name in found:
                 raise PipelineError(f"{name} is in {found[name].file} and in {file}: remove one of the two files")
             if dtype not in _DTYPES.values() and (dtype not in _COUNTING or name.endswith((".weight", ".bias"))):
@@ -156,20 +159,42 @@ def survey(folder: Path, files: list[Path] | None = None) -> dict[str, Stored]:
                     "float16 or bfloat16"
                 )
             found[name] = Stored(file, shape, dtype if dtype in _DTYPES.values() else None)
+            part = re.match(r".*?\.\d+(?=\.)|.+(?=\.weight$)", name)
+            if part and len(shape) > 1:
+                zeros[part[0]] = zeros.get(part[0], True) and is_zero
+    if damaged := [part for part, is_zero in zeros.items() if is_zero]:
+        raise PipelineError(
+            f"{folder}: all weights of {first_few(damaged)} are zero, as a failed copy leaves them: {_AGAIN}"
+        )
+    for index in folder.glob("*.index.json") if files is None else ():
+        for name, holder in _weight_map(index).items():
+            if folder / holder in read and (name not in found or found[name].file.name != holder):
+                raise PipelineError(f"{folder / holder} lacks {name}, which {index.name} says it holds: {_AGAIN}")
     return found
 
 
-def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Return tensor name -> (shape, dtype)."""
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], Any, bool]]:
+    """Return tensor name -> (shape, dtype, whether it is a matrix of zeros)."""
     if file.suffix != ".safetensors":
-        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in read_tensors(file).items()}
+        return {n: (tuple(t.shape), t.dtype, _is_zero(t, tuple(t.shape), t.dtype)) for n, t in _tensors(file).items()}
     try:
+        found = {}
         with safe_open(file, "pt") as tensors:
-            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-            stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
-            return {name: (shape, _DTYPES.get(dtype, dtype)) for name, (shape, dtype) in stored.items()}
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                part = tensors.get_slice(name)
+                shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
+                found[name] = shape, dtype, _is_zero(part, shape, dtype)
+        return found
     except Exception as error:  # damaged files raise many kinds
         raise PipelineError(f"cannot read {file}: {_damage(file, error)}") from None
+
+
+def _is_zero(tensor: Any, shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether a matrix, or its slice of a file, is all zeros. Three rows are read first, the rest only if needed."""
+    if len(shape) < 2 or dtype not in _DTYPES.values():
+        return False
+    some_rows = (tensor[row : row + 1] for row in (0, shape[0] // 2, shape[0] - 1))
+    return not any(rows.any() for rows in some_rows) and not tensor[:].any()
 
 
 def read_tensors(file: Path) -> Tensors:
@@ -177,6 +202,13 @@ def read_tensors(file: Path) -> Tensors:
 
     Raises PipelineError for a damaged file, and for NaN or infinity.
     """
+    tensors = _tensors(file)
+    for name, tensor in tensors.items():
+        refuse_not_finite(file, name, tensor)
+    return tensors
+
+
+def _tensors(file: Path) -> Tensors:
     try:
         if file.suffix == ".safetensors":
             tensors = load_file(file)
@@ -192,8 +224,6 @@ def read_tensors(file: Path) -> Tensors:
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
         raise PipelineError(f"{file} is not a state dict (tensors by name): name a folder with the model's own weights")
-    for name, tensor in tensors.items():
-        refuse_not_finite(file, name, tensor)
     return tensors
 
 

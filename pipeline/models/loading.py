@@ -95,6 +95,8 @@ def checked(where: str | Path, values: dict[str, Any], section: str = "") -> dic
         most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
         if _SIZES.fullmatch(name) and isinstance(value, int) and not 1 <= value <= most:
             raise PipelineError(f"{where}: {section}{name}={value} must be a whole number of 1 to {most:,}")
+        if name.endswith(("_eps", "_epsilon")) and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise PipelineError(f"{where}: {section}{name}={shown(value)} must be a number above 0")
         nested = name in _PARTS and isinstance(value, dict)
         kept[name] = checked(where, value, f"{name}.") if nested else value
     return kept

@@ -181,6 +181,9 @@ def _write_parts(bucket: str, key: str, total: int, part: Callable[[int, int], b
     """Upload in parts, several at once."""
     url, where = f"s3://{bucket}/{key}", {"Bucket": bucket, "Key": key}
     step = max(PART_BYTES, -(-total // MAX_PARTS))
+    stale: list[dict] = []
+    with suppress(ObjectError):  # not every server lists uploads, and not with all credentials
+        stale = _call(url, "list_multipart_uploads", Bucket=bucket, Prefix=key).get("Uploads", [])
     upload = {**where, "UploadId": _call(url, "create_multipart_upload", **where)["UploadId"]}
 
     def send(number: int) -> tuple[str, bytes]:
@@ -214,10 +217,10 @@ def _write_parts(bucket: str, key: str, total: int, part: Callable[[int, int], b
             f"{url} differs from what was sent ({stored['ContentLength']} of {total} bytes): upload it again"
         )
     # Failed and killed uploads of this key left parts, which stores charge for.
-    with suppress(ObjectError):  # not every server lists uploads, and not with all credentials
-        for stale in _call(url, "list_multipart_uploads", Bucket=bucket, Prefix=key).get("Uploads", []):
-            if stale["Key"] == key:
-                _call(url, "abort_multipart_upload", **where, UploadId=stale["UploadId"])
+    with suppress(ObjectError):
+        for left in stale:
+            if left["Key"] == key:
+                _call(url, "abort_multipart_upload", **where, UploadId=left["UploadId"])
 
 
 def _md5(data: bytes) -> bytes:

@@ -1,9 +1,7 @@
 """Limits of a machine are reported before or at the start of a run: no process waits for an impossible batch."""
 
 import resource
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import deepspeed
 import numpy as np
@@ -74,13 +72,20 @@ def test_pair_bytes_are_estimated_from_the_index(source):
 
 def test_first_batch_exceeding_shared_memory_is_refused_at_start(source, monkeypatch):
     lengths, workers = Lengths(TILING, 8), recipe("data.workers=1")
-    usage = SimpleNamespace(free=BATCH // 2 * limits.pair_bytes(source, lengths) // 2)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    least = BATCH // 2 * limits.pair_bytes(source, lengths) // 2
+    monkeypatch.setattr(limits, "free_bytes", lambda folder: least)
     limits.require_shared_memory(workers, source, lengths, 2, 1)
-    usage.free -= 1
-    with pytest.raises(PipelineError, match=r"/dev/shm has .* MB free, .* --shm-size=1g"):
+    monkeypatch.setattr(limits, "free_bytes", lambda folder: least - 1)
+    with pytest.raises(PipelineError, match=r"/dev/shm has .* MB free, .* --shm-size=8g"):
         limits.require_shared_memory(workers, source, lengths, 2, 1)
     limits.require_shared_memory(recipe("data.workers=0"), source, lengths, 2, 1)
+    monkeypatch.setattr(limits, "free_bytes", lambda folder: None)  # not on Linux
+    limits.require_shared_memory(workers, source, lengths, 2, 1)
+
+
+def test_free_bytes_of_missing_folder_are_unknown(tmp_path):
+    assert limits.free_bytes(tmp_path) > 0
+    assert limits.free_bytes(tmp_path / "none") is None
 
 
 def checked(source: Source, *overrides: str) -> tuple[str, str]:
@@ -90,25 +95,28 @@ def checked(source: Source, *overrides: str) -> tuple[str, str]:
 
 
 def test_preflight_checks_shared_memory(source, monkeypatch):
-    assert checked(source, "data.workers=0")[0] in ("green", "red")
+    assert checked(source, "data.workers=0")[0] in ("green", "red", "yellow")
     needed = BATCH * limits.pair_bytes(source, Lengths(TILING, 8))
-    for free, state in ((needed // 2, "green"), (needed // 2 - 1, "red")):
-        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+    for free, state in ((4 * needed, "green"), (needed, "yellow"), (needed // 2 - 1, "red"), (None, "green")):
+        monkeypatch.setattr(
+            limits, "free_bytes", lambda folder, free=free: free if folder == limits.SHARED else 1 << 40
+        )
         found = checked(source, "data.workers=1")
         assert found[0] == state
-        assert ("--shm-size" in found[1]) == (state == "red")
+        assert ("--shm-size" in found[1]) == (state in ("yellow", "red"))
 
 
 def test_preflight_checks_resource_limits(source, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 40))
+    monkeypatch.setattr(limits, "free_bytes", lambda folder: 1 << 40)
     monkeypatch.setattr(limits, "_cgroup", lambda kind: None)
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda which: unlimited)
     assert checked(source)[0] == "green"
-    with monkeypatch.context() as patch:
-        patch.setattr(resource, "getrlimit", lambda which: (40, 40))
-        assert checked(source, "data.workers=2")[0] == "red"
-        assert "ulimit -u allows 40" in checked(source, "data.workers=2")[1]
+    for which, found in ((resource.RLIMIT_NOFILE, "may open 40 files"), (resource.RLIMIT_NPROC, "ulimit -u allows 40")):
+        with monkeypatch.context() as patch:
+            patch.setattr(resource, "getrlimit", lambda one, which=which: (40, 40) if one == which else unlimited)
+            assert checked(source, "data.workers=2")[0] == "red"
+            assert found in checked(source, "data.workers=2")[1]
     for kind, said in (
         ("pids", "pids.max allows 40"),
         ("memory", "may use 0 MiB of memory, and 2 times data.memory_mb"),
@@ -116,6 +124,11 @@ def test_preflight_checks_resource_limits(source, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(limits, "_cgroup", lambda one, kind=kind: 40 if one == kind else None)
             assert said in checked(source, "data.workers=2")[1]
+    monkeypatch.setattr(limits, "free_bytes", lambda folder: 0 if folder != limits.SHARED else 1 << 40)
+    assert "set TMPDIR to another folder" in checked(source)[1]
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._get_default_tempdir", lambda: (_ for _ in ()).throw(FileNotFoundError(2, "none")))
+    assert "no folder for temporary files" in checked(source)[1]
 
 
 def test_open_file_limit_is_raised_to_the_hard_limit():

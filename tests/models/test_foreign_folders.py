@@ -136,6 +136,13 @@ def last(weights: dict[str, torch.Tensor]) -> str:
     return max(name for name in weights if name.endswith("proj.weight"))
 
 
+def empty_layer(weights: dict[str, torch.Tensor]) -> None:
+    """Zero one matrix of the first layer, which is legitimate, and all of the second."""
+    first, *_ = (name for name in weights if "layers.0." in name and weights[name].ndim > 1)
+    for name in (first, *(name for name in weights if "layers.1." in name)):
+        weights[name].zero_()
+
+
 def spoil(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
     def change(weights: dict[str, torch.Tensor]) -> None:
         weights[last(weights)].view(-1)[3] = value
@@ -303,8 +310,12 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("lacking", "all", tensors(lambda w: w.pop(last(w))), "lacks 1 of the model's weights"),
     ("integers", "all", tensors(lambda w: w.update({last(w): w[last(w)].to(torch.int8)})), "of quantised weights"),
     ("nan", "every", tensors(spoil(float("nan"))), "has NaN or infinite weights"),
+    ("zeros", "all", tensors(lambda w: [tensor.zero_() for tensor in w.values()]), "are zero, as a failed copy"),
+    ("zeros-in-a-layer", "all", tensors(empty_layer), "layers.1 are zero, as a failed copy leaves them"),
     ("infinite", "all", tensors(spoil(float("-inf"))), "has NaN or infinite weights"),
     ("shard-missing", "all", sharded(lambda m: None, drop=1), "lacks model-1.safetensors"),
+    ("shard-of-another", "all", sharded(lambda m: m.update({"x.weight": "model-0.safetensors"})), "lacks x.weight"),
+    ("no-epsilon", "clip", config("text_config", layer_norm_eps=None), "text_config.layer_norm_eps=None must be"),
     ("shard-twice", "all", sharded(lambda m: None, twice=True), "remove one of the two files"),
     ("shard-elsewhere", "every", sharded(lambda m: m.update({min(m): "../x.safetensors"})), "names '../x.safetensors'"),
     ("shard-absolute", "all", sharded(lambda m: m.update({min(m): "/etc/passwd"})), "names '/etc/passwd'"),
@@ -377,6 +388,12 @@ CASES: list[tuple[str, str, Damage, str]] = [
         "llm2clip",
         tensors(lambda w: w.pop("norm.bias"), "adapter.safetensors"),
         'Missing key(s) in state_dict: "norm.bias"',
+    ),
+    (
+        "adapter-zeros",
+        "llm2clip",
+        tensors(lambda w: [tensor.zero_() for tensor in w.values()], "adapter.safetensors"),
+        "all weights of",
     ),
     ("width", "llm2clip", write("llm2clip.json", b'{"width": "32"}'), "llm2clip.json: {'width': '32'}"),
     ("unknown-width", "llm2clip", config(file="llm2clip.json", depth=3), "'depth': 3} is not the width"),

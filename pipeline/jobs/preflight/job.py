@@ -23,7 +23,7 @@ from pipeline.jobs import limits, status
 from pipeline.jobs.preflight.check import Check, check, green, red, skipped, yellow
 from pipeline.jobs.preflight.nodes import GB, Nodes
 from pipeline.jobs.status import Status
-from pipeline.models.files import survey
+from pipeline.models.files import fetched, survey
 from pipeline.models.registry import training_of
 from pipeline.storage import lock
 from pipeline.training import resume
@@ -37,6 +37,8 @@ _ABSENT = "is not a folder, and not complete in the hub's cache"
 _NOT_ESTIMATED = "not estimated for this family, or without model and processes"
 _STORE_SECONDS = 20  # without a byte, if the recipe's data.timeout_s is longer
 _PROBE_BYTES = 64 << 20
+_BATCHES = 4  # in shared memory: two ready, one being combined, one in training
+_NCCL_BYTES = 20 << 20  # of shared memory for a rank: about 10 MB for each neighbour
 _SEE_SECONDS = 5  # until a file system shows other nodes a new file
 
 
@@ -114,7 +116,10 @@ def run_directory(folder: Path, nodes: Nodes) -> Check:
             )
         own = Path(f"{probe}-{nodes.node}")
         try:
-            own.write_bytes(os.urandom(_PROBE_BYTES))  # random: no file system can compress it
+            with own.open("wb") as file:
+                file.write(os.urandom(_PROBE_BYTES))  # random: no file system can compress it
+                file.flush()
+                os.fsync(file.fileno())  # some report a full disk or quota only then
         finally:
             own.unlink(missing_ok=True)
         return green(str(folder.absolute()))
@@ -146,14 +151,12 @@ def model(job: Job) -> Check:
         download = f"on a machine with a network: hf download {wanted.path} (tools/offline.sh), with the job's HF_HOME"
         if absent and constants.HF_HUB_OFFLINE:
             return red(f"{absent} (HF_HUB_OFFLINE=1)", download)
-        try:
-            family.check(wanted)
-        except (PipelineError, OSError, ValueError):
-            if absent:
-                return red(f"{absent}, and the hub cannot be reached from here", download)
-            raise
-    else:
-        family.check(wanted)
+        if absent:
+            try:
+                fetched(wanted.path, weights=False)
+            except PipelineError as error:
+                return red(str(error), download)
+    family.check(wanted)
     job.lengths = family.lengths(recipe)
     if job.source:
         family.check_data(recipe, job.source)
@@ -174,7 +177,7 @@ def _folder(field: str, path: str) -> Path | None:
     """The folder with the model's files; None if they must be downloaded. PipelineError if there is no such model."""
     folder = Path(path)
     if folder.is_dir():
-        survey(folder)
+        survey(fetched(path))
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise PipelineError(f"there is no folder {path}: correct {field}; every node must see the folder")
@@ -274,12 +277,17 @@ def _width(recipe: Recipe) -> int:
 def machine(job: Job, nodes: int) -> Check:
     """Shared memory, and the limits of processes.  nodes: over which the processes are spread."""
     ranks = -(-job.world // nodes)
-    if problems := list(limits.too_low(job.recipe, ranks)):
+    if problems := list(limits.too_low(job.recipe, job.world, ranks)):
         return red("; ".join(problems))
     if job.source is None or job.lengths is None:
         return skipped("without data and model")
     limits.require_shared_memory(job.recipe, job.source, job.lengths, job.world, ranks)
-    return green(f"{shutil.disk_usage(limits.SHARED).free / GB:,.1f} GB of {limits.SHARED} free")
+    if (free := limits.free_bytes(limits.SHARED)) is None:
+        return green("its limits suffice")
+    batch = limits.batch_bytes(job.recipe, job.source, job.lengths, job.world)
+    most = ranks * (_BATCHES * batch + (_NCCL_BYTES if job.gpus and ranks > 1 else 0))
+    found = f"{free / GB:,.2f} GB of {limits.SHARED} free, {most / GB:,.2f} GB in use at most"
+    return yellow(found, limits.MORE_SHARED) if most > free else green(found)
 
 
 @check("other jobs", if_late="is Slurm's controller slow? squeue shows whether another job trains the same run")

@@ -134,9 +134,9 @@ def all_reduce(nodes: Nodes, device: torch.device) -> Check:
         seconds = (time.perf_counter() - began) / _ROUNDS
     except RuntimeError as error:
         return red(f"{backend}: {str(error).splitlines()[0][:200]}", _NETWORK)
+    bandwidth = size / max(nodes.share("all-reduce", seconds)) * 2 * (count - 1) / count
     if abs(total / count ** (_ROUNDS + 1) - 1) > 1e-3:
         return red(f"{backend} sums {count} nodes wrongly", "run the vendor's nccl-tests on these nodes")
-    bandwidth = size / max(nodes.share("all-reduce", seconds)) * 2 * (count - 1) / count
     found = f"{backend}: {size >> 20} MiB at {bandwidth / 1e9:.2f} GB/s"
     if device.type == "cuda" and bandwidth < _SLOW:
         return yellow(found, f"is there a faster network? NCCL_DEBUG=INFO shows which one is used; {_NETWORK}")
