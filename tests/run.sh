@@ -33,6 +33,8 @@ export PYTHONWARNINGS="ignore:resource_tracker:UserWarning"
 printed=$(mktemp)
 python -m pytest tests/integration/slurm >"$printed" 2>&1 &
 cluster=$!
+# After Ctrl-C they would go on: the shell starts background processes with SIGINT ignored, which conftest.py undoes.
+trap 'kill -INT "$cluster" "$building" 2>/dev/null || true; rm -f "$printed"' EXIT
 # Unit tests, two at a time.
 OMP_NUM_THREADS=1 python -m pytest --ignore=tests/integration -n 2 --dist loadfile || status=$?
 # Another processor may add numbers in another order. Tests that allow for rounding must also pass with the basic
@@ -49,5 +51,4 @@ python -m pytest tests/integration --ignore=tests/integration/slurm || status=$?
 python tests/chaos/run.py --seed 1 --trials 15 --minutes 2 || status=$?
 wait "$cluster" || status=$?
 cat "$printed"
-rm "$printed"
 exit "$status"

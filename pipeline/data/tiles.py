@@ -105,7 +105,8 @@ class Tiling:
 
 def resized(image: Image.Image, height: int, width: int) -> np.ndarray:
     """Resize an RGB image with Pillow's bicubic filter, as the papers' code does, to (3, height, width) uint8."""
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # with other strides, convolutions may round differently
 
 
 def decode_image(data: bytes, as_stored: bool = False) -> Image.Image:

@@ -101,8 +101,8 @@ def test_override_values_are_parsed_to_intended_types(override, meant):
         ("optimizer.lr=1e400", "optimizer.lr: Input should be a finite number"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas.1: Input should be less than 1"),
         ("optimizer=", "optimizer.lr is missing"),
-        ("optimizer=[1]", "optimizer: Input should be a valid dictionary"),
-        ("model.train=on", "model.train: Input should be a valid dictionary"),
+        ("optimizer=[1]", "optimizer is a section, of lr, betas"),
+        ("model.train=on", "model.train is a section, of lora, projector"),
         ("optimizer.lr=1e-13", "optimizer.lr is 1e-13: give a learning rate such as 1e-5"),
         ("model.train.projector=1e-30", "give true, false or a positive learning rate"),
         ("objective.mask_rate=1e-9", "objective.mask_rate: Input should be greater"),
@@ -133,10 +133,10 @@ def test_override_values_are_parsed_to_intended_types(override, meant):
         ("data.workers=true", "data.workers: Input should be a valid integer"),
         ("data.datasets=[{name: a, weight: .inf}]", "data.datasets.0.weight: Input should be a valid number"),
         ("data.datasets=[{name: a, name: b}]", "'name' is there twice"),
-        ("data.datasets=a", "data.datasets: Input should be a valid list"),
-        ("data.datasets=[[a]]", "data.datasets.0: Input should be a valid dictionary"),
+        ("data.datasets=a", "data.datasets is a list: write [a]"),
+        ("data.datasets=[[a]]", "data.datasets.0 is a section, of name, weight, cap"),
         ("data.datasets.0.weight=2", "set all of it, data.datasets=[...]"),
-        ("evaluation.urls=sets", "evaluation.urls: Input should be a valid list"),
+        ("evaluation.urls=sets", "evaluation.urls is a list: write [sets]"),
         ("run=", "run: it is empty: give a value"),
         ("data.url=!!python/object/apply:os.system [ls]", "write the value alone"),
         ("seed=!!int abc", "write the value alone"),
@@ -239,7 +239,7 @@ def test_evaluation_options_are_typed_like_recipe_fields():
     options = parse_options(EvaluationRun, ["timeout_s=1_0", "requester_pays=1", "max_tokens=1000", "out=", "part=0/4"])
     assert (options.timeout_s, options.requester_pays, options.max_tokens) == (10.0, True, 1000)
     assert (options.out, options.part) == (None, "0/4")
-    for option, said in (("video=8", "video: Input should be a valid dict"), ("chunk_tokens=yes", "valid integer")):
+    for option, said in (("video=8", "video is a section, of frames"), ("chunk_tokens=yes", "valid integer")):
         with pytest.raises(PipelineError, match=said):
             parse_options(EvaluationRun, [option])
 

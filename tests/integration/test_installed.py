@@ -71,6 +71,7 @@ def test_installed_wheel_runs_without_a_checkout(tmp_path):
         ["export", "run", "exported"],
         ["evaluate", "run/export", "world/train/Scene-CLS", "out=report"],
     ]
+    assert "usage: pipeline-make-shards" in run(commands / "pipeline-make-shards", "--help")  # as an executable
     printed = run(commands / "python", "-c", ONE_AFTER_ANOTHER, json.dumps(scripts), commands)
     assert "packages" in printed.partition("--- train")[0].partition("--- preflight")[2]
     assert len((folder / "run/metrics.jsonl").read_text().splitlines()) == 4

@@ -139,8 +139,10 @@ def test_rank_failure_before_rank_0_begins_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     status.begin(tmp_path)
     assert (Status.read(tmp_path).state, Status.read(tmp_path).reason) == ("failed", "no such file")
-    status.note(tmp_path, "failed")
-    status.begin(tmp_path)  # a start with the same id, as in an interactive job: the file is an earlier one's
+    (left,) = tmp_path.glob("failed-*")
+    os.utime(left, (0, 0))  # as if an earlier start with the same id had left it
+    Status("failed").write(tmp_path)
+    status.begin(tmp_path)
     assert Status.read(tmp_path).state == "starting"
 
 
