@@ -8,8 +8,8 @@ runs both sides alternately, with the same number of decoding workers:
     reading     an epoch's samples without decoding: samples/s of pipeline/data/stream.py and of
                 webdataset.WebDataset(...).shuffle(1000).batched(...), from files and from S3 (webdataset through
                 presigned URLs and curl)
-    loading     the same, with every image decoded and cut into LLaVA-OneVision's 384-pixel tiles; webdataset with
-                Pillow, which gives the same bytes, and with pipeline/data/tiles.py, as on our side
+    loading     the same, with every image decoded and cut into LLaVA-OneVision's 384-pixel tiles by
+                pipeline/data/tiles.py, on both sides
     tiles       one core: JPEG -> tiles, compared with transformers' LlavaOnevisionImageProcessorPil
     bytes       bytes that an epoch reads from S3 at 1, 2 and 4 ranks with --workers each, relative to the
                 dataset's bytes
@@ -89,17 +89,6 @@ def our_tiles(data: bytes) -> np.ndarray:
     return TILING.cut(decode_image(data), anyres=True)
 
 
-def pillow_tiles(data: bytes) -> np.ndarray:
-    """Cut an image of 640x480 into the same tiles with plain Pillow."""
-    image = Image.open(BytesIO(data)).convert("RGB")
-    grid = Image.new("RGB", (768, 768))
-    grid.paste(image.resize((768, 576), Image.BICUBIC), (0, 96))
-    corners = [(0, 0), (384, 0), (0, 384), (384, 384)]
-    parts = [grid.crop((left, top, left + 384, top + 384)) for left, top in corners]
-    tiles = [np.asarray(tile) for tile in (image.resize((384, 384), Image.BICUBIC), *parts)]
-    return np.ascontiguousarray(np.stack(tiles).transpose(0, 3, 1, 2))
-
-
 def encode(item: Item, decode: Decode | None) -> Encoded:
     ids = np.frombuffer(item.text.encode(), np.uint8).astype(np.int32)
     return Encoded(ids, tuple(Tiles(decode(image), 480, 640) for image in item.images) if decode else ())
@@ -155,15 +144,10 @@ def measure_readers(places: dict[str, str], index: Index, rounds: int, workers: 
         *("", "ours, samples/s", "webdataset", "ratio", "after the first batch: ours", "webdataset", "ratio"),
         title=f"median of {rounds} rounds, {workers} workers",
     )
-    kinds = {
-        "loading from {}": (our_tiles, pillow_tiles),
-        "loading from {}, our tiles on both sides": (our_tiles, our_tiles),
-        "reading from {}": (None, None),
-    }
-    for kind, (mine, other) in kinds.items():
+    for kind, decode in (("loading from {}", our_tiles), ("reading from {}", None)):
         for name, url in places.items():
             shards = presigned(url, index) if "://" in url else [f"{url}/{shard.file}" for shard in index.shards]
-            sides = [partial(ours, url, workers, mine), partial(theirs, shards, workers, other)]
+            sides = [partial(ours, url, workers, decode), partial(theirs, shards, workers, decode)]
             measured = []
             for number in tqdm(range(rounds), desc=kind.format(name)):
                 turn = {side: rates(sides[side]) for side in ((0, 1) if number % 2 == 0 else (1, 0))}
@@ -218,7 +202,6 @@ def main() -> None:
     index = Index.load(str(folder)) if (folder / "index.json").exists() else make_dataset(folder, arguments.images)
     if index.samples != arguments.images:
         raise PipelineError(f"{folder} holds {index.samples} images: delete it or choose another --work")
-    assert np.array_equal(our_tiles(picture(0)), pillow_tiles(picture(0)))
     with S3Server(BUCKET, folder=arguments.work) as server:
         os.environ |= server.environment()
         url = f"s3://{BUCKET}/clouds"
