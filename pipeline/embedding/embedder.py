@@ -112,19 +112,30 @@ class Embedder:
         read = ((number, _checked(number, item)) for number, item in enumerate(items))
         pool = ThreadPoolExecutor(_THREADS)
         try:
-            groups = iter(lambda: [(each[0], pool.submit(self._encode, *each)) for each in islice(read, _GROUP)], [])
+            groups = (self._decoding(pool, group) for group in iter(lambda: list(islice(read, _GROUP)), []))
             following = next(groups, None)
             while following:
                 group, following = following, next(groups, None)
-                yield self._embedded(group)
+                yield self._embedded(*group)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _embedded(self, group: list[tuple[int, Future[Encoded]]]) -> torch.Tensor:
-        encoded = [future.result() for _, future in group]
+    def _decoding(
+        self, pool: ThreadPoolExecutor, group: list[tuple[int, "Path | _Item"]]
+    ) -> tuple[list[Future[Encoded]], int]:
+        """Return (a future for each item, the same one for equal items; the first item's number)."""
+        futures: dict[tuple, Future[Encoded]] = {}
+        for number, item in group:
+            if (key := _key(item)) not in futures:
+                futures[key] = pool.submit(self._encode, number, item)
+        return [futures[_key(item)] for _, item in group], group[0][0]
+
+    def _embedded(self, group: list[Future[Encoded]], first: int) -> torch.Tensor:
+        places = {future: place for place, future in enumerate(dict.fromkeys(group))}
+        encoded = [future.result() for future in places]
         chunks = plan_chunks(encoded, self.chunk_tokens, self.device, padded=bool(self.model.pads))
-        vectors = embed_chunks(self.model, chunks, len(encoded), self.features).cpu()
-        require_unit(vectors, self.name, lambda row: f"item {group[row][0]}")
+        vectors = embed_chunks(self.model, chunks, len(encoded), self.features).cpu()[[places[each] for each in group]]
+        require_unit(vectors, self.name, lambda row: f"item {first + row}")
         return vectors
 
     def _encode(self, number: int, item: "Path | _Item") -> Encoded:
@@ -192,6 +203,14 @@ def _checked(number: int, given: Any) -> Path | _Item:
     if not (text.strip() or images or video):
         refuse(" is empty: it has no text, image or video")
     return _Item(text, tuple(Path(image) if isinstance(image, str) else image for image in images), video)
+
+
+def _key(item: Path | _Item) -> tuple:
+    """A key that is equal only for equal items; pictures are compared by identity, while both are in memory."""
+    if isinstance(item, Path):
+        return (item,)
+    parts = (item.text, *item.images, "video", *(item.video if isinstance(item.video, tuple) else (item.video,)))
+    return tuple(id(part) if isinstance(part, Picture) else part for part in parts)
 
 
 def _picture(source: Path | Picture, as_stored: bool) -> Picture:

@@ -115,6 +115,19 @@ def test_frame_list_is_used_unsampled(embedder, media):
     assert (clip - one).abs().max() > 1e-4
 
 
+def test_equal_items_of_a_group_are_embedded_once(embedder, media, monkeypatch):
+    rows, original = [], embedder_module.embed_chunks
+    monkeypatch.setattr(embedder_module, "embed_chunks", lambda *given: rows.append(given[2]) or original(*given))
+    monkeypatch.setattr(embedder_module, "_GROUP", 8)
+    a, frames = Image.open(media / "a.png"), [picture(8, 8, 0)]
+    items = ["x", a, picture(40, 30, 5), {"video": frames}] * 2 + ["x", {"images": [a], "text": "x"}]
+    embeddings = embedder.embed(items)
+    assert rows == [4, 2]
+    assert torch.equal(embeddings[:4], embeddings[4:8])
+    assert (embeddings[1] - embeddings[2]).abs().max() > 1e-4
+    assert_close_in_norm(embeddings[8], embeddings[0])
+
+
 def test_stream_reads_only_one_group_ahead(embedder, monkeypatch):
     monkeypatch.setattr(embedder_module, "_GROUP", 3)
     taken = []
