@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
-from itertools import accumulate
+from itertools import chain
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -249,9 +250,13 @@ def indexed(file: str, size: int, sha256: str, places: list[tuple[int, int, int]
     return shard_entry(file, size, sha256, records, **nothing)
 
 
-def tar_of(file: str, samples: list[bytes]) -> tuple[Shard, bytes, bytes]:
-    """Return the index entry with the name `file`, the sidecar, and the tar, of these results of `sample_bytes`."""
-    tar = b"".join([*samples, END])
-    starts = accumulate(map(len, samples), initial=0)
-    places = [(start, len(sample), zlib.crc32(sample)) for start, sample in zip(starts, samples, strict=False)]
-    return *indexed(file, len(tar), hashlib.sha256(tar).hexdigest(), places), tar
+def write_tar(path: Path, file: str, samples: Iterable[bytes]) -> tuple[Shard, bytes]:
+    """Write results of `sample_bytes`, one after the other. Returns the same as `indexed`, with the name `file`."""
+    digest, size, places = hashlib.sha256(), 0, list[tuple[int, int, int]]()
+    with path.open("wb") as tar:
+        for data in chain(samples, [END]):
+            tar.write(data)
+            digest.update(data)
+            places.append((size, len(data), zlib.crc32(data)))
+            size += len(data)
+    return indexed(file, size, digest.hexdigest(), places[:-1])

@@ -11,11 +11,13 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,7 +40,7 @@ from pipeline.data.text_embeddings import (
     file_of,
     rounded,
     sample_bytes,
-    tar_of,
+    write_tar,
 )
 from pipeline.distributed import all_gather_constant, on_first_rank, rank_and_world, start_distributed
 from pipeline.errors import PipelineError, printable
@@ -55,7 +57,7 @@ from pipeline.storage.objects import ObjectError
 GROUP = 256  # samples whose captions one rank embeds at a time
 _AHEAD = 3  # groups that a rank reads while it embeds one
 _READ_BYTES = 16 << 20  # per ranged read, unless a sample is larger
-_UPLOADS = 2  # at a time; their tars are in memory, beside the samples of the next
+_UPLOADS = 2  # at a time; their tars are in TMPDIR, beside the next one
 _SHOWN = 10  # unusable samples that each rank logs
 _RECORDS = ".text_embeddings"
 
@@ -164,18 +166,15 @@ class CaptionDataset:
         }
         return all(objects.exists(url) and objects.size(url) == size for url, size in sizes.items())
 
-    def keep(self, shard: Shard, entry: Shard, sidecar: bytes, tar: bytes | None = None) -> None:
+    def keep(self, shard: Shard, entry: Shard, sidecar: bytes, tar: Path | None = None) -> None:
         """Upload the embeddings of a shard (tar: None if it exists already), and record them as a finished part."""
         part = Part(shard.sha256, entry)
         if tar:
             objects.write(objects.join(self.place, part.shard.file), tar)
+            tar.unlink()
         objects.write(objects.join(self.place, part.shard.sidecar), sidecar)
         self._note(part)
         self.parts[part.shard.file] = part
-
-    def upload(self, shard: Shard, samples: list[bytes]) -> None:
-        """Write the tar of these samples, all of a shard."""
-        self.keep(shard, *tar_of(file_of(shard), samples))
 
     def finish(self, made: EmbeddingMetadata) -> None:
         """Verify the hashes of all files, and write the index."""
@@ -321,20 +320,24 @@ def embed_datasets(
         unusable += len(group.unusable)
         return embedded(encoder, group, stored)
 
+    def embedded_samples() -> Iterator[bytes]:
+        for _, part in in_turn(groups, begin, embed, ahead=_AHEAD):
+            bar.update(len(part))
+            yield from part
+
     bar = progress_bar(initial=total - todo, total=total, desc="embedding", unit="sample", disable=rank > 0)
-    samples, uploads = list[bytes](), deque[Future[None]]()
+    shards = dict.fromkeys(group[:2] for group in groups) if rank == 0 else {}
+    samples, uploads = embedded_samples(), deque[Future[None]]()
     # On leaving, also after an error, the executor waits for running uploads.
-    with bar, ThreadPoolExecutor(_UPLOADS) as uploader:
+    with bar, tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_UPLOADS) as uploader:
         try:
-            for (dataset, number, *_), part in in_turn(groups, begin, embed, ahead=_AHEAD):
-                bar.update(len(part))
-                samples += part
-                shard = datasets[dataset].index.shards[number]
-                if len(samples) == shard.samples:
-                    if len(uploads) == _UPLOADS:
-                        uploads.popleft().result()
-                    uploads.append(uploader.submit(datasets[dataset].upload, shard, samples))
-                    samples = []
+            for dataset, number in shards:
+                shard, tar = datasets[dataset].index.shards[number], Path(folder, f"{dataset}.{number}.tar")
+                entry, sidecar = write_tar(tar, file_of(shard), islice(samples, shard.samples))
+                if len(uploads) == _UPLOADS:
+                    uploads.popleft().result()
+                uploads.append(uploader.submit(datasets[dataset].keep, shard, entry, sidecar, tar))
+            deque(samples, maxlen=0)  # the other ranks write nothing, but embed their groups
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     for upload in uploads:

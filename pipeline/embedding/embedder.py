@@ -7,11 +7,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NoReturn, TypedDict, cast
 
 import torch
 from PIL.Image import Image as Picture
-from pydantic import ConfigDict, ValidationError
 
 from pipeline.data.batch import Encoded
 from pipeline.data.sample import IMAGE_MARK, IMAGE_SUFFIXES, VIDEO_MARK, VIDEO_SUFFIXES, BadSample
@@ -22,7 +21,6 @@ from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, pla
 from pipeline.models.family import Processor
 from pipeline.models.loading import DTYPES
 from pipeline.models.registry import FAMILIES, family_of
-from pipeline.storage.documents import adapter, explained
 
 LEAST_TOKENS = 64  # enough for the prompt and some text
 
@@ -114,19 +112,30 @@ class Embedder:
         read = ((number, _checked(number, item)) for number, item in enumerate(items))
         pool = ThreadPoolExecutor(_THREADS)
         try:
-            groups = iter(lambda: [(each[0], pool.submit(self._encode, *each)) for each in islice(read, _GROUP)], [])
+            groups = (self._decoding(pool, group) for group in iter(lambda: list(islice(read, _GROUP)), []))
             following = next(groups, None)
             while following:
                 group, following = following, next(groups, None)
-                yield self._embedded(group)
+                yield self._embedded(*group)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _embedded(self, group: list[tuple[int, Future[Encoded]]]) -> torch.Tensor:
-        encoded = [future.result() for _, future in group]
+    def _decoding(
+        self, pool: ThreadPoolExecutor, group: list[tuple[int, "Path | _Item"]]
+    ) -> tuple[list[Future[Encoded]], int]:
+        """Return (a future for each item, the same one for equal items; the first item's number)."""
+        futures: dict[tuple, Future[Encoded]] = {}
+        for number, item in group:
+            if (key := _key(item)) not in futures:
+                futures[key] = pool.submit(self._encode, number, item)
+        return [futures[_key(item)] for _, item in group], group[0][0]
+
+    def _embedded(self, group: list[Future[Encoded]], first: int) -> torch.Tensor:
+        places = {future: place for place, future in enumerate(dict.fromkeys(group))}
+        encoded = [future.result() for future in places]
         chunks = plan_chunks(encoded, self.chunk_tokens, self.device, padded=bool(self.model.pads))
-        vectors = embed_chunks(self.model, chunks, len(encoded), self.features).cpu()
-        require_unit(vectors, self.name, lambda row: f"item {group[row][0]}")
+        vectors = embed_chunks(self.model, chunks, len(encoded), self.features).cpu()[[places[each] for each in group]]
+        require_unit(vectors, self.name, lambda row: f"item {first + row}")
         return vectors
 
     def _encode(self, number: int, item: "Path | _Item") -> Encoded:
@@ -150,8 +159,6 @@ class Embedder:
 class _Item:
     """An item before it is read."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-
     text: str = ""
     images: tuple[Path | Picture, ...] = ()
     video: Path | tuple[Picture, ...] | None = None
@@ -169,21 +176,41 @@ class _Item:
 
 def _checked(number: int, given: Any) -> Path | _Item:
     """Convert a user's item; a path is of an image or a video. Raises PipelineError if it cannot be embedded."""
+
+    def refuse(why: str) -> NoReturn:
+        raise PipelineError(f"item {number}{why}")
+
     if isinstance(given, Path):
         return given
     if isinstance(given, str | Picture):
         given = {"text": given} if isinstance(given, str) else {"images": [given]}
     if not isinstance(given, dict):
-        raise PipelineError(
-            f"item {number} is a {type(given).__name__}, not a text, picture, Path or dict of text, images and video"
-        )
-    try:
-        item = adapter(_Item).validate_python({name: part for name, part in given.items() if part is not None})
-    except ValidationError as error:
-        raise PipelineError(f"item {number}: {explained(error)}") from None
-    if not (item.text.strip() or item.images or item.video):
-        raise PipelineError(f"item {number} is empty: it has no text, image or video")
-    return item
+        refuse(f" is a {type(given).__name__}, not a text, picture, Path or dict of text, images and video")
+    if unknown := given.keys() - Parts.__annotations__.keys():
+        refuse(f" has {min(map(repr, unknown))}; it can have text, images and video")
+    text, images, video = given.get("text"), given.get("images"), given.get("video")
+    text, images = "" if text is None else text, () if images is None else images
+    if not isinstance(text, str):
+        refuse(f": its text is a {type(text).__name__}, not a str")
+    if not isinstance(images, list | tuple) or not all(isinstance(image, str | Path | Picture) for image in images):
+        refuse(": its images must be a list of paths or pictures")
+    if isinstance(video, str):
+        video = Path(video)
+    elif isinstance(video, list | tuple) and video and all(isinstance(frame, Picture) for frame in video):
+        video = tuple(video)
+    elif not isinstance(video, Path | None):
+        refuse(": its video must be a path, or a list of frames as pictures")
+    if not (text.strip() or images or video):
+        refuse(" is empty: it has no text, image or video")
+    return _Item(text, tuple(Path(image) if isinstance(image, str) else image for image in images), video)
+
+
+def _key(item: Path | _Item) -> tuple:
+    """A key that is equal only for equal items; pictures are compared by identity, while both are in memory."""
+    if isinstance(item, Path):
+        return (item,)
+    parts = (item.text, *item.images, "video", *(item.video if isinstance(item.video, tuple) else (item.video,)))
+    return tuple(id(part) if isinstance(part, Picture) else part for part in parts)
 
 
 def _picture(source: Path | Picture, as_stored: bool) -> Picture:

@@ -128,12 +128,9 @@ class ModelEncoder:
 
 def _by_function(name: str, path: str, options: EvaluationRun) -> Encoder:
     place, _, function = name.rpartition(":")
-    try:
-        module = _module(place)
-    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
-        raise PipelineError(
-            f"encoder={name}: {error}; write it as module:function or path/to/file.py:function"
-        ) from error
+    if (module := _module(place) if place else None) is None:
+        why = f"there is no {'file' if place.endswith('.py') else 'module'} {place}; " if place else ""
+        raise PipelineError(f"encoder={name}: {why}write it as module:function or path/to/file.py:function")
     if not callable(make := getattr(module, function, None)):
         raise PipelineError(f"encoder={name}: {place} has no function {function}")
     encoder = make(path, options)
@@ -146,11 +143,19 @@ def _by_function(name: str, path: str, options: EvaluationRun) -> Encoder:
     return encoder
 
 
-def _module(name: str) -> ModuleType:
-    if not name.endswith(".py"):
+def _module(name: str) -> ModuleType | None:
+    """Import a user's module; None if there is none. Errors inside it propagate, because their traceback explains."""
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            return None
+        spec = spec_from_file_location(Path(name).stem, name)
+        assert spec and spec.loader  # always set for a .py file
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    try:
         return importlib.import_module(name)
-    spec = spec_from_file_location(Path(name).stem, name)
-    assert spec and spec.loader  # always set for a .py file
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    except ModuleNotFoundError as error:
+        if f"{name}.".startswith(f"{error.name}."):
+            return None
+        raise  # the module exists, but one of its imports is missing

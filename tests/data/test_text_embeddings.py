@@ -4,6 +4,8 @@ import json
 import shutil
 import sys
 import tarfile
+import tempfile
+import tracemalloc
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -253,6 +255,23 @@ def test_shards_are_embedded_in_bounded_pieces(shards, tmp_path, monkeypatch):
     largest = max(len(content) for content in files(shards).values())
     assert max(pieces) < 4_000 + 3_000 < largest
     assert sum(pieces) > 0.9 * sum(index.total_bytes for _, index in Source.open(data_of(shards, None)).indexes)
+
+
+def test_embedding_tars_are_not_held_in_memory(tmp_path, monkeypatch):
+    write_shards((pair("one", number) for number in range(40)), tmp_path / "one", dataset="one")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(embed_shards, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(embed_shards, "sample_bytes", lambda key, rows: sample_bytes(key, rows) + bytes(1 << 20))
+    tracemalloc.start()
+    try:
+        embed(tmp_path / "one", tmp_path / "out", Texts())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    (tar,) = (tmp_path / "out").glob("*.tar")
+    assert peak < 20 << 20 < 40 << 20 < tar.stat().st_size
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("calls", [0, 3, 9, 15])

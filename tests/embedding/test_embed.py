@@ -115,6 +115,19 @@ def test_frame_list_is_used_unsampled(embedder, media):
     assert (clip - one).abs().max() > 1e-4
 
 
+def test_equal_items_of_a_group_are_embedded_once(embedder, media, monkeypatch):
+    rows, original = [], embedder_module.embed_chunks
+    monkeypatch.setattr(embedder_module, "embed_chunks", lambda *given: rows.append(given[2]) or original(*given))
+    monkeypatch.setattr(embedder_module, "_GROUP", 8)
+    a, frames = Image.open(media / "a.png"), [picture(8, 8, 0)]
+    items = ["x", a, picture(40, 30, 5), {"video": frames}] * 2 + ["x", {"images": [a], "text": "x"}]
+    embeddings = embedder.embed(items)
+    assert rows == [4, 2]
+    assert torch.equal(embeddings[:4], embeddings[4:8])
+    assert (embeddings[1] - embeddings[2]).abs().max() > 1e-4
+    assert_close_in_norm(embeddings[8], embeddings[0])
+
+
 def test_stream_reads_only_one_group_ahead(embedder, monkeypatch):
     monkeypatch.setattr(embedder_module, "_GROUP", 3)
     taken = []
@@ -136,11 +149,17 @@ def test_stream_reads_only_one_group_ahead(embedder, monkeypatch):
         (Path("cut.png"), r"item 1: cut\.png: undecodable image"),
         ({"images": ["a.png", "notes.txt"]}, r"item 1: notes\.txt: undecodable image"),
         ({"video": "a.png"}, r"item 1: a\.png: not a video"),
-        ({"images": "a.png"}, r"item 1: images: Input should be a valid tuple, got 'a\.png'"),
-        ({"video": []}, r"item 1 is empty"),
-        ({"video": [7]}, r"item 1: video"),
-        ({"text": 7}, r"item 1: text: Input should be a valid string, got 7"),
-        ({"image": "a.png"}, r"item 1: image is unknown"),
+        ({"images": "a.png"}, "item 1: its images must be a list of paths or pictures"),
+        ({"images": [3]}, "item 1: its images must be a list of paths or pictures"),
+        ({"images": {"a.png"}}, "item 1: its images must be a list"),
+        ({"images": (name for name in ["a.png"])}, "item 1: its images must be a list"),
+        ({"video": []}, "item 1: its video must be a path, or a list of frames"),
+        ({"text": "<video> hi", "video": []}, "item 1: its video must be a path, or a list of frames"),
+        ({"video": ["a.png"]}, "item 1: its video must be a path, or a list of frames"),
+        ({"video": (picture(8, 8, 0) for _ in range(2))}, "item 1: its video must be a path, or a list of frames"),
+        ({"text": 7}, "item 1: its text is a int, not a str"),
+        ({"text": b"bytes"}, "item 1: its text is a bytes, not a str"),
+        ({"image": "a.png"}, "item 1 has 'image'; it can have text, images and video"),
         ({}, r"item 1 is empty"),
         (" \n", r"item 1 is empty"),
         (b"bytes", r"item 1 is a bytes"),

@@ -335,13 +335,31 @@ def test_user_function_creates_encoder(tmp_path, monkeypatch):
     for wrong, reason in (
         ("users_encoder", "write it as module:function"),
         ("users_encoder:Width", "users_encoder has no function Width"),
-        ("users_encoders:Lengths", "No module named 'users_encoders'; write it as"),
-        (f"{tmp_path}/none.py:Lengths", r"No such file or directory: .*none\.py"),
+        ("users_encoders:Lengths", "there is no module users_encoders; write it as"),
+        ("users_package.none:Lengths", r"there is no module users_package\.none; write it as"),
+        (f"{tmp_path}/none.py:Lengths", r"there is no file .*none\.py; write it as"),
         ("users_encoder:nothing", "returned a Identity without name, identity, dimension, instructed, prepare, embed"),
     ):
         with pytest.raises(PipelineError, match=reason):
             load_encoder("any/path", options(encoder=wrong), CPU)
     del sys.modules["users_encoder"]
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import users_missing", ModuleNotFoundError),
+        ("open('users_missing')", FileNotFoundError),
+        ("int('x')", ValueError),
+    ],
+)
+def test_errors_inside_user_module_propagate(tmp_path, monkeypatch, code, error):
+    (tmp_path / "users_broken").mkdir()
+    (tmp_path / "users_broken/__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for where in (f"{tmp_path}/users_broken/__init__.py", "users_broken", "users_broken.encoder"):
+        with pytest.raises(error):
+            load_encoder("any/path", options(encoder=f"{where}:Lengths"), CPU)
 
 
 def test_invalid_model_folders_are_refused(tiny_clip, tmp_path, monkeypatch):
