@@ -141,10 +141,10 @@ def _csv_pairs(file: str, text: str, language: str) -> list[tuple[str, str]]:
     header = lines.readline()
     lines.seek(0)
     rows = csv.DictReader(lines, delimiter=max(",;\t", key=header.count))
-    known = _MSRVTT_CSV if "sentence" in (rows.fieldnames or ()) else _MSVD_CSV
-    check_members(file, rows.fieldnames or (), known, matters=_MATTERS)
     found = []
     try:
+        known = _MSRVTT_CSV if "sentence" in (rows.fieldnames or ()) else _MSVD_CSV
+        check_members(file, rows.fieldnames or (), known, matters=_MATTERS)
         for row in rows:
             if None in row or None in row.values() or any("\n" in field for field in row.values()):
                 raise ValueError(

@@ -169,6 +169,7 @@ def test_listed_videos_without_captions_are_rejected_by_name(videos, tmp_path):
         ("all.json", "[]".encode("utf-16-le"), [], r"all\.json is UTF-16: convert it with iconv -f UTF-16LE -t UTF-8"),
         ("all.csv", MSVD.encode("utf-16"), [], r"all\.csv is UTF-16: convert it with iconv -f UTF-16 -t UTF-8"),
         ("all.csv", "a,b\n1,2\n", [], r"all\.csv has none of the forms"),
+        pytest.param("all.csv", '"' + "c" * 200_000, [], r"all\.csv has none .*: field larger", id="quote"),
         ("all.csv", "", [], "has no captions of the selected videos"),
         ("all.json", json.dumps(MSRVTT), ["--split", "training"], "has no split 'training': it has test, train"),
         ("all.json", '{"a": "b"}', ["--split", "train"], "has no split 'train': it has none"),
