@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.convert.command import Command, add_processes
-from pipeline.convert.img2dataset import Tape
+from pipeline.convert.img2dataset import Tape, read_tape
 from pipeline.convert.workers import Run, workers
 from pipeline.data.index import (
     INDEX_FILE,
@@ -32,7 +32,7 @@ from pipeline.data.index import (
 from pipeline.data.lengths import Lengths
 from pipeline.data.mmeb import ROWS_FILE, TASKS_FILE, converted_rows, read_tasks
 from pipeline.data.sample import BadSample, Pair, Single
-from pipeline.data.shards import ShardRecords, members_of, parse_sample
+from pipeline.data.shards import ShardRecords, parse_sample
 from pipeline.data.tiles import Tiling, decode_image, image_format
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError, printable
@@ -229,20 +229,21 @@ def _place(url: str, index: Index, number: int, key: str | None) -> tuple[Shard,
     first = 0
     for shard in index.shards:
         if key is not None:
-            samples = read_samples(index.shards_url or url, shard, load_sidecar(url, shard))
-            keys = [members_of(data)[0] for data in samples]
-            if key in keys:
-                return shard, keys.index(key)
+            samples = read_tape(Tape(objects.join(index.shards_url or url, shard.file)))
+            if (begin := next((sample.begin for sample in samples if sample.key == key), None)) is not None:
+                if not len(found := np.flatnonzero(load_sidecar(url, shard)["offset"] == begin)):
+                    raise PipelineError(f"{key!r} in {shard.file} of {url} was rejected: see rejected.jsonl")
+                return shard, int(found[0])
         elif first <= number < first + shard.samples:
             return shard, number - first
         first += shard.samples
     if key is not None:
-        raise PipelineError(f"{url} has no sample with key {key!r}; rejected.jsonl lists the rejected ones")
+        raise PipelineError(f"{url} has no sample with key {key!r}")
     raise PipelineError(f"{url} has no sample {number}: the samples are 0 to {index.samples - 1}")
 
 
 def _item_rows(sample: Pair | Single) -> Iterator[tuple[str, str]]:
-    """Yield (label, value) of each item's properties. Raises BadSample if a video cannot be decoded."""
+    """Yield (label, value) of each item's properties. Of a video that cannot be decoded, the size is the reason."""
     roles = ("item",) if isinstance(sample, Single) else ("query", "target", *("negative" for _ in sample.negatives))
     for role, item in zip(roles, sample.items, strict=True):
         yield "", ""
@@ -251,8 +252,11 @@ def _item_rows(sample: Pair | Single) -> Iterator[tuple[str, str]]:
             suffix, width, height = image_format(image)
             yield "  image", f"{suffix}, {width} x {height}, {len(image):,} bytes"
         if item.video is not None:
-            width, height = sample_frames(item.video, 1)[0].size
-            yield "  video", f"{video_format(item.video)}, {width} x {height}, {len(item.video):,} bytes"
+            try:
+                size = "{} x {}".format(*sample_frames(item.video, 1)[0].size)
+            except BadSample as reason:
+                size = printable(str(reason))
+            yield "  video", f"{video_format(item.video)}, {size}, {len(item.video):,} bytes"
         yield "  hash", f"{item.content_hash:016x}"
         if role == "target" and isinstance(sample, Pair):
             yield from (("  or", repr(text)) for text in sample.alternatives)

@@ -263,12 +263,30 @@ def test_show_prints_every_sample(folder, capsys):
         (["pairs", "12"], "has no sample 12: the samples are 0 to 11"),
         (["pairs", "--key", "x"], "has no sample with key 'x'"),
         (["", "0"], r"all is not a dataset; show one of those below it: \S+all/cc, \S+all/pairs, \S+all/singles$"),
-        (["cc", "--key", "2"], r"has no sample with key '2'; rejected\.jsonl lists the rejected ones"),
+        (["cc", "--key", "2"], r"'2' in 00000\.tar of .* was rejected: see rejected\.jsonl"),
     ],
 )
 def test_show_of_missing_sample_is_refused(folder, arguments, reason):
     with pytest.raises(PipelineError, match=reason):
         run(inspect.SHOW, folder / arguments[0], *arguments[1:])
+
+
+def test_show_by_key_reads_only_that_sample(folder, capsys):
+    expected = shown(capsys, folder / "pairs", 1)
+    change(folder / "pairs/000000.tar", flip(600))  # in the content of sample 0
+    assert shown(capsys, folder / "pairs", "--key", "00000001") == expected
+    with pytest.raises(PipelineError, match=r"000000\.tar is damaged"):
+        run(inspect.SHOW, folder / "pairs", "--key", "00000000")
+    change(folder / "pairs/000000.tar", flip(150))  # in a header
+    with pytest.raises(PipelineError, match=r"000000\.tar is not a tar, or is damaged"):
+        run(inspect.SHOW, folder / "pairs", "--key", "00000001")
+
+
+def test_show_prints_why_a_video_cannot_be_decoded(tmp_path, capsys):
+    pairs = [Pair("k", "d", "t", Item("<video>\nWhat?", video=film()[:300]), Item("a target"))]
+    write_shards(pairs, tmp_path, dataset="D")
+    printed = shown(capsys, tmp_path, 0)
+    assert "video avi, undecodable video" in printed and "300 bytes" in printed and "target 'a target'" in printed
 
 
 def test_show_escapes_control_characters(tmp_path, capsys):
