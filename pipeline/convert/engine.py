@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pipeline.convert.workers import Run, workers
 from pipeline.data.index import INDEX_FILE, Count, Index, IndexedFile, Shard, as_json, check_shards
-from pipeline.errors import PipelineError, printable, shown
+from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
 from pipeline.storage import lock, objects
 from pipeline.storage.atomic import remove_leftovers
@@ -34,6 +34,7 @@ UNFINISHED = ".unfinished"
 REJECTED_FILE = "rejected.jsonl"
 _PLAN = "plan"  # no job has this name
 _RESTART = f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
+_SOURCE_STATE = ("content", "rows", "row_sizes")  # members of a plan that describe the source's content
 
 logger = logging.getLogger(__name__)
 
@@ -254,9 +255,13 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
             wanted, plan = json.loads(_json(work.plan)), parse_json(objects.read(url), url, dict, remedy=_RESTART)
             for name in wanted | plan:
                 if plan.get(name) != wanted.get(name):
+                    was, now = plan.get(name), wanted.get(name)
                     raise PipelineError(
-                        f"{dest} contains an unfinished conversion whose {name} was {shown(plan.get(name))} and is now "
-                        f"{shown(wanted.get(name))}: give the same command with the same source, or {_RESTART}"
+                        f"{dest} contains an unfinished conversion, but SOURCE has changed since the conversion began: "
+                        f"restore it, or {_RESTART}"
+                        if name in _SOURCE_STATE
+                        else f"{dest} contains an unfinished conversion whose {name} was {was!r} and is now {now!r}: "
+                        f"give the same command with the same source, or {_RESTART}"
                     )
     finished = [dest for dest in works if objects.exists(objects.join(dest, INDEX_FILE))]
     if not begun:

@@ -295,15 +295,12 @@ def test_finished_dataset_is_not_overwritten(tmp_path):
     assert content(str(tmp_path / "new")) == {}
 
 
-@pytest.mark.parametrize(
-    ("rows", "named"),
-    [(Numbers(101), "rows was 100 and is now 101"), (Numbers(100, size=1001), "row_sizes was '[0-9a-f]+' and is now")],
-)
-def test_resume_with_changed_source_is_refused(tmp_path, rows, named):
+@pytest.mark.parametrize("rows", [Numbers(101), Numbers(100, size=1001)])
+def test_resume_with_changed_source_is_refused(tmp_path, rows):
     dest = str(tmp_path / "out")
     with pytest.raises(PipelineError, match="max-rejected"):
         convert({dest: Numbers(100, frozenset({55}))}, options={}, shards=10, max_rejected=0)
-    with pytest.raises(PipelineError, match=f"{named}.*: give the same command with the same source, or"):
+    with pytest.raises(PipelineError, match="SOURCE has changed since the conversion began: restore it, or delete"):
         convert({dest: rows}, options={}, shards=10)
 
 
@@ -313,7 +310,7 @@ def test_changed_line_of_same_length_counts_as_changed_source(source, tmp_path):
     file.write_bytes(source.read_bytes())
     error_of(*given, "--max-rejected", 0)
     file.write_bytes(source.read_bytes().replace(b"target 399", b"target 398"))
-    assert "unfinished conversion whose content was {'" in error_of(*given)
+    assert "SOURCE has changed since the conversion began" in error_of(*given)
     file.write_bytes(source.read_bytes())
     make_shards(*given)
 
