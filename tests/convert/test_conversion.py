@@ -236,6 +236,22 @@ def test_too_many_rejections_stop_conversion_and_higher_limit_resumes(tmp_path):
     assert len(read_all(dest)) == 96
 
 
+def test_too_many_rejections_stop_conversion_inside_shard(tmp_path):
+    class Counted(Numbers):
+        asked = 0
+
+        def sample(self, number: int) -> Pair:
+            Counted.asked += 1
+            return super().sample(number)
+
+    rows, dest = Counted(100, frozenset(range(1, 100))), tmp_path / "out"
+    with pytest.raises(PipelineError, match=r"of 7 rows read, .* 3 odd, 3 even; the first: number 1"):
+        convert({str(dest): rows}, options={}, max_rejected=0.05)
+    assert Counted.asked == 7
+    assert len((dest / "rejected.jsonl").read_text().splitlines()) == 6
+    assert content(str(dest)).keys() == {"/.unfinished/plan.json", "/rejected.jsonl"}  # the shard is not recorded
+
+
 @pytest.mark.parametrize("percent", [0, 1, 29, 57, 58, 99])  # 0.29 * 100 is less than 29 in floating point
 def test_allowed_rejections_round_down(tmp_path, percent):
     convert({str(tmp_path / "out"): Numbers(100, frozenset(range(percent)))}, options={}, max_rejected=percent / 100)
@@ -394,7 +410,7 @@ def test_finished_datasets_are_not_converted_again(tmp_path, tidy):
     """Without `tidy`, the stop came between writing a dataset's index and removing its plan."""
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     both = {first: Numbers(10, dataset="first"), second: Numbers(10, frozenset({5}), dataset="second")}
-    with pytest.raises(PipelineError, match="second: 1 rows are rejected so far, of 10 rows read"):
+    with pytest.raises(PipelineError, match="second: 1 rows are rejected so far, of 6 rows read"):
         convert(both, options={}, max_rejected=0)
     assert (tmp_path / "first/index.json").exists()
     assert not (tmp_path / "first/.unfinished").exists()
