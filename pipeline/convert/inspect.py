@@ -43,6 +43,7 @@ from pipeline.storage import objects
 _PINPOINTS = ((384, 384), (384, 768), (768, 384), (768, 768))
 _LENGTHS = Lengths(Tiling(size=384, patches=27, pinpoints=_PINPOINTS, max_tiles=9), video_frames=8)
 _SHOWN = 10  # the most faults to print
+_MOST_JOBS = 512  # per dataset
 _PERCENTILES = (1, 10, 50, 90, 99)
 
 
@@ -85,25 +86,33 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     datasets = _indexes(arguments.dest)
     checks: list[Run] = [
-        partial(_shard_faults, url, index.shards_url or url, index.captions) for url, index in datasets.items()
+        partial(_group_faults, url, index.shards_url or url, index.captions) for url, index in datasets.items()
     ]
-    jobs = [(number, shard) for number, index in enumerate(datasets.values()) for shard in index.shards]
-    size = sum(shard.size for _, shard in jobs)
+    jobs = [(number, group) for number, index in enumerate(datasets.values()) for group in _grouped(index.shards)]
+    size = sum(shard.size for _, group in jobs for shard in group)
     faults: list[str] = []
     with (
         progress_bar(total=size, unit="B", unit_scale=True, desc="verifying") as bar,
         workers(arguments.processes, checks) as (threads, run),
     ):
         outcomes = [threads.submit(run, *job) for job in jobs]
-        for (_, shard), outcome in zip(jobs, outcomes, strict=True):
+        for (_, group), outcome in zip(jobs, outcomes, strict=True):
             faults += outcome.result()
-            bar.update(shard.size)
+            bar.update(sum(shard.size for shard in group))
     faults += chain.from_iterable(_file_faults(url, index, arguments.dest) for url, index in datasets.items())
     if faults:
         more = f"\n(and {len(faults) - _SHOWN} more)" if len(faults) > _SHOWN else ""
         raise PipelineError(f"{arguments.dest} is not intact:\n" + "\n".join(faults[:_SHOWN]) + more)
     samples = sum(index.samples for index in datasets.values())
-    print(f"{arguments.dest}: {samples} samples in {len(jobs)} shards are intact", flush=True)
+    shards = sum(len(index.shards) for index in datasets.values())
+    print(f"{arguments.dest}: {samples} samples in {shards} shards are intact", flush=True)
+
+
+def _grouped(shards: tuple[Shard, ...]) -> Iterator[tuple[Shard, ...]]:
+    """Group consecutive shards into jobs: one job per shard would be slow for a million small shards."""
+    size = -(-len(shards) // _MOST_JOBS)
+    for start in range(0, len(shards), size):
+        yield shards[start : start + size]
 
 
 def _file_faults(url: str, index: Index, dest: str) -> list[str]:
@@ -121,8 +130,12 @@ def _file_faults(url: str, index: Index, dest: str) -> list[str]:
     return []
 
 
+def _group_faults(url: str, tars_url: str, captions: Captions | None, shards: tuple[Shard, ...]) -> list[str]:
+    """Return the faults of shards, one line each. url: folder of the sidecars. tars_url: folder of the tars."""
+    return [fault for shard in shards for fault in _shard_faults(url, tars_url, captions, shard)]
+
+
 def _shard_faults(url: str, tars_url: str, captions: Captions | None, shard: Shard) -> list[str]:
-    """Return the faults of a shard, one line each. url: folder of the sidecars. tars_url: folder of the tars."""
     name = objects.join(tars_url, shard.file)
     try:
         tape = Tape(name)

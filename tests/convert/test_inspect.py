@@ -330,6 +330,22 @@ def test_stats_count_by_task_and_escape_control_characters(tmp_path, capsys):
     assert "items:" not in printed
 
 
+def test_verify_groups_many_shards_into_jobs(folder, capsys, monkeypatch):
+    shards = Index.load(str(folder / "pairs")).shards
+    for count in (1, 512, 513, 5000):
+        groups = list(inspect._grouped(shards[:1] * count))
+        assert sum(map(len, groups)) == count and len(groups) <= 512
+    assert [len(group) for group in inspect._grouped(shards)] == [1, 1, 1]
+    monkeypatch.setattr(inspect, "_MOST_JOBS", 2)
+    capsys.readouterr()
+    verify(folder)
+    assert capsys.readouterr().out == f"{folder}: 18 samples in 5 shards are intact\n"
+    for file in ("000000.tar", "000001.tar"):  # of one job
+        change(folder / "pairs" / file, flip(150))
+    with pytest.raises(PipelineError, match=r"000000\.tar#0: not a tar(.|\n)*000001\.tar#0: not a tar"):
+        verify(folder)
+
+
 def test_verify_names_missing_files_and_checks_the_rest(tmp_path):
     folder = tmp_path / "pairs"
     for number in range(4):  # the shards of one index
