@@ -159,11 +159,12 @@ def test_listed_videos_without_captions_are_rejected_by_name(videos, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "options", "reason"),
     [
-        ("raw-captions.pkl", b"\x80\x04}\x94.", [], r"raw-captions\.pkl is not UTF-8"),
+        ("raw-captions.pkl", b"\x80\x04}\x94.", [], r"neither \.json nor \.csv; for MSVD use video_corpus\.csv: "),
         ("all.json", "{", [], r"all\.json is damaged: it is not JSON"),
         pytest.param("all.json", "[" * 200_000, [], r"all\.json is damaged: it is nested too deeply", id="deep"),
         ("all.json", "1", [], r"all\.json has none of the forms"),
-        ("all.json", "[1]", [], "has no captions of the selected videos"),
+        ("all.json", "[1]", [], r"all\.json has none of the forms"),
+        ("all.json", '{"info": {}, "annotations": [{"caption": "a"}]}', [], "captions of 'info' are neither a text"),
         ("all.json", json.dumps(NO_SPLIT), ["--split", "train"], "has no split 'train': it has test$"),
         ("all.json", '{"videos": [{}], "sentences": []}', [], "has no captions of the selected videos"),
         ("all.json", "[]".encode("utf-16-le"), [], r"all\.json is UTF-16: convert it with iconv -f UTF-16LE -t UTF-8"),
