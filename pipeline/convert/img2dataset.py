@@ -15,6 +15,7 @@ from typing import IO, cast
 from pipeline.convert.command import IMAGE_QUERY, Command, add_dest, add_names, add_work, check_query
 from pipeline.convert.engine import JobResult, Work, refuse_occupied, run_conversions
 from pipeline.convert.sharding import Rejection
+from pipeline.convert.workers import check_stop
 from pipeline.data.index import Captions, Index
 from pipeline.data.sample import IMAGE_MARK, BadSample, Pair
 from pipeline.data.shards import READ_NAMES, ShardRecords, captioned, members_of, split_name
@@ -219,6 +220,7 @@ class Tape:
     def between(self, begin: int, end: int) -> bytes:
         """Return bytes begin..end-1. None of them may have been dropped."""
         while self._start + len(self._kept) < end:
+            check_stop()
             reached = self._start + len(self._kept)
             piece = objects.read(self.url, reached, min(_PIECE, self.size - reached))
             self.sha256.update(piece)

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.convert.engine import JobResult, TooManyRejected, Work, allowed, run_conversions
+from pipeline.convert.workers import check_stop
 from pipeline.data.index import Index
 from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Pair, Single, text_fault
 from pipeline.data.shards import write_shard
@@ -121,6 +122,7 @@ def _write(rows: Rows, cuts: np.ndarray, too_large: set[int], most: int, job: st
 
     def samples() -> Iterator[Pair | Single]:
         for number in numbers:
+            check_stop()
             try:
                 if number in too_large:
                     raise Rejection("too large", f"more than {MAX_SAMPLE_BYTES >> 20} MiB")

@@ -252,6 +252,21 @@ def test_too_many_rejections_stop_conversion_inside_shard(tmp_path):
     assert content(str(dest)).keys() == {"/.unfinished/plan.json", "/rejected.jsonl"}  # the shard is not recorded
 
 
+def test_error_stops_the_next_job_of_the_only_process(tmp_path):
+    class Slow(Numbers):
+        asked = 0
+
+        def sample(self, number: int) -> Pair:
+            if number >= 500:
+                Slow.asked += 1
+                time.sleep(0.02)
+            return super().sample(number)
+
+    with pytest.raises(PipelineError, match="1 rows are rejected so far, of 500 rows read"):
+        convert({str(tmp_path / "out"): Slow(1000, frozenset({499}))}, options={}, shards=2, max_rejected=0)
+    assert Slow.asked < 500
+
+
 @pytest.mark.parametrize("percent", [0, 1, 29, 57, 58, 99])  # 0.29 * 100 is less than 29 in floating point
 def test_allowed_rejections_round_down(tmp_path, percent):
     convert({str(tmp_path / "out"): Numbers(100, frozenset(range(percent)))}, options={}, max_rejected=percent / 100)
