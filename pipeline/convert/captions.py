@@ -99,6 +99,11 @@ def _image_datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
 def _video_datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
     videos, file = folder(arguments.source), arguments.captions
     check_query(arguments.query, VIDEO_MARK)
+    if file.suffix not in (".json", ".csv"):
+        raise PipelineError(
+            f"{file} is neither .json nor .csv; for MSVD use video_corpus.csv: its .pkl is not read, because a pickle "
+            "can run code"
+        )
     text = _text(file)
     with _form_of(file):
         captions = captioned_videos(str(file), text, arguments.split, arguments.language)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pipeline.convert.workers import Run, workers
 from pipeline.data.index import INDEX_FILE, Count, Index, IndexedFile, Shard, as_json, check_shards
-from pipeline.errors import PipelineError, printable, shown
+from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
 from pipeline.storage import lock, objects
 from pipeline.storage.atomic import remove_leftovers
@@ -34,6 +34,7 @@ UNFINISHED = ".unfinished"
 REJECTED_FILE = "rejected.jsonl"
 _PLAN = "plan"  # no job has this name
 _RESTART = f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
+_SOURCE_STATE = ("content", "rows", "row_sizes")  # members of a plan that describe the source's content
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +58,22 @@ class JobResult:
     notes: dict[str, Count] = field(default_factory=dict)
 
 
+class TooManyRejected(Exception):
+    """A job rejected more rows than all jobs together may reject. The argument is the JobResult so far."""
+
+
+def allowed(max_rejected: float, rows: int) -> int:
+    """Return the most rows that may be rejected. A tolerance corrects rounding errors: 0.29 of 100 is 29, not 28."""
+    return math.floor(max_rejected * rows * (1 + 1e-12))
+
+
 @dataclass(frozen=True)
 class Work:
     """The conversion of one dataset, divided into independent jobs.
 
     plan: everything that determines the output, as JSON values. Only a conversion with the same plan is resumed.
     jobs: job name -> size in the unit of the progress bar, in the order of the shards.
-    run: runs a job: (job, folder to write in) -> its result. It is sent to other processes.
+    run: runs a job: (job, folder to write in) -> its result. It is sent to other processes. May raise TooManyRejected.
     index: the index without shards and files.
     rows: the total rows of all jobs; None if it is unknown until the jobs have run.
     files: additional files for DEST, by name.
@@ -176,7 +186,11 @@ class _Conversion:
     def run(self, job: str, run: Run) -> tuple["_Conversion", str]:
         """Run the job with `run`, upload its files to DEST, and record its result."""
         self._began = min(self._began, time.monotonic())
-        result: JobResult = run(self.number, job, self.folder)
+        try:
+            result: JobResult = run(self.number, job, self.folder)
+        except TooManyRejected as error:
+            self.results[job] = error.args[0]  # not recorded; `finalize` raises the error
+            return self, job
         if self.remote:
             for name, size in result.files.items():
                 url, path = objects.join(self.dest, name), self.folder / name
@@ -197,8 +211,7 @@ class _Conversion:
         read = sum(result.rows for result in done)
         rejected = [row for result in done for row in result.rejected]
         rows = self.work.rows or read
-        # The tolerance corrects rounding errors: 0.29 of 100 is 29, not 28.
-        too_many = len(rejected) > math.floor(self._max_rejected * rows * (1 + 1e-12))
+        too_many = len(rejected) > allowed(self._max_rejected, rows)
         if complete or too_many:
             lines = b"".join(_json(row) + b"\n" for row in rejected)
             objects.write(objects.join(self.dest, REJECTED_FILE), lines)
@@ -254,9 +267,13 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
             wanted, plan = json.loads(_json(work.plan)), parse_json(objects.read(url), url, dict, remedy=_RESTART)
             for name in wanted | plan:
                 if plan.get(name) != wanted.get(name):
+                    was, now = plan.get(name), wanted.get(name)
                     raise PipelineError(
-                        f"{dest} contains an unfinished conversion whose {name} was {shown(plan.get(name))} and is now "
-                        f"{shown(wanted.get(name))}: give the same command with the same source, or {_RESTART}"
+                        f"{dest} contains an unfinished conversion, but SOURCE has changed since the conversion began: "
+                        f"restore it, or {_RESTART}"
+                        if name in _SOURCE_STATE
+                        else f"{dest} contains an unfinished conversion whose {name} was {was!r} and is now {now!r}: "
+                        f"give the same command with the same source, or {_RESTART}"
                     )
     finished = [dest for dest in works if objects.exists(objects.join(dest, INDEX_FILE))]
     if not begun:

@@ -15,6 +15,7 @@ from typing import IO, cast
 from pipeline.convert.command import IMAGE_QUERY, Command, add_dest, add_names, add_work, check_query
 from pipeline.convert.engine import JobResult, Work, refuse_occupied, run_conversions
 from pipeline.convert.sharding import Rejection
+from pipeline.convert.workers import check_stop
 from pipeline.data.index import Captions, Index
 from pipeline.data.sample import IMAGE_MARK, BadSample, Pair
 from pipeline.data.shards import READ_NAMES, ShardRecords, captioned, members_of, split_name
@@ -132,10 +133,12 @@ def indexing(dataset: str, source: str, dest: str, captions: Captions, tars: dic
 def _index_tar(source: str, captions: Captions, job: str, folder: Path) -> JobResult:
     file = job.rpartition(".")[0]
     tape = Tape(objects.join(source, file))
-    records, rejected = ShardRecords(), []
+    records, rejections = ShardRecords(), []
+    times: Counter[str] = Counter()
     unread: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     for sample in read_tape(tape):
+        times[sample.key] += 1
         unread.update(sample.names - READ_NAMES)
         try:
             if sample.fault is not None:
@@ -145,8 +148,8 @@ def _index_tar(source: str, captions: Captions, job: str, folder: Path) -> JobRe
             records.add(pair, sample.begin, data)
             notes.update(f"unusable captions skipped: {cause}" for cause, _ in faults)
         except Rejection as reason:
-            key = sample.key.encode(errors="backslashreplace").decode()
-            rejected.append({"row": f"{file}: {key}", "cause": reason.cause, "detail": reason.detail})
+            rejections.append((sample.key, reason))
+    rejected = list(_rows(file, rejections, times))
     for name, count in unread.most_common():
         notes[f"members .{name if len(notes) < _NOTES else '...'}, which nothing reads"] += count
     if not len(records):
@@ -157,16 +160,27 @@ def _index_tar(source: str, captions: Captions, job: str, folder: Path) -> JobRe
     return JobResult(shard, len(records) + len(rejected), rejected, files, dict(notes))
 
 
+def _rows(file: str, rejections: list[tuple[str, Rejection]], times: Counter[str]) -> Iterator[dict[str, str]]:
+    """Yield the rows of rejected.jsonl. times: of each key, how often; a sample whose members lie apart counts once."""
+    apart = set()
+    for key, reason in rejections:
+        name = key.encode(errors="backslashreplace").decode()
+        if times[key] > 1 and reason.cause.startswith(("no image", "no caption")):
+            if key in apart:
+                continue
+            apart.add(key)
+            what = f"the members of key {name} are not consecutive in {file}, as WebDataset requires"
+            reason = Rejection("members apart", f"{what}: repack it sorted by name, for example with tar --sort=name")
+        yield {"row": f"{file}: {name}", "cause": reason.cause, "detail": reason.detail}
+
+
 def _pair(data: bytes, captions: Captions) -> tuple[Pair, list[tuple[str, str]]]:
     """Parse a sample. Returns the pair, and (cause, detail) of each skipped caption."""
     try:
         pair, faults = captioned(*members_of(data), captions)
     except BadSample as reason:
         cause, _, detail = str(reason).partition(" (")
-        detail = detail.removesuffix(")") or cause
-        if cause.startswith(("no image", "no caption")):
-            detail += "; if its other members are elsewhere in the tar, repack it with tar --sort=name"
-        raise Rejection(cause, detail) from None
+        raise Rejection(cause, detail.removesuffix(")") or cause) from None
     try:
         decode_image(pair.query.images[0])
     except BadSample as reason:
@@ -206,6 +220,7 @@ class Tape:
     def between(self, begin: int, end: int) -> bytes:
         """Return bytes begin..end-1. None of them may have been dropped."""
         while self._start + len(self._kept) < end:
+            check_stop()
             reached = self._start + len(self._kept)
             piece = objects.read(self.url, reached, min(_PIECE, self.size - reached))
             self.sha256.update(piece)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.convert.command import Command, add_processes
-from pipeline.convert.img2dataset import Tape
+from pipeline.convert.img2dataset import Tape, read_tape
 from pipeline.convert.workers import Run, workers
 from pipeline.data.index import (
     INDEX_FILE,
@@ -32,7 +32,7 @@ from pipeline.data.index import (
 from pipeline.data.lengths import Lengths
 from pipeline.data.mmeb import ROWS_FILE, TASKS_FILE, converted_rows, read_tasks
 from pipeline.data.sample import BadSample, Pair, Single
-from pipeline.data.shards import ShardRecords, members_of, parse_sample
+from pipeline.data.shards import ShardRecords, parse_sample
 from pipeline.data.tiles import Tiling, decode_image, image_format
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError, printable
@@ -43,6 +43,7 @@ from pipeline.storage import objects
 _PINPOINTS = ((384, 384), (384, 768), (768, 384), (768, 768))
 _LENGTHS = Lengths(Tiling(size=384, patches=27, pinpoints=_PINPOINTS, max_tiles=9), video_frames=8)
 _SHOWN = 10  # the most faults to print
+_MOST_JOBS = 512  # per dataset
 _PERCENTILES = (1, 10, 50, 90, 99)
 
 
@@ -85,25 +86,33 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     datasets = _indexes(arguments.dest)
     checks: list[Run] = [
-        partial(_shard_faults, url, index.shards_url or url, index.captions) for url, index in datasets.items()
+        partial(_group_faults, url, index.shards_url or url, index.captions) for url, index in datasets.items()
     ]
-    jobs = [(number, shard) for number, index in enumerate(datasets.values()) for shard in index.shards]
-    size = sum(shard.size for _, shard in jobs)
+    jobs = [(number, group) for number, index in enumerate(datasets.values()) for group in _grouped(index.shards)]
+    size = sum(shard.size for _, group in jobs for shard in group)
     faults: list[str] = []
     with (
         progress_bar(total=size, unit="B", unit_scale=True, desc="verifying") as bar,
         workers(arguments.processes, checks) as (threads, run),
     ):
         outcomes = [threads.submit(run, *job) for job in jobs]
-        for (_, shard), outcome in zip(jobs, outcomes, strict=True):
+        for (_, group), outcome in zip(jobs, outcomes, strict=True):
             faults += outcome.result()
-            bar.update(shard.size)
+            bar.update(sum(shard.size for shard in group))
     faults += chain.from_iterable(_file_faults(url, index, arguments.dest) for url, index in datasets.items())
     if faults:
         more = f"\n(and {len(faults) - _SHOWN} more)" if len(faults) > _SHOWN else ""
         raise PipelineError(f"{arguments.dest} is not intact:\n" + "\n".join(faults[:_SHOWN]) + more)
     samples = sum(index.samples for index in datasets.values())
-    print(f"{arguments.dest}: {samples} samples in {len(jobs)} shards are intact", flush=True)
+    shards = sum(len(index.shards) for index in datasets.values())
+    print(f"{arguments.dest}: {samples} samples in {shards} shards are intact", flush=True)
+
+
+def _grouped(shards: tuple[Shard, ...]) -> Iterator[tuple[Shard, ...]]:
+    """Group consecutive shards into jobs: one job per shard would be slow for a million small shards."""
+    size = -(-len(shards) // _MOST_JOBS)
+    for start in range(0, len(shards), size):
+        yield shards[start : start + size]
 
 
 def _file_faults(url: str, index: Index, dest: str) -> list[str]:
@@ -121,8 +130,12 @@ def _file_faults(url: str, index: Index, dest: str) -> list[str]:
     return []
 
 
+def _group_faults(url: str, tars_url: str, captions: Captions | None, shards: tuple[Shard, ...]) -> list[str]:
+    """Return the faults of shards, one line each. url: folder of the sidecars. tars_url: folder of the tars."""
+    return [fault for shard in shards for fault in _shard_faults(url, tars_url, captions, shard)]
+
+
 def _shard_faults(url: str, tars_url: str, captions: Captions | None, shard: Shard) -> list[str]:
-    """Return the faults of a shard, one line each. url: folder of the sidecars. tars_url: folder of the tars."""
     name = objects.join(tars_url, shard.file)
     try:
         tape = Tape(name)
@@ -229,20 +242,21 @@ def _place(url: str, index: Index, number: int, key: str | None) -> tuple[Shard,
     first = 0
     for shard in index.shards:
         if key is not None:
-            samples = read_samples(index.shards_url or url, shard, load_sidecar(url, shard))
-            keys = [members_of(data)[0] for data in samples]
-            if key in keys:
-                return shard, keys.index(key)
+            samples = read_tape(Tape(objects.join(index.shards_url or url, shard.file)))
+            if (begin := next((sample.begin for sample in samples if sample.key == key), None)) is not None:
+                if not len(found := np.flatnonzero(load_sidecar(url, shard)["offset"] == begin)):
+                    raise PipelineError(f"{key!r} in {shard.file} of {url} was rejected: see rejected.jsonl")
+                return shard, int(found[0])
         elif first <= number < first + shard.samples:
             return shard, number - first
         first += shard.samples
     if key is not None:
-        raise PipelineError(f"{url} has no sample with key {key!r}; rejected.jsonl lists the rejected ones")
+        raise PipelineError(f"{url} has no sample with key {key!r}")
     raise PipelineError(f"{url} has no sample {number}: the samples are 0 to {index.samples - 1}")
 
 
 def _item_rows(sample: Pair | Single) -> Iterator[tuple[str, str]]:
-    """Yield (label, value) of each item's properties. Raises BadSample if a video cannot be decoded."""
+    """Yield (label, value) of each item's properties. Of a video that cannot be decoded, the size is the reason."""
     roles = ("item",) if isinstance(sample, Single) else ("query", "target", *("negative" for _ in sample.negatives))
     for role, item in zip(roles, sample.items, strict=True):
         yield "", ""
@@ -251,8 +265,11 @@ def _item_rows(sample: Pair | Single) -> Iterator[tuple[str, str]]:
             suffix, width, height = image_format(image)
             yield "  image", f"{suffix}, {width} x {height}, {len(image):,} bytes"
         if item.video is not None:
-            width, height = sample_frames(item.video, 1)[0].size
-            yield "  video", f"{video_format(item.video)}, {width} x {height}, {len(item.video):,} bytes"
+            try:
+                size = "{} x {}".format(*sample_frames(item.video, 1)[0].size)
+            except BadSample as reason:
+                size = printable(str(reason))
+            yield "  video", f"{video_format(item.video)}, {size}, {len(item.video):,} bytes"
         yield "  hash", f"{item.content_hash:016x}"
         if role == "target" and isinstance(sample, Pair):
             yield from (("  or", repr(text)) for text in sample.alternatives)

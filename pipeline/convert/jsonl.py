@@ -7,6 +7,7 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 
@@ -123,9 +124,19 @@ class PairRow(BaseModel, extra="forbid", strict=True):
         except UnicodeDecodeError as error:
             raise Rejection("not UTF-8", f"byte {error.start + 1} of the line") from None
         except ValidationError as error:
-            if (first := error.errors()[0])["type"] == "json_invalid":
+            errors = error.errors()
+            if (first := errors[0])["type"] == "json_invalid":
                 raise Rejection("not JSON", first["msg"].replace(" at line 1 column", " at column")) from None
-            raise Rejection("wrong fields", explained(error)) from None
+            unknown = next((each["loc"] for each in errors if each["type"] == "extra_forbidden"), ())
+            raise Rejection("wrong fields", explained(error) + (cls._known(*unknown) if unknown else "")) from None
+
+    @classmethod
+    def _known(cls, *place: str | int) -> str:
+        """Return the end of a message about an unknown field: the nearest known one, or all of its object."""
+        forms: dict[str | int, type[BaseModel]] = {"query": Entry, "target": Target, "negatives": Entry}
+        known = (forms[place[0]] if len(place) > 1 else cls).model_fields
+        near = get_close_matches(str(place[-1]).lower(), known, 1)
+        return f", did you mean {near[0]}?" if near else f": the known ones are {', '.join(known)}"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from pipeline.convert.engine import JobResult, Work, run_conversions
+from pipeline.convert.engine import JobResult, TooManyRejected, Work, allowed, run_conversions
+from pipeline.convert.workers import check_stop
 from pipeline.data.index import Index
 from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Pair, Single, text_fault
 from pipeline.data.shards import write_shard
@@ -89,40 +90,47 @@ def convert(
     """
     plan = dict(options) | {"shard_bytes": shard_bytes, "shards": shards}
     planned = progress_bar(iterable=datasets.items(), unit=" datasets", desc="planning")
-    works = {dest: _planned(rows, plan, shard_bytes, shards) for dest, rows in planned}
+    works = {dest: _planned(rows, plan, shard_bytes, shards, max_rejected) for dest, rows in planned}
     return run_conversions(works, unit=" rows", processes=processes, max_rejected=max_rejected, files=files)
 
 
-def _planned(rows: Rows, options: dict[str, object], shard_bytes: int, shards: int | None) -> Work:
+def _planned(rows: Rows, options: dict[str, object], shard_bytes: int, shards: int | None, max_rejected: float) -> Work:
     """Return the conversion of a dataset's rows: every job writes a shard of consecutive rows."""
     sizes = rows.sizes()
     if not len(sizes):
         raise PipelineError(f"{rows.dataset}: the source has no rows")
     cuts = _cuts(sizes, shard_bytes, shards)
+    too_large = set(np.flatnonzero(sizes > MAX_SAMPLE_BYTES).tolist())
     hashed = sha256(sizes.astype("<i8").tobytes()).hexdigest()
     return Work(
         plan={**options, "dataset": rows.dataset, "rows": len(sizes), "row_sizes": hashed},
         jobs={f"{shard:06d}": int(count) for shard, count in enumerate(np.diff(cuts))},
-        run=partial(_write, rows, cuts, set(np.flatnonzero(sizes > MAX_SAMPLE_BYTES).tolist())),
+        run=partial(_write, rows, cuts, too_large, allowed(max_rejected, len(sizes))),
         index=Index(rows.dataset, ()),
         rows=len(sizes),
         files=rows.files(),
     )
 
 
-def _write(rows: Rows, cuts: np.ndarray, too_large: set[int], job: str, folder: Path) -> JobResult:
-    """Write shard `job`. Rows whose numbers are in `too_large` are rejected unread."""
+def _write(rows: Rows, cuts: np.ndarray, too_large: set[int], most: int, job: str, folder: Path) -> JobResult:
+    """Write shard `job`. Rows whose numbers are in `too_large` are rejected unread.
+
+    Raises TooManyRejected as soon as more than `most` rows are rejected.
+    """
     numbers = range(*cuts[int(job) : int(job) + 2].tolist())
     rejected: list[dict[str, str]] = []
 
     def samples() -> Iterator[Pair | Single]:
         for number in numbers:
+            check_stop()
             try:
                 if number in too_large:
                     raise Rejection("too large", f"more than {MAX_SAMPLE_BYTES >> 20} MiB")
                 yield rows.sample(number)
             except Rejection as reason:
                 rejected.append({"row": rows.name(number), "cause": reason.cause, "detail": reason.detail})
+                if len(rejected) > most:
+                    raise TooManyRejected(JobResult(None, number - numbers.start + 1, rejected, {})) from None
 
     usable = samples()
     first = next(usable, None)

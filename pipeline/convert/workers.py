@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -24,7 +24,8 @@ def workers(processes: int, runs: list[Run]) -> Iterator[tuple[ThreadPoolExecuto
     The function calls runs[dataset](job, ...) in a worker, and returns the result. It raises PipelineError if the
     worker was killed.
     processes: 1 means this process. Several are spawned, not forked, because threads of this process may hold locks.
-    They ignore Ctrl-C and SIGTERM, and end with this process.
+    They ignore Ctrl-C and SIGTERM, and end with this process. After an error, a job of this process ends at its next
+    `check_stop`.
     """
     block = signal.pthread_sigmask, (signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # inherited by the processes
     threads = ThreadPoolExecutor(processes + 2, "job", *block)
@@ -45,6 +46,7 @@ def workers(processes: int, runs: list[Run]) -> Iterator[tuple[ThreadPoolExecuto
     try:
         yield threads, run
     except BaseException:
+        _stop.set()
         held_open.close()
         raise
     finally:
@@ -52,9 +54,17 @@ def workers(processes: int, runs: list[Run]) -> Iterator[tuple[ThreadPoolExecuto
         threads.shutdown(wait=False, cancel_futures=True)
         pool.shutdown(wait or processes > 1, cancel_futures=True)
         threads.shutdown(wait)
+        _stop.clear()
+
+
+def check_stop() -> None:
+    """Raise CancelledError if the command has failed. Jobs call this for each row or piece, to end soon."""
+    if _stop.is_set():
+        raise CancelledError
 
 
 _runs: list[Run]
+_stop = threading.Event()  # never set in processes that end with their parent
 
 
 def _begin(runs: list[Run], parent: Connection | None = None) -> None:

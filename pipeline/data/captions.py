@@ -92,7 +92,7 @@ def captioned_videos(
     your own   .json        [{"video", "caption": "..." or ["...", ...]}, ...] or {"video": ["...", ...], ...}
 
     Captions may be any values, as in `captioned_images`. With a split, a warning counts the captions of videos
-    without one. The errors are those of `captioned_images`.
+    without one. The errors are those of `captioned_images`; a file without any text as a caption has another form.
     """
     splits: dict[str, object] = {}
     pairs: Iterable[tuple[object, object]]
@@ -110,15 +110,18 @@ def captioned_videos(
             case videos:
                 check_keys(file, videos, ("video", "caption"))
                 pairs = ((_get(video, "video"), _get(video, "caption")) for video in videos)
+    named = [(file_name(video), _listed(texts)) for video, texts in pairs]
+    if named and not any(isinstance(text, str) for _, texts in named for text in texts):
+        video, texts = next((each for each in named if each[1]), named[0])
+        raise ValueError(f"the captions of {video!r} are neither a text nor a list of texts: {texts!r}"[:300])
     known = {each for each in splits.values() if isinstance(each, str) and each}
     if split is not None and split not in known:
         raise PipelineError(f"{file} has no split {split!r}: it has {', '.join(sorted(known)) or 'none'}")
     captions: dict[str, list[object]] = {}
     without = 0
-    for video, texts in pairs:
-        name = file_name(video)
+    for name, texts in named:
         if split is None or splits.get(name) == split:
-            captions.setdefault(name, []).extend(_listed(texts))
+            captions.setdefault(name, []).extend(texts)
         elif splits.get(name) not in known:
             without += 1
     if without:
@@ -141,10 +144,10 @@ def _csv_pairs(file: str, text: str, language: str) -> list[tuple[str, str]]:
     header = lines.readline()
     lines.seek(0)
     rows = csv.DictReader(lines, delimiter=max(",;\t", key=header.count))
-    known = _MSRVTT_CSV if "sentence" in (rows.fieldnames or ()) else _MSVD_CSV
-    check_members(file, rows.fieldnames or (), known, matters=_MATTERS)
     found = []
     try:
+        known = _MSRVTT_CSV if "sentence" in (rows.fieldnames or ()) else _MSVD_CSV
+        check_members(file, rows.fieldnames or (), known, matters=_MATTERS)
         for row in rows:
             if None in row or None in row.values() or any("\n" in field for field in row.values()):
                 raise ValueError(

@@ -236,6 +236,37 @@ def test_too_many_rejections_stop_conversion_and_higher_limit_resumes(tmp_path):
     assert len(read_all(dest)) == 96
 
 
+def test_too_many_rejections_stop_conversion_inside_shard(tmp_path):
+    class Counted(Numbers):
+        asked = 0
+
+        def sample(self, number: int) -> Pair:
+            Counted.asked += 1
+            return super().sample(number)
+
+    rows, dest = Counted(100, frozenset(range(1, 100))), tmp_path / "out"
+    with pytest.raises(PipelineError, match=r"of 7 rows read, .* 3 odd, 3 even; the first: number 1"):
+        convert({str(dest): rows}, options={}, max_rejected=0.05)
+    assert Counted.asked == 7
+    assert len((dest / "rejected.jsonl").read_text().splitlines()) == 6
+    assert content(str(dest)).keys() == {"/.unfinished/plan.json", "/rejected.jsonl"}  # the shard is not recorded
+
+
+def test_error_stops_the_next_job_of_the_only_process(tmp_path):
+    class Slow(Numbers):
+        asked = 0
+
+        def sample(self, number: int) -> Pair:
+            if number >= 500:
+                Slow.asked += 1
+                time.sleep(0.02)
+            return super().sample(number)
+
+    with pytest.raises(PipelineError, match="1 rows are rejected so far, of 500 rows read"):
+        convert({str(tmp_path / "out"): Slow(1000, frozenset({499}))}, options={}, shards=2, max_rejected=0)
+    assert Slow.asked < 500
+
+
 @pytest.mark.parametrize("percent", [0, 1, 29, 57, 58, 99])  # 0.29 * 100 is less than 29 in floating point
 def test_allowed_rejections_round_down(tmp_path, percent):
     convert({str(tmp_path / "out"): Numbers(100, frozenset(range(percent)))}, options={}, max_rejected=percent / 100)
@@ -295,15 +326,12 @@ def test_finished_dataset_is_not_overwritten(tmp_path):
     assert content(str(tmp_path / "new")) == {}
 
 
-@pytest.mark.parametrize(
-    ("rows", "named"),
-    [(Numbers(101), "rows was 100 and is now 101"), (Numbers(100, size=1001), "row_sizes was '[0-9a-f]+' and is now")],
-)
-def test_resume_with_changed_source_is_refused(tmp_path, rows, named):
+@pytest.mark.parametrize("rows", [Numbers(101), Numbers(100, size=1001)])
+def test_resume_with_changed_source_is_refused(tmp_path, rows):
     dest = str(tmp_path / "out")
     with pytest.raises(PipelineError, match="max-rejected"):
         convert({dest: Numbers(100, frozenset({55}))}, options={}, shards=10, max_rejected=0)
-    with pytest.raises(PipelineError, match=f"{named}.*: give the same command with the same source, or"):
+    with pytest.raises(PipelineError, match="SOURCE has changed since the conversion began: restore it, or delete"):
         convert({dest: rows}, options={}, shards=10)
 
 
@@ -313,7 +341,7 @@ def test_changed_line_of_same_length_counts_as_changed_source(source, tmp_path):
     file.write_bytes(source.read_bytes())
     error_of(*given, "--max-rejected", 0)
     file.write_bytes(source.read_bytes().replace(b"target 399", b"target 398"))
-    assert "unfinished conversion whose content was {'" in error_of(*given)
+    assert "SOURCE has changed since the conversion began" in error_of(*given)
     file.write_bytes(source.read_bytes())
     make_shards(*given)
 
@@ -397,7 +425,7 @@ def test_finished_datasets_are_not_converted_again(tmp_path, tidy):
     """Without `tidy`, the stop came between writing a dataset's index and removing its plan."""
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     both = {first: Numbers(10, dataset="first"), second: Numbers(10, frozenset({5}), dataset="second")}
-    with pytest.raises(PipelineError, match="second: 1 rows are rejected so far, of 10 rows read"):
+    with pytest.raises(PipelineError, match="second: 1 rows are rejected so far, of 6 rows read"):
         convert(both, options={}, max_rejected=0)
     assert (tmp_path / "first/index.json").exists()
     assert not (tmp_path / "first/.unfinished").exists()

@@ -263,12 +263,30 @@ def test_show_prints_every_sample(folder, capsys):
         (["pairs", "12"], "has no sample 12: the samples are 0 to 11"),
         (["pairs", "--key", "x"], "has no sample with key 'x'"),
         (["", "0"], r"all is not a dataset; show one of those below it: \S+all/cc, \S+all/pairs, \S+all/singles$"),
-        (["cc", "--key", "2"], r"has no sample with key '2'; rejected\.jsonl lists the rejected ones"),
+        (["cc", "--key", "2"], r"'2' in 00000\.tar of .* was rejected: see rejected\.jsonl"),
     ],
 )
 def test_show_of_missing_sample_is_refused(folder, arguments, reason):
     with pytest.raises(PipelineError, match=reason):
         run(inspect.SHOW, folder / arguments[0], *arguments[1:])
+
+
+def test_show_by_key_reads_only_that_sample(folder, capsys):
+    expected = shown(capsys, folder / "pairs", 1)
+    change(folder / "pairs/000000.tar", flip(600))  # in the content of sample 0
+    assert shown(capsys, folder / "pairs", "--key", "00000001") == expected
+    with pytest.raises(PipelineError, match=r"000000\.tar is damaged"):
+        run(inspect.SHOW, folder / "pairs", "--key", "00000000")
+    change(folder / "pairs/000000.tar", flip(150))  # in a header
+    with pytest.raises(PipelineError, match=r"000000\.tar is not a tar, or is damaged"):
+        run(inspect.SHOW, folder / "pairs", "--key", "00000001")
+
+
+def test_show_prints_why_a_video_cannot_be_decoded(tmp_path, capsys):
+    pairs = [Pair("k", "d", "t", Item("<video>\nWhat?", video=film()[:300]), Item("a target"))]
+    write_shards(pairs, tmp_path, dataset="D")
+    printed = shown(capsys, tmp_path, 0)
+    assert "video avi, undecodable video" in printed and "300 bytes" in printed and "target 'a target'" in printed
 
 
 def test_show_escapes_control_characters(tmp_path, capsys):
@@ -310,6 +328,22 @@ def test_stats_count_by_task_and_escape_control_characters(tmp_path, capsys):
     assert "\x1b" not in printed
     assert any(line.startswith("targets: 1 distinct, 5 of 6") for line in printed.splitlines())
     assert "items:" not in printed
+
+
+def test_verify_groups_many_shards_into_jobs(folder, capsys, monkeypatch):
+    shards = Index.load(str(folder / "pairs")).shards
+    for count in (1, 512, 513, 5000):
+        groups = list(inspect._grouped(shards[:1] * count))
+        assert sum(map(len, groups)) == count and len(groups) <= 512
+    assert [len(group) for group in inspect._grouped(shards)] == [1, 1, 1]
+    monkeypatch.setattr(inspect, "_MOST_JOBS", 2)
+    capsys.readouterr()
+    verify(folder)
+    assert capsys.readouterr().out == f"{folder}: 18 samples in 5 shards are intact\n"
+    for file in ("000000.tar", "000001.tar"):  # of one job
+        change(folder / "pairs" / file, flip(150))
+    with pytest.raises(PipelineError, match=r"000000\.tar#0: not a tar(.|\n)*000001\.tar#0: not a tar"):
+        verify(folder)
 
 
 def test_verify_names_missing_files_and_checks_the_rest(tmp_path):

@@ -62,6 +62,7 @@ def test_keys_that_would_change_video_captions_are_refused(file, text, said):
         ("v.csv", 'video_id,sentence\nv,"c\nw,d\n', "line 3 does not have the fields .*: .* close each quote"),
         ("v.csv", "video_id,sentence\nv,c\nw\n", "line 3 does not have the fields of the first line"),
         ("v.csv", f'video_id,sentence\nv,"{"c" * 200_000}\n', "line [0-9]+: field larger than field limit"),
+        ("v.csv", f'"{"c" * 200_000}', "line [0-9]+: field larger than field limit"),
         ("v.json", '{"v": ["c"], "v": ["d"]}', "has the key 'v' twice"),
         ("v.json", "<html></html>", "v.json is HTML or XML"),
         ("v.json", "", "v.json is empty"),
