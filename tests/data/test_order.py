@@ -84,6 +84,7 @@ def dataset_of(order: Order, shards: np.ndarray) -> np.ndarray:
 # The samples of an epoch
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(orders(), st.integers(0, 3))
 def test_epoch_takes_each_dataset_quota_except_remainder(order, epoch):
@@ -102,6 +103,7 @@ def test_epoch_takes_each_dataset_quota_except_remainder(order, epoch):
     assert all(0 <= stream.samples - stream.slices * part < part for stream in order.streams)
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(orders())
 def test_no_sample_repeats_before_rest_of_its_dataset(order):
@@ -193,6 +195,7 @@ def test_every_world_size_sees_the_same_batches(order, data):
         np.testing.assert_array_equal(np.concatenate(shares), whole)
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(orders(), st.integers(0, 2))
 def test_random_access_step_matches_sequential_read(order, epoch):
@@ -207,6 +210,7 @@ def test_random_access_step_matches_sequential_read(order, epoch):
         np.testing.assert_array_equal(order.batch(step), np.concatenate(expected), strict=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(orders(), st.data())
 def test_each_batch_part_comes_from_one_dataset(order, data):
@@ -261,6 +265,7 @@ def test_equal_length_samples_are_shuffled_uniformly(block_samples):
     assert np.abs(others - seeds * 5 / 11).max() < 5 * np.sqrt(seeds / 4)
 
 
+@pytest.mark.slow
 def test_placement_is_uniform_for_every_sample_length():
     seeds, counts = 1600, np.zeros((16, 2, 4, 2), dtype=np.int64)  # shard, lane, take, place
     lanes, takes, places = np.indices((2, 4, 2))
@@ -348,6 +353,7 @@ def images_and_texts() -> Mixture:
     return Mixture(texts=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lanes", "worlds"), [(8, [8]), (64, [8, 64])])
 @pytest.mark.parametrize(
     ("mixture", "window_blocks", "parts", "most"),
@@ -475,6 +481,7 @@ def test_order_can_be_pickled():
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(order)).batch(3), before)
 
 
+@pytest.mark.slow
 def test_order_of_100_million_samples_starts_at_late_step():
     lengths = np.random.default_rng(0).integers(10, 4000, 5_000)
     halves = tuple(Dataset(name, np.full(5_000, 10_000), lengths) for name in "ab")

@@ -115,6 +115,7 @@ def test_sentence_pairs_state_converse_relations() -> None:
     assert any(CHINESE.search(pair.query.text) and not CHINESE.search(pair.target.text) for pair in drawn)
 
 
+@pytest.mark.slow
 def test_training_excludes_evaluation_and_held_out_content() -> None:
     combination = re.compile(f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
     in_long = re.compile(f"is an? ({'|'.join(SHAPES)}), which is ({'|'.join(COLOURS)})")
@@ -144,6 +145,7 @@ def test_image_captions_contain_no_chinese() -> None:
     assert not any(CHINESE.search(text) for pair in pairs("images", 500) for text in pair.texts)
 
 
+@pytest.mark.slow
 def test_retrieval_siblings_differ_in_one_attribute() -> None:
     scenes = captioned.retrieval_scenes(SEED, 400)
     assert scenes == captioned.retrieval_scenes(SEED, 500)[: len(scenes)]

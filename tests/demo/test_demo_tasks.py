@@ -80,6 +80,7 @@ def test_training_excludes_held_out_combinations(dataset: str) -> None:
             assert not HELD_OUT.intersection(COMBINATION.findall(side.text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_evaluation_scenes_are_not_in_training(dataset: str) -> None:
     trained = {scene.content for question in training_questions(dataset, 2000) for scene in shown(question)}
@@ -91,6 +92,7 @@ def test_evaluation_scenes_are_not_in_training(dataset: str) -> None:
         assert all(scene.held_out == (part == "held-out") for scene in scenes)
 
 
+@pytest.mark.slow
 def test_held_out_questions_ask_about_held_out_things() -> None:
     for dataset in ("Scene-CLS", "Scene-VQA"):
         for row in evaluated(f"{dataset}-OOD")[0]:
@@ -193,10 +195,12 @@ def test_rows_do_not_depend_on_count() -> None:
     assert len(many) == 220
 
 
+@pytest.mark.slow
 def test_evaluation_files_are_deterministic() -> None:
     assert list(tasks.evaluation_files(SEED, 1)) == list(tasks.evaluation_files(SEED, 1))
 
 
+@pytest.mark.slow
 def test_evaluation_files_round_trip() -> None:
     files = dict(tasks.evaluation_files(SEED, 3))
     described = json.loads(files["tasks.json"])

@@ -276,6 +276,7 @@ def test_unmatched_pattern_is_refused_before_folder_creation(tiny_model, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_embeddings_of_another_model_are_refused(tiny_model, inputs, media, tmp_path, monkeypatch, capsys):
     out, moved = tmp_path / "out", tmp_path / "moved"
     texts = ["--texts", inputs / "texts.txt"]

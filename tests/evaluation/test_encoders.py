@@ -258,6 +258,7 @@ def test_padding_counts_only_with_padded_attention(tiny_model, monkeypatch, pads
     assert torch.equal(ours, users)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llave", "clip"])
 def test_identity_depends_on_weights_and_options_not_path(tiny_clip, tiny_model, tmp_path, kind):
     source = {"llave": tiny_model, "clip": tiny_clip}[kind]

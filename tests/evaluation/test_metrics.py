@@ -134,6 +134,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_identical_embeddings_tie_for_any_tile_and_thread_count(threads):
     """In a plain float32 product, some similarities differ in the last digit."""
     distinct = unit(48, 333)

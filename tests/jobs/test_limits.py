@@ -147,6 +147,7 @@ def deepspeeds_shared_memory(rank: int) -> bool:
     return deepspeed.comm.comm.cdb.shm_comm_op is not None
 
 
+@pytest.mark.slow
 def test_deepspeed_shared_memory_reduction_is_disabled():
     """It would take 66 MB per rank; a container has 64 MB by default."""
     assert on_two_ranks(deepspeeds_shared_memory) == [False, False]

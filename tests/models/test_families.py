@@ -141,6 +141,7 @@ def photo(orientation: int) -> bytes:
     return data.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llave", "llm2clip", "clip"])
 def test_image_orientation_setting_is_applied_and_exported(kind, folders, tiny_model, tmp_path):
     name, path = ("demo", tiny_model) if kind == "llave" else (f"demo_{kind}", folders[kind])

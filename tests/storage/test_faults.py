@@ -56,6 +56,7 @@ def unfinished(key: str) -> list[str]:
     return [entry["Key"] for entry in listed.get("Uploads", [])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "length"), [(0, None), (1000, None), (77, 1_000_000)])
 @pytest.mark.parametrize("fault", [RESET, TRUNCATE, UNAVAILABLE], ids=lambda fault: fault.kind)
 def test_broken_read_resumes_at_the_break(proxied, fault, start, length):
@@ -82,6 +83,7 @@ def test_transient_error_is_retried(proxied, fault):
     assert not objects.exists(OBJECT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [RESET, TRUNCATE], ids=lambda fault: fault.kind)
 def test_truncated_response_is_requested_again(proxied, fault):
     for action, answer in ((objects.list_under, [OBJECT]), (objects.exists, False)):
@@ -96,6 +98,7 @@ def test_permanent_error_is_not_retried(proxied):
     assert proxy.requests == [("GET", PATH), ("DELETE", PATH)]
 
 
+@pytest.mark.slow
 def test_progress_extends_the_timeout(proxied):
     objects.configure(timeout_s=6)  # even a loaded machine answers in a third of it
     proxied(only("GET", range(4), stall(60)))  # four timeouts of 2 s; each attempt receives half of the rest
@@ -104,6 +107,7 @@ def test_progress_extends_the_timeout(proxied):
     assert objects.bytes_received() - before == len(CONTENT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "reason"), [(stall(60), "ReadTimeoutError"), (UNAVAILABLE, "503 SlowDown")])
 def test_no_progress_raises_after_the_timeout(proxied, fault, reason):
     objects.configure(timeout_s=3)
@@ -115,6 +119,7 @@ def test_no_progress_raises_after_the_timeout(proxied, fault, reason):
         assert part in text
 
 
+@pytest.mark.slow
 def test_size_and_write_raise_on_persistent_error(proxied):
     objects.configure(timeout_s=3)
     proxied(lambda number, method, path: UNAVAILABLE)
@@ -132,6 +137,7 @@ def test_endpoint_that_never_answered_raises(s3, monkeypatch):
         assert time.monotonic() - began >= 0.5
 
 
+@pytest.mark.slow
 def test_read_waits_for_server_to_return(s3, monkeypatch):
     monkeypatch.setattr(client, "FIRST_ANSWER_S", 0.1)
     objects.write(OBJECT, CONTENT)
@@ -150,6 +156,7 @@ def test_read_waits_for_server_to_return(s3, monkeypatch):
     assert back[0].requests == [("GET", PATH)]
 
 
+@pytest.mark.slow
 def test_fault_proxy_answers_502_without_its_server(monkeypatch):
     with FaultProxy(f"http://127.0.0.1:{free_ports(1)[0]}") as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
@@ -183,6 +190,7 @@ def _read_pieces(count: int) -> tuple[bool, int]:
     return right, objects.bytes_received()
 
 
+@pytest.mark.slow
 def test_threads_in_forked_processes_survive_faults(proxied):
     def plan(number: int, method: str, path: str) -> Fault | None:
         return (RESET, TRUNCATE, UNAVAILABLE, None)[number % 4]
@@ -204,6 +212,7 @@ def test_body_damaged_in_transit_is_sent_again(proxied, size):
     assert proxy.count("PUT") == (2 if size == 1000 else 4)
 
 
+@pytest.mark.slow
 def test_body_damaged_on_every_attempt_is_refused(proxied):
     objects.configure(timeout_s=3)
     proxied(lambda number, method, path: FLIP if method == "PUT" else None)
@@ -225,6 +234,7 @@ def test_stale_uploads_of_the_same_key_are_removed(proxied):
     assert unfinished(key) == [key + "-beside"]
 
 
+@pytest.mark.slow
 def test_a_failed_upload_is_removed_by_the_next(proxied):
     url, data = f"{ROOT}/failed", os.urandom(LARGE)
     proxied(lambda number, method, path: refuse(403, "AccessDenied") if "partNumber=2" in path else None)
@@ -243,6 +253,7 @@ def test_write_works_without_listing_uploads(proxied):
     assert objects.read(f"{ROOT}/unlisted") == data
 
 
+@pytest.mark.slow
 def test_lost_completion_response_is_checked_against_object(proxied):
     """The next attempt finds no upload, and the object itself shows whether the first one succeeded."""
     data = os.urandom(LARGE)

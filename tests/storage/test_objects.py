@@ -29,6 +29,7 @@ def message(action, *arguments) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_write_read_list_and_delete(root, tmp_path):
     name = objects.join(root, "folder", "a b ü.bin")
     assert not objects.exists(name)
@@ -96,6 +97,7 @@ def test_bytes_received_counts_read_bytes_only(root):
     assert objects.bytes_received() - before == 1005
 
 
+@pytest.mark.slow
 def test_list_is_paginated(s3):
     for number in range(1005):
         objects.write(f"{ROOT}/many/{number:04d}", b"")
@@ -124,6 +126,7 @@ def test_failed_write_preserves_old_object(tmp_path, monkeypatch):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "url", "expected"),
     [
@@ -170,6 +173,7 @@ def test_missing_credentials_error_names_the_variable(s3, monkeypatch, tmp_path)
     assert "AWS_ACCESS_KEY_ID" in message(objects.read, f"{ROOT}/key")
 
 
+@pytest.mark.slow
 def test_forked_child_reads_with_its_own_client(s3):
     objects.write(f"{ROOT}/forked", b"data")
     objects.read(f"{ROOT}/forked")
@@ -199,6 +203,7 @@ def test_configure_replaces_all_settings(configured):
     assert client._settings == changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pays", [True, False])
 def test_requester_pays_header_is_sent_with_every_operation(s3, configured, pays):
     configured(requester_pays=pays)
@@ -294,6 +299,7 @@ def test_short_bodies_are_resumed(odd, announced):
     assert server.requests == ["bytes=10-19", "bytes=14-19", "bytes=18-19"]
 
 
+@pytest.mark.slow
 def test_empty_bodies_raise(odd, configured):
     configured(timeout_s=3)
     odd(cut=0)
@@ -305,6 +311,7 @@ def test_server_without_range_support_is_refused(odd):
     assert "does not support ranged reads" in message(objects.read, "s3://bucket/key", 10, 10)
 
 
+@pytest.mark.slow
 def test_server_that_ignores_if_match_is_detected(odd):
     odd(cut=4, overwritten=True)
     assert "was overwritten" in message(objects.read, "s3://bucket/key", 10, 10)
