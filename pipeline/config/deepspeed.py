@@ -183,8 +183,8 @@ def _checked(config: dict[str, Any]) -> _Config:
             ]
             raise ValueError(f"{place} is deprecated: set zero_optimization.{' or zero_optimization.'.join(names)}")
         # DeepSpeed also reads "2", "false" and true as numbers or booleans; what reads its config later does not.
-        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
-        kinds = [kind for kind in kinds if kind is not type(None)]
+        options = field.annotation, *get_args(field.annotation)
+        kinds = [kind for kind in options if isinstance(kind, type) and kind is not type(None)]
         if value not in (None, "auto") and kinds == [bool] and not isinstance(value, bool):
             raise ValueError(f"{place} is {json.dumps(value)}: write true or false, without quotes")
         is_number = kinds and bool not in kinds and all(issubclass(kind, int | float) for kind in kinds)
