@@ -152,3 +152,9 @@ def test_truncated_or_unsupported_images_are_refused(data):
 def test_elongated_image_is_refused_instead_of_padded(size):
     with pytest.raises(BadSample, match=f"{size[0]}x{size[1]} pixels are too many"):
         Tiling(24, 3, ((24, 24),)).cut(Image.new("RGB", size), anyres=False)
+
+
+@pytest.mark.parametrize("anyres", [False, True])
+def test_tiles_are_contiguous(anyres):
+    """Convolutions over other strides may round differently, and tiles from a worker process are contiguous."""
+    assert Tiling(24, 3, ((24, 48),)).cut(picture(40, 30), anyres=anyres).flags.c_contiguous
