@@ -31,7 +31,7 @@ from pipeline.data.mmeb import (
     mmeb_text,
     read_tasks,
 )
-from pipeline.data.sample import Item, Pair, Single, is_absent
+from pipeline.data.sample import IMAGE_MARK, Item, Pair, Single, is_absent
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
 from pipeline.storage.documents import check_members, note_unread
@@ -46,10 +46,11 @@ SOURCE has the layout of https://huggingface.co/datasets/TIGER-Lab/MMEB-train:
     SOURCE/<path>, or SOURCE/images/<path>          the images that the rows name
 
 Each subset becomes DEST/<subset>/. Every row becomes a pair: its query is qry, its target the positive, and its hard
-negative the negative, unless that is empty. In texts, <|image_1|> becomes <image>; if the row names an image and the
-text has no mark, <image> goes to the front. If the row names no image, as for WebQA's queries, the mark and the white
-space after it are removed. A row is rejected if it has another mark, such as <|image_2|>, or a value that is not a
-text; null and NaN count as the empty text.
+negative the negative, unless that is empty. In texts, <|image_1|> becomes <image>; nothing else changes, white space at
+the ends included. A row may have an image without a mark, or a mark without an image, as WebQA's queries:
+model.marks in the recipe says how they are read. A row is rejected if it has another mark, such as <|image_2|>, a
+second one, a query or positive without text and image, or a value that is not a text; null and NaN count as the empty
+text.
 
     python tools/make_shards.py mmeb-train MMEB-train s3://bucket/mmeb --split diverse_instruction
 """
@@ -82,7 +83,14 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", choices=("original", "diverse_instruction"), default="original", help="(default original)"
     )
     parser.add_argument("--limit", type=in_range(1), metavar="N", help="use only the first N rows of each subset")
+    _add_keep_empty(parser, "query or positive")
     add_images(parser, "SOURCE/images or SOURCE, depending on where the first image is")
+
+
+def _add_keep_empty(parser: argparse.ArgumentParser, sides: str) -> None:
+    parser.add_argument(
+        "--keep-empty", action="store_true", help=f"keep rows with a {sides} that has neither text nor image"
+    )
 
 
 def _subsets(arguments: argparse.Namespace) -> dict[str, Rows]:
@@ -99,7 +107,8 @@ def _subsets(arguments: argparse.Namespace) -> dict[str, Rows]:
         raise PipelineError(f"--subset: no {', '.join(unknown)} in {source}; it has {', '.join(files)}")
     groups = {name: _row_groups(files[name], arguments.limit or sys.maxsize) for name in names}
     images = image_folder(arguments, arguments.images or _image_place(source, chain(*groups.values())))
-    return {objects.join(arguments.dest, name): Subset(name, images, groups[name]) for name in names}
+    keep = arguments.keep_empty
+    return {objects.join(arguments.dest, name): Subset(name, images, groups[name], keep) for name in names}
 
 
 @dataclass(frozen=True)
@@ -174,10 +183,11 @@ def _image_place(source: Path, groups: Iterable[RowGroup]) -> Path:
 
 @dataclass(frozen=True)
 class Subset(Rows):
-    """The rows of one subset."""
+    """The rows of one subset.  keep_empty: keep rows with a query or positive that has neither text nor image."""
 
     images: ImageFolder
     groups: tuple[RowGroup, ...]
+    keep_empty: bool = False
 
     def sizes(self) -> np.ndarray:
         return np.concatenate([np.zeros(0, np.int64), *map(self._group_sizes, self.groups)])
@@ -195,11 +205,9 @@ class Subset(Rows):
 
     def sample(self, number: int) -> Pair:
         query, target, negative = self._sides(number)
-        negatives = (
-            (_item(self.images, *negative),) if negative[0].strip() else ()
-        )  # with an image, the text has a mark
+        negatives = (_item(self.images, *negative),) if any(map(str.strip, negative)) else ()
         task, _ = MMEB_TASKS.get(self.dataset, ("", True))
-        query_item, target_item = _item(self.images, *query), _item(self.images, *target)
+        query_item, target_item = (_item(self.images, *side, may_be_empty=self.keep_empty) for side in (query, target))
         return Pair(f"{number:08d}", self.dataset, task, query_item, target_item, negatives)
 
     def _sides(self, number: int) -> list[tuple[str, str]]:
@@ -218,14 +226,16 @@ class Subset(Rows):
             elif not isinstance(value, str):
                 raise Rejection("wrong fields", f"{name} is {value!r}, which is not a text")
         try:
-            return [(mmeb_text(row[text], bool(row[path])), row[path]) for text, path in _SIDES]
+            return [(mmeb_text(row[text]), row[path]) for text, path in _SIDES]
         except ValueError as error:
             raise Rejection("marks and files differ", str(error)) from None
 
 
-def _item(images: ImageFolder, text: str, path: str) -> Item:
-    """Return a text with the image at `path`, if there is one. Raises Rejection."""
-    return Item(checked_text(text, images=int(bool(path))), (images.read(path),) if path else ())
+def _item(images: ImageFolder, text: str, path: str, *, may_be_empty: bool = False) -> Item:
+    """Return a text with the image at `path`, if there is one; neither has to exist. Raises Rejection."""
+    if text.strip() or not (path or may_be_empty):
+        text = checked_text(text, images=text.count(IMAGE_MARK))
+    return Item(text, (images.read(path),) if path else ())
 
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -238,6 +248,7 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--subset", nargs="+", metavar="NAME", help="use only these datasets (default: all)")
     parser.add_argument("--limit", type=in_range(1), metavar="N", help="use only the first N queries of each dataset")
+    _add_keep_empty(parser, "query or candidate")
 
 
 def _evaluation_sets(arguments: argparse.Namespace) -> dict[str, Rows]:
@@ -247,7 +258,8 @@ def _evaluation_sets(arguments: argparse.Namespace) -> dict[str, Rows]:
     sets: dict[str, Rows] = {}
     for name, (meta_task, _) in _tasks(arguments).items():
         rows = list(islice(evaluation_rows(str(source / name)), arguments.limit))
-        sets[objects.join(arguments.dest, name)] = EvaluationSet.of(name, meta_task, images, rows)
+        keep = arguments.keep_empty
+        sets[objects.join(arguments.dest, name)] = EvaluationSet.of(name, meta_task, images, rows, keep)
     return sets
 
 
@@ -275,22 +287,33 @@ def _tasks(arguments: argparse.Namespace) -> dict[str, tuple[str, bool]]:
 
 @dataclass(frozen=True)
 class EvaluationSet(Rows):
-    """One set. items: the distinct queries and candidates. queries, candidates: item numbers of each row."""
+    """One set.  items: the distinct queries and candidates.  queries, candidates: item numbers of each row.
+
+    keep_empty: items may have neither text nor image.
+    """
 
     task: str
     images: ImageFolder
     items: list[Side]
     queries: list[int]
     candidates: list[list[int]]
+    keep_empty: bool = False
 
     @classmethod
-    def of(cls, dataset: str, task: str, images: ImageFolder, rows: list[tuple[Side, list[Side]]]) -> "EvaluationSet":
+    def of(
+        cls,
+        dataset: str,
+        task: str,
+        images: ImageFolder,
+        rows: list[tuple[Side, list[Side]]],
+        keep_empty: bool,
+    ) -> "EvaluationSet":
         """Number the queries in order of appearance, then the candidates that are not queries."""
         sides = chain((query for query, _ in rows), chain.from_iterable(candidates for _, candidates in rows))
         numbers = {side: number for number, side in enumerate(dict.fromkeys(sides))}
         queries = [numbers[query] for query, _ in rows]
         candidates = [[numbers[side] for side in sides] for _, sides in rows]
-        return cls(dataset, task, images, list(numbers), queries, candidates)
+        return cls(dataset, task, images, list(numbers), queries, candidates, keep_empty)
 
     def sizes(self) -> np.ndarray:
         sizes = [self.images.size(image) if image else 0 for _, image in self.items]
@@ -307,7 +330,7 @@ class EvaluationSet(Rows):
 
     def sample(self, number: int) -> Single:
         try:
-            item = _item(self.images, *self.items[number])
+            item = _item(self.images, *self.items[number], may_be_empty=self.keep_empty)
         except Rejection as reason:
             raise PipelineError(
                 f"{self.dataset}, {self.name(number)}: {reason}; an evaluation set must be complete: correct it, or "

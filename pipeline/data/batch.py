@@ -21,12 +21,16 @@ _STAND_IN = Pair("", "", "", Item(""), Item(""))
 
 @dataclass(frozen=True)
 class Image:
-    """An image or a video as tiles (n, 3, size, size) uint8, and its original size; a video has one tile per frame."""
+    """An image or a video as tiles (n, 3, size, size) uint8, and its original size; a video has one tile per frame.
+
+    blank: it stands for a missing image: its one tile is zeros after normalisation, which no uint8 expresses.
+    """
 
     tiles: np.ndarray
     height: int
     width: int
     video: bool = False
+    blank: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Encoded:
             # The original size affects the model's input only for images of several tiles.
             sized = not image.video and len(image.tiles) > 1
             size = (image.height, image.width) if sized else (0, 0)
-            shapes += [*image.tiles.shape, *size, image.video]
+            shapes += [*image.tiles.shape, *size, image.video + 2 * image.blank]
         ids = np.ascontiguousarray(self.input_ids, np.int32).tobytes()
         places = b"" if self.positions is None else np.ascontiguousarray(self.positions, np.int64).tobytes()
         tiles = (sha256(np.ascontiguousarray(image.tiles).data).digest() for image in self.images)

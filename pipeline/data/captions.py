@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterable
 from io import StringIO
 
-from pipeline.data.sample import BYTE_ORDER_MARK, is_absent, text_fault
+from pipeline.data.sample import BYTE_ORDER_MARK, distinct, is_absent, text_fault
 from pipeline.errors import PipelineError
 from pipeline.storage.documents import check_members, parse_json
 
@@ -24,9 +24,10 @@ _MATTERS = "caption|sentence|description|conversation|text|start|end|begin|split
 
 
 def usable_captions(values: Iterable[object]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Split values into usable captions, stripped and without duplicates, and (cause, detail) of each unusable value.
+    """Split values into usable captions, without duplicates, and (cause, detail) of each unusable value.
 
-    A caption is usable if it is a str without a `text_fault`. Empty values are ignored.
+    A caption is usable if it is a str without a `text_fault`. Empty values are ignored. Of captions that differ only in
+    the white space at their ends, the first is kept, byte for byte.
     """
     texts: list[str] = []
     faults: list[tuple[str, str]] = []
@@ -34,12 +35,12 @@ def usable_captions(values: Iterable[object]) -> tuple[list[str], list[tuple[str
         if not isinstance(value, str):
             if not is_absent(value):
                 faults.append(("no caption", f"{value!r} is not a text"))
-        elif text := value.replace(BYTE_ORDER_MARK, "").strip():
+        elif (text := value.replace(BYTE_ORDER_MARK, "")).strip():
             if fault := text_fault(text):
                 faults.append(fault)
             else:
                 texts.append(text)
-    return list(dict.fromkeys(texts)), faults
+    return distinct(texts), faults
 
 
 def captioned_images(file: str, data: bytes, split: str) -> list[tuple[str, list[object]]]:

@@ -65,18 +65,17 @@ MATTERS = "^(qry|query|tgt|target|cand|pos|neg)|inst|prompt|text|image|img|video
 Side = tuple[str, str]  # a text, and the path of its image or ""
 
 
-def mmeb_text(text: str, has_image: bool) -> str:
-    """Convert a row's text: MMEB's image mark becomes `<image>`; if there is none, `<image>` goes to the front.
+def mmeb_text(text: str) -> str:
+    """Return a row's text with MMEB's image mark as `<image>`. A byte-order mark at the front is removed, nothing else.
 
-    Without an image, the mark and the white space after it are removed. Raises ValueError for any other mark.
+    Raises ValueError for another mark, and for more than one.
     """
     if others := set(_MARKS.findall(text)) - {MMEB_IMAGE_MARK}:
         raise ValueError(f"the mark {min(others)}, but only {MMEB_IMAGE_MARK} is supported, in {text[:200]!r}")
-    text = text.lstrip(BYTE_ORDER_MARK)
-    if not has_image:
-        return re.sub(rf"{re.escape(MMEB_IMAGE_MARK)}\s*", "", text)
-    text = text.replace(MMEB_IMAGE_MARK, IMAGE_MARK)
-    return text if IMAGE_MARK in text else f"{IMAGE_MARK}\n{text}"
+    text = text.lstrip(BYTE_ORDER_MARK).replace(MMEB_IMAGE_MARK, IMAGE_MARK)
+    if (marks := text.count(IMAGE_MARK)) > 1:
+        raise ValueError(f"{marks} {IMAGE_MARK}, but a row has at most one image, in {text[:200]!r}")
+    return text
 
 
 # Marks of further images, of videos, and of Qwen's models.
@@ -134,8 +133,8 @@ def _sides(row: dict[str, object]) -> tuple[Side, list[Side]]:
         return list(map(plain, values if isinstance(values, list) else [values]))
 
     def side(text: str, image: str, instruction: object) -> Side:
-        text = mmeb_text(_instructed(plain(instruction), text), bool(image))
-        if text.strip() and (fault := text_fault(text, images=int(bool(image)))):
+        text = mmeb_text(_instructed(plain(instruction), text))
+        if text.strip() and (fault := text_fault(text, images=text.count(IMAGE_MARK))):
             raise ValueError(": ".join(fault))
         return text, image
 

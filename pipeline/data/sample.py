@@ -1,7 +1,8 @@
 """A sample: a query and its target, or a single item. An item is a text with its images or video."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -23,7 +24,7 @@ VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
 class Item:
     """One thing to embed.
 
-    text: with a mark `<image>` (`<video>`) at the place of each image (of the video).
+    text: with a mark `<image>` (`<video>`) at the place of each image (of the video). White space at its ends is kept.
     images: encoded bytes (PNG, JPEG, ...), in the order of their marks.
     video: encoded bytes, or None.
     vector: (width,) float32, the text's precomputed embedding by a frozen language model, or None.
@@ -95,7 +96,7 @@ class Pair:
         """
         if not self.query.images and self.query.video is None:
             return self.one_text(draw)
-        texts = [text for text in dict.fromkeys(text.strip() for text in self.texts) if text]  # models strip them, too
+        texts = distinct(self.texts)
         if self.target.images:
             raise BadSample("its target has an image; only captions can be paired")
         if len(texts) < 2:
@@ -141,6 +142,25 @@ def text_fault(text: str, images: int = 0, videos: int = 0) -> tuple[str, str] |
         if (marks := text.count(mark)) != files:
             return "marks and files differ", f"{marks} {mark} for {files} files in {shown}"
     return None
+
+
+def distinct(texts: Iterable[str]) -> list[str]:
+    """Return the first of those texts that differ at most in the white space at their ends, and no blank text."""
+    found: dict[str, str] = {}
+    for text in texts:
+        found.setdefault(text.strip(), text)
+    found.pop("", None)
+    return list(found.values())
+
+
+def mended(text: str, images: int) -> str:
+    """Return an item's text with the right image marks, where a row of MMEB has a mark or an image too many.
+
+    Without images, marks and the white space after them are removed. One image without a mark gets one at the front.
+    """
+    if not images:
+        return re.sub(rf"{IMAGE_MARK}\s*", "", text)
+    return f"{IMAGE_MARK}\n{text}" if images == 1 and IMAGE_MARK not in text else text
 
 
 def is_absent(value: object) -> bool:

@@ -78,9 +78,9 @@ def evaluation_files(seed: int, number: int) -> dict[str, bytes]:
             clips.setdefault(phrase(clip.thing, "en"), clip)
     files = {f"{place:04d}.mp4": clip for place, clip in enumerate(clips.values())}
     wording = {
-        "seeks_medium": "Find the image: {}",
-        "medium": "<video>\nRepresent the image.",
-        "seeks_caption": "<video>\nFind the caption.",
+        "seeks_medium": "Find the image: {}\n",
+        "medium": "<video>\nRepresent the image.\n",
+        "seeks_caption": "<video>\nFind the caption.\n",
     }
     listed = {"captions.json": {name: caption(clip) for name, clip in files.items()}, "wording.json": wording}
     texts = {name: (json.dumps(content, indent=1) + "\n").encode() for name, content in listed.items()}

@@ -161,14 +161,14 @@ def _ask(dataset: str, split: Split, rng: np.random.Generator) -> _Question:
 
 def _classification(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
     large = next(thing for thing in scene.things if thing.size == "large")
-    query = _Side(f"{IMAGE_MARK}\nClassify the large object.", _Picture(scene))
+    query = _Side(f"{IMAGE_MARK}\nClassify the large object.\n", _Picture(scene))
     near = _near(large, split, rng, ("colour", "shape"))
     return _Question(query, _text(captions.label(large)), [_text(captions.label(thing)) for thing in near])
 
 
 def _vqa(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
     asked = _asked(scene, rng)
-    query = _Side(f"{IMAGE_MARK}\nAnswer: what is at the {asked.place}?", _Picture(scene))
+    query = _Side(f"{IMAGE_MARK}\nAnswer: what is at the {asked.place}?\n", _Picture(scene))
     near = _near(asked, split, rng, ("colour", "shape", "size"))
     others = (thing for thing in scene.things if thing is not asked)
     hard = [_text(captions.phrase(thing, "en")) for thing in (*near, *others)]
@@ -176,20 +176,20 @@ def _vqa(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
 
 
 def _text_to_image(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
-    query = _Side(f"Find the image: {captions.short(scene, 'en')}")
+    query = _Side(f"Find the image: {captions.short(scene, 'en')}\n")
     hard = (_image(other, f"-v{i}") for i, other in enumerate(_siblings(scene, split, rng), 1))
     return _Question(query, _image(scene), hard)
 
 
 def _image_to_text(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
-    query = _Side(f"{IMAGE_MARK}\nFind the caption.", _Picture(scene))
+    query = _Side(f"{IMAGE_MARK}\nFind the caption.\n", _Picture(scene))
     return _Question(query, _caption(scene), (_caption(other) for other in _siblings(scene, split, rng)))
 
 
 def _grounding(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
     asked = _asked(scene, rng)
     phrase = captions.phrase(asked, "en", "definite")
-    query = _Side(f"{IMAGE_MARK}\nSelect the part: {phrase}", _Picture(scene))
+    query = _Side(f"{IMAGE_MARK}\nSelect the part: {phrase}\n", _Picture(scene))
     others = (_part(scene, thing) for thing in scene.things if thing is not asked)
     looks = [thing.looks for thing in scene.things]
     near = [new for new in _near(asked, split, rng, ("colour", "shape", "size")) if new.looks not in looks]
@@ -230,7 +230,7 @@ def _text(text: str) -> _Side:
 
 
 def _image(scene: Scene, name: str = "") -> _Side:
-    return _Side(f"{IMAGE_MARK}\nRepresent the image.", _Picture(scene, name), scene.content)
+    return _Side(f"{IMAGE_MARK}\nRepresent the image.\n", _Picture(scene, name), scene.content)
 
 
 def _caption(scene: Scene) -> _Side:
@@ -240,7 +240,7 @@ def _caption(scene: Scene) -> _Side:
 def _part(scene: Scene, thing: Thing, name: str = "") -> _Side:
     picture = _Picture(scene, name or "-" + thing.place.replace(" ", "-"), thing)
     # The key excludes the place, which the phrase in the query does not mention.
-    return _Side(f"{IMAGE_MARK}\nRepresent the part.", picture, thing.looks)
+    return _Side(f"{IMAGE_MARK}\nRepresent the part.\n", picture, thing.looks)
 
 
 def _named(question: _Question, stem: str) -> _Question:

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.image_processing_backends import PilBackend
 
 from pipeline.config import EvaluationRun
-from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item, mended
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
@@ -122,13 +122,14 @@ class ClipEncoder:
 
     def prepare(self, item: Item) -> Prepared:
         """Decode and tokenize an item. Raises BadSample if that fails, or if its marks do not match its pictures."""
+        text = mended(item.text, len(item.images))
         for mark, count in ((IMAGE_MARK, len(item.images)), (VIDEO_MARK, int(item.video is not None))):
-            if item.text.count(mark) != count:
-                raise BadSample(f"{item.text.count(mark)} {mark} marks in the text, {count} expected")
+            if text.count(mark) != count:
+                raise BadSample(f"{text.count(mark)} {mark} marks in the text, {count} expected")
         pictures = [decode_image(image, self.as_stored) for image in item.images]
         if item.video is not None:
             pictures += sample_frames(item.video, self.video_frames)
-        text = without_marks(item.text)
+        text = without_marks(text)
         ids = None if pictures and not text else self._tokenize(text)
         return Prepared(ids, tuple(map(self._pixels, pictures)))
 

@@ -73,8 +73,9 @@ Task = Ranking | Retrieval
 class Collection:
     """Tasks and their items. An item that several tasks use is stored, and embedded, once.
 
-    Texts are stripped, as models read them. Pictures with different bytes are different items, even if their pixels are
-    equal (copies with other metadata): comparing pixels needs decoding, which is skipped for embeddings on disk.
+    Texts that differ in the white space at their ends are different items. So are pictures with different bytes, even
+    if their pixels are equal (copies with other metadata): comparing pixels needs decoding, which is skipped for
+    embeddings on disk.
 
     items: functions that read the items.  keys: 16 bytes, equal only for equal items.
     names: for display: the path of a picture, or else the text.
@@ -96,7 +97,6 @@ class Collection:
         return self._rows[key]
 
     def text(self, text: str) -> int:
-        text = text.strip()
         return self.row(item_key(text), text, partial(Item, text))
 
     def medium(self, text: str, url: str, stamp: str, *, video: bool = False, name: str = "") -> int:
@@ -104,7 +104,6 @@ class Collection:
 
         stamp: see `objects.stamps`.  name: default: the URL.
         """
-        text = text.strip()
         return self.row(item_key(text, url, stamp), name or url, partial(_read, text, url, video))
 
 

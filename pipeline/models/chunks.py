@@ -56,6 +56,12 @@ class Packed:
             return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
         return torch.from_numpy(np.concatenate([image.tiles for image in self.images]))
 
+    @property
+    def blank_tiles(self) -> list[int]:
+        """The places among `tiles` of those that are zeros after normalisation; see `Image.blank`."""
+        ends = np.cumsum([len(image.tiles) for image in self.images])
+        return [int(end) - 1 for end, image in zip(ends, self.images, strict=True) if image.blank]
+
     def to(self, device: torch.device) -> "Packed":
         """Copy token and position ids to a device. Tiles stay in CPU memory: they may be encoded already."""
         return replace(self, input_ids=sent(self.input_ids, device), position_ids=sent(self.position_ids, device))

@@ -12,7 +12,7 @@ from PIL.Image import Image as Picture
 from torch import nn
 
 from pipeline.data.batch import Encoded, Image
-from pipeline.data.sample import BadSample, Item
+from pipeline.data.sample import BadSample, Item, mended
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.models.chunks import Packed, sent
@@ -95,7 +95,7 @@ class TwoTowerProcessor:
         if images or item.video is not None:
             frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
             return self.encode_parts("", images, frames)
-        told = self.tokenized(item.text)
+        told = self.tokenized(mended(item.text, 0))  # a mark stands for an image that the item lacks
         if not self.with_vectors:
             return told
         if item.vector is None and item.text:

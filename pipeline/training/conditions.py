@@ -20,6 +20,8 @@ _NOT_NOTED_ONCE = {
     "the token lengths' version": 1,
     "the masks' version": 1,
     "model.images": "as_stored",
+    "model.marks": "mended",
+    "white space around texts": "stripped",
 }
 
 

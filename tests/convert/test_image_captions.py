@@ -40,7 +40,7 @@ def test_train_and_restval_splits_are_merged(source, tmp_path):
     make_shards("coco-captions", source, tmp_path / "out", "--images", folder)
     a, b, c = (Item(QUERY, ((folder / n).read_bytes(),)) for n in ("train2014/a.jpg", "val2014/b.jpg", "c.jpg"))
     assert read_all(str(tmp_path / "out")) == [
-        Pair("00000000", "dataset_coco", "retrieval", a, Item("A cat."), alternatives=("Eine Katze ü",)),
+        Pair("00000000", "dataset_coco", "retrieval", a, Item(" A cat. "), alternatives=("Eine Katze ü",)),
         Pair("00000001", "dataset_coco", "retrieval", b, Item("A dog.")),
         Pair("00000002", "dataset_coco", "retrieval", c, Item("A car."), alternatives=("A red car.",)),
     ]

@@ -75,7 +75,7 @@ def make_source(folder: Path) -> dict[str, list[Pair]]:
                 "",
                 "retrieval",
                 Item(QUERY, (content["jpg"],)),
-                Item(f"short {int(key[1:]) + 10 * tar}"),
+                Item(f"short {int(key[1:]) + 10 * tar}\n"),
                 alternatives=tuple(json.loads(content["json"])["caption_long"]),
             )
             for key, content in tars[name].items()
@@ -271,7 +271,7 @@ def test_one_usable_caption_suffices_and_unread_members_are_listed(tmp_path, cap
     write_tar(tmp_path / "0.tar", samples)
     index(tmp_path, tmp_path, *OPTIONS, "--max-rejected", "0.9")
     texts = {pair.key: pair.texts for pair in pairs_of(str(tmp_path))["0.tar"]}
-    assert texts == {"deep": ("short 0",), "text": ("A long caption, number 1.", "ünïcode 1"), "long": ("b",)}
+    assert texts == {"deep": ("short 0\n",), "text": ("A long caption, number 1.", "ünïcode 1"), "long": ("b",)}
     rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert [(line["row"][7:], line["cause"], line["detail"]) for line in rejected] == [
         ("alone", "its json is malformed", "alone, caption_long"),

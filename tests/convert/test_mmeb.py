@@ -76,10 +76,10 @@ def test_every_text_and_image_is_converted(source, tmp_path, place):
         ],
         "VisDial": [
             ("retrieval", Item("Q: is it?\n A: no"), Item("<image>\nThe image", (c,)), (Item("<image>", (d,)),)),
-            ("retrieval", Item("<image>\nno mark", (c,)), Item("<image>\n", (c,)), (Item("<image>\n", (d,)),)),
+            ("retrieval", Item("no mark", (c,)), Item("", (c,)), (Item("", (d,)),)),
         ],
         "WebQA": [
-            ("retrieval", Item("Find: who?"), Item("she"), ()),
+            ("retrieval", Item("<image> \n Find: who?"), Item("she"), (Item("<image>\n"),)),
             ("retrieval", Item("who?"), Item("he"), (Item("it"),)),
         ],
         "Own": [("", Item("q"), Item("a"), ())],
@@ -132,8 +132,9 @@ def test_bad_rows_are_rejected(source, tmp_path):
     (source / "Bad").mkdir()
     parquet.write_table(pa.table(columns), source / "Bad/original-0.parquet")
     make_shards("mmeb-train", source, tmp_path / "out", "--subset", "Bad", "--max-rejected", 0.95)
-    (pair,) = read_all(str(tmp_path / "out/Bad"))
-    assert (pair.key, pair.query.text) == ("00000010", "good")
+    marked, good = read_all(str(tmp_path / "out/Bad"))
+    assert (marked.key, marked.target) == ("00000008", Item("<image>"))
+    assert (good.key, good.query.text) == ("00000010", "good")
     assert [(each["row"], each["cause"]) for each in rejected(tmp_path / "out/Bad")] == [
         ("row 0", "path leaves the source"),
         ("row 1", "path leaves the source"),
@@ -143,7 +144,6 @@ def test_bad_rows_are_rejected(source, tmp_path):
         ("row 5", "empty text"),
         ("row 6", "marks and files differ"),
         ("row 7", "marks and files differ"),
-        ("row 8", "marks and files differ"),
         ("row 9", "missing file"),
         ("row 11", "not UTF-8"),
         ("row 12", "not UTF-8"),
@@ -165,14 +165,14 @@ def test_non_text_values_and_unsupported_placeholders_are_rejected(source, tmp_p
     parquet.write_table(pa.table(columns), source / "Bad/original-0.parquet")
     make_shards("mmeb-train", source, tmp_path / "out", "--subset", "Bad", "--max-rejected", 0.95)
     first, last = read_all(str(tmp_path / "out/Bad"))
-    assert (first.query.text, first.negatives, last.query.text) == (" q \n", (), "<image>\nq")
+    assert (first.query.text, first.negatives, last.query.text) == (" q \n", (), "q")
     assert [(each["row"], each["cause"], each["detail"]) for each in rejected(tmp_path / "out/Bad")] == [
         ("row 1", "marks and files differ", "the mark <|image_2|>, but only <|image_1|> is supported, in "
                   "'<|image_1|> <|image_2|>'"),
         ("row 2", "marks and files differ", "the mark <|video_1|>, but only <|image_1|> is supported, in "
                   "'<|video_1|>'"),
         ("row 3", "wrong fields", "neg_text is 1.5, which is not a text"),
-        ("row 4", "marks and files differ", "2 <image> for 1 files in '<image>\\n<image>'"),
+        ("row 4", "marks and files differ", "2 <image>, but a row has at most one image, in '<image>\\n<image>'"),
     ]  # fmt: skip
 
 

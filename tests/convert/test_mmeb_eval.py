@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.convert import mmeb
 from pipeline.data.index import Index, IndexedFile, load_sidecar, read_samples
 from pipeline.data.mmeb import MMEB_TASKS, evaluation_rows, mmeb_text
-from pipeline.data.sample import Item, Single
+from pipeline.data.sample import Item, Single, mended
 from pipeline.data.shards import parse_sample
 from pipeline.demo.tasks import evaluation_files
 from pipeline.errors import PipelineError
@@ -103,8 +103,8 @@ def test_rows_reference_deduplicated_items(source, tmp_path):
     assert rows.to_pydict() == {"query": [0, 1], "candidates": [[2, 3], [3, 2]]}
     assert rows.schema.types == [pa.int32(), pa.list_(pa.int32())]
     assert [single.item.text for single in items_of(tmp_path / "dest/GQA")] == [
-        "<image>\nWhat is 图?",
-        "<image>\nWhat is 图?",
+        "What is 图?",
+        "What is 图?",
         "a red one",
         "a blue one",
     ]
@@ -183,7 +183,7 @@ def test_rows_with_inconsistent_candidates_are_refused(source, tmp_path, row, re
         ),
         (("<|video_1|> q", "", ["a"], [""]), r"row 0: the mark <\|video_1\|>, but"),
         (("<|vision_start|><|image_pad|> q", "", ["a"], [""]), r"row 0: the mark <\|image_pad\|>, but"),
-        (("<|image_1|><|image_1|>", "x", ["a"], [""]), "row 0: marks and files differ: 2 <image> for 1 files"),
+        (("<|image_1|><|image_1|>", "x", ["a"], [""]), "row 0: 2 <image>, but a row has at most one image"),
         (("q", "", ["a", "a <video>"], [""]), "row 0: marks and files differ: 1 <video> for 0 files"),
         (("a\0b", "", ["a"], [""]), "row 0: NUL character"),
     ],
@@ -198,21 +198,34 @@ def test_invalid_mmeb_text_error_names_row(source, tmp_path, row, reason):
 def test_null_text_is_empty_and_byte_order_mark_is_stripped(source, tmp_path, nothing):
     put_rows(source, [(None, "NIGHTS/red.png", "\ufeff a \n", nothing)])
     convert(source, tmp_path / "dest", "--subset", "GQA")
-    assert [single.item.text for single in items_of(tmp_path / "dest/GQA")] == ["<image>\n", " a \n"]
+    assert [single.item.text for single in items_of(tmp_path / "dest/GQA")] == ["", " a \n"]
 
 
 @pytest.mark.parametrize(
-    ("text", "has_image", "converted"),
+    ("text", "converted"),
     [
-        ("<|image_1|>\nWhat?", True, "<image>\nWhat?"),
-        ("What?", True, "<image>\nWhat?"),
-        ("Before <|image_1|> after", True, "Before <image> after"),
-        ("<|image_1|>\n A text alone.", False, "A text alone."),
-        ("A text alone.", False, "A text alone."),
+        ("<|image_1|>\nWhat?\n", "<image>\nWhat?\n"),
+        (" What?", " What?"),
+        ("Before <|image_1|> after", "Before <image> after"),
+        ("<image> as it is", "<image> as it is"),
     ],
 )
-def test_mmeb_image_placeholders_are_converted(text, has_image, converted):
-    assert mmeb_text(text, has_image) == converted
+def test_mmeb_image_placeholders_are_converted(text, converted):
+    assert mmeb_text(text) == converted
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "read"),
+    [
+        ("<image>\n A text alone.\n", 0, "A text alone.\n"),
+        ("A text alone.", 0, "A text alone."),
+        ("What?\n", 1, "<image>\nWhat?\n"),
+        ("What <image>?", 1, "What <image>?"),
+        ("two images", 2, "two images"),
+    ],
+)
+def test_marks_are_mended(text, images, read):
+    assert mended(text, images) == read
 
 
 def test_mmeb_has_36_datasets():
@@ -313,17 +326,16 @@ def test_instruction_columns_are_prepended_to_texts(source, tmp_path):
     rows[1]["tgt_text"] = ""  # one text for all images
     parquet.write_table(pa.Table.from_pylist([rows[1] | {"tgt_text": [""]}, rows[0], rows[2]]), put)
     find, answer, as_it_was = evaluation_rows(str(source / "GQA"))
-    shown = "<image>\nRepresent the picture.\n"
+    shown = "Represent the picture.\n"
     assert find == (("Find the picture: a red one\n", ""), [(shown, "NIGHTS/red.png"), (shown, "NIGHTS/blue.png")])
-    asked = "<image>\nAnswer the question: What is it?\n\n"
+    asked = "Answer the question: What is it?\n\n"
     assert answer == ((asked, "NIGHTS/red.png"), [("red", ""), ("blue", "")])
     assert as_it_was == (("<image>\nAs it was\n", "NIGHTS/red.png"), [("red", "")])
     convert(source, tmp_path / "dest")
     texts = {item.item.text for item in items_of(tmp_path / "dest/GQA")}
     assert {asked, shown, "Find the picture: a red one\n"} <= texts
-    # Texts of a collection are stripped, as for the models.
-    assert {text.strip() for text in texts} >= {item().text for item in load([str(source)]).items} - {
-        "<image>\nFind a day-to-day image that looks similar to the provided image.",
+    assert texts >= {item().text for item in load([str(source)]).items} - {
+        "<image>\nFind a day-to-day image that looks similar to the provided image.\n",
         "<image>\nRepresent the given image.",
     }
 

@@ -77,7 +77,7 @@ id-1,2,10,3,clean,5,English,A bird flies.
 @pytest.mark.parametrize(
     ("file", "content", "options", "captions"),
     [
-        ("all.json", MSRVTT, ["--split", "train"], {"video1.mp4": ("second", "第二"), "video0.mp4": ("first",)}),
+        ("all.json", MSRVTT, ["--split", "train"], {"video1.mp4": ("second", " 第二 "), "video0.mp4": ("first",)}),
         ("all.json", MSRVTT, ["--list", "LIST"], {"video0.mp4": ("first",), "video2.mp4": ("third",)}),
         ("all.json", NO_SPLIT, [], {"video0.mp4": ("first",)}),
         ("1kA.csv", ONE_K_A, [], {"video2.mp4": ("a man",), "video0.mp4": ("one, two",)}),

@@ -52,7 +52,10 @@ def upright_and_tagged() -> tuple[bytes, bytes]:
 
 # Items that differ only in their bytes.
 SAME = {
-    "white space at the ends": (Item("a red star"), Item("  a red star\n")),
+    "a mark that moves to the front": (
+        Item("<image>\nwhich?", (stored(picture()),)),
+        Item(" which? <image>\n", (stored(picture()),)),
+    ),
     "what is cut": (Item("star " * 300), Item("star " * 301)),
     "composed and decomposed letters": (Item("caf\u00e9"), Item("cafe\u0301")),
     "a photo with another date": tuple(

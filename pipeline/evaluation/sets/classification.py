@@ -106,7 +106,7 @@ def _names(folder: Folder, pictures: dict[str, list[str]]) -> dict[str, list[str
     names = {}
     for name in pictures:
         own = given[name] if isinstance(given[name], list) else [given[name]]
-        names[name] = [plain_text(each, f"{file}: a name of the class {name}") for each in own]
+        names[name] = [plain_text(each, f"{file}: a name of the class {name}").strip() for each in own]
     return names
 
 

@@ -114,12 +114,12 @@ def expecting(url: str, form: str) -> Iterator[None]:
 
 
 def plain_text(text: object, where: str) -> str:
-    """Strip white space and byte-order marks from a text. Raises PipelineError if it has a `text_fault`."""
+    """Return a text without byte-order marks at its ends. Raises PipelineError if it has a `text_fault`."""
     if not isinstance(text, str):
         raise PipelineError(f"{where} is {text!r}, not a text")
     if fault := text_fault(text):
         raise PipelineError(f"{where} cannot be used: {': '.join(fault)}; {MEND}")
-    return text.strip().strip(BYTE_ORDER_MARK).strip()
+    return text.strip(BYTE_ORDER_MARK)
 
 
 def stem(name: str, suffixes: frozenset[str]) -> str:

@@ -61,5 +61,4 @@ def _parse(key: str, sample: bytes, captions: Captions | None) -> Pair:
         raise PipelineError(f"{key} cannot be evaluated: {reason}") from None
     if not isinstance(pair, Pair):
         raise PipelineError(f"{key} is an item of an evaluation set: give the folder above, with its {TASKS_FILE}")
-    query, target = (replace(item, text=item.text.strip()) for item in (pair.query, pair.target))  # see Collection
-    return replace(pair, query=query, target=target)
+    return pair

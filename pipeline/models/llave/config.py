@@ -55,6 +55,12 @@ class LlaveSection(ModelSection):
         description='upright: turned by their EXIF orientation, 16 bits scaled to 8; as_stored: only convert("RGB"), '
         "like the papers' code; default: the model config's value, or else upright",
     )
+    marks: Literal["mended", "published"] | None = Field(
+        None,
+        description="rows of MMEB with a mark and no image, or an image and no mark. mended: the mark is removed, or "
+        "put at the front; published: the mark stands for a tile of zeros, and the image is ignored, like in the "
+        "paper's code; default: the model config's value, or else mended",
+    )
     train: LlaveTrain = LlaveTrain()
 
     @model_validator(mode="after")

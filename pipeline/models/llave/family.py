@@ -17,13 +17,13 @@ from pipeline.models.attention import fastest
 from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import ChunkMemory, ModelMemory, Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
-from pipeline.models.folder import note_images
+from pipeline.models.folder import finish, note_images
 from pipeline.models.llave import checks, weights
 from pipeline.models.llave.config import LlaveSection
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import FrozenTower, Llave, TowerlessLlave, build, check_language_model
-from pipeline.models.llave.processor import LlaveProcessor
+from pipeline.models.llave.processor import MARKS, LlaveProcessor, mark_reading
 from pipeline.models.loading import DTYPES, image_reading
 
 
@@ -44,11 +44,15 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
         check_language_model(model.path or "model.architecture", config)
 
     def conditions(self, model: LlaveSection) -> dict[str, Any]:
-        path, images = model.path, model.images
-        # The config of an original checkpoint does not say how images are read.
+        path = model.path
+        # The config of an original checkpoint does not say how images and marks are read.
         if path and weights.is_original(path):
             path = None
-        return super().conditions(model) | {"model.images": image_reading(path, images)}
+        return super().conditions(model) | {
+            "model.images": image_reading(path, model.images),
+            "model.marks": mark_reading(path, model.marks),
+            "white space around texts": "kept",  # earlier versions stripped every text
+        }
 
     def converts(self, path: str) -> bool:
         return weights.is_original(path)
@@ -84,8 +88,9 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
         build(model.architecture, texts, seed, folder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
-        tokens, frames, images = recipe.model.max_tokens, recipe.video.frames, self.section(recipe).images
-        return LlaveProcessor.load(path, tokens, frames, **self._own(recipe), images=images)
+        section, tokens = self.section(recipe), recipe.model.max_tokens
+        own = self._own(recipe) | {"images": section.images, "marks": section.marks}
+        return LlaveProcessor.load(path, tokens, recipe.video.frames, **own)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return self._llave(recipe).load(path, DTYPES[recipe.precision], attention=attention, **self._own(recipe))
@@ -115,6 +120,8 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
     def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         save_folder(cast(Llave, model), weights, source, folder, recipe.model.path)
         note_images(folder, source, self.section(recipe).images)
+        marks = mark_reading(source, self.section(recipe).marks)
+        finish(folder, {MARKS: None if marks == "mended" else marks})
 
     def _own(self, recipe: Recipe) -> dict[str, Any]:
         """Return the recipe's values that override the model's own."""

@@ -4,7 +4,7 @@ An item's embedding is the language model's last hidden state at the prompt's la
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -37,9 +37,17 @@ from pipeline.models.llave.qwen2 import keep_less, pool_in_last_layer
 from pipeline.models.packing import check_packing
 
 
-def normalised(tiles: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Normalise (n, 3, size, size) uint8 for the tower. It computes in float32: bf16 has only eight bits."""
-    return sent(tiles, device).float().div_(255).sub_(MEAN).div_(STD).to(dtype)
+def normalised(
+    tiles: torch.Tensor, device: torch.device, dtype: torch.dtype, blank: Iterable[int] = ()
+) -> torch.Tensor:
+    """Normalise (n, 3, size, size) uint8 for the tower. It computes in float32: bf16 has only eight bits.
+
+    blank: the tiles that become zeros.
+    """
+    pixels = sent(tiles, device).float().div_(255).sub_(MEAN).div_(STD).to(dtype)
+    for place in blank:
+        pixels[place].zero_()
+    return pixels
 
 
 def tower_features(tower: SiglipVisionModel, pixels: torch.Tensor) -> torch.Tensor:
@@ -108,7 +116,8 @@ class Llave(LlavaOnevisionModel):
             marks = torch.tensor([self.config.image_token_id, self.config.video_token_id])
             placeholders = sent(torch.isin(packed.cpu_ids, marks).nonzero()[:, 0], embeds.device)
             if features is None:
-                features = tower_features(self.vision_tower, normalised(packed.tiles, embeds.device, embeds.dtype))
+                pixels = normalised(packed.tiles, embeds.device, embeds.dtype, packed.blank_tiles)
+                features = tower_features(self.vision_tower, pixels)
             embeds = embeds.index_copy(0, placeholders, self.image_tokens(packed, features))
         elif with_images or self.always_with_images:
             dummy = self.multi_modal_projector(self._dummy_features(embeds))
@@ -184,15 +193,19 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
         return tower.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]  # its decorator hides self
 
     @torch.no_grad()
-    def features(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Map (n, 3, size, size) uint8 to (n, patches², width) in the tower's dtype."""
-        parts = (normalised(part, self.device, self.dtype) for part in tiles.split(self.tiles_at_once))
-        return torch.cat([tower_features(self.vision_tower, part) for part in parts])
+    def features(self, tiles: torch.Tensor, blank: Sequence[int] = ()) -> torch.Tensor:
+        """Map (n, 3, size, size) uint8 to (n, patches², width) in the tower's dtype.  blank: see `normalised`."""
+        parts = []
+        for start in range(0, len(tiles), self.tiles_at_once):
+            part = tiles[start : start + self.tiles_at_once]
+            places = [place - start for place in blank if 0 <= place - start < len(part)]
+            parts.append(tower_features(self.vision_tower, normalised(part, self.device, self.dtype, places)))
+        return torch.cat(parts)
 
     def features_of(self, chunk: Chunk) -> torch.Tensor | None:
         """Return the features of all the chunk's tiles; None if it has no image."""
         packed = chunk.packed
-        return self.features(packed.tiles) if packed.images else None
+        return self.features(packed.tiles, packed.blank_tiles) if packed.images else None
 
 
 # transformers looks up the mapping of checkpoint names by class name.

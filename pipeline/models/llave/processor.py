@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from pipeline.data.batch import Encoded, Image
-from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item, mended
 from pipeline.data.tiles import Tiling, decode_image
 from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
@@ -29,17 +29,29 @@ from pipeline.models.loading import reads_as_stored
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
+MARKS = "mark_reading"  # the config's field for `model.marks`
 _TURNS = ("<|im_start|>", "<|im_end|>")
 _MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
 
 
 def prompt(text: str) -> str:
-    return PREFIX + text.strip() + SUFFIX
+    """Return the text in the published prompt. White space at its ends stays, but not if a single mark has to move.
+
+    As in LLaVE's training code (preprocess_multimodal of llava/train/train.py), a single mark that does not begin the
+    text moves to its front, followed by a newline and the stripped rest.
+    """
+    marks = _MARKS.findall(text)
+    if len(marks) == 1 and not text.startswith(marks[0]):
+        text = f"{marks[0]}\n{text.replace(marks[0], '').strip()}".strip()
+    return PREFIX + text + SUFFIX
 
 
 @dataclass(frozen=True)
 class LlaveProcessor:
-    """Encodes items as token ids and tiles; samples `video_frames` frames of a video.  as_stored: see `rgb`."""
+    """Encodes items as token ids and tiles; samples `video_frames` frames of a video.  as_stored: see `rgb`.
+
+    published: read an item whose mark and image do not match as LLaVE's code does, see `encode`.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     tiling: Tiling
@@ -48,6 +60,7 @@ class LlaveProcessor:
     max_tokens: int
     video_frames: int = 8
     as_stored: bool = False
+    published: bool = False
 
     @classmethod
     def load(
@@ -58,38 +71,50 @@ class LlaveProcessor:
         pinpoints: Pinpoints | None = None,
         newline: str | None = None,
         images: str | None = None,
+        marks: str | None = None,
     ) -> "LlaveProcessor":
         """Load from a folder or hub name.
 
-        pinpoints, newline, images: override the config's tile sizes, newline position and image reading.
+        pinpoints, newline, images, marks: override the config's tile sizes, newline position, and how it reads images
+        and marks.
         """
         config = load_config(path, pinpoints, newline)
         tokenizer = loading.tokenizer(path, text_of(config).vocab_size)
         _require_marks(path, config, tokenizer)
         _require_image_processor(path, config)
         ids = config.image_token_id, config.video_token_id
-        return cls(tokenizer, tiling(config), *ids, max_tokens, video_frames, reads_as_stored(path, images))
+        readings = reads_as_stored(path, images), mark_reading(path, marks) == "published"
+        return cls(tokenizer, tiling(config), *ids, max_tokens, video_frames, *readings)
 
     def encode(self, item: Item) -> Encoded:
         """Encode an item, with a placeholder for each image or video token. Too long a text is cut at its end.
 
-        Raises BadSample if an image or video cannot be decoded or does not fit in `max_tokens`, or if the text does not
-        have one mark for each.
+        Rows of MMEB may have a mark without an image, or one image without a mark. They are `mended`; if `published`,
+        such a mark stands for a tile of zeros, and such an image is ignored.
+
+        Raises BadSample if an image or video cannot be decoded or does not fit in `max_tokens`, or if the numbers of
+        marks and images or videos differ otherwise.
         """
-        images = [partial(decode_image, image, self.as_stored) for image in item.images]
+        text, images = item.text, [partial(decode_image, image, self.as_stored) for image in item.images]
         frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
-        return self.encode_parts(item.text, images, frames)
+        if self.published and IMAGE_MARK not in text:
+            images = []
+        elif not self.published:
+            text = mended(text, len(images))
+        return self.encode_parts(text, images, frames)
 
     def encode_parts(
         self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
     ) -> Encoded:
         """Encode a text with RGB images and all given RGB frames of a video. Raises BadSample as `encode` does.
 
-        Images are decoded one at a time to save memory, and not at all if the marks are wrong.
+        There must be one mark for each, unless `published`: then a single mark may lack its image. Images are decoded
+        one at a time to save memory, and not at all if the marks are wrong.
         """
         pieces = _MARKS.split(prompt(text))
+        blank = self.published and not images and pieces.count(IMAGE_MARK) == 1
         for mark, name, count in (
-            (IMAGE_MARK, "images", len(images)),
+            (IMAGE_MARK, "images", len(images) + blank),
             (VIDEO_MARK, "videos", int(frames is not None)),
         ):
             if pieces.count(mark) != count:
@@ -97,7 +122,11 @@ class LlaveProcessor:
         anyres = len(images) == 1
         encoded, ids, pictures = [], [], (decode() for decode in images)
         for piece in pieces:
-            if piece == IMAGE_MARK:
+            if piece == IMAGE_MARK and blank:
+                side = self.tiling.size
+                encoded.append(Image(np.zeros((1, 3, side, side), np.uint8), side, side, blank=True))
+                ids += [self.image_token_id] * self.tiling.tokens(side, side, anyres=False)
+            elif piece == IMAGE_MARK:
                 picture = next(pictures)
                 encoded.append(Image(self.tiling.cut(picture, anyres=anyres), picture.height, picture.width))
                 ids += [self.image_token_id] * self.tiling.tokens(picture.height, picture.width, anyres=anyres)
@@ -117,7 +146,15 @@ class LlaveProcessor:
         return Encoded(row, tuple(encoded))
 
     def _tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        """Return the ids of a part of the prompt, without padding tokens, as by LLaVE's attention mask."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return [token for token in ids if token != self._padding]
+
+    @cached_property
+    def _padding(self) -> int | None:
+        """The padding token's id; None if it is part of the prompt."""
+        padding = self.tokenizer.pad_token
+        return None if padding in _TURNS else self.tokenizer.pad_token_id
 
     @cached_property
     def _suffix(self) -> np.ndarray:
@@ -132,6 +169,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
         new_special_tokens=["<|im_start|>", "<|im_end|>", IMAGE_MARK, VIDEO_MARK],
         show_progress=False,
     )
+
+
+def mark_reading(path: str | None, marks: str | None = None) -> str:
+    """Return how a model reads marks that do not match the images, `mended` or `published`; see `encode`.
+
+    path: folder or hub name, or None for a model whose config does not say.  marks: a recipe's value, which overrides
+    the config's.
+    """
+    marks = marks or ("mended" if path is None else loading.config_dict(path).get(MARKS, "mended"))
+    if marks not in ("mended", "published"):
+        raise PipelineError(f"{path}: its config has {MARKS}={marks!r}; it can be mended or published")
+    return marks
 
 
 def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
