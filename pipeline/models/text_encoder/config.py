@@ -16,6 +16,13 @@ class TextEncoderArchitecture(Section):
     )
 
 
+class ByLength(Section):
+    """The instruction of a query that is longer than its target, by characters, and that of any other query."""
+
+    longer: str
+    shorter: str
+
+
 class TextEncoderTrain(LanguageModelTrain):
     # For masked next-token prediction the model includes the LM head, and its parameters begin with `causal.`.
     language_model: Annotated[bool | float, Fixed(bool), Prefixes(["language_model.", "causal."])] = Field(
@@ -40,6 +47,13 @@ class TextEncoderSection(ModelSection):
     template: Annotated[Literal["none", "llama3"], Fixed()] = Field(
         "none",
         description="llama3: each text, with its instruction, is a user's turn of Llama-3-Instruct, as in LLM2CLIP",
+    )
+    query_instructions: Annotated[dict[str, str | Annotated[list[str], Field(min_length=1)] | ByLength], Fixed()] = (
+        Field(
+            {},
+            description="by dataset, prefix of the queries alone, in place of model.instruction: a text, a list of "
+            "which a step draws one, or {longer: , shorter: } by whether the query is the longer text of its pair",
+        )
     )
     train: TextEncoderTrain = TextEncoderTrain()
 
