@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Fixed, LanguageModelTrain, ModelSection, Prefixes
 from pipeline.config.section import Place, Section
@@ -21,6 +21,9 @@ class ByLength(Section):
 
     longer: str
     shorter: str
+
+
+QueryInstruction = str | Annotated[list[str], Field(min_length=1)] | ByLength
 
 
 class TextEncoderTrain(LanguageModelTrain):
@@ -48,14 +51,21 @@ class TextEncoderSection(ModelSection):
         "none",
         description="llama3: each text, with its instruction, is a user's turn of Llama-3-Instruct, as in LLM2CLIP",
     )
-    query_instructions: Annotated[dict[str, str | Annotated[list[str], Field(min_length=1)] | ByLength], Fixed()] = (
-        Field(
-            {},
-            description="by dataset, prefix of the queries alone, in place of model.instruction: a text, a list of "
-            "which a step draws one, or {longer: , shorter: } by whether the query is the longer text of its pair",
-        )
+    query_instructions: Annotated[dict[str, QueryInstruction], Fixed()] = Field(
+        {},
+        description="by dataset, prefix of the queries alone, in place of model.instruction: a text, a list of which a "
+        "step draws one, or {longer: , shorter: } by whether the query is the longer text of its pair",
     )
     train: TextEncoderTrain = TextEncoderTrain()
+
+    @model_validator(mode="after")
+    def template_has_a_tokenizer(self) -> "TextEncoderSection":
+        if self.template != "none" and self.path is None:
+            raise ValueError(
+                f"the template {self.template} needs model.path, of a model whose tokenizer has its tokens: with "
+                "model.architecture, set model.template=none"
+            )
+        return self
 
 
 SECTION = TextEncoderSection

@@ -164,6 +164,6 @@ def save(
     tokenizer.save_pretrained(folder)
     processor, template = TextProcessor(tokenizer, 0), TEMPLATES.get(settings.template)
     before = processor.start if template else processor.before(settings.instruction)
-    names = {"instruction": settings.instruction, "before": before, "template": template}
+    names = {"instruction": settings.instruction, "before": before, "turn": template}
     write_card(folder, Path(__file__).with_name("card.md.jinja"), base, **names)
     finish(folder, {"is_causal": False, SETTINGS: settings.stored()})
