@@ -8,8 +8,8 @@ template, which stands in the code that uses them (llm2clip/data/extract_embeddi
 from pathlib import Path
 from typing import Any
 
-# The classes in auto_map, without the repository before them that transformers writes if the code was on the hub. The
-# names are those of the files beside the weights.
+# The classes in auto_map, without the repository before them that transformers writes if the code was on the hub: that
+# of the 8B model, by issue 60 of microsoft/LLM2CLIP and the file beside its weights; and that in the 1B's config.json.
 _LLAMAS_BOTH_WAYS = ("modeling_llama_encoder.LlamaEncoderModel", "modeling_bidirectional_llama_encoder.LlamaBiModel")
 _TEXT_ENCODER = {
     "auto_map": None,

@@ -24,7 +24,7 @@ PAPER = Path(__file__).parents[1] / "papers/llm2clip"
 NAMES = {
     # As in config.json of the 1B model.
     "1b": "modeling_bidirectional_llama_encoder.LlamaBiModel",
-    # The 8B model has the file modeling_llama_encoder.py; its class's repository is that of LLM2Vec.
+    # The 8B model has the file modeling_llama_encoder.py, and issue 60 of its project names the class.
     "8b": "McGill-NLP/LLM2Vec-Meta-Llama-3-8B-Instruct-mntp--modeling_llama_encoder.LlamaEncoderModel",
     "8b-local": "modeling_llama_encoder.LlamaEncoderModel",
 }
