@@ -122,6 +122,7 @@ def test_run_of_earlier_version_resumes_only_with_same_recipe(kind, tmp_path, mo
         ("objective.mask_rate=0.5", "objective.mask_rate was 0.2 and is now 0.5"),
         ("model.train.language_model=false", "model.train.language_model was True and is now False"),
         ("model.train.lora={rank: 8}", "model.train.lora was"),
+        ("model.query_instructions={images: find}", "model.query_instructions was None and is now {'images': 'find'}"),
     ):
         try:
             other = as_former(kind, monkeypatch, override)

@@ -27,7 +27,7 @@ from pipeline.models.loading import DTYPES, image_reading, refuse_unknown
 from pipeline.models.text_encoder import model as decoder
 from pipeline.models.text_encoder.family import SAVED as SAVED_TEXT_ENCODER
 from pipeline.models.text_encoder.model import FrozenTextEncoder, TextEncoder
-from pipeline.models.text_encoder.processor import TextProcessor, load_config
+from pipeline.models.text_encoder.processor import Settings, TextProcessor, load_config
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels, VisionEncoder, shape_of, tokens_of
 
@@ -53,15 +53,20 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         if (stored := source.embedding_metadata) is None:
             return
         model = self.section(recipe)
+        settings = Settings.of(config := load_config(model.text_encoder))
         now = {
-            "width": load_config(model.text_encoder).hidden_size,
+            "template": settings.template,
+            "instruction": settings.instruction,
+            "width": config.hidden_size,
             "weights": fingerprint(str(fetched(model.text_encoder))),
             "max_tokens": model.max_tokens,
         }
         for name, value in now.items():
-            if (before := getattr(stored, name)) and before != value:
+            before = getattr(stored, name)
+            unknown = stored.template is None if name == "instruction" else before is None
+            if not unknown and before != value:
                 raise PipelineError(
-                    f"data.text_embeddings were made by {stored.model} with {name}={before}, which is {value} for "
+                    f"data.text_embeddings were made by {stored.model} with {name}={before!r}, which is {value!r} for "
                     f"model.text_encoder={model.text_encoder} and model.max_tokens={model.max_tokens}: embed the "
                     "shards again, or set both to what embedded them"
                 )
