@@ -19,8 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.models.chunks import Packed, sent
 from pipeline.models.files import fetched, read_json, read_tensors, survey
 from pipeline.models.folder import finish, share, write_card
-from pipeline.models.loading import reading
-from pipeline.models.text_encoder.processor import load_config
+from pipeline.models.loading import config_dict, reading
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, VisionEncoder
 
@@ -151,6 +150,6 @@ def _copy(source: Path, folder: Path) -> None:
 
 def text_encoder_of(path: str) -> str:
     """Return the folder of an LLM2CLIP's text encoder. Raises PipelineError if there is none."""
-    folder = fetched(path) / TEXT_ENCODER
-    load_config(str(folder))
-    return str(folder)
+    folder = str(fetched(path) / TEXT_ENCODER)
+    config_dict(folder)
+    return folder
