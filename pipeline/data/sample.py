@@ -27,17 +27,20 @@ class Item:
     images: encoded bytes (PNG, JPEG, ...), in the order of their marks.
     video: encoded bytes, or None.
     vector: (width,) float32, the text's precomputed embedding by a frozen language model, or None.
+    instruction: stands before the text, for a text encoder that excludes it from pooling; shards have none.
     """
 
     text: str
     images: tuple[bytes, ...] = ()
     video: bytes | None = None
     vector: np.ndarray | None = field(default=None, compare=False)
+    instruction: str = ""
 
     @cached_property
     def content_hash(self) -> int:
-        """A 64-bit hash of text, images and video: in practice, only equal items share it."""
-        return hash64(self.text.encode(), *self.images, self.video or b"")
+        """A 64-bit hash of text, images, video and instruction: in practice, only equal items share it."""
+        instruction = [self.instruction.encode()] if self.instruction else []
+        return hash64(self.text.encode(), *self.images, self.video or b"", *instruction)
 
     def hashed(self, content_hash: int) -> "Item":
         """Return a copy with a known content hash, so that it is not computed."""

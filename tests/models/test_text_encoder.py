@@ -1,7 +1,9 @@
 """The text encoder compared with formulas in float64, and its attention pattern."""
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ from closeness import assert_close_in_norm
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from pipeline.data.batch import Encoded
+from pipeline.data.sample import Item
 from pipeline.errors import PipelineError
 from pipeline.models.attention import KINDS, Segments
 from pipeline.models.chunks import pack
 from pipeline.models.llm2clip.model import TextAdapter
 from pipeline.models.text_encoder.model import TextEncoder, pooled
+from pipeline.models.text_encoder.processor import TextProcessor
 
 SIZES = {
     "hidden_size": 32,
@@ -113,3 +117,40 @@ def test_adapter_matches_formula():
     expected = x / x.norm(dim=-1, keepdim=True)
     assert_close_in_norm(adapter(texts), expected)
     assert_close_in_norm(adapter(7 * texts), adapter(texts))
+
+
+PAPER = Path(__file__).parents[1] / "papers/llm2clip"
+SEPARATOR = "!@#$%^&*()"  # stands between instruction and text in the published code
+
+
+def rows_of_paper() -> list[tuple[int, str, str, dict]]:
+    """Return (length limit, instruction, text, what the published code gives) of both stages."""
+    stage1 = json.loads((PAPER / "stage1_texts.json").read_text())
+    extraction = json.loads((PAPER / "extraction_texts.json").read_text())
+    rows = []
+    for limit in (512, 32):
+        for sample in stage1[f"max_length_{limit}"]:
+            for name in ("query", "positive", "negative"):
+                instruction, text = sample[name]["text"].split(SEPARATOR)
+                rows.append((limit, instruction, text, sample[name]))
+    for name in ("without_instruction", "with_instruction", "max_length_32"):
+        given = extraction[name]
+        rows += [(given["max_length"], row["instruction"], row["text"], row) for row in given["rows"]]
+    return rows
+
+
+@torch.no_grad()
+def test_tokens_and_embeddings_equal_those_of_the_papers_code():
+    folder = str(PAPER / "text_encoder")
+    encoder = TextEncoder.load(folder, torch.float32).eval()
+    processor = TextProcessor.load(folder, 512, template="llama3")
+    rows, items = rows_of_paper(), []
+    for limit, instruction, text, expected in rows:
+        item = replace(processor, max_tokens=limit).encode(Item(text, instruction=instruction))
+        assert item.input_ids.tolist() == expected["input_ids"]
+        assert len(item.input_ids) - item.skipped == expected["pooled_last"]
+        items.append(item)
+    assert len(items) == 99
+    embeddings = F.normalize(torch.tensor([row["embedding"] for *_, row in rows]), dim=1)
+    # Texts of all lengths are packed together; the published code pads them.
+    torch.testing.assert_close(encoder(pack(items)), embeddings, rtol=0, atol=1e-5)

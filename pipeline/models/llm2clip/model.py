@@ -20,6 +20,7 @@ from pipeline.models.chunks import Packed, sent
 from pipeline.models.files import fetched, read_json, read_tensors, survey
 from pipeline.models.folder import finish, share, write_card
 from pipeline.models.loading import config_dict, reading
+from pipeline.models.text_encoder.sentence import MODULES
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, VisionEncoder
 
@@ -129,7 +130,8 @@ def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> 
     (folder / SETTINGS_FILE).write_text(json.dumps({"width": model.width}, indent=2) + "\n")
     _copy(fetched(text_encoder), folder / TEXT_ENCODER)
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    write_card(folder, Path(__file__).with_name("card.md.jinja"), base, architecture=architecture)
+    names = {"architecture": architecture, "sentence_embedder": (folder / TEXT_ENCODER / MODULES).is_file()}
+    write_card(folder, Path(__file__).with_name("card.md.jinja"), base, **names)
     share(folder)
 
 

@@ -37,6 +37,10 @@ class TextEncoderSection(ModelSection):
     instruction: Annotated[str, Fixed()] = Field(
         "", description="prefix of each text; its tokens are excluded from mean pooling"
     )
+    template: Annotated[Literal["none", "llama3"], Fixed()] = Field(
+        "none",
+        description="llama3: each text, with its instruction, is a user's turn of Llama-3-Instruct, as in LLM2CLIP",
+    )
     train: TextEncoderTrain = TextEncoderTrain()
 
 

@@ -24,7 +24,7 @@ from pipeline.models.text_encoder import model as decoder
 from pipeline.models.text_encoder.config import TextEncoderSection
 from pipeline.models.text_encoder.masked import MaskedLanguageModel
 from pipeline.models.text_encoder.model import TextEncoder
-from pipeline.models.text_encoder.processor import SETTINGS, TextProcessor, load_config
+from pipeline.models.text_encoder.processor import SETTINGS, Settings, TextProcessor, load_config
 from pipeline.models.text_encoder.sentence import SentenceEncoder, SentenceProcessor
 
 
@@ -39,7 +39,7 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
         if model.architecture:
             decoder.random_config(model.architecture.text)
         elif model.path:
-            decoder.check_folder(model.path, self._decoder)
+            decoder.check_folder(model.path, self._decoder, model.template)
 
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(Square(), recipe.video.frames)
@@ -52,7 +52,8 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
         decoder.build(model.architecture.text, texts, seed, folder, self._decoder)
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
-        return TextProcessor.load(path, recipe.model.max_tokens, self.section(recipe).instruction)
+        section = self.section(recipe)
+        return TextProcessor.load(path, section.max_tokens, section.instruction, section.template)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return self._model.load(path, DTYPES[recipe.precision], attention)
@@ -64,8 +65,9 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
         return re.sub(r"^(model\.)?(?=layers\.|embed_tokens\.|norm\.)", "language_model.", stored)
 
     def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
-        instruction = self.section(recipe).instruction
-        decoder.save(cast(TextEncoder, model), weights, source, folder, recipe.model.path, instruction)
+        section = self.section(recipe)
+        settings = Settings(instruction=section.instruction, template=section.template)
+        decoder.save(cast(TextEncoder, model), weights, source, folder, recipe.model.path, settings)
 
 
 class MaskedTraining(TextEncoderTraining):

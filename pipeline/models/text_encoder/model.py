@@ -18,7 +18,8 @@ from pipeline.models.chunks import Chunk, Packed, pack, sent
 from pipeline.models.folder import finish, write_card
 from pipeline.models.loading import refuse_unknown
 from pipeline.models.packing import check_packing
-from pipeline.models.text_encoder.processor import SETTINGS, TextProcessor, load_config, require_decoder
+from pipeline.models.text_encoder.processor import SETTINGS, Settings, TextProcessor, load_config, require_decoder
+from pipeline.models.text_encoder.templates import TEMPLATES
 
 
 class TextEncoder(nn.Module):
@@ -100,12 +101,15 @@ def check(path: str, config: PreTrainedConfig) -> None:
     check_packing(path, config, TextEncoder.of_config)
 
 
-def check_folder(path: str, kind: type[_BaseAutoModelClass] = AutoModel) -> None:
-    """Raise PipelineError if the decoder at a folder or hub name cannot be a text encoder.  kind: see `build`."""
+def check_folder(path: str, kind: type[_BaseAutoModelClass] = AutoModel, template: str | None = None) -> None:
+    """Raise PipelineError if the decoder at a folder or hub name cannot be a text encoder.
+
+    kind: see `build`.  template: see `TextProcessor.load`.
+    """
     config = load_config(path)
     loading.check_weights(path, kind, config)
     check(path, config)
-    loading.tokenizer(path, config.vocab_size)
+    TextProcessor.load(path, 0, template=template)
 
 
 def random_config(text: dict[str, Any]) -> PreTrainedConfig:
@@ -142,17 +146,26 @@ def build(
 
 
 def save(
-    model: TextEncoder, weights: dict[str, torch.Tensor], source: str, folder: Path, base: str | None, instruction: str
+    model: TextEncoder,
+    weights: dict[str, torch.Tensor],
+    source: str,
+    folder: Path,
+    base: str | None,
+    settings: Settings,
 ) -> None:
     """Write `weights` (the model's parameters by name) as a folder in transformers' format, with a model card.
 
     source: folder or hub name of the tokenizer.  base: the model that training started from; the card names it if it is
-    on the hub.
+    on the hub.  settings: how the model was trained to embed a text.
     """
     own = {name.removeprefix("language_model."): weight for name, weight in weights.items()}
     model.language_model.save_pretrained(folder, state_dict=own)
     tokenizer = loading.tokenizer(source)
     tokenizer.save_pretrained(folder)
-    before = TextProcessor(tokenizer, 0, instruction).before
-    write_card(folder, Path(__file__).with_name("card.md.jinja"), base, instruction=instruction, before=before)
-    finish(folder, {"is_causal": False, SETTINGS: {"pooling": "mean", "instruction": instruction}})
+    processor, instruction = TextProcessor(tokenizer, 0), settings.instruction
+    before = processor.start if settings.template in TEMPLATES else processor.before(instruction)
+    template = TEMPLATES.get(settings.template)
+    begin, end = (repr(template.begin + instruction.lstrip()), repr(template.end)) if template else ("", "")
+    names = {"instruction": instruction, "before": before, "begin": begin, "end": end}
+    write_card(folder, Path(__file__).with_name("card.md.jinja"), base, **names)
+    finish(folder, {"is_causal": False, SETTINGS: settings.stored()})

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import takewhile
 from operator import eq
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL.Image import Image as Picture
@@ -17,33 +17,70 @@ from pipeline.data.batch import Encoded
 from pipeline.data.sample import BadSample, Item
 from pipeline.errors import PipelineError
 from pipeline.models import loading
+from pipeline.models.text_encoder.templates import TEMPLATES, Template, template_of
 
 SETTINGS = "text_encoder"  # the field of config.json that marks a text encoder
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How a text encoder embeds a text, in its config.json.
+
+    pooling: of the last hidden states.  instruction: stands before each text; it is not pooled.
+    template: the name of a chat template around instruction and text, or none.
+    """
+
+    pooling: str = "mean"
+    instruction: str = ""
+    template: str = "none"
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "Settings":
+        """Return the settings in a config that `load_config` returned."""
+        return cls(**getattr(config, SETTINGS, {}))
+
+    def stored(self) -> dict[str, str]:
+        """Return them for config.json. Versions that know no templates can read a folder without one."""
+        return {name: value for name, value in asdict(self).items() if name != "template" or value != "none"}
+
+
+@dataclass(frozen=True)
 class TextProcessor:
-    """Tokenizes texts.  instruction: is put before each text, and its tokens are excluded from pooling."""
+    """Tokenizes texts.
+
+    instruction: stands before each text; its tokens are not pooled.  template: around both; see templates.py.
+    """
 
     tokenizer: Tokenizer
     max_tokens: int
     instruction: str = ""
+    template: Template | None = None
 
     as_stored: ClassVar[bool] = False
 
     @classmethod
-    def load(cls, path: str, max_tokens: int, instruction: str | None = None) -> "TextProcessor":
-        """Load from a folder or hub name.  instruction: None is the one that the text encoder was trained with."""
+    def load(
+        cls, path: str, max_tokens: int, instruction: str | None = None, template: str | None = None
+    ) -> "TextProcessor":
+        """Load from a folder or hub name.
+
+        instruction, template: None is that of the folder's config. Raises PipelineError if the tokenizer lacks the
+        template's tokens.
+        """
         config = load_config(path)
-        if instruction is None:
-            instruction = getattr(config, SETTINGS, {}).get("instruction", "")
-        return cls(loading.tokenizer(path, config.vocab_size), max_tokens, instruction)
+        settings = Settings.of(config)
+        tokenizer = loading.tokenizer(path, config.vocab_size)
+        around = template_of(settings.template if template is None else template, tokenizer, path)
+        return cls(tokenizer, max_tokens, settings.instruction if instruction is None else instruction, around)
 
     def encode(self, item: Item) -> Encoded:
-        """Encode an item's text, cut to `max_tokens`. Raises BadSample for an item with an image or a video."""
+        """Encode an item's text, cut to `max_tokens`. Raises BadSample for an item with an image or a video.
+
+        An item's own instruction replaces the processor's.
+        """
         if item.images or item.video is not None:
             raise BadSample("an item with an image or a video, and the model reads texts alone")
-        return self.tokenized(item.text)
+        return self.tokenized(item.text, item.instruction)
 
     def encode_parts(
         self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
@@ -54,21 +91,40 @@ class TextProcessor:
         return self.tokenized(text)
 
     @cached_property
-    def before(self) -> list[int]:
-        """The tokens before every text: the tokenizer's start tokens, which Llama has, and the instruction.
+    def start(self) -> list[int]:
+        """The tokenizer's start tokens, which Llama has.
 
         The tokenizer's end tokens (Qwen3-Embedding has one) are left out: neither LLM2CLIP nor any text encoder trained
         with this project uses them.
         """
-        instruction = self.tokenizer(self.instruction, add_special_tokens=False)["input_ids"]
-        return begins_with(self.tokenizer) + instruction
+        return begins_with(self.tokenizer)
 
-    def tokenized(self, text: str) -> Encoded:
-        before = self.before
+    def tokenized(self, text: str, instruction: str = "") -> Encoded:
+        """Encode a text, cut to `max_tokens`.  instruction: replaces the processor's, if it is not empty.
+
+        At least one token is pooled. Of a templated text that is as long as `max_tokens` without the template's
+        beginning, all tokens are: LLM2CLIP's code does this.
+        """
+        instruction = instruction or self.instruction
+        if self.template:
+            ids, count = self.template.tokenized(self.tokenizer, instruction, text)
+            ids = (self.start + ids)[: self.max_tokens]
+            return Encoded(np.array(ids, np.int32), skipped=max(len(ids) - count, 0))
+        before = self.before(instruction)
         ids = self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
         # For a text without tokens, pool the last token before it, or an end token.
         ids = (before + ids)[: self.max_tokens] or [self.tokenizer.eos_token_id or 0]
         return Encoded(np.array(ids, np.int32), skipped=min(len(before), len(ids) - 1))
+
+    def before(self, instruction: str) -> list[int]:
+        """Return the tokens before a text without a template."""
+        if instruction not in self._instructions:
+            self._instructions[instruction] = self.tokenizer(instruction, add_special_tokens=False)["input_ids"]
+        return self.start + self._instructions[instruction]
+
+    @cached_property
+    def _instructions(self) -> dict[str, list[int]]:
+        return {}
 
 
 def begins_with(tokenizer: Tokenizer) -> list[int]:
@@ -83,13 +139,21 @@ def load_config(path: str) -> PreTrainedConfig:
     config: PreTrainedConfig = loading.config(path)
     require_decoder(path, config)
     settings = getattr(config, SETTINGS, {})
-    right = isinstance(settings, dict) and settings.keys() <= {"pooling", "instruction"}
-    if not right or settings.get("pooling", "mean") != "mean" or not isinstance(settings.get("instruction", ""), str):
+    if not isinstance(settings, dict) or not _is_supported(settings):
         raise PipelineError(
             f"{path}: {SETTINGS}={settings!r} in its config.json is not supported; expected are pooling, such as mean, "
-            "and instruction, a text: was it written by a later version?"
+            f"instruction, a text, and template, {' or '.join(('none', *TEMPLATES))}: was it written by a later "
+            "version?"
         )
     return config
+
+
+def _is_supported(settings: dict[str, Any]) -> bool:
+    known = settings.keys() <= {field.name for field in fields(Settings)}
+    if not known or not all(isinstance(value, str) for value in settings.values()):
+        return False
+    read = Settings(**settings)
+    return read.pooling == "mean" and read.template in ("none", *TEMPLATES)
 
 
 def require_decoder(where: str, config: PreTrainedConfig) -> None:

@@ -149,10 +149,13 @@ class SentenceProcessor:
         return cls(tokenizer, int(min(limits)), files.prompt, files.with_prompt)
 
     def encode(self, item: Item) -> Encoded:
-        """Encode an item's text, cut to `max_tokens`. Raises BadSample for an item with an image or a video."""
+        """Encode an item's text, cut to `max_tokens`. Raises BadSample for an item with an image or a video.
+
+        An item's own instruction replaces the prompt.
+        """
         if item.images or item.video is not None:
             raise BadSample("an item with an image or a video, and the model reads texts alone")
-        return self.tokenized(item.text)
+        return self.tokenized(item.text, item.instruction)
 
     def encode_parts(
         self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
@@ -162,22 +165,32 @@ class SentenceProcessor:
             raise BadSample("the model reads texts alone, no images or videos")
         return self.tokenized(text)
 
-    def tokenized(self, text: str) -> Encoded:
-        """Encode a text with the prompt, cut to `max_tokens` with its end token kept."""
-        ids = self._ids(self.instruction + text) or [self.tokenizer.eos_token_id or 0]
-        return Encoded(np.array(ids, np.int32), skipped=min(self._skipped, len(ids) - 1))
+    def tokenized(self, text: str, instruction: str = "") -> Encoded:
+        """Encode a text with the prompt, cut to `max_tokens` with its end token kept.
+
+        instruction: replaces the prompt, if it is not empty.
+        """
+        instruction = instruction or self.instruction
+        ids = self._ids(instruction + text) or [self.tokenizer.eos_token_id or 0]
+        skipped = 0 if self.pooled else self._length(instruction)
+        return Encoded(np.array(ids, np.int32), skipped=min(skipped, len(ids) - 1))
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
         return ids
 
-    @cached_property
-    def _skipped(self) -> int:
-        """Tokens before the first pooled one: those of the prompt alone, without an end token."""
-        if self.pooled or not self.instruction:
+    def _length(self, instruction: str) -> int:
+        """Return the number of tokens of a prompt, with the tokenizer's start tokens and without its end token."""
+        if not instruction:
             return 0
-        ids = self._ids(self.instruction)
-        return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
+        if instruction not in self._lengths:
+            ids = self._ids(instruction)
+            self._lengths[instruction] = len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
+        return self._lengths[instruction]
+
+    @cached_property
+    def _lengths(self) -> dict[str, int]:
+        return {}
 
 
 class SentenceEncoder(nn.Module):
