@@ -1,0 +1,275 @@
+"""Sentence embedders in sentence-transformers' format: vectors compared with transformers' models on single texts."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from sections import section
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralModel,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3Model,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+from pipeline.config import EvaluationRun
+from pipeline.data.sample import Item
+from pipeline.embedding.embedder import Embedder
+from pipeline.errors import PipelineError
+from pipeline.evaluation.encoders import load_encoder
+from pipeline.models.chunks import plan_chunks
+from pipeline.models.files import fingerprint
+from pipeline.models.llm2clip import model as llm2clip
+from pipeline.models.llm2clip.model import Llm2Clip
+from pipeline.models.registry import family_of, saved, training
+from pipeline.models.text_encoder.model import FrozenTextEncoder
+from pipeline.models.text_encoder.sentence import SentenceEncoder, SentenceProcessor
+from pipeline.models.vision import VisionEncoder
+
+CPU = torch.device("cpu")
+# Of unit vectors with 32 values: a model of two layers in float32 rounds by less than 1e-6.
+TOLERANCE = 1e-5
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 8}
+CORPUS = ["a small red star at the top left", "a Large blue ring", "passage: what a caption shows: ein großer Stern"]
+# Of different lengths, so that they are padded; the second is longer than the limit of 24 tokens.
+TEXTS = ["A red Star", "a large blue ring at the top left, " * 8, "ring", " ein großer Stern "]
+LIMIT = 24
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of embedder.  ends: the text around a sequence, by the tokenizer's special tokens.  mode: of pooling."""
+
+    model: Callable[[int], PreTrainedModel]
+    style: str
+    ends: str
+    special: tuple[str, ...]
+    causal: bool
+    mode: str
+    files: dict[str, Any]
+    modules: tuple[str, ...]
+
+
+def flags(mode: str) -> dict[str, Any]:
+    names = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
+    every = {f"pooling_mode_{name}": False for name in ("max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")}
+    return {"word_embedding_dimension": 32} | every | {name: key == mode for key, name in names.items()}
+
+
+PREFIX = "sentence_transformers.models."
+NEWER = "sentence_transformers.sentence_transformer.modules.pooling."
+ENDS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+KINDS = {
+    # like BGE
+    "bert": Kind(
+        lambda words: BertModel(BertConfig(**SIZES, vocab_size=words, max_position_embeddings=64)),
+        "BertTokenizer",
+        "[CLS] $A [SEP]",
+        ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+        False,
+        "cls",
+        {"1_Pooling/config.json": flags("cls")},
+        ("Transformer", "Pooling", "Normalize"),
+    ),
+    # like Qwen3-Embedding: its tokenizer appends an end token
+    "qwen3": Kind(
+        lambda words: Qwen3Model(Qwen3Config(**GROUPED, vocab_size=words, eos_token_id=0, pad_token_id=0)),
+        "Qwen2Tokenizer",
+        "$A <|endoftext|>",
+        ("<|endoftext|>",),
+        True,
+        "last",
+        {
+            "1_Pooling/config.json": flags("last") | {"include_prompt": True},
+            "config_sentence_transformers.json": {
+                "prompts": {"query": "Instruct: search\nQuery:", "document": ""},
+                "default_prompt_name": None,
+            },
+        },
+        ("Transformer", "Pooling", "Normalize"),
+    ),
+    # like E5-Mistral
+    "mistral": Kind(
+        lambda words: MistralModel(MistralConfig(**GROUPED, vocab_size=words)),
+        "LlamaTokenizer",
+        "<s> $A </s>",
+        ("<unk>", "<s>", "</s>", "<pad>"),
+        True,
+        "last",
+        {"1_Pooling/config.json": flags("last"), "config_sentence_transformers.json": {"prompts": {"sts": "Same: "}}},
+        ("Transformer", "Pooling", "Normalize"),
+    ),
+    # like multilingual E5: positions begin after the padding token's; a prompt for passages
+    "xlm-roberta": Kind(
+        lambda words: XLMRobertaModel(
+            XLMRobertaConfig(**SIZES, vocab_size=words, max_position_embeddings=26, pad_token_id=1)
+        ),
+        "PreTrainedTokenizerFast",
+        "<s> $A </s>",
+        ("<s>", "<pad>", "</s>", "<unk>"),
+        False,
+        "mean",
+        {
+            "1_Pooling/config.json": {"embedding_dimension": 32, "pooling_mode": "mean"},
+            "sentence_bert_config.json": {"max_seq_length": 4096, "do_lower_case": True},
+            "config_sentence_transformers.json": {"prompts": {"query": "query: ", "passage": "passage: "}},
+        },
+        ("Transformer", "Pooling", "Normalize"),
+    ),
+    # a decoder that attends both ways, without its prompt's tokens in the mean, and with layers after that
+    "llama": Kind(
+        lambda words: LlamaModel(LlamaConfig(**GROUPED, vocab_size=words, is_causal=False)),
+        "PreTrainedTokenizerFast",
+        "<s> $A",
+        ("<unk>", "<s>", "</s>", "<pad>"),
+        False,
+        "mean",
+        {
+            "1_Pooling/config.json": {"pooling_mode": ["mean"], "include_prompt": False},
+            "2_Dense/config.json": {
+                "in_features": 32,
+                "out_features": 40,
+                "bias": True,
+                "activation_function": "torch.nn.modules.activation.Tanh",
+            },
+            "3_Dense/config.json": {
+                "in_features": 40,
+                "out_features": 12,
+                "bias": False,
+                "activation_function": "torch.nn.modules.linear.Identity",
+                "module_input_name": "sentence_embedding",
+            },
+            "config_sentence_transformers.json": {
+                "prompts": {"any": "a caption:"},
+                "default_prompt_name": "any",
+            },
+        },
+        ("Transformer", "Pooling", "Dense", "Dense"),
+    ),
+}
+PROMPTS = {"xlm-roberta": "passage: ", "llama": "a caption:"}
+
+
+def write(file: Path, values: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values))
+
+
+def write_tokenizer(kind: Kind, folder: Path) -> int:
+    """Write tokenizer.json with start and end tokens in its post-processor; return the number of tokens."""
+    if kind.style == "BertTokenizer":
+        made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=list(kind.special), show_progress=False)
+        settings = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    else:
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=320, special_tokens=list(kind.special), initial_alphabet=alphabet, show_progress=False
+        )
+        names = ENDS if "</s>" in kind.special else {"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+        settings = {name: token for name, token in names.items() if token in kind.special}
+    made.train_from_iterator(CORPUS, trainer)
+    around = [(token, made.token_to_id(token)) for token in kind.ends.split() if token != "$A"]
+    made.post_processor = processors.TemplateProcessing(single=kind.ends, special_tokens=around)
+    made.save(str(folder / "tokenizer.json"))
+    write(folder / "tokenizer_config.json", settings | {"tokenizer_class": kind.style, "model_max_length": 512})
+    return made.get_vocab_size()
+
+
+def build(kind: Kind, folder: Path) -> Path:
+    torch.manual_seed(0)
+    folder.mkdir()
+    model = kind.model(write_tokenizer(kind, folder)).eval()
+    with torch.no_grad():  # biases and norms too, so that every weight affects the result
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    places = ["", *(f"{place}_{name}" for place, name in enumerate(kind.modules[1:], 1))]
+    write(
+        folder / "modules.json",
+        [
+            {"idx": place, "name": str(place), "path": path, "type": f"{NEWER if 'type' in path else PREFIX}{name}"}
+            for place, (name, path) in enumerate(zip(kind.modules, places, strict=True))
+        ],
+    )
+    for name, values in ({"sentence_bert_config.json": {"max_seq_length": LIMIT}} | kind.files).items():
+        write(folder / name, values)
+        if "out_features" in values:
+            weights = {"linear.weight": torch.randn(values["out_features"], values["in_features"])}
+            if values["bias"]:
+                weights["linear.bias"] = torch.randn(values["out_features"])
+            save_file(weights, folder / name.replace("config.json", "model.safetensors"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("embedders")
+    return {name: build(kind, root / name) for name, kind in KINDS.items()}
+
+
+def tokens_of(name: str, folder: Path, text: str, limit: int = LIMIT) -> list[int]:
+    """Tokenize with the `tokenizers` library alone."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(limit)
+    lowered = text.lower() if name == "xlm-roberta" else text
+    return tokenizer.encode(lowered).ids
+
+
+@torch.no_grad()
+def by_hand(name: str, folder: Path, text: str, prompt: str | None = None) -> torch.Tensor:
+    """Embed a text alone, without padding, and with a mask of attention that is written out."""
+    kind, prompt = KINDS[name], PROMPTS.get(name, "") if prompt is None else prompt
+    ids = tokens_of(name, folder, prompt + text)
+    skipped = len(tokens_of(name, folder, prompt)) if name == "llama" and prompt else 0
+    model = type(kind.model(400)).from_pretrained(folder, attn_implementation="eager").eval()
+    shape = (len(ids), len(ids))
+    mask = torch.full(shape, torch.finfo(torch.float32).min).triu(1) if kind.causal else torch.zeros(shape)
+    hidden = model(input_ids=torch.tensor([ids]), attention_mask=mask[None, None]).last_hidden_state[0]
+    row = {"cls": hidden[0], "last": hidden[-1], "mean": hidden[skipped:].mean(dim=0)}[kind.mode]
+    if name == "llama":
+        first = SentenceWeights(folder / "2_Dense")
+        row = torch.tanh(first.weight @ row + first.bias)
+        row = SentenceWeights(folder / "3_Dense").weight @ row
+    return F.normalize(row, dim=0)
+
+
+class SentenceWeights:
+    def __init__(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        weights = load_file(folder / "model.safetensors")
+        self.weight, self.bias = weights["linear.weight"], weights.get("linear.bias")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_vectors_match_single_texts_in_transformers(name, folders):
+    folder = folders[name]
+    embedder = Embedder.load(folder, "cpu")
+    # The Embedder strips a text.
+    expected = torch.stack([by_hand(name, folder, text.strip()) for text in TEXTS])
+    rows = embedder.embed(TEXTS)
+    assert embedder.dimension == expected.shape[1] == (12 if name == "llama" else 32)
+    assert (rows - expected).abs().max() < TOLERANCE
+    assert (rows[0] - rows[2]).abs().max() > 1e-2  # otherwise the comparison would prove nothing
