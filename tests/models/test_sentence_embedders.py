@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +38,7 @@ from pipeline.models.files import fingerprint
 from pipeline.models.llm2clip import model as llm2clip
 from pipeline.models.llm2clip.model import Llm2Clip
 from pipeline.models.registry import family_of, saved, training
+from pipeline.models.text_encoder.family import SAVED
 from pipeline.models.text_encoder.model import FrozenTextEncoder
 from pipeline.models.text_encoder.sentence import SentenceEncoder, SentenceProcessor
 from pipeline.models.vision import VisionEncoder
@@ -143,7 +143,7 @@ KINDS = {
         False,
         "mean",
         {
-            "1_Pooling/config.json": {"pooling_mode": ["mean"], "include_prompt": False},
+            "1_Pooling/config.json": {"embedding_dimension": 32, "pooling_mode": ["mean"], "include_prompt": False},
             "2_Dense/config.json": {
                 "in_features": 32,
                 "out_features": 40,
@@ -177,7 +177,10 @@ def write_tokenizer(kind: Kind, folder: Path) -> int:
     """Write tokenizer.json with start and end tokens in its post-processor; return the number of tokens."""
     if kind.style == "BertTokenizer":
         made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+        made.normalizer, made.pre_tokenizer = (
+            normalizers.BertNormalizer(lowercase=True),
+            pre_tokenizers.BertPreTokenizer(),
+        )
         trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=list(kind.special), show_progress=False)
         settings = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
     else:
@@ -273,3 +276,175 @@ def test_vectors_match_single_texts_in_transformers(name, folders):
     assert embedder.dimension == expected.shape[1] == (12 if name == "llama" else 32)
     assert (rows - expected).abs().max() < TOLERANCE
     assert (rows[0] - rows[2]).abs().max() > 1e-2  # otherwise the comparison would prove nothing
+
+
+def test_item_instruction_replaces_the_prompt(folders):
+    for name, given in (("xlm-roberta", "query: "), ("llama", "star:")):
+        folder = folders[name]
+        encoder = load_encoder(str(folder), EvaluationRun(), CPU)
+        (row,) = encoder.embed([encoder.prepare(Item("a red star", instruction=given))])
+        assert (row - by_hand(name, folder, "a red star", given)).abs().max() < TOLERANCE
+        assert (row - by_hand(name, folder, "a red star")).abs().max() > 1e-2
+        assert encoder.processor.instruction == PROMPTS[name]  # is stored with the vectors of shards
+
+
+def test_texts_are_tokenized_whole_with_their_end_token(folders):
+    for name, kind in KINDS.items():
+        processor = SentenceProcessor.load(str(folders[name]), max_tokens=20)
+        for text in TEXTS:
+            expected = tokens_of(name, folders[name], PROMPTS.get(name, "") + text, 20)
+            assert processor.encode(Item(text)).input_ids.tolist() == expected
+        ends = kind.ends.split()[-1]
+        assert ends == "$A" or processor.tokenizer.convert_ids_to_tokens(expected[-1]) == ends
+    empty = SentenceProcessor.load(str(folders["llama"]), 20).tokenized("")
+    assert len(empty.input_ids) > empty.skipped  # something is pooled
+
+
+@pytest.mark.parametrize(
+    ("stored", "prompt"),
+    [
+        ({"prompts": {"corpus": "c", "passage": "p", "document": "d"}, "default_prompt_name": "corpus"}, "d"),
+        ({"prompts": {"corpus": "c", "passage": "p", "document": None}}, "p"),
+        ({"prompts": {"document": "", "query": "q"}, "default_prompt_name": "query"}, ""),
+        ({"prompts": {"query": "q"}, "default_prompt_name": "query"}, "q"),
+        ({"prompts": {"query": "q"}}, ""),
+        ({}, ""),
+    ],
+)
+def test_prompt_is_that_of_documents_or_else_the_default(stored, prompt, folders, tmp_path):
+    folder = shutil.copytree(folders["bert"], tmp_path / "bert")
+    write(folder / "config_sentence_transformers.json", stored)
+    assert SentenceProcessor.load(str(folder), 64).instruction == prompt
+
+
+def test_missing_pooler_and_modules_in_bf16(folders, tmp_path):
+    model = BertModel.from_pretrained(folders["bert"], add_pooling_layer=False)
+    folder = shutil.copytree(folders["bert"], tmp_path / "bert")
+    model.save_pretrained(folder)
+    expected = Embedder.load(folders["bert"], "cpu").embed(TEXTS)
+    assert torch.equal(Embedder.load(folder, "cpu").embed(TEXTS), expected)
+    shutil.rmtree(folder / "2_Normalize", ignore_errors=True)  # is empty in earlier versions, and git keeps no folder
+    modules = json.loads((folder / "modules.json").read_text())
+    write(folder / "modules.json", modules[:2])
+    # Without Normalize they are unit vectors, too.
+    assert (Embedder.load(folder, "cpu").embed(TEXTS) - expected).abs().max() < TOLERANCE
+    embedder = Embedder.load(folders["llama"], "cpu", precision="bf16")
+    assert (
+        embedder.model.transformer.dtype == torch.bfloat16 and embedder.model.after[0][0].weight.dtype == torch.float32
+    )
+    expected = Embedder.load(folders["llama"], "cpu").embed(TEXTS)
+    assert (F.cosine_similarity(embedder.embed(TEXTS), expected) > 0.99).all()
+
+
+def test_weights_of_a_missing_layer_are_refused(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "llama")
+    save_file({"linear.weight": torch.ones(40, 31)}, folder / "2_Dense/model.safetensors")
+    with pytest.raises(PipelineError, match=r"2_Dense/model\.safetensors cannot be used"):
+        SentenceEncoder.load(str(folder), torch.float32)
+    (folder / "2_Dense/model.safetensors").unlink()
+    with pytest.raises(PipelineError, match="2_Dense has no weights"):
+        SAVED.check(str(folder))
+
+
+def kinds(*names: str) -> list[dict[str, Any]]:
+    return [{"idx": i, "name": str(i), "path": f"{i}_x" if i else "", "type": name} for i, name in enumerate(names)]
+
+
+ROUTER = "sentence_transformers.models.Router"
+TRANSFORMER, POOLING = f"{PREFIX}Transformer", f"{PREFIX}Pooling"
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "told"),
+    [
+        ("modules.json", kinds(ROUTER), "it has a module sentence_transformers.models.Router, which is not supported"),
+        ("modules.json", kinds(TRANSFORMER, POOLING, f"{PREFIX}Asym"), r"it has a module .*\.Asym"),
+        ("modules.json", kinds("custom_st.Transformer", POOLING), "it has a module custom_st.Transformer"),
+        ("modules.json", kinds(TRANSFORMER), "its modules are Transformer, which is not supported; expected a Tr"),
+        ("modules.json", kinds(TRANSFORMER, POOLING, POOLING), "its modules are Transformer, Pooling, Pooling"),
+        ("modules.json", {"0": TRANSFORMER}, "is not a list of modules"),
+        ("modules.json", [kinds(TRANSFORMER)[0] | {"path": "0_T"}, kinds("", POOLING)[1]], "its transformer is in 0_T"),
+        ("modules.json", [kinds(TRANSFORMER)[0] | {"path": "../T"}, kinds("", POOLING)[1]], "do not trust it"),
+        ("1_Pooling/config.json", {"pooling_mode": "weightedmean"}, "its pooling mode is 'weightedmean', which is not"),
+        ("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}, r"its pooling mode is \['cls', 'mean'\]"),
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "its pooling mode is 'max', which is not supp"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+            r"its pooling mode is \['cls', 'mean'\]",
+        ),
+        ("2_Dense/config.json", {"out_features": 4, "activation_function": "os.system"}, "activation_function is 'os"),
+        ("2_Dense/config.json", {"out_features": 4, "use_residual": True}, "use_residual is true"),
+        ("2_Dense/config.json", {"out_features": 4, "module_input_name": "token_embeddings"}, "module_input_name is"),
+        ("2_Dense/config.json", {"out_features": 0}, "out_features=0 is no width"),
+        ("sentence_bert_config.json", {"transformer_task": "text-generation"}, "transformer_task is 'text-generation'"),
+        ("sentence_bert_config.json", {"modality_config": {"message": {}}}, "modality_config is"),
+        ("sentence_bert_config.json", {"config_kwargs": {"is_causal": False}}, "config_kwargs is"),
+        ("sentence_bert_config.json", {"max_seq_length": "512"}, "a length is"),
+        ("config_sentence_transformers.json", {"prompts": ["a"]}, "is no object of texts"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "none"}, "is none of its prompts"),
+    ],
+)
+def test_unsupported_parts_are_refused_by_file(file, values, told, folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "llama")
+    write(folder / file, values)
+    with pytest.raises(PipelineError, match=rf"{file}: .*{told}|{file} {told}"):
+        SAVED.check(str(folder))
+    with pytest.raises(PipelineError, match=file):
+        Embedder.load(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"is_encoder_decoder": True, "model_type": "t5", "d_model": 32}, {"model_type": "vit"}]
+)
+def test_model_that_is_no_text_encoder_is_refused(fields, folders, tmp_path):
+    folder = shutil.copytree(folders["bert"], tmp_path / "bert")
+    write(folder / "config.json", fields)
+    with pytest.raises(PipelineError, match=f"is a {fields['model_type']} model; a sentence embedder can be"):
+        SAVED.check(str(folder))
+
+
+VISION = SIZES | {"image_size": 24, "patch_size": 8, "projection_dim": 20}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+@torch.no_grad()
+def test_llm2clip_learns_from_its_vectors_and_its_export_holds_it(name, folders, tmp_path):
+    folder, base = folders[name], tmp_path / "vision"
+    VisionEncoder.build(VISION, 20, 0).save(base)
+    training("llm2clip").check(section("llm2clip", path=str(base), text_encoder=str(folder)))
+    reader, expected = SentenceProcessor.load(str(folder), 512), torch.stack([by_hand(name, folder, t) for t in TEXTS])
+    (chunk,) = plan_chunks([reader.encode(Item(text)) for text in TEXTS], 4096, CPU)
+    features = FrozenTextEncoder(SentenceEncoder.load(str(folder), torch.float32), CPU).features_of(chunk)
+    assert (features - expected[chunk.rows]).abs().max() < TOLERANCE
+
+    model = Llm2Clip.load(str(base), torch.float32, width=expected.shape[1])
+    llm2clip.save(model, str(folder), tmp_path / "export", None)
+    card = (tmp_path / "export/README.md").read_text()
+    assert "a sentence embedder in sentence-transformers' format" in card and "bidirectional" not in card
+    embedder = Embedder.load(tmp_path / "export", "cpu")
+    rows = embedder.embed([TEXTS[0], TEXTS[2], Image.new("RGB", (30, 20), "red")])
+    texts = torch.stack([by_hand(name, folder, text) for text in (TEXTS[0], TEXTS[2])])
+    assert (rows[:2] - model.adapter(texts)).abs().max() < TOLERANCE
+    assert saved("llm2clip").dimension(str(tmp_path / "export")) == rows.shape[1] == 20
+
+
+def test_folder_is_identified_by_its_modules(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "llama")
+    assert family_of(str(folder)) is SAVED
+    found = {fingerprint(str(folder), modules=True)}
+    for file, values in (
+        ("1_Pooling/config.json", {"pooling_mode": "cls"}),
+        ("config_sentence_transformers.json", {}),
+        ("sentence_bert_config.json", {"max_seq_length": 8}),
+    ):
+        write(folder / file, values)
+        found.add(fingerprint(str(folder), modules=True))
+    save_file({"linear.weight": torch.ones(12, 40)}, folder / "3_Dense/model.safetensors")
+    found.add(fingerprint(str(folder), modules=True))
+    assert len(found) == 5
+    # A run that starts from the folder's weights does not read its modules.
+    assert fingerprint(str(folder)) == fingerprint(str(folders["llama"]))
+    config = json.loads((folder / "config.json").read_text())
+    write(folder / "config.json", config | {"text_encoder": {"pooling": "mean"}})
+    assert not isinstance(SAVED.reader(str(folder), 64), SentenceProcessor)

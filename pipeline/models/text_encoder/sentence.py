@@ -263,7 +263,8 @@ def load_config(path: str) -> PreTrainedConfig:
     """Return the transformer's config. Raises PipelineError for an encoder-decoder or a model of more than texts."""
     config: PreTrainedConfig = loading.config(path)
     parts = [name for name in type(config).sub_configs if re.search("text|vision|audio", name)]
-    if config.is_encoder_decoder or parts or not hasattr(config, "hidden_size"):
+    sizes = all(hasattr(config, name) for name in ("hidden_size", "vocab_size"))
+    if config.is_encoder_decoder or parts or not sizes:
         raise PipelineError(
             f"{path} is a {config.model_type} model; a sentence embedder can be a text encoder such as bert, or a "
             "decoder such as qwen3, mistral or llama"
@@ -281,6 +282,9 @@ def check_folder(path: str) -> None:
     """Raise PipelineError if the folder or hub name is not supported, without loading its weights."""
     SentenceProcessor.load(path, max_tokens=64)
     loading.check_weights(str(fetched(path)), AutoModel, load_config(path))
+    for part in SentenceFormat.load(path).after:
+        if part:
+            survey(part.folder, weight_files(part.folder))
 
 
 def _refuse(file: Path, found: str, expected: str) -> NoReturn:
