@@ -69,6 +69,7 @@ from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
 from pipeline.models.registry import training
 from pipeline.models.text_encoder import model as decoder
+from pipeline.models.text_encoder.processor import Settings
 from pipeline.models.vision import VisionEncoder
 from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.objectives.objective import StepResult
@@ -134,7 +135,7 @@ def make_text_encoder(folder: Path, width: int) -> None:
     with TemporaryDirectory() as made:
         decoder.build(text, (f"cloud number {number}" for number in range(1000)), seed=0, folder=Path(made))
         model = decoder.TextEncoder.load(made, torch.float32)
-        decoder.save(model, dict(model.named_parameters()), made, folder, base=None, instruction="")
+        decoder.save(model, dict(model.named_parameters()), made, folder, base=None, settings=Settings())
 
 
 def vectors_of(recipe: Recipe) -> np.ndarray:

@@ -81,6 +81,11 @@ class Source:
         texts = [index.to_json() for _, index in self.indexes] + [index.to_json() for _, index in self.embeddings]
         return hashlib.sha256("".join(texts).encode()).hexdigest()
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The datasets' names: those in data.datasets, or else the index's."""
+        return tuple(part.name for part in self.data.datasets) or tuple(index.dataset for _, index in self.indexes)
+
     def order(self, global_batch: int, seed: int, lengths: Lengths) -> Order:
         """Return the order in which a run uses the samples."""
         data = self.data
@@ -89,7 +94,7 @@ class Source:
             part = data.datasets[number] if data.datasets else None
             datasets.append(
                 Dataset(
-                    name=part.name if part else index.dataset,
+                    name=self.names[number],
                     shard_samples=np.array([shard.samples for shard in index.shards]),
                     shard_lengths=np.array([lengths.of_shard(shard) for shard in index.shards]),
                     weight=part.weight if part else 1.0,
@@ -146,23 +151,25 @@ class Source:
         return Origin(self.tars(shard)[0].url, sample)
 
     def parse(self, shard: int, record: np.void, data: bytes, vectors: bytes | None = None) -> Pair:
-        """Parse a sample's bytes as a pair, given its record. Raises BadSample if they contain no pair.
+        """Parse a sample's bytes as a pair of the dataset in `names`; BadSample if they contain no pair.
 
         vectors: the bytes of its text embeddings, or None.
         """
-        _, index = self.indexes[self.shards[shard][0]]
+        number = self.shards[shard][0]
+        _, index = self.indexes[number]
         pair = parse_sample(data, index.captions)
         if not isinstance(pair, Pair):
             raise BadSample("an item of an evaluation set, not a pair to train on")
         rows = None
         if vectors is not None:
-            embeddings = self.embeddings[self.shards[shard][0]][1]
+            embeddings = self.embeddings[number][1]
             try:
                 rows = embeddings.vectors(vectors, pair, data, index.captions)
             except ObjectError as error:
                 raise ObjectError(f"{self.tars(shard)[1].url}: {error}") from None
         query, target = int(record["query_hash"]), int(record["target_hash"])
-        return replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target), vectors=rows)
+        pair = replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target))
+        return replace(pair, dataset=self.names[number], vectors=rows)
 
     def check_memory(self, order: Order, world: int) -> None:
         """Raise PipelineError unless `data.memory_mb` holds one window of every lane and stream of a rank."""

@@ -62,6 +62,7 @@ class EmbeddingMetadata:
     stored: the number format; fp32 means the tars of LLM2CLIP's own code.
     columns: the columns of img2dataset's samples with captions, in the order of the rows; None for our own layout.
     weights: the fingerprint of the model's folder.  max_tokens: the length to which texts were truncated.
+    template: the name of the chat template around each caption; None if it is not known.
     """
 
     __pydantic_config__ = FIXED
@@ -74,6 +75,7 @@ class EmbeddingMetadata:
     columns: tuple[str, ...] | None
     weights: str | None = None
     max_tokens: Positive | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ class CaptionDataset:
             columns_of(self.index),
             weights=fingerprint(str(fetched(encoder.name)), modules=True) if max_tokens else None,
             max_tokens=max_tokens,
+            template=getattr(reader, "template", None),
         )
 
     def begin(self, made: EmbeddingMetadata, overwrite: bool) -> None:

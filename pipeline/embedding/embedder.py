@@ -144,7 +144,8 @@ class Embedder:
                 item = _Item(video=item) if _from_file(item, _is_video) else _Item(images=(item,))
             images = [partial(_picture, image, self.processor.as_stored) for image in item.images]
             frames = None if item.video is None else partial(self._frames, item.video)
-            text = item.marked_text() if self.instructed else item.text.strip()
+            # White space around a text is left to the processor: a template may keep what is before it.
+            text = item.marked_text() if self.instructed else item.text if item.text.strip() else ""
             return self.processor.encode_parts(text, images, frames)
         except BadSample as reason:
             raise PipelineError(f"item {number}: {reason}") from None

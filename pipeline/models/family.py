@@ -154,7 +154,7 @@ class TrainingInterface(ABC, Generic[S]):
 
         return {"the model's fingerprint": fingerprint(model.path)}
 
-    def trained_on(self, pair: "Pair", draw: "Draw") -> "Pair":
+    def trained_on(self, recipe: Recipe, pair: "Pair", draw: "Draw") -> "Pair":
         """Return the part of a sample that a step trains on."""
         return pair.one_text(draw)
 

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,7 @@ class Trainer:
             rank=self.rank,
             world=self.world,
             timeout=60 * self.recipe.timeout_minutes,
-            trained_on=self.family.trained_on,
+            trained_on=partial(self.family.trained_on, self.recipe),
         )
 
     def _step(self, step: int, batch: Batch) -> tuple[StepResult, float]:

@@ -34,6 +34,7 @@ from pipeline.models.llave.model import Llave
 from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.lora import add_adapters
 from pipeline.objectives.contrastive import step as step_module
+from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze, load_frozen
@@ -76,6 +77,7 @@ FEW = (
     Case("mixed", 200, 2, (*FROZEN, "batch.sub_batch=4")),
     Case("mixed", 200, 1, (*WHOLE, "objective.learn_temperature=true", "objective.temperature=0.07")),
     Case("mixed", 200, 3, (*WHOLE, CHECKPOINTING)),
+    Case("mixed", 200, 2, (*FROZEN, "batch.sub_batch=4", "objective.directions=query")),
 )
 ALL = (
     *FEW,
@@ -146,7 +148,7 @@ def sub_batches(pairs: list[Pair], recipe: Recipe) -> list[list[Pair]]:
 
 
 def formula(
-    model: Llave, pairs: list[Pair], processor: LlaveProcessor, alpha: float, temperature: torch.Tensor
+    model: Llave, pairs: list[Pair], processor: LlaveProcessor, objective: ContrastiveSection, temperature: torch.Tensor
 ) -> torch.Tensor:
     """Return LLaVE's loss (arXiv 2503.04812) as one B x B matrix, with each item embedded separately."""
     pairs = [pair for pair in pairs if int(pair.key) not in INVALID]
@@ -162,13 +164,14 @@ def formula(
 
     def direction(similarity: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         own = torch.eye(*similarity.shape, dtype=torch.bool)
-        logits = similarity / temperature + torch.where(own, 0, alpha * similarity.detach())
+        logits = similarity / temperature + torch.where(own, 0, objective.alpha * similarity.detach())
         logits = logits.masked_fill(masked, -torch.inf)
         return F.cross_entropy(logits, torch.arange(len(pairs)))
 
     forth = torch.cat([queries @ targets.T, queries @ negatives.T], dim=1)
     unmasked = torch.zeros(len(pairs), len(negatives), dtype=torch.bool)
-    return (direction(forth, torch.cat([same, unmasked], dim=1)) + direction(targets @ queries.T, same)) / 2
+    of_queries = direction(forth, torch.cat([same, unmasked], dim=1))
+    return of_queries if objective.directions == "query" else (of_queries + direction(targets @ queries.T, same)) / 2
 
 
 def largest_difference(engine: deepspeed.DeepSpeedEngine, theirs: dict[str, torch.Tensor]) -> float:
@@ -215,7 +218,7 @@ def expected(model: str, mix: str, fields: tuple[str, ...]) -> Expected:
 
     def loss(step: int, temperature: torch.Tensor) -> torch.Tensor:
         parts = sub_batches(make_pairs(mix, seed=step), recipe)
-        of_parts = [formula(reference, part, processor, recipe.objective.alpha, temperature) for part in parts]
+        of_parts = [formula(reference, part, processor, recipe.objective, temperature) for part in parts]
         return torch.stack(of_parts).mean()
 
     return trained_alone(reference, recipe, PARTS, loss)

@@ -6,6 +6,7 @@ the recipe's data. FORMAT: the number format of the stored vectors.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -47,7 +48,7 @@ def train(recipe: Recipe, stored: Stored | None = None) -> tuple[list[float], fl
         return vectors
 
     losses, expected = [], None
-    given = {"rank": 0, "world": 1, "timeout": HANG_SECONDS, "trained_on": kind.trained_on}
+    given = {"rank": 0, "world": 1, "timeout": HANG_SECONDS, "trained_on": partial(kind.trained_on, recipe)}
     for step, batch in enumerate(batches(source, order, processor.encode, range(STEPS), **given)):
         if frozen and not losses:
             expected = deviation(engine, frozen, batch, recipe)

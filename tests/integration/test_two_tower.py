@@ -12,6 +12,7 @@ from pipeline.models.clip import model as clip
 from pipeline.models.llm2clip import model as llm2clip
 from pipeline.models.registry import training
 from pipeline.models.text_encoder import model as decoder
+from pipeline.models.text_encoder.processor import Settings
 
 WORKER = str(Path(__file__).with_name("two_tower.py"))
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -36,7 +37,7 @@ def models(tmp_path_factory) -> Path:
         # Biases are initialized to zero, where a relative difference is meaningless. Those of trained models are not.
         if kind == "text_encoder":
             model = randomised(decoder.TextEncoder.load(str(made), torch.float32))
-            decoder.save(model, dict(model.named_parameters()), str(made), folder / kind, None, "")
+            decoder.save(model, dict(model.named_parameters()), str(made), folder / kind, None, Settings())
         elif kind == "clip":
             clip.save(randomised(clip.Clip.load(str(made), torch.float32)), str(made), folder / kind)
         else:

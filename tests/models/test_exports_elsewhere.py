@@ -28,7 +28,7 @@ from pipeline.models.text_encoder import masked
 from pipeline.models.text_encoder import model as decoder
 from pipeline.models.text_encoder.masked import MaskedLanguageModel
 from pipeline.models.text_encoder.model import TextEncoder
-from pipeline.models.text_encoder.processor import TextProcessor
+from pipeline.models.text_encoder.processor import Settings, TextProcessor
 from pipeline.models.vision import VisionEncoder
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -110,7 +110,9 @@ def test_tokenizer_prefix_is_kept_and_suffix_removed(marked, instruction):
 def test_text_encoder_card_example_matches_embedder(marked, instruction, tmp_path, monkeypatch):
     base, _ = marked
     model = TextEncoder.load(str(base), torch.float32)
-    decoder.save(model, dict(model.named_parameters()), str(base), tmp_path / "out", None, instruction)
+    decoder.save(
+        model, dict(model.named_parameters()), str(base), tmp_path / "out", None, Settings(instruction=instruction)
+    )
     embed = run_example(tmp_path / "out", monkeypatch)["embed"]
     expected = torch.stack([embed(text) for text in TEXTS])
     torch.testing.assert_close(Embedder.load(tmp_path / "out").embed(TEXTS), expected, atol=3e-6, rtol=0)
@@ -191,11 +193,11 @@ def test_rotary_config_is_written_in_both_formats_and_read_alike(kind, fields, e
     text = SIZES | {"num_key_value_heads": 2, "vocab_size": 400, "model_type": kind, "max_position_embeddings": 128}
     decoder.build(text | fields, CORPUS, 0, tmp_path / "base")
     model = TextEncoder.load(str(tmp_path / "base"), torch.float32)
-    decoder.save(model, dict(model.named_parameters()), str(tmp_path / "base"), tmp_path / "out", None, "")
+    decoder.save(model, dict(model.named_parameters()), str(tmp_path / "base"), tmp_path / "out", None, Settings())
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert earlier.items() <= config.items()
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters == model.language_model.config.rope_parameters
-    decoder.save(model, dict(model.named_parameters()), str(tmp_path / "base"), tmp_path / "other", None, "")
+    decoder.save(model, dict(model.named_parameters()), str(tmp_path / "base"), tmp_path / "other", None, Settings())
     for name in {*earlier, "pruned_heads"}:
         config.pop(name)
     (tmp_path / "other/config.json").write_text(json.dumps(config))
@@ -233,7 +235,7 @@ def test_llave_config_and_tokenizer_are_written_in_both_formats(tiny_model, tmp_
 def test_text_encoder_from_older_export_is_copied_and_updated(plain, tmp_path):
     source = tmp_path / "source"
     model = TextEncoder.load(str(plain), torch.float32)
-    decoder.save(model, dict(model.named_parameters()), str(plain), source, None, "")
+    decoder.save(model, dict(model.named_parameters()), str(plain), source, None, Settings())
     config = json.loads((source / "config.json").read_text())
     for name in ("rope_theta", "rope_scaling", "pruned_heads"):
         del config[name]

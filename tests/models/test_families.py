@@ -14,6 +14,7 @@ from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.models.registry import family_of, saved, training
 from pipeline.models.text_encoder import model as decoder
+from pipeline.models.text_encoder.processor import Settings
 from pipeline.training.export import write_folder
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -125,7 +126,9 @@ def test_family_is_detected_from_its_folder(folders, tiny_model, tmp_path):
     assert family_of(folders["text_encoder"]) is None  # any decoder is like this
     assert family_of(folders["llm2clip"]) is None  # it is only a vision tower
     encoder = decoder.TextEncoder.load(folders["text_encoder"], "auto")
-    decoder.save(encoder, dict(encoder.named_parameters()), folders["text_encoder"], tmp_path / "encoder", None, "")
+    decoder.save(
+        encoder, dict(encoder.named_parameters()), folders["text_encoder"], tmp_path / "encoder", None, Settings()
+    )
     assert family_of(str(tmp_path / "encoder")) is saved("text_encoder")
     (tmp_path / "empty").mkdir()
     with pytest.raises(PipelineError, match=r"no model at .*empty.*: it has no config\.json"):

@@ -29,6 +29,7 @@ from pipeline.models.llm2clip.model import Llm2Clip
 from pipeline.models.registry import saved, training
 from pipeline.models.text_encoder import model as decoder
 from pipeline.models.text_encoder.masked import MaskedLanguageModel
+from pipeline.models.text_encoder.processor import Settings
 from pipeline.models.vision import VisionEncoder
 
 CPU = torch.device("cpu")
@@ -45,7 +46,12 @@ def whole(tmp_path_factory, tiny_model) -> dict[str, Path]:
     training("text_encoder").build(section("text_encoder", architecture={"text": TEXT}), CORPUS, 0, root / "decoder")
     encoder = decoder.TextEncoder.load(str(root / "decoder"), "auto")
     decoder.save(
-        encoder, dict(encoder.named_parameters()), str(root / "decoder"), root / "text_encoder", None, "find: "
+        encoder,
+        dict(encoder.named_parameters()),
+        str(root / "decoder"),
+        root / "text_encoder",
+        None,
+        Settings(instruction="find: "),
     )
     clip = {"vision": VISION, "text": SIZES | {"vocab_size": 600, "max_position_embeddings": 20}}
     training("clip").build(section("clip", architecture=clip), CORPUS, 0, root / "clip")

@@ -34,6 +34,7 @@ from pipeline.models.lora import add_adapters, merge_adapters
 from pipeline.models.registry import family_of, saved
 from pipeline.models.text_encoder import model as decoder
 from pipeline.models.text_encoder.model import TextEncoder
+from pipeline.models.text_encoder.processor import Settings
 from pipeline.models.vision import VisionEncoder
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def encoders(tmp_path_factory) -> dict[str, tuple[Path, TextEncoder]]:
         randomised(model)
         merged = merge_adapters(dict(model.named_parameters()), lora)
         plain = TextEncoder.load(str(base), torch.float32)
-        decoder.save(plain, merged, str(base), root / name, "someone/decoder", instruction)
+        decoder.save(plain, merged, str(base), root / name, "someone/decoder", Settings(instruction=instruction))
         made[name] = root / name, model.eval()
     return made
 

@@ -171,12 +171,12 @@ def test_decoder_without_lm_head_is_refused(tmp_path):
 
 
 def test_step_uses_one_caption_of_an_image_and_both_of_a_text_pair():
-    kind = training("text_encoder", "masked_next_token")
+    kind, recipe = training("text_encoder", "masked_next_token"), load_recipe("demo_masked.yaml")
     image = Pair("0", "d", "", Item("<image>", (b"...",)), Item("one"), (Item("no"),), ("two",))
     for number, name in enumerate(("one", "two")):
-        assert kind.trained_on(image, lambda count, number=number: number).items == (Item(name), Item(name))
+        assert kind.trained_on(recipe, image, lambda count, number=number: number).items == (Item(name), Item(name))
     texts = Pair("1", "d", "", Item("one"), Item("two"))
-    assert kind.trained_on(texts, lambda count: 0) == texts
+    assert kind.trained_on(recipe, texts, lambda count: 0) == texts
 
 
 @pytest.mark.parametrize(

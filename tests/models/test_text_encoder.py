@@ -2,24 +2,37 @@
 
 import copy
 import json
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_close_in_norm
+from pydantic import ValidationError
+from sections import section
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
+from pipeline.config import EvaluationRun, load_recipe
 from pipeline.data.batch import Encoded
 from pipeline.data.sample import Item
+from pipeline.data.text_embeddings import EmbeddingMetadata
+from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
+from pipeline.evaluation.encoders import load_encoder
 from pipeline.models.attention import KINDS, Segments
 from pipeline.models.chunks import pack
-from pipeline.models.llm2clip.model import TextAdapter
+from pipeline.models.llm2clip import model as llm2clip
+from pipeline.models.llm2clip.model import Llm2Clip, TextAdapter
+from pipeline.models.registry import saved, training
+from pipeline.models.text_encoder import model as decoder
 from pipeline.models.text_encoder.model import TextEncoder, pooled
-from pipeline.models.text_encoder.processor import TextProcessor
+from pipeline.models.text_encoder.processor import Settings, TextProcessor
+from pipeline.models.vision import VisionEncoder
 
 SIZES = {
     "hidden_size": 32,
@@ -154,3 +167,79 @@ def test_tokens_and_embeddings_equal_those_of_the_papers_code():
     embeddings = F.normalize(torch.tensor([row["embedding"] for *_, row in rows]), dim=1)
     # Texts of all lengths are packed together; the published code pads them.
     torch.testing.assert_close(encoder(pack(items)), embeddings, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def templated(tmp_path_factory) -> Path:
+    """Return a text encoder's folder as a run with the paper's template and an instruction exports it."""
+    folder, base = tmp_path_factory.mktemp("templated"), str(PAPER / "text_encoder")
+    model = TextEncoder.load(base, torch.float32)
+    settings = Settings(instruction=" Retrieve: ", template="llama3")
+    decoder.save(model, dict(model.named_parameters()), base, folder, None, settings)
+    return folder
+
+
+TEXTS = ["a cat", " two  dogs\n", "", "the <|eot_id|> token, 12,345.67 and a caf\u00e9"]
+
+
+@torch.no_grad()
+def test_exported_folder_keeps_its_template(templated, monkeypatch):
+    processor = TextProcessor.load(str(PAPER / "text_encoder"), 512, " Retrieve: ", "llama3")
+    assert TextProcessor.load(str(templated), 512).encode(Item("a")).key == processor.encode(Item("a")).key
+    expected = TextEncoder.load(str(templated), torch.float32)(pack([processor.encode(Item(text)) for text in TEXTS]))
+    without = TextProcessor.load(str(templated), 512, template="none")
+    assert without.encode(Item("a")).key != processor.encode(Item("a")).key
+    # The model card's code and the Embedder.
+    (code,) = re.findall(r"```python\n(.*?)```", (templated / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(templated)
+    names: dict = {}
+    exec(code, names)
+    torch.testing.assert_close(torch.stack([names["embed"](text) for text in TEXTS]), expected, rtol=0, atol=1e-5)
+    filled = [number for number, text in enumerate(TEXTS) if text]  # the Embedder refuses an empty text
+    rows = Embedder.load(templated, device="cpu").embed([TEXTS[number] for number in filled])
+    torch.testing.assert_close(rows, expected[filled], rtol=0, atol=1e-5)
+    encoder = load_encoder(str(templated), EvaluationRun(), torch.device("cpu"))
+    rows = encoder.embed([encoder.prepare(Item(text)) for text in TEXTS])
+    torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
+
+
+def test_llm2clip_reads_texts_in_its_teachers_template(templated, tmp_path):
+    processor = TextProcessor.load(str(templated), 512)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4, "projection_dim": 8}
+    VisionEncoder.build(vision, 8, 0).save(tmp_path / "vision")
+    overrides = [f"model.path={tmp_path / 'vision'}", f"model.text_encoder={templated}", "model.max_tokens=512"]
+    overrides.append("data.text_embeddings=null")
+    recipe = load_recipe("demo_llm2clip.yaml", overrides)
+    trained = training("llm2clip").processor(recipe, str(tmp_path / "vision"))
+    llm2clip.save(Llm2Clip.load(str(tmp_path / "vision"), torch.float32, 64), str(templated), tmp_path / "out", None)
+    for reader in (trained, saved("llm2clip").reader(str(tmp_path / "out"), 512, 8)):
+        assert [reader.encode(Item(text)).key for text in TEXTS] == [processor.encode(Item(t)).key for t in TEXTS]
+    # Stored vectors of captions that were embedded in another way are refused.
+    metadata = EmbeddingMetadata("teacher", "0", 64, "fp16", " Retrieve: ", None, None, 512, "llama3")
+    for changed, said in (
+        ({}, ""),
+        ({"template": "none"}, "template='none', which is 'llama3'"),
+        ({"instruction": ""}, "instruction='', which is ' Retrieve: '"),
+        ({"template": None, "instruction": ""}, ""),  # of a version that stored no template, or of the published code
+        ({"width": 32}, "width=32, which is 64"),
+    ):
+        source = SimpleNamespace(embedding_metadata=replace(metadata, **changed))
+        with pytest.raises(PipelineError, match=re.escape(said)) if said else nullcontext():
+            training("llm2clip").check_data(recipe, source)
+
+
+def test_template_needs_its_tokens_and_a_known_name(tmp_path):
+    decoder.build(SIZES | {"vocab_size": 300}, ["a red star"], 0, tmp_path)
+    check = training("text_encoder").check
+    check(section("text_encoder", path=str(tmp_path)))
+    with pytest.raises(
+        PipelineError, match=r"has no <\|start_header_id\|>, which the template llama3 needs: set model"
+    ):
+        check(section("text_encoder", path=str(tmp_path), template="llama3"))
+    with pytest.raises(ValidationError, match=r"template llama3 needs model\.path"):
+        section("text_encoder", architecture={"text": SIZES}, template="llama3")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"text_encoder": {"template": "llama4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PipelineError, match="template, none or llama3: was it written by a later version"):
+        TextProcessor.load(str(tmp_path), 64)

@@ -3,20 +3,24 @@
 import io
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
+from pipeline.config import load_recipe
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.demo import clips
+from pipeline.errors import PipelineError
 from pipeline.models.registry import training
 from pipeline.models.text_encoder.processor import TextProcessor
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels
 
 CORPUS = ["a small red star at the top left", "a large blue ring", "find the same:"]
+RECIPE = load_recipe("demo_caption.yaml")
 PIXELS = Pixels(24, (0.5,) * 3, (0.5,) * 3, 24, False, Image.Resampling.BICUBIC)
 
 
@@ -151,13 +155,62 @@ def test_text_pair_keeps_its_query_with_each_target():
     pair = Pair("0", "d", "t", Item("q"), Item("a"), (Item("n"),), ("b",), vectors=np.eye(2, dtype=np.float32))
     assert drawn(replace(pair, vectors=None)) == Counter([("q", "a"), ("q", "b")])
     for number, text in enumerate("ab"):
-        one = training("llm2clip").trained_on(pair, lambda n, number=number: number)
+        one = training("llm2clip").trained_on(RECIPE, pair, lambda n, number=number: number)
         assert one.target.text == text and np.array_equal(one.target.vector, np.eye(2)[number])
         assert one.target.content_hash == Item(text).content_hash and one.negatives == (Item("n"),)
 
 
 def test_each_family_trains_on_its_own_items():
     pair = Pair("0", "d", "t", IMAGE, Item("a"), alternatives=("b",))
-    assert training("text_encoder").trained_on(pair, lambda n: 0).query == Item("a")
+    assert training("text_encoder").trained_on(RECIPE, pair, lambda n: 0).query == Item("a")
     for kind in ("llm2clip", "clip", "llave"):
-        assert training(kind).trained_on(pair, lambda n: 1) == Pair("0", "d", "t", IMAGE, Item("b"))
+        assert training(kind).trained_on(RECIPE, pair, lambda n: 1) == Pair("0", "d", "t", IMAGE, Item("b"))
+
+
+def test_queries_alone_get_the_instruction_of_their_dataset():
+    given = "{d: 'Find: ', one: ['A: ', 'B: '], two: {longer: 'Shorten: ', shorter: 'Lengthen: '}, plain: ''}"
+    recipe = load_recipe("demo_caption.yaml", [f"model.query_instructions={given}"])
+    family = training("text_encoder")
+
+    def instructions(dataset: str, *texts: str, number: int = 0) -> tuple[str, str]:
+        query, target, *rest = texts
+        pair = Pair("0", dataset, "t", Item(query), Item(target), tuple(map(Item, rest)))
+        pair = family.trained_on(recipe, pair, lambda n: number % n)
+        assert tuple(item.text for item in pair.items) == texts
+        assert not any(item.instruction for item in pair.negatives)
+        return pair.query.instruction, pair.target.instruction
+
+    assert instructions("d", "a star", "a ring", "no") == ("Find: ", "")
+    assert instructions("plain", "a star", "a ring") == instructions("unlisted", "a star", "a ring") == ("", "")
+    assert instructions("two", "a large star", "a ring") == ("Shorten: ", "")
+    assert instructions("two", "a ring", "a large star") == ("Lengthen: ", "")
+    assert instructions("two", "a ring", "a star") == ("Lengthen: ", "")
+    # A list's instruction is drawn independently of the target's text, which the lowest bits decide.
+    drawn = Counter(instructions("one", "a", "b", number=(high << 32) + low)[0] for high in (0, 1) for low in (0, 1))
+    assert drawn == {"A: ": 2, "B: ": 2}
+    image = Pair("0", "two", "t", IMAGE, Item("a large star"), alternatives=("a ring",))
+    found = [family.trained_on(recipe, image, lambda n, number=number: number) for number in (0, 1)]
+    assert {(pair.query.text, pair.query.instruction) for pair in found} == {
+        ("a large star", "Shorten: "),
+        ("a ring", "Lengthen: "),
+    }
+
+
+def test_instruction_of_an_item_replaces_the_processors(llama):
+    processor = TextProcessor(llama, 64, "find the same:")
+    one, other = processor.encode(Item("a red star", instruction="a large")), processor.encode(Item("a red star"))
+    assert np.array_equal(one.input_ids, TextProcessor(llama, 64, "a large").encode(Item("a red star")).input_ids)
+    assert one.key != other.key and other.skipped == len(processor.before("find the same:"))
+    # Equal content hashes would give both items one embedding.
+    assert Item("a", instruction="b").content_hash != Item("a").content_hash
+
+
+def test_each_dataset_needs_an_entry_in_query_instructions():
+    source = SimpleNamespace(names=("images", "texts", "sentences"), embedding_metadata=None)
+    family = training("text_encoder")
+    family.check_data(RECIPE, source)
+    given = "model.query_instructions={images: 'Find: ', unused: 'Find: '}"
+    with pytest.raises(PipelineError, match=r"model\.query_instructions has none for texts, sentences: add one"):
+        family.check_data(load_recipe("demo_caption.yaml", [given]), source)
+    given = given.replace("unused: 'Find: '", "texts: '', sentences: ''")
+    family.check_data(load_recipe("demo_caption.yaml", [given]), source)

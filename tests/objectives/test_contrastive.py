@@ -42,6 +42,7 @@ def formula(
     negative_ids=None,
     valid=None,
     margin=None,
+    directions="both",
     reward_query=None,
     reward_target=None,
     reward_negatives=None,
@@ -54,7 +55,7 @@ def formula(
     same = {name: ids is not None for name, ids in (("query", query_ids), ("target", target_ids))}
     masked_pairs = pairs = 0
     losses = []
-    for i, forth in product(range(n), (True, False)):
+    for i, forth in product(range(n), (True, False) if directions == "both" else (True,)):
         if not is_valid[i]:
             continue
         row, columns = (query[i], target) if forth else (target[i], query)
@@ -135,9 +136,11 @@ OPTIONS = {
 
 @pytest.mark.parametrize("tile", [1, 3, 1000])
 @pytest.mark.parametrize("explicit", [True, False], ids=["negatives", "no negatives"])
+@pytest.mark.parametrize("directions", ["both", "query"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_loss_and_gradients_match_formula(name, explicit, tile):
-    inputs, options = example() | {"temperature": torch.tensor(TEMPERATURE).double()}, {"alpha": ALPHA, **OPTIONS[name]}
+def test_loss_and_gradients_match_formula(name, directions, explicit, tile):
+    inputs = example() | {"temperature": torch.tensor(TEMPERATURE).double()}
+    options = {"alpha": ALPHA, "directions": directions, **OPTIONS[name]}
     if not explicit:
         del inputs["negatives"]
         options = {key: x for key, x in options.items() if "negative" not in key}
@@ -206,6 +209,8 @@ def test_alpha_zero_equals_cross_entropy():
     back = F.cross_entropy(target @ query.T / TEMPERATURE, diagonal)
     output = hardness_weighted_loss(**inputs, alpha=0.0, temperature=TEMPERATURE, tile=2)
     torch.testing.assert_close(output.loss, (forth + back) / 2, rtol=1e-9, atol=1e-9)
+    output = hardness_weighted_loss(**inputs, alpha=0.0, temperature=TEMPERATURE, tile=2, directions="query")
+    torch.testing.assert_close(output.loss, forth, rtol=1e-9, atol=1e-9)
 
 
 def test_harder_negative_is_weighted_by_exp_alpha_times_reward():
@@ -327,7 +332,13 @@ NEGATIVES = {  # number of negatives per rank
     "none": (0, 0),
     "without gradient, on one rank only": (0, 5),
     "without ids": (2, 5),
+    "queries alone": (2, 5),
+    "queries alone, no negatives": (0, 0),
 }
+
+
+def directions(name: str) -> str:
+    return "query" if name.startswith("queries alone") else "both"
 
 
 def global_batch(name: str) -> tuple[dict, dict]:
@@ -376,7 +387,8 @@ def on_rank(rank: int) -> dict:
             inputs = {key: x for key, x in inputs.items() if "negative" not in key}
             options = {key: x for key, x in options.items() if "negative" not in key}
         inputs["temperature"] = torch.tensor(TEMPERATURE)
-        output, gradients = with_gradients(hardness_weighted_loss, inputs, **options, alpha=ALPHA, tile=4)
+        options |= {"alpha": ALPHA, "directions": directions(name), "tile": 4}
+        output, gradients = with_gradients(hardness_weighted_loss, inputs, **options)
         results[name] = {"loss": output.loss.detach(), "gradients": gradients, **numbers(output)}
     return results
 
@@ -397,7 +409,8 @@ def of_two_ranks():
 def test_two_processes_equal_one_with_whole_batch(of_two_ranks, name):
     inputs, options = global_batch(name)
     inputs["temperature"] = torch.tensor(TEMPERATURE)
-    output, expected = with_gradients(hardness_weighted_loss, inputs, **options, alpha=ALPHA)
+    options |= {"alpha": ALPHA, "directions": directions(name)}
+    output, expected = with_gradients(hardness_weighted_loss, inputs, **options)
     ranks = [results[name] for results in of_two_ranks]
     assert_close_in_norm(torch.stack([r["loss"] for r in ranks]).mean(), output.loss, **OF_LOGITS)
     for key, whole in expected.items():

@@ -51,15 +51,20 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         if (stored := source.embedding_metadata) is None:
             return
         model = self.section(recipe)
+        reader = SAVED_TEXT_ENCODER.reader(model.text_encoder, model.max_tokens)
         now = {
+            "template": reader.template,
+            "instruction": reader.instruction,
             "width": SAVED_TEXT_ENCODER.dimension(model.text_encoder),
             "weights": fingerprint(str(fetched(model.text_encoder)), modules=True),
-            "max_tokens": model.max_tokens,
+            "max_tokens": reader.max_tokens,
         }
         for name, value in now.items():
-            if (before := getattr(stored, name)) and before != value:
+            before = getattr(stored, name)
+            unknown = stored.template is None if name == "instruction" else before is None
+            if not unknown and before != value:
                 raise PipelineError(
-                    f"data.text_embeddings were made by {stored.model} with {name}={before}, which is {value} for "
+                    f"data.text_embeddings were made by {stored.model} with {name}={before!r}, which is {value!r} for "
                     f"model.text_encoder={model.text_encoder} and model.max_tokens={model.max_tokens}: embed the "
                     "shards again, or set both to what embedded them"
                 )

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Fixed, LanguageModelTrain, ModelSection, Prefixes
 from pipeline.config.section import Place, Section
@@ -14,6 +14,16 @@ class TextEncoderArchitecture(Section):
         description="transformers' Qwen2Config, or another's, such as {model_type: llama}; vocab_size is the size of "
         "the tokenizer to train",
     )
+
+
+class ByLength(Section):
+    """The instruction of a query that is longer than its target, by characters, and that of any other query."""
+
+    longer: str
+    shorter: str
+
+
+QueryInstruction = str | Annotated[list[str], Field(min_length=1)] | ByLength
 
 
 class TextEncoderTrain(LanguageModelTrain):
@@ -41,7 +51,21 @@ class TextEncoderSection(ModelSection):
         "none",
         description="llama3: each text, with its instruction, is a user's turn of Llama-3-Instruct, as in LLM2CLIP",
     )
+    query_instructions: Annotated[dict[str, QueryInstruction], Fixed()] = Field(
+        {},
+        description="by dataset, prefix of the queries alone, in place of model.instruction: a text, a list of which a "
+        "step draws one, or {longer: , shorter: } by whether the query is the longer text of its pair",
+    )
     train: TextEncoderTrain = TextEncoderTrain()
+
+    @model_validator(mode="after")
+    def template_has_a_tokenizer(self) -> "TextEncoderSection":
+        if self.template != "none" and self.path is None:
+            raise ValueError(
+                f"the template {self.template} needs model.path, of a model whose tokenizer has its tokens: with "
+                "model.architecture, set model.template=none"
+            )
+        return self
 
 
 SECTION = TextEncoderSection

@@ -14,6 +14,8 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths, Square
 from pipeline.data.sample import Draw, Pair
+from pipeline.data.source import Source
+from pipeline.errors import PipelineError
 from pipeline.models.attention import fastest
 from pipeline.models.chunks import Features
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
@@ -21,7 +23,7 @@ from pipeline.models.files import Tensors
 from pipeline.models.loading import DTYPES, config_dict
 from pipeline.models.text_encoder import masked, sentence
 from pipeline.models.text_encoder import model as decoder
-from pipeline.models.text_encoder.config import TextEncoderSection
+from pipeline.models.text_encoder.config import ByLength, TextEncoderSection
 from pipeline.models.text_encoder.masked import MaskedLanguageModel
 from pipeline.models.text_encoder.model import TextEncoder
 from pipeline.models.text_encoder.processor import SETTINGS, Settings, TextProcessor, load_config
@@ -44,8 +46,25 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
     def lengths(self, recipe: Recipe) -> Lengths:
         return Lengths(Square(), recipe.video.frames)
 
-    def trained_on(self, pair: Pair, draw: Draw) -> Pair:
-        return pair.two_texts(draw)
+    def check_data(self, recipe: Recipe, source: Source) -> None:
+        super().check_data(recipe, source)
+        given = self.section(recipe).query_instructions
+        if given and (missing := [name for name in source.names if name not in given]):
+            raise PipelineError(
+                f"model.query_instructions has none for {', '.join(missing)}: add one, or a text in quotes that is "
+                "empty, for each dataset of the run"
+            )
+
+    def trained_on(self, recipe: Recipe, pair: Pair, draw: Draw) -> Pair:
+        """Return two texts, the query with the instruction of its dataset in model.query_instructions."""
+        pair = pair.two_texts(draw)
+        given = self.section(recipe).query_instructions.get(pair.dataset, "")
+        if isinstance(given, list):
+            # Bits of the sample's random number that the draw of its texts does not depend on.
+            given = given[draw(len(given) << 32) >> 32]
+        elif isinstance(given, ByLength):
+            given = given.longer if len(pair.query.text) > len(pair.target.text) else given.shorter
+        return replace(pair, query=replace(pair.query, instruction=given)) if given else pair
 
     def build(self, model: TextEncoderSection, texts: Iterable[str], seed: int, folder: Path) -> None:
         assert model.architecture
@@ -79,7 +98,7 @@ class MaskedTraining(TextEncoderTraining):
     _model = MaskedLanguageModel
     _decoder = AutoModelForCausalLM
 
-    def trained_on(self, pair: Pair, draw: Draw) -> Pair:
+    def trained_on(self, recipe: Recipe, pair: Pair, draw: Draw) -> Pair:
         """Return one of an image's texts, or both texts of a pair."""
         pair = pair.one_text(draw)
         if pair.query.images or pair.query.video is not None:

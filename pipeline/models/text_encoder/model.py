@@ -162,10 +162,8 @@ def save(
     model.language_model.save_pretrained(folder, state_dict=own)
     tokenizer = loading.tokenizer(source)
     tokenizer.save_pretrained(folder)
-    processor, instruction = TextProcessor(tokenizer, 0), settings.instruction
-    before = processor.start if settings.template in TEMPLATES else processor.before(instruction)
-    template = TEMPLATES.get(settings.template)
-    begin, end = (repr(template.begin + instruction.lstrip()), repr(template.end)) if template else ("", "")
-    names = {"instruction": instruction, "before": before, "begin": begin, "end": end}
+    processor, template = TextProcessor(tokenizer, 0), TEMPLATES.get(settings.template)
+    before = processor.start if template else processor.before(settings.instruction)
+    names = {"instruction": settings.instruction, "before": before, "turn": template}
     write_card(folder, Path(__file__).with_name("card.md.jinja"), base, **names)
     finish(folder, {"is_causal": False, SETTINGS: settings.stored()})

@@ -17,7 +17,7 @@ from pipeline.data.batch import Encoded
 from pipeline.data.sample import BadSample, Item
 from pipeline.errors import PipelineError
 from pipeline.models import loading
-from pipeline.models.text_encoder.templates import TEMPLATES, Template, template_of
+from pipeline.models.text_encoder.templates import NONE, TEMPLATES, check
 
 SETTINGS = "text_encoder"  # the field of config.json that marks a text encoder
 
@@ -32,7 +32,7 @@ class Settings:
 
     pooling: str = "mean"
     instruction: str = ""
-    template: str = "none"
+    template: str = NONE
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Settings":
@@ -41,20 +41,20 @@ class Settings:
 
     def stored(self) -> dict[str, str]:
         """Return them for config.json. Versions that know no templates can read a folder without one."""
-        return {name: value for name, value in asdict(self).items() if name != "template" or value != "none"}
+        return {name: value for name, value in asdict(self).items() if name != "template" or value != NONE}
 
 
 @dataclass(frozen=True)
 class TextProcessor:
     """Tokenizes texts.
 
-    instruction: stands before each text; its tokens are not pooled.  template: around both; see templates.py.
+    instruction: stands before each text; its tokens are not pooled.  template: the name of that around both.
     """
 
     tokenizer: Tokenizer
     max_tokens: int
     instruction: str = ""
-    template: Template | None = None
+    template: str = NONE
 
     as_stored: ClassVar[bool] = False
 
@@ -70,8 +70,9 @@ class TextProcessor:
         config = load_config(path)
         settings = Settings.of(config)
         tokenizer = loading.tokenizer(path, config.vocab_size)
-        around = template_of(settings.template if template is None else template, tokenizer, path)
-        return cls(tokenizer, max_tokens, settings.instruction if instruction is None else instruction, around)
+        template = settings.template if template is None else template
+        check(template, tokenizer, path)
+        return cls(tokenizer, max_tokens, settings.instruction if instruction is None else instruction, template)
 
     def encode(self, item: Item) -> Encoded:
         """Encode an item's text, cut to `max_tokens`. Raises BadSample for an item with an image or a video.
@@ -106,8 +107,8 @@ class TextProcessor:
         beginning, all tokens are: LLM2CLIP's code does this.
         """
         instruction = instruction or self.instruction
-        if self.template:
-            ids, count = self.template.tokenized(self.tokenizer, instruction, text)
+        if template := TEMPLATES.get(self.template):
+            ids, count = template.tokenized(self.tokenizer, instruction, text)
             ids = (self.start + ids)[: self.max_tokens]
             return Encoded(np.array(ids, np.int32), skipped=max(len(ids) - count, 0))
         before = self.before(instruction)
@@ -142,7 +143,7 @@ def load_config(path: str) -> PreTrainedConfig:
     if not isinstance(settings, dict) or not _is_supported(settings):
         raise PipelineError(
             f"{path}: {SETTINGS}={settings!r} in its config.json is not supported; expected are pooling, such as mean, "
-            f"instruction, a text, and template, {' or '.join(('none', *TEMPLATES))}: was it written by a later "
+            f"instruction, a text, and template, {' or '.join((NONE, *TEMPLATES))}: was it written by a later "
             "version?"
         )
     return config
@@ -153,7 +154,7 @@ def _is_supported(settings: dict[str, Any]) -> bool:
     if not known or not all(isinstance(value, str) for value in settings.values()):
         return False
     read = Settings(**settings)
-    return read.pooling == "mean" and read.template in ("none", *TEMPLATES)
+    return read.pooling == "mean" and read.template in (NONE, *TEMPLATES)
 
 
 def require_decoder(where: str, config: PreTrainedConfig) -> None:

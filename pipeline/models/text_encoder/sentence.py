@@ -38,6 +38,7 @@ from pipeline.models import loading
 from pipeline.models.chunks import Packed, sent
 from pipeline.models.files import fetched, read_json, read_tensors, survey, weight_files
 from pipeline.models.text_encoder.processor import SETTINGS
+from pipeline.models.text_encoder.templates import NONE
 from pipeline.storage.documents import unique
 
 MODULES = "modules.json"
@@ -124,7 +125,8 @@ def is_sentence_embedder(path: str, config: dict[str, Any]) -> bool:
 class SentenceProcessor:
     """Tokenizes texts with the tokenizer's own start and end tokens, as sentence-transformers does.
 
-    instruction: the prompt before each text, tokenized with it.  pooled: whether its tokens are pooled.
+    max_tokens: at most the folder's own limit.  instruction: the prompt before each text, tokenized with it.
+    pooled: whether its tokens are pooled.
     """
 
     tokenizer: Tokenizer
@@ -133,6 +135,7 @@ class SentenceProcessor:
     pooled: bool
 
     as_stored: ClassVar[bool] = False
+    template: ClassVar[str] = NONE
 
     @classmethod
     def load(cls, path: str, max_tokens: int) -> "SentenceProcessor":

@@ -37,6 +37,7 @@ class Template:
         return whole, len(alone)
 
 
+NONE = "none"  # instruction and text are tokenized apart, without more around them
 TEMPLATES = {
     "llama3": Template(
         "<|start_header_id|>user<|end_header_id|>\n\n",
@@ -46,16 +47,13 @@ TEMPLATES = {
 }
 
 
-def template_of(name: str, tokenizer: Tokenizer, where: str) -> Template | None:
-    """Return a template by its name, or None for `none`. Raises PipelineError if the tokenizer lacks its tokens.
-
-    where: the tokenizer's folder or hub name, for errors.
-    """
-    template = TEMPLATES.get(name)
-    known = tokenizer.get_vocab() if template else {}
-    if template and (missing := [token for token in template.special if token not in known]):
+def check(name: str, tokenizer: Tokenizer, where: str) -> None:
+    """Raise PipelineError if a tokenizer lacks a template's special tokens.  where: its folder or hub name."""
+    if (template := TEMPLATES.get(name)) is None:
+        return
+    known = tokenizer.get_vocab()
+    if missing := [token for token in template.special if token not in known]:
         raise PipelineError(
             f"{where}: its tokenizer has no {missing[0]}, which the template {name} needs: set model.template=none, or "
             "name a model whose tokenizer has it, such as Llama-3-Instruct"
         )
-    return template

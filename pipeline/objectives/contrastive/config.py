@@ -14,6 +14,9 @@ class ContrastiveSection(ObjectiveSection):
     learn_temperature: Annotated[bool, Fixed()] = Field(
         False, description="learn the temperature, starting at this value, with optimizer.lr; its lower bound is 0.01"
     )
+    directions: Annotated[Literal["both", "query"], Fixed()] = Field(
+        "both", description="both: queries against targets and targets against queries; query: the first alone"
+    )
     margin: Annotated[float | None, Fixed()] = Field(
         None, description="mask negatives whose similarity exceeds the positive's by more than this"
     )

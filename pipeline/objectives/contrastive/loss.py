@@ -1,14 +1,15 @@
 """Hardness-weighted contrastive loss over the global batch, in row tiles.
 
 Each rank compares its own queries with the targets of all ranks, once for both directions. A row of this matrix is a
-query against all targets. A column is a target against all queries, so it is summed over ranks. The gradient needs the
-sums and so uses each tile of rows a second time: tiles are cached up to a limit, and the rest are recomputed.
+query against all targets. A column is a target against all queries, so it is summed over ranks; it is left out where
+only the queries have a loss. The gradient needs the sums and so uses each tile of rows a second time: tiles are cached
+up to a limit, and the rest are recomputed.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,7 @@ def hardness_weighted_loss(
     negative_ids: Tensor | None = None,
     valid: Tensor | None = None,
     margin: float | None = None,
+    directions: Literal["both", "query"] = "both",
     reward_query: Tensor | None = None,
     reward_target: Tensor | None = None,
     reward_negatives: Tensor | None = None,
@@ -66,7 +68,8 @@ def hardness_weighted_loss(
         L_i = -log( exp(s_ii/tau) / (exp(s_ii/tau) + sum_{j != i} m_ij exp(alpha r_ij) exp(s_ij/tau)) )
 
     s are similarities, tau is the temperature, r are rewards, which carry no gradient, and m_ij = 0 masks pair (i, j).
-    With alpha 0 and no mask it is cross entropy (InfoNCE).
+    With alpha 0 and no mask it is cross entropy (InfoNCE). With directions "query" it is the first direction alone, as
+    in HardNegativeNLLLoss, with which LLM2CLIP (arXiv 2411.04997) trains its text encoder.
 
     query, target: (n, d) unit rows of this rank, of any float dtype; computation is in float32 (or float64).
     temperature: a number, or a scalar tensor, which may require grad (a learned temperature).
@@ -75,6 +78,7 @@ def hardness_weighted_loss(
         their target or query, or if one's query is the other's target; and negatives equal to target i.
     valid, negatives_valid: bool (n,), (m,); an invalid row has no loss and is not a column.
     margin: masks negatives whose similarity exceeds the positive's by more than this.
+    directions: "both", or "query": the loss of each query against all targets and negatives, and none of the targets.
     reward_query, reward_target, reward_negatives: (n, e), (n, e), (m, e) unit rows of another embedder, whose
         similarities are r; by default r = s.
     tile: rows per tile.
@@ -85,7 +89,7 @@ def hardness_weighted_loss(
 
     Each rank's loss is W / (valid rows of all W ranks) times the sum over its valid rows; the mean over ranks is the
     global batch's loss. An engine that averages gradients over ranks gets exactly its gradient: each rank computes the
-    contribution of its own queries, in both directions.
+    contribution of its own queries, in all directions.
     """
     rank, world = rank_and_world(group)
     most = _most_negatives(query, negatives, group)
@@ -113,19 +117,24 @@ def hardness_weighted_loss(
         own = slice(rank * len(rows), (rank + 1) * len(rows))
         positive = (rows.detach() * columns[own].detach()).sum(dim=1)
         positives = all_gather_constant(positive, group)
+        both = directions == "both"
         matrix = _Matrix(
-            queries, targets, extra, columns.detach(), positives, own, alpha, tau.detach(), margin, tile, group
+            queries, targets, extra, columns.detach(), positives, own, alpha, tau.detach(), margin, both, tile, group
         )
         sums = matrix.sums(CACHED_BYTES if differentiable else 0)
 
         # L = log(1 + exp(excess)) is also exact for tiny losses.
-        row_excess, column_excess = sums.rows - positive / matrix.tau, sums.columns - positives / matrix.tau
         valid_count = targets.valid.sum()
-        weights = targets.valid.to(rows.dtype) * world / (2 * valid_count.clamp(min=1))
-        loss = weights[own] @ (F.softplus(row_excess) + F.softplus(column_excess[own]))
+        weights = targets.valid.to(rows.dtype) * world / ((1 + both) * valid_count.clamp(min=1))
+        row_excess = sums.rows - positive / matrix.tau
+        terms, column_excess = F.softplus(row_excess), None
+        if sums.columns is not None:
+            column_excess = sums.columns - positives / matrix.tau
+            terms = terms + F.softplus(column_excess[own])
+        loss = weights[own] @ terms
         if differentiable:
             row_slope = weights[own] * row_excess.sigmoid() / matrix.tau
-            column_slope = weights * column_excess.sigmoid() / matrix.tau
+            column_slope = None if column_excess is None else weights * column_excess.sigmoid() / matrix.tau
             loss = _WithGradients.apply(loss, *matrix.gradients(sums, row_slope, column_slope), rows, columns, tau)
 
         pairs = valid_count * (valid_count + extra.valid.sum() - 1)
@@ -184,16 +193,18 @@ class _Tile:
     """Logits of the queries `part`, -inf where a pair is not a negative.
 
     forth: (rows, N + M), for the queries' losses.  back: (rows, N), for the targets' losses; without a margin it is a
-    view of forth.
+    view of forth; None if the targets have no loss.
     """
 
     part: slice
     forth: Tensor
-    back: Tensor
+    back: Tensor | None
 
     @property
     def bytes(self) -> int:
-        return self.forth.nbytes + (0 if self.back.data_ptr() == self.forth.data_ptr() else self.back.nbytes)
+        if self.back is None or self.back.data_ptr() == self.forth.data_ptr():
+            return self.forth.nbytes
+        return self.forth.nbytes + self.back.nbytes
 
 
 @dataclass(frozen=True)
@@ -201,12 +212,12 @@ class _Sums:
     """Reductions of the matrix.
 
     rows: (n,) log-sum-exp of the negatives' logits of this rank's queries.  columns: (N,) the same of all targets, over
-    all ranks.  hardest: (n,) largest similarity of each query's negatives.  masked: number of pairs of all ranks masked
-    by content or margin.  cached: the first tiles.
+    all ranks; None if they have no loss.  hardest: (n,) largest similarity of each query's negatives.  masked: number
+    of pairs of all ranks masked by content or margin.  cached: the first tiles.
     """
 
     rows: Tensor
-    columns: Tensor
+    columns: Tensor | None
     hardest: Tensor
     masked: Tensor
     cached: list[_Tile]
@@ -216,7 +227,8 @@ class _Sums:
 class _Matrix:
     """This rank's n queries (rows) with all ranks' N targets and M extra vectors (columns), a tile of rows at a time.
 
-    own: the columns of this rank's targets.  positives: (N,) similarities of all pairs.  height: rows per tile.
+    own: the columns of this rank's targets.  positives: (N,) similarities of all pairs.  both: whether the targets have
+    a loss too.  height: rows per tile.
     """
 
     queries: _Vectors
@@ -228,6 +240,7 @@ class _Matrix:
     alpha: float
     tau: Tensor
     margin: float | None
+    both: bool
     height: int
     group: dist.ProcessGroup | None
 
@@ -267,36 +280,46 @@ class _Matrix:
             hardest[tile.part] = self._hardest(tile, top)
             top.clamp_(min=lowest)
             rows[tile.part] = (tile.forth - top[:, None]).exp_().sum(dim=1).log_().add_(top)
-            top = torch.maximum(column_top, tile.back.amax(dim=0))
-            columns.mul_((column_top - top).exp_()).add_((tile.back - top).exp_().sum(dim=0))
-            column_top = top
+            if tile.back is not None:
+                top = torch.maximum(column_top, tile.back.amax(dim=0))
+                columns.mul_((column_top - top).exp_()).add_((tile.back - top).exp_().sum(dim=0))
+                column_top = top
             if len(cached) * self.height == start and tile.bytes <= room:
                 cached.append(tile)
                 room -= tile.bytes
-        if rank_and_world(self.group)[1] > 1:
+        rows.clamp_(min=lowest)
+        several = rank_and_world(self.group)[1] > 1
+        if several:
+            dist.all_reduce(all_masked, group=self.group)
+        if not self.both:
+            return _Sums(rows, None, hardest, all_masked, cached)
+        if several:
             top = column_top.clone()
             dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
             columns.mul_((column_top - top).exp_())
             column_top = top
             dist.all_reduce(columns, group=self.group)
-            dist.all_reduce(all_masked, group=self.group)
         columns = columns.log_().add_(column_top)
-        return _Sums(rows.clamp_(min=lowest), columns.clamp_(min=lowest), hardest, all_masked, cached)
+        return _Sums(rows, columns.clamp_(min=lowest), hardest, all_masked, cached)
 
-    def gradients(self, sums: _Sums, row_slope: Tensor, column_slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(self, sums: _Sums, row_slope: Tensor, column_slope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return this rank's contributions to the loss's gradients by its queries (n, d), columns (N + M, d), and tau.
 
-        row_slope, column_slope: (n,), (N,) derivatives of the loss by each excess, divided by tau.  It consumes the
-        cached tiles.
+        row_slope, column_slope: (n,), (N,) derivatives of the loss by each excess, divided by tau; column_slope is None
+        if the targets have no loss.  It consumes the cached tiles.
         """
         x, y, count = self.queries.vectors.detach(), self.columns, len(self.positives)
         by_rows, by_columns = torch.empty_like(x), torch.zeros_like(y)
-        positive_slope = -(row_slope + column_slope[self.own])
+        positive_slope = -row_slope if column_slope is None else -(row_slope + column_slope[self.own])
         for start in range(0, len(x), self.height):
             tile = sums.cached.pop(0) if sums.cached else self._tile(start)[0]
-            back = (tile.back - sums.columns).exp_().mul_(column_slope)
+            # Before `forth` is overwritten, of which `back` may be a view.
+            back = None
+            if tile.back is not None and sums.columns is not None and column_slope is not None:
+                back = (tile.back - sums.columns).exp_().mul_(column_slope)
             gradient = tile.forth.sub_(sums.rows[tile.part, None]).exp_().mul_(row_slope[tile.part, None])
-            gradient[:, :count] += back
+            if back is not None:
+                gradient[:, :count] += back
             gradient[self._diagonal(start, len(gradient))] = positive_slope[tile.part]
             by_rows[tile.part] = gradient @ y
             by_columns.addmm_(gradient.T, x[tile.part])
@@ -310,14 +333,16 @@ class _Matrix:
         forth = (row_bias[part] + column_bias).addmm_(left[part], right.T)
         diagonal = self._diagonal(start, len(forth))
         forth[diagonal] = -torch.inf
-        back, masked = forth[:, :count], torch.zeros((), dtype=torch.int64, device=forth.device)
+        back = forth[:, :count] if self.both else None
+        masked = torch.zeros((), dtype=torch.int64, device=forth.device)
         if self.queries.ids or self.margin is not None:
             near = self._alike(part, forth)
             if self.margin is not None:
                 similarity = self._similarity(part, forth)
-                back = back.masked_fill(
-                    near[:, :count] | (similarity[:, :count] > self.positives + self.margin), -torch.inf
-                )
+                if back is not None:
+                    back = back.masked_fill(
+                        near[:, :count] | (similarity[:, :count] > self.positives + self.margin), -torch.inf
+                    )
                 near |= similarity > self.positives[self.own][part, None] + self.margin
             masked = (near & (forth > -torch.inf)).sum()
             forth.masked_fill_(near, -torch.inf)

@@ -170,6 +170,7 @@ def contrastive_loss(
             alpha=objective.alpha,
             temperature=temperature,
             margin=objective.margin,
+            directions=objective.directions,
             negatives=negatives,
             query_ids=query_ids,
             target_ids=target_ids,

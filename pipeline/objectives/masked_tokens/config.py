@@ -10,7 +10,13 @@ from pipeline.config import Fixed, ObjectiveSection
 class MaskedNextTokenSection(ObjectiveSection):
     """Masked next-token prediction, which needs no negatives and only one pass per step."""
 
-    without: ClassVar = ("batch.sub_batch", "batch.kept_chunks", "model.instruction", "model.template")
+    without: ClassVar = (
+        "batch.sub_batch",
+        "batch.kept_chunks",
+        "model.instruction",
+        "model.template",
+        "model.query_instructions",
+    )
 
     name: Annotated[Literal["masked_next_token"], Fixed()] = "masked_next_token"
     mask_rate: Annotated[float, Fixed()] = Field(
