@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +297,16 @@ def test_texts_are_tokenized_whole_with_their_end_token(folders):
         assert ends == "$A" or processor.tokenizer.convert_ids_to_tokens(expected[-1]) == ends
     empty = SentenceProcessor.load(str(folders["llama"]), 20).tokenized("")
     assert len(empty.input_ids) > empty.skipped  # something is pooled
+
+
+@pytest.mark.parametrize("ends", ["<s> $A </s>", "<s> $A"])
+def test_end_token_is_added_once_if_the_tokenizer_config_asks_for_it(ends, folders, tmp_path):
+    """transformers 5 takes end tokens from tokenizer.json alone."""
+    folder = build(replace(KINDS["mistral"], ends=ends), tmp_path / "mistral")
+    file = folder / "tokenizer_config.json"
+    write(file, json.loads(file.read_text()) | {"add_eos_token": True})
+    rows = Embedder.load(folder, "cpu").embed(TEXTS)
+    assert (rows - Embedder.load(folders["mistral"], "cpu").embed(TEXTS)).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize(

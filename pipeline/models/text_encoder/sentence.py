@@ -126,13 +126,14 @@ class SentenceProcessor:
     """Tokenizes texts with the tokenizer's own start and end tokens, as sentence-transformers does.
 
     max_tokens: at most the folder's own limit.  instruction: the prompt before each text, tokenized with it.
-    pooled: whether its tokens are pooled.
+    pooled: whether its tokens are pooled.  end: an end token to append, () if the tokenizer does so itself.
     """
 
     tokenizer: Tokenizer
     max_tokens: int
     instruction: str
     pooled: bool
+    end: tuple[int, ...] = ()
 
     as_stored: ClassVar[bool] = False
     template: ClassVar[str] = NONE
@@ -149,7 +150,8 @@ class SentenceProcessor:
         if positions := getattr(config, "max_position_embeddings", None):
             before = (config.pad_token_id or 0) + 1 if _OFFSET.search(config.model_type) else 0
             limits.append(positions - before)
-        return cls(tokenizer, int(min(limits)), files.prompt, files.with_prompt)
+        end = _missing_end(files.folder / "tokenizer_config.json", tokenizer)
+        return cls(tokenizer, int(min(limits)), files.prompt, files.with_prompt, end)
 
     def encode(self, item: Item) -> Encoded:
         """Encode an item's text, cut to `max_tokens`. Raises BadSample for an item with an image or a video.
@@ -179,8 +181,8 @@ class SentenceProcessor:
         return Encoded(np.array(ids, np.int32), skipped=min(skipped, len(ids) - 1))
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
-        return ids
+        most = self.max_tokens - len(self.end)
+        return [*self.tokenizer(text, truncation=True, max_length=most)["input_ids"], *self.end]
 
     def _length(self, instruction: str) -> int:
         """Return the number of tokens of a prompt, with the tokenizer's start tokens and without its end token."""
@@ -395,6 +397,17 @@ def _reading(file: Path) -> tuple[tuple[int, ...], bool]:
     if any(isinstance(limit, bool) or not isinstance(limit, int) or limit < 1 for limit in limits):
         raise PipelineError(f"{file}: a length is {shown(limits)}, not a number of tokens: copy it again")
     return tuple(limits), bool(values.get("do_lower_case"))
+
+
+def _missing_end(file: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the end token if tokenizer_config.json asks for it and tokenizer.json, which transformers 5 follows, lacks it.
+
+    Before version 5, transformers followed add_eos_token.
+    """
+    values = read_json(file) if file.is_file() else {}
+    end = tokenizer.eos_token_id
+    missing = values.get("add_eos_token") is True and end is not None and tokenizer("A cat")["input_ids"][-1] != end
+    return (end,) if missing else ()
 
 
 def _document_prompt(file: Path) -> str:
