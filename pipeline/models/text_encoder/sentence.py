@@ -400,9 +400,9 @@ def _reading(file: Path) -> tuple[tuple[int, ...], bool]:
 
 
 def _missing_end(file: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the end token if tokenizer_config.json asks for it and tokenizer.json, which transformers 5 follows, lacks it.
+    """Return the end token if tokenizer_config.json asks for it and tokenizer.json has none.
 
-    Before version 5, transformers followed add_eos_token.
+    transformers 5 follows tokenizer.json alone; earlier versions followed add_eos_token.
     """
     values = read_json(file) if file.is_file() else {}
     end = tokenizer.eos_token_id
