@@ -22,6 +22,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.errors import PipelineError, shown
+from pipeline.models import released
 from pipeline.models.files import fetched, read_json, refuse_more_layers, refuse_not_finite, survey
 
 # The precisions by their names in recipes and options; "auto" is the stored one.
@@ -60,11 +61,17 @@ Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
 def config_dict(path: str) -> dict[str, Any]:
-    """Return the config.json of a folder or hub name without ignored fields; PipelineError if there is no model."""
+    """Return the config.json of a folder or hub name without ignored fields; PipelineError if there is no model.
+
+    A published model in released.py gets the fields that its own code stands for.
+    """
     file = fetched(path, weights=False) / "config.json"
     if not file.is_file():
         raise PipelineError(f"no model at {path!r}: it has no config.json")  # transformers would use its defaults
-    values = _read(file)
+    values = read_json(file)
+    fields = released.fields_of(file.parent, values)
+    values = {name: value for name, value in (values | fields).items() if name not in fields or value is not None}
+    _refuse_code(file, values)
     for name in ("quantization_config", "compression_config"):
         if values.get(name) is not None:
             raise PipelineError(f"{file} has a {name}: quantised models are not supported; use the original model")
@@ -76,6 +83,11 @@ def config_dict(path: str) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises PipelineError if it names code to run."""
     values = read_json(file)
+    _refuse_code(file, values)
+    return values
+
+
+def _refuse_code(file: Path, values: dict[str, Any]) -> None:
     for part in (values, *(part for part in values.values() if isinstance(part, dict))):
         if named := part.get("auto_map"):
             raise PipelineError(
@@ -83,7 +95,6 @@ def _read(file: Path) -> dict[str, Any]:
                 "run. Use a model that transformers itself implements; or, if transformers' own class computes the "
                 "same, remove auto_map from the file"
             )
-    return values
 
 
 def checked(where: str | Path, values: dict[str, Any], section: str = "") -> dict[str, Any]:

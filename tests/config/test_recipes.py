@@ -61,6 +61,22 @@ def test_recipe_values_match_paper(size):
     assert set(names) == in_distribution and len(names) == 20
 
 
+def test_values_of_llm2clip_stage_1_match_paper():
+    """Those of the published code's run_supervised.py, its MetaLlama3_cc3m.json, and dataset/E5_cc3m.py."""
+    ours, paper = (
+        load_recipe("pipeline/recipes/llm2clip_caption.yaml", list(overrides)) for overrides in ((), ("variant=paper",))
+    )
+    for each in (ours, paper):
+        loss = each.objective  # its scale of 50 is constant
+        assert (loss.alpha, 1 / loss.temperature, loss.learn_temperature, loss.margin) == (0.0, 50.0, False, None)
+        assert (each.optimizer.lr, each.optimizer.weight_decay, each.batch.global_batch) == (2e-4, 0.0, 512)
+        assert (each.model.train.lora.rank, each.model.train.lora.alpha, each.model.max_tokens) == (16, 32, 512)
+        assert each.batch.sub_batch is None  # negatives come from all GPUs
+    assert (ours.objective.directions, paper.objective.directions) == ("both", "query")
+    assert (ours.data.batches, paper.data.batches) == ("mixed", "homogeneous")
+    assert paper.run == f"{ours.run}_paper"
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_match_published_models(size):
     (hidden, layers, heads, key_value_heads, mlp, vocabulary), published, head = BACKBONES[size]

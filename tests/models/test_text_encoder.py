@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from pipeline.config import EvaluationRun, load_recipe
 from pipeline.data.batch import Encoded
-from pipeline.data.sample import Item
+from pipeline.data.sample import Item, Pair
 from pipeline.data.text_embeddings import EmbeddingMetadata
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
@@ -167,6 +167,24 @@ def test_tokens_and_embeddings_equal_those_of_the_papers_code():
     embeddings = F.normalize(torch.tensor([row["embedding"] for *_, row in rows]), dim=1)
     # Texts of all lengths are packed together; the published code pads them.
     torch.testing.assert_close(encoder(pack(items)), embeddings, rtol=0, atol=1e-5)
+
+
+def test_papers_variant_puts_the_published_instructions_before_queries():
+    recipe, family = load_recipe("llm2clip_caption.yaml", ["variant=paper"]), training("text_encoder")
+    assert recipe.model.template == "llama3"
+    assert {part.name for part in recipe.data.datasets} == recipe.model.query_instructions.keys()
+    rows = json.loads((PAPER / "stage1_texts.json").read_text())["max_length_512"]
+    for row in rows:
+        given = [row[name]["text"].split(SEPARATOR) for name in ("query", "positive", "negative")]
+        items = [Item(text) for _, text in given]
+        pair = Pair("0", row["task"], "t", items[0], items[1], (items[2],))
+        drawn = [family.trained_on(recipe, pair, lambda n, number=number: (number << 32) % n) for number in (0, 1)]
+        # Those of a list alternate in the published code, and are drawn here.
+        assert given[0][0] in [pair.query.instruction for pair in drawn]
+        assert all(not item.instruction for pair in drawn for item in pair.items[1:])
+    assert {row["task"] for row in rows} == {"cc3m", "allnli", "hotpot_qa"}
+    source = SimpleNamespace(names=tuple(part.name for part in recipe.data.datasets), embedding_metadata=None)
+    family.check_data(recipe, source)
 
 
 @pytest.fixture(scope="module")

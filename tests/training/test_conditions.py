@@ -103,7 +103,7 @@ AS_FORMER = {
 def as_former(kind: str, monkeypatch, *overrides: str) -> dict:
     """Return the conditions of the recipe that corresponds to an earlier version's run, with the same model weights."""
     monkeypatch.setattr("pipeline.models.files.fingerprint", lambda path: path and "f")
-    monkeypatch.setattr("pipeline.models.llm2clip.family.fingerprint", lambda path: path and "f")
+    monkeypatch.setattr("pipeline.models.llm2clip.family.fingerprint", lambda path, **_: path and "f")
     name, *own = AS_FORMER[kind]
     return conditions_of(DEMO.with_name(f"{name}.yaml"), *own, *overrides)
 
@@ -119,6 +119,7 @@ def test_run_of_earlier_version_resumes_only_with_same_recipe(kind, tmp_path, mo
         ("objective.mask_rate=0.5", "objective.mask_rate was 0.2 and is now 0.5"),
         ("model.train.language_model=false", "model.train.language_model was True and is now False"),
         ("model.train.lora={rank: 8}", "model.train.lora was"),
+        ("model.query_instructions={images: find}", "model.query_instructions was None and is now {'images': 'find'}"),
     ):
         try:
             other = as_former(kind, monkeypatch, override)

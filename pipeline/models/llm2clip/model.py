@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import PipelineError
+from pipeline.models import released
 from pipeline.models.chunks import Packed, sent
 from pipeline.models.files import fetched, read_json, read_tensors, survey
 from pipeline.models.folder import finish, share, write_card
@@ -144,10 +145,11 @@ def _copy(source: Path, folder: Path) -> None:
         except OSError:
             shutil.copyfile(file, to)
 
-    wanted = shutil.ignore_patterns("checkpoints", "*.unfinished", ".*")
+    wanted = shutil.ignore_patterns("checkpoints", "*.unfinished", ".*", "*.py")
     shutil.copytree(source, folder, copy_function=copied, ignore=wanted, ignore_dangling_symlinks=True)
     folder.chmod(folder.stat().st_mode | 0o200)  # the source may be read-only
-    finish(folder)  # exports of earlier versions lack these fields
+    # Exports of earlier versions lack the fields that `finish` adds, published text encoders their settings.
+    finish(folder, released.fields_of(folder, read_json(folder / "config.json")))
 
 
 def text_encoder_of(path: str) -> str:

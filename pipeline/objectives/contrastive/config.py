@@ -12,7 +12,7 @@ class ContrastiveSection(ObjectiveSection):
     alpha: Annotated[float, Fixed()] = Field(9.0, ge=0, description="hardness weighting of LLaVE; 0 is plain InfoNCE")
     temperature: Annotated[float, Fixed()] = Field(0.02, ge=0.01, le=100, description="softmax temperature")
     learn_temperature: Annotated[bool, Fixed()] = Field(
-        False, description="learn the temperature, starting at this value, with optimizer.lr; its lower bound is 0.01"
+        False, description="learn the temperature, starting at this value, with optimizer.lr; its bounds are 0.01 and 1"
     )
     directions: Annotated[Literal["both", "query"], Fixed()] = Field(
         "both", description="both: queries against targets and targets against queries; query: the first alone"

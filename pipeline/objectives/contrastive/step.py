@@ -23,7 +23,8 @@ from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.loss import LossOutput, hardness_weighted_loss
 from pipeline.objectives.objective import Cut, Objective, StepResult, backward_chunks, optimizer_step
 
-_LARGEST_SCALE = 100.0  # CLIP's upper bound of 1 / tau, above which training becomes unstable
+# Bounds of a learned 1 / tau: CLIP's, above which training becomes unstable; and that of open_clip and LLM2CLIP.
+_LARGEST_SCALE, _SMALLEST_SCALE = 100.0, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,9 @@ class ContrastiveResult(StepResult):
 class Temperature:
     """The loss's temperature: constant, or learned as log(1 / tau), as in CLIP (arXiv 2103.00020).
 
-    A learned temperature is replicated on every rank, outside ZeRO.
+    A learned temperature is replicated on every rank, outside ZeRO. After each step 1 / tau is clamped to 1 ... 100, as
+    by LLM2CLIP's training/train.py. Runs of versions without the lower bound may resume: it changes only those whose
+    1 / tau falls below 1, where the loss hardly tells pairs apart.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -86,7 +89,7 @@ class Temperature:
         if self._log_scale is not None:
             self._optimizer.param_groups[0]["lr"] = lr
             self._optimizer.step()
-            self._log_scale.clamp_(max=math.log(_LARGEST_SCALE))
+            self._log_scale.clamp_(math.log(_SMALLEST_SCALE), math.log(_LARGEST_SCALE))
 
     def state(self) -> dict | None:
         """Return the state to checkpoint, or None if the temperature is constant."""

@@ -1,0 +1,34 @@
+"""Published models whose config.json names code to run, and which a class of transformers computes just as well.
+
+LLM2CLIP's text encoders (arXiv 2411.04997; microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned and
+LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned on the hub): a Llama that attends both ways. They do not store their
+template, which stands in the code that uses them (llm2clip/data/extract_embedding.py; the model card of the 1B).
+"""
+
+from pathlib import Path
+from typing import Any
+
+# The classes in auto_map, without the repository before them that transformers writes if the code was on the hub: that
+# of the 8B model, by issue 60 of microsoft/LLM2CLIP and the file beside its weights; and that in the 1B's config.json.
+_LLAMAS_BOTH_WAYS = ("modeling_llama_encoder.LlamaEncoderModel", "modeling_bidirectional_llama_encoder.LlamaBiModel")
+_TEXT_ENCODER = {
+    "auto_map": None,
+    "architectures": ["LlamaModel"],
+    "is_causal": False,
+    "text_encoder": {"pooling": "mean", "instruction": "", "template": "llama3"},
+}
+
+
+def fields_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of config.json to override for a published model, None for one to remove; empty for others.
+
+    folder: the model's.  config: its config.json. A folder of LLM2Vec's own has the same classes, adapters or
+    llm2vec_config.json, and any template: it is no such model.
+    """
+    auto_map = config.get("auto_map")
+    if config.get("model_type") != "llama" or not isinstance(auto_map, dict) or auto_map.keys() != {"AutoModel"}:
+        return {}
+    code = auto_map["AutoModel"]
+    if not isinstance(code, str) or code.rpartition("--")[2] not in _LLAMAS_BOTH_WAYS:
+        return {}
+    return {} if (folder / "llm2vec_config.json").exists() else _TEXT_ENCODER
