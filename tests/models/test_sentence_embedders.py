@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from transformers import (
 
 from pipeline.config import EvaluationRun
 from pipeline.data.sample import Item
+from pipeline.embedding.embed_shards import CaptionDataset
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder
@@ -457,3 +459,21 @@ def test_folder_is_identified_by_its_modules(folders, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     write(folder / "config.json", config | {"text_encoder": {"pooling": "mean"}})
     assert not isinstance(SAVED.reader(str(folder), 64), SentenceProcessor)
+
+
+def test_stored_vectors_are_refused_after_a_change_of_the_folder(folders, tmp_path):
+    folder = shutil.copytree(folders["qwen3"], tmp_path / "qwen3")
+    dataset = CaptionDataset("", None, "", SimpleNamespace(captions=None))
+    made = dataset.made(load_encoder(str(folder), EvaluationRun(max_tokens=512), CPU), "fp16")
+    assert (made.max_tokens, made.width, made.instruction) == (LIMIT, 32, "")
+    vision = tmp_path / "vision"
+    model = section("llm2clip", path=str(vision), text_encoder=str(folder), max_tokens=256)
+    recipe, source = SimpleNamespace(model=model), SimpleNamespace(embedding_metadata=made)
+    training("llm2clip").check_data(recipe, source)
+    write(folder / "config_sentence_transformers.json", {"prompts": {"document": "a caption: "}})
+    with pytest.raises(PipelineError, match="made by .* with instruction='', which is 'a caption: '"):
+        training("llm2clip").check_data(recipe, source)
+    write(folder / "config_sentence_transformers.json", {})
+    write(folder / "1_Pooling/config.json", flags("mean"))
+    with pytest.raises(PipelineError, match="made by .* with weights="):
+        training("llm2clip").check_data(recipe, source)
