@@ -340,3 +340,12 @@ def test_window_is_released_after_last_slice(data, monkeypatch):
     steps = range(order.steps_per_epoch)
     assert len(list(batches(opened, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS))) == len(steps)
     assert max(known) <= 2 * order.lanes
+
+
+def test_pairs_have_the_name_by_which_the_recipe_calls_their_dataset(tmp_path):
+    """model.query_instructions finds a sample's dataset by it; img2dataset's samples name none."""
+    write_shards([Pair("0", "other", "t", Item("q"), Item("t"))], tmp_path / "renamed", dataset="stored")
+    (pair,) = Source.open(Data(url=str(tmp_path), datasets=["renamed"]))
+    assert pair.dataset == "renamed"
+    (pair,) = Source.open(Data(url=str(tmp_path / "renamed")))
+    assert pair.dataset == "stored"

@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 from pipeline.config import EvaluationRun, load_recipe
 from pipeline.data.batch import Encoded
 from pipeline.data.sample import Item, Pair
-from pipeline.data.text_embeddings import EmbeddingMetadata
+from pipeline.data.shards import write_shards
+from pipeline.embedding.embed_shards import open_datasets
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder
@@ -234,7 +235,10 @@ def test_llm2clip_reads_texts_in_its_teachers_template(templated, tmp_path):
     for reader in (trained, saved("llm2clip").reader(str(tmp_path / "out"), 512, 8)):
         assert [reader.encode(Item(text)).key for text in TEXTS] == [processor.encode(Item(t)).key for t in TEXTS]
     # Stored vectors of captions that were embedded in another way are refused.
-    metadata = EmbeddingMetadata("teacher", "0", 64, "fp16", " Retrieve: ", None, None, 512, "llama3")
+    write_shards([Pair("0", "d", "t", Item("<image>", (b"image",)), Item("a"))], tmp_path / "shards", dataset="d")
+    (dataset,) = open_datasets([str(tmp_path / "shards")], None)
+    metadata = dataset.made(load_encoder(str(templated), EvaluationRun(max_tokens=512), torch.device("cpu")), "fp16")
+    assert (metadata.template, metadata.instruction) == ("llama3", " Retrieve: ")
     for changed, said in (
         ({}, ""),
         ({"template": "none"}, "template='none', which is 'llama3'"),
