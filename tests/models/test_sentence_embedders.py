@@ -471,9 +471,9 @@ def test_stored_vectors_are_refused_after_a_change_of_the_folder(folders, tmp_pa
     recipe, source = SimpleNamespace(model=model), SimpleNamespace(embedding_metadata=made)
     training("llm2clip").check_data(recipe, source)
     write(folder / "config_sentence_transformers.json", {"prompts": {"document": "a caption: "}})
-    with pytest.raises(PipelineError, match="made by .* with instruction='', which is 'a caption: '"):
+    with pytest.raises(PipelineError, match=r"made by .* with instruction='', which is 'a caption: '"):
         training("llm2clip").check_data(recipe, source)
     write(folder / "config_sentence_transformers.json", {})
     write(folder / "1_Pooling/config.json", flags("mean"))
-    with pytest.raises(PipelineError, match="made by .* with weights="):
+    with pytest.raises(PipelineError, match=r"made by .* with weights="):
         training("llm2clip").check_data(recipe, source)

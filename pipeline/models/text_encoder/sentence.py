@@ -63,7 +63,7 @@ _OFFSET = re.compile("roberta|camembert|mpnet")  # their positions begin after t
 
 @dataclass(frozen=True)
 class Dense:
-    """A linear layer on a pooled vector.  file: the folder of its weights.  width: of its output."""
+    """A linear layer on a pooled vector.  folder: that of its weights.  width: of its output."""
 
     folder: Path
     width: int
