@@ -89,7 +89,7 @@ def main() -> None:
             raise PipelineError(f"{out.folder} has no embeddings to search: give the --out of an earlier call")
         if kinds:
             stack.enter_context(lock.held([str(out.folder)]))
-        hashed = fingerprint(str(folder)) or ""
+        hashed = fingerprint(str(folder), modules=True) or ""
         out.check(arguments.model, hashed, kinds, arguments.overwrite)
         transformers.logging.disable_progress_bar()
         embedder = Embedder.load(

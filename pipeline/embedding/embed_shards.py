@@ -94,7 +94,7 @@ class CaptionDataset:
             stored,
             getattr(reader, "instruction", ""),
             columns_of(self.index),
-            weights=fingerprint(str(fetched(encoder.name))) if max_tokens else None,
+            weights=fingerprint(str(fetched(encoder.name)), modules=True) if max_tokens else None,
             max_tokens=max_tokens,
             template=getattr(reader, "template", None),
         )

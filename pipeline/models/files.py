@@ -23,6 +23,9 @@ from pipeline.storage.documents import unique
 # Configs, tokenizers and processors: the files besides the weights that a model's embeddings depend on.
 SETTINGS = (".json", ".txt", ".model", ".jinja")
 
+# What sentence-transformers reads beside modules.json and the modules' folders.
+SENTENCE_SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json", "tokenizer_config.json")
+
 Tensors = dict[str, torch.Tensor]
 
 _AGAIN = "copy or download it again"
@@ -255,15 +258,21 @@ def refuse_more_layers(path: str, stored: dict[str, Stored], unexpected: set[str
             )
 
 
-def fingerprint(path: str | None) -> str | None:
+def fingerprint(path: str | None, *, modules: bool = False) -> str | None:
     """Return the sha256 of a folder's config, tokenizer and weights, or None if `path` is not a folder.
 
     Of weights it reads the first 4 KiB of each tensor in .safetensors files, and only names and sizes of .bin files.
+    modules: whether to include the modules of sentence-transformers, if the folder has any. They change a sentence
+    embedder's vectors, and nothing of a model that training starts from.
     """
     if path is None or not (folder := Path(path)).is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]):
+    files = [folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]
+    if modules and (folder / "modules.json").is_file():
+        files += [folder / name for name in ("modules.json", *SENTENCE_SETTINGS)]
+        files += [file for ending in ("json", "safetensors") for file in folder.glob(f"*/*.{ending}")]
+    for file in sorted(files):
         if file.is_file():
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             digest.update(file.read_bytes() if file.suffix == ".json" else _samples(file))

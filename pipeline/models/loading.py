@@ -239,11 +239,13 @@ def open_model(
     dtype: torch.dtype | Literal["auto"],
     attention: str | None = "sdpa",
     check: Callable[[str, Config], None] | None = None,
+    unused: tuple[str, ...] = (),
 ) -> Model:
     """Return the model of a folder or hub name, on the CPU.
 
     dtype: "auto" is the stored one.  attention: transformers' name for it; None uses the config's.
     check: is called with (path, config) after the config is known to match the weights.
+    unused: prefixes of weights that may be missing, because nothing depends on them.
     Raises PipelineError if weights are damaged, missing, left over, of another shape, or not finite.
     """
     folder = fetched(path)
@@ -266,7 +268,7 @@ def open_model(
         )
     for name, found, expected in sorted(loaded["mismatched_keys"]):
         raise PipelineError(f"{path}: {name} has shape {list(found)}, but its config needs {list(expected)}")
-    if missing := sorted(loaded["missing_keys"]):
+    if missing := sorted(name for name in loaded["missing_keys"] if not name.startswith(unused)):
         raise PipelineError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]} the first")
     refuse_more_layers(path, stored, set(loaded["unexpected_keys"]))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -35,7 +35,8 @@ class Llm2ClipSection(ModelSection):
     )
     images: Literal["upright", "as_stored"] | None = Field(None, description="how images are read; see llave's")
     text_encoder: Annotated[Place, Fixed()] = Field(
-        description="folder or hub name of the frozen text encoder, the export of a run of family text_encoder"
+        description="folder or hub name of the frozen text encoder: the export of a run of family text_encoder, or a "
+        "sentence embedder in sentence-transformers' format"
     )
     train: Llm2ClipTrain
 

@@ -24,10 +24,8 @@ from pipeline.models.llm2clip import model as llm2clip
 from pipeline.models.llm2clip.config import Llm2ClipSection
 from pipeline.models.llm2clip.model import Llm2Clip
 from pipeline.models.loading import DTYPES, image_reading, refuse_unknown
-from pipeline.models.text_encoder import model as decoder
 from pipeline.models.text_encoder.family import SAVED as SAVED_TEXT_ENCODER
-from pipeline.models.text_encoder.model import FrozenTextEncoder, TextEncoder
-from pipeline.models.text_encoder.processor import Settings, TextProcessor, load_config
+from pipeline.models.text_encoder.model import FrozenTextEncoder
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels, VisionEncoder, shape_of, tokens_of
 
@@ -42,7 +40,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
 
     def check(self, model: Llm2ClipSection) -> None:
         # An export needs the text encoder even if training does not.
-        decoder.check_folder(str(fetched(model.text_encoder)))
+        SAVED_TEXT_ENCODER.check(str(fetched(model.text_encoder)))
         if model.path:
             Pixels.load(model.path)
             VisionEncoder.check(model.path)
@@ -53,13 +51,13 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         if (stored := source.embedding_metadata) is None:
             return
         model = self.section(recipe)
-        settings = Settings.of(config := load_config(model.text_encoder))
+        reader = SAVED_TEXT_ENCODER.reader(model.text_encoder, model.max_tokens)
         now = {
-            "template": settings.template,
-            "instruction": settings.instruction,
-            "width": config.hidden_size,
-            "weights": fingerprint(str(fetched(model.text_encoder))),
-            "max_tokens": model.max_tokens,
+            "template": reader.template,
+            "instruction": reader.instruction,
+            "width": SAVED_TEXT_ENCODER.dimension(model.text_encoder),
+            "weights": fingerprint(str(fetched(model.text_encoder)), modules=True),
+            "max_tokens": reader.max_tokens,
         }
         for name, value in now.items():
             before = getattr(stored, name)
@@ -73,7 +71,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
 
     def conditions(self, model: Llm2ClipSection) -> dict[str, Any]:
         return super().conditions(model) | {
-            "the text encoder's fingerprint": fingerprint(model.text_encoder),
+            "the text encoder's fingerprint": fingerprint(model.text_encoder, modules=True),
             "model.images": image_reading(model.path, model.images),
         }
 
@@ -90,13 +88,14 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
     def processor(self, recipe: Recipe, path: str) -> Processor:
         model, vectors = self.section(recipe), bool(recipe.data.text_embeddings)
         pixels, tokens = Pixels.load(path, model.images), tokens_of(model.path, model.architecture)
-        texts = TextProcessor.load(model.text_encoder, model.max_tokens)
+        texts = SAVED_TEXT_ENCODER.reader(model.text_encoder, model.max_tokens)
         return TwoTowerProcessor(pixels, tokens, texts.tokenized, recipe.video.frames, vectors)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        width = load_config(self.section(recipe).text_encoder).hidden_size
+        teacher = self.section(recipe).text_encoder
+        width = SAVED_TEXT_ENCODER.dimension(teacher)
         model = Llm2Clip.load(path, DTYPES[recipe.precision], width, recipe.seed)
-        model.pads = not recipe.data.text_embeddings and attention == "sdpa"
+        model.pads = not recipe.data.text_embeddings and SAVED_TEXT_ENCODER.pads(teacher, attention)
         return model
 
     def frozen(self, recipe: Recipe, path: str, device: torch.device) -> Frozen | None:
@@ -116,8 +115,10 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
 
     def _text_encoder(self, recipe: Recipe, device: torch.device) -> FrozenTextEncoder:
         dtype = cast(torch.dtype, DTYPES[recipe.precision])
-        attention = choose(recipe.model.attention, device.type, dtype)
-        return FrozenTextEncoder(TextEncoder.load(self.section(recipe).text_encoder, dtype, attention), device)
+        model = SAVED_TEXT_ENCODER.load(
+            self.section(recipe).text_encoder, dtype, lambda _: choose(recipe.model.attention, device.type, dtype)
+        )
+        return FrozenTextEncoder(model, device)
 
 
 class SavedLlm2Clip(SavedModelInterface):
@@ -130,7 +131,7 @@ class SavedLlm2Clip(SavedModelInterface):
         return shape_of(path).dimension
 
     def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
-        texts = TextProcessor.load(llm2clip.text_encoder_of(path), max_tokens)
+        texts = SAVED_TEXT_ENCODER.reader(llm2clip.text_encoder_of(path), max_tokens)
         return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts.tokenized, video_frames)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:

@@ -20,8 +20,8 @@ from pipeline.models import released
 from pipeline.models.chunks import Packed, sent
 from pipeline.models.files import fetched, read_json, read_tensors, survey
 from pipeline.models.folder import finish, share, write_card
-from pipeline.models.loading import reading
-from pipeline.models.text_encoder.processor import load_config
+from pipeline.models.loading import config_dict, reading
+from pipeline.models.text_encoder.sentence import MODULES
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, VisionEncoder
 
@@ -131,7 +131,8 @@ def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> 
     (folder / SETTINGS_FILE).write_text(json.dumps({"width": model.width}, indent=2) + "\n")
     _copy(fetched(text_encoder), folder / TEXT_ENCODER)
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    write_card(folder, Path(__file__).with_name("card.md.jinja"), base, architecture=architecture)
+    names = {"architecture": architecture, "sentence_embedder": (folder / TEXT_ENCODER / MODULES).is_file()}
+    write_card(folder, Path(__file__).with_name("card.md.jinja"), base, **names)
     share(folder)
 
 
@@ -153,6 +154,6 @@ def _copy(source: Path, folder: Path) -> None:
 
 def text_encoder_of(path: str) -> str:
     """Return the folder of an LLM2CLIP's text encoder. Raises PipelineError if there is none."""
-    folder = fetched(path) / TEXT_ENCODER
-    load_config(str(folder))
-    return str(folder)
+    folder = str(fetched(path) / TEXT_ENCODER)
+    config_dict(folder)
+    return folder

@@ -1,14 +1,14 @@
 """The training interfaces of LLM2CLIP's text encoder, one for each objective, and its saved-model interface."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from pipeline.config import Recipe
@@ -20,13 +20,14 @@ from pipeline.models.attention import fastest
 from pipeline.models.chunks import Features
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
-from pipeline.models.loading import DTYPES
-from pipeline.models.text_encoder import masked
+from pipeline.models.loading import DTYPES, config_dict
+from pipeline.models.text_encoder import masked, sentence
 from pipeline.models.text_encoder import model as decoder
 from pipeline.models.text_encoder.config import ByLength, TextEncoderSection
 from pipeline.models.text_encoder.masked import MaskedLanguageModel
 from pipeline.models.text_encoder.model import TextEncoder
 from pipeline.models.text_encoder.processor import SETTINGS, Settings, TextProcessor, load_config
+from pipeline.models.text_encoder.sentence import SentenceEncoder, SentenceProcessor
 
 
 class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
@@ -112,20 +113,50 @@ class MaskedTraining(TextEncoderTraining):
 
 
 class SavedTextEncoder(SavedModelInterface):
-    """A decoder that its config marks as a text encoder."""
+    """A decoder that its config marks as a text encoder, or a sentence embedder; see sentence.py."""
 
     def owns(self, path: str, config: dict[str, Any]) -> bool:
-        return SETTINGS in config
+        return SETTINGS in config or sentence.is_sentence_embedder(path, config)
+
+    def check(self, path: str) -> None:
+        """Raise PipelineError if the folder or hub name cannot be a text encoder, without loading its weights."""
+        if _is_sentence_embedder(path):
+            sentence.check_folder(path)
+        else:
+            decoder.check_folder(path)
 
     def dimension(self, path: str) -> int:
+        if _is_sentence_embedder(path):
+            return sentence.dimension_of(path)
         return int(load_config(path).hidden_size)
 
-    def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
+    def reader(self, path: str, max_tokens: int, video_frames: int = 0) -> TextProcessor | SentenceProcessor:
+        if _is_sentence_embedder(path):
+            return SentenceProcessor.load(path, max_tokens)
         return TextProcessor.load(path, max_tokens)
 
-    def open(self, path: str, precision: str, device: torch.device) -> tuple[TextEncoder, Features | None]:
-        attention = fastest(load_config(path), DTYPES[precision], device)
-        return TextEncoder.load(path, DTYPES[precision], attention).eval().to(device), None
+    def pads(self, path: str, attention: str) -> bool:
+        """Whether texts are padded to the longest of a chunk.  attention: the kind, for a decoder on packed texts."""
+        return attention == "sdpa" or _is_sentence_embedder(path)
+
+    def load(
+        self, path: str, dtype: torch.dtype | Literal["auto"], attention: Callable[[PreTrainedConfig], str]
+    ) -> TextEncoder | SentenceEncoder:
+        """Return the model on the CPU.  attention: config -> kind of attention, for a decoder on packed texts."""
+        if _is_sentence_embedder(path):
+            return SentenceEncoder.load(path, dtype)
+        return TextEncoder.load(path, dtype, attention(load_config(path)))
+
+    def open(
+        self, path: str, precision: str, device: torch.device
+    ) -> tuple[TextEncoder | SentenceEncoder, Features | None]:
+        dtype = DTYPES[precision]
+        model = self.load(path, dtype, lambda config: fastest(config, dtype, device))
+        return model.eval().to(device), None
+
+
+def _is_sentence_embedder(path: str) -> bool:
+    return sentence.is_sentence_embedder(path, config_dict(path))
 
 
 TRAINING = {"contrastive": TextEncoderTraining(), "masked_next_token": MaskedTraining()}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,14 +86,14 @@ def pooled(hidden: torch.Tensor, lengths: tuple[int, ...], skipped: tuple[int, .
 class FrozenTextEncoder:
     """A text encoder whose vectors are another model's input: see `chunks.Frozen`."""
 
-    def __init__(self, model: TextEncoder, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model, self.device = model.eval().requires_grad_(False).to(device), device
 
     @torch.no_grad()
     def features_of(self, chunk: Chunk) -> torch.Tensor | None:
         """Return (texts, width) float32 unit rows for the chunk's texts in their order; None if it has no text."""
         texts = [item for item in chunk.items if not item.images]
-        return self.model(pack(texts).to(self.device)) if texts else None
+        return cast(torch.Tensor, self.model(pack(texts).to(self.device))) if texts else None
 
 
 def check(path: str, config: PreTrainedConfig) -> None:
