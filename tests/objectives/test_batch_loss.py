@@ -72,10 +72,11 @@ def test_sub_batches_equal_accumulated_gradients_of_separate_losses(directions, 
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_pairs_that_share_items_are_negatives_if_the_recipe_says_so(masked):
-    """The papers' published code masks nothing. Two pairs have one target, and it is a hard negative of a third."""
+    """The papers' published code masks nothing. Two pairs have one target, two one query, one has its target as hard negative."""
     batch = batch_of([1] * PAIRS)
     batch.target[1] = batch.target[0]
     batch.negatives[2] = (batch.target[2],)
+    batch.query[4] = batch.query[3]
     recipe = recipe_of(f"objective.mask_duplicates={str(masked).lower()}", "batch.sub_batch=null", "objective.alpha=0")
     rows = {key: i for i, key in enumerate(batch.items)}
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +90,7 @@ def test_pairs_that_share_items_are_negatives_if_the_recipe_says_so(masked):
     forth, back = query @ torch.cat([target, hard]).T / 0.5, target @ query.T / 0.5
     if masked:
         for logits in (forth, back):
-            logits[0, 1] = logits[1, 0] = -torch.inf
+            logits[0, 1] = logits[1, 0] = logits[3, 4] = logits[4, 3] = -torch.inf
         forth[2, len(keep) + 2] = -torch.inf
     diagonal = torch.arange(len(keep))
     expected = (F.cross_entropy(forth, diagonal) + F.cross_entropy(back, diagonal)) / 2
