@@ -72,7 +72,10 @@ def test_sub_batches_equal_accumulated_gradients_of_separate_losses(directions, 
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_pairs_that_share_items_are_negatives_if_the_recipe_says_so(masked):
-    """The papers' published code masks nothing. Two pairs have one target, two one query, one has its target as hard negative."""
+    """The papers' published code masks nothing.
+
+    Two pairs have one target, two have one query, and one has its own target as hard negative.
+    """
     batch = batch_of([1] * PAIRS)
     batch.target[1] = batch.target[0]
     batch.negatives[2] = (batch.target[2],)
