@@ -51,6 +51,7 @@ def test_recipe_values_match_paper(size):
             False,
         )
     assert (ours.batch.sub_batch, paper.batch.sub_batch) == (None, 32)
+    assert (ours.objective.mask_duplicates, paper.objective.mask_duplicates) == (True, False)
     assert (ours.model.mm_newline_position, paper.model.mm_newline_position) == (None, "grid")
     assert (ours.model.images, paper.model.images) == (None, "as_stored")
     stages = [load_ds_config(each, 8)["zero_optimization"]["stage"] for each in (ours, paper)]
@@ -73,6 +74,7 @@ def test_values_of_llm2clip_stage_1_match_paper():
         assert (each.model.train.lora.rank, each.model.train.lora.alpha, each.model.max_tokens) == (16, 32, 512)
         assert each.batch.sub_batch is None  # negatives come from all GPUs
     assert (ours.objective.directions, paper.objective.directions) == ("both", "query")
+    assert (ours.objective.mask_duplicates, paper.objective.mask_duplicates) == (True, False)
     assert (ours.data.batches, paper.data.batches) == ("mixed", "homogeneous")
     assert paper.run == f"{ours.run}_paper"
 

@@ -73,7 +73,7 @@ FEW = (
     Case("images", 200, 5),
     Case("mixed", 200, 1000),
     *(Case(mix, 200, kept, FROZEN) for mix, kept in (("images", 2), ("mixed", 1000))),
-    Case("mixed", 200, 2, ("model.train.lora.rank=4",)),
+    Case("mixed", 200, 2, ("model.train.lora.rank=4", "objective.mask_duplicates=false")),
     Case("mixed", 200, 2, (*FROZEN, "batch.sub_batch=4")),
     Case("mixed", 200, 1, (*WHOLE, "objective.learn_temperature=true", "objective.temperature=0.07")),
     Case("mixed", 200, 3, (*WHOLE, CHECKPOINTING)),
@@ -158,9 +158,8 @@ def formula(
 
     queries, targets = embed([p.query for p in pairs]), embed([p.target for p in pairs])
     negatives = embed([n for p in pairs for n in p.negatives])
-    same = torch.tensor([[a.query == b.query or a.target == b.target for b in pairs] for a in pairs]) & ~torch.eye(
-        len(pairs), dtype=torch.bool
-    )
+    same = torch.tensor([[a.query == b.query or a.target == b.target for b in pairs] for a in pairs])
+    same &= ~torch.eye(len(pairs), dtype=torch.bool) & objective.mask_duplicates
 
     def direction(similarity: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         own = torch.eye(*similarity.shape, dtype=torch.bool)

@@ -17,6 +17,9 @@ class ContrastiveSection(ObjectiveSection):
     directions: Annotated[Literal["both", "query"], Fixed()] = Field(
         "both", description="both: queries against targets and targets against queries; query: the first alone"
     )
+    mask_duplicates: Annotated[bool, Fixed()] = Field(
+        True, description="whether pairs that share a query or a target are no negatives of each other; false: they are"
+    )
     margin: Annotated[float | None, Fixed()] = Field(
         None, description="mask negatives whose similarity exceeds the positive's by more than this"
     )

@@ -154,10 +154,12 @@ def contrastive_loss(
     """Compute the batch's loss from the embeddings of its distinct items, (items, hidden).
 
     If the recipe sets batch.sub_batch, it is the mean of the sub-batches' losses, each with only its own negatives.
+    Without objective.mask_duplicates, an item that occurs twice is embedded once, and is nevertheless a negative.
     """
     row = {content: i for i, content in enumerate(batch.items)}
     device, objective = embeddings.device, recipe.objective
     assert isinstance(objective, ContrastiveSection)
+    masked = objective.mask_duplicates
 
     def of(hashes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.tensor([row[h] for h in hashes], dtype=torch.long, device=device)
@@ -175,9 +177,9 @@ def contrastive_loss(
             margin=objective.margin,
             directions=objective.directions,
             negatives=negatives,
-            query_ids=query_ids,
-            target_ids=target_ids,
-            negative_ids=negative_ids,
+            query_ids=query_ids if masked else None,
+            target_ids=target_ids if masked else None,
+            negative_ids=negative_ids if masked else None,
             valid=torch.tensor([batch.valid[i] for i in pairs], device=device),
         )
 

@@ -1,4 +1,4 @@
-"""Sub-batches of a step compared with gradient accumulation over separate losses."""
+"""The loss of a step's batch: sub-batches compared with gradient accumulation, and pairs that share items."""
 
 import pytest
 import torch
@@ -10,15 +10,16 @@ from pipeline.objectives.contrastive.loss import hardness_weighted_loss
 from pipeline.objectives.contrastive.step import contrastive_loss
 
 PAIRS, LANES, SUB_BATCH, WIDTH = 64, 4, 8, 6
+INVALID = 5
 
 
 def batch_of(negatives: list[int]) -> Batch:
     """Return a batch of distinct items: queries 1 ..., targets 1001 ..., and as many hard negatives for each pair."""
     query, target = list(range(1, PAIRS + 1)), list(range(1001, PAIRS + 1001))
     numbers = iter(range(2001, 9999))
-    extra = [tuple(next(numbers) for _ in range(count)) for count in negatives]
+    extra = [tuple(next(numbers) for _ in range(count if i != INVALID else 0)) for i, count in enumerate(negatives)]
     items = dict.fromkeys(key for i in range(PAIRS) for key in (query[i], target[i], *extra[i]))
-    valid = [i != 5 for i in range(PAIRS)]
+    valid = [i != INVALID for i in range(PAIRS)]
     return Batch(items, query, target, extra, valid, [None] * PAIRS, [], 0)
 
 
@@ -67,3 +68,34 @@ def test_sub_batches_equal_accumulated_gradients_of_separate_losses(directions, 
     alone = recipe_of(f"objective.directions={directions}", "batch.sub_batch=null")
     together = contrastive_loss(embed(list(batch.items)), batch, alone, 0.05).loss
     assert abs(float(together.detach()) / float(loss.detach()) - 1) > 0.1
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_pairs_that_share_items_are_negatives_if_the_recipe_says_so(masked):
+    """The papers' published code masks nothing.
+
+    Two pairs have one target, two have one query, and one has its own target as hard negative.
+    """
+    batch = batch_of([1] * PAIRS)
+    batch.target[1] = batch.target[0]
+    batch.negatives[2] = (batch.target[2],)
+    batch.query[4] = batch.query[3]
+    recipe = recipe_of(f"objective.mask_duplicates={str(masked).lower()}", "batch.sub_batch=null", "objective.alpha=0")
+    rows = {key: i for i, key in enumerate(batch.items)}
+    generator = torch.Generator().manual_seed(0)
+    embeddings = F.normalize(torch.randn(len(rows), WIDTH, generator=generator).double(), dim=-1)
+    output = contrastive_loss(embeddings, batch, recipe, 0.5)
+
+    keep = [i for i in range(PAIRS) if batch.valid[i]]
+    query = embeddings[[rows[batch.query[i]] for i in keep]]
+    target = embeddings[[rows[batch.target[i]] for i in keep]]
+    hard = embeddings[[rows[batch.negatives[i][0]] for i in keep]]
+    forth, back = query @ torch.cat([target, hard]).T / 0.5, target @ query.T / 0.5
+    if masked:
+        for logits in (forth, back):
+            logits[0, 1] = logits[1, 0] = logits[3, 4] = logits[4, 3] = -torch.inf
+        forth[2, len(keep) + 2] = -torch.inf
+    diagonal = torch.arange(len(keep))
+    expected = (F.cross_entropy(forth, diagonal) + F.cross_entropy(back, diagonal)) / 2
+    torch.testing.assert_close(output.loss, expected, rtol=1e-12, atol=0)
+    assert (output.masked_pairs > 0) == masked
