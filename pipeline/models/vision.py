@@ -6,6 +6,8 @@ sizes), and timm's vision transformers whose head is a projection (EVA-CLIP, 230
 
 import importlib
 import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -27,7 +29,7 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.image_processing_backends import PilBackend
 
-from pipeline.data.sample import BadSample
+from pipeline.data.sample import BadSample, ContentDraw, Item, hash64
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.chunks import sent
@@ -126,6 +128,33 @@ class VisionEncoder(nn.Module):
         share(folder)
 
 
+def layer_factors(names: Iterable[str], decay: float) -> dict[str, float]:
+    """Return layer-wise factors of the learning rate by name of a tower's parameter (LLM2CLIP's training/optim.py).
+
+    Layer i of n has decay^(n - i), with i from 0. Embeddings of patches and positions and EVA02's class token have
+    decay^(n + 1). All others have 1: norms outside the layers, heads, and CLIP's class embedding, which the published
+    code does not name either.
+    """
+    found = {name: _LAYER.search(name) for name in names}
+    layers = 1 + max((int(match[1]) for match in found.values() if match), default=-1)
+
+    def factor(name: str, match: re.Match[str] | None) -> float:
+        if any(part in name for part in ("patch_embed", *_UNDECAYED)):
+            return decay ** (layers + 1)
+        return decay ** (layers - int(match[1])) if match else 1.0
+
+    return {name: factor(name, match) for name, match in found.items()}
+
+
+def undecayed(name: str) -> bool:
+    """Whether LLM2CLIP's training/optim.py excludes a tower's matrix from weight decay: positions, EVA02's class token."""
+    return any(part in name for part in _UNDECAYED)
+
+
+_LAYER = re.compile(r"\b(?:blocks|layers)\.([0-9]+)\.")  # of timm and of transformers
+_UNDECAYED = ("pos_embed", "position_embedding", "cls_token")
+
+
 @dataclass(frozen=True)
 class Pixels:
     """Prepares images for a vision encoder: resize, centre crop, and normalisation on the device.
@@ -196,12 +225,16 @@ class Pixels:
         edge, resample = math.floor(height / its["crop_pct"]), Image.Resampling[filter_name]
         return cls(height, tuple(its["mean"]), tuple(its["std"]), edge, True, resample, to_even=True)
 
-    def prepare(self, picture: Image.Image) -> np.ndarray:
+    def prepare(self, picture: Image.Image, box: "Box | None" = None) -> np.ndarray:
         """Return (3, size, size) uint8, byte for byte as the model's own image processor gives.
 
+        box: resize this part of the picture to a square instead.
         Raises BadSample if the aspect ratio is so extreme that the resized image would be too large.
         """
         rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+        if box:  # cut out first: a resize with `box=` also samples pixels around it
+            square = rgb.crop(box).resize((self.size, self.size), self.resample)
+            return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
         height = width = self.edge
         if self.keeps_shape:
             shorter = min(rgb.size)
@@ -220,6 +253,44 @@ class Pixels:
         """Normalise (n, 3, size, size) uint8 for the tower. It computes in float32: bf16 has only eight bits."""
         mean, std = (sent(torch.tensor(values)[:, None, None], device) for values in (self.mean, self.std))
         return sent(tiles, device).float().div_(255).sub_(mean).div_(std).to(dtype)
+
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last two are excluded
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """Where a step crops its images: the boxes of torchvision's RandomResizedCrop, with its aspect ratios 3:4 to 4:3.
+
+    scale: the least and the greatest part of an image's area.  draws: the step's random numbers.
+    """
+
+    scale: tuple[float, float]
+    draws: ContentDraw
+
+    def boxes(self, item: Item, pictures: Sequence[Image.Image]) -> list[Box]:
+        """Return a box for each picture of an item: its images, then its video's frames, which share their draws."""
+        contents = [hash64(image) for image in item.images]
+        contents += [hash64(item.video or b"")] * (len(pictures) - len(contents))
+        return [self._box(picture, content) for picture, content in zip(pictures, contents, strict=True)]
+
+    def _box(self, picture: Image.Image, content: int) -> Box:
+        width, height = picture.size
+        *shapes, down, right = self.draws(content, 2 * _CROP_ATTEMPTS + 2).tolist()
+        least, greatest = self.scale
+        for area_draw, ratio_draw in zip(shapes[::2], shapes[1::2], strict=True):
+            area = width * height * (least + (greatest - least) * area_draw)
+            ratio = math.exp(math.log(4 / 3) * (2 * ratio_draw - 1))
+            wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < wide <= width and 0 < high <= height:
+                left, top = int(right * (width - wide + 1)), int(down * (height - high + 1))
+                return left, top, left + wide, top + high
+        wide, high = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - wide) // 2, (height - high) // 2
+        return left, top, left + wide, top + high
+
+
+_CROP_ATTEMPTS = 10  # as in torchvision; then the largest box in the middle whose aspect ratio is allowed
 
 
 def _family(path: str, settings: dict[str, Any]) -> tuple[type[PreTrainedModel], type[PilBackend]]:

@@ -1,6 +1,6 @@
 """LLM2CLIP's training and saved-model interfaces."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig
 from pipeline.config import Recipe
 from pipeline.data.batch import Encoded, Image
 from pipeline.data.lengths import Lengths, Square
+from pipeline.data.sample import ContentDraw
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.models.attention import choose
@@ -29,7 +30,7 @@ from pipeline.models.text_encoder.family import SAVED as SAVED_TEXT_ENCODER
 from pipeline.models.text_encoder.model import FrozenTextEncoder, TextEncoder
 from pipeline.models.text_encoder.processor import TextProcessor, load_config
 from pipeline.models.two_tower import TwoTowerProcessor
-from pipeline.models.vision import Pixels, VisionEncoder, shape_of, tokens_of
+from pipeline.models.vision import Pixels, RandomCrops, VisionEncoder, layer_factors, shape_of, tokens_of, undecayed
 
 
 class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
@@ -87,6 +88,20 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         pixels, tokens = Pixels.load(path, model.images), tokens_of(model.path, model.architecture)
         texts = TextProcessor.load(model.text_encoder, model.max_tokens)
         return TwoTowerProcessor(pixels, tokens, texts.tokenized, recipe.video.frames, vectors)
+
+    def augmented(self, recipe: Recipe, processor: Processor, draws: ContentDraw) -> Processor:
+        if (scale := self.section(recipe).crop_scale) is None:
+            return processor
+        return replace(cast(TwoTowerProcessor, processor), crops=RandomCrops(scale, draws))
+
+    def rate_factors(self, model: Llm2ClipSection, names: Sequence[str]) -> dict[str, float] | None:
+        if (decay := model.train.layer_decay) == 1:
+            return None
+        tower = [name for name in names if name.startswith(model.train.parts()["vision_tower"])]
+        return dict.fromkeys(names, 1.0) | layer_factors(tower, decay)
+
+    def undecayed(self, name: str) -> bool:
+        return undecayed(name)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         width = load_config(self.section(recipe).text_encoder).hidden_size
