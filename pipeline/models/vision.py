@@ -147,7 +147,7 @@ def layer_factors(names: Iterable[str], decay: float) -> dict[str, float]:
 
 
 def undecayed(name: str) -> bool:
-    """Whether LLM2CLIP's training/optim.py excludes a tower's matrix from weight decay: positions, EVA02's class token."""
+    """Whether LLM2CLIP's training/optim.py has no weight decay for a tower's matrix: positions and a class token."""
     return any(part in name for part in _UNDECAYED)
 
 
