@@ -97,10 +97,12 @@ class VisionEncoder(nn.Module):
         return cls(loading.open_model(kind, path, config, dtype), processor)
 
     @staticmethod
-    def check(path: str) -> None:
-        """Raise the errors of `load` that the files' headers reveal."""
+    def check(path: str, new_projection: bool = False) -> None:
+        """Raise the errors of `load`, and of `renew_projection` if wanted, that the files' headers reveal."""
         kind, config, _ = _parts(path, config_dict(path))
         loading.check_weights(path, kind, config)
+        if new_projection:
+            _ = shape_of(path)._projection
 
     @classmethod
     def build(cls, architecture: dict[str, Any], dimension: int, seed: int) -> "VisionEncoder":
@@ -115,6 +117,41 @@ class VisionEncoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(CLIPVisionModelWithProjection._from_config(config, attn_implementation="sdpa"), processor)
+
+    def renew_projection(self, dimension: int, seed: int) -> None:
+        """Replace the projection by a random one to `dimension`, as LLM2CLIP's code does (eva_clip/eva_vit_model.py).
+
+        Its weights have a standard deviation of 2e-5, its bias is zero. The vectors' direction alone matters.
+        Raises PipelineError for a SigLIP, which has no projection.
+        """
+        owner, name = self._projection
+        old = getattr(owner, name)
+        new = nn.Linear(old.in_features, dimension, old.bias is not None, old.weight.device, old.weight.dtype)
+        drawn = torch.randn(new.weight.shape, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            new.weight.copy_(0.02 * 0.001 * drawn)
+            if new.bias is not None:
+                new.bias.zero_()
+        setattr(owner, name, new)
+        self.dimension = dimension
+        if name == "head":
+            owner.num_classes = self.tower.num_labels = self.tower.config.num_labels = dimension
+        else:
+            self.tower.config.projection_dim = dimension
+
+    @property
+    def _projection(self) -> tuple[Any, str]:
+        """The module that has the projection, and its name there. Raises PipelineError if there is none."""
+        tower: Any = self.tower
+        found = (
+            (tower.timm_model, "head") if tower.config.model_type == "timm_wrapper" else (tower, "visual_projection")
+        )
+        if not isinstance(getattr(*found, None), nn.Linear):
+            raise PipelineError(
+                f"a {tower.config.model_type} has no projection, which model.dimension would replace: remove "
+                "model.dimension, or set model.path to a CLIP or timm's EVA02-CLIP"
+            )
+        return found
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Map (n, 3, size, size) from `Pixels.normalised` to (n, dimension), which are not unit vectors."""

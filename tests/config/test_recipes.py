@@ -113,6 +113,7 @@ def test_stage_two_values_match_published_code():
     assert paper.epochs == 20
     assert paper.model.path.startswith("timm/eva02_large_patch14_clip_336.")
     assert (paper.model.images, ours.model.images) == ("as_stored", None)
+    assert (paper.model.dimension, ours.model.dimension) == (1280, None)
     assert (paper.model.crop_scale, ours.model.crop_scale) == ((0.9, 1.0), None)
     assert (paper.model.train.layer_decay, ours.model.train.layer_decay) == (0.85, 1.0)
     assert [(part.name, part.weight, part.cap) for part in paper.data.datasets] == [

@@ -285,11 +285,38 @@ def test_timm_embeddings_and_pixels_match_timm(tmp_path):
     again = VisionEncoder.load(str(tmp_path / "saved"), "auto")
     assert torch.equal(again(pixels), encoder(pixels)) and Pixels.load(str(tmp_path / "saved")) == ours
     assert shapes(shape_of(str(tmp_path))) == shapes(encoder)
+    again.renew_projection(30, 0)
+    again.save(tmp_path / "renewed")
+    renewed = VisionEncoder.load(str(tmp_path / "renewed"), "auto")
+    assert again.dimension == renewed.dimension == shape_of(str(tmp_path / "renewed")).dimension == 30
+    assert torch.equal(renewed(pixels), again(pixels)) and not renewed.tower.timm_model.head.bias.any()
     with torch.enable_grad():
         plain = torch.autograd.grad(encoder(pixels).square().sum(), list(encoder.parameters()))
         checkpoint_layers(encoder)
         again = torch.autograd.grad(encoder(pixels).square().sum(), list(encoder.parameters()))
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_new_projection_starts_near_zero_and_is_saved(both, pixels, tmp_path):
+    """As LLM2CLIP's code makes it: trunc_normal_(std=.02) times init_scale, 0.001, in eva_clip/eva_vit_model.py."""
+    encoder, same, other = (VisionEncoder.load(both["clip"], torch.float32) for _ in range(3))
+    before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
+    for each, seed in ((encoder, 1), (same, 1), (other, 2)):
+        each.renew_projection(70, seed)
+    weight = encoder.tower.visual_projection.weight
+    assert weight.shape == (70, 32) and float(weight.std()) == pytest.approx(2e-5, rel=0.1)  # 7 standard errors
+    assert torch.equal(encoder(pixels), same(pixels)) and not torch.equal(encoder(pixels), other(pixels))
+    kept = {name: value for name, value in encoder.state_dict().items() if "visual_projection" not in name}
+    assert len(kept) == len(before) - 1 and all(torch.equal(value, before[name]) for name, value in kept.items())
+    encoder.save(tmp_path)
+    again = VisionEncoder.load(str(tmp_path), "auto")
+    assert again.dimension == shape_of(str(tmp_path)).dimension == encoder.dimension == 70
+    assert torch.equal(again(pixels), encoder(pixels)) and encoder(pixels).shape == (3, 70)
+    with pytest.raises(PipelineError, match=r"has no projection, which model\.dimension would replace"):
+        VisionEncoder.load(both["siglip"], torch.float32).renew_projection(70, 1)
+    with pytest.raises(PipelineError, match=r"has no projection, which model\.dimension would replace"):
+        VisionEncoder.check(both["siglip"], new_projection=True)
 
 
 def test_unusable_folders_and_images_are_refused(both, tmp_path, monkeypatch):

@@ -43,6 +43,11 @@ class Llm2ClipSection(ModelSection):
         None, description="train from random weights with this architecture, instead of model.path"
     )
     images: Literal["upright", "as_stored"] | None = Field(None, description="how images are read; see llave's")
+    dimension: Annotated[int | None, Fixed()] = Field(
+        None,
+        gt=0,
+        description="of the shared space, by a new projection in place of the vision tower's; null: the tower's own",
+    )
     crop_scale: Annotated[tuple[_Part, _Part] | None, Fixed()] = Field(
         None,
         description="in training, crop each image at random to between these parts of its area, such as [0.9, 1.0]",

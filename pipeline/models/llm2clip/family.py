@@ -46,7 +46,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         decoder.check_folder(str(fetched(model.text_encoder)))
         if model.path:
             Pixels.load(model.path)
-            VisionEncoder.check(model.path)
+            VisionEncoder.check(model.path, new_projection=model.dimension is not None)
         elif model.architecture:
             refuse_unknown("vision", model.architecture.vision, CLIPVisionConfig())
 
@@ -105,7 +105,8 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         width = load_config(self.section(recipe).text_encoder).hidden_size
-        model = Llm2Clip.load(path, DTYPES[recipe.precision], width, recipe.seed)
+        section = self.section(recipe)
+        model = Llm2Clip.load(path, DTYPES[recipe.precision], width, recipe.seed, section.dimension)
         model.pads = not recipe.data.text_embeddings and attention == "sdpa"
         return model
 
