@@ -135,7 +135,7 @@ class VisionEncoder(nn.Module):
         setattr(owner, name, new)
         self.dimension = dimension
         if name == "head":
-            owner.num_classes = self.tower.num_labels = self.tower.config.num_labels = dimension
+            owner.num_classes = self.tower.config.num_labels = dimension
         else:
             self.tower.config.projection_dim = dimension
 
