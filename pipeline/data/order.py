@@ -32,7 +32,7 @@ VERSION = 1
 
 # Runs resume from these random numbers, so they must never change. They sort the raw output of PCG64 with SeedSequence,
 # which numpy guarantees to stay the same (NEP 19), unlike Generator.permutation. The last word of a key is the purpose.
-_PASS, _BLOCKS, _POSITIONS, _LANES, _SAMPLES, _SLICES, _PLACES, _SCHEDULE, _ALTERNATIVE = range(9)
+_PASS, _BLOCKS, _POSITIONS, _LANES, _SAMPLES, _SLICES, _PLACES, _SCHEDULE, _ALTERNATIVE, _AUGMENTATION = range(10)
 
 
 def _shuffled(shape: int | tuple[int, ...], *key: int) -> np.ndarray:
@@ -284,6 +284,15 @@ class Order:
     def draw(self, step: int, shard: int, sample: int, count: int) -> int:
         """Draw which alternative (for example, caption) of a sample `step` uses, uniformly from 0 to count - 1."""
         return int(np.random.PCG64((self.seed, step, shard, sample, 0, _ALTERNATIVE)).random_raw() % count)
+
+    def draw_of_step(self, step: int, content: int, count: int) -> np.ndarray:
+        """Draw `count` numbers, uniformly from [0, 1), with which `step` augments an image or video.
+
+        content: its 64-bit hash. Equal images of a step get equal numbers, whichever sample, lane or rank has them.
+        """
+        high, low = divmod(content, 1 << 32)
+        raw = np.random.PCG64((self.seed, step, high, low, 0, _AUGMENTATION)).random_raw(count)
+        return (raw >> np.uint64(11)) * 2.0**-53
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,6 +60,8 @@ def hash64(*parts: bytes) -> int:
 
 
 Draw = Callable[[int], int]  # n -> a pseudorandom number from 0 to n - 1, determined by step and sample
+# (content hash, n) -> (n,) pseudorandom numbers in [0, 1), determined by step and content
+ContentDraw = Callable[[int, int], np.ndarray]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.data.batch import Batch, Encoded, RawSample, Share, encode_rows
 from pipeline.data.order import Order
-from pipeline.data.sample import Draw, Item, Pair
+from pipeline.data.sample import ContentDraw, Draw, Item, Pair
 from pipeline.data.source import Source, Tar
 from pipeline.errors import PipelineError, of_failed_worker
 from pipeline.storage import objects
@@ -250,7 +250,8 @@ class Shares(IterableDataset):
     """Each worker's share of every step: the samples of the pieces that it reads.
 
     The loader takes shares from the workers in turn, so consecutive shares, one per worker, make up one step.
-    trained_on: selects the pair that a step trains on.  plans: one per worker.  stop: set when the run ends.
+    trained_on: selects the pair that a step trains on.  augmented: encodes in place of `encode`, with a step's draws.
+    plans: one per worker.  stop: set when the run ends.
     """
 
     source: Source
@@ -258,6 +259,7 @@ class Shares(IterableDataset):
     steps: range
     encode: Callable[[Item], Encoded]
     trained_on: Callable[[Pair, Draw], Pair]
+    augmented: Callable[[ContentDraw], Callable[[Item], Encoded]] | None
     plans: Sequence[Plan]
     stop: "Stop"
 
@@ -269,7 +271,8 @@ class Shares(IterableDataset):
         try:
             for _ in self.steps:
                 step, samples = reader.next_step()
-                share = encode_rows([self._raw(step, *sample) for sample in samples], self.encode)
+                encode = self.augmented(partial(self.order.draw_of_step, step)) if self.augmented else self.encode
+                share = encode_rows([self._raw(step, *sample) for sample in samples], encode)
                 before, received = received, objects.bytes_received()
                 share.received = received - before
                 if info:
@@ -358,11 +361,13 @@ def batches(
     world: int,
     timeout: float,
     trained_on: Callable[[Pair, Draw], Pair] = Pair.one_text,
+    augmented: Callable[[ContentDraw], Callable[[Item], Encoded]] | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of `rank` of `world` for each of `steps`; workers prepare them ahead.
 
     timeout: seconds that decoding may take. Reading has its own limit.
     trained_on: selects the pair that a step trains on.
+    augmented: returns what encodes a step's items in place of `encode`, given the step's draws.
     Raises PipelineError for damaged, missing or unreachable objects, and for workers that die or hang.
     """
     source.check_memory(order, world)
@@ -374,7 +379,7 @@ def batches(
             plan.cancel_join_thread()  # do not wait at exit: no process reads the remaining items
     loader = iter(
         DataLoader(
-            Shares(source, order, steps, encode, trained_on, plans, stop),
+            Shares(source, order, steps, encode, trained_on, augmented, plans, stop),
             batch_size=None,
             num_workers=workers,
             timeout=timeout + source.data.timeout_s if workers else 0,

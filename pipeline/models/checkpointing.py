@@ -20,5 +20,6 @@ def checkpoint_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # it checkpoints only then; its children stay in eval mode, without dropout
-    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    names = ("gradient_checkpointing", "grad_checkpointing")  # transformers', timm's
+    if not any(getattr(module, name, False) for module in model.modules() for name in names):
         raise PipelineError("batch.activation_checkpointing is not supported by this model: set it to false")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.batch import Encoded
     from pipeline.data.lengths import Lengths
-    from pipeline.data.sample import Draw, Item, Pair
+    from pipeline.data.sample import ContentDraw, Draw, Item, Pair
     from pipeline.data.source import Source
     from pipeline.models.chunks import Features, Frozen
     from pipeline.models.files import Tensors
@@ -157,6 +157,21 @@ class TrainingInterface(ABC, Generic[S]):
     def trained_on(self, recipe: Recipe, pair: "Pair", draw: "Draw") -> "Pair":
         """Return the part of a sample that a step trains on."""
         return pair.one_text(draw)
+
+    def augmented(self, recipe: Recipe, processor: Processor, draws: "ContentDraw") -> Processor:
+        """Return the processor for a step, which may augment images.  draws: the step's random numbers."""
+        return processor
+
+    def rate_factors(self, model: S, names: "Sequence[str]") -> dict[str, float] | None:
+        """Return a factor of the learning rate for each parameter, or None if there are none.
+
+        With factors, `undecayed` says which matrices besides the vectors have no weight decay.
+        """
+        return None
+
+    def undecayed(self, name: str) -> bool:
+        """Whether a matrix is excluded from weight decay where `rate_factors` apply."""
+        return False
 
     def resolve(self, path: str, cache: Path) -> str:
         """Return the folder or hub name to load for model.path; formats that need it are converted into `cache`."""

@@ -16,7 +16,7 @@ from pipeline.data.sample import BadSample, Item, mended
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.models.chunks import Packed, sent
-from pipeline.models.vision import Pixels
+from pipeline.models.vision import Pixels, RandomCrops
 
 
 class TwoTower(nn.Module, ABC):
@@ -73,6 +73,7 @@ class TwoTowerProcessor:
 
     tokenized: tokenizes a text; the tokens identify it even if its vector comes with the data.
     with_vectors: whether the data has the texts' vectors.
+    crops: random crops of a training step; None: none.
     """
 
     pixels: Pixels
@@ -80,6 +81,7 @@ class TwoTowerProcessor:
     tokenized: Callable[[str], Encoded]
     video_frames: int = 8
     with_vectors: bool = False
+    crops: RandomCrops | None = None
 
     @property
     def as_stored(self) -> bool:
@@ -94,7 +96,7 @@ class TwoTowerProcessor:
         images = [partial(decode_image, image, self.as_stored) for image in item.images]
         if images or item.video is not None:
             frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
-            return self.encode_parts("", images, frames)
+            return self._tiled(images, frames, item)
         told = self.tokenized(mended(item.text, 0))  # a mark stands for an image that the item lacks
         if not self.with_vectors:
             return told
@@ -110,7 +112,16 @@ class TwoTowerProcessor:
             return self.tokenized(text)
         if text:
             raise BadSample("a text beside an image: for this model they are two items")
+        return self._tiled(images, frames)
+
+    def _tiled(
+        self,
+        images: Sequence[Callable[[], Picture]],
+        frames: Callable[[], Sequence[Picture]] | None,
+        item: Item | None = None,
+    ) -> Encoded:
         shown = [decode() for decode in images] + list(frames() if frames else [])
-        tiles = np.stack([self.pixels.prepare(picture) for picture in shown])
+        boxes = self.crops.boxes(item, shown) if self.crops and item else [None] * len(shown)
+        tiles = np.stack([self.pixels.prepare(picture, box) for picture, box in zip(shown, boxes, strict=True)])
         image = Image(tiles, tiles.shape[2], tiles.shape[3], video=frames is not None)
         return Encoded(np.zeros(len(tiles) * self.tokens, np.int32), (image,))

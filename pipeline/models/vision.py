@@ -6,6 +6,8 @@ sizes), and timm's vision transformers whose head is a projection (EVA-CLIP, 230
 
 import importlib
 import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -27,7 +29,7 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.image_processing_backends import PilBackend
 
-from pipeline.data.sample import BadSample
+from pipeline.data.sample import BadSample, ContentDraw, Item, hash64
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.chunks import sent
@@ -95,10 +97,12 @@ class VisionEncoder(nn.Module):
         return cls(loading.open_model(kind, path, config, dtype), processor)
 
     @staticmethod
-    def check(path: str) -> None:
-        """Raise the errors of `load` that the files' headers reveal."""
+    def check(path: str, new_projection: bool = False) -> None:
+        """Raise the errors of `load`, and of `renew_projection` if wanted, that the files' headers reveal."""
         kind, config, _ = _parts(path, config_dict(path))
         loading.check_weights(path, kind, config)
+        if new_projection:
+            _ = shape_of(path)._projection
 
     @classmethod
     def build(cls, architecture: dict[str, Any], dimension: int, seed: int) -> "VisionEncoder":
@@ -114,6 +118,41 @@ class VisionEncoder(nn.Module):
             torch.manual_seed(seed)
             return cls(CLIPVisionModelWithProjection._from_config(config, attn_implementation="sdpa"), processor)
 
+    def renew_projection(self, dimension: int, seed: int) -> None:
+        """Replace the projection by a random one to `dimension`, as LLM2CLIP's code does (eva_clip/eva_vit_model.py).
+
+        Its weights have a standard deviation of 2e-5, its bias is zero. The vectors' direction alone matters.
+        Raises PipelineError for a SigLIP, which has no projection.
+        """
+        owner, name = self._projection
+        old = getattr(owner, name)
+        new = nn.Linear(old.in_features, dimension, old.bias is not None, old.weight.device, old.weight.dtype)
+        drawn = torch.randn(new.weight.shape, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            new.weight.copy_(0.02 * 0.001 * drawn)
+            if new.bias is not None:
+                new.bias.zero_()
+        setattr(owner, name, new)
+        self.dimension = dimension
+        if name == "head":
+            owner.num_classes = self.tower.config.num_labels = dimension
+        else:
+            self.tower.config.projection_dim = dimension
+
+    @property
+    def _projection(self) -> tuple[Any, str]:
+        """The module that has the projection, and its name there. Raises PipelineError if there is none."""
+        tower: Any = self.tower
+        found = (
+            (tower.timm_model, "head") if tower.config.model_type == "timm_wrapper" else (tower, "visual_projection")
+        )
+        if not isinstance(getattr(*found, None), nn.Linear):
+            raise PipelineError(
+                f"a {tower.config.model_type} has no projection, which model.dimension would replace: remove "
+                "model.dimension, or set model.path to a CLIP or timm's EVA02-CLIP"
+            )
+        return found
+
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Map (n, 3, size, size) from `Pixels.normalised` to (n, dimension), which are not unit vectors."""
         return getattr(self.tower(pixel_values=pixels), self._output)
@@ -124,6 +163,33 @@ class VisionEncoder(nn.Module):
         if self._processor:
             self._processor.save_pretrained(folder)
         share(folder)
+
+
+def layer_factors(names: Iterable[str], decay: float) -> dict[str, float]:
+    """Return layer-wise factors of the learning rate by name of a tower's parameter (LLM2CLIP's training/optim.py).
+
+    Layer i of n has decay^(n - i), with i from 0. Embeddings of patches and positions and EVA02's class token have
+    decay^(n + 1). All others have 1: norms outside the layers, heads, and CLIP's class embedding, which the published
+    code does not name either.
+    """
+    found = {name: _LAYER.search(name) for name in names}
+    layers = 1 + max((int(match[1]) for match in found.values() if match), default=-1)
+
+    def factor(name: str, match: re.Match[str] | None) -> float:
+        if any(part in name for part in ("patch_embed", *_UNDECAYED)):
+            return decay ** (layers + 1)
+        return decay ** (layers - int(match[1])) if match else 1.0
+
+    return {name: factor(name, match) for name, match in found.items()}
+
+
+def undecayed(name: str) -> bool:
+    """Whether LLM2CLIP's training/optim.py has no weight decay for a tower's matrix: positions and a class token."""
+    return any(part in name for part in _UNDECAYED)
+
+
+_LAYER = re.compile(r"\b(?:blocks|layers)\.([0-9]+)\.")  # of timm and of transformers
+_UNDECAYED = ("pos_embed", "position_embedding", "cls_token")
 
 
 @dataclass(frozen=True)
@@ -196,12 +262,16 @@ class Pixels:
         edge, resample = math.floor(height / its["crop_pct"]), Image.Resampling[filter_name]
         return cls(height, tuple(its["mean"]), tuple(its["std"]), edge, True, resample, to_even=True)
 
-    def prepare(self, picture: Image.Image) -> np.ndarray:
+    def prepare(self, picture: Image.Image, box: "Box | None" = None) -> np.ndarray:
         """Return (3, size, size) uint8, byte for byte as the model's own image processor gives.
 
+        box: resize this part of the picture to a square instead.
         Raises BadSample if the aspect ratio is so extreme that the resized image would be too large.
         """
         rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+        if box:  # cut out first: a resize with `box=` also samples pixels around it
+            square = rgb.crop(box).resize((self.size, self.size), self.resample)
+            return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
         height = width = self.edge
         if self.keeps_shape:
             shorter = min(rgb.size)
@@ -220,6 +290,44 @@ class Pixels:
         """Normalise (n, 3, size, size) uint8 for the tower. It computes in float32: bf16 has only eight bits."""
         mean, std = (sent(torch.tensor(values)[:, None, None], device) for values in (self.mean, self.std))
         return sent(tiles, device).float().div_(255).sub_(mean).div_(std).to(dtype)
+
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last two are excluded
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """Where a step crops its images: the boxes of torchvision's RandomResizedCrop, with its aspect ratios 3:4 to 4:3.
+
+    scale: the least and the greatest part of an image's area.  draws: the step's random numbers.
+    """
+
+    scale: tuple[float, float]
+    draws: ContentDraw
+
+    def boxes(self, item: Item, pictures: Sequence[Image.Image]) -> list[Box]:
+        """Return a box for each picture of an item: its images, then its video's frames, which share their draws."""
+        contents = [hash64(image) for image in item.images]
+        contents += [hash64(item.video or b"")] * (len(pictures) - len(contents))
+        return [self._box(picture, content) for picture, content in zip(pictures, contents, strict=True)]
+
+    def _box(self, picture: Image.Image, content: int) -> Box:
+        width, height = picture.size
+        *shapes, down, right = self.draws(content, 2 * _CROP_ATTEMPTS + 2).tolist()
+        least, greatest = self.scale
+        for area_draw, ratio_draw in zip(shapes[::2], shapes[1::2], strict=True):
+            area = width * height * (least + (greatest - least) * area_draw)
+            ratio = math.exp(math.log(4 / 3) * (2 * ratio_draw - 1))
+            wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < wide <= width and 0 < high <= height:
+                left, top = int(right * (width - wide + 1)), int(down * (height - high + 1))
+                return left, top, left + wide, top + high
+        wide, high = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - wide) // 2, (height - high) // 2
+        return left, top, left + wide, top + high
+
+
+_CROP_ATTEMPTS = 10  # as in torchvision; then the largest box in the middle whose aspect ratio is allowed
 
 
 def _family(path: str, settings: dict[str, Any]) -> tuple[type[PreTrainedModel], type[PilBackend]]:

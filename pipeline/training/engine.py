@@ -82,19 +82,24 @@ def adapt(model: torch.nn.Module, recipe: Recipe) -> None:
 
 
 def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
-    """Return AdamW's groups: for each trained part, one of matrices and one of vectors without weight decay.
+    """Return AdamW's groups: for each trained part and factor, one of matrices and one of vectors without weight decay.
 
-    lr_scale: the part's learning rate divided by `optimizer.lr`.
+    lr_scale: the part's learning rate divided by `optimizer.lr`, times the family's factor (see `rate_factors`).
     """
-    groups, optimizer = [], recipe.optimizer
+    groups, optimizer, family = [], recipe.optimizer, training_of(recipe)
+    factors = family.rate_factors(recipe.model, [name for name, _ in model.named_parameters()])
     for part, prefixes in recipe.model.train.parts().items():
-        trained = [p for name, p in model.named_parameters() if name.startswith(prefixes) and p.requires_grad]
+        trained = [(n, p) for n, p in model.named_parameters() if n.startswith(prefixes) and p.requires_grad]
         rate = getattr(recipe.model.train, part)
         scale = 1.0 if isinstance(rate, bool) else rate / optimizer.lr
-        for matrices, weight_decay in ((True, optimizer.weight_decay), (False, 0.0)):
-            if parameters := [p for p in trained if _is_matrix(p) == matrices]:
-                options = {"betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": weight_decay}
-                groups.append({"params": parameters, "lr_scale": scale} | options)
+        kinds: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in trained:
+            decays = _is_matrix(parameter) and not (factors and family.undecayed(name))
+            kinds.setdefault((factors[name] if factors else 1.0, decays), []).append(parameter)
+        for (factor, decays), parameters in sorted(kinds.items(), key=lambda kind: (kind[0][0], not kind[0][1])):
+            decay = optimizer.weight_decay if decays else 0.0
+            options = {"betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": decay}
+            groups.append({"params": parameters, "lr_scale": scale * factor} | options)
     return groups
 
 

@@ -207,6 +207,7 @@ class Trainer:
             world=self.world,
             timeout=60 * self.recipe.timeout_minutes,
             trained_on=partial(self.family.trained_on, self.recipe),
+            augmented=lambda draws: self.family.augmented(self.recipe, self.processor, draws).encode,
         )
 
     def _step(self, step: int, batch: Batch) -> tuple[StepResult, float]:

@@ -10,7 +10,7 @@ from pipeline.config import load_ds_config, load_recipe
 from pipeline.data.mmeb import MMEB_TASKS
 from pipeline.errors import PipelineError
 from pipeline.models.llave.model import TowerlessLlave
-from pipeline.training.engine import freeze, parameter_groups
+from pipeline.training.engine import freeze, learning_rate, parameter_groups
 
 SIZES = ("0.5b", "2b", "7b")
 
@@ -113,6 +113,33 @@ def test_parameter_counts_match_published_models(size):
     assert count - sum(parameter.numel() for parameter in without.parameters()) == sum(
         parameter.numel() for parameter in whole.vision_tower.parameters()
     )
+
+
+def test_stage_two_values_match_published_code():
+    """Compare with run.sh, training/params.py and eva_clip/transform.py of LLM2CLIP's code."""
+    ours, paper = (load_recipe("pipeline/recipes/llm2clip_vision.yaml", fields) for fields in ([], ["variant=paper"]))
+    for each in (ours, paper):
+        adam = each.optimizer
+        assert (adam.lr, adam.weight_decay, adam.betas, adam.eps) == (1e-5, 0.05, (0.9, 0.999), 1e-8)
+        assert (each.batch.global_batch, each.batch.sub_batch) == (512 * 8, None)
+        assert (each.objective.alpha, each.objective.temperature, each.objective.learn_temperature) == (0, 0.07, True)
+        assert load_ds_config(each, 8)["zero_optimization"]["stage"] == 1
+        assert (each.model.train.vision_tower, each.model.train.adapter) == (True, True)
+    assert load_ds_config(paper, 8)["gradient_clipping"] == 5.0
+    assert learning_rate(0, 1000, paper.optimizer) == 1e-5  # no warm-up
+    assert learning_rate(500, 1000, paper.optimizer) == pytest.approx(0.5e-5)
+    assert paper.epochs == 20
+    assert paper.model.path.startswith("timm/eva02_large_patch14_clip_336.")
+    assert (paper.model.images, ours.model.images) == ("as_stored", None)
+    assert (paper.model.dimension, ours.model.dimension) == (1280, None)
+    assert (paper.model.crop_scale, ours.model.crop_scale) == ((0.9, 1.0), None)
+    assert (paper.model.train.layer_decay, ours.model.train.layer_decay) == (0.85, 1.0)
+    assert [(part.name, part.weight, part.cap) for part in paper.data.datasets] == [
+        ("cc3m", 1, None),
+        ("cc12m", 1, None),
+    ]
+    assert (ours.data.parts, paper.data.parts) == (None, 1)
+    assert paper.run == f"{ours.run}_paper"
 
 
 def test_variants_override_recipe_values(tmp_path):

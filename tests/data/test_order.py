@@ -297,6 +297,16 @@ def test_alternatives_are_drawn_uniformly_by_step_and_seed():
     assert order.draw(5, 0, 0, 1) == 0
 
 
+def test_draws_of_step_are_uniform_and_depend_on_step_content_and_seed():
+    order = one((100,), 10, 1, 8, 4, seed=0)
+    drawn = np.array([order.draw_of_step(step, content, 5) for step in range(20) for content in range(60)])
+    assert drawn.min() >= 0 and drawn.max() < 1
+    assert np.abs(np.histogram(drawn, 10, (0, 1))[0] - 600).max() < 130  # 5.6 standard deviations of 23
+    keys = ((1, 2), (2, 2), (1, 3), (1, 2 << 32), (1, (2 << 32) + 2), (1, 2**64 - 1))
+    assert len({order.draw_of_step(*key, 1)[0] for key in keys}) == len(keys)
+    assert order.draw_of_step(1, 2, 1) != one((100,), 10, 1, 8, 4, seed=1).draw_of_step(1, 2, 1)
+
+
 # Balanced ranks
 
 
@@ -473,6 +483,8 @@ def test_order_with_parts_is_pinned():
 def test_draws_are_pinned():
     order = one((100,), 10, 1, 8, 4, seed=7)
     assert [order.draw(step, 3, 5, 5) for step in range(12)] == [0, 4, 0, 3, 4, 2, 3, 4, 4, 4, 4, 1]
+    drawn = order.draw_of_step(3, 0xFEDC_BA98_7654_3210, 3).tolist()
+    assert drawn == [0.7785077167522708, 0.007944128708410214, 0.2887552274130627]
 
 
 def test_order_can_be_pickled():

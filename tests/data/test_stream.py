@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline.config import Data
 from pipeline.data import source, stream
 from pipeline.data.batch import Batch, Encoded
 from pipeline.data.lengths import Lengths
-from pipeline.data.sample import BadSample, Item, Pair, Single
+from pipeline.data.sample import BadSample, ContentDraw, Item, Pair, Single
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
@@ -132,6 +132,34 @@ def test_each_step_draws_one_alternative(data):
     assert min(drawn.values()) > 0.8 * drawn.total() / 3
     again = [batch.target for batch in read(data, range(50, 60))]
     assert again == [batch.target for batch in read(data, range(60))][50:]
+
+
+def test_augmentation_depends_only_on_step_and_content(data):
+    """Encode each item as a draw, with any number of ranks and workers, and with a resumed run."""
+
+    def augmented(draws: ContentDraw) -> Callable[[Item], Encoded]:
+        def encode(item: Item) -> Encoded:
+            (number,) = draws(item.content_hash, 1)
+            return Encoded(np.frombuffer(item.text.encode() + number.tobytes(), np.uint8).astype(np.int32))
+
+        return encode
+
+    opened = Source.open(data)
+    order = opened.order(BATCH, 5, LENGTHS)
+    runs = []
+    for world, workers, steps in [(1, 0, range(6)), (2, 2, range(6)), (4, 0, range(6)), (2, 0, range(4, 6))]:
+        opened = Source.open(changed(data, workers=workers))
+        options = {"world": world, "timeout": HANG_SECONDS, "augmented": augmented}
+        ranks = [list(batches(opened, order, encode, steps, rank=rank, **options)) for rank in range(world)]
+        for step, parts in zip(steps, zip(*ranks, strict=True), strict=True):
+            for item in (item for part in parts for item in part.items.values()):
+                content = item.input_ids.astype(np.uint8).tobytes()
+                (drawn,) = np.frombuffer(content[-8:])
+                assert drawn == order.draw_of_step(step, Item(content[:-8].decode()).content_hash, 1)
+        runs.append([[part.query for part in parts] for parts in zip(*ranks, strict=True)])
+    whole, *others, resumed = [[[*chain.from_iterable(parts)] for parts in run] for run in runs]
+    assert others == [whole, whole] and resumed == whole[4:]
+    assert len({key for step in whole for key in step}) == 6 * BATCH
 
 
 def test_bad_sample_becomes_invalid_row_with_origin_and_reason(data):

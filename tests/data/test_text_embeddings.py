@@ -19,6 +19,7 @@ import torch
 import webdataset
 from limits import HANG_SECONDS
 from PIL import Image
+from safetensors.numpy import load_file
 
 from pipeline.config import Data
 from pipeline.convert.img2dataset import indexing
@@ -510,6 +511,37 @@ def test_published_llm2clip_tars_are_read_in_place(tmp_path, columns):
     wanted -= {("0003", columns[1])} if len(columns) > 1 else set()
     assert seen == wanted - {("0004", COLUMNS[1])}
     assert set(lacking) == {"its captions have no embeddings"}
+
+
+PAPERS = Path(__file__).parents[1] / "papers/llm2clip"
+
+
+def test_tars_of_published_code_give_its_vectors(tmp_path):
+    """Read tars that LLM2CLIP's code wrote; the order of a pair's vectors is that of the columns.
+
+    The code keeps one vector a column. Here an empty caption has none, and of two equal captions one is kept.
+    """
+    columns = ("shortSV_captions", "longSV_captions")
+    indexed_images(PAPERS / "shards", tmp_path / "index", columns)
+    index_published("Llama", open_datasets([str(tmp_path / "index")], str(tmp_path / "out")), overwrite=False)
+    source = Source.open(data_of(tmp_path / "index", tmp_path / "out", datasets=[]))
+    expected = load_file(PAPERS / "shards_expected.safetensors")
+    kept = {"000010000": columns[1:], "000010001": columns[:1]}
+    keys = []
+    for shard in range(2):
+        images, vectors = source.tars(shard)
+        known = [tar.records(0, source.indexes[0][1].shards[shard].samples) for tar in (images, vectors)]
+        for record, *data in zip(known[0], images.read(known[0]), vectors.read(known[1]), strict=True):
+            pair = source.parse(shard, record, *data)
+            theirs = np.stack([expected[f"{pair.key}.{column}"] for column in kept.get(pair.key, columns)])
+            assert np.array_equal(pair.vectors.view(np.uint32), theirs.view(np.uint32)), pair.key  # bit for bit
+            assert len(pair.texts) == len(theirs)
+            keys.append(pair.key)
+    read_by_theirs = json.loads((PAPERS / "shards_read.json").read_text())
+    assert sorted(keys) == sorted(read_by_theirs)
+    assert all({column.lower() for column in columns} <= {*names} for names in read_by_theirs.values())
+    first, second = (expected[f"000010001.{column}"] for column in columns)  # of one text, in batches of other lengths
+    np.testing.assert_allclose(second, first, rtol=0, atol=2**-18 * np.abs(first).max())
 
 
 def test_published_tars_of_other_captions_are_refused(tmp_path):

@@ -228,10 +228,13 @@ def trained_alone(
     recipe: Recipe,
     parts: dict[str, str],
     loss: Callable[[int, torch.Tensor], torch.Tensor],
+    factor: Callable[[str], float] = lambda name: 1.0,
+    undecayed: str = "no name",
 ) -> Expected:
     """Take the steps in this process with plain autograd and AdamW.
 
     parts: maps prefixes of parameter names to the recipe's part names. loss: the loss of a step at a temperature.
+    factor: of a parameter's learning rate, by name. undecayed: part of the names of matrices without weight decay.
     """
     freeze(reference, recipe)
     if recipe.model.train.adapters:
@@ -240,8 +243,9 @@ def trained_alone(
     groups = []
     for name, parameter in trained.items():
         rate = getattr(recipe.model.train, next(part for prefix, part in parts.items() if name.startswith(prefix)))
-        decay = 0.1 if parameter.ndim > 1 else 0
-        groups.append({"params": [parameter], "weight_decay": decay, "lr": LR if rate is True else rate})
+        decay = 0.1 if parameter.ndim > 1 and undecayed not in name else 0
+        lr = factor(name) * (LR if rate is True else rate)
+        groups.append({"params": [parameter], "weight_decay": decay, "lr": lr})
     optimizer = torch.optim.AdamW(groups, eps=EPS)
     log_scale = torch.tensor(-math.log(recipe.objective.temperature), requires_grad=recipe.objective.learn_temperature)
     scale_optimizer = torch.optim.AdamW([log_scale], lr=LR, eps=EPS, weight_decay=0)

@@ -119,6 +119,18 @@ def vision_run(vision_recipe, tmp_path_factory) -> Path:
     return finished(vision_recipe, tmp_path_factory.mktemp("runs") / "vision")
 
 
+@pytest.fixture(scope="module")
+def paper_recipe(vision_recipe) -> list[str]:
+    """Return the published values of stage 2 for the same small data and model."""
+    kept = [field for field in vision_recipe[1:] if not field.startswith("evaluation.")]
+    return ["pipeline/recipes/llm2clip_vision.yaml", "variant=paper", *kept, "model.path=null", "data.workers=1"]
+
+
+@pytest.fixture(scope="module")
+def paper_run(paper_recipe, tmp_path_factory) -> Path:
+    return finished(paper_recipe, tmp_path_factory.mktemp("runs") / "paper")
+
+
 def finished(recipe: list[str], run: Path) -> Path:
     ended = launch(["-m", "pipeline.train", *recipe, f"run={run}"], world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
@@ -134,7 +146,7 @@ def embedded(encoder: Path, data: Path, out: Path, stored: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("stage", ["caption", "vision"])
+@pytest.mark.parametrize("stage", ["caption", "vision", "paper"])
 def test_killed_stage_matches_uninterrupted_run(stage, request, tmp_path):
     recipe, undisturbed = (request.getfixturevalue(f"{stage}_{what}") for what in ("recipe", "run"))
     recipe = [*recipe, "evaluation=null"]

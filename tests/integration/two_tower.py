@@ -38,6 +38,7 @@ BOTH = ("model.train.vision_tower=true",)
 LIVE = (*BOTH, "data.text_embeddings=null")
 LEARNT = ("objective.learn_temperature=true", "objective.temperature=0.07")
 ALPHA = ("objective.alpha=9", "objective.temperature=0.05")
+DECAY = "model.train.layer_decay=0.5"
 IN_HOST_MEMORY = "batch.features_mb=0"
 RECIPES = {"text_encoder": "demo_caption", "llm2clip": "demo_llm2clip", "clip": "demo_clip"}
 INSTRUCTION = "model.instruction=what a caption shows"
@@ -72,6 +73,7 @@ CASES = {
         Case("llm2clip", 1, "divided", 60, 1, ("model.train.vision_tower=false",)),
         Case("llm2clip", 2, "captioned", 60, 1, ("model.train.vision_tower=0.03", "model.train.adapter=false")),
         Case("llm2clip", 1, "texts", 60, 1, ("model.train.vision_tower=true", "model.train.adapter=0.03")),
+        *(Case("llm2clip", stage, "captioned", 60, 1, (*BOTH, DECAY)) for stage in (1, 2)),
         Case("llm2clip", 1, "captioned", 60, 1, LIVE),
         Case("llm2clip", 2, "divided", 60, 2, (*LIVE, IN_HOST_MEMORY)),
         Case("llm2clip", 0, "divided", 60, 0, LIVE, recomputed=True),
@@ -137,7 +139,15 @@ def expected(models: str, kind: str, mix: str, fields: tuple[str, ...]) -> Expec
     def loss(step: int, temperature: torch.Tensor) -> torch.Tensor:
         return formula(by_itself, make_pairs(mix, seed=step), processor, recipe.objective.alpha, temperature)
 
-    return trained_alone(reference, recipe, PARTS, loss)
+    if DECAY not in fields:
+        return trained_alone(reference, recipe, PARTS, loss)
+    return trained_alone(reference, recipe, PARTS, loss, layer_factor, undecayed="position_embedding")
+
+
+def layer_factor(name: str) -> float:
+    """Return the factor of the learning rate under `DECAY` in a tower of two layers."""
+    steps = {"patch_embedding": 3, "position_embedding": 3, "encoder.layers.0.": 2, "encoder.layers.1.": 1}
+    return 0.5 ** next((count for part, count in steps.items() if part in name), 0)
 
 
 def reference_of(models: str, case: Case) -> tuple[str, str, str, tuple[str, ...]]:

@@ -94,6 +94,19 @@ def folder(encoders, tmp_path_factory) -> Path:
     return folder
 
 
+def test_dimension_replaces_the_projection_unless_it_is_trained(folder, encoders, tmp_path):
+    base = tmp_path / "base"
+    VisionEncoder.build(VISION, 20, 0).save(base)
+    model = llm2clip.Llm2Clip.load(str(base), torch.float32, width=32, dimension=48)
+    assert model.dimension == model.vision.dimension == model.adapter.projection.out_features == 48
+    llm2clip.save(model, str(encoders["llama"][0]), tmp_path / "saved", None)
+    for dimension in (None, 48):  # an export continues with its own projection
+        again = llm2clip.Llm2Clip.load(str(tmp_path / "saved"), torch.float32, width=32, seed=1, dimension=dimension)
+        assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
+    with pytest.raises(PipelineError, match=r"is an LLM2CLIP of 20 dimensions: set model\.dimension to that"):
+        llm2clip.Llm2Clip.load(str(folder), torch.float32, width=32, dimension=48)
+
+
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory) -> Path:
     base, folder = (tmp_path_factory.mktemp("clip") / name for name in ("base", "trained"))

@@ -3,6 +3,7 @@
 import io
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,14 +12,16 @@ from PIL import Image
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from pipeline.config import load_recipe
+from pipeline.data.order import Dataset, Order
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.demo import clips
 from pipeline.errors import PipelineError
 from pipeline.models.registry import training
 from pipeline.models.text_encoder.processor import TextProcessor
 from pipeline.models.two_tower import TwoTowerProcessor
-from pipeline.models.vision import Pixels
+from pipeline.models.vision import Pixels, RandomCrops
 
+TEXT_ENCODER = "model.text_encoder=/tmp/none"
 CORPUS = ["a small red star at the top left", "a large blue ring", "find the same:"]
 RECIPE = load_recipe("demo_caption.yaml")
 PIXELS = Pixels(24, (0.5,) * 3, (0.5,) * 3, 24, False, Image.Resampling.BICUBIC)
@@ -101,6 +104,53 @@ def test_images_and_video_frames_have_a_fixed_token_count(processor):
             processor.encode(broken)
     with pytest.raises(BadSample, match="a text beside an image: for this model they are two items"):
         processor.encode_parts("a red star", [lambda: Image.new("RGB", (24, 24))], None)
+
+
+def noise(width: int, height: int, seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    drawn = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(drawn).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_random_crops_depend_only_on_step_and_image(processor):
+    recipe = load_recipe("pipeline/recipes/demo_llm2clip.yaml", ["model.crop_scale=[0.5, 0.9]", TEXT_ENCODER])
+    order = Order((Dataset("a", np.array([9])),), 1, 1, 1, 1, seed=0)
+
+    def tiles(step: int, item: Item) -> np.ndarray:
+        draws = partial(order.draw_of_step, step)
+        return training("llm2clip").augmented(recipe, processor, draws).encode(item).images[0].tiles
+
+    one, other = noise(40, 24), noise(40, 24, 1)
+    first = tiles(3, Item("<image>", (one,)))
+    assert np.array_equal(first, tiles(3, Item("<image> another text", (one,))))
+    assert np.array_equal(first[0], tiles(3, Item("", (other, one)))[1])  # wherever the image is
+    assert not np.array_equal(first, tiles(4, Item("<image>", (one,))))
+    plain = processor.encode(Item("<image>", (one,)))
+    assert not np.array_equal(first, plain.images[0].tiles)  # as in evaluation
+    (box,) = RandomCrops((0.5, 0.9), partial(order.draw_of_step, 3)).boxes(Item("", (one,)), [decoded(one)])
+    assert np.array_equal(first[0], np.asarray(decoded(one).crop(box).resize((24, 24), 3)).transpose(2, 0, 1))
+    (video,) = (data for name, data in clips.evaluation_files(0, 1).items() if name.endswith(".mp4"))
+    shown = [decoded(one)] * 3
+    boxes = RandomCrops((0.5, 0.9), partial(order.draw_of_step, 3)).boxes(Item("", video=video), shown)
+    assert len(boxes) == 3 and len(set(boxes)) == 1
+    assert len(tiles(3, Item("", video=video))) == 3
+
+
+def test_without_crop_scale_steps_use_the_processor_of_evaluation(processor):
+    recipe = load_recipe("pipeline/recipes/demo_llm2clip.yaml", [TEXT_ENCODER])
+    assert training("llm2clip").augmented(recipe, processor, lambda *_: np.zeros(0)) is processor
+    assert training("clip").augmented(recipe, processor, lambda *_: np.zeros(0)) is processor
+
+
+@pytest.mark.parametrize("scale", ["[0.9, 0.8]", "[0, 1]", "[0.5, 1.1]"])
+def test_impossible_crop_scale_is_refused(scale):
+    with pytest.raises(PipelineError, match=r"model\.crop_scale"):
+        load_recipe("pipeline/recipes/demo_llm2clip.yaml", [f"model.crop_scale={scale}", TEXT_ENCODER])
+
+
+def decoded(image: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(image))
 
 
 def test_text_without_stored_embedding_raises_bad_sample(processor):

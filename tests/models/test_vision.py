@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,10 +27,12 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from pipeline.data.sample import BadSample
+from pipeline.data.order import Dataset, Order
+from pipeline.data.sample import BadSample, Item
+from pipeline.data.tiles import decode_image
 from pipeline.errors import PipelineError
 from pipeline.models.checkpointing import checkpoint_layers
-from pipeline.models.vision import Pixels, VisionEncoder, shape_of
+from pipeline.models.vision import Pixels, RandomCrops, VisionEncoder, shape_of
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -207,6 +210,58 @@ def test_timm_pixels_are_center_cropped(tmp_path):
         assert np.array_equal(ours.prepare(shown), expected)  # the shorter edge is already 26
 
 
+PAPERS = Path(__file__).parents[1] / "papers/llm2clip"
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+def test_pixels_equal_those_of_published_code():
+    """The published code is given the sizes of EVA02-CLIP's config on the hub, which is read like `TIMM`."""
+    pixels = Pixels(56, *OPENAI, 56, keeps_shape=True, resample=Image.Resampling.BICUBIC, to_even=True, as_stored=True)
+    expected = load_file(PAPERS / "pixels.safetensors")
+    assert len(expected) == 4
+    for name, theirs in expected.items():
+        shown = decode_image((PAPERS / "images" / name).read_bytes(), as_stored=True)
+        ours = pixels.normalised(torch.from_numpy(pixels.prepare(shown))[None], CPU, torch.float32)[0]
+        assert torch.equal(ours, theirs), name
+
+
+def boxes(scale: tuple[float, float], draws: list[float], *sizes: tuple[int, int]) -> list[tuple[int, ...]]:
+    """Return the boxes for images of these sizes.  draws: the first ones, as torchvision would draw them; then 0.5."""
+    given = np.array((draws + [0.5] * 22)[:20] + draws[20:] + [0.5] * (2 - len(draws[20:])))
+    crops = RandomCrops(scale, lambda content, count: given[:count])
+    item = Item("", tuple(bytes([number]) for number in range(len(sizes))))
+    return crops.boxes(item, [Image.new("RGB", size) for size in sizes])
+
+
+def test_random_crops_follow_torchvision():
+    """Boxes computed by hand as RandomResizedCrop.get_params does, with its ratio of 3/4 to 4/3."""
+    # Area 0.95 of 10,000 at ratio 1: a side of sqrt(9500) = 97.47. Of the offsets 0 to 3, 0.5 draws the third.
+    assert boxes((0.9, 1.0), [], (100, 100)) == [(2, 2, 99, 99)]
+    # Area 0.9 at ratio 4/3: sqrt(9000 * 4/3) = 109.5 is too wide, so the next draws are taken.
+    assert boxes((0.9, 1.0), [0.0, 1.0, 0.0, 0.5], (100, 100)) == [(3, 3, 98, 98)]  # sqrt(9000) = 94.9
+    # Area 0.4 at ratio (4/3)^0.5: sqrt(4000 * 1.1547) = 67.96 wide, sqrt(4000 / 1.1547) = 58.86 high.
+    corner = [0.0, 0.75, *[0.5] * 18, 0.0, 0.99]
+    assert boxes((0.4, 1.0), corner, (100, 100)) == [(32, 0, 100, 59)]
+    # No box of 0.9 of the area fits: the largest one in the middle at ratio 4/3 or 3/4.
+    assert boxes((0.9, 1.0), [], (400, 20), (20, 400)) == [(186, 0, 213, 20), (0, 186, 20, 213)]
+
+
+def test_random_crops_cover_their_scale():
+    order = Order((Dataset("a", np.array([9])),), 1, 1, 1, 1, seed=0)
+    shares, ratios, offsets = [], [], set()
+    for step in range(300):
+        crops = RandomCrops((0.5, 0.8), partial(order.draw_of_step, step))
+        ((left, top, right, bottom),) = crops.boxes(Item("", (b"image",)), [Image.new("RGB", (200, 200))])
+        assert 0 <= left < right <= 200 and 0 <= top < bottom <= 200
+        shares.append((right - left) * (bottom - top) / 40_000)
+        ratios.append((right - left) / (bottom - top))
+        offsets.add((left, top))
+    rounding = 2 * 0.5 / 120  # both sides are rounded, and are at least 122 long
+    assert 0.5 * (1 - rounding) <= min(shares) < 0.53 and 0.77 < max(shares) <= 0.8 * (1 + rounding)
+    assert 0.75 * (1 - rounding) <= min(ratios) < 0.8 and 1.25 < max(ratios) <= 4 / 3 * (1 + rounding)
+    assert len(offsets) > 250
+
+
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
 @torch.no_grad()
 def test_timm_embeddings_and_pixels_match_timm(tmp_path):
@@ -230,11 +285,38 @@ def test_timm_embeddings_and_pixels_match_timm(tmp_path):
     again = VisionEncoder.load(str(tmp_path / "saved"), "auto")
     assert torch.equal(again(pixels), encoder(pixels)) and Pixels.load(str(tmp_path / "saved")) == ours
     assert shapes(shape_of(str(tmp_path))) == shapes(encoder)
+    again.renew_projection(30, 0)
+    again.save(tmp_path / "renewed")
+    renewed = VisionEncoder.load(str(tmp_path / "renewed"), "auto")
+    assert again.dimension == renewed.dimension == shape_of(str(tmp_path / "renewed")).dimension == 30
+    assert torch.equal(renewed(pixels), again(pixels)) and not renewed.tower.timm_model.head.bias.any()
     with torch.enable_grad():
         plain = torch.autograd.grad(encoder(pixels).square().sum(), list(encoder.parameters()))
         checkpoint_layers(encoder)
         again = torch.autograd.grad(encoder(pixels).square().sum(), list(encoder.parameters()))
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_new_projection_starts_near_zero_and_is_saved(both, pixels, tmp_path):
+    """As LLM2CLIP's code makes it: trunc_normal_(std=.02) times init_scale, 0.001, in eva_clip/eva_vit_model.py."""
+    encoder, same, other = (VisionEncoder.load(both["clip"], torch.float32) for _ in range(3))
+    before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
+    for each, seed in ((encoder, 1), (same, 1), (other, 2)):
+        each.renew_projection(70, seed)
+    weight = encoder.tower.visual_projection.weight
+    assert weight.shape == (70, 32) and float(weight.std()) == pytest.approx(2e-5, rel=0.1)  # 7 standard errors
+    assert torch.equal(encoder(pixels), same(pixels)) and not torch.equal(encoder(pixels), other(pixels))
+    kept = {name: value for name, value in encoder.state_dict().items() if "visual_projection" not in name}
+    assert len(kept) == len(before) - 1 and all(torch.equal(value, before[name]) for name, value in kept.items())
+    encoder.save(tmp_path)
+    again = VisionEncoder.load(str(tmp_path), "auto")
+    assert again.dimension == shape_of(str(tmp_path)).dimension == encoder.dimension == 70
+    assert torch.equal(again(pixels), encoder(pixels)) and encoder(pixels).shape == (3, 70)
+    with pytest.raises(PipelineError, match=r"has no projection, which model\.dimension would replace"):
+        VisionEncoder.load(both["siglip"], torch.float32).renew_projection(70, 1)
+    with pytest.raises(PipelineError, match=r"has no projection, which model\.dimension would replace"):
+        VisionEncoder.check(both["siglip"], new_projection=True)
 
 
 def test_unusable_folders_and_images_are_refused(both, tmp_path, monkeypatch):

@@ -4,12 +4,15 @@ import os
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from PIL import Image
 
 from pipeline.config import Optimizer, Recipe, load_recipe
 from pipeline.distributed import remove_stale_lock, start_distributed
 from pipeline.errors import PipelineError
 from pipeline.models.llave.model import Llave
+from pipeline.models.llm2clip.model import Llm2Clip
 from pipeline.models.lora import add_adapters, merge_adapters
+from pipeline.models.vision import Pixels, VisionEncoder, layer_factors
 from pipeline.training.engine import adamw, freeze, learning_rate, parameter_groups
 
 
@@ -53,6 +56,81 @@ def test_each_part_has_its_learning_rate_and_vectors_no_decay(model):
     ]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sum(len(group["params"]) for group in groups) == len(trained)
+
+
+# Parameters of towers with two layers -> steps of decay, by get_num_layer_for_transformer in training/optim.py of
+# LLM2CLIP's code. First EVA02-CLIP by timm's names; then CLIP by transformers' names, where the code has OpenAI's.
+LAYERS = {
+    "vision.tower.timm_model.cls_token": 3,
+    "vision.tower.timm_model.pos_embed": 3,
+    "vision.tower.timm_model.patch_embed.proj.weight": 3,
+    "vision.tower.timm_model.patch_embed.proj.bias": 3,
+    "vision.tower.timm_model.blocks.0.norm1.weight": 2,
+    "vision.tower.timm_model.blocks.0.attn.q_proj.weight": 2,
+    "vision.tower.timm_model.blocks.1.attn.proj.weight": 1,
+    "vision.tower.timm_model.blocks.1.mlp.norm.bias": 1,
+    "vision.tower.timm_model.norm.weight": 0,
+    "vision.tower.timm_model.head.weight": 0,
+    "vision.tower.timm_model.head.bias": 0,
+}
+CLIP_LAYERS = {
+    "embeddings.class_embedding": 0,  # its list of names has "cls_token", but not OpenAI's "class_embedding"
+    "embeddings.patch_embedding.": 3,
+    "embeddings.position_embedding.": 3,
+    "pre_layrnorm.": 0,
+    "encoder.layers.0.": 2,
+    "encoder.layers.1.": 1,
+    "post_layernorm.": 0,
+    "visual_projection.": 0,
+}
+
+
+def test_layer_decay_factors_follow_published_code():
+    expected = {name: pytest.approx(0.85**steps, rel=1e-12) for name, steps in LAYERS.items()}
+    assert layer_factors(LAYERS, 0.85) == expected
+    names = [f"vision.tower.timm_model.blocks.{n}.mlp.fc1_g.weight" for n in (0, 9, 10, 23)]  # of 24, as published
+    assert [layer_factors(names, 0.85)[name] for name in names] == pytest.approx([0.85**n for n in (24, 15, 14, 1)])
+
+
+@pytest.fixture(scope="module")
+def llm2clip() -> Llm2Clip:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = VisionEncoder.build(sizes | {"image_size": 24, "patch_size": 8}, 16, seed=0)
+    pixels = Pixels(24, (0.5,) * 3, (0.5,) * 3, 24, True, Image.Resampling.BICUBIC)
+    return Llm2Clip(vision, pixels, 8)
+
+
+def settings_of(model: Llm2Clip, *fields: str) -> dict[str, tuple[float, float]]:
+    """Return the (lr_scale, weight_decay) of each parameter."""
+    common = ["model.text_encoder=/tmp/none", "optimizer.lr=0.1", "optimizer.weight_decay=0.2"]
+    groups = parameter_groups(model, load_recipe("pipeline/recipes/demo_llm2clip.yaml", [*common, *fields]))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [(names[id(p)], (group["lr_scale"], group["weight_decay"])) for group in groups for p in group["params"]]
+    assert len(found) == len(dict(found)) == len(names)  # each once
+    return dict(found)
+
+
+def test_layer_decay_sets_each_parameter_of_the_tower(llm2clip):
+    settings = settings_of(llm2clip, "model.train.layer_decay=0.85", "model.train.vision_tower=0.05")
+    seen = set()
+    for name, parameter in llm2clip.named_parameters():
+        part = next((part for part in CLIP_LAYERS if part in name), None)
+        assert (part is None) == name.startswith("adapter.")
+        scale = 0.5 * 0.85 ** CLIP_LAYERS[part] if part else 1.0
+        decay = 0.2 if parameter.ndim > 1 and "position_embedding" not in name else 0.0
+        assert settings[name] == (pytest.approx(scale), decay), name
+        seen.add(part)
+    assert seen == {None, *CLIP_LAYERS}
+
+
+def test_layer_decay_of_one_leaves_groups_as_they_are(llm2clip):
+    settings = settings_of(llm2clip)
+    for name, parameter in llm2clip.named_parameters():
+        assert settings[name] == (1.0, 0.2 if parameter.ndim > 1 else 0.0)
+    groups = parameter_groups(
+        llm2clip, load_recipe("pipeline/recipes/demo_llm2clip.yaml", ["model.text_encoder=/tmp/none"])
+    )
+    assert len(groups) == 4  # DeepSpeed stores its state by group: those of a resumed run must not change
 
 
 @pytest.mark.parametrize(

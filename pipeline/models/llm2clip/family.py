@@ -1,6 +1,6 @@
 """LLM2CLIP's training and saved-model interfaces."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig
 from pipeline.config import Recipe
 from pipeline.data.batch import Encoded, Image
 from pipeline.data.lengths import Lengths, Square
+from pipeline.data.sample import ContentDraw
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.models.attention import choose
@@ -27,7 +28,7 @@ from pipeline.models.loading import DTYPES, image_reading, refuse_unknown
 from pipeline.models.text_encoder.family import SAVED as SAVED_TEXT_ENCODER
 from pipeline.models.text_encoder.model import FrozenTextEncoder
 from pipeline.models.two_tower import TwoTowerProcessor
-from pipeline.models.vision import Pixels, VisionEncoder, shape_of, tokens_of
+from pipeline.models.vision import Pixels, RandomCrops, VisionEncoder, layer_factors, shape_of, tokens_of, undecayed
 
 
 class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
@@ -43,7 +44,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         SAVED_TEXT_ENCODER.check(str(fetched(model.text_encoder)))
         if model.path:
             Pixels.load(model.path)
-            VisionEncoder.check(model.path)
+            VisionEncoder.check(model.path, new_projection=model.dimension is not None)
         elif model.architecture:
             refuse_unknown("vision", model.architecture.vision, CLIPVisionConfig())
 
@@ -91,11 +92,25 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         texts = SAVED_TEXT_ENCODER.reader(model.text_encoder, model.max_tokens)
         return TwoTowerProcessor(pixels, tokens, texts.tokenized, recipe.video.frames, vectors)
 
+    def augmented(self, recipe: Recipe, processor: Processor, draws: ContentDraw) -> Processor:
+        if (scale := self.section(recipe).crop_scale) is None:
+            return processor
+        return replace(cast(TwoTowerProcessor, processor), crops=RandomCrops(scale, draws))
+
+    def rate_factors(self, model: Llm2ClipSection, names: Sequence[str]) -> dict[str, float] | None:
+        if (decay := model.train.layer_decay) == 1:
+            return None
+        tower = [name for name in names if name.startswith(model.train.parts()["vision_tower"])]
+        return dict.fromkeys(names, 1.0) | layer_factors(tower, decay)
+
+    def undecayed(self, name: str) -> bool:
+        return undecayed(name)
+
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        teacher = self.section(recipe).text_encoder
-        width = SAVED_TEXT_ENCODER.dimension(teacher)
-        model = Llm2Clip.load(path, DTYPES[recipe.precision], width, recipe.seed)
-        model.pads = not recipe.data.text_embeddings and SAVED_TEXT_ENCODER.pads(teacher, attention)
+        section = self.section(recipe)
+        width = SAVED_TEXT_ENCODER.dimension(section.text_encoder)
+        model = Llm2Clip.load(path, DTYPES[recipe.precision], width, recipe.seed, section.dimension)
+        model.pads = not recipe.data.text_embeddings and SAVED_TEXT_ENCODER.pads(section.text_encoder, attention)
         return model
 
     def frozen(self, recipe: Recipe, path: str, device: torch.device) -> Frozen | None:

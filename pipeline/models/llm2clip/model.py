@@ -70,12 +70,22 @@ class Llm2Clip(TwoTower):
         self.adapter.to(next(vision.parameters()).dtype)
 
     @classmethod
-    def load(cls, path: str, dtype: torch.dtype | Literal["auto"], width: int, seed: int = 0) -> "Llm2Clip":
+    def load(
+        cls, path: str, dtype: torch.dtype | Literal["auto"], width: int, seed: int = 0, dimension: int | None = None
+    ) -> "Llm2Clip":
         """Load from a vision encoder's folder or hub name, with the adapter of an LLM2CLIP or else a random one.
 
-        Raises PipelineError if the adapter was trained for another width, or is missing or damaged.
+        dimension: of the shared space. Unless it is an LLM2CLIP, its projection is replaced by a random one.
+        Raises PipelineError if the adapter was trained for another width, or is missing or damaged; or if an LLM2CLIP
+        has another dimension.
         """
         vision, pixels = VisionEncoder.load(path, dtype), Pixels.load(path)
+        if dimension and width_of(path) is None:
+            vision.renew_projection(dimension, seed)
+        if dimension and vision.dimension != dimension:
+            raise PipelineError(
+                f"{path} is an LLM2CLIP of {vision.dimension} dimensions: set model.dimension to that, or to null"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(vision, pixels, width)
