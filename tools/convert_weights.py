@@ -35,6 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.text_encoder:
         convert_released(arguments.source, arguments.text_encoder, arguments.out)
+    elif arguments.source.endswith(".pt"):
+        parser.error("for a vision encoder of LLM2CLIP, name its --text-encoder")
     else:
         convert = export_original if arguments.original else convert_original
         convert(Path(arguments.source), arguments.out)

@@ -116,6 +116,8 @@ def test_eva02_matches_the_original(text_encoder, pixels, tmp_path):
     folder = converted(state, text_encoder, tmp_path)
     images = torch.stack([pixels[name] for name in sorted(pixels)])
     assert_close_in_norm(eva02_by_hand(folder, images), expected["image_output"], torch.float32)
+    sizes = json.loads((folder / "config.json").read_text())["model_args"]
+    assert int(sizes["embed_dim"] * sizes["mlp_ratio"]) == 85  # timm's hidden size
     adapter = TextAdapter(32, 24)
     adapter.load_state_dict(load_file(folder / "adapter.safetensors"))
     assert_close_in_norm(adapter(expected["texts"]), expected["text_output"])
@@ -166,12 +168,12 @@ def test_images_are_prepared_as_in_the_original(name, text_encoder, pixels, tmp_
         assert_close_in_norm(prepare.normalised(tile, CPU, torch.float32)[0], pixels[file.name], operations=4)
 
 
-def hub_folder(folder: Path, state: Tensors) -> tuple[CLIPModel, Tensors]:
+def hub_folder(folder: Path, state: Tensors, **fields: str) -> tuple[CLIPModel, Tensors]:
     """Write a folder as microsoft/LLM2CLIP-Openai-*: CLIP's tower, and TextProj's weights as text_adapter.adaptor.*.
 
-    Return the CLIP whose tower it is, and the adapter's weights by our names.
+    fields: of vision_config.  Return the CLIP whose tower it is, and the adapter's weights by our names.
     """
-    vision = SIZES | {"num_hidden_layers": 2, "image_size": 56, "patch_size": 14, "hidden_act": "gelu"}
+    vision = SIZES | {"num_hidden_layers": 2, "image_size": 56, "patch_size": 14} | fields
     torch.manual_seed(0)
     text = SIZES | {"vocab_size": 10}
     clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24)).eval()
@@ -199,11 +201,12 @@ def hub_folder(folder: Path, state: Tensors) -> tuple[CLIPModel, Tensors]:
     return clip, {ours(name): tensor for name, tensor in adapter.items()}
 
 
+@pytest.mark.parametrize("fields", [{}, {"hidden_act": "gelu"}])  # by default it is quick_gelu
 @torch.no_grad()
-def test_folder_in_transformers_layout_matches_transformers(text_encoder, pixels, tmp_path):
+def test_folder_in_transformers_layout_matches_transformers(fields, text_encoder, pixels, tmp_path):
     state, expected = given("openai")
     (source := tmp_path / "source").mkdir()
-    clip, adapter = hub_folder(source, state)
+    clip, adapter = hub_folder(source, state, **fields)
     convert_released(str(source), text_encoder, folder := tmp_path / "converted")
     images = torch.stack([pixels[name] for name in sorted(pixels)])
     alone = CLIPVisionModelWithProjection.from_pretrained(folder)
@@ -243,18 +246,25 @@ def test_tensors_of_another_layout_are_refused(text_encoder, tmp_path):
 
 def test_another_text_encoder_or_folder_is_refused(text_encoder, tmp_path):
     state, _ = given("eva02")
-    decoder.build(SIZES | {"hidden_size": 64, "vocab_size": 400}, CORPUS, 0, wide := tmp_path / "wide")
+    sizes = SIZES | {"hidden_size": 64, "num_key_value_heads": 2, "vocab_size": 400}
+    decoder.build(sizes, CORPUS, 0, wide := tmp_path / "wide")
     refused(r"text vectors 32 wide; those of .*wide are 64 wide", state, str(wide), tmp_path)
     (source := tmp_path / "source").mkdir()
-    clip, _ = hub_folder(source, state)
+    hub_folder(source, state)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"model_type": "evaclip"}))
     with pytest.raises(PipelineError, match=r"model_type='evaclip' is not supported; .* name the \.pt file"):
         convert_released(str(source), text_encoder, tmp_path / "out")
     (source / "config.json").write_text(json.dumps(config))
-    save_file(clip.state_dict(), source / "model.safetensors", {"format": "pt"})  # with a text tower, without adapter
-    with pytest.raises(PipelineError, match=r"5\.weight is missing"):
-        convert_released(str(source), text_encoder, tmp_path / "out")
+    weights = load_file(source / "model.safetensors")
+    for changed, message in (
+        (weights | {"text_projection.weight": torch.ones(24, 32)}, r"1 tensors .* not of this model: text_projection"),
+        ({n: t for n, t in weights.items() if not n.startswith("text")}, r"\(its adapter\): 5\.weight is missing"),
+        (weights | {"visual_projection.weight": torch.ones(24, 16)}, r"visual_projection\.weight \[24, 16\] for"),
+    ):
+        save_file(changed, source / "model.safetensors", {"format": "pt"})
+        with pytest.raises(PipelineError, match=message):
+            convert_released(str(source), text_encoder, tmp_path / "out")
     converted(state, text_encoder, tmp_path)
     with pytest.raises(PipelineError, match=r"converted is there already"):
         converted(state, text_encoder, tmp_path)

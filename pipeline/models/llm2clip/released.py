@@ -195,12 +195,9 @@ def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 def _adapter(source: str, tensors: Tensors) -> tuple[Tensors, int]:
     """Return `TextAdapter`'s weights from those of TextProj (eva_clip/model.py), and the width of its input."""
+    source = f"{source} (its adapter)"
     dimension, width = _shape(source, tensors, "5.weight", 2)
-    blocks = (
-        ("ln.", "norm."),
-        ("fn.0.", "up."),
-        ("fn.3.", "down."),
-    )
+    blocks = (("ln.", "norm."), ("fn.0.", "up."), ("fn.3.", "down."))
     names: dict[str, str] = {}
     for name in tensors:
         number, _, rest = name.partition(".")
@@ -211,7 +208,7 @@ def _adapter(source: str, tensors: Tensors) -> tuple[Tensors, int]:
     with torch.device("meta"):
         expected = {name: tuple(each.shape) for name, each in TextAdapter(width, dimension).state_dict().items()}
     weights = {names[name]: tensor for name, tensor in tensors.items()}
-    _require(f"{source} (its adapter)", weights, expected)
+    _require(source, weights, expected)
     return weights, width
 
 
