@@ -252,9 +252,10 @@ def test_another_text_encoder_or_folder_is_refused(text_encoder, tmp_path):
     (source := tmp_path / "source").mkdir()
     hub_folder(source, state)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"model_type": "evaclip"}))
-    with pytest.raises(PipelineError, match=r"model_type='evaclip' is not supported; .* name the \.pt file"):
-        convert_released(str(source), text_encoder, tmp_path / "out")
+    for changed in ({"model_type": "evaclip"}, {"architectures": ["EvaCLIPModel"]}, {"vision_config": None}):
+        (source / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(PipelineError, match=r"is not supported; .* name the \.pt file"):
+            convert_released(str(source), text_encoder, tmp_path / "out")
     (source / "config.json").write_text(json.dumps(config))
     weights = load_file(source / "model.safetensors")
     for changed, message in (

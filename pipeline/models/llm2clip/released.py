@@ -35,14 +35,13 @@ Shapes = dict[str, tuple[int, ...]]
 _HEAD = 64  # the width of a head in all of the original's configs
 _PRETRAINED_GRID = 16  # pt_hw_seq_len: the grid that EVA02's rotary positions are scaled to, whatever the image's size
 
-# EVA02's names in timm, as timm's own conversion gives them (timm/models/eva.py). The first match applies.
+# EVA02's names in timm, as timm's own conversion gives them (timm/models/eva.py).
 _EVA02 = (
     ("attn.inner_attn_ln.", "attn.norm."),
     ("mlp.ffn_ln.", "mlp.norm."),
     ("mlp.w1.", "mlp.fc1_g."),
     ("mlp.w2.", "mlp.fc1_x."),
     ("mlp.w3.", "mlp.fc2."),
-    ("", ""),
 )
 _CLIP = (  # those of the original's VisionTransformer in transformers
     ("class_embedding", "vision_model.embeddings.class_embedding"),
@@ -94,7 +93,7 @@ def convert_released(source: str, text_encoder: str, folder: Path) -> None:
         raise PipelineError(f"{folder} is there already; name a new folder or remove it")
     decoder.check_folder(text_encoder)
     file = Path(source)
-    tower, adapter = _of_state_dict(source, read_tensors(file)) if file.is_file() else _of_folder(source)
+    tower, adapter = _of_state_dict(file) if file.is_file() else _of_folder(source)
     adapter, width = _adapter(source, adapter)
     if width != (given := load_config(text_encoder).hidden_size):
         raise PipelineError(
@@ -111,8 +110,10 @@ def convert_released(source: str, text_encoder: str, folder: Path) -> None:
         save_beside(adapter, width, text_encoder, partial, None if file.exists() else source)
 
 
-def _of_state_dict(source: str, tensors: Tensors) -> tuple[Tower, Tensors]:
+def _of_state_dict(file: Path) -> tuple[Tower, Tensors]:
     """Return the tower and the adapter's tensors of the original code's CustomCLIP."""
+    survey(file.parent, [file])
+    source, tensors = str(file), read_tensors(file)
     tensors.pop("logit_scale", None)
     vision, adapter = _split(source, tensors, "visual.", "text.text_adaptor.")
     if "cls_token" in vision:
@@ -132,10 +133,11 @@ def _of_folder(source: str) -> tuple[Tower, Tensors]:
     if not file.is_file():
         raise PipelineError(f"{source} has no config.json: name a released LLM2CLIP's folder, or its .pt file")
     given = checked(file, read_json(file))
-    if given.get("model_type") != "clip" or not isinstance(given.get("vision_config"), dict):
+    named = given.get("model_type"), given.get("architectures")
+    if named[0] != "clip" or "Eva" in str(named[1]) or not isinstance(given.get("vision_config"), dict):
         raise PipelineError(
-            f"{file}: model_type={given.get('model_type')!r} is not supported; expected is clip, with a vision_config. "
-            "For an EVA02, name the .pt file beside it, which also holds the adapter"
+            f"{file}: {named[0]} with architectures={named[1]} is not supported; expected is clip, with a "
+            "vision_config. For an EVA02, name the .pt file beside it, which also holds the adapter"
         )
     survey(folder)
     tensors = {name: each for part in weight_files(folder) for name, each in read_tensors(part).items()}
@@ -333,7 +335,7 @@ def _clip(source: str, tensors: Tensors) -> Tower:
 
 def _of_clip(source: str, config: CLIPVisionConfig, weights: Tensors) -> Tower:
     """Return transformers' CLIP tower after a check of all names and shapes."""
-    with torch.device("meta"):
+    with reading(Path(source)), torch.device("meta"):
         model = CLIPVisionModelWithProjection._from_config(config)
     _require(source, weights, {name: tuple(each.shape) for name, each in model.state_dict().items()})
     values = config.to_diff_dict() | {"architectures": ["CLIPVisionModelWithProjection"]}
