@@ -18,7 +18,7 @@ from torch import nn
 from pipeline.errors import PipelineError
 from pipeline.models import released
 from pipeline.models.chunks import Packed, sent
-from pipeline.models.files import fetched, read_json, read_tensors, survey
+from pipeline.models.files import Tensors, fetched, read_json, read_tensors, survey
 from pipeline.models.folder import finish, share, write_card
 from pipeline.models.loading import config_dict, reading
 from pipeline.models.text_encoder.sentence import MODULES
@@ -136,9 +136,17 @@ def save(model: Llm2Clip, text_encoder: str, folder: Path, base: str | None) -> 
     text_encoder: folder or hub name of the text encoder.  base: the model that training started from.
     """
     model.vision.save(folder)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.adapter.state_dict().items()}
+    save_beside(model.adapter.state_dict(), model.width, text_encoder, folder, base)
+
+
+def save_beside(adapter: Tensors, width: int, text_encoder: str, folder: Path, base: str | None) -> None:
+    """Write all but the vision encoder, which is in `folder` already.
+
+    adapter: `TextAdapter`'s weights.  width: of the text encoder's vectors.  For the others see `save`.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
     save_file(weights, folder / ADAPTER_FILE)
-    (folder / SETTINGS_FILE).write_text(json.dumps({"width": model.width}, indent=2) + "\n")
+    (folder / SETTINGS_FILE).write_text(json.dumps({"width": width}, indent=2) + "\n")
     _copy(fetched(text_encoder), folder / TEXT_ENCODER)
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     names = {"architecture": architecture, "sentence_embedder": (folder / TEXT_ENCODER / MODULES).is_file()}
