@@ -80,6 +80,7 @@ class TwoTowerProcessor:
     tokenized: Callable[[str], Encoded]
     video_frames: int = 8
     with_vectors: bool = False
+    video_fps: float | None = None  # see sample_frames
 
     @property
     def as_stored(self) -> bool:
@@ -93,7 +94,9 @@ class TwoTowerProcessor:
         """
         images = [partial(decode_image, image, self.as_stored) for image in item.images]
         if images or item.video is not None:
-            frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
+            frames = (
+                None if item.video is None else partial(sample_frames, item.video, self.video_frames, self.video_fps)
+            )
             return self.encode_parts("", images, frames)
         told = self.tokenized(item.text)
         if not self.with_vectors:

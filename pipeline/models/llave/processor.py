@@ -48,6 +48,7 @@ class LlaveProcessor:
     max_tokens: int
     video_frames: int = 8
     as_stored: bool = False
+    video_fps: float | None = None  # see sample_frames
 
     @classmethod
     def load(
@@ -58,6 +59,7 @@ class LlaveProcessor:
         pinpoints: Pinpoints | None = None,
         newline: str | None = None,
         images: str | None = None,
+        video_fps: float | None = None,
     ) -> "LlaveProcessor":
         """Load from a folder or hub name.
 
@@ -68,7 +70,8 @@ class LlaveProcessor:
         _require_marks(path, config, tokenizer)
         _require_image_processor(path, config)
         ids = config.image_token_id, config.video_token_id
-        return cls(tokenizer, tiling(config), *ids, max_tokens, video_frames, reads_as_stored(path, images))
+        as_stored = reads_as_stored(path, images)
+        return cls(tokenizer, tiling(config), *ids, max_tokens, video_frames, as_stored, video_fps)
 
     def encode(self, item: Item) -> Encoded:
         """Encode an item, with a placeholder for each image or video token. Too long a text is cut at its end.
@@ -77,7 +80,7 @@ class LlaveProcessor:
         have one mark for each.
         """
         images = [partial(decode_image, image, self.as_stored) for image in item.images]
-        frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
+        frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames, self.video_fps)
         return self.encode_parts(item.text, images, frames)
 
     def encode_parts(

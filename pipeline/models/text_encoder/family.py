@@ -99,7 +99,7 @@ class SavedTextEncoder(SavedModelInterface):
     def dimension(self, path: str) -> int:
         return int(load_config(path).hidden_size)
 
-    def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
+    def reader(self, path: str, max_tokens: int, video_frames: int, video_fps: float | None = None) -> Processor:
         return TextProcessor.load(path, max_tokens)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[TextEncoder, Features | None]:
