@@ -76,14 +76,14 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 def first_samples(shard_samples: np.ndarray, count: int) -> np.ndarray:
     """Return (S,) int64, how many of each shard's samples are among the first `count` of all shards in their order."""
     sizes = np.asarray(shard_samples, dtype=np.int64)
     return np.clip(count - (np.cumsum(sizes) - sizes), 0, sizes)
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: comparing long arrays is slow
