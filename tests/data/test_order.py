@@ -233,23 +233,22 @@ def test_batches_come_from_one_group_in_proportion_to_its_size(seed):
     assert Counter(map(tuple, groups)) == {(1,): 10, (0,): 5}
     assert groups != sorted(groups, key=tuple) and groups != sorted(groups, key=tuple, reverse=True)  # in any order
     assert all(len(set(batch)) == 2 for batch in batches)  # the datasets of a group are mixed
-    assert Counter(epoch_samples(order, 0)) == sum(
-        (every_sample(each, 2 * i) for i, each in enumerate(chosen)), Counter()
-    )
+    everything = (every_sample(dataset, 2 * number) for number, dataset in enumerate(chosen))
+    assert Counter(epoch_samples(order, 0)) == sum(everything, Counter())
     for world in (2, 4):
         parts = [order.batch(7, rank, world) for rank in range(world)]
         np.testing.assert_array_equal(np.concatenate(parts), order.batch(7))
 
 
 def test_first_samples_of_shards():
-    for count, expected in (
-        (1, [1, 0, 0, 0]),
-        (3, [3, 0, 0, 0]),
-        (5, [3, 0, 2, 0]),
-        (9, [3, 0, 4, 2]),
-        (50, [3, 0, 4, 2]),
-    ):
-        assert first_samples(np.array([3, 0, 4, 2]), count).tolist() == expected
+    sizes = np.array([3, 0, 4, 2])
+    assert [first_samples(sizes, count).tolist() for count in (1, 3, 5, 9, 50)] == [
+        [1, 0, 0, 0],
+        [3, 0, 0, 0],
+        [3, 0, 2, 0],
+        [3, 0, 4, 2],
+        [3, 0, 4, 2],
+    ]
 
 
 def test_parts_are_drawn_in_proportion_to_dataset_size():
