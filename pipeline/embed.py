@@ -28,6 +28,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -171,7 +172,7 @@ def _arguments() -> argparse.Namespace:
     frames = "frames of a video, evenly spaced (%(default)s)"
     parser.add_argument("--video-frames", type=_at_least(1), default=8, metavar="N", help=frames)
     rate = "frames per second of a video instead, at most --video-frames"
-    parser.add_argument("--video-fps", type=float, metavar="F", help=rate)
+    parser.add_argument("--video-fps", type=_rate, metavar="F", help=rate)
     chunk = "tokens in a forward pass; lower it if memory is exhausted (16384, or 4096 if attention pads)"
     parser.add_argument("--chunk-tokens", type=_at_least(1), metavar="N", help=chunk)
     arguments = parser.parse_args()
@@ -188,6 +189,12 @@ def _at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _rate(text: str) -> float:
+    if not 0 < (value := float(text)) < inf:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
 
 
 def _lines(path: Path) -> list[str]:
