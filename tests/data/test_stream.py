@@ -160,9 +160,9 @@ def test_batches_of_one_modality(data, tmp_path):
     noise = np.random.default_rng(0)
     for name, count, seen in (("a", 30, True), ("b", 40, False), ("c", 30, True), ("d", 20, False)):
         query, images = ("<image>", (noise.bytes(50),)) if seen else ("", ())
+        target = (noise.bytes(50),) if name in "bc" else ()  # the targets' images do not matter
         pairs = (
-            Pair(f"{i:03d}", name, "", Item(f"{query}{name} {i}", images), Item(f"{i}", () if seen else (b"target",)))
-            for i in range(count)
+            Pair(f"{i:03d}", name, "", Item(f"{query}{name} {i}", images), Item(f"{i}", target)) for i in range(count)
         )
         write_shards(pairs, tmp_path / name, dataset=name)
     parts = [{"name": name} for name in "abcd"]
