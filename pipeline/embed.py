@@ -28,6 +28,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config import EvaluationRun, Video
+from pipeline.config import EvaluatedVideo, EvaluationRun
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.embedding.embedder import LEAST_TOKENS, Embedder, Parts
 from pipeline.embedding.folder import KINDS, EmbeddingFolder, Identity, best
@@ -98,6 +99,7 @@ def main() -> None:
             max_tokens=arguments.max_tokens,
             video_frames=arguments.video_frames,
             chunk_tokens=arguments.chunk_tokens,
+            video_fps=arguments.video_fps,
         )
         identity = Identity(arguments.model, embedder.dimension, hashed)
         for kind, ids in kinds.items():
@@ -131,7 +133,7 @@ def _embed_shards(arguments: argparse.Namespace) -> None:
         precision=arguments.precision,
         max_tokens=arguments.max_tokens,
         chunk_tokens=arguments.chunk_tokens,
-        video=Video(frames=arguments.video_frames),
+        video=EvaluatedVideo(frames=arguments.video_frames, fps=arguments.video_fps),
     )
     embed_shards.embed_shards(arguments.model, datasets, arguments.stored, options, overwrite=arguments.overwrite)
     end_distributed()
@@ -169,6 +171,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=_at_least(LEAST_TOKENS), default=4096, metavar="N", help=tokens)
     frames = "frames of a video, evenly spaced (%(default)s)"
     parser.add_argument("--video-frames", type=_at_least(1), default=8, metavar="N", help=frames)
+    rate = "frames per second of a video instead, at most --video-frames"
+    parser.add_argument("--video-fps", type=_rate, metavar="F", help=rate)
     chunk = "tokens in a forward pass; lower it if memory is exhausted (16384, or 4096 if attention pads)"
     parser.add_argument("--chunk-tokens", type=_at_least(1), metavar="N", help=chunk)
     arguments = parser.parse_args()
@@ -185,6 +189,12 @@ def _at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _rate(text: str) -> float:
+    if not 0 < (value := float(text)) < inf:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
 
 
 def _lines(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from pipeline.config.load import parse_options as parse_options
 from pipeline.config.load import recipe_of_run as recipe_of_run
 from pipeline.config.recipe import Batch as Batch
 from pipeline.config.recipe import Data as Data
+from pipeline.config.recipe import EvaluatedVideo as EvaluatedVideo
 from pipeline.config.recipe import EvaluationRun as EvaluationRun
 from pipeline.config.recipe import LanguageModelTrain as LanguageModelTrain
 from pipeline.config.recipe import Lora as Lora
@@ -26,5 +27,4 @@ from pipeline.config.recipe import Part as Part
 from pipeline.config.recipe import Prefixes as Prefixes
 from pipeline.config.recipe import Recipe as Recipe
 from pipeline.config.recipe import TrainSection as TrainSection
-from pipeline.config.recipe import Video as Video
 from pipeline.config.section import Fixed as Fixed

@@ -164,9 +164,7 @@ class Part(Section):
 
     name: str = Field(pattern=r"^[^./][^/]*$", description="its folder below data.url")
     weight: float = Field(1.0, gt=0, description="how often an epoch uses each of its samples")
-    cap: int | None = Field(
-        None, gt=0, description="maximum samples per epoch, weighted or not; the next epoch uses others"
-    )
+    cap: int | None = Field(None, gt=0, description="maximum samples per epoch, weighted or not; see data.cap_rows")
 
 
 class Data(Store):
@@ -182,8 +180,16 @@ class Data(Store):
     cap: Annotated[int | None, Fixed()] = Field(
         None, gt=0, description="maximum samples per dataset and epoch, unless the dataset has its own cap"
     )
+    cap_rows: Annotated[Literal["rotating", "first"], Fixed()] = Field(
+        "rotating", description="samples below a cap: rotating: others in each epoch; first: the first in the shards"
+    )
+    hard_negatives: Annotated[bool, Fixed()] = Field(
+        True, description="use the samples' own hard negatives; false: only the other pairs of a batch are negatives"
+    )
     batches: Annotated[str, Fixed()] = Field(
-        "mixed", description="mixed: from all datasets; homogeneous: from one; interleaved:K: K equal parts of one each"
+        "mixed",
+        description="mixed: from all datasets; homogeneous: from one; interleaved:K: K equal parts of one each; "
+        "modality: from those whose queries have images, or from those whose queries have none (by their first sample)",
     )
     lanes: Annotated[int, Fixed()] = Field(
         8, gt=0, description="parallel readers of an epoch; the world size must divide it"
@@ -227,22 +233,36 @@ class Data(Store):
     def batches_are_known(cls, batches: Any) -> Any:
         if isinstance(batches, dict) and len(batches) == 1:  # YAML reads `interleaved: 4` as a mapping
             batches = ":".join(str(part) for part in next(iter(batches.items())))
-        if not re.fullmatch(r"mixed|homogeneous|interleaved: *[1-9][0-9]*", str(batches)):
+        if not re.fullmatch(r"mixed|homogeneous|modality|interleaved: *[1-9][0-9]*", str(batches)):
             raise ValueError(
-                f"{str(batches)!r} is unknown; it can be mixed, homogeneous or interleaved:K, such as interleaved:4"
+                f"{str(batches)!r} is unknown; it can be mixed, homogeneous, modality or interleaved:K, such as "
+                "interleaved:4"
             )
         return batches
 
     @property
     def parts(self) -> int | None:
-        """Number of homogeneous parts of a batch; None if batches are mixed."""
+        """Number of parts of a batch, each of one dataset or modality; None if batches are mixed."""
         if self.batches == "mixed":
             return None
-        return 1 if self.batches == "homogeneous" else int(self.batches.partition(":")[2])
+        return int(self.batches.partition(":")[2] or 1)
 
 
 class Video(Section):
     frames: Annotated[int, Fixed()] = Field(8, gt=0, description="frames of a video that the model sees, evenly spaced")
+
+
+class EvaluatedVideo(Video):
+    fps: float | None = Field(
+        None,
+        gt=0,
+        description="frames per second that the model sees instead, at most video.frames; LLaVE's evaluation: 3 and 32",
+    )
+
+    @property
+    def identity(self) -> tuple[float, ...]:
+        """What changes the vectors of videos."""
+        return (self.frames,) if self.fps is None else (self.frames, self.fps)
 
 
 class Batch(Section):
@@ -383,7 +403,7 @@ class EvaluationRun(Store):
         None, gt=0, description="maximum tokens per forward pass; default: 16384, or 4096 if attention pads"
     )
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
-    video: Video = Video()
+    video: EvaluatedVideo = EvaluatedVideo()
     timeout_minutes: float = Field(
         15, ge=0.01, le=7 * 24 * 60, description="a collective that waits longer ends the job"
     )

@@ -3,7 +3,8 @@
     block    up to `block_samples` consecutive samples of one shard: one ranged read
     pass     all blocks of a dataset, shuffled; passes follow each other without end
     epoch    the next `quota` samples of every dataset's passes; blocks at both ends are cut
-    stream   the datasets that share one sequence of samples: all of them (mixed batches), or each on its own
+    stream   the datasets that share one sequence of samples: all of them (mixed batches), those of a group, or each on
+             its own
     window   up to `window_blocks` blocks of a stream. Samples are shuffled within a window, so a reader holds only
              one or two windows per lane in memory
     lane     one of L equally long sequences of windows; samples are moved from longer to shorter lanes
@@ -79,6 +80,12 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
+def first_samples(shard_samples: np.ndarray, count: int) -> np.ndarray:
+    """Return (S,) int64, how many of each shard's samples are among the first `count` of all shards in their order."""
+    sizes = np.asarray(shard_samples, dtype=np.int64)
+    return np.clip(count - (np.cumsum(sizes) - sizes), 0, sizes)
+
+
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: comparing long arrays is slow
 class Dataset:
     """A dataset's shards, and how many of its samples an epoch contains.
@@ -87,7 +94,8 @@ class Dataset:
     shard_lengths: (S,) mean tokens per sample of each shard, stored likewise; None: all equal.
     weight: how often an epoch contains each sample.
     cap: the maximum number of its samples in an epoch (MMEB's `num_sample_per_subset`). The next epochs continue with
-        other samples until all have been used.
+        other samples until all have been used. For the same ones in every epoch, see `first_samples`.
+    group: without mixed batches, datasets of the same group share a stream; None: the dataset has a stream of its own.
 
     Raises PipelineError if an epoch would contain no sample.
     """
@@ -97,6 +105,7 @@ class Dataset:
     shard_lengths: np.ndarray | None = None
     weight: float = 1.0
     cap: int | None = None
+    group: int | None = None
 
     def __post_init__(self) -> None:
         sizes = np.array(self.shard_samples, dtype=np.int64).reshape(-1)
@@ -155,7 +164,7 @@ class Order:
     block_samples, window_blocks: the most samples per block, and blocks per window.
     seed: 0 to 2**32 - 1.
     parts: None: batches are mixed from all datasets. K, a divisor of B/L: a batch has K parts of B/K samples, each
-        from one dataset (1: homogeneous batches), drawn in proportion to the dataset's samples in an epoch.
+        from one dataset or group of datasets (1: homogeneous batches), drawn in proportion to its samples in an epoch.
     lengths: (shard, start, stop) -> int64, the tokens of each of these samples; by default all are equal.
 
     Raises PipelineError, which names numbers that work, if these numbers are inconsistent.
@@ -201,8 +210,8 @@ class Order:
         if self.parts is None:
             problem = f"global batch {self.global_batch} is more than the {smallest.samples} samples of an epoch"
         elif smallest.slices == 0:
-            name = self.datasets[smallest.datasets[0]].name
-            problem = f"a part of {size} samples is more than the {smallest.samples} of dataset {name} in an epoch"
+            names = ", ".join(self.datasets[number].name for number in smallest.datasets)
+            problem = f"a part of {size} samples is more than the {smallest.samples} of dataset {names} in an epoch"
         else:
             slices = sum(stream.slices for stream in self.streams)
             problem = f"a batch of {self.parts} parts is more than the {slices} of {size} samples in an epoch"
@@ -227,10 +236,12 @@ class Order:
 
     @cached_property
     def streams(self) -> tuple["Stream", ...]:
-        """One stream over all datasets for mixed batches, otherwise one per dataset."""
-        numbers = range(len(self.datasets))
-        groups = [tuple(numbers)] if self.parts is None else [(number,) for number in numbers]
-        return tuple(Stream(self, number, datasets) for number, datasets in enumerate(groups))
+        """One stream over all datasets for mixed batches, otherwise one per group and per dataset without a group."""
+        members: dict[tuple[int | None, ...], list[int]] = {}
+        for number, dataset in enumerate(self.datasets):
+            own = (None, number) if dataset.group is None else (dataset.group,)
+            members.setdefault(own if self.parts else (), []).append(number)
+        return tuple(Stream(self, number, tuple(datasets)) for number, datasets in enumerate(members.values()))
 
     @cached_property
     def samples(self) -> int:

@@ -13,7 +13,7 @@ from pipeline.config import Data, Part
 from pipeline.data.batch import Origin
 from pipeline.data.index import Index, Shard, read_records, read_samples
 from pipeline.data.lengths import Lengths
-from pipeline.data.order import Dataset, Order
+from pipeline.data.order import Dataset, Order, first_samples
 from pipeline.data.sample import BadSample, Pair
 from pipeline.data.shards import parse_sample
 from pipeline.data.text_embeddings import EmbeddingMetadata, TextEmbeddings
@@ -90,17 +90,30 @@ class Source:
         """Return the order in which a run uses the samples."""
         data = self.data
         datasets = []
+        groups = self._with_query_images() if data.batches == "modality" else [None] * len(self.indexes)
         for number, (_, index) in enumerate(self.indexes):
             part = data.datasets[number] if data.datasets else None
+            cap = part.cap if part and part.cap else data.cap
+            samples = np.array([shard.samples for shard in index.shards])
             datasets.append(
                 Dataset(
                     name=self.names[number],
-                    shard_samples=np.array([shard.samples for shard in index.shards]),
+                    shard_samples=first_samples(samples, cap) if cap and data.cap_rows == "first" else samples,
                     shard_lengths=np.array([lengths.of_shard(shard) for shard in index.shards]),
                     weight=part.weight if part else 1.0,
-                    cap=part.cap if part and part.cap else data.cap,
+                    cap=cap,
+                    group=groups[number],
                 )
             )
+
+        def lengths_of(shard: int, start: int, stop: int) -> np.ndarray:
+            records = self.records(shard, start, stop)
+            if not data.hard_negatives:
+                records = records.copy()
+                for name in ("negatives", "negative_text", "negative_images"):
+                    records[name] = 0
+            return lengths.of_records(records)
+
         return Order(
             datasets=tuple(datasets),
             global_batch=global_batch,
@@ -109,8 +122,14 @@ class Source:
             window_blocks=data.window_blocks,
             seed=seed,
             parts=data.parts,
-            lengths=lambda shard, start, stop: lengths.of_records(self.records(shard, start, stop)),
+            lengths=lengths_of,
         )
+
+    def _with_query_images(self) -> list[bool]:
+        """Return for each dataset whether the query of its first sample has an image."""
+        with ThreadPoolExecutor(8) as pool:
+            firsts = pool.map(lambda shard: self.records(shard, 0, 1), self._first_shards[:-1])
+            return [bool(records["query_images"][0]) for records in firsts]
 
     def __len__(self) -> int:
         return sum(shard.samples for _, shard in self.shards)
@@ -168,6 +187,8 @@ class Source:
             except ObjectError as error:
                 raise ObjectError(f"{self.tars(shard)[1].url}: {error}") from None
         query, target = int(record["query_hash"]), int(record["target_hash"])
+        if not self.data.hard_negatives:
+            pair = replace(pair, negatives=())
         pair = replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target))
         return replace(pair, dataset=self.names[number], vectors=rows)
 

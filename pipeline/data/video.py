@@ -1,4 +1,4 @@
-"""Decode a few evenly spaced frames of an encoded video."""
+"""Decode some frames of an encoded video."""
 
 import io
 from collections.abc import Iterator
@@ -31,19 +31,25 @@ def video_format(data: bytes) -> str:
     return "avi" if data[:4] == b"RIFF" and data[8:12] == b"AVI " else "bin"
 
 
-def sample_frames(data: bytes, count: int) -> list[Image.Image]:
+def sample_frames(data: bytes, count: int, fps: float | None = None) -> list[Image.Image]:
     """Return `count` RGB frames, evenly spaced from the first to the last as LLaVA-OneVision samples them.
 
     These are the frames `np.linspace(0, total - 1, count).astype(int)` of the `total` frames that can be decoded, even
-    if the container states another number. A video of fewer than `count` frames repeats some. Rotated videos are turned
-    upright. Raises BadSample if the video is undecodable, has no frames or exceeds the limits above.
+    if the container states another number. A video of fewer than `count` frames repeats some.
+
+    fps: return this many frames per second instead, as LLaVE's evaluation does (process_video_with_decord in its
+        llava/utils.py): every n-th frame from the first on, where n is the video's mean frame rate / fps, rounded, and
+        at least 1. If they are more than `count`, return `count` evenly spaced frames.
+
+    Rotated videos are turned upright. Raises BadSample if the video is undecodable, has no frames or exceeds the limits
+    above, and for fps if its frame rate is unknown.
     """
     try:
-        packets, max_pixels = _survey(data)
-        numbers = _evenly_spaced(packets, count)
+        packets, max_pixels, rate = _survey(data)
+        numbers = _chosen(packets, count, rate, fps)
         frames, total = _decode(data, numbers, max_pixels)
         if total != packets:  # some packets have no visible frame, and some decoders merge or split them
-            numbers = _evenly_spaced(total, count)
+            numbers = _chosen(total, count, rate, fps)
             frames, _ = _decode(data, numbers, max_pixels)
         return [frames[number] for number in numbers]
     except BadSample:
@@ -52,14 +58,21 @@ def sample_frames(data: bytes, count: int) -> list[Image.Image]:
         raise BadSample(f"undecodable video: {type(error).__name__}: {error}") from None
 
 
-def _evenly_spaced(total: int, count: int) -> list[int]:
+def _chosen(total: int, count: int, rate: float | None, fps: float | None) -> list[int]:
+    """Return the numbers of the frames to decode, ascending; see `sample_frames`.  rate: frames per second."""
     if not total:
         raise BadSample("a video without frames")
+    if fps is not None:
+        if not rate:
+            raise BadSample("a video without a frame rate")
+        every = range(0, total, max(round(rate / fps), 1))
+        if len(every) <= count:
+            return list(every)
     return np.linspace(0, total - 1, count).astype(int).tolist()
 
 
-def _survey(data: bytes) -> tuple[int, int]:
-    """Return (packets of the video, the most pixels that a frame may have), without decoding."""
+def _survey(data: bytes) -> tuple[int, int, float | None]:
+    """Return, without decoding, the video's packets, the most pixels that a frame may have, and the mean frame rate."""
     packets = 0
     with _open(data) as (container, stream):
         for packets, _ in enumerate(container.demux(stream)):  # the last one flushes the decoder
@@ -68,7 +81,8 @@ def _survey(data: bytes) -> tuple[int, int]:
         max_pixels = min(MAX_FRAME_PIXELS, MAX_PIXELS // max(packets, 1))
         if stream.width * stream.height > max_pixels:
             raise BadSample(f"a video of {packets} frames of {stream.width}x{stream.height} pixels is too large")
-    return packets, max_pixels
+        rate = stream.average_rate
+    return packets, max_pixels, None if rate is None else float(rate)
 
 
 def _decode(data: bytes, numbers: list[int], max_pixels: int) -> tuple[dict[int, Image.Image], int]:

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from math import inf
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NoReturn, TypedDict, cast
@@ -52,6 +53,7 @@ class Embedder:
     features: Features | None = None
     name: str = "the model"
     video_frames: int = 8
+    video_fps: float | None = None
 
     @classmethod
     def load(
@@ -62,6 +64,7 @@ class Embedder:
         max_tokens: int = 4096,
         video_frames: int = 8,
         chunk_tokens: int | None = None,
+        video_fps: float | None = None,
     ) -> "Embedder":
         """Load a model from a folder or hub name.
 
@@ -70,6 +73,7 @@ class Embedder:
         max_tokens: of an item, at least 64; a longer text is truncated, a longer image or video is an error.
         video_frames: number of frames sampled from a video file, evenly spaced.
         chunk_tokens: tokens in one forward pass; None: 16,384, or 4,096 if attention pads.
+        video_fps: sample this many frames per second of a video file instead, at most `video_frames`.
 
         Raises `PipelineError` if the model does not exist, or for an option out of range.
         """
@@ -79,13 +83,15 @@ class Embedder:
             raise PipelineError(
                 f"max_tokens={max_tokens} must be {LEAST_TOKENS} or more, video_frames={video_frames} 1 or more"
             )
+        if video_fps is not None and not 0 < video_fps < inf:
+            raise PipelineError(f"video_fps={video_fps} must be more than 0")
         device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if (family := family_of(str(path))) is None:
             raise PipelineError(f"{path} is not a model of this project; supported are {', '.join(FAMILIES)}")
-        processor = family.reader(str(path), max_tokens, video_frames)
+        processor = family.reader(str(path), max_tokens, video_frames, video_fps)
         model, features = family.open(str(path), precision, device)
         tokens = chunk_tokens or chunk_tokens_for(bool(model.pads))
-        return cls(model, processor, device, tokens, family.instructed, features, str(path), video_frames)
+        return cls(model, processor, device, tokens, family.instructed, features, str(path), video_frames, video_fps)
 
     @property
     def dimension(self) -> int:
@@ -152,7 +158,7 @@ class Embedder:
 
     def _frames(self, video: "Path | tuple[Picture, ...]") -> list[Picture]:
         if isinstance(video, Path):
-            return _from_file(video, lambda data: sample_frames(data, self.video_frames))
+            return _from_file(video, lambda data: sample_frames(data, self.video_frames, self.video_fps))
         return [_picture(frame, self.processor.as_stored) for frame in video]
 
 

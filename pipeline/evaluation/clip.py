@@ -77,6 +77,7 @@ class ClipEncoder:
     chunk_tokens: int
     device: torch.device
     as_stored: bool = False
+    video_fps: float | None = None  # see sample_frames
 
     instructed: ClassVar[bool] = False
 
@@ -103,13 +104,14 @@ class ClipEncoder:
             _require_sizes(path, config, image_processor)
         encoder = cls(
             name=path,
-            identity=identity_of(folder, options.precision, options.video.frames),
+            identity=identity_of(folder, options.precision, *options.video.identity),
             dimension=config.projection_dim if kind == "clip" else config.text_config.projection_size,
             model=cache(partial(_peer, model_class, str(folder), options.precision, device)),
             config=config,
             tokenizer=tokenizer,
             image_processor=image_processor,
             video_frames=options.video.frames,
+            video_fps=options.video.fps,
             chunk_tokens=options.chunk_tokens or chunk_tokens_for(padded=False),
             device=device,
             as_stored=reads_as_stored(str(folder)),
@@ -128,7 +130,7 @@ class ClipEncoder:
                 raise BadSample(f"{text.count(mark)} {mark} marks in the text, {count} expected")
         pictures = [decode_image(image, self.as_stored) for image in item.images]
         if item.video is not None:
-            pictures += sample_frames(item.video, self.video_frames)
+            pictures += sample_frames(item.video, self.video_frames, self.video_fps)
         text = without_marks(text)
         ids = None if pictures and not text else self._tokenize(text)
         return Prepared(ids, tuple(map(self._pixels, pictures)))

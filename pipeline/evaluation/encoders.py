@@ -103,10 +103,10 @@ class ModelEncoder:
         dimension, folder = family.dimension(path), model_folder(path)
         return cls(
             name=path,
-            identity=identity_of(folder, options.precision, options.max_tokens, options.video.frames),
+            identity=identity_of(folder, options.precision, options.max_tokens, *options.video.identity),
             dimension=dimension,
             model=cache(partial(family.open, str(folder), options.precision, device)),
-            processor=family.reader(str(folder), options.max_tokens, options.video.frames),
+            processor=family.reader(str(folder), options.max_tokens, options.video.frames, options.video.fps),
             chunk_tokens=options.chunk_tokens,
             device=device,
             instructed=family.instructed,

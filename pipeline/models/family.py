@@ -221,8 +221,8 @@ class SavedModelInterface(ABC):
     def dimension(self, path: str) -> int: ...
 
     @abstractmethod
-    def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
-        """Return the processor for embedding."""
+    def reader(self, path: str, max_tokens: int, video_frames: int, video_fps: float | None = None) -> Processor:
+        """Return the processor for embedding.  video_frames, video_fps: see `sample_frames`."""
 
     @abstractmethod
     def open(self, path: str, precision: str, device: "torch.device") -> "tuple[nn.Module, Features | None]":

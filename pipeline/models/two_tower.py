@@ -82,6 +82,7 @@ class TwoTowerProcessor:
     video_frames: int = 8
     with_vectors: bool = False
     crops: RandomCrops | None = None
+    video_fps: float | None = None  # see sample_frames
 
     @property
     def as_stored(self) -> bool:
@@ -95,7 +96,9 @@ class TwoTowerProcessor:
         """
         images = [partial(decode_image, image, self.as_stored) for image in item.images]
         if images or item.video is not None:
-            frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
+            frames = (
+                None if item.video is None else partial(sample_frames, item.video, self.video_frames, self.video_fps)
+            )
             return self._tiled(images, frames, item)
         told = self.tokenized(mended(item.text, 0))  # a mark stands for an image that the item lacks
         if not self.with_vectors:

@@ -31,6 +31,13 @@ MODELS = {
 }
 
 
+# --subset_name of LLaVE's training script, in its order.
+SUBSETS = """
+ImageNet_1K HatefulMemes SUN397 N24News VOC2007 OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W VisDial CIRR
+NIGHTS WebQA VisualNews_i2t VisualNews_t2i MSCOCO_t2i MSCOCO_i2t MSCOCO
+"""
+
+
 def recipe(size: str, *overrides: str):
     return load_recipe(f"pipeline/recipes/llave_{size}.yaml", list(overrides))
 
@@ -43,6 +50,7 @@ def test_recipe_values_match_paper(size):
         assert (each.objective.alpha, each.objective.temperature, each.epochs, each.precision) == (9.0, 0.02, 1, "bf16")
         optimizer = each.optimizer
         assert (optimizer.lr, optimizer.warmup_ratio, optimizer.weight_decay) == (1e-5, 0.03, 0)
+        assert (optimizer.betas, optimizer.eps, optimizer.max_grad_norm) == ((0.9, 0.999), 1e-8, 1.0)  # transformers'
         assert (each.batch.global_batch, each.data.cap, each.model.max_tokens) == (256, 50_000, 4096)
         assert each.model.image_grid_pinpoints == [(384, 384), (384, 768), (768, 384), (768, 768)]
         assert (each.model.train.projector, each.model.train.language_model, each.model.train.vision_tower) == (
@@ -57,9 +65,14 @@ def test_recipe_values_match_paper(size):
     stages = [load_ds_config(each, 8)["zero_optimization"]["stage"] for each in (ours, paper)]
     assert stages == [{"0.5b": 1, "2b": 2, "7b": 3}[size], 3]
     assert paper.run == f"{ours.run}_paper"  # it never resumes the other recipe's run
-    names = [part.name for part in ours.data.datasets]
+    rows = [(each.data.cap_rows, each.data.hard_negatives, each.data.batches) for each in (ours, paper)]
+    assert rows == [("rotating", True, "mixed"), ("first", False, "modality")]
+    names = [part.name for part in paper.data.datasets]
+    assert names == SUBSETS.split()
+    assert all((part.weight, part.cap) == (1, None) for part in paper.data.datasets)
     in_distribution = {name for name, (_, known) in MMEB_TASKS.items() if known} - {"ImageNet-1K"}
-    assert set(names) == in_distribution and len(names) == 20
+    assert {part.name for part in ours.data.datasets} == set(names) == in_distribution
+    assert len(ours.data.datasets) == 20
 
 
 def test_values_of_llm2clip_stage_1_match_paper():

@@ -9,6 +9,7 @@ import pytest
 from conversion import error_of, make_shards, picture, read_all
 
 from pipeline.convert.sharding import ImageFolder
+from pipeline.data.index import Index
 from pipeline.data.sample import Item, Pair
 
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
@@ -91,6 +92,18 @@ def test_every_text_and_image_is_converted(source, tmp_path, place):
             Pair(f"{number:08d}", subset, *pair) for number, pair in enumerate(pairs)
         ]
         assert rejected(tmp_path / "out" / subset) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_keep_their_order_in_shards(tmp_path, processes):
+    """Rows of several files and row groups follow each other, so `data.cap_rows=first` takes the published rows."""
+    rows = [(f"q {number}", "", f"a {number}", "", "", "") for number in range(50)]
+    for number, first in enumerate((0, 17, 18)):
+        last = (17, 18, 50)[number]
+        write(tmp_path / f"in/Own/original-{number:05d}-of-00003.parquet", rows[first:last], row_group_size=5)
+    make_shards("mmeb-train", tmp_path / "in", tmp_path / "out", "--shards", 7, "--processes", processes)
+    assert len(Index.load(str(tmp_path / "out/Own")).shards) == 7
+    assert [pair.query.text for pair in read_all(str(tmp_path / "out/Own"))] == [row[0] for row in rows]
 
 
 def test_split_subset_and_limit_options_are_applied(source, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.order import Dataset, Order, Stream
+from pipeline.data.order import Dataset, Order, Stream, first_samples
 from pipeline.errors import PipelineError
 
 
@@ -220,6 +220,35 @@ def test_each_batch_part_comes_from_one_dataset(order, data):
     assert len(takes) == order.parts
     found = dataset_of(order, order.batch(step)[:, 0]).reshape(order.lanes, order.parts, order.slice_samples)
     assert (found == np.array([stream for stream, _, _ in takes])[None, :, None]).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_batches_come_from_one_group_in_proportion_to_its_size(seed):
+    grouped = (("a", 150, 1), ("b", 50, 0), ("c", 250, 1), ("d", 150, 0))
+    chosen = tuple(Dataset(name, (size // 2, size // 2), group=group) for name, size, group in grouped)
+    order = Order(chosen, 40, 4, 8, 4, seed=seed, parts=1, lengths=scattered_lengths)
+    assert [stream.datasets for stream in order.streams] == [(0, 2), (1, 3)]
+    batches = [dataset_of(order, order.batch(step)[:, 0]) for step in range(order.steps_per_epoch)]
+    groups = [{grouped[number][2] for number in batch} for batch in batches]
+    assert Counter(map(tuple, groups)) == {(1,): 10, (0,): 5}
+    assert groups != sorted(groups, key=tuple) and groups != sorted(groups, key=tuple, reverse=True)  # in any order
+    assert all(len(set(batch)) == 2 for batch in batches)  # the datasets of a group are mixed
+    everything = (every_sample(dataset, 2 * number) for number, dataset in enumerate(chosen))
+    assert Counter(epoch_samples(order, 0)) == sum(everything, Counter())
+    for world in (2, 4):
+        parts = [order.batch(7, rank, world) for rank in range(world)]
+        np.testing.assert_array_equal(np.concatenate(parts), order.batch(7))
+
+
+def test_first_samples_of_shards():
+    sizes = np.array([3, 0, 4, 2])
+    assert [first_samples(sizes, count).tolist() for count in (1, 3, 5, 9, 50)] == [
+        [1, 0, 0, 0],
+        [3, 0, 0, 0],
+        [3, 0, 2, 0],
+        [3, 0, 4, 2],
+        [3, 0, 4, 2],
+    ]
 
 
 def test_parts_are_drawn_in_proportion_to_dataset_size():

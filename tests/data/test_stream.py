@@ -116,6 +116,67 @@ def test_batch_contains_written_samples(data):
     assert len(origins) == 119  # 10 steps of 12, each sample once, except for the one that cannot be encoded
 
 
+@pytest.mark.parametrize("dataset_cap", [None, 30])
+def test_first_rows_of_a_capped_dataset_are_used_in_every_epoch(data, dataset_cap):
+    """Like `split[:cap]`: the rows at the beginning of the shards, whatever the seed; by default others each epoch."""
+
+    def rows(epoch: int, seed: int, **changes: object) -> set[tuple[str, str]]:
+        parts = [{"name": "first", "cap": dataset_cap}, {"name": "second"}]
+        opened = Source.open(changed(data, datasets=parts, cap=24, **changes))
+        assert len(opened.indexes[0][1].shards) > 2  # the cap cuts a shard
+        order = opened.order(6, seed, LENGTHS)
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        read = batches(opened, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS)
+        # Number 7 of the first dataset cannot be encoded.
+        return {tuple(text(batch, query).split()) for batch in read for query in batch.query} - {()}
+
+    firsts = {("first", str(i)) for i in range(dataset_cap or 24)} | {("second", str(i)) for i in range(24)}
+    for epoch, seed in ((0, 5), (1, 5), (0, 6)):
+        assert rows(epoch, seed, cap_rows="first", lanes=2) == firsts - {("first", "7")}
+    assert rows(0, 5, lanes=2) - firsts
+    assert rows(0, 5, lanes=2) != rows(1, 5, lanes=2)
+
+
+def test_samples_own_hard_negatives_can_be_left_out(data):
+    """Only they are left out: in batches, and in the token lengths that balance them."""
+    without = changed(data, hard_negatives=False)
+    with_them, without_them = read(data, range(10)), read(without, range(10))
+    assert any(any(batch.negatives) for batch in with_them)
+    assert not any(any(batch.negatives) for batch in without_them)
+    for batch in without_them:
+        assert set(batch.items) == {*batch.query, *batch.target}
+    queries = [sorted(text(batch, key) for batch in read for key in batch.query) for read in (with_them, without_them)]
+    assert queries[0] == queries[1]
+    opened = Source.open(without)
+    records = opened.records(0, 0, 3)
+    assert records["negatives"].tolist() == [1, 0, 0]
+    texts = records["query_text"].astype(int) + records["target_text"]
+    assert opened.order(BATCH, 5, LENGTHS).lengths(0, 0, 3).tolist() == (2 * 21 + texts // 4).tolist()
+    assert opened.records(0, 0, 3)["negatives"].tolist() == [1, 0, 0]  # the cached records are not changed
+
+
+def test_batches_of_one_modality(data, tmp_path):
+    """Each batch is from datasets whose queries have images, or from those whose queries have none."""
+    noise = np.random.default_rng(0)
+    for name, count, seen in (("a", 30, True), ("b", 40, False), ("c", 30, True), ("d", 20, False)):
+        query, images = ("<image>", (noise.bytes(50),)) if seen else ("", ())
+        target = (noise.bytes(50),) if name in "bc" else ()  # the targets' images do not matter
+        pairs = (
+            Pair(f"{i:03d}", name, "", Item(f"{query}{name} {i}", images), Item(f"{i}", target)) for i in range(count)
+        )
+        write_shards(pairs, tmp_path / name, dataset=name)
+    parts = [{"name": name} for name in "abcd"]
+    modality = changed(data, url=str(tmp_path), datasets=parts, batches="modality", lanes=2)
+    opened = Source.open(modality)
+    order = opened.order(20, 5, LENGTHS)
+    whole = [batch.origins for batch in batches(opened, order, encode, range(6), rank=0, world=1, timeout=HANG_SECONDS)]
+    names = [Counter(Path(origin.shard).parent.name for origin in batch) for batch in whole]
+    assert sorted(map(sorted, names)) == 3 * [["a", "c"]] + 3 * [["b", "d"]]
+    assert names != sorted(names, key=sorted)
+    resumed = batches(opened, order, encode, range(4, 6), rank=1, world=2, timeout=HANG_SECONDS)
+    assert [batch.origins for batch in resumed] == [batch[10:] for batch in whole[4:]]
+
+
 def test_items_are_keyed_by_encoded_content(data):
     for batch in read(data, range(40)):  # items of the index, of drawn alternatives, and of negatives
         assert all(encode(Item(text(batch, key))).key == key for key in batch.items)

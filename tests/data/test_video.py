@@ -29,12 +29,19 @@ def number(frame: Image.Image) -> int:
 
 
 def encoded(
-    container: str, codec: str, frames: int = 40, *, start: int = 0, muxer: dict[str, str] | None = None, **options: str
+    container: str,
+    codec: str,
+    frames: int = 40,
+    *,
+    rate: int | Fraction = 25,
+    start: int = 0,
+    muxer: dict[str, str] | None = None,
+    **options: str,
 ) -> bytes:
-    """Return a video of numbered frames. The first frame is shown at time `start` / 25."""
+    """Return a video of numbered frames. The first frame is shown at time `start` / `rate`."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container, container_options=muxer) as file:
-        stream = file.add_stream(codec, rate=25, options=options, width=128, height=32, pix_fmt="yuv420p")
+        stream = file.add_stream(codec, rate=rate, options=options, width=128, height=32, pix_fmt="yuv420p")
         for count in range(frames):
             frame = av.VideoFrame.from_ndarray(pixels(count))
             frame.pts = start + count
@@ -66,6 +73,39 @@ def test_sampled_frames_are_evenly_spaced(name):
         assert [number(frame) for frame in frames] == expected
         for frame, place in zip(frames, expected, strict=True):
             assert np.array_equal(np.asarray(frame), np.asarray(decoded[place]))
+
+
+@pytest.mark.parametrize(
+    ("frames", "rate", "fps", "count", "expected"),
+    [
+        (40, 25, 3, 32, [0, 8, 16, 24, 32]),
+        (40, 25, 3, 5, [0, 8, 16, 24, 32]),
+        (40, 25, 3, 4, [0, 13, 26, 39]),  # too many frames: as without fps
+        (40, Fraction(30000, 1001), 3, 32, [0, 10, 20, 30]),
+        (9, Fraction(15, 2), 3, 32, [0, 2, 4, 6, 8]),  # 2.5 is rounded to even
+        (9, Fraction(21, 2), 3, 32, [0, 4, 8]),  # 3.5
+        (40, 3, 3, 32, np.linspace(0, 39, 32, dtype=int).tolist()),
+        (5, 1, 3, 32, [0, 1, 2, 3, 4]),  # never less than every frame, and none twice
+        (40, 25, 0.1, 32, [0]),
+    ],
+)
+def test_frames_per_second_follow_published_formula(frames, rate, fps, count, expected):
+    """n = round(frame rate / fps); frames 0, n, 2n, ...; if they exceed the limit, as many evenly spaced ones."""
+    data = encoded("mp4", "libx264", frames, rate=rate)
+    assert [number(frame) for frame in sample_frames(data, count, fps)] == expected
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_frame_rate_is_read_from_every_container(name):
+    assert [number(frame) for frame in sample_frames(VIDEOS[name], 32, 3)] == [0, 8, 16, 24, 32]
+
+
+def test_video_without_frame_rate_is_bad_sample_only_for_fps(monkeypatch):
+    survey = video._survey
+    monkeypatch.setattr(video, "_survey", lambda data: (*survey(data)[:2], None))
+    assert len(sample_frames(MP4, 2)) == 2
+    with pytest.raises(BadSample, match="a video without a frame rate"):
+        sample_frames(MP4, 2, 3)
 
 
 def test_frames_before_edit_list_are_skipped():

@@ -115,6 +115,13 @@ def test_frame_list_is_used_unsampled(embedder, media):
     assert (clip - one).abs().max() > 1e-4
 
 
+def test_frames_per_second_of_video_files(tiny_model, embedder, media):
+    """The clip has 5 frames a second: at 3, every second one is read."""
+    at_rate = Embedder.load(tiny_model, device="cpu", max_tokens=256, video_frames=6, video_fps=3)
+    frames = [Image.open(media / f"frame{number}.png") for number in (0, 2, 4, 6, 8)]
+    assert_close_in_norm(at_rate.embed([media / "clip.mkv"]), embedder.embed([{"video": frames}]))
+
+
 def test_equal_items_of_a_group_are_embedded_once(embedder, media, monkeypatch):
     rows, original = [], embedder_module.embed_chunks
     monkeypatch.setattr(embedder_module, "embed_chunks", lambda *given: rows.append(given[2]) or original(*given))
@@ -208,7 +215,7 @@ def test_non_finite_embedding_error_names_item_and_model(tiny_model, tmp_path, m
 
 
 def test_invalid_options_and_missing_models_are_refused(tiny_model, tmp_path):
-    for options in ({"precision": "fp8"}, {"max_tokens": 63}, {"video_frames": 0}):
+    for options in ({"precision": "fp8"}, {"max_tokens": 63}, {"video_frames": 0}, {"video_fps": 0.0}):
         with pytest.raises(PipelineError, match=next(iter(options))):
             Embedder.load(tiny_model, **options)
     with pytest.raises(PipelineError, match="no model at"):
@@ -398,7 +405,7 @@ def test_invalid_arguments_are_refused_before_model_load(tiny_model, inputs, med
         ([tiny_model, *out, "--query-image", "nowhere.png"], "there is no file nowhere.png"),
         ([tiny_model, *out, "--images", media], "it is a folder"),
         ([tiny_model, *out, "--texts", tmp_path / "nowhere"], "nowhere: No such file"),
-        ([tmp_path / "nothing", *texts, *out], "no model at"),
+        ([tmp_path / "nothing", *texts, *out, "--video-fps", 0.5], "no model at"),
         ([tmp_path, *texts, *out], "it has no config.json"),
     ):
         with pytest.raises(PipelineError, match=reason):

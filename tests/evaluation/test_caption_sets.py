@@ -208,14 +208,19 @@ CALLED = {
 }
 
 
-def expected(kind: str, by_path: dict[str, list[str]], words: tuple[str, str, str]) -> tuple[list, list]:
-    """Return `pairs` of both directions. words: prefixes of a query caption, a candidate medium and a query medium."""
+def expected(kind: str, by_path: dict[str, list[str]], words: tuple[str, str, str | None]) -> tuple[list, list]:
+    """Return `pairs` of both directions.
+
+    words: prefixes of a query caption, a candidate medium and a query medium; the last is None if both directions
+    compare the same items.
+    """
 
     def medium(text: str, path: str) -> Item:
         return Item(text, video=path.encode()) if kind == "text-video" else Item(text, (path.encode(),))
 
     from_text = [(Item(words[0] + text), [medium(words[1], path)]) for path, texts in by_path.items() for text in texts]
-    to_text = [(medium(words[2], path), [Item(text) for text in texts]) for path, texts in by_path.items()]
+    asking, answers = (words[1], words[0]) if words[2] is None else (words[2], "")
+    to_text = [(medium(asking, path), [Item(answers + text) for text in texts]) for path, texts in by_path.items()]
     return from_text, to_text
 
 
@@ -250,9 +255,9 @@ def test_instructions_are_added_to_items(tmp_path):
             "<image>\nFind an image caption describing the given everyday image.",
         ),
         "msrvtt": (
-            "Find a video that contains the following visual content: ",
-            "<video>\nUnderstand the content of the provided video.",
-            "<video>\nFind a caption that describes the given video.",
+            "Find me an video that matches the given caption: ",  # LLaVE's own wording
+            "<video>\nRepresent the given video.",
+            None,
         ),
     }.items():
         files, by_language = LAYOUTS[name]
@@ -391,7 +396,11 @@ def test_wording_file_sets_instructions(tmp_path):
     assert be_asked == [(Item("<video>\nCaption?", video=b"1.mp4"), [Item("a {man}")])]
     bare = added("text-video", url)
     assert pairs(bare, bare.tasks[0]) == expected("text-video", by_path, ("", "<video>", "<video>"))[0]
-    for wrong in ({"medium": "Embed."}, {"seeks_medium": "Which?"}, {"other": ""}):
+    lay_out(url, {"wording.json": {name: text for name, text in words.items() if name != "seeks_caption"}})
+    same = added("text-video", url, instructed=True)
+    assert pairs(same, same.tasks[0]) == ask
+    assert pairs(same, same.tasks[1]) == [(ask[0][1][0], [ask[0][0]])]
+    for wrong in ({"medium": "Embed."}, {"seeks_caption": ""}, {"seeks_medium": "Which?"}, {"other": ""}):
         lay_out(url, {"wording.json": words | wrong})
         with pytest.raises(PipelineError, match=r"wording\.json is not .*with <video>"):
             added("text-video", url, instructed=True)

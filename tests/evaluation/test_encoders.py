@@ -258,6 +258,21 @@ def test_padding_counts_only_with_padded_attention(tiny_model, monkeypatch, pads
     assert torch.equal(ours, users)
 
 
+@pytest.mark.parametrize("kind", ["llave", "clip"])
+def test_videos_are_read_at_video_fps(tiny_clip, tiny_model, kind):
+    expected = sample_frames(VIDEO, 7, 2)
+    assert len(expected) < 7
+    for video, pictures in (({"frames": 7, "fps": 2}, expected), ({"frames": 7}, sample_frames(VIDEO, 7))):
+        encoder = load_encoder({"llave": tiny_model, "clip": tiny_clip}[kind], options(video=video), CPU)
+        prepared = encoder.prepare(Item("<video>", video=VIDEO))
+        if kind == "llave":
+            whole = encoder.processor.encode_parts("<video>", [], lambda pictures=pictures: pictures)
+            assert (prepared.key, len(prepared.images[0].tiles)) == (whole.key, len(pictures))
+        else:
+            pixels = [encoder._pixels(picture)["pixel_values"] for picture in pictures]
+            assert torch.equal(torch.cat([each["pixel_values"] for each in prepared.pictures]), torch.cat(pixels))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llave", "clip"])
 def test_identity_depends_on_weights_and_options_not_path(tiny_clip, tiny_model, tmp_path, kind):
@@ -268,6 +283,7 @@ def test_identity_depends_on_weights_and_options_not_path(tiny_clip, tiny_model,
     assert load_encoder(copy, options(), CPU).identity == given
     assert load_encoder(copy, options(chunk_tokens=77, out="elsewhere"), CPU).identity == given
     changes = [{"precision": "bf16"}, {"precision": "fp32"}, {"video": {"frames": 4}}]
+    changes += [{"video": {"frames": 3, "fps": 2}}]
     changes += [{"max_tokens": 100}] if kind == "llave" else []  # the context length of a peer is fixed
     identities = {load_encoder(copy, options(**change), CPU).identity for change in changes}
     assert len(identities | {given}) == len(changes) + 1

@@ -98,6 +98,8 @@ def test_images_and_video_frames_have_a_fixed_token_count(processor):
     (video,) = (data for name, data in clips.evaluation_files(0, 1).items() if name.endswith(".mp4"))
     frames = processor.encode(Item("", video=video))
     assert len(frames.input_ids) == 30 and frames.images[0].video and len(frames.images[0].tiles) == 3
+    every = replace(processor, video_frames=8, video_fps=4).encode(Item("", video=video)).images[0].tiles
+    assert len(every) == 4 and np.array_equal(every[0], frames.images[0].tiles[0])  # of 8 frames in a second
     assert np.ptp(frames.images[0].tiles.astype(int), axis=0).any()  # the frames differ
     for broken in (Item("", (b"no image",)), Item("", video=b"no video")):
         with pytest.raises(BadSample):

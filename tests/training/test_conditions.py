@@ -133,7 +133,7 @@ def test_run_of_earlier_version_resumes_only_with_same_recipe(kind, tmp_path, mo
 
 
 def test_new_field_blocks_resume_only_if_set(tmp_path, conditions):
-    new = ("objective.margin", "model.mm_newline_position", "video.frames")
+    new = ("objective.margin", "model.mm_newline_position", "video.frames", "data.cap_rows", "data.hard_negatives")
     before = {name: value for name, value in conditions.items() if name not in new}
     before["data.datasets"] = [{"name": part["name"]} for part in conditions["data.datasets"]]
     conditions_module.check(begun(tmp_path, before), conditions)
@@ -141,6 +141,8 @@ def test_new_field_blocks_resume_only_if_set(tmp_path, conditions):
         ("objective.margin=0.1", "objective.margin was None and is now 0.1"),
         ("model.mm_newline_position=grid", "model.mm_newline_position was None and is now grid"),
         ("video.frames=4", "video.frames was None and is now 4"),
+        ("data.cap_rows=first", "data.cap_rows was None and is now first"),
+        ("data.hard_negatives=false", "data.hard_negatives was None and is now False"),
         ("data.datasets=[{name: Scene-CLS, cap: 3}]", "data.datasets was"),
     ):
         with pytest.raises(PipelineError, match=named):

@@ -22,7 +22,8 @@ which are:
                 your own: captions.json {"NAME": "caption" or ["caption", ...], ...}; the folder's name is the set's.
 
 For a model that was trained with instructions other than INSTRUCTED below, a set may also have a wording.json:
-{"medium": "...", "seeks_caption": "...", "seeks_medium": "..."}.
+{"medium": "...", "seeks_caption": "...", "seeks_medium": "..."}. Without seeks_caption, both directions compare the
+same items.
 """
 
 import json
@@ -60,20 +61,20 @@ _FIRST_BYTES = 4 << 20  # bytes read from a long file at first; doubled until th
 class Wording:
     """The texts of the items.
 
-    medium: of a picture or video as a candidate.  seeks_caption: of one as a query.
+    medium: of a picture or video as a candidate.
     seeks_medium: of a caption as a query; the caption replaces {}.
+    seeks_caption: of a picture or video as a query, whose candidates are the bare captions; None: the queries and
+        candidates of one direction are the candidates and queries of the other.
     """
 
     medium: str
-    seeks_caption: str
     seeks_medium: str = "{}"
+    seeks_caption: str | None = None
 
 
-BARE = {
-    "text-image": Wording(medium=IMAGE_MARK, seeks_caption=IMAGE_MARK),
-    "text-video": Wording(medium=VIDEO_MARK, seeks_caption=VIDEO_MARK),
-}
-# MMEB's instructions; for videos those of MMEB-V2 (VLM2Vec-V2, arXiv 2507.04590).
+BARE = {"text-image": Wording(IMAGE_MARK), "text-video": Wording(VIDEO_MARK)}
+# For images MMEB's instructions. For videos those of LLaVE's zero-shot evaluation (its CLIP4Clip/dataloaders/
+# dataloader_msrvtt_retrieval.py and dataloader_msvd_retrieval.py), which compares the same items in both directions.
 INSTRUCTED = {
     "text-image": Wording(
         seeks_medium="Find me an everyday image that matches the given caption: {}",
@@ -81,9 +82,8 @@ INSTRUCTED = {
         seeks_caption=f"{IMAGE_MARK}\nFind an image caption describing the given everyday image.",
     ),
     "text-video": Wording(
-        seeks_medium="Find a video that contains the following visual content: {}",
-        medium=f"{VIDEO_MARK}\nUnderstand the content of the provided video.",
-        seeks_caption=f"{VIDEO_MARK}\nFind a caption that describes the given video.",
+        seeks_medium="Find me an video that matches the given caption: {}",
+        medium=f"{VIDEO_MARK}\nRepresent the given video.",
     ),
 }
 
@@ -141,9 +141,9 @@ def add(
         seeking = [collection.text(wording.seeks_medium.replace("{}", text)) for text in texts]
         sought, asking = (
             [collection.medium(text, each, folder.stamps[each], video=letter == "v") for each in by_url]
-            for text in (wording.medium, wording.seeks_caption)
+            for text in (wording.medium, wording.medium if wording.seeks_caption is None else wording.seeks_caption)
         )
-        answers = [collection.text(text) for text in texts]
+        answers = seeking if wording.seeks_caption is None else [collection.text(text) for text in texts]
         for direction, queries, candidates, right in (
             (f"t2{letter}", seeking, sought, list(owners[:, None])),
             (f"{letter}2t", asking, answers, captions_of),
@@ -162,9 +162,8 @@ def _wording(folder: Folder, kind: RetrievalKind) -> Wording:
         file, f'{{"medium", "seeks_caption", "seeks_medium"}}, the first two with {mark}, the last with {{}}'
     ):
         wording = Wording(**parse_json(read_text(file), file, remedy=MEND))
-        if "{}" not in wording.seeks_medium or any(
-            text.count(mark) != 1 for text in (wording.medium, wording.seeks_caption)
-        ):
+        with_mark = (wording.medium, mark if wording.seeks_caption is None else wording.seeks_caption)
+        if "{}" not in wording.seeks_medium or any(text.count(mark) != 1 for text in with_mark):
             raise ValueError(f"it has {wording}")
     return wording
 

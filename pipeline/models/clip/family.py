@@ -70,9 +70,13 @@ class SavedClip(SavedModelInterface):
     def dimension(self, path: str) -> int:
         return int(cast(int, load_config(path).projection_dim))
 
-    def reader(self, path: str, max_tokens: int, video_frames: int) -> TwoTowerProcessor:
+    def reader(
+        self, path: str, max_tokens: int, video_frames: int, video_fps: float | None = None
+    ) -> TwoTowerProcessor:
         texts = ClipTexts.load(path, max_tokens)
-        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts.tokenized, video_frames)
+        return TwoTowerProcessor(
+            Pixels.load(path), shape_of(path).tokens, texts.tokenized, video_frames, video_fps=video_fps
+        )
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         return Clip.load(path, DTYPES[precision]).eval().to(device), None

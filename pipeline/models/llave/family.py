@@ -142,8 +142,8 @@ class SavedLlave(SavedModelInterface):
     def dimension(self, path: str) -> int:
         return int(checks.text_of(checks.load_config(path)).hidden_size)
 
-    def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
-        return LlaveProcessor.load(path, max_tokens, video_frames)
+    def reader(self, path: str, max_tokens: int, video_frames: int, video_fps: float | None = None) -> Processor:
+        return LlaveProcessor.load(path, max_tokens, video_frames, video_fps=video_fps)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         attention = fastest(checks.load_config(path), DTYPES[precision], device)

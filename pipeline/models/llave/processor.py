@@ -60,6 +60,7 @@ class LlaveProcessor:
     max_tokens: int
     video_frames: int = 8
     as_stored: bool = False
+    video_fps: float | None = None  # see sample_frames
     published: bool = False
 
     @classmethod
@@ -72,6 +73,7 @@ class LlaveProcessor:
         newline: str | None = None,
         images: str | None = None,
         marks: str | None = None,
+        video_fps: float | None = None,
     ) -> "LlaveProcessor":
         """Load from a folder or hub name.
 
@@ -83,8 +85,8 @@ class LlaveProcessor:
         _require_marks(path, config, tokenizer)
         _require_image_processor(path, config)
         ids = config.image_token_id, config.video_token_id
-        readings = reads_as_stored(path, images), mark_reading(path, marks) == "published"
-        return cls(tokenizer, tiling(config), *ids, max_tokens, video_frames, *readings)
+        as_stored, published = reads_as_stored(path, images), mark_reading(path, marks) == "published"
+        return cls(tokenizer, tiling(config), *ids, max_tokens, video_frames, as_stored, video_fps, published)
 
     def encode(self, item: Item) -> Encoded:
         """Encode an item, with a placeholder for each image or video token. Too long a text is cut at its end.
@@ -96,7 +98,7 @@ class LlaveProcessor:
         marks and images or videos differ otherwise.
         """
         text, images = item.text, [partial(decode_image, image, self.as_stored) for image in item.images]
-        frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames)
+        frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames, self.video_fps)
         if self.published and IMAGE_MARK not in text:
             images = []
         elif not self.published:

@@ -145,9 +145,11 @@ class SavedLlm2Clip(SavedModelInterface):
     def dimension(self, path: str) -> int:
         return shape_of(path).dimension
 
-    def reader(self, path: str, max_tokens: int, video_frames: int) -> Processor:
+    def reader(self, path: str, max_tokens: int, video_frames: int, video_fps: float | None = None) -> Processor:
         texts = SAVED_TEXT_ENCODER.reader(llm2clip.text_encoder_of(path), max_tokens)
-        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts.tokenized, video_frames)
+        return TwoTowerProcessor(
+            Pixels.load(path), shape_of(path).tokens, texts.tokenized, video_frames, video_fps=video_fps
+        )
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         text_encoder, _ = SAVED_TEXT_ENCODER.open(llm2clip.text_encoder_of(path), precision, device)

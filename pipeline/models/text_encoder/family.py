@@ -130,7 +130,9 @@ class SavedTextEncoder(SavedModelInterface):
             return sentence.dimension_of(path)
         return int(load_config(path).hidden_size)
 
-    def reader(self, path: str, max_tokens: int, video_frames: int = 0) -> TextProcessor | SentenceProcessor:
+    def reader(
+        self, path: str, max_tokens: int, video_frames: int = 0, video_fps: float | None = None
+    ) -> TextProcessor | SentenceProcessor:
         if _is_sentence_embedder(path):
             return SentenceProcessor.load(path, max_tokens)
         return TextProcessor.load(path, max_tokens)

@@ -107,7 +107,9 @@ class SavedBagOfWords(SavedModelInterface):
     def dimension(self, path: str) -> int:
         return config_dict(path)["width"]
 
-    def reader(self, path: str, max_tokens: int, video_frames: int) -> BagOfWordsProcessor:
+    def reader(
+        self, path: str, max_tokens: int, video_frames: int, video_fps: float | None = None
+    ) -> BagOfWordsProcessor:
         config = config_dict(path)
         return BagOfWordsProcessor(config["rows"], config["lower_case"])
 
