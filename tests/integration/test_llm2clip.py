@@ -33,6 +33,7 @@ from pipeline.training import checkpoint
 from pipeline.training.conditions import check as check_conditions
 from pipeline.training.conditions import conditions_of_run
 
+LLAMA3 = Path(__file__).parents[1] / "papers/llm2clip/text_encoder"
 CPU = torch.device("cpu")
 STEPS, EVERY, KILLED = 6, 2, 6  # the step in which ranks are killed
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -131,6 +132,21 @@ def paper_run(paper_recipe, tmp_path_factory) -> Path:
     return finished(paper_recipe, tmp_path_factory.mktemp("runs") / "paper")
 
 
+@pytest.fixture(scope="module")
+def caption_paper_recipe(caption_recipe) -> list[str]:
+    """Return the published values of stage 1 for the same small data, and a tiny Llama with Llama-3's tokenizer."""
+    dropped = ("model.path", "model.instruction", "model.train.lora")
+    kept = [field for field in caption_recipe[1:] if not field.startswith(dropped)]
+    asked = {"images": {"shorter": "Find the long caption; ", "longer": "Find the short caption; "}, "texts": ""}
+    own = [f"model.path={LLAMA3}", f"model.query_instructions={json.dumps(asked)}", "precision=fp32"]
+    return ["pipeline/recipes/llm2clip_caption.yaml", "variant=paper", *kept, *own]
+
+
+@pytest.fixture(scope="module")
+def caption_paper_run(caption_paper_recipe, tmp_path_factory) -> Path:
+    return finished(caption_paper_recipe, tmp_path_factory.mktemp("runs") / "caption_paper")
+
+
 def finished(recipe: list[str], run: Path) -> Path:
     ended = launch(["-m", "pipeline.train", *recipe, f"run={run}"], world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
@@ -146,7 +162,7 @@ def embedded(encoder: Path, data: Path, out: Path, stored: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("stage", ["caption", "vision", "paper"])
+@pytest.mark.parametrize("stage", ["caption", "caption_paper", "vision", "paper"])
 def test_killed_stage_matches_uninterrupted_run(stage, request, tmp_path):
     recipe, undisturbed = (request.getfixturevalue(f"{stage}_{what}") for what in ("recipe", "run"))
     recipe = [*recipe, "evaluation=null"]
