@@ -62,7 +62,7 @@ def published(tmp_path_factory) -> Published:
     pairs = [
         parse_sample(data) for shard in index.shards for data in read_samples(url, shard, load_sidecar(url, shard))
     ]
-    processor = LlaveProcessor.load(str(folder / "model"), 4096, images="as_stored", marks="published")
+    processor = LlaveProcessor.load(str(folder / "model"), 4096)  # a trained LLaVE reads as its code does
     model = Llave.load(str(folder / "model"), torch.float32).eval()
     return Published(str(folder / "model"), processor, model, pairs, list(evaluated(folder / "eval")))
 
@@ -151,7 +151,7 @@ def test_long_text_keeps_the_prompts_end_where_the_original_cuts_it(published, c
     """A difference, also of `variant=paper`: the original cuts the end of the prompt, and may cut an image."""
     limit = case["model_max_length"]
     whole = published.processor.encode(item(case["row"]["qry"].replace("<|image_1|>", "<image>"), ""))
-    processor = LlaveProcessor.load(published.folder, limit, marks="published")
+    processor = LlaveProcessor.load(published.folder, limit)
     cut = processor.encode(item(case["row"]["qry"].replace("<|image_1|>", "<image>"), "")).input_ids.tolist()
     end = processor.tokenizer(SUFFIX)["input_ids"]
     assert len(cut) == min(limit, len(whole.input_ids))
@@ -170,7 +170,7 @@ def test_long_text_keeps_the_prompts_end_where_the_original_cuts_it(published, c
     ],
 )
 def test_without_variant_marks_are_mended(published, text, images, read):
-    mending = LlaveProcessor.load(published.folder, 4096)
+    mending = LlaveProcessor.load(published.folder, 4096, marks="mended")
     given = (PAPER / "images/image3.png").read_bytes()
     ours = mending.encode(Item(text, (given,) * images))
     assert ours.key == mending.encode_parts(read, [lambda: opened("image3.png")] * images, None).key

@@ -472,3 +472,14 @@ def test_grid_newlines_end_each_row_of_each_frame(folders):
     frames = tokens[-4 * 14 * 15 :].view(4, 14, 15, -1)
     assert torch.equal(frames[:, :, 14], model.image_newline.expand(4, 14, -1))
     assert not frames[:, :, :14].eq(model.image_newline).all(-1).any()
+
+
+def test_only_a_trained_llave_reads_images_and_marks_as_its_code(tmp_path, folders):
+    """The LLaVA-OneVision that training begins with has no alpha in its config."""
+    base = checkpoint(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "alpha"}))
+    convert_original(base, tmp_path / "converted")
+    for folder, published in ((folders["grid"], True), (tmp_path / "converted", False)):
+        processor = LlaveProcessor.load(str(folder), 512)
+        assert (processor.as_stored, processor.published) == (published, published)

@@ -24,7 +24,7 @@ from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import FrozenTower, Llave, TowerlessLlave, build, check_language_model
 from pipeline.models.llave.processor import MARKS, LlaveProcessor, mark_reading
-from pipeline.models.loading import DTYPES, image_reading
+from pipeline.models.loading import DTYPES, IMAGES, image_reading
 
 
 class LlaveTraining(TrainingInterface[LlaveSection]):
@@ -44,13 +44,12 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
         check_language_model(model.path or "model.architecture", config)
 
     def conditions(self, model: LlaveSection) -> dict[str, Any]:
-        path = model.path
-        # The config of an original checkpoint does not say how images and marks are read.
+        path, given = model.path, dict[str, str]()
         if path and weights.is_original(path):
-            path = None
+            given, path = weights.readings(path), None
         return super().conditions(model) | {
-            "model.images": image_reading(path, model.images),
-            "model.marks": mark_reading(path, model.marks),
+            "model.images": image_reading(path, model.images or given.get(IMAGES)),
+            "model.marks": mark_reading(path, model.marks or given.get(MARKS)),
             "white space around texts": "kept",  # earlier versions stripped every text
         }
 

@@ -38,7 +38,8 @@ from pipeline.models.llave import checks
 from pipeline.models.llave.checks import load_config, text_of, vision_of, with_own
 from pipeline.models.llave.config import LlaveSection
 from pipeline.models.llave.model import save_image_processor
-from pipeline.models.loading import checked, reading
+from pipeline.models.llave.processor import MARKS
+from pipeline.models.loading import IMAGES, checked, reading
 from pipeline.storage.atomic import remove_leftovers, replacing
 
 # Prefixes of the original's tensor names, and those that transformers saves. The first match applies.
@@ -93,6 +94,18 @@ def is_original(path: str | Path) -> bool:
     """Whether a folder or hub name is an original checkpoint. Raises PipelineError if its config.json is damaged."""
     config = fetched(str(path), weights=False) / "config.json"
     return config.is_file() and checks.is_original(read_json(config))
+
+
+def readings(path: str | Path) -> dict[str, str]:
+    """Return how an original checkpoint reads images and marks, as fields of a config.json.
+
+    `export_original` writes these fields. A trained LLaVE, in whose config its own code writes alpha and logit_scale
+    (llava/model/llava_arch.py:98), reads as that code does. The config of another checkpoint, such as the
+    LLaVA-OneVision it began with, does not say it.
+    """
+    config = read_json(fetched(str(path), weights=False) / "config.json")
+    trained = {IMAGES: "as_stored", MARKS: "published"} if {"alpha", "logit_scale"} <= config.keys() else {}
+    return {name: config[name] for name in (IMAGES, MARKS) if name in config} or trained
 
 
 def resolve(path: str, cache: Path) -> str:
@@ -165,7 +178,7 @@ def convert_original(source: Path, folder: Path) -> None:
     save_image_processor(config, folder)
     config.dtype = stored[_EMBEDDING].dtype  # taken as the whole model's
     config.save_pretrained(folder)
-    finish(folder)
+    finish(folder, readings(source))
 
 
 def export_original(folder: Path, out: Path) -> None:
@@ -214,6 +227,7 @@ def export_original(folder: Path, out: Path) -> None:
         "image_grid_pinpoints": [[width, height] for height, width in checks.pinpoints_of(config)],
         "tokenizer_model_max_length": text.max_position_embeddings,
         "tokenizer_padding_side": "right",
+        **{name: value for name in (IMAGES, MARKS) if (value := getattr(config, name, None))},
     }
     _write_json(out / "config.json", original)
     finish(out)
