@@ -23,6 +23,7 @@ program is killed and started again, it continues from the embeddings there.
 import argparse
 import re
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -70,6 +71,7 @@ def main() -> None:
     def report() -> None:
         assert store  # the first rank has one
         result = measure(arguments.model, collection, store.take, worst=_WORST, device=device)
+        result = replace(result, protocols=getattr(encoder, "protocols", ()))
         write_report(result, out, before)
         result.print(before)
         print(f"the report: {out}/report.html")

@@ -112,6 +112,11 @@ class ModelEncoder:
             instructed=family.instructed,
         )
 
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """See `Report`."""
+        return getattr(self.processor, "protocols", ())
+
     def prepare(self, item: Item) -> Encoded:
         return self.processor.encode(item)
 

@@ -93,15 +93,19 @@ def page(report: Report, before: Report | None = None) -> str:
         averages=averages,
         earlier=before.averages() if before else {},
         chances=report.averages(attrgetter("chance")),
-        papers=PUBLISHED if report.mmeb() else (),
+        papers=PUBLISHED if report.mmeb() and "mmeb" in report.protocols else (),
         groups=groups,
-        others={group: [(row, papers_of(row)) for row in rows] for group, rows in report.others(before).items()},
+        others={
+            group: [(row, papers_of(row, report)) for row in rows] for group, rows in report.others(before).items()
+        },
         bars={group: figures.svg_bars(results, before) for group, results in groups.items()},
         similarities={name: figures.svg_similarities(name, result, span) for name, result in report.results.items()},
     )
 
 
-def papers_of(row: TableRow) -> list[tuple[Published, dict[str, float]]]:
-    """Return the published metrics for a row's dataset and direction."""
+def papers_of(row: TableRow, report: Report) -> list[tuple[Published, dict[str, float]]]:
+    """Return the published metrics for a row's dataset and direction, if the report's evaluation is comparable."""
+    if "video" not in report.protocols:
+        return []
     found = [(paper, by_direction(paper.metrics_of(row.name)).get(row.direction, {})) for paper in PUBLISHED]
     return [(paper, metrics) for paper, metrics in found if metrics]

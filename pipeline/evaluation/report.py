@@ -122,6 +122,7 @@ class _Stored:
     model: str
     averages: dict[str, float]
     results: dict[str, DatasetResult]
+    protocols: tuple[Literal["mmeb", "video"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,14 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Results of `model` by dataset: MMEB datasets in the order of MMEB's table, then the others in the given order."""
+    """Results of `model` by dataset: MMEB datasets in the order of MMEB's table, then the others in the given order.
+
+    protocols: the evaluations of LLaVE's paper that read items like this one; only they are comparable.
+    """
 
     model: str
     results: dict[str, DatasetResult]
+    protocols: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         places = {name: place for place, name in enumerate(MMEB_TASKS)}
@@ -228,7 +233,7 @@ class Report:
     def save(self, path: Path) -> None:
         """Write report.json, atomically."""
         results = {name: asdict(result) for name, result in self.results.items()}
-        head = {"format": 1, "model": self.model, "averages": self.averages()}
+        head = {"format": 1, "model": self.model, "averages": self.averages(), "protocols": list(self.protocols)}
         write_text(path, json.dumps(head | {"results": results}))
 
     @classmethod
@@ -241,7 +246,7 @@ class Report:
         except OSError as error:
             raise PipelineError(f"{file} cannot be read ({error.strerror}): {remedy}") from None
         content = parse_json(data, str(file), _Stored, remedy=remedy)
-        return cls(content.model, content.results)
+        return cls(content.model, content.results, content.protocols)
 
     def print(self, before: "Report | None" = None) -> None:
         """Print tables of all datasets, with chance and optionally an earlier report; then the remarks."""

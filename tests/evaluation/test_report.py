@@ -9,6 +9,7 @@ from PIL import Image
 from pipeline.data.mmeb import MMEB_TASKS
 from pipeline.errors import PipelineError
 from pipeline.evaluation.html import change, write_report
+from pipeline.evaluation.html import page as page_of
 from pipeline.evaluation.published import PUBLISHED
 from pipeline.evaluation.report import Case, DatasetResult, Report, Shown, Similarities
 
@@ -192,7 +193,7 @@ def written(tmp_path_factory):
         "XM3600-<b>": retrieval("fr"),
         "ImageNet $x$": replace(alone, similarities=Similarities.of(np.array([0.5]), np.array([-np.inf]))),
     }
-    report = Report("runs/<i>model</i>", mmeb(FEW) | others)
+    report = Report("runs/<i>model</i>", mmeb(FEW) | others, ("mmeb", "video"))
     write_report(report, folder, Report("earlier", mmeb(FEW[::2])))
     assert Report.read(folder) == report
     return folder
@@ -218,6 +219,10 @@ def test_html_page_shows_scores_beside_published_ones(written):
     assert ["classification", "5.5", "–", "–", "10.0", "57.4", "62.1", "65.7"] in rows
     assert ["overall", "–", "–", "–", "–", "59.1", "65.2", "70.3"] in rows
     assert ["LLaVE-7B", "published,", "arXiv", "2503.04812", "t2v", "46.8", "71.1"] in rows
+    report = Report.read(written)
+    for protocols, averages, video in ((("mmeb",), True, False), (("video",), False, True), ((), False, False)):
+        alone = page_of(replace(report, protocols=protocols))
+        assert ("70.3<" in alone, 'class="tag">published' in alone) == (averages, video)
     assert ["N24News", "2.0", "–", "–", "10.0", "10", "0"] in rows
     assert ["HatefulMemes", "3.0", "3.0", "0.0", "10.0", "10", "0"] in rows
     assert "grounding lacks Visual7W-Pointing of its 4" in page

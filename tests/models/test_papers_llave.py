@@ -116,6 +116,16 @@ def test_training_and_evaluation_read_a_row_alike(published):
             assert encode(getattr(pair, side)).key == encode(evaluated).key
 
 
+def test_protocols_name_the_papers_evaluations_that_read_alike(published):
+    def protocols(**options) -> tuple[str, ...]:
+        return LlaveProcessor.load(published.folder, **{"max_tokens": 8192} | options).protocols
+
+    assert protocols() == ("mmeb",)
+    assert protocols(video_frames=32, video_fps=3.0) == ("mmeb", "video")
+    assert protocols(video_frames=32, video_fps=3.0, max_tokens=4096) == ("mmeb",)
+    assert protocols(marks="mended") == protocols(images="upright") == ()
+
+
 def test_converter_keeps_texts_byte_for_byte(published):
     for pair, row in zip(published.training, (*ROWS, *TRUNCATED), strict=True):
         for text, name in ((pair.query.text, "qry"), (pair.target.text, "pos_text")):

@@ -88,6 +88,17 @@ class LlaveProcessor:
         as_stored, published = reads_as_stored(path, images), mark_reading(path, marks) == "published"
         return cls(tokenizer, tiling(config), *ids, max_tokens, video_frames, as_stored, video_fps, published)
 
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """The evaluations of LLaVE's paper that read items in this way: "mmeb", "video", both or none.
+
+        Source of the video's settings: CLIP4Clip/main_task_retrieval.py:375, dataloader_msrvtt_retrieval.py:205-208.
+        """
+        if not (self.published and self.as_stored):
+            return ()
+        video = (self.video_fps, self.video_frames) == (3, 32) and self.max_tokens >= 8192
+        return ("mmeb", "video") if video else ("mmeb",)
+
     def encode(self, item: Item) -> Encoded:
         """Encode an item, with a placeholder for each image or video token. Too long a text is cut at its end.
 
