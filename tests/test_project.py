@@ -39,6 +39,17 @@ def test_public_api_matches_exported_names():
         pipeline.embedder  # noqa: B018
 
 
+def test_page_on_papers_names_tests_that_exist():
+    """A row's test is `tests/FILE::NAME` or `tests/FILE`; a name alone is of the file that its table names."""
+    rows = [line for line in (ROOT / "docs/papers.md").read_text().splitlines() if line.startswith("|")]
+    named = [name for row in rows for name in re.findall(r"`((?:tests/|test_)[\w/.:]+)`", row)]
+    assert len(named) > 50
+    for name in named:
+        file, _, test = name.rpartition("::") if "::" in name else (name, "", "")
+        file, test = (file, test) if file.startswith("tests/") else ("tests/models/test_papers_llave.py", file)
+        assert f"def {test}" in (ROOT / file).read_text(), name
+
+
 def test_recipes_and_deepspeed_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "demo.yaml").write_text(
         (ROOT / "pipeline/recipes/demo.yaml").read_text().replace("epochs: 1", "steps: 7")

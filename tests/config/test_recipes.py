@@ -147,6 +147,7 @@ def test_stage_two_values_match_published_code():
     assert (paper.model.dimension, ours.model.dimension) == (1280, None)
     assert (paper.model.crop_scale, ours.model.crop_scale) == ((0.9, 1.0), None)
     assert (paper.model.train.layer_decay, ours.model.train.layer_decay) == (0.85, 1.0)
+    assert (paper.objective.mask_duplicates, ours.objective.mask_duplicates) == (False, True)
     assert [(part.name, part.weight, part.cap) for part in paper.data.datasets] == [
         ("cc3m", 1, None),
         ("cc12m", 1, None),
