@@ -33,6 +33,7 @@ from pipeline.models.registry import saved, training
 from pipeline.models.text_encoder import model as decoder
 from pipeline.models.text_encoder.model import TextEncoder, pooled
 from pipeline.models.text_encoder.processor import Settings, TextProcessor
+from pipeline.models.text_encoder.templates import SEPARATOR
 from pipeline.models.vision import VisionEncoder
 
 SIZES = {
@@ -134,7 +135,6 @@ def test_adapter_matches_formula():
 
 
 PAPER = Path(__file__).parents[1] / "papers/llm2clip"
-SEPARATOR = "!@#$%^&*()"  # stands between instruction and text in the published code
 
 
 def rows_of_paper() -> list[tuple[int, str, str, dict]]:
@@ -170,6 +170,27 @@ def test_tokens_and_embeddings_equal_those_of_the_papers_code():
     torch.testing.assert_close(encoder(pack(items)), embeddings, rtol=0, atol=1e-5)
 
 
+def test_separators_in_a_text_end_its_pooled_part_as_in_the_papers_code():
+    """The code splits at all separators, tokenizes the whole without them, and counts the tokens of the second part.
+
+    If that part is empty, it takes the mean of the last 0 states, which in Python are all.
+    """
+    processor = TextProcessor.load(str(PAPER / "text_encoder"), 512, "Retrieve: ", "llama3")
+
+    def ids(text: str) -> list[int]:
+        return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    begin = "<|start_header_id|>user<|end_header_id|>\n\nRetrieve: "
+    for text, joined, first in (
+        (f"a red{SEPARATOR} star{SEPARATOR}!\n", "a red star!", "a red"),
+        (f"a star{SEPARATOR}", "a star", "a star"),
+        (f"{SEPARATOR}a star", "a star", None),
+    ):
+        item = processor.encode(Item(text))
+        assert item.input_ids.tolist() == processor.start + ids(begin + joined + "<|eot_id|>")
+        assert len(item.input_ids) - item.skipped == (len(ids(first)) if first else len(item.input_ids))
+
+
 def test_papers_variant_puts_the_published_instructions_before_queries():
     recipe, family = load_recipe("llm2clip_caption.yaml", ["variant=paper"]), training("text_encoder")
     assert recipe.model.template == "llama3"
@@ -199,6 +220,7 @@ def templated(tmp_path_factory) -> Path:
 
 
 TEXTS = ["a cat", " two  dogs\n", "", "the <|eot_id|> token, 12,345.67 and a caf\u00e9"]
+TEXTS += [f"a{SEPARATOR}b", f"{SEPARATOR}c"]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from pipeline.models.folder import finish, write_card
 from pipeline.models.loading import refuse_unknown
 from pipeline.models.packing import check_packing
 from pipeline.models.text_encoder.processor import SETTINGS, Settings, TextProcessor, load_config, require_decoder
-from pipeline.models.text_encoder.templates import TEMPLATES
+from pipeline.models.text_encoder.templates import SEPARATOR, TEMPLATES
 
 
 class TextEncoder(nn.Module):
@@ -164,6 +164,6 @@ def save(
     tokenizer.save_pretrained(folder)
     processor, template = TextProcessor(tokenizer, 0), TEMPLATES.get(settings.template)
     before = processor.start if template else processor.before(settings.instruction)
-    names = {"instruction": settings.instruction, "before": before, "turn": template}
+    names = {"instruction": settings.instruction, "before": before, "turn": template, "separator": SEPARATOR}
     write_card(folder, Path(__file__).with_name("card.md.jinja"), base, **names)
     finish(folder, {"is_causal": False, SETTINGS: settings.stored()})

@@ -110,7 +110,7 @@ class TextProcessor:
         if template := TEMPLATES.get(self.template):
             ids, count = template.tokenized(self.tokenizer, instruction, text)
             ids = (self.start + ids)[: self.max_tokens]
-            return Encoded(np.array(ids, np.int32), skipped=max(len(ids) - count, 0))
+            return Encoded(np.array(ids, np.int32), skipped=max(len(ids) - count, 0) if count else 0)
         before = self.before(instruction)
         ids = self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
         # For a text without tokens, pool the last token before it, or an end token.

@@ -23,20 +23,22 @@ class Template:
     special: tuple[str, ...]
 
     def tokenized(self, tokenizer: Tokenizer, instruction: str, text: str) -> tuple[list[int], int]:
-        """Return the token ids, without the tokenizer's start tokens, and how many of the last ones are pooled.
+        """Return the token ids, without the tokenizer's start tokens, and how many of the last are pooled; 0 is all.
 
         White space at the text's end is removed. That at its beginning stays: the published code strips instruction
         and text together, and a separator stands before the text. Tokens can merge where the text begins; then the
-        pooled part begins a token earlier or later than the text.
+        pooled part begins a token earlier or later than the text. Separators in the text itself are removed, and as
+        many last tokens are pooled as the part before the first one has.
         """
-        own = text.rstrip() + self.end
+        own, *others = (text.rstrip() + self.end).split(SEPARATOR)
         whole, alone = (
             tokenizer(each, add_special_tokens=False)["input_ids"]
-            for each in (self.begin + instruction.lstrip() + own, own)
+            for each in ("".join((self.begin + instruction.lstrip(), own, *others)), own)
         )
         return whole, len(alone)
 
 
+SEPARATOR = "!@#$%^&*()"  # in the published code between instruction and text
 NONE = "none"  # instruction and text are tokenized apart, without more around them
 TEMPLATES = {
     "llama3": Template(
