@@ -58,6 +58,7 @@ _FAMILIES: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
     "siglip": (SiglipVisionModel, SiglipImageProcessorPil),
     "siglip_vision_model": (SiglipVisionModel, SiglipImageProcessorPil),
 }
+TO_EVEN = "crop_rounds_to_even"  # a field of preprocessor_config.json that transformers keeps but does not read
 _OUTPUTS = {"clip_vision_model": "image_embeds", "siglip_vision_model": "pooler_output", "timm_wrapper": "logits"}
 
 
@@ -199,7 +200,7 @@ class Pixels:
     size: pixels of a side.  mean, std: per channel, for values in [0, 1].
     edge: pixels that the shorter side is resized to, or both sides if not `keeps_shape`.  keeps_shape: keep the aspect
     ratio.  to_even: round a crop offset of half a pixel to even, as torchvision and so timm do; transformers rounds
-    down.  as_stored: how images are read, see `rgb`.
+    down, unless the image processor's file has `TO_EVEN`.  as_stored: how images are read, see `rgb`.
     """
 
     size: int
@@ -248,7 +249,8 @@ class Pixels:
                 "shorter edge before a square crop, then a division by 255 and a normalisation"
             )
         resample = Image.Resampling(its.resample)
-        return cls(height, tuple(its.image_mean), tuple(its.image_std), edge, keeps_shape, resample)
+        to_even = getattr(its, TO_EVEN, False) is True
+        return cls(height, tuple(its.image_mean), tuple(its.image_std), edge, keeps_shape, resample, to_even)
 
     @classmethod
     def _of_timm(cls, path: str, its: dict[str, Any]) -> "Pixels":
@@ -366,9 +368,10 @@ def _timm_parts(path: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     return TimmWrapperForImageClassification, config
 
 
-def image_processor(side: int) -> CLIPImageProcessorPil:
-    """Return CLIP's image processor for images of `side` pixels a side."""
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+def image_processor(side: int, to_even: bool = False) -> CLIPImageProcessorPil:
+    """Return CLIP's image processor for images of `side` pixels a side.  to_even: see `Pixels`."""
+    more: dict[str, Any] = {TO_EVEN: True} if to_even else {}
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **more)
 
 
 @cache

@@ -166,6 +166,9 @@ def test_images_are_prepared_as_in_the_original(name, text_encoder, pixels, tmp_
         with Image.open(file) as picture:
             tile = torch.from_numpy(prepare.prepare(picture))[None]
         assert_close_in_norm(prepare.normalised(tile, CPU, torch.float32)[0], pixels[file.name], operations=4)
+    for spare, left in ((1, 0), (2, 1), (3, 2), (5, 2), (7, 4)):  # torchvision's CenterCrop: round(spare / 2), to even
+        columns = np.tile(np.arange(56 + spare, dtype=np.uint8), (56, 1))
+        assert prepare.prepare(Image.fromarray(columns))[0, 0, 0] == left
 
 
 def hub_folder(folder: Path, state: Tensors, **fields: str) -> tuple[CLIPModel, Tensors]:

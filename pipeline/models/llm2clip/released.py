@@ -11,10 +11,10 @@ Two layouts are read; every name and shape is checked, since the files themselve
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -303,7 +303,8 @@ def _require_rotary(source: str, name: str, stored: torch.Tensor, grid: int, hea
 def _clip(source: str, tensors: Tensors) -> Tower:
     """Return transformers' CLIP tower with the weights of the original's VisionTransformer.
 
-    Its activation is GELU, not the QuickGELU of OpenAI's weights: the original's configs do not set quick_gelu.
+    Its activation is GELU, not the QuickGELU of OpenAI's weights: the original's configs do not set quick_gelu. The
+    original crops images with torchvision.
     """
     tokens, width = _shape(source, tensors, "positional_embedding", 2)
     _, _, patch, _ = _shape(source, tensors, "conv1.weight", 4)
@@ -330,7 +331,8 @@ def _clip(source: str, tensors: Tensors) -> Tower:
             weights["visual_projection.weight"] = tensor.T
         else:
             weights[block + _renamed(rest, _CLIP_BLOCK) if block else ours] = tensor
-    return _of_clip(source, config, weights)
+    tower = _of_clip(source, config, weights)
+    return replace(tower, processor=image_processor(cast(int, config.image_size), to_even=True))
 
 
 def _of_clip(source: str, config: CLIPVisionConfig, weights: Tensors) -> Tower:
