@@ -121,15 +121,15 @@ def vision_run(vision_recipe, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def paper_recipe(vision_recipe) -> list[str]:
+def vision_paper_recipe(vision_recipe) -> list[str]:
     """Return the published values of stage 2 for the same small data and model."""
     kept = [field for field in vision_recipe[1:] if not field.startswith("evaluation.")]
     return ["pipeline/recipes/llm2clip_vision.yaml", "variant=paper", *kept, "model.path=null", "data.workers=1"]
 
 
 @pytest.fixture(scope="module")
-def paper_run(paper_recipe, tmp_path_factory) -> Path:
-    return finished(paper_recipe, tmp_path_factory.mktemp("runs") / "paper")
+def vision_paper_run(vision_paper_recipe, tmp_path_factory) -> Path:
+    return finished(vision_paper_recipe, tmp_path_factory.mktemp("runs") / "vision_paper")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def embedded(encoder: Path, data: Path, out: Path, stored: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("stage", ["caption", "caption_paper", "vision", "paper"])
+@pytest.mark.parametrize("stage", ["caption", "caption_paper", "vision", "vision_paper"])
 def test_killed_stage_matches_uninterrupted_run(stage, request, tmp_path):
     recipe, undisturbed = (request.getfixturevalue(f"{stage}_{what}") for what in ("recipe", "run"))
     recipe = [*recipe, "evaluation=null"]

@@ -38,6 +38,7 @@ def test_step_has_loss_and_gradient_norms_of_published_code(converted, tmp_path,
     assert ours["gradient_norm"] == pytest.approx(STEP["gradient_norm"], rel=5e-6)
     theirs = STEP["gradient_norm_by_parameter"]
     assert ours["gradient_norm_by_parameter"].keys() == theirs.keys()
+    # Of one parameter, roundings cancel less than of all: on two processes without AVX, one is more than 5e-6 off.
     for name, norm in ours["gradient_norm_by_parameter"].items():
         assert norm == pytest.approx(theirs[name], rel=1e-5), name
 

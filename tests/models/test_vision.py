@@ -215,7 +215,7 @@ OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.275777
 
 
 def test_pixels_equal_those_of_published_code():
-    """The published code is given the sizes of EVA02-CLIP's config on the hub, which is read like `TIMM`."""
+    """With resize, crop and mean of EVA02-CLIP's config on the hub, at the 56 pixels of the stored tensors."""
     pixels = Pixels(56, *OPENAI, 56, keeps_shape=True, resample=Image.Resampling.BICUBIC, to_even=True, as_stored=True)
     expected = load_file(PAPERS / "pixels.safetensors")
     assert len(expected) == 4

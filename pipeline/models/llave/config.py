@@ -57,9 +57,9 @@ class LlaveSection(ModelSection):
     )
     marks: Literal["mended", "published"] | None = Field(
         None,
-        description="rows of MMEB with a mark and no image, or an image and no mark. mended: the mark is removed, or "
-        "put at the front; published: the mark stands for a tile of zeros, and the image is ignored, like in the "
-        "paper's code; default: the model config's value, or else mended",
+        description="rows of MMEB with a mark and no image, or an image and no mark. mended: such a mark is removed, "
+        "such an image gets a mark at the front; published: such a mark is a tile of zeros, such an image is ignored, "
+        "like in the paper's code; default: the model config's value, or else mended",
     )
     train: LlaveTrain = LlaveTrain()
 

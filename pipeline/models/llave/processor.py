@@ -29,9 +29,9 @@ from pipeline.models.loading import reads_as_stored
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
-MARKS = "mark_reading"  # the config's field for `model.marks`
+MARKS = "mark_reading"  # config.json's field for `model.marks`
 _TURNS = ("<|im_start|>", "<|im_end|>")
-_MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
+_MARK = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
 
 
 def prompt(text: str) -> str:
@@ -40,7 +40,7 @@ def prompt(text: str) -> str:
     As in LLaVE's training code (preprocess_multimodal of llava/train/train.py), a single mark that does not begin the
     text moves to its front, followed by a newline and the stripped rest.
     """
-    marks = _MARKS.findall(text)
+    marks = _MARK.findall(text)
     if len(marks) == 1 and not text.startswith(marks[0]):
         text = f"{marks[0]}\n{text.replace(marks[0], '').strip()}".strip()
     return PREFIX + text + SUFFIX
@@ -50,7 +50,7 @@ def prompt(text: str) -> str:
 class LlaveProcessor:
     """Encodes items as token ids and tiles; samples `video_frames` frames of a video.  as_stored: see `rgb`.
 
-    published: read an item whose mark and image do not match as LLaVE's code does, see `encode`.
+    published: whether items whose marks and images do not match are read as by LLaVE's code; see `encode`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -124,7 +124,7 @@ class LlaveProcessor:
         There must be one mark for each, unless `published`: then a single mark may lack its image. Images are decoded
         one at a time to save memory, and not at all if the marks are wrong.
         """
-        pieces = _MARKS.split(prompt(text))
+        pieces = _MARK.split(prompt(text))
         blank = self.published and not images and pieces.count(IMAGE_MARK) == 1
         for mark, name, count in (
             (IMAGE_MARK, "images", len(images) + blank),
