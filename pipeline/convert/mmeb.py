@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
 from pipeline.convert.command import add_images, conversion, image_folder, in_range, local_path
-from pipeline.convert.sharding import ImageFolder, Rejection, Rows, checked_text, folder, member_bytes
+from pipeline.convert.sharding import ImageFolder, Rejection, Rows, folder, member_bytes
 from pipeline.data.mmeb import (
     IMAGE_FOLDERS,
     ITEMS_FILE,
@@ -31,7 +31,7 @@ from pipeline.data.mmeb import (
     mmeb_text,
     read_tasks,
 )
-from pipeline.data.sample import IMAGE_MARK, Item, Pair, Single, is_absent
+from pipeline.data.sample import EMPTY_TEXT, IMAGE_MARK, Item, Pair, Single, is_absent, text_fault
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
 from pipeline.storage.documents import check_members, note_unread
@@ -233,8 +233,9 @@ class Subset(Rows):
 
 def _item(images: ImageFolder, text: str, path: str, *, may_be_empty: bool = False) -> Item:
     """Return a text with the image at `path`, if there is one; neither has to exist. Raises Rejection."""
-    if text.strip() or not (path or may_be_empty):
-        text = checked_text(text, images=text.count(IMAGE_MARK))
+    fault = text_fault(text, images=text.count(IMAGE_MARK))
+    if fault and not (fault[0] == EMPTY_TEXT and (path or may_be_empty)):
+        raise Rejection(*fault)
     return Item(text, (images.read(path),) if path else ())
 
 

@@ -24,6 +24,7 @@ class Image:
     """An image or a video as tiles (n, 3, size, size) uint8, and its original size; a video has one tile per frame.
 
     blank: it stands for a missing image: its one tile is zeros after normalisation, which no uint8 expresses.
+    unrounded: its grid has fewer patches than transformers keeps; see `Tiling.unpadded`.
     """
 
     tiles: np.ndarray
@@ -31,6 +32,7 @@ class Image:
     width: int
     video: bool = False
     blank: bool = False
+    unrounded: bool = False
 
 
 @dataclass(frozen=True)

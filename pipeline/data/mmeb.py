@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from pipeline.data.index import Index
-from pipeline.data.sample import BYTE_ORDER_MARK, IMAGE_MARK, MMEB_IMAGE_MARK, is_absent, text_fault
+from pipeline.data.sample import EMPTY_TEXT, IMAGE_MARK, MMEB_IMAGE_MARK, is_absent, text_fault
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
 from pipeline.storage.documents import FIXED, check_members, parse_json
@@ -66,13 +66,13 @@ Side = tuple[str, str]  # a text, and the path of its image or ""
 
 
 def mmeb_text(text: str) -> str:
-    """Return a row's text with MMEB's image mark as `<image>`. A byte-order mark at the front is removed, nothing else.
+    """Return a row's text with MMEB's image mark as `<image>`. Nothing else changes, as in LLaVE's code.
 
     Raises ValueError for another mark, and for more than one.
     """
     if others := set(_MARKS.findall(text)) - {MMEB_IMAGE_MARK}:
         raise ValueError(f"the mark {min(others)}, but only {MMEB_IMAGE_MARK} is supported, in {text[:200]!r}")
-    text = text.lstrip(BYTE_ORDER_MARK).replace(MMEB_IMAGE_MARK, IMAGE_MARK)
+    text = text.replace(MMEB_IMAGE_MARK, IMAGE_MARK)
     if (marks := text.count(IMAGE_MARK)) > 1:
         raise ValueError(f"{marks} {IMAGE_MARK}, but a row has at most one image, in {text[:200]!r}")
     return text
@@ -127,14 +127,15 @@ def _sides(row: dict[str, object]) -> tuple[Side, list[Side]]:
     def plain(value: object) -> str:
         if not isinstance(value, str) and not is_absent(value):
             raise ValueError(f"{value!r} is not a text")
-        return value.lstrip(BYTE_ORDER_MARK) if isinstance(value, str) else ""
+        return value if isinstance(value, str) else ""
 
     def listed(values: object) -> list[str]:  # a single candidate may have no list around it
         return list(map(plain, values if isinstance(values, list) else [values]))
 
     def side(text: str, image: str, instruction: object) -> Side:
         text = mmeb_text(_instructed(plain(instruction), text))
-        if text.strip() and (fault := text_fault(text, images=text.count(IMAGE_MARK))):
+        fault = text_fault(text, images=text.count(IMAGE_MARK))
+        if fault and fault[0] != EMPTY_TEXT:
             raise ValueError(": ".join(fault))
         return text, image
 

@@ -15,6 +15,8 @@ MMEB_IMAGE_MARK = "<|image_1|>"  # the mark in MMEB's rows
 
 BYTE_ORDER_MARK = "\ufeff"  # some programs write it before a text
 
+EMPTY_TEXT = "empty text"  # a cause of `text_fault`
+
 # The supported image formats by Pillow's names, with their file suffixes.
 IMAGE_SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
@@ -142,7 +144,7 @@ def text_fault(text: str, images: int = 0, videos: int = 0) -> tuple[str, str] |
     if "\0" in text:
         return "NUL character", f"is its file UTF-16? Convert it to UTF-8: {shown}"
     if not any(letter.isprintable() and not letter.isspace() for letter in text):  # zero-width spaces count as empty
-        return "empty text", shown
+        return EMPTY_TEXT, shown
     for mark, files in ((IMAGE_MARK, images), (VIDEO_MARK, videos)):
         if (marks := text.count(mark)) != files:
             return "marks and files differ", f"{marks} {mark} for {files} files in {shown}"

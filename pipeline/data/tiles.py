@@ -45,24 +45,37 @@ class Tiling:
     def frame_patches(self) -> int:
         return self.patches**2
 
-    def tokens(self, height: int, width: int, *, anyres: bool) -> int:
+    def tokens(self, height: int, width: int, *, anyres: bool, rounded: bool = True) -> int:
         """Count the tokens of an image of this size: the base tile, then the unpadded grid with a newline per row.
 
         anyres: False for an item with several images; each image then has one tile and one newline.
+        rounded: see `unpadded`.
         """
         base = self.patches**2
         if not anyres:
             return base + 1
-        grid_height, grid_width = self._grid(height, width)
-        rows, columns = self.patches * grid_height // self.size, self.patches * grid_width // self.size
-        if width / height > columns / rows:
-            rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
-        else:
-            columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
-        ratio = math.sqrt(rows * columns / (self.max_tiles * base))
-        if ratio > 1.1:
-            rows, columns = int(rows // ratio), int(columns // ratio)
+        rows, columns = self.reduced(*self.unpadded(height, width, rounded=rounded))
         return base + rows * (columns + 1)
+
+    def unpadded(self, height: int, width: int, *, rounded: bool = True) -> tuple[int, int]:
+        """Return the rows and columns of patches that remain of an image's grid without its padding.
+
+        rounded: round quotients to seven digits, as transformers does. LLaVE's code does not: of three in 100,000
+        sizes it then drops a further row or column at both sides (`unpad_image` of llava/model/llava_arch.py).
+        """
+        rows, columns = (self.patches * side // self.size for side in self.grid(height, width))
+        if width / height > columns / rows:
+            kept = height * (columns / width)
+            rows -= (rows - int(round(kept, 7) if rounded else kept)) // 2 * 2
+        else:
+            kept = width * (rows / height)
+            columns -= (columns - int(round(kept, 7) if rounded else kept)) // 2 * 2
+        return rows, columns
+
+    def reduced(self, rows: int, columns: int) -> tuple[int, int]:
+        """Return the rows and columns to which interpolation reduces a grid of patches."""
+        ratio = math.sqrt(rows * columns / (self.max_tiles * self.patches**2))
+        return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
 
     def video_tokens(self, frames: int) -> int:
         """Count the tokens of a video: each frame's patches, pooled 2x2, and the newlines."""
@@ -75,7 +88,7 @@ class Tiling:
             return self._tile(_pad_to_square(image))[None]
         from transformers.image_processing_utils import get_patch_output_size
 
-        target = self._grid(image.height, image.width)
+        target = self.grid(image.height, image.width)
         channels_first = np.empty((3, image.height, image.width), np.uint8)  # only its shape matters
         height, width = get_patch_output_size(channels_first, target, input_data_format="channels_first")
         grid = np.zeros((3, *target), np.uint8)
@@ -92,7 +105,7 @@ class Tiling:
         """Resize RGB frames of a video to (frames, 3, size, size) uint8: one tile each, for every aspect ratio."""
         return np.stack([self._tile(frame) for frame in frames])
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
+    def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the best pinpoint for an image."""
         # Imported here because it takes two seconds.
         from transformers.image_processing_utils import select_best_resolution

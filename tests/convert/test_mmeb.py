@@ -178,7 +178,7 @@ def test_non_text_values_and_unsupported_placeholders_are_rejected(source, tmp_p
     parquet.write_table(pa.table(columns), source / "Bad/original-0.parquet")
     make_shards("mmeb-train", source, tmp_path / "out", "--subset", "Bad", "--max-rejected", 0.95)
     first, last = read_all(str(tmp_path / "out/Bad"))
-    assert (first.query.text, first.negatives, last.query.text) == (" q \n", (), "q")
+    assert (first.query.text, first.negatives, last.query.text) == ("\ufeff q \n", (), "\ufeffq")
     assert [(each["row"], each["cause"], each["detail"]) for each in rejected(tmp_path / "out/Bad")] == [
         ("row 1", "marks and files differ", "the mark <|image_2|>, but only <|image_1|> is supported, in "
                   "'<|image_1|> <|image_2|>'"),
@@ -187,6 +187,16 @@ def test_non_text_values_and_unsupported_placeholders_are_rejected(source, tmp_p
         ("row 3", "wrong fields", "neg_text is 1.5, which is not a text"),
         ("row 4", "marks and files differ", "2 <image>, but a row has at most one image, in '<image>\\n<image>'"),
     ]  # fmt: skip
+
+
+def test_invisible_text_is_kept_with_an_image_or_if_empty_ones_are(source, tmp_path):
+    (source / "a.png").write_bytes(picture(5, 5))
+    write(source / "Blank/original-0.parquet", [("\u200b", "a.png", "t", "", "", ""), ("q", "", "\u2060", "", "", "")])
+    make_shards("mmeb-train", source, tmp_path / "some", "--subset", "Blank", "--max-rejected", 0.95)
+    assert [pair.query.text for pair in read_all(str(tmp_path / "some/Blank"))] == ["\u200b"]
+    assert [each["cause"] for each in rejected(tmp_path / "some/Blank")] == ["empty text"]
+    make_shards("mmeb-train", source, tmp_path / "all", "--subset", "Blank", "--keep-empty")
+    assert [pair.target.text for pair in read_all(str(tmp_path / "all/Blank"))] == ["t", "\u2060"]
 
 
 def test_invalid_options_and_files_are_refused(source, tmp_path):

@@ -156,6 +156,49 @@ def test_mark_without_image_is_published_tile_of_zeros(published):
     assert black.key != encoded.key
 
 
+@pytest.mark.parametrize(
+    ("text", "turn"),
+    [
+        ("a QA_GT_caption_based_noisy b ", "a  b "),
+        ("QA_GT_caption_based_noisy<image> b ", "<image>\n b"),  # a mark moves before the words are removed
+        ("<image> QA_GT_caption_based_noisy ", "<image>  "),
+    ],
+)
+def test_words_that_the_original_removes_are_removed(published, text, turn):
+    """preprocess_multimodal of llava/train/train.py and of llava/eval/model_embed.py."""
+    assert published.processor.encode(Item(text)).key == published.processor.encode(Item(turn)).key
+    mending = LlaveProcessor.load(published.folder, 4096, marks="mended")
+    assert mending.encode(Item(text)).key != mending.encode(Item(turn)).key
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "length", "alike"),
+    [(423, 94, 1334, (423, 93)), (94, 423, 1377, (93, 423)), (188, 423, 2025, (187, 423))],
+)
+def test_grid_whose_quotient_is_just_below_a_whole_number_loses_a_row_at_both_sides(
+    published, width, height, length, alike
+):
+    """LLaVE's code does not round the quotient, which transformers does.
+
+    length: by unpad_image of llava/model/llava_arch.py.  alike: a size whose grid has as many patches for both.
+    """
+    (encoded, other), mending = (
+        [
+            processor.encode_parts("<image>", [lambda size=size: Image.new("RGB", size, "teal")], None)
+            for size in ((width, height), alike)
+        ]
+        for processor in (published.processor, LlaveProcessor.load(published.folder, 4096, marks="mended"))
+    )
+    packed = pack([encoded])
+    assert len(encoded.input_ids) - len(published.processor.encode(Item("")).input_ids) == length
+    assert len(mending[0].input_ids) > len(encoded.input_ids)
+    features = torch.randn(len(packed.tiles), 729, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = published.model.image_tokens(packed, features)
+        assert torch.equal(ours, published.model.image_tokens(pack([other]), features))
+        assert torch.isfinite(embedding(published.model, encoded)).all()
+
+
 @pytest.mark.parametrize("case", TRUNCATED, ids=lambda case: str(case["model_max_length"]))
 def test_long_text_keeps_the_prompts_end_where_the_original_cuts_it(published, case):
     """A difference, also of `variant=paper`: the original cuts the end of the prompt, and may cut an image."""

@@ -142,6 +142,8 @@ class Llave(LlavaOnevisionModel):
                 rows.append(torch.cat([frames.unflatten(1, (side, side)), newlines], dim=2).flatten(0, 2))
             elif image.video:
                 rows += [self.apply_pooling(tiles).flatten(0, 1), self.image_newline[None]]
+            elif image.unrounded:
+                rows.append(self._pack_unrounded(tiles, image.height, image.width))
             else:
                 rows += self.pack_image_features(
                     [tiles],
@@ -150,6 +152,20 @@ class Llave(LlavaOnevisionModel):
                     vision_aspect_ratio=self.config.vision_aspect_ratio,
                 )[0]
         return torch.cat(rows)
+
+    def _pack_unrounded(self, tiles: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Do as `pack_image_features` for one image of this size, but unpad its grid without rounding."""
+        tiling = checks.tiling(self.config)
+        down, across = (side // tiling.size for side in tiling.grid(height, width))
+        grid = tiles[1:].unflatten(0, (down, across)).unflatten(2, (tiling.patches, tiling.patches))
+        grid = grid.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)  # (hidden, rows, columns)
+        rows, columns = tiling.unpadded(height, width, rounded=False)
+        top, left = (grid.shape[1] - rows) // 2, (grid.shape[2] - columns) // 2
+        grid = grid[:, top : top + rows, left : left + columns]
+        if (size := tiling.reduced(rows, columns)) != (rows, columns):
+            grid = F.interpolate(grid[None], size, mode="bilinear")[0]
+        newlines = self.image_newline[:, None, None].expand(-1, grid.shape[1], 1)
+        return torch.cat([tiles[0], torch.cat([grid, newlines], dim=2).flatten(1, 2).T])
 
     def _dummy_features(self, like: torch.Tensor) -> torch.Tensor:
         """Return the tower's features of a dummy tile, or zeros if the tower is not part of the model."""

@@ -31,6 +31,7 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n"
 
 MARKS = "mark_reading"  # config.json's field for `model.marks`
 _TURNS = ("<|im_start|>", "<|im_end|>")
+_NOISE = "QA_GT_caption_based_noisy"  # LLaVE's code removes it from texts, after it has moved a mark
 _MARK = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
 
 
@@ -124,7 +125,8 @@ class LlaveProcessor:
         There must be one mark for each, unless `published`: then a single mark may lack its image. Images are decoded
         one at a time to save memory, and not at all if the marks are wrong.
         """
-        pieces = _MARK.split(prompt(text))
+        whole = prompt(text)
+        pieces = _MARK.split(whole.replace(_NOISE, "") if self.published else whole)
         blank = self.published and not images and pieces.count(IMAGE_MARK) == 1
         for mark, name, count in (
             (IMAGE_MARK, "images", len(images) + blank),
@@ -141,8 +143,11 @@ class LlaveProcessor:
                 ids += [self.image_token_id] * self.tiling.tokens(side, side, anyres=False)
             elif piece == IMAGE_MARK:
                 picture = next(pictures)
-                encoded.append(Image(self.tiling.cut(picture, anyres=anyres), picture.height, picture.width))
-                ids += [self.image_token_id] * self.tiling.tokens(picture.height, picture.width, anyres=anyres)
+                size = picture.height, picture.width
+                tokens = self.tiling.tokens(*size, anyres=anyres, rounded=not self.published)
+                unrounded = tokens != self.tiling.tokens(*size, anyres=anyres)
+                encoded.append(Image(self.tiling.cut(picture, anyres=anyres), *size, unrounded=unrounded))
+                ids += [self.image_token_id] * tokens
             elif piece == VIDEO_MARK:
                 assert frames
                 shown = frames()
