@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.jobs.program import command_line
 from pipeline.models.llave.weights import convert_original, export_original
-from pipeline.models.llm2clip.released import convert_released
+from pipeline.models.llm2clip.weights import convert_released
 
 
 @command_line

@@ -20,7 +20,7 @@ from pipeline.data.sample import Item
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.models.llm2clip.model import Llm2Clip, TextAdapter
-from pipeline.models.llm2clip.released import convert_released
+from pipeline.models.llm2clip.weights import convert_released
 from pipeline.models.registry import family_of, saved
 from pipeline.models.text_encoder import model as decoder
 from pipeline.models.vision import Pixels

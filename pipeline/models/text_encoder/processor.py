@@ -1,6 +1,7 @@
 """The text encoder's config and tokenization."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -44,35 +45,14 @@ class Settings:
         return {name: value for name, value in asdict(self).items() if name != "template" or value != NONE}
 
 
-@dataclass(frozen=True)
-class TextProcessor:
-    """Tokenizes texts.
-
-    instruction: stands before each text; its tokens are not pooled.  template: the name of that around both.
-    """
-
-    tokenizer: Tokenizer
-    max_tokens: int
-    instruction: str = ""
-    template: str = NONE
+class TextsAlone(ABC):
+    """The part that processors of models of texts share; an item with an image or a video is a BadSample."""
 
     as_stored: ClassVar[bool] = False
 
-    @classmethod
-    def load(
-        cls, path: str, max_tokens: int, instruction: str | None = None, template: str | None = None
-    ) -> "TextProcessor":
-        """Load from a folder or hub name.
-
-        instruction, template: None is that of the folder's config. Raises PipelineError if the tokenizer lacks the
-        template's tokens.
-        """
-        config = load_config(path)
-        settings = Settings.of(config)
-        tokenizer = loading.tokenizer(path, config.vocab_size)
-        template = settings.template if template is None else template
-        check(template, tokenizer, path)
-        return cls(tokenizer, max_tokens, settings.instruction if instruction is None else instruction, template)
+    @abstractmethod
+    def tokenized(self, text: str, instruction: str = "") -> Encoded:
+        """Encode a text, cut to `max_tokens`.  instruction: replaces the processor's, if it is not empty."""
 
     def encode(self, item: Item) -> Encoded:
         """Encode an item's text, cut to `max_tokens`. Raises BadSample for an item with an image or a video.
@@ -90,6 +70,35 @@ class TextProcessor:
         if images or frames:
             raise BadSample("the model reads texts alone, no images or videos")
         return self.tokenized(text)
+
+
+@dataclass(frozen=True)
+class TextProcessor(TextsAlone):
+    """Tokenizes texts.
+
+    instruction: stands before each text; its tokens are not pooled.  template: the name of that around both.
+    """
+
+    tokenizer: Tokenizer
+    max_tokens: int
+    instruction: str = ""
+    template: str = NONE
+
+    @classmethod
+    def load(
+        cls, path: str, max_tokens: int, instruction: str | None = None, template: str | None = None
+    ) -> "TextProcessor":
+        """Load from a folder or hub name.
+
+        instruction, template: None is that of the folder's config. Raises PipelineError if the tokenizer lacks the
+        template's tokens.
+        """
+        config = load_config(path)
+        settings = Settings.of(config)
+        tokenizer = loading.tokenizer(path, config.vocab_size)
+        template = settings.template if template is None else template
+        check(template, tokenizer, path)
+        return cls(tokenizer, max_tokens, settings.instruction if instruction is None else instruction, template)
 
     @cached_property
     def start(self) -> list[int]:

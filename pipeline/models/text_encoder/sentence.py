@@ -14,7 +14,6 @@ unless the config says otherwise.
 
 import json
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any, ClassVar, Literal, NoReturn
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL.Image import Image as Picture
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
 from torch import nn
@@ -32,12 +30,11 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pipeline.data.batch import Encoded
-from pipeline.data.sample import BadSample, Item
 from pipeline.errors import PipelineError, shown
 from pipeline.models import loading
 from pipeline.models.chunks import Packed, sent
 from pipeline.models.files import fetched, read_json, read_tensors, survey, weight_files
-from pipeline.models.text_encoder.processor import SETTINGS
+from pipeline.models.text_encoder.processor import SETTINGS, TextsAlone
 from pipeline.models.text_encoder.templates import NONE
 from pipeline.storage.documents import unique
 
@@ -122,7 +119,7 @@ def is_sentence_embedder(path: str, config: dict[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class SentenceProcessor:
+class SentenceProcessor(TextsAlone):
     """Tokenizes texts with the tokenizer's own start and end tokens, as sentence-transformers does.
 
     max_tokens: at most the folder's own limit.  instruction: the prompt before each text, tokenized with it.
@@ -135,7 +132,6 @@ class SentenceProcessor:
     pooled: bool
     end: tuple[int, ...] = ()
 
-    as_stored: ClassVar[bool] = False
     template: ClassVar[str] = NONE
 
     @classmethod
@@ -152,23 +148,6 @@ class SentenceProcessor:
             limits.append(positions - before)
         end = _missing_end(files.folder / "tokenizer_config.json", tokenizer)
         return cls(tokenizer, int(min(limits)), files.prompt, files.with_prompt, end)
-
-    def encode(self, item: Item) -> Encoded:
-        """Encode an item's text, cut to `max_tokens`. Raises BadSample for an item with an image or a video.
-
-        An item's own instruction replaces the prompt.
-        """
-        if item.images or item.video is not None:
-            raise BadSample("an item with an image or a video, and the model reads texts alone")
-        return self.tokenized(item.text, item.instruction)
-
-    def encode_parts(
-        self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
-    ) -> Encoded:
-        """Encode a text; BadSample if there are images or a video."""
-        if images or frames:
-            raise BadSample("the model reads texts alone, no images or videos")
-        return self.tokenized(text)
 
     def tokenized(self, text: str, instruction: str = "") -> Encoded:
         """Encode a text with the prompt, cut to `max_tokens` with its end token kept.
