@@ -56,7 +56,8 @@ class Square:
 class Lengths:
     """Token lengths of samples for a model that samples `video_frames` frames of a video.
 
-    Image tokens are exact. Text tokens are approximate, and truncation is ignored.
+    Image tokens are exact, but for rows of MMEB whose mark and image do not match, if LLaVE reads them as published.
+    Text tokens are approximate, and truncation is ignored.
     """
 
     tiling: ImageTokens
