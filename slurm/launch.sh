@@ -13,9 +13,12 @@ interrupted=
 on_term() {
     terminated=(--terminated)
     interrupted=yes
-    if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%r)" = TimeLimit ]; then
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+    local reason
+    for _ in 1 2 3; do # Slurm may signal again, which ends squeue or scontrol
+        reason=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%r) || continue
+        [ "$reason" != TimeLimit ] || scontrol requeue "$SLURM_JOB_ID" || continue
+        break
+    done
 }
 trap on_term TERM
 
