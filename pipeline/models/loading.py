@@ -282,10 +282,18 @@ def image_reading(path: str | None, images: str | None = None) -> str:
     path: folder or hub name, or None for a model whose config does not say.  images: a recipe's value, which overrides
     the config's.
     """
-    images = images or ("upright" if path is None else config_dict(path).get(IMAGES, "upright"))
-    if images not in ("upright", "as_stored"):
-        raise PipelineError(f"{path}: its config has {IMAGES}={images!r}; it can be upright or as_stored")
-    return images
+    return recorded(path, IMAGES, ("upright", "as_stored"), images)
+
+
+def recorded(path: str | None, name: str, known: tuple[str, str], given: str | None = None) -> str:
+    """Return the value of the field `name` that this project adds to a model's config; the first of `known` by default.
+
+    path, given: as in `image_reading`.  Raises PipelineError for a value that is not known.
+    """
+    value = given or (known[0] if path is None else config_dict(path).get(name, known[0]))
+    if value not in known:
+        raise PipelineError(f"{path}: its config has {name}={value!r}; it can be {' or '.join(known)}")
+    return str(value)
 
 
 def reads_as_stored(path: str, images: str | None = None) -> bool:

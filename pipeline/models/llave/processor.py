@@ -195,10 +195,7 @@ def mark_reading(path: str | None, marks: str | None = None) -> str:
     path: folder or hub name, or None for a model whose config does not say.  marks: a recipe's value, which overrides
     the config's.
     """
-    marks = marks or ("mended" if path is None else loading.config_dict(path).get(MARKS, "mended"))
-    if marks not in ("mended", "published"):
-        raise PipelineError(f"{path}: its config has {MARKS}={marks!r}; it can be mended or published")
-    return marks
+    return loading.recorded(path, MARKS, ("mended", "published"), marks)
 
 
 def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
