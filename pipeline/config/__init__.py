@@ -28,3 +28,4 @@ from pipeline.config.recipe import Prefixes as Prefixes
 from pipeline.config.recipe import Recipe as Recipe
 from pipeline.config.recipe import TrainSection as TrainSection
 from pipeline.config.section import Fixed as Fixed
+from pipeline.config.section import Section as Section

@@ -123,12 +123,15 @@ class ModelSection(Section):
 
 
 class ObjectiveSection(Section):
-    """Fields of every objective's section.  without: fields of `batch` that it does not use."""
+    """Fields of every objective's section.  without: fields of other sections that it does not use."""
 
     without: ClassVar[tuple[str, ...]] = ()
     hidden: ClassVar[tuple[str, ...]] = ("name",)
 
     name: Annotated[str, Fixed()]
+
+    def check(self, recipe: "Recipe") -> None:
+        """Raise ValueError if the objective does not fit the recipe's other sections."""
 
 
 def _families() -> Mapping[str, type[Section]]:
@@ -353,6 +356,7 @@ class Recipe(Section):
             fields = type(section := getattr(self, name)).model_fields
             if field in fields and getattr(section, field) != fields[field].default:
                 raise ValueError(f"{place} is not for objective.name={objective.name}: remove it")
+        objective.check(self)
         return self
 
     @model_validator(mode="after")

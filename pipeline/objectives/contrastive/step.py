@@ -10,109 +10,71 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.distributed import all_gather_constant
 from pipeline.models.chunks import Features, in_order, plan_chunks, run_chunk
+from pipeline.objectives.contrastive.batch_loss import contrastive_loss
 from pipeline.objectives.contrastive.config import ContrastiveSection
-from pipeline.objectives.contrastive.loss import LossOutput, hardness_weighted_loss
+from pipeline.objectives.contrastive.loss import LossOutput
+from pipeline.objectives.contrastive.temperature import Temperature
 from pipeline.objectives.objective import Cut, Objective, StepResult, backward_chunks, optimizer_step
-
-# Bounds of a learned 1 / tau: CLIP's, above which training becomes unstable; and that of open_clip and LLM2CLIP.
-_LARGEST_SCALE, _SMALLEST_SCALE = 100.0, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveResult(StepResult):
-    """A step's result.  loss: this rank's part.  temperature: the loss's temperature if it is learned, or None."""
+    """A step's result.
+
+    loss: this rank's part.  settings: what the recipe changes or learns during a run: alpha, temperatures.
+    distills: whether the loss contains a teacher's distribution.
+    """
 
     loss: LossOutput
-    temperature: float | None
+    settings: dict[str, float]
+    distills: bool
 
     def metrics(self, batch: Batch) -> tuple[dict, dict]:
         output = self.loss
         valid = torch.tensor(batch.valid, device=output.positive.device)
-        loss = output.loss.detach().expand(len(valid))
-        rows = torch.stack([output.positive, output.hardest_negative, valid, loss], dim=1)
-        positive, hardest, valid, loss = all_gather_constant(rows).double().cpu().numpy().T
-        positive, hardest = positive[valid == 1], hardest[(valid == 1) & (hardest > -math.inf)]
+        parts = (output.loss.detach(), output.contrastive, output.distillation)
+        of_pairs = (output.positive, output.hardest_negative, output.effective_negatives, output.hardest_share)
+        rows = torch.stack([*of_pairs, valid, *(part.expand(len(valid)) for part in parts)], dim=1)
+        rows = all_gather_constant(rows).double().cpu().numpy().T
+        positive, hardest, effective, share, valid, loss, contrastive, distillation = rows
+        compared = (valid == 1) & (hardest > -math.inf)  # pairs with a negative
+        positive, hardest, effective, share = (
+            positive[valid == 1],
+            hardest[compared],
+            effective[compared],
+            share[compared],
+        )
         metrics = {
             "loss": float(loss.mean()),
             "positive_similarity": float(positive.mean()) if len(positive) else None,
             "hardest_negative_similarity": float(hardest.mean()) if len(hardest) else None,
+            "effective_negatives": float(effective.mean()) if len(effective) else None,
+            "hardest_percent_weight": float(share.mean()) if len(share) else None,
             "masked_pairs": float(output.masked_pairs),
             "valid": int(valid.sum()),
         }
-        if self.temperature is not None:
-            metrics["temperature"] = self.temperature
-        return metrics, {"positive": positive, "hardest_negative": hardest}
-
-
-class Temperature:
-    """The loss's temperature: constant, or learned as log(1 / tau), as in CLIP (arXiv 2103.00020).
-
-    A learned temperature is replicated on every rank, outside ZeRO. After each step 1 / tau is clamped to 1 ... 100, as
-    by LLM2CLIP's training/train.py. Runs of versions without the lower bound may resume: it changes only those whose
-    1 / tau falls below 1, where the loss hardly tells pairs apart.
-    """
-
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        objective = recipe.objective
-        assert isinstance(objective, ContrastiveSection)
-        self._constant = objective.temperature
-        self._log_scale: torch.Tensor | None = None
-        if objective.learn_temperature:
-            self._log_scale = torch.tensor(-math.log(self._constant), device=device, requires_grad=True)
-            betas, eps = recipe.optimizer.betas, recipe.optimizer.eps
-            self._optimizer = torch.optim.AdamW([self._log_scale], betas=betas, eps=eps, weight_decay=0.0)
-
-    @property
-    def value(self) -> float | torch.Tensor:
-        return self._constant if self._log_scale is None else torch.exp(-self._log_scale)
-
-    def gradient(self, loss: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of this rank's loss by its embeddings; store the temperature's, averaged over ranks."""
-        if self._log_scale is None:
-            return torch.autograd.grad(loss, embeddings)[0]
-        gradient, self._log_scale.grad = torch.autograd.grad(loss, (embeddings, self._log_scale))
-        dist.all_reduce(self._log_scale.grad)
-        self._log_scale.grad /= dist.get_world_size()
-        return gradient
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        if self._log_scale is not None:
-            self._optimizer.param_groups[0]["lr"] = lr
-            self._optimizer.step()
-            self._log_scale.clamp_(math.log(_SMALLEST_SCALE), math.log(_LARGEST_SCALE))
-
-    def state(self) -> dict | None:
-        """Return the state to checkpoint, or None if the temperature is constant."""
-        if self._log_scale is None:
-            return None
-        return {"log_scale": self._log_scale.detach(), "optimizer": self._optimizer.state_dict()}
-
-    @torch.no_grad()
-    def load(self, state: dict | None) -> None:
-        if self._log_scale is not None and state is not None:
-            self._log_scale.copy_(state["log_scale"])
-            self._optimizer.load_state_dict(state["optimizer"])
+        if self.distills:
+            metrics |= {"loss/contrastive": float(contrastive.mean()), "loss/distillation": float(distillation.mean())}
+        return metrics | self.settings, {"positive": positive, "hardest_negative": hardest}
 
 
 class Contrastive(Objective):
-    """The hardness-weighted loss over the global batch, with a fixed or learned temperature.
+    """The hardness-weighted loss over the global batch, with fixed or learned temperatures.
 
     A step updates parameters as if one process had embedded the whole global batch at once, for any ZeRO stage, chunks,
     number of cached graphs, and number of ranks.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self._recipe, self.temperature = recipe, Temperature(recipe, device)
+        assert isinstance(recipe.objective, ContrastiveSection)
+        self._recipe, self._objective, self.temperature = recipe, recipe.objective, Temperature(recipe, device)
 
     def step(
         self, engine: DeepSpeedEngine, batch: Batch, cut: Cut, step: int, *, lr: float, features: Features | None = None
@@ -126,8 +88,8 @@ class Contrastive(Objective):
         with torch.no_grad():
             parts = graphs + [run_chunk(engine, chunk, features) for chunk in recomputed]
         embeddings = in_order(chunks, parts, len(items)).requires_grad_()
-        tau = self.temperature.value
-        output = contrastive_loss(embeddings, batch, self._recipe, tau)
+        alpha, learned = self._objective.alpha_at(step), self.temperature.learned()
+        output = contrastive_loss(embeddings, batch, self._recipe, self.temperature.of(batch.tasks), alpha)
         gradient = self.temperature.gradient(output.loss, embeddings)
         del parts
         backward_chunks(engine, cached, graphs, recomputed, gradient, features)
@@ -138,7 +100,8 @@ class Contrastive(Objective):
             tokens=sum(len(item.input_ids) for item in items),
             largest_chunk=max(chunk.size for chunk in chunks),
             loss=output,
-            temperature=float(tau.detach()) if isinstance(tau, torch.Tensor) else None,
+            settings=learned | ({"alpha": alpha} if self._objective.alpha_ramp else {}),
+            distills=self._objective.distill is not None,
         )
 
     def state(self) -> dict[str, Any]:
@@ -146,56 +109,6 @@ class Contrastive(Objective):
 
     def load(self, state: dict[str, Any]) -> None:
         self.temperature.load(state["temperature"])
-
-
-def contrastive_loss(
-    embeddings: torch.Tensor, batch: Batch, recipe: Recipe, temperature: float | torch.Tensor
-) -> LossOutput:
-    """Compute the batch's loss from the embeddings of its distinct items, (items, hidden).
-
-    If the recipe sets batch.sub_batch, it is the mean of the sub-batches' losses, each with only its own negatives.
-    Without objective.mask_duplicates, an item that occurs twice is embedded once, and is nevertheless a negative.
-    """
-    row = {content: i for i, content in enumerate(batch.items)}
-    device, objective = embeddings.device, recipe.objective
-    assert isinstance(objective, ContrastiveSection)
-    masked = objective.mask_duplicates
-
-    def of(hashes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.tensor([row[h] for h in hashes], dtype=torch.long, device=device)
-        return embeddings[rows], torch.from_numpy(np.array(hashes, np.uint64).view(np.int64)).to(device)
-
-    def part(pairs: np.ndarray) -> LossOutput:
-        query, query_ids = of([batch.query[i] for i in pairs])
-        target, target_ids = of([batch.target[i] for i in pairs])
-        negatives, negative_ids = of([negative for i in pairs for negative in batch.negatives[i]])
-        return hardness_weighted_loss(
-            query,
-            target,
-            alpha=objective.alpha,
-            temperature=temperature,
-            margin=objective.margin,
-            directions=objective.directions,
-            negatives=negatives,
-            query_ids=query_ids if masked else None,
-            target_ids=target_ids if masked else None,
-            negative_ids=negative_ids if masked else None,
-            valid=torch.tensor([batch.valid[i] for i in pairs], device=device),
-        )
-
-    count = recipe.batch.global_batch // (recipe.batch.sub_batch or recipe.batch.global_batch)
-    # Each sub-batch has equally many pairs of every lane, so it is the same for any number of ranks.
-    share = recipe.batch.global_batch // recipe.data.lanes
-    parts = np.arange(len(batch.query)).reshape(-1, count, share // count).swapaxes(0, 1).reshape(count, -1)
-    outputs = [part(pairs) for pairs in parts]
-    back = torch.from_numpy(np.argsort(parts.ravel())).to(device)
-    return LossOutput(
-        loss=torch.stack([output.loss for output in outputs]).mean(),
-        positive=torch.cat([output.positive for output in outputs])[back],
-        hardest_negative=torch.cat([output.hardest_negative for output in outputs])[back],
-        masked_pairs=torch.stack([output.masked_pairs for output in outputs]).mean(),
-        valid_count=torch.stack([output.valid_count for output in outputs]).sum(),
-    )
 
 
 OBJECTIVE = Contrastive
