@@ -54,6 +54,9 @@ PARTS = {
 }
 WHOLE = ("model.train.vision_tower=true",)
 FROZEN = ("batch.tower_tiles=3", "batch.features_mb=0")
+TEACHER = ("data.teacher=beside",)
+DISTILL = "objective.distill={scores: teacher, temperature: 0.5}"
+STORED = "objective.distill={scores: stored, temperature: 1, weight: 0.5}"
 CHECKPOINTING = "batch.activation_checkpointing=true"
 
 
@@ -78,6 +81,8 @@ FEW = (
     Case("mixed", 200, 1, (*WHOLE, "objective.learn_temperature=true", "objective.temperature=0.07")),
     Case("mixed", 200, 3, (*WHOLE, CHECKPOINTING)),
     Case("mixed", 200, 2, (*FROZEN, "batch.sub_batch=4", "objective.directions=query")),
+    Case("labelled", 200, 1, (*WHOLE, *TEACHER, "objective.reward=teacher", "objective.dimensions=[4,16]")),
+    Case("labelled", 200, 2, (*FROZEN, *TEACHER, DISTILL, "objective.temperatures={a: 0.05}", "batch.sub_batch=4")),
 )
 ALL = (
     *FEW,
@@ -87,6 +92,8 @@ ALL = (
     Case("mixed", 200, 2, ("model.train.projector=false", "model.train.vision_tower=0.02")),
     Case("mixed", 200, 0, (*WHOLE, CHECKPOINTING)),
     Case("images", 200, 1000, (*FROZEN, CHECKPOINTING, "model.train.lora.rank=4")),
+    Case("labelled", 1, 0, (*WHOLE, STORED, "objective.dimensions=[8,32]", "objective.directions=query")),
+    Case("labelled", 100_000, 0, (*FROZEN, *TEACHER, DISTILL, "objective.reward=teacher")),
 )
 ALONE = FEW[::2]  # there is no other rank: only the chunking of the batch differs
 SHAPED = (Case("mixed", 200, 2),)
@@ -109,8 +116,8 @@ def picture(rng: np.random.Generator) -> bytes:
 def make_pairs(mix: str, seed: int) -> list[Pair]:
     """Return pairs of different lengths: some have explicit negatives, and a query and targets occur twice.
 
-    mix: "images" or "text"; "mixed": images in the first half only, so that one of two ranks has none; "fading": images
-    in the first step only.
+    mix: "images" or "text"; "mixed": images in the first half only, so that one of two ranks has none; "labelled":
+    the same, with positives, tasks, scores and a teacher's vectors; "fading": images in the first step only.
     """
     rng = np.random.default_rng(seed)
 
@@ -119,7 +126,7 @@ def make_pairs(mix: str, seed: int) -> list[Pair]:
         return Item(f"<image>\n{name} {words}", (picture(rng),)) if with_image else Item(f"{name} {words}")
 
     all_images = mix == "images" or (mix == "fading" and seed == 0)
-    images = [all_images or (mix == "mixed" and i < PAIRS // 2 and i % 2 == 0) for i in range(PAIRS)]
+    images = [all_images or (mix in ("mixed", "labelled") and i < PAIRS // 2 and i % 2 == 0) for i in range(PAIRS)]
     targets = [item(f"target {i}", images[i] and i % 3 == 0) for i in range(PAIRS)]
     targets[5] = targets[1]
     queries = [item(f"query {i}", images[i]) for i in range(PAIRS)]
@@ -127,7 +134,20 @@ def make_pairs(mix: str, seed: int) -> list[Pair]:
     negatives = [
         (item(f"negative {i}", images[i] and i % 4 == 0),) if i % 3 == 0 or i < 5 else () for i in range(PAIRS)
     ]
-    return [Pair(str(i), "d", "t", queries[i], targets[i], negatives[i]) for i in range(PAIRS)]
+    pairs = [Pair(str(i), "d", "t", queries[i], targets[i], negatives[i]) for i in range(PAIRS)]
+    return [labelled(pair, item, rng) for pair in pairs] if mix == "labelled" else pairs
+
+
+def labelled(pair: Pair, item: Callable[[str, bool], Item], rng: np.random.Generator) -> Pair:
+    """Return the pair with a task, and with a teacher's vectors; some also with further positives and with scores."""
+    number = int(pair.key)
+    positives = tuple(item(f"positive {number} {i}", number == 0) for i in range(number % 3 if number < 12 else 0))
+    weights = tuple(float(weight) for weight in rng.uniform(0.5, 2, 1 + len(positives)))
+    scores = None
+    if number % 2:
+        scores = tuple(float(score) for score in rng.normal(size=1 + len(positives) + len(pair.negatives)))
+    pair = replace(pair, task="ab"[number % 2], positives=positives, weights=weights, scores=scores)
+    return replace(pair, teacher=np.stack([taught_vector(each) for each in pair.items]))
 
 
 def batch_of(pairs: list[Pair], processor: LlaveProcessor) -> Batch:
@@ -150,27 +170,71 @@ def sub_batches(pairs: list[Pair], recipe: Recipe) -> list[list[Pair]]:
 def formula(
     model: Llave, pairs: list[Pair], processor: LlaveProcessor, objective: ContrastiveSection, temperature: torch.Tensor
 ) -> torch.Tensor:
-    """Return LLaVE's loss (arXiv 2503.04812) as one B x B matrix, with each item embedded separately."""
+    """Return the objective's loss as B x C matrices, with each item embedded separately."""
     pairs = [pair for pair in pairs if int(pair.key) not in INVALID]
 
     def embed(items: list[Item]) -> torch.Tensor:
         return torch.cat([model(pack([processor.encode(item)]), bool(item.images)) for item in items])
 
-    queries, targets = embed([p.query for p in pairs]), embed([p.target for p in pairs])
-    negatives = embed([n for p in pairs for n in p.negatives])
+    queries, targets = embed([p.query for p in pairs]), [p.target for p in pairs]
+    others = [(i, item) for i, p in enumerate(pairs) for item in (*p.positives, *p.negatives)]
+    columns = embed([*targets, *(item for _, item in others)])
     same = torch.tensor([[a.query == b.query or a.target == b.target for b in pairs] for a in pairs])
     same &= ~torch.eye(len(pairs), dtype=torch.bool) & objective.mask_duplicates
+    masked = torch.cat([same, torch.zeros(len(pairs), len(others), dtype=torch.bool)], dim=1)
+    answers = torch.zeros(len(pairs), len(columns))  # the weight of each right answer
+    for i, pair in enumerate(pairs):
+        own = [n for n, (owner, item) in enumerate(others, len(pairs)) if owner == i and item in pair.positives]
+        answers[i, [i, *own]] = F.normalize(torch.tensor(pair.weights), p=1, dim=0)
+    taus = torch.stack([temperature.new_tensor(objective.temperatures.get(p.task, 0)) or temperature for p in pairs])
+    taught = None
+    if objective.uses_teacher:
+        of_columns = torch.from_numpy(np.stack([taught_vector(item) for item in [*targets, *(o for _, o in others)]]))
+        taught = torch.from_numpy(np.stack([taught_vector(p.query) for p in pairs])) @ of_columns.T
 
-    def direction(similarity: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        own = torch.eye(*similarity.shape, dtype=torch.bool)
-        logits = similarity / temperature + torch.where(own, 0, objective.alpha * similarity.detach())
-        logits = logits.masked_fill(masked, -torch.inf)
-        return F.cross_entropy(logits, torch.arange(len(pairs)))
+    def of_size(size: int) -> torch.Tensor:
+        x, y = F.normalize(queries[:, :size], dim=-1), F.normalize(columns[:, :size], dim=-1)
+        forth, count = x @ y.T, len(pairs)
+        rewards = taught if objective.reward == "teacher" else forth.detach()
+        negative = ~masked & (answers == 0)
+        hard = (objective.alpha * rewards + forth / taus[:, None]).masked_fill(~negative, -torch.inf)
+        excess = torch.logsumexp(hard, dim=1)[:, None] - forth / taus[:, None]
+        loss = (answers * F.softplus(excess)).sum(dim=1).mean()
+        if objective.directions == "both":
+            back = (objective.alpha * rewards[:, :count] + forth[:, :count] / taus).masked_fill(
+                same | torch.eye(count, dtype=torch.bool), -torch.inf
+            )
+            loss = (loss + F.softplus(torch.logsumexp(back, dim=0) - forth.diagonal() / taus).mean()) / 2
+        if objective.distill:
+            log_q = (forth / taus[:, None]).masked_fill(masked, -torch.inf).log_softmax(dim=1)
+            scores = taught
+            if objective.distill.scores == "stored":  # only of a query's own answers and negatives
+                scores, log_q = stored_scores(pairs, others), (forth / taus[:, None])
+                log_q = log_q.masked_fill(scores == -torch.inf, -torch.inf).log_softmax(dim=1)
+            log_p = (scores / objective.distill.temperature).masked_fill(log_q == -torch.inf, -torch.inf)
+            log_p = log_p.log_softmax(dim=1)
+            divergence = torch.where(log_q == -torch.inf, 0, log_p.exp() * (log_p - log_q))
+            loss = loss + objective.distill.weight * divergence.sum(dim=1).mean()
+        return loss
 
-    forth = torch.cat([queries @ targets.T, queries @ negatives.T], dim=1)
-    unmasked = torch.zeros(len(pairs), len(negatives), dtype=torch.bool)
-    of_queries = direction(forth, torch.cat([same, unmasked], dim=1))
-    return of_queries if objective.directions == "query" else (of_queries + direction(targets @ queries.T, same)) / 2
+    losses = torch.stack([of_size(size) for size in objective.dimensions or [queries.shape[1]]])
+    return F.normalize(torch.tensor(objective.dimension_weights or [1.0] * len(losses)), p=1, dim=0) @ losses
+
+
+def taught_vector(item: Item) -> np.ndarray:
+    """Return a teacher's unit vector of an item: random, but always the same."""
+    vector = np.random.default_rng(item.content_hash).normal(size=5).astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+def stored_scores(pairs: list[Pair], others: list[tuple[int, Item]]) -> torch.Tensor:
+    """Return the scores of each pair's own answers and negatives, and -inf for all other columns."""
+    scores = torch.full((len(pairs), len(pairs) + len(others)), -torch.inf)
+    for i, pair in enumerate(pairs):
+        own = [n for n, (owner, _) in enumerate(others, len(pairs)) if owner == i]
+        if pair.scores:
+            scores[i, [i, *own]] = torch.tensor(pair.scores)
+    return scores
 
 
 def largest_difference(engine: deepspeed.DeepSpeedEngine, theirs: dict[str, torch.Tensor]) -> float:
