@@ -18,7 +18,7 @@ from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.text_encoder.processor import TextProcessor
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels
-from pipeline.objectives.contrastive.step import contrastive_loss
+from pipeline.objectives.contrastive.batch_loss import contrastive_loss
 
 ASK = "<image>\nWhat is it?"
 
@@ -89,7 +89,7 @@ def test_items_equal_after_processing_are_deduplicated(case, llave):
         assert batch.target[0] == batch.target[1] == batch.negatives[1][0] and len(batch.items) == 3
     recipe = load_recipe("pipeline/recipes/demo.yaml", ["batch.global_batch=2", "data.lanes=1"])
     embeddings = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    output = contrastive_loss(embeddings, batch, recipe, 0.02)
+    output = contrastive_loss(embeddings, batch, recipe, 0.02, 9.0)
     assert output.loss == 0  # the two are not negatives of each other, and an equal explicit negative is masked
 
 

@@ -186,7 +186,8 @@ def formula(
     for i, pair in enumerate(pairs):
         own = [n for n, (owner, item) in enumerate(others, len(pairs)) if owner == i and item in pair.positives]
         answers[i, [i, *own]] = F.normalize(torch.tensor(pair.weights), p=1, dim=0)
-    taus = torch.stack([temperature.new_tensor(objective.temperatures.get(p.task, 0)) or temperature for p in pairs])
+    of_tasks = objective.temperatures
+    taus = torch.stack([torch.tensor(of_tasks[p.task]) if p.task in of_tasks else temperature for p in pairs])
     taught = None
     if objective.uses_teacher:
         of_columns = torch.from_numpy(np.stack([taught_vector(item) for item in [*targets, *(o for _, o in others)]]))
@@ -373,7 +374,7 @@ def differences(
         dist.all_reduce(loss)
         result["loss"] = max(result["loss"], abs(float(loss) / world / theirs.losses[step] - 1))
         result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / theirs.norms[step] - 1))
-    temperature = float(objective.temperature.value)
+    temperature = float(objective.temperature.of([""]))
     result["temperature"] = abs(temperature / theirs.temperature - 1)
     result["learnt"] = abs(temperature - recipe.objective.temperature)
     result["parameters"] = largest_difference(engine, theirs.parameters)

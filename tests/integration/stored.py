@@ -22,7 +22,8 @@ from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.chunks import Chunk, pack
 from pipeline.models.registry import training
 from pipeline.models.text_encoder.model import FrozenTextEncoder
-from pipeline.objectives.contrastive.step import Contrastive, contrastive_loss
+from pipeline.objectives.contrastive.batch_loss import contrastive_loss
+from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_frozen
 
@@ -66,7 +67,8 @@ def deviation(engine: deepspeed.DeepSpeedEngine, frozen: FrozenTextEncoder, batc
     items = list(batch.items.values())
     vectors = frozen.model(pack([item for item in items if not item.images])).requires_grad_()
     embeddings = engine.module(pack(items), True, vectors)
-    loss = contrastive_loss(embeddings, batch, recipe, recipe.objective.temperature).loss
+    objective = recipe.objective
+    loss = contrastive_loss(embeddings, batch, recipe, objective.temperature, objective.alpha).loss
     return float((torch.autograd.grad(loss, vectors)[0] * vectors).norm())
 
 
