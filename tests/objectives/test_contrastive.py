@@ -1,17 +1,18 @@
 """The loss compared with its formula in float64, and two processes compared with one."""
 
 import math
-from itertools import product
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_close_in_norm
+from plain_loss import plain_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from two_ranks import on_two_ranks
 
 from pipeline.objectives.contrastive import loss as contrastive
-from pipeline.objectives.contrastive.loss import hardness_weighted_loss
+from pipeline.objectives.contrastive.loss import Distill, Positives, Teacher, hardness_weighted_loss
 
 ALPHA, TEMPERATURE = 9.0, 0.02
 
@@ -29,67 +30,6 @@ def near(x: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
     return F.normalize(x + noise * unit(*x.shape, seed=seed, dtype=x.dtype), dim=-1)
 
 
-def formula(
-    query,
-    target,
-    *,
-    alpha,
-    temperature,
-    negatives=None,
-    negatives_valid=None,
-    query_ids=None,
-    target_ids=None,
-    negative_ids=None,
-    valid=None,
-    margin=None,
-    directions="both",
-    reward_query=None,
-    reward_target=None,
-    reward_negatives=None,
-    tile=None,
-):
-    """Return the loss, the masked pairs and all pairs, computed term by term with plain exponentials."""
-    n, m = len(query), 0 if negatives is None else len(negatives)
-    is_valid = [True] * n if valid is None else valid.tolist()
-    negative_is_valid = [True] * m if negatives_valid is None else negatives_valid.tolist()
-    same = {name: ids is not None for name, ids in (("query", query_ids), ("target", target_ids))}
-    masked_pairs = pairs = 0
-    losses = []
-    for i, forth in product(range(n), (True, False) if directions == "both" else (True,)):
-        if not is_valid[i]:
-            continue
-        row, columns = (query[i], target) if forth else (target[i], query)
-        reward_row, reward_columns = (reward_query, reward_target) if forth else (reward_target, reward_query)
-        positive = row @ columns[i]
-        total = torch.exp(positive / temperature)
-        candidates = []
-        for j in range(n):
-            if j == i or not is_valid[j]:
-                continue
-            alike = (same["query"] and query_ids[j] == query_ids[i]) or (
-                same["target"] and target_ids[j] == target_ids[i]
-            )
-            if same["query"] and same["target"]:
-                alike = alike or query_ids[j] == target_ids[i] or target_ids[j] == query_ids[i]
-            reward = None if reward_row is None else reward_row[i] @ reward_columns[j]
-            candidates.append((row @ columns[j], reward, alike))
-        for k in range(m if forth else 0):
-            if not negative_is_valid[k]:
-                continue
-            alike = negative_ids is not None and same["target"] and negative_ids[k] == target_ids[i]
-            reward = None if reward_row is None else reward_row[i] @ reward_negatives[k]
-            candidates.append((row @ negatives[k], reward, alike))
-        for similarity, reward, alike in candidates:
-            alike = bool(alike or (margin is not None and similarity > positive + margin))
-            pairs, masked_pairs = pairs + forth, masked_pairs + (alike and forth)
-            reward = similarity.detach() if reward is None else reward.detach()
-            if not alike:
-                total = total + torch.exp(alpha * reward) * torch.exp(similarity / temperature)
-        losses.append(-torch.log(torch.exp(positive / temperature) / total))
-    loss = torch.stack(losses).mean() if losses else query.sum() * 0
-    return loss, masked_pairs, pairs
-
-
 def example(n: int = 7, m: int = 4, d: int = 6, dtype: torch.dtype = torch.float64) -> dict:
     query = unit(n, d, seed=1, dtype=dtype)
     return {
@@ -102,8 +42,7 @@ def example(n: int = 7, m: int = 4, d: int = 6, dtype: torch.dtype = torch.float
 def with_gradients(function, inputs: dict, **options):
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     output = function(**leaves, **options)
-    loss = output[0] if isinstance(output, tuple) else output.loss
-    return output, dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    return output, dict(zip(leaves, torch.autograd.grad(output.loss, list(leaves.values())), strict=True))
 
 
 IDS = {
@@ -111,27 +50,81 @@ IDS = {
     "target_ids": torch.tensor([11, 12, 12, 14, 15, 16, 17]),
     "negative_ids": torch.tensor([20, 14, 15, 12]),
 }
-REWARD = {
-    "reward_query": unit(7, 3, seed=5),
-    "reward_target": unit(7, 3, seed=6),
-    "reward_negatives": unit(4, 3, seed=7),
+TEACHER = {
+    "reward": "teacher",
+    "teacher": Teacher(unit(7, 3, seed=5), unit(7, 3, seed=6), unit(4, 3, seed=7), unit(5, 3, seed=9)),
 }
+FURTHER = {  # five further positives, of three queries
+    "owners": torch.tensor([3, 0, 3, 4, 3]),
+    "weights": torch.tensor([0.5, 2.0, 0.0, 1.0, 1.0], dtype=torch.float64),
+    "target_weights": torch.tensor([1, 2, 1, 0.5, 1, 1, 1], dtype=torch.float64),
+    # The second's equals the target of another query, and the third's that of its owner and an explicit negative.
+    "ids": torch.tensor([30, 12, 14, 31, 32]),
+}
+DISTILL = {"distill": Distill(weight=0.7, temperature=0.2), "teacher": TEACHER["teacher"]}
+PAIR_MARGINS = torch.tensor([0.1, 0.0, torch.inf, 0.3, 0.05, -0.1, 0.2], dtype=torch.float64)
+PAIR_TEMPERATURES = torch.tensor([0.02, 0.03, 0.05, 0.1, 0.04, 0.025, 0.2], dtype=torch.float64)
 OPTIONS = {
     "plain": {},
     "ids": IDS,
     "invalid rows": {"valid": torch.tensor([1, 1, 0, 1, 0, 1, 1]).bool()},
     "invalid negatives": {"negatives_valid": torch.tensor([1, 0, 1, 0]).bool()},
     "margin": {"margin": 0.05},
-    "other reward": REWARD,
+    "margins of pairs": {"margin": PAIR_MARGINS},
+    "temperatures of pairs": {"temperature": PAIR_TEMPERATURES},
+    "teacher's reward": TEACHER,
     "alpha 0": {"alpha": 0.0},
+    "positives": {"positives": FURTHER},
+    "positives, ids": {"positives": FURTHER, **IDS},
+    "distilled": DISTILL,
+    "sizes": {"dimensions": (2, 3, 6), "dimension_weights": (1.0, 0.0, 3.0)},
+    "smaller sizes": {"dimensions": (2, 5)},
     "all": {
         **IDS,
-        **REWARD,
+        **TEACHER,
         "valid": torch.tensor([1, 1, 1, 1, 0, 1, 1]).bool(),
         "negatives_valid": torch.tensor([0, 1, 1, 1]).bool(),
         "margin": 0.1,
     },
 }
+OPTIONS |= {
+    "all, teacher's": OPTIONS["all"]
+    | DISTILL
+    | {
+        "margin": PAIR_MARGINS,
+        "temperature": PAIR_TEMPERATURES,
+        "positives": FURTHER,
+        "dimensions": (3, 6),
+    }
+}
+OPTIONS |= {"all, own": OPTIONS["all, teacher's"] | {"reward": "policy"}}
+
+
+def with_positives(function):
+    """Return the function with the positives' vectors as its argument `further`."""
+
+    def call(*, positives=None, further=None, teacher=None, **options):
+        if positives is not None:
+            options["positives"] = Positives(vectors=further, **positives)
+        elif teacher is not None:
+            teacher = replace(teacher, positives=None)
+        if options.get("negatives") is None and teacher is not None:
+            teacher = replace(teacher, negatives=None)
+        return function(**options, teacher=teacher)
+
+    return call
+
+
+plain, ours = with_positives(plain_loss), with_positives(hardness_weighted_loss)
+
+
+def inputs_of(name: str) -> tuple[dict, dict]:
+    """Return tensors that get gradients, and options."""
+    options = {"alpha": ALPHA, **OPTIONS[name]}
+    inputs = example() | {"temperature": options.pop("temperature", torch.tensor(TEMPERATURE).double())}
+    if "positives" in options:
+        inputs["further"] = near(inputs["query"][FURTHER["owners"]], 1.1, seed=4)
+    return inputs, options
 
 
 @pytest.mark.parametrize("tile", [1, 3, 1000])
@@ -139,19 +132,24 @@ OPTIONS = {
 @pytest.mark.parametrize("directions", ["both", "query"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_loss_and_gradients_match_formula(name, directions, explicit, tile):
-    inputs = example() | {"temperature": torch.tensor(TEMPERATURE).double()}
-    options = {"alpha": ALPHA, "directions": directions, **OPTIONS[name]}
+    inputs, options = inputs_of(name)
+    options |= {"directions": directions}
     if not explicit:
         del inputs["negatives"]
         options = {key: x for key, x in options.items() if "negative" not in key}
-    (loss, masked, pairs), expected = with_gradients(formula, inputs, **options)
-    output, gradients = with_gradients(hardness_weighted_loss, inputs, **options, tile=tile)
-    assert loss > 0.01
+    expected, by_formula = with_gradients(plain, inputs, **options)
+    output, gradients = with_gradients(ours, inputs, **options, tile=tile)
+    assert expected.loss > 0.01
     assert output.loss.dtype == torch.float64
-    torch.testing.assert_close(output.loss, loss, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
-    assert output.masked_pairs.item() == pytest.approx(masked / pairs)
-    assert (masked > 0) == (name in ("ids", "margin", "all"))
+    near_zero = {"rtol": 1e-9, "atol": 1e-9}
+    for part in ("loss", "contrastive", "distillation"):
+        torch.testing.assert_close(getattr(output, part), getattr(expected, part), **near_zero)
+    torch.testing.assert_close(gradients, by_formula, **near_zero)
+    valid = options.get("valid", torch.ones(7, dtype=torch.bool))
+    torch.testing.assert_close(output.effective_negatives[valid], expected.effective[valid], **near_zero)
+    torch.testing.assert_close(output.hardest_share[valid], expected.share[valid], **near_zero)
+    assert output.masked_pairs.item() == pytest.approx(expected.masked / expected.pairs)
+    assert (expected.masked > 0) == any(key in options for key in ("margin", "query_ids"))
 
 
 @pytest.mark.parametrize("name", ["ids", "margin"])
@@ -181,7 +179,7 @@ class CountProducts(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_is_computed_in_float32_for_any_dtype(dtype):
     inputs = {name: x.to(dtype) for name, x in example(n=32, m=8, d=16).items()}
-    loss, *_ = formula(**{k: x.double() for k, x in inputs.items()}, alpha=ALPHA, temperature=TEMPERATURE)
+    loss = plain_loss(**{k: x.double() for k, x in inputs.items()}, alpha=ALPHA, temperature=TEMPERATURE).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, gradients = with_gradients(hardness_weighted_loss, inputs, alpha=ALPHA, temperature=TEMPERATURE, tile=5)
     assert output.loss.dtype == torch.float32
