@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt, field_validator
 
 from pipeline.config import Fixed, ObjectiveSection
 
@@ -23,6 +23,20 @@ class ContrastiveSection(ObjectiveSection):
     margin: Annotated[float | None, Fixed()] = Field(
         None, description="mask negatives whose similarity exceeds the positive's by more than this"
     )
+    dimensions: Annotated[list[PositiveInt], Fixed()] = Field(
+        [], description="sizes to which vectors can be cut (Matryoshka); the loss is the mean over them"
+    )
+
+    @field_validator("dimensions")
+    @classmethod
+    def ascending(cls, dimensions: list[int]) -> list[int]:
+        if dimensions != sorted(set(dimensions)):
+            raise ValueError("the sizes must be ascending and distinct, such as [64, 256, 1024]")
+        return dimensions
+
+    @property
+    def sizes(self) -> list[int]:
+        return self.dimensions
 
 
 SECTION = ContrastiveSection
