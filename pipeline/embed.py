@@ -12,6 +12,10 @@ each is a .txt file with one id on each line: the text, or the file's path. The 
 product. A search covers the items of the same call or, without any, all in --out. --query and --query-image together
 are one query.
 
+--dimensions N cuts the vectors to their first N numbers, normalised again; use it for models that were trained for it.
+--vectors int8 stores a byte for each number, and binary a bit: its sign. All embeddings in --out have the same size and
+type. A query is cut, too, but its numbers stay float32: only what is stored is rounded.
+
 --shards is a dataset, or a folder with several. Their captions' embeddings are written as tars beside each dataset's
 index, or to --out (to --out/NAME for several datasets). A recipe reads them with data.text_embeddings. With --items,
 all items are embedded instead: queries, targets, positives and negatives, with their images; a recipe reads these with
@@ -33,6 +37,7 @@ from contextlib import ExitStack
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 
 import torch
 import transformers
@@ -42,13 +47,13 @@ from rich.text import Text
 
 from pipeline.config import EvaluatedVideo, EvaluationRun
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
-from pipeline.embedding.embedder import LEAST_TOKENS, Embedder, Parts
+from pipeline.embedding.embedder import LEAST_TOKENS, Embedder, Parts, family_for
 from pipeline.embedding.folder import KINDS, EmbeddingFolder, Identity, best
 from pipeline.errors import PipelineError, printable
 from pipeline.jobs.program import command_line
+from pipeline.models.compact import Form, VectorKind, check_size
 from pipeline.models.files import fetched, fingerprint
 from pipeline.models.loading import DTYPES
-from pipeline.models.registry import family_of
 from pipeline.progress import progress_bar
 from pipeline.storage import lock
 from pipeline.storage.documents import utf8_text
@@ -86,16 +91,20 @@ def main() -> None:
         raise PipelineError(f"--out is missing: the folder {'to search' if query else 'for the embeddings'}")
     if "://" in (arguments.out or ""):
         raise PipelineError(f"--out {arguments.out} is a URL: give a local folder; only with --shards it may be on S3")
-    family_of(arguments.model)  # raises the errors
-    folder = fetched(arguments.model)
+    family, folder = family_for(arguments.model), fetched(arguments.model)
+    dimension = family.dimension(str(folder))
+    check_size(arguments.dimensions or dimension, dimension)
     with ExitStack() as stack:
         out = EmbeddingFolder(Path(arguments.out or stack.enter_context(TemporaryDirectory())))
         if query and not kinds and not out.kinds():
             raise PipelineError(f"{out.folder} has no embeddings to search: give the --out of an earlier call")
         if kinds:
             stack.enter_context(lock.held([str(out.folder)]))
+        form = Form(dimension) if kinds else out.form() or Form(dimension)
+        size, vectors = arguments.dimensions or form.dimensions, arguments.vectors or form.kind
         hashed = fingerprint(str(folder), modules=True) or ""
-        out.check(arguments.model, hashed, kinds, arguments.overwrite)
+        identity = Identity(arguments.model, size, hashed, vectors)
+        out.check(identity, kinds, arguments.overwrite)
         transformers.logging.disable_progress_bar()
         embedder = Embedder.load(
             arguments.model,
@@ -105,18 +114,17 @@ def main() -> None:
             chunk_tokens=arguments.chunk_tokens,
             video_fps=arguments.video_fps,
         )
-        identity = Identity(arguments.model, embedder.dimension, hashed)
         for kind, ids in kinds.items():
             try:
-                out.write(kind, ids, _rows(embedder, kind, ids), identity)
+                out.write(kind, ids, _rows(embedder, kind, ids, size), identity)
             except OSError as error:
                 raise PipelineError(f"{error.filename or out.folder}: {error.strerror or error}") from None
         if query:
-            vector = embedder.embed([query])[0].numpy()
+            vector = embedder.embed([query], size)[0].numpy()
             title = " with ".join(filter(None, (arguments.query_image, arguments.query)))
             for kind in kinds or out.kinds():
                 ids, rows = out.read(kind)
-                _print(f"{kind} most similar to {title}", ids, best(rows, vector, arguments.top))
+                _print(f"{kind} most similar to {title}", ids, best(rows, vector, arguments.top, identity.form))
 
 
 def _embed_shards(arguments: argparse.Namespace) -> None:
@@ -127,7 +135,7 @@ def _embed_shards(arguments: argparse.Namespace) -> None:
     from pipeline.embedding.embed_shards import embed_shards
     from pipeline.embedding.published import index_published
 
-    for name in ("texts", "images", "videos", "query", "query_image"):
+    for name in ("texts", "images", "videos", "query", "query_image", "dimensions", "vectors"):
         if getattr(arguments, name) is not None:
             raise PipelineError(f"--shards cannot be combined with --{name.replace('_', '-')}: use two calls")
     if arguments.items and arguments.published:
@@ -160,6 +168,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--items", action="store_true", help=items)
     parser.add_argument("--out", metavar="DIR", help="the folder for embeddings, or the one to search")
     parser.add_argument("--overwrite", action="store_true", help="replace embeddings of the same kinds or shards")
+    size = "store only the first N numbers of each vector, normalised again (default: all; of a search: as stored)"
+    parser.add_argument("--dimensions", type=_at_least(1), metavar="N", help=size)
+    types = "type of the stored numbers (default: float32; of a search: as stored)"
+    parser.add_argument("--vectors", choices=get_args(VectorKind), help=types)
     parser.add_argument(
         "--stored",
         choices=("fp16", "bf16"),
@@ -235,10 +247,10 @@ def _files(option: str, pattern: str) -> list[str]:
     return files
 
 
-def _rows(embedder: Embedder, kind: str, ids: Sequence[str]) -> Iterator[torch.Tensor]:
+def _rows(embedder: Embedder, kind: str, ids: Sequence[str], size: int) -> Iterator[torch.Tensor]:
     wrap = {"texts": lambda text: text, "images": lambda path: {"images": [path]}, "videos": lambda p: {"video": p}}
     with progress_bar(total=len(ids), desc=f"embedding {kind}", unit=kind.removesuffix("s")) as bar:
-        for part in embedder.stream(map(wrap[kind], ids)):
+        for part in embedder.stream(map(wrap[kind], ids), size):
             yield part
             bar.update(len(part))
 

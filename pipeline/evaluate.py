@@ -18,6 +18,9 @@ A set may also be only a URL: of sets in MMEB's layout with their tasks.json, or
 
 The folder out= (evaluation/MODEL) gets report.html, report.json, figures/ and, for MMEB, leaderboard.json. If the
 program is killed and started again, it continues from the embeddings there.
+
+dimensions=[64,256] and vectors=[int8,binary] also score vectors that are cut to these sizes and stored in these types,
+as an index would keep the candidates. Queries are cut, too, but stay float32. No item is embedded again for this.
 """
 
 import argparse
@@ -25,6 +28,7 @@ import re
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch.distributed as dist
 
@@ -38,7 +42,9 @@ from pipeline.evaluation.html import write_report
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import DiskStore, held
+from pipeline.evaluation.terminal import print_report
 from pipeline.jobs.program import command_line
+from pipeline.models.compact import Form, VectorKind, check_size
 from pipeline.storage import lock, objects
 
 _WORST = 20  # queries of each dataset that the report shows
@@ -63,6 +69,7 @@ def main() -> None:
         raise PipelineError(f"part={options.part}: the parts are 0/{count} to {count - 1}/{count}")
     device = start_distributed(options.timeout_minutes)
     encoder = load_encoder(arguments.model, options, device)
+    forms = forms_of(options, encoder.dimension)
     wanted = arguments.tasks.split(",")
     collection = sets.load(wanted, instructed=encoder.instructed, number=number, count=count)
     out = Path(options.out or Path("evaluation", _plain(arguments.model)))
@@ -70,10 +77,10 @@ def main() -> None:
 
     def report() -> None:
         assert store  # the first rank has one
-        result = measure(arguments.model, collection, store.take, worst=_WORST, device=device)
+        result = measure(arguments.model, collection, store.take, worst=_WORST, forms=forms, device=device)
         result = replace(result, protocols=getattr(encoder, "protocols", ()))
         write_report(result, out, before)
-        result.print(before)
+        print_report(result, before)
         print(f"the report: {out}/report.html")
 
     with ExitStack() as stack:
@@ -90,6 +97,18 @@ def main() -> None:
         if not options.part:
             on_first_rank(report, "the report")
     end_distributed()
+
+
+def forms_of(options: EvaluationRun, dimension: int) -> list[Form]:
+    """Return the forms to score besides the full vectors, the largest size first.
+
+    Raises PipelineError for a size that is larger than the model's dimension.
+    """
+    for size in options.dimensions:
+        check_size(size, dimension)
+    kinds = [kind for kind in get_args(VectorKind) if kind == "float32" or kind in options.vectors]
+    forms = [Form(size, kind) for size in sorted({dimension, *options.dimensions}, reverse=True) for kind in kinds]
+    return forms[1:]  # without the full vectors
 
 
 def _plain(name: str) -> str:

@@ -133,6 +133,11 @@ class ObjectiveSection(Section):
     def check(self, recipe: "Recipe") -> None:
         """Raise ValueError if the objective does not fit the recipe's other sections."""
 
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes to which the trained vectors can be cut; an evaluation during training scores them, too."""
+        return []
+
 
 def _families() -> Mapping[str, type[Section]]:
     from pipeline.models.registry import FAMILIES  # imported here: their sections use the classes above
@@ -404,6 +409,12 @@ class EvaluationRun(Store):
     encoder: Place | None = Field(
         None,
         description="module:function or file.py:function that makes an Encoder (see pipeline/evaluation/encoders.py)",
+    )
+    dimensions: list[PositiveInt] = Field(
+        [], description="sizes to which vectors are cut and scored, too, for models trained at several sizes"
+    )
+    vectors: list[Literal["int8", "binary"]] = Field(
+        [], description="types of candidates' vectors to score besides float32, at full size and at `dimensions`"
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="of the weights: bf16, fp32, or auto: as stored"

@@ -19,7 +19,8 @@ from pipeline.data.tiles import decode_image, image_format, rgb
 from pipeline.data.video import sample_frames, video_format
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, plan_chunks, require_unit
-from pipeline.models.family import Processor
+from pipeline.models.compact import check_size, shortened
+from pipeline.models.family import Processor, SavedModelInterface
 from pipeline.models.loading import DTYPES
 from pipeline.models.registry import FAMILIES, family_of
 
@@ -86,8 +87,7 @@ class Embedder:
         if video_fps is not None and not 0 < video_fps < inf:
             raise PipelineError(f"video_fps={video_fps} must be more than 0")
         device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        if (family := family_of(str(path))) is None:
-            raise PipelineError(f"{path} is not a model of this project; supported are {', '.join(FAMILIES)}")
+        family = family_for(str(path))
         processor = family.reader(str(path), max_tokens, video_frames, video_fps)
         model, features = family.open(str(path), precision, device)
         tokens = chunk_tokens or chunk_tokens_for(bool(model.pads))
@@ -97,8 +97,10 @@ class Embedder:
     def dimension(self) -> int:
         return cast(int, self.model.dimension)
 
-    def embed(self, items: Iterable[Embeddable]) -> torch.Tensor:
+    def embed(self, items: Iterable[Embeddable], dimensions: int | None = None) -> torch.Tensor:
         """Embed N items, and return (N, D) float32 unit rows on the CPU, in the same order.
+
+        dimensions: cut the vectors to this size, see `shortened`; for models that were trained for it. None: not.
 
         An item is a text, a picture, the `Path` of an image or video file (recognised by its content), or a dict of
         `Parts`. `<image>` and `<video>` mark the places of images and video in a text; without marks they come first.
@@ -106,15 +108,23 @@ class Embedder:
         with instructions. LLM2CLIP and CLIP were not; for them an item is either a text or pictures.
 
         Raises `PipelineError` with the item's number, from 0, if the item cannot be used or its vector is not a unit
-        vector (for example, with NaN in the weights). In a process group all ranks must embed the same number of items.
+        vector (for example, with NaN in the weights), and for a size that is not from 1 to the model's dimension. In a
+        process group all ranks must embed the same number of items.
         """
-        return torch.cat([torch.empty(0, self.dimension), *self.stream(items)])
+        parts = list(self.stream(items, dimensions))
+        return torch.cat([torch.empty(0, dimensions or self.dimension), *parts])
 
-    def stream(self, items: Iterable[Embeddable]) -> Iterator[torch.Tensor]:
-        """Embed any number of items like `embed`, and yield (n, D) rows for one group of items at a time.
+    def stream(self, items: Iterable[Embeddable], dimensions: int | None = None) -> Iterator[torch.Tensor]:
+        """Embed any number of items like `embed`, and return an iterator over (n, D) rows, one group at a time.
 
         While the model embeds one group, threads read and decode the next.
         """
+        if dimensions is None:
+            return self._groups(items)
+        check_size(dimensions, self.dimension)
+        return (shortened(rows, dimensions) for rows in self._groups(items))
+
+    def _groups(self, items: Iterable[Embeddable]) -> Iterator[torch.Tensor]:
         read = ((number, _checked(number, item)) for number, item in enumerate(items))
         pool = ThreadPoolExecutor(_THREADS)
         try:
@@ -160,6 +170,13 @@ class Embedder:
         if isinstance(video, Path):
             return _from_file(video, lambda data: sample_frames(data, self.video_frames, self.video_fps))
         return [_picture(frame, self.processor.as_stored) for frame in video]
+
+
+def family_for(path: str) -> SavedModelInterface:
+    """Return the family of a model. Raises PipelineError if it does not exist, or is not of this project."""
+    if family := family_of(path):
+        return family
+    raise PipelineError(f"{path} is not a model of this project; supported are {', '.join(FAMILIES)}")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""Draw a report's figures: a bar for each dataset, and the distributions of its similarities.
+"""Draw a report's figures: a bar for each dataset, the distributions of its similarities, and scores over bytes.
 
 PNGs have a light and a dark theme, for slides and papers. SVGs are for the HTML page, with CSS variables as colours.
 """
 
 import io
+import math
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -47,11 +49,13 @@ _DRAWN_BINS = 2  # bins of BINS in a drawn bin
 
 
 def write(report: Report, folder: Path, before: Report | None = None) -> None:
-    """Write bars-THEME.png and similarities-THEME.png for each theme."""
+    """Write bars-THEME.png, similarities-THEME.png and, for a report with variants, sizes-THEME.png for each theme."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, theme in THEMES.items():
         _all_bars(report, before, theme).savefig(folder / f"bars-{name}.png", dpi=160)
         _all_similarities(report, theme).savefig(folder / f"similarities-{name}.png", dpi=160)
+        if report.variants:
+            _sizes_sheet(report, theme).savefig(folder / f"sizes-{name}.png", dpi=160)
 
 
 def svg_bars(results: dict[str, DatasetResult], before: Report | None) -> str:
@@ -66,6 +70,13 @@ def svg_similarities(name: str, result: DatasetResult, span: tuple[float, float]
     figure = Figure(figsize=(1.9, 1))
     similarities(figure.add_axes((0.06, 0.2, 0.83, 0.78)), result, span, THEMES["light"])
     return _svg(figure, f"Similarities of {name}")
+
+
+def svg_sizes(report: Report) -> str:
+    """Return an SVG element with the variants' scores over the bytes of a vector."""
+    figure = Figure(figsize=(4, 2.4), layout="constrained")
+    sizes(figure.add_subplot(), report, THEMES["light"])
+    return _svg(figure, f"Sizes and types of {report.model}")
 
 
 def grouped(report: Report) -> dict[str, dict[str, DatasetResult]]:
@@ -123,6 +134,38 @@ def similarities(axes: Axes, result: DatasetResult, span: tuple[float, float], t
     axes.set_yticks([])
     axes.locator_params(axis="x", nbins=5)
     _dress(axes, theme)
+
+
+def sizes(axes: Axes, report: Report, theme: Theme) -> None:
+    """Draw the last of the report's means over the bytes of a vector: a line for each type, a point for each size."""
+    lines: dict[str, list[tuple[int, float, int]]] = {}
+    for form, means in ((variant.form, report.at(variant).means()) for variant in report.variants):
+        name = list(means)[-1]
+        lines.setdefault(form.kind, []).append((form.bytes, 100 * means[name], form.dimensions))
+    note = partial(axes.annotate, textcoords="offset points", ha="center", fontsize=_SMALL)
+    for (kind, points), colour in zip(lines.items(), (theme.positive, theme.negative, theme.faint), strict=False):
+        size, score, _ = zip(*points, strict=True)
+        axes.plot(size, score, color=colour, marker="o", markersize=4, linewidth=1.3)
+        note(kind, (size[0], score[0]), (0, 7), color=colour)
+        for x, y, dimensions in points:
+            note(str(dimensions), (x, y), (0, -12), color=theme.faint)
+    axes.set_xscale("log", base=2)
+    stored = [variant.form.bytes for variant in report.variants]
+    low, high = math.floor(math.log2(min(stored))), math.ceil(math.log2(max(stored)))
+    ticks = [2**power for power in range(low, high + 1, 1 + (high - low) // 8)]
+    axes.set_xticks(ticks, [f"{each:,}" for each in ticks])
+    axes.minorticks_off()
+    axes.margins(0.1, 0.3)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color=theme.rule, linewidth=0.8)
+    axes.set_title(f"{name}, %, by bytes of a vector", loc="left", color=theme.ink, fontsize=_TEXT)
+    _dress(axes, theme)
+
+
+def _sizes_sheet(report: Report, theme: Theme) -> Figure:
+    figure = _sheet(6, 3.2, theme)
+    sizes(figure.add_subplot(), report, theme)
+    return figure
 
 
 def _all_bars(report: Report, before: Report | None, theme: Theme) -> Figure:

@@ -1,7 +1,7 @@
 """Compute the report from the embeddings of a collection's items."""
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from io import BytesIO
@@ -14,9 +14,10 @@ from pipeline.data.sample import BadSample
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.evaluation.encoder import without_marks
-from pipeline.evaluation.metrics import Scores, collapsed, result_of, scores_of, worst_queries
-from pipeline.evaluation.report import Case, Report, Shown
+from pipeline.evaluation.metrics import Scores, collapsed, leading, result_of, scores_of, worst_queries
+from pipeline.evaluation.report import Case, Report, Shown, Variant
 from pipeline.evaluation.tasks import Collection, Ranking, Task
+from pipeline.models.compact import Form
 from pipeline.progress import progress_bar
 
 _PIXELS = 160  # the longer side of a picture in the report
@@ -29,13 +30,16 @@ def measure(
     take: Callable[[np.ndarray], np.ndarray],
     *,
     worst: int = 0,
+    forms: Sequence[Form] = (),
     device: torch.device | str = "cpu",
 ) -> Report:
     """Return the report of a model.
 
     take: rows of the collection -> (n, D) unit vectors.  worst: how many of each dataset's worst queries to include.
+    forms: other forms of the vectors to score, too.
     """
     results = {}
+    others = [Variant(form, {}) for form in forms]
     shown = cache(partial(_shown, collection))
     names = dict.fromkeys(task.name for task in collection.tasks)
     for name in progress_bar(iterable=names, desc="scoring", unit="dataset", leave=False):
@@ -50,7 +54,14 @@ def measure(
         with ThreadPoolExecutor(_THREADS) as pool:
             cases = list(pool.map(lambda case: _case(shown, *case), chosen[:worst]))
         results[name] = result_of(tasks, scores, cases, collapsed=any(collapsed(task, take) for task in tasks))
-    return Report(model, results)
+        task = leading(tasks)
+        for other in others:
+            other.scores[name] = result_of([task], [scores_of(task, take, form=other.form, device=device)], []).score
+    if not others:
+        return Report(model, results)
+    whole = Form(take(collection.tasks[0].queries[:1]).shape[1])
+    variants = (Variant(whole, {name: result.score for name, result in results.items()}), *others)
+    return Report(model, results, variants=variants)
 
 
 def _case(shown: Callable[[int], Shown], task: Task, scores: Scores, query: int) -> Case:

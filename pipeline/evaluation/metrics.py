@@ -12,6 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.report import Case, DatasetResult, Similarities
 from pipeline.evaluation.tasks import Ranking, Retrieval, Task
 from pipeline.models.chunks import UNIT_TOLERANCE
+from pipeline.models.compact import Form
 
 Take = Callable[[np.ndarray], np.ndarray]  # (n,) rows of the collection -> (n, D) float32 unit vectors
 
@@ -53,10 +54,18 @@ class Scores:
         return self.rank + self.equal
 
 
-def scores_of(task: Task, take: Take, *, device: torch.device | str = "cpu", tile_bytes: int = 1 << 28) -> Scores:
+def scores_of(
+    task: Task,
+    take: Take,
+    *,
+    form: Form | None = None,
+    device: torch.device | str = "cpu",
+    tile_bytes: int = 1 << 28,
+) -> Scores:
     """Compare each query with its candidates.
 
     The result is bitwise independent of tiles, kernels and threads.
+    form: of the candidates' vectors; None: as they are. A candidate of several items is the mean of their full vectors.
     device: for the matrix products; it must support float64.
     tile_bytes: approximate size of a tile; a few are in memory at a time, for any number of queries and candidates.
 
@@ -66,15 +75,17 @@ def scores_of(task: Task, take: Take, *, device: torch.device | str = "cpu", til
     if not len(task.queries):
         raise PipelineError(f"{task.name} has no queries; check its annotations")
     vectors = partial(_vectors, task.name, take, device)
-    dimension = vectors(task.queries[:1]).shape[1]
+    of_queries = partial(vectors, form.query if form else None)
+    of_candidates = partial(vectors, form.document if form else None)
+    dimension = of_queries(task.queries[:1]).shape[1]
     if isinstance(task, Ranking):
         chances = [1 / len(candidates) for candidates in task.candidates]
-        parts = _ranked(task, vectors, dimension, tile_bytes)
+        parts = _ranked(task, of_queries, of_candidates, dimension, tile_bytes)
     else:
         chances = [len(np.unique(numbers)) / len(task.candidates) for numbers in task.right]
         if not all(chances):
             raise PipelineError(f"{task.name}: query {chances.index(0)} has no right candidate; check its annotations")
-        parts = _retrieved(task, vectors, dimension, tile_bytes)
+        parts = _retrieved(task, of_queries, of_candidates, dimension, tile_bytes)
     columns = zip(*parts, strict=True)
     above, tied, positive, hardest, right, wrong, equal = (np.concatenate(column) for column in columns)
     first = np.where(above == 0, right, wrong)
@@ -87,12 +98,14 @@ _Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.nda
 _Vectors = Callable[[np.ndarray], Tensor]
 
 
-def _ranked(task: Ranking, vectors: _Vectors, dimension: int, tile_bytes: int) -> Iterable[_Part]:
+def _ranked(
+    task: Ranking, of_queries: _Vectors, of_candidates: _Vectors, dimension: int, tile_bytes: int
+) -> Iterable[_Part]:
     height = max(1, tile_bytes // (16 * dimension))
     for group in _cuts(len(task.queries), _GROUP):
-        queries, lists = vectors(task.queries[group]), task.candidates[group]
+        queries, lists = of_queries(task.queries[group]), task.candidates[group]
         distinct, places = np.unique(np.concatenate(lists), return_inverse=True)
-        tiles = [_similarities(queries, vectors(distinct[tile])) for tile in _cuts(len(distinct), height)]
+        tiles = [_similarities(queries, of_candidates(distinct[tile])) for tile in _cuts(len(distinct), height)]
         rows = torch.cat(tiles, dim=1).cpu().numpy()
         parts = np.split(places, np.cumsum([len(each) for each in lists])[:-1])
         own = [row[chosen] for row, chosen in zip(rows, parts, strict=True)]
@@ -107,12 +120,14 @@ def _ranked(task: Ranking, vectors: _Vectors, dimension: int, tile_bytes: int) -
         )
 
 
-def _retrieved(task: Retrieval, vectors: _Vectors, dimension: int, tile_bytes: int) -> Iterable[_Part]:
+def _retrieved(
+    task: Retrieval, of_queries: _Vectors, of_candidates: _Vectors, dimension: int, tile_bytes: int
+) -> Iterable[_Part]:
     candidates, width = task.candidates, dimension * task.candidates[0].size
     items = np.sort(candidates.reshape(len(candidates), -1), axis=1)
     same = np.unique(items, axis=0, return_inverse=True)[1].reshape(-1)  # equal for candidates with the same items
     for group in _cuts(len(task.queries), max(1, tile_bytes // (16 * dimension))):
-        queries, right = vectors(task.queries[group]), task.right[group]
+        queries, right = of_queries(task.queries[group]), task.right[group]
         height = max(1, tile_bytes // (16 * (width + len(queries))))
         owner = np.repeat(np.arange(len(right)), [len(numbers) for numbers in right])
         # Unique pairs of a query and a right candidate, sorted by the candidate's number.
@@ -122,7 +137,7 @@ def _retrieved(task: Retrieval, vectors: _Vectors, dimension: int, tile_bytes: i
         pairs = []
         for tile in _cuts(len(number), height):
             distinct, places = np.unique(number[tile], return_inverse=True)
-            chosen = vectors(candidates[distinct])[_index(places, queries)]
+            chosen = of_candidates(candidates[distinct])[_index(places, queries)]
             pairs.append(torch.linalg.vecdot(queries[_index(owner[tile], queries)], chosen).float())
         similarity = torch.cat(pairs).cpu().numpy()
         order = np.lexsort((number, -similarity, owner))
@@ -133,7 +148,7 @@ def _retrieved(task: Retrieval, vectors: _Vectors, dimension: int, tile_bytes: i
         own = _index(same[number[best]], queries)[:, None]
         tied, hardest = torch.zeros_like(positive, dtype=torch.bool), torch.full_like(positive, -torch.inf)
         for tile in _cuts(len(candidates), height):
-            rows = _similarities(queries, vectors(candidates[tile]))
+            rows = _similarities(queries, of_candidates(candidates[tile]))
             here = slice(*np.searchsorted(number, (tile.start, tile.stop)))
             rows[_index(owner[here], rows), _index(number[here] - tile.start, rows)] = -torch.inf
             above += (rows > positive[:, None]).sum(dim=1)
@@ -152,10 +167,12 @@ def _similarities(queries: Tensor, candidates: Tensor) -> Tensor:
     return (queries @ candidates.T).float()
 
 
-def _vectors(name: str, take: Take, device: torch.device | str, rows: np.ndarray) -> Tensor:
+def _vectors(
+    name: str, take: Take, device: torch.device | str, formed: Callable[[Tensor], Tensor] | None, rows: np.ndarray
+) -> Tensor:
     """Return (n, D) float64 vectors from `_fixed`: of the items in rows (n,), or means over K items in rows (n, K).
 
-    name: of the task, for errors.
+    name: of the task, for errors.  formed: converts the float32 vectors, or the means, to another form.
     """
     taken = torch.tensor(take(rows.ravel()), device=device)
     lengths = torch.linalg.vector_norm(taken, dim=1)
@@ -165,12 +182,12 @@ def _vectors(name: str, take: Take, device: torch.device | str, rows: np.ndarray
             f"{name}: the embedding of item {rows.flat[place]} has length {lengths[place]:.5g}, not 1: check the "
             "model's weights, that it does not overflow, and that its vectors are normalised in float32"
         )
-    vectors = _fixed(taken.double())
-    if rows.ndim == 1:
-        return vectors
-    # Everything is exact except division and square root, which do not depend on tiles. A mean of zero stays zero.
-    means = _fixed(vectors.view(*rows.shape, -1).sum(dim=1) / rows.shape[1])
-    return _fixed(means / means.square().sum(dim=1, keepdim=True).sqrt().clamp(min=_STEP))
+    vectors = taken.double()
+    if rows.ndim > 1:
+        # Everything is exact except division and square root, which do not depend on tiles. A mean of zero stays zero.
+        means = _fixed(_fixed(vectors).view(*rows.shape, -1).sum(dim=1) / rows.shape[1])
+        vectors = means / means.square().sum(dim=1, keepdim=True).sqrt().clamp(min=_STEP)
+    return _fixed(formed(vectors.float()).double() if formed else vectors)
 
 
 _STEP = 2.0**-26
@@ -222,6 +239,15 @@ def collapsed(task: Task, take: Take) -> bool:
     return False
 
 
+def leading(tasks: list[Task]) -> Task:
+    """Return the task of a dataset whose first metric is the dataset's score: of two directions, the one from text."""
+    return min(tasks, key=_not_from_text)
+
+
+def _not_from_text(task: Task) -> bool:
+    return not task.direction.startswith("t")
+
+
 def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case], *, collapsed: bool = False) -> DatasetResult:
     """Return the result of one dataset, from a Ranking or from one Retrieval for each direction.
 
@@ -229,7 +255,7 @@ def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case], *, col
     worst: cases of all directions.  collapsed: see `collapsed`.
     """
     strict = [replace(own, rank=own.worst_rank) for own in scores]
-    both = sorted(zip(tasks, strict, strict=True), key=lambda pair: not pair[0].direction.startswith("t"))
+    both = sorted(zip(tasks, strict, strict=True), key=lambda pair: _not_from_text(pair[0]))
     task, first = both[0]
     in_distribution, language = None, ""
     if isinstance(task, Ranking):

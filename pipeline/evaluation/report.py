@@ -1,21 +1,19 @@
-"""The report of an evaluation: results by dataset, their averages, report.json, and tables for a terminal."""
+"""The report of an evaluation: results by dataset, their averages, and report.json."""
 
 import json
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
-from rich.console import Console
-from rich.table import Table
 
 from pipeline.data.mmeb import META_TASKS, MMEB_TASKS
-from pipeline.errors import PipelineError, first_few, printable
+from pipeline.errors import PipelineError, first_few
+from pipeline.models.compact import Form
 from pipeline.storage import objects
 from pipeline.storage.documents import parse_json
 
@@ -117,12 +115,21 @@ class DatasetResult:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The datasets' scores with vectors in another form, by name."""
+
+    form: Form
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
 class _Stored:
     format: Literal[1]
     model: str
     averages: dict[str, float]
     results: dict[str, DatasetResult]
     protocols: tuple[Literal["mmeb", "video"], ...] = ()
+    variants: tuple[Variant, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,11 +153,13 @@ class Report:
     """Results of `model` by dataset: MMEB datasets in the order of MMEB's table, then the others in the given order.
 
     protocols: the evaluations of LLaVE's paper that read items like this one; only they are comparable.
+    variants: the full vectors, then the other forms that were scored; empty if none was.
     """
 
     model: str
     results: dict[str, DatasetResult]
     protocols: tuple[str, ...] = ()
+    variants: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
         places = {name: place for place, name in enumerate(MMEB_TASKS)}
@@ -186,6 +195,28 @@ class Report:
             for group, members in self._groups().items()
             if None not in members.values()
         }
+
+    def means(self) -> dict[str, float]:
+        """Return mean scores: the averages by meta-task and overall, of each other group, and of all datasets.
+
+        The last is left out where another one is the same.
+        """
+        groups: dict[str, list[float]] = {}
+        for result in self.results.values():
+            groups.setdefault("MMEB" if result.is_mmeb else result.group, []).append(result.score)
+        means = {group: mean for group, mean in self.averages().items() if group in (*META_TASKS, "overall")}
+        means |= {group: float(np.mean(scores)) for group, scores in groups.items() if group != "MMEB"}
+        if len(groups) > 1 or ("overall" not in means and "MMEB" in groups):
+            means["all datasets"] = self.score
+        return means
+
+    def at(self, variant: Variant) -> "Report":
+        """Return a report of a variant, in which each dataset has only its score."""
+        results = {
+            name: replace(result, metrics={result.metric: variant.scores[name]})
+            for name, result in self.results.items()
+        }
+        return Report(self.model, results)
 
     def missing(self) -> dict[str, list[str]]:
         """Return omitted average -> the datasets that are missing for it."""
@@ -234,6 +265,11 @@ class Report:
         """Write report.json, atomically."""
         results = {name: asdict(result) for name, result in self.results.items()}
         head = {"format": 1, "model": self.model, "averages": self.averages(), "protocols": list(self.protocols)}
+        if self.variants:
+            head["variants"] = [
+                asdict(variant) | {"bytes": variant.form.bytes, "means": self.at(variant).means()}
+                for variant in self.variants
+            ]
         write_text(path, json.dumps(head | {"results": results}))
 
     @classmethod
@@ -245,20 +281,11 @@ class Report:
             data = file.read_bytes()
         except OSError as error:
             raise PipelineError(f"{file} cannot be read ({error.strerror}): {remedy}") from None
-        content = parse_json(data, str(file), _Stored, remedy=remedy)
-        return cls(content.model, content.results, content.protocols)
-
-    def print(self, before: "Report | None" = None) -> None:
-        """Print tables of all datasets, with chance and optionally an earlier report; then the remarks."""
-        # A log file has no width. Names may contain brackets, which are not markup.
-        width = None if sys.stdout.isatty() else 120
-        console = Console(width=width, markup=False, emoji=False, highlight=False)
-        if any(result.is_mmeb for result in self.results.values()):
-            console.print(self._precision_table(before))
-        for group, rows in self.others(before).items():
-            console.print(_table(f"{group}, of {self.model}", rows))
-        for sentence in self.remarks():
-            console.print(printable(sentence))
+        content: _Stored = parse_json(data, str(file), _Stored, remedy=remedy)
+        for variant in content.variants:
+            if variant.scores.keys() != content.results.keys():
+                raise PipelineError(f"{file} lacks datasets with vectors of {variant.form}: {remedy}")
+        return cls(content.model, content.results, content.protocols, content.variants)
 
     def remarks(self) -> list[str]:
         """Return notes on the tables: collapse, omitted averages, small datasets, ties."""
@@ -281,24 +308,6 @@ class Report:
                 "candidates are the same item."
             )
         return remarks
-
-    def _precision_table(self, before: "Report | None") -> Table:
-        """Return a table of the results of MMEB's meta-tasks, and of the averages."""
-        columns = ["queries", "chance", *(["before", "after"] if before else ["Precision@1"]), "× chance"]
-        table = _titled(f"Precision@1 (%) of {self.model}", "task", columns)
-        mmeb = {name: result for name, result in self.results.items() if result.is_mmeb}
-        means, chances = self.averages(), self.averages(attrgetter("chance"))
-        earlier = {name: result.score for name, result in before.results.items()} if before else {}
-        earlier |= {f"mean: {group}": value for group, value in before.averages().items()} if before else {}
-        rows: dict[str, tuple[str, int | str, float, float]] = {
-            name: (each.group, sum(each.queries.values()), each.chance, each.score) for name, each in mmeb.items()
-        }
-        rows |= {f"mean: {group}": ("", "", chances[group], value) for group, value in means.items()}
-        for number, (name, (task, queries, chance, score)) in enumerate(rows.items(), 1):
-            then = [shown("P@1", earlier[name]) if name in earlier else "-"] if before else []
-            figures = [shown("P@1", chance), *then, shown("P@1", score), f"{score / chance:.1f}"]
-            table.add_row(printable(name), task, str(queries), *figures, end_section=number == len(mmeb))
-        return table
 
 
 def shown(metric: str, value: float) -> str:
@@ -356,33 +365,6 @@ def _mean(name: str, rows: Sequence[TableRow]) -> TableRow:
 
 def _means(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([each[name] for each in metrics])) for name in metrics[0]}
-
-
-def _titled(title: str, second: str, columns: Sequence[str]) -> Table:
-    """Return an empty table with columns for a name, a text and numbers."""
-    table = Table(title=printable(title), title_justify="left", title_style="bold")
-    table.add_column("", overflow="fold")
-    table.add_column(second, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _table(title: str, rows: Sequence[TableRow]) -> Table:
-    metrics = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
-    table = _titled(title, "", ["queries", "chance", *metrics])
-    for row in rows:
-        figures = [
-            shown(metric, row.metrics[metric])
-            + (f" ({changed(metric, row.metrics[metric], row.before[metric])})" if metric in row.before else "")
-            if metric in row.metrics
-            else ""
-            for metric in metrics
-        ]
-        queries = "" if row.queries is None else str(row.queries)
-        chance = "" if row.chance is None else f"{100 * row.chance:.1f}"
-        table.add_row(printable(row.name), row.direction, queries, chance, *figures)
-    return table
 
 
 def write_text(path: Path, text: str) -> None:

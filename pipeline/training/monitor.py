@@ -194,13 +194,18 @@ class Monitor:
         with disk_errors(evaluation_file(self.folder, step)):
             report.save(evaluation_file(self.folder, step))
         averages = report.averages()
-        for name, value in averages.items():
-            self.board.add_scalar(f"evaluation/{name}", value, step)
-        for name, result in report.results.items():
-            for metric, value in result.metrics.items():
-                self.board.add_scalar(f"evaluation_datasets/{name}/{metric}", value, step)
+        self._scores(step, report, "")
+        for variant in report.variants[1:]:  # the first is the full vectors
+            self._scores(step, report.at(variant), f"@{variant.form.dimensions}")
         shown = ", ".join(f"{name} {value:.1%}" for name, value in averages.items())
         logger.info("step %d: score %.1f%%%s%s", step, 100 * report.score, ", " if shown else "", shown)
+
+    def _scores(self, step: int, report: Report, suffix: str) -> None:
+        for name, value in report.averages().items():
+            self.board.add_scalar(f"evaluation/{name}{suffix}", value, step)
+        for name, result in report.results.items():
+            for metric, value in result.metrics.items():
+                self.board.add_scalar(f"evaluation_datasets/{name}/{metric}{suffix}", value, step)
 
     def stopped(self, number: int) -> None:
         """Record that a signal stopped the run, which can be resumed."""

@@ -32,6 +32,7 @@ from pipeline.evaluation.sets import Collection
 from pipeline.evaluation.store import MemoryStore
 from pipeline.jobs import limits, status
 from pipeline.models.chunks import CachedFeatures, Features
+from pipeline.models.compact import Form, check_size
 from pipeline.models.family import Processor
 from pipeline.models.registry import saved, training_of
 from pipeline.objectives.objective import StepResult, objective_of
@@ -122,6 +123,8 @@ class Trainer:
         self.processor = self.family.processor(recipe, self.model_path)
         self.frozen = load_frozen(recipe, self.model_path, self.device)
         self.engine = build_engine(recipe, self.ds_config, self.model_path)
+        for size in recipe.objective.sizes:
+            check_size(size, self.engine.module.dimension)
 
     def train(self) -> bool:
         """Take the remaining steps and return True, or return False if a rank is asked to stop. All steps are saved."""
@@ -317,10 +320,12 @@ class Trainer:
         interrupted = lambda: self.preemption.asked() > 0  # noqa: E731
         if not embed_collection(encoder, collection, store, interrupted=interrupted):
             return None
-        report = on_first_rank(
-            lambda: measure(self.recipe.run, collection, store.take, device=self.device) if store else None,
-            "the scores",
-        )
+        forms = [Form(size) for size in reversed(self.recipe.objective.sizes) if size < encoder.dimension]
+
+        def score() -> Report | None:
+            return measure(self.recipe.run, collection, store.take, forms=forms, device=self.device) if store else None
+
+        report = on_first_rank(score, "the scores")
         return report if self.rank == 0 else None
 
     @cached_property

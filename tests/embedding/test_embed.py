@@ -17,7 +17,8 @@ from pipeline.config import EvaluationRun
 from pipeline.data.sample import Item
 from pipeline.embed import Embedder, main
 from pipeline.embedding import embedder as embedder_module
-from pipeline.embedding.folder import EmbeddingFolder, Identity
+from pipeline.embedding import folder as folder_module
+from pipeline.embedding.folder import EmbeddingFolder, Identity, best
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import load_encoder
@@ -25,6 +26,7 @@ from pipeline.evaluation.store import MemoryStore
 from pipeline.evaluation.tasks import Collection, Ranking
 from pipeline.models import loading
 from pipeline.models.chunks import pack
+from pipeline.models.compact import Form, packed, quantized, shortened
 from pipeline.models.files import fingerprint
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.model import Llave
@@ -143,6 +145,19 @@ def test_stream_reads_only_one_group_ahead(embedder, monkeypatch):
     assert len(taken) == 9
     stream.close()
     assert embedder.embed([]).shape == (0, 48)
+
+
+def test_vectors_are_cut_on_request(embedder):
+    whole = embedder.embed(["star", "ring"])
+    cut = embedder.embed(["star", "ring"], dimensions=20)
+    assert torch.equal(cut, shortened(whole, 20))
+    assert torch.equal(embedder.embed(["star", "ring"], 48), whole)
+    assert embedder.embed([], 20).shape == (0, 20)
+    for size in (-1, 0, 49):
+        with pytest.raises(PipelineError, match=f"dimensions={size} is no size .* from 1 to 48"):
+            embedder.embed(["star"], size)
+        with pytest.raises(PipelineError, match="no size"):
+            embedder.stream(["star"], size)  # before anything is read
 
 
 @pytest.mark.parametrize(
@@ -277,6 +292,65 @@ def test_files_are_embedded_and_searched(tiny_model, inputs, media, tmp_path, mo
     assert line.replace("│", " ").split() == ["1", "1.000", str(media / "deep/b.jpg")]
 
 
+@pytest.mark.parametrize("vectors", ["float32", "binary"])
+def test_small_vectors_are_stored_and_searched(tiny_model, inputs, tmp_path, monkeypatch, capsys, embedder, vectors):
+    out = tmp_path / "out"
+    form = ["--dimensions", 20, "--vectors", vectors]
+    call(monkeypatch, tiny_model, "--out", out, "--texts", inputs / "texts.txt", *form)
+    cut, query = embedder.embed(TEXTS, 20), embedder.embed(["a query"], 20)[0]
+    rows, kept = np.load(out / "texts.npy"), cut if vectors == "float32" else quantized(cut, vectors)
+    np.testing.assert_array_equal(rows, cut if vectors == "float32" else packed(cut, vectors))
+    made = json.loads((out / "embeddings.json").read_text())
+    assert (made["dimension"], made["vectors"]) == (20, vectors)
+
+    for options in (form, []):  # without options, a search is as the folder
+        capsys.readouterr()
+        call(monkeypatch, tiny_model, "--out", out, "--query", "a query", *options)
+        lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.split("\n") if "│" in line]
+        similarities = [float(line[1]) for line in lines]
+        assert similarities == pytest.approx(sorted((kept @ query).tolist(), reverse=True), abs=6e-4)
+    with pytest.raises(
+        PipelineError, match=f"has texts of 20 {vectors} numbers, not 48 {vectors}: give --dimensions 20 "
+    ):
+        call(monkeypatch, tiny_model, "--out", out, "--query", "x", "--dimensions", 48)
+
+
+def test_embeddings_of_another_form_are_refused(tmp_path, monkeypatch):
+    """All embeddings in a folder can be compared with one query."""
+    store, rows = EmbeddingFolder(tmp_path), [torch.eye(4)[:2]]
+    small, whole = Identity("m", 4, "f", "int8"), Identity("m", 4, "f")
+    store.write("texts", ["a", "b"], rows, small)
+    with pytest.raises(
+        PipelineError, match="has texts of 4 int8 numbers, not 4 float32: give --dimensions 4 --vectors"
+    ):
+        store.check(whole, ["images"], overwrite=True)
+    store.check(small, ["images"], overwrite=False)
+    store.check(whole, ["texts"], overwrite=True)
+    store.write("images", ["c", "d"], rows, small)
+    assert store.kinds() == ["texts", "images"]
+    store.write("texts", ["a", "b"], rows, whole)
+    assert store.kinds() == ["texts"]
+    np.testing.assert_array_equal(store.read("texts")[1], rows[0])
+    about = tmp_path / "embeddings.json"
+    about.write_text(json.dumps(vars(small)))
+    with pytest.raises(PipelineError, match=r"texts\.npy has not the 4 int8 numbers of embeddings\.json: embed again"):
+        store.read("texts")
+    about.write_text('{"model": "m", "dimension": 4, "fingerprint": "f"}')  # of a version without types
+    assert store.form() == Form(4)
+    assert store.read("texts")[1].dtype == np.float32
+
+
+def test_search_among_small_vectors_equals_that_among_restored_ones(monkeypatch):
+    monkeypatch.setattr(folder_module, "_BLOCK", 7)
+    vectors = torch.nn.functional.normalize(torch.from_numpy(np.random.default_rng(0).normal(size=(40, 21))), dim=1)
+    query = vectors[0].float().numpy()
+    for kind in ("int8", "binary"):
+        found = best(packed(vectors, kind), query, 5, Form(21, kind))
+        similarities = quantized(vectors, kind).double().numpy() @ query
+        assert [row for row, _ in found] == np.argsort(-similarities)[:5].tolist()
+        assert [similarity for _, similarity in found] == pytest.approx(np.sort(similarities)[:-6:-1], abs=1e-6)
+
+
 def test_unmatched_pattern_is_refused_before_folder_creation(tiny_model, tmp_path, monkeypatch):
     with pytest.raises(PipelineError, match=r"^--images '.*\*\.png' matches no file$"):
         call(monkeypatch, tiny_model, "--images", tmp_path / "*.png", "--out", tmp_path / "out")
@@ -407,6 +481,8 @@ def test_invalid_arguments_are_refused_before_model_load(tiny_model, inputs, med
         ([tiny_model, *out, "--texts", tmp_path / "nowhere"], "nowhere: No such file"),
         ([tmp_path / "nothing", *texts, *out, "--video-fps", 0.5], "no model at"),
         ([tmp_path, *texts, *out], "it has no config.json"),
+        ([tiny_model, *texts, *out, "--dimensions", 49], "dimensions=49 is no size .* from 1 to 48"),
+        (["m", "--shards", "there", "--vectors", "int8"], "--shards cannot be combined with --vectors"),
     ):
         with pytest.raises(PipelineError, match=reason):
             call(monkeypatch, *arguments)

@@ -6,13 +6,16 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.data.sample import Item
 from pipeline.evaluation.measure import measure
+from pipeline.evaluation.metrics import scores_of
 from pipeline.evaluation.report import Shown
 from pipeline.evaluation.store import MemoryStore
 from pipeline.evaluation.tasks import Collection, Ranking, Retrieval
+from pipeline.models.compact import Form, quantized, shortened
 
 
 def angled(*degrees: float) -> MemoryStore:
@@ -91,6 +94,61 @@ def tasks_of(ways: int = 7) -> list[Ranking | Retrieval]:
         Retrieval("Captions", "text-image", "i2t", "en", rows, rows, right),
         Retrieval("Classes", "classification", "", "en", rows, pairs, right),
     ]
+
+
+def test_other_forms_are_scored_as_their_vectors(collection):
+    """Of texts whose vectors are noisy copies of each other: queries 0 to 19, their candidates 20 to 39."""
+    rows, noise = np.random.default_rng(0).normal(size=(2, 20, 24))
+    vectors = np.concatenate([rows, rows + noise]) * np.linspace(0.2, 1, 24)
+    vectors = torch.from_numpy(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).float()
+    queries, right, store = np.arange(20), [np.array([row]) for row in range(20)], MemoryStore(40, 24)
+    store.vectors[:] = vectors
+    classes = np.stack([queries + 20, np.roll(queries, 3) + 20], axis=1)
+    collection.tasks += [
+        Ranking("QA", "vqa", True, queries, [np.roll(queries, -row) + 20 for row in queries]),
+        Retrieval("Captions", "text-image", "i2t", "en", queries, queries, right),  # its score is 1, but counts less
+        Retrieval("Captions", "text-image", "t2i", "en", queries, queries + 20, right),
+        Retrieval("Classes", "classification", "", "en", queries, classes, right),
+    ]
+    forms = [Form(24, "int8"), Form(24, "binary"), Form(7), Form(7, "int8"), Form(7, "binary")]
+    report, plain = (measure("m", collection, store.take, forms=each) for each in (forms, []))
+    assert (report.results, plain.variants) == (plain.results, ())
+    assert [variant.form for variant in report.variants] == [Form(24), *forms]
+    means = torch.nn.functional.normalize(vectors[torch.from_numpy(classes)].mean(dim=1), dim=1)
+    scores = []
+    for variant in report.variants:
+        form, found = variant.form, []
+        for candidates in (vectors[20:], means):
+            kept = shortened(candidates, form.dimensions)
+            if form.kind != "float32":
+                kept = quantized(kept, form.kind)
+            similarities = shortened(vectors[:20], form.dimensions).double() @ kept.double().T  # queries stay float32
+            found.append(float((similarities.argmax(dim=1) == torch.arange(20)).double().mean()))
+        assert variant.scores == {"QA": found[0], "Captions": found[0], "Classes": found[1]}, form
+        scores.append(found)
+    assert len({tuple(each) for each in scores}) > 3  # most forms differ, so that a wrong one is noticed
+    assert report.variants[0].scores == {name: result.score for name, result in report.results.items()}
+
+
+def test_scores_of_other_forms_do_not_depend_on_tiles():
+    vectors = np.random.default_rng(0).normal(size=(24, 33))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    rows = np.arange(12)
+    task = Retrieval("Set", "text-image", "t2i", "en", rows, rows + 12, list(rows[:, None]))
+    for form in (Form(10), Form(33, "int8"), Form(10, "binary")):
+        whole, *tiled = (
+            scores_of(task, lambda numbers: vectors[numbers], form=form, tile_bytes=size) for size in (1 << 28, 1, 5000)
+        )
+        for each in tiled:
+            for name, values in vars(whole).items():
+                np.testing.assert_array_equal(getattr(each, name), values, err_msg=name)
+
+
+def test_queries_and_candidates_that_begin_with_zeros_count_as_wrong(collection):
+    rows = np.eye(7, dtype=np.float32)
+    collection.tasks.append(Ranking("QA", "vqa", True, np.arange(7), [np.roll(np.arange(7), -row) for row in range(7)]))
+    report = measure("m", collection, lambda numbers: rows[numbers], forms=[Form(3), Form(3, "int8")])
+    assert [variant.scores["QA"] for variant in report.variants] == [1, 3 / 7, 3 / 7]
 
 
 @pytest.mark.parametrize("spread", [0, 1e-7, 1e-5], ids=["one vector", "but for rounding", "but for more of it"])

@@ -11,7 +11,9 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.html import change, write_report
 from pipeline.evaluation.html import page as page_of
 from pipeline.evaluation.published import PUBLISHED
-from pipeline.evaluation.report import Case, DatasetResult, Report, Shown, Similarities
+from pipeline.evaluation.report import Case, DatasetResult, Report, Shown, Similarities, Variant
+from pipeline.evaluation.terminal import print_report
+from pipeline.models.compact import Form
 
 NAMES = [name for name in MMEB_TASKS if name != "ImageNet_1K"]
 FEW = [name for name in NAMES if MMEB_TASKS[name][0] in ("classification", "grounding")][:-1]
@@ -140,12 +142,12 @@ def test_missing_or_non_json_report_is_refused(tmp_path):
 
 def test_precision_is_printed_before_and_after(capsys):
     before, after = own_sets(a=("vqa", True, 0.1)), own_sets(**{"a": ("vqa", True, 0.7), "[b]": ("vqa", True, 0.2)})
-    after.print(before)
+    print_report(after, before)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     rows = {line[1]: line[3::2] for line in lines if len(line) > 3}
     assert rows["a"] == ["vqa", "10", "10.0", "10.0", "70.0", "7.0"]
     assert rows["[b]"] == ["vqa", "10", "10.0", "-", "20.0", "2.0"]
-    after.print()
+    print_report(after)
     printed = capsys.readouterr().out
     assert "Precision@1" in printed
     assert "before" not in printed
@@ -155,7 +157,7 @@ def test_printed_retrieval_has_both_directions_and_language_means(capsys):
     languages = {"XM3600-de": retrieval("de"), "XM3600-sw": retrieval("sw", -0.2, ties=3)}
     earlier = {name: replace(each, metrics=retrieval().metrics) for name, each in languages.items()}
     report = Report("m", languages | {"Flickr30k": retrieval("en")})
-    report.print(Report("n", earlier))
+    print_report(report, Report("n", earlier))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 120
     (rows,) = report.others(Report("n", earlier)).values()
@@ -250,6 +252,71 @@ def test_leaderboard_file_has_only_mmeb_datasets(written, tmp_path):
     write_report(own_sets(a=("vqa", True, 0.2)), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["figures", "report.html", "report.json"]
     assert "LLaVE" not in (tmp_path / "report.html").read_text()
+
+
+def with_variants(results: dict[str, DatasetResult]) -> Report:
+    """Return a report of the full vectors and of two other forms, whose scores are 0.9 and 0.75 of the full ones."""
+    shares = {Form(48): 1, Form(48, "binary"): 0.9, Form(16, "int8"): 0.75}
+    variants = [
+        Variant(form, {name: share * result.score for name, result in results.items()})
+        for form, share in shares.items()
+    ]
+    return Report("m", results, variants=tuple(variants))
+
+
+def test_means_are_by_meta_task_and_other_group():
+    tasks = {"classification": 5.5, "vqa": 15.5, "retrieval": 26.5, "grounding": 34.5, "overall": 18.5}
+
+    def means(results: dict[str, DatasetResult]) -> dict[str, float]:
+        return {name: pytest.approx(100 * mean) for name, mean in Report("m", results).means().items()}
+
+    captions = {"a": retrieval(), "b": retrieval(shift=0.1)}
+    assert means(mmeb()) == tasks
+    assert means(captions) == {"text-image": 45}
+    assert means(mmeb() | captions) == tasks | {"text-image": 45, "all datasets": (36 * 18.5 + 2 * 45) / 38}
+    assert means(mmeb(NAMES[:11])) == {"classification": 5.5, "all datasets": 6}
+    assert means(mmeb(NAMES[:1])) == {"all datasets": 1}
+
+
+def test_variants_are_saved_and_shown(tmp_path, capsys):
+    some = own_sets(x=("vqa", True, 0.4), y=("retrieval", True, 0.6)).results
+    report = with_variants(some | {"a": retrieval()})
+    write_report(report, tmp_path, report)
+    assert Report.read(tmp_path) == report
+    content = json.loads((tmp_path / "report.json").read_text())
+    small = content["variants"][2]
+    assert (small["form"], small["bytes"]) == ({"dimensions": 16, "kind": "int8"}, 16)
+    assert small["means"]["vqa"] == small["scores"]["x"] == pytest.approx(0.3)
+    rows = [
+        ["48", "float32", "192", "40.0", "60.0", "50.0", "40.0", "46.7"],
+        ["48", "binary", "6", "36.0", "-4.0", "54.0", "-6.0", "45.0", "-5.0", "36.0", "-4.0", "42.0", "-4.7"],
+        ["16", "int8", "16", "30.0", "-10.0", "45.0", "-15.0", "37.5", "-12.5", "30.0", "-10.0", "35.0", "-11.7"],
+    ]
+    page = (tmp_path / "report.html").read_text().replace("−", "-")
+    section = page[page.index("By size and type") : page.index("<h2>Similarities")]
+    shown = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr.*?</tr>", section, re.DOTALL)]
+    assert shown[1:] == rows
+    assert all(text in section for text in ("all datasets, %, by bytes", ">float32</text>", ">int8</text>", ">binary<"))
+    assert {file.name for file in (tmp_path / "figures").iterdir()} >= {"sizes-dark.png", "sizes-light.png"}
+
+    print_report(report)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 120
+    assert rows == [row for line in printed.splitlines() if (row := re.sub(r"[│()]", " ", line).split()) in rows]
+
+
+def test_report_without_variants_does_not_name_them(written):
+    assert "variants" not in json.loads((written / "report.json").read_text())
+    assert "By size and type" not in (written / "report.html").read_text()
+
+
+def test_variants_without_a_dataset_are_refused(tmp_path):
+    with_variants({"a": retrieval(), "b": retrieval()}).save(file := tmp_path / "r.json")
+    content = json.loads(file.read_text())
+    del content["variants"][1]["scores"]["b"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(PipelineError, match=r"r\.json lacks datasets with vectors of 48 binary: it is not"):
+        Report.read(file)
 
 
 def test_published_averages_are_consistent():

@@ -170,7 +170,7 @@ def test_pairs_bring_their_positives_teacher_temperatures_and_margins(sub_batch)
 
 
 def test_stored_scores_are_labels_of_a_pairs_own_candidates():
-    """Scores cover the target and the pair's own negatives; a mined negative after them has none. Some pairs have none."""
+    """Scores cover the target and the pair's own negatives; a mined negative after them has none."""
     batch = batch_of([3] * PAIRS)
     rng = np.random.default_rng(1)
     scores = [tuple(rng.normal(size=3)) if i % 2 else None for i in range(PAIRS)]  # of the target and two negatives

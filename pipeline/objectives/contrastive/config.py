@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from pipeline.config import Fixed, ObjectiveSection, Recipe, Section
 
@@ -53,7 +53,7 @@ class ContrastiveSection(ObjectiveSection):
     margins: Annotated[dict[str, float | None], Fixed()] = Field(
         {}, description="margin of the pairs of a task, by its name, such as {classification: 0.1}; null: no mask"
     )
-    dimensions: Annotated[list[int], Fixed()] = Field(
+    dimensions: Annotated[list[PositiveInt], Fixed()] = Field(
         [], description="sizes to which vectors can be cut (Matryoshka); the loss is the mean over them"
     )
     dimension_weights: Annotated[list[float], Fixed()] = Field(
@@ -69,7 +69,7 @@ class ContrastiveSection(ObjectiveSection):
     @field_validator("dimensions")
     @classmethod
     def sizes_ascend(cls, sizes: list[int]) -> list[int]:
-        if sizes != sorted(set(sizes)) or any(size < 1 for size in sizes):
+        if sizes != sorted(set(sizes)):
             raise ValueError(f"objective.dimensions={sizes} must be ascending sizes such as [64, 256, 1024]")
         return sizes
 
@@ -86,6 +86,10 @@ class ContrastiveSection(ObjectiveSection):
     @property
     def uses_teacher(self) -> bool:
         return self.reward == "teacher" or (self.distill is not None and self.distill.scores == "teacher")
+
+    @property
+    def sizes(self) -> list[int]:
+        return self.dimensions
 
     def alpha_at(self, step: int) -> float:
         """Return alpha in a step, counted from 0."""
