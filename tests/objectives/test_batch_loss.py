@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pipeline.models.compact import quantized
 
 from pipeline.config import Recipe, load_recipe
 from pipeline.data.batch import Batch
+from pipeline.models.compact import quantized
 from pipeline.objectives.contrastive.batch_loss import contrastive_loss
 from pipeline.objectives.contrastive.loss import Distill, Positives, Teacher, hardness_weighted_loss
 
@@ -198,7 +198,7 @@ def test_stored_scores_are_labels_of_a_pairs_own_candidates():
 def test_loss_of_rounded_vectors_has_their_gradient(kind):
     batch, recipe = batch_of([1] * PAIRS), recipe_of("batch.sub_batch=null")
     generator = torch.Generator().manual_seed(0)
-    vectors = F.normalize(torch.randn(len(batch.items), WIDTH, generator=generator).double(), dim=-1)
+    vectors = F.normalize(torch.randn(len(batch.items), WIDTH, generator=generator), dim=-1)
     vectors, rounded = vectors.requires_grad_(), quantized(vectors.detach(), kind).requires_grad_()
     ours = contrastive_loss(vectors, batch, recipe_of("batch.sub_batch=null", f"objective.quantized={kind}"), 0.2, 9.0)
     theirs = contrastive_loss(rounded, batch, recipe, 0.2, 9.0)

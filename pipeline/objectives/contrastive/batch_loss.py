@@ -13,15 +13,9 @@ from pipeline.data.batch import Batch
 from pipeline.distributed import rank_and_world
 from pipeline.models.compact import quantized, shortened
 from pipeline.objectives.contrastive.config import ContrastiveSection, DistillSection
-from pipeline.objectives.contrastive.loss import (
-    Distill,
-    LossOutput,
-    Positives,
-    Teacher,
-    hardness_weighted_loss,
-    listwise_kl,
-    straight_through,
-)
+from pipeline.objectives.contrastive.listwise import listwise_kl
+from pipeline.objectives.contrastive.loss import Distill, LossOutput, Positives, Teacher, hardness_weighted_loss
+from pipeline.objectives.contrastive.small import straight_through
 
 
 def contrastive_loss(
@@ -38,7 +32,7 @@ def contrastive_loss(
     assert isinstance(objective, ContrastiveSection)
     if objective.quantized:
         embeddings = straight_through(embeddings, quantized(embeddings.detach(), objective.quantized))
-    loss = _BatchLoss(embeddings, batch, objective, torch.as_tensor(temperature, device=embeddings.device), alpha)
+    loss = _BatchLoss(embeddings, batch, objective, temperature, alpha)
     count = recipe.batch.global_batch // (recipe.batch.sub_batch or recipe.batch.global_batch)
     # Each sub-batch has equally many pairs of every lane, so it is the same for any number of ranks.
     share = recipe.batch.global_batch // recipe.data.lanes
@@ -69,7 +63,7 @@ class _BatchLoss:
     """The loss of some of a batch's pairs, which are negatives of each other and of the other ranks' pairs."""
 
     def __init__(
-        self, embeddings: Tensor, batch: Batch, objective: ContrastiveSection, temperature: Tensor, alpha: float
+        self, embeddings: Tensor, batch: Batch, objective: ContrastiveSection, temperature: float | Tensor, alpha: float
     ) -> None:
         self.embeddings, self.batch, self.objective, self.alpha = embeddings, batch, objective, alpha
         self.temperature, self.device = temperature, embeddings.device
@@ -81,7 +75,9 @@ class _BatchLoss:
         target, target_ids = self._items([batch.target[i] for i in pairs])
         negatives, negative_ids = self._items([negative for i in pairs for negative in batch.negatives[i]])
         valid = self._tensor([batch.valid[i] for i in pairs])
-        temperature = self.temperature[pairs] if self.temperature.ndim else self.temperature
+        temperature = self.temperature
+        if isinstance(temperature, Tensor) and temperature.ndim:
+            temperature = temperature[pairs]
         masked, distill = objective.mask_duplicates, objective.distill
         of_teacher = distill if distill and distill.scores == "teacher" else None
         output = hardness_weighted_loss(
@@ -138,6 +134,7 @@ class _BatchLoss:
 
     def _teacher(self, pairs: list[int]) -> Teacher:
         """Return the teacher's vectors, which each pair has as rows: query, target, positives, negatives."""
+        assert self.batch.teacher is not None  # the recipe's check
         rows = [self.batch.teacher[i] for i in pairs]
         further = [1 + 1 + len(self.batch.positives[i]) for i in pairs]
 
@@ -152,7 +149,7 @@ class _BatchLoss:
         )
 
     def _stored_divergence(
-        self, pairs: list[int], query: Tensor, temperature: Tensor, distill: DistillSection
+        self, pairs: list[int], query: Tensor, temperature: float | Tensor, distill: DistillSection
     ) -> Tensor:
         """Return (n,) KL divergences from the stored scores to the policy; the mean over objective.dimensions."""
         batch, objective = self.batch, self.objective

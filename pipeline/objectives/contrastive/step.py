@@ -42,8 +42,8 @@ class ContrastiveResult(StepResult):
         parts = (output.loss.detach(), output.contrastive, output.distillation)
         of_pairs = (output.positive, output.hardest_negative, output.effective_negatives, output.hardest_share)
         rows = torch.stack([*of_pairs, valid, *(part.expand(len(valid)) for part in parts)], dim=1)
-        rows = all_gather_constant(rows).double().cpu().numpy().T
-        positive, hardest, effective, share, valid, loss, contrastive, distillation = rows
+        columns = all_gather_constant(rows).double().cpu().numpy().T
+        positive, hardest, effective, share, valid, loss, contrastive, distillation = columns
         compared = (valid == 1) & (hardest > -math.inf)  # pairs with a negative
         positive, hardest, effective, share = (
             positive[valid == 1],
