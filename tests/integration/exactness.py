@@ -44,6 +44,7 @@ STEPS = 2
 LR = 0.1
 EPS = 1.0  # makes a step nearly proportional to the gradient, whose scale Adam otherwise hides
 INVALID = {3, 9}
+TEACHER_WIDTH = 5
 MIXES = ("images", "text", "mixed")
 CHUNK_TOKENS = (1, 200, 100_000)  # one item per chunk, several, all
 PARTS = {
@@ -157,7 +158,8 @@ def batch_of(pairs: list[Pair], processor: LlaveProcessor) -> Batch:
         return pair
 
     samples = [RawSample(i, Origin("", i), b"", lambda pair=pair: parse(pair)) for i, pair in enumerate(pairs)]
-    return Batch.of([encode_rows(samples, processor.encode)])
+    width = None if pairs[0].teacher is None else TEACHER_WIDTH
+    return Batch.of([encode_rows(samples, processor.encode, width)])
 
 
 def sub_batches(pairs: list[Pair], recipe: Recipe) -> list[list[Pair]]:
@@ -224,7 +226,7 @@ def formula(
 
 def taught_vector(item: Item) -> np.ndarray:
     """Return a teacher's unit vector of an item: random, but always the same."""
-    vector = np.random.default_rng(item.content_hash).normal(size=5).astype(np.float32)
+    vector = np.random.default_rng(item.content_hash).normal(size=TEACHER_WIDTH).astype(np.float32)
     return vector / np.linalg.norm(vector)
 
 
