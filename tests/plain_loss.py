@@ -1,12 +1,13 @@
-"""The contrastive loss as its formula, over whole matrices, for comparison in float64. Arguments are those of
-`hardness_weighted_loss`."""
+"""The contrastive loss as its formula, over whole matrices in float64, and examples for it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from pipeline.objectives.contrastive.loss import Distill, Positives
+from pipeline.objectives.contrastive.loss import Distill, Positives, Teacher
 
 
 @dataclass
@@ -16,8 +17,15 @@ class Plain:
     distillation: torch.Tensor
     masked: int
     pairs: int
+    hardest: torch.Tensor
     effective: torch.Tensor
     share: torch.Tensor
+
+
+ALPHA, TEMPERATURE = 9.0, 0.02
+
+# A logit's absolute error is its exponential's relative error. A few dozen operations lead from the vectors to it.
+OF_LOGITS = {"scale": 1 / TEMPERATURE + ALPHA, "operations": 64}
 
 
 def plain_loss(query, target, *, dimensions=(), dimension_weights=(), teacher=None, positives=None, **options) -> Plain:
@@ -120,6 +128,42 @@ def of_one_size(
         distillation=distillation.detach(),
         masked=int((possible & masked).sum()),
         pairs=int(possible.sum()),
+        hardest=s.detach().masked_fill(~negative, -torch.inf).amax(dim=1),
         effective=(1 / share.square().sum(dim=1)).nan_to_num(0),
         share=torch.stack([row[:k].sum() for row, k in zip(largest, top, strict=True)]).nan_to_num(0),
     )
+
+
+def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
+
+
+def near(x: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
+    """Return unit rows near those of x, which give losses between zero and those of noise."""
+    return F.normalize(x + noise * unit(*x.shape, seed=seed, dtype=x.dtype), dim=-1)
+
+
+def example(n: int = 7, m: int = 4, d: int = 6, dtype: torch.dtype = torch.float64) -> dict:
+    query = unit(n, d, seed=1, dtype=dtype)
+    return {
+        "query": query,
+        "target": near(query, 1.2, seed=2),
+        "negatives": near(query[torch.arange(m) % n], 0.9, seed=3),
+    }
+
+
+def call(function: Callable, flat: dict) -> Any:
+    """Call a loss with tensors by name, of which those that begin with "teacher_" and "further" are put together."""
+    flat = dict(flat)
+    teacher = {key.removeprefix("teacher_"): flat.pop(key) for key in list(flat) if key.startswith("teacher_")}
+    further = {key.removeprefix("further_"): flat.pop(key) for key in list(flat) if key.startswith("further_")}
+    positives = Positives(**further) if further else None
+    return function(**flat, teacher=Teacher(**teacher) if teacher else None, positives=positives)
+
+
+def with_gradients(function: Callable, inputs: dict, **options: Any) -> tuple[Any, dict]:
+    """Return a loss's output, and the gradients by the inputs; arguments are as in `call`."""
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    output = call(function, leaves | options)
+    return output, dict(zip(leaves, torch.autograd.grad(output.loss, list(leaves.values())), strict=True))
