@@ -73,7 +73,10 @@ def pair(dataset: str, number: int) -> Pair:
     mark = "<image> " if target.images else ""
     alternatives = tuple(f"{mark}{dataset} {number} alternative {i}" for i in range(number % 4))
     negatives = tuple(Item(f"wrong {i}") for i in range(number % 3))
-    return Pair(f"{number:04d}", dataset, f"task {number}", query, target, negatives, alternatives)
+    positives = (Item(f"{dataset} {number} is right, too"),) * (number % 2)
+    one = Pair(f"{number:04d}", dataset, f"task {number}", query, target, negatives, alternatives, positives=positives)
+    scores = tuple(float(i) for i in range(len(one.items) - 1)) if number % 4 < 2 else None
+    return replace(one, weights=(2.0, 0.5)[: 1 + len(positives)], scores=scores)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,7 @@ def test_store_has_one_row_per_item_and_equal_items_are_embedded_once(shards, tm
         for number, sample in enumerate(found):
             one = pair(dataset, number)
             targets = [replace(one.target, text=text) for text in one.texts]
-            expected = [vector(item) for item in (one.query, *targets, *one.negatives)]
+            expected = [vector(item) for item in (one.query, *targets, *one.positives, *one.negatives)]
             rows = sample["item_embeddings.npy"]
             if number == UNREAD:
                 assert rows.shape == (0, WIDTH)
@@ -149,7 +152,7 @@ def test_each_drawn_pair_comes_with_the_teachers_rows(shards, tmp_path, hard_neg
     texts, bad = {"": Item("")}, Counter()
     for dataset, count in SAMPLES.items():
         for one in (pair(dataset, number) for number in range(count)):
-            items = (one.query, *(replace(one.target, text=text) for text in one.texts), *one.negatives)
+            items = (*one.items, *(replace(one.target, text=text) for text in one.alternatives))
             texts |= {(one.task, item.text): item for item in items}
     seen = None
     for world, workers in ((1, 0), (1, 2), (2, 0)):
@@ -157,22 +160,29 @@ def test_each_drawn_pair_comes_with_the_teachers_rows(shards, tmp_path, hard_neg
         for batch in read(data_of(shards, tmp_path, workers=workers, hard_negatives=hard_negatives), world=world):
             assert len(batch.teacher) == len(batch.tasks) == len(batch.query) == BATCH // world
             for row, (vectors, task) in enumerate(zip(batch.teacher, batch.tasks, strict=True)):
-                keys = (batch.query[row], batch.target[row], *batch.negatives[row])
+                keys = (batch.query[row], batch.target[row], *batch.positives[row], *batch.negatives[row])
                 items = [text(batch, key) for key in keys]
                 rows.append((items, vectors.tolist()))
                 assert vectors.dtype == np.float32
                 if batch.valid[row]:
+                    one = pair("first", int(task.removeprefix("task ")))
+                    positives, negatives = len(one.positives), len(one.negatives) if hard_negatives else 0
+                    assert (len(batch.positives[row]), len(batch.negatives[row])) == (positives, negatives)
+                    assert batch.weights[row] == one.weights
+                    assert batch.scores[row] == (one.scores and one.scores[: 1 + positives + negatives])
                     expected = np.array([as_read(texts[task, item]) for item in items])
                     np.testing.assert_allclose(vectors, expected, rtol=0, atol=2.0**-24)  # rounded to float32
                     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=0, atol=2.0**-22)
                 else:
-                    assert (items, task, vectors.tolist()) == ([*["", ""]], "", np.zeros((2, WIDTH)).tolist())
+                    assert (items, task, vectors.tolist()) == (["", ""], "", np.zeros((2, WIDTH)).tolist())
+                    assert (batch.weights[row], batch.scores[row]) == ((1.0,), None)
             bad.update(each.reason for each in batch.bad)
         if world == 1:
             assert seen in (None, rows)
             seen = rows
         assert any(" alternative " in items[1] for items, _ in rows)
-        assert any(len(items) > 2 for items, _ in rows) == hard_negatives
+        assert any("wrong 0" in items for items, _ in rows) == hard_negatives
+        assert any("too" in items[-1] for items, _ in rows)
     reason = "the teacher has no vectors for it: teacher could not read one of its items"
     assert set(bad) == {reason, "made so"}
 
@@ -182,15 +192,21 @@ def test_without_a_teacher_batches_have_no_rows(shards):
 
 
 def test_texts_of_a_pair_take_their_rows_along():
-    rows = np.arange(7, dtype=np.float32)[:, None]
-    image, others = Item("<image>", (b"image",)), (Item("n"), Item("m"))
-    one = Pair("0", "d", "t", image, Item("a"), others, (" a", "b", "a"), teacher=rows)
-    assert [one.drawn(number).teacher.ravel().tolist() for number in range(4)] == [
-        [0, 1 + number, 5, 6] for number in range(4)
-    ]
-    assert one.without_negatives().teacher.ravel().tolist() == [0, 1, 2, 3, 4]
-    assert one.without_negatives().drawn(2).teacher.ravel().tolist() == [0, 3]
-    assert [one.two_texts(lambda n, k=k: k).teacher.ravel().tolist() for k in range(2)] == [[1, 3], [3, 1]]
+    rows = np.arange(8, dtype=np.float32)[:, None]
+    image, negatives, positives = Item("<image>", (b"image",)), (Item("n"), Item("m")), (Item("p"),)
+    given = {"positives": positives, "weights": (2, 3), "scores": (4, 5, 6, 7), "teacher": rows}
+    one = Pair("0", "d", "t", image, Item("a"), negatives, (" a", "b", "a"), **given)
+    for number in range(4):
+        drawn = one.drawn(number)
+        assert drawn.teacher.ravel().tolist() == [0, 1 + number, 5, 6, 7]
+        assert (drawn.weights, drawn.scores) == ((2, 3), (4, 5, 6, 7))
+    without = one.without_negatives()
+    assert (without.weights, without.scores, without.teacher.ravel().tolist()) == ((2, 3), (4, 5), [0, 1, 2, 3, 4, 5])
+    assert without.drawn(2).teacher.ravel().tolist() == [0, 3, 5]
+    both = [one.two_texts(lambda n, k=k: k) for k in range(2)]
+    assert [each.teacher.ravel().tolist() for each in both] == [[1, 3], [3, 1]]
+    assert [each.items for each in both] == [(Item("a"), Item("b")), (Item("b"), Item("a"))]
+    assert {(each.weights, each.scores) for each in both} == {((2,), None)}
 
 
 def test_fingerprint_and_memory_count_the_teachers_vectors(shards, tmp_path, monkeypatch):
@@ -255,7 +271,7 @@ def test_rows_of_another_sample_are_refused(shards, tmp_path):
     (record, sample), _ = samples.samples(0, 2)
     (_, own), (_, other) = vectors.samples(0, 2)
     assert source.parse(0, record, sample, own).teacher.shape == (2, WIDTH)
-    with pytest.raises(ObjectError, match=r"item_embeddings\.tar: the vectors \(4, 6\) of sample '0001' are not those"):
+    with pytest.raises(ObjectError, match=r"item_embeddings\.tar: the vectors \(5, 6\) of sample '0001' are not those"):
         source.parse(0, record, sample, other)
     with pytest.raises(BadSample, match="an item's embedding is zero or not finite"):
         source.parse(0, record, sample, sample_bytes("0000", np.zeros((2, WIDTH), np.float16), ITEMS))
