@@ -209,6 +209,32 @@ def test_texts_of_a_pair_take_their_rows_along():
     assert {(each.weights, each.scores) for each in both} == {((2,), None)}
 
 
+def test_captions_vectors_and_teachers_vectors_are_read_together(tmp_path):
+    pairs = [Pair(f"{i}", "d", "t", Item("<image>", (b"image",)), Item(f"t{i}"), (), (f"u{i}",)) for i in range(20)]
+    write_shards(pairs, tmp_path, dataset="d")
+    for kind, identity in ((CAPTIONS, "text encoder"), (ITEMS, "teacher")):
+        datasets = open_datasets([str(tmp_path)], None, kind)
+        embed_datasets(Teacher(identity), datasets, "fp16", torch.device("cpu"), overwrite=False)
+    source = Source.open(data_of(tmp_path, "beside", text_embeddings="beside", datasets=[]))
+    metadata = source.embedding_metadata, source.teacher_metadata
+    assert [each.identity for each in metadata] == ["text encoder", "teacher"]
+    order = source.order(BATCH, 3, Lengths(Square(), 8))
+    given = {"rank": 0, "world": 1, "timeout": HANG_SECONDS}
+    vectors = {}
+
+    def keeping(item: Item) -> Encoded:
+        vectors[item.text] = item.vector
+        return encode(item)
+
+    for batch in batches(source, order, keeping, range(2), **given):
+        for row, (query, target) in enumerate(zip(batch.query, batch.target, strict=True)):
+            items = [Item("<image>", (b"image",)), Item(text(batch, target))]
+            assert text(batch, query) == "<image>"
+            assert np.array_equal(vectors[items[1].text], vector(items[1]).astype(np.float32).astype(np.float16))
+            expected = [as_read(item) for item in items]
+            np.testing.assert_allclose(batch.teacher[row], expected, rtol=0, atol=2.0**-24)
+
+
 def test_fingerprint_and_memory_count_the_teachers_vectors(shards, tmp_path, monkeypatch):
     embed(shards, tmp_path / "one")
     embed(shards, tmp_path / "other", Teacher("2"))
