@@ -4,7 +4,7 @@ Models trained at several sizes (Matryoshka representation learning, Kusupati et
 that can be cut. Numbers in bytes or bits need 4 or 32 times less memory than float32.
 
 Lengths are computed in float64 by elementwise operations alone, added in a fixed order. So the result for a row does
-not depend on the other rows, on threads or on the device.
+not depend on the other rows or on threads.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Shared by all families' exports: write Hugging Face folders that earlier versions of transformers can also read."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from jinja2 import StrictUndefined, Template
 from pipeline.models.loading import IMAGES, reads_as_stored
 from pipeline.storage.atomic import replacing
 
+_SIZES = "matryoshka_dimensions"  # the name that vLLM reads in config.json
 _UNSCALED = ("rope_theta", "partial_rotary_factor")
 
 
@@ -43,6 +45,17 @@ def finish(folder: Path, fields: dict[str, Any] | None = None) -> None:
 def note_images(folder: Path, source: str, images: str | None) -> None:
     """Record in config.json that a model reads images as stored, by `reads_as_stored`; upright is not recorded."""
     finish(folder, {IMAGES: "as_stored" if reads_as_stored(source, images) else None})
+
+
+def note_sizes(folder: Path, sizes: Sequence[int]) -> None:
+    """Record in config.json, and on the model card, the sizes to which vectors can be cut; without any, nothing."""
+    finish(folder, {_SIZES: list(sizes) or None})
+    if sizes:
+        with (folder / "README.md").open("a") as card:
+            card.write(
+                f"\n## Smaller vectors\n\nVectors can be cut to their first {', '.join(map(str, sizes))} numbers, and "
+                "normalised again. The model was trained at these sizes.\n"
+            )
 
 
 def _for_earlier(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pipeline.config import Recipe
 from pipeline.distributed import on_first_rank
 from pipeline.errors import disk_errors
 from pipeline.models.chunks import Frozen
+from pipeline.models.folder import note_sizes
 from pipeline.models.lora import merge_adapters
 from pipeline.models.registry import training_of
 from pipeline.storage.atomic import remove_leftovers, replacing
@@ -42,6 +43,7 @@ def write_folder(
     merged = merge_adapters(weights, lora) if (lora := recipe.model.train.adapters) else weights
     with replacing(folder) as partial:
         training_of(recipe).save(recipe, model, merged, source, partial)
+        note_sizes(partial, recipe.objective.sizes)
 
 
 def _gathered(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:

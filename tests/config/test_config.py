@@ -136,3 +136,13 @@ def test_mixture_weights_caps_and_parts_are_parsed():
 def test_field_unused_by_objective_is_refused():
     with pytest.raises(PipelineError, match=r"model\.instruction is not for objective\.name=masked_next_token"):
         load_recipe("demo_masked.yaml", ["model.instruction=find"])
+
+
+def test_sizes_of_vectors_are_ascending():
+    assert load_recipe(DEMO, []).objective.sizes == []
+    assert load_recipe(DEMO, ["objective.dimensions=[16,64]"]).objective.sizes == [16, 64]
+    for wrong in ("[64,16]", "[16,16]"):
+        with pytest.raises(PipelineError, match=r"objective\.dimensions: the sizes must be ascending and distinct"):
+            load_recipe(DEMO, [f"objective.dimensions={wrong}"])
+    with pytest.raises(PipelineError, match="greater than 0"):
+        load_recipe(DEMO, ["objective.dimensions=[0]"])

@@ -239,7 +239,15 @@ def test_evaluation_options_are_typed_like_recipe_fields():
     options = parse_options(EvaluationRun, ["timeout_s=1_0", "requester_pays=1", "max_tokens=1000", "out=", "part=0/4"])
     assert (options.timeout_s, options.requester_pays, options.max_tokens) == (10.0, True, 1000)
     assert (options.out, options.part) == (None, "0/4")
-    for option, said in (("video=8", "video is a section, of frames"), ("chunk_tokens=yes", "valid integer")):
+    small = parse_options(EvaluationRun, ["dimensions=[64,256]", "vectors=[int8]"])
+    assert (small.dimensions, small.vectors) == ([64, 256], ["int8"])
+    wrong = {
+        "video=8": "video is a section, of frames",
+        "chunk_tokens=yes": "valid integer",
+        "dimensions=[0]": "greater than 0",
+        "vectors=[int4]": "'int8' or 'binary'",
+    }
+    for option, said in wrong.items():
         with pytest.raises(PipelineError, match=said):
             parse_options(EvaluationRun, [option])
 

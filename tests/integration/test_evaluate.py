@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.data.mmeb import MMEB_IMAGE_MARK, MMEB_TASKS
 from pipeline.evaluation.report import Report
+from pipeline.models.compact import Form
 
 NAMES = [name for name in MMEB_TASKS if name != "ImageNet_1K"]
 
@@ -64,8 +65,9 @@ def embedded(out: Path) -> list[bytes]:
 @pytest.fixture(scope="module")
 def alone(tiny_model, mmeb, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("evaluations") / "alone"
-    ended = launch(command(tiny_model, mmeb, out), world=1)
+    ended = launch(command(tiny_model, mmeb, out, "dimensions=[16]", "vectors=[binary]"), world=1)
     assert ended.status == [0], ended.output[-4000:]
+    assert "means (%) by size and type of the vectors" in ended.output
     return out
 
 
@@ -79,6 +81,14 @@ def test_all_36_datasets_are_scored_and_items_embedded_once(alone):
     board = json.loads((alone / "leaderboard.json").read_text())
     assert len(board["metrics"]["image"]) == 36
     assert (alone / "report.html").stat().st_size > 100_000
+
+
+def test_other_sizes_and_types_are_scored(alone):
+    report = Report.read(alone)
+    forms = [Form(48), Form(48, "binary"), Form(16), Form(16, "binary")]
+    assert [variant.form for variant in report.variants] == forms
+    assert report.variants[0].scores == {name: result.score for name, result in report.results.items()}
+    assert len({tuple(variant.scores.values()) for variant in report.variants}) == 4
 
 
 def test_two_processes_give_the_same_scores(alone, tiny_model, mmeb, tmp_path):

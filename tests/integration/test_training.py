@@ -48,6 +48,7 @@ def recipe(s3, tiny_model) -> list[str]:
         "data.workers=0",
         f"checkpoint.every={EVERY}",
         "evaluation.urls=[s3://pipeline-tests/training/Scene-T2I]",
+        "objective.dimensions=[16]",
         "ledger=true",
         f"timeout_minutes={HANG_MINUTES}",
     ]
@@ -130,12 +131,22 @@ def test_killed_run_matches_uninterrupted_run(finished, recipe, tmp_path):
 
 
 def test_exported_model_matches_evaluation_during_training(finished, tmp_path):
-    arguments = [str(finished / "export"), "s3://pipeline-tests/training/Scene-T2I", f"out={tmp_path}"]
+    arguments = [
+        str(finished / "export"),
+        "s3://pipeline-tests/training/Scene-T2I",
+        f"out={tmp_path}",
+        "dimensions=[16]",
+    ]
     ended = launch(["-m", "pipeline.evaluate", *arguments], world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
     assert "Precision@1" in ended.output
     ours, theirs = (Report.read(path) for path in (tmp_path, finished / "evaluation/step-00000016.json"))
     assert_results_alike(ours.results, theirs.results)
+    for variant, other in zip(ours.variants, theirs.variants, strict=True):
+        assert variant.form == other.form
+        assert_results_alike(ours.at(variant).results, theirs.at(other).results)
+    assert [str(variant.form) for variant in theirs.variants] == ["48 float32", "16 float32"]
+    assert json.loads((finished / "export/config.json").read_text())["matryoshka_dimensions"] == [16]
     best = json.loads((finished / "checkpoints/best").read_text())
     assert (best["checkpoint"], best["score"]) == ("step-00000016", theirs.score)
 

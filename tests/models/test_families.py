@@ -1,6 +1,7 @@
 """Model families: recognized by their folders; and recipes that do not fit their family."""
 
 import io
+import json
 from collections.abc import Callable
 
 import pytest
@@ -179,6 +180,17 @@ def test_image_orientation_setting_is_applied_and_exported(kind, folders, tiny_m
             rows = Embedder.load(tmp_path / out, device="cpu").embed(pictures)
             assert_close_in_norm(rows[1::2], rows[::2])
             assert (float((rows[0] - rows[2]).norm()) < 1e-4) == equal
+
+
+def test_export_names_the_sizes_of_its_vectors(folders, tmp_path):
+    given = folders["clip"]
+    for fields, sizes in ((["objective.dimensions=[4,16]"], [4, 16]), ([], None)):  # each continues the previous one
+        chosen = load_recipe("pipeline/recipes/demo_clip.yaml", [f"model.path={given}", *fields])
+        model, out = training("clip").load_whole(chosen, given), tmp_path / f"out{len(fields)}"
+        write_folder(model, dict(model.named_parameters()), chosen, given, out)
+        assert json.loads((out / "config.json").read_text()).get("matryoshka_dimensions") == sizes
+        assert ("cut to their first 4, 16 numbers" in (out / "README.md").read_text()) == bool(sizes)
+        given = str(out)
 
 
 def test_model_of_another_family_is_refused_before_loading(folders, error_of, tmp_path):

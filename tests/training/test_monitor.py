@@ -9,7 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.errors import PipelineError
-from pipeline.evaluation.report import BINS, DatasetResult, Report, Similarities
+from pipeline.evaluation.report import BINS, DatasetResult, Report, Similarities, Variant
+from pipeline.models.compact import Form
 from pipeline.training.monitor import Monitor, StepLog, check_writable
 
 
@@ -137,7 +138,9 @@ def test_tensorboard_shows_metrics_speed_and_histograms(tmp_path):
         none = Similarities(*[[0] * (len(BINS) - 1)] * 2)
         vqa = DatasetResult("vqa", True, "en", {"": 10}, {"P@1": 0.5}, 0.1, 0, none)
         clips = DatasetResult("text-video", None, "en", {"t2v": 10}, {"t2v R@1": 0.3, "t2v MdR": 4.0}, 0.1, 0, none)
-        monitor.evaluation(2, Report("model", {"Scene-VQA": vqa, "clips": clips}))
+        variants = [Variant(Form(48), {"Scene-VQA": 0.5, "clips": 0.3})]
+        variants += [Variant(Form(size), {"Scene-VQA": size / 100, "clips": 0.2}) for size in (40, 20)]
+        monitor.evaluation(2, Report("model", {"Scene-VQA": vqa, "clips": clips}, variants=tuple(variants)))
     assert Report.read(tmp_path / "evaluation/step-00000002.json").averages()["vqa"] == 0.5
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in board.Scalars("train/loss")] == [1.0, 0.5]
@@ -145,5 +148,12 @@ def test_tensorboard_shows_metrics_speed_and_histograms(tmp_path):
     tags = board.Tags()
     assert {"speed/seconds", "evaluation_datasets/Scene-VQA/P@1"} <= set(tags["scalars"])
     assert [event.value for event in board.Scalars("evaluation_datasets/clips/t2v MdR")] == [4.0]
+    averaged = ("vqa", "in distribution", "overall")
+    cut = {tag: round(board.Scalars(tag)[0].value, 5) for tag in tags["scalars"] if "@4" in tag or "@2" in tag}
+    assert cut == {
+        **{f"evaluation/{group}@{size}": size / 100 for size in (40, 20) for group in averaged},
+        **{f"evaluation_datasets/Scene-VQA/P@1@{size}": size / 100 for size in (40, 20)},
+        **{f"evaluation_datasets/clips/t2v R@1@{size}": 0.2 for size in (40, 20)},
+    }
     assert tags["histograms"] == ["similarity/positive"]
     assert "train/positive_similarity" not in tags["scalars"]
