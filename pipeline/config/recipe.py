@@ -177,6 +177,11 @@ class Data(Store):
         description="the captions' embeddings by pipeline.embed --shards: its --out, or `beside` the shards; null: the "
         "text encoder runs in every step",
     )
+    teacher: Place | None = Field(
+        None,
+        description="another embedder's vectors of all items, by pipeline.embed --shards --items: its --out, or "
+        "`beside` the shards; null: none",
+    )
     cap: Annotated[int | None, Fixed()] = Field(
         None, gt=0, description="maximum samples per dataset and epoch, unless the dataset has its own cap"
     )

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 
 import numpy as np
@@ -16,15 +16,19 @@ from pipeline.data.lengths import Lengths
 from pipeline.data.order import Dataset, Order, first_samples
 from pipeline.data.sample import BadSample, Pair
 from pipeline.data.shards import parse_sample
-from pipeline.data.text_embeddings import EmbeddingMetadata, TextEmbeddings
+from pipeline.data.stored_vectors import CAPTIONS, ITEMS, EmbeddingMetadata, StoredVectors, StoreKind
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
 from pipeline.storage.objects import ObjectError
 
+_READ_BYTES = 16 << 20  # per ranged read of `Tar.samples`, unless a sample is larger
+
+Stores = tuple[tuple[str, StoredVectors], ...]
+
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar of samples, or of their text embeddings.  folder: its URL's folder.  sidecars: that of its sidecar."""
+    """A tar of samples, or of their stored vectors.  folder: its URL's folder.  sidecars: that of its sidecar."""
 
     shard: Shard
     folder: str
@@ -42,33 +46,42 @@ class Tar:
         """Read the samples of consecutive records, by one ranged read."""
         return read_samples(self.folder, self.shard, records)
 
+    def samples(self, start: int, stop: int) -> Iterator[tuple[np.void, bytes]]:
+        """Yield (record, bytes) of samples start..stop-1, in ranged reads of about _READ_BYTES."""
+        records = self.records(start, stop)
+        pieces = np.cumsum(records["length"].astype(np.int64)) // _READ_BYTES
+        for piece in np.split(records, np.flatnonzero(np.diff(pieces)) + 1):
+            yield from zip(piece, self.read(piece), strict=True)
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """All datasets of a run.
 
     indexes: (URL, index) of each dataset.  shards: (number of the dataset, shard) of each shard.
-    embeddings: (URL, index) of each dataset's text embeddings, if the recipe uses them.
+    embeddings, teacher: (URL, index) of each dataset's text embeddings and teacher vectors, if the recipe uses them.
     """
 
     data: Data
     indexes: tuple[tuple[str, Index], ...]
     shards: tuple[tuple[int, Shard], ...]
-    embeddings: tuple[tuple[str, TextEmbeddings], ...] = ()
+    embeddings: Stores = ()
+    teacher: Stores = ()
 
     @classmethod
     def open(cls, data: Data) -> "Source":
         """Read only the datasets' indexes.
 
-        Raises ObjectError if one is missing, or if text embeddings belong to other shards or come from several models.
+        Raises ObjectError if one is missing, or if stored vectors belong to other shards or come from several models.
         """
         objects.configure(**data.store())
         urls = [objects.join(data.url, part.name) for part in data.datasets] or [data.url]
         with ThreadPoolExecutor(8) as pool:
             indexes = tuple(zip(urls, pool.map(Index.load, urls), strict=True))
         shards = tuple((number, shard) for number, (_, index) in enumerate(indexes) for shard in index.shards)
-        embeddings = _embeddings(data, indexes) if data.text_embeddings else ()
-        return cls(data, indexes, shards, embeddings)
+        embeddings = _stores(CAPTIONS, data.text_embeddings, data, indexes) if data.text_embeddings else ()
+        teacher = _stores(ITEMS, data.teacher, data, indexes) if data.teacher else ()
+        return cls(data, indexes, shards, embeddings, teacher)
 
     @property
     def embedding_metadata(self) -> EmbeddingMetadata | None:
@@ -76,9 +89,20 @@ class Source:
         return self.embeddings[0][1].metadata if self.embeddings else None
 
     @property
+    def teacher_metadata(self) -> EmbeddingMetadata | None:
+        """The metadata of the teacher vectors; None without any."""
+        return self.teacher[0][1].metadata if self.teacher else None
+
+    @property
+    def _stores(self) -> list[Stores]:
+        """The stores in use, in the order of `tars`."""
+        return [stores for stores in (self.embeddings, self.teacher) if stores]
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the datasets' content, their order, and the way they are read."""
-        texts = [index.to_json() for _, index in self.indexes] + [index.to_json() for _, index in self.embeddings]
+        texts = [index.to_json() for _, index in self.indexes]
+        texts += [index.to_json() for stores in self._stores for _, index in stores]
         return hashlib.sha256("".join(texts).encode()).hexdigest()
 
     @cached_property
@@ -143,14 +167,14 @@ class Source:
                     yield self.parse(number, record, data)
 
     def tars(self, shard: int) -> list[Tar]:
-        """Return the tar of a shard's samples and, if the recipe uses them, that of their text embeddings."""
+        """Return the tar of a shard's samples and, if used, those of their text embeddings and teacher vectors."""
         number, info = self.shards[shard]
         url, index = self.indexes[number]
         tars = [Tar(info, index.shards_url or url, url)]
-        if self.embeddings:
-            url, embeddings = self.embeddings[number]
-            part = embeddings.parts[shard - self._first_shards[number]]
-            tars.append(Tar(part.shard, embeddings.tars_url or url, url))
+        for stores in self._stores:
+            url, stored = stores[number]
+            part = stored.parts[shard - self._first_shards[number]]
+            tars.append(Tar(part.shard, stored.tars_url or url, url))
         return tars
 
     @cached_property
@@ -169,28 +193,28 @@ class Source:
     def origin(self, shard: int, sample: int) -> Origin:
         return Origin(self.tars(shard)[0].url, sample)
 
-    def parse(self, shard: int, record: np.void, data: bytes, vectors: bytes | None = None) -> Pair:
+    def parse(self, shard: int, record: np.void, data: bytes, *stored: bytes) -> Pair:
         """Parse a sample's bytes as a pair of the dataset in `names`; BadSample if they contain no pair.
 
-        vectors: the bytes of its text embeddings, or None.
+        stored: its bytes in the further `tars`; without them, the pair has no stored vectors.
         """
         number = self.shards[shard][0]
         _, index = self.indexes[number]
         pair = parse_sample(data, index.captions)
         if not isinstance(pair, Pair):
             raise BadSample("an item of an evaluation set, not a pair to train on")
-        rows = None
-        if vectors is not None:
-            embeddings = self.embeddings[number][1]
-            try:
-                rows = embeddings.vectors(vectors, pair, data, index.captions)
-            except ObjectError as error:
-                raise ObjectError(f"{self.tars(shard)[1].url}: {error}") from None
+        rows: dict[StoreKind, np.ndarray] = {}
+        if stored:
+            for place, (stores, vectors) in enumerate(zip(self._stores, stored, strict=True), 1):
+                store = stores[number][1]
+                try:
+                    rows[store.kind] = store.vectors(vectors, pair, data, index.captions)
+                except ObjectError as error:
+                    raise ObjectError(f"{self.tars(shard)[place].url}: {error}") from None
         query, target = int(record["query_hash"]), int(record["target_hash"])
-        if not self.data.hard_negatives:
-            pair = replace(pair, negatives=())
         pair = replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target))
-        return replace(pair, dataset=self.names[number], vectors=rows)
+        pair = replace(pair, dataset=self.names[number], vectors=rows.get(CAPTIONS), teacher=rows.get(ITEMS))
+        return pair if self.data.hard_negatives else pair.without_negatives()
 
     def check_memory(self, order: Order, world: int) -> None:
         """Raise PipelineError unless `data.memory_mb` holds one window of every lane and stream of a rank."""
@@ -198,7 +222,7 @@ class Source:
         for stream in order.streams:
             indexes = [self.indexes[number][1] for number in stream.datasets]
             total = sum(index.total_bytes for index in indexes)
-            total += sum(self.embeddings[number][1].total_bytes for number in stream.datasets if self.embeddings)
+            total += sum(stores[number][1].total_bytes for stores in self._stores for number in stream.datasets)
             mean = total / sum(index.samples for index in indexes)
             lane = min(data.window_blocks * data.block_samples, stream.samples // data.lanes)
             needed += mean * lane * data.lanes / world / 2**20
@@ -218,19 +242,18 @@ def open_dataset(url: str, *names: str) -> Source:
     return Source.open(Data(url=url, datasets=[Part(name=name) for name in names]))
 
 
-def _embeddings(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tuple[str, TextEmbeddings], ...]:
-    """Load (URL, index) of each dataset's text embeddings; see `Source.open`."""
-    place = data.text_embeddings or ""
+def _stores(kind: StoreKind, place: str, data: Data, indexes: tuple[tuple[str, Index], ...]) -> Stores:
+    """Load (URL, index) of each dataset's stored vectors; see `Source.open`."""
     if place == "beside":
         urls = [url for url, _ in indexes]
     else:
         urls = [objects.join(place, part.name) for part in data.datasets] or [place]
     with ThreadPoolExecutor(8) as pool:
-        found = tuple(zip(urls, pool.map(TextEmbeddings.load, urls), strict=True))
+        found = tuple(zip(urls, pool.map(partial(StoredVectors.load, kind=kind), urls), strict=True))
     first_url, first = found[0]
-    for (url, embeddings), (dataset, index) in zip(found, indexes, strict=True):
-        embeddings.check(url, dataset, index)
-        ours, theirs = first.metadata, embeddings.metadata
+    for (url, stored), (dataset, index) in zip(found, indexes, strict=True):
+        stored.check(url, dataset, index)
+        ours, theirs = first.metadata, stored.metadata
         if (ours.identity, ours.width) != (theirs.identity, theirs.width):
             raise ObjectError(
                 f"the embeddings in {first_url} are from {ours.model} ({ours.identity}), but those in {url} are from "

@@ -46,7 +46,7 @@ class PlannedWindow:
     """A lane's window, ready to be read.
 
     pieces: (P, 3) rows of (shard, start, stop), one ranged read each from every tar of the shard.
-    records: the records of each piece for every tar of the shard: its samples and, if used, their text embeddings.
+    records: the records of each piece for every tar of the shard: its samples and, if used, their stored vectors.
     rows: (T, slice samples, 3) of (piece, shard, sample), in the order of use.
     """
 
@@ -268,11 +268,12 @@ class Shares(IterableDataset):
         worker = info.id if info else 0
         reader = Reader(self.source, self.plans[worker], self.stop, worker, len(self.plans))
         received = objects.bytes_received()
+        width = self.source.teacher_metadata.width if self.source.teacher_metadata else None
         try:
             for _ in self.steps:
                 step, samples = reader.next_step()
                 encode = self.augmented(partial(self.order.draw_of_step, step)) if self.augmented else self.encode
-                share = encode_rows([self._raw(step, *sample) for sample in samples], encode)
+                share = encode_rows([self._raw(step, *sample) for sample in samples], encode, width)
                 before, received = received, objects.bytes_received()
                 share.received = received - before
                 if info:
