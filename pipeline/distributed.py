@@ -175,7 +175,7 @@ def on_first_rank(work: Callable[[], T], subject: str = "the first rank's part")
         pool.shutdown(wait=False)
 
 
-def on_every_rank(work: Callable[[], None], done: Callable[[], int], show: Callable[[int], None]) -> None:
+def on_every_rank(work: Callable[[], None], done: Callable[[], int], show: Callable[[int], object]) -> None:
     """Run `work` on every rank, and return when it has ended on all. What `work` raises, its rank raises.
 
     Ranks may take very different times: meanwhile they exchange a message every few seconds, because in one collective

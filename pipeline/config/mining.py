@@ -32,7 +32,8 @@ class MiningRun(Store):
         "own", description="candidates: targets of the query's own dataset, or of all datasets"
     )
     vectors: Place | None = Field(
-        None, description="folder of the items' vectors, which are computed if they are missing; default: each dataset's"
+        None,
+        description="folder of the items' vectors, which are computed if they are missing; default: each dataset's",
     )
     out: Place | None = Field(None, description="folder of the mined negatives; default: each dataset's")
     scratch: Local | None = Field(

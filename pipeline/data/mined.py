@@ -264,7 +264,9 @@ def _elsewhere(url: str, mined: MinedIndex, dataset: str, wanted: Referred) -> t
     remedy = f"mine the negatives of {dataset} again, or with among=own"
     above = dataset.removesuffix(f"/{own}")
     if above == dataset:
-        raise ObjectError(f"{name} refers to the dataset {wanted.name}, which is not in data.datasets: add it, or {remedy}")
+        raise ObjectError(
+            f"{name} refers to the dataset {wanted.name}, which is not in data.datasets: add it, or {remedy}"
+        )
     place = objects.join(above, wanted.name)
     index = Index.load(place)
     if content_of(index) != wanted.shards:
@@ -295,5 +297,3 @@ def with_negatives(records: np.ndarray, references: np.ndarray) -> np.ndarray:
         used[rows] += 1
         result["negative_images"][rows] += 1
     return result
-
-

@@ -114,7 +114,9 @@ def _exact(queries: Tensor, tile: Tensor, rows: Tensor, columns: Tensor, tile_by
     """Return the (p,) exact similarities of pairs of a query and a candidate, rounded to float32."""
     size = max(1, tile_bytes // (16 * queries.shape[1]))
     pairs = zip(rows.split(size), columns.split(size), strict=True)
-    return torch.cat([torch.linalg.vecdot(queries[row].double(), tile[column].double()) for row, column in pairs]).float()
+    return torch.cat(
+        [torch.linalg.vecdot(queries[row].double(), tile[column].double()) for row, column in pairs]
+    ).float()
 
 
 def _merged(keys: Tensor, rows: Tensor, new: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The nearest candidates of a dataset's queries, which of them are likely right, and which become negatives."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,16 +44,17 @@ class Ranking:
     """
 
     def __init__(self, targets: Targets, number: int, options: MiningRun, device: torch.device) -> None:
-        self.targets, self.options, self.device = targets, options, device
+        self.targets, self.number, self.options, self.device = targets, number, options, device
         scope = targets.of_dataset(number) if options.among == "own" else slice(0, len(targets.facts))
         usable = scope.start + np.flatnonzero(targets.facts["usable"][scope])
         # Sorted by hash, then number: of equal targets np.unique returns the first.
         self.hashes, places = np.unique(targets.facts["target_hash"][usable], return_index=True)
         self.by_hash = usable[places]
         self.candidates = Candidates(targets.vectors, np.sort(self.by_hash))
-        query_hashes = targets.facts["query_hash"]
-        self.by_query = np.argsort(query_hashes, kind="stable")
-        self.query_hashes = query_hashes[self.by_query]
+
+    def first_sample(self, shard: int) -> int:
+        """Return the number of the first sample of the dataset's shard."""
+        return int(self.targets.firsts[np.flatnonzero(self.targets.datasets[:, 0] == self.number)[shard]])
 
     def ranks(self, first: int, queries: np.ndarray, usable: np.ndarray) -> Ranks:
         """Rank the candidates of the samples from number `first` on.
@@ -78,12 +78,12 @@ class Ranking:
 
     def _excluded(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (E,) rows of `samples` and (E,) numbers of candidates that are left out for them, without repeats."""
-        facts = self.targets.facts
+        facts, (sorted_hashes, by_query) = self.targets.facts, self.targets.by_query
         queries = facts["query_hash"][samples]
-        begin, end = (np.searchsorted(self.query_hashes, queries, side=side) for side in ("left", "right"))
+        begin, end = (np.searchsorted(sorted_hashes, queries, side=side) for side in ("left", "right"))
         counts = end - begin
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        alike = self.by_query[np.repeat(begin, counts) + within]  # samples with an equal query, itself included
+        alike = by_query[np.repeat(begin, counts) + within]  # samples with an equal query, itself included
         hashes = np.concatenate([facts["target_hash"][alike], queries])
         owners = np.concatenate([np.repeat(np.arange(len(samples)), counts), np.arange(len(samples))])
         places = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
@@ -104,16 +104,16 @@ def limits(positive: np.ndarray, margin: float | None) -> np.ndarray:
     return wide - (1 - margin) * np.abs(wide)
 
 
-def chosen(ranks: Ranks, options: MiningRun, key: tuple[int, int]) -> np.ndarray:
+def chosen(ranks: Ranks, options: MiningRun, key: tuple[int, int], first: int) -> np.ndarray:
     """Return (n, count) places in the ranks of each query's negatives, rising; -1 where there are fewer.
 
-    key: the numbers of the dataset and of the shard. With choose=sampled, they, the seed and the sample's number in
-    the shard determine the draw.
+    key: the numbers of the dataset and of the shard.  first: the number of the first query in the shard. With
+        choose=sampled, they and the seed determine the draw.
     """
     remaining = ranks.remaining & (np.cumsum(ranks.remaining, axis=1) > options.skip)
     order = np.where(remaining, np.arange(options.depth), options.depth)  # of preference; `depth`: never
     if options.choose == "sampled":
-        draws = np.stack(list(_draws(len(order), (options.seed, *key), options.depth)))
+        draws = np.stack([_draw((options.seed, *key, first + row), options.depth) for row in range(len(order))])
         worst = np.sort(np.where(remaining, draws, options.depth), axis=1)[:, : options.count][:, -1:]
         order = np.where(remaining & (draws <= worst), order, options.depth)
     order = np.sort(order, axis=1)[:, : options.count]
@@ -121,8 +121,7 @@ def chosen(ranks: Ranks, options: MiningRun, key: tuple[int, int]) -> np.ndarray
     return np.where(order < options.depth, order, -1)
 
 
-def _draws(count: int, key: tuple[int, ...], depth: int) -> Iterator[np.ndarray]:
-    """Yield a permutation of the ranks for each sample. numpy guarantees the raw numbers (NEP 19)."""
-    for sample in range(count):
-        raw = np.random.PCG64((*key, sample)).random_raw(depth)
-        yield np.argsort(np.argsort(raw, kind="stable"), kind="stable")
+def _draw(key: tuple[int, ...], depth: int) -> np.ndarray:
+    """Return a permutation of the ranks, determined by `key`: numpy guarantees the raw numbers (NEP 19)."""
+    raw = np.random.PCG64(key).random_raw(depth)
+    return np.argsort(np.argsort(raw, kind="stable"), kind="stable")

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,6 +52,13 @@ class Targets:
     datasets: np.ndarray
     vectors: np.ndarray
     facts: np.ndarray
+
+    @cached_property
+    def by_query(self) -> tuple[np.ndarray, np.ndarray]:
+        """The query hashes of all samples, rising, and the samples' numbers in this order."""
+        hashes = np.array(self.facts["query_hash"])
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
 
     def of_dataset(self, number: int) -> slice:
         """The samples of a dataset."""
@@ -124,7 +132,9 @@ def _shared_file(size: int, scratch: str | None) -> Iterator[tuple[Path, list[st
     try:
         path = Path(_gathered(folder)[first], "targets")
         if not path.exists():
-            raise PipelineError(f"{path}, which rank {first} on {host} made, is not there for rank {rank}: set scratch=")
+            raise PipelineError(
+                f"{path}, which rank {first} on {host} made, is not there for rank {rank}: set scratch="
+            )
         yield path, hosts
         _gathered(None)  # all have opened it
     finally:
