@@ -58,6 +58,9 @@ REFERENCE = np.dtype(
 )
 
 
+Referral = tuple[np.void, tuple[bytes, ...]]  # a reference, and the bytes of its sample in every tar of its shard
+
+
 def mined_dtype(count: int) -> np.dtype:
     """Return the dtype of NAME.mined.npy's records, one per sample: references, and the CRC-32 of the other bytes."""
     return np.dtype([("negatives", REFERENCE, (count,)), ("checksum", "<u4")])
@@ -250,6 +253,11 @@ class Mined:
         folder, index = self.places[reference["dataset"]]
         (data,) = read_samples(folder, index.shards[reference["shard"]], np.array([reference]))
         return data
+
+    def url_of(self, reference: np.void) -> str:
+        """Return the location of the sample that is referred to, for messages."""
+        folder, index = self.places[reference["dataset"]]
+        return f"{objects.join(folder, index.shards[reference['shard']].file)}#{reference['sample']}"
 
 
 @lru_cache(maxsize=256)  # a window's are needed for its lengths and for reading

@@ -4,8 +4,6 @@ A float32 product of all pairs is fast, but its last digits depend on the kernel
 among the nearest: its error has a proven bound. The similarities of these few are then computed exactly.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,8 +93,7 @@ def _keys_of_nearest(
     for start in range(0, len(candidates.numbers), height):
         stop = min(start + height, len(candidates.numbers))
         tile = candidates.tile(start, stop, queries.device)
-        with _float32_products():
-            near = queries @ tile.T
+        near = _products(queries, tile)
         here = slice(*np.searchsorted(excluded[1], (start, stop)))
         near[_index(excluded[0][here], near), _index(excluded[1][here] - start, near)] = -torch.inf
         least = _scores(keys[:, -1:]) - slack - rounding
@@ -149,12 +146,11 @@ def _index(numbers: np.ndarray, like: Tensor) -> Tensor:
     return torch.as_tensor(numbers, device=like.device)
 
 
-@contextmanager
-def _float32_products() -> Iterator[None]:
-    """Compute float32 products in float32: TF32, which another library may have allowed, has a larger error."""
+def _products(queries: Tensor, tile: Tensor) -> Tensor:
+    """Return (q, c) products with the error of float32: that of TF32, which a library may have allowed, is larger."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        return queries @ tile.T
     finally:
         torch.set_float32_matmul_precision(before)

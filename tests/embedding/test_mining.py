@@ -1,86 +1,30 @@
 """Mining hard negatives: against brute force, on two processes, interrupted; what is never a negative."""
 
-from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_mining import NAMES, SAMPLES, WIDTH, Texts, files, mine, pair, references, unit, write_datasets
 from two_ranks import on_two_ranks
 
 from pipeline.config import MiningRun
-from pipeline.data.mined import MINED_FILE, MinedIndex, mined_dtype
-from pipeline.data.index import Index, array_of, load_sidecar
-from pipeline.data.sample import BadSample, Item, Pair
-from pipeline.data.shards import write_shards
-from pipeline.data.stored_vectors import ITEMS
-from pipeline.embedding import mining, nearest
-from pipeline.embedding.dataset import open_datasets
+from pipeline.data.index import Index
+from pipeline.data.mined import MINED_FILE, MinedIndex
+from pipeline.data.sample import Item
+from pipeline.embedding import mining, nearest, targets
 from pipeline.embedding.nearest import Candidates
-from pipeline.embedding.ranks import Ranks, chosen, limits
+from pipeline.embedding.ranks import Ranking, Ranks, chosen, limits
+from pipeline.embedding.targets import FACTS, Targets
 from pipeline.errors import PipelineError
-
-WIDTH = 16
-NAMES = ("first", "second")
-SAMPLES = {"first": 90, "second": 70}
-CPU = torch.device("cpu")
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
-
-
-class Texts:
-    """An encoder that gives every text a random vector; targets that begin alike are near each other."""
-
-    name, identity, dimension, instructed = "texts", "texts 1", WIDTH, False
-
-    def prepare(self, item: Item) -> np.ndarray:
-        if item.text == "unreadable":
-            raise BadSample("made so")
-        group, _, own = item.text.rpartition("/")
-        raw = [np.random.PCG64([*part.encode(), 7]).random_raw(WIDTH) for part in (group, own)]
-        rows = [unit((each >> np.uint64(11)) * 2.0**-53 - 0.5) for each in raw]
-        return unit(rows[0] + 0.5 * rows[1])
-
-    def embed(self, prepared: list[np.ndarray]) -> torch.Tensor:
-        return torch.tensor(np.array(prepared, np.float32).reshape(-1, WIDTH))
-
-
-def pair(dataset: str, i: int) -> Pair:
-    """Targets repeat, queries repeat, a few queries are targets, and a few samples cannot be read."""
-    query = f"{i % 5}/{dataset} query {i // 2 if i % 10 < 2 else i}"
-    target = f"{i % 5}/target {i % 60}"
-    if i % 30 == 7:
-        query = f"{(i + 5) % 5}/target {(i + 5) % 60}"
-    return Pair(f"{i:04d}", dataset, "", Item("unreadable" if i % 40 == 11 else query), Item(target))
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mining")
-    for name in NAMES:
-        write_shards((pair(name, i) for i in range(SAMPLES[name])), folder / name, dataset=name, shard_bytes=25_000)
-    assert all(len(Index.load(str(folder / name)).shards) > 2 for name in NAMES)
-    mine(folder, folder / "vectors", folder / "unused")
+    write_datasets(folder)
     return folder
-
-
-def mine(shards: Path, vectors: Path, out: Path, **options: object) -> None:
-    run = MiningRun(**{"vectors": str(vectors), "out": str(out), "count": 3, "depth": 20} | options)
-    embedded = open_datasets([str(shards)], str(vectors), ITEMS)
-    mining.mine_datasets(Texts(), embedded, str(shards), run, CPU)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def references(folder: Path, name: str) -> np.ndarray:
-    parts = MinedIndex.load(str(folder / name)).parts
-    return np.concatenate([array_of((folder / name / part.file).read_bytes())["negatives"] for part in parts])
 
 
 @cache
@@ -153,7 +97,7 @@ def as_listed(found: np.ndarray, shards: Path, names: tuple[str, ...]) -> list[l
 )
 def test_negatives_are_those_of_brute_force(shards, tmp_path, options):
     run = MiningRun(**{"count": 3, "depth": 20} | options)
-    mine(shards, shards / "vectors", tmp_path, **options)
+    mine(shards, tmp_path, **options)
     for name in NAMES:
         names = NAMES if run.among == "all" else (name,)
         found = references(tmp_path, name)
@@ -165,3 +109,156 @@ def test_negatives_are_those_of_brute_force(shards, tmp_path, options):
         assert index.total("mined") == sum(map(len, expected)) > 100
         assert index.mean_score == pytest.approx(np.mean([each[2] for row in expected for each in row]), rel=1e-6)
     assert not (tmp_path / "first" / ".mined").exists() or not list((tmp_path / "first" / ".mined").iterdir())
+
+
+def test_two_processes_and_any_start_write_the_bytes_of_one(shards, tmp_path, monkeypatch):
+    mine(shards, tmp_path / "alone", among="all", choose="sampled", seed=3)
+    expected = files(tmp_path / "alone")
+    monkeypatch.setenv("SHARDS", str(shards))
+    monkeypatch.setenv("OUT", str(tmp_path / "two"))
+    on_two_ranks(_mine_on_rank)
+    assert files(tmp_path / "two") == expected
+    assert not list(tmp_path.glob("mining-*"))
+
+
+def _mine_on_rank(rank: int) -> int:
+    import os
+
+    mine(Path(os.environ["SHARDS"]), Path(os.environ["OUT"]), among="all", choose="sampled", seed=3)
+    return rank
+
+
+def test_interrupted_mining_continues_to_the_same_bytes(shards, tmp_path, monkeypatch):
+    kept = []
+
+    def keep(dataset, shard, *arguments):
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        kept.append(Path(dataset.place, shard.file.replace(".tar", ".mined.npy")))
+        return original(dataset, shard, *arguments)
+
+    original = mining.MinedDataset.keep
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mining.MinedDataset, "keep", keep)
+        mine(shards, tmp_path)
+    assert not (tmp_path / "first" / MINED_FILE).exists()
+    times = [path.stat().st_mtime_ns for path in kept]
+    mine(shards, tmp_path)
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    expected = files(shards / "mined")
+    assert files(tmp_path) == expected
+    mine(shards, tmp_path)  # nothing is left to do
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    with pytest.raises(
+        PipelineError, match=r"/first has negatives that texts mined with other options, .* overwrite=true"
+    ):
+        mine(shards, tmp_path, count=2)
+    kept[0].write_bytes(b"x" * len(kept[0].read_bytes()))
+    (tmp_path / "second" / MINED_FILE).unlink()
+    mine(shards, tmp_path, overwrite=True, count=2)
+    mine(shards, tmp_path, overwrite=True)
+    assert files(tmp_path) == expected
+
+
+def test_nearest_is_exact_for_any_tiles(monkeypatch):
+    """Equal vectors, excluded candidates, rows that are none, and fewer candidates than ranks."""
+    random = np.random.default_rng(0)
+    vectors = unit(random.normal(size=(700, 24)))
+    vectors[100:140] = vectors[5]
+    vectors[600] = vectors[5]
+    queries = unit(random.normal(size=(50, 24)))
+    queries[0] = vectors[5]
+    numbers = np.flatnonzero(random.random(700) < 0.9)
+    excluded = np.repeat(np.arange(50), 3), random.integers(0, 700, 150)
+    exact = (_multiples(queries) @ _multiples(vectors).T).astype(np.float32)
+    exact[excluded] = -np.inf
+    exact[:, np.setdiff1d(np.arange(700), numbers)] = -np.inf
+    expected = np.argsort(-exact, axis=1, kind="stable")[:, :40]
+    assert expected[0, 1] == 100  # ties are in the order of the numbers
+    for tile_bytes, block in ((1 << 10, 7), (1 << 14, 50), (1 << 28, 4096)):
+        monkeypatch.setattr(nearest, "_QUERIES", block)
+        found, scores = nearest.nearest(queries, Candidates(vectors, numbers), 40, excluded, tile_bytes=tile_bytes)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(scores, np.take_along_axis(exact, expected, axis=1))
+    few, scores = nearest.nearest(queries[:2], Candidates(vectors, numbers[:3]), 5)
+    assert (few[:, 3:] == -1).all() and (scores[:, 3:] == -np.inf).all()
+    assert (np.sort(few[:, :3], axis=1) == numbers[:3]).all()
+
+
+def _multiples(rows: np.ndarray) -> np.ndarray:
+    return np.round(rows.astype(np.float64) * 2**26) / 2**26
+
+
+def test_inexact_products_change_nothing(monkeypatch):
+    """The float32 products only choose pairs: any error within their bound leaves the result."""
+    random = np.random.default_rng(1)
+    vectors, queries = unit(random.normal(size=(400, 8))), unit(random.normal(size=(30, 8)))
+    vectors[1::2] = vectors[::2]  # with ties, every error would change the order
+    plain = nearest.nearest(queries, Candidates(vectors, np.arange(400)), 21)
+    applied = []
+
+    def inexact(queries: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
+        noise = torch.rand(len(queries), len(tile), generator=torch.Generator().manual_seed(2)) * 2 - 1
+        applied.append(noise)
+        return queries @ tile.T + noise * 7 * 2.0**-24  # of a bound of 8 x 2^-24
+
+    monkeypatch.setattr(nearest, "_products", inexact)
+    noisy = nearest.nearest(queries, Candidates(vectors, np.arange(400)), 21, tile_bytes=10_000)
+    assert len(applied) > 3
+    for one, other in zip(plain, noisy, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_near_copies_of_the_target_are_dropped_and_hard_candidates_mined():
+    random = np.random.default_rng(0)
+    queries = unit(random.normal(size=(40, 128)))
+    answers = unit(queries + 0.5 * unit(random.normal(size=(40, 128))))
+    copies = unit(answers + 0.02 * unit(random.normal(size=(40, 128))))  # false negatives
+    hard = unit(answers + unit(random.normal(size=(40, 128))))
+    vectors = np.concatenate([answers, copies, hard, unit(random.normal(size=(200, 128)))])
+    facts = np.zeros(len(vectors), FACTS)
+    facts["usable"], facts["target_hash"] = True, 1 + np.arange(len(vectors))
+    facts["query_hash"] = 1000 + np.arange(len(vectors))
+    every = Targets(np.array([0, len(vectors)]), np.array([[0, 0]]), vectors, facts)
+    options = MiningRun(count=1)
+    ranking = Ranking(every, 0, options, torch.device("cpu"))
+    ranks = ranking.ranks(0, queries, np.ones(40, bool))
+    mined = ranks.numbers[np.arange(40), chosen(ranks, options, (0, 0), 0)[:, 0]]
+    assert (ranks.numbers[:, 0] == 40 + np.arange(40)).all()  # the copies are nearest
+    assert (mined == 80 + np.arange(40)).all()
+    for positive, limit in ((0.8, 0.76), (0.0, 0.0), (-0.2, -0.21)):  # never above the positive
+        assert limits(np.array([positive], np.float32), 0.95)[0] == pytest.approx(limit, abs=1e-7)
+
+
+def test_samples_are_drawn_uniformly_from_the_remaining_ranks():
+    n, depth = 3000, 6
+    above = np.zeros((n, depth), bool)
+    above[:, 1] = True
+    numbers = np.tile(np.arange(depth), (n, 1))
+    numbers[:, 5] = -1
+    none = np.zeros((n, depth), bool)
+    ranks = Ranks(np.ones(n, bool), np.ones(n, np.float32), numbers, numbers.astype(np.float32), above, none, 0)
+    options = MiningRun(count=2, depth=depth, choose="sampled", skip=1, seed=4)
+    places = chosen(ranks, options, (1, 2), 0)
+    assert (places[:, 0] < places[:, 1]).all()
+    counts = np.bincount(places.ravel(), minlength=depth)
+    assert counts[[0, 1, 5]].sum() == 0  # skipped, likely right, none
+    assert (abs(counts[2:5] - 2000) < 5 * np.sqrt(n * 2 / 9)).all()  # five standard deviations
+    np.testing.assert_array_equal(chosen(ranks, options, (1, 2), 0)[100:], places[100:])
+    part = Ranks(*(each[100:] for each in (ranks.usable, ranks.positive, numbers, ranks.scores, above, none)), 0)
+    np.testing.assert_array_equal(chosen(part, options, (1, 2), 100), places[100:])
+    assert (chosen(part, options, (1, 3), 100) != places[100:]).any()
+    assert (chosen(ranks, MiningRun(count=8, depth=depth, skip=1), (0, 0), 0)[0] == [2, 3, 4, -1, -1, -1, -1, -1]).all()
+
+
+def test_full_scratch_folder_is_refused_before_work(shards, tmp_path, monkeypatch):
+    with pytest.raises(PipelineError, match=r"scratch=.*none: No such file or directory: name a folder that exists"):
+        mine(shards, tmp_path, scratch=str(tmp_path / "none"))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(targets.os, "posix_fallocate", full)
+    with pytest.raises(PipelineError, match=r"has no room for the targets' vectors, 0.0 GB \(No space left"):
+        mine(shards, tmp_path / "out", scratch=str(tmp_path))
+    assert not list(tmp_path.glob("mining-*"))
