@@ -190,6 +190,11 @@ class Data(Store):
         description="another embedder's vectors of all items, by pipeline.embed --shards --items: its --out, or "
         "`beside` the shards; null: none",
     )
+    negatives: Place | None = Field(
+        None,
+        description="mined negatives by pipeline.mine: its out=, or `beside` the shards; they follow the samples' own; "
+        "null: none",
+    )
     cap: Annotated[int | None, Fixed()] = Field(
         None, gt=0, description="maximum samples per dataset and epoch, unless the dataset has its own cap"
     )
@@ -252,6 +257,12 @@ class Data(Store):
                 "interleaved:4"
             )
         return batches
+
+    @model_validator(mode="after")
+    def negatives_are_used(self) -> "Data":
+        if self.negatives and not self.hard_negatives:
+            raise ValueError("data.negatives needs data.hard_negatives=true: otherwise no sample has negatives")
+        return self
 
     @property
     def parts(self) -> int | None:

@@ -1,20 +1,22 @@
 """The shards of all datasets of a run in one list, and access to their samples' records and bytes."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 
 import numpy as np
+from numpy.lib.recfunctions import repack_fields
 
 from pipeline.config import Data, Part
 from pipeline.data.batch import Origin
-from pipeline.data.index import Index, Shard, read_records, read_samples
+from pipeline.data.index import Index, Shard, load_sidecar, read_records, read_samples
 from pipeline.data.lengths import Lengths
+from pipeline.data.mined import MINED_FILE, Mined, Referral, with_negatives
 from pipeline.data.order import Dataset, Order, first_samples
-from pipeline.data.sample import BadSample, Pair
+from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import parse_sample
 from pipeline.data.stored_vectors import CAPTIONS, ITEMS, EmbeddingMetadata, StoredVectors, StoreKind
 from pipeline.errors import PipelineError
@@ -60,6 +62,7 @@ class Source:
 
     indexes: (URL, index) of each dataset.  shards: (number of the dataset, shard) of each shard.
     embeddings, teacher: (URL, index) of each dataset's text embeddings and teacher vectors, if the recipe uses them.
+    mined: each dataset's mined negatives, likewise.
     """
 
     data: Data
@@ -67,12 +70,14 @@ class Source:
     shards: tuple[tuple[int, Shard], ...]
     embeddings: Stores = ()
     teacher: Stores = ()
+    mined: tuple[Mined, ...] = ()
 
     @classmethod
     def open(cls, data: Data) -> "Source":
         """Read only the datasets' indexes.
 
-        Raises ObjectError if one is missing, or if stored vectors belong to other shards or come from several models.
+        Raises ObjectError if one is missing, if stored vectors or mined negatives belong to other shards, or if vectors
+        come from several models.
         """
         objects.configure(**data.store())
         urls = [objects.join(data.url, part.name) for part in data.datasets] or [data.url]
@@ -81,7 +86,8 @@ class Source:
         shards = tuple((number, shard) for number, (_, index) in enumerate(indexes) for shard in index.shards)
         embeddings = _stores(CAPTIONS, data.text_embeddings, data, indexes) if data.text_embeddings else ()
         teacher = _stores(ITEMS, data.teacher, data, indexes) if data.teacher else ()
-        return cls(data, indexes, shards, embeddings, teacher)
+        mined = _mined(data, indexes) if data.negatives else ()
+        return cls(data, indexes, shards, embeddings, teacher, mined)
 
     @property
     def embedding_metadata(self) -> EmbeddingMetadata | None:
@@ -103,6 +109,7 @@ class Source:
         """A hash of the datasets' content, their order, and the way they are read."""
         texts = [index.to_json() for _, index in self.indexes]
         texts += [index.to_json() for stores in self._stores for _, index in stores]
+        texts += [mined.index.to_json() for mined in self.mined]
         return hashlib.sha256("".join(texts).encode()).hexdigest()
 
     @cached_property
@@ -136,6 +143,8 @@ class Source:
                 records = records.copy()
                 for name in ("negatives", "negative_text", "negative_images"):
                     records[name] = 0
+            references = self.references(shard, start, stop)
+            records = records if references is None else with_negatives(records, references)
             return lengths.of_records(records)
 
         return Order(
@@ -193,16 +202,41 @@ class Source:
     def origin(self, shard: int, sample: int) -> Origin:
         return Origin(self.tars(shard)[0].url, sample)
 
-    def parse(self, shard: int, record: np.void, data: bytes, *stored: bytes) -> Pair:
+    def references(self, shard: int, start: int, stop: int) -> np.ndarray | None:
+        """Return (n, K) of `REFERENCE`, the mined negatives of samples start..stop-1 of a shard; None without any."""
+        if not self.mined:
+            return None
+        number = self.shards[shard][0]
+        return self.mined[number].references(shard - self._first_shards[number], start, stop)
+
+    def read_referred(self, shard: int, reference: np.void) -> tuple[bytes, ...]:
+        """Read the sample that a reference of the shard's samples names: its bytes in every tar, as `tars` has them."""
+        mined = self.mined[self.shards[shard][0]]
+        number, found = mined.numbers[reference["dataset"]], [mined.read(reference)]
+        if number is not None:
+            tars = self.tars(self._first_shards[number] + int(reference["shard"]))[1:]
+            for tar in tars:  # the reference names the place in the samples' tar only
+                record = _places(tar.sidecars, tar.shard)[int(reference["sample"]), None]
+                found += tar.read(record)
+        return tuple(found)
+
+    def parse(self, shard: int, record: np.void, data: bytes, *stored: bytes, mined: Sequence[Referral] = ()) -> Pair:
         """Parse a sample's bytes as a pair of the dataset in `names`; BadSample if they contain no pair.
 
         stored: its bytes in the further `tars`; without them, the pair has no stored vectors.
+        mined: its references and what `read_referred` returned for them; they become further negatives.
         """
+        pair = self._pair(shard, data, stored)
+        query, target = int(record["query_hash"]), int(record["target_hash"])
+        pair = replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target))
+        if not self.data.hard_negatives:
+            return pair.without_negatives()
+        return self._with_mined(pair, shard, mined) if mined else pair
+
+    def _pair(self, shard: int, data: bytes, stored: Sequence[bytes]) -> Pair:
         number = self.shards[shard][0]
         _, index = self.indexes[number]
-        pair = parse_sample(data, index.captions)
-        if not isinstance(pair, Pair):
-            raise BadSample("an item of an evaluation set, not a pair to train on")
+        pair = _parsed(data, index)
         rows: dict[StoreKind, np.ndarray] = {}
         if stored:
             for place, (stores, vectors) in enumerate(zip(self._stores, stored, strict=True), 1):
@@ -211,10 +245,34 @@ class Source:
                     rows[store.kind] = store.vectors(vectors, pair, data, index.captions)
                 except ObjectError as error:
                     raise ObjectError(f"{self.tars(shard)[place].url}: {error}") from None
-        query, target = int(record["query_hash"]), int(record["target_hash"])
-        pair = replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target))
-        pair = replace(pair, dataset=self.names[number], vectors=rows.get(CAPTIONS), teacher=rows.get(ITEMS))
-        return pair if self.data.hard_negatives else pair.without_negatives()
+        return replace(pair, dataset=self.names[number], vectors=rows.get(CAPTIONS), teacher=rows.get(ITEMS))
+
+    def _with_mined(self, pair: Pair, shard: int, mined: Sequence[Referral]) -> Pair:
+        """Append mined negatives, except those equal to an answer or a negative that the sample has itself.
+
+        A sample with a bad one is bad itself, as with its own negatives: nothing changes silently.
+        """
+        known = {item.content_hash for item in pair.items[1:]}
+        known |= {replace(pair.target, text=text).content_hash for text in pair.alternatives}
+        place = self.mined[self.shards[shard][0]]
+        items, rows = list[Item](), list[np.ndarray]()
+        for reference, data in mined:
+            number, hashed = place.numbers[reference["dataset"]], int(reference["target_hash"])
+            if hashed in known:
+                continue
+            known.add(hashed)
+            try:
+                if number is None:
+                    other = _parsed(data[0], place.places[reference["dataset"]][1])
+                else:
+                    other = self._pair(self._first_shards[number] + int(reference["shard"]), data[0], data[1:])
+            except BadSample as reason:
+                raise BadSample(f"its mined negative {place.url_of(reference)}: {reason}") from None
+            other = other.drawn(0)
+            items.append(other.target.hashed(hashed))
+            rows += [] if other.teacher is None else [other.teacher[1]]
+        teacher = pair.teacher if pair.teacher is None else np.concatenate([pair.teacher, *(row[None] for row in rows)])
+        return replace(pair, negatives=(*pair.negatives, *items), teacher=teacher)
 
     def check_memory(self, order: Order, world: int) -> None:
         """Raise PipelineError unless `data.memory_mb` holds one window of every lane and stream of a rank."""
@@ -223,6 +281,7 @@ class Source:
             indexes = [self.indexes[number][1] for number in stream.datasets]
             total = sum(index.total_bytes for index in indexes)
             total += sum(stores[number][1].total_bytes for stores in self._stores for number in stream.datasets)
+            total += sum(self.mined[number].index.total("referred_bytes") for number in stream.datasets if self.mined)
             mean = total / sum(index.samples for index in indexes)
             lane = min(data.window_blocks * data.block_samples, stream.samples // data.lanes)
             needed += mean * lane * data.lanes / world / 2**20
@@ -242,12 +301,38 @@ def open_dataset(url: str, *names: str) -> Source:
     return Source.open(Data(url=url, datasets=[Part(name=name) for name in names]))
 
 
+def _parsed(data: bytes, index: Index) -> Pair:
+    pair = parse_sample(data, index.captions)
+    if not isinstance(pair, Pair):
+        raise BadSample("an item of an evaluation set, not a pair to train on")
+    return pair
+
+
+def _beside_or_below(place: str, data: Data, indexes: Sequence[tuple[str, Index]]) -> list[str]:
+    """Return the folder for each dataset: its own, or the one of its name below `place`."""
+    if place == "beside":
+        return [url for url, _ in indexes]
+    return [objects.join(place, part.name) for part in data.datasets] or [place]
+
+
+def _mined(data: Data, indexes: Sequence[tuple[str, Index]]) -> tuple[Mined, ...]:
+    """Open each dataset's mined negatives; see `Source.open`."""
+    urls = _beside_or_below(data.negatives or "", data, indexes)
+    with ThreadPoolExecutor(8) as pool:
+        found = tuple(pool.map(partial(Mined.open, indexes=indexes), urls, range(len(urls))))
+    for mined in found:
+        if None in mined.numbers and (data.teacher or data.text_embeddings):
+            other = mined.index.datasets[mined.numbers.index(None)].name
+            raise ObjectError(
+                f"{objects.join(mined.url, MINED_FILE)} refers to the dataset {other}, whose stored vectors the "
+                "run needs: add it to data.datasets, or mine with among=own"
+            )
+    return found
+
+
 def _stores(kind: StoreKind, place: str, data: Data, indexes: tuple[tuple[str, Index], ...]) -> Stores:
     """Load (URL, index) of each dataset's stored vectors; see `Source.open`."""
-    if place == "beside":
-        urls = [url for url, _ in indexes]
-    else:
-        urls = [objects.join(place, part.name) for part in data.datasets] or [place]
+    urls = _beside_or_below(place, data, indexes)
     with ThreadPoolExecutor(8) as pool:
         found = tuple(zip(urls, pool.map(partial(StoredVectors.load, kind=kind), urls), strict=True))
     first_url, first = found[0]
@@ -263,3 +348,9 @@ def _stores(kind: StoreKind, place: str, data: Data, indexes: tuple[tuple[str, I
 
 
 _records = lru_cache(maxsize=256)(read_records)  # a window's records are needed twice
+
+
+@lru_cache(maxsize=512)  # 16 bytes a sample: references name single samples all over a dataset
+def _places(url: str, shard: Shard) -> np.ndarray:
+    """Return where all samples of a tar are: a part of the records of its sidecar in the folder `url`."""
+    return repack_fields(load_sidecar(url, shard)[["offset", "length", "crc32"]])
