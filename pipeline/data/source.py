@@ -11,9 +11,11 @@ import numpy as np
 
 from pipeline.config import Data, Part
 from pipeline.data.batch import Origin
-from pipeline.data.index import Index, Shard, read_records, read_samples
+from pipeline.data.dataset import Dataset, first_samples
+from pipeline.data.index import Index, Shard, load_sidecar, read_records, read_samples
 from pipeline.data.lengths import Lengths
-from pipeline.data.order import Dataset, Order, first_samples
+from pipeline.data.neighbours import Neighbours
+from pipeline.data.order import Order
 from pipeline.data.sample import BadSample, Pair
 from pipeline.data.shards import parse_sample
 from pipeline.data.text_embeddings import EmbeddingMetadata, TextEmbeddings
@@ -24,11 +26,15 @@ from pipeline.storage.objects import ObjectError
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar of samples, or of their text embeddings.  folder: its URL's folder.  sidecars: that of its sidecar."""
+    """A tar of samples, or of their text embeddings.  folder: its URL's folder.  sidecars: that of its sidecar.
+
+    whole: read its sidecar once, and keep it: its samples are used one by one.
+    """
 
     shard: Shard
     folder: str
     sidecars: str
+    whole: bool = False
 
     @property
     def url(self) -> str:
@@ -36,6 +42,8 @@ class Tar:
 
     def records(self, start: int, stop: int) -> np.ndarray:
         """Return the sidecar's records of samples start..stop-1; recent results are cached."""
+        if self.whole:
+            return _sidecar(self.sidecars, self.shard)[start:stop]
         return _records(self.sidecars, self.shard, start, stop)
 
     def read(self, records: np.ndarray) -> list[bytes]:
@@ -49,18 +57,21 @@ class Source:
 
     indexes: (URL, index) of each dataset.  shards: (number of the dataset, shard) of each shard.
     embeddings: (URL, index) of each dataset's text embeddings, if the recipe uses them.
+    neighbours: (URL, index) of each dataset's clusters of neighbours, if its batches are composed of them.
     """
 
     data: Data
     indexes: tuple[tuple[str, Index], ...]
     shards: tuple[tuple[int, Shard], ...]
     embeddings: tuple[tuple[str, TextEmbeddings], ...] = ()
+    neighbours: tuple[tuple[str, Neighbours], ...] = ()
 
     @classmethod
     def open(cls, data: Data) -> "Source":
         """Read only the datasets' indexes.
 
-        Raises ObjectError if one is missing, or if text embeddings belong to other shards or come from several models.
+        Raises ObjectError if one is missing, if text embeddings or clusters belong to other shards, if text embeddings
+        come from several models, or if clusters differ in size.
         """
         objects.configure(**data.store())
         urls = [objects.join(data.url, part.name) for part in data.datasets] or [data.url]
@@ -68,7 +79,8 @@ class Source:
             indexes = tuple(zip(urls, pool.map(Index.load, urls), strict=True))
         shards = tuple((number, shard) for number, (_, index) in enumerate(indexes) for shard in index.shards)
         embeddings = _embeddings(data, indexes) if data.text_embeddings else ()
-        return cls(data, indexes, shards, embeddings)
+        neighbours = _neighbours(data, indexes) if data.batches == "neighbours" else ()
+        return cls(data, indexes, shards, embeddings, neighbours)
 
     @property
     def embedding_metadata(self) -> EmbeddingMetadata | None:
@@ -79,6 +91,7 @@ class Source:
     def fingerprint(self) -> str:
         """A hash of the datasets' content, their order, and the way they are read."""
         texts = [index.to_json() for _, index in self.indexes] + [index.to_json() for _, index in self.embeddings]
+        texts += [index.to_json() for _, index in self.neighbours]
         return hashlib.sha256("".join(texts).encode()).hexdigest()
 
     @cached_property
@@ -103,6 +116,7 @@ class Source:
                     weight=part.weight if part else 1.0,
                     cap=cap,
                     group=groups[number],
+                    clusters=self._clusters(number) if self.neighbours else None,
                 )
             )
 
@@ -123,7 +137,12 @@ class Source:
             seed=seed,
             parts=data.parts,
             lengths=lengths_of,
+            cluster=self.neighbours[0][1].size if self.neighbours else None,
         )
+
+    def _clusters(self, number: int) -> np.ndarray:
+        url, neighbours = self.neighbours[number]
+        return neighbours.clusters(url, self.indexes[number][1].samples)
 
     def _with_query_images(self) -> list[bool]:
         """Return for each dataset whether the query of its first sample has an image."""
@@ -146,11 +165,12 @@ class Source:
         """Return the tar of a shard's samples and, if the recipe uses them, that of their text embeddings."""
         number, info = self.shards[shard]
         url, index = self.indexes[number]
-        tars = [Tar(info, index.shards_url or url, url)]
+        whole = bool(self.neighbours)
+        tars = [Tar(info, index.shards_url or url, url, whole)]
         if self.embeddings:
             url, embeddings = self.embeddings[number]
             part = embeddings.parts[shard - self._first_shards[number]]
-            tars.append(Tar(part.shard, embeddings.tars_url or url, url))
+            tars.append(Tar(part.shard, embeddings.tars_url or url, url, whole))
         return tars
 
     @cached_property
@@ -200,13 +220,17 @@ class Source:
             total = sum(index.total_bytes for index in indexes)
             total += sum(self.embeddings[number][1].total_bytes for number in stream.datasets if self.embeddings)
             mean = total / sum(index.samples for index in indexes)
-            lane = min(data.window_blocks * data.block_samples, stream.samples // data.lanes)
-            needed += mean * lane * data.lanes / world / 2**20
+            needed += mean * stream.window_samples * data.lanes / world / 2**20
         if needed > data.memory_mb:
+            if self.neighbours:
+                held, remedy = f"{order.global_batch // world} samples of a step", "use more processes"
+            else:
+                windows = len(order.streams) * data.lanes // world
+                held = f"{windows} windows of {data.window_blocks} blocks of {data.block_samples} samples"
+                remedy = "lower data.window_blocks or data.block_samples"
             raise PipelineError(
-                f"data.memory_mb={data.memory_mb} is too little: a rank's {len(order.streams) * data.lanes // world} "
-                f"windows of {data.window_blocks} blocks of {data.block_samples} samples take about {needed:.0f} MiB; "
-                "raise it, or lower data.window_blocks or data.block_samples"
+                f"data.memory_mb={data.memory_mb} is too little: a rank's {held} take about {needed:.0f} MiB; raise "
+                f"it, or {remedy}"
             )
 
 
@@ -239,4 +263,24 @@ def _embeddings(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tup
     return found
 
 
+def _neighbours(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tuple[str, Neighbours], ...]:
+    """Load (URL, index) of each dataset's clusters of neighbours; see `Source.open`."""
+    if data.neighbours == "beside":
+        urls = [url for url, _ in indexes]
+    else:
+        urls = [objects.join(data.neighbours, part.name) for part in data.datasets] or [data.neighbours]
+    with ThreadPoolExecutor(8) as pool:
+        found = tuple(zip(urls, pool.map(Neighbours.load, urls), strict=True))
+    first_url, first = found[0]
+    for (url, neighbours), (dataset, index) in zip(found, indexes, strict=True):
+        neighbours.check(url, dataset, index)
+        if neighbours.size != first.size:
+            raise ObjectError(
+                f"the clusters in {first_url} have {first.size} samples, but those in {url} have {neighbours.size}: "
+                "mine all datasets with clusters of one size"
+            )
+    return found
+
+
 _records = lru_cache(maxsize=256)(read_records)  # a window's records are needed twice
+_sidecar = lru_cache(maxsize=None)(load_sidecar)

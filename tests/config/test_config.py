@@ -115,7 +115,7 @@ def test_ds_config_contradicting_recipe_is_refused(tmp_path, changed, named):
         ("data.datasets=[{name: a, wieght: 2}]", "unknown field data.datasets.0.wieght; did you mean"),
         ("data.datasets=[a, {name: a, weight: 2}]", "data.datasets names a twice"),
         ("data.datasets=[../other]", "data.datasets.0.name"),
-        ("data.batches=interleaved", "it can be mixed, homogeneous, modality or interleaved:K"),
+        ("data.batches=interleaved", "it can be mixed, homogeneous, modality, neighbours or interleaved:K"),
         ("data.batches=interleaved:0", "it can be mixed"),
     ],
 )
