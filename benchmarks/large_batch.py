@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.vision_step import make_dataset, make_text_encoder
-from pipeline.data.text_embeddings import EMBEDDINGS_FILE
+from pipeline.data.stored_vectors import CAPTIONS
 from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
 from pipeline.models.vision import VisionEncoder
@@ -139,7 +139,7 @@ def main() -> None:
     if not (work / "tower").is_dir():
         make_text_encoder(work / "text_encoder", TEXT_WIDTH)
         VisionEncoder.build(VISION, DIMENSION, seed=0).save(work / "tower")
-    if not (data / EMBEDDINGS_FILE).exists():
+    if not (data / CAPTIONS.index_file).exists():
         make_dataset(data, 2 * batch, WIDTH, HEIGHT, work / "text_encoder")
     table = Table(
         *("global batch", "graphs kept", "a rank with its worker, MB", "all, MB", "B x B, MB", "s a step", "loss"),

@@ -58,7 +58,20 @@ def draw(config: LlavaOnevisionConfig, pairs: int, words: np.ndarray, fewer: int
     kinds = rng.choice(len(PAIR_KINDS), pairs, p=list(PAIR_KINDS.values()))
     items = dict(enumerate(item(with_image) for kind in kinds for with_image in list(PAIR_KINDS)[kind]))
     query, target = (list(range(side, 2 * pairs, 2)) for side in range(2))
-    return Batch(items, query, target, [()] * pairs, [True] * pairs, [], [], 0)
+    return Batch(
+        items,
+        query,
+        target,
+        negatives=[()] * pairs,
+        valid=[True] * pairs,
+        origins=[],
+        bad=[],
+        received=0,
+        positives=[()] * pairs,
+        weights=[(1.0,)] * pairs,
+        scores=[None] * pairs,
+        tasks=[""] * pairs,
+    )
 
 
 def tokens_of(items: Iterable[Encoded]) -> int:

@@ -175,6 +175,32 @@ def on_first_rank(work: Callable[[], T], subject: str = "the first rank's part")
         pool.shutdown(wait=False)
 
 
+def on_every_rank(work: Callable[[], None], done: Callable[[], int], show: Callable[[int], object]) -> None:
+    """Run `work` on every rank, and return when it has ended on all. What `work` raises, its rank raises.
+
+    Ranks may take very different times: meanwhile they exchange a message every few seconds, because in one collective
+    they could not wait longer than its time limit. Collective; without a process group it runs here.
+    done: how much of its work this rank has done.  show: called with the sum over all ranks.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        work()
+        show(done())
+        return
+    pool = ThreadPoolExecutor(1)
+    try:
+        future, ended = pool.submit(work), False
+        while not ended:
+            futures.wait([future], timeout=_POLL_SECONDS)
+            states: list[Any] = [None] * dist.get_world_size()
+            if future.done():
+                future.result()
+            dist.all_gather_object(states, (future.done(), done()))
+            show(sum(count for _, count in states))
+            ended = all(each for each, _ in states)
+    finally:
+        pool.shutdown(wait=False)
+
+
 def end_distributed(status: int = 0) -> NoReturn:
     """Exit with this status after all ranks have called this.
 

@@ -1,10 +1,11 @@
-"""Embed texts, images and videos and search among them; or embed the captions of datasets for training.
+"""Embed texts, images and videos and search among them; or embed the captions or items of datasets for training.
 
     python -m pipeline.embed MODEL --texts captions.txt --images 'photos/**/*.jpg' --out embeddings
     python -m pipeline.embed MODEL --out embeddings --query "a red star" --top 5
     python -m pipeline.embed MODEL --out embeddings --query-image star.png
     python -m pipeline.embed MODEL --videos 'clips/*.mp4' --query "a red star moves to the left"
     torchrun --nproc-per-node 8 -m pipeline.embed MODEL --shards s3://bucket/cc3m --out s3://bucket/cc3m-vectors
+    torchrun --nproc-per-node 8 -m pipeline.embed MODEL --shards s3://bucket/mmeb --items
 
 MODEL is a folder or hub name. --out gets texts.npy, images.npy and videos.npy: float32 (N, D) with unit rows. Beside
 each is a .txt file with one id on each line: the text, or the file's path. The similarity of two rows is their dot
@@ -12,8 +13,9 @@ product. A search covers the items of the same call or, without any, all in --ou
 are one query.
 
 --shards is a dataset, or a folder with several. Their captions' embeddings are written as tars beside each dataset's
-index, or to --out (to --out/NAME for several datasets). A recipe reads them with data.text_embeddings. It runs on any
-number of processes. If it is killed and started again, it continues.
+index, or to --out (to --out/NAME for several datasets). A recipe reads them with data.text_embeddings. With --items,
+all items are embedded instead: queries, targets, positives and negatives, with their images; a recipe reads these with
+data.teacher. It runs on any number of processes. If it is killed and started again, it continues.
 
 In Python:
 
@@ -65,6 +67,8 @@ def main() -> None:
     if arguments.shards:
         _embed_shards(arguments)
         return
+    if arguments.items:
+        raise PipelineError("--items embeds all items of a dataset: name it with --shards")
     kinds = {}
     for kind in KINDS:
         if (given := getattr(arguments, kind)) is not None:
@@ -117,14 +121,18 @@ def main() -> None:
 
 def _embed_shards(arguments: argparse.Namespace) -> None:
     # Imported only here: the rest of this program works without DeepSpeed.
+    from pipeline.data.stored_vectors import CAPTIONS, ITEMS
     from pipeline.distributed import end_distributed
-    from pipeline.embedding import embed_shards
+    from pipeline.embedding.dataset import open_datasets
+    from pipeline.embedding.embed_shards import embed_shards
     from pipeline.embedding.published import index_published
 
     for name in ("texts", "images", "videos", "query", "query_image"):
         if getattr(arguments, name) is not None:
             raise PipelineError(f"--shards cannot be combined with --{name.replace('_', '-')}: use two calls")
-    datasets = embed_shards.open_datasets(arguments.shards, arguments.out)
+    if arguments.items and arguments.published:
+        raise PipelineError("--items cannot be combined with --published, whose vectors are those of captions")
+    datasets = open_datasets(arguments.shards, arguments.out, ITEMS if arguments.items else CAPTIONS)
     if arguments.published:
         with lock.held(dataset.place for dataset in datasets):
             index_published(arguments.model, datasets, overwrite=arguments.overwrite)
@@ -135,7 +143,7 @@ def _embed_shards(arguments: argparse.Namespace) -> None:
         chunk_tokens=arguments.chunk_tokens,
         video=EvaluatedVideo(frames=arguments.video_frames, fps=arguments.video_fps),
     )
-    embed_shards.embed_shards(arguments.model, datasets, arguments.stored, options, overwrite=arguments.overwrite)
+    embed_shards(arguments.model, datasets, arguments.stored, options, overwrite=arguments.overwrite)
     end_distributed()
 
 
@@ -148,6 +156,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--shards", metavar="URL", action="append", help="a dataset of images and captions; may be repeated"
     )
+    items = "with --shards: embed all items, of any pairs, as a teacher's vectors; default: only the captions"
+    parser.add_argument("--items", action="store_true", help=items)
     parser.add_argument("--out", metavar="DIR", help="the folder for embeddings, or the one to search")
     parser.add_argument("--overwrite", action="store_true", help="replace embeddings of the same kinds or shards")
     parser.add_argument(

@@ -14,6 +14,7 @@ from pipeline.config.load import load_ds_config as load_ds_config
 from pipeline.config.load import load_recipe as load_recipe
 from pipeline.config.load import parse_options as parse_options
 from pipeline.config.load import recipe_of_run as recipe_of_run
+from pipeline.config.mining import MiningRun as MiningRun
 from pipeline.config.recipe import Batch as Batch
 from pipeline.config.recipe import Data as Data
 from pipeline.config.recipe import EvaluatedVideo as EvaluatedVideo

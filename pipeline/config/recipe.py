@@ -177,6 +177,16 @@ class Data(Store):
         description="the captions' embeddings by pipeline.embed --shards: its --out, or `beside` the shards; null: the "
         "text encoder runs in every step",
     )
+    teacher: Place | None = Field(
+        None,
+        description="another embedder's vectors of all items, by pipeline.embed --shards --items: its --out, or "
+        "`beside` the shards; null: none",
+    )
+    negatives: Place | None = Field(
+        None,
+        description="mined negatives by pipeline.mine: its out=, or `beside` the shards; they follow the samples' own; "
+        "null: none",
+    )
     cap: Annotated[int | None, Fixed()] = Field(
         None, gt=0, description="maximum samples per dataset and epoch, unless the dataset has its own cap"
     )
@@ -244,6 +254,12 @@ class Data(Store):
                 "such as interleaved:4"
             )
         return batches
+
+    @model_validator(mode="after")
+    def negatives_are_used(self) -> "Data":
+        if self.negatives and not self.hard_negatives:
+            raise ValueError("data.negatives needs data.hard_negatives=true: otherwise no sample has negatives")
+        return self
 
     @property
     def parts(self) -> int | None:

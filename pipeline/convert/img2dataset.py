@@ -19,7 +19,7 @@ from pipeline.convert.workers import check_stop
 from pipeline.data.index import Captions, Index
 from pipeline.data.sample import IMAGE_MARK, BadSample, Pair
 from pipeline.data.shards import READ_NAMES, ShardRecords, captioned, members_of, split_name
-from pipeline.data.text_embeddings import SUFFIX
+from pipeline.data.stored_vectors import KINDS
 from pipeline.data.tiles import decode_image
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
@@ -94,7 +94,8 @@ def _tars(source: str) -> dict[str, int]:
         raise PipelineError(
             f"{objects.join(source, packed[0])} is compressed, so single samples cannot be read: decompress it"
         )
-    tars = [name for name in names if name.endswith(".tar") and not name.endswith(SUFFIX)]
+    vectors = tuple(kind.suffix for kind in KINDS)
+    tars = [name for name in names if name.endswith(".tar") and not name.endswith(vectors)]
     if not tars:
         raise PipelineError(f"{source} contains no .tar files: give the folder (or prefix) that directly contains them")
     return {name: int(stamps[name].partition(" ")[0]) for name in tars}  # a stamp begins with the size

@@ -101,14 +101,22 @@ class Bad:
 
 @dataclass(frozen=True)
 class Row:
-    """A pair as `Encoded.key` of its items. place: its row in the rank's part of the batch. bad: why it is invalid."""
+    """A pair as `Encoded.key` of its items.  place: its row in the rank's part of the batch.  bad: why it is invalid.
+
+    weights, scores, task: see `Pair`.  teacher: (items, width) float32, or None; zeros if the row is invalid.
+    """
 
     place: int
     origin: Origin
     query: int
     target: int
-    negatives: tuple[int, ...] = ()
-    bad: Bad | None = None
+    positives: tuple[int, ...]
+    negatives: tuple[int, ...]
+    weights: tuple[float, ...]
+    scores: tuple[float, ...] | None
+    task: str
+    teacher: np.ndarray | None
+    bad: Bad | None
 
 
 @dataclass
@@ -169,9 +177,12 @@ def _shared(tiles: list[np.ndarray]) -> torch.Tensor:
     return shared
 
 
-def encode_rows(samples: Iterable[RawSample], encode: Callable[[Item], Encoded]) -> Share:
+def encode_rows(
+    samples: Iterable[RawSample], encode: Callable[[Item], Encoded], teacher_width: int | None = None
+) -> Share:
     """Parse and encode samples. A `BadSample` becomes an invalid row with empty texts as its items.
 
+    teacher_width: of the pairs' teacher vectors, if they have any; an invalid row gets zeros.
     Items with equal `content_hash` are encoded once; items with equal `Encoded.key` are stored once.
     """
     share, keys = Share([], {}), {}  # content hash -> key
@@ -183,13 +194,30 @@ def encode_rows(samples: Iterable[RawSample], encode: Callable[[Item], Encoded])
         except MemoryError:
             raise PipelineError(f"{origin}, key {sample_key(sample.data)}: no memory left to decode it") from None
         except BadSample as reason:
-            pair, bad = _STAND_IN, Bad(origin, sample_key(sample.data), str(reason))
+            zeros = None if teacher_width is None else np.zeros((2, teacher_width), np.float32)
+            pair = replace(_STAND_IN, teacher=zeros)
+            bad = Bad(origin, sample_key(sample.data), str(reason))
             encoded = {item.content_hash: encode(item) for item in pair.items}
         for content, item in encoded.items():
             keys[content] = item.key
             share.items.setdefault(item.key, item)
-        query, target, *negatives = (keys[item.content_hash] for item in pair.items)
-        share.rows.append(Row(sample.place, origin, query, target, tuple(negatives), bad))
+        query, target, *others = (keys[item.content_hash] for item in pair.items)
+        count = len(pair.positives)
+        share.rows.append(
+            Row(
+                sample.place,
+                origin,
+                query,
+                target,
+                positives=tuple(others[:count]),
+                negatives=tuple(others[count:]),
+                weights=pair.weights,
+                scores=pair.scores,
+                task=pair.task,
+                teacher=pair.teacher,
+                bad=bad,
+            )
+        )
     return share
 
 
@@ -198,10 +226,14 @@ class Batch:
     """A rank's part of a global batch.
 
     items: the distinct items by `Encoded.key`; an item that occurs twice is embedded once.
-    query, target, negatives: the keys of each pair's items; lane after lane, with equally many pairs per lane.
+    query, target, positives, negatives: the keys of each pair's items; lane after lane, with equally many pairs per
+        lane.
     valid: False for an invalid row, whose items are empty texts.
     origins: the location of each pair.  bad: the invalid samples.
     received: bytes received from the object store for this batch.
+    weights, scores, tasks: see `Pair`.
+    teacher: (2 + positives + negatives, width) float32 unit rows of each pair's query, target, positives and negatives,
+        zeros for an invalid row; None if the run uses no teacher.
     """
 
     items: dict[int, Encoded]
@@ -212,13 +244,19 @@ class Batch:
     origins: list[Origin]
     bad: list[Bad]
     received: int
+    positives: list[tuple[int, ...]]
+    weights: list[tuple[float, ...]]
+    scores: list[tuple[float, ...] | None]
+    tasks: list[str]
+    teacher: list[np.ndarray] | None = None
 
     @classmethod
     def of(cls, shares: Sequence[Share], received: int = 0) -> "Batch":
         """Combine shares into a batch, which does not depend on how workers divided the rows."""
         rows = sorted((row for share in shares for row in share.rows), key=lambda row: row.place)
         encoded = {key: item for share in shares for key, item in share.items.items()}
-        used = dict.fromkeys(key for row in rows for key in (row.query, row.target, *row.negatives))
+        used = dict.fromkeys(key for row in rows for key in (row.query, row.target, *row.positives, *row.negatives))
+        teacher = [row.teacher for row in rows if row.teacher is not None]
         return cls(
             items={key: encoded[key] for key in used},
             query=[row.query for row in rows],
@@ -228,4 +266,9 @@ class Batch:
             origins=[row.origin for row in rows],
             bad=[row.bad for row in rows if row.bad],
             received=received,
+            positives=[row.positives for row in rows],
+            weights=[row.weights for row in rows],
+            scores=[row.scores for row in rows],
+            tasks=[row.task for row in rows],
+            teacher=teacher if len(teacher) == len(rows) else None,
         )

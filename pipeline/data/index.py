@@ -308,7 +308,7 @@ def record_checksums(records: np.ndarray) -> np.ndarray:
 
 
 def sidecar_of(records: np.ndarray) -> bytes:
-    """Set the checksums of records of `sidecar_dtype`, and return the bytes of a sidecar with them."""
+    """Set the checksums of records, whose last field they are, and return the bytes of a sidecar with them."""
     records["checksum"] = record_checksums(records)
     buffer = BytesIO()
     np.save(buffer, records, allow_pickle=False)
@@ -374,16 +374,23 @@ def _check_records(name: str, shard: Shard, records: np.ndarray) -> None:
 def read_records(url: str, shard: Shard, start: int, stop: int) -> np.ndarray:
     """Read records start..stop-1 of a shard's sidecar by one ranged read. Raises ObjectError if they are damaged."""
     name = objects.join(url, shard.sidecar)
-    dtype = sidecar_dtype(shard.max_images)
-    first = shard.sidecar_bytes - (shard.samples - start) * dtype.itemsize  # a header precedes the records
+    records = read_rows(name, shard.sidecar_bytes, shard.samples, sidecar_dtype(shard.max_images), start, stop)
+    _check_records(name, shard, records)
+    return records
+
+
+def read_rows(name: str, size: int, count: int, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+    """Read rows start..stop-1 of the result of `sidecar_of` for `count` records, by one ranged read.
+
+    name: its URL.  size: its bytes.  dtype: of the records.  Raises ObjectError if the rows are damaged.
+    """
+    first = size - (count - start) * dtype.itemsize  # a header precedes the records
 
     def read() -> np.ndarray | None:
         records = np.frombuffer(objects.read(name, first, (stop - start) * dtype.itemsize), dtype)
         return records if (record_checksums(records) == records["checksum"]).all() else None
 
-    records = intact(read, f"{name} is damaged (records {start}-{stop - 1}): delete and upload it again")
-    _check_records(name, shard, records)
-    return records
+    return intact(read, f"{name} is damaged (records {start}-{stop - 1}): delete and upload it again")
 
 
 def read_samples(url: str, shard: Shard, records: np.ndarray) -> list[bytes]:

@@ -72,6 +72,10 @@ class Pair:
 
     alternatives: texts that can replace the target's text, such as an image's other captions. Each step draws one.
     vectors: (texts, width) float32, the precomputed embeddings of `texts`, or None.
+    positives: further items that match the query.  weights: of the target and each of them; default: 1.
+    scores: a judge's scores of the target, the positives and the negatives, or None.
+    teacher: (rows, width) float32 unit rows of a teacher, or None: the query, each of `texts` as target, the positives,
+        the negatives.
     """
 
     key: str
@@ -82,10 +86,20 @@ class Pair:
     negatives: tuple[Item, ...] = ()
     alternatives: tuple[str, ...] = ()
     vectors: np.ndarray | None = field(default=None, compare=False)
+    positives: tuple[Item, ...] = ()
+    weights: tuple[float, ...] = ()
+    scores: tuple[float, ...] | None = None
+    teacher: np.ndarray | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            object.__setattr__(self, "weights", (1.0,) * (1 + len(self.positives)))
+        if len(self.weights) != 1 + len(self.positives):
+            raise ValueError(f"{len(self.weights)} weights for a target and {len(self.positives)} further positives")
 
     @property
     def items(self) -> tuple[Item, ...]:
-        return (self.query, self.target, *self.negatives)
+        return (self.query, self.target, *self.positives, *self.negatives)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -110,14 +124,33 @@ class Pair:
             raise BadSample("fewer than two different captions to pair")
         query, target = divmod(draw(len(texts) * (len(texts) - 1)), len(texts) - 1)
         target += target >= query
-        return replace(self, query=Item(texts[query]), target=Item(texts[target]), negatives=(), alternatives=())
+        rows = None
+        if self.teacher is not None:
+            rows = self.teacher[[1 + self.texts.index(texts[number]) for number in (query, target)]]
+        return replace(self.alone(Item(texts[query]), Item(texts[target])), teacher=rows)
 
     def drawn(self, number: int) -> "Pair":
         """Return the pair with text `number` of its target, and no alternatives."""
         target = replace(self.target, text=self.texts[number]) if number else self.target
         if self.vectors is not None:
             target = replace(target, vector=self.vectors[number]).hashed(target.content_hash)
-        return replace(self, target=target, alternatives=(), vectors=None)
+        teacher = self.teacher
+        if teacher is not None:
+            teacher = np.concatenate([teacher[:1], teacher[1 + number, None], teacher[1 + len(self.texts) :]])
+        return replace(self, target=target, alternatives=(), vectors=None, teacher=teacher)
+
+    def without_negatives(self) -> "Pair":
+        """Return the pair without its negatives, and without their scores and the teacher's rows of them."""
+        positives = 1 + len(self.positives)
+        scores = self.scores and self.scores[:positives]
+        teacher = self.teacher
+        if teacher is not None:
+            teacher = teacher[: 1 + len(self.alternatives) + positives]
+        return replace(self, negatives=(), scores=scores, teacher=teacher)
+
+    def alone(self, query: Item, target: Item) -> "Pair":
+        """Return a pair of only these two items, with the target's weight."""
+        return Pair(self.key, self.dataset, self.task, query, target, weights=self.weights[:1])
 
 
 @dataclass(frozen=True)

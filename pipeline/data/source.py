@@ -1,32 +1,38 @@
 """The shards of all datasets of a run in one list, and access to their samples' records and bytes."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from itertools import accumulate
 
 import numpy as np
+from numpy.lib.recfunctions import repack_fields
 
 from pipeline.config import Data, Part
 from pipeline.data.batch import Origin
 from pipeline.data.dataset import Dataset, first_samples
 from pipeline.data.index import Index, Shard, load_sidecar, read_records, read_samples
 from pipeline.data.lengths import Lengths
+from pipeline.data.mined import MINED_FILE, Mined, Referral, with_negatives
 from pipeline.data.neighbours import Neighbours
 from pipeline.data.order import Order
-from pipeline.data.sample import BadSample, Pair
+from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import parse_sample
-from pipeline.data.text_embeddings import EmbeddingMetadata, TextEmbeddings
+from pipeline.data.stored_vectors import CAPTIONS, ITEMS, EmbeddingMetadata, StoredVectors, StoreKind
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
 from pipeline.storage.objects import ObjectError
 
+_READ_BYTES = 16 << 20  # per ranged read of `Tar.samples`, unless a sample is larger
+
+Stores = tuple[tuple[str, StoredVectors], ...]
+
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar of samples, or of their text embeddings.  folder: its URL's folder.  sidecars: that of its sidecar.
+    """A tar of samples, or of their stored vectors.  folder: its URL's folder.  sidecars: that of its sidecar.
 
     whole: read its sidecar once, and keep it: its samples are used one by one.
     """
@@ -50,37 +56,49 @@ class Tar:
         """Read the samples of consecutive records, by one ranged read."""
         return read_samples(self.folder, self.shard, records)
 
+    def samples(self, start: int, stop: int) -> Iterator[tuple[np.void, bytes]]:
+        """Yield (record, bytes) of samples start..stop-1, in ranged reads of about _READ_BYTES."""
+        records = self.records(start, stop)
+        pieces = np.cumsum(records["length"].astype(np.int64)) // _READ_BYTES
+        for piece in np.split(records, np.flatnonzero(np.diff(pieces)) + 1):
+            yield from zip(piece, self.read(piece), strict=True)
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """All datasets of a run.
 
     indexes: (URL, index) of each dataset.  shards: (number of the dataset, shard) of each shard.
-    embeddings: (URL, index) of each dataset's text embeddings, if the recipe uses them.
+    embeddings, teacher: (URL, index) of each dataset's text embeddings and teacher vectors, if the recipe uses them.
+    mined: each dataset's mined negatives, likewise.
     neighbours: (URL, index) of each dataset's clusters of neighbours, if its batches are composed of them.
     """
 
     data: Data
     indexes: tuple[tuple[str, Index], ...]
     shards: tuple[tuple[int, Shard], ...]
-    embeddings: tuple[tuple[str, TextEmbeddings], ...] = ()
+    embeddings: Stores = ()
+    teacher: Stores = ()
+    mined: tuple[Mined, ...] = ()
     neighbours: tuple[tuple[str, Neighbours], ...] = ()
 
     @classmethod
     def open(cls, data: Data) -> "Source":
         """Read only the datasets' indexes.
 
-        Raises ObjectError if one is missing, if text embeddings or clusters belong to other shards, if text embeddings
-        come from several models, or if clusters differ in size.
+        Raises ObjectError if one is missing, if stored vectors, mined negatives or clusters belong to other shards, if
+        vectors come from several models, or if clusters differ in size.
         """
         objects.configure(**data.store())
         urls = [objects.join(data.url, part.name) for part in data.datasets] or [data.url]
         with ThreadPoolExecutor(8) as pool:
             indexes = tuple(zip(urls, pool.map(Index.load, urls), strict=True))
         shards = tuple((number, shard) for number, (_, index) in enumerate(indexes) for shard in index.shards)
-        embeddings = _embeddings(data, indexes) if data.text_embeddings else ()
+        embeddings = _stores(CAPTIONS, data.text_embeddings, data, indexes) if data.text_embeddings else ()
+        teacher = _stores(ITEMS, data.teacher, data, indexes) if data.teacher else ()
+        mined = _mined(data, indexes) if data.negatives else ()
         neighbours = _neighbours(data, indexes) if data.batches == "neighbours" else ()
-        return cls(data, indexes, shards, embeddings, neighbours)
+        return cls(data, indexes, shards, embeddings, teacher, mined, neighbours)
 
     @property
     def embedding_metadata(self) -> EmbeddingMetadata | None:
@@ -88,9 +106,21 @@ class Source:
         return self.embeddings[0][1].metadata if self.embeddings else None
 
     @property
+    def teacher_metadata(self) -> EmbeddingMetadata | None:
+        """The metadata of the teacher vectors; None without any."""
+        return self.teacher[0][1].metadata if self.teacher else None
+
+    @property
+    def _stores(self) -> list[Stores]:
+        """The stores in use, in the order of `tars`."""
+        return [stores for stores in (self.embeddings, self.teacher) if stores]
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the datasets' content, their order, and the way they are read."""
-        texts = [index.to_json() for _, index in self.indexes] + [index.to_json() for _, index in self.embeddings]
+        texts = [index.to_json() for _, index in self.indexes]
+        texts += [index.to_json() for stores in self._stores for _, index in stores]
+        texts += [mined.index.to_json() for mined in self.mined]
         texts += [index.to_json() for _, index in self.neighbours]
         return hashlib.sha256("".join(texts).encode()).hexdigest()
 
@@ -126,6 +156,8 @@ class Source:
                 records = records.copy()
                 for name in ("negatives", "negative_text", "negative_images"):
                     records[name] = 0
+            references = self.references(shard, start, stop)
+            records = records if references is None else with_negatives(records, references)
             return lengths.of_records(records)
 
         return Order(
@@ -162,15 +194,15 @@ class Source:
                     yield self.parse(number, record, data)
 
     def tars(self, shard: int) -> list[Tar]:
-        """Return the tar of a shard's samples and, if the recipe uses them, that of their text embeddings."""
+        """Return the tar of a shard's samples and, if used, those of their text embeddings and teacher vectors."""
         number, info = self.shards[shard]
         url, index = self.indexes[number]
         whole = bool(self.neighbours)
         tars = [Tar(info, index.shards_url or url, url, whole)]
-        if self.embeddings:
-            url, embeddings = self.embeddings[number]
-            part = embeddings.parts[shard - self._first_shards[number]]
-            tars.append(Tar(part.shard, embeddings.tars_url or url, url, whole))
+        for stores in self._stores:
+            url, stored = stores[number]
+            part = stored.parts[shard - self._first_shards[number]]
+            tars.append(Tar(part.shard, stored.tars_url or url, url, whole))
         return tars
 
     @cached_property
@@ -189,28 +221,80 @@ class Source:
     def origin(self, shard: int, sample: int) -> Origin:
         return Origin(self.tars(shard)[0].url, sample)
 
-    def parse(self, shard: int, record: np.void, data: bytes, vectors: bytes | None = None) -> Pair:
+    def references(self, shard: int, start: int, stop: int) -> np.ndarray | None:
+        """Return (n, K) of `REFERENCE`, the mined negatives of samples start..stop-1 of a shard; None without any."""
+        if not self.mined:
+            return None
+        number = self.shards[shard][0]
+        mined, own = self.mined[number], shard - self._first_shards[number]
+        if self.neighbours:
+            return _all_references(mined, own)[start:stop]
+        return mined.references(own, start, stop)
+
+    def read_referred(self, shard: int, reference: np.void) -> tuple[bytes, ...]:
+        """Read the sample that a reference of the shard's samples names: its bytes in every tar, as `tars` has them."""
+        mined = self.mined[self.shards[shard][0]]
+        number, found = mined.numbers[reference["dataset"]], [mined.read(reference)]
+        if number is not None:
+            tars = self.tars(self._first_shards[number] + int(reference["shard"]))[1:]
+            for tar in tars:  # the reference names the place in the samples' tar only
+                record = _places(tar.sidecars, tar.shard)[int(reference["sample"]), None]
+                found += tar.read(record)
+        return tuple(found)
+
+    def parse(self, shard: int, record: np.void, data: bytes, *stored: bytes, mined: Sequence[Referral] = ()) -> Pair:
         """Parse a sample's bytes as a pair of the dataset in `names`; BadSample if they contain no pair.
 
-        vectors: the bytes of its text embeddings, or None.
+        stored: its bytes in the further `tars`; without them, the pair has no stored vectors.
+        mined: its references and what `read_referred` returned for them; they become further negatives.
         """
+        pair = self._pair(shard, data, stored)
+        query, target = int(record["query_hash"]), int(record["target_hash"])
+        pair = replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target))
+        if not self.data.hard_negatives:
+            return pair.without_negatives()
+        return self._with_mined(pair, shard, mined) if mined else pair
+
+    def _pair(self, shard: int, data: bytes, stored: Sequence[bytes]) -> Pair:
         number = self.shards[shard][0]
         _, index = self.indexes[number]
-        pair = parse_sample(data, index.captions)
-        if not isinstance(pair, Pair):
-            raise BadSample("an item of an evaluation set, not a pair to train on")
-        rows = None
-        if vectors is not None:
-            embeddings = self.embeddings[number][1]
+        pair = _parsed(data, index)
+        rows: dict[StoreKind, np.ndarray] = {}
+        if stored:
+            for place, (stores, vectors) in enumerate(zip(self._stores, stored, strict=True), 1):
+                store = stores[number][1]
+                try:
+                    rows[store.kind] = store.vectors(vectors, pair, data, index.captions)
+                except ObjectError as error:
+                    raise ObjectError(f"{self.tars(shard)[place].url}: {error}") from None
+        return replace(pair, dataset=self.names[number], vectors=rows.get(CAPTIONS), teacher=rows.get(ITEMS))
+
+    def _with_mined(self, pair: Pair, shard: int, mined: Sequence[Referral]) -> Pair:
+        """Append mined negatives, except those equal to an answer or a negative that the sample has itself.
+
+        A sample with a bad one is bad itself, as with its own negatives: nothing changes silently.
+        """
+        known = {item.content_hash for item in pair.items[1:]}
+        known |= {replace(pair.target, text=text).content_hash for text in pair.alternatives}
+        place = self.mined[self.shards[shard][0]]
+        items, rows = list[Item](), list[np.ndarray]()
+        for reference, data in mined:
+            number, hashed = place.numbers[reference["dataset"]], int(reference["target_hash"])
+            if hashed in known:
+                continue
+            known.add(hashed)
             try:
-                rows = embeddings.vectors(vectors, pair, data, index.captions)
-            except ObjectError as error:
-                raise ObjectError(f"{self.tars(shard)[1].url}: {error}") from None
-        query, target = int(record["query_hash"]), int(record["target_hash"])
-        if not self.data.hard_negatives:
-            pair = replace(pair, negatives=())
-        pair = replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target))
-        return replace(pair, dataset=self.names[number], vectors=rows)
+                if number is None:
+                    other = _parsed(data[0], place.places[reference["dataset"]][1])
+                else:
+                    other = self._pair(self._first_shards[number] + int(reference["shard"]), data[0], data[1:])
+            except BadSample as reason:
+                raise BadSample(f"its mined negative {place.url_of(reference)}: {reason}") from None
+            other = other.drawn(0)
+            items.append(other.target.hashed(hashed))
+            rows += [] if other.teacher is None else [other.teacher[1]]
+        teacher = pair.teacher if pair.teacher is None else np.concatenate([pair.teacher, *(row[None] for row in rows)])
+        return replace(pair, negatives=(*pair.negatives, *items), teacher=teacher)
 
     def check_memory(self, order: Order, world: int) -> None:
         """Raise PipelineError unless `data.memory_mb` holds one window of every lane and stream of a rank."""
@@ -218,7 +302,8 @@ class Source:
         for stream in order.streams:
             indexes = [self.indexes[number][1] for number in stream.datasets]
             total = sum(index.total_bytes for index in indexes)
-            total += sum(self.embeddings[number][1].total_bytes for number in stream.datasets if self.embeddings)
+            total += sum(stores[number][1].total_bytes for stores in self._stores for number in stream.datasets)
+            total += sum(self.mined[number].index.total("referred_bytes") for number in stream.datasets if self.mined)
             mean = total / sum(index.samples for index in indexes)
             needed += mean * stream.window_samples * data.lanes / world / 2**20
         if needed > data.memory_mb:
@@ -242,19 +327,44 @@ def open_dataset(url: str, *names: str) -> Source:
     return Source.open(Data(url=url, datasets=[Part(name=name) for name in names]))
 
 
-def _embeddings(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tuple[str, TextEmbeddings], ...]:
-    """Load (URL, index) of each dataset's text embeddings; see `Source.open`."""
-    place = data.text_embeddings or ""
+def _parsed(data: bytes, index: Index) -> Pair:
+    pair = parse_sample(data, index.captions)
+    if not isinstance(pair, Pair):
+        raise BadSample("an item of an evaluation set, not a pair to train on")
+    return pair
+
+
+def _beside_or_below(place: str, data: Data, indexes: Sequence[tuple[str, Index]]) -> list[str]:
+    """Return the folder for each dataset: its own, or the one of its name below `place`."""
     if place == "beside":
-        urls = [url for url, _ in indexes]
-    else:
-        urls = [objects.join(place, part.name) for part in data.datasets] or [place]
+        return [url for url, _ in indexes]
+    return [objects.join(place, part.name) for part in data.datasets] or [place]
+
+
+def _mined(data: Data, indexes: Sequence[tuple[str, Index]]) -> tuple[Mined, ...]:
+    """Open each dataset's mined negatives; see `Source.open`."""
+    urls = _beside_or_below(data.negatives or "", data, indexes)
     with ThreadPoolExecutor(8) as pool:
-        found = tuple(zip(urls, pool.map(TextEmbeddings.load, urls), strict=True))
+        found = tuple(pool.map(partial(Mined.open, indexes=indexes), urls, range(len(urls))))
+    for mined in found:
+        if None in mined.numbers and (data.teacher or data.text_embeddings):
+            other = mined.index.datasets[mined.numbers.index(None)].name
+            raise ObjectError(
+                f"{objects.join(mined.url, MINED_FILE)} refers to the dataset {other}, whose stored vectors the "
+                "run needs: add it to data.datasets, or mine with among=own"
+            )
+    return found
+
+
+def _stores(kind: StoreKind, place: str, data: Data, indexes: tuple[tuple[str, Index], ...]) -> Stores:
+    """Load (URL, index) of each dataset's stored vectors; see `Source.open`."""
+    urls = _beside_or_below(place, data, indexes)
+    with ThreadPoolExecutor(8) as pool:
+        found = tuple(zip(urls, pool.map(partial(StoredVectors.load, kind=kind), urls), strict=True))
     first_url, first = found[0]
-    for (url, embeddings), (dataset, index) in zip(found, indexes, strict=True):
-        embeddings.check(url, dataset, index)
-        ours, theirs = first.metadata, embeddings.metadata
+    for (url, stored), (dataset, index) in zip(found, indexes, strict=True):
+        stored.check(url, dataset, index)
+        ours, theirs = first.metadata, stored.metadata
         if (ours.identity, ours.width) != (theirs.identity, theirs.width):
             raise ObjectError(
                 f"the embeddings in {first_url} are from {ours.model} ({ours.identity}), but those in {url} are from "
@@ -265,10 +375,7 @@ def _embeddings(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tup
 
 def _neighbours(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tuple[str, Neighbours], ...]:
     """Load (URL, index) of each dataset's clusters of neighbours; see `Source.open`."""
-    if data.neighbours == "beside":
-        urls = [url for url, _ in indexes]
-    else:
-        urls = [objects.join(data.neighbours, part.name) for part in data.datasets] or [data.neighbours]
+    urls = _beside_or_below(data.neighbours, data, indexes)
     with ThreadPoolExecutor(8) as pool:
         found = tuple(zip(urls, pool.map(Neighbours.load, urls), strict=True))
     first_url, first = found[0]
@@ -283,4 +390,16 @@ def _neighbours(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tup
 
 
 _records = lru_cache(maxsize=256)(read_records)  # a window's records are needed twice
+# With batches of neighbours, single samples of all shards are used in turn.
 _sidecar = lru_cache(maxsize=None)(load_sidecar)
+
+
+@cache
+def _all_references(mined: Mined, shard: int) -> np.ndarray:
+    return mined.references(shard, 0, mined.samples[shard])
+
+
+@lru_cache(maxsize=512)  # 16 bytes a sample: references name single samples all over a dataset
+def _places(url: str, shard: Shard) -> np.ndarray:
+    """Return where all samples of a tar are: a part of the records of its sidecar in the folder `url`."""
+    return repack_fields(load_sidecar(url, shard)[["offset", "length", "crc32"]])

@@ -28,14 +28,16 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.data.batch import Batch, Encoded, RawSample, Share, encode_rows
+from pipeline.data.mined import Referral
 from pipeline.data.order import Order
 from pipeline.data.sample import ContentDraw, Draw, Item, Pair
-from pipeline.data.source import Source, Tar
+from pipeline.data.source import Source
 from pipeline.errors import PipelineError, of_failed_worker
 from pipeline.storage import objects
 
 _THREADS = 4  # readers in each process
 _SAMPLE_THREADS = 16  # the same, if they read single samples: waiting for an answer takes longer than its bytes
+_REFERRED_THREADS = 12  # readers of mined negatives in each process: one small read each
 _READ_BYTES = 16 << 20  # the most bytes of a ranged read, unless a sample is larger
 _STEPS_AHEAD = 64  # steps that a worker may read ahead
 _PARENT_SECONDS = 0.3  # interval of a worker's checks that its rank is alive
@@ -47,7 +49,8 @@ class PlannedWindow:
     """A lane's window, ready to be read.
 
     pieces: (P, 3) rows of (shard, start, stop), one ranged read each from every tar of the shard.
-    records: the records of each piece for every tar of the shard: its samples and, if used, their text embeddings.
+    records: the records of each piece for every tar of the shard: its samples and, if used, their stored vectors.
+    references: the samples' mined negatives, (samples, K) for each piece; None without any.
     rows: (T, slice samples, 3) of (piece, shard, sample), in the order of use.
     """
 
@@ -55,7 +58,14 @@ class PlannedWindow:
     epoch: int
     pieces: np.ndarray
     records: list[list[np.ndarray]]
+    references: list[np.ndarray | None]
     rows: np.ndarray
+
+    def bytes_of(self, piece: int) -> int:
+        """The bytes of a piece's samples in all tars, and of the samples that they refer to."""
+        references = self.references[piece]
+        referred = 0 if references is None else references["length"].sum(dtype=np.int64)
+        return sum(int(each["length"].sum()) for each in self.records[piece]) + int(referred)
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ class Planner:
         window = stream.window(epoch, lane, index)
         rows = stream.samples_of(epoch, lane, index)[first_slice - window.first :]
         pieces: list[tuple[int, int, int]] = []
-        records, cut_rows = [], np.empty_like(rows)
+        records, references, cut_rows = [], list[np.ndarray | None](), np.empty_like(rows)
         cut_rows[..., 1:] = rows[..., 1:]
         for piece, (shard, start, stop) in enumerate(window.pieces.tolist()):
             mine = rows[..., 0] == piece
@@ -123,12 +133,14 @@ class Planner:
                 continue  # all its samples were used before the run resumed
             start, stop = int(samples.min()), int(samples.max()) + 1
             known = [tar.records(start, stop) for tar in self.source.tars(shard)]
+            mined = self.source.references(shard, start, stop)
             cuts = self._cuts(np.add.reduce([each["length"].astype(np.int64) for each in known]), len(window.pieces))
             cut_rows[mine, 0] = len(pieces) + np.searchsorted(cuts, samples - start, side="right") - 1
             for begin, end in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
                 pieces.append((shard, start + begin, start + end))
                 records.append([each[begin:end] for each in known])
-        return PlannedWindow(number, epoch, np.array(pieces), records, cut_rows)
+                references.append(None if mined is None else mined[begin:end])
+        return PlannedWindow(number, epoch, np.array(pieces), records, references, cut_rows)
 
     def _cuts(self, lengths: np.ndarray, pieces: int) -> np.ndarray:
         """Return where to cut a piece into ranged reads of limited size, with enough reads for all workers."""
@@ -142,16 +154,29 @@ def _result(planned: Future[PlannedWindow] | PlannedStep) -> PlannedWindow | Pla
     return planned.result() if isinstance(planned, Future) else planned
 
 
+@dataclass(frozen=True)
+class ReadSample:
+    """What was read for a sample: its bytes in every tar, and its mined negatives."""
+
+    data: tuple[bytes, ...]
+    mined: tuple[Referral, ...]
+
+    @property
+    def size(self) -> int:
+        """Its part of `PlannedWindow.bytes_of`."""
+        return sum(map(len, self.data)) + sum(int(reference["length"]) for reference, _ in self.mined)
+
+
 @dataclass
 class Reading:
     """The state of reading a window.
 
-    samples: requested piece -> a future of its samples' bytes in every tar, by sample number.
+    samples: requested piece -> a future of its samples, by sample number.
     held: bytes that are requested but not yet used.
     """
 
     window: PlannedWindow
-    samples: dict[int, Future[dict[int, tuple[bytes, ...]]]] = field(default_factory=dict)
+    samples: dict[int, Future[dict[int, ReadSample]]] = field(default_factory=dict)
     held: int = 0
 
 
@@ -162,6 +187,7 @@ class Reader:
         self.source, self.plan, self.stop, self.worker, self.workers = source, plan, stop, worker, workers
         self.limit = (source.data.memory_mb << 20) // workers
         self.pool = ThreadPoolExecutor(_SAMPLE_THREADS if source.neighbours else _THREADS)
+        self.referred = ThreadPoolExecutor(_REFERRED_THREADS)
         self.readings: dict[int, Reading] = {}
         self.steps: deque[PlannedStep] = deque()
 
@@ -170,8 +196,8 @@ class Reader:
         """Bytes that are requested but not yet used."""
         return sum(reading.held for reading in self.readings.values())
 
-    def next_step(self) -> tuple[int, list[tuple[int, int, int, np.void, tuple[bytes, ...]]]]:
-        """Return the next step, and this worker's samples: (row, shard, sample, record, bytes in every tar)."""
+    def next_step(self) -> tuple[int, list[tuple[int, int, int, np.void, ReadSample]]]:
+        """Return the next step, and this worker's samples: (row, shard, sample, record, what was read)."""
         while not self.steps:
             self._receive(wait=True)
         step = self.steps.popleft()
@@ -188,7 +214,7 @@ class Reader:
         for number, place, piece, shard, sample in rows:
             reading = self.readings[number]
             data = reading.samples[piece].result().pop(sample)
-            reading.held -= sum(map(len, data))
+            reading.held -= data.size
             record = reading.window.records[piece][0][sample - reading.window.pieces[piece, 1]]
             samples.append((place, shard, sample, record, data))
         for number, slice_number, _ in step.slices:
@@ -231,19 +257,41 @@ class Reader:
     def _request(self, reading: Reading, piece: int, limit: int | None = None) -> bool:
         """Start reading a piece, unless it is already requested; False if this would exceed `limit` held bytes."""
         if piece not in reading.samples:
-            records, (shard, start, _) = reading.window.records[piece], reading.window.pieces[piece].tolist()
-            size = sum(int(each["length"].sum()) for each in records)
+            window, (shard, start, _) = reading.window, reading.window.pieces[piece].tolist()
+            size = window.bytes_of(piece)
             if limit is not None and self.held + size > limit:
                 return False
             reading.held += size
-            reading.samples[piece] = self.pool.submit(_read, self.source.tars(shard), start, records)
+            planned = window.records[piece], window.references[piece]
+            reading.samples[piece] = self.pool.submit(_read, self.source, shard, start, *planned, self.referred)
         return True
 
 
-def _read(tars: list[Tar], start: int, records: list[np.ndarray]) -> dict[int, tuple[bytes, ...]]:
-    """Return the bytes of consecutive samples in every tar, by sample number from `start` on."""
-    samples = [tar.read(each) for tar, each in zip(tars, records, strict=True)]
-    return dict(enumerate(zip(*samples, strict=True), start))
+def _read(
+    source: Source,
+    shard: int,
+    start: int,
+    records: list[np.ndarray],
+    references: np.ndarray | None,
+    pool: ThreadPoolExecutor,
+) -> dict[int, ReadSample]:
+    """Read consecutive samples of a shard, and in `pool` those that they refer to. Returns them by sample number."""
+    mined: list[list[np.void]] = [[] for _ in records[0]]
+    if references is not None:
+        mined = [list(row[row["shard"] >= 0]) for row in references]
+    distinct = {_key(each): each for row in mined for each in row}
+    waiting = {key: pool.submit(source.read_referred, shard, each) for key, each in distinct.items()}
+    tars = [tar.read(each) for tar, each in zip(source.tars(shard), records, strict=True)]
+    referred = {key: future.result() for key, future in waiting.items()}
+    return {
+        number: ReadSample(data, tuple((each, referred[_key(each)]) for each in row))
+        for number, (data, row) in enumerate(zip(zip(*tars, strict=True), mined, strict=True), start)
+    }
+
+
+def _key(reference: np.void) -> tuple[int, int, int]:
+    """Return what identifies the sample that is referred to."""
+    return int(reference["dataset"]), int(reference["shard"]), int(reference["sample"])
 
 
 @dataclass
@@ -269,11 +317,12 @@ class Shares(IterableDataset):
         worker = info.id if info else 0
         reader = Reader(self.source, self.plans[worker], self.stop, worker, len(self.plans))
         received = objects.bytes_received()
+        width = self.source.teacher_metadata.width if self.source.teacher_metadata else None
         try:
             for _ in self.steps:
                 step, samples = reader.next_step()
                 encode = self.augmented(partial(self.order.draw_of_step, step)) if self.augmented else self.encode
-                share = encode_rows([self._raw(step, *sample) for sample in samples], encode)
+                share = encode_rows([self._raw(step, *sample) for sample in samples], encode, width)
                 before, received = received, objects.bytes_received()
                 share.received = received - before
                 if info:
@@ -283,16 +332,15 @@ class Shares(IterableDataset):
             # Yielded, because the loader would raise it wrapped in its own traceback.
             yield error
         finally:
-            reader.pool.shutdown(wait=False, cancel_futures=True)
+            for pool in (reader.pool, reader.referred):
+                pool.shutdown(wait=False, cancel_futures=True)
 
-    def _raw(
-        self, step: int, place: int, shard: int, sample: int, record: np.void, data: tuple[bytes, ...]
-    ) -> RawSample:
+    def _raw(self, step: int, place: int, shard: int, sample: int, record: np.void, read: ReadSample) -> RawSample:
         def parse() -> Pair:
-            pair = self.source.parse(shard, record, *data)
+            pair = self.source.parse(shard, record, *read.data, mined=read.mined)
             return self.trained_on(pair, partial(self.order.draw, step, shard, sample))
 
-        return RawSample(place, self.source.origin(shard, sample), data[0], parse)
+        return RawSample(place, self.source.origin(shard, sample), read.data[0], parse)
 
 
 class Stop:

@@ -13,8 +13,8 @@ from functools import partial
 from pipeline.convert.img2dataset import Tape, read_tape
 from pipeline.data.sample import BadSample
 from pipeline.data.shards import members_of
-from pipeline.data.text_embeddings import EmbeddingMetadata, columns_of, file_of, indexed, texts_by_column
-from pipeline.embedding.embed_shards import CaptionDataset, samples_of
+from pipeline.data.stored_vectors import CAPTIONS, EmbeddingMetadata, columns_of, indexed, texts_by_column
+from pipeline.embedding.dataset import EmbeddedDataset
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 from pipeline.storage import objects
@@ -22,7 +22,7 @@ from pipeline.storage import objects
 logger = logging.getLogger(__name__)
 
 
-def index_published(model: str, datasets: list[CaptionDataset], *, overwrite: bool) -> None:
+def index_published(model: str, datasets: list[EmbeddedDataset], *, overwrite: bool) -> None:
     """Index the published vectors of these datasets, reading each tar of vectors and of images once.
 
     model: the name of the model that computed them, which the tars do not contain.
@@ -32,10 +32,11 @@ def index_published(model: str, datasets: list[CaptionDataset], *, overwrite: bo
     for dataset in datasets:
         if (columns := columns_of(dataset.index)) is None:
             raise PipelineError(f"{dataset.url} has no tars from img2dataset: embed its captions without --published")
-        width = _width(objects.join(dataset.tars_url, file_of(dataset.index.shards[0])), columns)
+        width = _width(objects.join(dataset.tars_url, CAPTIONS.file_of(dataset.index.shards[0])), columns)
         made = EmbeddingMetadata(model, identity, width, "fp32", "", columns)
         dataset.begin(made, overwrite)
-        todo = [number for number, shard in enumerate(dataset.index.shards) if file_of(shard) not in dataset.parts]
+        files = [CAPTIONS.file_of(shard) for shard in dataset.index.shards]
+        todo = [number for number, file in enumerate(files) if file not in dataset.parts]
         left = sum(dataset.index.shards[number].samples for number in todo)
         index_tar = partial(_index_tar, dataset, made)
         with (
@@ -45,7 +46,7 @@ def index_published(model: str, datasets: list[CaptionDataset], *, overwrite: bo
             for number, lacking in zip(todo, pool.map(index_tar, todo), strict=True):
                 bar.update(dataset.index.shards[number].samples)
                 if lacking:
-                    logger.warning("%s: %d samples have no embeddings", file_of(dataset.index.shards[number]), lacking)
+                    logger.warning("%s: %d samples have no embeddings", files[number], lacking)
         dataset.finish(made)
 
 
@@ -64,10 +65,10 @@ def _sizes(data: bytes) -> dict[str, int]:
     return {name.lower(): len(content) for name, content in members_of(data)[1].items()}
 
 
-def _index_tar(dataset: CaptionDataset, made: EmbeddingMetadata, number: int) -> int:
+def _index_tar(dataset: EmbeddedDataset, made: EmbeddingMetadata, number: int) -> int:
     """Index a shard's vectors, and return the number of its samples without vectors."""
     source, shard = dataset.source, dataset.index.shards[number]
-    url, captions = objects.join(dataset.tars_url, file_of(shard)), dataset.index.captions
+    url, captions = objects.join(dataset.tars_url, CAPTIONS.file_of(shard)), dataset.index.captions
     assert captions  # `columns_of` is not None
     tape, entries = Tape(url), {}
     for sample in read_tape(tape):
@@ -75,7 +76,7 @@ def _index_tar(dataset: CaptionDataset, made: EmbeddingMetadata, number: int) ->
         vectors = {name for name, size in _sizes(data).items() if size == 4 * made.width} if data else set()
         entries[sample.key] = (sample.begin, len(data), zlib.crc32(data)), vectors
     places, reached = [], 0
-    for record, data in samples_of(source, number, 0, shard.samples):
+    for record, data in source.tars(number)[0].samples(0, shard.samples):
         place, vectors = (reached, 0, 0), set()
         try:
             pair = source.parse(number, record, data)
@@ -95,5 +96,5 @@ def _index_tar(dataset: CaptionDataset, made: EmbeddingMetadata, number: int) ->
         raise PipelineError(
             f"{url} has vectors of {made.width} float32 for no sample of {shard.file}: does it belong to other images?"
         )
-    dataset.keep(shard, *indexed(file_of(shard), tape.size, tape.sha256.hexdigest(), places))
+    dataset.keep(shard, *indexed(CAPTIONS.file_of(shard), tape.size, tape.sha256.hexdigest(), places))
     return lacking

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
+from pipeline.evaluation.exact import STEP, fixed
 from pipeline.evaluation.report import Case, DatasetResult, Similarities
 from pipeline.evaluation.tasks import Ranking, Retrieval, Task
 from pipeline.models.chunks import UNIT_TOLERANCE
@@ -148,12 +149,12 @@ def _retrieved(task: Retrieval, vectors: _Vectors, dimension: int, tile_bytes: i
 
 
 def _similarities(queries: Tensor, candidates: Tensor) -> Tensor:
-    """Return (q, c) exact products of rows from `_fixed`, rounded to float32: ranks compare the reported values."""
+    """Return (q, c) exact products of rows from `fixed`, rounded to float32: ranks compare the reported values."""
     return (queries @ candidates.T).float()
 
 
 def _vectors(name: str, take: Take, device: torch.device | str, rows: np.ndarray) -> Tensor:
-    """Return (n, D) float64 vectors from `_fixed`: of the items in rows (n,), or means over K items in rows (n, K).
+    """Return (n, D) float64 vectors from `fixed`: of the items in rows (n,), or means over K items in rows (n, K).
 
     name: of the task, for errors.
     """
@@ -165,26 +166,12 @@ def _vectors(name: str, take: Take, device: torch.device | str, rows: np.ndarray
             f"{name}: the embedding of item {rows.flat[place]} has length {lengths[place]:.5g}, not 1: check the "
             "model's weights, that it does not overflow, and that its vectors are normalised in float32"
         )
-    vectors = _fixed(taken.double())
+    vectors = fixed(taken.double())
     if rows.ndim == 1:
         return vectors
     # Everything is exact except division and square root, which do not depend on tiles. A mean of zero stays zero.
-    means = _fixed(vectors.view(*rows.shape, -1).sum(dim=1) / rows.shape[1])
-    return _fixed(means / means.square().sum(dim=1, keepdim=True).sqrt().clamp(min=_STEP))
-
-
-_STEP = 2.0**-26
-
-
-def _fixed(vectors: Tensor) -> Tensor:
-    """Round float64 unit vectors in place to multiples of 2^-26, so that their dot products are exact.
-
-    Each product is a multiple of 2^-52. By Cauchy-Schwarz no partial sum exceeds 1, or 2 for vectors within the
-    tolerance. So float64 represents all partial sums, and the order of additions does not matter. Without rounding, the
-    last digits would depend on kernel, tile and threads, and a candidate identical to the right one could count as
-    strictly more similar. A similarity changes by about 1e-8, less than the resolution of float32 near 1.
-    """
-    return vectors.mul_(1 / _STEP).round_().mul_(_STEP)
+    means = fixed(vectors.view(*rows.shape, -1).sum(dim=1) / rows.shape[1])
+    return fixed(means / means.square().sum(dim=1, keepdim=True).sqrt().clamp(min=STEP))
 
 
 def _index(numbers: np.ndarray, like: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from pipeline.data.index import (
 )
 from pipeline.data.sample import Item, Pair
 from pipeline.data.shards import write_shards
-from pipeline.data.text_embeddings import EMBEDDINGS_FILE, TextEmbeddings
+from pipeline.data.stored_vectors import KINDS, StoredVectors
 from pipeline.storage.objects import ObjectError
 
 
@@ -126,7 +127,8 @@ def test_invalid_index_values_are_refused_by_name(folder, change, reason):
     ],
 )
 def test_non_index_files_are_refused(folder, content, reason):
-    for name, load in (("index.json", Index.load), (EMBEDDINGS_FILE, TextEmbeddings.load)):
+    stores = [(kind.index_file, partial(StoredVectors.load, kind=kind)) for kind in KINDS]
+    for name, load in (("index.json", Index.load), *stores):
         (folder / name).write_bytes(content)
         with pytest.raises(ObjectError, match=f"{name} .*{reason}"):
             load(str(folder))

@@ -16,8 +16,8 @@ from limits import HANG_MINUTES, HANG_SECONDS
 from pipeline.config import Recipe, load_ds_config, load_recipe
 from pipeline.data.batch import Batch
 from pipeline.data.source import Source
+from pipeline.data.stored_vectors import Stored, restored, rounded
 from pipeline.data.stream import batches
-from pipeline.data.text_embeddings import Stored, restored, rounded
 from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.chunks import Chunk, pack
 from pipeline.models.registry import training

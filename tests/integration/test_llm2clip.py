@@ -19,7 +19,8 @@ from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
 from pipeline.data.source import Source
 from pipeline.demo import captioned
-from pipeline.embedding.embed_shards import embed_datasets, open_datasets
+from pipeline.embedding.dataset import open_datasets
+from pipeline.embedding.embed_shards import embed_datasets
 from pipeline.errors import PipelineError
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection

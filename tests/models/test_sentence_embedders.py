@@ -31,7 +31,8 @@ from transformers import (
 
 from pipeline.config import EvaluationRun
 from pipeline.data.sample import Item
-from pipeline.embedding.embed_shards import CaptionDataset
+from pipeline.data.stored_vectors import CAPTIONS
+from pipeline.embedding.dataset import EmbeddedDataset
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder
@@ -463,7 +464,7 @@ def test_folder_is_identified_by_its_modules(folders, tmp_path):
 
 def test_stored_vectors_are_refused_after_a_change_of_the_folder(folders, tmp_path):
     folder = shutil.copytree(folders["qwen3"], tmp_path / "qwen3")
-    dataset = CaptionDataset("", None, "", SimpleNamespace(captions=None))
+    dataset = EmbeddedDataset(CAPTIONS, "", None, "", SimpleNamespace(captions=None))
     made = dataset.made(load_encoder(str(folder), EvaluationRun(max_tokens=512), CPU), "fp16")
     assert (made.max_tokens, made.width, made.instruction) == (LIMIT, 32, "")
     vision = tmp_path / "vision"

@@ -21,7 +21,7 @@ from pipeline.config import EvaluationRun, load_recipe
 from pipeline.data.batch import Encoded
 from pipeline.data.sample import Item, Pair
 from pipeline.data.shards import write_shards
-from pipeline.embedding.embed_shards import open_datasets
+from pipeline.embedding.dataset import open_datasets
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder

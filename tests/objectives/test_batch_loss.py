@@ -20,7 +20,8 @@ def batch_of(negatives: list[int]) -> Batch:
     extra = [tuple(next(numbers) for _ in range(count if i != INVALID else 0)) for i, count in enumerate(negatives)]
     items = dict.fromkeys(key for i in range(PAIRS) for key in (query[i], target[i], *extra[i]))
     valid = [i != INVALID for i in range(PAIRS)]
-    return Batch(items, query, target, extra, valid, [None] * PAIRS, [], 0)
+    rest = {"positives": [()] * PAIRS, "weights": [(1.0,)] * PAIRS, "scores": [None] * PAIRS, "tasks": [""] * PAIRS}
+    return Batch(items, query, target, extra, valid, [None] * PAIRS, [], 0, **rest)
 
 
 def recipe_of(*fields: str) -> Recipe:

@@ -102,7 +102,7 @@ class MaskedTraining(TextEncoderTraining):
         """Return one of an image's texts, or both texts of a pair."""
         pair = pair.one_text(draw)
         if pair.query.images or pair.query.video is not None:
-            return replace(pair, query=pair.target, negatives=())
+            return pair.alone(pair.target, pair.target)
         return pair
 
     def own_name(self, stored: str) -> str:

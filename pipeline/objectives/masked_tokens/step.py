@@ -61,7 +61,7 @@ class MaskedNextToken(Objective):
             for content, item in batch.items.items()
         ]
         # An unusable item is an empty text, in which nothing is masked.
-        counts = Counter(chain(batch.query, batch.target, *batch.negatives))
+        counts = Counter(chain(batch.query, batch.target, *batch.positives, *batch.negatives))
         occurring = torch.tensor([counts[content] for content in batch.items], dtype=torch.float64, device=device)
         ours = [sum(counts[c] * len(text.places) for c, text in zip(batch.items, texts, strict=True)), sum(batch.valid)]
         totals = torch.tensor(ours, device=device)

@@ -30,11 +30,12 @@ from pipeline.data.lengths import Lengths, Square
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
+from pipeline.data.stored_vectors import CAPTIONS, StoredVectors, sample_bytes
 from pipeline.data.stream import Reader, batches
-from pipeline.data.text_embeddings import TextEmbeddings, sample_bytes
 from pipeline.embed import main
 from pipeline.embedding import embed_shards
-from pipeline.embedding.embed_shards import embed_datasets, open_datasets
+from pipeline.embedding.dataset import open_datasets
+from pipeline.embedding.embed_shards import embed_datasets
 from pipeline.embedding.published import index_published
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
@@ -147,7 +148,7 @@ def test_embedding_tars_have_one_row_per_text(shards, tmp_path, stored):
     assert max(Counter(encoder.texts).values()) < sum(SAMPLES.values()) / 2  # "the same" is embedded once per group
     assert all(group == sorted(group, key=len, reverse=True) for group in encoder.groups)
     for dataset, count in SAMPLES.items():
-        made = TextEmbeddings.load(str(tmp_path / dataset)).metadata
+        made = StoredVectors.load(str(tmp_path / dataset), CAPTIONS).metadata
         assert (made.model, made.identity, made.width, made.stored) == ("texts", "1", WIDTH, stored)
         tars = sorted(map(str, (tmp_path / dataset).glob("*_text_embeddings.tar")))
         assert len(tars) > 1
@@ -243,7 +244,7 @@ def test_bytes_read_and_held_count_both_tars(shards, tmp_path, monkeypatch):
 
 
 def test_shards_are_embedded_in_bounded_pieces(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed_shards, "_READ_BYTES", 4_000)
+    monkeypatch.setattr(source, "_READ_BYTES", 4_000)
     pieces, plain = [], source.read_samples
 
     def noting(url, shard, records):
@@ -262,8 +263,8 @@ def test_embedding_tars_are_not_held_in_memory(tmp_path, monkeypatch):
     write_shards((pair("one", number) for number in range(40)), tmp_path / "one", dataset="one")
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(embed_shards, "_READ_BYTES", 1 << 20)
-    monkeypatch.setattr(embed_shards, "sample_bytes", lambda key, rows: sample_bytes(key, rows) + bytes(1 << 20))
+    monkeypatch.setattr(source, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(embed_shards, "sample_bytes", lambda *given: sample_bytes(*given) + bytes(1 << 20))
     tracemalloc.start()
     try:
         embed(tmp_path / "one", tmp_path / "out", Texts())
@@ -412,7 +413,7 @@ def test_embeddings_of_another_sample_are_refused(shards, tmp_path):
         opened.parse(0, records[2], samples[2], rows[1])
     key, vectors = "0001", np.zeros((3, WIDTH), np.float16)
     with pytest.raises(BadSample, match="a caption's embedding is zero or not finite"):
-        opened.parse(0, records[1], samples[1], sample_bytes(key, vectors))
+        opened.parse(0, records[1], samples[1], sample_bytes(key, vectors, CAPTIONS))
 
 
 def test_invalid_embeddings_and_shards_are_refused(shards, tmp_path):
@@ -609,4 +610,4 @@ def test_invalid_embedding_index_is_refused(shards, tmp_path, name, value):
     content[name] = value
     file.write_text(json.dumps(content | {"checksum": checksum_of(content)}))
     with pytest.raises(ObjectError, match=r"text_embeddings\.json is not a valid index"):
-        TextEmbeddings.load(str(tmp_path))
+        StoredVectors.load(str(tmp_path), CAPTIONS)

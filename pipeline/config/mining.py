@@ -1,0 +1,63 @@
+"""The options of `python -m pipeline.mine`."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.config.recipe import EvaluatedVideo, EvaluationRun, Store
+from pipeline.config.section import Local, Place
+
+
+class MiningRun(Store):
+    """How negatives are mined, and how the model embeds the items."""
+
+    count: int = Field(4, gt=0, le=255, description="negatives of a sample")
+    margin: float | None = Field(
+        0.95,
+        ge=0,
+        le=2,
+        description="drop candidates that score above margin x the positive's score (positive - (1 - margin) x "
+        "|positive|): they are likely right; null: keep them (TopK-PercPos, arXiv 2407.15831)",
+    )
+    absolute_margin: float | None = Field(
+        None, ge=-2, le=2, description="also drop candidates that score above the positive's score minus this"
+    )
+    skip: int = Field(0, ge=0, description="nearest remaining candidates that are skipped")
+    depth: int = Field(100, gt=0, le=65536, description="nearest candidates that are looked at")
+    choose: Literal["hardest", "sampled"] = Field(
+        "hardest", description="hardest: the nearest remaining ones; sampled: drawn from all remaining ones"
+    )
+    seed: int = Field(0, ge=0, lt=1 << 32, description="of choose=sampled")
+    among: Literal["own", "all"] = Field(
+        "own", description="candidates: targets of the query's own dataset, or of all datasets"
+    )
+    vectors: Place | None = Field(
+        None,
+        description="folder of the items' vectors, which are computed if they are missing; default: each dataset's",
+    )
+    out: Place | None = Field(None, description="folder of the mined negatives; default: each dataset's")
+    scratch: Local | None = Field(
+        None, description="folder for a file of all targets' vectors on every node, while it runs; default: TMPDIR"
+    )
+    overwrite: bool = Field(False, description="replace negatives and vectors of other shards, models or options")
+    encoder: Place | None = Field(
+        None,
+        description="module:function or file.py:function that makes an Encoder (see pipeline/evaluation/encoders.py)",
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="of the weights: bf16, fp32, or auto: as stored"
+    )
+    chunk_tokens: int | None = Field(
+        None, gt=0, description="maximum tokens per forward pass; default: 16384, or 4096 if attention pads"
+    )
+    max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
+    video: EvaluatedVideo = EvaluatedVideo()
+    timeout_minutes: float = Field(
+        15, ge=0.01, le=7 * 24 * 60, description="a collective that waits longer ends the job"
+    )
+
+    @property
+    def encoding(self) -> EvaluationRun:
+        """The options with which a model embeds the items."""
+        shared = EvaluationRun.model_fields.keys() & MiningRun.model_fields.keys() - {"out"}
+        return EvaluationRun(**{name: getattr(self, name) for name in shared})

@@ -1,0 +1,324 @@
+"""Mine hard negatives on all processes, and write references to them beside the shards; see data/mined.py.
+
+A model embeds all items once, into a store beside the shards. Then the ranks share the shards in turn: each ranks the
+targets for the queries of its shards, and writes a shard's references as soon as they are found. Finished shards are
+recorded in PLACE/.mined: if the command is killed, run it again to continue. The result is the same on any number of
+processes and devices.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from math import fsum
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.config import Data, MiningRun
+from pipeline.data.index import Shard, as_json, sidecar_of
+from pipeline.data.mined import (
+    MINED_FILE,
+    REFERENCE,
+    MinedIndex,
+    MinedPart,
+    MiningMetadata,
+    Referred,
+    content_of,
+    mined_dtype,
+    mined_file,
+)
+from pipeline.data.source import Source
+from pipeline.data.stored_vectors import ITEMS, StoredVectors
+from pipeline.data.teacher import query_and_target_vectors
+from pipeline.distributed import on_every_rank, on_first_rank, rank_and_world, start_distributed
+from pipeline.embedding.dataset import EmbeddedDataset, open_datasets
+from pipeline.embedding.embed_shards import embed_datasets
+from pipeline.embedding.ranks import Ranking, Ranks, chosen
+from pipeline.embedding.targets import Targets, shared_targets
+from pipeline.errors import PipelineError, printable
+from pipeline.evaluation.encoder import Encoder
+from pipeline.evaluation.encoders import load_encoder
+from pipeline.progress import progress_bar
+from pipeline.storage import lock, objects
+from pipeline.storage.documents import DocumentError, parse_json
+from pipeline.storage.objects import ObjectError
+
+_RECORDS = ".mined"
+_QUERIES = 4096  # of a shard that are ranked together: all candidates are read once for them
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class MinedDataset:
+    """A dataset, and the folder `place` for its mined negatives.
+
+    number: among the datasets that are mined together.  store: its items' vectors.
+    plan: the index without parts.  parts: the finished ones, by file.
+    """
+
+    number: int
+    place: str
+    source: Source
+    plan: MinedIndex
+    parts: dict[str, MinedPart] = field(default_factory=dict)
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [shard for _, shard in self.source.shards]
+
+    def begin(self, overwrite: bool) -> None:
+        """Find the finished parts of the same plan, and prepare to write the others.
+
+        Raises PipelineError if the place has negatives that were mined otherwise, unless `overwrite`.
+        """
+        index_url, records = objects.join(self.place, MINED_FILE), objects.join(self.place, _RECORDS)
+        finished = self._loaded(self.place, overwrite)
+        unfinished = None if finished else self._loaded(records, overwrite)
+        known = finished or unfinished
+        if known and replace(known, parts=()) != self.plan and not overwrite:
+            raise PipelineError(
+                f"{self.place} has negatives that {known.metadata.model} mined with other options, vectors or shards: "
+                "add overwrite=true, or choose another out="
+            )
+        same = known is not None and replace(known, parts=()) == self.plan
+        parts = [*finished.parts] if finished and same else self._recorded() if same else []
+        self.parts = {part.file: part for part in parts if self._is_there(part)}
+        if finished and same and len(self.parts) == len(self.shards):
+            return
+        kept = {self._record(file) for file in self.parts}
+        for url in objects.list_under(records):
+            if url not in kept:
+                objects.delete(url)
+        objects.write(objects.join(records, MINED_FILE), self.plan.to_json().encode())
+        for part in self.parts.values():
+            self._note(part)
+        objects.delete(index_url)  # before any file is overwritten, so that nobody reads a mix of old and new
+
+    def _loaded(self, folder: str, overwrite: bool) -> MinedIndex | None:
+        try:
+            return MinedIndex.load(folder) if objects.exists(objects.join(folder, MINED_FILE)) else None
+        except ObjectError:
+            if not overwrite:
+                raise
+            return None
+
+    def _recorded(self) -> list[MinedPart]:
+        """Return the parts that an earlier start has finished. One with a damaged record is mined again."""
+        found = []
+        for url in objects.list_under(objects.join(self.place, _RECORDS)):
+            if url.endswith(".npy.json"):
+                with suppress(DocumentError):
+                    found.append(parse_json(objects.read(url), url, MinedPart, remedy=""))
+        return found
+
+    def _is_there(self, part: MinedPart) -> bool:
+        url = objects.join(self.place, part.file)
+        return objects.exists(url) and objects.size(url) == part.size
+
+    def _record(self, file: str) -> str:
+        return objects.join(self.place, _RECORDS, f"{file}.json")
+
+    def _note(self, part: MinedPart) -> None:
+        objects.write(self._record(part.file), json.dumps(as_json(part)).encode())
+
+    def keep(self, shard: Shard, records: np.ndarray, counts: dict[str, float]) -> None:
+        """Write the references of a shard, (samples,) of `mined_dtype`, and record them as a finished part."""
+        data = sidecar_of(records)
+        sums = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        part = MinedPart(shard=shard.sha256, file=mined_file(shard), **sums, **counts)  # type: ignore[arg-type]
+        objects.write(objects.join(self.place, part.file), data)
+        self._note(part)
+
+    def finish(self) -> MinedIndex:
+        """Verify all files, and write the index."""
+        records = objects.join(self.place, _RECORDS)
+        if not objects.exists(objects.join(records, MINED_FILE)):  # an earlier start has finished
+            return MinedIndex.load(self.place)
+        parts = {part.file: part for part in self._recorded()}
+        index = replace(self.plan, parts=tuple(parts[mined_file(shard)] for shard in self.shards))
+        if faults := index.faults(self.place):
+            for part in index.parts:
+                if any(objects.join(self.place, part.file) in fault for fault in faults):
+                    objects.delete(self._record(part.file))
+            raise ObjectError(f"{faults[0]}; start again, and only such files are mined again")
+        objects.write(objects.join(self.place, MINED_FILE), index.to_json().encode())
+        for url in objects.list_under(records):
+            objects.delete(url)
+        return index
+
+
+def mine(model: str, url: str, options: MiningRun) -> None:
+    """Embed the dataset at this URL, or all below it, unless they are embedded, and mine their negatives. Collective.
+
+    Raises PipelineError if a place has vectors or negatives of other shards, models or options, unless
+    options.overwrite.
+    """
+    embedded = open_datasets([url], options.vectors, ITEMS)
+    places = [*(dataset.place for dataset in embedded), *_places(embedded, url, options.out).values()]
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    with lock.held(dict.fromkeys(places) if is_first else []):
+        device = start_distributed(options.timeout_minutes)
+        encoder = load_encoder(model, options.encoding, device)
+        mine_datasets(encoder, embedded, url, options, device)
+
+
+def mine_datasets(
+    encoder: Encoder, embedded: list[EmbeddedDataset], url: str, options: MiningRun, device: torch.device
+) -> None:
+    """Like `mine`, with a loaded encoder and the datasets at or below `url`."""
+    embed_datasets(encoder, embedded, "fp16", device, overwrite=options.overwrite)
+    datasets = _planned(encoder, embedded, url, options)
+    sources = [dataset.source for dataset in datasets]
+
+    def finished() -> list[set[str]]:
+        for dataset in datasets:
+            dataset.begin(options.overwrite)
+        return [set(dataset.parts) for dataset in datasets]
+
+    whole = on_first_rank(finished) if dist.is_initialized() else finished()
+    todo = [
+        (dataset, number)
+        for dataset in datasets
+        for number, shard in enumerate(dataset.shards)
+        if mined_file(shard) not in whole[dataset.number]
+    ]
+    total, left = sum(map(len, sources)), sum(dataset.shards[number].samples for dataset, number in todo)
+    rank, world = rank_and_world()
+    if rank == 0 and left < total:
+        logger.info("the negatives of %s of %s samples are already mined", f"{total - left:,}", f"{total:,}")
+    if todo:
+        with (
+            shared_targets(sources, options.scratch) as targets,
+            progress_bar(initial=total - left, total=total, desc="mining", unit="query", disable=rank > 0) as bar,
+        ):
+            done = 0
+
+            def work() -> None:
+                nonlocal done
+                for dataset, shards in groupby(todo[rank::world], key=lambda each: each[0]):
+                    ranking = Ranking(targets, dataset.number, options, device)
+                    for _, number in shards:
+                        for count in _mined_shard(dataset, number, ranking):
+                            done += count
+
+            on_every_rank(work, lambda: done, lambda now: bar.update(total - left + now - bar.n))
+
+    def finish() -> None:
+        for dataset in datasets:
+            _log(dataset, dataset.finish())
+
+    on_first_rank(finish) if dist.is_initialized() else finish()
+
+
+def _places(embedded: list[EmbeddedDataset], url: str, out: str | None) -> dict[str, str]:
+    """Return the place of each dataset's mined negatives, by the dataset's name below `url`; "" for itself."""
+    root = url.rstrip("/") if "://" in url else str(Path(url))
+    names = {dataset.url.removeprefix(root).lstrip("/"): dataset.url for dataset in embedded}
+    return {
+        name: objects.join(out, *filter(None, [name])) if out else dataset_url for name, dataset_url in names.items()
+    }
+
+
+def _planned(encoder: Encoder, embedded: list[EmbeddedDataset], url: str, options: MiningRun) -> list[MinedDataset]:
+    """Open the datasets with their items' vectors, and say how their negatives are mined."""
+    places = _places(embedded, url, options.out)
+    referred = [Referred(name, content_of(each.index)) for name, each in zip(places, embedded, strict=True)]
+    stores = [StoredVectors.load(each.place, ITEMS).to_json() for each in embedded]
+    chosen_by = {name: getattr(options, name) for name in ("count", "margin", "absolute_margin", "skip", "depth")}
+    chosen_by |= {name: getattr(options, name) for name in ("choose", "seed", "among")}
+    datasets = []
+    for number, (place, each) in enumerate(zip(places.values(), embedded, strict=True)):
+        among = slice(number, number + 1) if options.among == "own" else slice(None)
+        vectors = hashlib.sha256("".join(stores[among]).encode()).hexdigest()
+        metadata = MiningMetadata(encoder.name, encoder.identity, vectors, **chosen_by)
+        own = 0 if options.among == "own" else number
+        plan = MinedIndex(metadata, tuple(referred[among]), own, ())
+        source = Source.open(Data(url=each.url, teacher=each.place, **options.store()))
+        datasets.append(MinedDataset(number, place, source, plan))
+    return datasets
+
+
+def ranked_queries(source: Source, shard: int, ranking: Ranking) -> Iterator[tuple[int, Ranks]]:
+    """Yield the ranks of a shard's queries: (number of the first one in the shard, `Ranks`), some thousand at a time.
+
+    source: a dataset that was opened with its teacher's vectors, with the number that `ranking` was made for.
+    """
+    first = ranking.first_sample(shard)
+    parts = list[tuple[int, np.ndarray, np.ndarray]]()
+    for part in query_and_target_vectors(source, shard):
+        parts.append((part.first, part.query, part.usable))
+        begin, end = parts[0][0], part.first + len(part.usable)
+        if end - begin >= _QUERIES or end == source.shards[shard][1].samples:
+            queries, usable = (np.concatenate(column) for column in list(zip(*parts, strict=True))[1:])
+            yield begin, ranking.ranks(first + begin, queries, usable)
+            parts = []
+
+
+def _mined_shard(dataset: MinedDataset, number: int, ranking: Ranking) -> Iterator[int]:
+    """Mine the negatives of a shard and write them. Yields the number of queries after each part of them."""
+    shard, count = dataset.shards[number], ranking.options.count
+    records = np.zeros(shard.samples, mined_dtype(count))
+    records["negatives"]["shard"] = -1
+    totals: dict[str, float] = dict.fromkeys(("queries", "left_out", "above_margin", "above_absolute_margin"), 0)
+    positives = list[float]()
+    for first, ranks in ranked_queries(dataset.source, number, ranking):
+        places = chosen(ranks, ranking.options, (dataset.number, number), first)
+        records["negatives"][first : first + len(places)] = _references(dataset, ranking.targets, ranks, places)
+        totals["queries"] += int(ranks.usable.sum())
+        totals["left_out"] += ranks.left_out
+        totals["above_margin"] += int(ranks.above_margin.sum())
+        totals["above_absolute_margin"] += int(ranks.above_absolute_margin.sum())
+        positives += ranks.positive[ranks.usable].tolist()
+        yield len(places)
+    found = records["negatives"][records["negatives"]["shard"] >= 0]
+    totals |= {"mined": len(found), "referred_bytes": int(found["length"].sum(dtype=np.int64))}
+    # fsum: rounded once, whatever the processor.
+    sums = {"score_sum": fsum(found["score"].tolist()), "positive_sum": fsum(positives)}
+    dataset.keep(shard, records, totals | sums)
+
+
+def _references(dataset: MinedDataset, targets: Targets, ranks: Ranks, places: np.ndarray) -> np.ndarray:
+    """Return (n, count) of `REFERENCE` to the candidates at these places of the ranks; -1: none."""
+    result = np.zeros(places.shape, REFERENCE)
+    result["shard"] = -1
+    rows, columns = np.nonzero(places >= 0)
+    numbers = ranks.numbers[rows, places[rows, columns]]
+    shard = np.searchsorted(targets.firsts, numbers, side="right") - 1
+    found = np.zeros(len(numbers), REFERENCE)
+    found["dataset"] = 0 if len(dataset.plan.datasets) == 1 else targets.datasets[shard, 0]
+    found["shard"], found["sample"] = targets.datasets[shard, 1], numbers - targets.firsts[shard]
+    found["score"] = ranks.scores[rows, places[rows, columns]]
+    facts = targets.facts[numbers]
+    for name in set(REFERENCE.names or ()) & set(facts.dtype.names or ()):
+        found[name] = facts[name]
+    result[rows, columns] = found
+    return result
+
+
+def _log(dataset: MinedDataset, index: MinedIndex) -> None:
+    queries, mined = index.total("queries"), index.total("mined")
+    logger.info(
+        "%s: %s negatives for %s queries, mean similarity %.3f (targets %.3f); likely right and dropped: %s",
+        printable(dataset.place),
+        f"{mined:,}",
+        f"{queries:,}",
+        index.mean_score,
+        index.mean_positive,
+        f"{index.total('above_margin') + index.total('above_absolute_margin'):,}",
+    )
+    if mined < queries * index.metadata.count:
+        logger.warning(
+            "%s: %s of %s negatives are missing: too few of the %s nearest candidates remain; raise depth",
+            printable(dataset.place),
+            f"{queries * index.metadata.count - mined:,}",
+            f"{queries * index.metadata.count:,}",
+            f"{index.metadata.depth:,}",
+        )
