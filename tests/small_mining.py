@@ -44,7 +44,8 @@ class Texts:
 def pair(dataset: str, i: int) -> Pair:
     """Targets repeat, queries repeat, a few queries are targets, and a few samples cannot be read."""
     query = f"{i % 5}/{dataset} query {i // 2 if i % 10 < 2 else i}"
-    target = f"{i % 5}/target {i % 60}"
+    number = i % 60 if dataset == "first" else (i + 30) % 90
+    target = f"{number % 5}/target {number}"
     if i % 30 == 7:
         query = f"{(i + 5) % 5}/target {(i + 5) % 60}"
     return Pair(f"{i:04d}", dataset, "", Item("unreadable" if i % 40 == 11 else query), Item(target))

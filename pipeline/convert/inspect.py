@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
-from itertools import chain
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from pipeline.convert.command import Command, add_processes
 from pipeline.convert.img2dataset import Tape, read_tape
+from pipeline.convert.stores import sample_rows, store_faults, store_lines
 from pipeline.convert.workers import Run, workers
 from pipeline.data.index import (
     INDEX_FILE,
@@ -71,7 +71,8 @@ read datasets back, and check everything that their indexes say
 
 Every tar and sidecar is read completely. Their sizes and sha256 are checked, and each sample's position, CRC-32, texts,
 hashes and image sizes are compared with its record. Every image is decoded, and every video is opened. The rows of an
-evaluation set must be those converted, and refer to existing items. Prints one line, or ends with status 2 and a list
+evaluation set must be those converted, and refer to existing items. Vectors that pipeline.embed stored beside the index
+must have their sha256, too, and belong to these shards. Prints one line, or ends with status 2 and a list
 of faults.
 
     python tools/make_shards.py verify s3://bucket/my-data
@@ -99,7 +100,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         for (_, group), outcome in zip(jobs, outcomes, strict=True):
             faults += outcome.result()
             bar.update(sum(shard.size for shard in group))
-    faults += chain.from_iterable(_file_faults(url, index, arguments.dest) for url, index in datasets.items())
+    for url, index in datasets.items():
+        faults += _file_faults(url, index, arguments.dest) + store_faults(url, index)
     if faults:
         more = f"\n(and {len(faults) - _SHOWN} more)" if len(faults) > _SHOWN else ""
         raise PipelineError(f"{arguments.dest} is not intact:\n" + "\n".join(faults[:_SHOWN]) + more)
@@ -227,6 +229,7 @@ def _show(arguments: argparse.Namespace) -> None:
             ("dataset", repr(index.dataset)),
             ("task", repr(sample.task)),
             ("tokens", f"about {_LENGTHS.of_records(record)[0]:,} for LLaVA-OneVision"),
+            *sample_rows(url, index, shard, number),
             *_item_rows(sample),
         ]
     except BadSample as reason:
@@ -257,8 +260,12 @@ def _place(url: str, index: Index, number: int, key: str | None) -> tuple[Shard,
 
 def _item_rows(sample: Pair | Single) -> Iterator[tuple[str, str]]:
     """Yield (label, value) of each item's properties. Of a video that cannot be decoded, the size is the reason."""
-    roles = ("item",) if isinstance(sample, Single) else ("query", "target", *("negative" for _ in sample.negatives))
-    for role, item in zip(roles, sample.items, strict=True):
+    roles, judged = ["item"], dict[str, dict[int, float]]()
+    if isinstance(sample, Pair):
+        roles = ["query", "target", *("positive" for _ in sample.positives), *("negative" for _ in sample.negatives)]
+        weights = sample.weights if set(sample.weights) != {1.0} else ()
+        judged = {"  weight": dict(enumerate(weights, 1)), "  score": dict(enumerate(sample.scores or (), 1))}
+    for number, (role, item) in enumerate(zip(roles, sample.items, strict=True)):
         yield "", ""
         yield role, repr(item.text)
         for image in item.images:
@@ -273,6 +280,7 @@ def _item_rows(sample: Pair | Single) -> Iterator[tuple[str, str]]:
         yield "  hash", f"{item.content_hash:016x}"
         if role == "target" and isinstance(sample, Pair):
             yield from (("  or", repr(text)) for text in sample.alternatives)
+        yield from ((label, f"{values[number]:g}") for label, values in judged.items() if number in values)
 
 
 def _console() -> Console:
@@ -286,7 +294,7 @@ _STATS = """\
 statistics of datasets: tasks, sizes, lengths, duplicates
 
 Only indexes and sidecars are read, not the tars. p90 is the 90th percentile. Token lengths are estimates for
-LLaVA-OneVision with 8 frames per video.
+LLaVA-OneVision with 8 frames per video. The last lines name what lies beside the indexes, such as a teacher's vectors.
 
     python tools/make_shards.py stats s3://bucket/my-data
 """
@@ -317,6 +325,9 @@ def _stats(arguments: argparse.Namespace) -> None:
             console.print(
                 f"{name}: {distinct:,} distinct, {len(hashes) - distinct:,} of {len(hashes):,} are duplicates"
             )
+    for url in datasets:
+        for line in store_lines(url):
+            console.print(Text(printable(line)))
 
 
 def _totals(datasets: dict[str, Index]) -> Table:
@@ -355,7 +366,7 @@ def _facts(records: np.ndarray) -> dict[str, np.ndarray]:
         "tokens of a sample (estimate)": _LENGTHS.of_records(records),
         "bytes of the query's text": records["query_text"],
         "bytes of the target's text": records["target_text"],
-        "bytes of the negatives' texts": records["negative_text"],
+        "bytes of other positives' and negatives' texts": records["negative_text"],
         "images of a sample": counts,
         "pixels of an image": sizes.prod(axis=1),
         "longer side of an image": sizes.max(axis=1, initial=0),

@@ -29,6 +29,7 @@ SOURCE is a file with lines like
 
     {"query":     {"text": "<image>\\nFind the caption of this picture.", "images": ["cats/1.jpg"]},
      "target":    {"text": "A cat on a mat.", "alternatives": ["On a mat lies a cat."]},
+     "positives": [{"text": "A mat with a cat.", "weight": 0.5}],
      "negatives": [{"text": "A dog on a mat."}],
      "dataset":   "Captions",
      "task":      "retrieval"}
@@ -36,7 +37,11 @@ SOURCE is a file with lines like
     query, target  a text, optionally with `images` (paths of PNG, JPEG, WebP or GIF files) or a `video` (path of an
                    MP4, MOV, WebM, MKV or AVI file). The text has one mark <image> or <video> per file, at its place.
     alternatives   optional: texts that can replace the target's text; training draws one
+    positives      optional: further right answers to the query
     negatives      optional: hard negatives of the query
+    weight         optional, of the target and each positive: its weight among them, above 0 (default: 1)
+    score          optional: a judge's or reranker's score; either the target, all positives and all negatives have one,
+                   or none of them
     dataset        optional: if any row names a dataset, every dataset becomes DEST/<dataset>/
     task           optional: a name for the task
 
@@ -48,7 +53,7 @@ number. An unreadable row belongs to the dataset of the row before it.
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # valid names of datasets, which become folders
 MAX_LINE = 16 << 20  # bytes; a file without line ends must not fill the memory
-MAX_COUNT = 255  # images, videos and negatives: the limit of the index
+MAX_COUNT = 255  # images, videos, further positives with negatives: the limit of the index
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +78,7 @@ def datasets(arguments: argparse.Namespace) -> dict[str, Rows]:
 
 
 class Entry(BaseModel, extra="forbid", strict=True):
-    """A query or a negative in a row."""
+    """A query in a row; with more fields, any other item."""
 
     text: str
     images: tuple[str, ...] = Field((), max_length=MAX_COUNT)
@@ -84,7 +89,19 @@ class Entry(BaseModel, extra="forbid", strict=True):
         return self.images if self.video is None else (*self.images, self.video)
 
 
-class Target(Entry):
+class Judged(Entry):
+    """A negative."""
+
+    score: float | None = Field(None, allow_inf_nan=False)
+
+
+class Weighted(Judged):
+    """A positive."""
+
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class Target(Weighted):
     alternatives: tuple[str, ...] = ()
 
 
@@ -93,21 +110,38 @@ class PairRow(BaseModel, extra="forbid", strict=True):
 
     query: Entry
     target: Target
-    negatives: tuple[Entry, ...] = Field((), max_length=MAX_COUNT)
+    positives: tuple[Weighted, ...] = ()
+    negatives: tuple[Judged, ...] = ()
     dataset: str = Field("", pattern=NAME)
     task: str = ""
 
     @model_validator(mode="after")
     def files_can_be_counted(self) -> "PairRow":
-        images = sum(len(entry.images) for entry in self.negatives)
+        others = (*self.positives, *self.negatives)
+        images = sum(len(entry.images) for entry in others)
         videos = sum(entry.video is not None for entry in self.entries)
-        if max(images, videos) > MAX_COUNT:
-            raise ValueError(f"has more than {MAX_COUNT} negatives' images or videos")
+        if max(len(others), images, videos) > MAX_COUNT:
+            raise ValueError(f"has more than {MAX_COUNT} positives and negatives, images of these, or videos")
+        return self
+
+    @model_validator(mode="after")
+    def all_or_none_are_scored(self) -> "PairRow":
+        if len({entry.score is None for entry in self.judged}) > 1:
+            raise ValueError("has a score for only some of its target, positives and negatives: give all one, or none")
         return self
 
     @property
+    def judged(self) -> tuple[Judged, ...]:
+        return (self.target, *self.positives, *self.negatives)
+
+    @property
     def entries(self) -> tuple[Entry, ...]:
-        return (self.query, self.target, *self.negatives)
+        return (self.query, *self.judged)
+
+    @property
+    def scores(self) -> tuple[float, ...] | None:
+        scores = tuple(entry.score for entry in self.judged if entry.score is not None)
+        return scores or None
 
     @classmethod
     def parse(cls, line: bytes) -> "PairRow":
@@ -133,7 +167,12 @@ class PairRow(BaseModel, extra="forbid", strict=True):
     @classmethod
     def _known(cls, *place: str | int) -> str:
         """Return the end of a message about an unknown field: the nearest known one, or all of its object."""
-        forms: dict[str | int, type[BaseModel]] = {"query": Entry, "target": Target, "negatives": Entry}
+        forms: dict[str | int, type[BaseModel]] = {
+            "query": Entry,
+            "target": Target,
+            "positives": Weighted,
+            "negatives": Judged,
+        }
         known = (forms[place[0]] if len(place) > 1 else cls).model_fields
         near = get_close_matches(str(place[-1]).lower(), known, 1)
         return f", did you mean {near[0]}?" if near else f": the known ones are {', '.join(known)}"
@@ -158,9 +197,18 @@ class Lines(Rows):
         with self.file.open("rb") as file:
             file.seek(offset)
             row = PairRow.parse(file.readline(MAX_LINE + 1))
-        query, target, *negatives = map(self._item, row.entries)
-        alternatives = tuple(_checked(text, row.target) for text in row.target.alternatives)
-        return Pair(f"{line_number:08d}", self.dataset, row.task, query, target, tuple(negatives), alternatives)
+        return Pair(
+            f"{line_number:08d}",
+            self.dataset,
+            row.task,
+            self._item(row.query),
+            self._item(row.target),
+            tuple(map(self._item, row.negatives)),
+            tuple(_checked(text, row.target) for text in row.target.alternatives),
+            positives=tuple(map(self._item, row.positives)),
+            weights=tuple(entry.weight for entry in (row.target, *row.positives)),
+            scores=row.scores,
+        )
 
     def _item(self, entry: Entry) -> Item:
         text = _checked(entry.text, entry)

@@ -274,8 +274,9 @@ def sidecar_dtype(max_images: int) -> np.dtype:
     offset, length: position of the sample's bytes (tar headers included) in the tar; crc32: of these bytes.
     query_hash, target_hash: Item.content_hash; a Single's item is the query, and its target_hash is 0.
     *_text: UTF-8 bytes; for the target those of its longest text, for the negatives the total.
-    image_sizes: (width, height) in pixels of the images of the query, the target, then the negatives; the rest is zero,
-        and so is the size of an image that cannot be read.
+    negative*, negatives: those of the further positives and of the negatives together.
+    image_sizes: (width, height) in pixels of the images of the query, the target, the further positives, then the
+        negatives; the rest is zero, and so is the size of an image that cannot be read.
     checksum: CRC-32 of the record's other bytes.
     """
     return np.dtype(

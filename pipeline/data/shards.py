@@ -1,14 +1,16 @@
 """Samples as WebDataset tars: write shards with their sidecars, and parse the bytes of a sample.
 
 The members of a sample share the key before the first dot. KEY.json describes the sample; KEY.query.0.jpg,
-KEY.target.0.png and KEY.negative.0.0.jpg are images in order; KEY.query.mp4 is a video; KEY.item.0.jpg is an image of a
-single item. Tars in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json) are read as pairs without conversion.
+KEY.target.0.png, KEY.positive.0.0.jpg and KEY.negative.0.0.jpg are images in order; KEY.query.mp4 is a video;
+KEY.item.0.jpg is an image of a single item. Tars in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json) are read as pairs
+without conversion.
 """
 
 import codecs
 import hashlib
 import inspect
 import json
+import math
 import re
 import tarfile
 import zlib
@@ -46,10 +48,20 @@ def sample_bytes(sample: Pair | Single) -> bytes:
         description["item"] = _description(sample.item)
     else:
         description["query"] = _description(sample.query)
-        description["target"] = _description(sample.target)
+        right = [_description(item) for item in (sample.target, *sample.positives)]
+        wrong = [_description(item) for item in sample.negatives]
         if sample.alternatives:
-            description["target"]["alternatives"] = sample.alternatives
-        description["negatives"] = [_description(item) for item in sample.negatives]
+            right[0]["alternatives"] = sample.alternatives
+        for entry, weight in zip(right, sample.weights, strict=True):
+            if weight != 1:
+                entry["weight"] = weight
+        if sample.scores is not None:
+            for entry, score in zip((*right, *wrong), sample.scores, strict=True):
+                entry["score"] = score
+        description["target"] = right[0]
+        if sample.positives:
+            description["positives"] = right[1:]
+        description["negatives"] = wrong
     members = {"json": json.dumps(description, ensure_ascii=False).encode()}
     for role, item in _roles(sample):
         for number, image in enumerate(item.images):
@@ -78,6 +90,8 @@ def _roles(sample: Pair | Single) -> Iterator[tuple[str, Item]]:
     else:
         yield "query", sample.query
         yield "target", sample.target
+        for number, item in enumerate(sample.positives):
+            yield f"positive.{number}", item
         for number, item in enumerate(sample.negatives):
             yield f"negative.{number}", item
 
@@ -104,10 +118,20 @@ def parse_sample(data: bytes, captions: Captions | None = None) -> Pair | Single
         name = str(description["dataset"]), str(description["task"])
         if "item" in description:
             return Single(key, *name, item("item", description["item"]))
-        query, target = item("query", description["query"]), item("target", description["target"])
-        negatives = (item(f"negative.{number}", entry) for number, entry in enumerate(description["negatives"]))
-        alternatives = map(_text, description["target"].get("alternatives", ()))
-        return Pair(key, *name, query, target, tuple(negatives), tuple(alternatives))
+        query = item("query", description["query"])
+        right = [description["target"], *description.get("positives", ())]
+        wrong = description["negatives"]
+        return Pair(
+            key,
+            *name,
+            query,
+            item("target", right[0]),
+            tuple(item(f"negative.{number}", entry) for number, entry in enumerate(wrong)),
+            tuple(map(_text, right[0].get("alternatives", ()))),
+            positives=tuple(item(f"positive.{number}", entry) for number, entry in enumerate(right[1:])),
+            weights=tuple(_number("weight", entry.get("weight", 1.0)) for entry in right),
+            scores=_scores([*right, *wrong]),
+        )
     except KeyError as error:
         raise BadSample(f"{error.args[0]!r} is missing") from error
     except UnicodeError as error:
@@ -191,6 +215,23 @@ def _text(value: object) -> str:
     return value
 
 
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} {value!r} is not a finite number")
+    if name == "weight" and value <= 0:
+        raise ValueError(f"weight {value!r} is not positive")
+    return float(value)
+
+
+def _scores(entries: list[dict[str, Any]]) -> tuple[float, ...] | None:
+    scores = [entry.get("score") for entry in entries]
+    if scores.count(None) == len(scores):
+        return None
+    if None in scores:
+        raise ValueError("only some of its target, positives and negatives have a score")
+    return tuple(_number("score", score) for score in scores)
+
+
 def captioned(key: str, members: dict[str, bytes], captions: Captions) -> tuple[Pair, list[tuple[str, str]]]:
     """Parse a sample in img2dataset's layout: KEY.jpg (or another image), and captions in KEY.txt and KEY.json.
 
@@ -262,16 +303,16 @@ class ShardRecords:
 
     def add(self, sample: Pair | Single, offset: int, data: bytes) -> None:
         """Add the next sample, whose bytes in the tar are `data`, at `offset`."""
-        query, target, *negatives = (*sample.items, Item("")) if isinstance(sample, Single) else sample.items
+        query, target, *others = (*sample.items, Item("")) if isinstance(sample, Single) else sample.items
         texts = [len(query.text.encode()), len(target.text.encode())]
         if isinstance(sample, Pair):
             texts[1] = max(len(text.encode()) for text in sample.texts)
-        texts.append(sum(len(item.text.encode()) for item in negatives))
+        texts.append(sum(len(item.text.encode()) for item in others))
         counts = {
             "images of the query": len(query.images),
             "images of the target": len(target.images),
-            "images of negatives": sum(len(item.images) for item in negatives),
-            "negatives": len(negatives),
+            "images of further positives and negatives": sum(len(item.images) for item in others),
+            "further positives and negatives": len(others),
             "videos": sum(item.video is not None for item in sample.items),
         }
         for name, count in counts.items():

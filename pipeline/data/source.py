@@ -152,7 +152,7 @@ class Source:
 
         def lengths_of(shard: int, start: int, stop: int) -> np.ndarray:
             records = self.records(shard, start, stop)
-            if not data.hard_negatives:
+            if not data.hard_negatives:  # then further positives, which records count as negatives, are not estimated
                 records = records.copy()
                 for name in ("negatives", "negative_text", "negative_images"):
                     records[name] = 0

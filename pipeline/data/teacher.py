@@ -53,4 +53,4 @@ def query_and_target_vectors(source: Source, shard: int) -> Iterator[PairVectors
             except ObjectError as error:
                 raise ObjectError(f"{tar.url}: {error}") from None
             usable[place] = True
-        yield PairVectors(first, *rows, usable)
+        yield PairVectors(first, rows[0], rows[1], usable)

@@ -3,7 +3,6 @@
 Finished shards are recorded in PLACE/.KIND, such as .item_embeddings, until the index is written.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +31,6 @@ from pipeline.storage import objects
 from pipeline.storage.atomic import remove_leftovers
 from pipeline.storage.documents import DocumentError, parse_json
 from pipeline.storage.objects import ObjectError
-
-_READ_BYTES = 16 << 20  # per ranged read of a tar whose hash is verified
 
 T = TypeVar("T")
 
@@ -163,7 +160,8 @@ class EmbeddedDataset:
         hashes = {objects.join(self.place, part.shard.sidecar): part.shard.sidecar_sha256 for part in parts}
         if made.stored != "fp32":
             hashes |= {objects.join(self.place, part.shard.file): part.shard.sha256 for part in parts}
-        wrong = [url for url, found in zip(hashes, _in_threads(_sha256, hashes), strict=True) if found != hashes[url]]
+        found = _in_threads(objects.sha256, hashes)
+        wrong = [url for url, sha256 in zip(hashes, found, strict=True) if sha256 != hashes[url]]
         for url in wrong:
             objects.delete(self._record(url.rpartition("/")[2].replace(".idx.npy", ".tar")))
         if wrong:
@@ -195,13 +193,6 @@ def _described(made: EmbeddingMetadata) -> str:
     columns = f", captions in {', '.join(made.columns)}" if made.columns else ""
     query = f", query {made.query!r}" if made.query is not None else ""
     return f"({made.identity}, width {made.width}, {made.stored}{columns}{query})"
-
-
-def _sha256(url: str) -> str:
-    digest, size = hashlib.sha256(), objects.size(url)
-    for start in range(0, size, _READ_BYTES):
-        digest.update(objects.read(url, start, min(_READ_BYTES, size - start)))
-    return digest.hexdigest()
 
 
 def open_datasets(shards: list[str], out: str | None, kind: StoreKind = CAPTIONS) -> list[EmbeddedDataset]:

@@ -5,6 +5,7 @@ AWS_PROFILE, ~/.aws, roles. Every wait has a time limit. Every failure is an `Ob
 says what to do; no message contains a secret.
 """
 
+import hashlib
 import os
 import shutil
 import threading
@@ -17,6 +18,8 @@ from pipeline.storage.atomic import replacing
 from pipeline.storage.s3 import ObjectError, check_range
 from pipeline.storage.s3 import configure as configure
 from pipeline.storage.s3 import server as server
+
+_PART = 16 << 20  # bytes that `sha256` reads at a time
 
 
 class _Counter:
@@ -142,6 +145,14 @@ def size(url: str) -> int:
     location = _s3_location(url)
     with _explained(url):
         return Path(url).stat().st_size if location is None else s3.size(*location)
+
+
+def sha256(url: str) -> str:
+    """Return the SHA-256 (hex) of the object, read in parts."""
+    digest, whole = hashlib.sha256(), size(url)
+    for start in range(0, whole, _PART):
+        digest.update(read(url, start, min(_PART, whole - start)))
+    return digest.hexdigest()
 
 
 def join(url: str, *parts: str) -> str:

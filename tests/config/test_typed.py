@@ -118,7 +118,7 @@ def test_override_values_are_parsed_to_intended_types(override, meant):
         ("evaluation.urls=[]", "evaluation.urls: List should have at least 1 item"),
         ("evaluation.urls=['']", "evaluation.urls.0: it is empty"),
         *((f"{name}=''", f"{name}: it is empty") for name in
-          ("run", "deepspeed", "data.url", "data.text_embeddings", "model.path", "model.text_encoder")),
+          ("run", "deepspeed", "data.url", "data.text_embeddings", "data.teacher", "model.path", "model.text_encoder")),
         ("run=' '", "run: it is empty"),
         *((f"{name}=s3://bucket/x", "it is a URL: name a file or a folder") for name in ("run", "deepspeed")),
         ("data.url=/data/my set #2", "YAML takes what follows ' #' for a comment: use quotes in it"),

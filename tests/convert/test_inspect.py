@@ -1,6 +1,7 @@
 import argparse
 import hashlib
 import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -387,3 +388,16 @@ def test_show_and_stats_escape_control_characters_in_names(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "[bold].tar" in shown and r"X\x1b[2J[/red]" in shown and r"[/t]\x9b" in shown and r"k\x1b[1m" in shown
     assert "\x1b[2J" not in shown and "\x9b" not in shown
+
+
+def test_show_prints_positives_weights_and_scores(tmp_path, capsys):
+    one = Pair("0", "d", "t", Item("q"), Item("right"), (Item("no"),), positives=(Item("also"),))
+    scored = replace(one, key="1", weights=(1.0, 0.25), scores=(0.75, 3.0, -1e-3))
+    write_shards([one, scored], tmp_path, dataset="D")
+    printed = shown(capsys, tmp_path, 0)
+    assert "positive 'also'" in printed and "weight" not in printed and "score" not in printed
+    printed = shown(capsys, tmp_path, 1)
+    found = re.findall(r"(target|positive|negative|weight|score) (\S+)", printed)
+    expected = [("target", "'right'"), ("weight", "1"), ("score", "0.75"), ("positive", "'also'"), ("weight", "0.25")]
+    assert found == [*expected, ("score", "3"), ("negative", "'no'"), ("score", "-0.001")]
+    verify(tmp_path)

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -79,6 +80,34 @@ def test_all_fields_are_converted(source, tmp_path):
     assert (tmp_path / "out/rejected.jsonl").read_bytes() == b""
 
 
+def test_positives_weights_and_scores_are_converted(source, tmp_path):
+    image = {"text": "<image>", "images": ["photos/1.png"]}
+    positives = [image | {"weight": 0.5}, {"text": "<video>", "video": "clip.mp4"}]
+    target = {"text": "thing", "alternatives": ["the thing"], "weight": 2}
+    negatives = [{"text": "no"}]
+
+    def scored(entry: dict, score: float) -> dict:
+        return entry | {"score": score}
+
+    judged = {"target": scored(target, 3), "negatives": [scored(negatives[0], -0.5)]}
+    file = write(
+        source,
+        row(0, positives=positives, negatives=negatives) | {"target": target},
+        row(0, positives=[scored(positives[0], 2.5), scored(positives[1], 0)]) | judged,
+        row(0) | {"target": {"text": "alone", "score": 1}},
+    )
+    make_shards("jsonl", file, tmp_path / "out")
+    pictures = [(source / f"photos/{number}.png").read_bytes() for number in range(2)]
+    right = (Item("<image>", (pictures[1],)), Item("<video>", video=(source / "clip.mp4").read_bytes()))
+    asked = Item("<image>\nWhat is it?", (pictures[0],))
+    first = Pair("00000001", "pairs", "", asked, Item("thing"), (Item("no"),), ("the thing",), None, right, (2, 0.5, 1))
+    assert read_all(str(tmp_path / "out")) == [
+        first,
+        replace(first, key="00000002", scores=(3.0, 2.5, 0.0, -0.5)),
+        Pair("00000003", "pairs", "", asked, Item("alone"), scores=(1.0,)),
+    ]
+
+
 def test_rows_are_split_by_dataset(source, tmp_path):
     """An unreadable row belongs to the dataset of the row before it, or, at the start, of the first readable row."""
     rows = [b"?", row(0, dataset="B"), row(1), b"?", row(2, dataset="A"), row(0, dataset="B"), b"?"]
@@ -129,6 +158,15 @@ BAD_ROWS = [
         "wrong fields",
         "more than 255",
     ),
+    ({"query": TEXT, "target": TEXT, "positives": [TEXT], "negatives": [TEXT] * 255}, "wrong fields", "more than 255"),
+    ({"query": TEXT, "target": TEXT, "positives": [TEXT | {"score": 1}]}, "wrong fields", "has a score for only some"),
+    ({"query": TEXT, "target": TEXT | {"score": 1}, "negatives": [TEXT]}, "wrong fields", "has a score for only some"),
+    ({"query": TEXT | {"score": 1}, "target": TEXT}, "wrong fields", "query.score is unknown"),
+    ({"query": TEXT, "target": TEXT, "negatives": [TEXT | {"weight": 1}]}, "wrong fields", "negatives.0.weight is unk"),
+    ({"query": TEXT, "target": TEXT | {"weight": 0}}, "wrong fields", "target.weight"),
+    ({"query": TEXT, "target": TEXT | {"score": True}}, "wrong fields", "target.score"),
+    (b'{"query": {"text": "q"}, "target": {"text": "t", "score": 1e999}}', "wrong fields", "target.score"),
+    ({"query": TEXT, "target": TEXT, "positives": [{"text": ""}]}, "empty text", "''"),
     ({"query": TEXT, "target": {"text": " "}}, "empty text", "' '"),
     ({"query": TEXT, "target": TEXT, "negatives": [TEXT, {"text": ""}]}, "empty text", "''"),
     ({"query": TEXT, "target": {"text": "t", "alternatives": [""]}}, "empty text", "''"),

@@ -14,8 +14,9 @@ from PIL import Image
 
 from pipeline.data.index import Captions, Index, load_sidecar, read_records, read_samples
 from pipeline.data.sample import BadSample, Item, Pair, Single
-from pipeline.data.shards import parse_sample, sample_bytes, write_shards
+from pipeline.data.shards import parse_sample, sample_bytes, tar_bytes, write_shards
 from pipeline.data.tiles import image_format
+from pipeline.data.video import video_format
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
 from pipeline.storage.objects import ObjectError
@@ -133,6 +134,73 @@ def test_sample_without_images_round_trips(tmp_path):
     sidecar = load_sidecar(str(tmp_path), shard)
     assert sidecar["image_sizes"].shape == (1, 0, 2)
     assert parse_sample(read_samples(str(tmp_path), shard, sidecar)[0]) == pair
+
+
+def judged_pairs() -> list[Pair]:
+    """Return pairs with positives that have weights, with scores, and with both."""
+    positives = (Item("also <image>", (picture(7),)), Item("<video> too", video=b"film"))
+    negatives = (Item("<image> no", (picture(9, "JPEG"),)),)
+    one = Pair("a", "Judged", "", Item("q"), Item("t"), negatives, ("u",), positives=positives, weights=(1.0, 0.5, 2.0))
+    return [
+        one,
+        replace(one, key="b", weights=(), scores=(3.5, -1.0, 0.0, 1e-3)),
+        replace(one, key="c", scores=(3.5, 2.0, 0.25, -7.0)),
+        replace(one, key="d", positives=(), weights=(0.25,), scores=(1.0, 0.0)),
+    ]
+
+
+def test_positives_weights_and_scores_round_trip(tmp_path):
+    pairs = judged_pairs()
+    (shard,) = write_shards(pairs, tmp_path, dataset="Judged").shards
+    records = load_sidecar(str(tmp_path), shard)
+    read = list(map(parse_sample, read_samples(str(tmp_path), shard, records)))
+    assert read == pairs
+    assert [(pair.weights, pair.scores) for pair in read] == [(pair.weights, pair.scores) for pair in pairs]
+    assert read[1].weights == (1.0, 1.0, 1.0)
+    assert [item.text for item in read[0].items] == ["q", "t", "also <image>", "<video> too", "<image> no"]
+    others = [(*pair.positives, *pair.negatives) for pair in pairs]
+    assert records["negatives"].tolist() == list(map(len, others)) == [3, 3, 3, 1]
+    assert records["negative_images"].tolist() == [2, 2, 2, 1]
+    assert records["negative_text"].tolist() == [sum(len(item.text.encode()) for item in each) for each in others]
+    assert records["videos"].tolist() == [1, 1, 1, 0]
+    assert records["image_sizes"][:, :2].tolist() == [[[17, 27], [19, 29]]] * 3 + [[[19, 29], [0, 0]]]
+    (sample, *_) = webdataset.WebDataset(str(tmp_path / shard.file), shardshuffle=False)
+    assert (sample["positive.0.0.png"], sample[f"positive.1.{video_format(b'film')}"]) == (picture(7), b"film")
+
+
+def test_bytes_of_pairs_without_positives_and_scores_are_pinned():
+    """Shards of earlier versions can be made again, byte for byte."""
+    image = b"\x89PNG not an image"
+    negatives = (Item("<image> n", (image,)), Item("m"))
+    pair = Pair("k", "D", "vqa", Item("<image> q ü", (image,)), Item("t"), negatives, ("u", "v"))
+    assert hashlib.sha256(sample_bytes(pair)).hexdigest() == (
+        "c46cd2b04d002258388af23303e122f3fe563d6e657deae7a28c98e70dd7b04a"
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "others", "reason"),
+    [
+        ({"weight": 0}, {}, "weight 0 is not positive"),
+        ({}, {"positives": [{"text": "p", "images": 0, "weight": "1"}]}, "weight '1' is not a finite number"),
+        ({"score": True}, {}, "score True is not a finite number"),
+        ({"score": float("nan")}, {}, "score nan is not a finite number"),
+        ({"score": 1}, {"negatives": [{"text": "n", "images": 0}]}, "only some of its target, positives and negatives"),
+        ({}, {"positives": [{"text": "p", "images": 0, "score": 1}]}, "only some of its target, positives and neg"),
+        ({}, {"positives": [{"text": "<image>", "images": 1}]}, "'positive.0.0' is missing"),
+        ({}, {"positives": {"text": "p"}}, "its json is malformed"),
+    ],
+)
+def test_malformed_positives_weights_and_scores_raise_bad_sample(target, others, reason):
+    item = {"text": "t", "images": 0, "video": 0}
+    described = {"dataset": "X", "task": "", "query": item, "target": item | target, "negatives": []} | others
+    with pytest.raises(BadSample, match=reason):
+        parse_sample(tar_bytes("a", {"json": json.dumps(described).encode()}))
+
+
+def test_a_pair_has_a_weight_for_each_right_answer():
+    with pytest.raises(ValueError, match="1 weights for a target and 2 further positives"):
+        replace(judged_pairs()[0], weights=(1.0,))
 
 
 def test_unreadable_image_has_no_size(tmp_path):

@@ -441,6 +441,7 @@ def test_invalid_embeddings_and_shards_are_refused(shards, tmp_path):
         (["--texts", "captions.txt"], "--shards cannot be combined with --texts"),
         (["--query-image", "a.png"], "--shards cannot be combined with --query-image"),
         (["--published"], "has no tars from img2dataset: embed its captions without --published"),
+        (["--published", "--items"], "--items cannot be combined with --published"),
     ],
 )
 def test_invalid_option_combinations_are_refused(shards, monkeypatch, arguments, complaint):

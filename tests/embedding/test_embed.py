@@ -399,6 +399,7 @@ def test_invalid_arguments_are_refused_before_model_load(tiny_model, inputs, med
     monkeypatch.setattr(Embedder, "load", None)
     for arguments, reason in (
         ([tiny_model], "nothing to do"),
+        ([tiny_model, *texts, *out, "--items"], "--items embeds all items of a dataset: name it with --shards"),
         ([tiny_model, *texts], "--out is missing: the folder for the embeddings"),
         ([tiny_model, "--query", "x"], "--out is missing: the folder to search"),
         ([tiny_model, *out, "--query", "x"], "has no embeddings to search"),

@@ -13,6 +13,7 @@ from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_reci
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation import metrics
+from pipeline.evaluation.exact import fixed
 from pipeline.evaluation.metrics import Scores, result_of, scores_of, worst_queries
 from pipeline.evaluation.report import Case, Shown, Similarities
 from pipeline.evaluation.tasks import Ranking, Retrieval
@@ -165,8 +166,8 @@ def test_similarity_is_independent_of_dimension_order():
     orders = [torch.randperm(1000, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     plain = [rows[:, order] @ rows[:, order].T for order in orders]
     assert not all(torch.equal(plain[0], each) for each in plain)
-    fixed = [metrics._fixed(rows[:, order]) for order in orders]
-    ours = [each @ each.T for each in fixed] + [(fixed[0][:, None] * fixed[0]).cumsum(dim=2)[..., -1]]
+    rounded = [fixed(rows[:, order]) for order in orders]
+    ours = [each @ each.T for each in rounded] + [(rounded[0][:, None] * rounded[0]).cumsum(dim=2)[..., -1]]
     assert all(torch.equal(ours[0], each) for each in ours)
     assert (ours[0] - plain[0]).abs().max() < 3e-8
 

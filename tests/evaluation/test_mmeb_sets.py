@@ -86,6 +86,22 @@ def test_pair_shards_become_task_ranking_all_targets(tmp_path):
     ]
 
 
+def test_further_positives_of_pairs_are_right_answers(tmp_path, monkeypatch):
+    pairs = [
+        Pair("0", "d", "vqa", Item("q0"), Item("t0"), (Item("n"),), positives=(Item("t1"), Item("t2"))),
+        Pair("1", "d", "vqa", Item("q1"), Item("t1")),
+    ]
+    write_shards(pairs, tmp_path, dataset="pairs")
+    (task,) = (collection := load([str(tmp_path)])).tasks
+    items = [item().text for item in collection.items]
+    assert [
+        (items[query], [items[row] for row in rows]) for query, rows in zip(task.queries, task.candidates, strict=True)
+    ] == [("q0", ["t0"]), ("q0", ["t1"]), ("q0", ["t2"]), ("q1", ["t1", "t0", "t2"])]
+    monkeypatch.setattr("pipeline.evaluation.sets.pairs._SIMILARITIES", 11)
+    with pytest.raises(PipelineError, match="has 4 pairs, and each would be compared with all"):
+        load([str(tmp_path)])
+
+
 def test_mmeb_training_pairs_get_separate_task_name(tmp_path):
     write_shards([Pair("0", "d", "vqa", Item("q"), Item("t"))], tmp_path, dataset="OK-VQA")
     assert [task.name for task in load([str(tmp_path)]).tasks] == ["OK-VQA, pairs"]

@@ -1,21 +1,26 @@
-"""The command that embeds the captions of datasets: on two processes, killed, and restarted."""
+"""The command that embeds datasets: on two processes, killed, and restarted."""
 
 import json
 import os
 import signal
 import time
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from launch import fork, launch, wait
 from limits import HANG_SECONDS
+from PIL import Image
 
 from pipeline.config import Data, EvaluationRun
 from pipeline.data.sample import Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
-from pipeline.embedding import embed_shards
+from pipeline.data.stored_vectors import ITEMS
+from pipeline.embedding.dataset import open_datasets
+from pipeline.embedding.embed_shards import embed_datasets
 from pipeline.evaluation.encoders import load_encoder
 
 NAMES = ("first", "second")
@@ -43,8 +48,8 @@ def embedded(out: Path) -> dict[str, bytes]:
 def test_killed_embedding_resumes_to_the_bytes_of_one_process(tiny_model, shards, tmp_path):
     device = torch.device("cpu")
     encoder = load_encoder(tiny_model, EvaluationRun(), device)
-    alone = embed_shards.open_datasets([str(shards)], str(tmp_path / "alone"))
-    embed_shards.embed_datasets(encoder, alone, "bf16", device, overwrite=False)
+    alone = open_datasets([str(shards)], str(tmp_path / "alone"))
+    embed_datasets(encoder, alone, "bf16", device, overwrite=False)
     expected = embedded(tmp_path / "alone")
 
     out = tmp_path / "out"
@@ -71,3 +76,39 @@ def test_killed_embedding_resumes_to_the_bytes_of_one_process(tiny_model, shards
     source = Source.open(Data(url=str(shards), datasets=list(NAMES), text_embeddings=str(out)))
     metadata = source.embedding_metadata
     assert (metadata.width, metadata.identity) == (encoder.dimension, encoder.identity)
+
+
+def picture(number: int) -> bytes:
+    buffer = BytesIO()
+    drawn = np.random.default_rng(number).integers(0, 256, (20 + number, 30, 3), np.uint8)
+    Image.fromarray(drawn).save(buffer, "PNG")
+    return buffer.getvalue() if number != 7 else b"no image"
+
+
+def test_items_on_two_processes_have_the_vectors_of_one(tiny_model, tmp_path):
+    """Each group of samples has images, and items that other samples share; one image cannot be decoded."""
+    pairs = (
+        Pair(
+            f"{i:02d}",
+            "items",
+            "",
+            Item("<image>\nWhat is it?", (picture(i),)),
+            Item(f"a ring {i // 2}"),
+            (Item("a star"), Item("<image>", (picture(i // 3),))),
+            ("a round thing",),
+        )
+        for i in range(80)
+    )
+    write_shards(pairs, tmp_path / "shards", dataset="items", shard_bytes=200_000)
+    device = torch.device("cpu")
+    alone = open_datasets([str(tmp_path / "shards")], str(tmp_path / "alone"), ITEMS)
+    embed_datasets(load_encoder(tiny_model, EvaluationRun(), device), alone, "fp16", device, overwrite=False)
+    ended = launch(["-m", "pipeline.embed", tiny_model, "--shards", str(tmp_path / "shards"), "--items"], world=2)
+    assert ended.status == [0, 0], ended.output[-4000:]
+    assert "4 of 80 samples could not be used: their items have no embeddings" in ended.output
+    expected = embedded(tmp_path / "alone")
+    assert len(expected) > 4
+    assert {name: (tmp_path / "shards" / name).read_bytes() for name in expected} == expected
+    source = Source.open(Data(url=str(tmp_path / "shards"), teacher="beside"))
+    (record, data), (_, stored) = (next(tar.samples(0, 1)) for tar in source.tars(0))
+    assert source.parse(0, record, data, stored).teacher.shape == (5, source.teacher_metadata.width)

@@ -19,14 +19,10 @@ _SIMILARITIES = 100_000_000
 def add(collection: Collection, url: str) -> None:
     """Add the pairs at `url` as a dataset of their meta-task; without one, of "retrieval".
 
-    A query with several targets is repeated for each of them, without the others among its candidates.
+    A query with several targets or positives is repeated for each of them, without the others among its candidates.
     """
     index = Index.load(url)
-    if index.samples**2 > _SIMILARITIES:
-        raise PipelineError(
-            f"{url} has {index.samples:,} pairs, and each would be compared with all: evaluate on fewer, "
-            f"{int(_SIMILARITIES**0.5):,} at most"
-        )
+    _check_size(url, index.samples, index.samples)
     pairs = []
     for shard in index.shards:
         for number, data in enumerate(read_samples(index.shards_url or url, shard, load_sidecar(url, shard))):
@@ -36,12 +32,14 @@ def add(collection: Collection, url: str) -> None:
             content_key(item.content_hash), f"{pair.key}: {item.text}", partial(replace, item)
         )
         for pair in pairs
-        for item in (pair.query, pair.target)
+        for item in (pair.query, pair.target, *pair.positives)
     }
     right: dict[int, set[int]] = {}
     for pair in pairs:
-        right.setdefault(pair.query.content_hash, set()).add(rows[pair.target.content_hash])
-    targets = np.unique([rows[pair.target.content_hash] for pair in pairs])
+        own = {rows[item.content_hash] for item in (pair.target, *pair.positives)}
+        right.setdefault(pair.query.content_hash, set()).update(own)
+    targets = np.unique([row for own in right.values() for row in own])
+    _check_size(url, sum(map(len, right.values())), len(targets))
     queries, candidates = [], []
     for query, own in right.items():
         others = np.setdiff1d(targets, list(own))
@@ -52,6 +50,14 @@ def add(collection: Collection, url: str) -> None:
     name = f"{index.dataset}, pairs" if index.dataset in MMEB_TASKS else index.dataset
     meta_task = pairs[0].task if pairs[0].task in META_TASKS else "retrieval"
     collection.tasks.append(Ranking(name, meta_task, True, np.array(queries), candidates))
+
+
+def _check_size(url: str, queries: int, targets: int) -> None:
+    if queries * targets > _SIMILARITIES:
+        raise PipelineError(
+            f"{url} has {queries:,} pairs, and each would be compared with all: evaluate on fewer, "
+            f"{int(_SIMILARITIES**0.5):,} at most"
+        )
 
 
 def _parse(key: str, sample: bytes, captions: Captions | None) -> Pair:

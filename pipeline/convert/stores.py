@@ -1,0 +1,68 @@
+"""Inspect what lies beside a dataset's shards for its training: stored vectors, mined negatives, clusters."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from pipeline.data.index import Index, Shard, read_records, read_samples
+from pipeline.data.sample import BadSample
+from pipeline.data.shards import members_of
+from pipeline.data.stored_vectors import KINDS, StoredVectors
+from pipeline.errors import PipelineError, printable
+from pipeline.storage import objects
+
+_OTHERS = {"mined.json": "mined negatives", "neighbours.json": "clusters of neighbours"}
+
+
+def stores_beside(url: str) -> Iterator[StoredVectors]:
+    """Yield the stored vectors beside a dataset. Raises ObjectError if an index is damaged."""
+    for kind in KINDS:
+        if objects.exists(objects.join(url, kind.index_file)):
+            yield StoredVectors.load(url, kind)
+
+
+def store_faults(url: str, index: Index) -> list[str]:
+    """Return the faults of the stored vectors beside a dataset: those of other shards, and files with wrong bytes."""
+    faults = []
+    try:
+        for store in stores_beside(url):
+            store.check(url, url, index)
+            hashes = {}
+            for part in store.parts:
+                hashes[objects.join(store.tars_url or url, part.shard.file)] = part.shard.sha256
+                hashes[objects.join(url, part.shard.sidecar)] = part.shard.sidecar_sha256
+            with ThreadPoolExecutor(8) as pool:
+                faults += [fault for fault in pool.map(_fault, hashes, hashes.values()) if fault]
+    except PipelineError as error:
+        faults.append(str(error))
+    return faults
+
+
+def _fault(url: str, expected: str) -> str:
+    try:
+        return "" if objects.sha256(url) == expected else f"{url}: its sha256 is not the index's"
+    except PipelineError as error:
+        return str(error)
+
+
+def store_lines(url: str) -> Iterator[str]:
+    """Yield a line about each store beside a dataset."""
+    for store in stores_beside(url):
+        made, name = store.metadata, objects.join(url, store.kind.index_file)
+        size = f"{store.total_bytes / 1e6:,.1f} MB"
+        yield f"{name}: vectors of {store.kind.what} by {made.model}, width {made.width}, {made.stored}, {size}"
+    for file, what in _OTHERS.items():
+        if objects.exists(objects.join(url, file)):
+            yield f"{objects.join(url, file)}: {what}"
+
+
+def sample_rows(url: str, index: Index, shard: Shard, number: int) -> Iterator[tuple[str, str]]:
+    """Yield (label, value) of a sample's stored vectors. Raises ObjectError if they belong to other shards."""
+    for store in stores_beside(url):
+        store.check(url, url, index)
+        part = store.parts[index.shards.index(shard)].shard
+        (data,) = read_samples(store.tars_url or url, part, read_records(url, part, number, number + 1))
+        try:  # LLM2CLIP's tars have a member, not a row, for each text
+            rows = len(members_of(data)[1]) if store.metadata.stored == "fp32" else len(store.rows_in(data)[1])
+        except BadSample:
+            rows = 0
+        yield f"vectors of {store.kind.what}", f"{rows}, by {printable(store.metadata.model)}"

@@ -1,0 +1,77 @@
+"""make_shards names, shows and verifies what lies beside a dataset for its training."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.convert import inspect
+from pipeline.convert.command import Command
+from pipeline.data.sample import BadSample, Item, Pair
+from pipeline.data.shards import write_shards
+from pipeline.data.stored_vectors import ITEMS
+from pipeline.embedding.dataset import open_datasets
+from pipeline.embedding.embed_shards import embed_datasets
+from pipeline.errors import PipelineError
+
+
+class Teacher:
+    name, identity, dimension, instructed = "the \x1bteacher", "1", 4, True
+
+    def prepare(self, item: Item) -> Item:
+        if item.text == "unread":
+            raise BadSample("made so")
+        return item
+
+    def embed(self, prepared: list[Item]) -> torch.Tensor:
+        return torch.eye(4)[[len(item.text) % 4 for item in prepared]]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Create a dataset of two shards with a teacher's vectors."""
+    pairs = [Pair(str(i), "D", "", Item(text), Item("t"), (Item("n"),)) for i, text in enumerate(["a", "b", "unread"])]
+    write_shards(pairs, tmp_path, dataset="D", shard_bytes=2048)
+    embed_datasets(Teacher(), open_datasets([str(tmp_path)], None, ITEMS), "fp16", torch.device("cpu"), overwrite=False)
+    return tmp_path
+
+
+def run(command: Command, *arguments: object) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_args(list(map(str, arguments))))
+
+
+def printed(capsys, command: Command, *arguments: object) -> str:
+    capsys.readouterr()
+    run(command, *arguments)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_stats_and_show_name_the_stores(folder, capsys):
+    (folder / "mined.json").write_text("{}")
+    found = printed(capsys, inspect.STATS, folder)
+    assert "item_embeddings.json: vectors of items by the \\x1bteacher, width 4, fp16, 0.0 MB" in found
+    assert "mined.json: mined negatives" in found and "neighbours" not in found
+    assert "vectors of items 3, by the \\x1bteacher" in printed(capsys, inspect.SHOW, folder, 1)
+    assert "vectors of items 0, by" in printed(capsys, inspect.SHOW, folder, 2)
+
+
+@pytest.mark.parametrize("file", ["000001_item_embeddings.tar", "000001_item_embeddings.idx.npy"])
+def test_verify_reads_the_stores(folder, capsys, file):
+    assert "3 samples in 2 shards are intact" in printed(capsys, inspect.VERIFY, folder, "--processes", 1)
+    data = bytearray((folder / file).read_bytes())
+    data[-100] ^= 1
+    (folder / file).write_bytes(data)
+    with pytest.raises(PipelineError, match=rf"is not intact:\n.*{file}: its sha256 is not the index's$"):
+        run(inspect.VERIFY, folder, "--processes", 1)
+    (folder / file).unlink()
+    with pytest.raises(PipelineError, match=f"{file}: there is no such file$"):
+        run(inspect.VERIFY, folder, "--processes", 1)
+
+
+def test_verify_refuses_vectors_of_other_shards(folder):
+    write_shards([Pair("0", "D", "", Item("c"), Item("t"))], folder, dataset="D")
+    with pytest.raises(PipelineError, match=r"item_embeddings\.json has 2 shards, but .* has 1: embed its items again"):
+        run(inspect.VERIFY, folder, "--processes", 1)
