@@ -17,31 +17,60 @@ from pipeline.errors import PipelineError
 _WEIGHTS = 1000  # METIS needs integers: a weight is a score, scaled to 1 to 1000
 _IMBALANCE = 100  # METIS cuts fewer edges if it may split unevenly: here by 100 in 1000
 _ROUNDS = 4  # of exchanges between clusters
-_TRIED = 8  # clusters that an exchange considers
+_TRIED = 8  # clusters that an exchange considers, of those with neighbours
+_PAIRS = 1 << 24  # compared at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Apart:
+    """Says which of N samples should be in different clusters, because one is no negative of the other.
+
+    query, target: int64 (N,), numbers below N of the samples' queries and targets: equal ones have equal numbers.
+    right: int64 (P,), rising: for each target that may be right for a sample's query, the sample's number times N plus
+        the target's number.
+    """
+
+    query: np.ndarray
+    target: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def of(cls, query: np.ndarray, target: np.ndarray, right: np.ndarray) -> "Apart":
+        """Number queries and targets, (N,) hashes each.  right: int64 (P, 2), pairs of (sample, that of the target)."""
+        queries, targets = (np.unique(each, return_inverse=True)[1].astype(np.int64) for each in (query, target))
+        return cls(queries, targets, np.unique(right[:, 0] * len(query) + targets[right[:, 1]]))
+
+    def __call__(self, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Compare samples, two arrays of numbers that are broadcast: True where they should be apart."""
+        equal = (self.query[ones] == self.query[others]) | (self.target[ones] == self.target[others])
+        right = self._is_right(ones, others) | self._is_right(others, ones)
+        return (equal | right) & (ones != others)
+
+    def _is_right(self, samples: np.ndarray, others: np.ndarray) -> np.ndarray:
+        keys = samples * len(self.query) + self.target[others]
+        if not len(self.right):
+            return np.zeros(keys.shape, dtype=bool)
+        places = np.searchsorted(self.right, keys)
+        return self.right[np.minimum(places, len(self.right) - 1)] == keys
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
     """An undirected graph as compressed rows: row i has the edges ends[i]:ends[i + 1] to `others`, rising in number.
 
-    ends: int64 (N + 1,).  others, weights: int64 (E,), each edge in both directions.
+    ends: int64 (N + 1,).  sources, others, weights: int64 (E,), each edge in both directions.
     """
 
     ends: np.ndarray
+    sources: np.ndarray
     others: np.ndarray
     weights: np.ndarray
-
-    @property
-    def sources(self) -> np.ndarray:
-        """The sample of each edge's row, int64 (E,)."""
-        return np.repeat(np.arange(len(self.ends) - 1), np.diff(self.ends))
 
     @classmethod
     def of(cls, pairs: np.ndarray, weights: np.ndarray, count: int) -> "Graph":
         """Return the graph over `count` samples of (P, 2) pairs, in any direction; weights of equal ones are added."""
-        keys = _keys(pairs, count)
+        keys = pairs.min(axis=1) * count + pairs.max(axis=1)
         rising = np.argsort(keys, kind="stable")
-        rising = rising[pairs[rising, 0] != pairs[rising, 1]]
         keys, weights = keys[rising], weights[rising]
         first = np.flatnonzero(np.diff(keys, prepend=-1))
         low, high = np.divmod(keys[first], count)
@@ -49,16 +78,21 @@ class Graph:
         sources, others = np.concatenate([low, high]), np.concatenate([high, low])
         rising = np.lexsort((others, sources))
         ends = np.append(0, np.cumsum(np.bincount(sources, minlength=count)))
-        return cls(ends, others[rising], np.concatenate([added, added])[rising])
+        return cls(ends, sources[rising], others[rising], np.concatenate([added, added])[rising])
+
+    def attachment(self, cluster: np.ndarray) -> np.ndarray:
+        """Return the weight of each sample's edges within its cluster, int64 (N,)."""
+        inside = cluster[self.sources] == cluster[self.others]
+        return np.bincount(self.sources[inside], self.weights[inside], len(cluster)).astype(np.int64)
 
 
-def clusters_of(neighbours: np.ndarray, scores: np.ndarray, forbidden: np.ndarray, size: int) -> tuple[np.ndarray, int]:
+def clusters_of(neighbours: np.ndarray, scores: np.ndarray, apart: Apart, size: int) -> tuple[np.ndarray, int]:
     """Arrange N samples as clusters of `size`, whose members are each other's neighbours.
 
     neighbours: int64 (N, m), the most similar other samples of each sample; -1: none.  scores: float32 (N, m).
-    forbidden: int64 (P, 2), pairs that should be in different clusters, such as false negatives.
+    apart: says which samples should be in different clusters, such as false negatives.
     Returns int64 (N,), the samples' numbers: each run of `size` is a cluster, and the last N mod `size` are in none;
-    and the number of forbidden pairs that are still in one cluster, because no exchange of two samples separates them.
+    and the number of pairs of samples in one cluster that should be apart: no exchange of two samples separates them.
 
     Raises PipelineError if there are fewer than `size` samples.
     """
@@ -66,8 +100,10 @@ def clusters_of(neighbours: np.ndarray, scores: np.ndarray, forbidden: np.ndarra
     if not clusters:
         raise PipelineError(f"{count} samples do not fill a cluster of {size}: set clusters to {count} or less")
     pairs = np.stack([np.repeat(np.arange(count), neighbours.shape[1]), neighbours.reshape(-1)], axis=1)
-    known = (pairs[:, 1] >= 0) & ~np.isin(_keys(pairs, count), _keys(forbidden, count))
+    known = pairs[:, 1] >= 0
     pairs, values = pairs[known], scores.reshape(-1)[known].astype(np.float64)
+    useful = ~apart(pairs[:, 0], pairs[:, 1]) & (pairs[:, 0] != pairs[:, 1])
+    pairs, values = pairs[useful], values[useful]
     spread = max(float(np.ptp(values)), 1e-9) if len(values) else 1.0
     weights = 1 + np.rint((_WEIGHTS - 1) * (values - values.min(initial=np.inf)) / spread).astype(np.int64)
     graph = Graph.of(pairs, weights, count)
@@ -76,27 +112,17 @@ def clusters_of(neighbours: np.ndarray, scores: np.ndarray, forbidden: np.ndarra
     options = pymetis.Options(seed=0, ufactor=_IMBALANCE)
     _, parts = pymetis.part_graph(clusters, adjacency, eweights=graph.weights, recursive=True, options=options)
     cluster = _equal(graph, np.array(parts, np.int64), clusters, size)
-    left = _separate(graph, Graph.of(forbidden, np.ones(len(forbidden), np.int64), count), cluster, clusters, size)
-    return np.lexsort((np.arange(count), np.where(cluster < 0, clusters, cluster))), left
-
-
-def _keys(pairs: np.ndarray, count: int) -> np.ndarray:
-    """Number pairs so that both directions of a pair have the same number."""
-    return pairs.min(axis=1) * count + pairs.max(axis=1)
-
-
-def _attachment(graph: Graph, cluster: np.ndarray) -> np.ndarray:
-    """Return the weight of each sample's edges within its cluster, int64 (N,)."""
-    sources = graph.sources
-    inside = cluster[sources] == cluster[graph.others]
-    return np.bincount(sources[inside], graph.weights[inside], len(cluster)).astype(np.int64)
+    rising = np.argsort(np.where(cluster < 0, clusters, cluster), kind="stable")
+    members = rising[: clusters * size].reshape(clusters, size)
+    left = _separate(graph, apart, cluster, members)
+    return np.concatenate([np.sort(members, axis=1).reshape(-1), rising[clusters * size :]]), left
 
 
 def _equal(graph: Graph, cluster: np.ndarray, clusters: int, size: int) -> np.ndarray:
     """Move samples from larger to smaller clusters. Returns the cluster of each sample, -1 for those in none."""
     count, before = len(cluster), cluster
     # The samples of too large clusters that are least attached to them become free.
-    rising = np.lexsort((np.arange(count), _attachment(graph, cluster), cluster))
+    rising = np.lexsort((np.arange(count), graph.attachment(cluster), cluster))
     sizes = np.bincount(cluster, minlength=clusters)
     place = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     cluster = cluster.copy()
@@ -104,10 +130,10 @@ def _equal(graph: Graph, cluster: np.ndarray, clusters: int, size: int) -> np.nd
     room = np.maximum(size - sizes, 0)
 
     # Each goes to the cluster with room to which it is most attached; the most attached sample comes first.
-    sources, others = graph.sources, graph.others
-    possible = (cluster[sources] < 0) & (cluster[others] >= 0)
-    possible[possible] &= room[cluster[others[possible]]] > 0
-    keys, edges = np.unique(sources[possible] * clusters + cluster[others[possible]], return_inverse=True)
+    possible = (cluster[graph.sources] < 0) & (cluster[graph.others] >= 0)
+    possible[possible] = room[cluster[graph.others[possible]]] > 0
+    keys = graph.sources[possible] * clusters + cluster[graph.others[possible]]
+    keys, edges = np.unique(keys, return_inverse=True)
     weights = np.bincount(edges, graph.weights[possible], len(keys))
     for key in keys[np.argsort(-weights, kind="stable")].tolist():
         sample, to = divmod(key, clusters)
@@ -123,50 +149,50 @@ def _equal(graph: Graph, cluster: np.ndarray, clusters: int, size: int) -> np.nd
     return cluster
 
 
-def _separate(graph: Graph, apart: Graph, cluster: np.ndarray, clusters: int, size: int) -> int:
-    """Exchange samples between clusters, in place, until no two of a cluster are adjacent in the graph `apart`.
+def _separate(graph: Graph, apart: Apart, cluster: np.ndarray, members: np.ndarray) -> int:
+    """Exchange samples between clusters, in place, until no two that should be apart are in one cluster.
 
-    A pair's less attached sample is exchanged with one of a cluster to which it is attached, or of one close in number,
+    cluster: of each sample.  members: (clusters, size), the samples of each cluster.
+    A sample is exchanged with the least attached one of a cluster to which it is attached, or of one close in number,
     if this brings no other such pair together. Returns the number of pairs that remain.
     """
-    rising = np.argsort(np.where(cluster < 0, clusters, cluster), kind="stable")
-    members: list[list[int]] = rising[: clusters * size].reshape(clusters, size).tolist()
+    clusters = len(members)
 
-    def rivals(sample: int) -> dict[int, list[int]]:
-        """Return the samples from which `sample` must be separate, by cluster."""
-        found: dict[int, list[int]] = {}
-        others = apart.others[apart.ends[sample] : apart.ends[sample + 1]]
-        for to, other in zip(cluster[others].tolist(), others.tolist(), strict=True):
-            found.setdefault(to, []).append(other)
-        return found
-
-    def exchange(sample: int, home: int, there: dict[int, list[int]]) -> bool:
+    def exchange(sample: int, attached: np.ndarray) -> bool:
+        home = cluster[sample]
         edges = slice(graph.ends[sample], graph.ends[sample + 1])
         near, which = np.unique(cluster[graph.others[edges]], return_inverse=True)
-        near = near[np.argsort(-np.bincount(which, graph.weights[edges], len(near)), kind="stable")].tolist()
-        close = [(home + step) % clusters for step in range(1, _TRIED + 1)]
-        for to in [*near[:_TRIED], *close]:
-            if to in (home, -1) or len(there.get(to, ())) > 1:
+        near = near[np.argsort(-np.bincount(which, graph.weights[edges], len(near)), kind="stable")][:_TRIED]
+        there = np.concatenate([near, (home + 1 + np.arange(_TRIED)) % clusters])
+        there = there[(there != home) & (there >= 0)]
+        rivals = apart(np.array(sample), members[there])
+        others = members[home][members[home] != sample]
+        for to, rival in zip(there.tolist(), rivals, strict=True):
+            if rival.sum() > 1:
                 continue
-            for other in there.get(to) or sorted(members[to], key=lambda each: (attached[each], each)):
-                if set(rivals(other).get(home, ())) <= {sample}:
-                    members[to][members[to].index(other)] = sample
-                    members[home][members[home].index(sample)] = other
-                    cluster[sample], cluster[other] = to, home
-                    return True
+            possible = members[to][rival] if rival.any() else members[to]  # a single rival must leave
+            possible = possible[~apart(possible[:, None], others[None]).any(axis=1)]
+            if len(possible):
+                other = possible[np.lexsort((possible, attached[possible]))[0]]
+                members[to][members[to] == other] = sample
+                members[home][members[home] == sample] = other
+                cluster[sample], cluster[other] = to, home
+                return True
         return False
 
-    sources = apart.sources
     for _ in range(_ROUNDS):
-        attached = _attachment(graph, cluster)
-        together = (cluster[sources] == cluster[apart.others]) & (cluster[sources] >= 0)
-        conflicted = np.unique(sources[together])
-        moved = False
-        for sample in conflicted[np.argsort(attached[conflicted], kind="stable")].tolist():
-            home, there = int(cluster[sample]), rivals(sample)
-            if home in there:
-                moved |= exchange(sample, home, there)
+        attached, moved = graph.attachment(cluster), False
+        conflicted = members[_conflicts(apart, members) > 0]
+        for sample in conflicted[np.lexsort((conflicted, attached[conflicted]))].tolist():
+            if apart(np.array(sample), members[cluster[sample]]).any():
+                moved |= exchange(sample, attached)
         if not moved:
             break
-    together = (cluster[sources] == cluster[apart.others]) & (cluster[sources] >= 0)
-    return int(np.count_nonzero(together)) // 2
+    return int(_conflicts(apart, members).sum()) // 2
+
+
+def _conflicts(apart: Apart, members: np.ndarray) -> np.ndarray:
+    """Return (clusters, size) int64, the number of members of its cluster from which each should be apart."""
+    height = max(1, _PAIRS // members.shape[1] ** 2)
+    blocks = (members[start : start + height] for start in range(0, len(members), height))
+    return np.concatenate([apart(block[:, :, None], block[:, None]).sum(axis=2) for block in blocks])
