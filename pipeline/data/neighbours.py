@@ -7,10 +7,8 @@
 Batches composed of such clusters are those of B3 (arXiv 2505.11293).
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from pipeline.data.index import (
     Index,
     IndexedFile,
     Positive,
+    array_bytes,
     array_of,
     as_json,
     checksum_of,
@@ -98,12 +97,10 @@ def write_neighbours(
     """
     if not is_arrangement(clusters, index.samples) or index.samples >= 2**32:
         raise ObjectError(f"{url}: the clusters do not list each of {index.samples} samples once, or are too many")
-    buffer = BytesIO()
-    np.save(buffer, clusters.astype("<u4"), allow_pickle=False)
-    data = buffer.getvalue()
+    data = array_bytes(clusters.astype("<u4"))
     digests = tuple(shard.sha256 for shard in index.shards)
-    neighbours = Neighbours(size, digests, IndexedFile(len(data), hashlib.sha256(data).hexdigest()), dict(made))
-    # The index comes last: without it, or with an earlier one, the array is not read.
+    neighbours = Neighbours(size, digests, IndexedFile.of(data), dict(made))
+    objects.delete(objects.join(url, NEIGHBOURS_FILE))  # an earlier one would not match the array
     objects.write(objects.join(url, ARRAY_FILE), data)
     objects.write(objects.join(url, NEIGHBOURS_FILE), neighbours.to_json().encode())
     return neighbours

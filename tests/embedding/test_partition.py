@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.data.dataset import Dataset
 from pipeline.data.order import Order
-from pipeline.embedding.clusters import Apart, clusters_of
+from pipeline.embedding.partition import Apart, clusters_of
 from pipeline.errors import PipelineError
 
 SIZE, NEIGHBOURS = 8, 12
