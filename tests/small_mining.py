@@ -59,11 +59,12 @@ def write_datasets(folder: Path) -> None:
 
 
 def mine(shards: Path, out: Path | None = None, **options: object) -> None:
-    """Mine the datasets' negatives, beside their vectors or in `out`."""
-    vectors = str(shards / "vectors")
-    run = MiningRun(**{"vectors": vectors, "out": str(out or shards / "mined"), "count": 3, "depth": 20} | options)
-    embedded = open_datasets([str(shards)], vectors, ITEMS)
-    mining.mine_datasets(Texts(), embedded, str(shards), run, CPU)
+    """Mine the negatives of the datasets there: to `out` or a folder `mined`, with vectors in a folder `vectors`."""
+    places = {"vectors": str(shards / "vectors"), "out": str(out or shards / "mined")}
+    run = MiningRun(**places | {"count": 3, "depth": 20} | options)
+    mining.mine_datasets(
+        Texts(), open_datasets([str(shards)], run.vectors, ITEMS), str(shards), run, torch.device("cpu")
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:

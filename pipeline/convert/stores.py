@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.data.index import Index, Shard, read_records, read_samples
+from pipeline.data.mined import MINED_FILE, MinedIndex
 from pipeline.data.sample import BadSample
 from pipeline.data.shards import members_of
 from pipeline.data.stored_vectors import KINDS, StoredVectors
 from pipeline.errors import PipelineError, printable
 from pipeline.storage import objects
 
-_OTHERS = {"mined.json": "mined negatives", "neighbours.json": "clusters of neighbours"}
+_OTHERS = {"neighbours.json": "clusters of neighbours"}
 
 
 def stores_beside(url: str) -> Iterator[StoredVectors]:
@@ -20,8 +21,13 @@ def stores_beside(url: str) -> Iterator[StoredVectors]:
             yield StoredVectors.load(url, kind)
 
 
+def mined_beside(url: str) -> MinedIndex | None:
+    """Return the mined negatives beside a dataset. Raises ObjectError if their index is damaged."""
+    return MinedIndex.load(url) if objects.exists(objects.join(url, MINED_FILE)) else None
+
+
 def store_faults(url: str, index: Index) -> list[str]:
-    """Return the faults of the stored vectors beside a dataset: those of other shards, and files with wrong bytes."""
+    """Return the faults of what is beside a dataset: what belongs to other shards, and files with wrong bytes."""
     faults = []
     try:
         for store in stores_beside(url):
@@ -32,6 +38,9 @@ def store_faults(url: str, index: Index) -> list[str]:
                 hashes[objects.join(url, part.shard.sidecar)] = part.shard.sidecar_sha256
             with ThreadPoolExecutor(8) as pool:
                 faults += [fault for fault in pool.map(_fault, hashes, hashes.values()) if fault]
+        if mined := mined_beside(url):
+            mined.check(url, url, index)
+            faults += [f"{objects.join(url, part.file)}: its sha256 is not the index's" for part in mined.damaged(url)]
     except PipelineError as error:
         faults.append(str(error))
     return faults
@@ -50,13 +59,23 @@ def store_lines(url: str) -> Iterator[str]:
         made, name = store.metadata, objects.join(url, store.kind.index_file)
         size = f"{store.total_bytes / 1e6:,.1f} MB"
         yield f"{name}: vectors of {store.kind.what} by {made.model}, width {made.width}, {made.stored}, {size}"
+    if mined := mined_beside(url):
+        dropped = mined.total("above_margin") + mined.total("above_absolute_margin")
+        yield (
+            f"{objects.join(url, MINED_FILE)}: {mined.total('mined'):,} mined negatives of {mined.total('queries'):,} "
+            f"queries by {mined.metadata.model}, mean similarity {mined.mean_score:.3f} (targets "
+            f"{mined.mean_positive:.3f}); {dropped:,} likely right ones dropped"
+        )
     for file, what in _OTHERS.items():
         if objects.exists(objects.join(url, file)):
             yield f"{objects.join(url, file)}: {what}"
 
 
 def sample_rows(url: str, index: Index, shard: Shard, number: int) -> Iterator[tuple[str, str]]:
-    """Yield (label, value) of a sample's stored vectors. Raises ObjectError if they belong to other shards."""
+    """Yield (label, value) of a sample's stored vectors and mined negatives.
+
+    Raises ObjectError if they belong to other shards.
+    """
     for store in stores_beside(url):
         store.check(url, url, index)
         part = store.parts[index.shards.index(shard)].shard
@@ -66,3 +85,14 @@ def sample_rows(url: str, index: Index, shard: Shard, number: int) -> Iterator[t
         except BadSample:
             rows = 0
         yield f"vectors of {store.kind.what}", f"{rows}, by {printable(store.metadata.model)}"
+    if mined := mined_beside(url):
+        mined.check(url, url, index)
+        place = index.shards.index(shard)
+        for each in mined.references(url, shard, place, number, number + 1)[0]:
+            if each["shard"] >= 0:
+                name = mined.datasets[each["dataset"]].name
+                where = f" of {name!r}" if each["dataset"] != mined.own else ""
+                yield (
+                    "mined negative",
+                    f"the target of sample {each['sample']} of shard {each['shard']}{where}, score {each['score']:.4f}",
+                )

@@ -8,6 +8,7 @@ A reference has all that is needed to read its sample in one ranged read. No ima
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from math import fsum
@@ -194,28 +195,34 @@ class MinedIndex:
                 "again, with overwrite=true"
             )
 
-    def faults(self, url: str) -> list[str]:
-        """Return a line for each file of references in the folder `url` that differs from the index."""
-        found = []
-        for part in self.parts:
-            data = objects.read(name := objects.join(url, part.file))
-            if (len(data), hashlib.sha256(data).hexdigest()) != (part.size, part.sha256):
-                found.append(f"{name} is damaged (its sha256 differs from {MINED_FILE}'s): mine its negatives again")
-        return found
+    def damaged(self, url: str) -> list[MinedPart]:
+        """Return the parts whose file in the folder `url` has other bytes. Raises ObjectError if one is missing."""
+        with ThreadPoolExecutor(8) as pool:
+            hashes = pool.map(objects.sha256, [objects.join(url, part.file) for part in self.parts])
+            return [part for part, found in zip(self.parts, hashes, strict=True) if found != part.sha256]
+
+    def references(self, url: str, shard: Shard, number: int, start: int, stop: int) -> np.ndarray:
+        """Return (stop - start, count) of `REFERENCE`: those of samples start..stop-1 of the dataset's shard `number`.
+
+        url: the folder of this index.  Raises ObjectError if they are damaged.
+        """
+        part = self.parts[number]
+        name = objects.join(url, part.file)
+        return read_rows(name, part.size, shard.samples, mined_dtype(self.metadata.count), start, stop)["negatives"]
 
 
 @dataclass(frozen=True, eq=False)
 class Mined:
     """The mined negatives of a dataset of a run.
 
-    url: their folder.  samples: of each of the dataset's shards.
+    url: their folder.  shards: of the dataset.
     places: for each of `index.datasets`, the folder of its tars, and its index.
     numbers: their numbers among the run's datasets; None for one that the run does not use itself.
     """
 
     url: str
     index: MinedIndex
-    samples: tuple[int, ...]
+    shards: tuple[Shard, ...]
     places: tuple[tuple[str, Index], ...]
     numbers: tuple[int | None, ...]
 
@@ -237,16 +244,11 @@ class Mined:
             numbers.append(known)
             place, index = indexes[known] if known is not None else _elsewhere(url, found, dataset, each)
             places.append((index.shards_url or place, index))
-        return cls(url, found, tuple(shard.samples for shard in own.shards), tuple(places), tuple(numbers))
-
-    @property
-    def count(self) -> int:
-        """The most negatives of a sample."""
-        return self.index.metadata.count
+        return cls(url, found, own.shards, tuple(places), tuple(numbers))
 
     def references(self, shard: int, start: int, stop: int) -> np.ndarray:
         """Return (stop - start, count) of `REFERENCE`: those of samples start..stop-1 of the dataset's shard."""
-        return _references(self.url, self.index.parts[shard], self.samples[shard], self.count, start, stop)
+        return _references(self, shard, start, stop)
 
     def read(self, reference: np.void) -> bytes:
         """Read the bytes of the sample that is referred to, by one ranged read."""
@@ -261,9 +263,8 @@ class Mined:
 
 
 @lru_cache(maxsize=256)  # a window's are needed for its lengths and for reading
-def _references(url: str, part: MinedPart, samples: int, count: int, start: int, stop: int) -> np.ndarray:
-    name = objects.join(url, part.file)
-    return read_rows(name, part.size, samples, mined_dtype(count), start, stop)["negatives"]
+def _references(mined: Mined, shard: int, start: int, stop: int) -> np.ndarray:
+    return mined.index.references(mined.url, mined.shards[shard], shard, start, stop)
 
 
 def _elsewhere(url: str, mined: MinedIndex, dataset: str, wanted: Referred) -> tuple[str, Index]:

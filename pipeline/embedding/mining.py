@@ -143,11 +143,13 @@ class MinedDataset:
             return MinedIndex.load(self.place)
         parts = {part.file: part for part in self._recorded()}
         index = replace(self.plan, parts=tuple(parts[mined_file(shard)] for shard in self.shards))
-        if faults := index.faults(self.place):
-            for part in index.parts:
-                if any(objects.join(self.place, part.file) in fault for fault in faults):
-                    objects.delete(self._record(part.file))
-            raise ObjectError(f"{faults[0]}; start again, and only such files are mined again")
+        if wrong := index.damaged(self.place):
+            for part in wrong:
+                objects.delete(self._record(part.file))
+            files = ", ".join(part.file for part in wrong)
+            raise ObjectError(
+                f"{self.place}: the hash of {files} is wrong; start again, and only these are mined again"
+            )
         objects.write(objects.join(self.place, MINED_FILE), index.to_json().encode())
         for url in objects.list_under(records):
             objects.delete(url)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_mining import mine, references, write_datasets
 
 from pipeline.convert import inspect
 from pipeline.convert.command import Command
+from pipeline.data.mined import MinedIndex
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.stored_vectors import ITEMS
@@ -50,10 +52,10 @@ def printed(capsys, command: Command, *arguments: object) -> str:
 
 
 def test_stats_and_show_name_the_stores(folder, capsys):
-    (folder / "mined.json").write_text("{}")
+    (folder / "neighbours.json").write_text("{}")
     found = printed(capsys, inspect.STATS, folder)
     assert "item_embeddings.json: vectors of items by the \\x1bteacher, width 4, fp16, 0.0 MB" in found
-    assert "mined.json: mined negatives" in found and "neighbours" not in found
+    assert "neighbours.json: clusters" in found and "mined" not in found
     assert "vectors of items 3, by the \\x1bteacher" in printed(capsys, inspect.SHOW, folder, 1)
     assert "vectors of items 0, by" in printed(capsys, inspect.SHOW, folder, 2)
 
@@ -74,4 +76,25 @@ def test_verify_reads_the_stores(folder, capsys, file):
 def test_verify_refuses_vectors_of_other_shards(folder):
     write_shards([Pair("0", "D", "", Item("c"), Item("t"))], folder, dataset="D")
     with pytest.raises(PipelineError, match=r"item_embeddings\.json has 2 shards, but .* has 1: embed its items again"):
+        run(inspect.VERIFY, folder, "--processes", 1)
+
+
+def test_mined_negatives_are_named_shown_and_verified(tmp_path, capsys):
+    write_datasets(tmp_path)
+    folder = tmp_path / "first"
+    mine(folder, folder, vectors=None)
+    index = MinedIndex.load(str(folder))
+    found = printed(capsys, inspect.STATS, folder)
+    assert f"mined.json: {index.total('mined'):,} mined negatives of 88 queries by texts, mean similarity 0." in found
+    shown = printed(capsys, inspect.SHOW, folder, 2)
+    first = references(tmp_path, "first")[2][0]
+    line = (
+        f"mined negative the target of sample {first['sample']} of shard {first['shard']}, score {first['score']:.4f}"
+    )
+    assert line in shown and shown.count("mined negative") == 3
+    mine(tmp_path, tmp_path, vectors=None, among="all", overwrite=True)
+    assert " of 'second', score " in " ".join(printed(capsys, inspect.SHOW, folder, i) for i in range(10))
+    file = folder / index.parts[0].file
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(PipelineError, match=rf"is not intact:\n.*{file.name}: its sha256 is not the index's$"):
         run(inspect.VERIFY, folder, "--processes", 1)

@@ -218,7 +218,7 @@ def test_negatives_of_other_shards_or_damaged_ones_are_refused(shards, tmp_path)
     source.references(0, 0, 4)
     with pytest.raises(PipelineError, match=r"mined.npy is damaged \(records"):
         source.references(1, 0, source.shards[1][1].samples)
-    assert len(source.mined[0].index.faults(str(folder / "mined" / "first"))) == 1
+    assert len(source.mined[0].index.damaged(str(folder / "mined" / "first"))) == 1
     index = folder / "all" / "first" / MINED_FILE
     index.write_text(index.read_text().replace('"count": 3', '"count": 4'))
     with pytest.raises(PipelineError, match="its checksum differs"):

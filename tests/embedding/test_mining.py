@@ -105,7 +105,7 @@ def test_negatives_are_those_of_brute_force(shards, tmp_path, options):
         assert as_listed(found, shards, names) == expected
         index = MinedIndex.load(str(tmp_path / name))
         index.check(str(tmp_path / name), name, Index.load(str(shards / name)))
-        assert index.faults(str(tmp_path / name)) == []
+        assert index.damaged(str(tmp_path / name)) == []
         assert index.total("mined") == sum(map(len, expected)) > 100
         assert index.mean_score == pytest.approx(np.mean([each[2] for row in expected for each in row]), rel=1e-6)
     assert not (tmp_path / "first" / ".mined").exists() or not list((tmp_path / "first" / ".mined").iterdir())

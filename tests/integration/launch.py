@@ -29,7 +29,7 @@ from limits import HANG_SECONDS, SECONDS_AFTER_A_FAILURE
 ROOT = Path(__file__).parents[2]
 # What programs import, also later: DeepSpeed and transformers import much only when an engine or a model is built.
 _PRELOADED = [
-    *("launch", "consume", "pipeline.train", "pipeline.evaluate", "pipeline.embed", "pipeline.embedding.embed_shards"),
+    *("launch", "consume", "pipeline.train", "pipeline.evaluate", "pipeline.embed", "pipeline.mine"),
     *("pipeline.export", "pipeline.training.universal", "tools.make_shards"),
     *(f"pipeline.models.{family}.family" for family in ("llave", "clip", "llm2clip", "text_encoder")),
     *(f"pipeline.objectives.{name}.step" for name in ("contrastive", "masked_tokens")),
