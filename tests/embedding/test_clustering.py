@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_mining import NAMES, SAMPLES, Texts, files, mine, pair, write_datasets
+from small_mining import NAMES, SAMPLES, files, mine, pair, write_datasets
 from two_ranks import on_two_ranks
 
 from pipeline.data.index import Index
@@ -33,42 +33,39 @@ def clusters_of(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in files(folder).items() if "neighbours" in name}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_clusters_are_alike_and_without_equal_items(shards, name):
-    index = Index.load(str(shards / name))
-    found = Neighbours.load(str(shards / "clustered" / name))
-    found.check("", name, index)
-    assert (found.size, found.made["model"], found.made["depth"]) == (SIZE, "texts", 20)
-    assert not (shards / "clustered" / name / ".neighbours").exists() or not list(
-        (shards / "clustered" / name / ".neighbours").iterdir()
-    )
-    clusters = clusters_in(shards / "clustered", name)
-    pairs = [pair(name, i) for i in range(SAMPLES[name])]
-    together = sum(
-        pairs[a].target == pairs[b].target or pairs[a].query == pairs[b].query
-        for cluster in clusters
-        for a in cluster
-        for b in cluster
-        if a < b
-    )
-    assert together <= found.made["pairs_not_separated"] <= 3
-    readable = [each.query.text != "unreadable" for each in pairs]
-    assert found.made["samples_without_neighbours"] == readable.count(False)
-
-    targets = np.array([Texts().prepare(each.target) for each in pairs])
-    queries = np.array(
-        [Texts().prepare(each.query) if fine else np.zeros(16) for each, fine in zip(pairs, readable, strict=True)]
-    )
-
-    def mean(clusters: np.ndarray) -> float:
-        """The mean similarity of the queries and the other targets of their cluster."""
-        similar = queries[clusters] @ targets[clusters].swapaxes(1, 2)
-        return float(similar[:, ~np.eye(SIZE, dtype=bool)].mean())
-
-    mixed = np.random.default_rng(0).permutation(SAMPLES[name])[: clusters.size].reshape(-1, SIZE)
-    assert mean(clusters) > mean(mixed) + 0.15
+def test_clusters_are_recorded_and_separate_equal_items(shards):
+    for name in NAMES:
+        place = shards / "clustered" / name
+        found = Neighbours.load(str(place))
+        found.check("", name, Index.load(str(shards / name)))
+        assert (found.size, found.made["model"], found.made["depth"]) == (SIZE, "texts", 20)
+        assert not list(place.glob(".neighbours/*"))
+        pairs = [pair(name, i) for i in range(SAMPLES[name])]
+        assert found.made["samples_without_neighbours"] == sum(each.query.text == "unreadable" for each in pairs)
+        assert found.made["pairs_not_separated"] == 0
+        for cluster in clusters_in(shards / "clustered", name):
+            assert len({pairs[i].target for i in cluster}) == len({pairs[i].query for i in cluster}) == SIZE
 
 
+def test_members_of_a_cluster_are_alike(shards, tmp_path):
+    """Without a margin, a cluster's queries and targets are mostly of one of five topics."""
+    mine(shards, tmp_path, clusters=SIZE, margin=None)
+    for name in NAMES:
+        topics = np.array([pair(name, i).target.text[0] for i in range(SAMPLES[name])])[clusters_in(tmp_path, name)]
+        same = (topics[:, :, None] == topics[:, None]).sum(axis=(1, 2)) - SIZE
+        assert same.mean() > 0.8 * SIZE * (SIZE - 1)
+
+
+def test_likely_right_targets_are_separated(shards, tmp_path):
+    """With a margin that drops a query's own topic, clusters mix the topics."""
+    mine(shards, tmp_path, clusters=SIZE, margin=0.5, depth=40)
+    for name in NAMES:
+        topics = np.array([pair(name, i).target.text[0] for i in range(SAMPLES[name])])[clusters_in(tmp_path, name)]
+        same = (topics[:, :, None] == topics[:, None]).sum(axis=(1, 2)) - SIZE
+        assert same.mean() < 0.15 * SIZE * (SIZE - 1)  # 0.2 at random
+
+
+@pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("SHARDS", str(shards))
     monkeypatch.setenv("OUT", str(tmp_path))
