@@ -391,12 +391,12 @@ def _neighbours(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tup
 
 _records = lru_cache(maxsize=256)(read_records)  # a window's records are needed twice
 # With batches of neighbours, single samples of all shards are used in turn.
-_sidecar = lru_cache(maxsize=None)(load_sidecar)
+_sidecar = cache(load_sidecar)
 
 
 @cache
 def _all_references(mined: Mined, shard: int) -> np.ndarray:
-    return mined.references(shard, 0, mined.samples[shard])
+    return mined.references(shard, 0, mined.shards[shard].samples)
 
 
 @lru_cache(maxsize=512)  # 16 bytes a sample: references name single samples all over a dataset
