@@ -19,7 +19,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.data.order import Dataset, Order
+from pipeline.data.dataset import Dataset
+from pipeline.data.order import Order
 
 BATCH, BLOCK, WINDOW, SHARD = 1024, 64, 16, 4000
 

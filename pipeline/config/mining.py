@@ -31,6 +31,13 @@ class MiningRun(Store):
     among: Literal["own", "all"] = Field(
         "own", description="candidates: targets of the query's own dataset, or of all datasets"
     )
+    clusters: int | None = Field(
+        None,
+        gt=1,
+        lt=1 << 16,
+        description="also compose clusters of this many neighbours, for data.batches=neighbours; it must divide "
+        "batch.global_batch; null: none",
+    )
     vectors: Place | None = Field(
         None,
         description="folder of the items' vectors, which are computed if they are missing; default: each dataset's",

@@ -207,7 +207,12 @@ class Data(Store):
     batches: Annotated[str, Fixed()] = Field(
         "mixed",
         description="mixed: from all datasets; homogeneous: from one; interleaved:K: K equal parts of one each; "
-        "modality: from those whose queries have images, or from those whose queries have none (by their first sample)",
+        "modality: from those whose queries have images, or from those whose queries have none (by their first "
+        "sample); neighbours: clusters of samples that a teacher finds alike, by pipeline.mine clusters=SIZE",
+    )
+    neighbours: Place = Field(
+        "beside",
+        description="the clusters for batches=neighbours: the out= of pipeline.mine, or `beside` the shards",
     )
     lanes: Annotated[int, Fixed()] = Field(
         8, gt=0, description="parallel readers of an epoch; the world size must divide it"
@@ -251,10 +256,10 @@ class Data(Store):
     def batches_are_known(cls, batches: Any) -> Any:
         if isinstance(batches, dict) and len(batches) == 1:  # YAML reads `interleaved: 4` as a mapping
             batches = ":".join(str(part) for part in next(iter(batches.items())))
-        if not re.fullmatch(r"mixed|homogeneous|modality|interleaved: *[1-9][0-9]*", str(batches)):
+        if not re.fullmatch(r"mixed|homogeneous|modality|neighbours|interleaved: *[1-9][0-9]*", str(batches)):
             raise ValueError(
-                f"{str(batches)!r} is unknown; it can be mixed, homogeneous, modality or interleaved:K, such as "
-                "interleaved:4"
+                f"{str(batches)!r} is unknown; it can be mixed, homogeneous, modality, neighbours or interleaved:K, "
+                "such as interleaved:4"
             )
         return batches
 
@@ -266,8 +271,8 @@ class Data(Store):
 
     @property
     def parts(self) -> int | None:
-        """Number of parts of a batch, each of one dataset or modality; None if batches are mixed."""
-        if self.batches == "mixed":
+        """Number of parts of a batch, each of one dataset or modality; None if batches mix all datasets."""
+        if self.batches in ("mixed", "neighbours"):
             return None
         return int(self.batches.partition(":")[2] or 1)
 
@@ -392,6 +397,16 @@ class Recipe(Section):
             raise ValueError(
                 f"data.lanes={self.data.lanes} does not divide batch.global_batch={self.batch.global_batch}; "
                 f"lanes that do: {', '.join(map(str, near))}"
+            )
+        if self.data.batches == "neighbours" and self.batch.sub_batch:
+            raise ValueError(
+                "batch.sub_batch is not for data.batches=neighbours: it would separate the samples of a cluster; set "
+                "it to null"
+            )
+        if self.data.batches == "neighbours" and self.data.cap_rows == "first":
+            raise ValueError(
+                "data.cap_rows=first is not for data.batches=neighbours, whose clusters are of all samples: make a "
+                "dataset of the first ones, and mine it"
             )
         if self.batch.sub_batch and self.batch.sub_batch % self.data.lanes:
             raise ValueError(

@@ -311,8 +311,13 @@ def record_checksums(records: np.ndarray) -> np.ndarray:
 def sidecar_of(records: np.ndarray) -> bytes:
     """Set the checksums of records, whose last field they are, and return the bytes of a sidecar with them."""
     records["checksum"] = record_checksums(records)
+    return array_bytes(records)
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    """Return the bytes of a .npy file; see `array_of`."""
     buffer = BytesIO()
-    np.save(buffer, records, allow_pickle=False)
+    np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 

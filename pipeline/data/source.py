@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import accumulate
 
 import numpy as np
@@ -12,10 +12,12 @@ from numpy.lib.recfunctions import repack_fields
 
 from pipeline.config import Data, Part
 from pipeline.data.batch import Origin
+from pipeline.data.dataset import Dataset, first_samples
 from pipeline.data.index import Index, Shard, load_sidecar, read_records, read_samples
 from pipeline.data.lengths import Lengths
 from pipeline.data.mined import MINED_FILE, Mined, Referral, with_negatives
-from pipeline.data.order import Dataset, Order, first_samples
+from pipeline.data.neighbours import Neighbours
+from pipeline.data.order import Order
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import parse_sample
 from pipeline.data.stored_vectors import CAPTIONS, ITEMS, EmbeddingMetadata, StoredVectors, StoreKind
@@ -30,11 +32,15 @@ Stores = tuple[tuple[str, StoredVectors], ...]
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar of samples, or of their stored vectors.  folder: its URL's folder.  sidecars: that of its sidecar."""
+    """A tar of samples, or of their stored vectors.  folder: its URL's folder.  sidecars: that of its sidecar.
+
+    whole: read its sidecar once, and keep it: its samples are used one by one.
+    """
 
     shard: Shard
     folder: str
     sidecars: str
+    whole: bool = False
 
     @property
     def url(self) -> str:
@@ -42,6 +48,8 @@ class Tar:
 
     def records(self, start: int, stop: int) -> np.ndarray:
         """Return the sidecar's records of samples start..stop-1; recent results are cached."""
+        if self.whole:
+            return _sidecar(self.sidecars, self.shard)[start:stop]
         return _records(self.sidecars, self.shard, start, stop)
 
     def read(self, records: np.ndarray) -> list[bytes]:
@@ -63,6 +71,7 @@ class Source:
     indexes: (URL, index) of each dataset.  shards: (number of the dataset, shard) of each shard.
     embeddings, teacher: (URL, index) of each dataset's text embeddings and teacher vectors, if the recipe uses them.
     mined: each dataset's mined negatives, likewise.
+    neighbours: (URL, index) of each dataset's clusters of neighbours, if its batches are composed of them.
     """
 
     data: Data
@@ -71,13 +80,14 @@ class Source:
     embeddings: Stores = ()
     teacher: Stores = ()
     mined: tuple[Mined, ...] = ()
+    neighbours: tuple[tuple[str, Neighbours], ...] = ()
 
     @classmethod
     def open(cls, data: Data) -> "Source":
         """Read only the datasets' indexes.
 
-        Raises ObjectError if one is missing, if stored vectors or mined negatives belong to other shards, or if vectors
-        come from several models.
+        Raises ObjectError if one is missing, if stored vectors, mined negatives or clusters belong to other shards, if
+        vectors come from several models, or if clusters differ in size.
         """
         objects.configure(**data.store())
         urls = [objects.join(data.url, part.name) for part in data.datasets] or [data.url]
@@ -87,7 +97,8 @@ class Source:
         embeddings = _stores(CAPTIONS, data.text_embeddings, data, indexes) if data.text_embeddings else ()
         teacher = _stores(ITEMS, data.teacher, data, indexes) if data.teacher else ()
         mined = _mined(data, indexes) if data.negatives else ()
-        return cls(data, indexes, shards, embeddings, teacher, mined)
+        neighbours = _neighbours(data, indexes) if data.batches == "neighbours" else ()
+        return cls(data, indexes, shards, embeddings, teacher, mined, neighbours)
 
     @property
     def embedding_metadata(self) -> EmbeddingMetadata | None:
@@ -110,6 +121,7 @@ class Source:
         texts = [index.to_json() for _, index in self.indexes]
         texts += [index.to_json() for stores in self._stores for _, index in stores]
         texts += [mined.index.to_json() for mined in self.mined]
+        texts += [index.to_json() for _, index in self.neighbours]
         return hashlib.sha256("".join(texts).encode()).hexdigest()
 
     @cached_property
@@ -134,6 +146,7 @@ class Source:
                     weight=part.weight if part else 1.0,
                     cap=cap,
                     group=groups[number],
+                    clusters=self._clusters(number) if self.neighbours else None,
                 )
             )
 
@@ -156,7 +169,12 @@ class Source:
             seed=seed,
             parts=data.parts,
             lengths=lengths_of,
+            cluster=self.neighbours[0][1].size if self.neighbours else None,
         )
+
+    def _clusters(self, number: int) -> np.ndarray:
+        url, neighbours = self.neighbours[number]
+        return neighbours.clusters(url, self.indexes[number][1].samples)
 
     def _with_query_images(self) -> list[bool]:
         """Return for each dataset whether the query of its first sample has an image."""
@@ -179,11 +197,12 @@ class Source:
         """Return the tar of a shard's samples and, if used, those of their text embeddings and teacher vectors."""
         number, info = self.shards[shard]
         url, index = self.indexes[number]
-        tars = [Tar(info, index.shards_url or url, url)]
+        whole = bool(self.neighbours)
+        tars = [Tar(info, index.shards_url or url, url, whole)]
         for stores in self._stores:
             url, stored = stores[number]
             part = stored.parts[shard - self._first_shards[number]]
-            tars.append(Tar(part.shard, stored.tars_url or url, url))
+            tars.append(Tar(part.shard, stored.tars_url or url, url, whole))
         return tars
 
     @cached_property
@@ -207,7 +226,10 @@ class Source:
         if not self.mined:
             return None
         number = self.shards[shard][0]
-        return self.mined[number].references(shard - self._first_shards[number], start, stop)
+        mined, own = self.mined[number], shard - self._first_shards[number]
+        if self.neighbours:
+            return _all_references(mined, own)[start:stop]
+        return mined.references(own, start, stop)
 
     def read_referred(self, shard: int, reference: np.void) -> tuple[bytes, ...]:
         """Read the sample that a reference of the shard's samples names: its bytes in every tar, as `tars` has them."""
@@ -283,13 +305,17 @@ class Source:
             total += sum(stores[number][1].total_bytes for stores in self._stores for number in stream.datasets)
             total += sum(self.mined[number].index.total("referred_bytes") for number in stream.datasets if self.mined)
             mean = total / sum(index.samples for index in indexes)
-            lane = min(data.window_blocks * data.block_samples, stream.samples // data.lanes)
-            needed += mean * lane * data.lanes / world / 2**20
+            needed += mean * stream.window_samples * data.lanes / world / 2**20
         if needed > data.memory_mb:
+            if self.neighbours:
+                held, remedy = f"{order.global_batch // world} samples of a step", "use more processes"
+            else:
+                windows = len(order.streams) * data.lanes // world
+                held = f"{windows} windows of {data.window_blocks} blocks of {data.block_samples} samples"
+                remedy = "lower data.window_blocks or data.block_samples"
             raise PipelineError(
-                f"data.memory_mb={data.memory_mb} is too little: a rank's {len(order.streams) * data.lanes // world} "
-                f"windows of {data.window_blocks} blocks of {data.block_samples} samples take about {needed:.0f} MiB; "
-                "raise it, or lower data.window_blocks or data.block_samples"
+                f"data.memory_mb={data.memory_mb} is too little: a rank's {held} take about {needed:.0f} MiB; raise "
+                f"it, or {remedy}"
             )
 
 
@@ -347,7 +373,30 @@ def _stores(kind: StoreKind, place: str, data: Data, indexes: tuple[tuple[str, I
     return found
 
 
+def _neighbours(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tuple[str, Neighbours], ...]:
+    """Load (URL, index) of each dataset's clusters of neighbours; see `Source.open`."""
+    urls = _beside_or_below(data.neighbours, data, indexes)
+    with ThreadPoolExecutor(8) as pool:
+        found = tuple(zip(urls, pool.map(Neighbours.load, urls), strict=True))
+    first_url, first = found[0]
+    for (url, neighbours), (dataset, index) in zip(found, indexes, strict=True):
+        neighbours.check(url, dataset, index)
+        if neighbours.size != first.size:
+            raise ObjectError(
+                f"the clusters in {first_url} have {first.size} samples, but those in {url} have {neighbours.size}: "
+                "mine all datasets with clusters of one size"
+            )
+    return found
+
+
 _records = lru_cache(maxsize=256)(read_records)  # a window's records are needed twice
+# With batches of neighbours, single samples of all shards are used in turn.
+_sidecar = cache(load_sidecar)
+
+
+@cache
+def _all_references(mined: Mined, shard: int) -> np.ndarray:
+    return mined.references(shard, 0, mined.shards[shard].samples)
 
 
 @lru_cache(maxsize=512)  # 16 bytes a sample: references name single samples all over a dataset

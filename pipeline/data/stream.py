@@ -36,6 +36,7 @@ from pipeline.errors import PipelineError, of_failed_worker
 from pipeline.storage import objects
 
 _THREADS = 4  # readers in each process
+_SAMPLE_THREADS = 16  # the same, if they read single samples: waiting for an answer takes longer than its bytes
 _REFERRED_THREADS = 12  # readers of mined negatives in each process: one small read each
 _READ_BYTES = 16 << 20  # the most bytes of a ranged read, unless a sample is larger
 _STEPS_AHEAD = 64  # steps that a worker may read ahead
@@ -185,7 +186,8 @@ class Reader:
     def __init__(self, source: Source, plan: Plan, stop: "Stop", worker: int, workers: int) -> None:
         self.source, self.plan, self.stop, self.worker, self.workers = source, plan, stop, worker, workers
         self.limit = (source.data.memory_mb << 20) // workers
-        self.pool, self.referred = ThreadPoolExecutor(_THREADS), ThreadPoolExecutor(_REFERRED_THREADS)
+        self.pool = ThreadPoolExecutor(_SAMPLE_THREADS if source.neighbours else _THREADS)
+        self.referred = ThreadPoolExecutor(_REFERRED_THREADS)
         self.readings: dict[int, Reading] = {}
         self.steps: deque[PlannedStep] = deque()
 

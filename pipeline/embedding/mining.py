@@ -36,11 +36,11 @@ from pipeline.data.mined import (
 )
 from pipeline.data.source import Source
 from pipeline.data.stored_vectors import ITEMS, StoredVectors
-from pipeline.data.teacher import query_and_target_vectors
 from pipeline.distributed import on_every_rank, on_first_rank, rank_and_world, start_distributed
+from pipeline.embedding.clustering import check_sizes, cluster_datasets
 from pipeline.embedding.dataset import EmbeddedDataset, open_datasets
 from pipeline.embedding.embed_shards import embed_datasets
-from pipeline.embedding.ranks import Ranking, Ranks, chosen
+from pipeline.embedding.ranks import Ranking, Ranks, chosen, ranked_queries
 from pipeline.embedding.targets import Targets, shared_targets
 from pipeline.errors import PipelineError, printable
 from pipeline.evaluation.encoder import Encoder
@@ -51,7 +51,6 @@ from pipeline.storage.documents import DocumentError, parse_json
 from pipeline.storage.objects import ObjectError
 
 _RECORDS = ".mined"
-_QUERIES = 4096  # of a shard that are ranked together: all candidates are read once for them
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +175,7 @@ def mine_datasets(
     encoder: Encoder, embedded: list[EmbeddedDataset], url: str, options: MiningRun, device: torch.device
 ) -> None:
     """Like `mine`, with a loaded encoder and the datasets at or below `url`."""
+    check_sizes([each.index for each in embedded], options.clusters)
     embed_datasets(encoder, embedded, "fp16", device, overwrite=options.overwrite)
     datasets = _planned(encoder, embedded, url, options)
     sources = [dataset.source for dataset in datasets]
@@ -218,6 +218,9 @@ def mine_datasets(
             _log(dataset, dataset.finish())
 
     on_first_rank(finish) if dist.is_initialized() else finish()
+    if options.clusters:
+        clustered = [(dataset.place, dataset.source) for dataset in datasets]
+        cluster_datasets(clustered, encoder.name, encoder.identity, options, device)
 
 
 def _places(embedded: list[EmbeddedDataset], url: str, out: str | None) -> dict[str, str]:
@@ -246,22 +249,6 @@ def _planned(encoder: Encoder, embedded: list[EmbeddedDataset], url: str, option
         source = Source.open(Data(url=each.url, teacher=each.place, **options.store()))
         datasets.append(MinedDataset(number, place, source, plan))
     return datasets
-
-
-def ranked_queries(source: Source, shard: int, ranking: Ranking) -> Iterator[tuple[int, Ranks]]:
-    """Yield the ranks of a shard's queries: (number of the first one in the shard, `Ranks`), some thousand at a time.
-
-    source: a dataset that was opened with its teacher's vectors, with the number that `ranking` was made for.
-    """
-    first = ranking.first_sample(shard)
-    parts = list[tuple[int, np.ndarray, np.ndarray]]()
-    for part in query_and_target_vectors(source, shard):
-        parts.append((part.first, part.query, part.usable))
-        begin, end = parts[0][0], part.first + len(part.usable)
-        if end - begin >= _QUERIES or end == source.shards[shard][1].samples:
-            queries, usable = (np.concatenate(column) for column in list(zip(*parts, strict=True))[1:])
-            yield begin, ranking.ranks(first + begin, queries, usable)
-            parts = []
 
 
 def _mined_shard(dataset: MinedDataset, number: int, ranking: Ranking) -> Iterator[int]:

@@ -1,13 +1,18 @@
 """The nearest candidates of a dataset's queries, which of them are likely right, and which become negatives."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from pipeline.config import MiningRun
+from pipeline.data.source import Source
+from pipeline.data.teacher import query_and_target_vectors
 from pipeline.embedding.nearest import Candidates, nearest, similarities
 from pipeline.embedding.targets import Targets
+
+_QUERIES = 4096  # of a shard that are ranked together: all candidates are read once for them
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,22 @@ class Ranking:
         known = self.hashes[places] == hashes
         pairs = np.unique(np.stack([owners[known], self.by_hash[places[known]]]), axis=1)
         return pairs[0], pairs[1]
+
+
+def ranked_queries(source: Source, shard: int, ranking: Ranking) -> Iterator[tuple[int, Ranks]]:
+    """Yield the ranks of a shard's queries: (number of the first one in the shard, `Ranks`), some thousand at a time.
+
+    source: a dataset that was opened with its teacher's vectors, with the number that `ranking` was made for.
+    """
+    first = ranking.first_sample(shard)
+    parts = list[tuple[int, np.ndarray, np.ndarray]]()
+    for part in query_and_target_vectors(source, shard):
+        parts.append((part.first, part.query, part.usable))
+        begin, end = parts[0][0], part.first + len(part.usable)
+        if end - begin >= _QUERIES or end == source.shards[shard][1].samples:
+            queries, usable = (np.concatenate(column) for column in list(zip(*parts, strict=True))[1:])
+            yield begin, ranking.ranks(first + begin, queries, usable)
+            parts = []
 
 
 def limits(positive: np.ndarray, margin: float | None) -> np.ndarray:

@@ -115,13 +115,21 @@ def test_ds_config_contradicting_recipe_is_refused(tmp_path, changed, named):
         ("data.datasets=[{name: a, wieght: 2}]", "unknown field data.datasets.0.wieght; did you mean"),
         ("data.datasets=[a, {name: a, weight: 2}]", "data.datasets names a twice"),
         ("data.datasets=[../other]", "data.datasets.0.name"),
-        ("data.batches=interleaved", "it can be mixed, homogeneous, modality or interleaved:K"),
+        ("data.batches=interleaved", "it can be mixed, homogeneous, modality, neighbours or interleaved:K"),
         ("data.batches=interleaved:0", "it can be mixed"),
+        (
+            ["data.batches=neighbours", "batch.sub_batch=16"],
+            "batch.sub_batch is not for data.batches=neighbours: it would separate the samples of a cluster",
+        ),
+        (
+            ["data.batches=neighbours", "data.cap=9", "data.cap_rows=first"],
+            "data.cap_rows=first is not for data.batches=neighbours, whose clusters are of all samples",
+        ),
     ],
 )
 def test_mixture_errors_name_the_cause(override, reason):
     with pytest.raises(PipelineError) as error:
-        load_recipe(DEMO, [override])
+        load_recipe(DEMO, [override] if isinstance(override, str) else override)
     assert reason in str(error.value)
 
 
@@ -130,7 +138,7 @@ def test_mixture_weights_caps_and_parts_are_parsed():
     assert [(part.name, part.weight, part.cap) for part in data.datasets] == [("a", 1, None), ("b", 2, 9)]
     assert data.parts == 4
     assert load_recipe(DEMO, ["data.batches=homogeneous"]).data.parts == 1
-    assert load_recipe(DEMO, []).data.parts is None
+    assert load_recipe(DEMO, []).data.parts is load_recipe(DEMO, ["data.batches=neighbours"]).data.parts is None
 
 
 def test_field_unused_by_objective_is_refused():

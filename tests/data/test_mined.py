@@ -35,7 +35,7 @@ LENGTHS = Lengths(Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48,
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mined")
     write_datasets(folder)
-    mine(folder, folder / "all", among="all")
+    mine(folder, folder / "all", among="all", clusters=3)
     return folder
 
 
@@ -79,9 +79,9 @@ def expected(shards: Path, folder: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["mined", "all"])
-def test_batches_have_the_mined_negatives_on_any_ranks(shards, folder):
-    data, steps = data_of(shards, folder), range(15)
+@pytest.mark.parametrize(("folder", "of"), [("mined", "mixed"), ("all", "mixed"), ("all", "neighbours")])
+def test_batches_have_the_mined_negatives_on_any_ranks(shards, folder, of):
+    data, steps = data_of(shards, folder, batches=of, neighbours=str(shards / "all")), range(15)
     wanted = expected(shards, folder)
     contents = None
     for world, workers in ((1, 0), (2, 0), (1, 2)):

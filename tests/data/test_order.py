@@ -8,7 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.order import Dataset, Order, Stream, first_samples
+from pipeline.data.blocks import BlockStream
+from pipeline.data.dataset import Dataset, first_samples
+from pipeline.data.order import Order
 from pipeline.errors import PipelineError
 
 
@@ -65,7 +67,7 @@ def epoch_samples(order: Order, epoch: int) -> list[tuple[int, int]]:
     return [row for step in steps for row in rows(order.batch(step))]
 
 
-def lane_takes(stream: Stream, epoch: int, lane: int) -> np.ndarray:
+def lane_takes(stream: BlockStream, epoch: int, lane: int) -> np.ndarray:
     """Return the lane's slices of an epoch, window by window, as a reader gets them: (slices, samples per slice, 2)."""
     windows = range(stream.windows(epoch, lane))
     return np.concatenate([stream.samples_of(epoch, lane, index)[:, :, 1:] for index in windows])

@@ -20,6 +20,7 @@ from pipeline.config import Data
 from pipeline.data import source, stream
 from pipeline.data.batch import Batch, Encoded
 from pipeline.data.lengths import Lengths
+from pipeline.data.neighbours import write_neighbours
 from pipeline.data.sample import BadSample, ContentDraw, Item, Pair, Single
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
@@ -29,7 +30,7 @@ from pipeline.errors import PipelineError
 
 LENGTHS = Lengths(Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48))), 8)
 SAMPLES = {"first": 70, "second": 53}
-BATCH = 12
+BATCH, CLUSTER = 12, 4
 
 
 def pair(dataset: str, number: int) -> Pair:
@@ -44,7 +45,8 @@ def data(tmp_path_factory) -> Data:
     folder = tmp_path_factory.mktemp("stream")
     for dataset, count in SAMPLES.items():
         pairs = (pair(dataset, number) for number in range(count))
-        write_shards(pairs, folder / dataset, dataset=dataset, shard_bytes=30_000)
+        index = write_shards(pairs, folder / dataset, dataset=dataset, shard_bytes=30_000)
+        write_neighbours(str(folder / dataset), index, np.random.default_rng(0).permutation(count), CLUSTER, {})
     parts = [{"name": name} for name in SAMPLES]
     return Data(url=str(folder), datasets=parts, lanes=4, block_samples=8, window_blocks=2, workers=0)
 
@@ -80,8 +82,9 @@ def read(*arguments) -> list[Batch]:
         {"batches": "homogeneous"},
         {"batches": "interleaved:3", "cap": 30},
         {"datasets": [{"name": "first", "weight": 2.5}, {"name": "second", "cap": 20}]},
+        {"batches": "neighbours", "datasets": [{"name": "first", "weight": 2.5}, {"name": "second", "cap": 20}]},
     ],
-    ids=["mixed", "homogeneous", "interleaved", "weights"],
+    ids=["mixed", "homogeneous", "interleaved", "weights", "neighbours"],
 )
 def test_batches_match_order_for_any_world_size_and_workers(data, mixture):
     data = changed(data, **mixture)
@@ -335,6 +338,10 @@ def test_invalid_world_size_and_memory_limit_are_refused(data):
     large = replace(opened, data=changed(data, memory_mb=1), indexes=tuple((u, _heavy(i)) for u, i in opened.indexes))
     with pytest.raises(PipelineError, match=r"memory_mb=1 is too little: a rank's 4 windows .* take about \d+ MiB"):
         large.check_memory(order, 1)
+    clustered = Source.open(changed(data, batches="neighbours"))
+    large = replace(large, neighbours=clustered.neighbours)
+    with pytest.raises(PipelineError, match=r"a rank's 6 samples of a step take about \d+ MiB; raise it, or use more"):
+        large.check_memory(clustered.order(BATCH, 5, LENGTHS), 2)
 
 
 def _heavy(index):
@@ -370,7 +377,7 @@ def test_epoch_reads_each_sample_once_within_memory_limit(data, tmp_path, monkey
         assert (max(held) > 1 << 20) == more
 
 
-@pytest.mark.parametrize("mixture", ["mixed", "homogeneous", "interleaved:3"])
+@pytest.mark.parametrize("mixture", ["mixed", "homogeneous", "interleaved:3", "neighbours"])
 def test_run_from_any_step_reads_only_its_samples(data, monkeypatch, mixture):
     """Also test windows that began earlier, and steps without samples of some dataset."""
     opened = Source.open(changed(data, batches=mixture))
@@ -386,15 +393,53 @@ def test_run_from_any_step_reads_only_its_samples(data, monkeypatch, mixture):
         list(batches(opened, order, encode, range(first, first + 1), rank=0, world=1, timeout=HANG_SECONDS))
 
 
+@pytest.mark.parametrize("batches_of", ["mixed", "neighbours"])
 @pytest.mark.parametrize("workers", [0, 1, 5])
-def test_sidecar_reads_do_not_grow_with_workers(data, workers):
-    opened = Source.open(changed(data, workers=workers))
+def test_sidecar_reads_do_not_grow_with_workers(data, workers, batches_of):
+    source._sidecar.cache_clear()
+    opened = Source.open(changed(data, workers=workers, batches=batches_of))
     order = opened.order(BATCH, 5, LENGTHS)
     steps = range(order.steps_per_epoch)
     received = sum(b.received for b in batches(opened, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS))
     tars = sum(index.total_bytes for _, index in opened.indexes)
     sidecars = sum(shard.sidecar_bytes for _, shard in opened.shards)
     assert 0.85 * (tars + sidecars) < received <= tars + sidecars
+
+
+def test_batches_of_neighbours_have_whole_clusters(data):
+    """Each of a step's clusters is a run of CLUSTER samples of the stored arrangement; the last samples are in none."""
+    data = changed(data, batches="neighbours")
+    runs = {
+        frozenset((name, number) for number in run.tolist())
+        for name, count in SAMPLES.items()
+        for run in np.random.default_rng(0).permutation(count)[: count // CLUSTER * CLUSTER].reshape(-1, CLUSTER)
+    }
+    whole = 0
+    for batch in read(data, range(Source.open(data).order(BATCH, 5, LENGTHS).steps_per_epoch)):
+        queries = [text(batch, query).split() for query, valid in zip(batch.query, batch.valid, strict=True) if valid]
+        samples = {(name, int(number)) for name, number in queries}
+        whole += sum(run <= samples for run in runs)
+    assert 27 <= whole <= 30  # of 10 steps; a run may have a sample from the remainder, or the one that cannot be read
+
+
+def test_clusters_are_part_of_the_data_and_belong_to_its_shards(data, tmp_path):
+    mixed, clustered = Source.open(data), Source.open(changed(data, batches="neighbours"))
+    assert mixed.fingerprint == Source.open(changed(data, neighbours="elsewhere")).fingerprint != clustered.fingerprint
+    for name, count in SAMPLES.items():
+        (tmp_path / name).mkdir()
+        index = dict(zip(SAMPLES, (index for _, index in mixed.indexes), strict=True))[name]
+        write_neighbours(str(tmp_path / name), index, np.arange(count), CLUSTER, {})
+    elsewhere = changed(data, batches="neighbours", neighbours=str(tmp_path))
+    assert Source.open(elsewhere).fingerprint != clustered.fingerprint
+    (_, first), (_, second) = mixed.indexes
+    write_neighbours(str(tmp_path / "second"), second, np.arange(53), 6, {})
+    with pytest.raises(PipelineError, match=r"first have 4 samples, but those in .*second have 6: mine all datasets"):
+        Source.open(elsewhere)
+    write_neighbours(str(tmp_path / "second"), first, np.arange(70), CLUSTER, {})
+    with pytest.raises(PipelineError, match=r"second/neighbours.json belongs to other shards than those of .*second"):
+        Source.open(elsewhere)
+    with pytest.raises(PipelineError, match=r"neighbours.json"):
+        Source.open(changed(elsewhere, neighbours=str(tmp_path / "none")))
 
 
 @pytest.mark.parametrize("workers", [1, 7])

@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from pipeline.config import load_recipe
-from pipeline.data.order import Dataset, Order
+from pipeline.data.dataset import Dataset
+from pipeline.data.order import Order
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.demo import clips
 from pipeline.errors import PipelineError

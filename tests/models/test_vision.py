@@ -27,7 +27,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from pipeline.data.order import Dataset, Order
+from pipeline.data.dataset import Dataset
+from pipeline.data.order import Order
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.tiles import decode_image
 from pipeline.errors import PipelineError

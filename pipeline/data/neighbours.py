@@ -1,0 +1,106 @@
+"""Clusters of neighbours: samples of a dataset that a teacher finds alike, for batches of hard in-batch negatives.
+
+    neighbours.npy     (N,) uint32: the numbers of the dataset's samples, over all shards. Each run of `size` of them is
+                       a cluster; fewer than `size` may remain at the end
+    neighbours.json    how the clusters were made, and the SHA-256 of the shards to which they belong
+
+Batches composed of such clusters are those of B3 (arXiv 2505.11293).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.data.dataset import is_arrangement
+from pipeline.data.index import (
+    Digest,
+    Index,
+    IndexedFile,
+    Positive,
+    array_bytes,
+    array_of,
+    as_json,
+    checksum_of,
+    index_content,
+    index_text,
+    intact,
+    validated,
+)
+from pipeline.storage import objects
+from pipeline.storage.documents import FIXED
+from pipeline.storage.objects import ObjectError
+
+FORMAT = 1
+NEIGHBOURS_FILE = "neighbours.json"
+ARRAY_FILE = "neighbours.npy"
+_REMEDY = "mine the dataset again, with clusters=SIZE and overwrite=true"
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The index of a dataset's clusters.
+
+    size: samples of a cluster.  shards: the SHA-256 of each shard.  array: the file `neighbours.npy`.
+    made: how the clusters were made, by name: the model, the options, and counts.
+    """
+
+    __pydantic_config__ = FIXED
+
+    size: Positive
+    shards: tuple[Digest, ...]
+    array: IndexedFile
+    made: dict[str, str | int | float | bool | None]
+
+    def to_json(self) -> str:
+        content = {"format": FORMAT, **as_json(self)}
+        return index_text(content, checksum_of(content))
+
+    @classmethod
+    def load(cls, url: str) -> "Neighbours":
+        """Read the index in the folder `url`. Raises ObjectError if it is missing, damaged or of another format."""
+        with index_content(objects.join(url, NEIGHBOURS_FILE), FORMAT, _REMEDY) as (content, _):
+            return validated(cls, content)
+
+    def check(self, url: str, dataset: str, index: Index) -> None:
+        """Raise ObjectError unless these clusters, in the folder `url`, belong to the current shards of `dataset`."""
+        if self.shards != tuple(shard.sha256 for shard in index.shards):
+            raise ObjectError(
+                f"{objects.join(url, NEIGHBOURS_FILE)} belongs to other shards than those of {dataset}: {_REMEDY}"
+            )
+
+    def clusters(self, url: str, samples: int) -> np.ndarray:
+        """Read the (samples,) uint32 array in the folder `url`. Raises ObjectError if it is missing or damaged."""
+        name = objects.join(url, ARRAY_FILE)
+
+        def read() -> bytes | None:
+            data = objects.read(name)
+            return data if IndexedFile.of(data) == self.array else None
+
+        data = intact(read, f"{name} is damaged (its sha256 differs from the index's): {_REMEDY}")
+        try:
+            numbers = array_of(data)
+        except ValueError as error:
+            raise ObjectError(f"{name}: {error}: {_REMEDY}") from None
+        if numbers.dtype != np.dtype("<u4") or not is_arrangement(numbers, samples):
+            raise ObjectError(f"{name} does not list each of {samples} samples once: {_REMEDY}")
+        return numbers
+
+
+def write_neighbours(
+    url: str, index: Index, clusters: np.ndarray, size: int, made: Mapping[str, str | int | float | bool | None]
+) -> Neighbours:
+    """Write the clusters of the dataset with this index to the folder `url`, and return their index.
+
+    clusters: integers (N,), the numbers of its samples; see the module.  made: see `Neighbours`.
+    Raises ObjectError if they do not list each sample once, or if it has 2**32 samples or more.
+    """
+    if not is_arrangement(clusters, index.samples) or index.samples >= 2**32:
+        raise ObjectError(f"{url}: the clusters do not list each of {index.samples} samples once, or are too many")
+    data = array_bytes(clusters.astype("<u4"))
+    digests = tuple(shard.sha256 for shard in index.shards)
+    neighbours = Neighbours(size, digests, IndexedFile.of(data), dict(made))
+    objects.delete(objects.join(url, NEIGHBOURS_FILE))  # an earlier one would not match the array
+    objects.write(objects.join(url, ARRAY_FILE), data)
+    objects.write(objects.join(url, NEIGHBOURS_FILE), neighbours.to_json().encode())
+    return neighbours
