@@ -13,8 +13,10 @@ again, it continues where it stopped. key=value: fields of pipeline/recipes/demo
 """
 
 import argparse
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,12 +94,11 @@ class Study:
         """Train a model, unless it is trained already; return its run directory."""
         run = self.work / "runs" / f"{_file(name)}-{seed}"
         if not (run / "export" / "config.json").exists():
-            sets = ",".join(f"{self.work}/data/eval/{dataset}" for dataset in DATASETS)
             settings = [
                 f"data.url={self.work}/data/train",
                 f"data.datasets=[{','.join(DATASETS)}]",
                 "data.hard_negatives=false",
-                f"evaluation.urls=[{sets}]",
+                f"evaluation.urls=[{self.work}/data/eval]",
                 f"evaluation.every={max(steps // EVALUATIONS, 1)}",
                 f"batch.global_batch={BATCH}",
                 "batch.kept_chunks=1000",
@@ -125,24 +126,31 @@ def _file(name: str) -> str:
 
 def prepare(study: Study) -> dict[str, str]:
     """Make the data, the coaches, their vectors and the mined negatives; return the places that VARIANTS name."""
-    work, shards = study.work, []
-    study.once("data", lambda: study.run("data", "tools/make_shards.py", "demo", "0", str(work / "data")))
-    for dataset in DATASETS:
-        shards += ["--shards", f"{work}/data/train/{dataset}"]
+    work, train = study.work, study.work / "data" / "train"
+
+    def make_data() -> None:
+        study.run("data", "tools/make_shards.py", "demo", "0", str(work / "data"))
+        tasks = work / "data" / "eval" / "tasks.json"
+        for folder in (*train.iterdir(), *tasks.parent.iterdir()):
+            if folder.is_dir() and folder.name not in (*DATASETS, "images"):
+                shutil.rmtree(folder)
+        kept = {name: task for name, task in json.loads(tasks.read_text()).items() if name in DATASETS}
+        tasks.write_text(json.dumps(kept))
+
+    study.once("data", make_data)
     coaches = {COACH: (3 * study.steps, ()), PLAIN_COACH: (study.steps, ("objective.alpha=0",))}
 
     def coach(item: tuple[str, tuple[int, tuple[str, ...]]]) -> tuple[str, str]:
         name, (steps, fields) = item
         run, place = study.train(name, COACH_SEED, steps, *fields), work / "vectors" / _file(name)
-        embed = ("-m", "pipeline.embed", f"{run}/export", *shards, "--items", "--out", str(place))
+        embed = ("-m", "pipeline.embed", f"{run}/export", "--shards", str(train), "--items", "--out", str(place))
         study.once(f"vectors of {name}", lambda: study.run(f"vectors of {name}", *embed))
         return name, str(place)
 
     with ThreadPoolExecutor(study.runs) as pool:
         places = dict(pool.map(coach, coaches.items()))
     mined, export = work / "mined", study.work / "runs" / f"{COACH}-{COACH_SEED}" / "export"
-    train = [f"{work}/data/train/{dataset}" for dataset in DATASETS]
-    mine = ("-m", "pipeline.mine", str(export), ",".join(train), f"vectors={places[COACH]}", f"out={mined}")
+    mine = ("-m", "pipeline.mine", str(export), str(train), f"vectors={places[COACH]}", f"out={mined}")
     study.once("mined", lambda: study.run("mined", *mine, "count=2", f"clusters={CLUSTER}"))
     return places | {"mined": str(mined)}
 
