@@ -105,7 +105,7 @@ def on_rank(rank: int) -> dict:
         ]
         if name in POSITIVES:
             local[1]["further_owners"] = local[1]["further_owners"] - rank * ROWS
-            if not POSITIVES[name][rank]:
+            if name == "several" and not rank:  # the other ranks without positives pass empty ones
                 local = [
                     {key: x for key, x in each.items() if "further" not in key and "positives" not in key}
                     for each in local

@@ -137,10 +137,10 @@ def hardness_weighted_loss(
     distill: adds distill.weight times the mean of KL_i over the valid queries; it is not halved if both directions have
         a loss. KL_i = sum_j p_ij log(p_ij / q_ij) over i's answers and its negatives that are not masked, with
         p_ij ~ exp(t_ij / distill.temperature), t the teacher's similarities, and q_ij ~ exp(s_ij / tau).
-    dimensions: ascending sizes, at most d. The loss is the mean, weighted by `dimension_weights` (default: equal), of
-        the losses of the first numbers of the vectors, so many, scaled to unit length (Matryoshka, arXiv 2205.13147);
-        the teacher's vectors stay whole. Metrics are those of the largest size. Without sizes, vectors are compared
-        whole, as they are.
+    dimensions: ascending sizes, at most d. The loss is the mean over sizes, weighted by `dimension_weights` (default:
+        equally), of the loss of the vectors' first numbers, scaled to unit length (Matryoshka, arXiv 2205.13147). The
+        teacher's vectors stay whole. Metrics are those of the largest size. Without sizes, vectors are compared whole,
+        as they are.
     tile: rows per tile.
 
     Raises ValueError if n differs between ranks, or if an option does not fit the others. All ranks must call it with
@@ -162,23 +162,19 @@ def hardness_weighted_loss(
         queries = Vectors.of(query, valid, taught[0], query=query_ids, target=target_ids)
         targets = Vectors.of(target, valid, taught[1], query=query_ids, target=target_ids)
         targets = targets.gathered(group)
-        # Part of the graph on every rank: a rank without negatives must also run the gather's backward.
         nothing = torch.cat([query[:0], target[:0]])
         extra = _columns(nothing, negatives, negatives_valid, negative_ids, taught[2])
         answers = Answers.targets_only(queries.vectors)
         if most_positives:
-            if positives is None:
-                further = _columns(nothing, None, None, None, taught[3])
-            else:
-                before = len(targets.valid) + rank * (most_negatives + most_positives) + most_negatives
-                owners, ids = positives.owners, positives.ids
-                answers = Answers.of(
-                    owners, positives.weights, positives.target_weights.to(queries.vectors), ids, target_ids, before
-                )
-                further = _columns(nothing, positives.vectors, queries.valid[owners], ids, taught[3])
-            extra = extra.padded(most_negatives).followed_by(further.padded(most_positives)).gathered(group)
-        elif most_negatives:
-            extra = extra.padded(most_negatives).gathered(group)
+            own_valid, ids = None, None
+            if positives is not None:
+                first = len(targets.valid) + rank * (most_negatives + most_positives) + most_negatives
+                answers, ids = _answers(positives, queries.vectors, target_ids, first), positives.ids
+                own_valid = queries.valid[positives.owners]
+            further = _columns(nothing, None if positives is None else positives.vectors, own_valid, ids, taught[3])
+            extra = extra.padded(most_negatives).followed_by(further.padded(most_positives))
+        if most_negatives + most_positives:
+            extra = extra.padded(most_negatives + most_positives).gathered(group)
         rows, columns = queries.vectors, torch.cat([targets.vectors, extra.vectors])
         tau = torch.as_tensor(temperature, dtype=rows.dtype, device=rows.device)
         if tau.ndim:
@@ -259,11 +255,20 @@ def hardness_weighted_loss(
 def _columns(
     nothing: Tensor, vectors: Tensor | None, valid: Tensor | None, ids: Tensor | None, teacher: Tensor | None
 ) -> Vectors:
-    """Return this rank's extra columns, those of `vectors` (m, d) or none.  nothing: (0, d)."""
+    """Return this rank's extra columns, those of `vectors` (m, d) or none.
+
+    nothing: (0, d), which makes them part of the graph on every rank: one without negatives must also run the gather's
+    backward.
+    """
     vectors = nothing if vectors is None else torch.cat([vectors, nothing])
     if ids is None:  # a value that in practice is no row's hash
         ids = torch.full((len(vectors),), torch.iinfo(torch.int64).max, device=vectors.device)
     return Vectors.of(vectors, valid, teacher, target=ids)
+
+
+def _answers(positives: Positives, queries: Tensor, target_ids: Tensor | None, first_column: int) -> Answers:
+    target_weights, weights = (x.detach().to(queries) for x in (positives.target_weights, positives.weights))
+    return Answers.of(positives.owners, weights, target_weights, positives.ids, target_ids, first_column)
 
 
 def _taught(

@@ -107,7 +107,7 @@ class Answers:
         )
         all_weights = target_weights.new_zeros(n, 1 + rows.shape[1])
         all_weights[:, 0] = target_weights
-        all_weights[by_owner, 1 + place] = weights[where].to(all_weights.dtype)
+        all_weights[by_owner, 1 + place] = weights[where]
         all_weights /= all_weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(all_weights.dtype).tiny)
         known = None
         if ids is not None and target_ids is not None:
