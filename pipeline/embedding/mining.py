@@ -47,6 +47,7 @@ from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.progress import progress_bar
 from pipeline.storage import lock, objects
+from pipeline.storage.atomic import remove_leftovers
 from pipeline.storage.documents import DocumentError, parse_json
 from pipeline.storage.objects import ObjectError
 
@@ -154,6 +155,8 @@ class MinedDataset:
         objects.write(objects.join(self.place, MINED_FILE), index.to_json().encode())
         for url in objects.list_under(records):
             objects.delete(url)
+        if "://" not in self.place:
+            remove_leftovers(Path(self.place), "*.mined.npy")
         return index
 
 
