@@ -10,12 +10,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import fsum
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from pipeline.data.mined import (
     mined_file,
 )
 from pipeline.data.source import Source
-from pipeline.data.stored_vectors import ITEMS, StoredVectors
+from pipeline.data.stored_vectors import ITEMS, Stored, StoredVectors
 from pipeline.data.teacher import query_and_target_vectors
 from pipeline.distributed import on_every_rank, on_first_rank, rank_and_world, start_distributed
 from pipeline.embedding.dataset import EmbeddedDataset, open_datasets
@@ -53,6 +54,8 @@ from pipeline.storage.objects import ObjectError
 
 _RECORDS = ".mined"
 _QUERIES = 4096  # of a shard that are ranked together: all candidates are read once for them
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +182,8 @@ def mine_datasets(
     encoder: Encoder, embedded: list[EmbeddedDataset], url: str, options: MiningRun, device: torch.device
 ) -> None:
     """Like `mine`, with a loaded encoder and the datasets at or below `url`."""
-    embed_datasets(encoder, embedded, "fp16", device, overwrite=options.overwrite)
+    stored = _on_first_rank(lambda: _stored(embedded))
+    embed_datasets(encoder, embedded, stored, device, overwrite=options.overwrite)
     datasets = _planned(encoder, embedded, url, options)
     sources = [dataset.source for dataset in datasets]
 
@@ -188,7 +192,7 @@ def mine_datasets(
             dataset.begin(options.overwrite)
         return [set(dataset.parts) for dataset in datasets]
 
-    whole = on_first_rank(finished) if dist.is_initialized() else finished()
+    whole = _on_first_rank(finished)
     todo = [
         (dataset, number)
         for dataset in datasets
@@ -220,7 +224,20 @@ def mine_datasets(
         for dataset in datasets:
             _log(dataset, dataset.finish())
 
-    on_first_rank(finish) if dist.is_initialized() else finish()
+    _on_first_rank(finish)
+
+
+def _on_first_rank(work: Callable[[], T]) -> T:
+    return on_first_rank(work) if dist.is_initialized() else work()
+
+
+def _stored(embedded: list[EmbeddedDataset]) -> Stored:
+    """Return the number format of vectors that are there already, or else fp16."""
+    for each in embedded:
+        if objects.exists(objects.join(each.place, ITEMS.index_file)):
+            with suppress(ObjectError):  # `embed_datasets` says what to do
+                return StoredVectors.load(each.place, ITEMS).metadata.stored
+    return "fp16"
 
 
 def _places(embedded: list[EmbeddedDataset], url: str, out: str | None) -> dict[str, str]:

@@ -13,7 +13,10 @@ from pipeline.config import MiningRun
 from pipeline.data.index import Index
 from pipeline.data.mined import MINED_FILE, MinedIndex
 from pipeline.data.sample import Item
+from pipeline.data.stored_vectors import ITEMS
 from pipeline.embedding import mining, nearest, targets
+from pipeline.embedding.dataset import open_datasets
+from pipeline.embedding.embed_shards import embed_datasets
 from pipeline.embedding.nearest import Candidates
 from pipeline.embedding.ranks import Ranking, Ranks, chosen, limits
 from pipeline.embedding.targets import FACTS, Targets
@@ -158,6 +161,16 @@ def test_interrupted_mining_continues_to_the_same_bytes(shards, tmp_path, monkey
     mine(shards, tmp_path, overwrite=True, count=2)
     mine(shards, tmp_path, overwrite=True)
     assert files(tmp_path) == expected
+
+
+def test_vectors_that_exist_are_used_in_their_format(tmp_path):
+    write_datasets(tmp_path)
+    embed_datasets(Texts(), open_datasets([str(tmp_path)], None, ITEMS), "bf16", torch.device("cpu"), overwrite=False)
+    before = {name: data for name, data in files(tmp_path).items() if "item_embeddings" in name}
+    mine(tmp_path, tmp_path, vectors=None)
+    after = files(tmp_path)
+    assert {name: after[name] for name in after if "item_embeddings" in name} == before
+    assert MinedIndex.load(str(tmp_path / "first")).total("mined") > 200
 
 
 def test_nearest_is_exact_for_any_tiles(monkeypatch):
