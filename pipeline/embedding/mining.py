@@ -10,8 +10,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import fsum
@@ -169,7 +170,8 @@ def mine(model: str, url: str, options: MiningRun) -> None:
     Raises PipelineError if a place has vectors or negatives of other shards, models or options, unless
     options.overwrite.
     """
-    embedded = open_datasets([url], options.vectors, ITEMS)
+    with _options_named():
+        embedded = open_datasets([url], options.vectors, ITEMS)
     places = [*(dataset.place for dataset in embedded), *_places(embedded, url, options.out).values()]
     is_first = int(os.environ.get("RANK", 0)) == 0
     with lock.held(dict.fromkeys(places) if is_first else []):
@@ -183,7 +185,8 @@ def mine_datasets(
 ) -> None:
     """Like `mine`, with a loaded encoder and the datasets at or below `url`."""
     stored = _on_first_rank(lambda: _stored(embedded))
-    embed_datasets(encoder, embedded, stored, device, overwrite=options.overwrite)
+    with _options_named():
+        embed_datasets(encoder, embedded, stored, device, overwrite=options.overwrite)
     datasets = _planned(encoder, embedded, url, options)
     sources = [dataset.source for dataset in datasets]
 
@@ -229,6 +232,17 @@ def mine_datasets(
 
 def _on_first_rank(work: Callable[[], T]) -> T:
     return on_first_rank(work) if dist.is_initialized() else work()
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Name this program's options in the errors of embedding, which name those of pipeline.embed."""
+    try:
+        yield
+    except PipelineError as error:
+        ours = {"--overwrite": "overwrite=true", "--out": "vectors=", "--shards ": ""}
+        pattern = "|".join(ours)
+        raise type(error)(re.sub(pattern, lambda found: ours[found[0]], str(error))) from error
 
 
 def _stored(embedded: list[EmbeddedDataset]) -> Stored:

@@ -156,6 +156,12 @@ def test_interrupted_mining_continues_to_the_same_bytes(shards, tmp_path, monkey
         PipelineError, match=r"/first has negatives that texts mined with other options, .* overwrite=true"
     ):
         mine(shards, tmp_path, count=2)
+    monkeypatch.setattr(Texts, "identity", "texts 2")
+    with pytest.raises(
+        PipelineError, match=r"texts 1.* not of .*texts 2.*: add overwrite=true, or choose another vectors="
+    ):
+        mine(shards, tmp_path)
+    monkeypatch.undo()
     kept[0].write_bytes(b"x" * len(kept[0].read_bytes()))
     (tmp_path / "second" / MINED_FILE).unlink()
     mine(shards, tmp_path, overwrite=True, count=2)
