@@ -150,7 +150,7 @@ def prepare(study: Study) -> dict[str, str]:
     with ThreadPoolExecutor(study.runs) as pool:
         places = dict(pool.map(coach, coaches.items()))
     mined, export = work / "mined", study.work / "runs" / f"{COACH}-{COACH_SEED}" / "export"
-    mine = ("-m", "pipeline.mine", str(export), str(train), f"vectors={places[COACH]}", f"out={mined}")
+    mine = ("-m", "pipeline.mine", str(export), str(train), f"teacher={places[COACH]}", f"out={mined}")
     study.once("mined", lambda: study.run("mined", *mine, "count=2", f"clusters={CLUSTER}"))
     return places | {"mined": str(mined)}
 

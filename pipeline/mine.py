@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m pipeline.mine llave-7b data/mmeb-train among=all out=s3://bucket/mined
 
 MODEL is a folder or hub name. SHARDS is a dataset, or a folder (or s3:// prefix) with several. The model embeds all
-items once; their vectors are kept as by `pipeline.embed --shards --items`, beside each dataset's index or in vectors=.
+items once; their vectors are kept as by `pipeline.embed --shards --items`, beside each dataset's index or in teacher=.
 Every query is compared with all targets. What is likely right is dropped, and of the nearest others `count` are kept:
 mined.json beside each index, or in out= (in out=/NAME for several datasets), and beside it the references. A recipe
 uses them with data.negatives.

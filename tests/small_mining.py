@@ -60,7 +60,7 @@ def write_datasets(folder: Path) -> None:
 
 def mine(shards: Path, out: Path | None = None, **options: object) -> None:
     """Mine the negatives of the datasets there: to `out` or a folder `mined`, with vectors in a folder `vectors`."""
-    places = {"vectors": str(shards / "vectors"), "out": str(out or shards / "mined")}
+    places = {"teacher": str(shards / "vectors"), "out": str(out or shards / "mined")}
     run = MiningRun(**places | {"count": 3, "depth": 20} | options)
     mining.mine_datasets(
         Texts(), open_datasets([str(shards)], run.vectors, ITEMS), str(shards), run, torch.device("cpu")

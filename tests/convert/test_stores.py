@@ -82,7 +82,7 @@ def test_verify_refuses_vectors_of_other_shards(folder):
 def test_mined_negatives_are_named_shown_and_verified(tmp_path, capsys):
     write_datasets(tmp_path)
     folder = tmp_path / "first"
-    mine(folder, folder, vectors=None)
+    mine(folder, folder, teacher=None)
     index = MinedIndex.load(str(folder))
     found = printed(capsys, inspect.STATS, folder)
     assert f"mined.json: {index.total('mined'):,} mined negatives of 88 queries by texts, mean similarity 0." in found
@@ -92,7 +92,7 @@ def test_mined_negatives_are_named_shown_and_verified(tmp_path, capsys):
         f"mined negative the target of sample {first['sample']} of shard {first['shard']}, score {first['score']:.4f}"
     )
     assert line in shown and shown.count("mined negative") == 3
-    mine(tmp_path, tmp_path, vectors=None, among="all", overwrite=True)
+    mine(tmp_path, tmp_path, teacher=None, among="all", overwrite=True)
     assert " of 'second', score " in " ".join(printed(capsys, inspect.SHOW, folder, i) for i in range(10))
     file = folder / index.parts[0].file
     file.write_bytes(file.read_bytes()[:-1] + b"x")

@@ -11,7 +11,7 @@ from pipeline.data.mined import MINED_FILE
 def test_killed_mining_continues_to_the_bytes_of_one_process(tmp_path):
     folder, out = tmp_path / "data", tmp_path / "out"
     write_datasets(folder)
-    options = [f"vectors={folder / 'vectors'}", f"out={out}", "count=3", "depth=20", f"scratch={tmp_path}"]
+    options = [f"teacher={folder / 'vectors'}", f"out={out}", "count=3", "depth=20", f"scratch={tmp_path}"]
     encoder = "encoder=tests/integration/killed_mining.py:encoder"
     ended = launch(["-m", "pipeline.mine", "texts", str(folder), *options, encoder], world=2)
     assert ended.status == [-signal.SIGKILL] * 2, ended.output[-4000:]
