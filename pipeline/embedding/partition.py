@@ -4,7 +4,8 @@ Batches of such clusters have hard in-batch negatives (B3, arXiv 2505.11293). ME
 Scientific Computing 20, 1998) partitions the graph. Its parts differ a little in size, and know no pairs that must be
 apart; both are mended here by moving and exchanging samples. The same input gives the same clusters.
 
-For N samples with m neighbours each, it needs about 200 N m bytes, and time in proportion to N m, but for the sorting.
+For N samples with m neighbours each, it needs about 150 N m bytes, and time in proportion to N m, but for the sorting:
+a minute of one core for a million samples with 30.
 """
 
 from dataclasses import dataclass
