@@ -11,13 +11,14 @@ prompts, pooling and image settings: an error names what differs. They give good
 same weights.
 
 OUT is a folder like that of the first MODEL, with a card that lists the parts. Evaluate it as any model: a merged model
-is not always better than its parts. It runs in one process on the CPU, and needs less than 1 GB of memory.
+is not always better than its parts. It runs in one process on the CPU, and needs less than 1 GB of memory, whatever the models' size.
 """
 
 import argparse
 import re
 from pathlib import Path
 
+from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
 from pipeline.models.loading import DTYPES
 from pipeline.models.merging import Part, merge
@@ -26,7 +27,7 @@ from pipeline.models.merging import Part, merge
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("parts", metavar="MODEL[:WEIGHT]", type=_part, nargs="+", help="two or more models to merge")
     parser.add_argument(
         "--method",
@@ -40,7 +41,9 @@ def main() -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model in OUT, once the new one is complete")
     arguments = parser.parse_args()
-    parts, out = arguments.parts, arguments.out
+    if "://" in arguments.out:
+        raise PipelineError(f"{arguments.out} is a URL: name a local folder")
+    parts, out = arguments.parts, Path(arguments.out)
     count = merge(parts, out, arguments.method, arguments.dtype, overwrite=arguments.overwrite)
     print(f"{out}: {arguments.method} of {len(parts)} models, {count / 1e9:.3g} B weights")
 
