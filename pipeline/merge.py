@@ -1,7 +1,7 @@
 """Merge trained models into one by a weighted mean of their weights: `python -m pipeline.merge OUT MODEL[:WEIGHT] ...`
 
     python -m pipeline.merge soup runs/seed1 runs/seed2 runs/seed3
-    python -m pipeline.merge half-way llave-7b:0.7 models/llave-7b-original:0.3
+    python -m pipeline.merge half-way llave-7b:0.7 models/llave-7b-before:0.3
     python -m pipeline.merge arc llave-7b-step400 llave-7b-step800 --method slerp
 
 A MODEL is the folder of an export or of a model from elsewhere, a hub name, or a run directory, which stands for its
@@ -11,7 +11,8 @@ prompts, pooling and image settings: an error names what differs. They give good
 same weights.
 
 OUT is a folder like that of the first MODEL, with a card that lists the parts. Evaluate it as any model: a merged model
-is not always better than its parts. It runs in one process on the CPU, and needs less than 1 GB of memory, whatever the models' size.
+is not always better than its parts. It runs in one process on the CPU. It needs less than 1 GB of memory, whatever the
+models' size.
 """
 
 import argparse

@@ -26,6 +26,7 @@ from pipeline.models import released
 from pipeline.models.alike import differences, files_of, settings_of
 from pipeline.models.files import SETTINGS, fetched, fingerprint, read_json, survey, weight_files
 from pipeline.models.folder import finish, write_card
+from pipeline.models.registry import family_of
 from pipeline.models.tensor_files import WEIGHTS, Place, places_in, rounded, write_tensors
 from pipeline.progress import progress_bar
 from pipeline.storage.atomic import remove_leftovers, replacing
@@ -127,6 +128,8 @@ def _folder_of(path: str) -> Path:
             f"{path} holds adapters (LoRA). A mean of their factors A and B is not the mean of the products B A: merge "
             "each into its base model, and name the results"
         )
+    if family := family_of(path):
+        family.dimension(path)  # raises the family's own errors, as for a folder to convert first
     return fetched(path)
 
 
