@@ -63,7 +63,7 @@ def mine(shards: Path, out: Path | None = None, **options: object) -> None:
     places = {"teacher": str(shards / "vectors"), "out": str(out or shards / "mined")}
     run = MiningRun(**places | {"count": 3, "depth": 20} | options)
     mining.mine_datasets(
-        Texts(), open_datasets([str(shards)], run.vectors, ITEMS), str(shards), run, torch.device("cpu")
+        Texts(), open_datasets([str(shards)], run.teacher, ITEMS), str(shards), run, torch.device("cpu")
     )
 
 

@@ -1,11 +1,13 @@
-"""One rank of the exactness tests: `python exactness.py MODEL[,MODEL...] DS_CONFIG OUT [FLAGS]`.
+"""One rank of the exactness tests: `python exactness.py MODEL[,MODEL...] DS_CONFIG OUT REFERENCES [FLAGS]`.
 
-Flags: `few`, `alone`, `offloaded`, `shaped`, or `no-guard MIX`.
+Flags: `few`, `alone`, `offloaded`, `shaped`, or `no-guard MIX`.  REFERENCES: a folder that keeps the results of one
+process, for programs that compare the same cases.
 
 Takes optimizer steps through the engine. Takes the same steps in one process with the whole global batch: item by item,
 with the loss as one B x B formula, plain autograd and torch's AdamW. Writes the differences.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -36,6 +38,7 @@ from pipeline.models.lora import add_adapters
 from pipeline.objectives.contrastive import step as step_module
 from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.step import Contrastive
+from pipeline.storage.atomic import replacing
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze, load_frozen
 
@@ -269,13 +272,19 @@ class Expected:
 Key = TypeVar("Key")
 
 
-def computed_once(keys: Iterable[Key], compute: Callable[[Key], Expected]) -> dict[Key, Expected]:
-    """Compute `compute(key)` once for every distinct key, distributed over the ranks; all ranks get all results."""
+def computed_once(keys: Iterable[Key], compute: Callable[[Key], Expected], folder: Path) -> dict[Key, Expected]:
+    """Return `compute(key)` for every key, each computed once by one of the ranks, or by an earlier program.
+
+    folder: where all ranks, and later programs, find the results.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    ours = {key: compute(key) for number, key in enumerate(dict.fromkeys(keys)) if number % world == rank}
-    of_ranks: list = [None] * world
-    dist.all_gather_object(of_ranks, ours)
-    return {key: expected for of_rank in of_ranks for key, expected in of_rank.items()}
+    files = {key: folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.pt" for key in keys}
+    for number, (key, file) in enumerate(files.items()):
+        if number % world == rank and not file.exists():
+            with replacing(file, durable=False) as partial:  # another program may write the same
+                torch.save(vars(compute(key)), partial)
+    dist.barrier()
+    return {key: Expected(**torch.load(file, weights_only=True)) for key, file in files.items()}
 
 
 def expected(model: str, mix: str, fields: tuple[str, ...]) -> Expected:
@@ -385,7 +394,7 @@ def differences(
 
 
 def main() -> None:
-    models, stage, out, *flags = sys.argv[1:]
+    models, stage, out, references, *flags = sys.argv[1:]
     start_distributed(timeout_minutes=HANG_MINUTES)
     named = {"few": FEW, "alone": ALONE, "offloaded": OFFLOADED, "shaped": SHAPED}
     cases = next((named[flag] for flag in flags if flag in named), ALL)
@@ -398,8 +407,8 @@ def main() -> None:
         step_module.plan_chunks = unguarded
         cases = (Case(flags[1], 200),)
     pairs = [(model, case) for model in models.split(",") for case in cases]
-    references = computed_once((reference_of(*pair) for pair in pairs), lambda key: expected(*key))
-    results = [compare(model, stage, case, references[reference_of(model, case)]) for model, case in pairs]
+    kept = computed_once((reference_of(*pair) for pair in pairs), lambda key: expected(*key), Path(references))
+    results = [compare(model, stage, case, kept[reference_of(model, case)]) for model, case in pairs]
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))
     end_distributed()

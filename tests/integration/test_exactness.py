@@ -11,8 +11,15 @@ BACKBONES = {"0.5b": (896, 14, 2, 4864), "2b": (1536, 12, 2, 8960), "7b": (3584,
 WORKER = str(Path(__file__).with_name("exactness.py"))
 
 
-def begin(name: str, world: int, model: str, folder: Path, *flags: str) -> list[Rank]:
-    return fork([WORKER, model, zero_config(name, folder), str(folder / f"{name}.out"), *flags], world)
+@pytest.fixture(scope="module")
+def references(tmp_path_factory) -> Path:
+    """Return the folder for the results of one process, which several tests compare with."""
+    return tmp_path_factory.mktemp("references")
+
+
+def begin(name: str, world: int, model: str, folder: Path, references: Path, *flags: str) -> list[Rank]:
+    out = str(folder / f"{name}.out")
+    return fork([WORKER, model, zero_config(name, folder), out, str(references), *flags], world)
 
 
 def assert_exact(name: str, ranks: list[Rank], folder: Path) -> None:
@@ -22,24 +29,24 @@ def assert_exact(name: str, ranks: list[Rank], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "flags"), [(0, ["few"]), (1, ["few"]), (2, ["few"]), (3, [])])
-def test_step_equals_one_process_with_whole_batch(stage, flags, tiny_model, tmp_path):
-    assert_exact(f"zero{stage}", begin(f"zero{stage}", 2, tiny_model, tmp_path, *flags), tmp_path)
+def test_step_equals_one_process_with_whole_batch(stage, flags, tiny_model, references, tmp_path):
+    assert_exact(f"zero{stage}", begin(f"zero{stage}", 2, tiny_model, tmp_path, references, *flags), tmp_path)
 
 
-def test_chunked_step_of_one_process_equals_whole_batch(tiny_model, tmp_path):
+def test_chunked_step_of_one_process_equals_whole_batch(tiny_model, references, tmp_path):
     """Run two at a time, one per core."""
-    begun = {name: begin(name, 1, tiny_model, tmp_path, "alone") for name in ("zero0", "zero3")}
+    begun = {name: begin(name, 1, tiny_model, tmp_path, references, "alone") for name in ("zero0", "zero3")}
     for name, ranks in begun.items():
         assert_exact(name, ranks, tmp_path)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_step_with_offloaded_optimizer_equals_whole_batch(stage, tiny_model, tmp_path):
+def test_step_with_offloaded_optimizer_equals_whole_batch(stage, tiny_model, references, tmp_path):
     name = f"zero{stage}_offload"
-    assert_exact(name, begin(name, 2, tiny_model, tmp_path, "offloaded"), tmp_path)
+    assert_exact(name, begin(name, 2, tiny_model, tmp_path, references, "offloaded"), tmp_path)
 
 
-def test_step_of_scaled_down_backbones_equals_whole_batch(make_model, tmp_path):
+def test_step_of_scaled_down_backbones_equals_whole_batch(make_model, references, tmp_path):
     """Use the recipes' shapes with fewer layers: widths / 16 (tower / 8), three layers, the same number of heads."""
     vision = {"hidden_size": 144, "intermediate_size": 538, "num_attention_heads": 16}
     vision |= {"num_hidden_layers": 3, "image_size": 24, "patch_size": 8}
@@ -48,15 +55,15 @@ def test_step_of_scaled_down_backbones_equals_whole_batch(make_model, tmp_path):
         text = {"hidden_size": hidden // 16, "intermediate_size": mlp // 16, "num_hidden_layers": 3}
         text |= {"num_attention_heads": heads, "num_key_value_heads": groups, "vocab_size": 320}
         models.append(make_model(vision, text))
-    assert_exact("zero3", begin("zero3", 2, ",".join(models), tmp_path, "shaped"), tmp_path)
+    assert_exact("zero3", begin("zero3", 2, ",".join(models), tmp_path, references, "shaped"), tmp_path)
 
 
-def test_zero3_without_dummy_tile_fails_on_rank_without_images(tiny_model, tmp_path):
+def test_zero3_without_dummy_tile_fails_on_rank_without_images(tiny_model, references, tmp_path):
     """Show that the guard is needed in the mixed batches above, where the second of two ranks has no image."""
     config = zero_config("zero3", tmp_path)
     for mix, works in (("images", True), ("mixed", False)):
         out = tmp_path / f"{mix}.json"
-        ended = launch([WORKER, tiny_model, config, str(out), "no-guard", mix], 2)
+        ended = launch([WORKER, tiny_model, config, str(out), str(references), "no-guard", mix], 2)
         assert (ended.status == [0, 0]) == works, ended.output[-4000:]
         assert out.exists() == works
         assert "TypeError" not in ended.output

@@ -175,7 +175,7 @@ def main() -> None:
     models, out, name = sys.argv[1:]
     start_distributed(timeout_minutes=HANG_MINUTES)
     cases = CASES[name]
-    references = computed_once((reference_of(models, case) for case in cases), lambda key: expected(*key))
+    references = computed_once((reference_of(models, case) for case in cases), lambda key: expected(*key), Path(models))
     results = [compare(models, case, references[reference_of(models, case)]) for case in cases]
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))

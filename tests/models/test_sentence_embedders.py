@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sections import section
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -40,6 +40,7 @@ from pipeline.models.chunks import plan_chunks
 from pipeline.models.files import fingerprint
 from pipeline.models.llm2clip import model as llm2clip
 from pipeline.models.llm2clip.model import Llm2Clip
+from pipeline.models.merging import Part, merge
 from pipeline.models.registry import family_of, saved, training
 from pipeline.models.text_encoder.family import SAVED
 from pipeline.models.text_encoder.model import FrozenTextEncoder
@@ -478,3 +479,25 @@ def test_stored_vectors_are_refused_after_a_change_of_the_folder(folders, tmp_pa
     write(folder / "1_Pooling/config.json", flags("mean"))
     with pytest.raises(PipelineError, match=r"made by .* with weights="):
         training("llm2clip").check_data(recipe, source)
+
+
+def test_merged_embedders_have_merged_dense_layers(folders, tmp_path):
+    """The layers after the transformer are merged too; another pooling or prompt is refused."""
+    one, two = folders["llama"], shutil.copytree(folders["llama"], tmp_path / "two")
+    layer = {name: 3 * each for name, each in load_file(two / "3_Dense/model.safetensors").items()}
+    save_file(layer, two / "3_Dense/model.safetensors")
+    merge([Part(str(one)), Part(str(two))], tmp_path / "merged")
+    (before,) = load_file(one / "3_Dense/model.safetensors").values()
+    (found,) = load_file(tmp_path / "merged/3_Dense/model.safetensors").values()
+    assert torch.equal(found, ((before.double() + 3 * before.double()) / 2).float())
+    # A factor of the last layer leaves unit vectors as they are
+    rows = [Embedder.load(str(path), "cpu").embed(TEXTS) for path in (one, tmp_path / "merged")]
+    torch.testing.assert_close(rows[0], rows[1], atol=TOLERANCE, rtol=0)
+    for name, values, said in [
+        ("config_sentence_transformers.json", {"prompts": {"document": "other:"}}, "json: prompts.any is 'a caption:'"),
+        ("1_Pooling/config.json", flags("last"), "1_Pooling/config.json: "),
+    ]:
+        other = shutil.copytree(one, tmp_path / name.replace("/", "-"))
+        write(other / name, values)
+        with pytest.raises(PipelineError, match=f"are not alike: .*{said}"):
+            merge([Part(str(one)), Part(str(other))], tmp_path / "refused")
