@@ -229,11 +229,13 @@ def test_order_of_clusters_is_pinned():
     order = Order(
         (dataset("a", [5, 6], weight=1.5), dataset("b", [7])), 6, 2, 8, 2, 7, lengths=scattered_lengths, cluster=3
     )
-    assert [order.batch(step).tolist() for step in range(4)] == [
+    assert [order.batch(step).tolist() for step in range(6)] == [
         [[1, 0], [1, 5], [0, 1], [1, 4], [0, 2], [0, 0]],
         [[0, 4], [0, 3], [1, 2], [0, 0], [0, 2], [1, 1]],
         [[1, 1], [2, 6], [0, 4], [1, 2], [2, 1], [2, 0]],
         [[1, 0], [1, 2], [1, 1], [1, 3], [0, 1], [0, 4]],
+        [[2, 2], [2, 1], [1, 0], [2, 4], [0, 1], [1, 5]],
+        [[0, 1], [1, 5], [1, 0], [0, 0], [0, 2], [1, 4]],
     ]
 
 
