@@ -23,7 +23,7 @@ class MiningRun(Store):
         None, ge=-2, le=2, description="also drop candidates that score above the positive's score minus this"
     )
     skip: int = Field(0, ge=0, description="nearest remaining candidates that are skipped")
-    depth: int = Field(100, gt=0, le=65536, description="nearest candidates that are looked at")
+    depth: int = Field(100, gt=0, le=10_000, description="nearest candidates that are looked at")
     choose: Literal["hardest", "sampled"] = Field(
         "hardest", description="hardest: the nearest remaining ones; sampled: drawn from all remaining ones"
     )

@@ -10,12 +10,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import fsum
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ from pipeline.data.mined import (
     mined_file,
 )
 from pipeline.data.source import Source
-from pipeline.data.stored_vectors import ITEMS, StoredVectors
+from pipeline.data.stored_vectors import ITEMS, Stored, StoredVectors
 from pipeline.distributed import on_every_rank, on_first_rank, rank_and_world, start_distributed
 from pipeline.embedding.clustering import check_sizes, cluster_datasets
 from pipeline.embedding.dataset import EmbeddedDataset, open_datasets
@@ -47,10 +49,13 @@ from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.progress import progress_bar
 from pipeline.storage import lock, objects
+from pipeline.storage.atomic import remove_leftovers
 from pipeline.storage.documents import DocumentError, parse_json
 from pipeline.storage.objects import ObjectError
 
 _RECORDS = ".mined"
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +158,8 @@ class MinedDataset:
         objects.write(objects.join(self.place, MINED_FILE), index.to_json().encode())
         for url in objects.list_under(records):
             objects.delete(url)
+        if "://" not in self.place:
+            remove_leftovers(Path(self.place), "*.mined.npy")
         return index
 
 
@@ -162,7 +169,8 @@ def mine(model: str, url: str, options: MiningRun) -> None:
     Raises PipelineError if a place has vectors or negatives of other shards, models or options, unless
     options.overwrite.
     """
-    embedded = open_datasets([url], options.vectors, ITEMS)
+    with _options_named():
+        embedded = open_datasets([url], options.vectors, ITEMS)
     places = [*(dataset.place for dataset in embedded), *_places(embedded, url, options.out).values()]
     is_first = int(os.environ.get("RANK", 0)) == 0
     with lock.held(dict.fromkeys(places) if is_first else []):
@@ -176,7 +184,9 @@ def mine_datasets(
 ) -> None:
     """Like `mine`, with a loaded encoder and the datasets at or below `url`."""
     check_sizes([each.index for each in embedded], options.clusters)
-    embed_datasets(encoder, embedded, "fp16", device, overwrite=options.overwrite)
+    stored = _on_first_rank(lambda: _stored(embedded))
+    with _options_named():
+        embed_datasets(encoder, embedded, stored, device, overwrite=options.overwrite)
     datasets = _planned(encoder, embedded, url, options)
     sources = [dataset.source for dataset in datasets]
 
@@ -185,7 +195,7 @@ def mine_datasets(
             dataset.begin(options.overwrite)
         return [set(dataset.parts) for dataset in datasets]
 
-    whole = on_first_rank(finished) if dist.is_initialized() else finished()
+    whole = _on_first_rank(finished)
     todo = [
         (dataset, number)
         for dataset in datasets
@@ -217,10 +227,34 @@ def mine_datasets(
         for dataset in datasets:
             _log(dataset, dataset.finish())
 
-    on_first_rank(finish) if dist.is_initialized() else finish()
+    _on_first_rank(finish)
     if options.clusters:
         clustered = [(dataset.place, dataset.source) for dataset in datasets]
         cluster_datasets(clustered, encoder.name, encoder.identity, options, device)
+
+
+def _on_first_rank(work: Callable[[], T]) -> T:
+    return on_first_rank(work) if dist.is_initialized() else work()
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Name this program's options in the errors of embedding, which name those of pipeline.embed."""
+    try:
+        yield
+    except PipelineError as error:
+        ours = {"--overwrite": "overwrite=true", "--out": "vectors=", "--shards ": ""}
+        pattern = "|".join(ours)
+        raise type(error)(re.sub(pattern, lambda found: ours[found[0]], str(error))) from error
+
+
+def _stored(embedded: list[EmbeddedDataset]) -> Stored:
+    """Return the number format of vectors that are there already, or else fp16."""
+    for each in embedded:
+        if objects.exists(objects.join(each.place, ITEMS.index_file)):
+            with suppress(ObjectError):  # `embed_datasets` says what to do
+                return StoredVectors.load(each.place, ITEMS).metadata.stored
+    return "fp16"
 
 
 def _places(embedded: list[EmbeddedDataset], url: str, out: str | None) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.evaluation.exact import fixed
 
 _QUERIES = 4096  # in one product: candidates are read once for each such block
+_LEAST = -2.0  # below all similarities, above -inf, which marks excluded candidates
 _NONE = torch.iinfo(torch.int64).min
 _LOW = 0xFFFFFFFF  # a candidate's number fills the lower half of a key: at most 4 billion
 
@@ -99,7 +100,7 @@ def _keys_of_nearest(
         least = _scores(keys[:, -1:]) - slack - rounding
         if stop - start >= depth and bool((least == -torch.inf).any()):  # mostly in the first tile
             least = torch.maximum(least, near.topk(depth, dim=1).values[:, -1:] - 2 * slack - rounding)
-        rows, columns = ((near >= least) & (near > -torch.inf)).nonzero(as_tuple=True)
+        rows, columns = (near >= least.clamp(min=_LEAST)).nonzero(as_tuple=True)
         if len(rows):
             scores = _exact(queries, tile, rows, columns, tile_bytes)
             numbers = _index(candidates.numbers[start:stop], near)[columns]

@@ -93,8 +93,8 @@ class Ranking:
         owners = np.concatenate([np.repeat(np.arange(len(samples)), counts), np.arange(len(samples))])
         places = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
         known = self.hashes[places] == hashes
-        pairs = np.unique(np.stack([owners[known], self.by_hash[places[known]]]), axis=1)
-        return pairs[0], pairs[1]
+        pairs = np.unique(owners[known] * len(facts) + self.by_hash[places[known]])
+        return pairs // len(facts), pairs % len(facts)
 
 
 def ranked_queries(source: Source, shard: int, ranking: Ranking) -> Iterator[tuple[int, Ranks]]:

@@ -13,7 +13,7 @@ import torch
 from limits import HANG_SECONDS
 from small_mining import NAMES, SAMPLES, WIDTH, Texts, mine, pair, references, write_datasets
 
-from pipeline.config import Data, Part
+from pipeline.config import Data, MiningRun, Part
 from pipeline.data.batch import Batch, Encoded
 from pipeline.data.index import Index, array_of
 from pipeline.data.lengths import Lengths
@@ -21,12 +21,14 @@ from pipeline.data.mined import MINED_FILE, REFERENCE, MinedIndex, with_negative
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import ShardRecords, sample_bytes, write_shards
 from pipeline.data.source import Source
-from pipeline.data.stored_vectors import CAPTIONS
+from pipeline.data.stored_vectors import CAPTIONS, ITEMS
 from pipeline.data.stream import PlannedWindow, Planner, ReadSample, _read, batches
 from pipeline.data.tiles import Tiling
+from pipeline.embedding import mining
 from pipeline.embedding.dataset import open_datasets
 from pipeline.embedding.embed_shards import embed_datasets
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
 
 LENGTHS = Lengths(Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48))), 8)
 
@@ -247,3 +249,22 @@ def test_bad_and_repeated_references(shards):
     assert source.parse(0, record, own, mined=first.mined) == whole
     with pytest.raises(BadSample, match=r"its mined negative .*tar#\d+: not a tar"):
         source.parse(0, record, *first.data, mined=[(reference, (b"x" * 600,)), *others])
+
+
+def test_mined_and_read_on_s3(s3, tmp_path):
+    """Shards, vectors and references in a bucket; the scratch file is local."""
+    url = "s3://pipeline-tests/mined"
+    write_datasets(tmp_path)
+    for path in tmp_path.glob("*/*"):
+        if path.parent.name in NAMES:
+            objects.write(f"{url}/{path.relative_to(tmp_path)}", path)
+    run = MiningRun(among="all", count=3, depth=20, scratch=str(tmp_path))
+    mining.mine_datasets(Texts(), open_datasets([url], None, ITEMS), url, run, torch.device("cpu"))
+    mine(tmp_path, tmp_path / "all", among="all")
+    for name in NAMES:
+        assert objects.read(f"{url}/{name}/{MINED_FILE}") == (tmp_path / "all" / name / MINED_FILE).read_bytes()
+    options = {"datasets": [Part(name=name) for name in NAMES], "lanes": 4, "block_samples": 8, "workers": 0}
+    remote = read(Data(url=url, negatives="beside", **options), range(3))
+    local = read(Data(url=str(tmp_path), negatives=str(tmp_path / "all"), **options), range(3))
+    assert [each.negatives for each in remote] == [each.negatives for each in local]
+    assert any(map(any, (each.negatives for each in remote)))

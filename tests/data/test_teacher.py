@@ -1,8 +1,10 @@
 """A teacher's vectors of all items: written once, and read together with the items of each drawn pair."""
 
+import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import pytest
 import torch
 import webdataset
 from limits import HANG_SECONDS
+from PIL import Image
 
 from pipeline.config import Data
+from pipeline.convert import img2dataset
 from pipeline.data import teacher
 from pipeline.data.batch import Batch, Encoded
 from pipeline.data.index import INDEX_FILE, Captions, Index
@@ -207,6 +211,53 @@ def test_texts_of_a_pair_take_their_rows_along():
     assert [each.teacher.ravel().tolist() for each in both] == [[1, 3], [3, 1]]
     assert [each.items for each in both] == [(Item("a"), Item("b")), (Item("b"), Item("a"))]
     assert {(each.weights, each.scores) for each in both} == {((2,), None)}
+
+
+def test_tars_of_img2dataset_get_vectors_of_their_query_and_captions(tmp_path):
+    image = BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    with webdataset.TarWriter(str(tmp_path / "0.tar"), encoder=False) as writer:
+        for number in range(3):
+            writer.write({"__key__": str(number), "png": image.getvalue() + bytes(number), "txt": f"{number}".encode()})
+    parser = argparse.ArgumentParser()
+    img2dataset.COMMAND.add_arguments(parser)
+    more = ["--query", "<image>\nWhat is it?", "--processes", "1"]
+    img2dataset.COMMAND.run(parser.parse_args([str(tmp_path), str(tmp_path), *more]))
+    embed(tmp_path, None)
+    assert list(img2dataset._tars(str(tmp_path))) == ["0.tar"]  # another index would not take the vectors for samples
+    source = Source.open(Data(url=str(tmp_path), teacher="beside"))
+    assert (len(source), source.teacher_metadata.query) == (3, "<image>\nWhat is it?")
+    samples, vectors = (list(tar.samples(0, 3)) for tar in source.tars(0))
+    for number, ((record, data), (_, stored)) in enumerate(zip(samples, vectors, strict=True)):
+        query = Item("<image>\nWhat is it?", (image.getvalue() + bytes(number),))
+        expected = [as_read(item) for item in (query, Item(f"{number}"))]
+        np.testing.assert_allclose(source.parse(0, record, data, stored).teacher, expected, rtol=0, atol=2.0**-24)
+
+
+def test_captions_vectors_and_teachers_vectors_are_read_together(tmp_path):
+    pairs = [Pair(f"{i}", "d", "t", Item("<image>", (b"image",)), Item(f"t{i}"), (), (f"u{i}",)) for i in range(20)]
+    write_shards(pairs, tmp_path, dataset="d")
+    for kind, identity in ((CAPTIONS, "text encoder"), (ITEMS, "teacher")):
+        datasets = open_datasets([str(tmp_path)], None, kind)
+        embed_datasets(Teacher(identity), datasets, "fp16", torch.device("cpu"), overwrite=False)
+    source = Source.open(data_of(tmp_path, "beside", text_embeddings="beside", datasets=[]))
+    metadata = source.embedding_metadata, source.teacher_metadata
+    assert [each.identity for each in metadata] == ["text encoder", "teacher"]
+    order = source.order(BATCH, 3, Lengths(Square(), 8))
+    given = {"rank": 0, "world": 1, "timeout": HANG_SECONDS}
+    vectors = {}
+
+    def keeping(item: Item) -> Encoded:
+        vectors[item.text] = item.vector
+        return encode(item)
+
+    for batch in batches(source, order, keeping, range(2), **given):
+        for row, (query, target) in enumerate(zip(batch.query, batch.target, strict=True)):
+            items = [Item("<image>", (b"image",)), Item(text(batch, target))]
+            assert text(batch, query) == "<image>"
+            assert np.array_equal(vectors[items[1].text], vector(items[1]).astype(np.float32).astype(np.float16))
+            expected = [as_read(item) for item in items]
+            np.testing.assert_allclose(batch.teacher[row], expected, rtol=0, atol=2.0**-24)
 
 
 def test_fingerprint_and_memory_count_the_teachers_vectors(shards, tmp_path, monkeypatch):

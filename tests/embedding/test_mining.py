@@ -13,7 +13,10 @@ from pipeline.config import MiningRun
 from pipeline.data.index import Index
 from pipeline.data.mined import MINED_FILE, MinedIndex
 from pipeline.data.sample import Item
+from pipeline.data.stored_vectors import ITEMS
 from pipeline.embedding import mining, nearest, targets
+from pipeline.embedding.dataset import open_datasets
+from pipeline.embedding.embed_shards import embed_datasets
 from pipeline.embedding.nearest import Candidates
 from pipeline.embedding.ranks import Ranking, Ranks, chosen, limits
 from pipeline.embedding.targets import FACTS, Targets
@@ -153,11 +156,27 @@ def test_interrupted_mining_continues_to_the_same_bytes(shards, tmp_path, monkey
         PipelineError, match=r"/first has negatives that texts mined with other options, .* overwrite=true"
     ):
         mine(shards, tmp_path, count=2)
+    monkeypatch.setattr(Texts, "identity", "texts 2")
+    with pytest.raises(
+        PipelineError, match=r"texts 1.* not of .*texts 2.*: add overwrite=true, or choose another vectors="
+    ):
+        mine(shards, tmp_path)
+    monkeypatch.undo()
     kept[0].write_bytes(b"x" * len(kept[0].read_bytes()))
     (tmp_path / "second" / MINED_FILE).unlink()
     mine(shards, tmp_path, overwrite=True, count=2)
     mine(shards, tmp_path, overwrite=True)
     assert files(tmp_path) == expected
+
+
+def test_vectors_that_exist_are_used_in_their_format(tmp_path):
+    write_datasets(tmp_path)
+    embed_datasets(Texts(), open_datasets([str(tmp_path)], None, ITEMS), "bf16", torch.device("cpu"), overwrite=False)
+    before = {name: data for name, data in files(tmp_path).items() if "item_embeddings" in name}
+    mine(tmp_path, tmp_path, vectors=None)
+    after = files(tmp_path)
+    assert {name: after[name] for name in after if "item_embeddings" in name} == before
+    assert MinedIndex.load(str(tmp_path / "first")).total("mined") > 200
 
 
 def test_nearest_is_exact_for_any_tiles(monkeypatch):
@@ -192,8 +211,9 @@ def _multiples(rows: np.ndarray) -> np.ndarray:
 def test_inexact_products_change_nothing(monkeypatch):
     """The float32 products only choose pairs: any error within their bound leaves the result."""
     random = np.random.default_rng(1)
-    vectors, queries = unit(random.normal(size=(400, 8))), unit(random.normal(size=(30, 8)))
-    vectors[1::2] = vectors[::2]  # with ties, every error would change the order
+    # Nearly equal candidates, with ties: every error that is not allowed for changes the order.
+    vectors = unit(unit(random.normal(size=8)) + 3e-7 * random.normal(size=(400, 8)))
+    queries = unit(random.normal(size=(30, 8)))
     plain = nearest.nearest(queries, Candidates(vectors, np.arange(400)), 21)
     applied = []
 

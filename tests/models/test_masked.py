@@ -185,6 +185,7 @@ def test_step_uses_one_caption_of_an_image_and_both_of_a_text_pair():
         ("demo_masked", "objective.alpha=1", "unknown field objective.alpha; "),
         ("demo_masked", "batch.kept_chunks=auto", "batch.kept_chunks is not for objective.name=masked_next_token"),
         ("demo_masked", "batch.sub_batch=8", "batch.sub_batch is not for objective.name=masked_next_token"),
+        ("demo_masked", "data.teacher=beside", "data.teacher is not for objective.name=masked_next_token"),
         (
             "demo_masked",
             "objective.mask_random=0.95",

@@ -13,6 +13,7 @@ class MaskedNextTokenSection(ObjectiveSection):
     without: ClassVar = (
         "batch.sub_batch",
         "batch.kept_chunks",
+        "data.negatives",
         "data.teacher",
         "model.instruction",
         "model.template",
