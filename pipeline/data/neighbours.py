@@ -7,7 +7,8 @@
 Batches composed of such clusters are those of B3 (arXiv 2505.11293).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +86,24 @@ class Neighbours:
         if numbers.dtype != np.dtype("<u4") or not is_arrangement(numbers, samples):
             raise ObjectError(f"{name} does not list each of {samples} samples once: {_REMEDY}")
         return numbers
+
+
+def load_neighbours(urls: Sequence[str], indexes: Sequence[tuple[str, Index]]) -> tuple[tuple[str, Neighbours], ...]:
+    """Return (URL, index) of the clusters in these folders, one for each dataset's (URL, index).
+
+    Raises ObjectError if one is missing, if it belongs to other shards, or if clusters differ in size.
+    """
+    with ThreadPoolExecutor(8) as pool:
+        found = tuple(zip(urls, pool.map(Neighbours.load, urls), strict=True))
+    first_url, first = found[0]
+    for (url, neighbours), (dataset, index) in zip(found, indexes, strict=True):
+        neighbours.check(url, dataset, index)
+        if neighbours.size != first.size:
+            raise ObjectError(
+                f"the clusters in {first_url} have {first.size} samples, but those in {url} have {neighbours.size}: "
+                "mine all datasets with clusters of one size"
+            )
+    return found
 
 
 def write_neighbours(

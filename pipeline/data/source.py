@@ -16,7 +16,7 @@ from pipeline.data.dataset import Dataset, first_samples
 from pipeline.data.index import Index, Shard, load_sidecar, read_records, read_samples
 from pipeline.data.lengths import Lengths
 from pipeline.data.mined import MINED_FILE, Mined, Referral, with_negatives
-from pipeline.data.neighbours import Neighbours
+from pipeline.data.neighbours import Neighbours, load_neighbours
 from pipeline.data.order import Order
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import parse_sample
@@ -97,7 +97,8 @@ class Source:
         embeddings = _stores(CAPTIONS, data.text_embeddings, data, indexes) if data.text_embeddings else ()
         teacher = _stores(ITEMS, data.teacher, data, indexes) if data.teacher else ()
         mined = _mined(data, indexes) if data.negatives else ()
-        neighbours = _neighbours(data, indexes) if data.batches == "neighbours" else ()
+        clustered = _beside_or_below(data.neighbours, data, indexes) if data.batches == "neighbours" else []
+        neighbours = load_neighbours(clustered, indexes) if clustered else ()
         return cls(data, indexes, shards, embeddings, teacher, mined, neighbours)
 
     @property
@@ -369,22 +370,6 @@ def _stores(kind: StoreKind, place: str, data: Data, indexes: tuple[tuple[str, I
             raise ObjectError(
                 f"the embeddings in {first_url} are from {ours.model} ({ours.identity}), but those in {url} are from "
                 f"{theirs.model} ({theirs.identity}): embed all datasets with one model"
-            )
-    return found
-
-
-def _neighbours(data: Data, indexes: tuple[tuple[str, Index], ...]) -> tuple[tuple[str, Neighbours], ...]:
-    """Load (URL, index) of each dataset's clusters of neighbours; see `Source.open`."""
-    urls = _beside_or_below(data.neighbours, data, indexes)
-    with ThreadPoolExecutor(8) as pool:
-        found = tuple(zip(urls, pool.map(Neighbours.load, urls), strict=True))
-    first_url, first = found[0]
-    for (url, neighbours), (dataset, index) in zip(found, indexes, strict=True):
-        neighbours.check(url, dataset, index)
-        if neighbours.size != first.size:
-            raise ObjectError(
-                f"the clusters in {first_url} have {first.size} samples, but those in {url} have {neighbours.size}: "
-                "mine all datasets with clusters of one size"
             )
     return found
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from pipeline.embedding.targets import Targets, shared_targets
 from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
 from pipeline.storage import objects
+from pipeline.storage.atomic import remove_leftovers
 from pipeline.storage.objects import ObjectError
 
 _RECORDS = ".neighbours"
@@ -111,6 +113,8 @@ class ClusteredDataset:
         write_neighbours(self.place, self.index, clusters, self.size, self.made | counts)
         for url in objects.list_under(self._records):
             objects.delete(url)
+        if "://" not in self.place:
+            remove_leftovers(Path(self.place), "neighbours.*")
         logger.info(
             "%s: %s clusters of %s neighbours; samples without neighbours: %s; pairs in one cluster that are likely "
             "right: %s",

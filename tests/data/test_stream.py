@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -404,6 +405,17 @@ def test_sidecar_reads_do_not_grow_with_workers(data, workers, batches_of):
     tars = sum(index.total_bytes for _, index in opened.indexes)
     sidecars = sum(shard.sidecar_bytes for _, shard in opened.shards)
     assert 0.85 * (tars + sidecars) < received <= tars + sidecars
+
+
+def test_sidecars_are_read_once_for_batches_of_neighbours(data, monkeypatch):
+    """Single samples are all over the shards: one small read for the record of each would take as long as its data."""
+    source._sidecar.cache_clear()
+    names, load = [], source.load_sidecar
+    monkeypatch.setattr(source, "_sidecar", cache(lambda url, shard: names.append((url, shard)) or load(url, shard)))
+    monkeypatch.setattr(source, "_records", None)
+    clustered = changed(data, batches="neighbours")
+    read(clustered, range(20))
+    assert len(names) == len(set(names)) == len(Source.open(clustered).shards)
 
 
 def test_batches_of_neighbours_have_whole_clusters(data):
