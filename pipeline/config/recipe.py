@@ -202,7 +202,7 @@ class Data(Store):
         "rotating", description="samples below a cap: rotating: others in each epoch; first: the first in the shards"
     )
     hard_negatives: Annotated[bool, Fixed()] = Field(
-        True, description="use the samples' own hard negatives; false: only the other pairs of a batch are negatives"
+        True, description="use the samples' own hard negatives; false: only the batch's other pairs and mined negatives"
     )
     batches: Annotated[str, Fixed()] = Field(
         "mixed",
@@ -262,12 +262,6 @@ class Data(Store):
                 "such as interleaved:4"
             )
         return batches
-
-    @model_validator(mode="after")
-    def negatives_are_used(self) -> "Data":
-        if self.negatives and not self.hard_negatives:
-            raise ValueError("data.negatives needs data.hard_negatives=true: otherwise no sample has negatives")
-        return self
 
     @property
     def parts(self) -> int | None:

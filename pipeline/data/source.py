@@ -253,7 +253,7 @@ class Source:
         query, target = int(record["query_hash"]), int(record["target_hash"])
         pair = replace(pair, query=pair.query.hashed(query), target=pair.target.hashed(target))
         if not self.data.hard_negatives:
-            return pair.without_negatives()
+            pair = pair.without_negatives()
         return self._with_mined(pair, shard, mined) if mined else pair
 
     def _pair(self, shard: int, data: bytes, stored: Sequence[bytes]) -> Pair:

@@ -160,8 +160,9 @@ def test_datasets_outside_the_run_are_found_at_the_same_place(shards):
         Source.open(data_of(shards, datasets=[{"name": "first"}], teacher=str(shards / "vectors")))
     itself = Data(url=str(shards / "first"), negatives=str(shards / "mined" / "first"))
     assert Source.open(itself).mined[0].numbers == (0,)  # the folder's name does not matter
-    with pytest.raises(ValueError, match=r"data\.negatives needs data\.hard_negatives=true"):
-        data_of(shards, hard_negatives=False)
+    # Without the samples' own negatives, of which they have none here, the mined ones stay.
+    with_own, without = (read(data_of(shards, hard_negatives=own), range(1))[0] for own in (True, False))
+    assert any(with_own.negatives) and with_own.negatives == without.negatives
 
 
 def test_fingerprint_has_the_mined_negatives_only_if_they_are_used(shards):
