@@ -15,8 +15,6 @@ DEMO = "pipeline/recipes/demo.yaml"
         (["objective.distill.scores=teacher"], "need data.teacher"),
         (["data.teacher=beside"], "nothing uses it: remove it, or set objective.reward=teacher"),
         (["data.teacher=beside", "objective.distill.scores=stored"], "nothing uses it"),
-        (["objective.dimensions=[64,16]"], "must be ascending sizes"),
-        (["objective.dimensions=[0,16]"], "objective.dimensions.0"),
         (["objective.dimensions=[16,32]", "objective.dimension_weights=[1]"], "a positive number for each"),
         (["objective.dimensions=[16]", "objective.dimension_weights=[0]"], "a positive number for each"),
         (["objective.temperatures={vqa: 0}"], "objective.temperatures: Input should be greater"),

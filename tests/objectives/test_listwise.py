@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.objectives.contrastive.listwise import listwise_kl
-from pipeline.objectives.contrastive.small import prefix, straight_through
 
 PRESENT = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
 TEMPERATURES = torch.tensor([0.05, 0.1, 0.2, 0.3], dtype=torch.float64)
@@ -40,23 +39,3 @@ def test_listwise_kl_has_finite_gradients_for_any_absent_value():
     assert not tau.grad[2:].any()
     inputs = (random(4, 4).requires_grad_(), tau)
     assert torch.autograd.gradcheck(lambda x, t: listwise_kl(x, scores, PRESENT, t, 0.5), inputs, fast_mode=True)
-
-
-def test_prefix_has_unit_length_and_finite_gradients_also_of_zeros():
-    vectors = random(3, 5)
-    vectors[1, :2] = 0
-    vectors.requires_grad_()
-    first = prefix(vectors, 2)
-    torch.testing.assert_close(first[[0, 2]], F.normalize(vectors[[0, 2], :2], dim=1))
-    assert not first[1].any()
-    first.sum().backward()
-    assert vectors.grad.abs().max() < 10
-
-
-def test_straight_through_has_the_values_of_one_and_the_gradient_of_the_other():
-    vectors = random(3, 5).float().requires_grad_()
-    quantised = (vectors * 7).round() / 7
-    found = straight_through(vectors, quantised)
-    assert torch.equal(found, quantised)
-    (found * 3).sum().backward()
-    assert torch.equal(vectors.grad, torch.full((3, 5), 3.0))

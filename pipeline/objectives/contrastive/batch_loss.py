@@ -15,7 +15,6 @@ from pipeline.models.compact import quantized, shortened
 from pipeline.objectives.contrastive.config import ContrastiveSection, DistillSection
 from pipeline.objectives.contrastive.listwise import listwise_kl
 from pipeline.objectives.contrastive.loss import Distill, LossOutput, Positives, Teacher, hardness_weighted_loss
-from pipeline.objectives.contrastive.small import straight_through
 
 
 def contrastive_loss(
@@ -31,7 +30,8 @@ def contrastive_loss(
     objective = recipe.objective
     assert isinstance(objective, ContrastiveSection)
     if objective.quantized:
-        embeddings = straight_through(embeddings, quantized(embeddings.detach(), objective.quantized))
+        # The straight-through estimator (arXiv 1308.3432): the values are rounded, the gradient is as if they were not.
+        embeddings = quantized(embeddings, objective.quantized) + (embeddings - embeddings.detach())
     loss = _BatchLoss(embeddings, batch, objective, temperature, alpha)
     count = recipe.batch.global_batch // (recipe.batch.sub_batch or recipe.batch.global_batch)
     # Each sub-batch has equally many pairs of every lane, so it is the same for any number of ranks.

@@ -70,7 +70,7 @@ class ContrastiveSection(ObjectiveSection):
     @classmethod
     def sizes_ascend(cls, sizes: list[int]) -> list[int]:
         if sizes != sorted(set(sizes)):
-            raise ValueError(f"objective.dimensions={sizes} must be ascending sizes such as [64, 256, 1024]")
+            raise ValueError("the sizes must be ascending and distinct, such as [64, 256, 1024]")
         return sizes
 
     @model_validator(mode="after")

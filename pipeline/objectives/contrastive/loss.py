@@ -7,7 +7,7 @@ up to a limit, and the rest are recomputed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.distributed import all_gather_constant, rank_and_world
+from pipeline.models.compact import shortened
 from pipeline.objectives.contrastive.matrix import Matrix, Size
 from pipeline.objectives.contrastive.passes import Slopes, gradients, sums
-from pipeline.objectives.contrastive.small import prefix
 from pipeline.objectives.contrastive.vectors import Answers, Vectors, gathered, most_of_any_rank
 
 TILE = 256  # rows
@@ -81,10 +81,10 @@ class LossOutput:
     hardest_negative: Tensor
     masked_pairs: Tensor
     valid_count: Tensor
-    contrastive: Tensor = field(default_factory=lambda: torch.zeros(()))
-    distillation: Tensor = field(default_factory=lambda: torch.zeros(()))
-    effective_negatives: Tensor = field(default_factory=lambda: torch.zeros(0))
-    hardest_share: Tensor = field(default_factory=lambda: torch.zeros(0))
+    contrastive: Tensor
+    distillation: Tensor
+    effective_negatives: Tensor
+    hardest_share: Tensor
 
 
 def hardness_weighted_loss(
@@ -184,7 +184,7 @@ def hardness_weighted_loss(
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (rows, columns, tau))
 
         own, both = slice(rank * len(rows), (rank + 1) * len(rows)), directions == "both"
-        compared = [(prefix(rows, size), prefix(columns, size)) for size in dimensions] or [(rows, columns)]
+        compared = [(shortened(rows, size), shortened(columns, size)) for size in dimensions] or [(rows, columns)]
         detached = [(x.detach(), y.detach()) for x, y in compared]
         positive = torch.stack([(x * y[own]).sum(dim=1) for x, y in detached], dim=1)
         pairs = all_gather_constant(positive, group).T.contiguous()
