@@ -146,12 +146,17 @@ def test_interrupted_mining_continues_to_the_same_bytes(shards, tmp_path, monkey
         mine(shards, tmp_path)
     assert not (tmp_path / "first" / MINED_FILE).exists()
     times = [path.stat().st_mtime_ns for path in kept]
+    content = kept[1].read_bytes()
+    kept[1].write_bytes(content[:-1] + b"x")
+    with pytest.raises(PipelineError, match=rf"the hash of {kept[1].name} is wrong; start again, and only these"):
+        mine(shards, tmp_path)
     mine(shards, tmp_path)
-    assert [path.stat().st_mtime_ns for path in kept] == times
+    assert [path.stat().st_mtime_ns == time for path, time in zip(kept, times, strict=True)] == [True, False, True]
     expected = files(shards / "mined")
     assert files(tmp_path) == expected
+    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*/*"))]
     mine(shards, tmp_path)  # nothing is left to do
-    assert [path.stat().st_mtime_ns for path in kept] == times
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*/*"))] == times
     with pytest.raises(
         PipelineError, match=r"/first has negatives that texts mined with other options, .* overwrite=true"
     ):
