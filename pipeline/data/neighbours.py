@@ -93,8 +93,14 @@ def load_neighbours(urls: Sequence[str], indexes: Sequence[tuple[str, Index]]) -
 
     Raises ObjectError if one is missing, if it belongs to other shards, or if clusters differ in size.
     """
+
+    def load(url: str) -> Neighbours:
+        if not objects.exists(name := objects.join(url, NEIGHBOURS_FILE)):
+            raise ObjectError(f"{name} is missing: python -m pipeline.mine MODEL SHARDS clusters=SIZE writes it")
+        return Neighbours.load(url)
+
     with ThreadPoolExecutor(8) as pool:
-        found = tuple(zip(urls, pool.map(Neighbours.load, urls), strict=True))
+        found = tuple(zip(urls, pool.map(load, urls), strict=True))
     first_url, first = found[0]
     for (url, neighbours), (dataset, index) in zip(found, indexes, strict=True):
         neighbours.check(url, dataset, index)

@@ -450,7 +450,7 @@ def test_clusters_are_part_of_the_data_and_belong_to_its_shards(data, tmp_path):
     write_neighbours(str(tmp_path / "second"), first, np.arange(70), CLUSTER, {})
     with pytest.raises(PipelineError, match=r"second/neighbours.json belongs to other shards than those of .*second"):
         Source.open(elsewhere)
-    with pytest.raises(PipelineError, match=r"neighbours.json"):
+    with pytest.raises(PipelineError, match=r"neighbours.json is missing: python -m pipeline.mine MODEL"):
         Source.open(changed(elsewhere, neighbours=str(tmp_path / "none")))
 
 
