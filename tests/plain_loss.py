@@ -39,13 +39,18 @@ def plain_loss(query, target, *, dimensions=(), dimension_weights=(), teacher=No
     columns = torch.cat([target, negatives, further])
     if not dimensions:
         return of_one_size(query, columns, t, positives, **options)
-    cut = [(F.normalize(query[:, :d], dim=1), F.normalize(columns[:, :d], dim=1)) for d in dimensions]
+    cut = [(prefix(query, d), prefix(columns, d)) for d in dimensions]
     found = [of_one_size(x, y, t, positives, **options) for x, y in cut]
     weights = torch.tensor(dimension_weights or [1.0] * len(cut), dtype=torch.float64)
     for name in ("loss", "contrastive", "distillation"):
         mean = weights @ torch.stack([getattr(each, name) for each in found]) / weights.sum()
         setattr(found[-1], name, mean)
     return found[-1]
+
+
+def prefix(vectors: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the vectors' first numbers with unit length; whole vectors as they are."""
+    return vectors if size == vectors.shape[1] else F.normalize(vectors[:, :size], dim=1)
 
 
 def of_one_size(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_close_in_norm
-from plain_loss import ALPHA, OF_LOGITS, TEMPERATURE, call, example, near, plain_loss, unit, with_gradients
+from plain_loss import ALPHA, OF_LOGITS, TEMPERATURE, call, example, near, plain_loss, prefix, unit, with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.objectives.contrastive import loss as contrastive
@@ -323,8 +323,7 @@ def test_sizes_equal_separate_losses_of_prefixes():
     )
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     separate = [
-        hardness_weighted_loss(**{key: F.normalize(x[:, :size], dim=1) for key, x in leaves.items()}, **options)
-        for size in (8, 16, 32)
+        hardness_weighted_loss(**{key: prefix(x, size) for key, x in leaves.items()}, **options) for size in (8, 16, 32)
     ]
     mean = (separate[0].loss + 2 * separate[1].loss + 5 * separate[2].loss) / 8
     torch.testing.assert_close(together.loss, mean, rtol=1e-6, atol=0)
