@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import CodeType, FunctionType
 
 # ATEN_CPU_CAPABILITY limits only torch's own kernels; oneDNN and MKL detect the processor themselves. Limit all three
 # alike: in bf16, torch's attention fails if oneDNN packs weights for AMX and torch cannot use it. This must be set
@@ -34,15 +35,18 @@ from tools.s3_server import S3Server
 hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("tests")
 
+_TOLERANT = {"assert_close_in_norm", "rounding", "assert_close", "assert_allclose", "allclose", "isclose", "approx"}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fast", action="store_true", help="leave out slow tests: marked so, or in files that start programs"
     )
+    parser.addoption("--rounded", action="store_true", help="run only tests that allow for rounding")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give each test a time limit, so that a hanging test ends. With --fast, leave out slow tests."""
+    """Give each test a time limit, so that a hanging test ends. Leave out what --fast or --rounded excludes."""
     for item in items:
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3 * HANG_SECONDS))
@@ -50,6 +54,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow") or hasattr(item.module, "subprocess")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in {*slow}]
+    if config.getoption("--rounded"):
+        exact = {item for item in items if not _allows_for_rounding(item.function, set())}
+        config.hook.pytest_deselected(items=[*exact])
+        items[:] = [item for item in items if item not in exact]
+
+
+def _allows_for_rounding(function: Callable, seen: set[Callable]) -> bool:
+    """Whether a function, or one of its module that it calls, compares with a tolerance, or has a constant like one."""
+    seen.add(function)
+    codes, inside = [function.__code__], vars(sys.modules[function.__module__])
+    for code in codes:
+        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+        if _TOLERANT.intersection(code.co_names) or any(map(_is_tolerance, code.co_consts)):
+            return True
+    values = [inside.get(name) for code in codes for name in code.co_names]
+    own = [each for each in values if isinstance(each, FunctionType) and each.__module__ == function.__module__]
+    return any(map(_is_tolerance, values)) or any(_allows_for_rounding(each, seen) for each in own if each not in seen)
+
+
+def _is_tolerance(value: object) -> bool:
+    return isinstance(value, float) and (0 < abs(value) < 0.1 or 0.9 < abs(value) < 1)  # also a least cosine
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup.sh
 setup_environment
+if [ $# = 0 ]; then
+    # Compile kernels for this clone only, so that kernels of other clones on this machine have no effect.
+    export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
+    # Compile DeepSpeed's CPU Adam, which takes a minute, beside mypy; the integration tests need it.
+    DS_ACCELERATOR=cpu PYTHONPATH=. python tests/integration/build_cpu_adam.py >/dev/null 2>&1 &
+    building=$!
+    trap 'kill -INT "$building" 2>/dev/null || true' EXIT
+fi
 status=0
 ruff check . || status=$?
 ruff format --check . || status=$?
@@ -22,11 +30,6 @@ fi
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-# Compile kernels for this clone only, so that kernels of other clones on this machine have no effect.
-export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
-# Compile DeepSpeed's CPU Adam, which takes a minute, before the integration tests start.
-DS_ACCELERATOR=cpu PYTHONPATH=. python tests/integration/build_cpu_adam.py >/dev/null 2>&1 &
-building=$!
 # Ranks that tests kill leave semaphores behind; multiprocessing would warn about each.
 export PYTHONWARNINGS="ignore:resource_tracker:UserWarning"
 # The cluster's tests take the longest and wait half of the time, so they run beside all others.
@@ -43,10 +46,12 @@ if ! python -c 'import torch; raise SystemExit(torch.backends.cpu.get_cpu_capabi
     mapfile -t numeric < <(
         grep -rlE --include='test_*.py' --exclude-dir=integration 'closeness|assert_close|allclose' tests
     )
-    ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 python -m pytest "${numeric[@]}" -n 2 --dist loadfile || status=$?
+    ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 python -m pytest "${numeric[@]}" --rounded -n 2 --dist loadfile ||
+        status=$?
 fi
 wait "$building" || true # the integration tests report its errors
-python -m pytest tests/integration --ignore=tests/integration/slurm || status=$?
+# Two files at a time: a test often waits, or has one process.
+python -m pytest tests/integration --ignore=tests/integration/slurm -n 2 --dist loadfile || status=$?
 # Random damage and signals; the seed fixes the trials. One trial of each sort, or as many as fit in two minutes.
 python tests/chaos/run.py --seed 1 --trials 15 --minutes 2 || status=$?
 wait "$cluster" || status=$?
