@@ -55,9 +55,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in {*slow}]
     if config.getoption("--rounded"):
-        exact = {item for item in items if not _allows_for_rounding(item.function, set())}
+        exact = {item for item in items if not _allows_for_rounding(_written(item.function), set())}
         config.hook.pytest_deselected(items=[*exact])
         items[:] = [item for item in items if item not in exact]
+
+
+def _written(test: Callable) -> Callable:
+    """Return the function as written; hypothesis' `given` wraps it."""
+    return test.hypothesis.inner_test if hasattr(test, "hypothesis") else test
 
 
 def _allows_for_rounding(function: Callable, seen: set[Callable]) -> bool:
