@@ -1,8 +1,10 @@
 import json
 import math
+import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -335,9 +337,8 @@ def test_activation_checkpointing_allows_larger_chunks():
     assert checkpointing > 1.3 * without
 
 
-def test_program_reports_cpu_memory_of_offloading():
-    done = plan_memory("--gpus", "2", "deepspeed=ds_configs/zero3_offload.json")
-    assert "CPU memory for each GPU" in done.stdout
+def test_program_reports_cpu_memory_of_offloading(plan_memory):
+    assert "CPU memory for each GPU" in plan_memory("--gpus", "2", "deepspeed=ds_configs/zero3_offload.json")
 
 
 def test_tokens_per_tile_match_tiling():
@@ -347,15 +348,23 @@ def test_tokens_per_tile_match_tiling():
     assert tokens_per_tile(tiling, videos=True) * 8 == tiling.video_tokens(8) - 1
 
 
-def plan_memory(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools/plan_memory.py"), str(DEMO), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
+@pytest.fixture
+def plan_memory(monkeypatch, capsys) -> Callable[..., str]:
+    """Return a function that runs the program in this process and returns what it prints."""
+    monkeypatch.setenv("DS_ACCELERATOR", os.environ.get("DS_ACCELERATOR", "cpu"))  # which the program sets if it is not
+    from tools.plan_memory import main
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["plan_memory.py", str(DEMO), *arguments])
+        main()
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_program_reports_which_zero_stages_fit():
-    done = plan_memory("--gpus", "2", "--memory", "1", "batch.chunk_tokens=1024")
-    assert done.returncode == 0, done.stderr
-    cells = [line.strip("│┃ ").split("│") for line in done.stdout.splitlines()]
+def test_program_reports_which_zero_stages_fit(plan_memory):
+    printed = plan_memory("--gpus", "2", "--memory", "1", "batch.chunk_tokens=1024")
+    cells = [line.strip("│┃ ").split("│") for line in printed.splitlines()]
     rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
     # DeepSpeed's bucket of 500 million numbers alone does not fit.
     assert rows["fits"] == ["yes", "no", "no", "yes"]
@@ -363,6 +372,7 @@ def test_program_reports_which_zero_stages_fit():
 
 
 def test_program_reports_invalid_arguments():
-    done = plan_memory("--gpus", "3")
+    command = [sys.executable, str(ROOT / "tools/plan_memory.py"), str(DEMO), "--gpus", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: 3 processes do not divide batch.global_batch=64"
