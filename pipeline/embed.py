@@ -45,7 +45,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config import EvaluatedVideo, EvaluationRun
+from pipeline.config import Encoding, EvaluatedVideo
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.embedding.embedder import LEAST_TOKENS, Embedder, Parts, family_for
 from pipeline.embedding.folder import KINDS, EmbeddingFolder, Identity, best
@@ -145,7 +145,7 @@ def _embed_shards(arguments: argparse.Namespace) -> None:
         with lock.held(dataset.place for dataset in datasets):
             index_published(arguments.model, datasets, overwrite=arguments.overwrite)
         return
-    options = EvaluationRun(
+    options = Encoding(
         precision=arguments.precision,
         max_tokens=arguments.max_tokens,
         chunk_tokens=arguments.chunk_tokens,

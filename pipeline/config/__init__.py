@@ -7,6 +7,9 @@ values that cannot work together are errors that name the field, before anything
 What a model or an objective needs of a recipe is declared in its own folder: see `ModelSection` and `ObjectiveSection`.
 """
 
+from pipeline.config.encoding import Encoding as Encoding
+from pipeline.config.encoding import EvaluatedVideo as EvaluatedVideo
+from pipeline.config.encoding import EvaluationRun as EvaluationRun
 from pipeline.config.load import ROOT as ROOT
 from pipeline.config.load import dump_recipe as dump_recipe
 from pipeline.config.load import is_offloaded as is_offloaded
@@ -17,8 +20,6 @@ from pipeline.config.load import recipe_of_run as recipe_of_run
 from pipeline.config.mining import MiningRun as MiningRun
 from pipeline.config.recipe import Batch as Batch
 from pipeline.config.recipe import Data as Data
-from pipeline.config.recipe import EvaluatedVideo as EvaluatedVideo
-from pipeline.config.recipe import EvaluationRun as EvaluationRun
 from pipeline.config.recipe import LanguageModelTrain as LanguageModelTrain
 from pipeline.config.recipe import Lora as Lora
 from pipeline.config.recipe import ModelSection as ModelSection

@@ -4,11 +4,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.config.recipe import EvaluatedVideo, EvaluationRun, Store
+from pipeline.config.encoding import Encoding
 from pipeline.config.section import Local, Place
 
 
-class MiningRun(Store):
+class MiningRun(Encoding):
     """How negatives are mined, and how the model embeds the items."""
 
     count: int = Field(4, gt=0, le=255, description="negatives of a sample")
@@ -47,24 +47,3 @@ class MiningRun(Store):
         None, description="folder for a file of all targets' vectors on every node, while it runs; default: TMPDIR"
     )
     overwrite: bool = Field(False, description="replace negatives and vectors of other shards, models or options")
-    encoder: Place | None = Field(
-        None,
-        description="module:function or file.py:function that makes an Encoder (see pipeline/evaluation/encoders.py)",
-    )
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="of the weights: bf16, fp32, or auto: as stored"
-    )
-    chunk_tokens: int | None = Field(
-        None, gt=0, description="maximum tokens per forward pass; default: 16384, or 4096 if attention pads"
-    )
-    max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
-    video: EvaluatedVideo = EvaluatedVideo()
-    timeout_minutes: float = Field(
-        15, ge=0.01, le=7 * 24 * 60, description="a collective that waits longer ends the job"
-    )
-
-    @property
-    def encoding(self) -> EvaluationRun:
-        """The options with which a model embeds the items."""
-        shared = EvaluationRun.model_fields.keys() & MiningRun.model_fields.keys() - {"out"}
-        return EvaluationRun(**{name: getattr(self, name) for name in shared})

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.config import EvaluationRun
+from pipeline.config import Encoding
 from pipeline.data.index import Shard
 from pipeline.data.sample import BadSample
 from pipeline.data.shards import sample_key
@@ -63,7 +63,7 @@ class SampleGroup:
 
 
 def embed_shards(
-    model: str, datasets: list[EmbeddedDataset], stored: Stored, options: EvaluationRun, *, overwrite: bool
+    model: str, datasets: list[EmbeddedDataset], stored: Stored, options: Encoding, *, overwrite: bool
 ) -> None:
     """Embed all captions or items that have no stored vectors yet, and write the indexes. Collective.
 

@@ -175,7 +175,7 @@ def mine(model: str, url: str, options: MiningRun) -> None:
     is_first = int(os.environ.get("RANK", 0)) == 0
     with lock.held(dict.fromkeys(places) if is_first else []):
         device = start_distributed(options.timeout_minutes)
-        encoder = load_encoder(model, options.encoding, device)
+        encoder = load_encoder(model, options, device)
         mine_datasets(encoder, embedded, url, options, device)
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.image_processing_backends import PilBackend
 
-from pipeline.config import EvaluationRun
+from pipeline.config import Encoding
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item, mended
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
@@ -82,7 +82,7 @@ class ClipEncoder:
     instructed: ClassVar[bool] = False
 
     @classmethod
-    def load(cls, path: str, kind: str, options: EvaluationRun, device: torch.device) -> "ClipEncoder":
+    def load(cls, path: str, kind: str, options: Encoding, device: torch.device) -> "ClipEncoder":
         """Load a model with a model_type in PEERS from a folder or hub name. Raises the errors of `load_encoder`."""
         model_class, processor_class = PEERS[kind]
         folder = model_folder(path)

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import EvaluationRun
+from pipeline.config import Encoding
 from pipeline.data.batch import Encoded
 from pipeline.data.sample import Item
 from pipeline.errors import PipelineError
@@ -54,7 +54,7 @@ __all__ = ["ModelEncoder", "identity_of", "load_encoder"]
 _PEERS = ("clip", "siglip", "siglip2")  # model types in transformers that clip.py opens
 
 
-def load_encoder(path: str, options: EvaluationRun, device: torch.device | None = None) -> Encoder:
+def load_encoder(path: str, options: Encoding, device: torch.device | None = None) -> Encoder:
     """Return the encoder for a folder or hub name, by its config's model_type or from the function in options.encoder.
 
     The weights are read when the first items are embedded.  device: None: the accelerator, or else the CPU.
@@ -96,9 +96,7 @@ class ModelEncoder:
     instructed: bool = True
 
     @classmethod
-    def load(
-        cls, path: str, family: SavedModelInterface, options: EvaluationRun, device: torch.device
-    ) -> "ModelEncoder":
+    def load(cls, path: str, family: SavedModelInterface, options: Encoding, device: torch.device) -> "ModelEncoder":
         """Load a model from a folder or hub name. Raises the errors of `load_encoder`."""
         dimension, folder = family.dimension(path), model_folder(path)
         return cls(
@@ -131,7 +129,7 @@ class ModelEncoder:
         return embed_chunks(model, chunks, len(prepared), features)
 
 
-def _by_function(name: str, path: str, options: EvaluationRun) -> Encoder:
+def _by_function(name: str, path: str, options: Encoding) -> Encoder:
     place, _, function = name.rpartition(":")
     if (module := _module(place) if place else None) is None:
         why = f"there is no {'file' if place.endswith('.py') else 'module'} {place}; " if place else ""

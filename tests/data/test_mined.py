@@ -18,11 +18,12 @@ from pipeline.data.batch import Batch, Encoded
 from pipeline.data.index import Index, array_of
 from pipeline.data.lengths import Lengths
 from pipeline.data.mined import MINED_FILE, REFERENCE, MinedIndex, with_negatives
+from pipeline.data.plan import PlannedWindow, Planner
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import ShardRecords, sample_bytes, write_shards
 from pipeline.data.source import Source
 from pipeline.data.stored_vectors import CAPTIONS, ITEMS
-from pipeline.data.stream import PlannedWindow, Planner, ReadSample, _read, batches
+from pipeline.data.stream import ReadSample, _read, batches
 from pipeline.data.tiles import Tiling
 from pipeline.embedding import mining
 from pipeline.embedding.dataset import open_datasets

@@ -18,7 +18,7 @@ import pytest
 from limits import HANG_SECONDS
 
 from pipeline.config import Data
-from pipeline.data import source, stream
+from pipeline.data import plan, source, stream
 from pipeline.data.batch import Batch, Encoded
 from pipeline.data.lengths import Lengths
 from pipeline.data.neighbours import write_neighbours
@@ -456,7 +456,7 @@ def test_clusters_are_part_of_the_data_and_belong_to_its_shards(data, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 7])
 def test_pieces_are_cut_for_memory_and_workers(data, workers, monkeypatch):
-    monkeypatch.setattr(stream, "_READ_BYTES", 6_000)
+    monkeypatch.setattr(plan, "_READ_BYTES", 6_000)
     opened = Source.open(data)
     order = opened.order(BATCH, 5, LENGTHS)
     planner = stream.Planner(opened, order, order.lanes_of(0, 2), range(order.steps_per_epoch), workers)
