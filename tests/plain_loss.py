@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pipeline.models.compact import quantized
 from pipeline.objectives.contrastive.loss import Distill, Positives, Teacher
 
 
@@ -28,7 +29,9 @@ ALPHA, TEMPERATURE = 9.0, 0.02
 OF_LOGITS = {"scale": 1 / TEMPERATURE + ALPHA, "operations": 64}
 
 
-def plain_loss(query, target, *, dimensions=(), dimension_weights=(), teacher=None, positives=None, **options) -> Plain:
+def plain_loss(query, target, *, teacher=None, positives=None, **options) -> Plain:
+    dimensions, dimension_weights = options.pop("dimensions", ()), options.pop("dimension_weights", ())
+    kind = options.pop("quantized", None)
     negatives = options.pop("negatives", None)
     negatives = query[:0] if negatives is None else negatives
     further = query[:0] if positives is None else positives.vectors
@@ -37,9 +40,9 @@ def plain_loss(query, target, *, dimensions=(), dimension_weights=(), teacher=No
         parts = (teacher.target, teacher.negatives, teacher.positives)
         t = (teacher.query @ torch.cat([x for x in parts if x is not None]).T).detach()
     columns = torch.cat([target, negatives, further])
-    if not dimensions:
-        return of_one_size(query, columns, t, positives, **options)
-    cut = [(prefix(query, d), prefix(columns, d)) for d in dimensions]
+    cut = [(prefix(query, d), prefix(columns, d)) for d in dimensions or [query.shape[1]]]
+    if kind:
+        cut = [(x, y + (quantized(y, kind) - y).detach()) for x, y in cut]
     found = [of_one_size(x, y, t, positives, **options) for x, y in cut]
     weights = torch.tensor(dimension_weights or [1.0] * len(cut), dtype=torch.float64)
     for name in ("loss", "contrastive", "distillation"):
@@ -100,6 +103,7 @@ def of_one_size(
                 alike[owner] |= ids == number
         alike |= target_ids[:, None] == ids
         if query_ids is not None:
+            alike[:, n + m :] |= query_ids[:, None] == query_ids[owners]
             alike[:, :n] |= (query_ids[:, None] == target_ids) | (target_ids[:, None] == query_ids)
 
     s = query @ columns.T

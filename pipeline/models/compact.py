@@ -73,6 +73,14 @@ def quantized(vectors: Tensor, kind: SmallKind) -> Tensor:
     return _unit(_codes(vectors, kind)).float()
 
 
+def straight_through(vectors: Tensor, kind: SmallKind | None) -> Tensor:
+    """Return vectors (..., d) rounded as by `quantized`, with the gradient of unrounded ones; None: as they are.
+
+    It is the straight-through estimator (Bengio et al., arXiv 1308.3432).
+    """
+    return vectors if kind is None else quantized(vectors, kind) + (vectors - vectors.detach())  # + exactly 0
+
+
 def packed(vectors: Tensor, kind: SmallKind) -> np.ndarray:
     """Return vectors (n, d) as they are stored. A row's scale is left out: `unpacked` normalises.
 

@@ -199,7 +199,9 @@ def test_loss_of_rounded_vectors_has_their_gradient(kind):
     batch, recipe = batch_of([1] * PAIRS), recipe_of("batch.sub_batch=null")
     generator = torch.Generator().manual_seed(0)
     vectors = F.normalize(torch.randn(len(batch.items), WIDTH, generator=generator), dim=-1)
-    vectors, rounded = vectors.requires_grad_(), quantized(vectors.detach(), kind).requires_grad_()
+    of_queries = torch.tensor([key in batch.query for key in batch.items])[:, None]  # which stay as they are
+    rounded = torch.where(of_queries, vectors, quantized(vectors, kind)).requires_grad_()
+    vectors.requires_grad_()
     ours = contrastive_loss(vectors, batch, recipe_of("batch.sub_batch=null", f"objective.quantized={kind}"), 0.2, 9.0)
     theirs = contrastive_loss(rounded, batch, recipe, 0.2, 9.0)
     assert ours.loss == theirs.loss

@@ -46,6 +46,8 @@ OPTIONS = {
     "distilled": DISTILL,
     "sizes": {"dimensions": (2, 3, 6), "dimension_weights": (1.0, 0.0, 3.0)},
     "smaller sizes": {"dimensions": (2, 5)},
+    "int8": {"quantized": "int8"},
+    "bits at sizes": {"quantized": "binary", "dimensions": (4, 6)},
     "all": {
         **IDS,
         **TEACHER,
@@ -352,11 +354,11 @@ def test_teacher_gets_no_gradient():
         ({"temperature": torch.ones(6)}, r"temperature has the shape \(6,\)"),
         ({"margin": torch.ones(7, 1)}, r"margin has the shape \(7, 1\)"),
         ({"dimensions": (4, 2)}, "ascending sizes"),
-        ({"dimensions": (2, 7)}, "the vectors' 6"),
+        ({"dimensions": (2, 7)}, "from 1 to 6"),
         ({"dimensions": (2, 6), "dimension_weights": (1.0,)}, r"one for each of \[2, 6\]"),
         (
             {"positives": Positives(unit(1, 6), torch.tensor([7]), torch.ones(1), torch.ones(7))},
-            r"owners 7 ... 7: they are among 7",
+            r"owners 7 ... 7: they must be from 0 to 6",
         ),
     ],
 )

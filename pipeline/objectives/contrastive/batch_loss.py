@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.distributed import rank_and_world
-from pipeline.models.compact import quantized, shortened
+from pipeline.models.compact import shortened, straight_through
 from pipeline.objectives.contrastive.config import ContrastiveSection, DistillSection
 from pipeline.objectives.contrastive.listwise import listwise_kl
 from pipeline.objectives.contrastive.loss import Distill, LossOutput, Positives, Teacher, hardness_weighted_loss
@@ -29,9 +30,6 @@ def contrastive_loss(
     """
     objective = recipe.objective
     assert isinstance(objective, ContrastiveSection)
-    if objective.quantized:
-        # The straight-through estimator (arXiv 1308.3432): the values are rounded, the gradient is as if they were not.
-        embeddings = quantized(embeddings, objective.quantized) + (embeddings - embeddings.detach())
     loss = _BatchLoss(embeddings, batch, objective, temperature, alpha)
     count = recipe.batch.global_batch // (recipe.batch.sub_batch or recipe.batch.global_batch)
     # Each sub-batch has equally many pairs of every lane, so it is the same for any number of ranks.
@@ -98,6 +96,7 @@ class _BatchLoss:
             distill=Distill(of_teacher.weight, of_teacher.temperature) if of_teacher else None,
             dimensions=objective.dimensions,
             dimension_weights=objective.dimension_weights,
+            quantized=objective.quantized,
         )
         if distill and distill.scores == "stored":
             divergence = self._stored_divergence(pairs, query, temperature, distill) * valid
@@ -165,9 +164,10 @@ class _BatchLoss:
         candidates_of = self.embeddings[torch.from_numpy(rows).to(self.device)]
         sizes = objective.dimensions or [query.shape[1]]
         weights = self._tensor(objective.dimension_weights or [1.0] * len(sizes), query.dtype)
+        stored = partial(straight_through, kind=objective.quantized)
         of_sizes = [
             listwise_kl(
-                (shortened(query, size)[:, None] * shortened(candidates_of, size)).sum(dim=-1),
+                (shortened(query, size)[:, None] * stored(shortened(candidates_of, size))).sum(dim=-1),
                 torch.from_numpy(given).to(self.device),
                 torch.from_numpy(present).to(self.device),
                 temperature,

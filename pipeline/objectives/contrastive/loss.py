@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.distributed import all_gather_constant, rank_and_world
-from pipeline.models.compact import shortened
+from pipeline.models.compact import SmallKind, shortened, straight_through
 from pipeline.objectives.contrastive.matrix import Matrix, Size
 from pipeline.objectives.contrastive.passes import Slopes, gradients, sums
 from pipeline.objectives.contrastive.vectors import Answers, Vectors, gathered, most_of_any_rank
@@ -107,6 +107,7 @@ def hardness_weighted_loss(
     distill: Distill | None = None,
     dimensions: Sequence[int] = (),
     dimension_weights: Sequence[float] = (),
+    quantized: SmallKind | None = None,
     group: dist.ProcessGroup | None = None,
     tile: int = TILE,
 ) -> LossOutput:
@@ -123,7 +124,8 @@ def hardness_weighted_loss(
         grad (learned temperatures).
     negatives: (m, d) unit rows; extra columns for the queries of all ranks. m may differ between ranks.
     query_ids, target_ids, negative_ids: int64 (n,), (n,), (m,) content hashes. They mask pair (i, j) if i and j share
-        their target or query, or if one's query is the other's target; and negatives equal to target i.
+        their target or query, or if one's query is the other's target; and negatives equal to target i. Further
+        positives of j are masked if i and j share their query.
     valid, negatives_valid: bool (n,), (m,); an invalid row has no loss and is not a column.
     margin: a number, or (n,) for each pair: masks negatives whose similarity exceeds the positive's by more than this,
         in the pair's row and in its target's column. An infinite margin masks nothing.
@@ -141,6 +143,8 @@ def hardness_weighted_loss(
         equally), of the loss of the vectors' first numbers, scaled to unit length (Matryoshka, arXiv 2205.13147). The
         teacher's vectors stay whole. Metrics are those of the largest size. Without sizes, vectors are compared whole,
         as they are.
+    quantized: rounds the targets, positives and negatives, at each size, as an index stores them (`Form`); queries stay
+        as they are. The gradient is that of unrounded ones.
     tile: rows per tile.
 
     Raises ValueError if n differs between ranks, or if an option does not fit the others. All ranks must call it with
@@ -163,15 +167,24 @@ def hardness_weighted_loss(
         targets = Vectors.of(target, valid, taught[1], query=query_ids, target=target_ids)
         targets = targets.gathered(group)
         nothing = torch.cat([query[:0], target[:0]])
-        extra = _columns(nothing, negatives, negatives_valid, negative_ids, taught[2])
+        of_queries = {"query": None} if most_positives else {}  # only further positives have a query's hash
+        extra = _columns(nothing, negatives, negatives_valid, taught[2], target=negative_ids, **of_queries)
         answers = Answers.targets_only(queries.vectors)
         if most_positives:
-            own_valid, ids = None, None
-            if positives is not None:
+            if positives is None:
+                further = _columns(nothing, None, None, taught[3], target=None, query=None)
+            else:
                 first = len(targets.valid) + rank * (most_negatives + most_positives) + most_negatives
-                answers, ids = _answers(positives, queries.vectors, target_ids, first), positives.ids
-                own_valid = queries.valid[positives.owners]
-            further = _columns(nothing, None if positives is None else positives.vectors, own_valid, ids, taught[3])
+                answers, owners = _answers(positives, queries.vectors, target_ids, first), positives.owners
+                of_owners = None if query_ids is None else query_ids[owners]
+                further = _columns(
+                    nothing,
+                    positives.vectors,
+                    queries.valid[owners],
+                    taught[3],
+                    target=positives.ids,
+                    query=of_owners,
+                )
             extra = extra.padded(most_negatives).followed_by(further.padded(most_positives))
         if most_negatives + most_positives:
             extra = extra.padded(most_negatives + most_positives).gathered(group)
@@ -184,7 +197,10 @@ def hardness_weighted_loss(
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (rows, columns, tau))
 
         own, both = slice(rank * len(rows), (rank + 1) * len(rows)), directions == "both"
-        compared = [(shortened(rows, size), shortened(columns, size)) for size in dimensions] or [(rows, columns)]
+        compared = [
+            (shortened(rows, size), straight_through(shortened(columns, size), quantized))
+            for size in dimensions or [rows.shape[1]]
+        ]
         detached = [(x.detach(), y.detach()) for x, y in compared]
         positive = torch.stack([(x * y[own]).sum(dim=1) for x, y in detached], dim=1)
         pairs = all_gather_constant(positive, group).T.contiguous()
@@ -253,17 +269,16 @@ def hardness_weighted_loss(
 
 
 def _columns(
-    nothing: Tensor, vectors: Tensor | None, valid: Tensor | None, ids: Tensor | None, teacher: Tensor | None
+    nothing: Tensor, vectors: Tensor | None, valid: Tensor | None, teacher: Tensor | None, **ids: Tensor | None
 ) -> Vectors:
     """Return this rank's extra columns, those of `vectors` (m, d) or none.
 
     nothing: (0, d), which makes them part of the graph on every rank: one without negatives must also run the gather's
-    backward.
+    backward.  ids: (m,) hashes by name; None: in practice no row has their hash.
     """
     vectors = nothing if vectors is None else torch.cat([vectors, nothing])
-    if ids is None:  # a value that in practice is no row's hash
-        ids = torch.full((len(vectors),), torch.iinfo(torch.int64).max, device=vectors.device)
-    return Vectors.of(vectors, valid, teacher, target=ids)
+    no_hash = torch.full((len(vectors),), torch.iinfo(torch.int64).max, device=vectors.device)
+    return Vectors.of(vectors, valid, teacher, **{name: no_hash if x is None else x for name, x in ids.items()})
 
 
 def _answers(positives: Positives, queries: Tensor, target_ids: Tensor | None, first_column: int) -> Answers:
@@ -288,7 +303,7 @@ def _taught(
     found = {"query": teacher.query, "target": teacher.target, "negatives": negatives, "positives": positives}
     for (name, vectors), count in zip(found.items(), (rows, *counts), strict=True):
         if len(vectors) != count:
-            raise ValueError(f"teacher.{name} has {len(vectors)} rows: there are {count} to compare")
+            raise ValueError(f"teacher.{name} has {len(vectors)} rows, but there are {count} {name} rows to compare")
     return teacher.query, teacher.target, negatives, positives
 
 
@@ -297,17 +312,17 @@ def _check_lengths(query: Tensor, temperature: float | Tensor, margin: float | T
     for name, x in (("temperature", temperature), ("margin", margin)):
         if isinstance(x, Tensor) and x.ndim and x.shape != query.shape[:1]:
             raise ValueError(
-                f"{name} has the shape {tuple(x.shape)}: it is one number, or one for each of {len(query)} pairs"
+                f"{name} has the shape {tuple(x.shape)}: it must be one number, or one for each of {len(query)} pairs"
             )
 
 
 def _check_sizes(dimensions: Sequence[int], weights: Sequence[float], width: int) -> None:
     """Raise ValueError if sizes are not ascending, or too large, or if their weights do not fit."""
     if list(dimensions) != sorted({*dimensions}) or (dimensions and not 1 <= dimensions[0] <= dimensions[-1] <= width):
-        raise ValueError(f"dimensions {list(dimensions)} are ascending sizes between 1 and the vectors' {width}")
+        raise ValueError(f"dimensions {list(dimensions)} must be ascending sizes from 1 to {width}, the vectors' size")
     if weights and (len(weights) != len(dimensions) or min(weights) < 0 or sum(weights) <= 0):
         raise ValueError(
-            f"dimension_weights {list(weights)} are one for each of {list(dimensions)}, at least 0, not all 0"
+            f"dimension_weights {list(weights)} must be one for each of {list(dimensions)}, at least 0, not all 0"
         )
 
 

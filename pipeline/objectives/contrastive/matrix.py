@@ -32,7 +32,7 @@ class Tile:
     forth: (rows, N + M), for the queries' losses.  back: (rows, N), for the targets' losses; a view of forth unless
     rows and columns differ in their masks or temperatures; None if the targets have no loss.
     distilled: (rows, N + M) derivative of the distillation by the similarities, or None.
-    similarity: (rows, N), finite, only if each pair has its own learned temperature.
+    similarity: (rows, N), finite, only if the targets have a loss and each pair its own learned temperature.
     """
 
     part: slice
@@ -232,8 +232,8 @@ class Matrix:
         if len(ids) == 2:  # one pair's query may be another's target, for example if both are captions
             for name, other in (("query", "target"), ("target", "query")):
                 alike[:, :count] |= ids[name][part, None] == self.targets.ids[other]
-        if "target" in ids:
-            alike[:, count:] = ids["target"][part, None] == self.extra.ids["target"]
+        for name in ids.keys() & self.extra.ids.keys():
+            alike[:, count:] |= ids[name][part, None] == self.extra.ids[name]
         if self.answers.ids is not None:
             for hashes in self.answers.ids[part].unbind(dim=1):
                 alike |= hashes[:, None] == self._target_ids

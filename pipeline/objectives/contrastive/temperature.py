@@ -16,7 +16,7 @@ _LARGEST_SCALE, _SMALLEST_SCALE = 100.0, 1.0
 class Temperature:
     """The temperature of each pair: constant, or learned as log(1 / tau), as in CLIP (arXiv 2103.00020).
 
-    Tasks in objective.temperatures have their own; it follows the temperature of all other tasks.
+    Number 0 is the temperature of all tasks but those in objective.temperatures, which follow, sorted by name.
 
     Learned temperatures are replicated on every rank, outside ZeRO. After each step 1 / tau is clamped to 1 ... 100, as
     by LLM2CLIP's training/train.py. Runs of versions without the lower bound may resume: it changes only those whose

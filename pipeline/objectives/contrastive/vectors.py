@@ -56,7 +56,8 @@ class Vectors:
 class Answers:
     """The right answers to this rank's n queries: their targets, and p further positives, at most K for a query.
 
-    owners, places, columns: int64 (p,), sorted by owner: whose answer a positive is, the how-manieth, and its column.
+    owners, places, columns: int64 (p,), sorted by owner: whose answer a positive is, its number among the owner's
+        positives, and its column.
     table: int64 (n, K): the inverse of owners and places; 0 if absent.
     weights: (n, 1 + K) of the target and the positives, with sum 1, or 0 if all are 0; 0 if absent.
     ids: int64 (n, K) hashes, the target's if absent; None without hashes.
@@ -89,12 +90,14 @@ class Answers:
     ) -> "Answers":
         """Place positives, whose columns begin with `first_column`.  Raises ValueError for an owner that is no query.
 
-        Queries are few, so the host sorts them: this waits for the device once.
+        Positives are few, so the host sorts them: this waits for the device once.
         """
         n, device = len(target_weights), owners.device
         numbers = owners.cpu().numpy()
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < n:
-            raise ValueError(f"positives have owners {numbers.min()} ... {numbers.max()}: they are among {n} queries")
+            raise ValueError(
+                f"positives have owners {numbers.min()} ... {numbers.max()}: they must be from 0 to {n - 1}"
+            )
         order = np.argsort(numbers, kind="stable")
         numbers = numbers[order]
         counts = np.bincount(numbers, minlength=n)
@@ -116,7 +119,7 @@ class Answers:
         return cls(by_owner, place, where + first_column, rows, all_weights, known, ends.tolist())
 
     def similarities(self, rows: Tensor, columns: Tensor, positive: Tensor) -> Tensor:
-        """Return (n, 1 + K) similarities of queries (n, d) to their answers; 0 or any positive's if absent.
+        """Return (n, 1 + K) similarities of queries (n, d) to their answers; any positive's if absent.
 
         positive: (n,) those to their targets.
         """
