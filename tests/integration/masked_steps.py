@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from exactness import EPS, INVALID, LR, batch_of, largest_difference
+from exactness import EPS, INVALID, LR, batch_of, largest_difference, worst
 from limits import HANG_MINUTES
 from transformers import AutoModelForCausalLM
 
@@ -125,8 +125,8 @@ def compare(models: Path, case: Case) -> dict:
         expected.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        result["loss"] = max(result["loss"], abs(ours.loss / float(expected.detach()) - 1))
-        result["grad_norm"] = max(result["grad_norm"], abs(ours.grad_norm / float(norm) - 1))
+        result["loss"] = worst(result["loss"], abs(ours.loss / float(expected.detach()) - 1))
+        result["grad_norm"] = worst(result["grad_norm"], abs(ours.grad_norm / float(norm) - 1))
     result["parameters"] = largest_difference(engine, {name: p.detach() for name, p in reference.named_parameters()})
     out = models / f"export-{world}"
     export(engine, None, recipe, model, out)

@@ -137,7 +137,8 @@ def expected(models: str, kind: str, mix: str, fields: tuple[str, ...]) -> Expec
         return reference(packed, with_images, frozen.model(packed) if frozen and not with_images else None)
 
     def loss(step: int, temperature: torch.Tensor) -> torch.Tensor:
-        return formula(by_itself, make_pairs(mix, seed=step), processor, recipe.objective, temperature)
+        pairs = make_pairs(mix, seed=step)
+        return formula(by_itself, pairs, processor, recipe.objective, temperature, recipe.objective.alpha)
 
     if DECAY not in fields:
         return trained_alone(reference, recipe, PARTS, loss)
