@@ -10,7 +10,6 @@ with the loss as one B x B formula, plain autograd and torch's AdamW. Writes the
 import hashlib
 import io
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
