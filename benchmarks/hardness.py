@@ -1,6 +1,6 @@
 """What makes an embedder learn: hardness weighting, larger batches, a coach, mined negatives, neighbours, labels?
 
-    python benchmarks/hardness.py --work runs/hardness [--seeds 3] [--steps 200] [--runs 2] [key=value ...]
+    python benchmarks/hardness.py --work runs/hardness [--seeds 3] [--steps 150] [--runs 2] [key=value ...]
 
 Trains the demo's tiny LLaVE from random weights on its drawn scenes, whose hard candidates differ from the right one in
 one attribute: a run for each variant and seed, `--runs` at a time, each one process with one thread. All runs read the
@@ -38,7 +38,7 @@ from pipeline.progress import progress_bar
 
 DATASETS = ("Scene-CLS", "Scene-I2T", "Scene-Ground")
 BATCH = 128
-EVALUATIONS = 4  # after as many equal parts of the steps
+EVALUATIONS = 3  # after as many equal parts of the steps
 CLUSTER = 16  # samples in a cluster of neighbours
 COACH, PLAIN_COACH = "coach", "coach without hardness"
 COACH_SEED = 1000  # no run has it
@@ -122,6 +122,16 @@ class Study:
 
 def _file(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+def require_same_options(study: Study) -> None:
+    """Raise PipelineError if the folder has runs with other options; the number of seeds may grow."""
+    options = {"steps": study.steps, "fields": list(study.fields)}
+    file = study.work / "options.json"
+    if file.exists() and (before := json.loads(file.read_text())) != options:
+        raise PipelineError(f"{study.work} has runs with {before}, not {options}: choose another --work")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(options))
 
 
 def prepare(study: Study) -> dict[str, str]:
@@ -240,11 +250,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data, runs and results; may exist")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of a run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of a run (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=os.cpu_count() or 1, help="at a time (default: one per core)")
     parser.add_argument("fields", nargs="*", metavar="key=value", help="of pipeline/recipes/demo.yaml, for all runs")
     given = parser.parse_args()
     study = Study(given.work.resolve(), given.seeds, given.steps, given.runs, tuple(given.fields))
+    require_same_options(study)
     train_all(study, prepare(study))
     print(table(study))
     draw(study, study.work / "hardness.png")

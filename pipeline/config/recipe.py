@@ -368,6 +368,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def works_together(self) -> "Recipe":
+        if self.data.neighbours != "beside" and self.data.batches != "neighbours":
+            raise ValueError("data.neighbours is set, but only data.batches=neighbours uses it: remove it, or set that")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
         if not _LEAST_RATE <= self.optimizer.lr < 1:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.convert.command import add_images, conversion, filled, image_folder
 from pipeline.convert.sharding import ImageFolder, Rejection, Rows, checked_text, member_bytes
-from pipeline.data.sample import Item, Pair
+from pipeline.data.sample import LARGEST_NUMBER, Item, Pair
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 from pipeline.storage import objects
@@ -92,13 +92,13 @@ class Entry(BaseModel, extra="forbid", strict=True):
 class Judged(Entry):
     """A negative."""
 
-    score: float | None = Field(None, allow_inf_nan=False)
+    score: float | None = Field(None, allow_inf_nan=False, ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)
 
 
 class Weighted(Judged):
     """A positive."""
 
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(1.0, allow_inf_nan=False, ge=1 / LARGEST_NUMBER, le=LARGEST_NUMBER)
 
 
 class Target(Weighted):

@@ -13,6 +13,8 @@ IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
 MMEB_IMAGE_MARK = "<|image_1|>"  # the mark in MMEB's rows
 
+LARGEST_NUMBER = 1e6  # the largest weight or absolute score of a candidate: the loss computes in float32
+
 BYTE_ORDER_MARK = "\ufeff"  # some programs write it before a text
 
 EMPTY_TEXT = "empty text"  # a cause of `text_fault`

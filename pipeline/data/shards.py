@@ -28,7 +28,7 @@ from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from pipeline.data.captions import usable_captions
 from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, shard_entry, sidecar_dtype
-from pipeline.data.sample import IMAGE_SUFFIXES, BadSample, Item, Pair, Single
+from pipeline.data.sample import IMAGE_SUFFIXES, LARGEST_NUMBER, BadSample, Item, Pair, Single
 from pipeline.data.tiles import image_format
 from pipeline.data.video import video_format
 from pipeline.errors import PipelineError
@@ -218,8 +218,10 @@ def _text(value: object) -> str:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} {value!r} is not a finite number")
-    if name == "weight" and value <= 0:
-        raise ValueError(f"weight {value!r} is not positive")
+    if abs(value) > LARGEST_NUMBER:
+        raise ValueError(f"{name} {value!r} is larger than {LARGEST_NUMBER:g}")
+    if name == "weight" and value < 1 / LARGEST_NUMBER:
+        raise ValueError(f"weight {value!r} is less than {1 / LARGEST_NUMBER:g}")
     return float(value)
 
 

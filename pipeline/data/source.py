@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache, partial
 from itertools import accumulate
@@ -182,6 +183,18 @@ class Source:
         with ThreadPoolExecutor(8) as pool:
             firsts = pool.map(lambda shard: self.records(shard, 0, 1), self._first_shards[:-1])
             return [bool(records["query_images"][0]) for records in firsts]
+
+    def first_pairs(self) -> list[Pair | None]:
+        """Read the first sample of each dataset; None if it is unusable."""
+
+        def first(shard: int) -> Pair | None:
+            records = self.records(shard, 0, 1)
+            with suppress(BadSample):
+                return self.parse(shard, records[0], self.read(shard, records)[0])
+            return None
+
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(first, self._first_shards[:-1]))
 
     def __len__(self) -> int:
         return sum(shard.samples for _, shard in self.shards)

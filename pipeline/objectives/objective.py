@@ -10,6 +10,7 @@ from deepspeed import DeepSpeedEngine
 
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
+from pipeline.data.source import Source
 from pipeline.models.chunks import Chunk, Features, run_chunk
 from pipeline.objectives import OBJECTIVES
 
@@ -69,6 +70,10 @@ class Objective(ABC):
 
     def load(self, state: dict[str, Any]) -> None:  # noqa: B027 (most objectives have no state)
         """Restore the state that `state` returned. The dict may hold other entries of the checkpoint."""
+
+    @classmethod  # noqa: B027 (most objectives take all data)
+    def check_data(cls, recipe: Recipe, source: Source) -> None:
+        """Raise PipelineError for data that do not fit the objective, before a model is loaded."""
 
     @classmethod
     def conditions(cls) -> dict[str, Any]:

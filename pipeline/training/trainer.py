@@ -85,6 +85,7 @@ class Trainer:
         self.family.check(recipe.model)
         self.source = Source.open(recipe.data)
         self.family.check_data(recipe, self.source)
+        objective_of(recipe).check_data(recipe, self.source)
         lengths = self.family.lengths(recipe)
         self.order, self.steps = plan(recipe, self.source, lengths, world)
         self.ds_config = load_ds_config(recipe, world)

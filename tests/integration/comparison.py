@@ -28,7 +28,7 @@ def assert_equal(out: Path, name: str) -> None:
         assert result["grad_norm"] < 1e-5, result
         assert result["parameters"] < 1e-5, result
         assert result["temperature"] < 1e-5, result
-        assert (result["learnt"] > 1e-4) == ("learn_temperature" in result["case"]), result
+        assert (result["learnt"] > 1e-5) == ("learn_temperature" in result["case"]), result
 
 
 def assert_results_alike(ours: Mapping[str, DatasetResult], theirs: Mapping[str, DatasetResult]) -> None:

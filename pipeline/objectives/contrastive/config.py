@@ -6,11 +6,11 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from pipeline.config import Fixed, ObjectiveSection, Recipe, Section
 
-_TEMPERATURE = Field(ge=0.01, le=100)
+_Temperature = Annotated[float, Field(ge=0.01, le=100)]
 
 
 class DistillSection(Section):
-    """Teacher's scores as labels: see `Distill` and `listwise_kl` in loss.py."""
+    """Teacher's scores as labels: see `Distill` in loss.py and `listwise_kl` in listwise.py."""
 
     scores: Annotated[Literal["teacher", "stored"], Fixed()] = Field(
         description="teacher: similarities of data.teacher's vectors, over the whole batch; stored: each sample's own "
@@ -18,7 +18,7 @@ class DistillSection(Section):
     )
     weight: Annotated[float, Fixed()] = Field(1.0, gt=0, description="of the KL divergence, beside the loss's 1")
     temperature: Annotated[float, Fixed()] = Field(
-        0.02, gt=0, description="softmax temperature of the scores; larger: softer labels"
+        0.02, ge=1e-3, description="softmax temperature of the scores; larger: softer labels"
     )
 
 
@@ -33,8 +33,8 @@ class ContrastiveSection(ObjectiveSection):
         description="what tells how hard a negative is: policy: the trained model's own similarities (LLaVE's); "
         "teacher: those of data.teacher's vectors",
     )
-    temperature: Annotated[float, Fixed()] = Field(0.02, ge=0.01, le=100, description="softmax temperature")
-    temperatures: Annotated[dict[str, Annotated[float, _TEMPERATURE]], Fixed()] = Field(
+    temperature: Annotated[_Temperature, Fixed()] = Field(0.02, description="softmax temperature")
+    temperatures: Annotated[dict[str, _Temperature], Fixed()] = Field(
         {}, description="temperature of the pairs of a task, by its name, such as {vqa: 0.03}"
     )
     learn_temperature: Annotated[bool, Fixed()] = Field(
@@ -60,7 +60,9 @@ class ContrastiveSection(ObjectiveSection):
         [], description="weight of each of dimensions in that mean; default: equal"
     )
     quantized: Annotated[Literal["int8", "binary"] | None, Fixed()] = Field(
-        None, description="compute the loss of vectors rounded to this type, with the gradient of unrounded ones"
+        None,
+        description="compute the loss of targets and negatives rounded to this type, as an index stores them, with the "
+        "gradient of unrounded ones",
     )
     distill: Annotated[DistillSection | None, Fixed()] = Field(
         None, description="also learn a teacher's distribution over the candidates of each query; its fields:"
@@ -72,6 +74,12 @@ class ContrastiveSection(ObjectiveSection):
         if sizes != sorted(set(sizes)):
             raise ValueError("the sizes must be ascending and distinct, such as [64, 256, 1024]")
         return sizes
+
+    @model_validator(mode="after")
+    def learned_temperatures_stay_in_bounds(self) -> "ContrastiveSection":
+        if self.learn_temperature and max(self.temperature, *self.temperatures.values(), 0) > 1:
+            raise ValueError("a learned temperature is at most 1: lower objective.temperature, or do not learn it")
+        return self
 
     @model_validator(mode="after")
     def weights_fit(self) -> "ContrastiveSection":
@@ -96,6 +104,11 @@ class ContrastiveSection(ObjectiveSection):
         return self.alpha * min(1.0, step / self.alpha_ramp) if self.alpha_ramp else self.alpha
 
     def check(self, recipe: Recipe) -> None:
+        if self.alpha == 0 and (self.alpha_ramp or self.reward == "teacher"):
+            raise ValueError(
+                "objective.alpha=0 weights no negative by its hardness: remove objective.alpha_ramp and "
+                "objective.reward, or raise alpha"
+            )
         if self.uses_teacher and not recipe.data.teacher:
             raise ValueError(
                 "objective.reward=teacher and objective.distill.scores=teacher need data.teacher: the vectors that "

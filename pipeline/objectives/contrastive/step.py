@@ -15,7 +15,9 @@ from deepspeed import DeepSpeedEngine
 
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
+from pipeline.data.source import Source
 from pipeline.distributed import all_gather_constant
+from pipeline.errors import PipelineError
 from pipeline.models.chunks import Features, in_order, plan_chunks, run_chunk
 from pipeline.objectives.contrastive.batch_loss import contrastive_loss
 from pipeline.objectives.contrastive.config import ContrastiveSection
@@ -103,6 +105,23 @@ class Contrastive(Objective):
             settings=learned | ({"alpha": alpha} if self._objective.alpha_ramp else {}),
             distills=self._objective.distill is not None,
         )
+
+    @classmethod
+    def check_data(cls, recipe: Recipe, source: Source) -> None:
+        """Refuse tasks that no dataset has, and labels that the first sample of no dataset has."""
+        objective = recipe.objective
+        assert isinstance(objective, ContrastiveSection)
+        found = {task for _, shard in source.shards for task in shard.tasks}
+        for name in ("temperatures", "margins"):
+            if unknown := sorted(getattr(objective, name).keys() - found):
+                known = ", ".join(sorted(filter(None, found))) or "none"
+                raise PipelineError(f"objective.{name} names {', '.join(unknown)}, but the data's tasks are: {known}")
+        stored = objective.distill is not None and objective.distill.scores == "stored"
+        if stored and not any(pair and pair.scores for pair in source.first_pairs()):
+            raise PipelineError(
+                "objective.distill.scores=stored, but the first sample of no dataset has scores: give each candidate "
+                "a `score` (make_shards jsonl --help), or remove objective.distill"
+            )
 
     def state(self) -> dict[str, Any]:
         return {"temperature": self.temperature.state()}
