@@ -1,4 +1,4 @@
-"""The loss compared with its formula in float64, and two processes compared with one."""
+"""The loss compared with its formula in float64."""
 
 import math
 

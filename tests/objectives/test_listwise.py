@@ -1,4 +1,4 @@
-"""Distillation of stored scores, and the parts of losses for small vectors."""
+"""Distillation of scores that are stored with samples."""
 
 import pytest
 import torch
