@@ -1,7 +1,8 @@
 """The models that can be evaluated: this project's, and the CLIP and SigLIP families (clip.py).
 
 To evaluate any other model, write a function (path, options) -> Encoder and name it in the option `encoder`, as
-`module:function` or `path/to/file.py:function` (of pipeline.embed --shards: --encoder). An example for sentence-transformers, in texts.py:
+`module:function` or `path/to/file.py:function`; to `pipeline.embed --shards` as --encoder. An example for
+sentence-transformers, in texts.py:
 
     from pathlib import Path
     from pipeline.data.sample import BadSample

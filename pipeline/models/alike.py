@@ -49,11 +49,9 @@ def files_of(folder: Path, *suffixes: str) -> list[Path]:
     """
     found = []
     for name, inside, files in os.walk(folder, followlinks=True):
-        place, real = Path(name), Path(name).resolve()
-        # A link to a folder that holds it has no end.
-        inside[:] = [
-            each for each in inside if not _ELSE.fullmatch(each) and not real.is_relative_to((place / each).resolve())
-        ]
+        place = Path(name)
+        above = {each.resolve() for each in (place, *place.parents)}  # a link to one of these would have no end
+        inside[:] = [each for each in inside if not _ELSE.fullmatch(each) and (place / each).resolve() not in above]
         found += [place / each for each in files if not _ELSE.fullmatch(each)]
     return sorted(file for file in found if file.suffix in suffixes and file.is_file())
 

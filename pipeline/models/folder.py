@@ -61,8 +61,8 @@ def note_sizes(folder: Path, dimension: int, sizes: Sequence[int], kind: SmallKi
     notes = []
     if smaller:
         notes.append(
-            f"Vectors can be cut to their first {', '.join(smaller)} numbers, and normalised again. The model was trained "
-            "at these sizes."
+            f"Vectors can be cut to their first {', '.join(smaller)} numbers, and normalised again. The model was "
+            "trained at these sizes."
         )
     if kind:
         stored = {"int8": "a byte for each number (int8)", "binary": "a bit for each number, its sign (binary)"}[kind]
