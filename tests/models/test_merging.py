@@ -17,8 +17,10 @@ from sections import section
 from transformers import CLIPImageProcessorPil
 
 from pipeline import merge as program
+from pipeline.config import EvaluationRun, load_recipe
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
+from pipeline.evaluation.encoders import load_encoder
 from pipeline.models import merging, tensor_files
 from pipeline.models.files import fingerprint
 from pipeline.models.folder import note_sizes
@@ -155,6 +157,7 @@ def test_merged_models_of_each_family_embed(family, models, tmp_path):
     merge([Part(one), Part(two)], tmp_path / "merged")
     items = ["a red star"] if family == "text_encoder" else ["a red star", Image.new("RGB", (30, 20), "red")]
     parts = [Embedder.load(path, "cpu").embed(items) for path in (one, two, tmp_path / "merged")]
+    assert load_encoder(str(tmp_path / "merged"), EvaluationRun()).dimension == parts[2].shape[1]
     assert all(torch.allclose(rows.norm(dim=1), torch.ones(len(items))) for rows in parts)
     assert not torch.allclose(parts[2], parts[0]) and not torch.allclose(parts[2], parts[1])
     card = (tmp_path / "merged/README.md").read_text()
@@ -163,6 +166,23 @@ def test_merged_models_of_each_family_embed(family, models, tmp_path):
     for file in (file for file in Path(one).rglob("*") if file.is_file() and file.name != "README.md"):
         again = tmp_path / "same" / file.relative_to(one)
         assert again.read_bytes() == file.read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llave", "demo"), ("text_encoder", "demo_caption"), ("clip", "demo_clip"), ("llm2clip", "demo_llm2clip")],
+)
+def test_training_starts_from_a_merged_model(family, name, models, tmp_path):
+    merge(list(map(Part, models[family])), tmp_path / "merged")
+    fields = [f"model.path={tmp_path / 'merged'}"]
+    if family == "llm2clip":
+        fields.append(f"model.text_encoder={models['text_encoder'][0]}")
+    recipe = load_recipe(f"pipeline/recipes/{name}.yaml", fields)
+    training(family).check(recipe.model)
+    found = dict(training(family).load_whole(recipe, recipe.model.path).named_parameters())
+    stored = load_file(tmp_path / "merged/model.safetensors")
+    alike = [name for name, each in stored.items() if any(torch.equal(each, own) for own in found.values())]
+    assert len(alike) >= len(stored) - 1  # CLIP's logit scale is not trained
 
 
 def test_several_files_and_another_dtype(models, tmp_path):
@@ -281,9 +301,8 @@ def test_notes_of_training_are_neither_compared_nor_copied(models, tmp_path):
 
     parts = [Part(changed(path, tmp_path / str(number), trained)) for number, path in enumerate(models["clip"])]
     merge(parts, tmp_path / "out")
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        file.name for file in Path(models["clip"][0]).iterdir()
-    } | {"README.md"}
+    files = {file.name for file in Path(models["clip"][0]).iterdir()} | {"README.md"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == files
 
 
 def linked(place: Path) -> Change:
