@@ -321,6 +321,7 @@ def test_shards_can_be_embedded_by_any_model(tmp_path, monkeypatch):
     write_shards([Pair("0", "d", "", Item("q"), Item("t"))], tmp_path / "shards", dataset="d")
     given = []
     monkeypatch.setattr("pipeline.embedding.embed_shards.embed_shards", lambda *each, **_: given.append(each))
+    monkeypatch.setattr("pipeline.distributed.end_distributed", lambda: None)
     shards = ["any/model", "--shards", tmp_path / "shards", "--encoder", f"{tmp_path}/texts.py:Texts"]
     call(monkeypatch, *shards, "--items")
     ((model, _, _, options),) = given
