@@ -17,13 +17,19 @@ if TYPE_CHECKING:
     from pipeline.data.shards import write_shards as write_shards
     from pipeline.data.source import open_dataset as open_dataset
     from pipeline.embedding.embedder import Embedder as Embedder
+    from pipeline.objectives.contrastive.loss import Distill as Distill
+    from pipeline.objectives.contrastive.loss import Positives as Positives
+    from pipeline.objectives.contrastive.loss import Teacher as Teacher
     from pipeline.objectives.contrastive.loss import hardness_weighted_loss as hardness_weighted_loss
 
 _MODULES = {
+    "Distill": "pipeline.objectives.contrastive.loss",
     "Embedder": "pipeline.embedding.embedder",
     "Item": "pipeline.data.sample",
     "Order": "pipeline.data.order",
     "Pair": "pipeline.data.sample",
+    "Positives": "pipeline.objectives.contrastive.loss",
+    "Teacher": "pipeline.objectives.contrastive.loss",
     "hardness_weighted_loss": "pipeline.objectives.contrastive.loss",
     "load_recipe": "pipeline.config",
     "open_dataset": "pipeline.data.source",

@@ -13,13 +13,16 @@ product. A search covers the items of the same call or, without any, all in --ou
 are one query.
 
 --dimensions N cuts the vectors to their first N numbers, normalised again; use it for models that were trained for it.
---vectors int8 stores a byte for each number, and binary a bit: its sign. All embeddings in --out have the same size and
-type. A query is cut, too, but its numbers stay float32: only what is stored is rounded.
+A row whose first numbers are all zeros stays zeros. --vectors int8 stores a byte for each number, and binary a bit: its
+sign. int8 rows are (N, D) without a scale: normalise them. Binary rows are (N, ceil(D/8)) bytes of numpy.packbits,
+where 1 stands for +1 and 0 for -1. All embeddings in --out have the same size and type. A query is cut, too, but its
+numbers stay float32: only what is stored is rounded.
 
 --shards is a dataset, or a folder with several. Their captions' embeddings are written as tars beside each dataset's
 index, or to --out (to --out/NAME for several datasets). A recipe reads them with data.text_embeddings. With --items,
 all items are embedded instead: queries, targets, positives and negatives, with their images; a recipe reads these with
-data.teacher. It runs on any number of processes. If it is killed and started again, it continues.
+data.teacher. MODEL may then be any model, with --encoder: see pipeline/evaluation/encoders.py. It runs on any number of
+processes. If it is killed and started again, it continues.
 
 In Python:
 
@@ -74,6 +77,8 @@ def main() -> None:
         return
     if arguments.items:
         raise PipelineError("--items embeds all items of a dataset: name it with --shards")
+    if arguments.encoder:
+        raise PipelineError("--encoder embeds the captions or items of a dataset: name it with --shards")
     kinds = {}
     for kind in KINDS:
         if (given := getattr(arguments, kind)) is not None:
@@ -140,12 +145,15 @@ def _embed_shards(arguments: argparse.Namespace) -> None:
             raise PipelineError(f"--shards cannot be combined with --{name.replace('_', '-')}: use two calls")
     if arguments.items and arguments.published:
         raise PipelineError("--items cannot be combined with --published, whose vectors are those of captions")
+    if arguments.encoder and arguments.published:
+        raise PipelineError("--encoder cannot be combined with --published, whose vectors are there already")
     datasets = open_datasets(arguments.shards, arguments.out, ITEMS if arguments.items else CAPTIONS)
     if arguments.published:
         with lock.held(dataset.place for dataset in datasets):
             index_published(arguments.model, datasets, overwrite=arguments.overwrite)
         return
     options = Encoding(
+        encoder=arguments.encoder,
         precision=arguments.precision,
         max_tokens=arguments.max_tokens,
         chunk_tokens=arguments.chunk_tokens,
@@ -166,6 +174,8 @@ def _arguments() -> argparse.Namespace:
     )
     items = "with --shards: embed all items, of any pairs, as a teacher's vectors; default: only the captions"
     parser.add_argument("--items", action="store_true", help=items)
+    encoder = "with --shards: FILE.py:FUNCTION or MODULE:FUNCTION that opens MODEL; see pipeline/evaluation/encoders.py"
+    parser.add_argument("--encoder", metavar="FUNCTION", help=encoder)
     parser.add_argument("--out", metavar="DIR", help="the folder for embeddings, or the one to search")
     parser.add_argument("--overwrite", action="store_true", help="replace embeddings of the same kinds or shards")
     size = "store only the first N numbers of each vector, normalised again (default: all; of a search: as stored)"

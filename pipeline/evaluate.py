@@ -19,8 +19,8 @@ A set may also be only a URL: of sets in MMEB's layout with their tasks.json, or
 The folder out= (evaluation/MODEL) gets report.html, report.json, figures/ and, for MMEB, leaderboard.json. If the
 program is killed and started again, it continues from the embeddings there.
 
-dimensions=[64,256] and vectors=[int8,binary] also score vectors that are cut to these sizes and stored in these types,
-as an index would keep the candidates. Queries are cut, too, but stay float32. No item is embedded again for this.
+dimensions=[64,256] and vectors=[int8,binary] score smaller vectors, too: cut to these sizes, with candidates rounded to
+these types. Queries are cut, and stay float32. No item is embedded again for this.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import re
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import torch.distributed as dist
 
@@ -44,7 +43,7 @@ from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import DiskStore, held
 from pipeline.evaluation.terminal import print_report
 from pipeline.jobs.program import command_line
-from pipeline.models.compact import Form, VectorKind, check_size
+from pipeline.models.compact import smaller_forms
 from pipeline.storage import lock, objects
 
 _WORST = 20  # queries of each dataset that the report shows
@@ -69,7 +68,7 @@ def main() -> None:
         raise PipelineError(f"part={options.part}: the parts are 0/{count} to {count - 1}/{count}")
     device = start_distributed(options.timeout_minutes)
     encoder = load_encoder(arguments.model, options, device)
-    forms = forms_of(options, encoder.dimension)
+    forms = smaller_forms(encoder.dimension, options.dimensions, options.vectors)
     wanted = arguments.tasks.split(",")
     collection = sets.load(wanted, instructed=encoder.instructed, number=number, count=count)
     out = Path(options.out or Path("evaluation", _plain(arguments.model)))
@@ -97,18 +96,6 @@ def main() -> None:
         if not options.part:
             on_first_rank(report, "the report")
     end_distributed()
-
-
-def forms_of(options: EvaluationRun, dimension: int) -> list[Form]:
-    """Return the forms to score besides the full vectors, the largest size first.
-
-    Raises PipelineError for a size that is larger than the model's dimension.
-    """
-    for size in options.dimensions:
-        check_size(size, dimension)
-    kinds = [kind for kind in get_args(VectorKind) if kind == "float32" or kind in options.vectors]
-    forms = [Form(size, kind) for size in sorted({dimension, *options.dimensions}, reverse=True) for kind in kinds]
-    return forms[1:]  # without the full vectors
 
 
 def _plain(name: str) -> str:

@@ -7,7 +7,7 @@
 A MODEL is the folder of an export or of a model from elsewhere, a hub name, or a run directory, which stands for its
 RUN/export. Export other checkpoints first, with pipeline.export. WEIGHT, the number after the last colon, is 1 by
 default; the weights are divided by their sum. The models must be of one architecture, and have the same tokenizer,
-prompts, pooling and image settings: an error names what differs. They give good merges if they were trained from the
+prompts, pooling and image settings: an error names what differs. Merge only models that were trained from the
 same weights.
 
 OUT is a folder like that of the first MODEL, with a card that lists the parts. Evaluate it as any model: a merged model
@@ -35,7 +35,7 @@ def main() -> None:
         choices=("mean", "slerp"),
         default="mean",
         help="the weighted mean, in float64 and rounded once; or, of exactly two models, the arc between each two "
-        "tensors, which keeps their norm (default: %(default)s)",
+        "tensors (slerp): two tensors of equal norm keep it (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of the written weights; auto: that of the first MODEL"

@@ -99,7 +99,7 @@ def test_api_examples_run(tiny_model, tmp_path, monkeypatch):
     Image.new("RGB", (24, 24), "red").save("star.png")
     Path("model").symlink_to(tiny_model)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict = {}
     for block in blocks:
         exec(compile(block, "docs/api.md", "exec"), names)

@@ -138,6 +138,11 @@ class ObjectiveSection(Section):
         """The sizes to which the trained vectors can be cut; an evaluation during training scores them, too."""
         return []
 
+    @property
+    def rounding(self) -> Literal["int8", "binary"] | None:
+        """The type to which the trained vectors can be rounded, which an evaluation during training scores, too."""
+        return None
+
 
 def _families() -> Mapping[str, type[Section]]:
     from pipeline.models.registry import FAMILIES  # imported here: their sections use the classes above

@@ -100,7 +100,8 @@ class Embedder:
     def embed(self, items: Iterable[Embeddable], dimensions: int | None = None) -> torch.Tensor:
         """Embed N items, and return (N, D) float32 unit rows on the CPU, in the same order.
 
-        dimensions: cut the vectors to this size, see `shortened`; for models that were trained for it. None: not.
+        dimensions: keep only the first numbers of each vector, normalised again (`shortened`), for models trained at
+            this size; None: all.
 
         An item is a text, a picture, the `Path` of an image or video file (recognised by its content), or a dict of
         `Parts`. `<image>` and `<video>` mark the places of images and video in a text; without marks they come first.

@@ -110,7 +110,8 @@ class EmbeddingFolder:
             raise PipelineError(f"{path} must have a row for each line of {kind}.txt: embed again with --overwrite")
         if identity and (rows.dtype.str, rows.shape[1]) != _layout(identity.form):
             raise PipelineError(
-                f"{path} has not the {identity.form} numbers of {self._about.name}: embed again with --overwrite"
+                f"{path} does not hold {identity.form} numbers, as {self._about.name} says: embed again with "
+                "--overwrite"
             )
         return ids, rows
 

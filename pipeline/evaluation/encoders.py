@@ -1,7 +1,8 @@
 """The models that can be evaluated: this project's, and the CLIP and SigLIP families (clip.py).
 
 To evaluate any other model, write a function (path, options) -> Encoder and name it in the option `encoder`, as
-`module:function` or `path/to/file.py:function`. An example for sentence-transformers, in texts.py:
+`module:function` or `path/to/file.py:function`; to `pipeline.embed --shards` as --encoder. An example for
+sentence-transformers, in texts.py:
 
     from pathlib import Path
     from pipeline.data.sample import BadSample
@@ -74,7 +75,8 @@ def load_encoder(path: str, options: Encoding, device: torch.device | None = Non
         return ModelEncoder.load(path, family, options, device)
     raise PipelineError(
         f"{path} is a {model_type} model; supported are {', '.join(FAMILIES)} and {', '.join(_PEERS)}. For another "
-        "model write a function and pass encoder=FILE.py:FUNCTION; pipeline/evaluation/encoders.py has an example"
+        "model write a function and pass encoder=FILE.py:FUNCTION, or to pipeline.embed --shards --encoder "
+        "FILE.py:FUNCTION; pipeline/evaluation/encoders.py has an example"
     )
 
 

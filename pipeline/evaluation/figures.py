@@ -139,7 +139,7 @@ def similarities(axes: Axes, result: DatasetResult, span: tuple[float, float], t
 def sizes(axes: Axes, report: Report, theme: Theme) -> None:
     """Draw the last of the report's means over the bytes of a vector: a line for each type, a point for each size."""
     lines: dict[str, list[tuple[int, float, int]]] = {}
-    for form, means in ((variant.form, report.at(variant).means()) for variant in report.variants):
+    for form, means in report.means_by_form.items():
         name = list(means)[-1]
         lines.setdefault(form.kind, []).append((form.bytes, 100 * means[name], form.dimensions))
     note = partial(axes.annotate, textcoords="offset points", ha="center", fontsize=_SMALL)

@@ -99,7 +99,7 @@ def page(report: Report, before: Report | None = None) -> str:
             group: [(row, papers_of(row, report)) for row in rows] for group, rows in report.others(before).items()
         },
         bars={group: figures.svg_bars(results, before) for group, results in groups.items()},
-        variants=[(variant.form, report.at(variant).means()) for variant in report.variants],
+        variants=list(report.means_by_form.items()),
         sizes=figures.svg_sizes(report) if report.variants else "",
         similarities={name: figures.svg_similarities(name, result, span) for name, result in report.results.items()},
     )

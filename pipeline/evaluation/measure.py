@@ -14,7 +14,7 @@ from pipeline.data.sample import BadSample
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.evaluation.encoder import without_marks
-from pipeline.evaluation.metrics import Scores, collapsed, leading, result_of, scores_of, worst_queries
+from pipeline.evaluation.metrics import Scores, collapsed, leading, result_of, score_of, scores_of, worst_queries
 from pipeline.evaluation.report import Case, Report, Shown, Variant
 from pipeline.evaluation.tasks import Collection, Ranking, Task
 from pipeline.models.compact import Form
@@ -56,7 +56,7 @@ def measure(
         results[name] = result_of(tasks, scores, cases, collapsed=any(collapsed(task, take) for task in tasks))
         task = leading(tasks)
         for other in others:
-            other.scores[name] = result_of([task], [scores_of(task, take, form=other.form, device=device)], []).score
+            other.scores[name] = score_of(task, scores_of(task, take, form=other.form, device=device))
     if not others:
         return Report(model, results)
     whole = Form(take(collection.tasks[0].queries[:1]).shape[1])

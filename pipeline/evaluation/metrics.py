@@ -241,7 +241,7 @@ def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case], *, col
     The direction from text comes first, in any order of the tasks: its R@1 is the dataset's score.
     worst: cases of all directions.  collapsed: see `collapsed`.
     """
-    strict = [replace(own, rank=own.worst_rank) for own in scores]
+    strict = map(_strict, scores)
     both = sorted(zip(tasks, strict, strict=True), key=lambda pair: _not_from_text(pair[0]))
     task, first = both[0]
     in_distribution, language = None, ""
@@ -263,6 +263,15 @@ def result_of(tasks: list[Task], scores: list[Scores], worst: list[Case], *, col
         worst=worst,
         collapsed=collapsed,
     )
+
+
+def score_of(task: Task, scores: Scores) -> float:
+    """Return the first metric of a task: the dataset's score, if the task is the leading one."""
+    return next(iter(_metrics(task, _strict(scores)).values()))
+
+
+def _strict(scores: Scores) -> Scores:
+    return replace(scores, rank=scores.worst_rank)
 
 
 def _metrics(task: Task, scores: Scores) -> dict[str, float]:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal
@@ -218,6 +219,11 @@ class Report:
         }
         return Report(self.model, results)
 
+    @cached_property
+    def means_by_form(self) -> dict[Form, dict[str, float]]:
+        """The `means` of each variant, the full vectors first."""
+        return {variant.form: self.at(variant).means() for variant in self.variants}
+
     def missing(self) -> dict[str, list[str]]:
         """Return omitted average -> the datasets that are missing for it."""
         omitted = {
@@ -267,8 +273,8 @@ class Report:
         head = {"format": 1, "model": self.model, "averages": self.averages(), "protocols": list(self.protocols)}
         if self.variants:
             head["variants"] = [
-                asdict(variant) | {"bytes": variant.form.bytes, "means": self.at(variant).means()}
-                for variant in self.variants
+                asdict(variant) | {"bytes": variant.form.bytes, "means": means}
+                for variant, means in zip(self.variants, self.means_by_form.values(), strict=True)
             ]
         write_text(path, json.dumps(head | {"results": results}))
 

@@ -10,6 +10,8 @@ from rich.table import Table
 from pipeline.errors import printable
 from pipeline.evaluation.report import Report, TableRow, changed, shown
 
+_FORM = "size\ntype\nbytes of a vector"  # the heading of the forms
+
 
 def print_report(report: Report, before: Report | None = None) -> None:
     """Print tables of all datasets, with chance and optionally an earlier report; of sizes and types; the remarks."""
@@ -21,7 +23,8 @@ def print_report(report: Report, before: Report | None = None) -> None:
     for group, rows in report.others(before).items():
         console.print(_table(f"{group}, of {report.model}", rows))
     if report.variants:
-        console.print(_variants_table(report))
+        for table in _variants_tables(report, console.width):
+            console.print(table)
     for sentence in report.remarks():
         console.print(printable(sentence))
 
@@ -59,14 +62,34 @@ def _table(title: str, rows: Sequence[TableRow]) -> Table:
     return table
 
 
-def _variants_table(report: Report) -> Table:
-    """Return a table of the means by size and type, with the differences to the full vectors."""
-    whole, *others = [report.at(variant).means() for variant in report.variants]
-    table = _titled(f"means (%) by size and type of the vectors of {report.model}", "type", ["bytes", *whole])
-    for variant, means in zip(report.variants, [whole, *others], strict=True):
-        figures = [_compared("", means[name], None if means is whole else whole[name]) for name in whole]
-        table.add_row(str(variant.form.dimensions), variant.form.kind, str(variant.form.bytes), *figures)
-    return table
+def _variants_tables(report: Report, width: int) -> list[Table]:
+    """Return tables of the means by size and type, with the differences to the full vectors.
+
+    A row is a mean, a column a form. Columns that do not fit in `width` characters continue in another table.
+    """
+    whole = next(iter(report.means_by_form.values()))
+    columns = {
+        f"{form.dimensions}\n{form.kind}\n{form.bytes:,}": [
+            _compared("", means[name], None if means is whole else whole[name]) for name in whole
+        ]
+        for form, means in report.means_by_form.items()
+    }
+    names = max(map(len, (*_FORM.split("\n"), *whole))) + 4  # with the borders
+    each = max(len(line) for head, figures in columns.items() for line in (*head.split("\n"), *figures)) + 3
+    fitting = max(1, (width - names) // each)
+    tables = []
+    for start in range(0, len(columns), fitting):
+        continued = ", continued" if start else ""
+        title = f"means (%) by size and type of the vectors of {report.model}{continued}"
+        table = Table(title=printable(title), title_justify="left", title_style="bold")
+        table.add_column(_FORM, overflow="fold")
+        here = dict(list(columns.items())[start : start + fitting])
+        for head in here:
+            table.add_column(head, justify="right", no_wrap=True)
+        for name, *figures in zip(whole, *here.values(), strict=True):
+            table.add_row(name, *figures)
+        tables.append(table)
+    return tables
 
 
 def _compared(metric: str, value: float, before: float | None) -> str:

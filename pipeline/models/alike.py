@@ -1,6 +1,7 @@
 """Compare the folders of two models: whether a weight of one means the same in the other."""
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ _FREE = {
     "_name_or_path",
     "architectures",  # the names of the tensors are compared
     "use_cache",
+    "matryoshka_dimensions",  # the tensors are the same at all sizes; see `folder.note_sizes`
     "initializer_range",
     "initializer_factor",
     "logit_scale_init_value",
@@ -32,7 +34,8 @@ _FREE = {
     "processor_class",
 }
 _EARLIER = {"rope_theta", "rope_scaling", "partial_rotary_factor"}  # the same as rope_parameters: see `folder.finish`
-_ELSE = re.compile(r"\..*|checkpoint.*|onnx|openvino|runs")  # beside a model: hidden, of its training, in other formats
+# Beside a model: hidden, of its training, in other formats.
+_ELSE = re.compile(r"\..*|checkpoint.*|onnx|openvino|runs|trainer_state\.json|.*_results\.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _IMAGES = ("preprocessor_config.json", "processor_config.json")
 # Files of which nothing changes an embedding, or which are compared as the tokenizer loads them.
@@ -40,16 +43,25 @@ _UNREAD = {"generation_config.json", "special_tokens_map.json", "added_tokens.js
 
 
 def files_of(folder: Path, *suffixes: str) -> list[Path]:
-    """Return a model's files with these suffixes, in its folder and those inside that are part of the model."""
-    found = (file for file in sorted(folder.rglob("*")) if file.suffix in suffixes and file.is_file())
-    return [file for file in found if not any(map(_ELSE.fullmatch, file.relative_to(folder).parts))]
+    """Return a model's files with these suffixes, in its folder and those inside that are part of the model.
+
+    A folder inside may be a link, as that of a text encoder which several models share.
+    """
+    found = []
+    for name, inside, files in os.walk(folder, followlinks=True):
+        place = Path(name)
+        above = {each.resolve() for each in (place, *place.parents)}  # a link to one of these would have no end
+        inside[:] = [each for each in inside if not _ELSE.fullmatch(each) and (place / each).resolve() not in above]
+        found += [place / each for each in files if not _ELSE.fullmatch(each)]
+    return sorted(file for file in found if file.suffix in suffixes and file.is_file())
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """Return all that a model's embeddings depend on besides its weights, by "FILE: FIELD".
+    """Return what is compared of a model besides its weights, by "FILE: FIELD": all fields of its JSON files.
 
     Configs, tokenizers and image processors are read as the installed transformers reads them, which gives fields that
-    a file lacks their defaults. Raises PipelineError for a damaged file.
+    a file lacks their defaults. Fields that change no embedding are left out; so are files that only the tokenizer
+    reads, such as vocab.txt, and chat templates. Raises PipelineError for a damaged file.
     """
     found: dict[str, Any] = {}
     for place in sorted({file.parent for file in files_of(folder, *SETTINGS)}):
@@ -75,8 +87,8 @@ def _documents(place: Path) -> Iterator[tuple[str, Any]]:
         yield "tokenizer.json", _tokenizer(str(place))
     if any((place / name).is_file() for name in _IMAGES):
         yield _IMAGES[0], loading.image_processor(str(place), _kind(place)).to_dict()
-    for file in sorted(place.glob("*.json")):
-        if file.name in (*_UNREAD, *_IMAGES) or file.name.endswith(".index.json"):
+    for file in files_of(place, ".json"):
+        if file.parent != place or file.name in (*_UNREAD, *_IMAGES) or file.name.endswith(".index.json"):
             continue
         if file.name == "config.json" and "model_type" in read_json(file):
             yield file.name, loading.config(str(place)).to_dict()

@@ -7,8 +7,9 @@ Lengths are computed in float64 by elementwise operations alone, added in a fixe
 not depend on the other rows or on threads.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -48,10 +49,22 @@ class Form:
         return f"{self.dimensions} {self.kind}"
 
 
+def smaller_forms(dimension: int, sizes: Collection[int], kinds: Collection[SmallKind]) -> list[Form]:
+    """Return the forms to score besides the full vectors, the largest size first, float32 before the other `kinds`.
+
+    Raises PipelineError for a size that is larger than the model's dimension.
+    """
+    for size in sizes:
+        check_size(size, dimension)
+    chosen = [kind for kind in get_args(VectorKind) if kind == "float32" or kind in kinds]
+    forms = [Form(size, kind) for size in sorted({dimension, *sizes}, reverse=True) for kind in chosen]
+    return forms[1:]  # without the full vectors
+
+
 def check_size(dimensions: int, of: int) -> None:
     """Raise PipelineError if vectors of `of` numbers cannot be cut to `dimensions`."""
     if not 1 <= dimensions <= of:
-        raise PipelineError(f"dimensions={dimensions} is no size of the model's vectors: choose one from 1 to {of}")
+        raise PipelineError(f"dimensions={dimensions} must be from 1 to {of}, the size of the model's vectors")
 
 
 def shortened(vectors: Tensor, dimensions: int) -> Tensor:

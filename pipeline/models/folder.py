@@ -1,16 +1,19 @@
 """Shared by all families' exports: write Hugging Face folders that earlier versions of transformers can also read."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined, Template
 
+from pipeline.models.compact import SmallKind
 from pipeline.models.loading import IMAGES, reads_as_stored
 from pipeline.storage.atomic import replacing
 
-_SIZES = "matryoshka_dimensions"  # the name that vLLM reads in config.json
+SIZES = "matryoshka_dimensions"  # the name that vLLM reads in config.json
+_SMALLER = re.compile(r"\n## Smaller vectors\n.*?(?=\n#|\Z)", re.DOTALL)
 _UNSCALED = ("rope_theta", "partial_rotary_factor")
 
 
@@ -47,15 +50,36 @@ def note_images(folder: Path, source: str, images: str | None) -> None:
     finish(folder, {IMAGES: "as_stored" if reads_as_stored(source, images) else None})
 
 
-def note_sizes(folder: Path, sizes: Sequence[int]) -> None:
-    """Record in config.json, and on the model card, the sizes to which vectors can be cut; without any, nothing."""
-    finish(folder, {_SIZES: list(sizes) or None})
-    if sizes:
+def note_sizes(folder: Path, dimension: int, sizes: Sequence[int], kind: SmallKind | None = None) -> None:
+    """Record in config.json, and on the model card, how vectors can be made smaller; nothing, if they cannot.
+
+    dimension: of the model's vectors.  sizes: to which they can be cut; may include all.  kind: the type to which they
+    can be rounded.
+    """
+    finish(folder, {SIZES: list(sizes) or None})
+    smaller = [str(size) for size in sizes if size < dimension]
+    notes = []
+    if smaller:
+        notes.append(
+            f"Vectors can be cut to their first {', '.join(smaller)} numbers, and normalised again. The model was "
+            "trained at these sizes."
+        )
+    if kind:
+        stored = {"int8": "a byte for each number (int8)", "binary": "a bit for each number, its sign (binary)"}[kind]
+        notes.append(f"Vectors can be stored with {stored}. The model was trained with vectors rounded to this type.")
+    if notes:
         with (folder / "README.md").open("a") as card:
-            card.write(
-                f"\n## Smaller vectors\n\nVectors can be cut to their first {', '.join(map(str, sizes))} numbers, and "
-                "normalised again. The model was trained at these sizes.\n"
-            )
+            card.write("\n## Smaller vectors\n\n" + "\n\n".join(notes) + "\n")
+
+
+def smaller_vectors(card: str) -> str:
+    """Return the section that `note_sizes` wrote on a card; empty without one."""
+    return found[0].strip() if (found := _SMALLER.search(card)) else ""
+
+
+def without_smaller_vectors(card: str) -> str:
+    """Return a card without the section that `note_sizes` writes."""
+    return _SMALLER.sub("", card)
 
 
 def _for_earlier(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:

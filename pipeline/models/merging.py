@@ -1,10 +1,11 @@
 """Merge models of one architecture into one: each weight is a mean of theirs, or lies on the arc between two.
 
-Model soups (arXiv 2203.05482) and WiSE-FT (2109.01903) average the weights of models fine-tuned from one model. Slerp
-(Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985) keeps the norm that a mean of two unlike
-directions loses; it is taken as mergekit takes it (2403.13257), for each tensor as one vector.
+Model soups (arXiv 2203.05482) and WiSE-FT (2109.01903) average the weights of models fine-tuned from one model. The arc
+between each two tensors (slerp; Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985): two tensors of
+equal norm keep it, while a mean of two unlike directions is shorter. It is taken as mergekit takes it (2403.13257), for
+each tensor as one vector.
 
-Blocks of tensors are in memory, never a model. All headers are checked before a weight is read.
+Blocks of tensors are in memory, never a model. Headers, settings and buffers are compared before anything is written.
 """
 
 import json
@@ -25,7 +26,7 @@ from pipeline.errors import PipelineError, disk_errors
 from pipeline.models import released
 from pipeline.models.alike import differences, files_of, settings_of
 from pipeline.models.files import SETTINGS, fetched, fingerprint, read_json, survey, weight_files
-from pipeline.models.folder import finish, write_card
+from pipeline.models.folder import SIZES, finish, smaller_vectors, without_smaller_vectors, write_card
 from pipeline.models.registry import family_of
 from pipeline.models.tensor_files import WEIGHTS, Place, places_in, rounded, write_tensors
 from pipeline.progress import progress_bar
@@ -36,6 +37,7 @@ Name = tuple[str, str]  # file of its own, or folder of weights, inside the mode
 
 _PARALLEL = 0.9995  # the cosine from which on slerp is the mean, as in mergekit
 _MAIN = ("model.safetensors", "pytorch_model.bin")
+_FORMATS = (".safetensors", ".bin")
 _COMPUTED = ("position_ids", "inv_freq")  # buffers that models compute, and that earlier versions stored
 _DTYPES = {"bf16": ("BF16", "bfloat16"), "fp32": ("F32", "float32")}  # names in a header, and in a config
 
@@ -55,6 +57,15 @@ class Part:
     def places(self) -> dict[Name, Place]:
         return _places_of(self.folder)
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return settings_of(self.folder)
+
+    @cached_property
+    def card(self) -> str:
+        file = self.folder / "README.md"
+        return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
 
 def merge(
     parts: Sequence[Part], out: Path, method: Method = "mean", dtype: str = "auto", overwrite: bool = False
@@ -64,8 +75,9 @@ def merge(
     method: "mean" is the weighted mean of each weight, computed in float64 and rounded once. "slerp" is for two parts.
     dtype: of the merged weights, "bf16" or "fp32"; "auto": that of the first part.
 
-    Files besides the weights are those of the first part. Raises PipelineError, before a weight is read, for parts
-    whose tensors, configs, tokenizers or other settings differ.
+    Files besides the weights are those of the first part; only the note of the sizes to which vectors can be cut is
+    left out unless all parts have it. Raises PipelineError, and writes nothing, for parts whose tensors, configs,
+    tokenizers or other settings differ, and for a value that is too large for its dtype.
     """
     _check_request(parts, out, method, overwrite)
     for part in parts[1:]:
@@ -87,7 +99,9 @@ def merge(
         for config in files_of(partial, ".json"):
             if config.name == "config.json" and "model_type" in (values := read_json(config)):
                 finish(config.parent, released.fields_of(config.parent, values) | _retyped(values, dtype))
-        _write_card(parts, method, partial)
+        if not (agree := _sizes_agree(parts)):
+            finish(partial, {SIZES: None})
+        _write_card(parts, method, partial, sizes=agree)
     return sum(place.count for place in parts[0].places.values())
 
 
@@ -98,6 +112,8 @@ def _check_request(parts: Sequence[Part], out: Path, method: Method, overwrite: 
     for part in parts:
         if not 0 < part.weight < math.inf:
             raise PipelineError(f"the weight of {part.path} is {part.weight:g}; it must be above 0")
+        if any(place in out.resolve().parents for place in _real_folders(part)):
+            raise PipelineError(f"{out} is inside {part.path}, which is to be merged: name another folder")
     if not out.exists():
         return
     if not overwrite:
@@ -105,8 +121,13 @@ def _check_request(parts: Sequence[Part], out: Path, method: Method, overwrite: 
     if not (out / "config.json").is_file():
         raise PipelineError(f"{out} is there already and holds no model to overwrite: name another folder")
     for part in parts:
-        if out.resolve() in (part.folder.resolve(), *part.folder.resolve().parents):
+        if any(place.is_relative_to(out.resolve()) for place in _real_folders(part)):
             raise PipelineError(f"{out} holds {part.path}, which is to be merged: name another folder")
+
+
+def _real_folders(part: Part) -> set[Path]:
+    """Return the folders of a part's files, without links."""
+    return {part.folder.resolve(), *(file.parent.resolve() for file in files_of(part.folder, *SETTINGS, *_FORMATS))}
 
 
 def _folder_of(path: str) -> Path:
@@ -136,7 +157,7 @@ def _folder_of(path: str) -> Path:
 def _places_of(folder: Path) -> dict[Name, Place]:
     """Return all tensors of a folder and of those inside it. Raises PipelineError for damaged or pickled weights."""
     found: dict[Name, Place] = {}
-    inside = {file.parent for file in files_of(folder, ".safetensors", ".bin", ".json")} - {folder}
+    inside = {file.parent for file in files_of(folder, *_FORMATS, ".json")} - {folder}
     for place in (folder, *sorted(inside)):
         main = [name for name in _MAIN if any((place / f"{name}{end}").is_file() for end in ("", ".index.json"))]
         files = weight_files(place) if main or place == folder else []
@@ -158,7 +179,7 @@ def _places_of(folder: Path) -> dict[Name, Place]:
 
 def _require_alike(first: Part, other: Part) -> None:
     """Raise PipelineError that names the first differences of two parts."""
-    said = differences(settings_of(first.folder), settings_of(other.folder))
+    said = differences(first.settings, other.settings)
     for name in sorted(first.places.keys() | other.places.keys()):
         one, two = first.places.get(name), other.places.get(name)
         if one and two:
@@ -183,7 +204,7 @@ def _require_equal_buffers(parts: Sequence[Part]) -> None:
         for other in parts[1:]:
             if there := other.places.get(name):
                 blocks = zip(place.blocks(name[1]), there.blocks(name[1]), strict=True)
-                if not all(torch.equal(one, two) for one, two in blocks):
+                if not all(torch.equal(one.long(), two.long()) for one, two in blocks):
                     raise PipelineError(
                         f"{_shown(name)} of {parts[0].path} and {other.path} differ, and have no mean: they are "
                         f"{place.kind}, no weights"
@@ -208,13 +229,24 @@ def _write(
         weights = [part.weight for part in parts]
         for name, kind in kinds.items():
             if name in meant:
-                yield from _merged(name, held[name], weights, method, WEIGHTS[kind])
+                for block in _merged(name, held[name], weights, method, WEIGHTS[kind]):
+                    _refuse_overflow(_shown(names[name]), block)
+                    yield block
             else:
                 yield from places[name].blocks(name)
             bar.update(sum(place.bytes for place in held[name]))
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(target, {name: (kind, places[name].shape) for name, kind in kinds.items()}, blocks(), metadata)
+
+
+def _refuse_overflow(name: str, block: torch.Tensor) -> None:
+    """Raise PipelineError if a merged block, of finite values before it was rounded, has an infinite one."""
+    # As in `refuse_not_finite`: a sum is faster, and may overflow itself.
+    if not block.sum().isfinite() and not block.isfinite().all():
+        dtype = str(block.dtype).removeprefix("torch.")
+        remedy = "leave out the part with such weights" if dtype == "float32" else "give --dtype fp32"
+        raise PipelineError(f"{name} overflows {dtype}: {remedy}")
 
 
 def _merged(
@@ -281,7 +313,17 @@ def _retyped(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed(config) | {"dtype": name}
 
 
-def _write_card(parts: Sequence[Part], method: Method, folder: Path) -> None:
+def _sizes_agree(parts: Sequence[Part]) -> bool:
+    """Return whether all parts have the same note of smaller vectors, in config.json and on their cards."""
+    notes = [(read_json(part.folder / "config.json").get(SIZES), smaller_vectors(part.card)) for part in parts]
+    return all(note == notes[0] for note in notes)
+
+
+def _write_card(parts: Sequence[Part], method: Method, folder: Path, *, sizes: bool) -> None:
+    """Write the card, with the first part's own.  sizes: whether its section on smaller vectors is true of the result.
+
+    The licence is named if all parts have it.
+    """
     total = sum(part.weight for part in parts)
     rows = [
         {
@@ -291,8 +333,20 @@ def _write_card(parts: Sequence[Part], method: Method, folder: Path) -> None:
         }
         for part in parts
     ]
-    own = parts[0].folder / "README.md"
-    text = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else ""
-    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip()
-    on_hub = [part.path for part in parts if not Path(part.path).exists()]
-    write_card(folder, Path(__file__).with_name("merged.md.jinja"), parts=rows, method=method, body=body, on_hub=on_hub)
+    heads, bodies = zip(*(_parted(part.card) for part in parts), strict=True)
+    licences = [re.findall(r"^license(?:_name|_link)?: *\S.*$", head, re.MULTILINE) for head in heads]
+    write_card(
+        folder,
+        Path(__file__).with_name("merged.md.jinja"),
+        parts=rows,
+        method=method,
+        body=(bodies[0] if sizes else without_smaller_vectors(bodies[0])).strip(),
+        on_hub=[part.path for part in parts if not Path(part.path).exists()],
+        licence=licences[0] if all(each == licences[0] for each in licences) else [],
+    )
+
+
+def _parted(card: str) -> tuple[str, str]:
+    """Return a card's fields, which are YAML, and its text."""
+    found = re.match(r"---\n(.*?\n)---\n", card, flags=re.DOTALL)
+    return (found[1], card[found.end() :]) if found else ("", card)

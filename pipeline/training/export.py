@@ -1,6 +1,7 @@
 """Write a trained model as a Hugging Face folder that transformers loads without this package."""
 
 from pathlib import Path
+from typing import cast
 
 import deepspeed
 import torch
@@ -43,7 +44,7 @@ def write_folder(
     merged = merge_adapters(weights, lora) if (lora := recipe.model.train.adapters) else weights
     with replacing(folder) as partial:
         training_of(recipe).save(recipe, model, merged, source, partial)
-        note_sizes(partial, recipe.objective.sizes)
+        note_sizes(partial, cast(int, model.dimension), recipe.objective.sizes, recipe.objective.rounding)
 
 
 def _gathered(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:

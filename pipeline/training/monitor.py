@@ -196,7 +196,9 @@ class Monitor:
         averages = report.averages()
         self._scores(step, report, "")
         for variant in report.variants[1:]:  # the first is the full vectors
-            self._scores(step, report.at(variant), f"@{variant.form.dimensions}")
+            form = variant.form
+            kind = "" if form.kind == "float32" else f"-{form.kind}"
+            self._scores(step, report.at(variant), f"@{form.dimensions}{kind}")
         shown = ", ".join(f"{name} {value:.1%}" for name, value in averages.items())
         logger.info("step %d: score %.1f%%%s%s", step, 100 * report.score, ", " if shown else "", shown)
 

@@ -32,7 +32,7 @@ from pipeline.evaluation.sets import Collection
 from pipeline.evaluation.store import MemoryStore
 from pipeline.jobs import limits, status
 from pipeline.models.chunks import CachedFeatures, Features
-from pipeline.models.compact import Form, check_size
+from pipeline.models.compact import check_size, smaller_forms
 from pipeline.models.family import Processor
 from pipeline.models.registry import saved, training_of
 from pipeline.objectives.objective import StepResult, objective_of
@@ -321,7 +321,8 @@ class Trainer:
         interrupted = lambda: self.preemption.asked() > 0  # noqa: E731
         if not embed_collection(encoder, collection, store, interrupted=interrupted):
             return None
-        forms = [Form(size) for size in reversed(self.recipe.objective.sizes) if size < encoder.dimension]
+        objective = self.recipe.objective
+        forms = smaller_forms(encoder.dimension, objective.sizes, [objective.rounding] if objective.rounding else [])
 
         def score() -> Report | None:
             return measure(self.recipe.run, collection, store.take, forms=forms, device=self.device) if store else None

@@ -146,6 +146,12 @@ def test_field_unused_by_objective_is_refused():
         load_recipe("demo_masked.yaml", ["model.instruction=find"])
 
 
+def test_objectives_name_the_rounding_of_their_vectors():
+    assert load_recipe(DEMO, []).objective.rounding is None
+    assert load_recipe(DEMO, ["objective.quantized=binary"]).objective.rounding == "binary"
+    assert load_recipe("demo_masked.yaml", []).objective.rounding is None
+
+
 def test_sizes_of_vectors_are_ascending():
     assert load_recipe(DEMO, []).objective.sizes == []
     assert load_recipe(DEMO, ["objective.dimensions=[16,64]"]).objective.sizes == [16, 64]

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from pipeline import embed
 from pipeline.config import EvaluationRun
-from pipeline.data.sample import Item
+from pipeline.data.sample import Item, Pair
+from pipeline.data.shards import write_shards
 from pipeline.embed import Embedder, main
 from pipeline.embedding import embedder as embedder_module
 from pipeline.embedding import folder as folder_module
@@ -154,9 +155,9 @@ def test_vectors_are_cut_on_request(embedder):
     assert torch.equal(embedder.embed(["star", "ring"], 48), whole)
     assert embedder.embed([], 20).shape == (0, 20)
     for size in (-1, 0, 49):
-        with pytest.raises(PipelineError, match=f"dimensions={size} is no size .* from 1 to 48"):
+        with pytest.raises(PipelineError, match=f"dimensions={size} must be from 1 to 48, the size"):
             embedder.embed(["star"], size)
-        with pytest.raises(PipelineError, match="no size"):
+        with pytest.raises(PipelineError, match="must be from 1 to 48"):
             embedder.stream(["star"], size)  # before anything is read
 
 
@@ -292,7 +293,7 @@ def test_files_are_embedded_and_searched(tiny_model, inputs, media, tmp_path, mo
     assert line.replace("│", " ").split() == ["1", "1.000", str(media / "deep/b.jpg")]
 
 
-@pytest.mark.parametrize("vectors", ["float32", "binary"])
+@pytest.mark.parametrize("vectors", ["float32", "int8", "binary"])
 def test_small_vectors_are_stored_and_searched(tiny_model, inputs, tmp_path, monkeypatch, capsys, embedder, vectors):
     out = tmp_path / "out"
     form = ["--dimensions", 20, "--vectors", vectors]
@@ -315,6 +316,20 @@ def test_small_vectors_are_stored_and_searched(tiny_model, inputs, tmp_path, mon
         call(monkeypatch, tiny_model, "--out", out, "--query", "x", "--dimensions", 48)
 
 
+def test_shards_can_be_embedded_by_any_model(tmp_path, monkeypatch):
+    """The function that opens it reaches the encoders; they have tests of their own."""
+    write_shards([Pair("0", "d", "", Item("q"), Item("t"))], tmp_path / "shards", dataset="d")
+    given = []
+    monkeypatch.setattr("pipeline.embedding.embed_shards.embed_shards", lambda *each, **_: given.append(each))
+    monkeypatch.setattr("pipeline.distributed.end_distributed", lambda: None)
+    shards = ["any/model", "--shards", tmp_path / "shards", "--encoder", f"{tmp_path}/texts.py:Texts"]
+    call(monkeypatch, *shards, "--items")
+    ((model, _, _, options),) = given
+    assert (model, options.encoder) == ("any/model", f"{tmp_path}/texts.py:Texts")
+    with pytest.raises(PipelineError, match=r"encoder=.*texts\.py:Texts: there is no file"):
+        load_encoder(model, options)
+
+
 def test_embeddings_of_another_form_are_refused(tmp_path, monkeypatch):
     """All embeddings in a folder can be compared with one query."""
     store, rows = EmbeddingFolder(tmp_path), [torch.eye(4)[:2]]
@@ -333,7 +348,7 @@ def test_embeddings_of_another_form_are_refused(tmp_path, monkeypatch):
     np.testing.assert_array_equal(store.read("texts")[1], rows[0])
     about = tmp_path / "embeddings.json"
     about.write_text(json.dumps(vars(small)))
-    with pytest.raises(PipelineError, match=r"texts\.npy has not the 4 int8 numbers of embeddings\.json: embed again"):
+    with pytest.raises(PipelineError, match=r"texts\.npy does not hold 4 int8 numbers, as embeddings\.json says: "):
         store.read("texts")
     about.write_text('{"model": "m", "dimension": 4, "fingerprint": "f"}')  # of a version without types
     assert store.form() == Form(4)
@@ -482,7 +497,9 @@ def test_invalid_arguments_are_refused_before_model_load(tiny_model, inputs, med
         ([tiny_model, *out, "--texts", tmp_path / "nowhere"], "nowhere: No such file"),
         ([tmp_path / "nothing", *texts, *out, "--video-fps", 0.5], "no model at"),
         ([tmp_path, *texts, *out], "it has no config.json"),
-        ([tiny_model, *texts, *out, "--dimensions", 49], "dimensions=49 is no size .* from 1 to 48"),
+        ([tiny_model, *texts, *out, "--dimensions", 49], "dimensions=49 must be from 1 to 48, the size of the model"),
+        ([tiny_model, *texts, *out, "--encoder", "a.py:A"], "--encoder embeds the captions or items of a dataset"),
+        (["m", "--shards", "there", "--published", "--encoder", "a.py:A"], "--encoder cannot be combined with --publ"),
         (["m", "--shards", "there", "--vectors", "int8"], "--shards cannot be combined with --vectors"),
     ):
         with pytest.raises(PipelineError, match=reason):

@@ -9,10 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import EvaluationRun
 from pipeline.data.sample import Item
-from pipeline.errors import PipelineError
-from pipeline.evaluate import forms_of
 from pipeline.evaluation.measure import measure
 from pipeline.evaluation.metrics import scores_of
 from pipeline.evaluation.report import Shown
@@ -131,18 +128,6 @@ def test_other_forms_are_scored_as_their_vectors(collection):
         scores.append(found)
     assert len({tuple(each) for each in scores}) > 3  # most forms differ, so that a wrong one is noticed
     assert report.variants[0].scores == {name: result.score for name, result in report.results.items()}
-
-
-def test_options_name_the_other_forms():
-    def forms(**options: list) -> list[str]:
-        return list(map(str, forms_of(EvaluationRun(**options), 48)))
-
-    assert forms() == forms(dimensions=[48]) == []
-    assert forms(dimensions=[8, 16]) == ["16 float32", "8 float32"]
-    assert forms(vectors=["binary", "int8"]) == ["48 int8", "48 binary"]
-    assert forms(dimensions=[8, 8], vectors=["int8"]) == ["48 int8", "8 float32", "8 int8"]
-    with pytest.raises(PipelineError, match="dimensions=49 is no size of the model's vectors: choose one from 1 to 48"):
-        forms(dimensions=[8, 49])
 
 
 def test_scores_of_other_forms_do_not_depend_on_tiles():

@@ -172,6 +172,17 @@ def test_similarity_is_independent_of_dimension_order():
     assert (ours[0] - plain[0]).abs().max() < 3e-8
 
 
+def test_float32_holds_exact_similarities_too():
+    """Numbers of 1/4 and more are multiples of 2^-26 in float32; smaller ones are rounded to such."""
+    rows = torch.from_numpy(unit(200, 40))
+    rows[0, 0], rows[0, 1] = 1.0, 2.0**-27 + 2.0**-30
+    wide = fixed(rows.double())
+    ours = fixed(rows)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours.double(), wide)
+    assert ours[0, :2].tolist() == [1, 2.0**-26]
+
+
 def test_candidate_of_several_items_is_their_mean():
     rows = unit(40, 24)
     classes = np.arange(10, 40).reshape(10, 3)

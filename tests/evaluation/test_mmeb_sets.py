@@ -98,7 +98,7 @@ def test_further_positives_of_pairs_are_right_answers(tmp_path, monkeypatch):
         (items[query], [items[row] for row in rows]) for query, rows in zip(task.queries, task.candidates, strict=True)
     ] == [("q0", ["t0"]), ("q0", ["t1"]), ("q0", ["t2"]), ("q1", ["t1", "t0", "t2"])]
     monkeypatch.setattr("pipeline.evaluation.sets.pairs._SIMILARITIES", 11)
-    with pytest.raises(PipelineError, match="has 4 pairs, and each would be compared with all"):
+    with pytest.raises(PipelineError, match="has 4 pairs of a query and a right answer, and each would be"):
         load([str(tmp_path)])
 
 

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from dataclasses import replace
@@ -5,14 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from pipeline.data.mmeb import MMEB_TASKS
+from pipeline.data.mmeb import META_TASKS, MMEB_TASKS
 from pipeline.errors import PipelineError
 from pipeline.evaluation.html import change, write_report
 from pipeline.evaluation.html import page as page_of
 from pipeline.evaluation.published import PUBLISHED
 from pipeline.evaluation.report import Case, DatasetResult, Report, Shown, Similarities, Variant
-from pipeline.evaluation.terminal import print_report
+from pipeline.evaluation.terminal import _variants_tables, print_report
 from pipeline.models.compact import Form
 
 NAMES = [name for name in MMEB_TASKS if name != "ImageNet_1K"]
@@ -287,7 +289,7 @@ def test_variants_are_saved_and_shown(tmp_path, capsys):
     small = content["variants"][2]
     assert (small["form"], small["bytes"]) == ({"dimensions": 16, "kind": "int8"}, 16)
     assert small["means"]["vqa"] == small["scores"]["x"] == pytest.approx(0.3)
-    rows = [
+    rows = [  # of the page; the terminal's table has a column for each
         ["48", "float32", "192", "40.0", "60.0", "50.0", "40.0", "46.7"],
         ["48", "binary", "6", "36.0", "-4.0", "54.0", "-6.0", "45.0", "-5.0", "36.0", "-4.0", "42.0", "-4.7"],
         ["16", "int8", "16", "30.0", "-10.0", "45.0", "-15.0", "37.5", "-12.5", "30.0", "-10.0", "35.0", "-11.7"],
@@ -301,8 +303,46 @@ def test_variants_are_saved_and_shown(tmp_path, capsys):
 
     print_report(report)
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 120
-    assert rows == [row for line in printed.splitlines() if (row := re.sub(r"[│()]", " ", line).split()) in rows]
+    table = printed[printed.index("means (%) by size and type of the vectors of m") :]
+    cells = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in table.splitlines()]
+    assert [row for row in cells if row] == [
+        ["size", "48", "48", "16"],
+        ["type", "float32", "binary", "int8"],
+        ["bytes of a vector", "192", "6", "16"],
+        ["vqa", "40.0", "36.0 (-4.0)", "30.0 (-10.0)"],
+        ["retrieval", "60.0", "54.0 (-6.0)", "45.0 (-15.0)"],
+        ["overall", "50.0", "45.0 (-5.0)", "37.5 (-12.5)"],
+        ["text-image", "40.0", "36.0 (-4.0)", "30.0 (-10.0)"],
+        ["all datasets", "46.7", "42.0 (-4.7)", "35.0 (-11.7)"],
+    ]
+
+
+@pytest.mark.parametrize(("width", "most"), [(80, 3), (120, 6)])
+def test_tables_of_forms_fit_the_terminal_and_lose_no_figure(width, most):
+    results = {name: result(task, True, metrics={"P@1": 0.4}) for name, task in zip("abcd", META_TASKS, strict=True)}
+    results |= {"e": retrieval(), "f": result("text-video", None, metrics={"t2v R@1": 0.3})}
+    results["g"] = result("zero-shot classification", None, metrics={"top-1": 1.0})
+    forms = [Form(size, kind) for size in (3584, 1024, 64) for kind in ("float32", "int8", "binary")]
+    scores = [
+        {name: (1 - number / 10) * each.score for name, each in results.items()} for number, _ in enumerate(forms)
+    ]
+    report = Report("m", results, variants=tuple(map(Variant, forms, scores)))
+    console = Console(width=width, file=io.StringIO())
+    tables = _variants_tables(report, width)
+    assert max(len(table.columns) - 1 for table in tables) == most
+    for table in tables:
+        console.print(table)
+    printed = console.file.getvalue()
+    assert max(map(len, printed.splitlines())) <= width and "…" not in printed
+    cells = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in printed.splitlines()]
+    shown: dict[str, list[str]] = {}
+    for row in filter(None, cells):
+        shown.setdefault(row[0], []).extend(row[1:])
+    assert len(shown) == 3 + 9
+    assert shown["type"] == [form.kind for form in forms]
+    assert shown["bytes of a vector"] == [f"{form.bytes:,}" for form in forms]
+    fractions = [f"{100 - 10 * number:.1f}" + f" (-{10 * number:.1f})" * bool(number) for number in range(9)]
+    assert shown["zero-shot classification"] == fractions
 
 
 def test_report_without_variants_does_not_name_them(written):

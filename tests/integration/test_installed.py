@@ -69,7 +69,9 @@ def test_installed_wheel_runs_without_a_checkout(tmp_path):
         ["train", "demo.yaml", *settings, "deepspeed=zero1.json"],
         ["embed", "run/export", "--texts", "texts.txt", "--out", "vectors"],
         ["export", "run", "exported"],
-        ["evaluate", "run/export", "world/train/Scene-CLS", "out=report"],
+        ["merge", "merged", "run", "exported"],
+        ["mine", "run/export", "world/train/Scene-CLS", "out=mined"],
+        ["evaluate", "merged", "world/train/Scene-CLS", "out=report"],
     ]
     assert "usage: pipeline-make-shards" in run(commands / "pipeline-make-shards", "--help")  # as an executable
     printed = run(commands / "python", "-c", ONE_AFTER_ANOTHER, json.dumps(scripts), commands)
@@ -77,4 +79,5 @@ def test_installed_wheel_runs_without_a_checkout(tmp_path):
     assert len((folder / "run/metrics.jsonl").read_text().splitlines()) == 4
     assert np.allclose(np.linalg.norm(np.load(folder / "vectors/texts.npy"), axis=1), [1, 1], atol=1e-5)
     assert (folder / "exported/model.safetensors").exists()
+    assert (folder / "merged/model.safetensors").exists() and (folder / "mined/mined.json").exists()
     assert (folder / "report/report.html").exists()

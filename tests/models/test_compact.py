@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.errors import PipelineError
-from pipeline.models.compact import Form, packed, quantized, shortened, unpacked
+from pipeline.models.compact import Form, packed, quantized, shortened, smaller_forms, unpacked
 
 ROWS = np.random.default_rng(0).normal(size=(50, 37)) * np.logspace(-6, 0, 37)  # the first numbers are tiny
 VECTORS = torch.tensor(ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True), dtype=torch.float32)
@@ -25,7 +25,7 @@ def test_first_numbers_are_normalised_again():
     assert shortened(VECTORS.bfloat16(), 8).dtype == torch.bfloat16
     np.testing.assert_allclose(shortened(torch.tensor([[3e-30, 4e-30, 1.0]]), 2), [[0.6, 0.8]], rtol=1e-6)
     for size in (0, -1, 38):
-        with pytest.raises(PipelineError, match=f"dimensions={size} is no size of the model's vectors.*from 1 to 37"):
+        with pytest.raises(PipelineError, match=f"dimensions={size} must be from 1 to 37, the size of the model"):
             shortened(VECTORS, size)
 
 
@@ -91,6 +91,18 @@ def test_a_row_does_not_depend_on_others_or_on_its_layout():
         assert torch.equal(function(many), once.repeat(300, 1))
         assert torch.equal(torch.cat([function(row[None]) for row in VECTORS]), once)
         assert torch.equal(function(VECTORS.T.contiguous().T), once)
+
+
+def test_forms_to_score_besides_the_full_vectors():
+    def forms(sizes: list[int], kinds: list[str]) -> list[str]:
+        return list(map(str, smaller_forms(48, sizes, kinds)))
+
+    assert forms([], []) == forms([48], []) == []
+    assert forms([8, 16], []) == ["16 float32", "8 float32"]
+    assert forms([], ["binary", "int8"]) == ["48 int8", "48 binary"]
+    assert forms([8, 8], ["int8"]) == ["48 int8", "8 float32", "8 int8"]
+    with pytest.raises(PipelineError, match="dimensions=49 must be from 1 to 48, the size of the model's vectors"):
+        forms([8, 49], [])
 
 
 def test_bytes_of_a_stored_vector():

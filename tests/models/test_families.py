@@ -182,14 +182,28 @@ def test_image_orientation_setting_is_applied_and_exported(kind, folders, tiny_m
             assert (float((rows[0] - rows[2]).norm()) < 1e-4) == equal
 
 
-def test_export_names_the_sizes_of_its_vectors(folders, tmp_path):
-    given = folders["clip"]
-    for fields, sizes in ((["objective.dimensions=[4,16]"], [4, 16]), ([], None)):  # each continues the previous one
-        chosen = load_recipe("pipeline/recipes/demo_clip.yaml", [f"model.path={given}", *fields])
-        model, out = training("clip").load_whole(chosen, given), tmp_path / f"out{len(fields)}"
+@pytest.mark.parametrize("family", ["clip", "text_encoder", "llm2clip"])
+def test_export_names_the_sizes_of_its_vectors(family, folders, tmp_path):
+    recipe = {"clip": "demo_clip", "text_encoder": "demo_caption", "llm2clip": "demo_llm2clip"}[family]
+    given, size = folders[family], saved(family).dimension(folders[family])
+    cases = (  # each continues the previous one
+        ([f"objective.dimensions=[4,8,{size}]"], [4, 8, size], ["cut to their first 4, 8 numbers, and"]),
+        (["objective.dimensions=[4]", "objective.quantized=int8"], [4], ["first 4 numbers", "number (int8)"]),
+        (["objective.quantized=binary"], None, ["number, its sign (binary)"]),
+        ([f"objective.dimensions=[{size}]"], [size], []),
+        ([], None, []),
+    )
+    for number, (fields, sizes, notes) in enumerate(cases):
+        fields = [f"model.path={given}", *fields]
+        if family == "llm2clip":
+            fields.append(f"model.text_encoder={folders['text_encoder']}")
+        chosen = load_recipe(f"pipeline/recipes/{recipe}.yaml", fields)
+        model, out = training(family).load_whole(chosen, given), tmp_path / str(number)
         write_folder(model, dict(model.named_parameters()), chosen, given, out)
         assert json.loads((out / "config.json").read_text()).get("matryoshka_dimensions") == sizes
-        assert ("cut to their first 4, 16 numbers" in (out / "README.md").read_text()) == bool(sizes)
+        card = (out / "README.md").read_text()
+        assert card.count("## Smaller vectors") == bool(notes)
+        assert all(note in card for note in notes)
         given = str(out)
 
 

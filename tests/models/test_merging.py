@@ -17,10 +17,13 @@ from sections import section
 from transformers import CLIPImageProcessorPil
 
 from pipeline import merge as program
+from pipeline.config import EvaluationRun, load_recipe
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
+from pipeline.evaluation.encoders import load_encoder
 from pipeline.models import merging, tensor_files
 from pipeline.models.files import fingerprint
+from pipeline.models.folder import note_sizes
 from pipeline.models.llm2clip import model as llm2clip
 from pipeline.models.llm2clip.model import Llm2Clip
 from pipeline.models.merging import Part, merge
@@ -154,6 +157,7 @@ def test_merged_models_of_each_family_embed(family, models, tmp_path):
     merge([Part(one), Part(two)], tmp_path / "merged")
     items = ["a red star"] if family == "text_encoder" else ["a red star", Image.new("RGB", (30, 20), "red")]
     parts = [Embedder.load(path, "cpu").embed(items) for path in (one, two, tmp_path / "merged")]
+    assert load_encoder(str(tmp_path / "merged"), EvaluationRun()).dimension == parts[2].shape[1]
     assert all(torch.allclose(rows.norm(dim=1), torch.ones(len(items))) for rows in parts)
     assert not torch.allclose(parts[2], parts[0]) and not torch.allclose(parts[2], parts[1])
     card = (tmp_path / "merged/README.md").read_text()
@@ -162,6 +166,23 @@ def test_merged_models_of_each_family_embed(family, models, tmp_path):
     for file in (file for file in Path(one).rglob("*") if file.is_file() and file.name != "README.md"):
         again = tmp_path / "same" / file.relative_to(one)
         assert again.read_bytes() == file.read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llave", "demo"), ("text_encoder", "demo_caption"), ("clip", "demo_clip"), ("llm2clip", "demo_llm2clip")],
+)
+def test_training_starts_from_a_merged_model(family, name, models, tmp_path):
+    merge(list(map(Part, models[family])), tmp_path / "merged")
+    fields = [f"model.path={tmp_path / 'merged'}"]
+    if family == "llm2clip":
+        fields.append(f"model.text_encoder={models['text_encoder'][0]}")
+    recipe = load_recipe(f"pipeline/recipes/{name}.yaml", fields)
+    training(family).check(recipe.model)
+    found = dict(training(family).load_whole(recipe, recipe.model.path).named_parameters())
+    stored = load_file(tmp_path / "merged/model.safetensors")
+    alike = [name for name, each in stored.items() if any(torch.equal(each, own) for own in found.values())]
+    assert len(alike) >= len(stored) - 1  # CLIP's logit scale is not trained
 
 
 def test_several_files_and_another_dtype(models, tmp_path):
@@ -273,6 +294,88 @@ def test_unlike_models_are_refused(family, change, said, models, tmp_path):
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_notes_of_training_are_neither_compared_nor_copied(models, tmp_path):
+    def trained(folder: Path) -> None:
+        for name in ("trainer_state.json", "all_results.json", "eval_results.json"):
+            (folder / name).write_text(json.dumps({"loss": str(folder)}))
+
+    parts = [Part(changed(path, tmp_path / str(number), trained)) for number, path in enumerate(models["clip"])]
+    merge(parts, tmp_path / "out")
+    files = {file.name for file in Path(models["clip"][0]).iterdir()} | {"README.md"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == files
+
+
+def linked(place: Path) -> Change:
+    """Replace the text encoder's folder by a link."""
+
+    def change(folder: Path) -> None:
+        (folder / "text_encoder").rename(place)
+        (folder / "text_encoder").symlink_to(place)
+        (place / "back").symlink_to(folder)  # without end
+
+    return change
+
+
+def test_linked_folders_are_compared_and_copied(models, tmp_path):
+    one, two = models["llm2clip"]
+    links = [changed(path, tmp_path / f"link{n}", linked(tmp_path / f"text{n}")) for n, path in enumerate((one, two))]
+    merge([Part(one), Part(two)], tmp_path / "plain")
+    merge(list(map(Part, links)), tmp_path / "out")
+    files = {file.relative_to(tmp_path / "plain") for file in (tmp_path / "plain").rglob("*") if file.is_file()}
+    assert files == {file.relative_to(tmp_path / "out") for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert Path("text_encoder/model.safetensors") in files
+    for file in files - {Path("README.md")}:
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes(), file
+    assert not (tmp_path / "out/text_encoder").is_symlink()
+    config("text_encoder", instruction="other: ")(tmp_path / "text1")
+    with pytest.raises(PipelineError, match=r"text_encoder/config.json: text_encoder.instruction is 'find: ' and 'oth"):
+        merge(list(map(Part, links)), tmp_path / "unlike")
+    with pytest.raises(PipelineError, match=r"text1/new is inside .*link1, which is to be merged"):
+        merge(list(map(Part, links)), tmp_path / "text1/new")
+    with pytest.raises(PipelineError, match=r"text1 holds .*link1, which is to be merged"):
+        merge(list(map(Part, links)), tmp_path / "text1", overwrite=True)
+
+
+def test_sizes_and_licence_are_kept_where_all_parts_have_them(models, tmp_path):
+    one, two = models["clip"]
+
+    def part(name: str, *, sizes: list[int], kind: str | None = None, licence: str = "license: mit\n") -> Part:
+        def change(folder: Path) -> None:
+            (folder / "README.md").write_text(f"---\nlibrary_name: x\n{licence}---\n\n# Own\n\n## Use\n\nlike this\n")
+            note_sizes(folder, 16, sizes, kind)
+            (folder / "README.md").open("a").write("\n## Licence\n\nsee above\n")
+
+        return Part(changed(two, tmp_path / name, change))
+
+    def merged(*parts: Part) -> tuple[object, str]:
+        merge(parts, tmp_path / "out", overwrite=True)
+        values = json.loads((tmp_path / "out/config.json").read_text())
+        return values.get("matryoshka_dimensions"), (tmp_path / "out/README.md").read_text()
+
+    same = part("a", sizes=[4, 8]), part("b", sizes=[4, 8])
+    sizes, card = merged(*same)
+    assert sizes == [4, 8] and card.count("first 4, 8 numbers") == card.count("license: mit\n") == 1
+    assert card.count("library_name") == 1 and "see above" in card and "like this" in card
+    unlike = Part(one), part("c", sizes=[4]), part("d", sizes=[4, 8], kind="int8", licence="license: apache-2.0\n")
+    for other in unlike:
+        for pair in ((same[0], other), (other, same[0])):
+            sizes, card = merged(*pair)
+            assert sizes is None and "Smaller vectors" not in card
+            assert ("license:" in card) == (other is unlike[1])
+            assert ("see above" in card and "like this" in card) == (pair[0] is not unlike[0])
+
+
+def test_overflow_is_refused(tmp_path):
+    """The mean fits in float32, in which the second part is stored, but not in float16 as in the first."""
+    small = folder_of(tmp_path / "small", {"a": torch.ones(2), "w": torch.full((3, 2), 60_000.0).half()})
+    large = folder_of(tmp_path / "large", {"a": torch.ones(2), "w": torch.full((3, 2), 80_000.0)})
+    with pytest.raises(PipelineError, match=r"^w overflows float16: give --dtype fp32$"):
+        merge([Part(small), Part(large)], tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+    merge([Part(small), Part(large)], tmp_path / "out", dtype="fp32")
+    assert (load_file(tmp_path / "out/model.safetensors")["w"] == 70_000).all()
+
+
 def test_buffers_and_damaged_weights(tmp_path):
     marks = torch.tensor([True, False])
     weight = torch.ones(2, 3)
@@ -286,6 +389,17 @@ def test_buffers_and_damaged_weights(tmp_path):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
     merge([Part(one), Part(one)], tmp_path / "out")
     assert torch.equal(load_file(tmp_path / "out/model.safetensors")["marks"], marks)
+
+    numbers = [
+        folder_of(
+            tmp_path / f"{number}{dtype}", {"w": weight, "numbers": torch.arange(number, number + 3, dtype=dtype)}
+        )
+        for number, dtype in ((0, torch.int64), (0, torch.int32), (1, torch.int32))
+    ]
+    merge([Part(numbers[0]), Part(numbers[1])], tmp_path / "numbers")
+    assert load_file(tmp_path / "numbers/model.safetensors")["numbers"].dtype == torch.int64
+    with pytest.raises(PipelineError, match=r"numbers of .* differ, and have no mean: they are I64"):
+        merge([Part(numbers[0]), Part(numbers[2])], tmp_path / "other")
 
 
 def test_requests_that_cannot_be_met(models, tmp_path):
@@ -316,6 +430,7 @@ def test_requests_that_cannot_be_met(models, tmp_path):
         ),
         ([one, Part(str(tmp_path / "adapters"))], {"out": tmp_path / "new"}, "is not the mean of the products B A"),
         ([one, two], {"out": Path(two.path), "overwrite": True}, "clip-2 holds .*clip-2, which is to be merged"),
+        ([one, two], {"out": Path(two.path) / "new"}, "clip-2/new is inside .*clip-2, which is to be merged"),
     ]:
         with pytest.raises(PipelineError, match=said):
             merge(parts, **{"out": out, "method": "mean", "overwrite": False} | options)

@@ -55,8 +55,8 @@ def add(collection: Collection, url: str) -> None:
 def _check_size(url: str, queries: int, targets: int) -> None:
     if queries * targets > _SIMILARITIES:
         raise PipelineError(
-            f"{url} has {queries:,} pairs, and each would be compared with all: evaluate on fewer, "
-            f"{int(_SIMILARITIES**0.5):,} at most"
+            f"{url} has {queries:,} pairs of a query and a right answer, and each would be compared with all answers: "
+            f"evaluate on fewer, {int(_SIMILARITIES**0.5):,} at most"
         )
 
 

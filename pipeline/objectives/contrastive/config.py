@@ -99,6 +99,10 @@ class ContrastiveSection(ObjectiveSection):
     def sizes(self) -> list[int]:
         return self.dimensions
 
+    @property
+    def rounding(self) -> Literal["int8", "binary"] | None:
+        return self.quantized
+
     def alpha_at(self, step: int) -> float:
         """Return alpha in a step, counted from 0."""
         return self.alpha * min(1.0, step / self.alpha_ramp) if self.alpha_ramp else self.alpha

@@ -1,0 +1,52 @@
+"""Which forms of the vectors an evaluation during training scores."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import load_recipe
+from pipeline.evaluation.tasks import Collection, Ranking
+from pipeline.training import trainer as module
+from pipeline.training.trainer import Trainer
+
+VECTORS = np.eye(8, dtype=np.float32)[[0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "forms"),
+    [
+        ([], []),
+        (["objective.dimensions=[2,4,8]"], ["8 float32", "4 float32", "2 float32"]),
+        (["objective.quantized=int8"], ["8 float32", "8 int8"]),
+        (
+            ["objective.dimensions=[4]", "objective.quantized=binary"],
+            ["8 float32", "8 binary", "4 float32", "4 binary"],
+        ),
+    ],
+)
+def test_vectors_are_scored_in_the_forms_that_are_trained(fields, forms, monkeypatch):
+    collection = Collection()
+    for number in range(4):
+        collection.row(bytes([number]) * 16, str(number), lambda: None)
+    lists = [np.array([2, 3]), np.array([3, 2])]
+    collection.tasks.append(Ranking("QA", "vqa", True, np.array([0, 1]), lists))
+
+    def embed_collection(encoder, collection, store, **options) -> bool:
+        store.append("QA", np.arange(4), VECTORS)
+        return True
+
+    monkeypatch.setattr(module, "embed_collection", embed_collection)
+    monkeypatch.setattr(module, "on_first_rank", lambda work, what: work())
+    trainer = Trainer(load_recipe("demo.yaml", fields), SimpleNamespace(asked=lambda: 0))
+    trainer.engine, trainer.rank, trainer.collection = (
+        SimpleNamespace(module=SimpleNamespace(dimension=8)),
+        0,
+        collection,
+    )
+    trainer.budget, trainer.device = SimpleNamespace(chunk_tokens=100), torch.device("cpu")
+    trainer._reader_and_features = (None, None)
+    report = trainer._measured()
+    assert report.score == 1
+    assert [str(variant.form) for variant in report.variants] == forms
