@@ -3,8 +3,10 @@
     python tools/plan_memory.py pipeline/recipes/demo.yaml --gpus 2
     python tools/plan_memory.py RECIPE --gpus 8 --memory 80 batch.chunk_tokens=16384
 
-Reads only the model's configuration, no weights. Sizes are in GB of 10^9 bytes, the unit of GPU vendors. The column of
-the recipe's own ZeRO stage uses its DeepSpeed config; the other columns use ds_configs/. ZeRO 0 needs fp32.
+Reads only the model's configuration, no weights; and, if the recipe uses mined negatives or a teacher's vectors, the
+indexes of the data. If they cannot be read, a note below the tables says what is assumed. Sizes are in GB of 10^9
+bytes, the unit of GPU vendors. The column of the recipe's own ZeRO stage uses its DeepSpeed config; the other columns
+use ds_configs/. ZeRO 0 needs fp32.
 
 A chunk has batch.chunk_tokens tokens, or model.max_tokens if that is more. The estimate assumes chunks full of
 photographs (4:3), or full of videos (--videos), which have more tiles. Phases of a step in brackets do not overlap, so
@@ -12,8 +14,8 @@ only the largest counts. The last lines show the largest batch.chunk_tokens that
 model.max_tokens does not fit), and how many chunks of one such item can keep their graph (batch.kept_chunks). If the
 DeepSpeed config offloads, the CPU memory follows.
 
-The estimate leaves out CUDA, NCCL and fragmentation, which need a few GB, and explicit negatives. With `auto`, training
-fills at most 90 % of the memory: use --memory 72 for a GPU of 80 GB.
+The estimate leaves out CUDA, NCCL and fragmentation, which need a few GB, and negatives and further positives in the
+samples themselves. With `auto`, training fills at most 90 % of the memory: use --memory 72 for a GPU of 80 GB.
 """
 
 import argparse
@@ -28,12 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing runs here, so DeepSpeed needs no GPU
 
 from pipeline.config import Recipe, load_ds_config, load_recipe
+from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
 from pipeline.training.memory import MOST_CHUNKS, MOST_TOKENS, Plan, States
 
 GB = 1e9
 STAGES = (0, 1, 2, 3)
+STORE_SECONDS = 5  # without a byte, after which the data count as unreadable
 
 
 def zero_sections(recipe: Recipe, gpus: int) -> dict[int, dict]:
@@ -45,6 +49,17 @@ def zero_sections(recipe: Recipe, gpus: int) -> dict[int, dict]:
             other = recipe.model_copy(update={"deepspeed": f"ds_configs/zero{stage}.json"})
             sections[stage] = load_ds_config(other, gpus)["zero_optimization"]
     return dict(sorted(sections.items()))
+
+
+def data_of(recipe: Recipe) -> tuple[Source | None, str]:
+    """Return the data if they matter to the estimate, or None and, if they cannot be read, why."""
+    data = recipe.data
+    if not data.negatives and not data.teacher:
+        return None, ""
+    try:
+        return Source.open(data.model_copy(update={"timeout_s": min(data.timeout_s, STORE_SECONDS)})), ""
+    except PipelineError as error:
+        return None, f"the data cannot be read: {error}"
 
 
 def parameter_table(plan: Plan) -> Table:
@@ -122,9 +137,12 @@ def main() -> None:
         raise PipelineError("--gpus and --memory must be positive numbers")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     sections = zero_sections(recipe, arguments.gpus)
-    plan = Plan.of(recipe, arguments.gpus, arguments.videos)
+    source, unread = data_of(recipe)
+    plan = Plan.of(recipe, arguments.gpus, arguments.videos, source)
     console = Console(width=120)
     console.print(parameter_table(plan), memory_table(plan, sections, arguments.memory * GB))
+    for remark in filter(None, (*plan.stored.remarks, unread)):
+        console.print(f"note: {remark}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,16 @@ from typing import cast
 import torch
 from torch import nn
 
-from pipeline.config import Recipe, is_offloaded
+from pipeline.config import MiningRun, Recipe, is_offloaded
+from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.models.family import ChunkMemory
 from pipeline.models.registry import training_of
-from pipeline.objectives.contrastive.loss import CACHED_BYTES, TILE
+from pipeline.objectives.contrastive.config import ContrastiveSection
+from pipeline.objectives.contrastive.memory import FP32, loss_bytes
 from pipeline.training.budget import Budget
 from pipeline.training.engine import adapt, freeze
 
-FP32 = 4
 MOST_TOKENS = 1 << 24  # of a chunk; no device can hold more
 MOST_CHUNKS = 1 << 12  # with cached graphs
 
@@ -117,33 +118,57 @@ def state_bytes(groups: Sequence[Group], *, stage: int, gpus: int, width: int, z
     )
 
 
-def loss_bytes(dimension: int, global_batch: int, gpus: int) -> int:
-    """Return the peak memory of the loss, in float32, when only embeddings are in memory."""
-    rows = global_batch // gpus
-    work = FP32 * (
-        4 * global_batch * dimension  # all devices' targets: gathered, as columns, as a factor of the logits; gradient
-        + 3 * rows * dimension  # this device's queries: as they are, as a factor of the logits; gradient
-        + 2 * min(TILE, rows) * global_batch  # a tile's gradient, in both directions
-    )
-    return work + min(CACHED_BYTES, FP32 * rows * global_batch)  # cached tiles of logits
+@dataclass(frozen=True)
+class Stored:
+    """What a recipe reads for each pair besides the sample itself.
+
+    negatives: mined ones.  teacher: the width of its vectors; 0 without a teacher.  remarks: what the estimate assumes.
+    """
+
+    negatives: int
+    teacher: int
+    remarks: tuple[str, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, source: Source | None, dimension: int) -> "Stored":
+        """source: the recipe's data; None if they cannot be read.  dimension: of the model's vectors."""
+        negatives, teacher, remarks = 0, 0, ["the samples' own negatives and further positives are not counted"]
+        if recipe.data.negatives:
+            negatives = MiningRun.model_fields["count"].default
+            if source:
+                negatives = max(mined.index.metadata.count for mined in source.mined)
+            else:
+                remarks.append(f"{negatives} mined negatives a pair are assumed")
+        if recipe.data.teacher:
+            teacher = dimension
+            if source and (metadata := source.teacher_metadata):
+                teacher = metadata.width
+            else:
+                remarks.append(f"a teacher's vectors of {teacher} numbers are assumed")
+        return cls(negatives, teacher, tuple(remarks))
 
 
 @dataclass(frozen=True)
 class Plan:
     """The memory that a recipe needs on each of `gpus` devices.
 
-    dimension: of an embedding.  chunk: number of tokens -> memory of a chunk with them.
+    dimension: of an embedding.  stored: what each pair has besides its sample.
+    chunk: number of tokens -> memory of a chunk with them.
     """
 
     recipe: Recipe
     gpus: int
     groups: list[Group]
     dimension: int
+    stored: Stored
     chunk: Callable[[int], ChunkMemory]
 
     @classmethod
-    def of(cls, recipe: Recipe, gpus: int, videos: bool) -> "Plan":
-        """Return the plan for chunks full of images or `videos`. Raises PipelineError if memory cannot be estimated."""
+    def of(cls, recipe: Recipe, gpus: int, videos: bool, source: Source | None = None) -> "Plan":
+        """Return the plan for chunks full of images or `videos`. Raises PipelineError if memory cannot be estimated.
+
+        source: the recipe's data; None if they cannot be read.
+        """
         family = training_of(recipe)
         if not family.estimates_memory:
             raise PipelineError(
@@ -157,7 +182,8 @@ class Plan:
         groups = groups_of(memory.model)
         if memory.frozen:
             groups = groups_of(memory.frozen, in_engine=False) + groups
-        return cls(recipe, gpus, groups, cast(int, memory.model.dimension), memory.chunk)
+        dimension = cast(int, memory.model.dimension)
+        return cls(recipe, gpus, groups, dimension, Stored.of(recipe, source, dimension), memory.chunk)
 
     @property
     def budget(self) -> Budget:
@@ -170,7 +196,8 @@ class Plan:
 
     def kept(self) -> dict[str, int]:
         """Return, by name, what else a step keeps in memory throughout."""
-        batch, items = self.recipe.batch, 2 * (self.recipe.batch.global_batch // self.gpus)
+        batch = self.recipe.batch
+        items = (2 + self.stored.negatives) * (batch.global_batch // self.gpus)
         kept = {"kept embeddings, their gradient": 2 * items * self.dimension * FP32}
         if any(not group.in_engine for group in self.groups):  # for items of maximum length
             features = items * self.chunk(self.recipe.model.max_tokens).features
@@ -182,10 +209,14 @@ class Plan:
         # An item longer than the chunk size is a chunk by itself.
         chunk = self.chunk(max(chunk_tokens, self.recipe.model.max_tokens))
         graphs = self.budget.kept_chunks if kept_chunks is None else kept_chunks
+        objective, stored = cast(ContrastiveSection, self.recipe.objective), self.stored
+        pairs = self.recipe.batch.global_batch
         return {
             "a chunk without gradient": chunk.forward,
             "a chunk with gradient": max(graphs, 1) * chunk.graph + chunk.backward,
-            "the loss": loss_bytes(self.dimension, self.recipe.batch.global_batch, self.gpus),
+            "the loss": loss_bytes(
+                objective, self.dimension, pairs, self.gpus, negatives=stored.negatives, teacher=stored.teacher
+            ),
             "the optimizer's step": states.step,
         }
 

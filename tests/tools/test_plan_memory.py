@@ -25,9 +25,11 @@ from pipeline.models.chunks import Packed, pack
 from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import Llave, TowerlessLlave, normalised, tower_features
 from pipeline.models.registry import training_of
+from pipeline.objectives.contrastive import loss, memory
+from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.loss import hardness_weighted_loss
 from pipeline.training.engine import freeze
-from pipeline.training.memory import Group, Plan, groups_of, loss_bytes, state_bytes
+from pipeline.training.memory import Group, Plan, groups_of, state_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "pipeline/recipes/demo.yaml"
@@ -175,13 +177,58 @@ def test_tower_wider_than_language_model_is_counted():
     assert chunk_memory(shape, tokens, tiles, 4, tower_trained=False, tiles_at_once=2).forward < planned.forward / 2
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1024, 256), (3000, 64)])
-def test_loss_memory_matches_plan(rows, width):
+def unit(rows: int, width: int) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, width), dim=-1)
+
+
+LABELS = {"distill": {"scores": "teacher"}}
+OWN = {"temperatures": {"vqa": 0.03}, "margins": {"vqa": 0.1}, "learn_temperature": True}
+
+
+@pytest.mark.parametrize("cached", [1 << 30, 3_000_000])
+@pytest.mark.parametrize(
+    ("rows", "width", "negatives", "teacher", "fields"),
+    [
+        (1024, 256, 0, 0, {}),
+        (1500, 64, 0, 0, {}),
+        (900, 64, 2, 0, {}),
+        (64, 512, 8, 0, {"dimensions": [384, 512]}),
+        (256, 512, 1, 0, {"dimensions": [128, 256, 512]}),
+        (900, 32, 1, 0, {"dimensions": [8, 16, 32]}),
+        (1024, 64, 0, 0, OWN),
+        (512, 64, 1, 256, {"reward": "teacher"}),
+        (768, 64, 1, 32, LABELS),
+        (600, 64, 1, 64, OWN | LABELS | {"reward": "teacher", "dimensions": [16, 64], "mask_duplicates": False}),
+    ],
+)
+def test_loss_memory_matches_plan(rows, width, negatives, teacher, fields, cached, monkeypatch):
     torch.manual_seed(0)
-    query, target = (F.normalize(torch.randn(rows, width), dim=-1).requires_grad_() for _ in range(2))
+    for module in (loss, memory):
+        monkeypatch.setattr(module, "CACHED_BYTES", cached)
+    section, ids = ContrastiveSection(**fields), torch.arange(rows)
+    vectors = [unit(count, width).requires_grad_() for count in (rows, rows, negatives * rows)]
+    of_teacher = [unit(count, teacher) for count in (rows, rows, negatives * rows)] if teacher else []
+    temperature = torch.full((rows,), 0.03).requires_grad_() if section.temperatures else 0.03
+    hashes = {"query_ids": ids, "target_ids": ids + rows, "negative_ids": torch.arange(negatives * rows)}
     with LiveBytes() as live:
-        torch.autograd.grad(hardness_weighted_loss(query, target, alpha=9, temperature=0.02).loss, (query, target))
-    assert loss_bytes(width, rows, gpus=1) == pytest.approx(live.peak, rel=0.15)
+        query, target, further = (x.clone() for x in vectors)  # as `contrastive_loss` gathers a pair's items
+        output = hardness_weighted_loss(
+            query,
+            target,
+            alpha=9,
+            temperature=temperature,
+            negatives=further,
+            margin=torch.full((rows,), 0.1) if section.margins else None,
+            directions=section.directions,
+            teacher=loss.Teacher(*(x.clone() for x in of_teacher)) if teacher else None,
+            reward=section.reward,
+            distill=loss.Distill(1.0, 0.02) if section.distill else None,
+            dimensions=section.dimensions,
+            **(hashes if section.mask_duplicates else {}),
+        )
+        torch.autograd.grad(output.loss, [x for x in (*vectors, temperature) if isinstance(x, torch.Tensor)])
+    planned = memory.loss_bytes(section, width, rows, gpus=1, negatives=negatives, teacher=teacher)
+    assert planned == pytest.approx(live.peak, rel=0.1)
 
 
 def size_of(tensors) -> int:

@@ -164,7 +164,7 @@ def model(job: Job) -> Check:
         return yellow(f"{absent}: the job would download it", download) if absent else green(source)
     shards = [shard for _, shard in job.source.shards] if job.source else []
     mostly_videos = sum(shard.videos for shard in shards) > sum(shard.images for shard in shards)
-    plan = Plan.of(recipe, job.world, videos=mostly_videos)
+    plan = Plan.of(recipe, job.world, mostly_videos, job.source)
     trained = sum(group.parameters for group in plan.groups if group.trained)
     every = sum(group.parameters for group in plan.groups)
     job.plan = plan
