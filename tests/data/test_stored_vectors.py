@@ -294,6 +294,19 @@ def test_killed_embedding_resumes_and_embeds_no_shard_twice(shards, tmp_path, ca
     assert embed(shards, tmp_path / "killed", Texts()).groups == []  # the third start has nothing to do
 
 
+def test_records_left_by_a_killed_start_do_not_outlive_the_index(shards, tmp_path):
+    """A start that is killed while it deletes its records has written the index."""
+    embed(shards, tmp_path, Texts())
+    expected = files(tmp_path)
+    (tmp_path / "first/.text_embeddings").mkdir(exist_ok=True)
+    (tmp_path / "first/.text_embeddings/made.json").write_text("{}")
+    tar = tmp_path / "first/000001_text_embeddings.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")  # the next start would find it again and again
+    assert embed(shards, tmp_path, Texts()).groups == []
+    tar.write_bytes(expected["first/000001_text_embeddings.tar"])
+    assert files(tmp_path) == expected
+
+
 def test_only_some_unusable_samples_are_logged(shards, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(Texts, "prepare", lambda self, item: _refuse(item) if "first" in item.text else item.text)
     embed(shards, tmp_path, Texts())
