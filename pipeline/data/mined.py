@@ -7,10 +7,12 @@ A reference has all that is needed to read its sample in one ranged read. No ima
 """
 
 import hashlib
+import json
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import fsum
 from typing import Annotated, Literal
 
@@ -38,8 +40,10 @@ from pipeline.storage.objects import ObjectError
 
 FORMAT = 1
 MINED_FILE = "mined.json"
+_REMEDY = "mine its negatives again, with overwrite=true"
 
-# dataset, shard, sample: the number in MinedIndex.datasets, of the shard in it, and in the shard; shard -1: none.
+# dataset, shard, sample: the number in MinedIndex.datasets, of the shard in it, and in the shard.
+# A reference with shard -1 is empty.
 # score: the similarity to the query.  The other fields are those of the sample's record (see `sidecar_dtype`), text and
 # images for the target alone; image_size is that of its first image.
 REFERENCE = np.dtype(
@@ -63,7 +67,10 @@ Referral = tuple[np.void, tuple[bytes, ...]]  # a reference, and the bytes of it
 
 
 def mined_dtype(count: int) -> np.dtype:
-    """Return the dtype of NAME.mined.npy's records, one per sample: references, and the CRC-32 of the other bytes."""
+    """Return the dtype of NAME.mined.npy's records, one per sample: references, and a checksum.
+
+    The checksum is the CRC-32 of the other bytes, which begins with `MinedIndex.seed`.
+    """
     return np.dtype([("negatives", REFERENCE, (count,)), ("checksum", "<u4")])
 
 
@@ -108,8 +115,10 @@ class Referred:
 
 
 def content_of(index: Index) -> str:
-    """Return the SHA-256 of the SHA-256 of all shards: it changes with any shard, and with their order."""
-    return hashlib.sha256("".join(shard.sha256 for shard in index.shards).encode()).hexdigest()
+    """Return a SHA-256 that changes with any shard, with their order, and with the texts of img2dataset's samples."""
+    texts = [index.captions.query, *index.captions.columns] if index.captions else []
+    hashed = "".join(shard.sha256 for shard in index.shards) + (json.dumps(texts) if texts else "")
+    return hashlib.sha256(hashed.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,14 @@ class MinedIndex:
         """Return the sum of a count of all parts."""
         return sum(getattr(part, name) for part in self.parts)
 
+    def seed(self, shard: Shard) -> int:
+        """Return what the checksums of a shard's records begin with: those of another mining or shard are refused."""
+        return zlib.crc32(shard.sha256.encode(), self._seed)
+
+    @cached_property
+    def _seed(self) -> int:
+        return zlib.crc32(replace(self, parts=()).to_json().encode())
+
     @property
     def mean_score(self) -> float:
         """The mean similarity of the references to their queries."""
@@ -191,8 +208,12 @@ class MinedIndex:
         """Raise ObjectError unless these negatives, in the folder `url`, belong to the current shards of `dataset`."""
         if [part.shard for part in self.parts] != [shard.sha256 for shard in index.shards]:
             raise ObjectError(
-                f"{objects.join(url, MINED_FILE)} belongs to other shards than those of {dataset}: mine its negatives "
-                "again, with overwrite=true"
+                f"{objects.join(url, MINED_FILE)} belongs to other shards than those of {dataset}: {_REMEDY}"
+            )
+        if self.datasets[self.own].shards != content_of(index):
+            raise ObjectError(
+                f"{objects.join(url, MINED_FILE)} was mined with other captions or another query than {dataset} has: "
+                f"{_REMEDY}"
             )
 
     def damaged(self, url: str) -> list[MinedPart]:
@@ -204,11 +225,11 @@ class MinedIndex:
     def references(self, url: str, shard: Shard, number: int, start: int, stop: int) -> np.ndarray:
         """Return (stop - start, count) of `REFERENCE`: those of samples start..stop-1 of the dataset's shard `number`.
 
-        url: the folder of this index.  Raises ObjectError if they are damaged.
+        url: the folder of this index.  Raises ObjectError if they are damaged, or those of another mining.
         """
-        part = self.parts[number]
+        part, dtype = self.parts[number], mined_dtype(self.metadata.count)
         name = objects.join(url, part.file)
-        return read_rows(name, part.size, shard.samples, mined_dtype(self.metadata.count), start, stop)["negatives"]
+        return read_rows(name, part.size, shard.samples, dtype, start, stop, self.seed(shard))["negatives"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +300,7 @@ def _elsewhere(url: str, mined: MinedIndex, dataset: str, wanted: Referred) -> t
     place = objects.join(above, wanted.name)
     index = Index.load(place)
     if content_of(index) != wanted.shards:
-        raise ObjectError(f"{name} refers to other shards than those of {place}: {remedy}")
+        raise ObjectError(f"{name} refers to other shards or captions than those of {place}: {remedy}")
     return place, index
 
 

@@ -145,7 +145,7 @@ class MinedDataset:
 
     def keep(self, shard: Shard, records: np.ndarray, counts: dict[str, float]) -> None:
         """Write the references of a shard, (samples,) of `mined_dtype`, and record them as a finished part."""
-        data = sidecar_of(records)
+        data = sidecar_of(records, self.plan.seed(shard))
         sums = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         part = MinedPart(shard=shard.sha256, file=mined_file(shard), **sums, **counts)  # type: ignore[arg-type]
         objects.write(objects.join(self.place, part.file), data)

@@ -15,9 +15,9 @@ from small_mining import NAMES, SAMPLES, WIDTH, Texts, mine, pair, references, w
 
 from pipeline.config import Data, MiningRun, Part
 from pipeline.data.batch import Batch, Encoded
-from pipeline.data.index import Index, array_of
+from pipeline.data.index import Captions, Index, array_of
 from pipeline.data.lengths import Lengths
-from pipeline.data.mined import MINED_FILE, REFERENCE, MinedIndex, with_negatives
+from pipeline.data.mined import MINED_FILE, REFERENCE, MinedIndex, content_of, with_negatives
 from pipeline.data.plan import PlannedWindow, Planner
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import ShardRecords, sample_bytes, write_shards
@@ -234,8 +234,38 @@ def test_negatives_of_other_shards_or_damaged_ones_are_refused(shards, tmp_path)
     ):
         Source.open(other)
     shutil.copy(shards / "all" / "first" / MINED_FILE, index)
-    with pytest.raises(PipelineError, match=r"refers to other shards than those of .*second: mine the negatives of"):
+    with pytest.raises(PipelineError, match=r"refers to other shards or captions than those of .*second: mine"):
         Source.open(changed.model_copy(update={"negatives": str(folder / "all")}))
+
+
+def test_negatives_of_other_captions_are_refused(shards):
+    """A dataset in img2dataset's layout can be indexed again with other texts: its tars stay the same."""
+    index = Index.load(str(shards / "first"))
+    captions = Captions("<image>", ("txt",), "task")
+    hashes = {content_of(replace(index, captions=each)) for each in (None, captions, replace(captions, query="of"))}
+    hashes.add(content_of(replace(index, captions=replace(captions, columns=("txt", "long")))))
+    assert len(hashes) == 4
+    assert content_of(replace(index, captions=replace(captions, task="other"))) in hashes
+    mined = MinedIndex.load(str(shards / "mined" / "first"))
+    with pytest.raises(PipelineError, match=r"mined.json was mined with other captions or another query than first"):
+        mined.check("", "first", replace(index, captions=captions))
+
+
+@pytest.mark.parametrize("of", ["mixed", "neighbours"])
+def test_files_of_another_mining_or_shard_are_refused(shards, tmp_path, of):
+    """They can have the same size and be intact."""
+    shutil.copytree(shards / "all", tmp_path / "all")
+    mine(shards, tmp_path / "other", among="all", margin=None)
+    parts = MinedIndex.load(str(shards / "all" / "first")).parts
+    ours = [tmp_path / "all" / "first" / part.file for part in parts[:2]]
+    other = tmp_path / "other" / "first" / parts[0].file
+    assert {path.stat().st_size for path in (*ours, other)} == {parts[0].size}
+    data = data_of(shards, batches=of, neighbours=str(shards / "all"), negatives=str(tmp_path / "all"))
+    Source.open(data).references(0, 0, 4)
+    for file in (other, ours[1]):
+        shutil.copy(file, ours[0])
+        with pytest.raises(PipelineError, match=r"mined.npy is damaged \(records 0-"):
+            Source.open(data).references(0, 0, 4)
 
 
 def test_bad_and_repeated_references(shards):
