@@ -17,6 +17,7 @@ from math import fsum
 from typing import Annotated, Literal
 
 import numpy as np
+from numpy.lib.recfunctions import repack_fields
 from pydantic import FailFast, Field, TypeAdapter
 
 from pipeline.data.index import (
@@ -34,6 +35,7 @@ from pipeline.data.index import (
     read_samples,
     validated,
 )
+from pipeline.data.once import Once
 from pipeline.storage import objects
 from pipeline.storage.documents import FIXED
 from pipeline.storage.objects import ObjectError
@@ -62,6 +64,9 @@ REFERENCE = np.dtype(
     ]
 )
 
+
+# The fields that reading a sample needs: 34 bytes.
+USED = ("dataset", "shard", "sample", "offset", "length", "crc32", "target_hash")
 
 Referral = tuple[np.void, tuple[bytes, ...]]  # a reference, and the bytes of its sample in every tar of its shard
 
@@ -271,6 +276,16 @@ class Mined:
         """Return (stop - start, count) of `REFERENCE`: those of samples start..stop-1 of the dataset's shard."""
         return _references(self, shard, start, stop)
 
+    def all_references(self, shard: int) -> np.ndarray:
+        """Read (samples, count) of `REFERENCE`: those of a whole shard. Only the fields `USED` are kept."""
+        found = self.index.references(self.url, self.shards[shard], shard, 0, self.shards[shard].samples)
+        _kept_references.put(repack_fields(found[list(USED)]), self, shard)
+        return found
+
+    def kept_references(self, shard: int) -> np.ndarray:
+        """Return (samples, count), those of a whole shard with the fields `USED`. They are read once, and kept."""
+        return _kept_references(self, shard)
+
     def read(self, reference: np.void) -> bytes:
         """Read the bytes of the sample that is referred to, by one ranged read."""
         folder, index = self.places[reference["dataset"]]
@@ -281,6 +296,13 @@ class Mined:
         """Return the location of the sample that is referred to, for messages."""
         folder, index = self.places[reference["dataset"]]
         return f"{objects.join(folder, index.shards[reference['shard']].file)}#{reference['sample']}"
+
+
+def _used_references(mined: Mined, shard: int) -> np.ndarray:
+    return repack_fields(mined.all_references(shard)[list(USED)])
+
+
+_kept_references = Once(_used_references)
 
 
 @lru_cache(maxsize=256)  # a window's are needed for its lengths and for reading

@@ -261,7 +261,8 @@ def test_files_of_another_mining_or_shard_are_refused(shards, tmp_path, of):
     other = tmp_path / "other" / "first" / parts[0].file
     assert {path.stat().st_size for path in (*ours, other)} == {parts[0].size}
     data = data_of(shards, batches=of, neighbours=str(shards / "all"), negatives=str(tmp_path / "all"))
-    Source.open(data).references(0, 0, 4)
+    kept = Source.open(data).references(0, 0, 4)
+    assert kept.dtype == REFERENCE if of == "mixed" else kept.dtype.itemsize == 34  # bytes
     for file in (other, ours[1]):
         shutil.copy(file, ours[0])
         with pytest.raises(PipelineError, match=r"mined.npy is damaged \(records 0-"):
