@@ -83,12 +83,22 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the datasets' content, their order, and the way they are read."""
-        texts = [index.to_json() for _, index in self.indexes]
-        texts += [index.to_json() for stores in self._stores for _, index in stores]
-        texts += [mined.index.to_json() for mined in self.mined]
-        texts += [index.to_json() for _, index in self.neighbours]
+        """A hash of the content of the datasets and their text embeddings, their order, and the way they are read."""
+        texts = [index.to_json() for _, index in (*self.indexes, *self.embeddings)]
         return hashlib.sha256("".join(texts).encode()).hexdigest()
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """By name, a hash of each thing that the batches and the loss depend on; None for what is not used."""
+        further = {
+            "the teacher vectors' fingerprint": [index.to_json() for _, index in self.teacher],
+            "the mined negatives' fingerprint": [mined.index.to_json() for mined in self.mined],
+            "the neighbours' fingerprint": [index.to_json() for _, index in self.neighbours],
+        }
+        return {"the data's fingerprint": self.fingerprint} | {
+            name: hashlib.sha256("".join(texts).encode()).hexdigest() if texts else None
+            for name, texts in further.items()
+        }
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -217,6 +227,27 @@ class Source:
                 found += tar.read(tar.record(int(reference["sample"])))
         return tuple(found)
 
+    def referred_bytes(self, shard: int, references: np.ndarray) -> np.ndarray:
+        """Return (n,) int64, the bytes that `read_referred` reads for (n, K) references of the shard's samples.
+
+        A reference does not tell the bytes of stored vectors: the mean of its dataset counts.
+        """
+        stored = self._stored_bytes[self.shards[shard][0]]
+        found = references["length"].astype(np.int64) + stored[references["dataset"]]
+        return np.where(references["shard"] >= 0, found, 0).sum(axis=1)
+
+    @cached_property
+    def _stored_bytes(self) -> list[np.ndarray]:
+        """For each dataset: the mean bytes of a sample's stored vectors in each dataset that its references number."""
+        means = [
+            sum(stores[number][1].total_bytes // index.samples for stores in self._stores)
+            for number, (_, index) in enumerate(self.indexes)
+        ]
+        return [
+            np.array([0 if number is None else means[number] for number in mined.numbers], np.int64)
+            for mined in self.mined
+        ]
+
     def parse(self, shard: int, record: np.void, data: bytes, *stored: bytes, mined: Sequence[Referral] = ()) -> Pair:
         """Parse a sample's bytes as a pair of the dataset in `names`; BadSample if they contain no pair.
 
@@ -278,7 +309,9 @@ class Source:
             indexes = [self.indexes[number][1] for number in stream.datasets]
             total = sum(index.total_bytes for index in indexes)
             total += sum(stores[number][1].total_bytes for stores in self._stores for number in stream.datasets)
-            total += sum(self.mined[number].index.total("referred_bytes") for number in stream.datasets if self.mined)
+            for number in stream.datasets if self.mined else ():
+                mined = self.mined[number].index
+                total += mined.total("referred_bytes") + mined.total("mined") * int(self._stored_bytes[number].max())
             mean = total / sum(index.samples for index in indexes)
             needed += mean * stream.window_samples * data.lanes / world / 2**20
         if needed > data.memory_mb:

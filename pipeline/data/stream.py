@@ -49,15 +49,14 @@ Plan = queue.Queue | ProcessQueue  # of PlannedWindow, PlannedStep and, as its l
 
 @dataclass(frozen=True)
 class ReadSample:
-    """What was read for a sample: its bytes in every tar, and its mined negatives."""
+    """What was read for a sample: its bytes in every tar, and its mined negatives.
+
+    size: its part of `PlannedWindow.bytes_of`.
+    """
 
     data: tuple[bytes, ...]
     mined: tuple[Referral, ...]
-
-    @property
-    def size(self) -> int:
-        """Its part of `PlannedWindow.bytes_of`."""
-        return sum(map(len, self.data)) + sum(int(reference["length"]) for reference, _ in self.mined)
+    size: int
 
 
 @dataclass
@@ -170,15 +169,19 @@ def _read(
 ) -> dict[int, ReadSample]:
     """Read consecutive samples of a shard, and in `pool` those that they refer to. Returns them by sample number."""
     mined: list[list[np.void]] = [[] for _ in records[0]]
+    sizes = np.add.reduce([each["length"].astype(np.int64) for each in records])
     if references is not None:
         mined = [list(row[row["shard"] >= 0]) for row in references]
+        sizes += source.referred_bytes(shard, references)
     distinct = {_key(each): each for row in mined for each in row}
     waiting = {key: pool.submit(source.read_referred, shard, each) for key, each in distinct.items()}
     tars = [tar.read(each) for tar, each in zip(source.tars(shard), records, strict=True)]
     referred = {key: future.result() for key, future in waiting.items()}
     return {
-        number: ReadSample(data, tuple((each, referred[_key(each)]) for each in row))
-        for number, (data, row) in enumerate(zip(zip(*tars, strict=True), mined, strict=True), start)
+        number: ReadSample(data, tuple((each, referred[_key(each)]) for each in row), size)
+        for number, (data, row, size) in enumerate(
+            zip(zip(*tars, strict=True), mined, sizes.tolist(), strict=True), start
+        )
     }
 
 

@@ -1,5 +1,6 @@
 """Mined negatives in a run: the items of its batches, their lengths, and what is refused."""
 
+import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,7 +23,7 @@ from pipeline.data.plan import PlannedWindow, Planner
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import ShardRecords, sample_bytes, write_shards
 from pipeline.data.source import Source
-from pipeline.data.stored_vectors import CAPTIONS, ITEMS
+from pipeline.data.stored_vectors import CAPTIONS, ITEMS, StoredVectors
 from pipeline.data.stream import ReadSample, _read, batches
 from pipeline.data.tiles import Tiling
 from pipeline.embedding import mining
@@ -131,6 +132,10 @@ def test_stored_vectors_of_mined_targets_come_along(shards, tmp_path):
     assert count > 50
 
 
+def _bytes_of(read: ReadSample) -> int:
+    return sum(map(len, read.data)) + sum(len(each) for _, tars in read.mined for each in tars)
+
+
 def _read_shard(source: Source, shard: int, samples: range) -> list[tuple[int, ReadSample]]:
     known = [tar.records(samples.start, samples.stop) for tar in source.tars(shard)]
     references = source.references(shard, samples.start, samples.stop)
@@ -167,12 +172,15 @@ def test_datasets_outside_the_run_are_found_at_the_same_place(shards):
 
 
 def test_fingerprint_has_the_mined_negatives_only_if_they_are_used(shards):
-    prints = [Source.open(data_of(shards, folder)).fingerprint for folder in ("mined", "all")]
-    without = Source.open(data_of(shards).model_copy(update={"negatives": None})).fingerprint
-    assert len({*prints, without}) == 3
-    assert Source.open(data_of(shards, "all")).fingerprint == prints[1]
-    plain = Source.open(Data(url=str(shards), datasets=[{"name": name} for name in NAMES]))
-    assert plain.fingerprint == without
+    name = "the mined negatives' fingerprint"
+    one, other = (Source.open(data_of(shards, folder)).fingerprints for folder in ("mined", "all"))
+    without = Source.open(data_of(shards).model_copy(update={"negatives": None})).fingerprints
+    assert len({one[name], other[name]}) == 2 and without[name] is None
+    assert one | {name: None} == other | {name: None} == without
+    assert Source.open(data_of(shards, "all")).fingerprints == other
+    # Without any of these, it is the hash that runs of earlier versions stored.
+    plain = "".join(Index.load(str(shards / each)).to_json() for each in NAMES)
+    assert without["the data's fingerprint"] == hashlib.sha256(plain.encode()).hexdigest()
 
 
 def test_memory_counts_the_referred_samples(shards, monkeypatch):
@@ -186,6 +194,20 @@ def test_memory_counts_the_referred_samples(shards, monkeypatch):
         sizes += sum(len(data[0]) for each in read.values() for _, data in each.mined)
     assert sizes > 0
     total = sum(mined.index.total("referred_bytes") for mined in source.mined)
+    with_teacher = Source.open(data_of(shards, teacher=str(shards / "vectors")))
+    read = dict(_read_shard(with_teacher, 0, range(20)))
+    sizes = np.array([[each.size, _bytes_of(each)] for each in read.values()])
+    # 512 bytes are a block of a tar: vectors of a sample take 3 or 4.
+    assert (abs(sizes[:, 0] - sizes[:, 1]) <= 3 * 512).all() and sizes[:, 0].mean() > 8 * 512
+    monkeypatch.setattr(StoredVectors, "total_bytes", 1 << 30)
+    needed = []
+    for negatives in (None, str(shards / "all")):
+        changes = {"negatives": negatives, "memory_mb": 1}
+        opened = Source.open(data_of(shards, teacher=str(shards / "vectors")).model_copy(update=changes))
+        with pytest.raises(PipelineError, match=r"take about \d+ MiB") as error:
+            opened.check_memory(order, 1)
+        needed.append(int(str(error.value).split("about ")[1].split()[0]))
+    assert 3.5 * needed[0] < needed[1] < 5 * needed[0]  # of three references a sample
     assert total == sum(
         int(row["length"]) for name in NAMES for row in references(shards / "all", name).ravel() if row["shard"] >= 0
     )

@@ -216,7 +216,7 @@ def test_bytes_read_and_held_count_both_tars(shards, tmp_path, monkeypatch):
     def noting(reader: Reader) -> None:
         read_ahead(reader)
         futures = [future for reading in reader.readings.values() for future in reading.samples.values()]
-        found = [data for future in futures for of_tars in future.result().values() for data in of_tars]
+        found = [data for future in futures for sample in future.result().values() for data in sample.data]
         held.append((reader.held, sum(map(len, found))))
 
     monkeypatch.setattr(Reader, "_read_ahead", noting)
