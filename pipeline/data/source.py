@@ -84,7 +84,7 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """A hash of the content of the datasets and their text embeddings, their order, and the way they are read."""
-        texts = [index.to_json() for _, index in (*self.indexes, *self.embeddings)]
+        texts = [index.to_json() for _, index in self.indexes] + [index.to_json() for _, index in self.embeddings]
         return hashlib.sha256("".join(texts).encode()).hexdigest()
 
     @property

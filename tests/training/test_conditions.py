@@ -114,8 +114,9 @@ AS_FORMER = {
 
 def as_former(kind: str, monkeypatch, *overrides: str) -> dict:
     """Return the conditions of the recipe that corresponds to an earlier version's run, with the same model weights."""
-    monkeypatch.setattr("pipeline.models.files.fingerprint", lambda path: path and "f")
+    # In this order: the family keeps the function that it imports.
     monkeypatch.setattr("pipeline.models.llm2clip.family.fingerprint", lambda path, **_: path and "f")
+    monkeypatch.setattr("pipeline.models.files.fingerprint", lambda path: path and "f")
     name, *own = AS_FORMER[kind]
     return conditions_of(DEMO.with_name(f"{name}.yaml"), *own, *overrides)
 
