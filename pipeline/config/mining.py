@@ -24,7 +24,7 @@ class MiningRun(Encoding):
         None,
         ge=-2,
         le=2,
-        description="also drop candidates that score above the positive's score minus this, also for clusters",
+        description="likewise, candidates that score above the positive's score minus this",
     )
     skip: int = Field(0, ge=0, description="nearest remaining candidates that are skipped, also for clusters")
     depth: int = Field(100, gt=0, le=10_000, description="nearest candidates that are looked at, also for clusters")

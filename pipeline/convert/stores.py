@@ -33,17 +33,14 @@ def neighbours_beside(url: str) -> Neighbours | None:
 
 def store_faults(url: str, index: Index) -> list[str]:
     """Return the faults of what is beside a dataset: what belongs to other shards, and files with wrong bytes."""
-    checks = [partial(_faults_of_vectors, kind) for kind in KINDS]
-    return [
-        fault for check in (*checks, _faults_of_mined, _faults_of_neighbours) for fault in _tried(check, url, index)
-    ]
-
-
-def _tried(check: Callable[[str, Index], list[str]], url: str, index: Index) -> list[str]:
-    try:
-        return check(url, index)
-    except PipelineError as error:
-        return [str(error)]
+    checks: list[Callable[[str, Index], list[str]]] = [partial(_faults_of_vectors, kind) for kind in KINDS]
+    faults = []
+    for check in (*checks, _faults_of_mined, _faults_of_neighbours):
+        try:
+            faults += check(url, index)
+        except PipelineError as error:
+            faults.append(str(error))
+    return faults
 
 
 def _faults_of_vectors(kind: StoreKind, url: str, index: Index) -> list[str]:
