@@ -148,9 +148,12 @@ def _rendezvous(rank: int, world: int, minutes: float) -> dist.Store:
 def on_first_rank(work: Callable[[], T], subject: str = "the first rank's part") -> T:
     """Run `work` on the first rank; return its result on all ranks. What `work` raises, the first rank raises.
 
+    Collective; without a process group it runs here.
     The other ranks get a message every few seconds: in one collective they could not wait longer than its time limit.
     subject: names the work in a log message if it takes long, and in the PipelineError after twelve hours.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return work()
     if dist.get_rank():
         message: list[Any] = [False, None]
         while not message[0]:
@@ -245,6 +248,14 @@ def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(group), dist.get_world_size(group)
     return 0, 1
+
+
+def gathered(value: T) -> list[T]:
+    """Return every rank's value, in rank order; [value] without a process group. Collective."""
+    values = [value] * rank_and_world()[1]
+    if dist.is_available() and dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

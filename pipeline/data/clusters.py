@@ -25,7 +25,7 @@ class ClusterStream:
 
     size: samples of a cluster (C), a divisor of `step_samples` (B).  seed, lanes, lengths: as for `Order`.
 
-    It needs about 8 bytes a sample: its place in a cluster and its tokens. `lengths` is called once for every shard.
+    It keeps 8 bytes a sample: its number in a cluster, and its tokens. `lengths` is called once for every shard.
     """
 
     parts: tuple[Dataset, ...]
@@ -65,7 +65,8 @@ class ClusterStream:
         return number
 
     def window(self, epoch: int, lane: int, index: int) -> Window:
-        """Return window `index` of a lane. Raises IndexError if it does not exist. Its pieces do not overlap others."""
+        """Return window `index` of a lane. Raises IndexError if it does not exist. Its pieces do not
+        overlap each other, unless a weight repeats a sample in the step."""
         return Window(index, self._pieces(epoch, lane, index)[0])
 
     def samples_of(self, epoch: int, lane: int, index: int) -> np.ndarray:

@@ -300,17 +300,17 @@ def sidecar_dtype(max_images: int) -> np.dtype:
     )
 
 
-def record_checksums(records: np.ndarray) -> np.ndarray:
-    """Compute the correct checksum of each record: (n,) records -> (n,) uint32."""
+def record_checksums(records: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Compute the correct checksum of each record: (n,) records -> (n,) uint32.  seed: the CRC-32 of what precedes."""
     rows = np.ascontiguousarray(records).tobytes()
     width = records.dtype.itemsize
-    sums = [zlib.crc32(rows[start : start + width - 4]) for start in range(0, len(rows), width)]
+    sums = [zlib.crc32(rows[start : start + width - 4], seed) for start in range(0, len(rows), width)]
     return np.array(sums, np.uint32)
 
 
-def sidecar_of(records: np.ndarray) -> bytes:
+def sidecar_of(records: np.ndarray, seed: int = 0) -> bytes:
     """Set the checksums of records, whose last field they are, and return the bytes of a sidecar with them."""
-    records["checksum"] = record_checksums(records)
+    records["checksum"] = record_checksums(records, seed)
     return array_bytes(records)
 
 
@@ -385,8 +385,8 @@ def read_records(url: str, shard: Shard, start: int, stop: int) -> np.ndarray:
     return records
 
 
-def read_rows(name: str, size: int, count: int, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-    """Read rows start..stop-1 of the result of `sidecar_of` for `count` records, by one ranged read.
+def read_rows(name: str, size: int, count: int, dtype: np.dtype, start: int, stop: int, seed: int = 0) -> np.ndarray:
+    """Read rows start..stop-1 of the result of `sidecar_of` for `count` records and this seed, by one ranged read.
 
     name: its URL.  size: its bytes.  dtype: of the records.  Raises ObjectError if the rows are damaged.
     """
@@ -394,7 +394,7 @@ def read_rows(name: str, size: int, count: int, dtype: np.dtype, start: int, sto
 
     def read() -> np.ndarray | None:
         records = np.frombuffer(objects.read(name, first, (stop - start) * dtype.itemsize), dtype)
-        return records if (record_checksums(records) == records["checksum"]).all() else None
+        return records if (record_checksums(records, seed) == records["checksum"]).all() else None
 
     return intact(read, f"{name} is damaged (records {start}-{stop - 1}): delete and upload it again")
 

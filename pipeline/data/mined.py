@@ -7,14 +7,17 @@ A reference has all that is needed to read its sample in one ranged read. No ima
 """
 
 import hashlib
+import json
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import fsum
 from typing import Annotated, Literal
 
 import numpy as np
+from numpy.lib.recfunctions import repack_fields
 from pydantic import FailFast, Field, TypeAdapter
 
 from pipeline.data.index import (
@@ -32,14 +35,17 @@ from pipeline.data.index import (
     read_samples,
     validated,
 )
+from pipeline.data.once import Once
 from pipeline.storage import objects
 from pipeline.storage.documents import FIXED
 from pipeline.storage.objects import ObjectError
 
 FORMAT = 1
 MINED_FILE = "mined.json"
+_REMEDY = "mine its negatives again, with overwrite=true"
 
-# dataset, shard, sample: the number in MinedIndex.datasets, of the shard in it, and in the shard; shard -1: none.
+# dataset, shard, sample: the number in MinedIndex.datasets, of the shard in it, and in the shard.
+# A reference with shard -1 is empty.
 # score: the similarity to the query.  The other fields are those of the sample's record (see `sidecar_dtype`), text and
 # images for the target alone; image_size is that of its first image.
 REFERENCE = np.dtype(
@@ -59,11 +65,17 @@ REFERENCE = np.dtype(
 )
 
 
+# The fields that reading a sample needs: 34 bytes.
+USED = ("dataset", "shard", "sample", "offset", "length", "crc32", "target_hash")
+
 Referral = tuple[np.void, tuple[bytes, ...]]  # a reference, and the bytes of its sample in every tar of its shard
 
 
 def mined_dtype(count: int) -> np.dtype:
-    """Return the dtype of NAME.mined.npy's records, one per sample: references, and the CRC-32 of the other bytes."""
+    """Return the dtype of NAME.mined.npy's records, one per sample: references, and a checksum.
+
+    The checksum is the CRC-32 of the other bytes, which begins with `MinedIndex.seed`.
+    """
     return np.dtype([("negatives", REFERENCE, (count,)), ("checksum", "<u4")])
 
 
@@ -108,8 +120,10 @@ class Referred:
 
 
 def content_of(index: Index) -> str:
-    """Return the SHA-256 of the SHA-256 of all shards: it changes with any shard, and with their order."""
-    return hashlib.sha256("".join(shard.sha256 for shard in index.shards).encode()).hexdigest()
+    """Return a SHA-256 that changes with any shard, with their order, and with the texts of img2dataset's samples."""
+    texts = [index.captions.query, *index.captions.columns] if index.captions else []
+    hashed = "".join(shard.sha256 for shard in index.shards) + (json.dumps(texts) if texts else "")
+    return hashlib.sha256(hashed.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -159,6 +173,14 @@ class MinedIndex:
         """Return the sum of a count of all parts."""
         return sum(getattr(part, name) for part in self.parts)
 
+    def seed(self, shard: Shard) -> int:
+        """Return what the checksums of a shard's records begin with: those of another mining or shard are refused."""
+        return zlib.crc32(shard.sha256.encode(), self._seed)
+
+    @cached_property
+    def _seed(self) -> int:
+        return zlib.crc32(replace(self, parts=()).to_json().encode())
+
     @property
     def mean_score(self) -> float:
         """The mean similarity of the references to their queries."""
@@ -191,8 +213,12 @@ class MinedIndex:
         """Raise ObjectError unless these negatives, in the folder `url`, belong to the current shards of `dataset`."""
         if [part.shard for part in self.parts] != [shard.sha256 for shard in index.shards]:
             raise ObjectError(
-                f"{objects.join(url, MINED_FILE)} belongs to other shards than those of {dataset}: mine its negatives "
-                "again, with overwrite=true"
+                f"{objects.join(url, MINED_FILE)} belongs to other shards than those of {dataset}: {_REMEDY}"
+            )
+        if self.datasets[self.own].shards != content_of(index):
+            raise ObjectError(
+                f"{objects.join(url, MINED_FILE)} was mined with other captions or another query than {dataset} has: "
+                f"{_REMEDY}"
             )
 
     def damaged(self, url: str) -> list[MinedPart]:
@@ -204,11 +230,11 @@ class MinedIndex:
     def references(self, url: str, shard: Shard, number: int, start: int, stop: int) -> np.ndarray:
         """Return (stop - start, count) of `REFERENCE`: those of samples start..stop-1 of the dataset's shard `number`.
 
-        url: the folder of this index.  Raises ObjectError if they are damaged.
+        url: the folder of this index.  Raises ObjectError if they are damaged, or those of another mining.
         """
-        part = self.parts[number]
+        part, dtype = self.parts[number], mined_dtype(self.metadata.count)
         name = objects.join(url, part.file)
-        return read_rows(name, part.size, shard.samples, mined_dtype(self.metadata.count), start, stop)["negatives"]
+        return read_rows(name, part.size, shard.samples, dtype, start, stop, self.seed(shard))["negatives"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +276,16 @@ class Mined:
         """Return (stop - start, count) of `REFERENCE`: those of samples start..stop-1 of the dataset's shard."""
         return _references(self, shard, start, stop)
 
+    def all_references(self, shard: int) -> np.ndarray:
+        """Read (samples, count) of `REFERENCE`: those of a whole shard. Only the fields `USED` are kept."""
+        found = self.index.references(self.url, self.shards[shard], shard, 0, self.shards[shard].samples)
+        _kept_references.put(repack_fields(found[list(USED)]), self, shard)
+        return found
+
+    def kept_references(self, shard: int) -> np.ndarray:
+        """Return (samples, count), those of a whole shard with the fields `USED`. They are read once, and kept."""
+        return _kept_references(self, shard)
+
     def read(self, reference: np.void) -> bytes:
         """Read the bytes of the sample that is referred to, by one ranged read."""
         folder, index = self.places[reference["dataset"]]
@@ -260,6 +296,13 @@ class Mined:
         """Return the location of the sample that is referred to, for messages."""
         folder, index = self.places[reference["dataset"]]
         return f"{objects.join(folder, index.shards[reference['shard']].file)}#{reference['sample']}"
+
+
+def _used_references(mined: Mined, shard: int) -> np.ndarray:
+    return repack_fields(mined.all_references(shard)[list(USED)])
+
+
+_kept_references = Once(_used_references)
 
 
 @lru_cache(maxsize=256)  # a window's are needed for its lengths and for reading
@@ -279,7 +322,7 @@ def _elsewhere(url: str, mined: MinedIndex, dataset: str, wanted: Referred) -> t
     place = objects.join(above, wanted.name)
     index = Index.load(place)
     if content_of(index) != wanted.shards:
-        raise ObjectError(f"{name} refers to other shards than those of {place}: {remedy}")
+        raise ObjectError(f"{name} refers to other shards or captions than those of {place}: {remedy}")
     return place, index
 
 

@@ -2,7 +2,7 @@
 
     neighbours.npy     (N,) uint32: the numbers of the dataset's samples, over all shards. Each run of `size` of them is
                        a cluster; fewer than `size` may remain at the end
-    neighbours.json    how the clusters were made, and the SHA-256 of the shards to which they belong
+    neighbours.json    how the clusters were made, and a hash of the shards to which they belong
 
 Batches composed of such clusters are those of B3 (arXiv 2505.11293).
 """
@@ -28,6 +28,7 @@ from pipeline.data.index import (
     intact,
     validated,
 )
+from pipeline.data.mined import content_of
 from pipeline.storage import objects
 from pipeline.storage.documents import FIXED
 from pipeline.storage.objects import ObjectError
@@ -42,14 +43,14 @@ _REMEDY = "mine the dataset again, with clusters=SIZE and overwrite=true"
 class Neighbours:
     """The index of a dataset's clusters.
 
-    size: samples of a cluster.  shards: the SHA-256 of each shard.  array: the file `neighbours.npy`.
+    size: samples of a cluster.  shards: see `content_of`.  array: the file `neighbours.npy`.
     made: how the clusters were made, by name: the model, the options, and counts.
     """
 
     __pydantic_config__ = FIXED
 
     size: Positive
-    shards: tuple[Digest, ...]
+    shards: Digest
     array: IndexedFile
     made: dict[str, str | int | float | bool | None]
 
@@ -65,10 +66,9 @@ class Neighbours:
 
     def check(self, url: str, dataset: str, index: Index) -> None:
         """Raise ObjectError unless these clusters, in the folder `url`, belong to the current shards of `dataset`."""
-        if self.shards != tuple(shard.sha256 for shard in index.shards):
-            raise ObjectError(
-                f"{objects.join(url, NEIGHBOURS_FILE)} belongs to other shards than those of {dataset}: {_REMEDY}"
-            )
+        if self.shards != content_of(index):
+            name = objects.join(url, NEIGHBOURS_FILE)
+            raise ObjectError(f"{name} belongs to other shards or captions than those of {dataset}: {_REMEDY}")
 
     def clusters(self, url: str, samples: int) -> np.ndarray:
         """Read the (samples,) uint32 array in the folder `url`. Raises ObjectError if it is missing or damaged."""
@@ -83,7 +83,7 @@ class Neighbours:
             numbers = array_of(data)
         except ValueError as error:
             raise ObjectError(f"{name}: {error}: {_REMEDY}") from None
-        if numbers.dtype != np.dtype("<u4") or not is_arrangement(numbers, samples):
+        if numbers.dtype != np.dtype("<u4") or numbers.shape != (samples,):
             raise ObjectError(f"{name} does not list each of {samples} samples once: {_REMEDY}")
         return numbers
 
@@ -123,8 +123,7 @@ def write_neighbours(
     if not is_arrangement(clusters, index.samples) or index.samples >= 2**32:
         raise ObjectError(f"{url}: the clusters do not list each of {index.samples} samples once, or are too many")
     data = array_bytes(clusters.astype("<u4"))
-    digests = tuple(shard.sha256 for shard in index.shards)
-    neighbours = Neighbours(size, digests, IndexedFile.of(data), dict(made))
+    neighbours = Neighbours(size, content_of(index), IndexedFile.of(data), dict(made))
     objects.delete(objects.join(url, NEIGHBOURS_FILE))  # an earlier one would not match the array
     objects.write(objects.join(url, ARRAY_FILE), data)
     objects.write(objects.join(url, NEIGHBOURS_FILE), neighbours.to_json().encode())

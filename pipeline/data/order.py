@@ -12,7 +12,7 @@
     step     K slices, drawn from the epoch's slices of all streams; rank r of W reads L/W lanes
 
 The world size only decides which rank reads a lane. So a run resumes from one integer, on any number of GPUs, with the
-same batches. Arrays are as long as the number of blocks, never as the number of samples.
+same batches. Arrays are as long as the number of blocks; only those of batches of neighbours as that of the samples.
 
 With batches of neighbours, a cluster takes the place of a block: `cluster` samples that are alike. A step is the next
 B/C clusters of all datasets, spread over the lanes; see `ClusterStream`.

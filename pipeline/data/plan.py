@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.data.order import Order
 from pipeline.data.source import Source
 
-_THREADS = 4  # windows that are planned at a time
+THREADS = 4  # windows that are planned at a time
 _READ_BYTES = 16 << 20  # the most bytes of a ranged read, unless a sample is larger
 
 
@@ -21,6 +21,7 @@ class PlannedWindow:
     pieces: (P, 3) rows of (shard, start, stop), one ranged read each from every tar of the shard.
     records: the records of each piece for every tar of the shard: its samples and, if used, their stored vectors.
     references: the samples' mined negatives, (samples, K) for each piece; None without any.
+    referred: about how many bytes these are, for each piece.
     rows: (T, slice samples, 3) of (piece, shard, sample), in the order of use.
     """
 
@@ -29,13 +30,12 @@ class PlannedWindow:
     pieces: np.ndarray
     records: list[list[np.ndarray]]
     references: list[np.ndarray | None]
+    referred: list[int]
     rows: np.ndarray
 
     def bytes_of(self, piece: int) -> int:
-        """The bytes of a piece's samples in all tars, and of the samples that they refer to."""
-        references = self.references[piece]
-        referred = 0 if references is None else references["length"].sum(dtype=np.int64)
-        return sum(int(each["length"].sum()) for each in self.records[piece]) + int(referred)
+        """The bytes of a piece's samples in all tars, and about those of the samples that they refer to."""
+        return sum(int(each["length"].sum()) for each in self.records[piece]) + self.referred[piece]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Planner:
         known: dict[tuple[int, int, int, int], tuple[int, int]] = {}
         waiting: deque[Future[PlannedWindow] | PlannedStep] = deque()
         windows = 0
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             for step in self.steps:
                 slices: list[tuple[int, int, int]] = []
                 for lane in self.lanes:
@@ -78,7 +78,7 @@ class Planner:
                         window, first = known[key]
                         slices.append((window, number - first, len(slices) * self.order.slice_samples))
                 waiting.append(PlannedStep(step, self.order.locate(step)[0], slices))
-                while len(waiting) > 2 * _THREADS:
+                while len(waiting) > 2 * THREADS:
                     yield _result(waiting.popleft())
             while waiting:
                 yield _result(waiting.popleft())
@@ -91,7 +91,8 @@ class Planner:
         window = stream.window(epoch, lane, index)
         rows = stream.samples_of(epoch, lane, index)[first_slice - window.first :]
         pieces: list[tuple[int, int, int]] = []
-        records, references, cut_rows = [], list[np.ndarray | None](), np.empty_like(rows)
+        records, references, referred = [], list[np.ndarray | None](), list[int]()
+        cut_rows = np.empty_like(rows)
         cut_rows[..., 1:] = rows[..., 1:]
         for piece, (shard, start, stop) in enumerate(window.pieces.tolist()):
             mine = rows[..., 0] == piece
@@ -106,8 +107,10 @@ class Planner:
             for begin, end in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
                 pieces.append((shard, start + begin, start + end))
                 records.append([each[begin:end] for each in known])
-                references.append(None if mined is None else mined[begin:end])
-        return PlannedWindow(number, epoch, np.array(pieces), records, references, cut_rows)
+                piece_mined = None if mined is None else mined[begin:end]
+                references.append(piece_mined)
+                referred.append(0 if piece_mined is None else int(self.source.referred_bytes(shard, piece_mined).sum()))
+        return PlannedWindow(number, epoch, np.array(pieces), records, references, referred, cut_rows)
 
     def _cuts(self, lengths: np.ndarray, pieces: int) -> np.ndarray:
         """Return where to cut a piece into ranged reads of limited size, with enough reads for all workers."""

@@ -5,16 +5,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache, partial
+from functools import cached_property, partial
 from itertools import accumulate
 
 import numpy as np
-from numpy.lib.recfunctions import repack_fields
 
 from pipeline.config import Data, Part
 from pipeline.data.batch import Origin
 from pipeline.data.dataset import Dataset, first_samples
-from pipeline.data.index import Index, Shard, load_sidecar, read_records, read_samples
+from pipeline.data.index import Index, Shard
 from pipeline.data.lengths import Lengths
 from pipeline.data.mined import MINED_FILE, Mined, Referral, with_negatives
 from pipeline.data.neighbours import Neighbours, load_neighbours
@@ -22,47 +21,12 @@ from pipeline.data.order import Order
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import parse_sample
 from pipeline.data.stored_vectors import CAPTIONS, ITEMS, EmbeddingMetadata, StoredVectors, StoreKind
+from pipeline.data.tars import PLACE, PLACE_AND_HASHES, Tar
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
 from pipeline.storage.objects import ObjectError
 
-_READ_BYTES = 16 << 20  # per ranged read of `Tar.samples`, unless a sample is larger
-
 Stores = tuple[tuple[str, StoredVectors], ...]
-
-
-@dataclass(frozen=True)
-class Tar:
-    """A tar of samples, or of their stored vectors.  folder: its URL's folder.  sidecars: that of its sidecar.
-
-    whole: read its sidecar once, and keep it: its samples are used one by one.
-    """
-
-    shard: Shard
-    folder: str
-    sidecars: str
-    whole: bool = False
-
-    @property
-    def url(self) -> str:
-        return objects.join(self.folder, self.shard.file)
-
-    def records(self, start: int, stop: int) -> np.ndarray:
-        """Return the sidecar's records of samples start..stop-1; recent results are cached."""
-        if self.whole:
-            return _sidecar(self.sidecars, self.shard)[start:stop]
-        return _records(self.sidecars, self.shard, start, stop)
-
-    def read(self, records: np.ndarray) -> list[bytes]:
-        """Read the samples of consecutive records, by one ranged read."""
-        return read_samples(self.folder, self.shard, records)
-
-    def samples(self, start: int, stop: int) -> Iterator[tuple[np.void, bytes]]:
-        """Yield (record, bytes) of samples start..stop-1, in ranged reads of about _READ_BYTES."""
-        records = self.records(start, stop)
-        pieces = np.cumsum(records["length"].astype(np.int64)) // _READ_BYTES
-        for piece in np.split(records, np.flatnonzero(np.diff(pieces)) + 1):
-            yield from zip(piece, self.read(piece), strict=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +36,8 @@ class Source:
     indexes: (URL, index) of each dataset.  shards: (number of the dataset, shard) of each shard.
     embeddings, teacher: (URL, index) of each dataset's text embeddings and teacher vectors, if the recipe uses them.
     mined: each dataset's mined negatives, likewise.
-    neighbours: (URL, index) of each dataset's clusters of neighbours, if its batches are composed of them.
+    neighbours: (URL, index) of each dataset's clusters of neighbours, if its batches are composed of them. Then a
+        process keeps 32 bytes a sample, 16 for each of its stored vectors, and 34 for each mined negative.
     """
 
     data: Data
@@ -119,12 +84,22 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the datasets' content, their order, and the way they are read."""
-        texts = [index.to_json() for _, index in self.indexes]
-        texts += [index.to_json() for stores in self._stores for _, index in stores]
-        texts += [mined.index.to_json() for mined in self.mined]
-        texts += [index.to_json() for _, index in self.neighbours]
+        """A hash of the content of the datasets and their text embeddings, their order, and the way they are read."""
+        texts = [index.to_json() for _, index in self.indexes] + [index.to_json() for _, index in self.embeddings]
         return hashlib.sha256("".join(texts).encode()).hexdigest()
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """By name, a hash of each thing that the batches and the loss depend on; None for what is not used."""
+        further = {
+            "the teacher vectors' fingerprint": [index.to_json() for _, index in self.teacher],
+            "the mined negatives' fingerprint": [mined.index.to_json() for mined in self.mined],
+            "the neighbours' fingerprint": [index.to_json() for _, index in self.neighbours],
+        }
+        return {"the data's fingerprint": self.fingerprint} | {
+            name: hashlib.sha256("".join(texts).encode()).hexdigest() if texts else None
+            for name, texts in further.items()
+        }
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -153,12 +128,11 @@ class Source:
             )
 
         def lengths_of(shard: int, start: int, stop: int) -> np.ndarray:
-            records = self.records(shard, start, stop)
+            records, references = self._of_lengths(shard, start, stop)
             if not data.hard_negatives:  # then further positives, which records count as negatives, are not estimated
                 records = records.copy()
                 for name in ("negatives", "negative_text", "negative_images"):
                     records[name] = 0
-            references = self.references(shard, start, stop)
             records = records if references is None else with_negatives(records, references)
             return lengths.of_records(records)
 
@@ -173,6 +147,16 @@ class Source:
             lengths=lengths_of,
             cluster=self.neighbours[0][1].size if self.neighbours else None,
         )
+
+    def _of_lengths(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the records and references of samples start..stop-1 of a shard, with all fields."""
+        if not self.neighbours:
+            return self.records(shard, start, stop), self.references(shard, start, stop)
+        # What is kept of them lacks fields, but the order asks once for every shard, and keeps the lengths.
+        number, references = self.shards[shard][0], None
+        if self.mined:
+            references = self.mined[number].all_references(shard - self._first_shards[number])[start:stop]
+        return self.tars(shard)[0].all_records()[start:stop], references
 
     def _clusters(self, number: int) -> np.ndarray:
         url, neighbours = self.neighbours[number]
@@ -211,12 +195,12 @@ class Source:
         """Return the tar of a shard's samples and, if used, those of their text embeddings and teacher vectors."""
         number, info = self.shards[shard]
         url, index = self.indexes[number]
-        whole = bool(self.neighbours)
-        tars = [Tar(info, index.shards_url or url, url, whole)]
+        one_by_one = bool(self.neighbours)
+        tars = [Tar(info, index.shards_url or url, url, PLACE_AND_HASHES if one_by_one else ())]
         for stores in self._stores:
             url, stored = stores[number]
             part = stored.parts[shard - self._first_shards[number]]
-            tars.append(Tar(part.shard, stored.tars_url or url, url, whole))
+            tars.append(Tar(part.shard, stored.tars_url or url, url, PLACE if one_by_one else ()))
         return tars
 
     @cached_property
@@ -225,7 +209,7 @@ class Source:
         return [0, *accumulate(len(index.shards) for _, index in self.indexes)]
 
     def records(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Return the sidecar's records of samples start..stop-1 of a shard."""
+        """Return the sidecar's records of samples start..stop-1 of a shard; see `Tar.records`."""
         return self.tars(shard)[0].records(start, stop)
 
     def read(self, shard: int, records: np.ndarray) -> list[bytes]:
@@ -236,14 +220,15 @@ class Source:
         return Origin(self.tars(shard)[0].url, sample)
 
     def references(self, shard: int, start: int, stop: int) -> np.ndarray | None:
-        """Return (n, K) of `REFERENCE`, the mined negatives of samples start..stop-1 of a shard; None without any."""
+        """Return (n, K) of `REFERENCE`, the mined negatives of samples start..stop-1 of a shard; None without any.
+
+        With batches of neighbours only the fields in `USED`: those of all samples are kept.
+        """
         if not self.mined:
             return None
         number = self.shards[shard][0]
         mined, own = self.mined[number], shard - self._first_shards[number]
-        if self.neighbours:
-            return _all_references(mined, own)[start:stop]
-        return mined.references(own, start, stop)
+        return mined.kept_references(own)[start:stop] if self.neighbours else mined.references(own, start, stop)
 
     def read_referred(self, shard: int, reference: np.void) -> tuple[bytes, ...]:
         """Read the sample that a reference of the shard's samples names: its bytes in every tar, as `tars` has them."""
@@ -252,9 +237,29 @@ class Source:
         if number is not None:
             tars = self.tars(self._first_shards[number] + int(reference["shard"]))[1:]
             for tar in tars:  # the reference names the place in the samples' tar only
-                record = _places(tar.sidecars, tar.shard)[int(reference["sample"]), None]
-                found += tar.read(record)
+                found += tar.read(tar.record(int(reference["sample"])))
         return tuple(found)
+
+    def referred_bytes(self, shard: int, references: np.ndarray) -> np.ndarray:
+        """Return (n,) int64, the bytes that `read_referred` reads for (n, K) references of the shard's samples.
+
+        A reference does not tell the bytes of stored vectors: the mean of its dataset counts.
+        """
+        stored = self._stored_bytes[self.shards[shard][0]]
+        found = references["length"].astype(np.int64) + stored[references["dataset"]]
+        return np.where(references["shard"] >= 0, found, 0).sum(axis=1)
+
+    @cached_property
+    def _stored_bytes(self) -> list[np.ndarray]:
+        """For each dataset: the mean bytes of a sample's stored vectors in each dataset that its references number."""
+        means = [
+            sum(stores[number][1].total_bytes // index.samples for stores in self._stores)
+            for number, (_, index) in enumerate(self.indexes)
+        ]
+        return [
+            np.array([0 if number is None else means[number] for number in mined.numbers], np.int64)
+            for mined in self.mined
+        ]
 
     def parse(self, shard: int, record: np.void, data: bytes, *stored: bytes, mined: Sequence[Referral] = ()) -> Pair:
         """Parse a sample's bytes as a pair of the dataset in `names`; BadSample if they contain no pair.
@@ -286,7 +291,7 @@ class Source:
     def _with_mined(self, pair: Pair, shard: int, mined: Sequence[Referral]) -> Pair:
         """Append mined negatives, except those equal to an answer or a negative that the sample has itself.
 
-        A sample with a bad one is bad itself, as with its own negatives: nothing changes silently.
+        If one cannot be read, the sample is invalid, as with its own negatives.
         """
         known = {item.content_hash for item in pair.items[1:]}
         known |= {replace(pair.target, text=text).content_hash for text in pair.alternatives}
@@ -317,7 +322,9 @@ class Source:
             indexes = [self.indexes[number][1] for number in stream.datasets]
             total = sum(index.total_bytes for index in indexes)
             total += sum(stores[number][1].total_bytes for stores in self._stores for number in stream.datasets)
-            total += sum(self.mined[number].index.total("referred_bytes") for number in stream.datasets if self.mined)
+            for number in stream.datasets if self.mined else ():
+                mined = self.mined[number].index
+                total += mined.total("referred_bytes") + mined.total("mined") * int(self._stored_bytes[number].max())
             mean = total / sum(index.samples for index in indexes)
             needed += mean * stream.window_samples * data.lanes / world / 2**20
         if needed > data.memory_mb:
@@ -385,19 +392,3 @@ def _stores(kind: StoreKind, place: str, data: Data, indexes: tuple[tuple[str, I
                 f"{theirs.model} ({theirs.identity}): embed all datasets with one model"
             )
     return found
-
-
-_records = lru_cache(maxsize=256)(read_records)  # a window's records are needed twice
-# With batches of neighbours, single samples of all shards are used in turn.
-_sidecar = cache(load_sidecar)
-
-
-@cache
-def _all_references(mined: Mined, shard: int) -> np.ndarray:
-    return mined.references(shard, 0, mined.shards[shard].samples)
-
-
-@lru_cache(maxsize=512)  # 16 bytes a sample: references name single samples all over a dataset
-def _places(url: str, shard: Shard) -> np.ndarray:
-    """Return where all samples of a tar are: a part of the records of its sidecar in the folder `url`."""
-    return repack_fields(load_sidecar(url, shard)[["offset", "length", "crc32"]])

@@ -56,7 +56,10 @@ Stored = Literal["bf16", "fp16", "fp32"]
 
 @dataclass(frozen=True)
 class StoreKind:
-    """Which vectors of a sample are stored.  name: in the names of the files.  what, one: in messages."""
+    """Which vectors of a sample are stored.
+
+    name: in the names of the files.  what, one: the plural and singular of what is embedded, for messages.
+    """
 
     name: str
     what: str

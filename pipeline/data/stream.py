@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from pipeline.data.batch import Batch, Encoded, RawSample, Share, encode_rows
 from pipeline.data.mined import Referral
 from pipeline.data.order import Order
-from pipeline.data.plan import PlannedStep, PlannedWindow, Planner
+from pipeline.data.plan import THREADS, PlannedStep, PlannedWindow, Planner
 from pipeline.data.sample import ContentDraw, Draw, Item, Pair
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError, of_failed_worker
@@ -38,7 +38,8 @@ from pipeline.storage import objects
 
 _THREADS = 4  # readers in each process
 _SAMPLE_THREADS = 16  # the same, if they read single samples: waiting for an answer takes longer than its bytes
-_REFERRED_THREADS = 12  # readers of mined negatives in each process: one small read each
+# Readers of mined negatives in each process, one small read each. Without workers, one process has all these threads.
+_REFERRED_THREADS = objects.CONNECTIONS - _SAMPLE_THREADS - THREADS
 _STEPS_AHEAD = 64  # steps that a worker may read ahead
 _PARENT_SECONDS = 0.3  # interval of a worker's checks that its rank is alive
 _PLANNED_AHEAD = 64  # planned windows and steps that a worker's queue holds
@@ -49,15 +50,14 @@ Plan = queue.Queue | ProcessQueue  # of PlannedWindow, PlannedStep and, as its l
 
 @dataclass(frozen=True)
 class ReadSample:
-    """What was read for a sample: its bytes in every tar, and its mined negatives."""
+    """What was read for a sample: its bytes in every tar, and its mined negatives.
+
+    size: its part of `PlannedWindow.bytes_of`.
+    """
 
     data: tuple[bytes, ...]
     mined: tuple[Referral, ...]
-
-    @property
-    def size(self) -> int:
-        """Its part of `PlannedWindow.bytes_of`."""
-        return sum(map(len, self.data)) + sum(int(reference["length"]) for reference, _ in self.mined)
+    size: int
 
 
 @dataclass
@@ -170,15 +170,19 @@ def _read(
 ) -> dict[int, ReadSample]:
     """Read consecutive samples of a shard, and in `pool` those that they refer to. Returns them by sample number."""
     mined: list[list[np.void]] = [[] for _ in records[0]]
+    sizes = np.add.reduce([each["length"].astype(np.int64) for each in records])
     if references is not None:
         mined = [list(row[row["shard"] >= 0]) for row in references]
+        sizes += source.referred_bytes(shard, references)
     distinct = {_key(each): each for row in mined for each in row}
     waiting = {key: pool.submit(source.read_referred, shard, each) for key, each in distinct.items()}
     tars = [tar.read(each) for tar, each in zip(source.tars(shard), records, strict=True)]
     referred = {key: future.result() for key, future in waiting.items()}
     return {
-        number: ReadSample(data, tuple((each, referred[_key(each)]) for each in row))
-        for number, (data, row) in enumerate(zip(zip(*tars, strict=True), mined, strict=True), start)
+        number: ReadSample(data, tuple((each, referred[_key(each)]) for each in row), size)
+        for number, (data, row, size) in enumerate(
+            zip(zip(*tars, strict=True), mined, sizes.tolist(), strict=True), start
+        )
     }
 
 

@@ -18,9 +18,11 @@ import torch
 
 from pipeline.config import MiningRun
 from pipeline.data.index import Index, array_bytes, array_of
+from pipeline.data.mined import content_of
 from pipeline.data.neighbours import ARRAY_FILE, NEIGHBOURS_FILE, Neighbours, write_neighbours
 from pipeline.data.source import Source
-from pipeline.distributed import on_every_rank, rank_and_world
+from pipeline.distributed import on_every_rank, on_first_rank, rank_and_world
+from pipeline.embedding.dataset import in_threads
 from pipeline.embedding.partition import Apart, clusters_of
 from pipeline.embedding.ranks import Ranking, Ranks, ranked_queries
 from pipeline.embedding.targets import Targets, shared_targets
@@ -72,7 +74,7 @@ class ClusteredDataset:
         if found is None:
             return False
         same = found.size == self.size and self.made.items() <= found.made.items()
-        same &= found.shards == tuple(shard.sha256 for shard in self.index.shards)
+        same &= found.shards == content_of(self.index)
         if not same and not overwrite:
             raise PipelineError(
                 f"{self.place} has clusters of {found.size} that {found.made.get('model')} found with other options, "
@@ -83,13 +85,21 @@ class ClusteredDataset:
 
     def begin(self) -> None:
         """Keep the records of an earlier start only if they are of the same plan."""
-        plan = json.dumps({"made": self.made, "shards": [shard.sha256 for shard in self.index.shards]}).encode()
-        url, known = objects.join(self.place, _RECORDS, _PLAN), objects.list_under(self._records)
-        if url in known and objects.read(url) == plan:
-            return
-        for each in known:
-            objects.delete(each)
-        objects.write(url, plan)
+        plan = json.dumps({"made": self.made, "shards": content_of(self.index)}).encode()
+        url = objects.join(self._records, _PLAN)
+        if not (objects.exists(url) and objects.read(url) == plan):
+            self.forget()
+            objects.write(url, plan)
+
+    def left(self) -> list[int]:
+        """Return the shards without a record."""
+        shards = range(len(self.source.shards))
+        there = in_threads(objects.exists, map(self.record, shards))
+        return [shard for shard, found in zip(shards, there, strict=True) if not found]
+
+    def forget(self) -> None:
+        """Delete all records."""
+        in_threads(objects.delete, objects.list_under(self._records))
 
     @property
     def _records(self) -> str:
@@ -111,8 +121,7 @@ class ClusteredDataset:
         alone = int((neighbours < 0).all(axis=1).sum())
         counts = {"samples_without_neighbours": alone, "pairs_not_separated": together}
         write_neighbours(self.place, self.index, clusters, self.size, self.made | counts)
-        for url in objects.list_under(self._records):
-            objects.delete(url)
+        self.forget()
         if "://" not in self.place:
             remove_leftovers(Path(self.place), "neighbours.*")
         logger.info(
@@ -149,23 +158,15 @@ def cluster_datasets(
     options = options.model_copy(update={"among": "own"})
     planned = [_planned(number, *each, size, model, identity, options) for number, each in enumerate(datasets)]
     rank, world = rank_and_world()
-    todo, left = list[ClusteredDataset](), list[tuple[ClusteredDataset, int]]()
 
-    def plan() -> None:
-        todo.extend(each for each in planned if not each.is_whole(options.overwrite))
-        for dataset in todo if rank == 0 else ():
-            dataset.begin()
+    def begin() -> list[list[int] | None]:
+        return [_begun(dataset, options.overwrite) for dataset in planned]
 
-    on_every_rank(plan, lambda: 0, lambda _: None)
+    shards_left = on_first_rank(begin)  # on a shared file system other ranks may not see all records yet
+    todo = [dataset for dataset, shards in zip(planned, shards_left, strict=True) if shards is not None]
     if not todo:
         return
-
-    def find_left() -> None:
-        for dataset in todo:
-            numbers = range(len(dataset.source.shards))
-            left.extend((dataset, shard) for shard in numbers if not objects.exists(dataset.record(shard)))
-
-    on_every_rank(find_left, lambda: 0, lambda _: None)
+    left = [(dataset, shard) for dataset in todo for shard in shards_left[dataset.number] or ()]
     total = sum(dataset.source.shards[shard][1].samples for dataset, shard in left)
     with (
         shared_targets([each.source for each in planned], options.scratch) as targets,
@@ -191,6 +192,15 @@ def cluster_datasets(
                 clustered += 1
 
         on_every_rank(cluster, lambda: clustered, lambda _: None)
+
+
+def _begun(dataset: ClusteredDataset, overwrite: bool) -> list[int] | None:
+    """Return the shards that are still to be ranked; None if the same clusters are there."""
+    if dataset.is_whole(overwrite):
+        dataset.forget()  # a start that was killed may have left records
+        return None
+    dataset.begin()
+    return dataset.left()
 
 
 def _planned(

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pipeline.config import Data
 from pipeline.data.index import INDEX_FILE, Index, Shard, as_json, check_shards
@@ -33,6 +33,7 @@ from pipeline.storage.documents import DocumentError, parse_json
 from pipeline.storage.objects import ObjectError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
@@ -92,9 +93,10 @@ class EmbeddedDataset:
             stale = f"vectors of other shards than {self.url} has now"
         if stale and not overwrite:
             raise PipelineError(f"{self.place} has {stale}: add --overwrite, or choose another --out")
-        there = _in_threads(lambda part: self._is_there(part, made), same)
+        there = in_threads(lambda part: self._is_there(part, made), same)
         self.parts = {part.shard.file: part for part, found in zip(same, there, strict=True) if found}
         if finished and not stale and len(self.parts) == len(self.index.shards):
+            self._forget()  # a start that was killed may have left records
             return
         # Delete another model's records before writing this model's name.
         kept = {self._record("made"), *map(self._record, self.parts)}
@@ -102,7 +104,7 @@ class EmbeddedDataset:
             objects.delete(url)
         objects.write(self._record("made"), json.dumps(asdict(made)).encode())
         if finished:  # without an index the parts have records already
-            _in_threads(self._note, self.parts.values())
+            in_threads(self._note, self.parts.values())
         objects.delete(index_url)  # before any tar is overwritten, so that nobody reads a mix of old and new
 
     def _unfinished(self, overwrite: bool) -> tuple[EmbeddingMetadata | None, list[Part]]:
@@ -111,7 +113,7 @@ class EmbeddedDataset:
         if (url := self._record("made")) not in records:
             return None, []
         records.remove(url)
-        parts = [part for part in map(_recorded, records, _in_threads(objects.read, records)) if part]
+        parts = [part for part in map(_recorded, records, in_threads(objects.read, records)) if part]
         try:
             remedy = "add --overwrite, and all is embedded again"
             return parse_json(objects.read(url), url, EmbeddingMetadata, remedy=remedy), parts
@@ -127,6 +129,10 @@ class EmbeddedDataset:
     def _records(self) -> list[str]:
         found = objects.list_under(objects.join(self.place, self._folder))
         return [url for url in found if url.endswith(".json")]  # excludes temporary files of a killed process
+
+    def _forget(self) -> None:
+        """Delete all records."""
+        in_threads(objects.delete, objects.list_under(objects.join(self.place, self._folder)))
 
     def _record(self, name: str) -> str:
         return objects.join(self.place, self._folder, f"{name}.json")
@@ -160,7 +166,7 @@ class EmbeddedDataset:
         hashes = {objects.join(self.place, part.shard.sidecar): part.shard.sidecar_sha256 for part in parts}
         if made.stored != "fp32":
             hashes |= {objects.join(self.place, part.shard.file): part.shard.sha256 for part in parts}
-        found = _in_threads(objects.sha256, hashes)
+        found = in_threads(objects.sha256, hashes)
         wrong = [url for url, sha256 in zip(hashes, found, strict=True) if sha256 != hashes[url]]
         for url in wrong:
             objects.delete(self._record(url.rpartition("/")[2].replace(".idx.npy", ".tar")))
@@ -169,13 +175,13 @@ class EmbeddedDataset:
         tars_url = self.tars_url if made.stored == "fp32" and self.tars_url != self.place else ""
         content = StoredVectors(self.kind, made, tuple(parts), tars_url).to_json()
         objects.write(objects.join(self.place, self.kind.index_file), content.encode())
-        for url in objects.list_under(objects.join(self.place, self._folder)):
-            objects.delete(url)
+        self._forget()
         if "://" not in self.place:
             remove_leftovers(Path(self.place), f"*_{self.kind.name}")
 
 
-def _in_threads(function: Callable[[T], Any], given: Iterable[T]) -> list[Any]:
+def in_threads(function: Callable[[T], R], given: Iterable[T]) -> list[R]:
+    """Return the function's results, in order; for requests, whose answers take long."""
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(function, given))
 

@@ -16,10 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pipeline.config import Encoding
 from pipeline.data.index import Shard
@@ -42,8 +41,6 @@ _THREADS = 8  # that prepare a group's items
 _AHEAD = 3  # groups that a rank reads while it embeds one
 _UPLOADS = 2  # at a time; their tars are in TMPDIR, beside the next one
 _SHOWN = 10  # unusable samples that each rank logs
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +87,7 @@ def embed_datasets(
             dataset.begin(by, overwrite)
         return [set(dataset.parts) for dataset in datasets]
 
-    whole = _on_first_rank(finished)
+    whole = on_first_rank(finished)
     groups = [
         (dataset, number, start, min(start + size, shard.samples))
         for dataset, each in enumerate(datasets)
@@ -145,7 +142,7 @@ def embed_datasets(
             dataset.finish(by)
             logger.info("%s: %s of %s samples", printable(dataset.place), kind.what, f"{dataset.samples:,}")
 
-    _on_first_rank(finish)
+    on_first_rank(finish)
     if without := int(all_gather_constant(torch.tensor([unusable], device=device)).sum()):
         if rank == 0:
             logger.warning(
@@ -161,10 +158,6 @@ def embed_datasets(
 
 def _group_samples(kind: StoreKind, shard: Shard) -> int:
     return _WITH_IMAGES if kind is ITEMS and (shard.images or shard.videos) else GROUP
-
-
-def _on_first_rank(work: Callable[[], T]) -> T:
-    return on_first_rank(work) if dist.is_initialized() else work()
 
 
 def read_group(source: Source, encoder: Encoder, kind: StoreKind, number: int, start: int, stop: int) -> SampleGroup:

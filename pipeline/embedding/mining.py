@@ -11,17 +11,15 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import fsum
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from pipeline.config import Data, MiningRun
 from pipeline.data.index import Shard, as_json, sidecar_of
@@ -38,9 +36,9 @@ from pipeline.data.mined import (
 )
 from pipeline.data.source import Source
 from pipeline.data.stored_vectors import ITEMS, Stored, StoredVectors
-from pipeline.distributed import on_every_rank, on_first_rank, rank_and_world, start_distributed
+from pipeline.distributed import gathered, on_every_rank, on_first_rank, rank_and_world, start_distributed
 from pipeline.embedding.clustering import check_sizes, cluster_datasets
-from pipeline.embedding.dataset import EmbeddedDataset, open_datasets
+from pipeline.embedding.dataset import EmbeddedDataset, in_threads, open_datasets
 from pipeline.embedding.embed_shards import embed_datasets
 from pipeline.embedding.ranks import Ranking, Ranks, chosen, ranked_queries
 from pipeline.embedding.targets import Targets, shared_targets
@@ -55,8 +53,6 @@ from pipeline.storage.objects import ObjectError
 
 _RECORDS = ".mined"
 
-T = TypeVar("T")
-
 logger = logging.getLogger(__name__)
 
 
@@ -64,8 +60,9 @@ logger = logging.getLogger(__name__)
 class MinedDataset:
     """A dataset, and the folder `place` for its mined negatives.
 
-    number: among the datasets that are mined together.  store: its items' vectors.
+    number: among the datasets that are mined together.  source: opened with its items' vectors.
     plan: the index without parts.  parts: the finished ones, by file.
+    finished: the whole index, if an earlier start wrote it.
     """
 
     number: int
@@ -73,6 +70,7 @@ class MinedDataset:
     source: Source
     plan: MinedIndex
     parts: dict[str, MinedPart] = field(default_factory=dict)
+    finished: MinedIndex | None = None
 
     @property
     def shards(self) -> list[Shard]:
@@ -83,9 +81,8 @@ class MinedDataset:
 
         Raises PipelineError if the place has negatives that were mined otherwise, unless `overwrite`.
         """
-        index_url, records = objects.join(self.place, MINED_FILE), objects.join(self.place, _RECORDS)
         finished = self._loaded(self.place, overwrite)
-        unfinished = None if finished else self._loaded(records, overwrite)
+        unfinished = None if finished else self._loaded(self._records, overwrite)
         known = finished or unfinished
         if known and replace(known, parts=()) != self.plan and not overwrite:
             raise PipelineError(
@@ -94,17 +91,20 @@ class MinedDataset:
             )
         same = known is not None and replace(known, parts=()) == self.plan
         parts = [*finished.parts] if finished and same else self._recorded() if same else []
-        self.parts = {part.file: part for part in parts if self._is_there(part)}
+        there = in_threads(self._is_there, parts)
+        self.parts = {part.file: part for part, found in zip(parts, there, strict=True) if found}
         if finished and same and len(self.parts) == len(self.shards):
+            self.finished = finished
+            self._forget(keep=set())  # a start that was killed may have left records
             return
-        kept = {self._record(file) for file in self.parts}
-        for url in objects.list_under(records):
-            if url not in kept:
-                objects.delete(url)
-        objects.write(objects.join(records, MINED_FILE), self.plan.to_json().encode())
-        for part in self.parts.values():
-            self._note(part)
-        objects.delete(index_url)  # before any file is overwritten, so that nobody reads a mix of old and new
+        plan = objects.join(self._records, MINED_FILE)
+        # Records of another plan are deleted before this one is written.
+        self._forget(keep={plan, *map(self._record, self.parts)})
+        objects.write(plan, self.plan.to_json().encode())
+        if finished:  # without an index the parts have records already
+            in_threads(self._note, self.parts.values())
+        # Before any file is overwritten, so that nobody reads a mix of old and new.
+        objects.delete(objects.join(self.place, MINED_FILE))
 
     def _loaded(self, folder: str, overwrite: bool) -> MinedIndex | None:
         try:
@@ -116,38 +116,47 @@ class MinedDataset:
 
     def _recorded(self) -> list[MinedPart]:
         """Return the parts that an earlier start has finished. One with a damaged record is mined again."""
-        found = []
-        for url in objects.list_under(objects.join(self.place, _RECORDS)):
-            if url.endswith(".npy.json"):
-                with suppress(DocumentError):
-                    found.append(parse_json(objects.read(url), url, MinedPart, remedy=""))
-        return found
+
+        def recorded(url: str) -> MinedPart | None:
+            with suppress(DocumentError):
+                return parse_json(objects.read(url), url, MinedPart, remedy="")
+            return None
+
+        records = [url for url in objects.list_under(self._records) if url.endswith(".npy.json")]
+        return [part for part in in_threads(recorded, records) if part]
+
+    @property
+    def _records(self) -> str:
+        return objects.join(self.place, _RECORDS)
+
+    def _forget(self, keep: set[str]) -> None:
+        """Delete the records, but for these URLs."""
+        in_threads(objects.delete, [url for url in objects.list_under(self._records) if url not in keep])
 
     def _is_there(self, part: MinedPart) -> bool:
         url = objects.join(self.place, part.file)
         return objects.exists(url) and objects.size(url) == part.size
 
     def _record(self, file: str) -> str:
-        return objects.join(self.place, _RECORDS, f"{file}.json")
+        return objects.join(self._records, f"{file}.json")
 
     def _note(self, part: MinedPart) -> None:
         objects.write(self._record(part.file), json.dumps(as_json(part)).encode())
 
     def keep(self, shard: Shard, records: np.ndarray, counts: dict[str, float]) -> None:
         """Write the references of a shard, (samples,) of `mined_dtype`, and record them as a finished part."""
-        data = sidecar_of(records)
+        data = sidecar_of(records, self.plan.seed(shard))
         sums = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         part = MinedPart(shard=shard.sha256, file=mined_file(shard), **sums, **counts)  # type: ignore[arg-type]
         objects.write(objects.join(self.place, part.file), data)
         self._note(part)
+        self.parts[part.file] = part
 
     def finish(self) -> MinedIndex:
-        """Verify all files, and write the index."""
-        records = objects.join(self.place, _RECORDS)
-        if not objects.exists(objects.join(records, MINED_FILE)):  # an earlier start has finished
-            return MinedIndex.load(self.place)
-        parts = {part.file: part for part in self._recorded()}
-        index = replace(self.plan, parts=tuple(parts[mined_file(shard)] for shard in self.shards))
+        """Verify all files, and write the index. `parts` has those of all ranks."""
+        if self.finished:
+            return self.finished
+        index = replace(self.plan, parts=tuple(self.parts[mined_file(shard)] for shard in self.shards))
         if wrong := index.damaged(self.place):
             for part in wrong:
                 objects.delete(self._record(part.file))
@@ -156,8 +165,7 @@ class MinedDataset:
                 f"{self.place}: the hash of {files} is wrong; start again, and only these are mined again"
             )
         objects.write(objects.join(self.place, MINED_FILE), index.to_json().encode())
-        for url in objects.list_under(records):
-            objects.delete(url)
+        self._forget(keep=set())
         if "://" not in self.place:
             remove_leftovers(Path(self.place), "*.mined.npy")
         return index
@@ -184,7 +192,7 @@ def mine_datasets(
 ) -> None:
     """Like `mine`, with a loaded encoder and the datasets at or below `url`."""
     check_sizes([each.index for each in embedded], options.clusters)
-    stored = _on_first_rank(lambda: _stored(embedded))
+    stored = on_first_rank(lambda: _stored(embedded))
     with _options_named():
         embed_datasets(encoder, embedded, stored, device, overwrite=options.overwrite)
     datasets = _planned(encoder, embedded, url, options)
@@ -195,7 +203,7 @@ def mine_datasets(
             dataset.begin(options.overwrite)
         return [set(dataset.parts) for dataset in datasets]
 
-    whole = _on_first_rank(finished)
+    whole = on_first_rank(finished)
     todo = [
         (dataset, number)
         for dataset in datasets
@@ -222,19 +230,19 @@ def mine_datasets(
                             done += count
 
             on_every_rank(work, lambda: done, lambda now: bar.update(total - left + now - bar.n))
+        # Not from a listing of the records: on a shared file system it may lack other nodes' newest ones.
+        for parts in gathered([dataset.parts for dataset in datasets]):
+            for dataset, found in zip(datasets, parts, strict=True):
+                dataset.parts |= found
 
     def finish() -> None:
         for dataset in datasets:
             _log(dataset, dataset.finish())
 
-    _on_first_rank(finish)
+    on_first_rank(finish)
     if options.clusters:
         clustered = [(dataset.place, dataset.source) for dataset in datasets]
         cluster_datasets(clustered, encoder.name, encoder.identity, options, device)
-
-
-def _on_first_rank(work: Callable[[], T]) -> T:
-    return on_first_rank(work) if dist.is_initialized() else work()
 
 
 @contextmanager

@@ -8,6 +8,10 @@ For N samples with m neighbours each, it needs about 150 N m bytes, and time in 
 a minute of one core for a million samples with 30.
 """
 
+import ctypes
+import mmap
+import multiprocessing
+import signal
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +24,7 @@ _IMBALANCE = 100  # METIS cuts fewer edges if it may split unevenly: here by 100
 _ROUNDS = 4  # of exchanges between clusters
 _TRIED = 8  # clusters that an exchange considers, of those with neighbours
 _PAIRS = 1 << 24  # compared at a time
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when the thread that forked it ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,14 +114,39 @@ def clusters_of(neighbours: np.ndarray, scores: np.ndarray, apart: Apart, size: 
     weights = 1 + np.rint((_WEIGHTS - 1) * (values - values.min(initial=np.inf)) / spread).astype(np.int64)
     graph = Graph.of(pairs, weights, count)
 
-    adjacency = pymetis.CSRAdjacency(graph.ends, graph.others)
-    options = pymetis.Options(seed=0, ufactor=_IMBALANCE)
-    _, parts = pymetis.part_graph(clusters, adjacency, eweights=graph.weights, recursive=True, options=options)
-    cluster = _equal(graph, np.array(parts, np.int64), clusters, size)
+    cluster = _equal(graph, _parts(graph, clusters), clusters, size)
     rising = np.argsort(np.where(cluster < 0, clusters, cluster), kind="stable")
     members = rising[: clusters * size].reshape(clusters, size)
     left = _separate(graph, apart, cluster, members)
     return np.concatenate([np.sort(members, axis=1).reshape(-1), rising[clusters * size :]]), left
+
+
+def _parts(graph: Graph, count: int) -> np.ndarray:
+    """Return each sample's part of `count` by METIS, int64 (N,).
+
+    METIS does not release the interpreter's lock, for minutes or hours. So it runs in a forked process, and meanwhile
+    this one can exchange messages with other ranks, which would otherwise give up after timeout_minutes.
+    Raises PipelineError if that process is killed.
+    """
+    shared = mmap.mmap(-1, max(8 * len(graph.ends), 1))
+    parts = np.frombuffer(shared, np.int64, len(graph.ends) - 1)
+
+    def partition() -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # of the thread that waits below
+        adjacency = pymetis.CSRAdjacency(graph.ends, graph.others)
+        options = pymetis.Options(seed=0, ufactor=_IMBALANCE)
+        _, found = pymetis.part_graph(count, adjacency, eweights=graph.weights, recursive=True, options=options)
+        parts[:] = found
+
+    process = multiprocessing.get_context("fork").Process(target=partition)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise PipelineError(
+            f"METIS ended with status {process.exitcode}: if its memory did not suffice, give the job more memory, or "
+            "mine smaller datasets"
+        )
+    return parts
 
 
 def _equal(graph: Graph, cluster: np.ndarray, clusters: int, size: int) -> np.ndarray:

@@ -9,19 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-import torch.distributed as dist
 
 from pipeline.data.index import load_sidecar
 from pipeline.data.source import Source
 from pipeline.data.teacher import query_and_target_vectors
-from pipeline.distributed import on_every_rank, rank_and_world
+from pipeline.distributed import gathered, on_every_rank, rank_and_world
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
-
-T = TypeVar("T")
 
 # Of a sample: whether it has vectors, and the fields of its record that a reference to its target has.
 FACTS = np.dtype(
@@ -125,29 +121,21 @@ def _shared_file(size: int, scratch: str | None) -> Iterator[tuple[Path, list[st
     """
     rank, _ = rank_and_world()
     host, folder = socket.gethostname(), ""
-    hosts = _gathered(host)
+    hosts = gathered(host)
     first = hosts.index(host)
     if rank == first:
         folder = _reserved(size, scratch)
     try:
-        path = Path(_gathered(folder)[first], "targets")
+        path = Path(gathered(folder)[first], "targets")
         if not path.exists():
             raise PipelineError(
                 f"{path}, which rank {first} on {host} made, is not there for rank {rank}: set scratch="
             )
         yield path, hosts
-        _gathered(None)  # all have opened it
+        gathered(None)  # all have opened it
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _gathered(value: T) -> list[T]:
-    """Return every rank's value."""
-    values = [value] * rank_and_world()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
 
 
 def _reserved(size: int, scratch: str | None) -> str:

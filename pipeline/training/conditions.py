@@ -22,6 +22,9 @@ _NOT_NOTED_ONCE = {
     "model.images": "as_stored",
     "model.marks": "mended",
     "white space around texts": "stripped",
+    "the teacher vectors' fingerprint": None,
+    "the mined negatives' fingerprint": None,
+    "the neighbours' fingerprint": None,
 }
 
 
@@ -32,8 +35,8 @@ def conditions_of_run(recipe: Recipe, source: Source, zero: dict[str, Any]) -> d
     """
     return (
         fixed(recipe)
+        | source.fingerprints
         | {
-            "the data's fingerprint": source.fingerprint,
             "the order's version": ORDER_VERSION,
             "the token lengths' version": LENGTHS_VERSION,
             checkpoint.STAGE: zero["stage"],

@@ -1,5 +1,6 @@
 """Mined negatives in a run: the items of its batches, their lengths, and what is refused."""
 
+import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,15 +15,16 @@ from limits import HANG_SECONDS
 from small_mining import NAMES, SAMPLES, WIDTH, Texts, mine, pair, references, write_datasets
 
 from pipeline.config import Data, MiningRun, Part
+from pipeline.data import plan, stream
 from pipeline.data.batch import Batch, Encoded
-from pipeline.data.index import Index, array_of
+from pipeline.data.index import Captions, Index, array_of
 from pipeline.data.lengths import Lengths
-from pipeline.data.mined import MINED_FILE, REFERENCE, MinedIndex, with_negatives
+from pipeline.data.mined import MINED_FILE, REFERENCE, MinedIndex, content_of, with_negatives
 from pipeline.data.plan import PlannedWindow, Planner
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import ShardRecords, sample_bytes, write_shards
 from pipeline.data.source import Source
-from pipeline.data.stored_vectors import CAPTIONS, ITEMS
+from pipeline.data.stored_vectors import CAPTIONS, ITEMS, StoredVectors
 from pipeline.data.stream import ReadSample, _read, batches
 from pipeline.data.tiles import Tiling
 from pipeline.embedding import mining
@@ -30,6 +32,7 @@ from pipeline.embedding.dataset import open_datasets
 from pipeline.embedding.embed_shards import embed_datasets
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
+from pipeline.storage import s3 as objects_on_s3
 
 LENGTHS = Lengths(Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48))), 8)
 
@@ -131,6 +134,10 @@ def test_stored_vectors_of_mined_targets_come_along(shards, tmp_path):
     assert count > 50
 
 
+def _bytes_of(read: ReadSample) -> int:
+    return sum(map(len, read.data)) + sum(len(each) for _, tars in read.mined for each in tars)
+
+
 def _read_shard(source: Source, shard: int, samples: range) -> list[tuple[int, ReadSample]]:
     known = [tar.records(samples.start, samples.stop) for tar in source.tars(shard)]
     references = source.references(shard, samples.start, samples.stop)
@@ -167,12 +174,15 @@ def test_datasets_outside_the_run_are_found_at_the_same_place(shards):
 
 
 def test_fingerprint_has_the_mined_negatives_only_if_they_are_used(shards):
-    prints = [Source.open(data_of(shards, folder)).fingerprint for folder in ("mined", "all")]
-    without = Source.open(data_of(shards).model_copy(update={"negatives": None})).fingerprint
-    assert len({*prints, without}) == 3
-    assert Source.open(data_of(shards, "all")).fingerprint == prints[1]
-    plain = Source.open(Data(url=str(shards), datasets=[{"name": name} for name in NAMES]))
-    assert plain.fingerprint == without
+    name = "the mined negatives' fingerprint"
+    one, other = (Source.open(data_of(shards, folder)).fingerprints for folder in ("mined", "all"))
+    without = Source.open(data_of(shards).model_copy(update={"negatives": None})).fingerprints
+    assert len({one[name], other[name]}) == 2 and without[name] is None
+    assert one | {name: None} == other | {name: None} == without
+    assert Source.open(data_of(shards, "all")).fingerprints == other
+    # Without any of these, it is the hash that runs of earlier versions stored.
+    plain = "".join(Index.load(str(shards / each)).to_json() for each in NAMES)
+    assert without["the data's fingerprint"] == hashlib.sha256(plain.encode()).hexdigest()
 
 
 def test_memory_counts_the_referred_samples(shards, monkeypatch):
@@ -186,6 +196,20 @@ def test_memory_counts_the_referred_samples(shards, monkeypatch):
         sizes += sum(len(data[0]) for each in read.values() for _, data in each.mined)
     assert sizes > 0
     total = sum(mined.index.total("referred_bytes") for mined in source.mined)
+    with_teacher = Source.open(data_of(shards, teacher=str(shards / "vectors")))
+    read = dict(_read_shard(with_teacher, 0, range(20)))
+    sizes = np.array([[each.size, _bytes_of(each)] for each in read.values()])
+    # 512 bytes are a block of a tar: vectors of a sample take 3 or 4.
+    assert (abs(sizes[:, 0] - sizes[:, 1]) <= 3 * 512).all() and sizes[:, 0].mean() > 8 * 512
+    monkeypatch.setattr(StoredVectors, "total_bytes", 1 << 30)
+    needed = []
+    for negatives in (None, str(shards / "all")):
+        changes = {"negatives": negatives, "memory_mb": 1}
+        opened = Source.open(data_of(shards, teacher=str(shards / "vectors")).model_copy(update=changes))
+        with pytest.raises(PipelineError, match=r"take about \d+ MiB") as error:
+            opened.check_memory(order, 1)
+        needed.append(int(str(error.value).split("about ")[1].split()[0]))
+    assert 3.5 * needed[0] < needed[1] < 5 * needed[0]  # of three references a sample
     assert total == sum(
         int(row["length"]) for name in NAMES for row in references(shards / "all", name).ravel() if row["shard"] >= 0
     )
@@ -234,8 +258,39 @@ def test_negatives_of_other_shards_or_damaged_ones_are_refused(shards, tmp_path)
     ):
         Source.open(other)
     shutil.copy(shards / "all" / "first" / MINED_FILE, index)
-    with pytest.raises(PipelineError, match=r"refers to other shards than those of .*second: mine the negatives of"):
+    with pytest.raises(PipelineError, match=r"refers to other shards or captions than those of .*second: mine"):
         Source.open(changed.model_copy(update={"negatives": str(folder / "all")}))
+
+
+def test_negatives_of_other_captions_are_refused(shards):
+    """A dataset in img2dataset's layout can be indexed again with other texts: its tars stay the same."""
+    index = Index.load(str(shards / "first"))
+    captions = Captions("<image>", ("txt",), "task")
+    hashes = {content_of(replace(index, captions=each)) for each in (None, captions, replace(captions, query="of"))}
+    hashes.add(content_of(replace(index, captions=replace(captions, columns=("txt", "long")))))
+    assert len(hashes) == 4
+    assert content_of(replace(index, captions=replace(captions, task="other"))) in hashes
+    mined = MinedIndex.load(str(shards / "mined" / "first"))
+    with pytest.raises(PipelineError, match=r"mined.json was mined with other captions or another query than first"):
+        mined.check("", "first", replace(index, captions=captions))
+
+
+@pytest.mark.parametrize("of", ["mixed", "neighbours"])
+def test_files_of_another_mining_or_shard_are_refused(shards, tmp_path, of):
+    """They can have the same size and be intact."""
+    shutil.copytree(shards / "all", tmp_path / "all")
+    mine(shards, tmp_path / "other", among="all", margin=None)
+    parts = MinedIndex.load(str(shards / "all" / "first")).parts
+    ours = [tmp_path / "all" / "first" / part.file for part in parts[:2]]
+    other = tmp_path / "other" / "first" / parts[0].file
+    assert {path.stat().st_size for path in (*ours, other)} == {parts[0].size}
+    data = data_of(shards, batches=of, neighbours=str(shards / "all"), negatives=str(tmp_path / "all"))
+    kept = Source.open(data).references(0, 0, 4)
+    assert kept.dtype == REFERENCE if of == "mixed" else kept.dtype.itemsize == 34  # bytes
+    for file in (other, ours[1]):
+        shutil.copy(file, ours[0])
+        with pytest.raises(PipelineError, match=r"mined.npy is damaged \(records 0-"):
+            Source.open(data).references(0, 0, 4)
 
 
 def test_bad_and_repeated_references(shards):
@@ -267,6 +322,8 @@ def test_mined_and_read_on_s3(s3, tmp_path):
         assert objects.read(f"{url}/{name}/{MINED_FILE}") == (tmp_path / "all" / name / MINED_FILE).read_bytes()
     options = {"datasets": [Part(name=name) for name in NAMES], "lanes": 4, "block_samples": 8, "workers": 0}
     remote = read(Data(url=url, negatives="beside", **options), range(3))
+    readers = stream._SAMPLE_THREADS + stream._REFERRED_THREADS + plan.THREADS
+    assert 12 + 16 <= readers <= objects_on_s3._client().meta.config.max_pool_connections
     local = read(Data(url=str(tmp_path), negatives=str(tmp_path / "all"), **options), range(3))
     assert [each.negatives for each in remote] == [each.negatives for each in local]
     assert any(map(any, (each.negatives for each in remote)))

@@ -1,11 +1,12 @@
 """The files of clusters of neighbours: what is written is read, and damaged or other ones are refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pipeline.data.index import Index
+from pipeline.data.index import Captions, Index
 from pipeline.data.neighbours import ARRAY_FILE, NEIGHBOURS_FILE, Neighbours, write_neighbours
 from pipeline.data.sample import Item, Pair
 from pipeline.data.shards import write_shards
@@ -37,8 +38,9 @@ def test_written_clusters_are_read(index, tmp_path):
 
 def test_damaged_or_other_files_are_refused(index, tmp_path):
     neighbours = write_neighbours(str(tmp_path), index, CLUSTERS, 4, MADE)
-    with pytest.raises(ObjectError, match="belongs to other shards than those of d: mine the dataset again"):
-        neighbours.check(str(tmp_path), "d", Index("d", index.shards[:1]))
+    for other in (Index("d", index.shards[:1]), replace(index, captions=Captions("<image>", ("txt",), ""))):
+        with pytest.raises(ObjectError, match="belongs to other shards or captions than those of d: mine the dataset"):
+            neighbours.check(str(tmp_path), "d", other)
     with pytest.raises(ObjectError, match="does not list each of 29 samples once"):
         neighbours.clusters(str(tmp_path), 29)
     stored = (tmp_path / ARRAY_FILE).read_bytes()

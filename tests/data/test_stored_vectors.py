@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from pipeline.config import Data
 from pipeline.convert.img2dataset import indexing
-from pipeline.data import source
+from pipeline.data import tars
 from pipeline.data.batch import Encoded
 from pipeline.data.index import INDEX_FILE, Captions, Index, checksum_of
 from pipeline.data.lengths import Lengths, Square
@@ -216,12 +216,12 @@ def test_bytes_read_and_held_count_both_tars(shards, tmp_path, monkeypatch):
     def noting(reader: Reader) -> None:
         read_ahead(reader)
         futures = [future for reading in reader.readings.values() for future in reading.samples.values()]
-        found = [data for future in futures for of_tars in future.result().values() for data in of_tars]
+        found = [data for future in futures for sample in future.result().values() for data in sample.data]
         held.append((reader.held, sum(map(len, found))))
 
     monkeypatch.setattr(Reader, "_read_ahead", noting)
     for embeddings in (None, tmp_path):
-        source._records.cache_clear()
+        tars._records.cache_clear()
         opened = Source.open(data_of(shards, embeddings))
         order = opened.order(BATCH, 3, Lengths(Square(), 8))
         steps = range(order.steps_per_epoch)
@@ -231,8 +231,8 @@ def test_bytes_read_and_held_count_both_tars(shards, tmp_path, monkeypatch):
         read_bytes = received - sum(
             tar.shard.sidecar_bytes for n in range(len(opened.shards)) for tar in opened.tars(n)
         )
-        tars = sum(index.total_bytes for _, index in (*opened.indexes, *opened.embeddings))
-        assert 0.75 * tars < read_bytes < tars
+        both = sum(index.total_bytes for _, index in (*opened.indexes, *opened.embeddings))
+        assert 0.75 * both < read_bytes < both
     assert [counted for counted, _ in held] == [there for _, there in held]
     assert max(held) > (50_000, 50_000)
     heavy = Source(opened.data.model_copy(update={"memory_mb": 1}), opened.indexes, opened.shards)
@@ -244,15 +244,15 @@ def test_bytes_read_and_held_count_both_tars(shards, tmp_path, monkeypatch):
 
 
 def test_shards_are_embedded_in_bounded_pieces(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "_READ_BYTES", 4_000)
-    pieces, plain = [], source.read_samples
+    monkeypatch.setattr(tars, "_READ_BYTES", 4_000)
+    pieces, plain = [], tars.read_samples
 
     def noting(url, shard, records):
         pieces.append(int(records["length"].sum()))
         return plain(url, shard, records)
 
     monkeypatch.setattr(embed_shards, "GROUP", 1000)
-    monkeypatch.setattr(source, "read_samples", noting)
+    monkeypatch.setattr(tars, "read_samples", noting)
     embed(shards, tmp_path, Texts())
     largest = max(len(content) for content in files(shards).values())
     assert max(pieces) < 4_000 + 3_000 < largest
@@ -263,7 +263,7 @@ def test_embedding_tars_are_not_held_in_memory(tmp_path, monkeypatch):
     write_shards((pair("one", number) for number in range(40)), tmp_path / "one", dataset="one")
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(source, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(tars, "_READ_BYTES", 1 << 20)
     monkeypatch.setattr(embed_shards, "sample_bytes", lambda *given: sample_bytes(*given) + bytes(1 << 20))
     tracemalloc.start()
     try:
@@ -292,6 +292,19 @@ def test_killed_embedding_resumes_and_embeds_no_shard_twice(shards, tmp_path, ca
     assert again.groups == whole.groups[done:]
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     assert embed(shards, tmp_path / "killed", Texts()).groups == []  # the third start has nothing to do
+
+
+def test_records_left_by_a_killed_start_do_not_outlive_the_index(shards, tmp_path):
+    """A start that is killed while it deletes its records has written the index."""
+    embed(shards, tmp_path, Texts())
+    expected = files(tmp_path)
+    (tmp_path / "first/.text_embeddings").mkdir(exist_ok=True)
+    (tmp_path / "first/.text_embeddings/made.json").write_text("{}")
+    tar = tmp_path / "first/000001_text_embeddings.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")  # the next start would find it again and again
+    assert embed(shards, tmp_path, Texts()).groups == []
+    tar.write_bytes(expected["first/000001_text_embeddings.tar"])
+    assert files(tmp_path) == expected
 
 
 def test_only_some_unusable_samples_are_logged(shards, tmp_path, monkeypatch, caplog):

@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -18,10 +17,11 @@ import pytest
 from limits import HANG_SECONDS
 
 from pipeline.config import Data
-from pipeline.data import plan, source, stream
+from pipeline.data import plan, stream, tars
 from pipeline.data.batch import Batch, Encoded
 from pipeline.data.lengths import Lengths
 from pipeline.data.neighbours import write_neighbours
+from pipeline.data.once import Once
 from pipeline.data.sample import BadSample, ContentDraw, Item, Pair, Single
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
@@ -355,7 +355,7 @@ def test_epoch_reads_each_sample_once_within_memory_limit(data, tmp_path, monkey
     pairs = (Pair(str(i), "d", "", Item("<image>", (noise.bytes(50_000),)), Item(str(i))) for i in range(160))
     write_shards(pairs, tmp_path, dataset="d")
     asked, held = [], []
-    read_samples, read_ahead = source.read_samples, stream.Reader._read_ahead
+    read_samples, read_ahead = tars.read_samples, stream.Reader._read_ahead
 
     def noting_asked(url, shard, records):
         asked.extend(records["offset"].tolist())
@@ -365,7 +365,7 @@ def test_epoch_reads_each_sample_once_within_memory_limit(data, tmp_path, monkey
         read_ahead(reader)
         held.append(reader.held)
 
-    monkeypatch.setattr(source, "read_samples", noting_asked)
+    monkeypatch.setattr(tars, "read_samples", noting_asked)
     monkeypatch.setattr(stream.Reader, "_read_ahead", noting_held)
     small = {"url": str(tmp_path), "datasets": [], "lanes": 2, "block_samples": 2, "window_blocks": 4}
     for memory_mb, more in ((1, False), (100, True)):
@@ -384,8 +384,8 @@ def test_run_from_any_step_reads_only_its_samples(data, monkeypatch, mixture):
     opened = Source.open(changed(data, batches=mixture))
     order = opened.order(BATCH, 5, LENGTHS)
     asked = []
-    read_samples = source.read_samples
-    monkeypatch.setattr(source, "read_samples", lambda *args: asked.extend(args[2]) or read_samples(*args))
+    read_samples = tars.read_samples
+    monkeypatch.setattr(tars, "read_samples", lambda *args: asked.extend(args[2]) or read_samples(*args))
     for first in range(order.steps_per_epoch):
         asked.clear()
         steps = range(first, order.steps_per_epoch)
@@ -396,26 +396,29 @@ def test_run_from_any_step_reads_only_its_samples(data, monkeypatch, mixture):
 
 @pytest.mark.parametrize("batches_of", ["mixed", "neighbours"])
 @pytest.mark.parametrize("workers", [0, 1, 5])
-def test_sidecar_reads_do_not_grow_with_workers(data, workers, batches_of):
-    source._sidecar.cache_clear()
+def test_sidecar_reads_do_not_grow_with_workers(data, workers, batches_of, monkeypatch):
+    monkeypatch.setattr(tars, "kept_records", Once(tars._kept_records))
     opened = Source.open(changed(data, workers=workers, batches=batches_of))
     order = opened.order(BATCH, 5, LENGTHS)
     steps = range(order.steps_per_epoch)
     received = sum(b.received for b in batches(opened, order, encode, steps, rank=0, world=1, timeout=HANG_SECONDS))
-    tars = sum(index.total_bytes for _, index in opened.indexes)
+    samples = sum(index.total_bytes for _, index in opened.indexes)
     sidecars = sum(shard.sidecar_bytes for _, shard in opened.shards)
-    assert 0.85 * (tars + sidecars) < received <= tars + sidecars
+    assert 0.85 * (samples + sidecars) < received <= samples + sidecars
 
 
 def test_sidecars_are_read_once_for_batches_of_neighbours(data, monkeypatch):
     """Single samples are all over the shards: one small read for the record of each would take as long as its data."""
-    source._sidecar.cache_clear()
-    names, load = [], source.load_sidecar
-    monkeypatch.setattr(source, "_sidecar", cache(lambda url, shard: names.append((url, shard)) or load(url, shard)))
-    monkeypatch.setattr(source, "_records", None)
+    names, load = [], tars.load_sidecar
+    monkeypatch.setattr(tars, "kept_records", Once(tars._kept_records))
+    monkeypatch.setattr(tars, "load_sidecar", lambda *given: names.append(given) or load(*given))
+    monkeypatch.setattr(tars, "_records", None)
     clustered = changed(data, batches="neighbours")
     read(clustered, range(20))
-    assert len(names) == len(set(names)) == len(Source.open(clustered).shards)
+    opened = Source.open(clustered)
+    assert len(names) == len(set(names)) == len(opened.shards)
+    assert opened.records(0, 0, 3).dtype.itemsize == 32  # bytes that are kept of a sample
+    assert len(names) == len(opened.shards)
 
 
 def test_batches_of_neighbours_have_whole_clusters(data):
@@ -434,21 +437,26 @@ def test_batches_of_neighbours_have_whole_clusters(data):
     assert 27 <= whole <= 30  # of 10 steps; a run may have a sample from the remainder, or the one that cannot be read
 
 
+def _different(one: Source, other: Source) -> set[str]:
+    return {name for name, value in one.fingerprints.items() if value != other.fingerprints[name]}
+
+
 def test_clusters_are_part_of_the_data_and_belong_to_its_shards(data, tmp_path):
     mixed, clustered = Source.open(data), Source.open(changed(data, batches="neighbours"))
-    assert mixed.fingerprint == Source.open(changed(data, neighbours="elsewhere")).fingerprint != clustered.fingerprint
+    assert mixed.fingerprints == Source.open(changed(data, neighbours="elsewhere")).fingerprints
+    assert _different(mixed, clustered) == {"the neighbours' fingerprint"}
     for name, count in SAMPLES.items():
         (tmp_path / name).mkdir()
         index = dict(zip(SAMPLES, (index for _, index in mixed.indexes), strict=True))[name]
         write_neighbours(str(tmp_path / name), index, np.arange(count), CLUSTER, {})
     elsewhere = changed(data, batches="neighbours", neighbours=str(tmp_path))
-    assert Source.open(elsewhere).fingerprint != clustered.fingerprint
+    assert _different(Source.open(elsewhere), clustered) == {"the neighbours' fingerprint"}
     (_, first), (_, second) = mixed.indexes
     write_neighbours(str(tmp_path / "second"), second, np.arange(53), 6, {})
     with pytest.raises(PipelineError, match=r"first have 4 samples, but those in .*second have 6: mine all datasets"):
         Source.open(elsewhere)
     write_neighbours(str(tmp_path / "second"), first, np.arange(70), CLUSTER, {})
-    with pytest.raises(PipelineError, match=r"second/neighbours.json belongs to other shards than those of .*second"):
+    with pytest.raises(PipelineError, match=r"second/neighbours.json belongs to other shards .* of .*second"):
         Source.open(elsewhere)
     with pytest.raises(PipelineError, match=r"neighbours.json is missing: python -m pipeline.mine MODEL"):
         Source.open(changed(elsewhere, neighbours=str(tmp_path / "none")))

@@ -1,5 +1,6 @@
 """Mining hard negatives: against brute force, on two processes, interrupted; what is never a negative."""
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pipeline.embedding.nearest import Candidates
 from pipeline.embedding.ranks import Ranking, Ranks, chosen, limits
 from pipeline.embedding.targets import FACTS, Targets
 from pipeline.errors import PipelineError
+from pipeline.storage import objects
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +127,13 @@ def test_two_processes_and_any_start_write_the_bytes_of_one(shards, tmp_path, mo
 
 
 def _mine_on_rank(rank: int) -> int:
-    import os
-
-    mine(Path(os.environ["SHARDS"]), Path(os.environ["OUT"]), among="all", choose="sampled", seed=3)
+    """Mine while the folders of records are listed as empty, as a shared file system may for another node's files."""
+    out, listed = Path(os.environ["OUT"]), objects.list_under
+    objects.list_under = lambda url: [] if url.endswith(".mined") else listed(url)
+    mine(Path(os.environ["SHARDS"]), out, among="all", choose="sampled", seed=3)
+    objects.list_under = listed
+    for record in out.glob("*/.mined/*") if rank == 0 else ():
+        record.unlink()
     return rank
 
 
@@ -172,6 +178,41 @@ def test_interrupted_mining_continues_to_the_same_bytes(shards, tmp_path, monkey
     mine(shards, tmp_path, overwrite=True, count=2)
     mine(shards, tmp_path, overwrite=True)
     assert files(tmp_path) == expected
+
+
+def _stopped_at(monkeypatch, stops, *arguments, **options) -> None:
+    """Mine until an object is deleted whose URL `stops` is true of: a kill at this moment."""
+    delete = objects.delete
+
+    def deleting(url):
+        if stops(url):
+            raise KeyboardInterrupt
+        delete(url)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(objects, "delete", deleting)
+        mine(*arguments, **options)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_mining_killed_while_it_deletes_its_records_is_finished(shards, tmp_path, monkeypatch, overwrite):
+    records = iter(range(100))
+    _stopped_at(monkeypatch, lambda url: url.endswith(".npy.json") and next(records) > 0, shards, tmp_path)
+    assert (tmp_path / "first" / MINED_FILE).exists() and list(tmp_path.glob("first/.mined/*.json"))
+    mine(shards, tmp_path, overwrite=overwrite)
+    assert files(tmp_path) == files(shards / "mined")
+
+
+def test_mining_killed_before_it_deletes_the_old_index_leaves_the_old_negatives(shards, tmp_path, monkeypatch):
+    mine(shards, tmp_path)
+    _stopped_at(monkeypatch, lambda url: url.endswith(f"first/{MINED_FILE}"), shards, tmp_path, count=2, overwrite=True)
+    assert list(tmp_path.glob("first/.mined/*"))
+    mine(shards, tmp_path)
+    assert files(tmp_path) == files(shards / "mined")
+    _stopped_at(monkeypatch, lambda url: url.endswith(f"first/{MINED_FILE}"), shards, tmp_path, count=2, overwrite=True)
+    mine(shards, tmp_path, count=2, overwrite=True)
+    mine(shards, tmp_path / "two", count=2)
+    assert files(tmp_path / "first") == files(tmp_path / "two" / "first")
 
 
 def test_vectors_that_exist_are_used_in_their_format(tmp_path):

@@ -1,10 +1,14 @@
 """Clusters of neighbours: equal, alike, without pairs that must be apart, and the same for the same input."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 
 from pipeline.data.dataset import Dataset
 from pipeline.data.order import Order
+from pipeline.embedding import partition
 from pipeline.embedding.partition import Apart, clusters_of
 from pipeline.errors import PipelineError
 
@@ -148,3 +152,22 @@ def test_samples_without_neighbours_are_in_no_cluster_first():
 def test_fewer_samples_than_a_cluster_are_refused():
     with pytest.raises(PipelineError, match="7 samples do not fill a cluster of 8: set clusters to 7 or less"):
         clusters_of(np.full((7, 1), -1), np.zeros((7, 1), np.float32), none_apart(7), SIZE)
+
+
+def test_metis_runs_in_a_process_of_its_own(monkeypatch):
+    """It holds the interpreter's lock, while ranks must exchange messages; if it is killed, the error says so."""
+    vectors, parent, plain = unit_vectors(64, 4), os.getpid(), partition.pymetis.part_graph
+    expected = clusters_of(*nearest(vectors), none_apart(64), SIZE)[0]
+
+    def part_graph(*arguments, **options):
+        assert os.getpid() != parent
+        if killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(partition.pymetis, "part_graph", part_graph)
+    killed = False
+    np.testing.assert_array_equal(clusters_of(*nearest(vectors), none_apart(64), SIZE)[0], expected)
+    killed = True
+    with pytest.raises(PipelineError, match="METIS ended with status -9: if its memory"):
+        clusters_of(*nearest(vectors), none_apart(64), SIZE)

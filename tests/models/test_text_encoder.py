@@ -205,8 +205,16 @@ def test_papers_variant_puts_the_published_instructions_before_queries():
         assert given[0][0] in [pair.query.instruction for pair in drawn]
         assert all(not item.instruction for pair in drawn for item in pair.items[1:])
     assert {row["task"] for row in rows} == {"cc3m", "allnli", "hotpot_qa"}
-    source = SimpleNamespace(names=tuple(part.name for part in recipe.data.datasets), embedding_metadata=None)
+    shards = tuple((number, SimpleNamespace(images=0, videos=0)) for number in range(3))
+    names = tuple(part.name for part in recipe.data.datasets)
+    source = SimpleNamespace(names=names, embedding_metadata=None, shards=shards)
     family.check_data(recipe, source)
+    mined = load_recipe("llm2clip_caption.yaml", ["variant=paper", "data.negatives=beside"])
+    family.check_data(mined, source)
+    source.shards[1][1].images = 5
+    family.check_data(recipe, source)
+    with pytest.raises(PipelineError, match=rf"^data.negatives: dataset {names[1]} has images or videos, whose capt"):
+        family.check_data(mined, source)
 
 
 @pytest.fixture(scope="module")

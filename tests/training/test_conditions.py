@@ -15,11 +15,12 @@ from pipeline.training import conditions as conditions_module
 
 DEMO = Path(__file__).parents[2] / "pipeline/recipes/demo.yaml"
 MASKED = DEMO.with_name("demo_masked.yaml")
+FURTHER = tuple(f"the {what}' fingerprint" for what in ("teacher vectors", "mined negatives", "neighbours"))
 VERSIONS = {"the order's version": "ORDER_VERSION", "the token lengths' version": "LENGTHS_VERSION"}
 
 
 def conditions_of(recipe: Path, *overrides: str) -> dict:
-    source = SimpleNamespace(fingerprint="of these data")
+    source = SimpleNamespace(fingerprints={"the data's fingerprint": "of these data"} | dict.fromkeys(FURTHER))
     return conditions_module.conditions_of_run(load_recipe(recipe, list(overrides)), source, {"stage": 1})
 
 
@@ -82,6 +83,17 @@ def test_run_with_older_mask_version_is_not_resumed(tmp_path):
         conditions_module.check(begun(tmp_path, {n: v for n, v in masked.items() if n != "the masks' version"}), masked)
 
 
+@pytest.mark.parametrize("name", FURTHER)
+def test_run_without_a_further_source_resumes_only_without_it(tmp_path, conditions, name):
+    for before in ({n: v for n, v in conditions.items() if n not in FURTHER}, conditions):
+        begun(tmp_path, before)
+        conditions_module.check(tmp_path, conditions)
+        with pytest.raises(PipelineError, match=rf"from \S+: {name} was None and is now f. Restore it"):
+            conditions_module.check(tmp_path, conditions | {name: "f"})
+    with pytest.raises(PipelineError, match=rf"from \S+: {name} was f and is now None. Restore it"):
+        conditions_module.check(begun(tmp_path, conditions | {name: "f"}), conditions)
+
+
 def test_run_of_newer_version_is_not_resumed(tmp_path, conditions):
     assert [conditions[name] for name in VERSIONS] == [order.VERSION, lengths.VERSION]
     conditions_module.check(begun(tmp_path, conditions), conditions)
@@ -102,8 +114,9 @@ AS_FORMER = {
 
 def as_former(kind: str, monkeypatch, *overrides: str) -> dict:
     """Return the conditions of the recipe that corresponds to an earlier version's run, with the same model weights."""
-    monkeypatch.setattr("pipeline.models.files.fingerprint", lambda path: path and "f")
+    # In this order: the family keeps the function that it imports.
     monkeypatch.setattr("pipeline.models.llm2clip.family.fingerprint", lambda path, **_: path and "f")
+    monkeypatch.setattr("pipeline.models.files.fingerprint", lambda path: path and "f")
     name, *own = AS_FORMER[kind]
     return conditions_of(DEMO.with_name(f"{name}.yaml"), *own, *overrides)
 

@@ -54,6 +54,12 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
                 f"model.query_instructions has none for {', '.join(missing)}: add one, or a text in quotes that is "
                 "empty, for each dataset of the run"
             )
+        with_images = (number for number, shard in source.shards if shard.images or shard.videos)
+        if recipe.data.negatives and (number := next(with_images, None)) is not None:
+            raise PipelineError(
+                f"data.negatives: dataset {source.names[number]} has images or videos, whose captions a text encoder "
+                "pairs without negatives: remove data.negatives, or give datasets of texts"
+            )
 
     def trained_on(self, recipe: Recipe, pair: Pair, draw: Draw) -> Pair:
         """Return two texts, the query with the instruction of its dataset in model.query_instructions."""
