@@ -49,8 +49,8 @@ def files_of(folder: Path, *suffixes: str) -> list[Path]:
     """
     found = []
     for name, inside, files in os.walk(folder, followlinks=True):
-        place = Path(name)
-        above = {each.resolve() for each in (place, *place.parents)}  # a link to one of these would have no end
+        place, whole = Path(name), Path(name).absolute()
+        above = {each.resolve() for each in (whole, *whole.parents)}  # a link to one of these would have no end
         inside[:] = [each for each in inside if not _ELSE.fullmatch(each) and (place / each).resolve() not in above]
         found += [place / each for each in files if not _ELSE.fullmatch(each)]
     return sorted(file for file in found if file.suffix in suffixes and file.is_file())

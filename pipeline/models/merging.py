@@ -204,7 +204,7 @@ def _require_equal_buffers(parts: Sequence[Part]) -> None:
         for other in parts[1:]:
             if there := other.places.get(name):
                 blocks = zip(place.blocks(name[1]), there.blocks(name[1]), strict=True)
-                if not all(torch.equal(one.long(), two.long()) for one, two in blocks):
+                if not all(torch.equal(one, two) for one, two in blocks):
                     raise PipelineError(
                         f"{_shown(name)} of {parts[0].path} and {other.path} differ, and have no mean: they are "
                         f"{place.kind}, no weights"

@@ -22,6 +22,7 @@ from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.models import merging, tensor_files
+from pipeline.models.alike import files_of
 from pipeline.models.files import fingerprint
 from pipeline.models.folder import note_sizes
 from pipeline.models.llm2clip import model as llm2clip
@@ -334,6 +335,14 @@ def test_linked_folders_are_compared_and_copied(models, tmp_path):
         merge(list(map(Part, links)), tmp_path / "text1/new")
     with pytest.raises(PipelineError, match=r"text1 holds .*link1, which is to be merged"):
         merge(list(map(Part, links)), tmp_path / "text1", overwrite=True)
+
+
+def test_link_to_a_folder_above_is_no_part_of_a_model(tmp_path, monkeypatch):
+    folder_of(tmp_path / "model", {})
+    (tmp_path / "model/up").symlink_to(tmp_path.parent)
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("model"), tmp_path / "model"):
+        assert files_of(folder, ".json") == [folder / "config.json"]
 
 
 def test_sizes_and_licence_are_kept_where_all_parts_have_them(models, tmp_path):
