@@ -46,7 +46,7 @@ def initial_model(recipe: Recipe, source: Source, folder: Path, *, anew: bool) -
 
 
 def check_sizes(recipe: Recipe, path: str) -> None:
-    """Raise PipelineError unless objective.dimensions suit the initial model at `path`, of which no weights are read."""
+    """Raise PipelineError unless objective.dimensions suit the model at `path`, of which no weights are read."""
     if not (sizes := recipe.objective.sizes):
         return
     model = recipe.model
