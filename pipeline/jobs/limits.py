@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths
 from pipeline.data.source import Source
@@ -20,6 +22,7 @@ MORE_SHARED = (
     "give the container more (docker run --shm-size=8g, or --ipc=host), or set data.workers=0, which does not use it"
 )
 _SHARDS = 1000  # that are sampled
+_REFERRING_SHARDS = 16  # of a dataset, whose mined negatives are sampled: each is a read
 _FILES, _THREADS = 64, 16  # of a process, about
 _TEMPORARY = 64 << 20  # bytes
 
@@ -51,7 +54,10 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def pair_bytes(source: Source, lengths: Lengths) -> int:
-    """Estimate the bytes of an average pair's image tiles, with one patch per image token."""
+    """Estimate the bytes of an average pair's image tiles, with one patch per image token.
+
+    Mined negatives count with their images, but not with videos, which references do not tell of.
+    """
     tiling, total = lengths.tiling, 0
     shards = [shard for _, shard in source.shards[:: max(1, len(source.shards) // _SHARDS)]]
     for shard in shards:
@@ -59,7 +65,28 @@ def pair_bytes(source: Source, lengths: Lengths) -> int:
         total += (
             shard.images * sum(sizes) // max(len(sizes), 1) + shard.videos * lengths.video_frames * tiling.frame_patches
         )
-    return int(3 * tiling.patch**2 * total) // max(sum(shard.samples for shard in shards), 1)
+    mean = total / max(sum(shard.samples for shard in shards), 1) + _mined_tokens(source, lengths)
+    return int(3 * tiling.patch**2 * mean)
+
+
+def _mined_tokens(source: Source, lengths: Lengths) -> float:
+    """Return the mean number of image tokens of a pair's mined negatives, from the first block of some shards."""
+    total, samples = 0.0, 0
+    for number, (_, index) in enumerate(source.indexes if source.mined else ()):
+        tokens, rows = 0, 0
+        for shard in range(0, len(index.shards), -(-len(index.shards) // _REFERRING_SHARDS)):
+            count = min(index.shards[shard].samples, source.data.block_samples)
+            references = source.mined[number].references(shard, 0, count)
+            rows += count
+            shown = references[(references["shard"] >= 0) & (references["images"] > 0)]
+            images_of = np.column_stack([shown["images"], shown["image_size"]])
+            kinds, counts = np.unique(images_of, axis=0, return_counts=True)
+            for (images, width, height), times in zip(kinds.tolist(), counts.tolist(), strict=True):
+                if width and height:  # else the image is unreadable; each of several images is one tile
+                    tokens += times * images * lengths.tiling.tokens(height, width, anyres=images == 1)
+        total += tokens / rows * index.samples
+        samples += index.samples
+    return total / max(samples, 1)
 
 
 def raise_open_files() -> None:

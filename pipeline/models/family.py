@@ -148,6 +148,10 @@ class TrainingInterface(ABC, Generic[S]):
                 f"model.family={recipe.model.family} has none: remove it"
             )
 
+    def dimension(self, model: S, saved: int) -> int:
+        """Return the dimension of the trained vectors.  saved: that of the initial model, by `SavedModelInterface`."""
+        return saved
+
     def conditions(self, model: S) -> dict[str, Any]:
         """Return, by name, the values besides the recipe's fixed fields that must not change when a run resumes."""
         from pipeline.models.files import fingerprint

@@ -10,7 +10,8 @@ import numpy as np
 from pipeline.config import Recipe
 from pipeline.data.sample import BadSample
 from pipeline.data.source import Source
-from pipeline.models.registry import training_of
+from pipeline.errors import PipelineError
+from pipeline.models.registry import saved, training_of
 from pipeline.storage.atomic import remove_leftovers, replacing
 from pipeline.training import checkpoint, manifest
 
@@ -42,6 +43,22 @@ def initial_model(recipe: Recipe, source: Source, folder: Path, *, anew: bool) -
     else:
         manifest.check(folder)  # checkpoints lack frozen parameters
     return str(folder)
+
+
+def check_sizes(recipe: Recipe, path: str) -> None:
+    """Raise PipelineError unless objective.dimensions suit the model at `path`, of which no weights are read."""
+    if not (sizes := recipe.objective.sizes):
+        return
+    model = recipe.model
+    full = training_of(recipe).dimension(model, saved(model.family).dimension(path))
+    if sizes[-1] > full:
+        raise PipelineError(
+            f"objective.dimensions={sizes}: the model's vectors have {full} numbers: the last size must be {full}"
+        )
+    if sizes[-1] < full:  # but evaluations and exports use the whole vectors
+        raise PipelineError(
+            f"objective.dimensions={sizes} must end with the model's {full} numbers: otherwise the rest is not trained"
+        )
 
 
 def _texts(source: Source) -> Iterator[str]:

@@ -32,7 +32,7 @@ from pipeline.evaluation.sets import Collection
 from pipeline.evaluation.store import MemoryStore
 from pipeline.jobs import limits, status
 from pipeline.models.chunks import CachedFeatures, Features
-from pipeline.models.compact import check_size, smaller_forms
+from pipeline.models.compact import smaller_forms
 from pipeline.models.family import Processor
 from pipeline.models.registry import saved, training_of
 from pipeline.objectives.objective import StepResult, objective_of
@@ -42,7 +42,7 @@ from pipeline.training.budget import MEMORY, NOTE, Budget, Meter, out_of_memory_
 from pipeline.training.conditions import check, conditions_of_run
 from pipeline.training.engine import build_engine, learning_rate, load_frozen, set_hyperparameters
 from pipeline.training.export import export
-from pipeline.training.initial import initial_model
+from pipeline.training.initial import check_sizes, initial_model
 from pipeline.training.monitor import Monitor, StepLog, evaluation_of
 from pipeline.training.preemption import Preemption
 from pipeline.training.universal import for_this_world
@@ -115,6 +115,7 @@ class Trainer:
             lambda: initial_model(recipe, self.source, self.folder / "init", anew=self.start is None),
             "the model to begin with",
         )
+        check_sizes(recipe, self.model_path)
         if as_saved := self.start:
             if self.rank == 0:
                 self._shorten_ledgers(checkpoint.step_of(as_saved))
@@ -124,8 +125,6 @@ class Trainer:
         self.processor = self.family.processor(recipe, self.model_path)
         self.frozen = load_frozen(recipe, self.model_path, self.device)
         self.engine = build_engine(recipe, self.ds_config, self.model_path)
-        for size in recipe.objective.sizes:
-            check_size(size, self.engine.module.dimension)
 
     def train(self) -> bool:
         """Take the remaining steps and return True, or return False if a rank is asked to stop. All steps are saved."""

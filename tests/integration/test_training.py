@@ -48,7 +48,7 @@ def recipe(s3, tiny_model) -> list[str]:
         "data.workers=0",
         f"checkpoint.every={EVERY}",
         "evaluation.urls=[s3://pipeline-tests/training/Scene-T2I]",
-        "objective.dimensions=[16]",
+        "objective.dimensions=[16,48]",
         "ledger=true",
         f"timeout_minutes={HANG_MINUTES}",
     ]
@@ -146,7 +146,7 @@ def test_exported_model_matches_evaluation_during_training(finished, tmp_path):
         assert variant.form == other.form
         assert_results_alike(ours.at(variant).results, theirs.at(other).results)
     assert [str(variant.form) for variant in theirs.variants] == ["48 float32", "16 float32"]
-    assert json.loads((finished / "export/config.json").read_text())["matryoshka_dimensions"] == [16]
+    assert json.loads((finished / "export/config.json").read_text())["matryoshka_dimensions"] == [16, 48]
     best = json.loads((finished / "checkpoints/best").read_text())
     assert (best["checkpoint"], best["score"]) == ("step-00000016", theirs.score)
 

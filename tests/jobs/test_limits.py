@@ -1,6 +1,7 @@
 """Limits of a machine are reported before or at the start of a run: no process waits for an impossible batch."""
 
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -17,6 +18,7 @@ from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
 from pipeline.data.batch import Encoded, Image
 from pipeline.data.lengths import Lengths, Square
+from pipeline.data.mined import REFERENCE
 from pipeline.data.sample import Item
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
@@ -68,6 +70,27 @@ def test_pair_bytes_are_estimated_from_the_index(source):
     assert 0.6 < limits.pair_bytes(source, Lengths(TILING, 8)) / exact < 1.4
     assert limits.pair_bytes(source, Lengths(Square(196), 8)) == 3 * 224**2 * shard.images // shard.samples
     assert limits.pair_bytes(source, Lengths(Square(0), 8)) == 0
+
+
+def test_pair_bytes_count_mined_images(source):
+    class Mined:
+        def references(self, shard: int, start: int, stop: int) -> np.ndarray:
+            found = np.zeros((stop - start, 5), REFERENCE)
+            found["shard"] = [0, 0, -1, 0, 0]
+            found["images"] = [1, 3, 1, 0, 1]
+            found["image_size"] = [(40, 24), (60, 70), (40, 24), (0, 0), (0, 0)]  # the last is unreadable
+            return found
+
+    class Texts(Mined):
+        def references(self, shard: int, start: int, stop: int) -> np.ndarray:
+            return np.zeros((stop - start, 5), REFERENCE)
+
+    lengths = Lengths(TILING, 8)
+    own, tile = limits.pair_bytes(source, lengths), 3 * TILING.patch**2
+    expected = own + tile * (TILING.tokens(24, 40, anyres=True) + 3 * TILING.tokens(70, 60, anyres=False))
+    assert limits.pair_bytes(replace(source, mined=(Mined(),)), lengths) == pytest.approx(expected, abs=2)
+    both = replace(source, indexes=2 * source.indexes, mined=(Mined(), Texts()))
+    assert limits.pair_bytes(both, lengths) == pytest.approx((own + expected) / 2, abs=2)
 
 
 def test_first_batch_exceeding_shared_memory_is_refused_at_start(source, monkeypatch):

@@ -182,6 +182,19 @@ def test_image_orientation_setting_is_applied_and_exported(kind, folders, tiny_m
             assert (float((rows[0] - rows[2]).norm()) < 1e-4) == equal
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("text_encoder", []), ("llm2clip", []), ("llm2clip", ["model.dimension=24"]), ("clip", [])],
+)
+def test_dimension_is_known_before_loading(kind, fields, folders):
+    name = {"text_encoder": "demo_caption"}.get(kind, f"demo_{kind}")
+    own = [f"model.{field}={path}" for field, path in needed(kind, folders).items()]
+    chosen = load_recipe(f"pipeline/recipes/{name}.yaml", [f"model.path={folders[kind]}", *own, *fields])
+    family = training(kind)
+    found = family.dimension(chosen.model, saved(kind).dimension(folders[kind]))
+    assert found == family.load(chosen, folders[kind], "sdpa").dimension == (24 if fields else found)
+
+
 @pytest.mark.parametrize("family", ["clip", "text_encoder", "llm2clip"])
 def test_export_names_the_sizes_of_its_vectors(family, folders, tmp_path):
     recipe = {"clip": "demo_clip", "text_encoder": "demo_caption", "llm2clip": "demo_llm2clip"}[family]

@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
-from pipeline.config import Recipe, load_recipe
+from pipeline.config import MiningRun, Recipe, load_recipe
 from pipeline.data.batch import Encoded, Image
 from pipeline.data.tiles import Tiling
 from pipeline.models.checkpointing import checkpoint_layers
@@ -25,7 +26,8 @@ from pipeline.models.chunks import Packed, pack
 from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import Llave, TowerlessLlave, normalised, tower_features
 from pipeline.models.registry import training_of
-from pipeline.objectives.contrastive import loss, memory
+from pipeline.objectives.contrastive import loss
+from pipeline.objectives.contrastive import memory as loss_memory
 from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.loss import hardness_weighted_loss
 from pipeline.training.engine import freeze
@@ -203,7 +205,7 @@ OWN = {"temperatures": {"vqa": 0.03}, "margins": {"vqa": 0.1}, "learn_temperatur
 )
 def test_loss_memory_matches_plan(rows, width, negatives, teacher, fields, cached, monkeypatch):
     torch.manual_seed(0)
-    for module in (loss, memory):
+    for module in (loss, loss_memory):
         monkeypatch.setattr(module, "CACHED_BYTES", cached)
     section, ids = ContrastiveSection(**fields), torch.arange(rows)
     vectors = [unit(count, width).requires_grad_() for count in (rows, rows, negatives * rows)]
@@ -227,7 +229,7 @@ def test_loss_memory_matches_plan(rows, width, negatives, teacher, fields, cache
             **(hashes if section.mask_duplicates else {}),
         )
         torch.autograd.grad(output.loss, [x for x in (*vectors, temperature) if isinstance(x, torch.Tensor)])
-    planned = memory.loss_bytes(section, width, rows, gpus=1, negatives=negatives, teacher=teacher)
+    planned = loss_memory.loss_bytes(section, width, rows, gpus=1, negatives=negatives, teacher=teacher)
     assert planned == pytest.approx(live.peak, rel=0.1)
 
 
@@ -370,6 +372,27 @@ def test_cached_features_are_bounded_by_the_items_of_a_rank():
     assert few.kept()["kept features, at most"] == 1 << 20 < expected
 
 
+def test_mined_negatives_and_teachers_vectors_are_counted():
+    fields = ("data.negatives=beside", "data.teacher=beside", "objective.reward=teacher", "batch.global_batch=64")
+    plain, assumed = (Plan.of(recipe(*each), 2, videos=False) for each in (fields[-1:], fields))
+    mined = [SimpleNamespace(index=SimpleNamespace(metadata=SimpleNamespace(count=count))) for count in (2, 7)]
+    source = SimpleNamespace(mined=mined, teacher_metadata=SimpleNamespace(width=96))
+    known = Plan.of(recipe(*fields), 2, False, source)
+    assert [(plan.stored.negatives, plan.stored.teacher) for plan in (plain, assumed, known)] == [
+        (0, 0),
+        (MiningRun().count, plain.dimension),
+        (7, 96),
+    ]
+    assert [len(plan.stored.remarks) for plan in (plain, assumed, known)] == [1, 3, 1]
+    for plan in (assumed, known):
+        pairs, negatives = 64 // 2, plan.stored.negatives
+        kept = plan.kept()["kept embeddings, their gradient"]
+        assert kept == 2 * (2 + negatives) * pairs * plan.dimension * 4
+        planned = plan.phases(4096, plan.states(3, {}))["the loss"]
+        objective, teacher = plan.recipe.objective, plan.stored.teacher
+        assert planned == loss_memory.loss_bytes(objective, plan.dimension, 64, 2, negatives=negatives, teacher=teacher)
+
+
 def test_cached_chunks_hold_their_graphs_simultaneously():
     plans = [Plan.of(recipe(f"batch.kept_chunks={count}"), 2, videos=False) for count in (0, 1, 3)]
     none, one, three = (plan.phases(4096, plan.states(3, {}))["a chunk with gradient"] for plan in plans)
@@ -416,6 +439,14 @@ def test_program_reports_which_zero_stages_fit(plan_memory):
     # DeepSpeed's bucket of 500 million numbers alone does not fit.
     assert rows["fits"] == ["yes", "no", "no", "yes"]
     assert rows["largest batch.chunk_tokens"][1:3] == ["none", "none"]
+
+
+def test_program_says_what_it_assumes(plan_memory, tmp_path):
+    fields = [f"data.url={tmp_path}", "data.datasets=[]", "data.negatives=beside"]
+    notes = [line for line in plan_memory("--gpus", "2", *fields).splitlines() if line.startswith("note: ")]
+    assert notes[1] == f"note: {MiningRun().count} mined negatives a pair are assumed"
+    assert notes[2].startswith("note: the data cannot be read: ") and str(tmp_path)[:20] in notes[2]
+    assert plan_memory("--gpus", "2").count("note: ") == 1
 
 
 def test_program_reports_invalid_arguments():

@@ -70,6 +70,9 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
                     "shards again, or set both to what embedded them"
                 )
 
+    def dimension(self, model: Llm2ClipSection, saved: int) -> int:
+        return model.dimension or saved
+
     def conditions(self, model: Llm2ClipSection) -> dict[str, Any]:
         return super().conditions(model) | {
             "the text encoder's fingerprint": fingerprint(model.text_encoder, modules=True),
