@@ -14,9 +14,14 @@ from limits import HANG_MINUTES
 from safetensors.torch import load_file
 
 from pipeline import export, train
+from pipeline.config.mining import MiningRun
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
+from pipeline.data.stored_vectors import ITEMS
+from pipeline.embedding.dataset import open_datasets
+from pipeline.embedding.mining import mine_datasets
 from pipeline.errors import PipelineError
+from pipeline.evaluation.encoders import load_encoder
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.model import build
 from pipeline.training import checkpoint
@@ -24,6 +29,7 @@ from pipeline.training import checkpoint
 WORKER = str(Path(__file__).with_name("world_size.py"))
 CASES = ["zero0", "zero1", "zero2", "zero3", "zero3-adapters", "zero1-bf16"]
 LAST = 7
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,14 @@ def test_checkpoint_of_two_processes_resumes_on_four(undisturbed):
 
 @pytest.fixture(scope="module")
 def recipe(tiny_model, tmp_path_factory) -> list[str]:
+    """Return a recipe with a teacher's vectors, mined negatives and batches of neighbours."""
     data = tmp_path_factory.mktemp("data") / "pairs"
     convert({str(data): TrainingPairs("Scene-T2I", 0, 90)}, options={}, shard_bytes=200_000)
-    fields = ["deepspeed=ds_configs/zero2.json", "data.lanes=4", "data.block_samples=8", "data.window_blocks=2"]
+    encoder, options = load_encoder(tiny_model, MiningRun(), CPU), MiningRun(count=1, margin=None, clusters=6)
+    mine_datasets(encoder, open_datasets([str(data)], None, ITEMS), str(data), options, CPU)
+    fields = ["data.teacher=beside", "data.negatives=beside", "data.batches=neighbours", "objective.reward=teacher"]
+    fields += ["objective.distill={scores: teacher, temperature: 0.2}", "objective.dimensions=[16,48]"]
+    fields += ["deepspeed=ds_configs/zero2.json", "data.lanes=4", "data.block_samples=8", "data.window_blocks=2"]
     fields += ["batch.global_batch=24", "batch.chunk_tokens=500", "steps=5", "checkpoint.every=2", "checkpoint.keep=9"]
     fields += [f"model.path={tiny_model}", f"data.url={data}", "data.datasets=[]", "evaluation=null", "ledger=true"]
     return ["pipeline/recipes/demo.yaml", *fields, f"timeout_minutes={HANG_MINUTES}"]
@@ -157,6 +168,6 @@ def test_run_stopped_on_two_processes_continues_on_one(recipe, tmp_path, monkeyp
 @pytest.mark.parametrize("world", [3, 5])
 def test_invalid_world_size_error_lists_valid_sizes(recipe, world, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": str(world)})
-    monkeypatch.setattr(sys, "argv", ["train", *recipe, f"run={tmp_path}", "batch.sub_batch=12"])
+    monkeypatch.setattr(sys, "argv", ["train", *recipe, f"run={tmp_path}", "batch.sub_batch=12", "data.batches=mixed"])
     with pytest.raises(PipelineError, match="the number of processes could be 1, 2, 4"):
         train.main.__wrapped__()
