@@ -161,9 +161,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--texts", metavar="FILE", help="a UTF-8 file with a text on each line; empty lines are errors")
     parser.add_argument("--images", metavar="GLOB", help="glob of image files, in quotes; ** matches nested folders")
     parser.add_argument("--videos", metavar="GLOB", help="video files, likewise")
-    parser.add_argument(
-        "--shards", metavar="URL", action="append", help="a dataset of images and captions; may be repeated"
-    )
+    shards = "a dataset of images and captions, or with --items of any pairs; may be repeated"
+    parser.add_argument("--shards", metavar="URL", action="append", help=shards)
     items = "with --shards: embed all items, of any pairs, as a teacher's vectors; default: only the captions"
     parser.add_argument("--items", action="store_true", help=items)
     parser.add_argument("--out", metavar="DIR", help="the folder for embeddings, or the one to search")

@@ -5,10 +5,10 @@
 
 MODEL is a folder or hub name. SHARDS is a dataset, or a folder (or s3:// prefix) with several. The model embeds all
 items once; their vectors are kept as by `pipeline.embed --shards --items`, beside each dataset's index or in teacher=.
-Every query is compared with all targets. What is likely right is dropped, and of the nearest others `count` are kept:
-mined.json beside each index, or in out= (in out=/NAME for several datasets), and beside it the references. A recipe
-uses them with data.negatives. With clusters=SIZE, samples that are near each other are also composed to clusters of
-this size, for data.batches=neighbours.
+Every query is compared with all targets of its dataset, or with among=all of all datasets. What is likely right is
+dropped, and of the nearest others `count` are kept: mined.json beside each index, or in out= (in out=/NAME for several
+datasets), and beside it the references. A recipe uses them with data.negatives. With clusters=SIZE, samples that are
+near each other are also composed to clusters of this size, for data.batches=neighbours.
 
 If the program is killed and started again, it continues. The result does not depend on the number of processes.
 """

@@ -17,13 +17,14 @@ class MiningRun(Encoding):
         ge=0,
         le=2,
         description="drop candidates that score above margin x the positive's score (positive - (1 - margin) x "
-        "|positive|): they are likely right; null: keep them (TopK-PercPos, arXiv 2407.15831)",
+        "|positive|): they are likely right, and clusters separate them; null: keep them (TopK-PercPos, arXiv "
+        "2407.15831)",
     )
     absolute_margin: float | None = Field(
-        None, ge=-2, le=2, description="also drop candidates that score above the positive's score minus this"
+        None, ge=-2, le=2, description="likewise, candidates that score above the positive's score minus this"
     )
-    skip: int = Field(0, ge=0, description="nearest remaining candidates that are skipped")
-    depth: int = Field(100, gt=0, le=10_000, description="nearest candidates that are looked at")
+    skip: int = Field(0, ge=0, description="nearest remaining candidates that are skipped, also for clusters")
+    depth: int = Field(100, gt=0, le=10_000, description="nearest candidates that are looked at, also for clusters")
     choose: Literal["hardest", "sampled"] = Field(
         "hardest", description="hardest: the nearest remaining ones; sampled: drawn from all remaining ones"
     )
@@ -42,8 +43,10 @@ class MiningRun(Encoding):
         None,
         description="folder of the items' vectors, which are computed if they are missing; default: each dataset's",
     )
-    out: Place | None = Field(None, description="folder of the mined negatives; default: each dataset's")
+    out: Place | None = Field(None, description="folder of the mined negatives and clusters; default: each dataset's")
     scratch: Local | None = Field(
         None, description="folder for a file of all targets' vectors on every node, while it runs; default: TMPDIR"
     )
-    overwrite: bool = Field(False, description="replace negatives and vectors of other shards, models or options")
+    overwrite: bool = Field(
+        False, description="replace negatives, clusters and vectors of other shards, models or options"
+    )

@@ -71,9 +71,9 @@ read datasets back, and check everything that their indexes say
 
 Every tar and sidecar is read completely. Their sizes and sha256 are checked, and each sample's position, CRC-32, texts,
 hashes and image sizes are compared with its record. Every image is decoded, and every video is opened. The rows of an
-evaluation set must be those converted, and refer to existing items. Vectors that pipeline.embed stored beside the index
-must have their sha256, too, and belong to these shards. Prints one line, or ends with status 2 and a list
-of faults.
+evaluation set must be those converted, and refer to existing items. What lies beside the index must have its sha256,
+too, and belong to these shards: vectors of pipeline.embed, mined negatives and clusters of pipeline.mine. Prints one
+line, or ends with status 2 and a list of faults.
 
     python tools/make_shards.py verify s3://bucket/my-data
 """
@@ -325,8 +325,8 @@ def _stats(arguments: argparse.Namespace) -> None:
             console.print(
                 f"{name}: {distinct:,} distinct, {len(hashes) - distinct:,} of {len(hashes):,} are duplicates"
             )
-    for url in datasets:
-        for line in store_lines(url):
+    for url, index in datasets.items():
+        for line in store_lines(url, index):
             console.print(Text(printable(line)))
 
 

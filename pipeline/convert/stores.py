@@ -1,17 +1,17 @@
 """Inspect what lies beside a dataset's shards for its training: stored vectors, mined negatives, clusters."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from pipeline.data.index import Index, Shard, read_records, read_samples
 from pipeline.data.mined import MINED_FILE, MinedIndex
+from pipeline.data.neighbours import NEIGHBOURS_FILE, Neighbours
 from pipeline.data.sample import BadSample
 from pipeline.data.shards import members_of
-from pipeline.data.stored_vectors import KINDS, StoredVectors
+from pipeline.data.stored_vectors import KINDS, StoredVectors, StoreKind
 from pipeline.errors import PipelineError, printable
 from pipeline.storage import objects
-
-_OTHERS = {"neighbours.json": "clusters of neighbours"}
 
 
 def stores_beside(url: str) -> Iterator[StoredVectors]:
@@ -26,24 +26,52 @@ def mined_beside(url: str) -> MinedIndex | None:
     return MinedIndex.load(url) if objects.exists(objects.join(url, MINED_FILE)) else None
 
 
+def neighbours_beside(url: str) -> Neighbours | None:
+    """Return the index of the clusters beside a dataset. Raises ObjectError if it is damaged."""
+    return Neighbours.load(url) if objects.exists(objects.join(url, NEIGHBOURS_FILE)) else None
+
+
 def store_faults(url: str, index: Index) -> list[str]:
     """Return the faults of what is beside a dataset: what belongs to other shards, and files with wrong bytes."""
+    checks: list[Callable[[str, Index], list[str]]] = [partial(_faults_of_vectors, kind) for kind in KINDS]
     faults = []
-    try:
-        for store in stores_beside(url):
-            store.check(url, url, index)
-            hashes = {}
-            for part in store.parts:
-                hashes[objects.join(store.tars_url or url, part.shard.file)] = part.shard.sha256
-                hashes[objects.join(url, part.shard.sidecar)] = part.shard.sidecar_sha256
-            with ThreadPoolExecutor(8) as pool:
-                faults += [fault for fault in pool.map(_fault, hashes, hashes.values()) if fault]
-        if mined := mined_beside(url):
-            mined.check(url, url, index)
-            faults += [f"{objects.join(url, part.file)}: its sha256 is not the index's" for part in mined.damaged(url)]
-    except PipelineError as error:
-        faults.append(str(error))
+    for check in (*checks, _faults_of_mined, _faults_of_neighbours):
+        try:
+            faults += check(url, index)
+        except PipelineError as error:
+            faults.append(str(error))
     return faults
+
+
+def _faults_of_vectors(kind: StoreKind, url: str, index: Index) -> list[str]:
+    if not objects.exists(objects.join(url, kind.index_file)):
+        return []
+    store, hashes = StoredVectors.load(url, kind), {}
+    store.check(url, url, index)
+    for part in store.parts:
+        hashes[objects.join(store.tars_url or url, part.shard.file)] = part.shard.sha256
+        hashes[objects.join(url, part.shard.sidecar)] = part.shard.sidecar_sha256
+    return _faults(hashes)
+
+
+def _faults_of_mined(url: str, index: Index) -> list[str]:
+    if not (mined := mined_beside(url)):
+        return []
+    mined.check(url, url, index)
+    return _faults({objects.join(url, part.file): part.sha256 for part in mined.parts})
+
+
+def _faults_of_neighbours(url: str, index: Index) -> list[str]:
+    if neighbours := neighbours_beside(url):
+        neighbours.check(url, url, index)
+        neighbours.clusters(url, index.samples)
+    return []
+
+
+def _faults(hashes: dict[str, str]) -> list[str]:
+    """Return the faults of files, given by URL their SHA-256."""
+    with ThreadPoolExecutor(8) as pool:
+        return [fault for fault in pool.map(_fault, hashes, hashes.values()) if fault]
 
 
 def _fault(url: str, expected: str) -> str:
@@ -53,7 +81,7 @@ def _fault(url: str, expected: str) -> str:
         return str(error)
 
 
-def store_lines(url: str) -> Iterator[str]:
+def store_lines(url: str, index: Index) -> Iterator[str]:
     """Yield a line about each store beside a dataset."""
     for store in stores_beside(url):
         made, name = store.metadata, objects.join(url, store.kind.index_file)
@@ -66,9 +94,12 @@ def store_lines(url: str) -> Iterator[str]:
             f"queries by {mined.metadata.model}, mean similarity {mined.mean_score:.3f} (targets "
             f"{mined.mean_positive:.3f}); {dropped:,} likely right ones dropped"
         )
-    for file, what in _OTHERS.items():
-        if objects.exists(objects.join(url, file)):
-            yield f"{objects.join(url, file)}: {what}"
+    if neighbours := neighbours_beside(url):
+        count = index.samples // neighbours.size
+        yield (
+            f"{objects.join(url, NEIGHBOURS_FILE)}: {count:,} clusters of {neighbours.size} neighbours by "
+            f"{neighbours.made.get('model')}"
+        )
 
 
 def sample_rows(url: str, index: Index, shard: Shard, number: int) -> Iterator[tuple[str, str]]:

@@ -83,7 +83,7 @@ class Neighbours:
             numbers = array_of(data)
         except ValueError as error:
             raise ObjectError(f"{name}: {error}: {_REMEDY}") from None
-        if numbers.dtype != np.dtype("<u4") or not is_arrangement(numbers, samples):
+        if numbers.dtype != np.dtype("<u4") or numbers.shape != (samples,):
             raise ObjectError(f"{name} does not list each of {samples} samples once: {_REMEDY}")
         return numbers
 

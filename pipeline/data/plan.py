@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.data.order import Order
 from pipeline.data.source import Source
 
-_THREADS = 4  # windows that are planned at a time
+THREADS = 4  # windows that are planned at a time
 _READ_BYTES = 16 << 20  # the most bytes of a ranged read, unless a sample is larger
 
 
@@ -63,7 +63,7 @@ class Planner:
         known: dict[tuple[int, int, int, int], tuple[int, int]] = {}
         waiting: deque[Future[PlannedWindow] | PlannedStep] = deque()
         windows = 0
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             for step in self.steps:
                 slices: list[tuple[int, int, int]] = []
                 for lane in self.lanes:
@@ -78,7 +78,7 @@ class Planner:
                         window, first = known[key]
                         slices.append((window, number - first, len(slices) * self.order.slice_samples))
                 waiting.append(PlannedStep(step, self.order.locate(step)[0], slices))
-                while len(waiting) > 2 * _THREADS:
+                while len(waiting) > 2 * THREADS:
                     yield _result(waiting.popleft())
             while waiting:
                 yield _result(waiting.popleft())

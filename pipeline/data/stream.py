@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from pipeline.data.batch import Batch, Encoded, RawSample, Share, encode_rows
 from pipeline.data.mined import Referral
 from pipeline.data.order import Order
-from pipeline.data.plan import PlannedStep, PlannedWindow, Planner
+from pipeline.data.plan import THREADS, PlannedStep, PlannedWindow, Planner
 from pipeline.data.sample import ContentDraw, Draw, Item, Pair
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError, of_failed_worker
@@ -38,7 +38,8 @@ from pipeline.storage import objects
 
 _THREADS = 4  # readers in each process
 _SAMPLE_THREADS = 16  # the same, if they read single samples: waiting for an answer takes longer than its bytes
-_REFERRED_THREADS = 12  # readers of mined negatives in each process: one small read each
+# Readers of mined negatives in each process, one small read each. Without workers, one process has all these threads.
+_REFERRED_THREADS = objects.CONNECTIONS - _SAMPLE_THREADS - THREADS
 _STEPS_AHEAD = 64  # steps that a worker may read ahead
 _PARENT_SECONDS = 0.3  # interval of a worker's checks that its rank is alive
 _PLANNED_AHEAD = 64  # planned windows and steps that a worker's queue holds

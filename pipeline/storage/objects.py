@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.storage import s3
 from pipeline.storage.atomic import replacing
+from pipeline.storage.s3 import CONNECTIONS as CONNECTIONS
 from pipeline.storage.s3 import ObjectError, check_range
 from pipeline.storage.s3 import configure as configure
 from pipeline.storage.s3 import server as server

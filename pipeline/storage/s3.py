@@ -33,6 +33,7 @@ MULTIPART_BYTES = 32 << 20  # objects of this size or more are uploaded in parts
 PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
 UPLOAD_THREADS = 4
+CONNECTIONS = 32  # that a process keeps: one more thread at a time would connect again for each request
 
 T = TypeVar("T")
 # Not the global generator: drawing from it would change the random numbers of a seeded run.
@@ -371,7 +372,7 @@ def _make_client(pid: int, environment: frozenset[tuple[str, str]], settings: Se
         "connect_timeout": min(10.0, settings.timeout_s / 3),
         "read_timeout": min(20.0, settings.timeout_s / 3),
         "retries": {"mode": "standard", "total_max_attempts": 1},
-        "max_pool_connections": 16,
+        "max_pool_connections": CONNECTIONS,
         "tcp_keepalive": True,
         # Few servers but AWS support its newer checksums. Uploads have an MD5; resumed bodies have no checksum.
         "request_checksum_calculation": "when_required",

@@ -3,13 +3,16 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_mining import mine, references, write_datasets
 
 from pipeline.convert import inspect
 from pipeline.convert.command import Command
+from pipeline.data.index import Index
 from pipeline.data.mined import MinedIndex
+from pipeline.data.neighbours import write_neighbours
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.stored_vectors import ITEMS
@@ -52,10 +55,10 @@ def printed(capsys, command: Command, *arguments: object) -> str:
 
 
 def test_stats_and_show_name_the_stores(folder, capsys):
-    (folder / "neighbours.json").write_text("{}")
+    write_neighbours(str(folder), Index.load(str(folder)), np.arange(3), 2, {"model": "the teacher"})
     found = printed(capsys, inspect.STATS, folder)
     assert "item_embeddings.json: vectors of items by the \\x1bteacher, width 4, fp16, 0.0 MB" in found
-    assert "neighbours.json: clusters" in found and "mined" not in found
+    assert "neighbours.json: 1 clusters of 2 neighbours by the teacher" in found and "mined" not in found
     assert "vectors of items 3, by the \\x1bteacher" in printed(capsys, inspect.SHOW, folder, 1)
     assert "vectors of items 0, by" in printed(capsys, inspect.SHOW, folder, 2)
 
@@ -71,6 +74,21 @@ def test_verify_reads_the_stores(folder, capsys, file):
     (folder / file).unlink()
     with pytest.raises(PipelineError, match=f"{file}: there is no such file$"):
         run(inspect.VERIFY, folder, "--processes", 1)
+
+
+def test_verify_lists_all_damaged_stores(folder):
+    write_neighbours(str(folder), Index.load(str(folder)), np.arange(3), 2, {})
+    mine(folder, folder, teacher=None, overwrite=True)
+    run(inspect.VERIFY, folder, "--processes", 1)
+    for name in ("item_embeddings.json", "000000.mined.npy", "000001.mined.npy", "neighbours.npy"):
+        content = bytearray((folder / name).read_bytes())
+        content[-20] ^= 1
+        (folder / name).write_bytes(content)
+    (folder / "000001.mined.npy").unlink()
+    with pytest.raises(PipelineError, match="is not intact") as error:
+        run(inspect.VERIFY, folder, "--processes", 1)
+    found = [line.removeprefix(f"{folder}/").split()[0].strip(":") for line in str(error.value).splitlines()[1:]]
+    assert found == ["item_embeddings.json", "000000.mined.npy", "000001.mined.npy", "neighbours.npy"]
 
 
 def test_verify_refuses_vectors_of_other_shards(folder):

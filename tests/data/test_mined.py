@@ -15,6 +15,7 @@ from limits import HANG_SECONDS
 from small_mining import NAMES, SAMPLES, WIDTH, Texts, mine, pair, references, write_datasets
 
 from pipeline.config import Data, MiningRun, Part
+from pipeline.data import plan, stream
 from pipeline.data.batch import Batch, Encoded
 from pipeline.data.index import Captions, Index, array_of
 from pipeline.data.lengths import Lengths
@@ -31,6 +32,7 @@ from pipeline.embedding.dataset import open_datasets
 from pipeline.embedding.embed_shards import embed_datasets
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
+from pipeline.storage import s3 as objects_on_s3
 
 LENGTHS = Lengths(Tiling(size=24, patches=3, pinpoints=((24, 24), (24, 48), (48, 24), (48, 48))), 8)
 
@@ -320,6 +322,8 @@ def test_mined_and_read_on_s3(s3, tmp_path):
         assert objects.read(f"{url}/{name}/{MINED_FILE}") == (tmp_path / "all" / name / MINED_FILE).read_bytes()
     options = {"datasets": [Part(name=name) for name in NAMES], "lanes": 4, "block_samples": 8, "workers": 0}
     remote = read(Data(url=url, negatives="beside", **options), range(3))
+    readers = stream._SAMPLE_THREADS + stream._REFERRED_THREADS + plan.THREADS
+    assert 12 + 16 <= readers <= objects_on_s3._client().meta.config.max_pool_connections
     local = read(Data(url=str(tmp_path), negatives=str(tmp_path / "all"), **options), range(3))
     assert [each.negatives for each in remote] == [each.negatives for each in local]
     assert any(map(any, (each.negatives for each in remote)))
