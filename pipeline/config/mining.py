@@ -21,10 +21,7 @@ class MiningRun(Encoding):
         "2407.15831)",
     )
     absolute_margin: float | None = Field(
-        None,
-        ge=-2,
-        le=2,
-        description="likewise, candidates that score above the positive's score minus this",
+        None, ge=-2, le=2, description="likewise, candidates that score above the positive's score minus this"
     )
     skip: int = Field(0, ge=0, description="nearest remaining candidates that are skipped, also for clusters")
     depth: int = Field(100, gt=0, le=10_000, description="nearest candidates that are looked at, also for clusters")

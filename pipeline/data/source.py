@@ -36,7 +36,7 @@ class Source:
     embeddings, teacher: (URL, index) of each dataset's text embeddings and teacher vectors, if the recipe uses them.
     mined: each dataset's mined negatives, likewise.
     neighbours: (URL, index) of each dataset's clusters of neighbours, if its batches are composed of them. Then a
-        process keeps 32 bytes a sample, 16 for each of its stored vectors, and 34 for each mined negative.
+        rank keeps 32 bytes a sample, 16 more for each kind of stored vectors, and 34 for each mined negative.
     """
 
     data: Data
@@ -218,7 +218,10 @@ class Source:
         return mined.kept_references(own)[start:stop] if self.neighbours else mined.references(own, start, stop)
 
     def read_referred(self, shard: int, reference: np.void) -> tuple[bytes, ...]:
-        """Read the sample that a reference of the shard's samples names: its bytes in every tar, as `tars` has them."""
+        """Read the sample that a reference of the shard's samples names: its bytes in every tar, as `tars` has them.
+
+        For each kind of stored vectors, this process keeps 16 bytes a sample of all shards that were referred to.
+        """
         mined = self.mined[self.shards[shard][0]]
         number, found = mined.numbers[reference["dataset"]], [mined.read(reference)]
         if number is not None:

@@ -109,9 +109,21 @@ class ClusteredDataset:
         """The URL of a shard's record: (n,) of `_NEAR`."""
         return objects.join(self._records, self.source.shards[shard][1].sidecar)
 
+    def _near(self, shard: int) -> np.ndarray:
+        """Read the record of a shard. Raises ObjectError if it is damaged."""
+        url = self.record(shard)
+        try:
+            near = array_of(objects.read(url))
+            if near.dtype != _NEAR:
+                raise ValueError(f"it holds {near.dtype}")
+            return near
+        except ValueError as error:
+            objects.delete(url)
+            raise ObjectError(f"{url}: {error}; start again, and only this shard is ranked again") from None
+
     def finish(self, targets: Targets) -> None:
         """Cluster the dataset from the records of all shards, write the result and delete them."""
-        near = np.concatenate([array_of(objects.read(self.record(n))) for n in range(len(self.source.shards))])
+        near = np.concatenate(in_threads(self._near, range(len(self.source.shards))))
         facts = targets.facts[targets.of_dataset(self.number)]
         pairs = np.stack([near["query"], near["target"]], axis=1).astype(np.int64)
         apart = Apart.of(facts["query_hash"], facts["target_hash"], pairs[near["right"]])

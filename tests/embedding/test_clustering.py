@@ -113,6 +113,31 @@ def test_interrupted_clustering_continues_to_the_same_bytes(shards, tmp_path, mo
     assert len(ranked) == (total - 1 if stopped == "_note_nearest" else 0)
 
 
+def test_damaged_record_is_ranked_again_and_a_kill_while_records_are_deleted_leaves_none(shards, tmp_path, monkeypatch):
+    delete = objects.delete
+
+    def killed(url):
+        if ".neighbours/" in url and (tmp_path / "first" / NEIGHBOURS_FILE).exists():
+            raise KeyboardInterrupt
+        delete(url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objects, "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            mine(shards, tmp_path, clusters=SIZE)
+    assert list(tmp_path.glob("first/.neighbours/*"))
+    mine(shards, tmp_path, clusters=SIZE)
+    assert clusters_of(tmp_path) == clusters_of(shards / "clustered")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(clustering, "clusters_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        mine(shards, tmp_path, clusters=SIZE, overwrite=True, margin=0.5)
+    record = sorted(tmp_path.glob("first/.neighbours/*.npy"))[0]
+    record.write_bytes(record.read_bytes()[:-1])
+    with pytest.raises(PipelineError, match=rf"{record.name}: it holds no array .*; start again, and only this shard"):
+        mine(shards, tmp_path, clusters=SIZE, overwrite=True, margin=0.5)
+    mine(shards, tmp_path, clusters=SIZE, overwrite=True, margin=0.5)
+
+
 def test_records_of_other_options_are_not_continued(shards, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(clustering, "clusters_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
