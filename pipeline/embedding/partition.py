@@ -8,23 +8,20 @@ For N samples with m neighbours each, it needs about 150 N m bytes, and time in 
 a minute of one core for a million samples with 30.
 """
 
-import ctypes
-import mmap
-import multiprocessing
-import signal
+import subprocess
+import sys
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
-import pymetis
 
 from pipeline.errors import PipelineError
 
 _WEIGHTS = 1000  # METIS needs integers: a weight is a score, scaled to 1 to 1000
-_IMBALANCE = 100  # METIS cuts fewer edges if it may split unevenly: here by 100 in 1000
 _ROUNDS = 4  # of exchanges between clusters
 _TRIED = 8  # clusters that an exchange considers, of those with neighbours
 _PAIRS = 1 << 24  # compared at a time
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when the thread that forked it ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,30 +119,21 @@ def clusters_of(neighbours: np.ndarray, scores: np.ndarray, apart: Apart, size: 
 
 
 def _parts(graph: Graph, count: int) -> np.ndarray:
-    """Return each sample's part of `count` by METIS, int64 (N,).
+    """Return each sample's part of `count` by METIS in a process of its own (metis.py), int64 (N,).
 
-    METIS does not release the interpreter's lock, for minutes or hours. So it runs in a forked process, and meanwhile
-    this one can exchange messages with other ranks, which would otherwise give up after timeout_minutes.
-    Raises PipelineError if that process is killed.
+    Raises PipelineError if that process fails or is killed.
     """
-    shared = mmap.mmap(-1, max(8 * len(graph.ends), 1))
-    parts = np.frombuffer(shared, np.int64, len(graph.ends) - 1)
-
-    def partition() -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # of the thread that waits below
-        adjacency = pymetis.CSRAdjacency(graph.ends, graph.others)
-        options = pymetis.Options(seed=0, ufactor=_IMBALANCE)
-        _, found = pymetis.part_graph(count, adjacency, eweights=graph.weights, recursive=True, options=options)
-        parts[:] = found
-
-    process = multiprocessing.get_context("fork").Process(target=partition)
-    process.start()
-    process.join()
-    if process.exitcode:
+    given = BytesIO()
+    for array in (graph.ends, graph.others, graph.weights):
+        np.save(given, array, allow_pickle=False)
+    script = str(Path(__file__).with_name("metis.py"))
+    ended = subprocess.run([sys.executable, "-I", script, str(count)], input=given.getvalue(), capture_output=True)
+    if ended.returncode:
         raise PipelineError(
-            f"METIS ended with status {process.exitcode}: if its memory did not suffice, give the job more memory, or "
-            "mine smaller datasets"
+            f"METIS ended with status {ended.returncode}: if its memory did not suffice, give the job more memory, or "
+            f"mine smaller datasets\n{ended.stderr.decode(errors='replace')[-1000:]}".rstrip()
         )
+    parts: np.ndarray = np.load(BytesIO(ended.stdout), allow_pickle=False)
     return parts
 
 

@@ -185,7 +185,7 @@ def test_bytes_of_pairs_without_positives_and_scores_are_pinned():
         ({}, {"positives": [{"text": "p", "images": 0, "weight": "1"}]}, "weight '1' is not a finite number"),
         ({"score": True}, {}, "score True is not a finite number"),
         ({"score": float("nan")}, {}, "score nan is not a finite number"),
-        ({"score": 1e39}, {}, "score 1e+39 is larger than 1e+06"),
+        ({"score": 1e39}, {}, r"score 1e\+39 is larger than 1e\+06"),
         ({"score": 1}, {"negatives": [{"text": "n", "images": 0}]}, "only some of its target, positives and negatives"),
         ({}, {"positives": [{"text": "p", "images": 0, "score": 1}]}, "only some of its target, positives and neg"),
         ({}, {"positives": [{"text": "<image>", "images": 1}]}, "'positive.0.0' is missing"),

@@ -1,8 +1,5 @@
 """Clusters of neighbours: equal, alike, without pairs that must be apart, and the same for the same input."""
 
-import os
-import signal
-
 import numpy as np
 import pytest
 
@@ -154,20 +151,14 @@ def test_fewer_samples_than_a_cluster_are_refused():
         clusters_of(np.full((7, 1), -1), np.zeros((7, 1), np.float32), none_apart(7), SIZE)
 
 
-def test_metis_runs_in_a_process_of_its_own(monkeypatch):
-    """It holds the interpreter's lock, while ranks must exchange messages; if it is killed, the error says so."""
-    vectors, parent, plain = unit_vectors(64, 4), os.getpid(), partition.pymetis.part_graph
-    expected = clusters_of(*nearest(vectors), none_apart(64), SIZE)[0]
+def test_killed_metis_is_named(monkeypatch):
+    """METIS runs in a process of its own, because it holds the interpreter's lock while ranks exchange messages."""
+    run = partition.subprocess.run
 
-    def part_graph(*arguments, **options):
-        assert os.getpid() != parent
-        if killed:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(*arguments, **options)
+    def killed(command, **options):
+        assert command[2].endswith("metis.py")
+        return run([command[0], "-c", "import os; os.kill(os.getpid(), 9)"], **options)
 
-    monkeypatch.setattr(partition.pymetis, "part_graph", part_graph)
-    killed = False
-    np.testing.assert_array_equal(clusters_of(*nearest(vectors), none_apart(64), SIZE)[0], expected)
-    killed = True
+    monkeypatch.setattr(partition.subprocess, "run", killed)
     with pytest.raises(PipelineError, match="METIS ended with status -9: if its memory"):
-        clusters_of(*nearest(vectors), none_apart(64), SIZE)
+        clusters_of(*nearest(unit_vectors(64, 4)), none_apart(64), SIZE)

@@ -259,7 +259,7 @@ def test_instruction_of_an_item_replaces_the_processors(llama):
 
 
 def test_each_dataset_needs_an_entry_in_query_instructions():
-    source = SimpleNamespace(names=("images", "texts", "sentences"), embedding_metadata=None)
+    source = SimpleNamespace(names=("images", "texts", "sentences"), embedding_metadata=None, shards=[])
     family = training("text_encoder")
     family.check_data(RECIPE, source)
     given = "model.query_instructions={images: 'Find: ', unused: 'Find: '}"
