@@ -45,7 +45,8 @@ PAIRS = 16
 STEPS = 2
 LR = 0.1
 EPS = 1.0  # makes a step nearly proportional to the gradient, whose scale Adam otherwise hides
-INVALID = {3, 4}  # on the first of two ranks
+INVALID = {3, 9}  # one on each of two ranks
+LABELLED_INVALID = {3, 4}  # both on the first rank: the ranks' numbers of valid pairs differ
 TEACHER_WIDTH = 5
 MIXES = ("images", "text", "mixed")
 CHUNK_TOKENS = (1, 200, 100_000)  # one item per chunk, several, all
@@ -155,9 +156,13 @@ def labelled(pair: Pair, item: Callable[[str, bool], Item], rng: np.random.Gener
     return replace(pair, teacher=np.stack([taught_vector(each) for each in pair.items]))
 
 
+def is_invalid(pair: Pair) -> bool:
+    return int(pair.key) in (INVALID if pair.teacher is None else LABELLED_INVALID)
+
+
 def batch_of(pairs: list[Pair], processor: LlaveProcessor) -> Batch:
     def parse(pair: Pair) -> Pair:
-        if int(pair.key) in INVALID:
+        if is_invalid(pair):
             raise BadSample("made so")
         return pair
 
@@ -185,7 +190,7 @@ def formula(
 
     temperature: of all tasks but those in objective.temperatures, which follow by name.
     """
-    pairs = [pair for pair in pairs if int(pair.key) not in INVALID]
+    pairs = [pair for pair in pairs if not is_invalid(pair)]
 
     def embed(items: list[Item]) -> torch.Tensor:
         return torch.cat([model(pack([processor.encode(item)]), bool(item.images)) for item in items])

@@ -160,7 +160,12 @@ def budget_of(run: Path, step: int) -> dict:
 
 def test_original_checkpoint_trains_adapters_with_automatic_budget(recipe, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    fields = ["model.path=tests/golden", "model.max_tokens=4096", "model.image_grid_pinpoints=[[384, 384]]"]
+    fields = [
+        "model.path=tests/golden",
+        "objective.dimensions=[]",
+        "model.max_tokens=4096",
+        "model.image_grid_pinpoints=[[384, 384]]",
+    ]
     fields += ["batch.global_batch=4", "data.lanes=2", "batch.chunk_tokens=auto", "batch.kept_chunks=auto"]
     fields += ["model.train.vision_tower=false", "model.train.lora.rank=2", "checkpoint.every=2", "evaluation=null"]
     ended = launch(command(recipe, run, *fields, "steps=8"), world=2)
