@@ -102,6 +102,15 @@ class IndexedFile:
     def of(cls, content: bytes) -> "IndexedFile":
         return cls(len(content), hashlib.sha256(content).hexdigest())
 
+    def read(self, url: str, remedy: str) -> bytes:
+        """Read the file at this URL. Raises ObjectError, which ends with the `remedy`, if it is not as indexed."""
+
+        def read() -> bytes | None:
+            data = objects.read(url)
+            return data if IndexedFile.of(data) == self else None
+
+        return intact(read, f"{url} is damaged (its sha256 differs from the index's): {remedy}")
+
 
 @dataclass(frozen=True)
 class Index:
@@ -161,15 +170,9 @@ class Index:
 
     def read_file(self, url: str, name: str) -> bytes:
         """Read an additional file of the dataset in the folder `url`. Raises ObjectError if it is not as indexed."""
-        place = objects.join(url, name)
         if name not in self.files:
             raise ObjectError(f"{objects.join(url, INDEX_FILE)} names no {name}: make the shards again")
-
-        def read() -> bytes | None:
-            data = objects.read(place)
-            return data if IndexedFile.of(data) == self.files[name] else None
-
-        return intact(read, f"{place} is damaged (its sha256 differs from the index's): make the shards again")
+        return self.files[name].read(objects.join(url, name), "make the shards again")
 
 
 def as_json(value: object) -> Any:

@@ -278,8 +278,8 @@ class Mined:
 
     def all_references(self, shard: int) -> np.ndarray:
         """Read (samples, count) of `REFERENCE`: those of a whole shard. Only the fields `USED` are kept."""
-        found = self.index.references(self.url, self.shards[shard], shard, 0, self.shards[shard].samples)
-        _kept_references.put(repack_fields(found[list(USED)]), self, shard)
+        found = _whole(self, shard)
+        _kept_references.put(_used(found), self, shard)
         return found
 
     def kept_references(self, shard: int) -> np.ndarray:
@@ -298,11 +298,15 @@ class Mined:
         return f"{objects.join(folder, index.shards[reference['shard']].file)}#{reference['sample']}"
 
 
-def _used_references(mined: Mined, shard: int) -> np.ndarray:
-    return repack_fields(mined.all_references(shard)[list(USED)])
+def _whole(mined: Mined, shard: int) -> np.ndarray:
+    return mined.index.references(mined.url, mined.shards[shard], shard, 0, mined.shards[shard].samples)
 
 
-_kept_references = Once(_used_references)
+def _used(references: np.ndarray) -> np.ndarray:
+    return repack_fields(references[list(USED)])
+
+
+_kept_references = Once(lambda mined, shard: _used(_whole(mined, shard)))
 
 
 @lru_cache(maxsize=256)  # a window's are needed for its lengths and for reading

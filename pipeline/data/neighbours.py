@@ -25,7 +25,6 @@ from pipeline.data.index import (
     checksum_of,
     index_content,
     index_text,
-    intact,
     validated,
 )
 from pipeline.data.mined import content_of
@@ -73,12 +72,7 @@ class Neighbours:
     def clusters(self, url: str, samples: int) -> np.ndarray:
         """Read the (samples,) uint32 array in the folder `url`. Raises ObjectError if it is missing or damaged."""
         name = objects.join(url, ARRAY_FILE)
-
-        def read() -> bytes | None:
-            data = objects.read(name)
-            return data if IndexedFile.of(data) == self.array else None
-
-        data = intact(read, f"{name} is damaged (its sha256 differs from the index's): {_REMEDY}")
+        data = self.array.read(name, _REMEDY)
         try:
             numbers = array_of(data)
         except ValueError as error:

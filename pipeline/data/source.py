@@ -1,12 +1,13 @@
 """The shards of all datasets of a run in one list, and access to their samples' records and bytes."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from pipeline.data.tars import PLACE, PLACE_AND_HASHES, Tar
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
 from pipeline.storage.objects import ObjectError
+
+T = TypeVar("T")
 
 Stores = tuple[tuple[str, StoredVectors], ...]
 
@@ -164,9 +167,7 @@ class Source:
 
     def _with_query_images(self) -> list[bool]:
         """Return for each dataset whether the query of its first sample has an image."""
-        with ThreadPoolExecutor(8) as pool:
-            firsts = pool.map(lambda shard: self.records(shard, 0, 1), self._first_shards[:-1])
-            return [bool(records["query_images"][0]) for records in firsts]
+        return self._of_first_shards(lambda shard: bool(self.records(shard, 0, 1)["query_images"][0]))
 
     def first_pairs(self) -> list[Pair | None]:
         """Read the first sample of each dataset; None if it is unusable."""
@@ -177,8 +178,12 @@ class Source:
                 return self.parse(shard, records[0], self.read(shard, records)[0])
             return None
 
+        return self._of_first_shards(first)
+
+    def _of_first_shards(self, function: Callable[[int], T]) -> list[T]:
+        """Call the function, in threads, for the number of each dataset's first shard."""
         with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(first, self._first_shards[:-1]))
+            return list(pool.map(function, self._first_shards[:-1]))
 
     def __len__(self) -> int:
         return sum(shard.samples for _, shard in self.shards)

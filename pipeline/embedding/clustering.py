@@ -7,9 +7,8 @@ PLACE/.neighbours: if the command is killed, run it again to continue. Then each
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from pipeline.data.source import Source
 from pipeline.distributed import on_every_rank, on_first_rank, rank_and_world
 from pipeline.embedding.dataset import in_threads
 from pipeline.embedding.partition import Apart, clusters_of
-from pipeline.embedding.ranks import Ranking, Ranks, ranked_queries
+from pipeline.embedding.ranks import Ranking, Ranks, rank_in_turn, ranked_queries
 from pipeline.embedding.targets import Targets, shared_targets
 from pipeline.errors import PipelineError, printable
 from pipeline.progress import progress_bar
@@ -184,17 +183,12 @@ def cluster_datasets(
         shared_targets([each.source for each in planned], options.scratch) as targets,
         progress_bar(total=total, desc="ranking neighbours", unit="query", disable=rank > 0) as bar,
     ):
-        done = 0
 
-        def rank_shards() -> None:
-            nonlocal done
-            for dataset, shards in groupby(left[rank::world], key=lambda each: each[0]):
-                ranking = Ranking(targets, dataset.number, options, device)
-                for _, shard in shards:
-                    _note_nearest(dataset, shard, ranking)
-                    done += dataset.source.shards[shard][1].samples
+        def noted(dataset: ClusteredDataset, shard: int, ranking: Ranking) -> Iterator[int]:
+            _note_nearest(dataset, shard, ranking)
+            yield dataset.source.shards[shard][1].samples
 
-        on_every_rank(rank_shards, lambda: done, lambda now: bar.update(now - bar.n))
+        rank_in_turn(left, targets, options, device, noted, bar)
         clustered = 0
 
         def cluster() -> None:

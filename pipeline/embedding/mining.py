@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from math import fsum
 from pathlib import Path
 
@@ -36,11 +35,11 @@ from pipeline.data.mined import (
 )
 from pipeline.data.source import Source
 from pipeline.data.stored_vectors import ITEMS, Stored, StoredVectors
-from pipeline.distributed import gathered, on_every_rank, on_first_rank, rank_and_world, start_distributed
+from pipeline.distributed import gathered, on_first_rank, rank_and_world, start_distributed
 from pipeline.embedding.clustering import check_sizes, cluster_datasets
 from pipeline.embedding.dataset import EmbeddedDataset, in_threads, open_datasets
 from pipeline.embedding.embed_shards import embed_datasets
-from pipeline.embedding.ranks import Ranking, Ranks, chosen, ranked_queries
+from pipeline.embedding.ranks import Ranking, Ranks, chosen, rank_in_turn, ranked_queries
 from pipeline.embedding.targets import Targets, shared_targets
 from pipeline.errors import PipelineError, printable
 from pipeline.evaluation.encoder import Encoder
@@ -211,7 +210,7 @@ def mine_datasets(
         if mined_file(shard) not in whole[dataset.number]
     ]
     total, left = sum(map(len, sources)), sum(dataset.shards[number].samples for dataset, number in todo)
-    rank, world = rank_and_world()
+    rank, _ = rank_and_world()
     if rank == 0 and left < total:
         logger.info("the negatives of %s of %s samples are already mined", f"{total - left:,}", f"{total:,}")
     if todo:
@@ -219,17 +218,7 @@ def mine_datasets(
             shared_targets(sources, options.scratch) as targets,
             progress_bar(initial=total - left, total=total, desc="mining", unit="query", disable=rank > 0) as bar,
         ):
-            done = 0
-
-            def work() -> None:
-                nonlocal done
-                for dataset, shards in groupby(todo[rank::world], key=lambda each: each[0]):
-                    ranking = Ranking(targets, dataset.number, options, device)
-                    for _, number in shards:
-                        for count in _mined_shard(dataset, number, ranking):
-                            done += count
-
-            on_every_rank(work, lambda: done, lambda now: bar.update(total - left + now - bar.n))
+            rank_in_turn(todo, targets, options, device, _mined_shard, bar)
         # Not from a listing of the records: on a shared file system it may lack other nodes' newest ones.
         for parts in gathered([dataset.parts for dataset in datasets]):
             for dataset, found in zip(datasets, parts, strict=True):

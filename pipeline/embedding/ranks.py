@@ -1,14 +1,18 @@
 """The nearest candidates of a dataset's queries, which of them are likely right, and which become negatives."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from pipeline.config import MiningRun
 from pipeline.data.source import Source
 from pipeline.data.teacher import query_and_target_vectors
+from pipeline.distributed import on_every_rank, rank_and_world
 from pipeline.embedding.nearest import Candidates, nearest, similarities
 from pipeline.embedding.targets import Targets
 
@@ -95,6 +99,42 @@ class Ranking:
         known = self.hashes[places] == hashes
         pairs = np.unique(owners[known] * len(facts) + self.by_hash[places[known]])
         return pairs // len(facts), pairs % len(facts)
+
+
+class Numbered(Protocol):
+    """A dataset.  number: among those whose targets are ranked together."""
+
+    number: int
+
+
+D = TypeVar("D", bound=Numbered)
+
+
+def rank_in_turn(
+    todo: Sequence[tuple[D, int]],
+    targets: Targets,
+    options: MiningRun,
+    device: torch.device,
+    rank_shard: Callable[[D, int, Ranking], Iterable[int]],
+    bar: tqdm,
+) -> None:
+    """Rank the queries of (dataset, shard) on the ranks in turn; a dataset's shards are consecutive. Collective.
+
+    rank_shard: ranks the queries of a shard, and yields the number of queries after each part of them.
+    bar: shows how many all ranks have ranked.
+    """
+    rank, world = rank_and_world()
+    begun, done = bar.n, 0
+
+    def work() -> None:
+        nonlocal done
+        for dataset, shards in groupby(todo[rank::world], key=lambda each: each[0]):
+            ranking = Ranking(targets, dataset.number, options, device)
+            for _, shard in shards:
+                for count in rank_shard(dataset, shard, ranking):
+                    done += count
+
+    on_every_rank(work, lambda: done, lambda now: bar.update(begun + now - bar.n))
 
 
 def ranked_queries(source: Source, shard: int, ranking: Ranking) -> Iterator[tuple[int, Ranks]]:
