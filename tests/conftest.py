@@ -29,6 +29,7 @@ with suppress(ValueError):  # not the main thread
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.model import Llave, build
+from pipeline.storage import objects
 from tools.s3_server import S3Server
 
 # The time that an example and its generation take depends on the machine.
@@ -87,6 +88,13 @@ def nothing_left_running() -> Iterator[None]:
     """Check that no child process is left; one would delay the end of this process."""
     yield
     assert multiprocessing.active_children() == []
+
+
+@pytest.fixture(autouse=True)
+def default_store_settings() -> Iterator[None]:
+    """Undo `objects.configure` after each test: opening a dataset calls it, and it is for the whole process."""
+    yield
+    objects.configure()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from pipeline.config import MiningRun
-from pipeline.data.index import Index, array_of
+from pipeline.data.arrays import array_of
+from pipeline.data.index import Index
 from pipeline.data.mined import MinedIndex
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import write_shards

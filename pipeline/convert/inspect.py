@@ -19,12 +19,12 @@ from pipeline.convert.command import Command, add_processes
 from pipeline.convert.img2dataset import Tape, read_tape
 from pipeline.convert.stores import sample_rows, store_faults, store_lines
 from pipeline.convert.workers import Run, workers
+from pipeline.data.arrays import array_of
 from pipeline.data.index import (
     INDEX_FILE,
     Captions,
     Index,
     Shard,
-    array_of,
     load_sidecar,
     read_records,
     read_samples,

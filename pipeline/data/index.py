@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
-from io import BytesIO
-from tokenize import TokenError
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import FailFast, Field, ValidationError
 from pydantic_core import from_json, to_json
 
+from pipeline.data.arrays import array_bytes, array_of
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.errors import printable
 from pipeline.storage import objects
@@ -317,13 +316,6 @@ def sidecar_of(records: np.ndarray, seed: int = 0) -> bytes:
     return array_bytes(records)
 
 
-def array_bytes(array: np.ndarray) -> bytes:
-    """Return the bytes of a .npy file; see `array_of`."""
-    buffer = BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
 def shard_entry(file: str, size: int, sha256: str, records: np.ndarray, **totals: Any) -> tuple[Shard, bytes]:
     """Return a tar's entry in the index and its sidecar's bytes. size, sha256: of the tar. totals: the other fields."""
     sidecar = sidecar_of(records)
@@ -348,23 +340,6 @@ def load_sidecar(url: str, shard: Shard) -> np.ndarray:
         raise ObjectError(f"{name} is not a sidecar of {shard.samples} samples: make the shards again") from None
     _check_records(name, shard, records)
     return records
-
-
-# numpy's errors for a damaged header, which is Python source.
-NO_ARRAY = (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError, OverflowError)
-
-
-def array_of(data: bytes) -> np.ndarray:
-    """Parse the bytes of a .npy file; ValueError if they are invalid. A wrong size in the header allocates nothing."""
-    file = BytesIO(data)
-    try:
-        np.lib.format.read_magic(file)
-        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
-        start = file.tell()
-        values = np.frombuffer(data, dtype, offset=start) if len(data) > start else np.zeros(0, dtype)
-        return values.reshape(shape, order="F" if columns_first else "C")
-    except NO_ARRAY as error:
-        raise ValueError(f"it holds no array ({error})") from None
 
 
 def _check_records(name: str, shard: Shard, records: np.ndarray) -> None:

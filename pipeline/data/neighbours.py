@@ -13,14 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.data.arrays import array_bytes, array_of
 from pipeline.data.dataset import is_arrangement
 from pipeline.data.index import (
     Digest,
     Index,
     IndexedFile,
     Positive,
-    array_bytes,
-    array_of,
     as_json,
     checksum_of,
     index_content,

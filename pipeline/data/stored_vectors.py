@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from pydantic import FailFast, TypeAdapter
 
+from pipeline.data.arrays import array_of
 from pipeline.data.index import (
     Captions,
     Digest,
     Index,
     Positive,
     Shard,
-    array_of,
     as_json,
     check_shards,
     checksum_of,

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from pipeline.config import MiningRun
-from pipeline.data.index import Index, array_bytes, array_of
+from pipeline.data.arrays import array_bytes, array_of
+from pipeline.data.index import Index
 from pipeline.data.mined import content_of
 from pipeline.data.neighbours import ARRAY_FILE, NEIGHBOURS_FILE, Neighbours, write_neighbours
 from pipeline.data.source import Source

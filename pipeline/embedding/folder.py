@@ -6,13 +6,12 @@ KIND.npy has a row for each id: (N, D) float32 or int8, or (N, ceil(D / 8)) uint
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline.data.index import NO_ARRAY
+from pipeline.data.arrays import mapped, npy_header
 from pipeline.errors import PipelineError
 from pipeline.models.compact import Form, VectorKind, packed, unpacked
 from pipeline.storage import objects
@@ -133,22 +132,6 @@ class EmbeddingFolder:
 def _layout(form: Form) -> tuple[str, int]:
     """Return (numpy's name of the type, numbers in a row) of the array that stores vectors of a form."""
     return _DTYPES[form.kind], form.bytes if form.kind == "binary" else form.dimensions
-
-
-def npy_header(count: int, width: int, dtype: str = "<f4") -> bytes:
-    """Return the header of a .npy file of `count` rows of `width` numbers.  dtype: numpy's name of their type."""
-    header = BytesIO()
-    described = {"descr": dtype, "fortran_order": False, "shape": (count, width)}
-    np.lib.format.write_array_header_1_0(header, described)
-    return header.getvalue()
-
-
-def mapped(path: Path) -> np.ndarray:
-    """Return a .npy file's array as a memory map. Raises ValueError or OSError if the file is invalid or incomplete."""
-    try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except NO_ARRAY as error:
-        raise ValueError(str(error)) from None
 
 
 def best(rows: np.ndarray, query: np.ndarray, top: int, form: Form) -> list[tuple[int, float]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.arrays import array_of
 from pipeline.errors import PipelineError
 
 _WEIGHTS = 1000  # METIS needs integers: a weight is a score, scaled to 1 to 1000
@@ -133,8 +134,7 @@ def _parts(graph: Graph, count: int) -> np.ndarray:
             f"METIS ended with status {ended.returncode}: if its memory did not suffice, give the job more memory, or "
             f"mine smaller datasets\n{ended.stderr.decode(errors='replace')[-1000:]}".rstrip()
         )
-    parts: np.ndarray = np.load(BytesIO(ended.stdout), allow_pickle=False)
-    return parts
+    return array_of(ended.stdout)
 
 
 def _equal(graph: Graph, cluster: np.ndarray, clusters: int, size: int) -> np.ndarray:

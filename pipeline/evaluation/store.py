@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.embedding.folder import mapped, npy_header
+from pipeline.data.arrays import mapped, npy_header
 from pipeline.errors import PipelineError
 from pipeline.storage import lock
 

@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 
+from pipeline.data.arrays import array_of, mapped
 from pipeline.data.index import (
     FORMAT,
     Captions,
     Index,
-    array_of,
     checksum_of,
     load_sidecar,
     read_records,
@@ -220,10 +220,24 @@ def test_inconsistent_records_are_refused(folder, name, values):
             read()
 
 
-def test_array_reader_matches_numpy_and_refuses_other_bytes():
-    for array in (np.arange(6.0).reshape(2, 3), np.zeros((0, 4), "<f2"), np.asfortranarray(np.arange(6).reshape(2, 3))):
-        found = array_of(stored(array))
-        assert found.dtype == array.dtype and np.array_equal(found, array)
+def test_array_reader_matches_numpy_and_refuses_other_bytes(tmp_path, monkeypatch):
+    records = [np.arange(4 * sidecar_dtype(images).itemsize, dtype="u1") for images in (0, 1, 70)]
+    arrays = [
+        np.arange(6.0).reshape(2, 3),
+        np.float32(2.5),
+        np.zeros((0, 4), "<f2"),
+        np.arange(3, dtype=">i8"),
+        np.asfortranarray(np.arange(6).reshape(2, 3)),
+        np.zeros(2, [("only", "<u4")]),
+        np.zeros(2, [("nested", [("first", "u1"), ("second", "<i2", (2, 3))], (4,)), ("last", "<f4")]),
+        *(each.view(sidecar_dtype(images)) for each, images in zip(records, (0, 1, 70), strict=True)),
+    ]
+    files = [stored(np.asarray(array)) for array in arrays]
+    monkeypatch.delattr("ast.literal_eval")  # numpy's parser of headers, which threads must not call at once
+    for array, data in zip(arrays, files, strict=True):
+        (tmp_path / "array.npy").write_bytes(data)
+        for found in (array_of(data), mapped(tmp_path / "array.npy")):
+            assert found.dtype == array.dtype and found.shape == array.shape and found.tobytes() == array.tobytes()
     whole = stored(np.zeros((2, 3)))
     huge = whole.replace(b"(2, 3), }", b"(999999999999, 3), }")
     unclosed = whole.replace(b"(2, 3), }", b"(2, 3(, }")
@@ -238,6 +252,9 @@ def test_array_reader_matches_numpy_and_refuses_other_bytes():
     ):
         with pytest.raises(ValueError):
             array_of(bad)
+        (tmp_path / "array.npy").write_bytes(bad)
+        with pytest.raises(ValueError):
+            mapped(tmp_path / "array.npy")
 
 
 def test_sidecar_record_size_is_pinned():

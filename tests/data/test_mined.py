@@ -16,8 +16,9 @@ from small_mining import NAMES, SAMPLES, WIDTH, Texts, mine, pair, references, w
 
 from pipeline.config import Data, MiningRun, Part
 from pipeline.data import plan, stream
+from pipeline.data.arrays import array_of
 from pipeline.data.batch import Batch, Encoded
-from pipeline.data.index import Captions, Index, array_of
+from pipeline.data.index import Captions, Index
 from pipeline.data.lengths import Lengths
 from pipeline.data.mined import MINED_FILE, REFERENCE, MinedIndex, content_of, with_negatives
 from pipeline.data.plan import PlannedWindow, Planner

@@ -186,27 +186,20 @@ def test_forked_child_reads_with_its_own_client(s3):
     assert client._client() is parent
 
 
-@pytest.fixture
-def configured():
-    """Provide `objects.configure`, and reset it after the test."""
-    yield objects.configure
-    objects.configure()
-
-
-def test_configure_replaces_all_settings(configured):
+def test_configure_replaces_all_settings():
     assert asdict(client._settings) == {"timeout_s": 120.0, "requester_pays": False, "addressing": "auto"}
-    configured(timeout_s=5, requester_pays=True, addressing="path")
+    objects.configure(timeout_s=5, requester_pays=True, addressing="path")
     changed = client._settings
-    configured(addressing="virtual")
+    objects.configure(addressing="virtual")
     assert client._settings == client.Settings(120.0, False, "virtual")
-    configured(**asdict(changed))
+    objects.configure(**asdict(changed))
     assert client._settings == changed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pays", [True, False])
-def test_requester_pays_header_is_sent_with_every_operation(s3, configured, pays):
-    configured(requester_pays=pays)
+def test_requester_pays_header_is_sent_with_every_operation(s3, pays):
+    objects.configure(requester_pays=pays)
     sent = {}
 
     def note(request, event_name, **_):
@@ -238,11 +231,11 @@ def test_requester_pays_header_is_sent_with_every_operation(s3, configured, pays
         ("https://store.example", "virtual", "https://bucket.store.example/key"),
     ],
 )
-def test_addressing_style_determines_the_url(s3, configured, monkeypatch, endpoint, addressing, expected):
+def test_addressing_style_determines_the_url(s3, monkeypatch, endpoint, addressing, expected):
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     if endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    configured(addressing=addressing)
+    objects.configure(addressing=addressing)
     signed = client._client().generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "key"})
     assert signed.partition("?")[0] == expected
 
@@ -300,8 +293,8 @@ def test_short_bodies_are_resumed(odd, announced):
 
 
 @pytest.mark.slow
-def test_empty_bodies_raise(odd, configured):
-    configured(timeout_s=3)
+def test_empty_bodies_raise(odd):
+    objects.configure(timeout_s=3)
     odd(cut=0)
     assert "bytes 10-19: no progress" in message(objects.read, "s3://bucket/key", 10, 10)
 
