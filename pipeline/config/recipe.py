@@ -98,9 +98,10 @@ class ModelSection(Section):
     architecture: Annotated[Section | None, Fixed()] = Field(
         None, description="train from random weights with this architecture, instead of model.path; its fields:"
     )
-    attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
+    attention: Literal["auto", "flash_attn_3", "flash_attn_4", "flash_attn", "varlen", "sdpa"] = Field(
         "auto",
-        description="attention kernel for texts: flash_attn, varlen (PyTorch) or sdpa; auto: the first one available",
+        description="attention kernel for texts: FlashAttention 3 (Hopper), 4 (Hopper, Blackwell) or 2 (flash_attn), "
+        "varlen (PyTorch) or sdpa; auto: the first of them that runs",
     )
     max_tokens: int = Field(4096, ge=64, description="longest item, in tokens; texts are cut to fit")
     train: TrainSection

@@ -1,6 +1,6 @@
 """Attention over a packed row: each item attends only to itself, without a mask of the whole row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from importlib import import_module
@@ -12,12 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_few
 from pipeline.models.chunks import sent
 
 HALF = (torch.bfloat16, torch.float16)
-_AMPERE = (8, 0)  # compute capability
-_MODULES = {"flash_attn": "flash_attn", "varlen": "torch.nn.attention.varlen"}  # with the kernel, by kind
 # What layers can pass to their attention and these kernels would ignore. transformers makes no mask for a packed row,
 # but some layers do, as Doge's; Gemma 2 caps logits, gpt-oss has sinks.
 _UNSUPPORTED = {"attention_mask": "a mask", "softcap": "a cap on logits", "s_aux": "sinks", "position_bias": "a bias"}
@@ -36,14 +34,57 @@ def pads(config: PreTrainedConfig) -> bool:
     return config._attn_implementation == implementation("sdpa")
 
 
-def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
+@dataclass(frozen=True)
+class Kernel:
+    """A variable-length kernel of an optional package. All arguments but query, key and value are passed by name.
+
+    bounds: its parameters for the bounds of the queries' and the keys' items, and for the longest of each.
+    options: (softmax scale, whether causal) -> its other arguments.
+    heads: a GPU's major compute capability -> the sizes of heads that it computes with gradients there; none if the
+        GPU is not supported.  gpus: these GPUs, for messages.
+    """
+
+    module: str
+    name: str
+    bounds: tuple[str, str, str, str]
+    options: Callable[[float, bool], dict[str, Any]]
+    heads: Callable[[int], Collection[int]]
+    gpus: str
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(import_module(self.module), self.name)
+        return function
+
+    def missing(self) -> str:
+        """Return why the function cannot be called, or "" if it can."""
+        try:
+            module = import_module(self.module)
+        except Exception as error:  # a build for another torch can raise anything
+            absent = isinstance(error, ModuleNotFoundError) and f"{self.module}.".startswith(f"{error.name}.")
+            return "it is not installed" if absent else f"it cannot be imported ({error})"
+        if not hasattr(module, self.name):  # FlashAttention 4 alone makes `flash_attn` a package without functions
+            return f"it is not installed ({self.module} has no {self.name})"
+        known = _parameters(self.function)
+        if unknown := [name for name in (*self.bounds, *self.options(1.0, True)) if name not in known]:
+            return f"the installed version's {self.name} has no parameter {first_few(unknown)}"
+        return ""
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    return signature(function).parameters
+
+
+def choose(wanted: str, device: str, dtype: torch.dtype, head: int | None = None) -> str:
     """Return the kind of attention, a key of KINDS: `wanted`, or for "auto" the fastest that runs on the device.
 
-    device: "cuda" or "cpu".  Raises PipelineError if `wanted` does not run there.
+    device: "cuda" or "cpu".  head: the size of the model's heads, if it is known already.
+    Raises PipelineError if `wanted` does not run there.
     """
     if wanted == "auto":
-        return next(kind for kind in KINDS if not _why_not(kind, device, dtype))
-    if reason := _why_not(wanted, device, dtype):
+        return next(kind for kind in KINDS if not _why_not(kind, device, dtype, head))
+    if reason := _why_not(wanted, device, dtype, head):
         raise PipelineError(f"model.attention={wanted} cannot run here: {reason}; choose another, or auto")
     return wanted
 
@@ -51,25 +92,34 @@ def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
 def fastest(config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device) -> str:
     """Return the fastest kind of attention for a model on a device.  dtype: "auto" is the stored dtype."""
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return choose("auto", device.type, stored if isinstance(dtype, str) else dtype)
+    return choose("auto", device.type, stored if isinstance(dtype, str) else dtype, head_size(config))
 
 
-def _why_not(kind: str, device: str, dtype: torch.dtype) -> str:
+def head_size(config: PreTrainedConfig) -> int | None:
+    """Return the size of the language model's heads, the largest if layers differ; None if the config has none."""
+    text: Any = config.get_text_config(decoder=True)
+    if sizes := [size for name in ("head_dim", "global_head_dim") if (size := getattr(text, name, None))]:
+        return int(max(sizes))
+    heads = getattr(text, "num_attention_heads", None)
+    return int(text.hidden_size) // int(heads) if heads else None
+
+
+def _why_not(kind: str, device: str, dtype: torch.dtype, head: int | None) -> str:
     """Return why a kind does not run on the device, or "" if it does."""
     if kind == "sdpa":
         return ""
+    kernel = KERNELS[kind]
     if device != "cuda":
         return f"it needs a CUDA device, and this is a {device}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < _AMPERE:
-        return f"it needs an Ampere GPU or a newer one, and this is a {torch.cuda.get_device_name()}"
+    if torch.cuda.is_available():
+        heads, gpu = kernel.heads(torch.cuda.get_device_capability()[0]), torch.cuda.get_device_name()
+        if not heads:
+            return f"it is for {kernel.gpus}, and this is a {gpu}"
+        if head and head not in heads:
+            return f"it has no heads of size {head} on this {gpu}"
     if dtype not in HALF:
         return "it is for bf16 only, and the precision is fp32"
-    try:
-        import_module(_MODULES[kind])
-    except Exception as error:  # a build for another torch can raise anything
-        missing = isinstance(error, ModuleNotFoundError) and error.name == _MODULES[kind]
-        return "it is not installed" if missing else f"it cannot be imported ({error})"
-    return ""
+    return kernel.missing()
 
 
 @dataclass(frozen=True)
@@ -198,42 +248,57 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling
     return out.transpose(1, 2).flatten(0, 1)[queries.slots][None]
 
 
-def _by_bounds(
-    kernel: Callable[[float, bool], Callable[..., Tensor]],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    scaling: float,
-) -> Tensor:
+def _by_bounds(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
     """Attend with a variable-length kernel, which reads (T, heads, d) query, key and value and the items' bounds."""
+    if query.is_cuda and query.shape[-1] not in kernel.heads(torch.cuda.get_device_capability(query.device)[0]):
+        raise PipelineError(
+            f"this GPU's {kernel.module}.{kernel.name} has no heads of size {query.shape[-1]}: choose another "
+            "kernel by model.attention, such as sdpa"
+        )
     rows, queries = (x.squeeze(0).transpose(0, 1) for x in (query, key, value)), segments.queries
     # With one query per item the kernels would switch to their decoding path.
-    most_queries = max(queries.longest, 2)
-    attend = kernel(scaling, segments.causal)
-    return attend(*rows, queries.bounds, segments.bounds, most_queries, segments.longest)[None]
+    longest = max(queries.longest, 2), segments.longest
+    bounds = dict(zip(kernel.bounds, (queries.bounds, segments.bounds, *longest), strict=True))
+    function, options = kernel.function, kernel.options(scaling, segments.causal)
+    if "enable_gqa" in _parameters(function):  # torch 2.12 and newer need it for grouped queries
+        options["enable_gqa"] = True
+    out = function(*rows, **bounds, **options)
+    # FlashAttention 4, and 3 before July 2025, also return the softmax's denominators.
+    return (out[0] if isinstance(out, tuple) else out)[None]
 
 
-@cache
-def _varlen(scaling: float, causal: bool) -> Callable[..., Any]:
-    from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
+_flash = partial(
+    Kernel,
+    name="flash_attn_varlen_func",
+    bounds=("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
+    options=lambda scaling, causal: {"softmax_scale": scaling, "causal": causal},
+)
+_HEADS, _HEADS_4 = range(8, 257, 8), range(8, 129, 8)
 
-    # From torch 2.12 on, grouped queries need a flag.
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-    return partial(varlen_attn, scale=scaling, window_size=(-1, 0 if causal else -1), **grouped)
-
-
-@cache
-def _flash_attn(scaling: float, causal: bool) -> Callable[..., Tensor]:
-    from flash_attn import flash_attn_varlen_func  # optional
-
-    return partial(flash_attn_varlen_func, softmax_scale=scaling, causal=causal)
-
-
-KINDS = {
-    "flash_attn": partial(_attention, partial(_by_bounds, _flash_attn)),
-    "varlen": partial(_attention, partial(_by_bounds, _varlen)),
-    "sdpa": partial(_attention, _sdpa),
+# The fastest first. Read at github.com/Dao-AILab/flash-attention, commit 0251105 of August 2026: 3 in hopper/
+# (flash_attn_interface.py, flash_api.cpp); 4, fa4-v4.0.0.beta27, in flash_attn/cute/interface.py, whose backward pass
+# runs on compute capabilities 9 to 12 and is tested for these sizes of heads; 2 at v2.8.3, which contains an early
+# flash_attn.cute without max_seqlen_q. PyTorch's is that of 2.13; in 2.10 it had neither scale nor window.
+KERNELS = {
+    "flash_attn_3": _flash(
+        "flash_attn_interface", heads=lambda major: _HEADS if major == 9 else (), gpus="Hopper GPUs"
+    ),
+    "flash_attn_4": _flash(
+        "flash_attn.cute",
+        heads=lambda major: (*_HEADS_4, 256) if major == 10 else _HEADS_4 if 9 <= major <= 12 else (),
+        gpus="Hopper and Blackwell GPUs",
+    ),
+    "flash_attn": _flash("flash_attn", heads=lambda major: _HEADS if major >= 8 else (), gpus="Ampere GPUs and newer"),
+    "varlen": Kernel(
+        module="torch.nn.attention.varlen",
+        name="varlen_attn",
+        bounds=("cu_seq_q", "cu_seq_k", "max_q", "max_k"),
+        options=lambda scaling, causal: {"scale": scaling, "window_size": (-1, 0 if causal else -1)},
+        heads=lambda major: _HEADS if major >= 8 else (),
+        gpus="Ampere GPUs and newer",
+    ),
 }
+KINDS = {kind: partial(_attention, partial(_by_bounds, kernel)) for kind, kernel in KERNELS.items()}
+KINDS["sdpa"] = partial(_attention, _sdpa)
 for kind, function in KINDS.items():
     AttentionInterface.register(implementation(kind), function)

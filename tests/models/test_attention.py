@@ -1,6 +1,3 @@
-import sys
-from types import ModuleType
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,34 +47,6 @@ def test_packed_attention_and_gradients_match_each_item_alone(kind, looks):
     assert_close_in_norm(ours, expected)
     gradients, others = (torch.autograd.grad(each.square().sum(), inputs) for each in (ours, expected))
     assert_close_in_norm(gradients, others)
-
-
-def test_best_attention_is_chosen_and_unsupported_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not installed
-    assert choose("auto", "cpu", torch.bfloat16) == "sdpa"
-    assert choose("auto", "cuda", torch.float32) == "sdpa"
-    assert choose("auto", "cuda", torch.bfloat16) == "varlen"
-    with pytest.raises(PipelineError, match="it is not installed"):
-        choose("flash_attn", "cuda", torch.bfloat16)
-    monkeypatch.delitem(sys.modules, "flash_attn")
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "flash_attn.py").write_text("raise RuntimeError('undefined symbol: _ZN3c10')")
-    assert choose("auto", "cuda", torch.bfloat16) == "varlen"
-    assert choose("sdpa", "cuda", torch.bfloat16) == "sdpa"
-    with pytest.raises(PipelineError, match=r"it cannot be imported \(undefined symbol"):
-        choose("flash_attn", "cuda", torch.bfloat16)
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    assert choose("auto", "cuda", torch.bfloat16) == "flash_attn"
-    for kind in ("flash_attn", "varlen"):
-        with pytest.raises(PipelineError, match=rf"model\.attention={kind} cannot run here: it needs a CUDA"):
-            choose(kind, "cpu", torch.bfloat16)
-        with pytest.raises(PipelineError, match="it is for bf16 only, and the precision is fp32"):
-            choose(kind, "cuda", torch.float32)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "V100")
-    for capability, kind in (((7, 0), "sdpa"), ((9, 0), "flash_attn")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert choose("auto", "cuda", torch.bfloat16) == kind
 
 
 @pytest.mark.parametrize("kind", KINDS)

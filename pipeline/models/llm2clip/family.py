@@ -16,7 +16,7 @@ from pipeline.data.lengths import Lengths, Square
 from pipeline.data.sample import ContentDraw
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
-from pipeline.models.attention import choose
+from pipeline.models.attention import choose, head_size
 from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors, fetched, fingerprint
@@ -134,7 +134,9 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
     def _text_encoder(self, recipe: Recipe, device: torch.device) -> FrozenTextEncoder:
         dtype = cast(torch.dtype, DTYPES[recipe.precision])
         model = SAVED_TEXT_ENCODER.load(
-            self.section(recipe).text_encoder, dtype, lambda _: choose(recipe.model.attention, device.type, dtype)
+            self.section(recipe).text_encoder,
+            dtype,
+            lambda config: choose(recipe.model.attention, device.type, dtype, head_size(config)),
         )
         return FrozenTextEncoder(model, device)
 
