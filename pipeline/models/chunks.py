@@ -95,6 +95,16 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def offloaded(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to CPU memory. From a GPU the copy is asynchronous: the host must not read it, only copy it back.
+
+    A copy back on the same stream runs after it, and torch does not reuse pinned memory before copies of it are done.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Chunk:
     """The items at `rows`. A chunk without rows has a dummy item.
@@ -216,7 +226,8 @@ class Frozen(Protocol):
 class CachedFeatures:
     """A cache of a step's features by chunk, computed at the first use.
 
-    limit: bytes that stay on the device; the rest is offloaded to CPU memory.
+    limit: bytes that stay on the device; the rest is offloaded to CPU memory, on a GPU to pinned memory, of which torch
+        allocates powers of two.
     """
 
     def __init__(self, frozen: Frozen, limit: int) -> None:
@@ -231,5 +242,5 @@ class CachedFeatures:
         size = 0 if features is None else features.nbytes
         fits = size <= self._room
         self._room -= size if fits else 0
-        self._cached[id(chunk)] = features if fits or features is None else features.cpu()
+        self._cached[id(chunk)] = features if fits or features is None else offloaded(features)
         return features

@@ -1,5 +1,7 @@
 """A frozen tower outside the model gives the same embeddings, and processes each tile once per step."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from closeness import assert_close_in_norm
 
 from pipeline.data.batch import Encoded, Image
 from pipeline.errors import PipelineError
-from pipeline.models.chunks import CachedFeatures, embed_chunks, plan_chunks
+from pipeline.models.chunks import CachedFeatures, embed_chunks, offloaded, plan_chunks
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.model import FrozenTower, Llave, TowerlessLlave, normalised, tower_features
 from pipeline.models.llave.processor import LlaveProcessor
@@ -57,6 +59,21 @@ def test_each_tile_is_processed_once_in_small_batches(tiny_model, items):
             seen.pop()  # the reference above also ran the tower
     assert sum(seen) == sum(len(image.tiles) for item in items for image in item.images)
     assert max(seen) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it is about a GPU's memory")
+def test_features_offloaded_from_a_gpu_return_unchanged():
+    """The copies are asynchronous, while the memory of the originals is used again at once."""
+    cuda = torch.device("cuda")
+    values = iter(range(100))
+    frozen = SimpleNamespace(device=cuda, features_of=lambda _: torch.full((1 << 20,), next(values), device=cuda))
+    chunks = plan_chunks([Encoded(np.ones(9, np.int32))] * 20, 9, cuda)
+    for step in range(3):
+        features = CachedFeatures(frozen, 0)
+        for _ in range(2):
+            got = torch.stack([features(chunk).amax() for chunk in chunks]).tolist()
+            assert got == list(range(20 * step, 20 * step + 20))
+    assert offloaded(torch.ones(3, device=cuda)).is_pinned()
 
 
 def test_folder_without_tower_weights_is_refused(tiny_model, tmp_path):
