@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.cpp_extension import get_default_build_root
 
+from pipeline.device import configure_device
 from pipeline.errors import PipelineError
 from pipeline.jobs import launch
 
@@ -34,8 +35,6 @@ _POLL_SECONDS = 5
 _FIRST_RANK_HOURS = 12
 _KERNELS = ("cpu_adam",)  # that DeepSpeed compiles when they are first used
 _BUILD_SECONDS = 600  # that a build takes at most
-# torch uses the first of these variables that is set.
-_ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
 
 
 def start_distributed(timeout_minutes: float) -> torch.device:
@@ -62,10 +61,8 @@ def start_distributed(timeout_minutes: float) -> torch.device:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     remove_stale_lock()
-    # Freed segments are reused for tensors of other sizes. It must be set before the first allocation on a GPU.
-    if not _ALLOCATOR.intersection(os.environ):
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     accelerator = get_accelerator()
+    configure_device(accelerator.device_name())
     backend, device, device_id = "gloo", torch.device("cpu"), None
     if accelerator.device_name() != "cpu":
         count = accelerator.device_count()
@@ -77,7 +74,6 @@ def start_distributed(timeout_minutes: float) -> torch.device:
         accelerator.set_device(number)
         backend, device = accelerator.communication_backend_name(), torch.device(accelerator.device_name(number))
         device_id = device
-        torch.backends.cudnn.allow_tf32 = False  # float32 convolutions must be as exact as matrix products
     least, most = _RENDEZVOUS_MINUTES
     store = _rendezvous(rank, world, min(max(timeout_minutes, least), most))
     limit = timedelta(minutes=timeout_minutes)

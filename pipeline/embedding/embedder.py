@@ -17,6 +17,7 @@ from pipeline.data.batch import Encoded
 from pipeline.data.sample import IMAGE_MARK, IMAGE_SUFFIXES, VIDEO_MARK, VIDEO_SUFFIXES, BadSample
 from pipeline.data.tiles import decode_image, image_format, rgb
 from pipeline.data.video import sample_frames, video_format
+from pipeline.device import configure_device
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import Features, chunk_tokens_for, embed_chunks, plan_chunks, require_unit
 from pipeline.models.compact import check_size, shortened
@@ -87,6 +88,7 @@ class Embedder:
         if video_fps is not None and not 0 < video_fps < inf:
             raise PipelineError(f"video_fps={video_fps} must be more than 0")
         device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        configure_device(device)
         family = family_for(str(path))
         processor = family.reader(str(path), max_tokens, video_frames, video_fps)
         model, features = family.open(str(path), precision, device)

@@ -148,10 +148,5 @@ def _index(numbers: np.ndarray, like: Tensor) -> Tensor:
 
 
 def _products(queries: Tensor, tile: Tensor) -> Tensor:
-    """Return (q, c) products with the error of float32: that of TF32, which a library may have allowed, is larger."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        return queries @ tile.T
-    finally:
-        torch.set_float32_matmul_precision(before)
+    """Return (q, c) products with the error of float32, see `configure_device`."""
+    return queries @ tile.T

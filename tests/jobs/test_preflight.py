@@ -23,9 +23,10 @@ from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.jobs.preflight import check as preflight_check
 from pipeline.jobs.preflight import nodes as preflight_nodes
+from pipeline.jobs.preflight.attention import attention
 from pipeline.jobs.preflight.check import Check, check, green
 from pipeline.jobs.preflight.job import Job, checkpoint_bytes, disk_space, memory, model, model_bytes
-from pipeline.jobs.preflight.nodes import Nodes, attention, judge
+from pipeline.jobs.preflight.nodes import Nodes, judge
 from pipeline.jobs.preflight.run import over_nodes, preflight
 from pipeline.jobs.status import Status
 from pipeline.preflight import packages

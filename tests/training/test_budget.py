@@ -14,7 +14,9 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from two_ranks import on_two_ranks
 
+from pipeline import distributed
 from pipeline.config import Batch, Recipe, load_recipe
+from pipeline.device import configure_device
 from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
 from pipeline.objectives.contrastive.step import Contrastive
@@ -339,6 +341,7 @@ def allocator_settings(rank: int) -> str:
         del os.environ[name]
     if rank == 1:
         os.environ["PYTORCH_ALLOC_CONF"] = "max_split_size_mb:512"
+    distributed.configure_device = lambda device: configure_device("cuda")  # as if there were a GPU
     start_distributed(1)
     return torch._C._accelerator_getAllocatorSettings()
 

@@ -1,11 +1,11 @@
-"""The nodes of a job, one process on each: the network between them, their GPUs, and the attention that runs there."""
+"""The nodes of a job, one process on each: the network between them, and their GPUs."""
 
 import json
 import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -13,12 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.config import Recipe
 from pipeline.errors import PipelineError, first_few
 from pipeline.jobs import launch
 from pipeline.jobs.preflight.check import HANG_SECONDS, Check, check, green, red, skipped, yellow
-from pipeline.models.attention import KINDS, Segments, choose
-from pipeline.models.loading import DTYPES
 
 GB = 1e9
 MEET_SECONDS = 120  # imports are slow if all nodes read the same files
@@ -147,11 +144,11 @@ def all_reduce(nodes: Nodes, device: torch.device) -> Check:
 def gpus(found: list[list], nodes: Nodes, slurm: bool) -> Check:
     """found: gets [name, bytes of memory, free bytes] of each GPU, for every node."""
     here = []
-    for number in range(0 if _is_cpu_wanted() else torch.cuda.device_count()):
+    for number in range(0 if is_cpu_wanted() else torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         here.append([torch.cuda.get_device_name(number), total, free])
     found += nodes.share("gpus", here)
-    return judge(found, nodes.names or [nodes.name], meant_for_cpu=not slurm or _is_cpu_wanted())
+    return judge(found, nodes.names or [nodes.name], meant_for_cpu=not slurm or is_cpu_wanted())
 
 
 def judge(found: list[list], names: list[str], meant_for_cpu: bool) -> Check:
@@ -182,35 +179,10 @@ def judge(found: list[list], names: list[str], meant_for_cpu: bool) -> Check:
     return green(usual + (" on each node" if len(found) > 1 else ""))
 
 
-def _is_cpu_wanted() -> bool:
+def is_cpu_wanted() -> bool:
     return os.environ.get("DS_ACCELERATOR") == "cpu"
 
 
 def device() -> torch.device:
     """The device that training uses on this node."""
-    return torch.device("cuda" if torch.cuda.is_available() and not _is_cpu_wanted() else "cpu")
-
-
-@check("attention", if_late="model.attention=sdpa needs no compiled extensions")
-def attention(recipe: Recipe, place: torch.device, slurm: bool) -> Check:
-    """Try the attention that training will use: an installed package may not fit this torch."""
-    wanted, dtype = recipe.model.attention, DTYPES[recipe.precision]
-    assert isinstance(dtype, torch.dtype)  # "auto" is only for evaluation
-    if place.type == "cpu" and wanted in ("flash_attn", "varlen") and not (slurm or _is_cpu_wanted()):
-        kind = choose(wanted, "cuda", dtype)
-        return yellow(f"{kind}, which runs on GPUs only", "there is no GPU here: check again on a node with GPUs")
-    kind = choose(wanted, place.type, dtype)
-    whole, heads = Segments((3, 5), place), (4, 2, 2)  # two query heads share a key and a value head
-    inputs = [torch.randn(1, count, 8, 64, device=place, dtype=dtype, requires_grad=True) for count in heads]
-
-    def tried(kind: str) -> Iterator[torch.Tensor]:
-        """The result and gradients of a function of it; then the same for last-token queries only."""
-        query, key, value = inputs
-        for segments, asking in ((whole, query), (whole.asked_by_last(), query[:, :, whole.last])):
-            result, _ = KINDS[kind](torch.nn.Identity(), asking, key, value, None, segments=segments, scaling=0.125)
-            yield from (result.float(), *torch.autograd.grad(result.float().square().sum(), inputs))
-
-    pairs = zip(tried("sdpa"), tried(kind), strict=True)
-    if not all(torch.allclose(expected, got, atol=0.05, rtol=0.05) for expected, got in pairs):
-        return red(f"{kind} gives other results than sdpa", "set model.attention=sdpa, or reinstall it")
-    return green(kind)
+    return torch.device("cuda" if torch.cuda.is_available() and not is_cpu_wanted() else "cpu")

@@ -13,12 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import Recipe
+from pipeline.device import configure_device
 from pipeline.errors import first_few, printable
 from pipeline.jobs import status
 from pipeline.jobs.preflight import job as checks
+from pipeline.jobs.preflight.attention import attention
 from pipeline.jobs.preflight.check import HANG_SECONDS, Check, timed_out
 from pipeline.jobs.preflight.job import Job
-from pipeline.jobs.preflight.nodes import Nodes, all_reduce, attention, device, gpus, meet
+from pipeline.jobs.preflight.nodes import Nodes, all_reduce, device, gpus, meet
 
 _RESULTS_SECONDS = 2 * HANG_SECONDS  # that a node may be later than the first
 _ACKNOWLEDGE_SECONDS = 5
@@ -36,7 +38,8 @@ def preflight(recipe: Recipe, nodes: Nodes, installed: Check, *, world: int | No
     """
     transformers.utils.logging.disable_progress_bar()
     timed_out.clear()
-    run, found = Path(recipe.run), [installed]
+    run, found, place = Path(recipe.run), [installed], device()
+    configure_device(place)
     if begins := slurm and nodes.node == 0:
         found.append(checks.other_jobs(run))
         if begins := found[-1].state != "red":
@@ -47,9 +50,9 @@ def preflight(recipe: Recipe, nodes: Nodes, installed: Check, *, world: int | No
     if not together:  # then each node checks itself and prints its own errors
         nodes = Nodes(name=nodes.name)
     hardware: list[list] = []
-    found += [gpus(hardware, nodes, slurm), attention(recipe, device(), slurm)]
+    found += [gpus(hardware, nodes, slurm), attention(recipe, place, slurm)]
     if together:
-        found.append(all_reduce(nodes, device()))
+        found.append(all_reduce(nodes, place))
     found.append(checks.run_directory(run, nodes))
 
     sizes = [total for on_node in hardware for _, total, _ in on_node]
