@@ -98,10 +98,10 @@ def fastest(config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.de
 def head_size(config: PreTrainedConfig) -> int | None:
     """Return the size of the language model's heads, the largest if layers differ; None if the config has none."""
     text: Any = config.get_text_config(decoder=True)
-    if sizes := [size for name in ("head_dim", "global_head_dim") if (size := getattr(text, name, None))]:
-        return int(max(sizes))
-    heads = getattr(text, "num_attention_heads", None)
-    return int(text.hidden_size) // int(heads) if heads else None
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    if heads := getattr(text, "num_attention_heads", None):
+        return max(getattr(layer, "head_dim", None) or text.hidden_size // heads for layer in layers)
+    return None
 
 
 def _why_not(kind: str, device: str, dtype: torch.dtype, head: int | None) -> str:
