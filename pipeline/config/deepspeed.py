@@ -163,7 +163,10 @@ def completed(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
             f"communication_data_type={sum_in} contradicts the recipe's precision={recipe.precision}: gradients are "
             "summed in that, or in fp32; remove it"
         )
-    _check_zero(config["zero_optimization"], recipe.precision, world_size)
+    zero = config["zero_optimization"]
+    _check_zero(zero, recipe.precision, world_size)
+    if zero.get("zero_hpz_partition_size") == world_size:
+        del zero["zero_hpz_partition_size"]  # a single group: its second copy would equal the first
     return config
 
 
@@ -235,5 +238,10 @@ def _check_zero(zero: dict[str, Any], precision: str, world_size: int) -> None:
     if size < 2 or size % 2:
         raise ValueError(f"zero_optimization.allgather_bucket_size={size}: DeepSpeed needs an even number, above 0")
     size = zero.get("zero_hpz_partition_size", 1)
+    if size > 1 and stage < 3:
+        raise ValueError(f"zero_optimization.zero_hpz_partition_size={size} needs ZeRO 3; remove it")
     if size > 1 and world_size % size:
-        raise ValueError(f"zero_optimization.zero_hpz_partition_size={size} does not divide {world_size} processes")
+        raise ValueError(
+            f"zero_optimization.zero_hpz_partition_size={size} does not divide {world_size} processes; set it to the "
+            "processes on a node, or use ds_configs/zero3.json"
+        )

@@ -101,6 +101,10 @@ def backward_chunks(
 
     DeepSpeed averages gradients over ranks; each rank's loss is scaled so that the mean over ranks is the global
     batch's loss. Within a step the chunks' gradients are summed, not averaged.
+
+    DeepSpeed's `engine.coalesce_grad_reduction()` would communicate once for all backward passes under ZeRO 2 and 3. It
+    sums the chunks in the parameters' precision, inexact in bf16, and every rank holds all gradients. ZeRO 1 already
+    communicates once.
     """
     surrogates = [(graph * gradient[chunk.rows]).sum() for chunk, graph in zip(cached, graphs, strict=True)]
     graphs.clear()

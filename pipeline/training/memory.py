@@ -82,7 +82,7 @@ def state_bytes(groups: Sequence[Group], *, stage: int, gpus: int, width: int, z
     inside = sum(group.parameters for group in groups if group.in_engine)
     trained = sum(group.parameters for group in groups if group.trained)
     share = math.ceil(trained / gpus)
-    parameters = width * (outside + (math.ceil(inside / gpus) if stage == 3 else inside))
+    parameters = width * (outside + inside)
     if stage == 0:
         return States(parameters, FP32 * trained, 2 * FP32 * trained, 0, 0, 0)  # two moments
     # Gradients are accumulated in fp32, for the device's partition; under stage 1 for all parameters, besides the bf16
@@ -101,9 +101,14 @@ def state_bytes(groups: Sequence[Group], *, stage: int, gpus: int, width: int, z
         if stage == 2:
             gradients = width * max(group.largest for group in groups if group.trained)
             host += width * share + gradients
-    if stage == 3 and zero.get("offload_param", {}).get("device") == "cpu":
-        host += width * math.ceil(inside / gpus)
-        parameters = width * outside
+    if stage == 3:
+        partitions = math.ceil(inside / gpus)
+        if (node := zero.get("zero_hpz_partition_size", 1)) > 1:
+            partitions += math.ceil(inside / node)  # the second copy
+        parameters = width * (outside + partitions)
+        if zero.get("offload_param", {}).get("device") == "cpu":
+            host += width * partitions
+            parameters = width * outside
     return States(
         parameters=parameters,
         gradients=gradients,

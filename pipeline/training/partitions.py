@@ -10,6 +10,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 from safetensors import safe_open
 from transformers.initialization import no_init_weights
 
@@ -19,12 +20,28 @@ from pipeline.models.family import TrainingInterface
 from pipeline.models.files import Stored, fetched, refuse_more_layers, refuse_not_finite, survey
 
 
+def check_nodes(zero: dict[str, Any], ranks: int) -> None:
+    """Raise PipelineError if zero_hpz_partition_size does not divide the `ranks` of a node: a group would span nodes.
+
+    zero: a DeepSpeed config's "zero_optimization".
+    """
+    if ranks % (size := zero.get("zero_hpz_partition_size") or 1):
+        raise PipelineError(
+            f"zero_optimization.zero_hpz_partition_size={size} does not divide the {ranks} processes of a node: set it "
+            f"to {ranks} in a copy of the DeepSpeed config, or use deepspeed=zero3.json"
+        )
+
+
 class _Partitioned(Protocol):
-    """The attributes that DeepSpeed adds to a ZeRO-3 parameter.  ds_tensor: this rank's partition, flat."""
+    """The attributes that DeepSpeed adds to a ZeRO-3 parameter.
+
+    ds_tensor: this rank's partition, flat.  ds_secondary_tensor: its partition within a node, if there is one.
+    """
 
     ds_shape: torch.Size
     ds_numel: int
     ds_tensor: torch.Tensor
+    ds_secondary_tensor: torch.Tensor | None
 
 
 def load_partitioned(
@@ -32,15 +49,12 @@ def load_partitioned(
 ) -> torch.nn.Module:
     """Load a model from a folder or hub name, in transformers' format, partitioned over all ranks.
 
-    Raises PipelineError if tensors are missing, have a wrong shape, or are not in .safetensors files, and for
-    unsupported ZeRO-3 options.
+    Raises PipelineError if tensors are missing, have a wrong shape, or are not in .safetensors files.
     """
-    zero = ds_config["zero_optimization"]
-    if zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("zero_quantized_weights"):
-        raise PipelineError("zero_hpz_partition_size and zero_quantized_weights are not supported: remove them")
-    if zero.get("offload_param", {}).get("device") == "nvme":
-        raise PipelineError("offload_param to nvme is not supported: use cpu, or none")
-    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
+    # DeepSpeed creates the groups of nodes once, and refuses to do it again for a process's second engine.
+    is_by_node = ds_config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
+    node = groups._get_zero_param_intra_parallel_group() if is_by_node else None
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config, zero_param_parallel_group=node):
         model = family.empty(recipe, path, attention)
     # Init cast the rotary frequencies to bf16, too coarse for positions beyond a few hundred: compute them again.
     module: Any
@@ -76,6 +90,10 @@ def _fill(parameter: _Partitioned, stored: Any, file: Path, name: str) -> None:
     start = partition.numel() * dist.get_rank()
     stop = min(start + partition.numel(), parameter.ds_numel)
     partition.data.zero_()  # padding past the tensor's end
+    # With zero_hpz_partition_size, Init also partitioned the uninitialized tensor within the node. Without that second
+    # partition the first forward pass makes it anew. DeepSpeed itself discards it after each step, and after loading a
+    # checkpoint, but only for trained parameters.
+    parameter.ds_secondary_tensor = None
     if start < stop:
         row = parameter.ds_numel // shape[0]
         first = start // row

@@ -44,6 +44,7 @@ from pipeline.training.engine import build_engine, learning_rate, load_frozen, s
 from pipeline.training.export import export
 from pipeline.training.initial import check_sizes, initial_model
 from pipeline.training.monitor import Monitor, StepLog, evaluation_of
+from pipeline.training.partitions import check_nodes
 from pipeline.training.preemption import Preemption
 from pipeline.training.universal import for_this_world
 
@@ -90,6 +91,7 @@ class Trainer:
         self.order, self.steps = plan(recipe, self.source, lengths, world)
         self.ds_config = load_ds_config(recipe, world)
         self.family.check_stage(self.ds_config["zero_optimization"]["stage"])
+        check_nodes(self.ds_config["zero_optimization"], int(os.environ.get("LOCAL_WORLD_SIZE", world)))
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         limits.require_shared_memory(recipe, self.source, lengths, world, ranks)
         limits.raise_open_files()

@@ -69,13 +69,13 @@ def test_missing_recipe_error_lists_known_recipes():
         load_recipe("nowhere.yaml", [])
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_hpz", "zero2_offload", "zero3_offload"])
 def test_ds_configs_are_filled_from_recipe(name):
     recipe = load_recipe(DEMO, [f"deepspeed=ds_configs/{name}.json", "optimizer.max_grad_norm=0.5", *BATCH])
-    config = load_ds_config(recipe, 4)
+    config = load_ds_config(recipe, 16)
     assert config["zero_optimization"]["stage"] == int(name[4])
     assert is_offloaded(config["zero_optimization"]) == name.endswith("offload")
-    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (128, 32)
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (128, 8)
     assert config["gradient_clipping"] == 0.5
     assert config["bf16"]["enabled"] is False
     assert "auto" not in json.dumps(config)

@@ -105,6 +105,7 @@ CPU = {"device": "cpu", "pin_memory": True}
         (zero(zenflow={"topk_ratio": 0.1}), "zenflow"),
         (zero(2, compute_grad_norm=False), "compute_grad_norm=false is not supported"),
         (zero(2, offload_param=CPU), "offload_param needs ZeRO 3 or higher"),
+        (zero(2, zero_hpz_partition_size=2), "zero_hpz_partition_size=2 needs ZeRO 3; remove it"),
         (zero(3, zero_hpz_partition_size=3), "zero_hpz_partition_size=3 does not divide 2 processes"),
         (zero(3, zero_hpz_partition_size=8), "zero_hpz_partition_size=8 does not divide 2 processes"),
         (zero(1, load_from_fp32_weights=False), "load_from_fp32_weights=false is not supported"),
@@ -142,6 +143,10 @@ def test_directory_as_config_is_refused(tmp_path):
     recipe = load_recipe(DEMO, [f"deepspeed={tmp_path}"])
     with pytest.raises(PipelineError, match="Is a directory"):
         load_ds_config(recipe, 1)
+
+
+def test_second_partition_over_all_ranks_is_left_out(loaded):
+    assert loaded(zero(3, zero_hpz_partition_size=2))["zero_optimization"] == {"stage": 3}
 
 
 def test_transformers_example_config_loads(loaded):

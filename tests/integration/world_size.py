@@ -46,6 +46,8 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
     recipe = load_recipe("pipeline/recipes/demo.yaml", fields)
     rank, world = dist.get_rank(), dist.get_world_size()
     config = load_ds_config(recipe, world)
+    if world == 4 and case.startswith("zero3"):
+        config["zero_optimization"]["zero_hpz_partition_size"] = 2
     if sub_group:
         config["zero_optimization"]["sub_group_size"] = sub_group
     checkpoints = folder / case / f"by{saved_by}"

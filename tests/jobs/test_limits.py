@@ -111,10 +111,16 @@ def test_free_bytes_of_missing_folder_are_unknown(tmp_path):
     assert limits.free_bytes(tmp_path / "none") is None
 
 
-def checked(source: Source, *overrides: str) -> tuple[str, str]:
-    job = Job(recipe(*overrides), world=2, gpus=0, guessed=False, source=source, lengths=Lengths(TILING, 8))
-    check = machine(job, 1)
+def checked(source: Source, *overrides: str, nodes: int = 1, **zero: int) -> tuple[str, str]:
+    job = Job(recipe(*overrides), 2, gpus=0, guessed=False, source=source, lengths=Lengths(TILING, 8), zero=zero)
+    check = machine(job, nodes)
     return check.state, f"{check.found} - {check.do}"
+
+
+def test_preflight_refuses_groups_that_would_span_nodes(source):
+    said = "zero_hpz_partition_size=2 does not divide the 1 processes of a node"
+    assert said in checked(source, nodes=2, zero_hpz_partition_size=2)[1]
+    assert said not in checked(source, nodes=1, zero_hpz_partition_size=2)[1]
 
 
 def test_preflight_checks_shared_memory(source, monkeypatch):

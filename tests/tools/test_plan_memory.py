@@ -303,6 +303,22 @@ def test_offloaded_states_are_in_cpu_memory(stage):
     assert without.host == 0
 
 
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
+def test_second_partition_within_node_is_counted_with_parameters(name):
+    groups = [
+        Group("tower", 1000, False, in_engine=False),
+        Group("frozen", 600, False),
+        Group("trained", 60, True, largest=40),
+    ]
+    zero = json.loads((ROOT / f"ds_configs/{name}.json").read_text())["zero_optimization"]
+    plain, by_node = (
+        state_bytes(groups, stage=3, gpus=4, width=2, zero=zero | changes)
+        for changes in ({}, {"zero_hpz_partition_size": 2})
+    )
+    where = "host" if "offload" in name else "parameters"
+    assert vars(by_node) == vars(plain) | {where: getattr(plain, where) + 2 * 660 // 2}
+
+
 def test_frozen_parameters_have_no_gradient_or_optimizer_state():
     groups = [Group("tower", 1000, False, in_engine=False), Group("frozen", 600, False), Group("trained", 60, True)]
     states = state_bytes(groups, stage=3, gpus=2, width=2, zero={})

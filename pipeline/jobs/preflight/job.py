@@ -31,6 +31,7 @@ from pipeline.training.budget import FULL
 from pipeline.training.conditions import check as check_conditions
 from pipeline.training.conditions import conditions_of_run
 from pipeline.training.memory import Plan
+from pipeline.training.partitions import check_nodes
 from pipeline.training.trainer import plan
 
 _ABSENT = "is not a folder, and not complete in the hub's cache"
@@ -275,8 +276,9 @@ def _width(recipe: Recipe) -> int:
 
 @check("machine", if_late="is the machine overloaded, or its /tmp on a network file system?")
 def machine(job: Job, nodes: int) -> Check:
-    """Shared memory, and the limits of processes.  nodes: over which the processes are spread."""
+    """Shared memory, the limits of processes, and DeepSpeed's groups.  nodes: over which the processes are spread."""
     ranks = -(-job.world // nodes)
+    check_nodes(job.zero or {}, ranks)
     if problems := list(limits.too_low(job.recipe, job.world, ranks)):
         return red("; ".join(problems))
     if job.source is None or job.lengths is None:
