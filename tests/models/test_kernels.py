@@ -90,7 +90,8 @@ def test_kernels_match_formulas_and_transformers():
     pytest.importorskip("triton")
     # Triton reads the variable when it is imported.
     run = [sys.executable, "-W", "ignore", __file__]
-    ended = subprocess.run(run, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(run, env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
 
 
