@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 from transformers import LlavaOnevisionConfig, Qwen2Config, Qwen2Model, SiglipVisionConfig
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,7 +41,8 @@ from pipeline.errors import PipelineError
 from pipeline.jobs.program import command_line
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.chunks import Chunk, plan_chunks
-from pipeline.models.llave.qwen2 import keep_less, pool_in_last_layer
+from pipeline.models.lean import LeanMLP, LeanRMSNorm, keep_less
+from pipeline.models.llave.qwen2 import pool_in_last_layer
 
 TILE, PATCH, FEWER_TOKENS = 72, 8, 9  # 9 x 9 patches per tile; SigLIP-so400m has 27 x 27
 HEAD = 64
@@ -49,7 +50,7 @@ CHUNK_TOKENS = 864  # the tokens of two of the longest items
 TOLERANCE = 1e-5
 VARIANTS: dict[str, tuple[type[nn.Module], ...]] = {
     "eager": (),
-    "MLPs and norms": (Qwen2MLP, Qwen2RMSNorm),
+    "MLPs and norms": (LeanMLP, LeanRMSNorm),
     "whole layers": (Qwen2DecoderLayer,),
 }
 

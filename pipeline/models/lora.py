@@ -1,7 +1,12 @@
 """Low-rank adapters in the language model (LoRA, arXiv 2106.09685), by peft."""
 
+from typing import Any
+
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pipeline.config import Lora
 from pipeline.errors import PipelineError
@@ -23,6 +28,46 @@ def add_adapters(model: torch.nn.Module, lora: Lora, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.__class__, module.lora_B["default"].__class__ = AdaptedLinear, AddingLinear
+
+
+class AdaptedLinear(Linear):
+    """Adds the adapter's product to the layer's output in place; peft's has three more tensors of the output's width.
+
+    It scales the narrow product of the first factor.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.lora_A["default"](x) * self.scaling["default"]
+        return self.lora_B["default"](low, self.base_layer(x))
+
+
+class AddingLinear(torch.nn.Linear):
+    """Adds its product to a tensor that nobody else reads. It is called as a module so that ZeRO-3's hooks run."""
+
+    def forward(self, low: Tensor, result: Tensor) -> Tensor:  # type: ignore[override]  # only AdaptedLinear calls it
+        return _AddProduct.apply(result, low, self.weight)
+
+
+class _AddProduct(torch.autograd.Function):
+    """result (..., out) + low (..., r) @ weight (out, r)^T, in the memory of `result`."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, low: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(low, weight)
+        # Detached: a linear layer's result can be a view, and for changed views autograd copies gradients.
+        total = result.detach()
+        total.view(-1, total.shape[-1]).addmm_(low.flatten(0, -2), weight.t())
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, weight = ctx.saved_tensors
+        of_weight = gradient.flatten(0, -2).t() @ low.flatten(0, -2)
+        return gradient, gradient @ weight, of_weight
 
 
 def merge_adapters(weights: dict[str, torch.Tensor], lora: Lora) -> dict[str, torch.Tensor]:

@@ -29,11 +29,12 @@ from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.chunks import Chunk, Packed, sent
+from pipeline.models.lean import keep_less
 from pipeline.models.llave import checks
 from pipeline.models.llave.checks import MEAN, STD, Pinpoints, sides_of, text_of
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.processor import train_tokenizer
-from pipeline.models.llave.qwen2 import keep_less, pool_in_last_layer
+from pipeline.models.llave.qwen2 import pool_in_last_layer
 from pipeline.models.packing import check_packing
 
 

@@ -16,6 +16,7 @@ from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.chunks import Packed
 from pipeline.models.folder import finish, write_card
+from pipeline.models.lean import keep_less
 from pipeline.models.text_encoder.model import TextEncoder, check
 from pipeline.models.text_encoder.processor import SETTINGS, begins_with, load_config
 
@@ -30,6 +31,7 @@ class MaskedLanguageModel(TextEncoder):
 
     def __init__(self, causal: PreTrainedModel, mask_token: int, vocabulary: int) -> None:
         super(TextEncoder, self).__init__()
+        keep_less(causal)
         self.causal, self.mask_token, self.vocabulary = causal, mask_token, vocabulary
 
     @classmethod

@@ -16,6 +16,7 @@ from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.chunks import Chunk, Packed, pack, sent
 from pipeline.models.folder import finish, write_card
+from pipeline.models.lean import keep_less
 from pipeline.models.loading import refuse_unknown
 from pipeline.models.packing import check_packing
 from pipeline.models.text_encoder.processor import SETTINGS, Settings, TextProcessor, load_config, require_decoder
@@ -32,6 +33,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, language_model: PreTrainedModel) -> None:
         super().__init__()
+        keep_less(language_model)
         self.language_model = language_model
 
     @classmethod

@@ -1,0 +1,152 @@
+"""Triton's kernels on the CPU, by Triton's interpreter, and compiled for GPUs that are not there."""
+
+import copy
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2Config, Qwen2Model
+
+from pipeline.models import kernels, lean
+from pipeline.models.attention import Segments, implementation
+from pipeline.models.llave.qwen2 import pool_in_last_layer
+
+LENGTHS = (5, 1, 17, 3)
+BF16_STEP = 2**-7  # relative; the interpreter truncates, where a GPU rounds to nearest
+WIDTH = 48
+UNUSED = ("embed_tokens.weight",)
+
+
+def check_swiglu(dtype: torch.dtype) -> None:
+    gate, up, gradient = (3 * torch.randn(3, 1, 67, WIDTH)).to(dtype)
+    gate[0, 0, :3] = torch.tensor([-200, 0, 200])  # SiLU's limits
+    wide = [each.double().requires_grad_() for each in (gate, up)]
+    product = F.silu(wide[0]) * wide[1]
+    expected = torch.autograd.grad(product, wide, gradient.double())
+    assert_rounded_once(kernels.swiglu(gate, up), product)
+    for mine, right in zip(kernels.swiglu_backward(gradient, gate, up), expected, strict=True):
+        assert_rounded_once(mine, right)
+
+
+def check_rotation(heads: int, size: int, dtype: torch.dtype) -> None:
+    x, gradient = torch.randn(2, 1, 9, heads, size).to(dtype)
+    cos, sin = torch.randn(2, 1, 9, size).to(dtype)
+    wide = x.double().requires_grad_()
+    expected = lean.rotated(wide.transpose(1, 2), cos.double(), sin.double()).transpose(1, 2)
+    (of_x,) = torch.autograd.grad(expected, wide, gradient.double())
+    assert_rounded_once(kernels.rotate(x, cos, sin, False), expected)
+    assert_rounded_once(kernels.rotate(gradient, cos, sin, True), of_x)
+
+
+def assert_rounded_once(mine: torch.Tensor, exact: torch.Tensor) -> None:
+    """Assert that a result differs from the exact one by the rounding of its few operations in float32 and its own."""
+    exact = exact.detach()
+    rounded = BF16_STEP * exact.abs() if mine.dtype == torch.bfloat16 else 0
+    assert ((mine.double() - exact).abs() <= rounded + 8 * 2**-24 * exact.abs().max()).all()
+
+
+def check_model() -> None:
+    """Compare with transformers in bf16: every layer runs the kernels, in both passes, as on a GPU."""
+    config = Qwen2Config(
+        hidden_size=32,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        attn_implementation=implementation("sdpa"),
+    )
+    theirs = Qwen2Model(config).bfloat16()
+    ours = copy.deepcopy(theirs)
+    lean.keep_less(ours)
+    pool_in_last_layer(ours)
+    inputs = {
+        "inputs_embeds": torch.randn(1, sum(LENGTHS), 32, dtype=torch.bfloat16, requires_grad=True),
+        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        "segments": Segments(LENGTHS, torch.device("cpu")),
+        "use_cache": False,
+    }
+    last = torch.tensor(LENGTHS).cumsum(0) - 1
+    directions, results = torch.randn(1, len(LENGTHS), 32).bfloat16(), []
+    for model, rows in ((theirs, last), (ours, slice(None))):
+        state = model(**inputs).last_hidden_state[:, rows]
+        with torch.no_grad():  # the first pass of a step
+            assert torch.equal(model(**inputs).last_hidden_state[:, rows], state)
+        named = {name: each for name, each in model.named_parameters() if name not in UNUSED and "k_proj.b" not in name}
+        gradients = torch.autograd.grad(state, [inputs["inputs_embeds"], *named.values()], directions)
+        results.append([state.detach(), *gradients])
+    for mine, right in zip(*results, strict=True):
+        cosine = F.cosine_similarity(mine.flatten().double(), right.flatten().double(), dim=0)
+        assert cosine > 0.9999
+
+
+@pytest.mark.slow
+def test_kernels_match_formulas_and_transformers():
+    pytest.importorskip("triton")
+    # Triton reads the variable when it is imported.
+    run = [sys.executable, "-W", "ignore", __file__]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(run, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_gpus_with_wide_loads_and_rounding(capability, tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pipeline.models import triton_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    of_heads = {"HEADS": 14, "HALF": 32, "ROWS": 32, "WIDTH": 32}
+    for kernel, constants in (
+        (triton_kernels._swiglu, {"BLOCK": 1024}),
+        (triton_kernels._swiglu_backward, {"BLOCK": 1024}),
+        (triton_kernels._rotate, of_heads | {"BACKWARD": False}),
+        (triton_kernels._rotate, of_heads | {"BACKWARD": True}),
+    ):
+        kinds = dict.fromkeys(kernel.arg_names, "*bf16") | dict.fromkeys(constants, "constexpr")
+        kinds |= {name: "i32" for name in ("count", "rows") if name in kinds}
+        divisible = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kinds) if name not in constants}
+        source = ASTSource(kernel, kinds, constants, divisible)
+        code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        moves = set(re.findall(r"\b(?:ld|st)\.global[.\w]*", code))
+        assert moves == {"ld.global.v4.b32", "st.global.v4.b32"}, moves  # 16 bytes at a time
+        assert "cvt.rn.bf16x2.f32" in code
+
+
+@pytest.mark.parametrize(
+    ("largest", "reason"),
+    [(RuntimeError("Failed to find C compiler.\nSet CC"), "RuntimeError: Failed to find C compiler."), (0.5, "0.5")],
+)
+def test_callers_run_without_kernels_that_fail_or_are_wrong(largest, reason, monkeypatch, caplog):
+    def difference(device: torch.device) -> float:
+        if isinstance(largest, Exception):
+            raise largest
+        return largest
+
+    monkeypatch.setattr(kernels, "_largest_difference", difference)
+    with caplog.at_level(logging.WARNING):
+        assert reason in kernels._why_not.__wrapped__()
+    assert reason in caplog.text
+    assert "TRITON_CACHE_DIR" in caplog.text
+    monkeypatch.setattr(kernels, "_largest_difference", lambda device: 2**-8)
+    assert kernels._why_not.__wrapped__() == ""
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    assert kernels._largest_difference(torch.device("cpu")) <= 4 * 2**-8
+    for dtype in (torch.float32, torch.bfloat16):
+        check_swiglu(dtype)
+        for heads, size in ((14, 64), (2, 64), (3, 128), (5, 24)):
+            check_rotation(heads, size, dtype)
+    kernels.usable = lambda x: x.dtype == torch.bfloat16
+    check_model()
