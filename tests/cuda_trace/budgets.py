@@ -1,7 +1,6 @@
 """What a step does on a GPU, as budgets.yaml keeps it."""
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +9,42 @@ import small
 import yaml
 from tracer import Record
 
+_LARGE = "LLaVE "
+CASES = (*small.CASES, *(f"{_LARGE}{model}" for model in large.MODELS))
 FILE = Path(__file__).with_name("budgets.yaml")
-PAIRS = 8  # of a step in real shapes
+PAIRS = 4  # of a step in real shapes
 _HEADER = """\
 # What an optimizer step does on an H100, traced on tensors without data. `python tests/cuda_trace --update` writes it.
-# Of each case: how often the host waits for the device, what copies without waiting, the collectives, and the attention
-# kernels. In a real shape also what each layer costs, in a step of {pairs} pairs: kernels and MB of device memory.
+# Of each case: how often and where the host waits for the device, the collectives, and the attention kernels. In a real
+# shape also what one layer costs in a step of {pairs} pairs, by part: kernels, and MB that they read and write.
 """
 
 
-def measured() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Trace the cases, and return what each does by its name."""
-    for name in small.CASES:
-        yield name, _counted(small.trace(name))
-    for model in large.MODELS:
-        less, more = large.step(model, PAIRS), large.step(model, PAIRS, more_layers=1)
-        assert less.record.waits == more.record.waits, f"{model}: {more.record.waits - less.record.waits} in a layer"
-        costs = large.layer(less, more)
-        of_parts = {part: [costs.kernels[part], round(costs.bytes[part] / 1e6, 1)] for part in sorted(costs.bytes)}
-        yield f"LLaVE {model}", _counted(less.record) | {"layer": of_parts}
+def measured(name: str) -> dict[str, Any]:
+    """Trace a case, one of CASES, and return what it does."""
+    if name in small.CASES:
+        return _counted(small.trace(name))
+    model = name.removeprefix(_LARGE)
+    less, more = large.step(model, PAIRS), large.step(model, PAIRS, more_layers=1)
+    assert less.record.waits == more.record.waits, f"waits in a layer: {more.record.waits - less.record.waits}"
+    costs = large.layer(less, more)
+    of_parts = {part: [costs.kernels[part], round(costs.bytes[part] / 1e6, 1)] for part in sorted(costs.bytes)}
+    return _counted(less.record) | {"layer": of_parts}
 
 
 def _counted(record: Record) -> dict[str, Any]:
     assert not record.waits_in_layers, f"waits inside layers: {record.waits_in_layers}"
-    kept = {
-        "waits": record.waits,
-        "copies": record.copies,
-        "collectives": record.collectives,
-        "attention": record.attention,
-    }
+    kept = {"waits": record.waits, "collectives": record.collectives, "attention": record.attention}
     return {name: dict(sorted(counts.items())) for name, counts in kept.items()}
 
 
 def write(cases: dict[str, dict[str, Any]]) -> None:
+    cases = {name: cases[name] for name in CASES if name in cases}
     FILE.write_text(_HEADER.format(pairs=PAIRS) + yaml.safe_dump(cases, sort_keys=False, width=200))
 
 
 def read() -> dict[str, dict[str, Any]]:
-    cases: dict[str, dict[str, Any]] = yaml.safe_load(FILE.read_text())
-    return cases
+    return (yaml.safe_load(FILE.read_text()) or {}) if FILE.exists() else {}
 
 
 def excess(found: dict[str, Any], budget: dict[str, Any]) -> list[str]:

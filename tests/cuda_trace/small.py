@@ -110,7 +110,7 @@ def trace(name: str) -> Record:
     if frozen is not None:
         features = CachedFeatures(frozen, recipe.batch.features_mb << 20)
     batch = _batch(recipe, processor)
-    return traced_step(tracer, model, recipe, batch, features, cut=(200, 1))
+    return traced_step(tracer, model, recipe, batch, features, cut=(300, 1))
 
 
 def _batch(recipe: Recipe, processor: Processor) -> Batch:
