@@ -28,7 +28,9 @@ def measured(name: str) -> dict[str, Any]:
     less, more = large.step(model, PAIRS), large.step(model, PAIRS, more_layers=1)
     assert less.record.waits == more.record.waits, f"waits in a layer: {more.record.waits - less.record.waits}"
     costs = large.layer(less, more)
-    of_parts = {part: [costs.kernels[part], round(costs.bytes[part] / 1e6, 1)] for part in sorted(costs.bytes)}
+    of_parts = {
+        part: f"{costs.kernels[part]} kernels, {costs.bytes[part] / 1e6:.1f} MB" for part in sorted(costs.bytes)
+    }
     return _counted(less.record) | {"layer": of_parts}
 
 
@@ -55,8 +57,11 @@ def excess(found: dict[str, Any], budget: dict[str, Any]) -> list[str]:
         problems += [f"{name}: {count} more: {what}" for what, count in more.items()]
         problems += [f"{name}: {count} fewer: {what}" for what, count in fewer.items()]
     for part, costs in found.get("layer", {}).items():
-        limits = budget["layer"].get(part, (0, 0))
-        for what, cost, limit in zip(("kernels", "MB"), costs, limits, strict=True):
-            if cost > limit:
-                problems.append(f"a layer's {part}: {cost} {what}, {limit} at most")
+        limits = budget["layer"].get(part, "0 kernels, 0 MB")
+        if any(cost > limit for cost, limit in zip(_numbers(costs), _numbers(limits), strict=True)):
+            problems.append(f"a layer's {part}: {costs}, at most {limits}")
     return problems
+
+
+def _numbers(costs: str) -> list[float]:
+    return [float(each.split()[0]) for each in costs.split(", ")]
