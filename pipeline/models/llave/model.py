@@ -25,7 +25,9 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from pipeline.data.batch import Image
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
+from pipeline.data.tiles import Tiling
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.chunks import Chunk, Packed, sent
@@ -134,7 +136,7 @@ class Llave(LlavaOnevisionModel):
     def image_tokens(self, packed: Packed, features: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of all images and videos in the order of their placeholders, (placeholders, hidden)."""
         features = self.multi_modal_projector(features).split([len(image.tiles) for image in packed.images])
-        rows = []
+        rows, tiling = [], checks.tiling(self.config)
         for tiles, image in zip(features, packed.images, strict=True):
             if image.video and self.config.mm_newline_position == "grid":
                 frames = self.apply_pooling(tiles)
@@ -143,30 +145,27 @@ class Llave(LlavaOnevisionModel):
                 rows.append(torch.cat([frames.unflatten(1, (side, side)), newlines], dim=2).flatten(0, 2))
             elif image.video:
                 rows += [self.apply_pooling(tiles).flatten(0, 1), self.image_newline[None]]
-            elif image.unrounded:
-                rows.append(self._pack_unrounded(tiles, image.height, image.width))
+            elif len(tiles) == 1:
+                rows += [tiles[0], self.image_newline[None]]
             else:
-                rows += self.pack_image_features(
-                    [tiles],
-                    [(image.height, image.width)],
-                    image_newline=self.image_newline,
-                    vision_aspect_ratio=self.config.vision_aspect_ratio,
-                )[0]
+                rows += [tiles[0], self._grid(tiles[1:], image, tiling)]
         return torch.cat(rows)
 
-    def _pack_unrounded(self, tiles: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Do as `pack_image_features` for one image of this size, but unpad its grid without rounding."""
-        tiling = checks.tiling(self.config)
-        down, across = (side // tiling.size for side in tiling.grid(height, width))
-        grid = tiles[1:].unflatten(0, (down, across)).unflatten(2, (tiling.patches, tiling.patches))
+    def _grid(self, tiles: torch.Tensor, image: Image, tiling: Tiling) -> torch.Tensor:
+        """Return the tokens of an image's grid, with a newline per row. tiles: (n, patches², hidden).
+
+        transformers' `pack_image_features` computes the same, but copies a tensor to the device, for which it waits.
+        """
+        down, across = (side // tiling.size for side in tiling.grid(image.height, image.width))
+        grid = tiles.unflatten(0, (down, across)).unflatten(2, (tiling.patches, tiling.patches))
         grid = grid.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)  # (hidden, rows, columns)
-        rows, columns = tiling.unpadded(height, width, rounded=False)
+        rows, columns = tiling.unpadded(image.height, image.width, rounded=not image.unrounded)
         top, left = (grid.shape[1] - rows) // 2, (grid.shape[2] - columns) // 2
         grid = grid[:, top : top + rows, left : left + columns]
         if (size := tiling.reduced(rows, columns)) != (rows, columns):
             grid = F.interpolate(grid[None], size, mode="bilinear")[0]
         newlines = self.image_newline[:, None, None].expand(-1, grid.shape[1], 1)
-        return torch.cat([tiles[0], torch.cat([grid, newlines], dim=2).flatten(1, 2).T])
+        return torch.cat([grid, newlines], dim=2).flatten(1, 2).T
 
     def _dummy_features(self, like: torch.Tensor) -> torch.Tensor:
         """Return the tower's features of a dummy tile, or zeros if the tower is not part of the model."""

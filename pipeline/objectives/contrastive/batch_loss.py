@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.distributed import rank_and_world
+from pipeline.models.chunks import sent
 from pipeline.models.compact import shortened, straight_through
 from pipeline.objectives.contrastive.config import ContrastiveSection, DistillSection
 from pipeline.objectives.contrastive.listwise import listwise_kl
@@ -36,7 +37,7 @@ def contrastive_loss(
     share = recipe.batch.global_batch // recipe.data.lanes
     parts = np.arange(len(batch.query)).reshape(-1, count, share // count).swapaxes(0, 1).reshape(count, -1)
     outputs = [loss.of(pairs.tolist()) for pairs in parts]
-    back = torch.from_numpy(np.argsort(parts.ravel())).to(embeddings.device)
+    back = sent(torch.from_numpy(np.argsort(parts.ravel())), embeddings.device)
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(output, name) for output in outputs])[back]
@@ -75,7 +76,7 @@ class _BatchLoss:
         valid = self._tensor([batch.valid[i] for i in pairs])
         temperature = self.temperature
         if isinstance(temperature, Tensor) and temperature.ndim:
-            temperature = temperature[pairs]
+            temperature = temperature[self._tensor(pairs, torch.long)]
         masked, distill = objective.mask_duplicates, objective.distill
         of_teacher = distill if distill and distill.scores == "teacher" else None
         output = hardness_weighted_loss(
@@ -107,10 +108,13 @@ class _BatchLoss:
 
     def _items(self, hashes: list[int]) -> tuple[Tensor, Tensor]:
         rows = self._tensor([self.row[h] for h in hashes], torch.long)
-        return self.embeddings[rows], torch.from_numpy(np.array(hashes, np.uint64).view(np.int64)).to(self.device)
+        return self.embeddings[rows], self._sent(np.array(hashes, np.uint64).view(np.int64))
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        return sent(torch.tensor(values, dtype=dtype), self.device)
+
+    def _sent(self, values: np.ndarray) -> Tensor:
+        return sent(torch.from_numpy(values), self.device)
 
     def _margin(self, pairs: list[int]) -> float | Tensor | None:
         objective = self.objective
@@ -125,7 +129,7 @@ class _BatchLoss:
         vectors, ids = self._items([positive for i in pairs for positive in batch.positives[i]])
         return Positives(
             vectors,
-            owners=self._tensor(owners, torch.long),
+            owners=torch.tensor(owners, dtype=torch.long),
             weights=self._tensor([weight for i in pairs for weight in batch.weights[i][1:]], torch.float32),
             target_weights=self._tensor([batch.weights[i][0] for i in pairs], torch.float32),
             ids=ids if masked else None,
@@ -137,14 +141,14 @@ class _BatchLoss:
         rows = [self.batch.teacher[i] for i in pairs]
         further = [1 + 1 + len(self.batch.positives[i]) for i in pairs]
 
-        def sent(parts: list[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.concatenate(parts)).to(self.device)
+        def joined(parts: list[np.ndarray]) -> Tensor:
+            return self._sent(np.concatenate(parts))
 
         return Teacher(
-            query=sent([each[:1] for each in rows]),
-            target=sent([each[1:2] for each in rows]),
-            negatives=sent([each[start:] for each, start in zip(rows, further, strict=True)]),
-            positives=sent([each[2:start] for each, start in zip(rows, further, strict=True)]),
+            query=joined([each[:1] for each in rows]),
+            target=joined([each[1:2] for each in rows]),
+            negatives=joined([each[start:] for each, start in zip(rows, further, strict=True)]),
+            positives=joined([each[2:start] for each, start in zip(rows, further, strict=True)]),
         )
 
     def _stored_divergence(
@@ -161,15 +165,15 @@ class _BatchLoss:
             count = len(of_pair)
             rows[place, :count] = [self.row[key] for key in candidates[:count]]
             given[place, :count], present[place, :count] = of_pair, True
-        candidates_of = self.embeddings[torch.from_numpy(rows).to(self.device)]
+        candidates_of = self.embeddings[self._sent(rows)]
         sizes = objective.dimensions or [query.shape[1]]
         weights = self._tensor(objective.dimension_weights or [1.0] * len(sizes), query.dtype)
         stored = partial(straight_through, kind=objective.quantized)
         of_sizes = [
             listwise_kl(
                 (shortened(query, size)[:, None] * stored(shortened(candidates_of, size))).sum(dim=-1),
-                torch.from_numpy(given).to(self.device),
-                torch.from_numpy(present).to(self.device),
+                self._sent(given),
+                self._sent(present),
                 temperature,
                 distill.temperature,
             )

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.distributed import all_gather_constant, rank_and_world
+from pipeline.models.chunks import sent
 from pipeline.models.compact import SmallKind, shortened, straight_through
 from pipeline.objectives.contrastive.matrix import Matrix, Size
 from pipeline.objectives.contrastive.passes import Slopes, gradients, sums
@@ -30,8 +31,9 @@ CACHED_BYTES = 1 << 30
 class Positives:
     """Further right answers to this rank's queries.
 
-    vectors: (p, d) unit rows.  owners: int64 (p,), the query of each.  weights: (p,) and target_weights: (n,), at least
-    0: how much each answer counts in its query's loss; they are divided by their sum.  ids: int64 (p,) content hashes.
+    vectors: (p, d) unit rows.  owners: int64 (p,), the query of each, on the CPU: on a GPU the loss would wait for it.
+    weights: (p,) and target_weights: (n,), at least 0: how much each answer counts in its query's loss; they are
+    divided by their sum.  ids: int64 (p,) content hashes.
     """
 
     vectors: Tensor
@@ -175,7 +177,8 @@ def hardness_weighted_loss(
                 further = _columns(nothing, None, None, taught[3], target=None, query=None)
             else:
                 first = len(targets.valid) + rank * (most_negatives + most_positives) + most_negatives
-                answers, owners = _answers(positives, queries.vectors, target_ids, first), positives.owners
+                answers = _answers(positives, queries.vectors, target_ids, first)
+                owners = sent(positives.owners, query.device)
                 of_owners = None if query_ids is None else query_ids[owners]
                 further = _columns(
                     nothing,
@@ -189,7 +192,7 @@ def hardness_weighted_loss(
         if most_negatives + most_positives:
             extra = extra.padded(most_negatives + most_positives).gathered(group)
         rows, columns = queries.vectors, torch.cat([targets.vectors, extra.vectors])
-        tau = torch.as_tensor(temperature, dtype=rows.dtype, device=rows.device)
+        tau = temperature.to(rows) if isinstance(temperature, Tensor) else rows.new_full((), temperature)
         if tau.ndim:
             tau = gathered(tau.where(queries.valid, 1), group)
         if isinstance(margin, Tensor) and margin.ndim:

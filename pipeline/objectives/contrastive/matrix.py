@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.models.chunks import sent
 from pipeline.objectives.contrastive.vectors import Answers, Vectors
 
 
@@ -117,7 +118,7 @@ class Matrix:
     @cached_property
     def most_negatives(self) -> Tensor:
         """(n,) valid columns other than each query's answers; undefined for an invalid row."""
-        further = torch.tensor(self.answers.ends, device=self.tau.device).diff()
+        further = sent(torch.tensor(self.answers.ends).diff(), self.tau.device)
         return self.targets.valid.sum() + self.extra.valid.sum() - 1 - further
 
     @cached_property

@@ -18,7 +18,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.source import Source
 from pipeline.distributed import all_gather_constant
 from pipeline.errors import PipelineError
-from pipeline.models.chunks import Features, in_order, plan_chunks, run_chunk
+from pipeline.models.chunks import Features, in_order, plan_chunks, run_chunk, sent
 from pipeline.objectives.contrastive.batch_loss import contrastive_loss
 from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.loss import LossOutput
@@ -40,12 +40,12 @@ class ContrastiveResult(StepResult):
 
     def metrics(self, batch: Batch) -> tuple[dict, dict]:
         output = self.loss
-        valid = torch.tensor(batch.valid, device=output.positive.device)
-        parts = (output.loss.detach(), output.contrastive, output.distillation)
+        valid = sent(torch.tensor(batch.valid), output.positive.device)
+        parts = (output.loss.detach(), output.contrastive, output.distillation, output.masked_pairs)
         of_pairs = (output.positive, output.hardest_negative, output.effective_negatives, output.hardest_share)
         rows = torch.stack([*of_pairs, valid, *(part.expand(len(valid)) for part in parts)], dim=1)
         columns = all_gather_constant(rows).double().cpu().numpy().T
-        positive, hardest, effective, share, valid, loss, contrastive, distillation = columns
+        positive, hardest, effective, share, valid, loss, contrastive, distillation, masked_pairs = columns
         compared = (valid == 1) & (hardest > -math.inf)  # pairs with a negative
         positive, hardest, effective, share = (
             positive[valid == 1],
@@ -59,7 +59,7 @@ class ContrastiveResult(StepResult):
             "hardest_negative_similarity": float(hardest.mean()) if len(hardest) else None,
             "effective_negatives": float(effective.mean()) if len(effective) else None,
             "hardest_percent_weight": float(share.mean()) if len(share) else None,
-            "masked_pairs": float(output.masked_pairs),
+            "masked_pairs": float(masked_pairs[0]),  # the same on all ranks
             "valid": int(valid.sum()),
         }
         if self.distills:
@@ -90,12 +90,13 @@ class Contrastive(Objective):
         with torch.no_grad():
             parts = graphs + [run_chunk(engine, chunk, features) for chunk in recomputed]
         embeddings = in_order(chunks, parts, len(items)).requires_grad_()
-        alpha, learned = self._objective.alpha_at(step), self.temperature.learned()
+        alpha = self._objective.alpha_at(step)
         output = contrastive_loss(embeddings, batch, self._recipe, self.temperature.of(batch.tasks), alpha)
         gradient = self.temperature.gradient(output.loss, embeddings)
         del parts
         backward_chunks(engine, cached, graphs, recomputed, gradient, features)
         norm = optimizer_step(engine, lr)
+        learned = self.temperature.learned()  # waits for the device, and so is not read before all work is queued
         self.temperature.step(lr)
         return ContrastiveResult(
             grad_norm=norm,

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Recipe
+from pipeline.models.chunks import sent
 from pipeline.objectives.contrastive.config import ContrastiveSection
 
 # Bounds of a learned 1 / tau: CLIP's, above which training becomes unstable; and that of open_clip and LLM2CLIP.
@@ -42,8 +43,8 @@ class Temperature:
             return self._constant[0] if self._log_scale is None else torch.exp(-self._log_scale)
         numbers = [self._tasks.get(task, 0) for task in tasks]
         if self._log_scale is None:
-            return torch.tensor([self._constant[number] for number in numbers], device=self._device)
-        return torch.exp(-self._log_scale)[torch.tensor(numbers, device=self._device)]
+            return sent(torch.tensor([self._constant[number] for number in numbers]), self._device)
+        return torch.exp(-self._log_scale)[sent(torch.tensor(numbers), self._device)]
 
     def learned(self) -> dict[str, float]:
         """Return the learned temperatures: "temperature", and "temperature/TASK" of each task with its own."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.distributed import all_gather_constant, all_gather_rows, rank_and_world
+from pipeline.models.chunks import sent
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ class Answers:
     ) -> "Answers":
         """Place positives, whose columns begin with `first_column`.  Raises ValueError for an owner that is no query.
 
-        Positives are few, so the host sorts them: this waits for the device once.
+        Positives are few, so the host sorts them: this waits for the device if it has `owners`.
         """
-        n, device = len(target_weights), owners.device
+        n, device = len(target_weights), target_weights.device
         numbers = owners.cpu().numpy()
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < n:
             raise ValueError(
@@ -106,7 +107,7 @@ class Answers:
         table = np.zeros((n, counts.max(initial=0)), np.int64)
         table[numbers, places] = np.arange(len(numbers))
         by_owner, place, where, rows = (
-            torch.from_numpy(x.astype(np.int64)).to(device) for x in (numbers, places, order, table)
+            sent(torch.from_numpy(x.astype(np.int64)), device) for x in (numbers, places, order, table)
         )
         all_weights = target_weights.new_zeros(n, 1 + rows.shape[1])
         all_weights[:, 0] = target_weights
@@ -141,7 +142,7 @@ def most_of_any_rank(query: Tensor, counts: tuple[int, int], group: dist.Process
     rows = len(query)
     if rank_and_world(group)[1] == 1:
         return counts
-    sizes = torch.tensor([*counts, rows, -rows], device=query.device)
+    sizes = sent(torch.tensor([*counts, rows, -rows]), query.device)
     dist.all_reduce(sizes, dist.ReduceOp.MAX, group=group)
     first, second, largest, smallest = sizes.tolist()
     if largest != -smallest:

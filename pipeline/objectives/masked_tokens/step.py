@@ -15,7 +15,7 @@ from deepspeed import DeepSpeedEngine
 
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
-from pipeline.models.chunks import Features, in_order, plan_chunks
+from pipeline.models.chunks import Features, in_order, plan_chunks, sent
 from pipeline.objectives.masked_tokens import masks
 from pipeline.objectives.masked_tokens.config import MaskedNextTokenSection
 from pipeline.objectives.masked_tokens.masks import mask, to_predict
@@ -62,29 +62,30 @@ class MaskedNextToken(Objective):
         ]
         # An unusable item is an empty text, in which nothing is masked.
         counts = Counter(chain(batch.query, batch.target, *batch.positives, *batch.negatives))
-        occurring = torch.tensor([counts[content] for content in batch.items], dtype=torch.float64, device=device)
+        occurring = sent(torch.tensor([counts[content] for content in batch.items], dtype=torch.float64), device)
         ours = [sum(counts[c] * len(text.places) for c, text in zip(batch.items, texts, strict=True)), sum(batch.valid)]
-        totals = torch.tensor(ours, device=device)
+        totals = sent(torch.tensor(ours), device)
         dist.all_reduce(totals)
-        masked_tokens, valid = totals.tolist()
+        divisor = totals[0].clamp(min=1)
 
         chunks = plan_chunks(texts, cut.chunk_tokens, device, padded=model.pads)
         # DeepSpeed averages gradients over ranks; `world` turns the mean into a sum.
-        by_cost = occurring * world / max(masked_tokens, 1)
+        by_cost = occurring * world / divisor
         gradient = torch.stack([by_cost, torch.zeros_like(by_cost)], dim=1).float()
         rows = in_order(chunks, backward_chunks(engine, [], [], chunks, gradient, to_predict), len(texts))
         norm = optimizer_step(engine, lr)
         sums = occurring @ rows.double()
         dist.all_reduce(sums)
-        cost, right = (sums / max(masked_tokens, 1)).tolist()
+        # Numbers below 2^53 are exact in float64, so one copy brings all.
+        cost, right, masked_tokens, valid = torch.cat([sums / divisor, totals.double()]).tolist()
         return MaskedResult(
             grad_norm=norm,
             tokens=sum(len(text.input_ids) for text in texts),
             largest_chunk=max(chunk.size for chunk in chunks),
             loss=cost,
-            masked_tokens=masked_tokens,
+            masked_tokens=int(masked_tokens),
             accuracy=right if masked_tokens else None,
-            valid=valid,
+            valid=int(valid),
         )
 
     @classmethod
