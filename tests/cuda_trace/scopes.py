@@ -14,7 +14,7 @@ PIPELINE = str(Path(__file__).resolve().parents[2] / "pipeline")
 _PARTS = {
     "RMSNorm": r"rms_?norm|layer_?norm",
     "RoPE": r"rotary|rotate|rope",
-    "LoRA": r"lora|\bpeft\b",
+    "LoRA": r"lora|\bpeft\b|AdaptedLinear|AddingLinear|_AddProduct",
     "SwiGLU": r"mlp|silu|swiglu",
 }
 _TOWER, _LOSS = "FrozenTower", f"{PIPELINE}/objectives/contrastive/"

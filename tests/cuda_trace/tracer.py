@@ -118,6 +118,10 @@ class Tracer(TorchDispatchMode):
         if packet is aten._to_copy and inputs and to == "cpu":
             self._wait("device to host")
             return self._values(args[0]).to(kwargs.get("dtype") or args[0].dtype)
+        if packet is aten.empty_like and to == "cpu":
+            host = torch.empty(args[0].shape, dtype=args[0].dtype)
+            host.pinned = bool(kwargs.get("pin_memory"))  # type: ignore[attr-defined]
+            return host
         if packet is aten.copy_ and args[0].device != args[1].device:
             return self._copied(*args, **kwargs)
         if packet is aten._to_copy and not inputs:
@@ -249,6 +253,8 @@ class Tracer(TorchDispatchMode):
         launches, moved = 1, sum(map(_size, [*inputs, *outputs]))  # in place, a tensor is read and written
         if name in ("slice_backward", "select_backward"):  # zeros, and a copy into them
             launches, moved = 2, moved + _size(outputs[0])
+        if name == "_fused_rms_norm_backward" and args[-1][1]:  # the weight's gradient reads the rows again
+            launches, moved = 2, moved + _size(args[0]) + _size(args[1])
         if "varlen" in name:
             backward = "backward" in name
             query, key = args[backward : backward + 2]
