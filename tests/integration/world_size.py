@@ -21,6 +21,7 @@ from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_frozen, set_hyperparameters
+from pipeline.training.saving import Saver
 from pipeline.training.universal import for_this_world
 
 WHOLE = (
@@ -62,7 +63,8 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
         assert (state["step"], state["bad_samples"], state["budget"]) == (steps.start, 7, {"chunk_tokens": 200})
         set_hyperparameters(engine, recipe)
         objective.load(state)
-    results = []
+    conditions = {"the ZeRO stage": config["zero_optimization"]["stage"]}
+    results, saver = [], Saver(engine, folder / case / f"by{world}", conditions, keep=9)
     for step in steps:
         pairs = make_pairs("mixed", seed=step)
         batch = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
@@ -74,8 +76,9 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
         results.append((float(loss) / world, result.grad_norm))
         if (step + 1) % 2 == 0:
             kept = {"bad_samples": 7, "budget": {"chunk_tokens": 200}} | objective.state()
-            conditions = {"the ZeRO stage": config["zero_optimization"]["stage"]}
-            checkpoint.save(engine, folder / case / f"by{world}", step + 1, kept, conditions, keep=9)
+            saver.finish()
+            saver.begin(step + 1, kept)
+    saver.finish()
     engine.destroy()
     return results
 
