@@ -141,7 +141,8 @@ class Saver:
                 files = self._written(unfinished)
         except Exception as error:
             if self.rank:
-                self._store.set(f"{step}/{self.rank}", json.dumps(str(error)))
+                with suppress(Exception):  # the first rank may have ended; this error counts
+                    self._store.set(f"{step}/{self.rank}", json.dumps(str(error)))
             raise
         if self.rank:
             self._store.set(f"{step}/{self.rank}", _Files.dump_json(files).decode())
