@@ -1,4 +1,4 @@
-"""`python -m pipeline.train` with a rank killed while it writes a checkpoint: `python killed_saving.py RANK MOMENT ...`.
+"""`python -m pipeline.train` with a rank killed while it saves: `python killed_saving.py RANK MOMENT ARGUMENTS`.
 
 MOMENT: `sums`, `latest` or `removal`, of the first checkpoint. The kill waits until training has taken another step.
 """
