@@ -121,17 +121,49 @@ def too_low(recipe: Recipe, world: int, ranks: int) -> Iterator[str]:
         yield f"{folder} has {free / 1e6:,.0f} MB free: free space there, or set TMPDIR to another folder"
 
 
+def available_memory() -> int:
+    """Return how many bytes this process may still use, by the machine's memory and its control groups' limits.
+
+    Memory that caches files counts as available.
+    """
+    available = []
+    with suppress(OSError):
+        available.append(_numbers(Path("/proc/meminfo"))["MemAvailable:"] << 10)
+    for group, version_1 in _groups("memory"):
+        used, total = ("usage_in_bytes", "total_") if version_1 else ("current", "")
+        with suppress(OSError, ValueError, KeyError):  # no such limit, or "max"
+            limit = int((group / _limit_file("memory", version_1)).read_text())
+            counts = _numbers(group / "memory.stat")
+            cached = counts[f"{total}active_file"] + counts[f"{total}inactive_file"]
+            available.append(limit - int((group / f"memory.{used}").read_text()) + cached)
+    return max(min(available, default=0), 0)
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """Read lines of a name and a number."""
+    fields = (line.split() for line in file.read_text().splitlines())
+    return {name: int(value) for name, value, *_ in fields}
+
+
 def _cgroup(kind: str) -> int | None:
     """The lowest limit of this process's control groups; None without a known limit."""
     limits = []
+    for group, version_1 in _groups(kind):
+        with suppress(OSError, ValueError):  # no such limit, or "max"
+            limits.append(int((group / _limit_file(kind, version_1)).read_text()))
+    return min(limits, default=None)
+
+
+def _limit_file(kind: str, version_1: bool) -> str:
+    return "memory.limit_in_bytes" if version_1 and kind == "memory" else f"{kind}.max"
+
+
+def _groups(kind: str) -> Iterator[tuple[Path, bool]]:
+    """Iterate over the folders of this process's control groups, and whether they are of version 1."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             version_1 = kind in controllers.split(",")
-            root = Path("/sys/fs/cgroup", kind if version_1 else "")
-            file = "memory.limit_in_bytes" if version_1 and kind == "memory" else f"{kind}.max"
-            group = root / path.strip("/")
+            group = Path("/sys/fs/cgroup", kind if version_1 else "") / path.strip("/")
             for folder in (group, *group.parents) if version_1 or not controllers else ():
-                with suppress(OSError, ValueError):  # no such limit, or "max"
-                    limits.append(int((folder / file).read_text()))
-    return min(limits, default=None)
+                yield folder, version_1

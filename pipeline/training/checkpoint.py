@@ -1,9 +1,9 @@
 """Atomic checkpoints.
 
 RUN/checkpoints/step-00000100/ is written under another name, synced to disk with its manifest, and renamed; then
-`latest` names it. Whenever a run is killed, `latest` names a complete checkpoint or does not exist. `best` names the
-checkpoint with the highest evaluation score, and the score. resume.py detects later damage. universal.py converts a
-checkpoint for another number of processes.
+`latest` names it (saving.py). Whenever a run is killed, `latest` names a complete checkpoint or does not exist. `best`
+names the checkpoint with the highest evaluation score, and the score. resume.py detects later damage. universal.py
+converts a checkpoint for another number of processes.
 """
 
 import copyreg
@@ -28,7 +28,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch.utils.serialization import config as serialization
 
 from pipeline.errors import PipelineError, disk_errors, is_of_late_peer, is_of_lost_peer, is_out_of_memory
-from pipeline.storage.atomic import remove, remove_leftovers, sync, sync_entry, write_file
+from pipeline.storage.atomic import remove, write_file
 from pipeline.training import manifest
 
 LATEST, BEST = "latest", "best"
@@ -41,47 +41,6 @@ _NAME = re.compile(r"step-\d{8,}")
 _DEEPSPEED_TYPES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
 # Python before 3.11.4 would pickle an enumeration through `getattr`, which must stay forbidden.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
-
-
-def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict, conditions: dict, keep: int) -> None:
-    """Write the engine's state after `step` steps, with `state` (plain values). Collective.
-
-    conditions: by name, what must not change when the run resumes; see conditions.py. The number of processes is stored
-        with them, but may change.
-    keep: how many of the newest checkpoints to keep besides the best one.
-    """
-    name, unfinished = f"step-{step:08d}", f"unfinished-{step:08d}"
-    leads, rank = dist.get_rank() == 0, dist.get_rank()
-    with disk_errors(folder / unfinished):
-        if leads:
-            folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob("unfinished-*"):
-                remove(left)
-            remove_leftovers(folder)
-        dist.barrier()
-        engine.save_checkpoint(
-            str(folder),
-            tag=unfinished,
-            client_state=state | {"step": step},
-            save_latest=False,
-            exclude_frozen_parameters=True,  # they are in the initial model
-        )
-        if leads:
-            kept = conditions | {PROCESSES: dist.get_world_size(), MANIFEST: manifest.FORMAT}
-            (folder / unfinished / CONDITIONS).write_text(json.dumps(kept))
-        ours = [name for name in manifest.names_of(folder / unfinished) if manifest.writer_of(name) == rank]
-        files = manifest.sums(folder / unfinished, ours, meanwhile=lambda: sync(folder / unfinished))
-        of_ranks: list | None = [None] * dist.get_world_size() if leads else None
-        dist.gather_object(files, of_ranks)
-        if of_ranks is not None:
-            manifest.write(folder / unfinished, step, {name: file for each in of_ranks for name, file in each.items()})
-            if (folder / name).exists():
-                remove((folder / name).rename(folder / f"unfinished-old-{step:08d}"))
-            (folder / unfinished).rename(folder / name)
-            sync_entry(folder)
-            _point(folder, LATEST, name)
-            remove_old([path for path in reversed(candidates(folder)) if path.is_dir()], keep)
-    dist.barrier()
 
 
 def remove_old(checkpoints: list[Path], keep: int) -> None:

@@ -49,6 +49,7 @@ class States:
     buckets: DeepSpeed's buffers for gradient reduction.  gathered: maximum size of parameters gathered by ZeRO-3.
     step: additional memory during the optimizer's step, when no chunk is in memory.
     host: CPU memory for offloaded states, per device.
+    copied: CPU memory for the copy of the first rank's part of a checkpoint, the largest (see saving.py).
     """
 
     parameters: int
@@ -58,6 +59,7 @@ class States:
     gathered: int
     step: int
     host: int = 0
+    copied: int = 0
 
     @property
     def total(self) -> int:
@@ -84,13 +86,15 @@ def state_bytes(groups: Sequence[Group], *, stage: int, gpus: int, width: int, z
     share = math.ceil(trained / gpus)
     parameters = width * (outside + inside)
     if stage == 0:
-        return States(parameters, FP32 * trained, 2 * FP32 * trained, 0, 0, 0)  # two moments
+        moments = 2 * FP32 * trained
+        return States(parameters, FP32 * trained, moments, 0, 0, 0, copied=width * trained + moments)
     # Gradients are accumulated in fp32, for the device's partition; under stage 1 for all parameters, besides the bf16
     # gradients.
     gradients = FP32 * (trained if stage == 1 else share)
     if stage == 1 and width < FP32:
         gradients += width * trained
     optimizer = 3 * FP32 * share  # two moments and the master weights, which ZeRO also keeps in fp32 runs
+    copied = optimizer + (0 if stage == 3 else width * trained)
     step = FP32 * share  # the gradients as one tensor
     host = 0
     if is_offloaded(zero):
@@ -120,6 +124,7 @@ def state_bytes(groups: Sequence[Group], *, stage: int, gpus: int, width: int, z
         gathered=width * min(inside, int(zero.get("stage3_max_live_parameters", 1e9))) if stage == 3 else 0,
         step=step,
         host=host,
+        copied=copied,
     )
 
 

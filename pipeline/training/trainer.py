@@ -46,6 +46,7 @@ from pipeline.training.initial import check_sizes, initial_model
 from pipeline.training.monitor import Monitor, StepLog, evaluation_of
 from pipeline.training.partitions import check_nodes
 from pipeline.training.preemption import Preemption
+from pipeline.training.saving import Saver
 from pipeline.training.universal import for_this_world
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "webdataset")
@@ -131,7 +132,7 @@ class Trainer:
     def train(self) -> bool:
         """Take the remaining steps and return True, or return False if a rank is asked to stop. All steps are saved."""
         done = self._restore()
-        with self.monitor, self.preemption.steps():
+        with self.monitor, self.preemption.steps(), self.saver:
             if self.monitor.leads:
                 status.note(self.folder, "running", step=done, steps=self.steps)
             if self._evaluation_is_due(done) and self._evaluation_is_missing(done):
@@ -147,6 +148,7 @@ class Trainer:
                 result, lr = self._step(step, batch)
                 done = step + 1
                 self._report(done, batch, result, lr, began, waited)
+                self.saver.raise_failure()
                 asked, evaluates = self.preemption.asked(), self._evaluation_is_due(done)
                 # Also save before an evaluation: if that is interrupted, the next start repeats it.
                 if asked or evaluates or done == self.steps or done % self.recipe.checkpoint.every == 0:
@@ -155,8 +157,10 @@ class Trainer:
                     self._evaluate(done)
                     asked = self.preemption.asked()
                 if asked:
+                    self._finish_save()
                     self.monitor.stopped(asked)
                     return False
+            self._finish_save()
         return True
 
     def finish(self) -> None:
@@ -179,6 +183,7 @@ class Trainer:
         self.budget_conditions = self._conditions_of_budget()
         self.budget = self._restored_budget(state.get("budget"))
         done = int(state["step"])
+        self.saver = Saver(self.engine, self.checkpoints, self.conditions, self.recipe.checkpoint.keep)
         self.monitor = Monitor(self.folder, dist.get_rank(), done, self.steps, ledger=self.recipe.ledger)
         return done
 
@@ -277,11 +282,14 @@ class Trainer:
             )
 
     def _save(self, done: int) -> None:
+        """Begin to write a checkpoint; `_finish_save` waits until it is whole."""
+        self._finish_save()
         self.monitor.flush()
         state = self.objective.state() | {"bad_samples": self.bad_samples}
-        state |= {"budget": record_of(self.budget, self.budget_conditions)}
-        checkpoint.save(self.engine, self.checkpoints, done, state, self.conditions, self.recipe.checkpoint.keep)
-        if self.monitor.leads:
+        self.saver.begin(done, state | {"budget": record_of(self.budget, self.budget_conditions)})
+
+    def _finish_save(self) -> None:
+        if self.saver.finish() and self.monitor.leads:
             with disk_errors(self.folder / NOTE):
                 (self.folder / NOTE).unlink(missing_ok=True)  # the checkpoint has the budget now
 
@@ -298,7 +306,9 @@ class Trainer:
         return bool(due)
 
     def _evaluate(self, step: int) -> None:
-        if report := self._measured():
+        report = self._measured()
+        self._finish_save()
+        if report:
             if report.collapsed:
                 logger.warning("step %d: %s", step, report.remarks()[0])
             elif step:  # step 0 has no checkpoint

@@ -25,6 +25,7 @@ from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_frozen
 from pipeline.training.export import export
+from pipeline.training.saving import Saver
 
 
 def main() -> None:
@@ -50,8 +51,10 @@ def main() -> None:
     losses = [step(engine, batch) for batch in batches[:2]]
     stage = ds_config["zero_optimization"]["stage"]
     conditions = {"the ZeRO stage": stage, "the model's fingerprint": fingerprint(model)}
-    checkpoint.save(engine, run / "checkpoints", 2, {"bad_samples": 0}, conditions, keep=1)
+    saver = Saver(engine, run / "checkpoints", conditions, keep=1)
+    saver.begin(2, {"bad_samples": 0})
     losses.append(step(engine, batches[2]))
+    saver.finish()
     again = build_engine(recipe, ds_config, model)
     assert checkpoint.load(again, checkpoint.candidates(run / "checkpoints")[0])["step"] == 2
     export(again, tower, recipe, model, run / "export")

@@ -130,6 +130,27 @@ def test_killed_run_matches_uninterrupted_run(finished, recipe, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_run_killed_while_checkpoints_are_written_matches_uninterrupted_run(finished, recipe, tmp_path):
+    run, script = tmp_path / "run", "tests/integration/killed_saving.py"
+    # The rank and the moment of the kill, and the checkpoints and the pointer that it leaves.
+    for rank, moment, steps, latest in (
+        (1, "sums", [], ""),
+        (0, "latest", [4], ""),
+        (0, "removal", [4, 8], "step-00000008"),
+    ):
+        ended = wait(fork([script, str(rank), moment, *command(recipe, run)[2:]], world=2), after_failure=0)
+        assert ended.status[rank] == -signal.SIGKILL, ended.output[-4000:]
+        checkpoints = run / "checkpoints"
+        assert sorted(checkpoint.step_of(path) for path in checkpoints.glob("step-*")) == steps
+        assert ((checkpoints / "latest").read_text().strip() if (checkpoints / "latest").exists() else "") == latest
+    ended = launch(command(recipe, run), world=2)
+    assert ended.status == [0, 0], ended.output[-4000:]
+    for name in ("metrics.jsonl", "ledger/rank0.jsonl", "ledger/rank1.jsonl"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes(), name
+    ours, theirs = (load_file(folder / "export/model.safetensors") for folder in (run, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_exported_model_matches_evaluation_during_training(finished, tmp_path):
     arguments = [
         str(finished / "export"),

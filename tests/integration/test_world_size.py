@@ -24,7 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.model import build
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, manifest
 
 WORKER = str(Path(__file__).with_name("world_size.py"))
 CASES = ["zero0", "zero1", "zero2", "zero3", "zero3-adapters", "zero1-bf16"]
@@ -84,6 +84,16 @@ def undisturbed(tmp_path_factory) -> Saved:
 def alone(undisturbed) -> Saved:
     """Resume on one process what two processes saved after two steps."""
     return undisturbed.resumed(by=1, saved_by=2, first=2, cases=CASES)
+
+
+def test_checkpoint_written_during_the_next_step_has_the_bytes_that_deepspeed_writes(undisturbed):
+    for case in CASES:
+        ours, theirs = (undisturbed.folder / case / name for name in ("by2/step-00000002", "plain/unfinished-00000002"))
+        names = {path.name for path in theirs.iterdir()}
+        assert names | {checkpoint.CONDITIONS, manifest.FILE} == {path.name for path in ours.iterdir()}
+        assert any(name.endswith("model_states.pt") for name in names)
+        for name in names:
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes(), (case, name)
 
 
 def test_checkpoint_of_two_processes_resumes_on_one(undisturbed, alone):

@@ -6,6 +6,7 @@ a checkpoint every two steps, and prints each case's losses and gradient norms a
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_frozen, set_hyperparameters
+from pipeline.training.saving import Saver
 from pipeline.training.universal import for_this_world
 
 WHOLE = (
@@ -64,7 +66,10 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
         assert (state["step"], state["bad_samples"], state["budget"]) == (steps.start, 7, {"chunk_tokens": 200})
         set_hyperparameters(engine, recipe)
         objective.load(state)
-    results = []
+    conditions = {"the ZeRO stage": config["zero_optimization"]["stage"]}
+    results, saver = [], Saver(engine, folder / case / f"by{world}", conditions, keep=9)
+    stepped, write = threading.Event(), saver._write
+    saver._write = lambda *arguments: (stepped.wait(), write(*arguments))  # copies must not change in the next step
     for step in steps:
         pairs = make_pairs("mixed", seed=step)
         batch = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
@@ -74,10 +79,17 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
         loss = result.loss.loss.detach().clone()
         dist.all_reduce(loss)
         results.append((float(loss) / world, result.grad_norm))
+        stepped.set()
         if (step + 1) % 2 == 0:
             kept = {"bad_samples": 7, "budget": {"chunk_tokens": 200}} | objective.state()
-            conditions = {"the ZeRO stage": config["zero_optimization"]["stage"]}
-            checkpoint.save(engine, folder / case / f"by{world}", step + 1, kept, conditions, keep=9)
+            saver.finish()
+            stepped.clear()
+            saver.begin(step + 1, kept)
+            if step + 1 == 2:  # what DeepSpeed writes by itself
+                tag, state = f"unfinished-{step + 1:08d}", kept | {"step": step + 1}
+                engine.save_checkpoint(str(folder / case / "plain"), tag, state, False, exclude_frozen_parameters=True)
+    stepped.set()
+    saver.finish()
     engine.destroy()
     return results
 

@@ -1,5 +1,6 @@
 """Limits of a machine are reported before or at the start of a run: no process waits for an impossible batch."""
 
+import os
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -180,3 +181,21 @@ def deepspeeds_shared_memory(rank: int) -> bool:
 def test_deepspeed_shared_memory_reduction_is_disabled():
     """It would take 66 MB per rank; a container has 64 MB by default."""
     assert on_two_ranks(deepspeeds_shared_memory) == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("version_1", "limit", "used", "total"),
+    [(False, "memory.max", "memory.current", ""), (True, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")],
+)
+def test_available_memory_is_the_least_of_the_machine_and_control_groups(
+    version_1, limit, used, total, tmp_path, monkeypatch
+):
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < limits.available_memory() < machine
+    (tmp_path / limit).write_text("9000000\n")
+    (tmp_path / used).write_text("5000000\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\n{total}inactive_file 100\n{total}active_file 20\n")
+    monkeypatch.setattr(limits, "_groups", lambda kind: iter([(tmp_path.parent, version_1), (tmp_path, version_1)]))
+    assert limits.available_memory() == 4000120
+    (tmp_path / limit).write_text("max\n")
+    assert 4000120 < limits.available_memory() < machine

@@ -326,6 +326,14 @@ def test_frozen_parameters_have_no_gradient_or_optimizer_state():
     assert (states.gradients, states.optimizer) == (4 * 30, 12 * 30)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_copy_of_a_checkpoint_has_the_files_of_the_first_rank(stage):
+    groups = [Group("frozen", 600, False), Group("trained", 60, True)]
+    # Master weights and moments of the rank's share, and the trained parameters; ZeRO 0 has no master weights.
+    expected = {0: 60 * (4 + 8), 1: 30 * 12 + 60 * 4, 2: 30 * 12 + 60 * 4, 3: 30 * 12}
+    assert state_bytes(groups, stage=stage, gpus=2, width=4, zero={}).copied == expected[stage]
+
+
 def recipe(*overrides: str) -> Recipe:
     return load_recipe(DEMO, ["precision=fp32", *overrides])
 

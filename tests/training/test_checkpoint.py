@@ -62,6 +62,7 @@ def test_collapsed_model_is_never_the_best(tmp_path, caplog):
     recipe = load_recipe("pipeline/recipes/demo.yaml", [f"run={tmp_path}"])
     trainer = Trainer(recipe, SimpleNamespace())
     trainer.monitor = SimpleNamespace(evaluation=lambda step, report: None)
+    trainer.saver = SimpleNamespace(finish=lambda: False)
     for step, each in reports.items():
         (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
         trainer._measured = lambda each=each: Report("m", {"A-OKVQA": each})
