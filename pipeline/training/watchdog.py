@@ -9,12 +9,16 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
+
+import torch.distributed as dist
 
 from pipeline.errors import PipelineError, first_few, is_of_late_peer
 from pipeline.phases import Place, place
@@ -23,7 +27,7 @@ FOLDER = "ranks"  # in the run directory
 _SECONDS = 10  # between a rank's notes; shorter if the time limit is
 _SILENT = 3  # missing notes after which a process counts as stopped
 _STACKS_AFTER, _REPORT_AFTER = 0.5, 0.9  # of the time limit; at the limit NCCL ends the process
-_SIZE = 256  # bytes of a note: written in one piece over the last one, so that a reader never finds half of it
+_SIZE = 512  # bytes of a note at most: written in one piece over the last one, so that a reader never finds half of it
 
 logger = logging.getLogger(__name__)
 
@@ -45,21 +49,28 @@ def record_collectives(run: Path) -> None:
 
 @dataclass(frozen=True)
 class Note:
-    """A rank's note.  written: when, by the file system's clock, in seconds."""
+    """A rank's note.
+
+    code: the function that its main thread is in.  collective: that one of its threads waits in, or "".
+    written: when, by the file system's clock, in seconds.
+    """
 
     rank: int
     host: str
     place: Place
+    code: str
+    collective: str
     written: float = 0.0
 
     @property
     def where(self) -> str:
         since = time.strftime("%H:%M:%S", time.localtime(self.place.since))
-        return f"step {self.place.step}, {self.place.phase}, since {since}"
+        code = f"in the collective {self.collective}" if self.collective else f"at {self.code}"
+        return f"step {self.place.step}, {self.place.phase}, since {since}, {code}"
 
     def write(self, folder: Path) -> None:
         """Errors are ignored: a note must not stop a run."""
-        content = json.dumps({"host": self.host, "place": asdict(self.place)}).encode()[:_SIZE].ljust(_SIZE)
+        content = json.dumps(asdict(self)).encode().ljust(_SIZE)
         with suppress(OSError):
             file = os.open(_file(folder, self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
             try:
@@ -73,12 +84,28 @@ class Note:
         with suppress(OSError, ValueError, TypeError, KeyError):
             file = _file(folder, rank)
             written, values = file.stat().st_mtime, json.loads(file.read_text())
-            return cls(rank, str(values["host"]), Place(**values["place"]), written)
+            values |= {"place": Place(**values["place"]), "written": written}
+            return cls(**values)
         return None
 
 
 def _file(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.json"
+
+
+def _doing() -> tuple[str, str]:
+    """Return the function that the main thread is in, and the collective that a thread waits in, or ""."""
+    frames, code, collective = sys._current_frames(), "", ""
+    for number, innermost in frames.items():
+        if number == threading.main_thread().ident:
+            code = f"{innermost.f_code.co_name} ({Path(innermost.f_code.co_filename).name}:{innermost.f_lineno})"[:99]
+        frame: FrameType | None = innermost
+        while frame and not collective:
+            # Their calls are wrapped to be logged.
+            if frame.f_globals.get("__name__") == dist.distributed_c10d.__name__ and frame.f_code.co_name != "wrapper":
+                collective = frame.f_code.co_name[:50]
+            frame = frame.f_back
+    return code, collective
 
 
 class Watchdog:
@@ -110,7 +137,6 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._stacks.close()
         if error and is_of_late_peer(error):
-            self._note()
             raise PipelineError(f"a collective waited timeout_minutes={self._minutes:g}: {self.report()}") from error
 
     def report(self) -> str:
@@ -121,20 +147,26 @@ class Watchdog:
             return f"no rank has a note in {self._folder}"
         furthest, newest = max(note.place.count for note in found), max(note.written for note in found)
         silent = {note.rank for note in found if newest - note.written > _SILENT * self._interval}
-        awaited = [note for note in found if note.place.count < furthest or note.rank in silent]
+        waiting = [note for note in found if note.place.count == furthest and note.rank not in silent]
+        # Of those in one phase most wait in one collective, for those that are elsewhere.
+        calls = Counter(note.collective for note in waiting)
+        usual = max(calls, key=lambda name: (bool(name), calls[name]), default="")
+        waiting = [note for note in waiting if note.collective == usual]
         said = [f"rank {rank} has no note" for rank, note in notes.items() if not note]
-        for note in awaited:
-            stopped = "; its process or its node has stopped" if note.rank in silent else ""
-            said.append(f"rank {note.rank} on {note.host} is in {note.where}{stopped}")
-        first = next(note for note in found if note.place.count == furthest)
+        for note in found:
+            if note.rank in silent:
+                said.append(f"rank {note.rank} on {note.host} was last seen in {note.where}: its process has stopped")
+            elif note not in waiting:
+                said.append(f"rank {note.rank} on {note.host} is in {note.where}")
+        code = f"; {self._folder}/rank*.stacks say where in the code"
         if not said:
-            return f"all ranks are in {first.where}; {self._folder}/rank*.stacks say where in the code"
-        stacks = "" if len(silent) == len(awaited) else f"; {self._folder}/rank*.stacks say where in the code"
-        return f"{first_few(said)}. Others wait for it in {first.where}{stacks}"
+            return f"all ranks are in {waiting[0].where}{code}"
+        others = f". {len(waiting)} of {self._world} ranks wait for it in {waiting[0].where}" if waiting else ""
+        return f"{first_few(said)}{others}{code}"
 
     def _note(self) -> Place:
         now = place()
-        Note(self._rank, socket.gethostname()[:64], now).write(self._folder)
+        Note(self._rank, socket.gethostname()[:64], now, *_doing()).write(self._folder)
         return now
 
     def _watch(self) -> None:
