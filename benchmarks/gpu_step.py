@@ -35,6 +35,7 @@ out, the scale 5 % off, heads mixed) reached at least 4.4 times in the embedding
 """
 
 import argparse
+import gc
 import math
 import os
 import resource
@@ -431,6 +432,8 @@ def fresh(function: Callable[..., Result], *arguments: Any) -> Result | None:
 
     A dry run forks this process: another one would import everything again. arguments: the first is the setting.
     """
+    if arguments[0].dry:
+        gc.freeze()  # DeepSpeed runs the garbage collector for every engine; skip what is imported
     with ProcessPoolExecutor(1, mp_context=get_context("fork" if arguments[0].dry else "spawn")) as pool:
         return pool.submit(_survives, function, *arguments).result()
 
