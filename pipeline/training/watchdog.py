@@ -27,6 +27,7 @@ FOLDER = "ranks"  # in the run directory
 _SECONDS = 10  # between a rank's notes; shorter if the time limit is
 _SILENT = 3  # missing notes after which a process counts as stopped
 _STACKS_AFTER, _REPORT_AFTER = 0.5, 0.9  # of the time limit; at the limit NCCL ends the process
+_LONG = ("restore", "checkpoint", "evaluation")  # phases of many collectives, which may exceed the limit of one
 _SIZE = 512  # bytes of a note at most: written in one piece over the last one, so that a reader never finds half of it
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,8 @@ class Watchdog:
                 seen = now.count
                 # By a thread of its own, which also runs while a hanging call holds Python's lock.
                 faulthandler.dump_traceback_later(_STACKS_AFTER * limit, file=self._stacks)
-            if time.time() - now.since > _REPORT_AFTER * limit and reported != seen and self._leads(now):
+            waits = now.phase not in _LONG and time.time() - now.since > _REPORT_AFTER * limit
+            if waits and reported != seen and self._leads(now):
                 reported = seen
                 logger.warning("waiting for %.0f s: %s", time.time() - now.since, self.report())
             if self._end.wait(self._interval):

@@ -103,6 +103,13 @@ def test_stacks_are_written_and_the_rank_that_waits_reports(tmp_path, caplog):
     assert found and (found.place, found.place.step, found.place.phase) == (place(), 5, "loss")
 
 
+def test_long_evaluation_is_no_hang(tmp_path, caplog):
+    note(tmp_path, 1, 0)
+    with Watchdog(tmp_path, 0, 2, 0.1 / 60), phase("evaluation"):
+        time.sleep(0.5)
+    assert "waiting for" not in caplog.text
+
+
 def test_only_one_of_the_ranks_that_wait_reports(tmp_path):
     note(tmp_path, 0, 7)
     note(tmp_path, 1, 6)
