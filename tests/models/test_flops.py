@@ -22,6 +22,7 @@ from pipeline.training.engine import adapt, freeze
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 12, 9)  # of texts
+TOWERLESS = "model.train.vision_tower=false"
 LORA = "model.train.lora={rank: 4, alpha: 8}"
 
 
@@ -85,11 +86,11 @@ def llave_items(model: nn.Module) -> list[Encoded]:
     "options",
     [
         (),
-        ("model.train.vision_tower=true",),
-        ("model.train.language_model=false",),
-        ("model.train.projector=false",),
-        (LORA,),
-        (LORA, "model.train.vision_tower=true"),
+        (TOWERLESS,),
+        (TOWERLESS, "model.train.language_model=false"),
+        (TOWERLESS, "model.train.projector=false"),
+        (TOWERLESS, LORA),
+        (LORA, "model.train.projector=false"),
     ],
     ids=" ".join,
 )
