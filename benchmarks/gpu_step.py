@@ -22,15 +22,8 @@ Each row is measured in a new process; if it runs out of memory, the table repor
 rounds, after a step of four pairs. Samples are pairs; tokens exclude padding. Memory is torch's peak allocation on the
 device, including weights and AdamW's moments. It is an error if the two sides' embeddings of the same items disagree.
 
-Model FLOPs utilisation counts what a step must compute, however a side does it: no padding, no dummy tiles and no
-recomputation. N is the number of elements in the weights of the linear layers, without the embedding table. Of the last
-layer only keys and values count, since only the last tokens' states are needed from it:
-
-    language model   an item of T tokens: 2 N T forward, 2 N T for the inputs' gradient, 2 N' T for the gradient of the
-                     N' trained elements (all, or LoRA's). In each layer except the last, causal attention takes 2 T²
-                     width forward and twice that backward
-    projector        6 N per patch of a tile; 4 N for its first layer, which needs no gradient of its inputs
-    vision tower     forward only, once: 2 N per patch, and 4 patches² width per tile in each layer
+Model FLOPs utilisation counts what a step must compute (pipeline/models/flops.py), however a side does it: no padding,
+no dummy tiles and no recomputation. The peak is the device's for dense bf16, by its name (pipeline/training/speed.py).
 
 The second table is about attention. For items in one packed row it compares the embeddings, and the gradient of
 sum(embeddings * random directions) with respect to the trained parameters. Each implementation in
@@ -42,6 +35,7 @@ out, the scale 5 % off, heads mixed) reached at least 4.4 times in the embedding
 """
 
 import argparse
+import gc
 import math
 import os
 import resource
@@ -81,11 +75,13 @@ from pipeline.jobs.program import command_line
 from pipeline.models.attention import KINDS as ATTENTION_KINDS
 from pipeline.models.attention import choose, implementation
 from pipeline.models.chunks import CachedFeatures, Chunk, Packed, embed_chunks, pack, plan_chunks, run_chunk
+from pipeline.models.llave.flops import step_flops
 from pipeline.models.llave.model import FrozenTower, TowerlessLlave
 from pipeline.models.lora import add_adapters
 from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training.budget import Budget
 from pipeline.training.engine import adamw, freeze, parameter_groups
+from pipeline.training.speed import peak_tflops
 
 
 @dataclass(frozen=True)
@@ -235,7 +231,7 @@ class Side:
         self.setting, self.device = setting, device
         self.tower = make(FrozenTower, setting.config(attention), device).eval().requires_grad_(False)
         model, recipe = make_trained(kind, setting, attention, device), setting.recipe(setting.pairs, 0)
-        self.cost = partial(model_flops, model, self.tower)
+        self.cost = step_flops(model, self.tower.vision_tower)
         config = load_ds_config(recipe, 1)
         optimizer = adamw(parameter_groups(model, recipe), recipe.optimizer.lr, config["zero_optimization"])
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -296,29 +292,6 @@ class Paper(Side):
         self.engine.step()
 
 
-def model_flops(model: TowerlessLlave, tower: FrozenTower, items: Sequence[Encoded]) -> float:
-    """Return the FLOPs of a step on these items, by the formulas above."""
-    config = model.config
-    text, vision = config.text_config, config.vision_config
-    tokens, patches = tokens_of(items), (vision.image_size // vision.patch_size) ** 2
-    squares = sum(len(item.input_ids) ** 2 for item in items)
-    *layers, last = model.language_model.layers
-    language = nn.ModuleList([*layers, last.self_attn.k_proj, last.self_attn.v_proj])
-    passes = 2 * _weights(language) + _weights(language, trained=True)  # forward, input and weight gradients
-    causal = 3 * 2 * squares * text.hidden_size * len(layers)
-    tower_attention = 4 * patches**2 * vision.hidden_size * vision.num_hidden_layers
-    projector = model.multi_modal_projector
-    projected = 6 * _weights(projector) - 2 * _weights(projector.linear_1)
-    a_tile = patches * (projected + 2 * _weights(tower)) + tower_attention
-    return 2 * passes * tokens + causal + tiles_of(items) * a_tile
-
-
-def _weights(module: nn.Module, trained: bool = False) -> int:
-    """Return the number of elements of all (or all trained) matrices that inputs are multiplied with."""
-    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    return sum(layer.weight.numel() for layer in layers if layer.weight.requires_grad or not trained)
-
-
 @dataclass(frozen=True)
 class Measured:
     """A row of the table. embeddings: (COMPARED, hidden), before the first step.
@@ -352,7 +325,7 @@ def measure_ours(setting: Setting, kept_chunks: int) -> Measured | None:
 def _measure(side: Paper | Ours, step: Callable[[Batch], None], batch: Batch) -> Measured:
     setting, device, seconds = side.setting, side.device, []
     items = list(batch.items.values())
-    flops = side.cost(items)
+    flops = side.cost(items, 0)
     with torch.no_grad():
         embeddings = side.embed(items[:COMPARED]).cpu().numpy()
     step(batch_of(side.engine.module.config, MICRO_BATCH))  # the first step allocates AdamW's moments
@@ -455,8 +428,13 @@ def _survives(function: Callable[..., Result], *arguments: Any) -> Result | None
 
 
 def fresh(function: Callable[..., Result], *arguments: Any) -> Result | None:
-    """Call the function in a new process and return its result, or None if the device's memory does not suffice."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    """Call the function in a new process and return its result, or None if the device's memory does not suffice.
+
+    A dry run forks this process: another one would import everything again. arguments: the first is the setting.
+    """
+    if arguments[0].dry:
+        gc.freeze()  # DeepSpeed runs the garbage collector for every engine; skip what is imported
+    with ProcessPoolExecutor(1, mp_context=get_context("fork" if arguments[0].dry else "spawn")) as pool:
         return pool.submit(_survives, function, *arguments).result()
 
 
@@ -471,14 +449,23 @@ def check(paper: Measured, ours: Measured) -> str:
     return f"An item's embeddings by the two sides are {off:.0e} apart at most, two items' {nearest:.0e} at least"
 
 
-def compare_steps(setting: Setting, peak_tflops: float, console: Console) -> None:
-    paper = fresh(measure_paper, setting)
+def measure_steps(setting: Setting) -> dict[str, tuple[int, Measured | None]]:
+    """Return by name of a row a pair's negatives on each side, and what was measured; None: memory ran out."""
     plain = fresh(measure_ours, setting, 0)
-    rows = {"LLaVE": (MICRO_BATCH - 1, paper), "ours, no graph kept": (setting.pairs - 1, plain)}
-    items = list(batch_of(setting.config("sdpa"), setting.pairs).items.values())
+    rows = {
+        "LLaVE": (MICRO_BATCH - 1, fresh(measure_paper, setting)),
+        "ours, no graph kept": (setting.pairs - 1, plain),
+    }
     if plain and plain.most_cached:
         name = f"ours, {plain.most_cached} graphs of {plain.chunks} kept"
         rows[name] = (setting.pairs - 1, fresh(measure_ours, setting, plain.most_cached))
+    return rows
+
+
+def compare_steps(setting: Setting, peak: float | None, console: Console) -> None:
+    rows = measure_steps(setting)
+    (_, paper), (_, plain), *_ = rows.values()
+    items = list(batch_of(setting.config("sdpa"), setting.pairs).items.values())
     table = Table(
         *("", "negatives", "seconds", "samples/s", "tokens/s", "ratio", "MFU", "peak, GB", "ratio"),
         title=f"a step of {setting.model}{' with LoRA' if BACKBONES[setting.model].lora else ''}, "
@@ -492,7 +479,7 @@ def compare_steps(setting: Setting, peak_tflops: float, console: Console) -> Non
             *(name, str(negatives), f"{row.seconds:.2f}", f"{setting.pairs / row.seconds:.2f}"),
             f"{tokens_of(items) / row.seconds:,.0f}",
             f"{paper.seconds / row.seconds:.2f}" if paper else "",
-            f"{row.flops / row.seconds / (peak_tflops * 1e12):.1%}",
+            f"{row.flops / row.seconds / (peak * 1e12):.1%}" if peak else "",
             f"{row.peak / 1e9:.1f}",
             f"{row.peak / paper.peak:.2f}" if paper else "",
         )
@@ -549,9 +536,6 @@ def main() -> None:
         + ", ".join(f"{name}: {each.chunk_tokens}" for name, each in BACKBONES.items())
         + "; 1024 in a dry run)",
     )
-    parser.add_argument(
-        "--peak-tflops", type=float, default=989, metavar="T", help="the GPU's, dense bf16 (989: that of an H100 SXM)"
-    )
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     arguments = parser.parse_args()
     names = arguments.models.split(",")
@@ -566,12 +550,13 @@ def main() -> None:
         os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     console = Console(width=120)
     device = "the CPU, tiny shapes" if dry else torch.cuda.get_device_name()
+    peak = None if dry else peak_tflops(device)
     console.print(f"{device}; torch {torch.__version__}", highlight=False)
     for name in names:
         tokens = arguments.chunk_tokens or (1024 if dry else BACKBONES[name].chunk_tokens)
         setting = Setting(name, pairs, rounds, tokens, dry)
         with console.status(name):
-            compare_steps(setting, arguments.peak_tflops, console)
+            compare_steps(setting, peak, console)
             compare_attention(setting, console)
 
 

@@ -151,8 +151,10 @@ def proc_bytes(file: str, field: str) -> int:
     return next(int(value.split()[0]) * 1024 for name, _, value in lines if name == field)
 
 
-def in_new_process(loss: Callable[[Tensor, Tensor], Tensor], rows: int, dim: int, device: torch.device) -> Measured:
-    context = get_context("spawn")
+def in_new_process(
+    loss: Callable[[Tensor, Tensor], Tensor], rows: int, dim: int, device: torch.device, method: str
+) -> Measured:
+    context = get_context(method)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, loss, rows, dim, device))
     process.start()
@@ -178,13 +180,13 @@ def median(rounds: list[Measured]) -> Measured:
     return Measured(True, int(size), seconds, rounds[0].loss, rounds[0].gradient_norm)
 
 
-def compare(peer: str, rows: int, dim: int, rounds: int, device: torch.device) -> list[str]:
-    """Return a row of the table. Raises PipelineError if ours and theirs disagree."""
+def compare(peer: str, rows: int, dim: int, rounds: int, device: torch.device, method: str = "spawn") -> list[str]:
+    """Return a row of the table. Raises PipelineError if ours and theirs disagree.  method: of starting processes."""
     sides = ([], [])
     for number in tqdm(range(rounds), desc=f"B={rows}, {peer}", leave=False):
         for side in (0, 1) if number % 2 == 0 else (1, 0):
             if not sides[side] or sides[side][-1].fits:
-                sides[side].append(in_new_process(PEERS[peer][side], rows, dim, device))
+                sides[side].append(in_new_process(PEERS[peer][side], rows, dim, device, method))
     ours, theirs = map(median, sides)
     agreement = "not compared"
     if ours.fits and theirs.fits:

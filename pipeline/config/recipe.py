@@ -333,6 +333,15 @@ class Checkpoint(Section):
     keep: int = Field(2, gt=0, description="how many of the newest to keep, besides the best")
 
 
+class Profile(Section):
+    step: int = Field(gt=0, description="the first step to profile; after the first ten, which also warm up")
+    steps: int = Field(3, gt=0, le=10, description="how many; a trace of a step may have a hundred MB in memory")
+
+    @property
+    def last(self) -> int:
+        return self.step + self.steps - 1
+
+
 class Recipe(Section):
     # The schema is built when a recipe is first read, because the families' sections use classes of this module.
     model_config = ConfigDict(defer_build=True)
@@ -351,6 +360,7 @@ class Recipe(Section):
     optimizer: Optimizer
     checkpoint: Checkpoint
     evaluation: Evaluation | None = None
+    profile: Profile | None = Field(None, description="write a trace of some steps to RUN/profile; its fields:")
     ledger: bool = Field(False, description="write the sample keys of every step to RUN/ledger")
     timeout_minutes: float = Field(
         15, ge=0.01, le=7 * 24 * 60, description="a collective that waits longer ends the job"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.data.source import Source
     from pipeline.models.chunks import Features, Frozen
     from pipeline.models.files import Tensors
+    from pipeline.models.flops import StepFlops
 
 S = TypeVar("S", bound=ModelSection)
 
@@ -188,6 +189,13 @@ class TrainingInterface(ABC, Generic[S]):
     def memory(self, recipe: Recipe, videos: bool) -> ModelMemory:
         """Return the input of a memory estimate.  videos: chunks are full of videos instead of images."""
         raise NotImplementedError
+
+    def flops(self, model: "nn.Module", frozen: "Frozen | None") -> "StepFlops | None":
+        """Return what counts the FLOPs of a step, or None if they are unknown.
+
+        model: the one that `load` or `empty` returned, as it is trained.  frozen: the part outside the engine.
+        """
+        return None
 
     def frozen(self, recipe: Recipe, path: str, device: "torch.device") -> "Frozen | None":
         """Load the frozen part outside the engine, or return None. It is called before the engine is created."""

@@ -13,6 +13,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.source import Source
 from pipeline.models.chunks import Chunk, Features, run_chunk
 from pipeline.objectives import OBJECTIVES
+from pipeline.phases import phase
 
 
 class Cut(Protocol):
@@ -27,12 +28,13 @@ class StepResult(ABC):
     """A step's result.
 
     grad_norm: before clipping.  tokens: of this rank's items.  largest_chunk: tokens of its largest chunk, as the
-    budget counts them.
+    budget counts them.  logits: tokens for which this rank computed the vocabulary's logits.
     """
 
     grad_norm: float
     tokens: int
     largest_chunk: int
+    logits: int = 0
 
     @abstractmethod
     def metrics(self, batch: Batch) -> tuple[dict, dict]:
@@ -126,10 +128,11 @@ def optimizer_step(engine: DeepSpeedEngine, lr: float) -> float:
 
     lr: default learning rate, for parts without their own.
     """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-    norm = None
-    if isinstance(engine.optimizer, torch.optim.Optimizer):  # ZeRO 0 in fp32: DeepSpeed does not record the norm
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    engine.step()
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    with phase("optimizer"):
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        norm = None
+        if isinstance(engine.optimizer, torch.optim.Optimizer):  # ZeRO 0 in fp32: DeepSpeed does not record the norm
+            norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        engine.step()
+        return float(engine.get_global_grad_norm() if norm is None else norm)

@@ -64,13 +64,16 @@ class Meter:
         get_accelerator().reset_peak_memory_stats()
         self._base = get_accelerator().memory_allocated()
 
+    def peak(self) -> int:
+        """Return this rank's peak in bytes: allocated since `start` on a GPU; on a CPU resident, since its begin."""
+        if self._cpu:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        return int(get_accelerator().max_memory_allocated())
+
     def stop(self, largest_chunk: int, items: int) -> tuple[Memory, int, int]:
         """Return the memory since `start`, largest_chunk (tokens) and items, all as maxima over ranks. Collective."""
-        accelerator = get_accelerator()
-        if self._cpu:
-            peak, others = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, 0
-        else:
-            peak = accelerator.max_memory_allocated()
+        accelerator, peak, others = get_accelerator(), self.peak(), 0
+        if not self._cpu:
             free, total = torch.cuda.mem_get_info()
             # CUDA's context, NCCL's buffers and other processes: not available to the allocator.
             others = total - free - torch.cuda.memory_reserved()

@@ -43,7 +43,10 @@ def evaluation_of(run: Path, step: int) -> Report | None:
 
 def check_writable(run: Path) -> None:
     """Raise PipelineError unless the run directory, which is created if missing, and its contents are writable."""
-    for folder in (run, *(run / name for name in ("checkpoints", "evaluation", "ledger", "tensorboard"))):
+    for folder in (
+        run,
+        *(run / name for name in ("checkpoints", "evaluation", "ledger", "profile", "ranks", "tensorboard")),
+    ):
         with disk_errors(folder):
             if folder == run:
                 folder.mkdir(parents=True, exist_ok=True)

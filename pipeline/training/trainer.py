@@ -21,7 +21,7 @@ from pipeline.data.lengths import Lengths
 from pipeline.data.order import Order
 from pipeline.data.source import Source
 from pipeline.data.stream import batches
-from pipeline.distributed import all_gather_constant, on_first_rank, start_distributed
+from pipeline.distributed import on_first_rank, start_distributed
 from pipeline.errors import PipelineError, disk_errors
 from pipeline.evaluation import sets
 from pipeline.evaluation.encode import embed_collection
@@ -36,8 +36,9 @@ from pipeline.models.compact import smaller_forms
 from pipeline.models.family import Processor
 from pipeline.models.registry import saved, training_of
 from pipeline.objectives.objective import StepResult, objective_of
+from pipeline.phases import phase, take_seconds
 from pipeline.storage.atomic import write_file
-from pipeline.training import checkpoint, resume
+from pipeline.training import checkpoint, profiler, resume
 from pipeline.training.budget import MEMORY, NOTE, Budget, Meter, out_of_memory_noted, record_of, restored_budget
 from pipeline.training.conditions import check, conditions_of_run
 from pipeline.training.engine import build_engine, learning_rate, load_frozen, set_hyperparameters
@@ -46,8 +47,11 @@ from pipeline.training.initial import check_sizes, initial_model
 from pipeline.training.monitor import Monitor, StepLog, evaluation_of
 from pipeline.training.partitions import check_nodes
 from pipeline.training.preemption import Preemption
+from pipeline.training.profiler import Profiler
 from pipeline.training.saving import Saver
+from pipeline.training.speed import Speed
 from pipeline.training.universal import for_this_world
+from pipeline.training.watchdog import Watchdog, record_collectives
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "webdataset")
 
@@ -90,6 +94,7 @@ class Trainer:
         objective_of(recipe).check_data(recipe, self.source)
         lengths = self.family.lengths(recipe)
         self.order, self.steps = plan(recipe, self.source, lengths, world)
+        profiler.check(recipe.profile, self.steps)
         self.ds_config = load_ds_config(recipe, world)
         self.family.check_stage(self.ds_config["zero_optimization"]["stage"])
         check_nodes(self.ds_config["zero_optimization"], int(os.environ.get("LOCAL_WORLD_SIZE", world)))
@@ -109,6 +114,7 @@ class Trainer:
         """Start the process group, and load the model, its frozen part and the engine."""
         recipe, minutes = self.recipe, self.recipe.timeout_minutes
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the loader's forks
+        record_collectives(self.folder)
         self.device = start_distributed(minutes)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.start = resume.choose(self.checkpoints, self.conditions)
@@ -128,39 +134,54 @@ class Trainer:
         self.processor = self.family.processor(recipe, self.model_path)
         self.frozen = load_frozen(recipe, self.model_path, self.device)
         self.engine = build_engine(recipe, self.ds_config, self.model_path)
+        flops = self.family.flops(self.engine.module, self.frozen)
+        self.speed = Speed(recipe.batch.global_batch, flops, recipe.precision)
 
     def train(self) -> bool:
         """Take the remaining steps and return True, or return False if a rank is asked to stop. All steps are saved."""
-        done = self._restore()
+        with Watchdog(self.folder, dist.get_rank(), dist.get_world_size(), self.recipe.timeout_minutes):
+            return self._train()
+
+    def _train(self) -> bool:
+        with phase("restore", 0):
+            done = self._restore()
         with self.monitor, self.preemption.steps(), self.saver:
             if self.monitor.leads:
                 status.note(self.folder, "running", step=done, steps=self.steps)
             if self._evaluation_is_due(done) and self._evaluation_is_missing(done):
-                self._evaluate(done)
+                with phase("evaluation", done):
+                    self._evaluate(done)
             if asked := self.preemption.asked():
                 self.monitor.stopped(asked)
                 return False
             stream = self._batches(range(done, self.steps))
             for step in range(done, self.steps):
-                began = time.perf_counter()
-                batch = next(stream)
-                waited = time.perf_counter() - began
-                result, lr = self._step(step, batch)
                 done = step + 1
-                self._report(done, batch, result, lr, began, waited)
+                with self.profiler.step(done):
+                    began = time.perf_counter()
+                    with phase("data", done):
+                        batch = next(stream)
+                    waited = time.perf_counter() - began
+                    result, lr = self._step(step, batch)
+                    with phase("report"):
+                        self._report(done, batch, result, lr, began, waited)
                 self.saver.raise_failure()
                 asked, evaluates = self.preemption.asked(), self._evaluation_is_due(done)
                 # Also save before an evaluation: if that is interrupted, the next start repeats it.
                 if asked or evaluates or done == self.steps or done % self.recipe.checkpoint.every == 0:
-                    self._save(done)
+                    with phase("checkpoint"):
+                        self._save(done)
                 if evaluates and not asked:
-                    self._evaluate(done)
+                    with phase("evaluation"):
+                        self._evaluate(done)
                     asked = self.preemption.asked()
                 if asked:
-                    self._finish_save()
+                    with phase("checkpoint"):
+                        self._finish_save()
                     self.monitor.stopped(asked)
                     return False
-            self._finish_save()
+            with phase("checkpoint"):
+                self._finish_save()
         return True
 
     def finish(self) -> None:
@@ -184,6 +205,7 @@ class Trainer:
         self.budget = self._restored_budget(state.get("budget"))
         done = int(state["step"])
         self.saver = Saver(self.engine, self.checkpoints, self.conditions, self.recipe.checkpoint.keep)
+        self.profiler = Profiler(self.recipe.profile, self.folder, dist.get_rank())
         self.monitor = Monitor(self.folder, dist.get_rank(), done, self.steps, ledger=self.recipe.ledger)
         return done
 
@@ -223,8 +245,8 @@ class Trainer:
     def _step(self, step: int, batch: Batch) -> tuple[StepResult, float]:
         lr = learning_rate(step, self.steps, self.recipe.optimizer)
         features = CachedFeatures(self.frozen, self.recipe.batch.features_mb << 20) if self.frozen else None
-        if measuring := not self.budget.is_fixed:
-            self.meter.start()
+        measuring = not self.budget.is_fixed
+        self.meter.start()
         with out_of_memory_noted(self.folder, step + 1, self.budget, self.budget_conditions):
             result = self.objective.step(self.engine, batch, self.budget, step, lr=lr, features=features)
         if measuring:
@@ -245,18 +267,9 @@ class Trainer:
         metrics = place | {"loss": metrics["loss"], "grad_norm": result.grad_norm, "lr": lr} | metrics
         if metrics["valid"] < global_batch:
             self._gather_bad(done, batch)
-        tokens, heaviest, received, waited = _over_ranks(result, batch, waited)
+        speed = self.speed.of_step(result, batch, began, waited, self.meter.peak(), take_seconds())
         self.bad_samples += global_batch - metrics["valid"]
         self._require_progress(metrics)
-        seconds = time.perf_counter() - began
-        speed = {
-            "seconds": seconds,
-            "waiting_for_data": waited,
-            "samples_per_second": global_batch / seconds,
-            "tokens_per_second": tokens / seconds,
-            "heaviest_rank": heaviest,
-            "read_mb_per_second": received / 1e6 / seconds,
-        }
         self.monitor.step(metrics, speed, histograms)
 
     def _gather_bad(self, step: int, batch: Batch) -> None:
@@ -358,11 +371,3 @@ class Trainer:
             number = path.stem.removeprefix("rank")
             if number.isdecimal() and int(number) >= self.world:
                 StepLog(path, step)
-
-
-def _over_ranks(result: StepResult, batch: Batch, waited: float) -> tuple[float, float, float, float]:
-    """Return (sum of tokens, largest rank's tokens / mean, sum of bytes read, longest wait for data in seconds)."""
-    device = get_accelerator().current_device_name()
-    ours = torch.tensor([[result.tokens, batch.received, waited]], device=device)
-    tokens, received, waits = all_gather_constant(ours).double().cpu().T
-    return float(tokens.sum()), float(tokens.max() / tokens.mean()), float(received.sum()), float(waits.max())

@@ -12,13 +12,14 @@ from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths, Square
 from pipeline.models import loading
-from pipeline.models.chunks import Features
+from pipeline.models.chunks import Features, Frozen
 from pipeline.models.clip import model as clip
 from pipeline.models.clip.config import ClipSection
 from pipeline.models.clip.model import Clip
 from pipeline.models.clip.processor import ClipTexts, load_config
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
+from pipeline.models.flops import StepFlops
 from pipeline.models.folder import note_images
 from pipeline.models.loading import DTYPES, image_reading, refuse_unknown
 from pipeline.models.two_tower import TwoTowerProcessor
@@ -55,6 +56,9 @@ class ClipTraining(TrainingInterface[ClipSection]):
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return Clip.load(path, DTYPES[recipe.precision])
+
+    def flops(self, model: nn.Module, frozen: Frozen | None) -> StepFlops | None:
+        return clip.step_flops(cast(Clip, model))
 
     def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         clip.save(cast(Clip, model), source, folder)

@@ -1,6 +1,6 @@
 """CLIP with both towers trained (arXiv 2103.00020), the baseline for LLM2CLIP."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,10 +14,12 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from pipeline.data.batch import Encoded
 from pipeline.models import loading
 from pipeline.models.chunks import Packed
 from pipeline.models.clip.config import ClipArchitecture
 from pipeline.models.clip.processor import load_config, text_of
+from pipeline.models.flops import StepFlops, Tower, attention_width, image_flops, per_row, trains
 from pipeline.models.folder import finish
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, image_processor
@@ -44,6 +46,20 @@ class Clip(TwoTower):
         end = torch.full((1,), cast(int, text_of(self.clip.config).eos_token_id), device=packed.input_ids.device)
         ids = pad_sequence([ids for ids, tiles in each if not tiles] or [end], batch_first=True)
         return self.clip.get_text_features(input_ids=ids).pooler_output
+
+
+def step_flops(model: Clip) -> StepFlops:
+    clip: Any = model.clip
+    image = image_flops(clip.vision_model, model.pixels.size, 1, clip.visual_projection)
+    text = Tower.of(clip.text_model, attention_width(text_of(clip.config)))
+    projection = per_row(clip.text_projection, inputs=trains(clip.text_model))
+
+    def flops(items: Sequence[Encoded], _: int) -> float:
+        texts = (len(item.input_ids) for item in items if not item.images)
+        told = sum(text.flops(tokens, causal=True) + projection for tokens in texts)
+        return told + image * sum(len(each.tiles) for item in items for each in item.images)
+
+    return flops
 
 
 def build(architecture: ClipArchitecture, texts: Iterable[str], seed: int, folder: Path) -> None:

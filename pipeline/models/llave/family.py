@@ -17,9 +17,11 @@ from pipeline.models.attention import fastest
 from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import ChunkMemory, ModelMemory, Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
+from pipeline.models.flops import StepFlops
 from pipeline.models.folder import finish, note_images
 from pipeline.models.llave import checks, weights
 from pipeline.models.llave.config import LlaveSection
+from pipeline.models.llave.flops import step_flops
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import FrozenTower, Llave, TowerlessLlave, build, check_language_model
@@ -105,6 +107,10 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
 
     def load_whole(self, recipe: Recipe, path: str) -> nn.Module:
         return Llave.load(path, DTYPES[recipe.precision], **self._own(recipe))
+
+    def flops(self, model: nn.Module, frozen: Frozen | None) -> StepFlops | None:
+        llave = cast(Llave, model)
+        return step_flops(llave, cast(FrozenTower, frozen).vision_tower if frozen else llave.vision_tower)
 
     def frozen(self, recipe: Recipe, path: str, device: torch.device) -> Frozen | None:
         if self.section(recipe).train.vision_tower:

@@ -20,6 +20,7 @@ from pipeline.models.attention import choose, head_size
 from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors, fetched, fingerprint
+from pipeline.models.flops import StepFlops
 from pipeline.models.folder import note_images
 from pipeline.models.llm2clip import model as llm2clip
 from pipeline.models.llm2clip.config import Llm2ClipSection
@@ -115,6 +116,9 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         model = Llm2Clip.load(path, DTYPES[recipe.precision], width, recipe.seed, section.dimension)
         model.pads = not recipe.data.text_embeddings and SAVED_TEXT_ENCODER.pads(section.text_encoder, attention)
         return model
+
+    def flops(self, model: nn.Module, frozen: Frozen | None) -> StepFlops | None:
+        return llm2clip.step_flops(cast(Llm2Clip, model), cast(FrozenTextEncoder | None, frozen))
 
     def frozen(self, recipe: Recipe, path: str, device: torch.device) -> Frozen | None:
         return None if recipe.data.text_embeddings else self._text_encoder(recipe, device)

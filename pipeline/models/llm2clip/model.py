@@ -7,6 +7,7 @@ adapter.safetensors and llm2clip.json; and the text encoder in text_encoder/.
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +16,16 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from pipeline.data.batch import Encoded
 from pipeline.errors import PipelineError
 from pipeline.models import released
 from pipeline.models.chunks import Packed, sent
 from pipeline.models.files import Tensors, fetched, read_json, read_tensors, survey
+from pipeline.models.flops import StepFlops, image_flops, known, per_row, trains
 from pipeline.models.folder import finish, share, write_card
 from pipeline.models.loading import config_dict, reading
+from pipeline.models.text_encoder.model import FrozenTextEncoder
+from pipeline.models.text_encoder.model import step_flops as text_flops
 from pipeline.models.text_encoder.sentence import MODULES
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, VisionEncoder
@@ -105,6 +110,26 @@ class Llm2Clip(TwoTower):
             vectors = [nothing if vector is None else torch.from_numpy(vector) for vector, tiles in given if not tiles]
             features = sent(torch.stack(vectors or [nothing]), packed.input_ids.device)
         return self.adapter(features)
+
+
+def step_flops(model: Llm2Clip, frozen: FrozenTextEncoder | None) -> StepFlops | None:
+    """Return what counts a step's FLOPs; None if they are unknown.  frozen: the text encoder that runs in each step."""
+    vision, size = model.vision, model.pixels.size
+    if not known(vision):
+        return None
+    patch = next(each for each in vision.modules() if isinstance(each, nn.Conv2d)).stride[0]
+    image = image_flops(vision.tower, size, vision.tokens - (size // patch) ** 2)
+    adapter = per_row(model.adapter, inputs=trains(model.adapter))
+    encoder = text_flops(frozen.model) if frozen else lambda *_: 0.0
+    if encoder is None:
+        return None
+
+    def flops(items: Sequence[Encoded], logits: int) -> float:
+        texts = [item for item in items if not item.images]
+        images = image * sum(len(each.tiles) for item in items for each in item.images)
+        return images + adapter * len(texts) + encoder(texts, logits)
+
+    return flops
 
 
 def width_of(path: str) -> int | None:

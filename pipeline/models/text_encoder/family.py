@@ -17,9 +17,10 @@ from pipeline.data.sample import Draw, Pair
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.models.attention import fastest
-from pipeline.models.chunks import Features
+from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
+from pipeline.models.flops import StepFlops
 from pipeline.models.loading import DTYPES, config_dict
 from pipeline.models.text_encoder import masked, sentence
 from pipeline.models.text_encoder import model as decoder
@@ -86,6 +87,9 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
     def empty(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return self._model.empty(path, attention)
 
+    def flops(self, model: nn.Module, frozen: Frozen | None) -> StepFlops | None:
+        return decoder.step_flops(model)
+
     def own_name(self, stored: str) -> str:
         return re.sub(r"^(model\.)?(?=layers\.|embed_tokens\.|norm\.)", "language_model.", stored)
 
@@ -110,6 +114,9 @@ class MaskedTraining(TextEncoderTraining):
         if pair.query.images or pair.query.video is not None:
             return pair.alone(pair.target, pair.target)
         return pair
+
+    def flops(self, model: nn.Module, frozen: Frozen | None) -> StepFlops | None:
+        return masked.step_flops(cast(MaskedLanguageModel, model))
 
     def own_name(self, stored: str) -> str:
         return "causal." + re.sub(r"^(?=layers\.|embed_tokens\.|norm\.)", "model.", stored)

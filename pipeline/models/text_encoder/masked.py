@@ -15,9 +15,11 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.chunks import Packed
+from pipeline.models.flops import StepFlops, per_row
 from pipeline.models.folder import finish, write_card
 from pipeline.models.lean import keep_less
 from pipeline.models.text_encoder.model import TextEncoder, check
+from pipeline.models.text_encoder.model import step_flops as model_flops
 from pipeline.models.text_encoder.processor import SETTINGS, begins_with, load_config
 
 _BLANK = "_"  # masks tokens if the tokenizer has no mask token, like those of Llama and Qwen2
@@ -76,6 +78,12 @@ class MaskedLanguageModel(TextEncoder):
         rows = torch.stack([costs, logits.argmax(dim=1) == targets], dim=1)
         owner = torch.searchsorted(segments.bounds, places, right=True) - 1
         return rows.new_zeros(len(packed.lengths), 2).index_add(0, owner, rows)
+
+
+def step_flops(model: MaskedLanguageModel) -> StepFlops | None:
+    decoder = model_flops(model)
+    head = per_row(model.causal.get_output_embeddings(), inputs=True)
+    return decoder and (lambda items, logits: decoder(items, logits) + head * logits)
 
 
 def _tokens(path: str, config: PreTrainedConfig) -> tuple[int, int]:

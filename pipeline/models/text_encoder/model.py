@@ -15,6 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.chunks import Chunk, Packed, pack, sent
+from pipeline.models.flops import StepFlops, Tower, attention_width, known
 from pipeline.models.folder import finish, write_card
 from pipeline.models.lean import keep_less
 from pipeline.models.loading import refuse_unknown
@@ -71,6 +72,15 @@ class TextEncoder(nn.Module):
             use_cache=False,
         ).last_hidden_state[0]
         return pooled(hidden, packed.lengths, packed.skipped)
+
+
+def step_flops(model: nn.Module) -> StepFlops | None:
+    """Return what counts the FLOPs of a TextEncoder or SentenceEncoder; None if they are unknown."""
+    transformer = cast(PreTrainedModel, model.language_model if isinstance(model, TextEncoder) else model.transformer)
+    if not known(transformer):
+        return None
+    tower = Tower.of(transformer, attention_width(transformer.config))
+    return lambda items, _: sum(tower.flops(len(item.input_ids)) for item in items)
 
 
 def pooled(hidden: torch.Tensor, lengths: tuple[int, ...], skipped: tuple[int, ...]) -> torch.Tensor:

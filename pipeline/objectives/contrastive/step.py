@@ -24,6 +24,7 @@ from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.loss import LossOutput
 from pipeline.objectives.contrastive.temperature import Temperature
 from pipeline.objectives.objective import Cut, Objective, StepResult, backward_chunks, optimizer_step
+from pipeline.phases import phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +87,18 @@ class Contrastive(Objective):
         all_with_images, padded = not self._recipe.model.texts_train, engine.module.pads
         chunks = plan_chunks(items, cut.chunk_tokens, engine.device, padded=padded, all_with_images=all_with_images)
         cached, recomputed = chunks[: cut.kept_chunks], chunks[cut.kept_chunks :]
-        graphs = [run_chunk(engine, chunk, features) for chunk in cached]
-        with torch.no_grad():
-            parts = graphs + [run_chunk(engine, chunk, features) for chunk in recomputed]
-        embeddings = in_order(chunks, parts, len(items)).requires_grad_()
-        alpha = self._objective.alpha_at(step)
-        output = contrastive_loss(embeddings, batch, self._recipe, self.temperature.of(batch.tasks), alpha)
-        gradient = self.temperature.gradient(output.loss, embeddings)
+        with phase("first_pass"):
+            graphs = [run_chunk(engine, chunk, features) for chunk in cached]
+            with torch.no_grad():
+                parts = graphs + [run_chunk(engine, chunk, features) for chunk in recomputed]
+            embeddings = in_order(chunks, parts, len(items)).requires_grad_()
+        with phase("loss"):
+            alpha = self._objective.alpha_at(step)
+            output = contrastive_loss(embeddings, batch, self._recipe, self.temperature.of(batch.tasks), alpha)
+            gradient = self.temperature.gradient(output.loss, embeddings)
         del parts
-        backward_chunks(engine, cached, graphs, recomputed, gradient, features)
+        with phase("second_pass"):
+            backward_chunks(engine, cached, graphs, recomputed, gradient, features)
         norm = optimizer_step(engine, lr)
         learned = self.temperature.learned()  # waits for the device, and so is not read before all work is queued
         self.temperature.step(lr)

@@ -20,6 +20,7 @@ from pipeline.objectives.masked_tokens import masks
 from pipeline.objectives.masked_tokens.config import MaskedNextTokenSection
 from pipeline.objectives.masked_tokens.masks import mask, to_predict
 from pipeline.objectives.objective import Cut, Objective, StepResult, backward_chunks, optimizer_step
+from pipeline.phases import phase
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class MaskedNextToken(Objective):
         # DeepSpeed averages gradients over ranks; `world` turns the mean into a sum.
         by_cost = occurring * world / divisor
         gradient = torch.stack([by_cost, torch.zeros_like(by_cost)], dim=1).float()
-        rows = in_order(chunks, backward_chunks(engine, [], [], chunks, gradient, to_predict), len(texts))
+        with phase("pass"):
+            rows = in_order(chunks, backward_chunks(engine, [], [], chunks, gradient, to_predict), len(texts))
         norm = optimizer_step(engine, lr)
         sums = occurring @ rows.double()
         dist.all_reduce(sums)
@@ -82,6 +84,7 @@ class MaskedNextToken(Objective):
             grad_norm=norm,
             tokens=sum(len(text.input_ids) for text in texts),
             largest_chunk=max(chunk.size for chunk in chunks),
+            logits=sum(len(text.places) for text in texts),
             loss=cost,
             masked_tokens=int(masked_tokens),
             accuracy=right if masked_tokens else None,
