@@ -17,9 +17,11 @@ _ATTENTION = {(False, True): 370e12, (True, True): 290e12, (False, False): 430e1
 
 def flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
     """FLOPs of a matmul, a convolution or SDPA; 0 for any other operator. Causal attention computes a half."""
-    if func._overloadpacket not in flop_registry:
+    packet = func._overloadpacket
+    counts = flop_registry.get(torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet)
+    if counts is None:
         return 0
-    count = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+    count = counts(*args, **kwargs, out_val=out)
     given = {x.name: value for x, value in zip(func._schema.arguments, args, strict=False)} | kwargs
     return int(count) // (2 if given.get("is_causal") else 1)
 
