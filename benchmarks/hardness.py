@@ -43,6 +43,7 @@ CLUSTER = 16  # samples in a cluster of neighbours
 COACH, PLAIN_COACH = "coach", "coach without hardness"
 COACH_SEED = 1000  # no run has it
 
+PLAIN = "alpha 9"  # LLaVE's loss, with which the others are compared
 REWARD = "objective.reward=teacher"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "alpha 0": ("objective.alpha=0",),
@@ -198,17 +199,26 @@ def scores_of(reports: list[dict[int, Report]]) -> tuple[list[int], np.ndarray]:
 
 
 def table(study: Study) -> str:
-    """Return Precision@1 over the steps as a Markdown table: mean ± standard deviation over the seeds."""
+    """Return Precision@1 over the steps as a Markdown table: mean ± standard deviation over the seeds.
+
+    The last step's is also compared with PLAIN's, seed by seed: the same initial weights, samples and order.
+    """
     lines: list[str] = []
+    plain = scores_of(reports_of(study, PLAIN))[1][:, -1]
     for name in VARIANTS:
         reports = reports_of(study, name)
         steps, scores = scores_of(reports)
         if not lines:
-            lines.append("| | " + " | ".join(f"{step} steps" for step in steps[1:]) + " | overlap |")
-            lines.append("|---|" + "---:|" * len(steps))
-        cells = [f"{of.mean():.1f} ± {of.std(ddof=1) if len(of) > 1 else 0:.1f}" for of in scores.T[1:]]
+            lines.append("| | " + " | ".join(f"{step} steps" for step in steps[1:]) + f" | minus {PLAIN} | overlap |")
+            lines.append("|---|" + "---:|" * (len(steps) + 1))
+        cells = [_spread(of) for of in scores.T[1:]]
+        cells.append("" if name == PLAIN else _spread(scores[:, -1] - plain))
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {_overlap(reports, steps[-1]):.2f} |")
     return "\n".join(lines)
+
+
+def _spread(of: np.ndarray) -> str:
+    return f"{of.mean():.1f} ± {of.std(ddof=1) if len(of) > 1 else 0:.1f}"
 
 
 def _overlap(reports: list[dict[int, Report]], step: int) -> float:
@@ -218,7 +228,10 @@ def _overlap(reports: list[dict[int, Report]], step: int) -> float:
 
 
 def draw(study: Study, path: Path) -> None:
-    """Draw Precision@1 over the steps, a panel for each of PANELS, and below it the similarities of four variants."""
+    """Draw Precision@1 over the steps, a panel for each of PANELS, and below it the similarities of four variants.
+
+    The bands are from the lowest to the highest seed.
+    """
     matplotlib.rcParams["font.size"] = 8
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     axes = figure.subplots(2, len(PANELS), sharey="row")
@@ -228,10 +241,10 @@ def draw(study: Study, path: Path) -> None:
             (line,) = axis.plot(steps, scores.mean(axis=0), marker=".", label=name)
             axis.fill_between(steps, scores.min(axis=0), scores.max(axis=0), color=line.get_color(), alpha=0.15)
         axis.set(title=title, xlabel="steps")
-        axis.legend(fontsize=6.5, loc="upper left")
+        axis.legend(fontsize=6.5, loc="lower right")
     axes[0, 0].set_ylabel("Precision@1, %")
     middle = (BINS[1:] + BINS[:-1]) / 2
-    shown = ("alpha 0", "alpha 9", "alpha 9 by the coach", "alpha 9, distillation")
+    shown = ("alpha 0", PLAIN, "alpha 9 by the coach", "alpha 9 by the coach without hardness")
     for axis, name in zip(axes[1], shown, strict=True):
         reports = reports_of(study, name)
         last = [of[max(of)] for of in reports]
@@ -239,7 +252,7 @@ def draw(study: Study, path: Path) -> None:
         for kind, colour in (("positive", "#0072b2"), ("hardest_negative", "#d55e00")):
             counts = np.sum([getattr(each, kind) for each in results], axis=0)
             axis.fill_between(middle, counts / counts.sum(), step="mid", alpha=0.5, color=colour, label=kind)
-        axis.set(title=f"{name}: overlap {_overlap(reports, max(reports[0])):.2f}", xlabel="similarity")
+        axis.set(title=f"{name}\noverlap {_overlap(reports, max(reports[0])):.2f}", xlabel="similarity", xlim=(0, 1))
         axis.legend(["right answer", "hardest wrong one"], fontsize=6.5, loc="upper left")
     axes[1, 0].set_ylabel("share of queries")
     figure.savefig(path, dpi=150)
