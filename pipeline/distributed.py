@@ -191,9 +191,9 @@ def on_every_rank(work: Callable[[], None], done: Callable[[], int], show: Calla
         while not ended:
             futures.wait([future], timeout=_POLL_SECONDS)
             states: list[Any] = [None] * dist.get_world_size()
-            if future.done():
+            if own := future.done():  # asked once: what it raises must not be missed
                 future.result()
-            dist.all_gather_object(states, (future.done(), done()))
+            dist.all_gather_object(states, (own, done()))
             show(sum(count for _, count in states))
             ended = all(each for each, _ in states)
     finally:

@@ -3,8 +3,9 @@
 A step stops only until a copy of the states is in CPU memory. A thread of each rank then writes the rank's files, syncs
 them to disk and computes their checksums. The first rank's thread waits for the parts of all ranks, makes the
 checkpoint whole (see checkpoint.py) and removes old ones. The threads use no collectives, which would mix with those of
-training, but the process group's store. So a checkpoint also becomes whole during a long step, or an evaluation, or
-while other ranks fail. `Saver.finish` waits for it.
+training, but the process group's store. So a checkpoint also becomes whole during a long step or an evaluation. If
+training fails, a rank waits some minutes for it before it ends: a launcher then kills all others. `Saver.finish` waits
+for it.
 """
 
 import copy
@@ -16,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,14 +29,15 @@ from deepspeed.accelerator import get_accelerator
 from pydantic import TypeAdapter
 
 from pipeline.distributed import on_every_rank
-from pipeline.errors import PipelineError, disk_errors
+from pipeline.errors import PipelineError, disk_errors, is_out_of_memory
 from pipeline.jobs import limits
 from pipeline.storage.atomic import remove, remove_leftovers, sync_entry
 from pipeline.training import checkpoint, manifest
 from pipeline.training.manifest import File
 
 _POLL_SECONDS = 0.1
-_LATE_SECONDS = 10  # that a failed run waits for other ranks' parts, which began at the same time
+_LATE_SECONDS = 10  # that a failed run waits, at least, for other ranks' parts, which began at the same time
+_FAILED_SECONDS = 600  # that a failed run waits, at most, for the checkpoint being written
 _HOURS = 12  # that a checkpoint may take, after training has stopped to wait for it
 _SPARE = 2  # memory is used for copies if so many times of what they need is available
 
@@ -46,7 +49,7 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Writes the checkpoints of one run, one at a time. All ranks create one, and call `begin` and `finish` together.
 
-    As a context, it waits after an error for the checkpoint that is being written, as far as this rank can.
+    As a context, it waits after an error for the checkpoint that is being written, ten minutes at most.
 
     folder: of all checkpoints.
     conditions: by name, what must not change when the run resumes; see conditions.py. The number of processes is stored
@@ -72,8 +75,15 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._left_at = time.monotonic()
         if kind and self._part:
-            with suppress(Exception):  # the error that is already raised counts
-                self._part.result()
+            logger.info("training failed; waiting for the checkpoint that is being written")
+            try:
+                self._part.result(timeout=_FAILED_SECONDS)
+                if self.rank:
+                    self._store.wait([self._whole], timedelta(seconds=_FAILED_SECONDS))
+            except Exception as lost:  # the error that is already raised counts
+                logger.warning("that checkpoint is not whole: %s", lost)
+        elif self._part is None:
+            self._copies = _Copies()  # frees the memory before the export
         self._pool.shutdown(wait=False)
 
     def begin(self, step: int, state: dict) -> None:
@@ -100,6 +110,7 @@ class Saver:
                     exclude_frozen_parameters=True,  # they are in the initial model
                 )
             get_accelerator().synchronize()  # the copies
+        self._whole = f"{step}/whole"
         self._part = self._pool.submit(self._run, step, unfinished)
 
     def raise_failure(self) -> None:
@@ -115,6 +126,8 @@ class Saver:
         if self._part is None:
             return False
         on_every_rank(self._wait, lambda: 0, lambda _: None)
+        if self.rank == 0:
+            self._store.delete_key(self._whole)
         self._part = None
         return True
 
@@ -130,12 +143,18 @@ class Saver:
     def _copy(self, state_dict: Any, path: str) -> None:
         """In place of the checkpoint engine's `save`: copy a state for the thread, or write it if memory is short."""
         if self._copies.fit(state_dict):
-            self._files.append((self._copies.of(state_dict), path))
-        else:
-            self._write(state_dict, path)
+            try:
+                self._files.append((self._copies.of(state_dict), path))
+                return
+            except Exception as error:  # a driver may pin less memory than there is
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning("training stops while a checkpoint is written: %s", error)
+        self._write(state_dict, path)
 
     def _run(self, step: int, unfinished: Path) -> None:
         """Write this rank's part and, on the first rank, make the checkpoint whole. Runs in the thread."""
+        began = time.monotonic()
         try:
             with disk_errors(unfinished):
                 files = self._written(unfinished)
@@ -147,10 +166,11 @@ class Saver:
         if self.rank:
             self._store.set(f"{step}/{self.rank}", _Files.dump_json(files).decode())
             return
-        for part in self._parts(step):
+        for part in self._parts(step, max(time.monotonic() - began, _LATE_SECONDS)):
             files |= part
         with disk_errors(unfinished):
             self._make_whole(step, unfinished, files)
+        self._store.set(self._whole, "")
 
     def _written(self, unfinished: Path) -> dict[str, File]:
         """Write this rank's files to disk; return their sizes and checksums by name."""
@@ -167,12 +187,15 @@ class Saver:
 
         return manifest.sums(unfinished, ours, meanwhile=sync_ours)
 
-    def _parts(self, step: int) -> Iterator[dict[str, File]]:
-        """Wait for the other ranks' parts and return their files. Raises PipelineError if one fails."""
+    def _parts(self, step: int, patience: float) -> Iterator[dict[str, File]]:
+        """Wait for the other ranks' parts and return their files. Raises PipelineError if one fails.
+
+        patience: seconds to wait for them after training has ended.
+        """
         keys = [f"{step}/{rank}" for rank in range(1, self.world)]
         began = time.monotonic()
         while keys and not self._store.check(keys):
-            if time.monotonic() > max(began, self._left_at) + _LATE_SECONDS:
+            if time.monotonic() > max(began, self._left_at) + patience:
                 raise PipelineError("other ranks ended before their parts of the checkpoint were written")
             time.sleep(_POLL_SECONDS)
         for key in keys:
@@ -230,7 +253,7 @@ class _Copies:
         return False
 
     def of(self, state: Any) -> Any:
-        """Return a copy of dicts, lists, tensors and plain values, which torch.save writes with the same bytes.
+        """Return a copy of dicts, lists, tensors and plain values, which torch.save writes with the same bytes, but for the device.
 
         Tensors that share a storage share its copy. Copies from a GPU are complete after a synchronization.
         """

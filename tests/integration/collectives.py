@@ -30,6 +30,7 @@ from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, load_frozen
+from pipeline.training.saving import Saver
 
 LR = 0.1
 CUT = ("data.lanes=4", "batch.chunk_tokens=200", "batch.kept_chunks=0")
@@ -105,7 +106,9 @@ def compared(model: str, name: str, folder: Path, references: dict[tuple, Result
     with counted(counts), mock.patch.object(run.engine, "backward", wraps=run.engine.backward) as backward:
         ours.steps.append(run.step(1))
     ours.embeddings = run.embeddings()
-    checkpoint.save(run.engine, folder / name, 2, {}, {}, keep=1)
+    saver = Saver(run.engine, folder / name, {}, keep=1)
+    saver.begin(2, {})
+    saver.finish()
     ours.steps.append(run.step(2))
     ours.parameters = run.parameters()
     theirs = references.setdefault((stage, fields), ours)
