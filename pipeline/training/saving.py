@@ -253,7 +253,7 @@ class _Copies:
         return False
 
     def of(self, state: Any) -> Any:
-        """Return a copy of dicts, lists, tensors and plain values, which torch.save writes with the same bytes, but for the device.
+        """Return a copy of dicts, lists, tensors and plain values, with the same bytes by torch.save but the device.
 
         Tensors that share a storage share its copy. Copies from a GPU are complete after a synchronization.
         """
