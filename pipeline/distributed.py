@@ -78,6 +78,8 @@ def start_distributed(timeout_minutes: float) -> torch.device:
     store = _rendezvous(rank, world, min(max(timeout_minutes, least), most))
     limit = timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit, device_id=device_id)
+    # DeepSpeed makes groups without naming a limit, which then would be torch's.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = limit
     # Only tensor parallelism would use it. It compiles for a minute, uses 66 MB of /dev/shm a rank, and waits for ever
     # for a rank that was killed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -12,6 +12,5 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-set -- deepspeed=zero3_hpz.json "$@" # eight GPUs of a node hold all weights: see docs/clusters.md
 RECIPE=pipeline/recipes/llave_7b.yaml
 source slurm/launch.sh

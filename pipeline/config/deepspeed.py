@@ -165,8 +165,8 @@ def completed(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
         )
     zero = config["zero_optimization"]
     _check_zero(zero, recipe.precision, world_size)
-    if zero.get("zero_hpz_partition_size") == world_size:
-        del zero["zero_hpz_partition_size"]  # a single group: its second copy would equal the first
+    if zero.get("zero_hpz_partition_size", 0) >= world_size:
+        del zero["zero_hpz_partition_size"]  # one group of all: its partitions would equal the first ones
     return config
 
 

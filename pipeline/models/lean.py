@@ -2,7 +2,7 @@
 
 Modules are transformers' own with a changed class, so weights, their names and hooks stay the same. On the CPU and in
 fp32, outputs are transformers' bit for bit. In bf16 on a GPU, a fused kernel computes in float32 and rounds its result
-once, where transformers rounds after each operation.
+once, where transformers rounds after each operation; kernels.py says when they run.
 """
 
 from types import CodeType

@@ -38,7 +38,7 @@ def test_sdpa_passes_for_all_shapes(dtype):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_check_on_a_cpu_is_of_sdpa(precision):
-    assert found(precision) == ("green", "sdpa: 3 comparisons with float64")
+    assert found(precision) == ("green", "sdpa: 3 of 3 comparisons with float64")
 
 
 class NanBackward(torch.autograd.Function):
@@ -125,7 +125,7 @@ def test_wrong_attention_is_found(monkeypatch, wrong: Callable, name: str, preci
 def test_wrong_sdpa_is_a_warning_where_texts_use_another_kernel(monkeypatch):
     monkeypatch.setattr(checked, "choose", lambda *_: "varlen")
     monkeypatch.setitem(KINDS, "varlen", SDPA)
-    assert found() == ("green", "varlen: 6 comparisons with float64")
+    assert found() == ("green", "varlen: 6 of 6 comparisons with float64")
     monkeypatch.setitem(KINDS, "sdpa", with_nan)
     assert found()[0] == "yellow"
     monkeypatch.setitem(KINDS, "varlen", with_nan)

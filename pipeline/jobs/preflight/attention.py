@@ -2,6 +2,7 @@
 
 import time
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ _TOLERANCE = {torch.bfloat16: 2.0**-5, torch.float32: 2.0**-14}
 _LEAST = 0.1
 
 
-@check("attention", if_late="model.attention=sdpa needs no compiled extensions")
+@check("attention", if_late="model.attention=sdpa needs no compiled extensions", seconds=300)
 def attention(recipe: Recipe, place: torch.device, slurm: bool) -> Check:
     """Compare the attention that training will use, and SDPA, which vision towers use, with its definition."""
     wanted, dtype = recipe.model.attention, DTYPES[recipe.precision]
@@ -49,17 +50,24 @@ def attention(recipe: Recipe, place: torch.device, slurm: bool) -> Check:
         return yellow(f"{kind}, which runs on GPUs only", "there is no GPU here: check again on a node with GPUs")
     kind = choose(wanted, place.type, dtype)
     shapes = list(product(SHAPES if place.type == "cuda" else SHAPES[:1], LOOKS))
-    compared = 0
-    for each in dict.fromkeys((kind, "sdpa")):
-        began = time.monotonic()
+    kinds = list(dict.fromkeys((kind, "sdpa")))
+    compared, began = 0, time.monotonic()
+    for each in kinds:
         for shape, looks in shapes:
             if time.monotonic() - began > _SECONDS:
                 break
-            if wrong := error(each, shape, looks, dtype, place):
+            if wrong := _tried(each, shape, looks, dtype, place):
                 other = "another version, or set model.attention=sdpa" if each in KERNELS else "another torch"
                 return (red if each == kind else yellow)(f"{each}: {wrong}", f"install {other}")
             compared += 1
-    return green(f"{kind}: {compared} comparisons with float64")
+    return green(f"{kind}: {compared} of {len(kinds) * len(shapes)} comparisons with float64")
+
+
+def _tried(*arguments: Any) -> str:
+    try:
+        return error(*arguments)
+    except Exception as failed:  # a kernel can raise anything
+        return f"{type(failed).__name__}: {failed}"
 
 
 def error(kind: str, shape: Shape, looks: str, dtype: torch.dtype, place: torch.device) -> str:
