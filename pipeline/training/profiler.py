@@ -26,9 +26,9 @@ def check(profile: Profile | None, steps: int) -> None:
 class Profiler:
     """Writes RUN/profile/step-N/rankR.pt.trace.json.gz, which Perfetto and TensorBoard's profiler plugin open.
 
-    The trace holds the operators, on a GPU also the kernels, and the phases of each step as named ranges. It ends before
-    a checkpoint or an evaluation, which could have GBs of events. The rest of the steps to profile, also of a later
-    start, has a trace of its own, in a folder named by its first step.
+    The trace holds the operators, on a GPU also the kernels, and the phases of each step as named ranges. It ends
+    before a checkpoint or an evaluation, which could have GBs of events. The rest of the steps to profile, also of a
+    later start, has a trace of its own, in a folder named by its first step.
     """
 
     def __init__(self, profile: Profile | None, folder: Path, rank: int) -> None:
