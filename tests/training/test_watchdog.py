@@ -1,5 +1,6 @@
 """What ranks' notes say of a hang."""
 
+import ctypes
 import os
 import time
 from pathlib import Path
@@ -107,6 +108,20 @@ def test_stacks_are_written_and_the_rank_that_waits_reports(tmp_path, caplog):
     assert "hang_here" in stacks.read_text()
     found = Note.read(tmp_path / FOLDER, 0, start_id())
     assert found and (found.place, found.place.step, found.place.phase) == (here, 5, "loss")
+
+
+def call_that_holds_pythons_lock() -> None:
+    ctypes.PyDLL(None).usleep(500_000)
+
+
+def test_stacks_are_written_while_a_call_holds_pythons_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "_LOCKED", 0.05)
+    monkeypatch.setattr(watchdog.Watchdog, "_write_stacks", lambda self: None)
+    with Watchdog(tmp_path, 0, 1, 0.1 / 60):
+        deadline, stacks = time.monotonic() + HANG_SECONDS, tmp_path / FOLDER / "rank0.stacks"
+        while time.monotonic() < deadline and "call_that_holds" not in stacks.read_text():
+            call_that_holds_pythons_lock()
+    assert "call_that_holds_pythons_lock" in stacks.read_text()
 
 
 def test_long_evaluation_that_moves_is_no_hang(tmp_path, monkeypatch):
