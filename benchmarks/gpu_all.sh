@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that one GPU can show, in about ten minutes and without a network; benchmarks/gpu_parts.py lists the parts.
+# All that one GPU can show, in at most 19 minutes and without a network; benchmarks/gpu_parts.py lists the parts.
 #     bash benchmarks/gpu_all.sh [--dry-run] [TABLE.md]      from the repository's root
 # Writes Markdown for benchmarks/RESULTS.md to TABLE.md (gpu_all.md), and what the parts print to TABLE.md.log. A part
 # that fails, or exceeds its time, is named in the table, and the next one follows. --dry-run needs no GPU.
@@ -41,8 +41,8 @@ else
     for part in heading attention 0.5b 2b loss encode demo; do
         code=0
         timeout --kill-after=10 "$seconds" python benchmarks/gpu_parts.py "$part" >>"$out" 2>>"$out.log" || code=$?
-        if [ "$code" != 0 ]; then
-            status=1
+        [ "$code" = 0 ] || status=1
+        if [ "$code" != 0 ] && [ "$code" != 3 ]; then # with 3 its section says that it failed
             printf '### %s: ended with status %s (124: after %s s)\n\n' "$part" "$code" "$seconds" >>"$out"
         fi
     done

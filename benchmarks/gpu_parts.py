@@ -9,7 +9,7 @@
     demo        the demo's first steps in bf16 on the GPU beside fp32 on the CPU
 
 With --dry-run all parts but 2b run on the CPU with tiny shapes; their figures are meaningless. A part that fails says
-so in its section, and the others follow; the exit status is then 1.
+so in its section, and the others follow; the exit status is then 3.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,7 +51,7 @@ from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
 from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
-from pipeline.models.attention import choose, implementation
+from pipeline.models.attention import KERNELS, choose, implementation
 from pipeline.models.chunks import chunk_tokens_for, embed_chunks, plan_chunks
 from pipeline.models.llave.model import FrozenTower, TowerlessLlave
 from pipeline.training.memory import Plan
@@ -60,8 +59,8 @@ from pipeline.training.preemption import Preemption
 from pipeline.training.speed import peak_tflops
 from pipeline.training.trainer import Trainer
 
-OPTIONAL = ("flash_attn", "flash_attn_interface", "flash_attn_3")
 LOSS_PAIRS, LOSS_WIDTH = 32_768, 1024
+FAILED = 3  # the exit status if a section says that its part failed; benchmarks/gpu_all.sh then adds nothing
 DEMO_DATASETS = ("Scene-CLS", "Scene-VQA", "Scene-T2I", "Scene-I2T", "Scene-Ground")
 
 Rows = Iterable[Iterable[object]]
@@ -262,8 +261,8 @@ PARTS: dict[str, Callable[[bool], str]] = {
 
 def heading(dry: bool) -> str:
     device = "the CPU with tiny shapes: these figures are meaningless" if dry else torch.cuda.get_device_name()
-    missing = [name for name in OPTIONAL if find_spec(name) is None]
-    lacks = f"; not installed: {', '.join(missing)}" if missing else ""
+    missing = [f"{kind}: {reason}" for kind, kernel in KERNELS.items() if (reason := kernel.missing())]
+    lacks = f"; without {', '.join(missing)}" if missing else ""
     return f"## On {device}\n\ntorch {torch.__version__}, CUDA {torch.version.cuda}{lacks}\n"
 
 
@@ -288,7 +287,7 @@ def main() -> None:
             traceback.print_exc()
             said = (str(error).splitlines() or [""])[0]
             print(f"### {name}: failed\n\n{type(error).__name__}: {said}\n", flush=True)
-    sys.exit(failed)
+    sys.exit(FAILED if failed else 0)
 
 
 if __name__ == "__main__":

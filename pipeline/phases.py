@@ -19,7 +19,8 @@ _MOST_MARKS = 256  # kept, if nobody reads them; a step has about ten
 class Place:
     """Where this process is. All ranks enter the same phases in the same order.
 
-    count: phases entered so far.  step: its number, from 1.  since: Unix time in seconds at which it was entered.
+    count: phases entered or left so far.  step: its number, from 1.  since: Unix time
+    in seconds at which it was entered, or returned to.
     """
 
     count: int
@@ -28,19 +29,24 @@ class Place:
     since: float
 
 
-_place = Place(0, 0, "start", time.time())
+_place = Place(0, 0, "between phases", time.time())
 _marks: deque[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = deque(maxlen=_MOST_MARKS)
 
 
 @contextmanager
 def phase(name: str, step: int | None = None) -> Iterator[None]:
-    """Mark the code inside as a phase of the current step, or of `step`, which becomes the current one."""
+    """Mark the code inside as a phase of the current step, or of `step`, which becomes the current one.
+
+    The phase around it continues after it. If the code raises, the place stays: this is where the process failed.
+    """
     global _place
+    around = _place.phase
     _place = Place(_place.count + 1, _place.step if step is None else step, name, time.time())
     with record_function(name):
         began = _now()
         yield
         _marks.append((name, began, _now()))
+    _place = Place(_place.count + 1, _place.step, around, time.time())
 
 
 def place() -> Place:

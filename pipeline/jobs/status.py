@@ -184,9 +184,9 @@ def begin(run: Path) -> None:
     failures = before.failures if job and job == before.job else []
     for left in run.glob("failed-*.txt"):
         # That of this start is kept. An earlier start may have had the same id.
-        if left != _failure_file(run, _launch()) or _is_older_than_this_process(left):
+        if left != _failure_file(run, start_id()) or _is_older_than_this_process(left):
             left.unlink(missing_ok=True)
-    changes: dict[str, Any] = {"job": job, "start": start, "failures": failures, "launch": _launch()}
+    changes: dict[str, Any] = {"job": job, "start": start, "failures": failures, "launch": start_id()}
     replace(before, state=follows.state, trained=False, **changes).write(run)
 
 
@@ -217,7 +217,7 @@ def failures_noted(run: Path) -> Iterator[None]:
 
     Rank 0 writes status.json. Another rank writes a file beside it, if there is none yet.
     """
-    beside, is_first = _failure_file(run, _launch()), int(os.environ.get("RANK", 0)) == 0
+    beside, is_first = _failure_file(run, start_id()), int(os.environ.get("RANK", 0)) == 0
     try:
         yield
     except KeyboardInterrupt:
@@ -235,7 +235,7 @@ def failures_noted(run: Path) -> Iterator[None]:
         raise
 
 
-def _launch() -> str:
+def start_id() -> str:
     """The id of this start. All ranks compute the same one before they meet; two starts at one time differ."""
     if job := os.environ.get("SLURM_JOB_ID"):
         return f"{job}.{launch.restarts()}"

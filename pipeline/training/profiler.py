@@ -26,8 +26,9 @@ def check(profile: Profile | None, steps: int) -> None:
 class Profiler:
     """Writes RUN/profile/step-N/rankR.pt.trace.json.gz, which Perfetto and TensorBoard's profiler plugin open.
 
-    The trace holds the operators, on a GPU also the kernels, and the phases of each step as named ranges. A start that
-    resumes within the steps to profile writes the rest of them, in a folder named by the first.
+    The trace holds the operators, on a GPU also the kernels, and the phases of each step as named ranges. It ends
+    before a checkpoint or an evaluation, which could have GBs of events. The rest of the steps to profile, also of a
+    later start, has a trace of its own, in a folder named by its first step.
     """
 
     def __init__(self, profile: Profile | None, folder: Path, rank: int) -> None:
@@ -48,10 +49,12 @@ class Profiler:
         with record_function(f"ProfilerStep#{number}"):  # the plugin finds steps by this name
             yield
         if number == self._profile.last:
-            self._write()
+            self.end()
 
-    def _write(self) -> None:
-        assert self._trace
+    def end(self) -> None:
+        """End the trace, if one is recorded, and write it."""
+        if self._trace is None:
+            return
         self._trace.stop()
         path = self._folder / "profile" / f"step-{self._first:08d}" / f"rank{self._rank}.pt.trace.json.gz"
         with disk_errors(path):

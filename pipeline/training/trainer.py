@@ -169,6 +169,7 @@ class Trainer:
                 asked, evaluates = self.preemption.asked(), self._evaluation_is_due(done)
                 # Also save before an evaluation: if that is interrupted, the next start repeats it.
                 if asked or evaluates or done == self.steps or done % self.recipe.checkpoint.every == 0:
+                    self.profiler.end()
                     with phase("checkpoint"):
                         self._save(done)
                 if evaluates and not asked:

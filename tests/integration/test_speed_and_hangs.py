@@ -30,7 +30,7 @@ def recipe(tiny_model, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def run(recipe, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "profiled"
-    ended = launch(["-m", "pipeline.train", *recipe, f"run={run}", "profile={step: 2, steps: 2}"], world=2)
+    ended = launch(["-m", "pipeline.train", *recipe, f"run={run}", "profile={step: 2, steps: 3}"], world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
     return run
 
@@ -60,19 +60,21 @@ def test_metrics_have_no_times(run):
     assert not [name for name in names if "second" in name or "flops" in name or "memory" in name]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_profile_has_the_phases_of_the_steps_asked_for(rank, run):
-    content = json.loads(gzip.decompress((run / f"profile/step-00000002/rank{rank}.pt.trace.json.gz").read_bytes()))
+@pytest.mark.parametrize(("rank", "first", "last"), [(0, 2, 3), (1, 2, 3), (0, 4, 4)])
+def test_profile_has_the_phases_of_the_steps_asked_for_but_no_checkpoint(rank, first, last, run):
+    path = run / f"profile/step-{first:08d}/rank{rank}.pt.trace.json.gz"
+    content = json.loads(gzip.decompress(path.read_bytes()))
     ranges = [event for event in content["traceEvents"] if event.get("cat") == "user_annotation"]
     steps = sorted((event for event in ranges if event["name"].startswith("ProfilerStep#")), key=lambda e: e["ts"])
-    assert [event["name"] for event in steps] == ["ProfilerStep#2", "ProfilerStep#3"]
+    assert [event["name"] for event in steps] == [f"ProfilerStep#{n}" for n in range(first, last + 1)]
+    assert "checkpoint" not in {event["name"] for event in ranges}
     for step in steps:
         inside = [event for event in ranges if step["ts"] < event["ts"] < step["ts"] + step["dur"]]
         names = [event["name"] for event in sorted(inside, key=lambda e: e["ts"])]
         assert [name for name in names if name in (*PHASES, "data", "report")] == ["data", *PHASES, "report"]
     operators = {event["name"] for event in content["traceEvents"] if event.get("cat") == "cpu_op"}
     assert "aten::mm" in operators
-    assert len(list((run / "profile").rglob("*.gz"))) == 2
+    assert len(list((run / "profile").rglob("*.gz"))) == 4
 
 
 @pytest.mark.parametrize("how", ["sleep", "stop"])
@@ -84,9 +86,12 @@ def test_message_names_the_rank_that_hangs(how, recipe, tmp_path):
     # A stopped process may have written its last note a moment before.
     known = " is in step 3, optimizer, since " if how == "sleep" else " was last seen in step 3, "
     assert "timeout_minutes=10: rank 1 on " in said and known in said
-    assert ("its process has stopped" in said) == (how == "stop")
+    assert ("it has not written for" in said) == (how == "stop")
     assert ("at sleep_in_the_step (hanging.py:" in said) == (how == "sleep")
-    assert ". 1 of 2 ranks wait for it in step 3, optimizer, since " in said and ", in the collective all_" in said
+    assert (
+        ". 1 of 2 ranks wait for it, the furthest in step 3, optimizer, since " in said
+        and ", in the collective all_" in said
+    )
     assert "WARNING rank 0: waiting for " in ended.output  # before the limit, which NCCL leaves no time for
     status = Status.read(tmp_path)
     assert status.state == State.FAILED and "rank 1 on " in status.reason

@@ -163,8 +163,22 @@ def test_stored_vectors_cost_no_text_encoder(text_encoder, tmp_path):
     assert counted(model, items, None, 1000) == flops(items, 0)
 
 
+@pytest.mark.parametrize("demo", ["demo.yaml", "demo_clip.yaml"])
+def test_weights_partitioned_by_zero3_count_as_whole(demo, tmp_path):
+    recipe = load_recipe(demo)
+    model, _, flops = built(recipe, tmp_path)
+    items = llave_items(model) if demo == "demo.yaml" else two_tower_items(model)
+    for parameter in model.parameters():  # as DeepSpeed leaves them
+        parameter.ds_shape, parameter.ds_numel = parameter.shape, parameter.numel()
+        parameter.data = torch.empty(0)
+    partitioned = training_of(recipe).flops(model, None)
+    assert partitioned and partitioned(items, 0) == flops(items, 0) > 0
+
+
 def test_experts_are_not_counted():
     experts = nn.Module()
     experts.gate = nn.Parameter(torch.zeros(4, 8, 8))
+    assert not known(experts)
+    experts.gate.ds_shape, experts.gate.data = experts.gate.shape, torch.empty(0)
     assert not known(experts)
     assert known(nn.Linear(4, 4), nn.Embedding(4, 4), nn.Conv2d(3, 4, 2))

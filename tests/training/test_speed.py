@@ -49,9 +49,11 @@ def test_phases_are_timed_counted_and_placed():
     for step in (7, 8):
         with phase("data", step):
             time.sleep(0.01)
+        around = place().phase
         with phase("loss"):
             assert (place().step, place().phase) == (step, "loss")
-    assert place().count == before + 4
+        assert (place().step, place().phase) == (step, around) != (step, "loss")
+    assert place().count == before + 8
     seconds = take_seconds()
     assert list(seconds) == ["data", "loss"] and seconds["data"] >= 0.02 and seconds["loss"] > 0
     assert take_seconds() == {}

@@ -1,25 +1,31 @@
 """What ranks' notes say of a hang."""
 
+import ctypes
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from limits import HANG_SECONDS
 
 from pipeline.errors import PipelineError
+from pipeline.jobs.status import start_id
 from pipeline.phases import Place, phase, place
+from pipeline.training import watchdog
 from pipeline.training.watchdog import FOLDER, Note, Watchdog, record_collectives
 
 WORLD, MINUTES = 4, 10.0  # so there is a note every ten seconds
 WAITING = ("all_reduce (distributed_c10d.py:3000)", "all_reduce")
 
 
-def note(run: Path, rank: int, count: int, code: tuple[str, str] = WAITING, age: float = 0.0) -> None:
-    """Write a rank's note.  count: of phases, two in a step.  age: in seconds."""
+def note(
+    run: Path, rank: int, count: int, code: tuple[str, str] = WAITING, age: float = 0.0, still: float = 600.0
+) -> None:
+    """Write a rank's note.  count: of phases, two in a step.  age, still: in seconds."""
     (run / FOLDER).mkdir(exist_ok=True)
     where = Place(count, count // 2, ("loss", "optimizer")[count % 2], time.time())
-    Note(rank, f"node{rank // 2}", where, *code).write(run / FOLDER)
+    Note(rank, f"node{rank // 2}", start_id(), where, *code, still).write(run / FOLDER)
     written = time.time() - age
     os.utime(run / FOLDER / f"rank{rank}.json", (written, written))
 
@@ -33,16 +39,16 @@ def test_late_rank_is_named_with_its_step_and_phase(tmp_path):
         note(tmp_path, rank, 6 if rank == 2 else 7, ("read (socket.py:5)", "") if rank == 2 else WAITING)
     said = report(tmp_path)
     assert said.startswith("rank 2 on node1 is in step 3, loss, since ")
-    assert "at read (socket.py:5). 3 of 4 ranks wait for it in step 3, optimizer, since " in said
+    assert "at read (socket.py:5). 3 of 4 ranks wait for it, the furthest in step 3, optimizer, since " in said
     assert "in the collective all_reduce; " in said and "rank 0" not in said
 
 
 def test_stopped_process_is_named_even_if_it_had_arrived(tmp_path):
     for rank in range(WORLD):
-        note(tmp_path, rank, 7, age=100 if rank == 1 else 5)
+        note(tmp_path, rank, 7, age=100.2 if rank == 1 else 5)
     said = report(tmp_path)
     assert said.startswith("rank 1 on node0 was last seen in step 3, optimizer, since ")
-    assert "its process has stopped. 3 of 4 ranks wait" in said
+    assert ": it has not written for 95 s: stopped, or its file system hangs. 3 of 4 ranks wait" in said
 
 
 @pytest.mark.parametrize("code", [("sleep (x.py:1)", ""), ("all_gather (distributed_c10d.py:1)", "all_gather")])
@@ -63,7 +69,7 @@ def test_rank_without_a_readable_note_is_named(tmp_path):
         note(tmp_path, rank, 7)
     (tmp_path / FOLDER / "rank1.json").unlink()
     (tmp_path / FOLDER / "rank2.json").write_text('{"place": 3}')
-    assert report(tmp_path).startswith("rank 1 has no note, rank 2 has no note. 2 of 4 ranks wait for it in step 3")
+    assert report(tmp_path).startswith("rank 1 has no note, rank 2 has no note. 2 of 4 ranks wait for it, the ")
 
 
 def test_hang_of_all_and_of_many_ranks(tmp_path):
@@ -80,7 +86,7 @@ def test_hang_of_all_and_of_many_ranks(tmp_path):
 def test_note_is_never_half_written_over_a_longer_one(tmp_path):
     note(tmp_path, 0, 7, ("x" * 99, "y" * 50))
     note(tmp_path, 0, 8, ("x", ""))
-    found = Note.read(tmp_path / FOLDER, 0)
+    found = Note.read(tmp_path / FOLDER, 0, start_id())
     assert found and found.place.count == 8 and found.code == "x"
 
 
@@ -97,28 +103,92 @@ def test_stacks_are_written_and_the_rank_that_waits_reports(tmp_path, caplog):
         deadline, stacks = time.monotonic() + HANG_SECONDS, tmp_path / FOLDER / "rank0.stacks"
         while time.monotonic() < deadline and not (stacks.stat().st_size and "waiting for" in caplog.text):
             hang_here(0.05)
+        here = place()
     assert "rank 1 on node0 " in caplog.text and "rank 0 on" not in caplog.text
     assert "hang_here" in stacks.read_text()
-    found = Note.read(tmp_path / FOLDER, 0)
-    assert found and (found.place, found.place.step, found.place.phase) == (place(), 5, "loss")
+    found = Note.read(tmp_path / FOLDER, 0, start_id())
+    assert found and (found.place, found.place.step, found.place.phase) == (here, 5, "loss")
 
 
-def test_long_evaluation_is_no_hang(tmp_path, caplog):
-    note(tmp_path, 1, 0)
-    with phase("evaluation"), Watchdog(tmp_path, 0, 2, 0.1 / 60):
-        time.sleep(0.5)
-    assert "waiting for" not in caplog.text
+def call_that_holds_pythons_lock() -> None:
+    ctypes.PyDLL(None).usleep(500_000)
+
+
+def test_stacks_are_written_while_a_call_holds_pythons_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "_LOCKED", 0.05)
+    monkeypatch.setattr(watchdog.Watchdog, "_write_stacks", lambda self: None)
+    with Watchdog(tmp_path, 0, 1, 0.1 / 60):
+        deadline, stacks = time.monotonic() + HANG_SECONDS, tmp_path / FOLDER / "rank0.stacks"
+        while time.monotonic() < deadline and "call_that_holds" not in stacks.read_text():
+            call_that_holds_pythons_lock()
+    assert "call_that_holds_pythons_lock" in stacks.read_text()
+
+
+def test_long_evaluation_that_moves_is_no_hang(tmp_path, monkeypatch):
+    now, name = 1000.0, "evaluation"
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr(watchdog, "place", lambda: Place(7, 3, name, 0.0))
+    dog, still = Watchdog(tmp_path, 0, 2, MINUTES), []
+    for now, code in ((1010.0, "encode"), (1900.0, "encode"), (1910.0, "score")):  # noqa: B007
+        monkeypatch.setattr(watchdog, "_doing", lambda code=code: (code, ""))
+        still.append(dog._note().still)
+    name = "loss"
+    assert [*still, dog._note().still] == [10, 900, 10, 1910]
+
+
+@pytest.mark.parametrize("dead", [None, 41])
+def test_of_many_ranks_the_one_furthest_behind_is_named_first(dead, tmp_path):
+    for rank in range(64):
+        count = 100 if rank == 40 else 101 + rank % 2
+        note(tmp_path, rank, count, ("recv (socket.py:5)", "") if rank == 40 else WAITING, 99 if rank == dead else 0)
+    said = report(tmp_path, 64)
+    first, *others = said.partition(". ")[0].split("; ")[0].split(", rank ")
+    assert others == [] or dead
+    assert first.startswith("rank 41 on node20 was last seen in " if dead else "rank 40 on node20 is in step 50, loss")
+    assert "rank 40 on node20 is in step 50, loss" in said and " on node0 " not in said
+    assert f"{62 if dead else 63} of 64 ranks wait for it, the furthest in step 51, loss" in said
+
+
+def test_ranks_that_wait_for_a_copy_from_the_gpu_are_not_named(tmp_path):
+    for rank in range(8):
+        code = ("sum (step.py:9)", "all_reduce") if rank == 5 else ("cpu (step.py:7)", "")
+        note(tmp_path, rank, 7, code)
+    said = report(tmp_path, 8)
+    assert said.startswith("rank 5 on node2 is in step 3, optimizer, ") and "rank 0" not in said
+    assert "7 of 8 ranks wait for it" in said and "at cpu (step.py:7); " in said
+
+
+def test_earlier_start_leaves_its_stacks_but_no_note(tmp_path, monkeypatch):
+    note(tmp_path, 0, 7)
+    note(tmp_path, 1, 6)
+    stacks = tmp_path / FOLDER / "rank0.stacks"
+    stacks.write_text("of the hang")
+    monkeypatch.setenv("SLURM_JOB_ID", "another")
+    for _ in range(2):  # the second start after it has no stacks to keep
+        with Watchdog(tmp_path, 0, 2, MINUTES) as dog:
+            assert dog.report().startswith("rank 1 has no note. 1 of 2 ranks wait")
+    assert stacks.with_name("rank0.stacks.before").read_text() == "of the hang" and stacks.read_text() == ""
+
+
+def test_folder_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / FOLDER).write_text("a file")
+    with pytest.raises(PipelineError, match="cannot be written"), Watchdog(tmp_path, 0, 2, MINUTES):
+        pass
 
 
 def test_only_one_of_the_ranks_that_wait_reports(tmp_path):
     note(tmp_path, 0, 7)
     note(tmp_path, 1, 6)
     note(tmp_path, 2, 7)
-    count = Place(7, 3, "optimizer", 0.0)
-    leads = [Watchdog(tmp_path, rank, 3, MINUTES)._leads(count) for rank in (0, 2)]
-    assert leads == [True, False]
-    note(tmp_path, 0, 7, age=100)  # rank 0 has stopped
-    assert Watchdog(tmp_path, 2, 3, MINUTES)._leads(count)
+
+    def leads(rank: int) -> bool:
+        own = Note.read(tmp_path / FOLDER, rank, start_id())
+        assert own
+        return Watchdog(tmp_path, rank, 3, MINUTES)._leads(own)
+
+    assert leads(0) and not leads(2)
+    note(tmp_path, 0, 7, still=100)  # it has stopped, or it works while the others wait
+    assert leads(2)
 
 
 @pytest.mark.parametrize(

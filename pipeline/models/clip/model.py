@@ -56,8 +56,8 @@ def step_flops(model: Clip) -> StepFlops:
 
     def flops(items: Sequence[Encoded], _: int) -> float:
         texts = (len(item.input_ids) for item in items if not item.images)
-        told = sum(text.flops(tokens, causal=True) + projection for tokens in texts)
-        return told + image * sum(len(each.tiles) for item in items for each in item.images)
+        of_texts = sum(text.flops(tokens, causal=True) + projection for tokens in texts)
+        return of_texts + image * sum(len(each.tiles) for item in items for each in item.images)
 
     return flops
 

@@ -20,17 +20,18 @@ def step_flops(model: Llave, tower: nn.Module) -> StepFlops | None:
     projector: Any = model.multi_modal_projector
     if not known(text, projector, tower):
         return None
-    seen = trains(tower)  # whether the features have a gradient
-    shown = seen or trains(projector) or model.image_newline.requires_grad
-    told = shown or trains(text)
+    # Whether the gradient of the features is needed; that of the images' embeddings; that of the layers' inputs.
+    to_features = trains(tower)
+    to_images = to_features or trains(projector) or model.image_newline.requires_grad
+    to_inputs = to_images or trains(text)
     side, patch = sides_of(model.config)
-    projected = per_row(projector.linear_1, inputs=seen) + per_row(projector.linear_2, inputs=shown)
+    projected = per_row(projector.linear_1, inputs=to_features) + per_row(projector.linear_2, inputs=to_images)
     tile = image_flops(tower, side) + (side // patch) ** 2 * projected
     *layers, last = text.layers
     attention, width = last.self_attn, attention_width(text.config)
-    token = per_row(*layers, attention.k_proj, attention.v_proj, inputs=told)
-    item = per_row(attention.q_proj, attention.o_proj, last.mlp, inputs=told)
-    pair, last_pair = (per_pair(width, count, inputs=told) for count in (len(layers), 1))
+    token = per_row(*layers, attention.k_proj, attention.v_proj, inputs=to_inputs)
+    item = per_row(attention.q_proj, attention.o_proj, last.mlp, inputs=to_inputs)
+    pair, last_pair = (per_pair(width, count, inputs=to_inputs) for count in (len(layers), 1))
 
     def flops(items: Sequence[Encoded], _: int) -> float:
         tokens = [len(item.input_ids) for item in items]
