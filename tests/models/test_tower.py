@@ -51,7 +51,7 @@ def test_each_tile_is_processed_once_in_small_batches(tiny_model, items):
     assert len(with_images) > 1
     for _ in range(3):
         for chunk in with_images:
-            made = features(chunk)
+            made = features(chunk, chunk.packed)
             pixels = normalised(chunk.packed.tiles, CPU, torch.float32)
             assert_close_in_norm(made, tower_features(tower.vision_tower, pixels))
             seen.pop()  # the reference above also ran the tower
