@@ -228,7 +228,7 @@ Features = Callable[[Chunk, Packed], torch.Tensor | None]
 
 def run_chunk(model: Callable[..., torch.Tensor], chunk: Chunk, features: Features | None = None) -> torch.Tensor:
     """Return the embeddings of a chunk's items, (len(rows), hidden)."""
-    packed = chunk.take() if chunk.take else chunk.packed.to(chunk.rows.device)
+    packed = (chunk.take() if chunk.take else chunk.packed).to(chunk.rows.device)
     return model(packed, chunk.with_images, features(chunk, packed) if features else None)[: len(chunk.rows)]
 
 
