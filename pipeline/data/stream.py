@@ -43,7 +43,6 @@ _REFERRED_THREADS = objects.CONNECTIONS - _SAMPLE_THREADS - THREADS
 _STEPS_AHEAD = 64  # steps that a worker may read ahead
 _PARENT_SECONDS = 0.3  # interval of a worker's checks that its rank is alive
 _STOP_SECONDS = 1  # interval of a waiting rank's checks whether to stop
-_UNWANTED = "the batches are no longer wanted"
 _PLANNED_AHEAD = 64  # planned windows and steps that a worker's queue holds
 
 
@@ -131,7 +130,7 @@ class Reader:
                 if not wait:
                     raise
                 if self.stop.is_set():
-                    raise PipelineError(_UNWANTED) from None
+                    raise PipelineError("the batches are no longer wanted") from None
         if isinstance(received, PipelineError):
             raise received
         if isinstance(received, PlannedStep):
@@ -299,15 +298,15 @@ def _live_with_parent(stop: "Stop", parent: int, worker: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-class Stream:
+class Stream(Iterator[Batch]):
     """Iterates over the batches of `rank` of `world` for each of `steps`; workers prepare them ahead.
 
-    Create and close it on the main thread, where torch raises the error of a worker that dies. Another thread may
-    iterate, and ends within `_STOP_SECONDS` after `stop` is set.
+    Create and close it on the main thread, where torch raises that a worker died. Another thread may iterate.
 
     timeout: seconds that decoding may take. Reading has its own limit.
     trained_on: selects the pair that a step trains on.
     augmented: returns what encodes a step's items in place of `encode`, given the step's draws.
+    stop: ends a wait for a batch within `_STOP_SECONDS`, with an error.
     Raises PipelineError for damaged, missing or unreachable objects, and for workers that die or hang.
     """
 
@@ -334,7 +333,7 @@ class Stream:
             if isinstance(plan, ProcessQueue):
                 plan.cancel_join_thread()  # do not wait at exit: no process reads the remaining items
         self._workers, self._shares = workers, len(plans)
-        self._loader: Iterator[Share | PipelineError] | None = iter(
+        self._loader: Any = iter(
             DataLoader(
                 Shares(source, order, steps, encode, trained_on, augmented, plans, self.stop),
                 batch_size=None,
@@ -351,9 +350,6 @@ class Stream:
         threading.Thread(target=_plan_ahead, args=(planner, plans, self.stop), daemon=True).start()
         self._received = objects.bytes_received()
 
-    def __iter__(self) -> "Stream":
-        return self
-
     def __next__(self) -> Batch:
         if not self._left:  # the loader is never exhausted: it would end the workers before `stop` is set
             raise StopIteration
@@ -364,8 +360,7 @@ class Stream:
         return Batch.of(shares, by_workers + self._received - before)
 
     def _share(self) -> Share:
-        assert self._loader is not None  # not closed
-        began = time.monotonic()
+        until = time.monotonic() + self._seconds
         while True:
             try:
                 share = next(self._loader)
@@ -373,12 +368,11 @@ class Stream:
             except RuntimeError as error:
                 if not (message := of_failed_worker(error)):
                     raise
-                if "timed out" not in message:
-                    raise PipelineError(message) from error
-            if self.stop.is_set():
-                raise PipelineError(_UNWANTED)
-            if time.monotonic() - began > self._seconds:
-                raise PipelineError(f"no data worker decoded a share in {self._seconds:.0f} seconds: do they hang?")
+                if "timed out" in message:
+                    if time.monotonic() < until and not self.stop.is_set():
+                        continue
+                    message = f"the data workers sent nothing for {self._seconds:.0f} seconds: do they hang?"
+                raise PipelineError(message) from error
         if isinstance(share, PipelineError):
             raise share
         return share
