@@ -3,7 +3,8 @@
     python benchmarks/host.py [--pairs 64] [--steps 8] [--rounds 3] [--picture timeline.png]
 
 A step of LLaVE on a simulated device, with real batches. The device is a clock: a kernel of s seconds ends s seconds
-after the one before, or after its launch. Who waits for it sleeps, without Python's lock. No GPU is needed.
+after the one before, or after its launch. Its queue takes 1,024 kernels, about CUDA's number: a launch waits for room.
+Who waits sleeps, without Python's lock. No GPU is needed.
 
     batch      MMEB-like pairs (benchmarks/mmeb_like.py) with tiles of 384 pixels. As from a data worker, a batch
                arrives as pickled rows and items; its tiles are in shared memory and are not copied
@@ -16,13 +17,18 @@ after the one before, or after its launch. Who waits for it sleeps, without Pyth
     ahead      pipeline/training/feed.py does, in a thread. On a GPU it writes directly to pinned memory and copies from
                there in a stream of its own; neither is simulated
 
-Figures are means over the steps after the first two, in milliseconds, of the round with the shortest steps: other
-programs on the machine only lengthen them. The two ways take turns.
+Figures are means over the steps after the first two, in milliseconds per step, of the round with the shortest steps:
+other programs on the machine only lengthen them. The two ways take turns.
 
-    idle       the device, from a step's first kernel to the next step's
-    receive, cut, pack      work of the training thread; "cut" includes planning in both ways
-    wait       of the training thread for the feed, its sum and the longest single one
-    launch     the tiny operations: they show what the feed's thread takes from the training thread
+    step, idle              of the device, from a step's first kernel to the next step's
+    receive, cut, pack      CPU time of the training thread; "cut" includes planning. It holds Python's lock
+    copy                    the same, for copies of tiles and ids, which release the lock
+    feed                    CPU time of the feed's thread
+    wait, longest           the training thread's waits for the feed: their sum, and the longest one
+    launch                  the tiny operations' time: the feed's thread lengthens it if it holds the lock
+
+On a machine with more programs than cores, waits and launches have those programs' time in them. CPU times do not: the
+feed's thread holds the lock for at most the time of receive, cut and pack. A larger --forward slows the device down.
 """
 
 import argparse
@@ -30,7 +36,7 @@ import os
 import pickle
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -57,6 +63,7 @@ from pipeline.training.feed import Feed
 CPU = torch.device("cpu")
 CHUNK_TOKENS = 16384
 LOSS, OPTIMIZER = 0.010, 0.020  # seconds on the device
+QUEUE = 1024  # kernels
 UNTIMED = 2  # steps
 # Milliseconds on the device for a chunk in the first pass, and operations to launch it. By a roofline, a full chunk of
 # LLaVE-0.5B takes an H100 about 50 ms; a language model of 24 layers launches about 600 kernels.
@@ -72,34 +79,43 @@ class Cut:
 
 @dataclass
 class Device:
-    """busy: (begin, end) of its kernels, in seconds.  free: when the last one ends."""
+    """busy: (begin, end) of its work, in seconds.  free: when the last one ends.  queue: (end, kernels)."""
 
     free: float = 0.0
     busy: list[tuple[float, float]] = field(default_factory=list)
+    queue: deque[tuple[float, int]] = field(default_factory=deque)
 
-    def run(self, seconds: float) -> None:
+    def run(self, seconds: float, kernels: int = 1) -> None:
         begin = max(time.perf_counter(), self.free)
         self.free = begin + seconds
         self.busy.append((begin, self.free))
+        self.queue.append((self.free, kernels))
+        while sum(count for _, count in self.queue) > QUEUE and self.queue:
+            time.sleep(max(self.queue.popleft()[0] - time.perf_counter(), 0))
 
     def wait(self) -> None:
         time.sleep(max(self.free - time.perf_counter(), 0))
 
 
 class Training:
-    """Steps on the device.  host: (cause, begin, end) of the training thread's work and waits."""
+    """Steps on the device.
+
+    host: (cause, begin, end, CPU time) of the training thread's work and waits.  feed: CPU time of the feed's thread
+    before each batch.
+    """
 
     def __init__(self, arrivals: Iterator[Batch], forward: float, launches: int) -> None:
         self.arrivals, self.forward, self.launches = arrivals, forward, launches
         self.device, self.scalar = Device(), torch.zeros(())
-        self.host: list[tuple[str, float, float]] = []
-        self.begins: list[float] = []
+        self.host: list[tuple[str, float, float, float]] = []
+        self.feed: list[float] = []
+        self.begins: list[int] = []
 
     @contextmanager
     def during(self, cause: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.thread_time()
         yield
-        self.host.append((cause, begin, time.perf_counter()))
+        self.host.append((cause, begin, time.perf_counter(), time.thread_time() - used))
 
     def in_line(self, steps: int) -> None:
         for _ in range(steps):
@@ -116,6 +132,7 @@ class Training:
         def take() -> Packed:
             with self.during("pack"):
                 packed = chunk.packed
+            with self.during("copy"):
                 made = {"tiles": packed.tiles.clone()} if next(passes) else {}
                 ids, positions = packed.input_ids.clone(), packed.position_ids.clone()
                 return replace(packed, input_ids=ids, position_ids=positions, made=made)
@@ -125,7 +142,7 @@ class Training:
     def ahead(self, steps: int) -> None:
         stop, options = Stop(), {"padded": False, "passes": 2, "tiles_once": True}
         items = lambda batch, step: list(batch.items.values())  # noqa: E731
-        with Feed(self.arrivals, range(steps), stop, CPU, items, **options) as feed:
+        with Feed(self._timed(), range(steps), stop, CPU, items, **options) as feed:
             feed.next_cut(Cut())
             for _ in range(steps):
                 with self.during("wait"):
@@ -135,6 +152,11 @@ class Training:
                     ahead = prepared.ahead
                     chunks = plan_chunks(ahead.items, CHUNK_TOKENS, CPU, padded=False, ahead=ahead)
                 self._step([replace(chunk, take=self._waiting(chunk)) for chunk in chunks])
+
+    def _timed(self) -> Iterator[Batch]:
+        for batch in self.arrivals:
+            self.feed.append(time.thread_time())
+            yield batch
 
     def _waiting(self, chunk: Chunk):
         def take() -> Packed:
@@ -155,7 +177,7 @@ class Training:
         with self.during("launch"):
             for _ in range(factor * self.launches):
                 self.scalar.add_(1)
-        self.device.run(self.forward * factor * len(packed.input_ids) / CHUNK_TOKENS)
+        self.device.run(self.forward * factor * len(packed.input_ids) / CHUNK_TOKENS, factor * self.launches)
         return self.scalar.expand(len(packed.lengths), 1)
 
     def figures(self) -> dict[str, float]:
@@ -165,10 +187,12 @@ class Training:
         sums = Counter({"step": end - begin})
         sums["idle"] = end - begin - sum(there - here for here, there in self.device.busy[first:last])
         longest = 0.0
-        for cause, here, there in self.host:
+        for cause, here, there, used in self.host:
             if begin <= here < end:
-                sums[cause] += there - here
+                sums[cause] += there - here if cause in ("wait", "launch") else used
                 longest = max(longest, there - here) if cause == "wait" else longest
+        if self.feed:
+            sums["feed"] = self.feed[-1] - self.feed[-1 - steps]
         return {name: 1e3 * seconds / steps for name, seconds in sums.items()} | {"longest": 1e3 * longest}
 
 
@@ -207,7 +231,7 @@ def draw_timelines(trainings: dict[str, Training], picture: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    colours = {"receive": "C3", "cut": "C4", "pack": "C1", "wait": "C3", "launch": "C7"}
+    colours = {"receive": "C4", "cut": "C5", "pack": "C1", "copy": "C1", "wait": "C3", "launch": "C7"}
     figure, rows = pyplot.subplots(len(trainings), sharex=True, figsize=(12, 4), layout="constrained")
     for axes, (way, training) in zip(rows, trainings.items(), strict=True):
         first, last = training.begins[-2:]
@@ -215,7 +239,7 @@ def draw_timelines(trainings: dict[str, Training], picture: Path) -> None:
         shown = [(here, there) for here, there in training.device.busy if begin <= here <= end]
         axes.broken_barh([(here - begin, there - here) for here, there in shown], (1, 0.8), color="C0", label="device")
         for cause, colour in colours.items():
-            spans = [(h - begin, t - h) for name, h, t in training.host if name == cause and begin <= h <= end]
+            spans = [(h - begin, t - h) for name, h, t, _ in training.host if name == cause and begin <= h <= end]
             if spans:
                 axes.broken_barh(spans, (0, 0.8), color=colour, label=cause)
         axes.set_yticks([0.4, 1.4], ["training thread", "device"])
@@ -237,7 +261,7 @@ def main() -> None:
     batch = draw(llave(), arguments.pairs, np.arange(900))
     tiles = sum(image.tiles.nbytes for item in batch.items.values() for image in item.images)
     chunks = len(plan_chunks(list(batch.items.values()), CHUNK_TOKENS, CPU, padded=False))
-    names = ("step", "idle", "receive", "cut", "pack", "wait", "longest", "launch")
+    names = ("step", "idle", "receive", "cut", "pack", "copy", "feed", "wait", "longest", "launch")
     table = Table(
         "forward",
         "launches",
@@ -261,7 +285,7 @@ def main() -> None:
         table.add_section()
         if arguments.picture and number == 0:
             draw_timelines(best, arguments.picture)
-    Console(width=120).print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

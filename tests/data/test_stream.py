@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -359,9 +360,9 @@ def test_thread_that_waits_for_a_batch_notices_hanging_and_dead_workers(hanging)
         waiting(hanging).result(HANG_SECONDS)
     hanging._seconds = seconds
     got, (worker,) = waiting(hanging), multiprocessing.active_children()
-    with pytest.raises(RuntimeError, match="killed by signal"):  # torch raises it on the main thread
+    with suppress(RuntimeError):  # torch raises it on the main thread, unless the other one has noticed before
         worker.kill()
-        time.sleep(HANG_SECONDS)
+        got.exception(HANG_SECONDS)
     with pytest.raises(PipelineError, match="a data worker failed"):
         got.result(HANG_SECONDS)
 
