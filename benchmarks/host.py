@@ -79,19 +79,24 @@ class Cut:
 
 @dataclass
 class Device:
-    """busy: (begin, end) of its work, in seconds.  free: when the last one ends.  queue: (end, kernels)."""
+    """busy: (begin, end) of its work, in seconds.  free: when the last one ends.  queue: (begin, end, kernels)."""
 
     free: float = 0.0
     busy: list[tuple[float, float]] = field(default_factory=list)
-    queue: deque[tuple[float, int]] = field(default_factory=deque)
+    queue: deque[tuple[float, float, int]] = field(default_factory=deque)
 
     def run(self, seconds: float, kernels: int = 1) -> None:
         begin = max(time.perf_counter(), self.free)
         self.free = begin + seconds
         self.busy.append((begin, self.free))
-        self.queue.append((self.free, kernels))
-        while sum(count for _, count in self.queue) > QUEUE and self.queue:
-            time.sleep(max(self.queue.popleft()[0] - time.perf_counter(), 0))
+        self.queue.append((begin, self.free, kernels))
+        while (excess := sum(count for *_, count in self.queue) - QUEUE) > 0:
+            begin, end, count = self.queue.popleft()
+            done = min(excess, count)
+            until = begin + (end - begin) * done / count
+            if done < count:
+                self.queue.appendleft((until, end, count - done))
+            time.sleep(max(until - time.perf_counter(), 0))
 
     def wait(self) -> None:
         time.sleep(max(self.free - time.perf_counter(), 0))

@@ -95,8 +95,14 @@ class Feed:
         return given[1].received()
 
     def _get(self) -> Prepared | tuple[int, Staged]:
-        began = time.perf_counter()
-        given = self._ready.get()
+        began, given = time.perf_counter(), None
+        while given is None:
+            alive = self._thread.is_alive()
+            try:
+                given = self._ready.get(timeout=_STOP_SECONDS)
+            except queue.Empty:  # a signal that came to the other thread is handled now
+                if not alive:
+                    raise RuntimeError("more steps or chunks are used than were prepared") from None
         self.waited += time.perf_counter() - began
         if isinstance(given, BaseException):
             raise given

@@ -93,6 +93,16 @@ def test_other_order_of_chunks_is_an_error():
             chunks[1].take()
 
 
+def test_end_of_the_thread_is_noticed(monkeypatch):
+    monkeypatch.setattr(feed_module, "_STOP_SECONDS", 0.01)
+    stop = Stop()
+    with feeding(stop=stop) as feed:
+        stop.set()
+        feed.next_cut(How())
+        with pytest.raises(RuntimeError, match="than were prepared"):
+            feed.next()
+
+
 def test_next_steps_first_chunks_are_packed_before_this_step_ends_and_no_more(monkeypatch):
     packed = []
     monkeypatch.setattr(feed_module, "pack", lambda items: packed.append(len(items)) or pack(items))
