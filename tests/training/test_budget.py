@@ -16,6 +16,7 @@ from two_ranks import on_two_ranks
 
 from pipeline import distributed
 from pipeline.config import Batch, Recipe, load_recipe
+from pipeline.data.batch import Encoded
 from pipeline.device import configure_device
 from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
@@ -281,7 +282,8 @@ def test_run_out_of_memory_restarts_with_smaller_budget(tmp_path, monkeypatch, o
     def trainer(recipe: Recipe = recipe) -> Trainer:
         run = Trainer(recipe, nothing)
         run.steps, run.start, run.conditions, run.engine, run.frozen = 3, None, {"seed": 0}, engine, None
-        run._batches = lambda steps: iter("abc")
+        batch = SimpleNamespace(items={0: Encoded(np.zeros(9, np.int32))})
+        run._stream = lambda steps, stop: (batch for _ in steps)
         return run
 
     monkeypatch.setattr(Contrastive, "step", step)
