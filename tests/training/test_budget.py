@@ -274,6 +274,7 @@ def test_run_out_of_memory_restarts_with_smaller_budget(tmp_path, monkeypatch, o
     nothing = SimpleNamespace(asked=lambda: 0, steps=nullcontext)
     model, zero = SimpleNamespace(pads=True), {"zero_optimization": {"stage": 3}}
     engine, cuts = SimpleNamespace(device=torch.device("cpu"), module=model, config=zero), []
+    engine.checkpoint_engine = SimpleNamespace(save=None)
 
     def step(_: object, engine: object, batch: object, cut: Budget, *__: object, **___: object) -> None:
         cuts.append((cut.chunk_tokens, cut.kept_chunks))

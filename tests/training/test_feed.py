@@ -93,6 +93,48 @@ def test_other_order_of_chunks_is_an_error():
             chunks[1].take()
 
 
+@pytest.mark.parametrize("cuts", [1, 2])
+def test_more_passes_than_declared_are_an_error(cuts):
+    """Also while the next step's cut is unknown, for which the other thread waits."""
+    with feeding(passes=1) as feed:
+        for _ in range(cuts):
+            feed.next_cut(How())
+        chunks = chunks_of(feed.next().ahead, How().chunk_tokens, False)
+        for chunk in chunks:
+            chunk.take()
+        with pytest.raises(RuntimeError, match="chunk 0 is run, but all passes were packed"):
+            chunks[0].take()
+
+
+def test_fewer_passes_than_declared_are_an_error():
+    with feeding(passes=2) as feed:
+        feed.next_cut(How())
+        chunks = chunks_of(feed.next().ahead, How().chunk_tokens, False)
+        for chunk in chunks:
+            chunk.take()
+        feed.next_cut(How())
+        with pytest.raises(RuntimeError, match=f"{len(chunks) - How().kept_chunks} packed chunks are left"):
+            feed.next()
+
+
+def test_step_without_cut_is_an_error():
+    with feeding() as feed, pytest.raises(RuntimeError, match="before it was said how its batch is cut"):
+        feed.next()
+
+
+def test_wait_for_a_chunk_has_a_limit(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(feed_module, "_STOP_SECONDS", 0.01)
+    monkeypatch.setattr(feed_module, "_CHUNK_SECONDS", 0.05)
+    monkeypatch.setattr(feed_module, "pack", lambda items: ended.wait(HANG_SECONDS) and pack(items))
+    with feeding() as feed:
+        feed.next_cut(How())
+        chunks = chunks_of(feed.next().ahead, How().chunk_tokens, False)
+        with pytest.raises(PipelineError, match=r"not packed within 0\.05 s"):
+            chunks[0].take()
+        ended.set()
+
+
 def test_end_of_the_thread_is_noticed(monkeypatch):
     monkeypatch.setattr(feed_module, "_STOP_SECONDS", 0.01)
     stop = Stop()
