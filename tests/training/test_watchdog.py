@@ -105,7 +105,7 @@ def test_stacks_are_written_and_the_rank_that_waits_reports(tmp_path, caplog):
 
 def test_long_evaluation_is_no_hang(tmp_path, caplog):
     note(tmp_path, 1, 0)
-    with Watchdog(tmp_path, 0, 2, 0.1 / 60), phase("evaluation"):
+    with phase("evaluation"), Watchdog(tmp_path, 0, 2, 0.1 / 60):  # else it may see the phase before
         time.sleep(0.5)
     assert "waiting for" not in caplog.text
 
