@@ -398,7 +398,7 @@ def measure_attention(setting: Setting) -> dict[str, tuple[Differences, Differen
 
     def run(kind: str) -> Run:
         model.language_model.config._attn_implementation = implementation(kind)
-        embeddings = run_chunk(model, chunk, lambda _: features.to(model.dtype))
+        embeddings = run_chunk(model, chunk, lambda *_: features.to(model.dtype))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad((embeddings * directions).sum(), trained)
         return Run(embeddings.detach(), list(gradients))

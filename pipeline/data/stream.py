@@ -17,12 +17,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from multiprocessing.queues import Queue as ProcessQueue
 from types import FrameType
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -42,6 +42,7 @@ _SAMPLE_THREADS = 16  # the same, if they read single samples: waiting for an an
 _REFERRED_THREADS = objects.CONNECTIONS - _SAMPLE_THREADS - THREADS
 _STEPS_AHEAD = 64  # steps that a worker may read ahead
 _PARENT_SECONDS = 0.3  # interval of a worker's checks that its rank is alive
+_STOP_SECONDS = 1  # interval of a waiting rank's checks whether to stop
 _PLANNED_AHEAD = 64  # planned windows and steps that a worker's queue holds
 
 
@@ -297,75 +298,102 @@ def _live_with_parent(stop: "Stop", parent: int, worker: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def batches(
-    source: Source,
-    order: Order,
-    encode: Callable[[Item], Encoded],
-    steps: range,
-    *,
-    rank: int,
-    world: int,
-    timeout: float,
-    trained_on: Callable[[Pair, Draw], Pair] = Pair.one_text,
-    augmented: Callable[[ContentDraw], Callable[[Item], Encoded]] | None = None,
-) -> Iterator[Batch]:
-    """Yield the batches of `rank` of `world` for each of `steps`; workers prepare them ahead.
+class Stream(Iterator[Batch]):
+    """Iterates over the batches of `rank` of `world` for each of `steps`; workers prepare them ahead.
+
+    Create and close it on the main thread, where torch raises that a worker died. Another thread may iterate.
 
     timeout: seconds that decoding may take. Reading has its own limit.
     trained_on: selects the pair that a step trains on.
     augmented: returns what encodes a step's items in place of `encode`, given the step's draws.
+    stop: ends a wait for a batch within `_STOP_SECONDS`, with an error.
     Raises PipelineError for damaged, missing or unreachable objects, and for workers that die or hang.
     """
-    source.check_memory(order, world)
-    workers, forking = source.data.workers, multiprocessing.get_context("fork")
-    stop, others = Stop(), multiprocessing.active_children()
-    plans: list[Plan] = [forking.Queue(_PLANNED_AHEAD) for _ in range(workers)] or [queue.Queue(_PLANNED_AHEAD)]
-    for plan in plans:
-        if isinstance(plan, ProcessQueue):
-            plan.cancel_join_thread()  # do not wait at exit: no process reads the remaining items
-    loader = iter(
-        DataLoader(
-            Shares(source, order, steps, encode, trained_on, augmented, plans, stop),
-            batch_size=None,
-            num_workers=workers,
-            timeout=timeout + source.data.timeout_s if workers else 0,
-            worker_init_fn=partial(_live_with_parent, stop, os.getpid()),
-            multiprocessing_context=forking if workers else None,  # workers inherit the opened source
-        )
-    )
-    forked = [child for child in multiprocessing.active_children() if child not in others]
 
-    def end_workers() -> None:
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        encode: Callable[[Item], Encoded],
+        steps: range,
+        *,
+        rank: int,
+        world: int,
+        timeout: float,
+        trained_on: Callable[[Pair, Draw], Pair] = Pair.one_text,
+        augmented: Callable[[ContentDraw], Callable[[Item], Encoded]] | None = None,
+        stop: Stop | None = None,
+    ) -> None:
+        source.check_memory(order, world)
+        self.stop, self._left, self._seconds = stop or Stop(), len(steps), timeout + source.data.timeout_s
+        workers, forking = source.data.workers, multiprocessing.get_context("fork")
+        others = multiprocessing.active_children()
+        plans: list[Plan] = [forking.Queue(_PLANNED_AHEAD) for _ in range(workers)] or [queue.Queue(_PLANNED_AHEAD)]
+        for plan in plans:
+            if isinstance(plan, ProcessQueue):
+                plan.cancel_join_thread()  # do not wait at exit: no process reads the remaining items
+        self._workers, self._shares = workers, len(plans)
+        self._loader: Any = iter(
+            DataLoader(
+                Shares(source, order, steps, encode, trained_on, augmented, plans, self.stop),
+                batch_size=None,
+                num_workers=workers,
+                timeout=_STOP_SECONDS if workers else 0,
+                worker_init_fn=partial(_live_with_parent, self.stop, os.getpid()),
+                multiprocessing_context=forking if workers else None,  # workers inherit the opened source
+            )
+        )
+        self._forked = [child for child in multiprocessing.active_children() if child not in others]
+        atexit.register(self._end_workers)  # an error elsewhere leaves this unclosed
+        planner = Planner(source, order, order.lanes_of(rank, world), steps, len(plans))
+        # Started after the fork, so that the workers do not inherit this thread.
+        threading.Thread(target=_plan_ahead, args=(planner, plans, self.stop), daemon=True).start()
+        self._received = objects.bytes_received()
+
+    def __next__(self) -> Batch:
+        if not self._left:  # the loader is never exhausted: it would end the workers before `stop` is set
+            raise StopIteration
+        shares = [self._share() for _ in range(self._shares)]
+        self._left -= 1
+        before, self._received = self._received, objects.bytes_received()
+        by_workers = sum(share.received for share in shares) if self._workers else 0
+        return Batch.of(shares, by_workers + self._received - before)
+
+    def _share(self) -> Share:
+        until = time.monotonic() + self._seconds
+        while True:
+            try:
+                share = next(self._loader)
+                break
+            except RuntimeError as error:
+                if not (message := of_failed_worker(error)):
+                    raise
+                if "timed out" in message:
+                    if time.monotonic() < until and not self.stop.is_set():
+                        continue
+                    message = f"the data workers sent nothing for {self._seconds:.0f} seconds: do they hang?"
+                raise PipelineError(message) from error
+        if isinstance(share, PipelineError):
+            raise share
+        return share
+
+    def close(self) -> None:
+        """End the workers."""
+        self.stop.set()
+        self._loader = None  # this ends the workers cleanly, unless a traceback still refers to it
+        self._end_workers()
+        atexit.unregister(self._end_workers)
+
+    def _end_workers(self) -> None:
         """Kill the workers: an exiting rank would wait for them forever, and a waiting worker may miss SIGTERM."""
-        stop.set()
-        for worker in forked:
+        self.stop.set()
+        for worker in self._forked:
             with suppress(RuntimeError):  # torch raises it for a killed worker
                 worker.kill()
                 worker.join()
 
-    atexit.register(end_workers)  # an error elsewhere leaves this generator unfinished
-    planner = Planner(source, order, order.lanes_of(rank, world), steps, len(plans))
-    # Started after the fork, so that the workers do not inherit this thread.
-    threading.Thread(target=_plan_ahead, args=(planner, plans, stop), daemon=True).start()
-    received = objects.bytes_received()
-    waiting: list[Share] = []
-    try:
-        # Never exhaust the loader: it would end the workers before `stop` is set.
-        for share in islice(loader, len(steps) * len(plans)):
-            if isinstance(share, PipelineError):
-                raise share
-            waiting.append(share)
-            if len(waiting) == len(plans):
-                before, received = received, objects.bytes_received()
-                by_workers = sum(share.received for share in waiting) if workers else 0
-                yield Batch.of(waiting, by_workers + received - before)
-                waiting = []
-    except RuntimeError as error:
-        if not (message := of_failed_worker(error)):
-            raise
-        raise PipelineError(message) from error
-    finally:
-        stop.set()
-        del loader  # this ends the workers cleanly, unless a traceback still refers to it
-        end_workers()
-        atexit.unregister(end_workers)
+
+def batches(*arguments: Any, **options: Any) -> Iterator[Batch]:
+    """Yield the batches of a `Stream`, which is closed afterwards."""
+    with closing(Stream(*arguments, **options)) as stream:
+        yield from stream

@@ -5,19 +5,22 @@ unsharded on every rank; its output for a chunk is cached between a step's two p
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from pipeline.data.batch import Encoded, Image
+from pipeline.distributed import rank_and_world
 from pipeline.errors import PipelineError
 
 UNIT_TOLERANCE = 1e-4  # of a unit vector's length; bf16 rounding exceeds it, and longer vectors would rank higher
 
 _DUMMY = Encoded(np.zeros(1, np.int32))
+_FLAGS = 1024  # chunks whose flags ranks agree on together with the number of chunks
 
 
 def chunk_tokens_for(padded: bool) -> int:
@@ -33,6 +36,7 @@ class Packed:
     position_ids: (T,) int64, or (3, T) if any item has three axes; they restart at each item.
     lengths: tokens of each item, T in total.  images: in the order of their placeholders.
     tiles_of: number of tiles of each item.  skipped, vectors: per item, see `Encoded`.
+    made: by name, what `tiles` and `text_vectors` return, if it is prepared ahead.
     """
 
     input_ids: torch.Tensor
@@ -43,6 +47,7 @@ class Packed:
     tiles_of: tuple[int, ...]
     skipped: tuple[int, ...]
     vectors: tuple[np.ndarray | None, ...]
+    made: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def positions(self) -> torch.Tensor:
@@ -51,10 +56,22 @@ class Packed:
 
     @property
     def tiles(self) -> torch.Tensor:
-        """The tiles of all images: (n, 3, size, size) uint8. Each access makes a new copy."""
+        """The tiles of all images: (n, 3, size, size) uint8. Unless they are made, each access makes a new copy."""
+        if "tiles" in self.made:
+            return self.made["tiles"]
         if not self.images:
             return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
         return torch.from_numpy(np.concatenate([image.tiles for image in self.images]))
+
+    @property
+    def text_vectors(self) -> torch.Tensor | None:
+        """(texts, width) the vectors of the items without images, zeros if missing; None if there is none."""
+        if "text_vectors" in self.made:
+            return self.made["text_vectors"]
+        given = [vector for vector, tiles in zip(self.vectors, self.tiles_of, strict=True) if not tiles]
+        if (like := next((vector for vector in given if vector is not None), None)) is None:
+            return None
+        return torch.from_numpy(np.stack([np.zeros_like(like) if vector is None else vector for vector in given]))
 
     @property
     def blank_tiles(self) -> list[int]:
@@ -89,8 +106,8 @@ def _positions(items: Sequence[Encoded]) -> list[np.ndarray]:
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor to a device. Pinned memory makes the copy to a GPU asynchronous."""
-    if device.type == "cuda":
+    """Copy a tensor to a device, unless it is there. Pinned memory makes the copy to a GPU asynchronous."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
@@ -110,12 +127,14 @@ class Chunk:
     """The items at `rows`. A chunk without rows has a dummy item.
 
     with_images: the chunk with this number has an image on some rank.  padded: see `plan_chunks`.
+    take: returns the items in one row for the next pass over this chunk, packed ahead; None if they are not.
     """
 
     rows: torch.Tensor
     items: tuple[Encoded, ...]
     with_images: bool
     padded: bool
+    take: Callable[[], Packed] | None = None
 
     @property
     def packed(self) -> Packed:
@@ -129,22 +148,20 @@ class Chunk:
         return len(lengths) * max(lengths) if self.padded else sum(lengths)
 
 
-def plan_chunks(
-    items: Sequence[Encoded],
-    chunk_tokens: int,
-    device: torch.device,
-    *,
-    padded: bool = True,
-    all_with_images: bool = False,
-) -> list[Chunk]:
-    """Cut items into chunks of at most `chunk_tokens` tokens, longest first. A longer item is a chunk by itself.
+@dataclass(frozen=True)
+class Ahead:
+    """A step's items on this rank, which another thread cuts and packs ahead.
 
-    All ranks get the same number of chunks; the last ones are empty on a rank with fewer items. Ranks agree on which
-    chunks run the vision tower: under ZeRO-3, ranks that run different modules hang the job.
-
-    padded: the model's attention pads items to the longest of their chunk (see `pads`), so padding counts.
-    all_with_images: all chunks run the vision tower.
+    cuts: the result of `cut`.  take: number of a chunk -> its items in one row, in the order of the step's passes.
     """
+
+    items: Sequence[Encoded]
+    cuts: list[list[int]]
+    take: Callable[[int], Packed]
+
+
+def cut(items: Sequence[Encoded], chunk_tokens: int, *, padded: bool) -> list[list[int]]:
+    """Cut items into chunks as `plan_chunks` does, on this rank alone. Returns each chunk's items by number."""
     lengths = np.array([len(item.input_ids) for item in items])
     cuts: list[list[int]] = []
     size = 0
@@ -155,33 +172,74 @@ def plan_chunks(
             cuts.append([])
             size = lengths[row]
         cuts[-1].append(row)
-    images = [all_with_images or any(items[row].images for row in rows) for rows in cuts]
-    if dist.is_initialized():
-        count = torch.tensor(len(cuts), device=device)
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-        cuts += [[]] * (int(count) - len(cuts))
-        flags = torch.tensor(images + [all_with_images] * (len(cuts) - len(images)), dtype=torch.int32, device=device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        images = flags.bool().tolist()
+    return cuts
+
+
+def plan_chunks(
+    items: Sequence[Encoded],
+    chunk_tokens: int,
+    device: torch.device,
+    *,
+    padded: bool = True,
+    all_with_images: bool = False,
+    ahead: Ahead | None = None,
+) -> list[Chunk]:
+    """Cut items into chunks of at most `chunk_tokens` tokens, longest first. A longer item is a chunk by itself.
+
+    All ranks get the same number of chunks; the last ones are empty on a rank with fewer items. Ranks agree on which
+    chunks run the vision tower: under ZeRO-3, ranks that run different modules hang the job. Collective.
+
+    padded: the model's attention pads items to the longest of their chunk (see `pads`), so padding counts.
+    all_with_images: all chunks run the vision tower.
+    ahead: the same items, already cut in this way.
+    """
+    cuts = ahead.cuts if ahead else cut(items, chunk_tokens, padded=padded)
+    flags = [all_with_images or any(items[row].images for row in rows) for rows in cuts]
+    if rank_and_world()[1] > 1:
+        flags = _agreed(flags, all_with_images, device)
+    empty = [list[int]()] * (len(flags) - len(cuts))
+    lengths = [len(rows) for rows in cuts + empty]
+    all_rows = sent(torch.tensor([row for rows in cuts for row in rows], dtype=torch.long), device)
     return [
         Chunk(
-            torch.tensor(rows, dtype=torch.long, device=device),
-            tuple(items[row] for row in rows) or (_DUMMY,),
-            flag,
+            rows,
+            tuple(items[row] for row in cuts[number]) if number < len(cuts) else (_DUMMY,),
+            flags[number],
             padded,
+            partial(ahead.take, number) if ahead and number < len(cuts) else None,
         )
-        for rows, flag in zip(cuts, images, strict=True)
+        for number, rows in enumerate(all_rows.split(lengths))
     ]
 
 
-# A chunk -> its features from a frozen part outside the model; None if the chunk has no input for that part.
-Features = Callable[[Chunk], torch.Tensor | None]
+def _agreed(flags: list[bool], rest: bool, device: torch.device) -> list[bool]:
+    """Return, for each chunk of the rank with the most chunks, whether it has a flag on any rank.
+
+    rest: the flag of this rank's missing chunks.
+    """
+    # The number of chunks travels with the flags of the first ones: one collective, unless there are very many.
+    first = [len(flags), *flags[:_FLAGS], *[rest] * (_FLAGS - len(flags))]
+    count, *most = _most_of_any_rank(first, device)
+    if count > _FLAGS:
+        most += _most_of_any_rank(flags[_FLAGS:] + [rest] * (count - max(len(flags), _FLAGS)), device)
+    return [bool(flag) for flag in most[:count]]
+
+
+def _most_of_any_rank(numbers: Sequence[int], device: torch.device) -> list[int]:
+    most = sent(torch.tensor(numbers, dtype=torch.int32), device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.tolist()
+
+
+# A chunk and its packed items -> the features from a frozen part outside the model; None if the chunk has no input for
+# that part.
+Features = Callable[[Chunk, Packed], torch.Tensor | None]
 
 
 def run_chunk(model: Callable[..., torch.Tensor], chunk: Chunk, features: Features | None = None) -> torch.Tensor:
     """Return the embeddings of a chunk's items, (len(rows), hidden)."""
-    packed = chunk.packed.to(chunk.rows.device)
-    return model(packed, chunk.with_images, features(chunk) if features else None)[: len(chunk.rows)]
+    packed = (chunk.take() if chunk.take else chunk.packed).to(chunk.rows.device)
+    return model(packed, chunk.with_images, features(chunk, packed) if features else None)[: len(chunk.rows)]
 
 
 @torch.no_grad()
@@ -214,12 +272,17 @@ def require_unit(vectors: torch.Tensor | np.ndarray, model: str, name_of: Callab
 
 
 class Frozen(Protocol):
-    """A vision tower or text encoder whose output is input to the trained parts."""
+    """A vision tower or text encoder whose output is input to the trained parts.
+
+    reads_tiles: whether the tiles are its input, and not the trained parts'.
+    """
+
+    reads_tiles: ClassVar[bool]
 
     @property
     def device(self) -> torch.device: ...
 
-    def features_of(self, chunk: Chunk) -> torch.Tensor | None:
+    def features_of(self, chunk: Chunk, packed: Packed) -> torch.Tensor | None:
         """Return the `features` for the model's forward pass; None if the chunk has no input for the frozen part."""
 
 
@@ -234,11 +297,11 @@ class CachedFeatures:
         self._frozen, self._room = frozen, limit
         self._cached: dict[int, torch.Tensor | None] = {}
 
-    def __call__(self, chunk: Chunk) -> torch.Tensor | None:
+    def __call__(self, chunk: Chunk, packed: Packed) -> torch.Tensor | None:
         if id(chunk) in self._cached:
             cached = self._cached[id(chunk)]
             return None if cached is None else cached.to(self._frozen.device, non_blocking=True)
-        features = self._frozen.features_of(chunk)
+        features = self._frozen.features_of(chunk, packed)
         size = 0 if features is None else features.nbytes
         fits = size <= self._room
         self._room -= size if fits else 0

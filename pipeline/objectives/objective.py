@@ -3,15 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from deepspeed import DeepSpeedEngine
 
 from pipeline.config import Recipe
-from pipeline.data.batch import Batch
+from pipeline.data.batch import Batch, Encoded
 from pipeline.data.source import Source
-from pipeline.models.chunks import Chunk, Features, run_chunk
+from pipeline.models.chunks import Ahead, Chunk, Features, run_chunk
 from pipeline.objectives import OBJECTIVES
 from pipeline.phases import phase
 
@@ -51,20 +51,40 @@ class Objective(ABC):
 
         config.py   SECTION, its section of a recipe (see `ObjectiveSection`)
         step.py     OBJECTIVE, a class with this interface
+
+    passes: how often a step runs a chunk without a cached graph.
     """
+
+    passes: ClassVar[int] = 2
 
     @abstractmethod
     def __init__(self, recipe: Recipe, device: torch.device) -> None: ...
 
     @abstractmethod
     def step(
-        self, engine: DeepSpeedEngine, batch: Batch, cut: Cut, step: int, *, lr: float, features: Features | None = None
+        self,
+        engine: DeepSpeedEngine,
+        batch: Batch,
+        cut: Cut,
+        step: int,
+        *,
+        lr: float,
+        features: Features | None = None,
+        ahead: Ahead | None = None,
     ) -> StepResult:
         """Take one optimizer step with this rank's part of the global batch.
 
         step: its number, from 0.  lr: default learning rate, for parts without their own.
         features: of the frozen part outside the engine.
+        ahead: the result of `items`, cut and packed ahead for `cut`; None: this does it.
         """
+
+    def items(self, model: Any, batch: Batch, step: int) -> Sequence[Encoded]:
+        """Return the items that the step embeds. Another thread may call it ahead, so it must not change anything.
+
+        model: the engine's module.
+        """
+        return list(batch.items.values())
 
     def state(self) -> dict[str, Any]:
         """Return the state to checkpoint."""

@@ -5,7 +5,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.lengths import Lengths
 from pipeline.data.order import Order
 from pipeline.data.source import Source
-from pipeline.data.stream import batches
+from pipeline.data.stream import Stop, Stream
 from pipeline.distributed import on_first_rank, start_distributed
 from pipeline.errors import PipelineError, disk_errors
 from pipeline.evaluation import sets
@@ -43,6 +44,7 @@ from pipeline.training.budget import MEMORY, NOTE, Budget, Meter, out_of_memory_
 from pipeline.training.conditions import check, conditions_of_run
 from pipeline.training.engine import build_engine, learning_rate, load_frozen, set_hyperparameters
 from pipeline.training.export import export
+from pipeline.training.feed import Feed, Prepared
 from pipeline.training.initial import check_sizes, initial_model
 from pipeline.training.monitor import Monitor, StepLog, evaluation_of
 from pipeline.training.partitions import check_nodes
@@ -154,17 +156,22 @@ class Trainer:
             if asked := self.preemption.asked():
                 self.monitor.stopped(asked)
                 return False
-            stream = self._batches(range(done, self.steps))
-            for step in range(done, self.steps):
+            return self._take(range(done, self.steps))
+
+    def _take(self, steps: range) -> bool:
+        """Take the steps; see `train`."""
+        stop = Stop()
+        with closing(self._stream(steps, stop)) as stream, self._feed(stream, steps, stop) as feed:
+            feed.next_cut(replace(self.budget))
+            for step in steps:
                 done = step + 1
                 with self.profiler.step(done):
-                    began = time.perf_counter()
+                    began, waited = time.perf_counter(), feed.waited
                     with phase("data", done):
-                        batch = next(stream)
-                    waited = time.perf_counter() - began
-                    result, lr = self._step(step, batch)
+                        prepared = feed.next()
+                    result, lr = self._step(step, prepared, feed)
                     with phase("report"):
-                        self._report(done, batch, result, lr, began, waited)
+                        self._report(done, prepared.batch, result, lr, began, feed.waited - waited)
                 self.saver.raise_failure()
                 asked, evaluates = self.preemption.asked(), self._evaluation_is_due(done)
                 # Also save before an evaluation: if that is interrupted, the next start repeats it.
@@ -229,9 +236,9 @@ class Trainer:
             logger.info("restored budget: %s", budget)
         return budget
 
-    def _batches(self, steps: range) -> Iterator[Batch]:
-        """Iterate over this rank's slices of the steps' batches."""
-        return batches(
+    def _stream(self, steps: range, stop: Stop) -> Stream:
+        """Return this rank's slices of the steps' batches."""
+        return Stream(
             self.source,
             self.order,
             self.processor.encode,
@@ -241,18 +248,35 @@ class Trainer:
             timeout=60 * self.recipe.timeout_minutes,
             trained_on=partial(self.family.trained_on, self.recipe),
             augmented=lambda draws: self.family.augmented(self.recipe, self.processor, draws).encode,
+            stop=stop,
         )
 
-    def _step(self, step: int, batch: Batch) -> tuple[StepResult, float]:
+    def _feed(self, stream: Stream, steps: range, stop: Stop) -> Feed:
+        model = self.engine.module
+        return Feed(
+            stream,
+            steps,
+            stop,
+            self.engine.device,
+            partial(self.objective.items, model),
+            padded=model.pads,
+            passes=self.objective.passes,
+            tiles_once=self.frozen is not None and self.frozen.reads_tiles,
+        )
+
+    def _step(self, step: int, prepared: Prepared, feed: Feed) -> tuple[StepResult, float]:
+        batch, ahead = prepared.batch, prepared.ahead
         lr = learning_rate(step, self.steps, self.recipe.optimizer)
         features = CachedFeatures(self.frozen, self.recipe.batch.features_mb << 20) if self.frozen else None
-        measuring = not self.budget.is_fixed
         self.meter.start()
+        if not (measuring := not self.budget.is_fixed):
+            feed.next_cut(replace(self.budget))
         with out_of_memory_noted(self.folder, step + 1, self.budget, self.budget_conditions):
-            result = self.objective.step(self.engine, batch, self.budget, step, lr=lr, features=features)
+            result = self.objective.step(self.engine, batch, self.budget, step, lr=lr, features=features, ahead=ahead)
         if measuring:
             memory, largest_chunk, items = self.meter.stop(result.largest_chunk, len(batch.items))
             self.budget.measured(memory, largest_chunk, items)
+            feed.next_cut(replace(self.budget))
             if dist.get_rank() == 0:
                 how = "from now on" if self.budget.is_fixed else "next"
                 used = f"{memory.peak / 1e9:.1f} GB of {memory.total / 1e9:.1f}"

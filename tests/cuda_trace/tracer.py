@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import roofline
+import streams
 import torch
 from scopes import Scope, scope_of
 from torch import Tensor
@@ -37,7 +38,7 @@ _SHAPE_ON_DEVICE = {
 _MATMULS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward}
 _INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 _NCCL = {torch.int8, torch.uint8, torch.int32, torch.int64, torch.half, torch.float, torch.double, torch.bfloat16}
-_REMEMBERED = 4096  # elements
+_REMEMBERED = 1 << 16  # elements
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Tracer(TorchDispatchMode):
         """Return a tensor like x on the device.  values: what it holds, if that is to be remembered."""
         with self.fake:
             fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA)
-        if values is not None and values.numel() <= _REMEMBERED:
+        if values is not None:
             fake.known = values.clone()
         return fake
 
@@ -113,10 +114,10 @@ class Tracer(TorchDispatchMode):
         if func.namespace == "c10d":
             return self._collective(func, args, inputs)
         if packet is aten._local_scalar_dense:
-            self._wait("item()")
+            self.wait("item()")
             return self._values(args[0]).item()
         if packet is aten._to_copy and inputs and to == "cpu":
-            self._wait("device to host")
+            self.wait("device to host")
             return self._values(args[0]).to(kwargs.get("dtype") or args[0].dtype)
         if packet is aten.empty_like and to == "cpu":
             host = torch.empty(args[0].shape, dtype=args[0].dtype)
@@ -130,6 +131,12 @@ class Tracer(TorchDispatchMode):
         self._check(packet, args, inputs, scope)
         with self.fake:
             out = func(*args, **kwargs)
+        if func.is_view:
+            for each in tree_leaves(out):
+                streams.viewed(each, args[0])
+        else:
+            for each in inputs:
+                streams.used(each, scope.where)
         self._remember(func, args, kwargs, inputs, out)
         if not (packet in _FREE or func.is_view):
             self._account(func, args, kwargs, out, inputs, scope)
@@ -138,12 +145,14 @@ class Tracer(TorchDispatchMode):
     def _on_host(self, func: Any, packet: Any, args: tuple, kwargs: dict) -> Any:
         if packet is aten.is_pinned:
             return getattr(args[0], "pinned", False)
+        pins = packet is aten._pin_memory or kwargs.pop("pin_memory", None)
         out = args[0].clone() if packet is aten._pin_memory else func(*args, **kwargs)
-        if packet is aten._pin_memory or kwargs.get("pin_memory"):
+        if pins or (packet is aten.slice and getattr(args[0], "pinned", False)):
             out.pinned = True
         return out
 
-    def _wait(self, what: str) -> None:
+    def wait(self, what: str) -> None:
+        """Note that the host waits for the device."""
         scope = self._scope()
         self.record.waits[f"{what}: {scope.where}"] += 1
         if scope.layer:
@@ -191,16 +200,18 @@ class Tracer(TorchDispatchMode):
         if kwargs.get("non_blocking") and getattr(x, "pinned", False):
             self.record.copies[f"host to device: {self._scope().where}"] += 1
         else:
-            self._wait("host to device" if not kwargs.get("non_blocking") else "host to device, pageable")
+            self.wait("host to device" if not kwargs.get("non_blocking") else "host to device, pageable")
         values = x.to(kwargs.get("dtype") or x.dtype)
-        return self.on_device(values, values)
+        made = self.on_device(values, values)
+        streams.made(made)
+        return made
 
     def _copied(self, to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         host, what = (source, "to device") if isinstance(to, FakeTensor) else (to, "to host")
         if non_blocking and getattr(host, "pinned", False):
             self.record.copies[f"copy_ {what}: {self._scope().where}"] += 1
         else:
-            self._wait(f"copy_ {what}")
+            self.wait(f"copy_ {what}")
         if isinstance(to, FakeTensor):
             if hasattr(to, "known"):
                 del to.known
@@ -216,11 +227,11 @@ class Tracer(TorchDispatchMode):
         if packet in _INDEXED:
             indices = [x for x in args[1] if x is not None]
             if any(not isinstance(x, FakeTensor) for x in indices):
-                self._wait("host index on a device tensor")
+                self.wait("host index on a device tensor")
             if any(x.dtype == torch.bool for x in indices):
-                self._wait("bool index: its shape is on the device")
+                self.wait("bool index: its shape is on the device")
         if packet in _SHAPE_ON_DEVICE:
-            self._wait(f"{packet.__name__}: its shape is on the device")
+            self.wait(f"{packet.__name__}: its shape is on the device")
 
     def _collective(self, func: Any, args: tuple, inputs: list[FakeTensor]) -> Any:
         """Note a collective of NCCL. Every rank is taken to have sent the same."""

@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -25,7 +28,7 @@ from pipeline.data.once import Once
 from pipeline.data.sample import BadSample, ContentDraw, Item, Pair, Single
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
-from pipeline.data.stream import batches
+from pipeline.data.stream import Stream, batches
 from pipeline.data.tiles import Tiling
 from pipeline.errors import PipelineError
 
@@ -322,6 +325,46 @@ def test_workers_outlive_starting_thread_and_end_with_process(data):
         rank.kill()
         assert not psutil.wait_procs(workers, timeout=HANG_SECONDS)[1]
         assert rank.communicate()[1] == ""
+
+
+@pytest.fixture
+def hanging(data, monkeypatch) -> Iterator[Stream]:
+    """Return a stream whose worker hangs."""
+    monkeypatch.setattr(stream, "_STOP_SECONDS", 0.05)
+    opened = Source.open(changed(data, workers=1))
+    order, encode = opened.order(BATCH, 5, LENGTHS), lambda item: time.sleep(HANG_SECONDS)
+    reading = Stream(opened, order, encode, range(3), rank=0, world=1, timeout=HANG_SECONDS)
+    yield reading
+    reading.close()
+    assert multiprocessing.active_children() == []
+
+
+def waiting(reading: Stream) -> Future[Batch]:
+    """Wait for a batch in a thread."""
+    pool = ThreadPoolExecutor(1)
+    got = pool.submit(next, reading)
+    pool.shutdown(wait=False)
+    return got
+
+
+def test_thread_stops_waiting_for_a_batch(hanging):
+    got = waiting(hanging)
+    hanging.stop.set()
+    with pytest.raises(PipelineError):
+        got.result(HANG_SECONDS)
+
+
+def test_thread_that_waits_for_a_batch_notices_hanging_and_dead_workers(hanging):
+    seconds, hanging._seconds = hanging._seconds, 0
+    with pytest.raises(PipelineError, match="sent nothing for 0 seconds"):
+        waiting(hanging).result(HANG_SECONDS)
+    hanging._seconds = seconds
+    got, (worker,) = waiting(hanging), multiprocessing.active_children()
+    with suppress(RuntimeError):  # torch raises it on the main thread, unless the other one has noticed before
+        worker.kill()
+        got.exception(HANG_SECONDS)
+    with pytest.raises(PipelineError, match="a data worker failed"):
+        got.result(HANG_SECONDS)
 
 
 def test_evaluation_items_are_invalid_for_training(data, tmp_path):

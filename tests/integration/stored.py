@@ -19,7 +19,7 @@ from pipeline.data.source import Source
 from pipeline.data.stored_vectors import Stored, restored, rounded
 from pipeline.data.stream import batches
 from pipeline.distributed import end_distributed, start_distributed
-from pipeline.models.chunks import Chunk, pack
+from pipeline.models.chunks import Chunk, Packed, pack
 from pipeline.models.registry import training
 from pipeline.models.text_encoder.model import FrozenTextEncoder
 from pipeline.objectives.contrastive.batch_loss import contrastive_loss
@@ -42,8 +42,8 @@ def train(recipe: Recipe, stored: Stored | None = None) -> tuple[list[float], fl
     processor, frozen = kind.processor(recipe, path), load_frozen(recipe, path, device)
     engine, objective = build_engine(recipe, load_ds_config(recipe, 1), path), Contrastive(recipe, device)
 
-    def features(chunk: Chunk) -> torch.Tensor | None:
-        vectors = frozen.features_of(chunk)
+    def features(chunk: Chunk, packed: Packed) -> torch.Tensor | None:
+        vectors = frozen.features_of(chunk, packed)
         if stored and vectors is not None:
             vectors = torch.from_numpy(restored(rounded(vectors, stored), stored))
         return vectors

@@ -120,7 +120,8 @@ def test_killed_run_matches_uninterrupted_run(finished, recipe, tmp_path):
     assert len(metrics.read_text().splitlines()) < STEPS
     first_evaluation = (run / "evaluation/step-00000000.json").stat().st_mtime_ns
 
-    ended = launch(command(recipe, run, "data.workers=2"), world=2)
+    again = [str(Path(__file__).with_name("one_thread.py")), *command(recipe, run, "data.workers=2")[2:]]
+    ended = launch(again, world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
     # The run resumed instead of restarting, which would give the same bits.
     assert (run / "evaluation/step-00000000.json").stat().st_mtime_ns == first_evaluation

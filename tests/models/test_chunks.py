@@ -3,9 +3,11 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from two_ranks import on_two_ranks
 
 from pipeline.data.batch import Encoded, Image
-from pipeline.models.chunks import embed_chunks, plan_chunks
+from pipeline.models.chunks import _FLAGS, embed_chunks, plan_chunks
 
 CPU = torch.device("cpu")
 
@@ -65,6 +67,34 @@ def test_tiles_are_copied_one_chunk_at_a_time():
 def test_with_images_is_set_per_chunk():
     chunks = plan_chunks([encoded(9, image=True), encoded(8), encoded(7)], 9, CPU)
     assert [chunk.with_images for chunk in chunks] == [True, False, False]
+
+
+# For each rank its number of chunks, and which of them have images.
+SEVERAL = [((3, [1]), (5, [4])), ((_FLAGS + 2, [_FLAGS + 1]), (2, [0])), ((1, []), (_FLAGS, [3])), ((0, []), (2, []))]
+
+
+def agreed(rank: int) -> list[tuple[int, list[int], list[int], int]]:
+    """Return of each case: chunks, those with images, those with all images, collectives per plan."""
+    found, calls, all_reduce = [], [], dist.all_reduce
+    dist.all_reduce = lambda *given: calls.append(given) or all_reduce(*given)
+    for case in SEVERAL:
+        count, images = case[rank]
+        items = [encoded(2, image=number in images) for number in range(count)]
+        calls.clear()
+        one, all_of = (plan_chunks(items, 1, CPU, all_with_images=flag) for flag in (False, True))
+        assert [len(chunk.rows) for chunk in one] == [number < count for number in range(len(one))]
+        flags = [[number for number, chunk in enumerate(chunks) if chunk.with_images] for chunks in (one, all_of)]
+        found.append((len(one), *flags, len(calls) / 2))
+    return found
+
+
+def test_ranks_agree_on_chunks_in_one_collective():
+    expected = []
+    for case in SEVERAL:
+        most = max(count for count, _ in case)
+        flags = sorted({number for _, images in case for number in images})
+        expected.append((most, flags, list(range(most)), 1 + (most > _FLAGS)))
+    assert on_two_ranks(agreed) == [expected, expected]
 
 
 def test_embeddings_keep_the_order_of_items():

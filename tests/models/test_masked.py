@@ -109,7 +109,7 @@ def test_losses_and_hits_match_previous_token_logits_of_transformers(folder):
     plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     plain.load_state_dict(model.causal.state_dict())
     (chunk,) = plan_chunks(items, 1000, torch.device("cpu"))
-    rows = model(chunk.packed, False, to_predict(chunk))
+    rows = model(chunk.packed, False, to_predict(chunk, chunk.packed))
     for row, item in zip(rows, chunk.items, strict=True):
         logits = plain(torch.from_numpy(item.input_ids).long()[None], use_cache=False).logits[0]
         costs = [
@@ -124,7 +124,7 @@ def test_empty_chunk_has_zero_loss_and_zero_gradients(folder):
     model = MaskedLanguageModel.load(folder, torch.float32)
     dummy = Encoded(np.zeros(1, np.int32))
     chunk = Chunk(torch.zeros(0, dtype=torch.long), (dummy,), False, True)
-    rows = model(chunk.packed, False, to_predict(chunk))
+    rows = model(chunk.packed, False, to_predict(chunk, chunk.packed))
     assert rows.tolist() == [[0, 0]]
     rows[:0].sum().backward()
     assert all((parameter.grad == 0).all() for parameter in model.parameters())
@@ -140,7 +140,7 @@ def test_prediction_depends_on_later_tokens_but_not_on_other_texts(folder):
     rows = []
     for pair in ([alone[0], alone[1]], [alone[2], alone[1]]):
         chunk = Chunk(torch.arange(2), tuple(pair), False, True)
-        rows.append(model(chunk.packed, False, to_predict(chunk)))
+        rows.append(model(chunk.packed, False, to_predict(chunk, chunk.packed)))
     assert abs(float(rows[0][0, 0] - rows[1][0, 0])) > 1e-5
     assert torch.equal(rows[0][1], rows[1][1])
 

@@ -428,7 +428,8 @@ def test_llm2clip_learns_from_its_vectors_and_its_export_holds_it(name, folders,
     training("llm2clip").check(section("llm2clip", path=str(base), text_encoder=str(folder)))
     reader, expected = SentenceProcessor.load(str(folder), 512), torch.stack([by_hand(name, folder, t) for t in TEXTS])
     (chunk,) = plan_chunks([reader.encode(Item(text)) for text in TEXTS], 4096, CPU)
-    features = FrozenTextEncoder(SentenceEncoder.load(str(folder), torch.float32), CPU).features_of(chunk)
+    frozen = FrozenTextEncoder(SentenceEncoder.load(str(folder), torch.float32), CPU)
+    features = frozen.features_of(chunk, chunk.packed)
     assert (features - expected[chunk.rows]).abs().max() < TOLERANCE
 
     model = Llm2Clip.load(str(base), torch.float32, width=expected.shape[1])

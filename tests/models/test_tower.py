@@ -53,7 +53,7 @@ def test_each_tile_is_processed_once_in_small_batches(tiny_model, items):
     assert len(with_images) > 1
     for _ in range(3):
         for chunk in with_images:
-            made = features(chunk)
+            made = features(chunk, chunk.packed)
             pixels = normalised(chunk.packed.tiles, CPU, torch.float32)
             assert_close_in_norm(made, tower_features(tower.vision_tower, pixels))
             seen.pop()  # the reference above also ran the tower
@@ -66,12 +66,12 @@ def test_features_offloaded_from_a_gpu_return_unchanged():
     """The copies are asynchronous, while the memory of the originals is used again at once."""
     cuda = torch.device("cuda")
     values = iter(range(100))
-    frozen = SimpleNamespace(device=cuda, features_of=lambda _: torch.full((1 << 20,), next(values), device=cuda))
+    frozen = SimpleNamespace(device=cuda, features_of=lambda *_: torch.full((1 << 20,), next(values), device=cuda))
     chunks = plan_chunks([Encoded(np.ones(9, np.int32))] * 20, 9, cuda)
     for step in range(3):
         features = CachedFeatures(frozen, 0)
         for _ in range(2):
-            got = torch.stack([features(chunk).amax() for chunk in chunks]).tolist()
+            got = torch.stack([features(chunk, chunk.packed).amax() for chunk in chunks]).tolist()
             assert got == list(range(20 * step, 20 * step + 20))
     assert offloaded(torch.ones(3, device=cuda)).is_pinned()
 

@@ -6,7 +6,7 @@ An item's embedding is the language model's last hidden state at the prompt's la
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -192,6 +192,7 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
     """
 
     tiles_at_once = 64
+    reads_tiles: ClassVar[bool] = True
 
     _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?vision_tower)"]  # noqa: RUF012 (as in its base class)
 
@@ -218,9 +219,8 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
             parts.append(tower_features(self.vision_tower, normalised(part, self.device, self.dtype, places)))
         return torch.cat(parts)
 
-    def features_of(self, chunk: Chunk) -> torch.Tensor | None:
+    def features_of(self, chunk: Chunk, packed: Packed) -> torch.Tensor | None:
         """Return the features of all the chunk's tiles; None if it has no image."""
-        packed = chunk.packed
         return self.features(packed.tiles, packed.blank_tiles) if packed.images else None
 
 

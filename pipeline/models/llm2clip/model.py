@@ -104,12 +104,11 @@ class Llm2Clip(TwoTower):
         return self.vision(pixels)
 
     def texts(self, packed: Packed, features: torch.Tensor | None) -> torch.Tensor:
-        nothing = torch.zeros(self.width)  # for a dummy text, which has no vector
         if features is None:
-            given = zip(packed.vectors, packed.tiles_of, strict=True)
-            vectors = [nothing if vector is None else torch.from_numpy(vector) for vector, tiles in given if not tiles]
-            features = sent(torch.stack(vectors or [nothing]), packed.input_ids.device)
-        return self.adapter(features)
+            features = packed.text_vectors
+        if features is None:  # of texts without vectors, or of a dummy text
+            features = torch.zeros(max(packed.tiles_of.count(0), 1), self.width)
+        return self.adapter(sent(features, packed.input_ids.device))
 
 
 def step_flops(model: Llm2Clip, frozen: FrozenTextEncoder | None) -> StepFlops | None:

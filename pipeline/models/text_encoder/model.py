@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,11 +98,13 @@ def pooled(hidden: torch.Tensor, lengths: tuple[int, ...], skipped: tuple[int, .
 class FrozenTextEncoder:
     """A text encoder whose vectors are another model's input: see `chunks.Frozen`."""
 
+    reads_tiles: ClassVar[bool] = False
+
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model, self.device = model.eval().requires_grad_(False).to(device), device
 
     @torch.no_grad()
-    def features_of(self, chunk: Chunk) -> torch.Tensor | None:
+    def features_of(self, chunk: Chunk, packed: Packed) -> torch.Tensor | None:
         """Return (texts, width) float32 unit rows for the chunk's texts in their order; None if it has no text."""
         texts = [item for item in chunk.items if not item.images]
         return cast(torch.Tensor, self.model(pack(texts).to(self.device))) if texts else None

@@ -18,7 +18,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.source import Source
 from pipeline.distributed import all_gather_constant
 from pipeline.errors import PipelineError
-from pipeline.models.chunks import Features, in_order, plan_chunks, run_chunk, sent
+from pipeline.models.chunks import Ahead, Features, in_order, plan_chunks, run_chunk, sent
 from pipeline.objectives.contrastive.batch_loss import contrastive_loss
 from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.loss import LossOutput
@@ -80,12 +80,23 @@ class Contrastive(Objective):
         self._recipe, self._objective, self.temperature = recipe, recipe.objective, Temperature(recipe, device)
 
     def step(
-        self, engine: DeepSpeedEngine, batch: Batch, cut: Cut, step: int, *, lr: float, features: Features | None = None
+        self,
+        engine: DeepSpeedEngine,
+        batch: Batch,
+        cut: Cut,
+        step: int,
+        *,
+        lr: float,
+        features: Features | None = None,
+        ahead: Ahead | None = None,
     ) -> ContrastiveResult:
-        items = list(batch.items.values())
+        model, device = engine.module, engine.device
+        items = ahead.items if ahead else self.items(model, batch, step)
         # If no trained part processes texts, a dummy image gives every chunk a gradient.
-        all_with_images, padded = not self._recipe.model.texts_train, engine.module.pads
-        chunks = plan_chunks(items, cut.chunk_tokens, engine.device, padded=padded, all_with_images=all_with_images)
+        all_with_images = not self._recipe.model.texts_train
+        chunks = plan_chunks(
+            items, cut.chunk_tokens, device, padded=model.pads, all_with_images=all_with_images, ahead=ahead
+        )
         cached, recomputed = chunks[: cut.kept_chunks], chunks[cut.kept_chunks :]
         with phase("first_pass"):
             graphs = [run_chunk(engine, chunk, features) for chunk in cached]

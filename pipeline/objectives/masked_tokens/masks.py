@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.data.batch import Encoded
-from pipeline.models.chunks import Chunk, sent
+from pipeline.models.chunks import Chunk, Packed, sent
 from pipeline.objectives.masked_tokens.config import MaskedNextTokenSection
 
 # The version of the masks; increase it when a change masks other tokens. Since version 2, `Encoded.key` is in the seed.
@@ -54,7 +54,7 @@ def mask(
     return MaskedText(ids, skipped=text.skipped, places=places, targets=targets)
 
 
-def to_predict(chunk: Chunk) -> torch.Tensor:
+def to_predict(chunk: Chunk, packed: Packed) -> torch.Tensor:
     """Return (2, M) int64 for a chunk of masked texts: the positions in the packed row to predict from, and targets."""
     places, targets, start = [], [], 0
     for item in chunk.items:

@@ -7,7 +7,7 @@ chunk's gradient does not depend on other chunks, and one pass is enough.
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,10 @@ from deepspeed import DeepSpeedEngine
 
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
-from pipeline.models.chunks import Features, in_order, plan_chunks, sent
+from pipeline.models.chunks import Ahead, Features, in_order, plan_chunks, sent
 from pipeline.objectives.masked_tokens import masks
 from pipeline.objectives.masked_tokens.config import MaskedNextTokenSection
-from pipeline.objectives.masked_tokens.masks import mask, to_predict
+from pipeline.objectives.masked_tokens.masks import MaskedText, mask, to_predict
 from pipeline.objectives.objective import Cut, Objective, StepResult, backward_chunks, optimizer_step
 from pipeline.phases import phase
 
@@ -48,19 +48,32 @@ class MaskedNextToken(Objective):
     any rank.
     """
 
+    passes = 1
+
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self._recipe = recipe
 
-    def step(
-        self, engine: DeepSpeedEngine, batch: Batch, cut: Cut, step: int, *, lr: float, features: Features | None = None
-    ) -> MaskedResult:
+    def items(self, model: Any, batch: Batch, step: int) -> list[MaskedText]:
         recipe, objective = self._recipe, self._recipe.objective
         assert isinstance(objective, MaskedNextTokenSection)
-        model, device, world = engine.module, engine.device, dist.get_world_size()
-        texts = [
+        return [
             mask(item, objective, model.mask_token, model.vocabulary, (recipe.seed, step, content))
             for content, item in batch.items.items()
         ]
+
+    def step(
+        self,
+        engine: DeepSpeedEngine,
+        batch: Batch,
+        cut: Cut,
+        step: int,
+        *,
+        lr: float,
+        features: Features | None = None,
+        ahead: Ahead | None = None,
+    ) -> MaskedResult:
+        model, device, world = engine.module, engine.device, dist.get_world_size()
+        texts = cast(list[MaskedText], ahead.items if ahead else self.items(model, batch, step))
         # An unusable item is an empty text, in which nothing is masked.
         counts = Counter(chain(batch.query, batch.target, *batch.positives, *batch.negatives))
         occurring = sent(torch.tensor([counts[content] for content in batch.items], dtype=torch.float64), device)
@@ -69,7 +82,7 @@ class MaskedNextToken(Objective):
         dist.all_reduce(totals)
         divisor = totals[0].clamp(min=1)
 
-        chunks = plan_chunks(texts, cut.chunk_tokens, device, padded=model.pads)
+        chunks = plan_chunks(texts, cut.chunk_tokens, device, padded=model.pads, ahead=ahead)
         # DeepSpeed averages gradients over ranks; `world` turns the mean into a sum.
         by_cost = occurring * world / divisor
         gradient = torch.stack([by_cost, torch.zeros_like(by_cost)], dim=1).float()
