@@ -16,6 +16,7 @@ from two_ranks import on_two_ranks
 
 from pipeline import distributed
 from pipeline.config import Batch, Recipe, load_recipe
+from pipeline.data.batch import Encoded
 from pipeline.device import configure_device
 from pipeline.distributed import start_distributed
 from pipeline.errors import PipelineError
@@ -272,8 +273,8 @@ def test_run_out_of_memory_restarts_with_smaller_budget(tmp_path, monkeypatch, o
     recipe = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.max_tokens=4096"])
     nothing = SimpleNamespace(asked=lambda: 0, steps=nullcontext)
     model, zero = SimpleNamespace(pads=True), {"zero_optimization": {"stage": 3}}
-    writes = SimpleNamespace(save=None)
-    engine, cuts = SimpleNamespace(device=torch.device("cpu"), module=model, config=zero, checkpoint_engine=writes), []
+    engine, cuts = SimpleNamespace(device=torch.device("cpu"), module=model, config=zero), []
+    engine.checkpoint_engine = SimpleNamespace(save=None)
 
     def step(_: object, engine: object, batch: object, cut: Budget, *__: object, **___: object) -> None:
         cuts.append((cut.chunk_tokens, cut.kept_chunks))
@@ -282,7 +283,8 @@ def test_run_out_of_memory_restarts_with_smaller_budget(tmp_path, monkeypatch, o
     def trainer(recipe: Recipe = recipe) -> Trainer:
         run = Trainer(recipe, nothing)
         run.steps, run.start, run.conditions, run.engine, run.frozen = 3, None, {"seed": 0}, engine, None
-        run._batches = lambda steps: iter("abc")
+        batch = SimpleNamespace(items={0: Encoded(np.zeros(9, np.int32))})
+        run._stream = lambda steps, stop: (batch for _ in steps)
         return run
 
     monkeypatch.setattr(Contrastive, "step", step)
