@@ -16,6 +16,7 @@ from tracer import Record, Tracer, faked
 from benchmarks import gpu_step
 from pipeline.models.attention import implementation
 from pipeline.models.chunks import CachedFeatures, plan_chunks
+from pipeline.models.llave.flops import step_flops
 from pipeline.models.llave.model import FrozenTower, TowerlessLlave
 
 MODELS = ("0.5b", "2b", "7b", "7b full")  # 7b has adapters, "7b full" has none
@@ -25,7 +26,7 @@ _META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a model.  flops: of the model, by benchmarks/gpu_step.py.  tokens, chunks: of the step."""
+    """A step of a model.  flops: that the model needs.  tokens, chunks: of the step."""
 
     record: Record
     flops: float
@@ -85,7 +86,7 @@ def whole(model: str, pairs: int) -> tuple[Costs, Step]:
     with _setting(model, pairs) as setting:
         tower, trained = _models(setting)
     items = list(gpu_step.batch_of(trained.config, pairs).items.values())
-    return base, replace(less, flops=gpu_step.model_flops(trained, tower, items))
+    return base, replace(less, flops=step_flops(trained, tower.vision_tower)(items, 0))
 
 
 @contextmanager
