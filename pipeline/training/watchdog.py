@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 def record_collectives(run: Path) -> None:
     """Make torch's flight recorder write NCCL's last collectives to RUN/ranks/nccl_rank_N if one of them times out.
 
-    `torchfrtrace RUN/ranks -p nccl_rank_` compares them. Variables that are set
-    stay. Call it before the process group starts. torch before 2.13 may know a variable by its older name only.
+    `torchfrtrace RUN/ranks -p nccl_rank_` compares them. Variables that are already set are kept. Call it before the
+    process group starts. Versions of torch before 2.13 may know a variable by its older name only, so both are set.
     """
     with disk_errors(run / FOLDER):
         (run / FOLDER).mkdir(parents=True, exist_ok=True)
