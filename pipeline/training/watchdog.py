@@ -17,13 +17,11 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-
-import torch.distributed as dist
+from types import TracebackType
 
 from pipeline.errors import PipelineError, disk_errors, first_few, is_of_late_peer
 from pipeline.jobs import status
-from pipeline.phases import Place, place
+from pipeline.phases import Location, Place, failed, place
 
 FOLDER = "ranks"  # in the run directory
 _SECONDS = 10  # between a rank's notes; shorter if the time limit is
@@ -111,19 +109,13 @@ def _count(note: Note) -> int:
     return note.place.count
 
 
-def _doing() -> tuple[str, str]:
-    """Return the function that the main thread is in, and the collective that a thread waits in, or ""."""
-    frames, code, collective = sys._current_frames(), "", ""
-    for number, innermost in frames.items():
-        if number == threading.main_thread().ident:
-            code = f"{innermost.f_code.co_name} ({Path(innermost.f_code.co_filename).name}:{innermost.f_lineno})"[:99]
-        frame: FrameType | None = innermost
-        while frame and not collective:
-            # Their calls are wrapped to be logged.
-            if frame.f_globals.get("__name__") == dist.distributed_c10d.__name__ and frame.f_code.co_name != "wrapper":
-                collective = frame.f_code.co_name[:50]
-            frame = frame.f_back
-    return code, collective
+def _doing() -> Location:
+    """Return where the main thread is, or where it failed, and a collective that another thread waits in."""
+    main = threading.main_thread().ident
+    at = {thread: Location.of(traceback.walk_stack(frame)) for thread, frame in sys._current_frames().items()}
+    own = failed() or at.pop(main)  # type: ignore[arg-type]
+    others = (each.collective for each in at.values() if each.collective)
+    return Location(own.code, own.collective or next(others, ""))
 
 
 class Watchdog:
@@ -138,7 +130,7 @@ class Watchdog:
     def __init__(self, run: Path, rank: int, world: int, minutes: float) -> None:
         self._folder, self._rank, self._world, self._minutes = run / FOLDER, rank, world, minutes
         self._interval, self._start = min(_SECONDS, 60 * minutes / 20), status.start_id()[-64:]
-        self._doing, self._moved, self._polled = ("", ""), 0.0, time.time()
+        self._doing, self._moved, self._polled = Location("", ""), 0.0, time.time()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -199,7 +191,8 @@ class Watchdog:
             self._doing, self._moved = doing, self._polled  # it has moved since then
         self._polled = time_now
         since = max(now.since, self._moved) if now.phase in _LONG else now.since
-        note = Note(self._rank, socket.gethostname()[:64], self._start, now, *doing, time_now - since)
+        host, still = socket.gethostname()[:64], time_now - since
+        note = Note(self._rank, host, self._start, now, doing.code, doing.collective, still)
         note.write(self._folder)
         return note
 

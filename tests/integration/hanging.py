@@ -1,7 +1,8 @@
 """`python -m pipeline.train` of which a rank hangs in a step: `python hanging.py RANK STEP sleep|stop ARGUMENTS`.
 
 It hangs before the optimizer's step, in Python or as a stopped process. From then on the others wait a few seconds for
-it: the recipe's time limit must be long enough for all that comes before, also on a slow machine.
+it: the recipe's time limit must be long enough for all that comes before, also on a slow machine. They clean up for
+longer than from one note to the next.
 """
 
 import os
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from pipeline import train
 from pipeline.training import watchdog
+from pipeline.training.saving import Saver
 
 _LIMIT = 6  # seconds
 
@@ -39,7 +41,12 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
         finish(engine)
 
+    def clean_up(self: Saver, *failure: object) -> None:
+        time.sleep(5 * watchdog._SECONDS)
+        leave(self, *failure)
+
     deepspeed.DeepSpeedEngine.step = step
+    leave, Saver.__exit__ = Saver.__exit__, clean_up  # type: ignore[method-assign]
     train.main()
 
 

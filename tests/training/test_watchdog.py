@@ -3,15 +3,18 @@
 import ctypes
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 from limits import HANG_SECONDS
 
 from pipeline.errors import PipelineError
 from pipeline.jobs.status import start_id
-from pipeline.phases import Place, phase, place
+from pipeline.phases import Location, Place, phase, place
 from pipeline.training import watchdog
 from pipeline.training.watchdog import FOLDER, Note, Watchdog, record_collectives
 
@@ -110,6 +113,17 @@ def test_stacks_are_written_and_the_rank_that_waits_reports(tmp_path, caplog):
     assert found and (found.place, found.place.step, found.place.phase) == (here, 5, "loss")
 
 
+def test_note_says_where_a_rank_failed_while_it_cleans_up(tmp_path):
+    dog = Watchdog(tmp_path, 0, 1, MINUTES)
+    with suppress(ValueError), phase("optimizer", 3):
+        dist.all_reduce(torch.zeros(1))  # fails: there is no process group
+    note = dog._note()
+    assert note.collective == "_get_default_group" and note.code.startswith("_get_default_group (distributed_c10d.py:")
+    with phase("report"):
+        assert dog._note().collective == ""  # it went on
+    assert dog._note().code.startswith("_doing (watchdog.py:")
+
+
 def call_that_holds_pythons_lock() -> None:
     ctypes.PyDLL(None).usleep(500_000)
 
@@ -130,7 +144,7 @@ def test_long_evaluation_that_moves_is_no_hang(tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog, "place", lambda: Place(7, 3, name, 0.0))
     dog, still = Watchdog(tmp_path, 0, 2, MINUTES), []
     for now, code in ((1010.0, "encode"), (1900.0, "encode"), (1910.0, "score")):  # noqa: B007
-        monkeypatch.setattr(watchdog, "_doing", lambda code=code: (code, ""))
+        monkeypatch.setattr(watchdog, "_doing", lambda code=code: Location(code, ""))
         still.append(dog._note().still)
     name = "loss"
     assert [*still, dog._note().still] == [10, 900, 10, 1910]
