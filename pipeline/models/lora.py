@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.config import Lora
 from pipeline.errors import PipelineError
+from pipeline.models.lean import SharingLinear, shared
 
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
@@ -31,17 +32,20 @@ def add_adapters(model: torch.nn.Module, lora: Lora, seed: int) -> None:
     for module in model.modules():
         if isinstance(module, Linear):
             module.__class__, module.lora_B["default"].__class__ = AdaptedLinear, AddingLinear
+            module.lora_A["default"].__class__ = SharingLinear
 
 
 class AdaptedLinear(Linear):
     """Adds the adapter's product to the layer's output in place; peft's has three more tensors of the output's width.
 
-    It scales the narrow product of the first factor.
+    It scales the narrow product of the first factor. It also returns its input if the layer does; see `shared`.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        low = self.lora_A["default"](x) * self.scaling["default"]
-        return self.lora_B["default"](low, self.base_layer(x))
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        low, x = self.lora_A["default"](x)
+        result, same = shared(self.base_layer, x)
+        result = self.lora_B["default"](low * self.scaling["default"], result)
+        return (result, same) if isinstance(self.base_layer, SharingLinear) else result
 
 
 class AddingLinear(torch.nn.Linear):

@@ -14,6 +14,7 @@ from transformers import Qwen2Config, Qwen2Model
 
 from pipeline.models import kernels, lean
 from pipeline.models.attention import Segments, implementation
+from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.llave.qwen2 import pool_in_last_layer
 
 LENGTHS = (5, 1, 17, 3)
@@ -43,6 +44,29 @@ def check_rotation(heads: int, size: int, dtype: torch.dtype) -> None:
     assert_rounded_once(kernels.rotate(gradient, cos, sin, True), of_x)
 
 
+def check_norm(rows: int, width: int, dtype: torch.dtype, added: bool) -> None:
+    x, branch, gradient, of_total = torch.randn(4, 1, rows, width).to(dtype)
+    weight = torch.randn(width).to(dtype)
+    given = branch if added else None
+    out, total, scale = kernels.rms_norm(x, given, weight, 1e-6)
+    if added:
+        assert_rounded_once(total, x.double() + branch.double())
+    else:
+        assert not len(total)
+        total = x
+    wide = total.double().requires_grad_(), weight.double().requires_grad_()
+    expected = F.rms_norm(wide[0], (width,), wide[1], 1e-6)
+    assert_rounded_once(out, expected)
+    assert_rounded_once(scale, (total.double().square().mean(-1) + 1e-6).rsqrt())
+    of_x, of_weight = torch.autograd.grad(expected, wide, gradient.double())
+    found, none = kernels.rms_norm_backward(gradient, None, total, weight, scale, False)
+    assert_rounded_once(found, of_x)
+    assert not len(none)
+    found, parts = kernels.rms_norm_backward(gradient, of_total, total, weight, scale, True)
+    assert_rounded_once(found, of_x + of_total.double())
+    assert_rounded_once(parts.sum(0), of_weight)
+
+
 def assert_rounded_once(mine: torch.Tensor, exact: torch.Tensor) -> None:
     """Assert that a result differs from the exact one by the rounding of its few operations in float32 and its own."""
     exact = exact.detach()
@@ -50,7 +74,7 @@ def assert_rounded_once(mine: torch.Tensor, exact: torch.Tensor) -> None:
     assert ((mine.double() - exact).abs() <= rounded + 8 * 2**-24 * exact.abs().max()).all()
 
 
-def check_model() -> None:
+def check_model(checkpointed: bool) -> None:
     """Compare with transformers in bf16: every layer runs the kernels, in both passes, as on a GPU."""
     config = Qwen2Config(
         hidden_size=32,
@@ -65,6 +89,8 @@ def check_model() -> None:
     ours = copy.deepcopy(theirs)
     lean.keep_less(ours)
     pool_in_last_layer(ours)
+    if checkpointed:
+        checkpoint_layers(ours)
     inputs = {
         "inputs_embeds": torch.randn(1, sum(LENGTHS), 32, dtype=torch.bfloat16, requires_grad=True),
         "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
@@ -148,5 +174,9 @@ if __name__ == "__main__":
         check_swiglu(dtype)
         for heads, size in ((14, 64), (2, 64), (3, 128), (5, 24)):
             check_rotation(heads, size, dtype)
+        for added in (True, False):
+            check_norm(kernels._PARTS + 5, 48, dtype, added)
+            check_norm(3, 2000, dtype, added)
     kernels.usable = lambda x: x.dtype == torch.bfloat16
-    check_model()
+    for checkpointed in (False, True):
+        check_model(checkpointed)
