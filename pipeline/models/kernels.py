@@ -90,6 +90,11 @@ def rms_norm_backward(
     return out, parts
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return GELU (arXiv 1606.08415, by tanh) of a linear layer, without gradient: a matmul of cuBLAS applies both."""
+    return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
+
+
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -162,6 +167,9 @@ def _largest_difference(device: torch.device) -> float:
     of_total, parts = rms_norm_backward(of_norm, of_norm, summed, weight, scale, True)
     expected[-1].div_(len(x))  # a mean over rows: a sum would be large
     found = (*swiglu_backward(gradient, gate, up), rotate(gradient, cos, sin, True), of_total, parts.sum(0) / len(x))
-    found += swiglu(gate, up), rotate(gate, cos, sin, False), normalised, summed
-    pairs = zip(found, (*expected, product, rotated, norm, total), strict=True)
+    # Results of the matmul are as large as a row of `x`.
+    matrix, bias = torch.eye(48, device=device, dtype=x.dtype), weight
+    found += swiglu(gate, up), rotate(gate, cos, sin, False), normalised, summed, linear_gelu(x, matrix, bias)
+    gelu = F.gelu(x.float() + bias.float(), approximate="tanh")
+    pairs = zip(found, (*expected, product, rotated, norm, total, gelu), strict=True)
     return max(float((mine.float() - right.detach()).abs().max()) for mine, right in pairs)

@@ -8,7 +8,7 @@ once, where transformers rounds after each operation; kernels.py says when they 
 import inspect
 from collections.abc import Callable
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from transformers.models.qwen2.modeling_qwen2 import (
 
 from pipeline.models import kernels
 
-
 # A hidden state: one tensor, or two whose sum it is. The norm that reads it adds them: one kernel for both.
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -43,7 +42,7 @@ def keep_less(model: nn.Module) -> None:
     for module in model.modules():
         # Other models may do more with a layer's result than give it to the next layer or the norm.
         if any(_runs(module, kind) for kind in (Qwen2Model, LlamaModel)) and isinstance(module.norm, LeanRMSNorm):
-            for layer in module.layers:
+            for layer in cast(nn.ModuleList, module.layers):
                 norms = layer.input_layernorm, layer.post_attention_layernorm
                 if _runs(layer, Qwen2DecoderLayer) and all(type(norm) is LeanRMSNorm for norm in norms):
                     layer.__class__ = LeanDecoderLayer
@@ -88,9 +87,6 @@ class AddingRMSNorm(LeanRMSNorm):
 
 class LeanDecoderLayer(Qwen2DecoderLayer):
     """A layer whose additions are left to the next norm, where that saves a kernel."""
-
-    input_layernorm: AddingRMSNorm
-    post_attention_layernorm: AddingRMSNorm
 
     def forward(self, hidden_states: State, **others: Any) -> State:  # type: ignore[override]
         normalised, residual = self.input_layernorm(hidden_states)
@@ -200,9 +196,7 @@ class _SharedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, gradient: Tensor, of_x: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor, of_x: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         gradient, of_weight, of_bias = gradient.flatten(0, -2), None, None
         if of_x is None:

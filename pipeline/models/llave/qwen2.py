@@ -3,6 +3,8 @@
 The modules are transformers' own with a changed class, so weights, their names and hooks stay the same.
 """
 
+from typing import cast
+
 from torch import Tensor
 from transformers import Qwen2Model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,8 +24,9 @@ def pool_in_last_layer(model: Qwen2Model) -> None:
     is one that `keep_less` has changed.
     """
     for layer in model.layers:
-        layer.self_attn.__class__ = PackedAttention
-        layer.self_attn.q_proj.__class__ = layer.self_attn.k_proj.__class__ = SharingLinear
+        attention = cast(Qwen2Attention, layer.self_attn)
+        attention.__class__ = PackedAttention
+        attention.q_proj.__class__ = attention.k_proj.__class__ = SharingLinear
     last = model.layers[-1]
     last.__class__, last.self_attn.__class__ = PoolingLayer, PoolingAttention
 
