@@ -89,16 +89,16 @@ class LeanDecoderLayer(Qwen2DecoderLayer):
     """A layer whose additions are left to the next norm, where that saves a kernel."""
 
     def forward(self, hidden_states: State, **others: Any) -> State:  # type: ignore[override]
-        normalised, residual = self.input_layernorm(hidden_states)
-        attended, _ = self.self_attn(hidden_states=normalised, **others)
-        return self.end(residual, attended)
-
-    def end(self, residual: Tensor, attended: Tensor) -> State:
-        """Return the layer's result.  attended: the result of its attention."""
-        normalised, residual = self.post_attention_layernorm((residual, attended))
+        normalised, residual = self.post_attention_layernorm(self.attend(hidden_states, **others))
         branch = self.mlp(normalised)
         # Activation checkpointing stores what a layer returns: one tensor is less than two.
         return (residual, branch) if kernels.usable(branch) and not self.gradient_checkpointing else residual + branch
+
+    def attend(self, hidden_states: State, **others: Any) -> tuple[Tensor, Tensor]:
+        """Return the state as one tensor, and what the attention adds to it. Other tensors are freed at its end."""
+        normalised, residual = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(hidden_states=normalised, **others)
+        return residual, attended
 
 
 class SharingLinear(nn.Linear):

@@ -132,18 +132,25 @@ def test_kernels_compile_for_gpus_with_wide_loads_and_rounding(capability, tmp_p
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     of_heads = {"HEADS": 14, "HALF": 32, "ROWS": 32, "WIDTH": 32}
+    of_rows = {"COUNT": 896, "ROWS": 1, "WIDTH": 1024, "ADD": True}
+    others = {"count": "i32", "rows": "i32", "tiles": "i32", "epsilon": "fp32", "scale": "*fp32", "of_weight": "*fp32"}
     for kernel, constants in (
         (triton_kernels._swiglu, {"BLOCK": 1024}),
         (triton_kernels._swiglu_backward, {"BLOCK": 1024}),
         (triton_kernels._rotate, of_heads | {"BACKWARD": False}),
         (triton_kernels._rotate, of_heads | {"BACKWARD": True}),
+        (triton_kernels._rms_norm, of_rows),
+        (triton_kernels._rms_norm_backward, of_rows | {"WEIGHT": True}),
     ):
         kinds = dict.fromkeys(kernel.arg_names, "*bf16") | dict.fromkeys(constants, "constexpr")
-        kinds |= {name: "i32" for name in ("count", "rows") if name in kinds}
-        divisible = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kinds) if name not in constants}
+        kinds |= {name: kind for name, kind in others.items() if name in kinds}
+        aligned = [place for place, kind in enumerate(kinds.values()) if kind[0] in "*i"]
+        divisible = {(place,): [["tt.divisibility", 16]] for place in aligned}
         source = ASTSource(kernel, kinds, constants, divisible)
         code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
         moves = set(re.findall(r"\b(?:ld|st)\.global[.\w]*", code))
+        if "scale" in kinds:
+            moves -= {"ld.global.b32", "st.global.b32"}  # a row's scale
         assert moves == {"ld.global.v4.b32", "st.global.v4.b32"}, moves  # 16 bytes at a time
         assert "cvt.rn.bf16x2.f32" in code
 

@@ -65,11 +65,11 @@ class PackedAttention(Qwen2Attention):
 class PoolingLayer(LeanDecoderLayer):
     """Maps (1, T, hidden) of N packed items to (1, N, hidden), their last tokens."""
 
-    def forward(  # type: ignore[override]  # the model passes segments
+    def attend(  # type: ignore[override]  # the model passes segments
         self, hidden_states: State, *, position_embeddings: Angles, segments: Segments, **others: object
-    ) -> State:
+    ) -> tuple[Tensor, Tensor]:
         normalised, residual = self.input_layernorm(hidden_states)
-        return self.end(residual[:, segments.last], self.self_attn(normalised, position_embeddings, segments))
+        return residual[:, segments.last], self.self_attn(normalised, position_embeddings, segments)
 
 
 class PoolingAttention(PackedAttention):
