@@ -49,9 +49,13 @@ class Costs:
         return cls(*map(_by_part, (record.kernels, record.bytes, record.seconds)))
 
 
-def step(model: str, pairs: int, more_layers: int = 0) -> Step:
-    """Trace a step of a model with few layers.  more_layers: of the language model and of the tower."""
-    with _setting(model, pairs, _LAYERS + more_layers, _TOWER_LAYERS + more_layers) as setting:
+def step(model: str, pairs: int, more_layers: int = 0, more_tower_layers: int | None = None) -> Step:
+    """Trace a step of a model with few layers.
+
+    more_layers: of the language model, and of the tower if `more_tower_layers` does not say otherwise.
+    """
+    more_of_tower = more_layers if more_tower_layers is None else more_tower_layers
+    with _setting(model, pairs, _LAYERS + more_layers, _TOWER_LAYERS + more_of_tower) as setting:
         tower, trained = _models(setting)
         recipe = setting.recipe(pairs, kept_chunks=0)
     tracer = Tracer()
@@ -93,12 +97,12 @@ def whole(model: str, pairs: int) -> tuple[Costs, Step]:
 
 def wrong_extrapolation() -> list[str]:
     """Return how `whole` differs from a step that really has as many layers, in small shapes."""
-    more, pairs, model = 3, 2, "0.5b"
+    model, pairs, more, more_of_tower = "0.5b", 2, 3, 2
     language = gpu_step.Backbone(64, _LAYERS + more, 4, 2, 96, 320, chunk_tokens=512)
-    vision = gpu_step.TINY | {"num_hidden_layers": _TOWER_LAYERS + more}
+    vision = gpu_step.TINY | {"num_hidden_layers": _TOWER_LAYERS + more_of_tower}
     with mock.patch.dict(gpu_step.BACKBONES, {model: language}), mock.patch.dict(gpu_step.SO400M, vision):
         found, few = whole(model, pairs)
-        right = Costs.of(step(model, pairs, more).record)
+        right = Costs.of(step(model, pairs, more, more_of_tower).record)
     assert few.chunks > 1 and {"matmul", "tower", "gradients"} <= right.seconds.keys()
     return [
         f"{name} of {part}: {mine[part]} by extrapolation, {real[part]} in truth"

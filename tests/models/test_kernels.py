@@ -10,12 +10,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Qwen2Config, Qwen2Model
+from torch import nn
+from transformers import Qwen2Config, Qwen2Model, SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from pipeline.models import kernels, lean
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.llave.qwen2 import pool_in_last_layer
+from pipeline.models.llave.tower import run_frozen
 
 LENGTHS = (5, 1, 17, 3)
 BF16_STEP = 2**-7  # relative; the interpreter truncates, where a GPU rounds to nearest
@@ -97,6 +100,8 @@ def check_model(checkpointed: bool) -> None:
         "segments": Segments(LENGTHS, torch.device("cpu")),
         "use_cache": False,
     }
+    returned = []
+    ours.layers[0].register_forward_hook(lambda layer, given, result: returned.append(type(result)))
     last = torch.tensor(LENGTHS).cumsum(0) - 1
     directions, results = torch.randn(1, len(LENGTHS), 32).bfloat16(), []
     for model, rows in ((theirs, last), (ours, slice(None))):
@@ -108,7 +113,20 @@ def check_model(checkpointed: bool) -> None:
         results.append([state.detach(), *gradients])
     for mine, right in zip(*results, strict=True):
         cosine = F.cosine_similarity(mine.flatten().double(), right.flatten().double(), dim=0)
-        assert cosine > 0.9999
+        assert cosine > 0.9997  # without the interpreter's truncation, which the residual stream collects: 0.9999
+    assert set(returned) == {torch.Tensor if checkpointed else tuple}
+
+
+def check_frozen_tower() -> None:
+    mlp = SiglipMLP(SiglipVisionConfig(hidden_size=32, intermediate_size=WIDTH)).bfloat16()
+    for parameter in mlp.parameters():
+        nn.init.normal_(parameter)
+    frozen = copy.deepcopy(mlp)
+    run_frozen(frozen)
+    x = torch.randn(2, 5, 32).bfloat16()
+    with torch.no_grad():
+        mine, right, exact = frozen(x).double(), mlp(x).double(), copy.deepcopy(mlp).double()(x.double())
+    assert (mine - exact).norm() <= 1.1 * (right - exact).norm()  # one rounding less
 
 
 @pytest.mark.slow
@@ -176,14 +194,16 @@ def test_callers_run_without_kernels_that_fail_or_are_wrong(largest, reason, mon
 
 if __name__ == "__main__":
     torch.manual_seed(0)
+    kernels._PARTS = 7  # the interpreter runs programs one by one
     assert kernels._largest_difference(torch.device("cpu")) <= 4 * 2**-8
     for dtype in (torch.float32, torch.bfloat16):
         check_swiglu(dtype)
         for heads, size in ((14, 64), (2, 64), (3, 128), (5, 24)):
             check_rotation(heads, size, dtype)
         for added in (True, False):
-            check_norm(kernels._PARTS + 5, 48, dtype, added)
+            check_norm(229, 48, dtype, added)  # 15 tiles: three of a program, and programs without any
             check_norm(3, 2000, dtype, added)
     kernels.usable = lambda x: x.dtype == torch.bfloat16
+    check_frozen_tower()
     for checkpointed in (False, True):
         check_model(checkpointed)

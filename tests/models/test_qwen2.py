@@ -8,7 +8,7 @@ import torch
 from closeness import assert_close_in_norm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen2Config, Qwen2Model
+from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel, Qwen2Config, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from pipeline.config import Lora
@@ -92,6 +92,16 @@ def test_lean_modules_match_transformers(dtype):
     expected, ours = whole(**inputs).last_hidden_state, lean(**inputs).last_hidden_state
     assert torch.equal(ours, expected)
     assert_close_in_norm(gradients(ours, lean, inputs), gradients(expected, whole, inputs))
+
+
+def test_layers_of_models_that_use_their_results_in_other_ways_stay():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 64}
+    for kind, config, lean in ((LlamaModel, LlamaConfig, True), (MistralModel, MistralConfig, False)):
+        model = kind(config(**sizes))
+        keep_less(model)
+        assert (type(model.layers[0]) is LeanDecoderLayer) == lean
+        assert (type(model.layers[0].input_layernorm) is AddingRMSNorm) == lean
 
 
 def test_lean_norm_and_mlp_gradients_match_autograd():
