@@ -101,7 +101,7 @@ class Backbone:
 BACKBONES = {
     "0.5b": Backbone(896, 24, 14, 2, 4864, 151_936, 16_384),
     "2b": Backbone(1536, 28, 12, 2, 8960, 151_936, 8192),
-    "7b": Backbone(3584, 28, 28, 4, 18_944, 152_064, 4096, lora=True),
+    "7b": Backbone(3584, 28, 28, 4, 18_944, 152_064, 8192, lora=True),
 }
 SO400M = {
     "hidden_size": 1152,

@@ -1,4 +1,4 @@
-"""SwiGLU and rotary embedding in one kernel each, for bf16 on a GPU.
+"""SwiGLU, rotary embedding, and RMSNorm with the addition before it, in one kernel each, for bf16 on a GPU.
 
 They need Triton, which comes with torch's CUDA builds, and what Triton needs: a C compiler, Python's headers and a
 folder to write to. Without one of these, callers compute the same with torch's operators (see `usable`).
@@ -16,6 +16,10 @@ from torch import Tensor
 from pipeline.models.attention import HALF
 
 logger = logging.getLogger(__name__)
+
+# Programs that share the rows of a norm's backward pass, each with a part of the weight's gradient: two for each of an
+# H100's multiprocessors.
+_PARTS = 264
 
 
 @torch.library.custom_op("pipeline::swiglu", mutates_args=())
@@ -52,14 +56,69 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     return out
 
 
+@torch.library.custom_op("pipeline::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return RMSNorm(x + branch) (arXiv 1910.07467), the sum, and each row's scale in float32.
+
+    x, branch: (..., D).  weight: (D,).  branch: None: the norm is that of x, and the sum is an empty tensor.
+    """
+    from pipeline.models import triton_kernels
+
+    out, total, scale = _like(x), _sum_like(x, branch), _scales(x)
+    branch = None if branch is None else branch.contiguous()
+    triton_kernels.rms_norm(x.contiguous(), branch, weight, epsilon, total, out, scale)
+    return out, total, scale
+
+
+@torch.library.custom_op("pipeline::rms_norm_backward", mutates_args=())
+def rms_norm_backward(
+    gradient: Tensor, of_total: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of `rms_norm` with respect to x, which is also that of branch, and parts of the weight's.
+
+    gradient, of_total: gradients of the norm and of the sum, if it has one.  total: the sum; x if there is no branch.
+    of_weight: whether the weight needs a gradient: the sum of the parts' rows (n, D), in float32.
+    """
+    from pipeline.models import triton_kernels
+
+    out, parts = _like(total), _parts(total, of_weight)
+    triton_kernels.rms_norm_backward(
+        gradient.contiguous(),
+        None if of_total is None else of_total.contiguous(),
+        *(total.contiguous(), weight, scale, out, parts if of_weight else None),
+    )
+    return out, parts
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return GELU (arXiv 1606.08415, by tanh) of a linear layer, without gradient: a matmul of cuBLAS applies both."""
+    return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
+
+
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _sum_like(x: Tensor, branch: Tensor | None) -> Tensor:
+    return x.new_empty(0) if branch is None else _like(x)
+
+
+def _scales(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _parts(x: Tensor, of_weight: bool) -> Tensor:
+    return x.new_empty(_PARTS if of_weight else 0, x.shape[-1], dtype=torch.float32)
 
 
 # Shapes without data, for torch's tracing tools.
 swiglu.register_fake(lambda gate, up: _like(gate))
 swiglu_backward.register_fake(lambda gradient, gate, up: (_like(gate), _like(up)))
 rotate.register_fake(lambda x, cos, sin, backward: _like(x))
+rms_norm.register_fake(lambda x, branch, weight, epsilon: (_like(x), _sum_like(x, branch), _scales(x)))
+rms_norm_backward.register_fake(
+    lambda gradient, of_total, total, weight, scale, of_weight: (_like(total), _parts(total, of_weight))
+)
 
 
 def usable(x: Tensor) -> bool:
@@ -93,12 +152,24 @@ def _largest_difference(device: torch.device) -> float:
     gate, up, gradient = torch.linspace(-2, 2, 3 * 67 * 3 * 48, device=device).bfloat16().view(3, 1, 67, 3, 48)
     angle = torch.linspace(-9, 9, 67 * 48, device=device).view(1, 67, 48)
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    weight = torch.linspace(-1, 1, 48, device=device).bfloat16()
+    x, branch, of_norm = (each.reshape(48, -1).t().contiguous() for each in (gate, up, gradient))
+    total = x + branch
     with torch.enable_grad():
-        wide = [x.float().requires_grad_() for x in (gate, up, gate)]
+        wide = [x.float().requires_grad_() for x in (gate, up, gate, total, weight)]
         product = F.silu(wide[0]) * wide[1]
         a, b = wide[2].chunk(2, dim=-1)
         rotated = wide[2] * cos[:, :, None].float() + torch.cat([-b, a], dim=-1) * sin[:, :, None].float()
-        expected = torch.autograd.grad([product, rotated], wide, [gradient.float()] * 2)
-    found = (*swiglu_backward(gradient, gate, up), rotate(gradient, cos, sin, True))
-    pairs = zip((*found, swiglu(gate, up), rotate(gate, cos, sin, False)), (*expected, product, rotated), strict=True)
+        norm = F.rms_norm(wide[3], (48,), wide[4], 1e-6)
+        results = product, rotated, norm, wide[3]
+        expected = torch.autograd.grad(results, wide, [each.float() for each in (gradient, gradient, of_norm, of_norm)])
+    normalised, summed, scale = rms_norm(x, branch, weight, 1e-6)
+    of_total, parts = rms_norm_backward(of_norm, of_norm, summed, weight, scale, True)
+    expected[-1].div_(len(x))  # a mean over rows: a sum would be large
+    found = (*swiglu_backward(gradient, gate, up), rotate(gradient, cos, sin, True), of_total, parts.sum(0) / len(x))
+    # Results of the matmul are as large as a row of `x`.
+    matrix, bias = torch.eye(48, device=device, dtype=x.dtype), weight
+    found += swiglu(gate, up), rotate(gate, cos, sin, False), normalised, summed, linear_gelu(x, matrix, bias)
+    gelu = F.gelu(x.float() + bias.float(), approximate="tanh")
+    pairs = zip(found, (*expected, product, rotated, norm, total, gelu), strict=True)
     return max(float((mine.float() - right.detach()).abs().max()) for mine, right in pairs)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.config import Lora
 from pipeline.errors import PipelineError
+from pipeline.models.lean import SharingLinear, shared
 
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
@@ -31,43 +32,57 @@ def add_adapters(model: torch.nn.Module, lora: Lora, seed: int) -> None:
     for module in model.modules():
         if isinstance(module, Linear):
             module.__class__, module.lora_B["default"].__class__ = AdaptedLinear, AddingLinear
+            module.lora_A["default"].__class__ = SharingLinear
 
 
 class AdaptedLinear(Linear):
     """Adds the adapter's product to the layer's output in place; peft's has three more tensors of the output's width.
 
-    It scales the narrow product of the first factor.
+    The matmuls scale the product. It also returns its input if the layer does; see `shared`.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        low = self.lora_A["default"](x) * self.scaling["default"]
-        return self.lora_B["default"](low, self.base_layer(x))
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        low, x = self.lora_A["default"](x)
+        result, same = shared(self.base_layer, x)
+        result = self.lora_B["default"](low, result, self.scaling["default"])
+        return (result, same) if isinstance(self.base_layer, SharingLinear) else result
 
 
 class AddingLinear(torch.nn.Linear):
-    """Adds its product to a tensor that nobody else reads. It is called as a module so that ZeRO-3's hooks run."""
+    """Adds its scaled product to a tensor that nobody else reads.
 
-    def forward(self, low: Tensor, result: Tensor) -> Tensor:  # type: ignore[override]  # only AdaptedLinear calls it
-        return _AddProduct.apply(result, low, self.weight)
+    It is called as a module so that ZeRO-3's hooks run.
+    """
+
+    def forward(  # type: ignore[override]  # only AdaptedLinear calls it
+        self, low: Tensor, result: Tensor, scaling: float
+    ) -> Tensor:
+        return _AddProduct.apply(result, low, self.weight, scaling)
 
 
 class _AddProduct(torch.autograd.Function):
-    """result (..., out) + low (..., r) @ weight (out, r)^T, in the memory of `result`."""
+    """result (..., out) + scaling * low (..., r) @ weight (out, r)^T, in the memory of `result`."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, low: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, result: Tensor, low: Tensor, weight: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(low, weight)
+        ctx.scaling = scaling
         # Detached: a linear layer's result can be a view, and for changed views autograd copies gradients.
         total = result.detach()
-        total.view(-1, total.shape[-1]).addmm_(low.flatten(0, -2), weight.t())
+        total.view(-1, total.shape[-1]).addmm_(low.flatten(0, -2), weight.t(), alpha=scaling)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         low, weight = ctx.saved_tensors
-        of_weight = gradient.flatten(0, -2).t() @ low.flatten(0, -2)
-        return gradient, gradient @ weight, of_weight
+        rows = gradient.flatten(0, -2)
+        of_low = _scaled_product(rows, weight, ctx.scaling).view_as(low)
+        return gradient, of_low, _scaled_product(rows.t(), low.flatten(0, -2), ctx.scaling), None
+
+
+def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)  # with beta 0 the first is not read
 
 
 def merge_adapters(weights: dict[str, torch.Tensor], lora: Lora) -> dict[str, torch.Tensor]:

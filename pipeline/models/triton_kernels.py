@@ -30,6 +30,118 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, backward: bool) -> 
         )
 
 
+def rms_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float, total: Tensor, out: Tensor, scale: Tensor
+) -> None:
+    rows, width, height = _tiles(x)
+    with torch.cuda.device_of(x):
+        _rms_norm[(triton.cdiv(rows, height),)](
+            *(x, x if branch is None else branch, weight, epsilon, total, out, scale, rows),
+            *(x.shape[-1], height, width, branch is not None),
+            num_warps=_warps(width),
+        )
+
+
+def rms_norm_backward(
+    gradient: Tensor,
+    of_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    of_weight: Tensor | None,
+) -> None:
+    rows, width, height = _tiles(x)
+    tiles = triton.cdiv(rows, height)
+    programs = tiles if of_weight is None else len(of_weight)
+    with torch.cuda.device_of(x):
+        _rms_norm_backward[(programs,)](
+            *(gradient, x if of_total is None else of_total, x, weight, scale, out),
+            *(x if of_weight is None else of_weight, rows, triton.cdiv(tiles, programs)),
+            *(x.shape[-1], height, width, of_total is not None, of_weight is not None),
+            num_warps=_warps(width),
+        )
+
+
+def _tiles(x: Tensor) -> tuple[int, int, int]:
+    """Return the number of rows, and the width and height of the tiles in which a norm's kernels read them."""
+    width = triton.next_power_of_2(x.shape[-1])
+    return x.numel() // x.shape[-1], width, max(_BLOCK // width, 1)
+
+
+def _warps(width: int) -> int:
+    return min(max(width // 512, 4), 16)  # a thread holds 16 elements of each tensor, as the registers allow
+
+
+@triton.jit
+def _rms_norm(  # type: ignore[no-untyped-def]
+    x,
+    branch,
+    weight,
+    epsilon,
+    total,
+    out,
+    scale,
+    rows,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)[None, :]
+    at, inside = row[:, None] * COUNT + column, (row[:, None] < rows) & (column < COUNT)
+    a = tl.load(x + at, inside, 0).to(tl.float32)
+    if ADD:
+        # Rounded as the stored sum is, so that the norm is that of the stored sum.
+        summed = (a + tl.load(branch + at, inside, 0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + at, summed, inside)
+        a = summed.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(a * a, 1) / COUNT + epsilon)
+    w = tl.load(weight + column, column < COUNT, 0).to(tl.float32)
+    tl.store(out + at, (a * inverse[:, None] * w).to(out.dtype.element_ty), inside)
+    tl.store(scale + row, inverse, row < rows)
+
+
+@triton.jit
+def _rms_norm_backward(  # type: ignore[no-untyped-def]
+    gradient,
+    of_total,
+    x,
+    weight,
+    scale,
+    out,
+    of_weight,
+    rows,
+    tiles,  # of a program
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+):
+    column = tl.arange(0, WIDTH)[None, :]
+    w = tl.load(weight + column, column < COUNT, 0).to(tl.float32)
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    first = tl.program_id(0).to(tl.int64) * tiles * ROWS
+    for tile in range(tiles):
+        row = first + tile * ROWS + tl.arange(0, ROWS)
+        at, inside = row[:, None] * COUNT + column, (row[:, None] < rows) & (column < COUNT)
+        y = tl.load(gradient + at, inside, 0).to(tl.float32)
+        inverse = tl.load(scale + row, row < rows, 0)[:, None]
+        normalised = tl.load(x + at, inside, 0).to(tl.float32) * inverse
+        if WEIGHT:
+            sums += y * normalised
+        y *= w
+        y = inverse * (y - normalised * (tl.sum(y * normalised, 1) / COUNT)[:, None])
+        if ADD:
+            y += tl.load(of_total + at, inside, 0).to(tl.float32)
+        tl.store(out + at, y.to(out.dtype.element_ty), inside)
+    if WEIGHT:
+        at = tl.program_id(0) * COUNT + column
+        tl.store(of_weight + at, tl.sum(sums, 0)[None, :], column < COUNT)
+
+
 @triton.jit
 def _swiglu(gate, up, out, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -1,6 +1,7 @@
 """Trace optimizer steps on CUDA tensors without data, on a machine without a GPU.
 
-    python tests/cuda_trace             compare all steps with budgets.yaml; test_cuda_trace.py runs this
+    python tests/cuda_trace             compare all steps with budgets.yaml, and the roofline's extrapolation to a whole
+                                        model with a whole model; test_cuda_trace.py runs this
     python tests/cuda_trace --update    write budgets.yaml
     python tests/cuda_trace --roofline  print what steps of the whole models cost, and how long an H100 would take
 
@@ -31,6 +32,7 @@ import steps
 from transformers.utils import logging
 
 ROOFLINE_PAIRS = 32
+EXTRAPOLATION = "extrapolation to all layers"
 PARTS = ("RMSNorm", "SwiGLU", "RoPE", "LoRA", "matmul", "attention", "tower", "loss", "gradients", "other")
 
 
@@ -47,15 +49,18 @@ def main() -> None:
     if arguments.update:
         kept = budgets.read() if arguments.names else {}
         return budgets.write(kept | {name: budgets.measured(name) for name in arguments.names or budgets.CASES})
-    sys.exit(compare(arguments.names or budgets.CASES))
+    sys.exit(compare(arguments.names or (*budgets.CASES, EXTRAPOLATION)))
 
 
-def compare(names: Iterable[str]) -> int:
-    """Print what differs from the budgets. Return 1 if anything does."""
-    known, failed = budgets.read(), 0
+def compare(names: Iterable[str]) -> bool:
+    """Print what differs from the budgets. Return whether anything does."""
+    known, failed = budgets.read(), False
     for name in names:
         try:
-            problems = budgets.excess(budgets.measured(name), known[name])
+            if name == EXTRAPOLATION:
+                problems = large.wrong_extrapolation()
+            else:
+                problems = budgets.excess(budgets.measured(name), known[name])
         except Exception as error:
             traceback.print_exc()
             problems = [f"{type(error).__name__}: {error}"]

@@ -4,10 +4,12 @@ All layers but the last are alike. So a step with one layer more tells what a la
 model would.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from steps import traced_step
@@ -47,9 +49,13 @@ class Costs:
         return cls(*map(_by_part, (record.kernels, record.bytes, record.seconds)))
 
 
-def step(model: str, pairs: int, more_layers: int = 0) -> Step:
-    """Trace a step of a model with few layers.  more_layers: of the language model and of the tower."""
-    with _setting(model, pairs, _LAYERS + more_layers, _TOWER_LAYERS + more_layers) as setting:
+def step(model: str, pairs: int, more_layers: int = 0, more_tower_layers: int | None = None) -> Step:
+    """Trace a step of a model with few layers.
+
+    more_layers: of the language model, and of the tower if `more_tower_layers` does not say otherwise.
+    """
+    more_of_tower = more_layers if more_tower_layers is None else more_tower_layers
+    with _setting(model, pairs, _LAYERS + more_layers, _TOWER_LAYERS + more_of_tower) as setting:
         tower, trained = _models(setting)
         recipe = setting.recipe(pairs, kept_chunks=0)
     tracer = Tracer()
@@ -87,6 +93,24 @@ def whole(model: str, pairs: int) -> tuple[Costs, Step]:
         tower, trained = _models(setting)
     items = list(gpu_step.batch_of(trained.config, pairs).items.values())
     return base, replace(less, flops=step_flops(trained, tower.vision_tower)(items, 0))
+
+
+def wrong_extrapolation() -> list[str]:
+    """Return how `whole` differs from a step that really has as many layers, in small shapes."""
+    model, pairs, more, more_of_tower = "0.5b", 2, 3, 2
+    language = gpu_step.Backbone(64, _LAYERS + more, 4, 2, 96, 320, chunk_tokens=512)
+    vision = gpu_step.TINY | {"num_hidden_layers": _TOWER_LAYERS + more_of_tower}
+    with mock.patch.dict(gpu_step.BACKBONES, {model: language}), mock.patch.dict(gpu_step.SO400M, vision):
+        found, few = whole(model, pairs)
+        right = Costs.of(step(model, pairs, more, more_of_tower).record)
+    assert few.chunks > 1 and {"matmul", "tower", "gradients"} <= right.seconds.keys()
+    return [
+        f"{name} of {part}: {mine[part]} by extrapolation, {real[part]} in truth"
+        for (name, mine), real in zip(vars(found).items(), vars(right).values(), strict=True)
+        for part in sorted(mine | real)
+        # Seconds are sums in another order.
+        if not math.isclose(mine[part], real[part], rel_tol=1e-9 if name == "seconds" else 0)
+    ]
 
 
 @contextmanager

@@ -18,7 +18,8 @@ _ATTENTION = {(False, True): 370e12, (True, True): 290e12, (False, False): 430e1
 def flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
     """FLOPs of a matmul, a convolution or SDPA; 0 for any other operator. Causal attention computes a half."""
     packet = func._overloadpacket
-    counts = flop_registry.get(torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet)
+    aten = torch.ops.aten
+    counts = flop_registry.get(aten.addmm if packet in (aten.addmm_, aten._addmm_activation) else packet)
     if counts is None:
         return 0
     count = counts(*args, **kwargs, out_val=out)

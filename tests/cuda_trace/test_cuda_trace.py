@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 HERE = Path(__file__).parent
-CASES = list(yaml.safe_load((HERE / "budgets.yaml").read_text()))
+CASES = [*yaml.safe_load((HERE / "budgets.yaml").read_text()), "extrapolation to all layers"]
 
 
 @pytest.fixture(scope="module")

@@ -26,16 +26,18 @@ CUDA = torch.device("cuda", 0)
 aten, c10d = torch.ops.aten, torch.ops.c10d
 torch.cuda._lazy_init = lambda: None  # factories call it
 
-# A torch without CUDA would replace these by the operators that they are made of. The kernels are never called.
+# A torch without CUDA would replace it by the operators that it is made of. The kernel is never called.
 _library = torch.library.Library("aten", "IMPL")
-for _name in ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward"):
-    _library.impl(_name, lambda *_: None, "CUDA")
+_library.impl("silu_backward", lambda *_: None, "CUDA")
 
 _FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten._unsafe_view}
 _SHAPE_ON_DEVICE = {
     *(aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.repeat_interleave, aten.bincount),
 }
-_MATMULS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward}
+_MATMULS = {
+    *(aten.mm, aten.addmm, aten.addmm_, aten._addmm_activation, aten.bmm, aten.baddbmm),
+    *(aten.convolution, aten.convolution_backward),
+}
 _INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 _NCCL = {torch.int8, torch.uint8, torch.int32, torch.int64, torch.half, torch.float, torch.double, torch.bfloat16}
 _REMEMBERED = 1 << 16  # elements
@@ -264,8 +266,6 @@ class Tracer(TorchDispatchMode):
         launches, moved = 1, sum(map(_size, [*inputs, *outputs]))  # in place, a tensor is read and written
         if name in ("slice_backward", "select_backward"):  # zeros, and a copy into them
             launches, moved = 2, moved + _size(outputs[0])
-        if name == "_fused_rms_norm_backward" and args[-1][1]:  # the weight's gradient reads the rows again
-            launches, moved = 2, moved + _size(args[0]) + _size(args[1])
         if "varlen" in name:
             backward = "backward" in name
             query, key = args[backward : backward + 2]

@@ -37,6 +37,7 @@ from pipeline.models.llave.checks import MEAN, STD, Pinpoints, sides_of, text_of
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.processor import train_tokenizer
 from pipeline.models.llave.qwen2 import pool_in_last_layer
+from pipeline.models.llave.tower import run_frozen
 from pipeline.models.packing import check_packing
 
 
@@ -199,6 +200,7 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        run_frozen(self.vision_tower)
         self.post_init()
 
     @classmethod

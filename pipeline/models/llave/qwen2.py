@@ -3,13 +3,15 @@
 The modules are transformers' own with a changed class, so weights, their names and hooks stay the same.
 """
 
+from typing import cast
+
 from torch import Tensor
 from transformers import Qwen2Model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from pipeline.models.attention import Segments
-from pipeline.models.lean import rotated
+from pipeline.models.lean import LeanDecoderLayer, SharingLinear, State, rotated, shared
 
 Angles = tuple[Tensor, Tensor]  # cosines and sines of the positions, (1, T, d)
 
@@ -18,11 +20,14 @@ def pool_in_last_layer(model: Qwen2Model) -> None:
     """Make the model return (1, N, hidden) for N packed items: the hidden states of their last tokens.
 
     The last layer computes keys and values for all tokens, but queries, attention and MLP only for the last tokens.
-    This removes nearly all of the layer's computation. The other layers' attention only gets a faster rotary embedding.
+    This removes nearly all of the layer's computation. The other layers' attention only runs fewer kernels. The model
+    is one that `keep_less` has changed.
     """
-    *layers, last = model.layers
-    for layer in layers:
-        layer.self_attn.__class__ = PackedAttention
+    for layer in model.layers:
+        attention = cast(Qwen2Attention, layer.self_attn)
+        attention.__class__ = PackedAttention
+        attention.q_proj.__class__ = attention.k_proj.__class__ = SharingLinear
+    last = model.layers[-1]
     last.__class__, last.self_attn.__class__ = PoolingLayer, PoolingAttention
 
 
@@ -42,10 +47,12 @@ class PackedAttention(Qwen2Attention):
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+        query, same = shared(self.q_proj, queried)
+        key, hidden_states = shared(self.k_proj, same if queried is hidden_states else hidden_states)
         attended, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
             self,
-            rotated(heads(self.q_proj(queried)), *queried_angles),
-            rotated(heads(self.k_proj(hidden_states)), *angles),
+            rotated(heads(query), *queried_angles),
+            rotated(heads(key), *angles),
             heads(self.v_proj(hidden_states)),
             None,
             segments=segments,
@@ -55,15 +62,14 @@ class PackedAttention(Qwen2Attention):
         return self.o_proj(attended.flatten(2))
 
 
-class PoolingLayer(Qwen2DecoderLayer):
+class PoolingLayer(LeanDecoderLayer):
     """Maps (1, T, hidden) of N packed items to (1, N, hidden), their last tokens."""
 
-    def forward(  # type: ignore[override]  # the model passes segments
-        self, hidden_states: Tensor, *, position_embeddings: Angles, segments: Segments, **others: object
-    ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden_states), position_embeddings, segments)
-        hidden_states = hidden_states[:, segments.last] + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+    def attend(  # type: ignore[override]  # the model passes segments
+        self, hidden_states: State, *, position_embeddings: Angles, segments: Segments, **others: object
+    ) -> tuple[Tensor, Tensor]:
+        normalised, residual = self.input_layernorm(hidden_states)
+        return residual[:, segments.last], self.self_attn(normalised, position_embeddings, segments)
 
 
 class PoolingAttention(PackedAttention):
