@@ -211,7 +211,7 @@ def test_thread_ends_wherever_it_waits(where):
     with feeding(waiting() if where == "a batch" else None, stop) as feed:
         if where == "room":
             feed.next_cut(How())
-            until(feed._ready.full)
+            until(lambda: feed._ready.qsize() == feed_module._AHEAD)
         thread = feed._thread
         assert thread.is_alive() and thread.daemon and thread is not threading.current_thread()
     thread.join(HANG_SECONDS)
