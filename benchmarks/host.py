@@ -55,7 +55,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.mmeb_like import draw
 from pipeline.data.batch import Batch, Share
-from pipeline.data.stream import Stop
+from pipeline.data.plan import Stop
 from pipeline.jobs.program import command_line
 from pipeline.models.chunks import Chunk, Packed, plan_chunks, run_chunk
 from pipeline.training.feed import Feed

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.data.batch import Batch, Encoded
-from pipeline.data.stream import Stop
+from pipeline.data.plan import Stop
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import Ahead, Packed, cut, pack
 from pipeline.models.staging import Staged, Staging

@@ -20,8 +20,9 @@ from pipeline.config import Recipe, dump_recipe, load_ds_config
 from pipeline.data.batch import Batch
 from pipeline.data.lengths import Lengths
 from pipeline.data.order import Order
+from pipeline.data.plan import Stop
 from pipeline.data.source import Source
-from pipeline.data.stream import Stop, Stream
+from pipeline.data.stream import Stream
 from pipeline.distributed import on_first_rank, start_distributed
 from pipeline.errors import PipelineError, disk_errors
 from pipeline.evaluation import sets

@@ -13,7 +13,7 @@ import torch
 from limits import HANG_SECONDS
 
 from pipeline.data.batch import Encoded, Image
-from pipeline.data.stream import Stop
+from pipeline.data.plan import Stop
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import Chunk, Packed, cut, pack, plan_chunks, run_chunk
 from pipeline.training import feed as feed_module
