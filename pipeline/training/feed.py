@@ -162,7 +162,7 @@ class Feed:
 
     def _put(self, given: Prepared | Staged | BaseException) -> None:
         while not self._stop.is_set():
-            with suppress(queue.Full):
+            with suppress(queue.Empty):
                 self._room.get(timeout=_STOP_SECONDS)
                 self._ready.put(given)
                 return
