@@ -6,22 +6,24 @@ One process trains an MLP in fp32 on the CPU with DeepSpeed and AdamW. It saves 
 
     at once            the step waits until all files are written, synced to disk and named. This is what
                        pipeline/training/saving.py does if there is no memory for a copy
-    in the background  the step waits for a copy in memory; a thread does the rest while steps continue. The first copy
-                       also allocates its memory; later ones use it again
+    in the background  a thread copies the states and does the rest while steps continue; the first step's optimizer
+                       waits for the copy. The first copy also allocates its memory; later ones use it again
 
-Seconds are medians over the rounds, with their range. `stopped` is how long the step waits, and `its CPU time` what the
-process computes meanwhile. `whole after` is the time from the step's end until `latest` names the checkpoint. `a step`
-is the mean duration of the steps while it is written: the thread shares the cores and the memory's bandwidth with
-training. --work is on the disk to be measured. One thread computes; leave at least one more core free.
+Seconds are medians over the rounds, with their range. `stopped` is how long training waits, in the call that begins the
+checkpoint and in the optimizer. `whole after` is the time from the step's end until `latest` names the checkpoint.
+`next step` is the step during which the states are copied, with the optimizer's wait, and `a step` is the mean duration
+of the steps while the checkpoint is written: the thread shares the cores and the memory's bandwidth with training.
+--work is on the disk to be measured. One thread computes; leave at least one more core free.
 """
 
 import argparse
+import math
 import os
 import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -32,6 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -65,25 +68,39 @@ def step(engine: deepspeed.DeepSpeedEngine) -> float:
 
 @dataclass(frozen=True)
 class Save:
-    """stopped: seconds of wall time and of the process's CPU time that the step waits.  whole: seconds until the
-    checkpoint is whole.  step: mean seconds of the steps meanwhile; NaN without one."""
+    """stopped: seconds that training waits.  whole: seconds until the checkpoint is whole.
+    next, step: seconds of the first step meanwhile, and the mean of all; NaN without one."""
 
     stopped: float
-    cpu: float
     whole: float
+    next: float
     step: float
 
 
-def save(engine: deepspeed.DeepSpeedEngine, saver: Saver, number: int, *, at_once: bool) -> Save:
-    began, cpu = time.perf_counter(), time.process_time()
+class Waits:
+    """Measures how long optimizers wait: `begin` before the hooks of savers that are created inside, `end` after."""
+
+    def __init__(self) -> None:
+        self.seconds = self._began = 0.0
+
+    def begin(self, *_: object) -> None:
+        self._began = time.perf_counter()
+
+    def end(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+def save(engine: deepspeed.DeepSpeedEngine, saver: Saver, number: int, waits: Waits, *, at_once: bool) -> Save:
+    began, waits.seconds = time.perf_counter(), 0.0
     saver.begin(number, {})
     if at_once:
         saver.finish()
-    stopped, cpu, steps = time.perf_counter() - began, time.process_time() - cpu, []
+    stopped, steps = time.perf_counter() - began, []
     while saver._part and not saver._part.done():
         steps.append(step(engine))
     saver.finish()
-    return Save(stopped, cpu, time.perf_counter() - began, statistics.fmean(steps) if steps else float("nan"))
+    whole = time.perf_counter() - began
+    return Save(stopped + waits.seconds, whole, *((steps[0], statistics.fmean(steps)) if steps else (math.nan,) * 2))
 
 
 def shown(seconds: list[float]) -> str:
@@ -105,24 +122,27 @@ def main() -> None:
     alone = [step(engine) for _ in range(2 + arguments.rounds)][2:]
     rows: dict[str, list[Save]] = {"at once": [], "first in the background": [], "in the background": []}
     at_once, first, later = rows.values()
+    waits = Waits()
+    register_optimizer_step_pre_hook(waits.begin)
     with Saver(engine, arguments.work, {}, keep=1) as waiting, Saver(engine, arguments.work, {}, keep=1) as beside:
+        register_optimizer_step_pre_hook(waits.end)
         for number in range(arguments.rounds + 1):
             limits.available_memory = lambda: 0  # for a copy
-            at_once.append(save(engine, waiting, 2 * number + 1, at_once=True))
+            at_once.append(save(engine, waiting, 2 * number + 1, waits, at_once=True))
             limits.available_memory = available
-            (later if number else first).append(save(engine, beside, 2 * number + 2, at_once=False))
+            (later if number else first).append(save(engine, beside, 2 * number + 2, waits, at_once=False))
             alone.append(step(engine))
     size = sum(file.stat().st_size for file in arguments.work.glob("step-*/*"))
     shutil.rmtree(arguments.work)
     title = f"seconds, {size / 1e6:,.0f} MB, ZeRO {arguments.stage}, load {os.getloadavg()[0]:.0f}"
-    table = Table("", "stopped", "its CPU time", "whole after", "a step", title=title)
+    table = Table("", "stopped", "whole after", "next step", "a step", title=title)
     for name, saves in rows.items():
-        figures = [shown([getattr(each, field) for each in saves]) for field in ("stopped", "cpu", "whole", "step")]
-        table.add_row(name, *figures[: 3 if saves is at_once else 4])
+        figures = [shown([getattr(each, field.name) for each in saves]) for field in fields(Save)]
+        table.add_row(name, *figures[: 2 if saves is at_once else 4])
     table.add_row("no checkpoint", "", "", "", shown(alone))
     Console(width=140).print(table)
     medians = [statistics.median(each.stopped for each in saves) for saves in (at_once, later)]
-    print(f"in the background a step stops for {medians[1] / medians[0]:.1%} of the time")
+    print(f"in the background training stops for {medians[1] / medians[0]:.1%} of the time")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.mmeb_like import draw
-from pipeline.data.batch import Batch
-from pipeline.data.stream import Stop
+from pipeline.data.batch import Batch, Share
+from pipeline.data.plan import Stop
 from pipeline.jobs.program import command_line
 from pipeline.models.chunks import Chunk, Packed, plan_chunks, run_chunk
 from pipeline.training.feed import Feed
@@ -203,19 +203,13 @@ class Training:
 
 def arriving(batch: Batch) -> Iterator[Batch]:
     """Yield the batch again and again, each time received as from a data worker."""
-    tiles = [[image.tiles for image in item.images] for item in batch.items.values()]
-    bare = {key: replace(item, images=()) for key, item in batch.items.items()}
-    images = [[replace(image, tiles=None) for image in item.images] for item in batch.items.values()]
-    sent = pickle.dumps((replace(batch, items=bare), images))
+    *state, tiles = Share([], batch.items).__getstate__()
+    sent = pickle.dumps((replace(batch, items={}), state))
     while True:
-        received, of_items = pickle.loads(sent)
-        items = {
-            key: replace(
-                item, images=tuple(replace(image, tiles=data) for image, data in zip(shown, arrays, strict=True))
-            )
-            for (key, item), shown, arrays in zip(received.items.items(), of_items, tiles, strict=True)
-        }
-        yield replace(received, items=items)
+        received, state = pickle.loads(sent)
+        share = Share.__new__(Share)
+        share.__setstate__((*state, tiles))
+        yield replace(received, items=share.items)
 
 
 def llave() -> LlavaOnevisionConfig:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
+from typing import cast
 
 import numpy as np
 import torch
@@ -151,13 +152,11 @@ class Share:
         return self.rows, counted, self.received, tiles
 
     def __setstate__(self, state: tuple) -> None:
-        self.rows, counted, self.received, tiles = state
-        ends = np.cumsum([image.tiles for item in counted.values() for image in item.images])
-        left = iter(() if tiles is None else np.split(tiles.numpy(), ends[:-1]))
-        self.items = {
-            key: replace(item, images=tuple(replace(image, tiles=next(left)) for image in item.images))
-            for key, item in counted.items()
-        }
+        self.rows, self.items, self.received, tiles = state
+        end = 0
+        for image in (image for item in self.items.values() for image in item.images):
+            start, end = end, end + cast(int, image.tiles)
+            object.__setattr__(image, "tiles", tiles[start:end].numpy())  # new frozen images would take longer
 
 
 def _shared(tiles: list[np.ndarray]) -> torch.Tensor:

@@ -1,14 +1,19 @@
 """The plan of a rank's reads: windows and steps in the order in which they are needed, with the samples' records."""
 
+import mmap
+import queue
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.queues import Queue as ProcessQueue
 
 import numpy as np
 
 from pipeline.data.order import Order
 from pipeline.data.source import Source
+from pipeline.errors import PipelineError
 
 THREADS = 4  # windows that are planned at a time
 _READ_BYTES = 16 << 20  # the most bytes of a ranged read, unless a sample is larger
@@ -122,3 +127,40 @@ class Planner:
 
 def _result(planned: Future[PlannedWindow] | PlannedStep) -> PlannedWindow | PlannedStep:
     return planned.result() if isinstance(planned, Future) else planned
+
+
+class Stop:
+    """A flag shared by forked processes, without a lock: a process may be killed at any time."""
+
+    def __init__(self) -> None:
+        self._byte = mmap.mmap(-1, 1)
+
+    def set(self) -> None:
+        self._byte[0] = 1
+
+    def is_set(self) -> bool:
+        return self._byte[0] == 1
+
+
+Plan = queue.Queue | ProcessQueue  # of PlannedWindow, PlannedStep and, as its last item, PipelineError
+
+
+def plan_ahead(planner: Planner, plans: Sequence[Plan], stop: Stop) -> None:
+    """Send the plan to all workers, and wait while their queues are full. An error becomes the last item."""
+
+    def send(message: PlannedWindow | PlannedStep | PipelineError) -> None:
+        for plan in plans:
+            while not stop.is_set():
+                with suppress(queue.Full):
+                    plan.put(message, timeout=1)
+                    break
+
+    try:
+        for message in planner:
+            if stop.is_set():
+                return
+            send(message)
+    except PipelineError as error:
+        send(error)
+    except Exception as error:
+        send(PipelineError(f"the order could not be computed: {error!r}"))

@@ -7,18 +7,15 @@ decode   every worker decodes its share of every step, and the rank combines the
 """
 
 import atexit
-import mmap
 import multiprocessing
 import os
 import queue
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.queues import Queue as ProcessQueue
 from types import FrameType
@@ -28,168 +25,17 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.data.batch import Batch, Encoded, RawSample, Share, encode_rows
-from pipeline.data.mined import Referral
 from pipeline.data.order import Order
-from pipeline.data.plan import THREADS, PlannedStep, PlannedWindow, Planner
+from pipeline.data.plan import Plan, Planner, Stop, plan_ahead
+from pipeline.data.reader import Reader, ReadSample
 from pipeline.data.sample import ContentDraw, Draw, Item, Pair
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError, of_failed_worker
 from pipeline.storage import objects
 
-_THREADS = 4  # readers in each process
-_SAMPLE_THREADS = 16  # the same, if they read single samples: waiting for an answer takes longer than its bytes
-# Readers of mined negatives in each process, one small read each. Without workers, one process has all these threads.
-_REFERRED_THREADS = objects.CONNECTIONS - _SAMPLE_THREADS - THREADS
-_STEPS_AHEAD = 64  # steps that a worker may read ahead
 _PARENT_SECONDS = 0.3  # interval of a worker's checks that its rank is alive
 _STOP_SECONDS = 1  # interval of a waiting rank's checks whether to stop
 _PLANNED_AHEAD = 64  # planned windows and steps that a worker's queue holds
-
-
-Plan = queue.Queue | ProcessQueue  # of PlannedWindow, PlannedStep and, as its last item, PipelineError
-
-
-@dataclass(frozen=True)
-class ReadSample:
-    """What was read for a sample: its bytes in every tar, and its mined negatives.
-
-    size: its part of `PlannedWindow.bytes_of`.
-    """
-
-    data: tuple[bytes, ...]
-    mined: tuple[Referral, ...]
-    size: int
-
-
-@dataclass
-class Reading:
-    """The state of reading a window.
-
-    samples: requested piece -> a future of its samples, by sample number.
-    held: bytes that are requested but not yet used.
-    """
-
-    window: PlannedWindow
-    samples: dict[int, Future[dict[int, ReadSample]]] = field(default_factory=dict)
-    held: int = 0
-
-
-class Reader:
-    """Reads a worker's pieces in the order of use: all pieces of the current step, then more while memory is left."""
-
-    def __init__(self, source: Source, plan: Plan, stop: "Stop", worker: int, workers: int) -> None:
-        self.source, self.plan, self.stop, self.worker, self.workers = source, plan, stop, worker, workers
-        self.limit = (source.data.memory_mb << 20) // workers
-        self.pool = ThreadPoolExecutor(_SAMPLE_THREADS if source.neighbours else _THREADS)
-        self.referred = ThreadPoolExecutor(_REFERRED_THREADS)
-        self.readings: dict[int, Reading] = {}
-        self.steps: deque[PlannedStep] = deque()
-
-    @property
-    def held(self) -> int:
-        """Bytes that are requested but not yet used."""
-        return sum(reading.held for reading in self.readings.values())
-
-    def next_step(self) -> tuple[int, list[tuple[int, int, int, np.void, ReadSample]]]:
-        """Return the next step, and this worker's samples: (row, shard, sample, record, what was read)."""
-        while not self.steps:
-            self._receive(wait=True)
-        step = self.steps.popleft()
-        self.readings = {n: reading for n, reading in self.readings.items() if reading.window.epoch >= step.epoch}
-        rows = [
-            (number, place + i, *row)
-            for number, slice_number, place in step.slices
-            for i, row in enumerate(self.readings[number].window.rows[slice_number].tolist())
-            if self._is_mine(number, row[0])
-        ]
-        for number, _, piece, _, _ in rows:
-            self._request(self.readings[number], piece)
-        samples = []
-        for number, place, piece, shard, sample in rows:
-            reading = self.readings[number]
-            data = reading.samples[piece].result().pop(sample)
-            reading.held -= data.size
-            record = reading.window.records[piece][0][sample - reading.window.pieces[piece, 1]]
-            samples.append((place, shard, sample, record, data))
-        for number, slice_number, _ in step.slices:
-            if slice_number + 1 == len(self.readings[number].window.rows):
-                del self.readings[number]
-        self._read_ahead()
-        return step.step, samples
-
-    def _is_mine(self, window: int, piece: int) -> bool:
-        return (window + piece) % self.workers == self.worker
-
-    def _receive(self, wait: bool) -> None:
-        """Receive the next window or step of the plan. Without `wait`, raises queue.Empty if there is none."""
-        while True:
-            try:
-                received = self.plan.get(block=wait, timeout=1)
-                break
-            except queue.Empty:
-                if not wait:
-                    raise
-                if self.stop.is_set():
-                    raise PipelineError("the batches are no longer wanted") from None
-        if isinstance(received, PipelineError):
-            raise received
-        if isinstance(received, PlannedStep):
-            self.steps.append(received)
-        else:
-            self.readings[received.number] = Reading(received)
-
-    def _read_ahead(self) -> None:
-        """Request the next pieces in the order of use, while memory is left."""
-        for reading in self.readings.values():
-            for piece in range(len(reading.window.pieces)):
-                if self._is_mine(reading.window.number, piece) and not self._request(reading, piece, self.limit):
-                    return
-        with suppress(queue.Empty):
-            while len(self.steps) < _STEPS_AHEAD:
-                self._receive(wait=False)
-
-    def _request(self, reading: Reading, piece: int, limit: int | None = None) -> bool:
-        """Start reading a piece, unless it is already requested; False if this would exceed `limit` held bytes."""
-        if piece not in reading.samples:
-            window, (shard, start, _) = reading.window, reading.window.pieces[piece].tolist()
-            size = window.bytes_of(piece)
-            if limit is not None and self.held + size > limit:
-                return False
-            reading.held += size
-            planned = window.records[piece], window.references[piece]
-            reading.samples[piece] = self.pool.submit(_read, self.source, shard, start, *planned, self.referred)
-        return True
-
-
-def _read(
-    source: Source,
-    shard: int,
-    start: int,
-    records: list[np.ndarray],
-    references: np.ndarray | None,
-    pool: ThreadPoolExecutor,
-) -> dict[int, ReadSample]:
-    """Read consecutive samples of a shard, and in `pool` those that they refer to. Returns them by sample number."""
-    mined: list[list[np.void]] = [[] for _ in records[0]]
-    sizes = np.add.reduce([each["length"].astype(np.int64) for each in records])
-    if references is not None:
-        mined = [list(row[row["shard"] >= 0]) for row in references]
-        sizes += source.referred_bytes(shard, references)
-    distinct = {_key(each): each for row in mined for each in row}
-    waiting = {key: pool.submit(source.read_referred, shard, each) for key, each in distinct.items()}
-    tars = [tar.read(each) for tar, each in zip(source.tars(shard), records, strict=True)]
-    referred = {key: future.result() for key, future in waiting.items()}
-    return {
-        number: ReadSample(data, tuple((each, referred[_key(each)]) for each in row), size)
-        for number, (data, row, size) in enumerate(
-            zip(zip(*tars, strict=True), mined, sizes.tolist(), strict=True), start
-        )
-    }
-
-
-def _key(reference: np.void) -> tuple[int, int, int]:
-    """Return what identifies the sample that is referred to."""
-    return int(reference["dataset"]), int(reference["shard"]), int(reference["sample"])
 
 
 @dataclass
@@ -208,7 +54,7 @@ class Shares(IterableDataset):
     trained_on: Callable[[Pair, Draw], Pair]
     augmented: Callable[[ContentDraw], Callable[[Item], Encoded]] | None
     plans: Sequence[Plan]
-    stop: "Stop"
+    stop: Stop
 
     def __iter__(self) -> Iterator[Share | PipelineError]:
         info = get_worker_info()
@@ -241,41 +87,7 @@ class Shares(IterableDataset):
         return RawSample(place, self.source.origin(shard, sample), read.data[0], parse)
 
 
-class Stop:
-    """A flag shared by forked processes, without a lock: a process may be killed at any time."""
-
-    def __init__(self) -> None:
-        self._byte = mmap.mmap(-1, 1)
-
-    def set(self) -> None:
-        self._byte[0] = 1
-
-    def is_set(self) -> bool:
-        return self._byte[0] == 1
-
-
-def _plan_ahead(planner: Planner, plans: Sequence[Plan], stop: "Stop") -> None:
-    """Send the plan to all workers, and wait while their queues are full. An error becomes the last item."""
-
-    def send(message: PlannedWindow | PlannedStep | PipelineError) -> None:
-        for plan in plans:
-            while not stop.is_set():
-                with suppress(queue.Full):
-                    plan.put(message, timeout=1)
-                    break
-
-    try:
-        for message in planner:
-            if stop.is_set():
-                return
-            send(message)
-    except PipelineError as error:
-        send(error)
-    except Exception as error:
-        send(PipelineError(f"the order could not be computed: {error!r}"))
-
-
-def _live_with_parent(stop: "Stop", parent: int, worker: int) -> None:
+def _live_with_parent(stop: Stop, parent: int, worker: int) -> None:
     """Make the worker end only when its rank, the process `parent`, stops it or dies.
 
     Slurm's signals and Ctrl-C also reach the workers, whose rank first finishes its step. So workers ignore them, and
@@ -347,7 +159,7 @@ class Stream(Iterator[Batch]):
         atexit.register(self._end_workers)  # an error elsewhere leaves this unclosed
         planner = Planner(source, order, order.lanes_of(rank, world), steps, len(plans))
         # Started after the fork, so that the workers do not inherit this thread.
-        threading.Thread(target=_plan_ahead, args=(planner, plans, self.stop), daemon=True).start()
+        threading.Thread(target=plan_ahead, args=(planner, plans, self.stop), daemon=True).start()
         self._received = objects.bytes_received()
 
     def __next__(self) -> Batch:

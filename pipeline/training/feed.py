@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.data.batch import Batch, Encoded
-from pipeline.data.stream import Stop
+from pipeline.data.plan import Stop
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import Ahead, Packed, cut, pack
 from pipeline.models.staging import Staged, Staging
@@ -64,7 +64,11 @@ class Feed:
     ) -> None:
         self._batches, self._steps, self._stop, self._device, self._items = batches, steps, stop, device, items
         self._padded, self._passes, self._tiles_once = padded, passes, tiles_once
-        self._ready: queue.Queue[Prepared | Staged | BaseException] = queue.Queue(_AHEAD)
+        # Queues in C: those with a size are in Python, and each use would hold its lock for long.
+        self._ready: queue.SimpleQueue[Prepared | Staged | BaseException] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item for each that `_ready` may take
+        for _ in range(_AHEAD):
+            self._room.put(None)
         self._cuts: queue.SimpleQueue[Cut | None] = queue.SimpleQueue()
         self._cuts_given = 0  # more than there were steps
         self._order: deque[int] = deque()  # the chunks of this step that were not yet taken
@@ -78,12 +82,9 @@ class Feed:
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
-        self._cuts.put(None)
-        until = time.monotonic() + _LEAVE_SECONDS
-        while self._thread.is_alive() and time.monotonic() < until:
-            with suppress(queue.Empty):  # it may wait for room
-                self._ready.get_nowait()
-            self._thread.join(0.01)
+        for awaited in (self._cuts, self._room):
+            awaited.put(None)
+        self._thread.join(_LEAVE_SECONDS)
 
     def next_cut(self, cut: Cut) -> None:
         """Say how the next step is cut for which this was not yet said. `cut` must not change before its end."""
@@ -129,6 +130,7 @@ class Feed:
                     raise RuntimeError("more steps or chunks are used than were prepared") from None
                 if limit is not None and time.perf_counter() - began > limit:
                     raise PipelineError(f"a chunk was not packed within {limit:g} s: does this machine swap?") from None
+        self._room.put(None)
         self.waited += time.perf_counter() - began
         if isinstance(given, BaseException):
             raise given
@@ -146,10 +148,12 @@ class Feed:
                 again = range(how.kept_chunks, len(cuts))
                 order = [*range(len(cuts)), *(number for _ in range(1, self._passes) for number in again)]
                 self._put(Prepared(batch, Ahead(items, cuts, self._take), order))
+                packed: list[Packed] = []  # without tiles, and therefore small
                 for place, number in enumerate(order):
-                    packed = pack([items[row] for row in cuts[number]])
+                    if place < len(cuts):
+                        packed.append(pack([items[row] for row in cuts[number]]))
                     tiles = place < len(cuts) or not self._tiles_once
-                    self._put(staging.sent(packed, tiles=tiles))
+                    self._put(staging.sent(packed[number], tiles=tiles))
         except _Stopped:
             pass
         except BaseException as error:
@@ -158,8 +162,9 @@ class Feed:
 
     def _put(self, given: Prepared | Staged | BaseException) -> None:
         while not self._stop.is_set():
-            with suppress(queue.Full):
-                self._ready.put(given, timeout=_STOP_SECONDS)
+            with suppress(queue.Empty):
+                self._room.get(timeout=_STOP_SECONDS)
+                self._ready.put(given)
                 return
         raise _Stopped
 

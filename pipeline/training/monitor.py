@@ -132,6 +132,14 @@ def _step(line: bytes) -> int | None:
     return step if type(step) is int and step > 0 and line.endswith(b"\n") else None
 
 
+def shorten_ledgers(run: Path, world: int, step: int) -> None:
+    """Truncate the ledgers of ranks that no longer exist after `step`: other ranks repeat the later steps."""
+    for path in (run / "ledger").glob("rank*.jsonl"):
+        number = path.stem.removeprefix("rank")
+        if number.isdecimal() and int(number) >= world:
+            StepLog(path, step)
+
+
 class Monitor:
     """Reports on a run in `folder` from step `start` of `steps`. Rank 0 writes everything but other ranks' ledgers."""
 

@@ -1,21 +1,20 @@
 """Write checkpoints while training continues.
 
-A step stops only until a copy of the states is in CPU memory. A thread of each rank then writes the rank's files, syncs
-them to disk and computes their checksums. The first rank's thread waits for the parts of all ranks, makes the
-checkpoint whole (see checkpoint.py) and removes old ones. The threads use no collectives, which would mix with those of
-training, but the process group's store. So a checkpoint also becomes whole during a long step or an evaluation. If
-training fails, a rank waits some minutes for it before it ends: a launcher then kills all others. `Saver.finish` waits
-for it.
+A thread of each rank copies the states to CPU memory, during the forward and backward passes of the next step: its
+optimizer waits for the copy. Then the thread writes the rank's files, syncs them to disk and computes their checksums.
+The first rank's thread waits for the parts of all ranks, makes the checkpoint whole (see checkpoint.py) and removes old
+ones. The threads use no collectives, which would mix with those of training, but the process group's store. So a
+checkpoint also becomes whole during a long step or an evaluation. If training fails, a rank waits some minutes for it
+before it ends: a launcher then kills all others. `Saver.finish` waits for it.
+
+If any rank is short of memory for its copy, training stops on all of them until the states are written.
 """
 
-import copy
 import json
 import logging
-import os
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -25,21 +24,20 @@ from unittest import mock
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from pydantic import TypeAdapter
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeline.distributed import on_every_rank
-from pipeline.errors import PipelineError, disk_errors, is_out_of_memory
-from pipeline.jobs import limits
+from pipeline.errors import PipelineError, disk_errors
 from pipeline.storage.atomic import remove, remove_leftovers, sync_entry
 from pipeline.training import checkpoint, manifest
+from pipeline.training.copies import Copies
 from pipeline.training.manifest import File
 
 _POLL_SECONDS = 0.1
 _LATE_SECONDS = 10  # that a failed run waits, at least, for other ranks' parts, which began at the same time
 _FAILED_SECONDS = 600  # that a failed run waits, at most, for the checkpoint being written
 _HOURS = 12  # that a checkpoint may take, after training has stopped to wait for it
-_SPARE = 2  # memory is used for copies if so many times of what they need is available
 
 _Files = TypeAdapter(dict[str, File])
 
@@ -63,10 +61,13 @@ class Saver:
         assert dist.group.WORLD
         self._store = dist.PrefixStore("checkpoint", dist.group.WORLD.get_group_store())
         self._write = engine.checkpoint_engine.save
-        self._copies = _Copies()
+        self._copies = Copies(engine.device)
         self._files: list[tuple[Any, str]] = []  # states that the thread writes, and their paths
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._filled: Future[None] | None = None
         self._part: Future[None] | None = None
+        # Of all optimizers, because DeepSpeed may use several; it changes the states only in their steps.
+        self._hook = register_optimizer_step_pre_hook(self._wait_for_copies)
         self._left_at = float("inf")
 
     def __enter__(self) -> "Saver":
@@ -83,25 +84,27 @@ class Saver:
             except Exception as lost:  # the error that is already raised counts
                 logger.warning("that checkpoint is not whole: %s", lost)
         elif self._part is None:
-            self._copies = _Copies()  # frees the memory before the export
+            self._copies.free()  # before the export
+        self._hook.remove()
         self._pool.shutdown(wait=False)
 
     def begin(self, step: int, state: dict) -> None:
-        """Copy the engine's state after `step` steps, with `state` (plain values), and begin to write it. Collective.
+        """Begin to write the engine's state after `step` steps, with `state` (plain values). Collective.
 
         The checkpoint before must be finished.  Raises PipelineError if this rank cannot write.
         """
         assert self._part is None
-        unfinished = self.folder / f"unfinished-{step:08d}"
+        unfinished, states = self.folder / f"unfinished-{step:08d}", list[tuple[Any, str]]()
         with disk_errors(unfinished):
             if self.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for left in self.folder.glob("unfinished-*"):
                     remove(left)
                 remove_leftovers(self.folder)
-            dist.barrier()
-            self._copies.reuse()
-            with mock.patch.object(self.engine.checkpoint_engine, "save", self._copy):
+            # Other ranks wait for the first one before they create files.
+            with mock.patch.object(
+                self.engine.checkpoint_engine, "save", lambda state_dict, path: states.append((state_dict, path))
+            ):
                 self.engine.save_checkpoint(
                     str(self.folder),
                     tag=unfinished.name,
@@ -109,9 +112,28 @@ class Saver:
                     save_latest=False,
                     exclude_frozen_parameters=True,  # they are in the initial model
                 )
-            get_accelerator().synchronize()  # the copies
+            self._files = self._copied(states)
+            if not self._files:
+                for each in states:
+                    self._write(*each)
         self._whole = f"{step}/whole"
+        self._filled = self._pool.submit(self._copies.fill)
         self._part = self._pool.submit(self._run, step, unfinished)
+
+    def _copied(self, states: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
+        """Return copies of the states, which `Copies.fill` fills; none if any rank is short of memory. Collective."""
+        copied = self._copies.of(states, self.engine.module.buffers())  # a forward pass may change buffers
+        fits = torch.tensor(copied is not None, dtype=torch.int32, device=self.engine.device)
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+        if fits:
+            return copied
+        self._copies.free()
+        return []
+
+    def _wait_for_copies(self, *_: object) -> None:
+        """Before an optimizer changes the states. An error of the copy is raised by `raise_failure`."""
+        if self._filled:
+            wait([self._filled])
 
     def raise_failure(self) -> None:
         """Raise the error that ended this rank's writing, if there is one."""
@@ -140,22 +162,12 @@ class Saver:
                 f"{self.folder}: a checkpoint is not written after {_HOURS} hours: does the file system hang?"
             ) from None
 
-    def _copy(self, state_dict: Any, path: str) -> None:
-        """In place of the checkpoint engine's `save`: copy a state for the thread, or write it if memory is short."""
-        if self._copies.fit(state_dict):
-            try:
-                self._files.append((self._copies.of(state_dict), path))
-                return
-            except Exception as error:  # a driver may pin less memory than there is
-                if not is_out_of_memory(error):
-                    raise
-                logger.warning("training stops while a checkpoint is written: %s", error)
-        self._write(state_dict, path)
-
     def _run(self, step: int, unfinished: Path) -> None:
         """Write this rank's part and, on the first rank, make the checkpoint whole. Runs in the thread."""
         began = time.monotonic()
         try:
+            assert self._filled
+            self._filled.result()
             with disk_errors(unfinished):
                 files = self._written(unfinished)
         except Exception as error:
@@ -216,86 +228,3 @@ class Saver:
         checkpoint.point(whole)
         checkpoints = [path for path in reversed(checkpoint.candidates(self.folder)) if path.is_dir()]
         checkpoint.remove_old(checkpoints, self.keep)
-
-
-class _Copies:
-    """Copies states to CPU memory, in buffers that later copies use again: allocating them takes longer than copying.
-
-    Buffers are known by their bytes, and whether they are pinned, for what is on a GPU.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[int, bool], list[torch.UntypedStorage]] = defaultdict(list)
-        self._used: dict[tuple[int, bool], list[torch.UntypedStorage]] = defaultdict(list)
-        self._is_short = False
-
-    def reuse(self) -> None:
-        """Allow the buffers of all earlier copies to be overwritten."""
-        self._free, self._used = self._used, defaultdict(list)
-
-    def fit(self, state: Any) -> bool:
-        """Whether there is enough memory for a copy; otherwise log that, once."""
-        storages = {storage._cdata: storage for storage in (each.untyped_storage() for each in _tensors(state))}
-        wanted = Counter(map(_buffer_for, storages.values()))
-        needed = sum(_allocated(*key) * max(count - len(self._free[key]), 0) for key, count in wanted.items())
-        available = limits.available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if needed <= available // _SPARE:
-            return True
-        if not self._is_short:
-            logger.warning(
-                "training stops while a checkpoint is written: a copy of %.1f GB would be written in the background if "
-                "%d times that were available of the CPU's memory to this process; it is %.1f GB",
-                needed / 1e9,
-                _SPARE,
-                available / 1e9,
-            )
-            self._is_short = True
-        return False
-
-    def of(self, state: Any) -> Any:
-        """Return a copy of dicts, lists, tensors and plain values, with the same bytes by torch.save but the device.
-
-        Tensors that share a storage share its copy. Copies from a GPU are complete after a synchronization.
-        """
-        storages: dict[int, torch.UntypedStorage] = {}
-        tensors = {id(tensor): self._copy(tensor, storages) for tensor in _tensors(state)}
-        return copy.deepcopy(state, tensors)
-
-    def _copy(self, value: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
-        """Return a tensor as torch.load would rebuild it, or one of the parts that it is rebuilt from."""
-        if isinstance(value, torch.Tensor):
-            rebuild, parts = value.__reduce_ex__(2)[:2]
-            return rebuild(*self._copy(parts, storages))
-        if isinstance(value, torch.TypedStorage):
-            source = value._untyped_storage
-            if source._cdata not in storages:
-                storages[source._cdata] = self._buffer(source).copy_(source, non_blocking=True)
-            return torch.TypedStorage(wrap_storage=storages[source._cdata], dtype=value.dtype, _internal=True)
-        return tuple(self._copy(each, storages) for each in value) if isinstance(value, tuple) else value
-
-    def _buffer(self, source: torch.UntypedStorage) -> torch.UntypedStorage:
-        key = size, pinned = _buffer_for(source)
-        if self._free[key]:
-            buffer = self._free[key].pop()
-        else:
-            buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned).untyped_storage()
-        self._used[key].append(buffer)
-        return buffer
-
-
-def _buffer_for(source: torch.UntypedStorage) -> tuple[int, bool]:
-    return source.nbytes(), source.device.type != "cpu"
-
-
-def _allocated(size: int, pinned: bool) -> int:
-    """Return the bytes that torch allocates: of pinned memory, a power of two."""
-    return 1 << (size - 1).bit_length() if pinned and size else size
-
-
-def _tensors(state: Any) -> Iterator[torch.Tensor]:
-    """Iterate over the tensors in nested dicts, lists and tuples."""
-    if isinstance(state, torch.Tensor):
-        yield state
-    elif isinstance(state, dict | list | tuple):
-        for each in state.values() if isinstance(state, dict) else state:
-            yield from _tensors(each)

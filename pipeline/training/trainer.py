@@ -7,34 +7,26 @@ import platform
 import time
 from contextlib import closing
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from pipeline.config import Recipe, dump_recipe, load_ds_config
 from pipeline.data.batch import Batch
 from pipeline.data.lengths import Lengths
 from pipeline.data.order import Order
+from pipeline.data.plan import Stop
 from pipeline.data.source import Source
-from pipeline.data.stream import Stop, Stream
+from pipeline.data.stream import Stream
 from pipeline.distributed import on_first_rank, start_distributed
 from pipeline.errors import PipelineError, disk_errors
 from pipeline.evaluation import sets
-from pipeline.evaluation.encode import embed_collection
-from pipeline.evaluation.encoders import ModelEncoder
-from pipeline.evaluation.measure import measure
-from pipeline.evaluation.report import Report
 from pipeline.evaluation.sets import Collection
-from pipeline.evaluation.store import MemoryStore
 from pipeline.jobs import limits, status
-from pipeline.models.chunks import CachedFeatures, Features
-from pipeline.models.compact import smaller_forms
-from pipeline.models.family import Processor
+from pipeline.models.chunks import CachedFeatures
 from pipeline.models.registry import saved, training_of
 from pipeline.objectives.objective import StepResult, objective_of
 from pipeline.phases import phase, take_seconds
@@ -43,10 +35,11 @@ from pipeline.training import checkpoint, profiler, resume
 from pipeline.training.budget import MEMORY, NOTE, Budget, Meter, out_of_memory_noted, record_of, restored_budget
 from pipeline.training.conditions import check, conditions_of_run
 from pipeline.training.engine import build_engine, learning_rate, load_frozen, set_hyperparameters
+from pipeline.training.evaluation import Evaluation
 from pipeline.training.export import export
 from pipeline.training.feed import Feed, Prepared
 from pipeline.training.initial import check_sizes, initial_model
-from pipeline.training.monitor import Monitor, StepLog, evaluation_of
+from pipeline.training.monitor import Monitor, shorten_ledgers
 from pipeline.training.partitions import check_nodes
 from pipeline.training.preemption import Preemption
 from pipeline.training.profiler import Profiler
@@ -117,7 +110,7 @@ class Trainer:
         recipe, minutes = self.recipe, self.recipe.timeout_minutes
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the loader's forks
         record_collectives(self.folder)
-        self.device = start_distributed(minutes)
+        device = start_distributed(minutes)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.start = resume.choose(self.checkpoints, self.conditions)
         if self.rank == 0:
@@ -129,13 +122,17 @@ class Trainer:
         check_sizes(recipe, self.model_path)
         if as_saved := self.start:
             if self.rank == 0:
-                self._shorten_ledgers(checkpoint.step_of(as_saved))
+                shorten_ledgers(self.folder, self.world, checkpoint.step_of(as_saved))
             self.start = for_this_world(as_saved, minutes)
             if self.start != as_saved:
                 self.ds_config.setdefault("checkpoint", {})["load_universal"] = True
         self.processor = self.family.processor(recipe, self.model_path)
-        self.frozen = load_frozen(recipe, self.model_path, self.device)
+        self.frozen = load_frozen(recipe, self.model_path, device)
         self.engine = build_engine(recipe, self.ds_config, self.model_path)
+        asked = lambda: self.preemption.asked() > 0  # noqa: E731
+        self.evaluation = Evaluation(
+            recipe, self.collection, self.steps, self.engine, self.processor, self.frozen, interrupted=asked
+        )
         flops = self.family.flops(self.engine.module, self.frozen)
         self.speed = Speed(recipe.batch.global_batch, flops, recipe.precision)
 
@@ -150,7 +147,7 @@ class Trainer:
         with self.monitor, self.preemption.steps(), self.saver:
             if self.monitor.leads:
                 status.note(self.folder, "running", step=done, steps=self.steps)
-            if self._evaluation_is_due(done) and self._evaluation_is_missing(done):
+            if self.evaluation.is_due(done) and self.evaluation.is_missing(done):
                 with phase("evaluation", done):
                     self._evaluate(done)
             if asked := self.preemption.asked():
@@ -173,7 +170,7 @@ class Trainer:
                     with phase("report"):
                         self._report(done, prepared.batch, result, lr, began, feed.waited - waited)
                 self.saver.raise_failure()
-                asked, evaluates = self.preemption.asked(), self._evaluation_is_due(done)
+                asked, evaluates = self.preemption.asked(), self.evaluation.is_due(done)
                 # Also save before an evaluation: if that is interrupted, the next start repeats it.
                 if asked or evaluates or done == self.steps or done % self.recipe.checkpoint.every == 0:
                     self.profiler.end()
@@ -331,20 +328,8 @@ class Trainer:
             with disk_errors(self.folder / NOTE):
                 (self.folder / NOTE).unlink(missing_ok=True)  # the checkpoint has the budget now
 
-    def _evaluation_is_due(self, step: int) -> bool:
-        """Whether to evaluate after `step` steps: at the start, at the end, and every `evaluation.every` steps."""
-        if (evaluation := self.recipe.evaluation) is None:
-            return False
-        return step in (0, self.steps) or bool(evaluation.every and step % evaluation.every == 0)
-
-    def _evaluation_is_missing(self, step: int) -> bool:
-        """Whether there is no report yet for the step from which this start continues. Collective."""
-        due = torch.tensor(evaluation_of(self.folder, step) is None, device=get_accelerator().current_device_name())
-        dist.broadcast(due, 0)  # on a shared file system another rank may not yet see it
-        return bool(due)
-
     def _evaluate(self, step: int) -> None:
-        report = self._measured()
+        report = self.evaluation.report(self.budget.chunk_tokens)
         self._finish_save()
         if report:
             if report.collapsed:
@@ -353,46 +338,9 @@ class Trainer:
                 checkpoint.keep_best(self.checkpoints, step, report.score, list(report.results))
             self.monitor.evaluation(step, report)
 
-    def _measured(self) -> Report | None:
-        """Return a report on the current weights, on the first rank; None on others, and if a signal interrupts it."""
-        collection, (reader, features) = self.collection, self._reader_and_features
-        assert collection
-        encoder = ModelEncoder(
-            self.recipe.run,
-            "",
-            self.engine.module.dimension,
-            lambda: (self.engine, features),
-            reader,
-            self.budget.chunk_tokens,
-            self.device,
-        )
-        store = MemoryStore(len(collection.items), encoder.dimension) if self.rank == 0 else None
-        interrupted = lambda: self.preemption.asked() > 0  # noqa: E731
-        if not embed_collection(encoder, collection, store, interrupted=interrupted):
-            return None
-        objective = self.recipe.objective
-        forms = smaller_forms(encoder.dimension, objective.sizes, [objective.rounding] if objective.rounding else [])
-
-        def score() -> Report | None:
-            return measure(self.recipe.run, collection, store.take, forms=forms, device=self.device) if store else None
-
-        report = on_first_rank(score, "the scores")
-        return report if self.rank == 0 else None
-
-    @cached_property
-    def _reader_and_features(self) -> tuple[Processor, Features | None]:
-        return self.family.for_evaluation(self.recipe, self.processor, self.frozen, self.device)
-
     def _write_recipe(self) -> None:
         """Write recipe.yaml: the resolved recipe, with the number of processes and the packages' versions."""
         versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
         header = f"# {self.world} processes; Python {platform.python_version()}, {versions}\n"
         with disk_errors(self.folder / "recipe.yaml"):
             write_file(self.folder / "recipe.yaml", (header + dump_recipe(self.recipe)).encode())
-
-    def _shorten_ledgers(self, step: int) -> None:
-        """Truncate the ledgers of ranks that no longer exist after `step`: other ranks repeat the later steps."""
-        for path in (self.folder / "ledger").glob("rank*.jsonl"):
-            number = path.stem.removeprefix("rank")
-            if number.isdecimal() and int(number) >= self.world:
-                StepLog(path, step)

@@ -15,18 +15,19 @@ from limits import HANG_SECONDS
 from small_mining import NAMES, SAMPLES, WIDTH, Texts, mine, pair, references, write_datasets
 
 from pipeline.config import Data, MiningRun, Part
-from pipeline.data import plan, stream
+from pipeline.data import plan, reader
 from pipeline.data.arrays import array_of
 from pipeline.data.batch import Batch, Encoded
 from pipeline.data.index import Captions, Index
 from pipeline.data.lengths import Lengths
 from pipeline.data.mined import MINED_FILE, REFERENCE, MinedIndex, content_of, with_negatives
 from pipeline.data.plan import PlannedWindow, Planner
+from pipeline.data.reader import ReadSample, _read
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import ShardRecords, sample_bytes, write_shards
 from pipeline.data.source import Source
 from pipeline.data.stored_vectors import CAPTIONS, ITEMS, StoredVectors
-from pipeline.data.stream import ReadSample, _read, batches
+from pipeline.data.stream import batches
 from pipeline.data.tiles import Tiling
 from pipeline.embedding import mining
 from pipeline.embedding.dataset import open_datasets
@@ -323,7 +324,7 @@ def test_mined_and_read_on_s3(s3, tmp_path):
         assert objects.read(f"{url}/{name}/{MINED_FILE}") == (tmp_path / "all" / name / MINED_FILE).read_bytes()
     options = {"datasets": [Part(name=name) for name in NAMES], "lanes": 4, "block_samples": 8, "workers": 0}
     remote = read(Data(url=url, negatives="beside", **options), range(3))
-    readers = stream._SAMPLE_THREADS + stream._REFERRED_THREADS + plan.THREADS
+    readers = reader._SAMPLE_THREADS + reader._REFERRED_THREADS + plan.THREADS
     assert 12 + 16 <= readers <= objects_on_s3._client().meta.config.max_pool_connections
     local = read(Data(url=str(tmp_path), negatives=str(tmp_path / "all"), **options), range(3))
     assert [each.negatives for each in remote] == [each.negatives for each in local]

@@ -27,11 +27,12 @@ from pipeline.data import tars
 from pipeline.data.batch import Encoded
 from pipeline.data.index import INDEX_FILE, Captions, Index, checksum_of
 from pipeline.data.lengths import Lengths, Square
+from pipeline.data.reader import Reader
 from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.data.shards import write_shards
 from pipeline.data.source import Source
 from pipeline.data.stored_vectors import CAPTIONS, StoredVectors, sample_bytes
-from pipeline.data.stream import Reader, batches
+from pipeline.data.stream import batches
 from pipeline.embed import main
 from pipeline.embedding import embed_shards
 from pipeline.embedding.dataset import open_datasets

@@ -20,7 +20,7 @@ import pytest
 from limits import HANG_SECONDS
 
 from pipeline.config import Data
-from pipeline.data import plan, stream, tars
+from pipeline.data import plan, reader, stream, tars
 from pipeline.data.batch import Batch, Encoded
 from pipeline.data.lengths import Lengths
 from pipeline.data.neighbours import write_neighbours
@@ -398,7 +398,7 @@ def test_epoch_reads_each_sample_once_within_memory_limit(data, tmp_path, monkey
     pairs = (Pair(str(i), "d", "", Item("<image>", (noise.bytes(50_000),)), Item(str(i))) for i in range(160))
     write_shards(pairs, tmp_path, dataset="d")
     asked, held = [], []
-    read_samples, read_ahead = tars.read_samples, stream.Reader._read_ahead
+    read_samples, read_ahead = tars.read_samples, reader.Reader._read_ahead
 
     def noting_asked(url, shard, records):
         asked.extend(records["offset"].tolist())
@@ -409,7 +409,7 @@ def test_epoch_reads_each_sample_once_within_memory_limit(data, tmp_path, monkey
         held.append(reader.held)
 
     monkeypatch.setattr(tars, "read_samples", noting_asked)
-    monkeypatch.setattr(stream.Reader, "_read_ahead", noting_held)
+    monkeypatch.setattr(reader.Reader, "_read_ahead", noting_held)
     small = {"url": str(tmp_path), "datasets": [], "lanes": 2, "block_samples": 2, "window_blocks": 4}
     for memory_mb, more in ((1, False), (100, True)):
         asked.clear(), held.clear()
@@ -510,8 +510,8 @@ def test_pieces_are_cut_for_memory_and_workers(data, workers, monkeypatch):
     monkeypatch.setattr(plan, "_READ_BYTES", 6_000)
     opened = Source.open(data)
     order = opened.order(BATCH, 5, LENGTHS)
-    planner = stream.Planner(opened, order, order.lanes_of(0, 2), range(order.steps_per_epoch), workers)
-    windows = [planned for planned in planner if isinstance(planned, stream.PlannedWindow)]
+    planner = plan.Planner(opened, order, order.lanes_of(0, 2), range(order.steps_per_epoch), workers)
+    windows = [planned for planned in planner if isinstance(planned, plan.PlannedWindow)]
     for window in windows:
         assert len(window.pieces) >= min(workers, window.rows[..., 0].size)
         for number, ((shard, start, stop), (records,)) in enumerate(zip(window.pieces, window.records, strict=True)):
@@ -524,14 +524,14 @@ def test_pieces_are_cut_for_memory_and_workers(data, workers, monkeypatch):
 
 def test_window_is_released_after_last_slice(data, monkeypatch):
     """Otherwise memory, and the time of every step, would grow over an epoch."""
-    monkeypatch.setattr(stream, "_STEPS_AHEAD", 1)
-    known, read_ahead = [], stream.Reader._read_ahead
+    monkeypatch.setattr(reader, "_STEPS_AHEAD", 1)
+    known, read_ahead = [], reader.Reader._read_ahead
 
     def noting_known(reader):
         known.append(len(reader.readings))
         read_ahead(reader)
 
-    monkeypatch.setattr(stream.Reader, "_read_ahead", noting_known)
+    monkeypatch.setattr(reader.Reader, "_read_ahead", noting_known)
     opened = Source.open(changed(data, window_blocks=1, block_samples=3))
     order = opened.order(BATCH, 5, LENGTHS)
     steps = range(order.steps_per_epoch)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from exactness import PAIRS, batch_of, make_pairs
 from limits import HANG_MINUTES
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeline.config import load_ds_config, load_recipe
 from pipeline.distributed import end_distributed, start_distributed
@@ -67,9 +68,13 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
         set_hyperparameters(engine, recipe)
         objective.load(state)
     conditions = {"the ZeRO stage": config["zero_optimization"]["stage"]}
+    # The states are copied when the next step's optimizer waits for it, and the copies are written after the step.
+    stepping, stepped = threading.Event(), threading.Event()
+    register_optimizer_step_pre_hook(lambda *_: stepping.set())
     results, saver = [], Saver(engine, folder / case / f"by{world}", conditions, keep=9)
-    stepped, write = threading.Event(), saver._write
-    saver._write = lambda *arguments: (stepped.wait(), write(*arguments))  # copies must not change in the next step
+    fill, write = saver._copies.fill, saver._write
+    saver._copies.fill = lambda: (stepping.wait(), fill())
+    saver._write = lambda *arguments: (stepped.wait(), write(*arguments))
     for step in steps:
         pairs = make_pairs("mixed", seed=step)
         batch = batch_of(pairs[rank * PAIRS // world : (rank + 1) * PAIRS // world], processor)
@@ -83,11 +88,13 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
         if (step + 1) % 2 == 0:
             kept = {"bad_samples": 7, "budget": {"chunk_tokens": 200}} | objective.state()
             saver.finish()
+            stepping.clear()
             stepped.clear()
             saver.begin(step + 1, kept)
             if step + 1 == 2:  # what DeepSpeed writes by itself
                 tag, state = f"unfinished-{step + 1:08d}", kept | {"step": step + 1}
                 engine.save_checkpoint(str(folder / case / "plain"), tag, state, False, exclude_frozen_parameters=True)
+    stepping.set()
     stepped.set()
     saver.finish()
     engine.destroy()

@@ -284,6 +284,7 @@ def test_run_out_of_memory_restarts_with_smaller_budget(tmp_path, monkeypatch, o
         run = Trainer(recipe, nothing)
         run.steps, run.start, run.conditions, run.engine, run.frozen = 3, None, {"seed": 0}, engine, None
         batch = SimpleNamespace(items={0: Encoded(np.zeros(9, np.int32))})
+        run.evaluation = SimpleNamespace(is_due=lambda step: False)
         run._stream = lambda steps, stop: (batch for _ in steps)
         return run
 

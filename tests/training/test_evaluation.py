@@ -8,8 +8,8 @@ import torch
 
 from pipeline.config import load_recipe
 from pipeline.evaluation.tasks import Collection, Ranking
-from pipeline.training import trainer as module
-from pipeline.training.trainer import Trainer
+from pipeline.training import evaluation as module
+from pipeline.training.evaluation import Evaluation
 
 VECTORS = np.eye(8, dtype=np.float32)[[0, 1, 0, 1]]
 
@@ -39,14 +39,10 @@ def test_vectors_are_scored_in_the_forms_that_are_trained(fields, forms, monkeyp
 
     monkeypatch.setattr(module, "embed_collection", embed_collection)
     monkeypatch.setattr(module, "on_first_rank", lambda work, what: work())
-    trainer = Trainer(load_recipe("demo.yaml", fields), SimpleNamespace(asked=lambda: 0))
-    trainer.engine, trainer.rank, trainer.collection = (
-        SimpleNamespace(module=SimpleNamespace(dimension=8)),
-        0,
-        collection,
-    )
-    trainer.budget, trainer.device = SimpleNamespace(chunk_tokens=100), torch.device("cpu")
-    trainer._reader_and_features = (None, None)
-    report = trainer._measured()
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
+    engine = SimpleNamespace(module=SimpleNamespace(dimension=8), device=torch.device("cpu"))
+    evaluation = Evaluation(load_recipe("demo.yaml", fields), collection, 1, engine, None, None, lambda: False)
+    evaluation._reader_and_features = (None, None)
+    report = evaluation.report(100)
     assert report.score == 1
     assert [str(variant.form) for variant in report.variants] == forms

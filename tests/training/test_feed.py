@@ -13,7 +13,7 @@ import torch
 from limits import HANG_SECONDS
 
 from pipeline.data.batch import Encoded, Image
-from pipeline.data.stream import Stop
+from pipeline.data.plan import Stop
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import Chunk, Packed, cut, pack, plan_chunks, run_chunk
 from pipeline.training import feed as feed_module
@@ -200,7 +200,8 @@ def test_error_while_packing_is_raised_where_the_chunk_is_used(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["a batch", "a cut", "room"])
-def test_thread_ends_wherever_it_waits(where):
+def test_thread_ends_wherever_it_waits_and_not_before(where, monkeypatch):
+    monkeypatch.setattr(feed_module, "_STOP_SECONDS", 0.001)
     stop = Stop()
 
     def waiting() -> Iterator[SimpleNamespace]:
@@ -211,8 +212,9 @@ def test_thread_ends_wherever_it_waits(where):
     with feeding(waiting() if where == "a batch" else None, stop) as feed:
         if where == "room":
             feed.next_cut(How())
-            until(feed._ready.full)
+            until(lambda: feed._ready.qsize() == feed_module._AHEAD)
         thread = feed._thread
+        thread.join(0.05)
         assert thread.is_alive() and thread.daemon and thread is not threading.current_thread()
     thread.join(HANG_SECONDS)
     assert not thread.is_alive() and stop.is_set()

@@ -1,13 +1,14 @@
 """Checkpoints that are written while training continues: exact copies, and whole or absent at every moment."""
 
-import io
-import logging
+import operator
 import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,82 +17,31 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from limits import HANG_SECONDS
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from two_ranks import on_two_ranks
 
 from pipeline.errors import PipelineError
 from pipeline.jobs import limits
 from pipeline.training import checkpoint, resume, saving
-from pipeline.training.saving import Saver, _Copies
+from pipeline.training.saving import Saver
 
 OLD, NEW = "step-00000001", "step-00000002"
+_LATE_SECONDS = 0.2  # in which a step ends that does not wait for the copy
 _FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
-def saved(state: object) -> bytes:
-    torch.save(state, file := io.BytesIO())
-    return file.getvalue()
+class Counter(nn.Module):
+    """Counts its calls in a buffer, which so changes in a forward pass."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
 
-def state_of_many_kinds() -> dict:
-    """Return a state with all that DeepSpeed's states contain."""
-    flat = torch.arange(1000.0)
-    trained = nn.Parameter(flat[:300].view(20, 15))
-    trained.grad = torch.ones(20, 15)  # torch.save leaves it out
-    with_attributes = flat[300:700].clone().requires_grad_()
-    with_attributes.ds_id = "7"
-    return {
-        "module": {"a": flat[:300].view(20, 15), "b": flat[300:].view(7, 100).T, "again": flat},
-        "parameters": (trained, [with_attributes]),
-        "bf16": torch.ones(5, dtype=torch.bfloat16),
-        "empty": torch.empty(0),
-        "shape": flat.view(10, 100).shape,
-        "nested": [{"step": torch.tensor(3.0), "betas": (0.9, 0.999)}] * 2,
-    }
-
-
-def test_copy_is_saved_with_the_same_bytes_and_does_not_change():
-    state, copies = state_of_many_kinds(), _Copies()
-    before, buffers = saved(state), []
-    for _ in range(2):
-        copies.reuse()
-        kept = copies.of(state)
-        tensors = [kept["module"]["again"], *kept["parameters"][1], kept["bf16"], kept["nested"][0]["step"]]
-        buffers.append(sorted(tensor.data_ptr() for tensor in tensors))
-        state["module"]["again"].add_(1)
-        state["nested"][0]["betas"] = None
-        with torch.no_grad():
-            state["parameters"][1][0].zero_()
-        assert saved(kept) == before
-        assert saved(state) != before
-        state = state_of_many_kinds()
-    # One copy of the 1000 numbers, whatever shares them, and the second copy in the memory of the first.
-    assert sorted(size for size, _ in copies._used) == [0, 4, 10, 1600, 4000]
-    assert all(len(used) == 1 for used in copies._used.values())
-    assert buffers[0] == buffers[1]
-
-
-def test_without_memory_nothing_is_copied_and_that_is_logged_once(monkeypatch, caplog):
-    state, copies = {"x": torch.ones(1000), "same": torch.ones(1000)}, _Copies()
-    with caplog.at_level(logging.WARNING):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-        monkeypatch.setattr(limits, "available_memory", lambda: 4 * 8000 - 1)
-        assert not copies.fit(state)
-        assert not copies.fit(state)
-        assert caplog.text.count("training stops while a checkpoint is written") == 1
-        monkeypatch.setattr(limits, "available_memory", lambda: 4 * 8000)
-        assert copies.fit(state)
-        copies.of(state)
-        copies.reuse()
-        monkeypatch.setattr(limits, "available_memory", lambda: 0)
-        assert copies.fit(state)  # in the same memory
-        copies.of(state)
-        assert not copies.fit(state)
-
-
-def test_pinned_memory_is_counted_as_torch_allocates_it():
-    assert [saving._allocated(size, True) for size in (0, 1, 4096, 4097)] == [0, 1, 4096, 8192]
-    assert saving._allocated(4097, False) == 4097
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return x
 
 
 def an_engine(stage: int) -> deepspeed.DeepSpeedEngine:
@@ -100,7 +50,7 @@ def an_engine(stage: int) -> deepspeed.DeepSpeedEngine:
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     deepspeed.init_distributed("gloo", verbose=False, auto_mpi_discovery=False)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 3))
+    model = nn.Sequential(nn.Linear(40, 50), Counter(), nn.Linear(50, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     config = {"train_batch_size": 2, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -129,9 +79,9 @@ def shared_folder() -> Iterator[Path]:
 
 
 def held(saver: Saver) -> threading.Event:
-    """Make the thread wait for the returned event before it writes a file."""
-    event, write = threading.Event(), saver._write
-    saver._write = lambda *arguments: (event.wait(), write(*arguments))
+    """Make the thread wait for the returned event before it copies the states."""
+    event, fill = threading.Event(), saver._copies.fill
+    saver._copies.fill = lambda: (event.wait(), fill())
     return event
 
 
@@ -207,23 +157,30 @@ def test_checkpoint_is_whole_or_absent_at_every_file_operation():
 
 
 def _same_as_deepspeed(rank: int) -> list[bool]:
-    """Whether each file has the bytes that DeepSpeed writes by itself: in the background, and without memory."""
-    engine, results = an_engine(1), []
-    with shared_folder() as shared:
-        for step, memory in ((1, 1 << 50), (2, 0)):
-            limits.available_memory = lambda memory=memory: memory
-            state = {"bad_samples": 3}
+    """Whether each file has the bytes that DeepSpeed writes by itself, with memory for copies on all ranks or not.
+
+    The copy begins as late as possible: when the next step's optimizer waits for it.
+    """
+    engine, results, stepped = an_engine(1), [], threading.Event()
+    register_optimizer_step_pre_hook(lambda *_: stepped.set())
+    with shared_folder() as shared, Saver(engine, shared / "ours", {}, keep=9) as saver:
+        fill, write, writers = saver._copies.fill, saver._write, []
+        saver._copies.fill = lambda: (stepped.wait(), time.sleep(_LATE_SECONDS), fill()) if expected else fill()
+        saver._write = lambda *arguments: (writers.append(threading.current_thread().name), write(*arguments))
+        for step, memory in enumerate(((1 << 50, 1 << 50), (0, 0), (1 << 50, 0), (1 << 50, 1 << 50)), 1):
+            limits.available_memory = lambda memory=memory: memory[rank]
+            state, expected = {"bad_samples": 3}, all(memory)
             plain, tag = shared / f"plain{step}", f"unfinished-{step:08d}"
             before = engine.checkpoint_engine.save
             engine.save_checkpoint(str(plain), tag, state | {"step": step}, False, exclude_frozen_parameters=True)
-            with Saver(engine, shared / "ours", {}, keep=9) as saver:
-                stepped = held(saver)
-                if not memory:
-                    stepped.set()  # it writes at once
-                saver.begin(step, state)
-                take_step(engine)
-                stepped.set()
-                saver.finish()
+            stepped.clear()
+            saver._copies.free()
+            saver.begin(step, state)
+            take_step(engine)
+            saver.finish()
+            # Whether to write in the background is decided for all ranks together.
+            results += [name.startswith("checkpoint") == expected for name in writers]
+            writers.clear()
             assert engine.checkpoint_engine.save == before
             ours, theirs = contents(shared / f"ours/step-{step:08d}"), contents(plain / tag)
             results += [ours[name] == theirs[name] for name in theirs]
@@ -235,7 +192,54 @@ def _same_as_deepspeed(rank: int) -> list[bool]:
 def test_checkpoint_has_the_bytes_that_deepspeed_writes():
     for results in on_two_ranks(_same_as_deepspeed):
         assert results == [True] * len(results)
-        assert len(results) >= 6
+        assert len(results) >= 4 * 4
+
+
+def _killed_while_writing(rank: int) -> int:
+    """Fork processes that write this rank's files, each killed by the system at a byte of one of them."""
+    engine, killed = an_engine(2), 0
+    with shared_folder() as folder, Saver(engine, folder, {checkpoint.STAGE: 2}, keep=1) as saver:
+        saver.begin(1, {"bad_samples": 0})
+        saver.finish()
+        take_step(engine)
+        dist.barrier()
+        released = threading.Event()
+        saver._pool.submit(released.wait)
+        saver.begin(2, {"bad_samples": 0})  # the thread does nothing until then
+        unfinished = folder / f"unfinished-{NEW.removeprefix('step-')}"
+        for number, (_, path) in enumerate(saver._files):
+            size = (folder / OLD / Path(path).name).stat().st_size
+            for length in (0, size // 3, size // 2, size - 1):
+                if not (child := os.fork()):
+                    try:
+                        signal.alarm(HANG_SECONDS)
+                        saver._copies.fill()
+                        saver._write = partial(kill_at, length, saver._write, iter(range(number + 1)))
+                        saver._written(unfinished)
+                    finally:
+                        os._exit(0)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
+                assert (unfinished / Path(path).name).stat().st_size <= length
+                assert resume.whole(folder, thorough=True).name == OLD
+                killed += 1
+        dist.barrier()
+        released.set()
+        saver.finish()
+        assert resume.whole(folder, thorough=True).name == NEW
+    return killed
+
+
+def kill_at(length: int, write: Callable[..., None], left: Iterator[int], *arguments: object) -> None:
+    """Write, and let the system kill this process when the last file of `left` gets longer than `length` bytes."""
+    next(left)
+    if not operator.length_hint(left):
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (length, length))
+    write(*arguments)
+
+
+def test_checkpoint_is_absent_if_its_writer_is_killed_inside_a_file():
+    assert on_two_ranks(_killed_while_writing) == [8, 4]
 
 
 def on_full_disk(write: Callable[..., None], *arguments: object) -> None:
@@ -276,25 +280,24 @@ def test_full_disk_of_one_rank_is_reported_by_all_and_loses_nothing():
 
 
 def _failing_run(rank: int) -> list[object]:
-    """A rank fails while a checkpoint is written. Then it fails again, and the other one is killed."""
+    """The ranks fail before the states are copied. Then one fails again, and the other one is killed."""
     engine, found = an_engine(2), []
     saving._LATE_SECONDS = 0.1
     with shared_folder() as folder:
         for step, is_killed in ((1, False), (2, True)):
             try:
                 with Saver(engine, folder, {checkpoint.STAGE: 2}, keep=1) as saver:
-                    written = held(saver)
+                    released = held(saver)
                     saver.begin(step, {"bad_samples": 0})
                     if not (rank and is_killed):
-                        threading.Timer(0.2, written.set).start()
+                        threading.Timer(0.2 if rank else 0.5, released.set).start()
                     if not rank or not is_killed:
                         raise PipelineError("out of memory")
             except PipelineError as error:
                 found.append(str(error))
-            dist.barrier()
             found.append(resume.whole(folder, thorough=True).name)
             dist.barrier()
-            written.set()
+            released.set()
     return found
 
 
