@@ -31,6 +31,7 @@ from pydantic import TypeAdapter
 from pipeline.distributed import on_every_rank
 from pipeline.errors import PipelineError, disk_errors, is_out_of_memory
 from pipeline.jobs import limits
+from pipeline.models.pinned import pinned, pinned_bytes
 from pipeline.storage.atomic import remove, remove_leftovers, sync_entry
 from pipeline.training import checkpoint, manifest
 from pipeline.training.manifest import File
@@ -274,11 +275,8 @@ class _Copies:
         return tuple(self._copy(each, storages) for each in value) if isinstance(value, tuple) else value
 
     def _buffer(self, source: torch.UntypedStorage) -> torch.UntypedStorage:
-        key = size, pinned = _buffer_for(source)
-        if self._free[key]:
-            buffer = self._free[key].pop()
-        else:
-            buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned).untyped_storage()
+        key = _buffer_for(source)
+        buffer = self._free[key].pop() if self._free[key] else _allocate(*key).untyped_storage()
         self._used[key].append(buffer)
         return buffer
 
@@ -287,9 +285,16 @@ def _buffer_for(source: torch.UntypedStorage) -> tuple[int, bool]:
     return source.nbytes(), source.device.type != "cpu"
 
 
-def _allocated(size: int, pinned: bool) -> int:
-    """Return the bytes that torch allocates: of pinned memory, a power of two."""
-    return 1 << (size - 1).bit_length() if pinned and size else size
+def _allocate(size: int, pins: bool) -> torch.Tensor:
+    def allocate(pins: bool) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pins)
+
+    return pinned(allocate) if pins else allocate(False)
+
+
+def _allocated(size: int, pins: bool) -> int:
+    """Return the bytes that torch allocates."""
+    return pinned_bytes(size) if pins else size
 
 
 def _tensors(state: Any) -> Iterator[torch.Tensor]:
