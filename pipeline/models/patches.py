@@ -20,8 +20,8 @@ from pipeline.models.chunks import sent
 
 Channels = tuple[float, float, float]
 
-# Numbers that are computed from bytes at once: on a CPU few, which stay in its cache. On a GPU, all of most chunks.
-_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}
+# Pixels that become numbers at once. On a CPU few, which stay in its cache; on a GPU all of most chunks.
+_AT_ONCE_ON_CPU, _AT_ONCE = 1 << 20, 1 << 27
 
 
 def embed_bytes(model: nn.Module, mean: Channels, std: Channels) -> None:
@@ -130,7 +130,8 @@ class _Linear(torch.autograd.Function):
 def _patches(pixels: Tensor, side: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield (place, patches minus _ZERO) for slices of the images; patches are (rows, 3 * side * side)."""
     n, channels, height, width = pixels.shape
-    at_once = max(1, _AT_ONCE[pixels.device.type] // (channels * height * width))
+    most = _AT_ONCE_ON_CPU if pixels.device.type == "cpu" else _AT_ONCE
+    at_once = max(1, most // (channels * height * width))
     for start in range(0, n, at_once):
         place = slice(start, start + at_once)
         signed = pixels[place].bitwise_xor(_ZERO).view(torch.int8)

@@ -45,7 +45,7 @@ def test_bytes_equal_normalised_pixels_forward_and_backward(has_bias, monkeypatc
     weights = torch.randn(right.shape, generator=torch.Generator().manual_seed(1))
     exact = right, torch.autograd.grad(right, parameters, weights.double())
     for images_at_once in (100, 3, 0):  # in one slice, in slices of which the last is smaller, and each by itself
-        monkeypatch.setitem(patches._AT_ONCE, "cpu", images_at_once * pixels[0].numel())
+        monkeypatch.setattr(patches, "_AT_ONCE_ON_CPU", images_at_once * pixels[0].numel())
         embedded = layer(pixels)
         of_parameters = torch.autograd.grad(embedded, list(layer.parameters()), weights)
         # A sum of 147 products, and a gradient's sum of 160.
@@ -63,7 +63,7 @@ def test_bytes_in_bf16_round_weights_once(monkeypatch):
     products = F.conv2d(normalised(pixels).abs(), weight.abs(), stride=8)
     constant = (bias.abs() + weight.abs().sum((2, 3)) @ centre.abs())[:, None, None]
     allowed = 2.0**-9 * 1.01 * (products + constant + right.abs())  # and 1 % for float32
-    monkeypatch.setitem(patches._AT_ONCE, "cpu", 4 * pixels[0].numel())
+    monkeypatch.setattr(patches, "_AT_ONCE_ON_CPU", 4 * pixels[0].numel())
     embedded = layer(pixels)
     assert embedded.dtype == torch.bfloat16
     assert ((embedded.double() - right).abs() <= allowed).all()
