@@ -2,8 +2,9 @@
 
     W (x / 255 - mean) / std + b  =  W' (x - c) + b,  with W' = W / (255 std) and c = 255 mean
 
-So a byte becomes a number once, and the backward pass keeps bytes. The parameters are those of the module that is
-replaced. In bf16, x - 128 is exact, and W' is rounded where otherwise the normalised pixels are.
+So a byte becomes a number once, and the backward pass keeps bytes. Modules are transformers' and timm's own with a
+changed class, so parameters and their names stay the same. In bf16, x - 128 is exact, and W' is rounded where otherwise
+the normalised pixels are.
 """
 
 from collections.abc import Iterator
@@ -83,9 +84,8 @@ class SiglipEmbeddings(SiglipVisionEmbeddings):
     def forward(self, pixel_values: Any, interpolate_pos_encoding: bool = False) -> Tensor:
         if pixel_values.dtype != torch.uint8:
             return super().forward(pixel_values, interpolate_pos_encoding)
-        return self.patch_embedding(pixel_values).flatten(2).transpose(1, 2) + self.position_embedding(
-            self.position_ids
-        )
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        return patches + self.position_embedding(self.position_ids)
 
 
 _ZERO = 128  # bytes minus this are signed bytes
