@@ -424,14 +424,15 @@ def measure(name: str, what: str, setting: Setting) -> Measured:
 def compare(setting: Setting) -> str:
     """Raise PipelineError if loss or gradient norm of one batch differ; otherwise describe the difference."""
     ours, theirs = Ours(setting), made(THEIRS, setting)
-    batch = next(ours.batches())
+    batch, pixels = next(ours.batches()), ours.processor.pixels
+    mean, std = (torch.tensor(values)[:, None, None] for values in (pixels.mean, pixels.std))
     images, vectors = [], []
     for query, target, origin in zip(batch.query, batch.target, batch.origins, strict=True):
         data = dict(webdataset_sample(origin.shard, origin.sample))
         images.append(theirs.transforms[False](Image.open(BytesIO(data["jpg"]))))
         vectors.append(theirs.tokens(data["txt"].decode())[0])
         tiles = torch.from_numpy(batch.items[query].images[0].tiles)
-        assert torch.equal(ours.processor.pixels.normalised(tiles, CPU, torch.float32)[0], images[-1])
+        assert torch.equal((tiles[0] / 255 - mean) / std, images[-1])
         assert torch.equal(torch.from_numpy(batch.items[target].vector), vectors[-1])
     output = theirs.model(torch.stack(images), torch.stack(vectors))
     loss = theirs.loss(**output)

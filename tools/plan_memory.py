@@ -12,8 +12,10 @@ A chunk has batch.chunk_tokens tokens, or model.max_tokens if that is more. The 
 photographs (4:3), or full of videos (--videos), which have more tiles. Phases of a step in brackets do not overlap, so
 only the largest counts. The last lines show the largest batch.chunk_tokens that fits (none: one item of
 model.max_tokens does not fit), and how many chunks of one such item can keep their graph (batch.kept_chunks). If the
-DeepSpeed config offloads, the CPU memory follows. Every rank also copies its part of a checkpoint to CPU memory, so
-that training continues while it is written; rank 0's part is the largest.
+DeepSpeed config offloads, the CPU memory follows. Every rank pins CPU memory for two chunks on their way to the GPU,
+and for a frozen tower's features beyond batch.features_mb; torch rounds each up to a power of two. Every rank also
+copies its part of a checkpoint to CPU memory, so that training continues while it is written; rank 0's part is the
+largest.
 
 The estimate leaves out CUDA, NCCL and fragmentation, which need a few GB, and negatives and further positives in the
 samples themselves. With `auto`, training fills at most 90 % of the memory: use --memory 72 for a GPU of 80 GB.
@@ -103,6 +105,7 @@ def memory_table(plan: Plan, sections: dict[int, dict], memory: float) -> Table:
     table.add_row(longest, *(most_cached(plan, each, memory) for each in states))
     if any(each.host for each in states):
         row("CPU memory for each GPU", [each.host for each in states])
+    row("CPU memory for chunks and features, pinned", [plan.pinned(chunk_tokens)] * len(states))
     row("CPU memory for a copy of rank 0's checkpoint", [each.copied for each in states])
     return table
 

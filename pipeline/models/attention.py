@@ -76,12 +76,15 @@ def _parameters(function: Callable[..., Any]) -> Collection[str]:
     return signature(function).parameters
 
 
-def choose(wanted: str, device: str, dtype: torch.dtype, head: int | None = None) -> str:
-    """Return the kind of attention, a key of KINDS: `wanted`, or for "auto" the fastest that runs on the device.
+def choose(wanted: str, device: str, dtype: torch.dtype | str, config: PreTrainedConfig | None = None) -> str:
+    """Return the kind of attention, a key of KINDS: `wanted`, or for "auto" the fastest that runs the model there.
 
-    device: "cuda" or "cpu".  head: the size of the model's heads, if it is known already.
+    device: "cuda" or "cpu".  dtype: "auto" is the config's.  config: the model's; None if heads of any size will do.
     Raises PipelineError if `wanted` does not run there.
     """
+    head = head_size(config) if config else None
+    if isinstance(dtype, str):
+        dtype = config.dtype if config and isinstance(config.dtype, torch.dtype) else torch.float32
     if wanted == "auto":
         return next(kind for kind in KINDS if not _why_not(kind, device, dtype, head))
     if reason := _why_not(wanted, device, dtype, head):
@@ -89,14 +92,11 @@ def choose(wanted: str, device: str, dtype: torch.dtype, head: int | None = None
     return wanted
 
 
-def fastest(config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device) -> str:
-    """Return the fastest kind of attention for a model on a device.  dtype: "auto" is the stored dtype."""
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return choose("auto", device.type, stored if isinstance(dtype, str) else dtype, head_size(config))
-
-
 def head_size(config: PreTrainedConfig) -> int | None:
-    """Return the size of the language model's heads, the largest if layers differ; None if the config has none."""
+    """Return the size of a model's heads, its language model's if it has one; None if the config does not say it.
+
+    If layers differ, it is the largest.
+    """
     text: Any = config.get_text_config(decoder=True)
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
     if heads := getattr(text, "num_attention_heads", None):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pipeline.data.batch import Encoded, Image
 from pipeline.distributed import rank_and_world
 from pipeline.errors import PipelineError
+from pipeline.models.pinned import pinned
 
 UNIT_TOLERANCE = 1e-4  # of a unit vector's length; bf16 rounding exceeds it, and longer vectors would rank higher
 
@@ -108,7 +109,8 @@ def _positions(items: Sequence[Encoded]) -> list[np.ndarray]:
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a tensor to a device, unless it is there. Pinned memory makes the copy to a GPU asynchronous."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
+        pageable = tensor
+        tensor = pinned(lambda pins: pageable.pin_memory() if pins else pageable)
     return tensor.to(device, non_blocking=True)
 
 
@@ -119,7 +121,8 @@ def offloaded(tensor: torch.Tensor) -> torch.Tensor:
     """
     if tensor.device.type != "cuda":
         return tensor.cpu()
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    copy = pinned(lambda pins: torch.empty_like(tensor, device="cpu", pin_memory=pins))
+    return copy.copy_(tensor, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image as Picture
     from torch import nn
+    from transformers import PreTrainedConfig
 
     from pipeline.data.batch import Encoded
     from pipeline.data.lengths import Lengths
@@ -43,12 +44,14 @@ class ChunkMemory:
 
     forward: peak of a forward pass without gradient.  graph: saved by autograd in a forward pass with gradient.
     backward: peak of the backward pass besides the graph.  features: the frozen part's output.
+    sent: what the host sends of it, tokens and tiles.
     """
 
     forward: int
     graph: int
     backward: int
     features: int
+    sent: int
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,17 @@ class TrainingInterface(ABC, Generic[S]):
     def lengths(self, recipe: Recipe) -> "Lengths":
         """Return the rule for the samples' lengths in tokens."""
 
+    def decoder(self, recipe: Recipe) -> "PreTrainedConfig | None":
+        """Return the config of the language model, which attends on packed rows; None if the model has none."""
+        return None
+
+    def towers(self, recipe: Recipe) -> "Sequence[PreTrainedConfig]":
+        """Return the configs of the towers, whose attention is SDPA."""
+        return ()
+
     @abstractmethod
     def load(self, recipe: Recipe, path: str, attention: str) -> "nn.Module":
-        """Return the model that the engine trains."""
+        """Return the model that the engine trains.  attention: the kind for the language model."""
 
     @abstractmethod
     def save(self, recipe: Recipe, model: "nn.Module", weights: "Tensors", source: str, folder: Path) -> None:

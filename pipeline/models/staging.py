@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from pipeline.models.chunks import Packed
+from pipeline.models.pinned import pinned
 
 _ALIGNMENT = 256  # bytes, like the device's allocator
-_BUFFERS = 2  # one is filled while the other is copied
+BUFFERS = 2  # one is filled while the other is copied
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class _Buffer:
         if self.copied:
             self.copied.synchronize()
         if len(self._memory) < size:
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self._memory = pinned(lambda pins: torch.empty(size, dtype=torch.uint8, pin_memory=pins))
         return self._memory[:size]
 
 
@@ -88,7 +89,7 @@ class Staging:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a new thread has the first device
             self._stream = torch.cuda.Stream(device)
-        self._buffers = cycle([_Buffer() for _ in range(_BUFFERS)])
+        self._buffers = cycle([_Buffer() for _ in range(BUFFERS)])
 
     def sent(self, packed: Packed, *, tiles: bool) -> Staged:
         """Begin to copy a chunk to the device, with its texts' vectors, and its tiles if they are needed."""

@@ -38,7 +38,7 @@ class TwoTower(nn.Module, ABC):
 
     @abstractmethod
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Map (n, 3, size, size) normalised pixels to (n, dimension)."""
+        """Map (n, 3, size, size) pixels, uint8 or normalised, to (n, dimension)."""
 
     @abstractmethod
     def texts(self, packed: Packed, features: torch.Tensor | None) -> torch.Tensor:
@@ -51,7 +51,7 @@ class TwoTower(nn.Module, ABC):
         multiplied by zero; a rank without texts always runs a dummy text. ZeRO-3 needs the same modules on all ranks.
         features: (texts, width) vectors of the items without images, from a text encoder outside the model.
         """
-        device, dtype = packed.input_ids.device, next(self.parameters()).dtype
+        device = packed.input_ids.device
         tiles = torch.tensor(packed.tiles_of)
         numbers = torch.arange(len(tiles))
         texts, owners = sent(numbers[tiles == 0], device), sent(numbers.repeat_interleave(tiles), device)
@@ -59,10 +59,10 @@ class TwoTower(nn.Module, ABC):
         told = F.normalize(self.texts(packed, features).float(), dim=-1)
         rows = rows.index_add(0, texts, told) if len(texts) else rows + 0 * told.sum()
         if packed.images:
-            seen = self.images(self.pixels.normalised(packed.tiles, device, dtype))
+            seen = self.images(sent(packed.tiles, device))
             rows = rows.index_add(0, owners, F.normalize(seen.float(), dim=-1))
         elif with_images or self.always_with_images:
-            black = torch.zeros(1, 3, self.pixels.size, self.pixels.size, device=device, dtype=dtype)
+            black = torch.zeros(1, 3, self.pixels.size, self.pixels.size, dtype=torch.uint8, device=device)
             rows = rows + 0 * self.images(black).float().sum()
         return F.normalize(rows, dim=-1)
 

@@ -32,7 +32,6 @@ from transformers.image_processing_backends import PilBackend
 from pipeline.data.sample import BadSample, ContentDraw, Item, hash64
 from pipeline.errors import PipelineError
 from pipeline.models import loading
-from pipeline.models.chunks import sent
 from pipeline.models.files import fetched
 from pipeline.models.folder import share
 from pipeline.models.loading import config_dict, reads_as_stored, refuse_unknown
@@ -59,11 +58,11 @@ _FAMILIES: dict[str, tuple[type[PreTrainedModel], type[PilBackend]]] = {
     "siglip_vision_model": (SiglipVisionModel, SiglipImageProcessorPil),
 }
 TO_EVEN = "crop_rounds_to_even"  # a field of preprocessor_config.json that transformers keeps but does not read
-_OUTPUTS = {"clip_vision_model": "image_embeds", "siglip_vision_model": "pooler_output", "timm_wrapper": "logits"}
+_OUTPUTS = {"clip_vision_model": "image_embeds", "siglip_vision_model": "pooler_output"}
 
 
 class VisionEncoder(nn.Module):
-    """Maps normalised pixels to vectors.
+    """Maps pixels to vectors.
 
     tower: transformers' model.  processor: is saved beside it; None for timm, whose config includes it.
     dimension: of the vectors.  tokens: the tower's tokens per image, patches and class token.
@@ -75,7 +74,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, tower: PreTrainedModel, processor: PilBackend | None) -> None:
         super().__init__()
         self.tower, self._processor = tower, processor
-        self._output, config = _OUTPUTS[tower.config.model_type], tower.config
+        config = tower.config
         if config.model_type == "timm_wrapper":
             timm: Any = tower.timm_model
             if not hasattr(timm, "num_prefix_tokens"):
@@ -155,8 +154,13 @@ class VisionEncoder(nn.Module):
         return found
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Map (n, 3, size, size) from `Pixels.normalised` to (n, dimension), which are not unit vectors."""
-        return getattr(self.tower(pixel_values=pixels), self._output)
+        """Map (n, 3, size, size) to (n, dimension), which are not unit vectors.
+
+        pixels: normalised; after `embed_bytes` also uint8.
+        """
+        if self.tower.config.model_type == "timm_wrapper":  # the wrapper would convert bytes to the weights' dtype
+            return cast(nn.Module, self.tower.timm_model)(pixels)
+        return getattr(self.tower(pixel_values=pixels), _OUTPUTS[self.tower.config.model_type])
 
     def save(self, folder: Path) -> None:
         """Write tower and image processor as a folder that transformers loads by itself."""
@@ -195,7 +199,7 @@ _UNDECAYED = ("pos_embed", "position_embedding", "cls_token")
 
 @dataclass(frozen=True)
 class Pixels:
-    """Prepares images for a vision encoder: resize, centre crop, and normalisation on the device.
+    """Prepares images for a vision encoder: resize and centre crop. The patch embedding normalises them.
 
     size: pixels of a side.  mean, std: per channel, for values in [0, 1].
     edge: pixels that the shorter side is resized to, or both sides if not `keeps_shape`.  keeps_shape: keep the aspect
@@ -287,11 +291,6 @@ class Pixels:
     def _begin(self, length: int) -> int:
         spare = length - self.size
         return round(spare / 2) if self.to_even else spare // 2
-
-    def normalised(self, tiles: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Normalise (n, 3, size, size) uint8 for the tower. It computes in float32: bf16 has only eight bits."""
-        mean, std = (sent(torch.tensor(values)[:, None, None], device) for values in (self.mean, self.std))
-        return sent(tiles, device).float().div_(255).sub_(mean).div_(std).to(dtype)
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last two are excluded

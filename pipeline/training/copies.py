@@ -11,6 +11,7 @@ import torch
 
 from pipeline.errors import is_out_of_memory
 from pipeline.jobs import limits
+from pipeline.models.pinned import pinned, pinned_bytes
 
 _SPARE = 2  # memory is used for copies if so many times of what they need is available
 
@@ -46,7 +47,7 @@ class Copies:
             return None
         try:
             tensors = {id(tensor): self._copy(tensor, storages, at_once) for tensor in _tensors(states)}
-        except Exception as error:  # a driver may pin less memory than there is
+        except Exception as error:  # other processes may have taken the memory meanwhile
             if not is_out_of_memory(error):
                 raise
             self._warn(f"it could not be allocated ({error})")
@@ -107,11 +108,8 @@ class Copies:
         return tuple(self._copy(each, storages, at_once) for each in value) if isinstance(value, tuple) else value
 
     def _buffer(self, source: torch.UntypedStorage) -> torch.UntypedStorage:
-        key = size, pinned = _buffer_for(source)
-        if self._free[key]:
-            buffer = self._free[key].pop()
-        else:
-            buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned).untyped_storage()
+        key = _buffer_for(source)
+        buffer = self._free[key].pop() if self._free[key] else _allocate(*key).untyped_storage()
         self._used[key].append(buffer)
         return buffer
 
@@ -120,9 +118,16 @@ def _buffer_for(source: torch.UntypedStorage) -> tuple[int, bool]:
     return source.nbytes(), source.device.type != "cpu"
 
 
-def _allocated(size: int, pinned: bool) -> int:
-    """Return the bytes that torch allocates: of pinned memory, a power of two."""
-    return 1 << (size - 1).bit_length() if pinned and size else size
+def _allocate(size: int, pins: bool) -> torch.Tensor:
+    def allocate(pins: bool) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pins)
+
+    return pinned(allocate) if pins else allocate(False)
+
+
+def _allocated(size: int, pins: bool) -> int:
+    """Return the bytes that torch allocates."""
+    return pinned_bytes(size) if pins else size
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -37,7 +37,7 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     """
     family = training_of(recipe)
     dtype = cast(torch.dtype, DTYPES[recipe.precision])
-    attention = choose(recipe.model.attention, get_accelerator().device_name(), dtype)
+    attention = choose(recipe.model.attention, get_accelerator().device_name(), dtype, family.decoder(recipe))
     if dist.get_rank() == 0:
         logger.info("attention: %s", attention)
     if config["zero_optimization"]["stage"] == 3:

@@ -16,7 +16,9 @@ from pipeline.config import MiningRun, Recipe, is_offloaded
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.models.family import ChunkMemory
+from pipeline.models.pinned import pinned_bytes
 from pipeline.models.registry import training_of
+from pipeline.models.staging import BUFFERS
 from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.memory import FP32, loss_bytes
 from pipeline.training.budget import Budget
@@ -213,6 +215,22 @@ class Plan:
             features = items * self.chunk(self.recipe.model.max_tokens).features
             kept["kept features, at most"] = min(batch.features_mb << 20, features)
         return kept
+
+    def pinned(self, chunk_tokens: int) -> int:
+        """Return the CPU memory that is pinned for a device besides copies of checkpoints, as torch allocates it.
+
+        It holds chunks on their way to the device, and features that batch.features_mb does not keep there, of items of
+        maximum length.
+        """
+        batch, longest = self.recipe.batch, self.recipe.model.max_tokens
+        chunk = self.chunk(max(chunk_tokens, longest))
+        pinned = BUFFERS * pinned_bytes(chunk.sent)
+        if any(not group.in_engine for group in self.groups):
+            items = (2 + self.stored.negatives) * (batch.global_batch // self.gpus)
+            chunks = math.ceil(items / max(chunk_tokens // longest, 1))
+            on_device = (batch.features_mb << 20) // chunk.features
+            pinned += max(chunks - on_device, 0) * pinned_bytes(chunk.features)
+        return pinned
 
     def phases(self, chunk_tokens: int, states: States, kept_chunks: int | None = None) -> dict[str, int]:
         """Return the memory of a step's successive phases, by name.  kept_chunks: None: the budget's."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config import load_recipe
 from pipeline.jobs.preflight import attention as checked
-from pipeline.jobs.preflight.attention import LOOKS, SHAPES, attention, error
+from pipeline.jobs.preflight.attention import LENGTHS, LOOKS, attention, error
 from pipeline.models.attention import KINDS, Segments
 
 DEMO = Path(__file__).resolve().parents[2] / "pipeline/recipes/demo.yaml"
@@ -32,13 +32,13 @@ def found(precision: str = "fp32") -> tuple[str, str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sdpa_passes_for_all_shapes(dtype):
-    for shape, looks in product(SHAPES, LOOKS):
-        assert error("sdpa", shape, looks, dtype, CPU) == ""
+    for lengths, looks, size in product(LENGTHS, LOOKS, (64, 72)):
+        assert error("sdpa", (lengths, (4, 2), size), looks, dtype, CPU) == ""
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_check_on_a_cpu_is_of_sdpa(precision):
-    assert found(precision) == ("green", "sdpa: 3 of 3 comparisons with float64")
+    assert found(precision) == ("green", "sdpa, heads of 32; sdpa, heads of 24: 6 of 6 comparisons with float64")
 
 
 class NanBackward(torch.autograd.Function):
@@ -125,8 +125,51 @@ def test_wrong_attention_is_found(monkeypatch, wrong: Callable, name: str, preci
 def test_wrong_sdpa_is_a_warning_where_texts_use_another_kernel(monkeypatch):
     monkeypatch.setattr(checked, "choose", lambda *_: "varlen")
     monkeypatch.setitem(KINDS, "varlen", SDPA)
-    assert found() == ("green", "varlen: 6 of 6 comparisons with float64")
+    assert found() == ("green", "varlen, heads of 32; sdpa, heads of 24: 6 of 6 comparisons with float64")
     monkeypatch.setitem(KINDS, "sdpa", with_nan)
     assert found()[0] == "yellow"
     monkeypatch.setitem(KINDS, "varlen", with_nan)
     assert found()[0] == "red"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "heads"),
+    [  # (kind, heads of queries and of keys, size) of the model's own: of the language model, then of the towers
+        (
+            "demo.yaml",
+            [
+                "model.attention=varlen",
+                "model.architecture.text.num_attention_heads=14",
+                "model.architecture.text.hidden_size=896",
+            ],
+            [("varlen", (14, 2), 64), ("sdpa", (2, 2), 24)],
+        ),
+        ("demo.yaml", ["model.architecture.text.hidden_size=2048"], [("sdpa", (4, 2), 512), ("sdpa", (2, 2), 24)]),
+        ("demo_caption.yaml", ["model.attention=varlen"], [("varlen", (4, 2), 32)]),
+        (
+            "demo_clip.yaml",
+            ["model.architecture.text.num_attention_heads=8"],
+            [("sdpa", (2, 2), 24), ("sdpa", (2, 2), 16)],
+        ),
+        ("demo_llm2clip.yaml", ["data.text_embeddings=true", "model.text_encoder=/none"], [("sdpa", (2, 2), 24)]),
+    ],
+)
+def test_heads_are_the_models_own(monkeypatch, recipe: str, changes: list[str], heads: list):
+    tried = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "A100")
+    monkeypatch.setattr(checked, "error", lambda kind, shape, *_: tried.append((kind, *shape[1:])) or "")
+    result = attention(
+        load_recipe(recipe, ["precision=bf16", "deepspeed=ds_configs/zero1.json", *changes]),
+        torch.device("cuda"),
+        slurm=True,
+    )
+    assert result.state == "green"
+    assert list(dict.fromkeys(tried)) == heads
+    assert len(tried) == len(heads) * len(LENGTHS) * len(LOOKS)
+
+
+def test_unreadable_model_is_left_to_its_own_check():
+    result = attention(load_recipe(DEMO, ["model.architecture=null", "model.path=/nowhere"]), CPU, slurm=True)
+    assert result.state == "skipped"

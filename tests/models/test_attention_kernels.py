@@ -14,7 +14,7 @@ from closeness import assert_close_in_norm
 from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline.errors import PipelineError
-from pipeline.models.attention import KERNELS, KINDS, Segments, choose, fastest
+from pipeline.models.attention import KERNELS, KINDS, Segments, choose
 
 # Each item by itself, with the causal mask at the bottom right, as FlashAttention defines it.
 LOOPS = """
@@ -229,16 +229,15 @@ def config_of(**values: object) -> PreTrainedConfig:
 
 def test_heads_that_a_kernel_lacks_rule_it_out(install, monkeypatch):
     install(THREE | FOUR)
-    cuda = torch.device("cuda")
     gemma4 = AutoConfig.for_model("gemma4_text", num_hidden_layers=6, dtype=BF16)  # 256, in some layers 512
     qwen2 = AutoConfig.for_model("qwen2", hidden_size=1024, num_attention_heads=8, dtype=BF16)  # it has no head_dim
     for major, kinds in ((9, ["flash_attn_3"] * 3), (10, ["flash_attn_4", "varlen", "flash_attn_4"])):
         on_gpu(monkeypatch, major)
-        assert [fastest(config_of(head_dim=size), BF16, cuda) for size in (128, 192, 256)] == kinds
-        assert fastest(config_of(head_dim=512), BF16, cuda) == fastest(gemma4, BF16, cuda) == "sdpa"
-        assert fastest(qwen2, "auto", cuda) == kinds[0]
+        assert [choose("auto", "cuda", BF16, config_of(head_dim=size)) for size in (128, 192, 256)] == kinds
+        assert choose("auto", "cuda", BF16, config_of(head_dim=512)) == choose("auto", "cuda", BF16, gemma4) == "sdpa"
+        assert choose("auto", "cuda", "auto", qwen2) == kinds[0]
         with pytest.raises(PipelineError, match="it has no heads of size 36 on this GB900"):
-            choose("varlen", "cuda", BF16, 36)
+            choose("varlen", "cuda", BF16, config_of(head_dim=36))
 
 
 @pytest.mark.parametrize("looks", ["causal", "both ways", "by last"])

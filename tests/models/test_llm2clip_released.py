@@ -164,8 +164,9 @@ def test_images_are_prepared_as_in_the_original(name, text_encoder, pixels, tmp_
     assert prepare.as_stored
     for file in sorted((PAPERS / "images").iterdir()):
         with Image.open(file) as picture:
-            tile = torch.from_numpy(prepare.prepare(picture))[None]
-        assert_close_in_norm(prepare.normalised(tile, CPU, torch.float32)[0], pixels[file.name], operations=4)
+            tile = torch.from_numpy(prepare.prepare(picture))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (prepare.mean, prepare.std))
+        assert_close_in_norm((tile / 255 - mean) / std, pixels[file.name], operations=4)
     for spare, left in ((1, 0), (2, 1), (3, 2), (5, 2), (7, 4)):  # torchvision's CenterCrop: round(spare / 2), to even
         columns = np.tile(np.arange(56 + spare, dtype=np.uint8), (56, 1))
         assert prepare.prepare(Image.fromarray(columns))[0, 0, 0] == left

@@ -33,6 +33,7 @@ from pipeline.data.sample import BadSample, Item
 from pipeline.data.tiles import decode_image
 from pipeline.errors import PipelineError
 from pipeline.models.checkpointing import checkpoint_layers
+from pipeline.models.patches import embed_bytes
 from pipeline.models.vision import Pixels, RandomCrops, VisionEncoder, shape_of
 
 CPU = torch.device("cpu")
@@ -175,9 +176,13 @@ def test_pixels_match_image_processor(both, tmp_path, kind, settings):
         assert tile.dtype == np.uint8 and tile.flags.c_contiguous
         assert np.array_equal(tile, theirs), shape
         floats = torch.from_numpy(processor(picture(*shape))["pixel_values"][0])[None]
-        for dtype in (torch.float32, torch.bfloat16):
-            normalised = ours.normalised(torch.from_numpy(tile)[None], CPU, dtype)
-            assert_close_in_norm(normalised, floats)
+        assert_close_in_norm(normalised(ours, tile), floats[0])
+
+
+def normalised(pixels: Pixels, tile: np.ndarray) -> torch.Tensor:
+    """Return a tile (3, size, size) as the patch embedding sees it."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (pixels.mean, pixels.std))
+    return (torch.from_numpy(tile) / 255 - mean) / std
 
 
 def prepared_by(model: str, processor: PreTrainedModel, folder: Path) -> Pixels:
@@ -222,8 +227,7 @@ def test_pixels_equal_those_of_published_code():
     assert len(expected) == 4
     for name, theirs in expected.items():
         shown = decode_image((PAPERS / "images" / name).read_bytes(), as_stored=True)
-        ours = pixels.normalised(torch.from_numpy(pixels.prepare(shown))[None], CPU, torch.float32)[0]
-        assert torch.equal(ours, theirs), name
+        assert torch.equal(normalised(pixels, pixels.prepare(shown)), theirs), name
 
 
 def boxes(scale: tuple[float, float], draws: list[float], *sizes: tuple[int, int]) -> list[tuple[int, ...]]:
@@ -280,8 +284,11 @@ def test_timm_embeddings_and_pixels_match_timm(tmp_path):
     ours = Pixels.load(str(tmp_path))
     for shape in PICTURES:
         shown = picture(*shape).convert("RGB")
-        floats = ours.normalised(torch.from_numpy(ours.prepare(shown))[None], CPU, torch.float32)
-        assert_close_in_norm(floats[0], transform(shown))
+        assert_close_in_norm(normalised(ours, ours.prepare(shown)), transform(shown))
+    tile = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    expected = encoder(normalised(ours, tile[0].numpy())[None])
+    embed_bytes(encoder, ours.mean, ours.std)
+    assert_close_in_norm(encoder(tile), expected)
     encoder.save(tmp_path / "saved")
     again = VisionEncoder.load(str(tmp_path / "saved"), "auto")
     assert torch.equal(again(pixels), encoder(pixels)) and Pixels.load(str(tmp_path / "saved")) == ours

@@ -23,6 +23,7 @@ from pipeline.data.batch import Encoded, Image
 from pipeline.data.tiles import Tiling
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Packed, pack
+from pipeline.models.family import ChunkMemory
 from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import Llave, TowerlessLlave, normalised, tower_features
 from pipeline.models.registry import training_of
@@ -31,7 +32,7 @@ from pipeline.objectives.contrastive import memory as loss_memory
 from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.loss import hardness_weighted_loss
 from pipeline.training.engine import freeze
-from pipeline.training.memory import Group, Plan, groups_of, state_bytes
+from pipeline.training.memory import Group, Plan, Stored, groups_of, state_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "pipeline/recipes/demo.yaml"
@@ -317,6 +318,33 @@ def test_second_partition_within_node_is_counted_with_parameters(name):
     )
     where = "host" if "offload" in name else "parameters"
     assert vars(by_node) == vars(plain) | {where: getattr(plain, where) + 2 * 660 // 2}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_bytes_sent_of_a_chunk_are_those_of_its_tensors(name):
+    packed, tokens, tiles = chunk(SHAPES[name])
+    sent = packed.input_ids.nbytes + packed.position_ids.nbytes + packed.tiles.nbytes
+    assert chunk_memory(SHAPES[name], tokens, tiles, 2, tower_trained=False).sent == sent
+
+
+@pytest.mark.parametrize(
+    ("in_engine", "chunk_tokens", "pinned"),
+    [
+        # Two chunks of 20,480 bytes. Of 16 chunks with 2,048,000 bytes of features 5 fit into 10 MiB.
+        (False, 2048, 2 * 32768 + 11 * 2**21),
+        # An item is a chunk by itself; of 64 with 512,000 bytes 20 fit.
+        (False, 100, 2 * 8192 + 44 * 2**19),
+        (True, 2048, 2 * 32768),
+    ],
+)
+def test_pinned_memory_is_that_of_chunks_and_of_features_beyond_the_device(in_engine, chunk_tokens, pinned):
+    recipe = load_recipe(DEMO, ["batch.global_batch=64", "model.max_tokens=512", "batch.features_mb=10"])
+
+    def chunk(tokens: int) -> ChunkMemory:
+        return ChunkMemory(forward=0, graph=0, backward=0, features=1000 * tokens, sent=10 * tokens)
+
+    plan = Plan(recipe, 2, [Group("tower", 1, False, in_engine)], 8, Stored(0, 0, ()), chunk)
+    assert plan.pinned(chunk_tokens) == pinned
 
 
 def test_frozen_parameters_have_no_gradient_or_optimizer_state():

@@ -9,10 +9,12 @@ from PIL import Image
 from pipeline.config import Optimizer, Recipe, load_recipe
 from pipeline.distributed import remove_stale_lock, start_distributed
 from pipeline.errors import PipelineError
+from pipeline.models.attention import head_size
 from pipeline.models.llave.model import Llave
 from pipeline.models.llm2clip.model import Llm2Clip
 from pipeline.models.lora import add_adapters, merge_adapters
 from pipeline.models.vision import Pixels, VisionEncoder, layer_factors
+from pipeline.training import engine
 from pipeline.training.engine import adamw, freeze, learning_rate, parameter_groups
 
 
@@ -231,3 +233,21 @@ def test_running_build_is_waited_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("time.sleep", lambda _: lock.unlink())  # the build ends during the wait
     remove_stale_lock()
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "head"),
+    [
+        ("demo.yaml", ["model.architecture.text.hidden_size=2048"], 512),
+        ("demo_caption.yaml", ["model.architecture.text.num_attention_heads=2"], 64),
+        ("demo_clip.yaml", [], None),
+    ],
+)
+def test_attention_is_chosen_by_the_size_of_the_models_heads(monkeypatch, name, changes, head):
+    def chosen(wanted, device, dtype, config):
+        assert (wanted, device, dtype) == ("auto", "cpu", torch.float32)
+        raise PipelineError(f"heads of {config and head_size(config)}")
+
+    monkeypatch.setattr(engine, "choose", chosen)
+    with pytest.raises(PipelineError, match=f"^heads of {head}$"):
+        engine.build_engine(load_recipe(name, changes), {}, "/nowhere")

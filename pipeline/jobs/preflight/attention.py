@@ -1,35 +1,28 @@
 """Whether attention on this device gives what its definition gives, forward and backward."""
 
 import time
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from pipeline.config import Recipe
-from pipeline.jobs.preflight.check import Check, check, green, red, yellow
+from pipeline.errors import PipelineError
+from pipeline.jobs.preflight.check import Check, check, green, red, skipped, yellow
 from pipeline.jobs.preflight.nodes import is_cpu_wanted
-from pipeline.models.attention import KERNELS, KINDS, Segments, choose
+from pipeline.models.attention import KERNELS, KINDS, Segments, choose, head_size
 from pipeline.models.loading import DTYPES
+from pipeline.models.registry import training_of
 
 Shape = tuple[tuple[int, ...], tuple[int, int], int]
 
-# Lengths of items; heads of queries, and of keys and values; size of a head. Kernels have failed for items that are 64
-# tokens longer than a multiple of 128, for items of one token, for a long item among short ones, for groups of query
-# heads, and for sizes of heads that are no powers of two (SigLIP has 72, ViT-H 80). The most common ones are first.
-SHAPES: list[Shape] = [
-    ((192, 1, 65), (4, 2), 64),
-    ((1, 3, 320), (4, 1), 128),
-    ((192, 1, 65), (2, 2), 72),
-    ((1, 3, 320), (2, 2), 80),
-    ((1, 1), (4, 2), 128),
-    ((64, 64), (2, 2), 64),
-    ((320, 130), (4, 2), 72),
-    ((192, 2), (4, 2), 80),
-]
+# Lengths of items. Kernels have failed for items that are 64 tokens longer than a multiple of 128, for items of one
+# token, and for a long item among short ones.
+LENGTHS = ((192, 1, 65), (1, 3, 320), (1, 1), (64, 64), (320, 130), (192, 2))
 LOOKS = ("causal", "both ways", "last-token queries")
 
+_USUAL_SIZE = 64  # for timm's towers, whose configs do not say it
 _SECONDS = 60  # no comparison begins later: FlashAttention 4 compiles a kernel for each head size and kind of shape
 
 # Allowed root mean square of an item's errors, relative to that of its values, or to _LEAST if it is more: with one
@@ -42,25 +35,42 @@ _LEAST = 0.1
 
 @check("attention", if_late="model.attention=sdpa needs no compiled extensions", seconds=300)
 def attention(recipe: Recipe, place: torch.device, slurm: bool) -> Check:
-    """Compare the attention that training will use, and SDPA, which vision towers use, with its definition."""
-    wanted, dtype = recipe.model.attention, DTYPES[recipe.precision]
+    """Compare the attention that training will use, and SDPA, which towers use, with its definition.
+
+    The heads are those of the recipe's model: their size, and how many queries share a key.
+    """
+    wanted, dtype, family = recipe.model.attention, DTYPES[recipe.precision], training_of(recipe)
     assert isinstance(dtype, torch.dtype)  # "auto" is only for evaluation
+    try:
+        decoder, towers = family.decoder(recipe), family.towers(recipe)
+    except PipelineError:
+        return skipped("the model cannot be read: its own check says why")
     if place.type == "cpu" and wanted in KERNELS and not (slurm or is_cpu_wanted()):
-        kind = choose(wanted, "cuda", dtype)
+        kind = choose(wanted, "cuda", dtype, decoder)
         return yellow(f"{kind}, which runs on GPUs only", "there is no GPU here: check again on a node with GPUs")
-    kind = choose(wanted, place.type, dtype)
-    shapes = list(product(SHAPES if place.type == "cuda" else SHAPES[:1], LOOKS))
-    kinds = list(dict.fromkeys((kind, "sdpa")))
+    kind = choose(wanted, place.type, dtype, decoder)
+    heads = [(kind, heads_of(decoder))] if decoder else []
+    heads += [("sdpa", heads_of(tower)) for tower in towers]
+    lengths = LENGTHS if place.type == "cuda" else LENGTHS[:1]
+    comparisons = [(*each, of_items, looks) for each in dict.fromkeys(heads) for of_items in lengths for looks in LOOKS]
     compared, began = 0, time.monotonic()
-    for each in kinds:
-        for shape, looks in shapes:
-            if time.monotonic() - began > _SECONDS:
-                break
-            if wrong := _tried(each, shape, looks, dtype, place):
-                other = "another version, or set model.attention=sdpa" if each in KERNELS else "another torch"
-                return (red if each == kind else yellow)(f"{each}: {wrong}", f"install {other}")
-            compared += 1
-    return green(f"{kind}: {compared} of {len(kinds) * len(shapes)} comparisons with float64")
+    for each, (count, size), of_items, looks in comparisons:
+        if time.monotonic() - began > _SECONDS:
+            break
+        if wrong := _tried(each, (of_items, count, size), looks, dtype, place):
+            other = "another version, or set model.attention=sdpa" if each in KERNELS else "another torch"
+            return (red if each == kind else yellow)(f"{each}: {wrong}", f"install {other}")
+        compared += 1
+    sizes = "; ".join(f"{each}, heads of {size}" for each, (_, size) in dict.fromkeys(heads))
+    return green(f"{sizes}: {compared} of {len(comparisons)} comparisons with float64")
+
+
+def heads_of(config: PreTrainedConfig) -> tuple[tuple[int, int], int]:
+    """Return (heads of queries, and of keys and values) in the model's proportion, and the size of a head."""
+    text: Any = config.get_text_config(decoder=True)
+    queries = getattr(text, "num_attention_heads", None) or 1
+    shared = queries // (getattr(text, "num_key_value_heads", None) or queries)
+    return (2 * shared, 2), head_size(config) or _USUAL_SIZE
 
 
 def _tried(*arguments: Any) -> str:

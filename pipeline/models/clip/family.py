@@ -1,13 +1,13 @@
 """CLIP's training and saved-model interfaces."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths, Square
@@ -53,6 +53,13 @@ class ClipTraining(TrainingInterface[ClipSection]):
     def processor(self, recipe: Recipe, path: str) -> Processor:
         pixels = Pixels.load(path, self.section(recipe).images)
         return replace(SAVED.reader(path, recipe.model.max_tokens, recipe.video.frames), pixels=pixels)
+
+    def towers(self, recipe: Recipe) -> Sequence[PreTrainedConfig]:
+        model = self.section(recipe)
+        if model.architecture:
+            return [CLIPVisionConfig(**model.architecture.vision), CLIPTextConfig(**model.architecture.text)]
+        config = load_config(cast(str, model.path))
+        return [cast(CLIPVisionConfig, config.vision_config), cast(CLIPTextConfig, config.text_config)]
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return Clip.load(path, DTYPES[recipe.precision])

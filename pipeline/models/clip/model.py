@@ -21,6 +21,7 @@ from pipeline.models.clip.config import ClipArchitecture
 from pipeline.models.clip.processor import load_config, text_of
 from pipeline.models.flops import StepFlops, Tower, attention_width, image_flops, per_row, trains
 from pipeline.models.folder import finish
+from pipeline.models.patches import embed_bytes
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, image_processor
 
@@ -29,6 +30,7 @@ class Clip(TwoTower):
     def __init__(self, clip: CLIPModel, pixels: Pixels) -> None:
         super().__init__(pixels, cast(int, clip.config.projection_dim))
         del clip.logit_scale  # the loss owns the temperature
+        embed_bytes(clip, pixels.mean, pixels.std)
         self.clip = clip
 
     @classmethod

@@ -2,18 +2,18 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Qwen2Tokenizer
+from transformers import PreTrainedConfig, Qwen2Tokenizer
 
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths
 from pipeline.models import loading
-from pipeline.models.attention import fastest
+from pipeline.models.attention import choose
 from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import ChunkMemory, ModelMemory, Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
@@ -93,6 +93,12 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
         own = self._own(recipe) | {"images": section.images, "marks": section.marks}
         return LlaveProcessor.load(path, tokens, recipe.video.frames, **own)
 
+    def decoder(self, recipe: Recipe) -> PreTrainedConfig:
+        return checks.text_of(weights.config_of(self.section(recipe)))
+
+    def towers(self, recipe: Recipe) -> Sequence[PreTrainedConfig]:
+        return [checks.vision_of(weights.config_of(self.section(recipe)))]
+
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return self._llave(recipe).load(path, DTYPES[recipe.precision], attention=attention, **self._own(recipe))
 
@@ -151,7 +157,7 @@ class SavedLlave(SavedModelInterface):
         return LlaveProcessor.load(path, max_tokens, video_frames, video_fps=video_fps)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
-        attention = fastest(checks.load_config(path), DTYPES[precision], device)
+        attention = choose("auto", device.type, DTYPES[precision], checks.load_config(path))
         return Llave.load(path, DTYPES[precision], attention=attention).eval().to(device), None
 
 

@@ -10,7 +10,7 @@ from pipeline.data.tiles import Tiling
 from pipeline.models.family import ChunkMemory
 from pipeline.models.llave.checks import sides_of, text_of, vision_of
 
-_FP32 = 4  # bytes
+_FP32, _INT64 = 4, 8  # bytes
 _PHOTO = (3000, 4000)  # height and width of the images assumed to fill a chunk
 
 
@@ -83,7 +83,8 @@ def chunk_memory(
     if tiles_at_once:
         seen = seen * min(tiles, tiles_at_once) // tiles + features
     forward = max(language, seen + token * text.hidden_size)
-    return ChunkMemory(forward, graph, recomputed if checkpointing else forward, features)
+    sent = tokens * 2 * _INT64 + tiles * 3 * side**2  # ids and positions, and bytes of pixels
+    return ChunkMemory(forward, graph, recomputed if checkpointing else forward, features, sent)
 
 
 def tokens_per_tile(tiling: Tiling, videos: bool) -> float:

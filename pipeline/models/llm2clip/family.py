@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, PreTrainedConfig
 
 from pipeline.config import Recipe
 from pipeline.data.batch import Encoded, Image
@@ -16,7 +16,7 @@ from pipeline.data.lengths import Lengths, Square
 from pipeline.data.sample import ContentDraw
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
-from pipeline.models.attention import choose, head_size
+from pipeline.models.attention import choose
 from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors, fetched, fingerprint
@@ -110,6 +110,15 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
     def undecayed(self, name: str) -> bool:
         return undecayed(name)
 
+    def decoder(self, recipe: Recipe) -> PreTrainedConfig | None:
+        return None if recipe.data.text_embeddings else SAVED_TEXT_ENCODER.decoder(self.section(recipe).text_encoder)
+
+    def towers(self, recipe: Recipe) -> Sequence[PreTrainedConfig]:
+        model = self.section(recipe)
+        if model.architecture:
+            return [CLIPVisionConfig(**model.architecture.vision)]
+        return [shape_of(cast(str, model.path)).tower.config]
+
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         section = self.section(recipe)
         width = SAVED_TEXT_ENCODER.dimension(section.text_encoder)
@@ -140,7 +149,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         model = SAVED_TEXT_ENCODER.load(
             self.section(recipe).text_encoder,
             dtype,
-            lambda config: choose(recipe.model.attention, device.type, dtype, head_size(config)),
+            lambda config: choose(recipe.model.attention, device.type, dtype, config),
         )
         return FrozenTextEncoder(model, device)
 

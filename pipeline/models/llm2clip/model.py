@@ -24,6 +24,7 @@ from pipeline.models.files import Tensors, fetched, read_json, read_tensors, sur
 from pipeline.models.flops import StepFlops, image_flops, known, per_row, trains
 from pipeline.models.folder import finish, share, write_card
 from pipeline.models.loading import config_dict, reading
+from pipeline.models.patches import embed_bytes
 from pipeline.models.text_encoder.model import FrozenTextEncoder
 from pipeline.models.text_encoder.model import step_flops as text_flops
 from pipeline.models.text_encoder.sentence import MODULES
@@ -71,6 +72,7 @@ class Llm2Clip(TwoTower):
 
     def __init__(self, vision: VisionEncoder, pixels: Pixels, width: int) -> None:
         super().__init__(pixels, vision.dimension)
+        embed_bytes(vision, pixels.mean, pixels.std)
         self.vision, self.adapter, self.width = vision, TextAdapter(width, vision.dimension), width
         self.adapter.to(next(vision.parameters()).dtype)
 

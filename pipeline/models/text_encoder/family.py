@@ -16,7 +16,7 @@ from pipeline.data.lengths import Lengths, Square
 from pipeline.data.sample import Draw, Pair
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
-from pipeline.models.attention import fastest
+from pipeline.models.attention import choose
 from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
@@ -80,6 +80,12 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
     def processor(self, recipe: Recipe, path: str) -> Processor:
         section = self.section(recipe)
         return TextProcessor.load(path, section.max_tokens, section.instruction, section.template)
+
+    def decoder(self, recipe: Recipe) -> PreTrainedConfig:
+        model = self.section(recipe)
+        return (
+            decoder.random_config(model.architecture.text) if model.architecture else load_config(cast(str, model.path))
+        )
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return self._model.load(path, DTYPES[recipe.precision], attention)
@@ -150,6 +156,10 @@ class SavedTextEncoder(SavedModelInterface):
             return SentenceProcessor.load(path, max_tokens)
         return TextProcessor.load(path, max_tokens)
 
+    def decoder(self, path: str) -> PreTrainedConfig | None:
+        """Return the config of a decoder, which attends on packed texts; None for a sentence embedder."""
+        return None if _is_sentence_embedder(path) else load_config(path)
+
     def pads(self, path: str, attention: str) -> bool:
         """Whether texts are padded to the longest of a chunk.  attention: the kind, for a decoder on packed texts."""
         return attention == "sdpa" or _is_sentence_embedder(path)
@@ -166,7 +176,7 @@ class SavedTextEncoder(SavedModelInterface):
         self, path: str, precision: str, device: torch.device
     ) -> tuple[TextEncoder | SentenceEncoder, Features | None]:
         dtype = DTYPES[precision]
-        model = self.load(path, dtype, lambda config: fastest(config, dtype, device))
+        model = self.load(path, dtype, lambda config: choose("auto", device.type, dtype, config))
         return model.eval().to(device), None
 
 
