@@ -58,7 +58,7 @@ from pipeline.jobs.program import command_line
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.model import build
 from pipeline.models.llave.processor import prompt
-from pipeline.models.registry import training
+from pipeline.models.registry import saved
 
 transformers_logging.disable_progress_bar()
 CPU = torch.device("cpu")
@@ -159,7 +159,7 @@ class Ours:
     """embed_collection, with a ModelEncoder."""
 
     def __init__(self, path: str, datasets: dict[str, Sides]) -> None:
-        self.encoder = ModelEncoder.load(path, training("llave"), EvaluationRun(chunk_tokens=CHUNK), CPU)
+        self.encoder = ModelEncoder.load(path, saved("llave"), EvaluationRun(chunk_tokens=CHUNK), CPU)
         self.collections = {name: _collection(name, *sides) for name, sides in datasets.items()}
 
     def embed(self, dataset: str) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Decoders' norms, MLPs and rotary embedding: less memory for the backward pass, and fused kernels on a GPU.
+"""Norms, MLPs and rotary embedding: less memory for the backward pass, and fused kernels.
 
 Modules are transformers' own with a changed class, so weights, their names and hooks stay the same. On the CPU and in
 fp32, outputs are transformers' bit for bit. In bf16 on a GPU, a fused kernel computes in float32 and rounds its result
-once, where transformers rounds after each operation; kernels.py says when they run.
+once, where transformers rounds after each operation; kernels.py says when they run. A frozen tower's linear layer with
+GELU is one kernel of oneDNN in fp32 on the CPU, which may round the last bits differently.
 """
 
 from types import CodeType
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, rotate_half
+from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from pipeline.models import kernels
 from pipeline.models.attention import HALF
@@ -26,6 +28,16 @@ def keep_less(model: nn.Module) -> None:
             module.__class__ = LeanRMSNorm
         elif _runs(module, Qwen2MLP) and type(module.act_fn) is type(ACT2FN["silu"]):
             module.__class__ = LeanMLP
+
+
+def fuse_gelu(tower: nn.Module) -> None:
+    """Make the MLPs of a SigLIP tower compute GELU in the kernel of the linear layer before it, where that is possible.
+
+    Weights, their names and hooks stay the same.
+    """
+    for module in tower.modules():
+        if isinstance(module, SiglipMLP) and type(module.activation_fn) is type(ACT2FN["gelu_pytorch_tanh"]):
+            module.fc1.__class__, module.activation_fn = GeluLinear, nn.Identity()
 
 
 def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -59,7 +71,26 @@ class LeanMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or kernels.usable(x):
             return self.down_proj(_SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # frees the gate before the product
+        return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))  # no further memory
+
+
+class GeluLinear(nn.Linear):
+    """A linear layer followed by the tanh approximation of GELU.
+
+    oneDNN's kernel, which torch's compiler uses too, computes GELU on the result while that is in cache; torch's own
+    kernel takes half as long as the multiplication. It has no gradients. A trained layer uses torch's in all passes,
+    so that a step's two passes agree.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        runs = _ONEDNN and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+        if runs and not (x.requires_grad or self.weight.requires_grad):
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
+        return F.gelu(super().forward(x), approximate="tanh")
+
+
+# Not in all of torch's builds for other processors than x86.
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -152,7 +152,8 @@ class SavedLlave(SavedModelInterface):
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         attention = fastest(checks.load_config(path), DTYPES[precision], device)
-        return Llave.load(path, DTYPES[precision], attention=attention).eval().to(device), None
+        model = Llave.load(path, DTYPES[precision], attention=attention)
+        return model.eval().requires_grad_(False).to(device), None
 
 
 TRAINING = {"contrastive": LlaveTraining()}

@@ -31,7 +31,7 @@ from pipeline.data.tiles import Tiling
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.chunks import Chunk, Packed, sent
-from pipeline.models.lean import keep_less
+from pipeline.models.lean import fuse_gelu, keep_less
 from pipeline.models.llave import checks
 from pipeline.models.llave.checks import MEAN, STD, Pinpoints, sides_of, text_of
 from pipeline.models.llave.config import LlaveArchitecture
@@ -68,6 +68,7 @@ class Llave(LlavaOnevisionModel):
 
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)
+        fuse_gelu(self.vision_tower)
         keep_less(self.language_model)
         pool_in_last_layer(self.language_model)
 
@@ -199,6 +200,7 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        fuse_gelu(self.vision_tower)
         self.post_init()
 
     @classmethod
