@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,7 +92,8 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
     def processor(self, recipe: Recipe, path: str) -> Processor:
         section, tokens = self.section(recipe), recipe.model.max_tokens
         own = self._own(recipe) | {"images": section.images, "marks": section.marks}
-        return LlaveProcessor.load(path, tokens, recipe.video.frames, **own)
+        processor = LlaveProcessor.load(path, tokens, recipe.video.frames, **own)
+        return replace(processor, scaled_jpeg=recipe.data.scaled_jpeg)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return self._llave(recipe).load(path, DTYPES[recipe.precision], attention=attention, **self._own(recipe))
