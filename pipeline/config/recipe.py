@@ -237,7 +237,7 @@ class Data(Store):
     scaled_jpeg: Annotated[bool, Fixed()] = Field(
         False,
         description="decode JPEGs at a half, a fourth or an eighth of their size, if that is at least twice what the "
-        "model needs: photos of 12 megapixels take less than half the time, and pixels differ slightly; not with crop_scale",
+        "model needs: photos of 12 megapixels take less than half the time, and pixels differ slightly",
     )
     workers: int = Field(2, ge=0, description="decoding processes per rank; 0: in the training process")
     max_bad_fraction: float = Field(
