@@ -6,7 +6,7 @@ uint8 until the device normalizes them.
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +15,8 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from pipeline.data.sample import IMAGE_SUFFIXES, BadSample
+
+Needed = Callable[[int, int], tuple[float, float]]  # height and width of an image -> those to which it is resized
 
 MAX_PIXELS = 89_478_485  # Pillow's default limit: more may be a decompression bomb
 
@@ -101,6 +103,12 @@ class Tiling:
         tiles[1:].reshape(cells.shape)[:] = cells  # one copy
         return tiles
 
+    def needed(self, height: int, width: int) -> tuple[float, float]:
+        """Return the largest height and width to which `cut` resizes an image of this size with anyres."""
+        rows, columns = self.grid(height, width)
+        scale = min(rows / height, columns / width)
+        return max(height * scale, self.size), max(width * scale, self.size)
+
     def cut_frames(self, frames: Iterable[Image.Image]) -> np.ndarray:
         """Resize RGB frames of a video to (frames, 3, size, size) uint8: one tile each, for every aspect ratio."""
         return np.stack([self._tile(frame) for frame in frames])
@@ -122,15 +130,37 @@ def resized(image: Image.Image, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # with other strides, convolutions may round differently
 
 
-def decode_image(data: bytes, as_stored: bool = False) -> Image.Image:
-    """Decode an image to RGB with `rgb`. Raises BadSample if that fails, or if it exceeds Pillow's pixel limit."""
+def decode_image(data: bytes, as_stored: bool = False, needed: Needed | None = None) -> Image.Image:
+    """Decode an image to RGB with `rgb`. Raises BadSample if that fails, or if it exceeds Pillow's pixel limit.
+
+    needed: decode a JPEG at a half, a fourth or an eighth of its size, if that is at least twice what is needed in both
+    directions. None: at full size.
+    """
     try:
         image = Image.open(io.BytesIO(data), formats=tuple(IMAGE_SUFFIXES))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels, {MAX_PIXELS} at most")
+        if needed:
+            _scale_down(image, as_stored, needed)
         return rgb(image, as_stored)
     except Exception as error:  # Pillow's decoders raise many types on damaged input
         raise BadSample(f"undecodable image: {type(error).__name__}: {error}") from None
+
+
+def _scale_down(image: Image.Image, as_stored: bool, needed: Needed) -> None:
+    """Make an opened JPEG decode smaller: libjpeg leaves out the higher frequencies of each block of 8 x 8 pixels.
+
+    Twice the needed size keeps the difference to a full decoding below that between two filters of a resize. Sides are
+    divided without remainder: otherwise the picture would be shifted by a part of a pixel, which differs more, and the
+    aspect ratio would change. A power of two changes no quotient of the sides, so grids and token counts stay the same.
+    """
+    width, height = image.size
+    turned = not as_stored and orientation(image) >= 5
+    rows, columns = reversed(needed(width, height)) if turned else needed(height, width)
+    for divisor in (8, 4, 2):
+        if width % divisor == height % divisor == 0 and width >= 2 * divisor * columns and height >= 2 * divisor * rows:
+            image.draft(image.mode, (width // divisor, height // divisor))  # other formats ignore it
+            break
 
 
 def rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:

@@ -228,8 +228,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling
     def spread(x: Tensor, places: Segments) -> Tensor:
         x = x.squeeze(0).transpose(0, 1)
         count, longest = len(places.lengths), places.longest
-        rows = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, places.slots, x)
-        return rows.view(count, longest, *x.shape[1:]).transpose(1, 2)
+        if len(x) < count * longest:
+            x = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, places.slots, x)
+        return x.unflatten(0, (count, longest)).transpose(1, 2)
 
     if query.is_cuda and (query.dtype not in HALF or not segments.causal):
         # Of SDPA's CUDA kernels only FlashAttention supports grouped queries, and it supports neither fp32 nor masks.
@@ -244,8 +245,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling
         is_causal=segments.causal,
         scale=scaling,
         enable_gqa=key.shape[1] < query.shape[1],
-    )
-    return out.transpose(1, 2).flatten(0, 1)[queries.slots][None]
+    ).transpose(1, 2)
+    rows = out.flatten(0, 1)
+    return (rows if len(rows) == sum(queries.lengths) else rows[queries.slots])[None]
 
 
 def _by_bounds(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:

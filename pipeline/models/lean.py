@@ -1,8 +1,9 @@
-"""Decoders' norms, MLPs and rotary embedding: less memory for the backward pass, and fused kernels on a GPU.
+"""Norms, MLPs and rotary embedding: less memory for the backward pass, and fused kernels.
 
 Modules are transformers' own with a changed class, so weights, their names and hooks stay the same. On the CPU and in
 fp32, outputs are transformers' bit for bit. In bf16 on a GPU, a fused kernel computes in float32 and rounds its result
-once, where transformers rounds after each operation; kernels.py says when they run.
+once, where transformers rounds after each operation; kernels.py says when they run. A frozen tower's linear layer with
+GELU is one kernel also in fp32 on the CPU, oneDNN's, which may round the last bits differently.
 """
 
 import inspect
@@ -23,6 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2RMSNorm,
     rotate_half,
 )
+from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from pipeline.models import kernels
 
@@ -48,6 +50,16 @@ def keep_less(model: nn.Module) -> None:
                     layer.__class__ = LeanDecoderLayer
                     for norm in norms:
                         norm.__class__ = AddingRMSNorm
+
+
+def fuse_gelu(tower: nn.Module) -> None:
+    """Make the MLPs of a SigLIP tower compute GELU in the kernel of the linear layer before it, where that is possible.
+
+    Weights, their names and hooks stay the same.
+    """
+    for module in tower.modules():
+        if isinstance(module, SiglipMLP) and type(module.activation_fn) is type(ACT2FN["gelu_pytorch_tanh"]):
+            module.fc1.__class__, module.activation_fn = GeluLinear, nn.Identity()
 
 
 def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -130,8 +142,28 @@ class LeanMLP(nn.Module):
         gate, x = shared(self.gate_proj, x)
         if torch.is_grad_enabled() or kernels.usable(x):
             return self.down_proj(_SiluProduct.apply(gate, self.up_proj(x)))
-        gate = F.silu(gate)
-        return self.down_proj(gate * self.up_proj(x))
+        return self.down_proj(F.silu(gate, inplace=True).mul_(self.up_proj(x)))  # no further memory
+
+
+class GeluLinear(nn.Linear):
+    """A linear layer followed by the tanh approximation of GELU.
+
+    Without gradients one kernel computes both, on a CPU oneDNN's, which torch's compiler uses too: GELU alone takes
+    half as long as the multiplication there. A trained layer uses torch's kernels in all passes, so that a step's two
+    passes agree.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x.requires_grad or self.weight.requires_grad):
+            if kernels.usable(x):
+                return kernels.linear_gelu(x, self.weight, self.bias)
+            if _ONEDNN and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+                return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
+        return F.gelu(super().forward(x), approximate="tanh")
+
+
+# Not in all of torch's builds for other processors than x86.
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

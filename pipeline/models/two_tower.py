@@ -74,6 +74,7 @@ class TwoTowerProcessor:
     tokenized: tokenizes a text; the tokens identify it even if its vector comes with the data.
     with_vectors: whether the data has the texts' vectors.
     crops: random crops of a training step; None: none.
+    scaled_jpeg: whether large JPEGs are decoded smaller, if they are not cropped; see `decode_image`.
     """
 
     pixels: Pixels
@@ -83,6 +84,7 @@ class TwoTowerProcessor:
     with_vectors: bool = False
     crops: RandomCrops | None = None
     video_fps: float | None = None  # see sample_frames
+    scaled_jpeg: bool = False
 
     @property
     def as_stored(self) -> bool:
@@ -94,7 +96,8 @@ class TwoTowerProcessor:
         Such text is an instruction for other models. Raises BadSample for an image or video that cannot be decoded, and
         for a text whose vector is missing.
         """
-        images = [partial(decode_image, image, self.as_stored) for image in item.images]
+        needed = self.pixels.resized if self.scaled_jpeg and not self.crops else None
+        images = [partial(decode_image, image, self.as_stored, needed) for image in item.images]
         if images or item.video is not None:
             frames = (
                 None if item.video is None else partial(sample_frames, item.video, self.video_frames, self.video_fps)

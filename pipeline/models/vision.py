@@ -278,15 +278,19 @@ class Pixels:
         if box:  # cut out first: a resize with `box=` also samples pixels around it
             square = rgb.crop(box).resize((self.size, self.size), self.resample)
             return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
-        height = width = self.edge
-        if self.keeps_shape:
-            shorter = min(rgb.size)
-            height, width = (int(self.edge * side / shorter) for side in (rgb.height, rgb.width))
+        height, width = self.resized(rgb.height, rgb.width)
         if height * width > cast(int, Image.MAX_IMAGE_PIXELS):
             raise BadSample(f"{rgb.width}x{rgb.height} pixels, too long to be resized by the shorter edge")
         planes = np.asarray(rgb.resize((width, height), self.resample)).transpose(2, 0, 1)
         top, left = self._begin(height), self._begin(width)
         return np.ascontiguousarray(planes[:, top : top + self.size, left : left + self.size])
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size to which a picture of this size is resized, before the crop."""
+        if not self.keeps_shape:
+            return self.edge, self.edge
+        shorter = min(height, width)
+        return int(self.edge * height / shorter), int(self.edge * width / shorter)
 
     def _begin(self, length: int) -> int:
         spare = length - self.size

@@ -15,6 +15,7 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, 
 from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import load_image
 
+from pipeline.data import tiles as tiles_module
 from pipeline.data.sample import BadSample
 from pipeline.data.tiles import Tiling, decode_image
 
@@ -152,6 +153,68 @@ def test_truncated_or_unsupported_images_are_refused(data):
 def test_elongated_image_is_refused_instead_of_padded(size):
     with pytest.raises(BadSample, match=f"{size[0]}x{size[1]} pixels are too many"):
         Tiling(24, 3, ((24, 24),)).cut(Image.new("RGB", size), anyres=False)
+
+
+def photograph(width: int, height: int, **options: object) -> bytes:
+    """Return a JPEG whose spectrum falls with the frequency, as that of photographs."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf
+    noise = np.random.default_rng(0).standard_normal((3, height, width))
+    bands = np.fft.irfft2(np.fft.rfft2(noise) / frequency, (height, width))
+    pixels = (127 + 55 * bands / bands.std()).clip(0, 255).astype(np.uint8)
+    return encoded(Image.fromarray(pixels.transpose(1, 2, 0)), "JPEG", quality=90, **options)
+
+
+SMALL = Tiling(56, 4, ((56, 56), (56, 112), (112, 56), (112, 112), (112, 224)))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("width", "height", "divisors"), [(800, 600, (2, 2)), (1008, 400, (2, 2)), (1792, 896, (4, 8)), (440, 330, (1, 1))]
+)
+def test_jpegs_decoded_smaller_have_nearly_the_same_tiles(monkeypatch, width, height, divisors, turned):
+    """They differ less than the tiles by bicubic and by Lanczos filters."""
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    data = photograph(width, height, exif=exif)
+    smaller, whole = decode_image(data, needed=SMALL.needed), decode_image(data)
+    divisor = divisors[turned]
+    assert smaller.size == tuple(side // divisor for side in whole.size)
+    ours, expected = (SMALL.cut(picture, anyres=True).astype(np.float64) for picture in (smaller, whole))
+    assert ours.shape == expected.shape
+    if divisor == 1:
+        assert np.array_equal(ours, expected)
+
+    def resized(image: Image.Image, height: int, width: int) -> np.ndarray:
+        return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+
+    monkeypatch.setattr(tiles_module, "resized", resized)
+    lanczos = SMALL.cut(whole, anyres=True)
+    assert np.square(ours - expected).mean() < np.square(lanczos - expected).mean()
+
+
+def test_sizes_of_jpegs_decoded_smaller_give_the_same_grids_and_token_counts():
+    tiling, rng, seen = Tiling(384, 27, WIDE, max_tiles=2), np.random.default_rng(0), set()
+    for height, width in (8 * rng.integers(100, 1200, (300, 2))).tolist():
+        for divisor in (2, 4, 8):
+            smaller, needed = (height // divisor, width // divisor), tiling.needed(height, width)
+            if all(side >= 2 * least for side, least in zip(smaller, needed, strict=True)):
+                seen.add(divisor)
+                assert tiling.grid(*smaller) == tiling.grid(height, width)
+                for rounded in (False, True):
+                    counts = [tiling.tokens(*size, anyres=True, rounded=rounded) for size in ((height, width), smaller)]
+                    assert counts[0] == counts[1]
+    assert seen == {2, 4}
+
+
+def test_only_jpegs_whose_sides_divide_are_decoded_smaller():
+    exact = {
+        "odd": encoded(picture(801, 601), "JPEG"),
+        **{name: IMAGES[name] for name in ("larger than the grid", "webp", "gif")},
+    }
+    for data in exact.values():
+        smaller = decode_image(data, needed=lambda *size: (2, 2))
+        assert np.array_equal(np.asarray(smaller), np.asarray(decode_image(data)))
 
 
 @pytest.mark.parametrize("anyres", [False, True])

@@ -3,13 +3,18 @@
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import pytest
 from closeness import assert_close_in_norm
 from PIL import Image
 from sections import section
 
 from pipeline.config import Recipe, load_recipe
+from pipeline.data.batch import Encoded
+from pipeline.data.dataset import Dataset
+from pipeline.data.order import Order
 from pipeline.data.sample import Item
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
@@ -143,6 +148,32 @@ def photo(orientation: int) -> bytes:
     exif[0x0112] = orientation
     picture.save(data, "PNG", exif=exif)
     return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["llave", "llm2clip", "clip"])
+def test_jpegs_decoded_smaller_change_pixels_alone(kind, folders, tiny_model):
+    name, path = ("demo", tiny_model) if kind == "llave" else (f"demo_{kind}", folders[kind])
+    fields = [f"model.{name}={value}" for name, value in needed(kind, folders).items()] + [f"model.path={path}"]
+    pixels = np.random.default_rng(0).integers(0, 256, (304, 400, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(data := io.BytesIO(), "JPEG")
+    one = Item("<image>\nWhat?", (data.getvalue(),))
+
+    def encoded(item: Item, scaled: bool, *more: str) -> Encoded:
+        recipe = load_recipe(f"pipeline/recipes/{name}.yaml", [*fields, f"data.scaled_jpeg={scaled}", *more])
+        processor = training(kind).processor(recipe, path)
+        draws = partial(Order((Dataset("a", np.array([9])),), 1, 1, 1, 1, seed=0).draw_of_step, 0)
+        return training(kind).augmented(recipe, processor, draws).encode(item)
+
+    whole, scaled = encoded(one, False), encoded(one, True)
+    assert np.array_equal(whole.input_ids, scaled.input_ids)
+    assert whole.images[0].tiles.shape == scaled.images[0].tiles.shape
+    assert not np.array_equal(whole.images[0].tiles, scaled.images[0].tiles)
+    if kind == "llave":  # the padding to squares would be rounded
+        two = Item("<image> <image>", 2 * one.images)
+        assert encoded(two, True).key == encoded(two, False).key
+    if kind == "llm2clip":
+        crops = "model.crop_scale=[0.1, 0.2]"
+        assert encoded(one, True, crops).key == encoded(one, False, crops).key
 
 
 @pytest.mark.slow

@@ -1,15 +1,18 @@
 """A frozen tower outside the model gives the same embeddings, and processes each tile once per step."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from closeness import assert_close_in_norm
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from pipeline.data.batch import Encoded, Image
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import CachedFeatures, embed_chunks, offloaded, plan_chunks
+from pipeline.models.lean import GeluLinear, fuse_gelu
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.model import FrozenTower, Llave, TowerlessLlave, normalised, tower_features
 from pipeline.models.llave.processor import LlaveProcessor
@@ -43,6 +46,34 @@ def test_embeddings_match_whole_model(tiny_model, items):
         features = CachedFeatures(tower, limit)
         for _ in range(2):  # computed first, then cached
             assert_close_in_norm(embed_chunks(without, chunks, len(items), features), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tower_with_fused_gelu_matches_transformers(dtype):
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        hidden_size=36, intermediate_size=67, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8
+    )
+    config.vision_use_head = False
+    whole = SiglipVisionModel(config).to(dtype).eval()
+    for name, parameter in whole.named_parameters():
+        if "mlp.fc1" in name:  # so that GELU is not nearly linear
+            parameter.data.mul_(20)
+    fused = copy.deepcopy(whole)
+    fuse_gelu(fused)
+    assert [type(module) for module in fused.modules()].count(GeluLinear) == 2
+    assert fused.state_dict().keys() == whole.state_dict().keys()
+    pixels = torch.randn(3, 3, 24, 24).to(dtype)
+    expected, ours = (tower_features(tower, pixels) for tower in (whole, fused))
+    assert torch.equal(ours, expected)
+    wanted = [
+        torch.autograd.grad(each.square().sum(), tower.encoder.parameters())
+        for each, tower in ((expected, whole), (ours, fused))
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*wanted, strict=True))
+    with torch.no_grad():  # as in a step's first pass
+        assert torch.equal(tower_features(fused, pixels), expected)
+    assert_close_in_norm(tower_features(fused.requires_grad_(False), pixels), expected)
 
 
 def test_each_tile_is_processed_once_in_small_batches(tiny_model, items):

@@ -147,6 +147,7 @@ def test_run_of_earlier_version_resumes_only_with_same_recipe(kind, tmp_path, mo
 
 def test_new_field_blocks_resume_only_if_set(tmp_path, conditions):
     new = ("objective.margin", "model.mm_newline_position", "video.frames", "data.cap_rows", "data.hard_negatives")
+    new += ("data.scaled_jpeg",)
     before = {name: value for name, value in conditions.items() if name not in new}
     before["data.datasets"] = [{"name": part["name"]} for part in conditions["data.datasets"]]
     conditions_module.check(begun(tmp_path, before), conditions)
@@ -156,6 +157,7 @@ def test_new_field_blocks_resume_only_if_set(tmp_path, conditions):
         ("video.frames=4", "video.frames was None and is now 4"),
         ("data.cap_rows=first", "data.cap_rows was None and is now first"),
         ("data.hard_negatives=false", "data.hard_negatives was None and is now False"),
+        ("data.scaled_jpeg=true", "data.scaled_jpeg was None and is now True"),
         ("data.datasets=[{name: Scene-CLS, cap: 3}]", "data.datasets was"),
     ):
         with pytest.raises(PipelineError, match=named):

@@ -1,4 +1,3 @@
-import os
 import time
 from datetime import timedelta
 from pathlib import Path

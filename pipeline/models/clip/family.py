@@ -52,7 +52,8 @@ class ClipTraining(TrainingInterface[ClipSection]):
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
         pixels = Pixels.load(path, self.section(recipe).images)
-        return replace(SAVED.reader(path, recipe.model.max_tokens, recipe.video.frames), pixels=pixels)
+        processor = SAVED.reader(path, recipe.model.max_tokens, recipe.video.frames)
+        return replace(processor, pixels=pixels, scaled_jpeg=recipe.data.scaled_jpeg)
 
     def towers(self, recipe: Recipe) -> Sequence[PreTrainedConfig]:
         model = self.section(recipe)

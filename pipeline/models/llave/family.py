@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,7 +92,8 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
     def processor(self, recipe: Recipe, path: str) -> Processor:
         section, tokens = self.section(recipe), recipe.model.max_tokens
         own = self._own(recipe) | {"images": section.images, "marks": section.marks}
-        return LlaveProcessor.load(path, tokens, recipe.video.frames, **own)
+        processor = LlaveProcessor.load(path, tokens, recipe.video.frames, **own)
+        return replace(processor, scaled_jpeg=recipe.data.scaled_jpeg)
 
     def decoder(self, recipe: Recipe) -> PreTrainedConfig:
         return checks.text_of(weights.config_of(self.section(recipe)))
@@ -158,7 +160,8 @@ class SavedLlave(SavedModelInterface):
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         attention = choose("auto", device.type, DTYPES[precision], checks.load_config(path))
-        return Llave.load(path, DTYPES[precision], attention=attention).eval().to(device), None
+        model = Llave.load(path, DTYPES[precision], attention=attention)
+        return model.eval().requires_grad_(False).to(device), None
 
 
 TRAINING = {"contrastive": LlaveTraining()}

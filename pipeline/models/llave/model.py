@@ -31,13 +31,12 @@ from pipeline.data.tiles import Tiling
 from pipeline.models import loading
 from pipeline.models.attention import Segments, implementation, pads
 from pipeline.models.chunks import Chunk, Packed, sent
-from pipeline.models.lean import keep_less
+from pipeline.models.lean import fuse_gelu, keep_less
 from pipeline.models.llave import checks
 from pipeline.models.llave.checks import MEAN, STD, Pinpoints, sides_of, text_of
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.processor import train_tokenizer
 from pipeline.models.llave.qwen2 import pool_in_last_layer
-from pipeline.models.llave.tower import run_frozen
 from pipeline.models.packing import check_packing
 
 
@@ -69,6 +68,7 @@ class Llave(LlavaOnevisionModel):
 
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)
+        fuse_gelu(self.vision_tower)
         keep_less(self.language_model)
         pool_in_last_layer(self.language_model)
 
@@ -200,7 +200,7 @@ class FrozenTower(LlavaOnevisionPreTrainedModel):
     def __init__(self, config: LlavaOnevisionConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        run_frozen(self.vision_tower)
+        fuse_gelu(self.vision_tower)
         self.post_init()
 
     @classmethod

@@ -52,6 +52,7 @@ class LlaveProcessor:
     """Encodes items as token ids and tiles; samples `video_frames` frames of a video.  as_stored: see `rgb`.
 
     published: whether items whose marks and images do not match are read as by LLaVE's code; see `encode`.
+    scaled_jpeg: whether the JPEG of an item with one image is decoded smaller if it is large; see `decode_image`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -63,6 +64,7 @@ class LlaveProcessor:
     as_stored: bool = False
     video_fps: float | None = None  # see sample_frames
     published: bool = False
+    scaled_jpeg: bool = False
 
     @classmethod
     def load(
@@ -109,7 +111,8 @@ class LlaveProcessor:
         Raises BadSample if an image or video cannot be decoded or does not fit in `max_tokens`, or if the numbers of
         marks and images or videos differ otherwise.
         """
-        text, images = item.text, [partial(decode_image, image, self.as_stored) for image in item.images]
+        needed = self.tiling.needed if self.scaled_jpeg and len(item.images) == 1 else None
+        text, images = item.text, [partial(decode_image, image, self.as_stored, needed) for image in item.images]
         frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames, self.video_fps)
         if self.published and IMAGE_MARK not in text:
             images = []

@@ -94,7 +94,9 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         model, vectors = self.section(recipe), bool(recipe.data.text_embeddings)
         pixels, tokens = Pixels.load(path, model.images), tokens_of(model.path, model.architecture)
         texts = SAVED_TEXT_ENCODER.reader(model.text_encoder, model.max_tokens)
-        return TwoTowerProcessor(pixels, tokens, texts.tokenized, recipe.video.frames, vectors)
+        return TwoTowerProcessor(
+            pixels, tokens, texts.tokenized, recipe.video.frames, vectors, scaled_jpeg=recipe.data.scaled_jpeg
+        )
 
     def augmented(self, recipe: Recipe, processor: Processor, draws: ContentDraw) -> Processor:
         if (scale := self.section(recipe).crop_scale) is None:
