@@ -1,0 +1,175 @@
+"""Qwen-VL's processor: encodes items as token ids, patches and positions."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image as Picture
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from pipeline.data.batch import Encoded, Image
+from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, BadSample, Item, mended
+from pipeline.data.tiles import decode_image
+from pipeline.errors import PipelineError
+from pipeline.models import loading
+from pipeline.models.loading import reads_as_stored
+from pipeline.models.qwen_vl import checks
+from pipeline.models.qwen_vl.patches import Patches, positions
+
+# The turns of Qwen's chat template. The last token, a newline, is pooled.
+PREFIX = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+START, END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+SPECIAL = ("<|im_start|>", "<|im_end|>", START, END, IMAGE_PAD, VIDEO_PAD)
+
+# The template has nothing between an image and the text after it; a converted text has a newline there.
+_MARK = re.compile(rf"({IMAGE_MARK}|{VIDEO_MARK})\s*")
+
+
+@dataclass(frozen=True)
+class QwenVLProcessor:
+    """Encodes items as token ids, patches and positions.
+
+    instruction: the system's turn.  as_stored: see `rgb`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    patches: Patches
+    image_token_id: int
+    instruction: str
+    max_tokens: int
+    as_stored: bool = False
+
+    @classmethod
+    def load(cls, path: str, max_tokens: int, config: Any = None, images: str | None = None) -> "QwenVLProcessor":
+        """Load from a folder or hub name.
+
+        config: with a recipe's `Settings`; None is the folder's.  images: overrides how its config reads images.
+        """
+        config = config or checks.load_config(path)
+        tokenizer = loading.tokenizer(path, config.text_config.vocab_size, Qwen2Tokenizer)
+        _require_tokens(path, config, tokenizer)
+        _require_image_processor(path, config)
+        return cls(
+            tokenizer,
+            checks.patches(config, path),
+            config.image_token_id,
+            checks.Settings.of(config, path).instruction,
+            max_tokens,
+            reads_as_stored(path, images),
+        )
+
+    def encode(self, item: Item) -> Encoded:
+        """Encode an item, with a placeholder for each token of an image. Too long a text is cut at its end.
+
+        Rows of MMEB may have a mark without an image, or one image without a mark. They are `mended`.
+
+        Raises BadSample if an image cannot be decoded or does not fit in `max_tokens`, if the numbers of marks and
+        images differ otherwise, or for a video.
+        """
+        if item.video is not None:
+            raise BadSample("a video, which this family does not read yet")
+        images = [partial(decode_image, image, self.as_stored) for image in item.images]
+        return self.encode_parts(mended(item.text, len(images)), images, None)
+
+    def encode_parts(
+        self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
+    ) -> Encoded:
+        """Encode a text with a mark for each of its RGB images. Raises BadSample as `encode` does.
+
+        Images are decoded one at a time to save memory, and not at all if the marks are wrong.
+        """
+        if frames or VIDEO_MARK in text:
+            raise BadSample("a video, which this family does not read yet")
+        pieces = _MARK.split(PREFIX.format(self.instruction) + text + SUFFIX)
+        if (marks := pieces.count(IMAGE_MARK)) != len(images):
+            raise BadSample(f"{marks} {IMAGE_MARK} marks in the text, {len(images)} images")
+        encoded, ids, places, pictures = [], [], list[int | tuple[int, int]](), (decode() for decode in images)
+        for piece in pieces:
+            if piece == IMAGE_MARK:
+                tiles, height, width = self.patches.cut(next(pictures))
+                grid = round(height / self.patches.patch), round(width / self.patches.patch)
+                encoded.append(Image(tiles, height, width))
+                ids += [self._start, *[self.image_token_id] * (grid[0] * grid[1]), self._end]
+                places += [1, grid, 1]
+            else:
+                tokens = self._tokenize(piece)
+                ids += tokens
+                places.append(len(tokens))
+        row, axes = np.array(ids, np.int32), positions(places) if encoded else None
+        if len(row) > self.max_tokens:
+            kept = max(self.max_tokens - len(self._suffix), 0)
+            if np.isin(row[kept:], (self.image_token_id, self._end)).any():
+                raise BadSample(f"{len(ids)} tokens: its images do not fit in max_tokens={self.max_tokens}")
+            row = np.concatenate([row[:kept], self._suffix])
+            # The positions of the last tokens, which are text, follow each other.
+            axes = None if axes is None else axes[:, : len(row)]
+        return Encoded(row, tuple(encoded), positions=axes)
+
+    def _tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return ids
+
+    @cached_property
+    def _suffix(self) -> np.ndarray:
+        return np.array(self._tokenize(SUFFIX), np.int32)
+
+    @cached_property
+    def _start(self) -> int:
+        return self._tokenize(START)[0]
+
+    @cached_property
+    def _end(self) -> int:
+        return self._tokenize(END)[0]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
+    """Train Qwen2's byte-level BPE, with special tokens and at most `vocab_size` tokens, on the texts in the prompt."""
+    before = PREFIX.format(checks.INSTRUCTION)
+    return Qwen2Tokenizer().train_new_from_iterator(
+        (before + _MARK.sub("", text) + SUFFIX for text in texts),
+        vocab_size,
+        new_special_tokens=list(SPECIAL),
+        show_progress=False,
+    )
+
+
+def image_processor(config: Any, path: str) -> Qwen2VLImageProcessorPil:
+    """Return the image processor that fits a config.  path: for errors."""
+    its, version = checks.patches(config, path), checks.version(config)
+    return Qwen2VLImageProcessorPil(
+        size={"shortest_edge": its.min_pixels, "longest_edge": its.max_pixels},
+        patch_size=its.side,
+        merge_size=its.merge,
+        temporal_patch_size=2,
+        image_mean=list(version.mean),
+        image_std=list(version.std),
+    )
+
+
+def _require_tokens(path: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise PipelineError if the prompt's marks are not tokens, or not those that the config names."""
+    vocabulary = tokenizer.get_vocab()
+    if missing := [mark for mark in SPECIAL[:-1] if mark not in vocabulary]:
+        raise PipelineError(f"{path}: its tokenizer has no token {missing[0]}, of which the prompt is made")
+    for name, mark in (("image_token_id", IMAGE_PAD), ("vision_start_token_id", START)):
+        if getattr(config, name) != vocabulary[mark]:
+            raise PipelineError(
+                f"{path}: {name}={getattr(config, name)!r} in its config.json, but its tokenizer has {mark} as "
+                f"{vocabulary[mark]}: they are of different models"
+            )
+
+
+def _require_image_processor(path: str, config: Any) -> None:
+    """Raise PipelineError if the model's image processor differs from the preprocessing implemented here."""
+    its, ours = loading.image_processor(path, Qwen2VLImageProcessorPil), image_processor(config, path)
+    names = ("do_resize", "do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std")
+    for name in (*names, "resample", "patch_size", "merge_size", "temporal_patch_size"):
+        given, wanted = getattr(its, name), getattr(ours, name)
+        if not np.allclose(given, wanted, rtol=1e-6, atol=0):
+            raise PipelineError(f"{path}: its image processor has {name}={given}; only {wanted} is supported")
