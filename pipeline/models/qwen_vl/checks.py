@@ -76,7 +76,7 @@ class Settings:
         if stored is None:
             return cls(INSTRUCTION, MIN_TOKENS * area, MAX_TOKENS * area)
         kinds = {field.name: field.type for field in fields(cls)}
-        if not isinstance(stored, dict) or {name: type(value).__name__ for name, value in stored.items()} != kinds:
+        if not isinstance(stored, dict) or {name: type(value) for name, value in stored.items()} != kinds:
             raise PipelineError(
                 f"{path}: {SETTINGS}={stored!r} in its config.json is not supported; expected are {', '.join(kinds)}: "
                 "was it written by a later version?"

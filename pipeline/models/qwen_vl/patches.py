@@ -35,7 +35,7 @@ class Patches:
 
     @property
     def frame_patches(self) -> int:
-        raise NotImplementedError  # videos are refused
+        return 0  # videos are refused
 
     def tokens(self, height: int, width: int, *, anyres: bool) -> int:
         """Count the tokens of an image of this size, with the marks before and after it; 0 if it cannot be resized.
@@ -48,7 +48,7 @@ class Patches:
         return rows * columns // self.merge**2 + 2
 
     def video_tokens(self, frames: int) -> int:
-        raise NotImplementedError  # videos are refused
+        return 0  # videos are refused
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of patches of an image of this size; BadSample if it is too long."""
