@@ -368,6 +368,8 @@ def test_export_keeps_settings_and_loads_in_transformers(kind, folders, tmp_path
     theirs = AutoModel.from_pretrained(folder)
     ids = torch.from_numpy(items[0].input_ids).long()[None]
     assert_close_in_norm(theirs_embedded(theirs, {"input_ids": ids})[0], expected[0])
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert text["rope_scaling"]["mrope_section"] == text["rope_parameters"]["mrope_section"]  # before transformers 5
     card = (tmp_path / "out" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace('FOLDER = "."', f"FOLDER = {folder!r}")
     space: dict[str, Any] = {}
