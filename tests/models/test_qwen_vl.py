@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from closeness import OPERATIONS, assert_close_in_norm
 from PIL import Image as Picture
 from sections import section
+from tokenizers import Tokenizer, processors
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -375,6 +376,24 @@ def test_export_keeps_settings_and_loads_in_transformers(kind, folders, tmp_path
     space: dict[str, Any] = {}
     exec(code, space)
     assert_close_in_norm(space["embed"](ITEMS[0].text), expected[0])
+
+
+def test_tokens_that_the_tokenizer_adds_end_the_prompt(folders, tmp_path):
+    """As of Qwen3-Embedding's. The last of them is pooled."""
+    shutil.copytree(folders["qwen3_vl"], tmp_path / "ends")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "ends" / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    tokenizer.post_processor = processors.TemplateProcessing("$A <|endoftext|>", None, [("<|endoftext|>", end)])
+    tokenizer.save(str(tmp_path / "ends" / "tokenizer.json"))
+    folder = str(tmp_path / "ends")
+    theirs, their_processor = theirs_of(folder, "qwen3_vl")
+    for tokens in (2048, 40):
+        processor = QwenVLProcessor.load(folder, tokens)
+        ours = processor.encode(ITEMS[0])
+        assert ours.input_ids[-1] == end
+        assert len(processor.encode(ITEMS[2]).input_ids) <= tokens
+        expected = theirs_embedded(theirs, their_inputs(their_processor, ITEMS[0]))
+        assert_close_in_norm(QwenVL.load(folder, torch.float32)(pack([ours]), False), expected)
 
 
 def test_unsupported_models_are_refused_by_name(folders, tmp_path):

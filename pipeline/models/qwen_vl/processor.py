@@ -20,7 +20,7 @@ from pipeline.models.loading import reads_as_stored
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.patches import Patches, positions
 
-# The turns of Qwen's chat template. The last token, a newline, is pooled.
+# The turns of Qwen's chat template. The last token is pooled: a newline, unless the tokenizer adds tokens to each text.
 PREFIX = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 START, END = "<|vision_start|>", "<|vision_end|>"
@@ -86,7 +86,7 @@ class QwenVLProcessor:
         """
         if frames or VIDEO_MARK in text:
             raise BadSample("a video, which this family does not read yet")
-        pieces = _MARK.split(PREFIX.format(self.instruction) + text + SUFFIX)
+        pieces = _MARK.split(PREFIX.format(self.instruction) + text)
         if (marks := pieces.count(IMAGE_MARK)) != len(images):
             raise BadSample(f"{marks} {IMAGE_MARK} marks in the text, {len(images)} images")
         encoded, ids, places, pictures = [], [], list[int | tuple[int, int]](), (decode() for decode in images)
@@ -101,12 +101,13 @@ class QwenVLProcessor:
                 tokens = self._tokenize(piece)
                 ids += tokens
                 places.append(len(tokens))
-        row, axes = np.array(ids, np.int32), positions(places) if encoded else None
+        places.append(len(self._suffix))
+        row, axes = np.array([*ids, *self._suffix], np.int32), positions(places) if encoded else None
         if len(row) > self.max_tokens:
             kept = max(self.max_tokens - len(self._suffix), 0)
             if np.isin(row[kept:], (self.image_token_id, self._end)).any():
-                raise BadSample(f"{len(ids)} tokens: its images do not fit in max_tokens={self.max_tokens}")
-            row = np.concatenate([row[:kept], self._suffix])
+                raise BadSample(f"{len(row)} tokens: its images do not fit in max_tokens={self.max_tokens}")
+            row = np.array([*row[:kept], *self._suffix], np.int32)
             # The positions of the last tokens, which are text, follow each other.
             axes = None if axes is None else axes[:, : len(row)]
         return Encoded(row, tuple(encoded), positions=axes)
@@ -116,8 +117,10 @@ class QwenVLProcessor:
         return ids
 
     @cached_property
-    def _suffix(self) -> np.ndarray:
-        return np.array(self._tokenize(SUFFIX), np.int32)
+    def _suffix(self) -> list[int]:
+        """The prompt's end, with the tokenizer's own end tokens if it has some."""
+        ids: list[int] = self.tokenizer(SUFFIX)["input_ids"]
+        return ids
 
     @cached_property
     def _start(self) -> int:
